@@ -1,0 +1,45 @@
+"""Switch the adapter inside a live model, in place, without reloading it.
+
+>>> from hotswap_lab import demo, hotswap_adapter, verify_hotswap
+>>> model, tokenizer = demo.load("reverse")            # a PeftModel with one adapter
+>>> demo.ask(model, tokenizer, "hotswap")
+'pawstoh'
+>>> hotswap_adapter(model, demo.adapter_path("pig_latin"), adapter_name="default")
+>>> demo.ask(model, tokenizer, "hotswap")
+'otswaphay'
+>>> verify_hotswap(model, demo.adapter_path("pig_latin"))
+matches a fresh load: True
+
+What is where: ``adapter`` (what comes in), ``slot`` (where it lives in the model), ``plan`` (what will be
+written, decided dry), ``commit`` (the write, all or nothing), ``verify`` (the oracle), ``methods`` (what differs
+per PEFT method), ``demo`` (the embedded model and its adapters).
+"""
+
+from . import demo
+from .adapter import Adapter
+from .commit import commit
+from .errors import HotswapError
+from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, plan_hotswap
+from .plan import Plan
+from .saving import save_adapter
+from .slot import resolve_slot
+from .verify import Verification, verify_hotswap
+from .version import __version__
+
+__all__ = [
+    "Adapter",
+    "HotswapError",
+    "Plan",
+    "Verification",
+    "__version__",
+    "commit",
+    "demo",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
+    "plan_hotswap",
+    "resolve_slot",
+    "save_adapter",
+    "verify_hotswap",
+]
+
+

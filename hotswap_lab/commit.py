@@ -1,0 +1,155 @@
+"""Commit: executes a plan, and nothing but the plan, entirely or not at all.
+
+First everything that can fail for want of memory is made ready beside the model (:class:`_Staged`). Only
+then is the model written to, each step noted in a journal that takes it back if a later one fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from .journal import Journal
+from .parts import SlotTensor
+from .plan import Action, LayerPlan, Plan
+from .shadow import attach
+from .state_view import set_off
+
+
+@dataclass
+class _Staged:
+    """All tensors that a commit needs, allocated and cast: what to write, and what to put back on failure."""
+
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    zeros: list[torch.Tensor] = field(default_factory=list)
+    resized: list[tuple[SlotTensor, torch.Tensor]] = field(default_factory=list)
+    backups: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+
+def commit(plan: Plan) -> None:
+    """Carries out a plan.
+
+    Parameters
+    ----------
+    plan:
+        What :func:`hotswap_lab.plan_hotswap` returned. It is tied to the model's state at that time: make it
+        and commit it without changing the model in between.
+
+    Raises
+    ------
+    HotswapError
+        If the plan was refused. Whatever is raised, from here or from below, the model is as it was.
+
+    Examples
+    --------
+    >>> from hotswap_lab import commit, demo, plan_hotswap
+    >>> model, tokenizer = demo.load("reverse")
+    >>> commit(plan_hotswap(model, demo.adapter_path("caesar"), "default"))
+    >>> demo.ask(model, tokenizer, "abc")
+    'def'
+    """
+    plan.raise_if_refused()
+    with _write_mode(plan):
+        staged = _stage(plan)
+        journal = Journal()
+        try:
+            _write_tensors(staged, journal)
+            for layer in plan.layers:
+                _write_layer(plan, layer, journal)
+            journal.set_item(plan.slot.host.configs, plan.slot.adapter_name, plan.config)
+        except BaseException:
+            journal.roll_back()
+            raise
+
+
+@contextlib.contextmanager
+def _write_mode(plan: Plan) -> Iterator[None]:
+    """Without gradients; and in inference mode if the model was loaded in it, or its tensors refuse writes."""
+    is_inference = any(tensor.parameter.is_inference() for tensor in plan.slot.tensors)
+    with torch.inference_mode() if is_inference else torch.no_grad():
+        yield
+
+
+def _stage(plan: Plan) -> _Staged:
+    staged = _Staged()
+    for layer in plan.layers:
+        for write in layer.tensors:
+            parameter = write.target.parameter
+            if write.source is None:
+                staged.zeros.append(parameter)
+            elif write.keeps_address:
+                staged.copies.append((parameter, write.source))
+            else:
+                # always a copy: a model that shared memory with the caller's state dict would change with it
+                fresh = write.source.detach().to(parameter.device, parameter.dtype, copy=True)
+                staged.resized.append((write.target, fresh.contiguous()))
+                continue
+            if layer.action is not Action.ADD:
+                staged.backups.append((parameter, parameter.detach().clone()))
+    return staged
+
+
+def _write_tensors(staged: _Staged, journal: Journal) -> None:
+    journal.record(lambda: _copy_all(staged.backups))
+    _copy_all(staged.copies)
+    if staged.zeros:
+        torch._foreach_zero_(staged.zeros)
+    for target, fresh in staged.resized:
+        _resize(target, fresh, journal)
+
+
+def _copy_all(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    if pairs:
+        with torch.no_grad():
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+
+def _resize(target: SlotTensor, fresh: torch.Tensor, journal: Journal) -> None:
+    parameter = target.parameter
+    old = parameter.data
+
+    def undo() -> None:
+        parameter.data = old
+
+    # the gradient first: it must have the shape of its parameter at all times
+    _clear_gradient(parameter, journal)
+    journal.record(undo)
+    # A graph over the old shape may still be alive, and with it the parameter's gradient accumulator, which would
+    # refuse gradients of the new shape. PyTorch gives a parameter a new one only when its dtype or device changes.
+    other_dtype = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = torch.empty(0, dtype=other_dtype, device=parameter.device)
+    parameter.data = fresh
+    # autograd sees a write through .data only if it is told
+    torch.autograd.graph.increment_version(parameter)
+    if target.size_attribute:
+        journal.set_attribute(target.owner, target.size_attribute, target.rank_of(fresh.shape))
+
+
+def _write_layer(plan: Plan, layer: LayerPlan, journal: Journal) -> None:
+    name, module, method = plan.slot.adapter_name, layer.layer.module, plan.slot.method
+    for tensor in layer.layer.tensors:
+        _clear_gradient(tensor.parameter, journal)
+    set_off(module, name, layer.settings is None, journal)
+    if layer.settings is not None:
+        for table, value in method.scalars(layer.settings).items():
+            journal.set_item(getattr(module, table), name, value)
+        if (dropout := method.dropout_for(module, name, layer.settings)) is not None:
+            journal.set_item(module.lora_dropout, name, dropout)
+    if layer.action is Action.ADD:
+        attach(plan.slot, layer.layer, journal)
+
+
+def _clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
+    """The gradient of the old adapter's weight says nothing about the new one's."""
+    gradient = parameter.grad
+    if gradient is None:
+        return
+
+    def undo() -> None:
+        parameter.grad = gradient
+
+    journal.record(undo)
+    parameter.grad = None

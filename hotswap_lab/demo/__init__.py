@@ -1,0 +1,118 @@
+"""A small model and eight adapters that ship with the package, so that everything runs offline.
+
+The model is a character-level Llama with a million parameters that copies the word it is given. Each adapter
+is an ordinary PEFT folder that teaches it another task (:mod:`hotswap_lab.demo.tasks`).
+
+>>> from hotswap_lab import demo
+>>> model, tokenizer = demo.load("reverse")
+>>> demo.ask(model, tokenizer, "hotswap")
+'pawstoh'
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .tasks import SEPARATOR, TASKS, is_held_out, sample_words
+
+__all__ = [
+    "ADAPTERS_DIR",
+    "BASE_DIR",
+    "TASKS",
+    "adapter_names",
+    "adapter_path",
+    "ask",
+    "exact_match",
+    "is_held_out",
+    "load",
+    "load_base",
+    "load_tokenizer",
+    "sample_words",
+]
+
+ASSETS_DIR = Path(__file__).parent / "assets"
+BASE_DIR = ASSETS_DIR / "base"
+ADAPTERS_DIR = ASSETS_DIR / "adapters"
+
+
+def adapter_names() -> list[str]:
+    """The names of the embedded adapters, sorted."""
+    return sorted(folder.name for folder in ADAPTERS_DIR.iterdir() if folder.is_dir())
+
+
+def adapter_path(name: str) -> str:
+    """The folder of an embedded adapter, as PEFT and :func:`hotswap_lab.hotswap_adapter` take it."""
+    folder = ADAPTERS_DIR / name
+    if not folder.is_dir():
+        raise ValueError(f"there is no embedded adapter {name!r}; choose one of {', '.join(adapter_names())}")
+    return str(folder)
+
+
+def load_tokenizer():
+    """The character-level tokenizer of the embedded model."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(BASE_DIR)
+
+
+def load_base(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A fresh copy of the embedded base model (a ``LlamaForCausalLM``), in eval mode."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    # a progress bar over 38 small tensors is only noise, above all in a saved notebook
+    bar_was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=dtype).eval()
+    finally:
+        if bar_was_on:
+            logging.enable_progress_bar()
+
+
+def load(adapter: str) -> tuple[torch.nn.Module, object]:
+    """The embedded base model wrapped in a ``PeftModel`` with one embedded adapter, and its tokenizer."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_base(), adapter_path(adapter)), load_tokenizer()
+
+
+@torch.inference_mode()
+def ask_all(model, tokenizer, words: list[str]) -> list[str]:
+    """The model's answer to each word, decoded greedily.
+
+    Works through a compiled wrapper too: only ``model(...)`` is called, never a method of the class behind it.
+    """
+    batch = tokenizer([word + SEPARATOR for word in words], return_tensors="pt", padding=True)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    answers = torch.empty((len(words), 0), dtype=torch.long)
+    finished = torch.zeros(len(words), dtype=torch.bool)
+    limit = tokenizer.model_max_length - ids.shape[1]
+    while not finished.all() and answers.shape[1] < limit:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+        token = logits.argmax(-1).masked_fill(finished, tokenizer.pad_token_id)
+        finished |= token == tokenizer.eos_token_id
+        answers = torch.cat([answers, token[:, None]], dim=1)
+        ids = torch.cat([ids, token[:, None]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(token)[:, None]], dim=1)
+    return [text for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def ask(model, tokenizer, word: str) -> str:
+    """The model's answer to one word.
+
+    >>> model, tokenizer = load("sort")
+    >>> ask(model, tokenizer, "notebook")
+    'beknooot'
+    """
+    return ask_all(model, tokenizer, [word])[0]
+
+
+def exact_match(model, tokenizer, task: str, *, count: int = 500, seed: int = 1234) -> float:
+    """The share of ``count`` held-out words that the model answers exactly as ``task`` wants it (0 to 1)."""
+    words = sample_words(count, seed, held_out=True)
+    answers = ask_all(model, tokenizer, words)
+    return sum(answer == TASKS[task](word) for word, answer in zip(words, answers, strict=True)) / count

@@ -1,0 +1,123 @@
+"""Finds, in whatever a user passes, the module that carries the adapters.
+
+A user may pass a ``PeftModel``, a bare tuner model, a model that adapters were injected into, one of these
+compiled, or a module that has one of these inside. Adapter files name their tensors relative to the base
+model, so that is the module everything else starts from.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+
+from .errors import listing, refuse
+
+#: PEFT's files start every key with this; the part after it is the path in the base model
+PEFT_PREFIX = "base_model.model."
+#: the name under which ``torch.compile`` keeps the module it wraps
+COMPILED = "_orig_mod"
+
+
+@dataclass(frozen=True)
+class Host:
+    """The base model of an adapter, with the live table of adapter configs."""
+
+    base: torch.nn.Module
+    configs: dict[str, PeftConfig]
+    tuner: BaseTuner | None
+    #: whether the keys of saved files start with ``base_model.model.``
+    is_peft_model: bool
+
+
+def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The module behind ``torch.compile(model)``; any other module as it is.
+
+    ``hasattr(model, "_orig_mod")`` would be wrong: a PeftModel passes unknown attributes on to its base model,
+    so a PeftModel over a compiled base would be taken for a compiled PeftModel.
+    """
+    while (inner := model._modules.get(COMPILED)) is not None:
+        model = inner
+    return model
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether ``model`` or anything inside it was compiled, by ``torch.compile(m)`` or by ``m.compile()``."""
+    return any(
+        COMPILED in module._modules or module.__dict__.get("_compiled_call_impl") is not None
+        for module in model.modules()
+    )
+
+
+def canonical_path(key: str) -> str:
+    """A module path or tensor key relative to the base model, whatever wraps it.
+
+    >>> canonical_path("_orig_mod.base_model.model.lin.lora_A.weight")
+    'lin.lora_A.weight'
+    """
+    key = key.removeprefix(f"{COMPILED}.").removeprefix(PEFT_PREFIX)
+    if COMPILED in key:
+        key = ".".join(part for part in key.split(".") if part != COMPILED)
+    return key
+
+
+def _carrier(module: torch.nn.Module) -> Host | None:
+    if isinstance(module, PeftModel):
+        tuner = module.base_model if isinstance(module.base_model, BaseTuner) else None
+        return Host(module.get_base_model(), module.peft_config, tuner, is_peft_model=True)
+    if isinstance(module, BaseTuner):
+        return Host(module.model, module.peft_config, module, is_peft_model=False)
+    configs = module.__dict__.get("peft_config")
+    if isinstance(configs, dict):
+        return Host(module, configs, None, is_peft_model=False)
+    return None
+
+
+def _carriers(model: torch.nn.Module) -> Iterator[Host]:
+    """All adapter carriers, outermost first; what lies inside a carrier belongs to it."""
+    queue = deque([model])
+    while queue:
+        module = unwrap_compiled(queue.popleft())
+        if (host := _carrier(module)) is not None:
+            yield host
+        else:
+            queue.extend(module.children())
+
+
+def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
+    """The carrier of the adapter called ``adapter_name``.
+
+    Raises
+    ------
+    HotswapError
+        If nothing in ``model`` carries an adapter of that name, or if more than one module does.
+    """
+    hosts = list(_carriers(model))
+    if not hosts:
+        raise refuse(
+            "No adapter layers found on the model.",
+            found=f"a {type(model).__name__} without any adapter",
+            expected="a model with a loaded adapter, for example from PeftModel.from_pretrained",
+            next_step="load the first adapter with PEFT, then swap others into its place",
+        )
+    matching = [host for host in hosts if adapter_name in host.configs]
+    if not matching:
+        names = sorted({name for host in hosts for name in host.configs})
+        raise refuse(
+            f"Adapter {adapter_name} not found.",
+            found=f"the adapters {listing(map(repr, names))}",
+            expected="the name of an adapter that is loaded, since its place is what the new one takes",
+            next_step="pass one of these as `adapter_name`, or load a first adapter under this name",
+        )
+    if len(matching) > 1:
+        raise refuse(
+            f"More than one part of the model has an adapter called {adapter_name!r}.",
+            found=listing(type(host.base).__name__ for host in matching),
+            expected="a single model with that adapter",
+            next_step="call this function with each of these parts in turn",
+        )
+    return matching[0]

@@ -1,0 +1,174 @@
+"""The functions people call: PEFT's names and signatures, and the dry run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from peft import PeftConfig
+
+from .adapter import Adapter
+from .commit import commit
+from .plan import Plan, make_plan
+from .slot import Slot, resolve_slot
+
+
+def hotswap_adapter(
+    model: torch.nn.Module,
+    model_name_or_path: str | os.PathLike | Adapter,
+    adapter_name: str,
+    torch_device: str | torch.device | None = None,
+    *,
+    add_layers: bool = False,
+    **kwargs: object,
+) -> None:
+    """Replaces a loaded adapter by another one, in place.
+
+    The adapter keeps its name; afterwards the model can't be told from one into which
+    ``PeftModel.from_pretrained`` loaded the new adapter: same outputs, config, scalings and saved files. Ranks,
+    alphas, rsLoRA and the patterns of both may differ. Layers that the new adapter lacks are turned off. Where
+    the rank stays the same, so do the memory addresses. A scale that the user set before (``set_scale``,
+    ``scale_layer``) is gone, as after a fresh load: set it again after the swap if it is still wanted.
+
+    Parameters
+    ----------
+    model:
+        A ``PeftModel``, a model with injected adapters, or either of them compiled.
+    model_name_or_path:
+        A folder with the new adapter, the id of a Hub repository, or an :class:`Adapter` read before.
+    adapter_name:
+        The name of the loaded adapter to replace, such as ``"default"``. It may be active, inactive or
+        disabled, but not merged.
+    torch_device:
+        The device to read the file to. Default: CPU; the tensors are copied to the model's devices anyway.
+    add_layers:
+        Whether layers that the loaded adapter lacks are added. Not possible in a compiled model.
+    **kwargs:
+        ``key_mapping`` and ``allow_nonfinite`` of :meth:`Adapter.load`; ``subfolder``, ``revision``, ``token``,
+        ``cache_dir`` and the other arguments of ``huggingface_hub.hf_hub_download``.
+
+    Raises
+    ------
+    HotswapError
+        If the swap can't be right. The model is untouched then. It is a ``ValueError`` and a ``RuntimeError``.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, hotswap_adapter
+    >>> model, tokenizer = demo.load("reverse")
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'pawstoh'
+    >>> hotswap_adapter(model, demo.adapter_path("pig_latin"), adapter_name="default")
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'otswaphay'
+
+    Notes
+    -----
+    Same call as ``peft.utils.hotswap.hotswap_adapter`` of PEFT 0.21, which this replaces.
+    """
+    commit(plan_hotswap(model, model_name_or_path, adapter_name, torch_device, add_layers=add_layers, **kwargs))
+
+
+def hotswap_adapter_from_state_dict(
+    model: torch.nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    config: PeftConfig,
+    parameter_prefix: str = "lora_",
+    *,
+    add_layers: bool = False,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Replaces a loaded adapter by tensors from memory, in place.
+
+    Parameters
+    ----------
+    model:
+        As in :func:`hotswap_adapter`.
+    state_dict:
+        ``lora_A`` of shape ``(rank, in_features)`` and ``lora_B`` of shape ``(out_features, rank)`` for each
+        layer. Keys with or without the adapter's name, with or without ``base_model.model.``. It is only read.
+    adapter_name:
+        The name of the loaded adapter to replace.
+    config:
+        Gives rank, alpha and the patterns. Which layers are targeted is decided by ``state_dict``; where
+        ``config`` says otherwise, the model's copy of it is made to agree.
+    parameter_prefix:
+        Accepted because PEFT has it. Keys are matched exactly, so it is not needed.
+    add_layers:
+        As in :func:`hotswap_adapter`.
+    allow_nonfinite:
+        Whether NaN and infinity are let through.
+
+    Raises
+    ------
+    HotswapError
+        If the swap can't be right. The model is untouched then.
+
+    Examples
+    --------
+    >>> from hotswap_lab import Adapter, demo, hotswap_adapter_from_state_dict
+    >>> model, tokenizer = demo.load("reverse")
+    >>> new = Adapter.load(demo.adapter_path("caesar"))
+    >>> hotswap_adapter_from_state_dict(model, new.tensors, "default", new.config)
+    >>> demo.ask(model, tokenizer, "abc")
+    'def'
+
+    Notes
+    -----
+    Same call as ``peft.utils.hotswap.hotswap_adapter_from_state_dict`` of PEFT 0.21.
+    """
+    slot = resolve_slot(model, adapter_name)
+    adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
+    commit(make_plan(slot, adapter, add_layers=add_layers, check_targets=False))
+
+
+def plan_hotswap(
+    model: torch.nn.Module,
+    model_name_or_path: str | os.PathLike | Adapter,
+    adapter_name: str = "default",
+    torch_device: str | torch.device | None = None,
+    *,
+    add_layers: bool = False,
+    **kwargs: object,
+) -> Plan:
+    """The dry run of :func:`hotswap_adapter`: what would be written, or why nothing can be.
+
+    Takes the same arguments and never changes the model. A swap that can't be right is reported in
+    ``Plan.refusals``; only what can't be read at all, or an adapter name that isn't there, raises.
+
+    Returns
+    -------
+    Plan
+        Shows itself as a table, as text and in a notebook; ``commit(plan)`` carries it out.
+
+    Raises
+    ------
+    HotswapError
+        If the files can't be read or the model has no such adapter.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, plan_hotswap
+    >>> model, _ = demo.load("caesar")
+    >>> plan = plan_hotswap(model, demo.adapter_path("pig_latin"))
+    >>> plan.ok
+    False
+    >>> print(plan.refusals[0].next_step)
+    pass add_layers=True to add them, or load first the adapter that targets most layers
+    """
+    slot = resolve_slot(model, adapter_name)
+    adapter = model_name_or_path
+    if isinstance(adapter, Adapter):
+        if kwargs or torch_device is not None:
+            raise TypeError("arguments for reading an adapter were passed with an Adapter that is already read")
+    else:
+        kwargs.setdefault("key_mapping", _own_key_mapping(slot))
+        adapter = Adapter.load(adapter, torch_device=torch_device, **kwargs)
+    return make_plan(slot, adapter, add_layers=add_layers)
+
+
+def _own_key_mapping(slot: Slot) -> dict[str, str] | None:
+    """Some transformers models bring a mapping from the keys of their older versions; a fresh load applies it."""
+    return getattr(slot.host.base, "_checkpoint_conversion_mapping", None) or None

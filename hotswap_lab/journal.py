@@ -1,0 +1,59 @@
+"""The undo list of a commit: whatever goes wrong, the model goes back to what it was, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+
+_MISSING = object()
+
+
+class Journal:
+    """Undo steps in the order in which things were done. Each step may run twice without harm.
+
+    >>> table, journal = {"a": 1}, Journal()
+    >>> journal.set_item(table, "a", 2)
+    >>> journal.set_item(table, "b", 3)
+    >>> table
+    {'a': 2, 'b': 3}
+    >>> journal.roll_back()
+    >>> table
+    {'a': 1}
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def record(self, undo: Callable[[], object]) -> None:
+        """To be called *before* the change that ``undo`` takes back."""
+        self._undo.append(undo)
+
+    def set_item(self, table: MutableMapping, key: object, value: object) -> None:
+        """``table[key] = value``, undoable."""
+        old = table[key] if key in table else _MISSING
+
+        def undo() -> None:
+            if old is not _MISSING:
+                table[key] = old
+            elif key in table:
+                del table[key]
+
+        self.record(undo)
+        table[key] = value
+
+    def set_attribute(self, target: object, name: str, value: object) -> None:
+        """``target.name = value`` for an attribute that exists, undoable."""
+        old = getattr(target, name)
+        self.record(lambda: setattr(target, name, old))
+        setattr(target, name, value)
+
+    def roll_back(self) -> None:
+        """Undoes everything, last step first. A second Ctrl-C while it runs is kept until the model is whole."""
+        interrupt: KeyboardInterrupt | None = None
+        while self._undo:
+            try:
+                self._undo[-1]()
+                self._undo.pop()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt

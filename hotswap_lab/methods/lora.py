@@ -1,0 +1,201 @@
+"""LoRA: which tensors a layer has, which scalars go with them, and what of LoRA can be swapped.
+
+Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and alpha of a layer,
+``LoraLayer.update_layer`` for everything that is set on it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
+from peft.tuners.tuners_utils import (
+    _find_minimal_target_modules,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from peft.utils.other import get_pattern_key
+
+from ..errors import Refusal
+from ..host import Host
+from ..parts import LayerSettings, SlotTensor
+
+layer_class = LoraLayer
+
+#: inits after which a fresh load leaves other base weights behind than before
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "mica")
+
+#: config fields that add state of another kind than lora_A, lora_B and scalars
+OTHER_STATE = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "ensure_weight_tying",
+    "target_modules_to_tie",
+    "megatron_config",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+)
+
+
+def unsupported(config: LoraConfig, role: str) -> Iterator[Refusal]:
+    """What in ``config`` can't be swapped; ``role`` says whose config it is ("new" or "loaded")."""
+
+    def refusal(found: str) -> Refusal:
+        return Refusal(
+            f"The {role} adapter uses a kind of LoRA that can't be swapped in place.",
+            found=found,
+            expected="LoRA whose only tensors are lora_A and lora_B, on an unchanged base model",
+            next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
+        )
+
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    variants = [name for name, field in fields.items() if field.metadata.get("is_lora_variant")]
+    for name in dict.fromkeys((*OTHER_STATE, *variants)):
+        if value := getattr(config, name, None):
+            yield refusal(f"{name}={value!r}")
+    if getattr(config, "bias", "none") != "none":
+        yield refusal(f"bias={config.bias!r}")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        yield refusal(f"init_lora_weights={init!r}, which changes the base weights when it is loaded")
+
+
+def unsupported_layer(layer: LoraLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
+    """Why the tensors of this layer can't be swapped, or None."""
+    if isinstance(layer, (MultiheadAttention, ParamWrapper)):
+        return f"a {type(layer).__name__}"
+    if adapter_name in layer.lora_variant:
+        return f"the LoRA variant {type(layer.lora_variant[adapter_name]).__name__}"
+    for tensor in tensors:
+        parameter = tensor.owner._parameters.get(tensor.name)
+        if parameter is None:
+            return f"a parametrized or replaced {tensor.named_key}"
+        if parameter.device.type == "meta":
+            return f"a {tensor.named_key} without data (on the meta device)"
+        if type(parameter) is not torch.nn.Parameter or type(parameter.data) is not torch.Tensor:
+            return f"a {tensor.named_key} of type {type(parameter.data).__name__}"
+        if tensor.key.endswith(".bias"):
+            return "a lora_bias"
+    return None
+
+
+def has_adapter(layer: LoraLayer, adapter_name: str) -> bool:
+    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
+
+
+def tensors_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
+    """The tensors of one adapter on one layer, A before B.
+
+    Shapes, with rank r: Linear and GPT-2's Conv1D ``(r, in)`` and ``(out, r)``; Embedding ``(r, vocabulary)``
+    and ``(dimension, r)``; convolutions ``(r, in, *kernel)`` and ``(out, r / groups, 1, ...)``.
+    """
+    if adapter_name in layer.lora_embedding_A:
+        return [
+            SlotTensor(name, f"{name}.{adapter_name}", getattr(layer, name), adapter_name, rank_axis=axis)
+            for axis, name in enumerate(("lora_embedding_A", "lora_embedding_B"))
+        ]
+    is_conv = isinstance(layer, _ConvNd)
+    tensors = []
+    for axis, name in enumerate(("lora_A", "lora_B")):
+        owner = getattr(layer, name)[adapter_name]
+        side = "in" if axis else "out"
+        for parameter_name in owner._parameters:
+            if owner._parameters[parameter_name] is None:
+                continue
+            is_weight = parameter_name == "weight"
+            tensors.append(
+                SlotTensor(
+                    key=f"{name}.{parameter_name}",
+                    named_key=f"{name}.{adapter_name}.{parameter_name}",
+                    owner=owner,
+                    name=parameter_name,
+                    rank_axis=axis if is_weight else None,
+                    groups=layer.get_base_layer().groups if is_conv and axis else 1,
+                    size_attribute=f"{side}_{'channels' if is_conv else 'features'}" if is_weight else None,
+                )
+            )
+    return tensors
+
+
+def rank_step(layer: LoraLayer) -> int:
+    """The number that a rank on this layer must be divisible by."""
+    return layer.get_base_layer().groups if isinstance(layer, _ConvNd) else 1
+
+
+def settings_for(config: LoraConfig, path: str) -> LayerSettings:
+    """The scalars that a fresh load gives to the layer at ``path``, patterns included."""
+    rank_key = get_pattern_key(config.rank_pattern.keys(), path)
+    alpha_key = get_pattern_key(config.alpha_pattern.keys(), path)
+    return LayerSettings(
+        rank=config.rank_pattern.get(rank_key, config.r),
+        alpha=config.alpha_pattern.get(alpha_key, config.lora_alpha),
+        use_rslora=config.use_rslora,
+        dropout=config.lora_dropout,
+    )
+
+
+def targets(config: LoraConfig, path: str) -> bool:
+    """Whether a fresh load with this (resolved) config would put an adapter on the layer at ``path``."""
+    return bool(check_target_module_exists(config, path))
+
+
+def resolved_config(config: LoraConfig, host: Host) -> LoraConfig:
+    """A copy of ``config`` with its target modules spelled out for the model, as a fresh load leaves it."""
+    config = copy.deepcopy(config)
+    if config.target_modules is None:
+        model_type = getattr(getattr(host.base, "config", None), "model_type", None)
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        if known is not None:
+            config.target_modules = known if isinstance(known, str) else set(known)
+    config = _maybe_include_all_linear_layers(config, host.base)
+    if (
+        isinstance(config.target_modules, (list, set))
+        and len(config.target_modules) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION
+    ):
+        suffixes = tuple(f".{target}" for target in config.target_modules)
+        others = [
+            name
+            for name, _ in host.base.named_modules()
+            if name not in config.target_modules and not name.endswith(suffixes)
+        ]
+        fewer = _find_minimal_target_modules(config.target_modules, others)
+        if len(fewer) < len(config.target_modules):
+            config.target_modules = fewer
+    return config
+
+
+#: the tables on a layer that hold one scalar per adapter
+SCALAR_TABLES = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias")
+
+
+def scalars(settings: LayerSettings) -> dict[str, object]:
+    """The value of each scalar table for a layer with these settings."""
+    return {
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "scaling": settings.scaling,
+        "use_rslora": settings.use_rslora,
+        "use_dora": False,
+        "lora_bias": False,
+    }
+
+
+def dropout_for(layer: LoraLayer, adapter_name: str, settings: LayerSettings) -> torch.nn.Module | None:
+    """The module to put in place of the adapter's dropout, or None if the one that is there is right."""
+    present = layer.lora_dropout[adapter_name]
+    if getattr(present, "p", 0.0) == settings.dropout:
+        return None
+    module = torch.nn.Dropout(p=settings.dropout) if settings.dropout > 0 else torch.nn.Identity()
+    return module.train(present.training)

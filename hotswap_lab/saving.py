@@ -1,0 +1,95 @@
+"""Saving a swapped adapter as if it had been loaded fresh."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from .host import PEFT_PREFIX
+from .slot import Slot, resolve_slot
+from .state_view import is_off
+
+
+def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Writes one adapter to a folder, just as it would be saved after a fresh load.
+
+    Layers that are turned off are left out. The files are written beside the folder and then moved into place,
+    so that an error on the way leaves an older adapter there whole.
+
+    Parameters
+    ----------
+    model:
+        A model with the adapter, compiled or not.
+    folder:
+        Where ``adapter_config.json`` and ``adapter_model.safetensors`` go. Made if it isn't there.
+    adapter_name:
+        The adapter to save.
+
+    Raises
+    ------
+    HotswapError
+        If the model has no such adapter.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from hotswap_lab import demo, hotswap_adapter, save_adapter, verify_hotswap
+    >>> model, _ = demo.load("reverse")
+    >>> hotswap_adapter(model, demo.adapter_path("double"), "default")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_adapter(model, folder)
+    ...     bool(verify_hotswap(model, folder))
+    True
+
+    Notes
+    -----
+    The format is that of ``PeftModel.save_pretrained``. That function works too and leaves out the same layers;
+    this one also serves models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
+    """
+    slot = resolve_slot(model, adapter_name)
+    write_adapter(folder, saved_config(slot), saved_tensors(slot))
+
+
+def saved_tensors(slot: Slot) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names of its file, on the CPU, layers that are off left out."""
+    return {
+        f"{PEFT_PREFIX}{layer.path}.{tensor.key}": tensor.parameter.detach().cpu().contiguous().clone()
+        for layer in slot.layers
+        if not is_off(layer.module, slot.adapter_name)
+        for tensor in layer.tensors
+    }
+
+
+def saved_config(slot: Slot) -> PeftConfig:
+    """The adapter's config as ``PeftModel.save_pretrained`` would write it."""
+    config = copy.deepcopy(slot.config)
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = slot.host.base.__dict__.get("name_or_path") or None
+    if config.task_type is None:
+        base_class = type(slot.host.base)
+        config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
+    return config
+
+
+def write_adapter(folder: str | os.PathLike, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes config and tensors to ``folder``: all of it beside, then moved into place file by file."""
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(tensors, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(beside)
+        folder.mkdir(exist_ok=True)
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(beside / name, folder / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,102 @@
+"""LoRA layers for modules that have none yet, built beside the model and attached only at commit.
+
+PEFT injects into a whole model and changes it while it goes. Here it gets a stand-in: a tree of empty
+modules with nothing but the wanted layers at their paths. What comes out are finished LoRA layers around
+the model's own base layers, while the model itself has not been touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .journal import Journal
+from .slot import Slot, SlotLayer
+
+
+def adaptable(base: torch.nn.Module, key: str) -> str | None:
+    """The path of the module in ``base`` that a LoRA key belongs to, or None.
+
+    >>> adaptable(torch.nn.ModuleDict({"lin": torch.nn.Linear(2, 2)}), "lin.lora_A.weight")
+    'lin'
+    """
+    path, separator, _ = key.rpartition(".lora_")
+    if not separator:
+        return None
+    try:
+        base.get_submodule(path)
+    except AttributeError:
+        return None
+    return path
+
+
+def build_shadow_layers(slot: Slot, config: PeftConfig, paths: list[str]) -> list[SlotLayer]:
+    """New LoRA layers for ``paths``, with the slot's adapter name and ``config``'s settings, not attached."""
+    stand_in = torch.nn.Module()
+    requires_grad: list[tuple[torch.nn.Parameter, bool]] = []
+    for path in paths:
+        module = slot.host.base.get_submodule(path)
+        base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        requires_grad += [(parameter, parameter.requires_grad) for parameter in base_layer.parameters()]
+        _plant(stand_in, path, base_layer)
+    config = copy.deepcopy(config)
+    config.target_modules = list(paths)
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    try:
+        # the weights are overwritten, so drawing them must not move the user's random numbers on
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(config, stand_in, slot.adapter_name)
+    finally:
+        for parameter, value in requires_grad:
+            parameter.requires_grad_(value)
+    layers = []
+    like = slot.tensors[0].parameter
+    for path in paths:
+        module = stand_in.get_submodule(path)
+        layer = SlotLayer(path, module, tuple(slot.method.tensors_of(module, slot.adapter_name)))
+        for tensor in layer.tensors:
+            if like.dtype == torch.float32:
+                # PEFT keeps adapters in float32 even on a half-precision base unless told otherwise
+                tensor.parameter.data = tensor.parameter.data.float()
+            tensor.parameter.requires_grad_(like.requires_grad)
+        layers.append(layer)
+    return layers
+
+
+def _plant(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, torch.nn.Module())
+        root = root._modules[parent]
+    root.add_module(name, module)
+
+
+def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> None:
+    """Puts a shadow layer into the model, in the state of the slot's other layers."""
+    name, shadow, sibling = slot.adapter_name, layer.module, slot.layers[0].module
+    parent_path, _, child_name = layer.path.rpartition(".")
+    parent = slot.host.base.get_submodule(parent_path)
+    present = parent._modules[child_name]
+    if isinstance(present, BaseTunerLayer):
+        for table_name in dict.fromkeys((*shadow.adapter_layer_names, *shadow.other_param_names)):
+            table = getattr(shadow, table_name)
+            if name in table:
+                journal.set_item(getattr(present, table_name), name, table[name])
+    else:
+        shadow._active_adapter = copy.copy(sibling._active_adapter)
+        shadow._disable_adapters = sibling._disable_adapters
+        in_base_layer = set(present.modules())
+        for module in shadow.modules():
+            if module not in in_base_layer:
+                module.training = present.training
+        journal.set_item(parent._modules, child_name, shadow)
+    if slot.host.tuner is not None and hasattr(slot.host.tuner, "targeted_module_names"):
+        names = slot.host.tuner.targeted_module_names
+        if layer.path not in names:
+            journal.set_attribute(slot.host.tuner, "targeted_module_names", [*names, layer.path])

@@ -1,0 +1,246 @@
+"""The oracle: is the live model what a fresh load of the adapter would be?
+
+Nothing of the swap engine decides here. The reference is made by PEFT alone, and everything that a user could
+observe is compared: outputs, config, scalars of each layer, and the tensors that would be saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+
+from .adapter import Adapter
+from .errors import refuse
+from .host import PEFT_PREFIX, Host, canonical_path, unwrap_compiled
+from .saving import saved_tensors, write_adapter
+from .slot import Slot, resolve_slot
+
+#: how far outputs may differ, relative to the largest output, by the precision they were computed in
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict of :func:`verify_hotswap`. True in a condition if the live model equals the fresh one.
+
+    Parameters
+    ----------
+    difference:
+        The largest difference between an output of the live and of the fresh model.
+    change:
+        The largest difference that the new adapter makes to the base model's outputs. A comparison is worth
+        something only if this is far above the tolerance.
+    tolerance:
+        The largest difference that is let through, absolute.
+    mismatches:
+        What else differs: config, scalars or tensors, in words.
+    """
+
+    difference: float
+    change: float
+    tolerance: float
+    mismatches: tuple[str, ...] = ()
+
+    #: how many times the tolerance the adapter's effect must be for the verdict to mean anything
+    MARGIN = 100
+
+    @property
+    def conclusive(self) -> bool:
+        return self.change > self.MARGIN * self.tolerance
+
+    def __bool__(self) -> bool:
+        return self.conclusive and self.difference <= self.tolerance and not self.mismatches
+
+    def __str__(self) -> str:
+        lines = [f"matches a fresh load: {bool(self)}"]
+        if not self.conclusive:
+            lines.append("inconclusive: on these inputs the adapter hardly changes the base model's outputs")
+        if not self.difference <= self.tolerance:
+            lines.append(f"outputs differ by up to {self.difference:.3g} (tolerance {self.tolerance:.3g})")
+        return "\n".join([*lines, *self.mismatches])
+
+    __repr__ = __str__
+
+
+def verify_hotswap(
+    model: torch.nn.Module,
+    adapter: str | os.PathLike | Adapter,
+    adapter_name: str = "default",
+    *,
+    inputs: Mapping[str, torch.Tensor] | tuple | torch.Tensor | None = None,
+    base: Callable[[], torch.nn.Module] | None = None,
+    tolerance: float | None = None,
+) -> Verification:
+    """Compares the live model with ``PeftModel.from_pretrained(base, adapter)``.
+
+    Parameters
+    ----------
+    model:
+        The model after a swap, compiled or not. ``adapter_name`` must be its only active adapter.
+    adapter:
+        The adapter that was swapped in: a folder, a Hub id, or an :class:`Adapter`.
+    adapter_name:
+        Its name in the model.
+    inputs:
+        What to call the models with: a dict of keyword arguments, a tuple of arguments, or one tensor. Default:
+        the ``dummy_inputs`` that transformers models bring.
+    base:
+        Makes a fresh base model, ``lambda: AutoModelForCausalLM.from_pretrained(...)``. Default: a copy of the
+        model's own base without adapters, which takes as much memory as the model.
+    tolerance:
+        The allowed difference relative to the largest output. Default: 2e-5 in float32, more in half precision.
+
+    Returns
+    -------
+    Verification
+        True in a condition if the two can't be told apart.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, hotswap_adapter, verify_hotswap
+    >>> model, _ = demo.load("reverse")
+    >>> hotswap_adapter(model, demo.adapter_path("sort"), "default")
+    >>> verify_hotswap(model, demo.adapter_path("sort"))
+    matches a fresh load: True
+    >>> bool(verify_hotswap(model, demo.adapter_path("shout")))
+    False
+    """
+    slot = resolve_slot(model, adapter_name)
+    _check_active(slot)
+    if inputs is None:
+        inputs = getattr(slot.host.base, "dummy_inputs", None)
+    if inputs is None:
+        raise refuse(
+            "The model can't be verified without inputs.",
+            found=f"a {type(slot.host.base).__name__}, which brings no example inputs",
+            expected="inputs to call the model with",
+            next_step="pass inputs=... (a dict, a tuple or a tensor)",
+        )
+    make_base = base or (lambda: bare_base(slot.host))
+    with _as_folder(adapter) as folder, torch.no_grad(), _eval_mode(model):
+        live_outputs = _call(model, inputs)
+        fresh = make_base().eval()
+        base_outputs = _call(fresh, inputs)
+        trainable = not slot.config.inference_mode
+        fresh = PeftModel.from_pretrained(fresh, folder, adapter_name, is_trainable=trainable).eval()
+        fresh_outputs = _call(fresh, inputs)
+    largest = max(float(output.abs().max()) for output in fresh_outputs)
+    relative = TOLERANCE[fresh_outputs[0].dtype] if tolerance is None else tolerance
+    return Verification(
+        difference=_difference(live_outputs, fresh_outputs),
+        change=_difference(base_outputs, fresh_outputs),
+        tolerance=relative * largest,
+        mismatches=tuple(_mismatches(slot, fresh)),
+    )
+
+
+def bare_base(host: Host) -> torch.nn.Module:
+    """A copy of the base model without any adapter."""
+    base = unwrap_compiled(copy.deepcopy(unwrap_compiled(host.base)))
+    base.__dict__.pop("peft_config", None)
+    for path, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent_path, _, name = path.rpartition(".")
+            base.get_submodule(parent_path)._modules[name] = module.get_base_layer()
+    return base
+
+
+def _check_active(slot: Slot) -> None:
+    layer = slot.layers[0].module
+    if layer.disable_adapters or list(layer.active_adapters) != [slot.adapter_name] or layer.merged:
+        raise refuse(
+            f"The adapter {slot.adapter_name!r} is not what the model computes with now.",
+            found=f"active adapters {list(layer.active_adapters)}, disabled: {layer.disable_adapters}, "
+            f"merged: {layer.merged_adapters}",
+            expected=f"[{slot.adapter_name!r}] alone, enabled and not merged",
+            next_step=f"call model.set_adapter({slot.adapter_name!r}) first",
+        )
+
+
+@contextlib.contextmanager
+def _as_folder(adapter: str | os.PathLike | Adapter) -> Iterator[str]:
+    if not isinstance(adapter, Adapter):
+        yield os.fspath(adapter)
+        return
+    tensors = {f"{PEFT_PREFIX}{canonical_path(key)}": tensor.contiguous() for key, tensor in adapter.tensors.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(folder, adapter.config, tensors)
+        yield folder
+
+
+@contextlib.contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:
+    if isinstance(inputs, Mapping):
+        outputs = model(**inputs)
+    elif isinstance(inputs, torch.Tensor):
+        outputs = model(inputs)
+    else:
+        outputs = model(*inputs)
+    tensors = list(_float_tensors(outputs))
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _float_tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _float_tensors(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _float_tensors(part)
+
+
+def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(first, second, strict=True))
+
+
+def _mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
+    name = slot.adapter_name
+    live_config, fresh_config = slot.config.to_dict(), fresh.peft_config[name].to_dict()
+    for key in sorted(live_config.keys() | fresh_config.keys()):
+        if live_config.get(key) != fresh_config.get(key):
+            yield f"config.{key} is {live_config.get(key)!r}, fresh {fresh_config.get(key)!r}"
+    live_layers = {layer.path: layer.module for layer in slot.layers}
+    for layer in resolve_slot(fresh, name).layers:
+        live = live_layers.get(layer.path)
+        for table in slot.method.SCALAR_TABLES:
+            expected = getattr(layer.module, table)[name]
+            found = getattr(live, table).get(name) if live is not None else None
+            if found != expected:
+                yield f"{layer.path}: {table} is {found!r}, fresh {expected!r}"
+    saved = {canonical_path(key): tensor for key, tensor in saved_tensors(slot).items()}
+    expected = get_peft_model_state_dict(fresh, adapter_name=name, save_embedding_layers=False)
+    expected = {canonical_path(key): tensor for key, tensor in expected.items()}
+    if missing := sorted(expected.keys() - saved.keys()):
+        yield f"{len(missing)} tensors of a fresh load are missing, such as {missing[0]}"
+    if extra := sorted(saved.keys() - expected.keys()):
+        yield f"{len(extra)} tensors that a fresh load lacks, such as {extra[0]}"
+    different = [
+        key
+        for key in sorted(saved.keys() & expected.keys())
+        if saved[key].dtype != expected[key].dtype or not torch.equal(saved[key], expected[key].cpu())
+    ]
+    if different:
+        yield f"{len(different)} tensors differ from a fresh load, such as {different[0]}"

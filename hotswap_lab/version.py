@@ -1,0 +1,3 @@
+"""The version of the package, in the one place that both it and its build read."""
+
+__version__ = "0.1.0"

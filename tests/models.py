@@ -1,0 +1,168 @@
+"""Tiny models of every kind that LoRA goes on, and adapters with random weights for them.
+
+LoRA starts with B = 0, so an adapter fresh from PEFT changes nothing and any swap of it would look right.
+Every adapter made here has random, non-zero weights of a size that changes the outputs visibly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+
+class Mlp(nn.Module):
+    """Three linear layers, one of them without bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 16)
+        self.blocks = nn.ModuleList([nn.Linear(16, 16, bias=False), nn.Linear(16, 16)])
+        self.last = nn.Linear(16, 6)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.last(x)
+
+
+class Convolutions(nn.Module):
+    """Conv1d, 2d and 3d, plain and grouped."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1d = nn.Conv1d(4, 8, 3, padding=1)
+        self.grouped1d = nn.Conv1d(8, 8, 3, padding=1, groups=2)
+        self.conv2d = nn.Conv2d(8, 8, 3, padding=1)
+        self.grouped2d = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=4)
+        self.conv3d = nn.Conv3d(8, 4, 3, padding=1)
+        self.grouped3d = nn.Conv3d(4, 8, 1, groups=2)
+
+    def forward(self, x):
+        x = torch.tanh(self.grouped1d(torch.tanh(self.conv1d(x))))
+        x = x.unflatten(-1, (4, 4))
+        x = torch.tanh(self.grouped2d(torch.tanh(self.conv2d(x))))
+        x = x.unsqueeze(-1)
+        return self.grouped3d(torch.tanh(self.conv3d(x)))
+
+
+class Embedded(nn.Module):
+    """An embedding and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 10)
+        self.head = nn.Linear(10, 20)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+class SharedBlocks(nn.Module):
+    """One block that is reached by two paths."""
+
+    def __init__(self):
+        super().__init__()
+        self.early = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
+        self.late = self.early
+
+    def forward(self, x):
+        return self.late(self.early(x))
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def gpt2() -> nn.Module:
+    """GPT-2's layers are Conv1D: linear layers with transposed weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model to test on: how to make it, what to call it with, which modules LoRA can go on."""
+
+    make_random: Callable[[], nn.Module]
+    make_inputs: Callable[[], object]
+    modules: tuple[str, ...]
+    #: ranks that all its layers allow
+    rank_step: int = 1
+
+    def base(self) -> nn.Module:
+        """A fresh base model; the same weights every time."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.make_random().eval()
+
+    def inputs(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return self.make_inputs()
+
+
+def _ids():
+    return {"input_ids": torch.randint(0, 40, (2, 9))}
+
+
+KINDS: dict[str, Kind] = {
+    "linear": Kind(Mlp, lambda: torch.randn(5, 12), ("first", "blocks.0", "blocks.1", "last")),
+    "conv": Kind(
+        Convolutions,
+        lambda: torch.randn(2, 4, 16),
+        ("conv1d", "grouped1d", "conv2d", "grouped2d", "conv3d", "grouped3d"),
+        rank_step=4,
+    ),
+    "embedding": Kind(Embedded, lambda: torch.randint(0, 20, (3, 7)), ("embed", "head")),
+    "shared": Kind(SharedBlocks, lambda: torch.randn(5, 12), ("early.0",)),
+    "llama": Kind(llama, _ids, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    "gpt2": Kind(gpt2, _ids, ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")),
+}
+
+
+def randomize(model: nn.Module, adapter_name: str, seed: int) -> None:
+    """Gives every tensor of the adapter random values, A and B alike."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and adapter_name in name.split("."):
+            value = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.data.copy_(value)
+
+
+def save_random_adapter(kind: Kind, folder: Path, seed: int, config: LoraConfig | None = None, **lora) -> str:
+    """Trains nothing: makes an adapter with random weights with PEFT alone, and saves it with PEFT alone."""
+    config = config or LoraConfig(**{"target_modules": list(kind.modules), **lora})
+    model = get_peft_model(kind.base(), config)
+    randomize(model, "default", seed)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def load(kind: Kind, folder: str, adapter_name: str = "default", **kwargs) -> PeftModel:
+    """What a user does: a fresh base model and PEFT's own loading."""
+    return PeftModel.from_pretrained(kind.base(), folder, adapter_name=adapter_name, **kwargs).eval()
+
+
+def call(model: nn.Module, inputs) -> torch.Tensor:
+    with torch.no_grad():
+        outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return outputs.logits if hasattr(outputs, "logits") else outputs
