@@ -153,16 +153,25 @@ class Adapter:
             )
 
     def _nonfinite_keys(self) -> list[str]:
+        # NaN and infinity make a sum NaN or infinite: one fast pass over all of them. So may very large weights,
+        # hence the second, exact look at whatever is suspicious.
         keys = [key for key, tensor in self.tensors.items() if tensor.numel()]
-        # the largest absolute value is NaN or infinite exactly if some value is: one pass, no Python per element
-        wide = [self.tensors[key].detach() for key in keys]
-        wide = [tensor if tensor.dtype.itemsize > 1 else tensor.float() for tensor in wide]
-        largest = torch._foreach_norm(wide, float("inf"))
-        finite = torch.stack([value.to("cpu", torch.float64) for value in largest]).isfinite().tolist()
-        return [key for key, good in zip(keys, finite, strict=True) if not good]
+        tensors = [self.tensors[key].detach() for key in keys]
+        sums = [_exact(tensor).sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32) for tensor in tensors]
+        finite = torch.stack([each.to("cpu", torch.float64) for each in sums]).isfinite().tolist()
+        return [
+            key
+            for key, tensor, good in zip(keys, tensors, finite, strict=True)
+            if not good and not _exact(tensor).isfinite().all()
+        ]
 
     def _damaged(self, found: str, expected: str, next_step: str = "get an undamaged copy of it") -> HotswapError:
         return refuse(f"The adapter from {self.source} is damaged.", found, expected, next_step)
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a precision that reductions are implemented for: 8-bit floats have none."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
 def _read_config(source: str, hub: dict) -> PeftConfig:

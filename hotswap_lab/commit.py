@@ -1,7 +1,9 @@
 """Commit: executes a plan, and nothing but the plan, entirely or not at all.
 
-First everything that can fail for want of memory is made ready beside the model (:class:`_Staged`). Only
-then is the model written to, each step noted in a journal that takes it back if a later one fails.
+Three steps. *Stage*: every tensor that is needed is allocated, cast and moved beside the model; whatever can
+fail for want of memory fails here. *Reversible writes*: scalars, config, resized and added layers, each noted
+in a journal that takes it back if a later one fails. *The copy*: all values go to their addresses in one call
+that has nothing left to fail at. It is the last thing done, so there is never a copy to take back.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .interrupts import interrupts_held
 from .journal import Journal
 from .parts import SlotTensor
 from .plan import Action, LayerPlan, Plan
@@ -21,12 +24,11 @@ from .state_view import set_off
 
 @dataclass
 class _Staged:
-    """All tensors that a commit needs, allocated and cast: what to write, and what to put back on failure."""
+    """All tensors that a commit writes, of the dtype and on the device where they go."""
 
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    zeros: list[torch.Tensor] = field(default_factory=list)
+    targets: list[torch.Tensor] = field(default_factory=list)
+    sources: list[torch.Tensor] = field(default_factory=list)
     resized: list[tuple[SlotTensor, torch.Tensor]] = field(default_factory=list)
-    backups: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
 def commit(plan: Plan) -> None:
@@ -55,19 +57,23 @@ def commit(plan: Plan) -> None:
     with _write_mode(plan):
         staged = _stage(plan)
         journal = Journal()
-        try:
-            _write_tensors(staged, journal)
-            for layer in plan.layers:
-                _write_layer(plan, layer, journal)
-            journal.set_item(plan.slot.host.configs, plan.slot.adapter_name, plan.config)
-        except BaseException:
-            journal.roll_back()
-            raise
+        with interrupts_held():
+            try:
+                for target, fresh in staged.resized:
+                    _resize(target, fresh, journal)
+                for layer in plan.layers:
+                    _write_layer(plan, layer, journal)
+                journal.set_item(plan.slot.host.configs, plan.slot.adapter_name, plan.config)
+                if staged.targets:
+                    torch._foreach_copy_(staged.targets, staged.sources)
+            except BaseException:
+                journal.roll_back()
+                raise
 
 
 @contextlib.contextmanager
 def _write_mode(plan: Plan) -> Iterator[None]:
-    """Without gradients; and in inference mode if the model was loaded in it, or its tensors refuse writes."""
+    """Without gradients; and in inference mode if the model was loaded in it, since its tensors demand that."""
     is_inference = any(tensor.parameter.is_inference() for tensor in plan.slot.tensors)
     with torch.inference_mode() if is_inference else torch.no_grad():
         yield
@@ -77,34 +83,19 @@ def _stage(plan: Plan) -> _Staged:
     staged = _Staged()
     for layer in plan.layers:
         for write in layer.tensors:
-            parameter = write.target.parameter
-            if write.source is None:
-                staged.zeros.append(parameter)
+            parameter, source = write.target.parameter, write.source
+            if source is None:
+                staged.targets.append(parameter)
+                # a single zero, repeated without taking memory
+                staged.sources.append(parameter.new_zeros(()).expand(parameter.shape))
             elif write.keeps_address:
-                staged.copies.append((parameter, write.source))
+                staged.targets.append(parameter)
+                staged.sources.append(source.detach().to(parameter.device, parameter.dtype))
             else:
                 # always a copy: a model that shared memory with the caller's state dict would change with it
-                fresh = write.source.detach().to(parameter.device, parameter.dtype, copy=True)
+                fresh = source.detach().to(parameter.device, parameter.dtype, copy=True)
                 staged.resized.append((write.target, fresh.contiguous()))
-                continue
-            if layer.action is not Action.ADD:
-                staged.backups.append((parameter, parameter.detach().clone()))
     return staged
-
-
-def _write_tensors(staged: _Staged, journal: Journal) -> None:
-    journal.record(lambda: _copy_all(staged.backups))
-    _copy_all(staged.copies)
-    if staged.zeros:
-        torch._foreach_zero_(staged.zeros)
-    for target, fresh in staged.resized:
-        _resize(target, fresh, journal)
-
-
-def _copy_all(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    if pairs:
-        with torch.no_grad():
-            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
 
 def _resize(target: SlotTensor, fresh: torch.Tensor, journal: Journal) -> None:

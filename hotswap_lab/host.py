@@ -27,6 +27,8 @@ COMPILED = "_orig_mod"
 class Host:
     """The base model of an adapter, with the live table of adapter configs."""
 
+    #: the model that the user passed, wrappers and all
+    root: torch.nn.Module
     base: torch.nn.Module
     configs: dict[str, PeftConfig]
     tuner: BaseTuner | None
@@ -65,15 +67,15 @@ def canonical_path(key: str) -> str:
     return key
 
 
-def _carrier(module: torch.nn.Module) -> Host | None:
+def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
     if isinstance(module, PeftModel):
         tuner = module.base_model if isinstance(module.base_model, BaseTuner) else None
-        return Host(module.get_base_model(), module.peft_config, tuner, is_peft_model=True)
+        return Host(root, module.get_base_model(), module.peft_config, tuner, is_peft_model=True)
     if isinstance(module, BaseTuner):
-        return Host(module.model, module.peft_config, module, is_peft_model=False)
+        return Host(root, module.model, module.peft_config, module, is_peft_model=False)
     configs = module.__dict__.get("peft_config")
     if isinstance(configs, dict):
-        return Host(module, configs, None, is_peft_model=False)
+        return Host(root, module, configs, None, is_peft_model=False)
     return None
 
 
@@ -82,7 +84,7 @@ def _carriers(model: torch.nn.Module) -> Iterator[Host]:
     queue = deque([model])
     while queue:
         module = unwrap_compiled(queue.popleft())
-        if (host := _carrier(module)) is not None:
+        if (host := _carrier(model, module)) is not None:
             yield host
         else:
             queue.extend(module.children())

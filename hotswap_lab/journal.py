@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 
 _MISSING = object()
+#: values that can't be told apart when they are equal
+_PLAIN = (bool, int, float, str, frozenset)
 
 
 class Journal:
@@ -28,8 +30,10 @@ class Journal:
         self._undo.append(undo)
 
     def set_item(self, table: MutableMapping, key: object, value: object) -> None:
-        """``table[key] = value``, undoable."""
+        """``table[key] = value``, undoable. A value that is there already is left alone."""
         old = table[key] if key in table else _MISSING
+        if old is value or (type(old) is type(value) and isinstance(value, _PLAIN) and old == value):
+            return
 
         def undo() -> None:
             if old is not _MISSING:

@@ -216,6 +216,14 @@ def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_t
     if draft.refusals:
         return draft.finish()
     draft.config = slot.method.resolved_config(adapter.config, slot.host)
+    if check_targets and draft.config.target_modules is None:
+        draft.refuse(
+            "The adapter's config does not say which layers it targets.",
+            found="target_modules=None, and no default for this kind of model",
+            expected="the names of the layers that the tensors belong to",
+            next_step="complete target_modules in adapter_config.json",
+        )
+        return draft.finish()
     draft.config.inference_mode = slot.config.inference_mode
     _check_slot(draft)
     if draft.refusals:
@@ -248,6 +256,9 @@ def _check_kind(draft: _Draft) -> None:
             expected=f"type {old}, as the adapter {draft.slot.adapter_name!r} in the model",
             next_step="load it under a name of its own with model.load_adapter, then model.set_adapter",
         )
+        return
+    draft.refusals += draft.slot.method.malformed(draft.adapter.config)
+    if draft.refusals:
         return
     draft.refusals += draft.slot.method.unsupported(draft.adapter.config, "new")
     draft.refusals += draft.slot.method.unsupported(draft.slot.config, "loaded")
@@ -445,7 +456,7 @@ def _add_layers(draft: _Draft, tensors: dict[str, torch.Tensor], check_targets: 
     paths = sorted({path for key in tensors if (path := adaptable(slot.host.base, key)) is not None})
     if not paths:
         return
-    if is_compiled(slot.host.base):
+    if is_compiled(slot.host.root):
         draft.refuse(
             "Layers can't be added to a compiled model.",
             found=f"{len(paths)} layers that the loaded adapter lacks: {listing(paths, 3)}",

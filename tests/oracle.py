@@ -75,7 +75,7 @@ def assert_same_files(model, fresh, adapter_name: str) -> None:
 def snapshot(model) -> dict:
     """Everything of a model that a refused swap must leave alone, bit for bit."""
     state = {
-        key: (value.data_ptr(), value.dtype, value.clone()) for key, value in model.state_dict(keep_vars=True).items()
+        key: (value.data_ptr(), value.dtype, value.detach().clone()) for key, value in model.state_dict(keep_vars=True).items()
     }
     flags = {key: (parameter.requires_grad, parameter.grad) for key, parameter in model.named_parameters()}
     scalars = {

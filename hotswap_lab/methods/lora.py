@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft import LoraConfig
@@ -49,6 +51,66 @@ OTHER_STATE = (
 )
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_pattern(value: object, is_value: Callable[[object], bool]) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and is_value(each) for key, each in value.items())
+
+
+def _is_selection(value: object) -> bool:
+    return value is None or isinstance(value, str) or all(isinstance(each, str) for each in value)
+
+
+def malformed(config: LoraConfig) -> Iterator[Refusal]:
+    """What in ``config`` has a value of the wrong kind; PEFT takes a config from a file without looking at it."""
+    checks = {
+        "r": (_is_rank, "a positive whole number"),
+        "lora_alpha": (_is_number, "a number"),
+        "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+        "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+        "rank_pattern": (lambda value: _is_pattern(value, _is_rank), "names of layers with positive whole numbers"),
+        "alpha_pattern": (lambda value: _is_pattern(value, _is_number), "names of layers with numbers"),
+        "target_modules": (_is_selection, "a list of names or one regular expression"),
+        "exclude_modules": (_is_selection, "a list of names or one regular expression"),
+    }
+    for name, (is_right, expected) in checks.items():
+        value = getattr(config, name)
+        try:
+            right = is_right(value)
+        except TypeError:
+            right = False
+        if not right:
+            yield Refusal(
+                f"The adapter's config is damaged at {name}.",
+                found=f"{name}={value!r}",
+                expected=expected,
+                next_step="get an undamaged copy of adapter_config.json",
+            )
+    yield from _broken_expressions(config)
+
+
+def _broken_expressions(config: LoraConfig) -> Iterator[Refusal]:
+    expressions = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str)]
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        expressions += pattern if isinstance(pattern, dict) else ()
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            yield Refusal(
+                "The adapter's config has a regular expression that is none.",
+                found=f"{expression!r}: {error}",
+                expected="a valid regular expression",
+                next_step="correct it in adapter_config.json",
+            )
+
+
 def unsupported(config: LoraConfig, role: str) -> Iterator[Refusal]:
     """What in ``config`` can't be swapped; ``role`` says whose config it is ("new" or "loaded")."""
 
@@ -86,6 +148,8 @@ def unsupported_layer(layer: LoraLayer, adapter_name: str, tensors: Sequence[Slo
             return f"a {tensor.named_key} without data (on the meta device)"
         if type(parameter) is not torch.nn.Parameter or type(parameter.data) is not torch.Tensor:
             return f"a {tensor.named_key} of type {type(parameter.data).__name__}"
+        if not parameter.is_contiguous() and torch._debug_has_internal_overlap(parameter) == 1:
+            return f"an expanded {tensor.named_key}, whose values share memory"
         if tensor.key.endswith(".bias"):
             return "a lora_bias"
     return None
@@ -148,7 +212,7 @@ def settings_for(config: LoraConfig, path: str) -> LayerSettings:
 
 def targets(config: LoraConfig, path: str) -> bool:
     """Whether a fresh load with this (resolved) config would put an adapter on the layer at ``path``."""
-    return bool(check_target_module_exists(config, path))
+    return config.target_modules is not None and bool(check_target_module_exists(config, path))
 
 
 def resolved_config(config: LoraConfig, host: Host) -> LoraConfig:

@@ -1,0 +1,60 @@
+"""Swaps through the embedded adapters in a terminal, and shows that it works and how long it takes.
+
+    python -m hotswap_lab
+    python -m hotswap_lab --word banana --repeats 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+
+import torch
+
+from . import demo
+from .compare import compare
+from .timing import machine
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m hotswap_lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--word", default="hotswap", help="the word that the model is asked (lower case letters)")
+    parser.add_argument("--repeats", type=int, default=15, help="swaps per figure")
+    parser.add_argument("--threads", type=int, default=2, help="threads that torch may use")
+    options = parser.parse_args(arguments)
+    if not (options.word.isascii() and options.word.isalpha() and options.word.islower()):
+        parser.error("--word must be made of the letters a to z")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    torch.set_num_threads(options.threads)
+
+    width = max(len(options.word) * 2, 12) + 2
+    print(f"One live model, {len(demo.adapter_names())} adapters. Each takes the place of the loaded one.\n")
+    print(
+        f"{'adapter':11}{'answer':{width}}{'equals a fresh load':22}{'hotswap_lab':14}{'PEFT hotswap':20}PEFT load+delete"
+    )
+    print(f"{'(base)':11}{demo.ask(demo.load_base(), demo.load_tokenizer(), options.word):{width}}")
+    right = True
+    refusals = {}
+    for name in demo.adapter_names():
+        row = compare(name, options.word, options.repeats)
+        right &= row.ours.matches
+        if row.peft_hotswap.refusal:
+            refusals[name] = row.peft_hotswap.refusal
+        print(
+            f"{name:11}{row.answer:{width}}{row.ours.matches!s:22}{row.ours!s:14}"
+            f"{row.peft_hotswap!s:20}{row.peft_load_delete}",
+            flush=True,
+        )
+    print("\nTimes: from reverse to this adapter, from disk, median of", options.repeats)
+    print("wrong: no error, but other outputs than a fresh load")
+    for name, refusal in refusals.items():
+        print(f"PEFT hotswap refuses {name}: {refusal}")
+    print(machine())
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Ctrl-C waits until a write is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Holds KeyboardInterrupt back while the block runs (some milliseconds), then lets it through.
+
+    Python delivers the signal between any two steps of a program, so without this it could hit after the last
+    write of a swap, when there is nothing left to undo but a failure to report. Only the main thread receives
+    the signal; elsewhere, and under handlers that weren't installed from Python, nothing needs to be done.
+
+    >>> with interrupts_held():
+    ...     done = True
+    >>> done
+    True
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    received: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if received:
+            previous(*received[0])
