@@ -1,0 +1,118 @@
+"""The oracle must say no whenever something differs, and yes only when it has seen a difference it could miss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import KINDS, load, save_random_adapter
+from oracle import assert_untouched, snapshot
+
+from hotswap_lab import Adapter, HotswapError, hotswap_adapter, verify_hotswap
+
+KIND = KINDS["linear"]
+
+
+@pytest.fixture
+def new(tmp_path):
+    return save_random_adapter(KIND, tmp_path / "new", seed=2, r=6, lora_alpha=3)
+
+
+@pytest.fixture
+def model(tmp_path, new):
+    model = load(KIND, save_random_adapter(KIND, tmp_path / "old", seed=1, r=4))
+    hotswap_adapter(model, new, "default")
+    return model
+
+
+def verify(model, new, **kwargs):
+    return verify_hotswap(model, new, inputs=KIND.inputs(), **kwargs)
+
+
+def test_yes(model, new):
+    before = snapshot(model)
+    verdict = verify(model, new)
+    assert verdict
+    assert verdict.difference <= verdict.tolerance < verdict.change / 100
+    assert str(verdict) == "matches a fresh load: True"
+    assert verify(model, new, base=KIND.base)
+    assert verify(model, Adapter.load(new))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("part", ["a weight", "a scaling", "a table", "the config", "the base", "a dead layer"])
+def test_no(model, new, part):
+    layer = model.get_base_model().first
+    base = None
+    if part == "a weight":
+        layer.lora_A["default"].weight.data[0, 0] += 1e-6
+    elif part == "a scaling":
+        layer.scaling["default"] *= 1.001
+    elif part == "a table":
+        layer.r["default"] = 7
+    elif part == "the config":
+        model.peft_config["default"].lora_alpha = 4
+    elif part == "the base":
+        layer.base_layer.weight.data += 0.01
+        base = KIND.base
+    else:
+        layer.lora_A["default"].weight.data.zero_()
+    verdict = verify(model, new, base=base)
+    assert not verdict
+    assert str(verdict).startswith("matches a fresh load: False\n")
+
+
+def test_inconclusive_when_the_adapter_changes_nothing(tmp_path):
+    """B = 0, as LoRA starts: everything equals everything."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(KIND.base(), LoraConfig(r=4, target_modules=["first"]))
+    model.save_pretrained(tmp_path / "zero")
+    verdict = verify(model, tmp_path / "zero")
+    assert not verdict
+    assert "inconclusive" in str(verdict)
+
+
+def test_the_adapter_must_be_what_the_model_computes_with(model, new):
+    model.load_adapter(new, "other")
+    model.set_adapter("other")
+    with pytest.raises(HotswapError, match=r"set_adapter\('default'\) first"):
+        verify(model, new)
+    model.set_adapter("default")
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(HotswapError, match="disabled: True"):
+        verify(model, new)
+
+
+def test_inputs_are_needed_where_the_model_brings_none(model, new):
+    with pytest.raises(HotswapError, match="can't be verified without inputs"):
+        verify_hotswap(model, new)
+
+
+def test_training_mode_is_put_back(model, new):
+    model.train()
+    model.get_base_model().last.eval()
+    modes = [module.training for module in model.modules()]
+    assert verify(model, new)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions(tmp_path, new, dtype):
+    from peft import PeftModel
+
+    old = save_random_adapter(KIND, tmp_path / "older", seed=3, r=2)
+    model = PeftModel.from_pretrained(KIND.base().to(dtype), old)
+    hotswap_adapter(model, new, "default")
+    inputs = KIND.inputs().to(dtype)
+    assert verify_hotswap(model, new, inputs=inputs).difference == 0
+
+
+@pytest.mark.parametrize("name", ["conv", "embedding", "llama", "gpt2"])
+def test_every_kind_of_model(name, tmp_path):
+    kind = KINDS[name]
+    old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4)
+    new = save_random_adapter(kind, tmp_path / "new", seed=2, r=8)
+    model = torch.compile(load(kind, old), backend="eager")
+    assert not verify_hotswap(model, new, inputs=kind.inputs())
+    hotswap_adapter(model, new, "default")
+    assert verify_hotswap(model, new, inputs=kind.inputs())
