@@ -51,6 +51,9 @@ class HotswapError(ValueError, RuntimeError):
             lines.append(f"... and {len(refusals) - self.SHOWN} more, all in the `refusals` of this error")
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple:
+        return (type(self), self.refusals)
+
 
 def refuse(summary: str, found: str, expected: str, next_step: str) -> HotswapError:
     """An error with a single refusal, ready to raise."""

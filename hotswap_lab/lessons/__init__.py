@@ -1,0 +1,26 @@
+"""What the notebooks show and ask: one module of exercises per chapter, and the pictures they share.
+
+No swap logic is in here. ``figures`` draws, ``exercise`` is the frame of every exercise, ``start`` belongs to
+chapter 00 and ``uncompiled`` to chapter 01.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from . import figures
+
+__all__ = ["begin", "figures"]
+
+
+def begin(threads: int = 2) -> None:
+    """Sets a notebook up: a fixed number of threads, so that figures can be compared, and no noise.
+
+    PEFT 0.21 with transformers 5.24 warns about a deprecated name at every load; a reader can do nothing about it.
+
+    >>> begin()
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    torch.set_num_threads(threads)

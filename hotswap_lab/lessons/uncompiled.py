@@ -1,0 +1,57 @@
+"""Chapter 01: swapping by hand, and what that gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .. import demo
+from ..adapter import Adapter
+from ..hotswap import plan_hotswap
+from ..plan import Action
+from ..slot import resolve_slot
+from .exercise import Exercise, Result
+
+WORD = "notebook"
+
+
+def _swap_by_hand(solution: Callable) -> list[Result]:
+    model, tokenizer = demo.load("reverse")
+    slot = resolve_slot(model, "default")
+    addresses = slot.data_ptrs()
+    solution(model, Adapter.load(demo.adapter_path("vowels_up")).tensors)
+    return [
+        Result(f"the answer to {WORD}", demo.ask(model, tokenizer, WORD), demo.TASKS["vowels_up"](WORD)),
+        Result("the addresses stay the same", slot.data_ptrs() == addresses, True),
+    ]
+
+
+swap_by_hand = Exercise(
+    "Copy each tensor of the dict into the parameter of the model that it belongs to, in place. About 3 lines.\n"
+    "The file calls it '....lora_A.weight', the model '....lora_A.default.weight'.",
+    _swap_by_hand,
+)
+
+
+def _layers_to_turn_off(solution: Callable) -> list[Result]:
+    results = []
+    for old, new in (("reverse", "shout"), ("reverse", "caesar"), ("sort", "double"), ("shout", "shout")):
+        model, _ = demo.load(old)
+        plan = plan_hotswap(model, demo.adapter_path(new))
+        expected = {layer.path for layer in plan.layers if layer.action is Action.OFF}
+        tensors = [Adapter.load(demo.adapter_path(name)).tensors for name in (old, new)]
+        yours = solution(*tensors)
+        results.append(Result(f"{old} to {new}", _count(yours), _count(expected)))
+        if len(yours) == len(expected) and set(yours) != expected:
+            results.append(Result(f"{old} to {new}, one of them", min(yours), min(expected)))
+    return results
+
+
+def _count(layers: set[str]) -> str:
+    return f"{len(layers)} layers"
+
+
+layers_to_turn_off = Exercise(
+    "From the tensors of the old and the new adapter, return the set of layers (such as\n"
+    "'model.layers.0.mlp.up_proj') that only the old one has. About 3 lines.",
+    _layers_to_turn_off,
+)

@@ -1,0 +1,96 @@
+"""Runs the notebooks and stores their outputs in the one form that is committed.
+
+    python notebooks/refresh.py                 # all of them
+    python notebooks/refresh.py 00_start_here   # only those whose name contains this
+
+Stored: outputs, without execution counts, widget state or anything else that changes from run to run. The
+address of the repository, in the first cell of each notebook and in README's badges, is taken from
+pyproject.toml: it is changed there, and then here by running this script.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent
+MAX_BYTES = 100_000
+
+
+def repository() -> str:
+    """The address in pyproject.toml, without a slash at the end."""
+    text = (ROOT / "pyproject.toml").read_text()
+    return re.search(r'^Repository = "https://github.com/(.+?)/?"$', text, re.MULTILINE).group(1)
+
+
+def with_address(text: str) -> str:
+    """``text`` with every mention of the repository's address set to what pyproject.toml says."""
+    return re.sub(
+        r"(git\+https://github\.com/|mybinder\.org/v2/gh/|colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+",
+        lambda match: match.group(1) + repository(),
+        text,
+    )
+
+
+def notebooks() -> list[Path]:
+    return sorted(path for path in FOLDER.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+
+
+def clean(notebook: nbformat.NotebookNode) -> None:
+    """Takes out what changes from run to run."""
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        cell.source = with_address(cell.source)
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = _merged(cell.outputs)
+            for output in cell.outputs:
+                if output.output_type in ("execute_result", "display_data"):
+                    output.metadata = {}
+                if output.output_type == "execute_result":
+                    output.execution_count = None
+
+
+def _merged(outputs: list) -> list:
+    """Printed text in one piece: in how many it arrives depends on the machine's load."""
+    merged: list = []
+    for output in outputs:
+        if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def refresh(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    clean(notebook)
+    text = nbformat.writes(notebook) + "\n"
+    if len(text.encode()) > MAX_BYTES:
+        raise SystemExit(f"{path.name} has {len(text.encode()):,} bytes; at most {MAX_BYTES:,} are committed")
+    path.write_text(text)
+    print(f"{path.relative_to(ROOT)}: {len(text.encode()):,} bytes")
+
+
+def main(wanted: list[str]) -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(with_address(readme.read_text()))
+    for path in notebooks():
+        if not wanted or any(name in str(path) for name in wanted):
+            refresh(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,117 @@
+"""The embedded model does what its cards say, on words it has never seen."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+
+from hotswap_lab import demo, hotswap_adapter, verify_hotswap
+from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR, copy
+from hotswap_lab.demo.train import RECIPES
+
+NAMES = demo.adapter_names()
+
+
+@pytest.fixture(scope="module")
+def live():
+    """One model for all of them: every adapter is swapped in."""
+    return demo.load("reverse")
+
+
+def test_the_base_model_copies():
+    assert demo.exact_match(demo.load_base(), demo.load_tokenizer(), "copy") >= 0.98
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_match_on_held_out_words(live, name):
+    model, tokenizer = live
+    hotswap_adapter(model, demo.adapter_path(name), "default")
+    score = demo.exact_match(model, tokenizer, name)
+    assert score >= 0.98
+    card = (Path(demo.adapter_path(name)) / "README.md").read_text()
+    claimed = float(re.search(r"never trained on: ([\d.]+)%", card).group(1)) / 100
+    assert score == pytest.approx(claimed, abs=0.005)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_adapter_equals_a_fresh_load_after_every_other(live, name):
+    model, _ = live
+    for before in NAMES:
+        hotswap_adapter(model, demo.adapter_path(before), "default")
+        hotswap_adapter(model, demo.adapter_path(name), "default")
+        assert verify_hotswap(model, demo.adapter_path(name), base=demo.load_base)
+
+
+def test_the_adapters_differ_in_everything_a_swap_must_handle():
+    configs = {name: LoraConfig.from_pretrained(demo.adapter_path(name)) for name in NAMES}
+    tensors = {name: load_file(Path(demo.adapter_path(name)) / "adapter_model.safetensors") for name in NAMES}
+    assert len(NAMES) >= 6
+    assert {config.r for config in configs.values()} >= {2, 32}
+    assert {config.use_rslora for config in configs.values()} == {True, False}
+    assert any(config.rank_pattern and config.alpha_pattern for config in configs.values())
+    assert any(config.lora_dropout for config in configs.values())
+    assert {tensor.dtype for each in tensors.values() for tensor in each.values()} == {torch.float32, torch.bfloat16}
+    keys = {name: set(each) for name, each in tensors.items()}
+    assert not keys["caesar"] & keys["pig_latin"]
+    assert keys["shout"] < keys["reverse"]
+    shapes = {name: {key: tensor.shape for key, tensor in each.items()} for name, each in tensors.items()}
+    assert shapes["reverse"] == shapes["vowels_up"]
+
+
+def test_assets_are_small():
+    total = sum(path.stat().st_size for path in demo.ASSETS_DIR.rglob("*") if path.is_file())
+    assert total < 8_000_000
+
+
+def test_every_recipe_has_its_folder_and_its_task():
+    assert sorted(RECIPES) == NAMES == sorted(set(demo.TASKS) - {"copy"})
+
+
+def test_no_word_is_both_trained_on_and_held_out():
+    held_out = demo.sample_words(300, seed=1, held_out=True)
+    trained = demo.sample_words(3000, seed=2, held_out=False)
+    assert not set(held_out) & set(trained)
+    assert all(demo.is_held_out(word) for word in held_out)
+    assert demo.sample_words(300, seed=1, held_out=True) == held_out
+
+
+def test_the_tokenizer_knows_every_character():
+    tokenizer = demo.load_tokenizer()
+    for character in ALPHABET:
+        ids = tokenizer(character)["input_ids"]
+        assert len(ids) == 1
+        assert ids[0] != tokenizer.unk_token_id
+        assert tokenizer.decode(ids) == character
+    text = f"Hot Swap{SEPARATOR}42!"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_generate_gives_the_same_answers_as_ask():
+    """``ask`` has its own short loop, which works for compiled wrappers; transformers' own must agree."""
+    model, tokenizer = demo.load("pig_latin")
+    words = ["a", "hotswap", "notebook"]
+    batch = tokenizer([word + SEPARATOR for word in words], return_tensors="pt", padding=True)
+    ids = model.generate(**batch, max_new_tokens=20, do_sample=False)
+    texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert demo.ask_all(model, tokenizer, words) == texts == [demo.TASKS["pig_latin"](word) for word in words]
+
+
+def test_ask_works_through_a_compiled_wrapper():
+    model, tokenizer = demo.load("reverse")
+    assert demo.ask(torch.compile(model, backend="eager"), tokenizer, "abc") == "cba"
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="there is no embedded adapter 'nothing'; choose one of caesar, double"):
+        demo.load("nothing")
+
+
+def test_the_base_is_fresh_each_time():
+    assert demo.load_base() is not demo.load_base()
+    assert isinstance(demo.load("sort")[0], PeftModel)
+    assert copy("word") == "word"

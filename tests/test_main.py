@@ -1,0 +1,50 @@
+"""The tour in the terminal, run as a user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hotswap_lab import __main__ as main_module
+from hotswap_lab import demo
+from hotswap_lab.compare import Comparison, Way, compare
+
+
+def test_the_tour():
+    done = subprocess.run(
+        [sys.executable, "-m", "hotswap_lab", "--word", "banana", "--repeats", "2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
+    for name in demo.adapter_names():
+        assert lines[name][1:3] == [demo.TASKS[name]("banana"), "True"]
+        assert lines[name][4] == "ms"
+    assert "PEFT hotswap refuses pig_latin: Configs are incompatible: for use_rslora" in done.stdout
+
+
+def test_a_wrong_swap_ends_in_an_error(monkeypatch, capsys):
+    def wrong(name, word, repeats):
+        return Comparison(name, "?", Way(False), Way(False, refusal="no"), Way(True))
+
+    monkeypatch.setattr(main_module, "compare", wrong)
+    assert main_module.main(["--repeats", "1"]) == 1
+    assert "False" in capsys.readouterr().out
+
+
+def test_words_the_model_does_not_know_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main_module.main(["--word", "Hot swap"])
+    assert "--word must be made of the letters a to z" in capsys.readouterr().err
+
+
+def test_pefts_hotswap_is_judged_by_the_same_oracle():
+    """shout lacks most layers of reverse: PEFT can do that. sort has patterns: PEFT refuses."""
+    assert compare("shout", "abc", 2).peft_hotswap.matches
+    row = compare("sort", "abc", 2)
+    assert (row.peft_hotswap.timing, row.ours.matches, row.peft_load_delete.matches) == (None, True, True)
+    assert str(row.peft_hotswap) == "refused"
