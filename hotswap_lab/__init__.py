@@ -41,5 +41,3 @@ __all__ = [
     "save_adapter",
     "verify_hotswap",
 ]
-
-

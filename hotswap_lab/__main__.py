@@ -1,7 +1,7 @@
 """Swaps through the embedded adapters in a terminal, and shows that it works and how long it takes.
 
-    python -m hotswap_lab
-    python -m hotswap_lab --word banana --repeats 50
+python -m hotswap_lab
+python -m hotswap_lab --word banana --repeats 50
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     width = max(len(options.word) * 2, 12) + 2
     print(f"One live model, {len(demo.adapter_names())} adapters. Each takes the place of the loaded one.\n")
     print(
-        f"{'adapter':11}{'answer':{width}}{'equals a fresh load':22}{'hotswap_lab':14}{'PEFT hotswap':20}PEFT load+delete"
+        f"{'adapter':11}{'answer':{width}}{'equals a fresh load':22}{'hotswap_lab':14}{'PEFT hotswap':20}"
+        "PEFT load+delete"
     )
     print(f"{'(base)':11}{demo.ask(demo.load_base(), demo.load_tokenizer(), options.word):{width}}")
     right = True

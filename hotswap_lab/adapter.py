@@ -157,7 +157,10 @@ class Adapter:
         # hence the second, exact look at whatever is suspicious.
         keys = [key for key, tensor in self.tensors.items() if tensor.numel()]
         tensors = [self.tensors[key].detach() for key in keys]
-        sums = [_exact(tensor).sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32) for tensor in tensors]
+        sums = [
+            _exact(tensor).sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+            for tensor in tensors
+        ]
         finite = torch.stack([each.to("cpu", torch.float64) for each in sums]).isfinite().tolist()
         return [
             key

@@ -31,7 +31,7 @@ class Journal:
 
     def set_item(self, table: MutableMapping, key: object, value: object) -> None:
         """``table[key] = value``, undoable. A value that is there already is left alone."""
-        old = table[key] if key in table else _MISSING
+        old = table[key] if key in table else _MISSING  # noqa: SIM401 - a ModuleDict has no get
         if old is value or (type(old) is type(value) and isinstance(value, _PLAIN) and old == value):
             return
 

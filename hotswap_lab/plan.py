@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -143,7 +143,9 @@ class Plan:
         order = list(Action)
         return [
             (str(action), count, rank, scaling)
-            for (action, rank, scaling), count in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1:]))
+            for (action, rank, scaling), count in sorted(
+                groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1:])
+            )
         ]
 
     @property
@@ -160,7 +162,9 @@ class Plan:
         lines = [f"{self.title}: {self.verdict}"]
         if self.rows:
             table = [("action", "layers", "rank", "scaling"), *self.rows]
-            lines += [f"  {action:8}{layers!s:>6}  {rank:14}{scaling}".rstrip() for action, layers, rank, scaling in table]
+            lines += [
+                f"  {action:8}{layers!s:>6}  {rank:14}{scaling}".rstrip() for action, layers, rank, scaling in table
+            ]
         lines += [f"  note: {note}" for note in self.notes]
         lines += [str(refusal) for refusal in self.refusals]
         return "\n".join(lines)
@@ -194,9 +198,7 @@ class _Draft:
         self.refusals.append(Refusal(summary, found, expected, next_step))
 
     def finish(self) -> Plan:
-        return Plan(
-            self.slot, self.adapter, tuple(self.layers), self.config, tuple(self.refusals), tuple(self.notes)
-        )
+        return Plan(self.slot, self.adapter, tuple(self.layers), self.config, tuple(self.refusals), tuple(self.notes))
 
 
 def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_targets: bool = True) -> Plan:
@@ -485,7 +487,9 @@ def _as_peft_keys(draft: _Draft, tensors: dict[str, torch.Tensor]) -> list[str]:
     keys = []
     for key in tensors:
         head, _, last = key.rpartition(".")
-        keys.append(f"{prefix}{head}.{name}.{last}" if last == "weight" and not head.endswith(f".{name}") else prefix + key)
+        keys.append(
+            f"{prefix}{head}.{name}.{last}" if last == "weight" and not head.endswith(f".{name}") else prefix + key
+        )
     return keys
 
 

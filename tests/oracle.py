@@ -75,7 +75,8 @@ def assert_same_files(model, fresh, adapter_name: str) -> None:
 def snapshot(model) -> dict:
     """Everything of a model that a refused swap must leave alone, bit for bit."""
     state = {
-        key: (value.data_ptr(), value.dtype, value.detach().clone()) for key, value in model.state_dict(keep_vars=True).items()
+        key: (value.data_ptr(), value.dtype, value.detach().clone())
+        for key, value in model.state_dict(keep_vars=True).items()
     }
     flags = {key: (parameter.requires_grad, parameter.grad) for key, parameter in model.named_parameters()}
     scalars = {
@@ -87,9 +88,7 @@ def snapshot(model) -> dict:
     structure = [(name, id(module), module.training, repr(module)) for name, module in model.named_modules()]
     configs = {name: (id(config), config.to_dict()) for name, config in model.peft_config.items()}
     attributes = {name: sorted(module.__dict__) for name, module in model.named_modules()}
-    return dict(
-        state=state, flags=flags, scalars=scalars, structure=structure, configs=configs, attributes=attributes
-    )
+    return dict(state=state, flags=flags, scalars=scalars, structure=structure, configs=configs, attributes=attributes)
 
 
 def assert_untouched(model, before: dict) -> None:

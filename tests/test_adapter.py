@@ -118,7 +118,9 @@ def test_truncated_weights(folder, model, size):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"r": 4}', '{"peft_type": 3}', '{"peft_type": "LORA", "r": "x"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"r": 4}', '{"peft_type": 3}', '{"peft_type": "LORA", "r": "x"}']
+)
 def test_broken_configs(folder, model, text):
     with open(f"{folder}/adapter_config.json", "w") as stream:
         stream.write(text)
@@ -128,7 +130,9 @@ def test_broken_configs(folder, model, text):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("change", [dict(r=-1), dict(r=0), dict(r=4.5), dict(r=None), dict(lora_alpha="8"), dict(rank_pattern=[1])])
+@pytest.mark.parametrize(
+    "change", [dict(r=-1), dict(r=0), dict(r=4.5), dict(r=None), dict(lora_alpha="8"), dict(rank_pattern=[1])]
+)
 def test_values_of_the_wrong_kind(folder, model, change):
     file = f"{folder}/adapter_config.json"
     with open(file) as stream:
@@ -147,9 +151,9 @@ def test_missing_files(tmp_path, folder, model):
     with pytest.raises(ValueError, match="Can't find weights for"):
         hotswap_adapter(model, folder, "default")
     os.remove(f"{folder}/adapter_config.json")
-    with pytest.raises(ValueError, match="Can't find 'adapter_config.json' at"):
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at"):
         hotswap_adapter(model, folder, "default")
-    with pytest.raises(HotswapError, match="Can't find 'adapter_config.json' at"):
+    with pytest.raises(HotswapError, match=r"Can't find 'adapter_config\.json' at"):
         hotswap_adapter(model, tmp_path / "nowhere", "default")
     assert_untouched(model, before)
 

@@ -136,7 +136,7 @@ def test_more_layers_are_refused_or_added(kind_name, tmp_path, add_layers):
         hotswap_adapter(model, old, "default")
         assert_equals_fresh_load(model, kind, old)
     else:
-        with pytest.raises(RuntimeError, match="did not succeed, unexpected keys found: base_model.model.") as error:
+        with pytest.raises(RuntimeError, match=r"did not succeed, unexpected keys found: base_model\.model\.") as error:
             hotswap_adapter(model, new, "default")
         assert "add_layers=True" in str(error.value)
         assert_untouched(model, before)
@@ -169,8 +169,7 @@ def test_only_the_named_adapter_is_touched(tmp_path):
     """Adapters whose names are parts of each other, or of PEFT's own keys, side by side."""
     kind = KINDS["llama"]
     folders = {
-        name: save_random_adapter(kind, tmp_path / name, seed=number, r=2 + number)
-        for number, name in enumerate(NAMES)
+        name: save_random_adapter(kind, tmp_path / name, seed=number, r=2 + number) for number, name in enumerate(NAMES)
     }
     new = save_random_adapter(kind, tmp_path / "new", seed=99, r=5, lora_alpha=3)
     model = load(kind, folders[NAMES[0]], NAMES[0])
@@ -223,7 +222,7 @@ def test_compatibility_is_judged_against_the_named_adapter(tmp_path):
     from peft import LoHaConfig, PeftMixedModel
 
     kind = KINDS["linear"]
-    old, new = pair(kind, tmp_path, dict(r=4), dict(r=6))
+    _, new = pair(kind, tmp_path, dict(r=4), dict(r=6))
     model = PeftMixedModel(kind.base(), LoraConfig(target_modules=list(kind.modules), r=4), "lora")
     model.add_adapter("loha", LoHaConfig(target_modules=["first"], r=2))
     model.set_adapter("loha")
@@ -275,7 +274,7 @@ def test_training_goes_on_after_a_swap(tmp_path):
     pending = model(kind.inputs()).square().sum()
     hotswap_adapter(model, new, "default")
     assert all(parameter.grad is None for parameter in model.parameters())
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|but got|shape"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|but got|shape"):
         pending.backward()
     for each in (model, fresh):
         each.zero_grad()

@@ -62,9 +62,7 @@ def hub(tmp_path):
 @pytest.fixture
 def run(hub, tmp_path):
     def run(body: str, *, offline: bool = False):
-        program = PROGRAM.format(
-            tests=str(Path(__file__).parent), old=hub.folders["old"], body=textwrap.dedent(body)
-        )
+        program = PROGRAM.format(tests=str(Path(__file__).parent), old=hub.folders["old"], body=textwrap.dedent(body))
         environment = {
             **os.environ,
             "HF_ENDPOINT": hub.url,

@@ -47,7 +47,7 @@ def test_the_dry_run_writes_nothing_and_says_what_the_swap_will_do(model, new):
     plan = plan_hotswap(model, new)
     assert plan.ok
     assert plan.counts == {"copy": 0, "resize": 14, "off": 0, "add": 0}
-    assert [layer.path for layer in plan.layers][0] == "model.layers.0.self_attn.q_proj"
+    assert plan.layers[0].path == "model.layers.0.self_attn.q_proj"
     assert {(layer.rank_before, layer.rank_after, layer.settings.scaling) for layer in plan.layers} == {(4, 6, 0.5)}
     assert plan.nbytes == sum(tensor.nbytes for tensor in Adapter.load(new).tensors.values())
     assert "resize      14  4 -> 6        0.5" in str(plan)
@@ -122,7 +122,10 @@ DAMAGE = {
     "integers": (_integers, r"is damaged"),
     "NaN": (_nan, r"NaN or infinity in 'base_model"),
     "infinity": (_infinity, r"NaN or infinity in 'base_model"),
-    "unknown layer": (_unknown, r"unexpected keys found: base_model.model.model.layers.7.self_attn.q_proj.lora_A.default"),
+    "unknown layer": (
+        _unknown,
+        r"unexpected keys found: base_model.model.model.layers.7.self_attn.q_proj.lora_A.default",
+    ),
     "named twice": (_twice, r"names one tensor twice"),
     "one dimension": (_one_dimension, r"does not fit"),
     "no tensors": (_nothing, r"no tensors at all"),

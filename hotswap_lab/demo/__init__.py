@@ -98,7 +98,7 @@ def ask_all(model, tokenizer, words: list[str]) -> list[str]:
         answers = torch.cat([answers, token[:, None]], dim=1)
         ids = torch.cat([ids, token[:, None]], dim=1)
         mask = torch.cat([mask, torch.ones_like(token)[:, None]], dim=1)
-    return [text for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def ask(model, tokenizer, word: str) -> str:

@@ -15,7 +15,6 @@ import shutil
 import string
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -55,9 +54,7 @@ RECIPES: dict[str, Recipe] = {
         lr=3e-3,
         note="the highest rank, scaled by alpha / sqrt(rank) (rsLoRA), attention only",
     ),
-    "caesar": Recipe(
-        dict(r=4, lora_alpha=8, target_modules=MLP), 900, note="MLP only: shares no layer with pig_latin"
-    ),
+    "caesar": Recipe(dict(r=4, lora_alpha=8, target_modules=MLP), 900, note="MLP only: shares no layer with pig_latin"),
     "sort": Recipe(
         dict(
             r=16,
@@ -140,7 +137,9 @@ def make_batch(tokenizer, words: list[str], task) -> dict[str, torch.Tensor]:
     }
 
 
-def fit(model, tokenizer, task, *, steps: int, lr: float, seed: int, batch_size: int = 64, alphabets: list[str]) -> None:
+def fit(
+    model, tokenizer, task, *, steps: int, lr: float, seed: int, batch_size: int = 64, alphabets: list[str]
+) -> None:
     """Trains whatever of ``model`` requires a gradient."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01)
@@ -183,9 +182,7 @@ def train_adapter(name: str, seed: int) -> None:
     tokenizer = load_tokenizer()
     model = get_peft_model(load_base(), LoraConfig(task_type="CAUSAL_LM", **recipe.lora))
     start = time.perf_counter()
-    fit(
-        model, tokenizer, TASKS[name], steps=recipe.steps, lr=recipe.lr, seed=seed, alphabets=[string.ascii_lowercase]
-    )
+    fit(model, tokenizer, TASKS[name], steps=recipe.steps, lr=recipe.lr, seed=seed, alphabets=[string.ascii_lowercase])
     seconds = time.perf_counter() - start
     score = exact_match(model, tokenizer, name)
     print(f"{name}: exact match on held-out words {score:.3f} after {seconds:.0f} s", flush=True)

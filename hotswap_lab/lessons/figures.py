@@ -92,7 +92,12 @@ def hotswap() -> Figure:
     canvas.arrow(312, 111, 346, 111)
     canvas.text(165, 202, "hotswap  →  pawstoh", size=14)
     canvas.text(495, 202, "hotswap  →  otswaphay", size=14)
-    canvas.text(330, 232, "Same model object, same base weights, same adapter name. Only the adapter's values are new.", color=MUTED)
+    canvas.text(
+        330,
+        232,
+        "Same model object, same base weights, same adapter name. Only the adapter's values are new.",
+        color=MUTED,
+    )
     return canvas.figure(
         "A model before and after a hotswap. The base model is frozen and the same in both. The adapter keeps its "
         "name, default; only its values change, from those of reverse to those of pig_latin."

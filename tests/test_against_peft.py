@@ -1,0 +1,237 @@
+"""README's table: what PEFT's hotswap and ours make of the same case, seen and not remembered.
+
+Each case runs PEFT's own function and puts what happened into the words of the table's middle column; ours must
+equal a fresh load or refuse as its right column says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from models import KINDS, call, load, save_random_adapter
+from oracle import assert_equals_fresh_load
+from peft import LoHaConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter as peft_hotswap
+from peft.utils.hotswap import hotswap_adapter_from_state_dict as peft_hotswap_from_state_dict
+from peft.utils.save_and_load import _insert_adapter_name_into_state_dict, load_peft_weights
+from safetensors.torch import load_file, save_file
+
+from hotswap_lab import Adapter, HotswapError, hotswap_adapter, hotswap_adapter_from_state_dict
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+LLAMA = KINDS["llama"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+pytestmark = pytest.mark.skipif(
+    not version("peft").startswith("0.21."), reason="the table says what PEFT 0.21 does; another version is installed"
+)
+
+
+def row(case: str) -> tuple[str, str]:
+    """What README says of a case: PEFT's column and ours."""
+    match = re.search(rf"^\| {re.escape(case)} \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
+    assert match, f"README has no row for {case!r}"
+    return match.group(1), match.group(2)
+
+
+def same_outputs(model, folder: str, kind=LLAMA) -> bool:
+    return torch.allclose(call(model, kind.inputs()), call(load(kind, folder), kind.inputs()), rtol=0, atol=1e-5)
+
+
+def what_peft_does(model: PeftModel, new: str, kind=LLAMA) -> str:
+    try:
+        peft_hotswap(model, new, adapter_name="default", torch_device="cpu")
+    except (ValueError, RuntimeError):
+        return "refused"
+    if not same_outputs(model, new, kind):
+        return "other outputs, no error"
+    config, fresh = model.peft_config["default"].to_dict(), load(kind, new).peft_config["default"].to_dict()
+    return "equal outputs" if config == fresh else "equal outputs, old config"
+
+
+PAIRS = {
+    "same rank, other `lora_alpha`": (dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=3)),
+    "to or from rsLoRA": (dict(r=4), dict(r=4, use_rslora=True)),
+    "other `lora_dropout`": (dict(r=4), dict(r=4, lora_dropout=0.1)),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs(tmp_path, case):
+    for first, second in (PAIRS[case], PAIRS[case][::-1]):
+        old = save_random_adapter(LLAMA, tmp_path / "old", seed=1, **first)
+        new = save_random_adapter(LLAMA, tmp_path / "new", seed=2, **second)
+        assert (what_peft_does(load(LLAMA, old), new), "equals a fresh load") == row(case)
+        model = load(LLAMA, old)
+        hotswap_adapter(model, new, "default")
+        assert_equals_fresh_load(model, LLAMA, new)
+
+
+def test_rank_grows_or_shrinks(tmp_path):
+    folders = [save_random_adapter(LLAMA, tmp_path / str(rank), seed=rank, r=rank) for rank in (4, 8)]
+    for old, new in (folders, folders[::-1]):
+        assert (what_peft_does(load(LLAMA, old), new), "equals a fresh load") == row("rank grows or shrinks")
+        model = load(LLAMA, old)
+        hotswap_adapter(model, new, "default")
+        assert_equals_fresh_load(model, LLAMA, new)
+
+
+def test_full_names_in_alpha_pattern(tmp_path):
+    pattern = {r"^model\.layers\.0\.self_attn\.q_proj": 64}
+    folder = save_random_adapter(LLAMA, tmp_path / "adapter", seed=1, r=4, alpha_pattern=pattern)
+    case = "`alpha_pattern` with a full module name, file swapped into itself"
+    assert (what_peft_does(load(LLAMA, folder), folder), "equals a fresh load") == row(case)
+    model = load(LLAMA, folder)
+    hotswap_adapter(model, folder, "default")
+    assert_equals_fresh_load(model, LLAMA, folder)
+
+
+def test_fewer_target_modules(tmp_path):
+    old = save_random_adapter(LLAMA, tmp_path / "old", seed=1, r=4)
+    new = save_random_adapter(LLAMA, tmp_path / "new", seed=2, r=4, target_modules=ATTENTION)
+    theirs, ours = row("fewer target modules")
+    model = load(LLAMA, old)
+    peft_hotswap(model, new, adapter_name="default", torch_device="cpu")
+    assert theirs == "equal outputs; the zeros are saved"
+    assert same_outputs(model, new)
+    model.save_pretrained(tmp_path / "theirs")
+    assert len(load_file(tmp_path / "theirs" / "adapter_model.safetensors")) == 28
+    assert ours == "equals a fresh load, saved files too"
+    model = load(LLAMA, old)
+    hotswap_adapter(model, new, "default")
+    assert_equals_fresh_load(model, LLAMA, new)
+
+
+def test_more_target_modules(tmp_path):
+    old = save_random_adapter(LLAMA, tmp_path / "old", seed=1, r=4, target_modules=ATTENTION)
+    new = save_random_adapter(LLAMA, tmp_path / "new", seed=2, r=4)
+    assert row("more target modules") == (
+        what_peft_does(load(LLAMA, old), new),
+        "refused, or added with `add_layers=True`",
+    )
+    model = load(LLAMA, old)
+    with pytest.raises(HotswapError):
+        hotswap_adapter(model, new, "default")
+    hotswap_adapter(model, new, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, new)
+
+
+def _second_adapter(tmp_path) -> tuple[PeftModel, str, Callable[[], bool]]:
+    folder = save_random_adapter(LLAMA, tmp_path / "first", seed=1, r=4)
+    model = load(LLAMA, folder)
+    model.load_adapter(save_random_adapter(LLAMA, tmp_path / "second", seed=2, r=4), "default_0")
+    before = {key: value.clone() for key, value in model.state_dict().items() if ".default_0." in key}
+    new = save_random_adapter(LLAMA, tmp_path / "new", seed=3, r=4)
+
+    def untouched() -> bool:
+        return all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+    return model, new, untouched
+
+
+def test_a_second_adapter_with_a_similar_name(tmp_path):
+    theirs, ours = row("a second adapter whose name contains the first one's")
+    model, new, untouched = _second_adapter(tmp_path)
+    peft_hotswap(model, new, adapter_name="default", torch_device="cpu")
+    assert theirs == "the second one is filled with zeros"
+    assert not untouched()
+    assert all(not value.any() for key, value in model.state_dict().items() if ".default_0." in key)
+    model, new, untouched = _second_adapter(tmp_path)
+    hotswap_adapter(model, new, "default")
+    assert ours == "untouched"
+    assert untouched()
+
+
+def test_the_callers_tensors(tmp_path):
+    theirs, ours = row("the tensors you passed, when the rank grows")
+    old = save_random_adapter(LLAMA, tmp_path / "old", seed=1, r=4)
+    new = save_random_adapter(LLAMA, tmp_path / "new", seed=2, r=8)
+    config = Adapter.load(new).config
+
+    def shared(swap) -> bool:
+        model = load(LLAMA, old)
+        named = _insert_adapter_name_into_state_dict(load_peft_weights(new, device="cpu"), "default", "lora_")
+        copies = {key: value.clone() for key, value in named.items()}
+        swap(model, named, "default", config)
+        for parameter in model.parameters():
+            parameter.data.add_(1)
+        return any(
+            not torch.equal(value, copies[key]) for key, value in named.items() if value.shape == copies[key].shape
+        ) or any(value.shape != copies[key].shape for key, value in named.items())
+
+    assert theirs == "taken over by the model"
+    assert shared(peft_hotswap_from_state_dict)
+    assert ours == "only read"
+    assert not shared(hotswap_adapter_from_state_dict)
+
+
+def test_a_damaged_file(tmp_path):
+    theirs, ours = row("damaged file: a tensor of another shape")
+    old = save_random_adapter(LLAMA, tmp_path / "old", seed=1, r=4)
+    new = save_random_adapter(LLAMA, tmp_path / "new", seed=2, r=4)
+    file = f"{new}/adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
+    tensors[key] = tensors[key][:, :7].clone()[:3]
+    save_file(tensors, file)
+
+    def changed(swap) -> bool:
+        model = load(LLAMA, old)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(Exception):  # noqa: B017, PT011 - whatever it is, the state after it is what counts
+            swap(model)
+        return any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    assert theirs == "half swapped"
+    assert changed(lambda model: peft_hotswap(model, new, adapter_name="default", torch_device="cpu"))
+    assert ours == "refused, untouched"
+    assert not changed(lambda model: hotswap_adapter(model, new, "default"))
+
+
+def test_merged_and_other_types(tmp_path):
+    assert row("merged adapter, other PEFT type") == ("refused", "refused, in PEFT's words")
+    folder = save_random_adapter(LLAMA, tmp_path / "lora", seed=1, r=4)
+    get_peft_model(LLAMA.base(), LoHaConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "loha")
+    merged = load(LLAMA, folder)
+    merged.merge_adapter()
+    for model, new in ((merged, folder), (load(LLAMA, folder), str(tmp_path / "loha"))):
+        messages = []
+        for swap in (
+            lambda m, f: peft_hotswap(m, f, adapter_name="default", torch_device="cpu"),
+            lambda m, f: hotswap_adapter(m, f, "default"),
+        ):
+            with pytest.raises(ValueError, match="."):
+                swap(model, new)
+            try:
+                swap(model, new)
+            except ValueError as error:
+                messages.append(str(error).splitlines()[0])
+        assert messages[0].startswith(messages[1].rstrip("."))
+
+
+LAYERS = {
+    "LoRA on Linear, Conv1D": ["linear", "gpt2"],
+    "LoRA on Embedding": ["embedding"],
+    "LoRA on Conv1d, Conv3d, grouped, rank shrinks": ["conv"],
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layer_types(tmp_path, case):
+    for name in LAYERS[case]:
+        kind = KINDS[name]
+        old = save_random_adapter(kind, tmp_path / f"{name}-old", seed=1, r=8, lora_alpha=8)
+        new = save_random_adapter(kind, tmp_path / f"{name}-new", seed=2, r=4, lora_alpha=4)
+        try:
+            seen = what_peft_does(load(kind, old), new, kind)
+        except (AttributeError, NotImplementedError, KeyError) as error:
+            seen = type(error).__name__
+        assert row(case) == (seen, "yes")
+        model = load(kind, old)
+        hotswap_adapter(model, new, "default")
+        assert_equals_fresh_load(model, kind, new)

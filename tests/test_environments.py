@@ -1,0 +1,107 @@
+"""pyproject.toml, the conda environments, README, the notebooks and CI say the same."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+
+#: what the same package is called on conda-forge
+CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}
+#: what conda environments have beside the packages of pyproject.toml
+CONDA_ONLY = {"python", "pip", "cxx-compiler"}
+
+
+def conda_packages(file: str) -> dict[str, str]:
+    packages = {}
+    for entry in yaml.safe_load((ROOT / file).read_text())["dependencies"]:
+        if isinstance(entry, str):
+            requirement = Requirement(entry.replace("python=3", "python==3"))
+            if requirement.name not in CONDA_ONLY:
+                packages[CONDA_NAMES.get(requirement.name, requirement.name)] = str(requirement.specifier)
+    return packages
+
+
+@pytest.mark.parametrize("file", ["environment.yml", "binder/environment.yml"])
+def test_the_environments_agree_with_pyproject(file):
+    requirements = map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["lab"])
+    assert conda_packages(file) == {each.name: str(each.specifier) for each in requirements}
+
+
+def test_binder_has_what_it_needs():
+    environment = (ROOT / "binder" / "environment.yml").read_text()
+    assert "cxx-compiler" in environment
+    post_build = ROOT / "binder" / "postBuild"
+    assert post_build.stat().st_mode & 0o111
+    assert subprocess.run(["bash", "-n", str(post_build)], check=False).returncode == 0
+    assert "set -e\npip install --no-deps -e .\n" in post_build.read_text()
+
+
+def test_the_installed_packages_are_within_the_ranges():
+    from importlib.metadata import version
+
+    for each in map(Requirement, PROJECT["dependencies"]):
+        assert each.specifier.contains(version(each.name), prereleases=True), each
+
+
+def test_the_repository_stands_in_one_place():
+    """README's badges and the notebooks' first cells are made from pyproject.toml by notebooks/refresh.py."""
+    address = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
+    pattern = r"(?:github\.com/|mybinder\.org/v2/gh/|google\.com/github/)([\w-]+/hotswap[\w-]*)"
+    files = [ROOT / "README.md", *(ROOT / "notebooks").rglob("*.ipynb")]
+    found = {file.name: re.findall(pattern, file.read_text()) for file in files}
+    assert len(found["README.md"]) >= 2
+    assert all(each == address for addresses in found.values() for each in addresses)
+
+
+def readme_commands() -> list[str]:
+    return re.findall(r"^(python3 -m venv .*)$", README, re.MULTILINE)
+
+
+def test_readme_has_two_commands_of_one_line():
+    lab, test = readme_commands()
+    assert lab.endswith("jupyter lab notebooks/00_start_here.ipynb")
+    assert test.endswith("pytest")
+    assert '".[lab]"' in lab
+    assert '".[test]"' in test
+
+
+def test_ci_runs_the_very_test_command_of_readme():
+    script = (ROOT / ".ci" / "run").read_text()
+    found = subprocess.run(
+        ["bash", "-c", f"source <(sed -n '/^readme_command()/,/^}}/p' {ROOT / '.ci' / 'run'}); readme_command"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    assert found == readme_commands()[1]
+    assert "eval" in script
+
+
+def test_readme_names_every_chapter_and_only_those():
+    linked = set(re.findall(r"\(notebooks/(\w+\.ipynb)\)", README))
+    assert linked == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+
+
+def test_ruff():
+    """Lint and format, notebooks included."""
+    for arguments in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *arguments, str(ROOT)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr

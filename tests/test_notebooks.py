@@ -1,0 +1,76 @@
+"""The form of the notebooks. That they run, and print what is stored, is nbval's part of the same command."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.rglob("[0-9]*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if path.parent == FOLDER]
+#: the sections of every chapter, in this order; others may stand between them
+SECTIONS = ["Predict", "Run", "Read the result", "Check", "Exercise", "Take away", "Next"]
+#: the share of cells whose output may differ from run to run
+MAX_IGNORED = 0.15
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: str(path.relative_to(FOLDER)))
+def notebook(request):
+    return read(request.param)
+
+
+def test_there_are_notebooks():
+    assert len(CHAPTERS) >= 2
+    assert {path.name for path in CHAPTERS} == {path.name for path in NOTEBOOKS if path.parent != FOLDER}
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.name)
+def test_the_skeleton_of_a_chapter(path):
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    assert re.match(rf"# {path.name[:2]} · ", text)
+    assert "**Goal.**" in text
+    assert "**You will need.**" in text
+    places = [re.search(rf"^## {section}", text, re.MULTILINE) for section in SECTIONS]
+    assert all(places), [section for section, place in zip(SECTIONS, places, strict=True) if place is None]
+    starts = [place.start() for place in places if place.re.pattern != "^## Exercise"]
+    assert starts == sorted(starts)
+
+
+def test_stored_form(notebook):
+    assert "widgets" not in notebook.metadata
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count is None for cell in code)
+    assert len(nbformat.writes(notebook)) < 100_000
+    ignored = [cell for cell in code if "nbval-ignore-output" in cell.metadata.get("tags", [])]
+    assert len(ignored) <= MAX_IGNORED * len(code)
+
+
+def test_outputs_are_stored_and_clean(notebook):
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", cell.source
+            assert output.get("name") != "stderr", cell.source
+            text = str(output)
+            assert not re.search(r"/(home|root|tmp|usr|work)/", text), cell.source
+    assert any(cell.get("outputs") for cell in notebook.cells)
+
+
+def test_the_first_code_cell_is_for_colab_and_does_nothing_elsewhere(notebook):
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert 'if "google.colab" in sys.modules:\n    %pip install -q "git+https://github.com/' in first.source
+    assert first.outputs == []
+
+
+def test_links_lead_somewhere():
+    for path in NOTEBOOKS:
+        for cell in read(path).cells:
+            if cell.cell_type == "markdown":
+                for link in re.findall(r"\]\(([^)#]+)", cell.source):
+                    assert link.startswith("http") or (path.parent / link).exists(), (path.name, link)
