@@ -24,6 +24,9 @@ from .host import PEFT_PREFIX, Host, canonical_path, unwrap_compiled
 from .saving import saved_tensors, write_adapter
 from .slot import Slot, resolve_slot
 
+#: config fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them
+PROVENANCE = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+
 #: how far outputs may differ, relative to the largest output, by the precision they were computed in
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
@@ -219,7 +222,7 @@ def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 def _mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
     name = slot.adapter_name
     live_config, fresh_config = slot.config.to_dict(), fresh.peft_config[name].to_dict()
-    for key in sorted(live_config.keys() | fresh_config.keys()):
+    for key in sorted((live_config.keys() | fresh_config.keys()) - PROVENANCE):
         if live_config.get(key) != fresh_config.get(key):
             yield f"config.{key} is {live_config.get(key)!r}, fresh {fresh_config.get(key)!r}"
     live_layers = {layer.path: layer.module for layer in slot.layers}

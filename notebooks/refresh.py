@@ -3,8 +3,10 @@
     python notebooks/refresh.py                 # all of them
     python notebooks/refresh.py 00_start_here   # only those whose name contains this
 
-Stored: outputs, without execution counts, widget state or anything else that changes from run to run. The
-address of the repository, in the first cell of each notebook and in README's badges, is taken from
+Stored: outputs, without widget state or anything else that changes from run to run. Cells are numbered from 1,
+since nbval compares only cells that have a number.
+
+The address of the repository, in the first cell of each notebook and in README's badges, is taken from
 pyproject.toml: it is changed there, and then here by running this script.
 """
 
@@ -47,17 +49,19 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
+    number = 0
     for cell in notebook.cells:
         cell.source = with_address(cell.source)
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         if cell.cell_type == "code":
-            cell.execution_count = None
+            number += 1
+            cell.execution_count = number
             cell.outputs = _merged(cell.outputs)
             for output in cell.outputs:
                 if output.output_type in ("execute_result", "display_data"):
                     output.metadata = {}
                 if output.output_type == "execute_result":
-                    output.execution_count = None
+                    output.execution_count = number
 
 
 def _merged(outputs: list) -> list:

@@ -105,8 +105,6 @@ class Kind:
     make_random: Callable[[], nn.Module]
     make_inputs: Callable[[], object]
     modules: tuple[str, ...]
-    #: ranks that all its layers allow
-    rank_step: int = 1
 
     def base(self) -> nn.Module:
         """A fresh base model; the same weights every time."""
@@ -130,7 +128,6 @@ KINDS: dict[str, Kind] = {
         Convolutions,
         lambda: torch.randn(2, 4, 16),
         ("conv1d", "grouped1d", "conv2d", "grouped2d", "conv3d", "grouped3d"),
-        rank_step=4,
     ),
     "embedding": Kind(Embedded, lambda: torch.randint(0, 20, (3, 7)), ("embed", "head")),
     "shared": Kind(SharedBlocks, lambda: torch.randn(5, 12), ("early.0",)),

@@ -61,6 +61,13 @@ def test_no(model, new, part):
     assert str(verdict).startswith("matches a fresh load: False\n")
 
 
+def test_where_an_adapter_comes_from_does_not_matter(model, tmp_path):
+    """PEFT writes the base model's name into a config when it saves one."""
+    model.get_base_model().name_or_path = "somewhere/else"
+    model.save_pretrained(tmp_path / "saved")
+    assert verify(model, tmp_path / "saved")
+
+
 def test_inconclusive_when_the_adapter_changes_nothing(tmp_path):
     """B = 0, as LoRA starts: everything equals everything."""
     from peft import LoraConfig, get_peft_model
