@@ -98,7 +98,7 @@ def malformed(config: LoraConfig) -> Iterator[Refusal]:
 def _broken_expressions(config: LoraConfig) -> Iterator[Refusal]:
     expressions = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str)]
     for pattern in (config.rank_pattern, config.alpha_pattern):
-        expressions += pattern if isinstance(pattern, dict) else ()
+        expressions += [key for key in pattern if isinstance(key, str)] if isinstance(pattern, dict) else []
     for expression in expressions:
         try:
             re.compile(expression)

@@ -1,0 +1,94 @@
+"""Exercises and pictures: a right solution is accepted, a wrong one is told apart, everything has a text form."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from hotswap_lab import demo, hotswap_adapter
+from hotswap_lab.lessons import exercise, figures, start, uncompiled
+
+
+def by_hand(model, tensors):
+    for key, tensor in tensors.items():
+        model.get_parameter(key.replace(".weight", ".default.weight")).data.copy_(tensor)
+
+
+def new_tensors(model, tensors):
+    """Right values, new addresses."""
+    for key, tensor in tensors.items():
+        model.get_parameter(key.replace(".weight", ".default.weight")).data = tensor.clone()
+
+
+def difference(old, new):
+    paths = [{key.removeprefix("base_model.model.").partition(".lora_")[0] for key in each} for each in (old, new)]
+    return paths[0] - paths[1]
+
+
+SOLUTIONS = {
+    "make_it_shout": (
+        start.make_it_shout,
+        lambda model: hotswap_adapter(model, demo.adapter_path("shout"), "default"),
+        [lambda model: None, lambda model: hotswap_adapter(model, demo.adapter_path("sort"), "default")],
+    ),
+    "swap_by_hand": (uncompiled.swap_by_hand, by_hand, [lambda model, tensors: None, new_tensors]),
+    "layers_to_turn_off": (
+        uncompiled.layers_to_turn_off,
+        difference,
+        [lambda old, new: set(), lambda old, new: difference(new, old), lambda old, new: set(old) - set(new)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_right_and_wrong_solutions(name, capsys):
+    task, right, wrong = SOLUTIONS[name]
+    task.check(right)
+    assert capsys.readouterr().out.startswith("Correct: ")
+    for solution in wrong:
+        task.check(solution)
+        out = capsys.readouterr().out
+        assert out.startswith("Not yet.\n")
+        assert "yours:" in out
+        assert "expected:" in out
+    task.show(right)
+    assert "yours" not in capsys.readouterr().out
+    assert "line" in task.spec
+
+
+def test_an_error_in_the_readers_code_is_one_line(capsys):
+    def broken(model):
+        raise KeyError("nope")
+
+    start.make_it_shout.check(broken)
+    assert "yours:    KeyError: 'nope'" in capsys.readouterr().out
+
+
+def test_results_compare():
+    assert exercise.Result("x", 1, 1).right
+    assert not exercise.Result("x", 1, 2).right
+
+
+FIGURES = {
+    "hotswap": figures.hotswap(),
+    "lora": figures.lora(),
+    "bars": figures.bars("Time & <space>", {"ours": 2.0, "theirs": 14.5}, "ms"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_valid_svg_with_a_text_form(name):
+    figure = FIGURES[name]
+    root = ElementTree.fromstring(figure.svg)
+    assert root.attrib["role"] == "img"
+    assert root[0].text == figure.text == repr(figure)
+    bundle = figure._repr_mimebundle_()
+    assert bundle == {"image/svg+xml": figure.svg, "text/plain": figure.text}
+
+
+def test_bars_are_as_long_as_their_values():
+    root = ElementTree.fromstring(FIGURES["bars"].svg)
+    bars = [each for each in root.iter("{http://www.w3.org/2000/svg}rect") if each.attrib.get("rx") == "4"]
+    widths = [float(bar.attrib["width"]) for bar in bars]
+    assert widths[0] / widths[1] == pytest.approx(2.0 / 14.5, rel=1e-3)
