@@ -10,9 +10,9 @@
 >>> verify_hotswap(model, demo.adapter_path("pig_latin"))
 matches a fresh load: True
 
-What is where: ``adapter`` (what comes in), ``slot`` (where it lives in the model), ``plan`` (what will be
-written, decided dry), ``commit`` (the write, all or nothing), ``verify`` (the oracle), ``methods`` (what differs
-per PEFT method), ``demo`` (the embedded model and its adapters).
+What is where: ``adapter`` (what comes in), ``slot`` (where it lives in the model), ``planning`` and ``plan`` (what
+will be written, decided dry), ``commit`` (the write, all or nothing), ``verify`` (the oracle), ``methods`` (what
+differs per PEFT method), ``demo`` (the embedded model and its adapters), ``lessons`` (the notebooks' exercises).
 """
 
 from . import demo

@@ -10,7 +10,8 @@ from peft import PeftConfig
 
 from .adapter import Adapter
 from .commit import commit
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planning import make_plan
 from .slot import Slot, resolve_slot
 
 

@@ -1,0 +1,359 @@
+"""Planning: decides a swap. Compares an adapter with a slot, layer by layer, and writes nothing.
+
+In this order: are both of a kind that can be swapped (``_check_kind``), is the slot in a state for it
+(``_check_slot``), what happens to each of its layers (``_plan_layer``), and what is left over (``_plan_leftovers``).
+Whatever speaks against the swap is collected, so that a user sees all of it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftConfig
+
+from .adapter import Adapter
+from .errors import Refusal, listing
+from .host import PEFT_PREFIX, canonical_path, is_compiled
+from .parts import LayerSettings, SlotTensor
+from .plan import Action, LayerPlan, Plan, TensorPlan
+from .shadow import adaptable, build_shadow_layers
+from .slot import Slot, SlotLayer
+
+
+@dataclass
+class _Draft:
+    """What is known while a plan is being made."""
+
+    slot: Slot
+    adapter: Adapter
+    config: PeftConfig
+    layers: list[LayerPlan] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def refuse(self, summary: str, found: str, expected: str, next_step: str) -> None:
+        self.refusals.append(Refusal(summary, found, expected, next_step))
+
+    def finish(self) -> Plan:
+        return Plan(self.slot, self.adapter, tuple(self.layers), self.config, tuple(self.refusals), tuple(self.notes))
+
+
+def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_targets: bool = True) -> Plan:
+    """Decides a swap. Reads the slot and the adapter, writes nothing, raises nothing: see ``Plan.refusals``.
+
+    Parameters
+    ----------
+    slot, adapter:
+        What is swapped out, and what is swapped in.
+    add_layers:
+        Whether layers that the slot lacks are added (not possible in a compiled model) rather than refused.
+    check_targets:
+        Whether the adapter's config must name the layers that its tensors belong to, as a fresh load demands.
+    """
+    draft = _Draft(slot, adapter, adapter.config)
+    _check_kind(draft)
+    if draft.refusals:
+        return draft.finish()
+    draft.config = slot.method.resolved_config(adapter.config, slot.host)
+    if check_targets and draft.config.target_modules is None:
+        draft.refuse(
+            "The adapter's config does not say which layers it targets.",
+            found="target_modules=None, and no default for this kind of model",
+            expected="the names of the layers that the tensors belong to",
+            next_step="complete target_modules in adapter_config.json",
+        )
+        return draft.finish()
+    draft.config.inference_mode = slot.config.inference_mode
+    _check_slot(draft)
+    if draft.refusals:
+        return draft.finish()
+    tensors = _by_canonical_key(draft)
+    for layer in slot.layers:
+        _plan_layer(draft, layer, tensors, check_targets)
+    _plan_leftovers(draft, tensors, add_layers, check_targets)
+    if check_targets:
+        _note_missing_targets(draft)
+    else:
+        _retarget_config(draft)
+    if not draft.refusals and not any(layer.settings for layer in draft.layers):
+        draft.refuse(
+            "Hot swapping the adapter did not succeed, it has nothing for any layer of the loaded one.",
+            found=f"keys such as {listing(map(repr, adapter.tensors), 2)}",
+            expected=f"keys for layers such as {listing((repr(layer.path) for layer in slot.layers), 2)}",
+            next_step="check that both adapters were made for the same base model",
+        )
+    return draft.finish()
+
+
+def _check_kind(draft: _Draft) -> None:
+    old, new = draft.slot.config.peft_type, draft.adapter.config.peft_type
+    if old != new:
+        old, new = (getattr(kind, "value", kind) for kind in (old, new))
+        draft.refuse(
+            f"Incompatible PEFT types found: {old} and {new}",
+            found=f"an adapter of type {new}",
+            expected=f"type {old}, as the adapter {draft.slot.adapter_name!r} in the model",
+            next_step="load it under a name of its own with model.load_adapter, then model.set_adapter",
+        )
+        return
+    draft.refusals += draft.slot.method.malformed(draft.adapter.config)
+    if draft.refusals:
+        return
+    draft.refusals += draft.slot.method.unsupported(draft.adapter.config, "new")
+    draft.refusals += draft.slot.method.unsupported(draft.slot.config, "loaded")
+
+
+def _check_slot(draft: _Draft) -> None:
+    slot, name = draft.slot, draft.slot.adapter_name
+    if any(name in layer.module.merged_adapters for layer in slot.layers):
+        draft.refuse(
+            f"Cannot hot-swap adapter '{name}' because it is currently merged into the base weights.",
+            found="base weights that contain the old adapter",
+            expected="an unmerged adapter: unmerging after a swap would subtract the wrong weights",
+            next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
+        )
+    for layer in slot.layers:
+        if reason := slot.method.unsupported_layer(layer.module, name, layer.tensors):
+            draft.refuse(
+                f"The layer {layer.path} can't be swapped in place.",
+                found=reason,
+                expected="plain lora_A and lora_B parameters on the layer",
+                next_step="load the adapter with PeftModel.from_pretrained on a fresh base model",
+            )
+
+
+def _by_canonical_key(draft: _Draft) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in draft.adapter.tensors.items():
+        short = canonical_path(key)
+        if short in tensors:
+            draft.refuse(
+                "The adapter names one tensor twice.",
+                found=f"two keys that both mean {short!r}",
+                expected="each tensor once, with or without the prefix 'base_model.model.'",
+                next_step="remove one of them",
+            )
+        tensors[short] = tensor
+    return tensors
+
+
+def _take(draft: _Draft, layer: SlotLayer, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
+    """Removes from ``tensors`` what belongs to the layer, under any of its names."""
+    taken = []
+    for target in layer.tensors:
+        keys = [f"{path}.{key}" for path in layer.paths for key in (target.key, target.named_key)]
+        found = [(key, tensors.pop(key)) for key in keys if key in tensors]
+        taken.append(found[0][1] if found else None)
+        for key, other in found[1:]:
+            if not _same(other, found[0][1]):
+                draft.refuse(
+                    "The adapter has two different values for one tensor.",
+                    found=f"{found[0][0]!r} and {key!r} differ",
+                    expected=f"one value, since both name the same parameter of {layer.path}",
+                    next_step="get the adapter from a model in which these layers are shared",
+                )
+    return taken
+
+
+def _plan_layer(
+    draft: _Draft,
+    layer: SlotLayer,
+    tensors: dict[str, torch.Tensor],
+    check_targets: bool,
+    action: Action | None = None,
+) -> None:
+    """Plans one layer; ``action`` overrides what the shapes would say."""
+    sources = _take(draft, layer, tensors)
+    rank_before = None if action is Action.ADD else layer.tensors[0].rank_of(layer.tensors[0].parameter.shape)
+    if all(source is None for source in sources):
+        writes = tuple(TensorPlan(target, None) for target in layer.tensors)
+        draft.layers.append(LayerPlan(layer, Action.OFF, rank_before, None, writes))
+        return
+    if any(source is None for source in sources):
+        missing = [target.key for target, source in zip(layer.tensors, sources, strict=True) if source is None]
+        draft.refuse(
+            f"The adapter is incomplete at {layer.path}.",
+            found=f"no {listing(missing)}",
+            expected=f"all of {listing(target.key for target in layer.tensors)}, or none",
+            next_step="get a complete copy of the adapter",
+        )
+        return
+    if check_targets and not any(draft.slot.method.targets(draft.config, path) for path in layer.paths):
+        draft.refuse(
+            f"The adapter's config does not target {layer.path}, but its tensors do.",
+            found=f"target_modules={draft.adapter.config.target_modules!r}",
+            expected="a config that targets every layer the file has tensors for; a fresh load would ignore these",
+            next_step="correct target_modules in adapter_config.json, or remove the tensors",
+        )
+        return
+    settings = draft.slot.method.settings_for(draft.config, layer.path)
+    if not _shapes_agree(draft, layer, sources, settings):
+        return
+    writes = tuple(TensorPlan(target, source) for target, source in zip(layer.tensors, sources, strict=True))
+    same_shapes = all(write.keeps_address for write in writes)
+    action = action or (Action.COPY if same_shapes else Action.RESIZE)
+    draft.layers.append(LayerPlan(layer, action, rank_before, settings, writes))
+
+
+def _shapes_agree(draft: _Draft, layer: SlotLayer, sources: Sequence[torch.Tensor], settings: LayerSettings) -> bool:
+    for target, source in zip(layer.tensors, sources, strict=True):
+        where = f"{layer.path}.{target.key}"
+        if not target.fits(source.shape):
+            draft.refuse(
+                f"The adapter does not fit the base model at {layer.path}.",
+                found=f"{where} of shape {tuple(source.shape)}",
+                expected=f"shape {_shape_text(target)}",
+                next_step="use an adapter that was made for this base model",
+            )
+            return False
+        rank = target.rank_of(source.shape)
+        if rank is not None and rank != settings.rank:
+            draft.refuse(
+                f"The adapter's tensors and its config disagree about the rank at {layer.path}.",
+                found=f"{where} of rank {rank}",
+                expected=f"rank {settings.rank}, as r and rank_pattern of the config say",
+                next_step="pass the config that belongs to these tensors",
+            )
+            return False
+    step = draft.slot.method.rank_step(layer.module)
+    if settings.rank % step:
+        draft.refuse(
+            f"The rank does not fit the grouped convolution {layer.path}.",
+            found=f"rank {settings.rank}",
+            expected=f"a multiple of its {step} groups",
+            next_step="use an adapter that was made for this base model",
+        )
+        return False
+    return True
+
+
+def _shape_text(target: SlotTensor) -> str:
+    sizes = [str(size) for size in target.parameter.shape]
+    if target.rank_axis is not None:
+        sizes[target.rank_axis] = "rank" if target.groups == 1 else f"rank/{target.groups}"
+    return f"({', '.join(sizes)})"
+
+
+def _plan_leftovers(draft: _Draft, tensors: dict[str, torch.Tensor], add_layers: bool, check_targets: bool) -> None:
+    """Plans what no layer of the slot took: base weights that were saved too, layers to add, unknown keys."""
+    if not tensors:
+        return
+    _drop_unchanged_base_weights(draft, tensors)
+    if tensors and add_layers:
+        _add_layers(draft, tensors, check_targets)
+    if not tensors:
+        return
+    keys = _as_peft_keys(draft, tensors)
+    layers = sorted({layer for key in tensors if (layer := adaptable(draft.slot.host.base, key)) is not None})
+    if layers:
+        next_step = (
+            "pass add_layers=True to add them, or load first the adapter that targets most layers"
+            if not add_layers
+            else "load first the adapter that targets most layers"
+        )
+        found = f"tensors for {len(layers)} layers that the loaded adapter lacks: {listing(layers, 3)}"
+    else:
+        next_step = "check that both adapters were made for the same base model, or pass key_mapping"
+        found = f"{len(keys)} keys that name no layer of the base model"
+    draft.refuse(
+        f"Hot swapping the adapter did not succeed, unexpected keys found: {listing(keys, 4)}.",
+        found=found,
+        expected=f"tensors only for layers of the loaded adapter {draft.slot.adapter_name!r}",
+        next_step=next_step,
+    )
+
+
+def _drop_unchanged_base_weights(draft: _Draft, tensors: dict[str, torch.Tensor]) -> None:
+    """PEFT saves embedding weights beside their LoRA. They are fine as long as they are the base model's own."""
+    candidates = [key for key in tensors if ".lora_" not in key]
+    if not candidates:
+        return
+    own = {canonical_path(key): value for key, value in draft.slot.host.base.state_dict(keep_vars=True).items()}
+    for key in candidates:
+        weight = own.get(key, own.get(_inside_base_layer(key)))
+        if weight is None or weight.shape != tensors[key].shape:
+            continue
+        if _same(tensors[key].to(weight.dtype), weight):
+            del tensors[key]
+            continue
+        del tensors[key]
+        draft.refuse(
+            "The adapter comes with other base weights than the model has.",
+            found=f"a different {key!r}",
+            expected="the base weights that the model was loaded with",
+            next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
+        )
+
+
+def _inside_base_layer(key: str) -> str:
+    module, _, name = key.rpartition(".")
+    return f"{module}.base_layer.{name}"
+
+
+def _add_layers(draft: _Draft, tensors: dict[str, torch.Tensor], check_targets: bool) -> None:
+    slot = draft.slot
+    paths = sorted({path for key in tensors if (path := adaptable(slot.host.base, key)) is not None})
+    if not paths:
+        return
+    if is_compiled(slot.host.root):
+        draft.refuse(
+            "Layers can't be added to a compiled model.",
+            found=f"{len(paths)} layers that the loaded adapter lacks: {listing(paths, 3)}",
+            expected="an adapter whose layers are all in the compiled graph",
+            next_step="before compiling, load the adapter that targets most layers",
+        )
+        return
+    try:
+        shadows = build_shadow_layers(slot, draft.config, paths)
+    except Exception as error:
+        draft.refuse(
+            "The layers that the loaded adapter lacks can't be added.",
+            found=f"{type(error).__name__}: {error}",
+            expected="layers that PEFT can put LoRA on",
+            next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
+        )
+        return
+    for layer in shadows:
+        _plan_layer(draft, layer, tensors, check_targets, Action.ADD)
+
+
+def _as_peft_keys(draft: _Draft, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Keys as PEFT's messages show them: with prefix, adapter name and all."""
+    prefix = PEFT_PREFIX if draft.slot.host.is_peft_model else ""
+    name = draft.slot.adapter_name
+    keys = []
+    for key in tensors:
+        head, _, last = key.rpartition(".")
+        keys.append(
+            f"{prefix}{head}.{name}.{last}" if last == "weight" and not head.endswith(f".{name}") else prefix + key
+        )
+    return keys
+
+
+def _retarget_config(draft: _Draft) -> None:
+    """Makes the config name exactly the layers that the tensors are for, so that it reloads as what it is."""
+    targets = draft.slot.method.targets
+    if draft.config.target_modules is None or any(
+        targets(draft.config, plan.path) != (plan.settings is not None) for plan in draft.layers
+    ):
+        draft.config.target_modules = {plan.path for plan in draft.layers if plan.settings is not None}
+        draft.config.layers_to_transform = draft.config.layers_pattern = draft.config.exclude_modules = None
+
+
+def _note_missing_targets(draft: _Draft) -> None:
+    named = [
+        plan.path
+        for plan in draft.layers
+        if plan.action is Action.OFF and draft.slot.method.targets(draft.config, plan.path)
+    ]
+    if named:
+        draft.notes.append(
+            f"the config targets {len(named)} layers that the file has no tensors for ({listing(named, 2)}); "
+            "they are turned off"
+        )
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first.detach().to(second.device, second.dtype), second.detach())
