@@ -147,12 +147,13 @@ def test_added_layers_take_on_the_state_of_the_others(tmp_path):
     old, new = pair(kind, tmp_path, dict(r=4, target_modules=["q_proj"]), dict(r=8))
     other = save_random_adapter(kind, tmp_path / "other", seed=3, r=2, target_modules=["q_proj", "v_proj"])
     model = load(kind, old, is_trainable=True)
-    model.load_adapter(other, "other")
+    model.load_adapter(other, "other")  # PEFT 0.20 freezes the first adapter here, PEFT 0.21 doesn't
+    (trainable,) = {tensor.parameter.requires_grad for tensor in resolve_slot(model, "default").tensors}
     model.train()
     hotswap_adapter(model, new, "default", add_layers=True)
     status = {layer.name: layer for layer in model.get_layer_status()}
     assert {tuple(layer.active_adapters) for layer in status.values()} == {("default",)}
-    assert all(layer.requires_grad["default"] for layer in status.values())
+    assert {layer.requires_grad["default"] for layer in status.values()} == {trainable}
     assert all(module.training for name, module in model.named_modules() if "lora_A" in name)
     # v_proj was already wrapped, for the other adapter: it has both now
     assert {"default", "other"} <= set(status["model.model.layers.0.self_attn.v_proj"].available_adapters)

@@ -34,6 +34,8 @@ def test_same_files_as_pefts_own_save_after_a_fresh_load(kind, tmp_path):
     load(kind, new).save_pretrained(tmp_path / "fresh", save_embedding_layers=False)
     (our_config, our_tensors), (config, tensors) = read(tmp_path / "ours"), read(tmp_path / "fresh")
     assert our_config == config
+    # PEFT 0.20 saves a shared block once per path, PEFT 0.21 once
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("base_model.model.late.")}
     assert_same_tensors(our_tensors, tensors)
     assert_equals_fresh_load(load(kind, str(tmp_path / "ours")), kind, new)
 
