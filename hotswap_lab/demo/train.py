@@ -27,6 +27,8 @@ from .tasks import ALPHABET, SEPARATOR, copy
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
+#: how many held-out words a card's score is measured on
+HELD_OUT_COUNT = 500
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def train_adapter(name: str, seed: int) -> None:
     start = time.perf_counter()
     fit(model, tokenizer, TASKS[name], steps=recipe.steps, lr=recipe.lr, seed=seed, alphabets=[string.ascii_lowercase])
     seconds = time.perf_counter() - start
-    score = exact_match(model, tokenizer, name)
+    score = exact_match(model, tokenizer, name, count=HELD_OUT_COUNT)
     print(f"{name}: exact match on held-out words {score:.3f} after {seconds:.0f} s", flush=True)
     save_folder(model, name, recipe, score)
 
@@ -197,14 +199,8 @@ def save_folder(model, name: str, recipe: Recipe, score: float) -> None:
     weights = folder / "adapter_model.safetensors"
     tensors = {key: tensor.to(recipe.dtype) for key, tensor in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
-    # a saved config names the folder of the base model as it was on the machine that trained it
     config_file = folder / "adapter_config.json"
-    config = json.loads(config_file.read_text())
-    config["base_model_name_or_path"] = None
-    config["target_modules"] = (
-        sorted(config["target_modules"]) if isinstance(config["target_modules"], list) else config["target_modules"]
-    )
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config_file.write_text(json.dumps(portable(json.loads(config_file.read_text())), indent=2, sort_keys=True) + "\n")
     example = "hotswap"
     (folder / "README.md").write_text(
         f"---\nlibrary_name: peft\nlicense: apache-2.0\ntags: [lora]\n---\n\n"
@@ -214,7 +210,16 @@ def save_folder(model, name: str, recipe: Recipe, score: float) -> None:
     )
 
 
-HELD_OUT_COUNT = 500
+def portable(config: dict) -> dict:
+    """A saved config without the path of the base model on this machine, and without what only has its default
+    value: an older PEFT warns about every field it doesn't know, whatever its value."""
+    default = LoraConfig().to_dict()
+    kept = {key: value for key, value in config.items() if key not in default or value != default[key]}
+    kept |= {key: config[key] for key in ("peft_type", "task_type", "r", "lora_alpha", "inference_mode")}
+    kept.pop("base_model_name_or_path", None)
+    if isinstance(kept["target_modules"], list):
+        kept["target_modules"] = sorted(kept["target_modules"])
+    return kept
 
 
 def main() -> None:
