@@ -8,8 +8,6 @@ that has nothing left to fail at. It is the last thing done, so there is never a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -54,7 +52,7 @@ def commit(plan: Plan) -> None:
     'def'
     """
     plan.raise_if_refused()
-    with _write_mode(plan):
+    with plan.slot.write_mode(), torch.no_grad():
         staged = _stage(plan)
         journal = Journal()
         with interrupts_held():
@@ -69,14 +67,6 @@ def commit(plan: Plan) -> None:
             except BaseException:
                 journal.roll_back()
                 raise
-
-
-@contextlib.contextmanager
-def _write_mode(plan: Plan) -> Iterator[None]:
-    """Without gradients; and in inference mode if the model was loaded in it, since its tensors demand that."""
-    is_inference = any(tensor.parameter.is_inference() for tensor in plan.slot.tensors)
-    with torch.inference_mode() if is_inference else torch.no_grad():
-        yield
 
 
 def _stage(plan: Plan) -> _Staged:

@@ -48,7 +48,7 @@ def build_shadow_layers(slot: Slot, config: PeftConfig, paths: list[str]) -> lis
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     try:
         # the weights are overwritten, so drawing them must not move the user's random numbers on
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with slot.write_mode(), torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             inject_adapter_in_model(config, stand_in, slot.adapter_name)
     finally:
@@ -62,7 +62,8 @@ def build_shadow_layers(slot: Slot, config: PeftConfig, paths: list[str]) -> lis
         for tensor in layer.tensors:
             if like.dtype == torch.float32:
                 # PEFT keeps adapters in float32 even on a half-precision base unless told otherwise
-                tensor.parameter.data = tensor.parameter.data.float()
+                with slot.write_mode():
+                    tensor.parameter.data = tensor.parameter.data.float()
             tensor.parameter.requires_grad_(like.requires_grad)
         layers.append(layer)
     return layers

@@ -57,6 +57,13 @@ class Slot:
         """All tensors of the adapter, in the order of the layers."""
         return [tensor for layer in self.layers for tensor in layer.tensors]
 
+    def write_mode(self) -> torch.inference_mode:
+        """Inference mode exactly if the adapter was loaded in it, whatever the caller is in.
+
+        Its tensors demand that; and tensors made in inference mode would make any other model untrainable.
+        """
+        return torch.inference_mode(any(tensor.parameter.is_inference() for tensor in self.tensors))
+
     def data_ptrs(self) -> list[int]:
         """The memory address of each tensor. A swap that keeps the ranks leaves them as they are.
 

@@ -236,12 +236,14 @@ def test_compatibility_is_judged_against_the_named_adapter(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_the_models_dtype_stays(tmp_path, dtype, autocast):
+@pytest.mark.parametrize("add_layers", [False, True])
+def test_the_models_dtype_stays(tmp_path, dtype, autocast, add_layers):
     kind = KINDS["linear"]
-    old, new = pair(kind, tmp_path, dict(r=4), dict(r=6))
+    targets = ["first"] if add_layers else list(kind.modules)
+    old, new = pair(kind, tmp_path, dict(r=4, target_modules=targets), dict(r=6))
     model = PeftModel.from_pretrained(kind.base().to(dtype), old, autocast_adapter_dtype=autocast)
     fresh = PeftModel.from_pretrained(kind.base().to(dtype), new, autocast_adapter_dtype=autocast)
-    hotswap_adapter(model, new, "default")
+    hotswap_adapter(model, new, "default", add_layers=add_layers)
     expected = fresh.state_dict()
     assert {key: value.dtype for key, value in model.state_dict().items()} == {
         key: value.dtype for key, value in expected.items()
@@ -423,13 +425,16 @@ def test_models_loaded_in_inference_mode(tmp_path):
             assert_same_outputs(model, load(kind, new), kind)
 
 
-def test_a_swap_inside_inference_mode(tmp_path):
+@pytest.mark.parametrize("rank", [4, 6])
+def test_a_swap_inside_inference_mode_leaves_the_model_trainable(tmp_path, rank):
     kind = KINDS["linear"]
-    old, new = pair(kind, tmp_path, dict(r=4), dict(r=4))
-    model = load(kind, old)
+    old, new = pair(kind, tmp_path, dict(r=4, target_modules=["first"]), dict(r=rank))
+    model = load(kind, old, is_trainable=True)
     with torch.inference_mode():
-        hotswap_adapter(model, new, "default")
-    assert_equals_fresh_load(model, kind, new)
+        hotswap_adapter(model, new, "default", add_layers=True)
+    assert_equals_fresh_load(model, kind, new, is_trainable=True)
+    model(kind.inputs()).square().sum().backward()
+    assert all(tensor.parameter.grad is not None for tensor in resolve_slot(model, "default").tensors)
 
 
 @pytest.mark.parametrize("name", ["hotswap_adapter", "hotswap_adapter_from_state_dict"])
