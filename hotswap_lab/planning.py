@@ -115,13 +115,17 @@ def _check_slot(draft: _Draft) -> None:
             next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
         )
     for layer in slot.layers:
-        if reason := slot.method.unsupported_layer(layer.module, name, layer.tensors):
-            draft.refuse(
-                f"The layer {layer.path} can't be swapped in place.",
-                found=reason,
-                expected="plain lora_A and lora_B parameters on the layer",
-                next_step="load the adapter with PeftModel.from_pretrained on a fresh base model",
-            )
+        _check_layer(draft, layer)
+
+
+def _check_layer(draft: _Draft, layer: SlotLayer) -> None:
+    if reason := draft.slot.method.unsupported_layer(layer.module, draft.slot.adapter_name, layer.tensors):
+        draft.refuse(
+            f"The layer {layer.path} can't be swapped in place.",
+            found=reason,
+            expected="plain lora_A and lora_B parameters on the layer",
+            next_step="load the adapter with PeftModel.from_pretrained on a fresh base model",
+        )
 
 
 def _by_canonical_key(draft: _Draft) -> dict[str, torch.Tensor]:
@@ -316,6 +320,7 @@ def _add_layers(draft: _Draft, tensors: dict[str, torch.Tensor], check_targets: 
         )
         return
     for layer in shadows:
+        _check_layer(draft, layer)
         _plan_layer(draft, layer, tensors, check_targets, Action.ADD)
 
 

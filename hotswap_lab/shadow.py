@@ -40,7 +40,12 @@ def build_shadow_layers(slot: Slot, config: PeftConfig, paths: list[str]) -> lis
     requires_grad: list[tuple[torch.nn.Parameter, bool]] = []
     for path in paths:
         module = slot.host.base.get_submodule(path)
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, slot.method.layer_class):
+            raise TypeError(f"{path} is already adapted by another PEFT method, {type(module).__name__}")
         base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if any(True for _ in base_layer.children()):
+            # PEFT would put layers inside it, and thereby change the model itself
+            raise TypeError(f"{path} is a {type(base_layer).__name__}, which has modules of its own")
         requires_grad += [(parameter, parameter.requires_grad) for parameter in base_layer.parameters()]
         _plant(stand_in, path, base_layer)
     config = copy.deepcopy(config)

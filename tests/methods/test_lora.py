@@ -96,6 +96,41 @@ class Attention(nn.Module):
         return self.mha(x, x, x)[0]
 
 
+def test_multihead_attention_is_not_added_either():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.mha = nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
+
+    model = get_peft_model(Both(), LoraConfig(r=2, target_modules=["lin"]))
+    before = snapshot(model)
+    tensors = {
+        f"{name}.lora_{side}.weight": torch.ones(shape)
+        for name, rows in (("lin", 8), ("mha", 24))
+        for side, shape in (("A", (2, 8)), ("B", (rows, 2)))
+    }
+    with pytest.raises(HotswapError, match="a MultiheadAttention"):
+        hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig(r=2), add_layers=True)
+    assert_untouched(model, before)
+
+
+def test_layers_of_another_peft_method_are_not_added_to():
+    from peft import LoHaConfig, PeftMixedModel
+
+    model = PeftMixedModel(KINDS["linear"].base(), LoraConfig(r=2, target_modules=["first"]), "lora")
+    model.add_adapter("loha", LoHaConfig(target_modules=["last"]))
+    before = snapshot(model)
+    tensors = {
+        "first.lora_A.weight": torch.ones(2, 12),
+        "first.lora_B.weight": torch.ones(16, 2),
+        "last.lora_A.weight": torch.ones(2, 16),
+        "last.lora_B.weight": torch.ones(6, 2),
+    }
+    with pytest.raises(HotswapError, match="already adapted by another PEFT method"):
+        hotswap_adapter_from_state_dict(model, tensors, "lora", LoraConfig(r=2), add_layers=True)
+    assert_untouched(model, before)
+
+
 def test_multihead_attention_is_refused():
     model = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["mha"]))
     before = snapshot(model)
