@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 
 import torch
 
@@ -27,7 +26,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not (options.word.isascii() and options.word.isalpha() and options.word.islower()):
         parser.error("--word must be made of the letters a to z")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.set_num_threads(options.threads)
 
     width = max(len(options.word) * 2, 12) + 2

@@ -74,27 +74,24 @@ def _quiet() -> Iterator[None]:
 def compare(name: str, word: str, repeats: int) -> Comparison:
     """Swaps the adapter ``name`` in, all three ways, ``repeats`` times each."""
     folder = demo.adapter_path(name)
-    tokenizer = demo.load_tokenizer()
     with _quiet():
         first = PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(FIRST))
-        fresh = PeftModel.from_pretrained(demo.load_base(), folder)
-        expected = _outputs(fresh)
+        expected = _outputs(PeftModel.from_pretrained(demo.load_base(), folder))
         live = copy.deepcopy(first)
         hotswap_adapter(live, folder, "default")
-        answer = demo.ask(live, tokenizer, word)
+        answer = demo.ask(live, demo.load_tokenizer(), word)
         matches = bool(verify_hotswap(live, folder, base=demo.load_base))
-        ours = Way(matches, _time(live, lambda: hotswap_adapter(live, folder, "default"), hotswap_adapter, repeats))
+        ours = Way(matches, _time(lambda path: hotswap_adapter(live, path, "default"), folder, repeats))
         theirs = _peft_way(copy.deepcopy(first), folder, expected, repeats)
-        numbers = (f"adapter{number}" for number in itertools.count())
-        live_2 = copy.deepcopy(first)
-        timing = measure(lambda: load_and_delete(live_2, folder, numbers), n=repeats)
-        loaded = Way(torch.allclose(_outputs(live_2), expected, rtol=0, atol=1e-4), timing)
+        names = (f"adapter{number}" for number in itertools.count())
+        timing = measure(lambda: load_and_delete(first, folder, names), n=repeats)
+        loaded = Way(_equals(first, expected), timing)
     return Comparison(name, answer, ours, theirs, loaded)
 
 
-def _time(model: PeftModel, run: Callable[[], None], back: Callable, repeats: int) -> Timing:
+def _time(swap: Callable[[str], None], folder: str, repeats: int) -> Timing:
     """Times a swap from the first adapter to another one; the way back doesn't count."""
-    return measure(run, before=lambda: back(model, demo.adapter_path(FIRST), "default"), n=repeats)
+    return measure(lambda: swap(folder), before=lambda: swap(demo.adapter_path(FIRST)), n=repeats)
 
 
 def _peft_way(model: PeftModel, folder: str, expected: torch.Tensor, repeats: int) -> Way:
@@ -102,14 +99,13 @@ def _peft_way(model: PeftModel, folder: str, expected: torch.Tensor, repeats: in
         peft_hotswap(model, folder)
     except Exception as error:
         return Way(False, refusal=str(error).splitlines()[0])
-    matches = torch.allclose(_outputs(model), expected, rtol=0, atol=1e-4)
-
-    def back(model: PeftModel, first: str, _: str) -> None:
-        peft_hotswap(model, first)
-
-    return Way(matches, _time(model, lambda: peft_hotswap(model, folder), back, repeats))
+    return Way(_equals(model, expected), _time(lambda path: peft_hotswap(model, path), folder, repeats))
 
 
 @torch.inference_mode()
-def _outputs(model: torch.nn.Module) -> torch.Tensor:
-    return model(**demo.load_base().dummy_inputs).logits
+def _outputs(model: PeftModel) -> torch.Tensor:
+    return model(**model.get_base_model().dummy_inputs).logits
+
+
+def _equals(model: PeftModel, expected: torch.Tensor) -> bool:
+    return torch.allclose(_outputs(model), expected, rtol=0, atol=1e-4)

@@ -18,6 +18,7 @@ from peft import PeftConfig
 from .adapter import Adapter
 from .errors import HotswapError, Refusal
 from .parts import LayerSettings, SlotTensor
+from .report import html_table
 from .slot import Slot, SlotLayer
 
 
@@ -169,8 +170,6 @@ class Plan:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        from .report import html_table
-
         return html_table(
             self.title,
             ["action", "layers", "rank", "scaling"],

@@ -279,16 +279,13 @@ def _drop_unchanged_base_weights(draft: _Draft, tensors: dict[str, torch.Tensor]
         weight = own.get(key, own.get(_inside_base_layer(key)))
         if weight is None or weight.shape != tensors[key].shape:
             continue
-        if _same(tensors[key].to(weight.dtype), weight):
-            del tensors[key]
-            continue
-        del tensors[key]
-        draft.refuse(
-            "The adapter comes with other base weights than the model has.",
-            found=f"a different {key!r}",
-            expected="the base weights that the model was loaded with",
-            next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
-        )
+        if not _same(tensors.pop(key).to(weight.dtype), weight):
+            draft.refuse(
+                "The adapter comes with other base weights than the model has.",
+                found=f"a different {key!r}",
+                expected="the base weights that the model was loaded with",
+                next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
+            )
 
 
 def _inside_base_layer(key: str) -> str:

@@ -90,7 +90,8 @@ def verify_hotswap(
     model:
         The model after a swap, compiled or not. ``adapter_name`` must be its only active adapter.
     adapter:
-        The adapter that was swapped in: a folder, a Hub id, or an :class:`Adapter`.
+        The adapter that was swapped in: a folder, a Hub id, or an :class:`Adapter` with the keys of a file, that
+        is, without the adapter's name in them.
     adapter_name:
         Its name in the model.
     inputs:

@@ -12,7 +12,7 @@ from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_te
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 
-from hotswap_lab import HotswapError, hotswap_adapter, save_adapter
+from hotswap_lab import HotswapError, hotswap_adapter, resolve_slot, save_adapter
 from hotswap_lab import saving as saving_module
 
 LLAMA = KINDS["llama"]
@@ -66,15 +66,9 @@ def test_from_a_model_that_is_no_peft_model(tmp_path):
 
 def test_the_saved_tensors_share_no_memory_with_the_model(tmp_path):
     old = save_random_adapter(LLAMA, tmp_path / "old", seed=1, r=4)
-    slot = hotswap_lab_slot(load(LLAMA, old))
+    slot = resolve_slot(load(LLAMA, old), "default")
     addresses = set(slot.data_ptrs())
     assert not addresses & {tensor.data_ptr() for tensor in saving_module.saved_tensors(slot).values()}
-
-
-def hotswap_lab_slot(model):
-    from hotswap_lab import resolve_slot
-
-    return resolve_slot(model, "default")
 
 
 def test_an_error_while_saving_leaves_the_older_file_whole(tmp_path, monkeypatch):
