@@ -17,27 +17,37 @@ differs per PEFT method), ``demo`` (the embedded model and its adapters), ``less
 
 from . import demo
 from .adapter import Adapter
+from .backend import pick_backend
 from .commit import commit
 from .errors import HotswapError
 from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, plan_hotswap
 from .plan import Plan
+from .prepare import prepare_model_for_compiled_hotswap
 from .saving import save_adapter
 from .slot import resolve_slot
+from .strength import get_strength, set_strength
 from .verify import Verification, verify_hotswap
 from .version import __version__
+from .watch import RecompileError, RecompileWatch
 
 __all__ = [
     "Adapter",
     "HotswapError",
     "Plan",
+    "RecompileError",
+    "RecompileWatch",
     "Verification",
     "__version__",
     "commit",
     "demo",
+    "get_strength",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
+    "pick_backend",
     "plan_hotswap",
+    "prepare_model_for_compiled_hotswap",
     "resolve_slot",
     "save_adapter",
+    "set_strength",
     "verify_hotswap",
 ]

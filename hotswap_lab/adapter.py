@@ -84,10 +84,8 @@ class Adapter:
         >>> adapter.config.r, len(adapter.tensors)
         (2, 32)
         """
-        if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
-            raise TypeError(f"Adapter.load() got unexpected keyword arguments: {', '.join(unknown)}")
+        hub = _hub_arguments("Adapter.load", hub)
         source = os.fspath(source)
-        hub = {key: value for key, value in hub.items() if value is not None}
         config = _read_config(source, hub)
         tensors = _read_tensors(source, torch_device or "cpu", key_mapping, hub)
         adapter = cls(config, tensors, source)
@@ -170,6 +168,22 @@ class Adapter:
 
     def _damaged(self, found: str, expected: str, next_step: str = "get an undamaged copy of it") -> HotswapError:
         return refuse(f"The adapter from {self.source} is damaged.", found, expected, next_step)
+
+
+def load_config(source: str | os.PathLike, **hub: object) -> PeftConfig:
+    """The config of the adapter in a folder or Hub repository, without its weights.
+
+    >>> from hotswap_lab import demo
+    >>> load_config(demo.adapter_path("double")).r
+    2
+    """
+    return _read_config(os.fspath(source), _hub_arguments("load_config", hub))
+
+
+def _hub_arguments(function: str, arguments: Mapping[str, object]) -> dict[str, object]:
+    if unknown := sorted(set(arguments) - set(HUB_ARGUMENTS)):
+        raise TypeError(f"{function}() got unexpected keyword arguments: {', '.join(unknown)}")
+    return {key: value for key, value in arguments.items() if value is not None}
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ that has nothing left to fail at. It is the last thing done, so there is never a
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +17,13 @@ import torch
 from .interrupts import interrupts_held
 from .journal import Journal
 from .parts import SlotTensor
-from .plan import Action, LayerPlan, Plan
+from .plan import Action, LayerPlan, Plan, TensorPlan
+from .prepared_layer import has_fixed_size
 from .shadow import attach
-from .state_view import set_off
+from .state_view import set_off, set_padded
+
+#: models whose user has been told that swaps recompile
+_warned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 @dataclass
@@ -27,6 +33,14 @@ class _Staged:
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
     resized: list[tuple[SlotTensor, torch.Tensor]] = field(default_factory=list)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.targets.append(target)
+        self.sources.append(source)
+
+    def zero(self, target: torch.Tensor) -> None:
+        # a single zero, repeated without taking memory
+        self.copy(target, target.new_zeros(()).expand(target.shape))
 
 
 def commit(plan: Plan) -> None:
@@ -52,13 +66,15 @@ def commit(plan: Plan) -> None:
     'def'
     """
     plan.raise_if_refused()
+    if plan.will_recompile:
+        _warn_of_recompiling(plan)
     with plan.slot.write_mode(), torch.no_grad():
         staged = _stage(plan)
         journal = Journal()
         with interrupts_held():
             try:
                 for target, fresh in staged.resized:
-                    _resize(target, fresh, journal)
+                    resize(target, fresh, journal)
                 for layer in plan.layers:
                     _write_layer(plan, layer, journal)
                 journal.set_item(plan.slot.host.configs, plan.slot.adapter_name, plan.config)
@@ -69,26 +85,63 @@ def commit(plan: Plan) -> None:
                 raise
 
 
+def _warn_of_recompiling(plan: Plan) -> None:
+    base = plan.slot.host.base
+    if base in _warned:
+        return
+    _warned.add(base)
+    warnings.warn(
+        f"Swapping {plan.adapter.label} in changes shapes or numbers that the model was compiled for: its next call "
+        "compiles again. Call prepare_model_for_compiled_hotswap after loading the first adapter and before "
+        "compiling, to swap without recompiling. (Said once for this model.)",
+        stacklevel=4,
+    )
+
+
 def _stage(plan: Plan) -> _Staged:
     staged = _Staged()
     for layer in plan.layers:
         for write in layer.tensors:
-            parameter, source = write.target.parameter, write.source
-            if source is None:
-                staged.targets.append(parameter)
-                # a single zero, repeated without taking memory
-                staged.sources.append(parameter.new_zeros(()).expand(parameter.shape))
-            elif write.keeps_address:
-                staged.targets.append(parameter)
-                staged.sources.append(source.detach().to(parameter.device, parameter.dtype))
-            else:
-                # always a copy: a model that shared memory with the caller's state dict would change with it
-                fresh = source.detach().to(parameter.device, parameter.dtype, copy=True)
-                staged.resized.append((write.target, fresh.contiguous()))
+            _stage_tensor(staged, write)
+    _stage_scalings(staged, plan)
     return staged
 
 
-def _resize(target: SlotTensor, fresh: torch.Tensor, journal: Journal) -> None:
+def _stage_tensor(staged: _Staged, write: TensorPlan) -> None:
+    target, parameter, source = write.target, write.target.parameter, write.source
+    if source is None:
+        staged.zero(parameter)
+        return
+    source = source.detach()
+    if not write.keeps_address:
+        # always a copy: a model that shared memory with the caller's state dict would change with it
+        fresh = source.to(parameter.device, parameter.dtype, copy=True)
+        staged.resized.append((target, fresh.contiguous()))
+        return
+    source = source.to(parameter.device, parameter.dtype)
+    rank = target.rank_of(source.shape)
+    if rank == target.capacity:
+        staged.copy(parameter, source)
+    else:
+        staged.copy(target.own(parameter, rank), target.split(source))
+        staged.zero(target.padding(parameter, rank))
+
+
+def _stage_scalings(staged: _Staged, plan: Plan) -> None:
+    """The scalings that are tensors are written with all others, in the one copy."""
+    by_device: dict[torch.device, list[tuple[torch.Tensor, float]]] = {}
+    for layer in plan.layers:
+        if layer.settings is not None and has_fixed_size(layer.layer.module, plan.slot.adapter_name):
+            target = layer.layer.module.scaling[plan.slot.adapter_name]
+            by_device.setdefault(target.device, []).append((target, layer.settings.scaling))
+    for pairs in by_device.values():
+        target = pairs[0][0]
+        values = torch.tensor([value for _, value in pairs], dtype=target.dtype, device=target.device)
+        for (target, _), value in zip(pairs, values.unbind(), strict=True):
+            staged.copy(target, value)
+
+
+def resize(target: SlotTensor, fresh: torch.Tensor, journal: Journal) -> None:
     parameter = target.parameter
     old = parameter.data
 
@@ -96,7 +149,7 @@ def _resize(target: SlotTensor, fresh: torch.Tensor, journal: Journal) -> None:
         parameter.data = old
 
     # the gradient first: it must have the shape of its parameter at all times
-    _clear_gradient(parameter, journal)
+    clear_gradient(parameter, journal)
     journal.record(undo)
     # A graph over the old shape may still be alive, and with it the parameter's gradient accumulator, which would
     # refuse gradients of the new shape. PyTorch gives a parameter a new one only when its dtype or device changes.
@@ -112,18 +165,21 @@ def _resize(target: SlotTensor, fresh: torch.Tensor, journal: Journal) -> None:
 def _write_layer(plan: Plan, layer: LayerPlan, journal: Journal) -> None:
     name, module, method = plan.slot.adapter_name, layer.layer.module, plan.slot.method
     for tensor in layer.layer.tensors:
-        _clear_gradient(tensor.parameter, journal)
+        clear_gradient(tensor.parameter, journal)
+    fixed = has_fixed_size(module, name)
+    if fixed:
+        set_padded(module, name, journal)
     set_off(module, name, layer.settings is None, journal)
     if layer.settings is not None:
         for table, value in method.scalars(layer.settings).items():
-            journal.set_item(getattr(module, table), name, value)
-        if (dropout := method.dropout_for(module, name, layer.settings)) is not None:
-            journal.set_item(module.lora_dropout, name, dropout)
+            if table != "scaling" or not fixed:
+                journal.set_item(getattr(module, table), name, value)
+        method.write_dropout(module, name, layer.settings.dropout, journal)
     if layer.action is Action.ADD:
         attach(plan.slot, layer.layer, journal)
 
 
-def _clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
+def clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
     """The gradient of the old adapter's weight says nothing about the new one's."""
     gradient = parameter.grad
     if gradient is None:

@@ -15,12 +15,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
+from .compiled import COMPILED, unwrap_compiled
 from .errors import listing, refuse
 
 #: PEFT's files start every key with this; the part after it is the path in the base model
 PEFT_PREFIX = "base_model.model."
-#: the name under which ``torch.compile`` keeps the module it wraps
-COMPILED = "_orig_mod"
 
 
 @dataclass(frozen=True)
@@ -34,25 +33,6 @@ class Host:
     tuner: BaseTuner | None
     #: whether the keys of saved files start with ``base_model.model.``
     is_peft_model: bool
-
-
-def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The module behind ``torch.compile(model)``; any other module as it is.
-
-    ``hasattr(model, "_orig_mod")`` would be wrong: a PeftModel passes unknown attributes on to its base model,
-    so a PeftModel over a compiled base would be taken for a compiled PeftModel.
-    """
-    while (inner := model._modules.get(COMPILED)) is not None:
-        model = inner
-    return model
-
-
-def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether ``model`` or anything inside it was compiled, by ``torch.compile(m)`` or by ``m.compile()``."""
-    return any(
-        COMPILED in module._modules or module.__dict__.get("_compiled_call_impl") is not None
-        for module in model.modules()
-    )
 
 
 def canonical_path(key: str) -> str:
@@ -79,7 +59,7 @@ def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
     return None
 
 
-def _carriers(model: torch.nn.Module) -> Iterator[Host]:
+def carriers(model: torch.nn.Module) -> Iterator[Host]:
     """All adapter carriers, outermost first; what lies inside a carrier belongs to it."""
     queue = deque([model])
     while queue:
@@ -98,7 +78,7 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
     HotswapError
         If nothing in ``model`` carries an adapter of that name, or if more than one module does.
     """
-    hosts = list(_carriers(model))
+    hosts = list(carriers(model))
     if not hosts:
         raise refuse(
             "No adapter layers found on the model.",

@@ -23,8 +23,11 @@ class SlotTensor:
     rank_axis:
         The axis along which rank components are stacked, or None.
     groups:
-        How many blocks of equal size the rank axis is split into, each block in a grouped convolution seeing
-        only its own (for ``lora_B``, whose axis holds only ``rank / groups`` entries).
+        By what number the rank axis is shorter than the rank: a grouped convolution's ``lora_B`` holds only
+        ``rank / groups`` entries along it.
+    blocks:
+        How many blocks of equal size the rank axis is made of. A grouped convolution's ``lora_A`` has one for
+        each group, and each of them is padded for itself, so that every group goes on seeing its own.
     size_attribute:
         The attribute of ``owner`` that repeats the rank (``out_features`` of a ``lora_A``), or None.
     """
@@ -35,15 +38,58 @@ class SlotTensor:
     name: str
     rank_axis: int | None
     groups: int = 1
+    blocks: int = 1
     size_attribute: str | None = None
 
     @property
     def parameter(self) -> torch.nn.Parameter:
         return self.owner._parameters[self.name]
 
+    @property
+    def capacity(self) -> int | None:
+        """The rank that the parameter has room for; more than the adapter's own rank where it is padded."""
+        return self.rank_of(self.parameter.shape)
+
     def rank_of(self, shape: torch.Size) -> int | None:
         """The rank that a tensor of this shape would have here."""
         return None if self.rank_axis is None else shape[self.rank_axis] * self.groups
+
+    def shape_for(self, rank: int) -> tuple[int, ...]:
+        """The parameter's shape if it had this rank."""
+        shape = list(self.parameter.shape)
+        if self.rank_axis is not None:
+            shape[self.rank_axis] = rank // self.groups
+        return tuple(shape)
+
+    def own(self, padded: torch.Tensor, rank: int) -> torch.Tensor:
+        """The view of ``padded`` that an adapter of this rank fills, laid out as :meth:`split` lays it out."""
+        return self._narrow(padded, 0, rank)
+
+    def padding(self, padded: torch.Tensor, rank: int) -> torch.Tensor:
+        """The view of ``padded`` that an adapter of this rank leaves over, which must be zero."""
+        return self._narrow(padded, rank, self.rank_of(padded.shape))
+
+    def split(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` with one more axis for the blocks, where there are several."""
+        return tensor if self.blocks == 1 else tensor.unflatten(self.rank_axis, (self.blocks, -1))
+
+    def trimmed(self, padded: torch.Tensor, rank: int) -> torch.Tensor:
+        """The tensor of an adapter of this rank, without the padding: as in its file."""
+        part = self.own(padded, rank)
+        return part if self.blocks == 1 else part.flatten(self.rank_axis, self.rank_axis + 1)
+
+    def padded(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        """A copy of ``tensor`` with zeros up to this rank."""
+        padded = tensor.new_zeros(self.shape_for(rank))
+        self.own(padded, self.rank_of(tensor.shape)).copy_(self.split(tensor))
+        return padded
+
+    def _narrow(self, padded: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        axis, share = self.rank_axis, self.groups * self.blocks
+        if axis is None:
+            return padded
+        axis += self.blocks > 1
+        return self.split(padded).narrow(axis, start // share, (stop - start) // share)
 
     def fits(self, shape: torch.Size) -> bool:
         """Whether ``shape`` differs from the tensor's at most in its rank."""

@@ -1,6 +1,6 @@
 """Plan: what a swap will write, decided without writing anything.
 
-A plan says for every layer whether its tensors are copied, resized, turned off or added, and which scalars
+A plan says for every layer whether its tensors are copied, padded, resized, turned off or added, and which scalars
 and config go with them; or it says why the swap can't be right. It is what the user sees as the
 compatibility report, and the only thing that :func:`hotswap_lab.commit.commit` executes.
 """
@@ -16,6 +16,7 @@ import torch
 from peft import PeftConfig
 
 from .adapter import Adapter
+from .compiled import is_compiled
 from .errors import HotswapError, Refusal
 from .parts import LayerSettings, SlotTensor
 from .report import html_table
@@ -26,6 +27,7 @@ class Action(enum.Enum):
     """What happens to a layer."""
 
     COPY = "copy"  #: same shapes: new values at the old addresses
+    PAD = "pad"  #: a lower rank than the model was prepared for: new values at the old addresses, then zeros
     RESIZE = "resize"  #: another rank: the same parameters with new memory
     OFF = "off"  #: the new adapter has nothing here: zeros
     ADD = "add"  #: the old adapter had nothing here: a new LoRA layer
@@ -36,14 +38,24 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class TensorPlan:
-    """One tensor to write: ``source`` goes to ``target``; None means zeros."""
+    """One tensor to write: ``source`` goes to ``target``; None means zeros.
+
+    Where the target has a ``fixed_size``, the source fills the part of it that belongs to its rank.
+    """
 
     target: SlotTensor
     source: torch.Tensor | None
+    fixed_size: bool = False
 
     @property
     def keeps_address(self) -> bool:
-        return self.source is None or self.source.shape == self.target.parameter.shape
+        return self.source is None or self.fixed_size or self.source.shape == self.target.parameter.shape
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are written to the model."""
+        elements = self.target.parameter if self.source is None or self.fixed_size else self.source
+        return elements.numel() * self.target.parameter.element_size()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +100,7 @@ class Plan:
     >>> model, _ = demo.load("reverse")
     >>> plan = plan_hotswap(model, demo.adapter_path("double"), "default")
     >>> plan.ok, plan.counts
-    (True, {'copy': 0, 'resize': 16, 'off': 12, 'add': 0})
+    (True, {'copy': 0, 'pad': 0, 'resize': 16, 'off': 12, 'add': 0})
 
     How to read it: 16 attention layers get another rank, 12 MLP layers of ``reverse`` are turned off.
     """
@@ -107,19 +119,30 @@ class Plan:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many layers are copied, resized, turned off and added."""
+        """How many layers are copied, padded, resized, turned off and added."""
         counter = Counter(layer.action for layer in self.layers)
         return {str(action): counter[action] for action in Action}
+
+    @cached_property
+    def will_recompile(self) -> bool:
+        """Whether a compiled model must be compiled anew after this swap."""
+        return is_compiled(self.slot.host.root) and not self.writes_values_only
+
+    @cached_property
+    def writes_values_only(self) -> bool:
+        """Whether only values of tensors change, so that a compiled graph stays valid."""
+        method, name = self.slot.method, self.slot.adapter_name
+        return all(
+            layer.action is not Action.ADD
+            and all(tensor.keeps_address for tensor in layer.tensors)
+            and (layer.settings is None or not method.changes_constants(layer.layer.module, name, layer.settings))
+            for layer in self.layers
+        )
 
     @property
     def nbytes(self) -> int:
         """The bytes that the swap writes to the model's tensors."""
-        total = 0
-        for layer in self.layers:
-            for tensor in layer.tensors:
-                elements = tensor.target.parameter if tensor.source is None else tensor.source
-                total += elements.numel() * tensor.target.parameter.element_size()
-        return total
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     def raise_if_refused(self) -> None:
         """Raises a :class:`HotswapError` with all refusals, if there are any."""

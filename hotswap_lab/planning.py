@@ -14,12 +14,15 @@ import torch
 from peft import PeftConfig
 
 from .adapter import Adapter
+from .compiled import blind_spot, is_compiled
 from .errors import Refusal, listing
-from .host import PEFT_PREFIX, canonical_path, is_compiled
+from .host import PEFT_PREFIX, canonical_path
 from .parts import LayerSettings, SlotTensor
 from .plan import Action, LayerPlan, Plan, TensorPlan
+from .prepared_layer import has_fixed_size
 from .shadow import adaptable, build_shadow_layers
 from .slot import Slot, SlotLayer
+from .state_view import is_marked_off, own_rank
 
 
 @dataclass
@@ -73,6 +76,8 @@ def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_t
     for layer in slot.layers:
         _plan_layer(draft, layer, tensors, check_targets)
     _plan_leftovers(draft, tensors, add_layers, check_targets)
+    _check_capacity(draft)
+    _check_compiled(draft)
     if check_targets:
         _note_missing_targets(draft)
     else:
@@ -116,6 +121,40 @@ def _check_slot(draft: _Draft) -> None:
         )
     for layer in slot.layers:
         _check_layer(draft, layer)
+
+
+def _check_compiled(draft: _Draft) -> None:
+    """Refuses a swap that a compiled graph would not notice."""
+    plan = draft.finish()
+    if reason := blind_spot(draft.slot.host.root, prepared=plan.writes_values_only and _is_prepared(draft.slot)):
+        draft.refuse(
+            "The compiled model would go on with the old adapter.",
+            found=reason,
+            expected="a graph that reads the adapter's weights at each call, and guards that watch the rest",
+            next_step="compile the model without this setting, after prepare_model_for_compiled_hotswap",
+        )
+
+
+def _is_prepared(slot: Slot) -> bool:
+    return all(has_fixed_size(layer.module, slot.adapter_name) for layer in slot.layers)
+
+
+def _check_capacity(draft: _Draft) -> None:
+    """Refuses ranks that a prepared layer has no room for, all of them in one refusal."""
+    lacking = [
+        plan
+        for plan in draft.layers
+        if plan.action is Action.PAD and plan.settings.rank > plan.layer.tensors[0].capacity
+    ]
+    if lacking:
+        highest = max(plan.settings.rank for plan in lacking)
+        room = max(plan.layer.tensors[0].capacity for plan in lacking)
+        draft.refuse(
+            f"The adapter's rank is higher than the model was prepared for, at {len(lacking)} layers.",
+            found=f"rank {highest}, for example at {lacking[0].path}",
+            expected=f"rank {room} at most",
+            next_step=f"call prepare_model_for_compiled_hotswap(model, target_rank={highest}) before compiling",
+        )
 
 
 def _check_layer(draft: _Draft, layer: SlotLayer) -> None:
@@ -170,7 +209,9 @@ def _plan_layer(
 ) -> None:
     """Plans one layer; ``action`` overrides what the shapes would say."""
     sources = _take(draft, layer, tensors)
-    rank_before = None if action is Action.ADD else layer.tensors[0].rank_of(layer.tensors[0].parameter.shape)
+    name, module = draft.slot.adapter_name, layer.module
+    was_off = action is Action.ADD or is_marked_off(module, name)
+    rank_before = None if was_off else own_rank(module, name, layer.tensors[0])
     if all(source is None for source in sources):
         writes = tuple(TensorPlan(target, None) for target in layer.tensors)
         draft.layers.append(LayerPlan(layer, Action.OFF, rank_before, None, writes))
@@ -195,9 +236,11 @@ def _plan_layer(
     settings = draft.slot.method.settings_for(draft.config, layer.path)
     if not _shapes_agree(draft, layer, sources, settings):
         return
-    writes = tuple(TensorPlan(target, source) for target, source in zip(layer.tensors, sources, strict=True))
-    same_shapes = all(write.keeps_address for write in writes)
-    action = action or (Action.COPY if same_shapes else Action.RESIZE)
+    fixed = action is not Action.ADD and has_fixed_size(module, name)
+    writes = tuple(TensorPlan(target, source, fixed) for target, source in zip(layer.tensors, sources, strict=True))
+    if action is None:
+        same_rank = settings.rank == layer.tensors[0].capacity
+        action = Action.COPY if same_rank else Action.PAD if fixed else Action.RESIZE
     draft.layers.append(LayerPlan(layer, action, rank_before, settings, writes))
 
 

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 
 from .host import PEFT_PREFIX
 from .slot import Slot, resolve_slot
-from .state_view import is_off
+from .state_view import is_off, own_tensor
 
 
 def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
     """Writes one adapter to a folder, just as it would be saved after a fresh load.
 
-    Layers that are turned off are left out. The files are written beside the folder and then moved into place,
-    so that an error on the way leaves an older adapter there whole.
+    Layers that are turned off are left out, and so is the padding of a prepared model. The files are written
+    beside the folder and then moved into place, so that an error on the way leaves an older adapter there whole.
 
     Parameters
     ----------
@@ -61,11 +61,15 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
 def saved_tensors(slot: Slot) -> dict[str, torch.Tensor]:
     """The adapter's tensors by the names of its file, on the CPU, layers that are off left out."""
     return {
-        f"{PEFT_PREFIX}{layer.path}.{tensor.key}": tensor.parameter.detach().cpu().contiguous().clone()
+        f"{PEFT_PREFIX}{layer.path}.{tensor.key}": _copy(own_tensor(layer.module, slot.adapter_name, tensor))
         for layer in slot.layers
         if not is_off(layer.module, slot.adapter_name)
         for tensor in layer.tensors
     }
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def saved_config(slot: Slot) -> PeftConfig:

@@ -83,8 +83,11 @@ def _plant(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
     root.add_module(name, module)
 
 
-def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> None:
-    """Puts a shadow layer into the model, in the state of the slot's other layers."""
+def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> BaseTunerLayer:
+    """Puts a shadow layer into the model, in the state of the slot's other layers.
+
+    Returns the layer that now has the adapter: one that other adapters are on already, or the shadow.
+    """
     name, shadow, sibling = slot.adapter_name, layer.module, slot.layers[0].module
     parent_path, _, child_name = layer.path.rpartition(".")
     parent = slot.host.base.get_submodule(parent_path)
@@ -106,3 +109,4 @@ def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> None:
         names = slot.host.tuner.targeted_module_names
         if layer.path not in names:
             journal.set_attribute(slot.host.tuner, "targeted_module_names", [*names, layer.path])
+    return parent._modules[child_name]

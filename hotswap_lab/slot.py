@@ -15,8 +15,9 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from .compiled import COMPILED
 from .errors import refuse
-from .host import COMPILED, Host, find_host
+from .host import Host, find_host
 from .methods import METHODS
 from .parts import SlotTensor
 
@@ -127,7 +128,11 @@ def resolve_slot(model: torch.nn.Module, adapter_name: str) -> Slot:
     >>> len(slot.layers), slot.layers[0].path
     (12, 'model.layers.0.mlp.gate_proj')
     """
-    host = find_host(model, adapter_name)
+    return slot_in(find_host(model, adapter_name), adapter_name)
+
+
+def slot_in(host: Host, adapter_name: str) -> Slot:
+    """:func:`resolve_slot` for a host that is known already."""
     peft_type = host.configs[adapter_name].peft_type
     method = METHODS.get(peft_type)
     if method is None:

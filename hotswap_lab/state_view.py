@@ -1,61 +1,110 @@
-"""Keeps layers that are turned off out of everything that is saved.
+"""Makes what is saved the adapter itself: without the room that was reserved around it.
 
 A layer that the new adapter lacks stays in the model, with zeros, so that a later adapter can use it and a
-compiled graph stays valid. A fresh load would not have it, so ``state_dict`` (and with it
-``save_pretrained``, checkpoints, ``get_peft_model_state_dict``) leaves it out, and ``load_state_dict`` does
-not miss it.
+compiled graph stays valid; and an adapter of a lower rank than was prepared for is followed by rows of zeros. A
+fresh load would have neither, so ``state_dict`` (and with it ``save_pretrained``, checkpoints,
+``get_peft_model_state_dict``) leaves both out, and ``load_state_dict`` does not miss them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from .journal import Journal
+from .methods import method_of
+from .parts import SlotTensor
 
+#: on a layer: the adapters that are turned off there
 OFF_ATTRIBUTE = "hotswap_off"
+#: on a layer: the adapters whose tensors may be larger than their rank
+PADDED_ATTRIBUTE = "hotswap_padded"
 
 
 def is_off(layer: torch.nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter is turned off on this layer."""
+    """Whether the adapter is turned off on this layer.
+
+    The mark alone doesn't say so: somebody may have deleted the adapter and loaded another one by the same name,
+    or written weights into it.
+    """
+    return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ()) and not any(
+        tensor.parameter.any() for tensor in method_of(layer).tensors_of(layer, adapter_name)
+    )
+
+
+def is_marked_off(layer: torch.nn.Module, adapter_name: str) -> bool:
+    """:func:`is_off` without a look at the weights."""
     return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
 
 
 def set_off(layer: torch.nn.Module, adapter_name: str, off: bool, journal: Journal) -> None:
     """Notes that the adapter is turned off on this layer, or that it isn't any more."""
-    before = layer.__dict__.get(OFF_ATTRIBUTE, frozenset())
-    after = before | {adapter_name} if off else before - {adapter_name}
+    _mark(layer, OFF_ATTRIBUTE, adapter_name, off, journal)
+
+
+def set_padded(layer: torch.nn.Module, adapter_name: str, journal: Journal) -> None:
+    """Notes that the adapter's own rank is ``layer.r[adapter_name]``, whatever the size of its tensors."""
+    _mark(layer, PADDED_ATTRIBUTE, adapter_name, True, journal)
+
+
+def own_rank(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> int | None:
+    """The rank of the adapter on this layer, which is that of its tensors unless these are padded."""
+    if adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ()) and tensor.rank_axis is not None:
+        return min(layer.r[adapter_name], tensor.capacity)
+    return tensor.capacity
+
+
+def own_tensor(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> torch.Tensor:
+    """The adapter's tensor as a fresh load would have it; shares memory with the parameter where that is possible."""
+    parameter = tensor.parameter
+    rank = own_rank(layer, adapter_name, tensor)
+    return parameter if rank == tensor.capacity else tensor.trimmed(parameter, rank)
+
+
+def _mark(layer: torch.nn.Module, attribute: str, adapter_name: str, value: bool, journal: Journal) -> None:
+    before = layer.__dict__.get(attribute, frozenset())
+    after = before | {adapter_name} if value else before - {adapter_name}
     if after == before:
         return
-    if OFF_ATTRIBUTE not in layer.__dict__:
+    if not {OFF_ATTRIBUTE, PADDED_ATTRIBUTE} & layer.__dict__.keys():
         for handle in (
-            layer.register_state_dict_post_hook(_leave_out),
-            layer.register_load_state_dict_pre_hook(_fill_in),
+            layer.register_state_dict_post_hook(_show_own),
+            layer.register_load_state_dict_pre_hook(_fill_up),
         ):
             journal.record(handle.remove)
-    journal.set_item(layer.__dict__, OFF_ATTRIBUTE, after)
+    journal.set_item(layer.__dict__, attribute, after)
 
 
-def _off_keys(layer: torch.nn.Module, prefix: str) -> list[tuple[str, torch.Tensor]]:
-    keys = []
+def _tensors(layer: torch.nn.Module, attribute: str) -> Iterator[tuple[str, SlotTensor]]:
+    method = method_of(layer)
+    for adapter_name in layer.__dict__.get(attribute, ()):
+        if method.has_adapter(layer, adapter_name):
+            for tensor in method.tensors_of(layer, adapter_name):
+                yield adapter_name, tensor
+
+
+def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
     for adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ()):
-        for table_name in layer.adapter_layer_names:
-            table = getattr(layer, table_name)
-            if adapter_name not in table:
-                continue
-            entry = table[adapter_name]
-            key = f"{prefix}{table_name}.{adapter_name}"
-            if isinstance(entry, torch.nn.Module):
-                keys += [(f"{key}.{name}", tensor) for name, tensor in entry.state_dict(keep_vars=True).items()]
-            else:
-                keys.append((key, entry))
-    return keys
+        if method_of(layer).has_adapter(layer, adapter_name) and is_off(layer, adapter_name):
+            for tensor in method_of(layer).tensors_of(layer, adapter_name):
+                state_dict.pop(prefix + tensor.named_key, None)
+    for adapter_name, tensor in _tensors(layer, PADDED_ATTRIBUTE):
+        key = prefix + tensor.named_key
+        if (value := state_dict.get(key)) is None:
+            continue
+        if (rank := own_rank(layer, adapter_name, tensor)) != tensor.capacity:
+            value = tensor.trimmed(value, rank)
+        # safetensors takes nothing else; with keep_vars=True the caller wants the tensors of the model
+        state_dict[key] = value if value.requires_grad else value.contiguous()
 
 
-def _leave_out(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    for key, _ in _off_keys(layer, prefix):
-        state_dict.pop(key, None)
-
-
-def _fill_in(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
-    for key, tensor in _off_keys(layer, prefix):
-        state_dict.setdefault(key, tensor.detach())
+def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    for adapter_name, tensor in _tensors(layer, OFF_ATTRIBUTE):
+        if is_off(layer, adapter_name):
+            state_dict.setdefault(prefix + tensor.named_key, tensor.parameter.detach())
+    for adapter_name, tensor in _tensors(layer, PADDED_ATTRIBUTE):
+        key = prefix + tensor.named_key
+        value, rank = state_dict.get(key), own_rank(layer, adapter_name, tensor)
+        if value is not None and rank != tensor.capacity and tuple(value.shape) == tensor.shape_for(rank):
+            state_dict[key] = tensor.padded(value.detach(), tensor.capacity)

@@ -19,8 +19,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
 from .adapter import Adapter
+from .compiled import unwrap_compiled
 from .errors import refuse
-from .host import PEFT_PREFIX, Host, canonical_path, unwrap_compiled
+from .host import PEFT_PREFIX, Host, canonical_path
 from .saving import saved_tensors, write_adapter
 from .slot import Slot, resolve_slot
 
@@ -233,6 +234,7 @@ def _mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
             expected = getattr(layer.module, table)[name]
             found = getattr(live, table).get(name) if live is not None else None
             if found != expected:
+                found = float(found) if isinstance(found, torch.Tensor) else found
                 yield f"{layer.path}: {table} is {found!r}, fresh {expected!r}"
     saved = {canonical_path(key): tensor for key, tensor in saved_tensors(slot).items()}
     expected = get_peft_model_state_dict(fresh, adapter_name=name, save_embedding_layers=False)

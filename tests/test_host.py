@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from hotswap_lab import HotswapError, resolve_slot
-from hotswap_lab.host import canonical_path, find_host, is_compiled, unwrap_compiled
+from hotswap_lab.compiled import is_compiled, unwrap_compiled
+from hotswap_lab.host import canonical_path, find_host
 
 KIND = KINDS["linear"]
 CONFIG = dict(r=2, target_modules=["first"])

@@ -27,7 +27,9 @@ from peft.utils.other import get_pattern_key
 
 from ..errors import Refusal
 from ..host import Host
+from ..journal import Journal
 from ..parts import LayerSettings, SlotTensor
+from ..prepared_layer import EvalFreeDropout, ScalingTable, prepared_class, scaling_tensor
 
 layer_class = LoraLayer
 
@@ -187,6 +189,7 @@ def tensors_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
                     name=parameter_name,
                     rank_axis=axis if is_weight else None,
                     groups=layer.get_base_layer().groups if is_conv and axis else 1,
+                    blocks=layer.get_base_layer().groups if is_conv and not axis and is_weight else 1,
                     size_attribute=f"{side}_{'channels' if is_conv else 'features'}" if is_weight else None,
                 )
             )
@@ -256,10 +259,37 @@ def scalars(settings: LayerSettings) -> dict[str, object]:
     }
 
 
-def dropout_for(layer: LoraLayer, adapter_name: str, settings: LayerSettings) -> torch.nn.Module | None:
-    """The module to put in place of the adapter's dropout, or None if the one that is there is right."""
+def changes_constants(layer: LoraLayer, adapter_name: str, settings: LayerSettings) -> bool:
+    """Whether these settings change what a graph that was compiled in eval mode has taken for a constant."""
+    scaling, dropout = layer.scaling[adapter_name], layer.lora_dropout[adapter_name]
+    fixed_scaling = not isinstance(scaling, torch.Tensor) and scaling != settings.scaling
+    fixed_dropout = not isinstance(dropout, EvalFreeDropout) and getattr(dropout, "p", 0.0) != settings.dropout
+    return fixed_scaling or fixed_dropout
+
+
+def write_dropout(layer: LoraLayer, adapter_name: str, p: float, journal: Journal) -> None:
+    """Makes the adapter's dropout what a fresh load makes it."""
     present = layer.lora_dropout[adapter_name]
-    if getattr(present, "p", 0.0) == settings.dropout:
-        return None
-    module = torch.nn.Dropout(p=settings.dropout) if settings.dropout > 0 else torch.nn.Identity()
-    return module.train(present.training)
+    if getattr(present, "p", 0.0) == p:
+        return
+    if isinstance(present, EvalFreeDropout):
+        journal.set_attribute(present, "p", p)
+    else:
+        module = torch.nn.Dropout(p=p) if p > 0 else torch.nn.Identity()
+        journal.set_item(layer.lora_dropout, adapter_name, module.train(present.training))
+
+
+def write_prepared(layer: LoraLayer, adapter_name: str, journal: Journal) -> None:
+    """Makes whatever a compiled graph would take for a constant a thing that it reads anew, or does not look at."""
+    tensors = tensors_of(layer, adapter_name)
+    table = layer.__dict__["scaling"]
+    if not isinstance(table, ScalingTable) or not isinstance(table[adapter_name], torch.Tensor):
+        values = dict(table)
+        values[adapter_name] = scaling_tensor(values[adapter_name], tensors[0].parameter.device)
+        journal.set_item(layer.__dict__, "scaling", ScalingTable(values))
+    if (cls := prepared_class(type(layer))) is not type(layer):
+        journal.set_attribute(layer, "__class__", cls)
+    present = layer.lora_dropout[adapter_name]
+    if not isinstance(present, EvalFreeDropout):
+        dropout = EvalFreeDropout(p=getattr(present, "p", 0.0))
+        journal.set_item(layer.lora_dropout, adapter_name, dropout.train(present.training))

@@ -1,0 +1,45 @@
+"""Which compiler backend works here."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+
+def pick_backend() -> str:
+    """A backend for ``torch.compile`` that works on this machine: ``"inductor"``, or else ``"aot_eager"``.
+
+    Inductor needs a C++ compiler on the CPU. Without one, ``aot_eager`` traces and guards the model in the same
+    way, so that recompiles can be watched, but runs it as fast as without compiling; a warning says so, once.
+
+    Examples
+    --------
+    >>> pick_backend() in ("inductor", "aot_eager")
+    True
+    """
+    reason = _why_not_inductor()
+    if reason is None:
+        return "inductor"
+    warnings.warn(
+        f"torch.compile can't build code here ({reason}), so backend 'aot_eager' is used: recompiles are counted as "
+        "ever, but nothing gets faster. Install a C++ compiler such as g++ for inductor.",
+        stacklevel=2,
+    )
+    return "aot_eager"
+
+
+@functools.cache
+def _why_not_inductor() -> str | None:
+    """Compiles something small: only that shows whether the compiler that was found works."""
+    try:
+        torch.compile(_add_one, backend="inductor", dynamic=False)(torch.zeros(8))
+    except Exception as error:
+        cause = error.__cause__ or error
+        return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return None
+
+
+def _add_one(x: torch.Tensor) -> torch.Tensor:
+    return x + 1

@@ -1,0 +1,372 @@
+"""Preparing: reserves room for a whole family of adapters, so that swapping them never changes a compiled graph.
+
+Three things in a LoRA layer are fixed in a graph: the shapes of its weights, its scaling, and that it is there at
+all. So weights get the highest rank of the family (zeros beyond an adapter's own rank change no output), scalings
+become tensors, and layers that only other adapters of the family have are added now, turned off.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .adapter import Adapter, load_config
+from .commit import clear_gradient, resize
+from .compiled import blind_spot, is_compiled
+from .errors import HotswapError, Refusal, listing, refuse
+from .host import canonical_path, carriers
+from .interrupts import interrupts_held
+from .journal import Journal
+from .parts import SlotTensor
+from .shadow import adaptable, attach, build_shadow_layers
+from .slot import Slot, SlotLayer, slot_in
+from .state_view import is_marked_off, own_rank, own_tensor, set_off, set_padded
+
+NOTHING_FOUND = (
+    "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
+    "the first adapter and before loading the second adapter."
+)
+
+
+@dataclass
+class _Preparation:
+    """What will be written to one slot."""
+
+    slot: Slot
+    #: the rank to make room for at each layer of the slot
+    capacity: dict[SlotLayer, int] = field(default_factory=dict)
+    #: and at each layer that it lacks
+    reserve: dict[str, int] = field(default_factory=dict)
+    padded: list[tuple[SlotTensor, torch.Tensor]] = field(default_factory=list)
+    reserved: list[SlotLayer] = field(default_factory=list)
+
+
+def prepare_model_for_compiled_hotswap(
+    model: torch.nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: PeftConfig | Mapping[str, PeftConfig] | None = None,
+    check_compiled: Literal["error", "warn", "ignore"] = "error",
+    adapters: Iterable[str | os.PathLike | Adapter | PeftConfig] = (),
+    adapter_name: str | None = None,
+    **hub: object,
+) -> None:
+    """Makes a model ready for swaps that never recompile it. Call it after loading the first adapter, before compiling.
+
+    The outputs stay what they were. Saving (``save_adapter`` and ``save_pretrained`` alike) gives the adapter with
+    its own rank and scaling, as if nothing had been prepared. May be called again to make more room, before
+    compiling anew. All or nothing: after an error the model is as it was. Make an optimizer only afterwards: the
+    parameters stay the same objects but get other shapes.
+
+    Parameters
+    ----------
+    model:
+        A model with at least one LoRA adapter. All of its LoRA adapters are prepared.
+    target_rank:
+        The rank to make room for in every layer: the highest of all adapters that will be swapped in.
+    config:
+        Configs whose ``r`` and ``rank_pattern`` are set to ``target_rank``, as PEFT does, for code that makes or
+        compares further adapters with them. The live configs in ``model.peft_config`` say what the loaded
+        adapter is, and are what is saved: these are never changed, even when they are passed here.
+    check_compiled:
+        What to do if the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
+    adapters:
+        The family: folders, Hub ids, :class:`Adapter` objects or configs. The highest rank is found for each layer,
+        and layers that the loaded adapter lacks are reserved, so that any of them can be swapped in, in any order.
+        Of folders and Hub ids, only the configs are read.
+    adapter_name:
+        Prepares only the adapter of this name.
+    **hub:
+        ``subfolder``, ``revision``, ``token`` and the other arguments of ``huggingface_hub.hf_hub_download``.
+
+    Raises
+    ------
+    HotswapError
+        If the model is compiled already, has no LoRA adapter, or can't be prepared for these ranks and layers.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, hotswap_adapter, prepare_model_for_compiled_hotswap
+    >>> model, tokenizer = demo.load("caesar")                     # adapts the MLP only
+    >>> family = [demo.adapter_path(name) for name in demo.adapter_names()]
+    >>> prepare_model_for_compiled_hotswap(model, adapters=family)
+    >>> hotswap_adapter(model, demo.adapter_path("pig_latin"), "default")   # adapts the attention only
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'otswaphay'
+
+    Notes
+    -----
+    Same call as ``peft.utils.hotswap.prepare_model_for_compiled_hotswap`` of PEFT 0.21, with its errors and
+    warnings; ``adapters`` and ``adapter_name`` are new here.
+    """
+    _check_compiled(model, check_compiled)
+    _check_target_rank(target_rank)
+    family = [_family_member(each, hub) for each in _as_list(adapters)]
+    preparations = [_Preparation(slot) for slot in _slots(model, adapter_name)]
+    if not preparations:
+        raise refuse(
+            NOTHING_FOUND,
+            found=f"a {type(model).__name__} without LoRA layers",
+            expected="a model into which a LoRA adapter was loaded",
+            next_step="load the adapter that targets most layers, then prepare the model",
+        )
+    refusals = [refusal for preparation in preparations for refusal in _decide(preparation, target_rank, family)]
+    if refusals:
+        raise HotswapError(*refusals)
+    for preparation in preparations:
+        _stage(preparation)
+    journal = Journal()
+    with torch.no_grad(), interrupts_held():
+        try:
+            for preparation in preparations:
+                _write(preparation, journal)
+            if target_rank is not None:
+                _update_configs(config, preparations, target_rank, journal)
+        except BaseException:
+            journal.roll_back()
+            raise
+
+
+def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise refuse(
+            f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead.",
+            found=f"check_compiled={check_compiled!r}",
+            expected="'error', 'warn' or 'ignore'",
+            next_step="pass one of these",
+        )
+    if reason := blind_spot(model, prepared=True):
+        raise refuse(
+            "A model compiled this way would never notice a swap.",
+            found=reason,
+            expected="compiled graphs that read the weights at each call",
+            next_step="turn it off before compiling",
+        )
+    if check_compiled == "ignore" or not is_compiled(model):
+        return
+    if check_compiled == "error":
+        raise refuse(
+            "Call prepare_model_for_compiled_hotswap *before* compiling the model",
+            found="a model that is compiled, or has compiled parts",
+            expected="a model that is not: preparing changes the shapes that graphs were compiled for",
+            next_step="load, prepare, compile, swap, in this order; or pass check_compiled='warn' or 'ignore'",
+        )
+    warnings.warn(
+        "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely "
+        "result in re-compilation, hurting performance. Call the function before compiling the model.",
+        stacklevel=3,
+    )
+
+
+def _check_target_rank(target_rank: object) -> None:
+    right = isinstance(target_rank, int) and not isinstance(target_rank, bool) and target_rank > 0
+    if target_rank is not None and not right:
+        raise refuse(
+            "The target rank is not a rank.",
+            found=f"target_rank={target_rank!r}",
+            expected="a positive whole number",
+            next_step="pass the highest rank of all adapters that will be swapped in",
+        )
+
+
+def _as_list(adapters: object) -> list:
+    if isinstance(adapters, (str, os.PathLike, Adapter, PeftConfig)):
+        return [adapters]
+    return list(adapters.values() if isinstance(adapters, Mapping) else adapters)
+
+
+def _family_member(adapter: str | os.PathLike | Adapter | PeftConfig, hub: Mapping[str, object]) -> Adapter:
+    if isinstance(adapter, Adapter):
+        return adapter
+    if isinstance(adapter, PeftConfig):
+        return Adapter(adapter, {}, "a config")
+    return Adapter(load_config(adapter, **hub), {}, os.fspath(adapter))
+
+
+def _slots(model: torch.nn.Module, adapter_name: str | None) -> Iterator[Slot]:
+    for host in carriers(model):
+        for name, config in host.configs.items():
+            if config.peft_type == PeftType.LORA and adapter_name in (None, name):
+                slot = slot_in(host, name)
+                if slot.layers:
+                    yield slot
+
+
+def _decide(preparation: _Preparation, target_rank: int | None, family: list[Adapter]) -> Iterator[Refusal]:
+    """Finds the room that is needed at each layer; yields why it can't be had."""
+    slot, name = preparation.slot, preparation.slot.adapter_name
+    yield from slot.method.unsupported(slot.config, "loaded")
+    for layer in slot.layers:
+        if reason := slot.method.unsupported_layer(layer.module, name, layer.tensors):
+            yield Refusal(
+                f"The layer {layer.path} can't be prepared.",
+                found=reason,
+                expected="plain lora_A and lora_B parameters on the layer",
+                next_step="prepare the model with another adapter loaded",
+            )
+            return
+        own = 0 if is_marked_off(layer.module, name) else own_rank(layer.module, name, layer.tensors[0])
+        if target_rank is not None and target_rank < own:
+            yield Refusal(
+                f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
+                f"({own}). This is not possible.",
+                found=f"rank {own} at {layer.path}",
+                expected=f"a target rank of {own} at least",
+                next_step="pass the highest rank of all adapters as target_rank, the loaded one included",
+            )
+            return
+        preparation.capacity[layer] = max(layer.tensors[0].capacity, target_rank or 0)
+    for adapter in family:
+        yield from _add_demand(preparation, adapter, target_rank)
+    for layer, rank in preparation.capacity.items():
+        groups = slot.method.rank_step(layer.module)
+        if rank % groups:
+            yield Refusal(
+                f"Trying to pad a {type(layer.module).__name__} LoRA adapter with groups={groups} to target rank "
+                f"{rank}, but the target rank is not divisible by {groups}. Please choose a target rank that is "
+                f"divisible by {groups}.",
+                found=f"a grouped convolution at {layer.path}",
+                expected=f"a multiple of {groups}",
+                next_step=f"pass target_rank={-(-rank // groups) * groups}",
+            )
+
+
+def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | None) -> Iterator[Refusal]:
+    """Raises the room at each layer to what one adapter of the family needs there."""
+    slot = preparation.slot
+    if adapter.config.peft_type != slot.config.peft_type:
+        yield Refusal(
+            f"Incompatible PEFT types found: {slot.config.peft_type.value} and {adapter.config.peft_type.value}",
+            found=f"{adapter.label}, of type {adapter.config.peft_type.value}",
+            expected=f"type {slot.config.peft_type.value}, as the adapter {slot.adapter_name!r} in the model",
+            next_step="leave it out of `adapters`",
+        )
+        return
+    problems = [*slot.method.malformed(adapter.config), *slot.method.unsupported(adapter.config, "new")]
+    if problems:
+        yield from problems
+        return
+    config = slot.method.resolved_config(adapter.config, slot.host)
+    known = {path: layer for layer in slot.layers for path in layer.paths}
+    paths = set(_targeted(slot, config))
+    paths |= {path for key in adapter.tensors if (path := adaptable(slot.host.base, canonical_path(key))) is not None}
+    if not paths:
+        yield Refusal(
+            f"{adapter.label} has no layer in this model.",
+            found=f"target_modules={adapter.config.target_modules!r}",
+            expected="names of layers of the base model",
+            next_step="check that all adapters were made for the same base model",
+        )
+        return
+    for path in paths:
+        rank = slot.method.settings_for(config, path).rank
+        if target_rank is not None and rank > target_rank:
+            yield Refusal(
+                f"The target rank is lower than the rank of {adapter.label}.",
+                found=f"target_rank={target_rank}, and rank {rank} at {path}",
+                expected=f"a target rank of {rank} at least",
+                next_step="leave target_rank out: the ranks are taken from `adapters`",
+            )
+            return
+        if (layer := known.get(path)) is not None:
+            preparation.capacity[layer] = max(preparation.capacity[layer], rank)
+        else:
+            preparation.reserve[path] = max(preparation.reserve.get(path, 0), rank, target_rank or 0)
+
+
+def _targeted(slot: Slot, config: PeftConfig) -> Iterator[str]:
+    """The paths of all modules that a fresh load with this config would put an adapter on."""
+    stack: list[tuple[str, torch.nn.Module]] = [("", slot.host.base)]
+    seen: set[torch.nn.Module] = set()
+    while stack:
+        path, module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if path and slot.method.targets(config, path):
+            yield path
+        # what is inside a tuner layer belongs to it
+        if not isinstance(module, BaseTunerLayer):
+            prefix = f"{path}." if path else ""
+            children = [(canonical_path(prefix + name), child) for name, child in module.named_children()]
+            # in the order of the model: a shared module counts by its first path
+            stack += reversed(children)
+
+
+def _stage(preparation: _Preparation) -> None:
+    """Allocates everything beside the model."""
+    slot = preparation.slot
+    with slot.write_mode(), torch.no_grad():
+        for layer, rank in preparation.capacity.items():
+            for tensor in layer.tensors:
+                if tensor.rank_axis is not None and tensor.capacity != rank:
+                    own = own_tensor(layer.module, slot.adapter_name, tensor).detach()
+                    preparation.padded.append((tensor, tensor.padded(own, rank)))
+        for rank in sorted(set(preparation.reserve.values())):
+            paths = sorted(path for path, needed in preparation.reserve.items() if needed == rank)
+            preparation.reserved += _build_reserved(slot, paths, rank)
+
+
+def _build_reserved(slot: Slot, paths: list[str], rank: int) -> list[SlotLayer]:
+    config = type(slot.config)(r=rank, lora_alpha=rank, target_modules=paths)
+    try:
+        layers = build_shadow_layers(slot, config, paths)
+    except Exception as error:
+        raise refuse(
+            "Layers that the loaded adapter lacks can't be reserved.",
+            found=f"{type(error).__name__}: {error}",
+            expected=f"layers that PEFT can put LoRA of rank {rank} on: {listing(paths, 3)}",
+            next_step="leave out the adapters that target them",
+        ) from error
+    for layer in layers:
+        if reason := slot.method.unsupported_layer(layer.module, slot.adapter_name, layer.tensors):
+            raise refuse(
+                f"The layer {layer.path} can't be reserved.",
+                found=reason,
+                expected="a layer with plain lora_A and lora_B",
+                next_step="leave out the adapters that target it",
+            )
+        for tensor in layer.tensors:
+            tensor.parameter.zero_()
+    return layers
+
+
+def _write(preparation: _Preparation, journal: Journal) -> None:
+    slot, name = preparation.slot, preparation.slot.adapter_name
+    with slot.write_mode():
+        for tensor, fresh in preparation.padded:
+            resize(tensor, fresh, journal)
+        for layer in slot.layers:
+            for tensor in layer.tensors:
+                clear_gradient(tensor.parameter, journal)
+            slot.method.write_prepared(layer.module, name, journal)
+            set_padded(layer.module, name, journal)
+        for layer in preparation.reserved:
+            module = attach(slot, layer, journal)
+            slot.method.write_prepared(module, name, journal)
+            set_padded(module, name, journal)
+            set_off(module, name, True, journal)
+
+
+def _update_configs(
+    config: PeftConfig | Mapping[str, PeftConfig] | None,
+    preparations: list[_Preparation],
+    target_rank: int,
+    journal: Journal,
+) -> None:
+    if not config:
+        return
+    live = {id(each) for preparation in preparations for each in preparation.slot.host.configs.values()}
+    for each in config.values() if isinstance(config, Mapping) else [config]:
+        if id(each) in live:
+            continue
+        journal.set_attribute(each, "r", target_rank)
+        if each.rank_pattern:
+            journal.set_attribute(each, "rank_pattern", dict.fromkeys(each.rank_pattern, target_rank))

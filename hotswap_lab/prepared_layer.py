@@ -1,0 +1,120 @@
+"""What makes a LoRA layer ready for swaps in a compiled graph, beside the padded weights.
+
+A compiled graph takes a Python float for a constant and compiles anew when it changes; a tensor's value is read at
+each call. So a prepared layer keeps its scaling as a tensor. PEFT and diffusers go on writing floats, new tensors
+or whole new tables into ``layer.scaling``; here, all of these end up as new values in the tensor that is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ScalingTable(dict):
+    """``layer.scaling`` of a prepared layer: writing an entry fills the tensor that is there.
+
+    >>> table = ScalingTable({"default": scaling_tensor(2.0, "cpu")})
+    >>> tensor = table["default"]
+    >>> table["default"] = 0.5
+    >>> table["default"] is tensor, float(tensor)
+    (True, 0.5)
+    """
+
+    def __setitem__(self, name: str, value: float | torch.Tensor) -> None:
+        tensor = self.get(name)
+        if not isinstance(tensor, torch.Tensor):
+            super().__setitem__(name, value)
+        elif value is not tensor:
+            tensor.fill_(float(value))
+
+    def copy(self) -> dict[str, float]:
+        """The values at this time: ``peft.helpers.rescale_adapter_scale`` puts them back when it ends."""
+        return {name: float(value) for name, value in self.items()}
+
+    def replace(self, values: Mapping[str, float | torch.Tensor]) -> None:
+        """Takes over all of ``values`` and forgets what is not among them."""
+        for name in self.keys() - values.keys():
+            del self[name]
+        for name, value in values.items():
+            self[name] = value
+
+
+def scaling_tensor(value: float, device: torch.device | str) -> torch.Tensor:
+    """A scaling as a tensor without axes.
+
+    In float64 where the device has it: such a tensor doesn't change the precision of what it is multiplied with,
+    and it holds every Python float exactly, so that scaling up and down again ends where it started.
+    """
+    dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    # a tensor made in inference mode could never be changed outside of it
+    with torch.inference_mode(False):
+        return torch.tensor(float(value), dtype=dtype, device=device)
+
+
+class EvalFreeDropout(nn.Dropout):
+    """A dropout whose ``p`` is looked at in training only, so that in eval mode no graph depends on it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.dropout(input, self.p, True, self.inplace) if self.training else input
+
+
+class _Prepared:
+    """Mixed into the class of a prepared layer."""
+
+    @property
+    def scaling(self) -> ScalingTable:
+        return self.__dict__["scaling"]
+
+    @scaling.setter
+    def scaling(self, values: Mapping[str, float | torch.Tensor]) -> None:
+        if values is not self.__dict__["scaling"]:
+            self.__dict__["scaling"].replace(values)
+
+    def _apply(self, fn: Callable, *args: object, **kwargs: object) -> nn.Module:
+        """``model.to(device)``: the scalings come along, but keep their precision."""
+        result = super()._apply(fn, *args, **kwargs)
+        table = self.__dict__["scaling"]
+        for name, tensor in table.items():
+            if isinstance(tensor, torch.Tensor):
+                device = fn(torch.empty(0, device=tensor.device)).device
+                if device != tensor.device:
+                    dict.__setitem__(table, name, scaling_tensor(tensor, device))
+        return result
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # the class is made on the fly, so a copy or a pickle has to be told how to make it again
+        return _new_prepared, (type(self).hotswap_original,), self.__dict__
+
+
+_classes: dict[type, type] = {}
+
+
+def prepared_class(original: type) -> type:
+    """The class of a prepared layer: a subclass of ``original`` of the same name.
+
+    ``torch.nn.utils.parametrize`` changes a module's class in the same way.
+
+    >>> from peft.tuners.lora import Linear
+    >>> prepared_class(Linear).__name__, issubclass(prepared_class(Linear), Linear)
+    ('Linear', True)
+    """
+    if issubclass(original, _Prepared):
+        return original
+    if original not in _classes:
+        attributes = {"__module__": original.__module__, "__doc__": original.__doc__, "hotswap_original": original}
+        _classes[original] = type(original.__name__, (_Prepared, original), attributes)
+    return _classes[original]
+
+
+def _new_prepared(original: type) -> nn.Module:
+    cls = prepared_class(original)
+    return cls.__new__(cls)
+
+
+def has_fixed_size(layer: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter's tensors on this layer must keep their sizes: whether it was prepared, by us or by PEFT."""
+    return isinstance(layer.scaling.get(adapter_name), torch.Tensor)

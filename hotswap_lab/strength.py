@@ -1,0 +1,116 @@
+"""Strength: how much of an adapter is applied, from off to beyond what it was trained for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .errors import listing, refuse
+from .interrupts import interrupts_held
+from .journal import Journal
+from .parts import LayerSettings
+from .prepared_layer import has_fixed_size
+from .slot import Slot, SlotLayer, resolve_slot
+from .state_view import is_marked_off
+
+
+def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "default") -> None:
+    """Sets how strongly an adapter acts: its trained scaling times ``strength``, in every layer.
+
+    Strengths don't add up: each call starts from the trained scaling. A swap sets the strength back to 1. It is
+    never saved. In a prepared model nothing is compiled anew, whatever the strength.
+
+    Parameters
+    ----------
+    model:
+        A model with the adapter, compiled or not.
+    strength:
+        0 gives the base model's output, 1 the adapter as it was trained; anything between, beyond or below is possible.
+    adapter_name:
+        The adapter's name in the model. It must not be merged.
+
+    Raises
+    ------
+    HotswapError
+        If there is no such adapter, it is merged, or the strength is not a finite number.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, set_strength
+    >>> model, tokenizer = demo.load("reverse")
+    >>> set_strength(model, 0)
+    >>> demo.ask(model, tokenizer, "hotswap")      # the base model copies
+    'hotswap'
+    >>> set_strength(model, 1)
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'pawstoh'
+    """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        raise refuse(
+            "The strength is not a number.",
+            found=f"strength={strength!r}",
+            expected="a finite number: 0 for off, 1 for as trained",
+            next_step="pass a float",
+        )
+    slot = resolve_slot(model, adapter_name)
+    if any(adapter_name in layer.module.merged_adapters for layer in slot.layers):
+        raise refuse(
+            f"The strength of '{adapter_name}' can't be changed because it is currently merged into the base weights.",
+            found="base weights that contain the adapter at its present strength",
+            expected="an unmerged adapter",
+            next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
+        )
+    targets, values, journal = [], [], Journal()
+    for layer in slot.layers:
+        if has_fixed_size(layer.module, adapter_name):
+            targets.append(layer.module.scaling[adapter_name])
+            values.append(torch.tensor(strength * _trained(slot, layer), dtype=torch.float64))
+    with torch.no_grad(), interrupts_held():
+        try:
+            for layer in slot.layers:
+                if not has_fixed_size(layer.module, adapter_name):
+                    journal.set_item(layer.module.scaling, adapter_name, strength * _trained(slot, layer))
+            if targets:
+                torch._foreach_copy_(targets, values)
+        except BaseException:
+            journal.roll_back()
+            raise
+
+
+def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float:
+    """The strength that :func:`set_strength`, or PEFT's ``set_scale`` and ``scale_layer``, gave to an adapter.
+
+    Raises
+    ------
+    HotswapError
+        If there is no such adapter, or its layers have different strengths.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, get_strength, set_strength
+    >>> model, _ = demo.load("reverse")
+    >>> set_strength(model, 0.25)
+    >>> get_strength(model)
+    0.25
+    """
+    slot = resolve_slot(model, adapter_name)
+    strengths = {
+        round(float(layer.module.scaling[adapter_name]) / _trained(slot, layer), 6)
+        for layer in slot.layers
+        if not is_marked_off(layer.module, adapter_name) and _trained(slot, layer)
+    }
+    if len(strengths) > 1:
+        raise refuse(
+            f"The layers of {adapter_name!r} have different strengths.",
+            found=listing(sorted(strengths)),
+            expected="one strength for all layers",
+            next_step="read layer.scaling of each layer, or call set_strength to make them equal",
+        )
+    return strengths.pop() if strengths else 1.0
+
+
+def _trained(slot: Slot, layer: SlotLayer) -> float:
+    name, module = slot.adapter_name, layer.module
+    settings = LayerSettings(module.r[name], module.lora_alpha[name], module.use_rslora.get(name, False), dropout=0.0)
+    return settings.scaling

@@ -1,0 +1,210 @@
+"""RecompileWatch: counts compilations and recompiles, and says which guard failed.
+
+Follows PyTorch's own bookkeeping: ``torch._dynamo.callback`` announces each compilation with an id, whose second
+part counts the graphs of one piece of code, and its metrics give the failed guard. Only a compilation's start is
+listened to, so that a watch costs nothing while nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
+
+from .report import html_table
+
+T = TypeVar("T")
+
+
+class RecompileError(AssertionError):
+    """A recompile happened under ``RecompileWatch(allow=...)``. Its text has the reason.
+
+    An ``AssertionError`` because that is what PyTorch's compiler lets through as it is.
+    """
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One compilation.
+
+    Parameters
+    ----------
+    kind:
+        ``"compile"`` for the first graph of a piece of code, ``"recompile"`` for any further one, ``"backward"``
+        for a gradient, ``"cudagraph"`` for a recording on the GPU.
+    reason:
+        In words, why the graphs that were there did not do; empty unless it is a recompile.
+    guard:
+        The guard that failed, as PyTorch reports it.
+    call:
+        The label of the call it happened in; empty outside of :meth:`RecompileWatch.call`.
+    """
+
+    kind: str
+    reason: str = ""
+    guard: str = ""
+    call: str = ""
+
+    def __str__(self) -> str:
+        where = f" in {self.call!r}" if self.call else ""
+        return f"{self.kind}{where}" + (f": {self.reason}" if self.reason else "")
+
+
+@dataclass
+class Call:
+    """One call that was run by :meth:`RecompileWatch.call`: its label, its seconds, and what it compiled."""
+
+    label: str
+    seconds: float = 0.0
+    compilations: list[Compilation] = field(default_factory=list)
+
+    @property
+    def recompiles(self) -> int:
+        return sum(each.kind == "recompile" for each in self.compilations)
+
+
+class RecompileWatch:
+    """Counts what ``torch.compile`` compiles while the block runs, in this process, whatever the backend.
+
+    Parameters
+    ----------
+    allow:
+        How many recompiles are let through; the next one raises, where it happens. None: any number.
+
+    Raises
+    ------
+    RecompileError
+        At the recompile that is one too many. The model goes on to work afterwards.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hotswap_lab import RecompileWatch
+    >>> scale = torch.compile(lambda x, factor: x * factor, backend="eager", dynamic=False)
+    >>> with RecompileWatch() as watch:
+    ...     _ = scale(torch.ones(2), 2.0), scale(torch.ones(2), 3.0)
+    >>> watch.compiles, watch.recompiles
+    (1, 1)
+    >>> print(watch.reasons[0])
+    a Python number in the graph has changed: factor was 2.0
+    """
+
+    def __init__(self, allow: int | None = None):
+        self.allow = allow
+        self.compilations: list[Compilation] = []
+        #: what :meth:`call` ran, in order
+        self.calls: list[Call] = []
+        self._current: Call | None = None
+
+    @property
+    def compiles(self) -> int:
+        """How many pieces of code were compiled for the first time."""
+        return self._count("compile")
+
+    @property
+    def recompiles(self) -> int:
+        """How many graphs had to be compiled because those that were there did not do."""
+        return self._count("recompile")
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why, for each recompile."""
+        return [each.reason for each in self.compilations if each.kind == "recompile"]
+
+    def _count(self, kind: str) -> int:
+        return sum(each.kind == kind for each in self.compilations)
+
+    def __enter__(self) -> RecompileWatch:
+        callback_handler.register_start_callback(self._on_start)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        callback_handler.remove_start_callback(self._on_start)
+
+    def call(self, label: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
+        """Runs ``function(*args, **kwargs)`` and notes its time and what it compiled under ``label``."""
+        self._current = Call(label)
+        self.calls.append(self._current)
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._current.seconds = time.perf_counter() - start
+            self._current = None
+
+    def _on_start(self, args: CallbackArgs) -> None:
+        guard = _failed_guard()
+        label = self._current.label if self._current else ""
+        kind = _kind(args, guard)
+        compilation = Compilation(kind, explain(guard) if kind == "recompile" else "", guard, label)
+        self.compilations.append(compilation)
+        if self._current:
+            self._current.compilations.append(compilation)
+        if self.allow is not None and self.recompiles > self.allow:
+            raise RecompileError(f"recompile number {self.recompiles}, {self.allow} allowed: {compilation.reason}")
+
+    @property
+    def summary(self) -> str:
+        """``1 compiled, 0 recompiles``"""
+        others = [f"{self._count(kind)} {kind}" for kind in ("backward", "cudagraph") if self._count(kind)]
+        plural = "" if self.recompiles == 1 else "s"
+        return ", ".join([f"{self.compiles} compiled", f"{self.recompiles} recompile{plural}", *others])
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *(f"  {each}" for each in self.compilations if each.kind == "recompile")])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [(each.call, each.kind, each.reason) for each in self.compilations]
+        return html_table("Compilations", ["call", "what", "why"], rows, caption=self.summary)
+
+
+def _failed_guard() -> str:
+    """What PyTorch notes about the compilation that is starting; empty if it is the first of its code."""
+    try:
+        from torch._dynamo.utils import get_metrics_context
+
+        return get_metrics_context()._metrics.get("recompile_reason") or ""
+    except (ImportError, AttributeError):
+        return ""
+
+
+def _kind(args: CallbackArgs, guard: str) -> str:
+    if args.callback_trigger is CallbackTrigger.LAZY_BACKWARD:
+        return "backward"
+    if args.callback_trigger is CallbackTrigger.CUDAGRAPH_RECORDING:
+        return "cudagraph"
+    match = re.fullmatch(r"(?:!\d+/)?\d+/(\d+)(?:_\d+)?", str(args.compile_id))
+    return "recompile" if guard or (match and int(match[1]) > 0) else "compile"
+
+
+def explain(guard: str) -> str:
+    """A failed guard in words.
+
+    >>> explain("0/0: self._modules['lin'].scaling['default'] == 2.0  # x * scaling")
+    "a Python number in the graph has changed: lin.scaling['default'] was 2.0"
+    >>> explain("0/0: tensor 'self._parameters['weight']' size mismatch at index 0. expected 4, actual 8")
+    'a tensor has another shape: weight, axis 0, was 4, is 8'
+    """
+    text = re.sub(r"^\d+/\d+: ", "", guard.strip().split("\n")[0].split("  #")[0]).strip()
+    text = _readable(text)
+    number = r"[-+]?[\d.]+(?:e[-+]?\d+)?|True|False"
+    if match := re.fullmatch(rf"(.+) == ({number})", text):
+        return f"a Python number in the graph has changed: {match[1]} was {match[2]}"
+    if match := re.match(r"tensor '(.+)' size mismatch at index (\d+)\. expected (\d+), actual (\d+)", text):
+        return f"a tensor has another shape: {match[1]}, axis {match[2]}, was {match[3]}, is {match[4]}"
+    if match := re.match(r"___check_type_id\((.+), \d+\)", text):
+        return f"a thing of another type: {match[1]}"
+    return f"this no longer holds: {text}" if text else "the reason is not reported by this version of PyTorch"
+
+
+def _readable(text: str) -> str:
+    """Paths through a module's tables as a person would write them."""
+    text = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", text)
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
+    return re.sub(r"\b(?:self|L\['self'\])\.", "", text)
