@@ -59,7 +59,7 @@ class EvalFreeDropout(nn.Dropout):
     """A dropout whose ``p`` is looked at in training only, so that in eval mode no graph depends on it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.dropout(input, self.p, True, self.inplace) if self.training else input
+        return F.dropout(input, self.p, True, self.inplace) if self.training and self.p else input
 
 
 class _Prepared:

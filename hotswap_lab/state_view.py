@@ -93,10 +93,11 @@ def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metad
         key = prefix + tensor.named_key
         if (value := state_dict.get(key)) is None:
             continue
-        if (rank := own_rank(layer, adapter_name, tensor)) != tensor.capacity:
+        rank, keep_vars = own_rank(layer, adapter_name, tensor), isinstance(value, torch.nn.Parameter)
+        if rank != tensor.capacity:
             value = tensor.trimmed(value, rank)
-        # safetensors takes nothing else; with keep_vars=True the caller wants the tensors of the model
-        state_dict[key] = value if value.requires_grad else value.contiguous()
+        # safetensors takes nothing else; but who asks for keep_vars wants the memory of the model
+        state_dict[key] = value if keep_vars else value.contiguous()
 
 
 def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:

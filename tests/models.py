@@ -98,6 +98,70 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32))
 
 
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
+def opt() -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=40,
+            hidden_size=16,
+            word_embed_proj_dim=16,
+            ffn_dim=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
+def qwen() -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+
+
+def mixtral() -> nn.Module:
+    """A mixture of experts. Its experts are parameters, not layers; LoRA goes on the attention."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        )
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """A model to test on: how to make it, what to call it with, which modules LoRA can go on."""
@@ -133,6 +197,17 @@ KINDS: dict[str, Kind] = {
     "shared": Kind(SharedBlocks, lambda: torch.randn(5, 12), ("early.0",)),
     "llama": Kind(llama, _ids, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
     "gpt2": Kind(gpt2, _ids, ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")),
+}
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+#: more architectures of transformers, for what depends on how a model computes
+ARCHITECTURES: dict[str, Kind] = {
+    "llama": KINDS["llama"],
+    "gpt2": KINDS["gpt2"],
+    "bert": Kind(bert, _ids, ("query", "key", "value", "attention.output.dense", "intermediate.dense")),
+    "opt": Kind(opt, _ids, ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
+    "qwen": Kind(qwen, _ids, (*ATTENTION, "gate_proj", "up_proj", "down_proj")),
+    "mixtral": Kind(mixtral, _ids, ATTENTION),
 }
 
 

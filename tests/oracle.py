@@ -15,12 +15,17 @@ from safetensors.torch import load_file
 TABLES = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias")
 
 
-def assert_equals_fresh_load(model, kind: Kind, folder: str, adapter_name: str = "default", **load_kwargs) -> None:
-    """Outputs, config, scalars, tensors and saved files of ``model`` equal those of a fresh load of ``folder``."""
+def assert_equals_fresh_load(
+    model, kind: Kind, folder: str, adapter_name: str = "default", *, prepared: bool = False, **load_kwargs
+) -> None:
+    """Outputs, config, scalars, tensors and saved files of ``model`` equal those of a fresh load of ``folder``.
+
+    The modules of a ``prepared`` model show another size than a fresh load's; all else must be equal there, too.
+    """
     fresh = load(kind, folder, adapter_name, **load_kwargs)
     assert_same_outputs(model, fresh, kind)
     assert model.peft_config[adapter_name].to_dict() == fresh.peft_config[adapter_name].to_dict()
-    assert_same_scalars(model, fresh, adapter_name)
+    assert_same_scalars(model, fresh, adapter_name, () if prepared else ("lora_dropout", "lora_A", "lora_B"))
     assert_same_tensors(
         get_peft_model_state_dict(model, adapter_name=adapter_name),
         get_peft_model_state_dict(fresh, adapter_name=adapter_name),
@@ -38,13 +43,13 @@ def assert_same_outputs(model, fresh, kind: Kind, tolerance: float = 1e-5) -> No
     torch.testing.assert_close(call(model, kind.inputs()), expected, rtol=0, atol=tolerance * scale)
 
 
-def assert_same_scalars(model, fresh, adapter_name: str) -> None:
+def assert_same_scalars(model, fresh, adapter_name: str, modules: tuple[str, ...]) -> None:
     live = dict(model.named_modules())
     for name, layer in fresh.named_modules():
         if isinstance(layer, LoraLayer) and adapter_name in layer.scaling:
             for table in TABLES:
                 assert getattr(live[name], table)[adapter_name] == getattr(layer, table)[adapter_name], (name, table)
-            for part in ("lora_dropout", "lora_A", "lora_B"):
+            for part in modules:
                 if adapter_name in (expected := getattr(layer, part)):
                     assert repr(getattr(live[name], part)[adapter_name]) == repr(expected[adapter_name]), (name, part)
 
@@ -74,13 +79,18 @@ def assert_same_files(model, fresh, adapter_name: str) -> None:
 
 def snapshot(model) -> dict:
     """Everything of a model that a refused swap must leave alone, bit for bit."""
-    state = {
-        key: (value.data_ptr(), value.dtype, value.detach().clone())
-        for key, value in model.state_dict(keep_vars=True).items()
+    # what is saved, and what is in memory: the padding of a prepared model is not in its state dict
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    memory = {
+        name: (tensor.data_ptr(), tensor.detach().clone())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
     flags = {key: (parameter.requires_grad, parameter.grad) for key, parameter in model.named_parameters()}
     scalars = {
-        (name, table): dict(getattr(layer, table))
+        (name, table): {
+            key: (type(value), float(value), id(value) if torch.is_tensor(value) else 0)
+            for key, value in getattr(layer, table).items()
+        }
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
         for table in TABLES
@@ -88,15 +98,30 @@ def snapshot(model) -> dict:
     structure = [(name, id(module), module.training, repr(module)) for name, module in model.named_modules()]
     configs = {name: (id(config), config.to_dict()) for name, config in model.peft_config.items()}
     attributes = {name: sorted(module.__dict__) for name, module in model.named_modules()}
-    return dict(state=state, flags=flags, scalars=scalars, structure=structure, configs=configs, attributes=attributes)
+    return dict(
+        saved=saved,
+        memory=memory,
+        flags=flags,
+        scalars=scalars,
+        structure=structure,
+        configs=configs,
+        attributes=attributes,
+    )
 
 
 def assert_untouched(model, before: dict) -> None:
     after = snapshot(model)
-    assert after["state"].keys() == before["state"].keys()
-    for key, (address, dtype, value) in before["state"].items():
-        assert after["state"][key][:2] == (address, dtype), key
-        # NaN must stay NaN, and -0.0 must stay -0.0
-        assert after["state"][key][2].numpy().tobytes() == value.numpy().tobytes(), key
+    assert after["saved"].keys() == before["saved"].keys()
+    for key, value in before["saved"].items():
+        assert _same_bits(after["saved"][key], value), key
+    assert after["memory"].keys() == before["memory"].keys()
+    for name, (address, value) in before["memory"].items():
+        assert after["memory"][name][0] == address, name
+        assert _same_bits(after["memory"][name][1], value), name
     for part in ("flags", "scalars", "structure", "configs", "attributes"):
         assert after[part] == before[part], part
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """NaN must stay NaN, and -0.0 must stay -0.0."""
+    return first.dtype == second.dtype and first.numpy().tobytes() == second.numpy().tobytes()
