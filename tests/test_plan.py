@@ -46,7 +46,7 @@ def test_the_dry_run_writes_nothing_and_says_what_the_swap_will_do(model, new):
     before = snapshot(model)
     plan = plan_hotswap(model, new)
     assert plan.ok
-    assert plan.counts == {"copy": 0, "resize": 14, "off": 0, "add": 0}
+    assert plan.counts == {"copy": 0, "pad": 0, "resize": 14, "off": 0, "add": 0}
     assert plan.layers[0].path == "model.layers.0.self_attn.q_proj"
     assert {(layer.rank_before, layer.rank_after, layer.settings.scaling) for layer in plan.layers} == {(4, 6, 0.5)}
     assert plan.nbytes == sum(tensor.nbytes for tensor in Adapter.load(new).tensors.values())

@@ -1,0 +1,138 @@
+"""Chapter 02: its exercises tell right from wrong, its pictures are true, its measurement measures what it says."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from hotswap_lab import Adapter, demo, prepare_model_for_compiled_hotswap, resolve_slot
+from hotswap_lab.lessons import padding
+from hotswap_lab.timing import Timing
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def pad(a, b, rank):
+    big_a, big_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)
+    big_a[: len(a)], big_b[:, : b.shape[1]] = a, b
+    return big_a, big_b
+
+
+def only_a_is_zero(a, b, rank):
+    big_a, big_b = pad(a, b, rank)
+    big_b[:, b.shape[1] :] = 9
+    return big_a, big_b
+
+
+def only_b_is_zero(a, b, rank):
+    big_a, big_b = pad(a, b, rank)
+    big_a[len(a) :] = 9
+    return big_a, big_b
+
+
+def in_float32(a, b, rank):
+    return pad(a.float(), b.float(), rank)
+
+
+def only_a_is_padded(a, b, rank):
+    return pad(a, b, rank)[0], b
+
+
+def own_and_held(tensors, rank):
+    axis = {key: int(".lora_B." in key) for key in tensors}
+    held = sum(tensor.nbytes // tensor.shape[axis[key]] * rank for key, tensor in tensors.items())
+    return sum(tensor.nbytes for tensor in tensors.values()), held
+
+
+def one_factor_for_all(tensors, rank):
+    own = sum(tensor.nbytes for tensor in tensors.values())
+    return own, own * rank // next(iter(tensors.values())).shape[0]
+
+
+SOLUTIONS = {
+    "pad": (
+        padding.pad,
+        pad,
+        [lambda a, b, rank: (a, b), only_a_is_zero, only_b_is_zero, in_float32, only_a_is_padded],
+    ),
+    "bytes_held": (padding.bytes_held, own_and_held, [lambda tensors, rank: (0, 0), one_factor_for_all]),
+}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_right_and_wrong_solutions(name, capsys):
+    task, right, wrong = SOLUTIONS[name]
+    task.check(right)
+    assert capsys.readouterr().out.startswith("Correct: ")
+    for solution in wrong:
+        task.check(solution)
+        out = capsys.readouterr().out
+        assert out.startswith("Not yet.\n")
+        assert "yours:" in out
+        assert "expected:" in out
+        assert "your code runs" not in out  # a wrong answer is no error
+    task.show(right)
+    assert "yours" not in capsys.readouterr().out
+    assert "line" in task.spec
+
+
+def test_the_exercise_asks_for_what_the_engine_does():
+    tensors = Adapter.load(demo.adapter_path("sort")).tensors
+    model, _ = demo.load("sort")
+    slot = resolve_slot(model, "default")
+    prepare_model_for_compiled_hotswap(model, target_rank=24)
+    for layer in slot.layers:
+        a, b = (tensors[f"base_model.model.{layer.path}.{tensor.key}"] for tensor in layer.tensors)
+        for expected, tensor in zip(pad(a, b, 24), layer.tensors, strict=True):
+            assert torch.equal(tensor.parameter, expected)
+
+
+PRICES = {0: (Timing(0.008, 0.007, 63), 1000), 8: (Timing(0.009, 0.008, 63), 1000), 32: (Timing(0.012, 0.01, 63), 4000)}
+FIGURES = {
+    "picture": padding.picture(torch.ones(2, 3), torch.ones(5, 2), 4),
+    "one_memory": padding.one_memory({"double": 2, "reverse": 8, "pig_latin": 32}, 32),
+    "price_plot": padding.price_plot(PRICES),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_valid_svg_with_a_text_form(name):
+    figure = FIGURES[name]
+    root = ElementTree.fromstring(figure.svg)
+    assert root.attrib["role"] == "img"
+    assert root[0].text == figure.text == repr(figure)
+
+
+def test_the_picture_shows_the_matrices_as_they_are():
+    a, b = torch.tensor([[1, 2, 0], [0, 1, 3]]), torch.tensor([[1, 0], [2, 1], [0, 3]])
+    root = ElementTree.fromstring(padding.picture(a, b, 4).svg)
+    numbers = [int(each.text) for each in root.iter(f"{SVG}text") if each.text.isdigit()]
+    big_a, big_b = pad(a, b, 4)
+    assert numbers == [*big_b.flatten(), *big_a.flatten(), *(b @ a).flatten()]
+    dashed = [each for each in root.iter(f"{SVG}rect") if "stroke-dasharray" in each.attrib]
+    assert len(dashed) == 2 * 3 * (4 - 2) + 1  # the padding of both, and the legend
+
+
+def test_one_memory_is_filled_in_proportion():
+    root = ElementTree.fromstring(FIGURES["one_memory"].svg)
+    filled = [float(each.attrib["height"]) for each in root.iter(f"{SVG}rect") if each.attrib["fill"] == padding.NEW]
+    assert [height / filled[-1] for height in filled] == pytest.approx([2 / 32, 8 / 32, 1], rel=1e-3)
+
+
+def test_the_plot_starts_at_zero():
+    root = ElementTree.fromstring(FIGURES["price_plot"].svg)
+    lines = [each for each in root.iter(f"{SVG}polyline") if each.attrib["stroke"] == padding.NEW]
+    bottom = padding._Panel.TOP + padding._Panel.HEIGHT
+    for line, (low, high) in zip(lines, [(0.009, 0.012), (1000, 4000)], strict=True):
+        heights = [bottom - float(point.split(",")[1]) for point in line.attrib["points"].split()]
+        assert heights[0] / heights[1] == pytest.approx(low / high, rel=1e-2)
+
+
+def test_price_measures_models_prepared_for_each_rank():
+    prices = padding.price((0, 8, 16), words=1, rounds=1)
+    own = sum(tensor.nbytes for tensor in Adapter.load(demo.adapter_path("reverse")).tensors.values())
+    assert [nbytes for _, nbytes in prices.values()] == [own, own, 2 * own]
+    assert all(0 < timing.minimum <= timing.median for timing, _ in prices.values())
+    assert {timing.n for timing, _ in prices.values()} == {7}
