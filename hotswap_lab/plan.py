@@ -155,7 +155,7 @@ class Plan:
         groups: Counter = Counter()
         for layer in self.layers:
             if layer.settings is None:
-                rank, scaling = f"{layer.rank_before} -> off", "-"
+                rank, scaling = "off" if layer.rank_before is None else f"{layer.rank_before} -> off", "-"
             else:
                 before, after = layer.rank_before, layer.settings.rank
                 rank = f"{after}" if before == after else f"{'none' if before is None else before} -> {after}"

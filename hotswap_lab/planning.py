@@ -295,11 +295,11 @@ def _plan_leftovers(draft: _Draft, tensors: dict[str, torch.Tensor], add_layers:
     keys = _as_peft_keys(draft, tensors)
     layers = sorted({layer for key in tensors if (layer := adaptable(draft.slot.host.base, key)) is not None})
     if layers:
-        next_step = (
-            "pass add_layers=True to add them, or load first the adapter that targets most layers"
-            if not add_layers
-            else "load first the adapter that targets most layers"
-        )
+        next_step = "load first the adapter that targets most layers"
+        if is_compiled(draft.slot.host.root):
+            next_step = "before compiling, call prepare_model_for_compiled_hotswap with this adapter among `adapters`"
+        elif not add_layers:
+            next_step = f"pass add_layers=True to add them, or {next_step}"
         found = f"tensors for {len(layers)} layers that the loaded adapter lacks: {listing(layers, 3)}"
     else:
         next_step = "check that both adapters were made for the same base model, or pass key_mapping"
@@ -346,8 +346,10 @@ def _add_layers(draft: _Draft, tensors: dict[str, torch.Tensor], check_targets: 
             "Layers can't be added to a compiled model.",
             found=f"{len(paths)} layers that the loaded adapter lacks: {listing(paths, 3)}",
             expected="an adapter whose layers are all in the compiled graph",
-            next_step="before compiling, load the adapter that targets most layers",
+            next_step="before compiling, call prepare_model_for_compiled_hotswap with this adapter among `adapters`",
         )
+        for key in [key for key in tensors if adaptable(slot.host.base, key) is not None]:
+            del tensors[key]  # their reason is given
         return
     try:
         shadows = build_shadow_layers(slot, draft.config, paths)

@@ -60,10 +60,10 @@ def prepare_model_for_compiled_hotswap(
 ) -> None:
     """Makes a model ready for swaps that never recompile it. Call it after loading the first adapter, before compiling.
 
-    The outputs stay what they were. Saving (``save_adapter`` and ``save_pretrained`` alike) gives the adapter with
-    its own rank and scaling, as if nothing had been prepared. May be called again to make more room, before
-    compiling anew. All or nothing: after an error the model is as it was. Make an optimizer only afterwards: the
-    parameters stay the same objects but get other shapes.
+    The outputs stay what they were, up to rounding: zeros are added to sums of another length. Saving
+    (``save_adapter`` and ``save_pretrained`` alike) gives the adapter with its own rank and scaling, as if nothing had
+    been prepared. May be called again to make more room, before compiling anew. All or nothing: after an error the
+    model is as it was. Make an optimizer only afterwards: the parameters stay the same objects but get other shapes.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def prepare_model_for_compiled_hotswap(
     for preparation in preparations:
         _stage(preparation)
     journal = Journal()
-    with torch.no_grad(), interrupts_held():
+    with interrupts_held(), torch.no_grad():
         try:
             for preparation in preparations:
                 _write(preparation, journal)

@@ -28,8 +28,12 @@ class ScalingTable(dict):
         tensor = self.get(name)
         if not isinstance(tensor, torch.Tensor):
             super().__setitem__(name, value)
-        elif value is not tensor:
-            tensor.fill_(float(value))
+        elif isinstance(value, torch.Tensor):
+            # no float() here: diffusers scales inside of its forward, so this may run in a compiled graph
+            if value is not tensor:
+                tensor.copy_(value)
+        else:
+            tensor.fill_(value)
 
     def copy(self) -> dict[str, float]:
         """The values at this time: ``peft.helpers.rescale_adapter_scale`` puts them back when it ends."""
@@ -44,15 +48,14 @@ class ScalingTable(dict):
 
 
 def scaling_tensor(value: float, device: torch.device | str) -> torch.Tensor:
-    """A scaling as a tensor without axes.
+    """A scaling as a tensor without axes: it doesn't change the precision of what it is multiplied with.
 
-    In float64 where the device has it: such a tensor doesn't change the precision of what it is multiplied with,
-    and it holds every Python float exactly, so that scaling up and down again ends where it started.
+    Not in float64: PyTorch's compiler takes such tensors on the CPU for Python floats, and with torch 2.13 a graph
+    that changes one of them (as diffusers' ``scale`` does) computes with the value it had before the change.
     """
-    dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     # a tensor made in inference mode could never be changed outside of it
     with torch.inference_mode(False):
-        return torch.tensor(float(value), dtype=dtype, device=device)
+        return torch.tensor(float(value), dtype=torch.float32, device=device)
 
 
 class EvalFreeDropout(nn.Dropout):

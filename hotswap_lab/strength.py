@@ -66,7 +66,7 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
         if has_fixed_size(layer.module, adapter_name):
             targets.append(layer.module.scaling[adapter_name])
             values.append(torch.tensor(strength * _trained(slot, layer), dtype=torch.float64))
-    with torch.no_grad(), interrupts_held():
+    with interrupts_held(), torch.no_grad():
         try:
             for layer in slot.layers:
                 if not has_fixed_size(layer.module, adapter_name):

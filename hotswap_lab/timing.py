@@ -56,8 +56,9 @@ def machine() -> str:
     import peft
     import torch
 
+    threads = torch.get_num_threads()
     return (
-        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}, "
+        f"{_processor()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}"
     )
 

@@ -23,8 +23,11 @@ T = TypeVar("T")
 class RecompileError(AssertionError):
     """A recompile happened under ``RecompileWatch(allow=...)``. Its text has the reason.
 
-    An ``AssertionError`` because that is what PyTorch's compiler lets through as it is.
+    An ``AssertionError`` because that is what PyTorch's compiler lets through, and only adds an empty line to it.
     """
+
+    def __str__(self) -> str:
+        return super().__str__().strip()
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class RecompileWatch:
         #: what :meth:`call` ran, in order
         self.calls: list[Call] = []
         self._current: Call | None = None
+        self._watching = False
 
     @property
     def compiles(self) -> int:
@@ -119,14 +123,23 @@ class RecompileWatch:
         return sum(each.kind == kind for each in self.compilations)
 
     def __enter__(self) -> RecompileWatch:
-        callback_handler.register_start_callback(self._on_start)
+        self._watching = True
+        self._listen()
         return self
 
     def __exit__(self, *_: object) -> None:
-        callback_handler.remove_start_callback(self._on_start)
+        self._watching = False
+        if self._on_start in callback_handler.start_callbacks:
+            callback_handler.remove_start_callback(self._on_start)
+
+    def _listen(self) -> None:
+        # torch.compiler.reset() forgets all listeners
+        if self._watching and self._on_start not in callback_handler.start_callbacks:
+            callback_handler.register_start_callback(self._on_start)
 
     def call(self, label: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
-        """Runs ``function(*args, **kwargs)`` and notes its time and what it compiled under ``label``."""
+        """Runs ``function(*args, **kwargs)`` and notes under ``label`` its time and, in the block, what it compiled."""
+        self._listen()
         self._current = Call(label)
         self.calls.append(self._current)
         start = time.perf_counter()

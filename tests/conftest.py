@@ -15,3 +15,14 @@ torch.set_num_threads(2)
 @pytest.fixture(params=KINDS)
 def kind(request):
     return KINDS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _modes_are_given_back():
+    """Whatever happens in a call, it must not leave the caller without gradients."""
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    yield
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    torch.set_grad_enabled(True)
+    assert modes == (True, False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import signal
 import sys
@@ -13,10 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from models import KINDS, call, load, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from peft import LoraConfig
 
 import hotswap_lab
-from hotswap_lab import commit, hotswap_adapter, plan_hotswap
+from hotswap_lab import (
+    commit,
+    get_strength,
+    hotswap_adapter,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    resolve_slot,
+    set_strength,
+)
 from hotswap_lab.interrupts import interrupts_held
 from hotswap_lab.journal import Journal
 
@@ -59,7 +70,28 @@ def run_with_fault(action: Callable[[], object], step: int) -> bool:
         return True
     finally:
         sys.settrace(None)
+        # a trace function can raise between the last line of a with block and its __exit__, as nothing else can
+        torch.set_grad_enabled(True)
     return False
+
+
+def count_lines(action: Callable[[], object]) -> int:
+    """How many lines of the package ``action`` runs."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(None)
+    return count
 
 
 def _in_roll_back(frame) -> bool:
@@ -74,6 +106,7 @@ SWAPS = {
     "copy": (dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=3, lora_dropout=0.1)),
     "resize and off": (dict(r=4), dict(r=6, lora_alpha=3, target_modules=["first", "blocks.0"])),
     "add": (dict(r=4, target_modules=["first"]), dict(r=6)),
+    "pad": (dict(r=6, lora_alpha=3), dict(r=4, lora_dropout=0.1, target_modules=["first", "blocks.0"])),
 }
 
 
@@ -83,6 +116,8 @@ def test_a_fault_at_every_line_of_a_commit(tmp_path, swap):
     old = save_random_adapter(kind, tmp_path / "old", seed=1, **SWAPS[swap][0])
     new = save_random_adapter(kind, tmp_path / "new", seed=2, **SWAPS[swap][1])
     model = load(kind, old, is_trainable=True)
+    if swap == "pad":
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
     model(kind.inputs()).sum().backward()
     before = snapshot(model)
     step, faults = 1, 0
@@ -97,7 +132,53 @@ def test_a_fault_at_every_line_of_a_commit(tmp_path, swap):
         faults += 1
         step += 1
     assert faults > 50
-    assert_equals_fresh_load(model, kind, new, is_trainable=True)
+    assert_equals_fresh_load(model, kind, new, is_trainable=True, prepared=swap == "pad")
+
+
+def test_a_fault_at_every_line_of_preparing(tmp_path):
+    """Two adapters, one of them on a layer that the other lacks, and a family that adds a third layer."""
+    kind = KINDS["linear"]
+    first = save_random_adapter(kind, tmp_path / "first", seed=1, r=4, target_modules=["first", "last"])
+    second = save_random_adapter(kind, tmp_path / "second", seed=2, r=6, target_modules=["last", "blocks.0"])
+    model = load(kind, first, is_trainable=True)
+    model.load_adapter(second, "second")
+    model(kind.inputs()).sum().backward()
+    mine, before, faults = LoraConfig(r=3), snapshot(model), 0
+    family = [LoraConfig(r=8, target_modules=["blocks.1"]), LoraConfig.from_pretrained(second)]
+
+    def prepare(model=model, mine=mine):
+        prepare_model_for_compiled_hotswap(model, target_rank=9, adapters=family, config=mine)
+
+    lines = count_lines(lambda: prepare(copy.deepcopy(model), copy.deepcopy(mine)))
+    # everything that writes is among the last lines; what decides is tried at some of its lines only
+    for step in itertools.chain(range(1, lines - 600, 11), itertools.count(lines - 600)):
+        if not run_with_fault(prepare, step) or mine.r == 9:
+            break  # the last write was done before this line
+        assert_untouched(model, before)
+        faults += 1
+    assert faults > 500
+    for name, folder in (("default", first), ("second", second)):
+        model.set_adapter(name)
+        assert_same_outputs(model, load(kind, folder, name), kind)
+        assert {tensor.capacity for tensor in resolve_slot(model, name).tensors} == {9}
+
+
+def test_a_fault_at_every_line_of_setting_the_strength(tmp_path):
+    """One adapter whose scalings are floats, and one whose scalings are tensors."""
+    kind = KINDS["linear"]
+    folder = save_random_adapter(kind, tmp_path / "a", seed=1, r=4)
+    for prepared in (False, True):
+        model = load(kind, folder)
+        if prepared:
+            prepare_model_for_compiled_hotswap(model, target_rank=4)
+        before, step = snapshot(model), 1
+        while run_with_fault(lambda model=model: set_strength(model, 0.5), step):
+            if get_strength(model) == 0.5:
+                break
+            assert_untouched(model, before)
+            step += 1
+        assert step > 50
+        assert get_strength(model) == 0.5
 
 
 def test_a_fault_at_every_line_of_reading_and_planning(tmp_path):

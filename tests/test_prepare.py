@@ -313,7 +313,7 @@ def test_half_precision_and_conversions(tmp_path):
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     model.to(torch.bfloat16)
     scaling = layers(model)[0].scaling["default"]
-    assert scaling.dtype == torch.float64, "a scaling keeps its precision whatever the model is converted to"
+    assert scaling.dtype == torch.float32, "a scaling keeps its precision whatever the model is converted to"
     hotswap_adapter(model, folders[1], "default")
     assert all(tensor.parameter.dtype == torch.bfloat16 for tensor in resolve_slot(model, "default").tensors)
     fresh = load(LLAMA, folders[1]).to(torch.bfloat16)
@@ -498,6 +498,7 @@ def test_the_plan_says_what_is_padded(tmp_path):
     assert ("off", 12, "3 -> off", "-") in plan.rows
     hotswap_adapter(model, few, "default")
     assert ("pad", 12, "none -> 3", f"{8 / 3:.4g}") in plan_hotswap(model, folders[1]).rows
+    assert ("off", 12, "off", "-") in plan_hotswap(model, few).rows
 
 
 # ---- a model that is compiled already
@@ -521,7 +522,14 @@ def compiled_forms():
         model.forward = torch.compile(model.forward, backend="eager")
         return model
 
+    def by_generate(model):
+        """transformers keeps the compiled call that ``generate`` makes under this name."""
+        base = model.get_base_model()
+        base._compiled_call = torch.compile(base.__call__, backend="eager")
+        return model
+
     return {
+        "by generate": by_generate,
         "wrapper": lambda model: torch.compile(model, backend="eager"),
         "in place": in_place,
         "a layer": a_layer,

@@ -1,0 +1,169 @@
+"""Chapter 03's exercises and its timeline."""
+
+from __future__ import annotations
+
+import itertools
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from hotswap_lab import RecompileWatch, prepare_model_for_compiled_hotswap
+from hotswap_lab.lessons import compiling
+from hotswap_lab.watch import Call, Compilation
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def scaling(config):
+    return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+
+
+def will_recompile(old, new):
+    return old.r != new.r or scaling(old) != scaling(new) or old.lora_dropout != new.lora_dropout
+
+
+def make_ready(model, family):
+    prepare_model_for_compiled_hotswap(model, adapters=family)
+    return torch.compile(model, backend="eager", dynamic=False)
+
+
+def prepares_too_late(model, family):
+    compiled = torch.compile(model, backend="eager")
+    prepare_model_for_compiled_hotswap(compiled, adapters=family)
+    return compiled
+
+
+def makes_room_but_no_layers(model, family):
+    prepare_model_for_compiled_hotswap(model, target_rank=32)
+    return torch.compile(model, backend="eager")
+
+
+def forgets_to_compile(model, family):
+    prepare_model_for_compiled_hotswap(model, adapters=family)
+    return model
+
+
+def compiles_again_each_time(model, family):
+    """Right answers, but something that each swap changes is left in the graph."""
+    prepare_model_for_compiled_hotswap(model, adapters=family)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs):
+            # a Python number that differs between adapters of different ranks
+            rank = model.get_base_model().model.layers[0].self_attn.q_proj.r["default"]
+            return self.model(**inputs) if rank > 0 else None
+
+    return torch.compile(Wrapper(), backend="eager", dynamic=False)
+
+
+SOLUTIONS = {
+    "will_recompile": (
+        compiling.will_recompile,
+        will_recompile,
+        [
+            lambda old, new: False,
+            lambda old, new: (old.r, old.lora_alpha) != (new.r, new.lora_alpha),
+            lambda old, new: scaling(old) != scaling(new),
+            lambda old, new: will_recompile(old, new) or old.target_modules != new.target_modules,
+        ],
+    ),
+    "make_ready": (
+        compiling.make_ready,
+        make_ready,
+        [lambda model, family: None, forgets_to_compile, prepares_too_late, makes_room_but_no_layers],
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_right_and_wrong_solutions(name, capsys):
+    task, right, wrong = SOLUTIONS[name]
+    task.check(right)
+    assert capsys.readouterr().out.startswith("Correct: ")
+    for solution in wrong:
+        task.check(solution)
+        out = capsys.readouterr().out
+        assert out.startswith("Not yet.\n")
+        assert "yours:" in out
+        assert "expected:" in out
+    assert "line" in task.spec
+
+
+def test_a_solution_that_recompiles_is_told_how_often(capsys):
+    compiling.make_ready.check(compiles_again_each_time)
+    out = capsys.readouterr().out
+    assert "recompiles in 5 swaps" in out
+    assert "equal a fresh load" not in out
+
+
+def test_the_scenarios_have_both_answers_and_are_independent_of_each_other():
+    def config(options):
+        return compiling._config(**options)
+
+    answers = [compiling.recompiles(config(compiling.OLD_CONFIG), config(new)) for new in compiling.SCENARIOS.values()]
+    assert answers == [0, 1, 1, 0, 1, 0]
+    # a graph that is left over from one try would hide the recompile of the next
+    assert compiling.recompiles(config(compiling.OLD_CONFIG), config(compiling.SCENARIOS["r=4 alpha=16"])) == 1
+
+
+def a_watch(*calls):
+    """A watch as if it had noted calls: label, seconds, kind of compilation or None."""
+    watch = RecompileWatch()
+    for label, seconds, kind in calls:
+        compilations = [Compilation(kind, call=label)] if kind else []
+        watch.calls.append(Call(label, seconds, compilations))
+        watch.compilations += compilations
+    return watch
+
+
+SLOW = a_watch(("a", 5.0, "compile"), ("a", 0.001, None), ("b", 2.0, "recompile"), ("b", 0.003, None))
+FAST = a_watch(("a", 6.0, "compile"), ("a", 0.001, None), ("b", 0.002, None), ("b", 0.003, None))
+
+
+def test_the_timeline_in_words():
+    figure = compiling.timeline("Latency", {"not <prepared>": SLOW, "prepared": FAST})
+    assert repr(figure) == (
+        "Latency. not <prepared>: 4 calls, 1 swap, 1 compiled, 1 recompile, a 5 s with a compile, b 2 s with a "
+        "recompile, other calls 2 ms in the median. prepared: 4 calls, 1 swap, 1 compiled, 0 recompiles, a 6 s with "
+        "a compile, other calls 2 ms in the median."
+    )
+    assert ElementTree.fromstring(figure.svg)[0].text == figure.text
+
+
+def test_the_timeline_marks_each_call_by_shape_and_by_colour():
+    root = ElementTree.fromstring(compiling.timeline("Latency", {"not <prepared>": SLOW, "prepared": FAST}).svg)
+    marks = [each for each in root.iter() if each.get("class") in compiling.MARKS]
+    by_kind = {kind: [each for each in marks if each.get("class") == kind] for kind in compiling.MARKS}
+    # the calls, and one each in the legend
+    assert {kind: len(each) for kind, each in by_kind.items()} == {"call": 5 + 1, "compile": 2 + 1, "recompile": 1 + 1}
+    assert len({each[0].tag for each in by_kind.values()}) == 3
+    assert len({each[0].get("fill") for each in by_kind.values()}) == 3
+
+
+def test_the_timeline_is_logarithmic():
+    calls = [("a", seconds, None) for seconds in (0.001, 0.01, 0.1, 1.0)]
+    root = ElementTree.fromstring(compiling.timeline("Latency", {"all": a_watch(*calls)}).svg)
+    heights = [float(each.get("cy")) for each in root.iter(f"{SVG}circle")][: len(calls)]
+    steps = [below - above for below, above in itertools.pairwise(heights)]
+    assert steps == pytest.approx([steps[0]] * 3, abs=0.2)
+    assert steps[0] > 0
+
+
+def test_everything_in_the_timeline_is_inside_of_it():
+    root = ElementTree.fromstring(compiling.timeline("Latency", {"slow": SLOW, "fast": FAST}).svg)
+    width, height = float(root.get("width")), float(root.get("height"))
+    for each in root.iter():
+        for axis, limit in (("x", width), ("cx", width), ("x2", width), ("y", height), ("cy", height), ("y2", height)):
+            assert 0 <= float(each.get(axis, 0)) <= limit

@@ -1,0 +1,32 @@
+"""The backend that works here, found by trying."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hotswap_lab import pick_backend
+
+CODE = """
+import warnings
+from hotswap_lab import pick_backend
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(pick_backend(), pick_backend())
+print(*[each.message for each in caught if "aot_eager" in str(each.message)], sep="\\n")
+"""
+
+
+def test_inductor_where_it_works():
+    assert pick_backend() == "inductor"
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_aot_eager_and_one_clear_line_where_no_compiler_works(tmp_path, compiler):
+    environment = {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "aot_eager aot_eager", done.stderr
+    assert "Install a C++ compiler" in lines[1]

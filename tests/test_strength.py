@@ -1,0 +1,95 @@
+"""Strength on models that aren't compiled; test_compiled_swaps.py has the compiled ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import KINDS, call, load, save_random_adapter
+from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from peft.tuners.lora import LoraLayer
+
+from hotswap_lab import (
+    HotswapError,
+    get_strength,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    save_adapter,
+    set_strength,
+)
+
+LINEAR = KINDS["linear"]
+CONFIG = dict(r=4, lora_alpha=6, rank_pattern={"last": 2}, alpha_pattern={"first": 3}, use_rslora=True)
+
+
+@pytest.fixture(params=[False, True], ids=["floats", "tensors"])
+def model(request, tmp_path):
+    model = load(LINEAR, save_random_adapter(LINEAR, tmp_path / "a", seed=1, **CONFIG))
+    if request.param:
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    return model
+
+
+def scaled(folder, strength):
+    fresh = load(LINEAR, folder)
+    for layer in fresh.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling["default"] *= strength
+    return call(fresh, LINEAR.inputs())
+
+
+@pytest.mark.parametrize("strength", [0, 0.25, 1, 3, -0.5])
+def test_every_strength(model, tmp_path, strength):
+    set_strength(model, 7)
+    set_strength(model, strength)
+    assert get_strength(model) == strength
+    torch.testing.assert_close(call(model, LINEAR.inputs()), scaled(tmp_path / "a", strength), rtol=1e-5, atol=1e-6)
+
+
+def test_zero_is_the_base_model_exactly(model):
+    set_strength(model, 0)
+    assert torch.equal(call(model, LINEAR.inputs()), call(LINEAR.base(), LINEAR.inputs()))
+
+
+def test_a_swap_ends_it_and_saving_ignores_it(model, tmp_path):
+    set_strength(model, 0.5)
+    save_adapter(model, tmp_path / "saved")
+    other = save_random_adapter(LINEAR, tmp_path / "b", seed=2, r=3)
+    hotswap_adapter(model, other, "default")
+    assert get_strength(model) == 1
+    hotswap_adapter(model, tmp_path / "saved", "default")
+    prepared = isinstance(model.base_model.model.first.scaling["default"], torch.Tensor)
+    assert_equals_fresh_load(model, LINEAR, str(tmp_path / "a"), prepared=prepared)
+
+
+def test_layers_that_are_off_have_no_strength(model, tmp_path):
+    other = save_random_adapter(LINEAR, tmp_path / "b", seed=2, r=3, target_modules=["first"])
+    set_strength(model, 0.5)
+    hotswap_adapter(model, other, "default")
+    assert get_strength(model) == 1
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1", None, True])
+def test_what_is_no_strength(model, strength):
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="not a number"):
+        set_strength(model, strength)
+    assert_untouched(model, before)
+
+
+def test_merged_weights_are_refused(model):
+    model.merge_adapter()
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="merged into the base weights"):
+        set_strength(model, 0.5)
+    assert_untouched(model, before)
+
+
+def test_unequal_strengths_are_said_to_be_so(model):
+    model.base_model.model.first.set_scale("default", 0.5)
+    with pytest.raises(HotswapError, match="different strengths"):
+        get_strength(model)
+
+
+def test_an_adapter_that_is_not_there(model):
+    with pytest.raises(HotswapError, match="not found"):
+        set_strength(model, 0.5, "other")
