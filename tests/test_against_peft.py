@@ -15,13 +15,23 @@ import pytest
 import torch
 from models import KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load
-from peft import LoHaConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from peft.utils.hotswap import hotswap_adapter_from_state_dict as peft_hotswap_from_state_dict
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap as peft_prepare
 from peft.utils.save_and_load import _insert_adapter_name_into_state_dict, load_peft_weights
 from safetensors.torch import load_file, save_file
 
-from hotswap_lab import Adapter, HotswapError, hotswap_adapter, hotswap_adapter_from_state_dict
+from hotswap_lab import (
+    Adapter,
+    HotswapError,
+    RecompileWatch,
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+    resolve_slot,
+)
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 LLAMA = KINDS["llama"]
@@ -235,3 +245,108 @@ def test_layer_types(tmp_path, case):
         model = load(kind, old)
         hotswap_adapter(model, new, "default")
         assert_equals_fresh_load(model, kind, new)
+
+
+# ---- prepared and compiled
+
+
+def test_saving_a_prepared_model(tmp_path):
+    folder = save_random_adapter(LLAMA, tmp_path / "a", seed=1, r=4)
+    seen = []
+    for prepare in (peft_prepare, prepare_model_for_compiled_hotswap):
+        model = load(LLAMA, folder)
+        prepare(model, target_rank=8)
+        model.save_pretrained(tmp_path / "saved")
+        ranks = {
+            t.shape[0] for key, t in load_file(tmp_path / "saved/adapter_model.safetensors").items() if "_A" in key
+        }
+        config = PeftConfig.from_pretrained(str(tmp_path / "saved"))
+        if (ranks, config.r) == ({8}, 4):
+            seen.append("padded weights, wrong config")
+        elif (ranks, config.r) == ({4}, 4) and same_outputs(model, str(tmp_path / "saved")):
+            seen.append("the adapter's own rank; reload equals the live model")
+    assert tuple(seen) == row("prepared, then saved with `save_pretrained`")
+
+
+def test_live_configs(tmp_path):
+    folder = save_random_adapter(LLAMA, tmp_path / "a", seed=1, r=4)
+    words = {8: "the live config says the target rank", 4: "live configs are left alone"}
+    seen = []
+    for prepare in (peft_prepare, prepare_model_for_compiled_hotswap):
+        model = load(LLAMA, folder)
+        prepare(model, target_rank=8, config=model.peft_config)
+        seen.append(words[model.peft_config["default"].r])
+    assert tuple(seen) == row("prepared, `config=model.peft_config`")
+
+
+FAMILIES = {
+    "adapters whose layers don't overlap": (dict(r=4, target_modules=ATTENTION), dict(r=8, target_modules=["up_proj"])),
+    "adapters with other dropout": (dict(r=4), dict(r=8, lora_dropout=0.2)),
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_families(tmp_path, case):
+    torch.compiler.reset()
+    old, new = (
+        save_random_adapter(LLAMA, tmp_path / str(number), seed=number, **config)
+        for number, config in enumerate(FAMILIES[case])
+    )
+    model = load(LLAMA, old)
+    peft_prepare(model, target_rank=8)
+    assert (what_peft_does(model, new), "equals a fresh load, 0 recompiles") == row(case)
+    model = load(LLAMA, old)
+    prepare_model_for_compiled_hotswap(model, adapters=[new])
+    compiled = torch.compile(model, backend="aot_eager")
+    call(compiled, LLAMA.inputs())
+    with RecompileWatch(allow=0):
+        hotswap_adapter(compiled, new, "default")
+        assert same_outputs(compiled, new)
+    assert_equals_fresh_load(model, LLAMA, new, prepared=True)
+
+
+def test_set_scale(tmp_path):
+    folder = save_random_adapter(LLAMA, tmp_path / "a", seed=1, r=4)
+    seen = []
+    for prepare in (peft_prepare, prepare_model_for_compiled_hotswap):
+        torch.compiler.reset()
+        model = load(LLAMA, folder)
+        prepare(model, target_rank=8)
+        compiled = torch.compile(model, backend="eager")
+        call(compiled, LLAMA.inputs())
+        with RecompileWatch() as watch:
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    module.set_scale("default", 0.5)
+            call(compiled, LLAMA.inputs())
+        seen.append("recompiles" if watch.recompiles else "0 recompiles")
+    assert tuple(seen) == row("`set_scale` on a prepared model")
+
+
+def test_freezing(tmp_path):
+    torch.compiler.reset()
+    kind = KINDS["linear"]
+    old, new = (save_random_adapter(kind, tmp_path / str(r), seed=r, r=r, lora_alpha=r) for r in (4, 8))
+    with torch._inductor.config.patch(freezing=True):
+        model = load(kind, old)
+        peft_prepare(model, target_rank=8)
+        compiled = torch.compile(model)
+        before = call(compiled, kind.inputs())
+        peft_hotswap(model, new, adapter_name="default", torch_device="cpu")
+        went_on = torch.equal(call(compiled, kind.inputs()), before)
+        with pytest.raises(HotswapError, match="go on with the old adapter"):
+            hotswap_adapter(compiled, old, "default")
+    assert row("compiled with freezing") == ("old outputs go on, no error" if went_on else "", "refused")
+
+
+def test_one_layer_that_can_not_be_padded(tmp_path):
+    kind = KINDS["conv"]
+    folder = save_random_adapter(kind, tmp_path / "a", seed=1, r=4)
+    sizes = []
+    for prepare in (peft_prepare, prepare_model_for_compiled_hotswap):
+        model = load(kind, folder)
+        with pytest.raises(ValueError, match="not divisible"):
+            prepare(model, target_rank=6)
+        sizes.append({tensor.capacity for tensor in resolve_slot(model, "default").tensors})
+    words = ("others are padded already" if sizes[0] != {4} else "", "refused, untouched" if sizes[1] == {4} else "")
+    assert words == row("one layer can't be padded")

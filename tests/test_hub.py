@@ -153,3 +153,14 @@ def test_bin_files_where_there_are_no_safetensors(hub, run, tmp_path):
         assert_equals_fresh_load(model, kind, {hub.folders["new"]!r})
         """
     )
+
+
+def test_a_family_on_the_hub_is_prepared_for_from_its_configs(run, hub):
+    result = run("""
+    from hotswap_lab import prepare_model_for_compiled_hotswap, resolve_slot
+    prepare_model_for_compiled_hotswap(model, adapters=["team/adapter"], revision="v2")
+    room = {tensor.capacity for tensor in resolve_slot(model, "default").tensors}
+    result = sorted(room)
+    """)
+    assert result == [4]
+    assert not [path for command, path in hub.requests if path.endswith(".safetensors")]
