@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .building import give_memory
 from .interrupts import interrupts_held
 from .journal import Journal
 from .parts import SlotTensor
 from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
+from .room import Content, clear_gradient, room_of
 from .shadow import attach
 from .state_view import set_off, set_padded
 
@@ -33,6 +35,9 @@ class _Staged:
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
     resized: list[tuple[SlotTensor, torch.Tensor]] = field(default_factory=list)
+    #: where the slot has a room: what will be in it, and the rows of its memory that this takes
+    content: Content | None = None
+    used: list[int] | None = None
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self.targets.append(target)
@@ -68,16 +73,21 @@ def commit(plan: Plan) -> None:
     plan.raise_if_refused()
     if plan.will_recompile:
         _warn_of_recompiling(plan)
+    if plan.room is None and (room := room_of(plan.slot.host.base, plan.slot.adapter_name)) is not None:
+        room.leave()  # it can't follow what is about to be written
     with plan.slot.write_mode(), torch.no_grad():
         staged = _stage(plan)
         journal = Journal()
         with interrupts_held():
             try:
                 for target, fresh in staged.resized:
-                    resize(target, fresh, journal)
-                for layer in plan.layers:
-                    _write_layer(plan, layer, journal)
-                journal.set_item(plan.slot.host.configs, plan.slot.adapter_name, plan.config)
+                    _resize(target, fresh, journal)
+                if staged.content is not None:
+                    plan.room.enter(staged.content, staged.used, journal)
+                else:
+                    for layer in plan.layers:
+                        _write_layer(plan, layer, journal)
+                    journal.set_item(plan.slot.host.configs, plan.slot.adapter_name, plan.config)
                 if staged.targets:
                     torch._foreach_copy_(staged.targets, staged.sources)
             except BaseException:
@@ -100,11 +110,33 @@ def _warn_of_recompiling(plan: Plan) -> None:
 
 def _stage(plan: Plan) -> _Staged:
     staged = _Staged()
+    if plan.room is not None:
+        _stage_room(staged, plan)
+        return staged
     for layer in plan.layers:
         for write in layer.tensors:
             _stage_tensor(staged, write)
     _stage_scalings(staged, plan)
     return staged
+
+
+def _stage_room(staged: _Staged, plan: Plan) -> None:
+    """Into a room: first zeros wherever something else might be left, then the tensors, then all scalings."""
+    room, staged.content = plan.room, plan.content
+    ranks = [settings.rank if settings else 0 for settings in staged.content.settings]
+    staged.used = room.rows_for(ranks)
+    for memory in room.to_clear(ranks):
+        staged.zero(memory)
+    for layer in plan.layers:
+        for write in layer.tensors:
+            if write.source is not None:
+                own = room.own_view(write.target, write.target.rank_of(write.source.shape))
+                # cast and moved here, where an error does no harm yet
+                source = write.source.detach().to(own.device, own.dtype)
+                staged.copy(own, write.target.split(source))
+    scalings = room.scalings_of(staged.content)
+    for vector in room.scalings:
+        staged.copy(vector, scalings)
 
 
 def _stage_tensor(staged: _Staged, write: TensorPlan) -> None:
@@ -141,23 +173,10 @@ def _stage_scalings(staged: _Staged, plan: Plan) -> None:
             staged.copy(target, value)
 
 
-def resize(target: SlotTensor, fresh: torch.Tensor, journal: Journal) -> None:
-    parameter = target.parameter
-    old = parameter.data
-
-    def undo() -> None:
-        parameter.data = old
-
+def _resize(target: SlotTensor, fresh: torch.Tensor, journal: Journal) -> None:
     # the gradient first: it must have the shape of its parameter at all times
-    clear_gradient(parameter, journal)
-    journal.record(undo)
-    # A graph over the old shape may still be alive, and with it the parameter's gradient accumulator, which would
-    # refuse gradients of the new shape. PyTorch gives a parameter a new one only when its dtype or device changes.
-    other_dtype = torch.float32 if parameter.dtype == torch.float64 else torch.float64
-    parameter.data = torch.empty(0, dtype=other_dtype, device=parameter.device)
-    parameter.data = fresh
-    # autograd sees a write through .data only if it is told
-    torch.autograd.graph.increment_version(parameter)
+    clear_gradient(target.parameter, journal)
+    give_memory(target.parameter, fresh, journal)
     if target.size_attribute:
         journal.set_attribute(target.owner, target.size_attribute, target.rank_of(fresh.shape))
 
@@ -177,16 +196,3 @@ def _write_layer(plan: Plan, layer: LayerPlan, journal: Journal) -> None:
         method.write_dropout(module, name, layer.settings.dropout, journal)
     if layer.action is Action.ADD:
         attach(plan.slot, layer.layer, journal)
-
-
-def clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
-    """The gradient of the old adapter's weight says nothing about the new one's."""
-    gradient = parameter.grad
-    if gradient is None:
-        return
-
-    def undo() -> None:
-        parameter.grad = gradient
-
-    journal.record(undo)
-    parameter.grad = None

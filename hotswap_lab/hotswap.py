@@ -12,7 +12,8 @@ from .adapter import Adapter
 from .commit import commit
 from .plan import Plan
 from .planning import make_plan
-from .slot import Slot, resolve_slot
+from .room import slot_for
+from .slot import Slot
 
 
 def hotswap_adapter(
@@ -120,7 +121,7 @@ def hotswap_adapter_from_state_dict(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter_from_state_dict`` of PEFT 0.21.
     """
-    slot = resolve_slot(model, adapter_name)
+    slot = slot_for(model, adapter_name)
     adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
     commit(make_plan(slot, adapter, add_layers=add_layers, check_targets=False))
 
@@ -159,7 +160,7 @@ def plan_hotswap(
     >>> print(plan.refusals[0].next_step)
     pass add_layers=True to add them, or load first the adapter that targets most layers
     """
-    slot = resolve_slot(model, adapter_name)
+    slot = slot_for(model, adapter_name)
     adapter = model_name_or_path
     if isinstance(adapter, Adapter):
         if kwargs or torch_device is not None:

@@ -20,6 +20,7 @@ from .compiled import is_compiled
 from .errors import HotswapError, Refusal
 from .parts import LayerSettings, SlotTensor
 from .report import html_table
+from .room import Content, Room
 from .slot import Slot, SlotLayer
 
 
@@ -111,6 +112,16 @@ class Plan:
     config: PeftConfig
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    #: the slot's room, if it was prepared and nothing is added to it
+    room: Room | None = None
+
+    @property
+    def content(self) -> Content:
+        """What will be in the room."""
+        by_layer = {layer.layer: layer.settings for layer in self.layers}
+        settings = tuple(by_layer[layer] for layer in self.slot.layers)
+        dropouts = {each.dropout for each in settings if each is not None}
+        return Content(settings, max(dropouts, default=0.0), self.config)
 
     @property
     def ok(self) -> bool:

@@ -20,6 +20,7 @@ from .host import PEFT_PREFIX, canonical_path
 from .parts import LayerSettings, SlotTensor
 from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
+from .room import room_of
 from .shadow import adaptable, build_shadow_layers
 from .slot import Slot, SlotLayer
 from .state_view import is_marked_off, own_rank
@@ -40,7 +41,12 @@ class _Draft:
         self.refusals.append(Refusal(summary, found, expected, next_step))
 
     def finish(self) -> Plan:
-        return Plan(self.slot, self.adapter, tuple(self.layers), self.config, tuple(self.refusals), tuple(self.notes))
+        room = room_of(self.slot.host.base, self.slot.adapter_name)
+        if room is not None and (room.slot is not self.slot or any(plan.action is Action.ADD for plan in self.layers)):
+            room = None
+        return Plan(
+            self.slot, self.adapter, tuple(self.layers), self.config, tuple(self.refusals), tuple(self.notes), room
+        )
 
 
 def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_targets: bool = True) -> Plan:

@@ -7,6 +7,7 @@ become tensors, and layers that only other adapters of the family have are added
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,16 +19,16 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .adapter import Adapter, load_config
-from .commit import clear_gradient, resize
+from .building import build_room, move_in
 from .compiled import blind_spot, is_compiled
 from .errors import HotswapError, Refusal, listing, refuse
 from .host import canonical_path, carriers
 from .interrupts import interrupts_held
 from .journal import Journal
-from .parts import SlotTensor
+from .room import Room, clear_gradient, room_of
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, slot_in
-from .state_view import is_marked_off, own_rank, own_tensor, set_off, set_padded
+from .state_view import is_marked_off, own_rank, set_padded
 
 NOTHING_FOUND = (
     "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
@@ -44,8 +45,10 @@ class _Preparation:
     capacity: dict[SlotLayer, int] = field(default_factory=dict)
     #: and at each layer that it lacks
     reserve: dict[str, int] = field(default_factory=dict)
-    padded: list[tuple[SlotTensor, torch.Tensor]] = field(default_factory=list)
+    #: layers for these, not yet in the model
     reserved: list[SlotLayer] = field(default_factory=list)
+    #: what becomes of the slot; None if it is in such a room already
+    room: Room | None = None
 
 
 def prepare_model_for_compiled_hotswap(
@@ -302,16 +305,18 @@ def _targeted(slot: Slot, config: PeftConfig) -> Iterator[str]:
 
 def _stage(preparation: _Preparation) -> None:
     """Allocates everything beside the model."""
-    slot = preparation.slot
+    slot, name = preparation.slot, preparation.slot.adapter_name
+    present = room_of(slot.host.base, name)
+    enough = all(layer.tensors[0].capacity == rank for layer, rank in preparation.capacity.items())
+    if present is not None and enough and not preparation.reserve:
+        return
     with slot.write_mode(), torch.no_grad():
-        for layer, rank in preparation.capacity.items():
-            for tensor in layer.tensors:
-                if tensor.rank_axis is not None and tensor.capacity != rank:
-                    own = own_tensor(layer.module, slot.adapter_name, tensor).detach()
-                    preparation.padded.append((tensor, tensor.padded(own, rank)))
         for rank in sorted(set(preparation.reserve.values())):
             paths = sorted(path for path, needed in preparation.reserve.items() if needed == rank)
-            preparation.reserved += _build_reserved(slot, paths, rank)
+            for layer in _build_reserved(slot, paths, rank):
+                preparation.reserved.append(layer)
+                preparation.capacity[layer] = rank
+        preparation.room = build_room(slot, preparation.capacity, reserved=preparation.reserved)
 
 
 def _build_reserved(slot: Slot, paths: list[str], rank: int) -> list[SlotLayer]:
@@ -339,20 +344,28 @@ def _build_reserved(slot: Slot, paths: list[str], rank: int) -> list[SlotLayer]:
 
 
 def _write(preparation: _Preparation, journal: Journal) -> None:
-    slot, name = preparation.slot, preparation.slot.adapter_name
+    slot, name, room = preparation.slot, preparation.slot.adapter_name, preparation.room
+    if room is None:
+        return
     with slot.write_mode():
-        for tensor, fresh in preparation.padded:
-            resize(tensor, fresh, journal)
         for layer in slot.layers:
             for tensor in layer.tensors:
                 clear_gradient(tensor.parameter, journal)
-            slot.method.write_prepared(layer.module, name, journal)
+        for tensor in room.places:
+            if not move_in(tensor, room.view(tensor), journal):
+                room.shares_versions = False
+        layers = []
+        for layer in preparation.capacity:
+            if layer in preparation.reserved:
+                layer = dataclasses.replace(layer, module=attach(slot, layer, journal))
+            layers.append(layer)
+        room.slot = dataclasses.replace(slot, layers=tuple(layers))
+        for index, layer in enumerate(layers):
+            device = layer.tensors[0].parameter.device
+            slot.method.write_prepared(layer.module, name, room.scaling(index, device), journal)
             set_padded(layer.module, name, journal)
-        for layer in preparation.reserved:
-            module = attach(slot, layer, journal)
-            slot.method.write_prepared(module, name, journal)
-            set_padded(module, name, journal)
-            set_off(module, name, True, journal)
+        room.settle_in(journal)
+        room.settle()
 
 
 def _update_configs(

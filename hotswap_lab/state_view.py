@@ -15,9 +15,8 @@ import torch
 from .journal import Journal
 from .methods import method_of
 from .parts import SlotTensor
+from .prepared_layer import OFF_ATTRIBUTE, SEATS
 
-#: on a layer: the adapters that are turned off there
-OFF_ATTRIBUTE = "hotswap_off"
 #: on a layer: the adapters whose tensors may be larger than their rank
 PADDED_ATTRIBUTE = "hotswap_padded"
 
@@ -28,14 +27,15 @@ def is_off(layer: torch.nn.Module, adapter_name: str) -> bool:
     The mark alone doesn't say so: somebody may have deleted the adapter and loaded another one by the same name,
     or written weights into it.
     """
-    return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ()) and not any(
+    return is_marked_off(layer, adapter_name) and not any(
         tensor.parameter.any() for tensor in method_of(layer).tensors_of(layer, adapter_name)
     )
 
 
 def is_marked_off(layer: torch.nn.Module, adapter_name: str) -> bool:
     """:func:`is_off` without a look at the weights."""
-    return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
+    seat = layer.__dict__.get(SEATS, {}).get(adapter_name)
+    return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ()) if seat is None else seat.settings is None
 
 
 def set_off(layer: torch.nn.Module, adapter_name: str, off: bool, journal: Journal) -> None:
@@ -76,20 +76,25 @@ def _mark(layer: torch.nn.Module, attribute: str, adapter_name: str, value: bool
     journal.set_item(layer.__dict__, attribute, after)
 
 
-def _tensors(layer: torch.nn.Module, attribute: str) -> Iterator[tuple[str, SlotTensor]]:
+def _off_tensors(layer: torch.nn.Module) -> Iterator[SlotTensor]:
+    method, marks = method_of(layer), layer.__dict__
+    for adapter_name in marks.get(OFF_ATTRIBUTE, frozenset()) | marks.get(SEATS, {}).keys():
+        if method.has_adapter(layer, adapter_name) and is_off(layer, adapter_name):
+            yield from method.tensors_of(layer, adapter_name)
+
+
+def _padded_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, SlotTensor]]:
     method = method_of(layer)
-    for adapter_name in layer.__dict__.get(attribute, ()):
+    for adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ()):
         if method.has_adapter(layer, adapter_name):
             for tensor in method.tensors_of(layer, adapter_name):
                 yield adapter_name, tensor
 
 
 def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    for adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ()):
-        if method_of(layer).has_adapter(layer, adapter_name) and is_off(layer, adapter_name):
-            for tensor in method_of(layer).tensors_of(layer, adapter_name):
-                state_dict.pop(prefix + tensor.named_key, None)
-    for adapter_name, tensor in _tensors(layer, PADDED_ATTRIBUTE):
+    for tensor in _off_tensors(layer):
+        state_dict.pop(prefix + tensor.named_key, None)
+    for adapter_name, tensor in _padded_tensors(layer):
         key = prefix + tensor.named_key
         if (value := state_dict.get(key)) is None:
             continue
@@ -101,10 +106,9 @@ def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metad
 
 
 def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
-    for adapter_name, tensor in _tensors(layer, OFF_ATTRIBUTE):
-        if is_off(layer, adapter_name):
-            state_dict.setdefault(prefix + tensor.named_key, tensor.parameter.detach())
-    for adapter_name, tensor in _tensors(layer, PADDED_ATTRIBUTE):
+    for tensor in _off_tensors(layer):
+        state_dict.setdefault(prefix + tensor.named_key, tensor.parameter.detach())
+    for adapter_name, tensor in _padded_tensors(layer):
         key = prefix + tensor.named_key
         value, rank = state_dict.get(key), own_rank(layer, adapter_name, tensor)
         if value is not None and rank != tensor.capacity and tuple(value.shape) == tensor.shape_for(rank):

@@ -29,7 +29,7 @@ from ..errors import Refusal
 from ..host import Host
 from ..journal import Journal
 from ..parts import LayerSettings, SlotTensor
-from ..prepared_layer import EvalFreeDropout, ScalingTable, prepared_class, scaling_tensor
+from ..prepared_layer import EvalFreeDropout, ScalingTable, prepared_class
 
 layer_class = LoraLayer
 
@@ -279,14 +279,14 @@ def write_dropout(layer: LoraLayer, adapter_name: str, p: float, journal: Journa
         journal.set_item(layer.lora_dropout, adapter_name, module.train(present.training))
 
 
-def write_prepared(layer: LoraLayer, adapter_name: str, journal: Journal) -> None:
-    """Makes whatever a compiled graph would take for a constant a thing that it reads anew, or does not look at."""
-    tensors = tensors_of(layer, adapter_name)
-    table = layer.__dict__["scaling"]
-    if not isinstance(table, ScalingTable) or not isinstance(table[adapter_name], torch.Tensor):
-        values = dict(table)
-        values[adapter_name] = scaling_tensor(values[adapter_name], tensors[0].parameter.device)
-        journal.set_item(layer.__dict__, "scaling", ScalingTable(values))
+def write_prepared(layer: LoraLayer, adapter_name: str, scaling: torch.Tensor, journal: Journal) -> None:
+    """Makes whatever a compiled graph would take for a constant a thing that it reads anew, or does not look at.
+
+    ``scaling`` is the tensor, without axes, that holds the layer's scaling from now on.
+    """
+    values = dict(layer.__dict__["scaling"])
+    values[adapter_name] = scaling
+    journal.set_item(layer.__dict__, "scaling", ScalingTable(values))
     if (cls := prepared_class(type(layer))) is not type(layer):
         journal.set_attribute(layer, "__class__", cls)
     present = layer.lora_dropout[adapter_name]

@@ -1,0 +1,407 @@
+"""Room: a prepared slot. Its memory, and the settings of whatever adapter is in it, for all layers at once.
+
+A swap in a room is one copy (see :mod:`hotswap_lab.arena`) and a handful of attributes, however many layers there
+are: what PEFT keeps in a table on each layer (``r``, ``lora_alpha``, ``use_rslora``) is looked up here when somebody
+asks a layer for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+from peft import PeftConfig
+
+from .arena import Arena, Place
+from .compiled import unwrap_compiled
+from .host import find_host
+from .interrupts import interrupts_held
+from .journal import Journal
+from .parts import LayerSettings, SlotTensor
+from .prepared_layer import SEATS, leave_seat, take_seat
+from .slot import Slot, slot_in
+
+#: on a base model: its rooms by adapter name
+ROOMS = "hotswap_rooms"
+
+#: above this many tensors, a swap looks at the memory's use count before it looks at every tensor
+MANY_TENSORS = 1000
+#: elements between two scalings: a GPU kernel wants each of its inputs aligned to 16 bytes
+SCALING_STEP = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """What is in a room beside the weights: the settings of each layer (None: off), dropout and config."""
+
+    settings: tuple[LayerSettings | None, ...]
+    dropout: float
+    config: PeftConfig
+    #: the pool's own name for it; None if it didn't come from a pool
+    label: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """An adapter laid out as its room is, so that it goes in with one copy.
+
+    ``parts`` are the own rows of each band and the tail, of each arena in turn.
+    """
+
+    content: Content
+    parts: tuple[torch.Tensor, ...]
+    scalings: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts) + self.scalings.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Seat:
+    """One layer's place in a room: where the layer's tables look their values up."""
+
+    room: Room
+    index: int
+
+    @property
+    def settings(self) -> LayerSettings | None:
+        return self.room.content.settings[self.index]
+
+    @property
+    def dropout(self) -> float:
+        return self.room.content.dropout
+
+
+class Rooms(dict):
+    """The rooms of a model. A copy of the model has its own memory, so it starts without any."""
+
+    def __deepcopy__(self, memo: dict) -> Rooms:
+        return Rooms()
+
+    def __reduce__(self) -> tuple:
+        return Rooms, ()
+
+
+class Room:
+    """The prepared place of one adapter name in one model.
+
+    Parameters
+    ----------
+    slot:
+        Every layer and tensor of the adapter, reserved ones included.
+    arenas:
+        Their memory, one for each dtype and device.
+    scalings:
+        One vector for each device, all with one entry per layer.
+    content:
+        What is in it now.
+    """
+
+    def __init__(self, slot: Slot, arenas: Sequence[Arena], scalings: Sequence[torch.Tensor], content: Content):
+        self.slot = slot
+        self.arenas = tuple(arenas)
+        self.scalings = tuple(scalings)
+        self.content = content
+        #: set by a layer when something may have happened to it that a swap must look into
+        self.dirty = False
+        #: set by a layer that was merged or unmerged
+        self.may_be_merged = True
+        #: whether a write to the memory is noticed by autograd without being told
+        self.shares_versions = True
+        self.lock = threading.RLock()
+        self.places: dict[SlotTensor, tuple[torch.Tensor, Place]] = {}
+        for arena in self.arenas:
+            for band in arena.bands:
+                self.places |= {place.tensor: (band.memory, place) for place in band.places}
+            self.places |= {place.tensor: (arena.tail, place) for place in arena.tail_places}
+        self._tensors = tuple(self.places)
+        self._second = [tensor for tensor in self._tensors if tensor.rank_axis == 1] or list(self._tensors)
+        self._memories = [memory for arena in self.arenas for memory in (*(b.memory for b in arena.bands), arena.tail)]
+        #: rows of each memory that may hold something else than zeros; a tail is written whole
+        self.used = [memory.shape[0] for memory in self._memories]
+        self._own_views: dict[tuple[SlotTensor, int], torch.Tensor] = {}
+        self._zeros = [memory.new_zeros(()) for memory in self._memories]
+
+    # ---- is everything where it was?
+
+    def settle(self) -> None:
+        """Notes where everything is; to be called when the model's parameters have been moved in."""
+        self._parameters = [tensor.parameter for tensor in self._tensors]
+        self._second_parameters = [tensor.parameter for tensor in self._second]
+        self._addresses = [self.view(tensor).data_ptr() for tensor in self._tensors]
+        self._inference = any(parameter.is_inference() for parameter in self._parameters)
+        self._use_counts = self._count_uses()
+
+    def _count_uses(self) -> list[int]:
+        return [torch._C._storage_Use_Count(memory.untyped_storage()._cdata) for memory in self._memories]
+
+    def is_intact(self) -> bool:
+        """Whether the model's parameters are still views of this memory, on layers that are still in the model."""
+        if self.dirty:
+            return self._is_intact_in_depth()
+        if len(self._parameters) > MANY_TENSORS and self._count_uses() == self._use_counts:
+            # a parameter that was given other memory has let go of this one; whole models that were are seen below
+            some = range(0, len(self._parameters), len(self._parameters) // 16)
+            same = all(self._parameters[number].data_ptr() == self._addresses[number] for number in some)
+        else:
+            same = list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
+        return same and self._ends_are_in_the_model()
+
+    def _ends_are_in_the_model(self) -> bool:
+        for number in (0, -1):
+            layer, tensor = self.slot.layers[number], self._tensors[number]
+            if tensor.owner._parameters.get(tensor.name) is not self._parameters[number]:
+                return False
+            if not _is_at(self.slot.host.base, layer.path, layer.module):
+                return False
+        return self.slot.adapter_name in self.slot.host.configs
+
+    def _is_intact_in_depth(self) -> bool:
+        name = self.slot.adapter_name
+        if self.slot.host.base.__dict__.get(ROOMS, {}).get(name) is not self or name not in self.slot.host.configs:
+            return False
+        for tensor, parameter, address in zip(self._tensors, self._parameters, self._addresses, strict=True):
+            if tensor.owner._parameters.get(tensor.name) is not parameter or parameter.data_ptr() != address:
+                return False
+        for index, layer in enumerate(self.slot.layers):
+            seat = layer.module.__dict__.get(SEATS, {}).get(name)
+            scaling = layer.module.scaling.get(name)
+            if seat is None or seat.room is not self or not _is_at(self.slot.host.base, layer.path, layer.module):
+                return False
+            if not isinstance(scaling, torch.Tensor) or scaling.data_ptr() != self._scaling(index, scaling.device):
+                return False
+        self.dirty = False
+        return True
+
+    def _scaling(self, index: int, device: torch.device) -> int | None:
+        for vector in self.scalings:
+            if vector.device == device:
+                return vector[index, 0].data_ptr()
+        return None
+
+    def settle_in(self, journal: Journal) -> None:
+        """Lets the layers look their values up here, undoably."""
+        base, name = self.slot.host.base, self.slot.adapter_name
+        if ROOMS not in base.__dict__:
+            journal.set_item(base.__dict__, ROOMS, Rooms())
+        journal.set_item(base.__dict__[ROOMS], name, self)
+        for index, layer in enumerate(self.slot.layers):
+            take_seat(layer.module, name, Seat(self, index), journal)
+
+    def leave(self) -> None:
+        """Gives the room up; the layers keep the values they have."""
+        base, name = self.slot.host.base, self.slot.adapter_name
+        for layer in self.slot.layers:
+            seat = layer.module.__dict__.get(SEATS, {}).get(name)
+            if seat is not None and seat.room is self:
+                leave_seat(layer.module, name)
+        rooms = base.__dict__.get(ROOMS, {})
+        if rooms.get(name) is self:
+            del rooms[name]
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the adapter is merged into the base weights, on any layer."""
+        if self.may_be_merged:
+            name = self.slot.adapter_name
+            self.may_be_merged = any(name in layer.module.merged_adapters for layer in self.slot.layers)
+        return self.may_be_merged
+
+    # ---- what is where
+
+    def view(self, tensor: SlotTensor) -> torch.Tensor:
+        """The whole tensor, padding included."""
+        memory, place = self.places[tensor]
+        return place.view(memory)
+
+    def scaling(self, index: int, device: torch.device) -> torch.Tensor:
+        """The scaling of a layer on a device, as a tensor without axes."""
+        return next(vector[index, 0] for vector in self.scalings if vector.device == device)
+
+    def rows_for(self, ranks: Sequence[int]) -> list[int]:
+        """How many rows of each memory an adapter with these ranks takes (0: off), one rank for each layer."""
+        of_tensor = {
+            tensor: rank for layer, rank in zip(self.slot.layers, ranks, strict=True) for tensor in layer.tensors
+        }
+        rows = []
+        for arena in self.arenas:
+            for band in arena.bands:
+                rows.append(max((of_tensor[place.tensor] for place in band.places), default=0))
+            rows.append(len(arena.tail))
+        return rows
+
+    def to_clear(self, ranks: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The parts of the memory to fill with zeros before the tensors of such an adapter are written one by one."""
+        rank_of = {
+            tensor: rank for layer, rank in zip(self.slot.layers, ranks, strict=True) for tensor in layer.tensors
+        }
+        number = 0
+        for arena in self.arenas:
+            for band in arena.bands:
+                fills = {rank_of[place.tensor] for place in band.places}
+                start = fills.pop() if len(fills) == 1 else 0
+                if start < self.used[number]:
+                    yield band.memory[start : self.used[number]]
+                number += 1
+            if any(rank_of[place.tensor] != place.tensor.rank_of(place.shape) for place in arena.tail_places):
+                yield arena.tail
+            number += 1
+
+    def own_view(self, tensor: SlotTensor, rank: int) -> torch.Tensor:
+        """The part of a tensor that an adapter of this rank fills, made once for each rank."""
+        key = tensor, rank
+        if (view := self._own_views.get(key)) is None:
+            view = self._own_views[key] = tensor.own(self.view(tensor), rank)
+        return view
+
+    @property
+    def nbytes(self) -> int:
+        return sum(arena.nbytes for arena in self.arenas)
+
+    # ---- adapters in and out
+
+    def pack(self, content: Content, sources: Sequence[tuple[SlotTensor, torch.Tensor]]) -> Packed:
+        """Lays an adapter out as the room is; ``sources`` are its tensors as in its file."""
+        ranks = [settings.rank if settings else 0 for settings in content.settings]
+        parts = [
+            self._new_part(memory, rows) for memory, rows in zip(self._memories, self.rows_for(ranks), strict=True)
+        ]
+        part_of = {id(memory): part for memory, part in zip(self._memories, parts, strict=True)}
+        targets, tensors = [], []
+        for tensor, source in sources:
+            memory, place = self.places[tensor]
+            view = place.view(part_of[id(memory)])
+            targets.append(tensor.own(view, tensor.rank_of(source.shape)))
+            tensors.append(tensor.split(source.detach()))
+        with torch.inference_mode(False), torch.no_grad():
+            if targets:
+                torch._foreach_copy_(targets, tensors)
+        return Packed(content, tuple(parts), self.scalings_of(content))
+
+    def take(self) -> Packed:
+        """Packs what is in the room now."""
+        ranks = [settings.rank if settings else 0 for settings in self.content.settings]
+        parts = []
+        for memory, rows in zip(self._memories, self.rows_for(ranks), strict=True):
+            part = self._new_part(memory, rows)
+            with torch.inference_mode(False), torch.no_grad():
+                part.copy_(memory[:rows])
+            parts.append(part)
+        return Packed(self.content, tuple(parts), self.scalings_of(self.content))
+
+    def _new_part(self, memory: torch.Tensor, rows: int) -> torch.Tensor:
+        shape = (rows, *memory.shape[1:])
+        with torch.inference_mode(False):
+            # from pinned memory, a GPU fetches an adapter while the CPU goes on
+            if memory.device.type == "cuda":
+                return torch.zeros(shape, dtype=memory.dtype, pin_memory=True)
+            return torch.zeros(shape, dtype=memory.dtype, device=memory.device)
+
+    def scalings_of(self, content: Content, strength: float = 1.0) -> torch.Tensor:
+        """The scalings of all layers, laid out as ``self.scalings`` are. Those of layers that are off don't matter."""
+        values = [strength * settings.scaling if settings else 0.0 for settings in content.settings]
+        with torch.inference_mode(False):
+            scalings = torch.zeros((len(values), SCALING_STEP))
+            scalings[:, 0] = torch.tensor(values, dtype=torch.float64)
+        return scalings
+
+    def write(self, packed: Packed, strength: float = 1.0) -> None:
+        """Puts a packed adapter in. The room must be intact."""
+        targets, sources, used = [], [], []
+        for memory, part, before, zero in zip(self._memories, packed.parts, self.used, self._zeros, strict=True):
+            rows = part.shape[0]
+            used.append(rows)
+            if rows:
+                targets.append(memory if rows == memory.shape[0] else memory[:rows])
+                sources.append(part)
+            if before > rows:
+                rest = memory[rows:before]
+                targets.append(rest)
+                sources.append(zero.expand(rest.shape))
+        scalings = packed.scalings if strength == 1 else packed.scalings * strength
+        for vector in self.scalings:
+            targets.append(vector)
+            sources.append(scalings)
+        with interrupts_held(), torch.inference_mode(self._inference), torch.no_grad(), self.lock:
+            journal = Journal()
+            try:
+                self.enter(packed.content, used, journal)
+                torch._foreach_copy_(targets, sources, non_blocking=True)
+            except BaseException:
+                journal.roll_back()
+                raise
+
+    def enter(self, content: Content, used: list[int], journal: Journal) -> None:
+        """Everything of a swap but the weights and scalings, undoable."""
+        if True in map(_requires_grad, self._second_parameters):
+            for parameter in self._parameters:
+                clear_gradient(parameter, journal)
+        if not self.shares_versions and not self._inference:
+            torch.autograd.graph.increment_version(self._parameters)
+        journal.set_attribute(self, "content", content)
+        # until the copy is done, what was used before may still be there
+        journal.record(lambda before=self.used: setattr(self, "used", before))
+        self.used = used
+        journal.set_item(self.slot.host.configs, self.slot.adapter_name, content.config)
+
+
+_requires_grad = attrgetter("requires_grad")
+
+
+def clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
+    """The gradient of the old adapter's weight says nothing about the new one's."""
+    gradient = parameter.grad
+    if gradient is None:
+        return
+
+    def undo() -> None:
+        parameter.grad = gradient
+
+    journal.record(undo)
+    parameter.grad = None
+
+
+def _is_at(base: torch.nn.Module, path: str, module: torch.nn.Module) -> bool:
+    """Whether ``module`` is found at ``path``, whatever wraps the modules on the way."""
+    found = unwrap_compiled(base)
+    for part in path.split("."):
+        found = found._modules.get(part)
+        if found is None:
+            return False
+        found = unwrap_compiled(found)
+    while found is not None and found is not module:
+        found = found._modules.get("base_layer")  # a tuner layer around another one
+    return found is module
+
+
+def room_of(base: torch.nn.Module, adapter_name: str) -> Room | None:
+    """The room of an adapter, if it was prepared and everything is still in place.
+
+    A room whose model was moved, converted or rebuilt is given up: its layers keep what they have, and swaps go to
+    each tensor by itself.
+    """
+    rooms = base.__dict__.get(ROOMS)
+    room = rooms.get(adapter_name) if rooms else None
+    if room is None or room.is_intact():
+        return room
+    room.leave()
+    return None
+
+
+def slot_for(model: torch.nn.Module, adapter_name: str) -> Slot:
+    """:func:`hotswap_lab.resolve_slot`, without a walk where the model is prepared.
+
+    The slot has the room's view of the model; ``model`` may be a wrapper around it.
+    """
+    host = find_host(model, adapter_name)
+    room = room_of(host.base, adapter_name)
+    if room is None:
+        return slot_in(host, adapter_name)
+    if room.slot.host.root is not host.root:
+        room.slot = dataclasses.replace(room.slot, host=host)
+    return room.slot
