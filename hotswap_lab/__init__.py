@@ -22,6 +22,7 @@ from .commit import commit
 from .errors import HotswapError
 from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, plan_hotswap
 from .plan import Plan
+from .pool import AdapterPool
 from .prepare import prepare_model_for_compiled_hotswap
 from .saving import save_adapter
 from .slot import resolve_slot
@@ -32,6 +33,7 @@ from .watch import RecompileError, RecompileWatch
 
 __all__ = [
     "Adapter",
+    "AdapterPool",
     "HotswapError",
     "Plan",
     "RecompileError",

@@ -7,7 +7,7 @@ compiler break that bargain: freezing copies weights into the graph, and dropped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -28,12 +28,27 @@ def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _compiled_functions(module: torch.nn.Module) -> Iterator[Callable]:
-    for name in CALLABLES:
-        function = module.__dict__.get(name)
-        # a bound method passes the attributes of its function on; not so what accelerate puts in place of forward
-        if function is not None and hasattr(function, "_torchdynamo_orig_callable"):
-            yield function
+def compiled_parts(model: torch.nn.Module) -> list[object]:
+    """The compiled modules and functions in ``model``, itself included.
+
+    Written as a plain loop: every swap does this, and models have thousands of modules.
+    """
+    parts: list[object] = []
+    stack, seen = [model], set()
+    while stack:
+        module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        attributes = module.__dict__
+        if COMPILED in module._modules:
+            parts.append(module)
+        for name in CALLABLES:
+            # a bound method passes the attributes of its function on; not so what accelerate puts in place of forward
+            if name in attributes and hasattr(attributes[name], "_torchdynamo_orig_callable"):
+                parts.append(attributes[name])
+        stack += [child for child in module._modules.values() if child is not None]
+    return parts
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
@@ -45,59 +60,46 @@ def is_compiled(model: torch.nn.Module) -> bool:
     >>> is_compiled(torch.nn.Linear(2, 2)), is_compiled(torch.compile(torch.nn.Linear(2, 2), backend="eager"))
     (False, True)
     """
-    return any(
-        COMPILED in module._modules or any(True for _ in _compiled_functions(module)) for module in model.modules()
-    )
+    return bool(compiled_parts(model))
 
 
-def blind_spot(model: torch.nn.Module, prepared: bool) -> str | None:
-    """Why graphs of ``model`` might go on with the old adapter after a swap, or None.
+def blind_spot(parts: list[object], prepared: bool) -> str | None:
+    """Why compiled graphs might go on with the old adapter after a swap, or None.
 
     Parameters
     ----------
-    model:
-        What the user calls, wrapper included.
+    parts:
+        The :func:`compiled_parts` of what the user calls, wrapper included.
     prepared:
         Whether the swap changes nothing but the values of tensors, so that no guard has anything to notice.
     """
-    if not is_compiled(model) and not prepared:
+    if not parts and not prepared:
         return None
     if torch._inductor.config.freezing:
         return "torch._inductor.config.freezing is on, which copies the weights into the compiled graph"
-    if any(config.get("freezing") for config in _compiler_configs(model)):
+    if any(config.get("freezing") for config in map(_compiler_config, parts) if config):
         return "the model was compiled with freezing, which copies the weights into the compiled graph"
     if prepared:
         return None
     if getattr(torch._dynamo.eval_frame._stance, "skip_guard_eval_unsafe", False):
         return "torch.compiler.set_stance(skip_guard_eval_unsafe=True) is on, so guards are not evaluated"
-    if any(getattr(hooks, "guard_filter_fn", None) is not None for hooks in _hooks(model)):
+    contexts = [_context_of(part) for part in parts]
+    if any(getattr(getattr(context, "_hooks", None), "guard_filter_fn", None) is not None for context in contexts):
         return "the model was compiled with a guard_filter_fn, so guards may be missing"
     return None
 
 
-def _compiler_configs(model: torch.nn.Module) -> Iterator[Mapping]:
-    for module in model.modules():
-        config = getattr(module.__dict__.get("dynamo_ctx"), "compiler_config", None)
-        if config is not None:
-            yield config
-        for function in _compiled_functions(module):
-            config = getattr(function, "get_compiler_config", lambda: None)()
-            if config is not None:
-                yield config
+def _compiler_config(part: object) -> Mapping | None:
+    if isinstance(part, torch.nn.Module):
+        return getattr(part.__dict__.get("dynamo_ctx"), "compiler_config", None)
+    return getattr(part, "get_compiler_config", lambda: None)()
 
 
-def _hooks(model: torch.nn.Module) -> Iterator[object]:
-    for module in model.modules():
-        contexts = [module.__dict__.get("dynamo_ctx")]
-        contexts += [_context_of(function) for function in _compiled_functions(module)]
-        for context in contexts:
-            if context is not None:
-                yield getattr(context, "_hooks", None)
-
-
-def _context_of(function: Callable) -> object | None:
-    """The compile context of a compiled function: it is kept nowhere but in the function's closure."""
-    function = getattr(function, "__func__", function)
+def _context_of(part: object) -> object | None:
+    """The compile context of a module or function. A function keeps it nowhere but in its closure."""
+    if isinstance(part, torch.nn.Module):
+        return part.__dict__.get("dynamo_ctx")
+    function = getattr(part, "__func__", part)
     for cell in function.__closure__ or ():
         try:
             content = cell.cell_contents

@@ -16,7 +16,6 @@ import torch
 from peft import PeftConfig
 
 from .adapter import Adapter
-from .compiled import is_compiled
 from .errors import HotswapError, Refusal
 from .parts import LayerSettings, SlotTensor
 from .report import html_table
@@ -112,6 +111,8 @@ class Plan:
     config: PeftConfig
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    #: whether the model, or something inside it, is compiled
+    is_compiled: bool = False
     #: the slot's room, if it was prepared and nothing is added to it
     room: Room | None = None
 
@@ -137,11 +138,13 @@ class Plan:
     @cached_property
     def will_recompile(self) -> bool:
         """Whether a compiled model must be compiled anew after this swap."""
-        return is_compiled(self.slot.host.root) and not self.writes_values_only
+        return self.is_compiled and not self.writes_values_only
 
     @cached_property
     def writes_values_only(self) -> bool:
         """Whether only values of tensors change, so that a compiled graph stays valid."""
+        if self.room is not None:
+            return True
         method, name = self.slot.method, self.slot.adapter_name
         return all(
             layer.action is not Action.ADD

@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig
 
 from .adapter import Adapter
-from .compiled import blind_spot, is_compiled
+from .compiled import blind_spot, compiled_parts
 from .errors import Refusal, listing
 from .host import PEFT_PREFIX, canonical_path
 from .parts import LayerSettings, SlotTensor
@@ -33,6 +33,8 @@ class _Draft:
     slot: Slot
     adapter: Adapter
     config: PeftConfig
+    #: what is compiled in the model
+    compiled: list[object]
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -45,7 +47,14 @@ class _Draft:
         if room is not None and (room.slot is not self.slot or any(plan.action is Action.ADD for plan in self.layers)):
             room = None
         return Plan(
-            self.slot, self.adapter, tuple(self.layers), self.config, tuple(self.refusals), tuple(self.notes), room
+            self.slot,
+            self.adapter,
+            tuple(self.layers),
+            self.config,
+            tuple(self.refusals),
+            tuple(self.notes),
+            is_compiled=bool(self.compiled),
+            room=room,
         )
 
 
@@ -61,7 +70,7 @@ def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_t
     check_targets:
         Whether the adapter's config must name the layers that its tensors belong to, as a fresh load demands.
     """
-    draft = _Draft(slot, adapter, adapter.config)
+    draft = _Draft(slot, adapter, adapter.config, compiled_parts(slot.host.root))
     _check_kind(draft)
     if draft.refusals:
         return draft.finish()
@@ -132,7 +141,7 @@ def _check_slot(draft: _Draft) -> None:
 def _check_compiled(draft: _Draft) -> None:
     """Refuses a swap that a compiled graph would not notice."""
     plan = draft.finish()
-    if reason := blind_spot(draft.slot.host.root, prepared=plan.writes_values_only and _is_prepared(draft.slot)):
+    if reason := blind_spot(draft.compiled, prepared=plan.writes_values_only and _is_prepared(draft.slot)):
         draft.refuse(
             "The compiled model would go on with the old adapter.",
             found=reason,
@@ -302,7 +311,7 @@ def _plan_leftovers(draft: _Draft, tensors: dict[str, torch.Tensor], add_layers:
     layers = sorted({layer for key in tensors if (layer := adaptable(draft.slot.host.base, key)) is not None})
     if layers:
         next_step = "load first the adapter that targets most layers"
-        if is_compiled(draft.slot.host.root):
+        if draft.compiled:
             next_step = "before compiling, call prepare_model_for_compiled_hotswap with this adapter among `adapters`"
         elif not add_layers:
             next_step = f"pass add_layers=True to add them, or {next_step}"
@@ -347,7 +356,7 @@ def _add_layers(draft: _Draft, tensors: dict[str, torch.Tensor], check_targets: 
     paths = sorted({path for key in tensors if (path := adaptable(slot.host.base, key)) is not None})
     if not paths:
         return
-    if is_compiled(slot.host.root):
+    if draft.compiled:
         draft.refuse(
             "Layers can't be added to a compiled model.",
             found=f"{len(paths)} layers that the loaded adapter lacks: {listing(paths, 3)}",

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .adapter import Adapter, load_config
 from .building import build_room, move_in
-from .compiled import blind_spot, is_compiled
+from .compiled import blind_spot, compiled_parts, is_compiled
 from .errors import HotswapError, Refusal, listing, refuse
 from .host import canonical_path, carriers
 from .interrupts import interrupts_held
@@ -110,8 +110,25 @@ def prepare_model_for_compiled_hotswap(
     warnings; ``adapters`` and ``adapter_name`` are new here.
     """
     _check_compiled(model, check_compiled)
-    _check_target_rank(target_rank)
     family = [_family_member(each, hub) for each in _as_list(adapters)]
+    make_room(model, family, target_rank=target_rank, adapter_name=adapter_name, config=config)
+
+
+def make_room(
+    model: torch.nn.Module,
+    family: list[Adapter],
+    *,
+    target_rank: int | None = None,
+    adapter_name: str | None = None,
+    config: PeftConfig | Mapping[str, PeftConfig] | None = None,
+    may_be_compiled: bool = True,
+) -> Journal:
+    """:func:`prepare_model_for_compiled_hotswap` for adapters that are read already.
+
+    Unless ``may_be_compiled``, a compiled model is refused if anything would have to change. Returns the way back:
+    rolling the journal back leaves the model as it was.
+    """
+    _check_target_rank(target_rank)
     preparations = [_Preparation(slot) for slot in _slots(model, adapter_name)]
     if not preparations:
         raise refuse(
@@ -125,6 +142,8 @@ def prepare_model_for_compiled_hotswap(
         raise HotswapError(*refusals)
     for preparation in preparations:
         _stage(preparation)
+    if not may_be_compiled and any(preparation.room for preparation in preparations):
+        _check_compiled(model, "error")
     journal = Journal()
     with interrupts_held(), torch.no_grad():
         try:
@@ -135,6 +154,7 @@ def prepare_model_for_compiled_hotswap(
         except BaseException:
             journal.roll_back()
             raise
+    return journal
 
 
 def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
@@ -145,7 +165,7 @@ def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
             expected="'error', 'warn' or 'ignore'",
             next_step="pass one of these",
         )
-    if reason := blind_spot(model, prepared=True):
+    if reason := blind_spot(compiled_parts(model), prepared=True):
         raise refuse(
             "A model compiled this way would never notice a swap.",
             found=reason,

@@ -111,6 +111,8 @@ class Room:
         self.dirty = False
         #: set by a layer that was merged or unmerged
         self.may_be_merged = True
+        #: the packed adapter and strength that were written last, for whoever wants to come back to it
+        self.in_use: tuple[Packed, float] | None = None
         #: whether a write to the memory is noticed by autograd without being told
         self.shares_versions = True
         self.lock = threading.RLock()
@@ -335,6 +337,14 @@ class Room:
             except BaseException:
                 journal.roll_back()
                 raise
+
+    def set_strength(self, strength: float) -> None:
+        """Sets the scalings of all layers to their trained values times ``strength``."""
+        scalings = self.scalings_of(self.content, strength)
+        with interrupts_held(), torch.inference_mode(False), torch.no_grad(), self.lock:
+            if self.in_use is not None:
+                self.in_use = self.in_use[0], strength
+            torch._foreach_copy_(list(self.scalings), [scalings] * len(self.scalings))
 
     def enter(self, content: Content, used: list[int], journal: Journal) -> None:
         """Everything of a swap but the weights and scalings, undoable."""

@@ -11,7 +11,8 @@ from .interrupts import interrupts_held
 from .journal import Journal
 from .parts import LayerSettings
 from .prepared_layer import has_fixed_size
-from .slot import Slot, SlotLayer, resolve_slot
+from .room import room_of, slot_for
+from .slot import Slot, SlotLayer
 from .state_view import is_marked_off
 
 
@@ -53,7 +54,7 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
             expected="a finite number: 0 for off, 1 for as trained",
             next_step="pass a float",
         )
-    slot = resolve_slot(model, adapter_name)
+    slot = slot_for(model, adapter_name)
     if any(adapter_name in layer.module.merged_adapters for layer in slot.layers):
         raise refuse(
             f"The strength of '{adapter_name}' can't be changed because it is currently merged into the base weights.",
@@ -61,6 +62,10 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
             expected="an unmerged adapter",
             next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
         )
+    room = room_of(slot.host.base, adapter_name)
+    if room is not None:
+        room.set_strength(strength)
+        return
     targets, values, journal = [], [], Journal()
     for layer in slot.layers:
         if has_fixed_size(layer.module, adapter_name):
@@ -94,7 +99,7 @@ def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float
     >>> get_strength(model)
     0.25
     """
-    slot = resolve_slot(model, adapter_name)
+    slot = slot_for(model, adapter_name)
     strengths = {
         round(float(layer.module.scaling[adapter_name]) / _trained(slot, layer), 6)
         for layer in slot.layers

@@ -1,0 +1,507 @@
+"""AdapterPool: many adapters in memory, laid out as the model wants them, switched by name with one copy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftConfig
+from tqdm.auto import tqdm
+
+from .adapter import Adapter, load_config
+from .errors import refuse
+from .planning import make_plan
+from .prepare import make_room
+from .report import html_table
+from .room import Content, Packed, Room, room_of, slot_for
+from .strength import get_strength, set_strength
+
+#: how many swaps back :meth:`AdapterPool.undo` can go
+HISTORY = 100
+
+
+@dataclass
+class _Entry:
+    """One adapter of a pool. ``packed`` is None while only its files have it."""
+
+    name: str
+    #: what to read it from again; None if it came from memory
+    source: str | None
+    packed: Packed | None = None
+    #: the folder's state when it was read, to notice that it has changed since
+    stamp: tuple | None = None
+    version: int = 1
+    #: what it takes when it is packed
+    nbytes: int = 0
+    #: counts up with each use; the lowest is dropped first
+    used: int = 0
+    loading: Future | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What was in the model at some time: an adapter of the pool, by name, or something else, packed."""
+
+    name: str | None
+    packed: Packed | None
+    strength: float
+
+
+class AdapterPool:
+    """Many adapters for one place in one model, in memory, switched by name.
+
+    The model is prepared for all of them (ranks, layers), so that a swap never moves a tensor and never recompiles.
+    Each adapter takes the memory of its own rank. A swap copies just that, and nothing else depends on the number
+    of layers.
+
+    Parameters
+    ----------
+    model:
+        A model with a loaded LoRA adapter. Make the pool before compiling: a compiled model is taken only if it was
+        prepared for all of these adapters already.
+    adapter_name:
+        The name of the loaded adapter whose place the pool uses.
+    adapters:
+        Names, and for each a folder, a Hub id, an :class:`Adapter`, or a pair of a state dict and its config.
+    target_rank:
+        Room for adapters that will be added later; the highest of all ranks is made room for anyway.
+    max_bytes:
+        How much memory the adapters may take together. The one that was not used for longest is dropped, and read
+        again from where it came from when it is wanted.
+    progress:
+        Whether to show a progress bar while adapters are read.
+    **hub:
+        ``revision``, ``token`` and the other arguments of ``huggingface_hub.hf_hub_download``.
+
+    Raises
+    ------
+    HotswapError
+        If the model can't be prepared, or an adapter can't be read or doesn't fit. The model is untouched then.
+
+    Examples
+    --------
+    >>> from hotswap_lab import AdapterPool, demo
+    >>> model, tokenizer = demo.load("reverse")
+    >>> pool = AdapterPool(model, adapters={n: demo.adapter_path(n) for n in ("shout", "sort")}, progress=False)
+    >>> pool.swap("shout")
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'HOTSWAP!'
+    >>> with pool.using("sort"):
+    ...     demo.ask(model, tokenizer, "hotswap")
+    'ahopstw'
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'HOTSWAP!'
+    >>> pool.off()
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'hotswap'
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        adapter_name: str = "default",
+        adapters: Mapping[str, object] | None = None,
+        *,
+        target_rank: int | None = None,
+        max_bytes: int | None = None,
+        progress: bool = True,
+        **hub: object,
+    ):
+        self.model = model
+        self.adapter_name = adapter_name
+        self.max_bytes = max_bytes
+        self._hub = hub
+        self._entries: dict[str, _Entry] = {}
+        self._history: list[_State] = []
+        self._uses = 0
+        self._lock = threading.RLock()
+        self._background: ThreadPoolExecutor | None = None
+        adapters = dict(adapters or {})
+        slot_for(model, adapter_name)  # raises if there is no such adapter
+        family = [_family_member(source, hub) for source in adapters.values()]
+        way_back = make_room(model, family, target_rank=target_rank, adapter_name=adapter_name, may_be_compiled=False)
+        self._room = room_of(slot_for(model, adapter_name).host.base, adapter_name)
+        try:
+            for name, source in tqdm(adapters.items(), desc="packing", unit="adapter", disable=not progress):
+                self.add(name, source)
+        except BaseException:
+            way_back.roll_back()
+            raise
+
+    # ---- what is in it
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all adapters, in the order they were added."""
+        return list(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    @property
+    def active(self) -> str | None:
+        """The name of the adapter that the model computes with; None if it is off, or not one of this pool."""
+        room = room_of(self._room.slot.host.base, self.adapter_name)
+        label = room.content.label if room is self._room else None
+        return label if label in self._entries and self.strength != 0 else None
+
+    @property
+    def strength(self) -> float:
+        """How strongly the adapter acts: 1 as trained, 0 not at all. May be set at any time; a swap sets it to 1."""
+        return get_strength(self.model, self.adapter_name)
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        with self._lock:
+            self._check_room()
+            former = self._state()
+            set_strength(self.model, value, self.adapter_name)
+            self._remember(former)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the packed adapters take, in bytes."""
+        return sum(entry.packed.nbytes for entry in self._entries.values() if entry.packed)
+
+    def version(self, name: str) -> int:
+        """How often this adapter's weights were given: 1 at first, one more with each :meth:`update`."""
+        return self._entry(name).version
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise refuse(
+                f"The pool has no adapter called {name!r}.",
+                found=f"the names {', '.join(map(repr, self._entries)) or '(none)'}",
+                expected="one of these",
+                next_step="check the name, or add it with pool.add(name, source)",
+            )
+        return self._entries[name]
+
+    # ---- adapters in and out of the pool
+
+    def add(self, name: str, source: object) -> None:
+        """Reads and packs an adapter; ``source`` as in ``adapters``. The model is not changed.
+
+        Raises
+        ------
+        HotswapError
+            If the name is taken, or the adapter can't be read or doesn't fit the room that was prepared.
+        """
+        with self._lock:
+            if name in self._entries:
+                raise refuse(
+                    f"The pool has an adapter called {name!r} already.",
+                    found=repr(self._entries[name].source or "an adapter from memory"),
+                    expected="a name that is free",
+                    next_step="use another name, pool.update(name, ...) or pool.remove(name)",
+                )
+            entry = _Entry(name, _path(source), stamp=_stamp(source))
+            packed = self._pack(name, _read(source, self._hub), check_targets=not isinstance(source, tuple))
+            self._keep(entry, packed)
+            self._entries[name] = entry
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter. The one that the model computes with can't be removed."""
+        with self._lock:
+            entry = self._entry(name)
+            if self._room.content.label == name:
+                raise refuse(
+                    f"The adapter {name!r} is in the model.",
+                    found="an adapter that is in use",
+                    expected="one that isn't",
+                    next_step="swap to another one first",
+                )
+            del self._entries[name]
+            if entry.loading is not None:
+                entry.loading.cancel()
+
+    def update(self, name: str, state_dict: Mapping[str, torch.Tensor], config: PeftConfig | None = None) -> None:
+        """Gives an adapter new weights, at once in the model if it is the one in use.
+
+        For training loops that produce new weights at every step. Whoever reads ``pool.version(name)`` sees a new
+        number as soon as the new weights are there; nobody ever sees a mixture.
+
+        Parameters
+        ----------
+        state_dict:
+            ``lora_A`` of shape ``(rank, in_features)`` and ``lora_B`` of shape ``(out_features, rank)`` per layer.
+        config:
+            Its config. Default: the one that the adapter has.
+        """
+        with self._lock:
+            entry = self._entry(name)
+            config = config or self._packed(entry).content.config
+            adapter = Adapter.from_state_dict(state_dict, config)
+            packed = self._pack(name, adapter, check_targets=False)
+            self._keep(_Entry(name, None), packed)  # refuses what is too large
+            if self._room.content.label == name:
+                self._write(packed, self._state().strength)
+            entry.packed, entry.source, entry.stamp, entry.loading = packed, None, None, None
+            entry.nbytes = packed.nbytes
+            entry.version += 1
+
+    def prefetch(self, *names: str) -> None:
+        """Reads and packs adapters that were dropped, in the background. A swap to one of them waits for it."""
+        with self._lock:
+            for entry in map(self._entry, names):
+                if entry.packed is None and entry.loading is None:
+                    if self._background is None:
+                        self._background = ThreadPoolExecutor(1, thread_name_prefix="hotswap-prefetch")
+                    entry.loading = self._background.submit(self._load, entry)
+                    entry.loading.add_done_callback(lambda done, entry=entry: self._prefetched(entry, done))
+
+    def _prefetched(self, entry: _Entry, done: Future) -> None:
+        with self._lock:
+            if entry.loading is done and not done.cancelled() and done.exception() is None:
+                entry.loading = None
+                self._keep(entry, done.result())
+
+    def _pack(self, name: str, adapter: Adapter, check_targets: bool) -> Packed:
+        self._check_room()
+        plan = make_plan(self._room.slot, adapter, check_targets=check_targets)
+        plan.raise_if_refused()
+        sources = [(write.target, write.source) for layer in plan.layers for write in layer.tensors]
+        content = plan.content
+        content = Content(content.settings, content.dropout, content.config, name)
+        return self._room.pack(content, [(target, source) for target, source in sources if source is not None])
+
+    def _load(self, entry: _Entry) -> Packed:
+        if entry.stamp != _stamp(entry.source):
+            raise refuse(
+                f"The files of {entry.name!r} have changed since it was added.",
+                found=entry.source,
+                expected="the adapter that was added under this name",
+                next_step="pool.remove(name), then pool.add(name, source) to take the new one",
+            )
+        return self._pack(entry.name, _read(entry.source, self._hub), check_targets=True)
+
+    def _packed(self, entry: _Entry) -> Packed:
+        if entry.packed is None:
+            loading, entry.loading = entry.loading, None
+            self._keep(entry, loading.result() if loading is not None else self._load(entry))
+        return entry.packed
+
+    def _keep(self, entry: _Entry, packed: Packed) -> None:
+        """Holds an adapter in memory, and drops others for it where there is a limit."""
+        others = [each for each in self._entries.values() if each.name != entry.name]
+        if self.max_bytes is not None:
+            fixed = packed.nbytes + sum(each.nbytes for each in others if each.source is None)
+            droppable = [each for each in others if each.source is not None]
+            # any adapter must find room beside those that can't be dropped
+            needed = fixed + (max((each.nbytes for each in droppable), default=0) if entry.source is None else 0)
+            if needed > self.max_bytes:
+                raise refuse(
+                    f"The adapter {entry.name!r} does not fit into the pool's memory.",
+                    found=f"{needed:,} bytes with those that can't be dropped, since they came from memory",
+                    expected=f"max_bytes={self.max_bytes:,} at most",
+                    next_step="make the pool with a larger max_bytes, or add adapters from folders",
+                )
+            held = sorted((each for each in droppable if each.packed is not None), key=lambda each: each.used)
+            total = fixed + sum(each.nbytes for each in held)
+            while total > self.max_bytes:
+                dropped = held.pop(0)
+                dropped.packed = None
+                total -= dropped.nbytes
+        entry.packed, entry.nbytes = packed, packed.nbytes
+        self._uses += 1
+        entry.used = self._uses
+
+    # ---- adapters in and out of the model
+
+    def swap(self, name: str, strength: float = 1.0) -> None:
+        """Puts an adapter into the model. ``strength`` as in :func:`hotswap_lab.set_strength`.
+
+        Raises
+        ------
+        HotswapError
+            If there is no such adapter, its files can't be read any more, or the model was moved or merged.
+        """
+        with self._lock:
+            entry = self._entries.get(name) or self._entry(name)
+            packed = entry.packed or self._packed(entry)
+            self._check_room()
+            former = self._state()
+            self._write(packed, strength)
+            self._remember(former)
+            self._uses += 1
+            entry.used = self._uses
+
+    def off(self) -> None:
+        """Turns the adapter off: the model computes as the base model does, until the next swap or :meth:`undo`."""
+        self.strength = 0
+
+    def undo(self) -> None:
+        """Takes the last swap, :meth:`off` or change of strength back.
+
+        Raises
+        ------
+        HotswapError
+            If there is nothing to take back.
+        """
+        with self._lock:
+            if not self._history:
+                raise refuse(
+                    "There is nothing to undo.",
+                    found="a pool that has swapped nothing yet, or everything is taken back",
+                    expected="an earlier swap",
+                    next_step="swap first",
+                )
+            self._check_room()
+            self._return_to(self._history[-1])
+            self._history.pop()
+
+    @contextlib.contextmanager
+    def using(self, name: str, strength: float = 1.0) -> Iterator[AdapterPool]:
+        """Puts an adapter in for the length of a ``with`` block; then the former one is back, after errors too."""
+        with self._lock:
+            self._check_room()
+            former, history = self._state(), list(self._history)
+        self.swap(name, strength)
+        try:
+            yield self
+        finally:
+            with self._lock:
+                self._check_room()
+                self._return_to(former)
+                self._history = history
+
+    def _write(self, packed: Packed, strength: float) -> None:
+        self._room.write(packed, strength)
+        self._room.in_use = packed, strength
+
+    def _state(self) -> _State:
+        """What is in the model now, ready to be put back."""
+        room, name = self._room, self._room.content.label
+        in_use = room.in_use
+        if in_use is not None and in_use[0].content is room.content and _is_at_strength(room, *in_use):
+            packed, strength = in_use
+        else:  # something that no pool wrote
+            packed, strength = room.take(), self.strength
+        return _State(name if name in self._entries else None, packed, strength)
+
+    def _return_to(self, state: _State) -> None:
+        if state.name in self._entries:
+            packed = self._packed(self._entries[state.name])  # what it is now: it may have been updated
+        else:
+            packed = state.packed or self._packed(self._entry(state.name))
+        self._write(packed, state.strength)
+
+    def _remember(self, state: _State) -> None:
+        if state.name is not None:
+            # its entry has the weights, or can read them again
+            state = _State(state.name, None, state.strength)
+        self._history.append(state)
+        del self._history[:-HISTORY]
+
+    def _check_room(self) -> None:
+        room = self._room
+        if not room.is_intact():
+            raise refuse(
+                "The model's adapter is no longer where the pool put it.",
+                found="adapter weights in other memory: moved, converted, deleted or loaded anew",
+                expected="the memory that was prepared, since that is what a swap writes to",
+                next_step="make a new AdapterPool for the model as it is now",
+            )
+        if room.is_merged:
+            raise refuse(
+                f"Cannot hot-swap adapter '{self.adapter_name}' because it is currently merged into the base weights.",
+                found="base weights that contain the old adapter",
+                expected="an unmerged adapter: unmerging after a swap would subtract the wrong weights",
+                next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
+            )
+
+    # ---- how it looks
+
+    @property
+    def rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        """The table: name, rank, alpha, layers, bytes, and whether it is the active one."""
+        active = self.active
+        return [(*_describe(entry), "active" if entry.name == active else "") for entry in self._entries.values()]
+
+    COLUMNS = ("adapter", "rank", "alpha", "layers", "bytes", "")
+
+    @property
+    def summary(self) -> str:
+        """One line: how many adapters there are, and in how much memory."""
+        plural = "" if len(self) == 1 else "s"
+        return f"{len(self)} adapter{plural}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
+
+    def __str__(self) -> str:
+        table = [self.COLUMNS, *self.rows]
+        widths = [max(len(row[column]) for row in table) for column in range(len(self.COLUMNS))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        return "\n".join([f"AdapterPool: {self.summary}", *lines])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table("AdapterPool", list(self.COLUMNS), self.rows, caption=self.summary)
+
+
+def _is_at_strength(room: Room, packed: Packed, strength: float) -> bool:
+    """Whether nobody has changed the scalings since, on any layer."""
+    expected = packed.scalings if strength == 1 else packed.scalings * strength
+    return all(torch.equal(vector, expected.to(vector.device)) for vector in room.scalings)
+
+
+def _describe(entry: _Entry) -> tuple[str, str, str, str, str]:
+    if entry.packed is None:
+        return entry.name, "", "", "", "in its files"
+    settings = [each for each in entry.packed.content.settings if each is not None]
+    ranks, alphas = sorted({each.rank for each in settings}), sorted({each.alpha for each in settings})
+    return entry.name, _span(ranks), _span(alphas), str(len(settings)), f"{entry.packed.nbytes:,}"
+
+
+def _span(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _path(source: object) -> str | None:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+
+
+def _stamp(source: object) -> tuple | None:
+    """What changes when an adapter's folder is written to. None for what is not a folder."""
+    path = _path(source)
+    if path is None or not os.path.isdir(path):
+        return None
+    with os.scandir(path) as files:
+        states = [(file.name, file.stat()) for file in files if file.name.startswith("adapter_")]
+    return tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in states))
+
+
+def _read(source: object, hub: Mapping[str, object]) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, tuple):
+        return Adapter.from_state_dict(*source)
+    return Adapter.load(source, **hub)
+
+
+def _family_member(source: object, hub: Mapping[str, object]) -> Adapter:
+    """What preparing needs to know of an adapter: of files, the config alone."""
+    if isinstance(source, (Adapter, tuple)):
+        return _read(source, hub)
+    if _path(source) is None:
+        raise refuse(
+            "The pool can't read this adapter.",
+            found=f"a {type(source).__name__}",
+            expected="a folder, a Hub id, an Adapter, or a pair (state_dict, config)",
+            next_step="pass one of these",
+        )
+    return Adapter(load_config(source, **hub), {}, _path(source))
