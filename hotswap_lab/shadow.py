@@ -96,6 +96,8 @@ def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> BaseTunerLayer:
         for table_name in dict.fromkeys((*shadow.adapter_layer_names, *shadow.other_param_names)):
             table = getattr(shadow, table_name)
             if name in table:
+                if isinstance(table[name], torch.nn.Module):
+                    table[name].train(present.training)
                 journal.set_item(getattr(present, table_name), name, table[name])
     else:
         shadow._active_adapter = copy.copy(sibling._active_adapter)

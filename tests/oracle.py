@@ -24,7 +24,8 @@ def assert_equals_fresh_load(
     """
     fresh = load(kind, folder, adapter_name, **load_kwargs)
     assert_same_outputs(model, fresh, kind)
-    assert model.peft_config[adapter_name].to_dict() == fresh.peft_config[adapter_name].to_dict()
+    live_config, fresh_config = (_config(each, adapter_name) for each in (model, fresh))
+    assert live_config == fresh_config
     assert_same_scalars(model, fresh, adapter_name, () if prepared else ("lora_dropout", "lora_A", "lora_B"))
     assert_same_tensors(
         get_peft_model_state_dict(model, adapter_name=adapter_name),
@@ -33,13 +34,19 @@ def assert_equals_fresh_load(
     assert_same_files(model, fresh, adapter_name)
 
 
-def assert_same_outputs(model, fresh, kind: Kind, tolerance: float = 1e-5) -> None:
+def _config(model, adapter_name: str) -> dict:
+    """For some architectures PEFT makes a set of what the file has as a list."""
+    config = model.peft_config[adapter_name].to_dict()
+    return {key: set(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+def assert_same_outputs(model, fresh, kind: Kind, tolerance: float = 1e-5, margin: float = 1000) -> None:
     expected = call(fresh, kind.inputs())
     without = call(kind.base(), kind.inputs())
     scale = expected.abs().max().item()
     # a test that passes whatever the adapter does is worth nothing
     change = (expected - without).abs().max().item()
-    assert change > 1000 * tolerance * scale, f"the adapter changes the outputs by {change} only"
+    assert change > margin * tolerance * scale, f"the adapter changes the outputs by {change} only"
     torch.testing.assert_close(call(model, kind.inputs()), expected, rtol=0, atol=tolerance * scale)
 
 
