@@ -15,10 +15,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
 
 from .errors import HotswapError, listing, refuse
+from .weights_file import in_one_piece, read_weights
 
 #: what a caller may pass on to huggingface_hub; the first two arguments, repository and file name, are ours
 HUB_ARGUMENTS = (*list(inspect.signature(hf_hub_download).parameters)[2:], "use_auth_token")
@@ -155,10 +157,10 @@ class Adapter:
         # hence the second, exact look at whatever is suspicious.
         keys = [key for key, tensor in self.tensors.items() if tensor.numel()]
         tensors = [self.tensors[key].detach() for key in keys]
-        sums = [
-            _exact(tensor).sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-            for tensor in tensors
-        ]
+        whole = in_one_piece(tensors) if tensors and tensors[0].dtype.itemsize > 1 else None
+        if whole is not None and whole.sum(dtype=_sum_dtype(whole)).isfinite():
+            return []
+        sums = [_exact(tensor).sum(dtype=_sum_dtype(tensor)) for tensor in tensors]
         finite = torch.stack([each.to("cpu", torch.float64) for each in sums]).isfinite().tolist()
         return [
             key
@@ -184,6 +186,10 @@ def _hub_arguments(function: str, arguments: Mapping[str, object]) -> dict[str, 
     if unknown := sorted(set(arguments) - set(HUB_ARGUMENTS)):
         raise TypeError(f"{function}() got unexpected keyword arguments: {', '.join(unknown)}")
     return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -224,6 +230,8 @@ def _read_config(source: str, hub: dict) -> PeftConfig:
 
 def _read_tensors(source: str, device: str | torch.device, key_mapping, hub: dict) -> dict[str, torch.Tensor]:
     try:
+        if (tensors := _read_folder(source, device, key_mapping, hub)) is not None:
+            return tensors
         return load_peft_weights(source, device=device, key_mapping=key_mapping, **hub)
     except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise refuse(
@@ -239,6 +247,14 @@ def _read_tensors(source: str, device: str | torch.device, key_mapping, hub: dic
             expected="adapter_model.safetensors or adapter_model.bin beside adapter_config.json",
             next_step="check the folder or repository, and get a complete copy of it",
         ) from error
+
+
+def _read_folder(source: str, device: str | torch.device, key_mapping, hub: dict) -> dict[str, torch.Tensor] | None:
+    """What ``load_peft_weights`` gives for a plain folder, read faster; None for anything else."""
+    path = os.path.join(source, hub.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
+    if key_mapping or torch.device(device).type != "cpu" or not os.path.exists(path):
+        return None
+    return read_weights(path)
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 #: the name under which ``torch.compile`` keeps the module it wraps
 COMPILED = "_orig_mod"
@@ -31,7 +32,8 @@ def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
 def compiled_parts(model: torch.nn.Module) -> list[object]:
     """The compiled modules and functions in ``model``, itself included.
 
-    Written as a plain loop: every swap does this, and models have thousands of modules.
+    Written as a plain loop: every swap does this, and models have thousands of modules. Of a tuner layer, only the
+    layer it is around is looked into: the adapters' own small modules are most of all modules.
     """
     parts: list[object] = []
     stack, seen = [model], set()
@@ -47,7 +49,10 @@ def compiled_parts(model: torch.nn.Module) -> list[object]:
             # a bound method passes the attributes of its function on; not so what accelerate puts in place of forward
             if name in attributes and hasattr(attributes[name], "_torchdynamo_orig_callable"):
                 parts.append(attributes[name])
-        stack += [child for child in module._modules.values() if child is not None]
+        if isinstance(module, BaseTunerLayer):
+            stack.append(module._modules.get("base_layer", module))
+        else:
+            stack += [child for child in module._modules.values() if child is not None]
     return parts
 
 

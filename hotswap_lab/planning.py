@@ -20,7 +20,7 @@ from .host import PEFT_PREFIX, canonical_path
 from .parts import LayerSettings, SlotTensor
 from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
-from .room import room_of
+from .room import Room, room_of
 from .shadow import adaptable, build_shadow_layers
 from .slot import Slot, SlotLayer
 from .state_view import is_marked_off, own_rank
@@ -35,6 +35,7 @@ class _Draft:
     config: PeftConfig
     #: what is compiled in the model
     compiled: list[object]
+    room: Room | None
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -43,9 +44,7 @@ class _Draft:
         self.refusals.append(Refusal(summary, found, expected, next_step))
 
     def finish(self) -> Plan:
-        room = room_of(self.slot.host.base, self.slot.adapter_name)
-        if room is not None and (room.slot is not self.slot or any(plan.action is Action.ADD for plan in self.layers)):
-            room = None
+        room = None if any(plan.action is Action.ADD for plan in self.layers) else self.room
         return Plan(
             self.slot,
             self.adapter,
@@ -70,7 +69,10 @@ def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_t
     check_targets:
         Whether the adapter's config must name the layers that its tensors belong to, as a fresh load demands.
     """
-    draft = _Draft(slot, adapter, adapter.config, compiled_parts(slot.host.root))
+    room = room_of(slot.host.base, slot.adapter_name)
+    if room is not None and room.slot is not slot:
+        room = None  # a slot that somebody resolved before the model was prepared
+    draft = _Draft(slot, adapter, adapter.config, compiled_parts(slot.host.root), room)
     _check_kind(draft)
     if draft.refusals:
         return draft.finish()
@@ -88,8 +90,11 @@ def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_t
     if draft.refusals:
         return draft.finish()
     tensors = _by_canonical_key(draft)
-    for layer in slot.layers:
-        _plan_layer(draft, layer, tensors, check_targets)
+    if draft.room is not None:
+        _plan_in_room(draft, tensors, check_targets)
+    else:
+        for layer in slot.layers:
+            _plan_layer(draft, layer, tensors, check_targets)
     _plan_leftovers(draft, tensors, add_layers, check_targets)
     _check_capacity(draft)
     _check_compiled(draft)
@@ -126,16 +131,17 @@ def _check_kind(draft: _Draft) -> None:
 
 
 def _check_slot(draft: _Draft) -> None:
-    slot, name = draft.slot, draft.slot.adapter_name
-    if any(name in layer.module.merged_adapters for layer in slot.layers):
+    slot, name, room = draft.slot, draft.slot.adapter_name, draft.room
+    if room.is_merged if room else any(name in layer.module.merged_adapters for layer in slot.layers):
         draft.refuse(
             f"Cannot hot-swap adapter '{name}' because it is currently merged into the base weights.",
             found="base weights that contain the old adapter",
             expected="an unmerged adapter: unmerging after a swap would subtract the wrong weights",
             next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
         )
-    for layer in slot.layers:
-        _check_layer(draft, layer)
+    if room is None:  # what is in a room was looked at when it was prepared
+        for layer in slot.layers:
+            _check_layer(draft, layer)
 
 
 def _check_compiled(draft: _Draft) -> None:
@@ -213,6 +219,34 @@ def _take(draft: _Draft, layer: SlotLayer, tensors: dict[str, torch.Tensor]) -> 
                     next_step="get the adapter from a model in which these layers are shared",
                 )
     return taken
+
+
+def _plan_in_room(draft: _Draft, tensors: dict[str, torch.Tensor], check_targets: bool) -> None:
+    """:func:`_plan_layer` for all layers of a room, which knows from earlier swaps what to expect at each of them.
+
+    Only what is just as expected is decided here. Anything else takes the long way, which finds the words for it.
+    """
+    room = draft.room
+    for layer, keys, before, expected in zip(
+        draft.slot.layers, room.keys, room.content.settings, room.expect(draft.config), strict=True
+    ):
+        rank_before = None if before is None else before.rank
+        found = [[key for key in options if key in tensors] for options in keys]
+        if not any(found):
+            writes = tuple(TensorPlan(target, None, True) for target in layer.tensors)
+            draft.layers.append(LayerPlan(layer, Action.OFF, rank_before, None, writes))
+        elif (
+            all(len(each) == 1 for each in found)
+            and (expected.targeted or not check_targets)
+            and [tensors[key].shape for (key,) in found] == expected.shapes
+        ):
+            writes = tuple(
+                TensorPlan(target, tensors.pop(key), True) for target, (key,) in zip(layer.tensors, found, strict=True)
+            )
+            action = Action.COPY if expected.fills_up else Action.PAD
+            draft.layers.append(LayerPlan(layer, action, rank_before, expected.settings, writes))
+        else:
+            _plan_layer(draft, layer, tensors, check_targets)
 
 
 def _plan_layer(

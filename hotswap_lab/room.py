@@ -23,13 +23,15 @@ from .interrupts import interrupts_held
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor
 from .prepared_layer import SEATS, leave_seat, take_seat
-from .slot import Slot, slot_in
+from .slot import Slot, SlotLayer, slot_in
 
 #: on a base model: its rooms by adapter name
 ROOMS = "hotswap_rooms"
 
 #: above this many tensors, a swap looks at the memory's use count before it looks at every tensor
 MANY_TENSORS = 1000
+#: for how many configs a room remembers what to expect
+MAX_EXPECTED = 64
 #: elements between two scalings: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
 
@@ -59,6 +61,18 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts) + self.scalings.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What an adapter's config says of one layer."""
+
+    settings: LayerSettings
+    targeted: bool
+    #: of its tensors
+    shapes: list[torch.Size | None]
+    #: whether its rank is all that there is room for
+    fills_up: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +140,9 @@ class Room:
         self._memories = [memory for arena in self.arenas for memory in (*(b.memory for b in arena.bands), arena.tail)]
         #: rows of each memory that may hold something else than zeros; a tail is written whole
         self.used = [memory.shape[0] for memory in self._memories]
+        self._expected: dict[object, list[Expected]] = {}
+        #: the names under which files may have each tensor of each layer
+        self.keys: list[list[list[str]]] = []
         self._own_views: dict[tuple[SlotTensor, int], torch.Tensor] = {}
         self._zeros = [memory.new_zeros(()) for memory in self._memories]
 
@@ -133,6 +150,7 @@ class Room:
 
     def settle(self) -> None:
         """Notes where everything is; to be called when the model's parameters have been moved in."""
+        self.keys = [[_keys(layer, tensor) for tensor in layer.tensors] for layer in self.slot.layers]
         self._parameters = [tensor.parameter for tensor in self._tensors]
         self._second_parameters = [tensor.parameter for tensor in self._second]
         self._addresses = [self.view(tensor).data_ptr() for tensor in self._tensors]
@@ -213,6 +231,29 @@ class Room:
             name = self.slot.adapter_name
             self.may_be_merged = any(name in layer.module.merged_adapters for layer in self.slot.layers)
         return self.may_be_merged
+
+    # ---- what to expect of an adapter
+
+    def expect(self, config: PeftConfig) -> list[Expected]:
+        """What an adapter with this config has for each layer; worked out once for each config."""
+        key = self.slot.method.fingerprint(config)
+        if (expected := self._expected.get(key)) is None:
+            if len(self._expected) >= MAX_EXPECTED:
+                self._expected.clear()
+            expected = self._expected[key] = [self._expect(config, layer) for layer in self.slot.layers]
+        return expected
+
+    def _expect(self, config: PeftConfig, layer: SlotLayer) -> Expected:
+        method, capacity = self.slot.method, layer.tensors[0].capacity
+        settings = method.settings_for(config, layer.path)
+        fits = settings.rank <= capacity and settings.rank % method.rank_step(layer.module) == 0
+        return Expected(
+            settings,
+            targeted=any(method.targets(config, path) for path in layer.paths),
+            # no tensor has the shape None: what doesn't fit is refused elsewhere
+            shapes=[torch.Size(tensor.shape_for(settings.rank)) if fits else None for tensor in layer.tensors],
+            fills_up=settings.rank == capacity,
+        )
 
     # ---- what is where
 
@@ -374,6 +415,10 @@ def clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
 
     journal.record(undo)
     parameter.grad = None
+
+
+def _keys(layer: SlotLayer, tensor: SlotTensor) -> list[str]:
+    return [f"{path}.{key}" for path in layer.paths for key in (tensor.key, tensor.named_key)]
 
 
 def _is_at(base: torch.nn.Module, path: str, module: torch.nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """What differs from one PEFT method to the next: one module each, all with the same functions.
 
 ``layer_class``, ``malformed``, ``unsupported``, ``unsupported_layer``, ``has_adapter``, ``tensors_of``, ``rank_step``,
-``settings_for``, ``targets``, ``resolved_config``, ``scalars``, ``SCALAR_TABLES``, ``write_dropout`` and
-``write_prepared``: ``lora.py`` says what each of them means.
+``settings_for``, ``targets``, ``fingerprint``, ``resolved_config``, ``scalars``, ``SCALAR_TABLES``,
+``write_dropout``, ``changes_constants`` and ``write_prepared``: ``lora.py`` says what each of them means.
 """
 
 from __future__ import annotations

@@ -213,6 +213,17 @@ def settings_for(config: LoraConfig, path: str) -> LayerSettings:
     )
 
 
+def fingerprint(config: LoraConfig) -> tuple:
+    """Equal for configs for which :func:`settings_for` and :func:`targets` say the same of every layer."""
+    fields = ("r", "lora_alpha", "use_rslora", "lora_dropout", "layers_to_transform", "layers_pattern")
+    selections = (config.target_modules, config.exclude_modules)
+    return (
+        *(repr(getattr(config, field)) for field in fields),
+        *(tuple(pattern.items()) for pattern in (config.rank_pattern, config.alpha_pattern)),
+        *(each if each is None or isinstance(each, str) else frozenset(each) for each in selections),
+    )
+
+
 def targets(config: LoraConfig, path: str) -> bool:
     """Whether a fresh load with this (resolved) config would put an adapter on the layer at ``path``."""
     return config.target_modules is not None and bool(check_target_module_exists(config, path))
