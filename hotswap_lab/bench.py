@@ -63,6 +63,8 @@ MEMCPY = "memcpy of the same bytes"
 PER_ROUND = 5
 #: how often a recompile is timed: it takes seconds to minutes
 RECOMPILES = 3
+#: from this many times its minimum on, a memcpy's median says that the machine had other things to do
+BUSY = 3
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,8 @@ class Size:
     packed_nbytes: int
 
     def __str__(self) -> str:
-        packed = self.packed_nbytes / 1e6
-        return (
-            f"rank {self.rank}: {self.tensors} tensors, {self.nbytes / 1e6:.3g} MB per adapter, {packed:.3g} MB packed"
-        )
+        own, packed = self.nbytes / 1e6, self.packed_nbytes / 1e6
+        return f"rank {self.rank}: {self.tensors} tensors, {own:.3g} MB per adapter, {packed:.3g} MB packed"
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,7 @@ class Report:
             rows = [row for row in self.rows if row.rank == size.rank]
             lines += ["", str(size), *_aligned([self.COLUMNS, *(row.cells for row in rows)])]
             lines += [f"{row.way} refused: {row.note}" for row in rows if row.note]
+            lines += self._doubts(size.rank)
             extras = [extra.text for extra in self.extras if extra.rank == size.rank]
             lines += ["", *extras] if extras else []
         return "\n".join(lines)
@@ -246,9 +247,18 @@ class Report:
 
     __repr__ = __str__
 
+    def _doubts(self, rank: int) -> list[str]:
+        copying = self.timing(MEMCPY, rank)
+        if copying is None or copying.median < BUSY * copying.minimum:
+            return []
+        return [
+            f"The machine was busy: a memcpy took {_readable(copying.median)}, {_readable(copying.minimum)} at best. The "
+            "fast ways waited for a core as it did. Measure again when the machine is idle, or with --threads 1."
+        ]
+
     def timing(self, way: str, rank: int) -> Timing | None:
-        """The time of one way; None if it was refused."""
-        return next(row.timing for row in self.rows if (row.way, row.rank) == (way, rank))
+        """The time of one way; None if it was refused, or not tried."""
+        return next((row.timing for row in self.rows if (row.way, row.rank) == (way, rank)), None)
 
     @property
     def ok(self) -> bool:
@@ -317,7 +327,9 @@ def _bars(title: str, report: Report) -> Figure:
         canvas.text(left, y - 8, str(size), size=12, anchor="start", color=MUTED)
         for decade in range(low, high + 1):
             x = left + width * (decade - low) / (high - low)
-            canvas.box(x, y, 0.5, len(rows) * height, FROZEN)
+            canvas.shapes.append(
+                f"<line x1='{x:.1f}' y1='{y}' x2='{x:.1f}' y2='{y + len(rows) * height}' stroke='{FROZEN}'/>"
+            )
             canvas.text(x, y + len(rows) * height + 14, _readable(10.0**decade), size=10, color=MUTED)
         for number, row in enumerate(rows):
             length = width * (math.log10(row.timing.median) - low) / (high - low)

@@ -76,12 +76,11 @@ def _swap_tensors(parameter: torch.nn.Parameter, view: torch.Tensor, journal: Jo
         return False
     twin = torch.nn.Parameter(view, requires_grad=parameter.requires_grad)
     twin.__dict__.update(parameter.__dict__)
-    swapped = []
+    address = view.data_ptr()
 
     def undo() -> None:
-        if swapped:
+        if parameter.data_ptr() == address:
             torch.utils.swap_tensors(parameter, twin)
-            swapped.clear()
 
     journal.record(undo)
     try:
@@ -89,7 +88,6 @@ def _swap_tensors(parameter: torch.nn.Parameter, view: torch.Tensor, journal: Jo
     except RuntimeError:
         # a graph or a weak reference holds on to the old tensor
         return False
-    swapped.append(True)
     return True
 
 

@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from .adapter import Adapter, load_config
 from .errors import refuse
+from .journal import Journal
 from .planning import make_plan
 from .prepare import make_room
 from .report import html_table
 from .room import Content, Packed, Room, room_of, slot_for
-from .strength import get_strength, set_strength
+from .strength import check_strength, get_strength
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
 HISTORY = 100
@@ -165,9 +166,9 @@ class AdapterPool:
     def strength(self, value: float) -> None:
         with self._lock:
             self._check_room()
-            former = self._state()
-            set_strength(self.model, value, self.adapter_name)
-            self._remember(former)
+            check_strength(value)
+            history = self._history_with(self._state())
+            self._room.set_strength(value, lambda journal: journal.set_attribute(self, "_history", history))
 
     @property
     def nbytes(self) -> int:
@@ -244,12 +245,16 @@ class AdapterPool:
             config = config or self._packed(entry).content.config
             adapter = Adapter.from_state_dict(state_dict, config)
             packed = self._pack(name, adapter, check_targets=False)
-            self._keep(_Entry(name, None), packed)  # refuses what is too large
+            new = _Entry(name, None, version=entry.version + 1)
+            self._keep(new, packed)  # refuses what is too large
+
+            def replace(journal: Journal) -> None:
+                journal.set_item(self._entries, name, new)
+
             if self._room.content.label == name:
-                self._write(packed, self._state().strength)
-            entry.packed, entry.source, entry.stamp, entry.loading = packed, None, None, None
-            entry.nbytes = packed.nbytes
-            entry.version += 1
+                self._room.write(packed, self._state().strength, replace)
+            else:
+                replace(Journal())
 
     def prefetch(self, *names: str) -> None:
         """Reads and packs adapters that were dropped, in the background. A swap to one of them waits for it."""
@@ -331,9 +336,8 @@ class AdapterPool:
             entry = self._entries.get(name) or self._entry(name)
             packed = entry.packed or self._packed(entry)
             self._check_room()
-            former = self._state()
-            self._write(packed, strength)
-            self._remember(former)
+            history = self._history_with(self._state())
+            self._room.write(packed, strength, lambda journal: journal.set_attribute(self, "_history", history))
             self._uses += 1
             entry.used = self._uses
 
@@ -358,8 +362,7 @@ class AdapterPool:
                     next_step="swap first",
                 )
             self._check_room()
-            self._return_to(self._history[-1])
-            self._history.pop()
+            self._return_to(self._history[-1], self._history[:-1])
 
     @contextlib.contextmanager
     def using(self, name: str, strength: float = 1.0) -> Iterator[AdapterPool]:
@@ -373,12 +376,7 @@ class AdapterPool:
         finally:
             with self._lock:
                 self._check_room()
-                self._return_to(former)
-                self._history = history
-
-    def _write(self, packed: Packed, strength: float) -> None:
-        self._room.write(packed, strength)
-        self._room.in_use = packed, strength
+                self._return_to(former, history)
 
     def _state(self) -> _State:
         """What is in the model now, ready to be put back."""
@@ -390,19 +388,18 @@ class AdapterPool:
             packed, strength = room.take(), self.strength
         return _State(name if name in self._entries else None, packed, strength)
 
-    def _return_to(self, state: _State) -> None:
+    def _return_to(self, state: _State, history: list[_State]) -> None:
         if state.name in self._entries:
             packed = self._packed(self._entries[state.name])  # what it is now: it may have been updated
         else:
             packed = state.packed or self._packed(self._entry(state.name))
-        self._write(packed, state.strength)
+        self._room.write(packed, state.strength, lambda journal: journal.set_attribute(self, "_history", history))
 
-    def _remember(self, state: _State) -> None:
+    def _history_with(self, state: _State) -> list[_State]:
         if state.name is not None:
             # its entry has the weights, or can read them again
             state = _State(state.name, None, state.strength)
-        self._history.append(state)
-        del self._history[:-HISTORY]
+        return [*self._history[-HISTORY + 1 :], state]
 
     def _check_room(self) -> None:
         room = self._room

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -353,8 +353,11 @@ class Room:
             scalings[:, 0] = torch.tensor(values, dtype=torch.float64)
         return scalings
 
-    def write(self, packed: Packed, strength: float = 1.0) -> None:
-        """Puts a packed adapter in. The room must be intact."""
+    def write(self, packed: Packed, strength: float = 1.0, also: Callable[[Journal], None] | None = None) -> None:
+        """Puts a packed adapter in. The room must be intact.
+
+        ``also`` does what must be done together with it, or not at all.
+        """
         targets, sources, used = [], [], []
         for memory, part, before, zero in zip(self._memories, packed.parts, self.used, self._zeros, strict=True):
             rows = part.shape[0]
@@ -374,18 +377,28 @@ class Room:
             journal = Journal()
             try:
                 self.enter(packed.content, used, journal)
+                journal.set_attribute(self, "in_use", (packed, strength))
+                if also is not None:
+                    also(journal)
                 torch._foreach_copy_(targets, sources, non_blocking=True)
             except BaseException:
                 journal.roll_back()
                 raise
 
-    def set_strength(self, strength: float) -> None:
-        """Sets the scalings of all layers to their trained values times ``strength``."""
+    def set_strength(self, strength: float, also: Callable[[Journal], None] | None = None) -> None:
+        """Sets the scalings of all layers to their trained values times ``strength``; ``also`` as in :meth:`write`."""
         scalings = self.scalings_of(self.content, strength)
         with interrupts_held(), torch.inference_mode(False), torch.no_grad(), self.lock:
-            if self.in_use is not None:
-                self.in_use = self.in_use[0], strength
-            torch._foreach_copy_(list(self.scalings), [scalings] * len(self.scalings))
+            journal = Journal()
+            try:
+                if self.in_use is not None:
+                    journal.set_attribute(self, "in_use", (self.in_use[0], strength))
+                if also is not None:
+                    also(journal)
+                torch._foreach_copy_(list(self.scalings), [scalings] * len(self.scalings))
+            except BaseException:
+                journal.roll_back()
+                raise
 
     def enter(self, content: Content, used: list[int], journal: Journal) -> None:
         """Everything of a swap but the weights and scalings, undoable."""

@@ -47,13 +47,7 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
     >>> demo.ask(model, tokenizer, "hotswap")
     'pawstoh'
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise refuse(
-            "The strength is not a number.",
-            found=f"strength={strength!r}",
-            expected="a finite number: 0 for off, 1 for as trained",
-            next_step="pass a float",
-        )
+    check_strength(strength)
     slot = slot_for(model, adapter_name)
     if any(adapter_name in layer.module.merged_adapters for layer in slot.layers):
         raise refuse(
@@ -81,6 +75,17 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
         except BaseException:
             journal.roll_back()
             raise
+
+
+def check_strength(strength: object) -> None:
+    """Refuses what is no strength."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        raise refuse(
+            "The strength is not a number.",
+            found=f"strength={strength!r}",
+            expected="a finite number: 0 for off, 1 for as trained",
+            next_step="pass a float",
+        )
 
 
 def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float:

@@ -20,6 +20,8 @@ from peft import LoraConfig
 
 import hotswap_lab
 from hotswap_lab import (
+    Adapter,
+    AdapterPool,
     commit,
     get_strength,
     hotswap_adapter,
@@ -179,6 +181,54 @@ def test_a_fault_at_every_line_of_setting_the_strength(tmp_path):
             step += 1
         assert step > 50
         assert get_strength(model) == 0.5
+
+
+POOL_OPERATIONS = {
+    "swap": lambda pool, new: pool.swap("b"),
+    "swap of a dropped adapter": lambda pool, new: pool.swap("dropped"),
+    "strength": lambda pool, new: setattr(pool, "strength", 0.5),
+    "off": lambda pool, new: pool.off(),
+    "undo": lambda pool, new: pool.undo(),
+    "add": lambda pool, new: pool.add("new", new),
+    "update": lambda pool, new: pool.update("a", {key: 2 * value for key, value in new.tensors.items()}, new.config),
+    "remove": lambda pool, new: pool.remove("b"),
+}
+
+
+@pytest.mark.parametrize("operation", POOL_OPERATIONS)
+def test_a_fault_at_every_line_of_what_a_pool_does(tmp_path, operation):
+    kind = KINDS["linear"]
+    sources = {
+        "a": save_random_adapter(kind, tmp_path / "a", seed=1, r=4, lora_alpha=3),
+        "b": save_random_adapter(kind, tmp_path / "b", seed=2, r=6, target_modules=["first"], lora_dropout=0.1),
+        "dropped": save_random_adapter(kind, tmp_path / "dropped", seed=3, r=2, use_rslora=True),
+    }
+    new = Adapter.load(save_random_adapter(kind, tmp_path / "new", seed=4, r=3))
+    model = load(kind, sources["a"])
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    pool.swap("b")
+    pool.swap("a")
+    pool._entries["dropped"].packed = None
+
+    def state():
+        used = [(name, entry.version, entry.source) for name, entry in pool._entries.items()]
+        return pool.active, round(pool.strength, 4), len(pool._history), used
+
+    before, noted = snapshot(model), state()
+    faults = 0
+    for step in itertools.count(1):
+        hit = run_with_fault(lambda: POOL_OPERATIONS[operation](pool, new), step)
+        if not hit or state() != noted:
+            break
+        assert_untouched(model, before)
+        faults += 1
+    assert faults > 4
+    # whole, whichever side of the last step it was
+    name = pool.active
+    if operation in ("swap", "swap of a dropped adapter", "undo"):
+        assert_equals_fresh_load(model, kind, sources[name], prepared=True)
+    pool.swap("dropped")
+    assert_equals_fresh_load(model, kind, sources["dropped"], prepared=True)
 
 
 def test_a_fault_at_every_line_of_reading_and_planning(tmp_path):

@@ -6,7 +6,14 @@ import pytest
 import torch
 from models import KINDS, load, save_random_adapter
 
-from hotswap_lab import RecompileWatch, hotswap_adapter, prepare_model_for_compiled_hotswap, resolve_slot, set_strength
+from hotswap_lab import (
+    AdapterPool,
+    RecompileWatch,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    resolve_slot,
+    set_strength,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -70,6 +77,38 @@ def test_a_graph_that_the_user_captured(folders):
         hotswap_adapter(model, folders[number], "default")
         graph.replay()
         torch.testing.assert_close(logits, outputs(on_gpu(folders[number])), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pool_swaps_from_pinned_memory(folders, dtype):
+    model = on_gpu(folders[0]).to(dtype)
+    pool = AdapterPool(model, adapters=dict(enumerate_names(folders)), progress=False)
+    assert all(part.is_pinned() for entry in pool._entries.values() for part in entry.packed.parts if part.numel())
+    addresses = resolve_slot(model, "default").data_ptrs()
+    for name in ("1", "2", "0", "2", "1") * 20:
+        pool.swap(name)
+        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        fresh = on_gpu(folders[int(name)]).to(dtype)
+        torch.testing.assert_close(outputs(model), outputs(fresh), rtol=tolerance, atol=tolerance)
+    assert resolve_slot(model, "default").data_ptrs() == addresses
+
+
+def test_a_pool_and_cuda_graphs(folders):
+    torch.compiler.reset()
+    model = on_gpu(folders[0])
+    pool = AdapterPool(model, adapters=dict(enumerate_names(folders)), progress=False)
+    compiled = torch.compile(model, mode="reduce-overhead")
+    for _ in range(3):
+        outputs(compiled)
+    with RecompileWatch(allow=0):
+        for name in ("1", "2", "0", "2"):
+            pool.swap(name)
+            expected = outputs(on_gpu(folders[int(name)]))
+            torch.testing.assert_close(outputs(compiled), expected, rtol=1e-3, atol=1e-3)
+
+
+def enumerate_names(folders):
+    return ((str(number), folder) for number, folder in enumerate(folders))
 
 
 def test_scalings_follow_the_model(folders):
