@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from models import KINDS, load, save_random_adapter
+from oracle import assert_same_outputs
 from peft.tuners.lora import LoraLayer
 
 from hotswap_lab import hotswap_adapter, prepare_model_for_compiled_hotswap, resolve_slot
