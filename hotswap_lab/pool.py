@@ -14,12 +14,12 @@ from peft import PeftConfig
 from tqdm.auto import tqdm
 
 from .adapter import Adapter, load_config
-from .errors import refuse
+from .errors import HotswapError, refuse
 from .journal import Journal
 from .planning import make_plan
 from .prepare import make_room
 from .report import html_table
-from .room import Content, Packed, Room, room_of, slot_for
+from .room import Content, Packed, room_of, slot_for
 from .strength import check_strength, get_strength
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
@@ -381,12 +381,16 @@ class AdapterPool:
     def _state(self) -> _State:
         """What is in the model now, ready to be put back."""
         room, name = self._room, self._room.content.label
-        in_use = room.in_use
-        if in_use is not None and in_use[0].content is room.content and _is_at_strength(room, *in_use):
-            packed, strength = in_use
-        else:  # something that no pool wrote
-            packed, strength = room.take(), self.strength
-        return _State(name if name in self._entries else None, packed, strength)
+        name = name if name in self._entries else None
+        if room.is_as_written:
+            packed, strength = room.in_use
+            is_entry = name is not None and packed is self._entries[name].packed
+            return _State(name if is_entry else None, packed, strength)
+        # somebody else swapped or scaled
+        if name is not None:
+            with contextlib.suppress(HotswapError):  # other strengths on other layers: kept as they are
+                return _State(name, self._entries[name].packed, self.strength)
+        return _State(None, room.take(), 1.0)
 
     def _return_to(self, state: _State, history: list[_State]) -> None:
         if state.name in self._entries:
@@ -446,12 +450,6 @@ class AdapterPool:
 
     def _repr_html_(self) -> str:
         return html_table("AdapterPool", list(self.COLUMNS), self.rows, caption=self.summary)
-
-
-def _is_at_strength(room: Room, packed: Packed, strength: float) -> bool:
-    """Whether nobody has changed the scalings since, on any layer."""
-    expected = packed.scalings if strength == 1 else packed.scalings * strength
-    return all(torch.equal(vector, expected.to(vector.device)) for vector in room.scalings)
 
 
 def _describe(entry: _Entry) -> tuple[str, str, str, str, str]:

@@ -127,6 +127,7 @@ class Room:
         self.may_be_merged = True
         #: the packed adapter and strength that were written last, for whoever wants to come back to it
         self.in_use: tuple[Packed, float] | None = None
+        self._versions: list[int] = []
         #: whether a write to the memory is noticed by autograd without being told
         self.shares_versions = True
         self.lock = threading.RLock()
@@ -327,7 +328,7 @@ class Room:
         return Packed(content, tuple(parts), self.scalings_of(content))
 
     def take(self) -> Packed:
-        """Packs what is in the room now."""
+        """Packs what is in the room now, with the scalings that the layers have now."""
         ranks = [settings.rank if settings else 0 for settings in self.content.settings]
         parts = []
         for memory, rows in zip(self._memories, self.rows_for(ranks), strict=True):
@@ -335,7 +336,9 @@ class Room:
             with torch.inference_mode(False), torch.no_grad():
                 part.copy_(memory[:rows])
             parts.append(part)
-        return Packed(self.content, tuple(parts), self.scalings_of(self.content))
+        with torch.inference_mode(False):
+            scalings = self.scalings[0].detach().cpu().clone()
+        return Packed(self.content, tuple(parts), scalings)
 
     def _new_part(self, memory: torch.Tensor, rows: int) -> torch.Tensor:
         shape = (rows, *memory.shape[1:])
@@ -384,6 +387,7 @@ class Room:
             except BaseException:
                 journal.roll_back()
                 raise
+            self._versions = self._scaling_versions()
 
     def set_strength(self, strength: float, also: Callable[[Journal], None] | None = None) -> None:
         """Sets the scalings of all layers to their trained values times ``strength``; ``also`` as in :meth:`write`."""
@@ -395,10 +399,22 @@ class Room:
                     journal.set_attribute(self, "in_use", (self.in_use[0], strength))
                 if also is not None:
                     also(journal)
+                known = self.is_as_written
                 torch._foreach_copy_(list(self.scalings), [scalings] * len(self.scalings))
             except BaseException:
                 journal.roll_back()
                 raise
+            if known:
+                self._versions = self._scaling_versions()
+
+    def _scaling_versions(self) -> list[int]:
+        return [vector._version for vector in self.scalings]
+
+    @property
+    def is_as_written(self) -> bool:
+        """Whether the packed adapter in ``in_use`` is still in, at that strength. Asks no device."""
+        in_use = self.in_use
+        return in_use is not None and in_use[0].content is self.content and self._versions == self._scaling_versions()
 
     def enter(self, content: Content, used: list[int], journal: Journal) -> None:
         """Everything of a swap but the weights and scalings, undoable."""

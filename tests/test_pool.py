@@ -250,6 +250,22 @@ def test_strength_and_off(model, pool, sources):
     assert (pool.active, pool.strength) == ("b", 0.5)
 
 
+def test_uneven_strengths_do_not_stand_in_the_way(model, pool, sources):
+    pool.swap("b")
+    for number, layer in enumerate(module for module in model.modules() if isinstance(module, LoraLayer)):
+        layer.set_scale("default", 0.5 + number)
+    before = call(model, LLAMA.inputs())
+    pool.swap("a")
+    assert_is(model, sources["a"])
+    pool.undo()
+    assert torch.equal(call(model, LLAMA.inputs()), before)
+    with pool.using("c"):
+        assert_is(model, sources["c"])
+    assert torch.equal(call(model, LLAMA.inputs()), before)
+    with pytest.raises(HotswapError, match="different strengths"):
+        _ = pool.strength
+
+
 def test_pefts_ways_to_scale_work_on(model, pool, sources):
     pool.swap("e")
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):

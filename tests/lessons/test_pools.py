@@ -1,0 +1,190 @@
+"""Chapter 04: its exercises tell right from wrong, its pictures are true, its measurement measures what it says."""
+
+from __future__ import annotations
+
+import itertools
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from hotswap_lab import Adapter, demo, hotswap_adapter, resolve_slot, verify_hotswap
+from hotswap_lab.lessons import pools
+from hotswap_lab.room import room_of
+from hotswap_lab.timing import Timing
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def pack(pairs):
+    rank = max(len(a) for a, b in pairs)
+    shares = []
+    for share in (each for a, b in pairs for each in (a, b.T)):
+        shares.append(torch.cat([share, share.new_zeros(rank - len(share), share.shape[1])]))
+    return torch.cat(shares, dim=1)
+
+
+def all_a_first(pairs):
+    return pack([(a, b.new_zeros(0, b.shape[1])) for a, b in pairs] + [(b.T, a.new_zeros(0, len(a))) for a, b in pairs])
+
+
+def b_not_turned(pairs):
+    return pack([(a, b.T.reshape(b.shape[1], -1).flip(1).T) for a, b in pairs])
+
+
+def nines_beyond_the_rank(pairs):
+    rows = pack(pairs)
+    rows[len(pairs[0][0]) :, 0] = 9
+    return rows
+
+
+def swap_bytes(widths, new, old):
+    lines = sum(-(-width // 16) for width in widths)
+    row = 64 * (lines | 1)
+    return new * row, max(old - new, 0) * row
+
+
+def without_the_odd_line(widths, new, old):
+    row = 64 * sum(-(-width // 16) for width in widths)
+    return new * row, max(old - new, 0) * row
+
+
+def without_alignment(widths, new, old):
+    return new * sum(widths) * 4, max(old - new, 0) * sum(widths) * 4
+
+
+SOLUTIONS = {
+    "pack": (pools.pack, pack, [lambda pairs: pairs[0][0], all_a_first, b_not_turned, nines_beyond_the_rank]),
+    "swap_bytes": (
+        pools.swap_bytes,
+        swap_bytes,
+        [
+            lambda widths, new, old: (0, 0),
+            without_the_odd_line,
+            without_alignment,
+            lambda widths, new, old: swap_bytes(widths, old, new),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_right_and_wrong_solutions(name, capsys):
+    task, right, wrong = SOLUTIONS[name]
+    task.check(right)
+    assert capsys.readouterr().out.startswith("Correct: ")
+    for solution in wrong:
+        task.check(solution)
+        out = capsys.readouterr().out
+        assert out.startswith("Not yet.\n")
+        assert "yours:" in out
+        assert "expected:" in out
+        assert "your code runs" not in out  # a wrong answer is no error
+    task.show(right)
+    assert "yours" not in capsys.readouterr().out
+    assert "line" in task.spec
+
+
+def test_packing_is_what_the_engine_does():
+    """The rows of the exercise are those of the library, but for the gaps at the ends of cache lines."""
+    pool = pools._demo_pool()
+    pool.swap("double")
+    slot = resolve_slot(pool.model, "default")
+    room = room_of(slot.host.base, "default")
+    part = next(part for part in room.take().parts if part.numel())
+    tensors = Adapter.load(demo.adapter_path("double")).tensors
+    pairs = [
+        tuple(tensors[f"base_model.model.{layer.path}.{each.key}"] for each in layer.tensors) for layer in slot.layers
+    ]
+    # all sizes of the demo model are whole cache lines, so a row has a gap at its end only
+    rows = pack(pairs)
+    assert torch.equal(part[:, : rows.shape[1]], rows)
+    assert not part[:, rows.shape[1] :].any()
+
+
+def test_the_bytes_that_are_measured_are_those_that_are_packed():
+    pool = pools._demo_pool()
+    copied = {
+        name: pools.written(pool, old, name)[0] for old, name in (("double", "pig_latin"), ("pig_latin", "double"))
+    }
+    scalings = 16 * len(resolve_slot(pool.model, "default").layers)
+    assert sum(copied.values()) + 2 * scalings == pool.nbytes
+
+
+def test_smol_has_the_sizes_of_the_real_model_and_little_memory(tmp_path):
+    model = pools.smol()
+    slot = resolve_slot(model, "default")
+    assert len(slot.layers) == 7 * 30
+    assert sum(tensor.parameter.nbytes for tensor in slot.tensors) == 9_768_960
+    assert len(set(slot.data_ptrs())) == len(slot.tensors)  # only base weights are shared
+    assert sum(parameter.nbytes for parameter in model.parameters()) < 25_000_000
+
+
+def test_random_adapters_differ_and_can_be_swapped(tmp_path):
+    model = pools.smol(layers=2)
+    folders = pools.random_adapters(model, ["a", "b"], str(tmp_path))
+    assert verify_hotswap(model, folders["b"])
+    assert not verify_hotswap(model, folders["a"])
+    hotswap_adapter(model, folders["a"], "default")
+    assert verify_hotswap(model, folders["a"])
+
+
+def test_steps_are_called_with_each_argument_in_turn():
+    calls = {"first": [], "second": []}
+    steps = {"first": (calls["first"].append, ["a", "b"]), "second": (calls["second"].append, ["c"])}
+    timings = pools.measure_steps(steps, rounds=2)
+    assert list(timings) == ["first", "second"]
+    assert all(0 < timing.minimum <= timing.median for timing in timings.values())
+    assert calls["first"][:4] == ["a", "b", "a", "b"]
+    assert all(before != after for before, after in itertools.pairwise(calls["first"][:16]))
+    assert set(calls["second"]) == {"c"}
+    assert {timing.n for timing in timings.values()} == {30}
+
+
+TIMINGS = {
+    "1 <slow>": Timing(0.016, 0.015, 30),
+    "2 fast": Timing(0.0008, 0.0007, 30),
+    "3 copy": Timing(0.0004, 0.0003, 30),
+}
+FIGURES = {
+    "steps_plot": pools.steps_plot("One swap", TIMINGS, enlarged=2),
+    "steps_plot, one panel": pools.steps_plot("One swap", TIMINGS, enlarged=0),
+    "rank_major": pools.rank_major(),
+    "rank_major, growing": pools.rank_major(rank=3, before=1, rows=4),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_valid_svg_with_a_text_form(name):
+    figure = FIGURES[name]
+    root = ElementTree.fromstring(figure.svg)
+    assert root.attrib["role"] == "img"
+    assert root[0].text == figure.text == repr(figure)
+    width, height = float(root.get("width")), float(root.get("height"))
+    for each in root.iter():
+        assert 0 <= float(each.get("x", 0)) + float(each.get("width", 0)) <= width
+        assert 0 <= float(each.get("y", 0)) <= height
+
+
+def bars(figure, color):
+    root = ElementTree.fromstring(figure.svg)
+    boxes = [each for each in root.iter(f"{SVG}rect") if each.get("fill") == color]
+    return [float(each.get("width")) for each in boxes[:-1]]  # the last one is in the legend
+
+
+def test_bars_are_as_long_as_their_times_and_begin_with_the_copy():
+    times = [timing.median for timing in TIMINGS.values()]
+    whole, copy = (bars(FIGURES["steps_plot"], color) for color in (pools.OLD, pools.NEW))
+    for part, expected in ((whole[:3], times), (whole[3:], times[1:])):
+        assert [width / part[0] for width in part] == pytest.approx([each / expected[0] for each in expected], abs=0.01)
+    assert len(set(copy[:3])) == len(set(copy[3:])) == 1
+    assert (whole[2], whole[4]) == (copy[2], copy[4])
+    assert repr(FIGURES["steps_plot"]) == (
+        "One swap: 1 <slow> 16,000 µs, 2 fast 800 µs, 3 copy 400 µs. The last one is the limit."
+    )
+
+
+def test_the_layout_has_a_color_for_what_happens_to_each_row():
+    for figure, rows in ((FIGURES["rank_major"], (2, 2, 2)), (FIGURES["rank_major, growing"], (3, 0, 1))):
+        fills = [each.get("fill") for each in ElementTree.fromstring(figure.svg).iter(f"{SVG}rect")]
+        assert tuple(fills.count(color) // 16 for color in (pools.NEW, pools.OLD, pools.OFF)) == rows

@@ -1,0 +1,305 @@
+"""The benchmark: that it measures what it says, each way of it; never how fast anything is."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from hotswap_lab import bench
+from hotswap_lab.bench import MEMCPY, PEFT_STATE_DICT, Report, Row, Scene, Settings, Way, make_base, run
+from hotswap_lab.timing import Timing, machine
+
+TINY = Settings(model="tiny", ranks=(2, 4), n=3)
+PEFTS = ("PEFT load + set + delete", "PEFT hotswap, disk", PEFT_STATE_DICT)
+OURS = (
+    "hotswap_lab, disk",
+    "hotswap_lab, disk, prepared",
+    "hotswap_lab, state dict, prepared",
+    "hotswap_lab, Adapter, prepared",
+    "hotswap_lab, pool",
+)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return run(dataclasses.replace(TINY, memory=300, spread=True))
+
+
+@pytest.fixture
+def scene(tmp_path) -> Scene:
+    return Scene(make_base(TINY), TINY, rank=4, folder=str(tmp_path))
+
+
+def numbers(values) -> list[float]:
+    """Every number in nested dictionaries."""
+    if isinstance(values, dict):
+        return [number for each in values.values() for number in numbers(each)]
+    return [values] if isinstance(values, (int, float)) else []
+
+
+def own_bytes(rank: int) -> int:
+    """What an adapter takes: hidden 32, intermediate 64, 2 of 4 heads for keys and values, 2 layers, float32."""
+    per_layer = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64)
+    return 2 * per_layer * rank * 4
+
+
+def by_name(report: Report, name: str) -> list[dict]:
+    return [extra.values for extra in report.extras if extra.name == name]
+
+
+# ---- the table
+
+
+def test_all_ways_are_there_and_ours_are_right(report):
+    assert [(row.rank, row.way) for row in report.rows] == [
+        (rank, way) for rank in TINY.ranks for way in (*PEFTS, *OURS, MEMCPY)
+    ]
+    for row in report.rows:
+        assert row.state == "right" or (row.way in PEFTS and row.state == "refused"), row
+    assert report.ok
+
+
+def test_every_number_is_positive_and_agrees_with_the_others(report):
+    for row in report.rows:
+        if row.timing is None:
+            continue
+        assert row.timing.n == TINY.n
+        assert 0 < row.timing.minimum <= row.timing.median
+        assert row.times_memcpy == row.timing.median / report.timing(MEMCPY, row.rank).median
+        assert row.as_fast == report.timing(PEFT_STATE_DICT, row.rank).median / row.timing.median
+
+
+def test_sizes(report):
+    small, large = report.sizes
+    assert (small.rank, large.rank, small.tensors) == (2, 4, 28)
+    assert (small.nbytes, large.nbytes) == (own_bytes(2), own_bytes(4))
+    # packed, each tensor starts at a cache line, and there are scalings
+    assert small.nbytes <= small.packed_nbytes < 1.5 * small.nbytes
+
+
+def test_as_text(report):
+    lines = str(report).splitlines()
+    assert lines[0] == report.machine
+    assert lines[0].startswith(machine().split(", ")[0])
+    assert "tiny, float32, cpu" in lines[1]
+    header = next(line for line in lines if line.startswith("way"))
+    for word in ("median ms", "min ms", "n", "x memcpy"):
+        assert word in header
+    for way in (*PEFTS, *OURS, MEMCPY):
+        assert sum(line.startswith(f"{way} ") for line in lines) == len(TINY.ranks), way
+
+
+def test_wrong_and_refused_are_said():
+    rows = (
+        Row(4, "PEFT hotswap, disk", "refused", note="no such thing"),
+        Row(4, "hotswap_lab, disk", "wrong", Timing(0.002, 0.001, 3)),
+        Row(4, MEMCPY, "right", Timing(0.05, 0.001, 3)),
+    )
+    report = Report("a machine", {}, TINY, (bench.Size(4, 28, 100, 200),), rows)
+    text = str(report)
+    assert "PEFT hotswap, disk refused: no such thing" in text
+    assert "hotswap_lab, disk (wrong)" in text
+    assert "The machine was busy: a memcpy took 50 ms, 1 ms at best." in text
+    assert not report.ok
+    assert "hotswap_lab, disk (wrong)" in report.figure().text
+    assert "PEFT hotswap, disk" not in report.figure().text
+
+
+def test_json_holds_everything(report):
+    text = report.to_json()
+    assert Report.from_json(text) == report
+    found = json.loads(text)
+    assert found["machine"] == report.machine
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["settings"]["n"] == TINY.n
+    assert set(found["rows"][0]["timing"]) == {"median", "minimum", "n"}
+
+
+def test_the_picture(report):
+    figure = report.figure()
+    texts = [element.text for element in ElementTree.fromstring(figure.svg).iter() if element.text]
+    for way in (*OURS, MEMCPY):
+        assert texts.count(way) == len(TINY.ranks)
+        assert way in figure.text
+
+
+# ---- whether the check can tell
+
+
+def test_a_way_that_does_nothing_is_wrong(scene):
+    model = scene.load()
+    assert scene.way("nothing", model, lambda number: None).check() == ("wrong", "")
+
+
+def test_a_way_that_is_always_behind_is_wrong(scene):
+    way = bench.pool_way(scene)
+    assert way.check() == ("right", "")
+    assert dataclasses.replace(way, swap=lambda number: way.swap(1 - number)).check() == ("wrong", "")
+
+
+def test_a_way_that_raises_is_refused():
+    def swap(number):
+        raise ValueError("not today\nand more")
+
+    assert Way("none", swap, lambda number: True).check() == ("refused", "not today")
+
+
+def test_a_refused_way_is_not_timed(scene, monkeypatch):
+    def refuse(number):
+        raise ValueError("no")
+
+    monkeypatch.setattr(bench, "make_ways", lambda scene: [bench.memcpy_way(scene), Way("PEFT x", refuse, bool)])
+    copying, other = bench.measure_ways(scene)
+    assert (other.state, other.note, other.timing, other.as_fast) == ("refused", "no", None, None)
+    assert (copying.state, copying.times_memcpy, copying.as_fast) == ("right", 1, None)
+
+
+def test_every_call_really_swaps(scene):
+    calls = []
+    way = Way("noted", calls.append, lambda number: True)
+    assert way.check() == ("right", "")
+    bench.in_rounds({"noted": way.alternating("cpu")}, n=7)
+    assert all(before != after for before, after in itertools.pairwise(calls))
+    assert len(calls) == 2 + 2 * 7
+
+
+def test_the_ways_take_turns():
+    calls = []
+    timings = bench.in_rounds({name: lambda name=name: calls.append(name) for name in "ab"}, n=bench.PER_ROUND + 1)
+    turn = 2 * bench.PER_ROUND  # an uncounted call goes before each timed one
+    assert "".join(calls) == "a" * turn + "b" * turn + "aabb"
+    assert {timing.n for timing in timings.values()} == {bench.PER_ROUND + 1}
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_half_precision(dtype):
+    report = run(Settings(model="tiny", ranks=(2,), target_rank=4, dtype=dtype, n=1))
+    assert {row.state for row in report.rows} == {"right"}
+    assert report.sizes[0].nbytes == own_bytes(rank=2) // 2
+
+
+def test_room_for_more_does_not_make_a_swap_larger(tmp_path):
+    settings = dataclasses.replace(TINY, target_rank=64)
+    wide = Scene(make_base(settings), settings, rank=4, folder=str(tmp_path))
+    assert wide.size.packed_nbytes < 1.5 * wide.size.nbytes
+    assert bench.disk_way(wide, "disk", wide.load_prepared()).check() == ("right", "")
+
+
+def test_shapes_of_models():
+    with torch.device("meta"):
+        config = make_base(Settings(device="meta")).config
+    sizes = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+    assert sizes == (576, 1536, 30)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
+    assert len(make_base(Settings(model="demo", layers=1)).model.layers) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(ranks=()), dict(n=0), dict(model="gpt"), dict(ranks=(8,), target_rank=4), dict(layers=0)]
+)
+def test_settings_that_make_no_sense(wrong):
+    with pytest.raises(ValueError, match="must"):
+        Settings(**wrong)
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    with bench._set_up(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+# ---- the further measurements
+
+
+@pytest.mark.skipif(bench.resident_mb() is None, reason="this system doesn't say how large a process is")
+def test_memory(report):
+    for values in by_name(report, "memory"):
+        assert values["swaps"] == 300
+        assert values["before_mb"] > 10
+        assert values["growth_mb"] == values["after_mb"] - values["before_mb"]
+    assert "memory, 300 pool swaps: " in str(report)
+
+
+@pytest.mark.skipif(bench.resident_mb() is None, reason="this system doesn't say how large a process is")
+def test_a_process_that_grows_is_seen_to_grow():
+    before = bench.resident_mb()
+    block = torch.ones(25_000_000)
+    assert bench.resident_mb() - before > 50
+    del block
+
+
+def test_memory_where_the_system_does_not_say(scene, monkeypatch):
+    monkeypatch.setattr(bench, "resident_mb", lambda: None)
+    extra = bench.measure_memory(scene, 3)
+    assert extra.text == "memory, 3 pool swaps: not available on this system"
+    assert extra.values["growth_mb"] is None
+
+
+def test_spread_is_the_same_bytes_over_more_tensors(report):
+    for values in by_name(report, "spread"):
+        few, many = values["few"], values["many"]
+        assert many["tensors"] == 10 * few["tensors"]
+        assert values["ratio"] == many["median"] / few["median"] > 0
+        # beside the weights, there is a scaling for each layer
+        assert few["packed_nbytes"] <= many["packed_nbytes"] <= 1.1 * few["packed_nbytes"]
+
+
+def test_a_chain_has_its_adapter_on_every_layer():
+    pool = bench.chain_pool(TINY, rank=2, count=3, width=32)
+    before = {name: value.clone() for name, value in pool.model.named_parameters() if "lora_" in name}
+    pool.swap("0")
+    after = dict(pool.model.named_parameters())
+    assert len(before) == 6
+    assert all(not torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_compiled():
+    # one layer and no code generation: what is tested here is what is counted
+    report = run(Settings(model="tiny", layers=1, ranks=(2,), n=1, tokens=4, compiled=True, backend="aot_eager"))
+    first = {values["way"]: values for values in by_name(report, "first output")}
+    assert first["hotswap_lab, pool"]["recompiles"] == first["hotswap_lab, disk, prepared"]["recompiles"] == 0
+    assert first["PEFT load + set + delete"]["recompiles"] == first["PEFT load + set + delete"]["calls"] == 2
+    assert {values["state"] for values in first.values()} == {"right"}
+    assert [values["kind"] for values in by_name(report, "forward")] == ["eager", "aot_eager"]
+    assert all(number > 0 for values in by_name(report, "forward") for number in numbers(values))
+    assert "0 recompiles in 2 calls" in str(report)
+
+
+# ---- as a user runs it
+
+
+def test_in_the_terminal(tmp_path):
+    json_file, plot_file = tmp_path / "bench.json", tmp_path / "bench.svg"
+    options = ["--model", "tiny", "--layers", "1", "--rank", "2", "--n", "1", "--threads", "1", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hotswap_lab.bench", *options, "--json", str(json_file), "--plot", str(plot_file)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    report = Report.from_json(json_file.read_text())
+    assert done.stdout.strip() == str(report)
+    assert "1 thread," in done.stdout.splitlines()[0]
+    assert ElementTree.parse(plot_file).getroot().tag.endswith("svg")
+
+
+def test_wrong_options_and_wrong_swaps_end_in_an_error(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--n", "0"])
+    assert "must be 1 or more" in capsys.readouterr().err
+    wrong = Report("a machine", {}, TINY, (), (Row(4, "hotswap_lab, pool", "wrong"),))
+    monkeypatch.setattr(bench, "run", lambda settings, say: wrong)
+    assert bench.main([]) == 1
