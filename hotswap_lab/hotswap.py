@@ -30,8 +30,8 @@ def hotswap_adapter(
     The adapter keeps its name; afterwards the model can't be told from one into which
     ``PeftModel.from_pretrained`` loaded the new adapter: same outputs, config, scalings and saved files. Ranks,
     alphas, rsLoRA and the patterns of both may differ. Layers that the new adapter lacks are turned off. Where
-    the rank stays the same, so do the memory addresses. A scale that the user set before (``set_scale``,
-    ``scale_layer``) is gone, as after a fresh load: set it again after the swap if it is still wanted.
+    the rank stays the same, so do the memory addresses; in a prepared model they always do. A scale that the user
+    set before (``set_scale``, ``scale_layer``) is gone, as after a fresh load: set it again if it is still wanted.
 
     Parameters
     ----------
