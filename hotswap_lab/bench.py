@@ -24,6 +24,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,8 +64,8 @@ MEMCPY = "memcpy of the same bytes"
 PER_ROUND = 5
 #: how often a recompile is timed: it takes seconds to minutes
 RECOMPILES = 3
-#: from this many times its minimum on, a memcpy's median says that the machine had other things to do
-BUSY = 3
+#: the share of the time spent waiting for a core from which on the machine was too busy to trust the table
+BUSY = 0.02
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,6 @@ class Report:
             rows = [row for row in self.rows if row.rank == size.rank]
             lines += ["", str(size), *_aligned([self.COLUMNS, *(row.cells for row in rows)])]
             lines += [f"{row.way} refused: {row.note}" for row in rows if row.note]
-            lines += self._doubts(size.rank)
             extras = [extra.text for extra in self.extras if extra.rank == size.rank]
             lines += ["", *extras] if extras else []
         return "\n".join(lines)
@@ -246,15 +246,6 @@ class Report:
         return f"shape {settings.model}{layers}, {settings.dtype}, {_device_name(settings.device)}, {room}"
 
     __repr__ = __str__
-
-    def _doubts(self, rank: int) -> list[str]:
-        copying = self.timing(MEMCPY, rank)
-        if copying is None or copying.median < BUSY * copying.minimum:
-            return []
-        return [
-            f"The machine was busy: a memcpy took {_readable(copying.median)}, {_readable(copying.minimum)} at best. The "
-            "fast ways waited for a core as it did. Measure again when the machine is idle, or with --threads 1."
-        ]
 
     def timing(self, way: str, rank: int) -> Timing | None:
         """The time of one way; None if it was refused, or not tried."""
@@ -374,8 +365,8 @@ def in_rounds(runs: Mapping[str, Callable[[], object]], n: int) -> dict[str, Tim
     function itself leaves them in.
 
     >>> timings = in_rounds({"short": lambda: sum(range(10)), "long": lambda: sum(range(10000))}, n=7)
-    >>> timings["short"].n, timings["short"].median < timings["long"].median
-    (7, True)
+    >>> {name: timing.n for name, timing in timings.items()}
+    {'short': 7, 'long': 7}
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for start in range(0, n, PER_ROUND):
@@ -667,6 +658,32 @@ def measure_ways(scene: Scene) -> list[Row]:
     return rows
 
 
+def waited_for_a_core() -> float | None:
+    """Seconds that the threads of this process were ready but had no core to run on; None where nobody counts them."""
+    try:
+        return sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat")) / 1e9
+    except (OSError, IndexError):
+        return None
+
+
+def measure_waiting(rank: int, run: Callable[[], list[Row]]) -> tuple[list[Row], list[Extra]]:
+    """Runs ``run``, and says whether other programs were in its way.
+
+    A copy by two threads that finds one core taken waits for the scheduler: milliseconds, where it takes a fraction of
+    one. A median can't show that if it happens at every call.
+    """
+    before, start = waited_for_a_core(), time.perf_counter()
+    rows = run()
+    seconds, after = time.perf_counter() - start, waited_for_a_core()
+    if not before or not after:  # 0 where the kernel has the file but doesn't count
+        return rows, []
+    share = (after - before) / seconds
+    text = f"waiting for a core that another program had: {share:.1%} of the time"
+    if share > BUSY:
+        text += ". TOO BUSY: measure again when the machine is idle, or with --threads 1"
+    return rows, [Extra("waiting", rank, text, {"share": share, "seconds": seconds})]
+
+
 # ---- compiled models
 
 
@@ -899,7 +916,9 @@ def run(settings: Settings, say: Callable[[str], object] = lambda text: None) ->
                 scene = Scene(base, settings, rank, folder)
                 sizes.append(scene.size)
                 say(f"rank {rank}: timing each way {settings.n} times")
-                rows += measure_ways(scene)
+                table, waiting = measure_waiting(rank, lambda scene=scene: measure_ways(scene))
+                rows += table
+                extras += waiting
                 extras += _further(scene, say)
         return Report(machine(), versions(), settings, tuple(sizes), tuple(rows), tuple(extras))
 

@@ -100,13 +100,12 @@ def test_wrong_and_refused_are_said():
     rows = (
         Row(4, "PEFT hotswap, disk", "refused", note="no such thing"),
         Row(4, "hotswap_lab, disk", "wrong", Timing(0.002, 0.001, 3)),
-        Row(4, MEMCPY, "right", Timing(0.05, 0.001, 3)),
+        Row(4, MEMCPY, "right", Timing(0.001, 0.001, 3)),
     )
     report = Report("a machine", {}, TINY, (bench.Size(4, 28, 100, 200),), rows)
     text = str(report)
     assert "PEFT hotswap, disk refused: no such thing" in text
     assert "hotswap_lab, disk (wrong)" in text
-    assert "The machine was busy: a memcpy took 50 ms, 1 ms at best." in text
     assert not report.ok
     assert "hotswap_lab, disk (wrong)" in report.figure().text
     assert "PEFT hotswap, disk" not in report.figure().text
@@ -176,6 +175,16 @@ def test_the_ways_take_turns():
     turn = 2 * bench.PER_ROUND  # an uncounted call goes before each timed one
     assert "".join(calls) == "a" * turn + "b" * turn + "aabb"
     assert {timing.n for timing in timings.values()} == {bench.PER_ROUND + 1}
+
+
+def test_waiting_for_a_core_is_said(monkeypatch):
+    for seconds, busy in ((0.0, False), (1000.0, True)):
+        clock = iter((5.0, 5.0 + seconds))
+        monkeypatch.setattr(bench, "waited_for_a_core", lambda clock=clock: next(clock))
+        rows, (extra,) = bench.measure_waiting(4, lambda: ["a row"])
+        assert (rows, extra.rank, "TOO BUSY" in extra.text) == (["a row"], 4, busy)
+    monkeypatch.setattr(bench, "waited_for_a_core", lambda: None)
+    assert bench.measure_waiting(4, lambda: ["a row"]) == (["a row"], [])
 
 
 # ---- shapes
