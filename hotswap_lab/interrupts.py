@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+# what the module `signal` wraps: its conversions to and from enums take longer than the rest of a small swap's Python
+import _signal
 import contextlib
-import signal
 import threading
 from collections.abc import Iterator
+
+SIGINT = int(_signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -21,15 +24,15 @@ def interrupts_held() -> Iterator[None]:
     >>> done
     True
     """
-    previous = signal.getsignal(signal.SIGINT)
+    previous = _signal.getsignal(SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield
         return
     received: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    _signal.signal(SIGINT, lambda number, frame: received.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        _signal.signal(SIGINT, previous)
         if received:
             previous(*received[0])
