@@ -174,7 +174,7 @@ def _check_capacity(draft: _Draft) -> None:
             f"The adapter's rank is higher than the model was prepared for, at {len(lacking)} layers.",
             found=f"rank {highest}, for example at {lacking[0].path}",
             expected=f"rank {room} at most",
-            next_step=f"call prepare_model_for_compiled_hotswap(model, target_rank={highest}) before compiling",
+            next_step=f"before compiling, prepare the model (or make the pool) with target_rank={highest}",
         )
 
 

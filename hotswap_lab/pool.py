@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from .journal import Journal
 from .planning import make_plan
 from .prepare import make_room
 from .report import html_table
-from .room import Content, Packed, room_of, slot_for
+from .room import Packed, room_of, slot_for
 from .strength import check_strength, get_strength
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
@@ -120,6 +121,8 @@ class AdapterPool:
         self._entries: dict[str, _Entry] = {}
         self._history: list[_State] = []
         self._uses = 0
+        #: tells this pool's adapters from those of another one on the same model
+        self._token = object()
         self._lock = threading.RLock()
         self._background: ThreadPoolExecutor | None = None
         adapters = dict(adapters or {})
@@ -130,9 +133,17 @@ class AdapterPool:
         try:
             for name, source in tqdm(adapters.items(), desc="packing", unit="adapter", disable=not progress):
                 self.add(name, source)
+            self._recognise()
         except BaseException:
             way_back.roll_back()
             raise
+
+    def _recognise(self) -> None:
+        """Sees whether the adapter that is in the model is one of the pool's."""
+        for entry in self._entries.values():
+            if entry.packed is not None and self._room.holds(entry.packed):
+                self._room.content, self._room.in_use = entry.packed.content, (entry.packed, 1.0)
+                return
 
     # ---- what is in it
 
@@ -153,9 +164,16 @@ class AdapterPool:
     @property
     def active(self) -> str | None:
         """The name of the adapter that the model computes with; None if it is off, or not one of this pool."""
-        room = room_of(self._room.slot.host.base, self.adapter_name)
-        label = room.content.label if room is self._room else None
-        return label if label in self._entries and self.strength != 0 else None
+        intact = room_of(self._room.slot.host.base, self.adapter_name) is self._room
+        name = self._loaded if intact else None
+        return name if name is not None and self.strength != 0 else None
+
+    @property
+    def _loaded(self) -> str | None:
+        """The name of the adapter in the room, if it is one of this pool."""
+        label = self._room.content.label
+        ours = isinstance(label, tuple) and label[0] is self._token
+        return label[1] if ours and label[1] in self._entries else None
 
     @property
     def strength(self) -> float:
@@ -216,7 +234,7 @@ class AdapterPool:
         """Forgets an adapter. The one that the model computes with can't be removed."""
         with self._lock:
             entry = self._entry(name)
-            if self._room.content.label == name:
+            if self._loaded == name:
                 raise refuse(
                     f"The adapter {name!r} is in the model.",
                     found="an adapter that is in use",
@@ -251,7 +269,7 @@ class AdapterPool:
             def replace(journal: Journal) -> None:
                 journal.set_item(self._entries, name, new)
 
-            if self._room.content.label == name:
+            if self._loaded == name:
                 self._room.write(packed, self._state().strength, replace)
             else:
                 replace(Journal())
@@ -278,7 +296,7 @@ class AdapterPool:
         plan.raise_if_refused()
         sources = [(write.target, write.source) for layer in plan.layers for write in layer.tensors]
         content = plan.content
-        content = Content(content.settings, content.dropout, content.config, name)
+        content = dataclasses.replace(content, label=(self._token, name))
         return self._room.pack(content, [(target, source) for target, source in sources if source is not None])
 
     def _load(self, entry: _Entry) -> Packed:
@@ -380,8 +398,7 @@ class AdapterPool:
 
     def _state(self) -> _State:
         """What is in the model now, ready to be put back."""
-        room, name = self._room, self._room.content.label
-        name = name if name in self._entries else None
+        room, name = self._room, self._loaded
         if room.is_as_written:
             packed, strength = room.in_use
             is_entry = name is not None and packed is self._entries[name].packed

@@ -43,8 +43,8 @@ class Content:
     settings: tuple[LayerSettings | None, ...]
     dropout: float
     config: PeftConfig
-    #: the pool's own name for it; None if it didn't come from a pool
-    label: str | None = None
+    #: what the pool that it came from knows it by; None if it didn't come from a pool
+    label: object = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,6 +339,14 @@ class Room:
         with torch.inference_mode(False):
             scalings = self.scalings[0].detach().cpu().clone()
         return Packed(self.content, tuple(parts), scalings)
+
+    def holds(self, packed: Packed) -> bool:
+        """Whether just this adapter is in the room now, at its trained strength."""
+        if packed.content.settings != self.content.settings or packed.content.config != self.content.config:
+            return False
+        pairs = [(memory[: len(part)], part) for memory, part in zip(self._memories, packed.parts, strict=True)]
+        pairs += [(vector, packed.scalings) for vector in self.scalings]
+        return all(torch.equal(one.detach(), other.to(one.device)) for one, other in pairs)
 
     def _new_part(self, memory: torch.Tensor, rows: int) -> torch.Tensor:
         shape = (rows, *memory.shape[1:])

@@ -64,6 +64,19 @@ def assert_is(model, folder, kind=LLAMA):
     assert_equals_fresh_load(model, kind, folder, prepared=True)
 
 
+def test_the_loaded_adapter_is_recognised(model, sources):
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    assert (pool.active, pool.strength) == ("a", 1)
+    pool.swap("b")
+    set_strength(model, 0.5)
+    again = AdapterPool(model, adapters=sources, progress=False)
+    assert again.active is None, "not at its trained strength"
+    pool.undo()
+    pool.undo()
+    assert pool.active == "a"
+    assert AdapterPool(model, adapters={"b": sources["b"]}, progress=False).active is None
+
+
 def test_every_order_of_swaps(model, pool, sources):
     slot = resolve_slot(model, "default")
     addresses = slot.data_ptrs()
