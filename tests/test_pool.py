@@ -72,7 +72,6 @@ def test_the_loaded_adapter_is_recognised(model, sources):
     again = AdapterPool(model, adapters=sources, progress=False)
     assert again.active is None, "not at its trained strength"
     pool.undo()
-    pool.undo()
     assert pool.active == "a"
     assert AdapterPool(model, adapters={"b": sources["b"]}, progress=False).active is None
 
