@@ -154,7 +154,7 @@ def test_a_refused_way_is_not_timed(scene, monkeypatch):
     def refuse(number):
         raise ValueError("no")
 
-    monkeypatch.setattr(bench, "make_ways", lambda scene: [bench.memcpy_way(scene), Way("PEFT x", refuse, bool)])
+    monkeypatch.setattr(bench.ways, "make_ways", lambda scene: [bench.memcpy_way(scene), Way("PEFT x", refuse, bool)])
     copying, other = bench.measure_ways(scene)
     assert (other.state, other.note, other.timing, other.as_fast) == ("refused", "no", None, None)
     assert (copying.state, copying.times_memcpy, copying.as_fast) == ("right", 1, None)
@@ -180,10 +180,10 @@ def test_the_ways_take_turns():
 def test_waiting_for_a_core_is_said(monkeypatch):
     for seconds, busy in ((0.0, False), (1000.0, True)):
         clock = iter((5.0, 5.0 + seconds))
-        monkeypatch.setattr(bench, "waited_for_a_core", lambda clock=clock: next(clock))
+        monkeypatch.setattr(bench.waiting, "waited_for_a_core", lambda clock=clock: next(clock))
         rows, (extra,) = bench.measure_waiting(4, lambda: ["a row"])
         assert (rows, extra.rank, "TOO BUSY" in extra.text) == (["a row"], 4, busy)
-    monkeypatch.setattr(bench, "waited_for_a_core", lambda: None)
+    monkeypatch.setattr(bench.waiting, "waited_for_a_core", lambda: None)
     assert bench.measure_waiting(4, lambda: ["a row"]) == (["a row"], [])
 
 
@@ -223,7 +223,7 @@ def test_settings_that_make_no_sense(wrong):
 
 def test_threads_are_given_back():
     before = torch.get_num_threads()
-    with bench._set_up(1):
+    with bench.benchmark._set_up(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
 
@@ -249,7 +249,7 @@ def test_a_process_that_grows_is_seen_to_grow():
 
 
 def test_memory_where_the_system_does_not_say(scene, monkeypatch):
-    monkeypatch.setattr(bench, "resident_mb", lambda: None)
+    monkeypatch.setattr(bench.memory, "resident_mb", lambda: None)
     extra = bench.measure_memory(scene, 3)
     assert extra.text == "memory, 3 pool swaps: not available on this system"
     assert extra.values["growth_mb"] is None
@@ -310,5 +310,5 @@ def test_wrong_options_and_wrong_swaps_end_in_an_error(monkeypatch, capsys):
         bench.main(["--n", "0"])
     assert "must be 1 or more" in capsys.readouterr().err
     wrong = Report("a machine", {}, TINY, (), (Row(4, "hotswap_lab, pool", "wrong"),))
-    monkeypatch.setattr(bench, "run", lambda settings, say: wrong)
+    monkeypatch.setattr(bench.terminal, "run", lambda settings, say: wrong)
     assert bench.main([]) == 1
