@@ -6,6 +6,9 @@ Every adapter made here has random, non-zero weights of a size that changes the 
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,20 +78,14 @@ class SharedBlocks(nn.Module):
         return self.late(self.early(x))
 
 
+#: the size of the transformers models whose configs use these names
+TINY = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+
+
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=False,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=1, tie_word_embeddings=False))
 
 
 def gpt2() -> nn.Module:
@@ -102,15 +99,8 @@ def bert() -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM
 
     return BertForMaskedLM(
-        BertConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            initializer_range=0.2,  # with less, its attention hardly looks anywhere and adapters do nothing
-        )
+        # with a smaller range, its attention hardly looks anywhere and adapters do nothing
+        BertConfig(**TINY, max_position_embeddings=32, initializer_range=0.2)
     )
 
 
@@ -133,34 +123,14 @@ def opt() -> nn.Module:
 def qwen() -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
+    return Qwen2ForCausalLM(Qwen2Config(**TINY, num_key_value_heads=1))
 
 
 def mixtral() -> nn.Module:
     """A mixture of experts. Its experts are parameters, not layers; LoRA goes on the attention."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-        )
-    )
+    return MixtralForCausalLM(MixtralConfig(**TINY, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2))
 
 
 @dataclass(frozen=True)
@@ -210,6 +180,21 @@ ARCHITECTURES: dict[str, Kind] = {
     "qwen": Kind(qwen, _ids, (*ATTENTION, "gate_proj", "up_proj", "down_proj")),
     "mixtral": Kind(mixtral, _ids, ATTENTION),
 }
+
+
+#: ways to copy a model
+COPIES = ("deepcopy", "pickle", "torch.save")
+
+
+def copied(model: nn.Module, way: str) -> nn.Module:
+    if way == "deepcopy":
+        return copy.deepcopy(model)
+    if way == "pickle":
+        return pickle.loads(pickle.dumps(model))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 def randomize(model: nn.Module, adapter_name: str, seed: int) -> None:

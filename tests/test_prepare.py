@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import itertools
 import json
-import pickle
 
 import pytest
 import torch
-from models import KINDS, call, load, randomize, save_random_adapter
+from models import COPIES, KINDS, call, copied, load, randomize, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors, assert_untouched, snapshot
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -182,19 +179,11 @@ def test_saved_files_reload_as_the_live_model(kind, family, tmp_path, way):
         )
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("way", COPIES)
 def test_copies_of_a_prepared_model_are_prepared(kind, family, way):
     model = load(kind, family[0])
     prepare_model_for_compiled_hotswap(model, target_rank=16)
-    if way == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif way == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = copied(model, way)
     hotswap_adapter(twin, family[2], "default")
     assert_equals_fresh_load(twin, kind, family[2], prepared=True)
     assert_equals_fresh_load(model, kind, family[0], prepared=True)

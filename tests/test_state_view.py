@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
-from models import KINDS, call, load, save_random_adapter
+from models import COPIES, KINDS, call, copied, load, save_random_adapter
 from oracle import assert_same_outputs, assert_untouched, snapshot
 
 from hotswap_lab import hotswap_adapter
@@ -53,17 +49,9 @@ def test_a_full_state_dict_goes_in_as_well(model, folders):
     model.load_state_dict(load(LLAMA, folders[0]).state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("way", COPIES)
 def test_copies_of_a_swapped_model(model, folders, way):
-    if way == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif way == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = copied(model, way)
     assert_same_outputs(twin, load(LLAMA, folders[1]), LLAMA)
     assert twin.state_dict().keys() == model.state_dict().keys()
     before = snapshot(model)

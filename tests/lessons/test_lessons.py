@@ -5,6 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from exercises import assert_tells_right_from_wrong
 
 from hotswap_lab import demo, hotswap_adapter
 from hotswap_lab.lessons import exercise, figures, start, uncompiled
@@ -43,18 +44,7 @@ SOLUTIONS = {
 
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_right_and_wrong_solutions(name, capsys):
-    task, right, wrong = SOLUTIONS[name]
-    task.check(right)
-    assert capsys.readouterr().out.startswith("Correct: ")
-    for solution in wrong:
-        task.check(solution)
-        out = capsys.readouterr().out
-        assert out.startswith("Not yet.\n")
-        assert "yours:" in out
-        assert "expected:" in out
-    task.show(right)
-    assert "yours" not in capsys.readouterr().out
-    assert "line" in task.spec
+    assert_tells_right_from_wrong(*SOLUTIONS[name], capsys)
 
 
 def test_an_error_in_the_readers_code_is_one_line(capsys):

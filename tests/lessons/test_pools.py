@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
+from exercises import assert_tells_right_from_wrong
 
 from hotswap_lab import Adapter, demo, hotswap_adapter, resolve_slot, verify_hotswap
 from hotswap_lab.lessons import pools
@@ -70,19 +71,7 @@ SOLUTIONS = {
 
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_right_and_wrong_solutions(name, capsys):
-    task, right, wrong = SOLUTIONS[name]
-    task.check(right)
-    assert capsys.readouterr().out.startswith("Correct: ")
-    for solution in wrong:
-        task.check(solution)
-        out = capsys.readouterr().out
-        assert out.startswith("Not yet.\n")
-        assert "yours:" in out
-        assert "expected:" in out
-        assert "your code runs" not in out  # a wrong answer is no error
-    task.show(right)
-    assert "yours" not in capsys.readouterr().out
-    assert "line" in task.spec
+    assert_tells_right_from_wrong(*SOLUTIONS[name], capsys)
 
 
 def test_packing_is_what_the_engine_does():
