@@ -59,7 +59,8 @@ class Adapter:
         """Reads an adapter from a folder or from the Hugging Face Hub.
 
         ``adapter_model.safetensors`` is preferred; ``adapter_model.bin`` is read with ``weights_only=True``, so
-        nothing in it is executed.
+        nothing in it is executed. The tensors are views of the file where that is possible, as safetensors does it:
+        don't write into a file that is in use, replace it.
 
         Parameters
         ----------

@@ -11,7 +11,7 @@ from .journal import Journal
 from .parts import LayerSettings, SlotTensor
 from .room import SCALING_STEP, Content, Room
 from .slot import Slot, SlotLayer
-from .state_view import is_marked_off, own_tensor
+from .state_view import is_off, own_tensor
 
 
 def build_room(slot: Slot, capacity: Mapping[SlotLayer, int], reserved: Collection[SlotLayer]) -> Room:
@@ -27,7 +27,7 @@ def build_room(slot: Slot, capacity: Mapping[SlotLayer, int], reserved: Collecti
             groups.setdefault(key, []).append((tensor, tensor.shape_for(rank)))
     arenas = [build_arena(tensors, like=tensors[0][0].parameter.detach()) for tensors in groups.values()]
     settings = tuple(
-        None if layer in reserved or is_marked_off(layer.module, name) else _settings(slot, layer) for layer in capacity
+        None if layer in reserved or is_off(layer.module, name) else _settings(slot, layer) for layer in capacity
     )
     dropouts = {each.dropout for each in settings if each is not None}
     content = Content(settings, max(dropouts, default=0.0), slot.config)

@@ -73,13 +73,16 @@ def commit(plan: Plan) -> None:
     plan.raise_if_refused()
     if plan.will_recompile:
         _warn_of_recompiling(plan)
-    if plan.room is None and (room := room_of(plan.slot.host.base, plan.slot.adapter_name)) is not None:
-        room.leave()  # it can't follow what is about to be written
+    room = room_of(plan.slot.host.base, plan.slot.adapter_name)
     with plan.slot.write_mode(), torch.no_grad():
         staged = _stage(plan)
         journal = Journal()
         with interrupts_held():
             try:
+                if room is not None and plan.room is None:
+                    # it can't follow what is about to be written
+                    journal.record(lambda: room.settle_in(Journal()))
+                    room.leave()
                 for target, fresh in staged.resized:
                     _resize(target, fresh, journal)
                 if staged.content is not None:
@@ -93,6 +96,8 @@ def commit(plan: Plan) -> None:
             except BaseException:
                 journal.roll_back()
                 raise
+            if plan.room is not None:
+                plan.room.note_written()
 
 
 def _warn_of_recompiling(plan: Plan) -> None:

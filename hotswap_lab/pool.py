@@ -15,7 +15,7 @@ from peft import PeftConfig
 from tqdm.auto import tqdm
 
 from .adapter import Adapter, load_config
-from .errors import HotswapError, refuse
+from .errors import refuse
 from .journal import Journal
 from .planning import make_plan
 from .prepare import make_room
@@ -25,6 +25,8 @@ from .strength import check_strength, get_strength
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
 HISTORY = 100
+#: and how many of these may have found something in the model that no pool has, and that is kept for them
+FOREIGN = 4
 
 
 @dataclass
@@ -43,15 +45,17 @@ class _Entry:
     #: counts up with each use; the lowest is dropped first
     used: int = 0
     loading: Future | None = field(default=None, repr=False)
+    #: the same for an adapter and its updates
+    lineage: object = field(default_factory=object, repr=False)
 
 
 @dataclass(frozen=True)
 class _State:
-    """What was in the model at some time: an adapter of the pool, by name, or something else, packed."""
+    """What was in the model at some time: an adapter of the pool, or something else, packed."""
 
-    name: str | None
+    entry: _Entry | None
     packed: Packed | None
-    strength: float
+    strength: float | torch.Tensor
 
 
 class AdapterPool:
@@ -172,7 +176,7 @@ class AdapterPool:
     def _loaded(self) -> str | None:
         """The name of the adapter in the room, if it is one of this pool."""
         label = self._room.content.label
-        ours = isinstance(label, tuple) and label[0] is self._token
+        ours = isinstance(label, tuple) and label[0] is self._token and not self._room.is_touched
         return label[1] if ours and label[1] in self._entries else None
 
     @property
@@ -191,6 +195,7 @@ class AdapterPool:
     @property
     def nbytes(self) -> int:
         """The memory that the packed adapters take, in bytes."""
+        self._collect()
         return sum(entry.packed.nbytes for entry in self._entries.values() if entry.packed)
 
     def version(self, name: str) -> int:
@@ -263,7 +268,7 @@ class AdapterPool:
             config = config or self._packed(entry).content.config
             adapter = Adapter.from_state_dict(state_dict, config)
             packed = self._pack(name, adapter, check_targets=False)
-            new = _Entry(name, None, version=entry.version + 1)
+            new = _Entry(name, None, version=entry.version + 1, lineage=entry.lineage)
             self._keep(new, packed)  # refuses what is too large
 
             def replace(journal: Journal) -> None:
@@ -282,13 +287,15 @@ class AdapterPool:
                     if self._background is None:
                         self._background = ThreadPoolExecutor(1, thread_name_prefix="hotswap-prefetch")
                     entry.loading = self._background.submit(self._load, entry)
-                    entry.loading.add_done_callback(lambda done, entry=entry: self._prefetched(entry, done))
 
-    def _prefetched(self, entry: _Entry, done: Future) -> None:
+    def _collect(self) -> None:
+        """Takes over what was read in the background."""
         with self._lock:
-            if entry.loading is done and not done.cancelled() and done.exception() is None:
-                entry.loading = None
-                self._keep(entry, done.result())
+            for entry in self._entries.values():
+                loading = entry.loading
+                if loading is not None and loading.done() and not loading.cancelled() and loading.exception() is None:
+                    entry.loading = None
+                    self._keep(entry, loading.result())
 
     def _pack(self, name: str, adapter: Adapter, check_targets: bool) -> Packed:
         self._check_room()
@@ -351,6 +358,7 @@ class AdapterPool:
             If there is no such adapter, its files can't be read any more, or the model was moved or merged.
         """
         with self._lock:
+            check_strength(strength)
             entry = self._entries.get(name) or self._entry(name)
             packed = entry.packed or self._packed(entry)
             self._check_room()
@@ -365,6 +373,8 @@ class AdapterPool:
 
     def undo(self) -> None:
         """Takes the last swap, :meth:`off` or change of strength back.
+
+        An adapter that was updated since comes back as it is now; one that was removed, as it was.
 
         Raises
         ------
@@ -398,29 +408,31 @@ class AdapterPool:
 
     def _state(self) -> _State:
         """What is in the model now, ready to be put back."""
-        room, name = self._room, self._loaded
+        room, entry = self._room, self._entries.get(self._loaded)
         if room.is_as_written:
             packed, strength = room.in_use
-            is_entry = name is not None and packed is self._entries[name].packed
-            return _State(name if is_entry else None, packed, strength)
-        # somebody else swapped or scaled
-        if name is not None:
-            with contextlib.suppress(HotswapError):  # other strengths on other layers: kept as they are
-                return _State(name, self._entries[name].packed, self.strength)
+            return _State(entry if entry and entry.packed is packed else None, packed, strength)
+        if entry is not None and entry.packed is not None:
+            return _State(entry, entry.packed, room.strengths())  # only scaled since
         return _State(None, room.take(), 1.0)
 
     def _return_to(self, state: _State, history: list[_State]) -> None:
-        if state.name in self._entries:
-            packed = self._packed(self._entries[state.name])  # what it is now: it may have been updated
-        else:
-            packed = state.packed or self._packed(self._entry(state.name))
+        entry, packed = state.entry, state.packed
+        if entry is not None:
+            now = self._entries.get(entry.name)
+            if now is not None and now is not entry and now.lineage is entry.lineage:
+                packed = self._packed(now)  # it was updated since
+            else:
+                packed = entry.packed or packed or self._load(entry)
         self._room.write(packed, state.strength, lambda journal: journal.set_attribute(self, "_history", history))
 
     def _history_with(self, state: _State) -> list[_State]:
-        if state.name is not None:
+        if state.entry is not None:
             # its entry has the weights, or can read them again
-            state = _State(state.name, None, state.strength)
-        return [*self._history[-HISTORY + 1 :], state]
+            state = _State(state.entry, None if state.entry.source else state.packed, state.strength)
+        history = [*self._history[-HISTORY + 1 :], state]
+        foreign = [number for number, each in enumerate(history) if each.entry is None]
+        return history[foreign[-FOREIGN - 1] + 1 :] if len(foreign) > FOREIGN else history
 
     def _check_room(self) -> None:
         room = self._room
@@ -444,6 +456,7 @@ class AdapterPool:
     @property
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
         """The table: name, rank, alpha, layers, bytes, and whether it is the active one."""
+        self._collect()
         active = self.active
         return [(*_describe(entry), "active" if entry.name == active else "") for entry in self._entries.values()]
 

@@ -28,7 +28,7 @@ from .journal import Journal
 from .room import Room, clear_gradient, room_of
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, slot_in
-from .state_view import is_marked_off, own_rank, set_padded
+from .state_view import is_off, own_rank, set_padded
 
 NOTHING_FOUND = (
     "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
@@ -235,7 +235,7 @@ def _decide(preparation: _Preparation, target_rank: int | None, family: list[Ada
                 next_step="prepare the model with another adapter loaded",
             )
             return
-        own = 0 if is_marked_off(layer.module, name) else own_rank(layer.module, name, layer.tensors[0])
+        own = 0 if is_off(layer.module, name) else own_rank(layer.module, name, layer.tensors[0])
         if target_rank is not None and target_rank < own:
             yield Refusal(
                 f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "

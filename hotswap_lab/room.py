@@ -8,6 +8,7 @@ asks a layer for it.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from peft import PeftConfig
 
 from .arena import Arena, Place
-from .compiled import unwrap_compiled
+from .compiled import COMPILED, unwrap_compiled
 from .host import find_host
 from .interrupts import interrupts_held
 from .journal import Journal
@@ -126,8 +127,11 @@ class Room:
         #: set by a layer that was merged or unmerged
         self.may_be_merged = True
         #: the packed adapter and strength that were written last, for whoever wants to come back to it
-        self.in_use: tuple[Packed, float] | None = None
+        self.in_use: tuple[Packed, float | torch.Tensor] | None = None
+        #: set where somebody else wrote to the weights and no version counter tells
+        self.was_touched = False
         self._versions: list[int] = []
+        self._weight_versions: list[int] = []
         #: whether a write to the memory is noticed by autograd without being told
         self.shares_versions = True
         self.lock = threading.RLock()
@@ -157,6 +161,25 @@ class Room:
         self._addresses = [self.view(tensor).data_ptr() for tensor in self._tensors]
         self._inference = any(parameter.is_inference() for parameter in self._parameters)
         self._use_counts = self._count_uses()
+        self._weight_versions = self._versions_of_weights()
+        links = dict.fromkeys(link for layer in self.slot.layers for link in _links(self.slot, layer))
+        self._holders = [holder._modules for holder, _, _ in links] + [t.owner._parameters for t in self._tensors]
+        self._held_as = [name for _, name, _ in links] + [tensor.name for tensor in self._tensors]
+        self._held = [held for _, _, held in links] + self._parameters
+
+    def _versions_of_weights(self) -> list[int]:
+        return [] if self._inference else [memory._version for memory in self._memories]
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether somebody else has written to the weights since the room did: an optimizer, ``load_state_dict``."""
+        unknown = not self.shares_versions and not self._inference
+        return unknown or self.was_touched or self._versions_of_weights() != self._weight_versions
+
+    def note_written(self) -> None:
+        """To be called right after the room's own writes."""
+        self.was_touched = False
+        self._weight_versions = self._versions_of_weights()
 
     def _count_uses(self) -> list[int]:
         return [torch._C._storage_Use_Count(memory.untyped_storage()._cdata) for memory in self._memories]
@@ -165,22 +188,30 @@ class Room:
         """Whether the model's parameters are still views of this memory, on layers that are still in the model."""
         if self.dirty:
             return self._is_intact_in_depth()
+        if self.slot.adapter_name not in self.slot.host.configs:
+            return False
         if len(self._parameters) > MANY_TENSORS and self._count_uses() == self._use_counts:
             # a parameter that was given other memory has let go of this one; whole models that were are seen below
             some = range(0, len(self._parameters), len(self._parameters) // 16)
-            same = all(self._parameters[number].data_ptr() == self._addresses[number] for number in some)
-        else:
-            same = list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
-        return same and self._ends_are_in_the_model()
+            addresses = all(self._parameters[number].data_ptr() == self._addresses[number] for number in some)
+            step = len(self._held) // 64
+            return addresses and self._holds(slice(None, None, step)) and self._holds(slice(-1, None))
+        same = list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
+        return same and self._holds(slice(None))
 
-    def _ends_are_in_the_model(self) -> bool:
-        for number in (0, -1):
-            layer, tensor = self.slot.layers[number], self._tensors[number]
-            if tensor.owner._parameters.get(tensor.name) is not self._parameters[number]:
+    def _holds(self, some: slice) -> bool:
+        """Whether the parameters, and the modules on the way to them, are still those of the model."""
+        found = map(dict.get, self._holders[some], self._held_as[some])
+        if all(map(operator.is_, found, self._held[some])):
+            return True
+        for holder, name, held in zip(self._holders[some], self._held_as[some], self._held[some], strict=True):
+            present = holder.get(name)
+            # a part may have been compiled since, and have a wrapper around it
+            if isinstance(present, torch.nn.Module):
+                present = unwrap_compiled(present)
+            if present is not held:
                 return False
-            if not _is_at(self.slot.host.base, layer.path, layer.module):
-                return False
-        return self.slot.adapter_name in self.slot.host.configs
+        return True
 
     def _is_intact_in_depth(self) -> bool:
         name = self.slot.adapter_name
@@ -192,10 +223,12 @@ class Room:
         for index, layer in enumerate(self.slot.layers):
             seat = layer.module.__dict__.get(SEATS, {}).get(name)
             scaling = layer.module.scaling.get(name)
-            if seat is None or seat.room is not self or not _is_at(self.slot.host.base, layer.path, layer.module):
+            if seat is None or seat.room is not self:
                 return False
             if not isinstance(scaling, torch.Tensor) or scaling.data_ptr() != self._scaling(index, scaling.device):
                 return False
+        if not self._holds(slice(None)):
+            return False
         self.dirty = False
         return True
 
@@ -215,7 +248,8 @@ class Room:
             take_seat(layer.module, name, Seat(self, index), journal)
 
     def leave(self) -> None:
-        """Gives the room up; the layers keep the values they have."""
+        """Gives the room up; the layers keep the values they have. :meth:`settle_in` takes it back."""
+        self.dirty = True
         base, name = self.slot.host.base, self.slot.adapter_name
         for layer in self.slot.layers:
             seat = layer.module.__dict__.get(SEATS, {}).get(name)
@@ -281,6 +315,7 @@ class Room:
 
     def to_clear(self, ranks: Sequence[int]) -> Iterator[torch.Tensor]:
         """The parts of the memory to fill with zeros before the tensors of such an adapter are written one by one."""
+        used = [len(memory) for memory in self._memories] if self.is_touched else self.used
         rank_of = {
             tensor: rank for layer, rank in zip(self.slot.layers, ranks, strict=True) for tensor in layer.tensors
         }
@@ -289,8 +324,8 @@ class Room:
             for band in arena.bands:
                 fills = {rank_of[place.tensor] for place in band.places}
                 start = fills.pop() if len(fills) == 1 else 0
-                if start < self.used[number]:
-                    yield band.memory[start : self.used[number]]
+                if start < used[number]:
+                    yield band.memory[start : used[number]]
                 number += 1
             if any(rank_of[place.tensor] != place.tensor.rank_of(place.shape) for place in arena.tail_places):
                 yield arena.tail
@@ -370,7 +405,9 @@ class Room:
         ``also`` does what must be done together with it, or not at all.
         """
         targets, sources, used = [], [], []
-        for memory, part, before, zero in zip(self._memories, packed.parts, self.used, self._zeros, strict=True):
+        # rows that somebody else wrote to may be any
+        in_use = [len(memory) for memory in self._memories] if self.is_touched else self.used
+        for memory, part, before, zero in zip(self._memories, packed.parts, in_use, self._zeros, strict=True):
             rows = part.shape[0]
             used.append(rows)
             if rows:
@@ -380,7 +417,8 @@ class Room:
                 rest = memory[rows:before]
                 targets.append(rest)
                 sources.append(zero.expand(rest.shape))
-        scalings = packed.scalings if strength == 1 else packed.scalings * strength
+        even = not isinstance(strength, torch.Tensor)
+        scalings = packed.scalings if even and strength == 1 else packed.scalings * strength
         for vector in self.scalings:
             targets.append(vector)
             sources.append(scalings)
@@ -395,6 +433,7 @@ class Room:
             except BaseException:
                 journal.roll_back()
                 raise
+            self.note_written()
             self._versions = self._scaling_versions()
 
     def set_strength(self, strength: float, also: Callable[[Journal], None] | None = None) -> None:
@@ -422,7 +461,21 @@ class Room:
     def is_as_written(self) -> bool:
         """Whether the packed adapter in ``in_use`` is still in, at that strength. Asks no device."""
         in_use = self.in_use
-        return in_use is not None and in_use[0].content is self.content and self._versions == self._scaling_versions()
+        return (
+            in_use is not None
+            and in_use[0].content is self.content
+            and self._versions == self._scaling_versions()
+            and not self.is_touched
+        )
+
+    def strengths(self) -> float | torch.Tensor:
+        """The strength of the adapter as it is now; of each layer, as a column, where they differ."""
+        trained = self.scalings_of(self.content)[:, :1].double()
+        now = self.scalings[0][:, :1].detach().cpu().double()
+        on = trained != 0
+        strengths = torch.where(on, now / torch.where(on, trained, 1.0), 1.0)
+        rounded = {round(float(strength), 6) for strength in strengths[on]}
+        return rounded.pop() if len(rounded) == 1 else strengths.float()
 
     def enter(self, content: Content, used: list[int], journal: Journal) -> None:
         """Everything of a swap but the weights and scalings, undoable."""
@@ -458,17 +511,19 @@ def _keys(layer: SlotLayer, tensor: SlotTensor) -> list[str]:
     return [f"{path}.{key}" for path in layer.paths for key in (tensor.key, tensor.named_key)]
 
 
-def _is_at(base: torch.nn.Module, path: str, module: torch.nn.Module) -> bool:
-    """Whether ``module`` is found at ``path``, whatever wraps the modules on the way."""
-    found = unwrap_compiled(base)
-    for part in path.split("."):
-        found = found._modules.get(part)
-        if found is None:
-            return False
-        found = unwrap_compiled(found)
-    while found is not None and found is not module:
-        found = found._modules.get("base_layer")  # a tuner layer around another one
-    return found is module
+def _links(slot: Slot, layer: SlotLayer) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    """Every step from the base model to the layer's tensors: a module, a name, and the module under that name."""
+    module = slot.host.base
+    names = layer.path.split(".")
+    while module is not layer.module:
+        name = COMPILED if COMPILED in module._modules else names.pop(0) if names else "base_layer"
+        yield module, name, module._modules[name]
+        module = module._modules[name]
+    for tensor in layer.tensors:
+        table = getattr(layer.module, tensor.named_key.partition(".")[0])
+        if tensor.owner is not table:
+            yield table, slot.adapter_name, tensor.owner
+        yield layer.module, tensor.named_key.partition(".")[0], table
 
 
 def room_of(base: torch.nn.Module, adapter_name: str) -> Room | None:

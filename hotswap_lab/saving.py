@@ -13,9 +13,10 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
+from .errors import refuse
 from .host import PEFT_PREFIX
 from .slot import Slot, resolve_slot
-from .state_view import is_off, own_tensor
+from .state_view import is_off, own_tensor, strange_padding
 
 
 def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -36,7 +37,7 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
     Raises
     ------
     HotswapError
-        If the model has no such adapter.
+        If the model has no such adapter, or its padding (in a prepared model) was written to by somebody else.
 
     Examples
     --------
@@ -55,6 +56,15 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
     this one also serves models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
     """
     slot = resolve_slot(model, adapter_name)
+    for layer in slot.layers:
+        for tensor in layer.tensors:
+            if reason := strange_padding(layer.module, adapter_name, tensor):
+                raise refuse(
+                    f"The adapter {adapter_name!r} can't be saved as it is.",
+                    found=reason,
+                    expected="zeros beyond the adapter's own rank",
+                    next_step="swap the adapter in again, and train it with a new optimizer",
+                )
     write_adapter(folder, saved_config(slot), saved_tensors(slot))
 
 

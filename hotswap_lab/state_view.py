@@ -8,10 +8,12 @@ fresh load would have neither, so ``state_dict`` (and with it ``save_pretrained`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
 
+from .errors import refuse
 from .journal import Journal
 from .methods import method_of
 from .parts import SlotTensor
@@ -96,6 +98,8 @@ def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metad
         state_dict.pop(prefix + tensor.named_key, None)
     for adapter_name, tensor in _padded_tensors(layer):
         key = prefix + tensor.named_key
+        if (reason := strange_padding(layer, adapter_name, tensor)) and key in state_dict:
+            warnings.warn(reason, stacklevel=2)
         if (value := state_dict.get(key)) is None:
             continue
         rank, keep_vars = own_rank(layer, adapter_name, tensor), isinstance(value, torch.nn.Parameter)
@@ -105,11 +109,45 @@ def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metad
         state_dict[key] = value if keep_vars else value.contiguous()
 
 
+def strange_padding(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> str | None:
+    """Says if the padding is not zero: then the live model is not what would be saved."""
+    rank = own_rank(layer, adapter_name, tensor)
+    if rank == tensor.capacity or is_marked_off(layer, adapter_name):
+        return None
+    if not tensor.padding(tensor.parameter, rank).any():
+        return None
+    return (
+        f"The adapter {adapter_name!r} has rank {rank}, but the padding of its {tensor.key} is not zero, so what is "
+        "saved is not what the model computes. An optimizer that still has the state of an earlier adapter does this: "
+        "make a new one after a swap."
+    )
+
+
 def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    for seat in layer.__dict__.get(SEATS, {}).values():
+        # other memory may be assigned, and values that the room doesn't know of
+        seat.room.dirty = seat.room.was_touched = True
     for tensor in _off_tensors(layer):
         state_dict.setdefault(prefix + tensor.named_key, tensor.parameter.detach())
     for adapter_name, tensor in _padded_tensors(layer):
         key = prefix + tensor.named_key
-        value, rank = state_dict.get(key), own_rank(layer, adapter_name, tensor)
-        if value is not None and rank != tensor.capacity and tuple(value.shape) == tensor.shape_for(rank):
-            state_dict[key] = tensor.padded(value.detach(), tensor.capacity)
+        if (value := state_dict.get(key)) is None:
+            continue
+        rank = own_rank(layer, adapter_name, tensor)
+        if is_marked_off(layer, adapter_name):
+            _check_fit(adapter_name, key, not value.any(), value, "nothing for a layer that is turned off")
+        elif tuple(value.shape) == tensor.shape_for(rank):
+            state_dict[key] = value if rank == tensor.capacity else tensor.padded(value.detach(), tensor.capacity)
+        else:
+            # a tensor of the padded size would go in, and its upper ranks would never be saved
+            _check_fit(adapter_name, key, False, value, f"shape {tensor.shape_for(rank)}, the adapter's own rank")
+
+
+def _check_fit(adapter_name: str, key: str, fits: bool, value: torch.Tensor, expected: str) -> None:
+    if not fits:
+        raise refuse(
+            "The state dict is of another adapter than the one that is in the prepared model.",
+            found=f"{key} of shape {tuple(value.shape)}",
+            expected=expected,
+            next_step=f"swap its adapter into {adapter_name!r} first, or use hotswap_adapter_from_state_dict",
+        )

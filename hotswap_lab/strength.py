@@ -13,7 +13,7 @@ from .parts import LayerSettings
 from .prepared_layer import has_fixed_size
 from .room import room_of, slot_for
 from .slot import Slot, SlotLayer
-from .state_view import is_marked_off
+from .state_view import is_off
 
 
 def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "default") -> None:
@@ -108,7 +108,7 @@ def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float
     strengths = {
         round(float(layer.module.scaling[adapter_name]) / _trained(slot, layer), 6)
         for layer in slot.layers
-        if not is_marked_off(layer.module, adapter_name) and _trained(slot, layer)
+        if not is_off(layer.module, adapter_name) and _trained(slot, layer)
     }
     if len(strengths) > 1:
         raise refuse(

@@ -244,6 +244,27 @@ def test_undo(model, pool, sources):
         pool.undo()
 
 
+def test_undo_after_removing_and_adding(model, pool, sources):
+    pool.swap("b")
+    pool.swap("c")
+    pool.remove("b")
+    pool.add("b", sources["e"])
+    pool.undo()
+    assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
+    pool.undo()
+    assert_same_outputs(model, load(LLAMA, sources["a"]), LLAMA)
+
+
+def test_history_keeps_few_adapters_that_are_in_no_pool(model, pool, sources):
+    for _ in range(20):
+        pool.swap("b")
+        hotswap_adapter(model, sources["c"], "default")
+    assert sum(state.entry is None for state in pool._history) <= 4
+    pool.swap("d")
+    pool.undo()
+    assert_same_outputs(model, load(LLAMA, sources["c"]), LLAMA)
+
+
 def test_strength_and_off(model, pool, sources):
     base = call(LLAMA.base(), LLAMA.inputs())
     pool.swap("b")
@@ -262,6 +283,16 @@ def test_strength_and_off(model, pool, sources):
     assert (pool.active, pool.strength) == ("b", 0.5)
 
 
+@pytest.mark.parametrize("strength", [float("nan"), "1"])
+def test_what_is_no_strength(model, pool, strength):
+    pool.swap("b")
+    before = snapshot(model)
+    for refused in (lambda: pool.swap("c", strength), lambda: setattr(pool, "strength", strength)):
+        with pytest.raises(HotswapError, match="not a number"):
+            refused()
+    assert_untouched(model, before)
+
+
 def test_uneven_strengths_do_not_stand_in_the_way(model, pool, sources):
     pool.swap("b")
     for number, layer in enumerate(module for module in model.modules() if isinstance(module, LoraLayer)):
@@ -276,6 +307,8 @@ def test_uneven_strengths_do_not_stand_in_the_way(model, pool, sources):
     assert torch.equal(call(model, LLAMA.inputs()), before)
     with pytest.raises(HotswapError, match="different strengths"):
         _ = pool.strength
+    pool.update("b", Adapter.load(sources["b"]).tensors)
+    torch.testing.assert_close(call(model, LLAMA.inputs()), before)
 
 
 def test_pefts_ways_to_scale_work_on(model, pool, sources):
@@ -420,6 +453,19 @@ def test_a_file_that_changed_since_is_refused(model, sources, tmp_path):
     assert pool.active == "b"
 
 
+def test_using_holds_on_to_the_former_adapter(model, sources):
+    pool, _ = small_pool(model, sources)
+    pool.swap("e")
+    others = [name for name in sources if name != "e"]
+    with pool.using(others[0]):
+        for name in others:
+            pool.swap(name)  # "e" is dropped on the way
+        shutil.rmtree(sources["e"])
+        save_random_adapter(LLAMA, Path(sources["e"]), seed=99, r=2)
+    assert pool.active == "e"
+    assert model.peft_config["default"].r == 4
+
+
 def test_adapters_from_memory_are_never_dropped(model, sources):
     sizes = packed_sizes(model, sources)
     pool = AdapterPool(model, adapters=sources, max_bytes=sizes["b"] + sizes["e"] + sizes["a"], progress=False)
@@ -436,7 +482,7 @@ def test_prefetching(model, sources):
     pool, dropped = small_pool(model, sources)
     pool.prefetch(dropped)
     deadline = time.time() + 20
-    while pool._entries[dropped].packed is None:
+    while next(row for row in pool.rows if row[0] == dropped)[4] == "in its files":
         assert time.time() < deadline
         time.sleep(0.01)
     pool.swap(dropped)
@@ -445,6 +491,15 @@ def test_prefetching(model, sources):
     pool.prefetch(*sources)
     pool.swap(dropped)  # waits for it, if it has to
     assert_same_outputs(model, load(LLAMA, sources[dropped]), LLAMA)
+
+
+def test_waiting_for_one_of_several_that_are_prefetched(model, sources):
+    pool, _ = small_pool(model, sources)
+    for _ in range(5):
+        dropped = [name for name, entry in pool._entries.items() if entry.packed is None]
+        pool.prefetch(*dropped)
+        pool.swap(dropped[-1])  # behind the others in the queue
+        assert_same_outputs(model, load(LLAMA, sources[dropped[-1]]), LLAMA)
 
 
 def test_an_error_while_prefetching_is_told_by_the_swap(model, sources):
@@ -532,7 +587,103 @@ def test_mixed_dtypes(tmp_path, sources):
                     assert not tensor.padding(tensor.parameter, rank).any()
 
 
+def test_a_middle_part_that_was_replaced_is_noticed(model, pool, sources):
+    base = model.get_base_model()
+    base.model.layers[0].mlp = copy.deepcopy(base.model.layers[0].mlp)
+    with pytest.raises(HotswapError, match="no longer where the pool put it"):
+        pool.swap("b")
+    hotswap_adapter(model, sources["b"], "default")
+    assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
+
+
+def test_a_part_that_was_compiled_since_is_still_the_same(model, pool, sources):
+    base = model.get_base_model()
+    base.model.layers[1] = torch.compile(base.model.layers[1], backend="eager")
+    pool.swap("b")
+    assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
+
+
+def test_assigned_tensors_of_one_layer_are_noticed(model, pool, sources):
+    state = {key: value.clone() for key, value in model.state_dict().items() if "layers.0.mlp.up_proj.lora" in key}
+    model.load_state_dict(state, strict=False, assign=True)
+    with pytest.raises(HotswapError, match="no longer where the pool put it"):
+        pool.swap("b")
+    hotswap_adapter(model, sources["b"], "default")
+    assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
+
+
+def test_layers_that_were_added_since_are_noticed(sources):
+    model = load(LLAMA, sources["c"])
+    pool = AdapterPool(model, adapters={"c": sources["c"]}, target_rank=8, progress=False)
+    hotswap_adapter(model, sources["a"], "default", add_layers=True)
+    assert_same_outputs(model, load(LLAMA, sources["a"]), LLAMA)
+    with pytest.raises(HotswapError, match="no longer where the pool put it"):
+        pool.swap("c")
+
+
 # ---- training
+
+
+def train(model, optimizer, steps=3):
+    for _ in range(steps):
+        model(**LLAMA.inputs()).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("way", ["pool", "hotswap_adapter"])
+def test_what_an_optimizer_wrote_into_the_padding_is_gone_after_a_swap(sources, way, tmp_path):
+    """Adam goes on moving rows that only the last adapter had."""
+    model = load(LLAMA, sources["b"], is_trainable=True)
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    optimizer = torch.optim.AdamW(trainable(model), 0.1)
+    train(model, optimizer)
+    pool.swap("a")
+    train(model, optimizer)
+    with pytest.raises(HotswapError, match="can't be saved as it is"):
+        save_adapter(model, tmp_path / "saved")
+    with pytest.warns(UserWarning, match="make a new one after a swap"):
+        model.state_dict()
+    if way == "pool":
+        pool.swap("d")
+    else:
+        hotswap_adapter(model, sources["d"], "default")
+    assert_same_outputs(model, load(LLAMA, sources["d"]), LLAMA)
+
+
+def test_using_gives_trained_weights_back(sources):
+    model = load(LLAMA, sources["a"], is_trainable=True)
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    pool.swap("a")
+    train(model, torch.optim.SGD(trainable(model), 0.5))
+    assert pool.active is None, "no longer what the pool has under this name"
+    before = call(model, LLAMA.inputs())
+    with pool.using("b"):
+        assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
+    assert torch.equal(call(model, LLAMA.inputs()), before)
+    pool.swap("c")
+    pool.undo()
+    assert torch.equal(call(model, LLAMA.inputs()), before)
+
+
+def test_a_checkpoint_of_another_rank_or_other_layers_is_refused(sources):
+    model = load(LLAMA, sources["b"])
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    of_rank_8 = {key: value.clone() for key, value in model.state_dict().items()}
+    for name in ("a", "d"):
+        pool.swap(name)
+        with pytest.raises(HotswapError, match="of another adapter"):
+            model.load_state_dict(of_rank_8)
+        pool.swap(name)
+        assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    pool.swap("d")
+    model.load_state_dict(own)
+    assert_same_outputs(model, load(LLAMA, sources["d"]), LLAMA)
 
 
 def test_gradients_are_cleared_and_autograd_notices_a_swap(sources):

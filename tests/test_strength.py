@@ -68,6 +68,23 @@ def test_layers_that_are_off_have_no_strength(model, tmp_path):
     assert get_strength(model) == 1
 
 
+def test_an_off_mark_does_not_outlive_its_weights(tmp_path):
+    """The adapter was turned off on some layers, then deleted, and another one loaded by the same name."""
+    full = save_random_adapter(LINEAR, tmp_path / "full", seed=1, r=4)
+    few = save_random_adapter(LINEAR, tmp_path / "few", seed=2, r=4, target_modules=["first"])
+    model = load(LINEAR, full)
+    hotswap_adapter(model, few, "default")
+    model.load_adapter(few, "other")
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.load_adapter(full, "default")
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    set_strength(model, 0.5)
+    torch.testing.assert_close(call(model, LINEAR.inputs()), scaled(full, 0.5), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1", None, True])
 def test_what_is_no_strength(model, strength):
     before = snapshot(model)
