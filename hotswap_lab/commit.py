@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .building import give_memory
+from .errors import refuse
 from .interrupts import interrupts_held
 from .journal import Journal
 from .parts import SlotTensor
@@ -73,7 +74,15 @@ def commit(plan: Plan) -> None:
     plan.raise_if_refused()
     if plan.will_recompile:
         _warn_of_recompiling(plan)
-    room = room_of(plan.slot.host.base, plan.slot.adapter_name)
+    base, name = plan.slot.host.base, plan.slot.adapter_name
+    room = plan.room or room_of(base, name)
+    if plan.room is not None and not plan.room.is_intact():
+        raise refuse(
+            "The model has changed since this swap was planned.",
+            found=f"the weights of {name!r} in other memory than they were",
+            expected="the model as it was when the plan was made",
+            next_step="make the plan again",
+        )
     with plan.slot.write_mode(), torch.no_grad():
         staged = _stage(plan)
         journal = Journal()

@@ -20,7 +20,7 @@ from .host import PEFT_PREFIX, canonical_path
 from .parts import LayerSettings, SlotTensor
 from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
-from .room import Room, room_of
+from .room import ROOMS, Room
 from .shadow import adaptable, build_shadow_layers
 from .slot import Slot, SlotLayer
 from .state_view import is_marked_off, own_rank
@@ -69,9 +69,9 @@ def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_t
     check_targets:
         Whether the adapter's config must name the layers that its tensors belong to, as a fresh load demands.
     """
-    room = room_of(slot.host.base, slot.adapter_name)
+    room = slot.host.base.__dict__.get(ROOMS, {}).get(slot.adapter_name)
     if room is not None and room.slot is not slot:
-        room = None  # a slot that somebody resolved before the model was prepared
+        room = None  # a slot that somebody resolved, not one that the room has just vouched for
     draft = _Draft(slot, adapter, adapter.config, compiled_parts(slot.host.root), room)
     _check_kind(draft)
     if draft.refusals:

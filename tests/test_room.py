@@ -11,7 +11,14 @@ from models import KINDS, load, save_random_adapter
 from oracle import assert_same_outputs
 from peft.tuners.lora import LoraLayer
 
-from hotswap_lab import hotswap_adapter, prepare_model_for_compiled_hotswap, resolve_slot
+from hotswap_lab import (
+    HotswapError,
+    commit,
+    hotswap_adapter,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    resolve_slot,
+)
 from hotswap_lab import room as room_module
 from hotswap_lab.room import ROOMS, room_of
 
@@ -129,3 +136,12 @@ def test_many_tensors_are_looked_at_by_their_use_count_first(model, monkeypatch)
     parameter = resolve_slot(model, "default").tensors[9].parameter
     parameter.data = parameter.data.clone()
     assert not room.is_intact()
+
+
+def test_a_plan_that_the_model_has_outlived_is_refused(model, tmp_path):
+    plan = plan_hotswap(model, save_random_adapter(LLAMA, tmp_path / "b", seed=2, r=4))
+    model.to(torch.bfloat16)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(HotswapError, match="has changed since this swap was planned"):
+        commit(plan)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
