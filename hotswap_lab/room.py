@@ -181,8 +181,10 @@ class Room:
         self.was_touched = False
         self._weight_versions = self._versions_of_weights()
 
-    def _count_uses(self) -> list[int]:
-        return [torch._C._storage_Use_Count(memory.untyped_storage()._cdata) for memory in self._memories]
+    def _count_uses(self) -> list[int] | None:
+        if _use_count is None:
+            return None
+        return [_use_count(memory.untyped_storage()._cdata) for memory in self._memories]
 
     def is_intact(self) -> bool:
         """Whether the model's parameters are still views of this memory, on layers that are still in the model."""
@@ -190,11 +192,12 @@ class Room:
             return self._is_intact_in_depth()
         if self.slot.adapter_name not in self.slot.host.configs:
             return False
-        if len(self._parameters) > MANY_TENSORS and self._count_uses() == self._use_counts:
+        many = len(self._parameters) > MANY_TENSORS and self._use_counts is not None
+        if many and self._count_uses() == self._use_counts:
             # a parameter that was given other memory has let go of this one; whole models that were are seen below
             some = range(0, len(self._parameters), len(self._parameters) // 16)
             addresses = all(self._parameters[number].data_ptr() == self._addresses[number] for number in some)
-            step = len(self._held) // 64
+            step = max(len(self._held) // 64, 1)
             return addresses and self._holds(slice(None, None, step)) and self._holds(slice(-1, None))
         same = list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
         return same and self._holds(slice(None))
@@ -492,6 +495,8 @@ class Room:
 
 
 _requires_grad = attrgetter("requires_grad")
+#: how many tensors share a storage, in C; not public, so it may be gone one day
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
