@@ -20,7 +20,7 @@ from .host import PEFT_PREFIX, canonical_path
 from .parts import LayerSettings, SlotTensor
 from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
-from .room import ROOMS, Room
+from .room import ROOMS, Room, merged
 from .shadow import adaptable, build_shadow_layers
 from .slot import Slot, SlotLayer
 from .state_view import is_marked_off, own_rank
@@ -133,12 +133,7 @@ def _check_kind(draft: _Draft) -> None:
 def _check_slot(draft: _Draft) -> None:
     slot, name, room = draft.slot, draft.slot.adapter_name, draft.room
     if room.is_merged if room else any(name in layer.module.merged_adapters for layer in slot.layers):
-        draft.refuse(
-            f"Cannot hot-swap adapter '{name}' because it is currently merged into the base weights.",
-            found="base weights that contain the old adapter",
-            expected="an unmerged adapter: unmerging after a swap would subtract the wrong weights",
-            next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
-        )
+        draft.refusals.append(merged(name))
     if room is None:  # what is in a room was looked at when it was prepared
         for layer in slot.layers:
             _check_layer(draft, layer)

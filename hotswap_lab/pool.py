@@ -15,12 +15,12 @@ from peft import PeftConfig
 from tqdm.auto import tqdm
 
 from .adapter import Adapter, load_config
-from .errors import refuse
+from .errors import HotswapError, refuse
 from .journal import Journal
 from .planning import make_plan
 from .prepare import make_room
 from .report import html_table
-from .room import Packed, room_of, slot_for
+from .room import Packed, merged, room_of, slot_for
 from .strength import check_strength, get_strength
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
@@ -363,7 +363,7 @@ class AdapterPool:
             packed = entry.packed or self._packed(entry)
             self._check_room()
             history = self._history_with(self._state())
-            self._room.write(packed, strength, lambda journal: journal.set_attribute(self, "_history", history))
+            self._write(packed, strength, history)
             self._uses += 1
             entry.used = self._uses
 
@@ -424,7 +424,10 @@ class AdapterPool:
                 packed = self._packed(now)  # it was updated since
             else:
                 packed = entry.packed or packed or self._load(entry)
-        self._room.write(packed, state.strength, lambda journal: journal.set_attribute(self, "_history", history))
+        self._write(packed, state.strength, history)
+
+    def _write(self, packed: Packed, strength: float | torch.Tensor, history: list[_State]) -> None:
+        self._room.write(packed, strength, lambda journal: journal.set_attribute(self, "_history", history))
 
     def _history_with(self, state: _State) -> list[_State]:
         if state.entry is not None:
@@ -444,12 +447,7 @@ class AdapterPool:
                 next_step="make a new AdapterPool for the model as it is now",
             )
         if room.is_merged:
-            raise refuse(
-                f"Cannot hot-swap adapter '{self.adapter_name}' because it is currently merged into the base weights.",
-                found="base weights that contain the old adapter",
-                expected="an unmerged adapter: unmerging after a swap would subtract the wrong weights",
-                next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
-            )
+            raise HotswapError(merged(self.adapter_name))
 
     # ---- how it looks
 

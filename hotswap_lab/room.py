@@ -19,6 +19,7 @@ from peft import PeftConfig
 
 from .arena import Arena, Place
 from .compiled import COMPILED, unwrap_compiled
+from .errors import Refusal
 from .host import find_host
 from .interrupts import interrupts_held
 from .journal import Journal
@@ -199,8 +200,7 @@ class Room:
             addresses = all(self._parameters[number].data_ptr() == self._addresses[number] for number in some)
             step = max(len(self._held) // 64, 1)
             return addresses and self._holds(slice(None, None, step)) and self._holds(slice(-1, None))
-        same = list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
-        return same and self._holds(slice(None))
+        return self._is_all_in_place()
 
     def _holds(self, some: slice) -> bool:
         """Whether the parameters, and the modules on the way to them, are still those of the model."""
@@ -220,26 +220,20 @@ class Room:
         name = self.slot.adapter_name
         if self.slot.host.base.__dict__.get(ROOMS, {}).get(name) is not self or name not in self.slot.host.configs:
             return False
-        for tensor, parameter, address in zip(self._tensors, self._parameters, self._addresses, strict=True):
-            if tensor.owner._parameters.get(tensor.name) is not parameter or parameter.data_ptr() != address:
-                return False
         for index, layer in enumerate(self.slot.layers):
             seat = layer.module.__dict__.get(SEATS, {}).get(name)
             scaling = layer.module.scaling.get(name)
-            if seat is None or seat.room is not self:
+            if seat is None or seat.room is not self or not isinstance(scaling, torch.Tensor):
                 return False
-            if not isinstance(scaling, torch.Tensor) or scaling.data_ptr() != self._scaling(index, scaling.device):
+            if scaling.data_ptr() not in [vector[index, 0].data_ptr() for vector in self.scalings]:
                 return False
-        if not self._holds(slice(None)):
+        if not self._is_all_in_place():
             return False
         self.dirty = False
         return True
 
-    def _scaling(self, index: int, device: torch.device) -> int | None:
-        for vector in self.scalings:
-            if vector.device == device:
-                return vector[index, 0].data_ptr()
-        return None
+    def _is_all_in_place(self) -> bool:
+        return list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses and self._holds(slice(None))
 
     def settle_in(self, journal: Journal) -> None:
         """Lets the layers look their values up here, undoably."""
@@ -316,9 +310,13 @@ class Room:
             rows.append(len(arena.tail))
         return rows
 
+    def _rows_in_use(self) -> list[int]:
+        """How many rows of each memory may hold something else than zeros; who else writes to it may write to any."""
+        return [len(memory) for memory in self._memories] if self.is_touched else self.used
+
     def to_clear(self, ranks: Sequence[int]) -> Iterator[torch.Tensor]:
         """The parts of the memory to fill with zeros before the tensors of such an adapter are written one by one."""
-        used = [len(memory) for memory in self._memories] if self.is_touched else self.used
+        used = self._rows_in_use()
         rank_of = {
             tensor: rank for layer, rank in zip(self.slot.layers, ranks, strict=True) for tensor in layer.tensors
         }
@@ -408,8 +406,7 @@ class Room:
         ``also`` does what must be done together with it, or not at all.
         """
         targets, sources, used = [], [], []
-        # rows that somebody else wrote to may be any
-        in_use = [len(memory) for memory in self._memories] if self.is_touched else self.used
+        in_use = self._rows_in_use()
         for memory, part, before, zero in zip(self._memories, packed.parts, in_use, self._zeros, strict=True):
             rows = part.shape[0]
             used.append(rows)
@@ -529,6 +526,16 @@ def _links(slot: Slot, layer: SlotLayer) -> Iterator[tuple[torch.nn.Module, str,
         if tensor.owner is not table:
             yield table, slot.adapter_name, tensor.owner
         yield layer.module, tensor.named_key.partition(".")[0], table
+
+
+def merged(adapter_name: str) -> Refusal:
+    """Why an adapter that is merged can't be swapped, in PEFT's words."""
+    return Refusal(
+        f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights.",
+        found="base weights that contain the old adapter",
+        expected="an unmerged adapter: unmerging after a swap would subtract the wrong weights",
+        next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
+    )
 
 
 def room_of(base: torch.nn.Module, adapter_name: str) -> Room | None:

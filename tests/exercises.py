@@ -1,10 +1,12 @@
-"""What every exercise of the chapters must do with right and wrong solutions."""
+"""What every exercise of the chapters must do with right and wrong solutions, and what every picture must be."""
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 
 from hotswap_lab.lessons.exercise import Exercise
+from hotswap_lab.lessons.figures import Figure
 
 
 def assert_tells_right_from_wrong(
@@ -23,3 +25,11 @@ def assert_tells_right_from_wrong(
     task.show(right)
     assert "yours" not in capsys.readouterr().out
     assert "line" in task.spec
+
+
+def assert_is_svg_with_a_text_form(figure: Figure) -> ElementTree.Element:
+    """Returns the picture's root, for what else is to be looked at."""
+    root = ElementTree.fromstring(figure.svg)
+    assert root.attrib["role"] == "img"
+    assert root[0].text == figure.text == repr(figure)
+    return root

@@ -5,7 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from exercises import assert_tells_right_from_wrong
+from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
 
 from hotswap_lab import demo, hotswap_adapter
 from hotswap_lab.lessons import exercise, figures, start, uncompiled
@@ -70,9 +70,7 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_valid_svg_with_a_text_form(name):
     figure = FIGURES[name]
-    root = ElementTree.fromstring(figure.svg)
-    assert root.attrib["role"] == "img"
-    assert root[0].text == figure.text == repr(figure)
+    assert_is_svg_with_a_text_form(figure)
     bundle = figure._repr_mimebundle_()
     assert bundle == {"image/svg+xml": figure.svg, "text/plain": figure.text}
 

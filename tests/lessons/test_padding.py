@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
-from exercises import assert_tells_right_from_wrong
+from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
 
 from hotswap_lab import Adapter, demo, prepare_model_for_compiled_hotswap, resolve_slot
 from hotswap_lab.lessons import padding
@@ -89,9 +89,7 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_valid_svg_with_a_text_form(name):
     figure = FIGURES[name]
-    root = ElementTree.fromstring(figure.svg)
-    assert root.attrib["role"] == "img"
-    assert root[0].text == figure.text == repr(figure)
+    assert_is_svg_with_a_text_form(figure)
 
 
 def test_the_picture_shows_the_matrices_as_they_are():

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
-from exercises import assert_tells_right_from_wrong
+from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
 
 from hotswap_lab import Adapter, demo, hotswap_adapter, resolve_slot, verify_hotswap
 from hotswap_lab.lessons import pools
@@ -146,9 +146,7 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_valid_svg_with_a_text_form(name):
     figure = FIGURES[name]
-    root = ElementTree.fromstring(figure.svg)
-    assert root.attrib["role"] == "img"
-    assert root[0].text == figure.text == repr(figure)
+    root = assert_is_svg_with_a_text_form(figure)
     width, height = float(root.get("width")), float(root.get("height"))
     for each in root.iter():
         assert 0 <= float(each.get("x", 0)) + float(each.get("width", 0)) <= width
