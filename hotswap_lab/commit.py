@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -71,42 +72,64 @@ def commit(plan: Plan) -> None:
     >>> demo.ask(model, tokenizer, "abc")
     'def'
     """
-    plan.raise_if_refused()
-    if plan.will_recompile:
-        _warn_of_recompiling(plan)
-    base, name = plan.slot.host.base, plan.slot.adapter_name
-    room = plan.room or room_of(base, name)
-    if plan.room is not None and not plan.room.is_intact():
-        raise refuse(
-            "The model has changed since this swap was planned.",
-            found=f"the weights of {name!r} in other memory than they were",
-            expected="the model as it was when the plan was made",
-            next_step="make the plan again",
-        )
-    with plan.slot.write_mode(), torch.no_grad():
-        staged = _stage(plan)
-        journal = Journal()
-        with interrupts_held():
-            try:
-                if room is not None and plan.room is None:
-                    # it can't follow what is about to be written
-                    journal.record(lambda: room.settle_in(Journal()))
-                    room.leave()
-                for target, fresh in staged.resized:
-                    _resize(target, fresh, journal)
-                if staged.content is not None:
-                    plan.room.enter(staged.content, staged.used, journal)
-                else:
-                    for layer in plan.layers:
-                        _write_layer(plan, layer, journal)
-                    journal.set_item(plan.slot.host.configs, plan.slot.adapter_name, plan.config)
-                if staged.targets:
-                    torch._foreach_copy_(staged.targets, staged.sources)
-            except BaseException:
-                journal.roll_back()
-                raise
+    commit_together([plan])
+
+
+def commit_together(plans: Sequence[Plan]) -> None:
+    """Carries out several plans, all of them or none: the parts of a pipeline, each with its own adapter.
+
+    Raises
+    ------
+    HotswapError
+        If any of them was refused. Whatever is raised, every model is as it was.
+    """
+    for plan in plans:
+        plan.raise_if_refused()
+    for plan in plans:
+        if plan.will_recompile:
+            _warn_of_recompiling(plan)
+        if plan.room is not None and not plan.room.is_intact():
+            raise refuse(
+                "The model has changed since this swap was planned.",
+                found=f"the weights of {plan.slot.adapter_name!r} in other memory than they were",
+                expected="the model as it was when the plan was made",
+                next_step="make the plan again",
+            )
+    staged = [_stage(plan) for plan in plans]
+    targets = [target for each in staged for target in each.targets]
+    sources = [source for each in staged for source in each.sources]
+    journal = Journal()
+    inference = any(target.is_inference() for target in targets)
+    with interrupts_held(), torch.inference_mode(inference), torch.no_grad():
+        try:
+            for plan, each in zip(plans, staged, strict=True):
+                _write(plan, each, journal)
+            if targets:
+                torch._foreach_copy_(targets, sources)
+        except BaseException:
+            journal.roll_back()
+            raise
+        for plan in plans:
             if plan.room is not None:
                 plan.room.note_written()
+
+
+def _write(plan: Plan, staged: _Staged, journal: Journal) -> None:
+    """Everything of one plan but the values of tensors, undoable."""
+    room = plan.room or room_of(plan.slot.host.base, plan.slot.adapter_name)
+    with plan.slot.write_mode():
+        if room is not None and plan.room is None:
+            # it can't follow what is about to be written
+            journal.record(lambda: room.settle_in(Journal()))
+            room.leave()
+        for target, fresh in staged.resized:
+            _resize(target, fresh, journal)
+        if staged.content is not None:
+            plan.room.enter(staged.content, staged.used, journal)
+        else:
+            for layer in plan.layers:
+                _write_layer(plan, layer, journal)
+            journal.set_item(plan.slot.host.configs, plan.slot.adapter_name, plan.config)
 
 
 def _warn_of_recompiling(plan: Plan) -> None:
@@ -118,19 +141,20 @@ def _warn_of_recompiling(plan: Plan) -> None:
         f"Swapping {plan.adapter.label} in changes shapes or numbers that the model was compiled for: its next call "
         "compiles again. Call prepare_model_for_compiled_hotswap after loading the first adapter and before "
         "compiling, to swap without recompiling. (Said once for this model.)",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
 def _stage(plan: Plan) -> _Staged:
     staged = _Staged()
-    if plan.room is not None:
-        _stage_room(staged, plan)
-        return staged
-    for layer in plan.layers:
-        for write in layer.tensors:
-            _stage_tensor(staged, write)
-    _stage_scalings(staged, plan)
+    with plan.slot.write_mode(), torch.no_grad():
+        if plan.room is not None:
+            _stage_room(staged, plan)
+            return staged
+        for layer in plan.layers:
+            for write in layer.tensors:
+                _stage_tensor(staged, write)
+        _stage_scalings(staged, plan)
     return staged
 
 
