@@ -23,6 +23,13 @@ from .backend import pick_backend
 from .commit import commit
 from .errors import HotswapError
 from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, plan_hotswap
+from .lora_files import read_pipeline_lora
+from .pipeline import (
+    PipelinePlan,
+    hotswap_pipeline,
+    plan_pipeline_hotswap,
+    prepare_pipeline_for_compiled_hotswap,
+)
 from .plan import Plan
 from .pool import AdapterPool
 from .prepare import prepare_model_for_compiled_hotswap
@@ -37,6 +44,7 @@ __all__ = [
     "Adapter",
     "AdapterPool",
     "HotswapError",
+    "PipelinePlan",
     "Plan",
     "RecompileError",
     "RecompileWatch",
@@ -47,9 +55,13 @@ __all__ = [
     "get_strength",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
+    "hotswap_pipeline",
     "pick_backend",
     "plan_hotswap",
+    "plan_pipeline_hotswap",
     "prepare_model_for_compiled_hotswap",
+    "prepare_pipeline_for_compiled_hotswap",
+    "read_pipeline_lora",
     "resolve_slot",
     "save_adapter",
     "set_strength",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
@@ -134,10 +134,12 @@ class Adapter:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def _check_tensors(self, allow_nonfinite: bool) -> None:
+        # some methods save indices, too
+        only_weights = self.config.peft_type == PeftType.LORA
         wrong = [
             key
             for key, tensor in self.tensors.items()
-            if not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point())
+            if not (isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or not only_weights))
         ]
         if wrong:
             key = wrong[0]
@@ -156,7 +158,7 @@ class Adapter:
     def _nonfinite_keys(self) -> list[str]:
         # NaN and infinity make a sum NaN or infinite: one fast pass over all of them. So may very large weights,
         # hence the second, exact look at whatever is suspicious.
-        keys = [key for key, tensor in self.tensors.items() if tensor.numel()]
+        keys = [key for key, tensor in self.tensors.items() if tensor.numel() and tensor.is_floating_point()]
         tensors = [self.tensors[key].detach() for key in keys]
         whole = in_one_piece(tensors) if tensors and tensors[0].dtype.itemsize > 1 else None
         if whole is not None and whole.sum(dtype=_sum_dtype(whole)).isfinite():

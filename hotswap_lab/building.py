@@ -7,9 +7,11 @@ from collections.abc import Collection, Mapping
 import torch
 
 from .arena import build_arena
+from .errors import listing, refuse
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor
 from .room import SCALING_STEP, Content, Room
+from .shards import give_shard, is_sharded
 from .slot import Slot, SlotLayer
 from .state_view import is_off, own_tensor
 
@@ -20,6 +22,14 @@ def build_room(slot: Slot, capacity: Mapping[SlotLayer, int], reserved: Collecti
     The model is only read.
     """
     name = slot.adapter_name
+    sharded = [layer.path for layer in capacity for tensor in layer.tensors if is_sharded(tensor.parameter)]
+    if sharded:
+        raise refuse(
+            "A model that is spread over processes can't be prepared.",
+            found=f"DTensors at {listing(dict.fromkeys(sharded), 3)}",
+            expected="parameters that this process holds whole",
+            next_step="swap without preparing: each process writes its own shards",
+        )
     groups: dict[tuple, list[tuple[SlotTensor, tuple[int, ...]]]] = {}
     for layer, rank in capacity.items():
         for tensor in layer.tensors:
@@ -93,6 +103,9 @@ def _swap_tensors(parameter: torch.nn.Parameter, view: torch.Tensor, journal: Jo
 
 def give_memory(parameter: torch.nn.Parameter, fresh: torch.Tensor, journal: Journal) -> None:
     """Gives a parameter other memory, whatever shape that has."""
+    if is_sharded(parameter):
+        give_shard(parameter, fresh, journal)
+        return
     old = parameter.data
 
     def undo() -> None:

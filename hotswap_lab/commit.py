@@ -17,6 +17,7 @@ import torch
 
 from .building import give_memory
 from .errors import refuse
+from .grafting import Grafting, note_former_layers
 from .interrupts import interrupts_held
 from .journal import Journal
 from .parts import SlotTensor
@@ -24,6 +25,7 @@ from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
 from .room import Content, clear_gradient, room_of
 from .shadow import attach
+from .shards import has_fixed_shape, is_sharded, local_part, note_writes, shard
 from .state_view import set_off, set_padded
 
 #: models whose user has been told that swaps recompile
@@ -37,6 +39,12 @@ class _Staged:
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
     resized: list[tuple[SlotTensor, torch.Tensor]] = field(default_factory=list)
+    #: parameters of a graft that get another shape
+    reshaped: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
+    #: base weights as they were before an adapter overwrote them
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    #: the DTensors among the parameters; the targets are this process's parts of them
+    sharded: list[torch.Tensor] = field(default_factory=list)
     #: where the slot has a room: what will be in it, and the rows of its memory that this takes
     content: Content | None = None
     used: list[int] | None = None
@@ -48,6 +56,10 @@ class _Staged:
     def zero(self, target: torch.Tensor) -> None:
         # a single zero, repeated without taking memory
         self.copy(target, target.new_zeros(()).expand(target.shape))
+
+    def cast(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """:meth:`copy` of a source that is cast and moved here, where an error does no harm yet."""
+        self.copy(target, source.detach().to(target.device, target.dtype))
 
 
 def commit(plan: Plan) -> None:
@@ -104,6 +116,7 @@ def commit_together(plans: Sequence[Plan]) -> None:
         try:
             for plan, each in zip(plans, staged, strict=True):
                 _write(plan, each, journal)
+            note_writes(parameter for each in staged for parameter in each.sharded)
             if targets:
                 torch._foreach_copy_(targets, sources)
         except BaseException:
@@ -124,11 +137,14 @@ def _write(plan: Plan, staged: _Staged, journal: Journal) -> None:
             room.leave()
         for target, fresh in staged.resized:
             _resize(target, fresh, journal)
-        if staged.content is not None:
+        if plan.grafting is not None:
+            _write_graft(plan, staged, journal)
+        elif staged.content is not None:
             plan.room.enter(staged.content, staged.used, journal)
         else:
             for layer in plan.layers:
                 _write_layer(plan, layer, journal)
+        if staged.content is None:
             journal.set_item(plan.slot.host.configs, plan.slot.adapter_name, plan.config)
 
 
@@ -148,6 +164,9 @@ def _warn_of_recompiling(plan: Plan) -> None:
 def _stage(plan: Plan) -> _Staged:
     staged = _Staged()
     with plan.slot.write_mode(), torch.no_grad():
+        if plan.grafting is not None:
+            _stage_graft(staged, plan.grafting)
+            return staged
         if plan.room is not None:
             _stage_room(staged, plan)
             return staged
@@ -156,6 +175,16 @@ def _stage(plan: Plan) -> _Staged:
                 _stage_tensor(staged, write)
         _stage_scalings(staged, plan)
     return staged
+
+
+def _stage_graft(staged: _Staged, grafting: Grafting) -> None:
+    for target, source in (*grafting.graft.copies, *grafting.base.copies):
+        staged.cast(target, source)
+    for parameter, source in grafting.graft.resizes:
+        fresh = source.to(parameter.device, parameter.dtype, copy=True)
+        staged.reshaped.append((parameter, fresh.contiguous()))
+    # copies: what is in the base model now is about to be overwritten
+    staged.originals = {name: value.detach().clone() for name, value in grafting.base.originals.items()}
 
 
 def _stage_room(staged: _Staged, plan: Plan) -> None:
@@ -179,8 +208,12 @@ def _stage_room(staged: _Staged, plan: Plan) -> None:
 
 def _stage_tensor(staged: _Staged, write: TensorPlan) -> None:
     target, parameter, source = write.target, write.target.parameter, write.source
+    if is_sharded(parameter):
+        staged.sharded.append(parameter)
+        _stage_shard(staged, write)
+        return
     if source is None:
-        staged.zero(parameter)
+        staged.cast(parameter, target.off_value())
         return
     source = source.detach()
     if not write.keeps_address:
@@ -195,6 +228,26 @@ def _stage_tensor(staged: _Staged, write: TensorPlan) -> None:
     else:
         staged.copy(target.own(parameter, rank), target.split(source))
         staged.zero(target.padding(parameter, rank))
+
+
+def _stage_shard(staged: _Staged, write: TensorPlan) -> None:
+    """Of a parameter that is spread over processes, each writes what it holds."""
+    target, parameter, source = write.target, write.target.parameter, write.source
+    if source is None:
+        staged.zero(local_part(parameter))
+    elif write.keeps_address:
+        padded = target.rank_of(source.shape) != target.capacity
+        whole = target.padded(source, target.capacity) if padded else source
+        staged.copy(local_part(parameter), local_part(shard(whole, parameter)))
+    elif has_fixed_shape(target.owner, target.name):
+        raise refuse(
+            "The rank of an adapter can't be changed while FSDP shards it.",
+            found=f"a {target.named_key} of rank {target.capacity}, and {target.rank_of(source.shape)} in the adapter",
+            expected="the rank that was there when fully_shard was called",
+            next_step="swap before fully_shard, or load this adapter into a fresh base model and shard that",
+        )
+    else:
+        staged.resized.append((target, shard(source, parameter)))
 
 
 def _stage_scalings(staged: _Staged, plan: Plan) -> None:
@@ -217,6 +270,24 @@ def _resize(target: SlotTensor, fresh: torch.Tensor, journal: Journal) -> None:
     give_memory(target.parameter, fresh, journal)
     if target.size_attribute:
         journal.set_attribute(target.owner, target.size_attribute, target.rank_of(fresh.shape))
+
+
+def _write_graft(plan: Plan, staged: _Staged, journal: Journal) -> None:
+    graft, host = plan.grafting.graft, plan.slot.host
+    for parameter in graft.parameters:
+        clear_gradient(parameter, journal)
+    for parameter, fresh in staged.reshaped:
+        give_memory(parameter, fresh, journal)
+    for step in graft.steps:
+        step(journal)
+    for parameter, value in plan.grafting.requires_grad:
+        clear_gradient(parameter, journal)
+        journal.set_attribute(parameter, "requires_grad", value)
+    plan.grafting.base.keep(host.base, plan.slot.adapter_name, staged.originals, journal)
+    note_former_layers(host.base, plan.slot.adapter_name, graft.unwrapped, journal)
+    names = getattr(host.tuner, "targeted_module_names", None)
+    if graft.added and names is not None:
+        journal.set_attribute(host.tuner, "targeted_module_names", [*dict.fromkeys([*names, *graft.added])])
 
 
 def _write_layer(plan: Plan, layer: LayerPlan, journal: Journal) -> None:

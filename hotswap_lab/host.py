@@ -33,6 +33,8 @@ class Host:
     tuner: BaseTuner | None
     #: whether the keys of saved files start with ``base_model.model.``
     is_peft_model: bool
+    #: the module around the base model that PEFT made; the base model itself where adapters were injected
+    carrier: torch.nn.Module
 
 
 def canonical_path(key: str) -> str:
@@ -50,12 +52,12 @@ def canonical_path(key: str) -> str:
 def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
     if isinstance(module, PeftModel):
         tuner = module.base_model if isinstance(module.base_model, BaseTuner) else None
-        return Host(root, module.get_base_model(), module.peft_config, tuner, is_peft_model=True)
+        return Host(root, module.get_base_model(), module.peft_config, tuner, True, module)
     if isinstance(module, BaseTuner):
-        return Host(root, module.model, module.peft_config, module, is_peft_model=False)
+        return Host(root, module.model, module.peft_config, module, False, module)
     configs = module.__dict__.get("peft_config")
     if isinstance(configs, dict):
-        return Host(root, module, configs, None, is_peft_model=False)
+        return Host(root, module, configs, None, False, module)
     return None
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 
-_MISSING = object()
+#: stands for what is not there
+MISSING = object()
 #: values that can't be told apart when they are equal
 _PLAIN = (bool, int, float, str, frozenset)
 
@@ -31,18 +32,32 @@ class Journal:
 
     def set_item(self, table: MutableMapping, key: object, value: object) -> None:
         """``table[key] = value``, undoable. A value that is there already is left alone."""
-        old = table[key] if key in table else _MISSING  # noqa: SIM401 - a ModuleDict has no get
+        old = table[key] if key in table else MISSING  # noqa: SIM401 - a ModuleDict has no get
         if old is value or (type(old) is type(value) and isinstance(value, _PLAIN) and old == value):
             return
 
         def undo() -> None:
-            if old is not _MISSING:
+            if old is not MISSING:
                 table[key] = old
             elif key in table:
                 del table[key]
 
         self.record(undo)
         table[key] = value
+
+    def delete_item(self, table: MutableMapping, key: object) -> None:
+        """``del table[key]``, undoable: the entry comes back, and in its place among the others."""
+        if key not in table:
+            return
+        content = dict(table.items())
+
+        def undo() -> None:
+            for each in list(table):
+                del table[each]
+            table.update(content)
+
+        self.record(undo)
+        del table[key]
 
     def set_attribute(self, target: object, name: str, value: object) -> None:
         """``target.name = value`` for an attribute that exists, undoable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ class SlotTensor:
         each group, and each of them is padded for itself, so that every group goes on seeing its own.
     size_attribute:
         The attribute of ``owner`` that repeats the rank (``out_features`` of a ``lora_A``), or None.
+    off:
+        Gives the value that means "no adapter here", of the parameter's shape; None where that is zero.
     """
 
     key: str
@@ -40,6 +43,14 @@ class SlotTensor:
     groups: int = 1
     blocks: int = 1
     size_attribute: str | None = None
+    off: Callable[[], torch.Tensor] | None = None
+
+    def off_value(self) -> torch.Tensor:
+        """What the parameter holds where the adapter is turned off."""
+        if self.off is not None:
+            return self.off()
+        # a single zero, repeated without taking memory
+        return self.parameter.detach().new_zeros(()).expand(self.parameter.shape)
 
     @property
     def parameter(self) -> torch.nn.Parameter:
@@ -121,3 +132,11 @@ class LayerSettings:
     def scaling(self) -> float:
         """The factor of ``B @ A``: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
         return self.alpha / math.sqrt(self.rank) if self.use_rslora else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class WholeSettings:
+    """The rank and scaling of a layer of any method, where it has them; for reports."""
+
+    rank: int | None
+    scaling: float | None

@@ -17,7 +17,8 @@ from peft import PeftConfig
 
 from .adapter import Adapter
 from .errors import HotswapError, Refusal
-from .parts import LayerSettings, SlotTensor
+from .grafting import Grafting
+from .parts import LayerSettings, SlotTensor, WholeSettings
 from .report import html_table
 from .room import Content, Room
 from .slot import Slot, SlotLayer
@@ -65,7 +66,7 @@ class LayerPlan:
     layer: SlotLayer
     action: Action
     rank_before: int | None
-    settings: LayerSettings | None
+    settings: LayerSettings | WholeSettings | None
     tensors: tuple[TensorPlan, ...]
 
     @property
@@ -115,6 +116,8 @@ class Plan:
     is_compiled: bool = False
     #: the slot's room, if it was prepared and nothing is added to it
     room: Room | None = None
+    #: what is written instead of ``LayerPlan.tensors`` where PEFT loaded the adapter beside the model
+    grafting: Grafting | None = None
 
     @property
     def content(self) -> Content:
@@ -145,6 +148,8 @@ class Plan:
         """Whether only values of tensors change, so that a compiled graph stays valid."""
         if self.room is not None:
             return True
+        if self.grafting is not None:
+            return self.grafting.writes_values_only
         method, name = self.slot.method, self.slot.adapter_name
         return all(
             layer.action is not Action.ADD
@@ -156,6 +161,8 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """The bytes that the swap writes to the model's tensors."""
+        if self.grafting is not None:
+            return self.grafting.nbytes
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     def raise_if_refused(self) -> None:
@@ -172,8 +179,8 @@ class Plan:
                 rank, scaling = "off" if layer.rank_before is None else f"{layer.rank_before} -> off", "-"
             else:
                 before, after = layer.rank_before, layer.settings.rank
-                rank = f"{after}" if before == after else f"{'none' if before is None else before} -> {after}"
-                scaling = f"{layer.settings.scaling:.4g}"
+                rank = _text(after) if before == after else f"{_text(before)} -> {_text(after)}"
+                scaling = "-" if layer.settings.scaling is None else f"{layer.settings.scaling:.4g}"
             groups[(layer.action, rank, scaling)] += 1
         order = list(Action)
         return [
@@ -214,3 +221,7 @@ class Plan:
             caption=self.verdict,
             notes=[*self.notes, *map(str, self.refusals)],
         )
+
+
+def _text(rank: int | None) -> str:
+    return "none" if rank is None else str(rank)

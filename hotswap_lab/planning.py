@@ -7,17 +7,21 @@ Whatever speaks against the swap is collected, so that a user sees all of it at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .adapter import Adapter
+from .base_values import kept_originals
 from .compiled import blind_spot, compiled_parts
 from .errors import Refusal, listing
+from .grafting import Change, Grafting, WrapperChange, decide_graft, wrappers_in
 from .host import PEFT_PREFIX, canonical_path
-from .parts import LayerSettings, SlotTensor
+from .methods import general
+from .parts import LayerSettings, SlotTensor, WholeSettings
 from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
 from .room import ROOMS, Room, merged
@@ -36,6 +40,7 @@ class _Draft:
     #: what is compiled in the model
     compiled: list[object]
     room: Room | None
+    grafting: Grafting | None = None
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -43,8 +48,13 @@ class _Draft:
     def refuse(self, summary: str, found: str, expected: str, next_step: str) -> None:
         self.refusals.append(Refusal(summary, found, expected, next_step))
 
+    def afresh(self) -> _Draft:
+        """The same swap, nothing of it decided."""
+        return _Draft(self.slot, self.adapter, self.adapter.config, self.compiled, self.room)
+
     def finish(self) -> Plan:
-        room = None if any(plan.action is Action.ADD for plan in self.layers) else self.room
+        adds = self.grafting is not None or any(plan.action is Action.ADD for plan in self.layers)
+        room = None if adds else self.room
         return Plan(
             self.slot,
             self.adapter,
@@ -54,10 +64,19 @@ class _Draft:
             tuple(self.notes),
             is_compiled=bool(self.compiled),
             room=room,
+            grafting=self.grafting,
         )
 
 
-def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_targets: bool = True) -> Plan:
+def make_plan(
+    slot: Slot,
+    adapter: Adapter,
+    *,
+    add_layers: bool = False,
+    check_targets: bool = True,
+    all_off: bool = False,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
+) -> Plan:
     """Decides a swap. Reads the slot and the adapter, writes nothing, raises nothing: see ``Plan.refusals``.
 
     Parameters
@@ -68,6 +87,10 @@ def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_t
         Whether layers that the slot lacks are added (not possible in a compiled model) rather than refused.
     check_targets:
         Whether the adapter's config must name the layers that its tensors belong to, as a fresh load demands.
+    all_off:
+        Whether an adapter without any tensors is meant to be, and turns off every layer.
+    base_weights:
+        Original values of base weights that the loaded adapter has overwritten, by name.
     """
     room = slot.host.base.__dict__.get(ROOMS, {}).get(slot.adapter_name)
     if room is not None and room.slot is not slot:
@@ -76,6 +99,8 @@ def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_t
     _check_kind(draft)
     if draft.refusals:
         return draft.finish()
+    if _needs_donor(draft):
+        return _plan_with_donor(draft, add_layers, base_weights)
     draft.config = slot.method.resolved_config(adapter.config, slot.host)
     if check_targets and draft.config.target_modules is None:
         draft.refuse(
@@ -90,11 +115,15 @@ def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_t
     if draft.refusals:
         return draft.finish()
     tensors = _by_canonical_key(draft)
+    if _changes_form(draft, tensors):
+        return _plan_with_donor(draft, add_layers, base_weights)
     if draft.room is not None:
         _plan_in_room(draft, tensors, check_targets)
     else:
         for layer in slot.layers:
             _plan_layer(draft, layer, tensors, check_targets)
+    if _has_strange_leftovers(draft, tensors):
+        return _plan_with_donor(draft.afresh(), add_layers, base_weights)
     _plan_leftovers(draft, tensors, add_layers, check_targets)
     _check_capacity(draft)
     _check_compiled(draft)
@@ -102,7 +131,7 @@ def make_plan(slot: Slot, adapter: Adapter, *, add_layers: bool = False, check_t
         _note_missing_targets(draft)
     else:
         _retarget_config(draft)
-    if not draft.refusals and not any(layer.settings for layer in draft.layers):
+    if not draft.refusals and not all_off and not any(layer.settings for layer in draft.layers):
         draft.refuse(
             "Hot swapping the adapter did not succeed, it has nothing for any layer of the loaded one.",
             found=f"keys such as {listing(map(repr, adapter.tensors), 2)}",
@@ -137,6 +166,79 @@ def _check_slot(draft: _Draft) -> None:
     if room is None:  # what is in a room was looked at when it was prepared
         for layer in slot.layers:
             _check_layer(draft, layer)
+
+
+def _needs_donor(draft: _Draft) -> bool:
+    """Whether PEFT must load the new adapter beside the model, so that the two can be compared."""
+    slot, method = draft.slot, draft.slot.method
+    if method is general:
+        return True
+    if method.needs_donor(slot.config) or method.needs_donor(draft.adapter.config):
+        return True
+    if kept_originals(slot.host.base, slot.adapter_name):
+        return True
+    return draft.room is None and any(
+        method.is_special(layer.module, slot.adapter_name) for layer in slot.layers
+    )
+
+
+def _changes_form(draft: _Draft, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a layer would have other tensors afterwards than it has now: DoRA's magnitude, a bias."""
+    method, config = draft.slot.method, draft.config
+    return any(
+        method.form_of(layer.module, draft.slot.adapter_name) != method.form_for(config)
+        for layer in draft.slot.layers
+        if any(f"{path}.{layer.tensors[0].key}" in tensors for path in layer.paths)
+    )
+
+
+def _has_strange_leftovers(draft: _Draft, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether what no layer took may mean something to PEFT: names of older models, other base weights."""
+    if draft.refusals or not tensors or draft.compiled or _is_prepared(draft.slot):
+        return False
+    keys = set(tensors)
+    keys -= {key for key in keys if adaptable(draft.slot.host.base, key) is not None}
+    return any(not _is_unchanged_base_weight(draft, key, tensors[key]) for key in keys)
+
+
+def _plan_with_donor(draft: _Draft, add_layers: bool, base_weights: Mapping[str, torch.Tensor] | None) -> Plan:
+    """Decides a swap that changes more than values and ranks, or is of another method than LoRA."""
+    slot, name = draft.slot, draft.slot.adapter_name
+    grafting = draft.grafting = decide_graft(slot, draft.adapter, add_layers=add_layers, base_weights=base_weights)
+    draft.config = grafting.config
+    wrappers = [module for _, module in wrappers_in(slot.host.base)]
+    if any(name in getattr(module, "merged_adapters", ()) for module in wrappers):
+        draft.refusals.append(merged(name))
+    draft.refusals += grafting.refusals
+    draft.layers = [_as_layer_plan(change) for change in grafting.graft.changes]
+    if not grafting.writes_values_only:
+        found = listing(grafting.graft.differences, 3)
+        if draft.compiled:
+            draft.refuse(
+                "This swap can't be done in a compiled model.",
+                found=f"{len(grafting.graft.differences)} changes beyond the values of tensors: {found}",
+                expected="an adapter with the same shapes, scalars and layers as the loaded one",
+                next_step="swap before compiling, or load this adapter into a fresh base model and compile that",
+            )
+        elif any(has_fixed_size(layer.module, name) for layer in slot.layers):
+            draft.refuse(
+                "This swap can't be done in a prepared model.",
+                found=f"{len(grafting.graft.differences)} changes beyond what was prepared: {found}",
+                expected="an adapter of the kind that the model was prepared for",
+                next_step="swap before preparing, or load this adapter into a fresh base model",
+            )
+    _check_compiled(draft)
+    return draft.finish()
+
+
+def _as_layer_plan(change: WrapperChange) -> LayerPlan:
+    action = {
+        Change.SHAPES: Action.RESIZE,
+        Change.REMOVED: Action.OFF,
+        Change.ADDED: Action.ADD,
+    }.get(change.change, Action.COPY)
+    settings = None if action is Action.OFF else WholeSettings(change.rank_after, change.scaling)
+    return LayerPlan(SlotLayer(change.path, change.module, ()), action, change.rank_before, settings, ())
 
 
 def _check_compiled(draft: _Draft) -> None:
@@ -358,26 +460,33 @@ def _plan_leftovers(draft: _Draft, tensors: dict[str, torch.Tensor], add_layers:
 
 def _drop_unchanged_base_weights(draft: _Draft, tensors: dict[str, torch.Tensor]) -> None:
     """PEFT saves embedding weights beside their LoRA. They are fine as long as they are the base model's own."""
-    candidates = [key for key in tensors if ".lora_" not in key]
-    if not candidates:
-        return
-    own = {canonical_path(key): value for key, value in draft.slot.host.base.state_dict(keep_vars=True).items()}
-    for key in candidates:
-        weight = own.get(key, own.get(_inside_base_layer(key)))
-        if weight is None or weight.shape != tensors[key].shape:
+    for key in [key for key in tensors if ".lora_" not in key]:
+        if (weight := _base_weight(draft, key)) is None or weight.shape != tensors[key].shape:
             continue
         if not _same(tensors.pop(key).to(weight.dtype), weight):
             draft.refuse(
                 "The adapter comes with other base weights than the model has.",
                 found=f"a different {key!r}",
                 expected="the base weights that the model was loaded with",
-                next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
+                next_step="swap it in before the model is prepared or compiled",
             )
 
 
-def _inside_base_layer(key: str) -> str:
-    module, _, name = key.rpartition(".")
-    return f"{module}.base_layer.{name}"
+def _is_unchanged_base_weight(draft: _Draft, key: str, value: torch.Tensor) -> bool:
+    weight = _base_weight(draft, key)
+    return weight is not None and weight.shape == value.shape and _same(value.to(weight.dtype), weight)
+
+
+def _base_weight(draft: _Draft, key: str) -> torch.Tensor | None:
+    """The base model's weight of this name, whether or not its layer has an adapter, here or in the file."""
+    path, _, name = key.rpartition(".")
+    path = path.removesuffix(".base_layer")
+    try:
+        module = draft.slot.host.base.get_submodule(path)
+    except AttributeError:
+        return None
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return module._parameters.get(name, module._buffers.get(name))
 
 
 def _add_layers(draft: _Draft, tensors: dict[str, torch.Tensor], check_targets: bool) -> None:

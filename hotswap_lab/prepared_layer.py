@@ -273,4 +273,5 @@ def _new(cls: type) -> nn.Module:
 
 def has_fixed_size(layer: nn.Module, adapter_name: str) -> bool:
     """Whether the adapter's tensors on this layer must keep their sizes: whether it was prepared, by us or by PEFT."""
-    return isinstance(layer.scaling.get(adapter_name), torch.Tensor)
+    scaling = getattr(layer, "scaling", None)
+    return isinstance(scaling, dict) and isinstance(scaling.get(adapter_name), torch.Tensor)

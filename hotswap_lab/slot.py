@@ -16,9 +16,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .compiled import COMPILED
-from .errors import refuse
 from .host import Host, find_host
-from .methods import METHODS
+from .methods import method_for
 from .parts import SlotTensor
 
 
@@ -134,14 +133,7 @@ def resolve_slot(model: torch.nn.Module, adapter_name: str) -> Slot:
 def slot_in(host: Host, adapter_name: str) -> Slot:
     """:func:`resolve_slot` for a host that is known already."""
     peft_type = host.configs[adapter_name].peft_type
-    method = METHODS.get(peft_type)
-    if method is None:
-        raise refuse(
-            f"Hotswapping only supports {', '.join(METHODS)} but {getattr(peft_type, 'value', peft_type)} was passed.",
-            found=f"the adapter {adapter_name!r} of type {getattr(peft_type, 'value', peft_type)}",
-            expected=f"an adapter of type {', '.join(METHODS)}",
-            next_step="use model.load_adapter and model.set_adapter for this kind of adapter",
-        )
+    method = method_for(peft_type)
     found: dict[int, tuple[BaseTunerLayer, list[str]]] = {}
     for path, module in _walk(host.base):
         if isinstance(module, method.layer_class) and method.has_adapter(module, adapter_name):

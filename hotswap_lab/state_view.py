@@ -30,7 +30,7 @@ def is_off(layer: torch.nn.Module, adapter_name: str) -> bool:
     or written weights into it.
     """
     return is_marked_off(layer, adapter_name) and not any(
-        tensor.parameter.any() for tensor in method_of(layer).tensors_of(layer, adapter_name)
+        tensor.off is None and tensor.parameter.any() for tensor in method_of(layer).tensors_of(layer, adapter_name)
     )
 
 

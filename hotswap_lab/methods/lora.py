@@ -16,6 +16,13 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
 from peft.tuners.tuners_utils import (
     _find_minimal_target_modules,
     _maybe_include_all_linear_layers,
@@ -23,6 +30,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import get_pattern_key
 
 from ..errors import Refusal
@@ -30,16 +38,15 @@ from ..host import Host
 from ..journal import Journal
 from ..parts import LayerSettings, SlotTensor
 from ..prepared_layer import EvalFreeDropout, ScalingTable, prepared_class
+from ..shards import is_sharded, local_part, why_not
 
 layer_class = LoraLayer
 
 #: inits after which a fresh load leaves other base weights behind than before
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "mica")
 
-#: config fields that add state of another kind than lora_A, lora_B and scalars
+#: config fields that add state of another kind than the tensors and scalars of a layer
 OTHER_STATE = (
-    "use_dora",
-    "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
     "target_parameters",
@@ -48,8 +55,6 @@ OTHER_STATE = (
     "target_modules_to_tie",
     "megatron_config",
     "use_qalora",
-    "alora_invocation_tokens",
-    "arrow_config",
 )
 
 
@@ -115,45 +120,73 @@ def _broken_expressions(config: LoraConfig) -> Iterator[Refusal]:
 
 def unsupported(config: LoraConfig, role: str) -> Iterator[Refusal]:
     """What in ``config`` can't be swapped; ``role`` says whose config it is ("new" or "loaded")."""
-
-    def refusal(found: str) -> Refusal:
-        return Refusal(
-            f"The {role} adapter uses a kind of LoRA that can't be swapped in place.",
-            found=found,
-            expected="LoRA whose only tensors are lora_A and lora_B, on an unchanged base model",
-            next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
-        )
-
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    variants = [name for name, field in fields.items() if field.metadata.get("is_lora_variant")]
-    for name in dict.fromkeys((*OTHER_STATE, *variants)):
-        if value := getattr(config, name, None):
-            yield refusal(f"{name}={value!r}")
-    if getattr(config, "bias", "none") != "none":
-        yield refusal(f"bias={config.bias!r}")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        yield refusal(f"init_lora_weights={init!r}, which changes the base weights when it is loaded")
+        yield Refusal(
+            f"The {role} adapter changes the base model's own weights.",
+            found=f"init_lora_weights={init!r}, with which loading it gives other base weights than before",
+            expected="an adapter on an unchanged base model",
+            next_step="convert it to plain LoRA with PEFT's path_initial_model_for_weight_conversion, "
+            "or load it with PeftModel.from_pretrained on a fresh base model",
+        )
+
+
+def needs_donor(config: LoraConfig) -> bool:
+    """Whether ``config`` has state beyond the tensors that :func:`tensors_of` knows: then PEFT must load it."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    variants = {name for name, field in fields.items() if field.metadata.get("is_lora_variant")}
+    other = any(getattr(config, name, None) for name in (*OTHER_STATE, *(variants - {"use_dora"})))
+    return other or getattr(config, "bias", "none") != "none"
+
+
+#: variants whose tensors :func:`tensors_of` knows
+KNOWN_VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
+
+
+def is_special(layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether the layer has state beyond what :func:`tensors_of` knows."""
+    variant = layer.lora_variant.get(adapter_name)
+    return isinstance(layer, (MultiheadAttention, ParamWrapper)) or not isinstance(
+        variant, (type(None), *KNOWN_VARIANTS)
+    )
+
+
+def form_of(layer: LoraLayer, adapter_name: str) -> tuple[bool, bool]:
+    """Which tensors a layer has beside A and B: a magnitude (DoRA), a bias."""
+    has_bias = adapter_name in layer.lora_B and layer.lora_B[adapter_name].bias is not None
+    return adapter_name in layer.lora_magnitude_vector, has_bias
+
+
+def form_for(config: LoraConfig) -> tuple[bool, bool]:
+    """:func:`form_of` the layers that are loaded with this config."""
+    return bool(config.use_dora), bool(config.lora_bias)
 
 
 def unsupported_layer(layer: LoraLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
     """Why the tensors of this layer can't be swapped, or None."""
-    if isinstance(layer, (MultiheadAttention, ParamWrapper)):
-        return f"a {type(layer).__name__}"
-    if adapter_name in layer.lora_variant:
-        return f"the LoRA variant {type(layer.lora_variant[adapter_name]).__name__}"
+    if is_special(layer, adapter_name):
+        return f"a {type(layer.lora_variant.get(adapter_name, layer)).__name__}"
+    if not tensors:
+        return "a lora_A and a lora_B that are no parameters, as FullyShardedDataParallel (FSDP1) leaves them"
     for tensor in tensors:
         parameter = tensor.owner._parameters.get(tensor.name)
         if parameter is None:
             return f"a parametrized or replaced {tensor.named_key}"
         if parameter.device.type == "meta":
+            if hasattr(tensor.owner, "_hf_hook"):
+                # where the hook keeps it, nobody would look for a change
+                return (
+                    f"a {tensor.named_key} that accelerate keeps elsewhere between calls: swap after "
+                    "accelerate.hooks.remove_hook_from_submodules(model), then offload the model again"
+                )
             return f"a {tensor.named_key} without data (on the meta device)"
-        if type(parameter) is not torch.nn.Parameter or type(parameter.data) is not torch.Tensor:
+        if reason := why_not(tensor.owner, tensor.name):
+            return f"a {tensor.named_key} {reason}"
+        plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
+        if not plain and not is_sharded(parameter):
             return f"a {tensor.named_key} of type {type(parameter.data).__name__}"
-        if not parameter.is_contiguous() and torch._debug_has_internal_overlap(parameter) == 1:
+        if not parameter.is_contiguous() and torch._debug_has_internal_overlap(local_part(parameter)) == 1:
             return f"an expanded {tensor.named_key}, whose values share memory"
-        if tensor.key.endswith(".bias"):
-            return "a lora_bias"
     return None
 
 
@@ -168,10 +201,11 @@ def tensors_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
     and ``(dimension, r)``; convolutions ``(r, in, *kernel)`` and ``(out, r / groups, 1, ...)``.
     """
     if adapter_name in layer.lora_embedding_A:
-        return [
+        tensors = [
             SlotTensor(name, f"{name}.{adapter_name}", getattr(layer, name), adapter_name, rank_axis=axis)
             for axis, name in enumerate(("lora_embedding_A", "lora_embedding_B"))
         ]
+        return tensors + _magnitude_of(layer, adapter_name)
     is_conv = isinstance(layer, _ConvNd)
     tensors = []
     for axis, name in enumerate(("lora_A", "lora_B")):
@@ -193,7 +227,22 @@ def tensors_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
                     size_attribute=f"{side}_{'channels' if is_conv else 'features'}" if is_weight else None,
                 )
             )
-    return tensors
+    return tensors + _magnitude_of(layer, adapter_name)
+
+
+def _magnitude_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
+    """DoRA's magnitude, one number for each output, if the layer has one (arXiv 2402.09353)."""
+    if adapter_name not in layer.lora_magnitude_vector:
+        return []
+    name, owner = "lora_magnitude_vector", layer.lora_magnitude_vector[adapter_name]
+
+    def norm_of_base() -> torch.Tensor:
+        # with B = 0 and this magnitude, DoRA computes what the base layer does
+        weight = dequantize_module_weight(layer.get_base_layer())
+        with torch.no_grad():
+            return owner.get_weight_norm(weight, 0.0, 1.0).to(owner.weight.dtype).reshape(owner.weight.shape)
+
+    return [SlotTensor(name, f"{name}.{adapter_name}.weight", owner, "weight", rank_axis=None, off=norm_of_base)]
 
 
 def rank_step(layer: LoraLayer) -> int:
@@ -255,7 +304,7 @@ def resolved_config(config: LoraConfig, host: Host) -> LoraConfig:
 
 
 #: the tables on a layer that hold one scalar per adapter
-SCALAR_TABLES = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias")
+SCALAR_TABLES = ("r", "lora_alpha", "scaling", "use_rslora")
 
 
 def scalars(settings: LayerSettings) -> dict[str, object]:
@@ -265,8 +314,6 @@ def scalars(settings: LayerSettings) -> dict[str, object]:
         "lora_alpha": settings.alpha,
         "scaling": settings.scaling,
         "use_rslora": settings.use_rslora,
-        "use_dora": False,
-        "lora_bias": False,
     }
 
 

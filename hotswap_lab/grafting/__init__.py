@@ -1,0 +1,24 @@
+"""Swaps for which PEFT itself loads the new adapter, beside the model.
+
+``stand_in`` (the base model's modules once more, around the same memory), ``donor`` (a fresh load onto it),
+``difference`` (what the live model lacks to equal it), ``decide`` (whether that can be written).
+"""
+
+from .decide import Grafting, decide_graft, note_former_layers
+from .difference import Change, Graft, WrapperChange, difference
+from .donor import Donor, load_donor
+from .stand_in import make_stand_in, wrappers_in
+
+__all__ = [
+    "Change",
+    "Donor",
+    "Graft",
+    "Grafting",
+    "WrapperChange",
+    "decide_graft",
+    "difference",
+    "load_donor",
+    "make_stand_in",
+    "note_former_layers",
+    "wrappers_in",
+]

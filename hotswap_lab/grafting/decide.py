@@ -1,0 +1,137 @@
+"""Decides a swap by a donor: what PEFT makes of the new adapter on a stand-in, compared with the live model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftConfig
+
+from ..adapter import Adapter
+from ..base_values import BaseChange, change_base_values
+from ..errors import Refusal, listing
+from ..journal import Journal
+from ..slot import Slot
+from .difference import Graft, difference
+from .donor import Donor, load_donor
+
+
+#: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
+FORMER_LAYERS = "hotswap_former_layers"
+
+
+def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
+    """Where the adapter was before a swap took it away: there it may come back without being asked for."""
+    return base.__dict__.get(FORMER_LAYERS, {}).get(adapter_name, frozenset())
+
+
+def note_former_layers(base: torch.nn.Module, adapter_name: str, paths: Iterable[str], journal: Journal) -> None:
+    """Adds to :func:`former_layers`."""
+    if paths := former_layers(base, adapter_name).union(paths) - former_layers(base, adapter_name):
+        present = base.__dict__.get(FORMER_LAYERS, {})
+        paths |= former_layers(base, adapter_name)
+        journal.set_item(base.__dict__, FORMER_LAYERS, {**present, adapter_name: paths})
+
+
+@dataclass
+class Grafting:
+    """A decided graft, or why there is none."""
+
+    config: PeftConfig
+    graft: Graft = field(default_factory=Graft)
+    base: BaseChange = field(default_factory=BaseChange)
+    refusals: list[Refusal] = field(default_factory=list)
+    #: base weights whose ``requires_grad`` changes, too
+    requires_grad: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
+
+    @property
+    def writes_values_only(self) -> bool:
+        return self.graft.writes_values_only
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are written to the model's tensors."""
+        written = [target for target, _ in (*self.graft.copies, *self.base.copies)]
+        return sum(each.nbytes for each in (*written, *(source for _, source in self.graft.resizes)))
+
+
+def decide_graft(
+    slot: Slot, adapter: Adapter, *, add_layers: bool, base_weights: Mapping[str, torch.Tensor] | None = None
+) -> Grafting:
+    """Loads a donor and compares. Writes nothing to the model."""
+    name, host = slot.adapter_name, slot.host
+    config = copy.deepcopy(adapter.config)
+    config.inference_mode = slot.config.inference_mode
+    grafting = Grafting(config)
+    try:
+        with slot.write_mode():
+            donor = load_donor(host, config, adapter.tensors, name, half_precision=_keeps_half_precision(slot))
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        grafting.refusals.append(
+            Refusal(
+                "PEFT can't load this adapter on the base model.",
+                found=f"{type(error).__name__}: {' '.join(lines[:3])}",
+                expected="an adapter that was made for this base model",
+                next_step="check the adapter with PeftModel.from_pretrained on a fresh base model",
+            )
+        )
+        return grafting
+    grafting.config = donor.config
+    grafting.refusals += _incomplete(donor, adapter)
+    grafting.graft = difference(host, donor, name)
+    grafting.refusals += grafting.graft.obstacles
+    known = former_layers(host.base, name)
+    if (added := [path for path in grafting.graft.added if path not in known]) and not add_layers:
+        grafting.refusals.append(
+            Refusal(
+                "Hot swapping the adapter did not succeed, it is on layers that the loaded adapter lacks.",
+                found=f"{len(added)} layers: {listing(added, 3)}",
+                expected=f"layers of the loaded adapter {name!r}",
+                next_step="pass add_layers=True to add them, or load first the adapter that targets most layers",
+            )
+        )
+    live = donor.live_values
+    grafting.base = change_base_values(host, name, donor.base_values, live, base_weights or {})
+    grafting.refusals += grafting.base.refusals
+    if not config.inference_mode:
+        twins = dict(donor.stand_in.model.named_parameters())
+        for path in {*grafting.base.originals, *donor.base_values, *(n for n in live if n.endswith("bias"))}:
+            if path in twins and live[path].requires_grad != twins[path].requires_grad:
+                grafting.requires_grad.append((live[path], twins[path].requires_grad))
+    return grafting
+
+
+def _keeps_half_precision(slot: Slot) -> bool:
+    """Whether the live adapter has the precision of a half-precision base: ``autocast_adapter_dtype=False``."""
+    return any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
+
+
+def _incomplete(donor: Donor, adapter: Adapter) -> list[Refusal]:
+    refusals = []
+    if donor.unexpected:
+        refusals.append(
+            Refusal(
+                "Hot swapping the adapter did not succeed, unexpected keys found: "
+                f"{listing(donor.unexpected, 4)}.",
+                found=f"{len(donor.unexpected)} tensors that a fresh load would ignore",
+                expected=f"tensors only for what the adapter's config targets, {_targets(adapter.config)}",
+                next_step="check that config and weights belong together, and to this base model; or pass key_mapping",
+            )
+        )
+    if donor.missing:
+        refusals.append(
+            Refusal(
+                "The adapter is incomplete.",
+                found=f"no values for {listing(donor.missing, 3)}",
+                expected="values for every tensor that its config calls for",
+                next_step="get a complete copy of the adapter",
+            )
+        )
+    return refusals
+
+
+def _targets(config: PeftConfig) -> str:
+    return f"target_modules={getattr(config, 'target_modules', None)!r}"

@@ -1,0 +1,617 @@
+"""The difference between a live model and a freshly loaded donor: what to write so that there is none.
+
+Both models are walked side by side. PEFT keeps whatever belongs to an adapter under the adapter's name, in tables on
+the modules that it puts into a model (here called wrappers): ``ModuleDict``, ``ParameterDict``, ``BufferDict`` or plain
+``dict``. Where both models have an entry of the same form, the live one stays the object it is and gets new values;
+otherwise the entry is replaced. Entries of other adapters are never looked at.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Collection, MutableMapping
+from dataclasses import dataclass, field
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+
+from ..compiled import unwrap_compiled
+from ..errors import Refusal
+from ..host import Host
+from ..journal import MISSING, Journal
+from ..methods import method_of
+from ..prepared_layer import OFF_ATTRIBUTE
+from ..state_view import PADDED_ATTRIBUTE, is_marked_off, set_off
+from .donor import Donor
+from .stand_in import WRAPPERS, holder_of_inside, inside
+
+Step = Callable[[Journal], None]
+
+#: what a wrapper has whether or not this adapter is on it: the state it is in, and its relation to other modules
+NOT_COMPARED = {
+    *torch.nn.Module().__dict__,
+    "_active_adapter",
+    "active_adapter",
+    "_disable_adapters",
+    "_adapters_disabled",
+    "merged_adapters",
+    "_cached_adapters",
+    "_enabled",
+    "_caches",
+    "_tied_adapter",
+    "_hf_hook",
+    "_old_forward",
+    "forward",
+    "hook_handles",
+    "kwargs",
+    "peft_config",
+    "_peft_config",
+    "peft_type",
+    "config",
+    "device",
+    "modules_to_save",
+    "targeted_module_names",
+    "targeted_parameter_names",
+    "special_peft_forward_args",
+    "base_model_prepare_inputs_for_generation",
+    "hotswap_original",
+    OFF_ATTRIBUTE,
+    PADDED_ATTRIBUTE,
+}
+
+
+class Change(enum.IntEnum):
+    """The largest change to one wrapper, from values only to a new module."""
+
+    NONE = 0
+    VALUES = 1
+    SHAPES = 2
+    REMOVED = 3
+    ADDED = 4
+
+
+@dataclass(frozen=True)
+class WrapperChange:
+    """What happens to one module that carries the adapter."""
+
+    path: str
+    module: torch.nn.Module
+    change: Change
+    rank_before: int | None
+    rank_after: int | None
+    scaling: float | None
+
+
+@dataclass
+class Graft:
+    """Everything to write: values in place, parameters of other shapes, and changes of tables and attributes."""
+
+    #: pairs of a live tensor and what it gets
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    #: pairs of a live parameter and a tensor of another shape
+    resizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
+    #: all else, undoable
+    steps: list[Step] = field(default_factory=list)
+    changes: list[WrapperChange] = field(default_factory=list)
+    obstacles: list[Refusal] = field(default_factory=list)
+    #: paths of modules that would have to be given a wrapper
+    added: list[str] = field(default_factory=list)
+    #: and of modules that lose theirs
+    unwrapped: list[str] = field(default_factory=list)
+    #: in words, what differs beyond values of tensors
+    differences: list[str] = field(default_factory=list)
+    #: live parameters of the adapter
+    parameters: list[torch.nn.Parameter] = field(default_factory=list)
+
+    @property
+    def writes_values_only(self) -> bool:
+        """Whether shapes, tables and attributes all stay, so that a compiled graph stays valid."""
+        return not (self.resizes or self.steps)
+
+
+def difference(host: Host, donor: Donor, adapter_name: str) -> Graft:
+    """What makes the adapter called ``adapter_name`` in the live model the donor's. Writes nothing."""
+    comparison = _Comparison(donor, adapter_name, host.configs)
+    comparison.roots(host.carrier, host.base)
+    comparison.check_leaks()
+    return comparison.graft
+
+
+class _Comparison:
+    def __init__(self, donor: Donor, adapter_name: str, adapter_names: Collection[str]):
+        self.donor, self.name = donor, adapter_name
+        self._adapter_names = set(adapter_names)
+        self.graft = Graft()
+        self._seen: set[tuple[int, int]] = set()
+        #: from ids of the donor's parts to their counterparts in the live model
+        self._counterparts: dict[int, object] = {
+            **donor.stand_in.live_modules,
+            **donor.stand_in.live_tensors,
+        }
+        #: ids of live tensors and modules that have a counterpart already
+        self._taken: set[int] = set()
+        self._placed: list[object] = []
+        self._change = Change.NONE
+        #: removals come last, when it is known which tables the remaining wrappers share
+        self._removals: list[Callable[[], None]] = []
+
+    # ---- the walk
+
+    def roots(self, live_root: torch.nn.Module, live_base: torch.nn.Module) -> None:
+        donor_model = self.donor.model
+        if type(live_root).__name__.startswith("PeftModel") and hasattr(live_root, "base_model"):
+            self._wrapper(live_root, donor_model, "", skip=("base_model",))
+        tuner = donor_model.base_model
+        live_tuner = getattr(live_root, "base_model", live_root) if live_root is not live_base else None
+        if tuner is not self.donor.stand_in.model and isinstance(live_tuner, type(tuner)):
+            self._wrapper(live_tuner, tuner, "", skip=("model",))
+        self._base(live_base, self.donor.stand_in.model, "")
+        for remove in self._removals:
+            remove()
+
+    def _base(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
+        """Two modules of the base model."""
+        live = unwrap_compiled(live)
+        if (id(live), id(donor)) in self._seen:
+            return
+        self._seen.add((id(live), id(donor)))
+        for name, donor_child in donor._modules.items():
+            live_child = live._modules.get(name)
+            if donor_child is None and live_child is None:
+                continue
+            where = f"{path}.{name}" if path else name
+            if donor_child is None or live_child is None:
+                self._obstacle(where, "a module that only one of the two models has")
+                continue
+            self._place(live, name, live_child, donor_child, where)
+        for name in live._modules.keys() - donor._modules.keys():
+            self._obstacle(f"{path}.{name}" if path else name, "a module that only the live model has")
+
+    def _place(self, parent: torch.nn.Module, name: str, live: torch.nn.Module, donor: torch.nn.Module, path: str):
+        """One place in the base model, with whatever wrappers are around the module there."""
+        live_wrappers, live_core = _peel(live)
+        donor_wrappers, donor_core = _peel(donor)
+        outermost = live
+        unmatched = list(live_wrappers)
+        for wrapper in reversed(donor_wrappers):
+            match = next((each for each in reversed(unmatched) if _are_alike(each, wrapper)), None)
+            if match is not None:
+                unmatched.remove(match)
+                self._count(match, wrapper, path)
+            else:
+                if outermost is live and unmatched and type(wrapper).__name__ != "ParamWrapper":
+                    self._obstacle(path, f"a {type(unmatched[0]).__name__} where a {type(wrapper).__name__} belongs")
+                    continue
+                self._add(parent, name, outermost, wrapper, path)
+                outermost = wrapper
+        for wrapper in unmatched:
+            self._removals.append(lambda wrapper=wrapper: self._remove(parent, name, wrapper, path))
+        self._base(live_core, donor_core, path)
+
+    def _count(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
+        rank_before, existed = _rank(live, self.name), _has(live, self.name)
+        self._change = Change.NONE
+        self._wrapper(live, donor, path)
+        if not _has(donor, self.name) and not existed:
+            return
+        change = self._change if existed else Change.ADDED
+        self.graft.changes.append(
+            WrapperChange(path, live, change, rank_before, _rank(donor, self.name), _scaling(donor, self.name))
+        )
+
+    # ---- wrappers
+
+    def _wrapper(self, live: torch.nn.Module, donor: torch.nn.Module, path: str, skip: tuple[str, ...] = ()) -> None:
+        """Two modules that PEFT put there, alike."""
+        if (id(live), id(donor)) in self._seen:
+            return
+        self._seen.add((id(live), id(donor)))
+        self._counterparts[id(donor)] = live
+        holder, inner = holder_of_inside(donor)
+        skip = (*skip, *((inner,) if holder is donor and isinstance(donor, WRAPPERS) else ()))
+        for attribute, value in donor.__dict__.items():
+            if attribute not in NOT_COMPARED and attribute not in skip:
+                self._attribute(live, attribute, value, path)
+        for attribute, value in donor._modules.items():
+            if attribute in skip or value is None:
+                continue
+            present = live._modules.get(attribute)
+            if _is_table(value) and (present is None or _is_table(present)):
+                self._table(live, attribute, present, value, path)
+            elif isinstance(value, WRAPPERS) and isinstance(present, WRAPPERS):
+                self._wrapper(present, value, path)
+            elif id(value) not in self._counterparts:
+                self._owned(live._modules, attribute, present, value, f"{path}.{attribute}")
+        for table in ("_parameters", "_buffers"):
+            for key, value in donor.__dict__[table].items():
+                if value is not None and id(value) not in self._counterparts:
+                    self._value(live.__dict__[table], key, live.__dict__[table].get(key, MISSING), value, path)
+        if isinstance(live, AuxiliaryTrainingWrapper) and (self.name in live._adapters) != (
+            self.name in donor._adapters
+        ):
+            adapters = live._adapters - {self.name} | (donor._adapters & {self.name})
+            self._step(lambda journal: journal.set_attribute(live, "_adapters", adapters), f"{path}: _adapters")
+        if is_marked_off(live, self.name) and _has(donor, self.name):
+            self._step(lambda journal: set_off(live, self.name, False, journal), f"{path}: turned off")
+
+    def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
+        present = live.__dict__.get(attribute, MISSING)
+        if attribute in ("scaling", "r", "lora_alpha", "use_rslora") and present is MISSING:
+            present = getattr(live, attribute, MISSING)
+        if isinstance(value, dict):
+            table = present
+            if present is MISSING:
+                self._set(live.__dict__, attribute, self._translated(value), f"{path}: {attribute}")
+            elif self.name in value or self.name in table:
+                self._entry(table, value, f"{path}: {attribute}")
+        elif isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type(None))):
+            if present is MISSING or present != value:
+                self._set(live.__dict__, attribute, value, f"{path}: {attribute}")
+        elif isinstance(value, (tuple, set, frozenset)):
+            if present is MISSING or present != value:
+                self._set(live.__dict__, attribute, value, f"{path}: {attribute}")
+        elif present is MISSING:
+            self._set(live.__dict__, attribute, self._translated(value), f"{path}: {attribute}")
+        # what is left are objects that every adapter of the model shares
+
+    def _table(self, live: torch.nn.Module, attribute: str, present: object, value: torch.nn.Module, path: str):
+        if present is None:
+            self._set(live._modules, attribute, value, f"{path}: {attribute}")
+            return
+        if (id(present), id(value)) in self._seen:
+            return
+        self._seen.add((id(present), id(value)))
+        self._counterparts[id(value)] = present
+        live_entries, entries, where = _entries(present), _entries(value), f"{path}: {attribute}"
+        if self.name in entries or self.name in live_entries:
+            self._entry(live_entries, entries, where, _keys_of(present))
+        elif not self._adapter_names & live_entries.keys():
+            self._shared_table(live_entries, entries, where, _keys_of(present))
+
+    def _shared_table(self, live: MutableMapping, donor: MutableMapping, path: str, keys: dict | None) -> None:
+        """A table that all adapters of a model share, such as indices by kind of layer."""
+        if self._adapter_names <= {self.name}:
+            for key in donor:
+                self._value(live, key, live.get(key, MISSING), donor[key], path)
+                if keys is not None and key not in keys:
+                    self._set(keys, key, None, path)
+            for key in live.keys() - donor.keys():
+                self._delete(live, key, path)
+        elif any(not _equal(live.get(key, MISSING), donor[key]) for key in donor):
+            self._obstacle(path, "something that it shares with the model's other adapters, and needs to be different")
+
+    def _entry(self, live: MutableMapping, donor: MutableMapping, path: str, keys: dict | None = None) -> None:
+        """What two tables have under the adapter's name."""
+        if self.name in donor:
+            self._value(live, self.name, live.get(self.name, MISSING), donor[self.name], path)
+            if keys is not None and self.name not in keys:
+                self._set(keys, self.name, None, path)
+        elif self.name in live:
+            self._delete(live, self.name, path)
+            if keys is not None:
+                self._delete(keys, self.name, path)
+
+    # ---- values
+
+    def _value(self, table: MutableMapping, key: str, live: object, donor: object, path: str) -> None:
+        if isinstance(donor, torch.nn.Module):
+            self._owned(table, key, live, donor, path)
+        elif isinstance(donor, torch.Tensor):
+            self._tensor(table, key, live, donor, path)
+        elif isinstance(live, torch.Tensor) and live.ndim == 0 and isinstance(donor, (int, float)):
+            if float(live) != donor:
+                self.graft.copies.append((live, torch.tensor(float(donor))))
+                self._note(Change.VALUES)
+        elif not _equal(live, donor):
+            self._set(table, key, self._translated(donor), path)
+
+    def _owned(self, table: MutableMapping, key: str, live: object, donor: torch.nn.Module, path: str) -> None:
+        """Modules that are the adapter's own through and through."""
+        if (known := self._counterparts.get(id(donor))) is not None:
+            if known is not live:
+                self._set(table, key, known, path)
+            return
+        if not isinstance(live, torch.nn.Module) or not _same_form(live, donor) or id(live) in self._taken:
+            self._counterparts[id(donor)] = donor
+            self._set(table, key, donor, path)
+            return
+        self._pair(live, donor)
+        for name, value in donor.__dict__.items():
+            if name in NOT_COMPARED or name == "seat":
+                continue
+            if isinstance(value, (bool, int, float, str, type(None), tuple)):
+                if getattr(live, name, MISSING) != value:
+                    self._step(
+                        lambda journal, name=name, value=value: journal.set_attribute(live, name, value),
+                        f"{path}.{name}",
+                    )
+            elif name == "_dora_cache" and live._dora_cache:
+                self.graft.steps.append(lambda journal: _clear(live._dora_cache, journal))
+        for name, value in donor._parameters.items():
+            if value is not None:
+                self._tensor(live._parameters, name, live._parameters[name], value, path)
+        for name, value in donor._buffers.items():
+            if value is not None:
+                self._tensor(live._buffers, name, live._buffers[name], value, path)
+        for name, value in donor._modules.items():
+            if value is not None:
+                self._owned(live._modules, name, live._modules[name], value, f"{path}.{name}")
+
+    def _tensor(self, table: MutableMapping, key: str, live: object, donor: torch.Tensor, path: str) -> None:
+        if (known := self._counterparts.get(id(donor))) is not None:
+            if known is not live:
+                self._set(table, key, known, path)
+            return
+        same_kind = isinstance(live, torch.Tensor) and type(live) is type(donor)
+        if not same_kind or id(live) in self._taken:
+            self._counterparts[id(donor)] = donor
+            self._set(table, key, donor, path)
+            return
+        if live.device.type == "meta":
+            self._obstacle(path, "a tensor without data (on the meta device)")
+            return
+        self._pair(live, donor)
+        if isinstance(live, torch.nn.Parameter):
+            self.graft.parameters.append(live)
+        values = donor.detach()
+        if live.shape == donor.shape:
+            if not _same_bits(live, values):
+                self.graft.copies.append((live, values))
+                self._note(Change.VALUES)
+        elif isinstance(live, torch.nn.Parameter):
+            self.graft.resizes.append((live, values))
+            self.graft.differences.append(f"{path} has shape {tuple(live.shape)}, fresh {tuple(donor.shape)}")
+            self._note(Change.SHAPES)
+        else:
+            self._set(table, key, donor, path)
+
+
+    def _pair(self, live: object, donor: object) -> None:
+        """Notes that the live part becomes what the donor's is. Some methods share parts between layers."""
+        self._counterparts[id(donor)] = live
+        self._taken.add(id(live))
+
+    # ---- wrappers that come and go
+
+    def _add(
+        self, parent: torch.nn.Module, name: str, around: torch.nn.Module, wrapper: torch.nn.Module, path: str
+    ) -> None:
+        """Puts one of the donor's wrappers around a live module."""
+        holder, inner = holder_of_inside(wrapper)
+        for module in (wrapper, holder):
+            # what the adapters of a model share
+            for attribute, value in list(module.__dict__.items()):
+                if (known := self._counterparts.get(id(value))) is not None:
+                    module.__dict__[attribute] = known
+            for attribute, value in list(module._modules.items()):
+                if (known := self._counterparts.get(id(value))) is not None and attribute != inner:
+                    module._modules[attribute] = known
+        holder._modules[inner] = around
+        self._counterparts[id(wrapper)] = wrapper
+        self._placed.append(wrapper)
+        self.graft.added.append(path)
+        self.graft.changes.append(
+            WrapperChange(path, wrapper, Change.ADDED, None, _rank(wrapper, self.name), _scaling(wrapper, self.name))
+        )
+        self._step(lambda journal: _put(parent._modules, name, wrapper, around, journal), f"{path}: not adapted")
+
+    def _remove(self, parent: torch.nn.Module, key: str, wrapper: torch.nn.Module, path: str) -> None:
+        """Takes the adapter off a live wrapper; and the wrapper off the model, if nothing else is on it."""
+        if not _has(wrapper, self.name) or is_marked_off(wrapper, self.name):
+            return
+        self.graft.changes.append(
+            WrapperChange(path, wrapper, Change.REMOVED, _rank(wrapper, self.name), None, None)
+        )
+        if isinstance(wrapper, LoraLayer) and self._can_be_zeroed(wrapper):
+            for target in method_of(wrapper).tensors_of(wrapper, self.name):
+                self.graft.parameters.append(target.parameter)
+                self.graft.copies.append((target.parameter, target.off_value()))
+            self.graft.steps.append(lambda journal: set_off(wrapper, self.name, True, journal))
+            return
+        shared = set(map(id, self._counterparts.values()))
+        others = False
+        for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
+            for attribute, value in module.__dict__.items():
+                if isinstance(value, MutableMapping) and attribute not in NOT_COMPARED and self.name in value:
+                    self._delete(value, self.name, f"{path}: {attribute}")
+                    others |= bool(self._adapter_names & value.keys() - {self.name})
+            for attribute, value in module._modules.items():
+                if value is None or not _is_table(value) or id(value) in shared:
+                    continue
+                if self.name in (entries := _entries(value)):
+                    self._delete(entries, self.name, f"{path}: {attribute}")
+                    others |= bool(self._adapter_names & entries.keys() - {self.name})
+                    if (keys := _keys_of(value)) is not None:
+                        self._delete(keys, self.name, f"{path}: {attribute}")
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            adapters = wrapper._adapters - {self.name}
+            self._step(lambda journal: journal.set_attribute(wrapper, "_adapters", adapters), f"{path}: _adapters")
+        if not others and parent._modules.get(key) is wrapper:
+            self.graft.unwrapped.append(path)
+            self._step(lambda journal: journal.set_item(parent._modules, key, inside(wrapper)), f"{path}: adapted")
+
+    def _can_be_zeroed(self, layer: LoraLayer) -> bool:
+        method = method_of(layer)
+        return method.unsupported_layer(layer, self.name, method.tensors_of(layer, self.name)) is None
+
+    # ---- what was found
+
+    def _set(self, table: MutableMapping, key: str, value: object, path: str) -> None:
+        if isinstance(value, (torch.nn.Module, torch.Tensor)):
+            self._placed.append(value)
+        self._step(lambda journal: journal.set_item(table, key, value), path)
+
+    def _delete(self, table: MutableMapping, key: str, path: str) -> None:
+        self._step(lambda journal: journal.delete_item(table, key), path)
+
+    def _step(self, step: Step, difference: str) -> None:
+        self.graft.steps.append(step)
+        self.graft.differences.append(difference)
+        self._note(Change.VALUES)
+
+    def _note(self, change: Change) -> None:
+        self._change = max(self._change, change)
+
+    def _obstacle(self, path: str, found: str) -> None:
+        self.graft.obstacles.append(
+            Refusal(
+                f"The adapter can't be swapped in place at {path}.",
+                found=found,
+                expected="the same modules in the live model as in a fresh load",
+                next_step="load the adapter with PeftModel.from_pretrained on a fresh base model",
+            )
+        )
+
+    def _translated(self, value: object) -> object:
+        """``value`` with the stand-in's modules and tensors replaced by those of the live model."""
+        if isinstance(value, (torch.nn.Module, torch.Tensor)):
+            return self._counterparts.get(id(value), value)
+        if isinstance(value, (list, tuple)) and any(isinstance(each, (torch.nn.Module, torch.Tensor)) for each in value):
+            return type(value)(map(self._translated, value))
+        return value
+
+    def check_leaks(self) -> None:
+        """Nothing of the stand-in may get into the live model, where it would go on living beside its original."""
+        strangers = self.donor.stand_in.live_modules.keys() | self.donor.stand_in.live_tensors.keys()
+        shared = {id(parameter) for parameter, _ in self.donor.stand_in.shared}
+        for placed in self._placed:
+            parts = [placed]
+            if isinstance(placed, torch.nn.Module):
+                parts = [*_own_modules(placed)]
+                parts += [tensor for module in parts for tensor in _direct_tensors(module)]
+            if any(id(part) in strangers - shared and not self._is_live(part) for part in parts):
+                self._obstacle(type(placed).__name__, "a part of the adapter that holds on to parts of the base model")
+
+    def _is_live(self, part: object) -> bool:
+        return self.donor.stand_in.live_tensors.get(id(part)) is part
+
+
+def _own_modules(wrapper: torch.nn.Module):
+    """The modules of a wrapper without what it is around."""
+    stack = [wrapper]
+    while stack:
+        module = stack.pop()
+        yield module
+        skip = holder_of_inside(module)[1] if isinstance(module, WRAPPERS) else None
+        stack += [child for name, child in module._modules.items() if child is not None and name != skip]
+
+
+def _direct_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+
+
+def _put(table: dict, name: str, wrapper: torch.nn.Module, around: torch.nn.Module, journal: Journal) -> None:
+    holder = holder_of_inside(wrapper)[0]
+    inner_training = around.training
+    for module in _own_modules(wrapper):
+        module.training = inner_training
+    _ = holder
+    journal.set_item(table, name, wrapper)
+
+
+def _clear(cache: dict, journal: Journal) -> None:
+    content = dict(cache)
+    journal.record(lambda: cache.update(content))
+    cache.clear()
+
+
+def _peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Module]:
+    """The wrappers around a module of the base model, outermost first, and that module."""
+    wrappers = []
+    module = unwrap_compiled(module)
+    while isinstance(module, WRAPPERS):
+        wrappers.append(module)
+        module = unwrap_compiled(inside(module))
+    return wrappers, module
+
+
+def _are_alike(live: torch.nn.Module, donor: torch.nn.Module) -> bool:
+    live_class = getattr(type(live), "hotswap_original", type(live))
+    parameter_name = "parameter_name"  # several ParamWrappers may be around one module, each for another parameter
+    return live_class is type(donor) and live.__dict__.get(parameter_name) == donor.__dict__.get(parameter_name)
+
+
+def _is_table(module: object) -> bool:
+    return isinstance(module, (torch.nn.ModuleDict, torch.nn.ParameterDict)) or type(module).__name__ == "BufferDict"
+
+
+def _entries(table: torch.nn.Module) -> MutableMapping:
+    """Where a table of PyTorch or PEFT keeps its entries."""
+    if isinstance(table, torch.nn.ModuleDict):
+        return table._modules
+    return table._parameters if isinstance(table, torch.nn.ParameterDict) else table._buffers
+
+
+def _keys_of(table: torch.nn.Module) -> dict | None:
+    return table._keys if isinstance(table, torch.nn.ParameterDict) else None
+
+
+def _tables_of(wrapper: torch.nn.Module):
+    holder = holder_of_inside(wrapper)[0]
+    for module in dict.fromkeys((wrapper, holder)):
+        yield from module.__dict__.items()
+        yield from module._modules.items()
+
+
+def _has(wrapper: torch.nn.Module, adapter_name: str) -> bool:
+    """Whether a wrapper has anything under the adapter's name."""
+    if not isinstance(wrapper, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        return True
+    return any(
+        (isinstance(table, MutableMapping) or (isinstance(table, torch.nn.Module) and _is_table(table)))
+        and attribute not in NOT_COMPARED - {"modules_to_save"}
+        and adapter_name in table
+        for attribute, table in _tables_of(wrapper)
+    )
+
+
+def _rank(wrapper: torch.nn.Module, adapter_name: str) -> int | None:
+    for attribute, table in _tables_of(wrapper):
+        if attribute == "r" or attribute.endswith("_r"):
+            rank = table.get(adapter_name) if isinstance(table, MutableMapping) else None
+            if isinstance(rank, int) and not isinstance(rank, bool):
+                return rank
+    return None
+
+
+def _scaling(wrapper: torch.nn.Module, adapter_name: str) -> float | None:
+    table = getattr(wrapper, "scaling", None)
+    value = table.get(adapter_name) if isinstance(table, MutableMapping) else None
+    return value if isinstance(value, (int, float)) else None
+
+
+def _equal(first: object, second: object) -> bool:
+    """Whether two plain values are the same. Objects are if they are of one class and have the same attributes."""
+    if first is second:
+        return True
+    if type(first) is not type(second):
+        return isinstance(first, (int, float)) and isinstance(second, (int, float)) and first == second
+    if isinstance(first, torch.Tensor):
+        return _same_bits(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    if hasattr(first, "__dict__") and type(first).__eq__ is object.__eq__:
+        return _equal(vars(first), vars(second))
+    return bool(first == second)
+
+
+def _same_form(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    """Whether two modules differ at most in the values and shapes of their tensors and in plain attributes."""
+    classes = [getattr(type(each), "hotswap_original", type(each)) for each in (first, second)]
+    if classes[0] is not classes[1]:
+        return False
+    for table in ("_parameters", "_buffers", "_modules"):
+        one, other = first.__dict__[table], second.__dict__[table]
+        if one.keys() != other.keys() or any((one[key] is None) != (other[key] is None) for key in one):
+            return False
+    return all(_same_form(first._modules[name], child) for name, child in second._modules.items() if child is not None)
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(first.detach().to(second.device), second.detach())

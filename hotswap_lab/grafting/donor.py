@@ -1,0 +1,152 @@
+"""A donor: the new adapter, loaded by PEFT itself onto a stand-in of the live base model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+from ..host import PEFT_PREFIX, Host, canonical_path
+from .stand_in import StandIn, make_stand_in
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A fresh load of an adapter, beside the live model."""
+
+    model: PeftModel
+    stand_in: StandIn
+    #: base weights that the adapter's file brings, by their names in the base model
+    base_values: Mapping[str, torch.Tensor]
+    #: all weights of the live base model, by the same names
+    live_values: Mapping[str, torch.Tensor]
+    #: keys of the file that mean nothing to this model
+    unexpected: tuple[str, ...]
+    #: tensors of the adapter that the file has no values for
+    missing: tuple[str, ...]
+
+    @property
+    def config(self) -> PeftConfig:
+        (config,) = self.model.peft_config.values()
+        return config
+
+
+def load_donor(
+    host: Host,
+    config: PeftConfig,
+    tensors: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    *,
+    half_precision: bool = False,
+) -> Donor:
+    """Lets PEFT load an adapter, as ``PeftModel.from_pretrained`` does, onto a stand-in for the host's base model.
+
+    Parameters
+    ----------
+    host:
+        Where the live adapter is. Only read.
+    config:
+        The new adapter's config, with the ``inference_mode`` of the live one.
+    tensors:
+        Its tensors by the names of its file.
+    adapter_name:
+        The name that the adapter gets.
+    half_precision:
+        Whether the adapter keeps the precision of a half-precision base, as with ``autocast_adapter_dtype=False``.
+    """
+    stand_in = make_stand_in(host.base)
+    versions = stand_in.versions()
+    base_names = {id(tensor): name for name, tensor in _named_tensors(stand_in.model)}
+    twins = dict(_named_tensors(stand_in.model))
+    config = copy.deepcopy(config)
+    replication, present = getattr(config, "layer_replication", None), host.configs.get(adapter_name)
+    if replication and present is not None and getattr(present, "layer_replication", None) == replication:
+        config.layer_replication = None  # the live base model has its layers repeated already
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    try:
+        # drawing weights that are then overwritten must not move the user's random numbers on
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = cls(stand_in.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
+            base_values, result = _set_tensors(model, tensors, adapter_name, base_names)
+            if hasattr(model.base_model, "_cast_adapter_dtype"):
+                model.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half_precision)
+    finally:
+        for parameter, requires_grad in stand_in.shared:
+            parameter.requires_grad_(requires_grad)
+    if stand_in.was_changed(versions):
+        raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
+    if replication:
+        model.peft_config[adapter_name].layer_replication = replication
+    unexpected, missing = _mismatches(model, tensors, adapter_name, result)
+    return Donor(
+        model.eval() if config.inference_mode else model,
+        stand_in,
+        base_values,
+        {name: stand_in.live_tensors[id(twin)] for name, twin in twins.items()},
+        unexpected,
+        missing,
+    )
+
+
+def _mismatches(model: PeftModel, tensors: Mapping, adapter_name: str, result) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keys of the file that mean nothing to the model, and tensors of the adapter that it should have had."""
+    config = model.peft_config[adapter_name]
+    saved = set(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
+    if config.is_prompt_learning:
+        return tuple(sorted(tensors.keys() - saved)), tuple(sorted(saved - tensors.keys()))
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    # some tensors are never saved, and a fresh load doesn't miss them
+    missing = [key for key in result.missing_keys if tuner._remove_adapter_name_from_key(key, adapter_name) in saved]
+    return tuple(result.unexpected_keys), tuple(sorted(missing))
+
+
+def _named_tensors(model: torch.nn.Module):
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _set_tensors(model: PeftModel, tensors: Mapping, adapter_name: str, base_names: Mapping[int, str]):
+    """Writes the adapter's tensors into the donor; those that are for the base model are kept apart."""
+    base_keys = {
+        key: base_names[id(tensor)]
+        for key, tensor in _named_tensors(model)
+        if id(tensor) in base_names
+    }
+    base_values: dict[str, torch.Tensor] = {}
+
+    def keep_apart(module, state_dict: dict, prefix: str, *_: object) -> None:
+        # this memory is the live model's, too
+        for key in [key for key in state_dict if key in base_keys]:
+            base_values[base_keys[key]] = state_dict.pop(key)
+
+    handle = model.register_load_state_dict_pre_hook(keep_apart)
+    try:
+        result = set_peft_model_state_dict(model, _file_keys(model, tensors, adapter_name), adapter_name)
+    finally:
+        handle.remove()
+    result.missing_keys[:] = [key for key in result.missing_keys if key not in base_keys]
+    return base_values, result
+
+
+def _file_keys(model: PeftModel, tensors: Mapping, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The keys as in a file that PEFT wrote: with its prefix, without the adapter's name."""
+    config = model.peft_config[adapter_name]
+    if config.is_prompt_learning:
+        return dict(tensors)
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    own = set(model.state_dict())
+    renamed = {}
+    for key, tensor in tensors.items():
+        full = PEFT_PREFIX + canonical_path(key) if not key.startswith("base_model.") else key
+        if full in own and (f".{adapter_name}." in full or full.endswith(f".{adapter_name}")):
+            full = tuner._remove_adapter_name_from_key(full, adapter_name)
+        renamed[full] = tensor
+    return renamed

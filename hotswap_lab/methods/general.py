@@ -1,0 +1,84 @@
+"""Every other PEFT method, by what PEFT itself says of its layers: ``adapter_layer_names`` and ``other_param_names``.
+
+Swaps of these go by a freshly loaded donor (see :mod:`hotswap_lab.grafting`), so that nothing of the methods has to be
+known here but where their tensors are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ..errors import Refusal
+from ..parts import SlotTensor
+
+layer_class = BaseTunerLayer
+
+#: what can't be swapped, and why
+REFUSED = {
+    PeftType.XLORA: "X-LoRA, which loads several adapters and routes between them",
+}
+
+
+def malformed(config: PeftConfig) -> Iterator[Refusal]:
+    """PEFT judges these configs itself, when it loads the donor."""
+    return iter(())
+
+
+def unsupported(config: PeftConfig, role: str) -> Iterator[Refusal]:
+    """What in ``config`` can't be swapped; ``role`` says whose config it is ("new" or "loaded")."""
+    if reason := REFUSED.get(config.peft_type):
+        yield Refusal(
+            f"The {role} adapter can't be swapped in place.",
+            found=reason,
+            expected="an adapter whose state lies in the layers that it is on",
+            next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
+        )
+
+
+def unsupported_layer(layer: BaseTunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
+    """Why the tensors of this layer can't be swapped, or None."""
+    return next(
+        (f"a {each.named_key} without data (on the meta device)" for each in tensors if each.parameter.is_meta), None
+    )
+
+
+def has_adapter(layer: BaseTunerLayer, adapter_name: str) -> bool:
+    return any(adapter_name in table for _, table in _tables(layer))
+
+
+def _tables(layer: BaseTunerLayer) -> Iterator[tuple[str, object]]:
+    for name in layer.adapter_layer_names:
+        table = attrgetter(name)(layer)
+        if hasattr(table, "keys"):
+            yield name, table
+
+
+def tensors_of(layer: BaseTunerLayer, adapter_name: str) -> list[SlotTensor]:
+    """The parameters of one adapter on one layer, in PEFT's order."""
+    tensors = []
+    for table_name, table in _tables(layer):
+        if adapter_name not in table:
+            continue
+        entry = table[adapter_name]
+        if isinstance(entry, torch.nn.Module):
+            for path, module in entry.named_modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        inner = f"{path}.{name}" if path else name
+                        tensors.append(
+                            SlotTensor(
+                                f"{table_name}.{inner}", f"{table_name}.{adapter_name}.{inner}", module, name, None
+                            )
+                        )
+        elif isinstance(table, torch.nn.ParameterDict):
+            tensors.append(SlotTensor(table_name, f"{table_name}.{adapter_name}", table, adapter_name, None))
+    return tensors
+
+
+#: the tables on a layer that hold one scalar per adapter
+SCALAR_TABLES = ()

@@ -1,0 +1,131 @@
+"""Shards: parameters that are spread over several processes, as tensor parallelism and FSDP2 leave them (DTensors).
+
+A swap needs no communication there. Each process has read the whole file, so each cuts its own shard out of it and
+writes that. Nothing ties the processes together but that all of them make the same swap: what is refused depends only
+on what is the same everywhere (config, shapes, placements). What may fail in one process alone, such as reading a
+damaged file, is the caller's to agree on before anything is written::
+
+    try:
+        plan = plan_hotswap(model, folder)
+        ok = plan.ok
+    except HotswapError:
+        ok = False
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, ok)
+    if all(answers):
+        commit(plan)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .journal import Journal
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+else:  # a build of PyTorch without distributed; nothing can be sharded there
+    DTensor = None
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    return DTensor is not None and isinstance(tensor, DTensor)
+
+
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """The memory that this process holds of a parameter: all of it, or its shard. Writes to it reach the parameter."""
+    if not is_sharded(parameter):
+        return parameter
+    # with gradients on, it would be a new tensor with a history of its own
+    with torch.no_grad():
+        return parameter.to_local()
+
+
+def shard(whole: torch.Tensor, like: DTensor) -> DTensor:
+    """Spreads ``whole`` as ``like`` is spread, whatever the shapes of both; cut out here, without communication.
+
+    Takes ``like``'s dtype and device; never shares memory with ``whole``.
+    """
+    return _spread(whole.detach().to(local_part(like).device, like.dtype, copy=True).contiguous(), like)
+
+
+def _spread(whole: torch.Tensor, like: DTensor) -> DTensor:
+    # by default the first process would send everybody a shard, and one that was refused would keep all others waiting
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def note_writes(parameters: Iterable[DTensor]) -> None:
+    """Tells autograd that parts of these parameters are written: a DTensor's version is not that of its part.
+
+    Otherwise the gradient of an earlier output would be computed with the new weights, and no error raised.
+    """
+    for parameter in parameters:
+        if not parameter.is_inference():
+            torch.autograd.graph.increment_version(parameter)
+
+
+def why_not(owner: torch.nn.Module, name: str) -> str | None:
+    """Why writing to this process's part of ``owner``'s parameter would not be enough, or None."""
+    parameter = owner._parameters[name]
+    if getattr(parameter, "_fsdp_flattened", False):
+        return "flattened by FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2) instead"
+    keeper = _fsdp_keeper(owner, name)
+    if keeper is not None and parameter is not keeper.sharded_param:
+        # what is written to gathered weights is gone at the next reshard, and the old adapter is back
+        return "gathered by FSDP for a forward: call reshard() on each FSDPModule of the model, then swap"
+    if not is_sharded(parameter):
+        return None
+    kinds = {type(placement) for placement in parameter.placements}
+    if not kinds <= {Shard, Replicate}:
+        return f"spread over processes as {', '.join(map(str, parameter.placements))}"
+    local = local_part(parameter)
+    if type(local) is not torch.Tensor:
+        return f"sharded as {type(local).__name__}"
+    if local_part(_spread(torch.empty(parameter.shape, device="meta"), parameter)).shape != local.shape:
+        return f"sharded unevenly: this process holds {tuple(local.shape)} of {tuple(parameter.shape)}"
+    return None
+
+
+def has_fixed_shape(owner: torch.nn.Module, name: str) -> bool:
+    """Whether FSDP has noted the parameter's shape, so that it can't get another one."""
+    return _fsdp_keeper(owner, name) is not None
+
+
+def _fsdp_keeper(owner: torch.nn.Module, name: str) -> object | None:
+    """FSDP2's own record of a parameter, which knows what the parameter is while it is sharded.
+
+    FSDP has no public way from a parameter to it, and none at all from a module below the one that was sharded. But
+    it asks every owner of a parameter to tell it when a state dict was loaded.
+    """
+    for hook in owner._load_state_dict_post_hooks.values():
+        for cell in getattr(hook, "__closure__", None) or ():
+            record = cell.cell_contents
+            if type(record).__name__ == "FSDPParam" and record._module_info.param_name == name:
+                return record
+    return None
+
+
+def give_shard(parameter: DTensor, fresh: DTensor, journal: Journal) -> None:
+    """Gives a sharded parameter other memory, whatever shape that has; it stays the same object.
+
+    ``torch.utils.swap_tensors`` would do it too, but it fails if an output of an earlier call is still alive: in one
+    process, perhaps, and not in another.
+    """
+    old, part, spec = parameter.data, parameter._local_tensor, parameter._spec
+
+    def undo() -> None:
+        _become(parameter, old, part, spec)
+
+    journal.record(undo)
+    # as in `give_memory`: another dtype in between makes autograd forget the old shape
+    other_dtype = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    nothing = _spread(torch.empty([0] * fresh.ndim, dtype=other_dtype, device=local_part(fresh).device), fresh)
+    for each in (nothing, fresh):
+        _become(parameter, each, each._local_tensor, each._spec)
+
+
+def _become(parameter: DTensor, other: DTensor, part: torch.Tensor, spec: object) -> None:
+    # `data` takes over what PyTorch's core knows of a tensor (shape, dtype); the other two are DTensor's own
+    parameter.data, parameter._local_tensor, parameter._spec = other, part, spec
