@@ -38,6 +38,13 @@ FILE_ARGUMENTS = (
     "revision",
     "subfolder",
 )
+#: what in a key says that it is not of an ordinary LoRA, although diffusers may take some of it
+OTHER_KINDS = {
+    "dora_scale": "DoRA in kohya's format",
+    "lora_controlnet": "a control LoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+}
 #: arguments of ``load_lora_weights`` that say how a *new* adapter is made, which is not what happens here
 NOT_OURS = ("adapter_name", "hotswap", "low_cpu_mem_usage", "return_lora_metadata")
 
@@ -180,13 +187,13 @@ def _check_raw(tensors: Mapping[str, torch.Tensor], label: str) -> None:
             expected="tensors of LoRA layers",
             next_step="get an undamaged copy of it",
         )
-    for mark, kind in (("dora_scale", "DoRA in kohya's format"), ("lora_controlnet", "a control LoRA")):
+    for mark, kind in OTHER_KINDS.items():
         if found := [key for key in tensors if mark in key]:
             raise refuse(
                 f"The LoRA from {label} is of a kind that can't be swapped in place.",
                 found=f"{kind}: keys such as {found[0]!r}",
                 expected="LoRA whose only tensors are the two matrices of each layer, and alphas",
-                next_step="use a LoRA of the ordinary kind; diffusers itself drops or rebuilds parts of this one",
+                next_step="load it into a fresh pipeline with load_lora_weights, if diffusers supports it",
             )
 
 
@@ -344,8 +351,6 @@ def _config_and_tensors(
     alphas, metadata = arguments.get("network_alphas"), arguments.get("metadata")
     if alphas and metadata:
         raise ValueError("a file with alphas must not have metadata, too")
-    if found := [key for key in tensors if ".lokr_" in key]:
-        raise ValueError(f"a LoKr, with keys such as {found[0]!r}")
     if "lora_A" not in next(iter(tensors)):
         tensors = convert_unet_state_dict_to_peft(tensors)
     # the ^ makes PEFT take a key for a whole path, not for the end of one

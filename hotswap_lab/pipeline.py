@@ -44,14 +44,15 @@ class PipelinePlan:
         What is swapped out, and where what is swapped in comes from.
     plans:
         The plans by the names of the parts.
-    pipeline_refusals:
-        What speaks against the swap beside the refusals of the plans.
+    pipeline_refusals, pipeline_notes:
+        What speaks against the swap, and what a reader should know, beside those of the plans.
     """
 
     adapter_name: str
     source: str
     plans: Mapping[str, Plan]
     pipeline_refusals: tuple[Refusal, ...] = ()
+    pipeline_notes: tuple[str, ...] = ()
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -98,7 +99,7 @@ class PipelinePlan:
     @property
     def notes(self) -> list[str]:
         """What a reader should know although it doesn't prevent the swap."""
-        return [f"{part}: {note}" for part, plan in self.plans.items() for note in plan.notes]
+        return [*self.pipeline_notes, *(f"{part}: {note}" for part, plan in self.plans.items() for note in plan.notes)]
 
     @property
     def title(self) -> str:
@@ -270,6 +271,13 @@ def plan_pipeline_hotswap(
         for name in adapters
         if name in parts and name not in loaded
     ]
+    if foreign := sorted(adapters.keys() - parts_of(pipe).keys()):
+        raise refuse(
+            f"The LoRA is not for this {type(pipe).__name__}.",
+            found=f"tensors for {listing(foreign)}",
+            expected=f"tensors for its parts only: {listing(parts_of(pipe), 9)}",
+            next_step="read it for this pipeline: read_pipeline_lora(pipe, source)",
+        )
     if not adapters.keys() & parts.keys():
         raise refuse(
             "Hot swapping the adapter did not succeed, the LoRA has nothing for these parts.",
@@ -277,12 +285,12 @@ def plan_pipeline_hotswap(
             expected=f"tensors for {listing(parts)}",
             next_step="check `components`, or use a LoRA that was made for this pipeline",
         )
-    plans = {}
+    plans, notes = {}, []
     for name in loaded:
-        model = parts[name]
-        refusals += _offloading(name, model)
-        plans[name] = _plan_part(model, adapters.get(name), adapter_name, label, add_layers)
-    return PipelinePlan(adapter_name, label, plans, tuple(refusals))
+        refusals += _offloading(name, parts[name])
+        plans[name] = _plan_part(parts[name], adapters.get(name), adapter_name, label, add_layers)
+        notes += _rounding(name, plans[name])
+    return PipelinePlan(adapter_name, label, plans, tuple(refusals), tuple(notes))
 
 
 def prepare_pipeline_for_compiled_hotswap(
@@ -391,7 +399,7 @@ def _plan_part(
 ) -> Plan:
     slot = slot_for(model, adapter_name)
     if adapter is None:
-        # a fresh load would not put an adapter here, so the old one's config says nothing that is still true or not
+        # a fresh load would put nothing here; the old config stays, so that later files find a place to go
         return make_plan(slot, Adapter(copy.deepcopy(slot.config), {}, label), all_off=True)
     plan = make_plan(slot, adapter, add_layers=add_layers)
     if not plan.ok and is_diffusers_model(slot.host.base):
@@ -438,6 +446,18 @@ def _read(
 
 def _as_list(sources: object) -> list:
     return [sources] if isinstance(sources, (str, os.PathLike, Mapping)) else list(sources)
+
+
+def _rounding(name: str, plan: Plan) -> list[str]:
+    """A fresh load takes each file's own precision; a swap keeps that of the memory it writes to."""
+    there = {tensor.parameter.dtype for tensor in plan.slot.tensors if tensor.parameter.is_floating_point()}
+    coming = {tensor.dtype for tensor in plan.adapter.tensors.values()}
+    if not (finer := {dtype for dtype in coming if any(torch.finfo(dtype).eps < torch.finfo(e).eps for e in there)}):
+        return []
+    return [
+        f"{name}: the file has {listing(sorted(map(str, finer)))}, which is rounded to the "
+        f"{listing(sorted(map(str, there)))} that the first LoRA was loaded in"
+    ]
 
 
 def _offloading(name: str, model: torch.nn.Module) -> list[Refusal]:

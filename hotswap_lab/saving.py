@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from .errors import refuse
-from .host import PEFT_PREFIX
+from .host import PEFT_PREFIX, canonical_path
+from .methods import general
 from .slot import Slot, resolve_slot
 from .state_view import is_off, own_tensor, strange_padding
 
@@ -70,6 +71,12 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
 
 def saved_tensors(slot: Slot) -> dict[str, torch.Tensor]:
     """The adapter's tensors by the names of its file, on the CPU, layers that are off left out."""
+    if slot.method is general or slot.method.needs_donor(slot.config):
+        prefix = "" if slot.host.is_peft_model else PEFT_PREFIX
+        tensors = get_peft_model_state_dict(
+            slot.host.carrier, adapter_name=slot.adapter_name, save_embedding_layers=False
+        )
+        return {prefix + canonical_path(key) if prefix else key: _copy(tensor) for key, tensor in tensors.items()}
     return {
         f"{PEFT_PREFIX}{layer.path}.{tensor.key}": _copy(own_tensor(layer.module, slot.adapter_name, tensor))
         for layer in slot.layers

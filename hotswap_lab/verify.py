@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
 from .adapter import Adapter
+from .base_values import ORIGINALS
 from .compiled import unwrap_compiled
 from .errors import refuse
+from .grafting import wrappers_in
+from .grafting.stand_in import WRAPPERS, inside
 from .host import PEFT_PREFIX, Host, canonical_path
 from .saving import saved_tensors, write_adapter
 from .slot import Slot, resolve_slot
@@ -152,14 +156,28 @@ def bare_base(host: Host) -> torch.nn.Module:
     """A copy of the base model without any adapter."""
     base = unwrap_compiled(copy.deepcopy(unwrap_compiled(host.base)))
     base.__dict__.pop("peft_config", None)
-    for path, module in list(base.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent_path, _, name = path.rpartition(".")
-            base.get_submodule(parent_path)._modules[name] = module.get_base_layer()
+    for module in list(base.modules()):
+        for name, child in module._modules.items():
+            while isinstance(child, WRAPPERS):
+                child = module._modules[name] = inside(child)
+    tensors = dict((*base.named_parameters(), *base.named_buffers()))
+    for originals in base.__dict__.pop(ORIGINALS, {}).values():
+        for name, original in originals.items():
+            tensors[name].data.copy_(original)
     return base
 
 
 def _check_active(slot: Slot) -> None:
+    if not slot.layers:
+        carrier = slot.host.carrier
+        if list(carrier.active_adapters) == [slot.adapter_name] and not getattr(carrier, "_adapters_disabled", False):
+            return
+        raise refuse(
+            f"The adapter {slot.adapter_name!r} is not what the model computes with now.",
+            found=f"active adapters {list(carrier.active_adapters)}",
+            expected=f"[{slot.adapter_name!r}] alone, enabled",
+            next_step=f"call model.set_adapter({slot.adapter_name!r}) first",
+        )
     layer = slot.layers[0].module
     if layer.disable_adapters or list(layer.active_adapters) != [slot.adapter_name] or layer.merged:
         raise refuse(
@@ -176,7 +194,8 @@ def _as_folder(adapter: str | os.PathLike | Adapter) -> Iterator[str]:
     if not isinstance(adapter, Adapter):
         yield os.fspath(adapter)
         return
-    tensors = {f"{PEFT_PREFIX}{canonical_path(key)}": tensor.contiguous() for key, tensor in adapter.tensors.items()}
+    prefix = "" if adapter.config.is_prompt_learning else PEFT_PREFIX
+    tensors = {f"{prefix}{canonical_path(key)}": tensor.contiguous() for key, tensor in adapter.tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(folder, adapter.config, tensors)
         yield folder
@@ -218,6 +237,8 @@ def _float_tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    if [each.shape for each in first] != [each.shape for each in second]:
+        return math.inf  # prompts make sequences longer
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(first, second, strict=True))
 
 
@@ -227,15 +248,7 @@ def _mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
     for key in sorted((live_config.keys() | fresh_config.keys()) - PROVENANCE):
         if live_config.get(key) != fresh_config.get(key):
             yield f"config.{key} is {live_config.get(key)!r}, fresh {fresh_config.get(key)!r}"
-    live_layers = {layer.path: layer.module for layer in slot.layers}
-    for layer in resolve_slot(fresh, name).layers:
-        live = live_layers.get(layer.path)
-        for table in slot.method.SCALAR_TABLES:
-            expected = getattr(layer.module, table)[name]
-            found = getattr(live, table).get(name) if live is not None else None
-            if found != expected:
-                found = float(found) if isinstance(found, torch.Tensor) else found
-                yield f"{layer.path}: {table} is {found!r}, fresh {expected!r}"
+    yield from _table_mismatches(slot, fresh)
     saved = {canonical_path(key): tensor for key, tensor in saved_tensors(slot).items()}
     expected = get_peft_model_state_dict(fresh, adapter_name=name, save_embedding_layers=False)
     expected = {canonical_path(key): tensor for key, tensor in expected.items()}
@@ -250,3 +263,37 @@ def _mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
     ]
     if different:
         yield f"{len(different)} tensors differ from a fresh load, such as {different[0]}"
+
+
+def _table_mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
+    """What the tables that PEFT keeps on each layer say of the adapter, if that differs."""
+    name = slot.adapter_name
+    live_wrappers = {canonical_path(path): module for path, module in wrappers_in(slot.host.base)}
+    for path, module in wrappers_in(fresh.get_base_model()):
+        live = live_wrappers.get(path)
+        for table in getattr(module, "other_param_names", ()):
+            expected = _entry(module, table, name)
+            if expected is not None and not _are_equal(found := _entry(live, table, name), expected):
+                found = float(found) if isinstance(found, torch.Tensor) and found.ndim == 0 else found
+                yield f"{path}: {table} is {found!r}, fresh {expected!r}"
+
+
+def _entry(module: torch.nn.Module | None, table_name: str, adapter_name: str) -> object | None:
+    try:
+        table = attrgetter(table_name)(module)
+    except AttributeError:
+        return None
+    return table[adapter_name] if hasattr(table, "keys") and adapter_name in table else None
+
+
+def _are_equal(first: object, second: object) -> bool:
+    if isinstance(second, torch.nn.Module):
+        # a dropout: a prepared one has another class, and the same p
+        return getattr(first, "p", 0.0) == getattr(second, "p", 0.0)
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.shape == second.shape and torch.equal(first.detach().cpu(), second.detach().cpu())
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_are_equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(_are_equal, first, second))
+    return bool(first == second)

@@ -64,6 +64,9 @@ def bitsandbytes(base: nn.Module, bits: int) -> nn.Module:
             else:
                 layer = bnb.nn.Linear4bit(**shape, compute_dtype=module.weight.dtype, quant_type="nf4")
                 layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+                # some CPUs pack the weights at the first call and unpack them for a state dict, both with rounding:
+                # a look at the state dict would change the outputs
+                layer.support_avx512bf16_for_cpu = False
             base.set_submodule(name, layer.to("cpu"))
     setattr(base, f"is_loaded_in_{bits}bit", True)
     return base
@@ -78,8 +81,6 @@ class Base:
     adapter_dtype: torch.dtype = torch.float32
     #: to `PeftModel.from_pretrained`
     arguments: dict = field(default_factory=dict)
-    #: whether the same weights always give the same outputs
-    is_exact: bool = True
 
     @cached_property
     def kind(self) -> Kind:
@@ -93,7 +94,7 @@ class Base:
     def tolerance(self) -> dict[str, float]:
         """Where sums may be of another length: in half precision one rounding is a visible part of an output."""
         is_half = self.kind.base().dtype.itemsize == 2
-        return dict(tolerance=1e-2, margin=30) if is_half or not self.is_exact else dict(tolerance=1e-5, margin=1000)
+        return dict(tolerance=1e-2, margin=30) if is_half else dict(tolerance=1e-5, margin=1000)
 
 
 def make_kind(make: Callable[[], nn.Module]) -> Kind:
@@ -106,19 +107,25 @@ BASES = {
     "bfloat16, adapter too": Base(lambda: llama().bfloat16(), "Linear", torch.bfloat16, UNCAST),
     "float16": Base(lambda: llama().half()),
     "float16, adapter too": Base(lambda: llama().half(), "Linear", torch.float16, UNCAST),
-    "float64": Base(lambda: llama().double(), "Linear", torch.float64),
     "torchao int8": Base(lambda: int8_weight_only(llama()), "TorchaoLoraLinear"),
     "torchao int8 of bfloat16": Base(lambda: int8_weight_only(llama().bfloat16()), "TorchaoLoraLinear"),
     "bitsandbytes int8": Base(lambda: bitsandbytes(llama(), 8), "Linear8bitLt"),
-    # a look at the state dict changes its outputs a little: on some CPUs the weights are packed for the first call,
-    # and unpacked again for the state dict, both with rounding
-    "bitsandbytes nf4": Base(lambda: bitsandbytes(llama(), 4), "Linear4bit", is_exact=False),
+    "bitsandbytes nf4": Base(lambda: bitsandbytes(llama(), 4), "Linear4bit"),
 }
 
 
 @pytest.fixture(params=BASES)
 def base(request) -> Base:
     return BASES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """On tensors this small, threads wait for each other more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 #: from the first: the same rank, a higher and a lower one, fewer layers, and all of them again
@@ -151,10 +158,7 @@ def assert_is_what_it_says(base: Base, model: nn.Module) -> None:
 
 def assert_equals_fresh(base: Base, model: nn.Module, folder: str) -> None:
     assert_is_what_it_says(base, model)
-    if base.is_exact:
-        assert_equals_fresh_load(model, base.kind, folder, **base.arguments)
-    else:
-        assert_is_the_adapter(base, model, folder)
+    assert_equals_fresh_load(model, base.kind, folder, **base.arguments)
 
 
 def assert_is_the_adapter(base: Base, model: nn.Module, folder: str) -> None:
@@ -214,8 +218,8 @@ def test_the_base_is_not_touched(base, family):
 
 
 def test_verification_with_a_fresh_base(base, family):
-    if base.arguments or not base.is_exact:
-        pytest.skip("it loads as PEFT does by default, and compares bit for bit here")
+    if base.arguments:
+        pytest.skip("it loads as PEFT does by default")
     model = base.load(family["first"])
     hotswap_adapter(model, family["grown"], "default")
     arguments = dict(inputs=base.kind.inputs(), base=base.kind.base, tolerance=1e-5)

@@ -1,0 +1,633 @@
+"""Swaps in models that are spread over processes: FSDP2, tensor parallelism, DTensors placed by hand.
+
+All cases run in the same two processes, which are started once; each of them must pass in both.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import KINDS, Kind, call, load, save_random_adapter
+from oracle import assert_same_outputs, assert_same_scalars
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    HotswapError,
+    commit,
+    hotswap_adapter,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    resolve_slot,
+)
+from hotswap_lab.methods import lora
+
+if not dist.is_available():
+    pytest.skip("a PyTorch without distributed", allow_module_level=True)
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+PROCESSES = 2
+#: after this long, a process that waits for another one gets an error instead
+PATIENCE = datetime.timedelta(seconds=30)
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+LLAMA = Kind(llama, KINDS["llama"].make_inputs, KINDS["llama"].modules)
+ALL = list(LLAMA.modules)
+#: by the rank: the same, uneven over two processes, higher, so low that one of two processes has nothing, fewer layers
+FAMILY = {
+    "first": dict(r=4, lora_alpha=16, target_modules=ALL),
+    "same": dict(r=4, lora_alpha=12, target_modules=ALL),
+    "odd": dict(r=3, lora_alpha=9, target_modules=ALL),
+    "odd too": dict(r=3, lora_alpha=12, target_modules=ALL),
+    "grown": dict(r=8, lora_alpha=24, use_rslora=True, target_modules=ALL),
+    "one": dict(r=1, lora_alpha=4, target_modules=ALL),
+    "one too": dict(r=1, lora_alpha=3, target_modules=ALL),
+    "fewer": dict(r=4, lora_alpha=24, target_modules=["q_proj", "o_proj", "up_proj"]),
+}
+ANY_RANK = ("same", "grown", "odd", "one", "fewer", "first")
+
+
+class World:
+    """What a case gets: this process's place among all, and the adapters, which every process can read."""
+
+    def __init__(self, rank: int, folder: Path):
+        self.rank, self.folder = rank, folder
+        self.mesh: DeviceMesh = init_device_mesh("cpu", (PROCESSES,))
+
+    def adapter(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def load(self, name: str = "first", kind: Kind = LLAMA) -> PeftModel:
+        return load(kind, self.adapter(name))
+
+    def everywhere(self, answer: object) -> list:
+        """The answers of all processes."""
+        answers = [None] * PROCESSES
+        dist.all_gather_object(answers, answer)
+        return answers
+
+
+CASES: dict[str, Callable[[World], None]] = {}
+
+
+def case(function: Callable[[World], None]) -> Callable[[World], None]:
+    CASES[function.__name__.replace("_", " ")] = function
+    return function
+
+
+# ---- the processes
+
+
+def run_all_cases(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    meeting_point = f"file://{folder}/meeting_point"
+    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=PROCESSES, timeout=PATIENCE)
+    world = World(rank, Path(folder))
+    for number, function in enumerate(CASES.values()):
+        try:
+            function(world)
+            verdict = ""
+        except BaseException:
+            verdict = traceback.format_exc()
+        Path(folder, f"verdict-{number}-{rank}").write_text(verdict or "passed")
+    dist.barrier()
+    # without taking down process groups that dead models may still hold on to
+    sys.stdout.flush()
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("distributed")
+    for number, (name, lora) in enumerate(FAMILY.items()):
+        save_random_adapter(LLAMA, folder / name, seed=number, **lora)
+    save_random_adapter(LLAMA, folder / "damaged", seed=20, **FAMILY["same"])
+    LLAMA.base().save_pretrained(folder / "base")
+    for name in ("conv", "embedding"):
+        for rank in (4, 8):
+            save_random_adapter(KINDS[name], folder / f"{name} {rank}", seed=rank, r=rank, lora_alpha=3)
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=run_all_cases, args=(rank, str(folder))) for rank in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=180)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    return {
+        name: [_read(folder / f"verdict-{number}-{rank}") for rank in range(PROCESSES)]
+        for number, name in enumerate(CASES)
+    }
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else "this process ended, or was ended, before it came here"
+
+
+# ---- what a case compares
+
+
+def whole_of(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def sharded(model) -> list[DTensor]:
+    parameters = [tensor.parameter for tensor in resolve_slot(model, "default").tensors]
+    return [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+
+
+def swap(model, folder: str) -> None:
+    """A swap in which no process says anything to another one."""
+    with CommDebugMode() as communication:
+        hotswap_adapter(model, folder, "default")
+    assert communication.get_total_counts() == 0
+
+
+def assert_holds(world: World, model, name: str, *, padded: bool = False) -> None:
+    """The weights are those of the adapter's file, put together from all processes and in each of them."""
+    file = load_file(f"{world.adapter(name)}/adapter_model.safetensors")
+    for layer in resolve_slot(model, "default").layers:
+        for tensor in layer.tensors:
+            expected = file.get(f"base_model.model.{layer.path}.{tensor.key}")
+            if expected is None:
+                expected = torch.zeros(tensor.parameter.shape)
+            if padded:
+                expected = tensor.padded(expected, tensor.capacity)
+            parameter = tensor.parameter
+            assert torch.equal(whole_of(parameter.detach()), expected), (name, layer.path, tensor.key)
+            if isinstance(parameter, DTensor):
+                assert_is_my_part(world, parameter, expected)
+            else:
+                assert torch.equal(parameter, expected)
+
+
+def assert_is_my_part(world: World, parameter: DTensor, whole: torch.Tensor) -> None:
+    """By plain chunks, not by what DTensor says."""
+    (placement,) = parameter.placements
+    if isinstance(placement, Shard):
+        parts = whole.chunk(PROCESSES, placement.dim)
+        whole = parts[world.rank] if world.rank < len(parts) else whole.narrow(placement.dim, 0, 0)
+    assert torch.equal(parameter.detach().to_local(), whole)
+
+
+def assert_equals_fresh_load(world: World, model, name: str, *, padded: bool = False) -> None:
+    assert_holds(world, model, name, padded=padded)
+    fresh = world.load(name)
+    assert_same_outputs(model, fresh, LLAMA)
+    assert_same_scalars(model, fresh, "default", ())
+    live, expected = (each.peft_config["default"].to_dict() for each in (model, fresh))
+    assert {**live, "target_modules": set(live["target_modules"])} == expected
+
+
+def state(model) -> list:
+    """Everything of an adapter that a refused swap must leave alone, as far as this process holds it."""
+    slot = resolve_slot(model, "default")
+    tables = [
+        (layer.path, table, dict(getattr(layer.module, table)))
+        for layer in slot.layers
+        for table in slot.method.SCALAR_TABLES
+    ]
+    tensors = [
+        (
+            id(tensor.parameter),
+            tuple(tensor.parameter.shape),
+            local(tensor.parameter).data_ptr(),
+            # of a copy: memory that NumPy has seen can't be given back, and FSDP wants to
+            local(tensor.parameter).clone().numpy().tobytes(),
+            tensor.parameter.grad,
+            getattr(tensor.owner, tensor.size_attribute or "", None),
+        )
+        for tensor in slot.tensors
+    ]
+    return [tables, tensors, id(slot.config), slot.config.to_dict()]
+
+
+@contextmanager
+def refusal(world: World, model, match: str):
+    """A refusal, in the same words in all processes, that leaves everything as it was."""
+    before = state(model)
+    with pytest.raises(HotswapError, match=match) as error:
+        yield
+    assert state(model) == before
+    first, *others = world.everywhere(str(error.value))
+    assert all(other == first for other in others)
+
+
+# ---- FSDP2
+
+
+def shard_fully(world: World, model, *, root: bool = True) -> PeftModel:
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=world.mesh)
+    if root:
+        fully_shard(model, mesh=world.mesh)
+    assert sharded(model)
+    return model
+
+
+def reshard(model) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@case
+def fsdp_of_the_layers_and_of_the_rest(world):
+    model = shard_fully(world, world.load())
+    for name in ("same", "fewer", "first"):
+        swap(model, world.adapter(name))
+        assert_equals_fresh_load(world, model, name)
+
+
+@case
+def fsdp_of_the_layers_alone(world):
+    model = shard_fully(world, world.load(), root=False)
+    for name in ("same", "first"):
+        swap(model, world.adapter(name))
+        assert_equals_fresh_load(world, model, name)
+        reshard(model)
+
+
+@case
+def fsdp_of_ranks_that_processes_cannot_share_evenly(world):
+    for first, other in (("odd", "odd too"), ("one", "one too")):
+        model = shard_fully(world, world.load(first))
+        rows = len(local(sharded(model)[0]))
+        assert rows == {"odd": (2, 1), "one": (1, 0)}[first][world.rank]
+        swap(model, world.adapter(other))
+        assert_equals_fresh_load(world, model, other)
+
+
+@case
+def fsdp_of_the_base_layers_alone(world):
+    model = world.load()
+    for layer in resolve_slot(model, "default").layers:
+        fully_shard(layer.module.base_layer, mesh=world.mesh)
+    assert not sharded(model)
+    for name in ANY_RANK:
+        swap(model, world.adapter(name))
+        assert_equals_fresh_load(world, model, name)
+
+
+@case
+def fsdp_does_not_let_a_rank_change(world):
+    model = shard_fully(world, world.load())
+    for name in ("grown", "odd"):
+        with refusal(world, model, "can't be changed while FSDP shards it"):
+            hotswap_adapter(model, world.adapter(name), "default")
+    assert_equals_fresh_load(world, model, "first")
+
+
+@case
+def fsdp_weights_that_are_gathered_are_not_written(world):
+    """The root's weights stay gathered after a forward. What is written to them would be gone at the next reshard."""
+    model = fully_shard(world.load(), mesh=world.mesh)
+    swap(model, world.adapter("same"))
+    assert_equals_fresh_load(world, model, "same")
+    assert not sharded(model)
+    plan = plan_hotswap(model, world.adapter("first"), "default")
+    assert not plan.ok
+    with refusal(world, model, r"gathered by FSDP .* call reshard\(\)"):
+        hotswap_adapter(model, world.adapter("first"), "default")
+    # below the module that was sharded, nothing tells but the parameters
+    with refusal(world, model, r"gathered by FSDP .* call reshard\(\)"):
+        hotswap_adapter(model.base_model.model, world.adapter("first"), "default")
+    reshard(model)
+    swap(model, world.adapter("first"))
+    assert_equals_fresh_load(world, model, "first")
+
+
+@case
+def fsdp_training_goes_on_with_the_new_adapter(world):
+    model = load(LLAMA, world.adapter("first"), is_trainable=True)
+    model = shard_fully(world, model)
+    ids = LLAMA.inputs()["input_ids"]
+    model(input_ids=ids, labels=ids).loss.backward()
+    reshard(model)
+    swap(model, world.adapter("same"))
+    assert all(parameter.grad is None for parameter in sharded(model))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    alone = load(LLAMA, world.adapter("same"), is_trainable=True)
+    optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1)
+    alone(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(call(model, LLAMA.inputs()), call(alone, LLAMA.inputs()))
+
+
+@case
+def fsdp_layers_are_added_whole(world):
+    model = shard_fully(world, world.load("fewer"))
+    before = sharded(model)
+    hotswap_adapter(model, world.adapter("same"), "default", add_layers=True)
+    assert sharded(model) == before
+    assert_equals_fresh_load(world, model, "same")
+
+
+@case
+def fsdp_1_is_refused(world):
+    for keep in (True, False):
+        model = world.load()
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=keep)
+        outputs = call(wrapped, LLAMA.inputs())
+        for name in ("same", "grown"):
+            with pytest.raises(HotswapError, match="FSDP1"):
+                hotswap_adapter(wrapped, world.adapter(name), "default")
+        assert torch.equal(call(wrapped, LLAMA.inputs()), outputs)
+
+
+# ---- tensor parallelism
+
+
+@case
+def tensor_parallelism_of_transformers(world):
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.distributed.configuration_utils import DistributedConfig
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # noqa: F401
+    except ImportError:
+        return  # before DTensors, PEFT's weights have local shapes there, which fit no file: refused
+
+    config = DistributedConfig(tp_size=PROCESSES)
+    base = AutoModelForCausalLM.from_pretrained(world.folder / "base", distributed_config=config)
+    model = PeftModel.from_pretrained(base, world.adapter("first")).eval()
+    assert {parameter.placements for parameter in sharded(model)} == {(Shard(0),), (Shard(1),)}
+    for name in ANY_RANK:
+        swap(model, world.adapter(name))
+        assert_holds(world, model, name)
+        fresh = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(world.folder / "base"), world.adapter(name)
+        ).eval()
+        assert_same_outputs(model, fresh, LLAMA)
+        assert_same_scalars(model, fresh, "default", ())
+        saved = world.folder / f"saved {world.rank}"
+        model.save_pretrained(saved)
+        files = [load_file(f"{each}/adapter_model.safetensors") for each in (saved, world.adapter(name))]
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(files[0][key], value) for key, value in files[1].items())
+
+
+def parallel(world: World, model) -> PeftModel:
+    """A along its rank and B along its outputs, or both along what is summed over."""
+    styles = {}
+    for layer in resolve_slot(model, "default").layers:
+        path = f"base_model.model.{layer.path}"
+        if layer.path.endswith(("o_proj", "down_proj")):
+            styles[f"{path}.lora_A.default"] = RowwiseParallel(input_layouts=Replicate())
+            styles[f"{path}.lora_B.default"] = RowwiseParallel(input_layouts=Replicate())
+        else:
+            styles[f"{path}.lora_A.default"] = ColwiseParallel(output_layouts=Replicate())
+            styles[f"{path}.lora_B.default"] = ColwiseParallel(output_layouts=Replicate())
+    model = parallelize_module(model, world.mesh, styles)
+    assert len(sharded(model)) == len(resolve_slot(model, "default").tensors)
+    return model
+
+
+@case
+def tensor_parallelism_of_pytorch(world):
+    model = parallel(world, world.load())
+    parameters = sharded(model)
+    for name in (*ANY_RANK, "grown", "first"):
+        swap(model, world.adapter(name))
+        assert_equals_fresh_load(world, model, name)
+    assert all(before is after for before, after in zip(parameters, sharded(model), strict=True))
+
+
+@case
+def prepared_and_then_spread(world):
+    """Any rank that there is room for, without another shape: what FSDP would need, too."""
+    model = world.load()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    model = parallel(world, model)
+    addresses = [local(parameter).data_ptr() for parameter in sharded(model)]
+    for name in ANY_RANK:
+        swap(model, world.adapter(name))
+        assert_equals_fresh_load(world, model, name, padded=True)
+    assert [local(parameter).data_ptr() for parameter in sharded(model)] == addresses
+
+
+@case
+def what_is_spread_is_not_prepared(world):
+    for spread in (parallel, shard_fully):
+        model = spread(world, world.load())
+        with refusal(world, model, "spread over processes can't be prepared"):
+            prepare_model_for_compiled_hotswap(model, target_rank=8)
+        with refusal(world, model, "spread over processes can't be prepared"):
+            AdapterPool(model, adapters={"same": world.adapter("same")})
+        assert_equals_fresh_load(world, model, "first")
+
+
+@case
+def training_goes_on_with_another_rank(world):
+    """Gradients have the new shape, though an output of the old adapter is still alive."""
+    model = load(LLAMA, world.adapter("first"), is_trainable=True)
+    model = parallel(world, model)
+    ids = LLAMA.inputs()["input_ids"]
+    still_alive = model(input_ids=ids, labels=ids).loss
+    model(input_ids=ids, labels=ids).loss.backward()
+    swap(model, world.adapter("grown"))
+    assert all(parameter.grad is None for parameter in sharded(model))
+    model(input_ids=ids, labels=ids).loss.backward()
+    alone = load(LLAMA, world.adapter("grown"), is_trainable=True)
+    alone(input_ids=ids, labels=ids).loss.backward()
+    expected = [tensor.parameter.grad for tensor in resolve_slot(alone, "default").tensors]
+    for parameter, gradient in zip(sharded(model), expected, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradient, rtol=1e-4, atol=1e-6)
+    del still_alive
+
+
+@case
+def a_gradient_of_the_old_adapter_is_an_error(world):
+    """As for any other parameter: an output of the old weights can't be differentiated with the new ones."""
+    model = place(world, world.load(), Shard(0))
+    (_, b), *_ = (layer.tensors for layer in resolve_slot(model, "default").layers)
+    inputs = distribute_tensor(torch.ones(5, 4), world.mesh, [Replicate()]).requires_grad_()
+    output = (inputs @ b.parameter.t()).sum()
+    swap(model, world.adapter("same"))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+# ---- DTensors placed by hand
+
+
+def place(world: World, model, *placements: Placement, mesh: DeviceMesh | None = None):
+    for tensor in resolve_slot(model, "default").tensors:
+        whole = tensor.parameter.detach()
+        spread = distribute_tensor(whole, mesh or world.mesh, placements)
+        tensor.owner._parameters[tensor.name] = torch.nn.Parameter(spread, requires_grad=False)
+    return model
+
+
+@case
+def every_placement(world):
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        model = place(world, world.load(), placement)
+        for name in ANY_RANK:
+            swap(model, world.adapter(name))
+            assert_holds(world, model, name)
+
+
+@case
+def every_kind_of_layer(world):
+    for name in ("conv", "embedding"):
+        for placement in (Shard(0), Shard(1)):
+            model = place(world, world.load(f"{name} 4", KINDS[name]), placement)
+            for rank in (8, 4):
+                swap(model, world.adapter(f"{name} {rank}"))
+                assert_holds(world, model, f"{name} {rank}")
+
+
+@case
+def the_caller_keeps_its_tensors(world):
+    """A replicated weight is whole in each process, so it could have been taken over."""
+    model = place(world, world.load(), Replicate())
+    adapter = Adapter.load(world.adapter("grown"))
+    before = {key: value.clone() for key, value in adapter.tensors.items()}
+    hotswap_adapter(model, adapter, "default")
+    for parameter in sharded(model):
+        with torch.no_grad():
+            local(parameter).add_(1)
+    assert all(torch.equal(value, before[key]) for key, value in adapter.tensors.items())
+
+
+@case
+def other_placements_are_refused(world):
+    model = world.load()
+    for tensor in resolve_slot(model, "default").tensors:
+        part = DTensor.from_local(tensor.parameter.detach() / PROCESSES, world.mesh, [Partial()])
+        tensor.owner._parameters[tensor.name] = torch.nn.Parameter(part, requires_grad=False)
+    with refusal(world, model, "spread over processes as"):
+        hotswap_adapter(model, world.adapter("same"), "default")
+
+
+@case
+def shards_of_other_sizes_are_refused(world):
+    """``from_local`` takes any sizes that add up: here, 1 and 3 rows of 4."""
+    model = world.load()
+    for tensor in resolve_slot(model, "default").tensors:
+        whole = tensor.parameter.detach()
+        part = whole[:1] if world.rank == 0 else whole[1:]
+        spread = DTensor.from_local(
+            part.contiguous(), world.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        tensor.owner._parameters[tensor.name] = torch.nn.Parameter(spread, requires_grad=False)
+    before = state(model)
+    with pytest.raises(HotswapError, match="sharded unevenly"):
+        hotswap_adapter(model, world.adapter("same"), "default")
+    assert state(model) == before
+
+
+# ---- all or nothing, and in all processes alike
+
+
+@case
+def an_adapter_of_another_model_is_refused(world):
+    for spread in (parallel, shard_fully):
+        model = spread(world, world.load())
+        adapter = Adapter.load(world.adapter("same"))
+        wide = {key: torch.cat([value, value], -1) for key, value in adapter.tensors.items()}
+        with refusal(world, model, "does not fit the base model|disagree about the rank"):
+            hotswap_adapter(model, Adapter.from_state_dict(wide, adapter.config), "default")
+
+
+@case
+def an_error_while_writing_is_taken_back(world):
+    """New shapes, gradients, tables: all of it is written when the last step fails."""
+
+    def fail(*_):
+        raise OSError("the last step failed")
+
+    last_steps = {
+        "same": (torch, "_foreach_copy_"),
+        "fewer": (torch, "_foreach_copy_"),
+        "grown": (lora, "write_dropout"),
+    }
+    for name, (place_of_step, step) in last_steps.items():
+        model = parallel(world, world.load())
+        for parameter in sharded(model):
+            parameter.grad = torch.ones_like(parameter)
+        before, parts = state(model), [parameter._local_tensor for parameter in sharded(model)]
+        original = getattr(place_of_step, step)
+        setattr(place_of_step, step, fail)
+        try:
+            with pytest.raises(OSError, match="the last step failed"):
+                hotswap_adapter(model, world.adapter(name), "default")
+        finally:
+            setattr(place_of_step, step, original)
+        assert state(model) == before
+        assert all(parameter._local_tensor is part for parameter, part in zip(sharded(model), parts, strict=True))
+        assert_equals_fresh_load(world, model, "first")
+        swap(model, world.adapter(name))
+        assert_equals_fresh_load(world, model, name)
+
+
+@case
+def a_file_that_is_damaged_for_one_process_only(world):
+    """Nobody waits for the others, so a caller who wants all or none has to ask them: before anything is written."""
+    model = parallel(world, world.load())
+    before = state(model)
+    source = world.folder / f"copy {world.rank}"
+    source.mkdir()
+    for file in Path(world.adapter("damaged")).iterdir():
+        content = file.read_bytes()
+        if world.rank == 1 and file.suffix == ".safetensors":
+            content = content[:-100]
+        (source / file.name).write_bytes(content)
+    try:
+        plan = plan_hotswap(model, source, "default")
+        is_ok = plan.ok
+    except HotswapError:
+        is_ok = False
+    answers = world.everywhere(is_ok)
+    assert answers == [True, False]
+    if all(answers):
+        commit(plan)
+    assert state(model) == before
+    assert_equals_fresh_load(world, model, "first")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_two_processes(verdicts, name):
+    for rank, verdict in enumerate(verdicts[name]):
+        assert verdict == "passed", f"process {rank}: {verdict}"
