@@ -133,8 +133,8 @@ def run_all_cases(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("distributed")
-    for number, (name, lora) in enumerate(FAMILY.items()):
-        save_random_adapter(LLAMA, folder / name, seed=number, **lora)
+    for number, (name, settings) in enumerate(FAMILY.items()):
+        save_random_adapter(LLAMA, folder / name, seed=number, **settings)
     save_random_adapter(LLAMA, folder / "damaged", seed=20, **FAMILY["same"])
     LLAMA.base().save_pretrained(folder / "base")
     for name in ("conv", "embedding"):
@@ -542,6 +542,17 @@ def other_placements_are_refused(world):
 
 
 @case
+def tensor_parallelism_within_fsdp_is_refused(world):
+    """Shards of shards: which part a process holds is known only to private parts of PyTorch."""
+    mesh = init_device_mesh("cpu", (1, PROCESSES), mesh_dim_names=("data", "tensor"))
+    model = place(world, world.load(), Shard(0), mesh=mesh["tensor"])
+    for layer in resolve_slot(model, "default").layers:
+        fully_shard(layer.module.lora_A, mesh=mesh["data"])
+    with refusal(world, model, "spread over processes as"):
+        hotswap_adapter(model, world.adapter("same"), "default")
+
+
+@case
 def shards_of_other_sizes_are_refused(world):
     """``from_local`` takes any sizes that add up: here, 1 and 3 rows of 4."""
     model = world.load()
@@ -578,23 +589,20 @@ def an_error_while_writing_is_taken_back(world):
     def fail(*_):
         raise OSError("the last step failed")
 
-    last_steps = {
-        "same": (torch, "_foreach_copy_"),
-        "fewer": (torch, "_foreach_copy_"),
-        "grown": (lora, "write_dropout"),
-    }
-    for name, (place_of_step, step) in last_steps.items():
+    the_copy, the_tables = (torch, "_foreach_copy_"), (lora, "write_dropout")
+    # of another rank, there is nothing to copy: every tensor gets new memory
+    for name, (owner, step) in {"same": the_copy, "fewer": the_copy, "grown": the_tables}.items():
         model = parallel(world, world.load())
         for parameter in sharded(model):
             parameter.grad = torch.ones_like(parameter)
         before, parts = state(model), [parameter._local_tensor for parameter in sharded(model)]
-        original = getattr(place_of_step, step)
-        setattr(place_of_step, step, fail)
+        original = getattr(owner, step)
+        setattr(owner, step, fail)
         try:
             with pytest.raises(OSError, match="the last step failed"):
                 hotswap_adapter(model, world.adapter(name), "default")
         finally:
-            setattr(place_of_step, step, original)
+            setattr(owner, step, original)
         assert state(model) == before
         assert all(parameter._local_tensor is part for parameter, part in zip(sharded(model), parts, strict=True))
         assert_equals_fresh_load(world, model, "first")
