@@ -47,10 +47,12 @@ def build_room(slot: Slot, capacity: Mapping[SlotLayer, int], reserved: Collecti
             scalings.append(torch.zeros((len(capacity), SCALING_STEP), device=device))
     room = Room(slot, arenas, scalings, content)
     for layer in capacity:
-        if layer not in reserved:
-            for tensor in layer.tensors:
+        for tensor in layer.tensors:
+            if layer not in reserved:
                 own = own_tensor(layer.module, name, tensor).detach()
                 tensor.own(room.view(tensor), tensor.rank_of(own.shape)).copy_(tensor.split(own))
+            elif tensor.off is not None:
+                room.view(tensor).copy_(tensor.off())
     for index, layer in enumerate(capacity):
         # what the user set it to by now, not what the adapter was trained with
         room.scaling(index, layer.tensors[0].parameter.device).fill_(float(layer.module.scaling[name]))

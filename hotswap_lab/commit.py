@@ -201,6 +201,8 @@ def _stage_room(staged: _Staged, plan: Plan) -> None:
                 # cast and moved here, where an error does no harm yet
                 source = write.source.detach().to(own.device, own.dtype)
                 staged.copy(own, write.target.split(source))
+            elif write.target.off is not None:
+                staged.cast(room.view(write.target), write.target.off())
     scalings = room.scalings_of(staged.content)
     for vector in room.scalings:
         staged.copy(vector, scalings)

@@ -24,6 +24,7 @@ def hotswap_adapter(
     torch_device: str | torch.device | None = None,
     *,
     add_layers: bool = False,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
     **kwargs: object,
 ) -> None:
     """Replaces a loaded adapter by another one, in place.
@@ -47,6 +48,10 @@ def hotswap_adapter(
         The device to read the file to. Default: CPU; the tensors are copied to the model's devices anyway.
     add_layers:
         Whether layers that the loaded adapter lacks are added. Not possible in a compiled model.
+    base_weights:
+        Only needed where PEFT overwrote weights of the base model (``bias="all"`` or ``"lora_only"``) when it loaded the
+        first adapter, and the new one doesn't: the base model's own values by name, such as its ``state_dict()``
+        from before. What a swap overwrites is remembered.
     **kwargs:
         ``key_mapping`` and ``allow_nonfinite`` of :meth:`Adapter.load`; ``subfolder``, ``revision``, ``token``,
         ``cache_dir`` and the other arguments of ``huggingface_hub.hf_hub_download``.
@@ -70,7 +75,16 @@ def hotswap_adapter(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter`` of PEFT 0.21, which this replaces.
     """
-    commit(plan_hotswap(model, model_name_or_path, adapter_name, torch_device, add_layers=add_layers, **kwargs))
+    plan = plan_hotswap(
+        model,
+        model_name_or_path,
+        adapter_name,
+        torch_device,
+        add_layers=add_layers,
+        base_weights=base_weights,
+        **kwargs,
+    )
+    commit(plan)
 
 
 def hotswap_adapter_from_state_dict(
@@ -81,6 +95,7 @@ def hotswap_adapter_from_state_dict(
     parameter_prefix: str = "lora_",
     *,
     add_layers: bool = False,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
     allow_nonfinite: bool = False,
 ) -> None:
     """Replaces a loaded adapter by tensors from memory, in place.
@@ -99,7 +114,7 @@ def hotswap_adapter_from_state_dict(
         ``config`` says otherwise, the model's copy of it is made to agree.
     parameter_prefix:
         Accepted because PEFT has it. Keys are matched exactly, so it is not needed.
-    add_layers:
+    add_layers, base_weights:
         As in :func:`hotswap_adapter`.
     allow_nonfinite:
         Whether NaN and infinity are let through.
@@ -124,7 +139,7 @@ def hotswap_adapter_from_state_dict(
     """
     slot = _slot_in_model(model, adapter_name)
     adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
-    commit(make_plan(slot, adapter, add_layers=add_layers, check_targets=False))
+    commit(make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights))
 
 
 def plan_hotswap(
@@ -134,6 +149,7 @@ def plan_hotswap(
     torch_device: str | torch.device | None = None,
     *,
     add_layers: bool = False,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
     **kwargs: object,
 ) -> Plan:
     """The dry run of :func:`hotswap_adapter`: what would be written, or why nothing can be.
@@ -169,7 +185,7 @@ def plan_hotswap(
     else:
         kwargs.setdefault("key_mapping", _own_key_mapping(slot))
         adapter = Adapter.load(adapter, torch_device=torch_device, **kwargs)
-    return make_plan(slot, adapter, add_layers=add_layers)
+    return make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights)
 
 
 def _own_key_mapping(slot: Slot) -> dict[str, str] | None:

@@ -18,7 +18,7 @@ from .adapter import Adapter
 from .base_values import kept_originals
 from .compiled import blind_spot, compiled_parts
 from .errors import Refusal, listing
-from .grafting import Change, Grafting, WrapperChange, decide_graft, wrappers_in
+from .grafting import Change, Grafting, WrapperChange, decide_graft, former_layers, is_embedding, wrappers_in
 from .host import PEFT_PREFIX, canonical_path
 from .methods import general
 from .parts import LayerSettings, SlotTensor, WholeSettings
@@ -125,6 +125,8 @@ def make_plan(
     if _has_strange_leftovers(draft, tensors):
         return _plan_with_donor(draft.afresh(), add_layers, base_weights)
     _plan_leftovers(draft, tensors, add_layers, check_targets)
+    if _turns_embeddings_off(draft):
+        return _plan_with_donor(draft.afresh(), add_layers, base_weights)
     _check_capacity(draft)
     _check_compiled(draft)
     if check_targets:
@@ -199,6 +201,14 @@ def _has_strange_leftovers(draft: _Draft, tensors: Mapping[str, torch.Tensor]) -
     keys = set(tensors)
     keys -= {key for key in keys if adaptable(draft.slot.host.base, key) is not None}
     return any(not _is_unchanged_base_weight(draft, key, tensors[key]) for key in keys)
+
+
+def _turns_embeddings_off(draft: _Draft) -> bool:
+    """PEFT saves the weights of embeddings that are wrapped, so these layers are given up rather than turned off."""
+    if draft.refusals or draft.compiled or _is_prepared(draft.slot):
+        return False
+    off = [plan for plan in draft.layers if plan.action is Action.OFF and plan.rank_before is not None]
+    return any(is_embedding(draft.slot.host.base, plan.layer.module) for plan in off)
 
 
 def _plan_with_donor(draft: _Draft, add_layers: bool, base_weights: Mapping[str, torch.Tensor] | None) -> Plan:
@@ -434,7 +444,8 @@ def _plan_leftovers(draft: _Draft, tensors: dict[str, torch.Tensor], add_layers:
     if not tensors:
         return
     _drop_unchanged_base_weights(draft, tensors)
-    if tensors and add_layers:
+    paths = {path for key in tensors if (path := adaptable(draft.slot.host.base, key)) is not None}
+    if paths and (add_layers or paths <= former_layers(draft.slot.host.base, draft.slot.adapter_name)):
         _add_layers(draft, tensors, check_targets)
     if not tensors:
         return

@@ -21,7 +21,7 @@ from .planning import make_plan
 from .prepare import make_room
 from .report import html_table
 from .room import Packed, merged, room_of, slot_for
-from .strength import check_strength, get_strength
+from .strength import check_scalable, check_strength, get_strength
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
 HISTORY = 100
@@ -189,6 +189,7 @@ class AdapterPool:
         with self._lock:
             self._check_room()
             check_strength(value)
+            check_scalable(self._room.slot)
             history = self._history_with(self._state())
             self._room.set_strength(value, lambda journal: journal.set_attribute(self, "_history", history))
 
@@ -301,7 +302,11 @@ class AdapterPool:
         self._check_room()
         plan = make_plan(self._room.slot, adapter, check_targets=check_targets)
         plan.raise_if_refused()
-        sources = [(write.target, write.source) for layer in plan.layers for write in layer.tensors]
+        sources = [
+            (write.target, write.target.off() if write.source is None and write.target.off else write.source)
+            for layer in plan.layers
+            for write in layer.tensors
+        ]
         content = plan.content
         content = dataclasses.replace(content, label=(self._token, name))
         return self._room.pack(content, [(target, source) for target, source in sources if source is not None])
@@ -359,6 +364,8 @@ class AdapterPool:
         """
         with self._lock:
             check_strength(strength)
+            if strength != 1:
+                check_scalable(self._room.slot)
             entry = self._entries.get(name) or self._entry(name)
             packed = entry.packed or self._packed(entry)
             self._check_room()

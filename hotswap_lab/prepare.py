@@ -25,6 +25,7 @@ from .errors import HotswapError, Refusal, listing, refuse
 from .host import canonical_path, carriers
 from .interrupts import interrupts_held
 from .journal import Journal
+from .methods import lora
 from .room import Room, clear_gradient, room_of
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, slot_in
@@ -226,6 +227,7 @@ def _decide(preparation: _Preparation, target_rank: int | None, family: list[Ada
     """Finds the room that is needed at each layer; yields why it can't be had."""
     slot, name = preparation.slot, preparation.slot.adapter_name
     yield from slot.method.unsupported(slot.config, "loaded")
+    yield from _beyond_rooms(slot.config, slot.config, "loaded")
     for layer in slot.layers:
         if reason := slot.method.unsupported_layer(layer.module, name, layer.tensors):
             yield Refusal(
@@ -273,6 +275,7 @@ def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | 
         )
         return
     problems = [*slot.method.malformed(adapter.config), *slot.method.unsupported(adapter.config, "new")]
+    problems += _beyond_rooms(adapter.config, slot.config, "new")
     if problems:
         yield from problems
         return
@@ -302,6 +305,25 @@ def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | 
             preparation.capacity[layer] = max(preparation.capacity[layer], rank)
         else:
             preparation.reserve[path] = max(preparation.reserve.get(path, 0), rank, target_rank or 0)
+
+
+def _beyond_rooms(config: PeftConfig, loaded: PeftConfig, role: str) -> Iterator[Refusal]:
+    """What an adapter has that can't be changed by writing values alone."""
+    if lora.needs_donor(config):
+        yield Refusal(
+            f"A model can't be prepared for the {role} adapter.",
+            found=f"{', '.join(lora.other_state(config))}: state beyond the tensors of its LoRA layers",
+            expected="LoRA or DoRA, with lora_bias or without",
+            next_step="swap such adapters in a model that is not compiled",
+        )
+    if lora.form_for(config) != lora.form_for(loaded):
+        names = ("use_dora", "lora_bias")
+        yield Refusal(
+            "Adapters with and without DoRA, or with and without lora_bias, have no common graph.",
+            found=", ".join(f"{name}={getattr(config, name)}" for name in names),
+            expected=", ".join(f"{name}={getattr(loaded, name)}" for name in names) + ", as the loaded adapter",
+            next_step="prepare one model for each kind, or swap between them in a model that is not compiled",
+        )
 
 
 def _targeted(slot: Slot, config: PeftConfig) -> Iterator[str]:
@@ -340,7 +362,10 @@ def _stage(preparation: _Preparation) -> None:
 
 
 def _build_reserved(slot: Slot, paths: list[str], rank: int) -> list[SlotLayer]:
-    config = type(slot.config)(r=rank, lora_alpha=rank, target_modules=paths)
+    use_dora, lora_bias = slot.method.form_for(slot.config)
+    config = type(slot.config)(
+        r=rank, lora_alpha=rank, target_modules=paths, use_dora=use_dora, lora_bias=lora_bias
+    )
     try:
         layers = build_shadow_layers(slot, config, paths)
     except Exception as error:
@@ -359,7 +384,7 @@ def _build_reserved(slot: Slot, paths: list[str], rank: int) -> list[SlotLayer]:
                 next_step="leave out the adapters that target it",
             )
         for tensor in layer.tensors:
-            tensor.parameter.zero_()
+            tensor.parameter.copy_(tensor.off_value())
     return layers
 
 

@@ -9,6 +9,7 @@ import torch
 from .errors import listing, refuse
 from .interrupts import interrupts_held
 from .journal import Journal
+from .methods import general
 from .parts import LayerSettings
 from .prepared_layer import has_fixed_size
 from .room import room_of, slot_for
@@ -56,6 +57,7 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
             expected="an unmerged adapter",
             next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
         )
+    check_scalable(slot)
     room = room_of(slot.host.base, adapter_name)
     if room is not None:
         room.set_strength(strength)
@@ -75,6 +77,22 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
         except BaseException:
             journal.roll_back()
             raise
+
+
+def check_scalable(slot: Slot) -> None:
+    """Refuses adapters whose effect is not proportional to a scaling."""
+    if slot.method is general:
+        kind = getattr(slot.config.peft_type, "value", slot.config.peft_type)
+    elif slot.config.use_dora:
+        kind = "DoRA, whose magnitude would stay at full strength"
+    else:
+        return
+    raise refuse(
+        f"The strength of {slot.adapter_name!r} can't be set.",
+        found=f"an adapter of type {kind}",
+        expected="LoRA, whose effect is its scaling times B @ A",
+        next_step="use model.disable_adapter() to turn it off",
+    )
 
 
 def check_strength(strength: object) -> None:
@@ -105,6 +123,8 @@ def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float
     0.25
     """
     slot = slot_for(model, adapter_name)
+    if slot.method is general:
+        check_scalable(slot)
     strengths = {
         round(float(layer.module.scaling[adapter_name]) / _trained(slot, layer), 6)
         for layer in slot.layers

@@ -547,7 +547,7 @@ def tensor_parallelism_within_fsdp_is_refused(world):
     mesh = init_device_mesh("cpu", (1, PROCESSES), mesh_dim_names=("data", "tensor"))
     model = place(world, world.load(), Shard(0), mesh=mesh["tensor"])
     for layer in resolve_slot(model, "default").layers:
-        fully_shard(layer.module.lora_A, mesh=mesh["data"])
+        fully_shard(layer.module.lora_A["default"], mesh=mesh["data"])
     with refusal(world, model, "spread over processes as"):
         hotswap_adapter(model, world.adapter("same"), "default")
 

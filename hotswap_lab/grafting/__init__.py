@@ -4,10 +4,10 @@
 ``difference`` (what the live model lacks to equal it), ``decide`` (whether that can be written).
 """
 
-from .decide import Grafting, decide_graft, note_former_layers
+from .decide import Grafting, decide_graft, former_layers, note_former_layers
 from .difference import Change, Graft, WrapperChange, difference
 from .donor import Donor, load_donor
-from .stand_in import make_stand_in, wrappers_in
+from .stand_in import is_embedding, make_stand_in, wrappers_in
 
 __all__ = [
     "Change",
@@ -17,6 +17,8 @@ __all__ = [
     "WrapperChange",
     "decide_graft",
     "difference",
+    "former_layers",
+    "is_embedding",
     "load_donor",
     "make_stand_in",
     "note_former_layers",

@@ -9,7 +9,7 @@ otherwise the entry is replaced. Entries of other adapters are never looked at.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,11 +21,11 @@ from ..compiled import unwrap_compiled
 from ..errors import Refusal
 from ..host import Host
 from ..journal import MISSING, Journal
-from ..methods import method_of
+from ..methods import general, method_of
 from ..prepared_layer import OFF_ATTRIBUTE
 from ..state_view import PADDED_ATTRIBUTE, is_marked_off, set_off
 from .donor import Donor
-from .stand_in import WRAPPERS, holder_of_inside, inside
+from .stand_in import WRAPPERS, holder_of_inside, inside, is_embedding
 
 Step = Callable[[Journal], None]
 
@@ -113,16 +113,17 @@ class Graft:
 
 def difference(host: Host, donor: Donor, adapter_name: str) -> Graft:
     """What makes the adapter called ``adapter_name`` in the live model the donor's. Writes nothing."""
-    comparison = _Comparison(donor, adapter_name, host.configs)
+    comparison = _Comparison(donor, adapter_name, host)
     comparison.roots(host.carrier, host.base)
     comparison.check_leaks()
     return comparison.graft
 
 
 class _Comparison:
-    def __init__(self, donor: Donor, adapter_name: str, adapter_names: Collection[str]):
+    def __init__(self, donor: Donor, adapter_name: str, host: Host):
         self.donor, self.name = donor, adapter_name
-        self._adapter_names = set(adapter_names)
+        self._base_model = host.base
+        self._adapter_names = set(host.configs)
         self.graft = Graft()
         self._seen: set[tuple[int, int]] = set()
         #: from ids of the donor's parts to their counterparts in the live model
@@ -132,6 +133,8 @@ class _Comparison:
         }
         #: ids of live tensors and modules that have a counterpart already
         self._taken: set[int] = set()
+        #: the donor's wrappers that go into the live model
+        self._added: list[torch.nn.Module] = []
         self._placed: list[object] = []
         self._change = Change.NONE
         #: removals come last, when it is known which tables the remaining wrappers share
@@ -150,6 +153,10 @@ class _Comparison:
         self._base(live_base, self.donor.stand_in.model, "")
         for remove in self._removals:
             remove()
+        for wrapper in self._added:
+            training = _core(wrapper).training
+            for module in _own_modules(wrapper):
+                module.training = training
 
     def _base(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
         """Two modules of the base model."""
@@ -173,22 +180,55 @@ class _Comparison:
         """One place in the base model, with whatever wrappers are around the module there."""
         live_wrappers, live_core = _peel(live)
         donor_wrappers, donor_core = _peel(donor)
-        outermost = live
-        unmatched = list(live_wrappers)
-        for wrapper in reversed(donor_wrappers):
-            match = next((each for each in reversed(unmatched) if _are_alike(each, wrapper)), None)
+        unmatched, ours = list(live_wrappers), []
+        for wrapper in donor_wrappers:
+            match = next((each for each in unmatched if _are_alike(each, wrapper)), None)
             if match is not None:
                 unmatched.remove(match)
                 self._count(match, wrapper, path)
-            else:
-                if outermost is live and unmatched and type(wrapper).__name__ != "ParamWrapper":
-                    self._obstacle(path, f"a {type(unmatched[0]).__name__} where a {type(wrapper).__name__} belongs")
-                    continue
-                self._add(parent, name, outermost, wrapper, path)
-                outermost = wrapper
+            ours.append(match)
+        staying = [each for each in unmatched if not self._goes(each)]
+        if staying and None in ours:
+            self._obstacle(path, f"a {type(staying[0]).__name__} where a {type(donor_wrappers[0]).__name__} belongs")
+        else:
+            added = [wrapper if match is None else None for wrapper, match in zip(donor_wrappers, ours, strict=True)]
+            chain = [each for each in live_wrappers if each in staying or each in ours]
+            if None in ours or [each for each in chain if each in ours] != ours:
+                chain = staying + [match or new for match, new in zip(ours, added, strict=True)]
+            for wrapper in filter(None, added):
+                self._add(wrapper, path)
+            self._link(parent, name, chain, live, live_core, path)
         for wrapper in unmatched:
-            self._removals.append(lambda wrapper=wrapper: self._remove(parent, name, wrapper, path))
+            self._removals.append(lambda wrapper=wrapper: self._remove(wrapper, path))
         self._base(live_core, donor_core, path)
+
+    def _link(self, parent, name: str, chain: list, live: torch.nn.Module, core: torch.nn.Module, path: str) -> None:
+        """Puts the wrappers around one another, and the outermost into the model, where they aren't already."""
+        if chain == _peel(live)[0]:
+            return
+        if len(chain) < len(_peel(live)[0]):
+            self.graft.unwrapped.append(path)
+        for table, key, module in zip(
+            [parent._modules, *(holder_of_inside(each)[0]._modules for each in chain)],
+            [name, *(holder_of_inside(each)[1] for each in chain)],
+            [*chain, core],
+            strict=True,
+        ):
+            if table is not parent._modules and self._is_new(table):
+                table[key] = module  # not in the model yet
+            elif table.get(key) is not module:
+                self._set(table, key, module, f"{path}: wrapped otherwise")
+
+    def _is_new(self, table: dict) -> bool:
+        return any(holder_of_inside(each)[0]._modules is table for each in self._added)
+
+    def _goes(self, wrapper: torch.nn.Module) -> bool:
+        """Whether nothing is on a live wrapper once this adapter is off it."""
+        if not _has(wrapper, self.name) or is_marked_off(wrapper, self.name):
+            return False
+        if any(_has(wrapper, other) for other in self._adapter_names - {self.name}):
+            return False
+        return not self._can_be_zeroed(wrapper)
 
     def _count(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
         rank_before, existed = _rank(live, self.name), _has(live, self.name)
@@ -224,6 +264,7 @@ class _Comparison:
                 self._wrapper(present, value, path)
             elif id(value) not in self._counterparts:
                 self._owned(live._modules, attribute, present, value, f"{path}.{attribute}")
+        self._leftovers(live, donor, path)
         for table in ("_parameters", "_buffers"):
             for key, value in donor.__dict__[table].items():
                 if value is not None and id(value) not in self._counterparts:
@@ -235,6 +276,19 @@ class _Comparison:
             self._step(lambda journal: journal.set_attribute(live, "_adapters", adapters), f"{path}: _adapters")
         if is_marked_off(live, self.name) and _has(donor, self.name):
             self._step(lambda journal: set_off(live, self.name, False, journal), f"{path}: turned off")
+
+    def _leftovers(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
+        """Tables that only the live wrapper has: variants of LoRA bring their own."""
+        for attribute in live.__dict__.keys() - donor.__dict__.keys():
+            table = live.__dict__[attribute]
+            if isinstance(table, MutableMapping) and attribute not in NOT_COMPARED and self.name in table:
+                self._delete(table, self.name, f"{path}: {attribute}")
+        for attribute in live._modules.keys() - donor._modules.keys():
+            table = live._modules[attribute]
+            if _is_table(table) and self.name in (entries := _entries(table)):
+                self._delete(entries, self.name, f"{path}: {attribute}")
+                if (keys := _keys_of(table)) is not None:
+                    self._delete(keys, self.name, f"{path}: {attribute}")
 
     def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
         present = live.__dict__.get(attribute, MISSING)
@@ -375,66 +429,59 @@ class _Comparison:
 
     # ---- wrappers that come and go
 
-    def _add(
-        self, parent: torch.nn.Module, name: str, around: torch.nn.Module, wrapper: torch.nn.Module, path: str
-    ) -> None:
-        """Puts one of the donor's wrappers around a live module."""
+    def _add(self, wrapper: torch.nn.Module, path: str) -> None:
+        """Takes over one of the donor's wrappers."""
         holder, inner = holder_of_inside(wrapper)
-        for module in (wrapper, holder):
+        for module in dict.fromkeys((wrapper, holder)):
             # what the adapters of a model share
-            for attribute, value in list(module.__dict__.items()):
-                if (known := self._counterparts.get(id(value))) is not None:
-                    module.__dict__[attribute] = known
-            for attribute, value in list(module._modules.items()):
-                if (known := self._counterparts.get(id(value))) is not None and attribute != inner:
-                    module._modules[attribute] = known
-        holder._modules[inner] = around
+            for table in (module.__dict__, module._modules):
+                for attribute, value in list(table.items()):
+                    if attribute != inner and (known := self._counterparts.get(id(value))) is not None:
+                        table[attribute] = known
         self._counterparts[id(wrapper)] = wrapper
+        self._added.append(wrapper)
         self._placed.append(wrapper)
         self.graft.added.append(path)
         self.graft.changes.append(
             WrapperChange(path, wrapper, Change.ADDED, None, _rank(wrapper, self.name), _scaling(wrapper, self.name))
         )
-        self._step(lambda journal: _put(parent._modules, name, wrapper, around, journal), f"{path}: not adapted")
 
-    def _remove(self, parent: torch.nn.Module, key: str, wrapper: torch.nn.Module, path: str) -> None:
-        """Takes the adapter off a live wrapper; and the wrapper off the model, if nothing else is on it."""
+    def _remove(self, wrapper: torch.nn.Module, path: str) -> None:
+        """Takes the adapter off a live wrapper."""
         if not _has(wrapper, self.name) or is_marked_off(wrapper, self.name):
             return
         self.graft.changes.append(
             WrapperChange(path, wrapper, Change.REMOVED, _rank(wrapper, self.name), None, None)
         )
-        if isinstance(wrapper, LoraLayer) and self._can_be_zeroed(wrapper):
+        if self._can_be_zeroed(wrapper):
             for target in method_of(wrapper).tensors_of(wrapper, self.name):
                 self.graft.parameters.append(target.parameter)
                 self.graft.copies.append((target.parameter, target.off_value()))
             self.graft.steps.append(lambda journal: set_off(wrapper, self.name, True, journal))
             return
         shared = set(map(id, self._counterparts.values()))
-        others = False
         for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
             for attribute, value in module.__dict__.items():
                 if isinstance(value, MutableMapping) and attribute not in NOT_COMPARED and self.name in value:
                     self._delete(value, self.name, f"{path}: {attribute}")
-                    others |= bool(self._adapter_names & value.keys() - {self.name})
             for attribute, value in module._modules.items():
                 if value is None or not _is_table(value) or id(value) in shared:
                     continue
                 if self.name in (entries := _entries(value)):
                     self._delete(entries, self.name, f"{path}: {attribute}")
-                    others |= bool(self._adapter_names & entries.keys() - {self.name})
                     if (keys := _keys_of(value)) is not None:
                         self._delete(keys, self.name, f"{path}: {attribute}")
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
             adapters = wrapper._adapters - {self.name}
             self._step(lambda journal: journal.set_attribute(wrapper, "_adapters", adapters), f"{path}: _adapters")
-        if not others and parent._modules.get(key) is wrapper:
-            self.graft.unwrapped.append(path)
-            self._step(lambda journal: journal.set_item(parent._modules, key, inside(wrapper)), f"{path}: adapted")
 
-    def _can_be_zeroed(self, layer: LoraLayer) -> bool:
-        method = method_of(layer)
-        return method.unsupported_layer(layer, self.name, method.tensors_of(layer, self.name)) is None
+    def _can_be_zeroed(self, wrapper: torch.nn.Module) -> bool:
+        """Whether the adapter can stay on the layer, turned off: then its memory is there for the next one."""
+        if not isinstance(wrapper, LoraLayer) or (method := method_of(wrapper)) is general:
+            return False
+        if is_embedding(self._base_model, wrapper):
+            return False  # PEFT saves the weights of embeddings that are wrapped
+        return method.unsupported_layer(wrapper, self.name, method.tensors_of(wrapper, self.name)) is None
 
     # ---- what was found
 
@@ -502,15 +549,6 @@ def _direct_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
 
 
-def _put(table: dict, name: str, wrapper: torch.nn.Module, around: torch.nn.Module, journal: Journal) -> None:
-    holder = holder_of_inside(wrapper)[0]
-    inner_training = around.training
-    for module in _own_modules(wrapper):
-        module.training = inner_training
-    _ = holder
-    journal.set_item(table, name, wrapper)
-
-
 def _clear(cache: dict, journal: Journal) -> None:
     content = dict(cache)
     journal.record(lambda: cache.update(content))
@@ -525,6 +563,10 @@ def _peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Modu
         wrappers.append(module)
         module = unwrap_compiled(inside(module))
     return wrappers, module
+
+
+def _core(wrapper: torch.nn.Module) -> torch.nn.Module:
+    return _peel(wrapper)[1]
 
 
 def _are_alike(live: torch.nn.Module, donor: torch.nn.Module) -> bool:

@@ -45,6 +45,19 @@ def wrappers_in(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
             yield path, module
 
 
+def is_embedding(base: torch.nn.Module, module: torch.nn.Module) -> bool:
+    """Whether ``module`` is where a transformers model gets its embeddings from, or puts its logits out."""
+    getters = (getattr(base, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    return any(getter is not None and _call(getter) is module for getter in getters)
+
+
+def _call(getter) -> torch.nn.Module | None:
+    try:
+        return getter()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
 @dataclass
 class StandIn:
     """``model`` is the stand-in; the tables lead from the ids of its parts back to those of the live model."""

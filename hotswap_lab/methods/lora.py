@@ -43,7 +43,7 @@ from ..shards import is_sharded, local_part, why_not
 layer_class = LoraLayer
 
 #: inits after which a fresh load leaves other base weights behind than before
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "mica")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 
 #: config fields that add state of another kind than the tensors and scalars of a layer
 OTHER_STATE = (
@@ -120,23 +120,36 @@ def _broken_expressions(config: LoraConfig) -> Iterator[Refusal]:
 
 def unsupported(config: LoraConfig, role: str) -> Iterator[Refusal]:
     """What in ``config`` can't be swapped; ``role`` says whose config it is ("new" or "loaded")."""
-    init = config.init_lora_weights
+    init, found = config.init_lora_weights, None
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        found = f"init_lora_weights={init!r}"
+    elif getattr(config, "kasa_config", None):
+        found = "a kasa_config"
+    if found:
         yield Refusal(
             f"The {role} adapter changes the base model's own weights.",
-            found=f"init_lora_weights={init!r}, with which loading it gives other base weights than before",
+            found=f"{found}, with which loading it gives other base weights than before",
             expected="an adapter on an unchanged base model",
             next_step="convert it to plain LoRA with PEFT's path_initial_model_for_weight_conversion, "
             "or load it with PeftModel.from_pretrained on a fresh base model",
         )
 
 
-def needs_donor(config: LoraConfig) -> bool:
-    """Whether ``config`` has state beyond the tensors that :func:`tensors_of` knows: then PEFT must load it."""
+def other_state(config: LoraConfig) -> list[str]:
+    """The fields of ``config`` that stand for state beyond the tensors that :func:`tensors_of` knows."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     variants = {name for name, field in fields.items() if field.metadata.get("is_lora_variant")}
-    other = any(getattr(config, name, None) for name in (*OTHER_STATE, *(variants - {"use_dora"})))
-    return other or getattr(config, "bias", "none") != "none"
+    found = [name for name in (*OTHER_STATE, *sorted(variants - {"use_dora"})) if getattr(config, name, None)]
+    if config.init_lora_weights in fields["init_lora_weights"].metadata.get("lora_variants", ()):
+        found.append("init_lora_weights")
+    if getattr(config, "bias", "none") != "none":
+        found.append("bias")
+    return found
+
+
+def needs_donor(config: LoraConfig) -> bool:
+    """Whether PEFT must load an adapter with this config itself, beside the model."""
+    return bool(other_state(config))
 
 
 #: variants whose tensors :func:`tensors_of` knows
