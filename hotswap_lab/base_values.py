@@ -99,10 +99,9 @@ def change_base_values(
                 )
             )
             continue
-        if name in kept:
-            change.originals[name] = kept[name]
-        elif name not in unknown and not _same(live[name], value):
-            change.originals[name] = live[name]
+        original = kept.get(name, None if name in unknown else live[name])
+        if original is not None and not _same(original, value):
+            change.originals[name] = original
         if not _same(live[name], value):
             change.copies.append((live[name], value))
     for name in kept.keys() - new.keys():

@@ -40,6 +40,8 @@ class _Draft:
     #: what is compiled in the model
     compiled: list[object]
     room: Room | None
+    #: whether an adapter whose config doesn't say which layers it is for is meant for those of the loaded one
+    default_targets: bool = False
     grafting: Grafting | None = None
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -50,7 +52,7 @@ class _Draft:
 
     def afresh(self) -> _Draft:
         """The same swap, nothing of it decided."""
-        return _Draft(self.slot, self.adapter, self.adapter.config, self.compiled, self.room)
+        return _Draft(self.slot, self.adapter, self.adapter.config, self.compiled, self.room, self.default_targets)
 
     def finish(self) -> Plan:
         adds = self.grafting is not None or any(plan.action is Action.ADD for plan in self.layers)
@@ -95,7 +97,7 @@ def make_plan(
     room = slot.host.base.__dict__.get(ROOMS, {}).get(slot.adapter_name)
     if room is not None and room.slot is not slot:
         room = None  # a slot that somebody resolved, not one that the room has just vouched for
-    draft = _Draft(slot, adapter, adapter.config, compiled_parts(slot.host.root), room)
+    draft = _Draft(slot, adapter, adapter.config, compiled_parts(slot.host.root), room, not check_targets)
     _check_kind(draft)
     if draft.refusals:
         return draft.finish()
@@ -123,7 +125,9 @@ def make_plan(
         for layer in slot.layers:
             _plan_layer(draft, layer, tensors, check_targets)
     if _has_strange_leftovers(draft, tensors):
-        return _plan_with_donor(draft.afresh(), add_layers, base_weights)
+        plan = _plan_with_donor(draft.afresh(), add_layers, base_weights)
+        if plan.ok:
+            return plan
     _plan_leftovers(draft, tensors, add_layers, check_targets)
     if _turns_embeddings_off(draft):
         return _plan_with_donor(draft.afresh(), add_layers, base_weights)
@@ -214,7 +218,9 @@ def _turns_embeddings_off(draft: _Draft) -> bool:
 def _plan_with_donor(draft: _Draft, add_layers: bool, base_weights: Mapping[str, torch.Tensor] | None) -> Plan:
     """Decides a swap that changes more than values and ranks, or is of another method than LoRA."""
     slot, name = draft.slot, draft.slot.adapter_name
-    grafting = draft.grafting = decide_graft(slot, draft.adapter, add_layers=add_layers, base_weights=base_weights)
+    grafting = draft.grafting = decide_graft(
+        slot, draft.adapter, add_layers=add_layers, base_weights=base_weights, default_targets=draft.default_targets
+    )
     draft.config = grafting.config
     wrappers = [module for _, module in wrappers_in(slot.host.base)]
     if any(name in getattr(module, "merged_adapters", ()) for module in wrappers):

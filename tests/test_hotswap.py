@@ -230,7 +230,7 @@ def test_compatibility_is_judged_against_the_named_adapter(tmp_path):
     hotswap_adapter(model, new, "lora")
     model.set_adapter("lora")
     assert_same_outputs(model, load(kind, new), kind)
-    with pytest.raises(ValueError, match="Hotswapping only supports LORA but LOHA was passed"):
+    with pytest.raises(ValueError, match="Incompatible PEFT types found: LOHA and LORA"):
         hotswap_adapter(model, new, "loha")
 
 

@@ -448,8 +448,8 @@ def test_a_family_member_that_can_not_be_read(tmp_path):
 
 
 def test_a_loaded_adapter_that_can_not_be_prepared():
-    model = get_peft_model(LINEAR.base(), LoraConfig(r=2, target_modules=["last"], use_dora=True))
-    refused(model, "use_dora", target_rank=8)
+    model = get_peft_model(LINEAR.base(), LoraConfig(r=2, target_modules=["last"], bias="all"))
+    refused(model, "can't be prepared for the loaded adapter", target_rank=8)
 
 
 @pytest.mark.parametrize("kind_of_model", ["plain", "IA3"])

@@ -59,9 +59,10 @@ def test_layers_in_the_models_order(tmp_path):
     assert paths == [name for name, _ in model.get_base_model().named_modules() if name in set(paths)]
 
 
-def test_a_method_the_engine_does_not_know_is_refused():
+def test_every_method_has_a_slot():
     from peft import IA3Config
 
     model = get_peft_model(KINDS["linear"].base(), IA3Config(target_modules=["first"], feedforward_modules=[]))
-    with pytest.raises(HotswapError, match="Hotswapping only supports LORA but IA3 was passed"):
-        resolve_slot(model, "default")
+    slot = resolve_slot(model, "default")
+    assert [(layer.path, [tensor.key for tensor in layer.tensors]) for layer in slot.layers] == [("first", ["ia3_l"])]
+    assert slot.data_ptrs() == [model.get_base_model().first.ia3_l["default"].data_ptr()]

@@ -58,12 +58,19 @@ class Grafting:
 
 
 def decide_graft(
-    slot: Slot, adapter: Adapter, *, add_layers: bool, base_weights: Mapping[str, torch.Tensor] | None = None
+    slot: Slot,
+    adapter: Adapter,
+    *,
+    add_layers: bool,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
+    default_targets: bool = False,
 ) -> Grafting:
-    """Loads a donor and compares. Writes nothing to the model."""
+    """Loads a donor and compares. Writes nothing to the model. Arguments as in :func:`planning.make_plan`."""
     name, host = slot.adapter_name, slot.host
     config = copy.deepcopy(adapter.config)
     config.inference_mode = slot.config.inference_mode
+    if default_targets and getattr(config, "target_modules", "") is None:
+        config.target_modules = copy.copy(slot.config.target_modules)
     grafting = Grafting(config)
     try:
         with slot.write_mode():

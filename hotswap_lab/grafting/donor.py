@@ -99,13 +99,16 @@ def load_donor(
 def _mismatches(model: PeftModel, tensors: Mapping, adapter_name: str, result) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Keys of the file that mean nothing to the model, and tensors of the adapter that it should have had."""
     config = model.peft_config[adapter_name]
-    saved = set(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     if config.is_prompt_learning:
-        return tuple(sorted(tensors.keys() - saved)), tuple(sorted(saved - tensors.keys()))
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    # some tensors are never saved, and a fresh load doesn't miss them
-    missing = [key for key in result.missing_keys if tuner._remove_adapter_name_from_key(key, adapter_name) in saved]
-    return tuple(result.unexpected_keys), tuple(sorted(missing))
+        return tuple(sorted(tensors.keys() - saved.keys())), tuple(sorted(saved.keys() - tensors.keys()))
+    # Some tensors are never saved, and a fresh load doesn't miss them; others are saved once and shown on each layer.
+    # The names in a file are not those in the model, but the memory is the same.
+    memory = {key: tensor.data_ptr() for key, tensor in model.state_dict().items()}
+    missing = set(result.missing_keys)
+    filled = {address for key, address in memory.items() if key not in missing}
+    awaited = {tensor.data_ptr() for tensor in saved.values()} - filled
+    return tuple(result.unexpected_keys), tuple(sorted(key for key in missing if memory.get(key) in awaited))
 
 
 def _named_tensors(model: torch.nn.Module):

@@ -20,7 +20,7 @@ from ..plan import Plan
 from ..report import html_table
 from ..slot import resolve_slot
 from .exercise import Exercise, Result
-from .figures import FONT, FROZEN, INK, MUTED, NEW, OLD, Canvas, Figure
+from .figures import FROZEN, MUTED, NEW, OLD, Canvas, Figure
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -69,7 +69,7 @@ PAIRS: dict[str, Pair] = {
     "LoRA with lora_bias": Pair("rank 4 to 16", _lora(4, lora_bias=True), _lora(16, lora_bias=True)),
     "LoRA to DoRA": Pair("a magnitude more on each layer", _lora(4), _lora(4, use_dora=True)),
     "DoRA to LoRA": Pair("a magnitude less on each layer", _lora(4, use_dora=True), _lora(4)),
-    "LoRA, modules_to_save": Pair("an lm_head of its own, or none", _lora(4), _lora(4, modules_to_save=["lm_head"])),
+    "LoRA, modules_to_save": Pair("an lm_head of its own", _lora(4), _lora(4, modules_to_save=["lm_head"])),
     "LoRA, trainable tokens": Pair(
         "four other tokens", _lora(4, trainable_token_indices=[5, 6]), _lora(4, trainable_token_indices=[7, 8, 9, 10])
     ),
@@ -96,13 +96,19 @@ PAIRS: dict[str, Pair] = {
 
 
 def _randomised(base: torch.nn.Module, config: PeftConfig, seed: int) -> PeftModel:
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = get_peft_model(base, copy.deepcopy(config))
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.is_floating_point():
-                parameter.add_(0.2 * torch.randn_like(parameter))
+        _disturb(model)
     return model
+
+
+@torch.no_grad()
+def _disturb(model: torch.nn.Module) -> None:
+    """Moves all weights that would be trained away from where PEFT puts them, which often means "off"."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.add_(0.2 * torch.randn_like(parameter))
 
 
 def load(config: PeftConfig, seed: int = 1) -> PeftModel:
@@ -111,7 +117,7 @@ def load(config: PeftConfig, seed: int = 1) -> PeftModel:
     >>> load(PAIRS["LoHa"].old).peft_config["default"].r
     4
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         _randomised(demo.load_base(), config, seed).save_pretrained(folder)
         return PeftModel.from_pretrained(demo.load_base(), folder)
 
@@ -132,25 +138,21 @@ def adapter(config: PeftConfig, seed: int = 2) -> Adapter:
 
 
 def pissa() -> tuple[Adapter, tempfile.TemporaryDirectory]:
-    """An adapter made with ``init_lora_weights="pissa"``, and a folder with what it was before training.
+    """An adapter made with ``init_lora_weights="pissa"``, and a folder with what it was before training as ``start``.
 
-    The folder has the adapter's start under ``start`` and the trained one under ``trained``.
+    The adapter itself lies in that folder, too; ``source`` says where.
     """
     folder = tempfile.TemporaryDirectory()
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa")
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(1)
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa")
         model = get_peft_model(demo.load_base(), config)
-    # saved as plain LoRA: loading it must not compute the start anew
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(f"{folder.name}/start")
-    model.peft_config["default"].init_lora_weights = "pissa"
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(2)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(f"{folder.name}/trained")
+        # saved as plain LoRA: loading it must not compute the start anew
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(f"{folder.name}/start")
+        model.peft_config["default"].init_lora_weights = "pissa"
+        _disturb(model)
+        model.save_pretrained(f"{folder.name}/trained")
     return Adapter.load(f"{folder.name}/trained"), folder
 
 
@@ -202,6 +204,10 @@ def table(rows: Iterable[Sequence[object]]) -> Table:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
+#: where the arc of all directions ends
+ARC = math.radians(82)
+
+
 def dora(row: torch.Tensor, change: torch.Tensor, magnitude: float | None = None) -> Figure:
     """DoRA in one picture: a row of a weight matrix, what LoRA makes of it, and what DoRA makes of that.
 
@@ -220,14 +226,17 @@ def dora(row: torch.Tensor, change: torch.Tensor, magnitude: float | None = None
     length = before if magnitude is None else float(magnitude)
     angle = math.acos(max(-1.0, min(1.0, float(row @ turned) / (before * after))))
     canvas = Canvas(660, 330)
-    x, y, scale = 70, 286, 225 / max(before, after, length)
-    # W at a slant, so that the others lie above it and the labels have room
+    x, y = 70, 286
+    # a small angle begins at a slant, so that the arrows don't lie on the baseline
     tilt = max(0.0, 0.45 - angle / 2)
+    ends = [(before, tilt), (after, tilt + angle), (length, tilt), (length, ARC)]
+    width, height = (max(size * abs(part(at)) for size, at in ends) for part in (math.cos, math.sin))
+    scale = min(240 / width, 205 / height)
 
     def point(size: float, at: float) -> tuple[float, float]:
         return x + size * scale * math.cos(at), y - size * scale * math.sin(at)
 
-    _arc(canvas, (x, y), length * scale)
+    _arc(canvas, point(length, tilt), point(length, ARC), length * scale)
     head, lora, whole = point(before, tilt), point(after, tilt + angle), point(length, tilt + angle)
     _thick(canvas, (x, y), head, FROZEN, 9)
     _thick(canvas, (x, y), lora, OLD, 9)
@@ -261,14 +270,12 @@ def dora(row: torch.Tensor, change: torch.Tensor, magnitude: float | None = None
     )
 
 
-def _arc(canvas: Canvas, centre: tuple[float, float], radius: float) -> None:
-    (x, y), at = centre, math.radians(76)
+def _arc(canvas: Canvas, start: tuple[float, float], stop: tuple[float, float], radius: float) -> None:
     canvas.shapes.append(
-        f"<path d='M{x + radius:.1f} {y:.1f} A{radius:.1f} {radius:.1f} 0 0 0 "
-        f"{x + radius * math.cos(at):.1f} {y - radius * math.sin(at):.1f}' fill='none' stroke='{NEW}' "
-        "stroke-dasharray='3 4'/>"
+        f"<path d='M{start[0]:.1f} {start[1]:.1f} A{radius:.1f} {radius:.1f} 0 0 0 {stop[0]:.1f} {stop[1]:.1f}' "
+        f"fill='none' stroke='{NEW}' stroke-dasharray='3 4'/>"
     )
-    canvas.text(x + radius * math.cos(at) - 4, y - radius * math.sin(at) - 10, "all of length m", size=11, color=MUTED)
+    canvas.text(stop[0], stop[1] - 8, "length m", size=11, color=MUTED)
 
 
 def _thick(
@@ -315,10 +322,10 @@ def ia3(vectors: Mapping[str, torch.Tensor]) -> Figure:
         canvas.box(box, y, 110, 38, FROZEN)
         canvas.text(box + 55, y + 24, name, size=14)
         _strip(canvas, strip, y + 4, vector[:SHOWN].tolist(), largest)
-        canvas.text(strip - 14 if not feeds else strip - 16, y + 24, "⊙", size=17) if not feeds else None
+        sign = strip + SHOWN * 16 + 32 if feeds else strip - 14
+        canvas.text(sign, y + 24, "⊙", size=17)
         if feeds:
-            canvas.text(strip + SHOWN * 16 + 26, y + 24, "⊙", size=17)
-            canvas.arrow(strip + SHOWN * 16 + 42, y + 19, box - 4, y + 19)
+            canvas.arrow(sign + 16, y + 19, box - 4, y + 19)
             canvas.arrow(box + 114, y + 19, 582, y + 19)
         else:
             canvas.arrow(strip + SHOWN * 16 + 30, y + 19, 582, y + 19)
@@ -443,7 +450,7 @@ def unet(config: PeftConfig | None = None, seed: int = 1) -> torch.nn.Module:
     """
     from diffusers import UNet2DConditionModel
 
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         model = UNet2DConditionModel(
             sample_size=8,
@@ -460,9 +467,7 @@ def unet(config: PeftConfig | None = None, seed: int = 1) -> torch.nn.Module:
         if config is not None:
             torch.manual_seed(seed)
             model.add_adapter(copy.deepcopy(config), "default")
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.2 * torch.randn_like(parameter))
+            _disturb(model)
     return model
 
 

@@ -130,8 +130,12 @@ CONFIGS: dict[str, list[PeftConfig]] = {
 }
 
 
-#: what a model with such an adapter is called with beside its inputs
-EXTRA_INPUTS = {name: dict(task_ids=torch.tensor([0, 1])) for name in ("Poly", "MultitaskPromptTuning")}
+def kind_for(name: str) -> Kind:
+    """The model that a method is tried on; some want more inputs."""
+    if name not in ("Poly", "MultitaskPromptTuning"):
+        return LLAMA
+    tasks = dict(task_ids=torch.tensor([0, 1]))
+    return Kind(LLAMA.make_random, lambda: {**LLAMA.make_inputs(), **tasks}, LLAMA.modules)
 
 
 def save_random_adapter_of(config: PeftConfig, folder: Path, seed: int, kind: Kind = LLAMA) -> str:

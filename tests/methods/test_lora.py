@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import KINDS
-from oracle import assert_untouched, snapshot
+from models import KINDS, randomize
+from oracle import assert_same_tensors, assert_untouched, snapshot
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from hotswap_lab import HotswapError, hotswap_adapter_from_state_dict, resolve_slot
@@ -131,13 +132,15 @@ def test_layers_of_another_peft_method_are_not_added_to():
     assert_untouched(model, before)
 
 
-def test_multihead_attention_is_refused():
-    model = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["mha"]))
-    before = snapshot(model)
-    tensors = {"mha.lora_A.weight": torch.ones(2, 8), "mha.lora_B.weight": torch.ones(24, 2)}
-    with pytest.raises(HotswapError, match="a MultiheadAttention"):
-        hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig(r=2))
-    assert_untouched(model, before)
+def test_multihead_attention_from_a_state_dict():
+    """Its config may leave out which layers it is for: those of the loaded one."""
+    other = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["mha"]))
+    randomize(other, "default", seed=1)
+    tensors = get_peft_model_state_dict(other)
+    model = get_peft_model(Attention(), LoraConfig(r=4, target_modules=["mha"]))
+    hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig(r=2))
+    assert_same_tensors(get_peft_model_state_dict(model), tensors)
+    assert model.get_base_model().mha.scaling["default"] == 4
 
 
 def test_tensors_whose_values_share_memory_are_refused():
