@@ -25,7 +25,7 @@ from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
 from .room import Content, clear_gradient, room_of
 from .shadow import attach
-from .shards import has_fixed_shape, is_sharded, local_part, note_writes, shard
+from .shards import is_sharded, local_part, note_writes, shard
 from .state_view import set_off, set_padded
 
 #: models whose user has been told that swaps recompile
@@ -241,13 +241,6 @@ def _stage_shard(staged: _Staged, write: TensorPlan) -> None:
         padded = target.rank_of(source.shape) != target.capacity
         whole = target.padded(source, target.capacity) if padded else source
         staged.copy(local_part(parameter), local_part(shard(whole, parameter)))
-    elif has_fixed_shape(target.owner, target.name):
-        raise refuse(
-            "The rank of an adapter can't be changed while FSDP shards it.",
-            found=f"a {target.named_key} of rank {target.capacity}, and {target.rank_of(source.shape)} in the adapter",
-            expected="the rank that was there when fully_shard was called",
-            next_step="swap before fully_shard, or load this adapter into a fresh base model and shard that",
-        )
     else:
         staged.resized.append((target, shard(source, parameter)))
 

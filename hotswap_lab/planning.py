@@ -26,6 +26,7 @@ from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
 from .room import ROOMS, Room, merged
 from .shadow import adaptable, build_shadow_layers
+from .shards import has_fixed_shape, holds_shards, is_trained_in_parallel
 from .slot import Slot, SlotLayer
 from .state_view import is_marked_off, own_rank
 
@@ -132,6 +133,7 @@ def make_plan(
     if _turns_embeddings_off(draft):
         return _plan_with_donor(draft.afresh(), add_layers, base_weights)
     _check_capacity(draft)
+    _check_shards(draft)
     _check_compiled(draft)
     if check_targets:
         _note_missing_targets(draft)
@@ -218,6 +220,14 @@ def _turns_embeddings_off(draft: _Draft) -> bool:
 def _plan_with_donor(draft: _Draft, add_layers: bool, base_weights: Mapping[str, torch.Tensor] | None) -> Plan:
     """Decides a swap that changes more than values and ranks, or is of another method than LoRA."""
     slot, name = draft.slot, draft.slot.adapter_name
+    if holds_shards(slot.host.base):
+        draft.refuse(
+            "A swap of this kind can't be done in a model that is spread over processes.",
+            found="sharded parameters, and an adapter that is more than lora_A and lora_B",
+            expected="plain LoRA, of which each process can write its own shards",
+            next_step="load this adapter into a fresh base model and shard that",
+        )
+        return draft.finish()
     grafting = draft.grafting = decide_graft(
         slot, draft.adapter, add_layers=add_layers, base_weights=base_weights, default_targets=draft.default_targets
     )
@@ -288,6 +298,27 @@ def _check_capacity(draft: _Draft) -> None:
             found=f"rank {highest}, for example at {lacking[0].path}",
             expected=f"rank {room} at most",
             next_step=f"before compiling, prepare the model (or make the pool) with target_rank={highest}",
+        )
+
+
+def _check_shards(draft: _Draft) -> None:
+    """Refuses new shapes where somebody has noted the old ones and would go by them."""
+    resized = [plan for plan in draft.layers if plan.action is Action.RESIZE]
+    fixed = [plan for plan in resized if any(has_fixed_shape(each.owner, each.name) for each in plan.layer.tensors)]
+    if fixed:
+        draft.refuse(
+            f"The rank of an adapter can't be changed while FSDP shards it, as it would at {len(fixed)} layers.",
+            found=f"rank {fixed[0].rank_before} at {fixed[0].path}, and {fixed[0].rank_after} in the adapter",
+            expected="the rank that was there when fully_shard was called",
+            next_step="swap before fully_shard, or load this adapter into a fresh base model and shard that",
+        )
+    changed = [plan for plan in draft.layers if plan.action in (Action.RESIZE, Action.ADD)]
+    if changed and is_trained_in_parallel(draft.slot.host.root, (each.parameter for each in draft.slot.tensors)):
+        draft.refuse(
+            f"DistributedDataParallel would no longer average the gradients of {len(changed)} layers.",
+            found=f"another shape at {changed[0].path}, in parameters that are trained",
+            expected="the parameters that were there when the model was wrapped",
+            next_step="swap in the model itself, then wrap it in DistributedDataParallel again",
         )
 
 

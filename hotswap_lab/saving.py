@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from .errors import refuse
 from .host import PEFT_PREFIX, canonical_path
 from .methods import general
+from .shards import whole
 from .slot import Slot, resolve_slot
 from .state_view import is_off, own_tensor, strange_padding
 
@@ -86,7 +87,7 @@ def saved_tensors(slot: Slot) -> dict[str, torch.Tensor]:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
 
 
 def saved_config(slot: Slot) -> PeftConfig:

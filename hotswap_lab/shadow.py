@@ -17,6 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from .journal import Journal
 from .slot import Slot, SlotLayer
 
+#: what PEFT looks up on a base model to choose the class of a LoRA layer
+CHOOSES_CLASS = {"is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized", "quantization_method", "hf_quantizer"}
+
 
 def adaptable(base: torch.nn.Module, key: str) -> str | None:
     """The path of the module in ``base`` that a LoRA key belongs to, or None.
@@ -37,6 +40,8 @@ def adaptable(base: torch.nn.Module, key: str) -> str | None:
 def build_shadow_layers(slot: Slot, config: PeftConfig, paths: list[str]) -> list[SlotLayer]:
     """New LoRA layers for ``paths``, with the slot's adapter name and ``config``'s settings, not attached."""
     stand_in = torch.nn.Module()
+    for attribute in CHOOSES_CLASS & slot.host.base.__dict__.keys():
+        setattr(stand_in, attribute, slot.host.base.__dict__[attribute])
     requires_grad: list[tuple[torch.nn.Parameter, bool]] = []
     for path in paths:
         module = slot.host.base.get_submodule(path)

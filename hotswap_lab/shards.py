@@ -43,6 +43,11 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.to_local()
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor put together from all processes; all of them have to call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def shard(whole: torch.Tensor, like: DTensor) -> DTensor:
     """Spreads ``whole`` as ``like`` is spread, whatever the shapes of both; cut out here, without communication.
 
@@ -91,6 +96,22 @@ def why_not(owner: torch.nn.Module, name: str) -> str | None:
 def has_fixed_shape(owner: torch.nn.Module, name: str) -> bool:
     """Whether FSDP has noted the parameter's shape, so that it can't get another one."""
     return _fsdp_keeper(owner, name) is not None
+
+
+def holds_shards(model: torch.nn.Module) -> bool:
+    """Whether any parameter of ``model`` is spread over processes, be it gathered at the moment or not."""
+    return any(
+        is_sharded(parameter) or getattr(parameter, "_fsdp_flattened", False) or has_fixed_shape(module, name)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+    )
+
+
+def is_trained_in_parallel(root: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> bool:
+    """Whether ``root`` averages the gradients of these parameters over processes, as they were when it was made."""
+    if not torch.distributed.is_available() or not any(parameter.requires_grad for parameter in parameters):
+        return False
+    return any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in root.modules())
 
 
 def _fsdp_keeper(owner: torch.nn.Module, name: str) -> object | None:

@@ -18,6 +18,7 @@ from .journal import Journal
 from .methods import method_of
 from .parts import SlotTensor
 from .prepared_layer import OFF_ATTRIBUTE, SEATS
+from .shards import is_sharded, local_part
 
 #: on a layer: the adapters whose tensors may be larger than their rank
 PADDED_ATTRIBUTE = "hotswap_padded"
@@ -27,10 +28,12 @@ def is_off(layer: torch.nn.Module, adapter_name: str) -> bool:
     """Whether the adapter is turned off on this layer.
 
     The mark alone doesn't say so: somebody may have deleted the adapter and loaded another one by the same name,
-    or written weights into it.
+    or written weights into it. Of a weight that is spread over processes, only the part in this one is looked at:
+    for more, all of them would have to be here, and a state dict may be asked for in one of them only.
     """
     return is_marked_off(layer, adapter_name) and not any(
-        tensor.off is None and tensor.parameter.any() for tensor in method_of(layer).tensors_of(layer, adapter_name)
+        tensor.off is None and local_part(tensor.parameter).any()
+        for tensor in method_of(layer).tensors_of(layer, adapter_name)
     )
 
 
@@ -112,7 +115,7 @@ def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metad
 def strange_padding(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> str | None:
     """Says if the padding is not zero: then the live model is not what would be saved."""
     rank = own_rank(layer, adapter_name, tensor)
-    if rank == tensor.capacity or is_marked_off(layer, adapter_name):
+    if rank == tensor.capacity or is_marked_off(layer, adapter_name) or is_sharded(tensor.parameter):
         return None
     if not tensor.padding(tensor.parameter, rank).any():
         return None

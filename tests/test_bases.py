@@ -195,20 +195,12 @@ def test_a_pool(base, family):
         assert_is_the_adapter(base, model, family[name])
 
 
-@pytest.fixture
-def _class_is_chosen(base, request) -> None:
-    if base.layer in ("Linear8bitLt", "Linear4bit"):
-        request.applymarker(pytest.mark.xfail(reason="PEFT isn't told that the base is quantized"))
-
-
-@pytest.mark.usefixtures("_class_is_chosen")
 def test_layers_are_added(base, family):
     model = base.load(family["fewer"])
     hotswap_adapter(model, family["grown"], "default", add_layers=True)
     assert_equals_fresh(base, model, family["grown"])
 
 
-@pytest.mark.usefixtures("_class_is_chosen")
 def test_layers_are_reserved(base, family):
     model = base.load(family["fewer"])
     prepare_model_for_compiled_hotswap(model, adapters=family)

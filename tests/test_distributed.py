@@ -30,6 +30,7 @@ from hotswap_lab import (
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
     resolve_slot,
+    save_adapter,
 )
 from hotswap_lab.methods import lora
 
@@ -41,6 +42,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 PROCESSES = 2
 #: after this long, a process that waits for another one gets an error instead
@@ -74,6 +76,7 @@ FAMILY = {
     "grown": dict(r=8, lora_alpha=24, use_rslora=True, target_modules=ALL),
     "one": dict(r=1, lora_alpha=4, target_modules=ALL),
     "one too": dict(r=1, lora_alpha=3, target_modules=ALL),
+    "dora": dict(r=4, use_dora=True, target_modules=ALL),
     "fewer": dict(r=4, lora_alpha=24, target_modules=["q_proj", "o_proj", "up_proj"]),
 }
 ANY_RANK = ("same", "grown", "odd", "one", "fewer", "first")
@@ -312,6 +315,7 @@ def fsdp_of_the_base_layers_alone(world):
 def fsdp_does_not_let_a_rank_change(world):
     model = shard_fully(world, world.load())
     for name in ("grown", "odd"):
+        assert not plan_hotswap(model, world.adapter(name), "default").ok
         with refusal(world, model, "can't be changed while FSDP shards it"):
             hotswap_adapter(model, world.adapter(name), "default")
     assert_equals_fresh_load(world, model, "first")
@@ -362,6 +366,76 @@ def fsdp_layers_are_added_whole(world):
     hotswap_adapter(model, world.adapter("same"), "default", add_layers=True)
     assert sharded(model) == before
     assert_equals_fresh_load(world, model, "same")
+
+
+@case
+def what_is_saved_is_whole(world):
+    for spread, names in ((shard_fully, ("same", "fewer")), (parallel, ("grown", "fewer"))):
+        model = spread(world, world.load())
+        for name in names:
+            swap(model, world.adapter(name))
+            assert_saves(world, model, name)
+    model = world.load()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    model = parallel(world, model)
+    swap(model, world.adapter("odd"))
+    assert_saves(world, model, "odd")
+
+
+def assert_saves(world: World, model, name: str) -> None:
+    saved = world.folder / f"saved by {world.rank}"
+    save_adapter(model, saved)
+    files = [load_file(f"{each}/adapter_model.safetensors") for each in (saved, world.adapter(name))]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], value) for key, value in files[1].items())
+
+
+@case
+def one_process_can_ask_for_a_state_dict(world):
+    """It would wait forever for the others if that took communication."""
+    for spread in (shard_fully, parallel):
+        model = spread(world, world.load())
+        swap(model, world.adapter("fewer"))
+        if world.rank == 0:
+            with CommDebugMode() as communication:
+                keys = model.state_dict().keys()
+            assert communication.get_total_counts() == 0
+            assert sum("lora_" in key for key in keys) == 12
+
+
+@case
+def another_kind_of_lora_is_refused(world):
+    for spread in (shard_fully, parallel):
+        model = spread(world, world.load())
+        with refusal(world, model, "spread over processes"):
+            hotswap_adapter(model, world.adapter("dora"), "default")
+    gathered = fully_shard(world.load(), mesh=world.mesh)
+    call(gathered, LLAMA.inputs())
+    with refusal(world, gathered, "gathered by FSDP|spread over processes"):
+        hotswap_adapter(gathered, world.adapter("dora"), "default")
+
+
+@case
+def data_parallel_training(world):
+    def trained(model) -> list[torch.Tensor]:
+        ids = LLAMA.inputs()["input_ids"]
+        # each process has another loss, so that gradients which aren't averaged differ
+        (model(input_ids=ids, labels=ids).loss * (1 + world.rank)).backward()
+        return [tensor.parameter.grad for tensor in resolve_slot(model, "default").tensors]
+
+    model = DistributedDataParallel(load(LLAMA, world.adapter("first"), is_trainable=True))
+    trained(model)
+    hotswap_adapter(model, world.adapter("same"), "default")
+    alone = load(LLAMA, world.adapter("same"), is_trainable=True)
+    for gradient, expected in zip(trained(model), trained(alone), strict=True):
+        torch.testing.assert_close(gradient, expected / (1 + world.rank) * 1.5)
+    for tensor in resolve_slot(model, "default").tensors:
+        tensor.parameter.grad = None
+    with refusal(world, model, "DistributedDataParallel would no longer average"):
+        hotswap_adapter(model, world.adapter("grown"), "default")
+    model = DistributedDataParallel(world.load().requires_grad_(True)).requires_grad_(False)
+    hotswap_adapter(model, world.adapter("grown"), "default")
+    assert_equals_fresh_load(world, model.module, "grown")
 
 
 @case

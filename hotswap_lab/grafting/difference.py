@@ -32,6 +32,7 @@ Step = Callable[[Journal], None]
 #: what a wrapper has whether or not this adapter is on it: the state it is in, and its relation to other modules
 NOT_COMPARED = {
     *torch.nn.Module().__dict__,
+    "_adapters",
     "_active_adapter",
     "active_adapter",
     "_disable_adapters",
@@ -124,6 +125,7 @@ class _Comparison:
         self.donor, self.name = donor, adapter_name
         self._base_model = host.base
         self._adapter_names = set(host.configs)
+        self._active, self._disabled = _activity(host)
         self.graft = Graft()
         self._seen: set[tuple[int, int]] = set()
         #: from ids of the donor's parts to their counterparts in the live model
@@ -154,9 +156,7 @@ class _Comparison:
         for remove in self._removals:
             remove()
         for wrapper in self._added:
-            training = _core(wrapper).training
-            for module in _own_modules(wrapper):
-                module.training = training
+            self._adopt_state(wrapper)
 
     def _base(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
         """Two modules of the base model."""
@@ -272,8 +272,7 @@ class _Comparison:
         if isinstance(live, AuxiliaryTrainingWrapper) and (self.name in live._adapters) != (
             self.name in donor._adapters
         ):
-            adapters = live._adapters - {self.name} | (donor._adapters & {self.name})
-            self._step(lambda journal: journal.set_attribute(live, "_adapters", adapters), f"{path}: _adapters")
+            self._set_presence(live, self.name in donor._adapters, path)
         if is_marked_off(live, self.name) and _has(donor, self.name):
             self._step(lambda journal: set_off(live, self.name, False, journal), f"{path}: turned off")
 
@@ -358,8 +357,8 @@ class _Comparison:
             if float(live) != donor:
                 self.graft.copies.append((live, torch.tensor(float(donor))))
                 self._note(Change.VALUES)
-        elif not _equal(live, donor):
-            self._set(table, key, self._translated(donor), path)
+        elif not _equal(live, donor := self._translated(donor)):
+            self._set(table, key, donor, path)
 
     def _owned(self, table: MutableMapping, key: str, live: object, donor: torch.nn.Module, path: str) -> None:
         """Modules that are the adapter's own through and through."""
@@ -472,8 +471,34 @@ class _Comparison:
                     if (keys := _keys_of(value)) is not None:
                         self._delete(keys, self.name, f"{path}: {attribute}")
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
-            adapters = wrapper._adapters - {self.name}
-            self._step(lambda journal: journal.set_attribute(wrapper, "_adapters", adapters), f"{path}: _adapters")
+            self._set_presence(wrapper, False, path)
+
+    def _adopt_state(self, wrapper: torch.nn.Module) -> None:
+        """Gives a wrapper that is about to be added the state of those that are there: active, enabled, training."""
+        training = _core(wrapper).training
+        for module in _own_modules(wrapper):
+            module.training = training
+        for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
+            if isinstance(wrapper, AuxiliaryTrainingWrapper):
+                # of these, only one adapter can be active, and only one that is there
+                module._active_adapter = self.name if self.name in self._active else []
+                module._disable_adapters = self._disabled
+            elif isinstance(module, BaseTunerLayer):
+                module._active_adapter = list(self._active)
+                module._disable_adapters = self._disabled
+
+    def _set_presence(self, wrapper: AuxiliaryTrainingWrapper, present: bool, path: str) -> None:
+        """Notes on a live wrapper that the adapter is there, or isn't, and with that whether it is active."""
+        adapters = wrapper._adapters - {self.name} | ({self.name} if present else set())
+        self._step(lambda journal: journal.set_attribute(wrapper, "_adapters", adapters), f"{path}: _adapters")
+        if self.name in self._active:
+            for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
+                self._step(
+                    lambda journal, module=module: journal.set_attribute(
+                        module, "_active_adapter", self.name if present else []
+                    ),
+                    f"{path}: active adapter",
+                )
 
     def _can_be_zeroed(self, wrapper: torch.nn.Module) -> bool:
         """Whether the adapter can stay on the layer, turned off: then its memory is there for the next one."""
@@ -533,6 +558,15 @@ class _Comparison:
 
     def _is_live(self, part: object) -> bool:
         return self.donor.stand_in.live_tensors.get(id(part)) is part
+
+
+def _activity(host: Host) -> tuple[list[str], bool]:
+    """Which adapters a model computes with, and whether they are disabled."""
+    for module in host.base.modules():
+        if isinstance(module, BaseTunerLayer):
+            return list(module.active_adapters), module.disable_adapters
+    active = getattr(host.carrier, "active_adapters", list(host.configs))
+    return list(active) if isinstance(active, list) else list(host.configs), False
 
 
 def _own_modules(wrapper: torch.nn.Module):
@@ -632,6 +666,8 @@ def _equal(first: object, second: object) -> bool:
         return isinstance(first, (int, float)) and isinstance(second, (int, float)) and first == second
     if isinstance(first, torch.Tensor):
         return _same_bits(first, second)
+    if isinstance(first, torch.nn.Module):
+        return False
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):

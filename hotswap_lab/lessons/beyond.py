@@ -61,6 +61,11 @@ def _oft(block: int) -> PeftConfig:
     return _other("OFT", oft_block_size=block, use_cayley_neumann=False)
 
 
+def _vera(r: int, **options: object) -> PeftConfig:
+    # the random matrices are not in the file: each load draws them anew from their seed
+    return _other("Vera", on=ATTENTION, r=r, save_projection=False, **options)
+
+
 #: by the name of the kind: swaps from one adapter of it to another
 PAIRS: dict[str, Pair] = {
     "LoRA": Pair("rank 4 to 16, on fewer layers", _lora(4), _lora(16, on=ATTENTION)),
@@ -83,8 +88,8 @@ PAIRS: dict[str, Pair] = {
     "OFT": Pair("blocks of 4 to blocks of 8", _oft(4), _oft(8)),
     "VeRA": Pair(
         "rank 4 to 8, other random matrices",
-        _other("Vera", on=ATTENTION, r=4),
-        _other("Vera", on=ATTENTION, r=8, projection_prng_key=7),
+        _vera(4),
+        _vera(8, projection_prng_key=7),
     ),
     "LayerNorm tuning": Pair(
         "on more layers",
@@ -399,10 +404,7 @@ CONSTANTS = {
     "IA3 to IA3 with down_proj scaled at its outputs": (_ia3(), _ia3(feedforward_modules=[])),
     "LoHa to LoHa of another alpha": (_other("LoHa", r=4, alpha=8), _other("LoHa", r=4, alpha=16)),
     "LoHa to LoHa of another rank": (_other("LoHa", r=4, alpha=8), _other("LoHa", r=8, alpha=16)),
-    "VeRA to VeRA with another d_initial": (
-        _other("Vera", on=ATTENTION, r=4),
-        _other("Vera", on=ATTENTION, r=4, d_initial=0.3),
-    ),
+    "VeRA to VeRA with another d_initial": (_vera(4), _vera(4, d_initial=0.3)),
     "prompt of 4 tokens to one of 7": (_prompt(4), _prompt(7)),
 }
 

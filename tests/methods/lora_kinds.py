@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from models import ARCHITECTURES, KINDS, TINY, Kind, llama
 from peft import LoraConfig
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
 from torch import nn
 
 LLAMA = KINDS["llama"]
@@ -151,5 +151,4 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
             _lora(),
         ],
     ),
-    "KaSA": ("llama", [_lora(kasa_config=KasaConfig()), _lora(r=6, kasa_config=KasaConfig()), _lora()]),
 }

@@ -1,0 +1,139 @@
+"""Every kind of LoRA: variants, whole modules, biases, embeddings, tokens, parameters; and from each kind to the others."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from adapters import save_random_adapter_of
+from lora_kinds import ATTENTION, FAMILIES, LLAMA, MODELS
+from models import call, load
+from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from peft import LoraConfig
+from peft.tuners.lora.config import KasaConfig
+
+from hotswap_lab import HotswapError, hotswap_adapter, save_adapter, verify_hotswap
+
+#: what an adapter makes of the base is random there in each forward, so both models get the same random numbers
+RANDOM = ("MonteCLoRA",)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    cache: dict[str, list[str]] = {}
+
+    def folders_of(name: str) -> list[str]:
+        if name not in cache:
+            root, (model, configs) = tmp_path_factory.mktemp("adapters"), FAMILIES[name]
+            cache[name] = [
+                save_random_adapter_of(config, root / str(number), number + 1, MODELS[model])
+                for number, config in enumerate(configs)
+            ]
+        return cache[name]
+
+    return folders_of
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_pair(folders, name):
+    kind = MODELS[FAMILIES[name][0]]
+    biases = {key: value for key, value in kind.base().state_dict().items() if key.endswith("bias")}
+    for old, new in itertools.product(folders(name), repeat=2):
+        model = load(kind, old)
+        call(model, kind.inputs())
+        hotswap_adapter(model, new, "default", add_layers=True, base_weights=biases)
+        assert_equals_fresh_load(model, kind, new, margin=10)
+        hotswap_adapter(model, old, "default", base_weights=biases)
+        assert_equals_fresh_load(model, kind, old, margin=10)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_saved_loads_as_the_live_model(folders, name, tmp_path):
+    kind, (old, new, *_) = MODELS[FAMILIES[name][0]], folders(name)
+    model = load(kind, old)
+    biases = {key: value for key, value in kind.base().state_dict().items() if key.endswith("bias")}
+    hotswap_adapter(model, new, "default", add_layers=True, base_weights=biases)
+    save_adapter(model, tmp_path / "saved")
+    assert_same_outputs(model, load(kind, str(tmp_path / "saved")), kind, margin=10)
+    verdict = verify_hotswap(model, new, inputs=kind.inputs(), base=kind.base)
+    assert verdict, verdict
+
+
+def test_biases_of_the_base_come_back(folders):
+    """From bias="all" to "lora_only" and back, and to none: all that PEFT overwrote is as it was."""
+    kind, (everything, some, _) = MODELS["bert"], folders("bias")
+    plain, *_ = folders("lora_bias")[2:]
+    model, originals = load(kind, plain), kind.base().state_dict()
+    for folder in (everything, plain, some, everything, plain):
+        hotswap_adapter(model, folder, "default")
+        assert_equals_fresh_load(model, kind, folder, margin=10)
+    live = {key.replace("base_layer.", ""): value for key, value in model.get_base_model().state_dict().items()}
+    for key, value in originals.items():
+        assert torch.equal(live[key], value), key
+
+
+def test_biases_that_nobody_knows_any_more_are_refused(folders):
+    """What PEFT overwrote at the first load is gone, unless the caller has it."""
+    kind, (everything, some, _) = MODELS["bert"], folders("bias")
+    model = load(kind, everything)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="pass base_weights=") as error:
+        hotswap_adapter(model, some, "default")
+    assert "found:    15 base weights" in str(error.value)
+    assert_untouched(model, before)
+    hotswap_adapter(model, some, "default", base_weights=kind.base().state_dict())
+    assert_equals_fresh_load(model, kind, some, margin=10)
+
+
+KINDS_OF_LLAMA = ("DoRA", "modules_to_save", "trainable tokens", "BD-LoRA", "VeLoRA", "MonteCLoRA", "embeddings, untied")
+
+
+def test_from_any_kind_to_any_other(folders):
+    """A walk over all kinds that go on one model, with no reload in between."""
+    walk = [folders(name)[0] for name in KINDS_OF_LLAMA]
+    order = [step for start in range(1, len(walk)) for step in range(0, len(walk) * start, start)]
+    model = load(LLAMA, walk[-1])
+    for step in order[:40]:
+        new = walk[step % len(walk)]
+        hotswap_adapter(model, new, "default", add_layers=True)
+        assert_equals_fresh_load(model, LLAMA, new, margin=10)
+
+
+def test_layers_are_not_added_unasked(tmp_path):
+    old = save_random_adapter_of(LoraConfig(r=4, target_modules=["q_proj"], use_dora=True), tmp_path / "old", 1)
+    new = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "new", 2)
+    model = load(LLAMA, old)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="add_layers=True"):
+        hotswap_adapter(model, new, "default")
+    assert_untouched(model, before)
+
+
+def test_another_adapter_keeps_all_of_its_own(folders, tmp_path):
+    """Its DoRA, its saved modules and its config, while its neighbour goes through every kind."""
+    mine = save_random_adapter_of(
+        LoraConfig(r=3, target_modules=ATTENTION, use_dora=True, modules_to_save=["lm_head"]), tmp_path / "mine", 7
+    )
+    model = load(LLAMA, folders("DoRA")[0])
+    model.load_adapter(mine, "default_0")
+    for name in ("modules_to_save", "VeLoRA", "DoRA", "BD-LoRA"):
+        for new in folders(name):
+            model.set_adapter("default")
+            hotswap_adapter(model, new, "default", add_layers=True)
+            assert_equals_fresh_load(model, LLAMA, new, margin=10)
+            model.set_adapter("default_0")
+            assert_equals_fresh_load(model, LLAMA, mine, "default_0", margin=10)
+
+
+def test_kasa_changes_the_base_and_is_refused(tmp_path):
+    kasa = save_random_adapter_of(
+        LoraConfig(r=4, target_modules=ATTENTION, kasa_config=KasaConfig()), tmp_path / "kasa", 1
+    )
+    plain = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "plain", 2)
+    for old, new in ((plain, kasa), (kasa, plain)):
+        model = load(LLAMA, old)
+        before = snapshot(model)
+        with pytest.raises(HotswapError, match="changes the base model's own weights"):
+            hotswap_adapter(model, new, "default")
+        assert_untouched(model, before)
