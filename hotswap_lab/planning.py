@@ -185,9 +185,7 @@ def _needs_donor(draft: _Draft) -> bool:
         return True
     if kept_originals(slot.host.base, slot.adapter_name):
         return True
-    return draft.room is None and any(
-        method.is_special(layer.module, slot.adapter_name) for layer in slot.layers
-    )
+    return draft.room is None and any(method.is_special(layer.module, slot.adapter_name) for layer in slot.layers)
 
 
 def _changes_form(draft: _Draft, tensors: Mapping[str, torch.Tensor]) -> bool:

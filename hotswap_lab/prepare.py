@@ -363,9 +363,7 @@ def _stage(preparation: _Preparation) -> None:
 
 def _build_reserved(slot: Slot, paths: list[str], rank: int) -> list[SlotLayer]:
     use_dora, lora_bias = slot.method.form_for(slot.config)
-    config = type(slot.config)(
-        r=rank, lora_alpha=rank, target_modules=paths, use_dora=use_dora, lora_bias=lora_bias
-    )
+    config = type(slot.config)(r=rank, lora_alpha=rank, target_modules=paths, use_dora=use_dora, lora_bias=lora_bias)
     try:
         layers = build_shadow_layers(slot, config, paths)
     except Exception as error:

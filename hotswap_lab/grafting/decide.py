@@ -121,8 +121,7 @@ def _incomplete(donor: Donor, adapter: Adapter) -> list[Refusal]:
     if donor.unexpected:
         refusals.append(
             Refusal(
-                "Hot swapping the adapter did not succeed, unexpected keys found: "
-                f"{listing(donor.unexpected, 4)}.",
+                f"Hot swapping the adapter did not succeed, unexpected keys found: {listing(donor.unexpected, 4)}.",
                 found=f"{len(donor.unexpected)} tensors that a fresh load would ignore",
                 expected=f"tensors only for what the adapter's config targets, {_targets(adapter.config)}",
                 next_step="check that config and weights belong together, and to this base model; or pass key_mapping",

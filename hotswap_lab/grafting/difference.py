@@ -139,6 +139,9 @@ class _Comparison:
         self._added: list[torch.nn.Module] = []
         self._placed: list[object] = []
         self._change = Change.NONE
+        #: whether the wrapper at hand is in training mode
+        self._training = host.base.training
+        self._live_ids = set(map(id, host.base.modules()))
         #: removals come last, when it is known which tables the remaining wrappers share
         self._removals: list[Callable[[], None]] = []
 
@@ -249,6 +252,7 @@ class _Comparison:
             return
         self._seen.add((id(live), id(donor)))
         self._counterparts[id(donor)] = live
+        self._training = live.training
         holder, inner = holder_of_inside(donor)
         skip = (*skip, *((inner,) if holder is donor and isinstance(donor, WRAPPERS) else ()))
         for attribute, value in donor.__dict__.items():
@@ -420,7 +424,6 @@ class _Comparison:
         else:
             self._set(table, key, donor, path)
 
-
     def _pair(self, live: object, donor: object) -> None:
         """Notes that the live part becomes what the donor's is. Some methods share parts between layers."""
         self._counterparts[id(donor)] = live
@@ -449,9 +452,7 @@ class _Comparison:
         """Takes the adapter off a live wrapper."""
         if not _has(wrapper, self.name) or is_marked_off(wrapper, self.name):
             return
-        self.graft.changes.append(
-            WrapperChange(path, wrapper, Change.REMOVED, _rank(wrapper, self.name), None, None)
-        )
+        self.graft.changes.append(WrapperChange(path, wrapper, Change.REMOVED, _rank(wrapper, self.name), None, None))
         if self._can_be_zeroed(wrapper):
             for target in method_of(wrapper).tensors_of(wrapper, self.name):
                 self.graft.parameters.append(target.parameter)
@@ -511,6 +512,9 @@ class _Comparison:
     # ---- what was found
 
     def _set(self, table: MutableMapping, key: str, value: object, path: str) -> None:
+        if isinstance(value, torch.nn.Module) and id(value) not in self._live_ids:
+            for module in _own_modules(value):
+                module.training = self._training
         if isinstance(value, (torch.nn.Module, torch.Tensor)):
             self._placed.append(value)
         self._step(lambda journal: journal.set_item(table, key, value), path)
@@ -540,7 +544,9 @@ class _Comparison:
         """``value`` with the stand-in's modules and tensors replaced by those of the live model."""
         if isinstance(value, (torch.nn.Module, torch.Tensor)):
             return self._counterparts.get(id(value), value)
-        if isinstance(value, (list, tuple)) and any(isinstance(each, (torch.nn.Module, torch.Tensor)) for each in value):
+        if isinstance(value, (list, tuple)) and any(
+            isinstance(each, (torch.nn.Module, torch.Tensor)) for each in value
+        ):
             return type(value)(map(self._translated, value))
         return value
 

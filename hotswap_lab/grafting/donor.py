@@ -96,7 +96,9 @@ def load_donor(
     )
 
 
-def _mismatches(model: PeftModel, tensors: Mapping, adapter_name: str, result) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _mismatches(
+    model: PeftModel, tensors: Mapping, adapter_name: str, result
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Keys of the file that mean nothing to the model, and tensors of the adapter that it should have had."""
     config = model.peft_config[adapter_name]
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -118,11 +120,7 @@ def _named_tensors(model: torch.nn.Module):
 
 def _set_tensors(model: PeftModel, tensors: Mapping, adapter_name: str, base_names: Mapping[int, str]):
     """Writes the adapter's tensors into the donor; those that are for the base model are kept apart."""
-    base_keys = {
-        key: base_names[id(tensor)]
-        for key, tensor in _named_tensors(model)
-        if id(tensor) in base_names
-    }
+    base_keys = {key: base_names[id(tensor)] for key, tensor in _named_tensors(model) if id(tensor) in base_names}
     base_values: dict[str, torch.Tensor] = {}
 
     def keep_apart(module, state_dict: dict, prefix: str, *_: object) -> None:

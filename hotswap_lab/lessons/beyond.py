@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,8 +63,10 @@ def _oft(block: int) -> PeftConfig:
 
 
 def _vera(r: int, **options: object) -> PeftConfig:
-    # the random matrices are not in the file: each load draws them anew from their seed
-    return _other("Vera", on=ATTENTION, r=r, save_projection=False, **options)
+    # the random matrices are not in the file: each load draws them anew from their seed, and PEFT remarks on it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _other("Vera", on=ATTENTION, r=r, save_projection=False, **options)
 
 
 #: by the name of the kind: swaps from one adapter of it to another

@@ -45,9 +45,13 @@ CONFIGS: dict[str, list[PeftConfig]] = {
         _config("IA3", target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
     ],
     "OFT": _both(
-        "OFT", dict(oft_block_size=4, use_cayley_neumann=False), dict(oft_block_size=8, coft=True, eps=1.0, block_share=True)
+        "OFT",
+        dict(oft_block_size=4, use_cayley_neumann=False),
+        dict(oft_block_size=8, coft=True, eps=1.0, block_share=True),
     ),
-    "BOFT": _both("BOFT", dict(boft_block_size=4), dict(boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.1)),
+    "BOFT": _both(
+        "BOFT", dict(boft_block_size=4), dict(boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.1)
+    ),
     "HRA": _both("HRA", dict(r=4), dict(r=8, apply_GS=True)),
     "VeRA": _both("Vera", dict(r=4), dict(r=8, projection_prng_key=7, d_initial=0.3, vera_dropout=0.1)),
     "VeRA, projection not saved": _both(
@@ -60,7 +64,9 @@ CONFIGS: dict[str, list[PeftConfig]] = {
     "FourierFT": _both(
         "FourierFT", dict(n_frequency=20, scaling=20.0), dict(n_frequency=30, scaling=10.0, random_loc_seed=3)
     ),
-    "WaveFT": _both("WaveFT", dict(n_frequency=20, scaling=20.0), dict(n_frequency=30, scaling=10.0, random_loc_seed=3)),
+    "WaveFT": _both(
+        "WaveFT", dict(n_frequency=20, scaling=20.0), dict(n_frequency=30, scaling=10.0, random_loc_seed=3)
+    ),
     "LNTuning": [
         _config("LNTuning", target_modules=["input_layernorm", "norm"]),
         _config("LNTuning", target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
@@ -78,7 +84,8 @@ CONFIGS: dict[str, list[PeftConfig]] = {
     "HiRA": _both("Hira", dict(r=4), dict(r=6, hira_dropout=0.1)),
     "GraLoRA": _both("Gralora", dict(r=4, gralora_k=2, alpha=8), dict(r=8, gralora_k=4, alpha=4, hybrid_r=4)),
     "DeLoRA": _both("Delora", dict(r=4, delora_lambda=15), dict(r=8, delora_lambda=5)),
-    "Poly": _both("Poly",
+    "Poly": _both(
+        "Poly",
         dict(r=2, n_tasks=2, n_skills=2, n_splits=2, task_type="CAUSAL_LM"),
         dict(r=4, n_tasks=3, n_skills=3, n_splits=1, task_type="CAUSAL_LM"),
     ),
@@ -93,7 +100,9 @@ CONFIGS: dict[str, list[PeftConfig]] = {
     "GLoRA": _both("Glora", dict(r=4), dict(r=6, config_A_B="vector", config_C="none", config_D_E="vector")),
     "BEFT": [_config("Beft", target_modules=["k_proj", "v_proj"]), _config("Beft", target_modules=["v_proj"])],
     "Adamss": _both(
-        "Adamss", dict(r=8, num_subspaces=2, subspace_rank=2), dict(r=6, num_subspaces=3, subspace_rank=1, random_seed=2)
+        "Adamss",
+        dict(r=8, num_subspaces=2, subspace_rank=2),
+        dict(r=6, num_subspaces=3, subspace_rank=1, random_seed=2),
     ),
     "FRoD": _both("Frod", dict(sparse_rate=0.1), dict(sparse_rate=0.2, projection_prng_key=7)),
     "TrainableTokens": [
@@ -114,10 +123,14 @@ CONFIGS: dict[str, list[PeftConfig]] = {
         dict(num_virtual_tokens=5, encoder_hidden_size=12),
     ),
     "PrefixTuning": _prompt(
-        "PrefixTuning", dict(num_virtual_tokens=4), dict(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=8)
+        "PrefixTuning",
+        dict(num_virtual_tokens=4),
+        dict(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=8),
     ),
     "MultitaskPromptTuning": _prompt(
-        "MultitaskPromptTuning", dict(num_virtual_tokens=4, num_tasks=2), dict(num_virtual_tokens=5, num_tasks=2, num_ranks=2)
+        "MultitaskPromptTuning",
+        dict(num_virtual_tokens=4, num_tasks=2),
+        dict(num_virtual_tokens=5, num_tasks=2, num_ranks=2),
     ),
     "CPT": _prompt(
         "CPT",

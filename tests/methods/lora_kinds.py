@@ -79,7 +79,10 @@ def _bert(**arguments) -> LoraConfig:
 
 #: by name: the model, and the configs that are swapped for one another, in every order
 FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
-    "DoRA": ("llama", [_lora(use_dora=True), _lora(r=8, use_dora=True), _lora(), _lora(use_dora=True, target_modules=["q_proj"])]),
+    "DoRA": (
+        "llama",
+        [_lora(use_dora=True), _lora(r=8, use_dora=True), _lora(), _lora(use_dora=True, target_modules=["q_proj"])],
+    ),
     "DoRA on convolutions": (
         "conv",
         [LoraConfig(r=4, use_dora=dora, target_modules=["conv1d", "conv2d", "conv3d"]) for dora in (True, False)],
@@ -88,15 +91,29 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
     "bias": ("bert", [_bert(bias="all"), _bert(r=2, bias="lora_only"), _bert(r=8, bias="all")]),
     "modules_to_save": (
         "llama",
-        [_lora(modules_to_save=["lm_head"]), _lora(r=8, modules_to_save=["lm_head"]), _lora(), _lora(modules_to_save=["lm_head", "embed_tokens"])],
+        [
+            _lora(modules_to_save=["lm_head"]),
+            _lora(r=8, modules_to_save=["lm_head"]),
+            _lora(),
+            _lora(modules_to_save=["lm_head", "embed_tokens"]),
+        ],
     ),
     "SEQ_CLS": (
         "classifier",
-        [_lora(task_type="SEQ_CLS"), _lora(r=8, task_type="SEQ_CLS"), _lora(r=2, task_type="SEQ_CLS", use_dora=True), _lora()],
+        [
+            _lora(task_type="SEQ_CLS"),
+            _lora(r=8, task_type="SEQ_CLS"),
+            _lora(r=2, task_type="SEQ_CLS", use_dora=True),
+            _lora(),
+        ],
     ),
     "embeddings, untied": (
         "llama",
-        [_lora(target_modules=[*ATTENTION, "embed_tokens"]), _lora(r=6, target_modules=["embed_tokens", "lm_head"]), _lora()],
+        [
+            _lora(target_modules=[*ATTENTION, "embed_tokens"]),
+            _lora(r=6, target_modules=["embed_tokens", "lm_head"]),
+            _lora(),
+        ],
     ),
     "embeddings, tied": (
         "tied",
@@ -117,13 +134,26 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
     ),
     "MultiheadAttention": (
         "attention",
-        [LoraConfig(r=2, target_modules=["attention", "head"]), LoraConfig(r=4, target_modules=["attention", "head"]), LoraConfig(r=3, target_modules=["head"])],
+        [
+            LoraConfig(r=2, target_modules=["attention", "head"]),
+            LoraConfig(r=4, target_modules=["attention", "head"]),
+            LoraConfig(r=3, target_modules=["head"]),
+        ],
     ),
     "BD-LoRA": (
         "llama",
         [
-            _lora(use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=2, match_strict=False)),
-            _lora(r=8, use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=4, match_strict=False)),
+            _lora(
+                use_bdlora=BdLoraConfig(
+                    target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=2, match_strict=False
+                )
+            ),
+            _lora(
+                r=8,
+                use_bdlora=BdLoraConfig(
+                    target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=4, match_strict=False
+                ),
+            ),
             _lora(),
         ],
     ),
@@ -135,9 +165,22 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
             _lora(task_type="CAUSAL_LM"),
         ],
     ),
-    "VeLoRA": ("llama", [_lora(velora_config=VeloraConfig(num_groups=4)), _lora(r=8, velora_config=VeloraConfig(num_groups=4)), _lora()]),
-    "MonteCLoRA": ("llama", [_lora(monteclora_config=MontecloraConfig()), _lora(r=8, monteclora_config=MontecloraConfig()), _lora()]),
-    "QA-LoRA": ("llama", [_lora(use_qalora=True, qalora_group_size=4), _lora(r=8, use_qalora=True, qalora_group_size=8), _lora()]),
+    "VeLoRA": (
+        "llama",
+        [
+            _lora(velora_config=VeloraConfig(num_groups=4)),
+            _lora(r=8, velora_config=VeloraConfig(num_groups=4)),
+            _lora(),
+        ],
+    ),
+    "MonteCLoRA": (
+        "llama",
+        [_lora(monteclora_config=MontecloraConfig()), _lora(r=8, monteclora_config=MontecloraConfig()), _lora()],
+    ),
+    "QA-LoRA": (
+        "llama",
+        [_lora(use_qalora=True, qalora_group_size=4), _lora(r=8, use_qalora=True, qalora_group_size=8), _lora()],
+    ),
     "layer_replication": (
         "llama",
         [_lora(layer_replication=[[0, 2], [1, 2]]), _lora(r=8, layer_replication=[[0, 2], [1, 2]])],

@@ -86,7 +86,15 @@ def test_biases_that_nobody_knows_any_more_are_refused(folders):
     assert_equals_fresh_load(model, kind, some, margin=10)
 
 
-KINDS_OF_LLAMA = ("DoRA", "modules_to_save", "trainable tokens", "BD-LoRA", "VeLoRA", "MonteCLoRA", "embeddings, untied")
+KINDS_OF_LLAMA = (
+    "DoRA",
+    "modules_to_save",
+    "trainable tokens",
+    "BD-LoRA",
+    "VeLoRA",
+    "MonteCLoRA",
+    "embeddings, untied",
+)
 
 
 def test_from_any_kind_to_any_other(folders):
