@@ -111,7 +111,7 @@ def change_base_values(
         change.refusals.append(
             Refusal(
                 "The adapter in the model has overwritten weights of the base model, and the new one needs them back.",
-                found=f"{len(lost)} base weights that PEFT replaced when it loaded the first adapter: {listing(lost, 3)}",
+                found=f"{len(lost)} base weights that PEFT replaced at the first load: {listing(lost, 3)}",
                 expected="their original values, or an adapter that replaces all of them, too",
                 next_step="pass base_weights={name: tensor}, such as the state_dict of the base model before loading",
             )

@@ -273,7 +273,7 @@ def _write_graft(plan: Plan, staged: _Staged, journal: Journal) -> None:
         clear_gradient(parameter, journal)
     for parameter, fresh in staged.reshaped:
         give_memory(parameter, fresh, journal)
-    for step in graft.steps:
+    for step in (*graft.steps, *graft.silent_steps):
         step(journal)
     for parameter, value in plan.grafting.requires_grad:
         clear_gradient(parameter, journal)

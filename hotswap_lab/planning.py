@@ -28,7 +28,7 @@ from .room import ROOMS, Room, merged
 from .shadow import adaptable, build_shadow_layers
 from .shards import has_fixed_shape, holds_shards, is_trained_in_parallel
 from .slot import Slot, SlotLayer
-from .state_view import is_marked_off, own_rank
+from .state_view import is_marked_off, is_padded, own_rank
 
 
 @dataclass
@@ -157,7 +157,7 @@ def _check_kind(draft: _Draft) -> None:
             f"Incompatible PEFT types found: {old} and {new}",
             found=f"an adapter of type {new}",
             expected=f"type {old}, as the adapter {draft.slot.adapter_name!r} in the model",
-            next_step="load it under a name of its own with model.load_adapter, then model.set_adapter",
+            next_step="PeftModel.from_pretrained(model.unload(), adapter) loads it on the same base model",
         )
         return
     draft.refusals += draft.slot.method.malformed(draft.adapter.config)
@@ -244,7 +244,7 @@ def _plan_with_donor(draft: _Draft, add_layers: bool, base_weights: Mapping[str,
                 expected="an adapter with the same shapes, scalars and layers as the loaded one",
                 next_step="swap before compiling, or load this adapter into a fresh base model and compile that",
             )
-        elif any(has_fixed_size(layer.module, name) for layer in slot.layers):
+        elif any(is_padded(layer.module, name) or has_fixed_size(layer.module, name) for layer in slot.layers):
             draft.refuse(
                 "This swap can't be done in a prepared model.",
                 found=f"{len(grafting.graft.differences)} changes beyond what was prepared: {found}",

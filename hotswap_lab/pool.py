@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .adapter import Adapter, load_config
 from .errors import HotswapError, refuse
 from .journal import Journal
+from .methods import lora
 from .planning import make_plan
 from .prepare import make_room
 from .report import html_table
@@ -130,7 +131,15 @@ class AdapterPool:
         self._lock = threading.RLock()
         self._background: ThreadPoolExecutor | None = None
         adapters = dict(adapters or {})
-        slot_for(model, adapter_name)  # raises if there is no such adapter
+        slot = slot_for(model, adapter_name)  # raises if there is no such adapter
+        if slot.method is not lora:
+            kind = getattr(slot.config.peft_type, "value", slot.config.peft_type)
+            raise refuse(
+                f"A pool is for adapters of type LORA, and {adapter_name!r} is of type {kind}.",
+                found=f"type {kind}, whose tensors have no common layout",
+                expected="a LoRA or DoRA adapter",
+                next_step="swap with hotswap_adapter(model, Adapter.load(folder), adapter_name)",
+            )
         family = [_family_member(source, hub) for source in adapters.values()]
         way_back = make_room(model, family, target_rank=target_rank, adapter_name=adapter_name, may_be_compiled=False)
         self._room = room_of(slot_for(model, adapter_name).host.base, adapter_name)

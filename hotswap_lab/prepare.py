@@ -25,7 +25,8 @@ from .errors import HotswapError, Refusal, listing, refuse
 from .host import canonical_path, carriers
 from .interrupts import interrupts_held
 from .journal import Journal
-from .methods import lora
+from .methods import general, lora
+from .prepare_general import decide_general, other_form, write_general
 from .room import Room, clear_gradient, room_of
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, slot_in
@@ -130,8 +131,11 @@ def make_room(
     rolling the journal back leaves the model as it was.
     """
     _check_target_rank(target_rank)
-    preparations = [_Preparation(slot) for slot in _slots(model, adapter_name)]
-    if not preparations:
+    slots = list(_slots(model, adapter_name))
+    with_room = [slot for slot in slots if slot.method is lora and not lora.needs_donor(slot.config)]
+    preparations = [_Preparation(slot) for slot in with_room]
+    others = [decide_general(slot, target_rank, family) for slot in slots if slot not in with_room]
+    if not slots:
         raise refuse(
             NOTHING_FOUND,
             found=f"a {type(model).__name__} without LoRA layers",
@@ -139,6 +143,7 @@ def make_room(
             next_step="load the adapter that targets most layers, then prepare the model",
         )
     refusals = [refusal for preparation in preparations for refusal in _decide(preparation, target_rank, family)]
+    refusals += [refusal for _, reasons in others for refusal in reasons]
     if refusals:
         raise HotswapError(*refusals)
     for preparation in preparations:
@@ -150,6 +155,8 @@ def make_room(
         try:
             for preparation in preparations:
                 _write(preparation, journal)
+            for preparation, _ in others:
+                write_general(preparation, journal)
             if target_rank is not None:
                 _update_configs(config, preparations, target_rank, journal)
         except BaseException:
@@ -217,7 +224,9 @@ def _family_member(adapter: str | os.PathLike | Adapter | PeftConfig, hub: Mappi
 def _slots(model: torch.nn.Module, adapter_name: str | None) -> Iterator[Slot]:
     for host in carriers(model):
         for name, config in host.configs.items():
-            if config.peft_type == PeftType.LORA and adapter_name in (None, name):
+            # unless they are asked for by name, adapters that can't be prepared are let be
+            wanted = config.peft_type in (PeftType.LORA, *general.PADDABLE) or name == adapter_name
+            if wanted and adapter_name in (None, name):
                 slot = slot_in(host, name)
                 if slot.layers:
                     yield slot
@@ -227,7 +236,6 @@ def _decide(preparation: _Preparation, target_rank: int | None, family: list[Ada
     """Finds the room that is needed at each layer; yields why it can't be had."""
     slot, name = preparation.slot, preparation.slot.adapter_name
     yield from slot.method.unsupported(slot.config, "loaded")
-    yield from _beyond_rooms(slot.config, slot.config, "loaded")
     for layer in slot.layers:
         if reason := slot.method.unsupported_layer(layer.module, name, layer.tensors):
             yield Refusal(
@@ -275,7 +283,7 @@ def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | 
         )
         return
     problems = [*slot.method.malformed(adapter.config), *slot.method.unsupported(adapter.config, "new")]
-    problems += _beyond_rooms(adapter.config, slot.config, "new")
+    problems += _beyond_rooms(adapter.config, slot.config)
     if problems:
         yield from problems
         return
@@ -307,23 +315,16 @@ def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | 
             preparation.reserve[path] = max(preparation.reserve.get(path, 0), rank, target_rank or 0)
 
 
-def _beyond_rooms(config: PeftConfig, loaded: PeftConfig, role: str) -> Iterator[Refusal]:
-    """What an adapter has that can't be changed by writing values alone."""
+def _beyond_rooms(config: PeftConfig, loaded: PeftConfig) -> Iterator[Refusal]:
+    """What an adapter of the family has that the loaded one lacks, and that no graph for both could have."""
     if lora.needs_donor(config):
         yield Refusal(
-            f"A model can't be prepared for the {role} adapter.",
-            found=f"{', '.join(lora.other_state(config))}: state beyond the tensors of its LoRA layers",
-            expected="LoRA or DoRA, with lora_bias or without",
-            next_step="swap such adapters in a model that is not compiled",
+            "The model can't be prepared for an adapter that is of another kind than the loaded one.",
+            found=f"{', '.join(lora.other_state(config))}, which the loaded adapter lacks",
+            expected="adapters with the same tensors beside those of LoRA",
+            next_step="load such an adapter first, or swap in a model that is not compiled",
         )
-    if lora.form_for(config) != lora.form_for(loaded):
-        names = ("use_dora", "lora_bias")
-        yield Refusal(
-            "Adapters with and without DoRA, or with and without lora_bias, have no common graph.",
-            found=", ".join(f"{name}={getattr(config, name)}" for name in names),
-            expected=", ".join(f"{name}={getattr(loaded, name)}" for name in names) + ", as the loaded adapter",
-            next_step="prepare one model for each kind, or swap between them in a model that is not compiled",
-        )
+    yield from other_form(config, loaded)
 
 
 def _targeted(slot: Slot, config: PeftConfig) -> Iterator[str]:

@@ -53,9 +53,14 @@ def set_padded(layer: torch.nn.Module, adapter_name: str, journal: Journal) -> N
     _mark(layer, PADDED_ATTRIBUTE, adapter_name, True, journal)
 
 
+def is_padded(layer: torch.nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter's tensors on this layer may be larger than its own rank."""
+    return adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ())
+
+
 def own_rank(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> int | None:
     """The rank of the adapter on this layer, which is that of its tensors unless these are padded."""
-    if adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ()) and tensor.rank_axis is not None:
+    if is_padded(layer, adapter_name) and tensor.rank_axis is not None:
         return min(layer.r[adapter_name], tensor.capacity)
     return tensor.capacity
 

@@ -194,11 +194,16 @@ def _as_folder(adapter: str | os.PathLike | Adapter) -> Iterator[str]:
     if not isinstance(adapter, Adapter):
         yield os.fspath(adapter)
         return
-    prefix = "" if adapter.config.is_prompt_learning else PEFT_PREFIX
-    tensors = {f"{prefix}{canonical_path(key)}": tensor.contiguous() for key, tensor in adapter.tensors.items()}
+    tensors = {_file_key(adapter, key): tensor.contiguous() for key, tensor in adapter.tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(folder, adapter.config, tensors)
         yield folder
+
+
+def _file_key(adapter: Adapter, key: str) -> str:
+    if adapter.config.is_prompt_learning or key.startswith("base_model."):
+        return key
+    return PEFT_PREFIX + canonical_path(key)
 
 
 @contextlib.contextmanager

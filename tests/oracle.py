@@ -127,7 +127,7 @@ def assert_same_files(model, fresh, adapter_name: str) -> None:
             each.save_pretrained(target, selected_adapters=[adapter_name])
             target = target if adapter_name == "default" else target / adapter_name
             config = json.loads((target / "adapter_config.json").read_text())
-            for key, value in config.items():
+            for value in config.values():
                 if isinstance(value, list) and all(isinstance(each, str) for each in value):
                     value.sort()
             contents.append((config, load_file(target / "adapter_model.safetensors")))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from models import KINDS, load, save_random_adapter
 from peft import LoraConfig, PeftMixedModel, get_peft_model
 
-from hotswap_lab import HotswapError, resolve_slot
+from hotswap_lab import resolve_slot
 
 
 def test_a_slot_has_exactly_the_parameters_that_carry_the_name(kind, tmp_path):

@@ -17,7 +17,6 @@ from ..slot import Slot
 from .difference import Graft, difference
 from .donor import Donor, load_donor
 
-
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
 

@@ -22,7 +22,8 @@ from ..errors import Refusal
 from ..host import Host
 from ..journal import MISSING, Journal
 from ..methods import general, method_of
-from ..prepared_layer import OFF_ATTRIBUTE
+from ..parts import SlotTensor
+from ..prepared_layer import OFF_ATTRIBUTE, EvalFreeDropout
 from ..state_view import PADDED_ATTRIBUTE, is_marked_off, set_off
 from .donor import Donor
 from .stand_in import WRAPPERS, holder_of_inside, inside, is_embedding
@@ -63,6 +64,10 @@ NOT_COMPARED = {
 }
 
 
+#: tables that no forward reads
+BOOKKEEPING = {"r", "alpha", "lora_alpha", "use_rslora"}
+
+
 class Change(enum.IntEnum):
     """The largest change to one wrapper, from values only to a new module."""
 
@@ -95,6 +100,8 @@ class Graft:
     resizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
     #: all else, undoable
     steps: list[Step] = field(default_factory=list)
+    #: changes that no compiled graph depends on
+    silent_steps: list[Step] = field(default_factory=list)
     changes: list[WrapperChange] = field(default_factory=list)
     obstacles: list[Refusal] = field(default_factory=list)
     #: paths of modules that would have to be given a wrapper
@@ -139,9 +146,13 @@ class _Comparison:
         self._added: list[torch.nn.Module] = []
         self._placed: list[object] = []
         self._change = Change.NONE
+        #: whether files name base weights, and so must see the same layers wrapped as a fresh load has
+        self._names_bases = getattr(donor.config, "bias", "none") == "all"
         #: whether the wrapper at hand is in training mode
         self._training = host.base.training
         self._live_ids = set(map(id, host.base.modules()))
+        #: the tensors of the wrapper at hand that may be larger than their rank, by the ids of their parameters
+        self._padded: dict[int, SlotTensor] = {}
         #: removals come last, when it is known which tables the remaining wrappers share
         self._removals: list[Callable[[], None]] = []
 
@@ -227,7 +238,7 @@ class _Comparison:
 
     def _goes(self, wrapper: torch.nn.Module) -> bool:
         """Whether nothing is on a live wrapper once this adapter is off it."""
-        if not _has(wrapper, self.name) or is_marked_off(wrapper, self.name):
+        if not _has(wrapper, self.name) or (is_marked_off(wrapper, self.name) and not self._names_bases):
             return False
         if any(_has(wrapper, other) for other in self._adapter_names - {self.name}):
             return False
@@ -253,6 +264,11 @@ class _Comparison:
         self._seen.add((id(live), id(donor)))
         self._counterparts[id(donor)] = live
         self._training = live.training
+        self._padded = (
+            {id(target.parameter): target for target in method_of(live).tensors_of(live, self.name)}
+            if isinstance(live, BaseTunerLayer) and self.name in live.__dict__.get(PADDED_ATTRIBUTE, ())
+            else {}
+        )
         holder, inner = holder_of_inside(donor)
         skip = (*skip, *((inner,) if holder is donor and isinstance(donor, WRAPPERS) else ()))
         for attribute, value in donor.__dict__.items():
@@ -278,7 +294,7 @@ class _Comparison:
         ):
             self._set_presence(live, self.name in donor._adapters, path)
         if is_marked_off(live, self.name) and _has(donor, self.name):
-            self._step(lambda journal: set_off(live, self.name, False, journal), f"{path}: turned off")
+            self.graft.silent_steps.append(lambda journal: set_off(live, self.name, False, journal))
 
     def _leftovers(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
         """Tables that only the live wrapper has: variants of LoRA bring their own."""
@@ -303,10 +319,7 @@ class _Comparison:
                 self._set(live.__dict__, attribute, self._translated(value), f"{path}: {attribute}")
             elif self.name in value or self.name in table:
                 self._entry(table, value, f"{path}: {attribute}")
-        elif isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type(None))):
-            if present is MISSING or present != value:
-                self._set(live.__dict__, attribute, value, f"{path}: {attribute}")
-        elif isinstance(value, (tuple, set, frozenset)):
+        elif isinstance(value, (bool, int, float, str, torch.dtype, torch.device, tuple, set, frozenset, type(None))):
             if present is MISSING or present != value:
                 self._set(live.__dict__, attribute, value, f"{path}: {attribute}")
         elif present is MISSING:
@@ -362,13 +375,21 @@ class _Comparison:
                 self.graft.copies.append((live, torch.tensor(float(donor))))
                 self._note(Change.VALUES)
         elif not _equal(live, donor := self._translated(donor)):
-            self._set(table, key, donor, path)
+            if path.rpartition(" ")[2] in BOOKKEEPING:
+                self.graft.silent_steps.append(lambda journal: journal.set_item(table, key, donor))
+                self._note(Change.VALUES)
+            else:
+                self._set(table, key, donor, path)
 
     def _owned(self, table: MutableMapping, key: str, live: object, donor: torch.nn.Module, path: str) -> None:
         """Modules that are the adapter's own through and through."""
         if (known := self._counterparts.get(id(donor))) is not None:
             if known is not live:
                 self._set(table, key, known, path)
+            return
+        if isinstance(live, EvalFreeDropout):
+            if live.p != (p := getattr(donor, "p", 0.0)):
+                self.graft.silent_steps.append(lambda journal: journal.set_attribute(live, "p", p))
             return
         if not isinstance(live, torch.nn.Module) or not _same_form(live, donor) or id(live) in self._taken:
             self._counterparts[id(donor)] = donor
@@ -379,7 +400,8 @@ class _Comparison:
             if name in NOT_COMPARED or name == "seat":
                 continue
             if isinstance(value, (bool, int, float, str, type(None), tuple)):
-                if getattr(live, name, MISSING) != value:
+                is_size = any(each.owner is live and each.size_attribute == name for each in self._padded.values())
+                if getattr(live, name, MISSING) != value and not is_size:
                     self._step(
                         lambda journal, name=name, value=value: journal.set_attribute(live, name, value),
                         f"{path}.{name}",
@@ -417,12 +439,34 @@ class _Comparison:
             if not _same_bits(live, values):
                 self.graft.copies.append((live, values))
                 self._note(Change.VALUES)
+        elif (target := self._padded.get(id(live))) is not None and target.fits(values.shape):
+            self._pad(target, values, path)
         elif isinstance(live, torch.nn.Parameter):
             self.graft.resizes.append((live, values))
             self.graft.differences.append(f"{path} has shape {tuple(live.shape)}, fresh {tuple(donor.shape)}")
             self._note(Change.SHAPES)
         else:
             self._set(table, key, donor, path)
+
+    def _pad(self, target: SlotTensor, values: torch.Tensor, path: str) -> None:
+        """Writes a tensor of a lower rank into one that was prepared for higher ranks."""
+        rank, parameter = target.rank_of(values.shape), target.parameter.detach()
+        if rank > target.capacity:
+            self.graft.obstacles.append(
+                Refusal(
+                    "The adapter's rank is higher than the model was prepared for.",
+                    found=f"rank {rank} at {path}",
+                    expected=f"rank {target.capacity} at most",
+                    next_step=f"before compiling, prepare the model with target_rank={rank}",
+                )
+            )
+            return
+        padding = target.padding(parameter, rank)
+        self.graft.copies += [
+            (target.own(parameter, rank), target.split(values)),
+            (padding, values.new_zeros(()).expand(padding.shape)),
+        ]
+        self._note(Change.VALUES)
 
     def _pair(self, live: object, donor: object) -> None:
         """Notes that the live part becomes what the donor's is. Some methods share parts between layers."""
@@ -450,14 +494,14 @@ class _Comparison:
 
     def _remove(self, wrapper: torch.nn.Module, path: str) -> None:
         """Takes the adapter off a live wrapper."""
-        if not _has(wrapper, self.name) or is_marked_off(wrapper, self.name):
+        if not _has(wrapper, self.name) or (is_marked_off(wrapper, self.name) and not self._names_bases):
             return
         self.graft.changes.append(WrapperChange(path, wrapper, Change.REMOVED, _rank(wrapper, self.name), None, None))
         if self._can_be_zeroed(wrapper):
             for target in method_of(wrapper).tensors_of(wrapper, self.name):
                 self.graft.parameters.append(target.parameter)
                 self.graft.copies.append((target.parameter, target.off_value()))
-            self.graft.steps.append(lambda journal: set_off(wrapper, self.name, True, journal))
+            self.graft.silent_steps.append(lambda journal: set_off(wrapper, self.name, True, journal))
             return
         shared = set(map(id, self._counterparts.values()))
         for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
@@ -503,9 +547,11 @@ class _Comparison:
 
     def _can_be_zeroed(self, wrapper: torch.nn.Module) -> bool:
         """Whether the adapter can stay on the layer, turned off: then its memory is there for the next one."""
+        if isinstance(wrapper, BaseTunerLayer) and self.name in wrapper.__dict__.get(PADDED_ATTRIBUTE, ()):
+            return True
         if not isinstance(wrapper, LoraLayer) or (method := method_of(wrapper)) is general:
             return False
-        if is_embedding(self._base_model, wrapper):
+        if is_embedding(self._base_model, wrapper) or self._names_bases:
             return False  # PEFT saves the weights of embeddings that are wrapped
         return method.unsupported_layer(wrapper, self.name, method.tensors_of(wrapper, self.name)) is None
 

@@ -109,8 +109,10 @@ def _mismatches(
     memory = {key: tensor.data_ptr() for key, tensor in model.state_dict().items()}
     missing = set(result.missing_keys)
     filled = {address for key, address in memory.items() if key not in missing}
-    awaited = {tensor.data_ptr() for tensor in saved.values()} - filled
-    return tuple(result.unexpected_keys), tuple(sorted(key for key in missing if memory.get(key) in awaited))
+    present = _file_keys(model, tensors, adapter_name).keys()
+    awaited = {tensor.data_ptr() for key, tensor in saved.items() if key not in present} - filled
+    unexpected = [key for key in result.unexpected_keys if key not in saved]
+    return tuple(unexpected), tuple(sorted(key for key in missing if memory.get(key) in awaited))
 
 
 def _named_tensors(model: torch.nn.Module):

@@ -24,6 +24,21 @@ REFUSED = {
 }
 
 
+#: methods whose effect is a sum over rank components, so that zeros beyond an adapter's own rank change nothing
+PADDABLE = (PeftType.LOHA, PeftType.LOKR, PeftType.HIRA, PeftType.ADALORA)
+#: the axis of the rank components in their tensors
+RANK_AXES = {
+    **{"hada_w1_a": 1, "hada_w1_b": 0, "hada_w2_a": 1, "hada_w2_b": 0},
+    **{"lokr_w1_a": 1, "lokr_w1_b": 0, "lokr_w2_a": 1, "lokr_w2_b": 0},
+    **{"hira_A": 0, "hira_B": 1, "hira_embedding_A": 0, "hira_embedding_B": 1},
+    **{"lora_A": 0, "lora_E": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1},  # AdaLoRA's
+}
+#: tables of tensors with two axes of rank components (convolutions in Tucker form): these layers keep their rank
+TUCKER = ("hada_t1", "lokr_t2")
+#: tables of dropouts
+DROPOUTS = ("lora_dropout", "hira_dropout")
+
+
 def malformed(config: PeftConfig) -> Iterator[Refusal]:
     """PEFT judges these configs itself, when it loads the donor."""
     return iter(())
@@ -61,6 +76,7 @@ def _tables(layer: BaseTunerLayer) -> Iterator[tuple[str, object]]:
 def tensors_of(layer: BaseTunerLayer, adapter_name: str) -> list[SlotTensor]:
     """The parameters of one adapter on one layer, in PEFT's order."""
     tensors = []
+    is_tucker = any(adapter_name in getattr(layer, table, ()) for table in TUCKER)
     for table_name, table in _tables(layer):
         if adapter_name not in table:
             continue
@@ -76,7 +92,8 @@ def tensors_of(layer: BaseTunerLayer, adapter_name: str) -> list[SlotTensor]:
                             )
                         )
         elif isinstance(table, torch.nn.ParameterDict):
-            tensors.append(SlotTensor(table_name, f"{table_name}.{adapter_name}", table, adapter_name, None))
+            axis = None if is_tucker else RANK_AXES.get(table_name)
+            tensors.append(SlotTensor(table_name, f"{table_name}.{adapter_name}", table, adapter_name, axis))
     return tensors
 
 

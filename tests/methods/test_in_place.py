@@ -1,4 +1,4 @@
-"""What a swap through PEFT's own load promises beside being right: nothing half done, nothing left behind, nothing copied."""
+"""What a swap by a donor promises beside being right: nothing half done, nothing left behind, nothing copied."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_pools_are_for_lora(tmp_path):
     old, new = _pair("LoHa", tmp_path)
     model = load(LLAMA, old)
     before = snapshot(model)
-    with pytest.raises(HotswapError, match="found: [\\s\\S]*next: "):
+    with pytest.raises(HotswapError, match="A pool is for adapters of type LORA"):
         AdapterPool(model, adapters={"new": new}, progress=False)
     assert_untouched(model, before)
 
@@ -234,7 +234,7 @@ def test_a_pool_does_not_take_another_method(tmp_path):
 
 
 def test_injected_adapters(tmp_path):
-    """Without a PeftModel: the adapter lies in the model itself, as transformers' and diffusers' own loading leaves it."""
+    """Without a PeftModel: in the model itself, as transformers' and diffusers' own loading leaves it."""
     folders = _pair("LoHa", tmp_path)
 
     def inject(folder: str):

@@ -1,0 +1,146 @@
+"""Preparing without a room: other methods than LoRA, and LoRA with more beside it (a classifier, trained tokens).
+
+What these methods add (LoHa, LoKr, HiRA, AdaLoRA) is a sum over rank components, as LoRA's ``B @ A`` is, so each
+tensor gets room for the highest rank of a family, and scalings become tensors. There is no common memory: a swap goes
+through a donor (see :mod:`hotswap_lab.grafting`), and copies tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.utils.other import get_pattern_key
+
+from .adapter import Adapter
+from .building import give_memory
+from .errors import Refusal
+from .journal import Journal
+from .methods import general, lora
+from .parts import SlotTensor
+from .prepared_layer import EvalFreeDropout, ScalingTable, scaling_tensor
+from .room import clear_gradient
+from .slot import Slot
+from .state_view import own_rank, set_padded
+
+#: what LoRA may have beside its layers; where all adapters have the same of it, its values can be swapped in a graph
+BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
+
+
+@dataclass
+class GeneralPreparation:
+    """What will be written to one slot of another method than LoRA."""
+
+    slot: Slot
+    padded: list[tuple[SlotTensor, torch.Tensor]] = field(default_factory=list)
+
+
+def decide_general(
+    slot: Slot, target_rank: int | None, family: Iterable[Adapter]
+) -> tuple[GeneralPreparation, list[Refusal]]:
+    """Allocates what is needed beside the model, or says why it can't be had."""
+    preparation, name = GeneralPreparation(slot), slot.adapter_name
+    family = list(family)
+    if refusals := list(_check_family(slot, family)):
+        return preparation, refusals
+    with slot.write_mode(), torch.no_grad():
+        for layer in slot.layers:
+            ranks = [rank_for(each.config, layer.path) for each in family]
+            for tensor in layer.tensors:
+                if tensor.rank_axis is None:
+                    continue
+                own = own_rank(layer.module, name, tensor)
+                if target_rank is not None and target_rank < max([own, *ranks]):
+                    reason = Refusal(
+                        f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
+                        f"({max([own, *ranks])}). This is not possible.",
+                        found=f"rank {max([own, *ranks])} at {layer.path}",
+                        expected=f"a target rank of {max([own, *ranks])} at least",
+                        next_step="pass the highest rank of all adapters as target_rank, the loaded one included",
+                    )
+                    return preparation, [reason]
+                needed = max([tensor.capacity, target_rank or 0, *ranks])
+                if needed > tensor.capacity:
+                    preparation.padded.append((tensor, tensor.padded(tensor.parameter.detach(), needed)))
+    return preparation, []
+
+
+def rank_for(config: object, path: str) -> int:
+    """The rank that a fresh load with this config gives to the layer at ``path``."""
+    pattern = getattr(config, "rank_pattern", None) or {}
+    rank = getattr(config, "init_r", None) or config.r
+    return pattern.get(get_pattern_key(pattern.keys(), path), rank)
+
+
+def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
+    kind = slot.config.peft_type
+    if kind == PeftType.LORA:
+        yield from lora.unsupported(slot.config, "loaded")
+        if strange := set(lora.other_state(slot.config)) - BESIDE_LORA:
+            yield Refusal(
+                "A model can't be prepared for the loaded adapter.",
+                found=f"{', '.join(sorted(strange))}: tensors that can't be padded",
+                expected=f"LoRA or DoRA, with nothing beside it but {', '.join(sorted(BESIDE_LORA))}",
+                next_step="swap such adapters in a model that is not compiled",
+            )
+            return
+    elif kind not in general.PADDABLE:
+        yield Refusal(
+            f"A model can't be prepared for adapters of type {kind.value}.",
+            found=f"the adapter {slot.adapter_name!r} of type {kind.value}, which is no sum over rank components",
+            expected=f"LORA, {', '.join(sorted(each.value for each in general.PADDABLE))}",
+            next_step="swap adapters with the same config, which needs no preparation",
+        )
+        return
+    for adapter in family:
+        if adapter.config.peft_type != kind:
+            yield Refusal(
+                f"Incompatible PEFT types found: {kind.value} and {adapter.config.peft_type.value}",
+                found=f"{adapter.label}, of type {adapter.config.peft_type.value}",
+                expected=f"type {kind.value}, as the adapter {slot.adapter_name!r} in the model",
+                next_step="leave it out of `adapters`",
+            )
+        elif kind == PeftType.LORA:
+            yield from other_form(adapter.config, slot.config)
+
+
+def other_form(config: PeftConfig, loaded: PeftConfig) -> Iterator[Refusal]:
+    """Says so if LoRA layers have other tensors with this config than with the loaded one."""
+    if lora.form_for(config) != lora.form_for(loaded):
+        names = ("use_dora", "lora_bias")
+        yield Refusal(
+            "Adapters with and without DoRA, or with and without lora_bias, have no common graph.",
+            found=", ".join(f"{name}={getattr(config, name)}" for name in names),
+            expected=", ".join(f"{name}={getattr(loaded, name)}" for name in names) + ", as the loaded adapter",
+            next_step="prepare one model for each kind, or swap between them in a model that is not compiled",
+        )
+
+
+def write_general(preparation: GeneralPreparation, journal: Journal) -> None:
+    """Gives every tensor its room, and makes what a graph would take for a constant a tensor."""
+    slot, name = preparation.slot, preparation.slot.adapter_name
+    with slot.write_mode():
+        for tensor, padded in preparation.padded:
+            clear_gradient(tensor.parameter, journal)
+            give_memory(tensor.parameter, padded, journal)
+            if tensor.size_attribute:
+                journal.set_attribute(tensor.owner, tensor.size_attribute, tensor.rank_of(padded.shape))
+        for layer in slot.layers:
+            module = layer.module
+            set_padded(module, name, journal)
+            if slot.method is lora:
+                device = layer.tensors[0].parameter.device
+                lora.write_prepared(module, name, scaling_tensor(module.scaling[name], device), journal)
+                continue
+            scaling = module.__dict__.get("scaling")
+            if isinstance(scaling, dict) and not isinstance(scaling.get(name), torch.Tensor):
+                device = layer.tensors[0].parameter.device
+                values = {**scaling, name: scaling_tensor(scaling[name], device)}
+                journal.set_item(module.__dict__, "scaling", ScalingTable(values))
+            for table_name in general.DROPOUTS:
+                table = module._modules.get(table_name)
+                if table is not None and name in table and not isinstance(table[name], EvalFreeDropout):
+                    dropout = EvalFreeDropout(p=getattr(table[name], "p", 0.0))
+                    journal.set_item(table, name, dropout.train(module.training))

@@ -1,0 +1,191 @@
+"""Rank padding for whatever has a rank: all kinds of LoRA that can be had, and LoHa, LoKr, HiRA, AdaLoRA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapters import ALL, FEW, save_random_adapter_of
+from faults import run_with_fault
+from lora_kinds import MODELS
+from models import KINDS, Convolutions, Kind, call, load
+from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
+from torch import nn
+
+from hotswap_lab import (
+    AdapterPool,
+    HotswapError,
+    RecompileWatch,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    save_adapter,
+    verify_hotswap,
+)
+
+
+class Wide(nn.Module):
+    """Wide enough that LoKr has factors of several ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+LLAMA = KINDS["llama"]
+WIDE = Kind(Wide, lambda: torch.randn(3, 64), ("first", "last"))
+PLAIN_CONVOLUTIONS = Kind(Convolutions, KINDS["conv"].make_inputs, ("conv1d", "conv2d", "conv3d"))
+
+
+def _lora(modules: list[str], **arguments) -> list[PeftConfig]:
+    """Higher, lower, on fewer layers, with another scaling and dropout."""
+    changes = [dict(r=4), dict(r=8, lora_alpha=4), dict(r=2, target_modules=modules[:1]), dict(lora_dropout=0.1, r=4)]
+    changes[3]["use_rslora"] = True
+    return [LoraConfig(**{"target_modules": modules, **arguments, **each}) for each in changes]
+
+
+def _adalora(**arguments) -> AdaLoraConfig:
+    return AdaLoraConfig(**{"target_r": 2, "total_step": 10, "target_modules": ALL, **arguments})
+
+
+#: the model, and a family whose members have different ranks; the first is the one that is loaded
+FAMILIES: dict[str, tuple[Kind, list[PeftConfig]]] = {
+    "DoRA": (LLAMA, _lora(["q_proj", "k_proj", "v_proj"], use_dora=True)),
+    "DoRA on embeddings": (KINDS["embedding"], _lora(["embed", "head"], use_dora=True)),
+    "DoRA on convolutions": (PLAIN_CONVOLUTIONS, _lora(["conv1d", "conv2d", "conv3d"], use_dora=True)),
+    "lora_bias": (KINDS["linear"], _lora(["first", "blocks.1", "last"], lora_bias=True)),
+    "SEQ_CLS": (MODELS["classifier"], _lora(["q_proj", "k_proj", "v_proj"], task_type="SEQ_CLS")),
+    "modules_to_save and DoRA": (LLAMA, _lora(["q_proj", "v_proj"], modules_to_save=["lm_head"], use_dora=True)),
+    "trainable tokens": (LLAMA, _lora(["q_proj", "v_proj"], trainable_token_indices=[1, 2, 3])),
+    "LoHa": (
+        LLAMA,
+        [
+            LoHaConfig(r=4, alpha=8, target_modules=ALL),
+            LoHaConfig(r=6, alpha=3, target_modules=ALL, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 9}),
+            LoHaConfig(r=2, alpha=5, target_modules=FEW),
+        ],
+    ),
+    "LoKr": (WIDE, [LoKrConfig(r=rank, alpha=3, target_modules=["first", "last"]) for rank in (2, 3, 1)]),
+    "HiRA": (
+        LLAMA,
+        [
+            HiraConfig(r=4, target_modules=ALL),
+            HiraConfig(r=6, target_modules=ALL, hira_dropout=0.1),
+            HiraConfig(r=2, target_modules=FEW),
+        ],
+    ),
+    "AdaLoRA": (
+        LLAMA,
+        [
+            _adalora(init_r=4),
+            _adalora(init_r=6, lora_alpha=4, lora_dropout=0.1),
+            _adalora(init_r=2, target_modules=FEW),
+        ],
+    ),
+}
+LORA = ["DoRA", "DoRA on embeddings", "DoRA on convolutions", "lora_bias"]
+OTHERS = [name for name in FAMILIES if name not in LORA]
+
+
+def _folders(name: str, tmp_path) -> tuple[Kind, list[str]]:
+    kind, configs = FAMILIES[name]
+    folders = [
+        save_random_adapter_of(config, tmp_path / str(number), number + 1, kind)
+        for number, config in enumerate(configs)
+    ]
+    return kind, folders
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ranks_grow_and_shrink_without_a_recompile(tmp_path, name):
+    kind, folders = _folders(name, tmp_path)
+    model = load(kind, folders[0])
+    prepare_model_for_compiled_hotswap(model, adapters=folders)
+    assert_equals_fresh_load(model, kind, folders[0], prepared=True, margin=10)
+    addresses = {key: each.data_ptr() for key, each in model.named_parameters()}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    call(compiled, kind.inputs())
+    order = [*range(1, len(folders)), 0, 2, 1, 2, 0]
+    with RecompileWatch(allow=0):
+        for number in order:
+            hotswap_adapter(compiled, folders[number], "default")
+            assert_same_outputs(compiled, load(kind, folders[number]), kind, margin=10)
+            assert_equals_fresh_load(model, kind, folders[number], prepared=True, margin=10)
+    assert {key: each.data_ptr() for key, each in model.named_parameters()} == addresses
+    assert verify_hotswap(model, folders[0], inputs=kind.inputs())
+    hotswap_adapter(model, folders[2], "default")
+    save_adapter(model, tmp_path / "saved")
+    assert_same_outputs(model, load(kind, str(tmp_path / "saved")), kind, margin=10)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_pools(tmp_path, name):
+    kind, folders = _folders(name, tmp_path)
+    model = load(kind, folders[2])  # on few layers: the others are reserved
+    pool = AdapterPool(model, adapters={str(number): each for number, each in enumerate(folders)}, progress=False)
+    for number in (1, 2, 3, 0, 2, 1, 3):
+        pool.swap(str(number))
+        assert pool.active == str(number)
+        assert_equals_fresh_load(model, kind, folders[number], prepared=True, margin=10)
+    with pool.using("2"):
+        assert_equals_fresh_load(model, kind, folders[2], prepared=True, margin=10)
+    pool.undo()
+    assert_equals_fresh_load(model, kind, folders[1], prepared=True, margin=10)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_higher_ranks_than_prepared_for_are_refused(tmp_path, name):
+    kind, folders = _folders(name, tmp_path)
+    model = load(kind, folders[2])
+    prepare_model_for_compiled_hotswap(model, target_rank=2)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match=r"higher than the model was prepared for|can't be done in a prepared model"):
+        hotswap_adapter(model, folders[1], "default", add_layers=True)
+    assert_untouched(model, before)
+
+
+def test_all_or_nothing(tmp_path):
+    kind, folders = _folders("LoHa", tmp_path)
+    model = load(kind, folders[0], is_trainable=True)
+    model(**kind.inputs()).logits.sum().backward()
+    before, step, faults = snapshot(model), 1, 0
+    while run_with_fault(lambda: prepare_model_for_compiled_hotswap(model, target_rank=8), step):
+        if model.get_submodule("base_model.model.lm_head") and _is_prepared(model):
+            break
+        assert_untouched(model, before)
+        faults, step = faults + 1, step + 17
+    assert faults > 20
+    assert_equals_fresh_load(model, kind, folders[0], prepared=True, margin=10, is_trainable=True)
+
+
+def _is_prepared(model) -> bool:
+    layer = model.get_base_model().model.layers[-1].mlp.down_proj
+    return layer.hada_w1_a["default"].shape[1] == 8 and isinstance(layer.scaling["default"], torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (dict(target_rank=2), "the original rank is larger"),
+        (dict(adapters=[LoHaConfig(r=16, target_modules=ALL)], target_rank=8), "the original rank is larger"),
+        (dict(adapters=[LoraConfig(r=4, target_modules=ALL)]), "Incompatible PEFT types found: LOHA and LORA"),
+    ],
+)
+def test_families_that_can_not_be_had(tmp_path, arguments, match):
+    kind, folders = _folders("LoHa", tmp_path)
+    model = load(kind, folders[0])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=match):
+        prepare_model_for_compiled_hotswap(model, **arguments)
+    assert_untouched(model, before)
+
+
+def test_methods_that_are_no_sum_over_rank_components(tmp_path):
+    """Zeros beyond the rank would change what OFT computes."""
+    folder = save_random_adapter_of(OFTConfig(oft_block_size=4, target_modules=ALL), tmp_path / "oft", 1)
+    model = load(LLAMA, folder)
+    with pytest.raises(ValueError, match="can't be prepared for adapters of type OFT"):
+        prepare_model_for_compiled_hotswap(model, target_rank=8, adapter_name="default")
