@@ -6,6 +6,7 @@ equal a fresh load or refuse as its right column says.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from importlib.metadata import version
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import CONFIGS, kind_for, save_random_adapter_of
 from models import KINDS, call, load, save_random_adapter
-from oracle import assert_equals_fresh_load
-from peft import LoHaConfig, PeftConfig, PeftModel, get_peft_model
+from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, XLoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import ArrowConfig
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from peft.utils.hotswap import hotswap_adapter_from_state_dict as peft_hotswap_from_state_dict
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap as peft_prepare
@@ -350,3 +353,120 @@ def test_one_layer_that_can_not_be_padded(tmp_path):
         sizes.append({tensor.capacity for tensor in resolve_slot(model, "default").tensors})
     words = ("others are padded already" if sizes[0] != {4} else "", "refused, untouched" if sizes[1] == {4} else "")
     assert words == row("one layer can't be padded")
+
+
+#: README's rows, and the family of adapters that are swapped for one another in each
+FAMILY_OF_ROW = {
+    "DoRA: other rank, fewer layers, to and from plain LoRA": "DoRA",
+    "DoRA on convolutions, to and from plain LoRA": "DoRA on convolutions",
+    "`lora_bias`, other rank, to and from none": "lora_bias",
+    '`bias="all"` and `"lora_only"`, fewer layers': "bias",
+    "`modules_to_save`, other modules, back to none": "modules_to_save",
+    "SEQ_CLS adapters with their classifier, back to none": "SEQ_CLS",
+    "embeddings, other layers, back to none": "embeddings, untied",
+    "tied embeddings, other layers, back to none": "embeddings, tied",
+    "`trainable_token_indices`, other tokens, back to none": "trainable tokens",
+    "trainable tokens of tied embeddings": "trainable tokens, tied",
+    "MultiheadAttention, other rank, fewer layers": "MultiheadAttention",
+    "`target_parameters` (Mixtral's experts), other rank, fewer, none": "target_parameters",
+    "`layer_replication`, other rank": "layer_replication",
+    "BD-LoRA, other blocks, to and from plain LoRA": "BD-LoRA",
+    "aLoRA, other tokens, to and from plain LoRA": "aLoRA",
+    "VeLoRA, to and from plain LoRA": "VeLoRA",
+    "MonteCLoRA, to and from plain LoRA": "MonteCLoRA",
+}
+
+#: how a swap by PEFT can end, the worst first
+OUTCOMES = [
+    "KeyError",
+    "TypeError",
+    "broken model",
+    "other outputs, no error",
+    "refused",
+    "equal outputs, old config",
+    "equal outputs",
+]
+
+
+def what_peft_makes_of(model: PeftModel, new: str, kind) -> str:
+    try:
+        return what_peft_does(model, new, kind)
+    except (KeyError, TypeError) as error:
+        return type(error).__name__
+    except RuntimeError:
+        return "broken model"  # it raises when it is called: errors of the swap itself are "refused"
+
+
+@pytest.mark.parametrize("case", FAMILY_OF_ROW)
+def test_kinds_of_lora(tmp_path, case):
+    """PEFT's column; that ours equals a fresh load in every pair is what ``methods/test_lora_kinds.py`` shows."""
+    from lora_kinds import FAMILIES, MODELS
+
+    name, configs = FAMILIES[FAMILY_OF_ROW[case]]
+    kind, seen = MODELS[name], set()
+    folders = [
+        save_random_adapter_of(config, tmp_path / str(number), number + 1, kind)
+        for number, config in enumerate(configs)
+    ]
+    for old, new in itertools.permutations(folders, 2):
+        seen.add(what_peft_makes_of(load(kind, old), new, kind))
+    theirs, ours = row(case)
+    assert theirs == "; ".join(outcome for outcome in OUTCOMES if outcome in seen)
+    assert ours.startswith("equals a fresh load")
+
+
+def test_other_methods(tmp_path):
+    """PEFT's column; ours is what ``methods/test_every_method.py`` shows for each of them."""
+    types = {config.peft_type for configs in CONFIGS.values() for config in configs}
+    assert row(f"each of the {len(types)} other methods of PEFT, other settings") == ("refused", "equals a fresh load")
+    for name, (first, second, *_) in CONFIGS.items():
+        kind = kind_for(name)
+        old = save_random_adapter_of(first, tmp_path / name / "old", 1, kind)
+        new = save_random_adapter_of(second, tmp_path / name / "new", 2, kind)
+        assert what_peft_makes_of(load(kind, old), new, kind) == "refused", name
+
+
+def test_adapters_that_change_the_base(tmp_path):
+    """PEFT's hotswap goes on with the base as it is, so the outputs are those of neither adapter's fresh load."""
+    plain = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "plain", 1)
+    changed = save_random_adapter_of(
+        LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights="pissa"), tmp_path / "pissa", 2
+    )
+    theirs, ours = row("PiSSA, OLoRA, CorDA, LoftQ, KaSA: loading them changes the base")
+    assert theirs == what_peft_does(load(LLAMA, plain), changed)
+    assert ours == "refused, untouched"
+    model = load(LLAMA, plain)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="changes the base model's own weights"):
+        hotswap_adapter(model, changed, "default")
+    assert_untouched(model, before)
+
+
+ROUTERS = {
+    "X-LoRA, a router between adapters": lambda folder: XLoraConfig(
+        hidden_size=16, adapters={"a": folder}, task_type="CAUSAL_LM"
+    ),
+    "Arrow, a router between adapters": lambda folder: LoraConfig(
+        r=4, target_modules=ATTENTION, arrow_config=ArrowConfig(top_k=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROUTERS)
+def test_routers(tmp_path, case):
+    """They are made of other adapters of the model."""
+    plain = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "plain", 1)
+    config, new = ROUTERS[case](plain), tmp_path / "router"
+    config.save_pretrained(new)
+    save_file(load_file(f"{plain}/adapter_model.safetensors"), new / "adapter_model.safetensors")
+    try:
+        peft_hotswap(load(LLAMA, plain), str(new), adapter_name="default", torch_device="cpu")
+        theirs = "no error"
+    except ValueError:
+        theirs = "refused"
+    assert row(case) == (theirs, "refused, untouched")
+    model = load(LLAMA, plain)
+    before = snapshot(model)
+    with pytest.raises(HotswapError):
+        hotswap_adapter(model, new, "default")
+    assert_untouched(model, before)

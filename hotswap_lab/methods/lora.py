@@ -125,6 +125,13 @@ def unsupported(config: LoraConfig, role: str) -> Iterator[Refusal]:
         found = f"init_lora_weights={init!r}"
     elif getattr(config, "kasa_config", None):
         found = "a kasa_config"
+    if getattr(config, "arrow_config", None):
+        yield Refusal(
+            f"The {role} adapter is an Arrow router.",
+            found="an arrow_config: what it computes depends on the other adapters of the model",
+            expected="an adapter that stands for itself",
+            next_step="build the router again with PEFT's create_arrow_model",
+        )
     if found:
         yield Refusal(
             f"The {role} adapter changes the base model's own weights.",

@@ -88,7 +88,10 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
         [LoraConfig(r=4, use_dora=dora, target_modules=["conv1d", "conv2d", "conv3d"]) for dora in (True, False)],
     ),
     "lora_bias": ("bert", [_bert(lora_bias=True), _bert(r=8, lora_bias=True), _bert()]),
-    "bias": ("bert", [_bert(bias="all"), _bert(r=2, bias="lora_only"), _bert(r=8, bias="all", target_modules=["value"])]),
+    "bias": (
+        "bert",
+        [_bert(bias="all"), _bert(r=2, bias="lora_only"), _bert(r=8, bias="all", target_modules=["value"])],
+    ),
     "modules_to_save": (
         "llama",
         [
