@@ -63,6 +63,13 @@ def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
 
 def carriers(model: torch.nn.Module) -> Iterator[Host]:
     """All adapter carriers, outermost first; what lies inside a carrier belongs to it."""
+    if not isinstance(model, torch.nn.Module):
+        raise refuse(
+            "This is not a model.",
+            found=f"a {type(model).__name__}",
+            expected="a model with a loaded adapter; of a diffusers pipeline, one of its parts, such as pipe.unet",
+            next_step="for all parts of a pipeline at once, call hotswap_lab.hotswap_pipeline(pipe, source, name)",
+        )
     queue = deque([model])
     while queue:
         module = unwrap_compiled(queue.popleft())

@@ -10,7 +10,6 @@ from peft import PeftConfig
 
 from .adapter import Adapter
 from .commit import commit
-from .errors import refuse
 from .plan import Plan
 from .planning import make_plan
 from .room import slot_for
@@ -137,7 +136,7 @@ def hotswap_adapter_from_state_dict(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter_from_state_dict`` of PEFT 0.21.
     """
-    slot = _slot_in_model(model, adapter_name)
+    slot = slot_for(model, adapter_name)
     adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
     commit(make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights))
 
@@ -177,7 +176,7 @@ def plan_hotswap(
     >>> print(plan.refusals[0].next_step)
     pass add_layers=True to add them, or load first the adapter that targets most layers
     """
-    slot = _slot_in_model(model, adapter_name)
+    slot = slot_for(model, adapter_name)
     adapter = model_name_or_path
     if isinstance(adapter, Adapter):
         if kwargs or torch_device is not None:
@@ -191,14 +190,3 @@ def plan_hotswap(
 def _own_key_mapping(slot: Slot) -> dict[str, str] | None:
     """Some transformers models bring a mapping from the keys of their older versions; a fresh load applies it."""
     return getattr(slot.host.base, "_checkpoint_conversion_mapping", None) or None
-
-
-def _slot_in_model(model: torch.nn.Module, adapter_name: str) -> Slot:
-    if not isinstance(model, torch.nn.Module):
-        raise refuse(
-            "This is not a model.",
-            found=f"a {type(model).__name__}",
-            expected="a model with a loaded adapter; of a diffusers pipeline, one of its parts, such as pipe.unet",
-            next_step="for all parts of a pipeline at once, call hotswap_pipeline(pipe, source, adapter_name)",
-        )
-    return slot_for(model, adapter_name)

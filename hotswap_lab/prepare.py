@@ -111,6 +111,7 @@ def prepare_model_for_compiled_hotswap(
     Same call as ``peft.utils.hotswap.prepare_model_for_compiled_hotswap`` of PEFT 0.21, with its errors and
     warnings; ``adapters`` and ``adapter_name`` are new here.
     """
+    next(carriers(model), None)  # says so if this is no model at all
     _check_compiled(model, check_compiled)
     family = [_family_member(each, hub) for each in _as_list(adapters)]
     make_room(model, family, target_rank=target_rank, adapter_name=adapter_name, config=config)

@@ -561,6 +561,6 @@ def slot_for(model: torch.nn.Module, adapter_name: str) -> Slot:
     room = room_of(host.base, adapter_name)
     if room is None:
         return slot_in(host, adapter_name)
-    if room.slot.host.root is not host.root:
+    if room.slot.host.root is not host.root or room.slot.host.configs is not host.configs:
         room.slot = dataclasses.replace(room.slot, host=host)
     return room.slot

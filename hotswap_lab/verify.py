@@ -33,7 +33,9 @@ from .slot import Slot, resolve_slot
 PROVENANCE = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 
 #: how far outputs may differ, relative to the largest output, by the precision they were computed in
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+#: and how many times that the adapter's effect must be; half precision leaves no room for more
+MARGIN = {torch.float16: 10, torch.bfloat16: 5}
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,19 @@ class Verification:
         The largest difference that is let through, absolute.
     mismatches:
         What else differs: config, scalars or tensors, in words.
+    margin:
+        How many times the tolerance the adapter's effect must be for the verdict to mean anything.
     """
 
     difference: float
     change: float
     tolerance: float
     mismatches: tuple[str, ...] = ()
-
-    #: how many times the tolerance the adapter's effect must be for the verdict to mean anything
-    MARGIN = 100
+    margin: float = 100
 
     @property
     def conclusive(self) -> bool:
-        return self.change > self.MARGIN * self.tolerance
+        return self.change > self.margin * self.tolerance
 
     def __bool__(self) -> bool:
         return self.conclusive and self.difference <= self.tolerance and not self.mismatches
@@ -149,6 +151,7 @@ def verify_hotswap(
         change=_difference(base_outputs, fresh_outputs),
         tolerance=relative * largest,
         mismatches=tuple(_mismatches(slot, fresh)),
+        margin=MARGIN.get(fresh_outputs[0].dtype, 100),
     )
 
 

@@ -8,7 +8,16 @@ from models import KINDS, load, save_random_adapter
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from hotswap_lab import HotswapError, resolve_slot
+from hotswap_lab import (
+    AdapterPool,
+    HotswapError,
+    hotswap_adapter,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    resolve_slot,
+    save_adapter,
+    set_strength,
+)
 from hotswap_lab.compiled import is_compiled, unwrap_compiled
 from hotswap_lab.host import canonical_path, find_host
 
@@ -92,3 +101,25 @@ def test_two_models_with_the_same_adapter_name_are_refused(peft_model, tmp_path)
         find_host(nn.ModuleList([peft_model, other]), "default")
     renamed = load(KIND, str(tmp_path / "other"), "mine")
     assert find_host(nn.ModuleList([peft_model, renamed]), "mine").base is renamed.get_base_model()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda pipe: resolve_slot(pipe, "default"),
+        lambda pipe: hotswap_adapter(pipe, "folder", "default"),
+        lambda pipe: plan_hotswap(pipe, "folder"),
+        lambda pipe: set_strength(pipe, 0.5),
+        lambda pipe: AdapterPool(pipe),
+        lambda pipe: prepare_model_for_compiled_hotswap(pipe, target_rank=4),
+        lambda pipe: save_adapter(pipe, "folder"),
+    ],
+)
+def test_what_is_no_model_is_refused(function):
+    """A diffusers pipeline, say: it has several models in it."""
+
+    class Pipeline:
+        unet = nn.Linear(2, 2)
+
+    with pytest.raises(HotswapError, match="call hotswap_lab.hotswap_pipeline"):
+        function(Pipeline())

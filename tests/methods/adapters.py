@@ -18,8 +18,10 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 FEW = ["q_proj", "down_proj"]
 
 
-def _config(name: str, **arguments) -> PeftConfig:
-    return getattr(peft, f"{name}Config")(**arguments)
+def _config(name: str, **arguments) -> PeftConfig | None:
+    """None where this version of PEFT doesn't have the method yet."""
+    config = getattr(peft, f"{name}Config", None)
+    return None if config is None else config(**arguments)
 
 
 def _both(name: str, first: dict, second: dict, targets: list = ALL) -> list[PeftConfig]:
@@ -141,6 +143,9 @@ CONFIGS: dict[str, list[PeftConfig]] = {
         "Cartridge", dict(num_virtual_tokens=4, num_frozen_tokens=1), dict(num_virtual_tokens=6, num_frozen_tokens=2)
     ),
 }
+
+
+CONFIGS = {name: configs for name, configs in CONFIGS.items() if None not in configs}
 
 
 def kind_for(name: str) -> Kind:
