@@ -22,10 +22,6 @@ from .journal import Journal
 ORIGINALS = "hotswap_base_values"
 
 
-class Originals(dict):
-    """Kept beside a base model."""
-
-
 @dataclass
 class BaseChange:
     """What becomes of the base model's own weights in a swap."""
@@ -36,13 +32,8 @@ class BaseChange:
     refusals: list[Refusal] = field(default_factory=list)
 
     def keep(self, base: torch.nn.Module, adapter_name: str, originals: dict, journal: Journal) -> None:
-        """Notes the originals on the base model."""
-        table = base.__dict__.get(ORIGINALS, {})
-        if originals or adapter_name in table:
-            others = {name: values for name, values in table.items() if name != adapter_name}
-            journal.set_item(
-                base.__dict__, ORIGINALS, Originals({**others, **({adapter_name: originals} if originals else {})})
-            )
+        """Notes the originals on the base model; none, too: then it is known that nothing is overwritten."""
+        journal.set_item(base.__dict__, ORIGINALS, {**base.__dict__.get(ORIGINALS, {}), adapter_name: originals})
 
 
 def kept_originals(base: torch.nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -84,7 +75,8 @@ def change_base_values(
     """
     change = BaseChange()
     kept = {**kept_originals(host.base, adapter_name)}
-    unknown = set(overwritten_by_config(host, host.configs[adapter_name])) & live.keys() - kept.keys()
+    by_peft = adapter_name not in host.base.__dict__.get(ORIGINALS, {})
+    unknown = set(overwritten_by_config(host, host.configs[adapter_name]) if by_peft else ()) & live.keys()
     if found := sorted(unknown & given.keys()):
         kept |= {name: given[name] for name in found}
         unknown -= set(found)

@@ -23,7 +23,7 @@ from .adapter import Adapter
 from .base_values import ORIGINALS
 from .compiled import unwrap_compiled
 from .errors import refuse
-from .grafting import wrappers_in
+from .grafting import make_stand_in, wrappers_in
 from .grafting.stand_in import WRAPPERS, inside
 from .host import PEFT_PREFIX, Host, canonical_path
 from .saving import saved_tensors, write_adapter
@@ -157,7 +157,10 @@ def verify_hotswap(
 
 def bare_base(host: Host) -> torch.nn.Module:
     """A copy of the base model without any adapter."""
-    base = unwrap_compiled(copy.deepcopy(unwrap_compiled(host.base)))
+    base = unwrap_compiled(host.base)
+    if not any("forward" in module.__dict__ for module in base.modules()):
+        base = make_stand_in(base).model  # so that nothing but the base is copied
+    base = unwrap_compiled(copy.deepcopy(base))
     base.__dict__.pop("peft_config", None)
     for module in list(base.modules()):
         for name, child in module._modules.items():

@@ -121,5 +121,5 @@ def test_what_is_no_model_is_refused(function):
     class Pipeline:
         unet = nn.Linear(2, 2)
 
-    with pytest.raises(HotswapError, match="call hotswap_lab.hotswap_pipeline"):
+    with pytest.raises(HotswapError, match=r"call hotswap_lab.hotswap_pipeline"):
         function(Pipeline())

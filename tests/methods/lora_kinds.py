@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from models import ARCHITECTURES, KINDS, TINY, Kind, llama
 from peft import LoraConfig
-from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora import config as lora_config
 from torch import nn
 
 LLAMA = KINDS["llama"]
@@ -69,7 +71,16 @@ MODELS: dict[str, Kind] = {
 }
 
 
-def _lora(**arguments) -> LoraConfig:
+def variant(name: str, **arguments):
+    """The config of a variant of LoRA; None where this version of PEFT doesn't have it yet."""
+    config = getattr(lora_config, name, None)
+    return None if config is None else config(**arguments)
+
+
+def _lora(**arguments) -> LoraConfig | None:
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if not arguments.keys() <= known or None in arguments.values():
+        return None
     return LoraConfig(**{"r": 4, "target_modules": ATTENTION, **arguments})
 
 
@@ -147,14 +158,22 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
         "llama",
         [
             _lora(
-                use_bdlora=BdLoraConfig(
-                    target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=2, match_strict=False
+                use_bdlora=variant(
+                    "BdLoraConfig",
+                    target_modules_bd_a=["q_proj"],
+                    target_modules_bd_b=["o_proj"],
+                    nblocks=2,
+                    match_strict=False,
                 )
             ),
             _lora(
                 r=8,
-                use_bdlora=BdLoraConfig(
-                    target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=4, match_strict=False
+                use_bdlora=variant(
+                    "BdLoraConfig",
+                    target_modules_bd_a=["q_proj"],
+                    target_modules_bd_b=["o_proj"],
+                    nblocks=4,
+                    match_strict=False,
                 ),
             ),
             _lora(),
@@ -171,14 +190,18 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
     "VeLoRA": (
         "llama",
         [
-            _lora(velora_config=VeloraConfig(num_groups=4)),
-            _lora(r=8, velora_config=VeloraConfig(num_groups=4)),
+            _lora(velora_config=variant("VeloraConfig", num_groups=4)),
+            _lora(r=8, velora_config=variant("VeloraConfig", num_groups=4)),
             _lora(),
         ],
     ),
     "MonteCLoRA": (
         "llama",
-        [_lora(monteclora_config=MontecloraConfig()), _lora(r=8, monteclora_config=MontecloraConfig()), _lora()],
+        [
+            _lora(monteclora_config=variant("MontecloraConfig")),
+            _lora(r=8, monteclora_config=variant("MontecloraConfig")),
+            _lora(),
+        ],
     ),
     "QA-LoRA": (
         "llama",
@@ -198,3 +221,4 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
         ],
     ),
 }
+FAMILIES = {name: family for name, family in FAMILIES.items() if None not in family[1]}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
 from adapters import save_random_adapter_of
-from lora_kinds import ATTENTION, FAMILIES, LLAMA, MODELS
+from lora_kinds import ATTENTION, FAMILIES, LLAMA, MODELS, variant
 from models import call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import LoraConfig
-from peft.tuners.lora.config import KasaConfig
 
 from hotswap_lab import HotswapError, hotswap_adapter, save_adapter, verify_hotswap
 
@@ -77,7 +77,7 @@ def test_biases_that_nobody_knows_any_more_are_refused(folders):
     before = snapshot(model)
     with pytest.raises(HotswapError, match="pass base_weights=") as error:
         hotswap_adapter(model, some, "default")
-    assert "found:    15 base weights" in str(error.value)
+    assert re.search(r"found:    1\d base weights", str(error.value))
     assert_untouched(model, before)
     hotswap_adapter(model, some, "default", base_weights=kind.base().state_dict())
     assert_equals_fresh_load(model, kind, some, margin=10)
@@ -96,7 +96,7 @@ KINDS_OF_LLAMA = (
 
 def test_from_any_kind_to_any_other(folders):
     """A walk over all kinds that go on one model, with no reload in between."""
-    walk = [folders(name)[0] for name in KINDS_OF_LLAMA]
+    walk = [folders(name)[0] for name in KINDS_OF_LLAMA if name in FAMILIES]
     order = [step for start in range(1, len(walk)) for step in range(0, len(walk) * start, start)]
     model = load(LLAMA, walk[-1])
     for step in order[:40]:
@@ -122,7 +122,7 @@ def test_another_adapter_keeps_all_of_its_own(folders, tmp_path):
     )
     model = load(LLAMA, folders("DoRA")[0])
     model.load_adapter(mine, "default_0")
-    for name in ("modules_to_save", "VeLoRA", "DoRA", "BD-LoRA"):
+    for name in FAMILIES.keys() & {"modules_to_save", "VeLoRA", "DoRA", "BD-LoRA"}:
         for new in folders(name):
             model.set_adapter("default")
             hotswap_adapter(model, new, "default", add_layers=True)
@@ -131,9 +131,10 @@ def test_another_adapter_keeps_all_of_its_own(folders, tmp_path):
             assert_equals_fresh_load(model, LLAMA, mine, "default_0", margin=10)
 
 
+@pytest.mark.skipif(variant("KasaConfig") is None, reason="this version of PEFT has no KaSA")
 def test_kasa_changes_the_base_and_is_refused(tmp_path):
     kasa = save_random_adapter_of(
-        LoraConfig(r=4, target_modules=ATTENTION, kasa_config=KasaConfig()), tmp_path / "kasa", 1
+        LoraConfig(r=4, target_modules=ATTENTION, kasa_config=variant("KasaConfig")), tmp_path / "kasa", 1
     )
     plain = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "plain", 2)
     for old, new in ((plain, kasa), (kasa, plain)):
