@@ -24,7 +24,7 @@ from .base_values import ORIGINALS
 from .compiled import unwrap_compiled
 from .errors import refuse
 from .grafting import make_stand_in, wrappers_in
-from .grafting.stand_in import WRAPPERS, inside
+from .grafting.wrappers import WRAPPERS, inside
 from .host import PEFT_PREFIX, Host, canonical_path
 from .saving import saved_tensors, write_adapter
 from .slot import Slot, resolve_slot

@@ -1,13 +1,16 @@
 """Swaps for which PEFT itself loads the new adapter, beside the model.
 
 ``stand_in`` (the base model's modules once more, around the same memory), ``donor`` (a fresh load onto it),
-``difference`` (what the live model lacks to equal it), ``decide`` (whether that can be written).
+``difference`` (what the live model lacks to equal it: a ``graft``), ``decide`` (whether that can be written).
+``wrappers`` knows what PEFT puts around modules, ``sameness`` what may stay as it is.
 """
 
 from .decide import Grafting, decide_graft, former_layers, note_former_layers
-from .difference import Change, Graft, WrapperChange, difference
+from .difference import difference
 from .donor import Donor, load_donor
-from .stand_in import is_embedding, make_stand_in, wrappers_in
+from .graft import Change, Graft, WrapperChange
+from .stand_in import make_stand_in
+from .wrappers import is_embedding, wrappers_in
 
 __all__ = [
     "Change",

@@ -14,8 +14,9 @@ from ..base_values import BaseChange, change_base_values
 from ..errors import Refusal, listing
 from ..journal import Journal
 from ..slot import Slot
-from .difference import Graft, difference
+from .difference import difference
 from .donor import Donor, load_donor
+from .graft import Graft
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"

@@ -1,16 +1,13 @@
 """The difference between a live model and a freshly loaded donor: what to write so that there is none.
 
-Both models are walked side by side. PEFT keeps whatever belongs to an adapter under the adapter's name, in tables on
-the modules that it puts into a model (here called wrappers): ``ModuleDict``, ``ParameterDict``, ``BufferDict`` or plain
-``dict``. Where both models have an entry of the same form, the live one stays the object it is and gets new values;
-otherwise the entry is replaced. Entries of other adapters are never looked at.
+Both models are walked side by side, wrapper by wrapper. Where both have an entry of the same form under the adapter's
+name, the live one stays the object it is and gets new values; otherwise the entry is replaced. Entries of other
+adapters are never looked at.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, field
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -23,100 +20,31 @@ from ..host import Host
 from ..journal import MISSING, Journal
 from ..methods import general, method_of
 from ..parts import SlotTensor
-from ..prepared_layer import OFF_ATTRIBUTE, EvalFreeDropout
-from ..state_view import PADDED_ATTRIBUTE, is_marked_off, set_off
+from ..prepared_layer import EvalFreeDropout
+from ..state_view import is_marked_off, is_padded, set_off
 from .donor import Donor
-from .stand_in import WRAPPERS, holder_of_inside, inside, is_embedding
-
-Step = Callable[[Journal], None]
-
-#: what a wrapper has whether or not this adapter is on it: the state it is in, and its relation to other modules
-NOT_COMPARED = {
-    *torch.nn.Module().__dict__,
-    "_adapters",
-    "_active_adapter",
-    "active_adapter",
-    "_disable_adapters",
-    "_adapters_disabled",
-    "merged_adapters",
-    "_cached_adapters",
-    "_enabled",
-    "_caches",
-    "_tied_adapter",
-    "_hf_hook",
-    "_old_forward",
-    "forward",
-    "hook_handles",
-    "kwargs",
-    "peft_config",
-    "_peft_config",
-    "peft_type",
-    "config",
-    "device",
-    "modules_to_save",
-    "targeted_module_names",
-    "targeted_parameter_names",
-    "special_peft_forward_args",
-    "base_model_prepare_inputs_for_generation",
-    "hotswap_original",
-    OFF_ATTRIBUTE,
-    PADDED_ATTRIBUTE,
-}
-
+from .graft import Change, Graft, Step, WrapperChange
+from .sameness import are_equal, have_same_bits, have_same_form
+from .wrappers import (
+    NOT_COMPARED,
+    WRAPPERS,
+    are_alike,
+    core_of,
+    direct_tensors,
+    entries_of,
+    has_adapter,
+    holder_of_inside,
+    is_embedding,
+    is_table,
+    keys_of,
+    own_modules,
+    peel,
+    rank_of,
+    scaling_of,
+)
 
 #: tables that no forward reads
 BOOKKEEPING = {"r", "alpha", "lora_alpha", "use_rslora"}
-
-
-class Change(enum.IntEnum):
-    """The largest change to one wrapper, from values only to a new module."""
-
-    NONE = 0
-    VALUES = 1
-    SHAPES = 2
-    REMOVED = 3
-    ADDED = 4
-
-
-@dataclass(frozen=True)
-class WrapperChange:
-    """What happens to one module that carries the adapter."""
-
-    path: str
-    module: torch.nn.Module
-    change: Change
-    rank_before: int | None
-    rank_after: int | None
-    scaling: float | None
-
-
-@dataclass
-class Graft:
-    """Everything to write: values in place, parameters of other shapes, and changes of tables and attributes."""
-
-    #: pairs of a live tensor and what it gets
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    #: pairs of a live parameter and a tensor of another shape
-    resizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
-    #: all else, undoable
-    steps: list[Step] = field(default_factory=list)
-    #: changes that no compiled graph depends on
-    silent_steps: list[Step] = field(default_factory=list)
-    changes: list[WrapperChange] = field(default_factory=list)
-    obstacles: list[Refusal] = field(default_factory=list)
-    #: paths of modules that would have to be given a wrapper
-    added: list[str] = field(default_factory=list)
-    #: and of modules that lose theirs
-    unwrapped: list[str] = field(default_factory=list)
-    #: in words, what differs beyond values of tensors
-    differences: list[str] = field(default_factory=list)
-    #: live parameters of the adapter
-    parameters: list[torch.nn.Parameter] = field(default_factory=list)
-
-    @property
-    def writes_values_only(self) -> bool:
-        """Whether shapes, tables and attributes all stay, so that a compiled graph stays valid."""
-        return not (self.resizes or self.steps)
 
 
 def difference(host: Host, donor: Donor, adapter_name: str) -> Graft:
@@ -150,11 +78,12 @@ class _Comparison:
         self._names_bases = getattr(donor.config, "bias", "none") == "all"
         #: whether the wrapper at hand is in training mode
         self._training = host.base.training
-        self._live_ids = set(map(id, host.base.modules()))
+        self._live_ids = set(map(id, (*host.base.modules(), *host.base.parameters())))
         #: the tensors of the wrapper at hand that may be larger than their rank, by the ids of their parameters
         self._padded: dict[int, SlotTensor] = {}
         #: removals come last, when it is known which tables the remaining wrappers share
         self._removals: list[Callable[[], None]] = []
+        self._shared: set[int] = set()
 
     # ---- the walk
 
@@ -167,10 +96,13 @@ class _Comparison:
         if tuner is not self.donor.stand_in.model and isinstance(live_tuner, type(tuner)):
             self._wrapper(live_tuner, tuner, "", skip=("model",))
         self._base(live_base, self.donor.stand_in.model, "")
+        self._shared = set(map(id, self._counterparts.values()))
         for remove in self._removals:
             remove()
         for wrapper in self._added:
             self._adopt_state(wrapper)
+        if self.graft.parameters and not any(parameter.requires_grad for parameter in self.graft.parameters):
+            self._freeze()  # PEFT leaves an adapter frozen while another one is active
 
     def _base(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
         """Two modules of the base model."""
@@ -192,11 +124,11 @@ class _Comparison:
 
     def _place(self, parent: torch.nn.Module, name: str, live: torch.nn.Module, donor: torch.nn.Module, path: str):
         """One place in the base model, with whatever wrappers are around the module there."""
-        live_wrappers, live_core = _peel(live)
-        donor_wrappers, donor_core = _peel(donor)
+        live_wrappers, live_core = peel(live)
+        donor_wrappers, donor_core = peel(donor)
         unmatched, ours = list(live_wrappers), []
         for wrapper in donor_wrappers:
-            match = next((each for each in unmatched if _are_alike(each, wrapper)), None)
+            match = next((each for each in unmatched if are_alike(each, wrapper)), None)
             if match is not None:
                 unmatched.remove(match)
                 self._count(match, wrapper, path)
@@ -218,9 +150,9 @@ class _Comparison:
 
     def _link(self, parent, name: str, chain: list, live: torch.nn.Module, core: torch.nn.Module, path: str) -> None:
         """Puts the wrappers around one another, and the outermost into the model, where they aren't already."""
-        if chain == _peel(live)[0]:
+        if chain == peel(live)[0]:
             return
-        if len(chain) < len(_peel(live)[0]):
+        if len(chain) < len(peel(live)[0]):
             self.graft.unwrapped.append(path)
         for table, key, module in zip(
             [parent._modules, *(holder_of_inside(each)[0]._modules for each in chain)],
@@ -238,21 +170,21 @@ class _Comparison:
 
     def _goes(self, wrapper: torch.nn.Module) -> bool:
         """Whether nothing is on a live wrapper once this adapter is off it."""
-        if not _has(wrapper, self.name) or (is_marked_off(wrapper, self.name) and not self._names_bases):
+        if not has_adapter(wrapper, self.name) or (is_marked_off(wrapper, self.name) and not self._names_bases):
             return False
-        if any(_has(wrapper, other) for other in self._adapter_names - {self.name}):
+        if any(has_adapter(wrapper, other) for other in self._adapter_names - {self.name}):
             return False
         return not self._can_be_zeroed(wrapper)
 
     def _count(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
-        rank_before, existed = _rank(live, self.name), _has(live, self.name)
+        rank_before, existed = rank_of(live, self.name), has_adapter(live, self.name)
         self._change = Change.NONE
         self._wrapper(live, donor, path)
-        if not _has(donor, self.name) and not existed:
+        if not has_adapter(donor, self.name) and not existed:
             return
         change = self._change if existed else Change.ADDED
         self.graft.changes.append(
-            WrapperChange(path, live, change, rank_before, _rank(donor, self.name), _scaling(donor, self.name))
+            WrapperChange(path, live, change, rank_before, rank_of(donor, self.name), scaling_of(donor, self.name))
         )
 
     # ---- wrappers
@@ -266,7 +198,7 @@ class _Comparison:
         self._training = live.training
         self._padded = (
             {id(target.parameter): target for target in method_of(live).tensors_of(live, self.name)}
-            if isinstance(live, BaseTunerLayer) and self.name in live.__dict__.get(PADDED_ATTRIBUTE, ())
+            if isinstance(live, BaseTunerLayer) and is_padded(live, self.name)
             else {}
         )
         holder, inner = holder_of_inside(donor)
@@ -278,7 +210,7 @@ class _Comparison:
             if attribute in skip or value is None:
                 continue
             present = live._modules.get(attribute)
-            if _is_table(value) and (present is None or _is_table(present)):
+            if is_table(value) and (present is None or is_table(present)):
                 self._table(live, attribute, present, value, path)
             elif isinstance(value, WRAPPERS) and isinstance(present, WRAPPERS):
                 self._wrapper(present, value, path)
@@ -293,7 +225,7 @@ class _Comparison:
             self.name in donor._adapters
         ):
             self._set_presence(live, self.name in donor._adapters, path)
-        if is_marked_off(live, self.name) and _has(donor, self.name):
+        if is_marked_off(live, self.name) and has_adapter(donor, self.name):
             self.graft.silent_steps.append(lambda journal: set_off(live, self.name, False, journal))
 
     def _leftovers(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
@@ -304,9 +236,9 @@ class _Comparison:
                 self._delete(table, self.name, f"{path}: {attribute}")
         for attribute in live._modules.keys() - donor._modules.keys():
             table = live._modules[attribute]
-            if _is_table(table) and self.name in (entries := _entries(table)):
+            if is_table(table) and self.name in (entries := entries_of(table)):
                 self._delete(entries, self.name, f"{path}: {attribute}")
-                if (keys := _keys_of(table)) is not None:
+                if (keys := keys_of(table)) is not None:
                     self._delete(keys, self.name, f"{path}: {attribute}")
 
     def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
@@ -334,11 +266,11 @@ class _Comparison:
             return
         self._seen.add((id(present), id(value)))
         self._counterparts[id(value)] = present
-        live_entries, entries, where = _entries(present), _entries(value), f"{path}: {attribute}"
+        live_entries, entries, where = entries_of(present), entries_of(value), f"{path}: {attribute}"
         if self.name in entries or self.name in live_entries:
-            self._entry(live_entries, entries, where, _keys_of(present))
+            self._entry(live_entries, entries, where, keys_of(present))
         elif not self._adapter_names & live_entries.keys():
-            self._shared_table(live_entries, entries, where, _keys_of(present))
+            self._shared_table(live_entries, entries, where, keys_of(present))
 
     def _shared_table(self, live: MutableMapping, donor: MutableMapping, path: str, keys: dict | None) -> None:
         """A table that all adapters of a model share, such as indices by kind of layer."""
@@ -349,7 +281,7 @@ class _Comparison:
                     self._set(keys, key, None, path)
             for key in live.keys() - donor.keys():
                 self._delete(live, key, path)
-        elif any(not _equal(live.get(key, MISSING), donor[key]) for key in donor):
+        elif any(not are_equal(live.get(key, MISSING), donor[key]) for key in donor):
             self._obstacle(path, "something that it shares with the model's other adapters, and needs to be different")
 
     def _entry(self, live: MutableMapping, donor: MutableMapping, path: str, keys: dict | None = None) -> None:
@@ -374,7 +306,7 @@ class _Comparison:
             if float(live) != donor:
                 self.graft.copies.append((live, torch.tensor(float(donor))))
                 self._note(Change.VALUES)
-        elif not _equal(live, donor := self._translated(donor)):
+        elif not are_equal(live, donor := self._translated(donor)):
             if path.rpartition(" ")[2] in BOOKKEEPING:
                 self.graft.silent_steps.append(lambda journal: journal.set_item(table, key, donor))
                 self._note(Change.VALUES)
@@ -391,7 +323,7 @@ class _Comparison:
             if live.p != (p := getattr(donor, "p", 0.0)):
                 self.graft.silent_steps.append(lambda journal: journal.set_attribute(live, "p", p))
             return
-        if not isinstance(live, torch.nn.Module) or not _same_form(live, donor) or id(live) in self._taken:
+        if not isinstance(live, torch.nn.Module) or not have_same_form(live, donor) or id(live) in self._taken:
             self._counterparts[id(donor)] = donor
             self._set(table, key, donor, path)
             return
@@ -436,7 +368,7 @@ class _Comparison:
             self.graft.parameters.append(live)
         values = donor.detach()
         if live.shape == donor.shape:
-            if not _same_bits(live, values):
+            if not have_same_bits(live, values):
                 self.graft.copies.append((live, values))
                 self._note(Change.VALUES)
         elif (target := self._padded.get(id(live))) is not None and target.fits(values.shape):
@@ -489,39 +421,40 @@ class _Comparison:
         self._placed.append(wrapper)
         self.graft.added.append(path)
         self.graft.changes.append(
-            WrapperChange(path, wrapper, Change.ADDED, None, _rank(wrapper, self.name), _scaling(wrapper, self.name))
+            WrapperChange(
+                path, wrapper, Change.ADDED, None, rank_of(wrapper, self.name), scaling_of(wrapper, self.name)
+            )
         )
 
     def _remove(self, wrapper: torch.nn.Module, path: str) -> None:
         """Takes the adapter off a live wrapper."""
-        if not _has(wrapper, self.name) or (is_marked_off(wrapper, self.name) and not self._names_bases):
+        if not has_adapter(wrapper, self.name) or (is_marked_off(wrapper, self.name) and not self._names_bases):
             return
-        self.graft.changes.append(WrapperChange(path, wrapper, Change.REMOVED, _rank(wrapper, self.name), None, None))
+        self.graft.changes.append(WrapperChange(path, wrapper, Change.REMOVED, rank_of(wrapper, self.name), None, None))
         if self._can_be_zeroed(wrapper):
             for target in method_of(wrapper).tensors_of(wrapper, self.name):
                 self.graft.parameters.append(target.parameter)
                 self.graft.copies.append((target.parameter, target.off_value()))
             self.graft.silent_steps.append(lambda journal: set_off(wrapper, self.name, True, journal))
             return
-        shared = set(map(id, self._counterparts.values()))
         for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
             for attribute, value in module.__dict__.items():
                 if isinstance(value, MutableMapping) and attribute not in NOT_COMPARED and self.name in value:
                     self._delete(value, self.name, f"{path}: {attribute}")
             for attribute, value in module._modules.items():
-                if value is None or not _is_table(value) or id(value) in shared:
+                if value is None or not is_table(value) or id(value) in self._shared:
                     continue
-                if self.name in (entries := _entries(value)):
+                if self.name in (entries := entries_of(value)):
                     self._delete(entries, self.name, f"{path}: {attribute}")
-                    if (keys := _keys_of(value)) is not None:
+                    if (keys := keys_of(value)) is not None:
                         self._delete(keys, self.name, f"{path}: {attribute}")
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
             self._set_presence(wrapper, False, path)
 
     def _adopt_state(self, wrapper: torch.nn.Module) -> None:
         """Gives a wrapper that is about to be added the state of those that are there: active, enabled, training."""
-        training = _core(wrapper).training
-        for module in _own_modules(wrapper):
+        training = core_of(wrapper).training
+        for module in own_modules(wrapper):
             module.training = training
         for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
             if isinstance(wrapper, AuxiliaryTrainingWrapper):
@@ -531,6 +464,14 @@ class _Comparison:
             elif isinstance(module, BaseTunerLayer):
                 module._active_adapter = list(self._active)
                 module._disable_adapters = self._disabled
+
+    def _freeze(self) -> None:
+        for placed in self._placed:
+            modules = own_modules(placed) if isinstance(placed, torch.nn.Module) else ()
+            tensors = [placed] if isinstance(placed, torch.nn.Parameter) else []
+            for tensor in (*tensors, *(each for module in modules for each in direct_tensors(module))):
+                if isinstance(tensor, torch.nn.Parameter) and id(tensor) not in self._live_ids:
+                    tensor.requires_grad_(False)
 
     def _set_presence(self, wrapper: AuxiliaryTrainingWrapper, present: bool, path: str) -> None:
         """Notes on a live wrapper that the adapter is there, or isn't, and with that whether it is active."""
@@ -547,7 +488,7 @@ class _Comparison:
 
     def _can_be_zeroed(self, wrapper: torch.nn.Module) -> bool:
         """Whether the adapter can stay on the layer, turned off: then its memory is there for the next one."""
-        if isinstance(wrapper, BaseTunerLayer) and self.name in wrapper.__dict__.get(PADDED_ATTRIBUTE, ()):
+        if isinstance(wrapper, BaseTunerLayer) and is_padded(wrapper, self.name):
             return True
         if not isinstance(wrapper, LoraLayer) or (method := method_of(wrapper)) is general:
             return False
@@ -559,7 +500,7 @@ class _Comparison:
 
     def _set(self, table: MutableMapping, key: str, value: object, path: str) -> None:
         if isinstance(value, torch.nn.Module) and id(value) not in self._live_ids:
-            for module in _own_modules(value):
+            for module in own_modules(value):
                 module.training = self._training
         if isinstance(value, (torch.nn.Module, torch.Tensor)):
             self._placed.append(value)
@@ -603,8 +544,8 @@ class _Comparison:
         for placed in self._placed:
             parts = [placed]
             if isinstance(placed, torch.nn.Module):
-                parts = [*_own_modules(placed)]
-                parts += [tensor for module in parts for tensor in _direct_tensors(module)]
+                parts = [*own_modules(placed)]
+                parts += [tensor for module in parts for tensor in direct_tensors(module)]
             if any(id(part) in strangers - shared and not self._is_live(part) for part in parts):
                 self._obstacle(type(placed).__name__, "a part of the adapter that holds on to parts of the base model")
 
@@ -621,127 +562,7 @@ def _activity(host: Host) -> tuple[list[str], bool]:
     return list(active) if isinstance(active, list) else list(host.configs), False
 
 
-def _own_modules(wrapper: torch.nn.Module):
-    """The modules of a wrapper without what it is around."""
-    stack = [wrapper]
-    while stack:
-        module = stack.pop()
-        yield module
-        skip = holder_of_inside(module)[1] if isinstance(module, WRAPPERS) else None
-        stack += [child for name, child in module._modules.items() if child is not None and name != skip]
-
-
-def _direct_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-
-
 def _clear(cache: dict, journal: Journal) -> None:
     content = dict(cache)
     journal.record(lambda: cache.update(content))
     cache.clear()
-
-
-def _peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Module]:
-    """The wrappers around a module of the base model, outermost first, and that module."""
-    wrappers = []
-    module = unwrap_compiled(module)
-    while isinstance(module, WRAPPERS):
-        wrappers.append(module)
-        module = unwrap_compiled(inside(module))
-    return wrappers, module
-
-
-def _core(wrapper: torch.nn.Module) -> torch.nn.Module:
-    return _peel(wrapper)[1]
-
-
-def _are_alike(live: torch.nn.Module, donor: torch.nn.Module) -> bool:
-    live_class = getattr(type(live), "hotswap_original", type(live))
-    parameter_name = "parameter_name"  # several ParamWrappers may be around one module, each for another parameter
-    return live_class is type(donor) and live.__dict__.get(parameter_name) == donor.__dict__.get(parameter_name)
-
-
-def _is_table(module: object) -> bool:
-    return isinstance(module, (torch.nn.ModuleDict, torch.nn.ParameterDict)) or type(module).__name__ == "BufferDict"
-
-
-def _entries(table: torch.nn.Module) -> MutableMapping:
-    """Where a table of PyTorch or PEFT keeps its entries."""
-    if isinstance(table, torch.nn.ModuleDict):
-        return table._modules
-    return table._parameters if isinstance(table, torch.nn.ParameterDict) else table._buffers
-
-
-def _keys_of(table: torch.nn.Module) -> dict | None:
-    return table._keys if isinstance(table, torch.nn.ParameterDict) else None
-
-
-def _tables_of(wrapper: torch.nn.Module):
-    holder = holder_of_inside(wrapper)[0]
-    for module in dict.fromkeys((wrapper, holder)):
-        yield from module.__dict__.items()
-        yield from module._modules.items()
-
-
-def _has(wrapper: torch.nn.Module, adapter_name: str) -> bool:
-    """Whether a wrapper has anything under the adapter's name."""
-    if not isinstance(wrapper, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        return True
-    return any(
-        (isinstance(table, MutableMapping) or (isinstance(table, torch.nn.Module) and _is_table(table)))
-        and attribute not in NOT_COMPARED - {"modules_to_save"}
-        and adapter_name in table
-        for attribute, table in _tables_of(wrapper)
-    )
-
-
-def _rank(wrapper: torch.nn.Module, adapter_name: str) -> int | None:
-    for attribute, table in _tables_of(wrapper):
-        if attribute == "r" or attribute.endswith("_r"):
-            rank = table.get(adapter_name) if isinstance(table, MutableMapping) else None
-            if isinstance(rank, int) and not isinstance(rank, bool):
-                return rank
-    return None
-
-
-def _scaling(wrapper: torch.nn.Module, adapter_name: str) -> float | None:
-    table = getattr(wrapper, "scaling", None)
-    value = table.get(adapter_name) if isinstance(table, MutableMapping) else None
-    return value if isinstance(value, (int, float)) else None
-
-
-def _equal(first: object, second: object) -> bool:
-    """Whether two plain values are the same. Objects are if they are of one class and have the same attributes."""
-    if first is second:
-        return True
-    if type(first) is not type(second):
-        return isinstance(first, (int, float)) and isinstance(second, (int, float)) and first == second
-    if isinstance(first, torch.Tensor):
-        return _same_bits(first, second)
-    if isinstance(first, torch.nn.Module):
-        return False
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(_equal, first, second))
-    if hasattr(first, "__dict__") and type(first).__eq__ is object.__eq__:
-        return _equal(vars(first), vars(second))
-    return bool(first == second)
-
-
-def _same_form(first: torch.nn.Module, second: torch.nn.Module) -> bool:
-    """Whether two modules differ at most in the values and shapes of their tensors and in plain attributes."""
-    classes = [getattr(type(each), "hotswap_original", type(each)) for each in (first, second)]
-    if classes[0] is not classes[1]:
-        return False
-    for table in ("_parameters", "_buffers", "_modules"):
-        one, other = first.__dict__[table], second.__dict__[table]
-        if one.keys() != other.keys() or any((one[key] is None) != (other[key] is None) for key in one):
-            return False
-    return all(_same_form(first._modules[name], child) for name, child in second._modules.items() if child is not None)
-
-
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    return torch.equal(first.detach().to(second.device), second.detach())

@@ -6,56 +6,13 @@ live model, at the price of the adapter alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
 from dataclasses import dataclass, field
 
 import torch
-from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.other import TrainableTokensWrapper
 
 from ..compiled import unwrap_compiled
-
-#: what PEFT puts around a module of the base model
-WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper, _BaseAdaptedAttention)
-
-
-def holder_of_inside(wrapper: torch.nn.Module) -> tuple[torch.nn.Module, str]:
-    """The module that holds what a wrapper is around, and under which name."""
-    if isinstance(wrapper, TrainableTokensWrapper):
-        return wrapper.token_adapter, "base_layer"
-    if isinstance(wrapper, AuxiliaryTrainingWrapper):
-        return wrapper, "original_module"
-    if isinstance(wrapper, BaseTunerLayer):
-        return wrapper, "base_layer"
-    return wrapper, "model"
-
-
-def inside(wrapper: torch.nn.Module) -> torch.nn.Module:
-    """The module that a wrapper is around."""
-    holder, name = holder_of_inside(wrapper)
-    return holder._modules[name]
-
-
-def wrappers_in(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """All wrappers in a base model, with their paths."""
-    for path, module in base.named_modules():
-        if isinstance(module, WRAPPERS):
-            yield path, module
-
-
-def is_embedding(base: torch.nn.Module, module: torch.nn.Module) -> bool:
-    """Whether ``module`` is where a transformers model gets its embeddings from, or puts its logits out."""
-    getters = (getattr(base, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    return any(getter is not None and _call(getter) is module for getter in getters)
-
-
-def _call(getter) -> torch.nn.Module | None:
-    try:
-        return getter()
-    except (NotImplementedError, AttributeError):
-        return None
+from .wrappers import WRAPPERS, inside
 
 
 @dataclass
@@ -106,7 +63,7 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
             stand_in.live_modules[id(twin)] = module
             # tables of its own, so that hooks and attributes that PEFT sets stay here
             twin.__dict__.update(
-                {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+                {key: copy.copy(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()}
             )
             twin.__dict__.pop("peft_config", None)
             twin.__dict__["_modules"] = {
