@@ -15,7 +15,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .errors import Refusal, listing
-from .host import Host, canonical_path
+from .host import Host, canonical_path, is_embedding
 from .journal import Journal
 
 #: on a base model: by adapter name, the original values of what that adapter overwrote, by their names
@@ -74,12 +74,16 @@ def change_base_values(
         Original values that the caller brings.
     """
     change = BaseChange()
+    if refusal := _check_given(given, live):
+        change.refusals.append(refusal)
+        return change
     kept = {**kept_originals(host.base, adapter_name)}
     by_peft = adapter_name not in host.base.__dict__.get(ORIGINALS, {})
     unknown = set(overwritten_by_config(host, host.configs[adapter_name]) if by_peft else ()) & live.keys()
-    if found := sorted(unknown & given.keys()):
-        kept |= {name: given[name] for name in found}
-        unknown -= set(found)
+    # a saved embedding may have been overwritten, too: files have them, and mostly unchanged
+    perhaps = set(_embeddings(host) if by_peft else ()) & live.keys()
+    kept |= {name: given[name] for name in (unknown | perhaps) & given.keys()}
+    unknown -= given.keys()
     for name, value in new.items():
         if value.shape != live[name].shape:
             change.refusals.append(
@@ -96,9 +100,18 @@ def change_base_values(
             change.originals[name] = original
         if not _same(live[name], value):
             change.copies.append((live[name], value))
-    for name in kept.keys() - new.keys():
-        if kept[name].shape == live[name].shape and not _same(live[name], kept[name]):
-            change.copies.append((live[name], kept[name]))
+    change.copies += [
+        (live[name], kept[name]) for name in sorted(kept.keys() - new.keys()) if not _same(live[name], kept[name])
+    ]
+    if change.copies and len(host.configs) > 1:
+        change.refusals.append(
+            Refusal(
+                "This swap writes to weights of the base model, which the model's other adapters go by, too.",
+                found=f"{len(change.copies)} base weights that would change, with {len(host.configs)} adapters loaded",
+                expected="no other adapter in the model",
+                next_step="model.delete_adapter(...) the others first, or load this adapter into a model of its own",
+            )
+        )
     if lost := sorted(unknown - new.keys()):
         change.refusals.append(
             Refusal(
@@ -109,6 +122,29 @@ def change_base_values(
             )
         )
     return change
+
+
+def _embeddings(host: Host) -> Iterator[str]:
+    """Names of the embeddings that have adapters: PEFT saves their weights, too."""
+    for path, module in host.base.named_modules():
+        if isinstance(module, BaseTunerLayer) and is_embedding(host.base, module):
+            yield f"{canonical_path(path)}.weight"
+
+
+def _check_given(given: Mapping, live: Mapping[str, torch.Tensor]) -> Refusal | None:
+    """Why what the caller brings can't be the base model's own weights, or None. Other names don't matter."""
+    for name in given.keys() & live.keys():
+        value = given[name]
+        fits = isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == live[name].shape
+        if not fits:
+            kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
+            return Refusal(
+                "What was passed as base_weights does not fit the base model.",
+                found=f"{name}: {kind}",
+                expected=f"a floating point tensor of shape {tuple(live[name].shape)}",
+                next_step="pass the state_dict() of the base model, from before an adapter was loaded",
+            )
+    return None
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -100,10 +100,10 @@ def commit_together(plans: Sequence[Plan]) -> None:
     for plan in plans:
         if plan.will_recompile:
             _warn_of_recompiling(plan)
-        if plan.room is not None and not plan.room.is_intact():
+        if plan.is_stale():
             raise refuse(
                 "The model has changed since this swap was planned.",
-                found=f"the weights of {plan.slot.adapter_name!r} in other memory than they were",
+                found=f"the adapter {plan.slot.adapter_name!r} swapped, trained, merged or moved since",
                 expected="the model as it was when the plan was made",
                 next_step="make the plan again",
             )

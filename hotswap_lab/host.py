@@ -112,3 +112,16 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
             next_step="call this function with each of these parts in turn",
         )
     return matching[0]
+
+
+def is_embedding(base: torch.nn.Module, module: torch.nn.Module) -> bool:
+    """Whether ``module`` is where a transformers model gets its embeddings from, or puts its logits out."""
+    getters = (getattr(base, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    return any(getter is not None and _call(getter) is module for getter in getters)
+
+
+def _call(getter) -> torch.nn.Module | None:
+    try:
+        return getter()
+    except (NotImplementedError, AttributeError):
+        return None

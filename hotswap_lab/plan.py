@@ -118,6 +118,19 @@ class Plan:
     room: Room | None = None
     #: what is written instead of ``LayerPlan.tensors`` where PEFT loaded the adapter beside the model
     grafting: Grafting | None = None
+    #: the config of the adapter that was in the model when the plan was made
+    replaces: PeftConfig | None = None
+
+    def is_stale(self) -> bool:
+        """Whether the adapter was swapped, merged or trained since the plan was made."""
+        slot = self.slot
+        if slot.host.configs.get(slot.adapter_name) is not self.replaces:
+            return True
+        if self.room is not None:
+            return not self.room.is_intact()
+        if any(slot.adapter_name in layer.module.merged_adapters for layer in slot.layers):
+            return True
+        return self.grafting is not None and self.grafting.graft.is_stale()
 
     @property
     def content(self) -> Content:
@@ -168,7 +181,7 @@ class Plan:
     def raise_if_refused(self) -> None:
         """Raises a :class:`HotswapError` with all refusals, if there are any."""
         if self.refusals:
-            raise HotswapError(*self.refusals)
+            raise HotswapError(*self.refusals) from (self.grafting.cause if self.grafting else None)
 
     @cached_property
     def rows(self) -> list[tuple[str, int, str, str]]:

@@ -8,7 +8,7 @@ Whatever speaks against the swap is collected, so that a user sees all of it at 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft import PeftConfig
@@ -18,8 +18,8 @@ from .adapter import Adapter
 from .base_values import kept_originals
 from .compiled import blind_spot, compiled_parts
 from .errors import Refusal, listing
-from .grafting import Change, Grafting, WrapperChange, decide_graft, former_layers, is_embedding, wrappers_in
-from .host import PEFT_PREFIX, canonical_path
+from .grafting import Change, Grafting, WrapperChange, decide_graft, former_layers, wrappers_in
+from .host import PEFT_PREFIX, canonical_path, is_embedding
 from .methods import general
 from .parts import LayerSettings, SlotTensor, WholeSettings
 from .plan import Action, LayerPlan, Plan, TensorPlan
@@ -41,8 +41,10 @@ class _Draft:
     #: what is compiled in the model
     compiled: list[object]
     room: Room | None
-    #: whether an adapter whose config doesn't say which layers it is for is meant for those of the loaded one
-    default_targets: bool = False
+    add_layers: bool = False
+    #: whether the adapter's config has to say which layers it is for; else they are those of its tensors
+    check_targets: bool = True
+    base_weights: Mapping[str, torch.Tensor] | None = None
     grafting: Grafting | None = None
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -53,7 +55,7 @@ class _Draft:
 
     def afresh(self) -> _Draft:
         """The same swap, nothing of it decided."""
-        return _Draft(self.slot, self.adapter, self.adapter.config, self.compiled, self.room, self.default_targets)
+        return replace(self, config=self.adapter.config, grafting=None, layers=[], refusals=[], notes=[])
 
     def finish(self) -> Plan:
         adds = self.grafting is not None or any(plan.action is Action.ADD for plan in self.layers)
@@ -68,6 +70,7 @@ class _Draft:
             is_compiled=bool(self.compiled),
             room=room,
             grafting=self.grafting,
+            replaces=self.slot.config,
         )
 
 
@@ -98,12 +101,14 @@ def make_plan(
     room = slot.host.base.__dict__.get(ROOMS, {}).get(slot.adapter_name)
     if room is not None and room.slot is not slot:
         room = None  # a slot that somebody resolved, not one that the room has just vouched for
-    draft = _Draft(slot, adapter, adapter.config, compiled_parts(slot.host.root), room, not check_targets)
+    draft = _Draft(
+        slot, adapter, adapter.config, compiled_parts(slot.host.root), room, add_layers, check_targets, base_weights
+    )
     _check_kind(draft)
     if draft.refusals:
         return draft.finish()
     if _needs_donor(draft):
-        return _plan_with_donor(draft, add_layers, base_weights)
+        return _plan_with_donor(draft)
     draft.config = slot.method.resolved_config(adapter.config, slot.host)
     if check_targets and draft.config.target_modules is None:
         draft.refuse(
@@ -119,19 +124,19 @@ def make_plan(
         return draft.finish()
     tensors = _by_canonical_key(draft)
     if _changes_form(draft, tensors):
-        return _plan_with_donor(draft, add_layers, base_weights)
+        return _plan_with_donor(draft)
     if draft.room is not None:
         _plan_in_room(draft, tensors, check_targets)
     else:
         for layer in slot.layers:
             _plan_layer(draft, layer, tensors, check_targets)
     if _has_strange_leftovers(draft, tensors):
-        plan = _plan_with_donor(draft.afresh(), add_layers, base_weights)
+        plan = _plan_with_donor(draft.afresh())
         if plan.ok:
             return plan
     _plan_leftovers(draft, tensors, add_layers, check_targets)
     if _turns_embeddings_off(draft):
-        return _plan_with_donor(draft.afresh(), add_layers, base_weights)
+        return _plan_with_donor(draft.afresh())
     _check_capacity(draft)
     _check_shards(draft)
     _check_compiled(draft)
@@ -179,7 +184,7 @@ def _check_slot(draft: _Draft) -> None:
 def _needs_donor(draft: _Draft) -> bool:
     """Whether PEFT must load the new adapter beside the model, so that the two can be compared."""
     slot, method = draft.slot, draft.slot.method
-    if method is general:
+    if method is general or (draft.base_weights and draft.room is None):
         return True
     if method.needs_donor(slot.config) or method.needs_donor(draft.adapter.config):
         return True
@@ -215,7 +220,7 @@ def _turns_embeddings_off(draft: _Draft) -> bool:
     return any(is_embedding(draft.slot.host.base, plan.layer.module) for plan in off)
 
 
-def _plan_with_donor(draft: _Draft, add_layers: bool, base_weights: Mapping[str, torch.Tensor] | None) -> Plan:
+def _plan_with_donor(draft: _Draft) -> Plan:
     """Decides a swap that changes more than values and ranks, or is of another method than LoRA."""
     slot, name = draft.slot, draft.slot.adapter_name
     if holds_shards(slot.host.base):
@@ -227,7 +232,11 @@ def _plan_with_donor(draft: _Draft, add_layers: bool, base_weights: Mapping[str,
         )
         return draft.finish()
     grafting = draft.grafting = decide_graft(
-        slot, draft.adapter, add_layers=add_layers, base_weights=base_weights, default_targets=draft.default_targets
+        slot,
+        draft.adapter,
+        add_layers=draft.add_layers,
+        base_weights=draft.base_weights,
+        default_targets=not draft.check_targets,
     )
     draft.config = grafting.config
     wrappers = [module for _, module in wrappers_in(slot.host.base)]
@@ -251,6 +260,8 @@ def _plan_with_donor(draft: _Draft, add_layers: bool, base_weights: Mapping[str,
                 expected="an adapter of the kind that the model was prepared for",
                 next_step="swap before preparing, or load this adapter into a fresh base model",
             )
+    if grafting.graft.resizes or grafting.graft.steps:
+        _check_parallel_training(draft, len(grafting.graft.changes), "the model")
     _check_compiled(draft)
     return draft.finish()
 
@@ -311,10 +322,16 @@ def _check_shards(draft: _Draft) -> None:
             next_step="swap before fully_shard, or load this adapter into a fresh base model and shard that",
         )
     changed = [plan for plan in draft.layers if plan.action in (Action.RESIZE, Action.ADD)]
-    if changed and is_trained_in_parallel(draft.slot.host.root, (each.parameter for each in draft.slot.tensors)):
+    if changed:
+        _check_parallel_training(draft, len(changed), changed[0].path)
+
+
+def _check_parallel_training(draft: _Draft, layers: int, where: str) -> None:
+    """Refuses new parameters where gradients are averaged over processes by the old ones."""
+    if is_trained_in_parallel(draft.slot.host.root, (each.parameter for each in draft.slot.tensors)):
         draft.refuse(
-            f"DistributedDataParallel would no longer average the gradients of {len(changed)} layers.",
-            found=f"another shape at {changed[0].path}, in parameters that are trained",
+            f"DistributedDataParallel would no longer average the gradients of {layers} layers.",
+            found=f"another shape at {where}, in parameters that are trained",
             expected="the parameters that were there when the model was wrapped",
             next_step="swap in the model itself, then wrap it in DistributedDataParallel again",
         )

@@ -20,7 +20,7 @@ from .errors import Refusal
 from .journal import Journal
 from .methods import general, lora
 from .parts import SlotTensor
-from .prepared_layer import EvalFreeDropout, ScalingTable, scaling_tensor
+from .prepared_layer import EvalFreeDropout, ScalingTable, prepared_class, scaling_tensor
 from .room import clear_gradient
 from .slot import Slot
 from .state_view import own_rank, set_padded
@@ -134,6 +134,8 @@ def write_general(preparation: GeneralPreparation, journal: Journal) -> None:
                 device = layer.tensors[0].parameter.device
                 lora.write_prepared(module, name, scaling_tensor(module.scaling[name], device), journal)
                 continue
+            if (cls := prepared_class(type(module))) is not type(module):
+                journal.set_attribute(module, "__class__", cls)
             scaling = module.__dict__.get("scaling")
             if isinstance(scaling, dict) and not isinstance(scaling.get(name), torch.Tensor):
                 device = layer.tensors[0].parameter.device

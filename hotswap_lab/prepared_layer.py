@@ -18,6 +18,8 @@ from .journal import Journal
 
 #: on a layer: the adapters that are turned off there
 OFF_ATTRIBUTE = "hotswap_off"
+#: and those whose tensors may be larger than their rank
+PADDED_ATTRIBUTE = "hotswap_padded"
 
 
 class ScalingTable(dict):
@@ -159,6 +161,8 @@ class _Prepared:
 
     @property
     def scaling(self) -> ScalingTable:
+        if "scaling" not in self.__dict__:  # some methods have none
+            raise AttributeError("scaling")
         return self.__dict__["scaling"]
 
     @scaling.setter
@@ -170,7 +174,7 @@ class _Prepared:
         """``model.to(device)``: the scalings come along, but keep their precision."""
         self._tell_rooms("dirty")
         result = super()._apply(fn, *args, **kwargs)
-        table = self.__dict__["scaling"]
+        table = self.__dict__.get("scaling", {})
         for name, tensor in table.items():
             if isinstance(tensor, torch.Tensor):
                 device = fn(torch.empty(0, device=tensor.device)).device
@@ -186,9 +190,13 @@ class _Prepared:
         self._tell_rooms("dirty")
         super().update_layer(*args, **kwargs)
 
-    def delete_adapter(self, *args: object, **kwargs: object) -> None:
+    def delete_adapter(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         self._tell_rooms("dirty")
-        super().delete_adapter(*args, **kwargs)
+        super().delete_adapter(adapter_name, *args, **kwargs)
+        # the marks of one that is deleted say nothing about another one that is loaded by the same name
+        for attribute in (OFF_ATTRIBUTE, PADDED_ATTRIBUTE):
+            if adapter_name in (marks := self.__dict__.get(attribute, frozenset())):
+                self.__dict__[attribute] = marks - {adapter_name}
 
     def _tell_rooms(self, flag: str) -> None:
         for seat in self.__dict__.get(SEATS, {}).values():

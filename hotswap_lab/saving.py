@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_sta
 from safetensors.torch import save_file
 
 from .errors import refuse
-from .host import PEFT_PREFIX, canonical_path
+from .host import PEFT_PREFIX, canonical_path, is_embedding
 from .methods import general
 from .shards import whole
 from .slot import Slot, resolve_slot
@@ -67,21 +68,26 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
                     expected="zeros beyond the adapter's own rank",
                     next_step="swap the adapter in again, and train it with a new optimizer",
                 )
-    write_adapter(folder, saved_config(slot), saved_tensors(slot))
+    write_adapter(folder, saved_config(slot), saved_tensors(slot, embeddings=True))
 
 
-def saved_tensors(slot: Slot) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names of its file, on the CPU, layers that are off left out."""
-    if slot.method is general or slot.method.needs_donor(slot.config):
+def saved_tensors(slot: Slot, embeddings: bool = False) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names of its file, on the CPU, layers that are off left out.
+
+    ``embeddings`` includes the weights of embeddings that the adapter is on, as PEFT's own saving does.
+    """
+    name = slot.adapter_name
+    on = [layer for layer in slot.layers if not is_off(layer.module, name)]
+    embeddings = embeddings and any(is_embedding(slot.host.base, layer.module) for layer in on)
+    if embeddings or slot.method is general or slot.method.needs_donor(slot.config):
         prefix = "" if slot.host.is_peft_model else PEFT_PREFIX
-        tensors = get_peft_model_state_dict(
-            slot.host.carrier, adapter_name=slot.adapter_name, save_embedding_layers=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT says that it can't find the embeddings of what is no such model
+            tensors = get_peft_model_state_dict(slot.host.carrier, adapter_name=name, save_embedding_layers=embeddings)
         return {prefix + canonical_path(key) if prefix else key: _copy(tensor) for key, tensor in tensors.items()}
     return {
-        f"{PEFT_PREFIX}{layer.path}.{tensor.key}": _copy(own_tensor(layer.module, slot.adapter_name, tensor))
-        for layer in slot.layers
-        if not is_off(layer.module, slot.adapter_name)
+        f"{PEFT_PREFIX}{layer.path}.{tensor.key}": _copy(own_tensor(layer.module, name, tensor))
+        for layer in on
         for tensor in layer.tensors
     }
 

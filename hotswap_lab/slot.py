@@ -62,7 +62,9 @@ class Slot:
 
         Its tensors demand that; and tensors made in inference mode would make any other model untrainable.
         """
-        return torch.inference_mode(any(tensor.parameter.is_inference() for tensor in self.tensors))
+        parameters = [tensor.parameter for tensor in self.tensors]
+        # prompts lie in no layer; then the model's own weights tell
+        return torch.inference_mode(any(each.is_inference() for each in parameters or self.host.carrier.parameters()))
 
     def data_ptrs(self) -> list[int]:
         """The memory address of each tensor. A swap that keeps the ranks leaves them as they are.

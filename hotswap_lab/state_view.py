@@ -17,11 +17,8 @@ from .errors import refuse
 from .journal import Journal
 from .methods import method_of
 from .parts import SlotTensor
-from .prepared_layer import OFF_ATTRIBUTE, SEATS
+from .prepared_layer import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SEATS
 from .shards import is_sharded, local_part
-
-#: on a layer: the adapters whose tensors may be larger than their rank
-PADDED_ATTRIBUTE = "hotswap_padded"
 
 
 def is_off(layer: torch.nn.Module, adapter_name: str) -> bool:
@@ -135,11 +132,14 @@ def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) 
     for seat in layer.__dict__.get(SEATS, {}).values():
         # other memory may be assigned, and values that the room doesn't know of
         seat.room.dirty = seat.room.was_touched = True
+    filled = set()
     for tensor in _off_tensors(layer):
-        state_dict.setdefault(prefix + tensor.named_key, tensor.parameter.detach())
+        if (key := prefix + tensor.named_key) not in state_dict:
+            state_dict[key] = tensor.parameter.detach()
+            filled.add(key)
     for adapter_name, tensor in _padded_tensors(layer):
         key = prefix + tensor.named_key
-        if (value := state_dict.get(key)) is None:
+        if key in filled or (value := state_dict.get(key)) is None:
             continue
         rank = own_rank(layer, adapter_name, tensor)
         if is_marked_off(layer, adapter_name):

@@ -10,7 +10,7 @@ from .difference import difference
 from .donor import Donor, load_donor
 from .graft import Change, Graft, WrapperChange
 from .stand_in import make_stand_in
-from .wrappers import is_embedding, wrappers_in
+from .wrappers import wrappers_in
 
 __all__ = [
     "Change",
@@ -21,7 +21,6 @@ __all__ = [
     "decide_graft",
     "difference",
     "former_layers",
-    "is_embedding",
     "load_donor",
     "make_stand_in",
     "note_former_layers",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from ..adapter import Adapter
 from ..base_values import BaseChange, change_base_values
@@ -43,6 +43,8 @@ class Grafting:
     graft: Graft = field(default_factory=Graft)
     base: BaseChange = field(default_factory=BaseChange)
     refusals: list[Refusal] = field(default_factory=list)
+    #: what PEFT said when it could not load the adapter
+    cause: Exception | None = None
     #: base weights whose ``requires_grad`` changes, too
     requires_grad: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
 
@@ -76,6 +78,7 @@ def decide_graft(
         with slot.write_mode():
             donor = load_donor(host, config, adapter.tensors, name, half_precision=_keeps_half_precision(slot))
     except Exception as error:
+        grafting.cause = error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         grafting.refusals.append(
             Refusal(
@@ -87,6 +90,9 @@ def decide_graft(
         )
         return grafting
     grafting.config = donor.config
+    if refusal := _depends_on_class(slot, donor):
+        grafting.refusals.append(refusal)
+        return grafting
     grafting.refusals += _incomplete(donor, adapter)
     grafting.graft = difference(host, donor, name)
     grafting.refusals += grafting.graft.obstacles
@@ -114,6 +120,31 @@ def decide_graft(
 def _keeps_half_precision(slot: Slot) -> bool:
     """Whether the live adapter has the precision of a half-precision base: ``autocast_adapter_dtype=False``."""
     return any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
+
+
+def _depends_on_class(slot: Slot, donor: Donor) -> Refusal | None:
+    """Why the live model's class computes something else with this adapter than that of a fresh load, or None."""
+    host, config = slot.host, donor.config
+    live, fresh = type(host.carrier), type(donor.model)
+    by_class = config.is_prompt_learning or config.peft_type == PeftType.POLY
+    by_class = by_class or getattr(config, "alora_invocation_tokens", None)
+    if host.is_peft_model and by_class and live is not fresh:
+        return Refusal(
+            "The adapter is for another task than the model was loaded for.",
+            found=f"a {live.__name__}",
+            expected=f"a {fresh.__name__}, as task_type={config.task_type!r} asks for: it prepares the inputs",
+            next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
+        )
+    if config.peft_type == PeftType.ADAPTION_PROMPT:
+        tuner = host.carrier.base_model
+        if len(host.configs) > 1 or not getattr(tuner, "_enabled", True):
+            return Refusal(
+                "An adaption prompt can be swapped only while it is in the model.",
+                found=f"the adapters {listing(host.configs)}, of which PEFT keeps the inactive ones outside",
+                expected="this adapter alone, enabled",
+                next_step="enable it, and delete the others",
+            )
+    return None
 
 
 def _incomplete(donor: Donor, adapter: Adapter) -> list[Refusal]:

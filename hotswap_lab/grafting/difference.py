@@ -11,12 +11,13 @@ from collections.abc import Callable, MutableMapping
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 
 from ..compiled import unwrap_compiled
 from ..errors import Refusal
-from ..host import Host
+from ..host import Host, is_embedding
 from ..journal import MISSING, Journal
 from ..methods import general, method_of
 from ..parts import SlotTensor
@@ -34,15 +35,17 @@ from .wrappers import (
     entries_of,
     has_adapter,
     holder_of_inside,
-    is_embedding,
     is_table,
     keys_of,
     own_modules,
     peel,
     rank_of,
     scaling_of,
+    wrappers_in,
 )
 
+#: objects that belong to one adapter although they don't lie under its name: AdaLoRA's budget of ranks
+OBJECTS_OF_ADAPTERS = {"rankallocator"}
 #: tables that no forward reads
 BOOKKEEPING = {"r", "alpha", "lora_alpha", "use_rslora"}
 
@@ -52,6 +55,7 @@ def difference(host: Host, donor: Donor, adapter_name: str) -> Graft:
     comparison = _Comparison(donor, adapter_name, host)
     comparison.roots(host.carrier, host.base)
     comparison.check_leaks()
+    comparison.graft.note_versions()
     return comparison.graft
 
 
@@ -81,6 +85,8 @@ class _Comparison:
         self._live_ids = set(map(id, (*host.base.modules(), *host.base.parameters())))
         #: the tensors of the wrapper at hand that may be larger than their rank, by the ids of their parameters
         self._padded: dict[int, SlotTensor] = {}
+        #: in a mixed model, layers of several methods are around one another
+        self._is_mixed = isinstance(host.tuner, MixedModel)
         #: removals come last, when it is known which tables the remaining wrappers share
         self._removals: list[Callable[[], None]] = []
         self._shared: set[int] = set()
@@ -134,13 +140,16 @@ class _Comparison:
                 self._count(match, wrapper, path)
             ours.append(match)
         staying = [each for each in unmatched if not self._goes(each)]
-        if staying and None in ours:
-            self._obstacle(path, f"a {type(staying[0]).__name__} where a {type(donor_wrappers[0]).__name__} belongs")
+        if staying and None in ours and not (self._is_mixed and isinstance(staying[0], BaseTunerLayer)):
+            kinds = [".".join(type(each).__module__.split(".")[2:3]) for each in (staying[0], donor_wrappers[0])]
+            self._obstacle(path, f"another adapter's {kinds[0]} layer where a {kinds[1]} layer would have to be put")
         else:
             added = [wrapper if match is None else None for wrapper, match in zip(donor_wrappers, ours, strict=True)]
             chain = [each for each in live_wrappers if each in staying or each in ours]
             if None in ours or [each for each in chain if each in ours] != ours:
-                chain = staying + [match or new for match, new in zip(ours, added, strict=True)]
+                wanted = [match or new for match, new in zip(ours, added, strict=True)]
+                # PEFT puts what is loaded later around what is there
+                chain = wanted + staying if self._is_mixed else staying + wanted
             for wrapper in filter(None, added):
                 self._add(wrapper, path)
             self._link(parent, name, chain, live, live_core, path)
@@ -252,11 +261,21 @@ class _Comparison:
             elif self.name in value or self.name in table:
                 self._entry(table, value, f"{path}: {attribute}")
         elif isinstance(value, (bool, int, float, str, torch.dtype, torch.device, tuple, set, frozenset, type(None))):
-            if present is MISSING or present != value:
+            if present is not MISSING and present == value:
+                return
+            if present is not MISSING and self._is_shared(live):
+                self._obstacle(path, f"{attribute}={present!r}, which other adapters there go by, and {value!r} wanted")
+            else:
                 self._set(live.__dict__, attribute, value, f"{path}: {attribute}")
-        elif present is MISSING:
+        elif present is MISSING or attribute in OBJECTS_OF_ADAPTERS:
             self._set(live.__dict__, attribute, self._translated(value), f"{path}: {attribute}")
-        # what is left are objects that every adapter of the model shares
+        elif not are_equal(present, value) and id(value) not in self._counterparts:
+            self._obstacle(path, f"another {attribute} ({type(value).__name__}) than a fresh load has")
+
+    def _is_shared(self, live: torch.nn.Module) -> bool:
+        """Whether other adapters are there, too, and go by the same attributes."""
+        others = self._adapter_names - {self.name}
+        return bool(others) and (not isinstance(live, WRAPPERS) or any(has_adapter(live, other) for other in others))
 
     def _table(self, live: torch.nn.Module, attribute: str, present: object, value: torch.nn.Module, path: str):
         if present is None:
@@ -419,7 +438,8 @@ class _Comparison:
         self._counterparts[id(wrapper)] = wrapper
         self._added.append(wrapper)
         self._placed.append(wrapper)
-        self.graft.added.append(path)
+        if not isinstance(wrapper, AuxiliaryTrainingWrapper):  # those are asked for by name, in the config
+            self.graft.added.append(path)
         self.graft.changes.append(
             WrapperChange(
                 path, wrapper, Change.ADDED, None, rank_of(wrapper, self.name), scaling_of(wrapper, self.name)
@@ -555,9 +575,10 @@ class _Comparison:
 
 def _activity(host: Host) -> tuple[list[str], bool]:
     """Which adapters a model computes with, and whether they are disabled."""
-    for module in host.base.modules():
-        if isinstance(module, BaseTunerLayer):
-            return list(module.active_adapters), module.disable_adapters
+    for path, module in wrappers_in(host.base):
+        # the layer inside of a wrapper for trained tokens is active only where its own adapter is
+        if isinstance(module, BaseTunerLayer) and not path.endswith(".token_adapter"):
+            return list(getattr(host.tuner, "active_adapters", module.active_adapters)), module.disable_adapters
     active = getattr(host.carrier, "active_adapters", list(host.configs))
     return list(active) if isinstance(active, list) else list(host.configs), False
 

@@ -50,7 +50,7 @@ class Graft:
     silent_steps: list[Step] = field(default_factory=list)
     changes: list[WrapperChange] = field(default_factory=list)
     obstacles: list[Refusal] = field(default_factory=list)
-    #: paths of modules that would have to be given a wrapper
+    #: paths of modules that would have to be given a tuner layer
     added: list[str] = field(default_factory=list)
     #: and of modules that lose theirs
     unwrapped: list[str] = field(default_factory=list)
@@ -59,7 +59,22 @@ class Graft:
     #: live parameters of the adapter
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
 
+    #: how often they were written when they were compared
+    versions: list[int] = field(default_factory=list)
+
+    def note_versions(self) -> None:
+        """To be called when all is compared."""
+        self.versions = list(map(_version, self.parameters))
+
+    def is_stale(self) -> bool:
+        """Whether somebody has written to the adapter since: a difference is right for one state only."""
+        return self.versions != list(map(_version, self.parameters))
+
     @property
     def writes_values_only(self) -> bool:
         """Whether shapes, tables and attributes all stay, so that a compiled graph stays valid."""
         return not (self.resizes or self.steps)
+
+
+def _version(parameter: torch.nn.Parameter) -> int:
+    return 0 if parameter.is_inference() else parameter._version

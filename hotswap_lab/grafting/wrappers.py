@@ -15,8 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import TrainableTokensWrapper
 
 from ..compiled import unwrap_compiled
-from ..prepared_layer import OFF_ATTRIBUTE
-from ..state_view import PADDED_ATTRIBUTE
+from ..prepared_layer import OFF_ATTRIBUTE, PADDED_ATTRIBUTE
 
 #: what PEFT puts around a module of the base model
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper, _BaseAdaptedAttention)
@@ -44,19 +43,6 @@ def wrappers_in(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     for path, module in base.named_modules():
         if isinstance(module, WRAPPERS):
             yield path, module
-
-
-def is_embedding(base: torch.nn.Module, module: torch.nn.Module) -> bool:
-    """Whether ``module`` is where a transformers model gets its embeddings from, or puts its logits out."""
-    getters = (getattr(base, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    return any(getter is not None and _call(getter) is module for getter in getters)
-
-
-def _call(getter) -> torch.nn.Module | None:
-    try:
-        return getter()
-    except (NotImplementedError, AttributeError):
-        return None
 
 
 def peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Module]:
@@ -95,37 +81,24 @@ def are_alike(live: torch.nn.Module, donor: torch.nn.Module) -> bool:
 
 # ---- tables
 
-#: what a wrapper has whether or not this adapter is on it: the state it is in, and its relation to other modules
+#: what a wrapper has whether or not the adapter in question is on it
 NOT_COMPARED = {
+    # of every module
     *torch.nn.Module().__dict__,
-    "_adapters",
-    "_active_adapter",
-    "active_adapter",
-    "_disable_adapters",
-    "_adapters_disabled",
-    "merged_adapters",
-    "_cached_adapters",
-    "_enabled",
+    *("forward", "_hf_hook", "_old_forward"),
+    # the state that a model is in: which adapters are there, active, enabled, merged
+    *("_adapters", "_active_adapter", "active_adapter", "_disable_adapters", "_adapters_disabled", "_enabled"),
+    *("merged_adapters", "_cached_adapters", "modules_to_save"),
+    # configs, which are written as a whole, and what depends on the base model alone
+    *("peft_config", "_peft_config", "peft_type", "config", "device", "special_peft_forward_args"),
+    *("base_model_prepare_inputs_for_generation", "kwargs"),
+    # relations to other modules
+    *("_tied_adapter", "hook_handles", "_boundary_hook_handles", "_boundary_layers"),
+    *("targeted_module_names", "targeted_parameter_names"),
+    # what lives for one forward
     "_caches",
-    "_tied_adapter",
-    "_hf_hook",
-    "_old_forward",
-    "forward",
-    "hook_handles",
-    "kwargs",
-    "peft_config",
-    "_peft_config",
-    "peft_type",
-    "config",
-    "device",
-    "modules_to_save",
-    "targeted_module_names",
-    "targeted_parameter_names",
-    "special_peft_forward_args",
-    "base_model_prepare_inputs_for_generation",
-    "hotswap_original",
-    OFF_ATTRIBUTE,
-    PADDED_ATTRIBUTE,
+    # marks of this package
+    *("hotswap_original", OFF_ATTRIBUTE, PADDED_ATTRIBUTE),
 }
 
 

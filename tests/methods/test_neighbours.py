@@ -1,0 +1,300 @@
+"""Swaps where something else goes by the same things: other adapters, the model's class, whoever made a plan."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from adapters import ALL, CONFIGS, LLAMA, save_random_adapter_of
+from lora_kinds import ATTENTION, MODELS
+from models import KINDS, Kind, call, load
+from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftMixedModel,
+    RandLoraConfig,
+)
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from hotswap_lab import (
+    HotswapError,
+    commit,
+    hotswap_adapter,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    save_adapter,
+    verify_hotswap,
+)
+
+
+def _lora(**arguments) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": ATTENTION, **arguments})
+
+
+def _save(tmp_path, *configs, kind: Kind = LLAMA) -> list[str]:
+    return [save_random_adapter_of(each, tmp_path / f"{n}", n + 1, kind) for n, each in enumerate(configs)]
+
+
+def _refused(model, new: str, match: str, name: str = "default", **arguments) -> None:
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match=match):
+        hotswap_adapter(model, new, name, **arguments)
+    assert_untouched(model, before)
+
+
+def test_trained_tokens_of_an_inactive_adapter(tmp_path):
+    """Their wrapper has its own idea of what is active."""
+    first, second, tokens, more = _save(
+        tmp_path,
+        _lora(target_modules=["q_proj"]),
+        _lora(r=2),
+        _lora(trainable_token_indices=[1, 2]),
+        _lora(modules_to_save=["lm_head"], use_dora=True),
+    )
+    model = load(LLAMA, first)
+    model.load_adapter(second, "a")
+    hotswap_adapter(model, tokens, "a")
+    hotswap_adapter(model, more, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, more, margin=10)
+    model.set_adapter("a")
+    assert_equals_fresh_load(model, LLAMA, tokens, "a", margin=10)
+
+
+def test_the_class_of_the_model(tmp_path):
+    """aLoRA, like prompts, works by the class that PEFT puts around the model for a task."""
+    old, new = _save(tmp_path, _lora(), _lora(task_type="CAUSAL_LM", alora_invocation_tokens=[5]))
+    _refused(load(LLAMA, old), new, "for another task than the model was loaded for")
+
+
+def _with_other_embeddings(folder: str, target: str) -> str:
+    """An adapter whose file changes the base model's own embeddings."""
+    import shutil
+
+    shutil.copytree(folder, target)
+    tensors = load_file(f"{folder}/adapter_model.safetensors")
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    tensors[key] = tensors[key] + 0.3 * torch.randn(tensors[key].shape, generator=torch.Generator().manual_seed(0))
+    save_file(tensors, f"{target}/adapter_model.safetensors", metadata={"format": "pt"})
+    return str(target)
+
+
+def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
+    plain, embedded = _save(tmp_path, _lora(), _lora(target_modules=["embed_tokens", "q_proj"]))
+    changed = _with_other_embeddings(embedded, tmp_path / "changed")
+    model = load(LLAMA, changed)
+    save_adapter(model, tmp_path / "saved")
+    assert_same_outputs(model, load(LLAMA, str(tmp_path / "saved")), LLAMA)
+    hotswap_adapter(model, plain, "default", add_layers=True, base_weights=LLAMA.base().state_dict())
+    assert_equals_fresh_load(model, LLAMA, plain, margin=10)
+    hotswap_adapter(model, changed, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, changed, margin=10)
+    save_adapter(model, tmp_path / "again")
+    assert_same_outputs(model, load(LLAMA, str(tmp_path / "again")), LLAMA)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda value: value[:1], lambda value: value.int(), lambda value: value.tolist()],
+    ids=["shape", "integers", "a list"],
+)
+def test_base_weights_are_checked(tmp_path, damage):
+    everything, plain = _save(
+        tmp_path,
+        LoraConfig(r=4, target_modules=["query"], bias="all"),
+        LoraConfig(r=4, target_modules=["query"]),
+        kind=MODELS["bert"],
+    )
+    weights = {key: damage(value) for key, value in MODELS["bert"].base().state_dict().items()}
+    _refused(load(MODELS["bert"], everything), plain, "does not fit the base model", base_weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "new"),
+    [
+        (
+            IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+            IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+            IA3Config(target_modules=["down_proj"], feedforward_modules=[]),
+        ),
+        (
+            RandLoraConfig(r=4, target_modules=ALL),
+            RandLoraConfig(r=4, target_modules=ALL),
+            RandLoraConfig(r=8, target_modules=ALL),
+        ),
+        (
+            AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+            AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+            AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+        ),
+    ],
+)
+def test_what_other_adapters_go_by_is_not_changed(tmp_path, first, second, new):
+    """Some methods keep a flag or a table on the layer for all adapters."""
+    first, second, new = _save(tmp_path, first, second, new)
+    model = load(LLAMA, first, "x")
+    model.load_adapter(second, "y")
+    expected = call(model, LLAMA.inputs())
+    _refused(model, new, "found: ", "y", add_layers=True)
+    assert torch.equal(call(model, LLAMA.inputs()), expected)
+
+
+def test_biases_of_the_base_are_for_a_single_adapter(tmp_path):
+    kind = MODELS["bert"]
+    plain, other, biased = _save(
+        tmp_path,
+        LoraConfig(r=4, target_modules=["query"]),
+        LoraConfig(r=2, target_modules=["value"]),
+        LoraConfig(r=4, target_modules=["query"], bias="all"),
+        kind=kind,
+    )
+    model = load(kind, plain)
+    model.load_adapter(other, "other")
+    _refused(model, biased, "which the model's other adapters go by, too")
+
+
+STALE = {
+    "swapped": lambda model, folders: hotswap_adapter(model, folders[2], "default"),
+    "merged": lambda model, folders: model.merge_adapter(),
+    "trained": lambda model, folders: [each.data.add_(0.1) for each in model.parameters() if each.requires_grad],
+}
+
+
+@pytest.mark.parametrize("change", STALE)
+@pytest.mark.parametrize("kind", ["LoHa", "LoRA"])
+def test_a_plan_is_for_the_model_as_it_was(tmp_path, kind, change):
+    config = LoHaConfig if kind == "LoHa" else LoraConfig
+    folders = _save(tmp_path, *(config(r=rank, target_modules=ATTENTION) for rank in (4, 6, 2)))
+    model = load(LLAMA, folders[0], is_trainable=True)
+    plan = plan_hotswap(model, folders[1])
+    with torch.no_grad():
+        STALE[change](model, folders)
+    if (kind, change) == ("LoRA", "trained"):
+        commit(plan)  # writes every tensor, whatever is there
+        assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, is_trainable=True)
+        return
+    if change == "trained":
+        for each in model.parameters():
+            torch.autograd.graph.increment_version(each)  # an optimizer does that; .data doesn't
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+    assert_untouched(model, before)
+
+
+def test_the_same_plan_twice(tmp_path):
+    folders = _save(tmp_path, *(LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6)))
+    model = load(LLAMA, folders[0])
+    plan = plan_hotswap(model, folders[1])
+    commit(plan)
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "new"),
+    [
+        (LoHaConfig(r=4, target_modules=ATTENTION), LoHaConfig(r=6, target_modules=ATTENTION)),
+        (_lora(), _lora(modules_to_save=["lm_head"])),
+        (_lora(), _lora(r=8)),
+    ],
+)
+def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
+    """New parameters, or new shapes, would not be averaged any more."""
+    old, new = _save(tmp_path, loaded, new)
+    model = load(LLAMA, old, is_trainable=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(model)
+        before = snapshot(model)
+        with pytest.raises(HotswapError, match="would no longer average the gradients"):
+            hotswap_adapter(parallel, new, "default")
+        assert_untouched(model, before)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_budget_of_adalora_follows(tmp_path):
+    folders = _save(
+        tmp_path, *(AdaLoraConfig(init_r=6, target_r=each, total_step=20, target_modules=ALL) for each in (2, 4))
+    )
+    model, fresh = (load(LLAMA, folder, is_trainable=True) for folder in folders)
+    hotswap_adapter(model, folders[1], "default")
+    live, expected = model.base_model.rankallocator, fresh.base_model.rankallocator
+    assert live.peft_config.target_r == expected.peft_config.target_r == 4
+    assert (live.init_bgt, live.target_bgt, live.name_set) == (
+        expected.init_bgt,
+        expected.target_bgt,
+        expected.name_set,
+    )
+    assert live.peft_config is model.peft_config["default"]
+
+
+def test_a_prepared_model_takes_its_own_state_dict(tmp_path):
+    """Where DoRA is off, its magnitude is the base's own norm, not zero."""
+    folders = _save(tmp_path, _lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"]))
+    model = load(LLAMA, folders[0])
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap_adapter(model, folders[1], "default")
+    model.load_state_dict(model.state_dict())
+    assert_equals_fresh_load(model, LLAMA, folders[1], prepared=True, margin=10)
+    model.load_adapter(folders[0], "other")
+    assert_equals_fresh_load(model, LLAMA, folders[1], prepared=True, margin=10)
+
+
+@pytest.mark.parametrize("name", ["LoHa", "HiRA", "AdaLoRA", "SEQ_CLS"])
+def test_an_adapter_that_is_loaded_where_a_prepared_one_was_deleted(tmp_path, name):
+    kind = MODELS["classifier"] if name == "SEQ_CLS" else LLAMA
+    configs = CONFIGS[name][::2] if name in CONFIGS else [_lora(task_type="SEQ_CLS"), _lora(r=2, task_type="SEQ_CLS")]
+    folders = _save(tmp_path, *copy.deepcopy(configs), kind=kind)
+    model = load(kind, folders[0])
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap_adapter(model, folders[1], "default")
+    model.load_adapter(folders[0], "other")
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.load_adapter(folders[0], "default")
+    model.set_adapter("default")
+    assert_same_outputs(model, load(kind, folders[0]), kind, margin=10)
+    hotswap_adapter(model, folders[1], "default")
+    assert_same_outputs(model, load(kind, folders[1]), kind, margin=10)
+
+
+@pytest.mark.parametrize("name", ["PromptTuning", "PTuning", "AdaptionPrompt", "LoHa"])
+def test_models_loaded_in_inference_mode(tmp_path, name):
+    old, new = _save(tmp_path, *CONFIGS[name][:2])
+    with torch.inference_mode():
+        model = load(LLAMA, old)
+        hotswap_adapter(model, new, "default", add_layers=True)
+        assert_same_outputs(model, load(LLAMA, new), LLAMA, margin=10)
+
+
+def test_mixed_models(tmp_path):
+    """A layer of another method may be put around one that is there, as PEFT does it."""
+    kind = KINDS["linear"]
+    many, few = _save(
+        tmp_path,
+        LoHaConfig(r=4, target_modules=list(kind.modules)),
+        LoHaConfig(r=2, target_modules=["last"]),
+        kind=kind,
+    )
+    model = PeftMixedModel(kind.base(), LoraConfig(target_modules=["first"], r=2), "lora")
+    model.load_adapter(many, "loha")
+    for folder in (few, many, few):
+        hotswap_adapter(model, folder, "loha", add_layers=True)
+        model.set_adapter("loha")
+        assert_same_outputs(model.eval(), load(kind, folder), kind)
+
+
+def test_verdicts_on_a_model_whose_base_was_overwritten(tmp_path):
+    """A copy of the live base can't tell; a fresh base does."""
+    plain, embedded = _save(tmp_path, _lora(), _lora(target_modules=["embed_tokens", "q_proj"]))
+    model = load(LLAMA, _with_other_embeddings(embedded, tmp_path / "changed"))
+    hotswap_adapter(model, plain, "default", add_layers=True)
+    assert not verify_hotswap(model, plain, inputs=LLAMA.inputs(), base=LLAMA.base)
