@@ -293,6 +293,7 @@ def _write_layer(plan: Plan, layer: LayerPlan, journal: Journal) -> None:
     if fixed:
         set_padded(module, name, journal)
     set_off(module, name, layer.settings is None, journal)
+    journal.clear(method.cache_of(module, name))
     if layer.settings is not None:
         for table, value in method.scalars(layer.settings).items():
             if table != "scaling" or not fixed:

@@ -59,6 +59,14 @@ class Journal:
         self.record(undo)
         del table[key]
 
+    def clear(self, table: MutableMapping) -> None:
+        """``table.clear()``, undoable."""
+        if not table:
+            return
+        content = dict(table.items())
+        self.record(lambda: table.update(content))
+        table.clear()
+
     def set_attribute(self, target: object, name: str, value: object) -> None:
         """``target.name = value`` for an attribute that exists, undoable."""
         old = getattr(target, name)

@@ -160,6 +160,10 @@ class Room:
         self._parameters = [tensor.parameter for tensor in self._tensors]
         self._second_parameters = [tensor.parameter for tensor in self._second]
         self._addresses = [self.view(tensor).data_ptr() for tensor in self._tensors]
+        name = self.slot.adapter_name
+        caches = [self.slot.method.cache_of(layer.module, name) for layer in self.slot.layers]
+        #: of DoRA; where there are none, nothing is to be cleared at a swap
+        self._caches = [] if not any(tensor.off for tensor in self._tensors) else caches
         self._inference = any(parameter.is_inference() for parameter in self._parameters)
         self._use_counts = self._count_uses()
         self._weight_versions = self._versions_of_weights()
@@ -484,6 +488,8 @@ class Room:
                 clear_gradient(parameter, journal)
         if not self.shares_versions and not self._inference:
             torch.autograd.graph.increment_version(self._parameters)
+        for cache in self._caches:
+            journal.clear(cache)
         journal.set_attribute(self, "content", content)
         # until the copy is done, what was used before may still be there
         journal.record(lambda before=self.used: setattr(self, "used", before))

@@ -18,7 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from ..compiled import unwrap_compiled
 from ..errors import Refusal
 from ..host import Host, is_embedding
-from ..journal import MISSING, Journal
+from ..journal import MISSING
 from ..methods import general, method_of
 from ..parts import SlotTensor
 from ..prepared_layer import EvalFreeDropout
@@ -358,7 +358,7 @@ class _Comparison:
                         f"{path}.{name}",
                     )
             elif name == "_dora_cache" and live._dora_cache:
-                self.graft.steps.append(lambda journal: _clear(live._dora_cache, journal))
+                self.graft.silent_steps.append(lambda journal: journal.clear(live._dora_cache))
         for name, value in donor._parameters.items():
             if value is not None:
                 self._tensor(live._parameters, name, live._parameters[name], value, path)
@@ -581,9 +581,3 @@ def _activity(host: Host) -> tuple[list[str], bool]:
             return list(getattr(host.tuner, "active_adapters", module.active_adapters)), module.disable_adapters
     active = getattr(host.carrier, "active_adapters", list(host.configs))
     return list(active) if isinstance(active, list) else list(host.configs), False
-
-
-def _clear(cache: dict, journal: Journal) -> None:
-    content = dict(cache)
-    journal.record(lambda: cache.update(content))
-    cache.clear()

@@ -357,6 +357,13 @@ def write_dropout(layer: LoraLayer, adapter_name: str, p: float, journal: Journa
         journal.set_item(layer.lora_dropout, adapter_name, module.train(present.training))
 
 
+def cache_of(layer: LoraLayer, adapter_name: str) -> dict:
+    """What DoRA has computed from the weights and kept (``peft.tuners.lora.dora.ENABLE_DORA_CACHING``)."""
+    if adapter_name not in layer.lora_magnitude_vector:
+        return {}
+    return layer.lora_magnitude_vector[adapter_name].__dict__.get("_dora_cache", {})
+
+
 def write_prepared(layer: LoraLayer, adapter_name: str, scaling: torch.Tensor, journal: Journal) -> None:
     """Makes whatever a compiled graph would take for a constant a thing that it reads anew, or does not look at.
 

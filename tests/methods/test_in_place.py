@@ -24,6 +24,7 @@ from hotswap_lab import (
     get_strength,
     hotswap_adapter,
     plan_hotswap,
+    prepare_model_for_compiled_hotswap,
     set_strength,
 )
 
@@ -178,8 +179,6 @@ def test_saved_modules_in_a_compiled_model(tmp_path):
 
 
 def test_what_a_prepared_model_was_not_prepared_for_is_refused(tmp_path):
-    from hotswap_lab import prepare_model_for_compiled_hotswap
-
     plain = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "plain", 1)
     model = load(LLAMA, plain)
     prepare_model_for_compiled_hotswap(model, target_rank=8)
@@ -264,3 +263,24 @@ def test_inactive_adapters_stay_inactive(tmp_path):
     assert_equals_fresh_load(model, LLAMA, new, margin=10)
     with model.disable_adapter():
         torch.testing.assert_close(call(model, LLAMA.inputs()), call(LLAMA.base(), LLAMA.inputs()))
+
+
+@pytest.mark.parametrize("way", ["plain", "prepared", "pool", "with a head"])
+def test_what_dora_has_cached_is_forgotten(tmp_path, monkeypatch, way):
+    """PEFT can keep a weight's norm between forwards; after a swap it is another one's."""
+    monkeypatch.setattr("peft.tuners.lora.dora.ENABLE_DORA_CACHING", True)
+    head = dict(modules_to_save=["lm_head"]) if way == "with a head" else {}
+    config = LoraConfig(r=4, target_modules=ATTENTION, use_dora=True, **head)
+    folders = [save_random_adapter_of(config, tmp_path / str(seed), seed) for seed in (1, 2)]
+    model = load(LLAMA, folders[0])
+    if way == "prepared":
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    if way == "pool":
+        pool = AdapterPool(model, adapters={"0": folders[0], "1": folders[1]}, progress=False)
+    for number in (1, 0, 1):
+        call(model, LLAMA.inputs())
+        if way == "pool":
+            pool.swap(str(number))
+        else:
+            hotswap_adapter(model, folders[number], "default")
+        assert_same_outputs(model, load(LLAMA, folders[number]), LLAMA)

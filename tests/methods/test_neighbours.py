@@ -61,9 +61,9 @@ def test_trained_tokens_of_an_inactive_adapter(tmp_path):
     model.load_adapter(second, "a")
     hotswap_adapter(model, tokens, "a")
     hotswap_adapter(model, more, "default", add_layers=True)
-    assert_equals_fresh_load(model, LLAMA, more, margin=10)
+    assert_same_outputs(model, load(LLAMA, more), LLAMA)
     model.set_adapter("a")
-    assert_equals_fresh_load(model, LLAMA, tokens, "a", margin=10)
+    assert_same_outputs(model, load(LLAMA, tokens), LLAMA)
 
 
 def test_the_class_of_the_model(tmp_path):
