@@ -17,7 +17,7 @@ import torch
 
 from .building import give_memory
 from .errors import refuse
-from .grafting import Grafting, note_former_layers
+from .grafting import Grafting, forget_places, note_former_layers
 from .interrupts import interrupts_held
 from .journal import Journal
 from .parts import SlotTensor
@@ -279,6 +279,10 @@ def _write_graft(plan: Plan, staged: _Staged, journal: Journal) -> None:
         clear_gradient(parameter, journal)
         journal.set_attribute(parameter, "requires_grad", value)
     plan.grafting.base.keep(host.base, plan.slot.adapter_name, staged.originals, journal)
+    if graft.places is not None:
+        graft.places.keep(plan.slot, plan.config, journal)
+    else:
+        forget_places(plan.slot, journal)
     note_former_layers(host.base, plan.slot.adapter_name, graft.unwrapped, journal)
     names = getattr(host.tuner, "targeted_module_names", None)
     if graft.added and names is not None:

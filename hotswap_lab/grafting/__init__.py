@@ -2,13 +2,15 @@
 
 ``stand_in`` (the base model's modules once more, around the same memory), ``donor`` (a fresh load onto it),
 ``difference`` (what the live model lacks to equal it: a ``graft``), ``decide`` (whether that can be written).
-``wrappers`` knows what PEFT puts around modules, ``sameness`` what may stay as it is.
+``places`` remembers where everything is, for the next adapter with the same config. ``wrappers`` knows what PEFT puts
+around modules, ``sameness`` what may stay as it is.
 """
 
 from .decide import Grafting, decide_graft, former_layers, note_former_layers
 from .difference import difference
 from .donor import Donor, load_donor
 from .graft import Change, Graft, WrapperChange
+from .places import forget_places
 from .stand_in import make_stand_in
 from .wrappers import wrappers_in
 
@@ -20,6 +22,7 @@ __all__ = [
     "WrapperChange",
     "decide_graft",
     "difference",
+    "forget_places",
     "former_layers",
     "load_donor",
     "make_stand_in",

@@ -10,13 +10,14 @@ import torch
 from peft import PeftConfig, PeftType
 
 from ..adapter import Adapter
-from ..base_values import BaseChange, change_base_values
+from ..base_values import BaseChange, change_base_values, kept_originals
 from ..errors import Refusal, listing
 from ..journal import Journal
 from ..slot import Slot
 from .difference import difference
 from .donor import Donor, load_donor
 from .graft import Graft
+from .places import find_places, places_of
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
@@ -74,6 +75,11 @@ def decide_graft(
     if default_targets and getattr(config, "target_modules", "") is None:
         config.target_modules = copy.copy(slot.config.target_modules)
     grafting = Grafting(config)
+    known = places_of(slot)
+    if known is not None and not base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
+        grafting.config = known.completed(config, slot.config.inference_mode)
+        grafting.graft = known.graft(adapter)
+        return grafting
     try:
         with slot.write_mode():
             donor = load_donor(host, config, adapter.tensors, name, half_precision=_keeps_half_precision(slot))
@@ -109,6 +115,8 @@ def decide_graft(
     live = donor.live_values
     grafting.base = change_base_values(host, name, donor.base_values, live, base_weights or {})
     grafting.refusals += grafting.base.refusals
+    if not grafting.refusals:
+        grafting.graft.places = find_places(slot, adapter, donor, grafting.graft)
     if not config.inference_mode:
         twins = dict(donor.stand_in.model.named_parameters())
         for path in {*grafting.base.originals, *donor.base_values, *(n for n in live if n.endswith("bias"))}:

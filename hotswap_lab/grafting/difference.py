@@ -357,7 +357,8 @@ class _Comparison:
                         lambda journal, name=name, value=value: journal.set_attribute(live, name, value),
                         f"{path}.{name}",
                     )
-            elif name == "_dora_cache" and live._dora_cache:
+            elif name == "_dora_cache":
+                self.graft.caches.append(live._dora_cache)
                 self.graft.silent_steps.append(lambda journal: journal.clear(live._dora_cache))
         for name, value in donor._parameters.items():
             if value is not None:
@@ -383,6 +384,7 @@ class _Comparison:
             self._obstacle(path, "a tensor without data (on the meta device)")
             return
         self._pair(live, donor)
+        self.graft.in_place[id(donor)] = table, key, live
         if isinstance(live, torch.nn.Parameter):
             self.graft.parameters.append(live)
         values = donor.detach()

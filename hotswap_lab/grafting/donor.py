@@ -27,6 +27,8 @@ class Donor:
     base_values: Mapping[str, torch.Tensor]
     #: all weights of the live base model, by the same names
     live_values: Mapping[str, torch.Tensor]
+    #: by keys of the file, the tensors of the donor that PEFT loaded them into
+    origins: Mapping[str, torch.Tensor]
     #: keys of the file that mean nothing to this model
     unexpected: tuple[str, ...]
     #: tensors of the adapter that the file has no values for
@@ -75,7 +77,7 @@ def load_donor(
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = cls(stand_in.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
-            base_values, result = _set_tensors(model, tensors, adapter_name, base_names)
+            base_values, result, origins = _set_tensors(model, tensors, adapter_name, base_names)
             if hasattr(model.base_model, "_cast_adapter_dtype"):
                 model.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half_precision)
     finally:
@@ -91,6 +93,7 @@ def load_donor(
         stand_in,
         base_values,
         {name: stand_in.live_tensors[id(twin)] for name, twin in twins.items()},
+        origins,
         unexpected,
         missing,
     )
@@ -124,11 +127,18 @@ def _set_tensors(model: PeftModel, tensors: Mapping, adapter_name: str, base_nam
     """Writes the adapter's tensors into the donor; those that are for the base model are kept apart."""
     base_keys = {key: base_names[id(tensor)] for key, tensor in _named_tensors(model) if id(tensor) in base_names}
     base_values: dict[str, torch.Tensor] = {}
+    origins: dict[str, torch.Tensor] = {}
+    keys = {id(tensor): key for key, tensor in tensors.items()}
 
     def keep_apart(module, state_dict: dict, prefix: str, *_: object) -> None:
         # this memory is the live model's, too
         for key in [key for key in state_dict if key in base_keys]:
             base_values[base_keys[key]] = state_dict.pop(key)
+        own = dict(_named_tensors(model))
+        # what PEFT converts on the way is another tensor by now, and has no origin
+        origins.update(
+            {keys[id(each)]: own[key] for key, each in state_dict.items() if id(each) in keys and key in own}
+        )
 
     handle = model.register_load_state_dict_pre_hook(keep_apart)
     try:
@@ -136,7 +146,7 @@ def _set_tensors(model: PeftModel, tensors: Mapping, adapter_name: str, base_nam
     finally:
         handle.remove()
     result.missing_keys[:] = [key for key in result.missing_keys if key not in base_keys]
-    return base_values, result
+    return base_values, result, origins
 
 
 def _file_keys(model: PeftModel, tensors: Mapping, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..base_values import ORIGINALS
 from ..compiled import unwrap_compiled
 from .wrappers import WRAPPERS, inside
 
@@ -63,7 +64,7 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
             modules[id(module)] = twin
             stand_in.live_modules[id(twin)] = module
             # tables of its own, so that hooks and attributes that PEFT sets stay here
-            twin.__dict__.update({key: _own(value) for key, value in module.__dict__.items()})
+            twin.__dict__.update({key: _own(value) for key, value in module.__dict__.items() if not _is_ours(key)})
             twin.__dict__.pop("peft_config", None)
             twin.__dict__["_modules"] = {
                 name: None if child is None else twin_of(child) for name, child in module._modules.items()
@@ -91,6 +92,11 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
 
     stand_in.model = twin_of(base)
     return stand_in
+
+
+def _is_ours(attribute: str) -> bool:
+    """Whether this package notes something there about adapters of the live model."""
+    return attribute.startswith("hotswap_") and attribute != ORIGINALS
 
 
 def _own(value: object) -> object:

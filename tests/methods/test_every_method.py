@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -111,6 +112,46 @@ def _indispensable(tensors: dict[str, torch.Tensor]) -> str:
             other != key and each.shape == tensor.shape and torch.equal(each, tensor) for other, each in tensors.items()
         )
     )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_next_one_with_the_same_config(folders, name):
+    """PEFT need not load it: where its tensors go is known. The result is the same, whatever was done in between."""
+    kind, first = kind_for(name), folders(name)[0]
+    others = [
+        save_random_adapter_of(CONFIGS[name][0], f"{first}_{seed}", seed, kind_for(name)) for seed in (21, 22, 23)
+    ]
+    model = load(kind, first)
+    hotswap_adapter(model, others[0], "default")
+    with no_donor_for(name):
+        hotswap_adapter(model, others[1], "default")
+        assert_equals_fresh_load(model, kind, others[1], margin=10)
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling.update({key: 3 * value for key, value in module.scaling.items()})
+    hotswap_adapter(model, others[2], "default")
+    assert_equals_fresh_load(model, kind, others[2], margin=10)
+    different = folders(name)[1]
+    hotswap_adapter(model, different, "default", add_layers=True)
+    assert_equals_fresh_load(model, kind, different, margin=10)
+    hotswap_adapter(model, first, "default")
+    assert_equals_fresh_load(model, kind, first, margin=10)
+
+
+#: methods whose files are more than a copy of their tensors, or have one under several names: PEFT must read each
+READ_BY_PEFT = (
+    *("PromptTuning", "PTuning", "PrefixTuning", "MultitaskPromptTuning", "CPT", "Cartridge"),
+    *("RandLora", "SHiRA", "Lily"),
+)
+
+
+@contextlib.contextmanager
+def no_donor_for(name: str):
+    """Makes loading a donor an error, but for methods that need one each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name not in READ_BY_PEFT:
+            patch.setattr("hotswap_lab.grafting.decide.load_donor", None)
+        yield
 
 
 def test_what_is_refused(folders):
