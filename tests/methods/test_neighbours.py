@@ -8,7 +8,7 @@ import pytest
 import torch
 from adapters import ALL, CONFIGS, LLAMA, save_random_adapter_of
 from lora_kinds import ATTENTION, MODELS
-from models import KINDS, Kind, call, load
+from models import ARCHITECTURES, KINDS, Kind, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import (
     AdaLoraConfig,
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from hotswap_lab import (
+    AdapterPool,
     HotswapError,
     commit,
     hotswap_adapter,
@@ -298,3 +299,92 @@ def test_verdicts_on_a_model_whose_base_was_overwritten(tmp_path):
     model = load(LLAMA, _with_other_embeddings(embedded, tmp_path / "changed"))
     hotswap_adapter(model, plain, "default", add_layers=True)
     assert not verify_hotswap(model, plain, inputs=LLAMA.inputs(), base=LLAMA.base)
+
+
+def _older_mixtral(folder, seed: int, rank: int) -> str:
+    """A file from before transformers 5: a layer for each matrix of each expert, where there is one parameter now."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(2):
+        for expert in range(4):
+            for name, (rows, columns) in {"w1": (24, 16), "w2": (16, 24), "w3": (24, 16)}.items():
+                path = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors[f"{path}.lora_A.weight"] = 0.3 * torch.randn(rank, columns, generator=generator)
+                tensors[f"{path}.lora_B.weight"] = 0.3 * torch.randn(rows, rank, generator=generator).abs()
+    LoraConfig(r=rank, target_modules=["w1", "w2", "w3"], inference_mode=True).save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_adapters_of_older_versions_of_transformers(tmp_path):
+    """PEFT converts their names and shapes at a load, and so at a swap."""
+    kind = ARCHITECTURES["mixtral"]
+    first, second = (_older_mixtral(tmp_path / f"rank{rank}", rank, rank) for rank in (4, 8))
+    (plain,) = _save(tmp_path, _lora(), kind=kind)
+    model = load(kind, plain)
+    for folder in (first, second, plain, second, first):
+        hotswap_adapter(model, folder, "default", add_layers=True)
+        assert_equals_fresh_load(model, kind, folder, margin=10)
+
+
+def test_several_active_adapters(tmp_path):
+    """Each is swapped while both compute."""
+    configs = (_lora(use_dora=True), _lora(r=2, target_modules=["v_proj", "o_proj"]), _lora(r=8), _lora(r=3))
+    folders = _save(tmp_path, *configs)
+    model, fresh = (load(LLAMA, folders[first], "a") for first in (0, 2))
+    model.load_adapter(folders[1], "b")
+    fresh.load_adapter(folders[3], "b")
+    for each in (model, fresh):
+        each.base_model.set_adapter(["a", "b"])
+    hotswap_adapter(model, folders[2], "a")
+    hotswap_adapter(model, folders[3], "b", add_layers=True)
+    assert model.active_adapters == ["a", "b"]
+    assert_same_outputs(model, fresh, LLAMA)
+
+
+def test_several_active_adapters_in_pools(tmp_path):
+    folders = _save(tmp_path, _lora(), _lora(r=2), _lora(r=8, target_modules=["q_proj"]), _lora(r=3))
+    model, fresh = (load(LLAMA, folders[first], "a") for first in (0, 2))
+    for each, second in ((model, 1), (fresh, 3)):
+        each.load_adapter(folders[second], "b")
+        each.base_model.set_adapter(["a", "b"])
+    pools = [
+        AdapterPool(model, name, {str(number): folder for number, folder in enumerate(folders)}, progress=False)
+        for name in ("a", "b")
+    ]
+    pools[0].swap("2")
+    pools[1].swap("3")
+    assert_same_outputs(model, fresh, LLAMA)
+
+
+@pytest.mark.parametrize("config", [_lora(), _lora(use_dora=True), LoHaConfig(r=4, target_modules=ATTENTION)])
+@pytest.mark.parametrize("way", ["plain", "prepared"])
+def test_training_with_gradient_checkpointing(tmp_path, config, way):
+    """A swap in the middle of training: a step afterwards is that of a fresh load, gradients included."""
+    folders = _save(tmp_path, config, config)
+    model, fresh = (load(LLAMA, folder, is_trainable=True) for folder in folders)
+    if way == "prepared":
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    for each in (model, fresh):
+        each.train()
+        each.enable_input_require_grads()
+        each.gradient_checkpointing_enable()
+    model(**LLAMA.inputs()).logits.square().sum().backward()
+    hotswap_adapter(model, folders[1], "default")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for each in (model, fresh):
+        each(**LLAMA.inputs()).logits.square().sum().backward()
+        torch.optim.SGD(each.parameters(), lr=0.05).step()
+        each.eval()
+    torch.testing.assert_close(call(model, LLAMA.inputs()), call(fresh, LLAMA.inputs()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [_lora(), LoHaConfig(r=4, target_modules=ATTENTION)])
+def test_autograd_notices_a_swap(tmp_path, config):
+    """Between a forward and its backward: the weights that were saved for it are gone."""
+    folders = _save(tmp_path, config, config)
+    model = load(LLAMA, folders[0], is_trainable=True)
+    loss = model(**LLAMA.inputs()).logits.square().sum()
+    hotswap_adapter(model, folders[1], "default")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
