@@ -101,11 +101,11 @@ CONFIGS: dict[str, list[PeftConfig]] = {
     "Lily": _both("Lily", dict(r=4, stride_A=1, num_B=2), dict(r=6, stride_A=2, num_B=3, scaling=2.0)),
     "GLoRA": _both("Glora", dict(r=4), dict(r=6, config_A_B="vector", config_C="none", config_D_E="vector")),
     "BEFT": [_config("Beft", target_modules=["k_proj", "v_proj"]), _config("Beft", target_modules=["v_proj"])],
-    "Adamss": _both(
-        "Adamss",
-        dict(r=8, num_subspaces=2, subspace_rank=2),
-        dict(r=6, num_subspaces=3, subspace_rank=1, random_seed=2),
-    ),
+    "Adamss": [  # on few layers: it clusters each of them
+        _config("Adamss", target_modules=FEW, r=8, num_subspaces=2, subspace_rank=2),
+        _config("Adamss", target_modules=FEW, r=6, num_subspaces=3, subspace_rank=1, random_seed=2),
+        _config("Adamss", target_modules=["q_proj"], r=8, num_subspaces=2, subspace_rank=2),
+    ],
     "FRoD": _both("Frod", dict(sparse_rate=0.1), dict(sparse_rate=0.2, projection_prng_key=7)),
     "TrainableTokens": [
         _config("TrainableTokens", target_modules=["embed_tokens"], token_indices=indices)
