@@ -328,6 +328,7 @@ class _Comparison:
         elif not are_equal(live, donor := self._translated(donor)):
             if path.rpartition(" ")[2] in BOOKKEEPING:
                 self.graft.silent_steps.append(lambda journal: journal.set_item(table, key, donor))
+                self.graft.differences.append(path)
                 self._note(Change.VALUES)
             else:
                 self._set(table, key, donor, path)
