@@ -13,10 +13,10 @@ matches a fresh load: True
 What is where: ``adapter`` (what comes in), ``slot`` (where it lives in the model), ``planning`` and ``plan`` (what
 will be written, decided dry), ``commit`` (the write, all or nothing), ``prepare`` (room for a family of adapters,
 before compiling), ``room`` and ``arena`` (a prepared slot and its memory), ``pool`` (many adapters, switched by
-name), ``watch`` (recompiles, counted), ``verify`` (the oracle), ``methods`` (what differs per PEFT method), ``grafting``
-(methods that only PEFT can load: it does so beside the model), ``base_values`` (base weights that adapters overwrite),
-``shards`` (parameters spread over processes), ``pipeline`` and ``lora_files`` (diffusers), ``bench`` (how fast), ``demo``
-(the embedded model and its adapters), ``lessons`` (the notebooks' exercises).
+name), ``watch`` (recompiles, counted), ``verify`` (the oracle), ``methods`` (what differs per PEFT method),
+``grafting`` (methods that only PEFT can load: it does so beside the model), ``base_values`` (base weights that adapters
+overwrite), ``shards`` (parameters spread over processes), ``pipeline`` and ``lora_files`` (diffusers), ``bench`` (how
+fast), ``demo`` (the embedded model and its adapters), ``lessons`` (the notebooks' exercises), ``widgets`` (to look at).
 """
 
 from . import demo

@@ -22,6 +22,7 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 MAX_BYTES = 100_000
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def repository() -> str:
@@ -56,7 +57,8 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         if cell.cell_type == "code":
             number += 1
             cell.execution_count = number
-            cell.outputs = _merged(cell.outputs)
+            # the live form of a widget has no kernel to live in; its static form is an output of its own
+            cell.outputs = [each for each in _merged(cell.outputs) if list(each.get("data", {})) != [WIDGET]]
             for output in cell.outputs:
                 if output.output_type in ("execute_result", "display_data"):
                     output.metadata = {}

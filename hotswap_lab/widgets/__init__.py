@@ -1,0 +1,28 @@
+"""Widgets: the same engine calls, with something to look at and to click.
+
+Each is one line in a notebook, and everything that a click does can be done from Python. Each has a static form,
+``str(...)`` and ``to_html()``, that is stored in a saved notebook and needs no kernel. ipywidgets is imported only
+when a widget is shown.
+
+>>> from hotswap_lab.widgets import SwapPanel
+>>> panel = SwapPanel.demo()
+>>> panel.choose("shout")
+'HOTSWAP!'
+>>> print(panel)
+SwapPanel: 8 adapters, shout is active at strength 1
+after, shout: HOTSWAP!
+
+What is where: ``view`` (what all widgets share), ``work`` (long work that can be stopped), ``switch`` (swaps by name,
+in a pool or in a model), ``text`` (answers, letter by letter), and one file for each widget.
+"""
+
+from __future__ import annotations
+
+from .plan_view import PlanView
+from .rank_padding_view import RankPaddingView
+from .recompile_meter import RecompileMeter
+from .swap_panel import SwapPanel
+from .swap_race import SwapRace
+from .view import View
+
+__all__ = ["PlanView", "RankPaddingView", "RecompileMeter", "SwapPanel", "SwapRace", "View"]

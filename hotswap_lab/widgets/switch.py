@@ -1,0 +1,168 @@
+"""Swaps by name: in a pool, or in a model with the folders of its adapters. Of swapping, widgets know no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import refuse
+from ..host import find_host
+from ..hotswap import hotswap_adapter
+from ..pool import AdapterPool
+from ..slot import resolve_slot
+from ..strength import get_strength, set_strength
+
+
+class PoolSwitch:
+    """Swaps in an :class:`AdapterPool`.
+
+    >>> from hotswap_lab import demo
+    >>> model, _ = demo.load("reverse")
+    >>> switch = PoolSwitch(AdapterPool(model, adapters={"sort": demo.adapter_path("sort")}, progress=False))
+    >>> switch.swap("sort")
+    >>> switch.active, switch.strength
+    ('sort', 1.0)
+    """
+
+    def __init__(self, pool: AdapterPool):
+        self.pool = pool
+        self.model = pool.model
+
+    @property
+    def names(self) -> list[str]:
+        return self.pool.names
+
+    @property
+    def config(self) -> object:
+        return find_host(self.model, self.pool.adapter_name).configs[self.pool.adapter_name]
+
+    @property
+    def active(self) -> str | None:
+        return self.pool.active
+
+    @property
+    def strength(self) -> float:
+        return self.pool.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self.pool.strength = value
+
+    def swap(self, name: str) -> None:
+        self.pool.swap(name)
+
+    def off(self) -> None:
+        self.pool.off()
+
+
+class ModelSwitch:
+    """Swaps in a model, with :func:`hotswap_adapter`.
+
+    >>> from hotswap_lab import demo
+    >>> model, _ = demo.load("reverse")
+    >>> switch = ModelSwitch(model, {"sort": demo.adapter_path("sort")})
+    >>> switch.active                     # reverse, which is not one of these
+    >>> switch.swap("sort")
+    >>> switch.active
+    'sort'
+    """
+
+    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], adapter_name: str = "default"):
+        self.model = model
+        self.adapters = dict(adapters)
+        self.adapter_name = adapter_name
+        #: the adapter that was swapped in here, and the model's config of it, by which a later swap shows
+        self._last: tuple[str, object] | None = None
+        resolve_slot(model, adapter_name)  # raises if there is no such adapter
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.adapters)
+
+    @property
+    def active(self) -> str | None:
+        if self._last is None or self._last[1] is not self.config or strength_of(self) == 0:
+            return None
+        return self._last[0]
+
+    @property
+    def config(self) -> object:
+        return find_host(self.model, self.adapter_name).configs[self.adapter_name]
+
+    @property
+    def strength(self) -> float:
+        return get_strength(self.model, self.adapter_name)
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        set_strength(self.model, value, self.adapter_name)
+
+    def swap(self, name: str) -> None:
+        if name not in self.adapters:
+            raise refuse(
+                f"There is no adapter called {name!r}.",
+                found=f"the names {', '.join(map(repr, self.adapters)) or '(none)'}",
+                expected="one of these",
+                next_step="check the name",
+            )
+        hotswap_adapter(self.model, self.adapters[name], self.adapter_name)
+        self._last = name, self.config
+
+    def off(self) -> None:
+        self.strength = 0
+
+
+def switch_for(
+    pool_or_model: AdapterPool | torch.nn.Module,
+    adapters: Mapping[str, object] | None = None,
+    adapter_name: str = "default",
+) -> PoolSwitch | ModelSwitch:
+    """The switch for what a widget was given.
+
+    >>> switch_for(42)
+    Traceback (most recent call last):
+    hotswap_lab.errors.HotswapError: A widget can't swap in this.
+      found:    a int
+      expected: an AdapterPool, or a model and adapters={name: folder, ...}
+      next:     pass one of these
+    """
+    if isinstance(pool_or_model, AdapterPool):
+        return PoolSwitch(pool_or_model)
+    if isinstance(pool_or_model, torch.nn.Module) and adapters:
+        return ModelSwitch(pool_or_model, adapters, adapter_name)
+    found = f"a {type(pool_or_model).__name__}"
+    raise refuse(
+        "A widget can't swap in this.",
+        found=f"{found} without adapters" if isinstance(pool_or_model, torch.nn.Module) else found,
+        expected="an AdapterPool, or a model and adapters={name: folder, ...}",
+        next_step="pass one of these",
+    )
+
+
+def whereabouts(switch: PoolSwitch | ModelSwitch) -> str:
+    """In words, what the model computes with.
+
+    >>> from hotswap_lab import demo
+    >>> model, _ = demo.load("reverse")
+    >>> switch = ModelSwitch(model, {"sort": demo.adapter_path("sort")})
+    >>> whereabouts(switch)
+    'another adapter'
+    >>> switch.off()
+    >>> whereabouts(switch)
+    'off'
+    """
+    active = switch.active
+    if active is not None:
+        return active
+    return "off" if strength_of(switch) == 0 else "another adapter"
+
+
+def strength_of(switch: PoolSwitch | ModelSwitch) -> float | None:
+    """The strength; None where the adapter has none, as DoRA, or each layer has its own."""
+    try:
+        if getattr(switch.config, "use_dora", False):
+            return None
+        return switch.strength
+    except ValueError:
+        return None

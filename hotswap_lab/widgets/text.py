@@ -1,0 +1,68 @@
+"""Answers, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+
+def text_stream(
+    model: torch.nn.Module, tokenizer: object, *, template: str | None = None, max_new_tokens: int = 64
+) -> Callable[[str], Iterator[str]]:
+    """A function that answers a prompt greedily and yields the answer as it grows.
+
+    Parameters
+    ----------
+    model, tokenizer:
+        A causal language model of transformers, with or without PEFT around it. Pass the model itself, not what
+        ``torch.compile`` made of it: each length would be another shape to compile for.
+    template:
+        What the prompt is put into, at ``{}``. Default: the tokenizer's chat template, if it has one.
+    max_new_tokens:
+        When to stop at the latest.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo
+    >>> model, tokenizer = demo.load("shout")
+    >>> list(text_stream(model, tokenizer, template="{}>")("oh"))
+    ['O', 'OH', 'OH!']
+    """
+
+    def stream(prompt: str) -> Iterator[str]:
+        ids = _ids(tokenizer, prompt, template).to(next(model.parameters()).device)
+        room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        limit = max_new_tokens if room is None else min(max_new_tokens, room - ids.shape[1])
+        ends = {tokenizer.eos_token_id} | _as_set(getattr(model, "generation_config", None))
+        past, answer = {}, []
+        for _ in range(limit):
+            # not around the loop: a generator must not leave its caller without gradients between two tokens
+            with torch.no_grad():
+                output = model(input_ids=ids, **past, use_cache=True)
+            # what a model returns the keys and values as is what it takes them as: newer versions call it `cache`
+            name = "cache" if "cache" in output else "past_key_values"
+            past = {name: output[name]}
+            ids = output.logits[:, -1:].argmax(-1)
+            if ids.item() in ends:
+                break
+            answer.append(ids.item())
+            yield tokenizer.decode(answer, skip_special_tokens=True)
+        if not answer:
+            yield ""
+
+    return stream
+
+
+def _ids(tokenizer: object, prompt: str, template: str | None) -> torch.Tensor:
+    if template is None and getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    text = prompt if template is None else template.replace("{}", prompt)
+    return tokenizer(text, return_tensors="pt")["input_ids"]
+
+
+def _as_set(generation_config: object) -> set:
+    ends = getattr(generation_config, "eos_token_id", None)
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends}

@@ -1,0 +1,172 @@
+"""What all widgets share: a static form that is stored, and a live one that takes its place while a kernel runs."""
+
+from __future__ import annotations
+
+import html
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ipywidgets
+
+WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
+#: the width of a page, less the margins that ipywidgets puts around a control
+FITS = "calc(100% - 4px)"
+
+# Colours come from the theme where there is one. The first rule hides the stored static form while the live one is
+# there: without a kernel nothing has the class hotswap-live, and the static form shows.
+STYLE = """<style>
+.jp-OutputArea-child:has(+ .jp-OutputArea-child .hotswap-live) { display: none }
+.hotswap-live { color: var(--jp-ui-font-color1, inherit); max-width: 760px; overflow: visible }
+.hotswap-live .widget-html, .hotswap-live .widget-html-content, .hotswap-live .jupyter-widgets.widget-html
+  { height: auto; max-width: 100%; line-height: 1.45; overflow: visible; margin: 2px 0 }
+.hotswap-live .widget-html-content { width: 100%; white-space: normal; font-size: 13px }
+.hotswap-live .hotswap-picture { overflow-x: auto }
+.hotswap-live .hotswap-picture svg { min-width: 500px }
+.hotswap-live pre { white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; margin: 4px 0; padding: 6px 8px;
+  color: inherit; background: rgba(128, 128, 128, .14); border-radius: 4px; font-size: 12px; line-height: 1.45 }
+.hotswap-live .hotswap-error pre { border-left: 4px solid #d64545 }
+.hotswap-live table { border-collapse: collapse; margin: 4px 0; font-size: 12px }
+.hotswap-live th, .hotswap-live td
+  { padding: 3px 10px 3px 0; text-align: left; border-bottom: 1px solid rgba(128, 128, 128, .4); vertical-align: top }
+.hotswap-live td { overflow-wrap: normal; word-break: normal }
+.hotswap-live .hotswap-scroll td { white-space: nowrap }
+.hotswap-live .hotswap-scroll { max-height: 360px; overflow: auto }
+.hotswap-live .hotswap-muted { opacity: .8 }
+.hotswap-live .hotswap-answer { border: 1px solid rgba(128, 128, 128, .45); border-radius: 6px; padding: 8px 12px;
+  box-sizing: border-box; min-height: 84px; overflow-wrap: anywhere }
+.hotswap-live .hotswap-answer .hotswap-text { font-size: 18px; white-space: pre-wrap; margin: 4px 0 }
+.hotswap-live .hotswap-answer img { max-width: 100%; height: auto }
+.hotswap-live .jupyter-button { width: auto; height: auto; min-height: 30px; padding: 2px 12px; line-height: 24px }
+.hotswap-live button:focus-visible, .hotswap-live input:focus-visible, .hotswap-live .noUi-handle:focus-visible
+  { outline: 3px solid #3b82f6; outline-offset: 1px }
+</style>"""
+
+# What ipywidgets offers no way to say: a slider's handle gets the label beside it as its name for screen readers, and
+# what changes by itself is read out (it must be an element that stays, and a widget's content is replaced each time),
+# and the notebook leaves keys that are pressed in here to the controls: Notebook 7 took a slider's arrows for its own.
+# Nothing is loaded: the picture is empty, and only there to start the script once the widget is in the page.
+FOR_SCREEN_READERS = """<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="
+  setTimeout(() => {
+    const root = this.closest('.hotswap-live');
+    root?.querySelectorAll('.noUi-handle').forEach(handle => handle.setAttribute(
+      'aria-label', handle.closest('.jupyter-widgets').querySelector('label').textContent));
+    root?.addEventListener('focusin', ({target}) => target.matches('.noUi-handle, button, select') &&
+      target.setAttribute('data-lm-suppress-shortcuts', 'true'));
+    root?.querySelectorAll('.hotswap-says').forEach(each => each.setAttribute('aria-live', 'polite'));
+  }, 300)">"""
+
+
+def escape(text: object) -> str:
+    """Text as HTML shows it: nothing in a prompt, a name or an error can become markup.
+
+    >>> escape("<b>")
+    '&lt;b&gt;'
+    """
+    return html.escape(str(text))
+
+
+def fitting(svg: str) -> str:
+    """An SVG that shrinks with the page.
+
+    >>> fitting("<svg width='9'></svg>")
+    "<div class='hotswap-picture'><svg style='max-width:100%;height:auto' width='9'></svg></div>"
+    """
+    shrinking = svg.replace("<svg ", "<svg style='max-width:100%;height:auto' ", 1)
+    return f"<div class='hotswap-picture'>{shrinking}</div>"
+
+
+def readable(seconds: float) -> str:
+    """A time in the unit that fits.
+
+    >>> readable(1.5), readable(0.0123), readable(0.0000456)
+    ('1.5 s', '12.3 ms', '0.0456 ms')
+    """
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
+
+
+def error_html(message: str, details: str = "") -> str:
+    """An error, in full: what it says, and under it where it comes from. A screen reader reads it out at once.
+
+    >>> "&lt;b&gt;" in error_html("no <b>")
+    True
+    """
+    more = f"<details><summary>where it happened</summary><pre>{escape(details)}</pre></details>" if details else ""
+    return f'<div class="hotswap-error" role="alert"><strong>Error</strong><pre>{escape(message)}</pre>{more}</div>'
+
+
+def wrapping_row(*children: ipywidgets.Widget) -> ipywidgets.HBox:
+    """Controls side by side, that go on in a new line where the page is narrow."""
+    import ipywidgets
+
+    return ipywidgets.HBox(list(children), layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"))
+
+
+def speaking(**options: object) -> ipywidgets.HTML:
+    """Text that a screen reader reads out when it changes."""
+    import ipywidgets
+
+    widget = ipywidgets.HTML(**options)
+    widget.add_class("hotswap-says")
+    return widget
+
+
+class View:
+    """The frame of a widget. A subclass gives ``__str__``, ``to_html``, ``_build`` and ``_refresh``.
+
+    Shown in a notebook, it puts out two things: the static form, which stays in the saved notebook, and the live one,
+    which hides the static one while it is there.
+
+    >>> class Hello(View):
+    ...     def __str__(self):
+    ...         return "hello"
+    >>> Hello().to_html()
+    '<pre>hello</pre>'
+    """
+
+    def to_html(self) -> str:
+        """The static form: readable with no kernel, no network and no scripts."""
+        return f"<pre>{escape(self)}</pre>"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    @cached_property
+    def box(self) -> ipywidgets.VBox:
+        """The live form, an ipywidgets ``VBox``: to be shown, or to be put into a layout of your own."""
+        import ipywidgets
+
+        hidden = ipywidgets.Layout(display="none")
+        box = ipywidgets.VBox([ipywidgets.HTML(STYLE + FOR_SCREEN_READERS, layout=hidden), *self._build()])
+        box.add_class("hotswap-live")
+        return box
+
+    def _build(self) -> list[ipywidgets.Widget]:
+        """Makes the controls, once."""
+        return []
+
+    def _refresh(self) -> None:
+        """Makes the controls show the present state."""
+
+    def _changed(self) -> None:
+        """To be called after each change of state."""
+        if "box" in self.__dict__:
+            self._refresh()
+
+    def _static(self) -> dict[str, str]:
+        """What a saved notebook keeps. The same from run to run, as far as the state is."""
+        return {"text/html": self.to_html(), "text/plain": str(self)}
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self._static(), raw=True)
+        self._refresh_box()
+        display(
+            {WIDGET_MIME: {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}},
+            raw=True,
+        )
+
+    def _refresh_box(self) -> None:
+        _ = self.box
+        self._refresh()

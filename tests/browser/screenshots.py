@@ -1,0 +1,65 @@
+"""Pictures of the widgets in JupyterLab: python tests/browser/screenshots.py FOLDER
+
+In the light and the dark theme and as wide as a phone. The folder is not committed; README shows copies of a few.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from front_ends import NotebookPage, chromium, jupyter
+from nbformat.v4 import new_code_cell, new_notebook
+from playwright.sync_api import sync_playwright
+
+CELLS = {
+    "": "from hotswap_lab import demo\nfrom hotswap_lab.lessons import begin\n"
+    "from hotswap_lab.widgets import *\n\nbegin(threads=1)",
+    "swap_panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.choose('pig_latin')\npanel",
+    "plan_view": "PlanView(demo.load('pig_latin')[0], demo.adapter_path('sort'))",
+    "rank_padding_view": "RankPaddingView(target_rank=24)",
+    "recompile_meter": "import torch, warnings\n\nwarnings.simplefilter('ignore')\nmodel, _ = demo.load('reverse')\n"
+    "meter = RecompileMeter(torch.compile(model, backend='eager', dynamic=False), "
+    "adapters={name: demo.adapter_path(name) for name in demo.adapter_names()}, "
+    "inputs=model.get_base_model().dummy_inputs)\n"
+    "meter.visit('vowels_up', 'double', 'sort')\nmeter.show_reasons = True\nmeter",
+    "swap_race": "race = SwapRace(n=9, threads=1)\nrace.run()\nrace",
+}
+LOOKS = {
+    "light": ("JupyterLab Light", {"width": 1200, "height": 900}),
+    "dark": ("JupyterLab Dark", {"width": 1200, "height": 900}),
+    "phone": ("JupyterLab Light", {"width": 390, "height": 844}),
+}
+
+
+def main(target: Path) -> None:
+    """Takes all pictures."""
+    target.mkdir(parents=True, exist_ok=True)
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    notebook = new_notebook(cells=[new_code_cell(each) for each in CELLS.values()], metadata={"kernelspec": kernel})
+    for look, (theme, size) in LOOKS.items():
+        with tempfile.TemporaryDirectory() as temporary, sync_playwright() as playwright:
+            folder, home = Path(temporary, "notebooks"), Path(temporary, "home")
+            folder.mkdir()
+            home.mkdir()
+            nbformat.write(notebook, folder / "widgets.ipynb")
+            browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+            with jupyter(folder, home, theme) as address:
+                page = browser.new_page(viewport=size)
+                opened = NotebookPage(page, address, "lab", "widgets.ipynb")
+                page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
+                opened.run_all()
+                for place, name in enumerate(list(CELLS)[1:]):
+                    widget = page.locator(".hotswap-live").nth(place)
+                    widget.scroll_into_view_if_needed()
+                    page.wait_for_timeout(400)
+                    widget.screenshot(path=target / f"{name}_{look}.png")
+                page.locator(".hotswap-live").first.scroll_into_view_if_needed()
+                page.screenshot(path=target / f"page_{look}.png")
+            browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

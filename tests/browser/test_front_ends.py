@@ -1,0 +1,329 @@
+"""The notebooks and the widgets in a real browser: JupyterLab 4 and Notebook 7, in Chromium.
+
+By default each chapter is run in one of the two front ends, in turns, and the widgets in both. With
+``HOTSWAP_LAB_ALL_FRONT_ENDS=1`` each chapter is run in both.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from front_ends import FRONT_ENDS, ROOT, NotebookPage, chromium, jupyter
+from nbformat.v4 import new_code_cell, new_notebook
+from playwright.sync_api import expect, sync_playwright
+
+CHAPTERS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+ALL = os.environ.get("HOTSWAP_LAB_ALL_FRONT_ENDS") == "1"
+PHONE = {"width": 390, "height": 844}
+
+pytestmark = pytest.mark.skipif(chromium() is None, reason="there is no Chromium")
+
+#: one cell for each widget, in the order in which they stand on the page
+WIDGETS = {
+    "panel": "panel = SwapPanel.demo()\npanel",
+    "slow": """import itertools, time
+
+def slow(prompt):
+    if prompt == "fail":
+        raise RuntimeError("no luck <today>")
+    for number in itertools.count():
+        time.sleep(0.02)
+        yield f"step {number}"
+
+model, _ = demo.load("reverse")
+slow_panel = SwapPanel(model, slow, adapters={"sort": demo.adapter_path("sort")}, prompt="go", run_on_swap=False)
+slow_panel""",
+    "plan": "PlanView(demo.load('reverse')[0], demo.adapter_path('double'))",
+    "padding": "view = RankPaddingView(target_rank=16)\nview",
+    "meter": """import torch
+
+meter_model, _ = demo.load("reverse")
+meter = RecompileMeter(
+    torch.compile(meter_model, backend="eager", dynamic=False),
+    adapters={name: demo.adapter_path(name) for name in ("reverse", "double")},
+    inputs=meter_model.get_base_model().dummy_inputs,
+)
+meter""",
+    "race": "SwapRace('tiny', rank=2, n=2)",
+}
+SETUP = """import warnings
+
+warnings.filterwarnings("ignore")  # remarks of PEFT and transformers on their own affairs
+from hotswap_lab import demo
+from hotswap_lab.lessons import begin
+from hotswap_lab.widgets import PlanView, RankPaddingView, RecompileMeter, SwapPanel, SwapRace
+
+begin(threads=1)"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A copy of the notebooks, and one more with every widget."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    for front_end in FRONT_ENDS:
+        # a folder for each: two pages with the same file would share a kernel
+        shutil.copytree(
+            ROOT / "notebooks", folder / front_end, ignore=shutil.ignore_patterns("solutions", ".*", "*.py")
+        )
+    cells = [new_code_cell(source) for source in (SETUP, *WIDGETS.values(), "panel.active, panel.strength")]
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    for front_end in FRONT_ENDS:
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{front_end}.ipynb")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder, tmp_path_factory):
+    with jupyter(folder, tmp_path_factory.mktemp("home")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    # for this module only: as long as Playwright runs, an event loop seems to run in this thread
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_page(browser):
+    pages = []
+
+    def new_page(**options):
+        pages.append(browser.new_page(**options))
+        pages[-1].set_default_timeout(30_000)
+        return pages[-1]
+
+    yield new_page
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture(scope="module", params=FRONT_ENDS)
+def widgets(request, browser, address):
+    """The notebook with every widget, run in one of the front ends; for each widget what is on the page."""
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    page.set_default_timeout(30_000)
+    expect.set_options(timeout=30_000)
+    notebook = NotebookPage(page, address, request.param, f"{request.param}.ipynb")
+    notebook.run_all()
+    assert [output for output in notebook.outputs() if output["output_type"] == "error"] == []
+    live = page.locator(".hotswap-live")
+    expect(live).to_have_count(len(WIDGETS))
+    yield {"notebook": notebook, "page": page, **{name: live.nth(place) for place, name in enumerate(WIDGETS)}}
+    notebook.shut_down()
+    page.close()
+
+
+RUNS = [
+    (name, front_end)
+    for number, name in enumerate(CHAPTERS)
+    for place, front_end in enumerate(FRONT_ENDS)
+    if ALL or number % len(FRONT_ENDS) == place
+]
+#: how many notebooks run at a time: each waits for its kernel and its page much of the time
+TOGETHER = 3
+
+
+@pytest.fixture(scope="module")
+def ran(browser, address):
+    """What each chapter put out, and how many live widgets its page has."""
+    results = {}
+    for begin in range(0, len(RUNS), TOGETHER):
+        started = {}
+        for name, front_end in RUNS[begin : begin + TOGETHER]:
+            started[name, front_end] = NotebookPage(browser.new_page(), address, front_end, f"{front_end}/{name}")
+            started[name, front_end].start()
+        for run, notebook in started.items():
+            notebook.finish(timeout=240)
+            notebook.page.locator(".hotswap-live").first.wait_for(state="attached", timeout=30_000)
+            results[run] = notebook.outputs(), notebook.page.locator(".hotswap-live").count()
+            notebook.shut_down()
+            notebook.page.close()
+    return results
+
+
+@pytest.mark.parametrize("run", RUNS, ids="-".join)
+def test_a_chapter_runs_without_an_error(run, ran):
+    outputs, live = ran[run]
+    assert [output for output in outputs if output["output_type"] == "error"] == []
+    assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
+    assert live > 0
+
+
+# ---- SwapPanel
+
+
+def test_clicking_through_the_panel(widgets):
+    panel = widgets["panel"]
+    after, before = panel.locator(".hotswap-answer").nth(1), panel.locator(".hotswap-answer").nth(0)
+    for name, answer in (("shout", "HOTSWAP!"), ("sort", "ahopstw"), ("pig_latin", "otswaphay")):
+        panel.get_by_role("button", name=name, exact=True).click()
+        expect(after).to_contain_text(answer)
+        expect(after).to_contain_text("done")
+        # in words, not by colour alone
+        expect(panel.get_by_role("button", name=f"{name} (active)")).to_be_enabled()
+    expect(before).to_contain_text("ahopstw")
+    panel.get_by_role("textbox", name="prompt").fill("notebook")
+    panel.get_by_role("button", name="Run").click()
+    expect(after).to_contain_text("otebooknay")
+    panel.get_by_role("button", name="off", exact=True).click()
+    expect(after.locator(".hotswap-text")).to_have_text("notebook")
+    expect(panel).to_contain_text("the adapter is off")
+
+
+def test_the_panel_by_keyboard(widgets):
+    panel, page = widgets["panel"], widgets["page"]
+    after = panel.locator(".hotswap-answer").nth(1)
+    panel.get_by_role("textbox", name="prompt").fill("hotswap")
+    panel.get_by_role("button", name="no_vowels", exact=False).focus()
+    page.keyboard.press("Enter")
+    expect(after).to_contain_text("h*tsw*p")
+    handle = panel.get_by_role("slider", name="strength")
+    expect(panel).to_contain_text("ready")
+    handle.focus()
+    page.keyboard.press("ArrowLeft")
+    expect(after).to_contain_text("no_vowels at strength 0.95")
+    expect(panel).to_contain_text("ready")
+    handle.focus()
+    page.keyboard.press("Home")
+    expect(panel).to_contain_text("the adapter is off")
+    expect(after.locator(".hotswap-text")).to_have_text("hotswap")
+    widgets["notebook"].run_cell(len(WIDGETS) + 1)
+    assert widgets["notebook"].outputs()[-1]["data"]["text/plain"] == "(None, 0.0)"
+
+
+def test_a_long_run_blocks_no_cell_and_can_be_stopped(widgets):
+    panel, notebook = widgets["slow"], widgets["notebook"]
+    panel.get_by_role("button", name="Run").click()
+    expect(panel).to_contain_text("busy")
+    expect(panel.locator(".hotswap-answer").nth(1)).to_contain_text(re.compile(r"step \d"))
+    expect(panel.get_by_role("button", name="sort")).to_be_disabled()
+    notebook.run_cell(len(WIDGETS) + 1)  # another cell, meanwhile
+    expect(panel).to_contain_text("busy")
+    panel.get_by_role("button", name="Stop").click()
+    expect(panel).to_contain_text("ready")
+    expect(panel.locator(".hotswap-answer").nth(1)).to_contain_text("stopped")
+
+
+def test_an_error_is_shown_in_full_and_breaks_nothing(widgets):
+    panel = widgets["slow"]
+    panel.get_by_role("textbox", name="prompt").fill("fail")
+    panel.get_by_role("button", name="Run").click()
+    expect(panel.get_by_role("alert")).to_contain_text("RuntimeError: no luck <today>")
+    panel.get_by_role("alert").get_by_text("where it happened").click()
+    expect(panel.get_by_role("alert")).to_contain_text("in slow")
+    panel.get_by_role("button", name="sort").click()
+    expect(panel.get_by_role("button", name="sort (active)")).to_be_enabled()
+    expect(panel.get_by_role("alert")).to_have_count(0)
+
+
+# ---- the other widgets
+
+
+def test_plan_view(widgets):
+    plan = widgets["plan"]
+    expect(plan).to_contain_text("28 layers: 16 resize, 12 off")
+    plan.get_by_role("textbox", name="search").fill("layers.0")
+    expect(plan).to_contain_text("7 of 28 layers")
+    plan.get_by_role("combobox", name="action").select_option("off")
+    expect(plan).to_contain_text("3 of 28 layers")
+    expect(plan.get_by_role("row")).to_have_count(4)
+
+
+def test_rank_padding_view(widgets):
+    view, page = widgets["padding"], widgets["page"]
+    expect(view).to_contain_text("18,432 bytes36,864 bytes")
+    view.get_by_role("slider", name="target rank").focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    expect(view).to_contain_text("18,432 bytes46,080 bytes")
+    expect(view).to_contain_text("output unchanged: True")
+    view.get_by_role("combobox", name="layer").select_option("model.layers.0.self_attn.q_proj")
+    expect(view.get_by_role("img")).to_contain_text("in room for rank 20")
+    expect(view).to_contain_text("8,192 bytes20,480 bytes")
+
+
+def test_recompile_meter(widgets):
+    meter = widgets["meter"]
+    meter.get_by_role("button", name="Call 4 times").click()
+    expect(meter).to_contain_text("4 calls, 0 swaps, 1 compiled, 0 recompiles", timeout=60_000)
+    meter.get_by_role("combobox", name="adapter").select_option("double")
+    meter.get_by_role("button", name="Swap and call").click()
+    expect(meter).to_contain_text("8 calls, 1 swap, 1 compiled, 1 recompile", timeout=60_000)
+    assert meter.locator("pre").count() == 0
+    meter.get_by_role("button", name="Show reasons").click()
+    expect(meter.locator("pre")).to_contain_text("recompile in 'double': ")
+
+
+def test_swap_race(widgets):
+    race = widgets["race"]
+    race.get_by_role("button", name="Run the race").click()
+    expect(race).to_contain_text("done, 100%", timeout=60_000)
+    expect(race.get_by_role("img")).to_contain_text("hotswap_lab, pool")
+
+
+def test_every_control_has_a_name(widgets):
+    for name in WIDGETS:
+        snapshot = widgets[name].aria_snapshot()
+        nameless = re.findall(r"^\s*- (?:button|slider|textbox|combobox)(?!.* \"|.*\").*$", snapshot, re.MULTILINE)
+        assert nameless == [], name
+
+
+def test_a_phone(widgets):
+    page = widgets["page"]
+    before = page.viewport_size
+    page.set_viewport_size(PHONE)
+    page.evaluate("() => window.jupyterapp.shell.collapseLeft?.()")  # JupyterLab's list of files
+    page.wait_for_timeout(500)
+    try:
+        for name in WIDGETS:
+            too_wide = widgets[name].evaluate(
+                "box => [...box.querySelectorAll('button, input, textarea, select, .hotswap-answer')]"
+                ".filter(each => each.getBoundingClientRect().right > box.getBoundingClientRect().right + 1).length"
+            )
+            assert too_wide == 0, name
+    finally:
+        page.set_viewport_size(before)
+
+
+# ---- without a kernel; these come last, since they end the kernel
+
+
+def test_while_it_is_live_the_static_form_is_hidden(widgets):
+    outputs = widgets["page"].locator(".jp-OutputArea-child:has(+ .jp-OutputArea-child .hotswap-live)")
+    expect(outputs).to_have_count(len(WIDGETS))
+    assert not any(outputs.nth(place).is_visible() for place in range(len(WIDGETS)))
+
+
+def test_after_a_restart_the_static_form_is_there(widgets):
+    notebook, page = widgets["notebook"], widgets["page"]
+    notebook.run_all()  # once more, so that what is stored is what was clicked
+    notebook.save()
+    notebook.shut_down()
+    page.reload()
+    notebook.loaded()
+    expect(page.locator(".hotswap-live")).to_have_count(0)
+    shown = page.locator(".jp-OutputArea-child").filter(visible=True)  # JupyterLab has other notebooks open, behind
+    expect(shown.filter(has_text="SwapPanel: 8 adapters").first).to_be_visible()
+    expect(shown.filter(has_text="16 resize, 12 off").first).to_be_visible()
+
+
+def test_a_saved_notebook_as_a_page(folder, new_page, tmp_path):
+    """As nbviewer and GitHub make one, with nothing behind it."""
+    source = ROOT / "notebooks" / "00_start_here.ipynb"
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--output-dir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    page = new_page(java_script_enabled=False)
+    page.goto(f"file://{tmp_path}/00_start_here.html")
+    expect(page.get_by_text("before: reverse")).to_be_visible()
+    expect(page.get_by_text("after: shout")).to_be_visible()

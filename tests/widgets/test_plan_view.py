@@ -1,0 +1,119 @@
+"""PlanView: every layer, searchable, with the reasons of a refusal."""
+
+from __future__ import annotations
+
+import pytest
+
+from hotswap_lab import HotswapError, demo, plan_hotswap, prepare_model_for_compiled_hotswap
+from hotswap_lab.widgets import PlanView
+
+
+@pytest.fixture(scope="module")
+def view():
+    model, _ = demo.load("reverse")
+    return PlanView(model, demo.adapter_path("double"))
+
+
+@pytest.fixture(autouse=True)
+def _everything(view):
+    view.search, view.action = "", "all"
+
+
+def test_it_shows_what_the_plan_says(view):
+    assert len(view.rows) == len(view.plan.layers) == 28
+    assert view.counts == {action: count for action, count in view.plan.counts.items() if count}
+    assert sum(row.nbytes for row in view.rows) == view.plan.nbytes
+    assert view.summary.startswith(str(view.plan).splitlines()[0])
+
+
+def test_nothing_is_written():
+    model, tokenizer = demo.load("reverse")
+    PlanView(model, demo.adapter_path("double")).to_html()
+    assert demo.ask(model, tokenizer, "hotswap") == "pawstoh"
+
+
+def test_search_and_action(view):
+    view.search = "LAYERS.0 proj"
+    assert len(view.rows) == 7
+    view.action = "off"
+    assert {row.action for row in view.rows} == {"off"}
+    assert len(view.rows) == 3
+    view.search = "nothing of the kind"
+    assert view.rows == []
+    with pytest.raises(ValueError, match="must be one of all, resize, off"):
+        view.action = "explode"
+
+
+def test_the_controls_follow_and_lead(view):
+    view.box  # noqa: B018
+    view._refresh()
+    view._box.value = "layers.3 q_proj"
+    assert view.search == "layers.3 q_proj"
+    assert view._count.value == "1 of 28 layers"
+    assert "layers.3.self_attn.q_proj" in view._body.value
+    assert "layers.2" not in view._body.value
+    view.search = ""
+    assert view._box.value == ""
+    view._menu.value = "off"
+    assert view._count.value == "12 of 28 layers"
+    view.action = "all"
+    assert view._menu.value == "all"
+
+
+def test_layers_that_are_refused():
+    model, _ = demo.load("pig_latin")
+    view = PlanView(model, demo.adapter_path("caesar"))
+    assert view.counts == {"off": 16, "refused": 12}
+    view.action = "refused"
+    assert all(".mlp." in row.layer for row in view.rows)
+    for form in (str(view), view.to_html()):
+        assert "pass add_layers=True" in form
+        assert "nothing is written" in form
+
+
+def test_ranks_that_are_refused():
+    model, _ = demo.load("double")
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    view = PlanView(plan_hotswap(model, demo.adapter_path("pig_latin")))
+    assert view.counts == {"refused": 16}
+    assert view.rows[0].rank == "2 -> 32, room for 16"
+    padded = PlanView(model, demo.adapter_path("sort"))
+    assert padded.counts == {"copy": 12, "refused": 16}  # 4 of rank 24, and 12 that the model lacks
+
+
+def test_a_method_that_goes_by_a_stand_in():
+    """An adapter that PEFT loads onto a stand-in is shown as far as its plan goes."""
+    from peft import IA3Config, get_peft_model
+
+    from hotswap_lab import Adapter
+
+    config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = get_peft_model(demo.load_base(), config)
+    from peft.utils import get_peft_model_state_dict
+
+    adapter = Adapter.from_state_dict(get_peft_model_state_dict(model), config)
+    view = PlanView(model, adapter)
+    assert "possible" in view.summary
+    assert {(row.rank, row.nbytes) for row in view.rows} == {("-", None)}
+
+
+def test_layers_that_peft_would_have_to_add():
+    from hotswap_lab.lessons import beyond
+
+    pair = beyond.PAIRS["LayerNorm tuning"]
+    model, new = beyond.load(pair.old), beyond.adapter(pair.new)
+    assert PlanView(model, new).counts == {"copy": 5, "refused": 4}
+    assert PlanView(model, new, add_layers=True).counts == {"copy": 5, "add": 4}
+
+
+def test_static_form_is_limited(view, monkeypatch):
+    monkeypatch.setattr("hotswap_lab.widgets.plan_view.STORED", 5)
+    assert "... and 23 more layers: search for them" in str(view)
+    assert view.to_html().count("<tr>") == 6
+    assert len(view.rows) == 28
+
+
+def test_what_it_needs():
+    model, _ = demo.load("reverse")
+    with pytest.raises(HotswapError, match="no plan to show"):
+        PlanView(model)

@@ -1,0 +1,126 @@
+"""RecompileMeter: counts what RecompileWatch counts, and shows it."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from hotswap_lab import AdapterPool, demo
+from hotswap_lab.widgets import RecompileMeter
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it may recompile is the question here
+        yield
+
+
+def folders(*names):
+    return {name: demo.adapter_path(name) for name in names}
+
+
+def unprepared():
+    model, _ = demo.load("reverse")
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    inputs = model.get_base_model().dummy_inputs
+    return RecompileMeter(compiled, adapters=folders("reverse", "vowels_up", "double"), inputs=inputs)
+
+
+def test_calls_swaps_and_recompiles():
+    with unprepared() as meter, torch.no_grad():
+        meter.visit("reverse", "vowels_up", calls=2)
+        assert (meter.calls, meter.swaps, meter.watch.compiles, meter.recompiles) == (4, 2, 1, 0)
+        meter.visit("double", calls=2)
+        assert (meter.calls, meter.swaps, meter.recompiles) == (6, 3, 1)
+    assert "has another shape" in meter.reasons[0] or "Python number" in meter.reasons[0]
+    assert str(meter) == "RecompileMeter: 6 calls, 3 swaps, 1 compiled, 1 recompile"
+    text = meter.figure().text
+    assert "6 calls, 2 swaps" in text  # the first label is where the picture begins
+    assert "double" in text
+
+
+def test_a_pool_never_recompiles():
+    model, _ = demo.load("reverse")
+    pool = AdapterPool(model, adapters=folders("double", "shout"), progress=False)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    with RecompileMeter(compiled, pool=pool, inputs=model.get_base_model().dummy_inputs) as meter, torch.no_grad():
+        meter.visit("double", "shout", "double")
+    assert meter.recompiles == 0
+    assert "Nothing was compiled again." in meter.to_html()
+
+
+def test_clicks_do_the_same_and_in_the_same_mode():
+    """A thread has its own gradient mode; if a click ran in another one, that alone would recompile."""
+    with unprepared() as meter, torch.no_grad():
+        meter.box  # noqa: B018
+        call, menu, swap = meter._actions
+        menu.value = "vowels_up"
+        meter.visit("reverse", calls=1)
+        swap.click()
+        assert meter.wait(120)
+        call.click()
+        assert meter.wait(120)
+        assert (meter.calls, meter.swaps, meter.recompiles) == (9, 2, 0)
+        assert "9 calls, 2 swaps" in meter._counts.value
+
+
+def test_reasons_on_demand():
+    function = torch.compile(lambda x, factor: x * factor, backend="eager", dynamic=False)
+    with RecompileMeter(function) as meter:
+        meter.box  # noqa: B018
+        meter(torch.ones(2), 2.0)
+        meter(torch.ones(2), 3.0)
+        assert meter._why.value == ""
+        meter._reasons_button.click()
+        assert meter.show_reasons
+        assert "factor was 2.0" in meter._why.value
+        meter.show_reasons = False
+        assert meter._why.value == ""
+
+
+def test_after_close_nothing_is_counted():
+    function = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    meter = RecompileMeter(function)
+    meter.close()
+    meter(torch.ones(2))
+    assert (meter.calls, meter.watch.compiles) == (1, 0)
+
+
+def test_errors_are_shown_and_break_nothing():
+    with unprepared() as meter, torch.no_grad():
+        meter.box  # noqa: B018
+        good, meter.inputs = meter.inputs, {"nonsense": 1}
+        meter._actions[0].click()
+        assert meter.wait(120)
+        assert "You must specify exactly one of input_ids" in meter._error.value
+        meter.inputs = good
+        meter._actions[0].click()
+        assert meter.wait(120)
+        assert meter._error.value == ""
+
+
+def test_many_calls_are_shown_in_part():
+    with RecompileMeter(lambda: None) as meter:
+        assert "no call yet" in meter.to_html()
+        for _ in range(50):
+            meter()
+    assert meter.figure().svg.count("class='call'") == 40 + 1  # and one in the legend
+    assert "the last 40 of 50 calls" in meter.figure().svg
+
+
+def test_stop():
+    with unprepared() as meter, torch.no_grad():
+        meter.box  # noqa: B018
+        calls = []
+
+        def call(**inputs):
+            calls.append(1)
+            meter.stop()
+
+        meter.model = call
+        meter.visit("reverse", calls=5)
+        assert len(calls) == 1

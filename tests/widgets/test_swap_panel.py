@@ -1,0 +1,363 @@
+"""SwapPanel: everything a click does, done from Python, and by clicks on its controls."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+from hotswap_lab import AdapterPool, HotswapError, demo, get_strength, verify_hotswap
+from hotswap_lab.widgets import SwapPanel
+from hotswap_lab.widgets.results import Run
+from hotswap_lab.widgets.text import text_stream
+
+WORD = "hotswap"
+
+
+def folders(*names):
+    return {name: demo.adapter_path(name) for name in names}
+
+
+@pytest.fixture
+def panel():
+    return SwapPanel.demo(WORD)
+
+
+@pytest.fixture(params=["pool", "model"])
+def either(request):
+    """A panel for a pool, and one for a model."""
+    model, tokenizer = demo.load("reverse")
+    adapters = folders("reverse", "sort", "shout")
+
+    def ask(word):
+        return demo.ask(model, tokenizer, word)
+
+    if request.param == "pool":
+        return SwapPanel(AdapterPool(model, adapters=adapters, progress=False), ask, prompt=WORD)
+    return SwapPanel(model, ask, adapters=adapters, prompt=WORD)
+
+
+def click(panel, name):
+    panel.box  # noqa: B018 - makes the controls
+    panel._refresh()
+    button = next(each for each in panel._buttons.children if each.description.removesuffix(" (active)") == name)
+    button.click()
+    assert panel.wait(60)
+
+
+def test_names_and_state(either):
+    assert either.names == ["reverse", "sort", "shout"]
+    assert either.prompt == WORD
+    assert either.strength == 1
+    assert not either.busy
+
+
+def test_set_active_swaps_and_nothing_else(either):
+    either.active = "sort"
+    assert either.active == "sort"
+    assert either.after is None
+    assert either.swap_seconds > 0
+    assert verify_hotswap(either._switch.model, demo.adapter_path("sort"))
+
+
+def test_run_gives_the_answer(either):
+    either.active = "sort"
+    assert either.run() == demo.TASKS["sort"](WORD)
+    assert either.after.state == "done"
+    assert either.after.seconds > 0
+
+
+def test_before_and_after_are_of_the_same_prompt(either):
+    either.choose("sort")
+    either.choose("shout")
+    assert (either.before.where, either.before.result) == ("sort", "ahopstw")
+    assert (either.after.where, either.after.result) == ("shout", "HOTSWAP!")
+    either.prompt = "notebook"
+    either.run()
+    assert either.before is None
+    assert either.after.result == "NOTEBOOK!"
+    either.run()  # the same again has nothing new to be compared with
+    assert either.before is None
+
+
+def test_off(either):
+    either.choose("sort")
+    assert either.choose(None) == WORD  # the base model copies
+    assert either.active is None
+    assert "the adapter is off" in str(either)
+    assert either.after.label == "no adapter"
+    either.choose("sort")
+    either.off()
+    assert either.active is None
+
+
+def test_strength(either):
+    either.active = "shout"
+    either.strength = 0.5
+    assert get_strength(either._switch.model) == 0.5
+    either.run()
+    assert either.after.label == "shout at strength 0.5"
+    either.active = "shout"  # a swap sets it to 1
+    assert either.strength == 1
+
+
+def test_a_swap_elsewhere_is_noticed(either):
+    from hotswap_lab import hotswap_adapter
+
+    either.active = "sort"
+    hotswap_adapter(either._switch.model, demo.adapter_path("vowels_up"), "default")
+    assert either.active is None
+    assert "another adapter is active" in str(either)
+
+
+def test_clicks(panel):
+    click(panel, "shout")
+    assert panel.active == "shout"
+    assert panel.after.result == "HOTSWAP!"
+    click(panel, "pig_latin")
+    assert (panel.before.result, panel.after.result) == ("HOTSWAP!", "otswaphay")
+    names = [button.description for button in panel._buttons.children]
+    assert [name for name in names if "active" in name] == ["pig_latin (active)"]
+    click(panel, "off")
+    assert panel.after.result == WORD
+    assert panel._buttons.children[-1].description == "off (active)"
+
+
+def test_the_slider_and_the_box_follow_and_lead(panel):
+    panel.box  # noqa: B018
+    panel.active = "no_vowels"
+    panel._slider.value = 0.5
+    assert panel.wait(60)
+    assert panel.strength == 0.5
+    assert panel.after.result == "hotsw*p"
+    panel.strength = 0.75
+    assert panel._slider.value == 0.75
+    panel.prompt = "notebook"
+    assert panel._box.value == "notebook"
+    panel._box.value = "widget"
+    assert panel.prompt == "widget"
+    panel._run_button.click()
+    assert panel.wait(60)
+    assert panel.after.prompt == "widget"
+
+
+def test_a_click_without_running():
+    panel = SwapPanel.demo(WORD, run_on_swap=False)
+    click(panel, "shout")
+    assert panel.active == "shout"
+    assert panel.after is None
+
+
+def test_the_answer_grows(panel, monkeypatch):
+    monkeypatch.setattr("hotswap_lab.widgets.swap_panel.SHOW_EVERY", -1.0)
+    seen = []
+    panel.box  # noqa: B018
+    panel._cards[1].observe(lambda change: seen.extend(re.findall(r'pre-wrap">(.*?)<', change["new"])), "value")
+    panel.choose("shout")
+    growing = ["HOTSWAP!"[:length] for length in range(1, 9)]
+    assert [each for each in dict.fromkeys(seen) if each] == growing
+
+
+def test_the_stream_says_what_ask_says():
+    for name in demo.adapter_names():
+        model, tokenizer = demo.load(name)
+        assert list(text_stream(model, tokenizer, template="{}>")(WORD))[-1] == demo.ask(model, tokenizer, WORD)
+    assert torch.is_grad_enabled()
+
+
+def test_the_stream_stops_at_its_limit():
+    model, tokenizer = demo.load("shout")
+    assert list(text_stream(model, tokenizer, template="{}>", max_new_tokens=3)(WORD))[-1] == "HOT"
+
+
+class Slow:
+    """Yields for ever, once it was let go."""
+
+    def __init__(self):
+        self.started = threading.Event()
+
+    def __call__(self, prompt):
+        number = 0
+        while True:
+            number += 1
+            yield f"{prompt} {number}"
+            self.started.set()
+
+
+def slow_panel():
+    model, _ = demo.load("reverse")
+    slow = Slow()
+    panel = SwapPanel(model, slow, adapters=folders("reverse", "sort"), prompt=WORD)
+    panel.box  # noqa: B018
+    panel.start()
+    assert slow.started.wait(30)
+    return panel
+
+
+def test_a_long_run_can_be_stopped_and_does_not_block():
+    panel = slow_panel()
+    assert panel.busy
+    assert not panel.wait(timeout=0.01)
+    assert panel._run_button.disabled
+    assert not panel._stop_button.disabled
+    assert all(button.disabled for button in panel._buttons.children)
+    panel._stop_button.click()
+    assert panel.wait(30)
+    assert panel.after.state == "stopped"
+    assert panel.after.result.startswith(WORD)
+    assert panel.error is None
+    assert not panel._run_button.disabled
+    panel.generate = str.upper
+    assert panel.run() == WORD.upper()
+
+
+def test_one_thing_at_a_time():
+    panel = slow_panel()
+    try:
+        with pytest.raises(HotswapError, match="busy"):
+            panel.active = "sort"
+        with pytest.raises(HotswapError, match="busy"):
+            panel.run()
+    finally:
+        panel.stop()
+        assert panel.wait(30)
+    panel.active = "sort"
+    assert panel.active == "sort"
+
+
+def test_jupyters_interrupt_stops_a_run():
+    model, _ = demo.load("reverse")
+
+    def interrupted(prompt):
+        yield "so far"
+        raise KeyboardInterrupt
+
+    panel = SwapPanel(model, interrupted, adapters=folders("reverse"), prompt=WORD)
+    with pytest.raises(KeyboardInterrupt):
+        panel.run()
+    assert (panel.after.result, panel.after.state) == ("so far", "stopped")
+    assert not panel.busy
+
+
+def test_errors_are_shown_in_full_and_break_nothing(either):
+    either.choose("sort")
+    good = either.generate
+
+    def bad(prompt):
+        raise RuntimeError("no <b>luck</b>\nsecond line")
+
+    either.generate = bad
+    either.box  # noqa: B018
+    with pytest.raises(RuntimeError, match="luck"):
+        either.run()
+    either.start()  # as a click: shown, not raised
+    assert either.wait(30)
+    shown = either._error.value
+    assert "RuntimeError: no &lt;b&gt;luck&lt;/b&gt;\nsecond line" in shown
+    assert "in bad" in shown  # the traceback
+    assert 'role="alert"' in shown
+    assert "error: RuntimeError" in str(either)
+    assert either.after.result == "ahopstw"  # the last good one
+    either.generate = good
+    assert either.choose("shout") == "HOTSWAP!"
+    assert either.error is None
+    assert either._error.value == ""
+
+
+def test_a_refused_swap_leaves_model_and_panel_as_they_were():
+    model, tokenizer = demo.load("pig_latin")
+    panel = SwapPanel(
+        model, lambda word: demo.ask(model, tokenizer, word), adapters=folders("pig_latin", "caesar"), prompt=WORD
+    )
+    panel.choose("pig_latin")
+    click(panel, "caesar")
+    assert "expected: tensors only for layers of the loaded adapter" in panel._error.value
+    assert panel.active == "pig_latin"
+    with pytest.raises(HotswapError):
+        panel.active = "caesar"
+    assert panel.run() == "otswaphay"
+    with pytest.raises(HotswapError, match="no adapter called"):
+        panel.active = "nobody"
+
+
+def test_images():
+    model, _ = demo.load("reverse")
+    panel = SwapPanel(
+        model, lambda prompt: Image.new("RGB", (8, 8), "red"), adapters=folders("reverse", "sort"), prompt="a <red> one"
+    )
+    panel.choose("sort")
+    html = panel.to_html()
+    assert 'src="data:image/png;base64,' in html
+    assert "the image for “a &lt;red&gt; one” with sort" in html
+    assert "an image (Image)" in str(panel)
+
+    class Output:  # as a pipeline of diffusers gives it
+        images = [Image.new("RGB", (8, 8), "blue")]  # noqa: RUF012
+
+    assert "data:image/png" in Run("p", "sort", result=Output(), state="done").to_html("after")
+
+
+def test_static_form(panel):
+    panel.choose("shout")
+    panel.choose("sort")
+    html = panel.to_html()
+    for piece in ("sort (active)", "HOTSWAP!", "ahopstw", "swap: ", "run: "):
+        assert piece in html
+    assert "<script" not in html
+    stored = panel._static()
+    assert " ms" not in stored["text/html"]  # the same from run to run
+    assert stored["text/plain"] == str(panel) == repr(panel)
+
+
+def test_nothing_becomes_markup():
+    model, _ = demo.load("reverse")
+    panel = SwapPanel(model, lambda prompt: prompt, adapters={"<i>x</i>": demo.adapter_path("sort")}, prompt="<b>")
+    panel.choose("<i>x</i>")
+    panel.box  # noqa: B018
+    panel._refresh()
+    values = [panel.to_html(), panel._title.value, *(card.value for card in panel._cards)]
+    assert not any("<b>" in each or "<i>" in each for each in values)
+
+
+def test_what_a_panel_needs():
+    model, _ = demo.load("reverse")
+    with pytest.raises(HotswapError, match="how to run a prompt"):
+        SwapPanel(model, adapters=folders("sort"))
+    with pytest.raises(HotswapError, match="can't swap in this"):
+        SwapPanel(model, str)
+
+
+def test_the_pool_may_grow(panel):
+    panel.box  # noqa: B018
+    panel._refresh()
+    count = len(panel._buttons.children)
+    panel._switch.pool.add("again", demo.adapter_path("sort"))
+    panel._refresh()
+    assert len(panel._buttons.children) == count + 1
+    click(panel, "again")
+    assert panel.active == "again"
+
+
+def test_dora_has_no_strength():
+    from peft import LoraConfig, get_peft_model
+
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False))
+    adapter = {"a": _adapter_of(model)}
+    panel = SwapPanel(model, str, adapters=adapter, prompt="x")
+    panel.box  # noqa: B018
+    panel._refresh()
+    assert panel._slider.disabled
+    panel.active = "a"
+    assert panel.active == "a"
+
+
+def _adapter_of(model):
+    from peft.utils import get_peft_model_state_dict
+
+    from hotswap_lab import Adapter
+
+    return Adapter.from_state_dict(get_peft_model_state_dict(model), model.peft_config["default"])
