@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from .errors import Refusal, listing
 from .host import Host, canonical_path, is_embedding
 from .journal import Journal
+from .sameness import have_same_values
 
 #: on a base model: by adapter name, the original values of what that adapter overwrote, by their names
 ORIGINALS = "hotswap_base_values"
@@ -96,12 +97,14 @@ def change_base_values(
             )
             continue
         original = kept.get(name, None if name in unknown else live[name])
-        if original is not None and not _same(original, value):
+        if original is not None and not have_same_values(original, value):
             change.originals[name] = original
-        if not _same(live[name], value):
+        if not have_same_values(live[name], value):
             change.copies.append((live[name], value))
     change.copies += [
-        (live[name], kept[name]) for name in sorted(kept.keys() - new.keys()) if not _same(live[name], kept[name])
+        (live[name], kept[name])
+        for name in sorted(kept.keys() - new.keys())
+        if not have_same_values(live[name], kept[name])
     ]
     if change.copies and len(host.configs) > 1:
         change.refusals.append(
@@ -145,7 +148,3 @@ def _check_given(given: Mapping, live: Mapping[str, torch.Tensor]) -> Refusal | 
                 next_step="pass the state_dict() of the base model, from before an adapter was loaded",
             )
     return None
-
-
-def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return torch.equal(first.detach(), second.detach().to(first.device, first.dtype))

@@ -25,6 +25,7 @@ from .parts import LayerSettings, SlotTensor, WholeSettings
 from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
 from .room import ROOMS, Room, merged
+from .sameness import have_same_values
 from .shadow import adaptable, build_shadow_layers
 from .shards import has_fixed_shape, holds_shards, is_trained_in_parallel
 from .slot import Slot, SlotLayer
@@ -370,7 +371,7 @@ def _take(draft: _Draft, layer: SlotLayer, tensors: dict[str, torch.Tensor]) -> 
         found = [(key, tensors.pop(key)) for key in keys if key in tensors]
         taken.append(found[0][1] if found else None)
         for key, other in found[1:]:
-            if not _same(other, found[0][1]):
+            if not have_same_values(other, found[0][1]):
                 draft.refuse(
                     "The adapter has two different values for one tensor.",
                     found=f"{found[0][0]!r} and {key!r} differ",
@@ -526,7 +527,7 @@ def _drop_unchanged_base_weights(draft: _Draft, tensors: dict[str, torch.Tensor]
     for key in [key for key in tensors if ".lora_" not in key]:
         if (weight := _base_weight(draft, key)) is None or weight.shape != tensors[key].shape:
             continue
-        if not _same(tensors.pop(key).to(weight.dtype), weight):
+        if not have_same_values(weight, tensors.pop(key)):
             draft.refuse(
                 "The adapter comes with other base weights than the model has.",
                 found=f"a different {key!r}",
@@ -537,7 +538,7 @@ def _drop_unchanged_base_weights(draft: _Draft, tensors: dict[str, torch.Tensor]
 
 def _is_unchanged_base_weight(draft: _Draft, key: str, value: torch.Tensor) -> bool:
     weight = _base_weight(draft, key)
-    return weight is not None and weight.shape == value.shape and _same(value.to(weight.dtype), weight)
+    return weight is not None and weight.shape == value.shape and have_same_values(weight, value)
 
 
 def _base_weight(draft: _Draft, key: str) -> torch.Tensor | None:
@@ -616,7 +617,3 @@ def _note_missing_targets(draft: _Draft) -> None:
             f"the config targets {len(named)} layers that the file has no tensors for ({listing(named, 2)}); "
             "they are turned off"
         )
-
-
-def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.shape == second.shape and torch.equal(first.detach().to(second.device, second.dtype), second.detach())

@@ -3,7 +3,7 @@
 ``stand_in`` (the base model's modules once more, around the same memory), ``donor`` (a fresh load onto it),
 ``difference`` (what the live model lacks to equal it: a ``graft``), ``decide`` (whether that can be written).
 ``places`` remembers where everything is, for the next adapter with the same config. ``wrappers`` knows what PEFT puts
-around modules, ``sameness`` what may stay as it is.
+around modules.
 """
 
 from .decide import Grafting, decide_graft, former_layers, note_former_layers

@@ -22,10 +22,10 @@ from ..journal import MISSING
 from ..methods import general, method_of
 from ..parts import SlotTensor
 from ..prepared_layer import EvalFreeDropout
+from ..sameness import are_equal, have_same_bits, have_same_form
 from ..state_view import is_marked_off, is_padded, set_off
 from .donor import Donor
 from .graft import Change, Graft, Step, WrapperChange
-from .sameness import are_equal, have_same_bits, have_same_form
 from .wrappers import (
     NOT_COMPARED,
     WRAPPERS,

@@ -15,10 +15,10 @@ from peft import PeftConfig, PeftType
 
 from ..adapter import Adapter
 from ..journal import Journal
+from ..sameness import have_same_bits
 from ..slot import Slot
 from .donor import Donor
 from .graft import Change, Graft, WrapperChange
-from .sameness import have_same_bits
 from .wrappers import tables_of
 
 #: on a base model: the places by adapter name
