@@ -102,8 +102,8 @@ def decide_graft(
     grafting.refusals += _incomplete(donor, adapter)
     grafting.graft = difference(host, donor, name)
     grafting.refusals += grafting.graft.obstacles
-    known = former_layers(host.base, name)
-    if (added := [path for path in grafting.graft.added if path not in known]) and not add_layers:
+    former = former_layers(host.base, name)
+    if (added := [path for path in grafting.graft.added if path not in former]) and not add_layers:
         grafting.refusals.append(
             Refusal(
                 "Hot swapping the adapter did not succeed, it is on layers that the loaded adapter lacks.",

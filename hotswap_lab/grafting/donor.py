@@ -65,8 +65,8 @@ def load_donor(
     """
     stand_in = make_stand_in(host.base)
     versions = stand_in.versions()
-    base_names = {id(tensor): name for name, tensor in _named_tensors(stand_in.model)}
     twins = dict(_named_tensors(stand_in.model))
+    base_names = {id(tensor): name for name, tensor in twins.items()}
     config = copy.deepcopy(config)
     replication, present = getattr(config, "layer_replication", None), host.configs.get(adapter_name)
     if replication and present is not None and getattr(present, "layer_replication", None) == replication:

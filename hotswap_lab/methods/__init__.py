@@ -1,9 +1,9 @@
 """What differs from one PEFT method to the next.
 
-``lora.py`` knows LoRA by heart: its tensors are written where they lie, and padded, packed and compiled. Its functions
-(``layer_class``, ``malformed``, ``unsupported``, ``unsupported_layer``, ``has_adapter``, ``tensors_of``, ``rank_step``,
-``settings_for``, ``targets``, ``fingerprint``, ``resolved_config``, ``scalars``, ``SCALAR_TABLES``, ``write_dropout``,
-``changes_constants`` and ``write_prepared``) say there what each of them means. ``general.py`` stands for all others.
+``lora.py`` knows LoRA by heart: its tensors are written where they lie, and padded, packed and compiled. What of LoRA
+is beyond that, its ``needs_donor``, ``is_special`` and ``form_of`` say. ``general.py`` stands for all other methods,
+with the few functions that any method needs: ``layer_class``, ``malformed``, ``unsupported``, ``unsupported_layer``,
+``has_adapter`` and ``tensors_of``.
 """
 
 from __future__ import annotations

@@ -95,7 +95,3 @@ def tensors_of(layer: BaseTunerLayer, adapter_name: str) -> list[SlotTensor]:
             axis = None if is_tucker else RANK_AXES.get(table_name)
             tensors.append(SlotTensor(table_name, f"{table_name}.{adapter_name}", table, adapter_name, axis))
     return tensors
-
-
-#: the tables on a layer that hold one scalar per adapter
-SCALAR_TABLES = ()
