@@ -13,10 +13,12 @@ matches a fresh load: True
 What is where: ``adapter`` (what comes in), ``slot`` (where it lives in the model), ``planning`` and ``plan`` (what
 will be written, decided dry), ``commit`` (the write, all or nothing), ``prepare`` (room for a family of adapters,
 before compiling), ``room`` and ``arena`` (a prepared slot and its memory), ``pool`` (many adapters, switched by
-name), ``watch`` (recompiles, counted), ``verify`` (the oracle), ``methods`` (what differs per PEFT method),
-``grafting`` (methods that only PEFT can load: it does so beside the model), ``base_values`` (base weights that adapters
-overwrite), ``shards`` (parameters spread over processes), ``pipeline`` and ``lora_files`` (diffusers), ``bench`` (how
-fast), ``demo`` (the embedded model and its adapters), ``lessons`` (the notebooks' exercises), ``widgets`` (to look at).
+name), ``turns`` (threads that share a model), ``watch`` (recompiles, counted), ``verify`` (the oracle), ``methods``
+(what differs per PEFT method), ``grafting`` (methods that only PEFT can load: it does so beside the model),
+``base_values`` (base weights that adapters overwrite), ``shards`` (parameters spread over processes), ``pipeline`` and
+``lora_files`` (diffusers), ``hub`` and ``hub_search`` (where files come from), ``together`` (files that are replaced at one
+moment), ``bench`` (how fast), ``demo`` (the embedded models and their adapters), ``lessons`` (the notebooks'
+exercises), ``widgets`` (to look at).
 """
 
 from . import demo
@@ -25,6 +27,7 @@ from .backend import pick_backend
 from .commit import commit
 from .errors import HotswapError
 from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, plan_hotswap
+from .hub_search import find_adapters
 from .lora_files import read_pipeline_lora
 from .pipeline import (
     PipelinePlan,
@@ -38,6 +41,7 @@ from .prepare import prepare_model_for_compiled_hotswap
 from .saving import save_adapter
 from .slot import resolve_slot
 from .strength import get_strength, set_strength
+from .turns import in_use, waiting_at_most
 from .verify import Verification, verify_hotswap
 from .version import __version__
 from .watch import RecompileError, RecompileWatch
@@ -54,10 +58,12 @@ __all__ = [
     "__version__",
     "commit",
     "demo",
+    "find_adapters",
     "get_strength",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
     "hotswap_pipeline",
+    "in_use",
     "pick_backend",
     "plan_hotswap",
     "plan_pipeline_hotswap",
@@ -68,4 +74,5 @@ __all__ = [
     "save_adapter",
     "set_strength",
     "verify_hotswap",
+    "waiting_at_most",
 ]

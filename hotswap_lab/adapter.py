@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError
 
 from .errors import HotswapError, listing, refuse
-from .weights_file import in_one_piece, read_weights
+from .hub import commit_of, folder_with_config, folder_with_weights, hub_arguments
+from .weights_file import check_archive, check_file, in_one_piece, read_weights
 
-#: what a caller may pass on to huggingface_hub; the first two arguments, repository and file name, are ours
-HUB_ARGUMENTS = (*list(inspect.signature(hf_hub_download).parameters)[2:], "use_auth_token")
+#: how deep a config's values may be nested; PEFT writes three levels at most, and Python can't copy hundreds
+MAX_DEPTH = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +35,14 @@ class Adapter:
         Keys as in the file, such as ``base_model.model.<layer>.lora_A.weight`` of shape ``(rank, in_features)``.
     source:
         Where it came from, for messages.
+    revision:
+        The commit of the Hub repository that it was read from. None if it came from elsewhere.
     """
 
     config: PeftConfig
     tensors: Mapping[str, torch.Tensor]
     source: str
+    revision: str | None = None
 
     @classmethod
     def load(
@@ -59,8 +57,7 @@ class Adapter:
         """Reads an adapter from a folder or from the Hugging Face Hub.
 
         ``adapter_model.safetensors`` is preferred; ``adapter_model.bin`` is read with ``weights_only=True``, so
-        nothing in it is executed. The tensors are views of the file where that is possible, as safetensors does it:
-        don't write into a file that is in use, replace it.
+        nothing in it is executed. The tensors are copies: whatever happens to the files later does not reach them.
 
         Parameters
         ----------
@@ -87,11 +84,29 @@ class Adapter:
         >>> adapter.config.r, len(adapter.tensors)
         (2, 32)
         """
-        hub = _hub_arguments("Adapter.load", hub)
+        return cls._load(source, torch_device, key_mapping, allow_nonfinite, hub, mapped=False)
+
+    @classmethod
+    def load_for_one_swap(
+        cls,
+        source: str | os.PathLike,
+        *,
+        torch_device: str | torch.device | None = None,
+        key_mapping: dict[str, str] | None = None,
+        allow_nonfinite: bool = False,
+        **hub: object,
+    ) -> Adapter:
+        """:meth:`load`, faster, for an adapter that is let go of at once: its tensors may be the file itself."""
+        return cls._load(source, torch_device, key_mapping, allow_nonfinite, hub, mapped=True)
+
+    @classmethod
+    def _load(cls, source, torch_device, key_mapping, allow_nonfinite: bool, hub: dict, mapped: bool) -> Adapter:
+        hub = hub_arguments("Adapter.load", hub)
         source = os.fspath(source)
-        config = _read_config(source, hub)
-        tensors = _read_tensors(source, torch_device or "cpu", key_mapping, hub)
-        adapter = cls(config, tensors, source)
+        folder = _find_config(source, hub)
+        config = _read_config(source, folder)
+        tensors = _read_tensors(source, _find_weights(source, folder, hub), torch_device or "cpu", key_mapping, mapped)
+        adapter = cls(config, tensors, source, None if os.path.isdir(source) else commit_of(folder, hub))
         adapter._check_tensors(allow_nonfinite)
         return adapter
 
@@ -136,16 +151,11 @@ class Adapter:
     def _check_tensors(self, allow_nonfinite: bool) -> None:
         # some methods save indices, too
         only_weights = self.config.peft_type == PeftType.LORA
-        wrong = [
-            key
-            for key, tensor in self.tensors.items()
-            if not (isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or not only_weights))
-        ]
-        if wrong:
-            key = wrong[0]
-            value = self.tensors[key]
-            kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise self._damaged(f"{kind} under {key!r}", "a floating point tensor under each key")
+        for key, tensor in self.tensors.items():
+            if not isinstance(key, str):
+                raise self._damaged(f"a {type(key).__name__} as the name of a tensor", "names of tensors")
+            if kind := _what_is_wrong(tensor, only_weights):
+                raise self._damaged(f"{kind} under {key!r}", "a floating point tensor under each key")
         if not self.tensors:
             raise self._damaged("no tensors at all", "at least one lora_A and one lora_B")
         if not allow_nonfinite and (bad := self._nonfinite_keys()):
@@ -160,7 +170,9 @@ class Adapter:
         # hence the second, exact look at whatever is suspicious.
         keys = [key for key, tensor in self.tensors.items() if tensor.numel() and tensor.is_floating_point()]
         tensors = [self.tensors[key].detach() for key in keys]
-        whole = in_one_piece(tensors) if tensors and tensors[0].dtype.itemsize > 1 else None
+        if not tensors:
+            return []
+        whole = in_one_piece(tensors) if tensors[0].dtype.itemsize > 1 else None
         if whole is not None and whole.sum(dtype=_sum_dtype(whole)).isfinite():
             return []
         sums = [_exact(tensor).sum(dtype=_sum_dtype(tensor)) for tensor in tensors]
@@ -182,13 +194,21 @@ def load_config(source: str | os.PathLike, **hub: object) -> PeftConfig:
     >>> load_config(demo.adapter_path("double")).r
     2
     """
-    return _read_config(os.fspath(source), _hub_arguments("load_config", hub))
+    source = os.fspath(source)
+    return _read_config(source, _find_config(source, hub_arguments("load_config", hub)))
 
 
-def _hub_arguments(function: str, arguments: Mapping[str, object]) -> dict[str, object]:
-    if unknown := sorted(set(arguments) - set(HUB_ARGUMENTS)):
-        raise TypeError(f"{function}() got unexpected keyword arguments: {', '.join(unknown)}")
-    return {key: value for key, value in arguments.items() if value is not None}
+def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
+    """What stands where a plain tensor should; None if one does."""
+    if not isinstance(tensor, torch.Tensor):
+        return type(tensor).__name__
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return f"a tensor in the form {tensor.layout if tensor.layout != torch.strided else tensor.dtype}"
+    if tensor.is_meta:
+        return "a tensor without data (on the meta device)"
+    if only_weights and not tensor.is_floating_point():
+        return str(tensor.dtype)
+    return None
 
 
 def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -200,9 +220,39 @@ def _exact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
-def _read_config(source: str, hub: dict) -> PeftConfig:
+def _find_config(source: str, hub: dict) -> str:
     try:
-        peft_type = PeftConfig._get_peft_type(source, **hub)
+        return folder_with_config(source, hub)
+    except Exception as error:  # of many kinds: no such file or repository, no access, no network, no space, ...
+        raise _not_found(
+            f"Can't find 'adapter_config.json' at '{source}'",
+            error,
+            expected="a folder with an adapter, or the id of a Hub repository with one",
+            next_step="check the path, the id, `subfolder`, `revision` and `token`",
+        ) from error
+
+
+def _find_weights(source: str, folder: str, hub: dict) -> str:
+    try:
+        return folder_with_weights(source, folder, hub)
+    except Exception as error:
+        raise _not_found(
+            f"Can't find weights for {source}",
+            error,
+            expected="adapter_model.safetensors or adapter_model.bin beside adapter_config.json",
+            next_step="check the folder or repository, and get a complete copy of it",
+        ) from error
+
+
+def _not_found(summary: str, error: Exception, expected: str, next_step: str) -> HotswapError:
+    # huggingface_hub speaks of the cache there, and has the reason in the cause
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    return refuse(summary, f"{type(cause).__name__}: {_first_line(cause)}", expected, next_step)
+
+
+def _read_config(source: str, folder: str) -> PeftConfig:
+    try:
+        peft_type = PeftConfig._get_peft_type(folder)
         if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise refuse(
                 f"The adapter from {source} is of an unknown kind.",
@@ -210,54 +260,76 @@ def _read_config(source: str, hub: dict) -> PeftConfig:
                 expected="a PEFT type that the installed version of PEFT knows",
                 next_step="upgrade PEFT, or get an undamaged copy of adapter_config.json",
             )
-        return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(source, **hub)
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(folder)
+        if (depth := _depth(vars(config))) > MAX_DEPTH:
+            raise ValueError(f"lists or tables within one another, {depth} deep")
+        return config
     except HotswapError:
         raise
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # of any kind: PEFT takes a config from a file without looking at it
         raise refuse(
             f"The adapter_config.json of {source} can't be read.",
             found=f"{type(error).__name__}: {error}",
             expected="a JSON object as PEFT writes it",
             next_step="get an undamaged copy of it",
         ) from error
-    except (ValueError, OSError) as error:
-        # PEFT hides the reason (not found, no access, no network) in the cause
-        cause = error.__cause__ or error.__context__ or error
-        raise refuse(
-            f"Can't find 'adapter_config.json' at '{source}'",
-            found=f"{type(cause).__name__}: {_first_line(cause)}",
-            expected="a folder with an adapter, or the id of a Hub repository with one",
-            next_step="check the path, the id, `subfolder`, `revision` and `token`",
-        ) from error
 
 
-def _read_tensors(source: str, device: str | torch.device, key_mapping, hub: dict) -> dict[str, torch.Tensor]:
+def _depth(value: object) -> int:
+    """How deep lists and tables lie within one another."""
+    depth, level = 0, [value]
+    while level:
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (dict, list, tuple, set))
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        depth += 1
+    return depth
+
+
+def _read_tensors(
+    source: str, folder: str, device: str | torch.device, key_mapping, mapped: bool
+) -> dict[str, torch.Tensor]:
     try:
-        if (tensors := _read_folder(source, device, key_mapping, hub)) is not None:
-            return tensors
-        return load_peft_weights(source, device=device, key_mapping=key_mapping, **hub)
-    except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.exists(path):
+            return _read_safetensors(folder, path, device, key_mapping, mapped)
+        return _read_bin(folder, os.path.join(folder, WEIGHTS_NAME), device, key_mapping)
+    except Exception as error:  # of any kind: a damaged file leads its readers astray
         raise refuse(
             f"The weights of {source} can't be read.",
             found=f"{type(error).__name__}: {_first_line(error)}",
             expected="adapter_model.safetensors, or adapter_model.bin with nothing in it but tensors",
             next_step="get an undamaged copy; convert a .bin with other objects in it to safetensors",
         ) from error
-    except (ValueError, OSError, HFValidationError) as error:
-        raise refuse(
-            f"Can't find weights for {source}",
-            found=f"{type(error).__name__}: {_first_line(error)}",
-            expected="adapter_model.safetensors or adapter_model.bin beside adapter_config.json",
-            next_step="check the folder or repository, and get a complete copy of it",
-        ) from error
 
 
-def _read_folder(source: str, device: str | torch.device, key_mapping, hub: dict) -> dict[str, torch.Tensor] | None:
-    """What ``load_peft_weights`` gives for a plain folder, read faster; None for anything else."""
-    path = os.path.join(source, hub.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
-    if key_mapping or torch.device(device).type != "cpu" or not os.path.exists(path):
-        return None
-    return read_weights(path)
+def _read_safetensors(
+    folder: str, path: str, device: str | torch.device, key_mapping, mapped: bool
+) -> dict[str, torch.Tensor]:
+    """What ``load_peft_weights`` gives, read faster where that is possible."""
+    check_file(path)
+    on_cpu = torch.device(device).type == "cpu"
+    if not key_mapping and on_cpu and (tensors := read_weights(path, mapped=mapped)) is not None:
+        return tensors
+    tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
+    return tensors if mapped or not on_cpu else {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def _read_bin(folder: str, path: str, device: str | torch.device, key_mapping) -> dict[str, torch.Tensor]:
+    check_file(path)
+    check_archive(path)
+    tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"a {type(tensors).__name__}, and no table of tensors")
+    size = os.path.getsize(path)
+    for key, tensor in tensors.items():
+        # a tensor may say that its few bytes are repeated, as often as it likes
+        if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.itemsize > size:
+            raise ValueError(f"{key!r} of shape {tuple(tensor.shape)} in a file of {size:,} bytes")
+    return dict(tensors)
 
 
 def _first_line(error: BaseException) -> str:

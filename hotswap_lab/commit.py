@@ -18,7 +18,6 @@ import torch
 from .building import give_memory
 from .errors import refuse
 from .grafting import Grafting, forget_places, note_former_layers
-from .interrupts import interrupts_held
 from .journal import Journal
 from .parts import SlotTensor
 from .plan import Action, LayerPlan, Plan, TensorPlan
@@ -27,6 +26,7 @@ from .room import Content, clear_gradient, room_of
 from .shadow import attach
 from .shards import is_sharded, local_part, note_writes, shard
 from .state_view import set_off, set_padded
+from .turns import swaps_of, writing
 
 #: models whose user has been told that swaps recompile
 _warned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -97,6 +97,13 @@ def commit_together(plans: Sequence[Plan]) -> None:
     """
     for plan in plans:
         plan.raise_if_refused()
+    if plans:
+        bases = [plan.slot.host.base for plan in plans]
+        with swaps_of(*bases):
+            _commit_together(plans, bases)
+
+
+def _commit_together(plans: Sequence[Plan], bases: Sequence[torch.nn.Module]) -> None:
     for plan in plans:
         if plan.will_recompile:
             _warn_of_recompiling(plan)
@@ -112,7 +119,7 @@ def commit_together(plans: Sequence[Plan]) -> None:
     sources = [source for each in staged for source in each.sources]
     journal = Journal()
     inference = any(target.is_inference() for target in targets)
-    with interrupts_held(), torch.inference_mode(inference), torch.no_grad():
+    with writing(*bases), torch.inference_mode(inference), torch.no_grad():
         try:
             for plan, each in zip(plans, staged, strict=True):
                 _write(plan, each, journal)
@@ -157,7 +164,7 @@ def _warn_of_recompiling(plan: Plan) -> None:
         f"Swapping {plan.adapter.label} in changes shapes or numbers that the model was compiled for: its next call "
         "compiles again. Call prepare_model_for_compiled_hotswap after loading the first adapter and before "
         "compiling, to swap without recompiling. (Said once for this model.)",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PARTS = ("found:", "expected:", "next:")
+#: characters of one part of a text; the attributes have all of it
+LONGEST = 600
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -15,7 +19,20 @@ class Refusal:
     next_step: str
 
     def __str__(self) -> str:
-        return f"{self.summary}\n  found:    {self.found}\n  expected: {self.expected}\n  next:     {self.next_step}"
+        summary, *rest = map(_readable, (self.summary, self.found, self.expected, self.next_step))
+        return "\n".join([summary, *(f"  {part:9} {text}" for part, text in zip(PARTS, rest, strict=True))])
+
+
+def _readable(text: str) -> str:
+    """Names come from files, and may be of any length and of any characters, such as would upset a terminal."""
+    text = str(text)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 3 // 4]} [... {len(text) - LONGEST:,} characters ...] {text[-LONGEST // 4 :]}"
+    return text if text.isprintable() else "".join(_escaped(each) for each in text)
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 class HotswapError(ValueError, RuntimeError):

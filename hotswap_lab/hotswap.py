@@ -10,10 +10,11 @@ from peft import PeftConfig
 
 from .adapter import Adapter
 from .commit import commit
+from .host import find_host
 from .plan import Plan
 from .planning import make_plan
 from .room import slot_for
-from .slot import Slot
+from .turns import swaps_of
 
 
 def hotswap_adapter(
@@ -74,16 +75,10 @@ def hotswap_adapter(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter`` of PEFT 0.21, which this replaces.
     """
-    plan = plan_hotswap(
-        model,
-        model_name_or_path,
-        adapter_name,
-        torch_device,
-        add_layers=add_layers,
-        base_weights=base_weights,
-        **kwargs,
-    )
-    commit(plan)
+    base = find_host(model, adapter_name).base
+    adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs)
+    with swaps_of(base):
+        commit(plan_hotswap(model, adapter, adapter_name, add_layers=add_layers, base_weights=base_weights))
 
 
 def hotswap_adapter_from_state_dict(
@@ -136,9 +131,11 @@ def hotswap_adapter_from_state_dict(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter_from_state_dict`` of PEFT 0.21.
     """
-    slot = slot_for(model, adapter_name)
+    base = find_host(model, adapter_name).base
     adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
-    commit(make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights))
+    with swaps_of(base):
+        slot = slot_for(model, adapter_name)
+        commit(make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights))
 
 
 def plan_hotswap(
@@ -176,17 +173,22 @@ def plan_hotswap(
     >>> print(plan.refusals[0].next_step)
     pass add_layers=True to add them, or load first the adapter that targets most layers
     """
-    slot = slot_for(model, adapter_name)
-    adapter = model_name_or_path
-    if isinstance(adapter, Adapter):
-        if kwargs or torch_device is not None:
+    adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs)
+    return make_plan(slot_for(model, adapter_name), adapter, add_layers=add_layers, base_weights=base_weights)
+
+
+def _read(
+    model: torch.nn.Module,
+    source: str | os.PathLike | Adapter,
+    adapter_name: str,
+    torch_device: str | torch.device | None,
+    arguments: dict[str, object],
+) -> Adapter:
+    base = find_host(model, adapter_name).base
+    if isinstance(source, Adapter):
+        if arguments or torch_device is not None:
             raise TypeError("arguments for reading an adapter were passed with an Adapter that is already read")
-    else:
-        kwargs.setdefault("key_mapping", _own_key_mapping(slot))
-        adapter = Adapter.load(adapter, torch_device=torch_device, **kwargs)
-    return make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights)
-
-
-def _own_key_mapping(slot: Slot) -> dict[str, str] | None:
-    """Some transformers models bring a mapping from the keys of their older versions; a fresh load applies it."""
-    return getattr(slot.host.base, "_checkpoint_conversion_mapping", None) or None
+        return source
+    # some transformers models bring a mapping from the keys of their older versions; a fresh load applies it
+    arguments.setdefault("key_mapping", getattr(base, "_checkpoint_conversion_mapping", None) or None)
+    return Adapter.load(source, torch_device=torch_device, **arguments)

@@ -12,12 +12,13 @@ SIGINT = int(_signal.SIGINT)
 
 
 @contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[list]:
     """Holds KeyboardInterrupt back while the block runs (some milliseconds), then lets it through.
 
     Python delivers the signal between any two steps of a program, so without this it could hit after the last
     write of a swap, when there is nothing left to undo but a failure to report. Only the main thread receives
-    the signal; elsewhere, and under handlers that weren't installed from Python, nothing needs to be done.
+    the signal; elsewhere, and under handlers that weren't installed from Python, nothing needs to be done. The block
+    gets a list of what was held back so far, so that one that waits for something can give up.
 
     >>> with interrupts_held():
     ...     done = True
@@ -26,12 +27,12 @@ def interrupts_held() -> Iterator[None]:
     """
     previous = _signal.getsignal(SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield
+        yield []
         return
     received: list[tuple] = []
     _signal.signal(SIGINT, lambda number, frame: received.append((number, frame)))
     try:
-        yield
+        yield received
     finally:
         _signal.signal(SIGINT, previous)
         if received:

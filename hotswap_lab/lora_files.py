@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from .adapter import Adapter
 from .compiled import unwrap_compiled
 from .errors import HotswapError, listing, refuse
+from .expressions import slow_to_match
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -116,6 +117,8 @@ def read_pipeline_lora(
     for part, (config, state_dict) in reading.handed.items():
         adapter = Adapter(config, dict(state_dict), label)
         adapter._check_tensors(allow_nonfinite)
+        if slow := slow_to_match(config, reading.hollows[part]):
+            raise HotswapError(*slow)
         _warn_of_idle_patterns(part, adapter)
         adapters[part] = adapter
     return adapters

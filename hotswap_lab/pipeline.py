@@ -15,7 +15,6 @@ from .adapter import Adapter
 from .commit import commit_together
 from .errors import HotswapError, Refusal, listing, refuse
 from .host import carriers
-from .interrupts import interrupts_held
 from .journal import Journal
 from .lora_files import check_pipeline, is_diffusers_model, parts_of, read_pipeline_lora
 from .plan import Plan
@@ -23,6 +22,7 @@ from .planning import make_plan
 from .prepare import make_room
 from .report import html_table
 from .room import slot_for
+from .turns import swaps_of, writing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -196,15 +196,17 @@ def hotswap_pipeline(
     -----
     diffusers' own ``load_lora_weights(..., hotswap=True)`` refuses files with tensors for a text encoder.
     """
-    plan_pipeline_hotswap(
-        pipe,
-        source,
-        adapter_name,
-        components=components,
-        add_layers=add_layers,
-        allow_nonfinite=allow_nonfinite,
-        **kwargs,
-    ).commit()
+    check_pipeline(pipe)
+    with swaps_of(*_bases(pipe)):
+        plan_pipeline_hotswap(
+            pipe,
+            source,
+            adapter_name,
+            components=components,
+            add_layers=add_layers,
+            allow_nonfinite=allow_nonfinite,
+            **kwargs,
+        ).commit()
 
 
 def plan_pipeline_hotswap(
@@ -376,7 +378,8 @@ def prepare_pipeline_for_compiled_hotswap(
         if refusals := _offloading(name, model):
             raise HotswapError(*refusals)
     journals: list[Journal] = []
-    with interrupts_held():
+    # all at once: between two parts, nobody may compute with a pipeline of which one is prepared
+    with writing(*_bases(pipe)):
         try:
             for name, model in loaded.items():
                 journals.append(
@@ -421,6 +424,10 @@ def _chosen(pipe: DiffusionPipeline, components: Sequence[str] | None) -> dict[s
             next_step="check the names",
         )
     return {name: parts[name] for name in components}
+
+
+def _bases(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
+    return [host.base for part in parts_of(pipe).values() for host in carriers(part)]
 
 
 def _has_adapter(model: torch.nn.Module, adapter_name: str | None) -> bool:

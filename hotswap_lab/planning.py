@@ -13,11 +13,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.pytorch_utils import Conv1D
 
 from .adapter import Adapter
 from .base_values import kept_originals
 from .compiled import blind_spot, compiled_parts
 from .errors import Refusal, listing
+from .expressions import slow_to_match
 from .grafting import Change, Grafting, WrapperChange, decide_graft, former_layers, wrappers_in
 from .host import PEFT_PREFIX, canonical_path, is_embedding
 from .methods import general
@@ -120,6 +122,9 @@ def make_plan(
         )
         return draft.finish()
     draft.config.inference_mode = slot.config.inference_mode
+    if any(isinstance(layer.module.get_base_layer(), (torch.nn.Linear, Conv1D)) for layer in slot.layers):
+        # PEFT corrects this for the base model's kind of layers, as it has done in the loaded adapter's config
+        draft.config.fan_in_fan_out = slot.config.fan_in_fan_out
     _check_slot(draft)
     if draft.refusals:
         return draft.finish()
@@ -167,6 +172,7 @@ def _check_kind(draft: _Draft) -> None:
         )
         return
     draft.refusals += draft.slot.method.malformed(draft.adapter.config)
+    draft.refusals += slow_to_match(draft.adapter.config, draft.slot.host.base)
     if draft.refusals:
         return
     draft.refusals += draft.slot.method.unsupported(draft.adapter.config, "new")

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ from .prepare import make_room
 from .report import html_table
 from .room import Packed, merged, room_of, slot_for
 from .strength import check_scalable, check_strength, get_strength
+from .turns import swaps_of, without_limit, writing
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
 HISTORY = 100
@@ -40,6 +42,8 @@ class _Entry:
     packed: Packed | None = None
     #: the folder's state when it was read, to notice that it has changed since
     stamp: tuple | None = None
+    #: the commit, if it was read from the Hub: somebody may push another one
+    revision: str | None = None
     version: int = 1
     #: what it takes when it is packed
     nbytes: int = 0
@@ -128,6 +132,7 @@ class AdapterPool:
         self._uses = 0
         #: tells this pool's adapters from those of another one on the same model
         self._token = object()
+        #: of the table of adapters. Whoever holds it never waits for a turn at the model; it is taken after that
         self._lock = threading.RLock()
         self._background: ThreadPoolExecutor | None = None
         adapters = dict(adapters or {})
@@ -141,15 +146,20 @@ class AdapterPool:
                 next_step="swap with hotswap_adapter(model, Adapter.load(folder), adapter_name)",
             )
         family = [_family_member(source, hub) for source in adapters.values()]
-        way_back = make_room(model, family, target_rank=target_rank, adapter_name=adapter_name, may_be_compiled=False)
-        self._room = room_of(slot_for(model, adapter_name).host.base, adapter_name)
-        try:
-            for name, source in tqdm(adapters.items(), desc="packing", unit="adapter", disable=not progress):
-                self.add(name, source)
-            self._recognise()
-        except BaseException:
-            way_back.roll_back()
-            raise
+        base = slot.host.base
+        with swaps_of(base):
+            way_back = make_room(
+                model, family, target_rank=target_rank, adapter_name=adapter_name, may_be_compiled=False
+            )
+            self._room = room_of(base, adapter_name)
+            try:
+                for name, source in tqdm(adapters.items(), desc="packing", unit="adapter", disable=not progress):
+                    self.add(name, source)
+                self._recognise()
+            except BaseException:
+                with without_limit(), writing(base):
+                    way_back.roll_back()
+                raise
 
     def _recognise(self) -> None:
         """Sees whether the adapter that is in the model is one of the pool's."""
@@ -195,7 +205,7 @@ class AdapterPool:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        with self._lock:
+        with self._swap(), self._write_access():
             self._check_room()
             check_strength(value)
             check_scalable(self._room.slot)
@@ -206,7 +216,7 @@ class AdapterPool:
     def nbytes(self) -> int:
         """The memory that the packed adapters take, in bytes."""
         self._collect()
-        return sum(entry.packed.nbytes for entry in self._entries.values() if entry.packed)
+        return sum(packed.nbytes for entry in list(self._entries.values()) if (packed := entry.packed))
 
     def version(self, name: str) -> int:
         """How often this adapter's weights were given: 1 at first, one more with each :meth:`update`."""
@@ -241,7 +251,9 @@ class AdapterPool:
                     next_step="use another name, pool.update(name, ...) or pool.remove(name)",
                 )
             entry = _Entry(name, _path(source), stamp=_stamp(source))
-            packed = self._pack(name, _read(source, self._hub), check_targets=not isinstance(source, tuple))
+            adapter = _read(source, self._hub)
+            entry.revision = adapter.revision
+            packed = self._pack(name, adapter, check_targets=not isinstance(source, tuple))
             self._keep(entry, packed)
             self._entries[name] = entry
 
@@ -273,21 +285,23 @@ class AdapterPool:
         config:
             Its config. Default: the one that the adapter has.
         """
-        with self._lock:
-            entry = self._entry(name)
-            config = config or self._packed(entry).content.config
+        with self._swap():
+            config = config or self._packed(self._entry(name)).content.config
             adapter = Adapter.from_state_dict(state_dict, config)
             packed = self._pack(name, adapter, check_targets=False)
-            new = _Entry(name, None, version=entry.version + 1, lineage=entry.lineage)
-            self._keep(new, packed)  # refuses what is too large
+            in_model = self._loaded == name
+            with self._write_access() if in_model else self._lock:
+                entry = self._entry(name)
+                new = _Entry(name, None, version=entry.version + 1, lineage=entry.lineage)
+                self._keep(new, packed)  # refuses what is too large
 
-            def replace(journal: Journal) -> None:
-                journal.set_item(self._entries, name, new)
+                def replace(journal: Journal) -> None:
+                    journal.set_item(self._entries, name, new)
 
-            if self._loaded == name:
-                self._room.write(packed, self._state().strength, replace)
-            else:
-                replace(Journal())
+                if in_model:
+                    self._room.write(packed, self._state().strength, replace)
+                else:
+                    replace(Journal())
 
     def prefetch(self, *names: str) -> None:
         """Reads and packs adapters that were dropped, in the background. A swap to one of them waits for it."""
@@ -328,13 +342,17 @@ class AdapterPool:
                 expected="the adapter that was added under this name",
                 next_step="pool.remove(name), then pool.add(name, source) to take the new one",
             )
-        return self._pack(entry.name, _read(entry.source, self._hub), check_targets=True)
+        hub = {**self._hub, "revision": entry.revision} if entry.revision else self._hub
+        return self._pack(entry.name, _read(entry.source, hub), check_targets=True)
 
     def _packed(self, entry: _Entry) -> Packed:
-        if entry.packed is None:
+        packed = entry.packed
+        if packed is None:
             loading, entry.loading = entry.loading, None
-            self._keep(entry, loading.result() if loading is not None else self._load(entry))
-        return entry.packed
+            packed = loading.result() if loading is not None else self._load(entry)
+            with self._lock:
+                self._keep(entry, packed)
+        return packed
 
     def _keep(self, entry: _Entry, packed: Packed) -> None:
         """Holds an adapter in memory, and drops others for it where there is a limit."""
@@ -371,17 +389,18 @@ class AdapterPool:
         HotswapError
             If there is no such adapter, its files can't be read any more, or the model was moved or merged.
         """
-        with self._lock:
+        with self._swap():
             check_strength(strength)
             if strength != 1:
                 check_scalable(self._room.slot)
             entry = self._entries.get(name) or self._entry(name)
             packed = entry.packed or self._packed(entry)
-            self._check_room()
-            history = self._history_with(self._state())
-            self._write(packed, strength, history)
-            self._uses += 1
-            entry.used = self._uses
+            with self._write_access():
+                self._check_room()
+                history = self._history_with(self._state())
+                self._write(packed, strength, history)
+                self._uses += 1
+                entry.used = self._uses
 
     def off(self) -> None:
         """Turns the adapter off: the model computes as the base model does, until the next swap or :meth:`undo`."""
@@ -397,7 +416,7 @@ class AdapterPool:
         HotswapError
             If there is nothing to take back.
         """
-        with self._lock:
+        with self._swap(), self._write_access():
             if not self._history:
                 raise refuse(
                     "There is nothing to undo.",
@@ -410,17 +429,30 @@ class AdapterPool:
 
     @contextlib.contextmanager
     def using(self, name: str, strength: float = 1.0) -> Iterator[AdapterPool]:
-        """Puts an adapter in for the length of a ``with`` block; then the former one is back, after errors too."""
-        with self._lock:
+        """Puts an adapter in for the length of a ``with`` block; then the former one is back, after errors too.
+
+        Swaps from other threads wait for the end of the block.
+        """
+        with self._swap():
             self._check_room()
             former, history = self._state(), list(self._history)
-        self.swap(name, strength)
-        try:
-            yield self
-        finally:
-            with self._lock:
-                self._check_room()
-                self._return_to(former, history)
+            self.swap(name, strength)
+            try:
+                yield self
+            finally:
+                with without_limit(), self._write_access():
+                    self._check_room()
+                    self._return_to(former, history)
+
+    def _swap(self) -> AbstractContextManager:
+        """Nobody else swaps; the other threads may go on computing."""
+        return swaps_of(self._room.slot.host.base)
+
+    @contextlib.contextmanager
+    def _write_access(self) -> Iterator[None]:
+        """Nobody else computes or changes the pool. Not for what takes long."""
+        with writing(self._room.slot.host.base), self._lock:
+            yield
 
     def _state(self) -> _State:
         """What is in the model now, ready to be put back."""
@@ -472,7 +504,7 @@ class AdapterPool:
         """The table: name, rank, alpha, layers, bytes, and whether it is the active one."""
         self._collect()
         active = self.active
-        return [(*_describe(entry), "active" if entry.name == active else "") for entry in self._entries.values()]
+        return [(*_describe(entry), "active" if entry.name == active else "") for entry in list(self._entries.values())]
 
     COLUMNS = ("adapter", "rank", "alpha", "layers", "bytes", "")
 
@@ -497,11 +529,12 @@ class AdapterPool:
 
 
 def _describe(entry: _Entry) -> tuple[str, str, str, str, str]:
-    if entry.packed is None:
+    packed = entry.packed
+    if packed is None:
         return entry.name, "", "", "", "in its files"
-    settings = [each for each in entry.packed.content.settings if each is not None]
+    settings = [each for each in packed.content.settings if each is not None]
     ranks, alphas = sorted({each.rank for each in settings}), sorted({each.alpha for each in settings})
-    return entry.name, _span(ranks), _span(alphas), str(len(settings)), f"{entry.packed.nbytes:,}"
+    return entry.name, _span(ranks), _span(alphas), str(len(settings)), f"{packed.nbytes:,}"
 
 
 def _span(values: list[float]) -> str:
@@ -520,8 +553,15 @@ def _stamp(source: object) -> tuple | None:
     if path is None or not os.path.isdir(path):
         return None
     with os.scandir(path) as files:
-        states = [(file.name, file.stat()) for file in files if file.name.startswith("adapter_")]
-    return tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in states))
+        return tuple(sorted((file.name, *_state(file)) for file in files if file.name.startswith("adapter_")))
+
+
+def _state(file: os.DirEntry) -> tuple[int, int]:
+    try:
+        state = file.stat()
+    except OSError:  # a link that leads nowhere; whoever reads it says so
+        return 0, 0
+    return state.st_mtime_ns, state.st_size
 
 
 def _read(source: object, hub: Mapping[str, object]) -> Adapter:

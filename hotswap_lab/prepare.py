@@ -22,8 +22,8 @@ from .adapter import Adapter, load_config
 from .building import build_room, move_in
 from .compiled import blind_spot, compiled_parts, is_compiled
 from .errors import HotswapError, Refusal, listing, refuse
+from .expressions import slow_to_match
 from .host import canonical_path, carriers
-from .interrupts import interrupts_held
 from .journal import Journal
 from .methods import general, lora
 from .prepare_general import decide_general, other_form, write_general
@@ -31,6 +31,7 @@ from .room import Room, clear_gradient, room_of
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, slot_in
 from .state_view import is_off, own_rank, set_padded
+from .turns import swaps_of, writing
 
 NOTHING_FOUND = (
     "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
@@ -132,6 +133,18 @@ def make_room(
     rolling the journal back leaves the model as it was.
     """
     _check_target_rank(target_rank)
+    with swaps_of(*(host.base for host in carriers(model))):
+        return _make_room(model, family, target_rank, adapter_name, config, may_be_compiled)
+
+
+def _make_room(
+    model: torch.nn.Module,
+    family: list[Adapter],
+    target_rank: int | None,
+    adapter_name: str | None,
+    config: PeftConfig | Mapping[str, PeftConfig] | None,
+    may_be_compiled: bool,
+) -> Journal:
     slots = list(_slots(model, adapter_name))
     with_room = [slot for slot in slots if slot.method is lora and not lora.needs_donor(slot.config)]
     preparations = [_Preparation(slot) for slot in with_room]
@@ -152,7 +165,8 @@ def make_room(
     if not may_be_compiled and any(preparation.room for preparation in preparations):
         _check_compiled(model, "error")
     journal = Journal()
-    with interrupts_held(), torch.no_grad():
+    bases = [slot.host.base for slot in slots]
+    with writing(*bases), torch.no_grad():
         try:
             for preparation in preparations:
                 _write(preparation, journal)
@@ -284,6 +298,7 @@ def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | 
         )
         return
     problems = [*slot.method.malformed(adapter.config), *slot.method.unsupported(adapter.config, "new")]
+    problems += slow_to_match(adapter.config, slot.host.base)
     problems += _beyond_rooms(adapter.config, slot.config)
     if problems:
         yield from problems
@@ -302,6 +317,9 @@ def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | 
         return
     for path in paths:
         rank = slot.method.settings_for(config, path).rank
+        if pointless := [*lora.pointless_rank(rank, path, slot.host.base.get_submodule(path))]:
+            yield from pointless
+            return
         if target_rank is not None and rank > target_rank:
             yield Refusal(
                 f"The target rank is lower than the rank of {adapter.label}.",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -21,11 +20,11 @@ from .arena import Arena, Place
 from .compiled import COMPILED, unwrap_compiled
 from .errors import Refusal
 from .host import find_host
-from .interrupts import interrupts_held
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor
 from .prepared_layer import SEATS, leave_seat, take_seat
 from .slot import Slot, SlotLayer, slot_in
+from .turns import writing
 
 #: on a base model: its rooms by adapter name
 ROOMS = "hotswap_rooms"
@@ -135,7 +134,6 @@ class Room:
         self._weight_versions: list[int] = []
         #: whether a write to the memory is noticed by autograd without being told
         self.shares_versions = True
-        self.lock = threading.RLock()
         self.places: dict[SlotTensor, tuple[torch.Tensor, Place]] = {}
         for arena in self.arenas:
             for band in arena.bands:
@@ -426,7 +424,7 @@ class Room:
         for vector in self.scalings:
             targets.append(vector)
             sources.append(scalings)
-        with interrupts_held(), torch.inference_mode(self._inference), torch.no_grad(), self.lock:
+        with writing(self.slot.host.base), torch.inference_mode(self._inference), torch.no_grad():
             journal = Journal()
             try:
                 self.enter(packed.content, used, journal)
@@ -443,7 +441,7 @@ class Room:
     def set_strength(self, strength: float, also: Callable[[Journal], None] | None = None) -> None:
         """Sets the scalings of all layers to their trained values times ``strength``; ``also`` as in :meth:`write`."""
         scalings = self.scalings_of(self.content, strength)
-        with interrupts_held(), torch.inference_mode(False), torch.no_grad(), self.lock:
+        with writing(self.slot.host.base), torch.inference_mode(False), torch.no_grad():
             journal = Journal()
             try:
                 if self.in_use is not None:

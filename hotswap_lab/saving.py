@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from .errors import refuse
@@ -20,13 +18,17 @@ from .methods import general
 from .shards import whole
 from .slot import Slot, resolve_slot
 from .state_view import is_off, own_tensor, strange_padding
+from .together import replace_together
+from .turns import in_use
 
 
 def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
     """Writes one adapter to a folder, just as it would be saved after a fresh load.
 
-    Layers that are turned off are left out, and so is the padding of a prepared model. The files are written
-    beside the folder and then moved into place, so that an error on the way leaves an older adapter there whole.
+    Layers that are turned off are left out, and so is the padding of a prepared model. Both files are written beside
+    an older adapter's and then replace them at one moment, so that after an error, or if the process is killed, the
+    folder has the old adapter or the new one, whole (see :mod:`hotswap_lab.together` for the file systems where that
+    holds). Other files in the folder are left alone.
 
     Parameters
     ----------
@@ -59,16 +61,18 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
     this one also serves models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
     """
     slot = resolve_slot(model, adapter_name)
-    for layer in slot.layers:
-        for tensor in layer.tensors:
-            if reason := strange_padding(layer.module, adapter_name, tensor):
-                raise refuse(
-                    f"The adapter {adapter_name!r} can't be saved as it is.",
-                    found=reason,
-                    expected="zeros beyond the adapter's own rank",
-                    next_step="swap the adapter in again, and train it with a new optimizer",
-                )
-    write_adapter(folder, saved_config(slot), saved_tensors(slot, embeddings=True))
+    with in_use(model):
+        for layer in slot.layers:
+            for tensor in layer.tensors:
+                if reason := strange_padding(layer.module, adapter_name, tensor):
+                    raise refuse(
+                        f"The adapter {adapter_name!r} can't be saved as it is.",
+                        found=reason,
+                        expected="zeros beyond the adapter's own rank",
+                        next_step="swap the adapter in again, and train it with a new optimizer",
+                    )
+        config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
+    replace_together(folder, lambda beside: write_adapter(beside, config, tensors))
 
 
 def saved_tensors(slot: Slot, embeddings: bool = False) -> dict[str, torch.Tensor]:
@@ -109,15 +113,6 @@ def saved_config(slot: Slot) -> PeftConfig:
 
 
 def write_adapter(folder: str | os.PathLike, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes config and tensors to ``folder``: all of it beside, then moved into place file by file."""
-    folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        save_file(tensors, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(beside)
-        folder.mkdir(exist_ok=True)
-        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(beside / name, folder / name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    """Writes config and tensors to a folder that nobody reads yet."""
+    save_file(tensors, Path(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    config.save_pretrained(folder)

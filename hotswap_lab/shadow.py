@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .journal import Journal
 from .slot import Slot, SlotLayer
+from .turns import writing
 
 #: what PEFT looks up on a base model to choose the class of a LoRA layer
 CHOOSES_CLASS = {"is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized", "quantization_method", "hf_quantizer"}
@@ -56,14 +57,16 @@ def build_shadow_layers(slot: Slot, config: PeftConfig, paths: list[str]) -> lis
     config = copy.deepcopy(config)
     config.target_modules = list(paths)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-    try:
-        # the weights are overwritten, so drawing them must not move the user's random numbers on
-        with slot.write_mode(), torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            inject_adapter_in_model(config, stand_in, slot.adapter_name)
-    finally:
-        for parameter, value in requires_grad:
-            parameter.requires_grad_(value)
+    # PEFT sets `requires_grad` of the base layers' own parameters on its way, which no other thread must compute with
+    with writing(slot.host.base):
+        try:
+            # the weights are overwritten, so drawing them must not move the user's random numbers on
+            with slot.write_mode(), torch.random.fork_rng(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                inject_adapter_in_model(config, stand_in, slot.adapter_name)
+        finally:
+            for parameter, value in requires_grad:
+                parameter.requires_grad_(value)
     layers = []
     like = slot.tensors[0].parameter
     for path in paths:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from .errors import listing, refuse
-from .interrupts import interrupts_held
+from .host import find_host
 from .journal import Journal
 from .methods import general
 from .parts import LayerSettings
@@ -15,6 +15,7 @@ from .prepared_layer import has_fixed_size
 from .room import room_of, slot_for
 from .slot import Slot, SlotLayer
 from .state_view import is_off
+from .turns import swaps_of, writing
 
 
 def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "default") -> None:
@@ -49,29 +50,38 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
     'pawstoh'
     """
     check_strength(strength)
-    slot = slot_for(model, adapter_name)
-    if any(adapter_name in layer.module.merged_adapters for layer in slot.layers):
-        raise refuse(
-            f"The strength of '{adapter_name}' can't be changed because it is currently merged into the base weights.",
-            found="base weights that contain the adapter at its present strength",
-            expected="an unmerged adapter",
-            next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
-        )
-    check_scalable(slot)
-    room = room_of(slot.host.base, adapter_name)
-    if room is not None:
-        room.set_strength(strength)
-        return
+    base = find_host(model, adapter_name).base
+    with swaps_of(base):
+        slot = slot_for(model, adapter_name)
+        if any(adapter_name in layer.module.merged_adapters for layer in slot.layers):
+            raise refuse(
+                f"The strength of '{adapter_name}' can't be changed because it is currently merged into the base "
+                "weights.",
+                found="base weights that contain the adapter at its present strength",
+                expected="an unmerged adapter",
+                next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
+            )
+        check_scalable(slot)
+        room = room_of(slot.host.base, adapter_name)
+        if room is not None:
+            room.set_strength(strength)
+        else:
+            _set_strength(slot, strength)
+
+
+def _set_strength(slot: Slot, strength: float) -> None:
+    """Layer by layer, where no room has all scalings side by side."""
+    name = slot.adapter_name
     targets, values, journal = [], [], Journal()
     for layer in slot.layers:
-        if has_fixed_size(layer.module, adapter_name):
-            targets.append(layer.module.scaling[adapter_name])
+        if has_fixed_size(layer.module, name):
+            targets.append(layer.module.scaling[name])
             values.append(torch.tensor(strength * _trained(slot, layer), dtype=torch.float64))
-    with interrupts_held(), torch.no_grad():
+    with writing(slot.host.base), torch.no_grad():
         try:
             for layer in slot.layers:
-                if not has_fixed_size(layer.module, adapter_name):
-                    journal.set_item(layer.module.scaling, adapter_name, strength * _trained(slot, layer))
+                if not has_fixed_size(layer.module, name):
+                    journal.set_item(layer.module.scaling, name, strength * _trained(slot, layer))
             if targets:
                 torch._foreach_copy_(targets, values)
         except BaseException:

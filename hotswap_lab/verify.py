@@ -28,6 +28,7 @@ from .grafting.wrappers import WRAPPERS, inside
 from .host import PEFT_PREFIX, Host, canonical_path
 from .saving import saved_tensors, write_adapter
 from .slot import Slot, resolve_slot
+from .turns import in_use
 
 #: config fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them
 PROVENANCE = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
@@ -137,7 +138,7 @@ def verify_hotswap(
             next_step="pass inputs=... (a dict, a tuple or a tensor)",
         )
     make_base = base or (lambda: bare_base(slot.host))
-    with _as_folder(adapter) as folder, torch.no_grad(), _eval_mode(model):
+    with _as_folder(adapter) as folder, torch.no_grad(), in_use(model), _eval_mode(model):
         live_outputs = _call(model, inputs)
         fresh = make_base().eval()
         base_outputs = _call(fresh, inputs)

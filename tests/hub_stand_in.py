@@ -1,25 +1,51 @@
 """A stand-in for the Hugging Face Hub on this machine: real HTTP, real huggingface_hub, no network.
 
-Serves ``repositories[id][revision][file] -> bytes`` the way the Hub does as far as ``hf_hub_download`` looks.
+Serves ``repositories[id][revision][file] -> bytes`` the way the Hub does as far as huggingface_hub looks: commits,
+small files directly, weights by a redirect to another host that takes Range requests, renamed and private and gated
+repositories, the list of models in pages. And fails the way networks and servers do, where :attr:`faults` says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote, urlencode
+
+#: what the Hub keeps in its large file storage, and serves from there
+LARGE = (".safetensors", ".bin")
+#: the names of the Hub's API for what is in ``StandInHub.about``, with what it says where nothing is said
+ABOUT = {"cardData": {}, "downloads": 0, "gated": False, "lastModified": "2025-01-31T12:00:00.000Z", "tags": []}
+
+
+@dataclass
+class Fault:
+    """``kind``: a status, ``"hang"``, ``"cut"`` (half of what was asked for), or ``"empty"`` (none of it)."""
+
+    kind: int | str
+    commands: tuple[str, ...] = ("GET",)
+    times: int = 1000
+
+
+@dataclass(frozen=True)
+class Request:
+    command: str
+    path: str
+    query: Mapping[str, list[str]]
+    headers: Mapping[str, str]
 
 
 class StandInHub:
     """Use as a context manager; ``url`` is what ``HF_ENDPOINT`` must be set to."""
 
     def __init__(self) -> None:
-        self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
-        self.private: dict[str, str] = {}
-        self.requests: list[tuple[str, str]] = []
+        self.reset()
+        self._released = threading.Event()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -29,52 +55,184 @@ class StandInHub:
                 pass
 
             def do_HEAD(self) -> None:
-                hub.answer(self, with_body=False)
+                hub._answer(self)
 
             def do_GET(self) -> None:
-                hub.answer(self, with_body=True)
+                hub._answer(self)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{port}"
+        # another host, as far as names go: tokens must not be sent there
+        self._storage = f"http://localhost:{port}"
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
+        #: what the API says of a repository, beside its files
+        self.about: dict[str, dict] = {}
+        #: who has this token sees the repository
+        self.private: dict[str, str] = {}
+        self.gated: set[str] = set()
+        #: new names by old ones
+        self.renamed: dict[str, str] = {}
+        #: by a part of the path
+        self.faults: dict[str, Fault] = {}
+        self.log: list[Request] = []
+        self._commits: dict[str, dict[str, bytes]] = {}
+        #: the most models that are listed in one page
+        self.page_size = 1000
+        #: called with each request, after it was answered
+        self.on_request: Callable[[Request], object] | None = None
 
     def add(self, repository: str, folder: str, *, revision: str = "main", subfolder: str = "") -> None:
         files = self.repositories.setdefault(repository, {}).setdefault(revision, {})
         for path in Path(folder).iterdir():
             files[f"{subfolder}/{path.name}" if subfolder else path.name] = path.read_bytes()
 
+    def commit(self, repository: str, revision: str = "main") -> str:
+        """The commit that a revision is at: another one as soon as any file is another one."""
+        files = self.repositories[repository][revision]
+        listing = [repository, *sorted((name, hashlib.sha1(body).hexdigest()) for name, body in files.items())]
+        commit = hashlib.sha1(json.dumps(listing).encode()).hexdigest()
+        self._commits[commit] = dict(files)
+        return commit
+
+    @property
+    def requests(self) -> list[tuple[str, str]]:
+        return [(request.command, request.path) for request in self.log]
+
     def __enter__(self) -> StandInHub:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._released.set()
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, request: BaseHTTPRequestHandler, *, with_body: bool) -> None:
-        path = unquote(request.path.partition("?")[0]).strip("/")
-        self.requests.append((request.command, path))
-        repository, _, rest = path.removeprefix("api/models/").partition("/resolve/")
-        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        # for who may not see it, a private repository looks like one that isn't there
-        hidden = self.private.get(repository) not in (None, token)
-        if repository not in self.repositories or hidden:
-            return self._send(request, 401 if hidden else 404, {"X-Error-Code": "RepoNotFound"}, b"", with_body)
-        revision, _, file = rest.partition("/")
-        files = self.repositories[repository].get(revision)
-        if files is None:
-            return self._send(request, 404, {"X-Error-Code": "RevisionNotFound"}, b"", with_body)
-        if file not in files:
-            return self._send(request, 404, {"X-Error-Code": "EntryNotFound"}, b"", with_body)
-        body = files[file]
-        commit = hashlib.sha1(json.dumps([repository, revision]).encode()).hexdigest()
-        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": commit}
-        return self._send(request, 200, headers, body, with_body)
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        path, _, query = handler.path.partition("?")
+        headers = {name.lower(): value for name, value in handler.headers.items()}
+        request = Request(handler.command, unquote(path).strip("/"), parse_qs(query), headers)
+        self.log.append(request)
+        fault = next((fault for part, fault in self.faults.items() if self._is_due(fault, part, request)), None)
+        kind = fault.kind if fault else None
+        if kind == "hang":
+            self._released.wait(120)
+            handler.close_connection = True
+        elif isinstance(kind, int):
+            self._send(handler, kind, {"Retry-After": "0"})
+        elif request.path == "api/models":
+            self._list(handler, request)
+        elif request.path.startswith("api/models/"):
+            repository, _, revision = request.path.removeprefix("api/models/").partition("/revision/")
+            if (commit := self._find(handler, request, repository, revision or "main")) is not None:
+                self._send(handler, 200, {}, json.dumps(self._info(repository, commit)).encode())
+        elif request.path.startswith("storage/"):
+            _, digest, name = request.path.split("/", 2)
+            bodies = (files[name] for files in self._commits.values() if name in files)
+            self._send_range(handler, next(body for body in bodies if _sha256(body) == digest), kind)
+        else:
+            self._resolve(handler, request)
+        if self.on_request:
+            self.on_request(request)
 
-    def _send(self, request, status: int, headers: dict[str, str], body: bytes, with_body: bool) -> None:
-        request.send_response(status)
+    @staticmethod
+    def _is_due(fault: Fault, part: str, request: Request) -> bool:
+        if part not in request.path or request.command not in fault.commands or not fault.times:
+            return False
+        # a large file is only cut where it is
+        if fault.kind in ("cut", "empty") and not request.path.startswith("storage/"):
+            return False
+        fault.times -= 1
+        return True
+
+    def _find(self, handler: BaseHTTPRequestHandler, request: Request, repository: str, revision: str) -> str | None:
+        """The commit of a revision; None if an answer was sent instead."""
+        if repository in self.renamed:
+            target = handler.path.replace(repository, self.renamed[repository], 1)
+            return self._send(handler, 307, {"Location": target})
+        if not self._is_visible(repository, request):
+            # for who may not see it, a private repository looks like one that isn't there
+            return self._send(handler, 401, {"X-Error-Code": "RepoNotFound"})
+        if repository in self.gated and "/resolve/" in request.path:
+            return self._send(handler, 403, {"X-Error-Code": "GatedRepo"})
+        if revision in self.repositories[repository]:
+            return self.commit(repository, revision)
+        if revision in self._commits:
+            return revision
+        return self._send(handler, 404, {"X-Error-Code": "RevisionNotFound"})
+
+    def _is_visible(self, repository: str, request: Request) -> bool:
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        return repository in self.repositories and self.private.get(repository) in (None, token)
+
+    def _resolve(self, handler: BaseHTTPRequestHandler, request: Request) -> None:
+        repository, _, rest = request.path.partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        if (commit := self._find(handler, request, repository, revision)) is None:
+            return
+        headers = {"X-Repo-Commit": commit}
+        if name not in self._commits[commit]:
+            self._send(handler, 404, {**headers, "X-Error-Code": "EntryNotFound"})
+        elif name.endswith(LARGE):
+            body = self._commits[commit][name]
+            headers["X-Linked-Size"], headers["X-Linked-ETag"] = str(len(body)), f'"{_sha256(body)}"'
+            headers["Location"] = f"{self._storage}/storage/{_sha256(body)}/{name}"
+            self._send(handler, 302, headers)
+        else:
+            body = self._commits[commit][name]
+            self._send(handler, 200, {**headers, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}, body)
+
+    def _list(self, handler: BaseHTTPRequestHandler, request: Request) -> None:
+        def value(key: str, default: object) -> str:
+            return request.query.get(key, [str(default)])[0]
+
+        tags = set(request.query.get("filter", []))
+        found = [self._info(name, self.commit(name)) for name in self.repositories if self._is_visible(name, request)]
+        found = [info for info in found if tags <= set(info["tags"])]
+        found.sort(key=lambda info: info.get(value("sort", "id")), reverse="sort" in request.query)
+        start, size = int(value("cursor", 0)), min(int(value("limit", 1000)), self.page_size)
+        shown = {"id", *request.query.get("expand", ABOUT)}
+        page = [{key: info[key] for key in shown if key in info} for info in found[start : start + size]]
+        for info in page:
+            if "siblings" in info:  # sizes are told of one repository only
+                info["siblings"] = [{"rfilename": file["rfilename"]} for file in info["siblings"]]
+        headers = {}
+        if start + size < len(found):
+            query = urlencode({**request.query, "cursor": [start + size]}, doseq=True)
+            headers["Link"] = f'<{self.url}/api/models?{query}>; rel="next"'
+        self._send(handler, 200, headers, json.dumps(page).encode())
+
+    def _info(self, repository: str, commit: str) -> dict:
+        siblings = []
+        for name, body in self._commits[commit].items():
+            file = {"rfilename": name, "size": len(body), "blobId": hashlib.sha1(body).hexdigest()}
+            if name.endswith(LARGE):
+                file["lfs"] = {"sha256": _sha256(body), "size": len(body), "pointerSize": 132}
+            siblings.append(file)
+        return {**ABOUT, **self.about.get(repository, {}), "id": repository, "sha": commit, "siblings": siblings}
+
+    def _send_range(self, handler: BaseHTTPRequestHandler, body: bytes, fault: str | None) -> None:
+        wanted, headers = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "")), {}
+        if wanted:
+            start = int(wanted[1])
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            body = body[start:]
+        shown = {"cut": len(body) // 2, "empty": 0}.get(fault, len(body))
+        self._send(handler, 206 if wanted else 200, headers, body, shown)
+
+    def _send(self, handler, status: int, headers: Mapping[str, str], body: bytes = b"", shown: int | None = None):
+        handler.send_response(status)
         for name, value in headers.items():
-            request.send_header(name, value)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        if with_body:
-            request.wfile.write(body)
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        if handler.command == "GET":
+            handler.wfile.write(body[:shown])
+            handler.close_connection = shown is not None and shown < len(body)
+
+
+def _sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()

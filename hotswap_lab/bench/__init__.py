@@ -22,6 +22,7 @@ from .scene import MODULES, TOLERANCE, Scene
 from .settings import DTYPES, MODELS, Settings
 from .spread import Chain, chain_pool, measure_spread
 from .terminal import main
+from .turns import measure_turns
 from .waiting import BUSY, measure_waiting, waited_for_a_core
 from .ways import (
     adapter_way,
@@ -66,6 +67,7 @@ __all__ = [
     "measure_forward",
     "measure_memory",
     "measure_spread",
+    "measure_turns",
     "measure_waiting",
     "measure_ways",
     "memcpy_way",

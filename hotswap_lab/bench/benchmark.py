@@ -21,6 +21,7 @@ from .rows import Extra
 from .scene import Scene
 from .settings import Settings
 from .spread import measure_spread
+from .turns import measure_turns
 from .waiting import measure_waiting
 from .ways import measure_ways
 
@@ -77,6 +78,9 @@ def _further(scene: Scene, say: Callable[[str], object]) -> Iterator[Extra]:
     if settings.spread:
         say(f"rank {scene.rank}: the same bytes over more tensors")
         yield measure_spread(scene)
+    if settings.turns:
+        say(f"rank {scene.rank}: threads that take turns")
+        yield measure_turns(scene)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,8 @@ class Settings:
         After how many swaps to look whether the process has grown. 0: not at all.
     spread:
         Whether to time the same bytes over ten times as many tensors.
+    turns:
+        Whether to time what :func:`hotswap_lab.in_use` adds to a forward call.
     """
 
     model: str = "smollm2"
@@ -55,6 +57,7 @@ class Settings:
     tokens: int = 64
     memory: int = 0
     spread: bool = False
+    turns: bool = False
 
     def __post_init__(self) -> None:
         if self.model not in MODELS or self.dtype not in DTYPES:

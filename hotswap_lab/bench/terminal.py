@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=default.tokens, help="input length of the forward call that --compiled times")
     add("--memory", type=int, default=0, metavar="N", help="also: how much the process grows over N pool swaps")
     add("--spread", action="store_true", help="also: the same bytes over ten times as many tensors")
+    add("--turns", action="store_true", help="also: what `with in_use(model)` adds to a forward call")
     add("--json", metavar="FILE", help="write everything there, times in seconds")
     add("--plot", metavar="FILE", help="write a bar chart there, as SVG")
     add("--quiet", action="store_true", help="print the report only, not what is being done")

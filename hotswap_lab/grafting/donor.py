@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from ..host import PEFT_PREFIX, Host, canonical_path
+from ..turns import writing
+from .guards import memory_guard, nothing_read
 from .stand_in import StandIn, make_stand_in
 
 
@@ -72,17 +75,20 @@ def load_donor(
     if replication and present is not None and getattr(present, "layer_replication", None) == replication:
         config.layer_replication = None  # the live base model has its layers repeated already
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    try:
-        # drawing weights that are then overwritten must not move the user's random numbers on
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = cls(stand_in.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
-            base_values, result, origins = _set_tensors(model, tensors, adapter_name, base_names)
-            if hasattr(model.base_model, "_cast_adapter_dtype"):
-                model.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half_precision)
-    finally:
-        for parameter, requires_grad in stand_in.shared:
-            parameter.requires_grad_(requires_grad)
+    # quantized weights have no twins: PEFT sets `requires_grad` of the live ones, and no other thread must compute then
+    with writing(host.base) if stand_in.shared else contextlib.nullcontext():
+        try:
+            # drawing weights that are then overwritten must not move the user's random numbers on
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with nothing_read(config), memory_guard(host.base, tensors.values()):
+                    model = cls(stand_in.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
+                base_values, result, origins = _set_tensors(model, tensors, adapter_name, base_names)
+                if hasattr(model.base_model, "_cast_adapter_dtype"):
+                    model.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half_precision)
+        finally:
+            for parameter, requires_grad in stand_in.shared:
+                parameter.requires_grad_(requires_grad)
     if stand_in.was_changed(versions):
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
     if replication:

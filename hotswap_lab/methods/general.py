@@ -6,6 +6,7 @@ known here but where their tensors are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
@@ -40,8 +41,15 @@ DROPOUTS = ("lora_dropout", "hira_dropout")
 
 
 def malformed(config: PeftConfig) -> Iterator[Refusal]:
-    """PEFT judges these configs itself, when it loads the donor."""
-    return iter(())
+    """PEFT judges these configs itself, when it loads the donor; but it multiplies by whatever number is there."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield Refusal(
+                f"The adapter's config is damaged at {name}.",
+                found=f"{name}={value!r}",
+                expected="a finite number",
+                next_step="get an undamaged copy of adapter_config.json",
+            )
 
 
 def unsupported(config: PeftConfig, role: str) -> Iterator[Refusal]:

@@ -42,6 +42,12 @@ from ..shards import is_sharded, local_part, why_not
 
 layer_class = LoraLayer
 
+#: ranks up to this one are small in any layer
+POINTLESS = 1024
+
+#: the only module that PEFT may import for an adapter
+MEGATRON = "megatron.core"
+
 #: inits after which a fresh load leaves other base weights behind than before
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 
@@ -59,7 +65,12 @@ OTHER_STATE = (
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that is larger than any float
+        return False
 
 
 def _is_rank(value: object) -> bool:
@@ -80,7 +91,12 @@ def malformed(config: LoraConfig) -> Iterator[Refusal]:
         "r": (_is_rank, "a positive whole number"),
         "lora_alpha": (_is_number, "a number"),
         "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
-        "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+        **dict.fromkeys(
+            ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
+            (lambda value: isinstance(value, bool), "true or false"),
+        ),
+        "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+        "init_lora_weights": (lambda value: value is None or isinstance(value, (bool, str)), "true, false or a name"),
         "rank_pattern": (lambda value: _is_pattern(value, _is_rank), "names of layers with positive whole numbers"),
         "alpha_pattern": (lambda value: _is_pattern(value, _is_number), "names of layers with numbers"),
         "target_modules": (_is_selection, "a list of names or one regular expression"),
@@ -90,7 +106,7 @@ def malformed(config: LoraConfig) -> Iterator[Refusal]:
         value = getattr(config, name)
         try:
             right = is_right(value)
-        except TypeError:
+        except Exception:  # of any kind, depending on what is there instead
             right = False
         if not right:
             yield Refusal(
@@ -109,13 +125,26 @@ def _broken_expressions(config: LoraConfig) -> Iterator[Refusal]:
     for expression in expressions:
         try:
             re.compile(expression)
-        except re.error as error:
+        except Exception as error:  # not only re.error: too many parentheses or repetitions are errors of other kinds
             yield Refusal(
                 "The adapter's config has a regular expression that is none.",
                 found=f"{expression!r}: {error}",
                 expected="a valid regular expression",
                 next_step="correct it in adapter_config.json",
             )
+
+
+def pointless_rank(rank: object, path: str, module: torch.nn.Module) -> Iterator[Refusal]:
+    """Refuses a rank that no update of this layer can have: room for it would take more memory than the model."""
+    sizes = [max(parameter.shape, default=0) for parameter in module.parameters()]
+    most = max([POINTLESS, *(2 * size for size in sizes)])
+    if not _is_rank(rank) or rank > most:
+        yield Refusal(
+            "The adapter's config asks for a rank that is far larger than the layers that it is for, or for none.",
+            found=f"rank {rank!r} at {path}",
+            expected=f"a whole number from 1 to {most}",
+            next_step="get an undamaged copy of adapter_config.json",
+        )
 
 
 def unsupported(config: LoraConfig, role: str) -> Iterator[Refusal]:
@@ -131,6 +160,13 @@ def unsupported(config: LoraConfig, role: str) -> Iterator[Refusal]:
             found="an arrow_config: what it computes depends on the other adapters of the model",
             expected="an adapter that stands for itself",
             next_step="build the router again with PEFT's create_arrow_model",
+        )
+    if getattr(config, "megatron_config", None) and config.megatron_core != MEGATRON:
+        yield Refusal(
+            f"The {role} adapter asks for a module to be imported.",
+            found=f"megatron_core={config.megatron_core!r}",
+            expected=f"{MEGATRON!r}: nothing is imported because an adapter says so",
+            next_step="correct megatron_core in adapter_config.json",
         )
     if found:
         yield Refusal(

@@ -29,7 +29,7 @@ OURS = (
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return run(dataclasses.replace(TINY, memory=300, spread=True))
+    return run(dataclasses.replace(TINY, memory=300, spread=True, turns=True))
 
 
 @pytest.fixture
@@ -253,6 +253,13 @@ def test_memory_where_the_system_does_not_say(scene, monkeypatch):
     extra = bench.measure_memory(scene, 3)
     assert extra.text == "memory, 3 pool swaps: not available on this system"
     assert extra.values["growth_mb"] is None
+
+
+def test_turns_are_a_part_of_a_forward(report):
+    for values in by_name(report, "turns"):
+        assert values["share"] == values["in_use_s"] / values["forward"]["median"]
+        assert 0 < values["share"] < 1
+    assert "turns: `with in_use(model)` takes " in str(report)
 
 
 def test_spread_is_the_same_bytes_over_more_tensors(report):

@@ -1,0 +1,42 @@
+"""The short form of threads.py: every output equals one adapter's, whoever swaps meanwhile, and however."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from threads import make_family, storm, ways
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.mark.parametrize(
+    ("way", "swapping"),
+    # not two that set strengths: what one asks for, the other would change before anybody has computed with it
+    [*itertools.product(["pool", "pool_mixed", "from_disk", "prepared"], [1, 2]), ("strength", 1)],
+)
+def test_no_output_is_torn(folders, way, swapping):
+    result = storm(folders, way, swaps=60 if way == "from_disk" else 200, swapping=swapping)
+    assert not result.errors
+    assert result.torn == 0
+    assert min(result.whole.values()) > 0
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("way", ["pool", "prepared"])
+def test_no_output_of_a_compiled_model_is_torn(folders, way, backend):
+    result = storm(folders, way, swaps=100, swapping=2, backend=backend)
+    assert not result.errors
+    assert (result.torn, result.recompiles) == (0, 0)
+
+
+def test_without_taking_turns_outputs_are_torn(folders):
+    """What all of this is for, and the proof that the storm would notice."""
+    assert storm(folders, "pool", swaps=100_000, guarded=False, until_torn=True).torn
+
+
+def test_every_way_is_tried(folders):
+    assert set(ways(folders)) == {"pool", "pool_mixed", "from_disk", "prepared", "strength"}

@@ -1,0 +1,222 @@
+"""Threads that compute while others swap: a storm of both, and how many outputs belonged to no adapter at all.
+
+    python tests/robustness/threads.py --swaps 2000
+
+runs the long form: every way of swapping, uncompiled and compiled, four threads that compute, one and two that swap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from models import KINDS, load, save_random_adapter
+
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    RecompileWatch,
+    hotswap_adapter,
+    in_use,
+    prepare_model_for_compiled_hotswap,
+    set_strength,
+)
+
+#: of different ranks, scalings and layers, so that a mixture of any two is far from both
+FAMILY = {
+    "a": dict(r=4, lora_alpha=8),
+    "b": dict(r=6, lora_alpha=3, target_modules=["q_proj", "down_proj"]),
+    "c": dict(r=2, lora_alpha=16, use_rslora=True),
+}
+KIND = KINDS["llama"]
+
+
+@dataclass
+class Storm:
+    """What became of a storm."""
+
+    swaps: int = 0
+    #: outputs that equal those of an adapter, bit for bit, by adapter
+    whole: dict[str, int] = field(default_factory=dict)
+    #: outputs that equal those of none
+    torn: int = 0
+    errors: list[BaseException] = field(default_factory=list)
+    recompiles: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.swaps} swaps, {sum(self.whole.values()) + self.torn} outputs compared "
+            f"({', '.join(f'{name}: {count}' for name, count in sorted(self.whole.items()))}), {self.torn} torn, "
+            f"{self.recompiles} recompiles, {len(self.errors)} errors, {self.seconds:.0f} s"
+        )
+
+
+def make_family(folder: Path) -> dict[str, str]:
+    return {
+        name: save_random_adapter(KIND, folder / name, seed=number, **settings)
+        for number, (name, settings) in enumerate(FAMILY.items())
+    }
+
+
+def ways(folders: dict[str, str]) -> dict[str, Callable]:
+    """Ways of swapping: each takes the loaded model, and returns what puts an adapter in by its name."""
+    in_memory = {name: Adapter.load(folder) for name, folder in folders.items()}
+
+    def pool(model):
+        return AdapterPool(model, adapters=folders, progress=False).swap
+
+    def pool_mixed(model):
+        """All that a pool does, ending with the wanted adapter at full strength."""
+        pool, draw = AdapterPool(model, adapters=folders, progress=False), random.Random(1)
+        other = {"a": "b", "b": "c", "c": "a"}
+
+        def put(name: str) -> None:
+            step = draw.randrange(4)
+            if step == 0:
+                pool.update(name, in_memory[name].tensors, in_memory[name].config)
+            elif step == 1:
+                with pool.using(other[name]):
+                    pass
+            elif step == 2:
+                pool.swap(other[name])
+                pool.undo()
+            pool.swap(name)
+
+        return put
+
+    def from_disk(model):
+        return lambda name: hotswap_adapter(model, folders[name], "default")
+
+    def prepared(model):
+        prepare_model_for_compiled_hotswap(model, adapters=folders.values())
+        return lambda name: hotswap_adapter(model, in_memory[name], "default")
+
+    def strength(model):
+        """Off and on: half an adapter's layers at another strength would be torn, too."""
+        swap = pool(model)
+
+        def put(name: str) -> None:
+            if name == "base":
+                set_strength(model, 0)
+            else:
+                swap(name)
+
+        put.names = ("a", "base")
+        return put
+
+    return {"pool": pool, "pool_mixed": pool_mixed, "from_disk": from_disk, "prepared": prepared, "strength": strength}
+
+
+def storm(
+    folders: dict[str, str],
+    way: str,
+    *,
+    swaps: int,
+    computing: int = 4,
+    swapping: int = 1,
+    backend: str | None = None,
+    guarded: bool = True,
+    until_torn: bool = False,
+) -> Storm:
+    """Lets threads compute and swap at the same time, and compares every output."""
+    torch.set_num_threads(1)
+    model = load(KIND, folders["a"])
+    inputs = KIND.inputs()
+    put = ways(folders)[way](model)
+    names = getattr(put, "names", tuple(folders))
+    compiled = model if backend is None else torch.compile(model, backend=backend)
+
+    def call() -> torch.Tensor:
+        with torch.inference_mode():
+            return compiled(**inputs).logits.clone()
+
+    expected = {}
+    for name in names:
+        put(name)
+        expected[name] = call()
+        call()
+    distances = [float((one - two).abs().max()) for one, two in itertools.combinations(expected.values(), 2)]
+    assert min(distances) > 0.1, "adapters that give the same outputs prove nothing"
+    result, done, counting = Storm(), threading.Event(), threading.Lock()
+    result.whole = dict.fromkeys(names, 0)
+
+    def compute() -> None:
+        try:
+            while not done.is_set():
+                with in_use(model) if guarded else contextlib.nullcontext():
+                    output = call()
+                found = next((name for name in names if torch.equal(output, expected[name])), None)
+                with counting:
+                    if found is None:
+                        result.torn += 1
+                    else:
+                        result.whole[found] += 1
+        except BaseException as error:
+            result.errors.append(error)
+
+    def swap(number: int) -> None:
+        draw = random.Random(number)
+        try:
+            for _ in range(swaps // swapping):
+                put(draw.choice(names))
+                with counting:
+                    result.swaps += 1
+                if result.errors or (until_torn and result.torn):
+                    break
+        except BaseException as error:
+            result.errors.append(error)
+
+    start = time.perf_counter()
+    with RecompileWatch() as watch:
+        readers = [threading.Thread(target=compute, name=f"compute-{number}") for number in range(computing)]
+        swappers = [threading.Thread(target=swap, args=(number,), name=f"swap-{number}") for number in range(swapping)]
+        for thread in (*readers, *swappers):
+            thread.start()
+        for thread in swappers:
+            thread.join()
+        done.set()
+        for thread in readers:
+            thread.join()
+    result.recompiles = watch.recompiles if backend else 0
+    result.seconds = time.perf_counter() - start
+    output = call()
+    assert any(torch.equal(output, each) for each in expected.values()), "a mixture was left behind"
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--swaps", type=int, default=2000, help="swaps in each storm (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these ways of swapping")
+    arguments = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        folders = make_family(Path(folder))
+        for way in arguments.ways or ways(folders):
+            for backend in (None, "aot_eager", "inductor") if way != "from_disk" else (None,):
+                for swapping in (1, 2) if way != "strength" else (1,):
+                    result = storm(folders, way, swaps=arguments.swaps, swapping=swapping, backend=backend)
+                    print(f"{way}, {backend or 'not compiled'}, {swapping} swapping: {result}", flush=True)
+                    failed |= bool(result.torn or result.errors or result.recompiles)
+        contrary = storm(folders, "pool", swaps=100 * arguments.swaps, guarded=False, until_torn=True)
+        print(f"and without in_use: {contrary}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,466 @@
+"""Who waits for whom, and who is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import os
+import pickle
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from models import KINDS, call, load, save_random_adapter
+from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+
+from hotswap_lab import (
+    AdapterPool,
+    HotswapError,
+    hotswap_adapter,
+    in_use,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    save_adapter,
+    set_strength,
+    verify_hotswap,
+    waiting_at_most,
+)
+from hotswap_lab.turns import _turn, bases_of, swaps_of, writing
+
+KIND = KINDS["linear"]
+#: long enough for a thread to get to where it has to wait
+MOMENT = 0.1
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return {
+        name: save_random_adapter(KIND, tmp_path / name, seed=number, r=2 + number)
+        for number, name in enumerate(("old", "new", "third"))
+    }
+
+
+@pytest.fixture
+def model(folders):
+    return load(KIND, folders["old"])
+
+
+@pytest.fixture
+def inside(model):
+    """A thread that is inside ``in_use`` until it is told to leave."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with in_use(model):
+            entered.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=compute, name="the reader")
+    thread.start()
+    assert entered.wait(30)
+    yield leave
+    leave.set()
+    thread.join()
+
+
+def start(function, *arguments) -> threading.Thread:
+    thread = threading.Thread(target=function, args=arguments)
+    thread.start()
+    time.sleep(MOMENT)
+    return thread
+
+
+OPERATIONS = {
+    "hotswap_adapter": lambda model, folders: hotswap_adapter(model, folders["new"], "default"),
+    "set_strength": lambda model, folders: set_strength(model, 0.5),
+    "prepare": lambda model, folders: prepare_model_for_compiled_hotswap(model, target_rank=8),
+    "a new pool": lambda model, folders: AdapterPool(model, adapters=folders, progress=False),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_whatever_changes_an_adapter_waits_for_those_inside(model, folders, inside, operation):
+    before = snapshot(model)
+    thread = start(OPERATIONS[operation], model, folders)
+    assert thread.is_alive()
+    assert_untouched(model, before)
+    inside.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    if operation == "hotswap_adapter":
+        assert_equals_fresh_load(model, KIND, folders["new"])
+    with pytest.raises(AssertionError):
+        assert_untouched(model, before)
+
+
+POOL_OPERATIONS = {
+    "swap": lambda pool: pool.swap("new"),
+    "strength": lambda pool: setattr(pool, "strength", 0.5),
+    "off": lambda pool: pool.off(),
+    "undo": lambda pool: pool.undo(),
+    "update of the one in use": lambda pool: pool.update("old", *pool.twice),
+}
+
+
+@pytest.mark.parametrize("operation", POOL_OPERATIONS)
+def test_a_pool_waits_for_those_inside(model, folders, operation):
+    from safetensors.torch import load_file
+
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    pool.swap("third")
+    pool.swap("old")
+    tensors = load_file(f"{folders['old']}/adapter_model.safetensors")
+    pool.twice = ({key: 2 * value for key, value in tensors.items()},)
+    before = call(model, KIND.inputs())
+    entered, leave = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with in_use(pool):
+            entered.set()
+            leave.wait(30)
+
+    reader = threading.Thread(target=compute)
+    reader.start()
+    entered.wait(30)
+    thread = start(POOL_OPERATIONS[operation], pool)
+    assert thread.is_alive()
+    assert torch.equal(call(model, KIND.inputs()), before)
+    # what doesn't touch the model is not held up by a swap that waits
+    str(pool)
+    pool.add("fourth", folders["third"])
+    pool.remove("fourth")
+    leave.set()
+    thread.join(30)
+    reader.join(30)
+    assert not torch.equal(call(model, KIND.inputs()), before)
+
+
+def test_those_who_come_while_a_swap_waits_let_it_pass(model, folders, inside):
+    """Otherwise threads that compute all the time would keep a swap out for ever."""
+    swap = start(hotswap_adapter, model, folders["new"], "default")
+    outputs = []
+
+    def compute() -> None:
+        with in_use(model):
+            outputs.append(call(model, KIND.inputs()))
+
+    late = start(compute)
+    assert swap.is_alive()
+    assert late.is_alive()
+    assert not outputs
+    inside.set()
+    swap.join(30)
+    late.join(30)
+    assert torch.equal(outputs[0], call(load(KIND, folders["new"]), KIND.inputs()))
+
+
+def test_threads_compute_side_by_side_and_may_nest(model):
+    meeting = threading.Barrier(3, timeout=30)
+
+    def compute() -> None:
+        with in_use(model), in_use(model.base_model):
+            meeting.wait()
+
+    threads = [start(compute) for _ in range(2)]
+    with in_use(torch.compile(model, backend="eager")):
+        meeting.wait()
+    for thread in threads:
+        thread.join(30)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_thread_that_computes_can_not_swap(model, folders, operation):
+    before = snapshot(model)
+    with in_use(model), pytest.raises(HotswapError, match="This thread is computing with the model"):
+        OPERATIONS[operation](model, folders)
+    assert_untouched(model, before)
+    OPERATIONS[operation](model, folders)
+
+
+def test_a_swap_that_would_wait_too_long_is_refused(model, folders, inside):
+    before = snapshot(model)
+    began = time.monotonic()
+    with waiting_at_most(0), pytest.raises(HotswapError, match="computes with it: the reader"):
+        hotswap_adapter(model, folders["new"], "default")
+    assert time.monotonic() - began < 10
+    with waiting_at_most(MOMENT), pytest.raises(HotswapError, match="The model is in use"):
+        set_strength(model, 0.5)
+    assert_untouched(model, before)
+    inside.set()
+    with waiting_at_most(30):
+        hotswap_adapter(model, folders["new"], "default")
+    assert_equals_fresh_load(model, KIND, folders["new"])
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), "soon", True, None])
+def test_what_is_no_time(seconds):
+    with pytest.raises(HotswapError, match="not a time to wait"), waiting_at_most(seconds):
+        pass
+
+
+def test_using_keeps_other_swaps_out_and_lets_others_compute(model, folders):
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    pool.swap("old")
+    with pool.using("new"):
+        swap = start(pool.swap, "third")
+        with ThreadPoolExecutor() as others, in_use(pool):
+            output = others.submit(_compute_inside, pool).result(30)
+        assert torch.allclose(output, call(load(KIND, folders["new"]), KIND.inputs()), atol=1e-5)
+        assert swap.is_alive()
+        assert pool.active == "new"
+    swap.join(30)
+    assert pool.active == "third"
+
+
+def _compute_inside(pool: AdapterPool) -> torch.Tensor:
+    with in_use(pool):
+        return call(pool.model, KIND.inputs())
+
+
+def test_using_puts_back_even_if_that_has_to_wait(model, folders):
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    pool.swap("old")
+    leave = threading.Event()
+    with waiting_at_most(0), pool.using("new"):
+        reader = start(lambda: _stay(pool, leave))
+        threading.Timer(MOMENT, leave.set).start()
+    reader.join(30)
+    assert pool.active == "old"
+
+
+def _stay(model, leave: threading.Event) -> None:
+    with in_use(model):
+        leave.wait(30)
+
+
+@pytest.mark.usefixtures("_sigint")
+def test_ctrl_c_ends_the_waiting(model, folders, inside):
+    before = snapshot(model)
+    threading.Timer(MOMENT, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        hotswap_adapter(model, folders["new"], "default")
+    assert_untouched(model, before)
+    inside.set()
+    # nothing of it is left: all threads can swap and compute
+    for name in ("new", "third"):
+        thread = start(hotswap_adapter, model, folders[name], "default")
+        thread.join(30)
+        assert not thread.is_alive()
+        assert_equals_fresh_load(model, KIND, folders[name])
+
+
+@pytest.mark.usefixtures("_sigint")
+def test_a_handler_that_goes_on_lets_the_swap_wait_on(model, folders, inside):
+    heard = []
+    signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    threading.Timer(MOMENT, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    threading.Timer(3 * MOMENT, inside.set).start()
+    hotswap_adapter(model, folders["new"], "default")
+    assert heard == [1]
+    assert_equals_fresh_load(model, KIND, folders["new"])
+
+
+@pytest.fixture
+def _sigint():
+    """Python's own handler, whatever the test runner has installed."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_error_inside_lets_go(model, folders):
+    with pytest.raises(ZeroDivisionError), in_use(model):
+        raise ZeroDivisionError
+    start(hotswap_adapter, model, folders["new"], "default").join(30)
+    assert_equals_fresh_load(model, KIND, folders["new"])
+
+
+def test_a_writer_inside_a_writer_keeps_everybody_out(model):
+    """A thread that is new, and that an outer writer knew nothing of, must not slip in when an inner one is done."""
+    base, entered = bases_of(model)[0], threading.Event()
+
+    def compute() -> None:
+        with in_use(model):
+            entered.set()
+
+    with writing(base):
+        with writing(base):
+            pass
+        thread = start(compute)
+        assert not entered.is_set()
+    thread.join(30)
+    assert entered.is_set()
+
+
+def test_two_models_are_taken_in_one_order(folders):
+    """Two threads that want the same two models, named in different orders, don't wait for each other."""
+    bases = [bases_of(load(KIND, folders["old"]))[0] for _ in range(2)]
+
+    def take(order) -> None:
+        for _ in range(200):
+            with swaps_of(*order), writing(*order):
+                pass
+
+    threads = [threading.Thread(target=take, args=(order,)) for order in (bases, bases[::-1])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_other_models_are_not_held_up(model, folders, inside):
+    other = load(KIND, folders["old"])
+    hotswap_adapter(other, folders["new"], "default")
+    assert_equals_fresh_load(other, KIND, folders["new"])
+
+
+def test_reading_does_not_wait_for_those_inside(model, folders, inside, tmp_path):
+    assert plan_hotswap(model, folders["new"]).ok
+    save_adapter(model, tmp_path / "saved")
+    assert verify_hotswap(model, folders["old"], inputs=KIND.inputs())
+
+
+def test_saving_and_verifying_hold_swaps_back(model, folders, tmp_path):
+    """What is saved, and what is compared, is one adapter, however many swaps there are meanwhile."""
+    done = threading.Event()
+
+    def swap() -> None:
+        while not done.is_set():
+            for name in folders:
+                hotswap_adapter(model, folders[name], "default")
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    expected = [call(load(KIND, folder), KIND.inputs()) for folder in folders.values()]
+    try:
+        for number in range(10):
+            save_adapter(model, tmp_path / str(number))
+            output = call(load(KIND, str(tmp_path / str(number))), KIND.inputs())
+            assert any(torch.allclose(output, each, atol=1e-5) for each in expected)
+    finally:
+        done.set()
+        thread.join(60)
+
+
+def test_without_an_adapter_there_is_nothing_to_hold_back():
+    with pytest.raises(HotswapError, match="without any adapter"):
+        in_use(KIND.base())
+
+
+def test_a_pipeline(folders):
+    class Pipeline:
+        def __init__(self):
+            self.components = {"one": load(KIND, folders["old"]), "two": load(KIND, folders["old"]), "other": object()}
+
+    pipe, leave = Pipeline(), threading.Event()
+    reader = start(_stay, pipe, leave)
+    for name in ("one", "two"):
+        with waiting_at_most(0), pytest.raises(HotswapError, match="in use"):
+            hotswap_adapter(pipe.components[name], folders["new"], "default")
+    leave.set()
+    reader.join(30)
+    for name in ("one", "two"):
+        hotswap_adapter(pipe.components[name], folders["new"], "default")
+
+
+def test_models_can_still_be_copied_and_are_forgotten(model, folders):
+    with in_use(model):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for each in copies:
+        hotswap_adapter(each, folders["new"], "default")
+        assert_equals_fresh_load(each, KIND, folders["new"])
+    turn = _turn(bases_of(model)[0])
+    for _ in range(5):
+        start(_stay, model, _set()).join(30)
+    gc.collect()
+    assert len(turn.inside()) <= 1  # this thread's
+
+
+def _set() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
+def test_asyncio(model, folders):
+    """Tasks share a thread: what swaps goes to another one and waits there; in the thread itself it is refused."""
+    expected = {name: call(load(KIND, folder), KIND.inputs()) for name, folder in folders.items()}
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    at_work = 0
+
+    def compute() -> torch.Tensor:
+        with in_use(pool):
+            return call(model, KIND.inputs())
+
+    async def serve() -> list[torch.Tensor]:
+        nonlocal at_work
+        outputs = []
+        for _ in range(30):
+            outputs.append(await asyncio.to_thread(compute))
+            at_work += 1
+        return outputs
+
+    async def change() -> None:
+        for number in range(60):
+            await asyncio.to_thread(pool.swap, ("old", "new", "third")[number % 3])
+
+    async def everything():
+        _, _, *results = await asyncio.gather(change(), change(), serve(), serve(), serve())
+        with in_use(pool):
+            await asyncio.sleep(0)
+            with pytest.raises(HotswapError, match="This thread is computing"):
+                pool.swap("old")
+        return [output for outputs in results for output in outputs]
+
+    outputs = asyncio.run(everything())
+    assert at_work == len(outputs) == 90
+    for output in outputs:
+        assert any(torch.allclose(output, each, atol=1e-5) for each in expected.values())
+
+
+def test_generate_is_one_adapter_from_first_to_last_token(tmp_path):
+    """Asked for in the middle of a generation, a swap comes after it."""
+    kind = KINDS["llama"]
+    folders = [save_random_adapter(kind, tmp_path / str(seed), seed=seed, r=4) for seed in range(2)]
+    model = load(kind, folders[0])
+    settings = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0)
+    expected = [load(kind, folder).generate(**kind.inputs(), **settings) for folder in folders]
+    assert not torch.equal(*expected)
+    in_the_middle = threading.Event()
+
+    class Streamer:
+        tokens = 0
+
+        def put(self, _) -> None:
+            self.tokens += 1
+            if self.tokens == 5:
+                in_the_middle.set()
+            time.sleep(0.01)
+
+        def end(self) -> None:
+            pass
+
+    inputs = {name: tensor[:1] for name, tensor in kind.inputs().items()}
+    expected = [load(kind, folder).generate(**inputs, **settings) for folder in folders]
+    results = []
+
+    def generate() -> None:
+        with in_use(model):
+            results.append(model.generate(**inputs, streamer=Streamer(), **settings))
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    assert in_the_middle.wait(60)
+    with waiting_at_most(0), pytest.raises(HotswapError, match="in use"):
+        hotswap_adapter(model, folders[1], "default")
+    hotswap_adapter(model, folders[1], "default")
+    thread.join(60)
+    assert torch.equal(results[0], expected[0])
+    generate()
+    assert torch.equal(results[1], expected[1])
