@@ -16,8 +16,8 @@ before compiling), ``room`` and ``arena`` (a prepared slot and its memory), ``po
 name), ``turns`` (threads that share a model), ``watch`` (recompiles, counted), ``verify`` (the oracle), ``methods``
 (what differs per PEFT method), ``grafting`` (methods that only PEFT can load: it does so beside the model),
 ``base_values`` (base weights that adapters overwrite), ``shards`` (parameters spread over processes), ``pipeline`` and
-``lora_files`` (diffusers), ``hub`` and ``hub_search`` (where files come from), ``together`` (files that are replaced at one
-moment), ``bench`` (how fast), ``demo`` (the embedded models and their adapters), ``lessons`` (the notebooks'
+``lora_files`` (diffusers), ``hub`` and ``hub_search`` (where files come from), ``together`` (files that are replaced at
+one moment), ``bench`` (how fast), ``demo`` (the embedded models and their adapters), ``lessons`` (the notebooks'
 exercises), ``widgets`` (to look at).
 """
 
@@ -41,7 +41,7 @@ from .prepare import prepare_model_for_compiled_hotswap
 from .saving import save_adapter
 from .slot import resolve_slot
 from .strength import get_strength, set_strength
-from .turns import in_use, waiting_at_most
+from .turns import ModelInUseError, in_use, waiting_at_most
 from .verify import Verification, verify_hotswap
 from .version import __version__
 from .watch import RecompileError, RecompileWatch
@@ -50,6 +50,7 @@ __all__ = [
     "Adapter",
     "AdapterPool",
     "HotswapError",
+    "ModelInUseError",
     "PipelinePlan",
     "Plan",
     "RecompileError",

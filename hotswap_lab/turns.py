@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from .errors import HotswapError, listing, refuse
+from .errors import HotswapError, Refusal, listing, refuse
 from .host import carriers
 from .interrupts import interrupts_held
 
@@ -30,6 +30,10 @@ from .interrupts import interrupts_held
 NAP = 0.02
 
 _patience: contextvars.ContextVar[float | None] = contextvars.ContextVar("hotswap_lab_patience", default=None)
+
+
+class ModelInUseError(HotswapError):
+    """A swap would have had to wait longer than :func:`waiting_at_most` lets it. It may go well a moment later."""
 
 
 class Turn:
@@ -150,7 +154,8 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
     Parameters
     ----------
     seconds:
-        For each wait. 0 refuses a swap at once while anybody is inside ``with in_use(model)``.
+        For each wait. 0 refuses a swap at once while anybody is inside ``with in_use(model)``. The swap raises
+        :class:`ModelInUseError`, which is a :class:`HotswapError`.
 
     Examples
     --------
@@ -266,12 +271,14 @@ def _take(lock, name: str | None, deadline: float | None, interrupted: list, tak
     taken.append(lock)
 
 
-def _busy(names: list[str]) -> HotswapError:
-    return refuse(
-        "The model is in use.",
-        found=f"a thread that computes with it: {listing(names)}" if names else "another thread that swaps",
-        expected=f"a free model within {_patience.get():g} seconds",
-        next_step="try again later, or leave `waiting_at_most` out to wait as long as it takes",
+def _busy(names: list[str]) -> ModelInUseError:
+    return ModelInUseError(
+        Refusal(
+            "The model is in use.",
+            found=f"a thread that computes with it: {listing(names)}" if names else "another thread that swaps",
+            expected=f"a free model within {_patience.get():g} seconds",
+            next_step="try again later, or leave `waiting_at_most` out to wait as long as it takes",
+        )
     )
 
 

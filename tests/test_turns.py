@@ -20,6 +20,7 @@ from oracle import assert_equals_fresh_load, assert_untouched, snapshot
 from hotswap_lab import (
     AdapterPool,
     HotswapError,
+    ModelInUseError,
     hotswap_adapter,
     in_use,
     plan_hotswap,
@@ -184,7 +185,7 @@ def test_the_thread_that_computes_can_not_swap(model, folders, operation):
 def test_a_swap_that_would_wait_too_long_is_refused(model, folders, inside):
     before = snapshot(model)
     began = time.monotonic()
-    with waiting_at_most(0), pytest.raises(HotswapError, match="computes with it: the reader"):
+    with waiting_at_most(0), pytest.raises(ModelInUseError, match="computes with it: the reader"):
         hotswap_adapter(model, folders["new"], "default")
     assert time.monotonic() - began < 10
     with waiting_at_most(MOMENT), pytest.raises(HotswapError, match="The model is in use"):

@@ -198,7 +198,8 @@ class PlanView(View):
 
 
 def _rows(plan: Plan) -> list[PlanRow]:
-    rows = [_row(layer, plan) for layer in plan.layers]
+    grafted = _grafted_nbytes(plan) if plan.grafting else {}
+    rows = [_row(layer, plan, grafted) for layer in plan.layers]
     if plan.refusals:
         # layers that the adapter has and the model's slot lacks are in no layer plan
         planned = {path for layer in plan.layers for path in layer.layer.paths}
@@ -210,13 +211,33 @@ def _rows(plan: Plan) -> list[PlanRow]:
     return rows
 
 
-def _row(layer: LayerPlan, plan: Plan) -> PlanRow:
+def _grafted_nbytes(plan: Plan) -> dict[str, int]:
+    """What is written to each layer where PEFT loads the adapter beside the model: the plan counts it all together.
+
+    What several layers share is counted in the first of them; what an added layer gets is made, not written.
+    """
+    graft = plan.grafting.graft
+    sizes = {id(target): target.nbytes for target, _ in (*graft.copies, *plan.grafting.base.copies)}
+    sizes |= {id(parameter): source.nbytes for parameter, source in graft.resizes}
+    return {
+        layer.path: sum(
+            sizes.pop(id(tensor), 0) for tensor in (*layer.layer.module.parameters(), *layer.layer.module.buffers())
+        )
+        for layer in plan.layers
+    }
+
+
+def _row(layer: LayerPlan, plan: Plan, grafted: Mapping[str, int]) -> PlanRow:
     scaling = getattr(layer.settings, "scaling", None)
     room = [tensor.target.capacity for tensor in layer.tensors if tensor.fixed_size and tensor.target.capacity]
     too_small = bool(room) and (layer.rank_after or 0) > min(room)
     refused = too_small or (layer.action is Action.ADD and _refuses_layers(plan))
-    # what PEFT loads beside the model is counted for the whole plan, not for each layer
-    nbytes = None if refused or plan.grafting else sum(tensor.nbytes for tensor in layer.tensors)
+    if refused or (plan.grafting and (plan.refusals or layer.action is Action.ADD)):
+        nbytes = None  # of a swap that is refused nobody has looked at everything
+    elif plan.grafting:
+        nbytes = grafted[layer.path]
+    else:
+        nbytes = sum(tensor.nbytes for tensor in layer.tensors)
     return PlanRow(
         layer.path,
         "refused" if refused else str(layer.action),

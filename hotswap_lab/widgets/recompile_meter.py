@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING
 from ..lessons.compiling import timeline
 from ..lessons.figures import Canvas, Figure
 from ..pool import AdapterPool
+from ..turns import in_use
 from ..watch import RecompileWatch
-from .switch import switch_for, whereabouts
+from .switch import patiently, switch_for, whereabouts
 from .view import View, error_html, escape, fitting, readable, speaking, wrapping_row
 from .work import Stopped, Work
 
@@ -121,12 +123,13 @@ class RecompileMeter(View):
     # ---- what can be done
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Calls the model, and counts."""
-        label = whereabouts(self._switch) if self._switch else "call"
-        try:
-            return self.watch.call(label, self.model, *args, **kwargs)
-        finally:
-            self._changed()
+        """Calls the model, and counts. Swaps from elsewhere wait meanwhile."""
+        with in_use(self._switch.model) if self._switch else contextlib.nullcontext():
+            label = whereabouts(self._switch) if self._switch else "call"
+            try:
+                return self.watch.call(label, self.model, *args, **kwargs)
+            finally:
+                self._changed()
 
     def swap(self, name: str) -> None:
         """Swaps an adapter in, and counts it."""
@@ -149,7 +152,10 @@ class RecompileMeter(View):
     def _visit(self, names: tuple[str, ...], calls: int) -> None:
         try:
             for name in names:
-                self.swap(name)
+                if self._work.beside:
+                    patiently(lambda name=name: self.swap(name), self._work.check)
+                else:
+                    self.swap(name)
                 self._call(calls)
         except Stopped:
             return
@@ -169,8 +175,7 @@ class RecompileMeter(View):
             except Exception as error:  # shown; there is nobody to raise it to
                 self.error = error
 
-        if not self.busy:
-            self._work.start(quietly)
+        self._work.start(quietly)  # or not: a second click, before the buttons were greyed out
 
     # ---- how it looks
 

@@ -12,8 +12,9 @@ import torch
 from .. import demo
 from ..errors import refuse
 from ..pool import AdapterPool
+from ..turns import in_use
 from .results import Run, steps
-from .switch import strength_of, switch_for, whereabouts
+from .switch import patiently, strength_of, switch_for, whereabouts
 from .text import text_stream
 from .view import FITS, View, error_html, escape, readable, speaking, wrapping_row
 from .work import Stopped, Work
@@ -36,7 +37,8 @@ class SwapPanel(View):
         An :class:`AdapterPool`, or a model; then ``adapters`` says what can be swapped in.
     generate:
         Your own function: takes the prompt, and returns text or an image, or yields what there is so far, which is
-        shown as it grows. Default: the model's greedy answer; that needs ``tokenizer``.
+        shown as it grows. Default: the model's greedy answer; that needs ``tokenizer``. It runs inside
+        ``with in_use(model)``: swaps from elsewhere wait until it has ended, and it can't swap itself.
     tokenizer, template, max_new_tokens:
         For the default ``generate``, see :func:`hotswap_lab.widgets.text.text_stream`.
     adapters:
@@ -94,7 +96,12 @@ class SwapPanel(View):
         )
         self.run_on_swap = run_on_swap
         self._prompt = prompt
-        self._work = Work(self._changed)
+        self._work = Work(self._work_changed)
+        #: what is being done, in words
+        self._doing = ""
+        #: the click that is being carried out, and one that came meanwhile: what shall change, and to what
+        self._present: tuple[str, object] | None = None
+        self._next: tuple[str, object] | None = None
         #: the last answer, and the one before it to the same prompt, with another adapter or strength
         self.after: Run | None = None
         self.before: Run | None = None
@@ -119,6 +126,11 @@ class SwapPanel(View):
     # ---- state
 
     @property
+    def model(self) -> torch.nn.Module:
+        """The model that answers. ``with in_use(panel):`` in a cell holds back what clicks would change meanwhile."""
+        return self._switch.model
+
+    @property
     def names(self) -> list[str]:
         """The adapters, one button each."""
         return self._switch.names
@@ -139,7 +151,7 @@ class SwapPanel(View):
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._do(lambda: setattr(self._switch, "strength", value))
+        self._do(lambda: self._scale(value))
 
     @property
     def prompt(self) -> str:
@@ -172,10 +184,11 @@ class SwapPanel(View):
 
     def start(self) -> None:
         """What a click on Run does: runs the prompt beside the notebook, which can go on."""
-        self._click(self._generate)
+        self._beside(self._generate)
 
     def stop(self) -> None:
-        """Ends a run at its next token or step; what there is so far stays."""
+        """Ends a run at its next token or step; what there is so far stays. A swap that still waits is called off."""
+        self._next = None
         self._work.stop()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -186,8 +199,8 @@ class SwapPanel(View):
         """Here and now: what goes wrong is shown and raised."""
         return self._work.run(lambda: self._showing_errors(job))
 
-    def _click(self, job: Callable[[], object]) -> None:
-        """Beside the notebook: what goes wrong is shown."""
+    def _beside(self, job: Callable[[], object]) -> bool:
+        """Beside the notebook: what goes wrong is shown. Does nothing while something runs; says whether it did."""
 
         def quietly() -> None:
             try:
@@ -195,12 +208,40 @@ class SwapPanel(View):
             except Exception:  # shown by now, and there is nobody to raise it to
                 return
 
-        if not self.busy:  # a second click before the buttons are greyed out
-            self._work.start(quietly)
+        return self._work.start(quietly)
+
+    def _click(self, what: str, value: object) -> None:
+        """What the buttons and the slider do: now, or once what runs has ended. Of several that wait, the last counts.
+
+        Buttons are greyed out meanwhile, but clicks may be on their way, or wait for the end of a cell.
+        """
+        self._next = what, value
+        if not self._beside(self._carry_out):
+            if self._next == self._present:  # a double click
+                self._next = None
+            self._changed()
+
+    def _carry_out(self) -> None:
+        self._present, self._next = self._next, None
+        try:
+            if self._present is not None:
+                what, value = self._present
+                change = self._swap if what == "adapter" else self._scale
+                change(value)
+                if self.run_on_swap:
+                    self._generate()
+        finally:
+            self._present = None
+
+    def _work_changed(self) -> None:
+        if self._next is None or self.busy or not self._beside(self._carry_out):
+            self._changed()
 
     def _showing_errors(self, job: Callable[[], object]) -> object:
         try:
             result = job()
+        except Stopped:
+            raise
         except BaseException as error:
             self.error = error
             self._changed()
@@ -212,26 +253,42 @@ class SwapPanel(View):
         self._swap(name)
         return self._generate() if self.run_on_swap else None
 
-    def _set_strength(self, value: float) -> None:
-        self._switch.strength = value
-        if self.run_on_swap:
-            self._generate()
+    def _scale(self, value: float) -> None:
+        self._change(f"setting the strength to {value:g}", lambda: setattr(self._switch, "strength", value))
 
     def _swap(self, name: str | None) -> None:
-        start = time.perf_counter()
-        if name is None:
-            self._switch.off()
+        def swap() -> None:
+            start = time.perf_counter()
+            if name is None:
+                self._switch.off()
+            else:
+                self._switch.swap(name)
+            self.swap_seconds = time.perf_counter() - start
+
+        self._change("turning the adapter off" if name is None else f"swapping {name} in", swap)
+
+    def _change(self, doing: str, change: Callable[[], object]) -> None:
+        """Changes the adapter. Where threads that compute have to be waited for, a reader sees that."""
+        self._doing = f"{doing}, as soon as no other thread computes with the model"
+        self._changed()
+        if self._work.beside:
+            patiently(change, self._work.check)
         else:
-            self._switch.swap(name)
-        self.swap_seconds = time.perf_counter() - start
+            change()  # Jupyter's interrupt ends the waiting
         self._changed()
 
     def _generate(self) -> object:
+        self._doing = "running"
+        # whatever swaps elsewhere, an answer comes from one adapter, and is labelled with it
+        with in_use(self._switch.model):
+            return self._answer()
+
+    def _answer(self) -> object:
         former = self.before, self.after
         run = Run(self._prompt, whereabouts(self._switch), strength_of(self._switch))
-        self.before, self.after = _earlier(run, *former), run
         start = time.perf_counter()
         try:
+            self.before, self.after = _earlier(run, *former), run
             for result in steps(self.generate, run.prompt):
                 run.result, run.seconds = result, time.perf_counter() - start
                 self._grew()
@@ -307,7 +364,7 @@ class SwapPanel(View):
         low, high = STRENGTHS
         self._title = w.HTML()
         self._off_button = w.Button(tooltip="turn the adapter off: the base model answers")
-        self._off_button.on_click(lambda _: self._click(lambda: self._choose(None)))
+        self._off_button.on_click(lambda _: self._click("adapter", None))
         self._buttons = w.HBox([], layout=w.Layout(flex_flow="row wrap"))
         self._slider = w.FloatSlider(
             value=1.0,
@@ -348,8 +405,14 @@ class SwapPanel(View):
 
     def _slid(self, change: Mapping[str, object]) -> None:
         # the slider also moves when somebody sets the strength from Python
-        if not self.busy and change["new"] != strength_of(self._switch):
-            self._click(lambda: self._set_strength(change["new"]))
+        if change["new"] != strength_of(self._switch):
+            self._click("strength", change["new"])
+        elif self._slider_waits:  # and was moved back
+            self._next = None
+
+    @property
+    def _slider_waits(self) -> bool:
+        return self._next is not None and self._next[0] == "strength"
 
     def _typed(self, change: Mapping[str, object]) -> None:
         self._prompt = change["new"]
@@ -362,8 +425,9 @@ class SwapPanel(View):
         for name, button in zip(self.names, self._buttons.children, strict=False):
             _mark(button, name, name == active, busy)
         _mark(self._off_button, "off", off, busy)
-        self._slider.disabled = busy or strength is None
-        if strength is not None and not busy:
+        # not disabled while busy: that would take the keyboard's focus from it at every step
+        self._slider.disabled = strength is None
+        if strength is not None and not busy and not self._slider_waits:
             self._slider.max = max(STRENGTHS[1], strength)
             self._slider.min = min(STRENGTHS[0], strength)
             self._slider.value = strength
@@ -371,9 +435,12 @@ class SwapPanel(View):
             self._box.value = self._prompt
         self._run_button.disabled = busy
         self._stop_button.disabled = not busy
-        state = "busy" if busy else "ready"
+        state = f"busy: {self._doing}" if busy else "ready"
+        if busy and self._next is not None:
+            what, value = self._next
+            state += f"; then {what} {'off' if value is None else value}"
         took = self._took()
-        self._status.value = f"{state}{'. ' if took else ''}{escape(took)}"
+        self._status.value = escape(f"{state}{'. ' if took else ''}{took}")
         self._refresh_answers()
         self._error.value = "" if self.error is None else error_html(_message(self.error), _trace(self.error))
 
@@ -390,7 +457,7 @@ class SwapPanel(View):
             buttons = []
             for name in self.names:
                 button = w.Button(tooltip=f"swap {name} in" + (" and run the prompt" if self.run_on_swap else ""))
-                button.on_click(lambda _, name=name: self._click(lambda: self._choose(name)))
+                button.on_click(lambda _, name=name: self._click("adapter", name))
                 buttons.append(button)
             self._buttons.children = [*buttons, self._off_button]
             self._button_names = self.names

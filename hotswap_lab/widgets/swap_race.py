@@ -88,8 +88,7 @@ class SwapRace(View):
             except Exception:  # shown by now
                 return
 
-        if not self.busy:
-            self._work.start(quietly)
+        self._work.start(quietly)  # or not: it runs already
 
     def stop(self) -> None:
         """Ends the race before its next call."""

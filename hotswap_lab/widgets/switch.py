@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,6 +12,10 @@ from ..hotswap import hotswap_adapter
 from ..pool import AdapterPool
 from ..slot import resolve_slot
 from ..strength import get_strength, set_strength
+from ..turns import ModelInUseError, waiting_at_most
+
+#: how long a swap waits at a time before it looks whether it was stopped, in seconds
+PATIENCE = 0.5
 
 
 class PoolSwitch:
@@ -166,3 +170,21 @@ def strength_of(switch: PoolSwitch | ModelSwitch) -> float | None:
         return switch.strength
     except ValueError:
         return None
+
+
+def patiently(change: Callable[[], object], check: Callable[[], object]) -> None:
+    """Makes a change as soon as no thread computes with the model. Meanwhile ``check`` is called now and then.
+
+    A swap waits by itself; this is for one that somebody may call off. ``check`` does that by raising.
+
+    >>> patiently(lambda: print("changed"), lambda: None)
+    changed
+    """
+    while True:
+        check()
+        try:
+            with waiting_at_most(PATIENCE):
+                change()
+            return
+        except ModelInUseError:
+            continue

@@ -1,4 +1,4 @@
-"""Notebooks in real front ends: one Jupyter server for JupyterLab and Notebook 7, and a page of Chromium."""
+"""Notebooks in real front ends: one Jupyter server for JupyterLab, Notebook 7 and Voila, and a page of Chromium."""
 
 from __future__ import annotations
 
@@ -99,23 +99,29 @@ class NotebookPage:
         page.wait_for_function(
             "() => ['idle', 'busy'].includes("
             "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status)",
-            timeout=60_000,
+            timeout=120_000,
         )
 
     def loaded(self) -> None:
         """Waits until the notebook is on the page."""
         self.page.wait_for_function(
-            "() => window.jupyterapp?.shell.currentWidget?.content?.model?.cells?.length > 0", timeout=60_000
+            "() => window.jupyterapp?.shell.currentWidget?.content?.model?.cells?.length > 0", timeout=120_000
         )
 
     def run_cell(self, place: int) -> None:
         """Runs one cell, counted from 0, and waits for it."""
+        self.start_cell(place)
+        self.finish()
+
+    def start_cell(self, place: int) -> None:
+        """Begins to run one cell, counted from 0."""
         self.page.evaluate(
-            """async place => {
+            """place => {
                 const content = window.jupyterapp.shell.currentWidget.content
                 content.activeCellIndex = place
                 content.deselectAll()
-                await window.jupyterapp.commands.execute('notebook:run-cell')
+                window.ran = false
+                window.jupyterapp.commands.execute('notebook:run-cell').then(() => { window.ran = true })
             }""",
             place,
         )
@@ -135,9 +141,14 @@ class NotebookPage:
         self.finish(timeout)
 
     def finish(self, timeout: float = 120) -> None:
-        """Waits until all cells have run."""
+        """Waits until what was begun has run."""
         # at each frame, as is usual, the question would keep the machine from running the notebook
         self.page.wait_for_function("() => window.ran", timeout=timeout * 1000, polling=300)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether what was begun has run."""
+        return self.page.evaluate("() => window.ran === true")
 
     def outputs(self) -> list[dict]:
         """The outputs of all cells, as they would be saved."""

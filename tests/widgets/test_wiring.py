@@ -14,6 +14,8 @@ SHOWN = {
     "02_rank_padding": ["RankPaddingView"],
     "03_compiled_swap": ["RecompileMeter"],
     "04_many_adapters": ["SwapPanel", "SwapRace"],
+    "05_real_llm": ["SwapPanel"],
+    "06_diffusion": ["SwapPanel"],
     "07_beyond_lora": ["PlanView"],
 }
 

@@ -1,0 +1,366 @@
+"""Quick clicks, other threads, asyncio and Ctrl-C: whatever comes at once, the model is exactly one adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import linecache
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import hotswap_lab.widgets
+from hotswap_lab import AdapterPool, HotswapError, demo, in_use
+from hotswap_lab.widgets import RecompileMeter, SwapPanel
+
+WORD = "hotswap"
+NAMES = ("reverse", "sort", "shout")
+#: seconds for what must happen; nothing takes as long
+SOON = 60
+
+
+class Gate:
+    """A ``generate`` that waits in its first call, until it is let go; it says with which adapter it computes."""
+
+    def __init__(self, panel: SwapPanel):
+        self.panel = panel
+        self.entered, self.leave = threading.Event(), threading.Event()
+        self.calls = []
+
+    def __call__(self, prompt):
+        self.calls.append(self.panel.active)
+        before = fingerprint(self.panel)
+        yield "so far"
+        self.entered.set()
+        assert self.leave.wait(SOON)
+        assert fingerprint(self.panel) == before  # nobody swapped on the way
+        yield f"{self.panel.active} at {self.panel.strength:g}"
+
+
+def fingerprint(panel) -> list[float]:
+    """What tells one adapter in the model from another one: the sum of each of its tensors, and its scalings."""
+    model = panel._switch.model
+    sums = [tensor.double().sum().item() for name, tensor in model.state_dict().items() if "lora_" in name]
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    # where the adapter has nothing, the scaling is of what was there before
+    return [*sums, *(float(each.scaling["default"]) for each in layers if each.lora_B["default"].weight.any())]
+
+
+def make(kind="pool", generate=str):
+    model, _ = demo.load("reverse")
+    folders = {name: demo.adapter_path(name) for name in NAMES}
+    if kind == "pool":
+        panel = SwapPanel(AdapterPool(model, adapters=folders, progress=False), generate, prompt=WORD)
+    else:
+        panel = SwapPanel(model, generate, adapters=folders, prompt=WORD)
+    panel.box  # noqa: B018 - makes the controls
+    panel._refresh()
+    return panel
+
+
+@pytest.fixture(scope="module")
+def pure():
+    """The fingerprint of each adapter, for pools and for models."""
+    found = {}
+    for kind in ("pool", "model"):
+        panel = make(kind)
+        for name in NAMES:
+            panel.active = name
+            found[kind, name] = fingerprint(panel)
+    return found
+
+
+@pytest.fixture
+def running():
+    """A panel whose run waits in the middle."""
+    panel = make()
+    panel.active = "reverse"
+    gate = panel.generate = Gate(panel)
+    panel.start()
+    assert gate.entered.wait(SOON)
+    yield panel, gate
+    gate.leave.set()
+    assert panel.wait(SOON)
+
+
+def button(panel, name):
+    return next(each for each in panel._buttons.children if each.description.removesuffix(" (active)") == name)
+
+
+# ---- quick clicks
+
+
+def test_of_two_clicks_in_quick_succession_the_second_counts(running, pure):
+    panel, gate = running
+    button(panel, "shout").click()
+    button(panel, "sort").click()
+    assert "then adapter sort" in panel._status.value
+    assert panel.active == "reverse"
+    gate.leave.set()
+    assert panel.wait(SOON)
+    assert panel.active == "sort"
+    assert fingerprint(panel) == pure["pool", "sort"]
+    assert gate.calls == ["reverse", "sort"]
+    assert (panel.before.result, panel.after.result) == ("reverse at 1", "sort at 1")
+    assert panel._status.value.startswith("ready")
+
+
+def test_a_double_click_runs_once(running):
+    panel, gate = running
+    gate.leave.set()
+    assert panel.wait(SOON)
+    gate.entered.clear()
+    gate.leave.clear()
+    button(panel, "shout").click()
+    assert gate.entered.wait(SOON)
+    button(panel, "shout").click()
+    gate.leave.set()
+    assert panel.wait(SOON)
+    assert gate.calls == ["reverse", "shout"]
+
+
+def test_the_slider_moved_during_a_run_comes_next(running):
+    panel, gate = running
+    assert not panel._slider.disabled  # or the keyboard's focus would be gone
+    panel._slider.value = 0.4
+    panel._slider.value = 0.5
+    assert "then strength 0.5" in panel._status.value
+    assert panel.strength == 1
+    gate.leave.set()
+    assert panel.wait(SOON)
+    assert panel.strength == panel._slider.value == 0.5
+    assert panel.after.result == "reverse at 0.5"
+
+
+def test_stop_calls_off_what_would_come_next(running):
+    panel, gate = running
+    panel._slider.value = 0.5
+    panel._stop_button.click()
+    gate.leave.set()
+    assert panel.wait(SOON)
+    assert panel.strength == panel._slider.value == 1
+    assert gate.calls == ["reverse"]
+
+
+def test_a_slider_moved_back_changes_nothing(running):
+    panel, gate = running
+    panel._slider.value = 0.5
+    panel._slider.value = 1.0
+    gate.leave.set()
+    assert panel.wait(SOON)
+    assert gate.calls == ["reverse"]
+
+
+@pytest.mark.parametrize("kind", ["pool", "model"])
+def test_two_threads_choose_at_once(kind, pure):
+    panel = make(kind)
+    for _ in range(10):
+        start, refused = threading.Barrier(2), []
+
+        def choose(name, start=start, refused=refused):
+            start.wait(SOON)
+            try:
+                panel.choose(name)
+            except HotswapError as error:
+                refused.append((name, str(error)))
+
+        threads = [threading.Thread(target=choose, args=(name,)) for name in ("sort", "shout")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SOON)
+        assert len(refused) < 2
+        assert all("This widget is busy." in message for _, message in refused)
+        assert fingerprint(panel) == pure[kind, panel.active]
+        assert panel.active in {"sort", "shout"} - {name for name, _ in refused}
+
+
+# ---- a swap while something computes
+
+
+def test_a_swap_from_elsewhere_waits_for_the_run(running, pure):
+    panel, gate = running
+    swap = threading.Thread(target=panel._switch.pool.swap, args=("shout",))
+    swap.start()
+    swap.join(0.3)
+    assert swap.is_alive()
+    gate.leave.set()
+    assert panel.wait(SOON)
+    swap.join(SOON)
+    assert panel.after.result == "reverse at 1"
+    assert fingerprint(panel) == pure["pool", "shout"]
+
+
+@pytest.fixture(params=["pool", "model"])
+def computing(request):
+    """A panel for a model with which another thread computes, until it is told to end."""
+    panel = make(request.param)
+    panel.active = "reverse"
+    entered, leave = threading.Event(), threading.Event()
+
+    def compute():
+        with in_use(panel._switch.model):
+            entered.set()
+            assert leave.wait(SOON)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    assert entered.wait(SOON)
+    yield panel, leave, request.param
+    leave.set()
+    thread.join(SOON)
+
+
+def test_a_click_waits_for_a_thread_that_computes_and_says_so(computing, pure):
+    panel, leave, kind = computing
+    button(panel, "shout").click()
+    assert not panel.wait(1.2)  # longer than it waits at a time
+    assert "swapping shout in, as soon as no other thread computes with the model" in panel._status.value
+    assert fingerprint(panel) == pure[kind, "reverse"]
+    leave.set()
+    assert panel.wait(SOON)
+    assert fingerprint(panel) == pure[kind, "shout"]
+    assert panel.after.result == WORD
+
+
+def test_a_click_that_waits_can_be_called_off(computing, pure):
+    panel, _, kind = computing
+    button(panel, "shout").click()
+    assert not panel.wait(0.1)
+    panel._stop_button.click()
+    assert panel.wait(SOON)
+    assert fingerprint(panel) == pure[kind, "reverse"]
+    assert panel.error is None
+    assert panel.active == "reverse"
+
+
+def test_inside_a_computation_the_panel_refuses_to_swap(pure):
+    panel = make()
+    panel.active = "reverse"
+    with in_use(panel._switch.model):
+        with pytest.raises(HotswapError, match="computing with the model"):
+            panel.choose("shout")
+        assert panel.run() == WORD
+    assert fingerprint(panel) == pure["pool", "reverse"]
+    assert panel.choose("shout") == WORD
+
+
+def test_a_call_of_the_meter_holds_swaps_back():
+    model, _ = demo.load("reverse")
+    pool = AdapterPool(model, adapters={name: demo.adapter_path(name) for name in NAMES}, progress=False)
+    swap = threading.Thread(target=pool.swap, args=("shout",))
+
+    def call():
+        swap.start()
+        swap.join(0.3)
+        return swap.is_alive()
+
+    with RecompileMeter(call, pool=pool) as meter:
+        assert meter()
+    swap.join(SOON)
+    assert pool.active == "shout"
+
+
+def test_asyncio():
+    """Tasks that swap and tasks that compute: each answer is one adapter's, and the one that its label says."""
+    model, tokenizer = demo.load("reverse")
+    pool = AdapterPool(model, adapters={name: demo.adapter_path(name) for name in NAMES}, progress=False)
+    panel = SwapPanel(pool, lambda word: demo.ask(model, tokenizer, word), prompt=WORD, run_on_swap=False)
+    right = {demo.TASKS[name](WORD) for name in NAMES}
+    answers, labelled = [], []
+
+    def ask():
+        with in_use(model):
+            return demo.ask(model, tokenizer, WORD)
+
+    def run():
+        panel.run()
+        return panel.after.where, panel.after.result
+
+    async def compute():
+        for _ in range(4):
+            answers.append(await asyncio.to_thread(ask))
+
+    async def look():
+        for _ in range(4):
+            labelled.append(await asyncio.to_thread(run))
+
+    async def swap():
+        for number in range(60):
+            await asyncio.to_thread(pool.swap, NAMES[number % len(NAMES)])
+
+    async def everything():
+        await asyncio.gather(compute(), compute(), look(), swap(), swap())
+
+    pool.swap("reverse")
+    asyncio.run(everything())
+    assert len(answers) == 8
+    assert set(answers) <= right
+    assert [result for _, result in labelled] == [demo.TASKS[name](WORD) for name, _ in labelled]
+    assert pool.active in NAMES
+
+
+# ---- Ctrl-C
+
+FOLDER = str(Path(hotswap_lab.widgets.__file__).parent)
+#: lines where no signal can come: CPython looks for signals after calls and at the ends of loops
+NEVER = {"if mine:", "self._lock.release()"}
+
+
+def interrupted_at(step: int, action) -> tuple[bool, str]:
+    """Runs ``action`` and sends SIGINT at the ``step``-th line of the widgets' code. Returns whether there was one."""
+    count, where = 0, ""
+
+    def trace(frame, event, argument):
+        nonlocal count, where
+        if not frame.f_code.co_filename.startswith(FOLDER):
+            return None
+        if event == "line":
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            count += line not in NEVER
+            if count == step and not where:
+                where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}: {line}"
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.settrace(trace)
+    try:
+        action()
+        return False, where
+    except KeyboardInterrupt:
+        return True, where
+    finally:
+        sys.settrace(None)
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_at_any_line(pure):
+    """Of the panel's own code; the engine's lines have tests of their own."""
+    panel, interrupts = make(), 0
+    stride = 7
+    for step in range(1, 10_000, stride):
+        panel.active = "reverse"
+        interrupted, where = interrupted_at(step, lambda: panel.choose("sort"))
+        if not where:
+            break
+        interrupts += interrupted
+        assert interrupted, where
+        assert not panel.busy, where
+        assert fingerprint(panel) in (pure["pool", "reverse"], pure["pool", "sort"]), where
+        assert panel.after is None or panel.after.state != "running", where
+        assert panel.choose("shout") == WORD, where
+        assert panel._status.value.startswith("ready"), where
+    assert interrupts > 10
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_gradient_modes_are_kept():
+    panel = make()
+    with torch.no_grad():
+        button(panel, "sort").click()
+        assert panel.wait(SOON)
+        assert not torch.is_grad_enabled()
