@@ -30,7 +30,7 @@ from .prepare_general import decide_general, other_form, write_general
 from .room import Room, clear_gradient, room_of
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, slot_in
-from .state_view import is_off, own_rank, set_padded
+from .state_view import check_before_loading, is_off, own_rank, set_padded
 from .turns import swaps_of, writing
 
 NOTHING_FOUND = (
@@ -172,6 +172,8 @@ def _make_room(
                 _write(preparation, journal)
             for preparation, _ in others:
                 write_general(preparation, journal)
+            for base in bases:
+                check_before_loading(base, journal)
             if target_rank is not None:
                 _update_configs(config, preparations, target_rank, journal)
         except BaseException:

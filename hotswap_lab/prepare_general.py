@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from .adapter import Adapter
 from .building import give_memory
 from .errors import Refusal
+from .expressions import slow_to_match
 from .journal import Journal
 from .methods import general, lora
 from .parts import SlotTensor
@@ -48,6 +49,8 @@ def decide_general(
     with slot.write_mode(), torch.no_grad():
         for layer in slot.layers:
             ranks = [rank_for(each.config, layer.path) for each in family]
+            if reasons := [each for rank in ranks for each in lora.pointless_rank(rank, layer.path, layer.module)]:
+                return preparation, reasons
             for tensor in layer.tensors:
                 if tensor.rank_axis is None:
                     continue
@@ -102,7 +105,10 @@ def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
                 expected=f"type {kind.value}, as the adapter {slot.adapter_name!r} in the model",
                 next_step="leave it out of `adapters`",
             )
-        elif kind == PeftType.LORA:
+            continue
+        yield from slot.method.malformed(adapter.config)
+        yield from slow_to_match(adapter.config, slot.host.base)
+        if kind == PeftType.LORA:
             yield from other_form(adapter.config, slot.config)
 
 

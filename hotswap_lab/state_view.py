@@ -75,12 +75,31 @@ def _mark(layer: torch.nn.Module, attribute: str, adapter_name: str, value: bool
     if after == before:
         return
     if not {OFF_ATTRIBUTE, PADDED_ATTRIBUTE} & layer.__dict__.keys():
-        for handle in (
-            layer.register_state_dict_post_hook(_show_own),
-            layer.register_load_state_dict_pre_hook(_fill_up),
-        ):
-            journal.record(handle.remove)
+        journal.record(lambda: _forget_hooks(layer))
+        layer.register_state_dict_post_hook(_show_own)
+        layer.register_load_state_dict_pre_hook(_fill_up)
     journal.set_item(layer.__dict__, attribute, after)
+
+
+def _forget_hooks(module: torch.nn.Module) -> None:
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for number, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_show_own, _fill_up, _check_all):
+                del hooks[number]
+
+
+def check_before_loading(base: torch.nn.Module, journal: Journal) -> None:
+    """Lets ``load_state_dict`` look at all layers before the first one is written to."""
+    if any(getattr(hook, "hook", hook) is _check_all for hook in base._load_state_dict_pre_hooks.values()):
+        return
+    journal.record(lambda: _forget_hooks(base))
+    base.register_load_state_dict_pre_hook(_check_all)
+
+
+def _check_all(base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    for path, layer in base.named_modules(remove_duplicate=False):
+        if PADDED_ATTRIBUTE in layer.__dict__:
+            _check(layer, state_dict, f"{prefix}{path}.")
 
 
 def _off_tensors(layer: torch.nn.Module) -> Iterator[SlotTensor]:
@@ -132,6 +151,7 @@ def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) 
     for seat in layer.__dict__.get(SEATS, {}).values():
         # other memory may be assigned, and values that the room doesn't know of
         seat.room.dirty = seat.room.was_touched = True
+    _check(layer, state_dict, prefix)
     filled = set()
     for tensor in _off_tensors(layer):
         if (key := prefix + tensor.named_key) not in state_dict:
@@ -142,11 +162,19 @@ def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) 
         if key in filled or (value := state_dict.get(key)) is None:
             continue
         rank = own_rank(layer, adapter_name, tensor)
+        if rank != tensor.capacity and not is_marked_off(layer, adapter_name):
+            state_dict[key] = tensor.padded(value.detach(), tensor.capacity)
+
+
+def _check(layer: torch.nn.Module, state_dict: dict, prefix: str) -> None:
+    for adapter_name, tensor in _padded_tensors(layer):
+        key = prefix + tensor.named_key
+        if (value := state_dict.get(key)) is None:
+            continue
+        rank = own_rank(layer, adapter_name, tensor)
         if is_marked_off(layer, adapter_name):
             _check_fit(adapter_name, key, not value.any(), value, "nothing for a layer that is turned off")
-        elif tuple(value.shape) == tensor.shape_for(rank):
-            state_dict[key] = value if rank == tensor.capacity else tensor.padded(value.detach(), tensor.capacity)
-        else:
+        elif tuple(value.shape) != tensor.shape_for(rank):
             # a tensor of the padded size would go in, and its upper ranks would never be saved
             _check_fit(adapter_name, key, False, value, f"shape {tensor.shape_for(rank)}, the adapter's own rank")
 

@@ -26,6 +26,7 @@ from .errors import refuse
 from .grafting import make_stand_in, wrappers_in
 from .grafting.wrappers import WRAPPERS, inside
 from .host import PEFT_PREFIX, Host, canonical_path
+from .interrupts import interrupts_held
 from .saving import saved_tensors, write_adapter
 from .slot import Slot, resolve_slot
 from .turns import in_use
@@ -138,7 +139,8 @@ def verify_hotswap(
             next_step="pass inputs=... (a dict, a tuple or a tensor)",
         )
     make_base = base or (lambda: bare_base(slot.host))
-    with _as_folder(adapter) as folder, torch.no_grad(), in_use(model), _eval_mode(model):
+    # a fresh load draws random numbers for weights that it then overwrites
+    with _as_folder(adapter) as folder, torch.random.fork_rng(), torch.no_grad(), in_use(model), _eval_mode(model):
         live_outputs = _call(model, inputs)
         fresh = make_base().eval()
         base_outputs = _call(fresh, inputs)
@@ -216,13 +218,18 @@ def _file_key(adapter: Adapter, key: str) -> str:
 @contextlib.contextmanager
 def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
     try:
+        for module in training:
+            module.training = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        with interrupts_held():
+            _back_to_training(training)
+
+
+def _back_to_training(modules: list[torch.nn.Module]) -> None:
+    for module in modules:
+        module.training = True
 
 
 def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:

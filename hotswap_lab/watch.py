@@ -123,9 +123,13 @@ class RecompileWatch:
         return sum(each.kind == kind for each in self.compilations)
 
     def __enter__(self) -> RecompileWatch:
-        self._watching = True
-        self._listen()
-        return self
+        try:
+            self._watching = True
+            self._listen()
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self._watching = False

@@ -1,73 +1,156 @@
-"""Faults at every line: runs something and raises at the n-th line of the package that it comes to."""
+"""Faults at every step: runs something and raises at the n-th line of the package, or C call, that it comes to.
+
+Three kinds of steps. ``"line"``: a line of the package is about to run; Ctrl-C comes like that. ``"call"``: a line of
+the package is about to call something written in C, such as ``torch.empty``, ``copy_``, ``open`` or ``os.replace``,
+which fails instead. ``"deep"``: the same anywhere below the package: in PEFT, safetensors, torch, the standard library.
+"""
 
 from __future__ import annotations
 
+import dis
+import errno
+import functools
+import os
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 
 import torch
 
 import hotswap_lab
 
 PACKAGE = str(Path(hotswap_lab.__file__).parent)
+TESTS = str(Path(__file__).parent)
+#: loses a lock of its own when it fails in taking the second of two
+STRANGERS = f"{os.sep}tqdm{os.sep}"
+#: what takes a failed write back is left alone: it is what is tested
+SPARED = frozenset({"roll_back", "_back_to_training"})
+#: what takes and gives back locks and signal handlers: no line of it can fail, and Ctrl-C is held back meanwhile
+HELD = frozenset({"interrupts_held", "writing", "_take", "__exit__"})
+#: C functions that can't fail: they take no memory, and ask no disk and no device
+UNFAILING = frozenset({"__exit__", "release", "reset", "signal", "getsignal", "set_state", "setstate", "_is_owned"})
+UNFAILING |= {"_set_grad_enabled", "is_grad_enabled", "list.remove"}
 
 
 class Fault(BaseException):
     """No code that catches Exception gets to see this one."""
 
 
-def run_with_fault(action: Callable[[], object], step: int) -> bool:
-    """Runs ``action`` and raises at the ``step``-th line of the package; False if there are fewer lines.
+def _cuda_error() -> Exception:
+    kind = getattr(torch, "AcceleratorError", RuntimeError)
+    return kind("CUDA error: an illegal memory access was encountered (pretended)")
 
-    The roll-back itself is left alone: it is what is tested.
-    """
-    count = 0
+
+#: what can go wrong anywhere
+FAULTS: dict[str, Callable[[], BaseException]] = {
+    "KeyboardInterrupt": lambda: KeyboardInterrupt("pretended"),
+    "MemoryError": lambda: MemoryError("pretended"),
+    "OSError": lambda: OSError(errno.ENOSPC, "No space left on device (pretended)"),
+    "CUDA error": _cuda_error,
+    "CUDA out of memory": lambda: torch.OutOfMemoryError("CUDA out of memory (pretended)"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run with a fault."""
+
+    #: where the fault was; empty if there were fewer steps
+    where: str
+    #: what the caller got to see; None if the action ended as if nothing had been
+    error: BaseException | None
+
+    def __bool__(self) -> bool:
+        return bool(self.where)
+
+
+def run_with_fault(
+    action: Callable[[], object], step: int, make: Callable[[], BaseException] = Fault, unit: str = "line"
+) -> Outcome:
+    """Runs ``action`` and raises at the ``step``-th step, counted from 1. False in a condition if there are fewer."""
+    count, where, mine = 0, "", None
+
+    def at_step(place: str) -> None:
+        nonlocal count, where, mine
+        count += 1
+        if count == step and not _is_spared(sys._getframe(2)):
+            where, mine = place, make()
+            raise mine
+
+    handler, error = signal.getsignal(signal.SIGINT), None
+    try:
+        _watch(action, unit, at_step)
+    except BaseException as raised:
+        if mine is None:
+            raise
+        error = raised
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return Outcome(where, error)
+
+
+def list_steps(action: Callable[[], object], unit: str = "line") -> list[str]:
+    """The places of all steps of ``action``, in turn."""
+    places: list[str] = []
+    _watch(action, unit, places.append)
+    return places
+
+
+def _watch(action: Callable[[], object], unit: str, at_step: Callable[[str], None]) -> None:
+    """Calls ``at_step`` before each step; what it raises comes out of the step."""
 
     def trace(frame, event, argument):
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "roll_back":
+        code = frame.f_code
+        if not code.co_filename.startswith(PACKAGE) or code.co_name in SPARED | HELD:
             return None
-        if event == "line" and not _in_roll_back(frame):
-            count += 1
-            if count == step:
-                raise Fault
+        if event == "line" and frame.f_lasti not in _unreal(code):
+            at_step(_place(frame))
         return trace
 
-    sys.settrace(trace)
-    try:
-        action()
-    except Fault:
-        return True
-    finally:
-        sys.settrace(None)
-        # a trace function can raise between the last line of a with block and its __exit__, as nothing else can
-        torch.set_grad_enabled(True)
-    return False
+    def profile(frame, event, argument):
+        if event != "c_call" or not UNFAILING.isdisjoint((argument.__name__, argument.__qualname__)):
+            return
+        path = frame.f_code.co_filename
+        inside = path.startswith(PACKAGE)
+        if inside if unit == "call" else not (inside or path.startswith(TESTS) or STRANGERS in path):
+            at_step(f"{_place(frame)} {argument.__name__}")
 
-
-def count_lines(action: Callable[[], object]) -> int:
-    """How many lines of the package ``action`` runs."""
-    count = 0
-
-    def trace(frame, event, argument):
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        count += event == "line"
-        return trace
-
-    sys.settrace(trace)
+    switch, hook = (sys.settrace, trace) if unit == "line" else (sys.setprofile, profile)
+    switch(hook)
     try:
         action()
     finally:
-        sys.settrace(None)
-    return count
+        switch(None)
 
 
-def _in_roll_back(frame) -> bool:
+@functools.cache
+def _unreal(code: CodeType) -> frozenset[int]:
+    """Where a tracer can raise and nothing else: between a with block and its ``__exit__``, and at ``try:``."""
+    steps = list(dis.get_instructions(code))
+    found = {step.offset for step in steps if step.opname == "NOP"}
+    for number, (one, two, three) in enumerate(zip(steps, steps[1:], steps[2:], strict=False)):
+        normal = one.opname == "LOAD_CONST" and one.argval is None and three.opname in ("LOAD_CONST", "DUP_TOP")
+        same = two.opname == three.opname and three.argval in (None, one.argval)
+        if (normal and same) or two.opname == "WITH_EXCEPT_START":
+            found.add(one.offset)
+            # a value that is returned from the block is put aside first
+            if number and steps[number - 1].opname in ("SWAP", "ROT_TWO", "ROT_THREE"):
+                found.add(steps[number - 1].offset)
+    return frozenset(found)
+
+
+def _place(frame) -> str:
+    path = frame.f_code.co_filename
+    name = path.removeprefix(PACKAGE + "/") if path.startswith(PACKAGE) else "/".join(Path(path).parts[-2:])
+    return f"{name}:{frame.f_lineno}"
+
+
+def _is_spared(frame) -> bool:
     while frame is not None:
-        if frame.f_code.co_name == "roll_back":
+        if frame.f_code.co_name in SPARED:
             return True
         frame = frame.f_back
     return False

@@ -1,0 +1,638 @@
+"""Every public operation, each on a small model of its own: how to do it, what it may change, what must come out."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from models import KINDS, call, load, save_random_adapter
+from oracle import assert_equals_fresh_load, assert_same_outputs
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+import hotswap_lab
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    HotswapError,
+    RecompileWatch,
+    get_strength,
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    save_adapter,
+    set_strength,
+    verify_hotswap,
+)
+
+LINEAR = KINDS["linear"]
+
+
+@dataclass
+class Case:
+    """One operation, ready to be done."""
+
+    action: Callable[[], object]
+    models: tuple[torch.nn.Module, ...] = ()
+    #: whatever else it may change, as something that can be compared
+    extra: Callable[[], object] = lambda: None
+    #: compares what the action has led to with a fresh load
+    check: Callable[[], None] = lambda: None
+    #: whether the action changes anything at all
+    changes: bool = True
+    #: states of its own on the way that are whole, too: made by these actions
+    stations: tuple[Callable[[], object], ...] = field(default=())
+
+
+# ---- what is compared
+
+
+def contents(model: torch.nn.Module) -> dict:
+    """All that makes up a model, as plain values: weights, flags, gradients, tables, configs, modules, hooks."""
+    found: dict[str, object] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found[path] = (
+            type(module).__qualname__,
+            {
+                # hooks are kept under numbers that count up
+                key: _plain([*value.values()] if key.endswith("_hooks") and isinstance(value, dict) else value)
+                for key, value in vars(module).items()
+                if key not in ("_modules", "config", "peft_config")
+            },
+        )
+    for path, module in model.named_modules():
+        if isinstance(configs := module.__dict__.get("peft_config"), dict):
+            found[f"{path}: configs"] = {name: _plain(config.to_dict()) for name, config in configs.items()}
+    return found
+
+
+def identities(model: torch.nn.Module) -> dict:
+    """What a failed operation must not exchange either: objects and their addresses."""
+    found: dict[str, object] = {}
+    for path, module in model.named_modules():
+        found[path] = id(module), type(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[f"{path}.{name}"] = id(parameter), parameter.data_ptr(), parameter.stride(), id(parameter.grad)
+        if isinstance(configs := module.__dict__.get("peft_config"), dict):
+            found[f"{path}: configs"] = id(configs), {name: id(config) for name, config in configs.items()}
+        if isinstance(module, BaseTunerLayer) and isinstance(scaling := module.__dict__.get("scaling"), dict):
+            found[f"{path}: scaling"] = {key: id(value) for key, value in scaling.items() if torch.is_tensor(value)}
+    return found
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous()
+        gradient = None if value.grad is None else _plain(value.grad)
+        flags = value.requires_grad, isinstance(value, torch.nn.Parameter)
+        return str(value.dtype), tuple(value.shape), data.view(-1).view(torch.uint8).numpy().tobytes(), flags, gradient
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    return type(value).__qualname__
+
+
+def files_in(folder: Path) -> dict[str, bytes | None]:
+    """The contents of all files in a folder by their paths; None for folders."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(Path(folder).rglob("*"))
+    }
+
+
+# ---- adapters
+
+
+class Shelf:
+    """Adapters in folders, each made when it is first asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._made: dict[tuple, str] = {}
+
+    def __call__(self, seed: int, **lora) -> str:
+        return self._get(("lora", seed, repr(lora)), lambda path: save_random_adapter(LINEAR, path, seed, **lora))
+
+    def other(self, seed: int, config: object) -> str:
+        """An adapter of any method, all of its tensors random."""
+
+        def make(path: str) -> None:
+            model = get_peft_model(LINEAR.base(), config)
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+            model.save_pretrained(path)
+
+        return self._get(("other", seed, repr(config)), make)
+
+    def _get(self, key: tuple, make: Callable[[str], object]) -> str:
+        if key not in self._made:
+            path = str(self.folder / f"adapter_{len(self._made)}")
+            make(path)
+            self._made[key] = path
+        return self._made[key]
+
+
+def _trained(folder: str) -> PeftModel:
+    """A model with gradients, and some of its modules in training mode."""
+    model = load(LINEAR, folder, is_trainable=True)
+    model(LINEAR.inputs()).sum().backward()
+    model.base_model.model.blocks.train()
+    return model
+
+
+# ---- the table
+
+OPERATIONS: dict[str, Callable[[Shelf], Callable[[], Case]]] = {}
+
+
+def operation(name: str, *arguments: object):
+    """Notes a function that gets a shelf and returns what makes a fresh case."""
+
+    def note(make):
+        OPERATIONS[name] = functools.partial(make, *arguments) if arguments else make
+        return make
+
+    return note
+
+
+@operation("Adapter.load")
+def _load(shelf):
+    folder = shelf(1, r=4)
+    return lambda: Case(lambda: Adapter.load(folder), extra=lambda: files_in(folder), changes=False)
+
+
+@operation("Adapter.load of a .bin")
+def _load_bin(shelf):
+    adapter, folder = Adapter.load(shelf(1, r=4)), shelf.folder / "bin"
+    if not folder.exists():
+        folder.mkdir()
+        shutil.copy(Path(adapter.source, "adapter_config.json"), folder)
+        torch.save(dict(adapter.tensors), folder / "adapter_model.bin")
+    return lambda: Case(lambda: Adapter.load(folder), extra=lambda: files_in(folder), changes=False)
+
+
+@operation("plan_hotswap")
+def _plan(shelf):
+    old, new = shelf(1, r=4, target_modules=["first"]), shelf(2, r=6)
+
+    def case():
+        model = _trained(old)
+        return Case(lambda: plan_hotswap(model, new, add_layers=True), (model,), changes=False)
+
+    return case
+
+
+@operation("plan_hotswap that refuses")
+def _refused(shelf):
+    old, new = shelf(1, r=4, target_modules=["first"]), shelf(2, r=6)
+
+    def refused(model):
+        try:
+            hotswap_adapter(model, new, "default")
+        except HotswapError:
+            return
+        raise AssertionError("not refused")
+
+    def case():
+        model = _trained(old)
+        return Case(lambda: refused(model), (model,), changes=False)
+
+    return case
+
+
+@operation("hotswap: copy", dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=3, lora_dropout=0.1), {})
+@operation(
+    "hotswap: resize and off",
+    dict(r=4),
+    dict(r=6, lora_alpha=3, target_modules=["first", "blocks.0"]),
+    {},
+)
+@operation("hotswap: add layers", dict(r=4, target_modules=["first"]), dict(r=6), dict(add_layers=True))
+@operation("hotswap: DoRA", dict(r=4, use_dora=True), dict(r=3, use_dora=True, lora_alpha=5), {})
+@operation("hotswap: to DoRA", dict(r=4), dict(r=3, use_dora=True), {})
+@operation("hotswap: bias", dict(r=4), dict(r=4, bias="all"), {})
+@operation(
+    "hotswap: modules_to_save",
+    dict(r=4, target_modules=["first"]),
+    dict(r=4, target_modules=["first"], modules_to_save=["last"]),
+    {},
+)
+def _swap(old_lora, new_lora, arguments, shelf):
+    old, new = shelf(1, **old_lora), shelf(2, **new_lora)
+
+    def case():
+        model = _trained(old)
+        return Case(
+            lambda: hotswap_adapter(model, new, "default", **arguments),
+            (model,),
+            check=lambda: assert_equals_fresh_load(model.eval(), LINEAR, new, is_trainable=True),
+        )
+
+    return case
+
+
+@operation(
+    "hotswap: LoHa", LoHaConfig(r=3, target_modules=["first", "last"]), LoHaConfig(r=4, target_modules=["first"])
+)
+@operation(
+    "hotswap: IA3", *(IA3Config(target_modules=t, feedforward_modules=[]) for t in (["first", "last"], ["last"]))
+)
+def _swap_other(old_config, new_config, shelf):
+    old, new = shelf.other(1, old_config), shelf.other(2, new_config)
+
+    def case():
+        model = _trained(old)
+        return Case(
+            lambda: hotswap_adapter(model, new, "default"),
+            (model,),
+            check=lambda: assert_equals_fresh_load(model.eval(), LINEAR, new, is_trainable=True),
+        )
+
+    return case
+
+
+@operation("hotswap from a state dict")
+def _from_state_dict(shelf):
+    old, new = shelf(1, r=4), Adapter.load(shelf(2, r=6, lora_alpha=3))
+
+    def case():
+        model = _trained(old)
+        return Case(
+            lambda: hotswap_adapter_from_state_dict(model, new.tensors, "default", new.config),
+            (model,),
+            check=lambda: assert_equals_fresh_load(model.eval(), LINEAR, new.source, is_trainable=True),
+        )
+
+    return case
+
+
+@operation("hotswap: prepared")
+def _swap_prepared(shelf):
+    old = shelf(1, r=6, lora_alpha=3)
+    new = shelf(2, r=4, lora_dropout=0.1, target_modules=["first", "blocks.0"])
+
+    def case():
+        model = load(LINEAR, old, is_trainable=True)
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+        model(LINEAR.inputs()).sum().backward()
+        return Case(
+            lambda: hotswap_adapter(model, new, "default"),
+            (model,),
+            check=lambda: assert_equals_fresh_load(model, LINEAR, new, is_trainable=True, prepared=True),
+        )
+
+    return case
+
+
+@operation("prepare")
+def _prepare(shelf):
+    """Two adapters, one of them on a layer that the other lacks, and a family that adds a third layer."""
+    first = shelf(1, r=4, target_modules=["first", "last"])
+    second = shelf(2, r=6, target_modules=["last", "blocks.0"])
+
+    def case():
+        model, mine = load(LINEAR, first, is_trainable=True), LoraConfig(r=3)
+        model.load_adapter(second, "second")
+        model(LINEAR.inputs()).sum().backward()
+        family = [LoraConfig(r=8, target_modules=["blocks.1"]), LoraConfig.from_pretrained(second)]
+
+        def check():
+            for name, folder in (("default", first), ("second", second)):
+                model.set_adapter(name)
+                assert_same_outputs(model, load(LINEAR, folder, name), LINEAR)
+                slot = hotswap_lab.resolve_slot(model, name)
+                assert {tensor.capacity for tensor in slot.tensors} == {9}
+
+        return Case(
+            lambda: prepare_model_for_compiled_hotswap(model, target_rank=9, adapters=family, config=mine),
+            (model,),
+            extra=lambda: (mine.r, mine.rank_pattern),
+            check=check,
+        )
+
+    return case
+
+
+@operation("prepare: LoHa")
+def _prepare_loha(shelf):
+    old = shelf.other(1, LoHaConfig(r=3, target_modules=["first", "last"], module_dropout=0.1))
+
+    def case():
+        model = _trained(old)
+        return Case(
+            lambda: prepare_model_for_compiled_hotswap(model, target_rank=5),
+            (model,),
+            check=lambda: assert_same_outputs(model.eval(), load(LINEAR, old), LINEAR),
+        )
+
+    return case
+
+
+@operation("set_strength", False)
+@operation("set_strength: prepared", True)
+def _strength(prepared, shelf):
+    folder = shelf(1, r=4)
+
+    def case():
+        model = load(LINEAR, folder)
+        if prepared:
+            prepare_model_for_compiled_hotswap(model, target_rank=4)
+
+        def check():
+            assert get_strength(model) == 0.5
+
+        return Case(lambda: set_strength(model, 0.5), (model,), check=check)
+
+    return case
+
+
+@operation("verify_hotswap", True)
+@operation("verify_hotswap of an Adapter", False)
+def _verify(from_folder, shelf):
+    new = shelf(2, r=6, lora_alpha=3)
+    adapter = new if from_folder else Adapter.load(new)
+
+    def case():
+        model = _trained(new)
+
+        def verify():
+            assert verify_hotswap(model, adapter, inputs=LINEAR.inputs())
+
+        return Case(verify, (model,), changes=False)
+
+    return case
+
+
+@operation("RecompileWatch")
+def _watch(shelf):
+    from torch._dynamo.callback import callback_handler
+
+    def watch():
+        with RecompileWatch() as each:
+            each.call("a call", lambda: None)
+
+    listeners = lambda: len(callback_handler.start_callbacks)  # noqa: E731
+    return lambda: Case(watch, extra=listeners, changes=False)
+
+
+@operation("state_dict of a prepared model")
+def _state_dict(shelf):
+    folder = shelf(1, r=3, target_modules=["first", "last"])
+
+    def case():
+        model = load(LINEAR, folder)
+        prepare_model_for_compiled_hotswap(model, target_rank=4, adapters=[shelf(2, r=4)])
+        return Case(model.state_dict, (model,), changes=False)
+
+    return case
+
+
+@operation("load_state_dict that is refused")
+def _load_state_dict(shelf):
+    """What torch itself refuses it has loaded half of; what is refused here, because of the last layer, not."""
+    folder = shelf(1, r=3)
+
+    def refused(model, state):
+        try:
+            model.load_state_dict(state)
+        except HotswapError:
+            return
+        raise AssertionError("not refused")
+
+    def case():
+        model = load(LINEAR, folder)
+        prepare_model_for_compiled_hotswap(model, target_rank=4)
+        state = {key: value + 1 for key, value in model.state_dict().items()}
+        state["base_model.model.last.lora_B.default.weight"] = torch.ones(6, 2)
+        return Case(lambda: refused(model, state), (model,), changes=False)
+
+    return case
+
+
+# ---- saving
+
+
+@operation("save_adapter", "new")
+@operation("save_adapter over another", "over")
+@operation("save_adapter over a .bin", "bin")
+@operation("save_adapter into new folders", "deep")
+def _save(where, shelf):
+    first, second = shelf(1, r=4), shelf(2, r=6, target_modules=["first"])
+    shelf.saves = getattr(shelf, "saves", 0)
+
+    def case():
+        shelf.saves += 1
+        root = shelf.folder / f"save_{shelf.saves}"
+        folder = root / "a" / "b" if where == "deep" else root
+        if where != "deep":
+            root.parent.mkdir(exist_ok=True)
+        if where in ("over", "bin"):
+            shutil.copytree(first, root)
+            (root / "README.md").rename(root / "notes.txt")
+            (root / "another").mkdir()
+        if where == "bin":
+            torch.save(dict(Adapter.load(first).tensors), root / "adapter_model.bin")
+            (root / "adapter_model.safetensors").unlink()
+        model = _trained(second)
+
+        def check():
+            expected = {"adapter_config.json", "adapter_model.safetensors"}
+            expected |= {"notes.txt", "another"} if where in ("over", "bin") else set()
+            expected |= {"adapter_model.bin"} if where == "bin" else set()
+            assert files_in(folder).keys() == expected
+            assert_equals_fresh_load(load(LINEAR, folder), LINEAR, second)
+            shutil.rmtree(root)
+
+        return Case(
+            lambda: save_adapter(model, folder),
+            (model,),
+            extra=lambda: (root.exists(), files_in(root) if root.exists() else {}),
+            check=check,
+        )
+
+    return case
+
+
+# ---- pools
+
+
+def _pool_sources(shelf) -> dict[str, str]:
+    return {
+        "a": shelf(1, r=4, lora_alpha=3),
+        "b": shelf(2, r=6, target_modules=["first"], lora_dropout=0.1),
+        "dropped": shelf(3, r=2, use_rslora=True),
+    }
+
+
+def pool_state(pool: AdapterPool) -> dict:
+    """What a pool has, in plain values. Which of its adapters are packed doesn't count: files have them, too."""
+
+    def of(packed):
+        return None if packed is None else ([_plain(part) for part in packed.parts], _plain(packed.scalings))
+
+    entries = {
+        name: (each.version, each.source, of(each.packed) if each.source is None else None, each.stamp)
+        for name, each in pool._entries.items()
+    }
+    history = [
+        (state.entry and (state.entry.name, state.entry.version), of(state.packed), _plain(state.strength))
+        for state in pool._history
+    ]
+    return dict(entries=entries, history=history, active=pool.active, strength=round(pool.strength, 4))
+
+
+@operation("AdapterPool()")
+def _make_pool(shelf):
+    sources = _pool_sources(shelf)
+
+    def case():
+        model, made = _trained(sources["a"]), []
+
+        def check():
+            for name in sources:
+                made[0].swap(name)
+                assert_equals_fresh_load(model.eval(), LINEAR, sources[name], prepared=True, is_trainable=True)
+
+        return Case(
+            lambda: made.append(AdapterPool(model, adapters=sources, target_rank=7, progress=False)),
+            (model,),
+            check=check,
+        )
+
+    return case
+
+
+def _using(pool, name):
+    with pool.using(name, 0.5):
+        call(pool.model, LINEAR.inputs())
+
+
+POOL: dict[str, tuple] = {
+    # what is done, what is in the model afterwards, and other whole states on the way
+    "pool.swap": (lambda pool, new: pool.swap("b"), "b"),
+    "pool.swap with strength": (lambda pool, new: pool.swap("b", 0.5), "b"),
+    "pool.swap of a dropped adapter": (lambda pool, new: pool.swap("dropped"), "dropped"),
+    "pool.strength": (lambda pool, new: setattr(pool, "strength", 0.5), "a"),
+    "pool.off": (lambda pool, new: pool.off(), "a"),
+    "pool.undo": (lambda pool, new: pool.undo(), "b"),
+    "pool.add": (lambda pool, new: pool.add("new", new.source), "a"),
+    "pool.add with eviction": (lambda pool, new: pool.add("new", new.source), "a"),
+    "pool.remove": (lambda pool, new: pool.remove("b"), "a"),
+    "pool.update": (lambda pool, new: pool.update("b", new.tensors, new.config), "a"),
+    "pool.update of the active one": (lambda pool, new: pool.update("a", new.tensors, new.config), None),
+    "pool.using": (lambda pool, new: _using(pool, "b"), "a", lambda pool, new: pool.swap("b", 0.5)),
+    "pool.using of a dropped adapter": (
+        lambda pool, new: _using(pool, "dropped"),
+        "a",
+        lambda pool, new: pool.swap("dropped", 0.5),
+    ),
+    "pool.rows": (lambda pool, new: pool.rows, "a"),
+}
+
+
+def _pool(name, shelf):
+    action, result, *stations = POOL[name]
+    sources, new = _pool_sources(shelf), Adapter.load(shelf(4, r=3, lora_alpha=9))
+
+    def case():
+        model = _trained(sources["a"])
+        if stations:
+            model.eval()  # what is called in the block draws no random numbers
+        pool = AdapterPool(model, adapters=sources, target_rank=7, progress=False)
+        pool.swap("b")
+        pool.swap("a")
+        if "dropped" in name or "eviction" in name:
+            pool._entries["dropped"].packed = None
+        if "eviction" in name:
+            pool.max_bytes = pool.nbytes + 64
+
+        def check():
+            if result is None:
+                assert_equals_fresh_load(model.eval(), LINEAR, new.source, prepared=True, is_trainable=True)
+            elif pool.strength == 1:
+                assert_equals_fresh_load(model.eval(), LINEAR, sources[result], prepared=True, is_trainable=True)
+            if "eviction" in name:
+                assert pool._entries["b"].packed is None
+            pool.swap("dropped")
+            assert_equals_fresh_load(model.eval(), LINEAR, sources["dropped"], prepared=True, is_trainable=True)
+
+        return Case(
+            lambda: action(pool, new),
+            (model,),
+            extra=lambda: pool_state(pool),
+            check=check,
+            changes=not stations and name != "pool.rows",
+            stations=tuple(lambda station=station: station(pool, new) for station in stations),
+        )
+
+    return case
+
+
+for _name in POOL:
+    operation(_name, _name)(_pool)
+
+
+# ---- pipelines
+
+
+def _pipelines():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import test_pipeline
+        from transformers.utils import logging
+    logging.disable_progress_bar()
+    return test_pipeline
+
+
+def _attention(pipelines, **kwargs):
+    parts = {"unet": ("to_q",), "text_encoder": ("q_proj",)}
+    return pipelines.lora(pipelines.SD, parts=parts, **kwargs)
+
+
+@operation("hotswap_pipeline", False)
+@operation("hotswap_pipeline: prepared", True)
+def _swap_pipeline(prepared, shelf):
+    pipelines = _pipelines()
+    old, new = _attention(pipelines, rank=4), _attention(pipelines, seed=2, rank=2)
+
+    def case():
+        pipe = pipelines.SD.loaded(dict(old))
+        if prepared:
+            hotswap_lab.prepare_pipeline_for_compiled_hotswap(pipe, [new])
+        return Case(
+            lambda: hotswap_lab.hotswap_pipeline(pipe, new, "style"),
+            (pipe.unet, pipe.text_encoder),
+            check=lambda: pipelines.assert_like_fresh(pipe, pipelines.SD.loaded(dict(new)), pipelines.SD),
+        )
+
+    return case
+
+
+@operation("prepare_pipeline")
+def _prepare_pipeline(shelf):
+    pipelines = _pipelines()
+    old, new = _attention(pipelines, rank=4), _attention(pipelines, seed=2, rank=2)
+
+    def case():
+        pipe = pipelines.SD.loaded(dict(old))
+        return Case(
+            lambda: hotswap_lab.prepare_pipeline_for_compiled_hotswap(pipe, [new], target_rank=7),
+            (pipe.unet, pipe.text_encoder),
+            check=lambda: pipelines.assert_like_fresh(pipe, pipelines.SD.loaded(dict(old)), pipelines.SD),
+        )
+
+    return case

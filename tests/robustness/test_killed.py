@@ -1,0 +1,253 @@
+"""A process that is killed while it saves leaves the old adapter or the new one, never a mixture.
+
+And one that is killed while it fills the cache of converted models leaves nothing there that is taken for a model. The
+long form, 100 kills at random moments and one at every line and C call of a save::
+
+    python tests/robustness/test_killed.py --kills 100 --every 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from faults import list_steps, run_with_fault
+from models import KINDS, call, load, save_random_adapter
+from peft import PeftModel
+
+from hotswap_lab import save_adapter, together
+from hotswap_lab.demo.smollm2 import gguf_cache
+
+LINEAR = KINDS["linear"]
+#: the weights of the first two fit each other's configs, so that a mixture would load, and go unnoticed
+ADAPTERS = (dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=3), dict(r=6, target_modules=["first"]))
+
+unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as Unix does")
+
+
+class Saves:
+    """Models with different adapters, one folder that they are saved to, and what a reader finds there."""
+
+    def __init__(self, folder: Path):
+        self.target = folder / "target"
+        self.models, self.expected = [], []
+        for number, lora in enumerate(ADAPTERS):
+            source = save_random_adapter(LINEAR, folder / f"source_{number}", seed=number, **lora)
+            self.models.append(load(LINEAR, source))
+            self.expected.append(self._read(source))
+        assert len({output.numpy().tobytes() for _, output in self.expected}) == len(ADAPTERS)
+        mixture = folder / "mixture"
+        shutil.copytree(folder / "source_0", mixture)
+        shutil.copy(folder / "source_1" / "adapter_config.json", mixture)
+        assert self._number(mixture) is None, "a mixture must be told from both"
+        self.save(0)
+
+    @staticmethod
+    def _read(folder: str | Path) -> tuple[dict, torch.Tensor]:
+        """What PEFT makes of the folder."""
+        model = PeftModel.from_pretrained(LINEAR.base(), folder).eval()
+        config = {key: sorted(value) if isinstance(value, set) else value for key, value in _config(model).items()}
+        return config, call(model, LINEAR.inputs())
+
+    def _number(self, folder: Path) -> int | None:
+        config, output = self._read(folder)
+        found = [n for n, (c, o) in enumerate(self.expected) if config == c and torch.equal(output, o)]
+        return found[0] if found else None
+
+    def save(self, number: int) -> None:
+        save_adapter(self.models[number], self.target)
+
+    def number(self) -> int | None:
+        """Which adapter a reader finds; None if it is none of them."""
+        return self._number(self.target)
+
+    def litter(self) -> list[str]:
+        return [path.name for path in self.target.iterdir() if path.name.startswith(together.PREFIX)]
+
+
+def _config(model: PeftModel) -> dict:
+    return model.peft_config["default"].to_dict()
+
+
+def _kill(action: Callable[[], object], after: float | None = None) -> bool:
+    """Runs the action in a process of its own, and kills that after a while; True if it was killed."""
+    child = os.fork()
+    if not child:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def _die() -> BaseException:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still alive")
+
+
+def kill_at_random(saves: Saves, kills: int) -> collections.Counter:
+    """Kills a process that saves one adapter after the other, over and over, at random moments."""
+    counts: collections.Counter = collections.Counter()
+    chance = random.Random(0)
+
+    def forever() -> None:
+        number = 0
+        while True:
+            number = (number + 1) % len(ADAPTERS)
+            saves.save(number)
+
+    start = time.perf_counter()
+    saves.save(1)
+    one = time.perf_counter() - start
+    while counts["kills"] < kills:
+        assert _kill(forever, after=chance.uniform(0.0, 6 * one))
+        number = saves.number()
+        assert number is not None, f"kill {counts['kills']}: a mixture"
+        counts["kills"] += 1
+        counts["in the middle of a save"] += bool(saves.litter())
+        counts[f"found {number}"] += 1
+    saves.save(0)
+    assert saves.number() == 0
+    assert not saves.litter()
+    return counts
+
+
+def kill_at_steps(saves: Saves, every: int) -> collections.Counter:
+    """Kills a process at each line, and at each C call, of a save."""
+    counts: collections.Counter = collections.Counter()
+    for unit in ("line", "call"):
+        steps = len(list_steps(lambda: saves.save(0), unit))
+        for step in range(1, steps + 1, every):
+            saves.save(0)
+            killed = _kill(lambda step=step, unit=unit: run_with_fault(lambda: saves.save(1), step, _die, unit))
+            number = saves.number()
+            assert number in (0, 1), f"killed at {unit} {step}: a mixture"
+            if killed:
+                counts["kills"] += 1
+                counts["in the middle of a save"] += bool(saves.litter())
+                counts["new" if number else "old"] += 1
+    saves.save(2)
+    assert saves.number() == 2
+    assert not saves.litter()
+    return counts
+
+
+def kill_conversions(folder: Path, every: int) -> collections.Counter:
+    """Kills a process at each line, and at each C call, of filling the cache, with a small stand-in for the files."""
+    counts: collections.Counter = collections.Counter()
+    source, parts = folder / "small.gguf", {"config.json": b"{}", "model.safetensors": bytes(1000)}
+    source.write_bytes(b"GGUF")
+    os.environ[gguf_cache.CACHE_VARIABLE] = str(folder / "cache")
+
+    def stand_in(_: Path, partial: Path) -> None:
+        for name, content in parts.items():
+            (partial / name).write_bytes(content)
+
+    gguf_cache.convert, convert = stand_in, gguf_cache.convert
+    try:
+        for unit in ("line", "call", "deep"):
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+            steps = len(list_steps(lambda: gguf_cache.dequantised(source), unit))
+            for step in range(1, steps + 1, every):
+                shutil.rmtree(folder / "cache")
+                action = lambda step=step, unit=unit: run_with_fault(  # noqa: E731
+                    lambda: gguf_cache.dequantised(source), step, _die, unit
+                )
+                counts["kills"] += _kill(action)
+                found = list((folder / "cache").glob("[!.]*"))
+                counts["there" if found else "not there"] += 1
+                for _ in range(2):
+                    for each in (*found, gguf_cache.dequantised(source)):
+                        assert {path.name: path.read_bytes() for path in each.iterdir()} == parts, (unit, step)
+    finally:
+        gguf_cache.convert = convert
+        del os.environ[gguf_cache.CACHE_VARIABLE]
+    return counts
+
+
+@unix
+def test_killed_while_saving():
+    """In a process that has no threads, since it forks."""
+    command = [sys.executable, __file__, "--kills", "10", "--every", "29"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("at random moments: {'kills': 10")
+
+
+def test_savers_wait_for_each_other(tmp_path):
+    saves = Saves(tmp_path)
+
+    def some(numbers: tuple[int, ...]) -> None:
+        for number in numbers * 5:
+            saves.save(number)
+
+    threads = [threading.Thread(target=some, args=(numbers,)) for numbers in ((0, 1), (1, 0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert saves.number() is not None
+    assert not saves.litter()
+
+
+def test_without_symbolic_links(tmp_path, monkeypatch):
+    """On such disks an error still leaves the old adapter; that a kill can't be answered for is documented."""
+    saves = Saves(tmp_path)
+
+    def none(*_, **__):
+        raise OSError("A required privilege is not held by the client (pretended)")
+
+    monkeypatch.setattr(os, "symlink", none)
+    saves.save(1)
+    assert saves.number() == 1
+    steps = list_steps(lambda: saves.save(1), "call")
+    renames = [number for number, place in enumerate(steps, 1) if place.endswith(" replace")]
+    assert len(renames) == 2
+    for step in renames:
+        assert run_with_fault(lambda: saves.save(0), step, lambda: OSError("pretended"), "call").error
+        assert saves.number() == 1
+        assert not saves.litter()
+    saves.save(0)
+    assert saves.number() == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kills processes while they save.")
+    parser.add_argument("--kills", type=int, default=100, help="how many kills at random moments")
+    parser.add_argument("--every", type=int, default=1, help="kill at every n-th line and C call of a save")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        saves = Saves(Path(folder))
+        for name, counts in (
+            ("at random moments", kill_at_random(saves, arguments.kills)),
+            ("at one step after another", kill_at_steps(saves, arguments.every)),
+            ("while filling the cache", kill_conversions(Path(folder), arguments.every)),
+        ):
+            print(f"{name}: {dict(counts)}")
+
+
+if __name__ == "__main__":
+    main()
