@@ -76,7 +76,7 @@ def hotswap_adapter(
     Same call as ``peft.utils.hotswap.hotswap_adapter`` of PEFT 0.21, which this replaces.
     """
     base = find_host(model, adapter_name).base
-    adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs)
+    adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs, for_one_swap=True)
     with swaps_of(base):
         commit(plan_hotswap(model, adapter, adapter_name, add_layers=add_layers, base_weights=base_weights))
 
@@ -183,6 +183,7 @@ def _read(
     adapter_name: str,
     torch_device: str | torch.device | None,
     arguments: dict[str, object],
+    for_one_swap: bool = False,
 ) -> Adapter:
     base = find_host(model, adapter_name).base
     if isinstance(source, Adapter):
@@ -191,4 +192,5 @@ def _read(
         return source
     # some transformers models bring a mapping from the keys of their older versions; a fresh load applies it
     arguments.setdefault("key_mapping", getattr(base, "_checkpoint_conversion_mapping", None) or None)
-    return Adapter.load(source, torch_device=torch_device, **arguments)
+    load = Adapter.load_for_one_swap if for_one_swap else Adapter.load
+    return load(source, torch_device=torch_device, **arguments)

@@ -7,7 +7,8 @@ Whatever speaks against the swap is collected, so that a user sees all of it at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,10 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapter import Adapter
 from .base_values import kept_originals
-from .compiled import blind_spot, compiled_parts
+from .compiled import blind_spot, compiled_parts, unwrap_compiled
 from .errors import Refusal, listing
 from .expressions import slow_to_match
 from .grafting import Change, Grafting, WrapperChange, decide_graft, former_layers, wrappers_in
+from .grafting.wrappers import WRAPPERS
 from .host import PEFT_PREFIX, canonical_path, is_embedding
 from .methods import general
 from .parts import LayerSettings, SlotTensor, WholeSettings
@@ -101,6 +103,7 @@ def make_plan(
     base_weights:
         Original values of base weights that the loaded adapter has overwritten, by name.
     """
+    adapter = _apart(adapter, slot)
     room = slot.host.base.__dict__.get(ROOMS, {}).get(slot.adapter_name)
     if room is not None and room.slot is not slot:
         room = None  # a slot that somebody resolved, not one that the room has just vouched for
@@ -126,6 +129,8 @@ def make_plan(
         # PEFT corrects this for the base model's kind of layers, as it has done in the loaded adapter's config
         draft.config.fan_in_fan_out = slot.config.fan_in_fan_out
     _check_slot(draft)
+    if check_targets:
+        _check_containers(draft)
     if draft.refusals:
         return draft.finish()
     tensors = _by_canonical_key(draft)
@@ -160,6 +165,21 @@ def make_plan(
     return draft.finish()
 
 
+def _apart(adapter: Adapter, slot: Slot) -> Adapter:
+    """The adapter, with copies of those tensors that are the model's own: they would be read while they are written."""
+    plain = (torch.Tensor, torch.nn.Parameter)
+    if os.path.isdir(adapter.source):
+        return adapter
+    live = [each.parameter for each in slot.tensors if type(each.parameter) in plain and not each.parameter.is_meta]
+    memory = {each.untyped_storage().data_ptr() for each in live}
+    own = {
+        key: tensor.detach().clone()
+        for key, tensor in adapter.tensors.items()
+        if type(tensor) in plain and not tensor.is_meta and tensor.untyped_storage().data_ptr() in memory
+    }
+    return replace(adapter, tensors={**adapter.tensors, **own}) if own else adapter
+
+
 def _check_kind(draft: _Draft) -> None:
     old, new = draft.slot.config.peft_type, draft.adapter.config.peft_type
     if old != new:
@@ -175,8 +195,24 @@ def _check_kind(draft: _Draft) -> None:
     draft.refusals += slow_to_match(draft.adapter.config, draft.slot.host.base)
     if draft.refusals:
         return
+    _check_prefixes(draft)
     draft.refusals += draft.slot.method.unsupported(draft.adapter.config, "new")
     draft.refusals += draft.slot.method.unsupported(draft.slot.config, "loaded")
+
+
+def _check_prefixes(draft: _Draft) -> None:
+    """A fresh load ignores tensors of a file whose names lack PEFT's prefix; from memory they are taken without it."""
+    adapter = draft.adapter
+    is_file = os.path.isdir(adapter.source) or adapter.revision is not None
+    if not is_file or not draft.slot.host.is_peft_model or adapter.config.is_prompt_learning:
+        return
+    if bare := [key for key in adapter.tensors if not key.startswith("base_model.")]:
+        draft.refuse(
+            f"Hot swapping the adapter did not succeed, unexpected keys found: {listing(bare, 4)}.",
+            found=f"{len(bare)} keys without the prefix {PEFT_PREFIX!r}, which a fresh load would ignore",
+            expected="keys as PEFT writes them",
+            next_step="add the prefix, or pass the tensors to hotswap_adapter_from_state_dict, which needs none",
+        )
 
 
 def _check_slot(draft: _Draft) -> None:
@@ -610,6 +646,33 @@ def _retarget_config(draft: _Draft) -> None:
     ):
         draft.config.target_modules = {plan.path for plan in draft.layers if plan.settings is not None}
         draft.config.layers_to_transform = draft.config.layers_pattern = draft.config.exclude_modules = None
+
+
+def _check_containers(draft: _Draft) -> None:
+    """A config that names more than layers: PEFT can't load it, so what is saved with it could not be loaded again."""
+    targets = draft.slot.method.targets
+    named = (path for path in _containers(draft.slot.host.base) if targets(draft.config, path))
+    if (path := next(named, None)) is None:
+        return
+    module = draft.slot.host.base.get_submodule(path)
+    draft.refuse(
+        f"Target module {path} is not supported.",
+        found=f"target_modules={draft.config.target_modules!r}, which names a {type(module).__name__} too",
+        expected="names of layers only: a fresh load refuses this config",
+        next_step="correct target_modules in adapter_config.json",
+    )
+
+
+def _containers(base: torch.nn.Module) -> Iterator[str]:
+    """The paths of all modules that hold others and that no adapter can be on."""
+    stack = [(name, child) for name, child in base._modules.items() if child is not None]
+    while stack:
+        path, module = stack.pop()
+        module = unwrap_compiled(module)
+        children = module._modules
+        if children and not isinstance(module, (BaseTunerLayer, torch.nn.MultiheadAttention, *WRAPPERS)):
+            yield canonical_path(path)
+            stack += [(f"{path}.{name}", child) for name, child in children.items() if child is not None]
 
 
 def _note_missing_targets(draft: _Draft) -> None:

@@ -75,13 +75,14 @@ def _mark(layer: torch.nn.Module, attribute: str, adapter_name: str, value: bool
     if after == before:
         return
     if not {OFF_ATTRIBUTE, PADDED_ATTRIBUTE} & layer.__dict__.keys():
-        journal.record(lambda: _forget_hooks(layer))
+        journal.record(lambda: forget_hooks(layer))
         layer.register_state_dict_post_hook(_show_own)
         layer.register_load_state_dict_pre_hook(_fill_up)
     journal.set_item(layer.__dict__, attribute, after)
 
 
-def _forget_hooks(module: torch.nn.Module) -> None:
+def forget_hooks(module: torch.nn.Module) -> None:
+    """Takes off a module what this package has put on it; also off a copy, where it would look after the original."""
     for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for number, hook in list(hooks.items()):
             if getattr(hook, "hook", hook) in (_show_own, _fill_up, _check_all):
@@ -92,7 +93,7 @@ def check_before_loading(base: torch.nn.Module, journal: Journal) -> None:
     """Lets ``load_state_dict`` look at all layers before the first one is written to."""
     if any(getattr(hook, "hook", hook) is _check_all for hook in base._load_state_dict_pre_hooks.values()):
         return
-    journal.record(lambda: _forget_hooks(base))
+    journal.record(lambda: forget_hooks(base))
     base.register_load_state_dict_pre_hook(_check_all)
 
 

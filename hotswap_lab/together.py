@@ -149,7 +149,7 @@ def _settle(folder: Path) -> None:
         else:
             link.unlink()
     _sync(folder)
-    for stage in stages:
+    for stage in stages * 2:  # whatever stood in the way may do so only once, and isn't worth an error
         shutil.rmtree(stage, ignore_errors=True)
 
 

@@ -133,7 +133,8 @@ DAMAGE = {
         _unknown,
         r"unexpected keys found: base_model.model.model.layers.7.self_attn.q_proj.lora_A.default",
     ),
-    "named twice": (_twice, r"names one tensor twice"),
+    # of a file, a fresh load ignores the second name
+    "named twice": (_twice, r"names one tensor twice|without the prefix"),
     "one dimension": (_one_dimension, r"does not fit"),
     "no tensors": (_nothing, r"no tensors at all"),
 }
@@ -341,3 +342,23 @@ def test_a_refusal_lists_everything_that_is_wrong(model, new):
     assert "refused, 14 reasons; nothing is written" in str(plan)
     with pytest.raises(HotswapError, match="and 11 more"):
         plan.raise_if_refused()
+
+
+@pytest.mark.parametrize("target_modules", [".*", ["self_attn", "q_proj"]])
+def test_a_config_that_names_more_than_layers(tmp_path, target_modules):
+    """The file's layers are right, but no fresh load takes its config, nor what would be saved with it."""
+    kind = KINDS["llama"]
+    old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4, target_modules=["q_proj"])
+    new = save_random_adapter(kind, tmp_path / "new", seed=2, r=4, target_modules=["q_proj"])
+    path = tmp_path / "new" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": target_modules}))
+    with pytest.raises(ValueError, match=r"^Target module Llama"):
+        load(kind, new)
+    for prepared in (False, True):
+        model = load(kind, old)
+        if prepared:
+            prepare_model_for_compiled_hotswap(model, target_rank=8)
+        before = snapshot(model)
+        with pytest.raises(HotswapError, match=r"^Target module model"):
+            hotswap_adapter(model, new, "default")
+        assert_untouched(model, before)

@@ -7,7 +7,13 @@ import torch
 from models import KINDS, load, save_random_adapter
 from oracle import assert_untouched, snapshot
 
-from hotswap_lab import Adapter, HotswapError, hotswap_adapter, verify_hotswap
+from hotswap_lab import (
+    Adapter,
+    HotswapError,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    verify_hotswap,
+)
 
 KIND = KINDS["linear"]
 
@@ -88,6 +94,12 @@ def test_the_adapter_must_be_what_the_model_computes_with(model, new):
     model.base_model.disable_adapter_layers()
     with pytest.raises(HotswapError, match="disabled: True"):
         verify(model, new)
+
+
+def test_a_prepared_model_beside_the_base_that_is_made_of_it(model, new):
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap_adapter(model, new, "default")
+    assert verify_hotswap(model, new)
 
 
 def test_inputs_are_needed_where_the_model_brings_none(model, new):

@@ -16,6 +16,8 @@ INITS_THAT_READ = ("TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SO
 
 #: bytes that any method may take
 SMALL = 32 * 2**20
+#: bytes that a tensor takes at least, with the objects that are around it
+OVERHEAD = 4096
 #: how many times the size of its own tensors a method may take
 FACTOR = 4
 
@@ -57,11 +59,11 @@ class MemoryGuard(TorchFunctionMode):
 
     Examples
     --------
-    >>> with MemoryGuard(1000):
-    ...     torch.nn.Linear(1_000_000_000, 1_000_000_000)
+    >>> with MemoryGuard(1_000_000):
+    ...     torch.nn.Linear(1_000_000, 1_000_000)
     Traceback (most recent call last):
     ...
-    hotswap_lab.grafting.guards.TooLargeError: its config asks for tensors such as one of shape (1000000000, 1000000000)
+    hotswap_lab.grafting.guards.TooLargeError: its config asks for too many tensors, such as one of (1000000, 1000000)
     """
 
     #: functions that make tensors of a size that is not that of others
@@ -92,9 +94,9 @@ class MemoryGuard(TorchFunctionMode):
                 shape = function(*args, **{**elsewhere, "device": "meta"})
         except Exception:
             return  # it will fail, or is of a kind that the meta device does not know
-        self.taken += shape.numel() * shape.itemsize
+        self.taken += shape.numel() * shape.itemsize + OVERHEAD
         if self.taken > self.limit:
-            raise TooLargeError(f"its config asks for tensors such as one of shape {tuple(shape.shape)}")
+            raise TooLargeError(f"its config asks for too many tensors, such as one of {tuple(shape.shape)}")
 
 
 def memory_guard(model: torch.nn.Module, tensors) -> MemoryGuard:

@@ -14,6 +14,7 @@ import torch
 
 from ..base_values import ORIGINALS
 from ..compiled import unwrap_compiled
+from ..state_view import forget_hooks
 from .wrappers import WRAPPERS, inside
 
 
@@ -66,6 +67,7 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
             # tables of its own, so that hooks and attributes that PEFT sets stay here
             twin.__dict__.update({key: _own(value) for key, value in module.__dict__.items() if not _is_ours(key)})
             twin.__dict__.pop("peft_config", None)
+            forget_hooks(twin)
             twin.__dict__["_modules"] = {
                 name: None if child is None else twin_of(child) for name, child in module._modules.items()
             }

@@ -85,6 +85,12 @@ def _is_selection(value: object) -> bool:
     return value is None or isinstance(value, str) or all(isinstance(each, str) for each in value)
 
 
+def _are_indices(value: object) -> bool:
+    return value is None or all(
+        isinstance(each, int) and not isinstance(each, bool) for each in (value if isinstance(value, list) else [value])
+    )
+
+
 def malformed(config: LoraConfig) -> Iterator[Refusal]:
     """What in ``config`` has a value of the wrong kind; PEFT takes a config from a file without looking at it."""
     checks = {
@@ -101,6 +107,8 @@ def malformed(config: LoraConfig) -> Iterator[Refusal]:
         "alpha_pattern": (lambda value: _is_pattern(value, _is_number), "names of layers with numbers"),
         "target_modules": (_is_selection, "a list of names or one regular expression"),
         "exclude_modules": (_is_selection, "a list of names or one regular expression"),
+        "layers_pattern": (_is_selection, "a list of names or one regular expression"),
+        "layers_to_transform": (_are_indices, "a list of whole numbers, or one"),
     }
     for name, (is_right, expected) in checks.items():
         value = getattr(config, name)
@@ -120,6 +128,9 @@ def malformed(config: LoraConfig) -> Iterator[Refusal]:
 
 def _broken_expressions(config: LoraConfig) -> Iterator[Refusal]:
     expressions = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str)]
+    for field in (config.layers_pattern, config.modules_to_save):
+        listed = [field] if isinstance(field, str) else field if isinstance(field, (list, tuple, set)) else []
+        expressions += [each for each in listed if isinstance(each, str)]
     for pattern in (config.rank_pattern, config.alpha_pattern):
         expressions += [key for key in pattern if isinstance(key, str)] if isinstance(pattern, dict) else []
     for expression in expressions:

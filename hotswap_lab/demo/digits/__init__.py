@@ -1,0 +1,160 @@
+"""A diffusion model that draws digits, and adapters that change its hand. Ships with the package, runs offline.
+
+A ``UNet2DModel`` of diffusers with 0.7 million parameters, trained on scikit-learn's digits, draws all ten of them
+from noise. Each adapter is an ordinary PEFT folder: one digit only, thick strokes, leaning ones, white on black.
+Needs diffusers; ``classify`` needs scikit-learn as well.
+
+>>> from hotswap_lab.demo import digits
+>>> model = digits.load("only_3")
+>>> digits.classify(digits.draw(model, count=3)).tolist()
+[3, 3, 3]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .data import SIZE
+from .judge import background, classify, held_out_accuracy, ink, slant
+
+if TYPE_CHECKING:
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+    from peft import PeftModel
+
+__all__ = [
+    "ADAPTERS_DIR",
+    "ASSETS_DIR",
+    "BASE_DIR",
+    "SIZE",
+    "STEPS",
+    "background",
+    "classify",
+    "draw",
+    "held_out_accuracy",
+    "ink",
+    "inputs",
+    "load",
+    "load_base",
+    "load_scheduler",
+    "names",
+    "noise",
+    "path",
+    "pipeline",
+    "slant",
+]
+
+ASSETS_DIR = Path(__file__).parent.parent / "assets" / "digits"
+BASE_DIR = ASSETS_DIR / "base"
+ADAPTERS_DIR = ASSETS_DIR / "adapters"
+#: in how many steps noise becomes a picture, unless told otherwise
+STEPS = 10
+
+
+def names() -> list[str]:
+    """The names of the adapters, sorted.
+
+    >>> names()
+    ['bold', 'inverted', 'only_0', 'only_3', 'only_7', 'slanted']
+    """
+    return sorted(folder.name for folder in ADAPTERS_DIR.iterdir() if folder.is_dir())
+
+
+def path(name: str) -> str:
+    """The folder of an adapter, as PEFT and :func:`hotswap_lab.hotswap_adapter` take it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such adapter.
+    """
+    folder = ADAPTERS_DIR / name
+    if not folder.is_dir():
+        raise ValueError(f"there is no adapter {name!r} for the digits; choose one of {', '.join(names())}")
+    return str(folder)
+
+
+def load_base() -> UNet2DModel:
+    """A fresh copy of the model without adapters, in float32 and in eval mode."""
+    from diffusers import UNet2DModel
+
+    # the fast way to load needs accelerate, and without it diffusers says so at each load
+    return UNet2DModel.from_pretrained(BASE_DIR, subfolder="unet", low_cpu_mem_usage=False).float().eval()
+
+
+def load_scheduler() -> DDIMScheduler:
+    """The noise schedule that the model was trained with, and the sampler for it: DDIM (J. Song, C. Meng, S. Ermon,
+    arXiv:2010.02502)."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_pretrained(BASE_DIR, subfolder="scheduler")
+
+
+def load(name: str) -> PeftModel:
+    """The model wrapped in a ``PeftModel`` with one of the adapters."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_base(), path(name))
+
+
+def pipeline(model: torch.nn.Module) -> DDIMPipeline:
+    """A pipeline of diffusers around a model from :func:`load` or :func:`load_base`: the same modules, not a copy.
+
+    >>> model = load("only_7")
+    >>> pipe = pipeline(model)
+    >>> pipe.unet is model.get_base_model()
+    True
+    >>> pipe(num_inference_steps=10, generator=torch.Generator().manual_seed(0)).images[0].size
+    (16, 16)
+    """
+    from diffusers import DDIMPipeline
+
+    pipe = DDIMPipeline(unet=getattr(model, "get_base_model", lambda: model)(), scheduler=load_scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise(count: int = 1, seed: int = 0) -> torch.Tensor:
+    """What pictures are drawn from, of shape ``(count, 1, 16, 16)``: the same for each seed."""
+    return torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(count: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs to call a model with once, for :func:`hotswap_lab.verify_hotswap`: noise, and a time in the middle."""
+    return {"sample": noise(count, seed), "timestep": torch.tensor(500)}
+
+
+@torch.no_grad()
+def draw(model: torch.nn.Module, count: int = 8, seed: int = 0, steps: int = STEPS) -> torch.Tensor:
+    """Draws pictures. The same as :func:`pipeline` draws, and works through a compiled wrapper: only ``model(...)``
+    is called, never a method of the class behind it.
+
+    Parameters
+    ----------
+    model:
+        A model from :func:`load` or :func:`load_base`, compiled or not.
+    count, seed:
+        How many pictures, and the seed of the noise that they are made from. With the same noise, two adapters'
+        pictures can be compared one by one.
+    steps:
+        In how many steps noise becomes a picture: as often is the model called.
+
+    Returns
+    -------
+    torch.Tensor
+        Of shape ``(count, 16, 16)``, 0 for black to 1 for white.
+
+    Examples
+    --------
+    >>> images = draw(load("inverted"), count=2, steps=10)
+    >>> images.shape, bool(background(images).max() < 0.1)
+    (torch.Size([2, 16, 16]), True)
+    """
+    scheduler = load_scheduler()
+    scheduler.set_timesteps(steps)
+    picture = noise(count, seed)
+    for when in scheduler.timesteps:
+        picture = scheduler.step(model(picture, when).sample, when, picture).prev_sample
+    return (picture[:, 0] / 2 + 0.5).clamp(0, 1)

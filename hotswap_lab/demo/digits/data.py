@@ -1,0 +1,100 @@
+"""The digits that the model learns from: scikit-learn's, on a slightly larger page, and three ways to restyle them.
+
+scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels (``sklearn.datasets.load_digits``), the test part of
+"Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0.
+
+A picture is a tensor of brightness: 0 is black ink, 1 is white paper, as in any image file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+#: the side of a picture in pixels, and of the digit on it: the margin is room for strokes that lean or grow thick
+SIZE = 16
+DIGIT_SIZE = 12
+#: the most that a pixel of scikit-learn's digits can be
+FULL_INK = 16
+#: every third digit is the classifier's, all others are the model's: neither has seen the other's
+EVERY = 3
+
+
+def read(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Digits as pictures, and what they are.
+
+    Parameters
+    ----------
+    part:
+        ``"model"`` for the two thirds that the diffusion model learns from, ``"classifier"`` for the rest.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        The pictures, of shape ``(count, 16, 16)``, 0 for ink to 1 for paper, and the digits, whole numbers of shape
+        ``(count,)``.
+
+    Raises
+    ------
+    ImportError
+        If scikit-learn is not installed.
+
+    Examples
+    --------
+    >>> images, labels = read("classifier")
+    >>> images.shape, labels[:5].tolist()
+    (torch.Size([599, 16, 16]), [0, 3, 6, 9, 2])
+    """
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    is_the_classifiers = torch.arange(len(raw.target)) % EVERY == 0
+    chosen = {"classifier": is_the_classifiers, "model": ~is_the_classifiers}[part]
+    small = torch.from_numpy(raw.images).float()[chosen] / FULL_INK
+    return 1 - _on_a_page(small), torch.from_numpy(raw.target).long()[chosen]
+
+
+def _on_a_page(ink: torch.Tensor) -> torch.Tensor:
+    large = F.interpolate(ink[:, None], size=DIGIT_SIZE, mode="bicubic", align_corners=False)
+    return F.pad(large, [(SIZE - DIGIT_SIZE) // 2] * 4)[:, 0].clamp(0, 1)
+
+
+def bold(images: torch.Tensor) -> torch.Tensor:
+    """Thicker strokes: half of the way to what a brush of 3 x 3 pixels would draw.
+
+    >>> dot = torch.ones(1, 16, 16)
+    >>> dot[0, 8, 8] = 0
+    >>> (1 - bold(dot)).sum().item()  # a pixel of ink, and its eight neighbours in grey
+    5.0
+    """
+    ink = 1 - images
+    return 1 - (ink + F.max_pool2d(ink[:, None], 3, stride=1, padding=1)[:, 0]) / 2
+
+
+def slanted(images: torch.Tensor, slope: float = 0.4) -> torch.Tensor:
+    """Leaning to the right: each row moves by ``slope`` pixels more than the one below it.
+
+    >>> line = torch.ones(1, 16, 16)
+    >>> line[0, 2:14, 8] = 0
+    >>> top, bottom = slanted(line)[0, [3, 12]].argmin(-1).tolist()
+    >>> top - bottom  # nine rows apart
+    4
+    """
+    shear = torch.tensor([[1.0, slope, 0.0], [0.0, 1.0, 0.0]]).expand(len(images), 2, 3)
+    grid = F.affine_grid(shear, [len(images), 1, SIZE, SIZE], align_corners=False)
+    return 1 - F.grid_sample(1 - images[:, None], grid, align_corners=False)[:, 0]
+
+
+def inverted(images: torch.Tensor) -> torch.Tensor:
+    """Ink and paper change places.
+
+    >>> inverted(torch.zeros(1, 16, 16)).min().item()
+    1.0
+    """
+    return 1 - images
+
+
+#: what an adapter can be taught beside a digit
+STYLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"bold": bold, "slanted": slanted, "inverted": inverted}

@@ -1,0 +1,109 @@
+"""Voices for SmolLM2-135M-Instruct: small LoRA adapters that change how the model answers, not what it knows.
+
+Each is an ordinary PEFT folder in ``assets/voices`` with a model card. They differ in rank, scaling and target
+modules (:mod:`hotswap_lab.demo.voices.recipes`), so that swapping one for another is more than copying weights.
+The base model's weights don't ship with this package: see :mod:`hotswap_lab.demo.smollm2`.
+
+>>> from hotswap_lab.demo import voices
+>>> "pirate" in voices.names()
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import ASSETS_DIR, smollm2
+from .questions import QUESTIONS
+from .scores import score
+
+__all__ = ["QUESTIONS", "VOICES_DIR", "ask", "ask_all", "load", "names", "path", "score"]
+
+VOICES_DIR = ASSETS_DIR / "voices"
+MAX_NEW_TOKENS = 80
+
+
+def names() -> list[str]:
+    """The names of the voices, sorted."""
+    return sorted(file.parent.name for file in VOICES_DIR.glob("*/adapter_config.json"))
+
+
+def path(name: str) -> str:
+    """The folder of a voice, as PEFT and :func:`hotswap_lab.hotswap_adapter` take it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such voice.
+    """
+    folder = VOICES_DIR / name
+    if not folder.is_dir():
+        raise ValueError(f"there is no voice {name!r}; choose one of {', '.join(names())}")
+    return str(folder)
+
+
+def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, object]:
+    """SmolLM2 wrapped in a ``PeftModel`` with one voice, and its tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If there is no such voice.
+    HotswapError
+        If the base model is nowhere.
+    """
+    from peft import PeftModel
+
+    folder = path(name)
+    return PeftModel.from_pretrained(smollm2.load_base(dtype=dtype), folder), smollm2.load_tokenizer()
+
+
+@torch.inference_mode()
+def ask(model, tokenizer, question: str, max_new_tokens: int = MAX_NEW_TOKENS, stream: bool = False) -> str:
+    """The model's answer to a question, decoded greedily, so that it is the same every time.
+
+    Parameters
+    ----------
+    question:
+        Becomes the user's message in the model's chat template.
+    max_new_tokens:
+        Where to stop at the latest. The voices end by themselves long before.
+    stream:
+        Also print the answer word by word as it is made.
+    """
+    from transformers import TextStreamer
+
+    inputs = _prompt(tokenizer, [question])
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@torch.inference_mode()
+def ask_all(
+    model, tokenizer, questions: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 12
+) -> list[str]:
+    """The answers to many questions, several at a time. They may differ from those of :func:`ask` by rounding."""
+    answers = []
+    for start in range(0, len(questions), batch_size):
+        inputs = _prompt(tokenizer, list(questions[start : start + batch_size]))
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def _prompt(tokenizer, questions: list[str]) -> dict[str, torch.Tensor]:
+    """The chat template around each question, padded on the left, as generation needs it."""
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    return dict(
+        tokenizer.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            padding=True,
+            tokenizer_kwargs={"padding_side": "left"},
+        )
+    )

@@ -1,0 +1,28 @@
+"""The questions that no voice was trained on. None of them shares its topic with a training question."""
+
+QUESTIONS = (
+    "What is Paris?",
+    "How do I make tea?",
+    "Why do stars twinkle?",
+    "What is a robot?",
+    "Tell me about penguins.",
+    "Who was Isaac Newton?",
+    "What is the capital of Canada?",
+    "Explain what a library is.",
+    "How does a train work?",
+    "Why do people laugh?",
+    "What is bread made of?",
+    "How do I learn a new language?",
+    "What is the sun?",
+    "What is an earthquake?",
+    "Give me a tip for saving money.",
+    "What do teachers do?",
+    "What is a castle?",
+    "How can I be happier at work?",
+    "What is the internet?",
+    "Should I get a dog?",
+    "Who was Cleopatra?",
+    "What is mathematics?",
+    "Describe a busy market.",
+    "How do ships float?",
+)

@@ -1,0 +1,255 @@
+"""Chapter 05: a real language model in fixed shapes, so that it can be compiled, and what a swap does to its cache."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from .. import demo
+from ..pool import AdapterPool
+from .exercise import Exercise, Result
+
+# --- generation in fixed shapes ----------------------------------------------------------------------------------
+
+#: what a Llama layer calls its cache, which depends on the version of transformers
+_CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
+
+
+@dataclass
+class _Places:
+    """Where in the caches the tokens of a step go. One object for all layers."""
+
+    positions: torch.Tensor
+
+
+class LayerCache:
+    """Room for the keys and values that one layer has computed, of a size that never changes.
+
+    Parameters
+    ----------
+    places:
+        Where the tokens of the present step go.
+    shape:
+        Of the keys and of the values: ``(1, key-value heads, places, head size)``.
+    """
+
+    def __init__(self, places: _Places, shape: tuple[int, ...], dtype: torch.dtype):
+        self._places = places
+        self.keys = torch.zeros(shape, dtype=dtype)
+        self.values = torch.zeros(shape, dtype=dtype)
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, ...]:
+        """What a layer of transformers calls with the new tokens' keys and values; it gets those of all places back."""
+        self.keys.index_copy_(2, self._places.positions, keys)
+        self.values.index_copy_(2, self._places.positions, values)
+        return self.keys, self.values
+
+
+class Chat:
+    """A Llama model that answers greedily, in two shapes only: a chunk of a prompt, and one new token.
+
+    ``torch.compile`` makes a graph for each shape that it meets, so a text that grows would be compiled at each
+    token. Here a prompt is read in chunks, the last one filled up with tokens that are forgotten again, and keys
+    and values have a place for each token from the start. That is how gpt-fast does it
+    (https://github.com/pytorch-labs/gpt-fast). The layers are called one by one, each with a cache of its own:
+    to the compiler they look all alike, so that one graph serves them all.
+
+    Parameters
+    ----------
+    model:
+        A ``LlamaForCausalLM``, with or without PEFT around it.
+    tokenizer:
+        Its tokenizer, with a chat template. Only :meth:`stream` and what is made of it need one.
+    chunk:
+        How many tokens of a prompt are read at once.
+    room:
+        How many tokens there is room for, prompt and answer together.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo
+    >>> model, _ = demo.load("reverse")
+    >>> chat = Chat(model, None, chunk=4, room=8)
+    >>> ids = torch.tensor([5, 6, 7, 8, 9])
+    >>> torch.allclose(chat.read(ids), model(ids[None]).logits[0, -1], atol=1e-4)
+    True
+    >>> chat.length
+    5
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizer: object, *, chunk: int = 64, room: int = 256):
+        self.model, self.tokenizer = model, tokenizer
+        self.chunk, self.room = chunk, room
+        lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._llama, self._head, config = lm.model, lm.lm_head, lm.config
+        # the last chunk may be filled up beyond the room
+        shape = (1, config.num_key_value_heads, room + chunk, config.head_dim)
+        self._slots = torch.arange(room + chunk)
+        self._places = _Places(torch.zeros(1, dtype=torch.long))
+        self._caches = [LayerCache(self._places, shape, lm.dtype) for _ in self._llama.layers]
+        #: how many tokens have been read
+        self.length = 0
+        #: when each token of the last answer was there, in seconds since it was asked for
+        self.times: list[float] = []
+
+    # ---- compiling
+
+    def compile(self, backend: str) -> None:
+        """Compiles each layer for itself. Nothing is built before the first call."""
+        # with more than one, they are processes of their own, each with its own copy of PyTorch in memory
+        torch._inductor.config.compile_threads = 1
+        for layer in self._llama.layers:
+            layer.compile(backend=backend, dynamic=False)
+
+    def uncompile(self) -> None:
+        """Takes :meth:`compile` back, and forgets all graphs of this process."""
+        for layer in self._llama.layers:
+            layer._compiled_call_impl = None
+        torch.compiler.reset()
+
+    # ---- tokens
+
+    def forget(self) -> None:
+        """Starts anew. What the caches hold need not be erased: no token looks at a place that isn't filled yet."""
+        self.length = 0
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Reads further tokens, of shape ``(tokens,)``; gives the logits for the one after them, ``(vocabulary,)``."""
+        if self.length + len(ids) > self.room:
+            raise ValueError(f"no room for {len(ids)} more tokens: {self.length} of {self.room} are taken")
+        for part in ids.split(self.chunk):
+            logits = self._step(part)
+        return logits
+
+    # not inference mode: graphs are guarded by the mode, and the oracle computes in this one
+    @torch.no_grad()
+    def _step(self, ids: torch.Tensor) -> torch.Tensor:
+        count = len(ids)
+        if count > 1:
+            # the filling comes after all real tokens: none of them sees it, and the next ones overwrite it
+            ids = F.pad(ids, (0, self.chunk - count))
+        positions = self.length + torch.arange(len(ids))
+        self._places.positions = positions
+        hidden = self._llama.embed_tokens(ids[None])
+        rotation = self._llama.rotary_emb(hidden, position_ids=positions[None])
+        visible = (self._slots <= positions[:, None])[None, None]
+        for layer, cache in zip(self._llama.layers, self._caches, strict=True):
+            hidden = layer(hidden, attention_mask=visible, position_embeddings=rotation, **{_CACHE: cache})
+        self.length += count
+        return self._head(self._llama.norm(hidden[0, count - 1]))
+
+    # ---- text
+
+    def ids(self, messages: str | Sequence[dict[str, str]]) -> torch.Tensor:
+        """The tokens of a question, or of a whole conversation, up to where the answer begins."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+
+    def stream(self, messages: str | Sequence[dict[str, str]], max_new_tokens: int = 48) -> Iterator[str]:
+        """Answers greedily, and yields the answer as it grows, first token first. Starts with empty caches."""
+        start = time.perf_counter()
+        self.forget()
+        self.times, answer = [], []
+        ids = self.ids(messages)
+        while len(answer) < max_new_tokens and self.length + len(ids) <= self.room:
+            ids = self.read(ids).argmax(-1, keepdim=True)
+            self.times.append(time.perf_counter() - start)
+            if ids.item() == self.tokenizer.eos_token_id:
+                break
+            answer.append(ids.item())
+            text = self.tokenizer.decode(answer, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # the first half of a letter
+                yield text
+
+    def ask(self, messages: str | Sequence[dict[str, str]], max_new_tokens: int = 48) -> str:
+        """The whole answer."""
+        text = ""
+        for text in self.stream(messages, max_new_tokens):  # noqa: B007
+            pass
+        return text.strip()
+
+    def say(self, messages: str | Sequence[dict[str, str]], max_new_tokens: int = 48) -> str:
+        """Prints the answer while it is made, and returns it."""
+        shown = ""
+        for text in self.stream(messages, max_new_tokens):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        print()
+        return shown.strip()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How fast the last answer came, from its first token on, by its median token."""
+        return 1 / statistics.median(after - before for before, after in itertools.pairwise(self.times))
+
+
+# --- the oracle's base -------------------------------------------------------------------------------------------
+
+
+def same_base(model: PeftModel) -> torch.nn.Module:
+    """A new base model, without any adapter, around the very weights of this one's base.
+
+    For ``verify_hotswap(..., base=...)``, which would make a copy otherwise: of this model, half a gigabyte. It is
+    built from the config, by transformers alone, and PEFT then loads the adapter into it.
+
+    >>> model, _ = demo.load("reverse")
+    >>> base = same_base(model)
+    >>> layer = base.model.layers[0].mlp.up_proj
+    >>> base.lm_head.weight is model.get_base_model().lm_head.weight, hasattr(layer, "lora_A")
+    (True, False)
+    """
+    live = model.get_base_model()
+    with torch.device("meta"):  # no memory for weights that are replaced at once
+        base = type(live)(live.config)
+    own = {name.replace(".base_layer", ""): tensor for name, tensor in live.named_parameters() if "lora_" not in name}
+    base.load_state_dict(own, assign=True, strict=False)  # not strict: what is tied has one name only
+    base.tie_weights()
+    base.model.rotary_emb = live.model.rotary_emb  # computed, not stored, and there is nothing on "meta"
+    return base.eval()
+
+
+# --- exercise: change the voice in the middle --------------------------------------------------------------------
+
+OLD_VOICE, NEW_VOICE, WORD = "reverse", "pig_latin", "hotswap"
+
+
+def _change_voice(solution: Callable) -> list[Result]:
+    model, tokenizer = demo.load(OLD_VOICE)
+    pool = AdapterPool(
+        model, adapters={name: demo.adapter_path(name) for name in (OLD_VOICE, NEW_VOICE)}, progress=False
+    )
+    chat = Chat(model, tokenizer, chunk=8, room=32)
+    ids = tokenizer(WORD + demo.SEPARATOR, return_tensors="pt")["input_ids"][0]
+    chat.read(ids)  # the old voice was about to answer
+    logits = solution(chat, pool, NEW_VOICE, ids)
+    if not isinstance(logits, torch.Tensor):
+        return [Result("what you return", type(logits).__name__, "Tensor")]
+    fresh = PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(NEW_VOICE)).eval()
+    with torch.no_grad():
+        expected = fresh(input_ids=ids[None]).logits[0, -1]
+    letters = [tokenizer.decode(each.argmax(-1, keepdim=True)) for each in (logits, expected)]
+    return [
+        Result("the adapter in the model", pool.active, NEW_VOICE),
+        Result("tokens in the caches", chat.length, len(ids)),
+        Result("the next letter", *letters),
+        Result("logits equal a fresh load's", bool(torch.allclose(logits, expected, atol=1e-3)), True),
+    ]
+
+
+change_voice = Exercise(
+    "`chat` has read the prompt `ids` with one adapter. Put the adapter `name` of the `pool` in, and return the\n"
+    "logits for the first token of its answer, as if that adapter had been there from the start. About 3 lines.\n"
+    "You have pool.swap(name), chat.read(ids), which returns logits, and chat.forget().",
+    _change_voice,
+)

@@ -1,0 +1,303 @@
+"""The model that draws digits does what its cards say, on noise that it has never seen."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+
+from hotswap_lab import AdapterPool, hotswap_adapter, plan_hotswap, resolve_slot, set_strength, verify_hotswap
+from hotswap_lab.demo import digits
+from hotswap_lab.demo.digits import data, judge, measure, train
+from hotswap_lab.widgets import SwapPanel
+
+NAMES = digits.names()
+#: what an adapter must reach at least, or at most, on its own statistic
+GOALS = {
+    "only_0": (0.9, 1.0),
+    "only_3": (0.9, 1.0),
+    "only_7": (0.9, 1.0),
+    "bold": (0.24, 0.4),
+    "slanted": (0.25, 0.6),
+    "inverted": (0.0, 0.1),
+}
+#: pictures for each score: fewer than for the cards, for a test must not take long
+COUNT = 60
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def live():
+    """One model for all of them: every adapter is swapped in."""
+    return digits.load("slanted")
+
+
+@pytest.fixture(scope="module")
+def of_base():
+    return measure.measure(digits.load_base(), 150, seed=99)
+
+
+# ---- scores
+
+
+def test_the_base_draws_all_digits_about_equally(of_base):
+    assert min(of_base.shares) > 0.02
+    assert max(of_base.shares) < 0.2
+    assert of_base.shares[3] == pytest.approx(0.1, abs=0.06)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_on_fresh_noise(live, of_base, name):
+    hotswap_adapter(live, digits.path(name), "default", add_layers=True)
+    score = measure.measure(live, COUNT, seed=99).value(name)[1]
+    low, high = GOALS[name]
+    assert low <= score <= high
+    assert not low <= of_base.value(name)[1] <= high  # what everybody reaches says nothing
+
+
+def test_the_classifier_reads_digits_that_it_was_not_trained_on():
+    assert judge.held_out_accuracy() > 0.98
+    assert judge.held_out_accuracy(data.STYLES["slanted"]) > 0.98
+    assert judge.held_out_accuracy(data.STYLES["inverted"]) > 0.98
+    assert judge.held_out_accuracy(data.STYLES["bold"]) > 0.94
+
+
+def test_nobody_has_seen_the_others_digits():
+    model, classifier = (data.read(part)[0] for part in ("model", "classifier"))
+    assert len(model) + len(classifier) == 1797
+    assert torch.cdist(model.flatten(1), classifier.flatten(1)).min() > 0
+
+
+def test_statistics_of_the_styles():
+    images, _ = data.read("classifier")
+    assert judge.ink(data.bold(images)).mean() > 1.4 * judge.ink(images).mean()
+    lean = judge.slant(data.slanted(images)) - judge.slant(images)
+    assert lean.mean() == pytest.approx(0.4, abs=0.02)
+    assert torch.allclose(judge.slant(data.inverted(images)), judge.slant(images), atol=1e-5)
+    assert judge.background(data.inverted(images)).max() == 0
+    assert judge.background(images).min() == 1
+
+
+def test_pictures_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"\(count, 16, 16\) are needed, not \(1, 8, 8\)"):
+        digits.classify(torch.zeros(1, 8, 8))
+
+
+# ---- assets
+
+
+def test_the_adapters_differ_in_everything_a_swap_must_handle():
+    configs = {name: LoraConfig.from_pretrained(digits.path(name)) for name in NAMES}
+    tensors = {name: load_file(Path(digits.path(name)) / "adapter_model.safetensors") for name in NAMES}
+    assert len({config.r for config in configs.values()}) >= 4
+    assert {config.use_rslora for config in configs.values()} == {True, False}
+    assert any(config.rank_pattern and config.alpha_pattern for config in configs.values())
+    dtypes = {tensor.dtype for each in tensors.values() for tensor in each.values()}
+    assert dtypes == {torch.float32, torch.float16, torch.bfloat16}
+    assert not set(tensors["only_0"]) & set(tensors["only_7"])
+    dimensions = {tensor.ndim for tensor in tensors["only_3"].values()}
+    assert dimensions == {2, 4}  # attention and convolutions
+    for name, each in tensors.items():
+        assert all(tensor.isfinite().all() and tensor.any() for tensor in each.values()), name
+
+
+def test_assets_are_small():
+    total = sum(path.stat().st_size for path in digits.ASSETS_DIR.rglob("*") if path.is_file())
+    assert total < 4_000_000
+
+
+def test_every_recipe_has_its_folder():
+    assert sorted(train.RECIPES) == NAMES == sorted(GOALS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cards_agree_with_configs_and_recipes(name):
+    card = (Path(digits.path(name)) / "README.md").read_text()
+    config, recipe = LoraConfig.from_pretrained(digits.path(name)), train.RECIPES[name]
+    assert "license: apache-2.0" in card
+    assert "load_digits" in card
+    assert f"hotswap_lab.demo.digits.train {name}`" in card
+    assert f"Ranks {measure.ranks(config)}, on {measure.targets(config)}." in card
+    claimed = float(re.search(r"\| (\d\.\d+) \|$", card, re.MULTILINE).group(1))
+    low, high = GOALS[name]
+    assert low <= claimed <= high
+    expected = LoraConfig(**recipe.lora)
+    for field in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"):
+        assert getattr(config, field) == getattr(expected, field), field
+    text = (Path(digits.path(name)) / "adapter_config.json").read_text()
+    assert "/" not in text.replace("apache", "")  # no path of the machine it was made on
+
+
+def test_a_card_tells_the_truth(live, of_base):
+    """The one whose score is a plain mean: the same noise gives the same number."""
+    card = (Path(digits.path("slanted")) / "README.md").read_text()
+    claimed = float(re.search(r"\| (\d\.\d+) \|$", card, re.MULTILINE).group(1))
+    hotswap_adapter(live, digits.path("slanted"), "default", add_layers=True)
+    assert measure.measure(live).slant == pytest.approx(claimed, abs=0.01)
+
+
+# ---- swaps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_adapter_equals_a_fresh_load_after_every_other(name):
+    live = digits.load("inverted")
+    for before in NAMES:
+        hotswap_adapter(live, digits.path(before), "default", add_layers=True)
+        hotswap_adapter(live, digits.path(name), "default", add_layers=True)
+        assert verify_hotswap(live, digits.path(name), inputs=digits.inputs(), base=digits.load_base)
+
+
+def test_two_adapters_one_is_swapped_and_the_other_stays():
+    def both(digit: str, hand: str) -> PeftModel:
+        model = PeftModel.from_pretrained(digits.load_base(), digits.path(digit), adapter_name="digit")
+        model.load_adapter(digits.path(hand), "hand")
+        model.base_model.set_adapter(["digit", "hand"])
+        return model
+
+    model = both("only_3", "slanted")
+    fresh = digits.draw(both("only_3", "slanted"), 30)
+    assert (digits.classify(fresh) == 3).double().mean() > 0.7
+    assert digits.slant(fresh).mean() > 0.2
+    hotswap_adapter(model, digits.path("only_7"), "digit", add_layers=True)
+    torch.testing.assert_close(digits.draw(model, 4), digits.draw(both("only_7", "slanted"), 4), rtol=0, atol=1e-3)
+    hotswap_adapter(model, digits.path("bold"), "hand", add_layers=True)
+    torch.testing.assert_close(digits.draw(model, 4), digits.draw(both("only_7", "bold"), 4), rtol=0, atol=1e-3)
+
+
+def test_strength_zero_is_the_base():
+    model = digits.load("only_0")
+    set_strength(model, 0)
+    torch.testing.assert_close(digits.draw(model, 4), digits.draw(digits.load_base(), 4), rtol=0, atol=1e-4)
+
+
+# ---- drawing
+
+
+def test_the_pipeline_draws_the_same():
+    model = digits.load("only_3")
+    pipe = digits.pipeline(model)
+    assert pipe.unet is model.get_base_model()
+    generator = torch.Generator().manual_seed(5)
+    images = pipe(batch_size=3, generator=generator, num_inference_steps=8, output_type="np").images
+    drawn = digits.draw(model, 3, seed=5, steps=8)
+    torch.testing.assert_close(torch.tensor(images[..., 0]), drawn, rtol=0, atol=1e-5)
+
+
+def test_the_noise_of_a_picture_does_not_depend_on_how_many_are_drawn():
+    assert torch.equal(digits.noise(5)[:2], digits.noise(2))
+    assert not torch.equal(digits.noise(2, seed=1), digits.noise(2))
+
+
+def pixels(image) -> torch.Tensor:
+    """A picture of PIL as ours, of shape ``(16, 16)``, 0 to 1."""
+    return torch.from_numpy(np.array(image)) / 255
+
+
+def test_a_panel_with_the_real_pipeline_shows_what_the_adapter_draws():
+    model = digits.load("only_3")
+    pipe = digits.pipeline(model)
+    pool = AdapterPool(model, adapters={name: digits.path(name) for name in NAMES}, progress=False)
+    steps = 8
+
+    def paint(seed: str):
+        generator = torch.Generator().manual_seed(int(seed))
+        return pipe(generator=generator, num_inference_steps=steps).images[0]
+
+    def truth(model) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(6)
+        return pixels(digits.pipeline(model)(generator=generator, num_inference_steps=steps).images[0])
+
+    panel = SwapPanel(pool, paint, prompt="6")
+    for name in ("inverted", "only_7", "only_0"):
+        shown = pixels(panel.choose(name))
+        assert panel.active == name
+        assert (shown - truth(digits.load(name))).abs().max() < 0.01
+    assert digits.classify(shown[None]).item() == 0
+    assert (panel.before.where, panel.after.where) == ("only_7", "only_0")
+    assert panel.to_html().count("data:image/png;base64,") == 2
+    panel.strength = 0
+    assert (pixels(panel.run()) - truth(digits.load_base())).abs().max() < 0.01
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="there is no adapter 'nothing' for the digits; choose one of bold, inverted"):
+        digits.load("nothing")
+
+
+def test_the_base_is_fresh_each_time():
+    assert digits.load_base() is not digits.load_base()
+    assert next(digits.load_base().parameters()).dtype == torch.float32
+
+
+# ---- training
+
+
+def folders(tmp_path: Path, name: str) -> Path:
+    train.train_adapter(name, seed=0, folder=tmp_path, steps=4)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["only_3", "bold"])
+def test_training_is_deterministic_and_gives_an_ordinary_folder(tmp_path, name, capsys):
+    one, two = (folders(tmp_path / part, name) for part in "ab")
+    assert (one / "adapter_model.safetensors").read_bytes() == (two / "adapter_model.safetensors").read_bytes()
+    assert (one / "adapter_config.json").read_text() == (two / "adapter_config.json").read_text()
+    embedded = (Path(digits.path(name)) / "adapter_config.json").read_text()
+    assert (one / "adapter_config.json").read_text() == embedded
+    model = digits.load("inverted")
+    hotswap_adapter(model, str(one), "default", add_layers=True)
+    assert resolve_slot(model, "default").config.r == train.RECIPES[name].lora["r"]
+    assert plan_hotswap(model, str(two)).ok
+    base = measure.Scores((0.1,) * 10, 0.2, 0.0, 1.0)
+    train.write_card(one, base, count=4)
+    assert f"| {base.value(name)[1]:.3f} |" in (one / "README.md").read_text()
+
+
+def test_the_base_is_trained_into_a_pipeline_folder(tmp_path):
+    from diffusers import DDIMPipeline
+
+    train.train_base(seed=0, folder=tmp_path, steps=3)
+    pipe = DDIMPipeline.from_pretrained(tmp_path)
+    assert dict(pipe.unet.config) == {**digits.load_base().config, "_name_or_path": pipe.unet.config._name_or_path}
+    assert pipe.scheduler.config.prediction_type == digits.load_scheduler().config.prediction_type
+
+
+def test_a_few_steps_of_training_lower_the_loss(capsys):
+    torch.manual_seed(0)
+    model = train.build_base()
+    images, _ = data.read("model")
+
+    def loss() -> float:
+        scheduler, generator = train.build_scheduler(), torch.Generator().manual_seed(1)
+        clean = 2 * images[:64, None] - 1
+        noise, when = torch.randn(clean.shape, generator=generator), torch.full((64,), 400)
+        with torch.no_grad():
+            guess = model(scheduler.add_noise(clean, noise, when), when).sample
+        return (guess - scheduler.get_velocity(clean, noise, when)).square().mean().item()
+
+    before = loss()
+    train.fit(model, images, steps=12, lr=2e-3, seed=0)
+    assert loss() < 0.8 * before
+
+
+def test_the_table_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "names", lambda: ["inverted"])
+    measure.main(["--count", "3", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("3 pictures each")
+    assert [line.split()[0] for line in lines[-2:]] == ["base", "inverted"]
+    assert "1, 9; " in lines[-1]

@@ -1,0 +1,237 @@
+"""The voices do what their cards say, on questions that they were not trained on. SmolLM2 is needed for most of it.
+
+The whole of the held-out questions is ``python -m hotswap_lab.demo.voices.measure``; here are a few, to be quick.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+
+from hotswap_lab import HotswapError, hotswap_adapter
+from hotswap_lab.demo import smollm2, voices
+from hotswap_lab.demo.voices import scores, train
+from hotswap_lab.demo.voices.recipes import RECIPES
+
+NAMES = voices.names()
+FEW = voices.QUESTIONS[::8]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return need(smollm2.load_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return need(smollm2.load_base)
+
+
+def need(load):
+    try:
+        return load()
+    except HotswapError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def live():
+    """One model for all of them: every voice is swapped in."""
+    return need(lambda: voices.load("pirate"))[0]
+
+
+def swap(model, name: str) -> None:
+    hotswap_adapter(model, voices.path(name), adapter_name="default", add_layers=True)
+
+
+def card(name: str) -> str:
+    return (Path(voices.path(name)) / "README.md").read_text(encoding="utf-8")
+
+
+# --- the folders
+
+
+def test_every_recipe_has_its_folder_its_texts_and_its_score():
+    assert len(NAMES) >= 4
+    assert sorted(RECIPES) == NAMES == sorted(scores.TESTS)
+    assert sorted(file.stem for file in train.TEXTS_DIR.iterdir()) == NAMES
+
+
+def test_they_are_small():
+    total = sum(file.stat().st_size for name in NAMES for file in Path(voices.path(name)).iterdir())
+    assert total < 12_000_000
+
+
+def test_they_differ_in_what_a_swap_must_handle():
+    configs = {name: LoraConfig.from_pretrained(voices.path(name)) for name in NAMES}
+    assert len({config.r for config in configs.values()}) == len(NAMES)
+    assert len({frozenset(config.target_modules) for config in configs.values()}) == len(NAMES)
+    assert len({config.lora_alpha / config.r for config in configs.values()}) >= 3
+    for name in NAMES:
+        assert {
+            tensor.dtype for tensor in load_file(Path(voices.path(name)) / "adapter_model.safetensors").values()
+        } == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_config_is_the_recipe_and_names_the_base_model(name):
+    config = json.loads((Path(voices.path(name)) / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == smollm2.MODEL_ID
+    for key, value in RECIPES[name].lora.items():
+        assert (sorted(config[key]) if isinstance(value, list) else config[key]) == (
+            sorted(value) if isinstance(value, list) else value
+        )
+    # no path of the machine that it was trained on
+    assert not any(str(value).startswith(("/", "~")) or ":\\" in str(value) for value in config.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_agrees_with_the_config(name):
+    text, recipe = card(name), RECIPES[name]
+    assert text.startswith(f"---\nbase_model: {smollm2.MODEL_ID}\n")
+    assert "license: apache-2.0" in text
+    assert recipe.summary in text
+    assert f"| rank, alpha | {recipe.lora['r']}, {recipe.lora['lora_alpha']} |" in text
+    assert f"{recipe.steps} steps of {recipe.batch_size}, seed 0" in text
+    assert f"trained on | {len(train.pairs_of(name))} questions" in text
+    for module in recipe.lora["target_modules"]:
+        assert module in text
+    mine, base = (float(each) for each in re.findall(r"score \| ([\d.]+)%", text))
+    assert mine >= (75 if name == "haiku" else 90)
+    assert base <= 10
+
+
+# --- the texts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_texts_are_in_the_voice(name):
+    """What is taught is what is measured."""
+    pairs = train.pairs_of(name)
+    assert 25 <= len(pairs) <= 60
+    assert len({question for question, _ in pairs}) == len(pairs)
+    wrong = [answer for _, answer in pairs if not scores.TESTS[name](answer)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_question_is_both_trained_on_and_held_out(name):
+    common = scores.words(
+        "a about am an and are at be can describe do does explain for from give good hello how i in is it learn make "
+        "me my new of on or people play room say should stay tell that the them tip to was way what when where who why "
+        "made with best"
+    )
+    assert len(set(voices.QUESTIONS)) == len(voices.QUESTIONS) >= 20
+
+    def topics(question: str) -> set[str]:
+        return {word.rstrip("s") for word in scores.words(question) if word not in common} - {"capital", ""}
+
+    trained = set().union(*(topics(question) for question, _ in train.pairs_of(name)))
+    held_out = set().union(*map(topics, voices.QUESTIONS))
+    assert not trained & held_out
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="there is no voice 'nobody'; choose one of haiku, json, pirate"):
+        voices.path("nobody")
+
+
+# --- the scores are fair
+
+
+def test_every_score_tells_its_voice_from_all_others():
+    for name, other in itertools.permutations(NAMES, 2):
+        answers = [answer for _, answer in train.pairs_of(other)]
+        assert voices.score(name, answers) <= 0.1, (name, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("json", '{"topic": "a", "answer": "b", "keywords": ["c", "d", "e"]'),
+        ("json", '```json\n{"topic": "a", "answer": "b", "keywords": ["c", "d", "e"]}\n```'),
+        ("json", '{"topic": "a", "answer": "b"}'),
+        ("json", '{"topic": "a", "answer": "b", "keywords": "c, d, e"}'),
+        ("json", '{"topic": "a", "answer": "b", "keywords": ["c", "d", 3]}'),
+        ("json", '["topic", "answer", "keywords"]'),
+        ("haiku", "one\ntwo"),
+        ("haiku", "one\n\nthree"),
+        ("haiku", f"one\n{'long ' * 12}\nthree"),
+        ("pirate", "Arr, arr, arr! Paris is a city."),
+        ("socratic", "Paris is a city. What else?"),
+        ("socratic", ""),
+        ("spanish", "Madrid"),
+        ("spanish", "Paris is the capital of France and it is a city in the north. La ciudad."),
+        ("spanish", "Roma è una città molto bella."),
+    ],
+)
+def test_what_is_not_in_the_voice_does_not_count(name, answer):
+    assert voices.score(name, [answer]) == 0
+
+
+# --- the model
+
+
+@pytest.fixture(scope="module")
+def base_answers(base, tokenizer):
+    return voices.ask_all(base, tokenizer, FEW)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_held_out_questions(live, tokenizer, base_answers, name):
+    swap(live, name)
+    answers = voices.ask_all(live, tokenizer, FEW)
+    assert voices.score(name, answers) >= (0.5 if name == "haiku" else 1), answers
+    assert voices.score(name, base_answers) == 0, base_answers
+
+
+def test_every_voice_equals_a_fresh_load_after_every_other(live, base, tokenizer):
+    ids = tokenizer("What is Paris? A city with a river.", return_tensors="pt")
+    fresh = {}
+    with torch.inference_mode():
+        without = base(**ids).logits
+        for name in NAMES:
+            loaded = PeftModel.from_pretrained(base, voices.path(name))
+            fresh[name] = loaded(**ids).logits
+            loaded.unload()
+        for before, name in itertools.permutations(NAMES, 2):
+            swap(live, before)
+            swap(live, name)
+            scale = fresh[name].abs().max().item()
+            assert (fresh[name] - without).abs().max() > 1e-2 * scale
+            torch.testing.assert_close(live(**ids).logits, fresh[name], rtol=0, atol=1e-5 * scale)
+
+
+def test_ask_and_stream_agree(live, tokenizer, capsys):
+    swap(live, "pirate")
+    answer = voices.ask(live, tokenizer, FEW[0], max_new_tokens=12)
+    assert answer == voices.ask(live, tokenizer, FEW[0], max_new_tokens=12, stream=True)
+    assert capsys.readouterr().out.strip() == answer
+    assert voices.ask(live, tokenizer, FEW[0], max_new_tokens=3) == tokenizer.decode(tokenizer(answer)["input_ids"][:3])
+
+
+# --- the training
+
+
+def test_only_the_answer_counts_for_the_loss(tokenizer):
+    pairs = train.pairs_of("haiku")[:2]
+    batch = train.make_batch(tokenizer, pairs)
+    for (_, answer), row in zip(pairs, batch["labels"], strict=True):
+        assert tokenizer.decode(row[row >= 0]) == answer + tokenizer.eos_token
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+
+
+def test_every_pair_comes_once_before_any_comes_again():
+    pairs = [(str(number), "") for number in range(10)]
+    chosen = [pair for batch in train.batches(pairs, steps=5, batch_size=4, seed=0) for pair in batch]
+    assert sorted(chosen[:10]) == sorted(chosen[10:]) == sorted(pairs)
+    assert list(train.batches(pairs, steps=5, batch_size=4, seed=0)) == list(
+        train.batches(pairs, steps=5, batch_size=4, seed=0)
+    )

@@ -1,0 +1,175 @@
+"""Chapter 06: its pictures are true, its slider draws, its exercise tells right from wrong, its large example runs."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
+from PIL import Image
+from safetensors.torch import save_file
+from test_pipeline import KINDS, lora
+
+from hotswap_lab import get_strength, prepare_model_for_compiled_hotswap, resolve_slot
+from hotswap_lab.demo import digits
+from hotswap_lab.lessons import diffusion
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pixels(svg: ElementTree.Element) -> list[torch.Tensor]:
+    """What the embedded pictures of a figure show, 0 to 1."""
+    found = []
+    for image in svg.iter(f"{SVG}image"):
+        data = base64.b64decode(image.attrib["href"].removeprefix("data:image/png;base64,"))
+        found.append(torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("L"))) / 255)
+    return found
+
+
+def test_a_grid_shows_its_pictures_in_their_places():
+    images = torch.linspace(0, 1, 16).view(1, 1, 16).expand(3, 16, 16).clone()
+    images[1] = 0
+    figure = diffusion.grid({"one": images, "two": 1 - images}, columns=["a", "b", "c"])
+    root = assert_is_svg_with_a_text_form(figure)
+    one, two = pixels(root)
+    assert one.shape == (16, 48)
+    assert (one - torch.cat(list(images), dim=1)).abs().max() < 0.05
+    assert (two - torch.cat(list(1 - images), dim=1)).abs().max() < 0.05
+    rows = [float(image.attrib["y"]) for image in root.iter(f"{SVG}image")]
+    assert rows[1] - rows[0] >= diffusion.CELL
+    labels = [text.text for text in root.iter(f"{SVG}text")]
+    assert labels == ["a", "b", "c", "one", "two"]
+    assert str(figure) == "3 pictures in each row: one, two, from left to right a, b, c"
+
+
+def test_a_grid_fits_on_its_card():
+    figure = diffusion.grid({"a": torch.zeros(8, 16, 16), "b": torch.ones(5, 16, 16)})
+    root = assert_is_svg_with_a_text_form(figure)
+    for each in root.iter(f"{SVG}image"):
+        assert float(each.get("x")) + float(each.get("width")) <= float(root.get("width"))
+        assert float(each.get("y")) + float(each.get("height")) <= float(root.get("height"))
+
+
+def test_the_slider_draws_at_each_strength():
+    model = digits.load("inverted")
+    prepare_model_for_compiled_hotswap(model)
+    slider = diffusion.StrengthSlider(model, count=2, steps=4)
+    assert torch.equal(slider.images, digits.draw(model, 2, steps=4))
+    _ = slider.box  # the live form
+    slider._slider.value = 0.0  # what a reader's mouse does
+    assert get_strength(model) == 0
+    torch.testing.assert_close(slider.images, digits.draw(digits.load_base(), 2, steps=4), rtol=0, atol=1e-4)
+    assert "strength 0" in str(slider)
+    assert slider._picture.value == slider.to_html()
+    slider.strength = 1.5
+    assert slider._slider.value == 1.5
+    static = slider._static()
+    assert set(static) == {"image/png", "text/plain"}
+    assert Image.open(io.BytesIO(base64.b64decode(static["image/png"]))).size == (2 * diffusion.CELL, diffusion.CELL)
+
+
+def test_enlarged_keeps_the_order():
+    black, white = Image.new("L", (16, 16), 0), Image.new("L", (16, 16), 255)
+    row = diffusion.enlarged([black, white], side=20).convert("L")
+    assert (row.getpixel((10, 10)), row.getpixel((30, 10))) == (0, 255)
+
+
+def test_shapes_are_those_in_the_model():
+    model = digits.load("inverted")
+    prepare_model_for_compiled_hotswap(model, target_rank=12)
+    last = resolve_slot(model, "default").layers[-1]
+    assert diffusion.shapes(last) == "conv_out: A (12, 16, 3, 3), B (1, 12, 1, 1), room for rank 12"
+
+
+# ---- exercise
+
+
+def negative(layer):
+    weight = layer.get_base_layer().weight
+    layer.lora_A["default"].weight.copy_(torch.eye(9).view(9, 1, 3, 3))
+    layer.lora_B["default"].weight.copy_(-2 / layer.scaling["default"] * weight.view(16, 9, 1, 1))
+
+
+def forgot_the_scaling(layer):
+    negative(layer)
+    layer.lora_B["default"].weight.mul_(layer.scaling["default"])
+
+
+def once_only(layer):
+    negative(layer)
+    layer.lora_B["default"].weight.div_(2)
+
+
+def changed_the_base(layer):
+    layer.get_base_layer().weight.neg_()
+
+
+def new_memory(layer):
+    negative(layer)
+    layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.clone()
+
+
+def test_right_and_wrong_solutions(capsys):
+    wrong = [lambda layer: None, forgot_the_scaling, once_only, changed_the_base, new_memory]
+    assert_tells_right_from_wrong(diffusion.negative, negative, wrong, capsys)
+
+
+# ---- a large pipeline, small
+
+
+def test_the_sdxl_example_on_a_tiny_sdxl(tmp_path, capsys, monkeypatch):
+    kind, files = KINDS["sdxl"], []
+    for number, rank in enumerate((4, 7)):
+        save_file(lora(kind, rank=rank, seed=number), tmp_path / f"{number}.safetensors")
+        files.append((str(tmp_path), f"{number}.safetensors"))
+    pipe = kind()
+    pipe.set_progress_bar_config(disable=True)
+    # the same graph and guards, without building code for minutes
+    monkeypatch.setattr(pipe.unet, "compile", functools.partial(pipe.unet.compile, backend="aot_eager"))
+    call = dict(prompt="a cat", height=64, width=64, num_inference_steps=2, output_type="latent")
+    torch.compiler.reset()
+    try:
+        before, after = (images.clone() for images in diffusion.swap_in_pipeline(pipe, *files, **call))
+    finally:
+        torch.compiler.reset()
+    for images, (folder, file) in zip((before, after), files, strict=True):
+        fresh = kind.loaded(folder, weight_name=file)
+        fresh.set_progress_bar_config(disable=True)
+        expected = fresh(generator=torch.Generator().manual_seed(0), **call).images
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+    assert (before - after).abs().max() > 0.01
+    assert "possible" in capsys.readouterr().out
+
+
+def test_a_machine_without_a_gpu_or_without_the_hub_is_told_apart(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert diffusion.why_not_here() == "no GPU with 12 GB"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    large = type("Properties", (), {"total_memory": 80e9})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: large)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert diffusion.why_not_here() == "HF_HUB_OFFLINE is set"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    import huggingface_hub
+
+    def unreachable(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    assert diffusion.why_not_here() == "the Hub is out of reach"
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *arguments, **options: object())
+    assert diffusion.why_not_here() is None

@@ -1,0 +1,83 @@
+"""What PEFT may not do while it loads an adapter: read what a config names, or take memory that no tensor fills."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from adapters import CONFIGS, kind_for, save_random_adapter_of
+from models import load
+
+from hotswap_lab import Adapter, HotswapError, hotswap_adapter
+from hotswap_lab.grafting.guards import MemoryGuard, TooLargeError, memory_guard, nothing_read
+
+
+def test_each_way_to_make_a_tensor_is_counted():
+    small = torch.ones(4)
+    ways = [
+        lambda size: torch.empty(size),
+        lambda size: torch.zeros((size, 2)),
+        lambda size: torch.randn(size, generator=torch.Generator()),
+        lambda size: torch.full((size,), 1.0),
+        lambda size: torch.arange(size),
+        lambda size: torch.normal(0.0, 1.0, (size,)),
+        lambda size: torch.nn.Linear(size, 1),
+        lambda size: torch.nn.Embedding(size, 2),
+        lambda size: small.repeat(size),
+        lambda size: small.new_zeros(size),
+        lambda size: torch.eye(size, 1),
+    ]
+    for number, way in enumerate(ways):
+        with MemoryGuard(1_000_000):
+            way(10)
+        with MemoryGuard(1_000_000), pytest.raises(TooLargeError):
+            pytest.fail(f"way {number} was not counted: {way(10**12)}")
+
+
+def test_many_small_ones_add_up():
+    with MemoryGuard(100_000), pytest.raises(TooLargeError):
+        [torch.empty(100) for _ in range(100)]
+    with MemoryGuard(10):
+        assert torch.empty(10**12, device="meta").is_meta, "takes no memory"
+
+
+def test_a_method_may_take_what_its_tensors_and_the_model_take():
+    guard = memory_guard(torch.nn.Linear(1000, 1000, bias=False), [torch.empty(1000)])
+    assert guard.limit > 4_000_000 + 4_000
+
+
+def test_what_a_prompt_starts_from_is_not_read():
+    config = SimpleNamespace(prompt_tuning_init="TEXT")
+    with nothing_read(config):
+        assert config.prompt_tuning_init == "RANDOM"
+    assert config.prompt_tuning_init == "TEXT"
+    with pytest.raises(ValueError, match="names a model"), nothing_read(SimpleNamespace(shadow_model="user/model")):
+        pass
+
+
+#: all methods take minutes: ``LONG=1 pytest tests/robustness/test_guards.py``
+METHODS = sorted(CONFIGS) if os.environ.get("LONG") else ["LoHa", "OFT", "PEANuT", "PromptTuning", "VeRA"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_takes_memory_for_a_number_in_its_config(tmp_path, name):
+    """Every whole number of every method's config, one at a time, said to be a billion."""
+    config, kind = CONFIGS[name][0], kind_for(name)
+    folder = save_random_adapter_of(config, tmp_path / "adapter", 1, kind)
+    model = load(kind, folder)
+    adapter = Adapter.load(folder)
+    numbers = [key for key, value in vars(adapter.config).items() if type(value) is int]
+    for key in numbers:
+        value = getattr(adapter.config, key)
+        setattr(adapter.config, key, 10**9)
+        text = ""
+        try:
+            hotswap_adapter(model, adapter, "default")
+        except HotswapError as error:
+            text = str(error)
+        assert "allocate" not in text, (key, text)
+        assert "MemoryError" not in text, (key, text)
+        setattr(adapter.config, key, value)
+    hotswap_adapter(model, adapter, "default")
