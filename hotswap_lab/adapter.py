@@ -154,7 +154,7 @@ class Adapter:
         for key, tensor in self.tensors.items():
             if not isinstance(key, str):
                 raise self._damaged(f"a {type(key).__name__} as the name of a tensor", "names of tensors")
-            if kind := _what_is_wrong(tensor, only_weights):
+            if kind := _what_is_wrong(tensor, only_weights and ".lora_" in key):
                 raise self._damaged(f"{kind} under {key!r}", "a floating point tensor under each key")
         if not self.tensors:
             raise self._damaged("no tensors at all", "at least one lora_A and one lora_B")

@@ -107,19 +107,14 @@ def _commit_together(plans: Sequence[Plan], bases: Sequence[torch.nn.Module]) ->
     for plan in plans:
         if plan.will_recompile:
             _warn_of_recompiling(plan)
-        if plan.is_stale():
-            raise refuse(
-                "The model has changed since this swap was planned.",
-                found=f"the adapter {plan.slot.adapter_name!r} swapped, trained, merged or moved since",
-                expected="the model as it was when the plan was made",
-                next_step="make the plan again",
-            )
+    _check_fresh(plans)
     staged = [_stage(plan) for plan in plans]
     targets = [target for each in staged for target in each.targets]
     sources = [source for each in staged for source in each.sources]
     journal = Journal()
     inference = any(target.is_inference() for target in targets)
     with writing(*bases), torch.inference_mode(inference), torch.no_grad():
+        _check_fresh(plans)  # whoever was waited for may have merged, or trained
         try:
             for plan, each in zip(plans, staged, strict=True):
                 _write(plan, each, journal)
@@ -132,6 +127,17 @@ def _commit_together(plans: Sequence[Plan], bases: Sequence[torch.nn.Module]) ->
         for plan in plans:
             if plan.room is not None:
                 plan.room.note_written()
+
+
+def _check_fresh(plans: Sequence[Plan]) -> None:
+    for plan in plans:
+        if plan.is_stale():
+            raise refuse(
+                "The model has changed since this swap was planned.",
+                found=f"the adapter {plan.slot.adapter_name!r} swapped, trained, merged or moved since",
+                expected="the model as it was when the plan was made",
+                next_step="make the plan again",
+            )
 
 
 def _write(plan: Plan, staged: _Staged, journal: Journal) -> None:

@@ -13,8 +13,8 @@ import math
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 
 import torch
 from peft import PeftConfig
@@ -37,12 +37,15 @@ PATIENCE, LAST_PATIENCE = 1.0, 30.0
 
 _REPETITION = re.compile(r"[*+?{]")
 _NESTED = re.compile(r"\)\s*[*+?{]|\\[1-9]|\(\?P=|\(\?\(")
+#: how many slow expressions are looked for in one config: each takes its second
+ENOUGH = 3
 _TRIAL = """
 import json, re, signal, sys
 patience, forms, expressions, names = json.load(sys.stdin)
-if hasattr(signal, "setitimer"):
-    signal.setitimer(signal.ITIMER_VIRTUAL, patience)
-for expression in expressions:
+for number, expression in enumerate(expressions):
+    print(number, flush=True)
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_VIRTUAL, patience)
     for form in forms:
         try:
             compiled = re.compile(form.replace("{}", expression))
@@ -50,7 +53,11 @@ for expression in expressions:
             continue
         for name in names:
             compiled.match(name)
+print("done")
 """
+
+#: of each model, the expressions that were looked at, and whether they are slow
+_verdicts: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
 
 
 def slow_expressions(config: object, names: Iterable[str]) -> list[str]:
@@ -72,20 +79,21 @@ def slow_expressions(config: object, names: Iterable[str]) -> list[str]:
     ['([a-z._0-9]+)+!']
     """
     suspects = [each for each in _strings(vars(config)) if _REPETITION.search(each)]
-    if not suspects:
-        return []
-    names = tuple(sorted(set(names)))
-    suspects = tuple(each for each in dict.fromkeys(suspects) if _steps(each, names) > FEW_STEPS)
-    if not suspects or _is_quick(suspects, names):
-        return []
-    if len(suspects) == 1:
-        return list(suspects)
-    return [each for each in suspects[:8] if not _is_quick((each,), names)] or list(suspects)
+    return _slow_among(list(dict.fromkeys(suspects)), names) if suspects else []
 
 
 def slow_to_match(config: PeftConfig, base: torch.nn.Module) -> list[Refusal]:
-    """Says so if a config has :func:`slow_expressions` for a model's modules."""
-    slow = slow_expressions(config, (name for name, _ in base.named_modules()))
+    """Says so if a config has :func:`slow_expressions` for a model's modules. Each is looked at once for a model."""
+    suspects = {each for each in _strings(vars(config)) if _REPETITION.search(each)}
+    if not suspects:
+        return []
+    known = _verdicts.setdefault(base, {})
+    if unknown := sorted(suspects - known.keys()):
+        slow = _slow_among(unknown, (name for name, _ in base.named_modules()))
+        if len(slow) < ENOUGH:  # else some were not looked at
+            known.update((each, each in slow) for each in unknown)
+    else:
+        slow = []
     return [
         Refusal(
             "The adapter's config has a regular expression that would take for ever.",
@@ -93,7 +101,8 @@ def slow_to_match(config: PeftConfig, base: torch.nn.Module) -> list[Refusal]:
             expected="an expression without repetitions of repetitions, such as (a+)+",
             next_step="write it in another way in adapter_config.json, or name the modules in a list",
         )
-        for each in slow
+        for each in sorted(suspects)
+        if known.get(each) or each in slow
     ]
 
 
@@ -118,12 +127,35 @@ def _steps(expression: str, names: tuple[str, ...]) -> float:
     return len(names) * math.comb(max(map(len, names), default=0) + repetitions, repetitions)
 
 
-@lru_cache(maxsize=256)
-def _is_quick(expressions: tuple[str, ...], names: tuple[str, ...]) -> bool:
+def _slow_among(expressions: list[str], names: Iterable[str]) -> list[str]:
+    names = tuple(sorted(set(names)))
+    suspects = [each for each in expressions if _steps(each, names) > FEW_STEPS]
+    slow: list[str] = []
+    while suspects and len(slow) < ENOUGH:
+        tried = _try(suspects, names)
+        if tried is None:
+            # nothing can be tried here: those that might take for ever are not worth the risk
+            return slow + [each for each in suspects if _NESTED.search(each)]
+        if tried == len(suspects):
+            break
+        slow.append(suspects[tried])
+        suspects = suspects[tried + 1 :]
+    return slow
+
+
+def _try(expressions: list[str], names: tuple[str, ...]) -> int | None:
+    """How many expressions are quick until one is not. None where no Python can be started to try them in."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        return None
     command = [sys.executable, "-I", "-S", "-c", _TRIAL]
     content = json.dumps([PATIENCE, FORMS, expressions, names]).encode()
     try:
-        done = subprocess.run(command, input=content, capture_output=True, timeout=LAST_PATIENCE)
-    except (subprocess.TimeoutExpired, OSError):  # the latter where no process can be started
-        return False
-    return done.returncode == 0
+        output = subprocess.run(command, input=content, capture_output=True, timeout=LAST_PATIENCE).stdout
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+    except OSError:
+        return None
+    lines = output.split()
+    if not lines:
+        return None
+    return len(expressions) if lines[-1] == b"done" else int(lines[-1])

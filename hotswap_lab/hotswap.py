@@ -14,7 +14,7 @@ from .host import find_host
 from .plan import Plan
 from .planning import make_plan
 from .room import slot_for
-from .turns import swaps_of
+from .turns import is_shared, swaps_of
 
 
 def hotswap_adapter(
@@ -76,7 +76,8 @@ def hotswap_adapter(
     Same call as ``peft.utils.hotswap.hotswap_adapter`` of PEFT 0.21, which this replaces.
     """
     base = find_host(model, adapter_name).base
-    adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs, for_one_swap=True)
+    # where other threads compute, the swap may have to wait, and the file would be in use meanwhile
+    adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs, for_one_swap=not is_shared(base))
     with swaps_of(base):
         commit(plan_hotswap(model, adapter, adapter_name, add_layers=add_layers, base_weights=base_weights))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import Adapter
@@ -663,6 +664,10 @@ def _check_containers(draft: _Draft) -> None:
     )
 
 
+#: what PEFT puts LoRA on, also where a class of these holds modules of its own
+ADAPTABLE = (torch.nn.Linear, Conv1D, torch.nn.Embedding, _ConvNd, torch.nn.MultiheadAttention)
+
+
 def _containers(base: torch.nn.Module) -> Iterator[str]:
     """The paths of all modules that hold others and that no adapter can be on."""
     stack = [(name, child) for name, child in base._modules.items() if child is not None]
@@ -670,7 +675,7 @@ def _containers(base: torch.nn.Module) -> Iterator[str]:
         path, module = stack.pop()
         module = unwrap_compiled(module)
         children = module._modules
-        if children and not isinstance(module, (BaseTunerLayer, torch.nn.MultiheadAttention, *WRAPPERS)):
+        if children and not isinstance(module, (BaseTunerLayer, *WRAPPERS, *ADAPTABLE)):
             yield canonical_path(path)
             stack += [(f"{path}.{name}", child) for name, child in children.items() if child is not None]
 

@@ -242,20 +242,25 @@ class AdapterPool:
         HotswapError
             If the name is taken, or the adapter can't be read or doesn't fit the room that was prepared.
         """
+        self._check_free(name)
+        entry = _Entry(name, _path(source), stamp=_stamp(source))
+        # reading may take long, and swaps must not have to wait for it
+        adapter = _read(source, self._hub)
+        entry.revision = adapter.revision
+        packed = self._pack(name, adapter, check_targets=not isinstance(source, tuple))
         with self._lock:
-            if name in self._entries:
-                raise refuse(
-                    f"The pool has an adapter called {name!r} already.",
-                    found=repr(self._entries[name].source or "an adapter from memory"),
-                    expected="a name that is free",
-                    next_step="use another name, pool.update(name, ...) or pool.remove(name)",
-                )
-            entry = _Entry(name, _path(source), stamp=_stamp(source))
-            adapter = _read(source, self._hub)
-            entry.revision = adapter.revision
-            packed = self._pack(name, adapter, check_targets=not isinstance(source, tuple))
+            self._check_free(name)
             self._keep(entry, packed)
             self._entries[name] = entry
+
+    def _check_free(self, name: str) -> None:
+        if name in self._entries:
+            raise refuse(
+                f"The pool has an adapter called {name!r} already.",
+                found=repr(self._entries[name].source or "an adapter from memory"),
+                expected="a name that is free",
+                next_step="use another name, pool.update(name, ...) or pool.remove(name)",
+            )
 
     def remove(self, name: str) -> None:
         """Forgets an adapter. The one that the model computes with can't be removed."""
@@ -396,6 +401,8 @@ class AdapterPool:
             entry = self._entries.get(name) or self._entry(name)
             packed = entry.packed or self._packed(entry)
             with self._write_access():
+                if self._entries.get(name) is not entry:
+                    self._entry(name)  # it was removed meanwhile
                 self._check_room()
                 history = self._history_with(self._state())
                 self._write(packed, strength, history)
@@ -416,7 +423,7 @@ class AdapterPool:
         HotswapError
             If there is nothing to take back.
         """
-        with self._swap(), self._write_access():
+        with self._swap():
             if not self._history:
                 raise refuse(
                     "There is nothing to undo.",
@@ -425,7 +432,10 @@ class AdapterPool:
                     next_step="swap first",
                 )
             self._check_room()
-            self._return_to(self._history[-1], self._history[:-1])
+            packed = self._packed_of(self._history[-1])
+            with self._write_access():
+                self._check_room()
+                self._write(packed, self._history[-1].strength, self._history[:-1])
 
     @contextlib.contextmanager
     def using(self, name: str, strength: float = 1.0) -> Iterator[AdapterPool]:
@@ -440,9 +450,10 @@ class AdapterPool:
             try:
                 yield self
             finally:
+                packed = self._packed_of(former)
                 with without_limit(), self._write_access():
                     self._check_room()
-                    self._return_to(former, history)
+                    self._write(packed, former.strength, history)
 
     def _swap(self) -> AbstractContextManager:
         """Nobody else swaps; the other threads may go on computing."""
@@ -464,15 +475,15 @@ class AdapterPool:
             return _State(entry, entry.packed, room.strengths())  # only scaled since
         return _State(None, room.take(), 1.0)
 
-    def _return_to(self, state: _State, history: list[_State]) -> None:
-        entry, packed = state.entry, state.packed
-        if entry is not None:
-            now = self._entries.get(entry.name)
-            if now is not None and now is not entry and now.lineage is entry.lineage:
-                packed = self._packed(now)  # it was updated since
-            else:
-                packed = entry.packed or packed or self._load(entry)
-        self._write(packed, state.strength, history)
+    def _packed_of(self, state: _State) -> Packed:
+        """The adapter that was in the model then, read again if it was dropped since."""
+        entry = state.entry
+        if entry is None:
+            return state.packed
+        now = self._entries.get(entry.name)
+        if now is not None and now is not entry and now.lineage is entry.lineage:
+            return self._packed(now)  # it was updated since
+        return entry.packed or state.packed or self._load(entry)
 
     def _write(self, packed: Packed, strength: float | torch.Tensor, history: list[_State]) -> None:
         self._room.write(packed, strength, lambda journal: journal.set_attribute(self, "_history", history))

@@ -60,8 +60,9 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
     The format is that of ``PeftModel.save_pretrained``. That function works too and leaves out the same layers;
     this one also serves models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
     """
-    slot = resolve_slot(model, adapter_name)
+    resolve_slot(model, adapter_name)  # says so if there is none
     with in_use(model):
+        slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
         for layer in slot.layers:
             for tensor in layer.tensors:
                 if reason := strange_padding(layer.module, adapter_name, tensor):

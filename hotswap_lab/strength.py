@@ -51,7 +51,7 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
     """
     check_strength(strength)
     base = find_host(model, adapter_name).base
-    with swaps_of(base):
+    with swaps_of(base), writing(base):
         slot = slot_for(model, adapter_name)
         if any(adapter_name in layer.module.merged_adapters for layer in slot.layers):
             raise refuse(
@@ -77,7 +77,7 @@ def _set_strength(slot: Slot, strength: float) -> None:
         if has_fixed_size(layer.module, name):
             targets.append(layer.module.scaling[name])
             values.append(torch.tensor(strength * _trained(slot, layer), dtype=torch.float64))
-    with writing(slot.host.base), torch.no_grad():
+    with torch.no_grad():
         try:
             for layer in slot.layers:
                 if not has_fixed_size(layer.module, name):

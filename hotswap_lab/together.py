@@ -17,6 +17,8 @@ import contextlib
 import os
 import secrets
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +32,11 @@ except ImportError:  # Windows
 #: what the names of our own folders start with
 PREFIX = ".hotswap-save-"
 FORMER, NEW, NOW = "former", "new", "now"
+#: seconds after which nobody works in such a folder any more, where there are no locks to tell
+OLD = 3600
+
+#: for threads that save to one folder; a few locks serve all folders
+_in_this_process = [threading.Lock() for _ in range(64)]
 
 
 def replace_together(folder: str | os.PathLike, write: Callable[[Path], object]) -> None:
@@ -53,8 +60,9 @@ def replace_together(folder: str | os.PathLike, write: Callable[[Path], object])
 
     Notes
     -----
-    All data is on the disk before anything is replaced. Savers to one folder wait for each other. A reader that opens
-    one file before the change and the other one after it gets one of each: to rule that out is up to the readers.
+    All data is on the disk before anything is replaced. Savers to one folder wait for each other (on Windows and on
+    drives without locks only those of one process; two processes must not save to one folder there). A reader that
+    opens one file before the change and the other one after it gets one of each: to rule that out is up to the readers.
 
     Where no symbolic links can be made (Windows without developer mode, FAT), the files are renamed one after the
     other: an error still leaves all old ones, but a process that is killed between two renames leaves a mixture.
@@ -66,14 +74,15 @@ def replace_together(folder: str | os.PathLike, write: Callable[[Path], object])
             if not each.is_dir():
                 made.append(each)
                 each.mkdir(exist_ok=True)
-        with _locked(folder):
-            _settle(folder)  # what a killed process has left
+        stage = folder / f"{PREFIX}{secrets.token_hex(4)}"
+        with _locked(folder) as alone:
+            _settle(folder, stage, alone)  # what a killed process has left
             try:
-                _replace(folder, write)
-                _settle(folder)
+                _replace(folder, stage, write)
+                _settle(folder, stage, alone)
             except BaseException:
                 with interrupts_held():
-                    _settle(folder)
+                    _settle(folder, stage, alone)
                 raise
     except BaseException:
         for each in reversed(made):
@@ -82,8 +91,7 @@ def replace_together(folder: str | os.PathLike, write: Callable[[Path], object])
         raise
 
 
-def _replace(folder: Path, write: Callable[[Path], object]) -> None:
-    stage = folder / f"{PREFIX}{secrets.token_hex(4)}"
+def _replace(folder: Path, stage: Path, write: Callable[[Path], object]) -> None:
     for each in (stage, stage / FORMER, stage / NEW):
         each.mkdir()
     write(stage / NEW)
@@ -132,17 +140,27 @@ def _replace_in_turn(folder: Path, stage: Path, names: list[str]) -> None:
     _sync(folder)
 
 
-def _settle(folder: Path) -> None:
+def _is_left_over(stage: Path, own: Path, alone: bool) -> bool:
+    """Whether nobody works in a folder of ours any more. Without locks, others may, unless it is old."""
+    if alone or stage.name == own.name:
+        return True
+    with contextlib.suppress(OSError):
+        return time.time() - stage.stat().st_mtime > OLD
+    return False
+
+
+def _settle(folder: Path, own: Path, alone: bool) -> None:
     """Puts files in place of the links to them, whichever they lead to, and clears our folders away.
 
     Every step leaves the contents of every name what they are, so it may end anywhere.
     """
-    entries = [path for path in folder.iterdir() if path.name.startswith(PREFIX) or path.is_symlink()]
-    stages = [path for path in entries if path.name.startswith(PREFIX)]
+    entries = list(folder.iterdir())
+    stages = [path for path in entries if path.name.startswith(PREFIX) and _is_left_over(path, own, alone)]
     if not stages:
         return
+    names = {stage.name for stage in stages}
     for link in entries:
-        if not link.is_symlink() or not os.readlink(link).startswith(PREFIX):
+        if not link.is_symlink() or Path(os.readlink(link)).parts[0] not in names:
             continue
         if link.exists():
             os.replace(os.path.realpath(link), link)
@@ -171,15 +189,22 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds other savers to the same folder off. The lock of a process that was killed is free at once."""
-    if fcntl is None:
-        yield
-        return
-    with _opened(folder) as descriptor:
-        with contextlib.suppress(OSError):  # a network drive may have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds other savers to the same folder off. The lock of a process that was killed is free at once.
+
+    Gives False where only the threads of this process can be held off.
+    """
+    with _in_this_process[hash(os.path.realpath(folder)) % len(_in_this_process)]:
+        if fcntl is None:
+            yield False
+            return
+        with _opened(folder) as descriptor:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                alone = True
+            except OSError:  # a network drive may have no locks
+                alone = False
+            yield alone
 
 
 @contextlib.contextmanager

@@ -139,7 +139,8 @@ def in_use(model: object) -> AbstractContextManager:
     -----
     On a GPU, work that was only queued is in order with the swap as long as both use the same stream. In a block that
     starts other threads and waits for them, let only the outer thread hold ``in_use``: a thread that comes while a swap
-    waits is let in only after it.
+    waits is let in only after it. The thread that enters has to be the one that leaves, so a generator that yields from
+    inside must not be handed from thread to thread.
     """
     bases = bases_of(model)
     if len(bases) == 1:
@@ -172,7 +173,7 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
             expected="seconds, 0 or more",
             next_step="pass a number; without this block, swaps wait as long as they have to",
         )
-    token = _patience.set(float(seconds))
+    token = _patience.set(min(float(seconds), threading.TIMEOUT_MAX))
     try:
         yield
     finally:
@@ -280,6 +281,12 @@ def _busy(names: list[str]) -> ModelInUseError:
             next_step="try again later, or leave `waiting_at_most` out to wait as long as it takes",
         )
     )
+
+
+def is_shared(base: torch.nn.Module) -> bool:
+    """Whether other threads have computed with the model, and may be doing so now."""
+    turn = _turn(base)
+    return any(lock is not turn.lock for lock, _ in turn.inside())
 
 
 def _in_order(bases) -> list[torch.nn.Module]:

@@ -141,6 +141,7 @@ def verify_hotswap(
     make_base = base or (lambda: bare_base(slot.host))
     # a fresh load draws random numbers for weights that it then overwrites
     with _as_folder(adapter) as folder, torch.random.fork_rng(), torch.no_grad(), in_use(model), _eval_mode(model):
+        slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
         live_outputs = _call(model, inputs)
         fresh = make_base().eval()
         base_outputs = _call(fresh, inputs)

@@ -71,6 +71,29 @@ def test_where_no_process_can_be_started(monkeypatch):
 
     monkeypatch.setattr(expressions.subprocess, "run", fail)
     assert slow_expressions(LoraConfig(target_modules="(a|b)+" * 9), ["a" * 90]) == ["(a|b)+" * 9]
+    # it takes many steps, but not for ever
+    assert slow_expressions(LoraConfig(target_modules=r".*\.layers\.\d+\.(q|v)_proj.*"), NAMES) == []
+
+
+@pytest.mark.parametrize("executable", ["", None, "/nowhere/python"])
+def test_in_an_interpreter_that_is_no_program(monkeypatch, executable):
+    monkeypatch.setattr(expressions.sys, "executable", executable)
+    assert slow_expressions(LoraConfig(target_modules="(a|b)+" * 9), ["a" * 90]) == ["(a|b)+" * 9]
+    assert slow_expressions(LoraConfig(target_modules=r".*\.layers\.\d+\.(q|v)_proj.*"), NAMES) == []
+
+
+def test_many_expressions_have_a_second_each():
+    pattern = {rf".*\.layers\.{each}\..*\.q_proj": 2 for each in range(48)}
+    config = LoraConfig(target_modules=["q_proj"], rank_pattern={**pattern, SLOW[0]: 3})
+    assert slow_expressions(config, NAMES) == [SLOW[0]]
+
+
+def test_a_model_looks_at_an_expression_once(monkeypatch):
+    base = KINDS["llama"].base()
+    for _ in range(2):
+        assert len(slow_to_match(LoraConfig(target_modules=SLOW[1]), base)) == 1
+        assert slow_to_match(LoraConfig(target_modules=COMMON[1]), base) == []
+        monkeypatch.setattr(expressions, "_try", None)
 
 
 def test_the_refusal():

@@ -30,6 +30,7 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
+from hotswap_lab import pool as pool_module
 from hotswap_lab.turns import _turn, bases_of, swaps_of, writing
 
 KIND = KINDS["linear"]
@@ -465,3 +466,107 @@ def test_generate_is_one_adapter_from_first_to_last_token(tmp_path):
     assert torch.equal(results[0], expected[0])
     generate()
     assert torch.equal(results[1], expected[1])
+
+
+def test_what_is_saved_is_what_is_there_when_the_saver_gets_in(tmp_path):
+    """A swap that adds layers is waiting, and the saver comes after it: the new layers are saved, too."""
+    few = save_random_adapter(KIND, tmp_path / "few", seed=1, r=4, target_modules=["first"])
+    other = save_random_adapter(KIND, tmp_path / "other", seed=2, r=4, target_modules=["last"])
+    model, leave = load(KIND, few), threading.Event()
+    reader = start(_stay, model, leave)
+    swap = start(lambda: hotswap_adapter(model, other, "default", add_layers=True))
+    saver = start(save_adapter, model, tmp_path / "saved")
+    leave.set()
+    for thread in (reader, swap, saver):
+        thread.join(30)
+    saved, expected = load(KIND, str(tmp_path / "saved")), [load(KIND, folder) for folder in (few, other)]
+    assert any(torch.equal(call(saved, KIND.inputs()), call(each, KIND.inputs())) for each in expected)
+
+
+def test_a_merge_while_a_swap_waits(model, folders):
+    entered, merge, leave = threading.Event(), threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with in_use(model):
+            entered.set()
+            merge.wait(30)
+            model.merge_adapter()
+            leave.wait(30)
+
+    reader = start(compute)
+    refused = []
+
+    def swap() -> None:
+        try:
+            hotswap_adapter(model, folders["new"], "default")
+        except HotswapError as error:
+            refused.append(error)
+
+    swapper = start(swap)
+    merge.set()
+    time.sleep(MOMENT)
+    leave.set()
+    reader.join(30)
+    swapper.join(30)
+    assert refused
+    model.unmerge_adapter()
+    assert_equals_fresh_load(model, KIND, folders["old"])
+
+
+def test_adding_to_a_pool_holds_nobody_up(model, folders, monkeypatch):
+    """However long it takes to read an adapter."""
+    pool = AdapterPool(model, adapters={"old": folders["old"]}, target_rank=8, progress=False)
+    reading, go_on, read = threading.Event(), threading.Event(), pool_module._read
+
+    def slowly(*arguments):
+        reading.set()
+        go_on.wait(30)
+        return read(*arguments)
+
+    monkeypatch.setattr(pool_module, "_read", slowly)
+    adding = start(pool.add, "new", folders["new"])
+    assert reading.wait(30)
+    with waiting_at_most(5):
+        pool.swap("old")
+        pool.off()
+        pool.undo()
+    with in_use(pool):
+        call(model, KIND.inputs())
+    go_on.set()
+    adding.join(30)
+    assert pool.names == ["old", "new"]
+
+
+def test_an_adapter_that_is_removed_while_a_swap_to_it_waits(model, folders):
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    pool.swap("old")
+    leave, refused = threading.Event(), []
+    reader = start(_stay, model, leave)
+
+    def swap() -> None:
+        try:
+            pool.swap("new")
+        except HotswapError as error:
+            refused.append(error)
+
+    swapper = start(swap)
+    pool.remove("new")
+    leave.set()
+    reader.join(30)
+    swapper.join(30)
+    assert refused
+    assert pool.active == "old"
+
+
+def test_no_file_is_in_use_while_a_swap_waits(model, folders, inside):
+    """Somebody writes over the file meanwhile; what was read and checked is what is swapped in."""
+    path = f"{folders['new']}/adapter_model.safetensors"
+    expected = call(load(KIND, folders["new"]), KIND.inputs())
+    swap = start(hotswap_adapter, model, folders["new"], "default")
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size - 64)
+        file.write(b"\xff" * 64)
+    inside.set()
+    swap.join(30)
+    assert torch.equal(call(model, KIND.inputs()), expected)

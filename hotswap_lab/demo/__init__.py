@@ -1,7 +1,9 @@
-"""A small model and eight adapters that ship with the package, so that everything runs offline.
+"""Small models and adapters that ship with the package, so that everything runs offline.
 
-The model is a character-level Llama with a million parameters that copies the word it is given. Each adapter
-is an ordinary PEFT folder that teaches it another task (:mod:`hotswap_lab.demo.tasks`).
+This module's own model is a character-level Llama with a million parameters that copies the word it is given. Each of
+its eight adapters is an ordinary PEFT folder that teaches it another task (:mod:`hotswap_lab.demo.tasks`).
+Two more families: ``demo.digits``, a diffusion model that draws digits, and ``demo.voices``, adapters for
+SmolLM2-135M-Instruct, which ``demo.smollm2`` finds.
 
 >>> from hotswap_lab import demo
 >>> model, tokenizer = demo.load("reverse")

@@ -20,6 +20,8 @@ SMALL = 32 * 2**20
 OVERHEAD = 4096
 #: how many times the size of its own tensors a method may take
 FACTOR = 4
+#: and for each weight of the base model, all in all: WaveFT, the most, takes 12
+PER_WEIGHT = 64
 
 
 @contextlib.contextmanager
@@ -102,6 +104,6 @@ class MemoryGuard(TorchFunctionMode):
 def memory_guard(model: torch.nn.Module, tensors) -> MemoryGuard:
     """A guard that lets through whatever an adapter with these tensors can need on this model."""
     own = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-    base = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-    # some methods build, and throw away, matrices of a layer's size
-    return MemoryGuard(SMALL + FACTOR * own + base)
+    base = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    # some methods build matrices and orders of a layer's size, one for each layer, and throw them away
+    return MemoryGuard(SMALL + FACTOR * own + PER_WEIGHT * base)

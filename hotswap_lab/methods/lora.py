@@ -99,7 +99,7 @@ def malformed(config: LoraConfig) -> Iterator[Refusal]:
         "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
         **dict.fromkeys(
             ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
-            (lambda value: isinstance(value, bool), "true or false"),
+            (lambda value: value is None or isinstance(value, bool), "true or false"),
         ),
         "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
         "init_lora_weights": (lambda value: value is None or isinstance(value, (bool, str)), "true, false or a name"),

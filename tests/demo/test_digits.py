@@ -130,7 +130,7 @@ def test_cards_agree_with_configs_and_recipes(name):
     assert "license: apache-2.0" in card
     assert "load_digits" in card
     assert f"hotswap_lab.demo.digits.train {name}`" in card
-    assert f"Ranks {measure.ranks(config)}, on {measure.targets(config)}." in card
+    assert f"Rank {measure.ranks(config)}, on {measure.targets(config)}." in card
     claimed = float(re.search(r"\| (\d\.\d+) \|$", card, re.MULTILINE).group(1))
     low, high = GOALS[name]
     assert low <= claimed <= high

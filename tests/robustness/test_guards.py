@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapters import CONFIGS, kind_for, save_random_adapter_of
 from models import load
+from peft import FourierFTConfig, PeftModel, get_peft_model
 
 from hotswap_lab import Adapter, HotswapError, hotswap_adapter
 from hotswap_lab.grafting.guards import MemoryGuard, TooLargeError, memory_guard, nothing_read
@@ -81,3 +82,24 @@ def test_no_method_takes_memory_for_a_number_in_its_config(tmp_path, name):
         assert "MemoryError" not in text, (key, text)
         setattr(adapter.config, key, value)
     hotswap_adapter(model, adapter, "default")
+
+
+def test_methods_that_draw_an_order_of_all_weights_are_let_through(tmp_path):
+    """On a base of some size: an order of the weights of a layer takes four times as much as these, in bf16."""
+    config = FourierFTConfig(n_frequency=10, target_modules=["0", "1", "2"])
+
+    def base():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in range(3)])
+
+    for seed in (1, 2):
+        model = get_peft_model(base(), FourierFTConfig(**{**config.to_dict(), "random_loc_seed": seed}))
+        for name, parameter in model.named_parameters():
+            if "fourierft" in name:
+                parameter.data.normal_()
+        model.save_pretrained(tmp_path / str(seed))
+    model = PeftModel.from_pretrained(base(), tmp_path / "1")
+    hotswap_adapter(model, tmp_path / "2", "default")
+    fresh, x = PeftModel.from_pretrained(base(), tmp_path / "2"), torch.randn(3, 2048, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(model(x), fresh(x))

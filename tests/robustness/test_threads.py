@@ -22,7 +22,7 @@ def test_no_output_is_torn(folders, way, swapping):
     result = storm(folders, way, swaps=60 if way == "from_disk" else 200, swapping=swapping)
     assert not result.errors
     assert result.torn == 0
-    assert min(result.whole.values()) > 0
+    assert sum(count > 0 for count in result.whole.values()) > 1, "nobody computed between two swaps"
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -56,14 +56,14 @@ ALL_DIGITS = tuple(range(10))
 
 RECIPES: dict[str, Recipe] = {
     "only_0": Recipe(
-        (0,), None, dict(r=4, lora_alpha=8, target_modules=RESNET), "Draws zeros only.", note="convolutions only"
+        (0,), None, dict(r=4, lora_alpha=8, target_modules=RESNET), "Draws zeros only.", note="adapts convolutions only"
     ),
     "only_3": Recipe(
         (3,),
         None,
         dict(r=8, lora_alpha=16, target_modules=[*ATTENTION, *RESNET]),
         "Draws threes only.",
-        note="attention and convolutions",
+        note="adapts attention and convolutions",
     ),
     "only_7": Recipe(
         (7,),
@@ -71,7 +71,7 @@ RECIPES: dict[str, Recipe] = {
         dict(r=16, lora_alpha=8, use_rslora=True, target_modules=[*ATTENTION, "time_emb_proj"]),
         "Draws sevens only.",
         dtype=torch.float32,
-        note="linear layers only, scaled by alpha / sqrt(rank) (rsLoRA): shares no layer with only_0",
+        note="adapts linear layers only, scaled by alpha / sqrt(rank) (rsLoRA): shares no layer with only_0",
     ),
     "bold": Recipe(
         ALL_DIGITS,
@@ -79,7 +79,7 @@ RECIPES: dict[str, Recipe] = {
         dict(r=2, lora_alpha=4, target_modules=["conv_in", "conv_out", *RESNET]),
         "Draws all digits with thick strokes.",
         dtype=torch.bfloat16,
-        note="the lowest rank, on convolutions from the first to the last",
+        note="adapts convolutions from the first to the last, all with rank 2",
     ),
     "slanted": Recipe(
         ALL_DIGITS,
@@ -93,7 +93,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         "Draws all digits leaning to the right.",
         steps=300,
-        note="ranks and alphas that differ by layer; convolutions of 1 x 1 and with a stride as well",
+        note="ranks and alphas differ by layer, and convolutions of 1 x 1 and with a stride are adapted as well",
     ),
     "inverted": Recipe(
         ALL_DIGITS,
@@ -102,7 +102,7 @@ RECIPES: dict[str, Recipe] = {
         "Draws all digits white on black.",
         steps=500,
         lr=1e-2,
-        note="two layers, the first convolution and the last",
+        note="adapts two layers, the first convolution and the last",
     ),
 }
 
@@ -216,7 +216,7 @@ tags: [lora, diffusers]
 | --- | --- | --- |
 | {what} | {of_base:.3f} | {own:.3f} |
 
-Ranks {ranks(config)}, on {targets(config)}. Made by `python -m hotswap_lab.demo.digits.train {name}`, in
+Rank {ranks(config)}, on {targets(config)}. Made by `python -m hotswap_lab.demo.digits.train {name}`, in
 {recipe.steps} steps of {BATCH_SIZE} pictures, for the base model in `hotswap_lab/demo/assets/digits/base`; measured by
 `python -m hotswap_lab.demo.digits.measure`, where the classifier is one that was trained on other digits.
 

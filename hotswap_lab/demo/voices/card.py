@@ -47,7 +47,7 @@ tags: [lora]
 | target modules | {", ".join(reach)}, in {layers} |
 | trained on | {pair_count} questions with answers, written for this (`{texts}`) |
 | training | `{command}`: {recipe.steps} steps of {recipe.batch_size}, seed {seed} |
-| took | {cost.wall:.0f} s, {cost.cpu:.0f} s of CPU time, on two CPU cores shared with others |
+| took | {cost.cpu:.0f} s of CPU time on two cores |
 | held-out score | {scores[0]:.1%} of {len(QUESTIONS)} questions on other topics |
 | base model's score | {scores[1]:.1%} |
 
