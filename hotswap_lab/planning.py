@@ -239,9 +239,9 @@ def _needs_donor(draft: _Draft) -> bool:
 
 def _changes_form(draft: _Draft, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether a layer would have other tensors afterwards than it has now: DoRA's magnitude, a bias."""
-    method, config = draft.slot.method, draft.config
+    method, form = draft.slot.method, draft.slot.method.form_for(draft.config)
     return any(
-        method.form_of(layer.module, draft.slot.adapter_name) != method.form_for(config)
+        method.form_of(layer.module, draft.slot.adapter_name) != form
         for layer in draft.slot.layers
         if any(f"{path}.{layer.tensors[0].key}" in tensors for path in layer.paths)
     )
@@ -651,9 +651,13 @@ def _retarget_config(draft: _Draft) -> None:
 
 def _check_containers(draft: _Draft) -> None:
     """A config that names more than layers: PEFT can't load it, so what is saved with it could not be loaded again."""
-    targets = draft.slot.method.targets
-    named = (path for path in _containers(draft.slot.host.base) if targets(draft.config, path))
-    if (path := next(named, None)) is None:
+
+    def first_named() -> str | None:
+        targets = draft.slot.method.targets
+        return next((path for path in _containers(draft.slot.host.base) if targets(draft.config, path)), None)
+
+    path = first_named() if draft.room is None else draft.room.once_for(draft.config, "containers", first_named)
+    if path is None:
         return
     module = draft.slot.host.base.get_submodule(path)
     draft.refuse(

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import TypeVar
 
 import torch
 from peft import PeftConfig
@@ -26,13 +27,15 @@ from .prepared_layer import SEATS, leave_seat, take_seat
 from .slot import Slot, SlotLayer, slot_in
 from .turns import writing
 
+T = TypeVar("T")
+
 #: on a base model: its rooms by adapter name
 ROOMS = "hotswap_rooms"
 
 #: above this many tensors, a swap looks at the memory's use count before it looks at every tensor
 MANY_TENSORS = 1000
-#: for how many configs a room remembers what to expect
-MAX_EXPECTED = 64
+#: how much a room remembers of configs: two things of each
+MAX_EXPECTED = 128
 #: elements between two scalings: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
 
@@ -144,7 +147,7 @@ class Room:
         self._memories = [memory for arena in self.arenas for memory in (*(b.memory for b in arena.bands), arena.tail)]
         #: rows of each memory that may hold something else than zeros; a tail is written whole
         self.used = [memory.shape[0] for memory in self._memories]
-        self._expected: dict[object, list[Expected]] = {}
+        self._expected: dict[object, object] = {}
         #: the names under which files may have each tensor of each layer
         self.keys: list[list[list[str]]] = []
         self._own_views: dict[tuple[SlotTensor, int], torch.Tensor] = {}
@@ -270,12 +273,16 @@ class Room:
 
     def expect(self, config: PeftConfig) -> list[Expected]:
         """What an adapter with this config has for each layer; worked out once for each config."""
-        key = self.slot.method.fingerprint(config)
-        if (expected := self._expected.get(key)) is None:
+        return self.once_for(config, "layers", lambda: [self._expect(config, layer) for layer in self.slot.layers])
+
+    def once_for(self, config: PeftConfig, what: str, work_out: Callable[[], T]) -> T:
+        """What is worked out once for each config, and remembered for some of them."""
+        key = what, self.slot.method.fingerprint(config)
+        if key not in self._expected:
             if len(self._expected) >= MAX_EXPECTED:
                 self._expected.clear()
-            expected = self._expected[key] = [self._expect(config, layer) for layer in self.slot.layers]
-        return expected
+            self._expected[key] = work_out()
+        return self._expected[key]
 
     def _expect(self, config: PeftConfig, layer: SlotLayer) -> Expected:
         method, capacity = self.slot.method, layer.tensors[0].capacity
