@@ -33,6 +33,18 @@ def pick_backend() -> str:
 @functools.cache
 def _why_not_inductor() -> str | None:
     """Compiles something small: only that shows whether the compiler that was found works."""
+    if (reason := _try_inductor()) is None:
+        return None
+    # a build that was cut short stays in the compiler's cache, broken: that is no reason to do without the compiler
+    try:
+        from torch._inductor.utils import fresh_inductor_cache  # not public, so it may be gone one day
+    except ImportError:
+        return reason
+    with fresh_inductor_cache():
+        return reason if _try_inductor() else None
+
+
+def _try_inductor() -> str | None:
     try:
         torch.compile(_add_one, backend="inductor", dynamic=False)(torch.zeros(8))
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -30,3 +31,19 @@ def test_aot_eager_and_one_clear_line_where_no_compiler_works(tmp_path, compiler
     lines = done.stdout.splitlines()
     assert lines[0] == "aot_eager aot_eager", done.stderr
     assert "Install a C++ compiler" in lines[1]
+
+
+def test_a_broken_build_in_the_cache_is_no_missing_compiler(tmp_path):
+    """What a killed process leaves of a build can't be loaded, and inductor does not build it again."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def run() -> str:
+        done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
+        return done.stdout.strip()
+
+    assert run() == "inductor inductor"
+    builds = list(tmp_path.rglob("*.so"))
+    assert builds
+    for build in builds:
+        os.truncate(build, 100)
+    assert run() == "inductor inductor"

@@ -39,7 +39,7 @@ def test_what_can_not_be_read_this_way_is_left_to_the_library(tmp_path):
     save_file({"a": torch.arange(3)}, tmp_path / "integers")
     assert read_weights(tmp_path / "integers") is None
     folder = Path(save_random_adapter(KINDS["linear"], tmp_path / "adapter", seed=1, r=2))
-    save_file({"a": torch.arange(3)}, folder / "adapter_model.safetensors")
+    save_file({"first.lora_A.weight": torch.arange(3)}, folder / "adapter_model.safetensors")
     with pytest.raises(HotswapError, match="int64"):
         Adapter.load(folder)
 

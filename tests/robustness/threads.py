@@ -174,6 +174,7 @@ def storm(
         try:
             for _ in range(swaps // swapping):
                 put(draw.choice(names))
+                time.sleep(0.0005)  # so that somebody gets to compute with it, on however busy a machine
                 with counting:
                     result.swaps += 1
                 if result.errors or (until_torn and result.torn):

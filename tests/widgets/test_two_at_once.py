@@ -340,7 +340,7 @@ def interrupted_at(step: int, action) -> tuple[bool, str]:
 
 def test_an_interrupt_at_any_line(pure):
     """Of the panel's own code; the engine's lines have tests of their own."""
-    panel, interrupts = make(), 0
+    panel, interrupts, handler = make(), 0, signal.getsignal(signal.SIGINT)
     stride = 7
     for step in range(1, 10_000, stride):
         panel.active = "reverse"
@@ -355,7 +355,7 @@ def test_an_interrupt_at_any_line(pure):
         assert panel.choose("shout") == WORD, where
         assert panel._status.value.startswith("ready"), where
     assert interrupts > 10
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_gradient_modes_are_kept():
