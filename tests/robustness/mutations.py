@@ -106,10 +106,11 @@ def truncate(folder: Path, pick: Random) -> str:
     size = (folder / WEIGHTS).stat().st_size
     start = size - len(data)
     bounds = {0, 4, 8, start} | {start + offset for key in entries(header) for offset in header[key]["data_offsets"]}
-    cut = pick.choice(sorted(bounds - {size})) + pick.choice([0, 0, -1, 1])
+    # another mutation may have declared offsets far beyond the end, and a file of that size would have to be read
+    cut = min(max(pick.choice(sorted(bounds - {size})) + pick.choice([0, 0, -1, 1]), 0), size)
     with (folder / WEIGHTS).open("r+b") as file:
-        file.truncate(max(cut, 0))
-    return f"to {max(cut, 0)} of {size} bytes"
+        file.truncate(cut)
+    return f"to {cut} of {size} bytes"
 
 
 def append(folder: Path, pick: Random) -> str:
