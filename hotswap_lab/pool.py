@@ -402,7 +402,8 @@ class AdapterPool:
             packed = entry.packed or self._packed(entry)
             with self._write_access():
                 if self._entries.get(name) is not entry:
-                    self._entry(name)  # it was removed meanwhile
+                    entry = self._entry(name)  # removed meanwhile, or another one has its name
+                    packed = self._packed(entry)
                 self._check_room()
                 history = self._history_with(self._state())
                 self._write(packed, strength, history)

@@ -558,6 +558,20 @@ def test_an_adapter_that_is_removed_while_a_swap_to_it_waits(model, folders):
     assert pool.active == "old"
 
 
+def test_another_adapter_under_the_name_that_a_swap_waits_for(model, folders):
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    pool.swap("old")
+    leave = threading.Event()
+    reader = start(_stay, model, leave)
+    swapper = start(pool.swap, "new")
+    pool.remove("new")
+    pool.add("new", folders["third"])
+    leave.set()
+    reader.join(30)
+    swapper.join(30)
+    assert_equals_fresh_load(model, KIND, folders["third"], prepared=True)
+
+
 def test_no_file_is_in_use_while_a_swap_waits(model, folders, inside):
     """Somebody writes over the file meanwhile; what was read and checked is what is swapped in."""
     path = f"{folders['new']}/adapter_model.safetensors"
