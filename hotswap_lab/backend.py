@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 
 import torch
+
+#: what builds C++ code as well, but can't link it
+C_COMPILERS = ("gcc", "cc", "clang")
 
 
 def pick_backend() -> str:
@@ -24,10 +28,20 @@ def pick_backend() -> str:
         return "inductor"
     warnings.warn(
         f"torch.compile can't build code here ({reason}), so backend 'aot_eager' is used: recompiles are counted as "
-        "ever, but nothing gets faster. Install a C++ compiler such as g++ for inductor.",
+        f"ever, but nothing gets faster. {_what_to_do()}",
         stacklevel=2,
     )
     return "aot_eager"
+
+
+def _what_to_do() -> str:
+    compiler = os.environ.get("CXX", "")
+    if os.path.basename(compiler) in C_COMPILERS:
+        return (
+            f"The environment variable CXX names {compiler!r}, a C compiler, which leaves the C++ library out (PEFT "
+            "sets it so when it loads a BOFT adapter): remove it or set it to 'g++', and start this process anew."
+        )
+    return "Install a C++ compiler such as g++ for inductor."
 
 
 @functools.cache

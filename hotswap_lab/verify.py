@@ -24,6 +24,7 @@ from .base_values import ORIGINALS
 from .compiled import unwrap_compiled
 from .errors import refuse
 from .grafting import make_stand_in, wrappers_in
+from .grafting.guards import compilers_kept
 from .grafting.wrappers import WRAPPERS, inside
 from .host import PEFT_PREFIX, Host, canonical_path
 from .interrupts import interrupts_held
@@ -146,7 +147,8 @@ def verify_hotswap(
         fresh = make_base().eval()
         base_outputs = _call(fresh, inputs)
         trainable = not slot.config.inference_mode
-        fresh = PeftModel.from_pretrained(fresh, folder, adapter_name, is_trainable=trainable).eval()
+        with compilers_kept():
+            fresh = PeftModel.from_pretrained(fresh, folder, adapter_name, is_trainable=trainable).eval()
         fresh_outputs = _call(fresh, inputs)
     largest = max(float(output.abs().max()) for output in fresh_outputs)
     relative = TOLERANCE[fresh_outputs[0].dtype] if tolerance is None else tolerance

@@ -13,6 +13,8 @@ import pytest
 import torch
 from models import KINDS
 
+from hotswap_lab.grafting.guards import compilers_kept
+
 torch.set_num_threads(2)
 
 
@@ -49,3 +51,10 @@ def _modes_are_given_back():
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     torch.set_grad_enabled(True)
     assert modes == (True, False)
+
+
+@pytest.fixture(autouse=True)
+def _compilers_are_given_back():
+    """PEFT's BOFT names a C compiler in the environment and leaves it there; all that is compiled later is broken."""
+    with compilers_kept():
+        yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+
+#: all threads share one generator of random numbers: who sets its seed must be alone until all is drawn
+RANDOM = threading.RLock()
 
 
 class Mlp(nn.Module):
@@ -143,12 +147,12 @@ class Kind:
 
     def base(self) -> nn.Module:
         """A fresh base model; the same weights every time."""
-        with torch.random.fork_rng():
+        with RANDOM, torch.random.fork_rng():
             torch.manual_seed(0)
             return self.make_random().eval()
 
     def inputs(self):
-        with torch.random.fork_rng():
+        with RANDOM, torch.random.fork_rng():
             torch.manual_seed(1)
             return self.make_inputs()
 

@@ -33,6 +33,15 @@ def test_aot_eager_and_one_clear_line_where_no_compiler_works(tmp_path, compiler
     assert "Install a C++ compiler" in lines[1]
 
 
+def test_a_c_compiler_is_named_as_the_cause(tmp_path):
+    """PEFT leaves this behind when it has loaded a BOFT adapter."""
+    environment = {**os.environ, "CXX": "gcc", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "aot_eager aot_eager", done.stderr
+    assert "CXX names 'gcc'" in lines[1]
+
+
 def test_a_broken_build_in_the_cache_is_no_missing_compiler(tmp_path):
     """What a killed process leaves of a build can't be loaded, and inductor does not build it again."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from ..host import PEFT_PREFIX, Host, canonical_path
 from ..turns import writing
-from .guards import memory_guard, nothing_read
+from .guards import compilers_kept, memory_guard, nothing_read
 from .stand_in import StandIn, make_stand_in
 
 
@@ -81,7 +81,7 @@ def load_donor(
             # drawing weights that are then overwritten must not move the user's random numbers on
             with torch.random.fork_rng(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with nothing_read(config), memory_guard(host.base, tensors.values()):
+                with nothing_read(config), compilers_kept(), memory_guard(host.base, tensors.values()):
                     model = cls(stand_in.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
                 base_values, result, origins = _set_tensors(model, tensors, adapter_name, base_names)
                 if hasattr(model.base_model, "_cast_adapter_dtype"):

@@ -1,8 +1,9 @@
-"""Guards around PEFT while it loads an adapter: what a config may not make it read, and how much memory it may take."""
+"""Guards around PEFT while it loads an adapter: what it may not read, how much memory it may take, what it leaves."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 HARMLESS_INIT = "RANDOM"
 #: the values of ``prompt_tuning_init`` for which PEFT reads a tokenizer or a file that the config names
 INITS_THAT_READ = ("TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
+
+#: what names the compilers to whatever builds code later, ``torch.compile`` among it
+COMPILERS = ("CC", "CXX")
 
 #: bytes that any method may take
 SMALL = 32 * 2**20
@@ -45,6 +49,24 @@ def nothing_read(config: PeftConfig) -> Iterator[None]:
         yield
     finally:
         config.prompt_tuning_init = init
+
+
+@contextlib.contextmanager
+def compilers_kept() -> Iterator[None]:
+    """Puts the environment variables that name the compilers back.
+
+    Where PEFT's BOFT can't build its extension, it leaves ``CXX=gcc`` behind: nothing that ``torch.compile`` builds
+    with that can be loaded, since it is linked without the C++ library.
+    """
+    before = {name: os.environ.get(name) for name in COMPILERS}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class TooLargeError(ValueError):

@@ -1,4 +1,5 @@
-"""What PEFT may not do while it loads an adapter: read what a config names, or take memory that no tensor fills."""
+"""What PEFT may not do while it loads an adapter: read what a config names, take memory that no tensor fills, or leave
+another compiler behind."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from adapters import CONFIGS, kind_for, save_random_adapter_of
 from models import load
 from peft import FourierFTConfig, PeftModel, get_peft_model
 
-from hotswap_lab import Adapter, HotswapError, hotswap_adapter
+from hotswap_lab import Adapter, HotswapError, hotswap_adapter, verify_hotswap
 from hotswap_lab.grafting.guards import MemoryGuard, TooLargeError, memory_guard, nothing_read
 
 
@@ -56,6 +57,23 @@ def test_what_a_prompt_starts_from_is_not_read():
     assert config.prompt_tuning_init == "TEXT"
     with pytest.raises(ValueError, match="names a model"), nothing_read(SimpleNamespace(shadow_model="user/model")):
         pass
+
+
+@pytest.mark.parametrize("compiler", [None, "g++"])
+def test_the_compilers_stay_what_they_are(tmp_path, monkeypatch, compiler):
+    """PEFT's BOFT names a C compiler where it can't build its extension, for whatever is compiled later."""
+    kind = kind_for("BOFT")
+    folders = [
+        save_random_adapter_of(config, tmp_path / str(seed), seed, kind) for seed, config in enumerate(CONFIGS["BOFT"])
+    ]
+    model = load(kind, folders[0])
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False) if compiler is None else monkeypatch.setenv(name, compiler)
+    before = dict(os.environ)
+    hotswap_adapter(model, folders[1], "default")
+    assert dict(os.environ) == before
+    assert verify_hotswap(model, folders[1], inputs=kind.inputs())
+    assert dict(os.environ) == before
 
 
 #: all methods take minutes: ``LONG=1 pytest tests/robustness/test_guards.py``
