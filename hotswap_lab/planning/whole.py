@@ -1,0 +1,89 @@
+"""What is said of the plan as a whole: capacity, shards, compiled graphs, and which layers the config names."""
+
+from __future__ import annotations
+
+from ..compiled import blind_spot
+from ..errors import listing
+from ..plan import Action
+from ..shards import has_fixed_shape, is_trained_in_parallel
+from .draft import Draft, is_prepared
+
+
+def check_capacity(draft: Draft) -> None:
+    """Refuses ranks that a prepared layer has no room for, all of them in one refusal."""
+    lacking = [
+        plan
+        for plan in draft.layers
+        if plan.action is Action.PAD and plan.settings.rank > plan.layer.tensors[0].capacity
+    ]
+    if lacking:
+        highest = max(plan.settings.rank for plan in lacking)
+        room = max(plan.layer.tensors[0].capacity for plan in lacking)
+        draft.refuse(
+            f"The adapter's rank is higher than the model was prepared for, at {len(lacking)} layers.",
+            found=f"rank {highest}, for example at {lacking[0].path}",
+            expected=f"rank {room} at most",
+            next_step=f"before compiling, prepare the model (or make the pool) with target_rank={highest}",
+        )
+
+
+def check_shards(draft: Draft) -> None:
+    """Refuses new shapes where somebody has noted the old ones and would go by them."""
+    resized = [plan for plan in draft.layers if plan.action is Action.RESIZE]
+    fixed = [plan for plan in resized if any(has_fixed_shape(each.owner, each.name) for each in plan.layer.tensors)]
+    if fixed:
+        draft.refuse(
+            f"The rank of an adapter can't be changed while FSDP shards it, as it would at {len(fixed)} layers.",
+            found=f"rank {fixed[0].rank_before} at {fixed[0].path}, and {fixed[0].rank_after} in the adapter",
+            expected="the rank that was there when fully_shard was called",
+            next_step="swap before fully_shard, or load this adapter into a fresh base model and shard that",
+        )
+    changed = [plan for plan in draft.layers if plan.action in (Action.RESIZE, Action.ADD)]
+    if changed:
+        check_parallel_training(draft, len(changed), changed[0].path)
+
+
+def check_parallel_training(draft: Draft, layers: int, where: str) -> None:
+    """Refuses new parameters where gradients are averaged over processes by the old ones."""
+    if is_trained_in_parallel(draft.slot.host.root, (each.parameter for each in draft.slot.tensors)):
+        draft.refuse(
+            f"DistributedDataParallel would no longer average the gradients of {layers} layers.",
+            found=f"another shape at {where}, in parameters that are trained",
+            expected="the parameters that were there when the model was wrapped",
+            next_step="swap in the model itself, then wrap it in DistributedDataParallel again",
+        )
+
+
+def check_compiled(draft: Draft) -> None:
+    """Refuses a swap that a compiled graph would not notice."""
+    plan = draft.finish()
+    if reason := blind_spot(draft.compiled, prepared=plan.writes_values_only and is_prepared(draft.slot)):
+        draft.refuse(
+            "The compiled model would go on with the old adapter.",
+            found=reason,
+            expected="a graph that reads the adapter's weights at each call, and guards that watch the rest",
+            next_step="compile the model without this setting, after prepare_model_for_compiled_hotswap",
+        )
+
+
+def note_missing_targets(draft: Draft) -> None:
+    named = [
+        plan.path
+        for plan in draft.layers
+        if plan.action is Action.OFF and draft.slot.method.targets(draft.config, plan.path)
+    ]
+    if named:
+        draft.notes.append(
+            f"the config targets {len(named)} layers that the file has no tensors for ({listing(named, 2)}); "
+            "they are turned off"
+        )
+
+
+def retarget_config(draft: Draft) -> None:
+    """Makes the config name exactly the layers that the tensors are for, so that it reloads as what it is."""
+    targets = draft.slot.method.targets
+    if draft.config.target_modules is None or any(
+        targets(draft.config, plan.path) != (plan.settings is not None) for plan in draft.layers
+    ):
+        draft.config.target_modules = {plan.path for plan in draft.layers if plan.settings is not None}
+        draft.config.layers_to_transform = draft.config.layers_pattern = draft.config.exclude_modules = None
