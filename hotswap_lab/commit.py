@@ -292,8 +292,8 @@ def _write_graft(plan: Plan, staged: _Staged, journal: Journal) -> None:
         clear_gradient(parameter, journal)
         journal.set_attribute(parameter, "requires_grad", value)
     plan.grafting.base.keep(host.base, plan.slot.adapter_name, staged.originals, journal)
-    if graft.places is not None:
-        graft.places.keep(plan.slot, plan.config, journal)
+    if plan.grafting.places is not None:
+        plan.grafting.places.keep(plan.slot, plan.config, journal)
     else:
         forget_places(plan.slot, journal)
     note_former_layers(host.base, plan.slot.adapter_name, graft.unwrapped, journal)

@@ -17,7 +17,7 @@ from ..slot import Slot
 from .difference import difference
 from .donor import Donor, load_donor
 from .graft import Graft
-from .places import find_places, places_of
+from .places import Places, find_places, places_of
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
@@ -44,6 +44,8 @@ class Grafting:
     graft: Graft = field(default_factory=Graft)
     base: BaseChange = field(default_factory=BaseChange)
     refusals: list[Refusal] = field(default_factory=list)
+    #: where the tensors of an adapter with the same config would go
+    places: Places | None = None
     #: what PEFT said when it could not load the adapter
     cause: Exception | None = None
     #: base weights whose ``requires_grad`` changes, too
@@ -79,6 +81,7 @@ def decide_graft(
     if known is not None and not base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
         grafting.config = known.completed(config, slot.config.inference_mode)
         grafting.graft = known.graft(adapter)
+        grafting.places = known
         return grafting
     try:
         with slot.write_mode():
@@ -116,7 +119,7 @@ def decide_graft(
     grafting.base = change_base_values(host, name, donor.base_values, live, base_weights or {})
     grafting.refusals += grafting.base.refusals
     if not grafting.refusals:
-        grafting.graft.places = find_places(slot, adapter, donor, grafting.graft)
+        grafting.places = find_places(slot, adapter, donor, grafting.graft)
     if not config.inference_mode:
         twins = dict(donor.stand_in.model.named_parameters())
         for path in {*grafting.base.originals, *donor.base_values, *(n for n in live if n.endswith("bias"))}:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import Refusal
 from ..journal import Journal
-
-if TYPE_CHECKING:
-    from .places import Places
 
 Step = Callable[[Journal], None]
 
@@ -67,8 +63,6 @@ class Graft:
     in_place: dict[int, tuple[MutableMapping, str, torch.Tensor]] = field(default_factory=dict)
     #: what DoRA has computed from weights and kept
     caches: list[dict] = field(default_factory=list)
-    #: where the tensors of an adapter with the same config would go
-    places: Places | None = None
     #: how often they were written when they were compared
     versions: list[int] = field(default_factory=list)
 

@@ -59,7 +59,7 @@ class Places:
 
     def graft(self, adapter: Adapter) -> Graft:
         """What to write: the adapter's tensors, and nothing else."""
-        graft = Graft(changes=list(self.changes), places=self)
+        graft = Graft(changes=list(self.changes))
         for name, (_, _, live) in self.tensors.items():
             graft.copies.append((live, adapter.tensors[name].detach()))
             if isinstance(live, torch.nn.Parameter):
