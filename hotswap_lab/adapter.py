@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -247,6 +248,8 @@ def _find_weights(source: str, folder: str, hub: dict) -> str:
 def _not_found(summary: str, error: Exception, expected: str, next_step: str) -> HotswapError:
     # huggingface_hub speaks of the cache there, and has the reason in the cause
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    if constants.HF_HUB_OFFLINE and isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        next_step = "unset HF_HUB_OFFLINE and start anew, so that it can be downloaded, or pass a folder that has it"
     return refuse(summary, f"{type(cause).__name__}: {_first_line(cause)}", expected, next_step)
 
 

@@ -451,10 +451,17 @@ class AdapterPool:
             try:
                 yield self
             finally:
-                packed = self._packed_of(former)
-                with without_limit(), self._write_access():
-                    self._check_room()
-                    self._write(packed, former.strength, history)
+                try:
+                    self._put_back(former, history)
+                except KeyboardInterrupt:
+                    self._put_back(former, history)  # the block is left for good: its adapter must not stay
+                    raise
+
+    def _put_back(self, former: _State, history: list[_State]) -> None:
+        packed = self._packed_of(former)
+        with without_limit(), self._write_access():
+            self._check_room()
+            self._write(packed, former.strength, history)
 
     def _swap(self) -> AbstractContextManager:
         """Nobody else swaps; the other threads may go on computing."""

@@ -168,6 +168,7 @@ def test_offline_the_cache_is_used_and_nothing_is_asked(hub, run):
     assert hub.requests == []
     assert missing.startswith("Can't find 'adapter_config.json' at 'team/secret'")
     assert "offline" in missing
+    assert "unset HF_HUB_OFFLINE" in missing
 
 
 def test_bin_files_where_there_are_no_safetensors(hub, run, folders, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import run_with_fault
 from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import LoraConfig
@@ -198,6 +200,23 @@ def test_using_gives_the_former_adapter_back(model, pool, sources):
     with pytest.raises(ZeroDivisionError), pool.using("c"):
         _ = 1 / 0
     assert torch.equal(call(model, LLAMA.inputs()), before)
+
+
+def test_ctrl_c_while_using_is_left_leaves_the_former_adapter(model, pool, sources):
+    pool.swap("b", strength=0.5)
+    before = call(model, LLAMA.inputs())
+    faults = 0
+    while True:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(pool.using("c"))
+            outcome = run_with_fault(stack.pop_all().close, faults + 1, KeyboardInterrupt)
+        if not outcome:
+            break
+        assert isinstance(outcome.error, KeyboardInterrupt), outcome
+        assert torch.equal(call(model, LLAMA.inputs()), before), outcome.where
+        assert (pool.active, pool.strength) == ("b", 0.5)
+        faults += 1
+    assert faults > 30
 
 
 def test_using_gives_back_what_was_never_in_the_pool(model, sources):
