@@ -170,7 +170,7 @@ class Adapter:
         # NaN and infinity make a sum NaN or infinite: one fast pass over all of them. So may very large weights,
         # hence the second, exact look at whatever is suspicious.
         keys = [key for key, tensor in self.tensors.items() if tensor.numel() and tensor.is_floating_point()]
-        tensors = [self.tensors[key].detach() for key in keys]
+        tensors = [each.detach() if each.requires_grad else each for each in map(self.tensors.get, keys)]
         if not tensors:
             return []
         whole = in_one_piece(tensors) if tensors[0].dtype.itemsize > 1 else None

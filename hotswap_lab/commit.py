@@ -212,7 +212,8 @@ def _stage_room(staged: _Staged, plan: Plan) -> None:
             if write.source is not None:
                 own = room.own_view(write.target, write.target.rank_of(write.source.shape))
                 # cast and moved here, where an error does no harm yet
-                source = write.source.detach().to(own.device, own.dtype)
+                source = write.source if not write.source.requires_grad else write.source.detach()
+                source = source.to(own.device, own.dtype)
                 staged.copy(own, write.target.split(source))
             elif write.target.off is not None:
                 staged.cast(room.view(write.target), write.target.off())

@@ -150,6 +150,8 @@ class Room:
         self._expected: dict[object, object] = {}
         #: the names under which files may have each tensor of each layer
         self.keys: list[list[list[str]]] = []
+        #: which tensors each layer has beside A and B
+        self.forms: list[tuple[bool, bool]] = []
         self._own_views: dict[tuple[SlotTensor, int], torch.Tensor] = {}
         self._zeros = [memory.new_zeros(()) for memory in self._memories]
 
@@ -158,6 +160,7 @@ class Room:
     def settle(self) -> None:
         """Notes where everything is; to be called when the model's parameters have been moved in."""
         self.keys = [[_keys(layer, tensor) for tensor in layer.tensors] for layer in self.slot.layers]
+        self.forms = [self.slot.method.form_of(layer.module, self.slot.adapter_name) for layer in self.slot.layers]
         self._parameters = [tensor.parameter for tensor in self._tensors]
         self._second_parameters = [tensor.parameter for tensor in self._second]
         self._addresses = [self.view(tensor).data_ptr() for tensor in self._tensors]

@@ -18,7 +18,7 @@ from ..room import merged
 from ..shards import holds_shards
 from ..slot import SlotLayer
 from ..state_view import is_padded
-from .draft import Draft, is_prepared
+from .draft import Draft
 from .whole import check_compiled, check_parallel_training
 
 
@@ -36,17 +36,20 @@ def needs_donor(draft: Draft) -> bool:
 
 def changes_form(draft: Draft, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether a layer would have other tensors afterwards than it has now: DoRA's magnitude, a bias."""
-    method, form = draft.slot.method, draft.slot.method.form_for(draft.config)
+    method, name = draft.slot.method, draft.slot.adapter_name
+    form, room = method.form_for(draft.config), draft.room
+    forms = room.forms if room is not None else [method.form_of(layer.module, name) for layer in draft.slot.layers]
     return any(
-        method.form_of(layer.module, draft.slot.adapter_name) != form
-        for layer in draft.slot.layers
-        if any(f"{path}.{layer.tensors[0].key}" in tensors for path in layer.paths)
+        f"{path}.{layer.tensors[0].key}" in tensors
+        for layer, present in zip(draft.slot.layers, forms, strict=True)
+        if present != form
+        for path in layer.paths
     )
 
 
 def turns_embeddings_off(draft: Draft) -> bool:
     """PEFT saves the weights of embeddings that are wrapped, so these layers are given up rather than turned off."""
-    if draft.refusals or draft.compiled or is_prepared(draft.slot):
+    if draft.refusals or draft.compiled or draft.is_prepared:
         return False
     off = [plan for plan in draft.layers if plan.action is Action.OFF and plan.rank_before is not None]
     return any(is_embedding(draft.slot.host.base, plan.layer.module) for plan in off)

@@ -39,6 +39,12 @@ class Draft:
     def refuse(self, summary: str, found: str, expected: str, next_step: str) -> None:
         self.refusals.append(Refusal(summary, found, expected, next_step))
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether all layers keep their shapes, so that a compiled graph can go on."""
+        name = self.slot.adapter_name
+        return self.room is not None or all(has_fixed_size(layer.module, name) for layer in self.slot.layers)
+
     def afresh(self) -> Draft:
         """The same swap, nothing of it decided."""
         return replace(self, config=self.adapter.config, grafting=None, layers=[], refusals=[], notes=[])
@@ -58,7 +64,3 @@ class Draft:
             grafting=self.grafting,
             replaces=self.slot.config,
         )
-
-
-def is_prepared(slot: Slot) -> bool:
-    return all(has_fixed_size(layer.module, slot.adapter_name) for layer in slot.layers)

@@ -14,13 +14,13 @@ from ..plan import Action
 from ..sameness import have_same_values
 from ..shadow import adaptable, build_shadow_layers
 from .beforehand import check_layer
-from .draft import Draft, is_prepared
+from .draft import Draft
 from .layers import plan_layer
 
 
 def has_strange_leftovers(draft: Draft, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether what no layer took may mean something to PEFT: names of older models, other base weights."""
-    if draft.refusals or not tensors or draft.compiled or is_prepared(draft.slot):
+    if draft.refusals or not tensors or draft.compiled or draft.is_prepared:
         return False
     keys = set(tensors)
     keys -= {key for key in keys if adaptable(draft.slot.host.base, key) is not None}

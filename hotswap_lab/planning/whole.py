@@ -6,7 +6,7 @@ from ..compiled import blind_spot
 from ..errors import listing
 from ..plan import Action
 from ..shards import has_fixed_shape, is_trained_in_parallel
-from .draft import Draft, is_prepared
+from .draft import Draft
 
 
 def check_capacity(draft: Draft) -> None:
@@ -57,7 +57,7 @@ def check_parallel_training(draft: Draft, layers: int, where: str) -> None:
 def check_compiled(draft: Draft) -> None:
     """Refuses a swap that a compiled graph would not notice."""
     plan = draft.finish()
-    if reason := blind_spot(draft.compiled, prepared=plan.writes_values_only and is_prepared(draft.slot)):
+    if reason := blind_spot(draft.compiled, prepared=plan.writes_values_only and draft.is_prepared):
         draft.refuse(
             "The compiled model would go on with the old adapter.",
             found=reason,
