@@ -20,6 +20,10 @@ from .weights_file import check_archive, check_file, in_one_piece, read_weights
 
 #: how deep a config's values may be nested; PEFT writes three levels at most, and Python can't copy hundreds
 MAX_DEPTH = 20
+#: torch sums up to this many numbers in the thread that asks for it
+GRAIN = 32768
+#: how many numbers are looked at without other threads
+FOR_ONE_THREAD = 16 * GRAIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +107,7 @@ class Adapter:
     @classmethod
     def _load(cls, source, torch_device, key_mapping, allow_nonfinite: bool, hub: dict, mapped: bool) -> Adapter:
         hub = hub_arguments("Adapter.load", hub)
-        source = os.fspath(source)
+        source = _as_path(source)
         folder = _find_config(source, hub)
         config = _read_config(source, folder)
         tensors = _read_tensors(source, _find_weights(source, folder, hub), torch_device or "cpu", key_mapping, mapped)
@@ -174,7 +178,7 @@ class Adapter:
         if not tensors:
             return []
         whole = in_one_piece(tensors) if tensors[0].dtype.itemsize > 1 else None
-        if whole is not None and whole.sum(dtype=_sum_dtype(whole)).isfinite():
+        if whole is not None and _has_finite_sum(whole):
             return []
         sums = [_exact(tensor).sum(dtype=_sum_dtype(tensor)) for tensor in tensors]
         finite = torch.stack([each.to("cpu", torch.float64) for each in sums]).isfinite().tolist()
@@ -188,6 +192,17 @@ class Adapter:
         return refuse(f"The adapter from {self.source} is damaged.", found, expected, next_step)
 
 
+def find_folder(source: str | os.PathLike) -> str:
+    """The folder on this machine that has an adapter's config and weights; from the Hub they are downloaded.
+
+    >>> from hotswap_lab import demo
+    >>> find_folder(demo.adapter_path("double")) == demo.adapter_path("double")
+    True
+    """
+    source = _as_path(source)
+    return _find_weights(source, _find_config(source, {}), {})
+
+
 def load_config(source: str | os.PathLike, **hub: object) -> PeftConfig:
     """The config of the adapter in a folder or Hub repository, without its weights.
 
@@ -195,8 +210,19 @@ def load_config(source: str | os.PathLike, **hub: object) -> PeftConfig:
     >>> load_config(demo.adapter_path("double")).r
     2
     """
-    source = os.fspath(source)
+    source = _as_path(source)
     return _read_config(source, _find_config(source, hub_arguments("load_config", hub)))
+
+
+def _as_path(source: object) -> str:
+    if not isinstance(source, (str, os.PathLike)):
+        raise refuse(
+            "There is no adapter to read.",
+            found=f"a {type(source).__name__}: {source!r}"[:200],
+            expected="a folder with an adapter, or the id of a Hub repository with one",
+            next_step="pass one of these as a string or a path",
+        )
+    return os.fspath(source)
 
 
 def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
@@ -210,6 +236,14 @@ def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
     if only_weights and not tensor.is_floating_point():
         return str(tensor.dtype)
     return None
+
+
+def _has_finite_sum(whole: torch.Tensor) -> bool:
+    if whole.numel() > FOR_ONE_THREAD or torch.get_num_threads() == 1:
+        return bool(whole.sum(dtype=_sum_dtype(whole)).isfinite())
+    # waking torch's other threads takes longer than these sums do, and milliseconds where the machine is busy
+    sums = [piece.sum(dtype=_sum_dtype(piece)) for piece in whole.split(GRAIN)]
+    return bool(torch.stack(sums).sum().isfinite())
 
 
 def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:

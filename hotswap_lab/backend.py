@@ -20,6 +20,7 @@ def pick_backend() -> str:
 
     Examples
     --------
+    >>> from hotswap_lab import pick_backend
     >>> pick_backend() in ("inductor", "aot_eager")
     True
     """

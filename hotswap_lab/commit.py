@@ -84,6 +84,8 @@ def commit(plan: Plan) -> None:
     >>> demo.ask(model, tokenizer, "abc")
     'def'
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"commit() takes what plan_hotswap gives, a Plan: got a {type(plan).__name__}")
     commit_together([plan])
 
 

@@ -154,6 +154,11 @@ def plan_hotswap(
     Takes the same arguments and never changes the model. A swap that can't be right is reported in
     ``Plan.refusals``; only what can't be read at all, or an adapter name that isn't there, raises.
 
+    Parameters
+    ----------
+    model, model_name_or_path, adapter_name, torch_device, add_layers, base_weights, **kwargs:
+        As for :func:`hotswap_adapter`.
+
     Returns
     -------
     Plan

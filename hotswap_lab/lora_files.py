@@ -91,6 +91,7 @@ def read_pipeline_lora(
     --------
     >>> import torch
     >>> from diffusers import FluxPipeline, FluxTransformer2DModel
+    >>> from hotswap_lab import read_pipeline_lora
     >>> transformer = FluxTransformer2DModel(
     ...     in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1,
     ...     joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),

@@ -46,6 +46,10 @@ class PipelinePlan:
         The plans by the names of the parts.
     pipeline_refusals, pipeline_notes:
         What speaks against the swap, and what a reader should know, beside those of the plans.
+
+    Examples
+    --------
+    :func:`plan_pipeline_hotswap` makes one, and has an example.
     """
 
     adapter_name: str
@@ -103,11 +107,13 @@ class PipelinePlan:
 
     @property
     def title(self) -> str:
+        """What is swapped, in a few words."""
         label = os.path.basename(os.path.normpath(self.source)) if os.path.exists(self.source) else self.source
         return f"Swap {label} into {self.adapter_name!r}"
 
     @property
     def verdict(self) -> str:
+        """Whether the swap is possible, in a few words."""
         if self.refusals:
             return f"refused, {len(self.refusals)} reason{'s' if len(self.refusals) > 1 else ''}; nothing is written"
         return f"possible, {self.nbytes:,} bytes to write"
@@ -179,6 +185,7 @@ def hotswap_pipeline(
     --------
     >>> import torch
     >>> from diffusers import FluxPipeline, FluxTransformer2DModel
+    >>> from hotswap_lab import hotswap_pipeline
     >>> transformer = FluxTransformer2DModel(
     ...     in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1,
     ...     joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
@@ -223,6 +230,11 @@ def plan_pipeline_hotswap(
 
     Takes the same arguments and never changes the pipeline.
 
+    Parameters
+    ----------
+    pipe, source, adapter_name, components, add_layers, allow_nonfinite, **kwargs:
+        As for :func:`hotswap_pipeline`.
+
     Returns
     -------
     PipelinePlan
@@ -237,6 +249,7 @@ def plan_pipeline_hotswap(
     --------
     >>> import torch
     >>> from diffusers import FluxPipeline, FluxTransformer2DModel
+    >>> from hotswap_lab import plan_pipeline_hotswap
     >>> transformer = FluxTransformer2DModel(
     ...     in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1,
     ...     joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
@@ -334,6 +347,7 @@ def prepare_pipeline_for_compiled_hotswap(
     --------
     >>> import torch
     >>> from diffusers import FluxPipeline, FluxTransformer2DModel
+    >>> from hotswap_lab import plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap
     >>> transformer = FluxTransformer2DModel(
     ...     in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1,
     ...     joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),

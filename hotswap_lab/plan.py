@@ -205,10 +205,12 @@ class Plan:
 
     @property
     def title(self) -> str:
+        """What is swapped, in a few words."""
         return f"Swap {self.adapter.label} into {self.slot.adapter_name!r}"
 
     @property
     def verdict(self) -> str:
+        """Whether the swap is possible, in a few words."""
         if self.refusals:
             return f"refused, {len(self.refusals)} reason{'s' if len(self.refusals) > 1 else ''}; nothing is written"
         return f"possible, {self.nbytes:,} bytes to write"

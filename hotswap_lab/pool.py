@@ -63,6 +63,20 @@ class _State:
     strength: float | torch.Tensor
 
 
+def check_named(adapters: object) -> None:
+    """Refuses adapters without names: a list of folders, or a single one.
+
+    >>> check_named({"style": "folder"})
+    """
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise refuse(
+            "The adapters have no names.",
+            found=f"adapters as a {type(adapters).__name__}",
+            expected="a dict, adapters={name: folder, ...}",
+            next_step="choose a name for each: that is what swaps them in",
+        )
+
+
 class AdapterPool:
     """Many adapters for one place in one model, in memory, switched by name.
 
@@ -135,6 +149,7 @@ class AdapterPool:
         #: of the table of adapters. Whoever holds it never waits for a turn at the model; it is taken after that
         self._lock = threading.RLock()
         self._background: ThreadPoolExecutor | None = None
+        check_named(adapters)
         adapters = dict(adapters or {})
         slot = slot_for(model, adapter_name)  # raises if there is no such adapter
         if slot.method is not lora:

@@ -69,7 +69,7 @@ class Slot:
     def data_ptrs(self) -> list[int]:
         """The memory address of each tensor. A swap that keeps the ranks leaves them as they are.
 
-        >>> from hotswap_lab import demo, hotswap_adapter
+        >>> from hotswap_lab import demo, hotswap_adapter, resolve_slot
         >>> model, _ = demo.load("reverse")
         >>> slot = resolve_slot(model, "default")
         >>> before = slot.data_ptrs()
@@ -123,7 +123,7 @@ def resolve_slot(model: torch.nn.Module, adapter_name: str) -> Slot:
 
     Examples
     --------
-    >>> from hotswap_lab import demo
+    >>> from hotswap_lab import demo, resolve_slot
     >>> model, _ = demo.load("caesar")
     >>> slot = resolve_slot(model, "default")
     >>> len(slot.layers), slot.layers[0].path

@@ -33,7 +33,29 @@ _patience: contextvars.ContextVar[float | None] = contextvars.ContextVar("hotswa
 
 
 class ModelInUseError(HotswapError):
-    """A swap would have had to wait longer than :func:`waiting_at_most` lets it. It may go well a moment later."""
+    """A swap would have had to wait longer than :func:`waiting_at_most` lets it. It may go well a moment later.
+
+    Examples
+    --------
+    >>> import threading
+    >>> from hotswap_lab import ModelInUseError, demo, hotswap_adapter, in_use, waiting_at_most
+    >>> model, _ = demo.load("reverse")
+    >>> entered, leave = threading.Event(), threading.Event()
+    >>> def compute():
+    ...     with in_use(model):
+    ...         entered.set(), leave.wait()
+    >>> thread = threading.Thread(target=compute)
+    >>> thread.start(), entered.wait()
+    (None, True)
+    >>> try:
+    ...     with waiting_at_most(0.01):
+    ...         hotswap_adapter(model, demo.adapter_path("shout"), "default")
+    ... except ModelInUseError:
+    ...     print("not now")
+    ... finally:
+    ...     leave.set(), thread.join()
+    not now
+    """
 
 
 class Turn:

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
-from .adapter import Adapter
+from .adapter import Adapter, find_folder
 from .base_values import ORIGINALS
 from .compiled import unwrap_compiled
 from .errors import refuse
@@ -40,6 +40,9 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, tor
 #: and how many times that the adapter's effect must be; half precision leaves no room for more
 MARGIN = {torch.float16: 10, torch.bfloat16: 5}
 
+#: how many mismatches a verdict shows
+SHOWN = 10
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -58,6 +61,14 @@ class Verification:
         What else differs: config, scalars or tensors, in words.
     margin:
         How many times the tolerance the adapter's effect must be for the verdict to mean anything.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, verify_hotswap
+    >>> model, _ = demo.load("sort")
+    >>> verdict = verify_hotswap(model, demo.adapter_path("sort"))
+    >>> bool(verdict), verdict.conclusive, verdict.mismatches
+    (True, True, ())
     """
 
     difference: float
@@ -68,6 +79,7 @@ class Verification:
 
     @property
     def conclusive(self) -> bool:
+        """Whether the adapter changes the base model's outputs enough for a comparison to mean anything."""
         return self.change > self.margin * self.tolerance
 
     def __bool__(self) -> bool:
@@ -79,7 +91,10 @@ class Verification:
             lines.append("inconclusive: on these inputs the adapter hardly changes the base model's outputs")
         if not self.difference <= self.tolerance:
             lines.append(f"outputs differ by up to {self.difference:.3g} (tolerance {self.tolerance:.3g})")
-        return "\n".join([*lines, *self.mismatches])
+        lines += self.mismatches[:SHOWN]
+        if (more := len(self.mismatches) - SHOWN) > 0:
+            lines.append(f"and {more} more, see `mismatches`")
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -117,6 +132,11 @@ def verify_hotswap(
     -------
     Verification
         True in a condition if the two can't be told apart.
+
+    Raises
+    ------
+    HotswapError
+        If there is no such adapter, here or at ``adapter``, if it isn't the active one, or if inputs are missing.
 
     Examples
     --------
@@ -204,7 +224,7 @@ def _check_active(slot: Slot) -> None:
 @contextlib.contextmanager
 def _as_folder(adapter: str | os.PathLike | Adapter) -> Iterator[str]:
     if not isinstance(adapter, Adapter):
-        yield os.fspath(adapter)
+        yield find_folder(adapter)  # the very files: it is PEFT that reads them here
         return
     tensors = {_file_key(adapter, key): tensor.contiguous() for key, tensor in adapter.tensors.items()}
     with tempfile.TemporaryDirectory() as folder:

@@ -24,6 +24,18 @@ class RecompileError(AssertionError):
     """A recompile happened under ``RecompileWatch(allow=...)``. Its text has the reason.
 
     An ``AssertionError`` because that is what PyTorch's compiler lets through, and only adds an empty line to it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hotswap_lab import RecompileError, RecompileWatch
+    >>> scale = torch.compile(lambda x, factor: x * factor, backend="eager", dynamic=False)
+    >>> try:
+    ...     with RecompileWatch(allow=0):
+    ...         _ = scale(torch.ones(2), 5.0), scale(torch.ones(2), 6.0)
+    ... except RecompileError as error:
+    ...     print("factor was 5.0" in str(error))
+    True
     """
 
     def __str__(self) -> str:
@@ -97,6 +109,8 @@ class RecompileWatch:
     """
 
     def __init__(self, allow: int | None = None):
+        if not (allow is None or isinstance(allow, int)):
+            raise TypeError(f"allow is a number of recompiles, or None: got {allow!r}")
         self.allow = allow
         self.compilations: list[Compilation] = []
         #: what :meth:`call` ran, in order

@@ -54,7 +54,7 @@ class Report:
     def _shape(self) -> str:
         settings = self.settings
         layers = f", {settings.layers} layers" if settings.layers else ""
-        room = f"room for rank {settings.target_rank or 'of the adapters'}"
+        room = f"room for rank {settings.target_rank}" if settings.target_rank else "room for the adapters' own rank"
         return f"shape {settings.model}{layers}, {settings.dtype}, {_device_name(settings.device)}, {room}"
 
     __repr__ = __str__

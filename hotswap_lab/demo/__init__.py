@@ -1,9 +1,9 @@
 """Small models and adapters that ship with the package, so that everything runs offline.
 
-This module's own model is a character-level Llama with a million parameters that copies the word it is given. Each of
-its eight adapters is an ordinary PEFT folder that teaches it another task (:mod:`hotswap_lab.demo.tasks`).
-Two more families: ``demo.digits``, a diffusion model that draws digits, and ``demo.voices``, adapters for
-SmolLM2-135M-Instruct, which ``demo.smollm2`` finds.
+This module's own model is a character-level Llama with a million parameters that copies the word it is given: one of
+1 to 10 letters from a to z, longer ones it gets wrong. Each of its eight adapters is an ordinary PEFT folder that
+teaches it another task (:mod:`hotswap_lab.demo.tasks`). Two more families: ``demo.digits``, a diffusion model that
+draws digits, and ``demo.voices``, adapters for SmolLM2-135M-Instruct, which ``demo.smollm2`` finds.
 
 >>> from hotswap_lab import demo
 >>> model, tokenizer = demo.load("reverse")
@@ -13,11 +13,14 @@ SmolLM2-135M-Instruct, which ``demo.smollm2`` finds.
 
 from __future__ import annotations
 
+import string
+import warnings
 from pathlib import Path
 
 import torch
 
-from .tasks import SEPARATOR, TASKS, is_held_out, sample_words
+from ..errors import refuse
+from .tasks import MAX_WORD_LENGTH, SEPARATOR, TASKS, is_held_out, sample_words
 
 __all__ = [
     "ADAPTERS_DIR",
@@ -104,12 +107,34 @@ def ask_all(model, tokenizer, words: list[str]) -> list[str]:
 
 
 def ask(model, tokenizer, word: str) -> str:
-    """The model's answer to one word.
+    """The model's answer to one word, of 1 to 10 letters from a to z: it has been trained on no others.
 
+    Raises
+    ------
+    HotswapError
+        If the word has other characters, or none. For a longer one there is a warning: the answer will be wrong,
+        with any adapter.
+
+    Examples
+    --------
+    >>> from hotswap_lab.demo import ask, load
     >>> model, tokenizer = load("sort")
     >>> ask(model, tokenizer, "notebook")
     'beknooot'
     """
+    if not isinstance(word, str) or not word or not set(word) <= set(string.ascii_lowercase):
+        raise refuse(
+            "The embedded model does not know this word.",
+            found=repr(word),
+            expected=f"1 to {MAX_WORD_LENGTH} letters from a to z",
+            next_step="ask it another one",
+        )
+    if len(word) > MAX_WORD_LENGTH:
+        warnings.warn(
+            f"{word!r} has {len(word)} letters. The embedded model was trained on words of up to {MAX_WORD_LENGTH}: "
+            "longer ones it gets wrong, with any adapter.",
+            stacklevel=2,
+        )
     return ask_all(model, tokenizer, [word])[0]
 
 

@@ -407,6 +407,8 @@ CONSTANTS = {
     "IA3 to IA3 with down_proj scaled at its outputs": (_ia3(), _ia3(feedforward_modules=[])),
     "LoHa to LoHa of another alpha": (_other("LoHa", r=4, alpha=8), _other("LoHa", r=4, alpha=16)),
     "LoHa to LoHa of another rank": (_other("LoHa", r=4, alpha=8), _other("LoHa", r=8, alpha=16)),
+    "IA3 to IA3 on fewer layers": (_ia3(), _ia3(on=("k_proj", "down_proj"))),
+    "VeRA to VeRA of another rank": (_vera(4), _vera(8)),
     "VeRA to VeRA with another d_initial": (_vera(4), _vera(4, d_initial=0.3)),
     "prompt of 4 tokens to one of 7": (_prompt(4), _prompt(7)),
 }
@@ -430,7 +432,7 @@ def _values_only(solution: Callable) -> list[Result]:
 
 values_only = Exercise(
     "`old` and `new` are configs of the same PEFT type, not LoRA. Return whether a swap from one to the other writes\n"
-    "values only, so that a compiled model could take it: True or False. About 3 lines.\n"
+    "values only, so that a compiled model could take it: True or False. The model is not prepared. About 3 lines.\n"
     "All fields: vars(config). VeRA's d_initial says which values its training begins with.",
     _values_only,
 )

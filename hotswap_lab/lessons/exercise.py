@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import linecache
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,5 +58,17 @@ class Exercise:
         try:
             return self.run(solution)
         except Exception as error:
-            # the reader's own mistake: one line of it helps more than a traceback through this module
-            return [Result("your code runs", f"{type(error).__name__}: {str(error).splitlines()[0]}", "no error")]
+            # the reader's own mistake: the line of it helps more than a traceback through this module
+            said = (str(error).splitlines() or [""])[0]
+            return [Result("your code runs", f"{type(error).__name__}: {said}{_where(error, solution)}", "no error")]
+
+
+def _where(error: Exception, solution: Callable) -> str:
+    """The line of the reader's function that the error came from, if it came from there."""
+    code = getattr(solution, "__code__", None)
+    frames = [(frame, number) for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code is code]
+    if not frames:
+        return ""
+    number = frames[-1][1]
+    text = linecache.getline(code.co_filename, number).strip()
+    return f" (line {number - code.co_firstlineno + 1} of {code.co_name}{': ' + text if text else ''})"

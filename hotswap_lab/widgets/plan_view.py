@@ -58,6 +58,7 @@ class PlanView(View):
     Examples
     --------
     >>> from hotswap_lab import demo
+    >>> from hotswap_lab.widgets import PlanView
     >>> model, _ = demo.load("reverse")
     >>> view = PlanView(model, demo.adapter_path("double"))
     >>> view.counts
@@ -77,6 +78,13 @@ class PlanView(View):
         **options: object,
     ):
         if isinstance(plan_or_model, Plan):
+            if adapter is not None:
+                raise refuse(
+                    "A plan is for one adapter already.",
+                    found="a Plan, and an adapter beside it",
+                    expected="a Plan, or a model and an adapter",
+                    next_step="pass one of these",
+                )
             self.plan = plan_or_model
         elif adapter is None:
             raise refuse(
@@ -102,7 +110,7 @@ class PlanView(View):
 
     @search.setter
     def search(self, text: str) -> None:
-        self._search = text
+        self._search = text or ""
         self._changed()
 
     @property

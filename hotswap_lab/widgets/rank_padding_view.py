@@ -72,6 +72,7 @@ class RankPaddingView(View):
 
     Examples
     --------
+    >>> from hotswap_lab.widgets import RankPaddingView
     >>> view = RankPaddingView(target_rank=32)
     >>> view.padded.nbytes, view.unchanged
     ((18432, 73728), True)
@@ -140,8 +141,8 @@ class RankPaddingView(View):
         self._set_target(rank)
 
     def _set_target(self, rank: int) -> None:
-        if not self.own_rank <= rank <= self.highest:
-            raise ValueError(f"the target rank must be {self.own_rank} to {self.highest}: got {rank}")
+        if not isinstance(rank, int) or not self.own_rank <= rank <= self.highest:
+            raise ValueError(f"the target rank must be {self.own_rank} to {self.highest}: got {rank!r}")
         self._target = rank
         self.padded = self._pad()
         self._changed()

@@ -9,6 +9,10 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import torch
+
+from ..compiled import is_compiled
+from ..errors import refuse
 from ..lessons.compiling import timeline
 from ..lessons.figures import Canvas, Figure
 from ..pool import AdapterPool
@@ -45,6 +49,7 @@ class RecompileMeter(View):
     Examples
     --------
     >>> import torch
+    >>> from hotswap_lab.widgets import RecompileMeter
     >>> model = torch.compile(lambda x, factor: x * factor, backend="eager", dynamic=False)
     >>> with RecompileMeter(model) as meter:
     ...     for factor in (2.0, 2.0, 3.0):
@@ -64,6 +69,22 @@ class RecompileMeter(View):
         adapter_name: str = "default",
         inputs: Mapping[str, object] | None = None,
     ):
+        if not callable(model):
+            raise refuse(
+                "There is nothing to count the calls of.",
+                found=f"a {type(model).__name__}",
+                expected="what torch.compile gave",
+                next_step="pass that",
+            )
+        if pool is not None and adapters:
+            switch_for(pool, adapters)  # says that it is one or the other
+        if inputs is not None and not isinstance(inputs, Mapping):
+            raise refuse(
+                "The inputs of a call have no names.",
+                found=f"inputs as a {type(inputs).__name__}",
+                expected="a dict of keyword arguments, inputs={'input_ids': ...}",
+                next_step="pass inputs with their names",
+            )
         self.model, self.inputs = model, inputs
         self._switch = None
         if pool is not None or adapters:
@@ -90,10 +111,12 @@ class RecompileMeter(View):
 
     @property
     def calls(self) -> int:
+        """How often the model was called."""
         return len(self.watch.calls)
 
     @property
     def recompiles(self) -> int:
+        """How many graphs had to be compiled because those that were there did not do."""
         return self.watch.recompiles
 
     @property
@@ -118,6 +141,7 @@ class RecompileMeter(View):
 
     @property
     def busy(self) -> bool:
+        """Whether something is running that a click began."""
         return self._work.busy
 
     # ---- what can be done
@@ -133,12 +157,20 @@ class RecompileMeter(View):
 
     def swap(self, name: str) -> None:
         """Swaps an adapter in, and counts it."""
+        if self._switch is None:
+            raise refuse(
+                "The meter has nothing to swap in.",
+                found="neither a pool nor adapters",
+                expected="RecompileMeter(model, pool=pool) or adapters={name: folder, ...}",
+                next_step="pass one of these",
+            )
         self.swap_seconds = seconds_of(lambda: self._switch.swap(name))
         self.swaps += 1
         self._changed()
 
     def visit(self, *names: str, calls: int = CALLS) -> None:
         """Swaps each of ``names`` in, one after the other, and calls the model with ``inputs`` after each swap."""
+        self._check_inputs()
         self._work.run(lambda: self._visit(names, calls))
 
     def stop(self) -> None:
@@ -148,6 +180,15 @@ class RecompileMeter(View):
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until nothing runs, at most ``timeout`` seconds. Returns whether that is so."""
         return self._work.wait(timeout)
+
+    def _check_inputs(self) -> None:
+        if self.inputs is None:
+            raise refuse(
+                "The meter does not know what to call the model with.",
+                found="no inputs",
+                expected="RecompileMeter(model, inputs={...}): the keyword arguments of a call",
+                next_step="pass inputs, or swap and call by hand: meter.swap(name), meter(...)",
+            )
 
     def _visit(self, names: tuple[str, ...], calls: int) -> None:
         try:
@@ -163,7 +204,7 @@ class RecompileMeter(View):
     def _call(self, calls: int) -> None:
         for _ in range(calls):
             self._work.check()
-            self(**self.inputs or {})
+            self(**self.inputs)
 
     def _click(self, job: Callable[[], object]) -> None:
         def quietly() -> None:
@@ -185,7 +226,8 @@ class RecompileMeter(View):
         calls, swaps = (
             f"{count} {what}{'' if count == 1 else 's'}" for count, what in ((self.calls, "call"), (self.swaps, "swap"))
         )
-        return f"{calls}, {swaps}, {self.watch.summary}"
+        never = isinstance(self.model, torch.nn.Module) and not is_compiled(self.model)
+        return f"{calls}, {swaps}, {self.watch.summary}{'; the model is not compiled' if never else ''}"
 
     def __str__(self) -> str:
         return f"RecompileMeter: {self.summary}"

@@ -12,6 +12,7 @@ import torch
 from .. import demo
 from ..errors import refuse
 from ..pool import AdapterPool
+from ..strength import check_strength
 from ..turns import in_use
 from .results import Run, steps
 from .switch import patiently, strength_of, switch_for, whereabouts
@@ -53,6 +54,7 @@ class SwapPanel(View):
     Examples
     --------
     >>> from hotswap_lab import demo
+    >>> from hotswap_lab.widgets import SwapPanel
     >>> model, tokenizer = demo.load("reverse")
     >>> folders = {name: demo.adapter_path(name) for name in ("reverse", "sort")}
     >>> panel = SwapPanel(model, lambda word: demo.ask(model, tokenizer, word), adapters=folders, prompt="hotswap")
@@ -91,11 +93,18 @@ class SwapPanel(View):
                 expected="a function generate(prompt), or the tokenizer of a causal language model",
                 next_step="pass one of these",
             )
+        if generate is not None and (not callable(generate) or hasattr(generate, "decode")):
+            raise refuse(
+                "The panel does not know how to run a prompt.",
+                found=f"generate={type(generate).__name__}(...)",
+                expected="a function generate(prompt) that gives the answer",
+                next_step="pass a tokenizer as tokenizer=...",
+            )
         self.generate = generate or text_stream(
             self._switch.model, tokenizer, template=template, max_new_tokens=max_new_tokens
         )
         self.run_on_swap = run_on_swap
-        self._prompt = prompt
+        self._prompt = str(prompt)
         self._work = Work(self._work_changed)
         #: what is being done, in words
         self._doing = ""
@@ -115,6 +124,7 @@ class SwapPanel(View):
     def demo(cls, prompt: str = "hotswap", **options: object) -> SwapPanel:
         """A panel with the embedded model and all of its adapters, in one line.
 
+        >>> from hotswap_lab.widgets import SwapPanel
         >>> SwapPanel.demo().choose("pig_latin")
         'otswaphay'
         """
@@ -160,7 +170,7 @@ class SwapPanel(View):
 
     @prompt.setter
     def prompt(self, text: str) -> None:
-        self._prompt = text
+        self._prompt = str(text)
         self._changed()
 
     @property
@@ -254,6 +264,7 @@ class SwapPanel(View):
         return self._generate() if self.run_on_swap else None
 
     def _scale(self, value: float) -> None:
+        check_strength(value)
         self._change(f"setting the strength to {value:g}", lambda: setattr(self._switch, "strength", value))
 
     def _swap(self, name: str | None) -> None:

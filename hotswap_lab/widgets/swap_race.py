@@ -71,6 +71,7 @@ class SwapRace(View):
 
     @property
     def busy(self) -> bool:
+        """Whether a race is running."""
         return self._work.busy
 
     # ---- what can be done

@@ -9,7 +9,7 @@ import torch
 from ..errors import refuse
 from ..host import find_host
 from ..hotswap import hotswap_adapter
-from ..pool import AdapterPool
+from ..pool import AdapterPool, check_named
 from ..slot import resolve_slot
 from ..strength import get_strength, set_strength
 from ..turns import ModelInUseError, waiting_at_most
@@ -132,7 +132,15 @@ def switch_for(
       next:     pass one of these
     """
     if isinstance(pool_or_model, AdapterPool):
+        if adapters:
+            raise refuse(
+                "A widget swaps in a pool, or among adapters, not both.",
+                found="an AdapterPool, and adapters beside it",
+                expected="one of them: a pool has its adapters",
+                next_step="pool.add(name, folder) puts another one into the pool",
+            )
         return PoolSwitch(pool_or_model)
+    check_named(adapters)
     if isinstance(pool_or_model, torch.nn.Module) and adapters:
         return ModelSwitch(pool_or_model, adapters, adapter_name)
     found = f"a {type(pool_or_model).__name__}"

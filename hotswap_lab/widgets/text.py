@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..errors import refuse
+
 
 def text_stream(
     model: torch.nn.Module, tokenizer: object, *, template: str | None = None, max_new_tokens: int = 64
@@ -22,6 +24,11 @@ def text_stream(
     max_new_tokens:
         When to stop at the latest.
 
+    Raises
+    ------
+    HotswapError
+        If the template has no ``{}``.
+
     Examples
     --------
     >>> from hotswap_lab import demo
@@ -29,6 +36,14 @@ def text_stream(
     >>> list(text_stream(model, tokenizer, template="{}>")("oh"))
     ['O', 'OH', 'OH!']
     """
+
+    if template is not None and "{}" not in template:
+        raise refuse(
+            "The template has no place for the prompt.",
+            found=f"template={template!r}",
+            expected="'{}' where the prompt goes",
+            next_step=f"template={'{}' + template!r}, for example",
+        )
 
     def stream(prompt: str) -> Iterator[str]:
         ids = _ids(tokenizer, prompt, template).to(next(model.parameters()).device)
