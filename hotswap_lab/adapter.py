@@ -196,7 +196,7 @@ def find_folder(source: str | os.PathLike) -> str:
     """The folder on this machine that has an adapter's config and weights; from the Hub they are downloaded.
 
     >>> from hotswap_lab import demo
-    >>> find_folder(demo.adapter_path("double")) == demo.adapter_path("double")
+    >>> os.path.samefile(find_folder(demo.adapter_path("double")), demo.adapter_path("double"))
     True
     """
     source = _as_path(source)

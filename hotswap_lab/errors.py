@@ -48,7 +48,7 @@ class HotswapError(ValueError, RuntimeError):
 
     Examples
     --------
-    >>> from hotswap_lab import HotswapError, Refusal
+    >>> from hotswap_lab.errors import HotswapError, Refusal
     >>> error = HotswapError(Refusal("No swap today.", "rain", "sunshine", "wait"))
     >>> print(error)
     No swap today.

@@ -204,7 +204,14 @@ class AdapterPool:
         """The name of the adapter that the model computes with; None if it is off, or not one of this pool."""
         intact = room_of(self._room.slot.host.base, self.adapter_name) is self._room
         name = self._loaded if intact else None
-        return name if name is not None and self.strength != 0 else None
+        return None if name is None or self._is_off else name
+
+    @property
+    def _is_off(self) -> bool:
+        try:
+            return self.strength == 0
+        except HotswapError:
+            return False  # somebody has scaled some of the layers
 
     @property
     def _loaded(self) -> str | None:

@@ -177,13 +177,16 @@ class Room:
         self._held = [held for _, _, held in links] + self._parameters
 
     def _versions_of_weights(self) -> list[int]:
-        return [] if self._inference else [memory._version for memory in self._memories]
+        if self._inference:
+            return []
+        # where autograd has to be told of the room's writes, the memory does not learn of those to a parameter either
+        own = [] if self.shares_versions else [parameter._version for parameter in self._parameters]
+        return [memory._version for memory in self._memories] + own
 
     @property
     def is_touched(self) -> bool:
         """Whether somebody else has written to the weights since the room did: an optimizer, ``load_state_dict``."""
-        unknown = not self.shares_versions and not self._inference
-        return unknown or self.was_touched or self._versions_of_weights() != self._weight_versions
+        return self.was_touched or self._versions_of_weights() != self._weight_versions
 
     def note_written(self) -> None:
         """To be called right after the room's own writes."""
@@ -393,7 +396,9 @@ class Room:
         if packed.content.settings != self.content.settings or packed.content.config != self.content.config:
             return False
         pairs = [(memory[: len(part)], part) for memory, part in zip(self._memories, packed.parts, strict=True)]
-        pairs += [(vector, packed.scalings) for vector in self.scalings]
+        # layers that are off have some scaling or other
+        on = [index for index, settings in enumerate(self.content.settings) if settings is not None]
+        pairs += [(vector[on], packed.scalings[on]) for vector in self.scalings]
         return all(torch.equal(one.detach(), other.to(one.device)) for one, other in pairs)
 
     def _new_part(self, memory: torch.Tensor, rows: int) -> torch.Tensor:

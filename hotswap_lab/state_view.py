@@ -149,9 +149,12 @@ def strange_padding(layer: torch.nn.Module, adapter_name: str, tensor: SlotTenso
 
 
 def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
-    for seat in layer.__dict__.get(SEATS, {}).values():
-        # other memory may be assigned, and values that the room doesn't know of
-        seat.room.dirty = seat.room.was_touched = True
+    seats = layer.__dict__.get(SEATS, {})
+    for seat in seats.values():
+        seat.room.dirty = True  # other memory may be assigned
+    for adapter_name, tensor in _padded_tensors(layer):
+        if adapter_name in seats and prefix + tensor.named_key in state_dict:
+            seats[adapter_name].room.was_touched = True  # by values that the room doesn't know of
     _check(layer, state_dict, prefix)
     filled = set()
     for tensor in _off_tensors(layer):

@@ -53,7 +53,7 @@ class ModelInUseError(HotswapError):
     ... except ModelInUseError:
     ...     print("not now")
     ... finally:
-    ...     leave.set(), thread.join()
+    ...     leave.set()
     not now
     """
 

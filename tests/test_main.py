@@ -36,10 +36,11 @@ def test_a_wrong_swap_ends_in_an_error(monkeypatch, capsys):
     assert "False" in capsys.readouterr().out
 
 
-def test_words_the_model_does_not_know_are_refused(capsys):
+@pytest.mark.parametrize("word", ["Hot swap", "understanding"])
+def test_words_the_model_does_not_know_are_refused(capsys, word):
     with pytest.raises(SystemExit):
-        main_module.main(["--word", "Hot swap"])
-    assert "--word must be made of the letters a to z" in capsys.readouterr().err
+        main_module.main(["--word", word])
+    assert "--word must be 1 to 10 letters from a to z" in capsys.readouterr().err
 
 
 def test_pefts_hotswap_is_judged_by_the_same_oracle():

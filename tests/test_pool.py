@@ -810,3 +810,54 @@ def test_an_adapter_name_that_is_not_there(model, sources):
 def test_a_model_without_adapters(sources):
     with pytest.raises(HotswapError, match="No adapter layers found"):
         AdapterPool(LLAMA.base(), adapters=sources, progress=False)
+
+
+def _triple(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return {key: 3 * tensor for key, tensor in adapter.tensors.items()}
+
+
+@pytest.mark.parametrize("what", ["fewer layers than the family", "another adapter beside it", "a loss was alive"])
+def test_what_is_in_the_model_is_known_as_in_use(sources, what):
+    """So an update reaches the model at once, and it can't be removed."""
+    name, trainable = ("d" if what == "fewer layers than the family" else "a"), what == "a loss was alive"
+    model = load(LLAMA, sources[name], is_trainable=trainable)
+    loss = call_with_gradients(model) if trainable else None
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    del loss
+    if what == "another adapter beside it":
+        pool.swap("a")
+        model.load_adapter(sources["b"], "other")
+    elif trainable:
+        pool.swap("a")
+    assert pool.active == name
+    before = call(model, LLAMA.inputs())
+    adapter = Adapter.load(sources[name])
+    pool.update(name, _triple(adapter), adapter.config)
+    assert (call(model, LLAMA.inputs()) - before).abs().max() > 1e-2
+    with pytest.raises(HotswapError, match="in use"):
+        pool.remove(name)
+
+
+def call_with_gradients(model) -> torch.Tensor:
+    return model(**LLAMA.inputs()).logits.sum()
+
+
+def test_an_optimizer_is_noticed_where_a_loss_was_alive(sources):
+    model = load(LLAMA, sources["a"], is_trainable=True)
+    loss = call_with_gradients(model)
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    del loss
+    pool.swap("a")
+    assert pool.active == "a"
+    with torch.no_grad():
+        next(each for each in model.parameters() if each.requires_grad).add_(1)
+    assert pool.active is None
+
+
+def test_one_layer_scaled_by_hand_is_no_error(model, pool):
+    pool.swap("b")
+    next(each for each in model.modules() if isinstance(each, LoraLayer)).scale_layer(0.5)
+    assert pool.active == "b"
+    assert "active" in str(pool)
+    with pytest.raises(HotswapError, match="different strengths"):
+        _ = pool.strength
