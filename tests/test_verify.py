@@ -10,6 +10,7 @@ from oracle import assert_untouched, snapshot
 from hotswap_lab import (
     Adapter,
     HotswapError,
+    Verification,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
     verify_hotswap,
@@ -135,3 +136,16 @@ def test_every_kind_of_model(name, tmp_path):
     assert not verify_hotswap(model, new, inputs=kind.inputs())
     hotswap_adapter(model, new, "default")
     assert verify_hotswap(model, new, inputs=kind.inputs())
+
+
+def test_an_adapter_that_is_not_there_is_refused_in_words(tmp_path):
+    """A name is easily taken for a folder; the Hub is not asked for minutes where there is no network."""
+    kind = KINDS["linear"]
+    model = load(kind, save_random_adapter(kind, tmp_path / "old", seed=1, r=4))
+    with pytest.raises(HotswapError, match=r"Can't find 'adapter_config\.json' at 'shout'"):
+        verify_hotswap(model, "shout", inputs=kind.inputs())
+
+
+def test_a_long_list_of_mismatches_is_cut_short():
+    verdict = Verification(difference=0.0, change=1.0, tolerance=1e-5, mismatches=tuple(map(str, range(72))))
+    assert str(verdict).splitlines() == ["matches a fresh load: False", *"0123456789", "and 62 more, see `mismatches`"]

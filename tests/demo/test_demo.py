@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from hotswap_lab import demo, hotswap_adapter, verify_hotswap
+from hotswap_lab import HotswapError, demo, hotswap_adapter, verify_hotswap
 from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR, copy
 from hotswap_lab.demo.train import RECIPES
 
@@ -116,3 +116,14 @@ def test_the_base_is_fresh_each_time():
     assert demo.load_base() is not demo.load_base()
     assert isinstance(demo.load("sort")[0], PeftModel)
     assert copy("word") == "word"
+
+
+@pytest.mark.parametrize("word", ["", "Anna", "na\u00efve", "two words", 5, None])
+def test_words_that_the_model_can_not_know_are_refused(live, word):
+    with pytest.raises(HotswapError, match="does not know this word"):
+        demo.ask(*live, word)
+
+
+def test_long_words_come_with_a_warning(live):
+    with pytest.warns(UserWarning, match="13 letters"):
+        demo.ask(*live, "understanding")

@@ -109,7 +109,16 @@ SOLUTIONS = {
     "values_only": (
         beyond.values_only,
         values_only,
-        [lambda old, new: None, lambda old, new: True, lambda old, new: vars(old) == vars(new)],
+        [
+            lambda old, new: None,
+            lambda old, new: True,
+            lambda old, new: vars(old) == vars(new),
+            lambda old, new: old.peft_type == "VERA" or old == new,
+            lambda old, new: all(
+                getattr(old, field) == getattr(new, field)
+                for field in vars(old).keys() - {"d_initial", "target_modules"}
+            ),
+        ],
     ),
 }
 

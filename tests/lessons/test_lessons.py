@@ -27,17 +27,32 @@ def difference(old, new):
     return paths[0] - paths[1]
 
 
+def symmetric(old, new):
+    return difference(old, new) | difference(new, old)
+
+
+def reload(model):
+    model.delete_adapter("default")
+    model.load_adapter(demo.adapter_path("shout"), "default")
+    model.set_adapter("default")
+
+
 SOLUTIONS = {
     "make_it_shout": (
         start.make_it_shout,
         lambda model: hotswap_adapter(model, demo.adapter_path("shout"), "default"),
-        [lambda model: None, lambda model: hotswap_adapter(model, demo.adapter_path("sort"), "default")],
+        [lambda model: None, lambda model: hotswap_adapter(model, demo.adapter_path("sort"), "default"), reload],
     ),
     "swap_by_hand": (uncompiled.swap_by_hand, by_hand, [lambda model, tensors: None, new_tensors]),
     "layers_to_turn_off": (
         uncompiled.layers_to_turn_off,
         difference,
-        [lambda old, new: set(), lambda old, new: difference(new, old), lambda old, new: set(old) - set(new)],
+        [
+            lambda old, new: set(),
+            lambda old, new: difference(new, old),
+            lambda old, new: set(old) - set(new),
+            symmetric,
+        ],
     ),
 }
 
@@ -52,7 +67,7 @@ def test_an_error_in_the_readers_code_is_one_line(capsys):
         raise KeyError("nope")
 
     start.make_it_shout.check(broken)
-    assert "yours:    KeyError: 'nope'" in capsys.readouterr().out
+    assert "yours:    KeyError: 'nope' (line 2 of broken: raise KeyError(\"nope\"))" in capsys.readouterr().out
 
 
 def test_results_compare():

@@ -1,0 +1,97 @@
+"""What a widget can't use is refused where it is given, in words, and not taken silently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hotswap_lab import AdapterPool, HotswapError, demo, plan_hotswap
+from hotswap_lab.widgets import PlanView, RankPaddingView, RecompileMeter, SwapPanel
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return demo.load("reverse")
+
+
+FOLDERS = {name: demo.adapter_path(name) for name in ("reverse", "sort")}
+
+
+@pytest.fixture(scope="module")
+def pool(loaded):
+    return AdapterPool(demo.load("reverse")[0], adapters=FOLDERS, progress=False)
+
+
+def test_a_tokenizer_is_no_function_that_answers(loaded):
+    model, tokenizer = loaded
+    with pytest.raises(HotswapError, match="pass a tokenizer as tokenizer="):
+        SwapPanel(model, tokenizer, adapters=FOLDERS)
+
+
+@pytest.mark.parametrize("adapters", [list(FOLDERS.values()), FOLDERS["sort"]])
+def test_adapters_need_names(loaded, adapters):
+    model, tokenizer = loaded
+    with pytest.raises(HotswapError, match="have no names"):
+        SwapPanel(model, tokenizer=tokenizer, adapters=adapters)
+    with pytest.raises(HotswapError, match="have no names"):
+        AdapterPool(model, adapters=adapters)
+
+
+def test_a_pool_has_its_adapters(pool, loaded):
+    with pytest.raises(HotswapError, match="not both"):
+        SwapPanel(pool, tokenizer=loaded[1], adapters=FOLDERS)
+    with pytest.raises(HotswapError, match="not both"):
+        RecompileMeter(pool.model, pool=pool, adapters=FOLDERS)
+
+
+def test_a_plan_is_for_one_adapter(loaded):
+    plan = plan_hotswap(loaded[0], FOLDERS["sort"])
+    with pytest.raises(HotswapError, match="for one adapter already"):
+        PlanView(plan, FOLDERS["reverse"])
+    view = PlanView(plan)
+    view.search = None
+    assert len(view.rows) == len(plan.layers)
+
+
+def test_a_template_has_a_place_for_the_prompt(pool, loaded):
+    with pytest.raises(HotswapError, match="no place for the prompt"):
+        SwapPanel(pool, tokenizer=loaded[1], template="x>")
+
+
+def test_strength_and_prompt_of_a_panel(pool, loaded):
+    panel = SwapPanel(pool, tokenizer=loaded[1], template="{}>", prompt="abc")
+    with pytest.raises(HotswapError, match="The strength is not a number"):
+        panel.strength = "high"
+    assert panel.strength == 1
+    panel.prompt = 5
+    assert panel.prompt == "5"
+
+
+@pytest.mark.parametrize("rank", ["a", 8.5, None])
+def test_a_rank_is_a_whole_number(rank):
+    view = RankPaddingView()
+    with pytest.raises(ValueError, match="must be 8 to 64"):
+        view.target_rank = rank
+
+
+def test_a_meter_needs_something_to_call():
+    with pytest.raises(HotswapError, match="nothing to count"):
+        RecompileMeter("model")
+
+
+def test_a_meter_needs_named_inputs(loaded):
+    model, _ = loaded
+    with pytest.raises(HotswapError, match="have no names"):
+        RecompileMeter(model, inputs=torch.zeros(1, 3, dtype=torch.long))
+    with RecompileMeter(model, adapters=FOLDERS) as meter, pytest.raises(HotswapError, match="pass inputs"):
+        meter.visit("sort")
+    with RecompileMeter(model) as meter, pytest.raises(HotswapError, match="nothing to swap in"):
+        meter.swap("sort")
+
+
+def test_a_meter_says_when_nothing_can_be_recompiled(loaded):
+    model, _ = loaded
+    with RecompileMeter(model) as meter:
+        assert "the model is not compiled" in str(meter)
+    with RecompileMeter(torch.compile(model, backend="eager")) as meter:
+        assert "not compiled" not in str(meter)
