@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import torch
 
 from .. import demo
 from ..adapter import Adapter
@@ -30,6 +32,19 @@ swap_by_hand = Exercise(
     "The file calls it '....lora_A.weight', the model '....lora_A.default.weight'.",
     _swap_by_hand,
 )
+
+
+def reference_swap(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """One answer to :data:`swap_by_hand`. Right for adapters that differ in the values of their tensors only.
+
+    >>> model, tokenizer = demo.load("reverse")
+    >>> reference_swap(model, Adapter.load(demo.adapter_path("vowels_up")).tensors)
+    >>> demo.ask(model, tokenizer, "notebook")
+    'nOtEbOOk'
+    """
+    for key, tensor in tensors.items():
+        parameter = model.get_parameter(key.replace(".weight", ".default.weight"))
+        parameter.data.copy_(tensor)
 
 
 def _layers_to_turn_off(solution: Callable) -> list[Result]:
