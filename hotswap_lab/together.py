@@ -160,7 +160,7 @@ def _settle(folder: Path, own: Path, alone: bool) -> None:
         return
     names = {stage.name for stage in stages}
     for link in entries:
-        if not link.is_symlink() or Path(os.readlink(link)).parts[0] not in names:
+        if not link.is_symlink() or names.isdisjoint(Path(os.readlink(link)).parts[:1]):  # "." has no parts
             continue
         if link.exists():
             os.replace(os.path.realpath(link), link)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,22 @@ def test_an_error_while_saving_leaves_the_older_file_whole(tmp_path, monkeypatch
         save_adapter(model, target)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "target"]
+
+
+def test_links_of_others_in_the_folder_are_left_alone(tmp_path):
+    folders = [save_random_adapter(LLAMA, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2)]
+    target = tmp_path / "target"
+    (target / "below").mkdir(parents=True)
+    links = {"latest": ".", "up": "..", "inner": "below", "nowhere": "not/there", "itself": "itself"}
+    for name, leads_to in links.items():
+        (target / name).symlink_to(leads_to)
+    for folder in folders:
+        save_adapter(load(LLAMA, folder), target)
+        assert {name: os.readlink(target / name) for name in links} == links
+        assert {path.name for path in target.iterdir()} == {
+            *("adapter_config.json", "adapter_model.safetensors", "below", *links)
+        }
+        assert_equals_fresh_load(load(LLAMA, str(target / "latest")), LLAMA, folder)
 
 
 def test_an_unknown_name_is_refused(tmp_path):
