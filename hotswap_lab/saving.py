@@ -5,21 +5,32 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
+from peft.tuners.adaption_prompt import AdaptionPromptModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from .errors import refuse
-from .host import PEFT_PREFIX, canonical_path, is_embedding
+from .compiled import COMPILED
+from .errors import HotswapError, refuse
+from .grafting.wrappers import WRAPPERS, has_adapter, is_table
+from .host import PEFT_PREFIX, Host, is_embedding
 from .methods import general
 from .shards import whole
 from .slot import Slot, resolve_slot
 from .state_view import is_off, own_tensor, strange_padding
 from .together import replace_together
 from .turns import in_use
+
+#: what wrappers call the module that they are around
+INSIDE = ("base_layer", "original_module")
+#: methods that keep a part of an adapter beside the layers, and those of them that may leave it out of their files
+BESIDE_LAYERS = ("VERA", "PVERA", "RANDLORA", "FROD", "TINYLORA", "VBLORA", "UNILORA", "SHADOW")
+MAY_LEAVE_OUT = ("VERA", "PVERA", "RANDLORA", "FROD")
 
 
 def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -63,42 +74,120 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
     resolve_slot(model, adapter_name)  # says so if there is none
     with in_use(model):
         slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
-        for layer in slot.layers:
-            for tensor in layer.tensors:
-                if reason := strange_padding(layer.module, adapter_name, tensor):
-                    raise refuse(
-                        f"The adapter {adapter_name!r} can't be saved as it is.",
-                        found=reason,
-                        expected="zeros beyond the adapter's own rank",
-                        next_step="swap the adapter in again, and train it with a new optimizer",
-                    )
+        _check_padding(slot)
+        _check_carrier(slot)
         config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
     replace_together(folder, lambda beside: write_adapter(beside, config, tensors))
+
+
+def _refuse(slot: Slot, found: str, expected: str, next_step: str) -> HotswapError:
+    return refuse(f"The adapter {slot.adapter_name!r} can't be saved as it is.", found, expected, next_step)
+
+
+def _check_padding(slot: Slot) -> None:
+    for layer in slot.layers:
+        for tensor in layer.tensors:
+            if reason := strange_padding(layer.module, slot.adapter_name, tensor):
+                raise _refuse(
+                    slot,
+                    found=reason,
+                    expected="zeros beyond the adapter's own rank",
+                    next_step="swap the adapter in again, and train it with a new optimizer",
+                )
+
+
+def _check_carrier(slot: Slot) -> None:
+    """Where adapters were injected, the tuner that holds the rest of these adapters is gone."""
+    host, method = slot.host, slot.config.peft_type.value
+    if host.is_peft_model or host.tuner is not None or method not in BESIDE_LAYERS:
+        return
+    if method not in MAY_LEAVE_OUT or slot.config.save_projection:
+        raise _refuse(
+            slot,
+            found=f"an adapter of the method {method} in a {type(host.base).__name__} that it was injected into",
+            expected="a PeftModel or a tuner, which holds what the layers share",
+            next_step="load the adapter with PeftModel.from_pretrained, and save it from there",
+        )
 
 
 def saved_tensors(slot: Slot, embeddings: bool = False) -> dict[str, torch.Tensor]:
     """The adapter's tensors by the names of its file, on the CPU, layers that are off left out.
 
-    ``embeddings`` includes the weights of embeddings that the adapter is on, as PEFT's own saving does.
+    ``embeddings`` includes the weights of embeddings that the adapter is on, where PEFT's own saving does.
     """
+    return {key: _copy(tensor) for key, tensor in _live_tensors(slot, embeddings).items()}
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _live_tensors(slot: Slot, embeddings: bool) -> dict[str, torch.Tensor]:
     name = slot.adapter_name
     on = [layer for layer in slot.layers if not is_off(layer.module, name)]
     embeddings = embeddings and any(is_embedding(slot.host.base, layer.module) for layer in on)
     if embeddings or slot.method is general or slot.method.needs_donor(slot.config):
-        prefix = "" if slot.host.is_peft_model else PEFT_PREFIX
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT says that it can't find the embeddings of what is no such model
-            tensors = get_peft_model_state_dict(slot.host.carrier, adapter_name=name, save_embedding_layers=embeddings)
-        return {prefix + canonical_path(key) if prefix else key: _copy(tensor) for key, tensor in tensors.items()}
+            carrier = LoadedAlone(slot.host, name)
+            return carrier.own(get_peft_model_state_dict(carrier, adapter_name=name, save_embedding_layers=embeddings))
     return {
-        f"{PEFT_PREFIX}{layer.path}.{tensor.key}": _copy(own_tensor(layer.module, name, tensor))
+        f"{PEFT_PREFIX}{layer.path}.{tensor.key}": own_tensor(layer.module, name, tensor)
         for layer in on
         for tensor in layer.tensors
     }
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
+class LoadedAlone:
+    """What a carrier shows to PEFT's saving, under the names that it has after a fresh load of one adapter.
+
+    PEFT's saving takes names as they are. But the live ones start otherwise where the carrier is no ``PeftModel``, have
+    more parts where modules are compiled or have other adapters around them, and whatever has the name of another
+    adapter somewhere in its own would be left out.
+    """
+
+    def __init__(self, host: Host, adapter_name: str):
+        self.peft_config = {adapter_name: host.configs[adapter_name]}
+        self._carrier = host.carrier
+        self._adapter_name = adapter_name
+        self._others = host.configs.keys() - {adapter_name}
+        is_tuner = isinstance(host.carrier, (BaseTuner, AdaptionPromptModel))
+        self._start = [] if host.is_peft_model else ["base_model"] if is_tuner else ["base_model", "model"]
+
+    def __getattr__(self, attribute: str) -> object:
+        return getattr(self._carrier, attribute)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        named = ((self._fresh_name(key), tensor) for key, tensor in self._carrier.state_dict().items())
+        return {name: tensor for name, tensor in named if name is not None}
+
+    def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        for path, module in self._carrier.named_modules():
+            if (name := self._fresh_name(path)) is not None:
+                yield name, module
+
+    def own(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What PEFT has chosen, without the indices of other adapters, which it takes from the layers."""
+        strange = tuple(f".shira_indices.{name}" for name in self._others)
+        return {key: tensor for key, tensor in tensors.items() if not key.endswith(strange)}
+
+    def _fresh_name(self, live_name: str) -> str | None:
+        """None for what belongs to another adapter."""
+        parts = list(self._start)
+        owner, module = None, self._carrier
+        for part in live_name.split(".") if live_name else ():
+            if part in self._others and is_table(module) and isinstance(owner, (*WRAPPERS, BaseTuner)):
+                return None
+            if part != COMPILED and not (part in INSIDE and self._is_missing(module)):
+                parts.append(part)
+            owner, module = module, None if module is None else module._modules.get(part)
+        return ".".join(parts)
+
+    def _is_missing(self, module: torch.nn.Module | None) -> bool:
+        """Whether the module is a wrapper that a fresh load would not make."""
+        if not isinstance(module, WRAPPERS):
+            return False
+        return not has_adapter(module, self._adapter_name) or is_off(module, self._adapter_name)
 
 
 def saved_config(slot: Slot) -> PeftConfig:

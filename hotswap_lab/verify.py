@@ -28,7 +28,7 @@ from .grafting.guards import compilers_kept
 from .grafting.wrappers import WRAPPERS, inside
 from .host import PEFT_PREFIX, Host, canonical_path
 from .interrupts import interrupts_held
-from .saving import saved_tensors, write_adapter
+from .saving import LoadedAlone, saved_tensors, write_adapter
 from .slot import Slot, resolve_slot
 from .turns import in_use
 
@@ -310,7 +310,8 @@ def _mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
 def _table_mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
     """What the tables that PEFT keeps on each layer say of the adapter, if that differs."""
     name = slot.adapter_name
-    live_wrappers = {canonical_path(path): module for path, module in wrappers_in(slot.host.base)}
+    # several may be around each other; then the one that has the adapter comes last under its name
+    live_wrappers = {canonical_path(path): module for path, module in LoadedAlone(slot.host, name).named_modules()}
     for path, module in wrappers_in(fresh.get_base_model()):
         live = live_wrappers.get(path)
         for table in getattr(module, "other_param_names", ()):

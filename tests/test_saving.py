@@ -8,15 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import save_random_adapter_of
 from models import KINDS, load, randomize, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import (
+    AdaptionPromptConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    ShiraConfig,
+    VeraConfig,
+    inject_adapter_in_model,
+)
 from safetensors.torch import load_file
 
-from hotswap_lab import HotswapError, hotswap_adapter, resolve_slot, save_adapter
+from hotswap_lab import HotswapError, hotswap_adapter, resolve_slot, save_adapter, verify_hotswap
 from hotswap_lab import saving as saving_module
 
-LLAMA = KINDS["llama"]
+LLAMA, MLP = KINDS["llama"], KINDS["linear"]
 
 
 def read(folder) -> tuple[dict, dict]:
@@ -63,6 +73,90 @@ def test_from_a_model_that_is_no_peft_model(tmp_path):
     randomize(model, "default", seed=5)
     save_adapter(model, tmp_path / "saved")
     assert_same_outputs(PeftModel.from_pretrained(LLAMA.base(), tmp_path / "saved"), model, LLAMA)
+
+
+#: the ways to have an adapter without a PeftModel around it
+BARE = {"a tuner": lambda model: model.base_model, "injected": lambda model: model.get_base_model()}
+BARE_CONFIGS = {
+    "LoHa": LoHaConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "LoRA with a head": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "LoRA with an embedding": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
+    "LoRA with tokens": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2, 3]),
+    "VeRA": VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+    "AdaptionPrompt": AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2),
+}
+
+
+def has_parts_beside(name: str, way: str) -> bool:
+    return way == "injected" and name in ("VeRA", "AdaptionPrompt")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [(name, way) for name in BARE_CONFIGS for way in BARE if not has_parts_beside(name, way)]
+)
+def test_what_is_saved_without_a_peft_model_can_be_loaded(name, way, tmp_path):
+    folder = save_random_adapter_of(BARE_CONFIGS[name], tmp_path / "made", seed=1)
+    model = BARE[way](load(LLAMA, folder))
+    save_adapter(model, tmp_path / "saved")
+    assert_same_tensors(read(tmp_path / "saved")[1], read(folder)[1])
+    if name != "AdaptionPrompt":
+        assert verify_hotswap(model, folder, inputs=LLAMA.inputs(), base=LLAMA.base)
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_what_the_layers_of_an_injected_adapter_share_is_not_left_out(tmp_path, save_projection):
+    config = VeraConfig(r=4, target_modules=["q_proj", "o_proj"], save_projection=save_projection)
+    folder = save_random_adapter_of(config, tmp_path / "made", seed=1)
+    model = load(LLAMA, folder).get_base_model()
+    if save_projection:
+        with pytest.raises(HotswapError, match="VERA in a LlamaForCausalLM that it was injected into"):
+            save_adapter(model, tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+        return
+    save_adapter(model, tmp_path / "saved")
+    assert_same_outputs(load(LLAMA, str(tmp_path / "saved")), load(LLAMA, folder), LLAMA)
+
+
+@pytest.mark.parametrize("outer", ["lora", "loha"])
+def test_from_a_mixed_model(tmp_path, outer):
+    """The layers of one method are around those of the other one."""
+    targets = list(MLP.modules)
+    folders = {
+        "lora": save_random_adapter(MLP, tmp_path / "lora", seed=1, r=4),
+        "loha": save_random_adapter_of(LoHaConfig(r=4, target_modules=targets), tmp_path / "loha", seed=2, kind=MLP),
+    }
+    inner = "loha" if outer == "lora" else "lora"
+    model = PeftMixedModel.from_pretrained(MLP.base(), folders[inner], adapter_name=inner)
+    model.load_adapter(folders[outer], adapter_name=outer)
+    for name, folder in folders.items():
+        save_adapter(model, tmp_path / "saved" / name, name)
+        assert_same_tensors(read(tmp_path / "saved" / name)[1], read(folder)[1])
+        model.set_adapter(name)
+        assert verify_hotswap(model, folder, name, inputs=MLP.inputs(), base=MLP.base)
+
+
+def test_from_a_model_with_a_compiled_base(tmp_path):
+    folder = save_random_adapter_of(BARE_CONFIGS["LoHa"], tmp_path / "made", seed=1)
+    model = load(LLAMA, folder)
+    model.base_model.model = torch.compile(model.base_model.model, backend="eager")
+    save_adapter(model, tmp_path / "saved")
+    assert_same_tensors(read(tmp_path / "saved")[1], read(folder)[1])
+
+
+#: a table of PEFT's, a module of the base model, and what PEFT keeps by name on each layer
+NAMES = ["lora_A", "model", "other"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["LoHa", "LoRA with tokens", "SHiRA"])
+def test_the_names_of_other_adapters_take_nothing_away(tmp_path, method, name):
+    config = {**BARE_CONFIGS, "SHiRA": ShiraConfig(r=2, target_modules=["q_proj"], random_seed=1)}[method]
+    folders = [save_random_adapter_of(config, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    model = load(LLAMA, folders[0])
+    model.load_adapter(folders[1], name)
+    for number, each in enumerate(("default", name)):
+        save_adapter(model, tmp_path / "saved" / each, each)
+        assert_same_tensors(read(tmp_path / "saved" / each)[1], read(folders[number])[1])
 
 
 def test_the_saved_tensors_share_no_memory_with_the_model(tmp_path):
