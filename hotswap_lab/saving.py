@@ -130,6 +130,7 @@ def _live_tensors(slot: Slot, embeddings: bool) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT says that it can't find the embeddings of what is no such model
             carrier = LoadedAlone(slot.host, name)
+            embeddings = "auto" if embeddings else False
             return carrier.own(get_peft_model_state_dict(carrier, adapter_name=name, save_embedding_layers=embeddings))
     return {
         f"{PEFT_PREFIX}{layer.path}.{tensor.key}": own_tensor(layer.module, name, tensor)
@@ -147,7 +148,9 @@ class LoadedAlone:
     """
 
     def __init__(self, host: Host, adapter_name: str):
-        self.peft_config = {adapter_name: host.configs[adapter_name]}
+        config = copy.copy(host.configs[adapter_name])
+        config.base_model_name_or_path = None  # or PEFT asks the Hub whether the vocabulary has grown
+        self.peft_config = {adapter_name: config}
         self._carrier = host.carrier
         self._adapter_name = adapter_name
         self._others = host.configs.keys() - {adapter_name}

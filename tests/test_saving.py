@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import save_random_adapter_of
-from models import KINDS, load, randomize, save_random_adapter
+from models import ARCHITECTURES, KINDS, load, randomize, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors
 from peft import (
     AdaptionPromptConfig,
@@ -18,6 +18,7 @@ from peft import (
     PeftMixedModel,
     PeftModel,
     ShiraConfig,
+    TrainableTokensConfig,
     VeraConfig,
     inject_adapter_in_model,
 )
@@ -164,6 +165,38 @@ def test_the_saved_tensors_share_no_memory_with_the_model(tmp_path):
     slot = resolve_slot(load(LLAMA, old), "default")
     addresses = set(slot.data_ptrs())
     assert not addresses & {tensor.data_ptr() for tensor in saving_module.saved_tensors(slot).values()}
+
+
+@pytest.mark.parametrize(
+    ("targets", "tokens"),
+    [
+        (["embed_tokens"], None),
+        (["lm_head", "q_proj"], None),
+        (["lm_head", "q_proj"], {"embed_tokens": [1, 2]}),
+        (r".*\.embed_tokens", None),
+        (["model.embed_tokens"], None),
+    ],
+)
+def test_embeddings_are_saved_exactly_where_peft_saves_them(tmp_path, targets, tokens):
+    config = LoraConfig(r=4, target_modules=targets, trainable_token_indices=tokens)
+    folder = save_random_adapter_of(config, tmp_path / "made", seed=1)
+    save_adapter(load(LLAMA, folder), tmp_path / "saved")
+    assert_same_tensors(read(tmp_path / "saved")[1], read(folder)[1])
+
+
+@pytest.mark.parametrize("target", ["decoder", "word_embeddings"])
+def test_embeddings_by_names_that_peft_does_not_know_are_not_saved(tmp_path, target):
+    bert = ARCHITECTURES["bert"]
+    folder = save_random_adapter(bert, tmp_path / "made", seed=1, r=4, target_modules=[target])
+    save_adapter(load(bert, folder), tmp_path / "saved")
+    assert_same_tensors(read(tmp_path / "saved")[1], read(folder)[1])
+
+
+def test_trained_tokens_come_without_the_embedding(tmp_path):
+    config = TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2])
+    folder = save_random_adapter_of(config, tmp_path / "made", seed=1)
+    save_adapter(load(LLAMA, folder), tmp_path / "saved")
+    assert_same_tensors(read(tmp_path / "saved")[1], read(folder)[1])
 
 
 def test_an_error_while_saving_leaves_the_older_file_whole(tmp_path, monkeypatch):
