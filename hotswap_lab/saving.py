@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 from peft.tuners.adaption_prompt import AdaptionPromptModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from .compiled import COMPILED
 from .errors import HotswapError, refuse
 from .grafting.wrappers import WRAPPERS, has_adapter, is_table
-from .host import PEFT_PREFIX, Host, is_embedding
+from .host import PEFT_PREFIX, Host, canonical_path, is_embedding
 from .methods import general
-from .shards import whole
+from .shards import local_part, whole
 from .slot import Slot, resolve_slot
 from .state_view import is_off, own_tensor, strange_padding
 from .together import replace_together
@@ -53,7 +54,8 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
     Raises
     ------
     HotswapError
-        If the model has no such adapter, or its padding (in a prepared model) was written to by somebody else.
+        If the model has no such adapter, if its padding (in a prepared model) was written to by somebody else, if the
+        file would hold base weights that an adapter is merged into, or if a part of the adapter isn't in the model.
 
     Examples
     --------
@@ -76,7 +78,9 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
         slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
         _check_padding(slot)
         _check_carrier(slot)
-        config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
+        live = _live_tensors(slot, embeddings=True)
+        _check_merged(slot, live)
+        config, tensors = saved_config(slot), {key: _copy(tensor) for key, tensor in live.items()}
     replace_together(folder, lambda beside: write_adapter(beside, config, tensors))
 
 
@@ -110,12 +114,28 @@ def _check_carrier(slot: Slot) -> None:
         )
 
 
-def saved_tensors(slot: Slot, embeddings: bool = False) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names of its file, on the CPU, layers that are off left out.
+def _check_merged(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
+    """Some files hold base weights, too; of these, merging leaves no original that is right to the last bit."""
+    changed: dict[int, str] = {}
+    for path, module in slot.host.base.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            merged = [module.get_base_layer()]
+            if isinstance(module, LNTuningLayer):  # merging exchanges the adapter's module and the base model's
+                merged += [module.ln_tuning_layers[name] for name in module.merged_adapters]
+            changed |= {local_part(each).data_ptr(): path for part in merged for each in part.parameters()}
+    for key, tensor in tensors.items():
+        if changed and (path := changed.get(local_part(tensor).data_ptr())) is not None:
+            raise _refuse(
+                slot,
+                found=f"{key}, of a layer with a merged adapter: {canonical_path(path)}",
+                expected="base weights without an adapter in them, since this file holds them, too",
+                next_step="call model.unmerge_adapter() first",
+            )
 
-    ``embeddings`` includes the weights of embeddings that the adapter is on, where PEFT's own saving does.
-    """
-    return {key: _copy(tensor) for key, tensor in _live_tensors(slot, embeddings).items()}
+
+def saved_tensors(slot: Slot) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names of its file, on the CPU, without base weights and layers that are off."""
+    return {key: _copy(tensor) for key, tensor in _live_tensors(slot, embeddings=False).items()}
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,6 +143,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _live_tensors(slot: Slot, embeddings: bool) -> dict[str, torch.Tensor]:
+    """``embeddings`` includes the weights of embeddings that the adapter is on, where PEFT's own saving does."""
     name = slot.adapter_name
     on = [layer for layer in slot.layers if not is_off(layer.module, name)]
     embeddings = embeddings and any(is_embedding(slot.host.base, layer.module) for layer in on)

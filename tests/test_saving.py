@@ -13,6 +13,7 @@ from models import ARCHITECTURES, KINDS, load, randomize, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors
 from peft import (
     AdaptionPromptConfig,
+    LNTuningConfig,
     LoHaConfig,
     LoraConfig,
     PeftMixedModel,
@@ -196,6 +197,45 @@ def test_trained_tokens_come_without_the_embedding(tmp_path):
     config = TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2])
     folder = save_random_adapter_of(config, tmp_path / "made", seed=1)
     save_adapter(load(LLAMA, folder), tmp_path / "saved")
+    assert_same_tensors(read(tmp_path / "saved")[1], read(folder)[1])
+
+
+MERGED = {
+    "an embedding": LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
+    "a head": LoraConfig(r=4, target_modules=["lm_head", "q_proj"]),
+    "a norm": LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+}
+
+
+@pytest.mark.parametrize("where", MERGED)
+def test_base_weights_with_a_merged_adapter_are_not_saved(tmp_path, where):
+    folder = save_random_adapter_of(MERGED[where], tmp_path / "made", seed=1)
+    model = load(LLAMA, folder)
+    model.merge_adapter()
+    with pytest.raises(HotswapError, match="of a layer with a merged adapter"):
+        save_adapter(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model.unmerge_adapter()
+    save_adapter(model, tmp_path / "saved")
+    assert_same_outputs(load(LLAMA, str(tmp_path / "saved")), load(LLAMA, folder), LLAMA)
+
+
+def test_base_weights_with_another_merged_adapter_are_not_saved(tmp_path):
+    folder = save_random_adapter_of(MERGED["a head"], tmp_path / "made", seed=1)
+    model = load(LLAMA, folder)
+    model.load_adapter(folder, "other")
+    model.set_adapter("other")
+    model.merge_adapter()
+    with pytest.raises(HotswapError, match="of a layer with a merged adapter: lm_head"):
+        save_adapter(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=4, target_modules=["q_proj"]), BARE_CONFIGS["LoHa"]])
+def test_a_merged_adapter_is_saved_without_base_weights(tmp_path, config):
+    folder = save_random_adapter_of(config, tmp_path / "made", seed=1)
+    model = load(LLAMA, folder)
+    model.merge_adapter()
+    save_adapter(model, tmp_path / "saved")
     assert_same_tensors(read(tmp_path / "saved")[1], read(folder)[1])
 
 
