@@ -128,10 +128,13 @@ def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metad
         if (value := state_dict.get(key)) is None:
             continue
         rank, keep_vars = own_rank(layer, adapter_name, tensor), isinstance(value, torch.nn.Parameter)
-        if rank != tensor.capacity:
+        is_trimmed = rank != tensor.capacity
+        if is_trimmed:
             value = tensor.trimmed(value, rank)
-        # safetensors takes nothing else; but who asks for keep_vars wants the memory of the model
-        state_dict[key] = value if keep_vars else value.contiguous()
+        if not keep_vars:  # who asks for them wants the memory of the model
+            # safetensors takes nothing else; and torch.save writes all memory around a view, contiguous or not
+            value = value.clone(memory_format=torch.contiguous_format) if is_trimmed else value.contiguous()
+        state_dict[key] = value
 
 
 def strange_padding(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapters import save_random_adapter_of
 from models import COPIES, KINDS, call, copied, load, save_random_adapter
-from oracle import assert_same_outputs, assert_untouched, snapshot
+from oracle import assert_same_outputs, assert_same_tensors, assert_untouched, snapshot
+from peft import LoHaConfig, LoraConfig
 
-from hotswap_lab import hotswap_adapter
+from hotswap_lab import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 LLAMA = KINDS["llama"]
 
@@ -84,3 +86,15 @@ def test_other_adapters_on_the_same_layer_are_saved_as_ever(folders):
     expected = {key for key in model.state_dict() if ".other." in key}
     hotswap_adapter(model, folders[1], "default")
     assert {key for key in model.state_dict() if ".other." in key} == expected
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("config", [LoraConfig, LoHaConfig])
+def test_nothing_around_what_is_saved_goes_into_a_checkpoint(tmp_path, config, rank):
+    config = config(r=rank, target_modules=list(LLAMA.modules))
+    model = load(LLAMA, save_random_adapter_of(config, tmp_path / "made", seed=1))
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    prepare_model_for_compiled_hotswap(model, target_rank=64)
+    assert_same_tensors(model.state_dict(), expected)
+    for key, value in model.state_dict().items():
+        assert value.untyped_storage().nbytes() == value.nbytes, key
