@@ -28,6 +28,7 @@ class Host:
 
     #: the model that the user passed, wrappers and all
     root: torch.nn.Module
+    #: never a compiled wrapper: these are in ``root``
     base: torch.nn.Module
     configs: dict[str, PeftConfig]
     tuner: BaseTuner | None
@@ -52,13 +53,22 @@ def canonical_path(key: str) -> str:
 def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
     if isinstance(module, PeftModel):
         tuner = module.base_model if isinstance(module.base_model, BaseTuner) else None
-        return Host(root, module.get_base_model(), module.peft_config, tuner, True, module)
+        return Host(root, _base_of(module), module.peft_config, tuner, True, module)
     if isinstance(module, BaseTuner):
-        return Host(root, module.model, module.peft_config, module, False, module)
+        return Host(root, unwrap_compiled(module.model), module.peft_config, module, False, module)
     configs = module.__dict__.get("peft_config")
     if isinstance(configs, dict):
         return Host(root, module, configs, None, False, module)
     return None
+
+
+def _base_of(model: PeftModel) -> torch.nn.Module:
+    """As ``get_base_model``, which fails where no adapter is left.
+
+    The module behind a compiled one, since turns, rooms and places are found by it: it may be compiled at any time.
+    """
+    base = unwrap_compiled(model.base_model)
+    return unwrap_compiled(base if model._is_prompt_learning else base.model)
 
 
 def carriers(model: torch.nn.Module) -> Iterator[Host]:
@@ -100,9 +110,9 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
         names = sorted({name for host in hosts for name in host.configs})
         raise refuse(
             f"Adapter {adapter_name} not found.",
-            found=f"the adapters {listing(map(repr, names))}",
+            found=f"the adapters {listing(map(repr, names))}" if names else "no adapter that is left",
             expected="the name of an adapter that is loaded, since its place is what the new one takes",
-            next_step="pass one of these as `adapter_name`, or load a first adapter under this name",
+            next_step=f"{'pass one of these as `adapter_name`, or ' * bool(names)}load a first adapter under this name",
         )
     if len(matching) > 1:
         raise refuse(

@@ -220,7 +220,7 @@ def bases_of(model: object) -> list[torch.nn.Module]:
         found = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
     else:
         found = [getattr(model, "model", model)]  # a pool's
-    bases = list(dict.fromkeys(host.base for part in found for host in carriers(part)))
+    bases = list(dict.fromkeys(host.base for part in found for host in carriers(part) if host.configs))
     if not bases:
         raise refuse(
             "No adapter layers found on the model.",

@@ -12,6 +12,7 @@ from hotswap_lab import (
     AdapterPool,
     HotswapError,
     hotswap_adapter,
+    in_use,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
     resolve_slot,
@@ -43,6 +44,14 @@ def test_every_wrapping_leads_to_the_same_base(peft_model):
     for model in wrappings:
         assert find_host(model, "default").base is base
         assert [layer.path for layer in resolve_slot(model, "default").layers] == ["first"]
+
+
+def test_a_compiled_model_inside_leads_to_the_same_base(peft_model):
+    base = peft_model.get_base_model()
+    peft_model.base_model.model = torch.compile(base, backend="eager")
+    assert find_host(peft_model, "default").base is base
+    assert find_host(peft_model.base_model, "default").base is base
+    assert is_compiled(find_host(peft_model, "default").root)
 
 
 def test_injected_models():
@@ -93,6 +102,24 @@ def test_a_model_without_adapters_is_refused():
 def test_an_unknown_name_is_refused_with_the_names_there_are(peft_model):
     with pytest.raises(HotswapError, match=r"Adapter nobody not found[\s\S]*the adapters 'default'"):
         find_host(peft_model, "nobody")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda model: resolve_slot(model, "default"),
+        lambda model: hotswap_adapter(model, "folder", "default"),
+        lambda model: plan_hotswap(model, "folder"),
+        lambda model: set_strength(model, 0.5),
+        lambda model: save_adapter(model, "folder"),
+    ],
+)
+def test_a_model_whose_only_adapter_was_deleted_has_none_of_that_name(peft_model, function):
+    peft_model.delete_adapter("default")
+    with pytest.raises(HotswapError, match=r"Adapter default not found[\s\S]*no adapter that is left"):
+        function(peft_model)
+    with pytest.raises(HotswapError, match="No adapter layers found on the model"):
+        in_use(peft_model)
 
 
 def test_two_models_with_the_same_adapter_name_are_refused(peft_model, tmp_path):

@@ -99,6 +99,20 @@ def test_whatever_changes_an_adapter_waits_for_those_inside(model, folders, insi
         assert_untouched(model, before)
 
 
+def test_a_model_that_was_compiled_inside_is_still_the_same_model(model, folders, request):
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    model.base_model.model = torch.compile(model.base_model.model, backend="eager")
+    inside = request.getfixturevalue("inside")
+    with waiting_at_most(MOMENT), pytest.raises(ModelInUseError):
+        pool.swap("new")
+    inside.set()
+    pool.swap("new")
+    assert verify_hotswap(model, folders["new"], inputs=KIND.inputs())
+    plan = plan_hotswap(model, folders["third"])
+    assert plan.is_compiled
+    assert plan.room is not None
+
+
 POOL_OPERATIONS = {
     "swap": lambda pool: pool.swap("new"),
     "strength": lambda pool: setattr(pool, "strength", 0.5),
