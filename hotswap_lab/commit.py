@@ -136,7 +136,8 @@ def _check_fresh(plans: Sequence[Plan]) -> None:
         if plan.is_stale():
             raise refuse(
                 "The model has changed since this swap was planned.",
-                found=f"the adapter {plan.slot.adapter_name!r} swapped, trained, merged or moved since",
+                found=f"the adapter {plan.slot.adapter_name!r} swapped, trained, merged, moved or prepared since, "
+                "or others loaded, deleted or activated",
                 expected="the model as it was when the plan was made",
                 next_step="make the plan again",
             )

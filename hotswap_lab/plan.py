@@ -16,12 +16,15 @@ import torch
 from peft import PeftConfig
 
 from .adapter import Adapter
+from .compiled import unwrap_compiled
 from .errors import HotswapError, Refusal
-from .grafting import Grafting
+from .grafting import Grafting, Structure
 from .parts import LayerSettings, SlotTensor, WholeSettings
+from .prepared_layer import has_fixed_size
 from .report import html_table
-from .room import Content, Room
+from .room import ROOMS, Content, Room
 from .slot import Slot, SlotLayer
+from .state_view import is_padded
 
 
 class Action(enum.Enum):
@@ -78,6 +81,24 @@ class LayerPlan:
         return self.settings.rank if self.settings else None
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What a slot was prepared as; of the layers, the first one tells."""
+
+    room: Room | None
+    padded: bool
+    fixed_size: bool
+
+    @classmethod
+    def of(cls, slot: Slot) -> Preparation:
+        name = slot.adapter_name
+        room = slot.host.base.__dict__.get(ROOMS, {}).get(name)
+        if not slot.layers:
+            return cls(room, False, False)
+        layer = slot.layers[0].module
+        return cls(room, is_padded(layer, name), has_fixed_size(layer, name))
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A swap that was decided but not done: the dry run.
@@ -120,14 +141,25 @@ class Plan:
     grafting: Grafting | None = None
     #: the config of the adapter that was in the model when the plan was made
     replaces: PeftConfig | None = None
+    #: what the slot was prepared as when the plan was made
+    preparation: Preparation | None = None
+    #: all adapters and wrappers that were there then, if the swap changes more than values and shapes
+    structure: Structure | None = None
 
     def is_stale(self) -> bool:
-        """Whether the adapter was swapped, merged or trained since the plan was made."""
+        """Whether the adapter was swapped, merged, trained, prepared or unloaded since the plan was made.
+
+        Or, where the swap changes wrappers and tables, whether another adapter has come or gone.
+        """
         slot = self.slot
         if slot.host.configs.get(slot.adapter_name) is not self.replaces:
             return True
         if self.room is not None:
             return not self.room.is_intact()
+        if Preparation.of(slot) != self.preparation or not _is_in_place(slot):
+            return True
+        if self.structure is not None and not self.structure.is_that_of(slot.host):
+            return True
         if any(slot.adapter_name in layer.module.merged_adapters for layer in slot.layers):
             return True
         return self.grafting is not None and self.grafting.graft.is_stale()
@@ -236,6 +268,22 @@ class Plan:
             caption=self.verdict,
             notes=[*self.notes, *map(str, self.refusals)],
         )
+
+
+def _is_in_place(slot: Slot) -> bool:
+    """Whether the slot's layers are still in the model; the first one tells, since PEFT unloads all of them."""
+    if not slot.layers:
+        return True
+    module, layer = slot.host.base, slot.layers[0]
+    for name in layer.path.split("."):
+        module = unwrap_compiled(module)._modules.get(name)
+        if module is None:
+            return False
+    while (module := unwrap_compiled(module)) is not layer.module:
+        module = module._modules.get("base_layer")  # in a mixed model, layers are around one another
+        if module is None:
+            return False
+    return True
 
 
 def _text(rank: int | None) -> str:

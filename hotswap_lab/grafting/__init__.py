@@ -12,6 +12,7 @@ from .donor import Donor, load_donor
 from .graft import Change, Graft, WrapperChange
 from .places import forget_places
 from .stand_in import make_stand_in
+from .structure import Structure
 from .wrappers import wrappers_in
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Donor",
     "Graft",
     "Grafting",
+    "Structure",
     "WrapperChange",
     "decide_graft",
     "difference",

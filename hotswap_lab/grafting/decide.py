@@ -18,6 +18,7 @@ from .difference import difference
 from .donor import Donor, load_donor
 from .graft import Graft
 from .places import Places, find_places, places_of
+from .structure import Structure
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
@@ -50,6 +51,8 @@ class Grafting:
     cause: Exception | None = None
     #: base weights whose ``requires_grad`` changes, too
     requires_grad: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
+    #: what the model was like when a donor was compared with it
+    structure: Structure | None = None
 
     @property
     def writes_values_only(self) -> bool:
@@ -83,6 +86,7 @@ def decide_graft(
         grafting.graft = known.graft(adapter)
         grafting.places = known
         return grafting
+    grafting.structure = Structure.of(host)
     try:
         with slot.write_mode():
             donor = load_donor(host, config, adapter.tensors, name, half_precision=_keeps_half_precision(slot))

@@ -64,7 +64,7 @@ class _Comparison:
         self.donor, self.name = donor, adapter_name
         self._base_model = host.base
         self._adapter_names = set(host.configs)
-        self._active, self._disabled = _activity(host)
+        self._active, self._disabled = activity_of(host)
         self.graft = Graft()
         self._seen: set[tuple[int, int]] = set()
         #: from ids of the donor's parts to their counterparts in the live model
@@ -576,7 +576,7 @@ class _Comparison:
         return self.donor.stand_in.live_tensors.get(id(part)) is part
 
 
-def _activity(host: Host) -> tuple[list[str], bool]:
+def activity_of(host: Host) -> tuple[list[str], bool]:
     """Which adapters a model computes with, and whether they are disabled."""
     for path, module in wrappers_in(host.base):
         # the layer inside of a wrapper for trained tokens is active only where its own adapter is

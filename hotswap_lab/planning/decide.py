@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter import Adapter
 from ..compiled import compiled_parts
 from ..errors import listing
-from ..plan import Plan
+from ..plan import Plan, Preparation
 from ..room import ROOMS
 from ..slot import Slot
 from .beforehand import check_containers, check_kind, check_slot
@@ -52,7 +52,15 @@ def make_plan(
     if room is not None and room.slot is not slot:
         room = None  # a slot that somebody resolved, not one that the room has just vouched for
     draft = Draft(
-        slot, adapter, adapter.config, compiled_parts(slot.host.root), room, add_layers, check_targets, base_weights
+        slot,
+        adapter,
+        adapter.config,
+        compiled_parts(slot.host.root),
+        room,
+        Preparation.of(slot),
+        add_layers,
+        check_targets,
+        base_weights,
     )
     check_kind(draft)
     if draft.refusals:

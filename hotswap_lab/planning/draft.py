@@ -10,8 +10,8 @@ from peft import PeftConfig
 
 from ..adapter import Adapter
 from ..errors import Refusal
-from ..grafting import Grafting
-from ..plan import Action, LayerPlan, Plan
+from ..grafting import Grafting, Structure
+from ..plan import Action, LayerPlan, Plan, Preparation
 from ..prepared_layer import has_fixed_size
 from ..room import Room
 from ..slot import Slot
@@ -27,6 +27,7 @@ class Draft:
     #: what is compiled in the model
     compiled: list[object]
     room: Room | None
+    preparation: Preparation
     add_layers: bool = False
     #: whether the adapter's config has to say which layers it is for; else they are those of its tensors
     check_targets: bool = True
@@ -35,6 +36,8 @@ class Draft:
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    #: what the model was like when layers were built to be added to it
+    structure: Structure | None = None
 
     def refuse(self, summary: str, found: str, expected: str, next_step: str) -> None:
         self.refusals.append(Refusal(summary, found, expected, next_step))
@@ -63,4 +66,6 @@ class Draft:
             room=room,
             grafting=self.grafting,
             replaces=self.slot.config,
+            preparation=self.preparation,
+            structure=self.grafting.structure if self.grafting is not None else self.structure,
         )

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import listing
-from ..grafting import former_layers
+from ..grafting import Structure, former_layers
 from ..host import PEFT_PREFIX
 from ..plan import Action
 from ..sameness import have_same_values
@@ -103,6 +103,7 @@ def _add_layers(draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
         for key in [key for key in tensors if adaptable(slot.host.base, key) is not None]:
             del tensors[key]  # their reason is given
         return
+    draft.structure = Structure.of(slot.host)
     try:
         shadows = build_shadow_layers(slot, draft.config, paths)
     except Exception as error:

@@ -188,6 +188,107 @@ def test_a_plan_is_for_the_model_as_it_was(tmp_path, kind, change):
     assert_untouched(model, before)
 
 
+#: by what a swap does: the loaded adapter and the new one
+SWAPS = {
+    "wraps": (_lora(), _lora(modules_to_save=["lm_head"])),
+    "unwraps": (_lora(modules_to_save=["lm_head"]), _lora()),
+    "adds tables": (_lora(target_modules=["q_proj"]), _lora(use_dora=True)),
+    "adds layers": (_lora(target_modules=["q_proj"]), _lora(r=2)),
+    "adds other layers": (LoHaConfig(r=4, target_modules=["q_proj"]), LoHaConfig(r=4, target_modules=ATTENTION)),
+}
+
+
+def _load_again(model, folder: str) -> None:
+    model.delete_adapter("second")
+    model.load_adapter(folder, "second")
+
+
+NEIGHBOURS = {
+    "another is loaded": lambda model, folder: model.load_adapter(folder, "other"),
+    "another is deleted": lambda model, folder: model.delete_adapter("second"),
+    "another is loaded anew": _load_again,
+    "another is active": lambda model, folder: model.set_adapter("second"),
+    "all are unloaded": lambda model, folder: model.unload(),
+}
+
+
+@pytest.mark.parametrize("change", NEIGHBOURS)
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_plan_that_changes_wrappers_is_for_the_adapters_that_were_there(tmp_path, swap, change):
+    loaded, new = SWAPS[swap]
+    other = copy.deepcopy(loaded)
+    other.target_modules = ["k_proj"]
+    folders = _save(tmp_path, loaded, new, other)
+    model = load(LLAMA, folders[0])
+    model.load_adapter(folders[2], "second")
+    plan = plan_hotswap(model, folders[1], add_layers=True)
+    assert plan.ok
+    NEIGHBOURS[change](model, folders[2])
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+    assert_untouched(model, before)
+
+
+def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
+    folders = _save(tmp_path, _lora(), _lora(r=2), _lora(r=6))
+    model = load(LLAMA, folders[0])
+    plan = plan_hotswap(model, folders[1])
+    model.load_adapter(folders[2], "other")
+    commit(plan)
+    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10)
+    model.set_adapter("other")
+    assert_same_outputs(model, load(LLAMA, folders[2], "other"), LLAMA, margin=10)
+
+
+@pytest.mark.parametrize("rank", [4, 2])
+def test_a_plan_for_layers_that_were_unloaded(tmp_path, rank):
+    folders = _save(tmp_path, _lora(), _lora(r=rank))
+    model = load(LLAMA, folders[0])
+    plan = plan_hotswap(model, folders[1])
+    model.unload()
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+
+
+PREPARED = {
+    "prepared": lambda model, folders: prepare_model_for_compiled_hotswap(model, target_rank=8),
+    "in a pool": lambda model, folders: AdapterPool(model, adapters={"new": folders[1]}, progress=False),
+}
+KINDS_TO_PREPARE = {
+    "LoRA": [_lora(), _lora(r=2)],
+    "DoRA": [_lora(use_dora=True), _lora(r=2, use_dora=True)],
+    "LoHa": [LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 2)],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [("LoRA", "prepared"), ("LoRA", "in a pool"), ("DoRA", "prepared"), ("LoHa", "prepared")]
+)
+def test_a_plan_from_before_the_model_was_prepared(tmp_path, kind, how):
+    folders = _save(tmp_path, *KINDS_TO_PREPARE[kind])
+    model = load(LLAMA, folders[0])
+    plan = plan_hotswap(model, folders[1])
+    PREPARED[how](model, folders)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+    assert_untouched(model, before)
+    for folder in reversed(folders):
+        hotswap_adapter(model, folder, "default")
+    assert_equals_fresh_load(model, LLAMA, folders[0], margin=10, prepared=True)
+
+
+def test_a_plan_from_before_more_room_was_made(tmp_path):
+    folders = _save(tmp_path, _lora(), _lora(r=2))
+    model = load(LLAMA, folders[0])
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    plan = plan_hotswap(model, folders[1])
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+
+
 def test_the_same_plan_twice(tmp_path):
     folders = _save(tmp_path, *(LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6)))
     model = load(LLAMA, folders[0])
