@@ -14,7 +14,7 @@ from .host import find_host
 from .plan import Plan
 from .planning import make_plan
 from .room import slot_for
-from .turns import is_shared, swaps_of
+from .turns import is_shared, swaps_of, undisturbed
 
 
 def hotswap_adapter(
@@ -75,10 +75,11 @@ def hotswap_adapter(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter`` of PEFT 0.21, which this replaces.
     """
-    base = find_host(model, adapter_name).base
+    host = find_host(model, adapter_name)
     # where other threads compute, the swap may have to wait, and the file would be in use meanwhile
-    adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs, for_one_swap=not is_shared(base))
-    with swaps_of(base):
+    for_one_swap = not is_shared(host.base)
+    adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs, for_one_swap=for_one_swap)
+    with swaps_of(host.base), undisturbed(host):
         commit(plan_hotswap(model, adapter, adapter_name, add_layers=add_layers, base_weights=base_weights))
 
 
@@ -132,9 +133,9 @@ def hotswap_adapter_from_state_dict(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter_from_state_dict`` of PEFT 0.21.
     """
-    base = find_host(model, adapter_name).base
+    host = find_host(model, adapter_name)
     adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
-    with swaps_of(base):
+    with swaps_of(host.base), undisturbed(host):
         slot = slot_for(model, adapter_name)
         commit(make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights))
 
@@ -180,7 +181,8 @@ def plan_hotswap(
     pass add_layers=True to add them, or load first the adapter that targets most layers
     """
     adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs)
-    return make_plan(slot_for(model, adapter_name), adapter, add_layers=add_layers, base_weights=base_weights)
+    with undisturbed(find_host(model, adapter_name)):
+        return make_plan(slot_for(model, adapter_name), adapter, add_layers=add_layers, base_weights=base_weights)
 
 
 def _read(

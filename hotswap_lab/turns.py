@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from .errors import HotswapError, Refusal, listing, refuse
-from .host import carriers
+from .host import Host, carriers
 from .interrupts import interrupts_held
 
 #: how long a swap sleeps before it looks whether Ctrl-C was pressed meanwhile, in seconds
@@ -276,6 +276,18 @@ def writing(*bases: torch.nn.Module) -> Iterator[None]:
                     turn.closing -= 1
                 for lock in reversed(taken):
                     lock.release()
+
+
+def undisturbed(host: Host) -> AbstractContextManager[None]:
+    """:func:`writing` where a forward changes for a moment, or for good, what a decision goes by; else nothing.
+
+    Layers around single parameters (``target_parameters``) give the module inside another class while it computes, and
+    move its parameters about; OFT with ``coft`` writes to its weights.
+    """
+    changing = any(
+        getattr(config, "target_parameters", None) or getattr(config, "coft", False) for config in host.configs.values()
+    )
+    return writing(host.base) if changing else contextlib.nullcontext()
 
 
 class _Interrupted(BaseException):

@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import KINDS, call, load, save_random_adapter
+from adapters import save_random_adapter_of
+from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from peft import LoraConfig, OFTConfig
 
 from hotswap_lab import (
     AdapterPool,
@@ -111,6 +113,50 @@ def test_a_model_that_was_compiled_inside_is_still_the_same_model(model, folders
     plan = plan_hotswap(model, folders["third"])
     assert plan.is_compiled
     assert plan.room is not None
+
+
+EXPERTS = "mlp.experts.gate_up_proj"
+#: by what a forward changes meanwhile: the model, and two adapters for it
+CHANGED_BY_COMPUTING = {
+    "weights of the adapter": (
+        KINDS["llama"],
+        [OFTConfig(oft_block_size=size, coft=True, eps=1.0, target_modules=["q_proj"]) for size in (4, 8)],
+    ),
+    "modules of the base": (
+        ARCHITECTURES["mixtral"],
+        [LoraConfig(r=rank, target_modules=["q_proj"], target_parameters=[EXPERTS]) for rank in (4, 2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED_BY_COMPUTING)
+def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path, what):
+    kind, configs = CHANGED_BY_COMPUTING[what]
+    old, new = (save_random_adapter_of(each, tmp_path / str(n), n, kind) for n, each in enumerate(configs))
+    model = load(kind, old)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(*_: object) -> None:
+        entered.set()
+        leave.wait(30)
+
+    def compute() -> None:
+        with in_use(model):
+            call(model, kind.inputs())
+
+    mlp = model.get_base_model().model.layers[0].mlp
+    inside = mlp.experts.get_base_layer() if hasattr(mlp, "experts") else mlp
+    handle = inside.register_forward_pre_hook(hold)
+    computing = start(compute)
+    assert entered.wait(30)
+    with ThreadPoolExecutor(1) as swapping:
+        swap = swapping.submit(hotswap_adapter, model, new, "default")
+        time.sleep(MOMENT)
+        leave.set()
+        swap.result(30)
+    computing.join(30)
+    handle.remove()
+    assert_equals_fresh_load(model, kind, new, margin=10)
 
 
 POOL_OPERATIONS = {
