@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,8 @@ def load_donor(
         finally:
             for parameter, requires_grad in stand_in.shared:
                 parameter.requires_grad_(requires_grad)
+    if any(id(module) in stand_in.unordered for module in _nested_around_parameters(model)):
+        raise RuntimeError("its layers are nested by an order of parameters that the base model may have lost")
     if stand_in.was_changed(versions):
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
     if replication:
@@ -122,6 +124,14 @@ def _mismatches(
     awaited = {tensor.data_ptr() for key, tensor in saved.items() if key not in present} - filled
     unexpected = [key for key in result.unexpected_keys if key not in saved]
     return tuple(unexpected), tuple(sorted(key for key in missing if memory.get(key) in awaited))
+
+
+def _nested_around_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules of which several parameters are adapted, each by a layer around the one of another."""
+    for module in model.modules():
+        inner = module._modules.get("base_layer")
+        if "parameter_name" in module.__dict__ and inner is not None and "parameter_name" in inner.__dict__:
+            yield module.get_base_layer()
 
 
 def _named_tensors(model: torch.nn.Module):

@@ -15,6 +15,7 @@ import torch
 from ..base_values import ORIGINALS
 from ..compiled import unwrap_compiled
 from ..state_view import forget_hooks
+from .parameter_order import in_defined_order
 from .wrappers import WRAPPERS, inside
 
 
@@ -28,6 +29,8 @@ class StandIn:
     twins: list[torch.Tensor] = field(default_factory=list)
     #: tensors of special classes, which both models share
     shared: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
+    #: ids of modules that may have had their parameters in another order before the live model computed
+    unordered: set[int] = field(default_factory=set)
 
     def versions(self) -> dict[int, int]:
         """How often each tensor of the base model was written."""
@@ -57,8 +60,9 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
     tensors: dict[int, torch.Tensor] = {}
 
     def twin_of(module: torch.nn.Module) -> torch.nn.Module:
-        module = unwrap_compiled(module)
+        module, moves_parameters = unwrap_compiled(module), False
         while isinstance(module, WRAPPERS):
+            moves_parameters |= "parameter_name" in module.__dict__
             module = unwrap_compiled(inside(module))
         if id(module) not in modules:
             twin = module.__class__.__new__(module.__class__)
@@ -71,9 +75,12 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
             twin.__dict__["_modules"] = {
                 name: None if child is None else twin_of(child) for name, child in module._modules.items()
             }
+            order = in_defined_order(module)
+            if order is None and moves_parameters:
+                stand_in.unordered.add(id(twin))
             twin.__dict__["_parameters"] = {
-                name: None if parameter is None else tensor_twin(parameter)
-                for name, parameter in module._parameters.items()
+                name: None if module._parameters[name] is None else tensor_twin(module._parameters[name])
+                for name in dict.fromkeys([*(order or ()), *module._parameters])
             }
             for buffer in module._buffers.values():
                 if buffer is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapters import save_random_adapter_of
 from lora_kinds import ATTENTION, FAMILIES, LLAMA, MODELS, variant
-from models import call, load
+from models import Kind, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import LoraConfig
 
@@ -55,6 +55,49 @@ def test_what_is_saved_loads_as_the_live_model(folders, name, tmp_path):
     assert_same_outputs(model, load(kind, str(tmp_path / "saved")), kind, margin=10)
     verdict = verify_hotswap(model, new, inputs=kind.inputs(), base=kind.base)
     assert verdict, verdict
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def test_parameters_whose_order_a_forward_has_changed(tmp_path):
+    """A forward puts the parameter that it adapts behind the others; PEFT nests and names its layers by their order."""
+    kind = MODELS["mixtral"]
+    configs = [LoraConfig(r=rank, target_parameters=EXPERTS[:rank], target_modules=["q_proj"]) for rank in (1, 2)]
+    first, both = (save_random_adapter_of(each, tmp_path / str(each.r), each.r, kind) for each in configs)
+    model = load(kind, first)
+    call(model, kind.inputs())
+    experts = model.get_base_model().model.layers[0].mlp.experts.get_base_layer()
+    assert next(iter(experts._parameters)) == "down_proj"
+    for folder in (both, first, both):
+        hotswap_adapter(model, folder, "default", add_layers=True)
+        call(model, kind.inputs())
+        assert_equals_fresh_load(model, kind, folder, margin=10)
+        assert verify_hotswap(model, folder, inputs=kind.inputs())
+
+
+class Unordered(torch.nn.Module):
+    """Two parameters whose order only running the constructor shows."""
+
+    def __init__(self):
+        super().__init__()
+        for number in (1, 2):
+            setattr(self, f"weight{number}", torch.nn.Parameter(torch.randn(12, 12)))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weight1) @ self.weight2
+
+
+def test_parameters_whose_order_nobody_knows_are_refused(tmp_path):
+    kind = Kind(lambda: torch.nn.Sequential(Unordered()), lambda: torch.randn(5, 12), ())
+    names = ["0.weight1", "0.weight2"]
+    configs = [LoraConfig(r=rank, target_parameters=names[:rank], target_modules=[]) for rank in (1, 2)]
+    first, both = (save_random_adapter_of(each, tmp_path / str(each.r), each.r, kind) for each in configs)
+    model = load(kind, first)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="an order of parameters that the base model may have lost"):
+        hotswap_adapter(model, both, "default", add_layers=True)
+    assert_untouched(model, before)
 
 
 def test_biases_of_the_base_come_back(folders):
