@@ -14,6 +14,7 @@ import torch
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from .grafting.randomness import random_numbers_kept
 from .journal import Journal
 from .slot import Slot, SlotLayer
 from .turns import writing
@@ -60,8 +61,7 @@ def build_shadow_layers(slot: Slot, config: PeftConfig, paths: list[str]) -> lis
     # PEFT sets `requires_grad` of the base layers' own parameters on its way, which no other thread must compute with
     with writing(slot.host.base):
         try:
-            # the weights are overwritten, so drawing them must not move the user's random numbers on
-            with slot.write_mode(), torch.random.fork_rng(), warnings.catch_warnings():
+            with slot.write_mode(), random_numbers_kept(config), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 inject_adapter_in_model(config, stand_in, slot.adapter_name)
         finally:

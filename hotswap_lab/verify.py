@@ -25,6 +25,7 @@ from .compiled import unwrap_compiled
 from .errors import refuse
 from .grafting import make_stand_in, wrappers_in
 from .grafting.guards import compilers_kept
+from .grafting.randomness import random_numbers_kept
 from .grafting.wrappers import WRAPPERS, inside
 from .host import PEFT_PREFIX, Host, canonical_path
 from .interrupts import interrupts_held
@@ -160,14 +161,13 @@ def verify_hotswap(
             next_step="pass inputs=... (a dict, a tuple or a tensor)",
         )
     make_base = base or (lambda: bare_base(slot.host))
-    # a fresh load draws random numbers for weights that it then overwrites
-    with _as_folder(adapter) as folder, torch.random.fork_rng(), torch.no_grad(), in_use(model), _eval_mode(model):
+    with _as_folder(adapter) as folder, torch.no_grad(), in_use(model), _eval_mode(model):
         slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
         live_outputs = _call(model, inputs)
         fresh = make_base().eval()
         base_outputs = _call(fresh, inputs)
         trainable = not slot.config.inference_mode
-        with compilers_kept():
+        with compilers_kept(), random_numbers_kept(slot.config):
             fresh = PeftModel.from_pretrained(fresh, folder, adapter_name, is_trainable=trainable).eval()
         fresh_outputs = _call(fresh, inputs)
     largest = max(float(output.abs().max()) for output in fresh_outputs)

@@ -78,6 +78,12 @@ def start(function, *arguments) -> threading.Thread:
     return thread
 
 
+def start_and_wait(function) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join(30)
+
+
 OPERATIONS = {
     "hotswap_adapter": lambda model, folders: hotswap_adapter(model, folders["new"], "default"),
     "set_strength": lambda model, folders: set_strength(model, 0.5),
@@ -157,6 +163,37 @@ def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path, wh
     computing.join(30)
     handle.remove()
     assert_equals_fresh_load(model, kind, new, margin=10)
+
+
+#: by where PEFT draws random numbers: the new adapter, and what gets there
+DRAWING = {
+    "a donor": (dict(use_dora=True), lambda model, new: hotswap_adapter(model, new, "default")),
+    "layers to add": (dict(r=4), lambda model, new: hotswap_adapter(model, new, "default", add_layers=True)),
+    "verifying": (dict(r=4), lambda model, new: verify_hotswap(model, new, inputs=KIND.inputs())),
+}
+
+
+@pytest.mark.parametrize("where", DRAWING)
+def test_who_samples_meanwhile_gets_no_random_number_twice(tmp_path, monkeypatch, where):
+    config, operation = DRAWING[where]
+    targets = ["first"] if where == "layers to add" else list(KIND.modules)
+    model = load(KIND, save_random_adapter(KIND, tmp_path / "old", seed=0, target_modules=targets))
+    new = save_random_adapter(KIND, tmp_path / "new", seed=1, **config)
+    torch.manual_seed(3)
+    expected = torch.rand(1000).tolist()
+    torch.manual_seed(3)
+    numbers: list[float] = []
+    original = torch.nn.init.calculate_gain
+
+    def draw_while_others_do(*arguments, **more):
+        start_and_wait(lambda: numbers.append(torch.rand(1).item()))
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(torch.nn.init, "calculate_gain", draw_while_others_do)
+    operation(model, new)
+    assert numbers
+    numbers.append(torch.rand(1).item())
+    assert numbers == expected[: len(numbers)]
 
 
 POOL_OPERATIONS = {

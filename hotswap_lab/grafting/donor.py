@@ -17,6 +17,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from ..host import PEFT_PREFIX, Host, canonical_path
 from ..turns import writing
 from .guards import compilers_kept, memory_guard, nothing_read
+from .randomness import random_numbers_kept, seeds_itself
 from .stand_in import StandIn, make_stand_in
 
 
@@ -76,12 +77,12 @@ def load_donor(
         config.layer_replication = None  # the live base model has its layers repeated already
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     # quantized weights have no twins: PEFT sets `requires_grad` of the live ones, and no other thread must compute then
-    with writing(host.base) if stand_in.shared else contextlib.nullcontext():
+    with writing(host.base) if stand_in.shared or seeds_itself(config) else contextlib.nullcontext():
         try:
-            # drawing weights that are then overwritten must not move the user's random numbers on
-            with torch.random.fork_rng(), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with nothing_read(config), compilers_kept(), memory_guard(host.base, tensors.values()):
+                guard = memory_guard(host.base, tensors.values())
+                with nothing_read(config), compilers_kept(), random_numbers_kept(config), guard:
                     model = cls(stand_in.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
                 base_values, result, origins = _set_tensors(model, tensors, adapter_name, base_names)
                 if hasattr(model.base_model, "_cast_adapter_dtype"):

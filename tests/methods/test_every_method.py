@@ -56,6 +56,15 @@ def test_every_pair(folders, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_no_random_numbers_of_the_user_are_drawn(folders, name):
+    kind, (old, new, *_) = kind_for(name), folders(name)
+    model = load(kind, old)
+    before = torch.get_rng_state()
+    hotswap_adapter(model, new, "default", add_layers=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_parameters_stay_where_they_are(folders, name):
     """With the same config, a swap writes values only: the same objects at the same addresses."""
     kind = kind_for(name)

@@ -46,6 +46,16 @@ def test_every_pair(folders, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_no_random_numbers_of_the_user_are_drawn(folders, name):
+    kind, (old, new, *_) = MODELS[FAMILIES[name][0]], folders(name)
+    biases = {key: value for key, value in kind.base().state_dict().items() if key.endswith("bias")}
+    model = load(kind, old)
+    before = torch.get_rng_state()
+    hotswap_adapter(model, new, "default", add_layers=True, base_weights=biases)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_saved_loads_as_the_live_model(folders, name, tmp_path):
     kind, (old, new, *_) = MODELS[FAMILIES[name][0]], folders(name)
     model = load(kind, old)
