@@ -62,6 +62,18 @@ def test_copies_of_a_swapped_model(model, folders, way):
     assert_untouched(model, before)
 
 
+def test_an_off_mark_does_not_outlive_its_weights(model, folders, tmp_path):
+    """PEFT deletes the adapter and loads one by the same name on all layers; then the head changes, too."""
+    head = save_random_adapter(
+        LLAMA, tmp_path / "head", seed=3, r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    model.delete_adapter("default")
+    model.load_adapter(folders[0], "default")
+    model.set_adapter("default")
+    hotswap_adapter(model, head, "default")
+    assert_same_outputs(model, load(LLAMA, head), LLAMA)
+
+
 def test_training_does_not_revive_a_layer_that_is_off(folders):
     """A fresh load has no such layer, so no optimizer step may give it weights."""
     model = load(LLAMA, folders[0], is_trainable=True)

@@ -23,7 +23,7 @@ from ..methods import general, method_of
 from ..parts import SlotTensor
 from ..prepared_layer import EvalFreeDropout
 from ..sameness import are_equal, have_same_bits, have_same_form
-from ..state_view import is_marked_off, is_padded, set_off
+from ..state_view import is_marked_off, is_off, is_padded, set_off
 from .donor import Donor
 from .graft import Change, Graft, Step, WrapperChange
 from .wrappers import (
@@ -179,7 +179,7 @@ class _Comparison:
 
     def _goes(self, wrapper: torch.nn.Module) -> bool:
         """Whether nothing is on a live wrapper once this adapter is off it."""
-        if not has_adapter(wrapper, self.name) or (is_marked_off(wrapper, self.name) and not self._names_bases):
+        if not has_adapter(wrapper, self.name) or (is_off(wrapper, self.name) and not self._names_bases):
             return False
         if any(has_adapter(wrapper, other) for other in self._adapter_names - {self.name}):
             return False
@@ -451,7 +451,7 @@ class _Comparison:
 
     def _remove(self, wrapper: torch.nn.Module, path: str) -> None:
         """Takes the adapter off a live wrapper."""
-        if not has_adapter(wrapper, self.name) or (is_marked_off(wrapper, self.name) and not self._names_bases):
+        if not has_adapter(wrapper, self.name) or (is_off(wrapper, self.name) and not self._names_bases):
             return
         self.graft.changes.append(WrapperChange(path, wrapper, Change.REMOVED, rank_of(wrapper, self.name), None, None))
         if self._can_be_zeroed(wrapper):
