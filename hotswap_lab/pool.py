@@ -160,6 +160,13 @@ class AdapterPool:
                 expected="a LoRA or DoRA adapter",
                 next_step="swap with hotswap_adapter(model, Adapter.load(folder), adapter_name)",
             )
+        if beside := lora.other_state(slot.config):
+            raise refuse(
+                f"A pool is for LoRA alone, and {adapter_name!r} is more than that.",
+                found=f"{', '.join(beside)}: tensors that lie elsewhere, and that have no strength",
+                expected="a LoRA or DoRA adapter with nothing beside it",
+                next_step="swap with hotswap_adapter(model, Adapter.load(folder), adapter_name)",
+            )
         family = [_family_member(source, hub) for source in adapters.values()]
         base = slot.host.base
         with swaps_of(base):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+from peft import PeftConfig
 
+from .base_values import kept_originals
 from .errors import listing, refuse
 from .host import find_host
 from .journal import Journal
-from .methods import general
+from .methods import general, method_for
 from .parts import LayerSettings
 from .prepared_layer import has_fixed_size
 from .room import room_of, slot_for
@@ -36,7 +38,8 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
     Raises
     ------
     HotswapError
-        If there is no such adapter, it is merged, or the strength is not a finite number.
+        If there is no such adapter, it is merged, the strength is not a finite number, or the adapter is more than
+        LoRA: a DoRA magnitude, a saved module, trained tokens or biases would stay at full strength.
 
     Examples
     --------
@@ -89,20 +92,34 @@ def _set_strength(slot: Slot, strength: float) -> None:
             raise
 
 
+#: what an adapter brings beside B @ A, and no scaling reaches
+NOT_SCALED = ("modules_to_save", "trainable_token_indices", "bias", "layer_replication")
+
+
 def check_scalable(slot: Slot) -> None:
     """Refuses adapters whose effect is not proportional to a scaling."""
-    if slot.method is general:
-        kind = getattr(slot.config.peft_type, "value", slot.config.peft_type)
-    elif slot.config.use_dora:
-        kind = "DoRA, whose magnitude would stay at full strength"
-    else:
+    found = not_scaled(slot.config)
+    if found is None and kept_originals(slot.host.base, slot.adapter_name):
+        found = "an adapter that came with base weights of its own, which would stay"
+    if found is None:
         return
     raise refuse(
         f"The strength of {slot.adapter_name!r} can't be set.",
-        found=f"an adapter of type {kind}",
-        expected="LoRA, whose effect is its scaling times B @ A",
+        found=found,
+        expected="LoRA alone, whose effect is its scaling times B @ A",
         next_step="use model.disable_adapter() to turn it off",
     )
+
+
+def not_scaled(config: PeftConfig) -> str | None:
+    """What of an adapter with this config would stay at full strength, or None."""
+    if method_for(config.peft_type) is general:
+        return f"an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}"
+    if config.use_dora:
+        return "an adapter of type DoRA, whose magnitude would stay at full strength"
+    if present := [name for name in NOT_SCALED if getattr(config, name) not in (None, [], {}, "none")]:
+        return f"an adapter with {' and '.join(present)}, which would stay at full strength"
+    return None
 
 
 def check_strength(strength: object) -> None:

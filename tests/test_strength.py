@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import KINDS, call, load, save_random_adapter
+from adapters import save_random_adapter_of
+from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from hotswap_lab import (
+    AdapterPool,
     HotswapError,
     get_strength,
     hotswap_adapter,
@@ -110,3 +113,44 @@ def test_unequal_strengths_are_said_to_be_so(model):
 def test_an_adapter_that_is_not_there(model):
     with pytest.raises(HotswapError, match="not found"):
         set_strength(model, 0.5, "other")
+
+
+BESIDE = [
+    dict(modules_to_save=["lm_head"]),
+    dict(trainable_token_indices=[1, 2, 3]),
+    dict(bias="all"),
+    dict(layer_replication=[(0, 2), (0, 2)]),
+    dict(use_dora=True),
+]
+
+
+@pytest.mark.parametrize("beside", BESIDE, ids=lambda beside: next(iter(beside)))
+@pytest.mark.parametrize("strength", [0, 0.5])
+def test_what_no_scaling_reaches(tmp_path, beside, strength):
+    """A strength of 0 has to be the base model, and these would stay."""
+    kind = ARCHITECTURES["qwen"]
+    config = LoraConfig(r=4, target_modules=["q_proj"], **beside)
+    model = load(kind, save_random_adapter_of(config, tmp_path / "a", 1, kind))
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match=f"would stay at full strength|{next(iter(beside))}"):
+        set_strength(model, strength)
+    if "use_dora" not in beside:
+        with pytest.raises(HotswapError, match="A pool is for LoRA alone"):
+            AdapterPool(model, adapters={"a": str(tmp_path / "a")}, progress=False)
+    assert_untouched(model, before)
+
+
+def test_base_weights_that_a_swap_brought_stay(tmp_path):
+    """PEFT saves embeddings beside their LoRA, and a swap takes them over where they are others than the model's."""
+    kind = ARCHITECTURES["llama"]
+    plain = save_random_adapter_of(LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "plain", 1, kind)
+    embedded = get_peft_model(kind.base(), LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
+    embedded.get_base_model().model.embed_tokens.base_layer.weight.data.mul_(1.5)
+    embedded.save_pretrained(tmp_path / "embedded")
+    model = load(kind, plain)
+    hotswap_adapter(model, str(tmp_path / "embedded"), "default", add_layers=True)
+    with pytest.raises(HotswapError, match="base weights of its own"):
+        set_strength(model, 0)
+    hotswap_adapter(model, plain, "default")
+    set_strength(model, 0)
+    torch.testing.assert_close(call(model, kind.inputs()), call(kind.base(), kind.inputs()))

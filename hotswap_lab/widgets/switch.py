@@ -11,7 +11,7 @@ from ..host import find_host
 from ..hotswap import hotswap_adapter
 from ..pool import AdapterPool, check_named
 from ..slot import resolve_slot
-from ..strength import get_strength, set_strength
+from ..strength import get_strength, not_scaled, set_strength
 from ..turns import ModelInUseError, waiting_at_most
 
 #: how long a swap waits at a time before it looks whether it was stopped, in seconds
@@ -171,9 +171,9 @@ def whereabouts(switch: PoolSwitch | ModelSwitch) -> str:
 
 
 def strength_of(switch: PoolSwitch | ModelSwitch) -> float | None:
-    """The strength; None where the adapter has none, as DoRA, or each layer has its own."""
+    """The strength; None where it can't be set, as of DoRA, or where each layer has its own."""
     try:
-        if getattr(switch.config, "use_dora", False):
+        if not_scaled(switch.config):
             return None
         return switch.strength
     except ValueError:
