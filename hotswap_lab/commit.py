@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import torch
 
 from .building import give_memory
-from .errors import refuse
+from .errors import HotswapError, refuse
 from .grafting import Grafting, forget_places, note_former_layers
 from .journal import Journal
 from .parts import SlotTensor
 from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
-from .room import Content, clear_gradient, room_of
+from .room import Content, clear_gradient, merged_beside, merged_where_read, room_of
 from .shadow import attach
 from .shards import is_sharded, local_part, note_writes, shard
 from .state_view import set_off, set_padded
@@ -141,6 +141,9 @@ def _check_fresh(plans: Sequence[Plan]) -> None:
                 expected="the model as it was when the plan was made",
                 next_step="make the plan again",
             )
+        reads_base = plan.grafting is None and (plan.room is None or plan.room.reads_base)
+        if reads_base and (others := merged_where_read(plan.slot.host.base, plan.layers)):
+            raise HotswapError(merged_beside(plan.slot.adapter_name, others))
 
 
 def _write(plan: Plan, staged: _Staged, journal: Journal) -> None:

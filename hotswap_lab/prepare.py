@@ -27,7 +27,7 @@ from .host import canonical_path, carriers
 from .journal import Journal
 from .methods import general, lora
 from .prepare_general import decide_general, other_form, write_general
-from .room import Room, clear_gradient, room_of
+from .room import Room, clear_gradient, merged_beside, room_of
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, slot_in
 from .state_view import check_before_loading, is_off, own_rank, set_padded
@@ -275,6 +275,7 @@ def _decide(preparation: _Preparation, target_rank: int | None, family: list[Ada
         preparation.capacity[layer] = max(layer.tensors[0].capacity, target_rank or 0)
     for adapter in family:
         yield from _add_demand(preparation, adapter, target_rank)
+    yield from _check_base(preparation)
     for layer, rank in preparation.capacity.items():
         groups = slot.method.rank_step(layer.module)
         if rank % groups:
@@ -286,6 +287,14 @@ def _decide(preparation: _Preparation, target_rank: int | None, family: list[Ada
                 expected=f"a multiple of {groups}",
                 next_step=f"pass target_rank={-(-rank // groups) * groups}",
             )
+
+
+def _check_base(preparation: _Preparation) -> Iterator[Refusal]:
+    """DoRA is turned off by the norm of the base weights, so that is not to contain another adapter."""
+    slot = preparation.slot
+    modules = map(slot.host.base.get_submodule, preparation.reserve if slot.config.use_dora else ())
+    if others := {name for module in modules for name in getattr(module, "merged_adapters", ())}:
+        yield merged_beside(slot.adapter_name, sorted(others))
 
 
 def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | None) -> Iterator[Refusal]:

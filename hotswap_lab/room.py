@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .arena import Arena, Place
 from .compiled import COMPILED, unwrap_compiled
-from .errors import Refusal
+from .errors import Refusal, listing
 from .host import find_host
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor
 from .prepared_layer import SEATS, leave_seat, take_seat
 from .slot import Slot, SlotLayer, slot_in
 from .turns import writing
+
+if TYPE_CHECKING:
+    from .plan import LayerPlan
 
 T = TypeVar("T")
 
@@ -166,8 +170,10 @@ class Room:
         self._addresses = [self.view(tensor).data_ptr() for tensor in self._tensors]
         name = self.slot.adapter_name
         caches = [self.slot.method.cache_of(layer.module, name) for layer in self.slot.layers]
+        #: whether turning a layer off takes a look at its base weight, as with DoRA
+        self.reads_base = any(tensor.off for tensor in self._tensors)
         #: of DoRA; where there are none, nothing is to be cleared at a swap
-        self._caches = [] if not any(tensor.off for tensor in self._tensors) else caches
+        self._caches = caches if self.reads_base else []
         self._inference = any(parameter.is_inference() for parameter in self._parameters)
         self._use_counts = self._count_uses()
         self._weight_versions = self._versions_of_weights()
@@ -555,6 +561,27 @@ def merged(adapter_name: str) -> Refusal:
         expected="an unmerged adapter: unmerging after a swap would subtract the wrong weights",
         next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
     )
+
+
+def merged_beside(adapter_name: str, others: Iterable[str]) -> Refusal:
+    """Why a swap that goes by the base weights has to wait until they are the base model's own again."""
+    return Refusal(
+        f"Cannot hot-swap adapter '{adapter_name}' while {listing(map(repr, others))} is merged into the base weights.",
+        found="base weights that contain another adapter",
+        expected="the base model's own weights: what this swap writes is worked out from them",
+        next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
+    )
+
+
+def merged_where_read(base: torch.nn.Module, layers: Iterable[LayerPlan]) -> list[str]:
+    """The adapters that are merged into base weights which turning these layers off goes by."""
+    read = {
+        id(layer.layer.module.get_base_layer())
+        for layer in layers
+        if layer.settings is None and any(write.target.off is not None for write in layer.tensors)
+    }
+    tuners = (module for module in base.modules() if isinstance(module, BaseTunerLayer)) if read else ()
+    return sorted({name for each in tuners if id(each.get_base_layer()) in read for name in each.merged_adapters})
 
 
 def room_of(base: torch.nn.Module, adapter_name: str) -> Room | None:

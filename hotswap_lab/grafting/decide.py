@@ -13,12 +13,15 @@ from ..adapter import Adapter
 from ..base_values import BaseChange, change_base_values, kept_originals
 from ..errors import Refusal, listing
 from ..journal import Journal
+from ..methods import general
+from ..room import merged_beside
 from ..slot import Slot
 from .difference import difference
 from .donor import Donor, load_donor
 from .graft import Graft
 from .places import Places, find_places, places_of
 from .structure import Structure
+from .wrappers import wrappers_in
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
@@ -87,6 +90,10 @@ def decide_graft(
         grafting.places = known
         return grafting
     grafting.structure = Structure.of(host)
+    if slot.method is general and (others := _merged(host.base) - {name}):
+        # most methods start from the base weights: their singular vectors, their clusters, a copy
+        grafting.refusals.append(merged_beside(name, sorted(others)))
+        return grafting
     try:
         with slot.write_mode():
             donor = load_donor(host, config, adapter.tensors, name, half_precision=_keeps_half_precision(slot))
@@ -130,6 +137,11 @@ def decide_graft(
             if path in twins and live[path].requires_grad != twins[path].requires_grad:
                 grafting.requires_grad.append((live[path], twins[path].requires_grad))
     return grafting
+
+
+def _merged(base: torch.nn.Module) -> set[str]:
+    """The names of all adapters that are merged into base weights."""
+    return {name for _, wrapper in wrappers_in(base) for name in getattr(wrapper, "merged_adapters", ())}
 
 
 def _keeps_half_precision(slot: Slot) -> bool:

@@ -22,6 +22,7 @@ from ..journal import MISSING
 from ..methods import general, method_of
 from ..parts import SlotTensor
 from ..prepared_layer import EvalFreeDropout
+from ..room import merged_beside
 from ..sameness import are_equal, have_same_bits, have_same_form
 from ..state_view import is_marked_off, is_off, is_padded, set_off
 from .donor import Donor
@@ -456,6 +457,9 @@ class _Comparison:
         self.graft.changes.append(WrapperChange(path, wrapper, Change.REMOVED, rank_of(wrapper, self.name), None, None))
         if self._can_be_zeroed(wrapper):
             for target in method_of(wrapper).tensors_of(wrapper, self.name):
+                if target.off is not None and (others := set(wrapper.merged_adapters) - {self.name}):
+                    self.graft.obstacles.append(merged_beside(self.name, sorted(others)))
+                    return
                 self.graft.parameters.append(target.parameter)
                 self.graft.copies.append((target.parameter, target.off_value()))
             self.graft.silent_steps.append(lambda journal: set_off(wrapper, self.name, True, journal))

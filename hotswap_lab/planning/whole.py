@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..compiled import blind_spot
 from ..errors import listing
 from ..plan import Action
+from ..room import merged_beside, merged_where_read
 from ..shards import has_fixed_shape, is_trained_in_parallel
 from .draft import Draft
 
@@ -25,6 +26,14 @@ def check_capacity(draft: Draft) -> None:
             expected=f"rank {room} at most",
             next_step=f"before compiling, prepare the model (or make the pool) with target_rank={highest}",
         )
+
+
+def check_base(draft: Draft) -> None:
+    """Refuses to turn layers off by base weights that contain another adapter: DoRA's magnitude is their norm then."""
+    if draft.room is not None and not draft.room.reads_base:
+        return
+    if others := merged_where_read(draft.slot.host.base, draft.layers):
+        draft.refusals.append(merged_beside(draft.slot.adapter_name, others))
 
 
 def check_shards(draft: Draft) -> None:

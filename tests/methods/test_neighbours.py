@@ -159,6 +159,95 @@ def test_biases_of_the_base_are_for_a_single_adapter(tmp_path):
     _refused(model, biased, "which the model's other adapters go by, too")
 
 
+def _with_merged_neighbour(folder: str, other: str):
+    """A model with two adapters, and the base weights contain the other one."""
+    model = load(LLAMA, folder)
+    model.load_adapter(other, "other")
+    model.eval()
+    model.set_adapter("other")
+    model.merge_adapter(["other"])
+    return model
+
+
+def _without(model):
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    return model
+
+
+MERGED = "Cannot hot-swap adapter 'default' while 'other' is merged"
+#: swaps that start from the base weights: those of layers to turn off, or of all
+FROM_BASE = {
+    "DoRA": (_lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"]), _lora()),
+    "DoRA, by a donor": (
+        _lora(use_dora=True),
+        _lora(use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        _lora(),
+    ),
+    "DoRA, to plain": (_lora(use_dora=True), _lora(target_modules=["q_proj"]), _lora()),
+    **{name: (*CONFIGS[name][:2], CONFIGS[name][0]) for name in ("PSOFT", "Adamss") if name in CONFIGS},
+}
+
+
+@pytest.mark.parametrize("name", FROM_BASE)
+def test_the_base_weights_contain_another_adapter(tmp_path, name):
+    old, new, other = _save(tmp_path, *FROM_BASE[name])
+    model = _with_merged_neighbour(old, other)
+    _refused(model, new, MERGED)
+    hotswap_adapter(_without(model), new, "default")
+    assert_same_outputs(model, load(LLAMA, new), LLAMA, margin=10)
+
+
+def test_another_adapter_is_merged_after_the_plan_was_made(tmp_path):
+    old, new, other = _save(tmp_path, *FROM_BASE["DoRA"])
+    model = _without(_with_merged_neighbour(old, other))
+    plan = plan_hotswap(model, new)
+    model.set_adapter("other")
+    model.merge_adapter(["other"])
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match=MERGED):
+        commit(plan)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("new", [_lora(r=2, target_modules=["q_proj"]), _lora(modules_to_save=["lm_head"])])
+def test_what_needs_no_base_weight_is_swapped_beside_a_merged_adapter(tmp_path, new):
+    old, new, other = _save(tmp_path, _lora(), new, _lora())
+    model = _with_merged_neighbour(old, other)
+    hotswap_adapter(model, new, "default")
+    model = _without(model)
+    torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, new), LLAMA.inputs()))
+
+
+def test_a_room_while_another_adapter_is_merged(tmp_path):
+    old, few, same, other = _save(tmp_path, *FROM_BASE["DoRA"][:2], _lora(r=2, use_dora=True), _lora())
+    model = load(LLAMA, old)
+    model.load_adapter(other, "other")
+    pool = AdapterPool(model.eval(), adapters={"old": old}, progress=False)
+    model.set_adapter("other")
+    model.merge_adapter(["other"])
+    with pytest.raises(HotswapError, match=MERGED):
+        pool.add("few", few)
+    _refused(model, few, MERGED)
+    pool.add("same", same)  # on all layers, so that none has to be turned off
+    pool.swap("same")
+    torch.testing.assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, same), LLAMA.inputs()))
+    pool.add("few", few)
+    pool.swap("few")
+    torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
+
+
+def test_layers_are_not_reserved_while_another_adapter_is_merged(tmp_path):
+    old, few, other = _save(tmp_path, *FROM_BASE["DoRA"])
+    model = _with_merged_neighbour(few, other)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match=MERGED):
+        prepare_model_for_compiled_hotswap(model, adapters=[old], adapter_name="default")
+    assert_untouched(model, before)
+    prepare_model_for_compiled_hotswap(_without(model), adapters=[old], adapter_name="default")
+    torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
+
+
 STALE = {
     "swapped": lambda model, folders: hotswap_adapter(model, folders[2], "default"),
     "merged": lambda model, folders: model.merge_adapter(),
