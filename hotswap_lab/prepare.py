@@ -30,7 +30,7 @@ from .prepare_general import decide_general, other_form, write_general
 from .room import Room, clear_gradient, merged_beside, room_of
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, slot_in
-from .state_view import check_before_loading, is_off, own_rank, set_padded
+from .state_view import check_before_loading, is_off, own_rank, set_padded, set_trained
 from .turns import swaps_of, writing
 
 NOTHING_FOUND = (
@@ -414,6 +414,7 @@ def _build_reserved(slot: Slot, paths: list[str], rank: int) -> list[SlotLayer]:
             )
         for tensor in layer.tensors:
             tensor.parameter.copy_(tensor.off_value())
+        set_trained(layer.tensors, False, Journal())
     return layers
 
 

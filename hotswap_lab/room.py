@@ -26,6 +26,7 @@ from .journal import Journal
 from .parts import LayerSettings, SlotTensor
 from .prepared_layer import SEATS, leave_seat, take_seat
 from .slot import Slot, SlotLayer, slot_in
+from .state_view import set_trained
 from .turns import writing
 
 if TYPE_CHECKING:
@@ -170,6 +171,12 @@ class Room:
         self._addresses = [self.view(tensor).data_ptr() for tensor in self._tensors]
         name = self.slot.adapter_name
         caches = [self.slot.method.cache_of(layer.module, name) for layer in self.slot.layers]
+        #: by their numbers, the tensors of layers that have more than A and B
+        self.with_more = [
+            (index, layer.tensors)
+            for index, layer in enumerate(self.slot.layers)
+            if any(tensor.rank_axis is None for tensor in layer.tensors)
+        ]
         #: whether turning a layer off takes a look at its base weight, as with DoRA
         self.reads_base = any(tensor.off for tensor in self._tensors)
         #: of DoRA; where there are none, nothing is to be cleared at a swap
@@ -505,6 +512,9 @@ class Room:
         if True in map(_requires_grad, self._second_parameters):
             for parameter in self._parameters:
                 clear_gradient(parameter, journal)
+            for index, tensors in self.with_more:
+                if content.settings[index] is None or self.content.settings[index] is None:
+                    set_trained(tensors, content.settings[index] is not None, journal)
         if not self.shares_versions and not self._inference:
             torch.autograd.graph.increment_version(self._parameters)
         for cache in self._caches:

@@ -9,13 +9,13 @@ fresh load would have neither, so ``state_dict`` (and with it ``save_pretrained`
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from .errors import refuse
 from .journal import Journal
-from .methods import method_of
+from .methods import general, method_of
 from .parts import SlotTensor
 from .prepared_layer import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SEATS
 from .shards import is_sharded, local_part
@@ -41,8 +41,23 @@ def is_marked_off(layer: torch.nn.Module, adapter_name: str) -> bool:
 
 
 def set_off(layer: torch.nn.Module, adapter_name: str, off: bool, journal: Journal) -> None:
-    """Notes that the adapter is turned off on this layer, or that it isn't any more."""
+    """Notes that the adapter is turned off on this layer, and so not trained there, or that it isn't any more."""
+    was_off = is_marked_off(layer, adapter_name)
     _mark(layer, OFF_ATTRIBUTE, adapter_name, off, journal)
+    if (off or was_off) and (method := method_of(layer)) is not general and method.has_adapter(layer, adapter_name):
+        set_trained(method.tensors_of(layer, adapter_name), not off, journal)
+
+
+def set_trained(tensors: Iterable[SlotTensor], on: bool, journal: Journal) -> None:
+    """Lets the tensors of one layer be trained only where it is on, and as its A and B are.
+
+    These two need nothing: while both are zero, neither has a gradient. A magnitude or a bias has.
+    """
+    tensors = list(tensors)
+    trained = on and any(each.parameter.requires_grad for each in tensors if each.rank_axis is not None)
+    for parameter in (each.parameter for each in tensors if each.rank_axis is None):
+        if parameter.requires_grad != trained:
+            journal.set_attribute(parameter, "requires_grad", trained)
 
 
 def set_padded(layer: torch.nn.Module, adapter_name: str, journal: Journal) -> None:
@@ -103,11 +118,17 @@ def _check_all(base: torch.nn.Module, state_dict: dict, prefix: str, *_: object)
             _check(layer, state_dict, f"{prefix}{path}.")
 
 
-def _off_tensors(layer: torch.nn.Module) -> Iterator[SlotTensor]:
+def _marked_off(layer: torch.nn.Module) -> Iterator[str]:
     method, marks = method_of(layer), layer.__dict__
     for adapter_name in marks.get(OFF_ATTRIBUTE, frozenset()) | marks.get(SEATS, {}).keys():
-        if method.has_adapter(layer, adapter_name) and is_off(layer, adapter_name):
-            yield from method.tensors_of(layer, adapter_name)
+        if method.has_adapter(layer, adapter_name) and is_marked_off(layer, adapter_name):
+            yield adapter_name
+
+
+def _off_tensors(layer: torch.nn.Module) -> Iterator[SlotTensor]:
+    for adapter_name in _marked_off(layer):
+        if is_off(layer, adapter_name):
+            yield from method_of(layer).tensors_of(layer, adapter_name)
 
 
 def _padded_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, SlotTensor]]:
@@ -119,6 +140,10 @@ def _padded_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, SlotTensor]]:
 
 
 def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    for adapter_name in _marked_off(layer):
+        for tensor in method_of(layer).tensors_of(layer, adapter_name):
+            if reason := _trained_while_off(layer, adapter_name, tensor):
+                warnings.warn(reason, stacklevel=2)
     for tensor in _off_tensors(layer):
         state_dict.pop(prefix + tensor.named_key, None)
     for adapter_name, tensor in _padded_tensors(layer):
@@ -138,9 +163,11 @@ def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metad
 
 
 def strange_padding(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> str | None:
-    """Says if the padding is not zero: then the live model is not what would be saved."""
+    """Says if the padding is not zero, or a layer not quite off: then the live model is not what would be saved."""
+    if is_marked_off(layer, adapter_name):
+        return _trained_while_off(layer, adapter_name, tensor)
     rank = own_rank(layer, adapter_name, tensor)
-    if rank == tensor.capacity or is_marked_off(layer, adapter_name) or is_sharded(tensor.parameter):
+    if rank == tensor.capacity or is_sharded(tensor.parameter):
         return None
     if not tensor.padding(tensor.parameter, rank).any():
         return None
@@ -149,6 +176,34 @@ def strange_padding(layer: torch.nn.Module, adapter_name: str, tensor: SlotTenso
         "saved is not what the model computes. An optimizer that still has the state of an earlier adapter does this: "
         "make a new one after a swap."
     )
+
+
+def _trained_while_off(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> str | None:
+    """Says if the magnitude or bias of a layer that is off was written to: PEFT's ``set_adapter`` unfreezes them."""
+    method, parameter = method_of(layer), tensor.parameter
+    # while an adapter is merged, the base weight is not what the magnitude was made from
+    if tensor.rank_axis is not None or method is general or is_sharded(parameter) or layer.merged_adapters:
+        return None
+    beside = [each.parameter for each in method.tensors_of(layer, adapter_name) if each.rank_axis is not None]
+    if any(local_part(each).any() for each in beside) or _means_off(layer, tensor):
+        return None
+    return (
+        f"The adapter {adapter_name!r} is off on a layer, but its {tensor.key} there was written to, so what is saved "
+        "is not what the model computes. PEFT's set_adapter lets it be trained: call that before a swap, not after."
+    )
+
+
+def _means_off(layer: torch.nn.Module, tensor: SlotTensor) -> bool:
+    """Whether a magnitude or bias does nothing, up to the rounding of another device or precision."""
+    value = tensor.parameter.detach()
+    if tensor.off is None:
+        return not value.any()
+    expected, weight = tensor.off(), layer.get_base_layer().weight
+    if expected.is_meta or value.is_meta:
+        return True  # nobody can tell
+    computed_in = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    eps = max(torch.finfo(dtype).eps for dtype in (value.dtype, computed_in))
+    return torch.allclose(value, expected, rtol=max(4 * eps, 1e-5), atol=0.0)
 
 
 def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:

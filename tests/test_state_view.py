@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from adapters import save_random_adapter_of
+from faults import run_with_fault
 from models import COPIES, KINDS, call, copied, load, save_random_adapter
 from oracle import assert_same_outputs, assert_same_tensors, assert_untouched, snapshot
 from peft import LoHaConfig, LoraConfig
 
-from hotswap_lab import hotswap_adapter, prepare_model_for_compiled_hotswap
+from hotswap_lab import (
+    AdapterPool,
+    HotswapError,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    save_adapter,
+)
 
 LLAMA = KINDS["llama"]
 
@@ -110,3 +117,95 @@ def test_nothing_around_what_is_saved_goes_into_a_checkpoint(tmp_path, config, r
     assert_same_tensors(model.state_dict(), expected)
     for key, value in model.state_dict().items():
         assert value.untyped_storage().nbytes() == value.nbytes, key
+
+
+MLP = KINDS["linear"]
+#: forms of LoRA with tensors that have a gradient although A and B are zero
+FORMS = {"DoRA": dict(use_dora=True), "lora_bias": dict(lora_bias=True)}
+WAYS = ("swap", "prepared", "reserved", "pool", "by a donor")
+
+
+def trained(model) -> dict[str, bool]:
+    return {name: each.requires_grad for name, each in model.named_parameters() if ".lora_" in name}
+
+
+def turned_off(tmp_path, form: dict, way: str):
+    """A model in training, some of whose layers an adapter has turned off; and that adapter."""
+    everywhere = {"target_modules": ["first", "blocks.1", "last"], **form}
+    full = save_random_adapter(MLP, tmp_path / "full", seed=1, r=4, **everywhere)
+    few = save_random_adapter(MLP, tmp_path / "few", seed=2, r=4, **{**everywhere, "target_modules": ["first"]})
+    if way == "by a donor":
+        saved = {**everywhere, "target_modules": ["first"], "modules_to_save": ["blocks.0"]}
+        few = save_random_adapter(MLP, tmp_path / "saved", seed=2, r=4, **saved)
+    model = load(MLP, few if way == "reserved" else full, is_trainable=True)
+    if way in ("prepared", "reserved"):
+        prepare_model_for_compiled_hotswap(model, adapters=[full], target_rank=6)
+    if way == "pool":
+        AdapterPool(model, adapters={"few": few}, progress=False).swap("few")
+    elif way != "reserved":
+        hotswap_adapter(model, few, "default")
+    return model, full, few
+
+
+def train(model, steps: int = 5) -> None:
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(MLP.inputs()).square().mean().backward()
+        optimizer.step()
+    model.eval()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_magnitude_or_bias_is_not_trained_where_its_layer_is_off(tmp_path, way, form):
+    model, full, few = turned_off(tmp_path, FORMS[form], way)
+    fresh = load(MLP, few, is_trainable=True)
+    live = trained(model)
+    assert all(live[name] is value for name, value in trained(fresh).items())
+    for each in (model, fresh):
+        train(each)
+    torch.testing.assert_close(call(model, MLP.inputs()), call(fresh, MLP.inputs()))
+    save_adapter(model, tmp_path / "trained")
+    torch.testing.assert_close(call(load(MLP, str(tmp_path / "trained")), MLP.inputs()), call(model, MLP.inputs()))
+    hotswap_adapter(model, full, "default", add_layers=True)
+    assert trained(model) == trained(load(MLP, full, is_trainable=True))
+    assert_same_outputs(model, load(MLP, full), MLP)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", ["swap", "pool"])
+def test_what_is_frozen_is_unfrozen_after_an_error(tmp_path, way, form):
+    model, full, few = turned_off(tmp_path, FORMS[form], way)
+    for folder in (full, few):
+        before, step, faults = snapshot(model), 1, 0
+        while run_with_fault(lambda folder=folder: hotswap_adapter(model, folder, "default"), step):
+            if trained(model) != {name: flag for name, (flag, _) in before["flags"].items() if name in trained(model)}:
+                break  # everything was written before this line
+            assert_untouched(model, before)
+            step, faults = step + 37, faults + 1
+        assert faults > 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pefts_set_adapter_unfreezes_it(tmp_path, form):
+    """Then what is trained is not what would be saved, which is said."""
+    model, _, few = turned_off(tmp_path, FORMS[form], "swap")
+    model.set_adapter("default")
+    save_adapter(model, tmp_path / "still right")
+    train(model)
+    with pytest.raises(HotswapError, match=r"off on a layer, but its .* there was written to"):
+        save_adapter(model, tmp_path / "saved")
+    with pytest.warns(UserWarning, match="set_adapter lets it be trained"):
+        model.state_dict()
+    hotswap_adapter(model, few, "default")
+    train(model)
+    save_adapter(model, tmp_path / "saved")
+
+
+def test_what_is_off_stays_off_in_another_precision(tmp_path):
+    """The magnitude is rounded then, and so are the base weights that it is the norm of."""
+    model, _, _ = turned_off(tmp_path, FORMS["DoRA"], "swap")
+    model.to(torch.bfloat16)
+    save_adapter(model, tmp_path / "saved")

@@ -96,7 +96,7 @@ def plan_with_donor(draft: Draft) -> Plan:
                 next_step="swap before preparing, or load this adapter into a fresh base model",
             )
     if grafting.graft.resizes or grafting.graft.steps:
-        check_parallel_training(draft, len(grafting.graft.changes), "the model")
+        check_parallel_training(draft, len(grafting.graft.changes), "another shape at the model")
     check_compiled(draft)
     return draft.finish()
 

@@ -20,7 +20,15 @@ from .beyond_values import changes_form, needs_donor, plan_with_donor, turns_emb
 from .draft import Draft
 from .layers import by_canonical_key, plan_in_room, plan_layer
 from .leftovers import has_strange_leftovers, plan_leftovers
-from .whole import check_base, check_capacity, check_compiled, check_shards, note_missing_targets, retarget_config
+from .whole import (
+    check_base,
+    check_capacity,
+    check_compiled,
+    check_frozen,
+    check_shards,
+    note_missing_targets,
+    retarget_config,
+)
 
 
 def make_plan(
@@ -103,6 +111,7 @@ def make_plan(
     check_capacity(draft)
     check_base(draft)
     check_shards(draft)
+    check_frozen(draft)
     check_compiled(draft)
     if check_targets:
         note_missing_targets(draft)

@@ -49,15 +49,29 @@ def check_shards(draft: Draft) -> None:
         )
     changed = [plan for plan in draft.layers if plan.action in (Action.RESIZE, Action.ADD)]
     if changed:
-        check_parallel_training(draft, len(changed), changed[0].path)
+        check_parallel_training(draft, len(changed), f"another shape at {changed[0].path}")
 
 
-def check_parallel_training(draft: Draft, layers: int, where: str) -> None:
-    """Refuses new parameters where gradients are averaged over processes by the old ones."""
+def check_frozen(draft: Draft) -> None:
+    """A magnitude or bias is frozen where its layer is off, which who trains in parallel would not notice."""
+    if draft.room is not None and not draft.room.with_more:
+        return
+    turned = [
+        plan
+        for plan in draft.layers
+        if (plan.settings is None) != (plan.rank_before is None)
+        and any(write.target.rank_axis is None for write in plan.tensors)
+    ]
+    if turned:
+        check_parallel_training(draft, len(turned), f"a magnitude or bias to freeze or unfreeze at {turned[0].path}")
+
+
+def check_parallel_training(draft: Draft, layers: int, found: str) -> None:
+    """Refuses to change which parameters are trained where gradients are averaged over processes by the old ones."""
     if is_trained_in_parallel(draft.slot.host.root, (each.parameter for each in draft.slot.tensors)):
         draft.refuse(
             f"DistributedDataParallel would no longer average the gradients of {layers} layers.",
-            found=f"another shape at {where}, in parameters that are trained",
+            found=f"{found}, in parameters that are trained",
             expected="the parameters that were there when the model was wrapped",
             next_step="swap in the model itself, then wrap it in DistributedDataParallel again",
         )
