@@ -1,8 +1,8 @@
 """Base weights that an adapter's file overwrites (``bias="all"``, saved embeddings), and their way back.
 
 Such weights lie in the base model itself, so another adapter needs the originals back. They are kept from the moment
-that a swap overwrites them. What PEFT overwrote when it loaded the first adapter is gone, though: then the caller must
-bring the originals.
+that a swap overwrites them. What PEFT overwrote when it loaded an adapter is gone, though: then the caller must bring
+the originals.
 """
 
 from __future__ import annotations
@@ -17,10 +17,25 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from .errors import Refusal, listing
 from .host import Host, canonical_path, is_embedding
 from .journal import Journal
+from .methods import method_of
 from .sameness import have_same_values
 
 #: on a base model: by adapter name, the original values of what that adapter overwrote, by their names
 ORIGINALS = "hotswap_base_values"
+#: on a base model: by adapter name, an :class:`Overwritten`
+OVERWRITTEN = "hotswap_overwritten"
+
+
+@dataclass(frozen=True)
+class Overwritten:
+    """Base weights whose originals nobody has any more.
+
+    Right as long as the config in the model is this one: another one was put there by PEFT, with whatever its adapter's
+    file overwrote.
+    """
+
+    config: PeftConfig
+    lost: frozenset[str]
 
 
 @dataclass
@@ -30,16 +45,50 @@ class BaseChange:
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     #: to be kept from now on; values of the live model are copied when the swap is carried out
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    #: what is overwritten without an original to keep
+    lost: frozenset[str] = frozenset()
     refusals: list[Refusal] = field(default_factory=list)
 
-    def keep(self, base: torch.nn.Module, adapter_name: str, originals: dict, journal: Journal) -> None:
-        """Notes the originals on the base model; none, too: then it is known that nothing is overwritten."""
+    def keep(
+        self, base: torch.nn.Module, adapter_name: str, originals: dict, config: PeftConfig, journal: Journal
+    ) -> None:
+        """Notes the originals on the base model, and what has none; ``config`` is put into the model with it."""
         journal.set_item(base.__dict__, ORIGINALS, {**base.__dict__.get(ORIGINALS, {}), adapter_name: originals})
+        note_lost(base, adapter_name, config, self.lost, journal)
 
 
 def kept_originals(base: torch.nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """The original values of base weights that this adapter overwrote in a swap."""
     return base.__dict__.get(ORIGINALS, {}).get(adapter_name, {})
+
+
+def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
+    """Names of base weights that the adapter in the model has overwritten, or may have, and nobody has the originals.
+
+    Embeddings that have adapters are among them: their weights are in most files. They are mostly unchanged there, but
+    that can't be seen afterwards.
+    """
+    base, config = host.base, host.configs[adapter_name]
+    known = base.__dict__.get(OVERWRITTEN, {}).get(adapter_name)
+    lost = frozenset() if known is None else known.lost
+    if known is None or known.config is not config:
+        lost = lost.union(overwritten_by_config(host, config), _embeddings(host, adapter_name))
+    return lost - kept_originals(base, adapter_name).keys()
+
+
+def note_lost(
+    base: torch.nn.Module, adapter_name: str, config: PeftConfig, lost: frozenset[str], journal: Journal
+) -> None:
+    """Notes what :func:`lost_originals` is from now on, as long as this config is in the model."""
+    known = {**base.__dict__.get(OVERWRITTEN, {}), adapter_name: Overwritten(config, lost)}
+    journal.set_item(base.__dict__, OVERWRITTEN, known)
+
+
+def follow_config(host: Host, adapter_name: str, config: PeftConfig, journal: Journal) -> None:
+    """To be called before a config takes the place of the one in the model, if the base weights stay as they are."""
+    known = host.base.__dict__.get(OVERWRITTEN, {}).get(adapter_name)
+    if known is not None and known.config is host.configs.get(adapter_name):
+        note_lost(host.base, adapter_name, config, known.lost, journal)
 
 
 def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
@@ -78,13 +127,10 @@ def change_base_values(
     if refusal := _check_given(given, live):
         change.refusals.append(refusal)
         return change
-    kept = {**kept_originals(host.base, adapter_name)}
-    by_peft = adapter_name not in host.base.__dict__.get(ORIGINALS, {})
-    unknown = set(overwritten_by_config(host, host.configs[adapter_name]) if by_peft else ()) & live.keys()
-    # a saved embedding may have been overwritten, too: files have them, and mostly unchanged
-    perhaps = set(_embeddings(host) if by_peft else ()) & live.keys()
-    kept |= {name: given[name] for name in (unknown | perhaps) & given.keys()}
+    unknown = lost_originals(host, adapter_name) & live.keys()
+    kept = {**kept_originals(host.base, adapter_name), **{name: given[name] for name in unknown & given.keys()}}
     unknown -= given.keys()
+    change.lost = frozenset(unknown)
     for name, value in new.items():
         if value.shape != live[name].shape:
             change.refusals.append(
@@ -118,8 +164,8 @@ def change_base_values(
     if lost := sorted(unknown - new.keys()):
         change.refusals.append(
             Refusal(
-                "The adapter in the model has overwritten weights of the base model, and the new one needs them back.",
-                found=f"{len(lost)} base weights that PEFT replaced at the first load: {listing(lost, 3)}",
+                "The adapter in the model came with base weights of its own, and the new one needs the originals back.",
+                found=f"{len(lost)} base weights that PEFT replaced when it loaded the adapter: {listing(lost, 3)}",
                 expected="their original values, or an adapter that replaces all of them, too",
                 next_step="pass base_weights={name: tensor}, such as the state_dict of the base model before loading",
             )
@@ -127,10 +173,12 @@ def change_base_values(
     return change
 
 
-def _embeddings(host: Host) -> Iterator[str]:
-    """Names of the embeddings that have adapters: PEFT saves their weights, too."""
+def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
+    """Names of the embeddings that have the adapter: PEFT saves their weights, too."""
     for path, module in host.base.named_modules():
         if isinstance(module, BaseTunerLayer) and is_embedding(host.base, module):
+            if not method_of(module).has_adapter(module, adapter_name):
+                continue
             yield f"{canonical_path(path)}.weight"
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .base_values import lost_originals, note_lost
 from .building import give_memory
 from .errors import HotswapError, refuse
 from .grafting import Grafting, forget_places, note_former_layers
@@ -161,6 +162,8 @@ def _write(plan: Plan, staged: _Staged, journal: Journal) -> None:
         elif staged.content is not None:
             plan.room.enter(staged.content, staged.used, journal)
         else:
+            lost = lost_originals(plan.slot.host, plan.slot.adapter_name)
+            note_lost(plan.slot.host.base, plan.slot.adapter_name, plan.config, lost, journal)
             for layer in plan.layers:
                 _write_layer(plan, layer, journal)
         if staged.content is None:
@@ -298,7 +301,7 @@ def _write_graft(plan: Plan, staged: _Staged, journal: Journal) -> None:
     for parameter, value in plan.grafting.requires_grad:
         clear_gradient(parameter, journal)
         journal.set_attribute(parameter, "requires_grad", value)
-    plan.grafting.base.keep(host.base, plan.slot.adapter_name, staged.originals, journal)
+    plan.grafting.base.keep(host.base, plan.slot.adapter_name, staged.originals, plan.config, journal)
     if plan.grafting.places is not None:
         plan.grafting.places.keep(plan.slot, plan.config, journal)
     else:

@@ -19,6 +19,7 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .adapter import Adapter, load_config
+from .base_values import lost_originals, note_lost
 from .building import build_room, move_in
 from .compiled import blind_spot, compiled_parts, is_compiled
 from .errors import HotswapError, Refusal, listing, refuse
@@ -422,6 +423,8 @@ def _write(preparation: _Preparation, journal: Journal) -> None:
     slot, name, room = preparation.slot, preparation.slot.adapter_name, preparation.room
     if room is None:
         return
+    # before layers are reserved: on these, the adapter in the model has nothing
+    note_lost(slot.host.base, name, slot.config, lost_originals(slot.host, name), journal)
     with slot.write_mode():
         for layer in slot.layers:
             for tensor in layer.tensors:

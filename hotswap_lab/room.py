@@ -19,9 +19,10 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .arena import Arena, Place
+from .base_values import follow_config
 from .compiled import COMPILED, unwrap_compiled
 from .errors import Refusal, listing
-from .host import find_host
+from .host import find_host, is_embedding
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor
 from .prepared_layer import SEATS, leave_seat, take_seat
@@ -177,6 +178,8 @@ class Room:
             for index, layer in enumerate(self.slot.layers)
             if any(tensor.rank_axis is None for tensor in layer.tensors)
         ]
+        #: whether any of the layers is one whose weights PEFT saves, too
+        self.has_embeddings = any(is_embedding(self.slot.host.base, layer.module) for layer in self.slot.layers)
         #: whether turning a layer off takes a look at its base weight, as with DoRA
         self.reads_base = any(tensor.off for tensor in self._tensors)
         #: of DoRA; where there are none, nothing is to be cleared at a swap
@@ -523,6 +526,7 @@ class Room:
         # until the copy is done, what was used before may still be there
         journal.record(lambda before=self.used: setattr(self, "used", before))
         self.used = used
+        follow_config(self.slot.host, self.slot.adapter_name, content.config, journal)
         journal.set_item(self.slot.host.configs, self.slot.adapter_name, content.config)
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftType
 
 from ..adapter import Adapter
-from ..base_values import BaseChange, change_base_values, kept_originals
+from ..base_values import BaseChange, change_base_values, kept_originals, lost_originals
 from ..errors import Refusal, listing
 from ..journal import Journal
 from ..methods import general
@@ -88,6 +88,7 @@ def decide_graft(
         grafting.config = known.completed(config, slot.config.inference_mode)
         grafting.graft = known.graft(adapter)
         grafting.places = known
+        grafting.base.lost = lost_originals(host, name)
         return grafting
     grafting.structure = Structure.of(host)
     if slot.method is general and (others := _merged(host.base) - {name}):

@@ -24,6 +24,7 @@ from .whole import (
     check_base,
     check_capacity,
     check_compiled,
+    check_embeddings,
     check_frozen,
     check_shards,
     note_missing_targets,
@@ -108,6 +109,7 @@ def make_plan(
     plan_leftovers(draft, tensors)
     if turns_embeddings_off(draft):
         return plan_with_donor(draft.afresh())
+    check_embeddings(draft)
     check_capacity(draft)
     check_base(draft)
     check_shards(draft)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..base_values import lost_originals
 from ..compiled import blind_spot
 from ..errors import listing
+from ..host import is_embedding
 from ..plan import Action
 from ..room import merged_beside, merged_where_read
 from ..shards import has_fixed_shape, is_trained_in_parallel
@@ -34,6 +36,24 @@ def check_base(draft: Draft) -> None:
         return
     if others := merged_where_read(draft.slot.host.base, draft.layers):
         draft.refusals.append(merged_beside(draft.slot.adapter_name, others))
+
+
+def check_embeddings(draft: Draft) -> None:
+    """Refuses to turn embeddings off where the adapter's file may have replaced the weights below them."""
+    if draft.room is not None and not draft.room.has_embeddings:
+        return
+    base = draft.slot.host.base
+    off = [plan for plan in draft.layers if plan.action is Action.OFF and plan.rank_before is not None]
+    names = {f"{plan.path}.weight" for plan in off if is_embedding(base, plan.layer.module)}
+    if not names:
+        return
+    if lost := sorted(names & lost_originals(draft.slot.host, draft.slot.adapter_name)):
+        draft.refuse(
+            "The adapter in the model came with base weights of its own, and the new one needs the originals back.",
+            found=f"embeddings that PEFT replaced when it loaded the adapter: {listing(lost, 3)}",
+            expected="embeddings of which the originals are known, or an adapter that is on them, too",
+            next_step="load first an adapter that is not on embeddings, and prepare the model for this one",
+        )
 
 
 def check_shards(draft: Draft) -> None:

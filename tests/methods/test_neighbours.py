@@ -91,12 +91,53 @@ def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
     model = load(LLAMA, changed)
     save_adapter(model, tmp_path / "saved")
     assert_same_outputs(model, load(LLAMA, str(tmp_path / "saved")), LLAMA)
+    _refused(model, plain, "came with base weights of its own", add_layers=True)
     hotswap_adapter(model, plain, "default", add_layers=True, base_weights=LLAMA.base().state_dict())
     assert_equals_fresh_load(model, LLAMA, plain, margin=10)
     hotswap_adapter(model, changed, "default", add_layers=True)
     assert_equals_fresh_load(model, LLAMA, changed, margin=10)
     save_adapter(model, tmp_path / "again")
     assert_same_outputs(model, load(LLAMA, str(tmp_path / "again")), LLAMA)
+
+
+def test_embeddings_that_no_file_has_overwritten(tmp_path):
+    """An adapter on embeddings was swapped in, with the base's own weights: nothing is lost when it goes."""
+    plain, embedded, more = _save(
+        tmp_path,
+        _lora(target_modules=["q_proj"]),
+        _lora(target_modules=["embed_tokens", "q_proj"]),
+        _lora(r=2, target_modules=["embed_tokens", "q_proj"]),
+    )
+    model = load(LLAMA, plain)
+    for folder in (embedded, more, plain, embedded, plain):
+        hotswap_adapter(model, folder, "default", add_layers=True)
+        assert_equals_fresh_load(model, LLAMA, folder, margin=10)
+
+
+@pytest.mark.parametrize("way", ["prepared", "pool"])
+def test_embeddings_in_a_room(tmp_path, way):
+    """They are turned off only where the adapter that PEFT loaded was not on them."""
+    plain, embedded = _save(
+        tmp_path, _lora(target_modules=["q_proj"]), _lora(target_modules=["embed_tokens", "q_proj"])
+    )
+
+    def swap_of(model):
+        if way == "pool":
+            pool = AdapterPool(model, progress=False)
+            pool.add("plain", plain)
+            return lambda folder: pool.swap("plain")
+        prepare_model_for_compiled_hotswap(model, adapters=[plain, embedded])
+        return lambda folder: hotswap_adapter(model, folder, "default")
+
+    model = load(LLAMA, _with_other_embeddings(embedded, tmp_path / "changed"))
+    with pytest.raises(HotswapError, match="came with base weights of its own"):
+        swap_of(model)(plain)
+    if way == "prepared":
+        model = load(LLAMA, plain)
+        swap = swap_of(model)
+        for folder in (embedded, plain, embedded, plain):
+            swap(folder)
+            assert_equals_fresh_load(model, LLAMA, folder, margin=10, prepared=True)
 
 
 @pytest.mark.parametrize(
@@ -487,7 +528,8 @@ def test_verdicts_on_a_model_whose_base_was_overwritten(tmp_path):
     """A copy of the live base can't tell; a fresh base does."""
     plain, embedded = _save(tmp_path, _lora(), _lora(target_modules=["embed_tokens", "q_proj"]))
     model = load(LLAMA, _with_other_embeddings(embedded, tmp_path / "changed"))
-    hotswap_adapter(model, plain, "default", add_layers=True)
+    wrong = {"model.embed_tokens.weight": model.get_base_model().model.embed_tokens.get_base_layer().weight.clone()}
+    hotswap_adapter(model, plain, "default", add_layers=True, base_weights=wrong)
     assert not verify_hotswap(model, plain, inputs=LLAMA.inputs(), base=LLAMA.base)
 
 
