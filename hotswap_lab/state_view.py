@@ -46,6 +46,8 @@ def set_off(layer: torch.nn.Module, adapter_name: str, off: bool, journal: Journ
     _mark(layer, OFF_ATTRIBUTE, adapter_name, off, journal)
     if (off or was_off) and (method := method_of(layer)) is not general and method.has_adapter(layer, adapter_name):
         set_trained(method.tensors_of(layer, adapter_name), not off, journal)
+        # PEFT's merging looks for a place to add a bias to, and fails on base layers without one, though it be zero
+        journal.set_item(layer.lora_bias, adapter_name, not off and method.form_of(layer, adapter_name)[1])
 
 
 def set_trained(tensors: Iterable[SlotTensor], on: bool, journal: Journal) -> None:

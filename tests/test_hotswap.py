@@ -414,6 +414,40 @@ def test_merge_and_unload_after_a_swap(kind, tmp_path):
     torch.testing.assert_close(call(merged, kind.inputs()), call(expected, kind.inputs()))
 
 
+@pytest.mark.parametrize("form", [dict(lora_bias=True), dict()], ids=["lora_bias", "plain"])
+def test_merging_where_a_layer_that_is_off_has_no_place_for_a_bias(tmp_path, form):
+    """PEFT refuses to merge an adapter with lora_bias into a layer without bias, and would in the midst of it."""
+    kind = KINDS["linear"]
+    full = save_random_adapter(kind, tmp_path / "full", 1, r=4, lora_bias=True)
+    few = save_random_adapter(kind, tmp_path / "few", 2, r=4, target_modules=["first", "last"], **form)
+    model = load(kind, full)
+    hotswap_adapter(model, few, "default")
+    model.merge_adapter()
+    torch.testing.assert_close(call(model, kind.inputs()), call(load(kind, few), kind.inputs()))
+    model.unmerge_adapter()
+    hotswap_adapter(model, full, "default")
+    assert_equals_fresh_load(model, kind, full)
+
+
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
+def test_adapters_are_added_up_after_a_swap(tmp_path, combination):
+    """PEFT does that on layers that are off, too, and by the rank of the config."""
+    kind = KINDS["linear"]
+    full = save_random_adapter(kind, tmp_path / "full", 1, r=8)
+    few = save_random_adapter(kind, tmp_path / "few", 2, r=4, target_modules=["first"])
+    other = save_random_adapter(kind, tmp_path / "other", 3, r=4)
+    model, fresh = load(kind, full), load(kind, few)
+    hotswap_adapter(model, few, "default")
+    for each in (model, fresh):
+        each.load_adapter(other, "other")
+        each.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type=combination)
+        each.set_adapter("both")
+    torch.testing.assert_close(call(model.eval(), kind.inputs()), call(fresh.eval(), kind.inputs()))
+    model.set_adapter("default")
+    hotswap_adapter(model, full, "default")
+    assert_equals_fresh_load(model, kind, full)
+
+
 def test_models_loaded_in_inference_mode(tmp_path):
     kind = KINDS["linear"]
     for rank in (4, 6):

@@ -48,7 +48,7 @@ from .wrappers import (
 #: objects that belong to one adapter although they don't lie under its name: AdaLoRA's budget of ranks
 OBJECTS_OF_ADAPTERS = {"rankallocator"}
 #: tables that no forward reads
-BOOKKEEPING = {"r", "alpha", "lora_alpha", "use_rslora"}
+BOOKKEEPING = {"r", "alpha", "lora_alpha", "use_rslora", "lora_bias"}
 
 
 def difference(host: Host, donor: Donor, adapter_name: str) -> Graft:

@@ -18,7 +18,7 @@ from ..slot import Slot
 from .beforehand import check_containers, check_kind, check_slot
 from .beyond_values import changes_form, needs_donor, plan_with_donor, turns_embeddings_off
 from .draft import Draft
-from .layers import by_canonical_key, plan_in_room, plan_layer
+from .layers import by_canonical_key, plan_in_room, plan_layer, resize_what_is_off
 from .leftovers import has_strange_leftovers, plan_leftovers
 from .whole import (
     check_base,
@@ -109,6 +109,7 @@ def make_plan(
     plan_leftovers(draft, tensors)
     if turns_embeddings_off(draft):
         return plan_with_donor(draft.afresh())
+    resize_what_is_off(draft)
     check_embeddings(draft)
     check_capacity(draft)
     check_base(draft)

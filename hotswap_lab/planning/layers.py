@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +13,7 @@ from ..parts import LayerSettings, SlotTensor
 from ..plan import Action, LayerPlan, TensorPlan
 from ..prepared_layer import has_fixed_size
 from ..sameness import have_same_values
+from ..shards import has_fixed_shape, is_sharded
 from ..slot import SlotLayer
 from ..state_view import is_marked_off, own_rank
 from .draft import Draft
@@ -102,6 +104,30 @@ def plan_layer(
         same_rank = settings.rank == layer.tensors[0].capacity
         action = Action.COPY if same_rank else Action.PAD if fixed else Action.RESIZE
     draft.layers.append(LayerPlan(layer, action, rank_before, settings, writes))
+
+
+def resize_what_is_off(draft: Draft) -> None:
+    """Gives the layers that are turned off the adapter's new rank where all others get it.
+
+    PEFT's ``add_weighted_adapter`` adds the adapters up by the ranks of their configs, on every layer that has them.
+    """
+    if all(plan.action is not Action.RESIZE for plan in draft.layers):
+        return
+    ranks = {plan.settings.rank for plan in draft.layers if plan.settings}
+    for number, plan in enumerate(draft.layers):
+        if plan.action is Action.OFF and not has_fixed_size(plan.layer.module, draft.slot.adapter_name):
+            rank = draft.slot.method.settings_for(draft.config, plan.path).rank
+            if rank in ranks:  # any other may be as large as a damaged config says
+                draft.layers[number] = replace(plan, tensors=tuple(_zeros(write, rank) for write in plan.tensors))
+
+
+def _zeros(write: TensorPlan, rank: int) -> TensorPlan:
+    target, parameter = write.target, write.target.parameter
+    fixed = is_sharded(parameter) or has_fixed_shape(target.owner, target.name)
+    if target.capacity in (None, rank) or rank % (target.groups * target.blocks) or fixed:
+        return write
+    # a single zero, repeated without taking memory
+    return TensorPlan(target, parameter.detach().new_zeros(()).expand(target.shape_for(rank)))
 
 
 def _take(draft: Draft, layer: SlotLayer, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
