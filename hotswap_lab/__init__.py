@@ -15,10 +15,10 @@ will be written, decided dry), ``commit`` (the write, all or nothing), ``prepare
 before compiling), ``room`` and ``arena`` (a prepared slot and its memory), ``pool`` (many adapters, switched by
 name), ``turns`` (threads that share a model), ``watch`` (recompiles, counted), ``verify`` (the oracle), ``methods``
 (what differs per PEFT method), ``grafting`` (methods that only PEFT can load: it does so beside the model),
-``base_values`` (base weights that adapters overwrite), ``shards`` (parameters spread over processes), ``pipeline`` and
-``lora_files`` (diffusers), ``hub`` and ``hub_search`` (where files come from), ``together`` (files that are replaced at
-one moment), ``bench`` (how fast), ``demo`` (the embedded models and their adapters), ``lessons`` (the notebooks'
-exercises), ``widgets`` (to look at).
+``base_values`` (base weights that adapters overwrite), ``merging`` (or contain), ``shards`` (parameters spread over
+processes), ``pipeline`` and ``lora_files`` (diffusers), ``hub`` and ``hub_search`` (where files come from),
+``together`` (files that are replaced at one moment), ``bench`` (how fast), ``demo`` (the embedded models and their
+adapters), ``lessons`` (the notebooks' exercises), ``widgets`` (to look at).
 """
 
 from . import demo

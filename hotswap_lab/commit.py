@@ -20,10 +20,11 @@ from .building import give_memory
 from .errors import HotswapError, refuse
 from .grafting import Grafting, forget_places, note_former_layers
 from .journal import Journal
+from .merging import merged_beside, merged_where_read
 from .parts import SlotTensor
 from .plan import Action, LayerPlan, Plan, TensorPlan
 from .prepared_layer import has_fixed_size
-from .room import Content, clear_gradient, merged_beside, merged_where_read, room_of
+from .room import Content, clear_gradient, room_of
 from .shadow import attach
 from .shards import is_sharded, local_part, note_writes, shard
 from .state_view import set_off, set_padded
@@ -143,7 +144,8 @@ def _check_fresh(plans: Sequence[Plan]) -> None:
                 next_step="make the plan again",
             )
         reads_base = plan.grafting is None and (plan.room is None or plan.room.reads_base)
-        if reads_base and (others := merged_where_read(plan.slot.host.base, plan.layers)):
+        off = [each.layer for each in plan.layers if each.settings is None] if reads_base else []
+        if others := merged_where_read(plan.slot.host.base, off):
             raise HotswapError(merged_beside(plan.slot.adapter_name, others))
 
 

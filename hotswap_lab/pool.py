@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from .adapter import Adapter, load_config
 from .errors import HotswapError, refuse
 from .journal import Journal
+from .merging import merged
 from .methods import lora
 from .planning import make_plan
 from .prepare import make_room
 from .report import html_table
-from .room import Packed, merged, room_of, slot_for
+from .room import Packed, room_of, slot_for
 from .strength import check_scalable, check_strength, get_strength
 from .turns import swaps_of, without_limit, writing
 

@@ -26,9 +26,10 @@ from .errors import HotswapError, Refusal, listing, refuse
 from .expressions import slow_to_match
 from .host import canonical_path, carriers
 from .journal import Journal
+from .merging import merged_beside
 from .methods import general, lora
 from .prepare_general import decide_general, other_form, write_general
-from .room import Room, clear_gradient, merged_beside, room_of
+from .room import Room, clear_gradient, room_of
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, slot_in
 from .state_view import check_before_loading, is_off, own_rank, set_padded, set_trained

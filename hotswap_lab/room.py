@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .arena import Arena, Place
 from .base_values import follow_config
 from .compiled import COMPILED, unwrap_compiled
-from .errors import Refusal, listing
 from .host import find_host, is_embedding
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor
@@ -29,9 +27,6 @@ from .prepared_layer import SEATS, leave_seat, take_seat
 from .slot import Slot, SlotLayer, slot_in
 from .state_view import set_trained
 from .turns import writing
-
-if TYPE_CHECKING:
-    from .plan import LayerPlan
 
 T = TypeVar("T")
 
@@ -565,37 +560,6 @@ def _links(slot: Slot, layer: SlotLayer) -> Iterator[tuple[torch.nn.Module, str,
         if tensor.owner is not table:
             yield table, slot.adapter_name, tensor.owner
         yield layer.module, tensor.named_key.partition(".")[0], table
-
-
-def merged(adapter_name: str) -> Refusal:
-    """Why an adapter that is merged can't be swapped, in PEFT's words."""
-    return Refusal(
-        f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights.",
-        found="base weights that contain the old adapter",
-        expected="an unmerged adapter: unmerging after a swap would subtract the wrong weights",
-        next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
-    )
-
-
-def merged_beside(adapter_name: str, others: Iterable[str]) -> Refusal:
-    """Why a swap that goes by the base weights has to wait until they are the base model's own again."""
-    return Refusal(
-        f"Cannot hot-swap adapter '{adapter_name}' while {listing(map(repr, others))} is merged into the base weights.",
-        found="base weights that contain another adapter",
-        expected="the base model's own weights: what this swap writes is worked out from them",
-        next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
-    )
-
-
-def merged_where_read(base: torch.nn.Module, layers: Iterable[LayerPlan]) -> list[str]:
-    """The adapters that are merged into base weights which turning these layers off goes by."""
-    read = {
-        id(layer.layer.module.get_base_layer())
-        for layer in layers
-        if layer.settings is None and any(write.target.off is not None for write in layer.tensors)
-    }
-    tuners = (module for module in base.modules() if isinstance(module, BaseTunerLayer)) if read else ()
-    return sorted({name for each in tuners if id(each.get_base_layer()) in read for name in each.merged_adapters})
 
 
 def room_of(base: torch.nn.Module, adapter_name: str) -> Room | None:

@@ -13,8 +13,8 @@ from ..adapter import Adapter
 from ..base_values import BaseChange, change_base_values, kept_originals, lost_originals
 from ..errors import Refusal, listing
 from ..journal import Journal
+from ..merging import merged_beside
 from ..methods import general
-from ..room import merged_beside
 from ..slot import Slot
 from .difference import difference
 from .donor import Donor, load_donor

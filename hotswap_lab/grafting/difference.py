@@ -19,10 +19,10 @@ from ..compiled import unwrap_compiled
 from ..errors import Refusal
 from ..host import Host, is_embedding
 from ..journal import MISSING
+from ..merging import merged_beside
 from ..methods import general, method_of
 from ..parts import SlotTensor
 from ..prepared_layer import EvalFreeDropout
-from ..room import merged_beside
 from ..sameness import are_equal, have_same_bits, have_same_form
 from ..state_view import is_marked_off, is_off, is_padded, set_off
 from .donor import Donor

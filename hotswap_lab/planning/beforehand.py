@@ -15,7 +15,7 @@ from ..errors import listing
 from ..expressions import slow_to_match
 from ..grafting.wrappers import WRAPPERS
 from ..host import PEFT_PREFIX, canonical_path
-from ..room import merged
+from ..merging import merged
 from ..slot import SlotLayer
 from .draft import Draft
 

@@ -10,11 +10,11 @@ from ..base_values import kept_originals
 from ..errors import listing
 from ..grafting import Change, WrapperChange, decide_graft, wrappers_in
 from ..host import is_embedding
+from ..merging import merged
 from ..methods import general
 from ..parts import WholeSettings
 from ..plan import Action, LayerPlan, Plan
 from ..prepared_layer import has_fixed_size
-from ..room import merged
 from ..shards import holds_shards
 from ..slot import SlotLayer
 from ..state_view import is_padded

@@ -6,8 +6,8 @@ from ..base_values import lost_originals
 from ..compiled import blind_spot
 from ..errors import listing
 from ..host import is_embedding
+from ..merging import merged_beside, merged_where_read
 from ..plan import Action
-from ..room import merged_beside, merged_where_read
 from ..shards import has_fixed_shape, is_trained_in_parallel
 from .draft import Draft
 
@@ -34,7 +34,8 @@ def check_base(draft: Draft) -> None:
     """Refuses to turn layers off by base weights that contain another adapter: DoRA's magnitude is their norm then."""
     if draft.room is not None and not draft.room.reads_base:
         return
-    if others := merged_where_read(draft.slot.host.base, draft.layers):
+    off = [plan.layer for plan in draft.layers if plan.settings is None]
+    if others := merged_where_read(draft.slot.host.base, off):
         draft.refusals.append(merged_beside(draft.slot.adapter_name, others))
 
 
