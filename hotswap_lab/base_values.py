@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .errors import Refusal, listing
@@ -174,7 +174,10 @@ def change_base_values(
 
 
 def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
-    """Names of the embeddings that have the adapter: PEFT saves their weights, too."""
+    """Names of the embeddings that have the adapter: PEFT saves their weights, too, unless it trains single tokens."""
+    config = host.configs[adapter_name]
+    if config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None:
+        return
     for path, module in host.base.named_modules():
         if isinstance(module, BaseTunerLayer) and is_embedding(host.base, module):
             if not method_of(module).has_adapter(module, adapter_name):

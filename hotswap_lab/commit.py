@@ -145,7 +145,7 @@ def _check_fresh(plans: Sequence[Plan]) -> None:
             )
         reads_base = plan.grafting is None and (plan.room is None or plan.room.reads_base)
         off = [each.layer for each in plan.layers if each.settings is None] if reads_base else []
-        if others := merged_where_read(plan.slot.host.base, off):
+        if others := merged_where_read(plan.slot.host, off):
             raise HotswapError(merged_beside(plan.slot.adapter_name, others))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
+from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .errors import Refusal, listing
+from .host import Host
 from .slot import SlotLayer
 
 
@@ -31,10 +32,12 @@ def merged_beside(adapter_name: str, others: Iterable[str]) -> Refusal:
     )
 
 
-def merged_where_read(base: torch.nn.Module, layers: Iterable[SlotLayer]) -> list[str]:
+def merged_where_read(host: Host, layers: Iterable[SlotLayer]) -> list[str]:
     """The adapters that are merged into base weights which turning these layers off goes by."""
-    read = {
-        id(layer.module.get_base_layer()) for layer in layers if any(tensor.off is not None for tensor in layer.tensors)
-    }
-    tuners = (module for module in base.modules() if isinstance(module, BaseTunerLayer)) if read else ()
-    return sorted({name for each in tuners if id(each.get_base_layer()) in read for name in each.merged_adapters})
+    off = [layer.module for layer in layers if any(tensor.off is not None for tensor in layer.tensors)]
+    if off and isinstance(host.tuner, MixedModel):
+        # layers of other methods may be around these
+        read = {id(module.get_base_layer()) for module in off}
+        tuners = (module for module in host.base.modules() if isinstance(module, BaseTunerLayer))
+        off = [module for module in tuners if id(module.get_base_layer()) in read]
+    return sorted({name for module in off for name in module.merged_adapters})

@@ -111,7 +111,7 @@ def resize_what_is_off(draft: Draft) -> None:
 
     PEFT's ``add_weighted_adapter`` adds the adapters up by the ranks of their configs, on every layer that has them.
     """
-    if all(plan.action is not Action.RESIZE for plan in draft.layers):
+    if draft.room is not None or all(plan.action is not Action.RESIZE for plan in draft.layers):
         return
     ranks = {plan.settings.rank for plan in draft.layers if plan.settings}
     for number, plan in enumerate(draft.layers):

@@ -35,7 +35,7 @@ def check_base(draft: Draft) -> None:
     if draft.room is not None and not draft.room.reads_base:
         return
     off = [plan.layer for plan in draft.layers if plan.settings is None]
-    if others := merged_where_read(draft.slot.host.base, off):
+    if others := merged_where_read(draft.slot.host, off):
         draft.refusals.append(merged_beside(draft.slot.adapter_name, others))
 
 
