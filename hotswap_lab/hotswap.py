@@ -49,9 +49,10 @@ def hotswap_adapter(
     add_layers:
         Whether layers that the loaded adapter lacks are added. Not possible in a compiled model.
     base_weights:
-        Only needed where PEFT overwrote weights of the base model (``bias="all"`` or ``"lora_only"``) when it loaded
-        the first adapter, and the new one doesn't: the base model's own values by name, such as its
-        ``state_dict()`` from before. What a swap overwrites is remembered.
+        Only needed where PEFT overwrote weights of the base model when it loaded an adapter, and the new one doesn't:
+        with ``bias="all"`` or ``"lora_only"``, and embeddings that the adapter is on, since its file has their weights,
+        changed or not. The base model's own values by name, such as its ``state_dict()`` from before. What a swap
+        overwrites is remembered.
     **kwargs:
         ``key_mapping`` and ``allow_nonfinite`` of :meth:`Adapter.load`; ``subfolder``, ``revision``, ``token``,
         ``cache_dir`` and the other arguments of ``huggingface_hub.hf_hub_download``.

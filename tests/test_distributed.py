@@ -77,6 +77,7 @@ FAMILY = {
     "one": dict(r=1, lora_alpha=4, target_modules=ALL),
     "one too": dict(r=1, lora_alpha=3, target_modules=ALL),
     "dora": dict(r=4, use_dora=True, target_modules=ALL),
+    "dora on fewer": dict(r=4, use_dora=True, target_modules=["q_proj", "o_proj"]),
     "fewer": dict(r=4, lora_alpha=24, target_modules=["q_proj", "o_proj", "up_proj"]),
 }
 ANY_RANK = ("same", "grown", "odd", "one", "fewer", "first")
@@ -413,6 +414,15 @@ def another_kind_of_lora_is_refused(world):
     call(gathered, LLAMA.inputs())
     with refusal(world, gathered, "gathered by FSDP|spread over processes"):
         hotswap_adapter(gathered, world.adapter("dora"), "default")
+
+
+@case
+def turning_a_magnitude_off_is_refused(world):
+    """What means off there is the length of the base weight's rows, of which each process has some."""
+    for spread in (shard_fully, parallel):
+        model = spread(world, world.load("dora"))
+        with refusal(world, model, "spread over processes"):
+            hotswap_adapter(model, world.adapter("dora on fewer"), "default")
 
 
 @case

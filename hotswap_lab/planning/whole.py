@@ -8,7 +8,7 @@ from ..errors import listing
 from ..host import is_embedding
 from ..merging import merged_beside, merged_where_read
 from ..plan import Action
-from ..shards import has_fixed_shape, is_trained_in_parallel
+from ..shards import has_fixed_shape, is_sharded, is_trained_in_parallel
 from .draft import Draft
 
 
@@ -58,7 +58,20 @@ def check_embeddings(draft: Draft) -> None:
 
 
 def check_shards(draft: Draft) -> None:
-    """Refuses new shapes where somebody has noted the old ones and would go by them."""
+    """Refuses what processes that share the parameters can't do each on its own.
+
+    New shapes, where somebody has noted the old ones and would go by them; and magnitudes that are turned off, since
+    they are then worked out from whole base weights.
+    """
+    off = [plan.layer for plan in draft.layers if plan.settings is None]
+    read = [layer for layer in off for each in layer.tensors if each.off is not None and is_sharded(each.parameter)]
+    if read:
+        draft.refuse(
+            "DoRA can't be turned off in a model that is spread over processes.",
+            found=f"{len(read)} layers that the new adapter is not on, such as {read[0].path}",
+            expected="an adapter on all layers of the loaded one: the magnitude of others is worked out from base weights",
+            next_step="load this adapter into a fresh base model and shard that",
+        )
     resized = [plan for plan in draft.layers if plan.action is Action.RESIZE]
     fixed = [plan for plan in resized if any(has_fixed_shape(each.owner, each.name) for each in plan.layer.tensors)]
     if fixed:
