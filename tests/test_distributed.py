@@ -419,10 +419,9 @@ def another_kind_of_lora_is_refused(world):
 @case
 def turning_a_magnitude_off_is_refused(world):
     """What means off there is the length of the base weight's rows, of which each process has some."""
-    for spread in (shard_fully, parallel):
-        model = spread(world, world.load("dora"))
-        with refusal(world, model, "spread over processes"):
-            hotswap_adapter(model, world.adapter("dora on fewer"), "default")
+    model = shard_fully(world, world.load("dora"))
+    with refusal(world, model, "spread over processes"):
+        hotswap_adapter(model, world.adapter("dora on fewer"), "default")
 
 
 @case

@@ -69,7 +69,7 @@ def check_shards(draft: Draft) -> None:
         draft.refuse(
             "DoRA can't be turned off in a model that is spread over processes.",
             found=f"{len(read)} layers that the new adapter is not on, such as {read[0].path}",
-            expected="an adapter on all layers of the loaded one: the magnitude of others is worked out from base weights",
+            expected="an adapter on all layers of the loaded one: other magnitudes are worked out from base weights",
             next_step="load this adapter into a fresh base model and shard that",
         )
     resized = [plan for plan in draft.layers if plan.action is Action.RESIZE]
