@@ -117,14 +117,19 @@ def resize_what_is_off(draft: Draft) -> None:
     for number, plan in enumerate(draft.layers):
         if plan.action is Action.OFF and not has_fixed_size(plan.layer.module, draft.slot.adapter_name):
             rank = draft.slot.method.settings_for(draft.config, plan.path).rank
-            if rank in ranks:  # any other may be as large as a damaged config says
+            # any other rank may be as large as a damaged config says
+            if rank in ranks and all(_can_have(each, rank) for each in plan.layer.tensors):
                 draft.layers[number] = replace(plan, tensors=tuple(_zeros(write, rank) for write in plan.tensors))
+
+
+def _can_have(target: SlotTensor, rank: int) -> bool:
+    fixed = is_sharded(target.parameter) or has_fixed_shape(target.owner, target.name)
+    return target.capacity is None or not (fixed or rank % (target.groups * target.blocks))
 
 
 def _zeros(write: TensorPlan, rank: int) -> TensorPlan:
     target, parameter = write.target, write.target.parameter
-    fixed = is_sharded(parameter) or has_fixed_shape(target.owner, target.name)
-    if target.capacity in (None, rank) or rank % (target.groups * target.blocks) or fixed:
+    if target.capacity in (None, rank):
         return write
     # a single zero, repeated without taking memory
     return TensorPlan(target, parameter.detach().new_zeros(()).expand(target.shape_for(rank)))
