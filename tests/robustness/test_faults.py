@@ -200,7 +200,6 @@ def main() -> None:
     parser.add_argument("--deep", type=int, default=200, help="at how many C calls outside of the package")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(600, repeat=True)
     total: collections.Counter = collections.Counter()
     failures = 0
     for name in arguments.only:
@@ -216,6 +215,7 @@ def main() -> None:
                 steps = _some(steps, arguments.deep) if unit == "deep" else steps
                 for step in chosen(places, unit) if arguments.short else steps:
                     for kind in itertools.islice(kinds, arguments.kinds):
+                        faulthandler.dump_traceback_later(600)  # says where, if this one hangs
                         try:
                             hunt.run(step, kind, unit)
                         except AssertionError as error:
