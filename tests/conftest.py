@@ -15,7 +15,8 @@ from models import KINDS
 
 from hotswap_lab.grafting.guards import compilers_kept
 
-torch.set_num_threads(2)
+THREADS = 2
+torch.set_num_threads(THREADS)
 
 
 #: the notebook that needs SmolLM2; its solutions do without it
@@ -50,6 +51,7 @@ def _modes_are_given_back():
     yield
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     torch.set_grad_enabled(True)
+    torch.set_num_threads(THREADS)  # programs set their own number of them
     assert modes == (True, False)
 
 

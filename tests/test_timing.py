@@ -31,5 +31,5 @@ def test_the_garbage_collector_is_put_back():
 
 def test_a_figure_says_where_it_was_measured():
     text = machine()
-    for word in ("cores", "threads", "Python", "torch", "peft"):
+    for word in ("cores", "thread", "Python", "torch", "peft"):
         assert word in text

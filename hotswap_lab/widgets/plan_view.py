@@ -65,7 +65,7 @@ class PlanView(View):
     {'resize': 16, 'off': 12}
     >>> view.search, view.action = "layers.0 down", "off"
     >>> print(view.rows[0])
-    PlanRow(layer='model.layers.0.mlp.down_proj', action='off', rank='8 -> off', scaling='-', nbytes=18432)
+    PlanRow(layer='model.layers.0.mlp.down_proj', action='off', rank='8 -> off', scaling='-', nbytes=4608)
 
     How to read it: an action *refused* means that nothing would be written anywhere; the reasons stand below.
     """
