@@ -93,9 +93,9 @@ class Hunt:
             raise AssertionError(f"{what}: in between\n" + "\n".join(self._differences(now))) from outcome.error
         self.counts[kind] += 1
         self.counts["all"] += 1
-        assert torch.is_grad_enabled(), what
-        assert not torch.is_inference_mode_enabled(), what
-        assert threading.active_count() <= threads, what
+        assert torch.is_grad_enabled(), f"{what}: without gradients"
+        assert not torch.is_inference_mode_enabled(), f"{what}: in inference mode"
+        assert threading.active_count() <= threads, f"{what}: left {threading.enumerate()}"
         del outcome, now
         assert not list(self.temporary.iterdir()), f"{what}: left {list(self.temporary.iterdir())}"
 
