@@ -32,7 +32,9 @@ SPARED = frozenset({"roll_back", "_back_to_training", "cleanup"})
 #: what takes and gives back locks and signal handlers: no line of it can fail, and Ctrl-C is held back meanwhile
 HELD = frozenset({"interrupts_held", "writing", "_take", "__exit__"})
 #: C functions that can't fail: they take no memory, and ask no disk and no device
-UNFAILING = frozenset({"__exit__", "release", "reset", "signal", "getsignal", "set_state", "setstate", "_is_owned"})
+UNFAILING = frozenset(
+    {"__enter__", "__exit__", "release", "reset", "signal", "getsignal", "set_state", "setstate", "_is_owned"}
+)
 UNFAILING |= {"_set_grad_enabled", "is_grad_enabled", "list.remove"}
 #: by which contextlib enters and leaves blocks; what they run may fail, and is looked at by itself
 UNFAILING |= {"next", "generator.throw", "generator.close"}
