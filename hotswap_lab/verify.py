@@ -246,8 +246,12 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = False
         yield
     finally:
-        with interrupts_held():
-            _back_to_training(training)
+        try:
+            with interrupts_held():
+                _back_to_training(training)
+        except BaseException:
+            _back_to_training(training)  # Ctrl-C came in the moment before it was held back
+            raise
 
 
 def _back_to_training(modules: list[torch.nn.Module]) -> None:
