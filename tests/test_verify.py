@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from faults import list_steps, run_with_fault
@@ -16,6 +18,7 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     verify_hotswap,
 )
+from hotswap_lab.verify import _eval_mode
 
 KIND = KINDS["linear"]
 
@@ -162,7 +165,9 @@ def test_ctrl_c_while_the_training_mode_is_given_back(tmp_path, unit):
         verify_hotswap(model, folder, inputs=kind.inputs())
 
     places = list_steps(verify, unit)
-    last = max(number for number, place in enumerate(places) if place.startswith("interrupts.py"))
-    for step in range(last - 40, last + 20):
+    source, first = inspect.getsourcelines(_eval_mode)
+    where = ("interrupts.py", *(f"verify.py:{first + number}" for number in range(len(source))))
+    last = max(number for number, place in enumerate(places) if place.startswith(where))
+    for step in range(last - 20, last + 20):
         assert run_with_fault(verify, step, KeyboardInterrupt, unit)
         assert all(module.training for module in model.modules()), places[step - 1]
