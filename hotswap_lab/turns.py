@@ -295,15 +295,19 @@ class _Interrupted(BaseException):
 
 
 def _take(lock, name: str | None, deadline: float | None, interrupted: list, taken: list) -> None:
-    while not lock.acquire(blocking=False):
-        if interrupted:
-            raise _Interrupted
-        left = NAP if deadline is None else deadline - time.monotonic()
-        if left <= 0:
-            raise _busy([name] if name else [])
-        if lock.acquire(timeout=min(left, NAP)):
-            break
-    taken.append(lock)
+    taken.append(lock)  # first: a lock that is taken and then can't be noted would stay so for ever
+    try:
+        while not lock.acquire(blocking=False):
+            if interrupted:
+                raise _Interrupted
+            left = NAP if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise _busy([name] if name else [])
+            if lock.acquire(timeout=min(left, NAP)):
+                break
+    except BaseException:
+        taken.pop()
+        raise
 
 
 def _busy(names: list[str]) -> ModelInUseError:
