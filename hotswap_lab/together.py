@@ -207,10 +207,25 @@ def _locked(folder: Path) -> Iterator[bool]:
             yield alone
 
 
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+class _opened:  # noqa: N801 - used as a function
+    """The descriptor of a folder, for the length of a block.
+
+    An object, so that Ctrl-C in the moment before or after the block doesn't leave it open, and the folder locked.
+    """
+
+    _descriptor: int | None = None
+
+    def __init__(self, folder: Path):
+        with interrupts_held():
+            self._descriptor = os.open(folder, os.O_RDONLY)
+
+    def __enter__(self) -> int:
+        return self._descriptor
+
+    def __exit__(self, *error: object) -> None:
+        # Ctrl-C comes when a function begins, loops, or has called another: not between the next line and the closing
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    __del__ = __exit__

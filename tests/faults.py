@@ -13,6 +13,9 @@ import functools
 import os
 import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +41,9 @@ UNFAILING = frozenset(
 UNFAILING |= {"_set_grad_enabled", "is_grad_enabled", "list.remove"}
 #: by which contextlib enters and leaves blocks; what they run may fail, and is looked at by itself
 UNFAILING |= {"next", "generator.throw", "generator.close"}
+
+#: closes the file even where it returns an error
+UNFAILING_FUNCTIONS = (os.close,)
 
 
 class Fault(BaseException):
@@ -67,6 +73,8 @@ class Outcome:
     where: str
     #: what the caller got to see; None if the action ended as if nothing had been
     error: BaseException | None
+    #: whether Ctrl-C is handled as before
+    handler_kept: bool = True
 
     def __bool__(self) -> bool:
         return bool(self.where)
@@ -93,8 +101,33 @@ def run_with_fault(
             raise
         error = raised
     finally:
+        kept = signal.getsignal(signal.SIGINT) is handler
         signal.signal(signal.SIGINT, handler)
-    return Outcome(where, error)
+    return Outcome(where, error, kept)
+
+
+def run_with_ctrl_c(action: Callable[[], object], delay: float) -> Outcome:
+    """Runs ``action`` and presses Ctrl-C ``delay`` seconds after it has begun: a real signal, which comes anywhere.
+
+    False in a condition if the action had ended by then.
+    """
+    handler, ended, error = signal.getsignal(signal.SIGINT), False, None
+    pressing = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        pressing.start()
+        action()
+        ended = True
+        pressing.join()
+        time.sleep(0.001)  # in which a signal that was just sent is delivered
+    except KeyboardInterrupt as raised:
+        error = raised
+    kept = signal.getsignal(signal.SIGINT) is handler
+    pressing.join()
+    if ended and error is not None:
+        return Outcome("", None, kept)
+    # where Python can't raise, such as while an object is destroyed, Ctrl-C is reported and forgotten
+    last = "nowhere" if error is None else _place(list(traceback.walk_tb(error.__traceback__))[-1][0])
+    return Outcome(f"{last}, after {delay * 1e3:.2f} ms", error, kept)
 
 
 def list_steps(action: Callable[[], object], unit: str = "line") -> list[str]:
@@ -116,7 +149,9 @@ def _watch(action: Callable[[], object], unit: str, at_step: Callable[[str], Non
         return trace
 
     def profile(frame, event, argument):
-        if event != "c_call" or not UNFAILING.isdisjoint((argument.__name__, argument.__qualname__)):
+        if event != "c_call" or argument in UNFAILING_FUNCTIONS:
+            return
+        if not UNFAILING.isdisjoint((argument.__name__, argument.__qualname__)):
             return
         path = frame.f_code.co_filename
         inside = path.startswith(PACKAGE)

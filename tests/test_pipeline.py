@@ -96,7 +96,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def unet(**config) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+    small = dict(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -106,8 +106,8 @@ def unet(**config) -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
-        **config,
     )
+    return UNet2DConditionModel(**(small | config))
 
 
 def stable_diffusion() -> StableDiffusionPipeline:

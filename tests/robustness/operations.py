@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     save_adapter,
     set_strength,
+    together,
+    turns,
     verify_hotswap,
 )
 
@@ -48,6 +52,8 @@ class Case:
     changes: bool = True
     #: states of its own on the way that are whole, too: made by these actions
     stations: tuple[Callable[[], object], ...] = field(default=())
+    #: locks that nobody holds afterwards, beside those that are found by themselves
+    locks: tuple = ()
 
 
 # ---- what is compared
@@ -102,6 +108,32 @@ def _plain(value: object) -> object:
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return value
     return type(value).__qualname__
+
+
+def held(locks: tuple) -> list[str]:
+    """The locks that this thread still holds: whoever comes next, from another thread, would wait for ever."""
+    found = [f"{lock}" for lock in locks if lock._is_owned()]
+    for base, turn in list(turns._turns.items()):
+        named = {"swap": turn.swap, "gate": turn.gate, **{name: lock for lock, name in turn.inside()}}
+        found += [f"{name} of {type(base).__name__}" for name, lock in named.items() if lock._is_owned()]
+        found += [f"{turn.closing} closing {type(base).__name__}"] * (turn.closing != 0)
+    return found + [f"a folder's {lock}" for lock in together._in_this_process if lock.locked()]
+
+
+def surroundings() -> dict:
+    """What an operation must leave alone outside of its models: the process's settings, threads, and open files."""
+    return dict(
+        environment=dict(os.environ),
+        folder=os.getcwd(),
+        patience=turns._patience.get(),
+        gradients=torch.is_grad_enabled(),
+        inference=torch.is_inference_mode_enabled(),
+        dtype=torch.get_default_dtype(),
+        randomness=torch.get_rng_state().numpy().tobytes(),
+        filters=list(warnings.filters),
+        threads=threading.active_count(),
+        files=len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None,
+    )
 
 
 def files_in(folder: Path) -> dict[str, bytes | None]:
@@ -575,6 +607,7 @@ def _pool(name, shelf):
             (model,),
             extra=lambda: pool_state(pool),
             check=check,
+            locks=(pool._lock,),
             changes=not stations and name != "pool.rows",
             stations=tuple(lambda station=station: station(pool, new) for station in stations),
         )
@@ -598,25 +631,36 @@ def _pipelines():
     return test_pipeline
 
 
-def _attention(pipelines, **kwargs):
-    parts = {"unet": ("to_q",), "text_encoder": ("q_proj",)}
-    return pipelines.lora(pipelines.SD, parts=parts, **kwargs)
+def _small_pipelines(pipelines):
+    """Pipelines with few layers, since each of them is many more steps; and a LoRA on four of these, and one on two."""
+
+    def make_random():
+        pipe = pipelines.stable_diffusion()
+        blocks = dict(down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))
+        pipe.unet = pipelines.unet(cross_attention_dim=16, block_out_channels=(8,), mid_block_type=None, **blocks)
+        return pipe
+
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.{}.to_q".format
+    more = {"unet": (attention("attn1"), attention("attn2")), "text_encoder": ("q_proj",)}
+    fewer = {"unet": (attention("attn1"),), "text_encoder": ("layers.1.self_attn.q_proj",)}
+    kind = pipelines.Kind(make_random, more)
+    return kind, pipelines.lora(kind, rank=4), pipelines.lora(kind, seed=2, rank=2, parts=fewer)
 
 
 @operation("hotswap_pipeline", False)
 @operation("hotswap_pipeline: prepared", True)
 def _swap_pipeline(prepared, shelf):
     pipelines = _pipelines()
-    old, new = _attention(pipelines, rank=4), _attention(pipelines, seed=2, rank=2)
+    kind, old, new = _small_pipelines(pipelines)
 
     def case():
-        pipe = pipelines.SD.loaded(dict(old))
+        pipe = kind.loaded(dict(old))
         if prepared:
             hotswap_lab.prepare_pipeline_for_compiled_hotswap(pipe, [new])
         return Case(
             lambda: hotswap_lab.hotswap_pipeline(pipe, new, "style"),
             (pipe.unet, pipe.text_encoder),
-            check=lambda: pipelines.assert_like_fresh(pipe, pipelines.SD.loaded(dict(new)), pipelines.SD),
+            check=lambda: pipelines.assert_like_fresh(pipe, kind.loaded(dict(new)), kind),
         )
 
     return case
@@ -625,14 +669,14 @@ def _swap_pipeline(prepared, shelf):
 @operation("prepare_pipeline")
 def _prepare_pipeline(shelf):
     pipelines = _pipelines()
-    old, new = _attention(pipelines, rank=4), _attention(pipelines, seed=2, rank=2)
+    kind, old, new = _small_pipelines(pipelines)
 
     def case():
-        pipe = pipelines.SD.loaded(dict(old))
+        pipe = kind.loaded(dict(old))
         return Case(
             lambda: hotswap_lab.prepare_pipeline_for_compiled_hotswap(pipe, [new], target_rank=7),
             (pipe.unet, pipe.text_encoder),
-            check=lambda: pipelines.assert_like_fresh(pipe, pipelines.SD.loaded(dict(old)), pipelines.SD),
+            check=lambda: pipelines.assert_like_fresh(pipe, kind.loaded(dict(old)), kind),
         )
 
     return case

@@ -5,6 +5,8 @@ form raises at each line of what writes, and at some lines of what reads and dec
 The long form: every step of every operation, with the kinds of errors in turn; with ``--kinds 5`` each kind at each::
 
     python tests/robustness/test_faults.py [--only NAME] [--kinds 1] [--deep 200]
+
+And with ``--ctrl-c 500`` real signals instead, which also come where nothing of Python's is about to run.
 """
 
 from __future__ import annotations
@@ -13,8 +15,12 @@ import argparse
 import collections
 import contextlib
 import faulthandler
+import functools
+import gc
 import itertools
 import os
+import random
+import signal
 import sys
 import tempfile
 import threading
@@ -29,8 +35,8 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-from faults import FAULTS, list_steps, run_with_fault
-from operations import OPERATIONS, Case, Shelf, contents, identities
+from faults import FAULTS, Outcome, list_steps, run_with_ctrl_c, run_with_fault
+from operations import OPERATIONS, Case, Shelf, contents, held, identities, surroundings
 
 #: the modules whose first line says that what was decided is being written from here on
 WRITING = ("journal.py", "together.py")
@@ -74,29 +80,59 @@ class Hunt:
 
     def run(self, step: int, kind: str, unit: str) -> None:
         """One fault, and a look at what it has left behind."""
-        threads, randomness = threading.active_count(), torch.get_rng_state()
+        around = surroundings()
         outcome = run_with_fault(self.case.action, step, FAULTS[kind], unit)
+        self._look(outcome, around, kind, f"{kind} at {unit} {step}")
+
+    def interrupt(self, delay: float) -> None:
+        """The same with a real Ctrl-C, after so many seconds."""
+        around = surroundings()
+        self._look(run_with_ctrl_c(self.case.action, delay), around, "Ctrl-C", "Ctrl-C")
+
+    def duration(self) -> float:
+        """How long the operation takes, in seconds."""
+        case = self.make()
+        start = time.perf_counter()
+        case.action()
+        return time.perf_counter() - start
+
+    def _look(self, outcome: Outcome, around: dict, kind: str, what: str) -> None:
         if not outcome:
             self.counts["no such step"] += 1
             self._renew()
             return
-        what = f"{kind} at {unit} {step}, {outcome.where}"
+        what = f"{what}, {outcome.where}"
         now = self._contents(self.case)
         if now == self.before and self._objects() == self.objects:
             assert outcome.error is not None or not self.case.changes, f"{what}: ended well, and did nothing"
-            assert torch.equal(torch.get_rng_state(), randomness), f"{what}: random numbers were drawn"
-            self.counts["before"] += 1
+            assert surroundings()["randomness"] == around["randomness"], f"{what}: random numbers were drawn"
+            ended = "before"
         elif any(self._is_at(goal, now) for goal in self.goals):
-            self.counts["after"] += 1
-            self._renew()
+            ended = "after"
         else:
             raise AssertionError(f"{what}: in between\n" + "\n".join(self._differences(now))) from outcome.error
-        self.counts[kind] += 1
-        self.counts["all"] += 1
-        assert torch.is_grad_enabled(), f"{what}: without gradients"
-        assert not torch.is_inference_mode_enabled(), f"{what}: in inference mode"
-        assert threading.active_count() <= threads, f"{what}: left {threading.enumerate()}"
+        self.counts.update((ended, kind, "all"))
+        assert not (locks := held(self.case.locks)), f"{what}: left locks behind: {locks}"
+        assert outcome.handler_kept, f"{what}: Ctrl-C is not handled as before"
         del outcome, now
+        self._look_around(around, ended, what)
+        if ended == "after":
+            self._renew()
+
+    def _look_around(self, around: dict, ended: str, what: str) -> None:
+        """At what is no part of the model."""
+        now = surroundings()
+        if now["files"] != around["files"] or now["threads"] != around["threads"]:
+            gc.collect()  # what hangs on the error's traceback
+            now = surroundings()
+        if ended == "after":
+            now["randomness"] = around["randomness"]  # a prepared model's dropouts, and the like, may draw some
+        assert now["files"] is None or now["files"] <= around["files"], f"{what}: left files open"
+        assert now["threads"] <= around["threads"], f"{what}: left {threading.enumerate()}"
+        for same in ("files", "threads"):
+            now[same] = around[same]
+        differences = "\n".join(_differences(around, now))
+        assert not differences, f"{what}: around the model\n{differences}"
         assert not list(self.temporary.iterdir()), f"{what}: left {list(self.temporary.iterdir())}"
 
     @staticmethod
@@ -192,14 +228,33 @@ def test_a_fault_at_every_step(name, tmp_path):
     assert hunt.counts["all"] >= 10, hunt.counts
 
 
+def _faults(hunt: Hunt, arguments: argparse.Namespace) -> Iterator[Callable[[], None]]:
+    kinds = itertools.cycle(FAULTS)
+    for unit in ("line", "call", "deep"):
+        places = hunt.places(unit)
+        steps = list(range(1, len(places) + 1))
+        steps = _some(steps, arguments.deep) if unit == "deep" else steps
+        for step in chosen(places, unit) if arguments.short else steps:
+            for kind in itertools.islice(kinds, arguments.kinds):
+                yield functools.partial(hunt.run, step, kind, unit)
+
+
+def _signals(hunt: Hunt, count: int) -> Iterator[Callable[[], None]]:
+    duration, moments = sorted(hunt.duration() for _ in range(5))[2], random.Random(0)
+    for _ in range(count):
+        yield functools.partial(hunt.interrupt, moments.uniform(0, duration))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="An error at every step of every operation.")
     parser.add_argument("--only", nargs="*", default=list(OPERATIONS), help="names of operations")
     parser.add_argument("--kinds", type=int, default=1, help="how many kinds of errors at each step, in turn")
     parser.add_argument("--short", action="store_true", help="the steps that the tests take")
+    parser.add_argument("--ctrl-c", type=int, default=0, help="only these: real signals, at so many random moments")
     parser.add_argument("--deep", type=int, default=200, help="at how many C calls outside of the package")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background of a shell ignores it
     total: collections.Counter = collections.Counter()
     failures = 0
     for name in arguments.only:
@@ -208,24 +263,19 @@ def main() -> None:
             shelf = Path(folder, "shelf")
             shelf.mkdir()
             hunt = Hunt(OPERATIONS[name](Shelf(shelf)), temporary)
-            kinds, found = itertools.cycle(FAULTS), []
-            for unit in ("line", "call", "deep"):
-                places = hunt.places(unit)
-                steps = list(range(1, len(places) + 1))
-                steps = _some(steps, arguments.deep) if unit == "deep" else steps
-                for step in chosen(places, unit) if arguments.short else steps:
-                    for kind in itertools.islice(kinds, arguments.kinds):
-                        faulthandler.dump_traceback_later(600)  # says where, if this one hangs
-                        try:
-                            hunt.run(step, kind, unit)
-                        except AssertionError as error:
-                            found.append(str(error))
-                            torch.set_grad_enabled(True)
-                            hunt._renew()
+            found = []
+            for fault in _signals(hunt, arguments.ctrl_c) if arguments.ctrl_c else _faults(hunt, arguments):
+                faulthandler.dump_traceback_later(600)  # says where, if this one hangs
+                try:
+                    fault()
+                except AssertionError as error:
+                    found.append(str(error))
+                    torch.set_grad_enabled(True)
+                    hunt._renew()
             hunt.finish()
         total += hunt.counts
         failures += len(found)
-        kinds = ", ".join(f"{kind} {hunt.counts[kind]}" for kind in FAULTS)
+        kinds = ", ".join(f"{kind} {hunt.counts[kind]}" for kind in (*FAULTS, "Ctrl-C") if hunt.counts[kind])
         counts = (
             f"{hunt.counts['all']:7,} faults: {hunt.counts['before']:,} as before, {hunt.counts['after']:,} as after"
         )
