@@ -19,6 +19,7 @@ from .base_values import lost_originals, note_lost
 from .building import give_memory
 from .errors import HotswapError, refuse
 from .grafting import Grafting, forget_places, note_former_layers
+from .interrupts import let_through
 from .journal import Journal
 from .merging import merged_beside, merged_where_read
 from .parts import SlotTensor
@@ -113,6 +114,7 @@ def _commit_together(plans: Sequence[Plan], bases: Sequence[torch.nn.Module]) ->
             _warn_of_recompiling(plan)
     _check_fresh(plans)
     staged = [_stage(plan) for plan in plans]
+    let_through()
     targets = [target for each in staged for target in each.targets]
     sources = [source for each in staged for source in each.sources]
     journal = Journal()

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from .adapter import Adapter
 from .commit import commit
 from .host import find_host
+from .interrupts import interrupts_held
 from .plan import Plan
 from .planning import make_plan
 from .room import slot_for
@@ -182,7 +183,7 @@ def plan_hotswap(
     pass add_layers=True to add them, or load first the adapter that targets most layers
     """
     adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs)
-    with undisturbed(find_host(model, adapter_name)):
+    with interrupts_held(), undisturbed(find_host(model, adapter_name)):
         return make_plan(slot_for(model, adapter_name), adapter, add_layers=add_layers, base_weights=base_weights)
 
 

@@ -1,39 +1,171 @@
-"""Ctrl-C waits until a write is complete."""
+"""Ctrl-C comes when it does no harm.
+
+Python delivers the signal between any two steps of a program, also where a ``with`` block is just being left: what its
+end should have put back stays as it is then, such as torch's modes, for which the error leaves a guard behind that
+switches gradients off whenever it happens to be collected. Hence what changes a model, or anything else of the user's,
+holds Ctrl-C back, and lets it through at moments of its own choice: between two steps (:func:`let_through`), and
+while it calls for what may take long and is not its own (:class:`interruptible`).
+
+Only the main thread receives signals. Elsewhere, and under handlers that weren't installed from Python, all of this
+does nothing.
+"""
 
 from __future__ import annotations
 
 # what the module `signal` wraps: its conversions to and from enums take longer than the rest of a small swap's Python
 import _signal
+import _thread
 import contextlib
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
+from types import FrameType
 
 SIGINT = int(_signal.SIGINT)
 
+#: the frames in which contextlib enters and leaves the block of a generator
+_ENTERING = contextlib._GeneratorContextManager.__enter__.__code__
+_LEAVING = contextlib._GeneratorContextManager.__exit__.__code__
+#: seconds after which Ctrl-C that came while a block was entered comes again, in the block
+SOON = 0.001
 
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[list]:
-    """Holds KeyboardInterrupt back while the block runs (some milliseconds), then lets it through.
 
-    Python delivers the signal between any two steps of a program, so without this it could hit after the last
-    write of a swap, when there is nothing left to undo but a failure to report. Only the main thread receives
-    the signal; elsewhere, and under handlers that weren't installed from Python, nothing needs to be done. The block
-    gets a list of what was held back so far, so that one that waits for something can give up.
+class _Hold:
+    """The outermost block that holds Ctrl-C back."""
 
+    def __init__(self, previous: Callable):
+        self.previous = previous
+        self.received: list[tuple] = []
+        #: how many blocks are under way that have to come to their end
+        self.firm = 0
+        self.over = False
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler of the signal meanwhile."""
+        self.received.append((number, frame))
+
+    def deliver(self) -> None:
+        if self.received:
+            first = self.received[0]
+            self.received.clear()
+            self.previous(*first)
+
+
+#: of the main thread
+_hold: _Hold | None = None
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+class interrupts_held:  # noqa: N801 - used as a function
+    """Holds KeyboardInterrupt back while the block runs, then lets it through. May be nested.
+
+    Parameters
+    ----------
+    firmly:
+        Whether the block has to come to its end: nothing in it lets Ctrl-C through.
+
+    Examples
+    --------
     >>> with interrupts_held():
     ...     done = True
     >>> done
     True
     """
-    previous = _signal.getsignal(SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield []
-        return
-    received: list[tuple] = []
-    _signal.signal(SIGINT, lambda number, frame: received.append((number, frame)))
-    try:
-        yield received
-    finally:
-        _signal.signal(SIGINT, previous)
-        if received:
-            previous(*received[0])
+
+    __slots__ = ("_firmly", "_hold", "_is_outermost")
+
+    def __init__(self, firmly: bool = False):
+        self._firmly = firmly
+        self._hold: _Hold | None = None
+        self._is_outermost = False
+
+    def __enter__(self) -> None:
+        global _hold
+        if not _is_main():
+            return
+        hold = _hold
+        if hold is None:
+            previous = _signal.getsignal(SIGINT)
+            if not callable(previous):
+                return
+            hold = _Hold(previous)
+            _signal.signal(SIGINT, hold.note)
+            _hold = hold
+            self._is_outermost = True
+        self._hold = hold
+        hold.firm += self._firmly
+
+    def __exit__(self, *error: object) -> None:
+        global _hold
+        hold = self._hold
+        if hold is None:
+            return
+        hold.firm -= self._firmly
+        if self._is_outermost:
+            hold.over = True
+            _hold = None
+            _signal.signal(SIGINT, hold.previous)
+            hold.deliver()
+
+
+def let_through() -> None:
+    """A moment at which Ctrl-C may end what is being done: raises KeyboardInterrupt if it was pressed by now.
+
+    >>> let_through()
+    """
+    hold = _hold
+    if hold is not None and hold.received and not hold.firm and _is_main():
+        hold.deliver()
+
+
+class interruptible:  # noqa: N801 - used as a function
+    """A block in a block that holds Ctrl-C back, in which it comes at any time: for reading files, and for waiting.
+
+    Parameters
+    ----------
+    yielding:
+        Whether the block is around the ``yield`` of a context manager, and hence the user's. Ctrl-C that comes when it
+        is just being entered comes a moment later then, and when it is being left, at the end of the context manager:
+        else the block would be over, and the context manager not.
+
+    Examples
+    --------
+    >>> with interrupts_held():
+    ...     with interruptible():
+    ...         content = "is read"
+    """
+
+    def __init__(self, yielding: bool = False):
+        self._generator = sys._getframe(1) if yielding else None
+        self._suspended: _Hold | None = None
+
+    def __enter__(self) -> None:
+        global _hold
+        let_through()
+        if _hold is None or _hold.firm or not _is_main():
+            return
+        self._suspended, _hold = _hold, None
+        _signal.signal(SIGINT, self._suspended.previous if self._generator is None else self._raise_in_block)
+
+    def __exit__(self, *error: object) -> None:
+        global _hold
+        self._generator = None
+        if self._suspended is not None and not self._suspended.over:
+            _signal.signal(SIGINT, self._suspended.note)
+            _hold = self._suspended
+
+    def _raise_in_block(self, number: int, frame: FrameType | None) -> None:
+        each = frame
+        while each is not None:
+            around = each.f_code in (_ENTERING, _LEAVING) and each.f_locals["self"].gen.gi_frame is self._generator
+            if around and each.f_code is _ENTERING:
+                threading.Timer(SOON, _thread.interrupt_main).start()
+                return
+            if around or each is self._generator:
+                self._suspended.note(number, frame)
+                return
+            each = each.f_back
+        self._suspended.previous(number, frame)

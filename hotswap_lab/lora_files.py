@@ -23,6 +23,7 @@ from .adapter import Adapter
 from .compiled import unwrap_compiled
 from .errors import HotswapError, listing, refuse
 from .expressions import slow_to_match
+from .interrupts import interruptible, interrupts_held
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -108,10 +109,11 @@ def read_pipeline_lora(
         raise TypeError(f"arguments for loading a new adapter, which this doesn't do: {', '.join(wrong)}")
     label = "a state dict" if isinstance(source, Mapping) else os.fspath(source)
     file_arguments = {name: kwargs.pop(name) for name in FILE_ARGUMENTS if name in kwargs}
-    tensors, metadata = _read_file(source, label, file_arguments)
+    with interruptible():
+        tensors, metadata = _read_file(source, label, file_arguments)
     _check_raw(tensors, label)
     reading = _Reading(pipe, label, metadata)
-    with torch.no_grad():
+    with interrupts_held(), torch.no_grad():
         reading.run(tensors, kwargs)
     reading.check()
     adapters = {}

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .adapter import Adapter, load_config
 from .errors import HotswapError, refuse
+from .interrupts import interruptible, interrupts_held, let_through
 from .journal import Journal
 from .merging import merged
 from .methods import lora
@@ -177,6 +178,7 @@ class AdapterPool:
             self._room = room_of(base, adapter_name)
             try:
                 for name, source in tqdm(adapters.items(), desc="packing", unit="adapter", disable=not progress):
+                    let_through()
                     self.add(name, source)
                 self._recognise()
             except BaseException:
@@ -274,14 +276,15 @@ class AdapterPool:
         """
         self._check_free(name)
         entry = _Entry(name, _path(source), stamp=_stamp(source))
-        # reading may take long, and swaps must not have to wait for it
-        adapter = _read(source, self._hub)
-        entry.revision = adapter.revision
-        packed = self._pack(name, adapter, check_targets=not isinstance(source, tuple))
-        with self._lock:
-            self._check_free(name)
-            self._keep(entry, packed)
-            self._entries[name] = entry
+        with interrupts_held():
+            # reading may take long, and swaps must not have to wait for it
+            adapter = _read(source, self._hub)
+            entry.revision = adapter.revision
+            packed = self._pack(name, adapter, check_targets=not isinstance(source, tuple))
+            with self._lock:
+                self._check_free(name)
+                self._keep(entry, packed)
+                self._entries[name] = entry
 
     def _check_free(self, name: str) -> None:
         if name in self._entries:
@@ -384,7 +387,7 @@ class AdapterPool:
         packed = entry.packed
         if packed is None:
             loading, entry.loading = entry.loading, None
-            packed = loading.result() if loading is not None else self._load(entry)
+            packed = _result(loading) if loading is not None else self._load(entry)
             with self._lock:
                 self._keep(entry, packed)
         return packed
@@ -479,17 +482,15 @@ class AdapterPool:
             former, history = self._state(), list(self._history)
             self.swap(name, strength)
             try:
-                yield self
+                with interruptible(yielding=True):
+                    yield self
             finally:
-                try:
+                with without_limit():  # the block is left for good: its adapter must not stay
                     self._put_back(former, history)
-                except KeyboardInterrupt:
-                    self._put_back(former, history)  # the block is left for good: its adapter must not stay
-                    raise
 
     def _put_back(self, former: _State, history: list[_State]) -> None:
         packed = self._packed_of(former)
-        with without_limit(), self._write_access():
+        with self._write_access():
             self._check_room()
             self._write(packed, former.strength, history)
 
@@ -618,7 +619,13 @@ def _read(source: object, hub: Mapping[str, object]) -> Adapter:
         return source
     if isinstance(source, tuple):
         return Adapter.from_state_dict(*source)
-    return Adapter.load(source, **hub)
+    with interruptible():
+        return Adapter.load(source, **hub)
+
+
+def _result(loading: Future) -> Packed:
+    with interruptible():
+        return loading.result()
 
 
 def _family_member(source: object, hub: Mapping[str, object]) -> Adapter:

@@ -25,6 +25,7 @@ from .compiled import blind_spot, compiled_parts, is_compiled
 from .errors import HotswapError, Refusal, listing, refuse
 from .expressions import slow_to_match
 from .host import canonical_path, carriers
+from .interrupts import let_through
 from .journal import Journal
 from .merging import merged_beside
 from .methods import general, lora
@@ -163,6 +164,7 @@ def _make_room(
     if refusals:
         raise HotswapError(*refusals)
     for preparation in preparations:
+        let_through()
         _stage(preparation)
     if not may_be_compiled and any(preparation.room for preparation in preparations):
         _check_compiled(model, "error")

@@ -20,6 +20,7 @@ from .compiled import COMPILED
 from .errors import HotswapError, refuse
 from .grafting.wrappers import WRAPPERS, has_adapter, is_table
 from .host import PEFT_PREFIX, Host, canonical_path, is_embedding
+from .interrupts import interrupts_held
 from .methods import general
 from .shards import local_part, whole
 from .slot import Slot, resolve_slot
@@ -74,7 +75,7 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
     this one also serves models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
     """
     resolve_slot(model, adapter_name)  # says so if there is none
-    with in_use(model):
+    with interrupts_held(), in_use(model):
         slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
         _check_padding(slot)
         _check_carrier(slot)

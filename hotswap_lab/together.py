@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .interrupts import interrupts_held
+from .interrupts import interrupts_held, let_through
 
 try:
     import fcntl
@@ -34,6 +34,9 @@ PREFIX = ".hotswap-save-"
 FORMER, NEW, NOW = "former", "new", "now"
 #: seconds after which nobody works in such a folder any more, where there are no locks to tell
 OLD = 3600
+
+#: how long a saver that waits for another one sleeps before it looks again, in seconds
+NAP = 0.02
 
 #: for threads that save to one folder; a few locks serve all folders
 _in_this_process = [threading.Lock() for _ in range(64)]
@@ -67,7 +70,11 @@ def replace_together(folder: str | os.PathLike, write: Callable[[Path], object])
     Where no symbolic links can be made (Windows without developer mode, FAT), the files are renamed one after the
     other: an error still leaves all old ones, but a process that is killed between two renames leaves a mixture.
     """
-    folder = Path(folder).absolute()
+    with interrupts_held():
+        _replace_together(Path(folder).absolute(), write)
+
+
+def _replace_together(folder: Path, write: Callable[[Path], object]) -> None:
     made: list[Path] = []
     try:
         for each in reversed([folder, *folder.parents]):
@@ -81,8 +88,7 @@ def replace_together(folder: str | os.PathLike, write: Callable[[Path], object])
                 _replace(folder, stage, write)
                 _settle(folder, stage, alone)
             except BaseException:
-                with interrupts_held():
-                    _settle(folder, stage, alone)
+                _settle(folder, stage, alone)
                 raise
     except BaseException:
         for each in reversed(made):
@@ -95,6 +101,7 @@ def _replace(folder: Path, stage: Path, write: Callable[[Path], object]) -> None
     for each in (stage, stage / FORMER, stage / NEW):
         each.mkdir()
     write(stage / NEW)
+    let_through()
     names = sorted(path.name for path in (stage / NEW).iterdir())
     for name in names:
         _sync(stage / NEW / name)
@@ -194,38 +201,36 @@ def _locked(folder: Path) -> Iterator[bool]:
 
     Gives False where only the threads of this process can be held off.
     """
-    with _in_this_process[hash(os.path.realpath(folder)) % len(_in_this_process)]:
+    lock = _in_this_process[hash(os.path.realpath(folder)) % len(_in_this_process)]
+    while not lock.acquire(timeout=NAP):
+        let_through()
+    try:
         if fcntl is None:
             yield False
             return
         with _opened(folder) as descriptor:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                alone = True
-            except OSError:  # a network drive may have no locks
-                alone = False
-            yield alone
+            yield _is_locked(descriptor)
+    finally:
+        lock.release()
 
 
-class _opened:  # noqa: N801 - used as a function
-    """The descriptor of a folder, for the length of a block.
+def _is_locked(descriptor: int) -> bool:
+    """Waits for the lock of a folder; False if there are no locks."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            let_through()
+            time.sleep(NAP)
+        except OSError:  # a network drive may have none
+            return False
 
-    An object, so that Ctrl-C in the moment before or after the block doesn't leave it open, and the folder locked.
-    """
 
-    _descriptor: int | None = None
-
-    def __init__(self, folder: Path):
-        with interrupts_held():
-            self._descriptor = os.open(folder, os.O_RDONLY)
-
-    def __enter__(self) -> int:
-        return self._descriptor
-
-    def __exit__(self, *error: object) -> None:
-        # Ctrl-C comes when a function begins, loops, or has called another: not between the next line and the closing
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
-
-    __del__ = __exit__
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

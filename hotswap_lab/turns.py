@@ -24,7 +24,7 @@ import torch
 
 from .errors import HotswapError, Refusal, listing, refuse
 from .host import Host, carriers
-from .interrupts import interrupts_held
+from .interrupts import interrupts_held, let_through
 
 #: how long a swap sleeps before it looks whether Ctrl-C was pressed meanwhile, in seconds
 NAP = 0.02
@@ -89,7 +89,7 @@ class Turn:
         # first the lock, then the look at the gate: a swap that closes it later finds the lock
         lock = self.lock
         if self.closing and not lock._is_owned():
-            with self.gate:
+            with _taken([(self.gate, None)]):
                 pass
         return lock
 
@@ -204,12 +204,13 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_limit() -> Iterator[None]:
-    """What has to be put back is put back, however long that takes to begin."""
-    token = _patience.set(None)
-    try:
-        yield
-    finally:
-        _patience.reset(token)
+    """What has to be put back is put back, however long that takes to begin, and whatever is pressed meanwhile."""
+    with interrupts_held(firmly=True):
+        token = _patience.set(None)
+        try:
+            yield
+        finally:
+            _patience.reset(token)
 
 
 def bases_of(model: object) -> list[torch.nn.Module]:
@@ -231,51 +232,64 @@ def bases_of(model: object) -> list[torch.nn.Module]:
     return bases
 
 
-def swaps_of(*bases: torch.nn.Module) -> AbstractContextManager:
-    """Holds the other threads' swaps back: from planning on, what is decided stays true. Computing goes on."""
+def swaps_of(*bases: torch.nn.Module) -> AbstractContextManager[None]:
+    """Holds the other threads' swaps back: from planning on, what is decided stays true. Computing goes on.
+
+    Ctrl-C ends the waiting; once inside, it comes only where it is let through.
+    """
     turns = [_turn(base) for base in _in_order(bases)]
     for turn in turns:
         turn.check_outside()
-    locks = [turn.swap for turn in turns]
-    if _patience.get() is not None:
-        return _Several(locks, _patience.get())
-    return locks[0] if len(locks) == 1 else _Several(locks)
+    return _taken([(turn.swap, None) for turn in turns], _deadline())
+
+
+def _deadline() -> float | None:
+    patience = _patience.get()
+    return None if patience is None else time.monotonic() + patience
+
+
+@contextlib.contextmanager
+def _taken(locks: list[tuple[threading.RLock, str | None]], deadline: float | None = None) -> Iterator[None]:
+    with interrupts_held():
+        taken: list[threading.RLock] = []
+        try:
+            for lock, name in locks:
+                _take(lock, name, deadline, taken)
+            yield
+        finally:
+            for lock in reversed(taken):
+                lock.release()
 
 
 @contextlib.contextmanager
 def writing(*bases: torch.nn.Module) -> Iterator[None]:
     """Waits until nobody computes with the models, and holds everybody back for the length of the block.
 
-    Ctrl-C ends the waiting; once inside, it waits for the end of the block.
+    Ctrl-C ends the waiting; once inside, it comes only where it is let through.
     """
     turns = [_turn(base) for base in _in_order(bases)]
     for turn in turns:
         turn.check_outside()
-    patience = _patience.get()
-    deadline = None if patience is None else time.monotonic() + patience
-    while True:
-        with interrupts_held() as interrupted:
-            taken: list[threading.RLock] = []
-            closed: list[Turn] = []
-            try:
-                for turn in turns:
-                    _take(turn.swap, None, deadline, interrupted, taken)
-                    _take(turn.gate, None, deadline, interrupted, taken)
-                    closed.append(turn)
-                    turn.closing += 1
-                for turn in turns:
-                    for lock, name in turn.inside():
-                        if lock is not turn.lock:
-                            _take(lock, name, deadline, interrupted, taken)
-                yield
-                return
-            except _Interrupted:
-                pass  # leaving the block raises KeyboardInterrupt; a handler that doesn't has the swap wait on
-            finally:
-                for turn in closed:
-                    turn.closing -= 1
-                for lock in reversed(taken):
-                    lock.release()
+    deadline = _deadline()
+    with interrupts_held():
+        taken: list[threading.RLock] = []
+        closed: list[Turn] = []
+        try:
+            for turn in turns:
+                _take(turn.swap, None, deadline, taken)
+                _take(turn.gate, None, deadline, taken)
+                closed.append(turn)
+                turn.closing += 1
+            for turn in turns:
+                for lock, name in turn.inside():
+                    if lock is not turn.lock:
+                        _take(lock, name, deadline, taken)
+            yield
+        finally:
+            for turn in closed:
+                turn.closing -= 1
+            for lock in reversed(taken):
+                lock.release()
 
 
 def undisturbed(host: Host) -> AbstractContextManager[None]:
@@ -290,16 +304,11 @@ def undisturbed(host: Host) -> AbstractContextManager[None]:
     return writing(host.base) if changing else contextlib.nullcontext()
 
 
-class _Interrupted(BaseException):
-    """Ctrl-C was pressed while a swap waited."""
-
-
-def _take(lock, name: str | None, deadline: float | None, interrupted: list, taken: list) -> None:
+def _take(lock: threading.RLock, name: str | None, deadline: float | None, taken: list[threading.RLock]) -> None:
     taken.append(lock)  # first: a lock that is taken and then can't be noted would stay so for ever
     try:
         while not lock.acquire(blocking=False):
-            if interrupted:
-                raise _Interrupted
+            let_through()
             left = NAP if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 raise _busy([name] if name else [])
@@ -335,20 +344,14 @@ def _in_order(bases) -> list[torch.nn.Module]:
 class _Several:
     """Several locks as one, entered and left together."""
 
-    def __init__(self, locks: list, patience: float | None = None):
+    def __init__(self, locks: list[threading.RLock]):
         self._locks = locks
-        self._patience = patience
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Several:
         with contextlib.ExitStack() as stack:
             for lock in self._locks:
-                if self._patience is not None:
-                    if not lock.acquire(timeout=self._patience):
-                        raise _busy([])
-                    stack.callback(lock.release)
-                else:
-                    stack.enter_context(lock)
+                stack.enter_context(lock)
             self._stack = stack.pop_all()
         return self
 

@@ -28,7 +28,7 @@ from .grafting.guards import compilers_kept
 from .grafting.randomness import random_numbers_kept
 from .grafting.wrappers import WRAPPERS, inside
 from .host import PEFT_PREFIX, Host, canonical_path
-from .interrupts import interrupts_held
+from .interrupts import interruptible, interrupts_held
 from .saving import LoadedAlone, saved_tensors, write_adapter
 from .slot import Slot, resolve_slot
 from .turns import in_use
@@ -161,10 +161,17 @@ def verify_hotswap(
             next_step="pass inputs=... (a dict, a tuple or a tensor)",
         )
     make_base = base or (lambda: bare_base(slot.host))
-    with _as_folder(adapter) as folder, torch.no_grad(), in_use(model), _eval_mode(model):
+    with (
+        interrupts_held(),
+        _as_folder(adapter) as folder,
+        torch.no_grad(),
+        in_use(model),
+        _eval_mode(model),
+    ):
         slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
         live_outputs = _call(model, inputs)
-        fresh = make_base().eval()
+        with interruptible():
+            fresh = make_base().eval()
         base_outputs = _call(fresh, inputs)
         trainable = not slot.config.inference_mode
         with compilers_kept(), random_numbers_kept(slot.config):
@@ -224,7 +231,9 @@ def _check_active(slot: Slot) -> None:
 @contextlib.contextmanager
 def _as_folder(adapter: str | os.PathLike | Adapter) -> Iterator[str]:
     if not isinstance(adapter, Adapter):
-        yield find_folder(adapter)  # the very files: it is PEFT that reads them here
+        with interruptible():
+            folder = find_folder(adapter)
+        yield folder  # the very files: it is PEFT that reads them here
         return
     tensors = {_file_key(adapter, key): tensor.contiguous() for key, tensor in adapter.tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -246,12 +255,7 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = False
         yield
     finally:
-        try:
-            with interrupts_held():
-                _back_to_training(training)
-        except BaseException:
-            _back_to_training(training)  # Ctrl-C came in the moment before it was held back
-            raise
+        _back_to_training(training)
 
 
 def _back_to_training(modules: list[torch.nn.Module]) -> None:
@@ -260,12 +264,13 @@ def _back_to_training(modules: list[torch.nn.Module]) -> None:
 
 
 def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:
-    if isinstance(inputs, Mapping):
-        outputs = model(**inputs)
-    elif isinstance(inputs, torch.Tensor):
-        outputs = model(inputs)
-    else:
-        outputs = model(*inputs)
+    with interruptible():
+        if isinstance(inputs, Mapping):
+            outputs = model(**inputs)
+        elif isinstance(inputs, torch.Tensor):
+            outputs = model(inputs)
+        else:
+            outputs = model(*inputs)
     tensors = list(_float_tensors(outputs))
     return [tensor.detach().clone() for tensor in tensors]
 

@@ -1,6 +1,7 @@
 """Shared set-up: no network, few threads; and chapter 05 is skipped where its model is nowhere."""
 
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,3 +61,11 @@ def _compilers_are_given_back():
     """PEFT's BOFT names a C compiler in the environment and leaves it there; all that is compiled later is broken."""
     with compilers_kept():
         yield
+
+
+@pytest.fixture
+def python_sigint():
+    """Ctrl-C raises KeyboardInterrupt, as in a notebook's kernel. A process in the background of a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

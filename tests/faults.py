@@ -1,15 +1,20 @@
 """Faults at every step: runs something and raises at the n-th line of the package, or C call, that it comes to.
 
-Three kinds of steps. ``"line"``: a line of the package is about to run; Ctrl-C comes like that. ``"call"``: a line of
+Four kinds of steps. ``"line"``: a line of the package is about to run; Ctrl-C comes like that. ``"call"``: a line of
 the package is about to call something written in C, such as ``torch.empty``, ``copy_``, ``open`` or ``os.replace``,
 which fails instead. ``"deep"``: the same anywhere below the package: in PEFT, safetensors, torch, the standard library.
+At a ``"signal"`` step nothing is raised: the process sends itself the signal of Ctrl-C, and what becomes of that is up
+to the package. These are the steps where Python looks for signals: when a function begins or a generator goes on, and
+after calls of C functions, in the package and wherever blocks are entered and left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import errno
 import functools
+import inspect
 import os
 import signal
 import sys
@@ -32,8 +37,9 @@ STRANGERS = f"{os.sep}tqdm{os.sep}"
 #: what takes a failed write back is left alone: it is what is tested; and so is what takes temporary files away, of
 #: which something stays if it fails
 SPARED = frozenset({"roll_back", "_back_to_training", "cleanup"})
-#: what takes and gives back locks and signal handlers: no line of it can fail, and Ctrl-C is held back meanwhile
-HELD = frozenset({"interrupts_held", "writing", "_take", "__exit__"})
+#: what takes and gives back locks, modes and signal handlers: no line of it can fail, and Ctrl-C is held back meanwhile
+HELD = frozenset({"writing", "_take", "_taken", "_opened", "_locked", "_eval_mode", "__exit__"})
+HELD_FILES = ("interrupts.py",)
 #: C functions that can't fail: they take no memory, and ask no disk and no device
 UNFAILING = frozenset(
     {"__enter__", "__exit__", "release", "reset", "signal", "getsignal", "set_state", "setstate", "_is_owned"}
@@ -89,7 +95,10 @@ def run_with_fault(
     def at_step(place: str) -> None:
         nonlocal count, where, mine
         count += 1
-        if count == step and not _is_spared(sys._getframe(2)):
+        if count == step and unit == "signal":
+            where = place
+            signal.raise_signal(signal.SIGINT)
+        elif count == step and not _is_spared(sys._getframe(2)):
             where, mine = place, make()
             raise mine
 
@@ -97,7 +106,7 @@ def run_with_fault(
     try:
         _watch(action, unit, at_step)
     except BaseException as raised:
-        if mine is None:
+        if not where:
             raise
         error = raised
     finally:
@@ -142,7 +151,9 @@ def _watch(action: Callable[[], object], unit: str, at_step: Callable[[str], Non
 
     def trace(frame, event, argument):
         code = frame.f_code
-        if not code.co_filename.startswith(PACKAGE) or code.co_name in SPARED | HELD:
+        if not code.co_filename.startswith(PACKAGE) or code.co_filename.endswith(HELD_FILES):
+            return None
+        if code.co_name in SPARED | HELD:
             return None
         if event == "line" and frame.f_lasti not in _unreal(code):
             at_step(_place(frame))
@@ -158,12 +169,31 @@ def _watch(action: Callable[[], object], unit: str, at_step: Callable[[str], Non
         if inside if unit == "call" else not (inside or path.startswith(TESTS) or STRANGERS in path):
             at_step(f"{_place(frame)} {argument.__name__}")
 
-    switch, hook = (sys.settrace, trace) if unit == "line" else (sys.setprofile, profile)
+    def signals(frame, event, argument):
+        code = frame.f_code
+        inside = code.co_filename.startswith(PACKAGE) or code.co_name in ("__enter__", "__exit__")
+        if inside and (event == "c_return" or (event == "call" and not _may_be_closing(frame))):
+            at_step(_place(frame) + (f" after {argument.__name__}" if event == "c_return" else ""))
+
+    hooks = {"line": (sys.settrace, trace), "signal": (sys.setprofile, signals)}
+    switch, hook = hooks.get(unit, (sys.setprofile, profile))
     switch(hook)
     try:
         action()
     finally:
         switch(None)
+
+
+def _may_be_closing(frame) -> bool:
+    """Whether a generator may be going on only to be closed: Python doesn't look for signals then."""
+    if not frame.f_code.co_flags & inspect.CO_GENERATOR or frame.f_back.f_code.co_filename == contextlib.__file__:
+        return False
+    return frame.f_lasti >= _first_yield(frame.f_code)
+
+
+@functools.cache
+def _first_yield(code: CodeType) -> int:
+    return next(step.offset for step in dis.get_instructions(code) if step.opname in ("YIELD_VALUE", "SEND"))
 
 
 @functools.cache

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 
 import pytest
 import torch
@@ -17,16 +16,7 @@ from oracle import assert_equals_fresh_load, assert_untouched, snapshot
 
 import hotswap_lab
 from hotswap_lab import commit, hotswap_adapter, plan_hotswap
-from hotswap_lab.interrupts import interrupts_held
 from hotswap_lab.journal import Journal
-
-
-@pytest.fixture
-def _sigint():
-    """A process that was started in the background of a shell ignores SIGINT; a notebook's kernel doesn't."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_out_of_memory_while_staging(tmp_path, monkeypatch):
@@ -53,7 +43,7 @@ def test_out_of_memory_while_staging(tmp_path, monkeypatch):
     assert_equals_fresh_load(model, kind, new)
 
 
-@pytest.mark.usefixtures("_sigint")
+@pytest.mark.usefixtures("python_sigint")
 def test_a_real_interrupt_at_random_moments(tmp_path):
     """SIGINT from another thread, over and over: after each one the model is one adapter or the other."""
     kind = KINDS["llama"]
@@ -76,19 +66,6 @@ def test_a_real_interrupt_at_random_moments(tmp_path):
         output = call(model, kind.inputs())
         assert any(torch.equal(output, each) for each in expected)
     assert interrupts == 40
-
-
-@pytest.mark.usefixtures("_sigint")
-def test_interrupts_are_held_and_then_let_through():
-    reached = []
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the point is what runs before it is raised
-        with interrupts_held():
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.05)
-            reached.append("the end of the block")
-        reached.append("never")
-    assert reached == ["the end of the block"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_swaps_from_another_thread(tmp_path):

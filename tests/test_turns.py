@@ -336,7 +336,7 @@ def _stay(model, leave: threading.Event) -> None:
         leave.wait(30)
 
 
-@pytest.mark.usefixtures("_sigint")
+@pytest.mark.usefixtures("python_sigint")
 def test_ctrl_c_ends_the_waiting(model, folders, inside):
     before = snapshot(model)
     threading.Timer(MOMENT, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
@@ -352,7 +352,7 @@ def test_ctrl_c_ends_the_waiting(model, folders, inside):
         assert_equals_fresh_load(model, KIND, folders[name])
 
 
-@pytest.mark.usefixtures("_sigint")
+@pytest.mark.usefixtures("python_sigint")
 def test_a_handler_that_goes_on_lets_the_swap_wait_on(model, folders, inside):
     heard = []
     signal.signal(signal.SIGINT, lambda *_: heard.append(1))
@@ -361,15 +361,6 @@ def test_a_handler_that_goes_on_lets_the_swap_wait_on(model, folders, inside):
     hotswap_adapter(model, folders["new"], "default")
     assert heard == [1]
     assert_equals_fresh_load(model, KIND, folders["new"])
-
-
-@pytest.fixture
-def _sigint():
-    """Python's own handler, whatever the test runner has installed."""
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_an_error_inside_lets_go(model, folders):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
-from faults import list_steps, run_with_fault
 from models import KINDS, load, save_random_adapter
 from oracle import assert_untouched, snapshot
 
@@ -18,7 +15,6 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     verify_hotswap,
 )
-from hotswap_lab.verify import _eval_mode
 
 KIND = KINDS["linear"]
 
@@ -153,21 +149,3 @@ def test_an_adapter_that_is_not_there_is_refused_in_words(tmp_path):
 def test_a_long_list_of_mismatches_is_cut_short():
     verdict = Verification(difference=0.0, change=1.0, tolerance=1e-5, mismatches=tuple(map(str, range(72))))
     assert str(verdict).splitlines() == ["matches a fresh load: False", *"0123456789", "and 62 more, see `mismatches`"]
-
-
-@pytest.mark.parametrize("unit", ["line", "call"])
-def test_ctrl_c_while_the_training_mode_is_given_back(tmp_path, unit):
-    kind = KINDS["linear"]
-    folder = save_random_adapter(kind, tmp_path / "old", seed=1, r=4)
-    model = load(kind, folder).train()
-
-    def verify() -> None:
-        verify_hotswap(model, folder, inputs=kind.inputs())
-
-    places = list_steps(verify, unit)
-    source, first = inspect.getsourcelines(_eval_mode)
-    where = ("interrupts.py", *(f"verify.py:{first + number}" for number in range(len(source))))
-    last = max(number for number, place in enumerate(places) if place.startswith(where))
-    for step in range(last - 20, last + 20):
-        assert run_with_fault(verify, step, KeyboardInterrupt, unit)
-        assert all(module.training for module in model.modules()), places[step - 1]

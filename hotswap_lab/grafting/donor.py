@@ -15,6 +15,7 @@ from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from ..host import PEFT_PREFIX, Host, canonical_path
+from ..interrupts import let_through
 from ..turns import writing
 from .guards import compilers_kept, memory_guard, nothing_read
 from .randomness import random_numbers_kept, seeds_itself
@@ -67,6 +68,7 @@ def load_donor(
     half_precision:
         Whether the adapter keeps the precision of a half-precision base, as with ``autocast_adapter_dtype=False``.
     """
+    let_through()  # from here on it may take seconds
     stand_in = make_stand_in(host.base)
     versions = stand_in.versions()
     twins = dict(_named_tensors(stand_in.model))
@@ -96,6 +98,7 @@ def load_donor(
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
     if replication:
         model.peft_config[adapter_name].layer_replication = replication
+    let_through()
     unexpected, missing = _mismatches(model, tensors, adapter_name, result)
     return Donor(
         model.eval() if config.inference_mode else model,

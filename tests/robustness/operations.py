@@ -129,6 +129,7 @@ def surroundings() -> dict:
         gradients=torch.is_grad_enabled(),
         inference=torch.is_inference_mode_enabled(),
         dtype=torch.get_default_dtype(),
+        modes=torch._C._len_torch_function_stack(),
         randomness=torch.get_rng_state().numpy().tobytes(),
         filters=list(warnings.filters),
         threads=threading.active_count(),

@@ -38,12 +38,13 @@ import torch
 from faults import FAULTS, Outcome, list_steps, run_with_ctrl_c, run_with_fault
 from operations import OPERATIONS, Case, Shelf, contents, held, identities, surroundings
 
+UNITS = ("line", "call", "deep", "signal")
 #: the modules whose first line says that what was decided is being written from here on
 WRITING = ("journal.py", "together.py")
 #: in the short form, how many steps of each operation that come before writing
-BEFORE_WRITING = {"line": 25, "call": 15, "deep": 15}
+BEFORE_WRITING = {"line": 25, "call": 15, "deep": 15, "signal": 30}
 #: and how many after
-WHILE_WRITING = {"line": 90, "call": 50, "deep": 20}
+WHILE_WRITING = {"line": 90, "call": 50, "deep": 20, "signal": 60}
 
 
 class Hunt:
@@ -81,7 +82,8 @@ class Hunt:
     def run(self, step: int, kind: str, unit: str) -> None:
         """One fault, and a look at what it has left behind."""
         around = surroundings()
-        outcome = run_with_fault(self.case.action, step, FAULTS[kind], unit)
+        kind = "Ctrl-C" if unit == "signal" else kind
+        outcome = run_with_fault(self.case.action, step, FAULTS.get(kind), unit)
         self._look(outcome, around, kind, f"{kind} at {unit} {step}")
 
     def interrupt(self, delay: float) -> None:
@@ -214,13 +216,14 @@ def _some(items: list, count: int) -> list:
     return items[:: -(-len(items) // count)] if items else []
 
 
+@pytest.mark.usefixtures("python_sigint")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_fault_at_every_step(name, tmp_path):
     (tmp_path / "shelf").mkdir()
     with _quiet(tmp_path) as temporary:
         hunt = Hunt(OPERATIONS[name](Shelf(tmp_path / "shelf")), temporary)
         kinds = itertools.cycle(FAULTS)
-        for unit in ("line", "call", "deep"):
+        for unit in UNITS:
             # a pipeline takes long to make and to look at
             for step in chosen(hunt.places(unit), unit, 0.3 if "pipeline" in name else 1):
                 hunt.run(step, next(kinds), unit)
@@ -228,14 +231,27 @@ def test_a_fault_at_every_step(name, tmp_path):
     assert hunt.counts["all"] >= 10, hunt.counts
 
 
+@pytest.mark.usefixtures("python_sigint")
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_real_ctrl_c(name, tmp_path):
+    (tmp_path / "shelf").mkdir()
+    with _quiet(tmp_path) as temporary:
+        hunt = Hunt(OPERATIONS[name](Shelf(tmp_path / "shelf")), temporary)
+        for interrupt in _signals(hunt, 15):
+            interrupt()
+        hunt.finish()
+    # what takes microseconds is over before anybody has pressed anything
+    assert hunt.counts["all"] or hunt.duration() < 0.001, hunt.counts
+
+
 def _faults(hunt: Hunt, arguments: argparse.Namespace) -> Iterator[Callable[[], None]]:
     kinds = itertools.cycle(FAULTS)
-    for unit in ("line", "call", "deep"):
+    for unit in UNITS:
         places = hunt.places(unit)
         steps = list(range(1, len(places) + 1))
         steps = _some(steps, arguments.deep) if unit == "deep" else steps
         for step in chosen(places, unit) if arguments.short else steps:
-            for kind in itertools.islice(kinds, arguments.kinds):
+            for kind in itertools.islice(kinds, 1 if unit == "signal" else arguments.kinds):
                 yield functools.partial(hunt.run, step, kind, unit)
 
 

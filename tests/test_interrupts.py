@@ -1,0 +1,203 @@
+"""Ctrl-C is held back where it would do harm, and comes where it is let through."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from hotswap_lab import interrupts
+from hotswap_lab.interrupts import interruptible, interrupts_held, let_through
+
+pytestmark = pytest.mark.usefixtures("python_sigint")
+
+
+@pytest.fixture(autouse=True)
+def _given_back(python_sigint):
+    """Whatever happens, the handler is Python's own again."""
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert interrupts._hold is None
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.02)
+
+
+def test_held_and_then_let_through():
+    reached = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the point is what runs before it is raised
+        with interrupts_held():
+            press()
+            reached.append("the end of the block")
+        reached.append("never")
+    assert reached == ["the end of the block"]
+
+
+def test_nested_blocks_are_one():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012
+        with interrupts_held():
+            press()
+        reached.append("after the inner block")
+    assert reached == ["after the inner block"]
+
+
+def test_let_through_between_two_steps():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012
+        let_through()
+        press()
+        reached.append("a step")
+        let_through()
+        reached.append("never")
+    assert reached == ["a step"]
+    let_through()
+
+
+def test_nothing_is_let_through_where_the_end_must_be_reached():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012
+        with interrupts_held(firmly=True):
+            press()
+            let_through()
+            with interruptible():
+                press()
+            reached.append("the end")
+        reached.append("after it")
+        let_through()
+        reached.append("never")
+    assert reached == ["the end", "after it"]
+
+
+def test_pressed_often_counts_once():
+    with interrupts_held():
+        press()
+        press()
+        with pytest.raises(KeyboardInterrupt):
+            let_through()
+        let_through()
+
+
+def test_what_may_take_long_is_interrupted_at_once_and_what_follows_is_not():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012
+        try:
+            with interruptible():
+                press()
+                reached.append("never")
+        finally:
+            press()
+            reached.append("put back")
+    assert reached == ["put back"]
+
+
+def test_what_was_pressed_before_comes_first():
+    with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012
+        press()
+        with interruptible():
+            pytest.fail("begins to read")
+
+
+def test_an_error_inside_is_not_lost():
+    with pytest.raises(KeyboardInterrupt) as caught, interrupts_held():  # noqa: PT012
+        press()
+        raise ValueError("the file is damaged")
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_a_handler_that_only_listens():
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    try:
+        with interrupts_held():
+            press()
+            assert heard == []
+            let_through()
+            assert heard == [1]
+            press()
+        assert heard == [1, 1]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_handlers_that_are_not_of_python_stay():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts_held(), interruptible():
+            press()
+            let_through()
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_neither_hold_nor_receive():
+    seen = []
+
+    def other() -> None:
+        with interrupts_held(), interruptible():
+            let_through()
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=other)
+    with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012
+        mine = signal.getsignal(signal.SIGINT)
+        press()
+        thread.start()
+        thread.join()
+    assert seen == [mine]
+
+
+@contextlib.contextmanager
+def managed(log: list):
+    with interrupts_held():
+        try:
+            with interruptible(yielding=True):
+                yield
+        finally:
+            log.append("put back")
+
+
+def test_the_users_own_block_is_interrupted():
+    log = []
+    with pytest.raises(KeyboardInterrupt), managed(log):  # noqa: PT012
+        press()
+        log.append("never")
+    assert log == ["put back"]
+
+
+@pytest.mark.parametrize("method", ["__enter__", "__exit__"])
+def test_ctrl_c_while_the_users_block_is_entered_or_left(method):
+    """As far as Python is concerned, contextlib's frame is interrupted then, and the block is never left."""
+    log, handlers = [], []
+    manager = managed(log)
+
+    def block() -> None:
+        with manager:
+            handler = signal.getsignal(signal.SIGINT)
+            code = getattr(contextlib._GeneratorContextManager, method).__code__
+            handler(signal.SIGINT, _Frame(code, manager))
+            handlers.append(handler)
+            log.append("in the block")
+            if method == "__enter__":
+                time.sleep(0.1)
+                log.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert log == ["in the block", "put back"]
+
+
+class _Frame:
+    """A frame of contextlib's, as a handler gets it."""
+
+    f_back = None
+
+    def __init__(self, code, manager):
+        self.f_code, self.f_locals = code, {"self": manager}
