@@ -15,7 +15,6 @@ from __future__ import annotations
 # what the module `signal` wraps: its conversions to and from enums take longer than the rest of a small swap's Python
 import _signal
 import _thread
-import contextlib
 import sys
 import threading
 from collections.abc import Callable
@@ -23,9 +22,6 @@ from types import FrameType
 
 SIGINT = int(_signal.SIGINT)
 
-#: the frames in which contextlib enters and leaves the block of a generator
-_ENTERING = contextlib._GeneratorContextManager.__enter__.__code__
-_LEAVING = contextlib._GeneratorContextManager.__exit__.__code__
 #: seconds after which Ctrl-C that came while a block was entered comes again, in the block
 SOON = 0.001
 
@@ -126,10 +122,11 @@ class interruptible:  # noqa: N801 - used as a function
 
     Parameters
     ----------
-    yielding:
-        Whether the block is around the ``yield`` of a context manager, and hence the user's. Ctrl-C that comes when it
-        is just being entered comes a moment later then, and when it is being left, at the end of the context manager:
-        else the block would be over, and the context manager not.
+    block_of:
+        Where the block is the user's, the context manager that it belongs to; ``"generator"`` around the ``yield`` of a
+        function that ``contextlib.contextmanager`` made into one. Ctrl-C that comes while the block is just being
+        entered comes a moment later then, and while it is being left, when all is put back: else Python would leave
+        the block and never call the context manager's end.
 
     Examples
     --------
@@ -138,9 +135,11 @@ class interruptible:  # noqa: N801 - used as a function
     ...         content = "is read"
     """
 
-    def __init__(self, yielding: bool = False):
-        self._generator = sys._getframe(1) if yielding else None
+    def __init__(self, block_of: object = None):
+        self._generator = sys._getframe(1) if block_of == "generator" else None
+        self._manager = block_of
         self._suspended: _Hold | None = None
+        self._handler: Callable | None = None
 
     def __enter__(self) -> None:
         global _hold
@@ -148,24 +147,36 @@ class interruptible:  # noqa: N801 - used as a function
         if _hold is None or _hold.firm or not _is_main():
             return
         self._suspended, _hold = _hold, None
-        _signal.signal(SIGINT, self._suspended.previous if self._generator is None else self._raise_in_block)
+        self._handler = self._suspended.previous if self._manager is None else self._raise_in_block
+        _signal.signal(SIGINT, self._handler)
 
     def __exit__(self, *error: object) -> None:
         global _hold
-        self._generator = None
-        if self._suspended is not None and not self._suspended.over:
-            _signal.signal(SIGINT, self._suspended.note)
-            _hold = self._suspended
+        if self._suspended is None or self._suspended.over:
+            return
+        present = _signal.getsignal(SIGINT)
+        if present != self._handler and callable(present):
+            self._suspended.previous = present  # the user has installed another one meanwhile: it stays
+        _signal.signal(SIGINT, self._suspended.note)
+        _hold = self._suspended
+        self._generator = self._manager = None
 
     def _raise_in_block(self, number: int, frame: FrameType | None) -> None:
         each = frame
         while each is not None:
-            around = each.f_code in (_ENTERING, _LEAVING) and each.f_locals["self"].gen.gi_frame is self._generator
-            if around and each.f_code is _ENTERING:
-                threading.Timer(SOON, _thread.interrupt_main).start()
-                return
-            if around or each is self._generator:
+            if each is self._generator:
                 self._suspended.note(number, frame)
+                return
+            if each.f_code.co_name in ("__enter__", "__exit__") and self._is_manager(each.f_locals.get("self")):
+                if each.f_code.co_name == "__exit__":
+                    self._suspended.note(number, frame)
+                else:
+                    threading.Timer(SOON, _thread.interrupt_main).start()
                 return
             each = each.f_back
         self._suspended.previous(number, frame)
+
+    def _is_manager(self, candidate: object) -> bool:
+        if self._generator is None:
+            return candidate is self._manager
+        return getattr(getattr(candidate, "gen", None), "gi_frame", None) is self._generator

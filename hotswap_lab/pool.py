@@ -482,7 +482,7 @@ class AdapterPool:
             former, history = self._state(), list(self._history)
             self.swap(name, strength)
             try:
-                with interruptible(yielding=True):
+                with interruptible(block_of="generator"):
                     yield self
             finally:
                 with without_limit():  # the block is left for good: its adapter must not stay

@@ -7,6 +7,7 @@ listened to, so that a watch costs nothing while nothing is compiled.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 
+from .interrupts import interruptible, interrupts_held
 from .report import html_table
 
 T = TypeVar("T")
@@ -117,6 +119,7 @@ class RecompileWatch:
         self.calls: list[Call] = []
         self._current: Call | None = None
         self._watching = False
+        self._block = contextlib.ExitStack()
 
     @property
     def compiles(self) -> int:
@@ -137,15 +140,20 @@ class RecompileWatch:
         return sum(each.kind == kind for each in self.compilations)
 
     def __enter__(self) -> RecompileWatch:
-        try:
+        with contextlib.ExitStack() as block:
+            # else, after Ctrl-C just when the block is left, it would listen on for ever, and raise
+            block.enter_context(interrupts_held())
+            block.callback(self._forget)
             self._watching = True
             self._listen()
-            return self
-        except BaseException:
-            self.__exit__()
-            raise
+            block.enter_context(interruptible(block_of=self))
+            self._block = block.pop_all()
+        return self
 
     def __exit__(self, *_: object) -> None:
+        self._block.close()
+
+    def _forget(self) -> None:
         self._watching = False
         if self._on_start in callback_handler.start_callbacks:
             callback_handler.remove_start_callback(self._on_start)

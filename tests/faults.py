@@ -29,6 +29,7 @@ from types import CodeType
 import torch
 
 import hotswap_lab
+from hotswap_lab.interrupts import SOON
 
 PACKAGE = str(Path(hotswap_lab.__file__).parent)
 TESTS = str(Path(__file__).parent)
@@ -38,7 +39,7 @@ STRANGERS = f"{os.sep}tqdm{os.sep}"
 #: which something stays if it fails
 SPARED = frozenset({"roll_back", "_back_to_training", "cleanup"})
 #: what takes and gives back locks, modes and signal handlers: no line of it can fail, and Ctrl-C is held back meanwhile
-HELD = frozenset({"writing", "_take", "_taken", "_opened", "_locked", "_eval_mode", "__exit__"})
+HELD = frozenset({"writing", "_take", "_taken", "_opened", "_locked", "_eval_mode", "__enter__", "__exit__"})
 HELD_FILES = ("interrupts.py",)
 #: C functions that can't fail: they take no memory, and ask no disk and no device
 UNFAILING = frozenset(
@@ -105,6 +106,8 @@ def run_with_fault(
     handler, error = signal.getsignal(signal.SIGINT), None
     try:
         _watch(action, unit, at_step)
+        if where and unit == "signal":
+            time.sleep(10 * SOON)  # for Ctrl-C that was put off till then
     except BaseException as raised:
         if not where:
             raise
@@ -122,14 +125,17 @@ def run_with_ctrl_c(action: Callable[[], object], delay: float) -> Outcome:
     """
     handler, ended, error = signal.getsignal(signal.SIGINT), False, None
     pressing = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+    interval = sys.getswitchinterval()
     try:
         pressing.start()
+        sys.setswitchinterval(1e-5)  # else the other thread's turn may come only after milliseconds
         action()
         ended = True
         pressing.join()
         time.sleep(0.001)  # in which a signal that was just sent is delivered
     except KeyboardInterrupt as raised:
         error = raised
+    sys.setswitchinterval(interval)
     kept = signal.getsignal(signal.SIGINT) is handler
     pressing.join()
     if ended and error is not None:

@@ -158,7 +158,7 @@ def test_other_threads_neither_hold_nor_receive():
 def managed(log: list):
     with interrupts_held():
         try:
-            with interruptible(yielding=True):
+            with interruptible(block_of="generator"):
                 yield
         finally:
             log.append("put back")
@@ -192,6 +192,17 @@ def test_ctrl_c_while_the_users_block_is_entered_or_left(method):
     with pytest.raises(KeyboardInterrupt):
         block()
     assert log == ["in the block", "put back"]
+
+
+def test_a_handler_that_the_user_installs_in_the_block_stays():
+    def heard(*_: object) -> None:
+        seen.append("heard")
+
+    log, seen = [], []
+    with managed(log):
+        signal.signal(signal.SIGINT, heard)
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) is heard
+    assert (log, seen) == (["put back"], [])
 
 
 class _Frame:

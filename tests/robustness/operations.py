@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -133,8 +134,18 @@ def surroundings() -> dict:
         randomness=torch.get_rng_state().numpy().tobytes(),
         filters=list(warnings.filters),
         threads=threading.active_count(),
-        files=len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None,
+        files=_open_files(),
     )
+
+
+def _open_files() -> list[str]:
+    """What this process has open, where the system says so."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # that of the folder itself
+                found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sorted(found)
 
 
 def files_in(folder: Path) -> dict[str, bytes | None]:
