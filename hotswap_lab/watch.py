@@ -7,7 +7,6 @@ listened to, so that a watch costs nothing while nothing is compiled.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -119,7 +118,8 @@ class RecompileWatch:
         self.calls: list[Call] = []
         self._current: Call | None = None
         self._watching = False
-        self._block = contextlib.ExitStack()
+        self._hold: interrupts_held | None = None
+        self._block: interruptible | None = None
 
     @property
     def compiles(self) -> int:
@@ -140,18 +140,23 @@ class RecompileWatch:
         return sum(each.kind == kind for each in self.compilations)
 
     def __enter__(self) -> RecompileWatch:
-        with contextlib.ExitStack() as block:
-            # else, after Ctrl-C just when the block is left, it would listen on for ever, and raise
-            block.enter_context(interrupts_held())
-            block.callback(self._forget)
+        # else, after Ctrl-C just when the block is left, it would listen on for ever, and raise
+        self._hold, self._block = interrupts_held(), interruptible(block_of=self)
+        self._hold.__enter__()
+        try:
             self._watching = True
             self._listen()
-            block.enter_context(interruptible(block_of=self))
-            self._block = block.pop_all()
-        return self
+            self._block.__enter__()
+            return self
+        except BaseException:
+            self._forget()
+            self._hold.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
-        self._block.close()
+        self._block.__exit__()
+        self._forget()
+        self._hold.__exit__()
 
     def _forget(self) -> None:
         self._watching = False

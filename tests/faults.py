@@ -132,7 +132,7 @@ def run_with_ctrl_c(action: Callable[[], object], delay: float) -> Outcome:
         action()
         ended = True
         pressing.join()
-        time.sleep(0.001)  # in which a signal that was just sent is delivered
+        time.sleep(3 * SOON)  # in which a signal that was just sent, or put off, is delivered
     except KeyboardInterrupt as raised:
         error = raised
     sys.setswitchinterval(interval)
@@ -176,9 +176,7 @@ def _watch(action: Callable[[], object], unit: str, at_step: Callable[[str], Non
             at_step(f"{_place(frame)} {argument.__name__}")
 
     def signals(frame, event, argument):
-        code = frame.f_code
-        inside = code.co_filename.startswith(PACKAGE) or code.co_name in ("__enter__", "__exit__")
-        if inside and (event == "c_return" or (event == "call" and not _may_be_closing(frame))):
+        if _is_ours(frame) and (event == "c_return" or (event == "call" and not _may_be_closing(frame))):
             at_step(_place(frame) + (f" after {argument.__name__}" if event == "c_return" else ""))
 
     hooks = {"line": (sys.settrace, trace), "signal": (sys.setprofile, signals)}
@@ -188,6 +186,18 @@ def _watch(action: Callable[[], object], unit: str, at_step: Callable[[str], Non
         action()
     finally:
         switch(None)
+
+
+def _is_ours(frame) -> bool:
+    """Whether a frame is the package's, or enters or leaves a block of the package."""
+    code = frame.f_code
+    if code.co_filename.startswith(PACKAGE):
+        return True
+    if code.co_name not in ("__enter__", "__exit__"):
+        return False
+    generator = getattr(frame.f_locals.get("self"), "gen", None)
+    in_tests = frame.f_back.f_code.co_filename.startswith(TESTS)
+    return not in_tests or (generator is not None and generator.gi_code.co_filename.startswith(PACKAGE))
 
 
 def _may_be_closing(frame) -> bool:
