@@ -24,7 +24,7 @@ import torch
 
 from .errors import HotswapError, Refusal, listing, refuse
 from .host import Host, carriers
-from .interrupts import interrupts_held, let_through
+from .interrupts import interruptible, interrupts_held, let_through
 
 #: how long a swap sleeps before it looks whether Ctrl-C was pressed meanwhile, in seconds
 NAP = 0.02
@@ -195,11 +195,13 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
             expected="seconds, 0 or more",
             next_step="pass a number; without this block, swaps wait as long as they have to",
         )
-    token = _patience.set(min(float(seconds), threading.TIMEOUT_MAX))
-    try:
-        yield
-    finally:
-        _patience.reset(token)
+    with interrupts_held():
+        token = _patience.set(min(float(seconds), threading.TIMEOUT_MAX))
+        try:
+            with interruptible(block_of="generator"):
+                yield
+        finally:
+            _patience.reset(token)
 
 
 @contextlib.contextmanager

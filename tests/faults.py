@@ -39,7 +39,8 @@ STRANGERS = f"{os.sep}tqdm{os.sep}"
 #: which something stays if it fails
 SPARED = frozenset({"roll_back", "_back_to_training", "cleanup"})
 #: what takes and gives back locks, modes and signal handlers: no line of it can fail, and Ctrl-C is held back meanwhile
-HELD = frozenset({"writing", "_take", "_taken", "_opened", "_locked", "_eval_mode", "_forget", "__enter__", "__exit__"})
+HELD = frozenset({"writing", "_take", "_taken", "waiting_at_most", "without_limit", "_opened", "_locked", "_eval_mode"})
+HELD |= {"_forget", "__enter__", "__exit__"}
 HELD_FILES = ("interrupts.py",)
 #: C functions that can't fail: they take no memory, and ask no disk and no device
 UNFAILING = frozenset(

@@ -34,6 +34,7 @@ from hotswap_lab import (
     together,
     turns,
     verify_hotswap,
+    waiting_at_most,
 )
 
 LINEAR = KINDS["linear"]
@@ -431,6 +432,15 @@ def _watch(shelf):
 
     listeners = lambda: len(callback_handler.start_callbacks)  # noqa: E731
     return lambda: Case(watch, extra=listeners, changes=False)
+
+
+@operation("waiting_at_most")
+def _waiting(shelf):
+    def wait():
+        with waiting_at_most(1):
+            pass
+
+    return lambda: Case(wait, changes=False)
 
 
 @operation("state_dict of a prepared model")
