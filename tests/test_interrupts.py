@@ -175,7 +175,7 @@ def test_the_users_own_block_is_interrupted():
 @pytest.mark.parametrize("method", ["__enter__", "__exit__"])
 def test_ctrl_c_while_the_users_block_is_entered_or_left(method):
     """As far as Python is concerned, contextlib's frame is interrupted then, and the block is never left."""
-    log, handlers = [], []
+    log = []
     manager = managed(log)
 
     def block() -> None:
@@ -183,15 +183,13 @@ def test_ctrl_c_while_the_users_block_is_entered_or_left(method):
             handler = signal.getsignal(signal.SIGINT)
             code = getattr(contextlib._GeneratorContextManager, method).__code__
             handler(signal.SIGINT, _Frame(code, manager))
-            handlers.append(handler)
-            log.append("in the block")
             if method == "__enter__":
-                time.sleep(0.1)
+                time.sleep(1)  # it comes in here
                 log.append("never")
 
     with pytest.raises(KeyboardInterrupt):
         block()
-    assert log == ["in the block", "put back"]
+    assert log == ["put back"]
 
 
 def test_a_handler_that_the_user_installs_in_the_block_stays():

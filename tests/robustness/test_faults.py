@@ -202,6 +202,16 @@ def _quiet(folder: Path) -> Iterator[Path]:
         tempfile.tempdir = former
 
 
+@contextlib.contextmanager
+def _hunting(name: str, folder: Path) -> Iterator[Hunt]:
+    """A hunt for faults in one operation, which has to do its work once more afterwards."""
+    (folder / "shelf").mkdir()
+    with _quiet(folder) as temporary:
+        hunt = Hunt(OPERATIONS[name](Shelf(folder / "shelf")), temporary)
+        yield hunt
+        hunt.finish()
+
+
 def chosen(places: list[str], unit: str, share: float = 1) -> list[int]:
     """Steps for the short form: while writing, each place the first and the last time; before, some of them."""
     start = next((number for number, place in enumerate(places) if place.startswith(WRITING)), len(places))
@@ -223,29 +233,23 @@ def _some(items: list, count: int) -> list:
 @pytest.mark.usefixtures("python_sigint")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_fault_at_every_step(name, tmp_path):
-    (tmp_path / "shelf").mkdir()
-    with _quiet(tmp_path) as temporary:
-        hunt = Hunt(OPERATIONS[name](Shelf(tmp_path / "shelf")), temporary)
+    with _hunting(name, tmp_path) as hunt:
         kinds = itertools.cycle(FAULTS)
         for unit in UNITS:
             # a pipeline takes long to make and to look at
             for step in chosen(hunt.places(unit), unit, 0.3 if "pipeline" in name else 1):
                 hunt.run(step, next(kinds), unit)
-        hunt.finish()
     assert hunt.counts["all"] >= 10, hunt.counts
 
 
 @pytest.mark.usefixtures("python_sigint")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_real_ctrl_c(name, tmp_path):
-    (tmp_path / "shelf").mkdir()
-    with _quiet(tmp_path) as temporary:
-        hunt = Hunt(OPERATIONS[name](Shelf(tmp_path / "shelf")), temporary)
+    with _hunting(name, tmp_path) as hunt:
         for interrupt in _signals(hunt, 100):
             interrupt()
             if hunt.counts["all"] == 15:
                 break
-        hunt.finish()
     assert hunt.counts["all"] or name in OF_MICROSECONDS, hunt.counts
 
 
@@ -280,11 +284,8 @@ def main() -> None:
     failures = 0
     for name in arguments.only:
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, _quiet(Path(folder)) as temporary:
-            shelf = Path(folder, "shelf")
-            shelf.mkdir()
-            hunt = Hunt(OPERATIONS[name](Shelf(shelf)), temporary)
-            found = []
+        found = []
+        with tempfile.TemporaryDirectory() as folder, _hunting(name, Path(folder)) as hunt:
             for fault in _signals(hunt, arguments.ctrl_c) if arguments.ctrl_c else _faults(hunt, arguments):
                 faulthandler.dump_traceback_later(600)  # says where, if this one hangs
                 try:
@@ -293,7 +294,6 @@ def main() -> None:
                     found.append(str(error))
                     torch.set_grad_enabled(True)
                     hunt._renew()
-            hunt.finish()
         total += hunt.counts
         failures += len(found)
         kinds = ", ".join(f"{kind} {hunt.counts[kind]}" for kind in (*FAULTS, "Ctrl-C") if hunt.counts[kind])
