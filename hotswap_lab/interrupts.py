@@ -29,7 +29,7 @@ SOON = 0.001
 class _Hold:
     """The outermost block that holds Ctrl-C back."""
 
-    def __init__(self, previous: Callable):
+    def __init__(self, previous: Callable | int):
         self.previous = previous
         self.received: list[tuple] = []
         #: how many blocks are under way that have to come to their end
@@ -44,7 +44,8 @@ class _Hold:
         if self.received:
             first = self.received[0]
             self.received.clear()
-            self.previous(*first)
+            if callable(self.previous):
+                self.previous(*first)
 
 
 #: of the main thread
@@ -155,7 +156,7 @@ class interruptible:  # noqa: N801 - used as a function
         if self._suspended is None or self._suspended.over:
             return
         present = _signal.getsignal(SIGINT)
-        if present != self._handler and callable(present):
+        if present != self._handler and present is not None:
             self._suspended.previous = present  # the user has installed another one meanwhile: it stays
         _signal.signal(SIGINT, self._suspended.note)
         _hold = self._suspended
