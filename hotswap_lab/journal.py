@@ -26,6 +26,11 @@ class Journal:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was changed, or everything is taken back."""
+        return not self._undo
+
     def record(self, undo: Callable[[], object]) -> None:
         """To be called *before* the change that ``undo`` takes back."""
         self._undo.append(undo)

@@ -391,23 +391,21 @@ def prepare_pipeline_for_compiled_hotswap(
     for name, model in loaded.items():
         if refusals := _offloading(name, model):
             raise HotswapError(*refusals)
-    journals: list[Journal] = []
+    journal = Journal()
     # all at once: between two parts, nobody may compute with a pipeline of which one is prepared
     with writing(*_bases(pipe)):
         try:
             for name, model in loaded.items():
-                journals.append(
-                    make_room(
-                        model,
-                        families[name],
-                        target_rank=target_rank,
-                        adapter_name=adapter_name,
-                        may_be_compiled=False,
-                    )
+                make_room(
+                    model,
+                    families[name],
+                    target_rank=target_rank,
+                    adapter_name=adapter_name,
+                    may_be_compiled=False,
+                    journal=journal,
                 )
         except BaseException:
-            for journal in reversed(journals):
-                journal.roll_back()
+            journal.roll_back()
             raise
 
 

@@ -172,18 +172,25 @@ class AdapterPool:
         family = [_family_member(source, hub) for source in adapters.values()]
         base = slot.host.base
         with swaps_of(base):
-            way_back = make_room(
-                model, family, target_rank=target_rank, adapter_name=adapter_name, may_be_compiled=False
-            )
-            self._room = room_of(base, adapter_name)
+            way_back = Journal()
             try:
+                make_room(
+                    model,
+                    family,
+                    target_rank=target_rank,
+                    adapter_name=adapter_name,
+                    may_be_compiled=False,
+                    journal=way_back,
+                )
+                self._room = room_of(base, adapter_name)
                 for name, source in tqdm(adapters.items(), desc="packing", unit="adapter", disable=not progress):
                     let_through()
                     self.add(name, source)
                 self._recognise()
             except BaseException:
-                with without_limit(), writing(base):
-                    way_back.roll_back()
+                if not way_back.is_empty:
+                    with without_limit(), writing(base):
+                        way_back.roll_back()
                 raise
 
     def _recognise(self) -> None:

@@ -129,15 +129,17 @@ def make_room(
     adapter_name: str | None = None,
     config: PeftConfig | Mapping[str, PeftConfig] | None = None,
     may_be_compiled: bool = True,
-) -> Journal:
+    journal: Journal | None = None,
+) -> None:
     """:func:`prepare_model_for_compiled_hotswap` for adapters that are read already.
 
-    Unless ``may_be_compiled``, a compiled model is refused if anything would have to change. Returns the way back:
-    rolling the journal back leaves the model as it was.
+    Unless ``may_be_compiled``, a compiled model is refused if anything would have to change. A ``journal`` gets to know
+    the way back: who has more to do can roll it back later, and the model is as it was.
     """
     _check_target_rank(target_rank)
     with swaps_of(*(host.base for host in carriers(model))):
-        return _make_room(model, family, target_rank, adapter_name, config, may_be_compiled)
+        journal = Journal() if journal is None else journal
+        _make_room(model, family, target_rank, adapter_name, config, may_be_compiled, journal)
 
 
 def _make_room(
@@ -147,7 +149,8 @@ def _make_room(
     adapter_name: str | None,
     config: PeftConfig | Mapping[str, PeftConfig] | None,
     may_be_compiled: bool,
-) -> Journal:
+    journal: Journal,
+) -> None:
     slots = list(_slots(model, adapter_name))
     with_room = [slot for slot in slots if slot.method is lora and not lora.needs_donor(slot.config)]
     preparations = [_Preparation(slot) for slot in with_room]
@@ -168,7 +171,6 @@ def _make_room(
         _stage(preparation)
     if not may_be_compiled and any(preparation.room for preparation in preparations):
         _check_compiled(model, "error")
-    journal = Journal()
     bases = [slot.host.base for slot in slots]
     with writing(*bases), torch.no_grad():
         try:
@@ -183,7 +185,6 @@ def _make_room(
         except BaseException:
             journal.roll_back()
             raise
-    return journal
 
 
 def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
