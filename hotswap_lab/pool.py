@@ -26,7 +26,7 @@ from .prepare import make_room
 from .report import html_table
 from .room import Packed, room_of, slot_for
 from .strength import check_scalable, check_strength, get_strength
-from .turns import swaps_of, without_limit, writing
+from .turns import put_back, swaps_of, writing
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
 HISTORY = 100
@@ -189,8 +189,7 @@ class AdapterPool:
                 self._recognise()
             except BaseException:
                 if not way_back.is_empty:
-                    with without_limit(), writing(base):
-                        way_back.roll_back()
+                    put_back(lambda: _roll_back(way_back, base), "leaves the model prepared")
                 raise
 
     def _recognise(self) -> None:
@@ -492,8 +491,8 @@ class AdapterPool:
                 with interruptible(block_of="generator"):
                     yield self
             finally:
-                with without_limit():  # the block is left for good: its adapter must not stay
-                    self._put_back(former, history)
+                # the block is left for good: its adapter must not stay
+                put_back(lambda: self._put_back(former, history), f"leaves {name!r} in the model")
 
     def _put_back(self, former: _State, history: list[_State]) -> None:
         packed = self._packed_of(former)
@@ -598,6 +597,11 @@ def _span(values: list[float]) -> str:
     if not values:
         return "-"
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _roll_back(journal: Journal, base: torch.nn.Module) -> None:
+    with writing(base):
+        journal.roll_back()
 
 
 def _path(source: object) -> str | None:

@@ -16,8 +16,9 @@ import contextlib
 import contextvars
 import threading
 import time
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -206,13 +207,30 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_limit() -> Iterator[None]:
-    """What has to be put back is put back, however long that takes to begin, and whatever is pressed meanwhile."""
-    with interrupts_held(firmly=True):
+    """What has to be put back is put back, however long that takes to begin."""
+    with interrupts_held():
         token = _patience.set(None)
         try:
             yield
         finally:
             _patience.reset(token)
+
+
+def put_back(action: Callable[[], object], what: str) -> None:
+    """What has to be put back although it may have to wait: once Ctrl-C is pressed, and not again, it waits on.
+
+    ``what`` says in a warning what stays as it is after the second time.
+    """
+    with without_limit():
+        try:
+            action()
+        except KeyboardInterrupt:
+            warnings.warn(
+                f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}.",
+                stacklevel=4,
+            )
+            action()
+            raise
 
 
 def bases_of(model: object) -> list[torch.nn.Module]:

@@ -118,8 +118,8 @@ class RecompileWatch:
         self.calls: list[Call] = []
         self._current: Call | None = None
         self._watching = False
-        self._hold: interrupts_held | None = None
-        self._block: interruptible | None = None
+        #: what keeps Ctrl-C from coming between a block and its end
+        self._blocks: list[tuple[interrupts_held, interruptible]] = []
 
     @property
     def compiles(self) -> int:
@@ -141,22 +141,25 @@ class RecompileWatch:
 
     def __enter__(self) -> RecompileWatch:
         # else, after Ctrl-C just when the block is left, it would listen on for ever, and raise
-        self._hold, self._block = interrupts_held(), interruptible(block_of=self)
-        self._hold.__enter__()
+        hold, block = interrupts_held(), interruptible(block_of=self)
+        hold.__enter__()
         try:
+            self._blocks.append((hold, block))
             self._watching = True
             self._listen()
-            self._block.__enter__()
+            block.__enter__()
             return self
         except BaseException:
-            self._forget()
-            self._hold.__exit__()
+            self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
-        self._block.__exit__()
+        hold, block = self._blocks.pop() if self._blocks else (None, None)
+        if block is not None:
+            block.__exit__()
         self._forget()
-        self._hold.__exit__()
+        if hold is not None:
+            hold.__exit__()
 
     def _forget(self) -> None:
         self._watching = False

@@ -331,6 +331,35 @@ def test_using_puts_back_even_if_that_has_to_wait(model, folders):
     assert pool.active == "old"
 
 
+@pytest.mark.usefixtures("python_sigint")
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_while_using_waits_to_put_back(model, folders, presses):
+    """The first one has it wait on, and says so; the second one ends it."""
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    pool.swap("old")
+    leave = threading.Event()
+
+    def press_and_leave() -> None:
+        for _ in range(presses):
+            time.sleep(5 * MOMENT)
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5 * MOMENT)
+        leave.set()
+
+    def block() -> None:
+        with pool.using("new"):
+            threads.extend((start(_stay, pool, leave), start(press_and_leave)))
+
+    threads: list[threading.Thread] = []
+    with pytest.warns(UserWarning, match="Ctrl-C once more"), pytest.raises(KeyboardInterrupt):
+        block()
+    for thread in threads:
+        thread.join(30)
+    assert pool.active == ("old" if presses == 1 else "new")
+    pool.swap("third")
+    assert_equals_fresh_load(model, KIND, folders["third"], prepared=True)
+
+
 def _stay(model, leave: threading.Event) -> None:
     with in_use(model):
         leave.wait(30)
