@@ -144,13 +144,15 @@ class RecompileWatch:
         hold, block = interrupts_held(), interruptible(block_of=self)
         hold.__enter__()
         try:
-            self._blocks.append((hold, block))
             self._watching = True
             self._listen()
+            self._blocks.append((hold, block))
             block.__enter__()
             return self
         except BaseException:
-            self.__exit__()
+            self._blocks = [each for each in self._blocks if each != (hold, block)]
+            self._forget()
+            hold.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
