@@ -340,10 +340,13 @@ def test_ctrl_c_while_using_waits_to_put_back(model, folders, presses):
     leave = threading.Event()
 
     def press_and_leave() -> None:
+        turn = _turn(bases_of(pool)[0])
         for _ in range(presses):
-            time.sleep(5 * MOMENT)
+            while not turn.closing:  # till the end of the block waits
+                time.sleep(MOMENT / 10)
+            time.sleep(MOMENT)
             os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5 * MOMENT)
+            time.sleep(5 * MOMENT)
         leave.set()
 
     def block() -> None:
