@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import copy
 import itertools
+import os
 import random
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -201,6 +203,32 @@ def test_using_gives_the_former_adapter_back(model, pool, sources):
     with pytest.raises(ZeroDivisionError), pool.using("c"):
         _ = 1 / 0
     assert torch.equal(call(model, LLAMA.inputs()), before)
+
+
+@pytest.mark.usefixtures("python_sigint")
+@pytest.mark.parametrize("way", ["AdapterPool()", "add", "swap"])
+def test_ctrl_c_ends_a_long_download_at_once(model, sources, monkeypatch, way):
+    def download(*_: object, **__: object) -> None:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        time.sleep(60)
+
+    pool = None
+    if way != "AdapterPool()":
+        pool = AdapterPool(model, adapters={"b": sources["b"]}, target_rank=8, progress=False)
+        pool._entries["b"].packed = None
+    actions = {
+        "AdapterPool()": lambda: AdapterPool(model, adapters=sources, progress=False),
+        "add": lambda: pool.add("c", sources["c"]),
+        "swap": lambda: pool.swap("b"),
+    }
+    before, start = snapshot(model), time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(Adapter, "load", download)
+        with pytest.raises(KeyboardInterrupt):
+            actions[way]()
+    assert time.monotonic() - start < 30
+    assert_untouched(model, before)
+    actions[way]()
 
 
 @pytest.mark.usefixtures("python_sigint")
