@@ -17,8 +17,9 @@ name), ``turns`` (threads that share a model), ``watch`` (recompiles, counted), 
 (what differs per PEFT method), ``grafting`` (methods that only PEFT can load: it does so beside the model),
 ``base_values`` (base weights that adapters overwrite), ``merging`` (or contain), ``shards`` (parameters spread over
 processes), ``pipeline`` and ``lora_files`` (diffusers), ``hub`` and ``hub_search`` (where files come from),
-``together`` (files that are replaced at one moment), ``interrupts`` (Ctrl-C), ``bench`` (how fast), ``demo`` (the
-embedded models and their adapters), ``lessons`` (the notebooks' exercises), ``widgets`` (to look at).
+``together`` (files that are replaced at one moment), ``paths`` (whether files are there), ``interrupts`` (Ctrl-C),
+``bench`` (how fast), ``demo`` (the embedded models and their adapters), ``lessons`` (the notebooks' exercises),
+``widgets`` (to look at).
 """
 
 from . import demo

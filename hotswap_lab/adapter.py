@@ -16,6 +16,7 @@ from peft.utils.save_and_load import load_peft_weights
 
 from .errors import HotswapError, listing, refuse
 from .hub import commit_of, folder_with_config, folder_with_weights, hub_arguments
+from .paths import is_folder, is_there
 from .weights_file import check_archive, check_file, in_one_piece, read_weights
 
 #: how deep a config's values may be nested; PEFT writes three levels at most, and Python can't copy hundreds
@@ -111,7 +112,7 @@ class Adapter:
         folder = _find_config(source, hub)
         config = _read_config(source, folder)
         tensors = _read_tensors(source, _find_weights(source, folder, hub), torch_device or "cpu", key_mapping, mapped)
-        adapter = cls(config, tensors, source, None if os.path.isdir(source) else commit_of(folder, hub))
+        adapter = cls(config, tensors, source, None if is_folder(source) else commit_of(folder, hub))
         adapter._check_tensors(allow_nonfinite)
         return adapter
 
@@ -331,7 +332,7 @@ def _read_tensors(
 ) -> dict[str, torch.Tensor]:
     try:
         path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-        if os.path.exists(path):
+        if is_there(path):
             return _read_safetensors(folder, path, device, key_mapping, mapped)
         return _read_bin(folder, os.path.join(folder, WEIGHTS_NAME), device, key_mapping)
     except Exception as error:  # of any kind: a damaged file leads its readers astray

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from .paths import is_file, is_folder
 from .version import __version__
 
 #: what a caller may pass on to huggingface_hub; the first two arguments, repository and file name, are ours
@@ -50,7 +51,7 @@ def folder_with_config(source: str, hub: Mapping[str, object]) -> str:
     Exception
         Whatever huggingface_hub raises, or FileNotFoundError for a folder without a config.
     """
-    if not os.path.isdir(source):
+    if not is_folder(source):
         return os.path.dirname(_fetch(source, CONFIG_NAME, hub))
     return _folder_with(source, (CONFIG_NAME,), hub)
 
@@ -60,7 +61,7 @@ def folder_with_weights(source: str, folder: str, hub: Mapping[str, object]) -> 
 
     ``folder`` is what :func:`folder_with_config` gave. Raises what that raises.
     """
-    if os.path.isdir(source):
+    if is_folder(source):
         return _folder_with(source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), hub)
     hub = {**hub, "revision": commit_of(folder, hub) or hub.get("revision")}
     try:
@@ -88,7 +89,7 @@ def commit_of(folder: str, hub: Mapping[str, object]) -> str | None:
 
 def _folder_with(source: str, names: tuple[str, ...], hub: Mapping[str, object]) -> str:
     folder = os.path.join(source, str(hub.get("subfolder") or ""))
-    if not any(os.path.isfile(os.path.join(folder, name)) for name in names):
+    if not any(is_file(os.path.join(folder, name)) for name in names):
         raise FileNotFoundError(f"no {' and no '.join(names)} in the folder {folder}")
     return folder
 

@@ -21,6 +21,7 @@ from .interrupts import interruptible, interrupts_held, let_through
 from .journal import Journal
 from .merging import merged
 from .methods import lora
+from .paths import ABSENT, is_folder
 from .planning import make_plan
 from .prepare import make_room
 from .report import html_table
@@ -611,17 +612,27 @@ def _path(source: object) -> str | None:
 def _stamp(source: object) -> tuple | None:
     """What changes when an adapter's folder is written to. None for what is not a folder."""
     path = _path(source)
-    if path is None or not os.path.isdir(path):
-        return None
-    with os.scandir(path) as files:
-        return tuple(sorted((file.name, *_state(file)) for file in files if file.name.startswith("adapter_")))
+    try:
+        if path is None or not is_folder(path):
+            return None
+        with os.scandir(path) as files:
+            return tuple(sorted((file.name, *_state(file)) for file in files if file.name.startswith("adapter_")))
+    except OSError as error:
+        raise refuse(
+            f"The folder {path} can't be read.",
+            found=f"{type(error).__name__}: {error}",
+            expected="a folder with an adapter",
+            next_step="see that this process may read it, and that the disk is all right",
+        ) from error
 
 
 def _state(file: os.DirEntry) -> tuple[int, int]:
     try:
         state = file.stat()
-    except OSError:  # a link that leads nowhere; whoever reads it says so
-        return 0, 0
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise
+        return 0, 0  # a link that leads nowhere; whoever reads it says so
     return state.st_mtime_ns, state.st_size
 
 

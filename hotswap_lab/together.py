@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .interrupts import interrupts_held, let_through
+from .paths import is_there
 
 try:
     import fcntl
@@ -105,7 +106,7 @@ def _replace(folder: Path, stage: Path, write: Callable[[Path], object]) -> None
     names = sorted(path.name for path in (stage / NEW).iterdir())
     for name in names:
         _sync(stage / NEW / name)
-        if (folder / name).exists():
+        if is_there(folder / name):
             _link_or_copy(folder / name, stage / FORMER / name)
     if not _point(stage / NOW, FORMER, stage):
         _replace_in_turn(folder, stage, names)
@@ -139,7 +140,7 @@ def _replace_in_turn(folder: Path, stage: Path, names: list[str]) -> None:
             os.replace(stage / NEW / name, folder / name)
     except BaseException:
         for name in begun:
-            if (stage / FORMER / name).exists():
+            if is_there(stage / FORMER / name):
                 os.replace(stage / FORMER / name, folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
@@ -169,8 +170,8 @@ def _settle(folder: Path, own: Path, alone: bool) -> None:
     for link in entries:
         if not link.is_symlink() or names.isdisjoint(Path(os.readlink(link)).parts[:1]):  # "." has no parts
             continue
-        if link.exists():
-            os.replace(os.path.realpath(link), link)
+        if is_there(link):
+            os.replace(os.path.realpath(link, strict=True), link)
         else:
             link.unlink()
     _sync(folder)
@@ -180,7 +181,7 @@ def _settle(folder: Path, own: Path, alone: bool) -> None:
 
 def _link_or_copy(path: Path, twin: Path) -> None:
     try:
-        os.link(os.path.realpath(path), twin)
+        os.link(os.path.realpath(path, strict=True), twin)
     except OSError:
         shutil.copy2(path, twin)
 
@@ -201,7 +202,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
     Gives False where only the threads of this process can be held off.
     """
-    lock = _in_this_process[hash(os.path.realpath(folder)) % len(_in_this_process)]
+    lock = _in_this_process[hash(os.path.realpath(folder, strict=True)) % len(_in_this_process)]
     while not lock.acquire(timeout=NAP):
         let_through()
     try:
