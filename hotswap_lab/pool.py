@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,14 +14,14 @@ import torch
 from peft import PeftConfig
 from tqdm.auto import tqdm
 
-from .adapter import Adapter, load_config
+from .adapter import Adapter
 from .errors import HotswapError, refuse
 from .interrupts import interruptible, interrupts_held, let_through
 from .journal import Journal
 from .merging import merged
 from .methods import lora
-from .paths import ABSENT, is_folder
 from .planning import make_plan
+from .pool_sources import check_named, family_member, path_of, read, stamp_of
 from .prepare import make_room
 from .report import html_table
 from .room import Packed, room_of, slot_for
@@ -64,20 +63,6 @@ class _State:
     entry: _Entry | None
     packed: Packed | None
     strength: float | torch.Tensor
-
-
-def check_named(adapters: object) -> None:
-    """Refuses adapters without names: a list of folders, or a single one.
-
-    >>> check_named({"style": "folder"})
-    """
-    if adapters is not None and not isinstance(adapters, Mapping):
-        raise refuse(
-            "The adapters have no names.",
-            found=f"adapters as a {type(adapters).__name__}",
-            expected="a dict, adapters={name: folder, ...}",
-            next_step="choose a name for each: that is what swaps them in",
-        )
 
 
 class AdapterPool:
@@ -170,7 +155,7 @@ class AdapterPool:
                 expected="a LoRA or DoRA adapter with nothing beside it",
                 next_step="swap with hotswap_adapter(model, Adapter.load(folder), adapter_name)",
             )
-        family = [_family_member(source, hub) for source in adapters.values()]
+        family = [family_member(source, hub) for source in adapters.values()]
         base = slot.host.base
         with swaps_of(base):
             way_back = Journal()
@@ -282,10 +267,10 @@ class AdapterPool:
             If the name is taken, or the adapter can't be read or doesn't fit the room that was prepared.
         """
         self._check_free(name)
-        entry = _Entry(name, _path(source), stamp=_stamp(source))
+        entry = _Entry(name, path_of(source), stamp=stamp_of(source))
         with interrupts_held():
             # reading may take long, and swaps must not have to wait for it
-            adapter = _read(source, self._hub)
+            adapter = read(source, self._hub)
             entry.revision = adapter.revision
             packed = self._pack(name, adapter, check_targets=not isinstance(source, tuple))
             with self._lock:
@@ -380,7 +365,7 @@ class AdapterPool:
         return self._room.pack(content, [(target, source) for target, source in sources if source is not None])
 
     def _load(self, entry: _Entry) -> Packed:
-        if entry.stamp != _stamp(entry.source):
+        if entry.stamp != stamp_of(entry.source):
             raise refuse(
                 f"The files of {entry.name!r} have changed since it was added.",
                 found=entry.source,
@@ -388,7 +373,7 @@ class AdapterPool:
                 next_step="pool.remove(name), then pool.add(name, source) to take the new one",
             )
         hub = {**self._hub, "revision": entry.revision} if entry.revision else self._hub
-        return self._pack(entry.name, _read(entry.source, hub), check_targets=True)
+        return self._pack(entry.name, read(entry.source, hub), check_targets=True)
 
     def _packed(self, entry: _Entry) -> Packed:
         packed = entry.packed
@@ -605,60 +590,6 @@ def _roll_back(journal: Journal, base: torch.nn.Module) -> None:
         journal.roll_back()
 
 
-def _path(source: object) -> str | None:
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-
-
-def _stamp(source: object) -> tuple | None:
-    """What changes when an adapter's folder is written to. None for what is not a folder."""
-    path = _path(source)
-    try:
-        if path is None or not is_folder(path):
-            return None
-        with os.scandir(path) as files:
-            return tuple(sorted((file.name, *_state(file)) for file in files if file.name.startswith("adapter_")))
-    except OSError as error:
-        raise refuse(
-            f"The folder {path} can't be read.",
-            found=f"{type(error).__name__}: {error}",
-            expected="a folder with an adapter",
-            next_step="see that this process may read it, and that the disk is all right",
-        ) from error
-
-
-def _state(file: os.DirEntry) -> tuple[int, int]:
-    try:
-        state = file.stat()
-    except OSError as error:
-        if error.errno not in ABSENT:
-            raise
-        return 0, 0  # a link that leads nowhere; whoever reads it says so
-    return state.st_mtime_ns, state.st_size
-
-
-def _read(source: object, hub: Mapping[str, object]) -> Adapter:
-    if isinstance(source, Adapter):
-        return source
-    if isinstance(source, tuple):
-        return Adapter.from_state_dict(*source)
-    with interruptible():
-        return Adapter.load(source, **hub)
-
-
 def _result(loading: Future) -> Packed:
     with interruptible():
         return loading.result()
-
-
-def _family_member(source: object, hub: Mapping[str, object]) -> Adapter:
-    """What preparing needs to know of an adapter: of files, the config alone."""
-    if isinstance(source, (Adapter, tuple)):
-        return _read(source, hub)
-    if _path(source) is None:
-        raise refuse(
-            "The pool can't read this adapter.",
-            found=f"a {type(source).__name__}",
-            expected="a folder, a Hub id, an Adapter, or a pair (state_dict, config)",
-            next_step="pass one of these",
-        )
-    return Adapter(load_config(source, **hub), {}, _path(source))

@@ -636,14 +636,14 @@ def test_a_merge_while_a_swap_waits(model, folders):
 def test_adding_to_a_pool_holds_nobody_up(model, folders, monkeypatch):
     """However long it takes to read an adapter."""
     pool = AdapterPool(model, adapters={"old": folders["old"]}, target_rank=8, progress=False)
-    reading, go_on, read = threading.Event(), threading.Event(), pool_module._read
+    reading, go_on, read = threading.Event(), threading.Event(), pool_module.read
 
     def slowly(*arguments):
         reading.set()
         go_on.wait(30)
         return read(*arguments)
 
-    monkeypatch.setattr(pool_module, "_read", slowly)
+    monkeypatch.setattr(pool_module, "read", slowly)
     adding = start(pool.add, "new", folders["new"])
     assert reading.wait(30)
     with waiting_at_most(5):

@@ -9,7 +9,8 @@ import torch
 from ..errors import refuse
 from ..host import find_host
 from ..hotswap import hotswap_adapter
-from ..pool import AdapterPool, check_named
+from ..pool import AdapterPool
+from ..pool_sources import check_named
 from ..slot import resolve_slot
 from ..strength import get_strength, not_scaled, set_strength
 from ..turns import ModelInUseError, waiting_at_most
