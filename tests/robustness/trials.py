@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from mutations import Mutation, strange_file
+from mutations import Mutation, strange_file, zip_bomb
 from seeds import SEEDS, make_seeds
 
 #: seconds after which a process that gives no answer is ended
@@ -53,6 +53,9 @@ STRICTER = {
     "higher than the model was prepared for": "a prepared model has fixed room",
     "can't be done in a prepared model": "a prepared model has fixed room",
 }
+
+#: done after all others: these would unpack gigabytes here, wait for ever at a pipe, and damage what a link leads to
+LAST = (zip_bomb, strange_file)
 
 
 @dataclass
@@ -175,8 +178,7 @@ class Laboratory:
         folder = self.root / f"trial-{self.count}"
         shutil.copytree(self.root / "seeds" / seed / "new", folder)
         trial = Trial(seed, way, [])
-        # what is done to a pipe would wait for ever, and what is done to a link is done to what it leads to
-        for mutation, pick in sorted(mutations, key=lambda each: each[0] is strange_file):
+        for mutation, pick in sorted(mutations, key=lambda each: LAST.index(each[0]) if each[0] in LAST else -1):
             try:
                 trial.done.append(f"{mutation.__name__} ({mutation(folder, pick)})")
             except Exception as error:  # an earlier mutation has left nothing to damage in this way
