@@ -41,8 +41,8 @@ class _Hold:
         #: the handler that ours was installed over; None if ours was there already
         self.found: object = None
         self.original_before: object = None
-        #: whether blocks of the user's were open then
-        self.in_blocks = bool(_blocks)
+        #: whether blocks of the user's were open when it was installed
+        self.in_blocks = False
 
     def install(self, present: object) -> None:
         """Puts our handler in place of ``present``."""

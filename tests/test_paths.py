@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 
 import pytest
@@ -35,16 +36,16 @@ def test_what_is_there(tmp_path):
         assert (is_there(path), is_folder(path), is_file(path)) == expected, path
 
 
-def failing(monkeypatch, name: str, of: str, code: int = errno.EIO):
-    """``os.<name>`` fails once for paths that contain ``of``."""
-    original, left = getattr(os, name), [1]
+def failing(patch: pytest.MonkeyPatch, name: str, path: str, code: int = errno.EIO, *, at: int = 1) -> None:
+    """``os.<name>`` fails once for a path: at the ``at``-th call."""
+    original, calls = getattr(os, name), itertools.count(1)
 
-    def call(path, *arguments, **kwargs):
-        if of in os.fspath(path) and left:
-            raise OSError(code, os.strerror(code), os.fspath(path)) from left.clear()
-        return original(path, *arguments, **kwargs)
+    def call(each, *arguments, **kwargs):
+        if isinstance(each, (str, os.PathLike)) and os.fspath(each) == path and next(calls) == at:
+            raise OSError(code, os.strerror(code), path)
+        return original(each, *arguments, **kwargs)
 
-    monkeypatch.setattr(os, name, call)
+    patch.setattr(os, name, call)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ENOMEM])
@@ -67,7 +68,7 @@ def test_a_disk_that_fails_once_while_saving(tmp_path, monkeypatch, function, na
     for first in range(1, 12):
         save_adapter(load(LINEAR, old), target)
         with monkeypatch.context() as patch:
-            _failing_at(patch, function, str(target / name), first)
+            failing(patch, function, str(target / name), at=first)
             try:
                 save_adapter(model, target)
                 expected = new
@@ -78,17 +79,6 @@ def test_a_disk_that_fails_once_while_saving(tmp_path, monkeypatch, function, na
         if expected is None:
             expected = old if Adapter.load(target).config.r == 4 else new
         assert_equals_fresh_load(found, LINEAR, expected)
-
-
-def _failing_at(patch, name: str, path: str, at: int) -> None:
-    original, calls = getattr(os, name), iter(range(1, 10_000))
-
-    def call(each, *arguments, **kwargs):
-        if isinstance(each, (str, os.PathLike)) and os.fspath(each) == path and next(calls) == at:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-        return original(each, *arguments, **kwargs)
-
-    patch.setattr(os, name, call)
 
 
 def test_a_pool_whose_folder_cant_be_looked_at(tmp_path, monkeypatch):
