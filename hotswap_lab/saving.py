@@ -13,7 +13,7 @@ from peft import PeftConfig
 from peft.tuners.adaption_prompt import AdaptionPromptModel
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from .compiled import COMPILED
@@ -188,6 +188,8 @@ class LoadedAlone:
 
     def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
         for path, module in self._carrier.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and not has_adapter(module, self._adapter_name):
+                continue  # PEFT 0.21 looks for the adapter's trained tokens wherever another one has some
             if (name := self._fresh_name(path)) is not None:
                 yield name, module
 

@@ -15,6 +15,7 @@ from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .grafting.randomness import random_numbers_kept
+from .grafting.wrappers import entries_under
 from .journal import Journal
 from .slot import Slot, SlotLayer
 from .turns import writing
@@ -91,6 +92,19 @@ def _plant(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
     root.add_module(name, module)
 
 
+def _join(present: BaseTunerLayer, shadow: BaseTunerLayer, name: str, journal: Journal) -> None:
+    """Gives a layer all that the shadow has under the adapter's name."""
+    # a variant of LoRA lists its tables on the layer that it is on; which of them there are, it keeps in no list
+    for listed in ("adapter_layer_names", "other_param_names"):
+        names = tuple(dict.fromkeys((*getattr(present, listed), *getattr(shadow, listed))))
+        if names != tuple(getattr(present, listed)):
+            journal.set_item(present.__dict__, listed, names)
+    for attribute, table in entries_under(shadow, name):
+        if isinstance(table[name], torch.nn.Module):
+            table[name].train(present.training)
+        journal.set_item(getattr(present, attribute), name, table[name])
+
+
 def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> BaseTunerLayer:
     """Puts a shadow layer into the model, in the state of the slot's other layers.
 
@@ -101,12 +115,7 @@ def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> BaseTunerLayer:
     parent = slot.host.base.get_submodule(parent_path)
     present = parent._modules[child_name]
     if isinstance(present, BaseTunerLayer):
-        for table_name in dict.fromkeys((*shadow.adapter_layer_names, *shadow.other_param_names)):
-            table = getattr(shadow, table_name)
-            if name in table:
-                if isinstance(table[name], torch.nn.Module):
-                    table[name].train(present.training)
-                journal.set_item(getattr(present, table_name), name, table[name])
+        _join(present, shadow, name, journal)
     else:
         shadow._active_adapter = copy.copy(sibling._active_adapter)
         shadow._disable_adapters = sibling._disable_adapters

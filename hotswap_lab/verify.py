@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 
 from .adapter import Adapter, find_folder
@@ -295,7 +295,7 @@ def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 
 def _mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
     name = slot.adapter_name
-    live_config, fresh_config = slot.config.to_dict(), fresh.peft_config[name].to_dict()
+    live_config, fresh_config = (_comparable(each) for each in (slot.config, fresh.peft_config[name]))
     for key in sorted((live_config.keys() | fresh_config.keys()) - PROVENANCE):
         if live_config.get(key) != fresh_config.get(key):
             yield f"config.{key} is {live_config.get(key)!r}, fresh {fresh_config.get(key)!r}"
@@ -314,6 +314,14 @@ def _mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
     ]
     if different:
         yield f"{len(different)} tensors differ from a fresh load, such as {different[0]}"
+
+
+def _comparable(config: PeftConfig) -> dict:
+    """For some architectures PEFT makes sets of what a file has as lists of names, empty ones among them."""
+    return {
+        key: set(value) if isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value) else value
+        for key, value in config.to_dict().items()
+    }
 
 
 def _table_mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:

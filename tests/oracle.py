@@ -33,6 +33,13 @@ def assert_equals_fresh_load(
     The modules of a ``prepared`` model show another size than a fresh load's; all else must be equal there, too.
     """
     fresh = load(kind, folder, adapter_name, **load_kwargs)
+    assert_equals(model, fresh, kind, adapter_name, prepared=prepared, margin=margin)
+
+
+def assert_equals(
+    model, fresh, kind: Kind, adapter_name: str = "default", *, prepared: bool = False, margin: float = 1000
+) -> None:
+    """:func:`assert_equals_fresh_load` for whoever has the fresh load already."""
     assert_same_outputs(model, fresh, kind, margin=margin)
     live_config, fresh_config = (_config(each, adapter_name) for each in (model, fresh))
     assert live_config == fresh_config

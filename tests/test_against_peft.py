@@ -442,6 +442,24 @@ def test_adapters_that_change_the_base(tmp_path):
     assert_untouched(model, before)
 
 
+def test_other_layers_of_the_base(tmp_path):
+    """The live model's layers stay, in their order, whatever the new adapter's config says."""
+    old, new = (
+        save_random_adapter_of(
+            LoraConfig(r=4, target_modules=ATTENTION, layer_replication=ranges), tmp_path / str(seed), seed
+        )
+        for seed, ranges in enumerate(([[0, 2], [1, 2]], [[0, 1], [0, 2]]))
+    )
+    theirs, ours = row("`layer_replication`, other layers of the base, as many")
+    assert theirs == what_peft_does(load(LLAMA, old), new)
+    assert ours == "refused, untouched"
+    model = load(LLAMA, old)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="for other layers of the base model"):
+        hotswap_adapter(model, new, "default")
+    assert_untouched(model, before)
+
+
 ROUTERS = {
     "X-LoRA, a router between adapters": lambda folder: XLoraConfig(
         hidden_size=16, adapters={"a": folder}, task_type="CAUSAL_LM"

@@ -181,7 +181,7 @@ def test_nonfinite_weights_can_be_let_through(model, new):
         (dict(modules_to_save=["lm_head"]), "PEFT can't load this adapter on the base model"),
         (dict(trainable_token_indices=[1, 2]), "PEFT can't load this adapter on the base model"),
         (dict(target_parameters=["down_proj.weight"]), "PEFT can't load this adapter on the base model"),
-        (dict(layer_replication=[[0, 2], [0, 2]]), "a module that only one of the two models has"),
+        (dict(layer_replication=[[0, 2], [0, 2]]), "for other layers of the base model"),
         (dict(init_lora_weights="pissa"), "changes the base model's own weights"),
         (dict(init_lora_weights="pissa_niter_4"), "changes the base model's own weights"),
         (dict(init_lora_weights="olora"), "changes the base model's own weights"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from models import KINDS, load, save_random_adapter
+from models import ARCHITECTURES, KINDS, load, save_random_adapter
 from oracle import assert_untouched, snapshot
 
 from hotswap_lab import (
@@ -73,6 +75,19 @@ def test_where_an_adapter_comes_from_does_not_matter(model, tmp_path):
     model.get_base_model().name_or_path = "somewhere/else"
     model.save_pretrained(tmp_path / "saved")
     assert verify(model, tmp_path / "saved")
+
+
+def test_names_that_peft_turns_into_a_set(tmp_path):
+    """As it does with some fields, for architectures that it knows, be there names or none."""
+    mixtral = ARCHITECTURES["mixtral"]
+    old, new = (save_random_adapter(mixtral, tmp_path / f"{seed}", seed=seed) for seed in (1, 2))
+    config = json.loads((tmp_path / "2" / "adapter_config.json").read_text())
+    (tmp_path / "2" / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": []}))
+    model = load(mixtral, old)
+    hotswap_adapter(model, new, "default")
+    assert isinstance(load(mixtral, new).peft_config["default"].target_parameters, set)
+    verdict = verify_hotswap(model, new, inputs=mixtral.inputs(), base=mixtral.base)
+    assert verdict, verdict
 
 
 def test_inconclusive_when_the_adapter_changes_nothing(tmp_path):

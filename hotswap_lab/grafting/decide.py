@@ -20,6 +20,7 @@ from .difference import difference
 from .donor import Donor, load_donor
 from .graft import Graft
 from .places import Places, find_places, places_of
+from .replication import other_layers
 from .structure import Structure
 from .wrappers import wrappers_in
 
@@ -83,6 +84,9 @@ def decide_graft(
     if default_targets and getattr(config, "target_modules", "") is None:
         config.target_modules = copy.copy(slot.config.target_modules)
     grafting = Grafting(config)
+    if refusal := other_layers(slot.config, config):
+        grafting.refusals.append(refusal)
+        return grafting
     known = places_of(slot)
     if known is not None and not base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
         grafting.config = known.completed(config, slot.config.inference_mode)

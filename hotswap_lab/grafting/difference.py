@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 
 import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -47,6 +48,8 @@ from .wrappers import (
 
 #: objects that belong to one adapter although they don't lie under its name: AdaLoRA's budget of ranks
 OBJECTS_OF_ADAPTERS = {"rankallocator"}
+#: layers whose forward fails where the active adapter is not on them, though another one is
+FOR_ALL_OR_NONE = (LNTuningLayer,)
 #: tables that no forward reads
 BOOKKEEPING = {"r", "alpha", "lora_alpha", "use_rslora", "lora_bias"}
 
@@ -117,6 +120,10 @@ class _Comparison:
         if (id(live), id(donor)) in self._seen:
             return
         self._seen.add((id(live), id(donor)))
+        if self.donor.stand_in.live_modules.get(id(donor)) is not live:
+            # of the same class and with the same weights, it may be another layer
+            self._obstacle(path, "another module of the base model there than in a fresh load")
+            return
         for name, donor_child in donor._modules.items():
             live_child = live._modules.get(name)
             if donor_child is None and live_child is None:
@@ -142,8 +149,8 @@ class _Comparison:
             ours.append(match)
         staying = [each for each in unmatched if not self._goes(each)]
         if staying and None in ours and not (self._is_mixed and isinstance(staying[0], BaseTunerLayer)):
-            kinds = [".".join(type(each).__module__.split(".")[2:3]) for each in (staying[0], donor_wrappers[0])]
-            self._obstacle(path, f"another adapter's {kinds[0]} layer where a {kinds[1]} layer would have to be put")
+            new = donor_wrappers[ours.index(None)]
+            self._obstacle(path, f"{_kind(staying[0])} that stays there, where {_kind(new)} would have to be put")
         else:
             added = [wrapper if match is None else None for wrapper, match in zip(donor_wrappers, ours, strict=True)]
             chain = [each for each in live_wrappers if each in staying or each in ours]
@@ -231,6 +238,7 @@ class _Comparison:
             for key, value in donor.__dict__[table].items():
                 if value is not None and id(value) not in self._counterparts:
                     self._value(live.__dict__[table], key, live.__dict__[table].get(key, MISSING), value, path)
+        self._persistence(live, donor)
         if isinstance(live, AuxiliaryTrainingWrapper) and (self.name in live._adapters) != (
             self.name in donor._adapters
         ):
@@ -291,6 +299,16 @@ class _Comparison:
             self._entry(live_entries, entries, where, keys_of(present))
         elif not self._adapter_names & live_entries.keys():
             self._shared_table(live_entries, entries, where, keys_of(present))
+        self._persistence(present, value)
+
+    def _persistence(self, live: torch.nn.Module, donor: torch.nn.Module) -> None:
+        """Which of the donor's buffers are left out of state dicts, and so of what is saved."""
+        before = live._non_persistent_buffers_set
+        after = (before - donor._buffers.keys()) | (donor._non_persistent_buffers_set & donor._buffers.keys())
+        if after != before:
+            self.graft.silent_steps.append(
+                lambda journal: journal.set_attribute(live, "_non_persistent_buffers_set", after)
+            )
 
     def _shared_table(self, live: MutableMapping, donor: MutableMapping, path: str, keys: dict | None) -> None:
         """A table that all adapters of a model share, such as indices by kind of layer."""
@@ -442,6 +460,8 @@ class _Comparison:
         self._counterparts[id(wrapper)] = wrapper
         self._added.append(wrapper)
         self._placed.append(wrapper)
+        if isinstance(wrapper, FOR_ALL_OR_NONE) and (others := self._adapter_names - {self.name}):
+            self._stranded(path, sorted(others))
         if not isinstance(wrapper, AuxiliaryTrainingWrapper):  # those are asked for by name, in the config
             self.graft.added.append(path)
         self.graft.changes.append(
@@ -455,6 +475,10 @@ class _Comparison:
         if not has_adapter(wrapper, self.name) or (is_off(wrapper, self.name) and not self._names_bases):
             return
         self.graft.changes.append(WrapperChange(path, wrapper, Change.REMOVED, rank_of(wrapper, self.name), None, None))
+        if isinstance(wrapper, FOR_ALL_OR_NONE) and any(
+            has_adapter(wrapper, other) for other in self._adapter_names - {self.name}
+        ):
+            self._stranded(path, [self.name])
         if self._can_be_zeroed(wrapper):
             for target in method_of(wrapper).tensors_of(wrapper, self.name):
                 if target.off is not None and (others := set(wrapper.merged_adapters) - {self.name}):
@@ -554,6 +578,10 @@ class _Comparison:
             )
         )
 
+    def _stranded(self, path: str, names: list[str]) -> None:
+        found = f"a layer that fails where the active adapter is not on it, as {names[0]!r} would not be after the swap"
+        self._obstacle(path, found)
+
     def _translated(self, value: object) -> object:
         """``value`` with the stand-in's modules and tensors replaced by those of the live model."""
         if isinstance(value, (torch.nn.Module, torch.Tensor)):
@@ -578,6 +606,13 @@ class _Comparison:
 
     def _is_live(self, part: object) -> bool:
         return self.donor.stand_in.live_tensors.get(id(part)) is part
+
+
+def _kind(wrapper: torch.nn.Module) -> str:
+    """What a wrapper is called in messages: the method of PEFT and its class, as in ``a lora Embedding``."""
+    kind = getattr(type(wrapper), "hotswap_original", type(wrapper))
+    package = kind.__module__.split(".")
+    return f"a {package[2]} {kind.__name__}" if "tuners" in package else f"a {kind.__name__}"
 
 
 def activity_of(host: Host) -> tuple[list[str], bool]:

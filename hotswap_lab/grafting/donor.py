@@ -74,8 +74,7 @@ def load_donor(
     twins = dict(_named_tensors(stand_in.model))
     base_names = {id(tensor): name for name, tensor in twins.items()}
     config = copy.deepcopy(config)
-    replication, present = getattr(config, "layer_replication", None), host.configs.get(adapter_name)
-    if replication and present is not None and getattr(present, "layer_replication", None) == replication:
+    if replication := getattr(config, "layer_replication", None):
         config.layer_replication = None  # the live base model has its layers repeated already
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     # quantized weights have no twins: PEFT sets `requires_grad` of the live ones, and no other thread must compute then

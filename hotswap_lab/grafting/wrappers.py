@@ -6,7 +6,7 @@ own lies in tables under the adapter's name: ``ModuleDict``, ``ParameterDict``, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
 import torch
 from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
@@ -124,16 +124,20 @@ def tables_of(wrapper: torch.nn.Module):
         yield from module._modules.items()
 
 
+def entries_under(wrapper: torch.nn.Module, adapter_name: str) -> Iterator[tuple[str, Mapping | torch.nn.Module]]:
+    """The tables of a wrapper that have an entry under the adapter's name, with their attributes."""
+    skipped = NOT_COMPARED - {"modules_to_save"}
+    for attribute, table in tables_of(wrapper):
+        is_one = isinstance(table, MutableMapping) or (isinstance(table, torch.nn.Module) and is_table(table))
+        if is_one and attribute not in skipped and adapter_name in table:
+            yield attribute, table
+
+
 def has_adapter(wrapper: torch.nn.Module, adapter_name: str) -> bool:
     """Whether a wrapper has anything under the adapter's name."""
     if not isinstance(wrapper, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         return True
-    return any(
-        (isinstance(table, MutableMapping) or (isinstance(table, torch.nn.Module) and is_table(table)))
-        and attribute not in NOT_COMPARED - {"modules_to_save"}
-        and adapter_name in table
-        for attribute, table in tables_of(wrapper)
-    )
+    return any(True for _ in entries_under(wrapper, adapter_name))
 
 
 def rank_of(wrapper: torch.nn.Module, adapter_name: str) -> int | None:

@@ -220,7 +220,8 @@ def is_special(layer: LoraLayer, adapter_name: str) -> bool:
 
 def form_of(layer: LoraLayer, adapter_name: str) -> tuple[bool, bool]:
     """Which tensors a layer has beside A and B: a magnitude (DoRA), a bias."""
-    has_bias = adapter_name in layer.lora_B and layer.lora_B[adapter_name].bias is not None
+    # not every module that stands for a lora_B has the attribute: BD-LoRA's has only a weight
+    has_bias = adapter_name in layer.lora_B and getattr(layer.lora_B[adapter_name], "bias", None) is not None
     return adapter_name in layer.lora_magnitude_vector, has_bias
 
 

@@ -198,6 +198,50 @@ def test_from_any_kind_to_any_other(folders):
         assert_equals_fresh_load(model, LLAMA, new, margin=10)
 
 
+#: which layers of the base model an adapter has it made of: repeated, in another order, as they are, unsaid
+REPLICATIONS = {
+    "two ends": [[0, 2], [1, 2]],
+    "two beginnings": [[0, 1], [0, 2]],
+    "backwards": [[1, 2], [0, 1]],
+    "once": [[0, 2]],
+    "unsaid": None,
+}
+
+
+def _replicated(tmp_path, name: str, **lora) -> str:
+    config = LoraConfig(**{"r": 4, "target_modules": ATTENTION, "layer_replication": REPLICATIONS[name], **lora})
+    return save_random_adapter_of(config, tmp_path / f"{name} {len(list(tmp_path.iterdir()))}", seed=len(name))
+
+
+@pytest.mark.parametrize(("old", "new"), itertools.permutations(REPLICATIONS, 2))
+def test_other_layers_of_the_base_are_refused(tmp_path, old, new):
+    """Some of these have as many layers as the others, with the same names: the live ones would stay silently."""
+    model = load(LLAMA, _replicated(tmp_path, old))
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="for other layers of the base model than the model has"):
+        hotswap_adapter(model, _replicated(tmp_path, new), "default", add_layers=True)
+    assert_untouched(model, before)
+
+
+def test_an_adapter_that_is_on_none_of_the_repeated_layers_is_refused_as_well(tmp_path):
+    model = load(LLAMA, _replicated(tmp_path, "two ends"))
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="for other layers of the base model than the model has"):
+        hotswap_adapter(model, _replicated(tmp_path, "unsaid", target_modules=["lm_head"]), "default", add_layers=True)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", REPLICATIONS)
+def test_the_same_layers_of_the_base(tmp_path, name):
+    """Also where the live config has tuples, as somebody writes them, and the file lists."""
+    new = _replicated(tmp_path, name, r=6)
+    for ranges in (REPLICATIONS[name], REPLICATIONS[name] and tuple(map(tuple, REPLICATIONS[name]))):
+        model = load(LLAMA, _replicated(tmp_path, name))
+        model.peft_config["default"].layer_replication = ranges
+        hotswap_adapter(model, new, "default")
+        assert_equals_fresh_load(model, LLAMA, new, margin=10)
+
+
 def test_layers_are_not_added_unasked(tmp_path):
     old = save_random_adapter_of(LoraConfig(r=4, target_modules=["q_proj"], use_dora=True), tmp_path / "old", 1)
     new = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "new", 2)
@@ -215,8 +259,9 @@ def test_another_adapter_keeps_all_of_its_own(folders, tmp_path):
     )
     model = load(LLAMA, folders("DoRA")[0])
     model.load_adapter(mine, "default_0")
-    for name in FAMILIES.keys() & {"modules_to_save", "VeLoRA", "DoRA", "BD-LoRA"}:
-        for new in folders(name):
+    # DoRA comes before BD-LoRA: the layers that its last adapter turns off have no bias after that
+    for name in ("modules_to_save", "VeLoRA", "DoRA", "BD-LoRA"):
+        for new in folders(name) if name in FAMILIES else ():
             model.set_adapter("default")
             hotswap_adapter(model, new, "default", add_layers=True)
             assert_equals_fresh_load(model, LLAMA, new, margin=10)

@@ -67,6 +67,76 @@ def test_trained_tokens_of_an_inactive_adapter(tmp_path):
     assert_same_outputs(model, load(LLAMA, tokens), LLAMA)
 
 
+@pytest.mark.parametrize("mine", [dict(use_dora=True, modules_to_save=["lm_head"]), dict(bias="lora_only")])
+def test_saving_beside_trained_tokens_of_another_adapter(tmp_path, mine):
+    """PEFT 0.21 looks for tokens of this one, too, and fails; ours has none."""
+    first, tokens, new = _save(tmp_path, _lora(r=2), _lora(trainable_token_indices=[1, 2]), _lora(**mine))
+    model = load(LLAMA, first)
+    model.load_adapter(tokens, "other")
+    model.set_adapter("default")
+    hotswap_adapter(model, new, "default")
+    save_adapter(model, tmp_path / "saved")
+    assert_equals_fresh_load(load(LLAMA, str(tmp_path / "saved")), LLAMA, new)
+    assert verify_hotswap(model, new, inputs=LLAMA.inputs(), base=LLAMA.base)
+
+
+@pytest.mark.parametrize("name", ["OSF", "PSOFT"])
+def test_buffers_that_are_not_saved(tmp_path, name):
+    """Also on layers where another adapter was and this one was not."""
+    everywhere, _, few = CONFIGS[name]
+    first, other, new = _save(tmp_path, few, everywhere, everywhere)
+    model = load(LLAMA, first)
+    model.load_adapter(other, "other")
+    model.set_adapter("default")
+    hotswap_adapter(model, new, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+    save_adapter(model, tmp_path / "saved")
+    names = [load_file(f"{folder}/adapter_model.safetensors").keys() for folder in (tmp_path / "saved", new)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(("mine", "other", "new"), [(1, 1, 0), (0, 0, 1)])
+def test_layers_that_fail_without_the_active_adapter(tmp_path, mine, other, new):
+    """LN tuning looks for the active adapter wherever any adapter is; after the swap one would be missing there."""
+    folders = _save(tmp_path, *CONFIGS["LNTuning"][:2])
+    model = load(LLAMA, folders[mine])
+    model.load_adapter(folders[other], "other")
+    model.set_adapter("default")
+    _refused(model, folders[new], "a layer that fails where the active adapter is not on it", add_layers=True)
+    model.delete_adapter("other")
+    hotswap_adapter(model, folders[new], "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, folders[new], margin=10)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("more", [dict(use_dora=True), dict(lora_bias=True)])
+def test_layers_are_added_where_a_plain_adapter_is(tmp_path, more, is_prepared):
+    """DoRA and biases are more than tensors: what makes the layer compute them comes with them."""
+    bert = MODELS["bert"]
+    first, other, new = _save(
+        tmp_path,
+        _lora(target_modules=["query"], **more),
+        _lora(target_modules=["query", "value"]),
+        _lora(r=8, target_modules=["query", "value"], **more),
+        kind=bert,
+    )
+    model, fresh = load(bert, first), load(bert, new)
+    for each in (model, fresh):
+        each.load_adapter(other, "other")
+        each.set_adapter("default")
+    if is_prepared:
+        prepare_model_for_compiled_hotswap(model, adapters=[new], adapter_name="default")
+    hotswap_adapter(model, new, "default", add_layers=True)
+    for name, folder in (("other", other), ("default", new)):
+        for each in (model, fresh):
+            each.set_adapter(name)
+        assert_same_outputs(model, fresh, bert, margin=10)
+        assert_equals_fresh_load(model, bert, folder, name, prepared=is_prepared, margin=10)
+    for layer, expected in zip(model.modules(), fresh.modules(), strict=True):
+        if hasattr(expected, "adapter_layer_names"):
+            assert set(layer.adapter_layer_names) == set(expected.adapter_layer_names)
+
+
 def test_the_class_of_the_model(tmp_path):
     """aLoRA, like prompts, works by the class that PEFT puts around the model for a task."""
     old, new = _save(tmp_path, _lora(), _lora(task_type="CAUSAL_LM", alora_invocation_tokens=[5]))
