@@ -71,8 +71,10 @@ def prepare_model_for_compiled_hotswap(
 
     The outputs stay what they were, up to rounding: zeros are added to sums of another length. Saving
     (``save_adapter`` and ``save_pretrained`` alike) gives the adapter with its own rank and scaling, as if nothing had
-    been prepared. May be called again to make more room, before compiling anew. All or nothing: after an error the
-    model is as it was. Make an optimizer only afterwards: the parameters stay the same objects but get other shapes.
+    been prepared; only where an embedding is reserved, ``save_pretrained`` adds its base weight to the file of an
+    adapter that is on another embedding. May be called again to make more room, before compiling anew. All or nothing:
+    after an error the model is as it was. Make an optimizer only afterwards: the parameters stay the same objects but
+    get other shapes.
 
     Parameters
     ----------

@@ -27,6 +27,7 @@ from .prepared_layer import SEATS, leave_seat, take_seat
 from .slot import Slot, SlotLayer, slot_in
 from .state_view import set_trained
 from .turns import writing
+from .uncopied import Uncopied
 
 T = TypeVar("T")
 
@@ -96,14 +97,8 @@ class Seat:
         return self.room.content.dropout
 
 
-class Rooms(dict):
-    """The rooms of a model. A copy of the model has its own memory, so it starts without any."""
-
-    def __deepcopy__(self, memo: dict) -> Rooms:
-        return Rooms()
-
-    def __reduce__(self) -> tuple:
-        return Rooms, ()
+class Rooms(Uncopied):
+    """The rooms of a model. A copy of it has its own memory."""
 
 
 class Room:

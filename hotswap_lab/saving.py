@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from .compiled import COMPILED
 from .errors import HotswapError, refuse
-from .grafting.wrappers import WRAPPERS, has_adapter, is_table
+from .grafting.wrappers import WRAPPERS, has_adapter, inside, is_table
 from .host import PEFT_PREFIX, Host, canonical_path, is_embedding
 from .interrupts import interrupts_held
 from .methods import general
@@ -30,6 +30,8 @@ from .turns import in_use
 
 #: what wrappers call the module that they are around
 INSIDE = ("base_layer", "original_module")
+#: where PEFT asks a model for the embeddings
+EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 #: methods that keep a part of an adapter beside the layers, and those of them that may leave it out of their files
 BESIDE_LAYERS = ("VERA", "PVERA", "RANDLORA", "FROD", "TINYLORA", "VBLORA", "UNILORA", "SHADOW")
 MAY_LEAVE_OUT = ("VERA", "PVERA", "RANDLORA", "FROD")
@@ -180,7 +182,15 @@ class LoadedAlone:
         self._start = [] if host.is_peft_model else ["base_model"] if is_tuner else ["base_model", "model"]
 
     def __getattr__(self, attribute: str) -> object:
-        return getattr(self._carrier, attribute)
+        value = getattr(self._carrier, attribute)
+        # PEFT saves the weights of the embeddings that are wrapped
+        return (lambda: self._as_loaded(value())) if attribute in EMBEDDINGS else value
+
+    def _as_loaded(self, module: torch.nn.Module | None) -> torch.nn.Module | None:
+        """A module, or the innermost around which a fresh load would have nothing."""
+        while self._is_missing(module):
+            module = inside(module)
+        return module
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         named = ((self._fresh_name(key), tensor) for key, tensor in self._carrier.state_dict().items())

@@ -24,6 +24,7 @@ from hotswap_lab import (
     save_adapter,
     verify_hotswap,
 )
+from hotswap_lab.grafting.places import places_of
 
 LLAMA, LINEAR, CONV = KINDS["llama"], KINDS["linear"], KINDS["conv"]
 #: ranks that the grouped convolutions of the test model can have are multiples of 4
@@ -191,6 +192,43 @@ def test_copies_of_a_prepared_model_are_prepared(kind, family, way):
     addresses = slot.data_ptrs()
     hotswap_adapter(twin, family[1], "default")
     assert slot.data_ptrs() == addresses
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_after_an_adapter_that_peft_has_loaded_beside_the_model(tmp_path, way):
+    """What is noted then about the tables of the live model is of no use to a copy, and can't be pickled."""
+    plain, *heads = (
+        save_random_adapter(LLAMA, tmp_path / f"{seed}", seed=seed, r=4, modules_to_save=modules)
+        for seed, modules in enumerate((None, ["lm_head"], ["lm_head"]))
+    )
+    model = load(LLAMA, plain)
+    prepare_model_for_compiled_hotswap(model)
+    model.load_adapter(heads[0], "other")
+    hotswap_adapter(model, heads[1], "other")
+    assert places_of(resolve_slot(model, "other")) is not None
+    twin = copied(model, way)
+    assert places_of(resolve_slot(twin, "other")) is None
+    hotswap_adapter(twin, heads[0], "other")
+    for each, expected in ((model, heads[1]), (twin, heads[0])):
+        each.set_adapter("other")
+        assert_same_outputs(each, load(LLAMA, expected), LLAMA)
+        each.set_adapter("default")
+        assert_same_outputs(each, load(LLAMA, plain), LLAMA)
+
+
+def test_reserved_embeddings_are_not_saved(tmp_path):
+    """PEFT's own saving takes the weight of any embedding that is wrapped."""
+    first, on_one, on_both = (
+        save_random_adapter(LLAMA, tmp_path / f"{seed}", seed=seed, r=2, target_modules=targets)
+        for seed, targets in enumerate((["q_proj"], ["embed_tokens"], ["embed_tokens", "lm_head"]))
+    )
+    model = load(LLAMA, first)
+    prepare_model_for_compiled_hotswap(model, adapters=[on_one, on_both])
+    hotswap_adapter(model, on_one, "default")
+    save_adapter(model, tmp_path / "saved")
+    saved, expected = (load_file(f"{folder}/adapter_model.safetensors") for folder in (tmp_path / "saved", on_one))
+    assert_same_tensors(saved, expected)
+    assert verify_hotswap(model, on_one, inputs=LLAMA.inputs(), base=LLAMA.base)
 
 
 def test_a_state_dict_goes_back_in_strictly(kind, family):

@@ -17,6 +17,7 @@ from ..adapter import Adapter
 from ..journal import Journal
 from ..sameness import have_same_bits
 from ..slot import Slot
+from ..uncopied import Uncopied
 from .donor import Donor
 from .graft import Change, Graft, WrapperChange
 from .wrappers import tables_of
@@ -87,7 +88,7 @@ class Places:
             if isinstance(table, MutableMapping) and (value := _scalar(table.get(name))) is not None
         )
         known = replace(self, in_model=config, scalars=scalars)
-        journal.set_item(base.__dict__, PLACES, {**base.__dict__.get(PLACES, {}), name: known})
+        journal.set_item(base.__dict__, PLACES, Uncopied({**base.__dict__.get(PLACES, {}), name: known}))
 
 
 def places_of(slot: Slot) -> Places | None:
@@ -98,7 +99,8 @@ def places_of(slot: Slot) -> Places | None:
 def forget_places(slot: Slot, journal: Journal) -> None:
     """To be called when an adapter goes in whose places are not known."""
     if places_of(slot) is not None:
-        places = {name: each for name, each in slot.host.base.__dict__[PLACES].items() if name != slot.adapter_name}
+        places = Uncopied(slot.host.base.__dict__[PLACES])
+        del places[slot.adapter_name]
         journal.set_item(slot.host.base.__dict__, PLACES, places)
 
 

@@ -36,6 +36,7 @@ from models import Kind, call, load
 from oracle import assert_equals, assert_same_outputs, assert_same_tables, assert_untouched, snapshot
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from hotswap_lab import (
     HotswapError,
@@ -105,6 +106,7 @@ class Walk:
     #: each swap that was done, the first two entries being what was loaded
     steps: list[str] = field(default_factory=list)
     is_prepared: bool = False
+    reserves_embeddings: bool = False
     refused: Counter = field(default_factory=Counter)
 
     @property
@@ -146,7 +148,9 @@ def _walk(places: Places, walk: Walk, draw: random.Random, labels: list[str], le
         model = load(kind, folders[walk.now[MINE]])
     walk.steps += walk.now.values()
     if draw.random() < 0.3:
-        walk.is_prepared = _prepare(model, [folders[each] for each in draw.sample(labels, draw.randrange(3))])
+        reserved = draw.sample(labels, draw.randrange(3))
+        walk.is_prepared = _prepare(model, [folders[each] for each in reserved])
+        walk.reserves_embeddings = "embeddings" in "".join(reserved)
     for _ in range(length):
         name, label = draw.choice(list(walk.now)), draw.choice(labels)
         walk.steps.append(label if name == MINE else f"{label} ({name})")
@@ -166,6 +170,7 @@ def _walk(places: Places, walk: Walk, draw: random.Random, labels: list[str], le
             with tempfile.TemporaryDirectory() as saved:
                 save_adapter(model, saved, name)
                 assert_same_outputs(load(kind, saved), load(kind, folders[label]), kind, margin=10)
+                assert _keys(saved) == _keys(folders[label])
         # beside an adapter that changes the base model, no other one is as it is alone
         if draw.random() < 0.2 and not any(walk.has_met(each) for each in ("bias ", "layer_replication")):
             model.set_adapter(name)
@@ -207,12 +212,16 @@ def _compare(model: PeftModel, walk: Walk, kind: Kind, folders: dict[str, str]) 
         for each in (model, expected):
             each.set_adapter(name)
         assert_same_outputs(model, expected, kind, margin=10)
-        if name == MINE and _can_be_saved(expected):
+        if name == MINE and _can_be_saved(expected) and not walk.reserves_embeddings:
             assert_equals(model, expected, kind, name, prepared=walk.is_prepared, margin=10)
         elif walk.place in MODELS and not walk.is_prepared:
             # Not what is saved: that of a second adapter is another thing in a model that was begun with another
             # task. And only LoRA: a second VeRA goes by the first one's projection, if that is large enough.
             assert_same_tables(model, expected, name)
+
+
+def _keys(folder: str) -> set[str]:
+    return set(load_file(f"{folder}/adapter_model.safetensors"))
 
 
 def _can_be_saved(model: PeftModel) -> bool:
@@ -234,6 +243,7 @@ def places(tmp_path_factory):
 
 @pytest.mark.parametrize("place", Places(Path()).configs)
 def test_walks(places, place):
+    torch.set_num_threads(1)  # more would wait for one another, in layers as small as these
     walks, swaps = (4, 6) if len(places.configs[place]) > 10 else (1, 3)
     for seed in range(walks):
         walk_once(places, place, seed, swaps)
