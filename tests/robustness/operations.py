@@ -310,6 +310,24 @@ def _swap_other(old_config, new_config, shelf):
     return case
 
 
+@operation("hotswap: add DoRA to layers of another adapter")
+def _swap_beside(shelf):
+    old, new = shelf(1, r=4, use_dora=True, target_modules=["first"]), shelf(2, r=6, use_dora=True)
+    other = shelf(3, r=3)
+
+    def case():
+        model = _trained(old)
+        model.load_adapter(other, "other")
+        model.set_adapter("default")
+        return Case(
+            lambda: hotswap_adapter(model, new, "default", add_layers=True),
+            (model,),
+            check=lambda: assert_equals_fresh_load(model.eval(), LINEAR, new, is_trainable=True),
+        )
+
+    return case
+
+
 @operation("hotswap from a state dict")
 def _from_state_dict(shelf):
     old, new = shelf(1, r=4), Adapter.load(shelf(2, r=6, lora_alpha=3))
