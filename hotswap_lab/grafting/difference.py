@@ -461,7 +461,7 @@ class _Comparison:
         self._added.append(wrapper)
         self._placed.append(wrapper)
         if isinstance(wrapper, FOR_ALL_OR_NONE) and (others := self._adapter_names - {self.name}):
-            self._stranded(path, sorted(others))
+            self._stranded(path, min(others))
         if not isinstance(wrapper, AuxiliaryTrainingWrapper):  # those are asked for by name, in the config
             self.graft.added.append(path)
         self.graft.changes.append(
@@ -478,7 +478,7 @@ class _Comparison:
         if isinstance(wrapper, FOR_ALL_OR_NONE) and any(
             has_adapter(wrapper, other) for other in self._adapter_names - {self.name}
         ):
-            self._stranded(path, [self.name])
+            self._stranded(path, self.name)
         if self._can_be_zeroed(wrapper):
             for target in method_of(wrapper).tensors_of(wrapper, self.name):
                 if target.off is not None and (others := set(wrapper.merged_adapters) - {self.name}):
@@ -578,8 +578,8 @@ class _Comparison:
             )
         )
 
-    def _stranded(self, path: str, names: list[str]) -> None:
-        found = f"a layer that fails where the active adapter is not on it, as {names[0]!r} would not be after the swap"
+    def _stranded(self, path: str, name: str) -> None:
+        found = f"a layer that fails where the active adapter is not on it, as {name!r} would not be after the swap"
         self._obstacle(path, found)
 
     def _translated(self, value: object) -> object:
