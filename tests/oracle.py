@@ -37,10 +37,17 @@ def assert_equals_fresh_load(
 
 
 def assert_equals(
-    model, fresh, kind: Kind, adapter_name: str = "default", *, prepared: bool = False, margin: float = 1000
+    model,
+    fresh,
+    kind: Kind,
+    adapter_name: str = "default",
+    *,
+    prepared: bool = False,
+    tolerance: float = 1e-5,
+    margin: float = 1000,
 ) -> None:
     """:func:`assert_equals_fresh_load` for whoever has the fresh load already."""
-    assert_same_outputs(model, fresh, kind, margin=margin)
+    assert_same_outputs(model, fresh, kind, tolerance, margin)
     live_config, fresh_config = (_config(each, adapter_name) for each in (model, fresh))
     assert live_config == fresh_config
     assert_same_scalars(model, fresh, adapter_name, () if prepared else ("lora_dropout", "lora_A", "lora_B"))

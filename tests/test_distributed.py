@@ -83,6 +83,11 @@ FAMILY = {
 ANY_RANK = ("same", "grown", "odd", "one", "fewer", "first")
 
 
+#: Processes add up in another order. In float32 that moves these outputs by up to 3e-5 of the largest one, more on some
+#: processors than on others (one process alone is 1e-5 off float64). The weights are compared bit for bit beside that.
+SUMMED_OTHERWISE = 1e-4
+
+
 class World:
     """What a case gets: this process's place among all, and the adapters, which every process can read."""
 
@@ -216,7 +221,7 @@ def assert_is_my_part(world: World, parameter: DTensor, whole: torch.Tensor) -> 
 def assert_equals_fresh_load(world: World, model, name: str, *, padded: bool = False) -> None:
     assert_holds(world, model, name, padded=padded)
     fresh = world.load(name)
-    assert_same_outputs(model, fresh, LLAMA)
+    assert_same_outputs(model, fresh, LLAMA, SUMMED_OTHERWISE)
     assert_same_scalars(model, fresh, "default", ())
     live, expected = (each.peft_config["default"].to_dict() for each in (model, fresh))
     assert {**live, "target_modules": set(live["target_modules"])} == expected
@@ -481,7 +486,7 @@ def tensor_parallelism_of_transformers(world):
         fresh = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(world.folder / "base"), world.adapter(name)
         ).eval()
-        assert_same_outputs(model, fresh, LLAMA)
+        assert_same_outputs(model, fresh, LLAMA, SUMMED_OTHERWISE)
         assert_same_scalars(model, fresh, "default", ())
         saved = world.folder / f"saved {world.rank}"
         model.save_pretrained(saved)

@@ -47,6 +47,9 @@ from hotswap_lab import (
 )
 
 MINE, OTHER = "default", "default_0"
+#: The zeros of a prepared model make other sums, and one fresh load in ten is itself 1e-5 off float64. All else is
+#: the same computation.
+PADDED, UNPADDED = 1e-4, 1e-5
 
 #: the swaps that may be refused: the beginning of the message, and when that is right
 RIGHT_REFUSALS: dict[str, Callable[[Walk], bool]] = {
@@ -208,12 +211,13 @@ def _compare(model: PeftModel, walk: Walk, kind: Kind, folders: dict[str, str]) 
     if expected is None:  # after the swap there are two beside one another that PEFT doesn't put there
         assert_same_outputs(model, load(kind, folders[MINE]), kind, margin=10)
         return
+    tolerance = PADDED if walk.is_prepared else UNPADDED
     for name in reversed(folders):
         for each in (model, expected):
             each.set_adapter(name)
-        assert_same_outputs(model, expected, kind, margin=10)
+        assert_same_outputs(model, expected, kind, tolerance, margin=10)
         if name == MINE and _can_be_saved(expected) and not walk.reserves_embeddings:
-            assert_equals(model, expected, kind, name, prepared=walk.is_prepared, margin=10)
+            assert_equals(model, expected, kind, name, prepared=walk.is_prepared, tolerance=tolerance, margin=10)
         elif walk.place in MODELS and not walk.is_prepared:
             # Not what is saved: that of a second adapter is another thing in a model that was begun with another
             # task. And only LoRA: a second VeRA goes by the first one's projection, if that is large enough.
