@@ -83,8 +83,9 @@ FAMILY = {
 ANY_RANK = ("same", "grown", "odd", "one", "fewer", "first")
 
 
-#: Processes add up in another order. In float32 that moves these outputs by up to 3e-5 of the largest one, more on some
-#: processors than on others (one process alone is 1e-5 off float64). The weights are compared bit for bit beside that.
+#: Tensor parallelism adds up in another order, which in float32 moves the outputs with the adapter "grown" by up to
+#: 2.8e-5 of the largest, measured on an AMD EPYC; one process alone is 0.94e-5 off float64 there. The weights are
+#: compared bit for bit beside that.
 SUMMED_OTHERWISE = 1e-4
 
 
@@ -221,7 +222,9 @@ def assert_is_my_part(world: World, parameter: DTensor, whole: torch.Tensor) -> 
 def assert_equals_fresh_load(world: World, model, name: str, *, padded: bool = False) -> None:
     assert_holds(world, model, name, padded=padded)
     fresh = world.load(name)
-    assert_same_outputs(model, fresh, LLAMA, SUMMED_OTHERWISE)
+    # FSDP puts the weights together before it computes, so that its sums are those of one process
+    is_split = sharded(model) and not any(isinstance(module, FSDPModule) for module in model.modules())
+    assert_same_outputs(model, fresh, LLAMA, SUMMED_OTHERWISE if is_split else 1e-5)
     assert_same_scalars(model, fresh, "default", ())
     live, expected = (each.peft_config["default"].to_dict() for each in (model, fresh))
     assert {**live, "target_modules": set(live["target_modules"])} == expected
