@@ -223,7 +223,8 @@ class SwapPanel(View):
     def _click(self, what: str, value: object) -> None:
         """What the buttons and the slider do: now, or once what runs has ended. Of several that wait, the last counts.
 
-        Buttons are greyed out meanwhile, but clicks may be on their way, or wait for the end of a cell.
+        The buttons stay as they are meanwhile. Were they greyed out, or moved by another one that grows, a click would
+        be lost whenever that came between pressing and releasing the mouse, and so would the keyboard's focus.
         """
         self._next = what, value
         if not self._beside(self._carry_out):
@@ -434,9 +435,8 @@ class SwapPanel(View):
         self._title.value = f"<strong>SwapPanel</strong>: {escape(self.summary)}"
         self._refresh_buttons()
         for name, button in zip(self.names, self._buttons.children, strict=False):
-            _mark(button, name, name == active, busy)
-        _mark(self._off_button, "off", off, busy)
-        # not disabled while busy: that would take the keyboard's focus from it at every step
+            _mark(button, name, name == active)
+        _mark(self._off_button, "off", off)
         self._slider.disabled = strength is None
         if strength is not None and not busy and not self._slider_waits:
             self._slider.max = max(STRENGTHS[1], strength)
@@ -477,12 +477,11 @@ class SwapPanel(View):
         return "nothing was run yet" if title == "after" else "no earlier answer to this prompt"
 
 
-def _mark(button: ipywidgets.Button, name: str, is_active: bool, busy: bool) -> None:
-    """In words, not by colour alone."""
+def _mark(button: ipywidgets.Button, name: str, is_active: bool) -> None:
+    """In words, not by colour alone. The style of ``hotswap-choice`` keeps room for them: no other button moves."""
     button.description = f"{name} (active)" if is_active else name
     button.button_style = "info" if is_active else ""
-    button.disabled = busy
-    button.layout.width = "auto"
+    button.add_class("hotswap-choice")
 
 
 def _earlier(run: Run, before: Run | None, after: Run | None) -> Run | None:

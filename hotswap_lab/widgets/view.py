@@ -38,6 +38,7 @@ STYLE = """<style>
 .hotswap-live .hotswap-answer .hotswap-text { font-size: 18px; white-space: pre-wrap; margin: 4px 0 }
 .hotswap-live .hotswap-answer img { max-width: 100%; height: auto }
 .hotswap-live .jupyter-button { width: auto; height: auto; min-height: 30px; padding: 2px 12px; line-height: 24px }
+.hotswap-live .hotswap-choice:not(.mod-info)::after { content: " (active)"; visibility: hidden }
 .hotswap-live button:focus-visible, .hotswap-live input:focus-visible, .hotswap-live .noUi-handle:focus-visible
   { outline: 3px solid #3b82f6; outline-offset: 1px }
 </style>"""

@@ -245,12 +245,13 @@ def test_the_panel_by_keyboard(widgets):
     panel, page = widgets["panel"], widgets["page"]
     after = panel.locator(".hotswap-answer").nth(1)
     panel.get_by_role("textbox", name="prompt").fill("hotswap")
-    expect(panel).to_contain_text("ready")  # buttons that are greyed out take no focus
-    panel.get_by_role("button", name="no_vowels", exact=False).focus()
+    no_vowels = panel.get_by_role("button", name="no_vowels", exact=False)
+    no_vowels.focus()
     page.keyboard.press("Enter")
     expect(after).to_contain_text("h*tsw*p")
-    handle = panel.get_by_role("slider", name="strength")
     expect(panel).to_contain_text("ready")
+    expect(no_vowels).to_be_focused()  # a button that is greyed out for a while would lose it
+    handle = panel.get_by_role("slider", name="strength")
     handle.focus()
     page.keyboard.press("ArrowLeft")
     expect(after).to_contain_text("no_vowels at strength 0.95")
@@ -268,12 +269,42 @@ def test_a_long_run_blocks_no_cell_and_can_be_stopped(widgets):
     panel.get_by_role("button", name="Run").click()
     expect(panel).to_contain_text("busy")
     expect(panel.locator(".hotswap-answer").nth(1)).to_contain_text(re.compile(r"step \d"))
-    expect(panel.get_by_role("button", name="sort")).to_be_disabled()
+    expect(panel.get_by_role("button", name="Run")).to_be_disabled()
     notebook.run_cell(len(WIDGETS) + 1)  # another cell, meanwhile
     expect(panel).to_contain_text("busy")
     panel.get_by_role("button", name="Stop").click()
     expect(panel).to_contain_text("ready")
     expect(panel.locator(".hotswap-answer").nth(1)).to_contain_text("stopped")
+
+
+def test_a_click_counts_though_a_run_begins_while_the_mouse_is_pressed(widgets):
+    panel, page = widgets["slow"], widgets["page"]
+    panel.get_by_role("button", name="sort").hover()
+    page.mouse.down()
+    panel.get_by_role("button", name="Run").dispatch_event("click")
+    expect(panel).to_contain_text("busy")
+    page.mouse.up()
+    expect(panel).to_contain_text("then adapter sort")
+    panel.get_by_role("button", name="Stop").click()  # which calls the swap off as well
+    expect(panel).to_contain_text("ready")
+    expect(panel).to_contain_text("another adapter is active")
+
+
+def test_no_button_moves_when_another_adapter_becomes_active(widgets):
+    """Or the next click would hit another one than was aimed at."""
+    panel = widgets["panel"]
+    places = []
+    for name in ("no_vowels", "caesar"):  # the longest and one of the shortest
+        panel.get_by_role("button", name=name).click()
+        expect(panel).to_contain_text(f"{name} is active")
+        expect(panel).to_contain_text("ready")
+        places.append(
+            panel.locator(".jupyter-button").evaluate_all(
+                "all => all.map(each => [each.offsetLeft, each.offsetTop, each.offsetWidth, each.offsetHeight])"
+            )
+        )
+    assert places[0] == places[1]
+    assert len(places[0]) > 8
 
 
 def test_an_error_is_shown_in_full_and_breaks_nothing(widgets):
