@@ -14,6 +14,7 @@ from ..errors import refuse
 from ..pool import AdapterPool
 from ..strength import check_strength
 from ..turns import in_use
+from .clicks import Clicks, keep_apart_from_cells
 from .results import Run, steps
 from .switch import patiently, strength_of, switch_for, whereabouts
 from .text import text_stream
@@ -111,6 +112,7 @@ class SwapPanel(View):
         #: the click that is being carried out, and one that came meanwhile: what shall change, and to what
         self._present: tuple[str, object] | None = None
         self._next: tuple[str, object] | None = None
+        self._clicks = Clicks()
         #: the last answer, and the one before it to the same prompt, with another adapter or strength
         self.after: Run | None = None
         self.before: Run | None = None
@@ -226,11 +228,25 @@ class SwapPanel(View):
         The buttons stay as they are meanwhile. Were they greyed out, or moved by another one that grows, a click would
         be lost whenever that came between pressing and releasing the mouse, and so would the keyboard's focus.
         """
-        self._next = what, value
+
+        def note() -> None:
+            self._next = what, value
+
+        if not self._clicks.take(note):
+            self._changed()  # the slider goes back
+            return
+        self._keep_hearing()
         if not self._beside(self._carry_out):
             if self._next == self._present:  # a double click
                 self._next = None
             self._changed()
+
+    def _run_clicked(self) -> None:
+        self._keep_hearing()
+        self.start()
+
+    def _keep_hearing(self) -> None:
+        keep_apart_from_cells([*self._buttons.children, self._slider, self._box])
 
     def _carry_out(self) -> None:
         self._present, self._next = self._next, None
@@ -398,9 +414,9 @@ class SwapPanel(View):
         )
         self._box.observe(self._typed, "value")
         self._run_button = w.Button(description="Run", button_style="primary", tooltip="run the prompt")
-        self._run_button.on_click(lambda _: self.start())
+        self._run_button.on_click(lambda _: self._run_clicked())
         self._stop_button = w.Button(description="Stop", tooltip="end the run; what there is so far stays")
-        self._stop_button.on_click(lambda _: self.stop())
+        self._stop_button.on_click(lambda _: self._clicks.take(self.stop))
         self._status = speaking()
         card = w.Layout(flex="1 1 220px", min_width="0", margin="2px")
         self._cards = [w.HTML(layout=card), speaking(layout=card)]
@@ -416,7 +432,8 @@ class SwapPanel(View):
         ]
 
     def _slid(self, change: Mapping[str, object]) -> None:
-        # the slider also moves when somebody sets the strength from Python
+        if self._is_refreshing:
+            return  # nobody moved it: another thread may have changed the strength since the refresh read it
         if change["new"] != strength_of(self._switch):
             self._click("strength", change["new"])
         elif self._slider_waits:  # and was moved back

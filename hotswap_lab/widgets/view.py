@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import threading
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -125,6 +126,13 @@ class View:
     '<pre>hello</pre>'
     """
 
+    def __new__(cls, *args: object, **options: object) -> View:
+        self = super().__new__(cls)
+        # one refresh at a time: an older state must not be written over a newer one by a thread that was held up
+        self._refreshes = threading.RLock()
+        self._refreshed_by = None
+        return self
+
     def to_html(self) -> str:
         """The static form: readable with no kernel, no network and no scripts."""
         return f"<pre>{escape(self)}</pre>"
@@ -152,7 +160,7 @@ class View:
     def _changed(self) -> None:
         """To be called after each change of state."""
         if "box" in self.__dict__:
-            self._refresh()
+            self._refresh_box()
 
     def _static(self) -> dict[str, str]:
         """What a saved notebook keeps. The same from run to run, as far as the state is."""
@@ -169,5 +177,15 @@ class View:
         )
 
     def _refresh_box(self) -> None:
-        _ = self.box
-        self._refresh()
+        with self._refreshes:
+            _ = self.box
+            before, self._refreshed_by = self._refreshed_by, threading.get_ident()
+            try:
+                self._refresh()
+            finally:
+                self._refreshed_by = before
+
+    @property
+    def _is_refreshing(self) -> bool:
+        """Whether a control that changes in this thread is changed by a refresh, and not by its user."""
+        return self._refreshed_by == threading.get_ident()

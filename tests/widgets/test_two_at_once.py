@@ -14,7 +14,7 @@ import torch
 
 import hotswap_lab.widgets
 from hotswap_lab import AdapterPool, HotswapError, demo, in_use
-from hotswap_lab.widgets import RecompileMeter, SwapPanel
+from hotswap_lab.widgets import RecompileMeter, SwapPanel, View
 
 WORD = "hotswap"
 NAMES = ("reverse", "sort", "shout")
@@ -133,6 +133,52 @@ def test_the_slider_moved_during_a_run_comes_next(running):
     assert panel.wait(SOON)
     assert panel.strength == panel._slider.value == 0.5
     assert panel.after.result == "reverse at 0.5"
+
+
+def test_a_refresh_is_no_click(running, monkeypatch):
+    """Not even if another thread changes the strength just when the slider is about to show it."""
+    panel, gate = running
+    gate.leave.set()
+    assert panel.wait(SOON)
+    pool = panel._switch.pool
+    pool.strength = 0.5
+    monkeypatch.setattr(panel, "_refresh_buttons", lambda: setattr(pool, "strength", 1.0))
+    panel._changed()
+    assert panel._slider.value == 0.5  # until the refresh of whoever changed the strength
+    assert not panel.busy
+    assert pool.strength == 1
+    assert gate.calls == ["reverse"]
+    monkeypatch.undo()
+    panel._changed()
+    assert panel._slider.value == 1
+
+
+def test_what_is_shown_last_is_the_last_state():
+    """A thread that is held up in the middle of a refresh doesn't write over what others have shown meanwhile."""
+    read, go_on = threading.Event(), threading.Event()
+
+    class Slow(View):
+        state, shown = "busy", None
+
+        def _refresh(self):
+            state = self.state
+            if state == "busy":
+                read.set()
+                assert go_on.wait(SOON)
+            self.shown = state
+
+    view = Slow()
+    view.box  # noqa: B018
+    threads = [threading.Thread(target=view._changed) for _ in range(2)]
+    threads[0].start()
+    assert read.wait(SOON)
+    view.state = "ready"
+    threads[1].start()
+    threads[1].join(0.1)
+    go_on.set()
+    for thread in threads:
+        thread.join(SOON)
+    assert view.shown == "ready"
 
 
 def test_stop_calls_off_what_would_come_next(running):
