@@ -187,9 +187,9 @@ class PlanView(View):
             placeholder="such as: layers.0 q_proj",
             layout=w.Layout(width="320px", max_width=FITS),
         )
-        self._box.observe(self._typed, "value")
+        self._when_set(self._box, self._typed)
         self._menu = w.Dropdown(options=self._actions, description="action", layout=w.Layout(width="220px"))
-        self._menu.observe(self._picked, "value")
+        self._when_set(self._menu, self._picked)
         self._count, self._body = speaking(), w.HTML()
         return [w.HTML(self._head()), wrapping_row(self._box, self._menu), self._count, self._body]
 

@@ -254,7 +254,7 @@ class RankPaddingView(View):
             description="layer",
             layout=w.Layout(width="400px", max_width=FITS),
         )
-        self._menu.observe(self._picked, "value")
+        self._when_set(self._menu, self._picked)
         self._slider = w.IntSlider(
             min=self.own_rank,
             max=self.highest,
@@ -262,7 +262,7 @@ class RankPaddingView(View):
             description="target rank",
             layout=w.Layout(width="400px", max_width=FITS),
         )
-        self._slider.observe(self._slid, "value")
+        self._when_set(self._slider, self._slid)
         self._picture = w.HTML()
         self._numbers = speaking()
         return [
@@ -277,7 +277,7 @@ class RankPaddingView(View):
             self.layer = change["new"]
 
     def _slid(self, change: Mapping[str, object]) -> None:
-        # the slider also moves when another layer or rank is set from Python
+        # a page may show the range of another layer for a moment
         if change["new"] != self._target and self.own_rank <= change["new"] <= self.highest:
             self.target_rank = change["new"]
 

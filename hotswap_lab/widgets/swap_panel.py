@@ -404,7 +404,7 @@ class SwapPanel(View):
             readout_format=".2f",
             layout=w.Layout(width="320px", max_width=FITS),
         )
-        self._slider.observe(self._slid, "value")
+        self._when_set(self._slider, self._slid)
         self._box = w.Textarea(
             value=self._prompt,
             description="prompt",
@@ -412,7 +412,7 @@ class SwapPanel(View):
             placeholder="what the model is asked",
             layout=w.Layout(width="440px", max_width=FITS, height="auto"),
         )
-        self._box.observe(self._typed, "value")
+        self._when_set(self._box, self._typed)
         self._run_button = w.Button(description="Run", button_style="primary", tooltip="run the prompt")
         self._run_button.on_click(lambda _: self._run_clicked())
         self._stop_button = w.Button(description="Stop", tooltip="end the run; what there is so far stays")
@@ -432,8 +432,6 @@ class SwapPanel(View):
         ]
 
     def _slid(self, change: Mapping[str, object]) -> None:
-        if self._is_refreshing:
-            return  # nobody moved it: another thread may have changed the strength since the refresh read it
         if change["new"] != strength_of(self._switch):
             self._click("strength", change["new"])
         elif self._slider_waits:  # and was moved back

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import threading
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -185,7 +186,14 @@ class View:
             finally:
                 self._refreshed_by = before
 
-    @property
-    def _is_refreshing(self) -> bool:
-        """Whether a control that changes in this thread is changed by a refresh, and not by its user."""
-        return self._refreshed_by == threading.get_ident()
+    def _when_set(self, control: ipywidgets.Widget, act: Callable[[Mapping[str, object]], object]) -> None:
+        """Has ``act`` called when a control's value is set, but not by a refresh.
+
+        Another thread may have changed the state since the refresh read it, and would lose that.
+        """
+
+        def changed(change: Mapping[str, object]) -> None:
+            if self._refreshed_by != threading.get_ident():
+                act(change)
+
+        control.observe(changed, "value")
