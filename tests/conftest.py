@@ -1,9 +1,13 @@
-"""Shared set-up: no network, few threads; and chapter 05 is skipped where its model is nowhere."""
+"""Shared set-up: no network, one thread for each worker, what is long, and no chapter 05 where its model is nowhere."""
 
 import os
 import signal
 import tempfile
 
+# two workers, with as many threads as there are cores each, wait for one another: most tests took five times as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# inductor's pool of compilers is one more process that imports torch, for each process that compiles
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
@@ -12,20 +16,51 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 import pytest
 import torch
+from lengths import few_of
 from models import KINDS
 
 from hotswap_lab.grafting.guards import compilers_kept
 
-THREADS = 2
+THREADS = 1
 torch.set_num_threads(THREADS)
 
 
 #: the notebook that needs SmolLM2; its solutions do without it
 NEEDS_SMOLLM2 = "notebooks/05_real_llm.ipynb"
+#: notebooks that the short form of the tests leaves out: their exercises are solved in tests/lessons, too
+LONG_NOTEBOOKS = "notebooks/solutions"
+
+
+#: files whose tests share what takes long to start: a kernel, a browser, processes
+TOGETHER = (
+    ".ipynb",
+    "/test_front_ends.py",
+    "/test_in_a_kernel.py",
+    "/test_distributed.py",
+    "/test_bad_files.py",
+    "/test_hub.py",
+    "/test_bench.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """The cells of a notebook, and all that share a browser, stay in one worker; any other test goes to a free one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class TogetherOrAlone(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if path.endswith(TOGETHER) else nodeid
+
+    return TogetherOrAlone(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what can't run, and says why, instead of failing in every cell."""
+    """Marks the notebooks that only the long command runs; skips what can't run, instead of failing in every cell."""
+    for item in items:
+        if item.path.parent.as_posix().endswith(LONG_NOTEBOOKS):
+            item.add_marker(pytest.mark.long)
     items = [item for item in items if item.path.as_posix().endswith(NEEDS_SMOLLM2)]
     if not items:
         return
@@ -39,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=str(error).replace("\n", " ")))
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=few_of(KINDS, ("linear", "conv", "embedding", "gpt2")))
 def kind(request):
     return KINDS[request.param]
 

@@ -18,6 +18,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+# A model card is no part of any test here, and PEFT takes longer to write one than for the rest of a small adapter.
+PeftModel.create_or_update_model_card = lambda model, output_dir: None
+
 #: all threads share one generator of random numbers: who sets its seed must be alone until all is drawn
 RANDOM = threading.RLock()
 

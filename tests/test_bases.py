@@ -9,6 +9,7 @@ from functools import cached_property
 
 import pytest
 import torch
+from lengths import few_of
 from models import KINDS, Kind, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors
 from peft import PeftModel
@@ -114,7 +115,7 @@ BASES = {
 }
 
 
-@pytest.fixture(params=BASES)
+@pytest.fixture(params=few_of(BASES, ("bfloat16", "float16, adapter too")))
 def base(request) -> Base:
     return BASES[request.param]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lengths import few_of, long
 from models import ARCHITECTURES, KINDS, Kind, call, load, save_random_adapter
 from peft import get_peft_model
 from peft.helpers import rescale_adapter_scale
@@ -112,25 +113,35 @@ def families(draw) -> list[dict]:
     return family
 
 
-#: swaps over one compiled model, and how many models
-SWAPS, MODELS = 200, 3
-
-
-@settings(max_examples=MODELS, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-@given(family=families(), seed=st.integers(0, 2**31))
-def test_any_family_in_any_order(tmp_path_factory, family, seed):
+def _assert_any_order(folder, family, seed, swaps):
     torch.compiler.reset()
-    folder = tmp_path_factory.mktemp("family")
     folders = [
         save_random_adapter(LLAMA, folder / str(number), seed=seed + number, **config)
         for number, config in enumerate(family)
     ]
     generator = random.Random(seed)
     compiled = torch.compile(prepared(LLAMA, folders, generator.randrange(len(folders))), backend="aot_eager")
-    order = [generator.randrange(len(folders)) for _ in range(SWAPS)]
+    order = [generator.randrange(len(folders)) for _ in range(swaps)]
     assert_swaps_without_recompiling(LLAMA, compiled, folders, order)
 
 
+@pytest.mark.long
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(family=families(), seed=st.integers(0, 2**31))
+def test_any_family_in_any_order(tmp_path_factory, family, seed):
+    _assert_any_order(tmp_path_factory.mktemp("family"), family, seed, swaps=200)
+
+
+def test_a_family_in_any_order(tmp_path):
+    family = [
+        dict(r=3, lora_alpha=40, lora_dropout=0.1, target_modules=["q_proj", "up_proj"], layers_to_transform=[1]),
+        dict(r=17, lora_alpha=20, use_rslora=True, target_modules=list(MODULES), rank_pattern={"k_proj": 5}),
+        dict(r=8, lora_alpha=33, target_modules=["down_proj"], alpha_pattern={"down_proj": 60}),
+    ]
+    _assert_any_order(tmp_path, family, seed=7, swaps=30)
+
+
+@pytest.mark.long
 def test_without_preparation_the_watch_does_see_recompiles(folders):
     compiled = torch.compile(load(LLAMA, folders[0]), backend="aot_eager")
     expected = expected_outputs(LLAMA, folders[:3])
@@ -150,7 +161,7 @@ def test_without_preparation_the_watch_does_see_recompiles(folders):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", few_of(ARCHITECTURES, ("gpt2",)))
 def test_architectures(name, tmp_path):
     kind = ARCHITECTURES[name]
     folders = [
@@ -180,12 +191,13 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", few_of(MODES, ()))
 def test_modes_of_inductor(mode, folders):
     compiled = torch.compile(prepared(LLAMA, folders), backend="inductor", **MODES[mode])
     assert_swaps_without_recompiling(LLAMA, compiled, folders, (1, 2, 3, 0, 3, 2, 1))
 
 
+@pytest.mark.long
 def test_regional_compilation(folders):
     """Each block for itself: shorter to compile, and the blocks share graphs."""
     model = prepared(LLAMA, folders)
@@ -194,6 +206,7 @@ def test_regional_compilation(folders):
     assert_swaps_without_recompiling(LLAMA, model, folders, (1, 2, 3, 0, 3, 2, 1))
 
 
+@pytest.mark.long
 def test_compiled_in_place_and_swapped_through_the_original(folders):
     model = prepared(LLAMA, folders)
     expected = expected_outputs(LLAMA, folders)
@@ -208,6 +221,7 @@ def test_compiled_in_place_and_swapped_through_the_original(folders):
     assert_swaps_without_recompiling(LLAMA, model, folders, (1, 3, 2))
 
 
+@pytest.mark.long
 def test_several_lengths_of_input(folders):
     """Each kind of input is compiled once; swaps add nothing to that."""
     compiled = torch.compile(prepared(LLAMA, folders), backend="aot_eager", dynamic=True)
@@ -222,6 +236,7 @@ def test_several_lengths_of_input(folders):
                 assert_close(call(compiled, each), output)
 
 
+@pytest.mark.long
 def test_from_a_state_dict(folders):
     compiled = torch.compile(prepared(LLAMA, folders), backend="aot_eager")
     expected = expected_outputs(LLAMA, folders)
@@ -233,6 +248,7 @@ def test_from_a_state_dict(folders):
             assert_close(call(compiled, LLAMA.inputs()), expected[number])
 
 
+@pytest.mark.long
 def test_training_a_compiled_model_between_swaps(folders):
     """Forward and backward: one graph each, for all adapters without dropout."""
     few = [folders[0], folders[2], folders[3]]
@@ -285,6 +301,7 @@ def with_strength(kind: Kind, folder: str, strength: float) -> torch.Tensor:
     return call(fresh, kind.inputs())
 
 
+@pytest.mark.long
 def test_strength_changes_without_recompiling(folders):
     compiled = torch.compile(prepared(LLAMA, folders), backend="aot_eager", fullgraph=True)
     call(compiled, LLAMA.inputs())
@@ -301,6 +318,7 @@ def test_strength_changes_without_recompiling(folders):
             assert_close(call(compiled, LLAMA.inputs()), call(LLAMA.base(), LLAMA.inputs()))
 
 
+@pytest.mark.long
 def test_pefts_own_ways_to_change_a_scaling(folders):
     model = prepared(LLAMA, folders)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -349,7 +367,8 @@ def test_scaling_up_and_down_a_thousand_times_ends_where_it_started(folders):
 # ---- what a compiled graph would not notice
 
 
-@pytest.mark.parametrize("how", ["options", "config"])
+@pytest.mark.long
+@pytest.mark.parametrize("how", [long("options"), "config"])
 def test_freezing_is_refused(folders, how):
     linear_folders = _linear_folders(folders)
     model = prepared(LINEAR, linear_folders)
@@ -361,6 +380,7 @@ def test_freezing_is_refused(folders, how):
         assert torch.equal(call(compiled, LINEAR.inputs()), before)
 
 
+@pytest.mark.long
 def test_freezing_really_keeps_the_old_adapter(folders):
     """The reason for the refusal; if PyTorch ever changes this, the refusal can go."""
     linear_folders = _linear_folders(folders)
@@ -375,6 +395,7 @@ def test_freezing_really_keeps_the_old_adapter(folders):
     assert not torch.allclose(call(model, LINEAR.inputs()), before)
 
 
+@pytest.mark.long
 def test_guards_that_are_not_evaluated_are_refused_unless_only_values_change(folders):
     unprepared = torch.compile(load(LLAMA, folders[0]), backend="eager")
     ready = torch.compile(prepared(LLAMA, folders), backend="eager")
@@ -389,6 +410,7 @@ def test_guards_that_are_not_evaluated_are_refused_unless_only_values_change(fol
         torch.compiler.set_stance("default")
 
 
+@pytest.mark.long
 def test_missing_guards_are_refused_unless_only_values_change(folders):
     options = {"guard_filter_fn": lambda entries: [False] * len(entries)}
     unprepared = torch.compile(load(LLAMA, folders[0]), backend="eager", options=options)
@@ -432,6 +454,7 @@ def test_layers_that_were_not_reserved_are_refused(folders):
     assert "among `adapters`" in caught.value.refusals[0].next_step
 
 
+@pytest.mark.long
 def test_a_recompile_raises_where_none_is_allowed(folders):
     compiled = torch.compile(load(LLAMA, folders[0]), backend="eager")
     call(compiled, LLAMA.inputs())

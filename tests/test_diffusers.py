@@ -77,6 +77,7 @@ def swap(model, number: int) -> None:
     hotswap_adapter_from_state_dict(model, new, "default", CONFIGS[number])
 
 
+@pytest.mark.long
 def test_compiled_swaps():
     expected = [call(unet(number)) for number in range(3)]
     assert min((one - call(unet())).abs().max() for one in expected) > 0.01
@@ -91,6 +92,7 @@ def test_compiled_swaps():
     assert resolve_slot(model, "default").data_ptrs() == addresses
 
 
+@pytest.mark.long
 def test_adapter_weights_and_the_scale_of_a_call():
     model = prepared()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -116,6 +118,7 @@ def test_adapter_weights_and_the_scale_of_a_call():
     assert all(one is other for one, other in zip(now, tensors, strict=True))
 
 
+@pytest.mark.long
 def test_the_way_of_enable_lora_hotswap():
     """diffusers prepares with PEFT's function when it loads the first adapter; later ones are swapped by us."""
     from peft.utils.hotswap import prepare_model_for_compiled_hotswap as pefts

@@ -120,16 +120,16 @@ def case(function: Callable[[World], None]) -> Callable[[World], None]:
 # ---- the processes
 
 
-def run_all_cases(rank: int, folder: str) -> None:
+def run_cases(rank: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     meeting_point = f"file://{folder}/meeting_point"
     dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=PROCESSES, timeout=PATIENCE)
     world = World(rank, Path(folder))
-    for number, function in enumerate(CASES.values()):
+    for number, name in enumerate(names):
         try:
-            function(world)
+            CASES[name](world)
             verdict = ""
         except BaseException:
             verdict = traceback.format_exc()
@@ -141,7 +141,9 @@ def run_all_cases(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory) -> dict[str, list[str]]:
+def verdicts(tmp_path_factory, request) -> dict[str, list[str]]:
+    items = [item for item in request.session.items if item.path == request.path]
+    names = [item.callspec.params["name"] for item in items]
     folder = tmp_path_factory.mktemp("distributed")
     for number, (name, settings) in enumerate(FAMILY.items()):
         save_random_adapter(LLAMA, folder / name, seed=number, **settings)
@@ -151,7 +153,7 @@ def verdicts(tmp_path_factory) -> dict[str, list[str]]:
         for rank in (4, 8):
             save_random_adapter(KINDS[name], folder / f"{name} {rank}", seed=rank, r=rank, lora_alpha=3)
     context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_all_cases, args=(rank, str(folder))) for rank in range(PROCESSES)]
+    processes = [context.Process(target=run_cases, args=(rank, str(folder), names)) for rank in range(PROCESSES)]
     for process in processes:
         process.start()
     for process in processes:
@@ -161,7 +163,7 @@ def verdicts(tmp_path_factory) -> dict[str, list[str]]:
             process.kill()
     return {
         name: [_read(folder / f"verdict-{number}-{rank}") for rank in range(PROCESSES)]
-        for number, name in enumerate(CASES)
+        for number, name in enumerate(names)
     }
 
 
@@ -726,6 +728,7 @@ def a_file_that_is_damaged_for_one_process_only(world):
     assert_equals_fresh_load(world, model, "first")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_in_two_processes(verdicts, name):
     for rank, verdict in enumerate(verdicts[name]):

@@ -80,17 +80,20 @@ def test_readme_has_two_commands_of_one_line():
     assert '".[test]"' in test
 
 
-def test_ci_runs_the_very_test_command_of_readme():
+def of_ci(function: str) -> str:
+    """What a function of the CI script prints."""
+    script = f"source <(sed -n '/^{function}()/,/^}}/p' {ROOT / '.ci' / 'run'}); {function}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_ci_runs_the_very_test_commands_of_readme():
     script = (ROOT / ".ci" / "run").read_text()
-    found = subprocess.run(
-        ["bash", "-c", f"source <(sed -n '/^readme_command()/,/^}}/p' {ROOT / '.ci' / 'run'}); readme_command"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    assert found == readme_commands()[1]
-    assert "eval" in script
+    assert of_ci("readme_command") == readme_commands()[1]
+    (long,) = re.findall(r"^(\.venv/bin/pytest .*)$", README, re.MULTILINE)
+    assert of_ci("long_command") == long
+    assert readme_commands()[1].endswith(long.removesuffix(" -m long"))
+    assert script.count('eval "$(readme_command)"') == script.count('eval "$(long_command)"') == 1
 
 
 def test_readme_names_every_chapter_and_only_those():

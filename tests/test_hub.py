@@ -112,6 +112,7 @@ def test_tokens_are_not_sent_to_where_the_large_files_are(hub, run):
     assert sent == {("team", "Bearer hf_right"), ("storage", None)}
 
 
+@pytest.mark.long
 def test_what_is_cached_takes_one_question(hub, run):
     run('hotswap_adapter(model, "team/adapter", "default")')
     hub.log.clear()
@@ -154,6 +155,7 @@ def test_what_is_not_there_or_not_allowed_is_refused(hub, run, folders):
     assert "local_files_only" in refusals[8]
 
 
+@pytest.mark.long
 def test_offline_the_cache_is_used_and_nothing_is_asked(hub, run):
     run('hotswap_adapter(model, "team/adapter", "default")')
     hub.log.clear()
@@ -171,6 +173,7 @@ def test_offline_the_cache_is_used_and_nothing_is_asked(hub, run):
     assert "unset HF_HUB_OFFLINE" in missing
 
 
+@pytest.mark.long
 def test_bin_files_where_there_are_no_safetensors(hub, run, folders, tmp_path):
     files = hub.repositories["team/adapter"]["main"]
     torch.save(load_file(Path(folders["new"]) / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
@@ -182,6 +185,7 @@ def test_bin_files_where_there_are_no_safetensors(hub, run, folders, tmp_path):
     assert sorted(downloads(hub)) == ["adapter_config.json", "adapter_model.bin"]
 
 
+@pytest.mark.long
 def test_a_renamed_repository(hub, run):
     hub.renamed["team/old-name"] = "team/adapter"
     body = 'hotswap_adapter(model, "team/old-name", "default"); assert_is(new)'
@@ -255,6 +259,7 @@ def test_a_family_on_the_hub_is_prepared_for_from_its_configs(run, hub):
     assert downloads(hub) == ["adapter_config.json"]
 
 
+@pytest.mark.long
 def test_progress_is_shown_once_for_each_download(hub, workers, folders):
     body = 'hotswap_adapter(model, "team/adapter", "default"); assert_is(new)'
     shown = workers["online"].run(body, **folders).terminal
@@ -263,6 +268,7 @@ def test_progress_is_shown_once_for_each_download(hub, workers, folders):
     assert "%" not in workers["online"].run(body, **folders).terminal  # from the cache
 
 
+@pytest.mark.long
 def test_progress_bars_can_be_disabled(hub, workers, folders):
     body = """
         from huggingface_hub import constants
@@ -280,6 +286,7 @@ def test_progress_bars_can_be_disabled(hub, workers, folders):
 # ---- networks and servers that fail
 
 
+@pytest.mark.long
 def test_a_download_that_was_cut_is_resumed(hub, run, folders, tmp_path):
     """The client writes 10 MiB at a time, and goes on after the last one that it has in full."""
     tensors = load_file(Path(folders["new"]) / "adapter_model.safetensors")
@@ -297,6 +304,7 @@ def test_a_download_that_was_cut_is_resumed(hub, run, folders, tmp_path):
     assert downloads(hub) == ["adapter_config.json", *3 * ["adapter_model.safetensors"]]
 
 
+@pytest.mark.long
 def test_what_fails_for_good_is_refused_and_works_when_the_hub_does(hub, run, folders, home):
     """All at once, since huggingface_hub repeats most requests for some seconds."""
     kinds = {
@@ -337,6 +345,7 @@ def test_what_fails_for_good_is_refused_and_works_when_the_hub_does(hub, run, fo
         run('hotswap_adapter(model, "faulty/" + name, "default"); assert_is(new)', name=name)
 
 
+@pytest.mark.long
 def test_where_the_hub_fails_the_cache_is_used(hub, run):
     run('hotswap_adapter(model, "team/adapter", "default")')
     for kind in (500, 429, "hang"):
@@ -349,6 +358,7 @@ def test_where_the_hub_fails_the_cache_is_used(hub, run):
 # ---- many adapters
 
 
+@pytest.mark.long
 def test_a_pool_of_private_adapters_survives_without_the_hub(hub, run, folders):
     hub.add("team/secret", folders["second"], revision="v2")
     hub.private["team/adapter"] = "hf_right"
@@ -540,6 +550,7 @@ def test_what_is_found_can_be_swapped_in(library, run):
     )
 
 
+@pytest.mark.long
 def test_one_line_where_the_hub_cannot_be_asked(library, run):
     rows, text, html, _ = run(FIND, base=BASE, arguments={}, where="offline")
     assert rows == []

@@ -12,6 +12,7 @@ from hotswap_lab import demo
 from hotswap_lab.compare import Comparison, Way, compare
 
 
+@pytest.mark.long
 def test_the_tour():
     done = subprocess.run(
         [sys.executable, "-m", "hotswap_lab", "--word", "banana", "--repeats", "2"],

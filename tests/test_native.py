@@ -52,6 +52,7 @@ def test_a_swap_equals_a_fresh_load_by_transformers_and_by_peft(folders, tmp_pat
         assert_same_outputs(model, load(LLAMA, str(tmp_path / str(number))), LLAMA)
 
 
+@pytest.mark.long
 def test_compiled(folders):
     model = native(folders[2])
     prepare_model_for_compiled_hotswap(model, adapters=folders)

@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from lengths import long
 from oracle import assert_same_tensors, assert_untouched, snapshot
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -350,7 +351,7 @@ def assert_pipeline_untouched(pipe, before: dict) -> None:
         ("flux", "peft", "peft"),
     ],
 )
-@pytest.mark.parametrize("ranks", [(3, 6), (6, 3)], ids=["grows", "shrinks"])
+@pytest.mark.parametrize("ranks", [(3, 6), long((6, 3))], ids=["grows", "shrinks"])
 def test_formats(tmp_path, kind_name, old, new, ranks):
     kind = KINDS[kind_name]
     first = lora(kind, old, rank=ranks[0], seed=1, alpha=3.0)
@@ -401,6 +402,7 @@ def test_kohya_keys_of_flux():
     assert all(torch.equal(new[key], tensor) for key, tensor in copies.items())
 
 
+@pytest.mark.long
 def test_files_with_metadata(tmp_path):
     """The config comes from the file: alphas, patterns and rsLoRA, for each part."""
     old = file_with_metadata(
@@ -437,7 +439,7 @@ def test_files_with_metadata(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias.*", "ignore:.*invalid shape.*")
-@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+@pytest.mark.parametrize("option", [long("use_dora"), "lora_bias"])
 def test_other_kinds_of_lora(tmp_path, option):
     """DoRA and biases in PEFT's format: in, off, and out again."""
     configs = {
@@ -453,6 +455,7 @@ def test_other_kinds_of_lora(tmp_path, option):
         assert_like_fresh(pipe, SD.loaded(source), SD)
 
 
+@pytest.mark.long
 def test_metadata_that_names_other_layers_than_the_file_has(tmp_path):
     """The tensors decide for diffusers' own models, in a fresh load and here."""
     kind, name = SD, "pytorch_lora_weights.safetensors"
@@ -495,6 +498,7 @@ def test_layers_that_the_loaded_one_lacks():
     assert_like_fresh(pipe, SD.loaded(large), SD)
 
 
+@pytest.mark.long
 def test_adapters_that_are_read_already():
     """For swapping back and forth, and for a pool on one part."""
     sources = [lora(SD, "kohya", rank=rank, seed=rank, alpha=2.0) for rank in (2, 3)]
@@ -528,6 +532,7 @@ def test_components():
         hotswap_pipeline(pipe, new, "style", components=["vae"])
 
 
+@pytest.mark.long
 def test_one_of_several_adapters():
     """Names of which one contains the other, both active, with weights."""
     first, other, new = (lora(SD, seed=seed, rank=seed + 1) for seed in range(3))
@@ -544,6 +549,7 @@ def test_one_of_several_adapters():
     assert_like_fresh(*pipes, SD)
 
 
+@pytest.mark.long
 def test_the_name_that_diffusers_gives():
     pipe = SD()
     pipe.load_lora_weights(lora(SD))
@@ -585,7 +591,7 @@ def test_hooks_of_offloading_stay():
 # ---- strengths
 
 
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("prepared", [long(False), True])
 def test_adapter_weights(prepared):
     """A weight from before the swap is gone, as after a fresh load; one that is set afterwards acts as usual."""
     old, new = lora(SD, seed=1), lora(SD, "kohya", seed=2, rank=2, alpha=3.0)
@@ -638,6 +644,7 @@ def test_fused_is_refused():
     torch.testing.assert_close(latents(pipe), latents(SD.loaded(new)), rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_what_is_wrong_with_the_file(tmp_path):
     pipe, good = SD.loaded(lora(SD)), lora(SD, seed=2)
     key = next(key for key in good if key.startswith("text_encoder") and "lora_A" in key)
@@ -742,7 +749,7 @@ class Stubborn(dict):
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("prepared", [False, long(True)])
 def test_a_fault_in_one_part_leaves_all_parts_alone(part, prepared):
     new = lora(SD, seed=2, rank=2)
     pipe = SD.loaded(lora(SD))
@@ -784,6 +791,7 @@ def test_preparing_is_all_or_nothing():
 # ---- compiled
 
 
+@pytest.mark.long
 def test_compiled_swaps():
     """Every part compiled; ranks, layers and whole parts come and go without a recompile."""
     sources = [
@@ -814,6 +822,7 @@ def test_compiled_swaps():
         assert_same_tensors(live, get_peft_model_state_dict(model, adapter_name="style"))
 
 
+@pytest.mark.long
 def test_inductor_and_adapter_weights():
     """diffusers makes weights trainable when it sets adapter weights, so that is done once before compiling."""
     sources = [lora(SD, seed=seed, rank=seed + 1) for seed in range(2)]
@@ -862,6 +871,7 @@ def test_what_diffusers_does_instead():
     assert not all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
+@pytest.mark.long
 def test_diffusers_is_not_imported_without_need():
     program = "import sys, hotswap_lab; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -194,6 +194,7 @@ def test_copies_of_a_prepared_model_are_prepared(kind, family, way):
     assert slot.data_ptrs() == addresses
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", COPIES)
 def test_copies_after_an_adapter_that_peft_has_loaded_beside_the_model(tmp_path, way):
     """What is noted then about the tables of the live model is of no use to a copy, and can't be pickled."""

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from lengths import long
 from models import ARCHITECTURES, KINDS, load, save_random_adapter
 from oracle import assert_untouched, snapshot
 
@@ -142,7 +143,7 @@ def test_other_precisions(tmp_path, new, dtype):
     assert verify_hotswap(model, new, inputs=inputs).difference == 0
 
 
-@pytest.mark.parametrize("name", ["conv", "embedding", "llama", "gpt2"])
+@pytest.mark.parametrize("name", ["conv", "embedding", long("llama"), long("gpt2")])
 def test_every_kind_of_model(name, tmp_path):
     kind = KINDS[name]
     old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lengths import long
 from torch._dynamo.callback import callback_handler
 
 from hotswap_lab import RecompileError, RecompileWatch
 from hotswap_lab.watch import explain
 
-BACKENDS = ["eager", "aot_eager", "inductor"]
+BACKENDS = ["eager", "aot_eager", long("inductor")]
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,11 @@ from . import figures
 __all__ = ["begin", "figures"]
 
 
-def begin(threads: int = 2) -> None:
+def begin(threads: int = 1) -> None:
     """Sets a notebook up: a fixed number of threads, so that figures can be compared, and no noise.
+
+    One thread, unless a chapter asks for more: the demo models are so small that threads would mostly wait for one
+    another, and on a busy machine for whatever else runs there.
 
     PEFT 0.21 with transformers 5.24 warns about a deprecated name at every load; a reader can do nothing about it.
 

@@ -88,7 +88,7 @@ bytes_held = Exercise(
 # --- the price ---------------------------------------------------------------------------------------------------
 
 
-def price(ranks: Sequence[int], *, words: int = 32, rounds: int = 9) -> dict[int, tuple[Timing, int]]:
+def price(ranks: Sequence[int], *, words: int = 32, rounds: int = 5) -> dict[int, tuple[Timing, int]]:
     """What room for each of ``ranks`` costs: the time of a forward call, and the bytes of the adapter's tensors.
 
     0 stands for the model as PEFT loads it. The models take turns, so that something else that the machine does in
@@ -104,7 +104,7 @@ def price(ranks: Sequence[int], *, words: int = 32, rounds: int = 9) -> dict[int
     with torch.inference_mode():
         for _ in range(rounds):
             for rank, model in models.items():
-                timings[rank].append(measure(lambda model=model: model(**inputs, use_cache=False), n=7))
+                timings[rank].append(measure(lambda model=model: model(**inputs, use_cache=False), n=5))
     return {rank: (_pooled(timings[rank]), _nbytes(models[rank])) for rank in ranks}
 
 

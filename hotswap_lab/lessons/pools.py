@@ -77,7 +77,7 @@ def random_adapters(model: torch.nn.Module, names: Sequence[str], folder: str) -
 # --- the steps from a file to a memcpy ---------------------------------------------------------------------------
 
 
-def measure_steps(steps: Mapping[str, tuple[Callable, Iterable]], rounds: int = 5) -> dict[str, Timing]:
+def measure_steps(steps: Mapping[str, tuple[Callable, Iterable]], rounds: int = 3) -> dict[str, Timing]:
     """Times every step; each is a function and the arguments that it is called with in turn.
 
     The steps take turns, so that something else that the machine does in between hits all of them alike. A turn is

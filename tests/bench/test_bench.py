@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from lengths import long
 
 from hotswap_lab import bench
 from hotswap_lab.bench import MEMCPY, PEFT_STATE_DICT, Report, Row, Scene, Settings, Way, make_base, run
@@ -190,7 +191,7 @@ def test_waiting_for_a_core_is_said(monkeypatch):
 # ---- shapes
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", long("float16")])
 def test_half_precision_stays_half_precision(dtype):
     report = run(Settings(model="tiny", ranks=(2,), target_rank=4, dtype=dtype, n=1))
     assert {row.state for row in report.rows} == {"right"}
@@ -280,6 +281,7 @@ def test_a_chain_has_its_adapter_on_every_layer():
     assert all(not torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.long
 def test_compiled():
     # one layer and no code generation: what is tested here is what is counted
     report = run(Settings(model="tiny", layers=1, ranks=(2,), n=1, tokens=4, compiled=True, backend="aot_eager"))
@@ -295,6 +297,7 @@ def test_compiled():
 # ---- as a user runs it
 
 
+@pytest.mark.long
 def test_in_the_terminal(tmp_path):
     json_file, plot_file = tmp_path / "bench.json", tmp_path / "bench.svg"
     options = ["--model", "tiny", "--layers", "1", "--rank", "2", "--n", "1", "--threads", "1", "--quiet"]

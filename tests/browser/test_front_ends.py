@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from front_ends import FRONT_ENDS, ROOT, NotebookPage, chromium, jupyter
+from lengths import few_of
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import expect, sync_playwright
 
@@ -208,7 +209,7 @@ def _missing(run: tuple[str, str]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("run", RUNS, ids="-".join)
+@pytest.mark.parametrize("run", few_of(RUNS, [("00_start_here.ipynb", "lab")]), ids="-".join)
 def test_a_chapter_runs_without_an_error(run, ran):
     if missing := _missing(run):
         pytest.skip(missing)
@@ -223,6 +224,7 @@ def test_a_chapter_runs_without_an_error(run, ran):
 # ---- SwapPanel
 
 
+@pytest.mark.long
 def test_clicking_through_the_panel(widgets):
     panel = widgets["panel"]
     after, before = panel.locator(".hotswap-answer").nth(1), panel.locator(".hotswap-answer").nth(0)
@@ -241,6 +243,7 @@ def test_clicking_through_the_panel(widgets):
     expect(panel).to_contain_text("the adapter is off")
 
 
+@pytest.mark.long
 def test_the_panel_by_keyboard(widgets):
     panel, page = widgets["panel"], widgets["page"]
     after = panel.locator(".hotswap-answer").nth(1)
@@ -264,6 +267,7 @@ def test_the_panel_by_keyboard(widgets):
     assert widgets["notebook"].outputs()[-2]["data"]["text/plain"] == "(None, 0.0)"
 
 
+@pytest.mark.long
 def test_a_long_run_blocks_no_cell_and_can_be_stopped(widgets):
     panel, notebook = widgets["slow"], widgets["notebook"]
     panel.get_by_role("button", name="Run").click()
@@ -277,6 +281,7 @@ def test_a_long_run_blocks_no_cell_and_can_be_stopped(widgets):
     expect(panel.locator(".hotswap-answer").nth(1)).to_contain_text("stopped")
 
 
+@pytest.mark.long
 def test_a_click_counts_though_a_run_begins_while_the_mouse_is_pressed(widgets):
     panel, page = widgets["slow"], widgets["page"]
     panel.get_by_role("button", name="sort").hover()
@@ -290,6 +295,7 @@ def test_a_click_counts_though_a_run_begins_while_the_mouse_is_pressed(widgets):
     expect(panel).to_contain_text("another adapter is active")
 
 
+@pytest.mark.long
 def test_no_button_moves_when_another_adapter_becomes_active(widgets):
     """Or the next click would hit another one than was aimed at."""
     panel = widgets["panel"]
@@ -307,6 +313,7 @@ def test_no_button_moves_when_another_adapter_becomes_active(widgets):
     assert len(places[0]) > 8
 
 
+@pytest.mark.long
 def test_an_error_is_shown_in_full_and_breaks_nothing(widgets):
     panel = widgets["slow"]
     panel.get_by_role("textbox", name="prompt").fill("fail")
@@ -319,6 +326,7 @@ def test_an_error_is_shown_in_full_and_breaks_nothing(widgets):
     expect(panel.get_by_role("alert")).to_have_count(0)
 
 
+@pytest.mark.long
 def test_clicks_while_a_cell_computes_tear_nothing_and_the_last_one_counts(widgets):
     """They come at once, in a thread of the kernel: JupyterLab 4.4 and later don't wait for the end of the cell."""
     panel, notebook = widgets["panel"], widgets["notebook"]
@@ -338,6 +346,7 @@ def test_clicks_while_a_cell_computes_tear_nothing_and_the_last_one_counts(widge
 # ---- the other widgets
 
 
+@pytest.mark.long
 def test_plan_view(widgets):
     plan = widgets["plan"]
     expect(plan).to_contain_text("28 layers: 16 resize, 12 off")
@@ -348,6 +357,7 @@ def test_plan_view(widgets):
     expect(plan.get_by_role("row")).to_have_count(4)
 
 
+@pytest.mark.long
 def test_rank_padding_view(widgets):
     view, page = widgets["padding"], widgets["page"]
     expect(view).to_contain_text("18,432 bytes36,864 bytes")
@@ -361,6 +371,7 @@ def test_rank_padding_view(widgets):
     expect(view).to_contain_text("8,192 bytes20,480 bytes")
 
 
+@pytest.mark.long
 def test_recompile_meter(widgets):
     meter = widgets["meter"]
     meter.get_by_role("button", name="Call 4 times").click()
@@ -373,6 +384,7 @@ def test_recompile_meter(widgets):
     expect(meter.locator("pre")).to_contain_text("recompile in 'double': ")
 
 
+@pytest.mark.long
 def test_swap_race(widgets):
     race = widgets["race"]
     race.get_by_role("button", name="Run the race").click()
@@ -380,6 +392,7 @@ def test_swap_race(widgets):
     expect(race.get_by_role("img")).to_contain_text("hotswap_lab, pool")
 
 
+@pytest.mark.long
 def test_every_control_has_a_name(widgets):
     for name in WIDGETS:
         snapshot = widgets[name].aria_snapshot()
@@ -387,6 +400,7 @@ def test_every_control_has_a_name(widgets):
         assert nameless == [], name
 
 
+@pytest.mark.long
 def test_a_phone(widgets):
     page = widgets["page"]
     before = page.viewport_size
@@ -407,12 +421,14 @@ def test_a_phone(widgets):
 # ---- without a kernel; these come last, since they end the kernel
 
 
+@pytest.mark.long
 def test_while_it_is_live_the_static_form_is_hidden(widgets):
     outputs = widgets["page"].locator(".jp-OutputArea-child:has(+ .jp-OutputArea-child .hotswap-live)")
     expect(outputs).to_have_count(len(WIDGETS))
     assert not any(outputs.nth(place).is_visible() for place in range(len(WIDGETS)))
 
 
+@pytest.mark.long
 def test_after_a_restart_the_static_form_is_there(widgets):
     notebook, page = widgets["notebook"], widgets["page"]
     notebook.run_all()  # once more, so that what is stored is what was clicked
@@ -426,6 +442,7 @@ def test_after_a_restart_the_static_form_is_there(widgets):
     expect(shown.filter(has_text="16 resize, 12 off").first).to_be_visible()
 
 
+@pytest.mark.long
 def test_a_saved_notebook_as_a_page(folder, new_page, tmp_path):
     """As nbviewer and GitHub make one, with nothing behind it."""
     source = ROOT / "notebooks" / "00_start_here.ipynb"
@@ -440,6 +457,7 @@ def test_a_saved_notebook_as_a_page(folder, new_page, tmp_path):
 # ---- in Voila, which runs a notebook and shows what it puts out
 
 
+@pytest.mark.long
 def test_voila(folder, address, new_page):
     page = new_page(viewport={"width": 1100, "height": 900})
     page.goto(address.format(path="voila/render/voila.ipynb"), timeout=120_000)
@@ -450,6 +468,7 @@ def test_voila(folder, address, new_page):
     expect(page.get_by_text("adapters: caesar, double")).to_be_hidden()  # the static form
 
 
+@pytest.mark.long
 def test_voila_without_its_kernel(folder, address, new_page):
     page = new_page()
     page.route_web_socket("**/channels*", lambda socket: socket.close())

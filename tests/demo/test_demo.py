@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lengths import few_of
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
@@ -23,10 +24,12 @@ def live():
     return demo.load("reverse")
 
 
+@pytest.mark.long
 def test_the_base_model_copies():
     assert demo.exact_match(demo.load_base(), demo.load_tokenizer(), "copy") >= 0.98
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_match_on_held_out_words(live, name):
     model, tokenizer = live
@@ -38,7 +41,7 @@ def test_exact_match_on_held_out_words(live, name):
     assert score == pytest.approx(claimed, abs=0.005)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few_of(NAMES, ("pig_latin", "caesar")))
 def test_every_adapter_equals_a_fresh_load_after_every_other(live, name):
     model, _ = live
     for before in NAMES:
@@ -102,6 +105,7 @@ def test_generate_gives_the_same_answers_as_ask():
     assert demo.ask_all(model, tokenizer, words) == texts == [demo.TASKS["pig_latin"](word) for word in words]
 
 
+@pytest.mark.long
 def test_ask_works_through_a_compiled_wrapper():
     model, tokenizer = demo.load("reverse")
     assert demo.ask(torch.compile(model, backend="eager"), tokenizer, "abc") == "cba"

@@ -202,6 +202,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.long
 def test_from_the_hub_and_then_from_its_cache(folder, tmp_path):
     variables = dict(HF_HOME=str(tmp_path / "home"))
     with StandInHub() as hub:
@@ -224,6 +225,7 @@ def test_offline_with_an_empty_cache(monkeypatch):
     assert "HF_HUB_OFFLINE is set" in why
 
 
+@pytest.mark.long
 def test_a_hub_that_is_not_there_costs_seconds_and_no_noise(tmp_path):
     code = f"import time; from hotswap_lab.demo import smollm2; start = time.time()\n{FIND}\nprint(time.time() - start)"
     result = run_python(code, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
@@ -337,6 +339,7 @@ gguf_cache.dequantised(Path({file!r}))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
 def test_a_killed_conversion_is_never_taken_for_a_model(gguf_file):
     file, _ = gguf_file
@@ -358,6 +361,7 @@ def test_a_killed_conversion_is_never_taken_for_a_model(gguf_file):
     assert not leftover.exists()
 
 
+@pytest.mark.long
 def test_two_processes_at_once(gguf_file):
     file, _ = gguf_file
     cache = gguf_cache.cache_dir()
@@ -410,6 +414,7 @@ def test_a_damaged_or_foreign_file_is_refused(gguf_file, tmp_path):
 # --- the real one
 
 
+@pytest.mark.long
 @needs_package
 def test_the_packaged_tokenizer_and_its_chat_template(tmp_path):
     from transformers import AutoTokenizer

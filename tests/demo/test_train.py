@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -9,6 +10,7 @@ from hotswap_lab import demo
 from hotswap_lab.demo import train
 
 
+@pytest.mark.long
 def test_a_few_steps_of_training_lower_the_loss():
     torch.manual_seed(0)
     tokenizer = train.build_tokenizer()

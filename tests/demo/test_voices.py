@@ -184,6 +184,7 @@ def base_answers(base, tokenizer):
     return voices.ask_all(base, tokenizer, FEW)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_held_out_questions(live, tokenizer, base_answers, name):
     swap(live, name)
@@ -192,6 +193,7 @@ def test_held_out_questions(live, tokenizer, base_answers, name):
     assert voices.score(name, base_answers) == 0, base_answers
 
 
+@pytest.mark.long
 def test_every_voice_equals_a_fresh_load_after_every_other(live, base, tokenizer):
     ids = tokenizer("What is Paris? A city with a river.", return_tensors="pt")
     fresh = {}
@@ -209,6 +211,7 @@ def test_every_voice_equals_a_fresh_load_after_every_other(live, base, tokenizer
             torch.testing.assert_close(live(**ids).logits, fresh[name], rtol=0, atol=1e-5 * scale)
 
 
+@pytest.mark.long
 def test_ask_and_stream_agree(live, tokenizer, capsys):
     swap(live, "pirate")
     answer = voices.ask(live, tokenizer, FEW[0], max_new_tokens=12)

@@ -131,6 +131,7 @@ def test_right_and_wrong_solutions(capsys):
 # ---- a large pipeline, small
 
 
+@pytest.mark.long
 def test_the_sdxl_example_on_a_tiny_sdxl(tmp_path, capsys, monkeypatch):
     kind, files = KINDS["sdxl"], []
     for number, rank in enumerate((4, 7)):

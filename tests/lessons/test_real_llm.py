@@ -119,6 +119,7 @@ def test_an_answer_ends_at_its_limit_and_with_the_room(chat):
     assert chat.length == ROOM
 
 
+@pytest.mark.long
 def test_two_graphs_do_for_all_voices_and_lengths():
     model, tokenizer = demo.load("reverse")
     family = {name: demo.adapter_path(name) for name in ("reverse", "pig_latin", "caesar")}
@@ -144,6 +145,7 @@ def test_two_graphs_do_for_all_voices_and_lengths():
     AdapterPool(model, adapters={"sort": demo.adapter_path("sort")}, target_rank=64, progress=False)
 
 
+@pytest.mark.long
 def test_a_click_on_a_panel_runs_in_the_same_graphs():
     """A panel answers in a thread of its own. Modes and the number of threads are guarded, and belong to a thread."""
     model, tokenizer = demo.load("reverse")

@@ -198,8 +198,8 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
     "MonteCLoRA": (
         "llama",
         [
-            _lora(monteclora_config=variant("MontecloraConfig")),
-            _lora(r=8, monteclora_config=variant("MontecloraConfig")),
+            _lora(monteclora_config=variant("MontecloraConfig", buffer_size=8)),
+            _lora(r=8, monteclora_config=variant("MontecloraConfig", buffer_size=8)),
             _lora(),
         ],
     ),

@@ -43,6 +43,7 @@ def test_all_methods_of_this_peft_are_here():
     assert here | ELSEWHERE.keys() == set(PEFT_TYPE_TO_TUNER_MAPPING)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_pair(folders, name):
     kind, paths = kind_for(name), folders(name)
@@ -56,50 +57,56 @@ def test_every_pair(folders, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_no_random_numbers_of_the_user_are_drawn(folders, name):
-    kind, (old, new, *_) = kind_for(name), folders(name)
-    model = load(kind, old)
-    before = torch.get_rng_state()
-    hotswap_adapter(model, new, "default", add_layers=True)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_there_and_back(folders, name, tmp_path):
+    """One walk answers for a method: equal there and back, saved, verified, damaged files refused, values in place."""
+    kind, (first, second, *_) = kind_for(name), folders(name)
+    model = load(kind, first)
+    call(model, kind.inputs())
+    randomness = torch.get_rng_state()
+    hotswap_adapter(model, second, "default", add_layers=True)
+    assert torch.equal(torch.get_rng_state(), randomness), "random numbers of the user were drawn"
+    assert_equals_fresh_load(model, kind, second, margin=10)
+    _assert_saved_and_verified(model, kind, first, second, tmp_path / "saved", is_lossy=name in LOSSY)
+    _assert_damaged_are_refused(model, Adapter.load(first))
 
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_parameters_stay_where_they_are(folders, name):
-    """With the same config, a swap writes values only: the same objects at the same addresses."""
-    kind = kind_for(name)
-    model = load(kind, folders(name)[0])
-    before = {key: (id(each), each.data_ptr()) for key, each in model.named_parameters()}
-    values = {key: each.clone() for key, each in model.named_parameters()}
-    other = save_random_adapter_of(CONFIGS[name][0], folders(name)[0] + "_other", 9, kind)
-    plan = plan_hotswap(model, other)
-    assert plan.writes_values_only
-    assert plan.nbytes
-    hotswap_adapter(model, other, "default")
-    assert {key: (id(each), each.data_ptr()) for key, each in model.named_parameters()} == before
-    assert any(not torch.equal(values[key], each) for key, each in model.named_parameters())
+    hotswap_adapter(model, first, "default")
+    assert_equals_fresh_load(model, kind, first, margin=10)
+    other = save_random_adapter_of(CONFIGS[name][0], tmp_path / "other", 9, kind)
+    _assert_values_are_written_in_place(model, other)
     assert_equals_fresh_load(model, kind, other, margin=10)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in LOSSY])
-def test_what_is_saved_loads_as_the_live_model(folders, name, tmp_path):
-    kind, (old, new, *_) = kind_for(name), folders(name)
-    model = load(kind, old)
-    hotswap_adapter(model, new, "default", add_layers=True)
-    save_adapter(model, tmp_path / "saved")
-    assert_same_outputs(model, load(kind, str(tmp_path / "saved")), kind, margin=10)
+@pytest.mark.long
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_next_one_with_the_same_config(folders, name, tmp_path):
+    """PEFT need not load it: where its tensors go is known. The result is the same, whatever was done in between."""
+    kind, (first, second, *_) = kind_for(name), folders(name)
+    others = [save_random_adapter_of(CONFIGS[name][0], tmp_path / f"{seed}", seed, kind) for seed in (21, 22, 23)]
+    model = load(kind, first)
+    hotswap_adapter(model, others[0], "default")
+    with no_donor_for(name):
+        hotswap_adapter(model, others[1], "default")
+    assert_equals_fresh_load(model, kind, others[1], margin=10)
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling.update({key: 3 * value for key, value in module.scaling.items()})
+    for folder in (others[2], second, first):
+        hotswap_adapter(model, folder, "default", add_layers=True)
+        assert_equals_fresh_load(model, kind, folder, margin=10)
+
+
+def _assert_saved_and_verified(model, kind, old: str, new: str, saved, is_lossy: bool) -> None:
+    save_adapter(model, saved)
+    if not is_lossy:
+        assert_same_outputs(model, load(kind, str(saved)), kind, margin=10)
     verdict = verify_hotswap(model, new, inputs=kind.inputs())
     assert verdict, verdict
     assert not verify_hotswap(model, old, inputs=kind.inputs())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_damaged_adapter_leaves_the_model_alone(folders, name):
+def _assert_damaged_are_refused(model, adapter: Adapter) -> None:
     """One tensor less than PEFT would save, or one that nobody knows."""
-    kind, (old, new, *_) = kind_for(name), folders(name)
-    model = load(kind, old)
     before = snapshot(model)
-    adapter = Adapter.load(new)
     fewer = {key: tensor for key, tensor in adapter.tensors.items() if key != _indispensable(adapter.tensors)}
     more = {**adapter.tensors, "base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)}
     for tensors in (fewer, more):
@@ -123,28 +130,16 @@ def _indispensable(tensors: dict[str, torch.Tensor]) -> str:
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_next_one_with_the_same_config(folders, name):
-    """PEFT need not load it: where its tensors go is known. The result is the same, whatever was done in between."""
-    kind, first = kind_for(name), folders(name)[0]
-    others = [
-        save_random_adapter_of(CONFIGS[name][0], f"{first}_{seed}", seed, kind_for(name)) for seed in (21, 22, 23)
-    ]
-    model = load(kind, first)
-    hotswap_adapter(model, others[0], "default")
-    with no_donor_for(name):
-        hotswap_adapter(model, others[1], "default")
-        assert_equals_fresh_load(model, kind, others[1], margin=10)
-    for module in model.modules():
-        if isinstance(getattr(module, "scaling", None), dict):
-            module.scaling.update({key: 3 * value for key, value in module.scaling.items()})
-    hotswap_adapter(model, others[2], "default")
-    assert_equals_fresh_load(model, kind, others[2], margin=10)
-    different = folders(name)[1]
-    hotswap_adapter(model, different, "default", add_layers=True)
-    assert_equals_fresh_load(model, kind, different, margin=10)
-    hotswap_adapter(model, first, "default")
-    assert_equals_fresh_load(model, kind, first, margin=10)
+def _assert_values_are_written_in_place(model, other: str) -> None:
+    """With the same config, a swap writes values only: the same objects at the same addresses."""
+    before = {key: (id(each), each.data_ptr()) for key, each in model.named_parameters()}
+    values = {key: each.clone() for key, each in model.named_parameters()}
+    plan = plan_hotswap(model, other)
+    assert plan.writes_values_only
+    assert plan.nbytes
+    hotswap_adapter(model, other, "default")
+    assert {key: (id(each), each.data_ptr()) for key, each in model.named_parameters()} == before
+    assert any(not torch.equal(values[key], each) for key, each in model.named_parameters())
 
 
 #: methods whose files are more than a copy of their tensors, or have one under several names: PEFT must read each

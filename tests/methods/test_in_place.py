@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapters import CONFIGS, kind_for, save_random_adapter_of
 from faults import run_with_fault
+from lengths import few_of, long
 from lora_kinds import ATTENTION, LLAMA, MODELS
 from models import call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
@@ -42,11 +43,11 @@ HEADS = [
     LoraConfig(r=6, target_modules=["q_proj"], use_dora=True, modules_to_save=["embed_tokens"]),
 ]
 
-FAULTY = ("VeRA", "LNTuning", "IA3")
+FAULTY = ("VeRA", "LNTuning", "IA3", "heads")
 
 
-@pytest.mark.parametrize("name", [*FAULTY, "heads"])
-def test_a_fault_at_every_line_of_a_commit(tmp_path, name):
+@pytest.mark.parametrize(("name", "every"), [("LNTuning", 11), *(long(name, 3) for name in FAULTY)])
+def test_a_fault_at_every_line_of_a_commit(tmp_path, name, every):
     """Shapes, tables, wrappers that come and go: all of it is undone."""
     if name == "heads":
         old, new = (save_random_adapter_of(each, tmp_path / str(number), number) for number, each in enumerate(HEADS))
@@ -65,17 +66,18 @@ def test_a_fault_at_every_line_of_a_commit(tmp_path, name):
             break  # everything was written before this line
         assert_untouched(model, before)
         faults += 1
-        step += 3
-    assert faults > 20
+        step += every
+    assert faults > 60 // every
     assert_equals_fresh_load(model, LLAMA, new, margin=10, is_trainable=True)
 
 
-def test_a_fault_at_every_line_of_planning(tmp_path):
+@pytest.mark.parametrize("every", [2997, long(97)])
+def test_a_fault_at_every_line_of_planning(tmp_path, every):
     old, new = _pair("VeRA", tmp_path)
     model = load(LLAMA, old)
     before, step = snapshot(model), 1
     while run_with_fault(lambda: plan_hotswap(model, new), step):
-        step += 97
+        step += every
     assert step > 5000
     assert_untouched(model, before)
 
@@ -145,7 +147,7 @@ def test_training_goes_on(tmp_path):
     torch.testing.assert_close(call(model, LLAMA.inputs()), call(fresh, LLAMA.inputs()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["LoHa", "OFT", "IA3", "VeRA", "LNTuning", "HRA"])
+@pytest.mark.parametrize("name", few_of(["LoHa", "OFT", "IA3", "VeRA", "LNTuning", "HRA"], ["IA3"]))
 def test_in_a_compiled_model_values_change_and_nothing_else(tmp_path, name):
     """The same config: no recompile. Another one: refused, untouched, since the graph would have to change."""
     kind = kind_for(name)
@@ -164,6 +166,7 @@ def test_in_a_compiled_model_values_change_and_nothing_else(tmp_path, name):
     assert_untouched(model._orig_mod, before)
 
 
+@pytest.mark.long
 def test_saved_modules_in_a_compiled_model(tmp_path):
     """A classifier beside the LoRA: both are swapped without a recompile."""
     kind = MODELS["classifier"]

@@ -514,7 +514,7 @@ def _save(where, shelf):
             root.parent.mkdir(exist_ok=True)
         if where in ("over", "bin"):
             shutil.copytree(first, root)
-            (root / "README.md").rename(root / "notes.txt")
+            (root / "notes.txt").write_text("mine")
             (root / "another").mkdir()
         if where == "bin":
             torch.save(dict(Adapter.load(first).tensors), root / "adapter_model.bin")

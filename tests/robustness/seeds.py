@@ -77,7 +77,6 @@ def make_seeds(root: Path) -> None:
     for name, seed in SEEDS.items():
         for part, number in (("loaded", 1), ("new", 2)):
             folder = save_random_adapter_of(getattr(seed, part), root / name / part, number, KINDS[seed.kind])
-            os.remove(f"{folder}/README.md")
             if seed.is_bin:
                 torch.save(load_file(f"{folder}/{WEIGHTS}"), f"{folder}/{BIN}")
                 os.remove(f"{folder}/{WEIGHTS}")

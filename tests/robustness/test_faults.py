@@ -1,8 +1,9 @@
 """A fault at every step of every operation: afterwards all is as before, or as after, never in between.
 
-The steps are found by running (see ``faults.py``), so nothing has to be added here when the code changes. The short
-form raises at each line of what writes, and at some lines of what reads and decides, with the kinds of errors in turn.
-The long form: every step of every operation, with the kinds of errors in turn; with ``--kinds 5`` each kind at each::
+The steps are found by running (see ``faults.py``), so nothing has to be added here when the code changes. The tests
+raise at each line of what writes, and at some lines of what reads and decides, with the kinds of errors in turn; the
+short form of them at every tenth of these, of every third operation. As a program: every step of every operation,
+with the kinds of errors in turn; with ``--kinds 5`` each kind at each::
 
     python tests/robustness/test_faults.py [--only NAME] [--kinds 1] [--deep 200]
 
@@ -18,6 +19,7 @@ import faulthandler
 import functools
 import gc
 import itertools
+import math
 import os
 import random
 import signal
@@ -36,6 +38,7 @@ if __name__ == "__main__":
 import pytest
 import torch
 from faults import FAULTS, Outcome, list_steps, run_with_ctrl_c, run_with_fault
+from lengths import long
 from operations import OPERATIONS, Case, Shelf, contents, held, identities, surroundings
 
 UNITS = ("line", "call", "deep", "signal")
@@ -221,9 +224,9 @@ def chosen(places: list[str], unit: str, share: float = 1) -> list[int]:
         first.setdefault(place, number)
         last[place] = number
     deciding = list(dict.fromkeys(places[:start]))
-    early = sorted({places.index(place) for place in _some(deciding, int(BEFORE_WRITING[unit] * share))})
+    early = sorted({places.index(place) for place in _some(deciding, math.ceil(BEFORE_WRITING[unit] * share))})
     late = sorted({*first.values(), *last.values()})
-    return [number + 1 for number in (*early, *_some(late, int(WHILE_WRITING[unit] * share)))]
+    return [number + 1 for number in (*early, *_some(late, math.ceil(WHILE_WRITING[unit] * share)))]
 
 
 def _some(items: list, count: int) -> list:
@@ -231,24 +234,28 @@ def _some(items: list, count: int) -> list:
 
 
 @pytest.mark.usefixtures("python_sigint")
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_a_fault_at_every_step(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "share"), [*((name, 0.1) for name in list(OPERATIONS)[::3]), *(long(name, 1) for name in OPERATIONS)]
+)
+def test_a_fault_at_every_step(name, share, tmp_path):
     with _hunting(name, tmp_path) as hunt:
         kinds = itertools.cycle(FAULTS)
         for unit in UNITS:
             # a pipeline takes long to make and to look at
-            for step in chosen(hunt.places(unit), unit, 0.3 if "pipeline" in name else 1):
+            for step in chosen(hunt.places(unit), unit, share * (0.3 if "pipeline" in name else 1)):
                 hunt.run(step, next(kinds), unit)
-    assert hunt.counts["all"] >= 10, hunt.counts
+    assert hunt.counts["all"] >= 10 * share, hunt.counts
 
 
 @pytest.mark.usefixtures("python_sigint")
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_a_real_ctrl_c(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "count"), [*((name, 3) for name in list(OPERATIONS)[::9]), *(long(name, 15) for name in OPERATIONS)]
+)
+def test_a_real_ctrl_c(name, count, tmp_path):
     with _hunting(name, tmp_path) as hunt:
         for interrupt in _signals(hunt, 100):
             interrupt()
-            if hunt.counts["all"] == 15:
+            if hunt.counts["all"] == count:
                 break
     assert hunt.counts["all"] or name in OF_MICROSECONDS, hunt.counts
 

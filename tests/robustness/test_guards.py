@@ -102,6 +102,7 @@ def test_no_method_takes_memory_for_a_number_in_its_config(tmp_path, name):
     hotswap_adapter(model, adapter, "default")
 
 
+@pytest.mark.long
 def test_methods_that_draw_an_order_of_all_weights_are_let_through(tmp_path):
     """On a base of some size: an order of the weights of a layer takes four times as much as these, in bf16."""
     config = FourierFTConfig(n_frequency=10, target_modules=["0", "1", "2"])

@@ -186,6 +186,7 @@ def kill_conversions(folder: Path, every: int) -> collections.Counter:
     return counts
 
 
+@pytest.mark.long
 @unix
 def test_killed_while_saving():
     """In a process that has no threads, since it forks."""

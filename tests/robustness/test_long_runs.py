@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 import pytest
 import torch
+from lengths import long
 from models import KINDS, call, load, save_random_adapter
 from peft.utils import get_peft_model_state_dict
 
@@ -385,13 +386,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_many_operations_on_a_pool(tmp_path):
-    reports = list(run_pool(tmp_path, 2000, every=20, checkpoints=4, megabytes=8))
+@pytest.mark.parametrize("operations", [120, long(2000)])
+def test_many_operations_on_a_pool(tmp_path, operations):
+    reports = list(run_pool(tmp_path, operations, every=20, checkpoints=min(operations // 100, 4), megabytes=8))
     assert "recompiles 0" in reports[-1]
 
 
-def test_many_swaps_from_disk(tmp_path):
-    assert len(list(run_disk(tmp_path, 500, megabytes=8))) == 5
+@pytest.mark.parametrize("swaps", [40, long(500)])
+def test_many_swaps_from_disk(tmp_path, swaps):
+    assert len(list(run_disk(tmp_path, swaps, megabytes=8))) == 5
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from lengths import long
 from threads import make_family, storm, ways
 
 
@@ -16,7 +17,11 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize(
     ("way", "swapping"),
     # not two that set strengths: what one asks for, the other would change before anybody has computed with it
-    [*itertools.product(["pool", "pool_mixed", "from_disk", "prepared"], [1, 2]), ("strength", 1)],
+    [
+        *(("pool", 2), ("from_disk", 1)),
+        *itertools.starmap(long, (("pool", 1), ("from_disk", 2), ("prepared", 1), ("prepared", 2), ("strength", 1))),
+        *itertools.starmap(long, (("pool_mixed", 1), ("pool_mixed", 2))),
+    ],
 )
 def test_no_output_is_torn(folders, way, swapping):
     result = storm(folders, way, swaps=60 if way == "from_disk" else 200, swapping=swapping)
@@ -25,8 +30,14 @@ def test_no_output_is_torn(folders, way, swapping):
     assert sum(count > 0 for count in result.whole.values()) > 1, "nobody computed between two swaps"
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("way", ["pool", "prepared"])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("way", "backend"),
+    [
+        ("pool", "aot_eager"),
+        *itertools.starmap(long, [("prepared", "aot_eager"), ("pool", "inductor"), ("prepared", "inductor")]),
+    ],
+)
 def test_no_output_of_a_compiled_model_is_torn(folders, way, backend):
     result = storm(folders, way, swaps=100, swapping=2, backend=backend)
     assert not result.errors

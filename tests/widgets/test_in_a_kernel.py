@@ -104,6 +104,9 @@ class Kernel:
                 return reply["content"].get("subshell_id")
 
 
+pytestmark = pytest.mark.long  # each of them talks to a kernel of its own
+
+
 @pytest.fixture(scope="module")
 def kernel():
     kernel = Kernel()

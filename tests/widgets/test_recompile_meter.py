@@ -30,6 +30,7 @@ def unprepared():
     return RecompileMeter(compiled, adapters=folders("reverse", "vowels_up", "double"), inputs=inputs)
 
 
+@pytest.mark.long
 def test_calls_swaps_and_recompiles():
     with unprepared() as meter, torch.no_grad():
         meter.visit("reverse", "vowels_up", calls=2)
@@ -43,6 +44,7 @@ def test_calls_swaps_and_recompiles():
     assert "double" in text
 
 
+@pytest.mark.long
 def test_a_pool_never_recompiles():
     model, _ = demo.load("reverse")
     pool = AdapterPool(model, adapters=folders("double", "shout"), progress=False)
@@ -53,6 +55,7 @@ def test_a_pool_never_recompiles():
     assert "Nothing was compiled again." in meter.to_html()
 
 
+@pytest.mark.long
 def test_clicks_do_the_same_and_in_the_same_mode():
     """A thread has its own gradient mode; if a click ran in another one, that alone would recompile."""
     with unprepared() as meter, torch.no_grad():
@@ -90,6 +93,7 @@ def test_after_close_nothing_is_counted():
     assert (meter.calls, meter.watch.compiles) == (1, 0)
 
 
+@pytest.mark.long
 def test_errors_are_shown_and_break_nothing():
     with unprepared() as meter, torch.no_grad():
         meter.box  # noqa: B018

@@ -384,6 +384,7 @@ def interrupted_at(step: int, action) -> tuple[bool, str]:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.long
 def test_an_interrupt_at_any_line(pure):
     """Of the panel's own code; the engine's lines have tests of their own."""
     panel, interrupts, handler = make(), 0, signal.getsignal(signal.SIGINT)

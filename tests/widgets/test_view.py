@@ -63,6 +63,7 @@ def test_importing_is_light():
     assert found.strip() == "False False"
 
 
+@pytest.mark.long
 def test_the_package_does_not_import_the_widgets():
     code = "import hotswap_lab, sys; print('hotswap_lab.widgets' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -127,7 +127,7 @@ def inputs(count: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def draw(model: torch.nn.Module, count: int = 8, seed: int = 0, steps: int = STEPS) -> torch.Tensor:
+def draw(model: torch.nn.Module, count: int = 8, seed: int = 0, steps: int = STEPS, *, first: int = 0) -> torch.Tensor:
     """Draws pictures. The same as :func:`pipeline` draws, and works through a compiled wrapper: only ``model(...)``
     is called, never a method of the class behind it.
 
@@ -140,6 +140,8 @@ def draw(model: torch.nn.Module, count: int = 8, seed: int = 0, steps: int = STE
         pictures can be compared one by one.
     steps:
         In how many steps noise becomes a picture: as often is the model called.
+    first:
+        With the noise of which picture to begin, so that one can be drawn without those before it.
 
     Returns
     -------
@@ -154,7 +156,7 @@ def draw(model: torch.nn.Module, count: int = 8, seed: int = 0, steps: int = STE
     """
     scheduler = load_scheduler()
     scheduler.set_timesteps(steps)
-    picture = noise(count, seed)
+    picture = noise(first + count, seed)[first:]
     for when in scheduler.timesteps:
         picture = scheduler.step(model(picture, when).sample, when, picture).prev_sample
     return (picture[:, 0] / 2 + 0.5).clamp(0, 1)
