@@ -11,18 +11,18 @@
 matches a fresh load: True
 
 What is where: ``adapter`` (what comes in), ``slot`` (where it lives in the model), ``planning`` and ``plan`` (what
-will be written, decided dry), ``commit`` (the write, all or nothing), ``prepare`` (room for a family of adapters,
-before compiling), ``room`` and ``arena`` (a prepared slot and its memory), ``pool`` (many adapters, switched by
-name), ``turns`` (threads that share a model), ``watch`` (recompiles, counted), ``verify`` (the oracle), ``methods``
-(what differs per PEFT method), ``grafting`` (methods that only PEFT can load: it does so beside the model),
-``base_values`` (base weights that adapters overwrite), ``merging`` (or contain), ``shards`` (parameters spread over
-processes), ``pipeline`` and ``lora_files`` (diffusers), ``hub`` and ``hub_search`` (where files come from),
-``together`` (files that are replaced at one moment), ``paths`` (whether files are there), ``interrupts`` (Ctrl-C),
-``bench`` (how fast), ``demo`` (the embedded models and their adapters), ``lessons`` (the notebooks' exercises),
-``widgets`` (to look at).
+will be written, decided dry), ``change`` (what is written, and the one function that writes it, all or nothing),
+``commit`` (a plan becomes that), ``prepare`` (room for a family of adapters, before compiling), ``room`` and
+``arena`` (a prepared slot and its memory), ``pool`` (many adapters, switched by name), ``turns`` (threads that share
+a model), ``watch`` (recompiles, counted), ``verify`` (the oracle), ``methods`` (what differs per PEFT method),
+``grafting`` (methods that only PEFT can load: it does so beside the model), ``base_values`` (base weights that
+adapters overwrite), ``shards`` (parameters spread over processes), ``pipeline`` and ``lora_files`` (diffusers),
+``hub`` and ``hub_search`` (where files come from), ``together`` (files that are replaced at one moment), ``paths``
+(whether files are there), ``interrupts`` (Ctrl-C), ``bench`` (how fast), ``demo`` (the embedded models and their
+adapters), ``lessons`` (the notebooks' exercises), ``widgets`` (to look at).
 """
 
-from . import demo
+from . import demo, shards  # noqa: F401 - how sharded tensors are written is known from here on
 from .adapter import Adapter
 from .backend import pick_backend
 from .commit import commit

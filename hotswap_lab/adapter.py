@@ -158,6 +158,9 @@ class Adapter:
         # some methods save indices, too
         only_weights = self.config.peft_type == PeftType.LORA
         for key, tensor in self.tensors.items():
+            plain = type(key) is str and type(tensor) is torch.Tensor and tensor.is_floating_point()
+            if plain and tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested):
+                continue
             if not isinstance(key, str):
                 raise self._damaged(f"a {type(key).__name__} as the name of a tensor", "names of tensors")
             if kind := _what_is_wrong(tensor, only_weights and ".lora_" in key):

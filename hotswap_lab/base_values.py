@@ -14,11 +14,13 @@ import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from .change import ON_CONFIG
 from .errors import Refusal, listing
-from .host import Host, canonical_path, is_embedding
+from .host import Host, canonical_path, embeddings_of
 from .journal import Journal
 from .methods import method_of
 from .sameness import have_same_values
+from .words import needs_originals
 
 #: on a base model: by adapter name, the original values of what that adapter overwrote, by their names
 ORIGINALS = "hotswap_base_values"
@@ -86,9 +88,10 @@ def note_lost(
 
 def follow_config(host: Host, adapter_name: str, config: PeftConfig, journal: Journal) -> None:
     """To be called before a config takes the place of the one in the model, if the base weights stay as they are."""
-    known = host.base.__dict__.get(OVERWRITTEN, {}).get(adapter_name)
-    if known is not None and known.config is host.configs.get(adapter_name):
-        note_lost(host.base, adapter_name, config, known.lost, journal)
+    note_lost(host.base, adapter_name, config, lost_originals(host, adapter_name), journal)
+
+
+ON_CONFIG.append(follow_config)
 
 
 def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
@@ -163,8 +166,7 @@ def change_base_values(
         )
     if lost := sorted(unknown - new.keys()):
         change.refusals.append(
-            Refusal(
-                "The adapter in the model came with base weights of its own, and the new one needs the originals back.",
+            needs_originals(
                 found=f"{len(lost)} base weights that PEFT replaced when it loaded the adapter: {listing(lost, 3)}",
                 expected="their original values, or an adapter that replaces all of them, too",
                 next_step="pass base_weights={name: tensor}, such as the state_dict of the base model before loading",
@@ -178,8 +180,9 @@ def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
     config = host.configs[adapter_name]
     if config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None:
         return
+    ids = list(map(id, embeddings_of(host.base)))
     for path, module in host.base.named_modules():
-        if isinstance(module, BaseTunerLayer) and is_embedding(host.base, module):
+        if isinstance(module, BaseTunerLayer) and id(module) in ids:
             if not method_of(module).has_adapter(module, adapter_name):
                 continue
             yield f"{canonical_path(path)}.weight"

@@ -52,7 +52,9 @@ def compiled_parts(model: torch.nn.Module) -> list[object]:
         if isinstance(module, BaseTunerLayer):
             stack.append(module._modules.get("base_layer", module))
         else:
-            stack += [child for child in module._modules.values() if child is not None]
+            for child in module._modules.values():
+                if child is not None:
+                    stack.append(child)
     return parts
 
 

@@ -7,6 +7,7 @@ model, so that is the module everything else starts from.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,12 +127,14 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
 
 def is_embedding(base: torch.nn.Module, module: torch.nn.Module) -> bool:
     """Whether ``module`` is where a transformers model gets its embeddings from, or puts its logits out."""
-    getters = (getattr(base, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    return any(getter is not None and _call(getter) is module for getter in getters)
+    return any(each is module for each in embeddings_of(base))
 
 
-def _call(getter) -> torch.nn.Module | None:
-    try:
-        return getter()
-    except (NotImplementedError, AttributeError):
-        return None
+def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
+    """Where a transformers model gets its embeddings from, and puts its logits out."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        # not every model has these
+        with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
+            found.append(getattr(base, name, None)())
+    return found

@@ -9,13 +9,13 @@ import torch
 from peft import PeftConfig
 
 from .adapter import Adapter
-from .commit import commit
-from .host import find_host
+from .commit import carry_out
+from .host import Host, find_host
 from .interrupts import interrupts_held
 from .plan import Plan
 from .planning import make_plan
-from .room import slot_for
-from .turns import is_shared, swaps_of, undisturbed
+from .slot import slot_for
+from .turns import is_shared, undisturbed, writing
 
 
 def hotswap_adapter(
@@ -80,9 +80,10 @@ def hotswap_adapter(
     host = find_host(model, adapter_name)
     # where other threads compute, the swap may have to wait, and the file would be in use meanwhile
     for_one_swap = not is_shared(host.base)
-    adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs, for_one_swap=for_one_swap)
-    with swaps_of(host.base), undisturbed(host):
-        commit(plan_hotswap(model, adapter, adapter_name, add_layers=add_layers, base_weights=base_weights))
+    adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
+    with writing(host.base):
+        slot = slot_for(host, adapter_name)
+        carry_out([make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights)])
 
 
 def hotswap_adapter_from_state_dict(
@@ -137,9 +138,9 @@ def hotswap_adapter_from_state_dict(
     """
     host = find_host(model, adapter_name)
     adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
-    with swaps_of(host.base), undisturbed(host):
-        slot = slot_for(model, adapter_name)
-        commit(make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights))
+    with writing(host.base):
+        slot = slot_for(host, adapter_name)
+        carry_out([make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights)])
 
 
 def plan_hotswap(
@@ -182,25 +183,25 @@ def plan_hotswap(
     >>> print(plan.refusals[0].next_step)
     pass add_layers=True to add them, or load first the adapter that targets most layers
     """
-    adapter = _read(model, model_name_or_path, adapter_name, torch_device, kwargs)
-    with interrupts_held(), undisturbed(find_host(model, adapter_name)):
-        return make_plan(slot_for(model, adapter_name), adapter, add_layers=add_layers, base_weights=base_weights)
+    host = find_host(model, adapter_name)
+    adapter = _read(host, model_name_or_path, torch_device, kwargs)
+    with interrupts_held(), undisturbed(host):
+        slot = slot_for(host, adapter_name)
+        return make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights).kept()
 
 
 def _read(
-    model: torch.nn.Module,
+    host: Host,
     source: str | os.PathLike | Adapter,
-    adapter_name: str,
     torch_device: str | torch.device | None,
     arguments: dict[str, object],
     for_one_swap: bool = False,
 ) -> Adapter:
-    base = find_host(model, adapter_name).base
     if isinstance(source, Adapter):
         if arguments or torch_device is not None:
             raise TypeError("arguments for reading an adapter were passed with an Adapter that is already read")
         return source
     # some transformers models bring a mapping from the keys of their older versions; a fresh load applies it
-    arguments.setdefault("key_mapping", getattr(base, "_checkpoint_conversion_mapping", None) or None)
+    arguments.setdefault("key_mapping", getattr(host.base, "_checkpoint_conversion_mapping", None) or None)
     load = Adapter.load_for_one_swap if for_one_swap else Adapter.load
     return load(source, torch_device=torch_device, **arguments)

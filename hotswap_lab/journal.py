@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 
 #: stands for what is not there
 MISSING = object()
@@ -49,6 +49,19 @@ class Journal:
 
         self.record(undo)
         table[key] = value
+
+    def set_items(self, tables: Sequence[MutableMapping], key: object, values: Sequence[object]) -> None:
+        """``table[key] = value`` for many tables that have this key, undoable."""
+        old = [table[key] for table in tables]
+        if old == values:
+            return
+
+        def put(values: Sequence[object]) -> None:
+            for table, value in zip(tables, values, strict=True):
+                table[key] = value
+
+        self.record(lambda: put(old))
+        put(values)
 
     def delete_item(self, table: MutableMapping, key: object) -> None:
         """``del table[key]``, undoable: the entry comes back, and in its place among the others."""

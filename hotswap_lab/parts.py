@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+
+if TYPE_CHECKING:
+    from .change import Change
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +49,40 @@ class SlotTensor:
     size_attribute: str | None = None
     off: Callable[[], torch.Tensor] | None = None
 
+    #: whether this process holds only a part of the parameter
+    is_shard: ClassVar[bool] = False
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """What this process holds of the parameter. Writes to it reach the parameter."""
+        return self.parameter
+
+    @property
+    def has_fixed_shape(self) -> bool:
+        """Whether somebody has noted the parameter's shape, so that it can't get another one."""
+        return False
+
+    def obstacle(self) -> str | None:
+        """Why writing to the parameter would not be enough, or None."""
+        return None
+
+    def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
+        """Has ``change`` write ``source``, as in an adapter's file, to the parameter; None stands for "no adapter"."""
+        parameter = self.owner._parameters[self.name]
+        if source is None:
+            change.copy(parameter, self.off_value())
+        elif source.shape == parameter.shape:
+            change.copy(parameter, source)
+        elif not fixed_size:
+            # always a copy: a model that shared memory with the caller's state dict would change with it
+            change.resize(parameter, source.detach())
+            if self.size_attribute:
+                change.sizes.append((self.owner, self.size_attribute, source.shape[self.rank_axis] * self.groups))
+        else:
+            rank = self.rank_of(source.shape)
+            change.copy(self.own(parameter, rank), self.split(source))
+            change.zero(self.padding(parameter, rank))
+
     def off_value(self) -> torch.Tensor:
         """What the parameter holds where the adapter is turned off."""
         if self.off is not None:
@@ -59,7 +97,9 @@ class SlotTensor:
     @property
     def capacity(self) -> int | None:
         """The rank that the parameter has room for; more than the adapter's own rank where it is padded."""
-        return self.rank_of(self.parameter.shape)
+        # as rank_of(parameter.shape); asked for at each layer in each swap
+        axis = self.rank_axis
+        return None if axis is None else self.owner._parameters[self.name].shape[axis] * self.groups
 
     def rank_of(self, shape: torch.Size) -> int | None:
         """The rank that a tensor of this shape would have here."""
@@ -111,6 +151,18 @@ class SlotTensor:
         if self.rank_axis is not None:
             own[self.rank_axis] = other[self.rank_axis]
         return own == other
+
+
+#: what stands for a :class:`SlotTensor` where parameters are of another kind, such as spread over processes
+KINDS: list[type[SlotTensor]] = []
+
+
+def slot_tensor(key: str, named_key: str, owner: torch.nn.Module, name: str, *more: object, **kinds) -> SlotTensor:
+    """A :class:`SlotTensor`, of the kind that the parameter is of."""
+    for kind in KINDS:
+        if kind.holds(owner, name):
+            return kind(key, named_key, owner, name, *more, **kinds)
+    return SlotTensor(key, named_key, owner, name, *more, **kinds)
 
 
 @dataclass(frozen=True)

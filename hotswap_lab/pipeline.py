@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from .adapter import Adapter
+from .change import apply
 from .commit import commit_together
 from .errors import HotswapError, Refusal, listing, refuse
-from .host import carriers
-from .journal import Journal
+from .host import carriers, find_host
 from .lora_files import check_pipeline, is_diffusers_model, parts_of, read_pipeline_lora
 from .plan import Plan
 from .planning import make_plan
-from .prepare import make_room
+from .prepare import changes_to_prepare
 from .report import html_table
-from .room import slot_for
+from .slot import slot_for
 from .turns import swaps_of, writing
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ def plan_pipeline_hotswap(
     plans, notes = {}, []
     for name in loaded:
         refusals += _offloading(name, parts[name])
-        plans[name] = _plan_part(parts[name], adapters.get(name), adapter_name, label, add_layers)
+        plans[name] = _plan_part(parts[name], adapters.get(name), adapter_name, label, add_layers).kept()
         notes += _rounding(name, plans[name])
     return PipelinePlan(adapter_name, label, plans, tuple(refusals), tuple(notes))
 
@@ -391,28 +391,17 @@ def prepare_pipeline_for_compiled_hotswap(
     for name, model in loaded.items():
         if refusals := _offloading(name, model):
             raise HotswapError(*refusals)
-    journal = Journal()
+    options = dict(target_rank=target_rank, adapter_name=adapter_name, may_be_compiled=False)
     # all at once: between two parts, nobody may compute with a pipeline of which one is prepared
     with writing(*_bases(pipe)):
-        try:
-            for name, model in loaded.items():
-                make_room(
-                    model,
-                    families[name],
-                    target_rank=target_rank,
-                    adapter_name=adapter_name,
-                    may_be_compiled=False,
-                    journal=journal,
-                )
-        except BaseException:
-            journal.roll_back()
-            raise
+        changes = [changes_to_prepare(model, families[name], **options) for name, model in loaded.items()]
+        apply([change for of_part in changes for change in of_part])
 
 
 def _plan_part(
     model: torch.nn.Module, adapter: Adapter | None, adapter_name: str, label: str, add_layers: bool
 ) -> Plan:
-    slot = slot_for(model, adapter_name)
+    slot = slot_for(find_host(model, adapter_name), adapter_name)
     if adapter is None:
         # a fresh load would put nothing here; the old config stays, so that later files find a place to go
         return make_plan(slot, Adapter(copy.deepcopy(slot.config), {}, label), all_off=True)

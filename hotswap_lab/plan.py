@@ -2,29 +2,30 @@
 
 A plan says for every layer whether its tensors are copied, padded, resized, turned off or added, and which scalars
 and config go with them; or it says why the swap can't be right. It is what the user sees as the
-compatibility report, and the only thing that :func:`hotswap_lab.commit.commit` executes.
+compatibility report. What it comes to is a :class:`~hotswap_lab.change.Change`.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig
 
 from .adapter import Adapter
-from .compiled import unwrap_compiled
+from .change import Change
 from .errors import HotswapError, Refusal
-from .grafting import Grafting, Structure
 from .parts import LayerSettings, SlotTensor, WholeSettings
-from .prepared_layer import has_fixed_size
 from .report import html_table
-from .room import ROOMS, Content, Room
 from .slot import Slot, SlotLayer
-from .state_view import is_padded
+
+if TYPE_CHECKING:
+    from .grafting import Grafting
 
 
 class Action(enum.Enum):
@@ -81,24 +82,6 @@ class LayerPlan:
         return self.settings.rank if self.settings else None
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """What a slot was prepared as; of the layers, the first one tells."""
-
-    room: Room | None
-    padded: bool
-    fixed_size: bool
-
-    @classmethod
-    def of(cls, slot: Slot) -> Preparation:
-        name = slot.adapter_name
-        room = slot.host.base.__dict__.get(ROOMS, {}).get(name)
-        if not slot.layers:
-            return cls(room, False, False)
-        layer = slot.layers[0].module
-        return cls(room, is_padded(layer, name), has_fixed_size(layer, name))
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A swap that was decided but not done: the dry run.
@@ -135,42 +118,30 @@ class Plan:
     notes: tuple[str, ...] = ()
     #: whether the model, or something inside it, is compiled
     is_compiled: bool = False
-    #: the slot's room, if it was prepared and nothing is added to it
-    room: Room | None = None
-    #: what is written instead of ``LayerPlan.tensors`` where PEFT loaded the adapter beside the model
+    #: decides the same swap once more, for the model as it is then
+    again: Callable[[], Plan] | None = field(default=None, repr=False)
+    #: makes what is to be written; called where nothing speaks against it
+    make_change: Callable[[Plan], Change] | None = field(default=None, repr=False)
+    #: how the new adapter differs from the live one, where PEFT loaded it beside the model
     grafting: Grafting | None = None
-    #: the config of the adapter that was in the model when the plan was made
-    replaces: PeftConfig | None = None
-    #: what the slot was prepared as when the plan was made
-    preparation: Preparation | None = None
-    #: all adapters and wrappers that were there then, if the swap changes more than values and shapes
-    structure: Structure | None = None
+    #: the :attr:`answer` as it was when the plan was made, where it is kept for later
+    told: tuple | None = field(default=None, repr=False)
 
-    def is_stale(self) -> bool:
-        """Whether the adapter was swapped, merged, trained, prepared or unloaded since the plan was made.
+    def kept(self) -> Plan:
+        """The plan, to be committed later: what it says now is what it is held to then."""
+        return replace(self, told=self.answer)
 
-        Or, where the swap changes wrappers and tables, whether another adapter has come or gone.
-        """
-        slot = self.slot
-        if slot.host.configs.get(slot.adapter_name) is not self.replaces:
-            return True
-        if self.room is not None:
-            return not self.room.is_intact()
-        if Preparation.of(slot) != self.preparation or not _is_in_place(slot):
-            return True
-        if self.structure is not None and not self.structure.is_that_of(slot.host):
-            return True
-        if any(slot.adapter_name in layer.module.merged_adapters for layer in slot.layers):
-            return True
-        return self.grafting is not None and self.grafting.graft.is_stale()
+    def change(self) -> Change:
+        """All that is to be written, allocated beside the model."""
+        with self.slot.write_mode(), torch.no_grad():
+            return self.make_change(self)
 
     @property
-    def content(self) -> Content:
-        """What will be in the room."""
-        by_layer = {layer.layer: layer.settings for layer in self.layers}
-        settings = tuple(by_layer[layer] for layer in self.slot.layers)
-        dropouts = {each.dropout for each in settings if each is not None}
-        return Content(settings, max(dropouts, default=0.0), self.config)
+    def answer(self) -> tuple:
+        """All that a reader was told, as something that can be compared."""
+        layers = [(each.path, each.action, each.rank_before, each.settings) for each in self.layers]
+        differences = self.grafting.graft.differences if self.grafting else None
+        return layers, self.nbytes, self.refusals, self.notes, self.config.to_dict(), differences
 
     @property
     def ok(self) -> bool:
@@ -191,8 +162,6 @@ class Plan:
     @cached_property
     def writes_values_only(self) -> bool:
         """Whether only values of tensors change, so that a compiled graph stays valid."""
-        if self.room is not None:
-            return True
         if self.grafting is not None:
             return self.grafting.writes_values_only
         method, name = self.slot.method, self.slot.adapter_name
@@ -268,22 +237,6 @@ class Plan:
             caption=self.verdict,
             notes=[*self.notes, *map(str, self.refusals)],
         )
-
-
-def _is_in_place(slot: Slot) -> bool:
-    """Whether the slot's layers are still in the model; the first one tells, since PEFT unloads all of them."""
-    if not slot.layers:
-        return True
-    module, layer = slot.host.base, slot.layers[0]
-    for name in layer.path.split("."):
-        module = unwrap_compiled(module)._modules.get(name)
-        if module is None:
-            return False
-    while (module := unwrap_compiled(module)) is not layer.module:
-        module = module._modules.get("base_layer")  # in a mixed model, layers are around one another
-        if module is None:
-            return False
-    return True
 
 
 def _text(rank: int | None) -> str:

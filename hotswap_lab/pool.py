@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,18 +16,21 @@ from peft import PeftConfig
 from tqdm.auto import tqdm
 
 from .adapter import Adapter
+from .change import apply
 from .errors import HotswapError, refuse
+from .host import find_host
 from .interrupts import interruptible, interrupts_held, let_through
 from .journal import Journal
-from .merging import merged
 from .methods import lora
 from .planning import make_plan
 from .pool_sources import check_named, family_member, path_of, read, stamp_of
-from .prepare import make_room
+from .prepare import changes_to_prepare
 from .report import html_table
-from .room import Packed, room_of, slot_for
+from .room import Packed
+from .slot import room_of, slot_for
 from .strength import check_scalable, check_strength, get_strength
 from .turns import put_back, swaps_of, writing
+from .words import merged
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
 HISTORY = 100
@@ -139,7 +143,7 @@ class AdapterPool:
         self._background: ThreadPoolExecutor | None = None
         check_named(adapters)
         adapters = dict(adapters or {})
-        slot = slot_for(model, adapter_name)  # raises if there is no such adapter
+        slot = slot_for(find_host(model, adapter_name), adapter_name)  # raises if there is no such adapter
         if slot.method is not lora:
             kind = getattr(slot.config.peft_type, "value", slot.config.peft_type)
             raise refuse(
@@ -160,14 +164,9 @@ class AdapterPool:
         with swaps_of(base):
             way_back = Journal()
             try:
-                make_room(
-                    model,
-                    family,
-                    target_rank=target_rank,
-                    adapter_name=adapter_name,
-                    may_be_compiled=False,
-                    journal=way_back,
-                )
+                with writing(base):
+                    options = dict(target_rank=target_rank, adapter_name=adapter_name, may_be_compiled=False)
+                    apply(changes_to_prepare(model, family, **options), way_back)
                 self._room = room_of(base, adapter_name)
                 for name, source in tqdm(adapters.items(), desc="packing", unit="adapter", disable=not progress):
                     let_through()
@@ -234,7 +233,8 @@ class AdapterPool:
             check_strength(value)
             check_scalable(self._room.slot)
             history = self._history_with(self._state())
-            self._room.set_strength(value, lambda journal: journal.set_attribute(self, "_history", history))
+            note = functools.partial(Journal.set_attribute, target=self, name="_history", value=history)
+            apply([self._room.change_strength(value, note)])
 
     @property
     def nbytes(self) -> int:
@@ -329,7 +329,7 @@ class AdapterPool:
                     journal.set_item(self._entries, name, new)
 
                 if in_model:
-                    self._room.write(packed, self._state().strength, replace)
+                    apply([self._room.change_to(packed, self._state().strength, replace)])
                 else:
                     replace(Journal())
 
@@ -360,8 +360,7 @@ class AdapterPool:
             for layer in plan.layers
             for write in layer.tensors
         ]
-        content = plan.content
-        content = dataclasses.replace(content, label=(self._token, name))
+        content = dataclasses.replace(self._room.content_of(plan), label=(self._token, name))
         return self._room.pack(content, [(target, source) for target, source in sources if source is not None])
 
     def _load(self, entry: _Entry) -> Packed:
@@ -517,7 +516,9 @@ class AdapterPool:
         return entry.packed or state.packed or self._load(entry)
 
     def _write(self, packed: Packed, strength: float | torch.Tensor, history: list[_State]) -> None:
-        self._room.write(packed, strength, lambda journal: journal.set_attribute(self, "_history", history))
+        apply(
+            [self._room.change_to(packed, strength, lambda journal: journal.set_attribute(self, "_history", history))]
+        )
 
     def _history_with(self, state: _State) -> list[_State]:
         if state.entry is not None:
@@ -536,7 +537,7 @@ class AdapterPool:
                 expected="the memory that was prepared, since that is what a swap writes to",
                 next_step="make a new AdapterPool for the model as it is now",
             )
-        if room.is_merged:
+        if room.slot.is_merged:
             raise HotswapError(merged(self.adapter_name))
 
     # ---- how it looks

@@ -8,6 +8,7 @@ become tensors, and layers that only other adapters of the family have are added
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,22 +20,21 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .adapter import Adapter, load_config
-from .base_values import lost_originals, note_lost
-from .building import build_room, move_in
+from .change import Change, apply, clear_gradient, give_memory
 from .compiled import blind_spot, compiled_parts, is_compiled
 from .errors import HotswapError, Refusal, listing, refuse
-from .expressions import slow_to_match
 from .host import canonical_path, carriers
 from .interrupts import let_through
 from .journal import Journal
-from .merging import merged_beside
 from .methods import general, lora
-from .prepare_general import decide_general, other_form, write_general
-from .room import Room, clear_gradient, room_of
+from .parts import SlotTensor
+from .prepare_general import check_member, decide_general
+from .room import Room, build_room
 from .shadow import adaptable, attach, build_shadow_layers
-from .slot import Slot, SlotLayer, slot_in
-from .state_view import check_before_loading, is_off, own_rank, set_padded, set_trained
-from .turns import swaps_of, writing
+from .slot import Slot, SlotLayer, room_of, slot_in
+from .state_view import check_before_loading, is_off, own_rank, set_padded, set_trained, write_settings
+from .turns import writing
+from .words import merged_beside, too_low
 
 NOTHING_FOUND = (
     "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
@@ -120,10 +120,11 @@ def prepare_model_for_compiled_hotswap(
     next(carriers(model), None)  # says so if this is no model at all
     _check_compiled(model, check_compiled)
     family = [_family_member(each, hub) for each in _as_list(adapters)]
-    make_room(model, family, target_rank=target_rank, adapter_name=adapter_name, config=config)
+    with writing(*(host.base for host in carriers(model))):
+        apply(changes_to_prepare(model, family, target_rank=target_rank, adapter_name=adapter_name, config=config))
 
 
-def make_room(
+def changes_to_prepare(
     model: torch.nn.Module,
     family: list[Adapter],
     *,
@@ -131,28 +132,12 @@ def make_room(
     adapter_name: str | None = None,
     config: PeftConfig | Mapping[str, PeftConfig] | None = None,
     may_be_compiled: bool = True,
-    journal: Journal | None = None,
-) -> None:
-    """:func:`prepare_model_for_compiled_hotswap` for adapters that are read already.
+) -> list[Change]:
+    """What :func:`prepare_model_for_compiled_hotswap` writes, for adapters that are read already.
 
-    Unless ``may_be_compiled``, a compiled model is refused if anything would have to change. A ``journal`` gets to know
-    the way back: who has more to do can roll it back later, and the model is as it was.
+    Unless ``may_be_compiled``, a compiled model is refused if anything would have to change.
     """
     _check_target_rank(target_rank)
-    with swaps_of(*(host.base for host in carriers(model))):
-        journal = Journal() if journal is None else journal
-        _make_room(model, family, target_rank, adapter_name, config, may_be_compiled, journal)
-
-
-def _make_room(
-    model: torch.nn.Module,
-    family: list[Adapter],
-    target_rank: int | None,
-    adapter_name: str | None,
-    config: PeftConfig | Mapping[str, PeftConfig] | None,
-    may_be_compiled: bool,
-    journal: Journal,
-) -> None:
     slots = list(_slots(model, adapter_name))
     with_room = [slot for slot in slots if slot.method is lora and not lora.needs_donor(slot.config)]
     preparations = [_Preparation(slot) for slot in with_room]
@@ -168,25 +153,19 @@ def _make_room(
     refusals += [refusal for _, reasons in others for refusal in reasons]
     if refusals:
         raise HotswapError(*refusals)
+    changes = []
     for preparation in preparations:
         let_through()
         _stage(preparation)
-    if not may_be_compiled and any(preparation.room for preparation in preparations):
+        changes.append(_change_for(preparation))
+    if not may_be_compiled and any(change.config is not None for change in changes):
         _check_compiled(model, "error")
-    bases = [slot.host.base for slot in slots]
-    with writing(*bases), torch.no_grad():
-        try:
-            for preparation in preparations:
-                _write(preparation, journal)
-            for preparation, _ in others:
-                write_general(preparation, journal)
-            for base in bases:
-                check_before_loading(base, journal)
-            if target_rank is not None:
-                _update_configs(config, preparations, target_rank, journal)
-        except BaseException:
-            journal.roll_back()
-            raise
+    changes += [change for change, _ in others]
+    for change in changes:
+        change.steps.append(functools.partial(check_before_loading, change.slot.host.base))
+    if target_rank is not None:
+        changes[0].steps.append(functools.partial(_update_configs, config, preparations, target_rank))
+    return changes
 
 
 def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
@@ -271,13 +250,7 @@ def _decide(preparation: _Preparation, target_rank: int | None, family: list[Ada
             return
         own = 0 if is_off(layer.module, name) else own_rank(layer.module, name, layer.tensors[0])
         if target_rank is not None and target_rank < own:
-            yield Refusal(
-                f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                f"({own}). This is not possible.",
-                found=f"rank {own} at {layer.path}",
-                expected=f"a target rank of {own} at least",
-                next_step="pass the highest rank of all adapters as target_rank, the loaded one included",
-            )
+            yield too_low(target_rank, own, layer.path)
             return
         preparation.capacity[layer] = max(layer.tensors[0].capacity, target_rank or 0)
     for adapter in family:
@@ -307,18 +280,7 @@ def _check_base(preparation: _Preparation) -> Iterator[Refusal]:
 def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | None) -> Iterator[Refusal]:
     """Raises the room at each layer to what one adapter of the family needs there."""
     slot = preparation.slot
-    if adapter.config.peft_type != slot.config.peft_type:
-        yield Refusal(
-            f"Incompatible PEFT types found: {slot.config.peft_type.value} and {adapter.config.peft_type.value}",
-            found=f"{adapter.label}, of type {adapter.config.peft_type.value}",
-            expected=f"type {slot.config.peft_type.value}, as the adapter {slot.adapter_name!r} in the model",
-            next_step="leave it out of `adapters`",
-        )
-        return
-    problems = [*slot.method.malformed(adapter.config), *slot.method.unsupported(adapter.config, "new")]
-    problems += slow_to_match(adapter.config, slot.host.base)
-    problems += _beyond_rooms(adapter.config, slot.config)
-    if problems:
+    if problems := [*check_member(slot, adapter)] or [*_beyond_rooms(adapter.config)]:
         yield from problems
         return
     config = slot.method.resolved_config(adapter.config, slot.host)
@@ -352,8 +314,9 @@ def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | 
             preparation.reserve[path] = max(preparation.reserve.get(path, 0), rank, target_rank or 0)
 
 
-def _beyond_rooms(config: PeftConfig, loaded: PeftConfig) -> Iterator[Refusal]:
+def _beyond_rooms(config: PeftConfig) -> Iterator[Refusal]:
     """What an adapter of the family has that the loaded one lacks, and that no graph for both could have."""
+    yield from lora.unsupported(config, "new")
     if lora.needs_donor(config):
         yield Refusal(
             "The model can't be prepared for an adapter that is of another kind than the loaded one.",
@@ -361,7 +324,6 @@ def _beyond_rooms(config: PeftConfig, loaded: PeftConfig) -> Iterator[Refusal]:
             expected="adapters with the same tensors beside those of LoRA",
             next_step="load such an adapter first, or swap in a model that is not compiled",
         )
-    yield from other_form(config, loaded)
 
 
 def _targeted(slot: Slot, config: PeftConfig) -> Iterator[str]:
@@ -425,31 +387,67 @@ def _build_reserved(slot: Slot, paths: list[str], rank: int) -> list[SlotLayer]:
     return layers
 
 
-def _write(preparation: _Preparation, journal: Journal) -> None:
+def _change_for(preparation: _Preparation) -> Change:
     slot, name, room = preparation.slot, preparation.slot.adapter_name, preparation.room
     if room is None:
-        return
-    # before layers are reserved: on these, the adapter in the model has nothing
-    note_lost(slot.host.base, name, slot.config, lost_originals(slot.host, name), journal)
-    with slot.write_mode():
+        return Change(slot)
+    change = Change(slot, slot.config)
+
+    def write(journal: Journal) -> None:
         for layer in slot.layers:
             for tensor in layer.tensors:
                 clear_gradient(tensor.parameter, journal)
         for tensor in room.places:
-            if not move_in(tensor, room.view(tensor), journal):
+            if not _move_in(tensor, room.view(tensor), journal):
                 room.shares_versions = False
         layers = []
-        for layer in preparation.capacity:
+        for index, layer in enumerate(preparation.capacity):
             if layer in preparation.reserved:
                 layer = dataclasses.replace(layer, module=attach(slot, layer, journal))
             layers.append(layer)
-        room.slot = dataclasses.replace(slot, layers=tuple(layers))
-        for index, layer in enumerate(layers):
             device = layer.tensors[0].parameter.device
             slot.method.write_prepared(layer.module, name, room.scaling(index, device), journal)
             set_padded(layer.module, name, journal)
-        room.settle_in(journal)
-        room.settle()
+        write_settings(slot, layers, room.content.settings, journal)
+        room.settle(dataclasses.replace(slot, layers=tuple(layers)))
+        change.slot_after = room.slot
+
+    change.steps.append(write)
+    return change
+
+
+def _move_in(tensor: SlotTensor, view: torch.Tensor, journal: Journal) -> bool:
+    """Makes the model's parameter a view of a room's memory; the parameter stays the same object.
+
+    Returns whether autograd notices a write to that memory by itself: whether they have one version counter.
+    """
+    parameter = tensor.parameter
+    shared = _swap_tensors(parameter, view, journal)
+    if not shared:
+        give_memory([(parameter, view)], journal)
+    if tensor.size_attribute:
+        journal.set_attribute(tensor.owner, tensor.size_attribute, tensor.rank_of(view.shape))
+    return shared
+
+
+def _swap_tensors(parameter: torch.nn.Parameter, view: torch.Tensor, journal: Journal) -> bool:
+    if parameter.is_inference() or parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return False
+    twin = torch.nn.Parameter(view, requires_grad=parameter.requires_grad)
+    twin.__dict__.update(parameter.__dict__)
+    address = view.data_ptr()
+
+    def undo() -> None:
+        if parameter.data_ptr() == address:
+            torch.utils.swap_tensors(parameter, twin)
+
+    journal.record(undo)
+    try:
+        torch.utils.swap_tensors(parameter, twin)
+    except RuntimeError:
+        # a graph or a weak reference holds on to the old tensor
+        return False
+    return True
 
 
 def _update_configs(

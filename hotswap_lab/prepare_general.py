@@ -7,67 +7,53 @@ through a donor (see :mod:`hotswap_lab.grafting`), and copies tensor by tensor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from .adapter import Adapter
-from .building import give_memory
+from .change import Change
 from .errors import Refusal
 from .expressions import slow_to_match
 from .journal import Journal
 from .methods import general, lora
-from .parts import SlotTensor
 from .prepared_layer import EvalFreeDropout, ScalingTable, prepared_class, scaling_tensor
-from .room import clear_gradient
 from .slot import Slot
 from .state_view import own_rank, set_padded
+from .words import incompatible_types, too_low
 
 #: what LoRA may have beside its layers; where all adapters have the same of it, its values can be swapped in a graph
 BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
 
 
-@dataclass
-class GeneralPreparation:
-    """What will be written to one slot of another method than LoRA."""
-
-    slot: Slot
-    padded: list[tuple[SlotTensor, torch.Tensor]] = field(default_factory=list)
-
-
-def decide_general(
-    slot: Slot, target_rank: int | None, family: Iterable[Adapter]
-) -> tuple[GeneralPreparation, list[Refusal]]:
+def decide_general(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
     """Allocates what is needed beside the model, or says why it can't be had."""
-    preparation, name = GeneralPreparation(slot), slot.adapter_name
+    change, name = Change(slot), slot.adapter_name
     family = list(family)
     if refusals := list(_check_family(slot, family)):
-        return preparation, refusals
+        return change, refusals
     with slot.write_mode(), torch.no_grad():
         for layer in slot.layers:
             ranks = [rank_for(each.config, layer.path) for each in family]
             if reasons := [each for rank in ranks for each in lora.pointless_rank(rank, layer.path, layer.module)]:
-                return preparation, reasons
+                return change, reasons
             for tensor in layer.tensors:
                 if tensor.rank_axis is None:
                     continue
                 own = own_rank(layer.module, name, tensor)
                 if target_rank is not None and target_rank < max([own, *ranks]):
-                    reason = Refusal(
-                        f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                        f"({max([own, *ranks])}). This is not possible.",
-                        found=f"rank {max([own, *ranks])} at {layer.path}",
-                        expected=f"a target rank of {max([own, *ranks])} at least",
-                        next_step="pass the highest rank of all adapters as target_rank, the loaded one included",
-                    )
-                    return preparation, [reason]
+                    return change, [too_low(target_rank, max([own, *ranks]), layer.path)]
                 needed = max([tensor.capacity, target_rank or 0, *ranks])
                 if needed > tensor.capacity:
-                    preparation.padded.append((tensor, tensor.padded(tensor.parameter.detach(), needed)))
-    return preparation, []
+                    padded = tensor.padded(tensor.parameter.detach(), needed)
+                    change.resizes.append((tensor.parameter, padded))
+                    if tensor.size_attribute:
+                        change.sizes.append((tensor.owner, tensor.size_attribute, needed))
+    change.steps.append(functools.partial(_write_prepared, slot))
+    return change, []
 
 
 def rank_for(config: object, path: str) -> int:
@@ -98,21 +84,22 @@ def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
         )
         return
     for adapter in family:
-        if adapter.config.peft_type != kind:
-            yield Refusal(
-                f"Incompatible PEFT types found: {kind.value} and {adapter.config.peft_type.value}",
-                found=f"{adapter.label}, of type {adapter.config.peft_type.value}",
-                expected=f"type {kind.value}, as the adapter {slot.adapter_name!r} in the model",
-                next_step="leave it out of `adapters`",
-            )
-            continue
-        yield from slot.method.malformed(adapter.config)
-        yield from slow_to_match(adapter.config, slot.host.base)
-        if kind == PeftType.LORA:
-            yield from other_form(adapter.config, slot.config)
+        yield from check_member(slot, adapter)
 
 
-def other_form(config: PeftConfig, loaded: PeftConfig) -> Iterator[Refusal]:
+def check_member(slot: Slot, adapter: Adapter) -> Iterator[Refusal]:
+    """What speaks against any adapter of a family that a slot is prepared for."""
+    if adapter.config.peft_type != slot.config.peft_type:
+        next_step = "leave it out of `adapters`"
+        yield incompatible_types(slot.config, adapter.config, slot.adapter_name, f"{adapter.label},", next_step)
+        return
+    yield from slot.method.malformed(adapter.config)
+    yield from slow_to_match(adapter.config, slot.host.base)
+    if slot.method is lora:
+        yield from _other_form(adapter.config, slot.config)
+
+
+def _other_form(config: PeftConfig, loaded: PeftConfig) -> Iterator[Refusal]:
     """Says so if LoRA layers have other tensors with this config than with the loaded one."""
     if lora.form_for(config) != lora.form_for(loaded):
         names = ("use_dora", "lora_bias")
@@ -124,31 +111,25 @@ def other_form(config: PeftConfig, loaded: PeftConfig) -> Iterator[Refusal]:
         )
 
 
-def write_general(preparation: GeneralPreparation, journal: Journal) -> None:
-    """Gives every tensor its room, and makes what a graph would take for a constant a tensor."""
-    slot, name = preparation.slot, preparation.slot.adapter_name
-    with slot.write_mode():
-        for tensor, padded in preparation.padded:
-            clear_gradient(tensor.parameter, journal)
-            give_memory(tensor.parameter, padded, journal)
-            if tensor.size_attribute:
-                journal.set_attribute(tensor.owner, tensor.size_attribute, tensor.rank_of(padded.shape))
-        for layer in slot.layers:
-            module = layer.module
-            set_padded(module, name, journal)
-            if slot.method is lora:
-                device = layer.tensors[0].parameter.device
-                lora.write_prepared(module, name, scaling_tensor(module.scaling[name], device), journal)
-                continue
-            if (cls := prepared_class(type(module))) is not type(module):
-                journal.set_attribute(module, "__class__", cls)
-            scaling = module.__dict__.get("scaling")
-            if isinstance(scaling, dict) and not isinstance(scaling.get(name), torch.Tensor):
-                device = layer.tensors[0].parameter.device
-                values = {**scaling, name: scaling_tensor(scaling[name], device)}
-                journal.set_item(module.__dict__, "scaling", ScalingTable(values))
-            for table_name in general.DROPOUTS:
-                table = module._modules.get(table_name)
-                if table is not None and name in table and not isinstance(table[name], EvalFreeDropout):
-                    dropout = EvalFreeDropout(p=getattr(table[name], "p", 0.0))
-                    journal.set_item(table, name, dropout.train(module.training))
+def _write_prepared(slot: Slot, journal: Journal) -> None:
+    """Makes what a graph would take for a constant a tensor."""
+    name = slot.adapter_name
+    for layer in slot.layers:
+        module = layer.module
+        set_padded(module, name, journal)
+        if slot.method is lora:
+            device = layer.tensors[0].parameter.device
+            lora.write_prepared(module, name, scaling_tensor(module.scaling[name], device), journal)
+            continue
+        if (cls := prepared_class(type(module))) is not type(module):
+            journal.set_attribute(module, "__class__", cls)
+        scaling = module.__dict__.get("scaling")
+        if isinstance(scaling, dict) and not isinstance(scaling.get(name), torch.Tensor):
+            device = layer.tensors[0].parameter.device
+            values = {**scaling, name: scaling_tensor(scaling[name], device)}
+            journal.set_item(module.__dict__, "scaling", ScalingTable(values))
+        for table_name in general.DROPOUTS:
+            table = module._modules.get(table_name)
+            if table is not None and name in table and not isinstance(table[name], EvalFreeDropout):
+                dropout = EvalFreeDropout(p=getattr(table[name], "p", 0.0))
+                journal.set_item(table, name, dropout.train(module.training))

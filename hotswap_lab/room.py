@@ -1,56 +1,47 @@
 """Room: a prepared slot. Its memory, and the settings of whatever adapter is in it, for all layers at once.
 
-A swap in a room is one copy (see :mod:`hotswap_lab.arena`) and a handful of attributes, however many layers there
-are: what PEFT keeps in a table on each layer (``r``, ``lora_alpha``, ``use_rslora``) is looked up here when somebody
-asks a layer for it.
+A swap in a room is one copy (see :mod:`hotswap_lab.arena`), and a few numbers in tables that PEFT keeps on each layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TypeVar
 
 import torch
 from peft import PeftConfig
 
-from .arena import Arena, Place
-from .base_values import follow_config
-from .compiled import COMPILED, unwrap_compiled
-from .host import find_host, is_embedding
+from .arena import Arena, Place, build_arena
+from .change import Change, Step, clear_gradient
+from .errors import listing, refuse
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor
-from .prepared_layer import SEATS, leave_seat, take_seat
-from .slot import Slot, SlotLayer, slot_in
-from .state_view import set_trained
-from .turns import writing
-from .uncopied import Uncopied
+from .plan import Plan
+from .slot import SLOTS, Slot, SlotLayer
+from .state_view import is_off, own_tensor, write_settings
 
-T = TypeVar("T")
-
-#: on a base model: its rooms by adapter name
-ROOMS = "hotswap_rooms"
-
-#: above this many tensors, a swap looks at the memory's use count before it looks at every tensor
-MANY_TENSORS = 1000
-#: how much a room remembers of configs: two things of each
-MAX_EXPECTED = 128
 #: elements between two scalings: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
+_requires_grad = attrgetter("requires_grad")
 
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What is in a room beside the weights: the settings of each layer (None: off), dropout and config."""
+    """What is in a room beside the weights: the settings of each layer (None: off), and the config."""
 
     settings: tuple[LayerSettings | None, ...]
-    dropout: float
     config: PeftConfig
     #: what the pool that it came from knows it by; None if it didn't come from a pool
     label: object = None
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of each layer; 0 where it is off."""
+        return [0 if each is None else each.rank for each in self.settings]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,38 +58,6 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts) + self.scalings.nbytes
-
-
-@dataclass(frozen=True, eq=False)
-class Expected:
-    """What an adapter's config says of one layer."""
-
-    settings: LayerSettings
-    targeted: bool
-    #: of its tensors
-    shapes: list[torch.Size | None]
-    #: whether its rank is all that there is room for
-    fills_up: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Seat:
-    """One layer's place in a room: where the layer's tables look their values up."""
-
-    room: Room
-    index: int
-
-    @property
-    def settings(self) -> LayerSettings | None:
-        return self.room.content.settings[self.index]
-
-    @property
-    def dropout(self) -> float:
-        return self.room.content.dropout
-
-
-class Rooms(Uncopied):
-    """The rooms of a model. A copy of it has its own memory."""
 
 
 class Room:
@@ -121,10 +80,6 @@ class Room:
         self.arenas = tuple(arenas)
         self.scalings = tuple(scalings)
         self.content = content
-        #: set by a layer when something may have happened to it that a swap must look into
-        self.dirty = False
-        #: set by a layer that was merged or unmerged
-        self.may_be_merged = True
         #: the packed adapter and strength that were written last, for whoever wants to come back to it
         self.in_use: tuple[Packed, float | torch.Tensor] | None = None
         #: set where somebody else wrote to the weights and no version counter tells
@@ -138,52 +93,31 @@ class Room:
             for band in arena.bands:
                 self.places |= {place.tensor: (band.memory, place) for place in band.places}
             self.places |= {place.tensor: (arena.tail, place) for place in arena.tail_places}
-        self._tensors = tuple(self.places)
-        self._second = [tensor for tensor in self._tensors if tensor.rank_axis == 1] or list(self._tensors)
         self._memories = [memory for arena in self.arenas for memory in (*(b.memory for b in arena.bands), arena.tail)]
         #: rows of each memory that may hold something else than zeros; a tail is written whole
         self.used = [memory.shape[0] for memory in self._memories]
-        self._expected: dict[object, object] = {}
-        #: the names under which files may have each tensor of each layer
-        self.keys: list[list[list[str]]] = []
-        #: which tensors each layer has beside A and B
-        self.forms: list[tuple[bool, bool]] = []
         self._own_views: dict[tuple[SlotTensor, int], torch.Tensor] = {}
-        self._zeros = [memory.new_zeros(()) for memory in self._memories]
 
     # ---- is everything where it was?
 
-    def settle(self) -> None:
+    def settle(self, slot: Slot) -> None:
         """Notes where everything is; to be called when the model's parameters have been moved in."""
-        self.keys = [[_keys(layer, tensor) for tensor in layer.tensors] for layer in self.slot.layers]
-        self.forms = [self.slot.method.form_of(layer.module, self.slot.adapter_name) for layer in self.slot.layers]
-        self._parameters = [tensor.parameter for tensor in self._tensors]
-        self._second_parameters = [tensor.parameter for tensor in self._second]
-        self._addresses = [self.view(tensor).data_ptr() for tensor in self._tensors]
-        name = self.slot.adapter_name
-        caches = [self.slot.method.cache_of(layer.module, name) for layer in self.slot.layers]
-        #: by their numbers, the tensors of layers that have more than A and B
-        self.with_more = [
-            (index, layer.tensors)
-            for index, layer in enumerate(self.slot.layers)
-            if any(tensor.rank_axis is None for tensor in layer.tensors)
-        ]
-        #: whether any of the layers is one whose weights PEFT saves, too
-        self.has_embeddings = any(is_embedding(self.slot.host.base, layer.module) for layer in self.slot.layers)
-        #: whether turning a layer off takes a look at its base weight, as with DoRA
-        self.reads_base = any(tensor.off for tensor in self._tensors)
+        self.slot = dataclasses.replace(slot, room=self)
+        self.slot.settle()
+        name, layers = slot.adapter_name, [layer.module for layer in slot.layers]
+        self._parameters = [tensor.parameter for tensor in self.places]
+        second = [tensor.parameter for tensor in self.places if tensor.rank_axis == 1]
+        self._second_parameters = second or self._parameters
+        self._addresses = [self.view(tensor).data_ptr() for tensor in self.places]
+        self._scaling_tables = [layer.scaling for layer in layers]
+        self._scaling_tensors = [table[name] for table in self._scaling_tables]
+        self._names = [name] * len(layers)
         #: of DoRA; where there are none, nothing is to be cleared at a swap
-        self._caches = caches if self.reads_base else []
-        self._inference = any(parameter.is_inference() for parameter in self._parameters)
-        self._use_counts = self._count_uses()
+        self._caches = [slot.method.cache_of(layer, name) for layer in layers] if slot.reads_base else []
         self._weight_versions = self._versions_of_weights()
-        links = dict.fromkeys(link for layer in self.slot.layers for link in _links(self.slot, layer))
-        self._holders = [holder._modules for holder, _, _ in links] + [t.owner._parameters for t in self._tensors]
-        self._held_as = [name for _, name, _ in links] + [tensor.name for tensor in self._tensors]
-        self._held = [held for _, _, held in links] + self._parameters
 
     def _versions_of_weights(self) -> list[int]:
-        if self._inference:
+        if self.slot.is_inference:
             return []
         # where autograd has to be told of the room's writes, the memory does not learn of those to a parameter either
         own = [] if self.shares_versions else [parameter._version for parameter in self._parameters]
@@ -199,113 +133,17 @@ class Room:
         self.was_touched = False
         self._weight_versions = self._versions_of_weights()
 
-    def _count_uses(self) -> list[int] | None:
-        if _use_count is None:
-            return None
-        return [_use_count(memory.untyped_storage()._cdata) for memory in self._memories]
-
     def is_intact(self) -> bool:
         """Whether the model's parameters are still views of this memory, on layers that are still in the model."""
-        if self.dirty:
-            return self._is_intact_in_depth()
-        if self.slot.adapter_name not in self.slot.host.configs:
-            return False
-        many = len(self._parameters) > MANY_TENSORS and self._use_counts is not None
-        if many and self._count_uses() == self._use_counts:
-            # a parameter that was given other memory has let go of this one; whole models that were are seen below
-            some = range(0, len(self._parameters), len(self._parameters) // 16)
-            addresses = all(self._parameters[number].data_ptr() == self._addresses[number] for number in some)
-            step = max(len(self._held) // 64, 1)
-            return addresses and self._holds(slice(None, None, step)) and self._holds(slice(-1, None))
-        return self._is_all_in_place()
-
-    def _holds(self, some: slice) -> bool:
-        """Whether the parameters, and the modules on the way to them, are still those of the model."""
-        found = map(dict.get, self._holders[some], self._held_as[some])
-        if all(map(operator.is_, found, self._held[some])):
-            return True
-        for holder, name, held in zip(self._holders[some], self._held_as[some], self._held[some], strict=True):
-            present = holder.get(name)
-            # a part may have been compiled since, and have a wrapper around it
-            if isinstance(present, torch.nn.Module):
-                present = unwrap_compiled(present)
-            if present is not held:
-                return False
-        return True
-
-    def _is_intact_in_depth(self) -> bool:
-        name = self.slot.adapter_name
-        if self.slot.host.base.__dict__.get(ROOMS, {}).get(name) is not self or name not in self.slot.host.configs:
-            return False
-        for index, layer in enumerate(self.slot.layers):
-            seat = layer.module.__dict__.get(SEATS, {}).get(name)
-            scaling = layer.module.scaling.get(name)
-            if seat is None or seat.room is not self or not isinstance(scaling, torch.Tensor):
-                return False
-            if scaling.data_ptr() not in [vector[index, 0].data_ptr() for vector in self.scalings]:
-                return False
-        if not self._is_all_in_place():
-            return False
-        self.dirty = False
-        return True
-
-    def _is_all_in_place(self) -> bool:
-        return list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses and self._holds(slice(None))
-
-    def settle_in(self, journal: Journal) -> None:
-        """Lets the layers look their values up here, undoably."""
-        base, name = self.slot.host.base, self.slot.adapter_name
-        if ROOMS not in base.__dict__:
-            journal.set_item(base.__dict__, ROOMS, Rooms())
-        journal.set_item(base.__dict__[ROOMS], name, self)
-        for index, layer in enumerate(self.slot.layers):
-            take_seat(layer.module, name, Seat(self, index), journal)
-
-    def leave(self) -> None:
-        """Gives the room up; the layers keep the values they have. :meth:`settle_in` takes it back."""
-        self.dirty = True
-        base, name = self.slot.host.base, self.slot.adapter_name
-        for layer in self.slot.layers:
-            seat = layer.module.__dict__.get(SEATS, {}).get(name)
-            if seat is not None and seat.room is self:
-                leave_seat(layer.module, name)
-        rooms = base.__dict__.get(ROOMS, {})
-        if rooms.get(name) is self:
-            del rooms[name]
-
-    @property
-    def is_merged(self) -> bool:
-        """Whether the adapter is merged into the base weights, on any layer."""
-        if self.may_be_merged:
-            name = self.slot.adapter_name
-            self.may_be_merged = any(name in layer.module.merged_adapters for layer in self.slot.layers)
-        return self.may_be_merged
-
-    # ---- what to expect of an adapter
-
-    def expect(self, config: PeftConfig) -> list[Expected]:
-        """What an adapter with this config has for each layer; worked out once for each config."""
-        return self.once_for(config, "layers", lambda: [self._expect(config, layer) for layer in self.slot.layers])
-
-    def once_for(self, config: PeftConfig, what: str, work_out: Callable[[], T]) -> T:
-        """What is worked out once for each config, and remembered for some of them."""
-        key = what, self.slot.method.fingerprint(config)
-        if key not in self._expected:
-            if len(self._expected) >= MAX_EXPECTED:
-                self._expected.clear()
-            self._expected[key] = work_out()
-        return self._expected[key]
-
-    def _expect(self, config: PeftConfig, layer: SlotLayer) -> Expected:
-        method, capacity = self.slot.method, layer.tensors[0].capacity
-        settings = method.settings_for(config, layer.path)
-        fits = settings.rank <= capacity and settings.rank % method.rank_step(layer.module) == 0
-        return Expected(
-            settings,
-            targeted=any(method.targets(config, path) for path in layer.paths),
-            # no tensor has the shape None: what doesn't fit is refused elsewhere
-            shapes=[torch.Size(tensor.shape_for(settings.rank)) if fits else None for tensor in layer.tensors],
-            fills_up=settings.rank == capacity,
+        slot, name = self.slot, self.slot.adapter_name
+        kept = slot.host.base.__dict__.get(SLOTS, {}).get(name)
+        return (
+            kept is not None
+            and kept[0].room is self
+            and name in slot.host.configs
+            and list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
+            and all(map(operator.is_, map(dict.get, self._scaling_tables, self._names), self._scaling_tensors))
+            and slot.is_in_place()
         )
 
     # ---- what is where
@@ -321,26 +159,24 @@ class Room:
 
     def rows_for(self, ranks: Sequence[int]) -> list[int]:
         """How many rows of each memory an adapter with these ranks takes (0: off), one rank for each layer."""
-        of_tensor = {
-            tensor: rank for layer, rank in zip(self.slot.layers, ranks, strict=True) for tensor in layer.tensors
-        }
+        rank_of = self._by_tensor(ranks)
         rows = []
         for arena in self.arenas:
             for band in arena.bands:
-                rows.append(max((of_tensor[place.tensor] for place in band.places), default=0))
+                rows.append(max((rank_of[place.tensor] for place in band.places), default=0))
             rows.append(len(arena.tail))
         return rows
+
+    def _by_tensor(self, ranks: Sequence[int]) -> dict[SlotTensor, int]:
+        return {tensor: rank for layer, rank in zip(self.slot.layers, ranks, strict=True) for tensor in layer.tensors}
 
     def _rows_in_use(self) -> list[int]:
         """How many rows of each memory may hold something else than zeros; who else writes to it may write to any."""
         return [len(memory) for memory in self._memories] if self.is_touched else self.used
 
-    def to_clear(self, ranks: Sequence[int]) -> Iterator[torch.Tensor]:
+    def _to_clear(self, ranks: Sequence[int]) -> Iterator[torch.Tensor]:
         """The parts of the memory to fill with zeros before the tensors of such an adapter are written one by one."""
-        used = self._rows_in_use()
-        rank_of = {
-            tensor: rank for layer, rank in zip(self.slot.layers, ranks, strict=True) for tensor in layer.tensors
-        }
+        used, rank_of = self._rows_in_use(), self._by_tensor(ranks)
         number = 0
         for arena in self.arenas:
             for band in arena.bands:
@@ -353,7 +189,7 @@ class Room:
                 yield arena.tail
             number += 1
 
-    def own_view(self, tensor: SlotTensor, rank: int) -> torch.Tensor:
+    def _own_view(self, tensor: SlotTensor, rank: int) -> torch.Tensor:
         """The part of a tensor that an adapter of this rank fills, made once for each rank."""
         key = tensor, rank
         if (view := self._own_views.get(key)) is None:
@@ -368,9 +204,9 @@ class Room:
 
     def pack(self, content: Content, sources: Sequence[tuple[SlotTensor, torch.Tensor]]) -> Packed:
         """Lays an adapter out as the room is; ``sources`` are its tensors as in its file."""
-        ranks = [settings.rank if settings else 0 for settings in content.settings]
         parts = [
-            self._new_part(memory, rows) for memory, rows in zip(self._memories, self.rows_for(ranks), strict=True)
+            self._new_part(memory, rows)
+            for memory, rows in zip(self._memories, self.rows_for(content.ranks), strict=True)
         ]
         part_of = {id(memory): part for memory, part in zip(self._memories, parts, strict=True)}
         targets, tensors = [], []
@@ -386,9 +222,8 @@ class Room:
 
     def take(self) -> Packed:
         """Packs what is in the room now, with the scalings that the layers have now."""
-        ranks = [settings.rank if settings else 0 for settings in self.content.settings]
         parts = []
-        for memory, rows in zip(self._memories, self.rows_for(ranks), strict=True):
+        for memory, rows in zip(self._memories, self.rows_for(self.content.ranks), strict=True):
             part = self._new_part(memory, rows)
             with torch.inference_mode(False), torch.no_grad():
                 part.copy_(memory[:rows])
@@ -423,59 +258,65 @@ class Room:
             scalings[:, 0] = torch.tensor(values, dtype=torch.float64)
         return scalings
 
-    def write(self, packed: Packed, strength: float = 1.0, also: Callable[[Journal], None] | None = None) -> None:
+    def change_to(self, packed: Packed, strength: float | torch.Tensor = 1.0, *also: Step) -> Change:
         """Puts a packed adapter in. The room must be intact.
 
-        ``also`` does what must be done together with it, or not at all.
+        ``also`` is done together with it, or not at all.
         """
-        targets, sources, used = [], [], []
-        in_use = self._rows_in_use()
-        for memory, part, before, zero in zip(self._memories, packed.parts, in_use, self._zeros, strict=True):
-            rows = part.shape[0]
-            used.append(rows)
+        used = [len(part) for part in packed.parts]
+        change = self._change(packed.content, used)
+        for memory, part, before in zip(self._memories, packed.parts, self._rows_in_use(), strict=True):
+            rows = len(part)
             if rows:
-                targets.append(memory if rows == memory.shape[0] else memory[:rows])
-                sources.append(part)
+                change.copies.append((memory if rows == len(memory) else memory[:rows], part))
             if before > rows:
-                rest = memory[rows:before]
-                targets.append(rest)
-                sources.append(zero.expand(rest.shape))
+                change.zero(memory[rows:before])
         even = not isinstance(strength, torch.Tensor)
         scalings = packed.scalings if even and strength == 1 else packed.scalings * strength
-        for vector in self.scalings:
-            targets.append(vector)
-            sources.append(scalings)
-        with writing(self.slot.host.base), torch.inference_mode(self._inference), torch.no_grad():
-            journal = Journal()
-            try:
-                self.enter(packed.content, used, journal)
-                journal.set_attribute(self, "in_use", (packed, strength))
-                if also is not None:
-                    also(journal)
-                torch._foreach_copy_(targets, sources, non_blocking=True)
-            except BaseException:
-                journal.roll_back()
-                raise
-            self.note_written()
-            self._versions = self._scaling_versions()
+        change.copies += [(vector, scalings) for vector in self.scalings]
+        change.steps += [lambda journal: journal.set_attribute(self, "in_use", (packed, strength)), *also]
+        change.after.append(self._note_scalings)
+        return change
 
-    def set_strength(self, strength: float, also: Callable[[Journal], None] | None = None) -> None:
-        """Sets the scalings of all layers to their trained values times ``strength``; ``also`` as in :meth:`write`."""
+    def change_for(self, plan: Plan) -> Change:
+        """Puts a planned adapter in, tensor by tensor: first zeros wherever something else might be left."""
+        content = self.content_of(plan)
+        change = self._change(content, self.rows_for(content.ranks))
+        for memory in self._to_clear(content.ranks):
+            change.zero(memory)
+        for layer in plan.layers:
+            for write in layer.tensors:
+                if write.source is not None:
+                    own = self._own_view(write.target, write.target.rank_of(write.source.shape))
+                    change.copy(own, write.target.split(write.source))
+                elif write.target.off is not None:
+                    change.copy(self.view(write.target), write.target.off())
+        scalings = self.scalings_of(content)
+        change.copies += [(vector, scalings) for vector in self.scalings]
+        return change
+
+    def content_of(self, plan: Plan) -> Content:
+        """What will be in the room."""
+        by_layer = {layer.layer: layer.settings for layer in plan.layers}
+        return Content(tuple([by_layer[layer] for layer in self.slot.layers]), plan.config)
+
+    def _change(self, content: Content, used: list[int]) -> Change:
+        """Everything of a swap but the weights and scalings."""
+        enter = functools.partial(self._enter, content, used)
+        return Change(self.slot, content.config, steps=[enter], after=[self.note_written], slot_after=self.slot)
+
+    def change_strength(self, strength: float, *also: Step) -> Change:
+        """Sets the scalings of all layers to their trained values times ``strength``; ``also`` as above."""
         scalings = self.scalings_of(self.content, strength)
-        with writing(self.slot.host.base), torch.inference_mode(False), torch.no_grad():
-            journal = Journal()
-            try:
-                if self.in_use is not None:
-                    journal.set_attribute(self, "in_use", (self.in_use[0], strength))
-                if also is not None:
-                    also(journal)
-                known = self.is_as_written
-                torch._foreach_copy_(list(self.scalings), [scalings] * len(self.scalings))
-            except BaseException:
-                journal.roll_back()
-                raise
-            if known:
-                self._versions = self._scaling_versions()
+        change = Change(self.slot, copies=[(vector, scalings) for vector in self.scalings], steps=[*also])
+        if self.in_use is not None:
+            packed, known = self.in_use[0], self.is_as_written
+            change.steps.append(lambda journal: journal.set_attribute(self, "in_use", (packed, strength)))
+            change.after += [self._note_scalings] * known
+        return change
+
+    def _note_scalings(self) -> None:
+        self._versions = self._scaling_versions()
 
     def _scaling_versions(self) -> list[int]:
         return [vector._version for vector in self.scalings]
@@ -500,15 +341,12 @@ class Room:
         rounded = {round(float(strength), 6) for strength in strengths[on]}
         return rounded.pop() if len(rounded) == 1 else strengths.float()
 
-    def enter(self, content: Content, used: list[int], journal: Journal) -> None:
-        """Everything of a swap but the weights and scalings, undoable."""
-        if True in map(_requires_grad, self._second_parameters):
+    def _enter(self, content: Content, used: list[int], journal: Journal) -> None:
+        slot, before = self.slot, self.content
+        if is_trained := True in map(_requires_grad, self._second_parameters):
             for parameter in self._parameters:
                 clear_gradient(parameter, journal)
-            for index, tensors in self.with_more:
-                if content.settings[index] is None or self.content.settings[index] is None:
-                    set_trained(tensors, content.settings[index] is not None, journal)
-        if not self.shares_versions and not self._inference:
+        if not self.shares_versions and not slot.is_inference:
             torch.autograd.graph.increment_version(self._parameters)
         for cache in self._caches:
             journal.clear(cache)
@@ -516,70 +354,51 @@ class Room:
         # until the copy is done, what was used before may still be there
         journal.record(lambda before=self.used: setattr(self, "used", before))
         self.used = used
-        follow_config(self.slot.host, self.slot.adapter_name, content.config, journal)
-        journal.set_item(self.slot.host.configs, self.slot.adapter_name, content.config)
+        # what is off must not be trained, whatever somebody has set since
+        if is_trained or content.settings != before.settings:
+            write_settings(slot, slot.layers, content.settings, journal)
 
 
-_requires_grad = attrgetter("requires_grad")
-#: how many tensors share a storage, in C; not public, so it may be gone one day
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
+def build_room(slot: Slot, capacity: Mapping[SlotLayer, int], reserved: Collection[SlotLayer]) -> Room:
+    """A room with space for these ranks, and with the slot's adapter in it; ``reserved`` layers are off.
 
-
-def clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
-    """The gradient of the old adapter's weight says nothing about the new one's."""
-    gradient = parameter.grad
-    if gradient is None:
-        return
-
-    def undo() -> None:
-        parameter.grad = gradient
-
-    journal.record(undo)
-    parameter.grad = None
-
-
-def _keys(layer: SlotLayer, tensor: SlotTensor) -> list[str]:
-    return [f"{path}.{key}" for path in layer.paths for key in (tensor.key, tensor.named_key)]
-
-
-def _links(slot: Slot, layer: SlotLayer) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Module]]:
-    """Every step from the base model to the layer's tensors: a module, a name, and the module under that name."""
-    module = slot.host.base
-    names = layer.path.split(".")
-    while module is not layer.module:
-        name = COMPILED if COMPILED in module._modules else names.pop(0) if names else "base_layer"
-        yield module, name, module._modules[name]
-        module = module._modules[name]
-    for tensor in layer.tensors:
-        table = getattr(layer.module, tensor.named_key.partition(".")[0])
-        if tensor.owner is not table:
-            yield table, slot.adapter_name, tensor.owner
-        yield layer.module, tensor.named_key.partition(".")[0], table
-
-
-def room_of(base: torch.nn.Module, adapter_name: str) -> Room | None:
-    """The room of an adapter, if it was prepared and everything is still in place.
-
-    A room whose model was moved, converted or rebuilt is given up: its layers keep what they have, and swaps go to
-    each tensor by itself.
+    The model is only read.
     """
-    rooms = base.__dict__.get(ROOMS)
-    room = rooms.get(adapter_name) if rooms else None
-    if room is None or room.is_intact():
-        return room
-    room.leave()
-    return None
-
-
-def slot_for(model: torch.nn.Module, adapter_name: str) -> Slot:
-    """:func:`hotswap_lab.resolve_slot`, without a walk where the model is prepared.
-
-    The slot has the room's view of the model; ``model`` may be a wrapper around it.
-    """
-    host = find_host(model, adapter_name)
-    room = room_of(host.base, adapter_name)
-    if room is None:
-        return slot_in(host, adapter_name)
-    if room.slot.host.root is not host.root or room.slot.host.configs is not host.configs:
-        room.slot = dataclasses.replace(room.slot, host=host)
-    return room.slot
+    name = slot.adapter_name
+    sharded = [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]
+    if sharded:
+        raise refuse(
+            "A model that is spread over processes can't be prepared.",
+            found=f"DTensors at {listing(dict.fromkeys(sharded), 3)}",
+            expected="parameters that this process holds whole",
+            next_step="swap without preparing: each process writes its own shards",
+        )
+    groups: dict[tuple, list[tuple[SlotTensor, tuple[int, ...]]]] = {}
+    for layer, rank in capacity.items():
+        for tensor in layer.tensors:
+            key = tensor.parameter.dtype, tensor.parameter.device
+            groups.setdefault(key, []).append((tensor, tensor.shape_for(rank)))
+    arenas = [build_arena(tensors, like=tensors[0][0].parameter.detach()) for tensors in groups.values()]
+    content = Content(
+        tuple(
+            None if layer in reserved or is_off(layer.module, name) else slot.method.settings_of(layer.module, name)
+            for layer in capacity
+        ),
+        slot.config,
+    )
+    scalings = []
+    for device in dict.fromkeys(device for _, device in groups):
+        with torch.inference_mode(False):
+            scalings.append(torch.zeros((len(capacity), SCALING_STEP), device=device))
+    room = Room(slot, arenas, scalings, content)
+    for layer in capacity:
+        for tensor in layer.tensors:
+            if layer not in reserved:
+                own = own_tensor(layer.module, name, tensor).detach()
+                tensor.own(room.view(tensor), tensor.rank_of(own.shape)).copy_(tensor.split(own))
+            elif tensor.off is not None:
+                room.view(tensor).copy_(tensor.off())
+    for index, layer in enumerate(capacity):
+        # what the user set it to by now, not what the adapter was trained with
+        room.scaling(index, layer.tensors[0].parameter.device).fill_(float(layer.module.scaling[name]))
+    return room

@@ -19,10 +19,13 @@ damaged file, is the caller's to agree on before anything is written::
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 
+from .change import Change, clear_gradient
 from .journal import Journal
+from .parts import KINDS, SlotTensor
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -61,18 +64,61 @@ def _spread(whole: torch.Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def note_writes(parameters: Iterable[DTensor]) -> None:
-    """Tells autograd that parts of these parameters are written: a DTensor's version is not that of its part.
+class ShardedTensor(SlotTensor):
+    """A tensor that is spread over processes, each of which writes what it holds."""
+
+    is_shard: ClassVar[bool] = True
+
+    @staticmethod
+    def holds(owner: torch.nn.Module, name: str) -> bool:
+        """Whether a parameter is of this kind, be it gathered at the moment or not."""
+        parameter = owner._parameters.get(name)
+        if (DTensor is not None and isinstance(parameter, DTensor)) or getattr(parameter, "_fsdp_flattened", False):
+            return True
+        # FSDP leaves a hook on each module of which it has a parameter
+        return bool(owner._load_state_dict_post_hooks) and _fsdp_keeper(owner, name) is not None
+
+    @property
+    def memory(self) -> torch.Tensor:
+        return local_part(self.parameter)
+
+    @property
+    def has_fixed_shape(self) -> bool:
+        """FSDP has noted the parameter's shape."""
+        return _fsdp_keeper(self.owner, self.name) is not None
+
+    def obstacle(self) -> str | None:
+        return _why_not(self.owner, self.name)
+
+    def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
+        parameter = self.parameter
+        change.steps.append(lambda journal: _note_write(parameter))
+        if source is None:
+            change.zero(self.memory)
+        elif fixed_size or source.shape == parameter.shape:
+            padded = self.rank_of(source.shape) != self.capacity
+            whole = self.padded(source, self.capacity) if padded else source
+            change.copy(self.memory, local_part(shard(whole, parameter)))
+        else:
+            fresh = shard(source, parameter)
+            change.steps.append(lambda journal: give_shard(parameter, fresh, journal))
+            if self.size_attribute:
+                change.sizes.append((self.owner, self.size_attribute, self.rank_of(source.shape)))
+
+
+KINDS.append(ShardedTensor)
+
+
+def _note_write(parameter: DTensor) -> None:
+    """Tells autograd that parts of the parameter are written: a DTensor's version is not that of its part.
 
     Otherwise the gradient of an earlier output would be computed with the new weights, and no error raised.
     """
-    for parameter in parameters:
-        if not parameter.is_inference():
-            torch.autograd.graph.increment_version(parameter)
+    if not parameter.is_inference():
+        torch.autograd.graph.increment_version(parameter)
 
 
-def why_not(owner: torch.nn.Module, name: str) -> str | None:
-    """Why writing to this process's part of ``owner``'s parameter would not be enough, or None."""
+def _why_not(owner: torch.nn.Module, name: str) -> str | None:
     parameter = owner._parameters[name]
     if getattr(parameter, "_fsdp_flattened", False):
         return "flattened by FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2) instead"
@@ -93,23 +139,17 @@ def why_not(owner: torch.nn.Module, name: str) -> str | None:
     return None
 
 
-def has_fixed_shape(owner: torch.nn.Module, name: str) -> bool:
-    """Whether FSDP has noted the parameter's shape, so that it can't get another one."""
-    return _fsdp_keeper(owner, name) is not None
-
-
 def holds_shards(model: torch.nn.Module) -> bool:
     """Whether any parameter of ``model`` is spread over processes, be it gathered at the moment or not."""
-    return any(
-        is_sharded(parameter) or getattr(parameter, "_fsdp_flattened", False) or has_fixed_shape(module, name)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-    )
+    return any(ShardedTensor.holds(module, name) for module in model.modules() for name in module._parameters)
 
 
 def is_trained_in_parallel(root: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> bool:
     """Whether ``root`` averages the gradients of these parameters over processes, as they were when it was made."""
-    if not torch.distributed.is_available() or not any(parameter.requires_grad for parameter in parameters):
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    if not any(parameter.requires_grad for parameter in parameters):
         return False
     return any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in root.modules())
 
@@ -134,6 +174,7 @@ def give_shard(parameter: DTensor, fresh: DTensor, journal: Journal) -> None:
     ``torch.utils.swap_tensors`` would do it too, but it fails if an output of an earlier call is still alive: in one
     process, perhaps, and not in another.
     """
+    clear_gradient(parameter, journal)
     old, part, spec = parameter.data, parameter._local_tensor, parameter._spec
 
     def undo() -> None:

@@ -16,9 +16,9 @@ import torch
 from .errors import refuse
 from .journal import Journal
 from .methods import general, method_of
-from .parts import SlotTensor
-from .prepared_layer import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SEATS
-from .shards import is_sharded, local_part
+from .parts import LayerSettings, SlotTensor
+from .prepared_layer import OFF_ATTRIBUTE, PADDED_ATTRIBUTE
+from .slot import SLOTS, Slot, SlotLayer
 
 
 def is_off(layer: torch.nn.Module, adapter_name: str) -> bool:
@@ -29,25 +29,43 @@ def is_off(layer: torch.nn.Module, adapter_name: str) -> bool:
     for more, all of them would have to be here, and a state dict may be asked for in one of them only.
     """
     return is_marked_off(layer, adapter_name) and not any(
-        tensor.off is None and local_part(tensor.parameter).any()
-        for tensor in method_of(layer).tensors_of(layer, adapter_name)
+        tensor.off is None and tensor.memory.any() for tensor in method_of(layer).tensors_of(layer, adapter_name)
     )
 
 
 def is_marked_off(layer: torch.nn.Module, adapter_name: str) -> bool:
     """:func:`is_off` without a look at the weights."""
-    seat = layer.__dict__.get(SEATS, {}).get(adapter_name)
-    return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ()) if seat is None else seat.settings is None
+    return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
 
 
 def set_off(layer: torch.nn.Module, adapter_name: str, off: bool, journal: Journal) -> None:
     """Notes that the adapter is turned off on this layer, and so not trained there, or that it isn't any more."""
-    was_off = is_marked_off(layer, adapter_name)
     _mark(layer, OFF_ATTRIBUTE, adapter_name, off, journal)
-    if (off or was_off) and (method := method_of(layer)) is not general and method.has_adapter(layer, adapter_name):
-        set_trained(method.tensors_of(layer, adapter_name), not off, journal)
+    if (method := method_of(layer)) is not general and method.has_adapter(layer, adapter_name):
+        if True in method.form_of(layer, adapter_name):
+            set_trained(method.tensors_of(layer, adapter_name), not off, journal)
         # PEFT's merging looks for a place to add a bias to, and fails on base layers without one, though it be zero
         journal.set_item(layer.lora_bias, adapter_name, not off and method.form_of(layer, adapter_name)[1])
+
+
+def write_settings(
+    slot: Slot, layers: Iterable[SlotLayer], settings: Iterable[LayerSettings | None], journal: Journal
+) -> None:
+    """Writes what PEFT keeps of an adapter on each of these layers, and whether it is off there (None)."""
+    name, method = slot.adapter_name, slot.method
+    on: list[tuple[torch.nn.Module, LayerSettings]] = []
+    for layer, each in zip(layers, settings, strict=True):
+        if each is None or name in layer.module.__dict__.get(OFF_ATTRIBUTE, ()):
+            set_off(layer.module, name, each is None, journal)
+        if each is not None:
+            on.append((layer.module, each))
+            method.write_dropout(layer.module, name, each.dropout, journal)
+    for table, field in method.SCALAR_TABLES.items():
+        # a scaling that is a tensor is written as such
+        chosen = [(getattr(module, table), each) for module, each in on]
+        if table == "scaling":
+            chosen = [(tables, each) for tables, each in chosen if not isinstance(tables[name], torch.Tensor)]
+        journal.set_items([tables for tables, _ in chosen], name, [getattr(each, field) for _, each in chosen])
 
 
 def set_trained(tensors: Iterable[SlotTensor], on: bool, journal: Journal) -> None:
@@ -74,9 +92,16 @@ def is_padded(layer: torch.nn.Module, adapter_name: str) -> bool:
 
 def own_rank(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> int | None:
     """The rank of the adapter on this layer, which is that of its tensors unless these are padded."""
-    if is_padded(layer, adapter_name) and tensor.rank_axis is not None:
-        return min(layer.r[adapter_name], tensor.capacity)
-    return tensor.capacity
+    capacity = tensor.capacity
+    if capacity is not None and adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ()):
+        return min(layer.r[adapter_name], capacity)
+    return capacity
+
+
+def rank_before(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> int | None:
+    """:func:`own_rank`; None where the adapter is turned off."""
+    is_off = adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
+    return None if is_off else own_rank(layer, adapter_name, tensor)
 
 
 def own_tensor(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> torch.Tensor:
@@ -115,15 +140,17 @@ def check_before_loading(base: torch.nn.Module, journal: Journal) -> None:
 
 
 def _check_all(base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    for slot, _ in base.__dict__.get(SLOTS, {}).values():
+        if slot.room is not None and slot.is_inference:
+            slot.room.was_touched = True  # by values that the room doesn't know of, and no version counter tells
     for path, layer in base.named_modules(remove_duplicate=False):
         if PADDED_ATTRIBUTE in layer.__dict__:
             _check(layer, state_dict, f"{prefix}{path}.")
 
 
 def _marked_off(layer: torch.nn.Module) -> Iterator[str]:
-    method, marks = method_of(layer), layer.__dict__
-    for adapter_name in marks.get(OFF_ATTRIBUTE, frozenset()) | marks.get(SEATS, {}).keys():
-        if method.has_adapter(layer, adapter_name) and is_marked_off(layer, adapter_name):
+    for adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ()):
+        if method_of(layer).has_adapter(layer, adapter_name):
             yield adapter_name
 
 
@@ -169,7 +196,7 @@ def strange_padding(layer: torch.nn.Module, adapter_name: str, tensor: SlotTenso
     if is_marked_off(layer, adapter_name):
         return _trained_while_off(layer, adapter_name, tensor)
     rank = own_rank(layer, adapter_name, tensor)
-    if rank == tensor.capacity or is_sharded(tensor.parameter):
+    if rank == tensor.capacity or tensor.is_shard:
         return None
     if not tensor.padding(tensor.parameter, rank).any():
         return None
@@ -182,12 +209,12 @@ def strange_padding(layer: torch.nn.Module, adapter_name: str, tensor: SlotTenso
 
 def _trained_while_off(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> str | None:
     """Says if the magnitude or bias of a layer that is off was written to: PEFT's ``set_adapter`` unfreezes them."""
-    method, parameter = method_of(layer), tensor.parameter
+    method = method_of(layer)
     # while an adapter is merged, the base weight is not what the magnitude was made from
-    if tensor.rank_axis is not None or method is general or is_sharded(parameter) or layer.merged_adapters:
+    if tensor.rank_axis is not None or method is general or tensor.is_shard or layer.merged_adapters:
         return None
-    beside = [each.parameter for each in method.tensors_of(layer, adapter_name) if each.rank_axis is not None]
-    if any(local_part(each).any() for each in beside) or _means_off(layer, tensor):
+    beside = [each for each in method.tensors_of(layer, adapter_name) if each.rank_axis is not None]
+    if any(each.memory.any() for each in beside) or _means_off(layer, tensor):
         return None
     return (
         f"The adapter {adapter_name!r} is off on a layer, but its {tensor.key} there was written to, so what is saved "
@@ -209,12 +236,6 @@ def _means_off(layer: torch.nn.Module, tensor: SlotTensor) -> bool:
 
 
 def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
-    seats = layer.__dict__.get(SEATS, {})
-    for seat in seats.values():
-        seat.room.dirty = True  # other memory may be assigned
-    for adapter_name, tensor in _padded_tensors(layer):
-        if adapter_name in seats and prefix + tensor.named_key in state_dict:
-            seats[adapter_name].room.was_touched = True  # by values that the room doesn't know of
     _check(layer, state_dict, prefix)
     filled = set()
     for tensor in _off_tensors(layer):

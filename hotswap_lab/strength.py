@@ -8,16 +8,15 @@ import torch
 from peft import PeftConfig
 
 from .base_values import kept_originals
+from .change import Change, apply
 from .errors import listing, refuse
 from .host import find_host
 from .journal import Journal
 from .methods import general, method_for
-from .parts import LayerSettings
 from .prepared_layer import has_fixed_size
-from .room import room_of, slot_for
-from .slot import Slot, SlotLayer
+from .slot import Slot, SlotLayer, slot_for
 from .state_view import is_off
-from .turns import swaps_of, writing
+from .turns import writing
 
 
 def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "default") -> None:
@@ -53,10 +52,10 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
     'pawstoh'
     """
     check_strength(strength)
-    base = find_host(model, adapter_name).base
-    with swaps_of(base), writing(base):
-        slot = slot_for(model, adapter_name)
-        if any(adapter_name in layer.module.merged_adapters for layer in slot.layers):
+    host = find_host(model, adapter_name)
+    with writing(host.base):
+        slot = slot_for(host, adapter_name)
+        if slot.is_merged:
             raise refuse(
                 f"The strength of '{adapter_name}' can't be changed because it is currently merged into the base "
                 "weights.",
@@ -65,31 +64,26 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
                 next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
             )
         check_scalable(slot)
-        room = room_of(slot.host.base, adapter_name)
-        if room is not None:
-            room.set_strength(strength)
-        else:
-            _set_strength(slot, strength)
+        apply([slot.room.change_strength(strength) if slot.room is not None else _change_strength(slot, strength)])
 
 
-def _set_strength(slot: Slot, strength: float) -> None:
+def _change_strength(slot: Slot, strength: float) -> Change:
     """Layer by layer, where no room has all scalings side by side."""
-    name = slot.adapter_name
-    targets, values, journal = [], [], Journal()
+    name, change = slot.adapter_name, Change(slot)
+    floats: list[tuple[dict, float]] = []
     for layer in slot.layers:
+        scaling, value = layer.module.scaling, strength * _trained(slot, layer)
         if has_fixed_size(layer.module, name):
-            targets.append(layer.module.scaling[name])
-            values.append(torch.tensor(strength * _trained(slot, layer), dtype=torch.float64))
-    with torch.no_grad():
-        try:
-            for layer in slot.layers:
-                if not has_fixed_size(layer.module, name):
-                    journal.set_item(layer.module.scaling, name, strength * _trained(slot, layer))
-            if targets:
-                torch._foreach_copy_(targets, values)
-        except BaseException:
-            journal.roll_back()
-            raise
+            change.copy(scaling[name], torch.tensor(value, dtype=torch.float64))
+        else:
+            floats.append((scaling, value))
+
+    def write(journal: Journal) -> None:
+        for table, value in floats:
+            journal.set_item(table, name, value)
+
+    change.steps.append(write)
+    return change
 
 
 #: what an adapter brings beside B @ A, and no scaling reaches
@@ -149,7 +143,7 @@ def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float
     >>> get_strength(model)
     0.25
     """
-    slot = slot_for(model, adapter_name)
+    slot = slot_for(find_host(model, adapter_name), adapter_name)
     if slot.method is general:
         check_scalable(slot)
     strengths = {
@@ -168,6 +162,4 @@ def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float
 
 
 def _trained(slot: Slot, layer: SlotLayer) -> float:
-    name, module = slot.adapter_name, layer.module
-    settings = LayerSettings(module.r[name], module.lora_alpha[name], module.use_rslora.get(name, False), dropout=0.0)
-    return settings.scaling
+    return slot.method.settings_of(layer.module, slot.adapter_name).scaling

@@ -679,7 +679,7 @@ def an_adapter_of_another_model_is_refused(world):
 def an_error_while_writing_is_taken_back(world):
     """New shapes, gradients, tables: all of it is written when the last step fails."""
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("the last step failed")
 
     the_copy, the_tables = (torch, "_foreach_copy_"), (lora, "write_dropout")

@@ -769,7 +769,7 @@ def test_a_fault_in_the_copy(monkeypatch):
     pipe, new = SD.loaded(lora(SD)), lora(SD, seed=2)
     before = snapshots(pipe)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise FaultError
 
     monkeypatch.setattr(torch, "_foreach_copy_", fail)

@@ -36,7 +36,7 @@ from hotswap_lab import (
     set_strength,
     verify_hotswap,
 )
-from hotswap_lab.room import ROOMS
+from hotswap_lab.slot import SLOTS, room_of
 
 LLAMA, LINEAR, CONV = KINDS["llama"], KINDS["linear"], KINDS["conv"]
 
@@ -110,7 +110,7 @@ def test_every_kind_of_layer_and_architecture(name, tmp_path):
 
 
 def test_a_packed_adapter_takes_its_own_rows_only(model, pool, sources):
-    room = model.get_base_model().__dict__[ROOMS]["default"]
+    room = room_of(model.get_base_model(), "default")
     row = sum(band.memory.stride(0) for arena in room.arenas for band in arena.bands) * 4
     rest = pool._entries["a"].packed.scalings.nbytes
     assert pool._entries["c"].packed.nbytes <= 2 * row + rest
@@ -429,7 +429,7 @@ def test_a_pool_that_can_not_be_made_leaves_the_model_as_it_was(model, sources, 
     with pytest.raises(HotswapError, match="can't be read"):
         AdapterPool(model, adapters={"a": sources["a"], "b": broken}, progress=False)
     assert_untouched(model, before)
-    assert not model.get_base_model().__dict__.get(ROOMS)
+    assert not model.get_base_model().__dict__.get(SLOTS)
     hotswap_adapter(model, sources["b"], "default")
     assert_equals_fresh_load(model, LLAMA, sources["b"])
 
@@ -628,7 +628,7 @@ def test_mixed_dtypes(tmp_path, sources):
     for tensor in resolve_slot(model, "default").tensors[::2]:
         tensor.parameter.data = tensor.parameter.data.float()
     pool = AdapterPool(model, adapters=sources, progress=False)
-    assert len(model.get_base_model().__dict__[ROOMS]["default"].arenas) == 2
+    assert len(room_of(model.get_base_model(), "default").arenas) == 2
     for name in ("b", "c", "a", "e"):
         pool.swap(name)
         slot = resolve_slot(model, "default")

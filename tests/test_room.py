@@ -1,4 +1,4 @@
-"""Rooms: one memory for a slot, and one place where its layers look their settings up."""
+"""Rooms: one memory for a slot, and the settings of what is in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from models import KINDS, load, save_random_adapter
-from oracle import assert_same_outputs
 from peft.tuners.lora import LoraLayer
 
 from hotswap_lab import (
@@ -19,8 +18,7 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     resolve_slot,
 )
-from hotswap_lab import room as room_module
-from hotswap_lab.room import ROOMS, room_of
+from hotswap_lab.slot import SLOTS, room_of
 
 LLAMA, CONV = KINDS["llama"], KINDS["conv"]
 
@@ -86,7 +84,7 @@ def test_grouped_convolutions_lie_in_the_tail(tmp_path):
     }
 
 
-def test_layers_look_their_settings_up(model, tmp_path):
+def test_layers_have_the_settings_of_what_is_in(model, tmp_path):
     layer = first_layer(model)
     assert (layer.r["default"], layer.lora_alpha["default"], layer.use_rslora["default"]) == (6, 5, False)
     assert dict(layer.r) == {"default": 6}
@@ -99,19 +97,6 @@ def test_layers_look_their_settings_up(model, tmp_path):
     assert "p=0.2" in repr(layer.lora_dropout["default"])
 
 
-def test_a_room_is_given_up_when_somebody_writes_into_a_table(model, tmp_path):
-    layer = first_layer(model)
-    layer.r["default"] = 3
-    assert the_room(model) is None
-    assert layer.r["default"] == 3
-    others = [each for each in model.modules() if isinstance(each, LoraLayer) and each is not layer]
-    assert all(type(each.r) is not dict and each.r["default"] in (3, 6) for each in others)
-    new = save_random_adapter(LLAMA, tmp_path / "b", seed=2, r=4)
-    hotswap_adapter(model, new, "default")
-    assert layer.r["default"] == 4
-    assert_same_outputs(model, load(LLAMA, new), LLAMA)
-
-
 def test_a_pickle_does_not_hold_the_memory_once_per_tensor(model):
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     assert len(pickle.dumps(model)) < 3 * parameters + 300_000
@@ -119,23 +104,11 @@ def test_a_pickle_does_not_hold_the_memory_once_per_tensor(model):
 
 def test_copies_have_memory_of_their_own(model):
     twin = copy.deepcopy(model)
-    assert twin.get_base_model().__dict__[ROOMS] == {}
+    assert twin.get_base_model().__dict__[SLOTS] == {}
     mine = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert not mine & {parameter.untyped_storage().data_ptr() for parameter in twin.parameters()}
     assert type(first_layer(twin).r) is dict
     assert first_layer(twin).r == {"default": 6}
-
-
-def test_many_tensors_are_looked_at_by_their_use_count_first(model, monkeypatch):
-    room = the_room(model)
-    monkeypatch.setattr(room_module, "MANY_TENSORS", 4)
-    assert room.is_intact()
-    alias = first_layer(model).lora_A["default"].weight.detach()  # another count: every tensor is looked at
-    assert room.is_intact()
-    del alias
-    parameter = resolve_slot(model, "default").tensors[9].parameter
-    parameter.data = parameter.data.clone()
-    assert not room.is_intact()
 
 
 def test_a_plan_that_the_model_has_outlived_is_refused(model, tmp_path):

@@ -118,7 +118,7 @@ def test_a_model_that_was_compiled_inside_is_still_the_same_model(model, folders
     assert verify_hotswap(model, folders["new"], inputs=KIND.inputs())
     plan = plan_hotswap(model, folders["third"])
     assert plan.is_compiled
-    assert plan.room is not None
+    assert plan.slot.room is not None
 
 
 EXPERTS = "mlp.experts.gate_up_proj"

@@ -98,5 +98,5 @@ def _set_up(threads: int) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Of Python and every package that takes part."""
-    packages = {name: version(name) for name in ("torch", "peft", "transformers", "safetensors")}
-    return {"python": platform.python_version(), "hotswap_lab": __version__, **packages}
+    packages = {name: version(name) for name in ("peft", "transformers", "safetensors")}
+    return {"python": platform.python_version(), "hotswap_lab": __version__, "torch": torch.__version__, **packages}

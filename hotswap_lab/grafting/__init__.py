@@ -6,28 +6,23 @@
 around modules.
 """
 
-from .decide import Grafting, decide_graft, former_layers, note_former_layers
+from .decide import Grafting, decide_graft, former_layers
 from .difference import difference
 from .donor import Donor, load_donor
-from .graft import Change, Graft, WrapperChange
-from .places import forget_places
+from .graft import Extent, Graft, WrapperChange
 from .stand_in import make_stand_in
-from .structure import Structure
 from .wrappers import wrappers_in
 
 __all__ = [
-    "Change",
     "Donor",
+    "Extent",
     "Graft",
     "Grafting",
-    "Structure",
     "WrapperChange",
     "decide_graft",
     "difference",
-    "forget_places",
     "former_layers",
     "load_donor",
     "make_stand_in",
-    "note_former_layers",
     "wrappers_in",
 ]

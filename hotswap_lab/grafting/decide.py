@@ -5,24 +5,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig, PeftType
 
 from ..adapter import Adapter
 from ..base_values import BaseChange, change_base_values, kept_originals, lost_originals
+from ..change import Change, clear_gradient
 from ..errors import Refusal, listing
 from ..journal import Journal
-from ..merging import merged_beside
 from ..methods import general
 from ..slot import Slot
+from ..words import merged_beside, unexpected_keys
 from .difference import difference
 from .donor import Donor, load_donor
 from .graft import Graft
-from .places import Places, find_places, places_of
+from .places import Places, find_places, forget_places, places_of
 from .replication import other_layers
-from .structure import Structure
 from .wrappers import wrappers_in
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
@@ -55,8 +59,6 @@ class Grafting:
     cause: Exception | None = None
     #: base weights whose ``requires_grad`` changes, too
     requires_grad: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
-    #: what the model was like when a donor was compared with it
-    structure: Structure | None = None
 
     @property
     def writes_values_only(self) -> bool:
@@ -67,6 +69,41 @@ class Grafting:
         """The bytes that are written to the model's tensors."""
         written = [target for target, _ in (*self.graft.copies, *self.base.copies)]
         return sum(each.nbytes for each in (*written, *(source for _, source in self.graft.resizes)))
+
+    def change_for(self, plan: Plan) -> Change:
+        """All that is to be written to the live model."""
+        slot, graft = plan.slot, self.graft
+        stays = self.writes_values_only and slot.room is None and slot.method is not general
+        change = Change(slot, plan.config, slot_after=slot if stays else None)
+        for target, source in (*graft.copies, *self.base.copies):
+            change.copy(target, source)
+        for parameter, source in graft.resizes:
+            change.resize(parameter, source)
+        # copies: what is in the base model now is about to be overwritten
+        originals = {name: value.detach().clone() for name, value in self.base.originals.items()}
+        change.steps += [
+            *(lambda journal, each=each: clear_gradient(each, journal) for each in graft.parameters),
+            *graft.steps,
+            *graft.silent_steps,
+            lambda journal: self._note(slot, plan.config, originals, journal),
+        ]
+        return change
+
+    def _note(self, slot: Slot, config: PeftConfig, originals: dict[str, torch.Tensor], journal: Journal) -> None:
+        """What is to be known when the next adapter comes."""
+        host, name = slot.host, slot.adapter_name
+        for parameter, value in self.requires_grad:
+            clear_gradient(parameter, journal)
+            journal.set_attribute(parameter, "requires_grad", value)
+        self.base.keep(host.base, name, originals, config, journal)
+        if self.places is not None:
+            self.places.keep(slot, config, journal)
+        else:
+            forget_places(slot, journal)
+        note_former_layers(host.base, name, self.graft.unwrapped, journal)
+        names = getattr(host.tuner, "targeted_module_names", None)
+        if self.graft.added and names is not None:
+            journal.set_attribute(host.tuner, "targeted_module_names", [*dict.fromkeys([*names, *self.graft.added])])
 
 
 def decide_graft(
@@ -94,7 +131,6 @@ def decide_graft(
         grafting.places = known
         grafting.base.lost = lost_originals(host, name)
         return grafting
-    grafting.structure = Structure.of(host)
     if slot.method is general and (others := _merged(host.base) - {name}):
         # most methods start from the base weights: their singular vectors, their clusters, a copy
         grafting.refusals.append(merged_beside(name, sorted(others)))
@@ -183,8 +219,8 @@ def _incomplete(donor: Donor, adapter: Adapter) -> list[Refusal]:
     refusals = []
     if donor.unexpected:
         refusals.append(
-            Refusal(
-                f"Hot swapping the adapter did not succeed, unexpected keys found: {listing(donor.unexpected, 4)}.",
+            unexpected_keys(
+                donor.unexpected,
                 found=f"{len(donor.unexpected)} tensors that a fresh load would ignore",
                 expected=f"tensors only for what the adapter's config targets, {_targets(adapter.config)}",
                 next_step="check that config and weights belong together, and to this base model; or pass key_mapping",

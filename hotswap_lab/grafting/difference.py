@@ -20,14 +20,14 @@ from ..compiled import unwrap_compiled
 from ..errors import Refusal
 from ..host import Host, is_embedding
 from ..journal import MISSING
-from ..merging import merged_beside
 from ..methods import general, method_of
 from ..parts import SlotTensor
 from ..prepared_layer import EvalFreeDropout
 from ..sameness import are_equal, have_same_bits, have_same_form
 from ..state_view import is_marked_off, is_off, is_padded, set_off
+from ..words import merged_beside
 from .donor import Donor
-from .graft import Change, Graft, Step, WrapperChange
+from .graft import Extent, Graft, Step, WrapperChange
 from .wrappers import (
     NOT_COMPARED,
     WRAPPERS,
@@ -59,7 +59,6 @@ def difference(host: Host, donor: Donor, adapter_name: str) -> Graft:
     comparison = _Comparison(donor, adapter_name, host)
     comparison.roots(host.carrier, host.base)
     comparison.check_leaks()
-    comparison.graft.note_versions()
     return comparison.graft
 
 
@@ -81,7 +80,7 @@ class _Comparison:
         #: the donor's wrappers that go into the live model
         self._added: list[torch.nn.Module] = []
         self._placed: list[object] = []
-        self._change = Change.NONE
+        self._change = Extent.NONE
         #: whether files name base weights, and so must see the same layers wrapped as a fresh load has
         self._names_bases = getattr(donor.config, "bias", "none") == "all"
         #: whether the wrapper at hand is in training mode
@@ -195,11 +194,11 @@ class _Comparison:
 
     def _count(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
         rank_before, existed = rank_of(live, self.name), has_adapter(live, self.name)
-        self._change = Change.NONE
+        self._change = Extent.NONE
         self._wrapper(live, donor, path)
         if not has_adapter(donor, self.name) and not existed:
             return
-        change = self._change if existed else Change.ADDED
+        change = self._change if existed else Extent.ADDED
         self.graft.changes.append(
             WrapperChange(path, live, change, rank_before, rank_of(donor, self.name), scaling_of(donor, self.name))
         )
@@ -343,12 +342,12 @@ class _Comparison:
         elif isinstance(live, torch.Tensor) and live.ndim == 0 and isinstance(donor, (int, float)):
             if float(live) != donor:
                 self.graft.copies.append((live, torch.tensor(float(donor))))
-                self._note(Change.VALUES)
+                self._note(Extent.VALUES)
         elif not are_equal(live, donor := self._translated(donor)):
             if path.rpartition(" ")[2] in BOOKKEEPING:
                 self.graft.silent_steps.append(lambda journal: journal.set_item(table, key, donor))
                 self.graft.differences.append(path)
-                self._note(Change.VALUES)
+                self._note(Extent.VALUES)
             else:
                 self._set(table, key, donor, path)
 
@@ -368,7 +367,7 @@ class _Comparison:
             return
         self._pair(live, donor)
         for name, value in donor.__dict__.items():
-            if name in NOT_COMPARED or name == "seat":
+            if name in NOT_COMPARED:
                 continue
             if isinstance(value, (bool, int, float, str, type(None), tuple)):
                 is_size = any(each.owner is live and each.size_attribute == name for each in self._padded.values())
@@ -411,13 +410,13 @@ class _Comparison:
         if live.shape == donor.shape:
             if not have_same_bits(live, values):
                 self.graft.copies.append((live, values))
-                self._note(Change.VALUES)
+                self._note(Extent.VALUES)
         elif (target := self._padded.get(id(live))) is not None and target.fits(values.shape):
             self._pad(target, values, path)
         elif isinstance(live, torch.nn.Parameter):
             self.graft.resizes.append((live, values))
             self.graft.differences.append(f"{path} has shape {tuple(live.shape)}, fresh {tuple(donor.shape)}")
-            self._note(Change.SHAPES)
+            self._note(Extent.SHAPES)
         else:
             self._set(table, key, donor, path)
 
@@ -439,7 +438,7 @@ class _Comparison:
             (target.own(parameter, rank), target.split(values)),
             (padding, values.new_zeros(()).expand(padding.shape)),
         ]
-        self._note(Change.VALUES)
+        self._note(Extent.VALUES)
 
     def _pair(self, live: object, donor: object) -> None:
         """Notes that the live part becomes what the donor's is. Some methods share parts between layers."""
@@ -466,7 +465,7 @@ class _Comparison:
             self.graft.added.append(path)
         self.graft.changes.append(
             WrapperChange(
-                path, wrapper, Change.ADDED, None, rank_of(wrapper, self.name), scaling_of(wrapper, self.name)
+                path, wrapper, Extent.ADDED, None, rank_of(wrapper, self.name), scaling_of(wrapper, self.name)
             )
         )
 
@@ -474,7 +473,7 @@ class _Comparison:
         """Takes the adapter off a live wrapper."""
         if not has_adapter(wrapper, self.name) or (is_off(wrapper, self.name) and not self._names_bases):
             return
-        self.graft.changes.append(WrapperChange(path, wrapper, Change.REMOVED, rank_of(wrapper, self.name), None, None))
+        self.graft.changes.append(WrapperChange(path, wrapper, Extent.REMOVED, rank_of(wrapper, self.name), None, None))
         if isinstance(wrapper, FOR_ALL_OR_NONE) and any(
             has_adapter(wrapper, other) for other in self._adapter_names - {self.name}
         ):
@@ -563,9 +562,9 @@ class _Comparison:
     def _step(self, step: Step, difference: str) -> None:
         self.graft.steps.append(step)
         self.graft.differences.append(difference)
-        self._note(Change.VALUES)
+        self._note(Extent.VALUES)
 
-    def _note(self, change: Change) -> None:
+    def _note(self, change: Extent) -> None:
         self._change = max(self._change, change)
 
     def _obstacle(self, path: str, found: str) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
 import torch
 
+from ..change import Step
 from ..errors import Refusal
-from ..journal import Journal
-
-Step = Callable[[Journal], None]
 
 
-class Change(enum.IntEnum):
+class Extent(enum.IntEnum):
     """The largest change to one wrapper, from values only to a new module."""
 
     NONE = 0
@@ -30,7 +28,7 @@ class WrapperChange:
 
     path: str
     module: torch.nn.Module
-    change: Change
+    change: Extent
     rank_before: int | None
     rank_after: int | None
     scaling: float | None
@@ -63,22 +61,8 @@ class Graft:
     in_place: dict[int, tuple[MutableMapping, str, torch.Tensor]] = field(default_factory=dict)
     #: what DoRA has computed from weights and kept
     caches: list[dict] = field(default_factory=list)
-    #: how often they were written when they were compared
-    versions: list[int] = field(default_factory=list)
-
-    def note_versions(self) -> None:
-        """To be called when all is compared."""
-        self.versions = list(map(_version, self.parameters))
-
-    def is_stale(self) -> bool:
-        """Whether somebody has written to the adapter since: a difference is right for one state only."""
-        return self.versions != list(map(_version, self.parameters))
 
     @property
     def writes_values_only(self) -> bool:
         """Whether shapes, tables and attributes all stay, so that a compiled graph stays valid."""
         return not (self.resizes or self.steps)
-
-
-def _version(parameter: torch.nn.Parameter) -> int:
-    return 0 if parameter.is_inference() else parameter._version

@@ -16,10 +16,9 @@ from peft import PeftConfig, PeftType
 from ..adapter import Adapter
 from ..journal import Journal
 from ..sameness import have_same_bits
-from ..slot import Slot
-from ..uncopied import Uncopied
+from ..slot import Slot, Uncopied
 from .donor import Donor
-from .graft import Change, Graft, WrapperChange
+from .graft import Extent, Graft, WrapperChange
 from .wrappers import tables_of
 
 #: on a base model: the places by adapter name
@@ -66,7 +65,6 @@ class Places:
             if isinstance(live, torch.nn.Parameter):
                 graft.parameters.append(live)
         graft.silent_steps += [lambda journal, cache=cache: journal.clear(cache) for cache in self.caches]
-        graft.note_versions()
         return graft
 
     def completed(self, config: PeftConfig, inference_mode: bool) -> PeftConfig:
@@ -117,10 +115,10 @@ def find_places(slot: Slot, adapter: Adapter, donor: Donor, graft: Graft) -> Pla
         tensors[name] = place
     if len({id(live) for _, _, live in tensors.values()}) != len(tensors):
         return None
-    changes = tuple(replace(each, change=Change.VALUES, rank_before=each.rank_after) for each in graft.changes)
-    if any(each.change is Change.REMOVED for each in graft.changes):
+    changes = tuple(replace(each, change=Extent.VALUES, rank_before=each.rank_after) for each in graft.changes)
+    if any(each.change is Extent.REMOVED for each in graft.changes):
         changes = tuple(
-            new for new, old in zip(changes, graft.changes, strict=True) if old.change is not Change.REMOVED
+            new for new, old in zip(changes, graft.changes, strict=True) if old.change is not Extent.REMOVED
         )
     return Places(_what_it_is(adapter.config), donor.config, tensors, tuple(graft.caches), changes)
 

@@ -7,6 +7,7 @@ chapter 00, ``uncompiled`` to 01, ``padding`` to 02, ``compiling`` to 03, ``pool
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import torch
@@ -22,9 +23,11 @@ def begin(threads: int = 1) -> None:
     One thread, unless a chapter asks for more: the demo models are so small that threads would mostly wait for one
     another, and on a busy machine for whatever else runs there.
 
+    Where there is a CUDA compiler and no GPU, the first compiled graph says so; it is of no use to a reader either.
     PEFT 0.21 with transformers 5.24 warns about a deprecated name at every load; a reader can do nothing about it.
 
     >>> begin()
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch.set_num_threads(threads)

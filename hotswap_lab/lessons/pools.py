@@ -15,9 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from .. import demo
 from ..pool import AdapterPool
-from ..room import room_of
 from ..saving import save_adapter
-from ..slot import resolve_slot
+from ..slot import resolve_slot, room_of
 from ..timing import Timing, measure
 from .exercise import Exercise, Result
 from .figures import INK, MUTED, NEW, OFF, OLD, Canvas, Figure

@@ -15,7 +15,8 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import Refusal
-from ..parts import SlotTensor
+from ..parts import SlotTensor, slot_tensor
+from ..words import damaged
 
 layer_class = BaseTunerLayer
 
@@ -44,12 +45,7 @@ def malformed(config: PeftConfig) -> Iterator[Refusal]:
     """PEFT judges these configs itself, when it loads the donor; but it multiplies by whatever number is there."""
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
-            yield Refusal(
-                f"The adapter's config is damaged at {name}.",
-                found=f"{name}={value!r}",
-                expected="a finite number",
-                next_step="get an undamaged copy of adapter_config.json",
-            )
+            yield damaged(name, value, "a finite number")
 
 
 def unsupported(config: PeftConfig, role: str) -> Iterator[Refusal]:
@@ -95,11 +91,11 @@ def tensors_of(layer: BaseTunerLayer, adapter_name: str) -> list[SlotTensor]:
                     if parameter is not None:
                         inner = f"{path}.{name}" if path else name
                         tensors.append(
-                            SlotTensor(
+                            slot_tensor(
                                 f"{table_name}.{inner}", f"{table_name}.{adapter_name}.{inner}", module, name, None
                             )
                         )
         elif isinstance(table, torch.nn.ParameterDict):
             axis = None if is_tucker else RANK_AXES.get(table_name)
-            tensors.append(SlotTensor(table_name, f"{table_name}.{adapter_name}", table, adapter_name, axis))
+            tensors.append(slot_tensor(table_name, f"{table_name}.{adapter_name}", table, adapter_name, axis))
     return tensors

@@ -36,9 +36,9 @@ from peft.utils.other import get_pattern_key
 from ..errors import Refusal
 from ..host import Host
 from ..journal import Journal
-from ..parts import LayerSettings, SlotTensor
+from ..parts import LayerSettings, SlotTensor, slot_tensor
 from ..prepared_layer import EvalFreeDropout, ScalingTable, prepared_class
-from ..shards import is_sharded, local_part, why_not
+from ..words import damaged
 
 layer_class = LoraLayer
 
@@ -117,12 +117,7 @@ def malformed(config: LoraConfig) -> Iterator[Refusal]:
         except Exception:  # of any kind, depending on what is there instead
             right = False
         if not right:
-            yield Refusal(
-                f"The adapter's config is damaged at {name}.",
-                found=f"{name}={value!r}",
-                expected=expected,
-                next_step="get an undamaged copy of adapter_config.json",
-            )
+            yield damaged(name, value, expected)
     yield from _broken_expressions(config)
 
 
@@ -231,9 +226,14 @@ def form_for(config: LoraConfig) -> tuple[bool, bool]:
 
 
 def unsupported_layer(layer: LoraLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-    """Why the tensors of this layer can't be swapped, or None."""
+    """Why this layer can't be swapped, or None."""
     if is_special(layer, adapter_name):
         return f"a {type(layer.lora_variant.get(adapter_name, layer)).__name__}"
+    return unsupported_tensors(tensors)
+
+
+def unsupported_tensors(tensors: Sequence[SlotTensor]) -> str | None:
+    """Why the tensors of a layer can't be swapped, or None."""
     if not tensors:
         return "a lora_A and a lora_B that are no parameters, as FullyShardedDataParallel (FSDP1) leaves them"
     for tensor in tensors:
@@ -248,12 +248,12 @@ def unsupported_layer(layer: LoraLayer, adapter_name: str, tensors: Sequence[Slo
                     "accelerate.hooks.remove_hook_from_submodules(model), then offload the model again"
                 )
             return f"a {tensor.named_key} without data (on the meta device)"
-        if reason := why_not(tensor.owner, tensor.name):
+        if tensor.is_shard and (reason := tensor.obstacle()):
             return f"a {tensor.named_key} {reason}"
         plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
-        if not plain and not is_sharded(parameter):
+        if not plain and not tensor.is_shard:
             return f"a {tensor.named_key} of type {type(parameter.data).__name__}"
-        if not parameter.is_contiguous() and torch._debug_has_internal_overlap(local_part(parameter)) == 1:
+        if not parameter.is_contiguous() and torch._debug_has_internal_overlap(tensor.memory) == 1:
             return f"an expanded {tensor.named_key}, whose values share memory"
     return None
 
@@ -270,7 +270,7 @@ def tensors_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
     """
     if adapter_name in layer.lora_embedding_A:
         tensors = [
-            SlotTensor(name, f"{name}.{adapter_name}", getattr(layer, name), adapter_name, rank_axis=axis)
+            slot_tensor(name, f"{name}.{adapter_name}", getattr(layer, name), adapter_name, rank_axis=axis)
             for axis, name in enumerate(("lora_embedding_A", "lora_embedding_B"))
         ]
         return tensors + _magnitude_of(layer, adapter_name)
@@ -284,7 +284,7 @@ def tensors_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
                 continue
             is_weight = parameter_name == "weight"
             tensors.append(
-                SlotTensor(
+                slot_tensor(
                     key=f"{name}.{parameter_name}",
                     named_key=f"{name}.{adapter_name}.{parameter_name}",
                     owner=owner,
@@ -310,7 +310,7 @@ def _magnitude_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
         with torch.no_grad():
             return owner.get_weight_norm(weight, 0.0, 1.0).to(owner.weight.dtype).reshape(owner.weight.shape)
 
-    return [SlotTensor(name, f"{name}.{adapter_name}.weight", owner, "weight", rank_axis=None, off=norm_of_base)]
+    return [slot_tensor(name, f"{name}.{adapter_name}.weight", owner, "weight", rank_axis=None, off=norm_of_base)]
 
 
 def rank_step(layer: LoraLayer) -> int:
@@ -327,6 +327,16 @@ def settings_for(config: LoraConfig, path: str) -> LayerSettings:
         alpha=config.alpha_pattern.get(alpha_key, config.lora_alpha),
         use_rslora=config.use_rslora,
         dropout=config.lora_dropout,
+    )
+
+
+def settings_of(layer: LoraLayer, adapter_name: str) -> LayerSettings:
+    """The scalars that an adapter has on a layer now."""
+    return LayerSettings(
+        rank=layer.r[adapter_name],
+        alpha=layer.lora_alpha[adapter_name],
+        use_rslora=layer.use_rslora.get(adapter_name, False),
+        dropout=getattr(layer.lora_dropout[adapter_name], "p", 0.0),
     )
 
 
@@ -371,18 +381,8 @@ def resolved_config(config: LoraConfig, host: Host) -> LoraConfig:
     return config
 
 
-#: the tables on a layer that hold one scalar per adapter
-SCALAR_TABLES = ("r", "lora_alpha", "scaling", "use_rslora")
-
-
-def scalars(settings: LayerSettings) -> dict[str, object]:
-    """The value of each scalar table for a layer with these settings."""
-    return {
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "scaling": settings.scaling,
-        "use_rslora": settings.use_rslora,
-    }
+#: the tables on a layer that hold one scalar per adapter, and which of its settings that is
+SCALAR_TABLES = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "scaling": "scaling"}
 
 
 def changes_constants(layer: LoraLayer, adapter_name: str, settings: LayerSettings) -> bool:

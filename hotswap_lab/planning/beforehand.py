@@ -10,27 +10,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from ..compiled import unwrap_compiled
-from ..errors import listing
+from ..compiled import COMPILED, unwrap_compiled
 from ..expressions import slow_to_match
 from ..grafting.wrappers import WRAPPERS
 from ..host import PEFT_PREFIX, canonical_path
-from ..merging import merged
 from ..slot import SlotLayer
+from ..words import incompatible_types, merged, unexpected_keys
 from .draft import Draft
 
 
 def check_kind(draft: Draft) -> None:
     """Refuses adapters of two types, and configs that no fresh load takes either."""
-    old, new = draft.slot.config.peft_type, draft.adapter.config.peft_type
-    if old != new:
-        old, new = (getattr(kind, "value", kind) for kind in (old, new))
-        draft.refuse(
-            f"Incompatible PEFT types found: {old} and {new}",
-            found=f"an adapter of type {new}",
-            expected=f"type {old}, as the adapter {draft.slot.adapter_name!r} in the model",
-            next_step="PeftModel.from_pretrained(model.unload(), adapter) loads it on the same base model",
-        )
+    loaded, new, name = draft.slot.config, draft.adapter.config, draft.slot.adapter_name
+    if loaded.peft_type != new.peft_type:
+        next_step = "PeftModel.from_pretrained(model.unload(), adapter) loads it on the same base model"
+        draft.refusals.append(incompatible_types(loaded, new, name, "an adapter", next_step))
         return
     draft.refusals += draft.slot.method.malformed(draft.adapter.config)
     draft.refusals += slow_to_match(draft.adapter.config, draft.slot.host.base)
@@ -48,33 +42,31 @@ def _check_prefixes(draft: Draft) -> None:
     if not is_file or not draft.slot.host.is_peft_model or adapter.config.is_prompt_learning:
         return
     if bare := [key for key in adapter.tensors if not key.startswith("base_model.")]:
-        draft.refuse(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {listing(bare, 4)}.",
+        refusal = unexpected_keys(
+            bare,
             found=f"{len(bare)} keys without the prefix {PEFT_PREFIX!r}, which a fresh load would ignore",
             expected="keys as PEFT writes them",
             next_step="add the prefix, or pass the tensors to hotswap_adapter_from_state_dict, which needs none",
         )
+        draft.refusals.append(refusal)
 
 
 def check_slot(draft: Draft) -> None:
     """Refuses what can't be written to: merged weights, layers of another make."""
-    slot, name, room = draft.slot, draft.slot.adapter_name, draft.room
-    if room.is_merged if room else any(name in layer.module.merged_adapters for layer in slot.layers):
-        draft.refusals.append(merged(name))
-    if room is None:  # what is in a room was looked at when it was prepared
-        for layer in slot.layers:
-            check_layer(draft, layer)
+    if draft.slot.is_merged:
+        draft.refusals.append(merged(draft.slot.adapter_name))
+    for layer, reason in draft.slot.obstacles:
+        refuse_layer(draft, layer, reason)
 
 
-def check_layer(draft: Draft, layer: SlotLayer) -> None:
+def refuse_layer(draft: Draft, layer: SlotLayer, reason: str) -> None:
     """Refuses a layer on which the adapter is more than plain parameters."""
-    if reason := draft.slot.method.unsupported_layer(layer.module, draft.slot.adapter_name, layer.tensors):
-        draft.refuse(
-            f"The layer {layer.path} can't be swapped in place.",
-            found=reason,
-            expected="plain lora_A and lora_B parameters on the layer",
-            next_step="load the adapter with PeftModel.from_pretrained on a fresh base model",
-        )
+    draft.refuse(
+        f"The layer {layer.path} can't be swapped in place.",
+        found=reason,
+        expected="plain lora_A and lora_B parameters on the layer",
+        next_step="load the adapter with PeftModel.from_pretrained on a fresh base model",
+    )
 
 
 def check_containers(draft: Draft) -> None:
@@ -84,7 +76,7 @@ def check_containers(draft: Draft) -> None:
         targets = draft.slot.method.targets
         return next((path for path in _containers(draft.slot.host.base) if targets(draft.config, path)), None)
 
-    path = first_named() if draft.room is None else draft.room.once_for(draft.config, "containers", first_named)
+    path = draft.slot.once_for(draft.config, "containers", first_named)
     if path is None:
         return
     module = draft.slot.host.base.get_submodule(path)
@@ -105,7 +97,8 @@ def _containers(base: torch.nn.Module) -> Iterator[str]:
     stack = [(name, child) for name, child in base._modules.items() if child is not None]
     while stack:
         path, module = stack.pop()
-        module = unwrap_compiled(module)
+        if COMPILED in module._modules:
+            module = unwrap_compiled(module)
         children = module._modules
         if children and not isinstance(module, (BaseTunerLayer, *WRAPPERS, *ADAPTABLE)):
             yield canonical_path(path)

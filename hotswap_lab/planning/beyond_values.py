@@ -8,9 +8,7 @@ import torch
 
 from ..base_values import kept_originals
 from ..errors import listing
-from ..grafting import Change, WrapperChange, decide_graft, wrappers_in
-from ..host import is_embedding
-from ..merging import merged
+from ..grafting import Extent, WrapperChange, decide_graft, wrappers_in
 from ..methods import general
 from ..parts import WholeSettings
 from ..plan import Action, LayerPlan, Plan
@@ -18,30 +16,29 @@ from ..prepared_layer import has_fixed_size
 from ..shards import holds_shards
 from ..slot import SlotLayer
 from ..state_view import is_padded
+from ..words import merged
 from .draft import Draft
-from .whole import check_compiled, check_parallel_training
+from .whole import check_compiled, check_parallel_training, turned_off
 
 
-def needs_donor(draft: Draft) -> bool:
-    """Whether PEFT must load the new adapter beside the model, so that the two can be compared."""
+def is_beyond(draft: Draft) -> bool:
+    """Whether one of the two adapters is more than LoRA's own tensors, or another method."""
     slot, method = draft.slot, draft.slot.method
-    if method is general or (draft.base_weights and draft.room is None):
+    if method is general or (draft.base_weights and slot.room is None):
         return True
     if method.needs_donor(slot.config) or method.needs_donor(draft.adapter.config):
         return True
     if kept_originals(slot.host.base, slot.adapter_name):
         return True
-    return draft.room is None and any(method.is_special(layer.module, slot.adapter_name) for layer in slot.layers)
+    return slot.is_special
 
 
 def changes_form(draft: Draft, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether a layer would have other tensors afterwards than it has now: DoRA's magnitude, a bias."""
-    method, name = draft.slot.method, draft.slot.adapter_name
-    form, room = method.form_for(draft.config), draft.room
-    forms = room.forms if room is not None else [method.form_of(layer.module, name) for layer in draft.slot.layers]
+    form = draft.slot.method.form_for(draft.config)
     return any(
         f"{path}.{layer.tensors[0].key}" in tensors
-        for layer, present in zip(draft.slot.layers, forms, strict=True)
+        for layer, present in zip(draft.slot.layers, draft.slot.forms, strict=True)
         if present != form
         for path in layer.paths
     )
@@ -51,8 +48,7 @@ def turns_embeddings_off(draft: Draft) -> bool:
     """PEFT saves the weights of embeddings that are wrapped, so these layers are given up rather than turned off."""
     if draft.refusals or draft.compiled or draft.is_prepared:
         return False
-    off = [plan for plan in draft.layers if plan.action is Action.OFF and plan.rank_before is not None]
-    return any(is_embedding(draft.slot.host.base, plan.layer.module) for plan in off)
+    return bool(draft.slot.embeddings) and any(plan.layer in draft.slot.embeddings for plan in turned_off(draft))
 
 
 def plan_with_donor(draft: Draft) -> Plan:
@@ -103,9 +99,9 @@ def plan_with_donor(draft: Draft) -> Plan:
 
 def _as_layer_plan(change: WrapperChange) -> LayerPlan:
     action = {
-        Change.SHAPES: Action.RESIZE,
-        Change.REMOVED: Action.OFF,
-        Change.ADDED: Action.ADD,
+        Extent.SHAPES: Action.RESIZE,
+        Extent.REMOVED: Action.OFF,
+        Extent.ADDED: Action.ADD,
     }.get(change.change, Action.COPY)
     settings = None if action is Action.OFF else WholeSettings(change.rank_after, change.scaling)
     return LayerPlan(SlotLayer(change.path, change.module, ()), action, change.rank_before, settings, ())

@@ -12,13 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter import Adapter
 from ..compiled import compiled_parts
 from ..errors import listing
-from ..plan import Plan, Preparation
-from ..room import ROOMS
-from ..slot import Slot
+from ..host import find_host
+from ..plan import Plan
+from ..slot import Slot, slot_for
 from .beforehand import check_containers, check_kind, check_slot
-from .beyond_values import changes_form, needs_donor, plan_with_donor, turns_embeddings_off
+from .beyond_values import changes_form, is_beyond, plan_with_donor, turns_embeddings_off
 from .draft import Draft
-from .layers import by_canonical_key, plan_in_room, plan_layer, resize_what_is_off
+from .layers import by_canonical_key, plan_layers, resize_what_is_off
 from .leftovers import has_strange_leftovers, plan_leftovers
 from .whole import (
     check_base,
@@ -56,17 +56,14 @@ def make_plan(
     base_weights:
         Original values of base weights that the loaded adapter has overwritten, by name.
     """
-    adapter = _apart(adapter, slot)
-    room = slot.host.base.__dict__.get(ROOMS, {}).get(slot.adapter_name)
-    if room is not None and room.slot is not slot:
-        room = None  # a slot that somebody resolved, not one that the room has just vouched for
+    adapter, name = _apart(adapter, slot), slot.adapter_name
+    options = dict(add_layers=add_layers, check_targets=check_targets, all_off=all_off, base_weights=base_weights)
     draft = Draft(
         slot,
         adapter,
         adapter.config,
         compiled_parts(slot.host.root),
-        room,
-        Preparation.of(slot),
+        lambda: make_plan(slot_for(find_host(slot.host.root, name), name), adapter, **options),
         add_layers,
         check_targets,
         base_weights,
@@ -74,8 +71,28 @@ def make_plan(
     check_kind(draft)
     if draft.refusals:
         return draft.finish()
-    if needs_donor(draft):
-        return plan_with_donor(draft)
+    try:
+        return _plan_by_heart(draft, all_off)
+    except NotByHeart as beyond:
+        plan = plan_with_donor(draft.afresh())
+        return plan if plan.ok or beyond.otherwise is None else beyond.otherwise
+
+
+class NotByHeart(Exception):  # noqa: N818 - no error: another way is taken
+    """PEFT must load the new adapter beside the model, so that the two can be compared.
+
+    ``otherwise`` is the plan that holds if it can't.
+    """
+
+    def __init__(self, otherwise: Plan | None = None):
+        super().__init__()
+        self.otherwise = otherwise
+
+
+def _plan_by_heart(draft: Draft, all_off: bool) -> Plan:
+    slot, adapter, check_targets = draft.slot, draft.adapter, draft.check_targets
+    if is_beyond(draft):
+        raise NotByHeart
     draft.config = slot.method.resolved_config(adapter.config, slot.host)
     if check_targets and draft.config.target_modules is None:
         draft.refuse(
@@ -96,19 +113,12 @@ def make_plan(
         return draft.finish()
     tensors = by_canonical_key(draft)
     if changes_form(draft, tensors):
-        return plan_with_donor(draft)
-    if draft.room is not None:
-        plan_in_room(draft, tensors)
-    else:
-        for layer in slot.layers:
-            plan_layer(draft, layer, tensors)
-    if has_strange_leftovers(draft, tensors):
-        plan = plan_with_donor(draft.afresh())
-        if plan.ok:
-            return plan
+        raise NotByHeart
+    plan_layers(draft, tensors)
+    is_strange = has_strange_leftovers(draft, tensors)
     plan_leftovers(draft, tensors)
     if turns_embeddings_off(draft):
-        return plan_with_donor(draft.afresh())
+        raise NotByHeart
     resize_what_is_off(draft)
     check_embeddings(draft)
     check_capacity(draft)
@@ -127,7 +137,10 @@ def make_plan(
             expected=f"keys for layers such as {listing((repr(layer.path) for layer in slot.layers), 2)}",
             next_step="check that both adapters were made for the same base model",
         )
-    return draft.finish()
+    plan = draft.finish()
+    if is_strange:
+        raise NotByHeart(plan)
+    return plan
 
 
 def _apart(adapter: Adapter, slot: Slot) -> Adapter:

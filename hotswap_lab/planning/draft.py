@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from peft import PeftConfig
 
 from ..adapter import Adapter
+from ..change import Change
 from ..errors import Refusal
-from ..grafting import Grafting, Structure
-from ..plan import Action, LayerPlan, Plan, Preparation
+from ..grafting import Grafting
+from ..plan import Action, LayerPlan, Plan
 from ..prepared_layer import has_fixed_size
-from ..room import Room
 from ..slot import Slot
+from .writing import change_layer_by_layer
 
 
 @dataclass
@@ -26,8 +28,7 @@ class Draft:
     config: PeftConfig
     #: what is compiled in the model
     compiled: list[object]
-    room: Room | None
-    preparation: Preparation
+    again: Callable[[], Plan]
     add_layers: bool = False
     #: whether the adapter's config has to say which layers it is for; else they are those of its tensors
     check_targets: bool = True
@@ -36,25 +37,31 @@ class Draft:
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    #: what the model was like when layers were built to be added to it
-    structure: Structure | None = None
 
     def refuse(self, summary: str, found: str, expected: str, next_step: str) -> None:
         self.refusals.append(Refusal(summary, found, expected, next_step))
 
+    @cached_property
+    def fixed(self) -> list[bool]:
+        """Of each layer of the slot, whether it was prepared, and so keeps its shapes."""
+        name = self.slot.adapter_name
+        return [has_fixed_size(layer.module, name) for layer in self.slot.layers]
+
     @property
     def is_prepared(self) -> bool:
         """Whether all layers keep their shapes, so that a compiled graph can go on."""
-        name = self.slot.adapter_name
-        return self.room is not None or all(has_fixed_size(layer.module, name) for layer in self.slot.layers)
+        return False not in self.fixed
 
     def afresh(self) -> Draft:
         """The same swap, nothing of it decided."""
         return replace(self, config=self.adapter.config, grafting=None, layers=[], refusals=[], notes=[])
 
     def finish(self) -> Plan:
-        adds = self.grafting is not None or any(plan.action is Action.ADD for plan in self.layers)
-        room = None if adds else self.room
+        make_change: Callable[[Plan], Change] = change_layer_by_layer
+        if self.grafting is not None:
+            make_change = self.grafting.change_for
+        elif self.slot.room is not None and Action.ADD not in [plan.action for plan in self.layers]:
+            make_change = self.slot.room.change_for
         return Plan(
             self.slot,
             self.adapter,
@@ -63,9 +70,7 @@ class Draft:
             tuple(self.refusals),
             tuple(self.notes),
             is_compiled=bool(self.compiled),
-            room=room,
+            again=self.again,
+            make_change=make_change,
             grafting=self.grafting,
-            replaces=self.slot.config,
-            preparation=self.preparation,
-            structure=self.grafting.structure if self.grafting is not None else self.structure,
         )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from ..compiled import COMPILED
 from ..errors import listing
-from ..host import canonical_path
+from ..host import PEFT_PREFIX, canonical_path
 from ..parts import LayerSettings, SlotTensor
 from ..plan import Action, LayerPlan, TensorPlan
 from ..prepared_layer import has_fixed_size
 from ..sameness import have_same_values
-from ..shards import has_fixed_shape, is_sharded
 from ..slot import SlotLayer
-from ..state_view import is_marked_off, own_rank
+from ..state_view import rank_before
 from .draft import Draft
 
 
@@ -23,7 +24,8 @@ def by_canonical_key(draft: Draft) -> dict[str, torch.Tensor]:
     """The adapter's tensors by their names in the base model; refuses two for one."""
     tensors: dict[str, torch.Tensor] = {}
     for key, tensor in draft.adapter.tensors.items():
-        short = canonical_path(key)
+        plain = key.startswith(PEFT_PREFIX) and COMPILED not in key
+        short = key[len(PEFT_PREFIX) :] if plain else canonical_path(key)
         if short in tensors:
             draft.refuse(
                 "The adapter names one tensor twice.",
@@ -35,32 +37,45 @@ def by_canonical_key(draft: Draft) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def plan_in_room(draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
-    """:func:`plan_layer` for all layers of a room, which knows from earlier swaps what to expect at each of them.
+def plan_layers(draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
+    """:func:`plan_layer` for all layers of the slot.
 
-    Only what is just as expected is decided here. Anything else takes the long way, which finds the words for it.
+    Only what is just as the config says is decided here. All else takes the long way, which finds the words for it.
     """
-    room = draft.room
-    for layer, keys, before, expected in zip(
-        draft.slot.layers, room.keys, room.content.settings, room.expect(draft.config), strict=True
-    ):
-        rank_before = None if before is None else before.rank
-        found = [[key for key in options if key in tensors] for options in keys]
-        if not any(found):
-            writes = tuple(TensorPlan(target, None, True) for target in layer.tensors)
-            draft.layers.append(LayerPlan(layer, Action.OFF, rank_before, None, writes))
+    slot, name = draft.slot, draft.slot.adapter_name
+    of_slot = zip(slot.layers, slot.keys, slot.expect(draft.config), draft.fixed, strict=True)
+    for layer, keys, expected, fixed in of_slot:
+        before = rank_before(layer.module, name, layer.tensors[0])
+        found = [key for options in keys for key in options if key in tensors]
+        if not found:
+            writes = tuple([TensorPlan(target, None) for target in layer.tensors])
+            draft.layers.append(LayerPlan(layer, Action.OFF, before, None, writes))
         elif (
-            all(len(each) == 1 for each in found)
-            and (expected.targeted or not draft.check_targets)
-            and [tensors[key].shape for (key,) in found] == expected.shapes
+            (expected.targeted or not draft.check_targets)
+            and len(found) == len(keys)
+            and all(map(operator.contains, keys, found))
+            and _are_of_rank(expected.settings.rank, layer, [tensors[key].shape for key in found])
         ):
-            writes = tuple(
-                TensorPlan(target, tensors.pop(key), True) for target, (key,) in zip(layer.tensors, found, strict=True)
-            )
-            action = Action.COPY if expected.fills_up else Action.PAD
-            draft.layers.append(LayerPlan(layer, action, rank_before, expected.settings, writes))
+            capacity = layer.tensors[0].capacity
+            sources = map(tensors.pop, found)
+            writes = tuple(map(TensorPlan, layer.tensors, sources, [fixed] * len(found)))
+            action = Action.COPY if expected.settings.rank == capacity else Action.PAD if fixed else Action.RESIZE
+            draft.layers.append(LayerPlan(layer, action, before, expected.settings, writes))
         else:
             plan_layer(draft, layer, tensors)
+
+
+def _are_of_rank(rank: int, layer: SlotLayer, shapes: list[torch.Size]) -> bool:
+    """Whether tensors of these shapes fit the layer, and are of this rank."""
+    for tensor, shape in zip(layer.tensors, shapes, strict=True):
+        expected, axis = tensor.owner._parameters[tensor.name].shape, tensor.rank_axis
+        if axis is not None:
+            if rank % (tensor.groups * tensor.blocks):
+                return False
+            expected = (*expected[:axis], rank // tensor.groups, *expected[axis + 1 :])
+        if shape != expected:
+            return False
+    return True
 
 
 def plan_layer(
@@ -72,11 +87,10 @@ def plan_layer(
     """Plans one layer; ``action`` overrides what the shapes would say."""
     sources = _take(draft, layer, tensors)
     name, module = draft.slot.adapter_name, layer.module
-    was_off = action is Action.ADD or is_marked_off(module, name)
-    rank_before = None if was_off else own_rank(module, name, layer.tensors[0])
+    before = None if action is Action.ADD else rank_before(module, name, layer.tensors[0])
     if all(source is None for source in sources):
         writes = tuple(TensorPlan(target, None) for target in layer.tensors)
-        draft.layers.append(LayerPlan(layer, Action.OFF, rank_before, None, writes))
+        draft.layers.append(LayerPlan(layer, Action.OFF, before, None, writes))
         return
     if any(source is None for source in sources):
         missing = [target.key for target, source in zip(layer.tensors, sources, strict=True) if source is None]
@@ -103,7 +117,7 @@ def plan_layer(
     if action is None:
         same_rank = settings.rank == layer.tensors[0].capacity
         action = Action.COPY if same_rank else Action.PAD if fixed else Action.RESIZE
-    draft.layers.append(LayerPlan(layer, action, rank_before, settings, writes))
+    draft.layers.append(LayerPlan(layer, action, before, settings, writes))
 
 
 def resize_what_is_off(draft: Draft) -> None:
@@ -111,28 +125,26 @@ def resize_what_is_off(draft: Draft) -> None:
 
     PEFT's ``add_weighted_adapter`` adds the adapters up by the ranks of their configs, on every layer that has them.
     """
-    if draft.room is not None or all(plan.action is not Action.RESIZE for plan in draft.layers):
+    if draft.refusals or draft.slot.is_sharded or Action.RESIZE not in [plan.action for plan in draft.layers]:
         return
     ranks = {plan.settings.rank for plan in draft.layers if plan.settings}
-    for number, plan in enumerate(draft.layers):
-        if plan.action is Action.OFF and not has_fixed_size(plan.layer.module, draft.slot.adapter_name):
-            rank = draft.slot.method.settings_for(draft.config, plan.path).rank
+    of_slot = zip(draft.layers, draft.slot.expect(draft.config), draft.fixed, strict=False)  # added layers come last
+    for number, (plan, expected, fixed) in enumerate(of_slot):
+        if plan.action is Action.OFF and not fixed:
+            rank = expected.settings.rank
             # any other rank may be as large as a damaged config says
-            if rank in ranks and all(_can_have(each, rank) for each in plan.layer.tensors):
-                draft.layers[number] = replace(plan, tensors=tuple(_zeros(write, rank) for write in plan.tensors))
-
-
-def _can_have(target: SlotTensor, rank: int) -> bool:
-    fixed = is_sharded(target.parameter) or has_fixed_shape(target.owner, target.name)
-    return target.capacity is None or not (fixed or rank % (target.groups * target.blocks))
-
-
-def _zeros(write: TensorPlan, rank: int) -> TensorPlan:
-    target, parameter = write.target, write.target.parameter
-    if target.capacity in (None, rank):
-        return write
-    # a single zero, repeated without taking memory
-    return TensorPlan(target, parameter.detach().new_zeros(()).expand(target.shape_for(rank)))
+            if rank not in ranks or rank % draft.slot.method.rank_step(plan.layer.module):
+                continue
+            zeros = []
+            for target in plan.layer.tensors:
+                parameter, source = target.owner._parameters[target.name].detach(), None
+                if (axis := target.rank_axis) is not None:
+                    shape = [*parameter.shape]
+                    shape[axis] = rank // target.groups
+                    # a single zero, repeated without taking memory
+                    source = parameter.new_zeros(()).expand(shape)
+                zeros.append(TensorPlan(target, source))
+            draft.layers[number] = replace(plan, tensors=tuple(zeros))
 
 
 def _take(draft: Draft, layer: SlotLayer, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:

@@ -8,12 +8,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import listing
-from ..grafting import Structure, former_layers
+from ..grafting import former_layers
 from ..host import PEFT_PREFIX
 from ..plan import Action
 from ..sameness import have_same_values
 from ..shadow import adaptable, build_shadow_layers
-from .beforehand import check_layer
+from ..words import unexpected_keys
+from .beforehand import refuse_layer
 from .draft import Draft
 from .layers import plan_layer
 
@@ -49,12 +50,8 @@ def plan_leftovers(draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
     else:
         next_step = "check that both adapters were made for the same base model, or pass key_mapping"
         found = f"{len(keys)} keys that name no layer of the base model"
-    draft.refuse(
-        f"Hot swapping the adapter did not succeed, unexpected keys found: {listing(keys, 4)}.",
-        found=found,
-        expected=f"tensors only for layers of the loaded adapter {draft.slot.adapter_name!r}",
-        next_step=next_step,
-    )
+    expected = f"tensors only for layers of the loaded adapter {draft.slot.adapter_name!r}"
+    draft.refusals.append(unexpected_keys(keys, found, expected, next_step))
 
 
 def _drop_unchanged_base_weights(draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
@@ -103,7 +100,6 @@ def _add_layers(draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
         for key in [key for key in tensors if adaptable(slot.host.base, key) is not None]:
             del tensors[key]  # their reason is given
         return
-    draft.structure = Structure.of(slot.host)
     try:
         shadows = build_shadow_layers(slot, draft.config, paths)
     except Exception as error:
@@ -115,7 +111,8 @@ def _add_layers(draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
         )
         return
     for layer in shadows:
-        check_layer(draft, layer)
+        if reason := slot.method.unsupported_layer(layer.module, slot.adapter_name, layer.tensors):
+            refuse_layer(draft, layer, reason)
         plan_layer(draft, layer, tensors, Action.ADD)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
 from ..base_values import lost_originals
 from ..compiled import blind_spot
 from ..errors import listing
-from ..host import is_embedding
-from ..merging import merged_beside, merged_where_read
-from ..plan import Action
-from ..shards import has_fixed_shape, is_sharded, is_trained_in_parallel
+from ..host import Host
+from ..plan import Action, LayerPlan
+from ..shards import is_trained_in_parallel
+from ..slot import SlotLayer
+from ..words import merged_beside, needs_originals
 from .draft import Draft
 
 
@@ -32,29 +38,41 @@ def check_capacity(draft: Draft) -> None:
 
 def check_base(draft: Draft) -> None:
     """Refuses to turn layers off by base weights that contain another adapter: DoRA's magnitude is their norm then."""
-    if draft.room is not None and not draft.room.reads_base:
+    if not draft.slot.reads_base:
         return
     off = [plan.layer for plan in draft.layers if plan.settings is None]
-    if others := merged_where_read(draft.slot.host, off):
+    if others := _merged_where_read(draft.slot.host, off):
         draft.refusals.append(merged_beside(draft.slot.adapter_name, others))
+
+
+def _merged_where_read(host: Host, layers: Iterable[SlotLayer]) -> list[str]:
+    """The adapters that are merged into base weights which turning these layers off goes by."""
+    off = [layer.module for layer in layers if any(tensor.off is not None for tensor in layer.tensors)]
+    if off and isinstance(host.tuner, MixedModel):
+        # layers of other methods may be around these
+        read = {id(module.get_base_layer()) for module in off}
+        tuners = (module for module in host.base.modules() if isinstance(module, BaseTunerLayer))
+        off = [module for module in tuners if id(module.get_base_layer()) in read]
+    return sorted({name for module in off for name in module.merged_adapters})
+
+
+def turned_off(draft: Draft) -> list[LayerPlan]:
+    """What happens to the layers that are turned off now, and were not before."""
+    return [plan for plan in draft.layers if plan.action is Action.OFF and plan.rank_before is not None]
 
 
 def check_embeddings(draft: Draft) -> None:
     """Refuses to turn embeddings off where the adapter's file may have replaced the weights below them."""
-    if draft.room is not None and not draft.room.has_embeddings:
-        return
-    base = draft.slot.host.base
-    off = [plan for plan in draft.layers if plan.action is Action.OFF and plan.rank_before is not None]
-    names = {f"{plan.path}.weight" for plan in off if is_embedding(base, plan.layer.module)}
+    names = {f"{plan.path}.weight" for plan in turned_off(draft) if plan.layer in draft.slot.embeddings}
     if not names:
         return
     if lost := sorted(names & lost_originals(draft.slot.host, draft.slot.adapter_name)):
-        draft.refuse(
-            "The adapter in the model came with base weights of its own, and the new one needs the originals back.",
+        refusal = needs_originals(
             found=f"embeddings that PEFT replaced when it loaded the adapter: {listing(lost, 3)}",
             expected="embeddings of which the originals are known, or an adapter that is on them, too",
             next_step="load first an adapter that is not on embeddings, and prepare the model for this one",
         )
+        draft.refusals.append(refusal)
 
 
 def check_shards(draft: Draft) -> None:
@@ -63,8 +81,13 @@ def check_shards(draft: Draft) -> None:
     New shapes, where somebody has noted the old ones and would go by them; and magnitudes that are turned off, since
     they are then worked out from whole base weights.
     """
+    changed = [plan for plan in draft.layers if plan.action in (Action.RESIZE, Action.ADD)]
+    if changed:
+        check_parallel_training(draft, len(changed), f"another shape at {changed[0].path}")
+    if not draft.slot.is_sharded:
+        return
     off = [plan.layer for plan in draft.layers if plan.settings is None]
-    read = [layer for layer in off for each in layer.tensors if each.off is not None and is_sharded(each.parameter)]
+    read = [layer for layer in off for each in layer.tensors if each.off is not None and each.is_shard]
     if read:
         draft.refuse(
             "DoRA can't be turned off in a model that is spread over processes.",
@@ -73,7 +96,7 @@ def check_shards(draft: Draft) -> None:
             next_step="load this adapter into a fresh base model and shard that",
         )
     resized = [plan for plan in draft.layers if plan.action is Action.RESIZE]
-    fixed = [plan for plan in resized if any(has_fixed_shape(each.owner, each.name) for each in plan.layer.tensors)]
+    fixed = [plan for plan in resized if any(each.has_fixed_shape for each in plan.layer.tensors)]
     if fixed:
         draft.refuse(
             f"The rank of an adapter can't be changed while FSDP shards it, as it would at {len(fixed)} layers.",
@@ -81,14 +104,11 @@ def check_shards(draft: Draft) -> None:
             expected="the rank that was there when fully_shard was called",
             next_step="swap before fully_shard, or load this adapter into a fresh base model and shard that",
         )
-    changed = [plan for plan in draft.layers if plan.action in (Action.RESIZE, Action.ADD)]
-    if changed:
-        check_parallel_training(draft, len(changed), f"another shape at {changed[0].path}")
 
 
 def check_frozen(draft: Draft) -> None:
     """A magnitude or bias is frozen where its layer is off, which who trains in parallel would not notice."""
-    if draft.room is not None and not draft.room.with_more:
+    if not draft.slot.has_more:
         return
     turned = [
         plan
@@ -102,7 +122,7 @@ def check_frozen(draft: Draft) -> None:
 
 def check_parallel_training(draft: Draft, layers: int, found: str) -> None:
     """Refuses to change which parameters are trained where gradients are averaged over processes by the old ones."""
-    if is_trained_in_parallel(draft.slot.host.root, (each.parameter for each in draft.slot.tensors)):
+    if is_trained_in_parallel(draft.slot.host.root, draft.slot.parameters):
         draft.refuse(
             f"DistributedDataParallel would no longer average the gradients of {layers} layers.",
             found=f"{found}, in parameters that are trained",
@@ -113,8 +133,9 @@ def check_parallel_training(draft: Draft, layers: int, found: str) -> None:
 
 def check_compiled(draft: Draft) -> None:
     """Refuses a swap that a compiled graph would not notice."""
-    plan = draft.finish()
-    if reason := blind_spot(draft.compiled, prepared=plan.writes_values_only and draft.is_prepared):
+    if not draft.compiled and not draft.is_prepared:
+        return
+    if reason := blind_spot(draft.compiled, prepared=draft.is_prepared and draft.finish().writes_values_only):
         draft.refuse(
             "The compiled model would go on with the old adapter.",
             found=reason,

@@ -57,6 +57,7 @@ def test_nothing_is_refreshed_before_it_is_shown():
     assert view.refreshed == 1
 
 
+@pytest.mark.long
 def test_importing_is_light():
     code = "import hotswap_lab.widgets, sys; print('ipywidgets' in sys.modules, 'hotswap_lab.bench' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,146 @@
+"""Change: what is written to a model, whatever has decided it; and :func:`apply`, the only code that writes to one.
+
+By the time a change is made, all that it needs is allocated, cast and moved beside the model: whatever can fail for
+want of memory has failed then. First come the resizes and the steps, each noted in a journal that takes it back if a
+later one fails. Last come all values, in one call that has nothing left to fail at, so there is never a copy to take
+back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftConfig
+
+from .host import Host
+from .journal import Journal
+from .slot import Slot, keep_slot
+
+Step = Callable[[Journal], object]
+#: called before a config takes the place of the one in the model: who notes something that holds for one config only
+ON_CONFIG: list[Callable[[Host, str, PeftConfig, Journal], object]] = []
+
+
+@dataclass(eq=False)
+class Change:
+    """Everything that is written to one model: copies, resizes, and steps that can be undone.
+
+    Parameters
+    ----------
+    slot:
+        Where the adapter is.
+    config:
+        The config that the model has afterwards; None leaves the present one.
+    copies:
+        Pairs of a target and a source, of the same shape, dtype and device.
+    resizes:
+        Pairs of a parameter and the memory that it gets, of any shape.
+    sizes:
+        Modules, attributes that repeat a size of their parameters (``out_features`` of a ``lora_A``), and the new size.
+    steps:
+        All else. Each gets the journal, and notes there how it is undone.
+    after:
+        What is to be noted when all is written, and can't fail.
+    slot_after:
+        What the slot is afterwards; None where it has to be looked for.
+    """
+
+    slot: Slot
+    config: PeftConfig | None = None
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    resizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
+    sizes: list[tuple[torch.nn.Module, str, int]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    after: list[Callable[[], object]] = field(default_factory=list)
+    slot_after: Slot | None = None
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Writes ``source`` to ``target``. It is cast and moved here, where an error does no harm yet."""
+        self.copies.append((target, source.detach().to(target.device, target.dtype)))
+
+    def zero(self, target: torch.Tensor) -> None:
+        """Fills ``target`` with zeros."""
+        # a single zero, repeated without taking memory
+        self.copies.append((target, target.new_zeros(()).expand(target.shape)))
+
+    def resize(self, parameter: torch.nn.Parameter, source: torch.Tensor) -> None:
+        """Gives ``parameter`` memory of its own that holds what ``source`` does."""
+        fresh = source.to(parameter.device, parameter.dtype, copy=True)
+        self.resizes.append((parameter, fresh.contiguous()))
+
+
+def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
+    """Carries out changes of any number of models, all of them or none. Nobody else may use these meanwhile.
+
+    A ``journal`` gets to know the way back: who has more to do can roll it back later, but not what was copied.
+    """
+    journal = Journal() if journal is None else journal
+    copies = [pair for change in changes for pair in change.copies]
+    inference = True in [change.slot.is_inference for change in changes]
+    with torch.inference_mode(inference), torch.no_grad():
+        try:
+            for change in changes:
+                _write(change, journal)
+            if copies:
+                targets, sources = zip(*copies, strict=True)
+                torch._foreach_copy_(targets, sources, non_blocking=True)
+        except BaseException:
+            journal.roll_back()
+            raise
+        for change in changes:
+            for note in change.after:
+                note()
+
+
+def _write(change: Change, journal: Journal) -> None:
+    """Everything of a change but the values of tensors, undoable."""
+    slot, adapter_name = change.slot, change.slot.adapter_name
+    with torch.inference_mode(slot.is_inference):
+        give_memory(change.resizes, journal)
+        for name in {attribute for _, attribute, _ in change.sizes}:
+            sized = [(owner.__dict__, size) for owner, attribute, size in change.sizes if attribute == name]
+            journal.set_items([table for table, _ in sized], name, [size for _, size in sized])
+        for note in ON_CONFIG if change.config is not None else ():
+            note(slot.host, adapter_name, change.config, journal)
+        for step in change.steps:
+            step(journal)
+        if change.config is not None:
+            journal.set_item(slot.host.configs, adapter_name, change.config)
+            keep_slot(slot, change.slot_after, journal)
+
+
+def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journal: Journal) -> None:
+    """Gives parameters other memory, whatever shapes that has."""
+    for parameter, _ in pairs:
+        if parameter.grad is not None:  # first: it must have the shape of its parameter at all times
+            clear_gradient(parameter, journal)
+    old = [(parameter, parameter.data) for parameter, _ in pairs]
+
+    def undo() -> None:
+        for parameter, memory in old:
+            parameter.data = memory
+
+    journal.record(undo)
+    for parameter, fresh in pairs:
+        # A graph over the old shape may still be alive, and with it the parameter's gradient accumulator, which would
+        # refuse gradients of the new shape. PyTorch gives a parameter a new one only when its dtype or device changes.
+        other_dtype = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+        parameter.data = torch.empty(0, dtype=other_dtype, device=parameter.device)
+        parameter.data = fresh
+        # autograd sees a write through .data only if it is told
+        torch.autograd.graph.increment_version(parameter)
+
+
+def clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
+    """The gradient of the old adapter's weight says nothing about the new one's."""
+    gradient = parameter.grad
+    if gradient is None:
+        return
+
+    def undo() -> None:
+        parameter.grad = gradient
+
+    journal.record(undo)
+    parameter.grad = None
