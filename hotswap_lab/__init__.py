@@ -22,29 +22,30 @@ adapters overwrite), ``shards`` (parameters spread over processes), ``pipeline``
 adapters), ``lessons`` (the notebooks' exercises), ``widgets`` (to look at).
 """
 
+__version__ = "0.1.0"
+
 from . import demo, shards  # noqa: F401 - how sharded tensors are written is known from here on
-from .adapter import Adapter
 from .backend import pick_backend
-from .commit import commit
-from .errors import HotswapError
-from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, plan_hotswap
-from .hub_search import find_adapters
-from .lora_files import read_pipeline_lora
-from .pipeline import (
+from .core.adapter import Adapter
+from .core.commit import commit
+from .core.errors import HotswapError
+from .core.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, plan_hotswap
+from .core.plan import Plan
+from .core.pool import AdapterPool
+from .core.prepare import prepare_model_for_compiled_hotswap
+from .core.slot import resolve_slot
+from .core.strength import get_strength, set_strength
+from .files.saving import save_adapter
+from .files.search import find_adapters
+from .pipelines.lora_files import read_pipeline_lora
+from .pipelines.pipeline import (
     PipelinePlan,
     hotswap_pipeline,
     plan_pipeline_hotswap,
     prepare_pipeline_for_compiled_hotswap,
 )
-from .plan import Plan
-from .pool import AdapterPool
-from .prepare import prepare_model_for_compiled_hotswap
-from .saving import save_adapter
-from .slot import resolve_slot
-from .strength import get_strength, set_strength
-from .turns import ModelInUseError, in_use, waiting_at_most
+from .threads import ModelInUseError, in_use, waiting_at_most
 from .verify import Verification, verify_hotswap
-from .version import __version__
 from .watch import RecompileError, RecompileWatch
 
 __all__ = [

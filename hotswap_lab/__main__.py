@@ -12,8 +12,8 @@ import sys
 import torch
 
 from . import demo
-from .compare import compare
-from .timing import machine
+from .bench.compare import compare
+from .bench.timing import machine
 
 
 def main(arguments: list[str] | None = None) -> int:

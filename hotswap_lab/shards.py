@@ -23,9 +23,9 @@ from typing import ClassVar
 
 import torch
 
-from .change import Change, clear_gradient
-from .journal import Journal
-from .parts import KINDS, SlotTensor
+from .core.change import Change, clear_gradient
+from .core.journal import Journal
+from .core.parts import KINDS, SlotTensor
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor

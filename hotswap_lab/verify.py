@@ -19,19 +19,19 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 
-from .adapter import Adapter, find_folder
-from .base_values import ORIGINALS
-from .compiled import unwrap_compiled
-from .errors import refuse
-from .grafting import make_stand_in, wrappers_in
-from .grafting.guards import compilers_kept
-from .grafting.randomness import random_numbers_kept
-from .grafting.wrappers import WRAPPERS, inside
-from .host import PEFT_PREFIX, Host, canonical_path
-from .interrupts import interruptible, interrupts_held
-from .saving import LoadedAlone, saved_tensors, write_adapter
-from .slot import Slot, resolve_slot
-from .turns import in_use
+from .beyond.base_values import ORIGINALS
+from .beyond.guards import compilers_kept
+from .beyond.randomness import random_numbers_kept
+from .beyond.stand_in import make_stand_in
+from .beyond.wrappers import WRAPPERS, inside, wrappers_in
+from .core.adapter import Adapter, find_folder
+from .core.compiled import unwrap_compiled
+from .core.errors import refuse
+from .core.host import PEFT_PREFIX, Host, canonical_path
+from .core.interrupts import interruptible, interrupts_held
+from .core.slot import Slot, resolve_slot
+from .files.saving import LoadedAlone, saved_tensors, write_adapter
+from .threads import in_use
 
 #: config fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them
 PROVENANCE = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}

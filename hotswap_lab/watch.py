@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 
-from .interrupts import interruptible, interrupts_held
-from .report import html_table
+from .core.interrupts import interruptible, interrupts_held
+from .core.report import html_table
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ import torch
 from lengths import few_of
 from models import KINDS
 
-from hotswap_lab.grafting.guards import compilers_kept
+from hotswap_lab.beyond.guards import compilers_kept
 
 THREADS = 1
 torch.set_num_threads(THREADS)

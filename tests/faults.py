@@ -29,7 +29,7 @@ from types import CodeType
 import torch
 
 import hotswap_lab
-from hotswap_lab.interrupts import SOON
+from hotswap_lab.core.interrupts import SOON
 
 PACKAGE = str(Path(hotswap_lab.__file__).parent)
 TESTS = str(Path(__file__).parent)

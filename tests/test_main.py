@@ -9,7 +9,7 @@ import pytest
 
 from hotswap_lab import __main__ as main_module
 from hotswap_lab import demo
-from hotswap_lab.compare import Comparison, Way, compare
+from hotswap_lab.bench.compare import Comparison, Way, compare
 
 
 @pytest.mark.long

@@ -32,8 +32,8 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab import pool as pool_module
-from hotswap_lab.turns import _turn, bases_of, swaps_of, writing
+from hotswap_lab.core import pool as pool_module
+from hotswap_lab.threads import _turn, bases_of, swaps_of, writing
 
 KIND = KINDS["linear"]
 #: long enough for a thread to get to where it has to wait

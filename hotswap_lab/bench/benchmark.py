@@ -11,8 +11,7 @@ from importlib.metadata import version
 
 import torch
 
-from ..timing import machine
-from ..version import __version__
+from .. import __version__
 from .compiled import measure_first_outputs, measure_forward
 from .memory import measure_memory
 from .models import make_base
@@ -21,6 +20,7 @@ from .rows import Extra
 from .scene import Scene
 from .settings import Settings
 from .spread import measure_spread
+from .timing import machine
 from .turns import measure_turns
 from .waiting import measure_waiting
 from .ways import measure_ways

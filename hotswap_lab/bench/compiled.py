@@ -8,13 +8,13 @@ import torch
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 
 from ..backend import pick_backend
-from ..hotswap import hotswap_adapter
-from ..timing import measure
+from ..core.hotswap import hotswap_adapter
 from ..watch import RecompileWatch
 from .rounds import Way, in_rounds
 from .rows import Extra
 from .scene import Scene
 from .times import described, values_of
+from .timing import measure
 from .ways import peft_load
 
 #: how often a recompile is timed: it takes seconds to minutes

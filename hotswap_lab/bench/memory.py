@@ -6,7 +6,7 @@ import gc
 import os
 from pathlib import Path
 
-from ..pool import HISTORY
+from ..core.pool import HISTORY
 from .rows import Extra
 from .scene import Scene
 

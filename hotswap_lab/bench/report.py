@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from ..lessons.figures import Figure
-from ..timing import Timing
 from .picture import bars
 from .rows import Extra, Row, Size
 from .settings import Settings
+from .timing import Timing
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..timing import Timing, measure
+from .timing import Timing, measure
 
 #: calls of one way before it is another one's turn
 PER_ROUND = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..timing import Timing
+from .timing import Timing
 
 #: the two ways that the others are compared with
 PEFT_STATE_DICT = "PEFT hotswap, state dict"

@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap as peft_prepare
 
-from ..adapter import Adapter
-from ..pool import AdapterPool
-from ..prepare import prepare_model_for_compiled_hotswap
+from ..core.adapter import Adapter
+from ..core.pool import AdapterPool
+from ..core.prepare import prepare_model_for_compiled_hotswap
 from .models import randomize
 from .rounds import Way
 from .rows import Size

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
-from ..pool import AdapterPool
+from ..core.pool import AdapterPool
 from .models import randomize
 from .rounds import Way, in_rounds
 from .rows import Extra

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..timing import Timing
+from .timing import Timing
 
 
 def readable(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..turns import in_use
+from ..threads import in_use
 from .rounds import in_rounds
 from .rows import Extra
 from .scene import Scene

@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from peft.utils.hotswap import hotswap_adapter_from_state_dict as peft_hotswap_from_state_dict
 
-from ..hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+from ..core.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from .rounds import Way, in_rounds
 from .rows import MEMCPY, PEFT_STATE_DICT, Row
 from .scene import Scene

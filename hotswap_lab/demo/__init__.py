@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import refuse
+from ..core.errors import refuse
 from .tasks import MAX_WORD_LENGTH, SEPARATOR, TASKS, is_held_out, sample_words
 
 __all__ = [

@@ -15,11 +15,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
 from .. import demo
-from ..adapter import Adapter
-from ..hotswap import plan_hotswap
-from ..plan import Plan
-from ..report import html_table
-from ..slot import resolve_slot
+from ..core.adapter import Adapter
+from ..core.hotswap import plan_hotswap
+from ..core.plan import Plan
+from ..core.report import html_table
+from ..core.slot import resolve_slot
 from .exercise import Exercise, Result
 from .figures import FROZEN, MUTED, NEW, OLD, Canvas, Figure
 

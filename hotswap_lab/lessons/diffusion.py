@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..core.slot import SlotLayer, resolve_slot
+from ..core.strength import get_strength, set_strength
 from ..demo import digits
-from ..lora_files import read_pipeline_lora
-from ..pipeline import hotswap_pipeline, plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap
-from ..slot import SlotLayer, resolve_slot
-from ..strength import get_strength, set_strength
+from ..pipelines.lora_files import read_pipeline_lora
+from ..pipelines.pipeline import hotswap_pipeline, plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap
 from ..watch import RecompileWatch
 from ..widgets.view import View, escape
 from .exercise import Exercise, Result

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import demo
-from ..adapter import Adapter
-from ..prepare import prepare_model_for_compiled_hotswap
-from ..slot import resolve_slot
-from ..timing import Timing, measure
+from ..bench.timing import Timing, measure
+from ..core.adapter import Adapter
+from ..core.prepare import prepare_model_for_compiled_hotswap
+from ..core.slot import resolve_slot
 from .exercise import Exercise, Result
 from .figures import FROZEN, INK, MUTED, NEW, OFF, OLD, Canvas, Figure
 

@@ -14,10 +14,10 @@ from peft.utils import get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .. import demo
-from ..pool import AdapterPool
-from ..saving import save_adapter
-from ..slot import resolve_slot, room_of
-from ..timing import Timing, measure
+from ..bench.timing import Timing, measure
+from ..core.pool import AdapterPool
+from ..core.slot import resolve_slot, room_of
+from ..files.saving import save_adapter
 from .exercise import Exercise, Result
 from .figures import INK, MUTED, NEW, OFF, OLD, Canvas, Figure
 

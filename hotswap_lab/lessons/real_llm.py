@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from .. import demo
-from ..pool import AdapterPool
+from ..core.pool import AdapterPool
 from .exercise import Exercise, Result
 
 # --- generation in fixed shapes ----------------------------------------------------------------------------------

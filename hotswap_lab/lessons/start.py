@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import demo
-from ..slot import resolve_slot
+from ..core.slot import resolve_slot
 from ..verify import verify_hotswap
 from .exercise import Exercise, Result
 

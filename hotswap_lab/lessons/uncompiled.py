@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 
 from .. import demo
-from ..adapter import Adapter
-from ..hotswap import plan_hotswap
-from ..plan import Action
-from ..slot import resolve_slot
+from ..core.adapter import Adapter
+from ..core.hotswap import plan_hotswap
+from ..core.plan import Action
+from ..core.slot import resolve_slot
 from .exercise import Exercise, Result
 
 WORD = "notebook"

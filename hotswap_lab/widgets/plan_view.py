@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import refuse
-from ..host import canonical_path
-from ..hotswap import plan_hotswap
-from ..plan import Action, LayerPlan, Plan
-from ..shadow import adaptable
+from ..core.errors import refuse
+from ..core.host import canonical_path
+from ..core.hotswap import plan_hotswap
+from ..core.plan import Action, LayerPlan, Plan
+from ..core.shadow import adaptable
 from .view import FITS, View, escape, speaking, wrapping_row
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from .. import demo
-from ..adapter import Adapter
-from ..errors import refuse
-from ..host import canonical_path
+from ..core import lora
+from ..core.adapter import Adapter
+from ..core.errors import refuse
+from ..core.host import canonical_path
+from ..core.prepare import prepare_model_for_compiled_hotswap
 from ..lessons.figures import FROZEN, MUTED, NEW, OFF, Canvas, Figure
-from ..methods import lora
-from ..prepare import prepare_model_for_compiled_hotswap
 from .view import FITS, View, escape, fitting, speaking, wrapping_row
 
 if TYPE_CHECKING:

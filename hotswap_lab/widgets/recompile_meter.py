@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..compiled import is_compiled
-from ..errors import refuse
+from ..core.compiled import is_compiled
+from ..core.errors import refuse
+from ..core.pool import AdapterPool
 from ..lessons.compiling import timeline
 from ..lessons.figures import Canvas, Figure
-from ..pool import AdapterPool
-from ..turns import in_use
+from ..threads import in_use
 from ..watch import RecompileWatch
 from .switch import patiently, switch_for, whereabouts
 from .view import View, error_html, escape, fitting, readable, speaking, wrapping_row

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import demo
-from ..errors import refuse
-from ..pool import AdapterPool
-from ..strength import check_strength
-from ..turns import in_use
+from ..core.errors import refuse
+from ..core.pool import AdapterPool
+from ..core.strength import check_strength
+from ..threads import in_use
 from .clicks import Clicks, keep_apart_from_cells
 from .results import Run, steps
 from .switch import patiently, strength_of, switch_for, whereabouts

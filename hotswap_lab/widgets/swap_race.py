@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..timing import machine
+from ..bench.timing import machine
 from .view import View, error_html, escape, fitting, speaking
 from .work import Stopped, Work
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..errors import refuse
-from ..host import find_host
-from ..hotswap import hotswap_adapter
-from ..pool import AdapterPool
-from ..pool_sources import check_named
-from ..slot import resolve_slot
-from ..strength import get_strength, not_scaled, set_strength
-from ..turns import ModelInUseError, waiting_at_most
+from ..core.errors import refuse
+from ..core.host import find_host
+from ..core.hotswap import hotswap_adapter
+from ..core.pool import AdapterPool
+from ..core.pool_sources import check_named
+from ..core.slot import resolve_slot
+from ..core.strength import get_strength, not_scaled, set_strength
+from ..threads import ModelInUseError, waiting_at_most
 
 #: how long a swap waits at a time before it looks whether it was stopped, in seconds
 PATIENCE = 0.5

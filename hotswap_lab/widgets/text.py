@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..errors import refuse
+from ..core.errors import refuse
 
 
 def text_stream(

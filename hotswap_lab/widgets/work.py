@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from ..errors import refuse
-from ..interrupts import interrupts_held
+from ..core.errors import refuse
+from ..core.interrupts import interrupts_held
 
 T = TypeVar("T")
 

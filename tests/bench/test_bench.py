@@ -15,7 +15,7 @@ from lengths import long
 
 from hotswap_lab import bench
 from hotswap_lab.bench import MEMCPY, PEFT_STATE_DICT, Report, Row, Scene, Settings, Way, make_base, run
-from hotswap_lab.timing import Timing, machine
+from hotswap_lab.bench.timing import Timing, machine
 
 TINY = Settings(model="tiny", ranks=(2, 4), n=3)
 PEFTS = ("PEFT load + set + delete", "PEFT hotswap, disk", PEFT_STATE_DICT)

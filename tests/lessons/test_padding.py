@@ -9,8 +9,8 @@ import torch
 from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
 
 from hotswap_lab import Adapter, demo, prepare_model_for_compiled_hotswap, resolve_slot
+from hotswap_lab.bench.timing import Timing
 from hotswap_lab.lessons import padding
-from hotswap_lab.timing import Timing
 
 SVG = "{http://www.w3.org/2000/svg}"
 

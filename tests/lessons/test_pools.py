@@ -10,9 +10,9 @@ import torch
 from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
 
 from hotswap_lab import Adapter, demo, hotswap_adapter, resolve_slot, verify_hotswap
+from hotswap_lab.bench.timing import Timing
+from hotswap_lab.core.slot import room_of
 from hotswap_lab.lessons import pools
-from hotswap_lab.slot import room_of
-from hotswap_lab.timing import Timing
 
 SVG = "{http://www.w3.org/2000/svg}"
 

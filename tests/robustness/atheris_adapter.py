@@ -18,7 +18,9 @@ def main() -> None:
     import atheris
     import torch
 
-    with atheris.instrument_imports(include=["hotswap_lab.adapter", "hotswap_lab.weights_file", "json", "zipfile"]):
+    with atheris.instrument_imports(
+        include=["hotswap_lab.core.adapter", "hotswap_lab.core.weights_file", "json", "zipfile"]
+    ):
         from hotswap_lab import Adapter, HotswapError, demo
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

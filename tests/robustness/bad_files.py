@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 
 HERE = Path(__file__).parent
-sys.path[:0] = map(str, (HERE, HERE.parent, HERE.parent / "methods"))
+sys.path[:0] = map(str, (HERE, HERE.parent, HERE.parent / "beyond"))
 
 
 def plan_trials(count: int, seed: int):

@@ -31,11 +31,11 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     save_adapter,
     set_strength,
-    together,
-    turns,
     verify_hotswap,
     waiting_at_most,
 )
+from hotswap_lab import threads as turns
+from hotswap_lab.files import together
 
 LINEAR = KINDS["linear"]
 

@@ -32,7 +32,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    sys.path[:0] = [
+        str(Path(__file__).parents[1]),
+        str(Path(__file__).parents[1] / "pipelines"),
+        str(Path(__file__).parent),
+    ]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

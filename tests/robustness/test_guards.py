@@ -13,7 +13,7 @@ from models import load
 from peft import FourierFTConfig, PeftModel, get_peft_model
 
 from hotswap_lab import Adapter, HotswapError, hotswap_adapter, verify_hotswap
-from hotswap_lab.grafting.guards import MemoryGuard, TooLargeError, memory_guard, nothing_read
+from hotswap_lab.beyond.guards import MemoryGuard, TooLargeError, memory_guard, nothing_read
 
 
 def test_each_way_to_make_a_tensor_is_counted():

@@ -24,7 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    sys.path[:0] = [
+        str(Path(__file__).parents[1]),
+        str(Path(__file__).parents[1] / "pipelines"),
+        str(Path(__file__).parent),
+    ]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
@@ -33,8 +37,9 @@ from faults import list_steps, run_with_fault
 from models import KINDS, call, load, save_random_adapter
 from peft import PeftModel
 
-from hotswap_lab import save_adapter, together
+from hotswap_lab import save_adapter
 from hotswap_lab.demo.smollm2 import gguf_cache
+from hotswap_lab.files import together
 
 LINEAR = KINDS["linear"]
 #: the weights of the first two fit each other's configs, so that a mixture would load, and go unnoticed

@@ -23,7 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    sys.path[:0] = [
+        str(Path(__file__).parents[1]),
+        str(Path(__file__).parents[1] / "pipelines"),
+        str(Path(__file__).parent),
+    ]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

@@ -24,7 +24,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     tests = Path(__file__).parents[1]
-    sys.path[:0] = [str(tests), str(tests / "methods"), str(Path(__file__).parent)]
+    sys.path[:0] = [str(tests), str(tests / "beyond"), str(Path(__file__).parent)]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
 

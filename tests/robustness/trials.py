@@ -131,7 +131,7 @@ class Laboratory:
 
     def start(self) -> None:
         here = Path(__file__).parent
-        paths = [here, here.parent, here.parent / "methods", here.parents[1]]
+        paths = [here, here.parent, here.parent / "beyond", here.parents[1]]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONFAULTHANDLER": "1"}
         self.errors = (self.root / "stderr").open("a")
         self.process = subprocess.Popen(

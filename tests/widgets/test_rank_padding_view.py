@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hotswap_lab import HotswapError, demo, prepare_model_for_compiled_hotswap, resolve_slot
-from hotswap_lab.adapter import Adapter
+from hotswap_lab.core.adapter import Adapter
 from hotswap_lab.widgets import RankPaddingView
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ...errors import refuse
+from ...core.errors import refuse
 
 CACHE_VARIABLE = "HOTSWAP_LAB_CACHE"
 #: counted up whenever the same GGUF file would give other files

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import refuse
+from ...core.errors import refuse
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PATH_VARIABLE = "HOTSWAP_LAB_SMOLLM2"

@@ -1,0 +1,1 @@
+"""LoRA in a live model: the engine, to be read in one sitting."""

@@ -1,0 +1,207 @@
+"""The functions people call: PEFT's names and signatures, and the dry run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from peft import PeftConfig
+
+from ..threads import is_shared, undisturbed, writing
+from .adapter import Adapter
+from .commit import carry_out
+from .decide import make_plan
+from .host import Host, find_host
+from .interrupts import interrupts_held
+from .plan import Plan
+from .slot import slot_for
+
+
+def hotswap_adapter(
+    model: torch.nn.Module,
+    model_name_or_path: str | os.PathLike | Adapter,
+    adapter_name: str,
+    torch_device: str | torch.device | None = None,
+    *,
+    add_layers: bool = False,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
+    **kwargs: object,
+) -> None:
+    """Replaces a loaded adapter by another one, in place.
+
+    The adapter keeps its name; afterwards the model can't be told from one into which
+    ``PeftModel.from_pretrained`` loaded the new adapter: same outputs, config, scalings and saved files. Ranks,
+    alphas, rsLoRA and the patterns of both may differ. Layers that the new adapter lacks are turned off. Where
+    the rank stays the same, so do the memory addresses; in a prepared model they always do. A scale that the user
+    set before (``set_scale``, ``scale_layer``) is gone, as after a fresh load: set it again if it is still wanted.
+
+    Parameters
+    ----------
+    model:
+        A ``PeftModel``, a model with injected adapters, or either of them compiled.
+    model_name_or_path:
+        A folder with the new adapter, the id of a Hub repository, or an :class:`Adapter` read before.
+    adapter_name:
+        The name of the loaded adapter to replace, such as ``"default"``. It may be active, inactive or
+        disabled, but not merged.
+    torch_device:
+        The device to read the file to. Default: CPU; the tensors are copied to the model's devices anyway.
+    add_layers:
+        Whether layers that the loaded adapter lacks are added. Not possible in a compiled model.
+    base_weights:
+        Only needed where PEFT overwrote weights of the base model when it loaded an adapter, and the new one doesn't:
+        with ``bias="all"`` or ``"lora_only"``, and embeddings that the adapter is on, since its file has their weights,
+        changed or not. The base model's own values by name, such as its ``state_dict()`` from before. What a swap
+        overwrites is remembered.
+    **kwargs:
+        ``key_mapping`` and ``allow_nonfinite`` of :meth:`Adapter.load`; ``subfolder``, ``revision``, ``token``,
+        ``cache_dir`` and the other arguments of ``huggingface_hub.hf_hub_download``.
+
+    Raises
+    ------
+    HotswapError
+        If the swap can't be right. The model is untouched then. It is a ``ValueError`` and a ``RuntimeError``.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, hotswap_adapter
+    >>> model, tokenizer = demo.load("reverse")
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'pawstoh'
+    >>> hotswap_adapter(model, demo.adapter_path("pig_latin"), adapter_name="default")
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'otswaphay'
+
+    Notes
+    -----
+    Same call as ``peft.utils.hotswap.hotswap_adapter`` of PEFT 0.21, which this replaces.
+    """
+    host = find_host(model, adapter_name)
+    # where other threads compute, the swap may have to wait, and the file would be in use meanwhile
+    for_one_swap = not is_shared(host.base)
+    adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
+    with writing(host.base):
+        slot = slot_for(host, adapter_name)
+        carry_out([make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights)])
+
+
+def hotswap_adapter_from_state_dict(
+    model: torch.nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    config: PeftConfig,
+    parameter_prefix: str = "lora_",
+    *,
+    add_layers: bool = False,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Replaces a loaded adapter by tensors from memory, in place.
+
+    Parameters
+    ----------
+    model:
+        As in :func:`hotswap_adapter`.
+    state_dict:
+        ``lora_A`` of shape ``(rank, in_features)`` and ``lora_B`` of shape ``(out_features, rank)`` for each
+        layer. Keys with or without the adapter's name, with or without ``base_model.model.``. It is only read.
+    adapter_name:
+        The name of the loaded adapter to replace.
+    config:
+        Gives rank, alpha and the patterns. Which layers are targeted is decided by ``state_dict``; where
+        ``config`` says otherwise, the model's copy of it is made to agree.
+    parameter_prefix:
+        Accepted because PEFT has it. Keys are matched exactly, so it is not needed.
+    add_layers, base_weights:
+        As in :func:`hotswap_adapter`.
+    allow_nonfinite:
+        Whether NaN and infinity are let through.
+
+    Raises
+    ------
+    HotswapError
+        If the swap can't be right. The model is untouched then.
+
+    Examples
+    --------
+    >>> from hotswap_lab import Adapter, demo, hotswap_adapter_from_state_dict
+    >>> model, tokenizer = demo.load("reverse")
+    >>> new = Adapter.load(demo.adapter_path("caesar"))
+    >>> hotswap_adapter_from_state_dict(model, new.tensors, "default", new.config)
+    >>> demo.ask(model, tokenizer, "abc")
+    'def'
+
+    Notes
+    -----
+    Same call as ``peft.utils.hotswap.hotswap_adapter_from_state_dict`` of PEFT 0.21.
+    """
+    host = find_host(model, adapter_name)
+    adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
+    with writing(host.base):
+        slot = slot_for(host, adapter_name)
+        carry_out([make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights)])
+
+
+def plan_hotswap(
+    model: torch.nn.Module,
+    model_name_or_path: str | os.PathLike | Adapter,
+    adapter_name: str = "default",
+    torch_device: str | torch.device | None = None,
+    *,
+    add_layers: bool = False,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
+    **kwargs: object,
+) -> Plan:
+    """The dry run of :func:`hotswap_adapter`: what would be written, or why nothing can be.
+
+    Takes the same arguments and never changes the model. A swap that can't be right is reported in
+    ``Plan.refusals``; only what can't be read at all, or an adapter name that isn't there, raises.
+
+    Parameters
+    ----------
+    model, model_name_or_path, adapter_name, torch_device, add_layers, base_weights, **kwargs:
+        As for :func:`hotswap_adapter`.
+
+    Returns
+    -------
+    Plan
+        Shows itself as a table, as text and in a notebook; ``commit(plan)`` carries it out.
+
+    Raises
+    ------
+    HotswapError
+        If the files can't be read or the model has no such adapter.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, plan_hotswap
+    >>> model, _ = demo.load("caesar")
+    >>> plan = plan_hotswap(model, demo.adapter_path("pig_latin"))
+    >>> plan.ok
+    False
+    >>> print(plan.refusals[0].next_step)
+    pass add_layers=True to add them, or load first the adapter that targets most layers
+    """
+    host = find_host(model, adapter_name)
+    adapter = _read(host, model_name_or_path, torch_device, kwargs)
+    with interrupts_held(), undisturbed(host):
+        slot = slot_for(host, adapter_name)
+        return make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights).kept()
+
+
+def _read(
+    host: Host,
+    source: str | os.PathLike | Adapter,
+    torch_device: str | torch.device | None,
+    arguments: dict[str, object],
+    for_one_swap: bool = False,
+) -> Adapter:
+    if isinstance(source, Adapter):
+        if arguments or torch_device is not None:
+            raise TypeError("arguments for reading an adapter were passed with an Adapter that is already read")
+        return source
+    # some transformers models bring a mapping from the keys of their older versions; a fresh load applies it
+    arguments.setdefault("key_mapping", getattr(host.base, "_checkpoint_conversion_mapping", None) or None)
+    load = Adapter.load_for_one_swap if for_one_swap else Adapter.load
+    return load(source, torch_device=torch_device, **arguments)

@@ -1,0 +1,166 @@
+"""Strength: how much of an adapter is applied, from off to beyond what it was trained for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from peft import PeftConfig
+
+from ..beyond import general
+from ..beyond.base_values import kept_originals
+from ..threads import writing
+from .change import Change, apply
+from .errors import listing, refuse
+from .host import find_host
+from .journal import Journal
+from .methods import method_for
+from .prepared import has_fixed_size
+from .slot import Slot, SlotLayer, slot_for
+from .state_view import is_off
+
+
+def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "default") -> None:
+    """Sets how strongly an adapter acts: its trained scaling times ``strength``, in every layer.
+
+    Strengths don't add up: each call starts from the trained scaling. A swap sets the strength back to 1. It is
+    never saved. In a prepared model nothing is compiled anew, whatever the strength.
+
+    Parameters
+    ----------
+    model:
+        A model with the adapter, compiled or not.
+    strength:
+        0 gives the base model's output, 1 the adapter as it was trained; anything between, beyond or below is possible.
+    adapter_name:
+        The adapter's name in the model. It must not be merged.
+
+    Raises
+    ------
+    HotswapError
+        If there is no such adapter, it is merged, the strength is not a finite number, or the adapter is more than
+        LoRA: a DoRA magnitude, a saved module, trained tokens or biases would stay at full strength.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, set_strength
+    >>> model, tokenizer = demo.load("reverse")
+    >>> set_strength(model, 0)
+    >>> demo.ask(model, tokenizer, "hotswap")      # the base model copies
+    'hotswap'
+    >>> set_strength(model, 1)
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'pawstoh'
+    """
+    check_strength(strength)
+    host = find_host(model, adapter_name)
+    with writing(host.base):
+        slot = slot_for(host, adapter_name)
+        if slot.is_merged:
+            raise refuse(
+                f"The strength of '{adapter_name}' can't be changed because it is currently merged into the base "
+                "weights.",
+                found="base weights that contain the adapter at its present strength",
+                expected="an unmerged adapter",
+                next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
+            )
+        check_scalable(slot)
+        apply([slot.room.change_strength(strength) if slot.room is not None else _change_strength(slot, strength)])
+
+
+def _change_strength(slot: Slot, strength: float) -> Change:
+    """Layer by layer, where no room has all scalings side by side."""
+    name, change = slot.adapter_name, Change(slot)
+    floats: list[tuple[dict, float]] = []
+    for layer in slot.layers:
+        scaling, value = layer.module.scaling, strength * _trained(slot, layer)
+        if has_fixed_size(layer.module, name):
+            change.copy(scaling[name], torch.tensor(value, dtype=torch.float64))
+        else:
+            floats.append((scaling, value))
+
+    def write(journal: Journal) -> None:
+        for table, value in floats:
+            journal.set_item(table, name, value)
+
+    change.steps.append(write)
+    return change
+
+
+#: what an adapter brings beside B @ A, and no scaling reaches
+NOT_SCALED = ("modules_to_save", "trainable_token_indices", "bias", "layer_replication")
+
+
+def check_scalable(slot: Slot) -> None:
+    """Refuses adapters whose effect is not proportional to a scaling."""
+    found = not_scaled(slot.config)
+    if found is None and kept_originals(slot.host.base, slot.adapter_name):
+        found = "an adapter that came with base weights of its own, which would stay"
+    if found is None:
+        return
+    raise refuse(
+        f"The strength of {slot.adapter_name!r} can't be set.",
+        found=found,
+        expected="LoRA alone, whose effect is its scaling times B @ A",
+        next_step="use model.disable_adapter() to turn it off",
+    )
+
+
+def not_scaled(config: PeftConfig) -> str | None:
+    """What of an adapter with this config would stay at full strength, or None."""
+    if method_for(config.peft_type) is general:
+        return f"an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}"
+    if config.use_dora:
+        return "an adapter of type DoRA, whose magnitude would stay at full strength"
+    if present := [name for name in NOT_SCALED if getattr(config, name) not in (None, [], {}, "none")]:
+        return f"an adapter with {' and '.join(present)}, which would stay at full strength"
+    return None
+
+
+def check_strength(strength: object) -> None:
+    """Refuses what is no strength."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        raise refuse(
+            "The strength is not a number.",
+            found=f"strength={strength!r}",
+            expected="a finite number: 0 for off, 1 for as trained",
+            next_step="pass a float",
+        )
+
+
+def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float:
+    """The strength that :func:`set_strength`, or PEFT's ``set_scale`` and ``scale_layer``, gave to an adapter.
+
+    Raises
+    ------
+    HotswapError
+        If there is no such adapter, or its layers have different strengths.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, get_strength, set_strength
+    >>> model, _ = demo.load("reverse")
+    >>> set_strength(model, 0.25)
+    >>> get_strength(model)
+    0.25
+    """
+    slot = slot_for(find_host(model, adapter_name), adapter_name)
+    if slot.method is general:
+        check_scalable(slot)
+    strengths = {
+        round(float(layer.module.scaling[adapter_name]) / _trained(slot, layer), 6)
+        for layer in slot.layers
+        if not is_off(layer.module, adapter_name) and _trained(slot, layer)
+    }
+    if len(strengths) > 1:
+        raise refuse(
+            f"The layers of {adapter_name!r} have different strengths.",
+            found=listing(sorted(strengths)),
+            expected="one strength for all layers",
+            next_step="read layer.scaling of each layer, or call set_strength to make them equal",
+        )
+    return strengths.pop() if strengths else 1.0
+
+
+def _trained(slot: Slot, layer: SlotLayer) -> float:
+    return slot.method.settings_of(layer.module, slot.adapter_name).scaling

@@ -1,0 +1,695 @@
+"""Swaps where something else goes by the same things: other adapters, the model's class, whoever made a plan."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from adapters import ALL, CONFIGS, LLAMA, save_random_adapter_of
+from lora_kinds import ATTENTION, MODELS
+from models import ARCHITECTURES, KINDS, Kind, call, load
+from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftMixedModel,
+    RandLoraConfig,
+)
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from hotswap_lab import (
+    AdapterPool,
+    HotswapError,
+    hotswap_adapter,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    save_adapter,
+    verify_hotswap,
+)
+from hotswap_lab.core import commit
+
+
+def _lora(**arguments) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": ATTENTION, **arguments})
+
+
+def _save(tmp_path, *configs, kind: Kind = LLAMA) -> list[str]:
+    return [save_random_adapter_of(each, tmp_path / f"{n}", n + 1, kind) for n, each in enumerate(configs)]
+
+
+def _refused(model, new: str, match: str, name: str = "default", **arguments) -> None:
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match=match):
+        hotswap_adapter(model, new, name, **arguments)
+    assert_untouched(model, before)
+
+
+def test_trained_tokens_of_an_inactive_adapter(tmp_path):
+    """Their wrapper has its own idea of what is active."""
+    first, second, tokens, more = _save(
+        tmp_path,
+        _lora(target_modules=["q_proj"]),
+        _lora(r=2),
+        _lora(trainable_token_indices=[1, 2]),
+        _lora(modules_to_save=["lm_head"], use_dora=True),
+    )
+    model = load(LLAMA, first)
+    model.load_adapter(second, "a")
+    hotswap_adapter(model, tokens, "a")
+    hotswap_adapter(model, more, "default", add_layers=True)
+    assert_same_outputs(model, load(LLAMA, more), LLAMA)
+    model.set_adapter("a")
+    assert_same_outputs(model, load(LLAMA, tokens), LLAMA)
+
+
+@pytest.mark.parametrize("mine", [dict(use_dora=True, modules_to_save=["lm_head"]), dict(bias="lora_only")])
+def test_saving_beside_trained_tokens_of_another_adapter(tmp_path, mine):
+    """PEFT 0.21 looks for tokens of this one, too, and fails; ours has none."""
+    first, tokens, new = _save(tmp_path, _lora(r=2), _lora(trainable_token_indices=[1, 2]), _lora(**mine))
+    model = load(LLAMA, first)
+    model.load_adapter(tokens, "other")
+    model.set_adapter("default")
+    hotswap_adapter(model, new, "default")
+    save_adapter(model, tmp_path / "saved")
+    assert_equals_fresh_load(load(LLAMA, str(tmp_path / "saved")), LLAMA, new)
+    assert verify_hotswap(model, new, inputs=LLAMA.inputs(), base=LLAMA.base)
+
+
+@pytest.mark.parametrize("name", ["OSF", "PSOFT"])
+def test_buffers_that_are_not_saved(tmp_path, name):
+    """Also on layers where another adapter was and this one was not."""
+    everywhere, _, few = CONFIGS[name]
+    first, other, new = _save(tmp_path, few, everywhere, everywhere)
+    model = load(LLAMA, first)
+    model.load_adapter(other, "other")
+    model.set_adapter("default")
+    hotswap_adapter(model, new, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+    save_adapter(model, tmp_path / "saved")
+    names = [load_file(f"{folder}/adapter_model.safetensors").keys() for folder in (tmp_path / "saved", new)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(("mine", "other", "new"), [(1, 1, 0), (0, 0, 1)])
+def test_layers_that_fail_without_the_active_adapter(tmp_path, mine, other, new):
+    """LN tuning looks for the active adapter wherever any adapter is; after the swap one would be missing there."""
+    folders = _save(tmp_path, *CONFIGS["LNTuning"][:2])
+    model = load(LLAMA, folders[mine])
+    model.load_adapter(folders[other], "other")
+    model.set_adapter("default")
+    _refused(model, folders[new], "a layer that fails where the active adapter is not on it", add_layers=True)
+    model.delete_adapter("other")
+    hotswap_adapter(model, folders[new], "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, folders[new], margin=10)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("more", [dict(use_dora=True), dict(lora_bias=True)])
+def test_layers_are_added_where_a_plain_adapter_is(tmp_path, more, is_prepared):
+    """DoRA and biases are more than tensors: what makes the layer compute them comes with them."""
+    bert = MODELS["bert"]
+    first, other, new = _save(
+        tmp_path,
+        _lora(target_modules=["query"], **more),
+        _lora(target_modules=["query", "value"]),
+        _lora(r=8, target_modules=["query", "value"], **more),
+        kind=bert,
+    )
+    model, fresh = load(bert, first), load(bert, new)
+    for each in (model, fresh):
+        each.load_adapter(other, "other")
+        each.set_adapter("default")
+    if is_prepared:
+        prepare_model_for_compiled_hotswap(model, adapters=[new], adapter_name="default")
+    hotswap_adapter(model, new, "default", add_layers=True)
+    for name, folder in (("other", other), ("default", new)):
+        for each in (model, fresh):
+            each.set_adapter(name)
+        assert_same_outputs(model, fresh, bert, margin=10)
+        assert_equals_fresh_load(model, bert, folder, name, prepared=is_prepared, margin=10)
+    for layer, expected in zip(model.modules(), fresh.modules(), strict=True):
+        if hasattr(expected, "adapter_layer_names"):
+            assert set(layer.adapter_layer_names) == set(expected.adapter_layer_names)
+
+
+def test_the_class_of_the_model(tmp_path):
+    """aLoRA, like prompts, works by the class that PEFT puts around the model for a task."""
+    old, new = _save(tmp_path, _lora(), _lora(task_type="CAUSAL_LM", alora_invocation_tokens=[5]))
+    _refused(load(LLAMA, old), new, "for another task than the model was loaded for")
+
+
+def _with_other_embeddings(folder: str, target: str) -> str:
+    """An adapter whose file changes the base model's own embeddings."""
+    import shutil
+
+    shutil.copytree(folder, target)
+    tensors = load_file(f"{folder}/adapter_model.safetensors")
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    tensors[key] = tensors[key] + 0.3 * torch.randn(tensors[key].shape, generator=torch.Generator().manual_seed(0))
+    save_file(tensors, f"{target}/adapter_model.safetensors", metadata={"format": "pt"})
+    return str(target)
+
+
+def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
+    plain, embedded = _save(tmp_path, _lora(), _lora(target_modules=["embed_tokens", "q_proj"]))
+    changed = _with_other_embeddings(embedded, tmp_path / "changed")
+    model = load(LLAMA, changed)
+    save_adapter(model, tmp_path / "saved")
+    assert_same_outputs(model, load(LLAMA, str(tmp_path / "saved")), LLAMA)
+    _refused(model, plain, "came with base weights of its own", add_layers=True)
+    hotswap_adapter(model, plain, "default", add_layers=True, base_weights=LLAMA.base().state_dict())
+    assert_equals_fresh_load(model, LLAMA, plain, margin=10)
+    hotswap_adapter(model, changed, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, changed, margin=10)
+    save_adapter(model, tmp_path / "again")
+    assert_same_outputs(model, load(LLAMA, str(tmp_path / "again")), LLAMA)
+
+
+def test_embeddings_that_no_file_has_overwritten(tmp_path):
+    """An adapter on embeddings was swapped in, with the base's own weights: nothing is lost when it goes."""
+    plain, embedded, more = _save(
+        tmp_path,
+        _lora(target_modules=["q_proj"]),
+        _lora(target_modules=["embed_tokens", "q_proj"]),
+        _lora(r=2, target_modules=["embed_tokens", "q_proj"]),
+    )
+    model = load(LLAMA, plain)
+    for folder in (embedded, more, plain, embedded, plain):
+        hotswap_adapter(model, folder, "default", add_layers=True)
+        assert_equals_fresh_load(model, LLAMA, folder, margin=10)
+
+
+@pytest.mark.parametrize("way", ["prepared", "pool"])
+def test_embeddings_in_a_room(tmp_path, way):
+    """They are turned off only where the adapter that PEFT loaded was not on them."""
+    plain, embedded = _save(
+        tmp_path, _lora(target_modules=["q_proj"]), _lora(target_modules=["embed_tokens", "q_proj"])
+    )
+
+    def swap_of(model):
+        if way == "pool":
+            pool = AdapterPool(model, progress=False)
+            pool.add("plain", plain)
+            return lambda folder: pool.swap("plain")
+        prepare_model_for_compiled_hotswap(model, adapters=[plain, embedded])
+        return lambda folder: hotswap_adapter(model, folder, "default")
+
+    model = load(LLAMA, _with_other_embeddings(embedded, tmp_path / "changed"))
+    with pytest.raises(HotswapError, match="came with base weights of its own"):
+        swap_of(model)(plain)
+    if way == "prepared":
+        model = load(LLAMA, plain)
+        swap = swap_of(model)
+        for folder in (embedded, plain, embedded, plain):
+            swap(folder)
+            assert_equals_fresh_load(model, LLAMA, folder, margin=10, prepared=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda value: value[:1], lambda value: value.int(), lambda value: value.tolist()],
+    ids=["shape", "integers", "a list"],
+)
+def test_base_weights_are_checked(tmp_path, damage):
+    everything, plain = _save(
+        tmp_path,
+        LoraConfig(r=4, target_modules=["query"], bias="all"),
+        LoraConfig(r=4, target_modules=["query"]),
+        kind=MODELS["bert"],
+    )
+    weights = {key: damage(value) for key, value in MODELS["bert"].base().state_dict().items()}
+    _refused(load(MODELS["bert"], everything), plain, "does not fit the base model", base_weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "new"),
+    [
+        (
+            IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+            IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+            IA3Config(target_modules=["down_proj"], feedforward_modules=[]),
+        ),
+        (
+            RandLoraConfig(r=4, target_modules=ALL),
+            RandLoraConfig(r=4, target_modules=ALL),
+            RandLoraConfig(r=8, target_modules=ALL),
+        ),
+        (
+            AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+            AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+            AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+        ),
+    ],
+)
+def test_what_other_adapters_go_by_is_not_changed(tmp_path, first, second, new):
+    """Some methods keep a flag or a table on the layer for all adapters."""
+    first, second, new = _save(tmp_path, first, second, new)
+    model = load(LLAMA, first, "x")
+    model.load_adapter(second, "y")
+    expected = call(model, LLAMA.inputs())
+    _refused(model, new, "found: ", "y", add_layers=True)
+    assert torch.equal(call(model, LLAMA.inputs()), expected)
+
+
+def test_biases_of_the_base_are_for_a_single_adapter(tmp_path):
+    kind = MODELS["bert"]
+    plain, other, biased = _save(
+        tmp_path,
+        LoraConfig(r=4, target_modules=["query"]),
+        LoraConfig(r=2, target_modules=["value"]),
+        LoraConfig(r=4, target_modules=["query"], bias="all"),
+        kind=kind,
+    )
+    model = load(kind, plain)
+    model.load_adapter(other, "other")
+    _refused(model, biased, "which the model's other adapters go by, too")
+
+
+def _with_merged_neighbour(folder: str, other: str):
+    """A model with two adapters, and the base weights contain the other one."""
+    model = load(LLAMA, folder)
+    model.load_adapter(other, "other")
+    model.eval()
+    model.set_adapter("other")
+    model.merge_adapter(["other"])
+    return model
+
+
+def _without(model):
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    return model
+
+
+MERGED = "Cannot hot-swap adapter 'default' while 'other' is merged"
+#: swaps that start from the base weights: those of layers to turn off, or of all
+FROM_BASE = {
+    "DoRA": (_lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"]), _lora()),
+    "DoRA, by a donor": (
+        _lora(use_dora=True),
+        _lora(use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        _lora(),
+    ),
+    "DoRA, to plain": (_lora(use_dora=True), _lora(target_modules=["q_proj"]), _lora()),
+    **{name: (*CONFIGS[name][:2], CONFIGS[name][0]) for name in ("PSOFT", "Adamss") if name in CONFIGS},
+}
+
+
+@pytest.mark.parametrize("name", FROM_BASE)
+def test_the_base_weights_contain_another_adapter(tmp_path, name):
+    old, new, other = _save(tmp_path, *FROM_BASE[name])
+    model = _with_merged_neighbour(old, other)
+    _refused(model, new, MERGED)
+    hotswap_adapter(_without(model), new, "default")
+    assert_same_outputs(model, load(LLAMA, new), LLAMA, margin=10)
+
+
+def test_another_adapter_is_merged_after_the_plan_was_made(tmp_path):
+    old, new, other = _save(tmp_path, *FROM_BASE["DoRA"])
+    model = _without(_with_merged_neighbour(old, other))
+    plan = plan_hotswap(model, new)
+    model.set_adapter("other")
+    model.merge_adapter(["other"])
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match=MERGED):
+        commit(plan)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("new", [_lora(r=2, target_modules=["q_proj"]), _lora(modules_to_save=["lm_head"])])
+def test_what_needs_no_base_weight_is_swapped_beside_a_merged_adapter(tmp_path, new):
+    old, new, other = _save(tmp_path, _lora(), new, _lora())
+    model = _with_merged_neighbour(old, other)
+    hotswap_adapter(model, new, "default")
+    model = _without(model)
+    torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, new), LLAMA.inputs()))
+
+
+def test_a_room_while_another_adapter_is_merged(tmp_path):
+    old, few, same, other = _save(tmp_path, *FROM_BASE["DoRA"][:2], _lora(r=2, use_dora=True), _lora())
+    model = load(LLAMA, old)
+    model.load_adapter(other, "other")
+    pool = AdapterPool(model.eval(), adapters={"old": old}, progress=False)
+    model.set_adapter("other")
+    model.merge_adapter(["other"])
+    with pytest.raises(HotswapError, match=MERGED):
+        pool.add("few", few)
+    _refused(model, few, MERGED)
+    pool.add("same", same)  # on all layers, so that none has to be turned off
+    pool.swap("same")
+    torch.testing.assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, same), LLAMA.inputs()))
+    pool.add("few", few)
+    pool.swap("few")
+    torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
+
+
+def test_layers_are_not_reserved_while_another_adapter_is_merged(tmp_path):
+    old, few, other = _save(tmp_path, *FROM_BASE["DoRA"])
+    model = _with_merged_neighbour(few, other)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match=MERGED):
+        prepare_model_for_compiled_hotswap(model, adapters=[old], adapter_name="default")
+    assert_untouched(model, before)
+    prepare_model_for_compiled_hotswap(_without(model), adapters=[old], adapter_name="default")
+    torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
+
+
+STALE = {
+    "swapped": lambda model, folders: hotswap_adapter(model, folders[2], "default"),
+    "merged": lambda model, folders: model.merge_adapter(),
+    "trained": lambda model, folders: [each.data.add_(0.1) for each in model.parameters() if each.requires_grad],
+}
+
+
+@pytest.mark.parametrize("change", STALE)
+@pytest.mark.parametrize("kind", ["LoHa", "LoRA"])
+def test_a_plan_is_for_the_model_as_it_was(tmp_path, kind, change):
+    config = LoHaConfig if kind == "LoHa" else LoraConfig
+    folders = _save(tmp_path, *(config(r=rank, target_modules=ATTENTION) for rank in (4, 6, 2)))
+    model = load(LLAMA, folders[0], is_trainable=True)
+    plan = plan_hotswap(model, folders[1])
+    with torch.no_grad():
+        STALE[change](model, folders)
+    if change == "trained":
+        commit(plan)  # decided again: what is there is compared as it is now
+        assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, is_trainable=True)
+        return
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+    assert_untouched(model, before)
+
+
+#: by what a swap does: the loaded adapter and the new one
+SWAPS = {
+    "wraps": (_lora(), _lora(modules_to_save=["lm_head"])),
+    "unwraps": (_lora(modules_to_save=["lm_head"]), _lora()),
+    "adds tables": (_lora(target_modules=["q_proj"]), _lora(use_dora=True)),
+    "adds layers": (_lora(target_modules=["q_proj"]), _lora(r=2)),
+    "adds other layers": (LoHaConfig(r=4, target_modules=["q_proj"]), LoHaConfig(r=4, target_modules=ATTENTION)),
+}
+
+
+def _load_again(model, folder: str) -> None:
+    model.delete_adapter("second")
+    model.load_adapter(folder, "second")
+
+
+NEIGHBOURS = {
+    "another is loaded": lambda model, folder: model.load_adapter(folder, "other"),
+    "another is deleted": lambda model, folder: model.delete_adapter("second"),
+    "another is loaded anew": _load_again,
+    "another is active": lambda model, folder: model.set_adapter("second"),
+    "all are unloaded": lambda model, folder: model.unload(),
+}
+
+
+@pytest.mark.parametrize("change", NEIGHBOURS)
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_plan_that_changes_wrappers_is_for_the_adapters_that_were_there(tmp_path, swap, change):
+    loaded, new = SWAPS[swap]
+    other = copy.deepcopy(loaded)
+    other.target_modules = ["k_proj"]
+    folders = _save(tmp_path, loaded, new, other)
+    model = load(LLAMA, folders[0])
+    model.load_adapter(folders[2], "second")
+    plan = plan_hotswap(model, folders[1], add_layers=True)
+    assert plan.ok
+    NEIGHBOURS[change](model, folders[2])
+    before = snapshot(model)
+    try:
+        commit(plan)
+    except HotswapError:
+        assert_untouched(model, before)
+        with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+            commit(plan)
+        return
+    model.set_adapter("default")
+    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10)
+
+
+def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
+    folders = _save(tmp_path, _lora(), _lora(r=2), _lora(r=6))
+    model = load(LLAMA, folders[0])
+    plan = plan_hotswap(model, folders[1])
+    model.load_adapter(folders[2], "other")
+    commit(plan)
+    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10)
+    model.set_adapter("other")
+    assert_same_outputs(model, load(LLAMA, folders[2], "other"), LLAMA, margin=10)
+
+
+@pytest.mark.parametrize("rank", [4, 2])
+def test_a_plan_for_layers_that_were_unloaded(tmp_path, rank):
+    folders = _save(tmp_path, _lora(), _lora(r=rank))
+    model = load(LLAMA, folders[0])
+    plan = plan_hotswap(model, folders[1])
+    model.unload()
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+
+
+PREPARED = {
+    "prepared": lambda model, folders: prepare_model_for_compiled_hotswap(model, target_rank=8),
+    "in a pool": lambda model, folders: AdapterPool(model, adapters={"new": folders[1]}, progress=False),
+}
+KINDS_TO_PREPARE = {
+    "LoRA": [_lora(), _lora(r=2)],
+    "DoRA": [_lora(use_dora=True), _lora(r=2, use_dora=True)],
+    "LoHa": [LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 2)],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [("LoRA", "prepared"), ("LoRA", "in a pool"), ("DoRA", "prepared"), ("LoHa", "prepared")]
+)
+def test_a_plan_from_before_the_model_was_prepared(tmp_path, kind, how):
+    folders = _save(tmp_path, *KINDS_TO_PREPARE[kind])
+    model = load(LLAMA, folders[0])
+    plan = plan_hotswap(model, folders[1])
+    PREPARED[how](model, folders)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+    assert_untouched(model, before)
+    for folder in reversed(folders):
+        hotswap_adapter(model, folder, "default")
+    assert_equals_fresh_load(model, LLAMA, folders[0], margin=10, prepared=True)
+
+
+def test_a_plan_from_before_more_room_was_made(tmp_path):
+    folders = _save(tmp_path, _lora(), _lora(r=2))
+    model = load(LLAMA, folders[0])
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    plan = plan_hotswap(model, folders[1])
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+
+
+def test_the_same_plan_twice(tmp_path):
+    folders = _save(tmp_path, *(LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6)))
+    model = load(LLAMA, folders[0])
+    plan = plan_hotswap(model, folders[1])
+    commit(plan)
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "new"),
+    [
+        (LoHaConfig(r=4, target_modules=ATTENTION), LoHaConfig(r=6, target_modules=ATTENTION)),
+        (_lora(), _lora(modules_to_save=["lm_head"])),
+        (_lora(), _lora(r=8)),
+    ],
+)
+def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
+    """New parameters, or new shapes, would not be averaged any more."""
+    old, new = _save(tmp_path, loaded, new)
+    model = load(LLAMA, old, is_trainable=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(model)
+        before = snapshot(model)
+        with pytest.raises(HotswapError, match="would no longer average the gradients"):
+            hotswap_adapter(parallel, new, "default")
+        assert_untouched(model, before)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_budget_of_adalora_follows(tmp_path):
+    folders = _save(
+        tmp_path, *(AdaLoraConfig(init_r=6, target_r=each, total_step=20, target_modules=ALL) for each in (2, 4))
+    )
+    model, fresh = (load(LLAMA, folder, is_trainable=True) for folder in folders)
+    hotswap_adapter(model, folders[1], "default")
+    live, expected = model.base_model.rankallocator, fresh.base_model.rankallocator
+    assert live.peft_config.target_r == expected.peft_config.target_r == 4
+    assert (live.init_bgt, live.target_bgt, live.name_set) == (
+        expected.init_bgt,
+        expected.target_bgt,
+        expected.name_set,
+    )
+    assert live.peft_config is model.peft_config["default"]
+
+
+def test_a_prepared_model_takes_its_own_state_dict(tmp_path):
+    """Where DoRA is off, its magnitude is the base's own norm, not zero."""
+    folders = _save(tmp_path, _lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"]))
+    model = load(LLAMA, folders[0])
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap_adapter(model, folders[1], "default")
+    model.load_state_dict(model.state_dict())
+    assert_equals_fresh_load(model, LLAMA, folders[1], prepared=True, margin=10)
+    model.load_adapter(folders[0], "other")
+    assert_equals_fresh_load(model, LLAMA, folders[1], prepared=True, margin=10)
+
+
+@pytest.mark.parametrize("name", ["LoHa", "HiRA", "AdaLoRA", "SEQ_CLS"])
+def test_an_adapter_that_is_loaded_where_a_prepared_one_was_deleted(tmp_path, name):
+    kind = MODELS["classifier"] if name == "SEQ_CLS" else LLAMA
+    configs = CONFIGS[name][::2] if name in CONFIGS else [_lora(task_type="SEQ_CLS"), _lora(r=2, task_type="SEQ_CLS")]
+    folders = _save(tmp_path, *copy.deepcopy(configs), kind=kind)
+    model = load(kind, folders[0])
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap_adapter(model, folders[1], "default")
+    model.load_adapter(folders[0], "other")
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.load_adapter(folders[0], "default")
+    model.set_adapter("default")
+    assert_same_outputs(model, load(kind, folders[0]), kind, margin=10)
+    hotswap_adapter(model, folders[1], "default")
+    assert_same_outputs(model, load(kind, folders[1]), kind, margin=10)
+
+
+@pytest.mark.parametrize("name", ["PromptTuning", "PTuning", "AdaptionPrompt", "LoHa"])
+def test_models_loaded_in_inference_mode(tmp_path, name):
+    old, new = _save(tmp_path, *CONFIGS[name][:2])
+    with torch.inference_mode():
+        model = load(LLAMA, old)
+        hotswap_adapter(model, new, "default", add_layers=True)
+        assert_same_outputs(model, load(LLAMA, new), LLAMA, margin=10)
+
+
+def test_mixed_models(tmp_path):
+    """A layer of another method may be put around one that is there, as PEFT does it."""
+    kind = KINDS["linear"]
+    many, few = _save(
+        tmp_path,
+        LoHaConfig(r=4, target_modules=list(kind.modules)),
+        LoHaConfig(r=2, target_modules=["last"]),
+        kind=kind,
+    )
+    model = PeftMixedModel(kind.base(), LoraConfig(target_modules=["first"], r=2), "lora")
+    model.load_adapter(many, "loha")
+    for folder in (few, many, few):
+        hotswap_adapter(model, folder, "loha", add_layers=True)
+        model.set_adapter("loha")
+        assert_same_outputs(model.eval(), load(kind, folder), kind)
+
+
+def test_verdicts_on_a_model_whose_base_was_overwritten(tmp_path):
+    """A copy of the live base can't tell; a fresh base does."""
+    plain, embedded = _save(tmp_path, _lora(), _lora(target_modules=["embed_tokens", "q_proj"]))
+    model = load(LLAMA, _with_other_embeddings(embedded, tmp_path / "changed"))
+    wrong = {"model.embed_tokens.weight": model.get_base_model().model.embed_tokens.get_base_layer().weight.clone()}
+    hotswap_adapter(model, plain, "default", add_layers=True, base_weights=wrong)
+    assert not verify_hotswap(model, plain, inputs=LLAMA.inputs(), base=LLAMA.base)
+
+
+def _older_mixtral(folder, seed: int, rank: int) -> str:
+    """A file from before transformers 5: a layer for each matrix of each expert, where there is one parameter now."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(2):
+        for expert in range(4):
+            for name, (rows, columns) in {"w1": (24, 16), "w2": (16, 24), "w3": (24, 16)}.items():
+                path = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors[f"{path}.lora_A.weight"] = 0.3 * torch.randn(rank, columns, generator=generator)
+                tensors[f"{path}.lora_B.weight"] = 0.3 * torch.randn(rows, rank, generator=generator).abs()
+    LoraConfig(r=rank, target_modules=["w1", "w2", "w3"], inference_mode=True).save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_adapters_of_older_versions_of_transformers(tmp_path):
+    """PEFT converts their names and shapes at a load, and so at a swap."""
+    kind = ARCHITECTURES["mixtral"]
+    first, second = (_older_mixtral(tmp_path / f"rank{rank}", rank, rank) for rank in (4, 8))
+    (plain,) = _save(tmp_path, _lora(), kind=kind)
+    model = load(kind, plain)
+    for folder in (first, second, plain, second, first):
+        hotswap_adapter(model, folder, "default", add_layers=True)
+        assert_equals_fresh_load(model, kind, folder, margin=10)
+
+
+def test_several_active_adapters(tmp_path):
+    """Each is swapped while both compute."""
+    configs = (_lora(use_dora=True), _lora(r=2, target_modules=["v_proj", "o_proj"]), _lora(r=8), _lora(r=3))
+    folders = _save(tmp_path, *configs)
+    model, fresh = (load(LLAMA, folders[first], "a") for first in (0, 2))
+    model.load_adapter(folders[1], "b")
+    fresh.load_adapter(folders[3], "b")
+    for each in (model, fresh):
+        each.base_model.set_adapter(["a", "b"])
+    hotswap_adapter(model, folders[2], "a")
+    hotswap_adapter(model, folders[3], "b", add_layers=True)
+    assert model.active_adapters == ["a", "b"]
+    assert_same_outputs(model, fresh, LLAMA)
+
+
+def test_several_active_adapters_in_pools(tmp_path):
+    folders = _save(tmp_path, _lora(), _lora(r=2), _lora(r=8, target_modules=["q_proj"]), _lora(r=3))
+    model, fresh = (load(LLAMA, folders[first], "a") for first in (0, 2))
+    for each, second in ((model, 1), (fresh, 3)):
+        each.load_adapter(folders[second], "b")
+        each.base_model.set_adapter(["a", "b"])
+    pools = [
+        AdapterPool(model, name, {str(number): folder for number, folder in enumerate(folders)}, progress=False)
+        for name in ("a", "b")
+    ]
+    pools[0].swap("2")
+    pools[1].swap("3")
+    assert_same_outputs(model, fresh, LLAMA)
+
+
+@pytest.mark.parametrize("config", [_lora(), _lora(use_dora=True), LoHaConfig(r=4, target_modules=ATTENTION)])
+@pytest.mark.parametrize("way", ["plain", "prepared"])
+def test_training_with_gradient_checkpointing(tmp_path, config, way):
+    """A swap in the middle of training: a step afterwards is that of a fresh load, gradients included."""
+    folders = _save(tmp_path, config, config)
+    model, fresh = (load(LLAMA, folder, is_trainable=True) for folder in folders)
+    if way == "prepared":
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    for each in (model, fresh):
+        each.train()
+        each.enable_input_require_grads()
+        each.gradient_checkpointing_enable()
+    model(**LLAMA.inputs()).logits.square().sum().backward()
+    hotswap_adapter(model, folders[1], "default")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for each in (model, fresh):
+        each(**LLAMA.inputs()).logits.square().sum().backward()
+        torch.optim.SGD(each.parameters(), lr=0.05).step()
+        each.eval()
+    torch.testing.assert_close(call(model, LLAMA.inputs()), call(fresh, LLAMA.inputs()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [_lora(), LoHaConfig(r=4, target_modules=ATTENTION)])
+def test_autograd_notices_a_swap(tmp_path, config):
+    """Between a forward and its backward: the weights that were saved for it are gone."""
+    folders = _save(tmp_path, config, config)
+    model = load(LLAMA, folders[0], is_trainable=True)
+    loss = model(**LLAMA.inputs()).logits.square().sum()
+    hotswap_adapter(model, folders[1], "default")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -1,0 +1,111 @@
+"""All or nothing: an error leaves the model exactly the old adapter or exactly the new one.
+
+Faults at every step are in ``robustness/test_faults.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from models import KINDS, call, load, save_random_adapter
+from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+
+import hotswap_lab
+from hotswap_lab import hotswap_adapter, plan_hotswap
+from hotswap_lab.core import commit
+from hotswap_lab.core.journal import Journal
+
+
+def test_out_of_memory_while_staging(tmp_path, monkeypatch):
+    kind = KINDS["linear"]
+    old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4)
+    new = save_random_adapter(kind, tmp_path / "new", seed=2, r=6)
+    model = load(kind, old)
+    before = snapshot(model)
+    plan = plan_hotswap(model, new)
+    calls = iter(range(100))
+    original = torch.Tensor.contiguous
+
+    def out_of_memory(tensor, *arguments, **kwargs):
+        if next(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return original(tensor, *arguments, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        commit(plan)
+    monkeypatch.undo()
+    assert_untouched(model, before)
+    commit(plan)
+    assert_equals_fresh_load(model, kind, new)
+
+
+@pytest.mark.usefixtures("python_sigint")
+def test_a_real_interrupt_at_random_moments(tmp_path):
+    """SIGINT from another thread, over and over: after each one the model is one adapter or the other."""
+    kind = KINDS["llama"]
+    folders = [
+        save_random_adapter(kind, tmp_path / "old", seed=1, r=4),
+        save_random_adapter(kind, tmp_path / "new", seed=2, r=6, target_modules=["q_proj", "down_proj"]),
+    ]
+    expected = [call(load(kind, folder), kind.inputs()) for folder in folders]
+    model = load(kind, folders[0])
+    interrupts = 0
+    for attempt in range(40):
+        timer = threading.Timer(0.0005 * (attempt % 20), lambda: os.kill(os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            for number in range(1000):
+                hotswap_adapter(model, folders[number % 2], "default")
+        except KeyboardInterrupt:
+            interrupts += 1
+        timer.join()
+        output = call(model, kind.inputs())
+        assert any(torch.equal(output, each) for each in expected)
+    assert interrupts == 40
+
+
+def test_swaps_from_another_thread(tmp_path):
+    """Signal handlers belong to the main thread; elsewhere a swap just works."""
+    kind = KINDS["linear"]
+    old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4)
+    new = save_random_adapter(kind, tmp_path / "new", seed=2, r=6)
+    model = load(kind, old)
+    thread = threading.Thread(target=hotswap_adapter, args=(model, new, "default"))
+    thread.start()
+    thread.join()
+    assert_equals_fresh_load(model, kind, new)
+
+
+def test_an_interrupted_roll_back_is_completed():
+    table = {"a": 1, "b": 2}
+    journal = Journal()
+    journal.set_item(table, "a", 10)
+    pending = [KeyboardInterrupt()]
+
+    def interrupted() -> None:
+        if pending:
+            raise pending.pop()
+
+    journal.record(interrupted)
+    journal.set_item(table, "b", 20)
+    with pytest.raises(KeyboardInterrupt):
+        journal.roll_back()
+    assert table == {"a": 1, "b": 2}
+
+
+def test_a_plan_that_was_refused_can_not_be_committed(tmp_path):
+    kind = KINDS["linear"]
+    old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4, target_modules=["first"])
+    new = save_random_adapter(kind, tmp_path / "new", seed=2, r=6)
+    model = load(kind, old)
+    before = snapshot(model)
+    plan = plan_hotswap(model, new)
+    assert not plan.ok
+    with pytest.raises(hotswap_lab.HotswapError):
+        commit(plan)
+    assert_untouched(model, before)

@@ -1,0 +1,156 @@
+"""What LoRA's own module says of configs and layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import KINDS, randomize
+from oracle import assert_same_tensors, assert_untouched, snapshot
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+
+from hotswap_lab import HotswapError, hotswap_adapter_from_state_dict, resolve_slot
+from hotswap_lab.core import lora
+
+LLAMA = KINDS["llama"]
+
+CONFIGS = {
+    "plain": {},
+    "rsLoRA": dict(use_rslora=True),
+    "patterns": dict(rank_pattern={"q_proj": 3, "layers.1.mlp.up_proj": 5}, alpha_pattern={"up_proj": 7}),
+    "first pattern wins": dict(rank_pattern={"q_proj": 3, r".*layers\.0\..*": 5}),
+    "all-linear": dict(target_modules="all-linear"),
+    "default targets": dict(target_modules=None),
+    "regular expression": dict(target_modules=r".*layers\.1\..*(q|up)_proj"),
+    "some layers": dict(layers_to_transform=[0]),
+    "excluding": dict(exclude_modules=r".*down_proj"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_targets_and_settings_are_those_that_peft_makes(name):
+    """PEFT's own injection is the truth: which layers it puts LoRA on, with which rank, alpha and scaling."""
+    options = {"r": 4, "lora_alpha": 6, "target_modules": list(LLAMA.modules), **CONFIGS[name]}
+    model = get_peft_model(LLAMA.base(), LoraConfig(**options))
+    host = resolve_slot(model, "default").host
+    config = lora.resolved_config(LoraConfig(**options), host)
+    assert config.target_modules == model.peft_config["default"].target_modules
+    for path, module in host.base.named_modules():
+        if ".lora_" in path or path.endswith("base_layer") or not path:
+            continue
+        assert lora.targets(config, path) == isinstance(module, LoraLayer), path
+        if isinstance(module, LoraLayer):
+            settings = lora.settings_for(config, path)
+            for table, field in lora.SCALAR_TABLES.items():
+                assert getattr(module, table)["default"] == getattr(settings, field), (path, table)
+
+
+def test_many_target_modules_are_shortened_as_peft_does():
+    """Above twenty full names PEFT looks for shorter ones that mean the same."""
+    names = [
+        name for name, module in LLAMA.base().named_modules() if isinstance(module, nn.Linear) and "head" not in name
+    ]
+    wide = [name.replace("layers.0", f"layers.{index}") for index in range(2) for name in names] * 2
+    model = get_peft_model(LLAMA.base(), LoraConfig(target_modules=wide))
+    config = lora.resolved_config(LoraConfig(target_modules=wide), resolve_slot(model, "default").host)
+    assert config.target_modules == model.peft_config["default"].target_modules
+
+
+def test_the_callers_config_is_not_changed():
+    config = LoraConfig(target_modules="all-linear")
+    model = get_peft_model(LLAMA.base(), LoraConfig(target_modules=["q_proj"]))
+    lora.resolved_config(config, resolve_slot(model, "default").host)
+    assert config.target_modules == "all-linear"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(r=True),
+        dict(r=0),
+        dict(lora_alpha=float("nan")),
+        dict(lora_dropout=1.5),
+        dict(use_rslora="yes"),
+        dict(rank_pattern={"q_proj": 2.5}),
+        dict(alpha_pattern={3: 2}),
+        dict(target_modules=[1, 2]),
+        dict(target_modules="(unclosed"),
+        dict(alpha_pattern={"(unclosed": 2}),
+    ],
+)
+def test_malformed_configs(changes):
+    config = LoraConfig(target_modules=["q_proj"])
+    assert not list(lora.malformed(config))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    assert list(lora.malformed(config))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x):
+        return self.mha(x, x, x)[0]
+
+
+def test_multihead_attention_is_not_added_either():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.mha = nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
+
+    model = get_peft_model(Both(), LoraConfig(r=2, target_modules=["lin"]))
+    before = snapshot(model)
+    tensors = {
+        f"{name}.lora_{side}.weight": torch.ones(shape)
+        for name, rows in (("lin", 8), ("mha", 24))
+        for side, shape in (("A", (2, 8)), ("B", (rows, 2)))
+    }
+    with pytest.raises(HotswapError, match="a MultiheadAttention"):
+        hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig(r=2), add_layers=True)
+    assert_untouched(model, before)
+
+
+def test_layers_of_another_peft_method_are_not_added_to():
+    from peft import LoHaConfig, PeftMixedModel
+
+    model = PeftMixedModel(KINDS["linear"].base(), LoraConfig(r=2, target_modules=["first"]), "lora")
+    model.add_adapter("loha", LoHaConfig(target_modules=["last"]))
+    before = snapshot(model)
+    tensors = {
+        "first.lora_A.weight": torch.ones(2, 12),
+        "first.lora_B.weight": torch.ones(16, 2),
+        "last.lora_A.weight": torch.ones(2, 16),
+        "last.lora_B.weight": torch.ones(6, 2),
+    }
+    with pytest.raises(HotswapError, match="already adapted by another PEFT method"):
+        hotswap_adapter_from_state_dict(model, tensors, "lora", LoraConfig(r=2), add_layers=True)
+    assert_untouched(model, before)
+
+
+def test_multihead_attention_from_a_state_dict():
+    """Its config may leave out which layers it is for: those of the loaded one."""
+    other = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["mha"]))
+    randomize(other, "default", seed=1)
+    tensors = get_peft_model_state_dict(other)
+    model = get_peft_model(Attention(), LoraConfig(r=4, target_modules=["mha"]))
+    hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig(r=2))
+    assert_same_tensors(get_peft_model_state_dict(model), tensors)
+    assert model.get_base_model().mha.scaling["default"] == 4
+
+
+def test_tensors_whose_values_share_memory_are_refused():
+    model = get_peft_model(KINDS["linear"].base(), LoraConfig(r=2, target_modules=["first"]))
+    parameter = model.get_base_model().first.lora_A["default"].weight
+    parameter.data = torch.zeros(1, 1).expand(2, 12)
+    with pytest.raises(HotswapError, match="share memory"):
+        hotswap_adapter_from_state_dict(
+            model,
+            {"first.lora_A.weight": torch.ones(2, 12), "first.lora_B.weight": torch.ones(16, 2)},
+            "default",
+            LoraConfig(r=2),
+        )

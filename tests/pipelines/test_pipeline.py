@@ -1,0 +1,888 @@
+"""Whole diffusers pipelines: after a swap they are what a fresh pipeline is after ``load_lora_weights``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from lengths import long
+from oracle import assert_same_tensors, assert_untouched, snapshot
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    HotswapError,
+    RecompileWatch,
+    get_strength,
+    hotswap_adapter,
+    hotswap_pipeline,
+    plan_pipeline_hotswap,
+    prepare_pipeline_for_compiled_hotswap,
+    read_pipeline_lora,
+    set_strength,
+    verify_hotswap,
+)
+from hotswap_lab.core.compiled import unwrap_compiled
+from hotswap_lab.pipelines.lora_files import parts_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*did not match any targeted module.*", "ignore:.*match no layer.*")
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- pipelines
+
+
+def text_encoder(cls: type = CLIPTextModel):
+    # with a smaller range, adapters hardly change the outputs
+    config = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        projection_dim=16,
+        initializer_factor=5.0,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    return cls(config)
+
+
+def tokenizer() -> CLIPTokenizer:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=8)
+
+
+def unet(**config) -> UNet2DConditionModel:
+    small = dict(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )
+    return UNet2DConditionModel(**(small | config))
+
+
+def stable_diffusion() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=None,
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        unet=unet(cross_attention_dim=16),
+        scheduler=DDIMScheduler(clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl() -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=text_encoder(),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16,
+        ),
+        scheduler=DDIMScheduler(clip_sample=False),
+        add_watermarker=False,
+    )
+
+
+def flux() -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # its gates start at zero
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, text_encoder(), tokenizer(), None, None, transformer)
+
+
+def latents(pipe, prompt: str = "a cat", **kwargs) -> torch.Tensor:
+    """A whole call of the pipeline, short of the picture."""
+    if isinstance(pipe, FluxPipeline):
+        ids = pipe.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            encoded = pipe.text_encoder(ids)
+        kwargs |= dict(prompt_embeds=encoded.last_hidden_state, pooled_prompt_embeds=encoded.pooler_output)
+    else:
+        kwargs["prompt"] = prompt
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(7)
+    return pipe(
+        height=64, width=64, num_inference_steps=2, generator=generator, output_type="latent", **kwargs
+    ).images.clone()
+
+
+@dataclass(frozen=True)
+class Kind:
+    make_random: Callable[[], object]
+    #: the parts, and the ends of the names of modules that LoRA goes on
+    parts: dict[str, tuple[str, ...]]
+
+    def __call__(self):
+        """A fresh pipeline; the same weights every time."""
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            pipe = self.make_random()
+        for model in parts_of(pipe).values():
+            model.eval()
+        return pipe
+
+    def loaded(self, source, name: str = "style", **kwargs):
+        """The truth: a fresh pipeline with diffusers' own loading."""
+        pipe = self()
+        pipe.load_lora_weights(source, adapter_name=name, **kwargs)
+        return pipe
+
+
+KINDS = {
+    "sd": Kind(stable_diffusion, {"unet": (*ATTENTION, "conv1", "ff.net.2"), "text_encoder": (*TEXT, "fc1")}),
+    "sdxl": Kind(stable_diffusion_xl, {"unet": ATTENTION, "text_encoder": TEXT, "text_encoder_2": (*TEXT, "fc2")}),
+    "flux": Kind(flux, {"transformer": (*ATTENTION, "proj_mlp", "x_embedder"), "text_encoder": TEXT}),
+}
+SD = KINDS["sd"]
+
+
+# ---- LoRA files, made without any library
+
+
+def matrices(model, ends: tuple[str, ...], rank: int, seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B, both random, for each module whose name ends like that. Every third one has one rank more."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for path, module in model.named_modules():
+        if not any(path == end or path.endswith(f".{end}") for end in ends):
+            continue
+        out_features, in_features, *kernel = module.weight.shape
+        r = rank + (len(found) % 3 == 2)
+        shapes = (r, in_features, *kernel), (out_features, r, *(1 for _ in kernel))
+        found[path] = tuple(torch.randn(shape, generator=generator) * 0.3 for shape in shapes)
+    assert found
+    return found
+
+
+def peft_keys(part: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
+    return {f"{part}.{path}.lora_A.weight": a, f"{part}.{path}.lora_B.weight": b}
+
+
+def diffusers_keys(part: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
+    infix = "lora_linear_layer" if part.startswith("text") else "lora"
+    if part == "text_encoder":
+        path = f"text_model.{path}"  # as before transformers 5
+    return {f"{part}.{path}.{infix}.down.weight": a, f"{part}.{path}.{infix}.up.weight": b}
+
+
+def kohya_keys(part: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    if part == "text_encoder":
+        path = f"text_model.{path}"
+    name = f"{prefixes[part]}_{path.replace('.', '_')}"
+    keys = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+    return keys if alpha is None else {**keys, f"{name}.alpha": torch.tensor(alpha)}
+
+
+FORMATS = {"peft": peft_keys, "diffusers": diffusers_keys, "kohya": kohya_keys}
+
+
+def lora(
+    kind: Kind,
+    key_format: str = "peft",
+    *,
+    rank: int = 4,
+    seed: int = 1,
+    alpha: float | None = None,
+    parts: dict[str, tuple[str, ...]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """A LoRA as a state dict. Alphas are for kohya's format; every second layer has another one."""
+    pipe, tensors = kind(), {}
+    for part, ends in (kind.parts if parts is None else parts).items():
+        for number, (path, pair) in enumerate(matrices(getattr(pipe, part), ends, rank, seed).items()):
+            own = None if alpha is None else alpha + number % 2
+            tensors |= FORMATS[key_format](part, path, *pair, own)
+    return tensors
+
+
+def file_with_metadata(kind: Kind, folder: Path, configs: dict[str, LoraConfig], seed: int) -> str:
+    """What diffusers' training scripts write: adapters added, (not) trained, and saved with their configs."""
+    pipe, layers = kind(), {}
+    for part, config in configs.items():
+        model = getattr(pipe, part)
+        inject_adapter_in_model(config, model)
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+        layers |= {
+            f"{part}_lora_layers": get_peft_model_state_dict(model),
+            f"{part}_lora_adapter_metadata": model.peft_config["default"].to_dict(),
+        }
+    pipe.save_lora_weights(folder, **layers)
+    return str(folder)
+
+
+# ---- the comparison
+
+
+def assert_like_fresh(pipe, fresh, kind: Kind, name: str = "style") -> None:
+    expected, without = latents(fresh), latents(kind())
+    scale = expected.abs().max().item()
+    assert (expected - without).abs().max() > 1e-2 * scale, "the LoRA changes next to nothing"
+    torch.testing.assert_close(latents(pipe), expected, rtol=0, atol=1e-5 * scale)
+    assert pipe.get_active_adapters() == fresh.get_active_adapters()
+    for part, model in parts_of(fresh).items():
+        assert_same_part(getattr(pipe, part), model, name)
+
+
+def assert_same_part(model, fresh, name: str) -> None:
+    """Config, scalars and saved tensors. A part without the adapter saves nothing for it."""
+    live_layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if name not in getattr(fresh, "peft_config", {}):
+        if name in getattr(model, "peft_config", {}):
+            assert get_peft_model_state_dict(model, adapter_name=name) == {}
+        return
+    assert model.peft_config[name].to_dict() == fresh.peft_config[name].to_dict()
+    for path, layer in fresh.named_modules():
+        if isinstance(layer, LoraLayer) and name in layer.scaling:
+            for table in ("r", "lora_alpha", "scaling", "use_rslora"):
+                assert getattr(live_layers[path], table)[name] == pytest.approx(getattr(layer, table)[name]), path
+    assert_same_tensors(
+        get_peft_model_state_dict(model, adapter_name=name), get_peft_model_state_dict(fresh, adapter_name=name)
+    )
+
+
+def saved(pipe, folder: Path, name: str = "style") -> tuple[dict, dict]:
+    """The tensors and the metadata of what the pipeline saves."""
+    layers = {}
+    for part, model in parts_of(pipe).items():
+        if name in getattr(model, "peft_config", {}):
+            layers[f"{part}_lora_layers"] = get_peft_model_state_dict(model, adapter_name=name)
+            layers[f"{part}_lora_adapter_metadata"] = model.peft_config[name].to_dict()
+    pipe.save_lora_weights(folder, **layers)
+    path = Path(folder, "pytorch_lora_weights.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    sets = {key: sorted(value) if isinstance(value, list) else value for key, value in metadata.items()}
+    return load_file(path), sets
+
+
+def snapshots(pipe) -> dict:
+    return {part: snapshot(model) for part, model in parts_of(pipe).items() if hasattr(model, "peft_config")}
+
+
+def assert_pipeline_untouched(pipe, before: dict) -> None:
+    for part, each in before.items():
+        assert_untouched(getattr(pipe, part), each)
+    assert snapshots(pipe).keys() == before.keys()
+
+
+# ---- swaps
+
+
+@pytest.mark.parametrize(
+    ("kind_name", "old", "new"),
+    [
+        ("sd", "peft", "kohya"),
+        ("sd", "kohya", "diffusers"),
+        ("sd", "diffusers", "peft"),
+        ("sdxl", "kohya", "peft"),
+        ("sdxl", "diffusers", "kohya"),
+        ("flux", "peft", "peft"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [(3, 6), long((6, 3))], ids=["grows", "shrinks"])
+def test_formats(tmp_path, kind_name, old, new, ranks):
+    kind = KINDS[kind_name]
+    first = lora(kind, old, rank=ranks[0], seed=1, alpha=3.0)
+    second = lora(kind, new, rank=ranks[1], seed=2, alpha=5.0)
+    path = tmp_path / "new.safetensors"
+    save_file(second, path)
+    pipe = kind.loaded(first)
+    copies = {key: tensor.clone() for key, tensor in second.items()}
+    # a file has its tensors in another order, and of alphas that are equally frequent diffusers takes the first
+    for source in (str(path), second):
+        hotswap_pipeline(pipe, source, "style")
+        fresh = kind.loaded(source)
+        assert_like_fresh(pipe, fresh, kind)
+    assert all(torch.equal(second[key], tensor) for key, tensor in copies.items())
+    if kind_name != "flux":
+        assert saved(pipe, tmp_path / "live")[0].keys() == saved(fresh, tmp_path / "fresh")[0].keys()
+
+
+def test_alphas_that_diffusers_does_not_apply():
+    """In kohya's format, of alphas that differ between layers; equal to a fresh load, and said."""
+    pipe, source = SD.loaded(lora(SD)), lora(SD, "kohya", seed=2, alpha=5.0)
+    with pytest.warns(UserWarning, match=r"unet: \d+ .* match no layer .* such as"):
+        hotswap_pipeline(pipe, source, "style")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        read_pipeline_lora(pipe, lora(SD, "kohya", seed=2))
+        read_pipeline_lora(pipe, lora(SD, "peft", seed=2))
+
+
+def test_kohya_keys_of_flux():
+    """diffusers puts the alphas into the weights there."""
+    kind, names = KINDS["flux"], ("double_blocks_0_img_attn_proj", "single_blocks_0_linear2")
+    generator = torch.Generator().manual_seed(4)
+
+    def source(rank: int) -> dict:
+        tensors = {}
+        for name, width in zip(names, (16, 80), strict=True):
+            tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(rank, width, generator=generator) * 0.3
+            tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(16, rank, generator=generator) * 0.3
+            tensors[f"lora_unet_{name}.alpha"] = torch.tensor(3.0)
+        return tensors
+
+    new = source(5)
+    copies = {key: tensor.clone() for key, tensor in new.items()}
+    pipe = kind.loaded(source(2))
+    hotswap_pipeline(pipe, new, "style")
+    assert_like_fresh(pipe, kind.loaded(dict(new)), kind)
+    assert all(torch.equal(new[key], tensor) for key, tensor in copies.items())
+
+
+@pytest.mark.long
+def test_files_with_metadata(tmp_path):
+    """The config comes from the file: alphas, patterns and rsLoRA, for each part."""
+    old = file_with_metadata(
+        SD,
+        tmp_path / "old",
+        {
+            "unet": LoraConfig(r=4, lora_alpha=6, target_modules=list(ATTENTION)),
+            "text_encoder": LoraConfig(r=4, lora_alpha=3, target_modules=list(TEXT)),
+        },
+        seed=1,
+    )
+    new = file_with_metadata(
+        SD,
+        tmp_path / "new",
+        {
+            "unet": LoraConfig(
+                r=2, lora_alpha=7, use_rslora=True, target_modules=["to_q", "to_v"], rank_pattern={"to_v": 5}
+            ),
+            "text_encoder": LoraConfig(r=6, lora_alpha=5, target_modules=["q_proj"], alpha_pattern={"1.*q_proj": 9}),
+        },
+        seed=2,
+    )
+    pipe = SD.loaded(old)
+    plan = plan_pipeline_hotswap(pipe, new, "style")
+    assert plan.plans["unet"].counts == {"copy": 0, "pad": 0, "resize": 16, "off": 16, "add": 0}
+    plan.commit()
+    fresh = SD.loaded(new)
+    assert_like_fresh(pipe, fresh, SD)
+    live_saved, fresh_saved = saved(pipe, tmp_path / "live"), saved(fresh, tmp_path / "fresh")
+    assert_same_tensors(live_saved[0], fresh_saved[0])
+    assert live_saved[1] == fresh_saved[1]
+    # and what a swapped pipeline saves can be loaded like any other file
+    assert_like_fresh(SD.loaded(str(tmp_path / "live")), fresh, SD)
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias.*", "ignore:.*invalid shape.*")
+@pytest.mark.parametrize("option", [long("use_dora"), "lora_bias"])
+def test_other_kinds_of_lora(tmp_path, option):
+    """DoRA and biases in PEFT's format: in, off, and out again."""
+    configs = {
+        "unet": LoraConfig(r=4, target_modules=["to_q"], **{option: True}),
+        "text_encoder": LoraConfig(r=3, target_modules=["q_proj"]),
+    }
+    other = file_with_metadata(SD, tmp_path, configs, seed=2)
+    plain = lora(SD, parts={"unet": ("to_q",), "text_encoder": ("q_proj",)})
+    text_only = lora(SD, seed=3, parts={"text_encoder": ("q_proj",)})
+    pipe = SD.loaded(plain)
+    for source in (other, load_file(tmp_path / "pytorch_lora_weights.safetensors"), text_only, other, plain):
+        hotswap_pipeline(pipe, source, "style")
+        assert_like_fresh(pipe, SD.loaded(source), SD)
+
+
+@pytest.mark.long
+def test_metadata_that_names_other_layers_than_the_file_has(tmp_path):
+    """The tensors decide for diffusers' own models, in a fresh load and here."""
+    kind, name = SD, "pytorch_lora_weights.safetensors"
+    folder = Path(file_with_metadata(kind, tmp_path, {"unet": LoraConfig(r=4, target_modules=["to_q"])}, seed=2))
+    config = LoraConfig(r=4, target_modules=["to_k"]).to_dict()
+    metadata = {
+        "lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()}, default=list)
+    }
+    save_file(load_file(folder / name), folder / name, metadata=metadata)
+    pipe = kind.loaded(lora(kind))
+    hotswap_pipeline(pipe, folder, "style")
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        fresh = kind.loaded(str(folder))
+    torch.testing.assert_close(latents(pipe), latents(fresh), rtol=0, atol=1e-4)
+
+
+def test_a_part_that_the_new_file_has_nothing_for_is_off_until_one_comes_that_has(tmp_path):
+    both, unet_only = lora(SD, seed=1), lora(SD, seed=2, parts={"unet": ATTENTION})
+    text_only = lora(SD, seed=3, rank=2, parts={"text_encoder": ("q_proj",)})
+    pipe = SD.loaded(both)
+    for source, off in ((unet_only, "text_encoder"), (text_only, "unet"), (both, None), (unet_only, "text_encoder")):
+        plan = plan_pipeline_hotswap(pipe, source, "style")
+        if off:
+            assert {row[1] for row in plan.rows if row[0] == off} == {"off"}
+        plan.commit()
+        assert_like_fresh(pipe, SD.loaded(source), SD)
+    live, fresh = saved(pipe, tmp_path / "live"), saved(SD.loaded(unet_only), tmp_path / "fresh")
+    assert_same_tensors(live[0], fresh[0])
+    assert live[1] == fresh[1]
+
+
+def test_layers_that_the_loaded_one_lacks():
+    small, large = lora(SD, parts={"unet": ("to_q",), "text_encoder": ("q_proj",)}), lora(SD, seed=2)
+    pipe = SD.loaded(small)
+    before = snapshots(pipe)
+    with pytest.raises(HotswapError, match="unet: Hot swapping the adapter did not succeed, unexpected keys"):
+        hotswap_pipeline(pipe, large, "style")
+    assert_pipeline_untouched(pipe, before)
+    hotswap_pipeline(pipe, large, "style", add_layers=True)
+    assert_like_fresh(pipe, SD.loaded(large), SD)
+
+
+@pytest.mark.long
+def test_adapters_that_are_read_already():
+    """For swapping back and forth, and for a pool on one part."""
+    sources = [lora(SD, "kohya", rank=rank, seed=rank, alpha=2.0) for rank in (2, 3)]
+    pipe = SD.loaded(lora(SD))
+    adapters = [read_pipeline_lora(pipe, source) for source in sources]
+    assert all(isinstance(adapter, Adapter) for adapter in adapters[0].values())
+    for number in (0, 1, 0):
+        hotswap_pipeline(pipe, adapters[number], "style")
+        assert_like_fresh(pipe, SD.loaded(sources[number]), SD)
+    pools = {
+        part: AdapterPool(model, "style", {"two": adapters[0][part], "three": adapters[1][part]}, progress=False)
+        for part, model in parts_of(pipe).items()
+    }
+    for name, source in (("three", sources[1]), ("two", sources[0])):
+        for pool in pools.values():
+            pool.swap(name)
+        torch.testing.assert_close(latents(pipe), latents(SD.loaded(source)), rtol=0, atol=1e-4)
+    with pytest.raises(TypeError, match="already read"):
+        hotswap_pipeline(pipe, adapters[0], "style", weight_name="x")
+
+
+def test_components():
+    """Only some parts: the others keep what they have."""
+    old, new = lora(SD, seed=1), lora(SD, seed=2, rank=2)
+    pipe = SD.loaded(old)
+    before = snapshot(pipe.text_encoder)
+    hotswap_pipeline(pipe, new, "style", components=["unet"])
+    assert_untouched(pipe.text_encoder, before)
+    assert_same_part(pipe.unet, SD.loaded(new).unet, "style")
+    with pytest.raises(HotswapError, match="no such part"):
+        hotswap_pipeline(pipe, new, "style", components=["vae"])
+
+
+@pytest.mark.long
+def test_one_of_several_adapters():
+    """Names of which one contains the other, both active, with weights."""
+    first, other, new = (lora(SD, seed=seed, rank=seed + 1) for seed in range(3))
+    pipes = SD.loaded(first), SD.loaded(new)
+    for pipe in pipes:
+        pipe.load_lora_weights(other, adapter_name="style_2")
+        pipe.set_adapters(["style", "style_2"], [1.0, 0.4])
+    hotswap_pipeline(pipes[0], new, "style")
+    assert pipes[0].get_list_adapters() == pipes[1].get_list_adapters()
+    assert_like_fresh(*pipes, SD)
+    assert_same_part(pipes[0].unet, pipes[1].unet, "style_2")
+    for pipe in pipes:
+        pipe.delete_adapters("style_2")
+    assert_like_fresh(*pipes, SD)
+
+
+@pytest.mark.long
+def test_the_name_that_diffusers_gives():
+    pipe = SD()
+    pipe.load_lora_weights(lora(SD))
+    new = lora(SD, seed=2, rank=2)
+    hotswap_pipeline(pipe, new)
+    assert_like_fresh(pipe, SD.loaded(new, None), SD, "default_0")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """The pipeline's parts and both files in it; then a file in float32, which is rounded, and said so."""
+    old, new = ({key: tensor.to(dtype) for key, tensor in lora(SD, seed=seed).items()} for seed in (1, 2))
+    pipes = SD().to(dtype), SD().to(dtype)
+    for pipe, source in zip(pipes, (old, new), strict=True):
+        pipe.load_lora_weights(source, adapter_name="style")
+    plan = plan_pipeline_hotswap(pipes[0], new, "style")
+    assert not any("rounded" in note for note in plan.notes)
+    plan.commit()
+    for part, model in parts_of(pipes[1]).items():
+        assert_same_part(getattr(pipes[0], part), model, "style")
+    plan = plan_pipeline_hotswap(pipes[0], lora(SD, seed=2), "style")
+    assert "unet: the file has torch.float32, which is rounded" in str(plan)
+
+
+def test_hooks_of_offloading_stay():
+    """Reading a file must not do what a load does, which takes hooks off and puts others on."""
+    from accelerate import cpu_offload_with_hook
+
+    pipe = SD.loaded(lora(SD))
+    for model in parts_of(pipe).values():
+        cpu_offload_with_hook(model, "cpu")
+    hooks = [model._hf_hook for model in parts_of(pipe).values()]
+    new = lora(SD, seed=2, rank=2)
+    hotswap_pipeline(pipe, new, "style")
+    assert [model._hf_hook for model in parts_of(pipe).values()] == hooks
+    assert_like_fresh(pipe, SD.loaded(new), SD)
+
+
+# ---- strengths
+
+
+@pytest.mark.parametrize("prepared", [long(False), True])
+def test_adapter_weights(prepared):
+    """A weight from before the swap is gone, as after a fresh load; one that is set afterwards acts as usual."""
+    old, new = lora(SD, seed=1), lora(SD, "kohya", seed=2, rank=2, alpha=3.0)
+    pipe = SD.loaded(old)
+    if prepared:
+        prepare_pipeline_for_compiled_hotswap(pipe, [new])
+    pipe.set_adapters(["style"], [0.5])
+    hotswap_pipeline(pipe, new, "style")
+    fresh = SD.loaded(dict(new))
+    assert [get_strength(model, "style") for model in parts_of(pipe).values()] == [1, 1]
+    assert_like_fresh(pipe, fresh, SD)
+    for weights in (0.5, {"unet": 0.3, "text_encoder": 0.0}, {"unet": {"down": 2.0, "up": 0.2}}, 1.0):
+        for each in (pipe, fresh):
+            each.set_adapters(["style"], [weights])
+        torch.testing.assert_close(latents(pipe), latents(fresh), rtol=0, atol=1e-4)
+    scaled = latents(fresh, cross_attention_kwargs={"scale": 0.3})
+    assert (scaled - latents(fresh)).abs().max() > 0.01
+    torch.testing.assert_close(latents(pipe, cross_attention_kwargs={"scale": 0.3}), scaled, rtol=0, atol=1e-4)
+    # that scale is a pipeline's last one now; a swap doesn't take it over, nor does a load into a fresh pipeline
+    hotswap_pipeline(pipe, old, "style")
+    assert_like_fresh(pipe, SD.loaded(old), SD)
+    pipe.disable_lora()
+    hotswap_pipeline(pipe, new, "style")
+    torch.testing.assert_close(latents(pipe), latents(SD()), rtol=0, atol=1e-4)
+    pipe.enable_lora()
+    assert_like_fresh(pipe, SD.loaded(dict(new)), SD)
+
+
+# ---- refusals
+
+
+def refused(pipe, source, match: str, **kwargs) -> HotswapError:
+    """The swap is refused, the parts are untouched, and the error says what to do."""
+    before, config = snapshots(pipe), dict(pipe.config)
+    with pytest.raises(HotswapError, match=match) as error:
+        hotswap_pipeline(pipe, source, "style", **kwargs)
+    assert_pipeline_untouched(pipe, before)
+    assert dict(pipe.config) == config
+    assert all(refusal.found and refusal.expected and refusal.next_step for refusal in error.value.refusals)
+    return error.value
+
+
+def test_fused_is_refused():
+    pipe = SD.loaded(lora(SD))
+    pipe.fuse_lora(components=["text_encoder"])  # one part is enough
+    new = lora(SD, seed=2)
+    refused(pipe, new, "text_encoder: Cannot hot-swap adapter 'style' because it is currently merged")
+    pipe.unfuse_lora(components=["text_encoder"])
+    hotswap_pipeline(pipe, new, "style")
+    torch.testing.assert_close(latents(pipe), latents(SD.loaded(new)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.long
+def test_what_is_wrong_with_the_file(tmp_path):
+    pipe, good = SD.loaded(lora(SD)), lora(SD, seed=2)
+    key = next(key for key in good if key.startswith("text_encoder") and "lora_A" in key)
+    refused(pipe, {**good, key: good[key][:, :-1]}, "text_encoder: The adapter does not fit the base model")
+    refused(pipe, {**good, key: good[key] * float("nan")}, "damaged")
+    refused(pipe, {each: tensor for each, tensor in good.items() if each != key}, "text_encoder: .* incomplete")
+    refused(pipe, {**good, key: good[key].long()}, "damaged")
+    refused(pipe, {}, "empty")
+    refused(pipe, {"unet.conv_in.weight": torch.ones(2, 2)}, "not for this StableDiffusionPipeline")
+    refused(pipe, {**good, "unet.nowhere.lora_A.weight": torch.ones(2, 2)}, "unet: .* unexpected keys")
+    kohya = lora(SD, "kohya", alpha=2.0)
+    for mark in ("dora_scale", "lokr_w1", "hada_w1_a"):
+        refused(pipe, {**kohya, f"lora_unet_x.{mark}": torch.ones(2)}, "of a kind that can't be swapped")
+    del kohya[next(each for each in kohya if "lora_up" in each)]
+    refused(pipe, kohya, "not for this StableDiffusionPipeline")
+    for content in (b"", b"nonsense" * 100):
+        path = tmp_path / "damaged.safetensors"
+        path.write_bytes(content)
+        refused(pipe, path, "Can't read a LoRA")
+    refused(pipe, tmp_path / "missing", "Can't read a LoRA")
+    refused(pipe, tmp_path, "Can't read a LoRA", weight_name="other.safetensors")
+    with pytest.raises(TypeError, match="hotswap"):
+        hotswap_pipeline(pipe, good, "style", hotswap=True)
+
+
+def test_wrong_pipelines_and_names():
+    pipe, xl = SD.loaded(lora(SD)), lora(KINDS["sdxl"])
+    error = refused(pipe, xl, "not for this StableDiffusionPipeline")
+    assert "text_encoder_2" in str(error)
+    refused(pipe, lora(KINDS["flux"], parts={"transformer": ("to_q",)}), "not for this StableDiffusionPipeline")
+    with pytest.raises(HotswapError, match="Adapter nobody not found") as error:
+        hotswap_pipeline(pipe, lora(SD), "nobody")
+    assert "unet: 'style'; text_encoder: 'style'" in str(error.value)
+    with pytest.raises(HotswapError, match="a model, not a pipeline"):
+        hotswap_pipeline(pipe.unet, lora(SD), "style")
+    with pytest.raises(HotswapError, match="LoRA can't be loaded into this"):
+        hotswap_pipeline(object(), lora(SD), "style")
+    with pytest.raises(HotswapError, match="hotswap_pipeline"):
+        hotswap_adapter(pipe, "somewhere", "style")
+
+
+def test_a_part_without_the_adapter_is_refused():
+    pipe = SD.loaded(lora(SD, parts={"unet": ATTENTION}))
+    error = refused(pipe, lora(SD, seed=2, parts={"unet": ATTENTION, "text_encoder": TEXT}), "text_encoder, where no")
+    assert "text_encoder: no adapter" in str(error)
+    assert not hasattr(pipe.text_encoder, "peft_config")
+    with pytest.raises(HotswapError, match="no adapter in text_encoder"):
+        prepare_pipeline_for_compiled_hotswap(pipe, [lora(SD)])
+    hotswap_pipeline(
+        pipe, lora(SD, seed=2, parts={"unet": ATTENTION, "text_encoder": TEXT}), "style", components="unet"
+    )
+
+
+def test_adapters_that_were_read_for_another_pipeline():
+    xl = read_pipeline_lora(KINDS["sdxl"](), lora(KINDS["sdxl"]))
+    error = refused(SD.loaded(lora(SD)), xl, "not for this StableDiffusionPipeline")
+    assert "text_encoder_2" in str(error)
+
+
+def test_a_part_that_the_pipeline_was_made_without():
+    pipe = SD.loaded(lora(SD, parts={"unet": ATTENTION}))
+    pipe.text_encoder = None
+    refused(pipe, lora(SD), "not for this StableDiffusionPipeline")
+    hotswap_pipeline(pipe, lora(SD, seed=2, parts={"unet": ATTENTION}), "style")
+
+
+def test_a_control_lora_is_refused():
+    """diffusers enlarges a layer of the base model for it, or overwrites norms: neither is a swap."""
+    kind = KINDS["flux"]
+    pipe = kind.loaded(lora(kind))
+    wide = {"transformer.x_embedder.lora_A.weight": torch.ones(2, 32)}
+    refused(pipe, {**wide, "transformer.x_embedder.lora_B.weight": torch.ones(16, 2)}, "not for this FluxPipeline")
+    norm = {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.ones(8)}
+    refused(pipe, {**lora(kind), **norm}, "not for this FluxPipeline")
+
+
+def test_group_offloading_is_refused():
+    from diffusers.hooks import apply_group_offloading
+
+    pipe = SD.loaded(lora(SD))
+    apply_group_offloading(
+        pipe.unet, onload_device=torch.device("cpu"), offload_type="leaf_level", offload_device=torch.device("cpu")
+    )
+    with pytest.raises(HotswapError, match="offloaded in groups"):
+        hotswap_pipeline(pipe, lora(SD, seed=2), "style")
+
+
+class FaultError(Exception):
+    pass
+
+
+class Stubborn(dict):
+    """A table of configs that can't be written to, once."""
+
+    faults = 1
+
+    def __setitem__(self, key, value):
+        if self.faults:
+            self.faults -= 1
+            raise FaultError
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("prepared", [False, long(True)])
+def test_a_fault_in_one_part_leaves_all_parts_alone(part, prepared):
+    new = lora(SD, seed=2, rank=2)
+    pipe = SD.loaded(lora(SD))
+    model = getattr(pipe, part)
+    model.peft_config = Stubborn(model.peft_config)
+    if prepared:
+        prepare_pipeline_for_compiled_hotswap(pipe, [new])
+    before = snapshots(pipe)
+    with pytest.raises(FaultError):
+        hotswap_pipeline(pipe, new, "style")
+    assert_pipeline_untouched(pipe, before)
+    hotswap_pipeline(pipe, new, "style")
+    assert_like_fresh(pipe, SD.loaded(new), SD)
+
+
+def test_a_fault_in_the_copy(monkeypatch):
+    pipe, new = SD.loaded(lora(SD)), lora(SD, seed=2)
+    before = snapshots(pipe)
+
+    def fail(*_, **__):
+        raise FaultError
+
+    monkeypatch.setattr(torch, "_foreach_copy_", fail)
+    with pytest.raises(FaultError):
+        hotswap_pipeline(pipe, new, "style")
+    monkeypatch.undo()
+    assert_pipeline_untouched(pipe, before)
+
+
+def test_preparing_is_all_or_nothing():
+    pipe = SD.loaded(lora(SD))
+    pipe.text_encoder.compile(backend="eager")
+    before = snapshots(pipe)
+    with pytest.raises(HotswapError, match="before\\* compiling"):
+        prepare_pipeline_for_compiled_hotswap(pipe, target_rank=8)
+    assert_pipeline_untouched(pipe, before)
+
+
+# ---- compiled
+
+
+@pytest.mark.long
+def test_compiled_swaps():
+    """Every part compiled; ranks, layers and whole parts come and go without a recompile."""
+    sources = [
+        lora(SD, seed=1, rank=3),
+        lora(SD, "kohya", seed=2, rank=6, alpha=2.0),
+        lora(SD, seed=3, rank=2, parts={"unet": ("conv2", "to_q"), "text_encoder": ("fc2", "q_proj")}),
+        lora(SD, "diffusers", seed=4, rank=2, parts={"unet": ATTENTION}),
+    ]
+    expected = [latents(SD.loaded(dict(source))) for source in sources]
+    pipe = SD.loaded(sources[0])
+    prepare_pipeline_for_compiled_hotswap(pipe, sources)
+    pipe.unet = torch.compile(pipe.unet, backend="aot_eager")
+    pipe.text_encoder.compile(backend="aot_eager")
+    torch.testing.assert_close(latents(pipe), expected[0], rtol=0, atol=1e-4)
+    with RecompileWatch(allow=0):
+        for number in (2, 3, 0, 1):
+            plan = plan_pipeline_hotswap(pipe, sources[number], "style")
+            assert not plan.will_recompile
+            plan.commit()
+            torch.testing.assert_close(latents(pipe), expected[number], rtol=0, atol=1e-4)
+        fresh = SD.loaded(dict(sources[1]))
+        for model in parts_of(pipe).values():
+            set_strength(model, 0.5, "style")
+        fresh.set_adapters(["style"], [0.5])
+        torch.testing.assert_close(latents(pipe), latents(fresh), rtol=0, atol=1e-4)
+    for part, model in parts_of(fresh).items():
+        live = get_peft_model_state_dict(unwrap_compiled(getattr(pipe, part)), adapter_name="style")
+        assert_same_tensors(live, get_peft_model_state_dict(model, adapter_name="style"))
+
+
+@pytest.mark.long
+def test_inductor_and_adapter_weights():
+    """diffusers makes weights trainable when it sets adapter weights, so that is done once before compiling."""
+    sources = [lora(SD, seed=seed, rank=seed + 1) for seed in range(2)]
+    pipe = SD.loaded(sources[0])
+    prepare_pipeline_for_compiled_hotswap(pipe, sources)
+    pipe.set_adapters(["style"])
+    pipe.text_encoder.compile()
+    latents(pipe)
+    with RecompileWatch(allow=0):
+        for source in (sources[1], sources[0]):
+            hotswap_pipeline(pipe, source, "style")
+            fresh = SD.loaded(source)
+            for weight in (1.0, 0.5):
+                for each in (pipe, fresh):
+                    each.set_adapters(["style"], [weight])
+                expected = latents(fresh)
+                torch.testing.assert_close(latents(pipe), expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+
+
+# ---- around it
+
+
+def test_what_a_plan_shows():
+    pipe = SD.loaded(lora(SD))
+    plan = plan_pipeline_hotswap(pipe, lora(SD, seed=2, rank=2, parts={"unet": ATTENTION}), "style")
+    assert plan.ok
+    assert str(plan).startswith("Swap a state dict into 'style': possible")
+    assert "text_encoder    off" in str(plan)
+    assert "<table" in plan._repr_html_()
+    pipe.fuse_lora()
+    plan = plan_pipeline_hotswap(pipe, lora(SD, seed=2), "style")
+    assert "refused, 2 reasons" in str(plan)
+    assert "merged" in plan._repr_html_()
+    with pytest.raises(HotswapError, match=r"unet: .*merged"):
+        plan.commit()
+
+
+def test_what_diffusers_does_instead():
+    """Its own hotswap refuses text encoders, after it has swapped the UNet, and ranks that it wasn't told of."""
+    pipe, new = SD.loaded(lora(SD)), lora(SD, seed=2)
+    before = get_peft_model_state_dict(pipe.unet, adapter_name="style")
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    with pytest.raises(ValueError, match="hotswapping is not supported for text encoders"):
+        pipe.load_lora_weights(new, adapter_name="style", hotswap=True)
+    after = get_peft_model_state_dict(pipe.unet, adapter_name="style")
+    assert not all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.long
+def test_diffusers_is_not_imported_without_need():
+    program = "import sys, hotswap_lab; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_native_adapters_of_one_model():
+    """``unet.load_lora_adapter`` and ``save_lora_adapter``: no pipeline, the same swap through an Adapter."""
+    new = lora(SD, "kohya", seed=2, rank=2, alpha=3.0, parts={"unet": ATTENTION})
+    pipe = SD.loaded(lora(SD))
+    adapter = read_pipeline_lora(pipe, new)["unet"]
+    hotswap_adapter(pipe.unet, adapter, "style")
+    assert_same_part(pipe.unet, SD.loaded(dict(new)).unet, "style")
+    inputs = dict(sample=torch.randn(1, 4, 8, 8), timestep=torch.tensor(3), encoder_hidden_states=torch.randn(1, 5, 16))
+    assert verify_hotswap(pipe.unet, adapter, "style", inputs=inputs)
