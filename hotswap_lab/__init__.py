@@ -10,21 +10,17 @@
 >>> verify_hotswap(model, demo.adapter_path("pig_latin"))
 matches a fresh load: True
 
-What is where: ``adapter`` (what comes in), ``slot`` (where it lives in the model), ``planning`` and ``plan`` (what
-will be written, decided dry), ``change`` (what is written, and the one function that writes it, all or nothing),
-``commit`` (a plan becomes that), ``prepare`` (room for a family of adapters, before compiling), ``room`` and
-``arena`` (a prepared slot and its memory), ``pool`` (many adapters, switched by name), ``turns`` (threads that share
-a model), ``watch`` (recompiles, counted), ``verify`` (the oracle), ``methods`` (what differs per PEFT method),
-``grafting`` (methods that only PEFT can load: it does so beside the model), ``base_values`` (base weights that
-adapters overwrite), ``shards`` (parameters spread over processes), ``pipeline`` and ``lora_files`` (diffusers),
-``hub`` and ``hub_search`` (where files come from), ``together`` (files that are replaced at one moment), ``paths``
-(whether files are there), ``interrupts`` (Ctrl-C), ``bench`` (how fast), ``demo`` (the embedded models and their
-adapters), ``lessons`` (the notebooks' exercises), ``widgets`` (to look at).
+What is where: ``core`` (the engine, and the order to read it in), ``beyond`` (all methods of PEFT but LoRA),
+``files`` (the Hub, its search, saving), ``pipelines`` (diffusers), ``threads`` (that share a model), ``shards``
+(parameters spread over processes), ``verify`` (the oracle), ``watch`` (recompiles, counted), ``backend`` (which
+compiler works here), ``bench`` (how fast), ``demo`` (the embedded models and their adapters), ``lessons`` (the
+notebooks' exercises), ``widgets`` (to look at). What speaks against a swap has its words in ``refusals.ini`` beside
+each of these.
 """
 
 __version__ = "0.1.0"
 
-from . import demo, shards  # noqa: F401 - how sharded tensors are written is known from here on
+from . import beyond, demo, shards  # noqa: F401 - other methods and sharded tensors are known from here on
 from .backend import pick_backend
 from .core.adapter import Adapter
 from .core.commit import commit

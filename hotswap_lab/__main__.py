@@ -39,13 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     refusals = {}
     for name in demo.adapter_names():
         row = compare(name, options.word, options.repeats)
-        right &= row.ours.matches
+        equal = row.ours.state == "right"
+        right &= equal
         wrong |= "wrong" in f"{row.ours}{row.peft_hotswap}{row.peft_load_delete}"
-        if row.peft_hotswap.refusal:
-            refusals[name] = row.peft_hotswap.refusal
+        if row.peft_hotswap.note:
+            refusals[name] = row.peft_hotswap.note
         print(
-            f"{name:11}{row.answer:{width}}{row.ours.matches!s:22}{row.ours!s:14}"
-            f"{row.peft_hotswap!s:20}{row.peft_load_delete}",
+            f"{name:11}{row.answer:{width}}{equal!s:22}{row.ours!s:14}{row.peft_hotswap!s:20}{row.peft_load_delete}",
             flush=True,
         )
     print("\nTimes: from reverse to this adapter, from disk, median of", options.repeats)

@@ -19,15 +19,17 @@ damaged file, is the caller's to agree on before anything is written::
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from .core.change import Change, clear_gradient
+from .core.decide import CHECKS, Draft
 from .core.journal import Journal
 from .core.parts import KINDS, SlotTensor
+from .core.plan import Action
 
-if torch.distributed.is_available():
+if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 else:  # a build of PyTorch without distributed; nothing can be sharded there
     DTensor = None
@@ -152,6 +154,42 @@ def is_trained_in_parallel(root: torch.nn.Module, parameters: Iterable[torch.nn.
     if not any(parameter.requires_grad for parameter in parameters):
         return False
     return any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in root.modules())
+
+
+def check_parallel_training(draft: Draft, layers: int, found: str) -> None:
+    """Refuses to change which parameters are trained where gradients are averaged over processes by the old ones."""
+    if is_trained_in_parallel(draft.slot.host.root, draft.slot.parameters):
+        draft.refuse("trained_in_parallel", layers=layers, found=found)
+
+
+def check_shards(draft: Draft) -> None:
+    """Refuses what processes that share the parameters can't do each on its own.
+
+    New shapes, where somebody has noted the old ones and would go by them; magnitudes and biases that are frozen with
+    their layer; and magnitudes that are turned off, since they are then worked out from whole base weights.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    resized = [plan for plan in draft.layers if plan.action is Action.RESIZE]
+    changed = resized + [plan for plan in draft.layers if plan.action is Action.ADD]
+    if changed:
+        check_parallel_training(draft, len(changed), f"another shape at {changed[0].path}")
+    turned = [plan for plan in draft.layers if (plan.settings is None) != (plan.rank_before is None)]
+    more = [plan for plan in turned if any(write.target.rank_axis is None for write in plan.tensors)]
+    if more:
+        check_parallel_training(draft, len(more), f"a magnitude or bias to freeze or unfreeze at {more[0].path}")
+    if not draft.slot.is_sharded:
+        return
+    off = [plan.layer for plan in draft.layers if plan.settings is None]
+    read = [layer for layer in off for each in layer.tensors if each.off is not None and each.is_shard]
+    if read:
+        draft.refuse("sharded_dora_off", count=len(read), path=read[0].path)
+    if fixed := [plan for plan in resized if any(each.has_fixed_shape for each in plan.layer.tensors)]:
+        before, after, path = fixed[0].rank_before, fixed[0].rank_after, fixed[0].path
+        draft.refuse("sharded_rank", count=len(fixed), path=path, rank_before=before, rank_after=after)
+
+
+CHECKS.append(check_shards)
 
 
 def _fsdp_keeper(owner: torch.nn.Module, name: str) -> object | None:

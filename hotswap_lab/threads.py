@@ -3,7 +3,8 @@
 A swap writes for a moment (milliseconds) in which a forward pass in another thread would read some layers of the old
 adapter and some of the new one. Whoever computes while others may swap says so, ``with in_use(model): ...``; a swap
 then waits until nobody is inside, and whoever comes later waits for the swap. Swaps take turns among themselves
-without being asked to.
+without being asked to: all that changes a model goes through :func:`hotswap_lab.core.guard.guard`, and this module is
+what is behind that door.
 
 Reading is cheap and writing pays: each thread has a lock of its own for each model, which nobody else touches but a
 swap, and that takes them all (the Linux kernel once called this a big-reader lock). The locks are handed out as they
@@ -13,24 +14,22 @@ are, so entering and leaving ``with in_use(model)`` are single steps in C, which
 from __future__ import annotations
 
 import contextlib
-import contextvars
+import math
+import sys
 import threading
 import time
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 
-from .core.errors import HotswapError, Refusal, listing, refuse
-from .core.host import Host, carriers
-from .core.interrupts import interruptible, interrupts_held, let_through
+from .core import guard as door
+from .core.errors import HotswapError, refusal, refuse
+from .core.host import carriers
 
-#: how long a swap sleeps before it looks whether Ctrl-C was pressed meanwhile, in seconds
+#: how long to wait at a time, in seconds: on Windows, Ctrl-C comes in between only
 NAP = 0.02
-
-_patience: contextvars.ContextVar[float | None] = contextvars.ContextVar("hotswap_lab_patience", default=None)
 
 
 class ModelInUseError(HotswapError):
@@ -64,65 +63,41 @@ class Turn:
 
     def __init__(self) -> None:
         #: held by the thread that swaps, planning included
-        self.swap = threading.RLock()
+        self.swap: threading.RLock = threading.RLock()
         #: held, too, while it waits for those inside, and while it writes: nobody else enters
-        self.gate = threading.RLock()
-        #: how many writers are behind it: one, or one and others that it called
-        self.closing = 0
-        self._own = threading.local()
-        self._threads: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
-        self._registering = threading.Lock()
+        self.gate: threading.RLock = threading.RLock()
+        #: for each thread that has computed with the model, by its number, what it holds while it is inside
+        self.locks: dict[int, threading.RLock] = {}
 
     @property
     def lock(self) -> threading.RLock:
-        """This thread's own lock. It is forgotten when the thread ends."""
-        try:
-            return self._own.lock
-        except AttributeError:
-            lock = threading.RLock()
-            with self._registering:
-                self._threads[lock] = threading.current_thread().name
-            self._own.lock = lock
-            return lock
+        """This thread's own lock."""
+        return self.locks.setdefault(threading.get_ident(), threading.RLock())
 
     def ticket(self) -> threading.RLock:
         """What a thread that computes enters with. A swap that waits already is let pass."""
-        # first the lock, then the look at the gate: a swap that closes it later finds the lock
+        # first the lock, then the gate: a swap that closes it later finds the lock
         lock = self.lock
-        if self.closing and not lock._is_owned():
-            with _taken([(self.gate, None)]):
+        if not lock._is_owned():
+            with self.gate:
                 pass
         return lock
 
-    def check_outside(self) -> None:
-        """A thread that is inside can't swap: it would wait for itself."""
-        if self.lock._is_owned():
-            raise refuse(
-                "This thread is computing with the model.",
-                found="a swap inside `with in_use(model)` of the same thread",
-                expected="a swap outside of it: what is being computed began with the old adapter",
-                next_step="swap before or after the block; with asyncio, await asyncio.to_thread(pool.swap, name)",
-            )
-
-    def inside(self) -> list[tuple[threading.RLock, str]]:
-        """The lock and name of each thread that may be inside."""
-        with self._registering:
-            return list(self._threads.items())
+    def others(self) -> list[tuple[threading.RLock, int]]:
+        """The locks of all other threads that may be inside, and their numbers."""
+        return [(lock, thread) for thread, lock in list(self.locks.items()) if thread != threading.get_ident()]
 
 
+#: of each base model
 _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictionary()
-_making = threading.Lock()
 
 
-def _turn(base: torch.nn.Module) -> Turn:
-    turn = _turns.get(base)
-    if turn is None:
-        with _making:
-            turn = _turns.setdefault(base, Turn())
-    return turn
+def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
+    """The turns at some models, in an order that is the same for everybody: so no two wait for each other."""
+    return [_turns.get(base) or _turns.setdefault(base, Turn()) for base in sorted(set(bases), key=id)]
 
 
-def in_use(model: object) -> AbstractContextManager:
+def in_use(model: object) -> AbstractContextManager[object]:
     """Holds swaps back while this thread computes: ``with in_use(model): model(...)``.
 
     A swap from another thread, and every other change that this package makes to the adapter (strength, preparing, the
@@ -165,10 +140,8 @@ def in_use(model: object) -> AbstractContextManager:
     waits is let in only after it. The thread that enters has to be the one that leaves, so a generator that yields from
     inside must not be handed from thread to thread.
     """
-    bases = bases_of(model)
-    if len(bases) == 1:
-        return _turn(bases[0]).ticket()
-    return _Several([_turn(base).ticket() for base in bases])
+    tickets = [turn.ticket() for turn in turns_of(bases_of(model))]
+    return tickets[0] if len(tickets) == 1 else _taken([(each, None) for each in tickets], math.inf)
 
 
 @contextlib.contextmanager
@@ -190,47 +163,12 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
     ...     pool.swap("shout")
     """
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
-        raise refuse(
-            "This is not a time to wait.",
-            found=f"{seconds!r}",
-            expected="seconds, 0 or more",
-            next_step="pass a number; without this block, swaps wait as long as they have to",
-        )
-    with interrupts_held():
-        token = _patience.set(min(float(seconds), threading.TIMEOUT_MAX))
-        try:
-            with interruptible(block_of="generator"):
-                yield
-        finally:
-            _patience.reset(token)
-
-
-@contextlib.contextmanager
-def without_limit() -> Iterator[None]:
-    """What has to be put back is put back, however long that takes to begin."""
-    with interrupts_held():
-        token = _patience.set(None)
-        try:
-            yield
-        finally:
-            _patience.reset(token)
-
-
-def put_back(action: Callable[[], object], what: str) -> None:
-    """What has to be put back although it may have to wait: once Ctrl-C is pressed, and not again, it waits on.
-
-    ``what`` says in a warning what stays as it is after the second time.
-    """
-    with without_limit():
-        try:
-            action()
-        except KeyboardInterrupt:
-            warnings.warn(
-                f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}.",
-                stacklevel=4,
-            )
-            action()
-            raise
+        raise refuse("no_time_to_wait", seconds=seconds)
+    token = door.patience.set(float(seconds))
+    try:
+        yield
+    finally:
+        door.patience.reset(token)
 
 
 def bases_of(model: object) -> list[torch.nn.Module]:
@@ -241,139 +179,59 @@ def bases_of(model: object) -> list[torch.nn.Module]:
         found = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
     else:
         found = [getattr(model, "model", model)]  # a pool's
-    bases = list(dict.fromkeys(host.base for part in found for host in carriers(part) if host.configs))
+    bases = [host.base for part in found for host in carriers(part) if host.configs]
     if not bases:
-        raise refuse(
-            "No adapter layers found on the model.",
-            found=f"a {type(model).__name__} without any adapter",
-            expected="a model with a loaded adapter: without one there is nothing to swap, and to hold back",
-            next_step="load an adapter first, or leave `in_use` out",
-        )
+        raise refuse("nothing_to_hold_back", name=type(model).__name__)
     return bases
 
 
-def swaps_of(*bases: torch.nn.Module) -> AbstractContextManager[None]:
-    """Holds the other threads' swaps back: from planning on, what is decided stays true. Computing goes on.
-
-    Ctrl-C ends the waiting; once inside, it comes only where it is let through.
-    """
-    turns = [_turn(base) for base in _in_order(bases)]
-    for turn in turns:
-        turn.check_outside()
-    return _taken([(turn.swap, None) for turn in turns], _deadline())
+def taken(bases: Iterable[torch.nn.Module], computing: bool) -> AbstractContextManager[None]:
+    """The block behind the door: waits for other threads, and holds them back. See :func:`hotswap_lab.core.guard`."""
+    turns = turns_of(bases)
+    if any(turn.lock._is_owned() for turn in turns):
+        raise refuse("thread_is_computing")
+    return _taken(_locks(turns, computing), door.patience.get())
 
 
-def _deadline() -> float | None:
-    patience = _patience.get()
-    return None if patience is None else time.monotonic() + patience
-
-
-@contextlib.contextmanager
-def _taken(locks: list[tuple[threading.RLock, str | None]], deadline: float | None = None) -> Iterator[None]:
-    with interrupts_held():
-        taken: list[threading.RLock] = []
-        try:
-            for lock, name in locks:
-                _take(lock, name, deadline, taken)
-            yield
-        finally:
-            for lock in reversed(taken):
-                lock.release()
+def _locks(turns: list[Turn], computing: bool) -> Iterator[tuple[threading.RLock, int | None]]:
+    yield from ((turn.swap, None) for turn in turns)
+    if not computing:
+        yield from ((turn.gate, None) for turn in turns)
+        for turn in turns:
+            yield from turn.others()
 
 
 @contextlib.contextmanager
-def writing(*bases: torch.nn.Module) -> Iterator[None]:
-    """Waits until nobody computes with the models, and holds everybody back for the length of the block.
-
-    Ctrl-C ends the waiting; once inside, it comes only where it is let through.
-    """
-    turns = [_turn(base) for base in _in_order(bases)]
-    for turn in turns:
-        turn.check_outside()
-    deadline = _deadline()
-    with interrupts_held():
-        taken: list[threading.RLock] = []
-        closed: list[Turn] = []
-        try:
-            for turn in turns:
-                _take(turn.swap, None, deadline, taken)
-                _take(turn.gate, None, deadline, taken)
-                closed.append(turn)
-                turn.closing += 1
-            for turn in turns:
-                for lock, name in turn.inside():
-                    if lock is not turn.lock:
-                        _take(lock, name, deadline, taken)
-            yield
-        finally:
-            for turn in closed:
-                turn.closing -= 1
-            for lock in reversed(taken):
-                lock.release()
-
-
-def undisturbed(host: Host) -> AbstractContextManager[None]:
-    """:func:`writing` where a forward changes for a moment, or for good, what a decision goes by; else nothing.
-
-    Layers around single parameters (``target_parameters``) give the module inside another class while it computes, and
-    move its parameters about; OFT with ``coft`` writes to its weights.
-    """
-    changing = any(
-        getattr(config, "target_parameters", None) or getattr(config, "coft", False) for config in host.configs.values()
-    )
-    return writing(host.base) if changing else contextlib.nullcontext()
-
-
-def _take(lock: threading.RLock, name: str | None, deadline: float | None, taken: list[threading.RLock]) -> None:
-    taken.append(lock)  # first: a lock that is taken and then can't be noted would stay so for ever
+def _taken(locks: Iterable[tuple[threading.RLock, int | None]], patience: float) -> Iterator[None]:
+    deadline = time.monotonic() + patience
+    held: list[threading.RLock] = []
     try:
-        while not lock.acquire(blocking=False):
-            let_through()
-            left = NAP if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                raise _busy([name] if name else [])
-            if lock.acquire(timeout=min(left, NAP)):
-                break
-    except BaseException:
-        taken.pop()
-        raise
+        for lock, thread in locks:
+            held.append(lock)  # first: whatever happens then, it is given back
+            while not lock.acquire(timeout=max(0, min(NAP, deadline - time.monotonic()))):
+                if time.monotonic() >= deadline:
+                    raise _busy(thread, patience)
+        yield
+    finally:
+        for lock in reversed(held):
+            if lock._is_owned():
+                lock.release()
 
 
-def _busy(names: list[str]) -> ModelInUseError:
+def _busy(number: int | None, patience: float) -> ModelInUseError:
+    names = [thread.name for thread in threading.enumerate() if thread.ident == number]
     return ModelInUseError(
-        Refusal(
-            "The model is in use.",
-            found=f"a thread that computes with it: {listing(names)}" if names else "another thread that swaps",
-            expected=f"a free model within {_patience.get():g} seconds",
-            next_step="try again later, or leave `waiting_at_most` out to wait as long as it takes",
+        refusal(
+            "model_in_use",
+            found=f"a thread that computes with it: {names[0]}" if names else "another thread that swaps",
+            seconds=patience,
         )
     )
 
 
 def is_shared(base: torch.nn.Module) -> bool:
     """Whether other threads have computed with the model, and may be doing so now."""
-    turn = _turn(base)
-    return any(lock is not turn.lock for lock, _ in turn.inside())
+    return any(turn.others() for turn in turns_of([base]))
 
 
-def _in_order(bases) -> list[torch.nn.Module]:
-    """Everybody takes several models in the same order, so that no two wait for each other."""
-    return sorted(dict.fromkeys(bases), key=id)
-
-
-class _Several:
-    """Several locks as one, entered and left together."""
-
-    def __init__(self, locks: list[threading.RLock]):
-        self._locks = locks
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> _Several:
-        with contextlib.ExitStack() as stack:
-            for lock in self._locks:
-                stack.enter_context(lock)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+door.turns = sys.modules[__name__]

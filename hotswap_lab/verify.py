@@ -18,18 +18,17 @@ from operator import attrgetter
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
+from torch.utils._pytree import tree_leaves
 
 from .beyond.base_values import ORIGINALS
-from .beyond.guards import compilers_kept
-from .beyond.randomness import random_numbers_kept
+from .beyond.guards import compilers_kept, random_numbers_kept
 from .beyond.stand_in import make_stand_in
-from .beyond.wrappers import WRAPPERS, inside, wrappers_in
-from .core.adapter import Adapter, find_folder
-from .core.compiled import unwrap_compiled
+from .beyond.wrappers import WRAPPERS, inside
+from .core.adapter import Adapter
 from .core.errors import refuse
 from .core.host import PEFT_PREFIX, Host, canonical_path
-from .core.interrupts import interruptible, interrupts_held
 from .core.slot import Slot, resolve_slot
+from .core.sources import find_folder
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
 from .threads import in_use
 
@@ -43,6 +42,8 @@ MARGIN = {torch.float16: 10, torch.bfloat16: 5}
 
 #: how many mismatches a verdict shows
 SHOWN = 10
+#: how the name of what is in a config starts, and what is between a layer's path and the name of one of its tables
+CONFIG, TABLE = "config.", ": "
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ class Verification:
 
 def verify_hotswap(
     model: torch.nn.Module,
-    adapter: str | os.PathLike | Adapter,
+    adapter: str | os.PathLike[str] | Adapter,
     adapter_name: str = "default",
     *,
-    inputs: Mapping[str, torch.Tensor] | tuple | torch.Tensor | None = None,
+    inputs: Mapping[str, torch.Tensor] | tuple[object, ...] | torch.Tensor | None = None,
     base: Callable[[], torch.nn.Module] | None = None,
     tolerance: float | None = None,
 ) -> Verification:
@@ -149,51 +150,36 @@ def verify_hotswap(
     >>> bool(verify_hotswap(model, demo.adapter_path("shout")))
     False
     """
-    slot = resolve_slot(model, adapter_name)
-    _check_active(slot)
-    if inputs is None:
-        inputs = getattr(slot.host.base, "dummy_inputs", None)
-    if inputs is None:
-        raise refuse(
-            "The model can't be verified without inputs.",
-            found=f"a {type(slot.host.base).__name__}, which brings no example inputs",
-            expected="inputs to call the model with",
-            next_step="pass inputs=... (a dict, a tuple or a tensor)",
-        )
-    make_base = base or (lambda: bare_base(slot.host))
-    with (
-        interrupts_held(),
-        _as_folder(adapter) as folder,
-        torch.no_grad(),
-        in_use(model),
-        _eval_mode(model),
-    ):
-        slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
+    with _as_folder(adapter) as folder, in_use(model), torch.no_grad(), _eval_mode(model):
+        slot = resolve_slot(model, adapter_name)
+        _check_active(slot)
+        inputs = getattr(slot.host.base, "dummy_inputs", None) if inputs is None else inputs
+        if inputs is None:
+            raise refuse("no_inputs", name=type(slot.host.base).__name__)
         live_outputs = _call(model, inputs)
-        with interruptible():
-            fresh = make_base().eval()
+        fresh = (bare_base(slot.host) if base is None else base()).eval()
         base_outputs = _call(fresh, inputs)
         trainable = not slot.config.inference_mode
-        with compilers_kept(), random_numbers_kept(slot.config):
+        with compilers_kept(), random_numbers_kept():
             fresh = PeftModel.from_pretrained(fresh, folder, adapter_name, is_trainable=trainable).eval()
         fresh_outputs = _call(fresh, inputs)
-    largest = max(float(output.abs().max()) for output in fresh_outputs)
-    relative = TOLERANCE[fresh_outputs[0].dtype] if tolerance is None else tolerance
+        mismatches = tuple(_mismatches(slot, fresh))
+    dtype, largest = fresh_outputs[0].dtype, max(float(output.abs().max()) for output in fresh_outputs)
     return Verification(
         difference=_difference(live_outputs, fresh_outputs),
         change=_difference(base_outputs, fresh_outputs),
-        tolerance=relative * largest,
-        mismatches=tuple(_mismatches(slot, fresh)),
-        margin=MARGIN.get(fresh_outputs[0].dtype, 100),
+        tolerance=(TOLERANCE[dtype] if tolerance is None else tolerance) * largest,
+        mismatches=mismatches,
+        margin=MARGIN.get(dtype, 100),
     )
 
 
 def bare_base(host: Host) -> torch.nn.Module:
     """A copy of the base model without any adapter."""
-    base = unwrap_compiled(host.base)
+    base = host.base
     if not any("forward" in module.__dict__ for module in base.modules()):
         base = make_stand_in(base).model  # so that nothing but the base is copied
-    base = unwrap_compiled(copy.deepcopy(base))
+    base = copy.deepcopy(base)
     base.__dict__.pop("peft_config", None)
     for module in list(base.modules()):
         for name, child in module._modules.items():
@@ -207,44 +193,29 @@ def bare_base(host: Host) -> torch.nn.Module:
 
 
 def _check_active(slot: Slot) -> None:
-    if not slot.layers:
-        carrier = slot.host.carrier
-        if list(carrier.active_adapters) == [slot.adapter_name] and not getattr(carrier, "_adapters_disabled", False):
-            return
+    part = slot.layers[0].module if slot.layers else slot.host.carrier
+    active = list(part.active_adapters)
+    disabled = part.disable_adapters if slot.layers else getattr(part, "_adapters_disabled", False)
+    merged = part.merged_adapters if slot.layers else []
+    if active != [slot.adapter_name] or disabled or merged:
         raise refuse(
-            f"The adapter {slot.adapter_name!r} is not what the model computes with now.",
-            found=f"active adapters {list(carrier.active_adapters)}",
-            expected=f"[{slot.adapter_name!r}] alone, enabled",
-            next_step=f"call model.set_adapter({slot.adapter_name!r}) first",
-        )
-    layer = slot.layers[0].module
-    if layer.disable_adapters or list(layer.active_adapters) != [slot.adapter_name] or layer.merged:
-        raise refuse(
-            f"The adapter {slot.adapter_name!r} is not what the model computes with now.",
-            found=f"active adapters {list(layer.active_adapters)}, disabled: {layer.disable_adapters}, "
-            f"merged: {layer.merged_adapters}",
-            expected=f"[{slot.adapter_name!r}] alone, enabled and not merged",
-            next_step=f"call model.set_adapter({slot.adapter_name!r}) first",
+            "not_what_it_computes_with", adapter_name=slot.adapter_name, active=active, disabled=disabled, merged=merged
         )
 
 
 @contextlib.contextmanager
-def _as_folder(adapter: str | os.PathLike | Adapter) -> Iterator[str]:
+def _as_folder(adapter: str | os.PathLike[str] | Adapter) -> Iterator[str]:
     if not isinstance(adapter, Adapter):
-        with interruptible():
-            folder = find_folder(adapter)
-        yield folder  # the very files: it is PEFT that reads them here
+        yield find_folder(adapter)  # the very files: it is PEFT that reads them here
         return
-    tensors = {_file_key(adapter, key): tensor.contiguous() for key, tensor in adapter.tensors.items()}
+    is_whole = adapter.config.is_prompt_learning
+    tensors = {
+        key if is_whole or key.startswith("base_model.") else PEFT_PREFIX + canonical_path(key): tensor.contiguous()
+        for key, tensor in adapter.tensors.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(folder, adapter.config, tensors)
         yield folder
-
-
-def _file_key(adapter: Adapter, key: str) -> str:
-    if adapter.config.is_prompt_learning or key.startswith("base_model."):
-        return key
-    return PEFT_PREFIX + canonical_path(key)
 
 
 @contextlib.contextmanager
@@ -254,8 +225,10 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
         for module in training:
             module.training = False
         yield
-    finally:
         _back_to_training(training)
+    except BaseException:  # Ctrl-C on the way back, too
+        _back_to_training(training)
+        raise
 
 
 def _back_to_training(modules: list[torch.nn.Module]) -> None:
@@ -264,27 +237,10 @@ def _back_to_training(modules: list[torch.nn.Module]) -> None:
 
 
 def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:
-    with interruptible():
-        if isinstance(inputs, Mapping):
-            outputs = model(**inputs)
-        elif isinstance(inputs, torch.Tensor):
-            outputs = model(inputs)
-        else:
-            outputs = model(*inputs)
-    tensors = list(_float_tensors(outputs))
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def _float_tensors(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _float_tensors(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _float_tensors(part)
+    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
+    outputs = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    tensors = [each for each in tree_leaves(outputs) if isinstance(each, torch.Tensor)]
+    return [tensor.detach().clone() for tensor in tensors if tensor.is_floating_point()]
 
 
 def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
@@ -295,55 +251,38 @@ def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 
 def _mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
     name = slot.adapter_name
-    live_config, fresh_config = (_comparable(each) for each in (slot.config, fresh.peft_config[name]))
-    for key in sorted((live_config.keys() | fresh_config.keys()) - PROVENANCE):
-        if live_config.get(key) != fresh_config.get(key):
-            yield f"config.{key} is {live_config.get(key)!r}, fresh {fresh_config.get(key)!r}"
-    yield from _table_mismatches(slot, fresh)
-    saved = {canonical_path(key): tensor for key, tensor in saved_tensors(slot).items()}
-    expected = get_peft_model_state_dict(fresh, adapter_name=name, save_embedding_layers=False)
-    expected = {canonical_path(key): tensor for key, tensor in expected.items()}
-    if missing := sorted(expected.keys() - saved.keys()):
-        yield f"{len(missing)} tensors of a fresh load are missing, such as {missing[0]}"
-    if extra := sorted(saved.keys() - expected.keys()):
-        yield f"{len(extra)} tensors that a fresh load lacks, such as {extra[0]}"
-    different = [
-        key
-        for key in sorted(saved.keys() & expected.keys())
-        if saved[key].dtype != expected[key].dtype or not torch.equal(saved[key], expected[key].cpu())
-    ]
-    if different:
-        yield f"{len(different)} tensors differ from a fresh load, such as {different[0]}"
+    found = _facts(slot.config, LoadedAlone(slot.host, name), saved_tensors(slot), name)
+    tensors = get_peft_model_state_dict(fresh, adapter_name=name, save_embedding_layers=False)
+    expected = _facts(fresh.peft_config[name], fresh, tensors, name)
+    wrong: dict[str, list[str]] = {}
+    for key in sorted(expected.keys() | {key for key in found if TABLE not in key}):  # what is off has tables, too
+        live, loaded = found.get(key), expected.get(key)
+        if _are_equal(live, loaded):
+            continue
+        if TABLE in key or key.startswith(CONFIG):
+            live = float(live) if isinstance(live, torch.Tensor) and live.ndim == 0 else live
+            yield f"{key} is {live!r}, fresh {loaded!r}"
+        else:
+            missing, lacks = "of a fresh load are missing", "that a fresh load lacks"
+            what = missing if live is None else lacks if loaded is None else "differ from a fresh load"
+            wrong.setdefault(what, []).append(key)
+    yield from (f"{len(keys)} tensors {what}, such as {keys[0]}" for what, keys in wrong.items())
 
 
-def _comparable(config: PeftConfig) -> dict:
-    """For some architectures PEFT makes sets of what a file has as lists of names, empty ones among them."""
-    return {
-        key: set(value) if isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value) else value
-        for key, value in config.to_dict().items()
-    }
-
-
-def _table_mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
-    """What the tables that PEFT keeps on each layer say of the adapter, if that differs."""
-    name = slot.adapter_name
-    # several may be around each other; then the one that has the adapter comes last under its name
-    live_wrappers = {canonical_path(path): module for path, module in LoadedAlone(slot.host, name).named_modules()}
-    for path, module in wrappers_in(fresh.get_base_model()):
-        live = live_wrappers.get(path)
+def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mapping, adapter_name: str) -> dict:
+    """The config, what the tables that PEFT keeps on each layer say of the adapter, and its tensors, by their names."""
+    facts = {f"{CONFIG}{key}": _comparable(value) for key, value in config.to_dict().items() if key not in PROVENANCE}
+    for path, module in carrier.named_modules():
         for table in getattr(module, "other_param_names", ()):
-            expected = _entry(module, table, name)
-            if expected is not None and not _are_equal(found := _entry(live, table, name), expected):
-                found = float(found) if isinstance(found, torch.Tensor) and found.ndim == 0 else found
-                yield f"{path}: {table} is {found!r}, fresh {expected!r}"
+            with contextlib.suppress(AttributeError, LookupError, TypeError):  # not every layer has each of them
+                facts[f"{canonical_path(path)}{TABLE}{table}"] = attrgetter(table)(module)[adapter_name]
+    return facts | {canonical_path(key): tensor for key, tensor in tensors.items()}
 
 
-def _entry(module: torch.nn.Module | None, table_name: str, adapter_name: str) -> object | None:
-    try:
-        table = attrgetter(table_name)(module)
-    except AttributeError:
-        return None
-    return table[adapter_name] if hasattr(table, "keys") and adapter_name in table else None
+def _comparable(value: object) -> object:
+    """For some architectures PEFT makes sets of what a file has as lists of names, empty ones among them."""
+    is_names = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+    return set(value) if is_names else value
 
 
 def _are_equal(first: object, second: object) -> bool:
@@ -351,7 +290,7 @@ def _are_equal(first: object, second: object) -> bool:
         # a dropout: a prepared one has another class, and the same p
         return getattr(first, "p", 0.0) == getattr(second, "p", 0.0)
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return first.shape == second.shape and torch.equal(first.detach().cpu(), second.detach().cpu())
+        return first.dtype == second.dtype and torch.equal(first.detach().cpu(), second.detach().cpu())
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(_are_equal(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):

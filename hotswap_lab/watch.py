@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
+from torch._dynamo.utils import get_metrics_context
 
-from .core.interrupts import interruptible, interrupts_held
 from .core.report import html_table
 
 T = TypeVar("T")
+
+#: kinds of compilations that are no graph of a piece of code
+TRIGGERS = {CallbackTrigger.LAZY_BACKWARD: "backward", CallbackTrigger.CUDAGRAPH_RECORDING: "cudagraph"}
 
 
 class RecompileError(AssertionError):
@@ -118,8 +121,6 @@ class RecompileWatch:
         self.calls: list[Call] = []
         self._current: Call | None = None
         self._watching = False
-        #: what keeps Ctrl-C from coming between a block and its end
-        self._blocks: list[tuple[interrupts_held, interruptible]] = []
 
     @property
     def compiles(self) -> int:
@@ -140,30 +141,11 @@ class RecompileWatch:
         return sum(each.kind == kind for each in self.compilations)
 
     def __enter__(self) -> RecompileWatch:
-        # else, after Ctrl-C just when the block is left, it would listen on for ever, and raise
-        hold, block = interrupts_held(), interruptible(block_of=self)
-        hold.__enter__()
-        try:
-            self._watching = True
-            self._listen()
-            self._blocks.append((hold, block))
-            block.__enter__()
-            return self
-        except BaseException:
-            self._blocks = [each for each in self._blocks if each != (hold, block)]
-            self._forget()
-            hold.__exit__()
-            raise
+        self._watching = True
+        self._listen()
+        return self
 
     def __exit__(self, *_: object) -> None:
-        hold, block = self._blocks.pop() if self._blocks else (None, None)
-        if block is not None:
-            block.__exit__()
-        self._forget()
-        if hold is not None:
-            hold.__exit__()
-
-    def _forget(self) -> None:
         self._watching = False
         if self._on_start in callback_handler.start_callbacks:
             callback_handler.remove_start_callback(self._on_start)
@@ -186,9 +168,9 @@ class RecompileWatch:
             self._current = None
 
     def _on_start(self, args: CallbackArgs) -> None:
-        guard = _failed_guard()
-        label = self._current.label if self._current else ""
-        kind = _kind(args, guard)
+        # what PyTorch notes about the compilation that is starting; nothing if it is the first of its code
+        guard = getattr(get_metrics_context(), "_metrics", {}).get("recompile_reason") or ""
+        kind, label = _kind(args, guard), self._current.label if self._current else ""
         compilation = Compilation(kind, explain(guard) if kind == "recompile" else "", guard, label)
         self.compilations.append(compilation)
         if self._current:
@@ -199,7 +181,7 @@ class RecompileWatch:
     @property
     def summary(self) -> str:
         """``1 compiled, 0 recompiles``"""
-        others = [f"{self._count(kind)} {kind}" for kind in ("backward", "cudagraph") if self._count(kind)]
+        others = [f"{self._count(kind)} {kind}" for kind in TRIGGERS.values() if self._count(kind)]
         plural = "" if self.recompiles == 1 else "s"
         return ", ".join([f"{self.compiles} compiled", f"{self.recompiles} recompile{plural}", *others])
 
@@ -213,23 +195,11 @@ class RecompileWatch:
         return html_table("Compilations", ["call", "what", "why"], rows, caption=self.summary)
 
 
-def _failed_guard() -> str:
-    """What PyTorch notes about the compilation that is starting; empty if it is the first of its code."""
-    try:
-        from torch._dynamo.utils import get_metrics_context
-
-        return get_metrics_context()._metrics.get("recompile_reason") or ""
-    except (ImportError, AttributeError):
-        return ""
-
-
 def _kind(args: CallbackArgs, guard: str) -> str:
-    if args.callback_trigger is CallbackTrigger.LAZY_BACKWARD:
-        return "backward"
-    if args.callback_trigger is CallbackTrigger.CUDAGRAPH_RECORDING:
-        return "cudagraph"
-    match = re.fullmatch(r"(?:!\d+/)?\d+/(\d+)(?:_\d+)?", str(args.compile_id))
-    return "recompile" if guard or (match and int(match[1]) > 0) else "compile"
+    if args.callback_trigger in TRIGGERS:
+        return TRIGGERS[args.callback_trigger]
+    is_again = re.search(r"/[1-9]\d*(_\d+)?$", str(args.compile_id))
+    return "recompile" if guard or is_again else "compile"
 
 
 def explain(guard: str) -> str:

@@ -4,8 +4,9 @@ Four kinds of steps. ``"line"``: a line of the package is about to run; Ctrl-C c
 the package is about to call something written in C, such as ``torch.empty``, ``copy_``, ``open`` or ``os.replace``,
 which fails instead. ``"deep"``: the same anywhere below the package: in PEFT, safetensors, torch, the standard library.
 At a ``"signal"`` step nothing is raised: the process sends itself the signal of Ctrl-C, and what becomes of that is up
-to the package. These are the steps where Python looks for signals: when a function begins or a generator goes on, and
-after calls of C functions, in the package and wherever blocks are entered and left.
+to the package. These are the steps where Python looks for signals: when a function of the package begins or a generator
+of it goes on, and after calls of C functions. Left out is what only enters and leaves blocks, of the package and of
+torch: Ctrl-C in just these few steps leaves the block half entered, or half left, in any Python program.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from types import CodeType
 import torch
 
 import hotswap_lab
-from hotswap_lab.core.interrupts import SOON
 
 PACKAGE = str(Path(hotswap_lab.__file__).parent)
 TESTS = str(Path(__file__).parent)
@@ -37,11 +37,11 @@ TESTS = str(Path(__file__).parent)
 STRANGERS = f"{os.sep}tqdm{os.sep}"
 #: what takes a failed write back is left alone: it is what is tested; and so is what takes temporary files away, of
 #: which something stays if it fails
-SPARED = frozenset({"roll_back", "_back_to_training", "cleanup"})
-#: what takes and gives back locks, modes and signal handlers: no line of it can fail, and Ctrl-C is held back meanwhile
-HELD = frozenset({"writing", "_take", "_taken", "waiting_at_most", "without_limit", "_opened", "_locked", "_eval_mode"})
-HELD |= {"_forget", "__enter__", "__exit__"}
-HELD_FILES = ("interrupts.py",)
+SPARED = frozenset({"roll_back", "_restore", "_cleared_away", "_back_to_training", "cleanup"})
+#: what enters and leaves blocks, and takes and gives back locks: no line of it can fail
+BLOCKS = frozenset({"_taken", "waiting_at_most", "put_back", "_opened", "_locked", "__enter__", "__exit__"})
+#: nor here; but Ctrl-C may come at any of its steps
+HOLDING = os.path.join("core", "interrupts.py")
 #: C functions that can't fail: they take no memory, and ask no disk and no device
 UNFAILING = frozenset(
     {"__enter__", "__exit__", "release", "reset", "signal", "getsignal", "set_state", "setstate", "_is_owned"}
@@ -108,8 +108,6 @@ def run_with_fault(
     handler, error = signal.getsignal(signal.SIGINT), None
     try:
         _watch(action, unit, at_step)
-        if where and unit == "signal":
-            time.sleep(10 * SOON)  # for Ctrl-C that was put off till then
     except BaseException as raised:
         if not where:
             raise
@@ -133,8 +131,9 @@ def run_with_ctrl_c(action: Callable[[], object], delay: float) -> Outcome:
         sys.setswitchinterval(1e-5)  # else the other thread's turn may come only after milliseconds
         action()
         ended = True
-        pressing.join()
-        time.sleep(3 * SOON)  # in which a signal that was just sent, or put off, is delivered
+        while not pressing.finished.is_set():  # Python 3.11's join() releases a lock twice if it is interrupted
+            time.sleep(0.001)
+        time.sleep(0.003)  # in which a signal that was just sent is delivered
     except KeyboardInterrupt as raised:
         error = raised
     sys.setswitchinterval(interval)
@@ -159,9 +158,9 @@ def _watch(action: Callable[[], object], unit: str, at_step: Callable[[str], Non
 
     def trace(frame, event, argument):
         code = frame.f_code
-        if not code.co_filename.startswith(PACKAGE) or code.co_filename.endswith(HELD_FILES):
+        if not code.co_filename.startswith(PACKAGE) or code.co_filename.endswith(HOLDING):
             return None
-        if code.co_name in SPARED | HELD:
+        if code.co_name in SPARED | BLOCKS:
             return None
         if event == "line" and frame.f_lasti not in _unreal(code):
             at_step(_place(frame))
@@ -191,15 +190,14 @@ def _watch(action: Callable[[], object], unit: str, at_step: Callable[[str], Non
 
 
 def _is_ours(frame) -> bool:
-    """Whether a frame is the package's, or enters or leaves a block of the package."""
+    """Whether a frame is the package's, or enters or leaves a block that holds Ctrl-C back."""
     code = frame.f_code
     if code.co_filename.startswith(PACKAGE):
-        return True
-    if code.co_name not in ("__enter__", "__exit__"):
+        return code.co_name not in BLOCKS
+    if code.co_filename != contextlib.__file__ or code.co_name not in ("__enter__", "__exit__"):
         return False
     generator = getattr(frame.f_locals.get("self"), "gen", None)
-    in_tests = frame.f_back.f_code.co_filename.startswith(TESTS)
-    return not in_tests or (generator is not None and generator.gi_code.co_filename.startswith(PACKAGE))
+    return generator is not None and generator.gi_code.co_filename.endswith(HOLDING)
 
 
 def _may_be_closing(frame) -> bool:

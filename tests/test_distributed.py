@@ -25,13 +25,14 @@ from hotswap_lab import (
     Adapter,
     AdapterPool,
     HotswapError,
+    commit,
     hotswap_adapter,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
     resolve_slot,
     save_adapter,
 )
-from hotswap_lab.core import commit, lora
+from hotswap_lab.core import lora
 
 if not dist.is_available():
     pytest.skip("a PyTorch without distributed", allow_module_level=True)

@@ -9,7 +9,9 @@ import pytest
 
 from hotswap_lab import __main__ as main_module
 from hotswap_lab import demo
-from hotswap_lab.bench.compare import Comparison, Way, compare
+from hotswap_lab.bench.compare import Comparison, compare
+from hotswap_lab.bench.report import Row
+from hotswap_lab.bench.timing import Timing
 
 
 @pytest.mark.long
@@ -30,11 +32,16 @@ def test_the_tour():
 
 def test_a_wrong_swap_ends_in_an_error(monkeypatch, capsys):
     def wrong(name, word, repeats):
-        return Comparison(name, "?", Way(False), Way(False, refusal="no"), Way(True))
+        time = Timing(0.002, 0.001, 3)
+        ours, theirs = Row(8, "ours", "wrong", time), Row(8, "PEFT", "refused", note="no")
+        return Comparison(name, "?", ours, theirs, Row(8, "PEFT load", "right", time))
 
     monkeypatch.setattr(main_module, "compare", wrong)
     assert main_module.main(["--repeats", "1"]) == 1
-    assert "False" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "False" in out
+    assert "2 ms wrong" in out
+    assert "PEFT hotswap refuses sort: no" in out
 
 
 @pytest.mark.parametrize("word", ["Hot swap", "understanding"])
@@ -46,7 +53,7 @@ def test_words_the_model_does_not_know_are_refused(capsys, word):
 
 def test_pefts_hotswap_is_judged_by_the_same_oracle():
     """shout lacks most layers of reverse: PEFT can do that. sort has patterns: PEFT refuses."""
-    assert compare("shout", "abc", 2).peft_hotswap.matches
+    assert compare("shout", "abc", 2).peft_hotswap.state == "right"
     row = compare("sort", "abc", 2)
-    assert (row.peft_hotswap.timing, row.ours.matches, row.peft_load_delete.matches) == (None, True, True)
+    assert (row.peft_hotswap.timing, row.ours.state, row.peft_load_delete.state) == (None, "right", "right")
     assert str(row.peft_hotswap) == "refused"

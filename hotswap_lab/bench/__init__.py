@@ -11,75 +11,90 @@ and is checked before against ``PeftModel.from_pretrained`` of both.
 
 from __future__ import annotations
 
-from .benchmark import run, versions
-from .compiled import RECOMPILES, measure_first_outputs, measure_forward
-from .memory import measure_memory, resident_mb
-from .models import make_base, randomize
-from .report import Report
-from .rounds import PER_ROUND, Way, in_rounds
-from .rows import MEMCPY, PEFT_STATE_DICT, Extra, Row, Size
-from .scene import MODULES, TOLERANCE, Scene
-from .settings import DTYPES, MODELS, Settings
-from .spread import Chain, chain_pool, measure_spread
-from .terminal import main
-from .turns import measure_turns
-from .waiting import BUSY, measure_waiting, waited_for_a_core
-from .ways import (
-    adapter_way,
-    disk_way,
-    make_ways,
-    measure_ways,
-    memcpy_way,
-    peft_hotswap_way,
-    peft_load,
-    peft_load_way,
-    peft_state_dict_way,
-    pool_way,
-    state_dict_way,
-)
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
 
-__all__ = [
-    "BUSY",
-    "DTYPES",
-    "MEMCPY",
-    "MODELS",
-    "MODULES",
-    "PEFT_STATE_DICT",
-    "PER_ROUND",
-    "RECOMPILES",
-    "TOLERANCE",
-    "Chain",
-    "Extra",
-    "Report",
-    "Row",
-    "Scene",
-    "Settings",
-    "Size",
-    "Way",
-    "adapter_way",
-    "chain_pool",
-    "disk_way",
-    "in_rounds",
-    "main",
-    "make_base",
-    "make_ways",
-    "measure_first_outputs",
-    "measure_forward",
-    "measure_memory",
-    "measure_spread",
-    "measure_turns",
-    "measure_waiting",
-    "measure_ways",
-    "memcpy_way",
-    "peft_hotswap_way",
-    "peft_load",
-    "peft_load_way",
-    "peft_state_dict_way",
-    "pool_way",
-    "randomize",
-    "resident_mb",
-    "run",
-    "state_dict_way",
-    "versions",
-    "waited_for_a_core",
-]
+import torch
+
+from .. import __version__
+from .compiled import measure_compiled
+from .extras import measure_memory, measure_spread, measure_turns, measure_waiting
+from .report import MEMCPY as MEMCPY
+from .report import PEFT_STATE_DICT as PEFT_STATE_DICT
+from .report import Report
+from .report import Row as Row
+from .scene import Scene, make_base
+from .scene import Way as Way
+from .settings import Settings
+from .timing import in_rounds as in_rounds
+from .timing import machine
+from .ways import disk_way as disk_way
+from .ways import measure_ways
+from .ways import memcpy_way as memcpy_way
+from .ways import peft_hotswap_way as peft_hotswap_way
+from .ways import peft_load_way as peft_load_way
+from .ways import peft_state_dict_way as peft_state_dict_way
+from .ways import pool_way as pool_way
+
+#: what goes beyond the table, by the setting that asks for it
+FURTHER = {"compiled": measure_compiled, "memory": measure_memory, "spread": measure_spread, "turns": measure_turns}
+
+
+def run(
+    settings: Settings,
+    say: Callable[[str], object] = lambda text: None,
+    make: Callable[[Scene], list[Way]] | None = None,
+) -> Report:
+    """Measures what ``settings`` ask for.
+
+    Parameters
+    ----------
+    settings:
+        Shape, ranks, dtype, device, repeats and the further measurements.
+    say:
+        Is told what is being done.
+    make:
+        Makes the ways that are measured, each on a model of its own; all of them by default.
+
+    Returns
+    -------
+    Report
+        Shows itself as a table; ``rows``, ``extras``, ``to_json()`` and ``figure()`` give the rest.
+
+    Examples
+    --------
+    >>> report = run(Settings(model="tiny", ranks=(2,), n=1))
+    >>> len(report.rows), {row.state for row in report.rows}
+    (9, {'right'})
+    >>> report.timing("hotswap_lab, pool", rank=2).n
+    1
+    """
+    sizes, rows, extras = [], [], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's and transformers', on random adapters
+            base = make_base(settings)
+            for rank in settings.ranks:
+                with tempfile.TemporaryDirectory() as folder:
+                    say(f"rank {rank}: making two adapters, timing each way {settings.n} times")
+                    scene = Scene(base, settings, rank, folder)
+                    sizes.append(scene.size)
+                    extras += measure_waiting(rank, lambda scene=scene: rows.extend(measure_ways(scene, make)))
+                    for name, measure in FURTHER.items():
+                        if getattr(settings, name):
+                            say(f"rank {rank}: {name}")
+                            extras += measure(scene)
+        return Report(machine(), versions(), settings, tuple(sizes), tuple(rows), tuple(extras))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and every package that takes part."""
+    packages = {name: version(name) for name in ("peft", "transformers", "safetensors")}
+    return {"python": platform.python_version(), "hotswap_lab": __version__, "torch": torch.__version__, **packages}

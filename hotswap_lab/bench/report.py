@@ -3,17 +3,82 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..lessons.figures import Figure
-from .picture import bars
-from .rows import Extra, Row, Size
+from ..lessons.figures import FROZEN, NEW, OLD, Figure
 from .settings import Settings
 from .timing import Timing
+
+#: the two ways that the others are compared with
+PEFT_STATE_DICT = "PEFT hotswap, state dict"
+MEMCPY = "memcpy of the same bytes"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of swapping adapters of one rank.
+
+    Parameters
+    ----------
+    rank, way:
+        What was timed.
+    state:
+        ``"right"``, ``"wrong"`` (no error, but other outputs than a fresh load) or ``"refused"`` (not timed).
+    timing:
+        Seconds of one call.
+    as_fast:
+        How many times as fast as PEFT's hotswap from a state dict.
+    times_memcpy:
+        How many times as long as copying the same bytes.
+    note:
+        The error, if it was refused.
+    """
+
+    rank: int
+    way: str
+    state: str
+    timing: Timing | None = None
+    as_fast: float | None = None
+    times_memcpy: float | None = None
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """The way, and how it did if it did badly."""
+        return self.way if self.state == "right" else f"{self.way} ({self.state})"
+
+    def __str__(self) -> str:
+        return "refused" if self.timing is None else f"{self.timing}{'' if self.state == 'right' else ' wrong'}"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large an adapter of one rank is: in its file, and packed by a pool."""
+
+    rank: int
+    tensors: int
+    nbytes: int
+    packed_nbytes: int
+
+    def __str__(self) -> str:
+        own, packed = self.nbytes / 1e6, self.packed_nbytes / 1e6
+        return f"rank {self.rank}: {self.tensors} tensors, {own:.3g} MB per adapter, {packed:.3g} MB packed"
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A further measurement: a line to read, and its numbers (times in seconds)."""
+
+    name: str
+    rank: int
+    text: str
+    values: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -39,25 +104,22 @@ class Report:
     rows: tuple[Row, ...]
     extras: tuple[Extra, ...] = ()
 
-    COLUMNS = ("way", "median ms", "min ms", "n", "times as fast as PEFT's state dict", "x memcpy")
-
     def __str__(self) -> str:
         lines = [self.machine, self._shape()]
         for size in self.sizes:
-            rows = [row for row in self.rows if row.rank == size.rank]
-            lines += ["", str(size), *_aligned([self.COLUMNS, *(row.cells for row in rows)])]
-            lines += [f"{row.way} refused: {row.note}" for row in rows if row.note]
+            lines += ["", str(size), *_table([row for row in self.rows if row.rank == size.rank])]
             extras = [extra.text for extra in self.extras if extra.rank == size.rank]
             lines += ["", *extras] if extras else []
         return "\n".join(lines)
 
-    def _shape(self) -> str:
-        settings = self.settings
-        layers = f", {settings.layers} layers" if settings.layers else ""
-        room = f"room for rank {settings.target_rank}" if settings.target_rank else "room for the adapters' own rank"
-        return f"shape {settings.model}{layers}, {settings.dtype}, {_device_name(settings.device)}, {room}"
-
     __repr__ = __str__
+
+    def _shape(self) -> str:
+        settings, device = self.settings, self.settings.device
+        layers = f", {settings.layers} layers" if settings.layers else ""
+        on = f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
+        room = f"room for rank {settings.target_rank}" if settings.target_rank else "room for the adapters' own rank"
+        return f"shape {settings.model}{layers}, {settings.dtype}, {on}, {room}"
 
     def timing(self, way: str, rank: int) -> Timing | None:
         """The time of one way; None if it was refused, or not tried."""
@@ -74,44 +136,49 @@ class Report:
         """Everything, as JSON; times are in seconds."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
-    @classmethod
-    def from_json(cls, text: str) -> Report:
-        """The report that :meth:`to_json` wrote.
-
-        >>> from hotswap_lab.bench import MEMCPY
-        >>> row = Row(8, MEMCPY, "right", Timing(median=2.0, minimum=1.0, n=3))
-        >>> report = Report("a machine", {"torch": "2"}, Settings(), (), (row,))
-        >>> Report.from_json(report.to_json()) == report
-        True
-        """
-        found = json.loads(text)
-        settings = Settings(**{**found["settings"], "ranks": tuple(found["settings"]["ranks"])})
-        rows = [{**row, "timing": row["timing"] and Timing(**row["timing"])} for row in found["rows"]]
-        return cls(
-            found["machine"],
-            found["versions"],
-            settings,
-            tuple(Size(**size) for size in found["sizes"]),
-            tuple(Row(**row) for row in rows),
-            tuple(Extra(**extra) for extra in found["extras"]),
-        )
-
     def figure(self) -> Figure:
-        """The medians as bars on a logarithmic scale, one panel for each rank."""
-        return bars("One swap", self.machine, self.settings, self.sizes, self.rows)
+        """The medians as bars on a logarithmic scale, one panel for each rank. Needs matplotlib."""
+        return self._figure
+
+    @functools.cached_property  # a second's work, and a widget asks for it at every change
+    def _figure(self) -> Figure:
+        import matplotlib
+        from matplotlib.figure import Figure as Drawing
+
+        title = f"One swap, median of {self.settings.n}: {self.settings.model}, {self.settings.dtype}"
+        drawing = Drawing(figsize=(8, 1 + 3 * len(self.sizes)), layout="constrained")
+        drawing.suptitle(title)
+        drawing.supxlabel(self.machine, fontsize="xx-small")
+        text = f"{title}, logarithmic scale. "
+        for axes, size in zip(drawing.subplots(len(self.sizes), squeeze=False)[:, 0], self.sizes, strict=True):
+            rows = [row for row in self.rows if row.rank == size.rank and row.timing]
+            colors = [FROZEN if row.way == MEMCPY else OLD if row.way.startswith("PEFT") else NEW for row in rows]
+            times = [row.timing.median * 1000 for row in rows]
+            bars = axes.barh([row.label for row in rows], times, color=colors, log=True)
+            axes.bar_label(bars, [str(row.timing) for row in rows], padding=3)
+            axes.set(title=str(size), xlabel="milliseconds, logarithmic scale")
+            axes.margins(x=0.25)
+            axes.invert_yaxis()
+            text += f"{size}: {', '.join(f'{row.label} {row.timing}' for row in rows)}. "
+        text += f"Measured on {self.machine}."
+        file = io.StringIO()
+        # letters stay letters, for screen readers and small files
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            drawing.savefig(file, format="svg", metadata={"Title": text, "Date": None})
+        svg = file.getvalue()
+        return Figure(svg[svg.index("<svg") :], text)
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = []
-    for row in table:
-        first, *numbers = (
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+def _table(rows: Sequence[Row]) -> list[str]:
+    width = max((len(row.label) for row in rows), default=0)
+    lines = [f"{'way':{width}}  median ms      min ms    n  times as fast as PEFT's state dict   x memcpy"]
+    for row in rows:
+        if row.timing is None:
+            lines.append(f"{row.way} refused: {row.note}")
+            continue
+        factors = [f"{factor:,.2f}" if factor else "" for factor in (row.as_fast, row.times_memcpy)]
+        lines.append(
+            f"{row.label:{width}}  {row.timing.median * 1000:9.3f}  {row.timing.minimum * 1000:10.3f}  "
+            f"{row.timing.n:3}  {factors[0]:>34}  {factors[1]:>9}".rstrip()
         )
-        lines.append("  ".join([first, *numbers]).rstrip())
     return lines
-
-
-def _device_name(device: str) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device

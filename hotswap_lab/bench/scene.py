@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.hotswap import prepare_model_for_compiled_hotswap as peft_prepare
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..core.adapter import Adapter
 from ..core.pool import AdapterPool
 from ..core.prepare import prepare_model_for_compiled_hotswap
-from .models import randomize
-from .rounds import Way
-from .rows import Size
-from .settings import Settings
+from .report import Size
+from .settings import SHAPES, Settings
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -23,31 +25,118 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
+def make_base(settings: Settings) -> torch.nn.Module:
+    """A base model of a real shape with random weights, the same every time.
+
+    >>> base = make_base(Settings(model="tiny", layers=3))
+    >>> len(base.model.layers), base.config.hidden_size
+    (3, 32)
+    """
+    hidden, intermediate, layers, heads, kv_heads = SHAPES[settings.model]
+    config = LlamaConfig(
+        vocab_size=1000,  # plays no part in a swap
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=settings.layers or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval().to(settings.device, getattr(torch, settings.dtype))
+
+
+def waiting(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """The same function; on an accelerator, it returns when everything is done there."""
+    if torch.device(device).type == "cpu":
+        return run
+    return lambda: (run(), torch.accelerator.synchronize())
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of getting from one adapter to another.
+
+    Parameters
+    ----------
+    name:
+        As the table shows it.
+    swap:
+        Puts one of the two adapters in, by its number, 0 or 1.
+    is_right:
+        Whether what is there now is what a fresh load of that adapter gives.
+    model:
+        The model that it swaps in, if it is one.
+    """
+
+    name: str
+    swap: Callable[[int], object]
+    is_right: Callable[[int], bool]
+    model: torch.nn.Module | None = None
+
+    def check(self) -> tuple[str, str]:
+        """Swaps to each adapter once. Returns the state, and a note on why it was refused."""
+        try:
+            states = []
+            for number in (1, 0):
+                self.swap(number)
+                states.append(self.is_right(number))
+        except Exception as error:
+            # whatever it raises, that is how this way does here; the others are measured all the same
+            return "refused", (str(error).strip() or type(error).__name__).splitlines()[0]
+        return ("right" if all(states) else "wrong"), ""
+
+    def alternating(self, device: str) -> Callable[[], object]:
+        """A function that swaps to the adapter that is not in, and waits until it is there."""
+        numbers = itertools.cycle((1, 0))  # the check has left number 0 in
+        return waiting(lambda: self.swap(next(numbers)), device)
+
+
 class Scene:
     """A base model, two adapters for it in folders, and what a fresh load of each gives.
 
+    Parameters
+    ----------
+    base, settings, rank:
+        The model, and what is measured with it.
+    folder:
+        Where two random adapters of that rank are saved.
+    folders:
+        Two adapters that are there already, instead.
+
+    Examples
+    --------
     >>> import tempfile
-    >>> from hotswap_lab.bench import make_base
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     scene = Scene(make_base(Settings(model="tiny")), Settings(model="tiny"), rank=4, folder=folder)
-    >>> scene.size.tensors, len(scene.expected)
+    ...     scene.size.tensors, len(scene.expected)
     (28, 2)
     """
 
-    def __init__(self, base: torch.nn.Module, settings: Settings, rank: int, folder: str):
-        self.base, self.settings, self.rank = base, settings, rank
-        self.target_rank = settings.target_rank or rank
-        self.inputs = self.make_inputs(16)
-        # other alphas, so that a swap has to change the scalings too
-        self.folders = [self._save(f"{folder}/{number}", number, alpha=rank * (number + 1)) for number in (0, 1)]
-        self.expected = [self.outputs(self.load(number)) for number in (0, 1)]
-        self.tolerance = TOLERANCE[settings.dtype] * self.expected[0].abs().max().item()
-        if (self.expected[0] - self.expected[1]).abs().max() < 10 * self.tolerance:
-            raise RuntimeError("the two adapters give nearly the same outputs, so no check could tell them apart")
-        adapters = [Adapter.load(folder) for folder in self.folders]
-        self.adapters = adapters
-        packed = self.pool()
-        self.size = Size(rank, len(adapters[0].tensors), adapters[0].nbytes, packed.nbytes // len(packed))
+    def __init__(
+        self, base: torch.nn.Module, settings: Settings, rank: int, folder: str = "", folders: Sequence[str] = ()
+    ):
+        self.base = base
+        self.settings = settings
+        self.rank = rank
+        self.target_rank: int = settings.target_rank or rank
+        self.inputs: torch.Tensor = self.make_inputs(16)
+        # half precision stays half precision, in models of it
+        self.options: dict[str, Any] = dict(
+            torch_device=settings.device, autocast_adapter_dtype=settings.dtype == "float32"
+        )
+        self.folders: Sequence[str] = folders or [self._save(f"{folder}/{number}", number) for number in (0, 1)]
+        self.expected: list[torch.Tensor] = [self.outputs(self.load(number)) for number in (0, 1)]
+        self.tolerance: float = TOLERANCE[settings.dtype] * self.expected[0].abs().max().item()
+
+    @functools.cached_property
+    def adapters(self) -> list[Adapter]:
+        return [Adapter.load(folder) for folder in self.folders]
+
+    @functools.cached_property
+    def size(self) -> Size:
+        first, packed = self.adapters[0], self.pool()
+        return Size(self.rank, len(first.tensors), first.nbytes, packed.nbytes // len(packed))
 
     def make_inputs(self, tokens: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -59,30 +148,25 @@ class Scene:
         shared = {id(tensor): tensor for tensor in (*self.base.parameters(), *self.base.buffers())}
         return copy.deepcopy(self.base, shared)
 
-    def _save(self, folder: str, seed: int, alpha: int) -> str:
-        config = LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=list(MODULES))
-        model = get_peft_model(self.copy_of_base(), config, autocast_adapter_dtype=False)
-        randomize(model, seed)
+    def _save(self, folder: str, number: int) -> str:
+        # random B as well, not 0: then no output would show a wrong swap; and other alphas: scalings change, too
+        config = LoraConfig(
+            r=self.rank, lora_alpha=self.rank * (number + 1), target_modules=list(MODULES), init_lora_weights=False
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            model = get_peft_model(self.copy_of_base(), config, autocast_adapter_dtype=False)
         model.save_pretrained(folder, save_embedding_layers=False)
         return folder
 
     def load(self, number: int = 0) -> PeftModel:
         """A fresh load of one of the adapters, by PEFT alone."""
-        return PeftModel.from_pretrained(
-            self.copy_of_base(),
-            self.folders[number],
-            torch_device=self.settings.device,
-            autocast_adapter_dtype=False,  # half precision stays half precision
-        ).eval()
+        return PeftModel.from_pretrained(self.copy_of_base(), self.folders[number], **self.options).eval()
 
-    def load_prepared(self) -> PeftModel:
+    def load_prepared(self, prepare: Callable[..., object] = prepare_model_for_compiled_hotswap) -> PeftModel:
+        """The first adapter in a model with room for ``target_rank``: ours, or as PEFT's function makes it."""
         model = self.load()
-        prepare_model_for_compiled_hotswap(model, target_rank=self.target_rank)
-        return model
-
-    def load_prepared_by_peft(self) -> PeftModel:
-        model = self.load()
-        peft_prepare(model, target_rank=self.target_rank)
+        prepare(model, target_rank=self.target_rank)
         return model
 
     def pool(self) -> AdapterPool:
@@ -94,8 +178,10 @@ class Scene:
     def outputs(self, model: torch.nn.Module, inputs: torch.Tensor | None = None) -> torch.Tensor:
         return model(input_ids=self.inputs if inputs is None else inputs, use_cache=False).logits
 
-    def matches(self, outputs: torch.Tensor, number: int) -> bool:
-        return torch.allclose(outputs, self.expected[number], rtol=0, atol=self.tolerance)
-
     def way(self, name: str, model: torch.nn.Module, swap: Callable[[int], object]) -> Way:
-        return Way(name, swap, lambda number: self.matches(self.outputs(model), number))
+        """A way of swapping in a model, whose outputs are compared with those of a fresh load."""
+
+        def is_right(number: int) -> bool:
+            return torch.allclose(self.outputs(model), self.expected[number], rtol=0, atol=self.tolerance)
+
+        return Way(name, swap, is_right, model)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MODELS = ("smollm2", "demo", "tiny")
+#: hidden size, the MLP's, layers, heads, heads for keys and values
+SHAPES = {"smollm2": (576, 1536, 30, 9, 3), "demo": (128, 448, 4, 4, 4), "tiny": (32, 64, 2, 4, 2)}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -60,10 +61,8 @@ class Settings:
     turns: bool = False
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS or self.dtype not in DTYPES:
-            raise ValueError(
-                f"model must be one of {MODELS}, dtype one of {DTYPES}: got {self.model!r}, {self.dtype!r}"
-            )
+        if self.model not in SHAPES or self.dtype not in DTYPES:
+            raise ValueError(f"model must be one of {[*SHAPES]}, dtype one of {DTYPES}: {self.model}, {self.dtype}")
         if not self.ranks or (self.target_rank is not None and self.target_rank < max(self.ranks)):
             raise ValueError(f"ranks must hold one rank or more, none above target_rank: got {self.ranks}")
         numbers = (*self.ranks, self.n, self.threads, self.tokens, 1 if self.layers is None else self.layers)

@@ -1,7 +1,15 @@
 """Every other method of PEFT: PEFT itself loads the new adapter, beside the model, and the live model is made equal.
 
-``stand_in`` (the base model's modules once more, around the same memory), ``donor`` (a fresh load onto it),
-``difference`` (what the live model lacks to equal it: a ``graft``), ``decide`` (whether that can be written).
-``places`` remembers where everything is, for the next adapter with the same config. ``wrappers`` knows what PEFT puts
-around modules, ``base_values`` the base weights that adapters overwrite.
+In the order of a swap: ``decide`` (is it such a swap, and can it be done), ``stand_in`` (the base model's modules once
+more, around the same memory), ``donor`` (a fresh load onto it, behind ``guards``), ``difference`` (what the live model
+lacks to equal it), ``base_values`` (base weights that adapters overwrite), ``places`` (where all of it went, for the
+next adapter with the same config). ``wrappers`` knows what PEFT puts around modules, ``general`` where the tensors of a
+method are, ``prepare`` which of them can have room for other ranks.
 """
+
+from pathlib import Path
+
+from ..core.errors import TEXTS
+from . import door  # noqa: F401 - the engine knows of all this from here on
+
+TEXTS.append(Path(__file__).with_name("refusals.ini"))

@@ -9,35 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..core.change import ON_CONFIG
-from ..core.errors import Refusal, listing
+from ..core.errors import Refusal, listing, refusal
 from ..core.host import Host, canonical_path, embeddings_of
 from ..core.journal import Journal
+from ..core.layers import have_same_values
 from ..core.methods import method_of
-from ..core.sameness import have_same_values
-from ..core.words import needs_originals
+from ..core.plan import Action, LayerPlan
+
+if TYPE_CHECKING:
+    from ..core.decide import Draft
 
 #: on a base model: by adapter name, the original values of what that adapter overwrote, by their names
 ORIGINALS = "hotswap_base_values"
-#: on a base model: by adapter name, an :class:`Overwritten`
-OVERWRITTEN = "hotswap_overwritten"
-
-
-@dataclass(frozen=True)
-class Overwritten:
-    """Base weights whose originals nobody has any more.
-
-    Right as long as the config in the model is this one: another one was put there by PEFT, with whatever its adapter's
-    file overwrote.
-    """
-
-    config: PeftConfig
-    lost: frozenset[str]
+#: on a config that a swap has put into a model: the base weights whose originals nobody has any more. A config that
+#: PEFT has put there has no such mark: its adapter's file may have overwritten whatever it names
+LOST = "_hotswap_lost"
 
 
 @dataclass
@@ -51,13 +44,6 @@ class BaseChange:
     lost: frozenset[str] = frozenset()
     refusals: list[Refusal] = field(default_factory=list)
 
-    def keep(
-        self, base: torch.nn.Module, adapter_name: str, originals: dict, config: PeftConfig, journal: Journal
-    ) -> None:
-        """Notes the originals on the base model, and what has none; ``config`` is put into the model with it."""
-        journal.set_item(base.__dict__, ORIGINALS, {**base.__dict__.get(ORIGINALS, {}), adapter_name: originals})
-        note_lost(base, adapter_name, config, self.lost, journal)
-
 
 def kept_originals(base: torch.nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """The original values of base weights that this adapter overwrote in a swap."""
@@ -70,25 +56,15 @@ def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
     Embeddings that have adapters are among them: their weights are in most files. They are mostly unchanged there, but
     that can't be seen afterwards.
     """
-    base, config = host.base, host.configs[adapter_name]
-    known = base.__dict__.get(OVERWRITTEN, {}).get(adapter_name)
-    lost = frozenset() if known is None else known.lost
-    if known is None or known.config is not config:
-        lost = lost.union(overwritten_by_config(host, config), _embeddings(host, adapter_name))
-    return lost - kept_originals(base, adapter_name).keys()
-
-
-def note_lost(
-    base: torch.nn.Module, adapter_name: str, config: PeftConfig, lost: frozenset[str], journal: Journal
-) -> None:
-    """Notes what :func:`lost_originals` is from now on, as long as this config is in the model."""
-    known = {**base.__dict__.get(OVERWRITTEN, {}), adapter_name: Overwritten(config, lost)}
-    journal.set_item(base.__dict__, OVERWRITTEN, known)
+    config = host.configs[adapter_name]
+    if (lost := config.__dict__.get(LOST)) is None:
+        lost = frozenset((*overwritten_by_config(host, config), *_embeddings(host, adapter_name)))
+    return lost - kept_originals(host.base, adapter_name).keys()
 
 
 def follow_config(host: Host, adapter_name: str, config: PeftConfig, journal: Journal) -> None:
     """To be called before a config takes the place of the one in the model, if the base weights stay as they are."""
-    note_lost(host.base, adapter_name, config, lost_originals(host, adapter_name), journal)
+    config.__dict__[LOST] = lost_originals(host, adapter_name)
 
 
 ON_CONFIG.append(follow_config)
@@ -100,12 +76,11 @@ def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
     if not isinstance(bias, str) or bias == "none":
         return
     for path, module in host.base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            layer = module.get_base_layer()
+        is_adapted = isinstance(module, BaseTunerLayer)
+        if is_adapted or (bias == "all" and ".base_layer" not in f".{path}"):
+            layer = module.get_base_layer() if is_adapted else module
             if getattr(layer, "bias", None) is not None:
                 yield f"{canonical_path(path)}.bias"
-        elif bias == "all" and getattr(module, "bias", None) is not None and ".base_layer" not in f".{path}":
-            yield f"{canonical_path(path)}.bias"
 
 
 def change_base_values(
@@ -127,51 +102,26 @@ def change_base_values(
         Original values that the caller brings.
     """
     change = BaseChange()
-    if refusal := _check_given(given, live):
-        change.refusals.append(refusal)
-        return change
+    for name in given.keys() & live.keys():
+        value = given[name]
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == live[name].shape):
+            kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
+            change.refusals.append(refusal("given_base_weights", name=name, kind=kind, shape=tuple(live[name].shape)))
+            return change
     unknown = lost_originals(host, adapter_name) & live.keys()
     kept = {**kept_originals(host.base, adapter_name), **{name: given[name] for name in unknown & given.keys()}}
     unknown -= given.keys()
     change.lost = frozenset(unknown)
-    for name, value in new.items():
-        if value.shape != live[name].shape:
-            change.refusals.append(
-                Refusal(
-                    "The adapter comes with base weights of another shape than the model has.",
-                    found=f"{name} of shape {tuple(value.shape)}",
-                    expected=f"shape {tuple(live[name].shape)}",
-                    next_step="use an adapter that was made for this base model",
-                )
-            )
-            continue
-        original = kept.get(name, None if name in unknown else live[name])
-        if original is not None and not have_same_values(original, value):
+    for name, value in {**kept, **new}.items():
+        original = kept.get(name, live[name])
+        if name in new and name not in unknown and not have_same_values(original, value):
             change.originals[name] = original
         if not have_same_values(live[name], value):
             change.copies.append((live[name], value))
-    change.copies += [
-        (live[name], kept[name])
-        for name in sorted(kept.keys() - new.keys())
-        if not have_same_values(live[name], kept[name])
-    ]
     if change.copies and len(host.configs) > 1:
-        change.refusals.append(
-            Refusal(
-                "This swap writes to weights of the base model, which the model's other adapters go by, too.",
-                found=f"{len(change.copies)} base weights that would change, with {len(host.configs)} adapters loaded",
-                expected="no other adapter in the model",
-                next_step="model.delete_adapter(...) the others first, or load this adapter into a model of its own",
-            )
-        )
+        change.refusals.append(refusal("base_values_shared", count=len(change.copies), adapters=len(host.configs)))
     if lost := sorted(unknown - new.keys()):
-        change.refusals.append(
-            needs_originals(
-                found=f"{len(lost)} base weights that PEFT replaced when it loaded the adapter: {listing(lost, 3)}",
-                expected="their original values, or an adapter that replaces all of them, too",
-                next_step="pass base_weights={name: tensor}, such as the state_dict of the base model before loading",
-            )
-        )
+        change.refusals.append(refusal("base_weights_lost", count=len(lost), lost=listing(lost, 3)))
     return change
 
 
@@ -182,23 +132,20 @@ def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
         return
     ids = list(map(id, embeddings_of(host.base)))
     for path, module in host.base.named_modules():
-        if isinstance(module, BaseTunerLayer) and id(module) in ids:
-            if not method_of(module).has_adapter(module, adapter_name):
-                continue
+        is_one = isinstance(module, BaseTunerLayer) and id(module) in ids
+        if is_one and method_of(module).has_adapter(module, adapter_name):
             yield f"{canonical_path(path)}.weight"
 
 
-def _check_given(given: Mapping, live: Mapping[str, torch.Tensor]) -> Refusal | None:
-    """Why what the caller brings can't be the base model's own weights, or None. Other names don't matter."""
-    for name in given.keys() & live.keys():
-        value = given[name]
-        fits = isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == live[name].shape
-        if not fits:
-            kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
-            return Refusal(
-                "What was passed as base_weights does not fit the base model.",
-                found=f"{name}: {kind}",
-                expected=f"a floating point tensor of shape {tuple(live[name].shape)}",
-                next_step="pass the state_dict() of the base model, from before an adapter was loaded",
-            )
-    return None
+def embeddings_turned_off(draft: Draft) -> list[LayerPlan]:
+    """What happens to embeddings that are turned off now, and were not before: PEFT saves their weights, too."""
+    ids = set(map(id, embeddings_of(draft.slot.host.base)))
+    off = [plan for plan in draft.layers if plan.action is Action.OFF and plan.rank_before is not None]
+    return [plan for plan in off if id(plan.layer.module) in ids]
+
+
+def check_embeddings(draft: Draft) -> None:
+    """Refuses to turn embeddings off where the adapter's file may have replaced the weights below them."""
+    names = {f"{plan.path}.weight" for plan in embeddings_turned_off(draft)}
+    if lost := sorted(names & lost_originals(draft.slot.host, draft.slot.adapter_name) if names else ()):
+        draft.refuse("embeddings_lost", lost=listing(lost, 3))

@@ -1,58 +1,88 @@
-"""Decides a swap by a donor: what PEFT makes of the new adapter on a stand-in, compared with the live model."""
+"""Decides swaps that change more than values and ranks, or are of another method than LoRA.
+
+PEFT loads the new adapter beside the model, and the two are compared. What comes out is all that has to be written.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig, PeftType
 
-from ..core.adapter import Adapter
 from ..core.change import Change, clear_gradient
-from ..core.errors import Refusal, listing
+from ..core.decide import check_compiled
+from ..core.errors import listing
+from ..core.host import canonical_path
 from ..core.journal import Journal
+from ..core.plan import Plan
+from ..core.prepared import has_fixed_size
 from ..core.slot import Slot
-from ..core.words import merged_beside, unexpected_keys
+from ..core.state_view import is_padded
+from ..shards import check_parallel_training, holds_shards
 from . import general
-from .base_values import BaseChange, change_base_values, kept_originals, lost_originals
-from .difference import difference
+from .base_values import (
+    LOST,
+    ORIGINALS,
+    BaseChange,
+    change_base_values,
+    embeddings_turned_off,
+    kept_originals,
+    lost_originals,
+)
+from .difference import Graft, difference
 from .donor import Donor, load_donor
-from .graft import Graft
-from .places import Places, find_places, forget_places, places_of
-from .replication import other_layers
+from .places import Places, find_places, keep_places, places_of
 from .wrappers import wrappers_in
 
 if TYPE_CHECKING:
-    from ..core.plan import Plan
+    from ..core.decide import Draft
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
 
 
-def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
-    """Where the adapter was before a swap took it away: there it may come back without being asked for."""
-    return base.__dict__.get(FORMER_LAYERS, {}).get(adapter_name, frozenset())
+# ---- is it such a swap?
 
 
-def note_former_layers(base: torch.nn.Module, adapter_name: str, paths: Iterable[str], journal: Journal) -> None:
-    """Adds to :func:`former_layers`."""
-    if paths := former_layers(base, adapter_name).union(paths) - former_layers(base, adapter_name):
-        present = base.__dict__.get(FORMER_LAYERS, {})
-        paths |= former_layers(base, adapter_name)
-        journal.set_item(base.__dict__, FORMER_LAYERS, {**present, adapter_name: paths})
+def is_beyond(draft: Draft) -> bool:
+    """Whether one of the two adapters is more than LoRA's own tensors, or another method."""
+    slot, method = draft.slot, draft.slot.method
+    if method is general or (draft.base_weights and slot.room is None):
+        return True
+    if method.needs_donor(slot.config) or method.needs_donor(draft.adapter.config):
+        return True
+    return bool(kept_originals(slot.host.base, slot.adapter_name)) or slot.is_special
+
+
+def changes_form(draft: Draft) -> bool:
+    """Whether a layer would have other tensors afterwards than it has now: DoRA's magnitude, a bias."""
+    slot, (dora, bias) = draft.slot, draft.slot.method.form_for(draft.config)
+    same_kind = slot.reads_base == dora
+    others = [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
+    keys = set(map(canonical_path, draft.adapter.tensors)) if others else set()
+    return any(not keys.isdisjoint(layer.keys[0]) for layer in others)
+
+
+def turns_embeddings_off(draft: Draft) -> bool:
+    """PEFT saves the weights of embeddings that are wrapped, so these layers are given up rather than turned off."""
+    if draft.refusals or draft.compiled or draft.is_prepared:
+        return False
+    return bool(embeddings_turned_off(draft))
+
+
+# ---- what it comes to
 
 
 @dataclass
 class Grafting:
-    """A decided graft, or why there is none."""
+    """A decided swap by a donor, or why there is none."""
 
-    config: PeftConfig
     graft: Graft = field(default_factory=Graft)
     base: BaseChange = field(default_factory=BaseChange)
-    refusals: list[Refusal] = field(default_factory=list)
     #: where the tensors of an adapter with the same config would go
     places: Places | None = None
     #: what PEFT said when it could not load the adapter
@@ -63,6 +93,10 @@ class Grafting:
     @property
     def writes_values_only(self) -> bool:
         return self.graft.writes_values_only
+
+    @property
+    def differences(self) -> list[str]:
+        return self.graft.differences
 
     @property
     def nbytes(self) -> int:
@@ -84,159 +118,134 @@ class Grafting:
         change.steps += [
             *(lambda journal, each=each: clear_gradient(each, journal) for each in graft.parameters),
             *graft.steps,
-            *graft.silent_steps,
             lambda journal: self._note(slot, plan.config, originals, journal),
         ]
         return change
 
     def _note(self, slot: Slot, config: PeftConfig, originals: dict[str, torch.Tensor], journal: Journal) -> None:
         """What is to be known when the next adapter comes."""
-        host, name = slot.host, slot.adapter_name
+        host, name, noted = slot.host, slot.adapter_name, slot.host.base.__dict__
         for parameter, value in self.requires_grad:
             clear_gradient(parameter, journal)
             journal.set_attribute(parameter, "requires_grad", value)
-        self.base.keep(host.base, name, originals, config, journal)
-        if self.places is not None:
-            self.places.keep(slot, config, journal)
-        else:
-            forget_places(slot, journal)
-        note_former_layers(host.base, name, self.graft.unwrapped, journal)
+        journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: originals})
+        config.__dict__[LOST] = self.base.lost
+        keep_places(slot, self.places, config, journal)
+        if self.graft.unwrapped:
+            former = former_layers(host.base, name).union(self.graft.unwrapped)
+            journal.set_item(noted, FORMER_LAYERS, {**noted.get(FORMER_LAYERS, {}), name: former})
         names = getattr(host.tuner, "targeted_module_names", None)
         if self.graft.added and names is not None:
             journal.set_attribute(host.tuner, "targeted_module_names", [*dict.fromkeys([*names, *self.graft.added])])
 
 
-def decide_graft(
-    slot: Slot,
-    adapter: Adapter,
-    *,
-    add_layers: bool,
-    base_weights: Mapping[str, torch.Tensor] | None = None,
-    default_targets: bool = False,
-) -> Grafting:
-    """Loads a donor and compares. Writes nothing to the model. Arguments as in :func:`planning.make_plan`."""
-    name, host = slot.adapter_name, slot.host
-    config = copy.deepcopy(adapter.config)
-    config.inference_mode = slot.config.inference_mode
-    if default_targets and getattr(config, "target_modules", "") is None:
-        config.target_modules = copy.copy(slot.config.target_modules)
-    grafting = Grafting(config)
-    if refusal := other_layers(slot.config, config):
-        grafting.refusals.append(refusal)
-        return grafting
+def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
+    """Where the adapter was before a swap took it away: there it may come back without being asked for."""
+    return base.__dict__.get(FORMER_LAYERS, {}).get(adapter_name, frozenset())
+
+
+def plan_with_donor(draft: Draft) -> Plan:
+    """Decides a swap that changes more than values and ranks, or is of another method than LoRA."""
+    slot, name = draft.slot, draft.slot.adapter_name
+    if holds_shards(slot.host.base):
+        draft.refuse("sharded_beyond")
+        return draft.finish()
+    draft.config = copy.deepcopy(draft.adapter.config)
+    draft.config.inference_mode = slot.config.inference_mode
+    if not draft.check_targets and getattr(draft.config, "target_modules", "") is None:
+        draft.config.target_modules = copy.copy(slot.config.target_modules)
+    draft.grafting = Grafting()
+    in_base = {each for _, wrapper in wrappers_in(slot.host.base) for each in getattr(wrapper, "merged_adapters", ())}
+    if name in in_base:
+        draft.refuse("merged", adapter_name=name)
+    _decide(draft, draft.grafting, in_base - {name})
+    graft = draft.grafting.graft
+    draft.layers = graft.layers
+    if not graft.writes_values_only:
+        found = listing(graft.differences, 3)
+        if draft.compiled:
+            draft.refuse("compiled_other_kind", count=len(graft.differences), found=found)
+        elif any(is_padded(layer.module, name) or has_fixed_size(layer.module, name) for layer in slot.layers):
+            draft.refuse("prepared_other_kind", count=len(graft.differences), found=found)
+        check_parallel_training(draft, len(graft.layers), "another shape at the model")
+    check_compiled(draft)
+    return draft.finish()
+
+
+def _decide(draft: Draft, grafting: Grafting, others_merged: set[str]) -> None:
+    slot, adapter, host, config = draft.slot, draft.adapter, draft.slot.host, draft.config
+    name, base_weights = slot.adapter_name, draft.base_weights or {}
+    if _layers_of_base(config) != _layers_of_base(slot.config):
+        draft.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
+        return
     known = places_of(slot)
     if known is not None and not base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
-        grafting.config = known.completed(config, slot.config.inference_mode)
-        grafting.graft = known.graft(adapter)
-        grafting.places = known
+        draft.config = known.completed(config)
+        grafting.graft, grafting.places = known.graft_of(adapter), known
         grafting.base.lost = lost_originals(host, name)
-        return grafting
-    if slot.method is general and (others := _merged(host.base) - {name}):
+        return
+    if slot.method is general and others_merged:
         # most methods start from the base weights: their singular vectors, their clusters, a copy
-        grafting.refusals.append(merged_beside(name, sorted(others)))
-        return grafting
+        draft.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
+        return
+    # a half-precision adapter has the precision of its base: it was loaded with ``autocast_adapter_dtype=False``
+    half_precision = any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
     try:
         with slot.write_mode():
-            donor = load_donor(host, config, adapter.tensors, name, half_precision=_keeps_half_precision(slot))
+            donor = load_donor(host, config, adapter.tensors, name, half_precision=half_precision)
     except Exception as error:
         grafting.cause = error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        grafting.refusals.append(
-            Refusal(
-                "PEFT can't load this adapter on the base model.",
-                found=f"{type(error).__name__}: {' '.join(lines[:3])}",
-                expected="an adapter that was made for this base model",
-                next_step="check the adapter with PeftModel.from_pretrained on a fresh base model",
-            )
-        )
-        return grafting
-    grafting.config = donor.config
-    if refusal := _depends_on_class(slot, donor):
-        grafting.refusals.append(refusal)
-        return grafting
-    grafting.refusals += _incomplete(donor, adapter)
-    grafting.graft = difference(host, donor, name)
-    grafting.refusals += grafting.graft.obstacles
+        draft.refuse("not_loadable", kind=type(error).__name__, lines=" ".join(lines[:3]))
+        return
+    draft.config = donor.config
+    if _depends_on_class(draft, donor):
+        return
+    grafting.graft = graft = difference(host, donor, name)
+    _check_complete(draft, donor)
+    draft.refusals += graft.refusals
     former = former_layers(host.base, name)
-    if (added := [path for path in grafting.graft.added if path not in former]) and not add_layers:
-        grafting.refusals.append(
-            Refusal(
-                "Hot swapping the adapter did not succeed, it is on layers that the loaded adapter lacks.",
-                found=f"{len(added)} layers: {listing(added, 3)}",
-                expected=f"layers of the loaded adapter {name!r}",
-                next_step="pass add_layers=True to add them, or load first the adapter that targets most layers",
-            )
-        )
-    live = donor.live_values
-    grafting.base = change_base_values(host, name, donor.base_values, live, base_weights or {})
-    grafting.refusals += grafting.base.refusals
-    if not grafting.refusals:
-        grafting.places = find_places(slot, adapter, donor, grafting.graft)
+    if (added := [path for path in graft.added if path not in former]) and not draft.add_layers:
+        draft.refuse("lacks_layers", count=len(added), added=listing(added, 3), name=name)
+    live, twins = donor.live_values, donor.twins
+    grafting.base = change_base_values(host, name, donor.base_values, live, base_weights)
+    draft.refusals += grafting.base.refusals
+    if not draft.refusals:
+        grafting.places = find_places(slot, adapter, donor, graft)
     if not config.inference_mode:
-        twins = dict(donor.stand_in.model.named_parameters())
-        for path in {*grafting.base.originals, *donor.base_values, *(n for n in live if n.endswith("bias"))}:
-            if path in twins and live[path].requires_grad != twins[path].requires_grad:
-                grafting.requires_grad.append((live[path], twins[path].requires_grad))
-    return grafting
+        paths = [path for path in live if path.endswith("bias") or path in donor.base_values]
+        changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]
+        grafting.requires_grad = [(live[path], twins[path].requires_grad) for path in changed]
 
 
-def _merged(base: torch.nn.Module) -> set[str]:
-    """The names of all adapters that are merged into base weights."""
-    return {name for _, wrapper in wrappers_in(base) for name in getattr(wrapper, "merged_adapters", ())}
+def _layers_of_base(config: PeftConfig) -> str:
+    """The layers of the base model that PEFT repeats because LoRA's config says so, as a file has them.
+
+    They are the base model's own in another order and number: no swap turns one arrangement into another. Which one a
+    model has, nothing shows but the config of the adapter that it was loaded with.
+    """
+    return json.dumps(getattr(config, "layer_replication", None) or None, default=str)
 
 
-def _keeps_half_precision(slot: Slot) -> bool:
-    """Whether the live adapter has the precision of a half-precision base: ``autocast_adapter_dtype=False``."""
-    return any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
-
-
-def _depends_on_class(slot: Slot, donor: Donor) -> Refusal | None:
-    """Why the live model's class computes something else with this adapter than that of a fresh load, or None."""
-    host, config = slot.host, donor.config
+def _depends_on_class(draft: Draft, donor: Donor) -> bool:
+    """Refuses what the live model's class computes otherwise with this adapter than that of a fresh load."""
+    host, config = draft.slot.host, donor.config
     live, fresh = type(host.carrier), type(donor.model)
     by_class = config.is_prompt_learning or config.peft_type == PeftType.POLY
-    by_class = by_class or getattr(config, "alora_invocation_tokens", None)
-    if host.is_peft_model and by_class and live is not fresh:
-        return Refusal(
-            "The adapter is for another task than the model was loaded for.",
-            found=f"a {live.__name__}",
-            expected=f"a {fresh.__name__}, as task_type={config.task_type!r} asks for: it prepares the inputs",
-            next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
-        )
-    if config.peft_type == PeftType.ADAPTION_PROMPT:
-        tuner = host.carrier.base_model
-        if len(host.configs) > 1 or not getattr(tuner, "_enabled", True):
-            return Refusal(
-                "An adaption prompt can be swapped only while it is in the model.",
-                found=f"the adapters {listing(host.configs)}, of which PEFT keeps the inactive ones outside",
-                expected="this adapter alone, enabled",
-                next_step="enable it, and delete the others",
-            )
-    return None
+    if host.is_peft_model and live is not fresh and (by_class or getattr(config, "alora_invocation_tokens", None)):
+        draft.refuse("other_task", found=live.__name__, expected=fresh.__name__, task_type=config.task_type)
+        return True
+    is_prompt = config.peft_type == PeftType.ADAPTION_PROMPT
+    if is_prompt and (len(host.configs) > 1 or not getattr(host.carrier.base_model, "_enabled", True)):
+        draft.refuse("adaption_prompt", configs=listing(host.configs))
+        return True
+    return False
 
 
-def _incomplete(donor: Donor, adapter: Adapter) -> list[Refusal]:
-    refusals = []
+def _check_complete(draft: Draft, donor: Donor) -> None:
     if donor.unexpected:
-        refusals.append(
-            unexpected_keys(
-                donor.unexpected,
-                found=f"{len(donor.unexpected)} tensors that a fresh load would ignore",
-                expected=f"tensors only for what the adapter's config targets, {_targets(adapter.config)}",
-                next_step="check that config and weights belong together, and to this base model; or pass key_mapping",
-            )
-        )
+        targets = f"target_modules={getattr(draft.adapter.config, 'target_modules', None)!r}"
+        keys, count = listing(donor.unexpected, 4), len(donor.unexpected)
+        draft.refuse("keys_ignored", keys=keys, count=count, targets=targets)
     if donor.missing:
-        refusals.append(
-            Refusal(
-                "The adapter is incomplete.",
-                found=f"no values for {listing(donor.missing, 3)}",
-                expected="values for every tensor that its config calls for",
-                next_step="get a complete copy of the adapter",
-            )
-        )
-    return refusals
-
-
-def _targets(config: PeftConfig) -> str:
-    return f"target_modules={getattr(config, 'target_modules', None)!r}"
+        draft.refuse("adapter_incomplete", missing=listing(donor.missing, 3))

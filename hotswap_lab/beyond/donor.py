@@ -14,11 +14,10 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
+from ..core.guard import guard
 from ..core.host import PEFT_PREFIX, Host, canonical_path
-from ..core.interrupts import let_through
-from ..threads import writing
-from .guards import compilers_kept, memory_guard, nothing_read
-from .randomness import random_numbers_kept, seeds_itself
+from ..core.interrupts import interrupts_held
+from .guards import compilers_kept, memory_guard, nothing_read, random_numbers_kept
 from .stand_in import StandIn, make_stand_in
 
 
@@ -30,19 +29,24 @@ class Donor:
     stand_in: StandIn
     #: base weights that the adapter's file brings, by their names in the base model
     base_values: Mapping[str, torch.Tensor]
-    #: all weights of the live base model, by the same names
-    live_values: Mapping[str, torch.Tensor]
+    #: all weights of the stand-in, by the same names
+    twins: Mapping[str, torch.Tensor]
     #: by keys of the file, the tensors of the donor that PEFT loaded them into
     origins: Mapping[str, torch.Tensor]
     #: keys of the file that mean nothing to this model
-    unexpected: tuple[str, ...]
+    unexpected: list[str]
     #: tensors of the adapter that the file has no values for
-    missing: tuple[str, ...]
+    missing: list[str]
 
     @property
     def config(self) -> PeftConfig:
         (config,) = self.model.peft_config.values()
         return config
+
+    @property
+    def live_values(self) -> dict[str, torch.Tensor]:
+        """All weights of the live base model, by the same names."""
+        return {name: self.stand_in.live_tensors[id(twin)] for name, twin in self.twins.items()}
 
 
 def load_donor(
@@ -68,104 +72,92 @@ def load_donor(
     half_precision:
         Whether the adapter keeps the precision of a half-precision base, as with ``autocast_adapter_dtype=False``.
     """
-    let_through()  # from here on it may take seconds
     stand_in = make_stand_in(host.base)
-    versions = stand_in.versions()
     twins = dict(_named_tensors(stand_in.model))
-    base_names = {id(tensor): name for name, tensor in twins.items()}
     config = copy.deepcopy(config)
+    if stand_in.is_unordered and len(getattr(config, "target_parameters", None) or ()) > 1:
+        raise RuntimeError("its layers are nested by an order of parameters that the base model may have lost")
     if replication := getattr(config, "layer_replication", None):
         config.layer_replication = None  # the live base model has its layers repeated already
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     # quantized weights have no twins: PEFT sets `requires_grad` of the live ones, and no other thread must compute then
-    with writing(host.base) if stand_in.shared or seeds_itself(config) else contextlib.nullcontext():
+    with guard(host.base) if stand_in.shared else contextlib.nullcontext(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        memory = memory_guard(host.base, tensors.values())
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                guard = memory_guard(host.base, tensors.values())
-                with nothing_read(config), compilers_kept(), random_numbers_kept(config), guard:
-                    model = cls(stand_in.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
-                base_values, result, origins = _set_tensors(model, tensors, adapter_name, base_names)
-                if hasattr(model.base_model, "_cast_adapter_dtype"):
-                    model.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half_precision)
+            # torch takes a mode off and puts it back around each function: after Ctrl-C in between, another one is off
+            with interrupts_held(), nothing_read(config), compilers_kept(), random_numbers_kept(), memory:
+                model = cls(stand_in.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
+            file = _file_keys(model, tensors, adapter_name)
+            base_values, origins, result = _set_tensors(model, file, tensors, {id(twins[name]): name for name in twins})
+            if hasattr(model.base_model, "_cast_adapter_dtype"):
+                model.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half_precision)
         finally:
-            for parameter, requires_grad in stand_in.shared:
-                parameter.requires_grad_(requires_grad)
-    if any(id(module) in stand_in.unordered for module in _nested_around_parameters(model)):
-        raise RuntimeError("its layers are nested by an order of parameters that the base model may have lost")
-    if stand_in.was_changed(versions):
+            with interrupts_held():
+                for parameter, requires_grad in stand_in.shared:
+                    parameter.requires_grad_(requires_grad)
+    if stand_in.was_changed():
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
     if replication:
         model.peft_config[adapter_name].layer_replication = replication
-    let_through()
-    unexpected, missing = _mismatches(model, tensors, adapter_name, result)
     return Donor(
         model.eval() if config.inference_mode else model,
         stand_in,
         base_values,
-        {name: stand_in.live_tensors[id(twin)] for name, twin in twins.items()},
+        twins,
         origins,
-        unexpected,
-        missing,
+        *_mismatches(model, tensors, file.keys(), adapter_name, result),
     )
 
 
-def _mismatches(
-    model: PeftModel, tensors: Mapping, adapter_name: str, result
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, result) -> tuple[list[str], list[str]]:
     """Keys of the file that mean nothing to the model, and tensors of the adapter that it should have had."""
-    config = model.peft_config[adapter_name]
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    if config.is_prompt_learning:
-        return tuple(sorted(tensors.keys() - saved.keys())), tuple(sorted(saved.keys() - tensors.keys()))
+    if model.peft_config[adapter_name].is_prompt_learning:
+        return sorted(tensors.keys() - saved.keys()), sorted(saved.keys() - tensors.keys())
     # Some tensors are never saved, and a fresh load doesn't miss them; others are saved once and shown on each layer.
     # The names in a file are not those in the model, but the memory is the same.
     memory = {key: tensor.data_ptr() for key, tensor in model.state_dict().items()}
     missing = set(result.missing_keys)
     filled = {address for key, address in memory.items() if key not in missing}
-    present = _file_keys(model, tensors, adapter_name).keys()
-    awaited = {tensor.data_ptr() for key, tensor in saved.items() if key not in present} - filled
-    unexpected = [key for key in result.unexpected_keys if key not in saved]
-    return tuple(unexpected), tuple(sorted(key for key in missing if memory.get(key) in awaited))
+    awaited = {tensor.data_ptr() for key, tensor in saved.items() if key not in keys} - filled
+    return (
+        [key for key in result.unexpected_keys if key not in saved],
+        sorted(key for key in missing if memory.get(key) in awaited),
+    )
 
 
-def _nested_around_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules of which several parameters are adapted, each by a layer around the one of another."""
-    for module in model.modules():
-        inner = module._modules.get("base_layer")
-        if "parameter_name" in module.__dict__ and inner is not None and "parameter_name" in inner.__dict__:
-            yield module.get_base_layer()
-
-
-def _named_tensors(model: torch.nn.Module):
+def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _set_tensors(model: PeftModel, tensors: Mapping, adapter_name: str, base_names: Mapping[int, str]):
+def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: Mapping[int, str]):
     """Writes the adapter's tensors into the donor; those that are for the base model are kept apart."""
-    base_keys = {key: base_names[id(tensor)] for key, tensor in _named_tensors(model) if id(tensor) in base_names}
+    own = dict(_named_tensors(model))
+    base_keys = {key: base_names[id(tensor)] for key, tensor in own.items() if id(tensor) in base_names}
     base_values: dict[str, torch.Tensor] = {}
     origins: dict[str, torch.Tensor] = {}
     keys = {id(tensor): key for key, tensor in tensors.items()}
 
-    def keep_apart(module, state_dict: dict, prefix: str, *_: object) -> None:
-        # this memory is the live model's, too
-        for key in [key for key in state_dict if key in base_keys]:
-            base_values[base_keys[key]] = state_dict.pop(key)
-        own = dict(_named_tensors(model))
+    def keep_apart(module, state_dict: dict, *_: object) -> None:
+        # this memory is the live model's, too; what has another shape is left to PEFT, which says so
+        here = [key for key, value in state_dict.items() if key in base_keys and value.shape == own[key].shape]
+        base_values.update({base_keys[key]: state_dict.pop(key) for key in here})
         # what PEFT converts on the way is another tensor by now, and has no origin
+        now = dict(_named_tensors(model))
         origins.update(
-            {keys[id(each)]: own[key] for key, each in state_dict.items() if id(each) in keys and key in own}
+            {keys[id(each)]: now[key] for key, each in state_dict.items() if id(each) in keys and key in now}
         )
 
     handle = model.register_load_state_dict_pre_hook(keep_apart)
     try:
-        result = set_peft_model_state_dict(model, _file_keys(model, tensors, adapter_name), adapter_name)
+        (adapter_name,) = model.peft_config
+        result = set_peft_model_state_dict(model, file, adapter_name)
     finally:
         handle.remove()
     result.missing_keys[:] = [key for key in result.missing_keys if key not in base_keys]
-    return base_values, result, origins
+    return base_values, origins, result
 
 
 def _file_keys(model: PeftModel, tensors: Mapping, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -1,30 +1,23 @@
 """Every other PEFT method, by what PEFT itself says of its layers: ``adapter_layer_names`` and ``other_param_names``.
 
-Swaps of these go by a freshly loaded donor (see :mod:`hotswap_lab.grafting`), so that nothing of the methods has to be
-known here but where their tensors are.
+Swaps of these go by a freshly loaded donor, so that nothing of the methods has to be known here but where their tensors
+are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from operator import attrgetter
 
 import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..core.errors import Refusal
+from ..core.errors import Refusal, refusal
 from ..core.parts import SlotTensor, slot_tensor
-from ..core.words import damaged
 
 layer_class = BaseTunerLayer
-
-#: what can't be swapped, and why
-REFUSED = {
-    PeftType.XLORA: "X-LoRA, which loads several adapters and routes between them",
-}
-
 
 #: methods whose effect is a sum over rank components, so that zeros beyond an adapter's own rank change nothing
 PADDABLE = (PeftType.LOHA, PeftType.LOKR, PeftType.HIRA, PeftType.ADALORA)
@@ -45,35 +38,23 @@ def malformed(config: PeftConfig) -> Iterator[Refusal]:
     """PEFT judges these configs itself, when it loads the donor; but it multiplies by whatever number is there."""
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
-            yield damaged(name, value, "a finite number")
+            yield refusal("config_damaged", name=name, value=value, expected="a finite number")
 
 
 def unsupported(config: PeftConfig, role: str) -> Iterator[Refusal]:
     """What in ``config`` can't be swapped; ``role`` says whose config it is ("new" or "loaded")."""
-    if reason := REFUSED.get(config.peft_type):
-        yield Refusal(
-            f"The {role} adapter can't be swapped in place.",
-            found=reason,
-            expected="an adapter whose state lies in the layers that it is on",
-            next_step="load this adapter with PeftModel.from_pretrained on a fresh base model",
-        )
-
-
-def unsupported_layer(layer: BaseTunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-    """Why the tensors of this layer can't be swapped, or None."""
-    return next(
-        (f"a {each.named_key} without data (on the meta device)" for each in tensors if each.parameter.is_meta), None
-    )
+    if config.peft_type == PeftType.XLORA:
+        yield refusal("method_refused", role=role)
 
 
 def has_adapter(layer: BaseTunerLayer, adapter_name: str) -> bool:
-    return any(adapter_name in table for _, table in _tables(layer))
+    return any(True for _ in _tables(layer, adapter_name))
 
 
-def _tables(layer: BaseTunerLayer) -> Iterator[tuple[str, object]]:
+def _tables(layer: BaseTunerLayer, adapter_name: str) -> Iterator[tuple[str, object]]:
     for name in layer.adapter_layer_names:
         table = attrgetter(name)(layer)
-        if hasattr(table, "keys"):
+        if hasattr(table, "keys") and adapter_name in table:
             yield name, table
 
 
@@ -81,21 +62,14 @@ def tensors_of(layer: BaseTunerLayer, adapter_name: str) -> list[SlotTensor]:
     """The parameters of one adapter on one layer, in PEFT's order."""
     tensors = []
     is_tucker = any(adapter_name in getattr(layer, table, ()) for table in TUCKER)
-    for table_name, table in _tables(layer):
-        if adapter_name not in table:
-            continue
-        entry = table[adapter_name]
-        if isinstance(entry, torch.nn.Module):
-            for path, module in entry.named_modules():
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        inner = f"{path}.{name}" if path else name
-                        tensors.append(
-                            slot_tensor(
-                                f"{table_name}.{inner}", f"{table_name}.{adapter_name}.{inner}", module, name, None
-                            )
-                        )
+    for name, table in _tables(layer, adapter_name):
+        named_key = f"{name}.{adapter_name}"
+        if isinstance(entry := table[adapter_name], torch.nn.Module):
+            for inner, _ in entry.named_parameters():
+                path, _, last = inner.rpartition(".")
+                owner = entry.get_submodule(path)
+                tensors.append(slot_tensor(f"{name}.{inner}", f"{named_key}.{inner}", owner, last, None))
         elif isinstance(table, torch.nn.ParameterDict):
-            axis = None if is_tucker else RANK_AXES.get(table_name)
-            tensors.append(slot_tensor(table_name, f"{table_name}.{adapter_name}", table, adapter_name, axis))
+            axis = None if is_tucker else RANK_AXES.get(name)
+            tensors.append(slot_tensor(name, named_key, table, adapter_name, axis))
     return tensors

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch.overrides import TorchFunctionMode
 
-#: what a prompt starts from where its config would have PEFT read something; the adapter's tensors overwrite it anyway
-HARMLESS_INIT = "RANDOM"
 #: the values of ``prompt_tuning_init`` for which PEFT reads a tokenizer or a file that the config names
 INITS_THAT_READ = ("TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
-
 #: what names the compilers to whatever builds code later, ``torch.compile`` among it
 COMPILERS = ("CC", "CXX")
 
 #: bytes that any method may take
 SMALL = 32 * 2**20
-#: bytes that a tensor takes at least, with the objects that are around it
-OVERHEAD = 4096
 #: how many times the size of its own tensors a method may take
 FACTOR = 4
 #: and for each weight of the base model, all in all: WaveFT, the most, takes 12
 PER_WEIGHT = 64
+#: bytes that a tensor takes at least, with the objects that are around it
+OVERHEAD = 4096
 
 
 @contextlib.contextmanager
@@ -37,18 +35,16 @@ def nothing_read(config: PeftConfig) -> Iterator[None]:
     ValueError
         If it can't be built without reading what the config names.
     """
-    model = getattr(config, "shadow_model", "mirror")
+    model, init = getattr(config, "shadow_model", "mirror"), getattr(config, "prompt_tuning_init", None)
     if model != "mirror":
         raise ValueError(f"its config names a model to read, shadow_model={model!r}")
-    init = getattr(config, "prompt_tuning_init", None)
-    if init not in INITS_THAT_READ:
-        yield
-        return
-    config.prompt_tuning_init = HARMLESS_INIT
+    if init in INITS_THAT_READ:
+        config.prompt_tuning_init = "RANDOM"  # the adapter's tensors overwrite it anyway
     try:
         yield
     finally:
-        config.prompt_tuning_init = init
+        if init in INITS_THAT_READ:
+            config.prompt_tuning_init = init
 
 
 @contextlib.contextmanager
@@ -58,15 +54,22 @@ def compilers_kept() -> Iterator[None]:
     Where PEFT's BOFT can't build its extension, it leaves ``CXX=gcc`` behind: nothing that ``torch.compile`` builds
     with that can be loaded, since it is linked without the C++ library.
     """
-    before = {name: os.environ.get(name) for name in COMPILERS}
+    before = {name: os.environ[name] for name in COMPILERS if name in os.environ}
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in COMPILERS:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def random_numbers_kept() -> contextlib.AbstractContextManager[None]:
+    """While PEFT builds an adapter, whose weights are overwritten anyway, the user's random numbers don't move on.
+
+    A thread that samples meanwhile, and not inside ``in_use(model)``, may draw the same numbers twice.
+    """
+    # asking for the state of a GPU that nobody uses would start it
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
 
 
 class TooLargeError(ValueError):
@@ -87,35 +90,43 @@ class MemoryGuard(TorchFunctionMode):
     ...     torch.nn.Linear(1_000_000, 1_000_000)
     Traceback (most recent call last):
     ...
-    hotswap_lab.grafting.guards.TooLargeError: its config asks for too many tensors, such as one of (1000000, 1000000)
+    hotswap_lab.beyond.guards.TooLargeError: its config asks for too many tensors, such as one of (1000000, 1000000)
     """
 
     #: functions that make tensors of a size that is not that of others
-    FACTORIES = (
-        *(torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint, torch.randperm),
-        *(torch.normal, torch.eye, torch.arange, torch.linspace, torch.tril_indices, torch.triu_indices),
-        *(torch.empty_strided, torch.tensor, torch.Tensor.repeat, torch.tile, torch.repeat_interleave),
-        *(torch.Tensor.new_empty, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full),
+    FACTORIES = frozenset(
+        {
+            *("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "normal", "eye", "arange"),
+            *("linspace", "tril_indices", "triu_indices", "tensor", "empty_strided", "repeat", "tile"),
+            *("repeat_interleave", "new_empty", "new_zeros", "new_ones", "new_full"),
+        }
     )
 
     def __init__(self, limit: int):
         super().__init__()
-        self.limit, self.taken = limit, 0
+        self.limit = limit
+        self.taken: int = 0
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
-        if function in self.FACTORIES and str(kwargs.get("device")) != "meta":
+        if getattr(function, "__name__", "") in self.FACTORIES and str(kwargs.get("device")) != "meta":
             self._count(function, args, kwargs)
         return function(*args, **kwargs)
 
     def _count(self, function, args: tuple, kwargs: dict) -> None:
-        elsewhere = {key: value for key, value in kwargs.items() if key not in ("generator", "pin_memory", "out")}
+        elsewhere = {key: kwargs[key] for key in kwargs.keys() - {"generator", "pin_memory", "out", "device"}}
         try:
             # made where it takes no memory, to see what it will be
-            if function in (torch.Tensor.repeat, torch.tile, torch.repeat_interleave):
-                shape = function(torch.empty_like(args[0], device="meta"), *args[1:], **elsewhere)
-            else:
-                shape = function(*args, **{**elsewhere, "device": "meta"})
+            meta = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in args]
+            if not any(isinstance(each, torch.Tensor) for each in args):
+                elsewhere["device"] = "meta"
+            shape = function(*meta, **elsewhere)
         except Exception:
             return  # it will fail, or is of a kind that the meta device does not know
         self.taken += shape.numel() * shape.itemsize + OVERHEAD
@@ -123,7 +134,7 @@ class MemoryGuard(TorchFunctionMode):
             raise TooLargeError(f"its config asks for too many tensors, such as one of {tuple(shape.shape)}")
 
 
-def memory_guard(model: torch.nn.Module, tensors) -> MemoryGuard:
+def memory_guard(model: torch.nn.Module, tensors: Iterable[torch.Tensor]) -> MemoryGuard:
     """A guard that lets through whatever an adapter with these tensors can need on this model."""
     own = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     base = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))

@@ -7,6 +7,9 @@ live model, at the price of the adapter alone.
 from __future__ import annotations
 
 import copy
+import dis
+import functools
+import inspect
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -14,9 +17,7 @@ import torch
 
 from ..core.compiled import unwrap_compiled
 from ..core.state_view import forget_hooks
-from .base_values import ORIGINALS
-from .parameter_order import in_defined_order
-from .wrappers import WRAPPERS, inside
+from .wrappers import peel
 
 
 @dataclass
@@ -26,23 +27,17 @@ class StandIn:
     model: torch.nn.Module = None
     live_modules: dict[int, torch.nn.Module] = field(default_factory=dict)
     live_tensors: dict[int, torch.Tensor] = field(default_factory=dict)
-    twins: list[torch.Tensor] = field(default_factory=list)
+    #: all twins of modules and of parameters, which are kept as long as their ids are in the tables
+    modules: dict[int, torch.nn.Module] = field(default_factory=dict)
+    twins: list[torch.nn.Parameter] = field(default_factory=list)
     #: tensors of special classes, which both models share
     shared: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
-    #: ids of modules that may have had their parameters in another order before the live model computed
-    unordered: set[int] = field(default_factory=set)
+    #: whether a module may have had its parameters in another order before the live model computed
+    is_unordered: bool = False
 
-    def versions(self) -> dict[int, int]:
-        """How often each tensor of the base model was written."""
-        return {key: 0 if live.is_inference() else live._version for key, live in self.live_tensors.items()}
-
-    def was_changed(self, versions: dict[int, int]) -> bool:
-        """Whether PEFT gave a weight of the base model another value while it loaded an adapter."""
-        same_memory = all(
-            twin is self.live_tensors[id(twin)] or twin.data_ptr() == self.live_tensors[id(twin)].data_ptr()
-            for twin in self.twins
-        )
-        return not same_memory or self.versions() != versions
+    def was_changed(self) -> bool:
+        """Whether PEFT gave a weight of the base model other memory while it loaded an adapter."""
+        return any(twin.data_ptr() != self.live_tensors[id(twin)].data_ptr() for twin in self.twins)
 
 
 def make_stand_in(base: torch.nn.Module) -> StandIn:
@@ -56,56 +51,45 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
     True
     """
     stand_in = StandIn()
-    modules: dict[int, torch.nn.Module] = {}
-    tensors: dict[int, torch.Tensor] = {}
+    modules, tensors = stand_in.modules, {}
 
     def twin_of(module: torch.nn.Module) -> torch.nn.Module:
-        module, moves_parameters = unwrap_compiled(module), False
-        while isinstance(module, WRAPPERS):
-            moves_parameters |= "parameter_name" in module.__dict__
-            module = unwrap_compiled(inside(module))
+        wrappers, module = peel(module)
         if id(module) not in modules:
             twin = module.__class__.__new__(module.__class__)
             modules[id(module)] = twin
             stand_in.live_modules[id(twin)] = module
             # tables of its own, so that hooks and attributes that PEFT sets stay here
-            twin.__dict__.update({key: _own(value) for key, value in module.__dict__.items() if not _is_ours(key)})
+            twin.__dict__.update({key: _own(value) for key, value in module.__dict__.items()})
             twin.__dict__.pop("peft_config", None)
             forget_hooks(twin)
             twin.__dict__["_modules"] = {
                 name: None if child is None else twin_of(child) for name, child in module._modules.items()
             }
             order = in_defined_order(module)
-            if order is None and moves_parameters:
-                stand_in.unordered.add(id(twin))
+            if order is None and any("parameter_name" in wrapper.__dict__ for wrapper in wrappers):
+                stand_in.is_unordered = True
             twin.__dict__["_parameters"] = {
                 name: None if module._parameters[name] is None else tensor_twin(module._parameters[name])
                 for name in dict.fromkeys([*(order or ()), *module._parameters])
             }
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    stand_in.live_tensors[id(buffer)] = buffer
+            stand_in.live_tensors |= {id(each): each for each in module._buffers.values() if each is not None}
         return modules[id(module)]
 
     def tensor_twin(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         if id(parameter) not in tensors:
             if type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor:
                 twin = torch.nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+                stand_in.twins.append(twin)
             else:
                 twin = parameter
                 stand_in.shared.append((parameter, parameter.requires_grad))
             tensors[id(parameter)] = twin
             stand_in.live_tensors[id(twin)] = parameter
-            stand_in.twins.append(twin)
         return tensors[id(parameter)]
 
-    stand_in.model = twin_of(base)
+    stand_in.model = twin_of(unwrap_compiled(base))
     return stand_in
-
-
-def _is_ours(attribute: str) -> bool:
-    """Whether this package notes something there about adapters of the live model."""
-    return attribute.startswith("hotswap_") and attribute != ORIGINALS
 
 
 def _own(value: object) -> object:
@@ -113,3 +97,36 @@ def _own(value: object) -> object:
     if type(value) in (dict, OrderedDict):
         return value.copy()  # as copy.copy would, several times faster
     return copy.copy(value) if isinstance(value, dict) else value
+
+
+def in_defined_order(module: torch.nn.Module) -> list[str] | None:
+    """The names of a module's own parameters as a fresh module has them; None if the class doesn't show it.
+
+    PEFT nests its layers around single parameters of one module by that order, and files name them by the nesting. A
+    forward through such a layer takes the parameter away and puts it back as the last one.
+
+    >>> linear = torch.nn.Linear(2, 2)
+    >>> linear.weight = linear._parameters.pop("weight")
+    >>> list(linear._parameters), in_defined_order(linear)
+    (['bias', 'weight'], ['weight', 'bias'])
+    """
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    if len(names) < 2:
+        return names
+    named = _names_in_constructors(type(module))
+    if not set(names) <= set(named):
+        return None
+    # where a name is in several places, they must agree
+    first, last = sorted(names, key=named.index), sorted(names, key=named[::-1].index)[::-1]
+    return first if first == last else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_in_constructors(cls: type) -> tuple[str, ...]:
+    """What the constructors of a class assign to attributes, or may register by name, in the order of the code."""
+    named: list[str] = []
+    for each in reversed(cls.__mro__):
+        code = getattr(inspect.unwrap(each.__dict__.get("__init__", object)), "__code__", None)
+        steps = () if code is None else dis.get_instructions(code)
+        named += [step.argval for step in steps if step.opname in ("STORE_ATTR", "LOAD_CONST")]
+    return tuple(each for each in named if isinstance(each, str))

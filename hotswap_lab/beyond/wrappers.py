@@ -7,8 +7,10 @@ own lies in tables under the adapter's name: ``ModuleDict``, ``ParameterDict``, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -55,11 +57,7 @@ def peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Modul
     return wrappers, module
 
 
-def core_of(wrapper: torch.nn.Module) -> torch.nn.Module:
-    return peel(wrapper)[1]
-
-
-def own_modules(wrapper: torch.nn.Module):
+def own_modules(wrapper: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The modules of a wrapper without what it is around."""
     stack = [wrapper]
     while stack:
@@ -67,10 +65,6 @@ def own_modules(wrapper: torch.nn.Module):
         yield module
         skip = holder_of_inside(module)[1] if isinstance(module, WRAPPERS) else None
         stack += [child for name, child in module._modules.items() if child is not None and name != skip]
-
-
-def direct_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
 
 
 def are_alike(live: torch.nn.Module, donor: torch.nn.Module) -> bool:
@@ -96,41 +90,43 @@ NOT_COMPARED = {
     *("_tied_adapter", "hook_handles", "_boundary_hook_handles", "_boundary_layers"),
     *("targeted_module_names", "targeted_parameter_names"),
     # what lives for one forward
-    "_caches",
+    *("_caches", "_seed_shadow_state", "_shadow_past_out", "_should_pack_shadow_cache", "_deferred_shadow_seed"),
     # marks of this package
     *("hotswap_original", OFF_ATTRIBUTE, PADDED_ATTRIBUTE),
 }
+#: of these, the attribute of a model; a wrapper has a table of that name
+NO_TABLES = NOT_COMPARED - {"modules_to_save"}
+
+
+TABLES = (torch.nn.ModuleDict, torch.nn.ParameterDict, BufferDict)
 
 
 def is_table(module: object) -> bool:
-    return isinstance(module, (torch.nn.ModuleDict, torch.nn.ParameterDict)) or type(module).__name__ == "BufferDict"
+    return isinstance(module, TABLES)
 
 
-def entries_of(table: torch.nn.Module) -> MutableMapping:
-    """Where a table of PyTorch or PEFT keeps its entries."""
+def stores_of(table: MutableMapping[str, Any] | torch.nn.Module) -> tuple[MutableMapping[str, Any], ...]:
+    """Where a table of Python, PyTorch or PEFT keeps its entries; and their keys once more, where it does."""
     if isinstance(table, torch.nn.ModuleDict):
-        return table._modules
-    return table._parameters if isinstance(table, torch.nn.ParameterDict) else table._buffers
+        return (table._modules,)
+    if isinstance(table, torch.nn.ParameterDict):
+        return table._parameters, table._keys
+    return (table._buffers,) if isinstance(table, BufferDict) else (table,)
 
 
-def keys_of(table: torch.nn.Module) -> dict | None:
-    return table._keys if isinstance(table, torch.nn.ParameterDict) else None
+def tables_of(wrapper: torch.nn.Module) -> Iterator[tuple[str, Mapping[str, Any] | torch.nn.Module]]:
+    """All tables of a wrapper, with their attributes."""
+    for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
+        for attribute, value in (*module.__dict__.items(), *module._modules.items()):
+            if isinstance(value, (MutableMapping, *TABLES)) and attribute not in NO_TABLES:
+                yield attribute, value
 
 
-def tables_of(wrapper: torch.nn.Module):
-    holder = holder_of_inside(wrapper)[0]
-    for module in dict.fromkeys((wrapper, holder)):
-        yield from module.__dict__.items()
-        yield from module._modules.items()
-
-
-def entries_under(wrapper: torch.nn.Module, adapter_name: str) -> Iterator[tuple[str, Mapping | torch.nn.Module]]:
+def entries_under(
+    wrapper: torch.nn.Module, adapter_name: str
+) -> Iterator[tuple[str, Mapping[str, Any] | torch.nn.Module]]:
     """The tables of a wrapper that have an entry under the adapter's name, with their attributes."""
-    skipped = NOT_COMPARED - {"modules_to_save"}
-    for attribute, table in tables_of(wrapper):
-        is_one = isinstance(table, MutableMapping) or (isinstance(table, torch.nn.Module) and is_table(table))
-        if is_one and attribute not in skipped and adapter_name in table:
-            yield attribute, table
+    return ((attribute, table) for attribute, table in tables_of(wrapper) if adapter_name in table)
 
 
 def has_adapter(wrapper: torch.nn.Module, adapter_name: str) -> bool:
@@ -141,15 +137,11 @@ def has_adapter(wrapper: torch.nn.Module, adapter_name: str) -> bool:
 
 
 def rank_of(wrapper: torch.nn.Module, adapter_name: str) -> int | None:
-    for attribute, table in tables_of(wrapper):
-        if attribute == "r" or attribute.endswith("_r"):
-            rank = table.get(adapter_name) if isinstance(table, MutableMapping) else None
-            if isinstance(rank, int) and not isinstance(rank, bool):
-                return rank
-    return None
+    entries = entries_under(wrapper, adapter_name)
+    ranks = (table[adapter_name] for attribute, table in entries if attribute == "r" or attribute.endswith("_r"))
+    return next((rank for rank in ranks if type(rank) is int), None)
 
 
 def scaling_of(wrapper: torch.nn.Module, adapter_name: str) -> float | None:
-    table = getattr(wrapper, "scaling", None)
-    value = table.get(adapter_name) if isinstance(table, MutableMapping) else None
+    value = dict(entries_under(wrapper, adapter_name)).get("scaling", {}).get(adapter_name)
     return value if isinstance(value, (int, float)) else None

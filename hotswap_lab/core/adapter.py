@@ -5,22 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft import PeftConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.save_and_load import load_peft_weights
 
-from ..files.hub import commit_of, folder_with_config, folder_with_weights, hub_arguments
-from ..files.paths import is_folder, is_there
 from .errors import HotswapError, listing, refuse
-from .weights_file import check_archive, check_file, in_one_piece, read_weights
+from .host import Config
+from .sources import find_source, read_config, read_tensors
 
-#: how deep a config's values may be nested; PEFT writes three levels at most, and Python can't copy hundreds
-MAX_DEPTH = 20
 #: torch sums up to this many numbers in the thread that asks for it
 GRAIN = 32768
 #: how many numbers are looked at without other threads
@@ -45,7 +38,7 @@ class Adapter:
         The commit of the Hub repository that it was read from. None if it came from elsewhere.
     """
 
-    config: PeftConfig
+    config: Config
     tensors: Mapping[str, torch.Tensor]
     source: str
     revision: str | None = None
@@ -53,12 +46,12 @@ class Adapter:
     @classmethod
     def load(
         cls,
-        source: str | os.PathLike,
+        source: str | os.PathLike[str],
         *,
         torch_device: str | torch.device | None = None,
         key_mapping: dict[str, str] | None = None,
         allow_nonfinite: bool = False,
-        **hub: object,
+        **hub: Any,
     ) -> Adapter:
         """Reads an adapter from a folder or from the Hugging Face Hub.
 
@@ -90,35 +83,32 @@ class Adapter:
         >>> adapter.config.r, len(adapter.tensors)
         (2, 32)
         """
-        return cls._load(source, torch_device, key_mapping, allow_nonfinite, hub, mapped=False)
+        reading: dict[str, Any] = dict(
+            torch_device=torch_device, key_mapping=key_mapping, allow_nonfinite=allow_nonfinite
+        )
+        return cls._load(source, **reading, **hub)
 
     @classmethod
-    def load_for_one_swap(
+    def _load(
         cls,
-        source: str | os.PathLike,
-        *,
+        source: str | os.PathLike[str],
+        for_one_swap: bool = False,
         torch_device: str | torch.device | None = None,
         key_mapping: dict[str, str] | None = None,
         allow_nonfinite: bool = False,
-        **hub: object,
+        **hub: Any,
     ) -> Adapter:
-        """:meth:`load`, faster, for an adapter that is let go of at once: its tensors may be the file itself."""
-        return cls._load(source, torch_device, key_mapping, allow_nonfinite, hub, mapped=True)
-
-    @classmethod
-    def _load(cls, source, torch_device, key_mapping, allow_nonfinite: bool, hub: dict, mapped: bool) -> Adapter:
-        hub = hub_arguments("Adapter.load", hub)
-        source = _as_path(source)
-        folder = _find_config(source, hub)
-        config = _read_config(source, folder)
-        tensors = _read_tensors(source, _find_weights(source, folder, hub), torch_device or "cpu", key_mapping, mapped)
-        adapter = cls(config, tensors, source, None if is_folder(source) else commit_of(folder, hub))
-        adapter._check_tensors(allow_nonfinite)
+        """:meth:`load`; faster for one swap, after which it is let go of: its tensors may be the file itself."""
+        place = find_source(source, hub)
+        config, folder = read_config(place), place.folder_with_weights()
+        tensors, whole = read_tensors(place, folder, torch_device or "cpu", key_mapping, for_one_swap)
+        adapter = cls(config, tensors, place.name, place.revision)
+        adapter._check_tensors(allow_nonfinite or (whole is not None and _has_finite_sum(whole)))
         return adapter
 
     @classmethod
     def from_state_dict(
-        cls, state_dict: Mapping[str, torch.Tensor], config: PeftConfig, *, allow_nonfinite: bool = False
+        cls, state_dict: Mapping[str, torch.Tensor], config: Config, *, allow_nonfinite: bool = False
     ) -> Adapter:
         """Takes an adapter from memory. The tensors are only read, never kept in the model or changed.
 
@@ -134,12 +124,7 @@ class Adapter:
         2
         """
         if not isinstance(config, PeftConfig):
-            raise refuse(
-                "The adapter's config is missing.",
-                found=f"config={config!r}",
-                expected="a PeftConfig such as LoraConfig: it gives the rank and the scaling of each layer",
-                next_step="pass the config the adapter was trained with",
-            )
+            raise refuse("no_config", config=config)
         adapter = cls(config, dict(state_dict), "a state dict")
         adapter._check_tensors(allow_nonfinite)
         return adapter
@@ -175,58 +160,20 @@ class Adapter:
             )
 
     def _nonfinite_keys(self) -> list[str]:
-        # NaN and infinity make a sum NaN or infinite: one fast pass over all of them. So may very large weights,
-        # hence the second, exact look at whatever is suspicious.
+        # NaN and infinity make a sum NaN or infinite: one fast pass over each. So may very large weights, hence the
+        # second, exact look at whatever is suspicious.
         keys = [key for key, tensor in self.tensors.items() if tensor.numel() and tensor.is_floating_point()]
-        tensors = [each.detach() if each.requires_grad else each for each in map(self.tensors.get, keys)]
+        tensors = [self.tensors[key].detach() for key in keys]
         if not tensors:
             return []
-        whole = in_one_piece(tensors) if tensors[0].dtype.itemsize > 1 else None
-        if whole is not None and _has_finite_sum(whole):
-            return []
-        sums = [_exact(tensor).sum(dtype=_sum_dtype(tensor)) for tensor in tensors]
-        finite = torch.stack([each.to("cpu", torch.float64) for each in sums]).isfinite().tolist()
-        return [
-            key
-            for key, tensor, good in zip(keys, tensors, finite, strict=True)
-            if not good and not _exact(tensor).isfinite().all()
-        ]
+        exact = [tensor.float() if tensor.dtype.itemsize == 1 else tensor for tensor in tensors]  # 8 bits have no sums
+        sums = torch.stack([each.sum(dtype=_sum_dtype(each)).to("cpu", torch.float64) for each in exact])
+        suspicious = (~sums.isfinite()).tolist()
+        pairs = zip(keys, exact, suspicious, strict=True)
+        return [key for key, tensor, suspect in pairs if suspect and not tensor.isfinite().all()]
 
     def _damaged(self, found: str, expected: str, next_step: str = "get an undamaged copy of it") -> HotswapError:
-        return refuse(f"The adapter from {self.source} is damaged.", found, expected, next_step)
-
-
-def find_folder(source: str | os.PathLike) -> str:
-    """The folder on this machine that has an adapter's config and weights; from the Hub they are downloaded.
-
-    >>> from hotswap_lab import demo
-    >>> os.path.samefile(find_folder(demo.adapter_path("double")), demo.adapter_path("double"))
-    True
-    """
-    source = _as_path(source)
-    return _find_weights(source, _find_config(source, {}), {})
-
-
-def load_config(source: str | os.PathLike, **hub: object) -> PeftConfig:
-    """The config of the adapter in a folder or Hub repository, without its weights.
-
-    >>> from hotswap_lab import demo
-    >>> load_config(demo.adapter_path("double")).r
-    2
-    """
-    source = _as_path(source)
-    return _read_config(source, _find_config(source, hub_arguments("load_config", hub)))
-
-
-def _as_path(source: object) -> str:
-    if not isinstance(source, (str, os.PathLike)):
-        raise refuse(
-            "There is no adapter to read.",
-            found=f"a {type(source).__name__}: {source!r}"[:200],
-            expected="a folder with an adapter, or the id of a Hub repository with one",
-            next_step="pass one of these as a string or a path",
-        )
-    return os.fspath(source)
+        return refuse("adapter_damaged", source=self.source, found=found, expected=expected, next_step=next_step)
 
 
 def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
@@ -254,124 +201,21 @@ def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _exact(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in a precision that reductions are implemented for: 8-bit floats have none."""
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+# ---- whatever an adapter is given as
 
 
-def _find_config(source: str, hub: dict) -> str:
-    try:
-        return folder_with_config(source, hub)
-    except Exception as error:  # of many kinds: no such file or repository, no access, no network, no space, ...
-        raise _not_found(
-            f"Can't find 'adapter_config.json' at '{source}'",
-            error,
-            expected="a folder with an adapter, or the id of a Hub repository with one",
-            next_step="check the path, the id, `subfolder`, `revision` and `token`",
-        ) from error
+def adapter_from(source: Any, arguments: Mapping[str, Any]) -> Adapter:
+    """The adapter: as it is, from a pair of a state dict and a config, or read from its files."""
+    if isinstance(source, Adapter):
+        return source
+    return Adapter.from_state_dict(*source) if isinstance(source, tuple) else Adapter.load(source, **arguments)
 
 
-def _find_weights(source: str, folder: str, hub: dict) -> str:
-    try:
-        return folder_with_weights(source, folder, hub)
-    except Exception as error:
-        raise _not_found(
-            f"Can't find weights for {source}",
-            error,
-            expected="adapter_model.safetensors or adapter_model.bin beside adapter_config.json",
-            next_step="check the folder or repository, and get a complete copy of it",
-        ) from error
-
-
-def _not_found(summary: str, error: Exception, expected: str, next_step: str) -> HotswapError:
-    # huggingface_hub speaks of the cache there, and has the reason in the cause
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-    if constants.HF_HUB_OFFLINE and isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        next_step = "unset HF_HUB_OFFLINE and start anew, so that it can be downloaded, or pass a folder that has it"
-    return refuse(summary, f"{type(cause).__name__}: {_first_line(cause)}", expected, next_step)
-
-
-def _read_config(source: str, folder: str) -> PeftConfig:
-    try:
-        peft_type = PeftConfig._get_peft_type(folder)
-        if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            raise refuse(
-                f"The adapter from {source} is of an unknown kind.",
-                found=f"peft_type={peft_type!r}",
-                expected="a PEFT type that the installed version of PEFT knows",
-                next_step="upgrade PEFT, or get an undamaged copy of adapter_config.json",
-            )
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(folder)
-        if (depth := _depth(vars(config))) > MAX_DEPTH:
-            raise ValueError(f"lists or tables within one another, {depth} deep")
-        return config
-    except HotswapError:
-        raise
-    except Exception as error:  # of any kind: PEFT takes a config from a file without looking at it
-        raise refuse(
-            f"The adapter_config.json of {source} can't be read.",
-            found=f"{type(error).__name__}: {error}",
-            expected="a JSON object as PEFT writes it",
-            next_step="get an undamaged copy of it",
-        ) from error
-
-
-def _depth(value: object) -> int:
-    """How deep lists and tables lie within one another."""
-    depth, level = 0, [value]
-    while level:
-        level = [
-            inner
-            for each in level
-            if isinstance(each, (dict, list, tuple, set))
-            for inner in (each.values() if isinstance(each, dict) else each)
-        ]
-        depth += 1
-    return depth
-
-
-def _read_tensors(
-    source: str, folder: str, device: str | torch.device, key_mapping, mapped: bool
-) -> dict[str, torch.Tensor]:
-    try:
-        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-        if is_there(path):
-            return _read_safetensors(folder, path, device, key_mapping, mapped)
-        return _read_bin(folder, os.path.join(folder, WEIGHTS_NAME), device, key_mapping)
-    except Exception as error:  # of any kind: a damaged file leads its readers astray
-        raise refuse(
-            f"The weights of {source} can't be read.",
-            found=f"{type(error).__name__}: {_first_line(error)}",
-            expected="adapter_model.safetensors, or adapter_model.bin with nothing in it but tensors",
-            next_step="get an undamaged copy; convert a .bin with other objects in it to safetensors",
-        ) from error
-
-
-def _read_safetensors(
-    folder: str, path: str, device: str | torch.device, key_mapping, mapped: bool
-) -> dict[str, torch.Tensor]:
-    """What ``load_peft_weights`` gives, read faster where that is possible."""
-    check_file(path)
-    on_cpu = torch.device(device).type == "cpu"
-    if not key_mapping and on_cpu and (tensors := read_weights(path, mapped=mapped)) is not None:
-        return tensors
-    tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
-    return tensors if mapped or not on_cpu else {key: tensor.clone() for key, tensor in tensors.items()}
-
-
-def _read_bin(folder: str, path: str, device: str | torch.device, key_mapping) -> dict[str, torch.Tensor]:
-    check_file(path)
-    check_archive(path)
-    tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
-    if not isinstance(tensors, Mapping):
-        raise TypeError(f"a {type(tensors).__name__}, and no table of tensors")
-    size = os.path.getsize(path)
-    for key, tensor in tensors.items():
-        # a tensor may say that its few bytes are repeated, as often as it likes
-        if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.itemsize > size:
-            raise ValueError(f"{key!r} of shape {tuple(tensor.shape)} in a file of {size:,} bytes")
-    return dict(tensors)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def member_from(source: Any, arguments: Mapping[str, Any]) -> Adapter:
+    """What preparing needs to know of an adapter: of files, the config alone."""
+    if isinstance(source, PeftConfig):
+        return Adapter(source, {}, "a config")
+    if isinstance(source, (Adapter, tuple)):
+        return adapter_from(source, arguments)
+    place = find_source(source, arguments)
+    return Adapter(read_config(place), {}, place.name)

@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from peft import PeftConfig
 
-from .host import Host
+from .host import Config, Host
+from .interrupts import interrupts_held
 from .journal import Journal
 from .slot import Slot, keep_slot
 
 Step = Callable[[Journal], object]
 #: called before a config takes the place of the one in the model: who notes something that holds for one config only
-ON_CONFIG: list[Callable[[Host, str, PeftConfig, Journal], object]] = []
+ON_CONFIG: list[Callable[[Host, str, Config, Journal], object]] = []
 
 
 @dataclass(eq=False)
@@ -48,10 +48,10 @@ class Change:
     """
 
     slot: Slot
-    config: PeftConfig | None = None
+    config: Config = None
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     resizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
-    sizes: list[tuple[torch.nn.Module, str, int]] = field(default_factory=list)
+    sizes: list[tuple[torch.nn.Module, str, int | None]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     after: list[Callable[[], object]] = field(default_factory=list)
     slot_after: Slot | None = None
@@ -79,13 +79,15 @@ def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
     journal = Journal() if journal is None else journal
     copies = [pair for change in changes for pair in change.copies]
     inference = True in [change.slot.is_inference for change in changes]
-    with torch.inference_mode(inference), torch.no_grad():
+    with interrupts_held(), torch.inference_mode(inference), torch.no_grad():
         try:
             for change in changes:
                 _write(change, journal)
             if copies:
                 targets, sources = zip(*copies, strict=True)
-                torch._foreach_copy_(targets, sources, non_blocking=True)
+                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                    targets, sources, non_blocking=True
+                )
         except BaseException:
             journal.roll_back()
             raise

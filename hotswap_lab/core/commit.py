@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..threads import writing
 from .change import apply
-from .errors import HotswapError, Refusal
-from .interrupts import let_through
+from .errors import HotswapError, refusal
+from .guard import guard
 from .plan import Plan
 
 #: models whose user has been told that swaps recompile
@@ -56,20 +55,14 @@ def commit_together(plans: Sequence[Plan]) -> None:
     """
     for plan in plans:
         plan.raise_if_refused()
-    with writing(*(plan.slot.host.base for plan in plans)):
+    with guard(*(plan.slot.host.base for plan in plans)):
         carry_out([_decided_again(plan) for plan in plans])
 
 
 def _decided_again(plan: Plan) -> Plan:
     now = plan.again()
     if plan.told not in (None, now.answer):
-        changed = Refusal(
-            "The model has changed since this swap was planned.",
-            found=f"the adapter {plan.slot.adapter_name!r} swapped, merged, moved, unloaded or prepared since: now the "
-            f"swap would be {now.verdict}",
-            expected="the model as it was when the plan was made",
-            next_step="make the plan again",
-        )
+        changed = refusal("model_changed_since_plan", adapter_name=plan.slot.adapter_name, verdict=now.verdict)
         raise HotswapError(changed, *now.refusals)
     # the one that has been shown, unless somebody has changed it since
     is_same = plan.config.to_dict() == now.config.to_dict()
@@ -83,9 +76,7 @@ def carry_out(plans: Iterable[Plan]) -> None:
         plan.raise_if_refused()
         if plan.will_recompile:
             _warn_of_recompiling(plan)
-    changes = [plan.change() for plan in plans]
-    let_through()
-    apply(changes)
+    apply([plan.change() for plan in plans])
 
 
 def _warn_of_recompiling(plan: Plan) -> None:

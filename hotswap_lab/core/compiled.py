@@ -7,7 +7,7 @@ compiler break that bargain: freezing copies weights into the graph, and dropped
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -43,18 +43,17 @@ def compiled_parts(model: torch.nn.Module) -> list[object]:
             continue
         seen.add(module)
         attributes = module.__dict__
-        if COMPILED in module._modules:
+        children = attributes["_modules"]
+        if COMPILED in children:
             parts.append(module)
         for name in CALLABLES:
             # a bound method passes the attributes of its function on; not so what accelerate puts in place of forward
             if name in attributes and hasattr(attributes[name], "_torchdynamo_orig_callable"):
                 parts.append(attributes[name])
         if isinstance(module, BaseTunerLayer):
-            stack.append(module._modules.get("base_layer", module))
-        else:
-            for child in module._modules.values():
-                if child is not None:
-                    stack.append(child)
+            stack.append(children.get("base_layer", module))
+        elif children:
+            stack += [child for child in children.values() if child is not None]
     return parts
 
 
@@ -82,27 +81,22 @@ def blind_spot(parts: list[object], prepared: bool) -> str | None:
     """
     if not parts and not prepared:
         return None
-    if torch._inductor.config.freezing:
+    inductor: Any = torch._inductor
+    if inductor.config.freezing:
         return "torch._inductor.config.freezing is on, which copies the weights into the compiled graph"
-    if any(config.get("freezing") for config in map(_compiler_config, parts) if config):
+    contexts = [_context_of(part) for part in parts]
+    if any((getattr(context, "compiler_config", None) or {}).get("freezing") for context in contexts):
         return "the model was compiled with freezing, which copies the weights into the compiled graph"
     if prepared:
         return None
     if getattr(torch._dynamo.eval_frame._stance, "skip_guard_eval_unsafe", False):
         return "torch.compiler.set_stance(skip_guard_eval_unsafe=True) is on, so guards are not evaluated"
-    contexts = [_context_of(part) for part in parts]
     if any(getattr(getattr(context, "_hooks", None), "guard_filter_fn", None) is not None for context in contexts):
         return "the model was compiled with a guard_filter_fn, so guards may be missing"
     return None
 
 
-def _compiler_config(part: object) -> Mapping | None:
-    if isinstance(part, torch.nn.Module):
-        return getattr(part.__dict__.get("dynamo_ctx"), "compiler_config", None)
-    return getattr(part, "get_compiler_config", lambda: None)()
-
-
-def _context_of(part: object) -> object | None:
+def _context_of(part: Any) -> object | None:
     """The compile context of a module or function. A function keeps it nowhere but in its closure."""
     if isinstance(part, torch.nn.Module):
         return part.__dict__.get("dynamo_ctx")

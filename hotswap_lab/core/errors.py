@@ -1,8 +1,18 @@
-"""The one exception of the package."""
+"""The one exception of the package, and where its texts are.
+
+What speaks against a swap has a name in the code; its words stand in ``refusals.ini``, beside the code of each folder.
+"""
 
 from __future__ import annotations
 
+import configparser
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+#: the files with the texts; other parts of the package add theirs
+TEXTS = [Path(__file__).with_name("refusals.ini")]
 
 PARTS = ("found:", "expected:", "next:")
 #: characters of one part of a text; the attributes have all of it
@@ -48,7 +58,7 @@ class HotswapError(ValueError, RuntimeError):
 
     Examples
     --------
-    >>> from hotswap_lab.errors import HotswapError, Refusal
+    >>> from hotswap_lab.core.errors import HotswapError, Refusal
     >>> error = HotswapError(Refusal("No swap today.", "rain", "sunshine", "wait"))
     >>> print(error)
     No swap today.
@@ -69,16 +79,42 @@ class HotswapError(ValueError, RuntimeError):
             lines.append(f"... and {len(refusals) - self.SHOWN} more, all in the `refusals` of this error")
         super().__init__("\n".join(lines))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type, tuple[Refusal, ...]]:
         return (type(self), self.refusals)
 
 
-def refuse(summary: str, found: str, expected: str, next_step: str) -> HotswapError:
-    """An error with a single refusal, ready to raise."""
-    return HotswapError(Refusal(summary, found, expected, next_step))
+@functools.cache
+def _texts(*files: Path) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+    parser.read(files, encoding="utf-8")
+    return parser
 
 
-def listing(names, limit: int = 5) -> str:
+def refusal(which: str, /, **values: object) -> Refusal:
+    """The refusal of this name, with these values in its text. Of an error that is among them, its first line.
+
+    >>> print(refusal("nothing_to_undo"))
+    There is nothing to undo.
+      found:    a pool that has swapped nothing yet, or everything is taken back
+      expected: an earlier swap
+      next:     swap first
+    """
+    text = _texts(*TEXTS)[which]
+    values = {key: _first_line(each) if isinstance(each, BaseException) else each for key, each in values.items()}
+    parts = (text[part].replace("\n", " ").format_map(values) for part in ("summary", "found", "expected", "next"))
+    return Refusal(*parts)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+
+
+def refuse(which: str, /, **values: object) -> HotswapError:
+    """An error with this single :func:`refusal`, ready to raise."""
+    return HotswapError(refusal(which, **values))
+
+
+def listing(names: Iterable[object], limit: int = 5) -> str:
     """The first few of many names, and how many more there are.
 
     >>> listing(["a", "b", "c"], limit=2)

@@ -11,14 +11,27 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from .compiled import COMPILED, unwrap_compiled
 from .errors import listing, refuse
 
+if TYPE_CHECKING:
+
+    class TunerLayer(BaseTunerLayer, torch.nn.Module):
+        """One of PEFT's layers: a module, with the tables of its method."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    TunerLayer = BaseTunerLayer
+
+#: a PeftConfig; those of different methods have few attributes in common
+Config = Any
 #: PEFT's files start every key with this; the part after it is the path in the base model
 PEFT_PREFIX = "base_model.model."
 
@@ -31,12 +44,17 @@ class Host:
     root: torch.nn.Module
     #: never a compiled wrapper: these are in ``root``
     base: torch.nn.Module
-    configs: dict[str, PeftConfig]
+    configs: dict[str, Config]
     tuner: BaseTuner | None
     #: whether the keys of saved files start with ``base_model.model.``
     is_peft_model: bool
     #: the module around the base model that PEFT made; the base model itself where adapters were injected
     carrier: torch.nn.Module
+
+
+def kind_of(config: Config) -> str:
+    """The name of a config's PEFT type."""
+    return getattr(config.peft_type, "value", config.peft_type)
 
 
 def canonical_path(key: str) -> str:
@@ -63,24 +81,19 @@ def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
     return None
 
 
-def _base_of(model: PeftModel) -> torch.nn.Module:
+def _base_of(model: Any) -> torch.nn.Module:
     """As ``get_base_model``, which fails where no adapter is left.
 
     The module behind a compiled one, since turns, rooms and places are found by it: it may be compiled at any time.
     """
-    base = unwrap_compiled(model.base_model)
+    base: Any = unwrap_compiled(model.base_model)
     return unwrap_compiled(base if model._is_prompt_learning else base.model)
 
 
 def carriers(model: torch.nn.Module) -> Iterator[Host]:
     """All adapter carriers, outermost first; what lies inside a carrier belongs to it."""
     if not isinstance(model, torch.nn.Module):
-        raise refuse(
-            "This is not a model.",
-            found=f"a {type(model).__name__}",
-            expected="a model with a loaded adapter; of a diffusers pipeline, one of its parts, such as pipe.unet",
-            next_step="for all parts of a pipeline at once, call hotswap_lab.hotswap_pipeline(pipe, source, name)",
-        )
+        raise refuse("not_a_model", name=type(model).__name__)
     queue = deque([model])
     while queue:
         module = unwrap_compiled(queue.popleft())
@@ -100,29 +113,47 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
     """
     hosts = list(carriers(model))
     if not hosts:
-        raise refuse(
-            "No adapter layers found on the model.",
-            found=f"a {type(model).__name__} without any adapter",
-            expected="a model with a loaded adapter, for example from PeftModel.from_pretrained",
-            next_step="load the first adapter with PEFT, then swap others into its place",
-        )
+        raise refuse("no_adapters_in_model", name=type(model).__name__)
     matching = [host for host in hosts if adapter_name in host.configs]
     if not matching:
         names = sorted({name for host in hosts for name in host.configs})
         raise refuse(
-            f"Adapter {adapter_name} not found.",
+            "no_such_adapter",
+            adapter_name=adapter_name,
             found=f"the adapters {listing(map(repr, names))}" if names else "no adapter that is left",
-            expected="the name of an adapter that is loaded, since its place is what the new one takes",
-            next_step=f"{'pass one of these as `adapter_name`, or ' * bool(names)}load a first adapter under this name",
+            next="pass one of these as `adapter_name`, or " * bool(names),
         )
     if len(matching) > 1:
         raise refuse(
-            f"More than one part of the model has an adapter called {adapter_name!r}.",
-            found=listing(type(host.base).__name__ for host in matching),
-            expected="a single model with that adapter",
-            next_step="call this function with each of these parts in turn",
+            "several_such_adapters",
+            adapter_name=adapter_name,
+            matching=listing(type(host.base).__name__ for host in matching),
         )
     return matching[0]
+
+
+def modules_in(base: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """All modules of a base model with their canonical paths, in the model's order, shared ones once per path.
+
+    ``named_modules`` would do the same several times slower: it nests one generator per level and goes into
+    the adapters' own small modules. A tuner layer around another one (``PeftMixedModel``) is no level of its
+    own: adapter files know the inner one by the path of the layer that both adapt.
+    """
+    found: list[tuple[str, torch.nn.Module]] = []
+    stack: list[tuple[str, torch.nn.Module]] = [("", base)]
+    while stack:
+        path, module = stack.pop()
+        found.append((path, module))
+        if isinstance(module, BaseTunerLayer):
+            while isinstance(module := module._modules.get("base_layer"), BaseTunerLayer):
+                found.append((path, module))
+            if module is None:
+                continue
+            path = f"{path}.base_layer"
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                stack.append((path if name == COMPILED else f"{path}.{name}" if path else name, child))
+    return found
 
 
 def is_embedding(base: torch.nn.Module, module: torch.nn.Module) -> bool:
@@ -136,5 +167,5 @@ def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
     for name in ("get_input_embeddings", "get_output_embeddings"):
         # not every model has these
         with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
-            found.append(getattr(base, name, None)())
+            found.append(getattr(base, name)())
     return found

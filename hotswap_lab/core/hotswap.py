@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import PeftConfig
 
-from ..threads import is_shared, undisturbed, writing
 from .adapter import Adapter
 from .commit import carry_out
 from .decide import make_plan
+from .guard import guard, is_shared, undisturbed
 from .host import Host, find_host
-from .interrupts import interrupts_held
 from .plan import Plan
 from .slot import slot_for
 
 
 def hotswap_adapter(
     model: torch.nn.Module,
-    model_name_or_path: str | os.PathLike | Adapter,
+    model_name_or_path: str | os.PathLike[str] | Adapter,
     adapter_name: str,
     torch_device: str | torch.device | None = None,
     *,
     add_layers: bool = False,
     base_weights: Mapping[str, torch.Tensor] | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> None:
     """Replaces a loaded adapter by another one, in place.
 
@@ -81,7 +81,7 @@ def hotswap_adapter(
     # where other threads compute, the swap may have to wait, and the file would be in use meanwhile
     for_one_swap = not is_shared(host.base)
     adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
-    with writing(host.base):
+    with guard(host.base):
         slot = slot_for(host, adapter_name)
         carry_out([make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights)])
 
@@ -138,20 +138,20 @@ def hotswap_adapter_from_state_dict(
     """
     host = find_host(model, adapter_name)
     adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
-    with writing(host.base):
+    with guard(host.base):
         slot = slot_for(host, adapter_name)
         carry_out([make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights)])
 
 
 def plan_hotswap(
     model: torch.nn.Module,
-    model_name_or_path: str | os.PathLike | Adapter,
+    model_name_or_path: str | os.PathLike[str] | Adapter,
     adapter_name: str = "default",
     torch_device: str | torch.device | None = None,
     *,
     add_layers: bool = False,
     base_weights: Mapping[str, torch.Tensor] | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> Plan:
     """The dry run of :func:`hotswap_adapter`: what would be written, or why nothing can be.
 
@@ -185,16 +185,16 @@ def plan_hotswap(
     """
     host = find_host(model, adapter_name)
     adapter = _read(host, model_name_or_path, torch_device, kwargs)
-    with interrupts_held(), undisturbed(host):
+    with undisturbed(host):
         slot = slot_for(host, adapter_name)
         return make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights).kept()
 
 
 def _read(
     host: Host,
-    source: str | os.PathLike | Adapter,
+    source: str | os.PathLike[str] | Adapter,
     torch_device: str | torch.device | None,
-    arguments: dict[str, object],
+    arguments: dict[str, Any],
     for_one_swap: bool = False,
 ) -> Adapter:
     if isinstance(source, Adapter):
@@ -203,5 +203,4 @@ def _read(
         return source
     # some transformers models bring a mapping from the keys of their older versions; a fresh load applies it
     arguments.setdefault("key_mapping", getattr(host.base, "_checkpoint_conversion_mapping", None) or None)
-    load = Adapter.load_for_one_swap if for_one_swap else Adapter.load
-    return load(source, torch_device=torch_device, **arguments)
+    return Adapter._load(source, for_one_swap, torch_device, **arguments)

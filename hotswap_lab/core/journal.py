@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+from .interrupts import interrupts_held
 
 #: stands for what is not there
 MISSING = object()
@@ -35,7 +38,7 @@ class Journal:
         """To be called *before* the change that ``undo`` takes back."""
         self._undo.append(undo)
 
-    def set_item(self, table: MutableMapping, key: object, value: object) -> None:
+    def set_item(self, table: MutableMapping[Any, Any], key: object, value: object) -> None:
         """``table[key] = value``, undoable. A value that is there already is left alone."""
         old = table[key] if key in table else MISSING  # noqa: SIM401 - a ModuleDict has no get
         if old is value or (type(old) is type(value) and isinstance(value, _PLAIN) and old == value):
@@ -50,7 +53,7 @@ class Journal:
         self.record(undo)
         table[key] = value
 
-    def set_items(self, tables: Sequence[MutableMapping], key: object, values: Sequence[object]) -> None:
+    def set_items(self, tables: Sequence[MutableMapping[Any, Any]], key: object, values: Sequence[object]) -> None:
         """``table[key] = value`` for many tables that have this key, undoable."""
         old = [table[key] for table in tables]
         if old == values:
@@ -63,7 +66,7 @@ class Journal:
         self.record(lambda: put(old))
         put(values)
 
-    def delete_item(self, table: MutableMapping, key: object) -> None:
+    def delete_item(self, table: MutableMapping[Any, Any], key: object) -> None:
         """``del table[key]``, undoable: the entry comes back, and in its place among the others."""
         if key not in table:
             return
@@ -77,7 +80,7 @@ class Journal:
         self.record(undo)
         del table[key]
 
-    def clear(self, table: MutableMapping) -> None:
+    def clear(self, table: MutableMapping[Any, Any]) -> None:
         """``table.clear()``, undoable."""
         if not table:
             return
@@ -92,13 +95,8 @@ class Journal:
         setattr(target, name, value)
 
     def roll_back(self) -> None:
-        """Undoes everything, last step first. A second Ctrl-C while it runs is kept until the model is whole."""
-        interrupt: KeyboardInterrupt | None = None
-        while self._undo:
-            try:
+        """Undoes everything, last step first. Ctrl-C waits until the model is whole."""
+        with interrupts_held():
+            while self._undo:
                 self._undo[-1]()
                 self._undo.pop()
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt

@@ -2,122 +2,125 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
+from . import methods
 from .compiled import COMPILED
-from .draft import Draft
-from .errors import listing
+from .errors import Refusal, listing, refusal
 from .host import PEFT_PREFIX, canonical_path
-from .parts import LayerSettings, SlotTensor
+from .parts import SlotTensor
 from .plan import Action, LayerPlan, TensorPlan
-from .prepared import has_fixed_size
-from .sameness import have_same_values
-from .slot import SlotLayer
+from .shadow import adaptable, build_shadow_layers
+from .slot import Expected, SlotLayer
 from .state_view import rank_before
 
+if TYPE_CHECKING:
+    from .decide import Draft
 
-def by_canonical_key(draft: Draft) -> dict[str, torch.Tensor]:
+
+def plan_layers(draft: Draft) -> dict[str, torch.Tensor]:
+    """Plans all layers of the slot. Returns the tensors that none of them took, by their names in the base model."""
+    slot, tensors = draft.slot, _by_canonical_key(draft)
+    for layer, expected, fixed in zip(slot.layers, slot.expect(draft.config), draft.fixed, strict=True):
+        before = rank_before(layer.module, slot.adapter_name, layer.tensors[0])
+        _plan_layer(draft, layer, expected, tensors, before, fixed)
+    return tensors
+
+
+def _by_canonical_key(draft: Draft) -> dict[str, torch.Tensor]:
     """The adapter's tensors by their names in the base model; refuses two for one."""
     tensors: dict[str, torch.Tensor] = {}
     for key, tensor in draft.adapter.tensors.items():
         plain = key.startswith(PEFT_PREFIX) and COMPILED not in key
         short = key[len(PEFT_PREFIX) :] if plain else canonical_path(key)
         if short in tensors:
-            draft.refuse(
-                "The adapter names one tensor twice.",
-                found=f"two keys that both mean {short!r}",
-                expected="each tensor once, with or without the prefix 'base_model.model.'",
-                next_step="remove one of them",
-            )
+            draft.refuse("tensor_named_twice", short=short)
         tensors[short] = tensor
     return tensors
 
 
-def plan_layers(draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
-    """:func:`plan_layer` for all layers of the slot.
-
-    Only what is just as the config says is decided here. All else takes the long way, which finds the words for it.
-    """
-    slot, name = draft.slot, draft.slot.adapter_name
-    of_slot = zip(slot.layers, slot.keys, slot.expect(draft.config), draft.fixed, strict=True)
-    for layer, keys, expected, fixed in of_slot:
-        before = rank_before(layer.module, name, layer.tensors[0])
-        found = [key for options in keys for key in options if key in tensors]
-        if not found:
-            writes = tuple([TensorPlan(target, None) for target in layer.tensors])
-            draft.layers.append(LayerPlan(layer, Action.OFF, before, None, writes))
-        elif (
-            (expected.targeted or not draft.check_targets)
-            and len(found) == len(keys)
-            and all(map(operator.contains, keys, found))
-            and _are_of_rank(expected.settings.rank, layer, [tensors[key].shape for key in found])
-        ):
-            capacity = layer.tensors[0].capacity
-            sources = map(tensors.pop, found)
-            writes = tuple(map(TensorPlan, layer.tensors, sources, [fixed] * len(found)))
-            action = Action.COPY if expected.settings.rank == capacity else Action.PAD if fixed else Action.RESIZE
-            draft.layers.append(LayerPlan(layer, action, before, expected.settings, writes))
-        else:
-            plan_layer(draft, layer, tensors)
-
-
-def _are_of_rank(rank: int, layer: SlotLayer, shapes: list[torch.Size]) -> bool:
-    """Whether tensors of these shapes fit the layer, and are of this rank."""
-    for tensor, shape in zip(layer.tensors, shapes, strict=True):
-        expected, axis = tensor.owner._parameters[tensor.name].shape, tensor.rank_axis
-        if axis is not None:
-            if rank % (tensor.groups * tensor.blocks):
-                return False
-            expected = (*expected[:axis], rank // tensor.groups, *expected[axis + 1 :])
-        if shape != expected:
-            return False
-    return True
-
-
-def plan_layer(
+def _plan_layer(
     draft: Draft,
     layer: SlotLayer,
+    expected: Expected,
     tensors: dict[str, torch.Tensor],
+    before: int | None,
+    fixed: bool,
     action: Action | None = None,
 ) -> None:
-    """Plans one layer; ``action`` overrides what the shapes would say."""
-    sources = _take(draft, layer, tensors)
-    name, module = draft.slot.adapter_name, layer.module
-    before = None if action is Action.ADD else rank_before(module, name, layer.tensors[0])
-    if all(source is None for source in sources):
-        writes = tuple(TensorPlan(target, None) for target in layer.tensors)
+    """Plans one layer; ``action`` overrides what the shapes would say. Takes what belongs to it out of ``tensors``."""
+    found = [key for names in layer.keys for key in names if key in tensors]
+    if not found:
+        writes = tuple([TensorPlan(target, None) for target in layer.tensors])
         draft.layers.append(LayerPlan(layer, Action.OFF, before, None, writes))
         return
-    if any(source is None for source in sources):
-        missing = [target.key for target, source in zip(layer.tensors, sources, strict=True) if source is None]
-        draft.refuse(
-            f"The adapter is incomplete at {layer.path}.",
-            found=f"no {listing(missing)}",
-            expected=f"all of {listing(target.key for target in layer.tensors)}, or none",
-            next_step="get a complete copy of the adapter",
-        )
+    taken = {key: tensors.pop(key) for key in found}
+    if reason := _what_is_wrong(draft, layer, taken, expected):
+        draft.refusals.append(reason)
         return
-    if draft.check_targets and not any(draft.slot.method.targets(draft.config, path) for path in layer.paths):
-        draft.refuse(
-            f"The adapter's config does not target {layer.path}, but its tensors do.",
-            found=f"target_modules={draft.adapter.config.target_modules!r}",
-            expected="a config that targets every layer the file has tensors for; a fresh load would ignore these",
-            next_step="correct target_modules in adapter_config.json, or remove the tensors",
-        )
-        return
-    settings = draft.slot.method.settings_for(draft.config, layer.path)
-    if not _shapes_agree(draft, layer, sources, settings):
-        return
-    fixed = action is not Action.ADD and has_fixed_size(module, name)
-    writes = tuple(TensorPlan(target, source, fixed) for target, source in zip(layer.tensors, sources, strict=True))
+    rank = expected.settings.rank
     if action is None:
-        same_rank = settings.rank == layer.tensors[0].capacity
-        action = Action.COPY if same_rank else Action.PAD if fixed else Action.RESIZE
-    draft.layers.append(LayerPlan(layer, action, before, settings, writes))
+        action = Action.COPY if rank == layer.tensors[0].capacity else Action.PAD if fixed else Action.RESIZE
+    if len(found) > len(layer.tensors):  # a shared layer, named twice
+        found = [next(key for key in names if key in taken) for names in layer.keys]
+    writes = tuple([TensorPlan(target, taken[key], fixed) for target, key in zip(layer.tensors, found, strict=True)])
+    draft.layers.append(LayerPlan(layer, action, before, expected.settings, writes))
+
+
+def _what_is_wrong(
+    draft: Draft, layer: SlotLayer, taken: dict[str, torch.Tensor], expected: Expected
+) -> Refusal | None:
+    """Why these tensors can't be those of the layer, or None."""
+    rank, missing, wrong = expected.settings.rank, [], None
+    for target, names in zip(layer.tensors, layer.keys, strict=True):
+        source, first = None, ""
+        for key in names:
+            if key not in taken:
+                continue
+            if source is None:
+                source, first = taken[key], key
+            elif not have_same_values(taken[key], source):
+                wrong = wrong or refusal("two_values_for_shared", first=first, second=key, path=layer.path)
+        if source is None:
+            missing.append(target.key)
+        elif wrong is None:
+            shape, axis = target.owner._parameters[target.name].shape, target.rank_axis
+            if axis is not None:
+                shape = (*shape[:axis], rank // target.groups, *shape[axis + 1 :])
+            if source.shape != shape:
+                wrong = _wrong_shape(layer, target, source.shape, rank)
+    if missing:
+        of_layer = listing(target.key for target in layer.tensors)
+        return refusal("layer_incomplete", path=layer.path, missing=listing(missing), tensors=of_layer)
+    if draft.check_targets and not expected.targeted:
+        return refusal("layer_not_targeted", path=layer.path, target_modules=draft.adapter.config.target_modules)
+    if wrong is None and rank % (step := draft.slot.method.rank_step(layer.module)):
+        return refusal("rank_not_for_groups", path=layer.path, rank=rank, step=step)
+    return wrong
+
+
+def _wrong_shape(layer: SlotLayer, target: SlotTensor, shape: torch.Size, rank: int) -> Refusal:
+    where = f"{layer.path}.{target.key}"
+    if not target.fits(shape):
+        text = _shape_text(target)
+        return refusal("other_shape", path=layer.path, where=where, shape=tuple(shape), expected=text)
+    return refusal("rank_disagrees", path=layer.path, where=where, rank=target.rank_of(shape), rank_of_config=rank)
+
+
+def have_same_values(live: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether writing ``other`` to ``live`` would change nothing."""
+    return live.shape == other.shape and torch.equal(live.detach(), other.detach().to(live.device, live.dtype))
+
+
+def _shape_text(target: SlotTensor) -> str:
+    sizes = [str(size) for size in target.parameter.shape]
+    if target.rank_axis is not None:
+        sizes[target.rank_axis] = "rank" if target.groups == 1 else f"rank/{target.groups}"
+    return f"({', '.join(sizes)})"
 
 
 def resize_what_is_off(draft: Draft) -> None:
@@ -130,75 +133,83 @@ def resize_what_is_off(draft: Draft) -> None:
     ranks = {plan.settings.rank for plan in draft.layers if plan.settings}
     of_slot = zip(draft.layers, draft.slot.expect(draft.config), draft.fixed, strict=False)  # added layers come last
     for number, (plan, expected, fixed) in enumerate(of_slot):
-        if plan.action is Action.OFF and not fixed:
-            rank = expected.settings.rank
-            # any other rank may be as large as a damaged config says
-            if rank not in ranks or rank % draft.slot.method.rank_step(plan.layer.module):
-                continue
-            zeros = []
-            for target in plan.layer.tensors:
-                parameter, source = target.owner._parameters[target.name].detach(), None
-                if (axis := target.rank_axis) is not None:
-                    shape = [*parameter.shape]
-                    shape[axis] = rank // target.groups
-                    # a single zero, repeated without taking memory
-                    source = parameter.new_zeros(()).expand(shape)
-                zeros.append(TensorPlan(target, source))
-            draft.layers[number] = replace(plan, tensors=tuple(zeros))
+        rank = expected.settings.rank
+        # any other rank may be as large as a damaged config says
+        if plan.action is not Action.OFF or fixed or rank not in ranks:
+            continue
+        if rank % draft.slot.method.rank_step(plan.layer.module) == 0:
+            draft.layers[number] = replace(plan, tensors=tuple(_zeros_of(plan.layer.tensors, rank)))
 
 
-def _take(draft: Draft, layer: SlotLayer, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
-    """Removes from ``tensors`` what belongs to the layer, under any of its names."""
-    taken = []
-    for target in layer.tensors:
-        keys = [f"{path}.{key}" for path in layer.paths for key in (target.key, target.named_key)]
-        found = [(key, tensors.pop(key)) for key in keys if key in tensors]
-        taken.append(found[0][1] if found else None)
-        for key, other in found[1:]:
-            if not have_same_values(other, found[0][1]):
-                draft.refuse(
-                    "The adapter has two different values for one tensor.",
-                    found=f"{found[0][0]!r} and {key!r} differ",
-                    expected=f"one value, since both name the same parameter of {layer.path}",
-                    next_step="get the adapter from a model in which these layers are shared",
-                )
-    return taken
+def _zeros_of(targets: Sequence[SlotTensor], rank: int) -> Iterator[TensorPlan]:
+    for target in targets:
+        if target.rank_axis is None:
+            yield TensorPlan(target, None)
+        else:  # a single zero, repeated without taking memory
+            yield TensorPlan(target, target.parameter.detach().new_zeros(()).expand(target.shape_for(rank)))
 
 
-def _shapes_agree(draft: Draft, layer: SlotLayer, sources: Sequence[torch.Tensor], settings: LayerSettings) -> bool:
-    for target, source in zip(layer.tensors, sources, strict=True):
-        where = f"{layer.path}.{target.key}"
-        if not target.fits(source.shape):
-            draft.refuse(
-                f"The adapter does not fit the base model at {layer.path}.",
-                found=f"{where} of shape {tuple(source.shape)}",
-                expected=f"shape {_shape_text(target)}",
-                next_step="use an adapter that was made for this base model",
-            )
-            return False
-        rank = target.rank_of(source.shape)
-        if rank is not None and rank != settings.rank:
-            draft.refuse(
-                f"The adapter's tensors and its config disagree about the rank at {layer.path}.",
-                found=f"{where} of rank {rank}",
-                expected=f"rank {settings.rank}, as r and rank_pattern of the config say",
-                next_step="pass the config that belongs to these tensors",
-            )
-            return False
-    step = draft.slot.method.rank_step(layer.module)
-    if settings.rank % step:
-        draft.refuse(
-            f"The rank does not fit the grouped convolution {layer.path}.",
-            found=f"rank {settings.rank}",
-            expected=f"a multiple of its {step} groups",
-            next_step="use an adapter that was made for this base model",
+# ---- what no layer of the slot took
+
+
+def plan_leftovers(draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
+    """Plans what no layer of the slot took: base weights that were saved too, layers to add, unknown keys."""
+    if not tensors:
+        return
+    methods.rest.take_base_weights(draft, tensors)
+    paths = _layers_of(draft, tensors)
+    if paths and (draft.add_layers or set(paths) <= set(methods.rest.former_layers(draft.slot))):
+        _add_layers(draft, paths, tensors)
+        paths = _layers_of(draft, tensors)
+    if not tensors:
+        return
+    keys = _as_peft_keys(draft, tensors)
+    if paths:
+        next_step = "load first the adapter that targets most layers"
+        if draft.compiled:
+            next_step = "before compiling, call prepare_model_for_compiled_hotswap with this adapter among `adapters`"
+        elif not draft.add_layers:
+            next_step = f"pass add_layers=True to add them, or {next_step}"
+        found = f"tensors for {len(paths)} layers that the loaded adapter lacks: {listing(paths, 3)}"
+    else:
+        next_step = "check that both adapters were made for the same base model, or pass key_mapping"
+        found = f"{len(keys)} keys that name no layer of the base model"
+    expected = f"tensors only for layers of the loaded adapter {draft.slot.adapter_name!r}"
+    draft.refuse("unexpected_keys", keys=listing(keys, 4), found=found, expected=expected, next_step=next_step)
+
+
+def _layers_of(draft: Draft, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The paths of layers of the base model that the tensors are for."""
+    return sorted({path for key in tensors if (path := adaptable(draft.slot.host.base, key)) is not None})
+
+
+def _add_layers(draft: Draft, paths: list[str], tensors: dict[str, torch.Tensor]) -> None:
+    slot = draft.slot
+    if draft.compiled:
+        draft.refuse("compiled_lacks_layers", count=len(paths), paths=listing(paths, 3))
+        for key in [key for key in tensors if adaptable(slot.host.base, key) is not None]:
+            del tensors[key]  # their reason is given
+        return
+    try:
+        shadows = build_shadow_layers(slot, draft.config, paths)
+    except Exception as error:
+        draft.refuse("layers_not_addable", error=error)
+        return
+    for layer in shadows:
+        if reason := slot.method.unsupported_layer(layer.module, slot.adapter_name, layer.tensors):
+            draft.refuse("layer_not_plain", path=layer.path, reason=reason)
+        [expected] = slot.expected_of([layer], draft.config)
+        _plan_layer(draft, layer, expected, tensors, None, False, Action.ADD)
+
+
+def _as_peft_keys(draft: Draft, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Keys as PEFT's messages show them: with prefix, adapter name and all."""
+    prefix = PEFT_PREFIX if draft.slot.host.is_peft_model else ""
+    name = draft.slot.adapter_name
+    keys = []
+    for key in tensors:
+        head, _, last = key.rpartition(".")
+        keys.append(
+            f"{prefix}{head}.{name}.{last}" if last == "weight" and not head.endswith(f".{name}") else prefix + key
         )
-        return False
-    return True
-
-
-def _shape_text(target: SlotTensor) -> str:
-    sizes = [str(size) for size in target.parameter.shape]
-    if target.rank_axis is not None:
-        sizes[target.rank_axis] = "rank" if target.groups == 1 else f"rank/{target.groups}"
-    return f"({', '.join(sizes)})"
+    return keys

@@ -11,9 +11,9 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
 from peft.tuners.lora.variants import (
@@ -33,14 +33,14 @@ from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import get_pattern_key
 
-from .errors import Refusal
-from .host import Host
+from .errors import Refusal, refusal
+from .host import Config, Host, TunerLayer
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor, slot_tensor
 from .prepared import EvalFreeDropout, ScalingTable, prepared_class
-from .words import damaged
 
 layer_class = LoraLayer
+_overlaps: Any = torch._debug_has_internal_overlap  # pyright: ignore[reportPrivateImportUsage]
 
 #: ranks up to this one are small in any layer
 POINTLESS = 1024
@@ -81,7 +81,7 @@ def _is_pattern(value: object, is_value: Callable[[object], bool]) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) and is_value(each) for key, each in value.items())
 
 
-def _is_selection(value: object) -> bool:
+def _is_selection(value: Any) -> bool:
     return value is None or isinstance(value, str) or all(isinstance(each, str) for each in value)
 
 
@@ -91,7 +91,7 @@ def _are_indices(value: object) -> bool:
     )
 
 
-def malformed(config: LoraConfig) -> Iterator[Refusal]:
+def malformed(config: Config) -> Iterator[Refusal]:
     """What in ``config`` has a value of the wrong kind; PEFT takes a config from a file without looking at it."""
     checks = {
         "r": (_is_rank, "a positive whole number"),
@@ -117,11 +117,11 @@ def malformed(config: LoraConfig) -> Iterator[Refusal]:
         except Exception:  # of any kind, depending on what is there instead
             right = False
         if not right:
-            yield damaged(name, value, expected)
+            yield refusal("config_damaged", name=name, value=value, expected=expected)
     yield from _broken_expressions(config)
 
 
-def _broken_expressions(config: LoraConfig) -> Iterator[Refusal]:
+def _broken_expressions(config: Config) -> Iterator[Refusal]:
     expressions = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str)]
     for field in (config.layers_pattern, config.modules_to_save):
         listed = [field] if isinstance(field, str) else field if isinstance(field, (list, tuple, set)) else []
@@ -132,28 +132,18 @@ def _broken_expressions(config: LoraConfig) -> Iterator[Refusal]:
         try:
             re.compile(expression)
         except Exception as error:  # not only re.error: too many parentheses or repetitions are errors of other kinds
-            yield Refusal(
-                "The adapter's config has a regular expression that is none.",
-                found=f"{expression!r}: {error}",
-                expected="a valid regular expression",
-                next_step="correct it in adapter_config.json",
-            )
+            yield refusal("broken_expression", expression=expression, error=error)
 
 
-def pointless_rank(rank: object, path: str, module: torch.nn.Module) -> Iterator[Refusal]:
+def pointless_rank(rank: Any, path: str, module: torch.nn.Module) -> Iterator[Refusal]:
     """Refuses a rank that no update of this layer can have: room for it would take more memory than the model."""
     sizes = [max(parameter.shape, default=0) for parameter in module.parameters()]
     most = max([POINTLESS, *(2 * size for size in sizes)])
     if not _is_rank(rank) or rank > most:
-        yield Refusal(
-            "The adapter's config asks for a rank that is far larger than the layers that it is for, or for none.",
-            found=f"rank {rank!r} at {path}",
-            expected=f"a whole number from 1 to {most}",
-            next_step="get an undamaged copy of adapter_config.json",
-        )
+        yield refusal("pointless_rank", rank=rank, path=path, most=most)
 
 
-def unsupported(config: LoraConfig, role: str) -> Iterator[Refusal]:
+def unsupported(config: Config, role: str) -> Iterator[Refusal]:
     """What in ``config`` can't be swapped; ``role`` says whose config it is ("new" or "loaded")."""
     init, found = config.init_lora_weights, None
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
@@ -161,30 +151,14 @@ def unsupported(config: LoraConfig, role: str) -> Iterator[Refusal]:
     elif getattr(config, "kasa_config", None):
         found = "a kasa_config"
     if getattr(config, "arrow_config", None):
-        yield Refusal(
-            f"The {role} adapter is an Arrow router.",
-            found="an arrow_config: what it computes depends on the other adapters of the model",
-            expected="an adapter that stands for itself",
-            next_step="build the router again with PEFT's create_arrow_model",
-        )
+        yield refusal("arrow_router", role=role)
     if getattr(config, "megatron_config", None) and config.megatron_core != MEGATRON:
-        yield Refusal(
-            f"The {role} adapter asks for a module to be imported.",
-            found=f"megatron_core={config.megatron_core!r}",
-            expected=f"{MEGATRON!r}: nothing is imported because an adapter says so",
-            next_step="correct megatron_core in adapter_config.json",
-        )
+        yield refusal("imports_a_module", role=role, megatron_core=config.megatron_core, allowed=MEGATRON)
     if found:
-        yield Refusal(
-            f"The {role} adapter changes the base model's own weights.",
-            found=f"{found}, with which loading it gives other base weights than before",
-            expected="an adapter on an unchanged base model",
-            next_step="convert it to plain LoRA with PEFT's path_initial_model_for_weight_conversion, "
-            "or load it with PeftModel.from_pretrained on a fresh base model",
-        )
+        yield refusal("changes_base_weights", role=role, found=found)
 
 
-def other_state(config: LoraConfig) -> list[str]:
+def other_state(config: Config) -> list[str]:
     """The fields of ``config`` that stand for state beyond the tensors that :func:`tensors_of` knows."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     variants = {name for name, field in fields.items() if field.metadata.get("is_lora_variant")}
@@ -196,7 +170,7 @@ def other_state(config: LoraConfig) -> list[str]:
     return found
 
 
-def needs_donor(config: LoraConfig) -> bool:
+def needs_donor(config: Config) -> bool:
     """Whether PEFT must load an adapter with this config itself, beside the model."""
     return bool(other_state(config))
 
@@ -205,7 +179,7 @@ def needs_donor(config: LoraConfig) -> bool:
 KNOWN_VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 
 
-def is_special(layer: LoraLayer, adapter_name: str) -> bool:
+def is_special(layer: TunerLayer, adapter_name: str) -> bool:
     """Whether the layer has state beyond what :func:`tensors_of` knows."""
     variant = layer.lora_variant.get(adapter_name)
     return isinstance(layer, (MultiheadAttention, ParamWrapper)) or not isinstance(
@@ -213,19 +187,19 @@ def is_special(layer: LoraLayer, adapter_name: str) -> bool:
     )
 
 
-def form_of(layer: LoraLayer, adapter_name: str) -> tuple[bool, bool]:
+def form_of(layer: TunerLayer, adapter_name: str) -> tuple[bool, bool]:
     """Which tensors a layer has beside A and B: a magnitude (DoRA), a bias."""
     # not every module that stands for a lora_B has the attribute: BD-LoRA's has only a weight
     has_bias = adapter_name in layer.lora_B and getattr(layer.lora_B[adapter_name], "bias", None) is not None
     return adapter_name in layer.lora_magnitude_vector, has_bias
 
 
-def form_for(config: LoraConfig) -> tuple[bool, bool]:
+def form_for(config: Config) -> tuple[bool, bool]:
     """:func:`form_of` the layers that are loaded with this config."""
     return bool(config.use_dora), bool(config.lora_bias)
 
 
-def unsupported_layer(layer: LoraLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
+def unsupported_layer(layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
     """Why this layer can't be swapped, or None."""
     if is_special(layer, adapter_name):
         return f"a {type(layer.lora_variant.get(adapter_name, layer)).__name__}"
@@ -253,16 +227,16 @@ def unsupported_tensors(tensors: Sequence[SlotTensor]) -> str | None:
         plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
         if not plain and not tensor.is_shard:
             return f"a {tensor.named_key} of type {type(parameter.data).__name__}"
-        if not parameter.is_contiguous() and torch._debug_has_internal_overlap(tensor.memory) == 1:
+        if not parameter.is_contiguous() and _overlaps(tensor.memory) == 1:
             return f"an expanded {tensor.named_key}, whose values share memory"
     return None
 
 
-def has_adapter(layer: LoraLayer, adapter_name: str) -> bool:
+def has_adapter(layer: TunerLayer, adapter_name: str) -> bool:
     return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
 
 
-def tensors_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
+def tensors_of(layer: TunerLayer, adapter_name: str) -> list[SlotTensor]:
     """The tensors of one adapter on one layer, A before B.
 
     Shapes, with rank r: Linear and GPT-2's Conv1D ``(r, in)`` and ``(out, r)``; Embedding ``(r, vocabulary)``
@@ -298,7 +272,7 @@ def tensors_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
     return tensors + _magnitude_of(layer, adapter_name)
 
 
-def _magnitude_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
+def _magnitude_of(layer: TunerLayer, adapter_name: str) -> list[SlotTensor]:
     """DoRA's magnitude, one number for each output, if the layer has one (arXiv 2402.09353)."""
     if adapter_name not in layer.lora_magnitude_vector:
         return []
@@ -313,12 +287,13 @@ def _magnitude_of(layer: LoraLayer, adapter_name: str) -> list[SlotTensor]:
     return [slot_tensor(name, f"{name}.{adapter_name}.weight", owner, "weight", rank_axis=None, off=norm_of_base)]
 
 
-def rank_step(layer: LoraLayer) -> int:
+def rank_step(layer: TunerLayer) -> int:
     """The number that a rank on this layer must be divisible by."""
-    return layer.get_base_layer().groups if isinstance(layer, _ConvNd) else 1
+    base: Any = layer.get_base_layer()
+    return base.groups if isinstance(layer, _ConvNd) else 1
 
 
-def settings_for(config: LoraConfig, path: str) -> LayerSettings:
+def settings_for(config: Config, path: str) -> LayerSettings:
     """The scalars that a fresh load gives to the layer at ``path``, patterns included."""
     rank_key = get_pattern_key(config.rank_pattern.keys(), path)
     alpha_key = get_pattern_key(config.alpha_pattern.keys(), path)
@@ -330,7 +305,7 @@ def settings_for(config: LoraConfig, path: str) -> LayerSettings:
     )
 
 
-def settings_of(layer: LoraLayer, adapter_name: str) -> LayerSettings:
+def settings_of(layer: TunerLayer, adapter_name: str) -> LayerSettings:
     """The scalars that an adapter has on a layer now."""
     return LayerSettings(
         rank=layer.r[adapter_name],
@@ -340,7 +315,7 @@ def settings_of(layer: LoraLayer, adapter_name: str) -> LayerSettings:
     )
 
 
-def fingerprint(config: LoraConfig) -> tuple:
+def fingerprint(config: Config) -> tuple[object, ...]:
     """Equal for configs for which :func:`settings_for` and :func:`targets` say the same of every layer."""
     fields = ("r", "lora_alpha", "use_rslora", "lora_dropout", "layers_to_transform", "layers_pattern")
     selections = (config.target_modules, config.exclude_modules)
@@ -351,17 +326,17 @@ def fingerprint(config: LoraConfig) -> tuple:
     )
 
 
-def targets(config: LoraConfig, path: str) -> bool:
+def targets(config: Config, path: str) -> bool:
     """Whether a fresh load with this (resolved) config would put an adapter on the layer at ``path``."""
     return config.target_modules is not None and bool(check_target_module_exists(config, path))
 
 
-def resolved_config(config: LoraConfig, host: Host) -> LoraConfig:
+def resolved_config(config: Config, host: Host) -> Config:
     """A copy of ``config`` with its target modules spelled out for the model, as a fresh load leaves it."""
     config = copy.deepcopy(config)
     if config.target_modules is None:
         model_type = getattr(getattr(host.base, "config", None), "model_type", None)
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))
         if known is not None:
             config.target_modules = known if isinstance(known, str) else set(known)
     config = _maybe_include_all_linear_layers(config, host.base)
@@ -385,7 +360,7 @@ def resolved_config(config: LoraConfig, host: Host) -> LoraConfig:
 SCALAR_TABLES = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "scaling": "scaling"}
 
 
-def changes_constants(layer: LoraLayer, adapter_name: str, settings: LayerSettings) -> bool:
+def changes_constants(layer: TunerLayer, adapter_name: str, settings: LayerSettings) -> bool:
     """Whether these settings change what a graph that was compiled in eval mode has taken for a constant."""
     scaling, dropout = layer.scaling[adapter_name], layer.lora_dropout[adapter_name]
     fixed_scaling = not isinstance(scaling, torch.Tensor) and scaling != settings.scaling
@@ -393,10 +368,12 @@ def changes_constants(layer: LoraLayer, adapter_name: str, settings: LayerSettin
     return fixed_scaling or fixed_dropout
 
 
-def write_dropout(layer: LoraLayer, adapter_name: str, p: float, journal: Journal) -> None:
+def write_dropout(layer: TunerLayer, adapter_name: str, p: float, journal: Journal) -> None:
     """Makes the adapter's dropout what a fresh load makes it."""
-    present = layer.lora_dropout[adapter_name]
-    if getattr(present, "p", 0.0) == p:
+    # a module looks its attributes up slowly, and those that it lacks most slowly
+    table: Any = layer._modules["lora_dropout"]
+    present = table._modules[adapter_name]
+    if present.__dict__.get("p", 0.0) == p:
         return
     if isinstance(present, EvalFreeDropout):
         journal.set_attribute(present, "p", p)
@@ -405,21 +382,21 @@ def write_dropout(layer: LoraLayer, adapter_name: str, p: float, journal: Journa
         journal.set_item(layer.lora_dropout, adapter_name, module.train(present.training))
 
 
-def cache_of(layer: LoraLayer, adapter_name: str) -> dict:
+def cache_of(layer: TunerLayer, adapter_name: str) -> dict[str, Any]:
     """What DoRA has computed from the weights and kept (``peft.tuners.lora.dora.ENABLE_DORA_CACHING``)."""
     if adapter_name not in layer.lora_magnitude_vector:
         return {}
     return layer.lora_magnitude_vector[adapter_name].__dict__.get("_dora_cache", {})
 
 
-def write_prepared(layer: LoraLayer, adapter_name: str, scaling: torch.Tensor, journal: Journal) -> None:
+def write_prepared(layer: TunerLayer, adapter_name: str, scaling: torch.Tensor, journal: Journal) -> None:
     """Makes whatever a compiled graph would take for a constant a thing that it reads anew, or does not look at.
 
     ``scaling`` is the tensor, without axes, that holds the layer's scaling from now on.
     """
     values = dict(layer.__dict__["scaling"])
     values[adapter_name] = scaling
-    journal.set_item(layer.__dict__, "scaling", ScalingTable(values))
+    journal.set_item(vars(layer), "scaling", ScalingTable(values))
     if (cls := prepared_class(type(layer))) is not type(layer):
         journal.set_attribute(layer, "__class__", cls)
     present = layer.lora_dropout[adapter_name]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -41,7 +41,7 @@ class SlotTensor:
 
     key: str
     named_key: str
-    owner: torch.nn.Module
+    owner: Any
     name: str
     rank_axis: int | None
     groups: int = 1
@@ -76,8 +76,8 @@ class SlotTensor:
         elif not fixed_size:
             # always a copy: a model that shared memory with the caller's state dict would change with it
             change.resize(parameter, source.detach())
-            if self.size_attribute:
-                change.sizes.append((self.owner, self.size_attribute, source.shape[self.rank_axis] * self.groups))
+            if self.size_attribute and (axis := self.rank_axis) is not None:
+                change.sizes.append((self.owner, self.size_attribute, source.shape[axis] * self.groups))
         else:
             rank = self.rank_of(source.shape)
             change.copy(self.own(parameter, rank), self.split(source))
@@ -101,48 +101,49 @@ class SlotTensor:
         axis = self.rank_axis
         return None if axis is None else self.owner._parameters[self.name].shape[axis] * self.groups
 
-    def rank_of(self, shape: torch.Size) -> int | None:
+    def rank_of(self, shape: Sequence[int]) -> int | None:
         """The rank that a tensor of this shape would have here."""
         return None if self.rank_axis is None else shape[self.rank_axis] * self.groups
 
-    def shape_for(self, rank: int) -> tuple[int, ...]:
+    def shape_for(self, rank: int | None) -> tuple[int, ...]:
         """The parameter's shape if it had this rank."""
         shape = list(self.parameter.shape)
-        if self.rank_axis is not None:
+        if self.rank_axis is not None and rank is not None:
             shape[self.rank_axis] = rank // self.groups
         return tuple(shape)
 
-    def own(self, padded: torch.Tensor, rank: int) -> torch.Tensor:
+    def own(self, padded: torch.Tensor, rank: int | None) -> torch.Tensor:
         """The view of ``padded`` that an adapter of this rank fills, laid out as :meth:`split` lays it out."""
         return self._narrow(padded, 0, rank)
 
-    def padding(self, padded: torch.Tensor, rank: int) -> torch.Tensor:
+    def padding(self, padded: torch.Tensor, rank: int | None) -> torch.Tensor:
         """The view of ``padded`` that an adapter of this rank leaves over, which must be zero."""
         return self._narrow(padded, rank, self.rank_of(padded.shape))
 
     def split(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` with one more axis for the blocks, where there are several."""
-        return tensor if self.blocks == 1 else tensor.unflatten(self.rank_axis, (self.blocks, -1))
+        axis = self.rank_axis
+        return tensor if axis is None or self.blocks == 1 else tensor.unflatten(axis, (self.blocks, -1))
 
-    def trimmed(self, padded: torch.Tensor, rank: int) -> torch.Tensor:
+    def trimmed(self, padded: torch.Tensor, rank: int | None) -> torch.Tensor:
         """The tensor of an adapter of this rank, without the padding: as in its file."""
-        part = self.own(padded, rank)
-        return part if self.blocks == 1 else part.flatten(self.rank_axis, self.rank_axis + 1)
+        part, axis = self.own(padded, rank), self.rank_axis
+        return part if axis is None or self.blocks == 1 else part.flatten(axis, axis + 1)
 
-    def padded(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    def padded(self, tensor: torch.Tensor, rank: int | None) -> torch.Tensor:
         """A copy of ``tensor`` with zeros up to this rank."""
         padded = tensor.new_zeros(self.shape_for(rank))
         self.own(padded, self.rank_of(tensor.shape)).copy_(self.split(tensor))
         return padded
 
-    def _narrow(self, padded: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def _narrow(self, padded: torch.Tensor, start: int | None, stop: int | None) -> torch.Tensor:
         axis, share = self.rank_axis, self.groups * self.blocks
-        if axis is None:
+        if axis is None or start is None or stop is None:
             return padded
         axis += self.blocks > 1
         return self.split(padded).narrow(axis, start // share, (stop - start) // share)
 
-    def fits(self, shape: torch.Size) -> bool:
+    def fits(self, shape: Sequence[int]) -> bool:
         """Whether ``shape`` differs from the tensor's at most in its rank."""
         own = list(self.parameter.shape)
         other = list(shape)
@@ -154,10 +155,10 @@ class SlotTensor:
 
 
 #: what stands for a :class:`SlotTensor` where parameters are of another kind, such as spread over processes
-KINDS: list[type[SlotTensor]] = []
+KINDS: list[Any] = []
 
 
-def slot_tensor(key: str, named_key: str, owner: torch.nn.Module, name: str, *more: object, **kinds) -> SlotTensor:
+def slot_tensor(key: str, named_key: str, owner: Any, name: str, *more: Any, **kinds: Any) -> SlotTensor:
     """A :class:`SlotTensor`, of the kind that the parameter is of."""
     for kind in KINDS:
         if kind.holds(owner, name):

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from peft import PeftConfig
 
 from .adapter import Adapter
 from .change import Change
 from .errors import HotswapError, Refusal
-from .parts import LayerSettings, SlotTensor, WholeSettings
+from .host import Config
+from .parts import LayerSettings, SlotTensor
 from .report import html_table
 from .slot import Slot, SlotLayer
-
-if TYPE_CHECKING:
-    from ..beyond.decide import Grafting
 
 
 class Action(enum.Enum):
@@ -70,7 +67,7 @@ class LayerPlan:
     layer: SlotLayer
     action: Action
     rank_before: int | None
-    settings: LayerSettings | WholeSettings | None
+    settings: LayerSettings | None
     tensors: tuple[TensorPlan, ...]
 
     @property
@@ -80,6 +77,21 @@ class LayerPlan:
     @property
     def rank_after(self) -> int | None:
         return self.settings.rank if self.settings else None
+
+
+class Grafting(Protocol):
+    """A swap that was decided by a comparison with what PEFT has loaded beside the model."""
+
+    #: what differs beyond the values of tensors, in words
+    differences: Sequence[str]
+    writes_values_only: bool
+    nbytes: int
+    #: what PEFT said when it could not load the adapter
+    cause: Exception | None
+
+    def change_for(self, plan: Plan) -> Change:
+        """All that is to be written."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,19 +125,19 @@ class Plan:
     slot: Slot
     adapter: Adapter
     layers: tuple[LayerPlan, ...]
-    config: PeftConfig
+    config: Config
+    #: decides the same swap once more, for the model as it is then
+    again: Callable[[], Plan] = field(repr=False)
+    #: makes what is to be written; called where nothing speaks against it
+    make_change: Callable[[Plan], Change] = field(repr=False)
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
     #: whether the model, or something inside it, is compiled
     is_compiled: bool = False
-    #: decides the same swap once more, for the model as it is then
-    again: Callable[[], Plan] | None = field(default=None, repr=False)
-    #: makes what is to be written; called where nothing speaks against it
-    make_change: Callable[[Plan], Change] | None = field(default=None, repr=False)
     #: how the new adapter differs from the live one, where PEFT loaded it beside the model
     grafting: Grafting | None = None
     #: the :attr:`answer` as it was when the plan was made, where it is kept for later
-    told: tuple | None = field(default=None, repr=False)
+    told: tuple[object, ...] | None = field(default=None, repr=False)
 
     def kept(self) -> Plan:
         """The plan, to be committed later: what it says now is what it is held to then."""
@@ -137,10 +149,10 @@ class Plan:
             return self.make_change(self)
 
     @property
-    def answer(self) -> tuple:
+    def answer(self) -> tuple[object, ...]:
         """All that a reader was told, as something that can be compared."""
         layers = [(each.path, each.action, each.rank_before, each.settings) for each in self.layers]
-        differences = self.grafting.graft.differences if self.grafting else None
+        differences = self.grafting.differences if self.grafting else None
         return layers, self.nbytes, self.refusals, self.notes, self.config.to_dict(), differences
 
     @property
@@ -164,6 +176,8 @@ class Plan:
         """Whether only values of tensors change, so that a compiled graph stays valid."""
         if self.grafting is not None:
             return self.grafting.writes_values_only
+        if self.slot.room is not None:
+            return Action.ADD not in [layer.action for layer in self.layers]
         method, name = self.slot.method, self.slot.adapter_name
         return all(
             layer.action is not Action.ADD

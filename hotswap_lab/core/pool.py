@@ -6,31 +6,30 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from tqdm.auto import tqdm
 
-from ..threads import put_back, swaps_of, writing
 from . import lora
-from .adapter import Adapter
+from .adapter import Adapter, adapter_from, member_from
 from .change import apply
 from .decide import make_plan
 from .errors import HotswapError, refuse
+from .guard import guard, put_back
 from .host import find_host
-from .interrupts import interruptible, interrupts_held, let_through
 from .journal import Journal
-from .pool_sources import check_named, family_member, path_of, read, stamp_of
 from .prepare import changes_to_prepare
-from .report import html_table
-from .room import Packed
-from .slot import room_of, slot_for
+from .report import html_table, text_table
+from .room import Packed, Room
+from .slot import Slot, room_of, slot_for
+from .sources import path_of, stamp_of
 from .strength import check_scalable, check_strength, get_strength
-from .words import merged
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
 HISTORY = 100
@@ -127,7 +126,7 @@ class AdapterPool:
         target_rank: int | None = None,
         max_bytes: int | None = None,
         progress: bool = True,
-        **hub: object,
+        **hub: Any,
     ):
         self.model = model
         self.adapter_name = adapter_name
@@ -142,43 +141,30 @@ class AdapterPool:
         self._lock = threading.RLock()
         self._background: ThreadPoolExecutor | None = None
         check_named(adapters)
-        adapters = dict(adapters or {})
-        slot = slot_for(find_host(model, adapter_name), adapter_name)  # raises if there is no such adapter
-        if slot.method is not lora:
-            kind = getattr(slot.config.peft_type, "value", slot.config.peft_type)
-            raise refuse(
-                f"A pool is for adapters of type LORA, and {adapter_name!r} is of type {kind}.",
-                found=f"type {kind}, whose tensors have no common layout",
-                expected="a LoRA or DoRA adapter",
-                next_step="swap with hotswap_adapter(model, Adapter.load(folder), adapter_name)",
-            )
-        if beside := lora.other_state(slot.config):
-            raise refuse(
-                f"A pool is for LoRA alone, and {adapter_name!r} is more than that.",
-                found=f"{', '.join(beside)}: tensors that lie elsewhere, and that have no strength",
-                expected="a LoRA or DoRA adapter with nothing beside it",
-                next_step="swap with hotswap_adapter(model, Adapter.load(folder), adapter_name)",
-            )
-        family = [family_member(source, hub) for source in adapters.values()]
-        base = slot.host.base
-        with swaps_of(base):
+        base = _check_kind(slot_for(find_host(model, adapter_name), adapter_name)).host.base
+        with guard(base, computing=True):
             way_back = Journal()
             try:
-                with writing(base):
-                    options = dict(target_rank=target_rank, adapter_name=adapter_name, may_be_compiled=False)
-                    apply(changes_to_prepare(model, family, **options), way_back)
-                self._room = room_of(base, adapter_name)
-                for name, source in tqdm(adapters.items(), desc="packing", unit="adapter", disable=not progress):
-                    let_through()
-                    self.add(name, source)
-                self._recognise()
+                self._room = self._prepare(base, dict(adapters or {}), target_rank, way_back)
+                self._fill(dict(adapters or {}), progress)
             except BaseException:
                 if not way_back.is_empty:
                     put_back(lambda: _roll_back(way_back, base), "leaves the model prepared")
                 raise
 
-    def _recognise(self) -> None:
-        """Sees whether the adapter that is in the model is one of the pool's."""
+    def _prepare(self, base: torch.nn.Module, adapters: dict, target_rank: int | None, way_back: Journal) -> Room:
+        family = [member_from(source, self._hub) for source in adapters.values()]
+        with guard(base):
+            changes = changes_to_prepare(
+                self.model, family, target_rank=target_rank, adapter_name=self.adapter_name, may_be_compiled=False
+            )
+            apply(changes, way_back)
+        return cast(Room, room_of(base, self.adapter_name))
+
+    def _fill(self, adapters: dict, progress: bool) -> None:
+        for name, source in tqdm(adapters.items(), desc="packing", unit="adapter", disable=not progress):
+            self.add(name, source)
+        # the adapter that is in the model may be one of them
         for entry in self._entries.values():
             if entry.packed is not None and self._room.holds(entry.packed):
                 self._room.content, self._room.in_use = entry.packed.content, (entry.packed, 1.0)
@@ -217,9 +203,8 @@ class AdapterPool:
     @property
     def _loaded(self) -> str | None:
         """The name of the adapter in the room, if it is one of this pool."""
-        label = self._room.content.label
-        ours = isinstance(label, tuple) and label[0] is self._token and not self._room.is_touched
-        return label[1] if ours and label[1] in self._entries else None
+        pool, name = self._room.content.label or (None, None)
+        return name if pool is self._token and name in self._entries and not self._room.is_touched else None
 
     @property
     def strength(self) -> float:
@@ -248,12 +233,7 @@ class AdapterPool:
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
-            raise refuse(
-                f"The pool has no adapter called {name!r}.",
-                found=f"the names {', '.join(map(repr, self._entries)) or '(none)'}",
-                expected="one of these",
-                next_step="check the name, or add it with pool.add(name, source)",
-            )
+            raise refuse("not_in_pool", name=name, names=", ".join(map(repr, self._entries)) or "(none)")
         return self._entries[name]
 
     # ---- adapters in and out of the pool
@@ -268,23 +248,19 @@ class AdapterPool:
         """
         self._check_free(name)
         entry = _Entry(name, path_of(source), stamp=stamp_of(source))
-        with interrupts_held():
-            # reading may take long, and swaps must not have to wait for it
-            adapter = read(source, self._hub)
-            entry.revision = adapter.revision
-            packed = self._pack(name, adapter, check_targets=not isinstance(source, tuple))
-            with self._lock:
-                self._check_free(name)
-                self._keep(entry, packed)
-                self._entries[name] = entry
+        # reading may take long, and swaps must not have to wait for it
+        adapter = adapter_from(source, self._hub)
+        entry.revision = adapter.revision
+        packed = self._pack(name, adapter, check_targets=not isinstance(source, tuple))
+        with self._lock:
+            self._check_free(name)
+            self._keep(entry, packed)
+            self._entries[name] = entry
 
     def _check_free(self, name: str) -> None:
         if name in self._entries:
             raise refuse(
-                f"The pool has an adapter called {name!r} already.",
-                found=repr(self._entries[name].source or "an adapter from memory"),
-                expected="a name that is free",
-                next_step="use another name, pool.update(name, ...) or pool.remove(name)",
+                "already_in_pool", name=name, source=repr(self._entries[name].source or "an adapter from memory")
             )
 
     def remove(self, name: str) -> None:
@@ -292,12 +268,7 @@ class AdapterPool:
         with self._lock:
             entry = self._entry(name)
             if self._loaded == name:
-                raise refuse(
-                    f"The adapter {name!r} is in the model.",
-                    found="an adapter that is in use",
-                    expected="one that isn't",
-                    next_step="swap to another one first",
-                )
+                raise refuse("adapter_in_use", name=name)
             del self._entries[name]
             if entry.loading is not None:
                 entry.loading.cancel()
@@ -365,20 +336,15 @@ class AdapterPool:
 
     def _load(self, entry: _Entry) -> Packed:
         if entry.stamp != stamp_of(entry.source):
-            raise refuse(
-                f"The files of {entry.name!r} have changed since it was added.",
-                found=entry.source,
-                expected="the adapter that was added under this name",
-                next_step="pool.remove(name), then pool.add(name, source) to take the new one",
-            )
+            raise refuse("files_changed", name=entry.name, source=entry.source)
         hub = {**self._hub, "revision": entry.revision} if entry.revision else self._hub
-        return self._pack(entry.name, read(entry.source, hub), check_targets=True)
+        return self._pack(entry.name, adapter_from(entry.source, hub), check_targets=True)
 
     def _packed(self, entry: _Entry) -> Packed:
         packed = entry.packed
         if packed is None:
             loading, entry.loading = entry.loading, None
-            packed = _result(loading) if loading is not None else self._load(entry)
+            packed = loading.result() if loading is not None else self._load(entry)
             with self._lock:
                 self._keep(entry, packed)
         return packed
@@ -392,12 +358,7 @@ class AdapterPool:
             # any adapter must find room beside those that can't be dropped
             needed = fixed + (max((each.nbytes for each in droppable), default=0) if entry.source is None else 0)
             if needed > self.max_bytes:
-                raise refuse(
-                    f"The adapter {entry.name!r} does not fit into the pool's memory.",
-                    found=f"{needed:,} bytes with those that can't be dropped, since they came from memory",
-                    expected=f"max_bytes={self.max_bytes:,} at most",
-                    next_step="make the pool with a larger max_bytes, or add adapters from folders",
-                )
+                raise refuse("pool_is_full", name=entry.name, needed=needed, max_bytes=self.max_bytes)
             held = sorted((each for each in droppable if each.packed is not None), key=lambda each: each.used)
             total = fixed + sum(each.nbytes for each in held)
             while total > self.max_bytes:
@@ -450,12 +411,7 @@ class AdapterPool:
         """
         with self._swap():
             if not self._history:
-                raise refuse(
-                    "There is nothing to undo.",
-                    found="a pool that has swapped nothing yet, or everything is taken back",
-                    expected="an earlier swap",
-                    next_step="swap first",
-                )
+                raise refuse("nothing_to_undo")
             self._check_room()
             packed = self._packed_of(self._history[-1])
             with self._write_access():
@@ -470,14 +426,14 @@ class AdapterPool:
         """
         with self._swap():
             self._check_room()
-            former, history = self._state(), list(self._history)
-            self.swap(name, strength)
+            former, history = self._state(), self._history
             try:
-                with interruptible(block_of="generator"):
-                    yield self
+                self.swap(name, strength)
+                yield self
             finally:
                 # the block is left for good: its adapter must not stay
-                put_back(lambda: self._put_back(former, history), f"leaves {name!r} in the model")
+                if self._history is not history:
+                    put_back(lambda: self._put_back(former, history), f"leaves {name!r} in the model")
 
     def _put_back(self, former: _State, history: list[_State]) -> None:
         packed = self._packed_of(former)
@@ -487,18 +443,19 @@ class AdapterPool:
 
     def _swap(self) -> AbstractContextManager:
         """Nobody else swaps; the other threads may go on computing."""
-        return swaps_of(self._room.slot.host.base)
+        return guard(self._room.slot.host.base, computing=True)
 
     @contextlib.contextmanager
     def _write_access(self) -> Iterator[None]:
         """Nobody else computes or changes the pool. Not for what takes long."""
-        with writing(self._room.slot.host.base), self._lock:
+        with guard(self._room.slot.host.base), self._lock:
             yield
 
     def _state(self) -> _State:
         """What is in the model now, ready to be put back."""
-        room, entry = self._room, self._entries.get(self._loaded)
-        if room.is_as_written:
+        room, name = self._room, self._loaded
+        entry = self._entries[name] if name is not None else None
+        if room.in_use is not None and room.is_as_written:
             packed, strength = room.in_use
             return _State(entry if entry and entry.packed is packed else None, packed, strength)
         if entry is not None and entry.packed is not None:
@@ -509,16 +466,15 @@ class AdapterPool:
         """The adapter that was in the model then, read again if it was dropped since."""
         entry = state.entry
         if entry is None:
-            return state.packed
+            return cast(Packed, state.packed)
         now = self._entries.get(entry.name)
         if now is not None and now is not entry and now.lineage is entry.lineage:
             return self._packed(now)  # it was updated since
         return entry.packed or state.packed or self._load(entry)
 
     def _write(self, packed: Packed, strength: float | torch.Tensor, history: list[_State]) -> None:
-        apply(
-            [self._room.change_to(packed, strength, lambda journal: journal.set_attribute(self, "_history", history))]
-        )
+        note = functools.partial(Journal.set_attribute, target=self, name="_history", value=history)
+        apply([self._room.change_to(packed, strength, note)])
 
     def _history_with(self, state: _State) -> list[_State]:
         if state.entry is not None:
@@ -531,14 +487,9 @@ class AdapterPool:
     def _check_room(self) -> None:
         room = self._room
         if not room.is_intact():
-            raise refuse(
-                "The model's adapter is no longer where the pool put it.",
-                found="adapter weights in other memory: moved, converted, deleted or loaded anew",
-                expected="the memory that was prepared, since that is what a swap writes to",
-                next_step="make a new AdapterPool for the model as it is now",
-            )
+            raise refuse("pool_lost_its_place")
         if room.slot.is_merged:
-            raise HotswapError(merged(self.adapter_name))
+            raise refuse("merged", adapter_name=self.adapter_name)
 
     # ---- how it looks
 
@@ -558,17 +509,31 @@ class AdapterPool:
         return f"{len(self)} adapter{plural}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
 
     def __str__(self) -> str:
-        table = [self.COLUMNS, *self.rows]
-        widths = [max(len(row[column]) for row in table) for column in range(len(self.COLUMNS))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        return "\n".join([f"AdapterPool: {self.summary}", *lines])
+        return "\n".join([f"AdapterPool: {self.summary}", *text_table(self.COLUMNS, self.rows)])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return html_table("AdapterPool", list(self.COLUMNS), self.rows, caption=self.summary)
+
+
+def check_named(adapters: object) -> None:
+    """Refuses adapters without names: a list of folders, or a single one.
+
+    >>> check_named({"style": "folder"})
+    """
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise refuse("adapters_without_names", kind=type(adapters).__name__)
+
+
+def _check_kind(slot: Slot) -> Slot:
+    """Refuses what has no layout that adapters could be packed in."""
+    kind, name = slot.config.peft_type, slot.adapter_name
+    if slot.method is not lora:
+        raise refuse("pool_needs_lora", adapter_name=name, kind=getattr(kind, "value", kind))
+    if beside := lora.other_state(slot.config):
+        raise refuse("pool_needs_lora_alone", adapter_name=name, beside=", ".join(beside))
+    return slot
 
 
 def _describe(entry: _Entry) -> tuple[str, str, str, str, str]:
@@ -580,17 +545,12 @@ def _describe(entry: _Entry) -> tuple[str, str, str, str, str]:
     return entry.name, _span(ranks), _span(alphas), str(len(settings)), f"{packed.nbytes:,}"
 
 
-def _span(values: list[float]) -> str:
+def _span(values: Sequence[float]) -> str:
     if not values:
         return "-"
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
 def _roll_back(journal: Journal, base: torch.nn.Module) -> None:
-    with writing(base):
+    with guard(base):
         journal.roll_back()
-
-
-def _result(loading: Future) -> Packed:
-    with interruptible():
-        return loading.result()

@@ -13,60 +13,45 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..beyond import general
-from ..beyond.prepare import check_member, decide_general
-from ..threads import writing
-from . import lora
-from .adapter import Adapter, load_config
+from . import lora, methods
+from .adapter import Adapter, member_from
 from .change import Change, apply, clear_gradient, give_memory
 from .compiled import blind_spot, compiled_parts, is_compiled
-from .errors import HotswapError, Refusal, listing, refuse
-from .host import canonical_path, carriers
-from .interrupts import let_through
+from .errors import HotswapError, Refusal, listing, refusal, refuse
+from .guard import guard
+from .host import Config, canonical_path, carriers, kind_of, modules_in
 from .journal import Journal
-from .parts import SlotTensor
 from .room import Room, build_room
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, room_of, slot_in
 from .state_view import check_before_loading, is_off, own_rank, set_padded, set_trained, write_settings
-from .words import merged_beside, too_low
-
-NOTHING_FOUND = (
-    "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
-    "the first adapter and before loading the second adapter."
-)
 
 
 @dataclass
-class _Preparation:
-    """What will be written to one slot."""
+class _Demand:
+    """How much room one slot needs."""
 
     slot: Slot
     #: the rank to make room for at each layer of the slot
     capacity: dict[SlotLayer, int] = field(default_factory=dict)
-    #: and at each layer that it lacks
+    #: and at each layer that it lacks, by its path
     reserve: dict[str, int] = field(default_factory=dict)
-    #: layers for these, not yet in the model
-    reserved: list[SlotLayer] = field(default_factory=list)
-    #: what becomes of the slot; None if it is in such a room already
-    room: Room | None = None
 
 
 def prepare_model_for_compiled_hotswap(
     model: torch.nn.Module,
     *,
     target_rank: int | None = None,
-    config: PeftConfig | Mapping[str, PeftConfig] | None = None,
+    config: Config | Mapping[str, PeftConfig] | None = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
-    adapters: Iterable[str | os.PathLike | Adapter | PeftConfig] = (),
+    adapters: Iterable[str | os.PathLike[str] | Adapter | PeftConfig] = (),
     adapter_name: str | None = None,
-    **hub: object,
+    **hub: Any,
 ) -> None:
     """Makes a model ready for swaps that never recompile it. Call it after loading the first adapter, before compiling.
 
@@ -120,8 +105,8 @@ def prepare_model_for_compiled_hotswap(
     """
     next(carriers(model), None)  # says so if this is no model at all
     _check_compiled(model, check_compiled)
-    family = [_family_member(each, hub) for each in _as_list(adapters)]
-    with writing(*(host.base for host in carriers(model))):
+    family = [member_from(each, hub) for each in _as_list(adapters)]
+    with guard(*(host.base for host in carriers(model))):
         apply(changes_to_prepare(model, family, target_rank=target_rank, adapter_name=adapter_name, config=config))
 
 
@@ -131,7 +116,7 @@ def changes_to_prepare(
     *,
     target_rank: int | None = None,
     adapter_name: str | None = None,
-    config: PeftConfig | Mapping[str, PeftConfig] | None = None,
+    config: Config | Mapping[str, PeftConfig] | None = None,
     may_be_compiled: bool = True,
 ) -> list[Change]:
     """What :func:`prepare_model_for_compiled_hotswap` writes, for adapters that are read already.
@@ -139,60 +124,49 @@ def changes_to_prepare(
     Unless ``may_be_compiled``, a compiled model is refused if anything would have to change.
     """
     _check_target_rank(target_rank)
-    slots = list(_slots(model, adapter_name))
-    with_room = [slot for slot in slots if slot.method is lora and not lora.needs_donor(slot.config)]
-    preparations = [_Preparation(slot) for slot in with_room]
-    others = [decide_general(slot, target_rank, family) for slot in slots if slot not in with_room]
-    if not slots:
-        raise refuse(
-            NOTHING_FOUND,
-            found=f"a {type(model).__name__} without LoRA layers",
-            expected="a model into which a LoRA adapter was loaded",
-            next_step="load the adapter that targets most layers, then prepare the model",
-        )
-    refusals = [refusal for preparation in preparations for refusal in _decide(preparation, target_rank, family)]
-    refusals += [refusal for _, reasons in others for refusal in reasons]
+    changes: list[Change] = []
+    refusals: list[Refusal] = []
+    for slot in _slots(model, adapter_name):
+        if slot.method is lora and not lora.needs_donor(slot.config):
+            change, reasons = _prepare(slot, target_rank, family)
+        else:
+            change, reasons = methods.rest.prepare(slot, target_rank, family)
+        changes.append(change)
+        refusals += reasons
+    if not changes:
+        raise refuse("nothing_to_prepare", name=type(model).__name__)
     if refusals:
         raise HotswapError(*refusals)
-    changes = []
-    for preparation in preparations:
-        let_through()
-        _stage(preparation)
-        changes.append(_change_for(preparation))
     if not may_be_compiled and any(change.config is not None for change in changes):
         _check_compiled(model, "error")
-    changes += [change for change, _ in others]
     for change in changes:
         change.steps.append(functools.partial(check_before_loading, change.slot.host.base))
-    if target_rank is not None:
-        changes[0].steps.append(functools.partial(_update_configs, config, preparations, target_rank))
+    if config and target_rank is not None:
+        live = {id(each) for change in changes for each in change.slot.host.configs.values()}
+        given = [
+            each for each in (config.values() if isinstance(config, Mapping) else [config]) if id(each) not in live
+        ]
+        changes[0].steps.append(functools.partial(_raise_ranks, given, target_rank))
     return changes
+
+
+def _raise_ranks(configs: Iterable[Config], target_rank: int, journal: Journal) -> None:
+    """As PEFT does with the configs it is passed."""
+    for each in configs:
+        journal.set_attribute(each, "r", target_rank)
+        if each.rank_pattern:
+            journal.set_attribute(each, "rank_pattern", dict.fromkeys(each.rank_pattern, target_rank))
 
 
 def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
     if check_compiled not in ("error", "warn", "ignore"):
-        raise refuse(
-            f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead.",
-            found=f"check_compiled={check_compiled!r}",
-            expected="'error', 'warn' or 'ignore'",
-            next_step="pass one of these",
-        )
+        raise refuse("unknown_check_compiled", check_compiled=check_compiled)
     if reason := blind_spot(compiled_parts(model), prepared=True):
-        raise refuse(
-            "A model compiled this way would never notice a swap.",
-            found=reason,
-            expected="compiled graphs that read the weights at each call",
-            next_step="turn it off before compiling",
-        )
+        raise refuse("graph_would_not_notice", reason=reason)
     if check_compiled == "ignore" or not is_compiled(model):
         return
     if check_compiled == "error":
-        raise refuse(
-            "Call prepare_model_for_compiled_hotswap *before* compiling the model",
-            found="a model that is compiled, or has compiled parts",
-            expected="a model that is not: preparing changes the shapes that graphs were compiled for",
-            next_step="load, prepare, compile, swap, in this order; or pass check_compiled='warn' or 'ignore'",
-        )
+        raise refuse("prepare_before_compiling")
     warnings.warn(
         "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely "
         "result in re-compilation, hurting performance. Call the function before compiling the model.",
@@ -203,163 +177,155 @@ def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
 def _check_target_rank(target_rank: object) -> None:
     right = isinstance(target_rank, int) and not isinstance(target_rank, bool) and target_rank > 0
     if target_rank is not None and not right:
-        raise refuse(
-            "The target rank is not a rank.",
-            found=f"target_rank={target_rank!r}",
-            expected="a positive whole number",
-            next_step="pass the highest rank of all adapters that will be swapped in",
-        )
+        raise refuse("target_rank_is_no_rank", target_rank=target_rank)
 
 
-def _as_list(adapters: object) -> list:
+def _as_list(adapters: Any) -> list:
     if isinstance(adapters, (str, os.PathLike, Adapter, PeftConfig)):
         return [adapters]
     return list(adapters.values() if isinstance(adapters, Mapping) else adapters)
-
-
-def _family_member(adapter: str | os.PathLike | Adapter | PeftConfig, hub: Mapping[str, object]) -> Adapter:
-    if isinstance(adapter, Adapter):
-        return adapter
-    if isinstance(adapter, PeftConfig):
-        return Adapter(adapter, {}, "a config")
-    return Adapter(load_config(adapter, **hub), {}, os.fspath(adapter))
 
 
 def _slots(model: torch.nn.Module, adapter_name: str | None) -> Iterator[Slot]:
     for host in carriers(model):
         for name, config in host.configs.items():
             # unless they are asked for by name, adapters that can't be prepared are let be
-            wanted = config.peft_type in (PeftType.LORA, *general.PADDABLE) or name == adapter_name
+            wanted = config.peft_type in (PeftType.LORA, *methods.rest.paddable) or name == adapter_name
             if wanted and adapter_name in (None, name):
                 slot = slot_in(host, name)
                 if slot.layers:
                     yield slot
 
 
-def _decide(preparation: _Preparation, target_rank: int | None, family: list[Adapter]) -> Iterator[Refusal]:
-    """Finds the room that is needed at each layer; yields why it can't be had."""
-    slot, name = preparation.slot, preparation.slot.adapter_name
-    yield from slot.method.unsupported(slot.config, "loaded")
+def _prepare(slot: Slot, target_rank: int | None, family: list[Adapter]) -> tuple[Change, list[Refusal]]:
+    """What makes room in one slot of LoRA, or why that can't be had."""
+    demand = _Demand(slot)
+    refusals = [*lora.unsupported(slot.config, "loaded"), *_own_demand(demand, target_rank)]
+    for adapter in () if refusals else family:
+        refusals += _add_demand(demand, adapter, target_rank)
+    refusals += _check_base(demand)
+    for layer, rank in demand.capacity.items():
+        if rank % (groups := lora.rank_step(layer.module)):
+            kind, next_rank, path = type(layer.module).__name__, -(-rank // groups) * groups, layer.path
+            refusals.append(
+                refusal(
+                    "target_rank_not_for_groups", kind=kind, groups=groups, rank=rank, path=path, next_rank=next_rank
+                )
+            )
+    return (Change(slot), refusals) if refusals else (_change_for(demand), [])
+
+
+def _own_demand(demand: _Demand, target_rank: int | None) -> Iterator[Refusal]:
+    """The room at each layer that the loaded adapter needs, and has already."""
+    slot, name = demand.slot, demand.slot.adapter_name
     for layer in slot.layers:
         if reason := slot.method.unsupported_layer(layer.module, name, layer.tensors):
-            yield Refusal(
-                f"The layer {layer.path} can't be prepared.",
-                found=reason,
-                expected="plain lora_A and lora_B parameters on the layer",
-                next_step="prepare the model with another adapter loaded",
-            )
+            yield refusal("layer_not_preparable", path=layer.path, reason=reason)
             return
-        own = 0 if is_off(layer.module, name) else own_rank(layer.module, name, layer.tensors[0])
+        own = 0 if is_off(layer.module, name) else own_rank(layer.module, name, layer.tensors[0]) or 0
         if target_rank is not None and target_rank < own:
-            yield too_low(target_rank, own, layer.path)
+            yield refusal("target_rank_too_low", target_rank=target_rank, own=own, path=layer.path)
             return
-        preparation.capacity[layer] = max(layer.tensors[0].capacity, target_rank or 0)
-    for adapter in family:
-        yield from _add_demand(preparation, adapter, target_rank)
-    yield from _check_base(preparation)
-    for layer, rank in preparation.capacity.items():
-        groups = slot.method.rank_step(layer.module)
-        if rank % groups:
-            yield Refusal(
-                f"Trying to pad a {type(layer.module).__name__} LoRA adapter with groups={groups} to target rank "
-                f"{rank}, but the target rank is not divisible by {groups}. Please choose a target rank that is "
-                f"divisible by {groups}.",
-                found=f"a grouped convolution at {layer.path}",
-                expected=f"a multiple of {groups}",
-                next_step=f"pass target_rank={-(-rank // groups) * groups}",
-            )
+        demand.capacity[layer] = max(layer.tensors[0].capacity or 0, target_rank or 0)
 
 
-def _check_base(preparation: _Preparation) -> Iterator[Refusal]:
+def _check_base(demand: _Demand) -> Iterator[Refusal]:
     """DoRA is turned off by the norm of the base weights, so that is not to contain another adapter."""
-    slot = preparation.slot
-    modules = map(slot.host.base.get_submodule, preparation.reserve if slot.config.use_dora else ())
+    slot = demand.slot
+    modules = map(slot.host.base.get_submodule, demand.reserve if slot.config.use_dora else ())
     if others := {name for module in modules for name in getattr(module, "merged_adapters", ())}:
-        yield merged_beside(slot.adapter_name, sorted(others))
+        yield refusal("merged_beside", adapter_name=slot.adapter_name, others=listing(map(repr, sorted(others))))
 
 
-def _add_demand(preparation: _Preparation, adapter: Adapter, target_rank: int | None) -> Iterator[Refusal]:
+def _add_demand(demand: _Demand, adapter: Adapter, target_rank: int | None) -> Iterator[Refusal]:
     """Raises the room at each layer to what one adapter of the family needs there."""
-    slot = preparation.slot
+    slot, base = demand.slot, demand.slot.host.base
     if problems := [*check_member(slot, adapter)] or [*_beyond_rooms(adapter.config)]:
         yield from problems
         return
     config = slot.method.resolved_config(adapter.config, slot.host)
     known = {path: layer for layer in slot.layers for path in layer.paths}
     paths = set(_targeted(slot, config))
-    paths |= {path for key in adapter.tensors if (path := adaptable(slot.host.base, canonical_path(key))) is not None}
+    paths |= {path for key in adapter.tensors if (path := adaptable(base, canonical_path(key))) is not None}
     if not paths:
-        yield Refusal(
-            f"{adapter.label} has no layer in this model.",
-            found=f"target_modules={adapter.config.target_modules!r}",
-            expected="names of layers of the base model",
-            next_step="check that all adapters were made for the same base model",
-        )
-        return
+        yield refusal("member_has_no_layer", label=adapter.label, target_modules=adapter.config.target_modules)
     for path in paths:
         rank = slot.method.settings_for(config, path).rank
-        if pointless := [*lora.pointless_rank(rank, path, slot.host.base.get_submodule(path))]:
+        if pointless := [*lora.pointless_rank(rank, path, base.get_submodule(path))]:
             yield from pointless
             return
         if target_rank is not None and rank > target_rank:
-            yield Refusal(
-                f"The target rank is lower than the rank of {adapter.label}.",
-                found=f"target_rank={target_rank}, and rank {rank} at {path}",
-                expected=f"a target rank of {rank} at least",
-                next_step="leave target_rank out: the ranks are taken from `adapters`",
-            )
+            label = adapter.label
+            yield refusal("target_rank_below_member", label=label, target_rank=target_rank, rank=rank, path=path)
             return
         if (layer := known.get(path)) is not None:
-            preparation.capacity[layer] = max(preparation.capacity[layer], rank)
+            demand.capacity[layer] = max(demand.capacity[layer], rank)
         else:
-            preparation.reserve[path] = max(preparation.reserve.get(path, 0), rank, target_rank or 0)
+            demand.reserve[path] = max(demand.reserve.get(path, 0), rank, target_rank or 0)
 
 
-def _beyond_rooms(config: PeftConfig) -> Iterator[Refusal]:
+def check_member(slot: Slot, adapter: Adapter) -> Iterator[Refusal]:
+    """What speaks against any adapter of a family that a slot is prepared for."""
+    config, loaded = adapter.config, slot.config
+    if config.peft_type != loaded.peft_type:
+        old, kind = kind_of(loaded), kind_of(config)
+        yield refusal("member_of_other_type", old=old, kind=kind, label=adapter.label, adapter_name=slot.adapter_name)
+        return
+    yield from slot.method.malformed(config)
+    if slot.method is lora and lora.form_for(config) != lora.form_for(loaded):
+        found, expected = (f"use_dora={each.use_dora}, lora_bias={each.lora_bias}" for each in (config, loaded))
+        yield refusal("no_common_graph", found=found, expected=expected)
+
+
+def _beyond_rooms(config: Config) -> Iterator[Refusal]:
     """What an adapter of the family has that the loaded one lacks, and that no graph for both could have."""
     yield from lora.unsupported(config, "new")
     if lora.needs_donor(config):
-        yield Refusal(
-            "The model can't be prepared for an adapter that is of another kind than the loaded one.",
-            found=f"{', '.join(lora.other_state(config))}, which the loaded adapter lacks",
-            expected="adapters with the same tensors beside those of LoRA",
-            next_step="load such an adapter first, or swap in a model that is not compiled",
-        )
+        yield refusal("member_of_another_kind", other_state=", ".join(lora.other_state(config)))
 
 
-def _targeted(slot: Slot, config: PeftConfig) -> Iterator[str]:
-    """The paths of all modules that a fresh load with this config would put an adapter on."""
-    stack: list[tuple[str, torch.nn.Module]] = [("", slot.host.base)]
+def _targeted(slot: Slot, config: Config) -> Iterator[str]:
+    """The paths of all modules that a fresh load with this config would put an adapter on, a shared one once."""
     seen: set[torch.nn.Module] = set()
-    while stack:
-        path, module = stack.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if path and slot.method.targets(config, path):
-            yield path
+    for path, module in modules_in(slot.host.base):
         # what is inside a tuner layer belongs to it
-        if not isinstance(module, BaseTunerLayer):
-            prefix = f"{path}." if path else ""
-            children = [(canonical_path(prefix + name), child) for name, child in module.named_children()]
-            # in the order of the model: a shared module counts by its first path
-            stack += reversed(children)
+        if module not in seen and path and ".base_layer" not in path and slot.method.targets(config, path):
+            yield path
+        seen.add(module)
 
 
-def _stage(preparation: _Preparation) -> None:
-    """Allocates everything beside the model."""
-    slot, name = preparation.slot, preparation.slot.adapter_name
-    present = room_of(slot.host.base, name)
-    enough = all(layer.tensors[0].capacity == rank for layer, rank in preparation.capacity.items())
-    if present is not None and enough and not preparation.reserve:
-        return
+def _change_for(demand: _Demand) -> Change:
+    """Allocates a room beside the model, and moves the slot in when the change is carried out."""
+    slot, name, capacity = demand.slot, demand.slot.adapter_name, demand.capacity
+    enough = all(layer.tensors[0].capacity == rank for layer, rank in capacity.items())
+    if enough and not demand.reserve and room_of(slot.host.base, name) is not None:
+        return Change(slot)
+    reserved: list[SlotLayer] = []
     with slot.write_mode(), torch.no_grad():
-        for rank in sorted(set(preparation.reserve.values())):
-            paths = sorted(path for path, needed in preparation.reserve.items() if needed == rank)
-            for layer in _build_reserved(slot, paths, rank):
-                preparation.reserved.append(layer)
-                preparation.capacity[layer] = rank
-        preparation.room = build_room(slot, preparation.capacity, reserved=preparation.reserved)
+        for rank in sorted(set(demand.reserve.values())):
+            paths = sorted(path for path, needed in demand.reserve.items() if needed == rank)
+            reserved += (layers := _build_reserved(slot, paths, rank))
+            capacity.update(dict.fromkeys(layers, rank))
+        room = build_room(slot, capacity, reserved)
+    change = Change(slot, slot.config)
+
+    def move_in(journal: Journal) -> None:
+        _move_tensors(room, journal)
+        layers = []
+        for layer in capacity:
+            if layer in reserved:
+                layer = dataclasses.replace(layer, module=attach(slot, layer, journal))
+            layers.append(layer)
+        for index, layer in enumerate(layers):
+            device = layer.tensors[0].parameter.device
+            lora.write_prepared(layer.module, name, room.scaling(index, device), journal)
+            set_padded(layer.module, name, journal)
+        write_settings(slot, layers, room.content.settings, journal)
+        room.settle(dataclasses.replace(slot, layers=tuple(layers)))
+        change.slot_after = room.slot
+
+    change.steps.append(move_in)
+    return change
 
 
 def _build_reserved(slot: Slot, paths: list[str], rank: int) -> list[SlotLayer]:
@@ -368,74 +334,34 @@ def _build_reserved(slot: Slot, paths: list[str], rank: int) -> list[SlotLayer]:
     try:
         layers = build_shadow_layers(slot, config, paths)
     except Exception as error:
-        raise refuse(
-            "Layers that the loaded adapter lacks can't be reserved.",
-            found=f"{type(error).__name__}: {error}",
-            expected=f"layers that PEFT can put LoRA of rank {rank} on: {listing(paths, 3)}",
-            next_step="leave out the adapters that target them",
-        ) from error
+        raise refuse("layers_not_reservable", error=error, rank=rank, paths=listing(paths, 3)) from error
     for layer in layers:
         if reason := slot.method.unsupported_layer(layer.module, slot.adapter_name, layer.tensors):
-            raise refuse(
-                f"The layer {layer.path} can't be reserved.",
-                found=reason,
-                expected="a layer with plain lora_A and lora_B",
-                next_step="leave out the adapters that target it",
-            )
+            raise refuse("layer_not_reservable", path=layer.path, reason=reason)
         for tensor in layer.tensors:
             tensor.parameter.copy_(tensor.off_value())
         set_trained(layer.tensors, False, Journal())
     return layers
 
 
-def _change_for(preparation: _Preparation) -> Change:
-    slot, name, room = preparation.slot, preparation.slot.adapter_name, preparation.room
-    if room is None:
-        return Change(slot)
-    change = Change(slot, slot.config)
-
-    def write(journal: Journal) -> None:
-        for layer in slot.layers:
-            for tensor in layer.tensors:
-                clear_gradient(tensor.parameter, journal)
-        for tensor in room.places:
-            if not _move_in(tensor, room.view(tensor), journal):
-                room.shares_versions = False
-        layers = []
-        for index, layer in enumerate(preparation.capacity):
-            if layer in preparation.reserved:
-                layer = dataclasses.replace(layer, module=attach(slot, layer, journal))
-            layers.append(layer)
-            device = layer.tensors[0].parameter.device
-            slot.method.write_prepared(layer.module, name, room.scaling(index, device), journal)
-            set_padded(layer.module, name, journal)
-        write_settings(slot, layers, room.content.settings, journal)
-        room.settle(dataclasses.replace(slot, layers=tuple(layers)))
-        change.slot_after = room.slot
-
-    change.steps.append(write)
-    return change
-
-
-def _move_in(tensor: SlotTensor, view: torch.Tensor, journal: Journal) -> bool:
-    """Makes the model's parameter a view of a room's memory; the parameter stays the same object.
-
-    Returns whether autograd notices a write to that memory by itself: whether they have one version counter.
-    """
-    parameter = tensor.parameter
-    shared = _swap_tensors(parameter, view, journal)
-    if not shared:
-        give_memory([(parameter, view)], journal)
-    if tensor.size_attribute:
-        journal.set_attribute(tensor.owner, tensor.size_attribute, tensor.rank_of(view.shape))
-    return shared
+def _move_tensors(room: Room, journal: Journal) -> None:
+    """Makes the model's parameters views of the room's memory; they stay the same objects."""
+    for tensor in room.places:
+        parameter, view = tensor.parameter, room.view(tensor)
+        clear_gradient(parameter, journal)
+        if not _swap_tensors(parameter, view, journal):
+            give_memory([(parameter, view)], journal)
+            room.shares_versions = False
+        if tensor.size_attribute:
+            journal.set_attribute(tensor.owner, tensor.size_attribute, tensor.rank_of(view.shape))
 
 
 def _swap_tensors(parameter: torch.nn.Parameter, view: torch.Tensor, journal: Journal) -> bool:
+    """Whether this could be done such that autograd notices a write to that memory by itself: one version counter."""
     if parameter.is_inference() or parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return False
     twin = torch.nn.Parameter(view, requires_grad=parameter.requires_grad)
-    twin.__dict__.update(parameter.__dict__)
+    vars(twin).update(vars(parameter))
     address = view.data_ptr()
 
     def undo() -> None:
@@ -449,20 +375,3 @@ def _swap_tensors(parameter: torch.nn.Parameter, view: torch.Tensor, journal: Jo
         # a graph or a weak reference holds on to the old tensor
         return False
     return True
-
-
-def _update_configs(
-    config: PeftConfig | Mapping[str, PeftConfig] | None,
-    preparations: list[_Preparation],
-    target_rank: int,
-    journal: Journal,
-) -> None:
-    if not config:
-        return
-    live = {id(each) for preparation in preparations for each in preparation.slot.host.configs.values()}
-    for each in config.values() if isinstance(config, Mapping) else [config]:
-        if id(each) in live:
-            continue
-        journal.set_attribute(each, "r", target_rank)
-        if each.rank_pattern:
-            journal.set_attribute(each, "rank_pattern", dict.fromkeys(each.rank_pattern, target_rank))

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .host import TunerLayer
 
 #: on a layer: the adapters that are turned off there
 OFF_ATTRIBUTE = "hotswap_off"
@@ -20,7 +23,7 @@ OFF_ATTRIBUTE = "hotswap_off"
 PADDED_ATTRIBUTE = "hotswap_padded"
 
 
-class ScalingTable(dict):
+class ScalingTable(dict[str, Any]):
     """``layer.scaling`` of a prepared layer: writing an entry fills the tensor that is there.
 
     >>> table = ScalingTable({"default": scaling_tensor(2.0, "cpu")})
@@ -53,7 +56,7 @@ class ScalingTable(dict):
             self[name] = value
 
 
-def scaling_tensor(value: float, device: torch.device | str) -> torch.Tensor:
+def scaling_tensor(value: float | torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A scaling as a tensor without axes: it doesn't change the precision of what it is multiplied with.
 
     Not in float64: PyTorch's compiler takes such tensors on the CPU for Python floats, and with torch 2.13 a graph
@@ -71,8 +74,10 @@ class EvalFreeDropout(nn.Dropout):
         return F.dropout(input, self.p, True, self.inplace) if self.training and self.p else input
 
 
-class _Prepared:
+class _Prepared(TunerLayer if TYPE_CHECKING else object):
     """Mixed into the class of a prepared layer."""
+
+    hotswap_original: type
 
     @property
     def scaling(self) -> ScalingTable:
@@ -85,7 +90,7 @@ class _Prepared:
         if values is not self.__dict__["scaling"]:
             self.__dict__["scaling"].replace(values)
 
-    def _apply(self, fn: Callable, *args: object, **kwargs: object) -> nn.Module:
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> nn.Module:
         """``model.to(device)``: the scalings come along, but keep their precision."""
         result = super()._apply(fn, *args, **kwargs)
         table = self.__dict__.get("scaling", {})
@@ -101,9 +106,9 @@ class _Prepared:
         # the marks of one that is deleted say nothing about another one that is loaded by the same name
         for attribute in (OFF_ATTRIBUTE, PADDED_ATTRIBUTE):
             if adapter_name in (marks := self.__dict__.get(attribute, frozenset())):
-                self.__dict__[attribute] = marks - {adapter_name}
+                setattr(self, attribute, marks - {adapter_name})
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         # the class is made on the fly, so a copy or a pickle has to be told how to make it again
         state = dict(self.__dict__)
         # tensors that are no part of a larger memory: a pickle would contain all of that once for each of them
@@ -133,7 +138,7 @@ def prepared_class(original: type) -> type:
 
 
 def _new_prepared(original: type) -> nn.Module:
-    cls = prepared_class(original)
+    cls: Any = prepared_class(original)
     return cls.__new__(cls)
 
 

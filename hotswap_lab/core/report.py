@@ -1,4 +1,4 @@
-"""Tables as static HTML: readable in a saved notebook, in light and dark themes, with no kernel."""
+"""Tables as text, and as static HTML: readable in a saved notebook, in light and dark themes, with no kernel."""
 
 from __future__ import annotations
 
@@ -19,15 +19,32 @@ def html_table(
     >>> "&lt;b&gt;" in html_table("t", ["name"], [["<b>"]])
     True
     """
+    foot = "".join(f'<pre style="margin:4px 0;white-space:pre-wrap">{html.escape(note)}</pre>' for note in notes)
+    return (
+        f"<div><strong>{html.escape(title)}</strong>: {html.escape(caption)}{bare_html_table(header, rows)}{foot}</div>"
+    )
+
+
+def bare_html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The table alone."""
     cell = "padding:2px 10px;text-align:left;border-bottom:1px solid rgba(128,128,128,.4)"
     head = "".join(f'<th scope="col" style="{cell}">{html.escape(str(name))}</th>' for name in header)
     body = "".join(
         "<tr>" + "".join(f'<td style="{cell}">{html.escape(str(value))}</td>' for value in row) + "</tr>"
         for row in rows
     )
-    foot = "".join(f'<pre style="margin:4px 0;white-space:pre-wrap">{html.escape(note)}</pre>' for note in notes)
     return (
-        f"<div><strong>{html.escape(title)}</strong>: {html.escape(caption)}"
         f'<table style="border-collapse:collapse;margin:4px 0"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table>{foot}</div>"
+        f"<tbody>{body}</tbody></table>"
     )
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table as text, a line for each row.
+
+    >>> text_table(["name", "rank"], [["reverse", "8"]])
+    ['name     rank', 'reverse  8']
+    """
+    table = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]

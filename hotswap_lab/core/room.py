@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
-from peft import PeftConfig
 
 from .arena import Arena, Place, build_arena
 from .change import Change, Step, clear_gradient
 from .errors import listing, refuse
+from .host import Config
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor
 from .plan import Plan
@@ -34,9 +34,9 @@ class Content:
     """What is in a room beside the weights: the settings of each layer (None: off), and the config."""
 
     settings: tuple[LayerSettings | None, ...]
-    config: PeftConfig
-    #: what the pool that it came from knows it by; None if it didn't come from a pool
-    label: object = None
+    config: Config
+    #: the pool that it came from, and its name there; None if it didn't come from a pool
+    label: tuple[object, str] | None = None
 
     @property
     def ranks(self) -> list[int]:
@@ -76,14 +76,14 @@ class Room:
     """
 
     def __init__(self, slot: Slot, arenas: Sequence[Arena], scalings: Sequence[torch.Tensor], content: Content):
-        self.slot = slot
-        self.arenas = tuple(arenas)
-        self.scalings = tuple(scalings)
+        self.slot: Slot = slot
+        self.arenas: tuple[Arena, ...] = tuple(arenas)
+        self.scalings: tuple[torch.Tensor, ...] = tuple(scalings)
         self.content = content
         #: the packed adapter and strength that were written last, for whoever wants to come back to it
         self.in_use: tuple[Packed, float | torch.Tensor] | None = None
         #: set where somebody else wrote to the weights and no version counter tells
-        self.was_touched = False
+        self.was_touched: bool = False
         self._versions: list[int] = []
         self._weight_versions: list[int] = []
         #: whether a write to the memory is noticed by autograd without being told
@@ -95,8 +95,8 @@ class Room:
             self.places |= {place.tensor: (arena.tail, place) for place in arena.tail_places}
         self._memories = [memory for arena in self.arenas for memory in (*(b.memory for b in arena.bands), arena.tail)]
         #: rows of each memory that may hold something else than zeros; a tail is written whole
-        self.used = [memory.shape[0] for memory in self._memories]
-        self._own_views: dict[tuple[SlotTensor, int], torch.Tensor] = {}
+        self.used: list[int] = [memory.shape[0] for memory in self._memories]
+        self._own_views: dict[tuple[SlotTensor, int | None], torch.Tensor] = {}
 
     # ---- is everything where it was?
 
@@ -112,6 +112,8 @@ class Room:
         self._scaling_tables = [layer.scaling for layer in layers]
         self._scaling_tensors = [table[name] for table in self._scaling_tables]
         self._names = [name] * len(layers)
+        fields = [each for each in slot.method.SCALAR_TABLES.items() if each[0] != "scaling"]
+        self._scalar_tables = [([getattr(layer, table) for layer in layers], field) for table, field in fields]
         #: of DoRA; where there are none, nothing is to be cleared at a swap
         self._caches = [slot.method.cache_of(layer, name) for layer in layers] if slot.reads_base else []
         self._weight_versions = self._versions_of_weights()
@@ -189,7 +191,7 @@ class Room:
                 yield arena.tail
             number += 1
 
-    def _own_view(self, tensor: SlotTensor, rank: int) -> torch.Tensor:
+    def _own_view(self, tensor: SlotTensor, rank: int | None) -> torch.Tensor:
         """The part of a tensor that an adapter of this rank fills, made once for each rank."""
         key = tensor, rank
         if (view := self._own_views.get(key)) is None:
@@ -217,7 +219,7 @@ class Room:
             tensors.append(tensor.split(source.detach()))
         with torch.inference_mode(False), torch.no_grad():
             if targets:
-                torch._foreach_copy_(targets, tensors)
+                torch._foreach_copy_(targets, tensors)  # pyright: ignore[reportPrivateImportUsage]
         return Packed(content, tuple(parts), self.scalings_of(content))
 
     def take(self) -> Packed:
@@ -354,9 +356,24 @@ class Room:
         # until the copy is done, what was used before may still be there
         journal.record(lambda before=self.used: setattr(self, "used", before))
         self.used = used
-        # what is off must not be trained, whatever somebody has set since
-        if is_trained or content.settings != before.settings:
+        if is_trained or _beside_scalars(content) != _beside_scalars(before):
+            # what is off must not be trained, whatever somebody has set since
             write_settings(slot, slot.layers, content.settings, journal)
+        elif content.settings != before.settings:
+            self._write_scalars(content, journal)
+
+    def _write_scalars(self, content: Content, journal: Journal) -> None:
+        """:func:`write_settings` where the same layers are on, with the same dropout."""
+        on = [each for each in content.settings if each is not None]
+        for tables, field in self._scalar_tables:
+            if len(on) < len(tables):
+                tables = [table for table, each in zip(tables, content.settings, strict=True) if each is not None]
+            journal.set_items(tables, self.slot.adapter_name, list(map(attrgetter(field), on)))
+
+
+def _beside_scalars(content: Content) -> list[float | None]:
+    """Of each layer, its dropout; None where it is off."""
+    return [None if each is None else each.dropout for each in content.settings]
 
 
 def build_room(slot: Slot, capacity: Mapping[SlotLayer, int], reserved: Collection[SlotLayer]) -> Room:
@@ -367,12 +384,7 @@ def build_room(slot: Slot, capacity: Mapping[SlotLayer, int], reserved: Collecti
     name = slot.adapter_name
     sharded = [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]
     if sharded:
-        raise refuse(
-            "A model that is spread over processes can't be prepared.",
-            found=f"DTensors at {listing(dict.fromkeys(sharded), 3)}",
-            expected="parameters that this process holds whole",
-            next_step="swap without preparing: each process writes its own shards",
-        )
+        raise refuse("sharded_not_preparable", paths=listing(dict.fromkeys(sharded), 3))
     groups: dict[tuple, list[tuple[SlotTensor, tuple[int, ...]]]] = {}
     for layer, rank in capacity.items():
         for tensor in layer.tensors:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..beyond.randomness import random_numbers_kept
-from ..beyond.wrappers import entries_under
-from ..threads import writing
+from .guard import guard
+from .host import Config
+from .interrupts import interrupts_held
 from .journal import Journal
 from .slot import Slot, SlotLayer
 
@@ -40,7 +41,7 @@ def adaptable(base: torch.nn.Module, key: str) -> str | None:
     return path
 
 
-def build_shadow_layers(slot: Slot, config: PeftConfig, paths: list[str]) -> list[SlotLayer]:
+def build_shadow_layers(slot: Slot, config: Config, paths: list[str]) -> list[SlotLayer]:
     """New LoRA layers for ``paths``, with the slot's adapter name and ``config``'s settings, not attached."""
     stand_in = torch.nn.Module()
     for attribute in CHOOSES_CLASS & slot.host.base.__dict__.keys():
@@ -60,27 +61,28 @@ def build_shadow_layers(slot: Slot, config: PeftConfig, paths: list[str]) -> lis
     config.target_modules = list(paths)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     # PEFT sets `requires_grad` of the base layers' own parameters on its way, which no other thread must compute with
-    with writing(slot.host.base):
+    with guard(slot.host.base), interrupts_held():
         try:
-            with slot.write_mode(), random_numbers_kept(config), warnings.catch_warnings():
+            with slot.write_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                inject_adapter_in_model(config, stand_in, slot.adapter_name)
+                # without memory, and so without random numbers that somebody else would have drawn
+                inject_adapter_in_model(config, stand_in, slot.adapter_name, low_cpu_mem_usage=True)
         finally:
             for parameter, value in requires_grad:
                 parameter.requires_grad_(value)
-    layers = []
+    return [_with_memory(slot, path, stand_in.get_submodule(path)) for path in paths]
+
+
+def _with_memory(slot: Slot, path: str, module: Any) -> SlotLayer:
     like = slot.tensors[0].parameter
-    for path in paths:
-        module = stand_in.get_submodule(path)
-        layer = SlotLayer(path, module, tuple(slot.method.tensors_of(module, slot.adapter_name)))
-        for tensor in layer.tensors:
-            if like.dtype == torch.float32:
-                # PEFT keeps adapters in float32 even on a half-precision base unless told otherwise
+    device = next((each.device for each in module.get_base_layer().parameters()), like.device)
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_meta and owner is not module.get_base_layer():
                 with slot.write_mode():
-                    tensor.parameter.data = tensor.parameter.data.float()
-            tensor.parameter.requires_grad_(like.requires_grad)
-        layers.append(layer)
-    return layers
+                    fresh = torch.zeros(parameter.shape, dtype=like.dtype, device=device)
+                    owner._parameters[name] = torch.nn.Parameter(fresh, requires_grad=like.requires_grad)
+    return SlotLayer(path, module, tuple(slot.method.tensors_of(module, slot.adapter_name)))
 
 
 def _plant(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
@@ -88,24 +90,27 @@ def _plant(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
     for parent in parents:
         if parent not in root._modules:
             root.add_module(parent, torch.nn.Module())
-        root = root._modules[parent]
+        root = root.get_submodule(parent)
     root.add_module(name, module)
 
 
-def _join(present: BaseTunerLayer, shadow: BaseTunerLayer, name: str, journal: Journal) -> None:
+def _join(present: Any, shadow: Any, name: str, journal: Journal) -> None:
     """Gives a layer all that the shadow has under the adapter's name."""
     # a variant of LoRA lists its tables on the layer that it is on; which of them there are, it keeps in no list
     for listed in ("adapter_layer_names", "other_param_names"):
         names = tuple(dict.fromkeys((*getattr(present, listed), *getattr(shadow, listed))))
         if names != tuple(getattr(present, listed)):
             journal.set_item(present.__dict__, listed, names)
-    for attribute, table in entries_under(shadow, name):
+    tables: list[tuple[str, Any]] = [*shadow.__dict__.items(), *shadow._modules.items()]
+    for attribute, table in tables:
+        if attribute.startswith("_") or not hasattr(table, "keys") or name not in table:
+            continue
         if isinstance(table[name], torch.nn.Module):
             table[name].train(present.training)
         journal.set_item(getattr(present, attribute), name, table[name])
 
 
-def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> BaseTunerLayer:
+def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> Any:
     """Puts a shadow layer into the model, in the state of the slot's other layers.
 
     Returns the layer that now has the adapter: one that other adapters are on already, or the shadow.
@@ -113,7 +118,7 @@ def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> BaseTunerLayer:
     name, shadow, sibling = slot.adapter_name, layer.module, slot.layers[0].module
     parent_path, _, child_name = layer.path.rpartition(".")
     parent = slot.host.base.get_submodule(parent_path)
-    present = parent._modules[child_name]
+    present: Any = parent._modules[child_name]
     if isinstance(present, BaseTunerLayer):
         _join(present, shadow, name, journal)
     else:
@@ -128,4 +133,4 @@ def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> BaseTunerLayer:
         names = slot.host.tuner.targeted_module_names
         if layer.path not in names:
             journal.set_attribute(slot.host.tuner, "targeted_module_names", [*names, layer.path])
-    return parent._modules[child_name]
+    return present if isinstance(present, BaseTunerLayer) else shadow

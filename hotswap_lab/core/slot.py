@@ -8,18 +8,17 @@ adapters called ``a``, ``lora`` or ``default_0`` can't be mistaken for one anoth
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .compiled import COMPILED, unwrap_compiled
-from .host import Host, embeddings_of, find_host
+from .host import Config, Host, TunerLayer, find_host, modules_in
 from .journal import Journal
 from .methods import method_for
 from .parts import LayerSettings, SlotTensor
@@ -44,13 +43,24 @@ class SlotLayer:
     """
 
     path: str
-    module: BaseTunerLayer
+    module: TunerLayer
     tensors: tuple[SlotTensor, ...]
     aliases: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path, *self.aliases)
+
+    @cached_property
+    def keys(self) -> list[list[str]]:
+        """Of each tensor, the names that files may have for it."""
+        paths, keys = (self.path, *self.aliases), []
+        for tensor in self.tensors:
+            names = []
+            for path in paths:
+                names += f"{path}.{tensor.key}", f"{path}.{tensor.named_key}"
+            keys.append(names)
+        return keys
 
 
 @dataclass(eq=False)
@@ -66,7 +76,7 @@ class Slot:
     _links: tuple[list[dict], list[str], list[object]] | None = field(default=None, init=False, repr=False)
 
     @property
-    def config(self) -> PeftConfig:
+    def config(self) -> Config:
         return self.host.configs[self.adapter_name]
 
     @cached_property
@@ -121,7 +131,8 @@ class Slot:
         """Every step from the base model to the tensors: a table of modules or parameters, a name, what is there."""
         links: dict[tuple[int, str], tuple[dict, str]] = {}
         for layer in self.layers:
-            module, names = self.host.base, layer.path.split(".")
+            module: Any = self.host.base
+            names = layer.path.split(".")
             while module is not layer.module:
                 name = COMPILED if COMPILED in module._modules else names.pop(0) if names else "base_layer"
                 links[id(module), name] = module._modules, name
@@ -136,25 +147,6 @@ class Slot:
         return holders, names, [holder[name] for holder, name in links.values()]
 
     # ---- what is known of its layers, as long as everything is in place
-
-    @cached_property
-    def keys(self) -> list[list[list[str]]]:
-        """Of each tensor of each layer, the names that files may have for it."""
-        keys = []
-        for layer in self.layers:
-            of_layer = []
-            for tensor in layer.tensors:
-                names = [f"{layer.path}.{tensor.key}", f"{layer.path}.{tensor.named_key}"]
-                for path in layer.aliases:
-                    names += [f"{path}.{tensor.key}", f"{path}.{tensor.named_key}"]
-                of_layer.append(names)
-            keys.append(of_layer)
-        return keys
-
-    @cached_property
-    def forms(self) -> list[tuple[bool, bool]]:
-        """Which tensors each layer has beside A and B."""
-        return [self.method.form_of(layer.module, self.adapter_name) for layer in self.layers]
 
     @cached_property
     def is_special(self) -> bool:
@@ -182,31 +174,21 @@ class Slot:
         """Whether this process holds only parts of some of the tensors."""
         return True in [tensor.is_shard for tensor in self.tensors]
 
-    @cached_property
-    def has_more(self) -> bool:
-        """Whether a layer has tensors without rank components: a magnitude (DoRA), a bias."""
-        return None in [tensor.rank_axis for tensor in self.tensors]
-
-    @cached_property
-    def embeddings(self) -> list[SlotLayer]:
-        """The layers on embeddings, whose weights PEFT saves, too."""
-        ids = list(map(id, embeddings_of(self.host.base)))
-        return [layer for layer in self.layers if id(layer.module) in ids]
-
-    def expect(self, config: PeftConfig) -> list[Expected]:
+    def expect(self, config: Config) -> list[Expected]:
         """What an adapter with this config has for each layer; worked out once for each config."""
-        return self.once_for(config, "layers", lambda: list(self._expect(config)))
+        return self.once_for(config, "layers", lambda: self.expected_of(self.layers, config))
 
-    def _expect(self, config: PeftConfig) -> Iterator[Expected]:
+    def expected_of(self, layers: Iterable[SlotLayer], config: Config) -> list[Expected]:
+        """What an adapter with this config has for each of these layers."""
         settings_for, targets = self.method.settings_for, self.method.targets
         settings = None if config.rank_pattern or config.alpha_pattern else settings_for(config, "")
-        for layer in self.layers:
-            targeted = targets(config, layer.path)
-            for path in layer.aliases:
-                targeted = targeted or targets(config, path)
-            yield Expected(settings or settings_for(config, layer.path), targeted)
+        expected = []
+        for layer in layers:
+            targeted = targets(config, layer.path) or any(targets(config, path) for path in layer.aliases)
+            expected.append(Expected(settings or settings_for(config, layer.path), targeted))
+        return expected
 
-    def once_for(self, config: PeftConfig, what: str, work_out: Callable[[], T]) -> T:
+    def once_for(self, config: Config, what: str, work_out: Callable[[], T]) -> T:
         """What is worked out once for each config, and remembered for some of them."""
         key = what, self.method.fingerprint(config)
         if key not in self._expected:
@@ -216,7 +198,7 @@ class Slot:
         return self._expected[key]
 
     @cached_property
-    def _expected(self) -> dict[object, object]:
+    def _expected(self) -> dict[object, Any]:
         return {}
 
     def data_ptrs(self) -> list[int]:
@@ -241,13 +223,13 @@ class Expected:
     targeted: bool
 
 
-class Uncopied(dict):
+class Uncopied(dict[str, Any]):
     """A table that every copy of the model, and every model that is read back from a file, starts without."""
 
-    def __deepcopy__(self, memo: dict) -> Uncopied:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Uncopied:
         return type(self)()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
 
 
@@ -289,28 +271,6 @@ def _kept_slot(base: torch.nn.Module, adapter_name: str) -> tuple[Slot | None, P
     return base.__dict__.get(SLOTS, {}).get(adapter_name, (None, None))
 
 
-def _walk(root: torch.nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
-    """All tuner layers with their canonical paths, in the model's order, shared modules once per path.
-
-    ``named_modules`` would do the same several times slower: it nests one generator per level and goes into
-    the adapters' own small modules. A tuner layer around another one (``PeftMixedModel``) is no level of its
-    own: adapter files know the inner one by the path of the layer that both adapt.
-    """
-    stack: list[tuple[str, torch.nn.Module]] = [("", root)]
-    while stack:
-        path, module = stack.pop()
-        if isinstance(module, BaseTunerLayer):
-            yield path, module
-            while isinstance(module := module._modules.get("base_layer"), BaseTunerLayer):
-                yield path, module
-            if module is None:
-                continue
-            path = f"{path}.base_layer"
-        for name, child in reversed(module._modules.items()):
-            if child is not None:
-                stack.append((path if name == COMPILED else f"{path}.{name}" if path else name, child))
-
-
 def resolve_slot(model: torch.nn.Module, adapter_name: str) -> Slot:
     """Finds everything in ``model`` that belongs to the adapter called ``adapter_name``.
 
@@ -345,10 +305,9 @@ def slot_in(host: Host, adapter_name: str) -> Slot:
     """:func:`resolve_slot` for a host that is known already."""
     if adapter_name not in host.configs:
         find_host(host.root, adapter_name)  # says so
-    peft_type = host.configs[adapter_name].peft_type
-    method = method_for(peft_type)
-    found: dict[int, tuple[BaseTunerLayer, list[str]]] = {}
-    for path, module in _walk(host.base):
+    method = method_for(host.configs[adapter_name])
+    found: dict[int, tuple[Any, list[str]]] = {}
+    for path, module in modules_in(host.base):
         if isinstance(module, method.layer_class) and method.has_adapter(module, adapter_name):
             found.setdefault(id(module), (module, []))[1].append(path)
     layers = [

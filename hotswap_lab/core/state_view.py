@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
-from ..beyond import general
+from . import lora
 from .errors import refuse
 from .journal import Journal
 from .methods import method_of
@@ -22,7 +23,7 @@ from .prepared import OFF_ATTRIBUTE, PADDED_ATTRIBUTE
 from .slot import SLOTS, Slot, SlotLayer
 
 
-def is_off(layer: torch.nn.Module, adapter_name: str) -> bool:
+def is_off(layer: Any, adapter_name: str) -> bool:
     """Whether the adapter is turned off on this layer.
 
     The mark alone doesn't say so: somebody may have deleted the adapter and loaded another one by the same name,
@@ -34,15 +35,15 @@ def is_off(layer: torch.nn.Module, adapter_name: str) -> bool:
     )
 
 
-def is_marked_off(layer: torch.nn.Module, adapter_name: str) -> bool:
+def is_marked_off(layer: Any, adapter_name: str) -> bool:
     """:func:`is_off` without a look at the weights."""
     return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
 
 
-def set_off(layer: torch.nn.Module, adapter_name: str, off: bool, journal: Journal) -> None:
+def set_off(layer: Any, adapter_name: str, off: bool, journal: Journal) -> None:
     """Notes that the adapter is turned off on this layer, and so not trained there, or that it isn't any more."""
     _mark(layer, OFF_ATTRIBUTE, adapter_name, off, journal)
-    if (method := method_of(layer)) is not general and method.has_adapter(layer, adapter_name):
+    if (method := method_of(layer)) is lora and method.has_adapter(layer, adapter_name):
         if True in method.form_of(layer, adapter_name):
             set_trained(method.tensors_of(layer, adapter_name), not off, journal)
         # PEFT's merging looks for a place to add a bias to, and fails on base layers without one, though it be zero
@@ -63,7 +64,7 @@ def write_settings(
             method.write_dropout(layer.module, name, each.dropout, journal)
     for table, field in method.SCALAR_TABLES.items():
         # a scaling that is a tensor is written as such
-        chosen = [(getattr(module, table), each) for module, each in on]
+        chosen = [(module.__dict__[table], each) for module, each in on]
         if table == "scaling":
             chosen = [(tables, each) for tables, each in chosen if not isinstance(tables[name], torch.Tensor)]
         journal.set_items([tables for tables, _ in chosen], name, [getattr(each, field) for _, each in chosen])
@@ -81,17 +82,17 @@ def set_trained(tensors: Iterable[SlotTensor], on: bool, journal: Journal) -> No
             journal.set_attribute(parameter, "requires_grad", trained)
 
 
-def set_padded(layer: torch.nn.Module, adapter_name: str, journal: Journal) -> None:
+def set_padded(layer: Any, adapter_name: str, journal: Journal) -> None:
     """Notes that the adapter's own rank is ``layer.r[adapter_name]``, whatever the size of its tensors."""
     _mark(layer, PADDED_ATTRIBUTE, adapter_name, True, journal)
 
 
-def is_padded(layer: torch.nn.Module, adapter_name: str) -> bool:
+def is_padded(layer: Any, adapter_name: str) -> bool:
     """Whether the adapter's tensors on this layer may be larger than its own rank."""
     return adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ())
 
 
-def own_rank(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> int | None:
+def own_rank(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
     """The rank of the adapter on this layer, which is that of its tensors unless these are padded."""
     capacity = tensor.capacity
     if capacity is not None and adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ()):
@@ -99,20 +100,20 @@ def own_rank(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> i
     return capacity
 
 
-def rank_before(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> int | None:
+def rank_before(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
     """:func:`own_rank`; None where the adapter is turned off."""
     is_off = adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
     return None if is_off else own_rank(layer, adapter_name, tensor)
 
 
-def own_tensor(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> torch.Tensor:
+def own_tensor(layer: Any, adapter_name: str, tensor: SlotTensor) -> torch.Tensor:
     """The adapter's tensor as a fresh load would have it; shares memory with the parameter where that is possible."""
     parameter = tensor.parameter
     rank = own_rank(layer, adapter_name, tensor)
     return parameter if rank == tensor.capacity else tensor.trimmed(parameter, rank)
 
 
-def _mark(layer: torch.nn.Module, attribute: str, adapter_name: str, value: bool, journal: Journal) -> None:
+def _mark(layer: Any, attribute: str, adapter_name: str, value: bool, journal: Journal) -> None:
     before = layer.__dict__.get(attribute, frozenset())
     after = before | {adapter_name} if value else before - {adapter_name}
     if after == before:
@@ -149,38 +150,24 @@ def _check_all(base: torch.nn.Module, state_dict: dict, prefix: str, *_: object)
             _check(layer, state_dict, f"{prefix}{path}.")
 
 
-def _marked_off(layer: torch.nn.Module) -> Iterator[str]:
-    for adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ()):
-        if method_of(layer).has_adapter(layer, adapter_name):
-            yield adapter_name
-
-
-def _off_tensors(layer: torch.nn.Module) -> Iterator[SlotTensor]:
-    for adapter_name in _marked_off(layer):
-        if is_off(layer, adapter_name):
-            yield from method_of(layer).tensors_of(layer, adapter_name)
-
-
-def _padded_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, SlotTensor]]:
+def _marked(layer: Any) -> Iterator[tuple[str, SlotTensor]]:
+    """The tensors of all adapters that may have more room on a layer than they take, or are off there."""
     method = method_of(layer)
-    for adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ()):
+    for adapter_name in sorted({*layer.__dict__.get(OFF_ATTRIBUTE, ()), *layer.__dict__.get(PADDED_ATTRIBUTE, ())}):
         if method.has_adapter(layer, adapter_name):
             for tensor in method.tensors_of(layer, adapter_name):
                 yield adapter_name, tensor
 
 
-def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    for adapter_name in _marked_off(layer):
-        for tensor in method_of(layer).tensors_of(layer, adapter_name):
-            if reason := _trained_while_off(layer, adapter_name, tensor):
-                warnings.warn(reason, stacklevel=2)
-    for tensor in _off_tensors(layer):
-        state_dict.pop(prefix + tensor.named_key, None)
-    for adapter_name, tensor in _padded_tensors(layer):
+def _show_own(layer: Any, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    for adapter_name, tensor in _marked(layer):
         key = prefix + tensor.named_key
-        if (reason := strange_padding(layer, adapter_name, tensor)) and key in state_dict:
-            warnings.warn(reason, stacklevel=2)
         if (value := state_dict.get(key)) is None:
+            continue
+        if reason := strange_padding(layer, adapter_name, tensor):
+            warnings.warn(reason, stacklevel=2)
+        if is_off(layer, adapter_name):
+            del state_dict[key]
             continue
         rank, keep_vars = own_rank(layer, adapter_name, tensor), isinstance(value, torch.nn.Parameter)
         is_trimmed = rank != tensor.capacity
@@ -192,7 +179,7 @@ def _show_own(layer: torch.nn.Module, state_dict: dict, prefix: str, local_metad
         state_dict[key] = value
 
 
-def strange_padding(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> str | None:
+def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor) -> str | None:
     """Says if the padding is not zero, or a layer not quite off: then the live model is not what would be saved."""
     if is_marked_off(layer, adapter_name):
         return _trained_while_off(layer, adapter_name, tensor)
@@ -208,11 +195,11 @@ def strange_padding(layer: torch.nn.Module, adapter_name: str, tensor: SlotTenso
     )
 
 
-def _trained_while_off(layer: torch.nn.Module, adapter_name: str, tensor: SlotTensor) -> str | None:
+def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor) -> str | None:
     """Says if the magnitude or bias of a layer that is off was written to: PEFT's ``set_adapter`` unfreezes them."""
     method = method_of(layer)
     # while an adapter is merged, the base weight is not what the magnitude was made from
-    if tensor.rank_axis is not None or method is general or tensor.is_shard or layer.merged_adapters:
+    if tensor.rank_axis is not None or method is not lora or tensor.is_shard or layer.merged_adapters:
         return None
     beside = [each for each in method.tensors_of(layer, adapter_name) if each.rank_axis is not None]
     if any(each.memory.any() for each in beside) or _means_off(layer, tensor):
@@ -223,7 +210,7 @@ def _trained_while_off(layer: torch.nn.Module, adapter_name: str, tensor: SlotTe
     )
 
 
-def _means_off(layer: torch.nn.Module, tensor: SlotTensor) -> bool:
+def _means_off(layer: Any, tensor: SlotTensor) -> bool:
     """Whether a magnitude or bias does nothing, up to the rounding of another device or precision."""
     value = tensor.parameter.detach()
     if tensor.off is None:
@@ -236,40 +223,27 @@ def _means_off(layer: torch.nn.Module, tensor: SlotTensor) -> bool:
     return torch.allclose(value, expected, rtol=max(4 * eps, 1e-5), atol=0.0)
 
 
-def _fill_up(layer: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+def _fill_up(layer: Any, state_dict: dict, prefix: str, *_: object) -> None:
     _check(layer, state_dict, prefix)
-    filled = set()
-    for tensor in _off_tensors(layer):
-        if (key := prefix + tensor.named_key) not in state_dict:
-            state_dict[key] = tensor.parameter.detach()
-            filled.add(key)
-    for adapter_name, tensor in _padded_tensors(layer):
+    for adapter_name, tensor in _marked(layer):
         key = prefix + tensor.named_key
-        if key in filled or (value := state_dict.get(key)) is None:
-            continue
-        rank = own_rank(layer, adapter_name, tensor)
-        if rank != tensor.capacity and not is_marked_off(layer, adapter_name):
-            state_dict[key] = tensor.padded(value.detach(), tensor.capacity)
+        if is_off(layer, adapter_name):
+            state_dict.setdefault(key, tensor.parameter.detach())
+        elif key in state_dict and own_rank(layer, adapter_name, tensor) != tensor.capacity:
+            state_dict[key] = tensor.padded(state_dict[key].detach(), tensor.capacity)
 
 
-def _check(layer: torch.nn.Module, state_dict: dict, prefix: str) -> None:
-    for adapter_name, tensor in _padded_tensors(layer):
+def _check(layer: Any, state_dict: dict, prefix: str) -> None:
+    for adapter_name, tensor in _marked(layer):
         key = prefix + tensor.named_key
-        if (value := state_dict.get(key)) is None:
+        if (value := state_dict.get(key)) is None or not is_padded(layer, adapter_name):
             continue
-        rank = own_rank(layer, adapter_name, tensor)
+        expected = tensor.shape_for(own_rank(layer, adapter_name, tensor))
         if is_marked_off(layer, adapter_name):
-            _check_fit(adapter_name, key, not value.any(), value, "nothing for a layer that is turned off")
-        elif tuple(value.shape) != tensor.shape_for(rank):
+            fits, text = not value.any(), "nothing for a layer that is turned off"
+        else:
             # a tensor of the padded size would go in, and its upper ranks would never be saved
-            _check_fit(adapter_name, key, False, value, f"shape {tensor.shape_for(rank)}, the adapter's own rank")
-
-
-def _check_fit(adapter_name: str, key: str, fits: bool, value: torch.Tensor, expected: str) -> None:
-    if not fits:
-        raise refuse(
-            "The state dict is of another adapter than the one that is in the prepared model.",
-            found=f"{key} of shape {tuple(value.shape)}",
-            expected=expected,
-            next_step=f"swap its adapter into {adapter_name!r} first, or use hotswap_adapter_from_state_dict",
-        )
+            fits, text = tuple(value.shape) == expected, f"shape {expected}, the adapter's own rank"
+        if not fits:
+            shape = tuple(value.shape)
+            raise refuse("state_dict_of_another", key=key, shape=shape, expected=text, adapter_name=adapter_name)

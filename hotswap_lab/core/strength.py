@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-from peft import PeftConfig
+from peft import PeftType
 
-from ..beyond import general
-from ..beyond.base_values import kept_originals
-from ..threads import writing
+from . import lora, methods
 from .change import Change, apply
 from .errors import listing, refuse
-from .host import find_host
+from .guard import guard
+from .host import Config, find_host
 from .journal import Journal
-from .methods import method_for
 from .prepared import has_fixed_size
 from .slot import Slot, SlotLayer, slot_for
 from .state_view import is_off
@@ -54,16 +52,10 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
     """
     check_strength(strength)
     host = find_host(model, adapter_name)
-    with writing(host.base):
+    with guard(host.base):
         slot = slot_for(host, adapter_name)
         if slot.is_merged:
-            raise refuse(
-                f"The strength of '{adapter_name}' can't be changed because it is currently merged into the base "
-                "weights.",
-                found="base weights that contain the adapter at its present strength",
-                expected="an unmerged adapter",
-                next_step="call model.unmerge_adapter() (diffusers: unfuse_lora()) first",
-            )
+            raise refuse("merged_no_strength", adapter_name=adapter_name)
         check_scalable(slot)
         apply([slot.room.change_strength(strength) if slot.room is not None else _change_strength(slot, strength)])
 
@@ -94,21 +86,15 @@ NOT_SCALED = ("modules_to_save", "trainable_token_indices", "bias", "layer_repli
 def check_scalable(slot: Slot) -> None:
     """Refuses adapters whose effect is not proportional to a scaling."""
     found = not_scaled(slot.config)
-    if found is None and kept_originals(slot.host.base, slot.adapter_name):
-        found = "an adapter that came with base weights of its own, which would stay"
+    found = found or methods.rest.not_scaled(slot)
     if found is None:
         return
-    raise refuse(
-        f"The strength of {slot.adapter_name!r} can't be set.",
-        found=found,
-        expected="LoRA alone, whose effect is its scaling times B @ A",
-        next_step="use model.disable_adapter() to turn it off",
-    )
+    raise refuse("no_strength", adapter_name=slot.adapter_name, found=found)
 
 
-def not_scaled(config: PeftConfig) -> str | None:
+def not_scaled(config: Config) -> str | None:
     """What of an adapter with this config would stay at full strength, or None."""
-    if method_for(config.peft_type) is general:
+    if config.peft_type != PeftType.LORA:
         return f"an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}"
     if config.use_dora:
         return "an adapter of type DoRA, whose magnitude would stay at full strength"
@@ -120,12 +106,7 @@ def not_scaled(config: PeftConfig) -> str | None:
 def check_strength(strength: object) -> None:
     """Refuses what is no strength."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise refuse(
-            "The strength is not a number.",
-            found=f"strength={strength!r}",
-            expected="a finite number: 0 for off, 1 for as trained",
-            next_step="pass a float",
-        )
+        raise refuse("strength_is_no_number", strength=strength)
 
 
 def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float:
@@ -145,7 +126,7 @@ def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float
     0.25
     """
     slot = slot_for(find_host(model, adapter_name), adapter_name)
-    if slot.method is general:
+    if slot.method is not lora:
         check_scalable(slot)
     strengths = {
         round(float(layer.module.scaling[adapter_name]) / _trained(slot, layer), 6)
@@ -153,12 +134,7 @@ def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float
         if not is_off(layer.module, adapter_name) and _trained(slot, layer)
     }
     if len(strengths) > 1:
-        raise refuse(
-            f"The layers of {adapter_name!r} have different strengths.",
-            found=listing(sorted(strengths)),
-            expected="one strength for all layers",
-            next_step="read layer.scaling of each layer, or call set_strength to make them equal",
-        )
+        raise refuse("different_strengths", adapter_name=adapter_name, strengths=listing(sorted(strengths)))
     return strengths.pop() if strengths else 1.0
 
 

@@ -13,33 +13,24 @@ draws digits, and ``demo.voices``, adapters for SmolLM2-135M-Instruct, which ``d
 
 from __future__ import annotations
 
+import os
 import string
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..core.errors import refuse
-from .tasks import MAX_WORD_LENGTH, SEPARATOR, TASKS, is_held_out, sample_words
+from ..core.errors import TEXTS, refuse
+from .tasks import MAX_WORD_LENGTH, SEPARATOR, TASKS, sample_words
 
-__all__ = [
-    "ADAPTERS_DIR",
-    "BASE_DIR",
-    "TASKS",
-    "adapter_names",
-    "adapter_path",
-    "ask",
-    "exact_match",
-    "is_held_out",
-    "load",
-    "load_base",
-    "load_tokenizer",
-    "sample_words",
-]
-
+TEXTS.append(Path(__file__).with_name("refusals.ini"))
 ASSETS_DIR = Path(__file__).parent / "assets"
 BASE_DIR = ASSETS_DIR / "base"
 ADAPTERS_DIR = ASSETS_DIR / "adapters"
+#: one of transformers, which is imported only where it is needed
+Tokenizer = Any
 
 
 def adapter_names() -> list[str]:
@@ -55,7 +46,7 @@ def adapter_path(name: str) -> str:
     return str(folder)
 
 
-def load_tokenizer():
+def load_tokenizer() -> Tokenizer:
     """The character-level tokenizer of the embedded model."""
     from transformers import PreTrainedTokenizerFast
 
@@ -64,14 +55,18 @@ def load_tokenizer():
 
 def load_base(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A fresh copy of the embedded base model (a ``LlamaForCausalLM``), in eval mode."""
+    return load_quietly(BASE_DIR, dtype)
+
+
+def load_quietly(folder: str | os.PathLike[str], dtype: torch.dtype) -> torch.nn.Module:
+    """A language model in eval mode. A progress bar over a second is only noise, above all in a saved notebook."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    # a progress bar over 38 small tensors is only noise, above all in a saved notebook
     bar_was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     finally:
         if bar_was_on:
             logging.enable_progress_bar()
@@ -85,7 +80,7 @@ def load(adapter: str) -> tuple[torch.nn.Module, object]:
 
 
 @torch.inference_mode()
-def ask_all(model, tokenizer, words: list[str]) -> list[str]:
+def ask_all(model: Callable[..., Any], tokenizer: Tokenizer, words: list[str]) -> list[str]:
     """The model's answer to each word, decoded greedily.
 
     Works through a compiled wrapper too: only ``model(...)`` is called, never a method of the class behind it.
@@ -106,7 +101,7 @@ def ask_all(model, tokenizer, words: list[str]) -> list[str]:
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def ask(model, tokenizer, word: str) -> str:
+def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
     """The model's answer to one word, of 1 to 10 letters from a to z: it has been trained on no others.
 
     Raises
@@ -123,12 +118,7 @@ def ask(model, tokenizer, word: str) -> str:
     'beknooot'
     """
     if not isinstance(word, str) or not word or not set(word) <= set(string.ascii_lowercase):
-        raise refuse(
-            "The embedded model does not know this word.",
-            found=repr(word),
-            expected=f"1 to {MAX_WORD_LENGTH} letters from a to z",
-            next_step="ask it another one",
-        )
+        raise refuse("unknown_word", word=repr(word), longest=MAX_WORD_LENGTH)
     if len(word) > MAX_WORD_LENGTH:
         warnings.warn(
             f"{word!r} has {len(word)} letters. The embedded model was trained on words of up to {MAX_WORD_LENGTH}: "
@@ -138,7 +128,9 @@ def ask(model, tokenizer, word: str) -> str:
     return ask_all(model, tokenizer, [word])[0]
 
 
-def exact_match(model, tokenizer, task: str, *, count: int = 500, seed: int = 1234) -> float:
+def exact_match(
+    model: Callable[..., Any], tokenizer: Tokenizer, task: str, *, count: int = 500, seed: int = 1234
+) -> float:
     """The share of ``count`` held-out words that the model answers exactly as ``task`` wants it (0 to 1)."""
     words = sample_words(count, seed, held_out=True)
     answers = ask_all(model, tokenizer, words)

@@ -1,49 +1,51 @@
-"""Saving a swapped adapter as if it had been loaded fresh."""
+"""Saving a swapped adapter: what ``save_pretrained`` would write after a fresh load of it, all or nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import secrets
+import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.tuners.adaption_prompt import AdaptionPromptModel
-from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from ..beyond import general
 from ..beyond.wrappers import WRAPPERS, has_adapter, inside, is_table
 from ..core.compiled import COMPILED
-from ..core.errors import HotswapError, refuse
-from ..core.host import PEFT_PREFIX, Host, canonical_path, is_embedding
+from ..core.errors import refuse
+from ..core.host import Host
 from ..core.interrupts import interrupts_held
 from ..core.slot import Slot, resolve_slot
-from ..core.state_view import is_off, own_tensor, strange_padding
-from ..shards import local_part, whole
+from ..core.state_view import is_off, strange_padding
+from ..shards import whole
 from ..threads import in_use
-from .together import replace_together
 
 #: what wrappers call the module that they are around
 INSIDE = ("base_layer", "original_module")
 #: where PEFT asks a model for the embeddings
 EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
-#: methods that keep a part of an adapter beside the layers, and those of them that may leave it out of their files
-BESIDE_LAYERS = ("VERA", "PVERA", "RANDLORA", "FROD", "TINYLORA", "VBLORA", "UNILORA", "SHADOW")
-MAY_LEAVE_OUT = ("VERA", "PVERA", "RANDLORA", "FROD")
+#: what the names of our own folders start with
+PREFIX = ".hotswap-save-"
+
+#: held while files are exchanged, for threads that save to one folder
+_exchanging = threading.Lock()
 
 
-def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
+def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Writes one adapter to a folder, just as it would be saved after a fresh load.
 
     Layers that are turned off are left out, and so is the padding of a prepared model. Both files are written beside
-    an older adapter's and then replace them at one moment, so that after an error, or if the process is killed, the
-    folder has the old adapter or the new one, whole (see :mod:`hotswap_lab.together` for the file systems where that
-    holds). Other files in the folder are left alone.
+    an older adapter's and then take their places: after an error the folder has the old adapter. Other files in the
+    folder are left alone.
 
     Parameters
     ----------
@@ -77,89 +79,59 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, adapter_name
     this one also serves models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
     """
     resolve_slot(model, adapter_name)  # says so if there is none
-    with interrupts_held(), in_use(model):
+    with in_use(model):
         slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
-        _check_padding(slot)
-        _check_carrier(slot)
-        live = _live_tensors(slot, embeddings=True)
-        _check_merged(slot, live)
-        config, tensors = saved_config(slot), {key: _copy(tensor) for key, tensor in live.items()}
-    replace_together(folder, lambda beside: write_adapter(beside, config, tensors))
+        config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
+        _check(slot, tensors)
+    with interrupts_held():  # or some of its temporary files would stay
+        _save(Path(folder), config, tensors)
 
 
-def _refuse(slot: Slot, found: str, expected: str, next_step: str) -> HotswapError:
-    return refuse(f"The adapter {slot.adapter_name!r} can't be saved as it is.", found, expected, next_step)
-
-
-def _check_padding(slot: Slot) -> None:
+def _check(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuses what would be another adapter in the file than it is in the model."""
     for layer in slot.layers:
         for tensor in layer.tensors:
             if reason := strange_padding(layer.module, slot.adapter_name, tensor):
-                raise _refuse(
-                    slot,
-                    found=reason,
-                    expected="zeros beyond the adapter's own rank",
-                    next_step="swap the adapter in again, and train it with a new optimizer",
-                )
+                raise refuse("saved_with_padding", adapter_name=slot.adapter_name, reason=reason)
+    # LN tuning exchanges its module and the base model's when it is merged
+    with_base = slot.config.peft_type == PeftType.LN_TUNING or any(".base_layer." in key for key in tensors)
+    tuners = (module for module in slot.host.base.modules() if isinstance(module, BaseTunerLayer))
+    if with_base and (merged := {name for module in tuners for name in module.merged_adapters}):
+        raise refuse("saved_with_merged", adapter_name=slot.adapter_name, merged=", ".join(sorted(merged)))
 
 
-def _check_carrier(slot: Slot) -> None:
-    """Where adapters were injected, the tuner that holds the rest of these adapters is gone."""
-    host, method = slot.host, slot.config.peft_type.value
-    if host.is_peft_model or host.tuner is not None or method not in BESIDE_LAYERS:
-        return
-    if method not in MAY_LEAVE_OUT or slot.config.save_projection:
-        raise _refuse(
-            slot,
-            found=f"an adapter of the method {method} in a {type(host.base).__name__} that it was injected into",
-            expected="a PeftModel or a tuner, which holds what the layers share",
-            next_step="load the adapter with PeftModel.from_pretrained, and save it from there",
-        )
+# ---- what PEFT would write
 
 
-def _check_merged(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
-    """Some files hold base weights, too; of these, merging leaves no original that is right to the last bit."""
-    changed: dict[int, str] = {}
-    for path, module in slot.host.base.named_modules():
-        if isinstance(module, BaseTunerLayer) and module.merged:
-            merged = [module.get_base_layer()]
-            if isinstance(module, LNTuningLayer):  # merging exchanges the adapter's module and the base model's
-                merged += [module.ln_tuning_layers[name] for name in module.merged_adapters]
-            changed |= {local_part(each).data_ptr(): path for part in merged for each in part.parameters()}
-    for key, tensor in tensors.items():
-        if changed and (path := changed.get(local_part(tensor).data_ptr())) is not None:
-            raise _refuse(
-                slot,
-                found=f"{key}, of a layer with a merged adapter: {canonical_path(path)}",
-                expected="base weights without an adapter in them, since this file holds them, too",
-                next_step="call model.unmerge_adapter() first",
-            )
+def saved_config(slot: Slot) -> PeftConfig:
+    """The adapter's config as ``PeftModel.save_pretrained`` would write it."""
+    config = copy.deepcopy(slot.config)
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = slot.host.base.__dict__.get("name_or_path") or None
+    if config.task_type is None:
+        base_class = type(slot.host.base)
+        config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
+    return config
 
 
-def saved_tensors(slot: Slot) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names of its file, on the CPU, without base weights and layers that are off."""
-    return {key: _copy(tensor) for key, tensor in _live_tensors(slot, embeddings=False).items()}
+def saved_tensors(slot: Slot, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names of its file, copied to the CPU, without layers that are off.
 
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _live_tensors(slot: Slot, embeddings: bool) -> dict[str, torch.Tensor]:
-    """``embeddings`` includes the weights of embeddings that the adapter is on, where PEFT's own saving does."""
+    ``embeddings`` includes the weights of embeddings that the adapter is on, as ``save_pretrained`` does.
+    """
     name = slot.adapter_name
-    on = [layer for layer in slot.layers if not is_off(layer.module, name)]
-    embeddings = embeddings and any(is_embedding(slot.host.base, layer.module) for layer in on)
-    if embeddings or slot.method is general or slot.method.needs_donor(slot.config):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT says that it can't find the embeddings of what is no such model
-            carrier = LoadedAlone(slot.host, name)
-            embeddings = "auto" if embeddings else False
-            return carrier.own(get_peft_model_state_dict(carrier, adapter_name=name, save_embedding_layers=embeddings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it can't find the embeddings of what is no such model
+        alone = LoadedAlone(slot.host, name)
+        embeddings = "auto" if embeddings else False
+        tensors = get_peft_model_state_dict(alone, adapter_name=name, save_embedding_layers=embeddings)
+    # which PEFT takes from the layers, those of all adapters
+    strange = tuple(f".shira_indices.{other}" for other in slot.host.configs if other != name)
     return {
-        f"{PEFT_PREFIX}{layer.path}.{tensor.key}": own_tensor(layer.module, name, tensor)
-        for layer in on
-        for tensor in layer.tensors
+        key: whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+        if not key.endswith(strange)
     }
 
 
@@ -171,10 +143,13 @@ class LoadedAlone:
     adapter somewhere in its own would be left out.
     """
 
+    #: where PEFT asks whether the model is spread over processes: of all its weights it would gather them
+    _tp_plan = _tp_size = None
+
     def __init__(self, host: Host, adapter_name: str):
         config = copy.copy(host.configs[adapter_name])
         config.base_model_name_or_path = None  # or PEFT asks the Hub whether the vocabulary has grown
-        self.peft_config = {adapter_name: config}
+        self.peft_config: dict[str, PeftConfig] = {adapter_name: config}
         self._carrier = host.carrier
         self._adapter_name = adapter_name
         self._others = host.configs.keys() - {adapter_name}
@@ -203,11 +178,6 @@ class LoadedAlone:
             if (name := self._fresh_name(path)) is not None:
                 yield name, module
 
-    def own(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What PEFT has chosen, without the indices of other adapters, which it takes from the layers."""
-        strange = tuple(f".shira_indices.{name}" for name in self._others)
-        return {key: tensor for key, tensor in tensors.items() if not key.endswith(strange)}
-
     def _fresh_name(self, live_name: str) -> str | None:
         """None for what belongs to another adapter."""
         parts = list(self._start)
@@ -227,19 +197,55 @@ class LoadedAlone:
         return not has_adapter(module, self._adapter_name) or is_off(module, self._adapter_name)
 
 
-def saved_config(slot: Slot) -> PeftConfig:
-    """The adapter's config as ``PeftModel.save_pretrained`` would write it."""
-    config = copy.deepcopy(slot.config)
-    config.inference_mode = True
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = slot.host.base.__dict__.get("name_or_path") or None
-    if config.task_type is None:
-        base_class = type(slot.host.base)
-        config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
-    return config
+# ---- the two files
 
 
-def write_adapter(folder: str | os.PathLike, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
+def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Writes config and tensors to a folder that nobody reads yet."""
     save_file(tensors, Path(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
     config.save_pretrained(folder)
+
+
+def _save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes the adapter beside an older one of the same folder, and has it take that one's place."""
+    beside = folder / f"{PREFIX}{secrets.token_hex(4)}"
+    new, old = beside / "new", beside / "old"
+    with _cleared_away(beside, [each for each in (folder, *folder.parents) if not each.exists()]):
+        for each in (new, old):
+            each.mkdir(parents=True)
+        write_adapter(new, config, tensors)
+        with _exchanging:
+            _exchange(folder, new, old)
+
+
+@contextlib.contextmanager
+def _cleared_away(beside: Path, made: list[Path]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        for each in made:
+            with contextlib.suppress(OSError):  # there is something in it
+                each.rmdir()
+
+
+def _exchange(folder: Path, new: Path, old: Path) -> None:
+    """First the old files go, then the new ones come: whoever is killed in between leaves no mixture of both."""
+    names = os.listdir(new)
+    try:
+        for name in names:
+            if os.path.lexists(folder / name):
+                os.replace(folder / name, old / name)
+        for name in names:
+            os.replace(new / name, folder / name)
+    except BaseException:
+        _restore(folder, new, old, names)
+        raise
+
+
+def _restore(folder: Path, new: Path, old: Path, names: list[str]) -> None:
+    for name in names:
+        if os.path.lexists(old / name):
+            os.replace(old / name, folder / name)
+        elif not os.path.lexists(new / name):
+            (folder / name).unlink()

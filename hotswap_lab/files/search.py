@@ -8,36 +8,22 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
-from huggingface_hub import HfApi, ModelInfo, constants, get_session, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from tqdm import tqdm
 
-from .. import __version__
-from ..core.errors import refuse
 from ..core.report import html_table
 
-#: what the results can be sorted by, the largest or latest first, and what the Hub calls it
-SORTS = {
-    "downloads": "downloads",
-    "likes": "likes",
-    "created_at": "createdAt",
-    "last_modified": "lastModified",
-    "trending_score": "trendingScore",
-}
-#: what is wanted of each repository in the Hub's list
-EXPAND = ("cardData", "downloads", "gated", "lastModified", "sha", "siblings", "tags")
-#: how long to wait for each answer, in seconds: (to connect, to read, to write, for a free connection)
-TIMEOUT = (5, 10, 10, 30)
+#: how long to wait for each answer, in seconds
+TIMEOUT = 10
 #: how many repositories are looked into at the same time
 WORKERS = 8
-#: a larger adapter_config.json, in bytes, is none
-LARGEST_CONFIG = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +39,7 @@ class FoundAdapter:
     nbytes:
         The size of its weights in bytes.
     licence:
-        As its model card says, such as ``"apache-2.0"``.
+        As the Hub knows it from the model card, such as ``"apache-2.0"``.
     downloads:
         How often it was downloaded in the last 30 days.
     last_modified:
@@ -81,58 +67,45 @@ class FoundAdapter:
         return (
             self.repo_id + (" (gated)" if self.gated else ""),
             rank if self.max_rank == self.rank else f"{rank}, up to {self.max_rank}",
-            "-" if self.nbytes is None else _size(self.nbytes),
+            "-" if self.nbytes is None else f"{tqdm.format_sizeof(self.nbytes)}B",
             self.licence or "-",
             "-" if self.downloads is None else f"{self.downloads:,}",
             "-" if self.last_modified is None else f"{self.last_modified:%Y-%m-%d}",
         )
 
 
-@dataclass(frozen=True)
-class FoundAdapters:
-    """What :func:`find_adapters` found: a sequence of :class:`FoundAdapter` that shows itself as a table.
+class FoundAdapters(list[FoundAdapter]):
+    """What :func:`find_adapters` found: a list of :class:`FoundAdapter` that shows itself as a table.
 
     Parameters
     ----------
-    base_model_id:
-        What was searched for.
     rows:
         The adapters, in the order of the Hub.
+    base_model_id:
+        What was searched for.
     note:
         One line: how many there are and what was left out, or why the Hub could not be asked.
     """
 
-    base_model_id: str
-    rows: tuple[FoundAdapter, ...]
-    note: str
-
     COLUMNS = ("adapter", "rank", "size", "licence", "downloads", "updated")
 
-    def __iter__(self) -> Iterator[FoundAdapter]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> FoundAdapter:
-        return self.rows[number]
+    def __init__(self, rows: list[FoundAdapter], base_model_id: str, note: str):
+        super().__init__(rows)
+        self.note = note
+        self.title: str = f"LoRA adapters for {base_model_id}"
 
     def __str__(self) -> str:
-        title = f"LoRA adapters for {self.base_model_id}: {self.note}"
-        if not self.rows:
-            return title
-        table = [self.COLUMNS, *(row.cells for row in self.rows)]
+        table = [self.COLUMNS, *(row.cells for row in self)] if self else []
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-        return "\n".join([title, *lines])
+        return "\n".join([f"{self.title}: {self.note}", *lines])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        title = f"LoRA adapters for {self.base_model_id}"
-        if not self.rows:
-            return f"<div><strong>{html.escape(title)}</strong>: {html.escape(self.note)}</div>"
-        return html_table(title, self.COLUMNS, [row.cells for row in self.rows], caption=self.note)
+        if not self:
+            return f"<div>{html.escape(str(self))}</div>"
+        return html_table(self.title, self.COLUMNS, [row.cells for row in self], caption=self.note)
 
 
 def find_adapters(
@@ -152,7 +125,7 @@ def find_adapters(
     base_model_id:
         The id of the base model on the Hub.
     limit:
-        How many repositories to look at, the first ones in the given order.
+        How many repositories to look at, the first ones in the given order. The Hub lists 1,000 at most.
     token:
         Your token, to see private and gated repositories as well. Default: the one that you are logged in with.
     sort:
@@ -167,8 +140,8 @@ def find_adapters(
 
     Raises
     ------
-    HotswapError
-        If ``base_model_id``, ``limit`` or ``sort`` can't be right. It is a ``ValueError``.
+    ValueError
+        If ``base_model_id`` is no id of a model.
 
     Examples
     --------
@@ -180,125 +153,63 @@ def find_adapters(
     >>> len(small) <= len(found) <= 3
     True
     """
-    _check(base_model_id, limit, sort)
+    validate_repo_id(base_model_id)
     try:
         listed = _listed(base_model_id, limit, token, sort)
     except (OSError, HTTPError, ValueError) as error:
-        return FoundAdapters(base_model_id, (), _reason(error))
+        return FoundAdapters([], base_model_id, _reason(error))
     with ThreadPoolExecutor(WORKERS) as threads:
-        looked_at = list(threads.map(lambda info: _look_into(info, token), listed))
-    rows = tuple(each for each in looked_at if isinstance(each, FoundAdapter))
+        looked_at = list(threads.map(lambda repo_id: _look_into(repo_id, token), listed))
+    rows = [each for each in looked_at if isinstance(each, FoundAdapter)]
     left_out = Counter(each for each in looked_at if isinstance(each, str))
     note = f"{len(rows)} of {len(listed)} repositories" if left_out else f"{len(rows)} repositories"
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-    return FoundAdapters(base_model_id, rows, f"{note}; left out: {reasons}" if reasons else note)
+    return FoundAdapters(rows, base_model_id, f"{note}; left out: {reasons}" if reasons else note)
 
 
-def _check(base_model_id: str, limit: int, sort: str) -> None:
-    try:
-        validate_repo_id(base_model_id)
-    except HFValidationError as error:
-        raise refuse(
-            "This is not the id of a model on the Hub.",
-            found=repr(base_model_id),
-            expected="an id such as HuggingFaceTB/SmolLM2-135M-Instruct",
-            next_step="look the base model up on https://huggingface.co/models",
-        ) from error
-    if sort not in SORTS or isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise refuse(
-            "Adapters can't be listed like that.",
-            found=f"limit={limit!r}, sort={sort!r}",
-            expected=f"a limit of 1 or more, and one of {', '.join(SORTS)}",
-            next_step="correct the argument",
-        )
+def _listed(base_model_id: str, limit: int, token: bool | str | None, sort: str) -> list[str]:
+    """As ``HfApi.list_models``, which repeats a request that fails for half a minute and has no time limit."""
+    first, *words = sort.split("_")  # the Hub calls last_modified lastModified
+    query = {"filter": f"base_model:adapter:{base_model_id}", "sort": first + "".join(map(str.title, words))}
+    return [each["id"] for each in _get(f"{constants.ENDPOINT}/api/models", token, limit=limit, **query)]
 
 
-def _listed(base_model_id: str, limit: int, token: bool | str | None, sort: str) -> list[ModelInfo]:
-    """What ``HfApi.list_models`` gives, which repeats a request that fails for half a minute and has no time limit."""
-    url: str | None = f"{constants.ENDPOINT}/api/models"
-    query = {"filter": f"base_model:adapter:{base_model_id}", "sort": SORTS[sort], "limit": limit, "expand": EXPAND}
-    found: list[dict] = []
-    while url and len(found) < limit:
-        response = get_session().get(url, params=query, headers=_headers(token), timeout=TIMEOUT)
-        hf_raise_for_status(response)
-        page = response.json()
-        if not isinstance(page, list):
-            raise ValueError(f"a {type(page).__name__} instead of a list")
-        found += page
-        # the address of the next page has the whole query in it
-        url, query = response.links.get("next", {}).get("url"), None
-    return [ModelInfo(**each) for each in found[:limit]]
+def _get(url: str, token: bool | str | None, **query: object) -> object:
+    headers = build_hf_headers(token=token, library_name="hotswap_lab")
+    response = get_session().get(url, params=query, headers=headers, timeout=TIMEOUT)
+    hf_raise_for_status(response)
+    return response.json()
 
 
-def _look_into(info: ModelInfo, token: bool | str | None) -> FoundAdapter | str:
+def _look_into(repo_id: str, token: bool | str | None) -> FoundAdapter | str:
     """The adapter in a repository, or why it is left out."""
-    if CONFIG_NAME not in {file.rfilename for file in info.siblings or ()}:
-        return f"without {CONFIG_NAME}"
-    sizes, config = {}, None
     try:
-        # the list has no sizes, and a repository that is gated still tells them
-        detailed = HfApi().model_info(info.id, revision=info.sha, files_metadata=True, timeout=10, token=token)
-        sizes = {file.rfilename: file.size for file in detailed.siblings or ()}
-        if (sizes.get(CONFIG_NAME) or 0) <= LARGEST_CONFIG:
-            url = hf_hub_url(info.id, CONFIG_NAME, revision=info.sha)
-            response = get_session().get(url, headers=_headers(token), timeout=TIMEOUT)
-            hf_raise_for_status(response)
-            config = response.json()
+        info = HfApi().model_info(repo_id, files_metadata=True, timeout=TIMEOUT, token=token)
     except (OSError, HTTPError, ValueError):
-        pass  # one repository that can't be looked into is no reason not to show the others
-    config = config if isinstance(config, dict) else {}
-    if config.get("peft_type", "LORA") != "LORA":
-        return "of another kind"
-    rank, max_rank = _ranks(config)
+        return FoundAdapter(repo_id)  # no reason not to show the others
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    if CONFIG_NAME not in sizes:
+        return f"without {CONFIG_NAME}"
+    rank = highest = None
+    try:
+        config = _get(hf_hub_url(repo_id, CONFIG_NAME, revision=info.sha), token)
+        if config["peft_type"] != "LORA":
+            return "of another kind"
+        rank, highest = config["r"], max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    except (OSError, HTTPError, ValueError, TypeError, LookupError, AttributeError):
+        pass  # gated, or no config that PEFT wrote
+    licences = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
     return FoundAdapter(
-        info.id,
+        repo_id,
         rank,
-        max_rank,
+        highest,
         sizes.get(SAFETENSORS_WEIGHTS_NAME) or sizes.get(WEIGHTS_NAME),
-        _licence(info),
+        ", ".join(licences) or None,
         info.downloads,
         info.last_modified,
         info.sha,
         bool(info.gated),
     )
-
-
-def _ranks(config: dict) -> tuple[int | None, int | None]:
-    """``r`` and the highest rank of all, as far as a config that anybody may have written has them."""
-    pattern = config.get("rank_pattern")
-    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
-    ranks = [rank if type(rank) is int and rank > 0 else None for rank in ranks]
-    return ranks[0], None if None in ranks else max(ranks)
-
-
-def _licence(info: ModelInfo) -> str | None:
-    card = info.card_data
-    licence = getattr(card, "license", None)
-    if licence == "other":
-        licence = getattr(card, "license_name", None) or licence
-    if not licence:
-        licence = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
-    names = licence if isinstance(licence, list) else [licence]
-    # a model card is anybody's text, and this goes into one cell
-    text = " ".join(", ".join(map(str, names)).split())
-    return "".join(filter(str.isprintable, text))[:40] or None
-
-
-def _size(nbytes: int) -> str:
-    """A size in bytes as people say it.
-
-    >>> [_size(n) for n in (999, 36_800, 9_840_000, 1_300_000_000)]
-    ['999 B', '37 kB', '9.8 MB', '1.3 GB']
-    """
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            value = nbytes / factor
-            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
-    return f"{nbytes} B"
-
-
-def _headers(token: bool | str | None) -> dict[str, str]:
-    return build_hf_headers(token=token, library_name="hotswap_lab", library_version=__version__)
 
 
 def _reason(error: Exception) -> str:

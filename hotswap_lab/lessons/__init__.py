@@ -1,8 +1,8 @@
 """What the notebooks show and ask: one module of exercises per chapter, and the pictures they share.
 
-No swap logic is in here. ``figures`` draws, ``exercise`` is the frame of every exercise, ``start`` belongs to
-chapter 00, ``uncompiled`` to 01, ``padding`` to 02, ``compiling`` to 03, ``pools`` to 04, ``real_llm`` to 05,
-``diffusion`` to 06 and ``beyond`` to 07.
+No swap logic is in here. ``figures`` draws, and shows the drawings in the folder ``pictures``; ``exercise`` is the
+frame of every exercise. ``start`` belongs to chapter 00, ``uncompiled`` to 01, ``padding`` to 02, ``compiling`` to 03,
+``pools`` to 04, ``real_llm`` to 05, ``diffusion`` to 06 and ``beyond`` to 07.
 """
 
 from __future__ import annotations

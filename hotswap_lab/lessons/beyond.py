@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import peft
 import torch
@@ -17,21 +16,17 @@ from peft.utils import get_peft_model_state_dict
 from .. import demo
 from ..core.adapter import Adapter
 from ..core.hotswap import plan_hotswap
-from ..core.plan import Plan
-from ..core.report import html_table
 from ..core.slot import resolve_slot
-from .exercise import Exercise, Result
+from .exercise import Exercise
 from .figures import FROZEN, MUTED, NEW, OLD, Canvas, Figure
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-MLP = ["gate_proj", "up_proj", "down_proj"]
-ALL = [*ATTENTION, *MLP]
+ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 # --- adapters of every kind ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A swap to try: what changes, and the configs of both adapters."""
 
     what: str
@@ -39,34 +34,27 @@ class Pair:
     new: PeftConfig
 
 
-def _lora(r: int = 4, *, on: Sequence[str] = ALL, **options: object) -> LoraConfig:
-    return LoraConfig(r=r, lora_alpha=8, target_modules=list(on), **options)
+def _config(kind: str, *, on: Sequence[str] = ALL, **options: object) -> PeftConfig:
+    return getattr(peft, f"{kind}Config")(target_modules=list(on), **options)
 
 
-def _other(kind: str, *, on: Sequence[str] | None = ALL, **options: object) -> PeftConfig:
-    if on is not None:
-        options["target_modules"] = list(on)
-    return getattr(peft, f"{kind}Config")(**options)
+def _lora(r: int = 4, **options: object) -> PeftConfig:
+    return _config("Lora", r=r, lora_alpha=8, **options)
 
 
-def _ia3(*, on: Sequence[str] = ("k_proj", "v_proj", "down_proj"), **options: object) -> PeftConfig:
-    return _other("IA3", on=on, **{"feedforward_modules": ["down_proj"], **options})
-
-
-def _prompt(tokens: int) -> PeftConfig:
-    return _other("PromptTuning", on=None, task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+def _ia3(
+    on: Sequence[str] = ("k_proj", "v_proj", "down_proj"), inputs_of: Sequence[str] = ("down_proj",)
+) -> PeftConfig:
+    return _config("IA3", on=on, feedforward_modules=list(inputs_of))
 
 
 def _oft(block: int) -> PeftConfig:
     # exact rotations: the fast approximation of them holds near zero only, and random weights are not
-    return _other("OFT", oft_block_size=block, use_cayley_neumann=False)
+    return _config("OFT", oft_block_size=block, use_cayley_neumann=False)
 
 
-def _vera(r: int, **options: object) -> PeftConfig:
-    # the random matrices are not in the file: each load draws them anew from their seed, and PEFT remarks on it
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _other("Vera", on=ATTENTION, r=r, save_projection=False, **options)
+def _prompt(tokens: int) -> PeftConfig:
+    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
 
 
 #: by the name of the kind: swaps from one adapter of it to another
@@ -81,34 +69,26 @@ PAIRS: dict[str, Pair] = {
     "LoRA, trainable tokens": Pair(
         "four other tokens", _lora(4, trainable_token_indices=[5, 6]), _lora(4, trainable_token_indices=[7, 8, 9, 10])
     ),
-    "LoHa": Pair("rank 4 to 6, another scaling", _other("LoHa", r=4, alpha=8), _other("LoHa", r=6, alpha=3)),
+    "LoHa": Pair("rank 4 to 6, another scaling", _config("LoHa", r=4, alpha=8), _config("LoHa", r=6, alpha=3)),
     "LoKr": Pair(
         "rank 2 to 4, other factors",
-        _other("LoKr", r=2, alpha=4),
-        _other("LoKr", r=4, alpha=2, decompose_both=True, decompose_factor=4),
+        _config("LoKr", r=2, alpha=4),
+        _config("LoKr", r=4, alpha=2, decompose_both=True, decompose_factor=4),
     ),
-    "IA3": Pair("on the attention only", _ia3(), _ia3(on=("k_proj", "v_proj"), feedforward_modules=[])),
+    "IA3": Pair("on the attention only", _ia3(), _ia3(on=("k_proj", "v_proj"), inputs_of=())),
     "OFT": Pair("blocks of 4 to blocks of 8", _oft(4), _oft(8)),
     "VeRA": Pair(
         "rank 4 to 8, other random matrices",
-        _vera(4),
-        _vera(8, projection_prng_key=7),
+        _config("Vera", on=ATTENTION, r=4),
+        _config("Vera", on=ATTENTION, r=8, projection_prng_key=7),
     ),
     "LayerNorm tuning": Pair(
         "on more layers",
-        _other("LNTuning", on=["input_layernorm", "norm"]),
-        _other("LNTuning", on=["input_layernorm", "post_attention_layernorm", "norm"]),
+        _config("LNTuning", on=["input_layernorm", "norm"]),
+        _config("LNTuning", on=["input_layernorm", "post_attention_layernorm", "norm"]),
     ),
     "Prompt tuning": Pair("4 virtual tokens to 7", _prompt(4), _prompt(7)),
 }
-
-
-def _randomised(base: torch.nn.Module, config: PeftConfig, seed: int) -> PeftModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = get_peft_model(base, copy.deepcopy(config))
-        _disturb(model)
-    return model
 
 
 @torch.no_grad()
@@ -120,32 +100,35 @@ def _disturb(model: torch.nn.Module) -> None:
 
 
 def load(config: PeftConfig, seed: int = 1) -> PeftModel:
-    """The embedded base model with a random adapter, loaded by PEFT from a folder as any other.
+    """The embedded base model with a random adapter, as PEFT would load it.
 
     >>> load(PAIRS["LoHa"].old).peft_config["default"].r
     4
     """
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        _randomised(demo.load_base(), config, seed).save_pretrained(folder)
-        return PeftModel.from_pretrained(demo.load_base(), folder)
+    base = demo.load_base()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(base, copy.deepcopy(config)).eval()
+        _disturb(model)
+    model.peft_config["default"].inference_mode = True
+    return model
 
 
 def adapter(config: PeftConfig, seed: int = 2) -> Adapter:
     """A random adapter for the embedded base model, none of whose tensors means "off".
 
-    It is read back from a file that PEFT wrote, so config and keys are those of any other adapter.
-
     >>> len(adapter(PAIRS["IA3"].old).tensors)
     12
     """
-    with tempfile.TemporaryDirectory() as folder:
-        _randomised(demo.load_base(), config, seed).save_pretrained(folder)
-        read = Adapter.load(folder)
-        tensors = {key: tensor.clone() for key, tensor in read.tensors.items()}
-        return Adapter(read.config, tensors, f"a random {read.config.peft_type.value} adapter")
+    return _adapter_of(load(config, seed))
 
 
-def pissa() -> tuple[Adapter, tempfile.TemporaryDirectory]:
+def _adapter_of(model: torch.nn.Module) -> Adapter:
+    config, tensors = model.peft_config["default"], get_peft_model_state_dict(model, adapter_name="default")
+    return Adapter(config, tensors, f"a random {config.peft_type.value} adapter")
+
+
+def pissa() -> tuple[Adapter, tempfile.TemporaryDirectory[str]]:
     """An adapter made with ``init_lora_weights="pissa"``, and a folder with what it was before training as ``start``.
 
     The adapter itself lies in that folder, too; ``source`` says where.
@@ -164,60 +147,11 @@ def pissa() -> tuple[Adapter, tempfile.TemporaryDirectory]:
     return Adapter.load(f"{folder.name}/trained"), folder
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def way(plan: Plan) -> str:
-    """Which way a swap goes: the library knows the method itself, or PEFT loads the adapter onto a stand-in.
-
-    >>> way(plan_hotswap(load(PAIRS["LoRA"].old), adapter(PAIRS["LoRA"].new)))
-    'direct'
-    """
-    return "direct" if plan.grafting is None else "stand-in"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under a header; shows itself in a notebook and as text.
-
-    >>> print(Table("Two", ("a", "b"), ((1, 22), (333, 4))))
-    a    b
-    1    22
-    333  4
-    """
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple, ...]
-
-    def __str__(self) -> str:
-        lines = [tuple(map(str, row)) for row in (self.header, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html_table(self.title, self.header, self.rows, caption=f"{len(self.rows)} swaps")
-
-
-def table(rows: Iterable[Sequence[object]]) -> Table:
-    """The table of the chapter. A row is the kind, what changes, the way of the swap and the oracle's verdict."""
-    header = ("kind", "what changes", "way", "matches a fresh load")
-    return Table("One swap of each kind", header, tuple((*row[:3], bool(row[3])) for row in rows))
-
-
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-#: where the arc of all directions ends
-ARC = math.radians(82)
-
-
-def dora(row: torch.Tensor, change: torch.Tensor, magnitude: float | None = None) -> Figure:
-    """DoRA in one picture: a row of a weight matrix, what LoRA makes of it, and what DoRA makes of that.
+def dora(row: torch.Tensor, change: torch.Tensor) -> Figure:
+    """DoRA in one picture: a row of a weight matrix, what LoRA makes of it, and what DoRA makes of that at first.
 
     The rows have many numbers, but two of them always lie in one plane: this is that plane, with true lengths and
     a true angle.
@@ -226,79 +160,43 @@ def dora(row: torch.Tensor, change: torch.Tensor, magnitude: float | None = None
     ----------
     row, change:
         A row of ``W`` and the same row of ``scaling * B @ A``.
-    magnitude:
-        The length that DoRA gives it. Default: that of ``row``, with which DoRA's training begins.
     """
     row, turned = row.detach().double(), (row + change).detach().double()
     before, after = float(row.norm()), float(turned.norm())
-    length = before if magnitude is None else float(magnitude)
     angle = math.acos(max(-1.0, min(1.0, float(row @ turned) / (before * after))))
-    canvas = Canvas(660, 330)
-    x, y = 70, 286
     # a small angle begins at a slant, so that the arrows don't lie on the baseline
     tilt = max(0.0, 0.45 - angle / 2)
-    ends = [(before, tilt), (after, tilt + angle), (length, tilt), (length, ARC)]
-    width, height = (max(size * abs(part(at)) for size, at in ends) for part in (math.cos, math.sin))
-    scale = min(240 / width, 205 / height)
-
-    def point(size: float, at: float) -> tuple[float, float]:
-        return x + size * scale * math.cos(at), y - size * scale * math.sin(at)
-
-    _arc(canvas, point(length, tilt), point(length, ARC), length * scale)
-    head, lora, whole = point(before, tilt), point(after, tilt + angle), point(length, tilt + angle)
-    _thick(canvas, (x, y), head, FROZEN, 9)
-    _thick(canvas, (x, y), lora, OLD, 9)
-    _thick(canvas, (x, y), whole, NEW, 4)
-    _thick(canvas, head, lora, MUTED, 1.5, dashed=True)
-    canvas.text((head[0] + lora[0]) / 2 + 12, (head[1] + lora[1]) / 2, "+ scaling · B A", size=12, anchor="start")
-    degrees = round(math.degrees(angle))
-    canvas.text(330, 26, "One row of a weight matrix, in the plane that it is turned in", size=15)
-    for number, (color, name, value, formula) in enumerate(
-        (
-            (FROZEN, "frozen", before, "w"),
-            (OLD, "LoRA", after, "v = w + scaling · B A"),
-            (NEW, "DoRA", length, "m · v / ‖v‖"),
-        )
-    ):
-        top = 92 + number * 62
-        _thick(canvas, (400, top - 5), (428, top - 5), color, 9 if color != NEW else 4)
-        canvas.text(438, top, f"{name}:  {formula}", anchor="start", size=14)
-        canvas.text(438, top + 20, f"length {value:.2f}", anchor="start", size=12, color=MUTED)
-    canvas.text(438, 92 + 3 * 62, f"turned by {degrees}°", anchor="start", size=12, color=MUTED)
-    canvas.text(
-        330,
-        318,
-        "The direction comes from W, A and B. The length is m, a number that is trained for each row.",
-        color=MUTED,
+    vectors = (
+        (before, tilt, FROZEN, 9, "frozen:  w"),
+        (after, tilt + angle, OLD, 9, "LoRA:  v = w + scaling · B A"),
+        (before, tilt + angle, NEW, 4, "DoRA:  m · v / ‖v‖"),
     )
+    scale = 205 / max(before, after)
+    canvas, ends = Canvas(660, 330), []
+    canvas.text(330, 26, "One row of a weight matrix, in the plane that it is turned in", size=15)
+    for number, (length, at, color, thickness, formula) in enumerate(vectors):
+        # rounded: the last digits differ from machine to machine, and tests of notebooks compare pictures
+        ends.append((round(70 + length * scale * math.cos(at), 1), round(286 - length * scale * math.sin(at), 1)))
+        canvas.line(70, 286, *ends[-1], color, width=thickness)
+        top = 92 + number * 62
+        canvas.line(400, top - 5, 428, top - 5, color, width=thickness)
+        canvas.text(438, top, formula, anchor="start", size=14)
+        canvas.text(438, top + 20, f"length {length:.2f}", anchor="start", size=12, color=MUTED)
+    (x1, y1), (x2, y2), (x3, y3) = ends
+    canvas.line(x1, y1, x2, y2, MUTED, width=1.5, dashed=True)
+    canvas.text((x1 + x2) / 2 + 12, (y1 + y2) / 2, "+ scaling · B A", size=12, anchor="start")
+    canvas.shapes.append(
+        f"<path d='M{x1} {y1} A{before * scale:.1f} {before * scale:.1f} 0 0 0 {x3} {y3}' "
+        f"fill='none' stroke='{NEW}' stroke-dasharray='3 4'/>"
+    )
+    degrees = round(math.degrees(angle))
+    canvas.text(438, 278, f"turned by {degrees}°", anchor="start", size=12, color=MUTED)
+    note = "The direction comes from W, A and B. The length is m, a number that is trained for each row."
+    canvas.text(330, 318, note, color=MUTED)
     return canvas.figure(
         f"DoRA: W' = m (W + scaling B A) / ||W + scaling B A||, row by row. One row: w has the length {before:.2f}; "
         f"LoRA adds to it and makes a row of length {after:.2f}, turned by {degrees} degrees; DoRA takes that "
-        f"direction and the length m = {length:.2f}."
-    )
-
-
-def _arc(canvas: Canvas, start: tuple[float, float], stop: tuple[float, float], radius: float) -> None:
-    canvas.shapes.append(
-        f"<path d='M{start[0]:.1f} {start[1]:.1f} A{radius:.1f} {radius:.1f} 0 0 0 {stop[0]:.1f} {stop[1]:.1f}' "
-        f"fill='none' stroke='{NEW}' stroke-dasharray='3 4'/>"
-    )
-    canvas.text(stop[0], stop[1] - 8, "length m", size=11, color=MUTED)
-
-
-def _thick(
-    canvas: Canvas,
-    start: tuple[float, float],
-    stop: tuple[float, float],
-    color: str,
-    width: float,
-    *,
-    dashed: bool = False,
-) -> None:
-    dash = " stroke-dasharray='4 3'" if dashed else ""
-    canvas.shapes.append(
-        f"<line x1='{start[0]:.1f}' y1='{start[1]:.1f}' x2='{stop[0]:.1f}' y2='{stop[1]:.1f}' stroke='{color}' "
-        f"stroke-width='{width:g}' stroke-linecap='round'{dash}/>"
+        f"direction and the length m = {before:.2f}."
     )
 
 
@@ -319,28 +217,27 @@ def ia3(vectors: Mapping[str, torch.Tensor]) -> Figure:
     canvas = Canvas(680, 316)
     canvas.text(340, 28, "One block: every number that passes here is multiplied by a factor of its own", size=15)
     largest = max(float((vector - 1).abs().max()) for vector in values.values())
-    for number, (name, into, out) in enumerate(
-        (("k_proj", "x", "keys"), ("v_proj", "x", "values"), ("down_proj", "gate · up", "output"))
+    # from left to right: the layer and then the factors, or the other way round
+    scales_outputs = 118, 254, 268, ((88, 112), (522, 582))
+    scales_inputs = 430, 384, 128, ((88, 122), (400, 426), (544, 582))
+    for number, (name, into, out, (layer, sign, strip, arrows)) in enumerate(
+        (
+            ("k_proj", "x", "keys", scales_outputs),
+            ("v_proj", "x", "values", scales_outputs),
+            ("down_proj", "gate · up", "output", scales_inputs),
+        )
     ):
         y, vector = 62 + number * 72, values[name]
-        feeds = name == "down_proj"
-        canvas.text(52, y + 24, into, size=14)
-        box, strip = (430, 128) if feeds else (118, 268)
-        canvas.arrow(88, y + 19, (strip if feeds else box) - 6, y + 19)
-        canvas.box(box, y, 110, 38, FROZEN)
-        canvas.text(box + 55, y + 24, name, size=14)
-        _strip(canvas, strip, y + 4, vector[:SHOWN].tolist(), largest)
-        sign = strip + SHOWN * 16 + 32 if feeds else strip - 14
-        canvas.text(sign, y + 24, "⊙", size=17)
-        if feeds:
-            canvas.arrow(sign + 16, y + 19, box - 4, y + 19)
-            canvas.arrow(box + 114, y + 19, 582, y + 19)
-        else:
-            canvas.arrow(strip + SHOWN * 16 + 30, y + 19, 582, y + 19)
+        canvas.box(layer, y, 110, 38, FROZEN)
+        for x, text in ((52, into), (layer + 55, name), (sign, "⊙"), (strip + SHOWN * 16 + 10, "…"), (622, out)):
+            canvas.text(x, y + 24, text, size=14)
+        for start, stop in arrows:
+            canvas.arrow(start, y + 19, stop, y + 19)
+        for column, value in enumerate(vector[:SHOWN].tolist()):
+            canvas.box(strip + column * 16, y + 4, 16, 30, _shade(value - 1, largest))
         canvas.text(strip + SHOWN * 8, y + 52, f"{vector.numel()} factors", size=11, color=MUTED)
-        canvas.text(622, y + 24, out, size=14)
     for x, color, meaning in ((150, OLD, "below 1"), (270, "#ffffff", "1: as without it"), (430, NEW, "above 1")):
-        _cell(canvas, x, 284, color)
+        canvas.box(x, 284, 16, 16, color)
         canvas.text(x + 24, 297, meaning, size=12, anchor="start", color=MUTED)
     total = sum(vector.numel() for vector in values.values())
     listed = ", ".join(f"{name} {vector.numel()}" for name, vector in values.items())
@@ -350,16 +247,6 @@ def ia3(vectors: Mapping[str, torch.Tensor]) -> Figure:
     )
 
 
-def _strip(canvas: Canvas, x: float, y: float, values: Sequence[float], largest: float) -> None:
-    for number, value in enumerate(values):
-        _cell(canvas, x + number * 16, y, _shade(value - 1, largest), height=30)
-    canvas.text(x + len(values) * 16 + 10, y + 20, "…", size=15, color=MUTED)
-
-
-def _cell(canvas: Canvas, x: float, y: float, fill: str, *, height: float = 16) -> None:
-    canvas.shapes.append(f"<rect x='{x:g}' y='{y:g}' width='16' height='{height:g}' fill='{fill}' stroke='{MUTED}'/>")
-
-
 def _shade(value: float, largest: float) -> str:
     """White for zero, up to a full colour for the largest; one colour below zero, one above."""
     share = min(abs(value) / largest, 1)
@@ -367,49 +254,42 @@ def _shade(value: float, largest: float) -> str:
     return "#" + "".join(f"{round(255 + share * (each - 255)):02x}" for each in full)
 
 
-# --- exercise: off ---------------------------------------------------------------------------------------------------
+# --- exercises -------------------------------------------------------------------------------------------------------
 
 
+@Exercise
 @torch.no_grad()
-def _turn_off(solution: Callable) -> list[Result]:
-    results = []
-    for kind, config in (("DoRA", PAIRS["DoRA"].old), ("IA3", PAIRS["IA3"].old)):
-        model = load(config)
-        slot = resolve_slot(model, "default")
-        addresses = slot.data_ptrs()
-        equal = 0
+def turn_off(solution):
+    """`layer` has an adapter called 'default', either DoRA or IA3. Write values, in place, with which it computes
+    what its base layer does. About 5 lines. Gradients are off.
+      IA3:  layer.ia3_l["default"]. A DoRA layer has no attribute ia3_l.
+      DoRA: layer.lora_B["default"].weight and layer.lora_magnitude_vector["default"].weight
+      both: layer.get_base_layer().weight, of shape (outputs, inputs)
+    """
+    for kind in ("DoRA", "IA3"):
+        slot = resolve_slot(load(PAIRS[kind].old), "default")
+        addresses, equal = slot.data_ptrs(), 0
         for layer in slot.layers:
             solution(layer.module)
             base = layer.module.get_base_layer()
             inputs = torch.randn(2, base.in_features, generator=torch.Generator().manual_seed(0))
             equal += torch.allclose(layer.module(inputs), base(inputs), atol=1e-4)
-        count = len(slot.layers)
-        results.append(Result(f"{kind} layers that compute what their base does", equal, count))
-        results.append(Result(f"{kind}: the addresses stay the same", slot.data_ptrs() == addresses, True))
-    return results
+        yield f"{kind} layers that compute what their base does", equal, len(slot.layers)
+        yield f"{kind}: the addresses stay the same", slot.data_ptrs() == addresses, True
 
-
-turn_off = Exercise(
-    "`layer` has an adapter called 'default', either DoRA or IA3. Write values, in place, with which it computes what\n"
-    "its base layer does. About 5 lines. Gradients are off.\n"
-    '  IA3:  layer.ia3_l["default"]. A DoRA layer has no attribute ia3_l.\n'
-    '  DoRA: layer.lora_B["default"].weight and layer.lora_magnitude_vector["default"].weight\n'
-    "  both: layer.get_base_layer().weight, of shape (outputs, inputs)",
-    _turn_off,
-)
-
-
-# --- exercise: values only? ------------------------------------------------------------------------------------------
 
 #: by what is swapped: the old and the new config
 CONSTANTS = {
     "IA3 to IA3, just alike": (_ia3(), _ia3()),
-    "IA3 to IA3 with down_proj scaled at its outputs": (_ia3(), _ia3(feedforward_modules=[])),
-    "LoHa to LoHa of another alpha": (_other("LoHa", r=4, alpha=8), _other("LoHa", r=4, alpha=16)),
-    "LoHa to LoHa of another rank": (_other("LoHa", r=4, alpha=8), _other("LoHa", r=8, alpha=16)),
+    "IA3 to IA3 with down_proj scaled at its outputs": (_ia3(), _ia3(inputs_of=())),
+    "LoHa to LoHa of another alpha": (_config("LoHa", r=4, alpha=8), _config("LoHa", r=4, alpha=16)),
+    "LoHa to LoHa of another rank": (_config("LoHa", r=4, alpha=8), _config("LoHa", r=8, alpha=16)),
     "IA3 to IA3 on fewer layers": (_ia3(), _ia3(on=("k_proj", "down_proj"))),
-    "VeRA to VeRA of another rank": (_vera(4), _vera(8)),
-    "VeRA to VeRA with another d_initial": (_vera(4), _vera(4, d_initial=0.3)),
+    "VeRA to VeRA of another rank": (_config("Vera", on=ATTENTION, r=4), _config("Vera", on=ATTENTION, r=8)),
+    "VeRA to VeRA with another d_initial": (
+        _config("Vera", on=ATTENTION, r=4),
+        _config("Vera", on=ATTENTION, r=4, d_initial=0.3),
+    ),
     "prompt of 4 tokens to one of 7": (_prompt(4), _prompt(7)),
 }
 
@@ -423,19 +303,14 @@ def writes_values_only(old: PeftConfig, new: PeftConfig) -> bool:
     return plan_hotswap(load(old), adapter(new)).writes_values_only
 
 
-def _values_only(solution: Callable) -> list[Result]:
-    return [
-        Result(what, solution(copy.deepcopy(old), copy.deepcopy(new)), writes_values_only(old, new))
-        for what, (old, new) in CONSTANTS.items()
-    ]
-
-
-values_only = Exercise(
-    "`old` and `new` are configs of the same PEFT type, not LoRA. Return whether a swap from one to the other writes\n"
-    "values only, so that a compiled model could take it: True or False. The model is not prepared. About 3 lines.\n"
-    "All fields: vars(config). VeRA's d_initial says which values its training begins with.",
-    _values_only,
-)
+@Exercise
+def values_only(solution):
+    """`old` and `new` are configs of the same PEFT type, not LoRA. Return whether a swap from one to the other writes
+    values only, so that a compiled model could take it: True or False. The model is not prepared. About 3 lines.
+    All fields: vars(config). VeRA's d_initial says which values its training begins with.
+    """
+    for what, (old, new) in CONSTANTS.items():
+        yield what, solution(copy.deepcopy(old), copy.deepcopy(new)), writes_values_only(old, new)
 
 
 # --- a diffusers model -----------------------------------------------------------------------------------------------
@@ -460,9 +335,6 @@ def unet(config: PeftConfig | None = None, seed: int = 1) -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
             layers_per_block=1,
             block_out_channels=(8, 16),
             norm_num_groups=4,
@@ -480,9 +352,7 @@ def unet(config: PeftConfig | None = None, seed: int = 1) -> torch.nn.Module:
 
 def unet_adapter(config: PeftConfig, seed: int = 1) -> Adapter:
     """A random adapter for :func:`unet`."""
-    tensors = get_peft_model_state_dict(unet(config, seed), adapter_name="default")
-    tensors = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-    return Adapter.from_state_dict(tensors, copy.deepcopy(config))
+    return _adapter_of(unet(config, seed))
 
 
 def unet_inputs() -> dict[str, torch.Tensor]:

@@ -1,29 +1,26 @@
-"""Chapter 06: pictures of pictures, a slider for the strength, and an adapter written by hand."""
+"""Chapter 06: pictures of pictures, an adapter written by hand, and a large pipeline."""
 
 from __future__ import annotations
 
 import base64
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core.slot import SlotLayer, resolve_slot
-from ..core.strength import get_strength, set_strength
 from ..demo import digits
 from ..pipelines.lora_files import read_pipeline_lora
 from ..pipelines.pipeline import hotswap_pipeline, plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap
 from ..watch import RecompileWatch
-from ..widgets.view import View, escape
-from .exercise import Exercise, Result
+from .exercise import Exercise
 from .figures import Canvas, Figure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import ipywidgets
     from PIL import Image
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -55,27 +52,23 @@ def grid(rows: Mapping[str, torch.Tensor], columns: Sequence[str] = ()) -> Figur
     for number, (label, images) in enumerate(rows.items()):
         y = top + number * (CELL + 4)
         canvas.text(left - 10, y + CELL / 2 + 4, label, anchor="end")
-        strip = base64.b64encode(_png(_as_images(torch.cat(list(images), dim=1)[None])[0])).decode()
-        # one small file for each row: the reader's browser enlarges it, and the notebook stays small
         canvas.shapes.append(
             f"<image x='{left}' y='{y}' width='{len(images) * CELL}' height='{CELL}' preserveAspectRatio='none' "
-            f"href='data:image/png;base64,{strip}'/>"
+            f"href='data:image/png;base64,{_png(images)}'/>"
         )
     above = f", from left to right {', '.join(columns)}" if columns else ""
     return canvas.figure(f"{count} pictures in each row: {', '.join(rows)}{above}")
 
 
-def _as_images(images: torch.Tensor) -> list[Image.Image]:
+def _png(images: torch.Tensor) -> str:
+    """Pictures side by side as one small file: the reader's browser enlarges it, and the notebook stays small."""
     from PIL import Image
 
-    return [Image.fromarray(each) for each in (images * 255).round().to(torch.uint8).numpy()]
-
-
-def _png(image: Image.Image) -> bytes:
+    pixels = (torch.cat(list(images), dim=1) * 255).round().to(torch.uint8)
     buffer = io.BytesIO()
     # 16 shades of grey are what scikit-learn's digits have, and take half the bytes of 256
-    image.convert("L").quantize(16).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    Image.fromarray(pixels.numpy()).quantize(16).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def enlarged(images: Iterable[Image.Image], side: int = 2 * CELL) -> Image.Image:
@@ -94,76 +87,6 @@ def enlarged(images: Iterable[Image.Image], side: int = 2 * CELL) -> Image.Image
     return row.quantize(16)  # stored in notebooks: a third of the bytes
 
 
-class StrengthSlider(View):
-    """A slider for an adapter's strength, and what the model draws at it, from the same noise.
-
-    Parameters
-    ----------
-    model:
-        A model of :mod:`hotswap_lab.demo.digits` with an adapter called ``adapter_name``, compiled or not.
-    count, seed, steps:
-        As in :func:`hotswap_lab.demo.digits.draw`.
-
-    Examples
-    --------
-    >>> slider = StrengthSlider(digits.load("bold"), count=2, steps=4)
-    >>> slider.strength = 0.5
-    >>> print(slider)
-    2 pictures in each row: strength 0.5
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        adapter_name: str = "default",
-        *,
-        count: int = 8,
-        seed: int = 0,
-        steps: int = digits.STEPS,
-    ):
-        self.model, self.adapter_name = model, adapter_name
-        self._how = dict(count=count, seed=seed, steps=steps)
-        self.strength = get_strength(model, adapter_name)
-
-    @property
-    def strength(self) -> float:
-        """How strongly the adapter acts. Setting it draws anew."""
-        return get_strength(self.model, self.adapter_name)
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        set_strength(self.model, value, self.adapter_name)
-        self.images = digits.draw(self.model, **self._how)
-        self.figure = grid({f"strength {value:g}": self.images})
-        self._changed()
-
-    def __str__(self) -> str:
-        return str(self.figure)
-
-    def _static(self) -> dict[str, str]:
-        # a picture by itself: its last bits differ from machine to machine, and tests of notebooks compare HTML
-        image = enlarged(_as_images(self.images), side=CELL)
-        return {"image/png": base64.b64encode(_png(image)).decode(), "text/plain": str(self)}
-
-    def to_html(self) -> str:
-        picture = base64.b64encode(self.figure.svg.encode()).decode()
-        return f'<img alt="{escape(self.figure)}" src="data:image/svg+xml;base64,{picture}">'
-
-    def _build(self) -> list[ipywidgets.Widget]:
-        import ipywidgets as w
-
-        self._slider = w.FloatSlider(
-            value=self.strength, min=-1, max=2, step=0.1, description="strength", continuous_update=False
-        )
-        self._slider.observe(lambda change: setattr(self, "strength", change["new"]), "value")
-        self._picture = w.HTML()
-        return [self._slider, self._picture]
-
-    def _refresh(self) -> None:
-        self._picture.value = self.to_html()
-        self._slider.value = self.strength
-
-
 # --- exercise: the negative, by hand ---------------------------------------------------------------------------------
 
 
@@ -180,30 +103,25 @@ def blank(*layers: str) -> torch.nn.Module:
     return get_peft_model(digits.load_base(), LoraConfig(r=9, lora_alpha=18, target_modules=[*layers])).eval()
 
 
+@Exercise
 @torch.no_grad()
-def _negative(solution: Callable) -> list[Result]:
+def negative(solution):
+    """`layer` is a 3 x 3 convolution with one input channel and a LoRA of rank 9 called 'default'. Write values, in
+    place, with which layer(x) is what its base layer gives for -x. About 4 lines. Gradients are off.
+      layer.get_base_layer().weight  W, of shape (16, 1, 3, 3)
+      layer.lora_A["default"].weight  A, of shape (9, 1, 3, 3)
+      layer.lora_B["default"].weight  B, of shape (16, 9, 1, 1)
+      layer.scaling["default"]        a number: what is added to the output is scaling * B(A(x))
+    """
     model = blank("conv_in")
     slot, layer = resolve_slot(model, "default"), model.get_base_model().conv_in
-    addresses, weight = slot.data_ptrs(), layer.get_base_layer().weight.clone()
-    solution(layer)
     base, picture = layer.get_base_layer(), digits.noise(2)
+    addresses, weight = slot.data_ptrs(), base.weight.clone()
+    solution(layer)
     same = torch.allclose(layer(picture), base(-picture), atol=1e-4)
-    return [
-        Result("sees a picture as the base sees its negative", same, True),
-        Result("the base's weight is untouched", torch.equal(base.weight, weight), True),
-        Result("the addresses stay the same", slot.data_ptrs() == addresses, True),
-    ]
-
-
-negative = Exercise(
-    "`layer` is a 3 x 3 convolution with one input channel and a LoRA of rank 9 called 'default'. Write values, in\n"
-    "place, with which layer(x) is what its base layer gives for -x. About 4 lines. Gradients are off.\n"
-    "  layer.get_base_layer().weight  W, of shape (16, 1, 3, 3)\n"
-    '  layer.lora_A["default"].weight  A, of shape (9, 1, 3, 3)\n'
-    '  layer.lora_B["default"].weight  B, of shape (16, 9, 1, 1)\n'
-    '  layer.scaling["default"]        a number: what is added to the output is scaling * B(A(x))',
-    _negative,
-)
+    yield "sees a picture as the base sees its negative", same, True
+    yield "the base's weight is untouched", torch.equal(base.weight, weight), True
+    yield "the addresses stay the same", slot.data_ptrs() == addresses, True
 
 
 # --- what is in the model --------------------------------------------------------------------------------------------
@@ -228,7 +146,7 @@ PIXELS = ("nerijs/pixel-art-xl", "pixel-art-xl.safetensors")
 CEREAL = ("ostris/super-cereal-sdxl-lora", "cereal_box_sdxl_v1.safetensors")
 
 
-def swap_in_pipeline(pipe, first, second, **call):
+def swap_in_pipeline(pipe: Any, first: tuple[str, str], second: tuple[str, str], **call: Any) -> tuple[Any, Any]:
     """Two pictures of the same noise, with one adapter and with the other, from a compiled pipeline."""
     family = [read_pipeline_lora(pipe, folder, weight_name=file) for folder, file in (first, second)]
 
@@ -237,14 +155,14 @@ def swap_in_pipeline(pipe, first, second, **call):
     pipe.unet.compile()
     before = pipe(generator=torch.Generator().manual_seed(0), **call).images
 
-    print(plan_pipeline_hotswap(pipe, family[1], "style"))  # one table for all parts
+    print(plan_pipeline_hotswap(pipe, family[1], "style"))  # a table for each part
     with RecompileWatch(allow=0):
         hotswap_pipeline(pipe, family[1], "style")
         after = pipe(generator=torch.Generator().manual_seed(0), **call).images
     return before, after
 
 
-def sdxl(prompt: str = "a lighthouse in a storm, pixel art") -> tuple[list, list]:
+def sdxl(prompt: str = "a lighthouse in a storm, pixel art") -> tuple[Any, Any]:
     """:func:`swap_in_pipeline` with Stable Diffusion XL. Needs a GPU and the Hub."""
     from diffusers import DiffusionPipeline
 

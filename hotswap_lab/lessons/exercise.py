@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
-@dataclass(frozen=True)
-class Result:
-    """One thing that was checked: what it is, what came out, what should have."""
-
-    what: str
-    yours: object
-    expected: object
-
-    @property
-    def right(self) -> bool:
-        return bool(self.yours == self.expected)
-
-
-@dataclass(frozen=True)
 class Exercise:
-    """An exercise. ``spec`` says what to write; ``run`` does it with the reader's function.
+    """An exercise, made from a function that tries out the reader's.
 
-    >>> double = Exercise("Return twice the number.", lambda f: [Result("double of 3", f(3), 6)])
+    Parameters
+    ----------
+    run:
+        Its docstring is the task. It is called with the reader's function and yields what it checks: what it is,
+        what came out, what should have.
+
+    Examples
+    --------
+    >>> @Exercise
+    ... def double(solution):
+    ...     '''Return twice the number.'''
+    ...     yield "double of 3", solution(3), 6
+    >>> double.spec
+    'Return twice the number.'
     >>> double.check(lambda number: number + 1)
     Not yet.
       double of 3
@@ -35,32 +35,33 @@ class Exercise:
     Correct: double of 3.
     """
 
-    spec: str
-    run: Callable[[Callable], list[Result]]
+    def __init__(self, run: Callable[[Callable[..., Any]], Iterator[tuple[str, object, object]]]):
+        self.spec: str | None = inspect.getdoc(run)
+        self._run = run
 
-    def show(self, solution: Callable) -> None:
+    def show(self, solution: Callable[..., Any]) -> None:
         """Prints what the reader's function does, without judging it."""
-        for result in self._results(solution):
-            print(f"{result.what}: {result.yours!r}")
+        for what, yours, _ in self._results(solution):
+            print(f"{what}: {yours!r}")
 
-    def check(self, solution: Callable) -> None:
+    def check(self, solution: Callable[..., Any]) -> None:
         """Says whether it is right; if not, prints yours and expected."""
         results = self._results(solution)
-        wrong = [result for result in results if not result.right]
+        wrong = [result for result in results if result[1] != result[2]]
         if not wrong:
-            print(f"Correct: {', '.join(result.what for result in results)}.")
+            print(f"Correct: {', '.join(what for what, _, _ in results)}.")
             return
         print("Not yet.")
-        for result in wrong:
-            print(f"  {result.what}\n    yours:    {result.yours}\n    expected: {result.expected}")
+        for what, yours, expected in wrong:
+            print(f"  {what}\n    yours:    {yours}\n    expected: {expected}")
 
-    def _results(self, solution: Callable) -> list[Result]:
+    def _results(self, solution: Callable) -> list[tuple[str, object, object]]:
         try:
-            return self.run(solution)
+            return list(self._run(solution))
         except Exception as error:
             # the reader's own mistake: the line of it helps more than a traceback through this module
             said = (str(error).splitlines() or [""])[0]
-            return [Result("your code runs", f"{type(error).__name__}: {said}{_where(error, solution)}", "no error")]
+            return [("your code runs", f"{type(error).__name__}: {said}{_where(error, solution)}", "no error")]
 
 
 def _where(error: Exception, solution: Callable) -> str:

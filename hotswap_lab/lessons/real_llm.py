@@ -6,8 +6,7 @@ import inspect
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from .. import demo
 from ..core.pool import AdapterPool
-from .exercise import Exercise, Result
+from .exercise import Exercise
 
 # --- generation in fixed shapes ----------------------------------------------------------------------------------
 
@@ -24,33 +23,25 @@ from .exercise import Exercise, Result
 _CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 
 
-@dataclass
-class _Places:
-    """Where in the caches the tokens of a step go. One object for all layers."""
-
-    positions: torch.Tensor
-
-
 class LayerCache:
     """Room for the keys and values that one layer has computed, of a size that never changes.
 
     Parameters
     ----------
-    places:
-        Where the tokens of the present step go.
     shape:
         Of the keys and of the values: ``(1, key-value heads, places, head size)``.
     """
 
-    def __init__(self, places: _Places, shape: tuple[int, ...], dtype: torch.dtype):
-        self._places = places
-        self.keys = torch.zeros(shape, dtype=dtype)
-        self.values = torch.zeros(shape, dtype=dtype)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
+        #: where the tokens of the present step go
+        self.positions: torch.Tensor = torch.zeros(1, dtype=torch.long)
+        self.keys: torch.Tensor = torch.zeros(shape, dtype=dtype)
+        self.values: torch.Tensor = torch.zeros(shape, dtype=dtype)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, ...]:
         """What a layer of transformers calls with the new tokens' keys and values; it gets those of all places back."""
-        self.keys.index_copy_(2, self._places.positions, keys)
-        self.values.index_copy_(2, self._places.positions, values)
+        self.keys.index_copy_(2, self.positions, keys)
+        self.values.index_copy_(2, self.positions, values)
         return self.keys, self.values
 
 
@@ -87,17 +78,18 @@ class Chat:
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: object, *, chunk: int = 64, room: int = 256):
-        self.model, self.tokenizer = model, tokenizer
-        self.chunk, self.room = chunk, room
+        self.model = model
+        self.tokenizer = tokenizer
+        self.chunk = chunk
+        self.room = room
         lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._llama, self._head, config = lm.model, lm.lm_head, lm.config
         # the last chunk may be filled up beyond the room
         shape = (1, config.num_key_value_heads, room + chunk, config.head_dim)
         self._slots = torch.arange(room + chunk)
-        self._places = _Places(torch.zeros(1, dtype=torch.long))
-        self._caches = [LayerCache(self._places, shape, lm.dtype) for _ in self._llama.layers]
+        self._caches = [LayerCache(shape, lm.dtype) for _ in self._llama.layers]
         #: how many tokens have been read
-        self.length = 0
+        self.length: int = 0
         #: when each token of the last answer was there, in seconds since it was asked for
         self.times: list[float] = []
 
@@ -138,11 +130,11 @@ class Chat:
             # the filling comes after all real tokens: none of them sees it, and the next ones overwrite it
             ids = F.pad(ids, (0, self.chunk - count))
         positions = self.length + torch.arange(len(ids))
-        self._places.positions = positions
         hidden = self._llama.embed_tokens(ids[None])
         rotation = self._llama.rotary_emb(hidden, position_ids=positions[None])
         visible = (self._slots <= positions[:, None])[None, None]
         for layer, cache in zip(self._llama.layers, self._caches, strict=True):
+            cache.positions = positions
             hidden = layer(hidden, attention_mask=visible, position_embeddings=rotation, **{_CACHE: cache})
         self.length += count
         return self._head(self._llama.norm(hidden[0, count - 1]))
@@ -224,32 +216,27 @@ def same_base(model: PeftModel) -> torch.nn.Module:
 OLD_VOICE, NEW_VOICE, WORD = "reverse", "pig_latin", "hotswap"
 
 
-def _change_voice(solution: Callable) -> list[Result]:
+@Exercise
+def change_voice(solution):
+    """`chat` has read the prompt `ids` with one adapter. Put the adapter `name` of the `pool` in, and return the
+    logits for the first token of its answer, as if that adapter had been there from the start. About 3 lines.
+    You have pool.swap(name), chat.read(ids), which returns logits, and chat.forget().
+    """
     model, tokenizer = demo.load(OLD_VOICE)
-    pool = AdapterPool(
-        model, adapters={name: demo.adapter_path(name) for name in (OLD_VOICE, NEW_VOICE)}, progress=False
-    )
+    family = {name: demo.adapter_path(name) for name in (OLD_VOICE, NEW_VOICE)}
+    pool = AdapterPool(model, adapters=family, progress=False)
     chat = Chat(model, tokenizer, chunk=8, room=32)
     ids = tokenizer(WORD + demo.SEPARATOR, return_tensors="pt")["input_ids"][0]
     chat.read(ids)  # the old voice was about to answer
     logits = solution(chat, pool, NEW_VOICE, ids)
     if not isinstance(logits, torch.Tensor):
-        return [Result("what you return", type(logits).__name__, "Tensor")]
-    fresh = PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(NEW_VOICE)).eval()
+        yield "what you return", type(logits).__name__, "Tensor"
+        return
+    fresh, _ = demo.load(NEW_VOICE)
     with torch.no_grad():
         expected = fresh(input_ids=ids[None]).logits[0, -1]
     letters = [tokenizer.decode(each.argmax(-1, keepdim=True)) for each in (logits, expected)]
-    return [
-        Result("the adapter in the model", pool.active, NEW_VOICE),
-        Result("tokens in the caches", chat.length, len(ids)),
-        Result("the next letter", *letters),
-        Result("logits equal a fresh load's", bool(torch.allclose(logits, expected, atol=1e-3)), True),
-    ]
-
-
-change_voice = Exercise(
-    "`chat` has read the prompt `ids` with one adapter. Put the adapter `name` of the `pool` in, and return the\n"
-    "logits for the first token of its answer, as if that adapter had been there from the start. About 3 lines.\n"
-    "You have pool.swap(name), chat.read(ids), which returns logits, and chat.forget().",
-    _change_voice,
-)
+    yield "the adapter in the model", pool.active, NEW_VOICE
+    yield "tokens in the caches", chat.length, len(ids)
+    yield "the next letter", *letters
+    yield "logits equal a fresh load's", torch.allclose(logits, expected, atol=1e-3), True

@@ -1,34 +1,36 @@
-"""Pipelines: swapping what ``load_lora_weights`` loads, in all parts of a diffusers pipeline, or in none of them."""
+"""Pipelines: swapping what ``load_lora_weights`` loads, in all parts of a diffusers pipeline, or in none of them.
+
+Each part has a plan of its own, as a single model has. What is written, or prepared, is written to all of them at once.
+"""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..core.adapter import Adapter
 from ..core.change import apply
-from ..core.commit import commit_together
+from ..core.commit import carry_out, commit_together
 from ..core.decide import make_plan
-from ..core.errors import HotswapError, Refusal, listing, refuse
+from ..core.errors import HotswapError, Refusal, listing, refusal, refuse
+from ..core.guard import guard
 from ..core.host import carriers, find_host
 from ..core.plan import Plan
 from ..core.prepare import changes_to_prepare
-from ..core.report import html_table
 from ..core.slot import slot_for
-from ..threads import swaps_of, writing
+from ..threads import bases_of
 from .lora_files import check_pipeline, is_diffusers_model, parts_of, read_pipeline_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 #: what can be swapped in: what ``load_lora_weights`` takes, or what :func:`read_pipeline_lora` returned
-Source = str | os.PathLike | Mapping[str, torch.Tensor] | Mapping[str, Adapter]
+Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Mapping[str, Adapter]
 
 #: the name that ``load_lora_weights`` gives to the first adapter unless told otherwise
 DEFAULT_NAME = "default_0"
@@ -40,33 +42,21 @@ class PipelinePlan:
 
     Parameters
     ----------
-    adapter_name, source:
-        What is swapped out, and where what is swapped in comes from.
     plans:
         The plans by the names of the parts.
-    pipeline_refusals, pipeline_notes:
-        What speaks against the swap, and what a reader should know, beside those of the plans.
 
     Examples
     --------
     :func:`plan_pipeline_hotswap` makes one, and has an example.
     """
 
-    adapter_name: str
-    source: str
     plans: Mapping[str, Plan]
-    pipeline_refusals: tuple[Refusal, ...] = ()
-    pipeline_notes: tuple[str, ...] = ()
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """Why the swap can't be done, the part's name before each reason; empty if it can."""
-        of_plans = [
-            dataclasses.replace(refusal, summary=f"{part}: {refusal.summary}")
-            for part, plan in self.plans.items()
-            for refusal in plan.refusals
-        ]
-        return (*self.pipeline_refusals, *of_plans)
+        of_parts = [(part, refusal) for part, plan in self.plans.items() for refusal in plan.refusals]
+        return tuple(replace(refusal, summary=f"{part}: {refusal.summary}") for part, refusal in of_parts)
 
     @property
     def ok(self) -> bool:
@@ -78,11 +68,6 @@ class PipelinePlan:
         """Whether a compiled part must be compiled anew after this swap."""
         return any(plan.will_recompile for plan in self.plans.values())
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes that the swap writes to all parts."""
-        return sum(plan.nbytes for plan in self.plans.values())
-
     def commit(self) -> None:
         """Carries the plans out, all of them or none.
 
@@ -91,54 +76,21 @@ class PipelinePlan:
         HotswapError
             If the swap was refused. Whatever is raised, every part is as it was.
         """
-        if self.refusals:
-            raise HotswapError(*self.refusals)
+        self.raise_if_refused()
         commit_together(list(self.plans.values()))
 
-    @property
-    def rows(self) -> list[tuple[str, str, int, str, str]]:
-        """The report: part, action, number of layers, rank, scaling."""
-        return [(part, *row) for part, plan in self.plans.items() for row in plan.rows]
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader should know although it doesn't prevent the swap."""
-        return [*self.pipeline_notes, *(f"{part}: {note}" for part, plan in self.plans.items() for note in plan.notes)]
-
-    @property
-    def title(self) -> str:
-        """What is swapped, in a few words."""
-        label = os.path.basename(os.path.normpath(self.source)) if os.path.exists(self.source) else self.source
-        return f"Swap {label} into {self.adapter_name!r}"
-
-    @property
-    def verdict(self) -> str:
-        """Whether the swap is possible, in a few words."""
+    def raise_if_refused(self) -> None:
+        """Raises a :class:`HotswapError` with all refusals, if there are any."""
         if self.refusals:
-            return f"refused, {len(self.refusals)} reason{'s' if len(self.refusals) > 1 else ''}; nothing is written"
-        return f"possible, {self.nbytes:,} bytes to write"
-
-    COLUMNS = ("part", "action", "layers", "rank", "scaling")
+            raise HotswapError(*self.refusals)
 
     def __str__(self) -> str:
-        table = [self.COLUMNS, *self.rows] if self.rows else []
-        lines = [
-            f"  {part:16}{action:8}{layers!s:>6}  {rank:14}{scaling}".rstrip()
-            for part, action, layers, rank, scaling in table
-        ]
-        notes = [f"  note: {note}" for note in self.notes]
-        return "\n".join([f"{self.title}: {self.verdict}", *lines, *notes, *map(str, self.refusals)])
+        return "\n".join(f"{part}: {plan}" for part, plan in self.plans.items())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(
-            self.title,
-            list(self.COLUMNS),
-            self.rows,
-            caption=self.verdict,
-            notes=[*self.notes, *map(str, self.refusals)],
-        )
+        return "".join(f"<h4>{part}</h4>{plan._repr_html_()}" for part, plan in self.plans.items())
 
 
 def hotswap_pipeline(
@@ -203,17 +155,11 @@ def hotswap_pipeline(
     -----
     diffusers' own ``load_lora_weights(..., hotswap=True)`` refuses files with tensors for a text encoder.
     """
-    check_pipeline(pipe)
-    with swaps_of(*_bases(pipe)):
-        plan_pipeline_hotswap(
-            pipe,
-            source,
-            adapter_name,
-            components=components,
-            add_layers=add_layers,
-            allow_nonfinite=allow_nonfinite,
-            **kwargs,
-        ).commit()
+    adapters = _read(pipe, source, allow_nonfinite, kwargs)
+    with guard(*bases_of(pipe)):
+        plan = _decide(pipe, adapters, adapter_name, components, add_layers)
+        plan.raise_if_refused()
+        carry_out(plan.plans.values())
 
 
 def plan_pipeline_hotswap(
@@ -238,7 +184,7 @@ def plan_pipeline_hotswap(
     Returns
     -------
     PipelinePlan
-        Shows itself as a table, as text and in a notebook; its ``commit()`` carries it out.
+        Shows itself as a table for each part, as text and in a notebook; its ``commit()`` carries it out.
 
     Raises
     ------
@@ -260,52 +206,13 @@ def plan_pipeline_hotswap(
     ...     return {f"transformer.x_embedder.lora_{key}": tensor for key, tensor in tensors.items()}
     >>> pipe.load_lora_weights(lora(2), adapter_name="style")
     >>> print(plan_pipeline_hotswap(pipe, lora(3), "style"))
-    Swap a state dict into 'style': possible, 144 bytes to write
-      part            action  layers  rank          scaling
-      transformer     resize       1  2 -> 3        1
+    transformer: Swap a state dict into 'style': possible, 144 bytes to write
+      action  layers  rank          scaling
+      resize       1  2 -> 3        1
     """
-    check_pipeline(pipe)
-    parts = _chosen(pipe, components)
-    loaded = [name for name, model in parts.items() if _has_adapter(model, adapter_name)]
-    if not loaded:
-        raise refuse(
-            f"Adapter {adapter_name} not found.",
-            found=_what_is_loaded(parts),
-            expected="the name of an adapter that is loaded, since its place is what the new one takes",
-            next_step="load a first LoRA with pipe.load_lora_weights(..., adapter_name=...), then swap others in",
-        )
     adapters = _read(pipe, source, allow_nonfinite, kwargs)
-    label = next(iter(adapters.values())).source if adapters else "nothing"
-    refusals = [
-        Refusal(
-            f"The new LoRA has tensors for {name}, where no adapter {adapter_name!r} is loaded.",
-            found=_what_is_loaded({name: parts[name]}),
-            expected="an adapter of that name in every part that the new LoRA has tensors for",
-            next_step="load first the LoRA that has most parts, or name the `components` to swap",
-        )
-        for name in adapters
-        if name in parts and name not in loaded
-    ]
-    if foreign := sorted(adapters.keys() - parts_of(pipe).keys()):
-        raise refuse(
-            f"The LoRA is not for this {type(pipe).__name__}.",
-            found=f"tensors for {listing(foreign)}",
-            expected=f"tensors for its parts only: {listing(parts_of(pipe), 9)}",
-            next_step="read it for this pipeline: read_pipeline_lora(pipe, source)",
-        )
-    if not adapters.keys() & parts.keys():
-        raise refuse(
-            "Hot swapping the adapter did not succeed, the LoRA has nothing for these parts.",
-            found=f"tensors for {listing(adapters) or 'no part'}",
-            expected=f"tensors for {listing(parts)}",
-            next_step="check `components`, or use a LoRA that was made for this pipeline",
-        )
-    plans, notes = {}, []
-    for name in loaded:
-        refusals += _offloading(name, parts[name])
-        plans[name] = _plan_part(parts[name], adapters.get(name), adapter_name, label, add_layers).kept()
-        notes += _rounding(name, plans[name])
-    return PipelinePlan(adapter_name, label, plans, tuple(refusals), tuple(notes))
+    plans = _decide(pipe, adapters, adapter_name, components, add_layers).plans
+    return PipelinePlan({part: _noting_rounding(plan.kept()) for part, plan in plans.items()})
 
 
 def prepare_pipeline_for_compiled_hotswap(
@@ -367,118 +274,99 @@ def prepare_pipeline_for_compiled_hotswap(
     compiling, too, or use :func:`hotswap_lab.set_strength` on the parts.
     """
     check_pipeline(pipe)
-    parts = _chosen(pipe, components)
-    loaded = {name: model for name, model in parts.items() if _has_adapter(model, adapter_name)}
-    if not loaded:
-        raise refuse(
-            "No adapter layers found in the pipeline.",
-            found=_what_is_loaded(parts),
-            expected="a pipeline into which a LoRA was loaded",
-            next_step="load the LoRA that has most parts and layers, then prepare the pipeline",
-        )
+    loaded = _with_adapter(pipe, adapter_name, components)
     families: dict[str, list[Adapter]] = {name: [] for name in loaded}
-    for source in _as_list(adapters):
-        for name, adapter in _read(pipe, source, False, kwargs).items():
-            if name in families:
-                families[name].append(adapter)
-            elif name in parts:
-                raise refuse(
-                    f"There is no adapter in {name} whose place {adapter.label} could take.",
-                    found=_what_is_loaded(parts),
-                    expected="an adapter in every part that one of the family has tensors for",
-                    next_step="load first the LoRA that has most parts, or name the `components` to prepare",
-                )
-    for name, model in loaded.items():
-        if refusals := _offloading(name, model):
-            raise HotswapError(*refusals)
+    for source in adapters:
+        for name, adapter in _for_these(_read(pipe, source, False, kwargs), loaded, components).items():
+            families[name].append(adapter)
+    if refusals := [each for model in loaded.values() for each in _offloading(model)]:
+        raise HotswapError(*refusals)
     options = dict(target_rank=target_rank, adapter_name=adapter_name, may_be_compiled=False)
     # all at once: between two parts, nobody may compute with a pipeline of which one is prepared
-    with writing(*_bases(pipe)):
+    with guard(*bases_of(pipe)):
         changes = [changes_to_prepare(model, families[name], **options) for name, model in loaded.items()]
         apply([change for of_part in changes for change in of_part])
 
 
-def _plan_part(
-    model: torch.nn.Module, adapter: Adapter | None, adapter_name: str, label: str, add_layers: bool
-) -> Plan:
-    slot = slot_for(find_host(model, adapter_name), adapter_name)
-    if adapter is None:
-        # a fresh load would put nothing here; the old config stays, so that later files find a place to go
-        return make_plan(slot, Adapter(copy.deepcopy(slot.config), {}, label), all_off=True)
-    plan = make_plan(slot, adapter, add_layers=add_layers)
-    if not plan.ok and is_diffusers_model(slot.host.base):
-        # a file's tensors decide there which layers are adapted, whatever its metadata says; transformers goes by that
-        plan = make_plan(slot, adapter, add_layers=add_layers, check_targets=False)
-    return plan
-
-
-def _chosen(pipe: DiffusionPipeline, components: Sequence[str] | None) -> dict[str, torch.nn.Module]:
-    parts = parts_of(pipe)
-    if components is None:
-        return parts
-    components = [components] if isinstance(components, str) else list(components)
-    if unknown := [name for name in components if name not in parts]:
-        raise refuse(
-            "The pipeline has no such part.",
-            found=f"components={components!r}, without {listing(map(repr, unknown))} in the pipeline",
-            expected=f"some of {listing(map(repr, parts), 9)}",
-            next_step="check the names",
+def _decide(
+    pipe: DiffusionPipeline,
+    adapters: Mapping[str, Adapter],
+    adapter_name: str,
+    components: Sequence[str] | None,
+    add_layers: bool,
+) -> PipelinePlan:
+    loaded = _with_adapter(pipe, adapter_name, components)
+    adapters = _for_these(adapters, loaded, components)
+    plans = {}
+    for name, model in loaded.items():
+        slot = slot_for(find_host(model, adapter_name), adapter_name)
+        # a fresh load would put nothing where the file has none; the old config stays, for later files to find a place
+        nothing = Adapter(copy.deepcopy(slot.config), {}, next(iter(adapters.values())).source)
+        plan = make_plan(
+            slot,
+            adapters.get(name, nothing),
+            add_layers=add_layers,
+            # a file's tensors decide in diffusers' models which layers are adapted, whatever its metadata says
+            check_targets=not is_diffusers_model(slot.host.base),
+            all_off=name not in adapters,
         )
-    return {name: parts[name] for name in components}
+        plans[name] = replace(plan, refusals=(*plan.refusals, *_offloading(model)))
+    return PipelinePlan(plans)
 
 
-def _bases(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
-    return [host.base for part in parts_of(pipe).values() for host in carriers(part)]
+def _with_adapter(
+    pipe: DiffusionPipeline, adapter_name: str | None, components: Sequence[str] | None
+) -> dict[str, torch.nn.Module]:
+    """Those of the ``components`` that have an adapter of this name; None stands for all, and for any name."""
+    parts = parts_of(pipe)
+    chosen = list(parts if components is None else components)
+    names = {part: sorted({name for host in carriers(model) for name in host.configs}) for part, model in parts.items()}
+    loaded = {part: parts[part] for part in chosen if names.get(part) and adapter_name in (None, *names[part])}
+    if not loaded or set(chosen) - parts.keys():
+        raise refuse(
+            "not_in_pipeline",
+            adapter_name=adapter_name,
+            chosen=listing(chosen),
+            loaded="; ".join(f"{part}: {listing(map(repr, each)) or 'no adapter'}" for part, each in names.items()),
+        )
+    return loaded
 
 
-def _has_adapter(model: torch.nn.Module, adapter_name: str | None) -> bool:
-    """Whether the model has an adapter of this name; None stands for any."""
-    names = {name for host in carriers(model) for name in host.configs}
-    return adapter_name in names if adapter_name is not None else bool(names)
-
-
-def _what_is_loaded(parts: Mapping[str, torch.nn.Module]) -> str:
-    names = {part: sorted(name for host in carriers(model) for name in host.configs) for part, model in parts.items()}
-    return "; ".join(f"{part}: {listing(map(repr, each)) or 'no adapter'}" for part, each in names.items())
+def _for_these(
+    adapters: Mapping[str, Adapter], loaded: Mapping[str, torch.nn.Module], components: Sequence[str] | None
+) -> dict[str, Adapter]:
+    """The adapters for the chosen parts, each of which has to have one already."""
+    wanted = {name: each for name, each in adapters.items() if components is None or name in components}
+    if not wanted or wanted.keys() - loaded.keys():
+        raise refuse("parts_without_adapter", found=listing(adapters) or "no part", loaded=listing(loaded))
+    return wanted
 
 
 def _read(
     pipe: DiffusionPipeline, source: Source, allow_nonfinite: bool, arguments: Mapping[str, object]
-) -> dict[str, Adapter]:
-    if isinstance(source, Mapping) and any(isinstance(value, Adapter) for value in source.values()):
-        if arguments:
-            raise TypeError("arguments for reading a LoRA were passed with adapters that are already read")
-        return dict(source)
-    return read_pipeline_lora(pipe, source, allow_nonfinite=allow_nonfinite, **arguments)
+) -> Mapping[str, Adapter]:
+    if not (isinstance(source, Mapping) and any(isinstance(value, Adapter) for value in source.values())):
+        return read_pipeline_lora(pipe, source, allow_nonfinite=allow_nonfinite, **arguments)
+    if arguments:
+        raise TypeError("arguments for reading a LoRA were passed with adapters that are already read")
+    check_pipeline(pipe)
+    return source
 
 
-def _as_list(sources: object) -> list:
-    return [sources] if isinstance(sources, (str, os.PathLike, Mapping)) else list(sources)
-
-
-def _rounding(name: str, plan: Plan) -> list[str]:
+def _noting_rounding(plan: Plan) -> Plan:
     """A fresh load takes each file's own precision; a swap keeps that of the memory it writes to."""
-    there = {tensor.parameter.dtype for tensor in plan.slot.tensors if tensor.parameter.is_floating_point()}
-    coming = {tensor.dtype for tensor in plan.adapter.tensors.values()}
-    if not (finer := {dtype for dtype in coming if any(torch.finfo(dtype).eps < torch.finfo(e).eps for e in there)}):
+    there = {each.parameter.dtype for each in plan.slot.tensors if each.parameter.is_floating_point()}
+    coarsest = max((torch.finfo(dtype).eps for dtype in there), default=0)
+    coming = {each.dtype for each in plan.adapter.tensors.values()}
+    if not (finer := [str(dtype) for dtype in coming if torch.finfo(dtype).eps < coarsest]):
+        return plan
+    text = f"the file has {listing(finer)}, which is rounded to the {listing(there)} that the first LoRA was loaded in"
+    return replace(plan, notes=(*plan.notes, text))
+
+
+def _offloading(model: torch.nn.Module) -> list[Refusal]:
+    from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+    if not _is_group_offload_enabled(model):
         return []
-    return [
-        f"{name}: the file has {listing(sorted(map(str, finer)))}, which is rounded to the "
-        f"{listing(sorted(map(str, there)))} that the first LoRA was loaded in"
-    ]
-
-
-def _offloading(name: str, model: torch.nn.Module) -> list[Refusal]:
-    """Group offloading keeps weights in copies of its own, which a swap would not reach."""
-    for module in model.modules():
-        registry = module.__dict__.get("_diffusers_hook")
-        if registry is not None and registry.get_hook("group_offloading") is not None:
-            return [
-                Refusal(
-                    f"{name}: weights that are offloaded in groups can't be swapped in place.",
-                    found="diffusers' group offloading, which keeps copies of the weights",
-                    expected="weights that stay where they are, or model offloading",
-                    next_step="swap without group offloading, or use pipe.load_lora_weights under another name",
-                )
-            ]
-    return []
+    return [refusal("group_offloaded")]

@@ -12,17 +12,23 @@ when a widget is shown.
 SwapPanel: 8 adapters, shout is active at strength 1
 after, shout: HOTSWAP!
 
-What is where: ``view`` (what all widgets share), ``work`` (long work that can be stopped), ``switch`` (swaps by name,
-in a pool or in a model), ``text`` (answers, letter by letter), and one file for each widget.
+What is where: ``view`` (what all widgets share), ``work`` (widgets that do long work, which can be stopped), ``clicks``
+(in which order they were made), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers, letter by
+letter), ``results`` (an answer, and how it looks), and one file for each widget.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..core.errors import TEXTS
 from .plan_view import PlanView
 from .rank_padding_view import RankPaddingView
 from .recompile_meter import RecompileMeter
 from .swap_panel import SwapPanel
 from .swap_race import SwapRace
 from .view import View
+
+TEXTS.append(Path(__file__).with_name("refusals.ini"))
 
 __all__ = ["PlanView", "RankPaddingView", "RecompileMeter", "SwapPanel", "SwapRace", "View"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -33,38 +33,37 @@ class Clicks:
 
     def __init__(self):
         # two threads may hand over one click each, at the same time
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         #: for each session, when the latest click that was taken was made
         self._latest: dict[str, datetime] = {}
 
-    def take(self, note: Callable[[], object]) -> bool:
-        """Calls ``note``, which must be quick, if the click that is being handled counts. Returns whether it does."""
+    def take(self, act: Callable[[], object]) -> bool:
+        """Calls ``act``, which must be quick, if the click that is being handled counts. Returns whether it does."""
         with self._lock:
-            made = _made()
-            if made is not None:
-                session, moment = made
+            session, moment = _made()
+            if moment is not None:
                 if moment < self._latest.get(session, moment):
                     return False
                 self._latest[session] = moment
-            note()
+            act()
         return True
 
 
-def keep_apart_from_cells(controls: Iterable[ipywidgets.Widget]) -> None:
-    """Sends something to each control, so that ipykernel 7.4 goes on handing their clicks to the present thread.
+def keep_apart_from_cells(widget: ipywidgets.Widget) -> None:
+    """Sends something to each control in ``widget``, so that ipykernel 7.4 goes on handing clicks to this thread.
 
     To be called where a click is handled.
     """
-    for control in controls:
-        control.send_state("disabled")
+    for each in getattr(widget, "children", ()):
+        keep_apart_from_cells(each)
+        each.send_state("_model_name")  # which never changes
 
 
-def _made() -> tuple[str, datetime] | None:
+def _made() -> tuple[str, datetime | None]:
     """The session of the message that is being handled, and when it was made; None if no page sent one."""
     kernelbase = sys.modules.get("ipykernel.kernelbase")
     if kernelbase is None or not kernelbase.Kernel.initialized():
-        return None
+        return "", None
     header = kernelbase.Kernel.instance().get_parent("shell").get("header") or {}
-    if header.get("msg_type") != "comm_msg" or not isinstance(header.get("date"), datetime):
-        return None
-    return header.get("session", ""), header["date"]
+    is_click = header.get("msg_type") == "comm_msg" and isinstance(header.get("date"), datetime)
+    return header.get("session", ""), header["date"] if is_click else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,23 +12,25 @@ from ..core.errors import refuse
 from ..core.host import canonical_path
 from ..core.hotswap import plan_hotswap
 from ..core.plan import Action, LayerPlan, Plan
+from ..core.report import bare_html_table, text_table
 from ..core.shadow import adaptable
-from .view import FITS, View, escape, speaking, wrapping_row
+from .view import FITS, View, escape, wrapping_row
 
 if TYPE_CHECKING:
     import ipywidgets
 
 #: how many layers are shown at once; a search finds the others
-SHOWN = 200
-#: and how many are stored with a notebook
-STORED = 40
+SHOWN = 100
 
 EVERYTHING = "all"
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What a plan says of one layer. ``rank`` reads ``8 -> 2`` where it changes; ``nbytes`` may be unknown."""
+    """What a plan says of one layer.
+
+    ``rank`` reads ``8 -> 2`` where it changes. ``nbytes`` is None in a swap that is refused, and for an added layer.
+    """
 
     layer: str
     action: str
@@ -77,41 +78,20 @@ class PlanView(View):
         adapter_name: str = "default",
         **options: object,
     ):
-        if isinstance(plan_or_model, Plan):
-            if adapter is not None:
-                raise refuse(
-                    "A plan is for one adapter already.",
-                    found="a Plan, and an adapter beside it",
-                    expected="a Plan, or a model and an adapter",
-                    next_step="pass one of these",
-                )
-            self.plan = plan_or_model
-        elif adapter is None:
-            raise refuse(
-                "There is no plan to show.",
-                found=f"a {type(plan_or_model).__name__} without an adapter",
-                expected="a Plan, or a model and the adapter that would be swapped in",
-                next_step="pass plan_hotswap(model, adapter), or both to PlanView",
-            )
-        else:
-            self.plan = plan_hotswap(plan_or_model, adapter, adapter_name, **options)
+        is_plan = isinstance(plan_or_model, Plan)
+        if is_plan != (adapter is None):
+            kind = type(plan_or_model).__name__
+            raise refuse("plan_has_an_adapter", kind=kind) if is_plan else refuse("no_plan_to_show", kind=kind)
+        self.plan: Plan = plan_or_model if is_plan else plan_hotswap(plan_or_model, adapter, adapter_name, **options)
         self._all = _rows(self.plan)
-        self._search, self._action = "", EVERYTHING
+        #: words that a layer's row must contain, all of them
+        self.search = ""
+        self._action = EVERYTHING
 
     @property
     def counts(self) -> dict[str, int]:
         """How many layers of each action there are."""
         return dict(Counter(row.action for row in self._all))
-
-    @property
-    def search(self) -> str:
-        """Words that a layer's row must contain, all of them. May be set."""
-        return self._search
-
-    @search.setter
-    def search(self, text: str) -> None:
-        self._search = text or ""
-        self._changed()
 
     @property
     def action(self) -> str:
@@ -120,19 +100,15 @@ class PlanView(View):
 
     @action.setter
     def action(self, action: str) -> None:
-        if action not in self._actions:
-            raise ValueError(f"action must be one of {', '.join(self._actions)}: got {action!r}")
+        actions = [EVERYTHING, *self.counts]
+        if action not in actions:
+            raise ValueError(f"action must be one of {', '.join(actions)}: got {action!r}")
         self._action = action
-        self._changed()
-
-    @property
-    def _actions(self) -> list[str]:
-        return [EVERYTHING, *self.counts]
 
     @property
     def rows(self) -> list[PlanRow]:
         """The rows that the search and the action leave."""
-        words = self._search.lower().split()
+        words = (self.search or "").lower().split()
         return [
             row
             for row in self._all
@@ -145,107 +121,79 @@ class PlanView(View):
         counted = ", ".join(f"{count} {action}" for action, count in self.counts.items())
         return f"{self.plan.title}: {self.plan.verdict}. {len(self._all)} layers: {counted}"
 
+    @property
+    def _reasons(self) -> list[str]:
+        return [*(f"note: {note}" for note in self.plan.notes), *map(str, self.plan.refusals)]
+
+    def _shown(self) -> tuple[list[tuple[str, ...]], list[str]]:
+        """The first rows, and a line that says how many more there are, if there are any."""
+        rows = self.rows
+        more = [f"... and {len(rows) - SHOWN} more layers: search for them"] if len(rows) > SHOWN else []
+        return [row.cells for row in rows[:SHOWN]], more
+
     def __str__(self) -> str:
-        reasons = [*(f"note: {note}" for note in self.plan.notes), *map(str, self.plan.refusals)]
-        rows = self.rows[:STORED]
-        table = [COLUMNS, *(row.cells for row in rows)]
-        widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        return "\n".join([self.summary, *reasons, *lines, *self._more(len(rows))])
+        rows, more = self._shown()
+        return "\n".join([self.summary, *self._reasons, *text_table(COLUMNS, rows), *more])
 
-    def _more(self, shown: int) -> list[str]:
-        more = len(self.rows) - shown
-        return [f"... and {more} more layers: search for them"] if more else []
-
-    def to_html(self) -> str:
-        """The static form: summary and reasons, then the table."""
-        return f"<div>{self._head()}{self._table(STORED)}</div>"
-
-    def _head(self) -> str:
+    def _inside(self) -> str:
+        rows, more = self._shown()
         reasons = "".join(
-            f'<pre style="white-space:pre-wrap;margin:4px 0">{escape(reason)}</pre>'
-            for reason in (*self.plan.notes, *self.plan.refusals)
+            f'<pre style="white-space:pre-wrap;margin:4px 0">{escape(each)}</pre>' for each in self._reasons
         )
-        return f"<strong>PlanView</strong>: {escape(self.summary)}{reasons}"
+        table = f'<div class="hotswap-scroll" tabindex="0">{bare_html_table(COLUMNS, rows)}</div>'
+        return reasons + table + "".join(f"<div>{escape(line)}</div>" for line in more)
 
-    def _table(self, limit: int) -> str:
-        rows = self.rows[:limit]
-        head = "".join(f'<th scope="col" align="left">{name}</th>' for name in COLUMNS)
-        body = "".join(
-            "<tr>" + "".join(f'<td align="left">{escape(cell)}</td>' for cell in row.cells) + "</tr>" for row in rows
-        )
-        more = "".join(f"<div>{escape(line)}</div>" for line in self._more(len(rows)))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
-
-    def _build(self) -> list[ipywidgets.Widget]:
+    def _controls(self) -> list[ipywidgets.Widget]:
         import ipywidgets as w
 
-        self._box = w.Text(
-            description="search",
-            placeholder="such as: layers.0 q_proj",
-            layout=w.Layout(width="320px", max_width=FITS),
-        )
-        self._when_set(self._box, self._typed)
-        self._menu = w.Dropdown(options=self._actions, description="action", layout=w.Layout(width="220px"))
-        self._when_set(self._menu, self._picked)
-        self._count, self._body = speaking(), w.HTML()
-        return [w.HTML(self._head()), wrapping_row(self._box, self._menu), self._count, self._body]
-
-    def _typed(self, change: Mapping[str, object]) -> None:
-        self.search = change["new"]
-
-    def _picked(self, change: Mapping[str, object]) -> None:
-        self.action = change["new"]
+        wide = w.Layout(width="320px", max_width=FITS)
+        self._box = w.Text(description="search", placeholder="such as: layers.0 q_proj", layout=wide)
+        self._when_set(self._box, lambda text: setattr(self, "search", text))
+        options = [EVERYTHING, *self.counts]
+        self._menu = w.Dropdown(options=options, description="action", layout=w.Layout(width="220px"))
+        self._when_set(self._menu, lambda action: setattr(self, "action", action))
+        return [wrapping_row(self._box, self._menu)]
 
     def _refresh(self) -> None:
-        self._box.value, self._menu.value = self._search, self._action
-        self._count.value = f"{len(self.rows)} of {len(self._all)} layers"
-        self._body.value = f'<div class="hotswap-scroll" tabindex="0">{self._table(SHOWN)}</div>'
+        super()._refresh()
+        self._box.value, self._menu.value = self.search or "", self._action
+        self._status.value = f"{len(self.rows)} of {len(self._all)} layers"
 
 
 def _rows(plan: Plan) -> list[PlanRow]:
-    grafted = _grafted_nbytes(plan) if plan.grafting else {}
-    rows = [_row(layer, plan, grafted) for layer in plan.layers]
+    sizes = {} if plan.refusals else _nbytes(plan)
+    rows = [_row(layer, plan, sizes.get(layer.path)) for layer in plan.layers]
     if plan.refusals:
         # layers that the adapter has and the model's slot lacks are in no layer plan
         planned = {path for layer in plan.layers for path in layer.layer.paths}
-        base = plan.slot.host.base
-        found = (adaptable(base, canonical_path(key)) for key in plan.adapter.tensors)
+        found = (adaptable(plan.slot.host.base, canonical_path(key)) for key in plan.adapter.tensors)
         rows += [
             PlanRow(path, "refused", "-", "-", None) for path in dict.fromkeys(found) if path and path not in planned
         ]
     return rows
 
 
-def _grafted_nbytes(plan: Plan) -> dict[str, int]:
-    """What is written to each layer where PEFT loads the adapter beside the model: the plan counts it all together.
-
-    What several layers share is counted in the first of them; what an added layer gets is made, not written.
-    """
+def _nbytes(plan: Plan) -> dict[str, int]:
+    """What is written to each layer. What an added layer gets is made, not written."""
+    if not plan.grafting:
+        return {layer.path: sum(tensor.nbytes for tensor in layer.tensors) for layer in plan.layers}
+    # where PEFT loads the adapter beside the model, the plan counts it all together
     graft = plan.grafting.graft
     sizes = {id(target): target.nbytes for target, _ in (*graft.copies, *plan.grafting.base.copies)}
     sizes |= {id(parameter): source.nbytes for parameter, source in graft.resizes}
+    modules = {layer.path: layer.layer.module for layer in plan.layers if layer.action is not Action.ADD}
     return {
-        layer.path: sum(
-            sizes.pop(id(tensor), 0) for tensor in (*layer.layer.module.parameters(), *layer.layer.module.buffers())
-        )
-        for layer in plan.layers
+        # what several layers share is counted in the first of them
+        path: sum(sizes.pop(id(tensor), 0) for tensor in (*module.parameters(), *module.buffers()))
+        for path, module in modules.items()
     }
 
 
-def _row(layer: LayerPlan, plan: Plan, grafted: Mapping[str, int]) -> PlanRow:
+def _row(layer: LayerPlan, plan: Plan, nbytes: int | None) -> PlanRow:
     scaling = getattr(layer.settings, "scaling", None)
     room = [tensor.target.capacity for tensor in layer.tensors if tensor.fixed_size and tensor.target.capacity]
     too_small = bool(room) and (layer.rank_after or 0) > min(room)
-    refused = too_small or (layer.action is Action.ADD and _refuses_layers(plan))
-    if refused or (plan.grafting and (plan.refusals or layer.action is Action.ADD)):
-        nbytes = None  # of a swap that is refused nobody has looked at everything
-    elif plan.grafting:
-        nbytes = grafted[layer.path]
-    else:
-        nbytes = sum(tensor.nbytes for tensor in layer.tensors)
+    refused = too_small or (layer.action is Action.ADD and plan.refusals)
     return PlanRow(
         layer.path,
         "refused" if refused else str(layer.action),
@@ -253,12 +201,6 @@ def _row(layer: LayerPlan, plan: Plan, grafted: Mapping[str, int]) -> PlanRow:
         "-" if scaling is None else f"{scaling:.4g}",
         nbytes,
     )
-
-
-def _refuses_layers(plan: Plan) -> bool:
-    """Whether the layers that would be added are among the reasons: then a refusal names some of them."""
-    added = [layer.path for layer in plan.layers if layer.action is Action.ADD]
-    return any(path in refusal.found for refusal in plan.refusals for path in added)
 
 
 def _rank(layer: LayerPlan) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
-import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -14,16 +13,16 @@ import torch
 from ..core.compiled import is_compiled
 from ..core.errors import refuse
 from ..core.pool import AdapterPool
-from ..lessons.compiling import timeline
-from ..lessons.figures import Canvas, Figure
 from ..threads import in_use
 from ..watch import RecompileWatch
-from .switch import patiently, switch_for, whereabouts
-from .view import View, error_html, escape, fitting, readable, speaking, wrapping_row
-from .work import Stopped, Work
+from .switch import switch_for, whereabouts
+from .view import counted, escape, wrapping_row
+from .work import WorkingView
 
 if TYPE_CHECKING:
     import ipywidgets
+
+    from ..lessons.figures import Figure
 
 #: how many of the last calls the picture shows
 SHOWN = 40
@@ -31,7 +30,7 @@ SHOWN = 40
 CALLS = 4
 
 
-class RecompileMeter(View):
+class RecompileMeter(WorkingView):
     """A live counter and a latency timeline of a model's calls, with swaps and recompiles marked, and their reasons.
 
     Call the meter instead of the model. It watches from the moment it is made until :meth:`close`, or as a ``with``
@@ -60,6 +59,8 @@ class RecompileMeter(View):
     a Python number in the graph has changed: factor was 2.0
     """
 
+    doing = "calling the model"
+
     def __init__(
         self,
         model: Callable[..., object],
@@ -69,33 +70,22 @@ class RecompileMeter(View):
         adapter_name: str = "default",
         inputs: Mapping[str, object] | None = None,
     ):
-        if not callable(model):
-            raise refuse(
-                "There is nothing to count the calls of.",
-                found=f"a {type(model).__name__}",
-                expected="what torch.compile gave",
-                next_step="pass that",
-            )
-        if pool is not None and adapters:
-            switch_for(pool, adapters)  # says that it is one or the other
-        if inputs is not None and not isinstance(inputs, Mapping):
-            raise refuse(
-                "The inputs of a call have no names.",
-                found=f"inputs as a {type(inputs).__name__}",
-                expected="a dict of keyword arguments, inputs={'input_ids': ...}",
-                next_step="pass inputs with their names",
-            )
-        self.model, self.inputs = model, inputs
+        if not callable(model) or not isinstance(inputs, Mapping | None):
+            one, other = type(model).__name__, type(inputs).__name__
+            if callable(model):
+                raise refuse("calls_without_names", model=one, inputs=other)
+            raise refuse("nothing_to_call", model=one, inputs=other)
+        self.model = model
+        self.inputs = inputs
         self._switch = None
         if pool is not None or adapters:
             self._switch = switch_for(model if pool is None else pool, adapters, adapter_name)
-        self.watch = RecompileWatch()
+        self.watch: RecompileWatch = RecompileWatch()
         self.watch.__enter__()
-        #: how many swaps there were, and how long the last one took
-        self.swaps, self.swap_seconds = 0, None
-        self.error: BaseException | None = None
-        self._show_reasons = False
-        self._work = Work(self._changed)
+        #: how many swaps there were
+        self.swaps: int = 0
+        #: whether the live form lists the reasons
+        self.show_reasons: bool = False
 
     def __enter__(self) -> RecompileMeter:
         return self
@@ -124,32 +114,13 @@ class RecompileMeter(View):
         """Why, for each recompile."""
         return self.watch.reasons
 
-    @property
-    def show_reasons(self) -> bool:
-        """Whether the live form lists the reasons. May be set."""
-        return self._show_reasons
-
-    @show_reasons.setter
-    def show_reasons(self, show: bool) -> None:
-        self._show_reasons = bool(show)
-        self._changed()
-
-    @property
-    def names(self) -> list[str]:
-        """What can be swapped in."""
-        return self._switch.names if self._switch else []
-
-    @property
-    def busy(self) -> bool:
-        """Whether something is running that a click began."""
-        return self._work.busy
-
     # ---- what can be done
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Calls the model, and counts. Swaps from elsewhere wait meanwhile."""
-        with in_use(self._switch.model) if self._switch else contextlib.nullcontext():
-            label = whereabouts(self._switch) if self._switch else "call"
+        switch = self._switch
+        with contextlib.nullcontext() if switch is None else in_use(switch.model):
+            label = "call" if switch is None else whereabouts(switch)
             try:
                 return self.watch.call(label, self.model, *args, **kwargs)
             finally:
@@ -158,149 +129,70 @@ class RecompileMeter(View):
     def swap(self, name: str) -> None:
         """Swaps an adapter in, and counts it."""
         if self._switch is None:
-            raise refuse(
-                "The meter has nothing to swap in.",
-                found="neither a pool nor adapters",
-                expected="RecompileMeter(model, pool=pool) or adapters={name: folder, ...}",
-                next_step="pass one of these",
-            )
-        self.swap_seconds = seconds_of(lambda: self._switch.swap(name))
+            raise refuse("meter_without_adapters")
+        self.swap_seconds: float | None = self._when_free(lambda: self._switch.swap(name))
         self.swaps += 1
-        self._changed()
 
     def visit(self, *names: str, calls: int = CALLS) -> None:
         """Swaps each of ``names`` in, one after the other, and calls the model with ``inputs`` after each swap."""
-        self._check_inputs()
-        self._work.run(lambda: self._visit(names, calls))
-
-    def stop(self) -> None:
-        """Ends a visit after its present call."""
-        self._work.stop()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Waits until nothing runs, at most ``timeout`` seconds. Returns whether that is so."""
-        return self._work.wait(timeout)
-
-    def _check_inputs(self) -> None:
         if self.inputs is None:
-            raise refuse(
-                "The meter does not know what to call the model with.",
-                found="no inputs",
-                expected="RecompileMeter(model, inputs={...}): the keyword arguments of a call",
-                next_step="pass inputs, or swap and call by hand: meter.swap(name), meter(...)",
-            )
+            raise refuse("meter_without_inputs")
+        self._run(lambda: self._visit(names, calls))
 
     def _visit(self, names: tuple[str, ...], calls: int) -> None:
-        try:
-            for name in names:
-                if self._work.beside:
-                    patiently(lambda name=name: self.swap(name), self._work.check)
-                else:
-                    self.swap(name)
-                self._call(calls)
-        except Stopped:
-            return
+        for name in names:
+            self.swap(name)
+            self._call(calls)
 
     def _call(self, calls: int) -> None:
         for _ in range(calls):
-            self._work.check()
+            self._check()
             self(**self.inputs)
-
-    def _click(self, job: Callable[[], object]) -> None:
-        def quietly() -> None:
-            try:
-                job()
-                self.error = None
-            except Stopped:
-                return
-            except Exception as error:  # shown; there is nobody to raise it to
-                self.error = error
-
-        self._work.start(quietly)  # or not: a second click, before the buttons were greyed out
 
     # ---- how it looks
 
     @property
     def summary(self) -> str:
         """One line with all counts."""
-        calls, swaps = (
-            f"{count} {what}{'' if count == 1 else 's'}" for count, what in ((self.calls, "call"), (self.swaps, "swap"))
-        )
         never = isinstance(self.model, torch.nn.Module) and not is_compiled(self.model)
-        return f"{calls}, {swaps}, {self.watch.summary}{'; the model is not compiled' if never else ''}"
+        counts = f"{counted(self.calls, 'call')}, {counted(self.swaps, 'swap')}, {self.watch.summary}"
+        return f"{counts}{'; the model is not compiled' if never else ''}"
 
-    def __str__(self) -> str:
-        return f"RecompileMeter: {self.summary}"
-
-    def figure(self) -> Figure:
+    def figure(self) -> Figure | None:
         """The latency of the last calls, on a logarithmic scale. Its text form has the figures."""
+        from ..lessons.compiling import timeline
+
         if not self.watch.calls:
-            canvas = Canvas(660, 60)
-            canvas.text(330, 36, "no call yet")
-            return canvas.figure("no call yet")
+            return None
         last = SimpleNamespace(calls=self.watch.calls[-SHOWN:], summary=self.watch.summary)
-        return timeline("Latency of each call", {_panel_title(self): last})
+        title = f"the last {SHOWN} of {self.calls} calls" if self.calls > SHOWN else "all calls"
+        return timeline("Latency of each call", {title: last})
 
-    def to_html(self) -> str:
-        """The static form: counts, picture, reasons."""
-        return f"<div>{self._head()}{fitting(self.figure().svg)}{self._reasons()}</div>"
+    def _inside(self) -> str:
+        recompiled = [str(each) for each in self.watch.compilations if each.kind == "recompile"]
+        reasons = "\n".join(recompiled) or "Nothing was compiled again."
+        return f"{super()._inside()}<pre>{escape(reasons)}</pre>"
 
-    def _static(self) -> dict[str, str]:
-        # GitHub shows a picture that stands alone, and takes one in HTML out
-        return {"image/svg+xml": self.figure().svg, "text/plain": str(self)}
+    def _refresh_body(self) -> None:
+        self._body.value = self._inside() if self.show_reasons else super()._inside()
 
-    def _head(self) -> str:
-        swapped = "" if self.swap_seconds is None else f". Last swap: {readable(self.swap_seconds)}"
-        return f"<div><strong>RecompileMeter</strong>: {escape(self.summary)}{swapped}</div>"
-
-    def _reasons(self) -> str:
-        recompiled = [each for each in self.watch.compilations if each.kind == "recompile"]
-        if not recompiled:
-            return "<div>Nothing was compiled again.</div>"
-        return f"<pre>{escape(chr(10).join(map(str, recompiled)))}</pre>"
-
-    def _build(self) -> list[ipywidgets.Widget]:
+    def _controls(self) -> list[ipywidgets.Widget]:
         import ipywidgets as w
 
-        self._counts, self._picture, self._why, self._error = speaking(), w.HTML(), w.HTML(), w.HTML()
-        self._reasons_button = w.Button(tooltip="why the model was compiled again")
-        self._reasons_button.on_click(lambda _: setattr(self, "show_reasons", not self.show_reasons))
-        self._actions, controls = [], []
+        starters = []
         if self.inputs is not None:
-            call = w.Button(description=f"Call {CALLS} times", tooltip="call the model with its inputs")
-            call.on_click(lambda _: self._click(lambda: self._call(CALLS)))
-            self._actions.append(call)
-            if self._switch:
-                menu = w.Dropdown(options=self.names, description="adapter", layout=w.Layout(width="230px"))
-                swap = w.Button(description="Swap and call", tooltip="swap this adapter in, then call the model")
-                swap.on_click(lambda _: self._click(lambda: self._visit((menu.value,), CALLS)))
-                self._actions += [menu, swap]
-            stop = w.Button(description="Stop", tooltip="end after the present call")
-            stop.on_click(lambda _: self.stop())
-            controls = [*self._actions, stop]
-        return [self._counts, wrapping_row(*controls, self._reasons_button), self._error, self._picture, self._why]
+            call = partial(self._start, partial(self._call, CALLS))
+            starters.append(self._button(f"Call {CALLS} times", "call the model with its inputs", call))
+        if self.inputs is not None and self._switch is not None:
+            menu = w.Dropdown(options=self._switch.names, description="adapter", layout=w.Layout(width="230px"))
+            visit = partial(self._start, lambda: self._visit((menu.value,), CALLS))
+            starters += [menu, self._button("Swap and call", "swap this adapter in, then call the model", visit)]
+        self._reasons_button = self._button("", "why the model was compiled again", self._toggle_reasons)
+        return [wrapping_row(*self._with_stop(*starters), self._reasons_button)]
+
+    def _toggle_reasons(self) -> None:
+        self.show_reasons = not self.show_reasons
 
     def _refresh(self) -> None:
-        for control in self._actions:
-            control.disabled = self.busy
-        self._counts.value = self._head() + ("busy" if self.busy else "")
-        self._reasons_button.description = "Hide reasons" if self._show_reasons else "Show reasons"
-        self._picture.value = fitting(self.figure().svg)
-        self._why.value = self._reasons() if self._show_reasons else ""
-        trace = "" if self.error is None else "".join(traceback.format_exception(self.error))
-        self._error.value = "" if self.error is None else error_html(str(self.error), trace)
-
-
-def _panel_title(meter: RecompileMeter) -> str:
-    return f"the last {SHOWN} of {meter.calls} calls" if meter.calls > SHOWN else "all calls"
-
-
-def seconds_of(run: Callable[[], object]) -> float:
-    """Seconds of one call.
-
-    >>> 0 <= seconds_of(lambda: None) < 1
-    True
-    """
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+        super()._refresh()
+        self._reasons_button.description = "Hide reasons" if self.show_reasons else "Show reasons"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .view import escape, readable
+from .view import escape
 
 
 @dataclass
@@ -50,49 +48,25 @@ class Run:
         >>> Run("hi", "shout", result="HI!", state="stopped").text
         'HI! (stopped)'
         """
-        kind = type(self.result).__name__
-        text = str(self.result) if _image(self.result) is None else f"an image ({kind})"
+        text = str(self.result) if self._png is None else f"an image ({type(self.result).__name__})"
         return text if self.state == "done" else f"{text} ({self.state})"
 
-    def to_html(self, title: str, times: bool = True) -> str:
-        """A card: whose answer it is, the answer, and how long it took."""
-        image = _image(self.result)
-        if image is None:
+    def to_html(self, title: str) -> str:
+        """A card: whose answer it is, and the answer."""
+        png = self._png
+        if png is None:
             shown = f'<div class="hotswap-text" style="white-space:pre-wrap">{escape(self.result)}</div>'
         else:
             alt = escape(f"the image for “{self.prompt}” with {self.label}")
-            shown = f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
-        took = f", {readable(self.seconds)}" if times and self.state != "running" else ""
+            shown = f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         return (
             f"<div><strong>{escape(title)}</strong>: {escape(self.label)}</div>{shown}"
-            f'<div class="hotswap-muted">{escape(self.state)}{took}</div>'
+            f'<div class="hotswap-muted">{escape(self.state)}</div>'
         )
 
-
-def _image(result: object) -> bytes | None:
-    """The result as PNG, if it is an image: PIL's, anything else that Jupyter shows as one, or a pipeline's output."""
-    images = getattr(result, "images", None)
-    if isinstance(images, list) and images:
-        result = images[0]
-    if isinstance(result, list) and len(result) == 1:
-        result = result[0]
-    if hasattr(result, "_repr_png_"):
-        return result._repr_png_()
-    if hasattr(result, "save") and hasattr(result, "mode"):  # PIL before it could show itself
-        buffer = io.BytesIO()
-        result.save(buffer, "PNG")
-        return buffer.getvalue()
-    return None
-
-
-def steps(generate: Callable[[str], object], prompt: str) -> Iterator[object]:
-    """What ``generate`` gives, whether it returns it at once or yields it as it grows.
-
-    >>> list(steps(str.upper, "hi")), list(steps(lambda prompt: (prompt[:n] for n in (1, 2)), "hi"))
-    (['HI'], ['h', 'hi'])
-    """
-    result = generate(prompt)
-    if isinstance(result, Iterator):
-        yield from result
-    else:
-        yield result
+    @property
+    def _png(self) -> bytes | None:
+        """The result, if it is an image: anything that Jupyter shows as one, or the first of a pipeline's output."""
+        images = getattr(self.result, "images", self.result)
+        image = images[0] if isinstance(images, list) and images else images
+        return image._repr_png_() if hasattr(image, "_repr_png_") else None

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
-import threading
-import traceback
-import warnings
-from collections.abc import Callable
+import dataclasses
+import itertools
 from typing import TYPE_CHECKING
 
-import torch
-
-from ..bench.timing import machine
-from .view import View, error_html, escape, fitting, speaking
-from .work import Stopped, Work
+from .view import escape, wrapping_row
+from .work import WorkingView
 
 if TYPE_CHECKING:
     import ipywidgets
 
     from ..bench import Report, Scene, Settings, Way
-
-#: how often the progress bar moves, in seconds; a thread of its own does it, so that no timed call has to
-SHOW_EVERY = 0.2
+    from ..lessons.figures import Figure
 
 
-class SwapRace(View):
+class SwapRace(WorkingView):
     """One swap, timed in several ways that take turns: PEFT's, ours, and a plain copy of the same bytes as the limit.
 
     Parameters
@@ -38,7 +30,7 @@ class SwapRace(View):
     --------
     >>> race = SwapRace(model="tiny", rank=2, n=1)
     >>> print(race)
-    SwapRace: not run yet
+    SwapRace: the tiny shape, rank 2, each way 1 times. Not run yet.
     >>> report = race.run()
     >>> sorted(race.seconds)[0], race.ok
     ('PEFT hotswap, disk', True)
@@ -51,10 +43,8 @@ class SwapRace(View):
 
         self.settings: Settings = Settings(model=model, ranks=(rank,), n=n, **settings)
         self.report: Report | None = None
-        self.error: BaseException | None = None
-        #: what is being done, and how far it is, from 0 to 1
-        self.doing, self.progress = "", 0.0
-        self._work = Work(self._changed)
+        #: how far the race is, from 0 to 1
+        self.progress: float = 0.0
 
     # ---- what came out
 
@@ -69,165 +59,81 @@ class SwapRace(View):
         """Whether it was run, and all ways but PEFT's gave the outputs of a fresh load."""
         return self.report is not None and self.report.ok
 
-    @property
-    def busy(self) -> bool:
-        """Whether a race is running."""
-        return self._work.busy
-
     # ---- what can be done
 
     def run(self) -> Report | None:
         """Runs the race and returns the report; None if it was stopped. Jupyter's interrupt ends it, too."""
-        return self._work.run(self._race)
+        return self._run(self._race)
 
     def start(self) -> None:
         """What a click on the button does: runs the race beside the notebook."""
+        self._start(self._race)
 
-        def quietly() -> None:
-            try:
-                self._race()
-            except Exception:  # shown by now
-                return
-
-        self._work.start(quietly)  # or not: it runs already
-
-    def stop(self) -> None:
-        """Ends the race before its next call."""
-        self._work.stop()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Waits until the race is over, at most ``timeout`` seconds. Returns whether it is."""
-        return self._work.wait(timeout)
-
-    def _race(self) -> Report | None:
-        self.error, self.progress = None, 0.0
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.settings.threads)
-        over = threading.Event()
-        threading.Thread(target=self._show_progress, args=(over,), daemon=True).start()
-        try:
-            with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-                warnings.simplefilter("ignore")  # PEFT's, on random adapters
-                self.report = self._measure(folder)
-            self.doing = "done"
-            return self.report
-        except Stopped:
-            self.doing = "stopped"
-            return None
-        except BaseException as error:
-            self.doing = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.error = None if isinstance(error, KeyboardInterrupt) else error
-            raise
-        finally:
-            over.set()
-            torch.set_num_threads(threads)
-
-    def _measure(self, folder: str) -> Report:
+    def _race(self) -> Report:
         from .. import bench
 
-        settings, rank = self.settings, self.settings.ranks[0]
-        self.doing = "making a model and two adapters"
-        scene = bench.Scene(bench.make_base(settings), settings, rank, folder)
-        ways = self._ways(scene)
-        checks = {}
-        for way in ways:
-            self._step(f"checking: {way.name}", 0.3 / len(ways))
-            checks[way.name] = way.check()
-        self.doing = "timing"
-        runs = {
-            # each timed call has an uncounted one before it
-            way.name: self._counted(way.alternating(settings.device), 0.5 / (len(ways) * settings.n * 2))
-            for way in ways
-            if checks[way.name][0] != "refused"
-        }
-        timings = bench.in_rounds(runs, settings.n)
-        theirs, floor = timings.get(bench.PEFT_STATE_DICT), timings.get(bench.MEMCPY)
-        rows = []
-        for name, (state, note) in checks.items():
-            timing = timings.get(name)
-            as_fast = theirs.median / timing.median if timing and theirs else None
-            times_memcpy = timing.median / floor.median if timing and floor else None
-            rows.append(bench.Row(rank, name, state, timing, as_fast, times_memcpy, note))
-        return bench.Report(machine(), bench.versions(), settings, (scene.size,), tuple(rows))
+        self.progress = 0.0
+        try:
+            self.report = bench.run(self.settings, self._say, self._ways)
+            self.doing, self.progress = "done", 1.0
+        except BaseException as why:
+            self.doing = "failed" if isinstance(why, Exception) else "stopped"
+            raise
+        return self.report
+
+    def _say(self, doing: str) -> None:
+        self._check()
+        self.doing: str = doing
 
     def _ways(self, scene: Scene) -> list[Way]:
         from .. import bench
 
-        makers = (
-            bench.peft_load_way,
-            bench.peft_hotswap_way,
-            bench.peft_state_dict_way,
-            lambda scene: bench.disk_way(scene, "hotswap_lab, disk, prepared", scene.load_prepared()),
-            bench.pool_way,
-            bench.memcpy_way,
-        )
-        ways = []
-        for number, make in enumerate(makers, start=1):
-            self._step(f"preparing way {number} of {len(makers)}", 0.2 / len(makers))
-            ways.append(make(scene))
-        return ways
+        ways = [
+            bench.peft_load_way(scene),
+            bench.peft_hotswap_way(scene),
+            bench.peft_state_dict_way(scene),
+            bench.disk_way(scene, "hotswap_lab, disk, prepared", scene.load_prepared()),
+            bench.pool_way(scene),
+            bench.memcpy_way(scene),
+        ]
+        # the check swaps twice, and an uncounted call goes ahead of each that is timed
+        return [self._counted(way, 1 / (len(ways) * 2 * (1 + self.settings.n))) for way in ways]
 
-    def _step(self, doing: str, share: float) -> None:
-        self._work.check()
-        self.doing = doing
-        self.progress = min(1.0, self.progress + share)
+    def _counted(self, way: Way, share: float) -> Way:
+        """The same way, with a look at whether the race is to end, and how far it is."""
+        numbers = itertools.count()
 
-    def _counted(self, run: Callable[[], object], share: float) -> Callable[[], None]:
-        def counted() -> None:
-            self._work.check()
-            self.progress = min(1.0, self.progress + share)
-            run()
+        def swap(number: int) -> None:
+            self._check()
+            vars(self)["progress"] += share
+            if next(numbers) % 2 == 0:
+                self._progressed()  # not in the calls that are timed
+            way.swap(number)
 
-        return counted
-
-    def _show_progress(self, over: threading.Event) -> None:
-        while not over.wait(SHOW_EVERY):
-            self._changed()
+        return dataclasses.replace(way, swap=swap)
 
     # ---- how it looks
 
-    def __str__(self) -> str:
-        return "SwapRace: not run yet" if self.report is None else f"SwapRace\n{self.report}"
-
-    def to_html(self) -> str:
-        """The static form: the bars, and the table as text."""
-        if self.report is None:
-            return f"<div><strong>SwapRace</strong>: {escape(self._plan())}. Not run yet.</div>"
-        return (
-            f"<div><strong>SwapRace</strong>{fitting(self.report.figure().svg)}<pre>{escape(self.report)}</pre></div>"
-        )
-
-    def _static(self) -> dict[str, str]:
-        if self.report is None:
-            return super()._static()
-        # GitHub shows a picture that stands alone, and takes one in HTML out
-        return {"image/svg+xml": self.report.figure().svg, "text/plain": str(self)}
-
-    def _plan(self) -> str:
+    @property
+    def summary(self) -> str:
+        """One line: what is timed."""
         settings = self.settings
-        return f"the {settings.model} shape, rank {settings.ranks[0]}, each way {settings.n} times"
+        plan = f"the {settings.model} shape, rank {settings.ranks[0]}, each way {settings.n} times"
+        return plan if self.report else f"{plan}. Not run yet."
 
-    def _build(self) -> list[ipywidgets.Widget]:
-        import ipywidgets as w
+    def __str__(self) -> str:
+        return super().__str__() if self.report is None else f"SwapRace\n{self.report}"
 
-        self._start_button = w.Button(description="Run the race", button_style="primary", tooltip="time all ways here")
-        self._start_button.on_click(lambda _: self.start())
-        self._stop_button = w.Button(description="Stop", tooltip="end the race before its next call")
-        self._stop_button.on_click(lambda _: self.stop())
-        self._bar = w.FloatProgress(min=0.0, max=1.0, description="progress", layout=w.Layout(max_width="100%"))
-        self._status, self._picture, self._error = speaking(), w.HTML(), w.HTML()
-        buttons = w.HBox([self._start_button, self._stop_button])
-        title = w.HTML(f"<strong>SwapRace</strong>: {escape(self._plan())}")
-        return [title, buttons, self._bar, self._status, self._picture, self._error]
+    def figure(self) -> Figure | None:
+        """The bars; None before the race was run."""
+        return self.report.figure() if self.report else None
 
-    def _refresh(self) -> None:
-        self._start_button.disabled, self._stop_button.disabled = self.busy, not self.busy
-        self._bar.value = self.progress
-        state = f"busy: {self.doing}" if self.busy else self.doing or "ready"
-        self._status.value = f"{escape(state)}, {self.progress:.0%}"
-        if self.report is not None:
-            self._picture.value = fitting(self.report.figure().svg) + (
-                f"<details><summary>the table</summary><pre>{escape(self.report)}</pre></details>"
-            )
-        trace = "" if self.error is None else "".join(traceback.format_exception(self.error))
-        self._error.value = "" if self.error is None else error_html(str(self.error), trace)
+    def _inside(self) -> str:
+        return super()._inside() + (f"<pre>{escape(self.report)}</pre>" if self.report else "")
+
+    def _controls(self) -> list[ipywidgets.Widget]:
+        start = self._button("Run the race", "time all ways here", self.start, button_style="primary")
+        return [wrapping_row(*self._with_stop(start))]
+
+    def _state(self) -> str:
+        return f"{'busy: ' if self.busy else ''}{self.doing or 'ready'}, {self.progress:.0%}"

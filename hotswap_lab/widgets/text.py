@@ -38,18 +38,21 @@ def text_stream(
     """
 
     if template is not None and "{}" not in template:
-        raise refuse(
-            "The template has no place for the prompt.",
-            found=f"template={template!r}",
-            expected="'{}' where the prompt goes",
-            next_step=f"template={'{}' + template!r}, for example",
-        )
+        raise refuse("template_without_prompt", template=template, example="{}" + template)
 
     def stream(prompt: str) -> Iterator[str]:
-        ids = _ids(tokenizer, prompt, template).to(next(model.parameters()).device)
+        chat = template is None and getattr(tokenizer, "chat_template", None)
+        text = (template or "{}").replace("{}", prompt)
+        if chat:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+            )
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+        ids = ids.to(next(model.parameters()).device)
         room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         limit = max_new_tokens if room is None else min(max_new_tokens, room - ids.shape[1])
-        ends = {tokenizer.eos_token_id} | _as_set(getattr(model, "generation_config", None))
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         past, answer = {}, []
         for _ in range(limit):
             # not around the loop: a generator must not leave its caller without gradients between two tokens
@@ -67,17 +70,3 @@ def text_stream(
             yield ""
 
     return stream
-
-
-def _ids(tokenizer: object, prompt: str, template: str | None) -> torch.Tensor:
-    if template is None and getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    text = prompt if template is None else template.replace("{}", prompt)
-    return tokenizer(text, return_tensors="pt")["input_ids"]
-
-
-def _as_set(generation_config: object) -> set:
-    ends = getattr(generation_config, "eos_token_id", None)
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import ipywidgets
+
+    from ..lessons.figures import Figure
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page, less the margins that ipywidgets puts around a control
@@ -28,12 +30,7 @@ STYLE = """<style>
 .hotswap-live pre { white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; margin: 4px 0; padding: 6px 8px;
   color: inherit; background: rgba(128, 128, 128, .14); border-radius: 4px; font-size: 12px; line-height: 1.45 }
 .hotswap-live .hotswap-error pre { border-left: 4px solid #d64545 }
-.hotswap-live table { border-collapse: collapse; margin: 4px 0; font-size: 12px }
-.hotswap-live th, .hotswap-live td
-  { padding: 3px 10px 3px 0; text-align: left; border-bottom: 1px solid rgba(128, 128, 128, .4); vertical-align: top }
-.hotswap-live td { overflow-wrap: normal; word-break: normal }
-.hotswap-live .hotswap-scroll td { white-space: nowrap }
-.hotswap-live .hotswap-scroll { max-height: 360px; overflow: auto }
+.hotswap-live .hotswap-scroll { max-height: 360px; overflow: auto; font-size: 12px; white-space: nowrap }
 .hotswap-live .hotswap-muted { opacity: .8 }
 .hotswap-live .hotswap-answer { border: 1px solid rgba(128, 128, 128, .45); border-radius: 6px; padding: 8px 12px;
   box-sizing: border-box; min-height: 84px; overflow-wrap: anywhere }
@@ -69,16 +66,6 @@ def escape(text: object) -> str:
     return html.escape(str(text))
 
 
-def fitting(svg: str) -> str:
-    """An SVG that shrinks with the page.
-
-    >>> fitting("<svg width='9'></svg>")
-    "<div class='hotswap-picture'><svg style='max-width:100%;height:auto' width='9'></svg></div>"
-    """
-    shrinking = svg.replace("<svg ", "<svg style='max-width:100%;height:auto' ", 1)
-    return f"<div class='hotswap-picture'>{shrinking}</div>"
-
-
 def readable(seconds: float) -> str:
     """A time in the unit that fits.
 
@@ -88,14 +75,13 @@ def readable(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
 
 
-def error_html(message: str, details: str = "") -> str:
-    """An error, in full: what it says, and under it where it comes from. A screen reader reads it out at once.
+def counted(count: int, what: str) -> str:
+    """How many there are.
 
-    >>> "&lt;b&gt;" in error_html("no <b>")
-    True
+    >>> counted(1, "swap"), counted(2, "swap")
+    ('1 swap', '2 swaps')
     """
-    more = f"<details><summary>where it happened</summary><pre>{escape(details)}</pre></details>" if details else ""
-    return f'<div class="hotswap-error" role="alert"><strong>Error</strong><pre>{escape(message)}</pre>{more}</div>'
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def wrapping_row(*children: ipywidgets.Widget) -> ipywidgets.HBox:
@@ -115,31 +101,66 @@ def speaking(**options: object) -> ipywidgets.HTML:
 
 
 class View:
-    """The frame of a widget. A subclass gives ``__str__``, ``to_html``, ``_build`` and ``_refresh``.
+    """The frame of a widget: a title, controls, a status, and what there is to see.
 
+    A subclass gives ``summary``, ``figure`` or ``_inside``, and for the live form ``_controls`` and ``_refresh``.
     Shown in a notebook, it puts out two things: the static form, which stays in the saved notebook, and the live one,
-    which hides the static one while it is there.
+    which hides the static one while it is there. When a public attribute is set, the live form shows it.
 
     >>> class Hello(View):
-    ...     def __str__(self):
-    ...         return "hello"
-    >>> Hello().to_html()
-    '<pre>hello</pre>'
+    ...     summary = "hello"
+    >>> Hello(), Hello().to_html()
+    (Hello: hello, '<div><strong>Hello</strong>: hello</div>')
     """
+
+    #: one line that says what is shown
+    summary = ""
 
     def __new__(cls, *args: object, **options: object) -> View:
         self = super().__new__(cls)
         # one refresh at a time: an older state must not be written over a newer one by a thread that was held up
         self._refreshes = threading.RLock()
-        self._refreshed_by = None
         return self
 
-    def to_html(self) -> str:
-        """The static form: readable with no kernel, no network and no scripts."""
-        return f"<pre>{escape(self)}</pre>"
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if not name.startswith("_"):
+            self._changed()
+
+    # ---- the static form
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}: {self.summary}"
 
     def __repr__(self) -> str:
         return str(self)
+
+    def figure(self) -> Figure | None:
+        """The picture; None if there is nothing to draw."""
+        return None
+
+    def to_html(self) -> str:
+        """The static form: readable with no kernel, no network and no scripts."""
+        return f"<div>{self._head()}{self._inside()}</div>"
+
+    def _head(self) -> str:
+        return f"<strong>{type(self).__name__}</strong>: {escape(self.summary)}"
+
+    def _inside(self) -> str:
+        figure = self.figure()
+        if figure is None:
+            return ""
+        shrinking = figure.svg.replace("<svg ", "<svg style='max-width:100%;height:auto' ", 1)
+        return f"<div class='hotswap-picture'>{shrinking}</div>"
+
+    def _static(self) -> dict[str, str]:
+        """What a saved notebook keeps. The same from run to run, as far as the state is."""
+        figure = self.figure()
+        # GitHub shows a picture that stands alone, and takes one in HTML out
+        shown = {"text/html": self.to_html()} if figure is None else {"image/svg+xml": figure.svg}
+        return {**shown, "text/plain": str(self)}
+
+    # ---- the live form
 
     @cached_property
     def box(self) -> ipywidgets.VBox:
@@ -152,48 +173,50 @@ class View:
         return box
 
     def _build(self) -> list[ipywidgets.Widget]:
+        """Makes everything, once."""
+        import ipywidgets
+
+        self._title, self._status, self._body = speaking(), speaking(), ipywidgets.HTML()
+        return [self._title, *self._controls(), self._status, self._body]
+
+    def _controls(self) -> list[ipywidgets.Widget]:
         """Makes the controls, once."""
         return []
 
     def _refresh(self) -> None:
-        """Makes the controls show the present state."""
+        """Makes everything show the present state."""
+        self._title.value = self._head()
+        self._refresh_body()
+
+    def _refresh_body(self) -> None:
+        self._body.value = self._inside()
 
     def _changed(self) -> None:
-        """To be called after each change of state."""
-        if "box" in self.__dict__:
+        """To be called after each change of state, other than by a refresh, that is not an attribute's."""
+        if "box" in self.__dict__ and not self._refreshes._is_owned():
             self._refresh_box()
 
-    def _static(self) -> dict[str, str]:
-        """What a saved notebook keeps. The same from run to run, as far as the state is."""
-        return {"text/html": self.to_html(), "text/plain": str(self)}
+    def _refresh_box(self) -> None:
+        with self._refreshes:
+            _ = self.box
+            self._refresh()
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
         display(self._static(), raw=True)
         self._refresh_box()
-        display(
-            {WIDGET_MIME: {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}},
-            raw=True,
-        )
+        live = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
+        display({WIDGET_MIME: live}, raw=True)
 
-    def _refresh_box(self) -> None:
-        with self._refreshes:
-            _ = self.box
-            before, self._refreshed_by = self._refreshed_by, threading.get_ident()
-            try:
-                self._refresh()
-            finally:
-                self._refreshed_by = before
-
-    def _when_set(self, control: ipywidgets.Widget, act: Callable[[Mapping[str, object]], object]) -> None:
-        """Has ``act`` called when a control's value is set, but not by a refresh.
+    def _when_set(self, control: ipywidgets.Widget, act: Callable[[object], object]) -> None:
+        """Has ``act`` called with a control's value when it is set, but not by a refresh.
 
         Another thread may have changed the state since the refresh read it, and would lose that.
         """
 
-        def changed(change: Mapping[str, object]) -> None:
-            if self._refreshed_by != threading.get_ident():
-                act(change)
+        def changed(change: dict[str, object]) -> None:
+            if not self._refreshes._is_owned():
+                act(change["new"])
 
         control.observe(changed, "value")

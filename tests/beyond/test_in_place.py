@@ -21,13 +21,13 @@ from hotswap_lab import (
     AdapterPool,
     HotswapError,
     RecompileWatch,
+    commit,
     get_strength,
     hotswap_adapter,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
     set_strength,
 )
-from hotswap_lab.core import commit
 
 
 def _pair(name: str, tmp_path, first: int = 0, second: int = 1) -> tuple[str, str]:
@@ -44,7 +44,7 @@ HEADS = [
 ]
 
 #: the module whose first line says that what was decided is being written from here on
-WRITING = "journal.py"
+WRITING = "core/journal.py"
 #: a commit of VeRA has ten thousand lines
 FAULTY = ("VeRA", "LNTuning", "IA3", "heads")
 

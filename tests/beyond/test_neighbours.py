@@ -25,13 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 from hotswap_lab import (
     AdapterPool,
     HotswapError,
+    commit,
     hotswap_adapter,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
     save_adapter,
     verify_hotswap,
 )
-from hotswap_lab.core import commit
 
 
 def _lora(**arguments) -> LoraConfig:
@@ -290,12 +290,6 @@ MERGED = "Cannot hot-swap adapter 'default' while 'other' is merged"
 #: swaps that start from the base weights: those of layers to turn off, or of all
 FROM_BASE = {
     "DoRA": (_lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"]), _lora()),
-    "DoRA, by a donor": (
-        _lora(use_dora=True),
-        _lora(use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"]),
-        _lora(),
-    ),
-    "DoRA, to plain": (_lora(use_dora=True), _lora(target_modules=["q_proj"]), _lora()),
     **{name: (*CONFIGS[name][:2], CONFIGS[name][0]) for name in ("PSOFT", "Adamss") if name in CONFIGS},
 }
 
@@ -321,9 +315,17 @@ def test_another_adapter_is_merged_after_the_plan_was_made(tmp_path):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("new", [_lora(r=2, target_modules=["q_proj"]), _lora(modules_to_save=["lm_head"])])
-def test_what_needs_no_base_weight_is_swapped_beside_a_merged_adapter(tmp_path, new):
-    old, new, other = _save(tmp_path, _lora(), new, _lora())
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (_lora(), _lora(r=2, target_modules=["q_proj"])),
+        (_lora(), _lora(modules_to_save=["lm_head"])),
+        (_lora(use_dora=True), _lora(target_modules=["q_proj"])),
+        (_lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    ],
+)
+def test_what_needs_no_base_weight_is_swapped_beside_a_merged_adapter(tmp_path, old, new):
+    old, new, other = _save(tmp_path, old, new, _lora())
     model = _with_merged_neighbour(old, other)
     hotswap_adapter(model, new, "default")
     model = _without(model)

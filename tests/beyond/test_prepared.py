@@ -143,7 +143,7 @@ def test_higher_ranks_than_prepared_for_are_refused(tmp_path, name):
     model = load(kind, folders[2])
     prepare_model_for_compiled_hotswap(model, target_rank=2)
     before = snapshot(model)
-    with pytest.raises(HotswapError, match=r"higher than the model was prepared for|can't be done in a prepared model"):
+    with pytest.raises(HotswapError, match="can't be done in a prepared model"):
         hotswap_adapter(model, folders[1], "default", add_layers=True)
     assert_untouched(model, before)
 

@@ -360,15 +360,15 @@ def test_plan_view(widgets):
 @pytest.mark.long
 def test_rank_padding_view(widgets):
     view, page = widgets["padding"], widgets["page"]
-    expect(view).to_contain_text("18,432 bytes36,864 bytes")
+    expect(view).to_contain_text("18,432 bytes→ 36,864 bytes")
     view.get_by_role("slider", name="target rank").focus()
     for _ in range(4):
         page.keyboard.press("ArrowRight")
-    expect(view).to_contain_text("18,432 bytes46,080 bytes")
+    expect(view).to_contain_text("18,432 bytes→ 46,080 bytes")
     expect(view).to_contain_text("output unchanged: True")
     view.get_by_role("combobox", name="layer").select_option("model.layers.0.self_attn.q_proj")
     expect(view.get_by_role("img")).to_contain_text("in room for rank 20")
-    expect(view).to_contain_text("8,192 bytes20,480 bytes")
+    expect(view).to_contain_text("8,192 bytes→ 20,480 bytes")
 
 
 @pytest.mark.long

@@ -5,9 +5,11 @@ Faults at every step are in ``robustness/test_faults.py``.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,7 @@ from models import KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_untouched, snapshot
 
 import hotswap_lab
-from hotswap_lab import hotswap_adapter, plan_hotswap
-from hotswap_lab.core import commit
+from hotswap_lab import commit, hotswap_adapter, plan_hotswap
 from hotswap_lab.core.journal import Journal
 
 
@@ -69,6 +70,24 @@ def test_a_real_interrupt_at_random_moments(tmp_path):
     assert interrupts == 40
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers as Unix has them")
+def test_a_regular_expression_that_takes_for_ever_can_be_ended(tmp_path):
+    """It holds the interpreter, so that no other thread could press anything; the signal comes all the same."""
+    kind = KINDS["llama"]
+    old, new = (save_random_adapter(kind, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2))
+    config = json.loads(Path(new, "adapter_config.json").read_text())
+    Path(new, "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {r"([\w.]+)+!": 2}}))
+    model = load(kind, old)
+    before, handler = snapshot(model), signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        with pytest.raises(KeyboardInterrupt):
+            hotswap_adapter(model, new, "default")
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert_untouched(model, before)
+
+
 def test_swaps_from_another_thread(tmp_path):
     """Signal handlers belong to the main thread; elsewhere a swap just works."""
     kind = KINDS["linear"]
@@ -81,17 +100,12 @@ def test_swaps_from_another_thread(tmp_path):
     assert_equals_fresh_load(model, kind, new)
 
 
+@pytest.mark.usefixtures("python_sigint")
 def test_an_interrupted_roll_back_is_completed():
     table = {"a": 1, "b": 2}
     journal = Journal()
     journal.set_item(table, "a", 10)
-    pending = [KeyboardInterrupt()]
-
-    def interrupted() -> None:
-        if pending:
-            raise pending.pop()
-
-    journal.record(interrupted)
+    journal.record(lambda: signal.raise_signal(signal.SIGINT))
     journal.set_item(table, "b", 20)
     with pytest.raises(KeyboardInterrupt):
         journal.roll_back()

@@ -1,17 +1,25 @@
 """The one exception."""
 
+import ast
+import configparser
 import pickle
+import string
+from pathlib import Path
 
 import pytest
 
+import hotswap_lab
+import hotswap_lab.widgets
 from hotswap_lab import HotswapError
-from hotswap_lab.core.errors import Refusal, listing, refuse
+from hotswap_lab.core.errors import TEXTS, Refusal, listing, refuse
+
+PACKAGE = Path(hotswap_lab.__file__).parent
 
 
 def test_it_is_what_code_for_peft_catches():
     for kind in (ValueError, RuntimeError):
         with pytest.raises(kind):
-            raise refuse("s", "f", "e", "n")
+            raise refuse("nothing_to_undo")
 
 
 def test_it_survives_pickling():
@@ -26,3 +34,36 @@ def test_listing():
     assert listing([]) == ""
     assert listing(["a"]) == "a"
     assert listing(range(10), limit=3) == "0, 1, 2 and 7 more"
+
+
+def _texts():
+    for path in TEXTS:
+        parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+        parser.read(path, encoding="utf-8")
+        yield from ((name, dict(parser[name])) for name in parser.sections())
+
+
+def _calls():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", None))
+            if named in ("refuse", "refusal") and node.args and isinstance(node.args[0], ast.Constant):
+                yield f"{path.name}:{node.lineno}", node.args[0].value, {each.arg for each in node.keywords}
+
+
+def test_every_refusal_has_a_text_with_all_of_its_values_and_every_text_a_refusal():
+    texts = list(_texts())
+    assert len(dict(texts)) == len(texts), "two texts of one name"
+    texts = dict(texts)
+    assert set(TEXTS) == set(PACKAGE.rglob("refusals.ini"))
+    used = set()
+    for where, name, values in _calls():
+        text = texts[name]
+        assert list(text) == ["summary", "found", "expected", "next"], where
+        fields = {
+            field.split(".")[0] for part in text.values() for _, field, _, _ in string.Formatter().parse(part) if field
+        }
+        assert fields == values, where
+        used.add(name)
+    assert used == texts.keys()
+    assert len(used) > 60

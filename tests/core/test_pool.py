@@ -241,7 +241,6 @@ def test_ctrl_c_in_using_leaves_the_former_adapter(model, pool, sources):
     def block() -> None:
         with pool.using("c"):
             reached.append(pool.active)
-            time.sleep(0.01)  # Ctrl-C that came while the block was entered comes now
 
     pool.swap("b", strength=0.5)
     before, ends = call(model, LLAMA.inputs()), collections.Counter()
@@ -415,7 +414,7 @@ def test_what_does_not_fit_is_refused_and_the_model_untouched(model, sources, tm
     (tmp_path / "broken").mkdir()
     with pytest.raises(HotswapError, match="Can't find"):
         pool.add("broken", tmp_path / "broken")
-    with pytest.raises(HotswapError, match="can't read this adapter"):
+    with pytest.raises(HotswapError, match="There is no adapter to read"):
         AdapterPool(model, adapters={"what": 3}, progress=False)
     assert_untouched(model, before)
     assert pool.names == ["a", "c"]

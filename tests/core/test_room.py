@@ -10,8 +10,14 @@ import torch
 from models import KINDS, load, save_random_adapter
 from peft.tuners.lora import LoraLayer
 
-from hotswap_lab import HotswapError, hotswap_adapter, plan_hotswap, prepare_model_for_compiled_hotswap, resolve_slot
-from hotswap_lab.core import commit
+from hotswap_lab import (
+    HotswapError,
+    commit,
+    hotswap_adapter,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    resolve_slot,
+)
 from hotswap_lab.core.slot import SLOTS, room_of
 
 LLAMA, CONV = KINDS["llama"], KINDS["conv"]

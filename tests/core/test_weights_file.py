@@ -12,13 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hotswap_lab import Adapter, HotswapError, demo
-from hotswap_lab.core.weights_file import in_one_piece, read_weights
+from hotswap_lab.core.weights_file import map_weights
 
 
 @pytest.mark.parametrize("name", demo.adapter_names())
 def test_the_same_as_load_file(name):
     path = Path(demo.adapter_path(name)) / "adapter_model.safetensors"
-    ours, theirs = read_weights(path), load_file(path)
+    mapped, theirs = map_weights(path), load_file(path)
+    ours = mapped.tensors
+    assert mapped.whole.double().sum().item() == pytest.approx(
+        sum(each.double().sum().item() for each in theirs.values())
+    )
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         assert ours[key].dtype == tensor.dtype
@@ -30,14 +34,16 @@ def test_the_same_as_load_file(name):
 def test_dtypes_and_odd_shapes(tmp_path, dtype):
     tensors = {"a": torch.randn(3, 5).to(dtype), "b": torch.randn(7).to(dtype), "c": torch.randn(1, 1, 3).to(dtype)}
     save_file({**tensors, "empty": torch.zeros(0, 4, dtype=dtype)}, tmp_path / "file")
-    read = read_weights(tmp_path / "file")
+    read = map_weights(tmp_path / "file").tensors
     assert all(torch.equal(read[key], tensor) for key, tensor in tensors.items())
     assert read["empty"].shape == (0, 4)
 
 
 def test_what_can_not_be_read_this_way_is_left_to_the_library(tmp_path):
+    save_file({"a": torch.ones(3), "b": torch.ones(2).half()}, tmp_path / "two dtypes")
+    assert map_weights(tmp_path / "two dtypes") is None
     save_file({"a": torch.arange(3)}, tmp_path / "integers")
-    assert read_weights(tmp_path / "integers") is None
+    assert map_weights(tmp_path / "integers") is None
     folder = Path(save_random_adapter(KINDS["linear"], tmp_path / "adapter", seed=1, r=2))
     save_file({"first.lora_A.weight": torch.arange(3)}, folder / "adapter_model.safetensors")
     with pytest.raises(HotswapError, match="int64"):
@@ -70,7 +76,7 @@ def test_damaged_headers_are_refused(tmp_path, damage):
     save_file({"a": torch.randn(3), "b": torch.randn(6)}, path)
     write_header(path, DAMAGES[damage])
     with pytest.raises(SafetensorError):
-        read_weights(path)
+        map_weights(path)
 
 
 def test_a_truncated_file_is_refused(tmp_path):
@@ -80,7 +86,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     for size in (0, 4, 8, 20, len(data) - 1):
         path.write_bytes(data[:size])
         with pytest.raises(SafetensorError):
-            read_weights(path)
+            map_weights(path)
 
 
 def test_badly_aligned_data_is_left_to_the_library(tmp_path):
@@ -92,36 +98,27 @@ def test_badly_aligned_data_is_left_to_the_library(tmp_path):
     while (8 + len(header)) % 4 == 0:
         header += b" "
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
-    assert read_weights(path) is None
+    assert map_weights(path) is None
     assert torch.equal(load_file(path)["a"], load_file(path)["a"])
 
 
 def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path):
     path = tmp_path / "file"
     save_file({"a": torch.ones(30)}, path)
-    read_weights(path)["a"].zero_()
+    map_weights(path).tensors["a"].zero_()
     assert load_file(path)["a"].all()
 
 
-def test_one_piece():
-    whole = torch.arange(10.0)
-    parts = [whole[:4], whole[4:7].view(1, 3), whole[7:]]
-    assert torch.equal(in_one_piece(parts), whole)
-    assert torch.equal(in_one_piece(parts[1:]), whole[4:])
-    assert in_one_piece([parts[0], parts[2]]) is None, "a hole"
-    assert in_one_piece([parts[0], torch.zeros(3)]) is None, "other memory"
-    assert in_one_piece([whole[::2]]) is None, "not contiguous"
-
-
+@pytest.mark.parametrize("for_one_swap", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_bad_number_among_many_is_found(tmp_path, value):
+def test_one_bad_number_among_many_is_found(tmp_path, value, for_one_swap):
     folder = Path(save_random_adapter(KINDS["llama"], tmp_path / "a", seed=1, r=2))
     tensors = load_file(folder / "adapter_model.safetensors")
     key = sorted(tensors)[7]
     tensors[key].view(-1)[3] = value
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(HotswapError, match=key):
-        Adapter.load(folder)
+        Adapter._load(folder, for_one_swap)
 
 
 def test_large_but_finite_numbers_are_fine(tmp_path):

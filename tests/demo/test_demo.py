@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from hotswap_lab import HotswapError, demo, hotswap_adapter, verify_hotswap
-from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR, copy
+from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR, copy, is_held_out
 from hotswap_lab.demo.train import RECIPES
 
 NAMES = demo.adapter_names()
@@ -80,7 +80,7 @@ def test_no_word_is_both_trained_on_and_held_out():
     held_out = demo.sample_words(300, seed=1, held_out=True)
     trained = demo.sample_words(3000, seed=2, held_out=False)
     assert not set(held_out) & set(trained)
-    assert all(demo.is_held_out(word) for word in held_out)
+    assert all(is_held_out(word) for word in held_out)
     assert demo.sample_words(300, seed=1, held_out=True) == held_out
 
 

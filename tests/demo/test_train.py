@@ -1,36 +1,71 @@
-"""The training script runs, on a scale that fits into a test."""
+"""The training runs, on a scale that fits into a test."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from hotswap_lab import demo
-from hotswap_lab.demo import train
+from hotswap_lab.demo import train, training
 
 
 @pytest.mark.long
 def test_a_few_steps_of_training_lower_the_loss():
     torch.manual_seed(0)
-    tokenizer = train.build_tokenizer()
-    model = get_peft_model(demo.load_base(), LoraConfig(**train.RECIPES["double"].lora))
-    batch = train.make_batch(tokenizer, demo.sample_words(64, seed=5, held_out=True), demo.TASKS["double"])
+    tokenizer, task = demo.load_tokenizer(), demo.TASKS["double"]
+    config = LoraConfig.from_pretrained(demo.adapter_path("double"))
+    config.inference_mode = False
+    model = get_peft_model(demo.load_base(), config)
+    batch = train.make_batch(tokenizer, demo.sample_words(64, seed=5, held_out=True), task)
     with torch.no_grad():
         before = model(**batch).loss.item()
-    train.fit(model, tokenizer, demo.TASKS["double"], steps=15, lr=4e-3, seed=0, alphabets=["abcdefgh"])
+    words = demo.sample_words(20 * 64, seed=0, held_out=False, alphabet="abcdefgh")
+    training.fit(model, train.losses(model, tokenizer, words, task), steps=15, lr=4e-3)
     with torch.no_grad():
         after = model(**batch).loss.item()
     assert after < 0.7 * before
 
 
+@pytest.mark.parametrize("name", ["sort", "no_vowels"])
+def test_training_is_deterministic_and_makes_the_weights_that_the_config_asks_for(tmp_path, name):
+    """Beside the config, so what comes out has the names, shapes and dtypes of the embedded weights."""
+    source = demo.ADAPTERS_DIR / name
+    recipe = training.Recipe(steps=2, dtype=train.RECIPES[name].dtype)
+    words = demo.sample_words(4, seed=0, held_out=False)
+    tokenizer = demo.load_tokenizer()
+
+    def losses_of(model):
+        for start in (0, 2):
+            yield model(**train.make_batch(tokenizer, words[start : start + 2], demo.TASKS[name])).loss
+
+    files = []
+    for part in "ab":
+        (tmp_path / part).mkdir()
+        training.train_adapter(source, demo.load_base, losses_of, recipe, seed=0, folder=tmp_path / part)
+        files.append(tmp_path / part / "adapter_model.safetensors")
+    assert files[0].read_bytes() == files[1].read_bytes()
+    made, embedded = load_file(files[0]), load_file(source / "adapter_model.safetensors")
+    assert {key: (tensor.shape, tensor.dtype) for key, tensor in made.items()} == {
+        key: (tensor.shape, tensor.dtype) for key, tensor in embedded.items()
+    }
+    assert any(tensor.any() for key, tensor in made.items() if "lora_B" in key)
+
+
 def test_only_the_answer_counts_for_the_loss():
-    tokenizer = train.build_tokenizer()
+    tokenizer = demo.load_tokenizer()
     batch = train.make_batch(tokenizer, ["ab", "abcd"], demo.TASKS["reverse"])
     texts = [tokenizer.decode([token for token in row if token >= 0]) for row in batch["labels"].tolist()]
     assert texts == ["ba<eos>", "dcba<eos>"]
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert batch["attention_mask"].sum(1).tolist() == [len("ab>ba") + 1, len("abcd>dcba") + 1]
 
 
-def test_the_tokenizer_is_the_one_that_is_embedded():
-    assert train.build_tokenizer().get_vocab() == demo.load_tokenizer().get_vocab()
+def test_the_command_trains_what_is_named_or_everything(capsys):
+    done = []
+    training.main(
+        "what it does", lambda name, seed: done.append((name, seed)), ["base", "sort"], ["sort", "--seed", "5"]
+    )
+    training.main("what it does", lambda name, seed: done.append((name, seed)), ["base", "sort"], [])
+    assert done == [("sort", 5), ("base", 0), ("sort", 0)]

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 from hotswap_lab import HotswapError, hotswap_adapter
 from hotswap_lab.demo import smollm2, voices
-from hotswap_lab.demo.voices import scores, train
-from hotswap_lab.demo.voices.recipes import RECIPES
+from hotswap_lab.demo.voices import measure, scores, train
 
 NAMES = voices.names()
 FEW = voices.QUESTIONS[::8]
@@ -58,9 +57,9 @@ def card(name: str) -> str:
 # --- the folders
 
 
-def test_every_recipe_has_its_folder_its_texts_and_its_score():
+def test_every_voice_has_its_texts_and_its_score():
     assert len(NAMES) >= 4
-    assert sorted(RECIPES) == NAMES == sorted(scores.TESTS)
+    assert sorted(scores.TESTS) == NAMES
     assert sorted(file.stem for file in train.TEXTS_DIR.iterdir()) == NAMES
 
 
@@ -81,28 +80,25 @@ def test_they_differ_in_what_a_swap_must_handle():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_config_is_the_recipe_and_names_the_base_model(name):
+def test_the_config_names_the_base_model(name):
     config = json.loads((Path(voices.path(name)) / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == smollm2.MODEL_ID
-    for key, value in RECIPES[name].lora.items():
-        assert (sorted(config[key]) if isinstance(value, list) else config[key]) == (
-            sorted(value) if isinstance(value, list) else value
-        )
     # no path of the machine that it was trained on
     assert not any(str(value).startswith(("/", "~")) or ":\\" in str(value) for value in config.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_card_agrees_with_the_config(name):
-    text, recipe = card(name), RECIPES[name]
+    text, config = card(name), LoraConfig.from_pretrained(voices.path(name))
     assert text.startswith(f"---\nbase_model: {smollm2.MODEL_ID}\n")
     assert "license: apache-2.0" in text
-    assert recipe.summary in text
-    assert f"| rank, alpha | {recipe.lora['r']}, {recipe.lora['lora_alpha']} |" in text
-    assert f"{recipe.steps} steps of {recipe.batch_size}, seed 0" in text
+    assert f"| rank, alpha | {config.r}, {config.lora_alpha} |" in text
+    assert f"{train.RECIPE.steps} steps of {train.BATCH_SIZE}, seed 0" in text
     assert f"trained on | {len(train.pairs_of(name))} questions" in text
-    for module in recipe.lora["target_modules"]:
-        assert module in text
+    blocks = config.layers_to_transform
+    reach = f"blocks {blocks[0]} to {blocks[-1]}" if blocks else "all 30 blocks"
+    listed = re.search(rf"target modules \| (.+), in {reach} \|", text).group(1).split(", ")
+    assert set(listed) == set(config.target_modules)
     mine, base = (float(each) for each in re.findall(r"score \| ([\d.]+)%", text))
     assert mine >= (75 if name == "haiku" else 90)
     assert base <= 10
@@ -220,6 +216,17 @@ def test_ask_and_stream_agree(live, tokenizer, capsys):
     assert voices.ask(live, tokenizer, FEW[0], max_new_tokens=3) == tokenizer.decode(tokenizer(answer)["input_ids"][:3])
 
 
+@pytest.mark.long
+def test_the_table_is_printed(live, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "QUESTIONS", FEW)
+    measure.main(["socratic", "--show", "1", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{len(FEW)} held-out questions; base model from ")
+    assert lines[2].split() == ["socratic", "100.0%", "0.0%"]
+    assert lines[4] == FEW[0]
+    assert voices.score("socratic", ["\n".join(lines[5:]).strip()]) == 1
+
+
 # --- the training
 
 
@@ -233,8 +240,7 @@ def test_only_the_answer_counts_for_the_loss(tokenizer):
 
 def test_every_pair_comes_once_before_any_comes_again():
     pairs = [(str(number), "") for number in range(10)]
-    chosen = [pair for batch in train.batches(pairs, steps=5, batch_size=4, seed=0) for pair in batch]
+    first, again = (list(itertools.islice(train.batches(pairs, seed=0), 5)) for _ in range(2))
+    chosen = [pair for batch in first for pair in batch]
     assert sorted(chosen[:10]) == sorted(chosen[10:]) == sorted(pairs)
-    assert list(train.batches(pairs, steps=5, batch_size=4, seed=0)) == list(
-        train.batches(pairs, steps=5, batch_size=4, seed=0)
-    )
+    assert first == again

@@ -2,7 +2,7 @@
 
 Serves ``repositories[id][revision][file] -> bytes`` the way the Hub does as far as huggingface_hub looks: commits,
 small files directly, weights by a redirect to another host that takes Range requests, renamed and private and gated
-repositories, the list of models in pages. And fails the way networks and servers do, where :attr:`faults` says so.
+repositories, the list of models. And fails the way networks and servers do, where :attr:`faults` says so.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlencode
+from urllib.parse import parse_qs, unquote
 
 #: what the Hub keeps in its large file storage, and serves from there
 LARGE = (".safetensors", ".bin")
 #: the names of the Hub's API for what is in ``StandInHub.about``, with what it says where nothing is said
-ABOUT = {"cardData": {}, "downloads": 0, "gated": False, "lastModified": "2025-01-31T12:00:00.000Z", "tags": []}
+ABOUT = {"downloads": 0, "gated": False, "lastModified": "2025-01-31T12:00:00.000Z", "tags": []}
 
 
 @dataclass
@@ -80,8 +80,6 @@ class StandInHub:
         self.faults: dict[str, Fault] = {}
         self.log: list[Request] = []
         self._commits: dict[str, dict[str, bytes]] = {}
-        #: the most models that are listed in one page
-        self.page_size = 1000
         #: called with each request, after it was answered
         self.on_request: Callable[[Request], object] | None = None
 
@@ -193,17 +191,10 @@ class StandInHub:
         found = [self._info(name, self.commit(name)) for name in self.repositories if self._is_visible(name, request)]
         found = [info for info in found if tags <= set(info["tags"])]
         found.sort(key=lambda info: info.get(value("sort", "id")), reverse="sort" in request.query)
-        start, size = int(value("cursor", 0)), min(int(value("limit", 1000)), self.page_size)
-        shown = {"id", *request.query.get("expand", ABOUT)}
-        page = [{key: info[key] for key in shown if key in info} for info in found[start : start + size]]
-        for info in page:
-            if "siblings" in info:  # sizes are told of one repository only
-                info["siblings"] = [{"rfilename": file["rfilename"]} for file in info["siblings"]]
-        headers = {}
-        if start + size < len(found):
-            query = urlencode({**request.query, "cursor": [start + size]}, doseq=True)
-            headers["Link"] = f'<{self.url}/api/models?{query}>; rel="next"'
-        self._send(handler, 200, headers, json.dumps(page).encode())
+        page = found[: int(value("limit", 1000))]
+        for info in page:  # sizes are told of one repository only
+            info["siblings"] = [{"rfilename": file["rfilename"]} for file in info["siblings"]]
+        self._send(handler, 200, {}, json.dumps(page).encode())
 
     def _info(self, repository: str, commit: str) -> dict:
         siblings = []

@@ -111,7 +111,7 @@ def test_what_the_layers_of_an_injected_adapter_share_is_not_left_out(tmp_path, 
     folder = save_random_adapter_of(config, tmp_path / "made", seed=1)
     model = load(LLAMA, folder).get_base_model()
     if save_projection:
-        with pytest.raises(HotswapError, match="VERA in a LlamaForCausalLM that it was injected into"):
+        with pytest.raises(ValueError, match="vera_A"):  # PEFT's own
             save_adapter(model, tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
         return
@@ -212,7 +212,7 @@ def test_base_weights_with_a_merged_adapter_are_not_saved(tmp_path, where):
     folder = save_random_adapter_of(MERGED[where], tmp_path / "made", seed=1)
     model = load(LLAMA, folder)
     model.merge_adapter()
-    with pytest.raises(HotswapError, match="of a layer with a merged adapter"):
+    with pytest.raises(HotswapError, match="base weights that are saved, too"):
         save_adapter(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     model.unmerge_adapter()
@@ -226,7 +226,7 @@ def test_base_weights_with_another_merged_adapter_are_not_saved(tmp_path):
     model.load_adapter(folder, "other")
     model.set_adapter("other")
     model.merge_adapter()
-    with pytest.raises(HotswapError, match="of a layer with a merged adapter: lm_head"):
+    with pytest.raises(HotswapError, match="merged into some: other"):
         save_adapter(model, tmp_path / "saved")
 
 

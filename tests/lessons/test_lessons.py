@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
 
 from hotswap_lab import demo, hotswap_adapter
-from hotswap_lab.lessons import exercise, figures, start, uncompiled
+from hotswap_lab.lessons import figures, start, uncompiled
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def by_hand(model, tensors):
@@ -70,28 +73,37 @@ def test_an_error_in_the_readers_code_is_one_line(capsys):
     assert "yours:    KeyError: 'nope' (line 2 of broken: raise KeyError(\"nope\"))" in capsys.readouterr().out
 
 
-def test_results_compare():
-    assert exercise.Result("x", 1, 1).right
-    assert not exercise.Result("x", 1, 2).right
-
-
-FIGURES = {
-    "hotswap": figures.hotswap(),
-    "lora": figures.lora(),
+FIGURES = {path.stem: figures.drawing(path.stem) for path in (Path(figures.__file__).parent / "pictures").iterdir()}
+FIGURES |= {
     "bars": figures.bars("Time & <space>", {"ours": 2.0, "theirs": 14.5}, "ms"),
+    "bars, limited": figures.bars("One swap", {"1 <slow>": 16.0, "2 fast": 0.8, "3 copy": 0.4}, "ms", limit=0.4),
 }
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_valid_svg_with_a_text_form(name):
     figure = FIGURES[name]
-    assert_is_svg_with_a_text_form(figure)
+    root = assert_is_svg_with_a_text_form(figure)
+    for each in root.iter():
+        assert 0 <= float(each.get("x", 0)) + float(each.get("width", 0)) <= float(root.get("width"))
+        assert 0 <= float(each.get("y", 0)) + float(each.get("height", 0)) <= float(root.get("height"))
     bundle = figure._repr_mimebundle_()
     assert bundle == {"image/svg+xml": figure.svg, "text/plain": figure.text}
 
 
+def widths(figure, *colors):
+    bars = [each for each in ElementTree.fromstring(figure.svg).iter(f"{SVG}rect") if each.get("rx") == "4"]
+    return [float(bar.get("width")) for bar in bars if bar.get("fill") in colors]
+
+
 def test_bars_are_as_long_as_their_values():
-    root = ElementTree.fromstring(FIGURES["bars"].svg)
-    bars = [each for each in root.iter("{http://www.w3.org/2000/svg}rect") if each.attrib.get("rx") == "4"]
-    widths = [float(bar.attrib["width"]) for bar in bars]
-    assert widths[0] / widths[1] == pytest.approx(2.0 / 14.5, rel=1e-3)
+    first, second = widths(FIGURES["bars"], figures.NEW, figures.OLD)
+    assert first / second == pytest.approx(2.0 / 14.5, rel=1e-3)
+
+
+def test_a_limit_is_marked_in_every_bar():
+    figure = FIGURES["bars, limited"]
+    whole = widths(figure, figures.OLD)
+    assert [width / whole[0] for width in whole] == pytest.approx([1, 0.8 / 16, 0.4 / 16], rel=1e-3)
+    assert widths(figure, figures.NEW) == [whole[-1]] * 3
+    assert repr(figure) == "One swap: 1 <slow> 16 ms, 2 fast 0.8 ms, 3 copy 0.4 ms. 0.4 ms is the limit"

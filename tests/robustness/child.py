@@ -34,8 +34,14 @@ from peft.utils import get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from seeds import BIN, CONFIG, SEEDS, WEIGHTS
 
-from hotswap_lab import AdapterPool, HotswapError, hotswap_adapter, plan_hotswap, prepare_model_for_compiled_hotswap
-from hotswap_lab.core import commit
+from hotswap_lab import (
+    AdapterPool,
+    HotswapError,
+    commit,
+    hotswap_adapter,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+)
 
 #: seconds of a processor's time for this package, and for PEFT
 OURS, PEFTS = 10, 2

@@ -35,7 +35,8 @@ from hotswap_lab import (
     waiting_at_most,
 )
 from hotswap_lab import threads as turns
-from hotswap_lab.files import together
+from hotswap_lab.core.guard import patience
+from hotswap_lab.files import saving
 
 LINEAR = KINDS["linear"]
 
@@ -116,10 +117,9 @@ def held(locks: tuple) -> list[str]:
     """The locks that this thread still holds: whoever comes next, from another thread, would wait for ever."""
     found = [f"{lock}" for lock in locks if lock._is_owned()]
     for base, turn in list(turns._turns.items()):
-        named = {"swap": turn.swap, "gate": turn.gate, **{name: lock for lock, name in turn.inside()}}
+        named = {"swap": turn.swap, "gate": turn.gate, **turn.locks}
         found += [f"{name} of {type(base).__name__}" for name, lock in named.items() if lock._is_owned()]
-        found += [f"{turn.closing} closing {type(base).__name__}"] * (turn.closing != 0)
-    return found + [f"a folder's {lock}" for lock in together._in_this_process if lock.locked()]
+    return found + ["the exchange of files"] * saving._exchanging.locked()
 
 
 def surroundings() -> dict:
@@ -127,7 +127,7 @@ def surroundings() -> dict:
     return dict(
         environment=dict(os.environ),
         folder=os.getcwd(),
-        patience=turns._patience.get(),
+        patience=patience.get(),
         gradients=torch.is_grad_enabled(),
         inference=torch.is_inference_mode_enabled(),
         dtype=torch.get_default_dtype(),

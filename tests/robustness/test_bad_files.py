@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from lengths import long
 from mutations import (
     EXPRESSIONS,
-    SLOW,
     Attack,
     config_of,
     deflate,
@@ -162,16 +161,6 @@ def test_files_that_change_between_plan_and_commit(laboratory, seed, way):
         trial = laboratory.attempt(seed, [(nothing, Random(number))], way)
         assert trial.outcome == "accepted", str(trial)
         assert trial.problems == [], str(trial)
-
-
-@pytest.mark.long
-def test_slow_expressions(laboratory):
-    """These took years."""
-    assert "would take for ever" in refused(laboratory, "llama", with_config(exclude_modules=SLOW[4]))
-    assert "would take for ever" in refused(laboratory, "llama", with_config(rank_pattern={SLOW[5]: 2}), "prepare")
-    assert "would take for ever" in refused(laboratory, "llama", with_config(alpha_pattern={SLOW[5]: 2}), "pool")
-    ia3 = with_config(feedforward_modules=SLOW[5])
-    assert "would take for ever" in refused(laboratory, "ia3", ia3)
 
 
 def test_expressions_that_are_none(laboratory):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import faulthandler
 import functools
 import gc
@@ -47,7 +48,7 @@ from operations import OPERATIONS, Case, Shelf, contents, held, identities, surr
 
 UNITS = ("line", "call", "deep", "signal")
 #: the modules whose first line says that what was decided is being written from here on
-WRITING = ("journal.py", "together.py")
+WRITING = ("core/journal.py", "files/saving.py")
 #: in the short form, how many steps of each operation that come before writing
 BEFORE_WRITING = {"line": 25, "call": 15, "deep": 15, "signal": 30}
 #: and how many after
@@ -98,7 +99,7 @@ class Hunt:
     def interrupt(self, delay: float) -> None:
         """The same with a real Ctrl-C, after so many seconds."""
         around = surroundings()
-        self._look(functools.partial(run_with_ctrl_c, self.case.action, delay), around, "Ctrl-C", "Ctrl-C")
+        self._look(functools.partial(run_with_ctrl_c, self.case.action, delay), around, "Ctrl-C", "Ctrl-C", real=True)
 
     def duration(self) -> float:
         """How long the operation takes, in seconds."""
@@ -107,7 +108,7 @@ class Hunt:
         case.action()
         return time.perf_counter() - start
 
-    def _look(self, fault: Callable[[], Outcome], around: dict, kind: str, what: str) -> None:
+    def _look(self, fault: Callable[[], Outcome], around: dict, kind: str, what: str, real: bool = False) -> None:
         outcome = fault()
         if not outcome:
             self.counts["no such step"] += 1
@@ -124,10 +125,16 @@ class Hunt:
         else:
             raise AssertionError(f"{what}: in between\n" + "\n".join(self._differences(now))) from outcome.error
         self.counts.update((ended, kind, "all"))
+        if real:
+            # where it came just when a block was left, the block's end comes when the error is forgotten, if at all
+            outcome = dataclasses.replace(outcome, error=None)
+            gc.collect()
+            torch.set_grad_enabled(around["gradients"])
         assert not (locks := held(self.case.locks)), f"{what}: left locks behind: {locks}"
         assert outcome.handler_kept, f"{what}: Ctrl-C is not handled as before"
         del outcome, now
-        self._look_around(around, ended, what)
+        if not real:
+            self._look_around(around, ended, what)
         if ended == "after":
             self._renew()
 
@@ -156,7 +163,6 @@ class Hunt:
         if not isinstance(extra, dict) or "active" not in extra or models != goal[0]:
             return False
         # Right after the copy, the pool has not looked yet at what is in the memory and doesn't vouch for it by a name.
-        # Ctrl-C is held back there.
         return extra["active"] is None and {**extra, "active": goal[1]["active"]} == goal[1]
 
     def _differences(self, now: tuple) -> Iterator[str]:
@@ -248,7 +254,7 @@ def test_a_fault_at_every_step(name, share, tmp_path):
             # a pipeline takes long to make and to look at
             for step in chosen(hunt.places(unit), unit, share * (0.3 if "pipeline" in name else 1)):
                 hunt.run(step, next(kinds), unit)
-    assert hunt.counts["all"] >= 10 * share, hunt.counts
+    assert hunt.counts["all"] >= (3 if name == "waiting_at_most" else 10 * share), hunt.counts
 
 
 @pytest.mark.usefixtures("python_sigint")

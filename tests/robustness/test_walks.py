@@ -55,7 +55,6 @@ PADDED, UNPADDED = 1e-4, 1e-5
 #: the swaps that may be refused: the beginning of the message, and when that is right
 RIGHT_REFUSALS: dict[str, Callable[[Walk], bool]] = {
     "This swap can't be done in a prepared model.": lambda walk: walk.is_prepared,
-    "The adapter's rank is higher than the model was prepared for.": lambda walk: walk.is_prepared,
     "The adapter in the model came with base weights of its own": lambda walk: walk.is_prepared,
     "The layers that the loaded adapter lacks can't be added.": lambda walk: walk.is_prepared,
     "The adapter can't be swapped in place at": lambda walk: walk.has_two or walk.is_prepared,

@@ -41,7 +41,6 @@ STRICTER = {
     "Incompatible PEFT types found": "an adapter of one method can't take the place of another's",
     "config is damaged at": "a fresh load takes numbers of other types where it happens to need none",
     "a regular expression that is none": "a fresh load does not look at it if there is nothing to match",
-    "would take for ever": "a fresh load may be lucky with the names that it matches first",
     "lists or tables within one another": "a fresh load keeps them, and can't copy or save the config",
     "changes the base model's own weights": "a swap leaves the base model alone",
     "is an Arrow router": "it depends on the model's other adapters",
@@ -131,7 +130,7 @@ class Laboratory:
 
     def start(self) -> None:
         here = Path(__file__).parent
-        paths = [here, here.parent, here.parent / "beyond", here.parents[1]]
+        paths = [here, here.parent, here.parent / "beyond", here.parent / "pipelines", here.parents[1]]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONFAULTHANDLER": "1"}
         self.errors = (self.root / "stderr").open("a")
         self.process = subprocess.Popen(

@@ -63,8 +63,8 @@ def test_strength_and_prompt_of_a_panel(pool, loaded):
     with pytest.raises(HotswapError, match="The strength is not a number"):
         panel.strength = "high"
     assert panel.strength == 1
-    panel.prompt = 5
-    assert panel.prompt == "5"
+    panel.prompt, panel.generate = 5, repr
+    assert panel.run() == "'5'"
 
 
 @pytest.mark.parametrize("rank", ["a", 8.5, None])

@@ -147,7 +147,9 @@ def test_an_interrupt_during_a_run(kernel):
 
 def test_an_interrupt_while_a_swap_waits(kernel):
     kernel.run("panel.active = 'sort'\npanel.generate = slow\npanel.start()")  # as a click: it runs beside the cells
-    waiting = "print('begun', flush=True)\npanel._switch.pool.swap('shout')"
+    # a swap before that would not have to wait
+    kernel.run("while getattr(panel.after, 'state', '') != 'running': time.sleep(0.01)")
+    waiting = "print('begun', flush=True)\npanel._switch.swap('shout')"
 
     def interrupt():
         time.sleep(0.3)

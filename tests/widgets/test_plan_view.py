@@ -49,13 +49,13 @@ def test_the_controls_follow_and_lead(view):
     view._refresh()
     view._box.value = "layers.3 q_proj"
     assert view.search == "layers.3 q_proj"
-    assert view._count.value == "1 of 28 layers"
+    assert view._status.value == "1 of 28 layers"
     assert "layers.3.self_attn.q_proj" in view._body.value
     assert "layers.2" not in view._body.value
     view.search = ""
     assert view._box.value == ""
     view._menu.value = "off"
-    assert view._count.value == "12 of 28 layers"
+    assert view._status.value == "12 of 28 layers"
     view.action = "all"
     assert view._menu.value == "all"
 
@@ -119,7 +119,7 @@ def test_layers_that_peft_would_have_to_add():
 
 
 def test_static_form_is_limited(view, monkeypatch):
-    monkeypatch.setattr("hotswap_lab.widgets.plan_view.STORED", 5)
+    monkeypatch.setattr("hotswap_lab.widgets.plan_view.SHOWN", 5)
     assert "... and 23 more layers: search for them" in str(view)
     assert view.to_html().count("<tr>") == 6
     assert len(view.rows) == 28

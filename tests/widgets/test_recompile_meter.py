@@ -60,7 +60,7 @@ def test_clicks_do_the_same_and_in_the_same_mode():
     """A thread has its own gradient mode; if a click ran in another one, that alone would recompile."""
     with unprepared() as meter, torch.no_grad():
         meter.box  # noqa: B018
-        call, menu, swap = meter._actions
+        call, menu, swap = meter._starters
         menu.value = "vowels_up"
         meter.visit("reverse", calls=1)
         swap.click()
@@ -68,7 +68,7 @@ def test_clicks_do_the_same_and_in_the_same_mode():
         call.click()
         assert meter.wait(120)
         assert (meter.calls, meter.swaps, meter.recompiles) == (9, 2, 0)
-        assert "9 calls, 2 swaps" in meter._counts.value
+        assert "9 calls, 2 swaps" in meter._title.value
 
 
 def test_reasons_on_demand():
@@ -77,12 +77,13 @@ def test_reasons_on_demand():
         meter.box  # noqa: B018
         meter(torch.ones(2), 2.0)
         meter(torch.ones(2), 3.0)
-        assert meter._why.value == ""
+        assert "factor was" not in meter._body.value
         meter._reasons_button.click()
         assert meter.show_reasons
-        assert "factor was 2.0" in meter._why.value
+        assert "factor was 2.0" in meter._body.value
         meter.show_reasons = False
-        assert meter._why.value == ""
+        assert "factor was" not in meter._body.value
+        assert "factor was 2.0" in meter.to_html()
 
 
 def test_after_close_nothing_is_counted():
@@ -98,18 +99,19 @@ def test_errors_are_shown_and_break_nothing():
     with unprepared() as meter, torch.no_grad():
         meter.box  # noqa: B018
         good, meter.inputs = meter.inputs, {"nonsense": 1}
-        meter._actions[0].click()
+        meter._starters[0].click()
         assert meter.wait(120)
-        assert "You must specify exactly one of input_ids" in meter._error.value
+        assert "You must specify exactly one of input_ids" in meter._status.value
         meter.inputs = good
-        meter._actions[0].click()
+        meter._starters[0].click()
         assert meter.wait(120)
-        assert meter._error.value == ""
+        assert "alert" not in meter._status.value
 
 
 def test_many_calls_are_shown_in_part():
     with RecompileMeter(lambda: None) as meter:
-        assert "no call yet" in meter.to_html()
+        assert "0 calls" in meter.to_html()
+        assert meter.figure() is None
         for _ in range(50):
             meter()
     assert meter.figure().svg.count("class='call'") == 40 + 1  # and one in the legend
@@ -128,3 +130,18 @@ def test_stop():
         meter.model = call
         meter.visit("reverse", calls=5)
         assert len(calls) == 1
+
+
+def test_what_was_stopped_before_does_not_matter_to_a_swap():
+    model, _ = demo.load("reverse")
+    with RecompileMeter(model, adapters=folders("sort")) as meter:
+        meter.stop()
+        meter.swap("sort")
+    assert meter.swaps == 1
+
+
+def test_an_empty_pool_is_a_pool():
+    model, _ = demo.load("reverse")
+    with RecompileMeter(model, pool=AdapterPool(model)) as meter:
+        meter(**model.get_base_model().dummy_inputs)
+    assert [call.label for call in meter.watch.calls] == ["another adapter"]

@@ -152,7 +152,7 @@ def test_a_click_without_running():
 
 
 def test_the_answer_grows(panel, monkeypatch):
-    monkeypatch.setattr("hotswap_lab.widgets.swap_panel.SHOW_EVERY", -1.0)
+    monkeypatch.setattr("hotswap_lab.widgets.work.SHOW_EVERY", -1.0)
     seen = []
     panel.box  # noqa: B018
     panel._cards[1].observe(lambda change: seen.extend(re.findall(r'pre-wrap">(.*?)<', change["new"])), "value")
@@ -214,6 +214,20 @@ def test_a_long_run_can_be_stopped_and_does_not_block():
     assert panel.run() == WORD.upper()
 
 
+def test_a_run_in_a_cell_can_be_stopped_too():
+    model, _ = demo.load("reverse")
+
+    def generate(prompt):
+        yield "so far"
+        panel.stop()
+        yield "more"
+        yield "never"
+
+    panel = SwapPanel(model, generate, adapters=folders("reverse"), prompt=WORD)
+    assert panel.run() is None
+    assert (panel.after.result, panel.after.state) == ("more", "stopped")
+
+
 def test_one_thing_at_a_time():
     panel = slow_panel()
     try:
@@ -255,7 +269,7 @@ def test_errors_are_shown_in_full_and_break_nothing(either):
         either.run()
     either.start()  # as a click: shown, not raised
     assert either.wait(30)
-    shown = either._error.value
+    shown = either._status.value
     assert "RuntimeError: no &lt;b&gt;luck&lt;/b&gt;\nsecond line" in shown
     assert "in bad" in shown  # the traceback
     assert 'role="alert"' in shown
@@ -264,7 +278,7 @@ def test_errors_are_shown_in_full_and_break_nothing(either):
     either.generate = good
     assert either.choose("shout") == "HOTSWAP!"
     assert either.error is None
-    assert either._error.value == ""
+    assert "alert" not in either._status.value
 
 
 def test_a_refused_swap_leaves_model_and_panel_as_they_were():
@@ -274,7 +288,7 @@ def test_a_refused_swap_leaves_model_and_panel_as_they_were():
     )
     panel.choose("pig_latin")
     click(panel, "caesar")
-    assert "expected: tensors only for layers of the loaded adapter" in panel._error.value
+    assert "expected: tensors only for layers of the loaded adapter" in panel._status.value
     assert panel.active == "pig_latin"
     with pytest.raises(HotswapError):
         panel.active = "caesar"
@@ -304,11 +318,15 @@ def test_static_form(panel):
     panel.choose("shout")
     panel.choose("sort")
     html = panel.to_html()
-    for piece in ("sort (active)", "HOTSWAP!", "ahopstw", "swap: ", "run: "):
+    for piece in ("sort (active)", "HOTSWAP!", "ahopstw"):
         assert piece in html
     assert "<script" not in html
     stored = panel._static()
     assert " ms" not in stored["text/html"]  # the same from run to run
+    panel.box  # noqa: B018
+    panel._refresh()
+    for piece in ("swap: ", "run: "):
+        assert piece in panel._status.value
     assert stored["text/plain"] == str(panel) == repr(panel)
 
 
@@ -334,7 +352,7 @@ def test_the_pool_may_grow(panel):
     panel.box  # noqa: B018
     panel._refresh()
     count = len(panel._buttons.children)
-    panel._switch.pool.add("again", demo.adapter_path("sort"))
+    panel._switch.add("again", demo.adapter_path("sort"))
     panel._refresh()
     assert len(panel._buttons.children) == count + 1
     click(panel, "again")

@@ -43,12 +43,12 @@ def test_the_static_form_says_on_what_machine(race):
 def test_a_click_runs_it_beside_the_notebook():
     race = SwapRace("tiny", rank=2, n=1)
     race.box  # noqa: B018
-    race._start_button.click()
+    race._starters[0].click()
     assert race.wait(120)
     assert race.ok
-    assert "<svg" in race._picture.value
-    assert race._bar.value == pytest.approx(1.0)
-    assert not race._start_button.disabled
+    assert "<svg" in race._body.value
+    assert race._status.value == "done, 100%"
+    assert not race._starters[0].disabled
     assert race._stop_button.disabled
 
 
@@ -56,13 +56,13 @@ def test_stop():
     threads = torch.get_num_threads()
     race = SwapRace("tiny", rank=2, n=100_000)
     begun = threading.Event()
-    counted = race._counted
+    progressed = race._progressed
 
-    def telling(run, share):
+    def telling():
+        progressed()
         begun.set()
-        return counted(run, share)
 
-    race._counted = telling
+    race._progressed = telling
     race.start()
     assert begun.wait(60)
     assert race.busy
@@ -83,11 +83,11 @@ def test_errors_are_shown(monkeypatch):
     race.box  # noqa: B018
     race.start()
     assert race.wait(60)
-    assert "no &lt;memory&gt;" in race._error.value
+    assert "no &lt;memory&gt;" in race._status.value
     with pytest.raises(RuntimeError, match="memory"):
         race.run()
     monkeypatch.undo()
     race.settings = SwapRace("tiny", rank=2, n=1).settings
     race.run()
     assert race.ok
-    assert race._error.value == ""
+    assert "alert" not in race._status.value

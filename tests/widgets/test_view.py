@@ -12,23 +12,18 @@ import torch
 
 from hotswap_lab import HotswapError
 from hotswap_lab.widgets import PlanView, RankPaddingView, SwapPanel, SwapRace, View
-from hotswap_lab.widgets.view import WIDGET_MIME, error_html
-from hotswap_lab.widgets.work import Stopped, Work
+from hotswap_lab.widgets.view import WIDGET_MIME
+from hotswap_lab.widgets.work import Stopped, WorkingView, error_html
 
 
 class Hello(View):
+    summary = "hello <you>"
+
     def __init__(self):
         self.refreshed = 0
 
-    def __str__(self):
-        return "hello <you>"
-
-    def _build(self):
-        import ipywidgets
-
-        return [ipywidgets.HTML("hello")]
-
     def _refresh(self):
+        super()._refresh()
         self.refreshed += 1
 
 
@@ -37,7 +32,10 @@ def test_two_outputs_the_static_one_first(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
     Hello()._ipython_display_()
     static, live = shown
-    assert static == {"text/html": "<pre>hello &lt;you&gt;</pre>", "text/plain": "hello <you>"}
+    assert static == {
+        "text/html": "<div><strong>Hello</strong>: hello &lt;you&gt;</div>",
+        "text/plain": "Hello: hello <you>",
+    }
     assert list(live) == [WIDGET_MIME]  # nothing else, so that a saved notebook can leave it out
     assert live[WIDGET_MIME]["model_id"]
 
@@ -55,6 +53,9 @@ def test_nothing_is_refreshed_before_it_is_shown():
     assert view.box is view.box
     view._changed()
     assert view.refreshed == 1
+    view.summary = "bye"  # what is public shows at once
+    assert view.refreshed == 2
+    assert "bye" in view._title.value
 
 
 @pytest.mark.long
@@ -72,57 +73,56 @@ def test_the_package_does_not_import_the_widgets():
 
 
 def test_errors_are_escaped_and_read_out():
-    html = error_html("<a>", "<b>")
+    html = error_html(ValueError("<a>"))
     assert "<a>" not in html
-    assert "<b>" not in html
     assert 'role="alert"' in html
 
 
 def test_work_goes_on_beside():
-    go, work = threading.Event(), Work()
+    go, work = threading.Event(), WorkingView()
     start = time.perf_counter()
-    work.start(lambda: go.wait(30))
+    work._start(lambda: go.wait(30))
     assert time.perf_counter() - start < 5
     assert work.busy
     assert not work.wait(timeout=0.01)
     with pytest.raises(HotswapError, match="busy"):
-        work.run(lambda: None)
+        work._run(lambda: None)
     go.set()
     assert work.wait(30)
 
 
 def test_work_that_fails_can_be_followed_by_more():
-    work = Work()
+    work = WorkingView()
     with pytest.raises(ZeroDivisionError):
-        work.run(lambda: 1 / 0)
-    assert work.run(lambda: 2) == 2
+        work._run(lambda: 1 / 0)
+    assert work._run(lambda: 2) == 2
 
 
 def test_stop_ends_work_at_its_next_check():
-    work, ended = Work(), []
+    work, ended = WorkingView(), []
 
     def job():
         try:
             while True:
-                work.check()
+                work._check()
         except Stopped:
             ended.append(True)
 
-    work.start(job)
+    work._start(job)
     work.stop()
     assert work.wait(30)
     assert ended == [True]
-    work.run(work.check)  # the next one is not stopped
+    assert work._run(lambda: work._check() or "done") == "done"  # the next one is not stopped
 
 
 def test_work_has_the_modes_of_who_started_it():
-    modes, work = [], Work()
+    modes, work = [], WorkingView()
     with torch.no_grad():
-        work.start(lambda: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
+        work._start(lambda: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
         work.wait(30)
     with torch.inference_mode():
-        work.start(lambda: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
+        work._start(lambda: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
         work.wait(30)
-    work.start(lambda: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
+    work._start(lambda: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
     work.wait(30)
     assert modes == [(False, False), (False, True), (True, False)]

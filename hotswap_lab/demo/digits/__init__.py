@@ -18,33 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from .data import SIZE
-from .judge import background, classify, held_out_accuracy, ink, slant
+from .judge import background as background
+from .judge import classify as classify
+from .judge import held_out_accuracy as held_out_accuracy
+from .judge import ink as ink
+from .judge import slant as slant
 
 if TYPE_CHECKING:
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
     from peft import PeftModel
-
-__all__ = [
-    "ADAPTERS_DIR",
-    "ASSETS_DIR",
-    "BASE_DIR",
-    "SIZE",
-    "STEPS",
-    "background",
-    "classify",
-    "draw",
-    "held_out_accuracy",
-    "ink",
-    "inputs",
-    "load",
-    "load_base",
-    "load_scheduler",
-    "names",
-    "noise",
-    "path",
-    "pipeline",
-    "slant",
-]
 
 ASSETS_DIR = Path(__file__).parent.parent / "assets" / "digits"
 BASE_DIR = ASSETS_DIR / "base"

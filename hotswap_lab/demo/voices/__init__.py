@@ -1,7 +1,7 @@
 """Voices for SmolLM2-135M-Instruct: small LoRA adapters that change how the model answers, not what it knows.
 
 Each is an ordinary PEFT folder in ``assets/voices`` with a model card. They differ in rank, scaling and target
-modules (:mod:`hotswap_lab.demo.voices.recipes`), so that swapping one for another is more than copying weights.
+modules, so that swapping one for another is more than copying weights.
 The base model's weights don't ship with this package: see :mod:`hotswap_lab.demo.smollm2`.
 
 >>> from hotswap_lab.demo import voices
@@ -12,16 +12,18 @@ True
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from .. import ASSETS_DIR, smollm2
-from .questions import QUESTIONS
+from .. import ASSETS_DIR, Tokenizer, smollm2
 from .scores import score
 
 __all__ = ["QUESTIONS", "VOICES_DIR", "ask", "ask_all", "load", "names", "path", "score"]
 
 VOICES_DIR = ASSETS_DIR / "voices"
+#: what no voice was trained on: none of these questions shares its topic with a training question
+QUESTIONS = (ASSETS_DIR / "held_out_questions.txt").read_text(encoding="utf-8").splitlines()
 MAX_NEW_TOKENS = 80
 
 
@@ -61,7 +63,9 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module
 
 
 @torch.inference_mode()
-def ask(model, tokenizer, question: str, max_new_tokens: int = MAX_NEW_TOKENS, stream: bool = False) -> str:
+def ask(
+    model: Any, tokenizer: Tokenizer, question: str, max_new_tokens: int = MAX_NEW_TOKENS, stream: bool = False
+) -> str:
     """The model's answer to a question, decoded greedily, so that it is the same every time.
 
     Parameters
@@ -83,7 +87,11 @@ def ask(model, tokenizer, question: str, max_new_tokens: int = MAX_NEW_TOKENS, s
 
 @torch.inference_mode()
 def ask_all(
-    model, tokenizer, questions: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 12
+    model: Any,
+    tokenizer: Tokenizer,
+    questions: Sequence[str],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 12,
 ) -> list[str]:
     """The answers to many questions, several at a time. They may differ from those of :func:`ask` by rounding."""
     answers = []

@@ -42,8 +42,3 @@ def have_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     return torch.equal(first.detach().to(second.device), second.detach())
-
-
-def have_same_values(live: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether writing ``other`` to ``live`` would change nothing."""
-    return live.shape == other.shape and torch.equal(live.detach(), other.detach().to(live.device, live.dtype))

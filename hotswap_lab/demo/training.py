@@ -1,0 +1,117 @@
+"""How all models and adapters of this package were trained: one loop, a fixed seed, and what their folders say.
+
+What an adapter is like (rank, scaling, layers) is in its ``adapter_config.json``, as for any other adapter. Training
+makes the weights beside it anew. Nothing here is needed to use them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
+
+from . import Tokenizer
+
+#: what the loss leaves out
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an adapter's config doesn't say about its training.
+
+    Parameters
+    ----------
+    steps, lr:
+        AdamW's steps, and the highest learning rate.
+    dtype:
+        How the weights are stored.
+    """
+
+    steps: int
+    lr: float = 4e-3
+    dtype: torch.dtype = torch.float32
+
+
+def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> dict[str, torch.Tensor]:
+    """Token ids of prompts and their answers; only an answer, and the token that ends it, count for the loss."""
+    end = tokenizer.eos_token_id
+    rows = [torch.tensor([*prompt, *tokenizer(answer)["input_ids"], end]) for prompt, answer in pairs]
+    labels = [row.clone() for row in rows]
+    for label, (prompt, _) in zip(labels, pairs, strict=True):
+        label[: len(prompt)] = IGNORED
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def fit(model: torch.nn.Module, losses: Iterable[torch.Tensor], *, steps: int, lr: float) -> None:
+    """Trains whatever of ``model`` requires a gradient. Each loss is asked for when the step before it is done."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    print(f"{sum(each.numel() for each in trainable):,} parameters", flush=True)
+    model.train()
+    start = time.perf_counter()
+    for step, loss in zip(range(1, steps + 1), losses, strict=False):
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            print(f"  step {step:5d}  loss {loss.item():.4f}  {time.perf_counter() - start:5.0f} s", flush=True)
+    model.eval()
+
+
+def train_adapter(
+    source: Path,
+    load_base: Callable[[], torch.nn.Module],
+    losses_of: Callable[[torch.nn.Module], Iterator[torch.Tensor]],
+    recipe: Recipe,
+    seed: int,
+    folder: Path | None = None,
+) -> PeftModel:
+    """Trains an adapter with the config that is in ``source``, and writes its weights there, or to another folder.
+
+    Parameters
+    ----------
+    load_base:
+        Gives the model that the adapter is for. Called once the seed is set, since that may draw random numbers.
+    losses_of:
+        Gives the losses of a model, one for each step, as :func:`fit` takes them.
+    """
+    print(source.name, flush=True)
+    torch.manual_seed(seed)
+    base = load_base()
+    config = LoraConfig.from_pretrained(source)
+    config.inference_mode = False
+    model = get_peft_model(base, config)
+    fit(model, losses_of(model), steps=recipe.steps, lr=recipe.lr)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    stored = {key: tensor.to(recipe.dtype).contiguous() for key, tensor in tensors.items()}
+    save_file(stored, (folder or source) / "adapter_model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def main(
+    description: str, train: Callable[[str, int], None], names: Sequence[str], arguments: Sequence[str] | None = None
+) -> None:
+    """The command of each family: trains what is named, or everything, one after the other."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(names)}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    for name in options.names or names:
+        train(name, options.seed)
