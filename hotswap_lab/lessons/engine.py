@@ -1,0 +1,137 @@
+"""The notebook that reads the engine: its functions, shown, and a method of the reader's own."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Callable
+
+import torch
+
+from .. import demo
+from ..core import methods
+from ..core.change import Change
+from ..core.decide import Draft
+from ..core.hotswap import hotswap_adapter_from_state_dict
+from ..core.plan import Plan
+from ..core.slot import resolve_slot
+from .exercise import Exercise
+
+#: what fits on a page, and in a head
+LONGEST = 25
+
+
+def source(function: Callable) -> None:
+    """Prints the code of one of the package's functions, without its docstring.
+
+    >>> source(has_gains)
+    def has_gains(draft: Draft) -> bool:
+        return bool(gains_of(draft))
+    """
+    text = textwrap.dedent(inspect.getsource(function))
+    lines, node = text.splitlines(), ast.parse(text).body[0]
+    if ast.get_docstring(node) is not None:
+        del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
+    if len(lines) > LONGEST:
+        raise ValueError(f"{function.__qualname__} has {len(lines)} lines, too many to read in one go")
+    print("\n".join(lines).strip())
+
+
+#: the key of a gain in a file: the layer's path, and this
+GAIN = ".gain"
+
+
+def gains_of(draft: Draft) -> dict[str, float]:
+    """What an adapter of gains holds: by the path of a layer, how many times as strong LoRA is there.
+
+    >>> model, _ = demo.load("reverse")
+    >>> with_gains(model, {"model.layers.0.mlp.up_proj.gain": torch.tensor(0.5)}, lambda draft: print(gains_of(draft)))
+    {'model.layers.0.mlp.up_proj': 0.5}
+    """
+    tensors = draft.adapter.tensors
+    return {key.removesuffix(GAIN): float(value) for key, value in tensors.items() if key.endswith(GAIN)}
+
+
+def has_gains(draft: Draft) -> bool:
+    """Whether the new adapter is one of gains.
+
+    >>> model, _ = demo.load("reverse")
+    >>> with_gains(model, {"model.layers.0.mlp.up_proj.gain": torch.tensor(0.5)}, lambda draft: print(has_gains(draft)))
+    True
+    """
+    return bool(gains_of(draft))
+
+
+def as_plan(draft: Draft, change: Change) -> Plan:
+    """A plan that comes to this change, for the config that is in the model."""
+    draft.config = draft.slot.config
+    return dataclasses.replace(draft.finish(), make_change=lambda plan: change)
+
+
+def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solution: Callable) -> None:
+    """Swaps gains in, decided by ``solution`` behind the engine's door; nothing happens where it gives no plan."""
+    present = methods.rest
+
+    class Gains(type(present)):
+        def takes(self, draft: Draft) -> bool:
+            return has_gains(draft) or super().takes(draft)
+
+        def plan(self, draft: Draft) -> Plan:
+            if not has_gains(draft):
+                return super().plan(draft)
+            return solution(draft) or as_plan(draft, Change(draft.slot))
+
+    methods.rest = Gains()
+    try:
+        config = resolve_slot(model, "default").config
+        hotswap_adapter_from_state_dict(model, tensors, "default", config)
+    finally:
+        methods.rest = present
+
+
+@Exercise
+def gains(solution):
+    """An adapter of gains has one number for each layer, `<path>.gain`: how many times as strong LoRA is there.
+    Return `engine.as_plan(draft, change)`, where `change` has a step for each layer that sets its scaling, in a
+    journal, to what it is now times its gain. A layer that the model lacks is refused: draft.refuse("not_in_pool",
+    name=path, names="...") will do. About 15 lines; `engine.gains_of(draft)` reads the adapter.
+    """
+    model, _ = demo.load("reverse")
+    layers = resolve_slot(model, "default").layers
+    tensors = {f"{layer.path}{GAIN}": torch.tensor(0.0 if index < 14 else 2.0) for index, layer in enumerate(layers)}
+    before = [layer.module.scaling["default"] for layer in layers]
+    with_gains(model, tensors, solution)
+    after = [layer.module.scaling["default"] for layer in layers]
+    yield "14 layers off", after[:14], [0.0] * 14
+    yield "14 layers twice as strong", after[14:], [2 * each for each in before[14:]]
+    try:
+        with_gains(model, {**tensors, f"model.layers.9.mlp.up_proj{GAIN}": torch.tensor(1.0)}, solution)
+        refused = False
+    except ValueError:
+        refused = True
+    yield "a layer that is not there is refused", refused, True
+    yield "and nothing is written then", [layer.module.scaling["default"] for layer in layers], after
+    with_gains(model, {f"{layers[0].path}{GAIN}": torch.tensor(1.0)}, solution)
+    yield "a gain of one changes nothing", [layer.module.scaling["default"] for layer in layers], after
+
+
+def reference_gains(draft: Draft) -> Plan:
+    """One answer to :data:`gains`.
+
+    >>> model, _ = demo.load("reverse")
+    >>> with_gains(model, {"model.layers.0.mlp.up_proj.gain": torch.tensor(0.5)}, reference_gains)
+    >>> model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").scaling
+    {'default': 1.0}
+    """
+    layers = {layer.path: layer.module for layer in draft.slot.layers}
+    name, change = draft.slot.adapter_name, Change(draft.slot)
+    for path, gain in gains_of(draft).items():
+        if path not in layers:
+            draft.refuse("not_in_pool", name=path, names=f"{len(layers)} layers of the model")
+            continue
+        table = layers[path].scaling
+        value = table[name] * gain
+        change.steps.append(lambda journal, table=table, value=value: journal.set_item(table, name, value))
+    return as_plan(draft, change)
