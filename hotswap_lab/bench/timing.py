@@ -14,6 +14,8 @@ from pathlib import Path
 import peft
 import torch
 
+from ..core.report import readable
+
 #: calls of one function before it is another one's turn
 PER_ROUND = 5
 
@@ -38,15 +40,6 @@ class Timing:
     def full(self) -> str:
         """Median, minimum and how many calls, as text."""
         return f"{self} (min {readable(self.minimum)}, n {self.n})"
-
-
-def readable(seconds: float) -> str:
-    """In the unit that fits.
-
-    >>> readable(2.0), readable(0.0123), readable(0.0000456)
-    ('2 s', '12.3 ms', '0.0456 ms')
-    """
-    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
 
 
 def measure(run: Callable[[], object], *, before: Callable[[], object] = lambda: None, n: int = 15) -> Timing:

@@ -156,11 +156,6 @@ def modules_in(base: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     return found
 
 
-def is_embedding(base: torch.nn.Module, module: torch.nn.Module) -> bool:
-    """Whether ``module`` is where a transformers model gets its embeddings from, or puts its logits out."""
-    return any(each is module for each in embeddings_of(base))
-
-
 def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
     """Where a transformers model gets its embeddings from, and puts its logits out."""
     found = []

@@ -14,9 +14,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
 from .. import demo
-from ..bench.timing import readable
 from ..core.compiled import is_compiled
 from ..core.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+from ..core.report import readable
 from ..verify import verify_hotswap
 from ..watch import Call, RecompileWatch
 from .exercise import Exercise

@@ -11,11 +11,12 @@ import torch
 from .. import demo
 from ..core.errors import refuse
 from ..core.pool import AdapterPool
+from ..core.report import readable
 from ..threads import in_use
 from .results import Run
 from .switch import strength_of, switch_for, whereabouts
 from .text import text_stream
-from .view import FITS, counted, escape, readable, speaking, wrapping_row
+from .view import FITS, counted, escape, speaking, wrapping_row
 from .work import Stopped, WorkingView, error_html, message
 
 if TYPE_CHECKING:

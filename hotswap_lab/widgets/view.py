@@ -66,15 +66,6 @@ def escape(text: object) -> str:
     return html.escape(str(text))
 
 
-def readable(seconds: float) -> str:
-    """A time in the unit that fits.
-
-    >>> readable(1.5), readable(0.0123), readable(0.0000456)
-    ('1.5 s', '12.3 ms', '0.0456 ms')
-    """
-    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
-
-
 def counted(count: int, what: str) -> str:
     """How many there are.
 

@@ -15,9 +15,10 @@ import torch
 
 from ..core.errors import refuse
 from ..core.interrupts import interrupts_held
+from ..core.report import readable
 from ..threads import ModelInUseError, waiting_at_most
 from .clicks import Clicks, keep_apart_from_cells
-from .view import View, escape, readable
+from .view import View, escape
 
 if TYPE_CHECKING:
     import ipywidgets
