@@ -10,68 +10,47 @@
 >>> verify_hotswap(model, demo.adapter_path("pig_latin"))
 matches a fresh load: True
 
-What is where: ``core`` (the engine, and the order to read it in), ``beyond`` (all methods of PEFT but LoRA),
-``files`` (the Hub, its search, saving), ``pipelines`` (diffusers), ``threads`` (that share a model), ``shards``
-(parameters spread over processes), ``verify`` (the oracle), ``watch`` (recompiles, counted), ``backend`` (which
-compiler works here), ``bench`` (how fast), ``demo`` (the embedded models and their adapters), ``lessons`` (the
-notebooks' exercises), ``widgets`` (to look at). What speaks against a swap has its words in ``refusals.ini`` beside
-each of these.
+Look before you swap      ``plan_hotswap``, then ``commit``; ``verify_hotswap`` is the proof afterwards
+From tensors in memory    ``hotswap_adapter_from_state_dict``; ``Adapter.load`` reads once what is swapped in often
+A compiled model          ``prepare_model_for_compiled_hotswap`` first; ``RecompileWatch`` counts, ``pick_backend``
+Many adapters             ``AdapterPool``; ``set_strength``, ``get_strength``; threads: ``in_use``, ``waiting_at_most``
+Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``
+Files                     ``save_adapter``, ``find_adapters`` (the Hub's search)
+
+``help(hotswap_lab.hotswap_adapter)`` has the arguments, errors and an example; so it is with each of these. The
+notebooks teach all of it from the start, and ``hotswap_lab.core`` says in which order to read the engine's code. Why a
+swap was refused stands in its ``HotswapError``: what was found, what was expected, what to do next.
 """
 
+# no __all__: help(hotswap_lab) would print all that is in it, which is a book
 __version__ = "0.1.0"
 
-from . import beyond, demo, shards  # noqa: F401 - other methods and sharded tensors are known from here on
-from .backend import pick_backend
-from .core.adapter import Adapter
-from .core.commit import commit
-from .core.errors import HotswapError
-from .core.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, plan_hotswap
-from .core.plan import Plan
-from .core.pool import AdapterPool
-from .core.prepare import prepare_model_for_compiled_hotswap
-from .core.slot import resolve_slot
-from .core.strength import get_strength, set_strength
-from .files.saving import save_adapter
-from .files.search import find_adapters
-from .pipelines.lora_files import read_pipeline_lora
-from .pipelines.pipeline import (
-    PipelinePlan,
-    hotswap_pipeline,
-    plan_pipeline_hotswap,
-    prepare_pipeline_for_compiled_hotswap,
-)
-from .threads import ModelInUseError, in_use, waiting_at_most
-from .verify import Verification, verify_hotswap
-from .watch import RecompileError, RecompileWatch
-
-__all__ = [
-    "Adapter",
-    "AdapterPool",
-    "HotswapError",
-    "ModelInUseError",
-    "PipelinePlan",
-    "Plan",
-    "RecompileError",
-    "RecompileWatch",
-    "Verification",
-    "__version__",
-    "commit",
-    "demo",
-    "find_adapters",
-    "get_strength",
-    "hotswap_adapter",
-    "hotswap_adapter_from_state_dict",
-    "hotswap_pipeline",
-    "in_use",
-    "pick_backend",
-    "plan_hotswap",
-    "plan_pipeline_hotswap",
-    "prepare_model_for_compiled_hotswap",
-    "prepare_pipeline_for_compiled_hotswap",
-    "read_pipeline_lora",
-    "resolve_slot",
-    "save_adapter",
-    "set_strength",
-    "verify_hotswap",
-    "waiting_at_most",
-]
+from . import beyond, shards  # noqa: F401 - other methods and sharded tensors are known from here on
+from . import demo as demo
+from .backend import pick_backend as pick_backend
+from .core.adapter import Adapter as Adapter
+from .core.commit import commit as commit
+from .core.errors import HotswapError as HotswapError
+from .core.hotswap import hotswap_adapter as hotswap_adapter
+from .core.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+from .core.hotswap import plan_hotswap as plan_hotswap
+from .core.plan import Plan as Plan
+from .core.prepare import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+from .core.slot import resolve_slot as resolve_slot
+from .core.strength import get_strength as get_strength
+from .core.strength import set_strength as set_strength
+from .files.saving import save_adapter as save_adapter
+from .files.search import find_adapters as find_adapters
+from .pipelines.lora_files import read_pipeline_lora as read_pipeline_lora
+from .pipelines.pipeline import PipelinePlan as PipelinePlan
+from .pipelines.pipeline import hotswap_pipeline as hotswap_pipeline
+from .pipelines.pipeline import plan_pipeline_hotswap as plan_pipeline_hotswap
+from .pipelines.pipeline import prepare_pipeline_for_compiled_hotswap as prepare_pipeline_for_compiled_hotswap
+from .pools import AdapterPool as AdapterPool
+from .threads import ModelInUseError as ModelInUseError
+from .threads import in_use as in_use
+from .threads import waiting_at_most as waiting_at_most
+from .verify import Verification as Verification
+from .verify import verify_hotswap as verify_hotswap
+from .watch import RecompileError as RecompileError
+from .watch import RecompileWatch as RecompileWatch

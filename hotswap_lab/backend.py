@@ -1,12 +1,15 @@
-"""Which compiler backend works here."""
+"""What has to be known of the compiler: which backend works here, and when a graph would not notice a swap."""
 
 from __future__ import annotations
 
 import functools
 import os
 import warnings
+from typing import Any
 
 import torch
+
+from .core.compiled import BLIND_SPOTS
 
 #: what builds C++ code as well, but can't link it
 C_COMPILERS = ("gcc", "cc", "clang")
@@ -70,3 +73,43 @@ def _try_inductor() -> str | None:
 
 def _add_one(x: torch.Tensor) -> torch.Tensor:
     return x + 1
+
+
+# ---- would a graph notice?
+
+
+def blind_spot(parts: list[object], prepared: bool) -> str | None:
+    """Freezing copies weights into the graph, and dropped guards let it run on with old numbers."""
+    if not parts and not prepared:
+        return None
+    inductor: Any = torch._inductor
+    if inductor.config.freezing:
+        return "torch._inductor.config.freezing is on, which copies the weights into the compiled graph"
+    contexts = [_context_of(part) for part in parts]
+    if any((getattr(context, "compiler_config", None) or {}).get("freezing") for context in contexts):
+        return "the model was compiled with freezing, which copies the weights into the compiled graph"
+    if prepared:
+        return None
+    if getattr(torch._dynamo.eval_frame._stance, "skip_guard_eval_unsafe", False):
+        return "torch.compiler.set_stance(skip_guard_eval_unsafe=True) is on, so guards are not evaluated"
+    if any(getattr(getattr(context, "_hooks", None), "guard_filter_fn", None) is not None for context in contexts):
+        return "the model was compiled with a guard_filter_fn, so guards may be missing"
+    return None
+
+
+def _context_of(part: Any) -> object | None:
+    """The compile context of a module or function. A function keeps it nowhere but in its closure."""
+    if isinstance(part, torch.nn.Module):
+        return part.__dict__.get("dynamo_ctx")
+    function = getattr(part, "__func__", part)
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:
+            continue
+        if isinstance(content, torch._dynamo.eval_frame._TorchDynamoContext):
+            return content
+    return None
+
+
+BLIND_SPOTS.append(blind_spot)

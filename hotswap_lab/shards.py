@@ -18,16 +18,17 @@ damaged file, is the caller's to agree on before anything is written::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from .core.change import Change, clear_gradient
-from .core.decide import CHECKS, Draft
+from .core.decide import CHECKS
 from .core.journal import Journal
 from .core.parts import KINDS, SlotTensor
-from .core.plan import Action
+from .core.plan import Action, Plan
 
 if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -84,12 +85,8 @@ class ShardedTensor(SlotTensor):
     def memory(self) -> torch.Tensor:
         return local_part(self.parameter)
 
-    @property
-    def has_fixed_shape(self) -> bool:
-        """FSDP has noted the parameter's shape."""
-        return _fsdp_keeper(self.owner, self.name) is not None
-
     def obstacle(self) -> str | None:
+        """Why writing to the parameter would not be enough, or None."""
         return _why_not(self.owner, self.name)
 
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
@@ -108,7 +105,22 @@ class ShardedTensor(SlotTensor):
                 change.sizes.append((self.owner, self.size_attribute, self.rank_of(source.shape)))
 
 
-KINDS.append(ShardedTensor)
+@functools.cache
+def _sharded(kind: type[SlotTensor]) -> type[SlotTensor]:
+    """A kind of tensors, spread over processes."""
+    return type(ShardedTensor.__name__, (ShardedTensor, kind), {})
+
+
+def spread(layer: torch.nn.Module, adapter_name: str, tensors: list[SlotTensor]) -> list[SlotTensor]:
+    """The tensors of a layer, those that are spread over processes as such."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensors
+    return [
+        _sharded(type(each))(**vars(each)) if ShardedTensor.holds(each.owner, each.name) else each for each in tensors
+    ]
+
+
+KINDS.append(spread)
 
 
 def _note_write(parameter: DTensor) -> None:
@@ -156,13 +168,18 @@ def is_trained_in_parallel(root: torch.nn.Module, parameters: Iterable[torch.nn.
     return any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in root.modules())
 
 
-def check_parallel_training(draft: Draft, layers: int, found: str) -> None:
+def _has_fixed_shape(tensor: SlotTensor) -> bool:
+    """Whether FSDP has noted the parameter's shape, so that it can't get another one."""
+    return tensor.is_shard and _fsdp_keeper(tensor.owner, tensor.name) is not None
+
+
+def check_parallel_training(draft: Plan, layers: int, found: str) -> None:
     """Refuses to change which parameters are trained where gradients are averaged over processes by the old ones."""
     if is_trained_in_parallel(draft.slot.host.root, draft.slot.parameters):
         draft.refuse("trained_in_parallel", layers=layers, found=found)
 
 
-def check_shards(draft: Draft) -> None:
+def check_shards(draft: Plan) -> None:
     """Refuses what processes that share the parameters can't do each on its own.
 
     New shapes, where somebody has noted the old ones and would go by them; magnitudes and biases that are frozen with
@@ -178,13 +195,13 @@ def check_shards(draft: Draft) -> None:
     more = [plan for plan in turned if any(write.target.rank_axis is None for write in plan.tensors)]
     if more:
         check_parallel_training(draft, len(more), f"a magnitude or bias to freeze or unfreeze at {more[0].path}")
-    if not draft.slot.is_sharded:
+    if not any(tensor.is_shard for tensor in draft.slot.tensors):
         return
     off = [plan.layer for plan in draft.layers if plan.settings is None]
-    read = [layer for layer in off for each in layer.tensors if each.off is not None and each.is_shard]
+    read = [layer for layer in off for each in layer.tensors if each.reads_base and each.is_shard]
     if read:
         draft.refuse("sharded_dora_off", count=len(read), path=read[0].path)
-    if fixed := [plan for plan in resized if any(each.has_fixed_shape for each in plan.layer.tensors)]:
+    if fixed := [plan for plan in resized if any(map(_has_fixed_shape, plan.layer.tensors))]:
         before, after, path = fixed[0].rank_before, fixed[0].rank_after, fixed[0].path
         draft.refuse("sharded_rank", count=len(fixed), path=path, rank_before=before, rank_after=after)
 

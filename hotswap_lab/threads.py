@@ -18,15 +18,17 @@ import math
 import sys
 import threading
 import time
+import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 
 import torch
 
 from .core import guard as door
 from .core.errors import HotswapError, refusal, refuse
-from .core.host import carriers
+from .core.host import Host, carriers
 
 #: how long to wait at a time, in seconds: on Windows, Ctrl-C comes in between only
 NAP = 0.02
@@ -88,6 +90,8 @@ class Turn:
         return [(lock, thread) for thread, lock in list(self.locks.items()) if thread != threading.get_ident()]
 
 
+#: how many seconds to wait at most
+_patience: ContextVar[float] = ContextVar("hotswap_lab_patience", default=math.inf)
 #: of each base model
 _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictionary()
 
@@ -102,7 +106,8 @@ def in_use(model: object) -> AbstractContextManager[object]:
 
     A swap from another thread, and every other change that this package makes to the adapter (strength, preparing, the
     operations of a pool), waits until the block is left. Threads that compute don't wait for each other. Inside, the
-    thread itself can't swap. Needed only where threads share a model; it costs some microseconds.
+    thread itself can't swap: to compute with a certain adapter, use ``with pool.using(name):`` instead, which swaps and
+    keeps the others from swapping. Needed only where threads share a model; it costs some microseconds.
 
     Parameters
     ----------
@@ -164,11 +169,11 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
     """
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
         raise refuse("no_time_to_wait", seconds=seconds)
-    token = door.patience.set(float(seconds))
+    token = _patience.set(float(seconds))
     try:
         yield
     finally:
-        door.patience.reset(token)
+        _patience.reset(token)
 
 
 def bases_of(model: object) -> list[torch.nn.Module]:
@@ -190,7 +195,7 @@ def taken(bases: Iterable[torch.nn.Module], computing: bool) -> AbstractContextM
     turns = turns_of(bases)
     if any(turn.lock._is_owned() for turn in turns):
         raise refuse("thread_is_computing")
-    return _taken(_locks(turns, computing), door.patience.get())
+    return _taken(_locks(turns, computing), _patience.get())
 
 
 def _locks(turns: list[Turn], computing: bool) -> Iterator[tuple[threading.RLock, int | None]]:
@@ -232,6 +237,34 @@ def _busy(number: int | None, patience: float) -> ModelInUseError:
 def is_shared(base: torch.nn.Module) -> bool:
     """Whether other threads have computed with the model, and may be doing so now."""
     return any(turn.others() for turn in turns_of([base]))
+
+
+def undisturbed(host: Host) -> AbstractContextManager[None]:
+    """Layers around single parameters (``target_parameters``) give the module inside another class while it computes,
+    and move its parameters about; OFT with ``coft`` writes to its weights: whoever decides by these waits for a turn.
+    """
+    changing = any(
+        getattr(config, "target_parameters", None) or getattr(config, "coft", False) for config in host.configs.values()
+    )
+    return door.guard(host.base) if changing else contextlib.nullcontext()
+
+
+def put_back(action: Callable[[], object], what: str) -> None:
+    """Waits for a turn however long that takes, and on Ctrl-C, unless it comes again.
+
+    ``what`` says in a warning what stays as it is after the second time.
+    """
+    token = _patience.set(math.inf)
+    try:
+        action()
+    except KeyboardInterrupt:
+        warnings.warn(
+            f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}.", stacklevel=5
+        )
+        action()
+        raise
+    finally:
+        _patience.reset(token)
 
 
 door.turns = sys.modules[__name__]

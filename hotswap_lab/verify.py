@@ -26,9 +26,9 @@ from .beyond.stand_in import make_stand_in
 from .beyond.wrappers import WRAPPERS, inside
 from .core.adapter import Adapter
 from .core.errors import refuse
-from .core.host import PEFT_PREFIX, Host, canonical_path
+from .core.host import PEFT_PREFIX, Host, canonical_path, name_in
 from .core.slot import Slot, resolve_slot
-from .core.sources import find_folder
+from .core.sources import find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
 from .threads import in_use
 
@@ -104,7 +104,7 @@ class Verification:
 def verify_hotswap(
     model: torch.nn.Module,
     adapter: str | os.PathLike[str] | Adapter,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
     *,
     inputs: Mapping[str, torch.Tensor] | tuple[object, ...] | torch.Tensor | None = None,
     base: Callable[[], torch.nn.Module] | None = None,
@@ -120,7 +120,7 @@ def verify_hotswap(
         The adapter that was swapped in: a folder, a Hub id, or an :class:`Adapter` with the keys of a file, that
         is, without the adapter's name in them.
     adapter_name:
-        Its name in the model.
+        Its name in the model. Default: the only one that there is.
     inputs:
         What to call the models with: a dict of keyword arguments, a tuple of arguments, or one tensor. Default:
         the ``dummy_inputs`` that transformers models bring.
@@ -151,7 +151,7 @@ def verify_hotswap(
     False
     """
     with _as_folder(adapter) as folder, in_use(model), torch.no_grad(), _eval_mode(model):
-        slot = resolve_slot(model, adapter_name)
+        slot = resolve_slot(model, name_in(model, adapter_name))
         _check_active(slot)
         inputs = getattr(slot.host.base, "dummy_inputs", None) if inputs is None else inputs
         if inputs is None:
@@ -161,7 +161,7 @@ def verify_hotswap(
         base_outputs = _call(fresh, inputs)
         trainable = not slot.config.inference_mode
         with compilers_kept(), random_numbers_kept():
-            fresh = PeftModel.from_pretrained(fresh, folder, adapter_name, is_trainable=trainable).eval()
+            fresh = PeftModel.from_pretrained(fresh, folder, slot.adapter_name, is_trainable=trainable).eval()
         fresh_outputs = _call(fresh, inputs)
         mismatches = tuple(_mismatches(slot, fresh))
     dtype, largest = fresh_outputs[0].dtype, max(float(output.abs().max()) for output in fresh_outputs)
@@ -206,7 +206,9 @@ def _check_active(slot: Slot) -> None:
 @contextlib.contextmanager
 def _as_folder(adapter: str | os.PathLike[str] | Adapter) -> Iterator[str]:
     if not isinstance(adapter, Adapter):
-        yield find_folder(adapter)  # the very files: it is PEFT that reads them here
+        place = find_source(adapter, {})
+        place.folder_with_config()  # first: it says of which version the weights have to be
+        yield place.folder_with_weights()  # the very files: it is PEFT that reads them here
         return
     is_whole = adapter.config.is_prompt_learning
     tensors = {

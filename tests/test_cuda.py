@@ -83,7 +83,7 @@ def test_a_graph_that_the_user_captured(folders):
 def test_a_pool_swaps_from_pinned_memory(folders, dtype):
     model = on_gpu(folders[0]).to(dtype)
     pool = AdapterPool(model, adapters=dict(enumerate_names(folders)), progress=False)
-    assert all(part.is_pinned() for entry in pool._entries.values() for part in entry.packed.parts if part.numel())
+    assert all(part.is_pinned() for entry in pool._members.values() for part in entry.packed.parts if part.numel())
     addresses = resolve_slot(model, "default").data_ptrs()
     for name in ("1", "2", "0", "2", "1") * 20:
         pool.swap(name)

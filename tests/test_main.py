@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pydoc
 import subprocess
 import sys
 
 import pytest
 
+import hotswap_lab
 from hotswap_lab import __main__ as main_module
 from hotswap_lab import demo
 from hotswap_lab.bench.compare import Comparison, compare
@@ -57,3 +59,11 @@ def test_pefts_hotswap_is_judged_by_the_same_oracle():
     row = compare("sort", "abc", 2)
     assert (row.peft_hotswap.timing, row.ours.state, row.peft_load_delete.state) == (None, "right", "right")
     assert str(row.peft_hotswap) == "refused"
+
+
+def test_help_is_a_tour_of_one_page():
+    text = pydoc.render_doc(hotswap_lab, renderer=pydoc.plaintext)
+    assert len(text.splitlines()) < 60
+    for name in ("hotswap_adapter", "AdapterPool", "HotswapError", "hotswap_pipeline"):
+        assert name in text
+        assert name in dir(hotswap_lab)

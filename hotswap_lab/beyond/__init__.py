@@ -4,12 +4,13 @@ In the order of a swap: ``decide`` (is it such a swap, and can it be done), ``st
 more, around the same memory), ``donor`` (a fresh load onto it, behind ``guards``), ``difference`` (what the live model
 lacks to equal it), ``base_values`` (base weights that adapters overwrite), ``places`` (where all of it went, for the
 next adapter with the same config). ``wrappers`` knows what PEFT puts around modules, ``general`` where the tensors of a
-method are, ``prepare`` which of them can have room for other ranks.
+method are, ``prepare`` which of them can have room for other ranks. Of LoRA, ``configs`` judges what a file may say,
+``kinds`` knows the rare kinds of tensors, and ``checks`` has what few adapters meet.
 """
 
 from pathlib import Path
 
 from ..core.errors import TEXTS
-from . import door  # noqa: F401 - the engine knows of all this from here on
+from . import checks, door  # noqa: F401 - the engine knows of all this from here on
 
 TEXTS.append(Path(__file__).with_name("refusals.ini"))

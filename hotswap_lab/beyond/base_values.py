@@ -7,24 +7,22 @@ the originals.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..core.change import ON_CONFIG
+from ..core.decide import CHECKS
 from ..core.errors import Refusal, listing, refusal
-from ..core.host import Host, canonical_path, embeddings_of
+from ..core.host import Host, canonical_path
 from ..core.journal import Journal
 from ..core.layers import have_same_values
 from ..core.methods import method_of
-from ..core.plan import Action, LayerPlan
-
-if TYPE_CHECKING:
-    from ..core.decide import Draft
+from ..core.plan import Action, LayerPlan, Plan
 
 #: on a base model: by adapter name, the original values of what that adapter overwrote, by their names
 ORIGINALS = "hotswap_base_values"
@@ -125,6 +123,16 @@ def change_base_values(
     return change
 
 
+def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
+    """Where a transformers model gets its embeddings from, and puts its logits out."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        # not every model has these
+        with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
+            found.append(getattr(base, name)())
+    return found
+
+
 def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
     """Names of the embeddings that have the adapter: PEFT saves their weights, too, unless it trains single tokens."""
     config = host.configs[adapter_name]
@@ -137,15 +145,18 @@ def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
             yield f"{canonical_path(path)}.weight"
 
 
-def embeddings_turned_off(draft: Draft) -> list[LayerPlan]:
+def embeddings_turned_off(draft: Plan) -> list[LayerPlan]:
     """What happens to embeddings that are turned off now, and were not before: PEFT saves their weights, too."""
     ids = set(map(id, embeddings_of(draft.slot.host.base)))
     off = [plan for plan in draft.layers if plan.action is Action.OFF and plan.rank_before is not None]
     return [plan for plan in off if id(plan.layer.module) in ids]
 
 
-def check_embeddings(draft: Draft) -> None:
+def check_embeddings(draft: Plan) -> None:
     """Refuses to turn embeddings off where the adapter's file may have replaced the weights below them."""
     names = {f"{plan.path}.weight" for plan in embeddings_turned_off(draft)}
     if lost := sorted(names & lost_originals(draft.slot.host, draft.slot.adapter_name) if names else ()):
         draft.refuse("embeddings_lost", lost=listing(lost, 3))
+
+
+CHECKS.append(check_embeddings)

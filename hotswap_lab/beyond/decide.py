@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig, PeftType
@@ -19,9 +18,8 @@ from ..core.errors import listing
 from ..core.host import canonical_path
 from ..core.journal import Journal
 from ..core.plan import Plan
-from ..core.prepared import has_fixed_size
+from ..core.prepared import has_fixed_size, is_padded
 from ..core.slot import Slot
-from ..core.state_view import is_padded
 from ..shards import check_parallel_training, holds_shards
 from . import general
 from .base_values import (
@@ -33,13 +31,12 @@ from .base_values import (
     kept_originals,
     lost_originals,
 )
+from .configs import beside, form_for
 from .difference import Graft, difference
 from .donor import Donor, load_donor
+from .kinds import is_special, reads_base
 from .places import Places, find_places, keep_places, places_of
 from .wrappers import wrappers_in
-
-if TYPE_CHECKING:
-    from ..core.decide import Draft
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
@@ -48,26 +45,28 @@ FORMER_LAYERS = "hotswap_former_layers"
 # ---- is it such a swap?
 
 
-def is_beyond(draft: Draft) -> bool:
+def is_beyond(draft: Plan) -> bool:
     """Whether one of the two adapters is more than LoRA's own tensors, or another method."""
     slot, method = draft.slot, draft.slot.method
     if method is general or (draft.base_weights and slot.room is None):
         return True
-    if method.needs_donor(slot.config) or method.needs_donor(draft.adapter.config):
+    if beside(slot.config) or beside(draft.adapter.config):
         return True
-    return bool(kept_originals(slot.host.base, slot.adapter_name)) or slot.is_special
+    # where nothing is in the way of writing, nothing is special
+    is_odd = any(is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
+    return is_odd or bool(kept_originals(slot.host.base, slot.adapter_name))
 
 
-def changes_form(draft: Draft) -> bool:
+def changes_form(draft: Plan) -> bool:
     """Whether a layer would have other tensors afterwards than it has now: DoRA's magnitude, a bias."""
-    slot, (dora, bias) = draft.slot, draft.slot.method.form_for(draft.config)
-    same_kind = slot.reads_base == dora
+    slot, (dora, bias) = draft.slot, form_for(draft.config)
+    same_kind = reads_base(slot) == dora
     others = [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
     keys = set(map(canonical_path, draft.adapter.tensors)) if others else set()
     return any(not keys.isdisjoint(layer.keys[0]) for layer in others)
 
 
-def turns_embeddings_off(draft: Draft) -> bool:
+def turns_embeddings_off(draft: Plan) -> bool:
     """PEFT saves the weights of embeddings that are wrapped, so these layers are given up rather than turned off."""
     if draft.refusals or draft.compiled or draft.is_prepared:
         return False
@@ -144,17 +143,18 @@ def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
     return base.__dict__.get(FORMER_LAYERS, {}).get(adapter_name, frozenset())
 
 
-def plan_with_donor(draft: Draft) -> Plan:
+def plan_with_donor(draft: Plan) -> Plan:
     """Decides a swap that changes more than values and ranks, or is of another method than LoRA."""
     slot, name = draft.slot, draft.slot.adapter_name
     if holds_shards(slot.host.base):
         draft.refuse("sharded_beyond")
-        return draft.finish()
+        return draft
     draft.config = copy.deepcopy(draft.adapter.config)
     draft.config.inference_mode = slot.config.inference_mode
     if not draft.check_targets and getattr(draft.config, "target_modules", "") is None:
         draft.config.target_modules = copy.copy(slot.config.target_modules)
     draft.grafting = Grafting()
+    draft.make_change = draft.grafting.change_for
     in_base = {each for _, wrapper in wrappers_in(slot.host.base) for each in getattr(wrapper, "merged_adapters", ())}
     if name in in_base:
         draft.refuse("merged", adapter_name=name)
@@ -169,10 +169,10 @@ def plan_with_donor(draft: Draft) -> Plan:
             draft.refuse("prepared_other_kind", count=len(graft.differences), found=found)
         check_parallel_training(draft, len(graft.layers), "another shape at the model")
     check_compiled(draft)
-    return draft.finish()
+    return draft
 
 
-def _decide(draft: Draft, grafting: Grafting, others_merged: set[str]) -> None:
+def _decide(draft: Plan, grafting: Grafting, others_merged: set[str]) -> None:
     slot, adapter, host, config = draft.slot, draft.adapter, draft.slot.host, draft.config
     name, base_weights = slot.adapter_name, draft.base_weights or {}
     if _layers_of_base(config) != _layers_of_base(slot.config):
@@ -227,7 +227,7 @@ def _layers_of_base(config: PeftConfig) -> str:
     return json.dumps(getattr(config, "layer_replication", None) or None, default=str)
 
 
-def _depends_on_class(draft: Draft, donor: Donor) -> bool:
+def _depends_on_class(draft: Plan, donor: Donor) -> bool:
     """Refuses what the live model's class computes otherwise with this adapter than that of a fresh load."""
     host, config = draft.slot.host, donor.config
     live, fresh = type(host.carrier), type(donor.model)
@@ -242,7 +242,7 @@ def _depends_on_class(draft: Draft, donor: Donor) -> bool:
     return False
 
 
-def _check_complete(draft: Draft, donor: Donor) -> None:
+def _check_complete(draft: Plan, donor: Donor) -> None:
     if donor.unexpected:
         targets = f"target_modules={getattr(draft.adapter.config, 'target_modules', None)!r}"
         keys, count = listing(donor.unexpected, 4), len(donor.unexpected)

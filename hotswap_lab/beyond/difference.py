@@ -24,12 +24,11 @@ from ..core.compiled import unwrap_compiled
 from ..core.errors import Refusal, listing, refusal
 from ..core.host import Host
 from ..core.journal import MISSING
+from ..core.lora import EvalFreeDropout
 from ..core.methods import method_of
-from ..core.parts import WholeSettings
 from ..core.plan import Action, LayerPlan
-from ..core.prepared import EvalFreeDropout
+from ..core.prepared import is_marked_off, is_off, is_padded, set_off
 from ..core.slot import SlotLayer
-from ..core.state_view import is_marked_off, is_off, is_padded, set_off
 from .donor import Donor
 from .sameness import are_equal, have_same_bits, have_same_form
 from .wrappers import (
@@ -57,6 +56,14 @@ BOOKKEEPING = tuple(f": {table}" for table in ("r", "alpha", "lora_alpha", "use_
 PLAIN = (bool, int, float, str, type(None), tuple)
 
 
+@dataclass(frozen=True)
+class WholeSettings:
+    """The rank and scaling of a layer of any method, where it has them; for reports."""
+
+    rank: int | None
+    scaling: float | None
+
+
 @dataclass
 class Graft:
     """Everything to write: values in place, parameters of other shapes, and changes of tables and attributes."""
@@ -82,17 +89,11 @@ class Graft:
     in_place: dict[int, tuple[MutableMapping[str, Any], str, torch.Tensor]] = field(default_factory=dict)
     #: tables that have a plain value under the adapter's name, and what that is
     scalars: list[tuple[MutableMapping[str, Any], object]] = field(default_factory=list)
-    #: what DoRA has computed from weights and kept
-    caches: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def writes_values_only(self) -> bool:
         """Whether shapes, tables and attributes all stay, so that a compiled graph stays valid."""
         return all(each.endswith(BOOKKEEPING) for each in self.differences)
-
-    def forget(self, cache: dict[str, Any]) -> None:
-        self.caches.append(cache)
-        self.steps.append(lambda journal: journal.clear(cache))
 
 
 def difference(host: Host, donor: Donor, adapter_name: str) -> Graft:
@@ -225,7 +226,7 @@ class _Comparison:
 
     def _turn_off(self, wrapper: BaseTunerLayer) -> None:
         for target in method_of(wrapper).tensors_of(wrapper, self.name):
-            if target.off is not None and (merged := set(wrapper.merged_adapters) - {self.name}):
+            if target.reads_base and (merged := set(wrapper.merged_adapters) - {self.name}):
                 others = listing(map(repr, sorted(merged)))
                 self.graft.refusals.append(refusal("merged_beside", adapter_name=self.name, others=others))
                 return
@@ -298,9 +299,7 @@ class _Comparison:
                 self._put(live.__dict__, attribute, value, where)
 
     def _own_attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
-        if attribute == "_dora_cache":
-            self.graft.forget(live._dora_cache)
-        elif isinstance(value, PLAIN) and not are_equal(live.__dict__.get(attribute, MISSING), value):
+        if isinstance(value, PLAIN) and not are_equal(live.__dict__.get(attribute, MISSING), value):
             self._put(live.__dict__, attribute, value, f"{path}.{attribute}")
 
     def _table(self, live: torch.nn.Module, attribute: str, donor: torch.nn.Module, path: str) -> None:
@@ -403,7 +402,7 @@ class _Comparison:
 
     def _delete(self, table: object, path: str) -> None:
         self.graft.steps += [
-            lambda journal, store=store: journal.delete_item(store, self.name) for store in stores_of(table)
+            lambda journal, store=store: journal.remove(store, self.name) for store in stores_of(table)
         ]
         self.graft.differences.append(path)
 

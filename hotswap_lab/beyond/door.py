@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from peft import PeftType
@@ -11,18 +13,16 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..core import methods
-from ..core.adapter import Adapter
-from ..core.change import Change
-from ..core.decide import Draft
-from ..core.errors import Refusal
 from ..core.layers import have_same_values
 from ..core.plan import Plan
 from ..core.shadow import adaptable
 from ..core.slot import Slot
 from . import general
-from .base_values import check_embeddings, kept_originals
+from .base_values import kept_originals
+from .configs import beside, judge, not_scaled
 from .decide import changes_form, former_layers, is_beyond, plan_with_donor, turns_embeddings_off
-from .prepare import decide_general
+from .kinds import obstacle, turn_beside
+from .prepare import decide_general, no_room
 
 
 class Beyond(methods.Rest):
@@ -30,46 +30,49 @@ class Beyond(methods.Rest):
 
     method: ModuleType = general
     paddable: Collection[PeftType] = general.PADDABLE
+    takes: Any = staticmethod(is_beyond)
+    plan: Any = staticmethod(plan_with_donor)
+    prepare: Any = staticmethod(decide_general)
+    judge: Any = staticmethod(judge)
+    no_room: Any = staticmethod(no_room)
+    beside: Any = staticmethod(beside)
+    obstacle: Any = staticmethod(obstacle)
+    turn: Any = staticmethod(turn_beside)
 
     def knows(self, layer: torch.nn.Module) -> bool:
         return isinstance(layer, AdaLoraLayer)  # LoRA by its class, but with other tensors
 
-    def takes(self, draft: Draft) -> bool:
-        return is_beyond(draft)
-
-    def plan(self, draft: Draft) -> Plan:
-        return plan_with_donor(draft)
-
-    def instead(self, draft: Draft) -> Plan | None:
+    def instead(self, draft: Plan) -> Plan | None:
         if changes_form(draft) or turns_embeddings_off(draft):
-            return plan_with_donor(draft.afresh())
-        if has_strange_leftovers(draft) and (plan := plan_with_donor(draft.afresh())).ok:
+            return plan_with_donor(_afresh(draft))
+        if has_strange_leftovers(draft) and (plan := plan_with_donor(_afresh(draft))).ok:
             return plan
         return None
 
-    def check(self, draft: Draft) -> None:
-        check_embeddings(draft)
-
-    def take_base_weights(self, draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
+    def take_leftovers(self, draft: Plan, tensors: dict[str, torch.Tensor]) -> None:
         """PEFT saves embedding weights beside their LoRA. They are fine as long as they are the base model's own."""
         for key in [key for key in tensors if ".lora_" not in key]:
             if (weight := _base_weight(draft, key)) is None or weight.shape != tensors[key].shape:
                 continue
             if not have_same_values(weight, tensors.pop(key)):
                 draft.refuse("other_base_weights", key=key)
-
-    def former_layers(self, slot: Slot) -> frozenset[str]:
-        return former_layers(slot.host.base, slot.adapter_name)
+        base, name = draft.slot.host.base, draft.slot.adapter_name
+        # where the adapter was before, it may be again without being asked for
+        if {adaptable(base, key) for key in tensors} - {None} <= former_layers(base, name):
+            draft.add_layers = True
 
     def not_scaled(self, slot: Slot) -> str | None:
         kept = kept_originals(slot.host.base, slot.adapter_name)
-        return "an adapter that came with base weights of its own, which would stay" if kept else None
-
-    def prepare(self, slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
-        return decide_general(slot, target_rank, family)
+        with_base = "an adapter that came with base weights of its own, which would stay" if kept else None
+        return not_scaled(slot.config) or with_base
 
 
-def has_strange_leftovers(draft: Draft) -> bool:
+def _afresh(plan: Plan) -> Plan:
+    """The same swap, nothing of it decided but what was noted at first."""
+    return replace(plan, config=plan.adapter.config, layers=[], refusals=[], notes=[*plan.notes], left={})
+
+
+def has_strange_leftovers(draft: Plan) -> bool:
     """Whether what no layer took may mean something to PEFT: names of older models, other base weights."""
     if not draft.left or draft.compiled or draft.is_prepared:
         return False
@@ -80,12 +83,12 @@ def has_strange_leftovers(draft: Draft) -> bool:
     )
 
 
-def _is_unchanged_base_weight(draft: Draft, key: str, value: torch.Tensor) -> bool:
+def _is_unchanged_base_weight(draft: Plan, key: str, value: torch.Tensor) -> bool:
     weight = _base_weight(draft, key)
     return weight is not None and weight.shape == value.shape and have_same_values(weight, value)
 
 
-def _base_weight(draft: Draft, key: str) -> torch.Tensor | None:
+def _base_weight(draft: Plan, key: str) -> torch.Tensor | None:
     """The base model's weight of this name, whether or not its layer has an adapter, here or in the file."""
     path, _, name = key.rpartition(".")
     path = path.removesuffix(".base_layer")

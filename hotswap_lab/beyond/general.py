@@ -6,16 +6,14 @@ are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from operator import attrgetter
 
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..core.errors import Refusal, refusal
-from ..core.parts import SlotTensor, slot_tensor
+from ..core.parts import SlotTensor, with_kinds
 
 layer_class = BaseTunerLayer
 
@@ -30,21 +28,6 @@ RANK_AXES = {
 }
 #: tables of tensors with two axes of rank components (convolutions in Tucker form): these layers keep their rank
 TUCKER = ("hada_t1", "lokr_t2")
-#: tables of dropouts
-DROPOUTS = ("lora_dropout", "hira_dropout")
-
-
-def malformed(config: PeftConfig) -> Iterator[Refusal]:
-    """PEFT judges these configs itself, when it loads the donor; but it multiplies by whatever number is there."""
-    for name, value in vars(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield refusal("config_damaged", name=name, value=value, expected="a finite number")
-
-
-def unsupported(config: PeftConfig, role: str) -> Iterator[Refusal]:
-    """What in ``config`` can't be swapped; ``role`` says whose config it is ("new" or "loaded")."""
-    if config.peft_type == PeftType.XLORA:
-        yield refusal("method_refused", role=role)
 
 
 def has_adapter(layer: BaseTunerLayer, adapter_name: str) -> bool:
@@ -68,8 +51,8 @@ def tensors_of(layer: BaseTunerLayer, adapter_name: str) -> list[SlotTensor]:
             for inner, _ in entry.named_parameters():
                 path, _, last = inner.rpartition(".")
                 owner = entry.get_submodule(path)
-                tensors.append(slot_tensor(f"{name}.{inner}", f"{named_key}.{inner}", owner, last, None))
+                tensors.append(SlotTensor(f"{name}.{inner}", f"{named_key}.{inner}", owner, last))
         elif isinstance(table, torch.nn.ParameterDict):
             axis = None if is_tucker else RANK_AXES.get(name)
-            tensors.append(slot_tensor(name, named_key, table, adapter_name, axis))
-    return tensors
+            tensors.append(SlotTensor(name, named_key, table, adapter_name, axis))
+    return with_kinds(layer, adapter_name, tensors)

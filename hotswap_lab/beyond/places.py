@@ -59,8 +59,6 @@ class Places:
         layers = [replace(each, action=Action.COPY, rank_before=each.rank_after) for each in self.graft.layers]
         graft = Graft(layers=layers, parameters=self.graft.parameters)
         graft.copies = [(live, adapter.tensors[name].detach()) for name, (_, _, live) in self.tensors.items()]
-        for cache in self.graft.caches:
-            graft.forget(cache)
         return graft
 
     def completed(self, config: PeftConfig) -> PeftConfig:

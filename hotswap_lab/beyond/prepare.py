@@ -8,22 +8,21 @@ through a donor, and copies tensor by tensor.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from peft import PeftType
 from peft.utils.other import get_pattern_key
 
-from ..core import lora
+from ..core import methods
 from ..core.adapter import Adapter
 from ..core.change import Change
-from ..core.errors import Refusal, refusal
+from ..core.errors import Refusal, listing, refusal
 from ..core.journal import Journal
-from ..core.prepare import check_member
-from ..core.prepared import EvalFreeDropout, ScalingTable, prepared_class, scaling_tensor
+from ..core.prepared import make_prepared, own_rank, scaling_tensor
 from ..core.slot import Slot
-from ..core.state_view import own_rank, set_padded
 from . import general
+from .configs import beside, judge, pointless_rank
 
 #: what LoRA may have beside its layers; where all adapters have the same of it, its values can be swapped in a graph
 BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
@@ -31,19 +30,22 @@ BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
 
 def decide_general(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
     """Allocates what is needed beside the model, or says why it can't be had."""
-    change, name = Change(slot), slot.adapter_name
+    change, name = Change(slot, slot.config), slot.adapter_name
     family = list(family)
     if refusals := list(_check_family(slot, family)):
         return change, refusals
     with slot.write_mode(), torch.no_grad():
         for layer in slot.layers:
             ranks = [rank_for(each.config, layer.path) for each in family]
-            if reasons := [each for rank in ranks for each in lora.pointless_rank(rank, layer.path, layer.module)]:
+            if reasons := [each for rank in ranks for each in pointless_rank(rank, layer.path, layer.module)]:
                 return change, reasons
             for tensor in (each for each in layer.tensors if each.rank_axis is not None):
                 least = max([own_rank(layer.module, name, tensor), *ranks])
                 if target_rank is not None and target_rank < least:
-                    return change, [refusal("target_rank_too_low", target_rank=target_rank, own=least, path=layer.path)]
+                    label = "the loaded adapter, or of one in `adapters`"
+                    return change, [
+                        refusal("target_rank_too_low", target_rank=target_rank, own=least, path=layer.path, label=label)
+                    ]
                 needed = max([tensor.capacity, target_rank or 0, *ranks])
                 if needed > tensor.capacity:
                     change.resizes.append((tensor.parameter, tensor.padded(tensor.parameter.detach(), needed)))
@@ -51,6 +53,24 @@ def decide_general(slot: Slot, target_rank: int | None, family: Iterable[Adapter
                         change.sizes.append((tensor.owner, tensor.size_attribute, needed))
     change.steps.append(functools.partial(_write_prepared, slot))
     return change, []
+
+
+def no_room(slot: Slot, room: Mapping[str, int]) -> Iterator[Refusal]:
+    """What speaks against a room for these ranks on these layers, by their paths; the slot may lack some."""
+    own, base = {layer.path: layer for layer in slot.layers}, slot.host.base
+    # DoRA is turned off by the norm of the base weights, so that is not to contain another adapter
+    lacking = [base.get_submodule(path) for path in room if path not in own] if slot.config.use_dora else []
+    if others := {name for module in lacking for name in getattr(module, "merged_adapters", ())}:
+        yield refusal("merged_beside", adapter_name=slot.adapter_name, others=listing(map(repr, sorted(others))))
+    for path, rank in room.items():
+        if pointless := [*pointless_rank(rank, path, base.get_submodule(path))]:
+            yield from pointless
+            return
+        if path in own and rank % (groups := own[path].tensors[0].rank_step):
+            kind, next_rank = type(own[path].module).__name__, -(-rank // groups) * groups
+            yield refusal(
+                "target_rank_not_for_groups", kind=kind, groups=groups, rank=rank, path=path, next_rank=next_rank
+            )
 
 
 def rank_for(config: object, path: str) -> int:
@@ -63,8 +83,8 @@ def rank_for(config: object, path: str) -> int:
 def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
     kind = slot.config.peft_type
     if kind == PeftType.LORA:
-        yield from lora.unsupported(slot.config, "loaded")
-        if strange := set(lora.other_state(slot.config)) - BESIDE_LORA:
+        yield from judge(slot.config, "loaded")
+        if strange := set(beside(slot.config)) - BESIDE_LORA:
             yield refusal(
                 "loaded_not_preparable", strange=", ".join(sorted(strange)), allowed=", ".join(sorted(BESIDE_LORA))
             )
@@ -78,22 +98,16 @@ def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
         )
         return
     for adapter in family:
-        yield from check_member(slot, adapter)
+        yield from methods.misfits(slot, adapter, in_graph=True)
 
 
 def _write_prepared(slot: Slot, journal: Journal) -> None:
     """Makes what a graph would take for a constant a tensor."""
     name = slot.adapter_name
     for layer in slot.layers:
-        module = layer.module
-        set_padded(module, name, journal)
-        if (cls := prepared_class(type(module))) is not type(module):
-            journal.set_attribute(module, "__class__", cls)
-        scaling = module.__dict__.get("scaling")
+        scaling = layer.module.__dict__.get("scaling")
         if isinstance(scaling, dict) and name in scaling:
-            values = {**scaling, name: scaling_tensor(scaling[name], layer.tensors[0].parameter.device)}
-            journal.set_item(module.__dict__, "scaling", ScalingTable(values))
-        for table in (module._modules.get(each) for each in general.DROPOUTS):
-            if table is not None and name in table and not isinstance(table[name], EvalFreeDropout):
-                dropout = EvalFreeDropout(p=getattr(table[name], "p", 0.0))
-                journal.set_item(table, name, dropout.train(module.training))
+            scaling = scaling_tensor(scaling[name], layer.tensors[0].parameter.device)
+        else:
+            scaling = None
+        make_prepared(layer.module, name, scaling, journal)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core.compiled import unwrap_compiled
-from ..core.state_view import forget_hooks
+from ..files.state_dicts import forget_hooks
 from .wrappers import peel
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,10 +84,7 @@ class Adapter:
         >>> adapter.config.r, len(adapter.tensors)
         (2, 32)
         """
-        reading: dict[str, Any] = dict(
-            torch_device=torch_device, key_mapping=key_mapping, allow_nonfinite=allow_nonfinite
-        )
-        return cls._load(source, **reading, **hub)
+        return cls._load(source, False, torch_device, key_mapping, allow_nonfinite, **hub)
 
     @classmethod
     def _load(
@@ -100,10 +98,11 @@ class Adapter:
     ) -> Adapter:
         """:meth:`load`; faster for one swap, after which it is let go of: its tensors may be the file itself."""
         place = find_source(source, hub)
-        config, folder = read_config(place), place.folder_with_weights()
-        tensors, whole = read_tensors(place, folder, torch_device or "cpu", key_mapping, for_one_swap)
+        config = read_config(place)
+        tensors, whole = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
         adapter = cls(config, tensors, place.name, place.revision)
-        adapter._check_tensors(allow_nonfinite or (whole is not None and _has_finite_sum(whole)))
+        if whole is None or not all(map(_is_finite, _pieces_of(whole))):
+            adapter._check_tensors(allow_nonfinite)
         return adapter
 
     @classmethod
@@ -125,6 +124,8 @@ class Adapter:
         """
         if not isinstance(config, PeftConfig):
             raise refuse("no_config", config=config)
+        if not isinstance(state_dict, Mapping):
+            raise refuse("no_state_dict", kind=type(state_dict).__name__)
         adapter = cls(config, dict(state_dict), "a state dict")
         adapter._check_tensors(allow_nonfinite)
         return adapter
@@ -143,34 +144,19 @@ class Adapter:
         # some methods save indices, too
         only_weights = self.config.peft_type == PeftType.LORA
         for key, tensor in self.tensors.items():
-            plain = type(key) is str and type(tensor) is torch.Tensor and tensor.is_floating_point()
-            if plain and tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested):
-                continue
             if not isinstance(key, str):
                 raise self._damaged(f"a {type(key).__name__} as the name of a tensor", "names of tensors")
             if kind := _what_is_wrong(tensor, only_weights and ".lora_" in key):
                 raise self._damaged(f"{kind} under {key!r}", "a floating point tensor under each key")
         if not self.tensors:
             raise self._damaged("no tensors at all", "at least one lora_A and one lora_B")
-        if not allow_nonfinite and (bad := self._nonfinite_keys()):
+        bad = [] if allow_nonfinite else [key for key, tensor in self.tensors.items() if not _is_finite(tensor)]
+        if bad:
             raise self._damaged(
                 f"NaN or infinity in {listing(map(repr, bad))}",
                 "finite weights",
                 "get an undamaged copy, or pass allow_nonfinite=True to Adapter.load if it is meant to be so",
             )
-
-    def _nonfinite_keys(self) -> list[str]:
-        # NaN and infinity make a sum NaN or infinite: one fast pass over each. So may very large weights, hence the
-        # second, exact look at whatever is suspicious.
-        keys = [key for key, tensor in self.tensors.items() if tensor.numel() and tensor.is_floating_point()]
-        tensors = [self.tensors[key].detach() for key in keys]
-        if not tensors:
-            return []
-        exact = [tensor.float() if tensor.dtype.itemsize == 1 else tensor for tensor in tensors]  # 8 bits have no sums
-        sums = torch.stack([each.sum(dtype=_sum_dtype(each)).to("cpu", torch.float64) for each in exact])
-        suspicious = (~sums.isfinite()).tolist()
-        pairs = zip(keys, exact, suspicious, strict=True)
-        return [key for key, tensor, suspect in pairs if suspect and not tensor.isfinite().all()]
 
     def _damaged(self, found: str, expected: str, next_step: str = "get an undamaged copy of it") -> HotswapError:
         return refuse("adapter_damaged", source=self.source, found=found, expected=expected, next_step=next_step)
@@ -189,16 +175,23 @@ def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
     return None
 
 
-def _has_finite_sum(whole: torch.Tensor) -> bool:
-    if whole.numel() > FOR_ONE_THREAD or torch.get_num_threads() == 1:
-        return bool(whole.sum(dtype=_sum_dtype(whole)).isfinite())
-    # waking torch's other threads takes longer than these sums do, and milliseconds where the machine is busy
-    sums = [piece.sum(dtype=_sum_dtype(piece)) for piece in whole.split(GRAIN)]
-    return bool(torch.stack(sums).sum().isfinite())
+def _pieces_of(whole: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Waking torch's other threads takes longer than small sums do, and milliseconds where the machine is busy."""
+    return whole.split(GRAIN) if whole.numel() <= FOR_ONE_THREAD else [whole]
 
 
-def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity: either makes a sum so. So may very large weights, hence a second look.
+
+    Whole numbers, as indices, always are finite.
+    """
+    if not tensor.is_floating_point():
+        return True
+    tensor = tensor.detach()
+    if tensor.dtype.itemsize == 1:  # 8 bits have no sums
+        tensor = tensor.float()
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return math.isfinite(tensor.sum(dtype=dtype).item()) or bool(tensor.isfinite().all())
 
 
 # ---- whatever an adapter is given as

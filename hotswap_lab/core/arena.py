@@ -6,13 +6,13 @@ prepared for: a swap copies ``r`` rows in one go, and zeroes those that only the
 parameters are strided views of this memory.
 
 Tensors with room for another rank are in another band. What can't be split by rank component (both tensors of a
-grouped convolution, whose ranks lie in blocks) is kept whole in the tail.
+grouped convolution, whose ranks lie in blocks) is kept whole, one tensor after the other, in a tail.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,96 +28,61 @@ class Place:
     """Where one tensor lies: the first element of its share of a row, or of the tail."""
 
     tensor: SlotTensor
-    offset: int
+    start: int
     shape: tuple[int, ...]
     #: the axis of the rank components; None in the tail
     axis: int | None
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
         """The tensor in ``memory``: a band of any number of rows, or the tail."""
-        start = memory.storage_offset() + self.offset
         if self.axis is None:
-            return memory.as_strided(self.shape, _contiguous(self.shape), start)
-        rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]
-        strides = list(_contiguous(rest))
-        strides.insert(self.axis, memory.stride(0))
-        shape = list(self.shape)
-        shape[self.axis] = memory.shape[0]
-        return memory.as_strided(shape, strides, start)
+            return memory[self.start : self.start + math.prod(self.shape)].view(self.shape)
+        share = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        columns = memory[:, self.start : self.start + math.prod(share)]
+        return columns.view(len(memory), *share).movedim(0, self.axis)
 
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """Tensors with room for equally many rank components, in a matrix of that many rows."""
+    """Tensors with room for equally many rank components, in a matrix of that many rows; or the tail, a vector."""
 
     memory: torch.Tensor
     places: tuple[Place, ...]
 
     @property
-    def capacity(self) -> int:
-        return self.memory.shape[0]
+    def is_tail(self) -> bool:
+        return self.memory.dim() == 1
 
 
-@dataclass(frozen=True, eq=False)
-class Arena:
-    """The memory of all tensors of one slot that have the same dtype and device."""
-
-    bands: tuple[Band, ...]
-    tail: torch.Tensor
-    tail_places: tuple[Place, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(band.memory.nbytes for band in self.bands) + self.tail.nbytes
-
-
-def build_arena(tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> Arena:
-    """An arena of zeros for tensors of these shapes.
+def build_arena(tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
+    """Bands of zeros for tensors of these shapes, the tail last; all of the dtype and on the device of ``like``.
 
     >>> owner = torch.nn.Linear(6, 4, bias=False)
     >>> a = SlotTensor("lora_A.weight", "lora_A.default.weight", owner, "weight", rank_axis=0)
     >>> b = SlotTensor("lora_B.weight", "lora_B.default.weight", owner, "weight", rank_axis=1)
-    >>> arena = build_arena([(a, (4, 6)), (b, (3, 4))], like=owner.weight)
-    >>> [band.memory.shape for band in arena.bands]
-    [torch.Size([4, 48])]
-    >>> views = [place.view(arena.bands[0].memory) for place in arena.bands[0].places]
+    >>> [band] = build_arena([(a, (4, 6)), (b, (3, 4))], like=owner.weight.detach())
+    >>> band.memory.shape
+    torch.Size([4, 48])
+    >>> views = [place.view(band.memory) for place in band.places]
     >>> [(tuple(view.shape), view.stride()) for view in views]
     [((4, 6), (48, 1)), ((3, 4), (1, 48))]
     """
     by_rows: dict[int, list[tuple[SlotTensor, tuple[int, ...]]]] = {}
-    whole = []
     for tensor, shape in tensors:
-        if tensor.rank_axis is None or tensor.blocks > 1 or tensor.groups > 1:
-            whole.append((tensor, shape))
-        else:
-            by_rows.setdefault(shape[tensor.rank_axis], []).append((tensor, shape))
+        axis = tensor.rank_axis
+        rows = 0 if axis is None or tensor.rank_step > 1 else shape[axis]
+        by_rows.setdefault(rows, []).append((tensor, shape))
+    return [_build_band(rows, members, like) for rows, members in sorted(by_rows.items(), reverse=True)]
+
+
+def _build_band(rows: int, members: list[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> Band:
+    """A band of this many rows; the tail if there are none."""
     line = max(CACHE_LINE // like.element_size(), 1)
-    bands = tuple(_build_band(rows, members, line, like) for rows, members in sorted(by_rows.items(), reverse=True))
-    places, size = _place_in_turn(((tensor, shape, math.prod(shape), None) for tensor, shape in whole), line)
-    return Arena(bands, like.new_zeros(size), places)
-
-
-def _build_band(rows: int, members: list, line: int, like: torch.Tensor) -> Band:
-    places, pitch = _place_in_turn(
-        ((tensor, shape, math.prod(shape) // rows, tensor.rank_axis) for tensor, shape in members), line
-    )
+    places, pitch = [], 0
+    for tensor, shape in members:
+        places.append(Place(tensor, pitch, tuple(shape), tensor.rank_axis if rows else None))
+        pitch += math.ceil(math.prod(shape) / (max(rows, 1) * line)) * line
     # with an even number of lines, the rows of one tensor compete for the same sets of the cache
-    if pitch // line % 2 == 0:
+    if rows and pitch // line % 2 == 0:
         pitch += line
-    return Band(like.new_zeros((rows, pitch)), places)
-
-
-def _place_in_turn(members: Iterable[tuple], line: int) -> tuple[tuple[Place, ...], int]:
-    places, offset = [], 0
-    for tensor, shape, size, axis in members:
-        places.append(Place(tensor, offset, tuple(shape), axis))
-        offset += -(-size // line) * line
-    return tuple(places), offset
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
+    return Band(like.new_zeros((rows, pitch) if rows else pitch), tuple(places))

@@ -137,12 +137,5 @@ def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journa
 
 def clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
     """The gradient of the old adapter's weight says nothing about the new one's."""
-    gradient = parameter.grad
-    if gradient is None:
-        return
-
-    def undo() -> None:
-        parameter.grad = gradient
-
-    journal.record(undo)
-    parameter.grad = None
+    if parameter.grad is not None:
+        journal.set_attribute(parameter, "grad", None)

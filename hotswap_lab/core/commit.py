@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from .change import apply
+from .decide import make_plan
 from .errors import HotswapError, refusal
 from .guard import guard
+from .host import find_host
 from .plan import Plan
+from .slot import slot_for
 
-#: models whose user has been told that swaps recompile
-_warned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+RECOMPILES = (
+    "changes shapes or numbers that the model was compiled for: its next call compiles again. Call "
+    "prepare_model_for_compiled_hotswap after loading the first adapter and before compiling, to swap without "
+    "recompiling. (Said once for this model.)"
+)
+#: by base model, what its user has been warned of
+_said: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def commit(plan: Plan) -> None:
@@ -60,33 +67,39 @@ def commit_together(plans: Sequence[Plan]) -> None:
 
 
 def _decided_again(plan: Plan) -> Plan:
-    now = plan.again()
+    name = plan.slot.adapter_name
+    slot = slot_for(find_host(plan.slot.host.root, name), name)
+    now = make_plan(
+        slot,
+        plan.adapter,
+        add_layers=plan.add_layers,
+        check_targets=plan.check_targets,
+        base_weights=plan.base_weights,
+    )
     if plan.told not in (None, now.answer):
-        changed = refusal("model_changed_since_plan", adapter_name=plan.slot.adapter_name, verdict=now.verdict)
+        changed = refusal("model_changed_since_plan", adapter_name=name, verdict=now.verdict)
         raise HotswapError(changed, *now.refusals)
-    # the one that has been shown, unless somebody has changed it since
-    is_same = plan.config.to_dict() == now.config.to_dict()
-    return dataclasses.replace(now, config=plan.config) if is_same else now
+    return now
 
 
-def carry_out(plans: Iterable[Plan]) -> None:
+def carry_out(plans: Sequence[Plan]) -> None:
     """Writes what was just decided. Nobody else uses the models from before that on."""
-    plans = list(plans)
     for plan in plans:
         plan.raise_if_refused()
         if plan.will_recompile:
-            _warn_of_recompiling(plan)
+            _warn_once(plan, RECOMPILES, f"Swapping {plan.adapter.label} in {RECOMPILES}")
+        warn_of(plan)
     apply([plan.change() for plan in plans])
 
 
-def _warn_of_recompiling(plan: Plan) -> None:
-    base = plan.slot.host.base
-    if base in _warned:
-        return
-    _warned.add(base)
-    warnings.warn(
-        f"Swapping {plan.adapter.label} in changes shapes or numbers that the model was compiled for: its next call "
-        "compiles again. Call prepare_model_for_compiled_hotswap after loading the first adapter and before "
-        "compiling, to swap without recompiling. (Said once for this model.)",
-        stacklevel=4,
-    )
+def warn_of(plan: Plan) -> None:
+    """Says what has to be said once for each model."""
+    for text in plan.warnings:
+        _warn_once(plan, text, f"{plan.title}: {text}. (Said once for this model.)")
+
+
+def _warn_once(plan: Plan, what: str, text: str) -> None:
+    said = _said.setdefault(plan.slot.host.base, set())
+    if what not in said:
+        said.add(what)
+        warnings.warn(text, stacklevel=4)

@@ -7,7 +7,7 @@ compiler break that bargain: freezing copies weights into the graph, and dropped
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,6 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 COMPILED = "_orig_mod"
 #: where compiled functions may lie in a module: ``module.compile()``, a compiled ``forward``, transformers' generate
 CALLABLES = ("_compiled_call_impl", "forward", "_compiled_call")
+#: who knows settings of the compiler that keep graphs from noticing a swap: see :func:`blind_spot`
+BLIND_SPOTS: list[Callable[[list[object], bool], str | None]] = []
 
 
 def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
@@ -29,44 +31,45 @@ def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def compiled_parts(model: torch.nn.Module) -> list[object]:
+def compiled_parts(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()) -> list[object]:
     """The compiled modules and functions in ``model``, itself included.
 
-    Written as a plain loop: every swap does this, and models have thousands of modules. Of a tuner layer, only the
-    layer it is around is looked into: the adapters' own small modules are most of all modules.
+    Compiled by ``torch.compile(m)``, by ``m.compile()``, by ``m.forward = torch.compile(m.forward)``, or by the
+    ``generate`` of transformers. The module behind ``torch.compile(m)`` doesn't know of it: ask the wrapper.
+
+    >>> len(compiled_parts(torch.nn.Linear(2, 2)))
+    0
+    >>> len(compiled_parts(torch.compile(torch.nn.Linear(2, 2), backend="eager"))) > 0
+    True
+
+    Written as a plain loop: every swap does this, and models have thousands of modules. What has been walked already
+    is ``known``: a module, and after it all that is below. Of a tuner layer, only the layer it is around is looked
+    into: the adapters' own small modules are most of all modules.
     """
-    parts: list[object] = []
+    modules: list[torch.nn.Module] = []
     stack, seen = [model], set()
     while stack:
         module = stack.pop()
         if module in seen:
             continue
         seen.add(module)
+        children = module.__dict__["_modules"]
+        if known and module is known[0]:
+            modules += known
+        else:
+            modules.append(module)
+            below = [children.get("base_layer")] if isinstance(module, BaseTunerLayer) else children.values()
+            stack += [child for child in below if child is not None]
+    parts: list[object] = []
+    for module in modules:
         attributes = module.__dict__
-        children = attributes["_modules"]
-        if COMPILED in children:
+        if COMPILED in attributes["_modules"]:
             parts.append(module)
         for name in CALLABLES:
             # a bound method passes the attributes of its function on; not so what accelerate puts in place of forward
             if name in attributes and hasattr(attributes[name], "_torchdynamo_orig_callable"):
                 parts.append(attributes[name])
-        if isinstance(module, BaseTunerLayer):
-            stack.append(children.get("base_layer", module))
-        elif children:
-            stack += [child for child in children.values() if child is not None]
     return parts
-
-
-def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether ``model`` or anything inside it was compiled.
-
-    By ``torch.compile(m)``, by ``m.compile()``, by ``m.forward = torch.compile(m.forward)``, or by the
-    ``generate`` of transformers. The module behind ``torch.compile(m)`` doesn't know of it: ask the wrapper.
-
-    >>> is_compiled(torch.nn.Linear(2, 2)), is_compiled(torch.compile(torch.nn.Linear(2, 2), backend="eager"))
-    (False, True)
-    """
-    return bool(compiled_parts(model))
 
 
 def blind_spot(parts: list[object], prepared: bool) -> str | None:
@@ -79,33 +82,4 @@ def blind_spot(parts: list[object], prepared: bool) -> str | None:
     prepared:
         Whether the swap changes nothing but the values of tensors, so that no guard has anything to notice.
     """
-    if not parts and not prepared:
-        return None
-    inductor: Any = torch._inductor
-    if inductor.config.freezing:
-        return "torch._inductor.config.freezing is on, which copies the weights into the compiled graph"
-    contexts = [_context_of(part) for part in parts]
-    if any((getattr(context, "compiler_config", None) or {}).get("freezing") for context in contexts):
-        return "the model was compiled with freezing, which copies the weights into the compiled graph"
-    if prepared:
-        return None
-    if getattr(torch._dynamo.eval_frame._stance, "skip_guard_eval_unsafe", False):
-        return "torch.compiler.set_stance(skip_guard_eval_unsafe=True) is on, so guards are not evaluated"
-    if any(getattr(getattr(context, "_hooks", None), "guard_filter_fn", None) is not None for context in contexts):
-        return "the model was compiled with a guard_filter_fn, so guards may be missing"
-    return None
-
-
-def _context_of(part: Any) -> object | None:
-    """The compile context of a module or function. A function keeps it nowhere but in its closure."""
-    if isinstance(part, torch.nn.Module):
-        return part.__dict__.get("dynamo_ctx")
-    function = getattr(part, "__func__", part)
-    for cell in function.__closure__ or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:
-            continue
-        if isinstance(content, torch._dynamo.eval_frame._TorchDynamoContext):
-            return content
-    return None
+    return next((reason for look in BLIND_SPOTS if (reason := look(parts, prepared))), None)

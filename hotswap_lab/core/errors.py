@@ -38,11 +38,7 @@ def _readable(text: str) -> str:
     text = str(text)
     if len(text) > LONGEST:
         text = f"{text[: LONGEST * 3 // 4]} [... {len(text) - LONGEST:,} characters ...] {text[-LONGEST // 4 :]}"
-    return text if text.isprintable() else "".join(_escaped(each) for each in text)
-
-
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else repr(character)[1:-1]
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 class HotswapError(ValueError, RuntimeError):
@@ -100,12 +96,13 @@ def refusal(which: str, /, **values: object) -> Refusal:
       next:     swap first
     """
     text = _texts(*TEXTS)[which]
-    values = {key: _first_line(each) if isinstance(each, BaseException) else each for key, each in values.items()}
+    values = {key: first_line(each) if isinstance(each, BaseException) else each for key, each in values.items()}
     parts = (text[part].replace("\n", " ").format_map(values) for part in ("summary", "found", "expected", "next"))
     return Refusal(*parts)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What kind of error it is, and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 

@@ -6,19 +6,14 @@ It stands open until :mod:`hotswap_lab.threads` puts its turns there. Nothing he
 from __future__ import annotations
 
 import contextlib
-import math
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from types import ModuleType
 
 import torch
 
 from .host import Host
 
-#: how many seconds to wait at the door at most
-patience: ContextVar[float] = ContextVar("hotswap_lab_patience", default=math.inf)
 #: the module behind the door
 turns: ModuleType | None = None
 
@@ -46,30 +41,10 @@ def is_shared(base: torch.nn.Module) -> bool:
 
 
 def undisturbed(host: Host) -> AbstractContextManager[None]:
-    """:func:`guard` where a forward changes for a moment, or for good, what a decision goes by; else nothing.
-
-    Layers around single parameters (``target_parameters``) give the module inside another class while it computes, and
-    move its parameters about; OFT with ``coft`` writes to its weights.
-    """
-    changing = any(
-        getattr(config, "target_parameters", None) or getattr(config, "coft", False) for config in host.configs.values()
-    )
-    return guard(host.base) if changing else contextlib.nullcontext()
+    """:func:`guard` where a forward changes for a moment, or for good, what a decision goes by; else nothing."""
+    return contextlib.nullcontext() if turns is None else turns.undisturbed(host)
 
 
 def put_back(action: Callable[[], object], what: str) -> None:
-    """What has to be put back waits for its turn however long that takes, and on Ctrl-C, unless it comes again.
-
-    ``what`` says in a warning what stays as it is after the second time.
-    """
-    token = patience.set(math.inf)
-    try:
-        action()
-    except KeyboardInterrupt:
-        warnings.warn(
-            f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}.", stacklevel=4
-        )
-        action()
-        raise
-    finally:
-        patience.reset(token)
+    """What has to be put back waits for its turn however long that takes; ``what`` says what stays if it does not."""
+    action() if turns is None else turns.put_back(action, what)

@@ -7,11 +7,10 @@ model, so that is the module everything else starts from.
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,16 +19,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from .compiled import COMPILED, unwrap_compiled
 from .errors import listing, refuse
 
-if TYPE_CHECKING:
-
-    class TunerLayer(BaseTunerLayer, torch.nn.Module):
-        """One of PEFT's layers: a module, with the tables of its method."""
-
-        def __getattr__(self, name: str) -> Any: ...
-
-else:
-    TunerLayer = BaseTunerLayer
-
+#: one of PEFT's layers: a module, with the tables of its method
+TunerLayer = Any
 #: a PeftConfig; those of different methods have few attributes in common
 Config = Any
 #: PEFT's files start every key with this; the part after it is the path in the base model
@@ -42,7 +33,7 @@ class Host:
 
     #: the model that the user passed, wrappers and all
     root: torch.nn.Module
-    #: never a compiled wrapper: these are in ``root``
+    #: never a compiled wrapper, since turns, rooms and places are found by it, and it may be compiled at any time
     base: torch.nn.Module
     configs: dict[str, Config]
     tuner: BaseTuner | None
@@ -71,23 +62,14 @@ def canonical_path(key: str) -> str:
 
 def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
     if isinstance(module, PeftModel):
-        tuner = module.base_model if isinstance(module.base_model, BaseTuner) else None
-        return Host(root, _base_of(module), module.peft_config, tuner, True, module)
+        inner: Any = unwrap_compiled(module.base_model)
+        # as `get_base_model`, which fails where no adapter is left
+        base = unwrap_compiled(inner if module._is_prompt_learning else inner.model)
+        return Host(root, base, module.peft_config, inner if isinstance(inner, BaseTuner) else None, True, module)
     if isinstance(module, BaseTuner):
         return Host(root, unwrap_compiled(module.model), module.peft_config, module, False, module)
     configs = module.__dict__.get("peft_config")
-    if isinstance(configs, dict):
-        return Host(root, module, configs, None, False, module)
-    return None
-
-
-def _base_of(model: Any) -> torch.nn.Module:
-    """As ``get_base_model``, which fails where no adapter is left.
-
-    The module behind a compiled one, since turns, rooms and places are found by it: it may be compiled at any time.
-    """
-    base: Any = unwrap_compiled(model.base_model)
-    return unwrap_compiled(base if model._is_prompt_learning else base.model)
+    return Host(root, module, configs, None, False, module) if isinstance(configs, dict) else None
 
 
 def carriers(model: torch.nn.Module) -> Iterator[Host]:
@@ -103,6 +85,19 @@ def carriers(model: torch.nn.Module) -> Iterator[Host]:
             queue.extend(module.children())
 
 
+def name_in(model: torch.nn.Module, adapter_name: str | None) -> str:
+    """The name that is meant: where none is given, that of the only adapter that there is.
+
+    >>> from hotswap_lab import demo
+    >>> name_in(demo.load("reverse")[0], None)
+    'default'
+    """
+    if adapter_name is not None:
+        return adapter_name
+    names = {name for host in carriers(model) for name in host.configs}
+    return names.pop() if len(names) == 1 else "default"
+
+
 def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
     """The carrier of the adapter called ``adapter_name``.
 
@@ -111,24 +106,19 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
     HotswapError
         If nothing in ``model`` carries an adapter of that name, or if more than one module does.
     """
+    if not isinstance(adapter_name, str):
+        raise refuse("no_name", kind=type(adapter_name).__name__)
     hosts = list(carriers(model))
     if not hosts:
         raise refuse("no_adapters_in_model", name=type(model).__name__)
     matching = [host for host in hosts if adapter_name in host.configs]
     if not matching:
         names = sorted({name for host in hosts for name in host.configs})
-        raise refuse(
-            "no_such_adapter",
-            adapter_name=adapter_name,
-            found=f"the adapters {listing(map(repr, names))}" if names else "no adapter that is left",
-            next="pass one of these as `adapter_name`, or " * bool(names),
-        )
+        found = f"the adapters {listing(map(repr, names))}" if names else "no adapter that is left"
+        raise refuse("no_such_adapter", adapter_name=adapter_name, found=found)
     if len(matching) > 1:
-        raise refuse(
-            "several_such_adapters",
-            adapter_name=adapter_name,
-            matching=listing(type(host.base).__name__ for host in matching),
-        )
+        kinds = listing(type(host.base).__name__ for host in matching)
+        raise refuse("several_such_adapters", adapter_name=adapter_name, matching=kinds)
     return matching[0]
 
 
@@ -153,14 +143,4 @@ def modules_in(base: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
         for name, child in reversed(module._modules.items()):
             if child is not None:
                 stack.append((path if name == COMPILED else f"{path}.{name}" if path else name, child))
-    return found
-
-
-def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
-    """Where a transformers model gets its embeddings from, and puts its logits out."""
-    found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        # not every model has these
-        with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
-            found.append(getattr(base, name)())
     return found

@@ -13,7 +13,7 @@ from .adapter import Adapter
 from .commit import carry_out
 from .decide import make_plan
 from .guard import guard, is_shared, undisturbed
-from .host import Host, find_host
+from .host import Host, find_host, name_in
 from .plan import Plan
 from .slot import slot_for
 
@@ -146,7 +146,7 @@ def hotswap_adapter_from_state_dict(
 def plan_hotswap(
     model: torch.nn.Module,
     model_name_or_path: str | os.PathLike[str] | Adapter,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
     torch_device: str | torch.device | None = None,
     *,
     add_layers: bool = False,
@@ -161,7 +161,7 @@ def plan_hotswap(
     Parameters
     ----------
     model, model_name_or_path, adapter_name, torch_device, add_layers, base_weights, **kwargs:
-        As for :func:`hotswap_adapter`.
+        As for :func:`hotswap_adapter`; ``adapter_name`` is the only one that there is where none is given.
 
     Returns
     -------
@@ -183,6 +183,7 @@ def plan_hotswap(
     >>> print(plan.refusals[0].next_step)
     pass add_layers=True to add them, or load first the adapter that targets most layers
     """
+    adapter_name = name_in(model, adapter_name)
     host = find_host(model, adapter_name)
     adapter = _read(host, model_name_or_path, torch_device, kwargs)
     with undisturbed(host):

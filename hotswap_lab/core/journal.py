@@ -9,8 +9,6 @@ from .interrupts import interrupts_held
 
 #: stands for what is not there
 MISSING = object()
-#: values that can't be told apart when they are equal
-_PLAIN = (bool, int, float, str, frozenset)
 
 
 class Journal:
@@ -41,7 +39,7 @@ class Journal:
     def set_item(self, table: MutableMapping[Any, Any], key: object, value: object) -> None:
         """``table[key] = value``, undoable. A value that is there already is left alone."""
         old = table[key] if key in table else MISSING  # noqa: SIM401 - a ModuleDict has no get
-        if old is value or (type(old) is type(value) and isinstance(value, _PLAIN) and old == value):
+        if old is value:
             return
 
         def undo() -> None:
@@ -66,27 +64,20 @@ class Journal:
         self.record(lambda: put(old))
         put(values)
 
-    def delete_item(self, table: MutableMapping[Any, Any], key: object) -> None:
-        """``del table[key]``, undoable: the entry comes back, and in its place among the others."""
-        if key not in table:
+    def remove(self, table: MutableMapping[Any, Any], *keys: object) -> None:
+        """``del table[key]`` for those of the keys that are there, undoable: they come back, and in their places."""
+        if table.keys().isdisjoint(keys):
             return
         content = dict(table.items())
 
         def undo() -> None:
-            for each in list(table):
-                del table[each]
+            for key in list(table):
+                del table[key]
             table.update(content)
 
         self.record(undo)
-        del table[key]
-
-    def clear(self, table: MutableMapping[Any, Any]) -> None:
-        """``table.clear()``, undoable."""
-        if not table:
-            return
-        content = dict(table.items())
-        self.record(lambda: table.update(content))
-        table.clear()
+        for key in content.keys() & set(keys):
+            del table[key]
 
     def set_attribute(self, target: object, name: str, value: object) -> None:
         """``target.name = value`` for an attribute that exists, undoable."""

@@ -2,105 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
 import torch
 
 from . import methods
-from .compiled import COMPILED
-from .errors import Refusal, listing, refusal
-from .host import PEFT_PREFIX, canonical_path
-from .parts import SlotTensor
-from .plan import Action, LayerPlan, TensorPlan
+from .errors import HotswapError, Refusal, listing, refusal
+from .host import canonical_path
+from .parts import LayerSettings, SlotTensor
+from .plan import Action, LayerPlan, Plan, TensorPlan
+from .prepared import rank_before
 from .shadow import adaptable, build_shadow_layers
-from .slot import Expected, SlotLayer
-from .state_view import rank_before
+from .slot import SlotLayer, expected_of
 
-if TYPE_CHECKING:
-    from .decide import Draft
+#: what an adapter's config says of a layer: its settings, and whether it targets it
+Expected = tuple[LayerSettings, bool]
+Tensors = dict[str, torch.Tensor]
 
 
-def plan_layers(draft: Draft) -> dict[str, torch.Tensor]:
+def plan_layers(plan: Plan) -> dict[str, torch.Tensor]:
     """Plans all layers of the slot. Returns the tensors that none of them took, by their names in the base model."""
-    slot, tensors = draft.slot, _by_canonical_key(draft)
-    for layer, expected, fixed in zip(slot.layers, slot.expect(draft.config), draft.fixed, strict=True):
-        before = rank_before(layer.module, slot.adapter_name, layer.tensors[0])
-        _plan_layer(draft, layer, expected, tensors, before, fixed)
+    slot, tensors = plan.slot, _by_canonical_key(plan)
+    for layer, expected, fixed in zip(slot.layers, slot.once_for(plan.config, expected_of), plan.fixed, strict=True):
+        _plan_layer(plan, layer, expected, tensors, fixed)
     return tensors
 
 
-def _by_canonical_key(draft: Draft) -> dict[str, torch.Tensor]:
+def _by_canonical_key(plan: Plan) -> dict[str, torch.Tensor]:
     """The adapter's tensors by their names in the base model; refuses two for one."""
     tensors: dict[str, torch.Tensor] = {}
-    for key, tensor in draft.adapter.tensors.items():
-        plain = key.startswith(PEFT_PREFIX) and COMPILED not in key
-        short = key[len(PEFT_PREFIX) :] if plain else canonical_path(key)
-        if short in tensors:
-            draft.refuse("tensor_named_twice", short=short)
+    for key, tensor in plan.adapter.tensors.items():
+        if (short := canonical_path(key)) in tensors:
+            plan.refuse("tensor_named_twice", short=short)
         tensors[short] = tensor
     return tensors
 
 
 def _plan_layer(
-    draft: Draft,
-    layer: SlotLayer,
-    expected: Expected,
-    tensors: dict[str, torch.Tensor],
-    before: int | None,
-    fixed: bool,
-    action: Action | None = None,
+    plan: Plan, layer: SlotLayer, expected: Expected, tensors: Tensors, fixed: bool, action: Action | None = None
 ) -> None:
     """Plans one layer; ``action`` overrides what the shapes would say. Takes what belongs to it out of ``tensors``."""
-    found = [key for names in layer.keys for key in names if key in tensors]
-    if not found:
+    before = None if action else rank_before(layer.module, plan.slot.adapter_name, layer.tensors[0])
+    found: list[Tensors] = []
+    for names in layer.keys:
+        found.append(named := {})  # several where a shared layer is named by each of its paths
+        for key in names:
+            if key in tensors:
+                named[key] = tensors.pop(key)
+    if not any(found):
         writes = tuple([TensorPlan(target, None) for target in layer.tensors])
-        draft.layers.append(LayerPlan(layer, Action.OFF, before, None, writes))
+        plan.layers.append(LayerPlan(layer, Action.OFF, before, None, writes))
         return
-    taken = {key: tensors.pop(key) for key in found}
-    if reason := _what_is_wrong(draft, layer, taken, expected):
-        draft.refusals.append(reason)
+    settings, is_same = expected[0], expected[0].rank == layer.tensors[0].capacity
+    if reason := _what_is_wrong(plan, layer, found, expected, is_same):
+        plan.refusals.append(reason)
         return
-    rank = expected.settings.rank
     if action is None:
-        action = Action.COPY if rank == layer.tensors[0].capacity else Action.PAD if fixed else Action.RESIZE
-    if len(found) > len(layer.tensors):  # a shared layer, named twice
-        found = [next(key for key in names if key in taken) for names in layer.keys]
-    writes = tuple([TensorPlan(target, taken[key], fixed) for target, key in zip(layer.tensors, found, strict=True)])
-    draft.layers.append(LayerPlan(layer, action, before, expected.settings, writes))
+        action = Action.COPY if is_same else Action.PAD if fixed else Action.RESIZE
+    pairs = zip(layer.tensors, found, strict=True)
+    writes = tuple([TensorPlan(target, next(iter(named.values()))) for target, named in pairs])
+    plan.layers.append(LayerPlan(layer, action, before, settings, writes))
 
 
 def _what_is_wrong(
-    draft: Draft, layer: SlotLayer, taken: dict[str, torch.Tensor], expected: Expected
+    plan: Plan, layer: SlotLayer, found: list[Tensors], expected: Expected, is_same: bool
 ) -> Refusal | None:
-    """Why these tensors can't be those of the layer, or None."""
-    rank, missing, wrong = expected.settings.rank, [], None
-    for target, names in zip(layer.tensors, layer.keys, strict=True):
-        source, first = None, ""
-        for key in names:
-            if key not in taken:
-                continue
-            if source is None:
-                source, first = taken[key], key
-            elif not have_same_values(taken[key], source):
-                wrong = wrong or refusal("two_values_for_shared", first=first, second=key, path=layer.path)
-        if source is None:
-            missing.append(target.key)
-        elif wrong is None:
-            shape, axis = target.owner._parameters[target.name].shape, target.rank_axis
-            if axis is not None:
-                shape = (*shape[:axis], rank // target.groups, *shape[axis + 1 :])
-            if source.shape != shape:
-                wrong = _wrong_shape(layer, target, source.shape, rank)
-    if missing:
+    """Why these tensors can't be those of the layer, or None; ``is_same`` says that it has this rank already."""
+    settings, is_targeted = expected
+    rank = settings.rank
+    if not all(found):
+        missing = listing(target.key for target, named in zip(layer.tensors, found, strict=True) if not named)
         of_layer = listing(target.key for target in layer.tensors)
-        return refusal("layer_incomplete", path=layer.path, missing=listing(missing), tensors=of_layer)
-    if draft.check_targets and not expected.targeted:
-        return refusal("layer_not_targeted", path=layer.path, target_modules=draft.adapter.config.target_modules)
-    if wrong is None and rank % (step := draft.slot.method.rank_step(layer.module)):
+        return refusal("layer_incomplete", path=layer.path, missing=missing, tensors=of_layer)
+    if plan.check_targets and not is_targeted:
+        return refusal("layer_not_targeted", path=layer.path, target_modules=plan.adapter.config.target_modules)
+    for target, named in zip(layer.tensors, found, strict=True):
+        (first, source), *others = named.items()
+        for second, other in others:
+            if not have_same_values(other, source):
+                return refusal("two_values_for_shared", first=first, second=second, path=layer.path)
+        if source.shape != (target.parameter.shape if is_same else target.shape_for(rank)):
+            return _wrong_shape(layer, target, source.shape, rank)
+    if not is_same and rank % (step := layer.tensors[0].rank_step):
         return refusal("rank_not_for_groups", path=layer.path, rank=rank, step=step)
-    return wrong
+    return None
 
 
 def _wrong_shape(layer: SlotLayer, target: SlotTensor, shape: torch.Size, rank: int) -> Refusal:
@@ -119,97 +102,47 @@ def have_same_values(live: torch.Tensor, other: torch.Tensor) -> bool:
 def _shape_text(target: SlotTensor) -> str:
     sizes = [str(size) for size in target.parameter.shape]
     if target.rank_axis is not None:
-        sizes[target.rank_axis] = "rank" if target.groups == 1 else f"rank/{target.groups}"
+        share = target.rank_of([1] * len(sizes))
+        sizes[target.rank_axis] = "rank" if share == 1 else f"rank/{share}"
     return f"({', '.join(sizes)})"
-
-
-def resize_what_is_off(draft: Draft) -> None:
-    """Gives the layers that are turned off the adapter's new rank where all others get it.
-
-    PEFT's ``add_weighted_adapter`` adds the adapters up by the ranks of their configs, on every layer that has them.
-    """
-    if draft.refusals or draft.slot.is_sharded or Action.RESIZE not in [plan.action for plan in draft.layers]:
-        return
-    ranks = {plan.settings.rank for plan in draft.layers if plan.settings}
-    of_slot = zip(draft.layers, draft.slot.expect(draft.config), draft.fixed, strict=False)  # added layers come last
-    for number, (plan, expected, fixed) in enumerate(of_slot):
-        rank = expected.settings.rank
-        # any other rank may be as large as a damaged config says
-        if plan.action is not Action.OFF or fixed or rank not in ranks:
-            continue
-        if rank % draft.slot.method.rank_step(plan.layer.module) == 0:
-            draft.layers[number] = replace(plan, tensors=tuple(_zeros_of(plan.layer.tensors, rank)))
-
-
-def _zeros_of(targets: Sequence[SlotTensor], rank: int) -> Iterator[TensorPlan]:
-    for target in targets:
-        if target.rank_axis is None:
-            yield TensorPlan(target, None)
-        else:  # a single zero, repeated without taking memory
-            yield TensorPlan(target, target.parameter.detach().new_zeros(()).expand(target.shape_for(rank)))
 
 
 # ---- what no layer of the slot took
 
 
-def plan_leftovers(draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
+def plan_leftovers(plan: Plan, tensors: Tensors) -> None:
     """Plans what no layer of the slot took: base weights that were saved too, layers to add, unknown keys."""
     if not tensors:
         return
-    methods.rest.take_base_weights(draft, tensors)
-    paths = _layers_of(draft, tensors)
-    if paths and (draft.add_layers or set(paths) <= set(methods.rest.former_layers(draft.slot))):
-        _add_layers(draft, paths, tensors)
-        paths = _layers_of(draft, tensors)
-    if not tensors:
-        return
-    keys = _as_peft_keys(draft, tensors)
-    if paths:
-        next_step = "load first the adapter that targets most layers"
-        if draft.compiled:
-            next_step = "before compiling, call prepare_model_for_compiled_hotswap with this adapter among `adapters`"
-        elif not draft.add_layers:
-            next_step = f"pass add_layers=True to add them, or {next_step}"
-        found = f"tensors for {len(paths)} layers that the loaded adapter lacks: {listing(paths, 3)}"
+    methods.rest.take_leftovers(plan, tensors)
+    paths, name, adds = _layers_of(plan, tensors), plan.slot.adapter_name, plan.add_layers
+    if paths and adds and not plan.compiled:
+        _add_layers(plan, paths, tensors)
+    where, keys = listing(paths, 3), listing([key for key in plan.adapter.tensors if canonical_path(key) in tensors], 4)
+    if not paths or (adds and not plan.compiled):
+        if tensors:
+            plan.refuse("unexpected_keys", keys=keys, count=len(tensors), adapter_name=name)
+    elif adds:
+        plan.refuse("compiled_lacks_layers", count=len(paths), paths=where)
+    elif plan.compiled:
+        plan.refuse("unexpected_layers_compiled", keys=keys, count=len(paths), paths=where, adapter_name=name)
     else:
-        next_step = "check that both adapters were made for the same base model, or pass key_mapping"
-        found = f"{len(keys)} keys that name no layer of the base model"
-    expected = f"tensors only for layers of the loaded adapter {draft.slot.adapter_name!r}"
-    draft.refuse("unexpected_keys", keys=listing(keys, 4), found=found, expected=expected, next_step=next_step)
+        plan.refuse("unexpected_layers", keys=keys, count=len(paths), paths=where, adapter_name=name)
 
 
-def _layers_of(draft: Draft, tensors: dict[str, torch.Tensor]) -> list[str]:
+def _layers_of(plan: Plan, tensors: Tensors) -> list[str]:
     """The paths of layers of the base model that the tensors are for."""
-    return sorted({path for key in tensors if (path := adaptable(draft.slot.host.base, key)) is not None})
+    return sorted({path for key in tensors if (path := adaptable(plan.slot.host.base, key)) is not None})
 
 
-def _add_layers(draft: Draft, paths: list[str], tensors: dict[str, torch.Tensor]) -> None:
-    slot = draft.slot
-    if draft.compiled:
-        draft.refuse("compiled_lacks_layers", count=len(paths), paths=listing(paths, 3))
-        for key in [key for key in tensors if adaptable(slot.host.base, key) is not None]:
-            del tensors[key]  # their reason is given
-        return
+def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
+    slot = plan.slot
     try:
-        shadows = build_shadow_layers(slot, draft.config, paths)
-    except Exception as error:
-        draft.refuse("layers_not_addable", error=error)
+        ranks = {path: slot.method.settings_for(plan.config, path).rank for path in paths}
+        shadows = build_shadow_layers(slot, plan.config, ranks)
+    except HotswapError as error:
+        plan.refusals += error.refusals
+        tensors.clear()  # the reason is given
         return
-    for layer in shadows:
-        if reason := slot.method.unsupported_layer(layer.module, slot.adapter_name, layer.tensors):
-            draft.refuse("layer_not_plain", path=layer.path, reason=reason)
-        [expected] = slot.expected_of([layer], draft.config)
-        _plan_layer(draft, layer, expected, tensors, None, False, Action.ADD)
-
-
-def _as_peft_keys(draft: Draft, tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Keys as PEFT's messages show them: with prefix, adapter name and all."""
-    prefix = PEFT_PREFIX if draft.slot.host.is_peft_model else ""
-    name = draft.slot.adapter_name
-    keys = []
-    for key in tensors:
-        head, _, last = key.rpartition(".")
-        keys.append(
-            f"{prefix}{head}.{name}.{last}" if last == "weight" and not head.endswith(f".{name}") else prefix + key
-        )
-    return keys
+    for layer, expected in zip(shadows, expected_of(slot, plan.config, shadows), strict=True):
+        _plan_layer(plan, layer, expected, tensors, False, Action.ADD)

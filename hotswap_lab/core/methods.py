@@ -6,7 +6,7 @@ to load itself comes in through :data:`rest`: the part of the package that knows
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,14 @@ import torch
 from peft import PeftType
 
 from . import lora
-from .errors import Refusal
-from .host import Config
+from .errors import Refusal, refusal
+from .host import Config, kind_of
 
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .change import Change
-    from .decide import Draft
+    from .journal import Journal
+    from .parts import SlotTensor
     from .plan import Plan
     from .slot import Slot
 
@@ -37,30 +38,42 @@ class Rest:
         """Whether a tuner layer is of another method, although it may look like LoRA."""
         return False
 
-    def takes(self, draft: Draft) -> bool:
+    def takes(self, draft: Plan) -> bool:
         """Whether this swap has to be decided here, since an adapter is more than LoRA's own tensors."""
         return False
 
-    def plan(self, draft: Draft) -> Plan:
+    def plan(self, draft: Plan) -> Plan:
         """Decides it."""
         raise NotImplementedError
 
-    def instead(self, draft: Draft) -> Plan | None:
+    def instead(self, draft: Plan) -> Plan | None:
         """The plan to go by, now that it is known what happens to each layer; None: that of the engine."""
         return None
 
-    def check(self, draft: Draft) -> None:
-        """Adds what speaks against a swap that the engine decides."""
+    def take_leftovers(self, draft: Plan, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes those out that are base weights, saved with the adapter; may let the draft add layers for others."""
 
-    def take_base_weights(self, draft: Draft, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes those tensors out that are base weights, saved with the adapter."""
-
-    def former_layers(self, slot: Slot) -> Collection[str]:
-        """Paths of layers that the adapter was on before, and may be again without being asked for."""
+    def judge(self, config: Config, role: str, loaded: Config = None) -> Iterable[Refusal]:
+        """What speaks against a config, ``role`` being "new" or "loaded"; also for a graph with the ``loaded`` one."""
         return ()
 
+    def no_room(self, slot: Slot, room: Mapping[str, int]) -> Iterable[Refusal]:
+        """What speaks against making room for these ranks on the layers of these paths, which the slot may lack."""
+        return ()
+
+    def beside(self, config: Config) -> Sequence[str]:
+        """The fields of a LoRA config that stand for state beyond its layers' tensors and scalars."""
+        return ()
+
+    def obstacle(self, layer: torch.nn.Module, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
+        """Why a layer of LoRA can't be written to, or None."""
+        return None
+
+    def turn(self, layer: torch.nn.Module, adapter_name: str, on: bool, journal: Journal) -> None:
+        """Does what there is to do, beside the mark, when an adapter is turned off on a layer, or on again."""
+
     def not_scaled(self, slot: Slot) -> str | None:
-        """What an adapter has brought beside its tensors, that no scaling reaches."""
+        """What of an adapter no scaling reaches, or None."""
         return None
 
     def prepare(self, slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
@@ -70,6 +83,15 @@ class Rest:
 
 #: the one that is there
 rest: Rest = Rest()
+
+
+def misfits(slot: Slot, adapter: Adapter, in_graph: bool = False) -> Iterable[Refusal]:
+    """What speaks against an adapter in this place; also in a graph that it shares with the loaded one."""
+    loaded, new = slot.config, adapter.config
+    if loaded.peft_type != new.peft_type:
+        old, kind, label = kind_of(loaded), kind_of(new), adapter.label
+        return [refusal("other_peft_type", old=old, kind=kind, label=label, adapter_name=slot.adapter_name)]
+    return rest.judge(new, "new", loaded if in_graph else None)
 
 
 def method_for(config: Config) -> ModuleType:

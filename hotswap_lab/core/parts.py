@@ -27,44 +27,28 @@ class SlotTensor:
         The module that holds the parameter, and the parameter's name there.
     rank_axis:
         The axis along which rank components are stacked, or None.
-    groups:
-        By what number the rank axis is shorter than the rank: a grouped convolution's ``lora_B`` holds only
-        ``rank / groups`` entries along it.
-    blocks:
-        How many blocks of equal size the rank axis is made of. A grouped convolution's ``lora_A`` has one for
-        each group, and each of them is padded for itself, so that every group goes on seeing its own.
     size_attribute:
         The attribute of ``owner`` that repeats the rank (``out_features`` of a ``lora_A``), or None.
-    off:
-        Gives the value that means "no adapter here", of the parameter's shape; None where that is zero.
     """
 
     key: str
     named_key: str
     owner: Any
     name: str
-    rank_axis: int | None
-    groups: int = 1
-    blocks: int = 1
+    rank_axis: int | None = None
     size_attribute: str | None = None
-    off: Callable[[], torch.Tensor] | None = None
 
     #: whether this process holds only a part of the parameter
     is_shard: ClassVar[bool] = False
+    #: the number that a rank must be divisible by; where it is not 1, rank components don't lie side by side
+    rank_step: ClassVar[int] = 1
+    #: whether something else than zeros means "no adapter here", which is worked out from the base weights
+    reads_base: ClassVar[bool] = False
 
     @property
     def memory(self) -> torch.Tensor:
         """What this process holds of the parameter. Writes to it reach the parameter."""
         return self.parameter
-
-    @property
-    def has_fixed_shape(self) -> bool:
-        """Whether somebody has noted the parameter's shape, so that it can't get another one."""
-        return False
-
-    def obstacle(self) -> str | None:
-        """Why writing to the parameter would not be enough, or None."""
-        return None
 
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
         """Has ``change`` write ``source``, as in an adapter's file, to the parameter; None stands for "no adapter"."""
@@ -76,8 +60,8 @@ class SlotTensor:
         elif not fixed_size:
             # always a copy: a model that shared memory with the caller's state dict would change with it
             change.resize(parameter, source.detach())
-            if self.size_attribute and (axis := self.rank_axis) is not None:
-                change.sizes.append((self.owner, self.size_attribute, source.shape[axis] * self.groups))
+            if self.size_attribute:
+                change.sizes.append((self.owner, self.size_attribute, self.rank_of(source.shape)))
         else:
             rank = self.rank_of(source.shape)
             change.copy(self.own(parameter, rank), self.split(source))
@@ -85,8 +69,6 @@ class SlotTensor:
 
     def off_value(self) -> torch.Tensor:
         """What the parameter holds where the adapter is turned off."""
-        if self.off is not None:
-            return self.off()
         # a single zero, repeated without taking memory
         return self.parameter.detach().new_zeros(()).expand(self.parameter.shape)
 
@@ -98,19 +80,16 @@ class SlotTensor:
     def capacity(self) -> int | None:
         """The rank that the parameter has room for; more than the adapter's own rank where it is padded."""
         # as rank_of(parameter.shape); asked for at each layer in each swap
-        axis = self.rank_axis
-        return None if axis is None else self.owner._parameters[self.name].shape[axis] * self.groups
+        return None if self.rank_axis is None else self.owner._parameters[self.name].shape[self.rank_axis]
 
     def rank_of(self, shape: Sequence[int]) -> int | None:
         """The rank that a tensor of this shape would have here."""
-        return None if self.rank_axis is None else shape[self.rank_axis] * self.groups
+        return None if self.rank_axis is None else shape[self.rank_axis]
 
     def shape_for(self, rank: int | None) -> tuple[int, ...]:
         """The parameter's shape if it had this rank."""
-        shape = list(self.parameter.shape)
-        if self.rank_axis is not None and rank is not None:
-            shape[self.rank_axis] = rank // self.groups
-        return tuple(shape)
+        shape, axis = self.owner._parameters[self.name].shape, self.rank_axis
+        return tuple(shape) if axis is None or rank is None else (*shape[:axis], rank, *shape[axis + 1 :])
 
     def own(self, padded: torch.Tensor, rank: int | None) -> torch.Tensor:
         """The view of ``padded`` that an adapter of this rank fills, laid out as :meth:`split` lays it out."""
@@ -121,14 +100,12 @@ class SlotTensor:
         return self._narrow(padded, rank, self.rank_of(padded.shape))
 
     def split(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` with one more axis for the blocks, where there are several."""
-        axis = self.rank_axis
-        return tensor if axis is None or self.blocks == 1 else tensor.unflatten(axis, (self.blocks, -1))
+        """``tensor``, with more axes where the rank components are not stacked along one."""
+        return tensor
 
-    def trimmed(self, padded: torch.Tensor, rank: int | None) -> torch.Tensor:
-        """The tensor of an adapter of this rank, without the padding: as in its file."""
-        part, axis = self.own(padded, rank), self.rank_axis
-        return part if axis is None or self.blocks == 1 else part.flatten(axis, axis + 1)
+    def _narrow(self, padded: torch.Tensor, start: int | None, stop: int | None) -> torch.Tensor:
+        axis = self.rank_axis
+        return padded if axis is None or start is None or stop is None else padded.narrow(axis, start, stop - start)
 
     def padded(self, tensor: torch.Tensor, rank: int | None) -> torch.Tensor:
         """A copy of ``tensor`` with zeros up to this rank."""
@@ -136,34 +113,21 @@ class SlotTensor:
         self.own(padded, self.rank_of(tensor.shape)).copy_(self.split(tensor))
         return padded
 
-    def _narrow(self, padded: torch.Tensor, start: int | None, stop: int | None) -> torch.Tensor:
-        axis, share = self.rank_axis, self.groups * self.blocks
-        if axis is None or start is None or stop is None:
-            return padded
-        axis += self.blocks > 1
-        return self.split(padded).narrow(axis, start // share, (stop - start) // share)
-
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether ``shape`` differs from the tensor's at most in its rank."""
-        own = list(self.parameter.shape)
-        other = list(shape)
-        if len(own) != len(other):
-            return False
-        if self.rank_axis is not None:
-            own[self.rank_axis] = other[self.rank_axis]
-        return own == other
+        return len(shape) == self.parameter.ndim and self.shape_for(self.rank_of(shape)) == tuple(shape)
 
 
-#: what stands for a :class:`SlotTensor` where parameters are of another kind, such as spread over processes
-KINDS: list[Any] = []
+#: each gets a layer, an adapter's name and the tensors that are known so far; gives them back, some of them of another
+#: kind (such as spread over processes), perhaps with more
+KINDS: list[Callable[[Any, str, list[SlotTensor]], list[SlotTensor]]] = []
 
 
-def slot_tensor(key: str, named_key: str, owner: Any, name: str, *more: Any, **kinds: Any) -> SlotTensor:
-    """A :class:`SlotTensor`, of the kind that the parameter is of."""
+def with_kinds(layer: torch.nn.Module, adapter_name: str, tensors: list[SlotTensor]) -> list[SlotTensor]:
+    """The tensors of one adapter on one layer, each of its kind."""
     for kind in KINDS:
-        if kind.holds(owner, name):
-            return kind(key, named_key, owner, name, *more, **kinds)
-    return SlotTensor(key, named_key, owner, name, *more, **kinds)
+        tensors = kind(layer, adapter_name, tensors)
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -185,11 +149,3 @@ class LayerSettings:
     def scaling(self) -> float:
         """The factor of ``B @ A``: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
         return self.alpha / math.sqrt(self.rank) if self.use_rslora else self.alpha / self.rank
-
-
-@dataclass(frozen=True)
-class WholeSettings:
-    """The rank and scaling of a layer of any method, where it has them; for reports."""
-
-    rank: int | None
-    scaling: float | None

@@ -2,25 +2,26 @@
 
 A plan says for every layer whether its tensors are copied, padded, resized, turned off or added, and which scalars
 and config go with them; or it says why the swap can't be right. It is what the user sees as the
-compatibility report. What it comes to is a :class:`~hotswap_lab.change.Change`.
+compatibility report. What it comes to is a :class:`~hotswap_lab.core.change.Change`.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import torch
 
 from .adapter import Adapter
 from .change import Change
-from .errors import HotswapError, Refusal
+from .errors import HotswapError, Refusal, refusal
 from .host import Config
 from .parts import LayerSettings, SlotTensor
+from .prepared import has_fixed_size
 from .report import html_table
 from .slot import Slot, SlotLayer
 
@@ -38,29 +39,14 @@ class Action(enum.Enum):
         return self.value
 
 
-@dataclass(frozen=True, eq=False)
-class TensorPlan:
-    """One tensor to write: ``source`` goes to ``target``; None means zeros.
-
-    Where the target has a ``fixed_size``, the source fills the part of it that belongs to its rank.
-    """
+class TensorPlan(NamedTuple):
+    """One tensor to write: ``source``, as it is in the adapter's file, goes to ``target``; None means zeros."""
 
     target: SlotTensor
     source: torch.Tensor | None
-    fixed_size: bool = False
-
-    @property
-    def keeps_address(self) -> bool:
-        return self.source is None or self.fixed_size or self.source.shape == self.target.parameter.shape
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes that are written to the model."""
-        elements = self.target.parameter if self.source is None or self.fixed_size else self.source
-        return elements.numel() * self.target.parameter.element_size()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LayerPlan:
     """What happens to one layer. ``settings`` is None where the adapter is turned off."""
 
@@ -78,23 +64,28 @@ class LayerPlan:
     def rank_after(self) -> int | None:
         return self.settings.rank if self.settings else None
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are written to the model's tensors."""
+        keeps_size, total = self.action is Action.PAD, 0
+        for target, source in self.tensors:
+            written = target.parameter if source is None or keeps_size else source
+            total += written.numel() * target.parameter.element_size()
+        return total
 
-class Grafting(Protocol):
-    """A swap that was decided by a comparison with what PEFT has loaded beside the model."""
-
-    #: what differs beyond the values of tensors, in words
-    differences: Sequence[str]
-    writes_values_only: bool
-    nbytes: int
-    #: what PEFT said when it could not load the adapter
-    cause: Exception | None
-
-    def change_for(self, plan: Plan) -> Change:
-        """All that is to be written."""
-        ...
+    @property
+    def row(self) -> tuple[Action, str, str]:
+        """What a report says of it: action, rank, scaling."""
+        before, after = self.rank_before, self.rank_after
+        if self.settings is None:
+            return self.action, "off" if before is None else f"{before} -> off", "-"
+        rank, scaling = "none" if after is None else str(after), self.settings.scaling
+        if before != after:
+            rank = f"{'none' if before is None else before} -> {rank}"
+        return self.action, rank, "-" if scaling is None else f"{scaling:.4g}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Plan:
     """A swap that was decided but not done: the dry run.
 
@@ -102,10 +93,10 @@ class Plan:
     ----------
     slot, adapter:
         What is swapped out, and what is swapped in.
-    layers:
-        What happens to each layer.
     config:
         The config that the model has after the swap.
+    layers:
+        What happens to each layer.
     refusals:
         Why the swap can't be done; empty if it can.
     notes:
@@ -124,24 +115,49 @@ class Plan:
 
     slot: Slot
     adapter: Adapter
-    layers: tuple[LayerPlan, ...]
     config: Config
-    #: decides the same swap once more, for the model as it is then
-    again: Callable[[], Plan] = field(repr=False)
     #: makes what is to be written; called where nothing speaks against it
-    make_change: Callable[[Plan], Change] = field(repr=False)
-    refusals: tuple[Refusal, ...] = ()
-    notes: tuple[str, ...] = ()
-    #: whether the model, or something inside it, is compiled
-    is_compiled: bool = False
-    #: how the new adapter differs from the live one, where PEFT loaded it beside the model
-    grafting: Grafting | None = None
+    make_change: Callable[[Plan], Change]
+    #: what is compiled in the model
+    compiled: list[object]
+    add_layers: bool = False
+    #: whether the adapter's config has to say which layers it is for; else they are those of its tensors
+    check_targets: bool = True
+    base_weights: Mapping[str, torch.Tensor] | None = None
+    layers: list[LayerPlan] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    #: what is said once for each model when the swap is done
+    warnings: list[str] = field(default_factory=list)
+    #: tensors that no layer of the slot took, where nothing else was wrong
+    left: dict[str, torch.Tensor] = field(default_factory=dict)
+    #: what has decided instead of the engine, with all that it found: see ``hotswap_lab.beyond``
+    grafting: Any = None
     #: the :attr:`answer` as it was when the plan was made, where it is kept for later
-    told: tuple[object, ...] | None = field(default=None, repr=False)
+    told: tuple[object, ...] | None = None
+
+    def refuse(self, which: str, /, **values: object) -> None:
+        """Adds a reason against the swap."""
+        self.refusals.append(refusal(which, **values))
+
+    def targets(self, layer: LayerPlan) -> bool:
+        return self.slot.method.targets(self.config, layer.layer.path)
+
+    @cached_property
+    def fixed(self) -> list[bool]:
+        """Of each layer of the slot, whether it was prepared, and so keeps its shapes."""
+        name = self.slot.adapter_name
+        return [has_fixed_size(layer.module, name) for layer in self.slot.layers]
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether all layers keep their shapes, so that a compiled graph can go on."""
+        return False not in self.fixed
 
     def kept(self) -> Plan:
         """The plan, to be committed later: what it says now is what it is held to then."""
-        return replace(self, told=self.answer)
+        self.told = self.answer
+        return self
 
     def change(self) -> Change:
         """All that is to be written, allocated beside the model."""
@@ -150,10 +166,10 @@ class Plan:
 
     @property
     def answer(self) -> tuple[object, ...]:
-        """All that a reader was told, as something that can be compared."""
+        """All that a reader was told, and of what, as something that can be compared."""
         layers = [(each.path, each.action, each.rank_before, each.settings) for each in self.layers]
-        differences = self.grafting.differences if self.grafting else None
-        return layers, self.nbytes, self.refusals, self.notes, self.config.to_dict(), differences
+        writes = [] if self.slot.is_inference else [parameter._version for parameter in self.slot.parameters]
+        return str(self), layers, writes, self.config.to_dict(), self.grafting and self.grafting.differences
 
     @property
     def ok(self) -> bool:
@@ -163,27 +179,25 @@ class Plan:
     @property
     def counts(self) -> dict[str, int]:
         """How many layers are copied, padded, resized, turned off and added."""
-        counter = Counter(layer.action for layer in self.layers)
-        return {str(action): counter[action] for action in Action}
+        actions = [layer.action for layer in self.layers]
+        return {str(action): actions.count(action) for action in Action}
 
-    @cached_property
+    @property
     def will_recompile(self) -> bool:
         """Whether a compiled model must be compiled anew after this swap."""
-        return self.is_compiled and not self.writes_values_only
+        return bool(self.compiled) and not self.writes_values_only
 
-    @cached_property
+    @property
     def writes_values_only(self) -> bool:
         """Whether only values of tensors change, so that a compiled graph stays valid."""
         if self.grafting is not None:
             return self.grafting.writes_values_only
-        if self.slot.room is not None:
-            return Action.ADD not in [layer.action for layer in self.layers]
-        method, name = self.slot.method, self.slot.adapter_name
-        return all(
-            layer.action is not Action.ADD
-            and all(tensor.keeps_address for tensor in layer.tensors)
-            and (layer.settings is None or not method.changes_constants(layer.layer.module, name, layer.settings))
-            for layer in self.layers
+        changes, name = self.slot.method.changes_constants, self.slot.adapter_name
+        if not {layer.action for layer in self.layers}.isdisjoint((Action.RESIZE, Action.ADD)):
+            return False
+        # in a room, there are no constants
+        return self.slot.room is not None or not any(
+            changes(layer.layer.module, name, layer.settings) for layer in self.layers if layer.settings is not None
         )
 
     @property
@@ -191,32 +205,20 @@ class Plan:
         """The bytes that the swap writes to the model's tensors."""
         if self.grafting is not None:
             return self.grafting.nbytes
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
+        return sum(layer.nbytes for layer in self.layers)
 
     def raise_if_refused(self) -> None:
         """Raises a :class:`HotswapError` with all refusals, if there are any."""
         if self.refusals:
-            raise HotswapError(*self.refusals) from (self.grafting.cause if self.grafting else None)
+            raise HotswapError(*self.refusals) from (self.grafting and self.grafting.cause)
 
-    @cached_property
+    @property
     def rows(self) -> list[tuple[str, int, str, str]]:
         """The report: action, number of layers, rank, scaling; layers that are alike share a row."""
-        groups: Counter = Counter()
-        for layer in self.layers:
-            if layer.settings is None:
-                rank, scaling = "off" if layer.rank_before is None else f"{layer.rank_before} -> off", "-"
-            else:
-                before, after = layer.rank_before, layer.settings.rank
-                rank = _text(after) if before == after else f"{_text(before)} -> {_text(after)}"
-                scaling = "-" if layer.settings.scaling is None else f"{layer.settings.scaling:.4g}"
-            groups[(layer.action, rank, scaling)] += 1
         order = list(Action)
-        return [
-            (str(action), count, rank, scaling)
-            for (action, rank, scaling), count in sorted(
-                groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1:])
-            )
-        ]
+        rows = Counter(layer.row for layer in self.layers).items()
+        in_order = sorted(rows, key=lambda row: (order.index(row[0][0]), row[0][1:]))
+        return [(str(action), count, rank, scaling) for (action, rank, scaling), count in in_order]
 
     @property
     def title(self) -> str:
@@ -231,27 +233,15 @@ class Plan:
         return f"possible, {self.nbytes:,} bytes to write"
 
     def __str__(self) -> str:
-        lines = [f"{self.title}: {self.verdict}"]
-        if self.rows:
-            table = [("action", "layers", "rank", "scaling"), *self.rows]
-            lines += [
-                f"  {action:8}{layers!s:>6}  {rank:14}{scaling}".rstrip() for action, layers, rank, scaling in table
-            ]
-        lines += [f"  note: {note}" for note in self.notes]
-        lines += [str(refusal) for refusal in self.refusals]
-        return "\n".join(lines)
+        table = [("action", "layers", "rank", "scaling"), *self.rows] if self.layers else ()
+        rows = [f"  {action:8}{layers!s:>6}  {rank:14}{scaling}" for action, layers, rank, scaling in table]
+        notes = [f"  note: {note}" for note in self.notes]
+        return "\n".join([f"{self.title}: {self.verdict}", *map(str.rstrip, rows), *notes, *map(str, self.refusals)])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
+        notes = [*self.notes, *map(str, self.refusals)]
         return html_table(
-            self.title,
-            ["action", "layers", "rank", "scaling"],
-            self.rows,
-            caption=self.verdict,
-            notes=[*self.notes, *map(str, self.refusals)],
+            self.title, ["action", "layers", "rank", "scaling"], self.rows, caption=self.verdict, notes=notes
         )
-
-
-def _text(rank: int | None) -> str:
-    return "none" if rank is None else str(rank)

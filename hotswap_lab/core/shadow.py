@@ -1,23 +1,24 @@
 """LoRA layers for modules that have none yet, built beside the model and attached only at commit.
 
-PEFT injects into a whole model and changes it while it goes. Here it gets a stand-in: a tree of empty
-modules with nothing but the wanted layers at their paths. What comes out are finished LoRA layers around
-the model's own base layers, while the model itself has not been touched.
+PEFT injects into a whole model and changes it while it goes. Here it gets a stand-in: a list of nothing but the
+wanted modules. What comes out are finished LoRA layers around the model's own base layers, while the model itself has
+not been touched.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .guard import guard
+from . import methods
+from .errors import listing, refuse
 from .host import Config
-from .interrupts import interrupts_held
 from .journal import Journal
 from .slot import Slot, SlotLayer
 
@@ -41,66 +42,78 @@ def adaptable(base: torch.nn.Module, key: str) -> str | None:
     return path
 
 
-def build_shadow_layers(slot: Slot, config: Config, paths: list[str]) -> list[SlotLayer]:
-    """New LoRA layers for ``paths``, with the slot's adapter name and ``config``'s settings, not attached."""
-    stand_in = torch.nn.Module()
-    for attribute in CHOOSES_CLASS & slot.host.base.__dict__.keys():
-        setattr(stand_in, attribute, slot.host.base.__dict__[attribute])
-    requires_grad: list[tuple[torch.nn.Parameter, bool]] = []
-    for path in paths:
-        module = slot.host.base.get_submodule(path)
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, slot.method.layer_class):
-            raise TypeError(f"{path} is already adapted by another PEFT method, {type(module).__name__}")
-        base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if any(True for _ in base_layer.children()):
-            # PEFT would put layers inside it, and thereby change the model itself
-            raise TypeError(f"{path} is a {type(base_layer).__name__}, which has modules of its own")
-        requires_grad += [(parameter, parameter.requires_grad) for parameter in base_layer.parameters()]
-        _plant(stand_in, path, base_layer)
-    config = copy.deepcopy(config)
-    config.target_modules = list(paths)
+def build_shadow_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLayer]:
+    """New LoRA layers with the slot's adapter name, as ``config`` has them, not attached; ``ranks`` is by their paths.
+
+    Raises
+    ------
+    HotswapError
+        If PEFT can't put LoRA there, or no plain one.
+    """
+    try:
+        layers = _build(slot, config, ranks)
+    except Exception as error:
+        raise refuse("layers_not_addable", error=error, paths=listing(ranks, 3)) from error
+    for layer in layers:
+        if reason := methods.rest.obstacle(layer.module, slot.adapter_name, layer.tensors):
+            raise refuse("layer_not_plain", path=layer.path, reason=reason)
+    return layers
+
+
+def _build(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLayer]:
+    base, config, base_layers = slot.host.base, copy.deepcopy(config), [_base_layer(slot, path) for path in ranks]
+    stand_in = torch.nn.Sequential(*map(_frozen_twin, base_layers))
+    stand_in.__dict__.update({name: base.__dict__[name] for name in CHOOSES_CLASS & base.__dict__.keys()})
+    config.target_modules, config.init_lora_weights = r"\d+", True
+    config.rank_pattern = {str(number): rank for number, rank in enumerate(ranks.values())}
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-    # PEFT sets `requires_grad` of the base layers' own parameters on its way, which no other thread must compute with
-    with guard(slot.host.base), interrupts_held():
-        try:
-            with slot.write_mode(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                # without memory, and so without random numbers that somebody else would have drawn
-                inject_adapter_in_model(config, stand_in, slot.adapter_name, low_cpu_mem_usage=True)
-        finally:
-            for parameter, value in requires_grad:
-                parameter.requires_grad_(value)
-    return [_with_memory(slot, path, stand_in.get_submodule(path)) for path in paths]
+    with slot.write_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # without memory, and so without random numbers that somebody else would have drawn
+        inject_adapter_in_model(config, stand_in, slot.adapter_name, low_cpu_mem_usage=True)
+        return [_finished(slot, *each) for each in zip(ranks, stand_in, base_layers, strict=True)]
 
 
-def _with_memory(slot: Slot, path: str, module: Any) -> SlotLayer:
-    like = slot.tensors[0].parameter
-    device = next((each.device for each in module.get_base_layer().parameters()), like.device)
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and parameter.is_meta and owner is not module.get_base_layer():
-                with slot.write_mode():
-                    fresh = torch.zeros(parameter.shape, dtype=like.dtype, device=device)
-                    owner._parameters[name] = torch.nn.Parameter(fresh, requires_grad=like.requires_grad)
-    return SlotLayer(path, module, tuple(slot.method.tensors_of(module, slot.adapter_name)))
+def _base_layer(slot: Slot, path: str) -> torch.nn.Module:
+    module = slot.host.base.get_submodule(path)
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, slot.method.layer_class):
+        raise TypeError(f"{path} is already adapted by another PEFT method, {type(module).__name__}")
+    base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if any(True for _ in base_layer.children()):
+        # PEFT would put layers inside it, and thereby change the model itself
+        raise TypeError(f"{path} is a {type(base_layer).__name__}, which has modules of its own")
+    return base_layer
 
 
-def _plant(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in root._modules:
-            root.add_module(parent, torch.nn.Module())
-        root = root.get_submodule(parent)
-    root.add_module(name, module)
+def _frozen_twin(module: torch.nn.Module) -> torch.nn.Module:
+    """The module once more, around the same memory: PEFT freezes the parameters of what it is given."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(module.__dict__)
+    twin._parameters = dict(module._parameters)
+    for name, parameter in module._parameters.items():
+        # what is quantized to whole numbers can't be trained anyway
+        if parameter is not None and parameter.is_floating_point():
+            twin._parameters[name] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+    return twin
+
+
+def _finished(slot: Slot, path: str, module: Any, base_layer: torch.nn.Module) -> SlotLayer:
+    """The layer around its base layer, with zeros for tensors, in the precision and the state of the slot's others."""
+    module._modules["base_layer"] = base_layer
+    like, tensors = slot.tensors[0].parameter, tuple(slot.method.tensors_of(module, slot.adapter_name))
+    device = next((parameter.device for parameter in base_layer.parameters()), like.device)
+    for tensor in tensors:
+        fresh = torch.zeros(tensor.parameter.shape, dtype=like.dtype, device=device)
+        tensor.owner._parameters[tensor.name] = torch.nn.Parameter(fresh, requires_grad=like.requires_grad)
+    return SlotLayer(path, module, tensors)
 
 
 def _join(present: Any, shadow: Any, name: str, journal: Journal) -> None:
     """Gives a layer all that the shadow has under the adapter's name."""
     # a variant of LoRA lists its tables on the layer that it is on; which of them there are, it keeps in no list
     for listed in ("adapter_layer_names", "other_param_names"):
-        names = tuple(dict.fromkeys((*getattr(present, listed), *getattr(shadow, listed))))
-        if names != tuple(getattr(present, listed)):
-            journal.set_item(present.__dict__, listed, names)
+        names = dict.fromkeys((*getattr(present, listed), *getattr(shadow, listed)))
+        journal.set_item(present.__dict__, listed, tuple(names))
     tables: list[tuple[str, Any]] = [*shadow.__dict__.items(), *shadow._modules.items()]
     for attribute, table in tables:
         if attribute.startswith("_") or not hasattr(table, "keys") or name not in table:
@@ -124,13 +137,9 @@ def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> Any:
     else:
         shadow._active_adapter = copy.copy(sibling._active_adapter)
         shadow._disable_adapters = sibling._disable_adapters
-        in_base_layer = set(present.modules())
-        for module in shadow.modules():
-            if module not in in_base_layer:
-                module.training = present.training
+        shadow.train(present.training)
         journal.set_item(parent._modules, child_name, shadow)
-    if slot.host.tuner is not None and hasattr(slot.host.tuner, "targeted_module_names"):
-        names = slot.host.tuner.targeted_module_names
-        if layer.path not in names:
-            journal.set_attribute(slot.host.tuner, "targeted_module_names", [*names, layer.path])
+    names = getattr(slot.host.tuner, "targeted_module_names", None)
+    if names is not None and layer.path not in names:
+        journal.set_attribute(slot.host.tuner, "targeted_module_names", [*names, layer.path])
     return present if isinstance(present, BaseTunerLayer) else shadow

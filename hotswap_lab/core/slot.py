@@ -8,19 +8,17 @@ adapters called ``a``, ``lora`` or ``default_0`` can't be mistaken for one anoth
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from peft import PeftConfig
 
-from .compiled import COMPILED, unwrap_compiled
+from . import methods
 from .host import Config, Host, TunerLayer, find_host, modules_in
 from .journal import Journal
-from .methods import method_for
 from .parts import LayerSettings, SlotTensor
 
 if TYPE_CHECKING:
@@ -28,10 +26,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: on a base model: its slots as the last swaps left them, by adapter name, each with the config that it has since
+#: on a base model: its slots as the last swaps left them, by adapter name
 SLOTS = "hotswap_slots"
-#: how much a slot remembers of configs: two things of each
-MAX_EXPECTED = 128
+#: how much a slot remembers of configs
+MOST_KNOWN = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +52,11 @@ class SlotLayer:
     @cached_property
     def keys(self) -> list[list[str]]:
         """Of each tensor, the names that files may have for it."""
-        paths, keys = (self.path, *self.aliases), []
+        paths, keys = self.paths, []
         for tensor in self.tensors:
-            names = []
+            keys.append(names := [])
             for path in paths:
                 names += f"{path}.{tensor.key}", f"{path}.{tensor.named_key}"
-            keys.append(names)
         return keys
 
 
@@ -73,7 +70,10 @@ class Slot:
     layers: tuple[SlotLayer, ...]
     #: the memory that all tensors are views of, if the model was prepared
     room: Room | None = None
-    _links: tuple[list[dict], list[str], list[object]] | None = field(default=None, init=False, repr=False)
+    #: tables of modules and parameters, a name in each, and what was there: see :meth:`settle`
+    _links: tuple[tuple[Any, ...], ...] = field(default=(), init=False, repr=False)
+    #: what :meth:`once_for` has worked out
+    _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def config(self) -> Config:
@@ -104,59 +104,48 @@ class Slot:
 
     # ---- is everything where it was found?
 
-    def is_in_place(self) -> bool:
-        """Whether the parameters, and the modules on the way to them, are still those of the model."""
-        if self._links is None:
-            return False
-        holders, names, held = self._links
-        if all(map(operator.is_, map(dict.get, holders, names), held)):
-            return True
-        for holder, name, known in zip(holders, names, held, strict=True):
-            present = holder.get(name)
-            # a part may have been compiled since, and have a wrapper around it
-            if isinstance(present, torch.nn.Module):
-                present = unwrap_compiled(present)
-            if present is not known:
-                return False
-        return True
+    @cached_property
+    def walk(self) -> list[tuple[str, torch.nn.Module]]:
+        """The base model and all modules in it with their paths, but for those that are the adapters' own."""
+        return modules_in(self.host.base)
+
+    @cached_property
+    def modules(self) -> list[torch.nn.Module]:
+        return [module for _, module in self.walk]
 
     def settle(self) -> None:
         """Notes where everything is, which :meth:`is_in_place` compares with."""
-        try:
-            self._links = self._links_of_all()
-        except KeyError:  # wrapped by more than the path says
-            self._links = None
-
-    def _links_of_all(self) -> tuple[list[dict], list[str], list[object]]:
-        """Every step from the base model to the tensors: a table of modules or parameters, a name, what is there."""
-        links: dict[tuple[int, str], tuple[dict, str]] = {}
+        tables = [module._modules for module in self.modules]
+        links: list[tuple[Any, ...]] = [(table, name, child) for table in tables for name, child in table.items()]
         for layer in self.layers:
-            module: Any = self.host.base
-            names = layer.path.split(".")
-            while module is not layer.module:
-                name = COMPILED if COMPILED in module._modules else names.pop(0) if names else "base_layer"
-                links[id(module), name] = module._modules, name
-                module = module._modules[name]
             for tensor in layer.tensors:
-                name = tensor.named_key.partition(".")[0]
-                links[id(module), name] = module._modules, name
-                if tensor.owner is not (table := module._modules[name]):
-                    links[id(table), self.adapter_name] = table._modules, self.adapter_name
-                links[id(tensor.owner), tensor.name] = tensor.owner._parameters, tensor.name
-        holders, names = [holder for holder, _ in links.values()], [name for _, name in links.values()]
-        return holders, names, [holder[name] for holder, name in links.values()]
+                table: Any = layer.module._modules[tensor.named_key.partition(".")[0]]
+                if table is not tensor.owner:
+                    links.append((table._modules, self.adapter_name, tensor.owner))
+                links.append((tensor.owner._parameters, tensor.name, tensor.parameter))
+        self._links = tuple(zip(*links, strict=True))
+
+    def is_in_place(self) -> bool:
+        """Whether the parameters, and the modules on the way to them, are still those of the model."""
+        tables, names, held = self._links
+        if all(map(operator.is_, map(dict.get, tables, names), held)):
+            return True
+        # something else may have been put into the model, or a wrapper around a part that was compiled since
+        now = slot_in(self.host, self.adapter_name)
+        same_layers = [layer.module for layer in now.layers] == [layer.module for layer in self.layers]
+        if not same_layers or list(map(id, now.parameters)) != list(map(id, self.parameters)):
+            return False
+        self.walk, self.modules = now.walk, now.modules
+        self.settle()
+        return True
 
     # ---- what is known of its layers, as long as everything is in place
 
     @cached_property
-    def is_special(self) -> bool:
-        """Whether a layer has state beyond its tensors."""
-        return True in [self.method.is_special(layer.module, self.adapter_name) for layer in self.layers]
-
-    @cached_property
     def obstacles(self) -> list[tuple[SlotLayer, str]]:
         """The layers that can't be written to, and why not."""
-        found = [(layer, self.method.unsupported_tensors(layer.tensors)) for layer in self.layers]
+        name, obstacle = self.adapter_name, methods.rest.obstacle
+        found = [(layer, obstacle(layer.module, name, layer.tensors)) for layer in self.layers]
         return [(layer, reason) for layer, reason in found if reason]
 
     @property
@@ -164,42 +153,14 @@ class Slot:
         """Whether the adapter is merged into the base weights, on any layer."""
         return True in [self.adapter_name in layer.module.merged_adapters for layer in self.layers]
 
-    @cached_property
-    def reads_base(self) -> bool:
-        """Whether turning a layer off takes a look at its base weight, as with DoRA."""
-        return len([tensor for tensor in self.tensors if tensor.off is not None]) > 0
-
-    @cached_property
-    def is_sharded(self) -> bool:
-        """Whether this process holds only parts of some of the tensors."""
-        return True in [tensor.is_shard for tensor in self.tensors]
-
-    def expect(self, config: Config) -> list[Expected]:
-        """What an adapter with this config has for each layer; worked out once for each config."""
-        return self.once_for(config, "layers", lambda: self.expected_of(self.layers, config))
-
-    def expected_of(self, layers: Iterable[SlotLayer], config: Config) -> list[Expected]:
-        """What an adapter with this config has for each of these layers."""
-        settings_for, targets = self.method.settings_for, self.method.targets
-        settings = None if config.rank_pattern or config.alpha_pattern else settings_for(config, "")
-        expected = []
-        for layer in layers:
-            targeted = targets(config, layer.path) or any(targets(config, path) for path in layer.aliases)
-            expected.append(Expected(settings or settings_for(config, layer.path), targeted))
-        return expected
-
-    def once_for(self, config: Config, what: str, work_out: Callable[[], T]) -> T:
+    def once_for(self, config: Config, work_out: Callable[[Slot, Config], T]) -> T:
         """What is worked out once for each config, and remembered for some of them."""
-        key = what, self.method.fingerprint(config)
-        if key not in self._expected:
-            if len(self._expected) >= MAX_EXPECTED:
-                self._expected.clear()
-            self._expected[key] = work_out()
-        return self._expected[key]
-
-    @cached_property
-    def _expected(self) -> dict[object, Any]:
-        return {}
+        key = work_out, self.method.fingerprint(config)
+        if key not in self._known:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = work_out(self, config)
+        return self._known[key]
 
     def data_ptrs(self) -> list[int]:
         """The memory address of each tensor. A swap that keeps the ranks leaves them as they are.
@@ -215,12 +176,16 @@ class Slot:
         return [tensor.parameter.data_ptr() for tensor in self.tensors]
 
 
-@dataclass(frozen=True, eq=False)
-class Expected:
-    """What an adapter's config says of one layer."""
-
-    settings: LayerSettings
-    targeted: bool
+def expected_of(
+    slot: Slot, config: Config, layers: Sequence[SlotLayer] | None = None
+) -> list[tuple[LayerSettings, bool]]:
+    """Of each layer, the settings that an adapter with this config has there, and whether the config targets it."""
+    settings_for, targets, expected = slot.method.settings_for, slot.method.targets, []
+    alike = None if config.rank_pattern or config.alpha_pattern else settings_for(config, "")
+    for layer in slot.layers if layers is None else layers:
+        targeted = targets(config, layer.path) or any(targets(config, path) for path in layer.aliases)
+        expected.append((alike or settings_for(config, layer.path), targeted))
+    return expected
 
 
 class Uncopied(dict[str, Any]):
@@ -239,23 +204,24 @@ def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:
     if SLOTS not in base.__dict__:
         journal.set_item(base.__dict__, SLOTS, Uncopied())
     if after is None:
-        journal.delete_item(base.__dict__[SLOTS], name)
-    else:
-        if after._links is None:
-            after.settle()
-        journal.set_item(base.__dict__[SLOTS], name, (after, slot.host.configs[name]))
+        journal.remove(base.__dict__[SLOTS], name)
+        return
+    if not after._links:
+        after.settle()
+    journal.set_item(base.__dict__[SLOTS], name, after)
+
+
+def kept_slot(base: torch.nn.Module, adapter_name: str) -> Slot | None:
+    """The slot that the last swap left, if everything is still in place; with its room if it has one."""
+    slot: Slot | None = base.__dict__.get(SLOTS, {}).get(adapter_name)
+    is_there = slot is not None and (slot.is_in_place() if slot.room is None else slot.room.is_intact())
+    return slot if is_there else None
 
 
 def slot_for(host: Host, adapter_name: str) -> Slot:
     """:func:`resolve_slot` without a walk, where the slot is as the last swap left it; with its room if it has one."""
-    slot, config = _kept_slot(host.base, adapter_name)
+    slot = kept_slot(host.base, adapter_name)
     if slot is None or slot.host.configs is not host.configs:
-        return slot_in(host, adapter_name)
-    if slot.room is not None:
-        is_there = slot.room.is_intact()
-    else:
-        is_there = host.configs.get(adapter_name) is config and slot.is_in_place()
-    if not is_there:
         return slot_in(host, adapter_name)
     slot.host = host  # the user may call it by a wrapper around it now
     return slot
@@ -263,12 +229,8 @@ def slot_for(host: Host, adapter_name: str) -> Slot:
 
 def room_of(base: torch.nn.Module, adapter_name: str) -> Room | None:
     """The room of an adapter, if it was prepared and everything is still in place."""
-    slot, _ = _kept_slot(base, adapter_name)
-    return slot.room if slot is not None and slot.room is not None and slot.room.is_intact() else None
-
-
-def _kept_slot(base: torch.nn.Module, adapter_name: str) -> tuple[Slot | None, PeftConfig | None]:
-    return base.__dict__.get(SLOTS, {}).get(adapter_name, (None, None))
+    slot = kept_slot(base, adapter_name)
+    return slot and slot.room
 
 
 def resolve_slot(model: torch.nn.Module, adapter_name: str) -> Slot:
@@ -305,13 +267,15 @@ def slot_in(host: Host, adapter_name: str) -> Slot:
     """:func:`resolve_slot` for a host that is known already."""
     if adapter_name not in host.configs:
         find_host(host.root, adapter_name)  # says so
-    method = method_for(host.configs[adapter_name])
+    method = methods.method_for(host.configs[adapter_name])
     found: dict[int, tuple[Any, list[str]]] = {}
-    for path, module in modules_in(host.base):
+    for path, module in (walk := modules_in(host.base)):
         if isinstance(module, method.layer_class) and method.has_adapter(module, adapter_name):
             found.setdefault(id(module), (module, []))[1].append(path)
     layers = [
         SlotLayer(paths[0], module, tuple(method.tensors_of(module, adapter_name)), tuple(paths[1:]))
         for module, paths in found.values()
     ]
-    return Slot(adapter_name, host, method, tuple(layers))
+    slot = Slot(adapter_name, host, method, tuple(layers))
+    slot.walk = walk
+    return slot

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
-from peft import PeftType
 
 from . import lora, methods
 from .change import Change, apply
 from .errors import listing, refuse
 from .guard import guard
-from .host import Config, find_host
+from .host import find_host, name_in
 from .journal import Journal
-from .prepared import has_fixed_size
+from .prepared import has_fixed_size, is_off
 from .slot import Slot, SlotLayer, slot_for
-from .state_view import is_off
 
 
-def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "default") -> None:
+def set_strength(model: torch.nn.Module, strength: float, adapter_name: str | None = None) -> None:
     """Sets how strongly an adapter acts: its trained scaling times ``strength``, in every layer.
 
     Strengths don't add up: each call starts from the trained scaling. A swap sets the strength back to 1. It is
@@ -31,7 +30,7 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
     strength:
         0 gives the base model's output, 1 the adapter as it was trained; anything between, beyond or below is possible.
     adapter_name:
-        The adapter's name in the model. It must not be merged.
+        The adapter's name in the model. It must not be merged. Default: the only one that there is.
 
     Raises
     ------
@@ -51,6 +50,7 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
     'pawstoh'
     """
     check_strength(strength)
+    adapter_name = name_in(model, adapter_name)
     host = find_host(model, adapter_name)
     with guard(host.base):
         slot = slot_for(host, adapter_name)
@@ -63,44 +63,19 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str = "d
 def _change_strength(slot: Slot, strength: float) -> Change:
     """Layer by layer, where no room has all scalings side by side."""
     name, change = slot.adapter_name, Change(slot)
-    floats: list[tuple[dict, float]] = []
     for layer in slot.layers:
         scaling, value = layer.module.scaling, strength * _trained(slot, layer)
         if has_fixed_size(layer.module, name):
             change.copy(scaling[name], torch.tensor(value, dtype=torch.float64))
         else:
-            floats.append((scaling, value))
-
-    def write(journal: Journal) -> None:
-        for table, value in floats:
-            journal.set_item(table, name, value)
-
-    change.steps.append(write)
+            change.steps.append(functools.partial(Journal.set_item, table=scaling, key=name, value=value))
     return change
-
-
-#: what an adapter brings beside B @ A, and no scaling reaches
-NOT_SCALED = ("modules_to_save", "trainable_token_indices", "bias", "layer_replication")
 
 
 def check_scalable(slot: Slot) -> None:
     """Refuses adapters whose effect is not proportional to a scaling."""
-    found = not_scaled(slot.config)
-    found = found or methods.rest.not_scaled(slot)
-    if found is None:
-        return
-    raise refuse("no_strength", adapter_name=slot.adapter_name, found=found)
-
-
-def not_scaled(config: Config) -> str | None:
-    """What of an adapter with this config would stay at full strength, or None."""
-    if config.peft_type != PeftType.LORA:
-        return f"an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}"
-    if config.use_dora:
-        return "an adapter of type DoRA, whose magnitude would stay at full strength"
-    if present := [name for name in NOT_SCALED if getattr(config, name) not in (None, [], {}, "none")]:
-        return f"an adapter with {' and '.join(present)}, which would stay at full strength"
-    return None
+    if found := methods.rest.not_scaled(slot):
+        raise refuse("no_strength", adapter_name=slot.adapter_name, found=found)
 
 
 def check_strength(strength: object) -> None:
@@ -109,7 +84,7 @@ def check_strength(strength: object) -> None:
         raise refuse("strength_is_no_number", strength=strength)
 
 
-def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float:
+def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> float:
     """The strength that :func:`set_strength`, or PEFT's ``set_scale`` and ``scale_layer``, gave to an adapter.
 
     Raises
@@ -125,6 +100,7 @@ def get_strength(model: torch.nn.Module, adapter_name: str = "default") -> float
     >>> get_strength(model)
     0.25
     """
+    adapter_name = name_in(model, adapter_name)
     slot = slot_for(find_host(model, adapter_name), adapter_name)
     if slot.method is not lora:
         check_scalable(slot)

@@ -7,27 +7,30 @@ import torch
 from .change import Change, clear_gradient
 from .journal import Journal
 from .plan import Action, Plan
+from .prepared import PADDED_ATTRIBUTE, mark, write_settings
 from .shadow import attach
-from .state_view import set_padded, write_settings
 
 
 def change_layer_by_layer(plan: Plan) -> Change:
-    """The change where each tensor lies by itself, and layers may be added."""
-    slot, name = plan.slot, plan.slot.adapter_name
+    """All that a plan writes: in a room that all layers have, or where each tensor lies by itself."""
+    slot, room = plan.slot, plan.slot.room
     adds = Action.ADD in [layer.action for layer in plan.layers]
-    # layers that have just been added are not among those of the slot; and what is in a room is written as a whole
-    change = Change(slot, plan.config, slot_after=None if adds or slot.room is not None else slot)
-    scalings: dict[torch.device, list[tuple[torch.Tensor, float]]] = {}
+    if room is not None and not adds:
+        change = room.change_around([layer.settings for layer in plan.layers], plan.config)
+        for layer in plan.layers:
+            for write in layer.tensors:
+                room.write(write.target, write.source, change)
+        return change
+    # layers that have just been added are not among those of the slot
+    change = Change(slot, plan.config, slot_after=None if adds else slot)
+    if room is not None:
+        change.steps.append(room.leave)
     for layer in plan.layers:
         for write in layer.tensors:
-            write.target.write(write.source, change, write.fixed_size)
-        scaling = layer.layer.module.scaling[name]
+            write.target.write(write.source, change, layer.action is Action.PAD)
+        scaling = layer.layer.module.scaling[slot.adapter_name]
         if layer.settings is not None and isinstance(scaling, torch.Tensor):
-            scalings.setdefault(scaling.device, []).append((scaling, layer.settings.scaling))
-    for device, pairs in scalings.items():
-        # on a GPU, one tensor for all of them
-        values = torch.tensor([value for _, value in pairs], dtype=pairs[0][0].dtype, device=device)
-        change.copies += zip([target for target, _ in pairs], values.unbind(), strict=True)
+            change.copies.append((scaling, scaling.new_full((), layer.settings.scaling)))
     change.steps.append(lambda journal: _write_layers(plan, journal))
     return change
 
@@ -39,10 +42,8 @@ def _write_layers(plan: Plan, journal: Journal) -> None:
         for tensor in layer.layer.tensors:
             if (parameter := tensor.owner._parameters[tensor.name]).grad is not None:
                 clear_gradient(parameter, journal)
-            if tensor.off is not None:
-                journal.clear(slot.method.cache_of(module, name))
         if isinstance(module.scaling[name], torch.Tensor):
-            set_padded(module, name, journal)
+            mark(module, PADDED_ATTRIBUTE, name, True, journal)
     layers, settings = [each.layer for each in plan.layers], [each.settings for each in plan.layers]
     write_settings(slot, layers, settings, journal)
     for layer in plan.layers:

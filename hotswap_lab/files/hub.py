@@ -11,13 +11,14 @@ import inspect
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..core import sources
+from ..core.errors import first_line, listing
 
 
 def hub_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
@@ -30,20 +31,18 @@ def hub_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
 
 
 @dataclass
-class Repository:
-    """A repository on the Hub, as a source of adapters: :class:`hotswap_lab.core.sources.Source`."""
+class Repository(sources.Folder):
+    """A repository on the Hub; its ``revision`` is the commit that the config was read from."""
 
-    name: str
-    arguments: Mapping[str, object]
-    #: the commit that the config was read from
-    revision: str | None = None
+    arguments: Mapping[str, object] = field(default_factory=dict)
 
     def folder_with_config(self) -> str:
         try:
             folder = os.path.dirname(_fetch(self.name, CONFIG_NAME, self.arguments))
         except Exception as error:  # of many kinds: no such repository, no access, no network, no space, ...
-            raise sources.no_config(self.name, _cause(error), _advice(error)) from error
-        self.revision = commit_of(folder)
+            found = f"{_not_here(self.name)}; and the Hub: {first_line(_cause(error))}"
+            raise sources.no_config(self.name, found, _advice(error)) from error
+        self.revision: str | None = commit_of(folder)
         return folder
 
     def folder_with_weights(self) -> str:
@@ -59,10 +58,23 @@ class Repository:
 
 def find_repository(name: str, arguments: Mapping[str, object]) -> Repository:
     """The repository of this name, with the arguments for ``hf_hub_download``. Nobody is asked yet."""
-    return Repository(name, hub_arguments(arguments))
+    return Repository(name, arguments=hub_arguments(arguments))
 
 
 sources.elsewhere = find_repository
+
+
+def _not_here(name: str) -> str:
+    """What is in the way to a folder that somebody may have mistyped."""
+    nearest = os.path.abspath(name)
+    while not os.path.exists(nearest):
+        nearest = os.path.dirname(nearest)
+    if os.path.isfile(nearest):
+        return f"{nearest} is a file"
+    # a name of two parts, of which the first is no folder here, is most likely that of a repository
+    is_on_the_way = (nearest != os.getcwd() or "/" not in name) and os.access(nearest, os.R_OK)
+    inside = listing(map(repr, sorted(os.listdir(nearest))), 8) if is_on_the_way else ""
+    return f"no folder {name!r} here" + (f" (in {nearest}: {inside})" if inside else "")
 
 
 def _cause(error: Exception) -> Exception:
@@ -71,6 +83,8 @@ def _cause(error: Exception) -> Exception:
 
 
 def _advice(error: Exception) -> str | None:
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return "check `subfolder`; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline"
     if constants.HF_HUB_OFFLINE and isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return "unset HF_HUB_OFFLINE and start anew, so that it can be downloaded, or pass a folder that has it"
     return None

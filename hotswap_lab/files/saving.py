@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from ..beyond.wrappers import WRAPPERS, has_adapter, inside, is_table
 from ..core.compiled import COMPILED
 from ..core.errors import refuse
-from ..core.host import Host
+from ..core.host import Host, name_in
 from ..core.interrupts import interrupts_held
-from ..core.slot import Slot, resolve_slot
-from ..core.state_view import is_off, strange_padding
+from ..core.prepared import is_off
+from ..core.slot import Slot, resolve_slot, room_of
 from ..shards import whole
 from ..threads import in_use
+from .state_dicts import strange_padding
 
 #: what wrappers call the module that they are around
 INSIDE = ("base_layer", "original_module")
@@ -40,7 +41,7 @@ PREFIX = ".hotswap-save-"
 _exchanging = threading.Lock()
 
 
-def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Writes one adapter to a folder, just as it would be saved after a fresh load.
 
     Layers that are turned off are left out, and so is the padding of a prepared model. Both files are written beside
@@ -54,13 +55,14 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter
     folder:
         Where ``adapter_config.json`` and ``adapter_model.safetensors`` go. Made if it isn't there.
     adapter_name:
-        The adapter to save.
+        The adapter to save. Default: the only one that there is.
 
     Raises
     ------
     HotswapError
         If the model has no such adapter, if its padding (in a prepared model) was written to by somebody else, if the
-        file would hold base weights that an adapter is merged into, or if a part of the adapter isn't in the model.
+        file would hold base weights that an adapter is merged into, if a part of the adapter isn't in the model, or if
+        each row of a batch may have another one.
 
     Examples
     --------
@@ -78,6 +80,7 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter
     The format is that of ``PeftModel.save_pretrained``. That function works too and leaves out the same layers;
     this one also serves models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
     """
+    adapter_name = name_in(model, adapter_name)
     resolve_slot(model, adapter_name)  # says so if there is none
     with in_use(model):
         slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
@@ -89,6 +92,8 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter
 
 def _check(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
     """Refuses what would be another adapter in the file than it is in the model."""
+    if getattr(room_of(slot.host.base, slot.adapter_name), "assigned", ()):
+        raise refuse("rows_differ", adapter_name=slot.adapter_name)
     for layer in slot.layers:
         for tensor in layer.tensors:
             if reason := strange_padding(layer.module, slot.adapter_name, tensor):

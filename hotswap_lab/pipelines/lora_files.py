@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
 
 from ..beyond.stand_in import make_stand_in
 from ..core.adapter import Adapter
 from ..core.compiled import unwrap_compiled
 from ..core.errors import listing, refuse
+from ..core.sources import FORMATS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -97,6 +99,34 @@ def read_pipeline_lora(
         adapter = Adapter.from_state_dict(tensors, config, allow_nonfinite=allow_nonfinite)
         adapters[part] = replace(adapter, source=label)
     return adapters
+
+
+#: how the names of tensors begin in the files of pipelines: diffusers', kohya's, those of single files
+HEADS = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", "diffusion_model.")
+
+
+def what_reads(name: str) -> str | None:
+    """What to do with the file, or the folder, of a pipeline's LoRA that was given as an adapter of a single model."""
+    files = [name] if os.path.isfile(name) else []
+    if os.path.isdir(name):
+        files = [os.path.join(name, file) for file in sorted(os.listdir(name))]
+    for file in files:
+        if os.path.basename(file).startswith("pytorch_lora_weights.") or _has_heads(file):
+            return f"this is the LoRA of a diffusers pipeline: call hotswap_lab.hotswap_pipeline(pipe, {file!r}, name)"
+    return None
+
+
+def _has_heads(file: str) -> bool:
+    if not file.endswith(".safetensors"):
+        return False
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return any(key.startswith(HEADS) for key in tensors.keys())  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError):
+        return False
+
+
+FORMATS.append(what_reads)
 
 
 def check_pipeline(pipe: object) -> None:

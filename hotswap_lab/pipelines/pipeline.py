@@ -159,7 +159,7 @@ def hotswap_pipeline(
     with guard(*bases_of(pipe)):
         plan = _decide(pipe, adapters, adapter_name, components, add_layers)
         plan.raise_if_refused()
-        carry_out(plan.plans.values())
+        carry_out(list(plan.plans.values()))
 
 
 def plan_pipeline_hotswap(
@@ -281,7 +281,7 @@ def prepare_pipeline_for_compiled_hotswap(
             families[name].append(adapter)
     if refusals := [each for model in loaded.values() for each in _offloading(model)]:
         raise HotswapError(*refusals)
-    options = dict(target_rank=target_rank, adapter_name=adapter_name, may_be_compiled=False)
+    options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled="error")
     # all at once: between two parts, nobody may compute with a pipeline of which one is prepared
     with guard(*bases_of(pipe)):
         changes = [changes_to_prepare(model, families[name], **options) for name, model in loaded.items()]
@@ -308,9 +308,9 @@ def _decide(
             add_layers=add_layers,
             # a file's tensors decide in diffusers' models which layers are adapted, whatever its metadata says
             check_targets=not is_diffusers_model(slot.host.base),
-            all_off=name not in adapters,
         )
-        plans[name] = replace(plan, refusals=(*plan.refusals, *_offloading(model)))
+        plan.refusals += _offloading(model)
+        plans[name] = plan
     return PipelinePlan(plans)
 
 
@@ -361,7 +361,8 @@ def _noting_rounding(plan: Plan) -> Plan:
     if not (finer := [str(dtype) for dtype in coming if torch.finfo(dtype).eps < coarsest]):
         return plan
     text = f"the file has {listing(finer)}, which is rounded to the {listing(there)} that the first LoRA was loaded in"
-    return replace(plan, notes=(*plan.notes, text))
+    plan.notes.append(text)
+    return plan
 
 
 def _offloading(model: torch.nn.Module) -> list[Refusal]:

@@ -11,9 +11,11 @@ from lora_kinds import MODELS
 from models import KINDS, Convolutions, Kind, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
+from safetensors.torch import load_file
 from torch import nn
 
 from hotswap_lab import (
+    Adapter,
     AdapterPool,
     HotswapError,
     RecompileWatch,
@@ -87,6 +89,7 @@ FAMILIES: dict[str, tuple[Kind, list[PeftConfig]]] = {
     ),
 }
 LORA = ["DoRA", "DoRA on embeddings", "DoRA on convolutions", "lora_bias"]
+POOLABLE = [*LORA, "SEQ_CLS", "modules_to_save and DoRA"]
 OTHERS = [name for name in FAMILIES if name not in LORA]
 
 
@@ -122,7 +125,7 @@ def test_ranks_grow_and_shrink_without_a_recompile(tmp_path, name):
     assert_same_outputs(model, load(kind, str(tmp_path / "saved")), kind, margin=10)
 
 
-@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("name", POOLABLE)
 def test_pools(tmp_path, name):
     kind, folders = _folders(name, tmp_path)
     model = load(kind, folders[2])  # on few layers: the others are reserved
@@ -135,6 +138,36 @@ def test_pools(tmp_path, name):
         assert_equals_fresh_load(model, kind, folders[2], prepared=True, margin=10)
     pool.undo()
     assert_equals_fresh_load(model, kind, folders[1], prepared=True, margin=10)
+
+
+def test_a_pool_whose_adapters_have_a_head(tmp_path):
+    kind, folders = _folders("SEQ_CLS", tmp_path)
+    other = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    without = save_random_adapter_of(LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "without", 9, kind)
+    model = load(kind, folders[0])
+    pool = AdapterPool(model, adapters={"0": folders[0], "1": folders[1]}, progress=False)
+    assert pool.active == "0"
+    pool.swap("1")
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="other whole modules than the loaded one"):
+        pool.add("without", without)
+    with pytest.raises(HotswapError, match="can't be set"):
+        pool.off()
+    with pytest.raises(HotswapError, match="another kind than the loaded one"):
+        AdapterPool(load(LLAMA, _llama(tmp_path)), adapters={"other": other}, progress=False)
+    assert_untouched(model, before)
+    tensors = {key: 2 * each for key, each in load_file(f"{folders[0]}/adapter_model.safetensors").items()}
+    pool.update("1", tensors, Adapter.load(folders[0]).config)
+    assert verify_hotswap(
+        model, Adapter.from_state_dict(tensors, Adapter.load(folders[0]).config), inputs=kind.inputs()
+    )
+    with torch.no_grad():
+        model.get_base_model().score.modules_to_save["default"].weight.add_(1)
+    assert pool.active is None, "a head that was trained is noticed"
+
+
+def _llama(tmp_path) -> str:
+    return save_random_adapter_of(LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "llama", 9, LLAMA)
 
 
 @pytest.mark.parametrize("name", OTHERS)

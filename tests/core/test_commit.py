@@ -17,7 +17,7 @@ from models import KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_untouched, snapshot
 
 import hotswap_lab
-from hotswap_lab import commit, hotswap_adapter, plan_hotswap
+from hotswap_lab import HotswapError, commit, hotswap_adapter, plan_hotswap
 from hotswap_lab.core.journal import Journal
 
 
@@ -121,5 +121,35 @@ def test_a_plan_that_was_refused_can_not_be_committed(tmp_path):
     plan = plan_hotswap(model, new)
     assert not plan.ok
     with pytest.raises(hotswap_lab.HotswapError):
+        commit(plan)
+    assert_untouched(model, before)
+
+
+def test_a_kept_plan_notices_that_the_adapter_was_trained_since(tmp_path):
+    kind = KINDS["linear"]
+    folders = [save_random_adapter(kind, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2)]
+    model = load(kind, folders[0], is_trainable=True)
+    plan = plan_hotswap(model, folders[1])
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    model(kind.inputs()).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="has changed since this swap was planned"):
+        commit(plan)
+    assert_untouched(model, before)
+    commit(plan_hotswap(model, folders[1]))
+    fresh = load(kind, folders[1], is_trainable=True)
+    assert torch.equal(call(model, kind.inputs()), call(fresh, kind.inputs()))
+
+
+def test_a_kept_plan_notices_that_the_adapter_was_merged_since(tmp_path):
+    kind = KINDS["linear"]
+    folders = [save_random_adapter(kind, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2)]
+    model = load(kind, folders[0])
+    plan = plan_hotswap(model, folders[1])
+    model.merge_adapter()
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="has changed since this swap was planned"):
         commit(plan)
     assert_untouched(model, before)

@@ -12,8 +12,8 @@ import hotswap_lab
 from hotswap_lab import demo, hotswap_adapter, verify_hotswap
 
 PACKAGE = str(Path(hotswap_lab.__file__).parent)
-#: of one swap of the demo's 28 layers in a model that is not prepared
-MOST_CALLS = 1500
+#: of one swap of the demo's 28 layers in a model that is not prepared: the first has to find them, others know them
+MOST_CALLS = {"first": 1500, "second": 1050}
 
 
 def calls_of(action) -> Counter:
@@ -35,7 +35,7 @@ def calls_of(action) -> Counter:
 def test_a_swap_calls_few_functions(new):
     """The first one has to find the layers, and gives most of them another rank; the second one knows them."""
     model, _ = demo.load("reverse")
-    for attempt in ("first", "second"):
+    for attempt, most in MOST_CALLS.items():
         calls = calls_of(lambda: hotswap_adapter(model, demo.adapter_path(new), "default"))
-        assert calls.total() <= MOST_CALLS, (attempt, calls.total(), calls.most_common(12))
+        assert calls.total() <= most, (attempt, calls.total(), calls.most_common(12))
     assert verify_hotswap(model, demo.adapter_path(new))

@@ -19,7 +19,7 @@ from hotswap_lab import (
     save_adapter,
     set_strength,
 )
-from hotswap_lab.core.compiled import is_compiled, unwrap_compiled
+from hotswap_lab.core.compiled import compiled_parts, unwrap_compiled
 from hotswap_lab.core.host import canonical_path, find_host
 
 KIND = KINDS["linear"]
@@ -51,7 +51,7 @@ def test_a_compiled_model_inside_leads_to_the_same_base(peft_model):
     peft_model.base_model.model = torch.compile(base, backend="eager")
     assert find_host(peft_model, "default").base is base
     assert find_host(peft_model.base_model, "default").base is base
-    assert is_compiled(find_host(peft_model, "default").root)
+    assert compiled_parts(find_host(peft_model, "default").root)
 
 
 def test_injected_models():
@@ -69,15 +69,15 @@ def test_a_base_that_was_compiled_before_peft_wrapped_it():
 
 
 def test_compiled_in_all_its_forms(peft_model):
-    assert not is_compiled(peft_model)
-    assert is_compiled(torch.compile(peft_model, backend="eager"))
+    assert not compiled_parts(peft_model)
+    assert compiled_parts(torch.compile(peft_model, backend="eager"))
     in_place = get_peft_model(KIND.base(), LoraConfig(**CONFIG))
     in_place.compile(backend="eager")
-    assert is_compiled(in_place)
+    assert compiled_parts(in_place)
     part = get_peft_model(KIND.base(), LoraConfig(**CONFIG))
     part.get_base_model().blocks[0] = torch.compile(part.get_base_model().blocks[0], backend="eager")
-    assert is_compiled(part)
-    assert is_compiled(get_peft_model(torch.compile(KIND.base(), backend="eager"), LoraConfig(**CONFIG)))
+    assert compiled_parts(part)
+    assert compiled_parts(get_peft_model(torch.compile(KIND.base(), backend="eager"), LoraConfig(**CONFIG)))
 
 
 @pytest.mark.parametrize(

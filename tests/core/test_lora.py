@@ -65,29 +65,6 @@ def test_the_callers_config_is_not_changed():
     assert config.target_modules == "all-linear"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(r=True),
-        dict(r=0),
-        dict(lora_alpha=float("nan")),
-        dict(lora_dropout=1.5),
-        dict(use_rslora="yes"),
-        dict(rank_pattern={"q_proj": 2.5}),
-        dict(alpha_pattern={3: 2}),
-        dict(target_modules=[1, 2]),
-        dict(target_modules="(unclosed"),
-        dict(alpha_pattern={"(unclosed": 2}),
-    ],
-)
-def test_malformed_configs(changes):
-    config = LoraConfig(target_modules=["q_proj"])
-    assert not list(lora.malformed(config))
-    for name, value in changes.items():
-        setattr(config, name, value)
-    assert list(lora.malformed(config))
-
-
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()

@@ -131,7 +131,7 @@ DAMAGE = {
     "infinity": (_infinity, r"NaN or infinity in 'base_model"),
     "unknown layer": (
         _unknown,
-        r"unexpected keys found: base_model.model.model.layers.7.self_attn.q_proj.lora_A.default",
+        r"unexpected keys found: base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight",
     ),
     # of a file, a fresh load ignores the second name
     "named twice": (_twice, r"names one tensor twice|without the prefix"),

@@ -22,6 +22,7 @@ from operations import held
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from pool_sources import save_sources
 
 from hotswap_lab import (
     Adapter,
@@ -41,19 +42,9 @@ from hotswap_lab.core.slot import SLOTS, room_of
 LLAMA, LINEAR, CONV = KINDS["llama"], KINDS["linear"], KINDS["conv"]
 
 
-PATTERNS = dict(rank_pattern={"k_proj": 7}, alpha_pattern={"v_proj": 9})
-
-
 @pytest.fixture
 def sources(tmp_path):
-    """Other ranks, patterns, layers that don't overlap, dropout."""
-    return {
-        "a": save_random_adapter(LLAMA, tmp_path / "a", seed=1, r=4, lora_alpha=6),
-        "b": save_random_adapter(LLAMA, tmp_path / "b", seed=2, r=8, lora_alpha=5, lora_dropout=0.3),
-        "c": save_random_adapter(LLAMA, tmp_path / "c", seed=3, r=2, use_rslora=True, target_modules=["q_proj"]),
-        "d": save_random_adapter(LLAMA, tmp_path / "d", seed=4, r=3, target_modules=["down_proj", "up_proj"]),
-        "e": save_random_adapter(LLAMA, tmp_path / "e", seed=5, r=4, **PATTERNS),
-    }
+    return save_sources(tmp_path)
 
 
 @pytest.fixture
@@ -111,12 +102,12 @@ def test_every_kind_of_layer_and_architecture(name, tmp_path):
 
 def test_a_packed_adapter_takes_its_own_rows_only(model, pool, sources):
     room = room_of(model.get_base_model(), "default")
-    row = sum(band.memory.stride(0) for arena in room.arenas for band in arena.bands) * 4
-    rest = pool._entries["a"].packed.scalings.nbytes
-    assert pool._entries["c"].packed.nbytes <= 2 * row + rest
-    assert pool._entries["b"].packed.nbytes <= 8 * row + rest
+    row = sum(band.memory.stride(0) for band in room.bands) * 4
+    rest = pool._members["a"].packed.scalings.nbytes
+    assert pool._members["c"].packed.nbytes <= 2 * row + rest
+    assert pool._members["b"].packed.nbytes <= 8 * row + rest
     assert room.nbytes < 9 * row + 1000
-    assert pool.nbytes == sum(entry.packed.nbytes for entry in pool._entries.values())
+    assert pool.nbytes == sum(entry.packed.nbytes for entry in pool._members.values())
 
 
 @pytest.mark.long
@@ -189,7 +180,86 @@ def test_a_pool_for_a_compiled_model_that_was_prepared(model, sources):
         AdapterPool(compiled, adapters=sources, target_rank=16, progress=False)
 
 
-# ---- using, undo, strength, off
+def _advised(action) -> None:
+    with pytest.raises(HotswapError, match="check_compiled='ignore', at the price of one recompile"):
+        action()
+
+
+@pytest.mark.parametrize("first", [dict(r=4), dict(r=4, target_modules=["q_proj"])], ids=["other rank", "fewer layers"])
+def test_more_room_in_a_compiled_model_costs_one_recompile(tmp_path, first):
+    """As the refusals say, of swaps, of preparing and of pools."""
+    old = save_random_adapter(LLAMA, tmp_path / "old", seed=1, **first)
+    new = save_random_adapter(LLAMA, tmp_path / "new", seed=2, r=8)
+    third = save_random_adapter(LLAMA, tmp_path / "third", seed=3, r=16)
+    expected = {folder: call(load(LLAMA, folder), LLAMA.inputs()) for folder in (old, new, third)}
+    torch.compiler.reset()
+    model = load(LLAMA, old)
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    compiled = torch.compile(model, backend="eager")
+    call(compiled, LLAMA.inputs())
+    _advised(lambda: hotswap_adapter(compiled, new, "default"))
+    _advised(lambda: prepare_model_for_compiled_hotswap(compiled, adapters=[new]))
+    with RecompileWatch(allow=1):
+        prepare_model_for_compiled_hotswap(compiled, adapters=[new], check_compiled="ignore")
+        for folder in (new, old, new):
+            hotswap_adapter(compiled, folder, "default")
+            torch.testing.assert_close(call(compiled, LLAMA.inputs()), expected[folder], rtol=1e-4, atol=1e-4)
+    pool = AdapterPool(compiled, adapters={"old": old, "new": new}, progress=False)
+    _advised(lambda: pool.add("third", third))
+    family = {"old": old, "new": new, "third": third}
+    _advised(lambda: AdapterPool(compiled, adapters=family, progress=False))
+    with RecompileWatch(allow=1):
+        pool = AdapterPool(compiled, adapters=family, check_compiled="ignore", progress=False)
+        for name in ("third", "old", "new", "third"):
+            pool.swap(name)
+            torch.testing.assert_close(call(compiled, LLAMA.inputs()), expected[family[name]], rtol=1e-4, atol=1e-4)
+
+
+# ---- what is passed in the wrong place
+
+
+def test_names_in_the_wrong_place(model, sources):
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match=r"not a name(.|\n)*as a dict(.|\n)*adapters=\{name: folder"):
+        AdapterPool(model, {"b": sources["b"]})
+    for adapters, kind in ((sources["b"], "str"), ([sources["b"]], "list")):
+        with pytest.raises(HotswapError, match=f"no names(.|\n)*as a {kind}(.|\n)*a dict"):
+            AdapterPool(model, adapters=adapters)
+    assert_untouched(model, before)
+
+
+def test_the_only_adapter_needs_no_name(sources):
+    model = load(LLAMA, sources["a"], "mine")
+    pool = AdapterPool(model, adapters={"b": sources["b"]}, progress=False)
+    pool.swap("b")
+    assert pool.adapter_name == "mine"
+    assert_same_outputs(model, load(LLAMA, sources["b"], "mine"), LLAMA)
+    model.load_adapter(sources["c"], "other")
+    with pytest.raises(HotswapError, match="the adapters 'mine', 'other'"):
+        AdapterPool(model, adapters={"b": sources["b"]}, progress=False)
+
+
+def test_a_folder_in_place_of_tensors(pool, sources):
+    with pytest.raises(HotswapError, match=r"a state dict(.|\n)*a str(.|\n)*Adapter.load\(folder\)"):
+        pool.update("b", sources["b"])
+    assert pool.version("b") == 1
+
+
+def test_whoever_has_a_config_may_change_it(model, sources):
+    """The one that the pool was given, and the one that is in the model."""
+    given = Adapter.load(sources["c"])
+    pool = AdapterPool(model, adapters={"a": sources["a"], "c": (given.tensors, given.config)}, progress=False)
+    given.config.lora_alpha, given.config.target_modules = 77, {"nothing"}
+    for _ in range(2):
+        pool.swap("c")
+        assert_is(model, sources["c"])
+        model.peft_config["default"].lora_alpha = 99
+        model.peft_config["default"].target_modules.add("more")
+        pool.swap("a")
+        assert_is(model, sources["a"])
+
+
+# ---- using, strength, off
 
 
 def test_using_gives_the_former_adapter_back(model, pool, sources):
@@ -219,7 +289,7 @@ def test_ctrl_c_ends_a_long_download_at_once(model, sources, monkeypatch, way):
     pool = None
     if way != "AdapterPool()":
         pool = AdapterPool(model, adapters={"b": sources["b"]}, target_rank=8, progress=False)
-        pool._entries["b"].packed = None
+        pool._members["b"].packed = None
     actions = {
         "AdapterPool()": lambda: AdapterPool(model, adapters=sources, progress=False),
         "add": lambda: pool.add("c", sources["c"]),
@@ -278,48 +348,6 @@ def test_using_sees_an_update_of_the_former_adapter(model, pool, sources):
     slot = resolve_slot(model, "default")
     tensor = slot.layers[0].tensors[0]
     assert torch.equal(tensor.own(tensor.parameter, 4), twice[f"base_model.model.{slot.layers[0].path}.lora_A.weight"])
-
-
-def test_undo(model, pool, sources):
-    with pytest.raises(HotswapError, match="nothing to undo"):
-        pool.undo()
-    original = call(model, LLAMA.inputs())
-    pool.swap("b")
-    pool.swap("c")
-    pool.strength = 0.5
-    pool.off()
-    assert pool.active is None
-    pool.undo()
-    assert (pool.active, pool.strength) == ("c", 0.5)
-    pool.undo()
-    assert (pool.active, pool.strength) == ("c", 1)
-    pool.undo()
-    assert_is(model, sources["b"])
-    pool.undo()
-    assert torch.equal(call(model, LLAMA.inputs()), original)
-    with pytest.raises(HotswapError, match="nothing to undo"):
-        pool.undo()
-
-
-def test_undo_after_removing_and_adding(model, pool, sources):
-    pool.swap("b")
-    pool.swap("c")
-    pool.remove("b")
-    pool.add("b", sources["e"])
-    pool.undo()
-    assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
-    pool.undo()
-    assert_same_outputs(model, load(LLAMA, sources["a"]), LLAMA)
-
-
-def test_history_keeps_few_adapters_that_are_in_no_pool(model, pool, sources):
-    for _ in range(20):
-        pool.swap("b")
-        hotswap_adapter(model, sources["c"], "default")
-    assert sum(state.entry is None for state in pool._history) <= 4
-    pool.swap("d")
-    pool.undo()
-    assert_same_outputs(model, load(LLAMA, sources["c"]), LLAMA)
 
 
 def test_strength_and_off(model, pool, sources):
@@ -467,106 +495,6 @@ def test_an_update_only_reads_what_it_is_given(model, pool, sources):
     assert torch.equal(call(model, LLAMA.inputs()), before)
 
 
-# ---- memory limit, prefetching
-
-
-def packed_sizes(model, sources) -> dict[str, int]:
-    pool = AdapterPool(model, adapters=sources, progress=False)
-    return {name: entry.packed.nbytes for name, entry in pool._entries.items()}
-
-
-def small_pool(model, sources) -> tuple[AdapterPool, str]:
-    """A pool with room for two of the adapters, and one that is in its files."""
-    sizes = packed_sizes(model, sources)
-    pool = AdapterPool(model, adapters=sources, max_bytes=sizes["b"] + sizes["e"], progress=False)
-    pool.swap("b")
-    return pool, next(name for name, entry in pool._entries.items() if entry.packed is None)
-
-
-def test_the_least_recently_used_adapter_is_dropped_and_read_again(model, sources):
-    sizes = packed_sizes(model, sources)
-    limit = sizes["b"] + sizes["a"] + sizes["c"]
-    pool = AdapterPool(model, adapters=sources, max_bytes=limit, progress=False)
-    generator = random.Random(2)
-    seen = set()
-    for _ in range(40):
-        name = generator.choice(list(sources))
-        pool.swap(name)
-        assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
-        assert pool.nbytes <= limit
-        seen |= {row[0] for row in pool.rows if row[4] == "in its files"}
-    assert seen == set(sources)
-    assert pool._entries[name].packed is not None
-
-
-def test_a_file_that_changed_since_is_refused(model, sources, tmp_path):
-    pool, dropped = small_pool(model, sources)
-    shutil.rmtree(sources[dropped])
-    save_random_adapter(LLAMA, Path(sources[dropped]), seed=99, r=2)
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="have changed since it was added"):
-        pool.swap(dropped)
-    assert_untouched(model, before)
-    assert pool.active == "b"
-
-
-def test_using_holds_on_to_the_former_adapter(model, sources):
-    pool, _ = small_pool(model, sources)
-    pool.swap("e")
-    others = [name for name in sources if name != "e"]
-    with pool.using(others[0]):
-        for name in others:
-            pool.swap(name)  # "e" is dropped on the way
-        shutil.rmtree(sources["e"])
-        save_random_adapter(LLAMA, Path(sources["e"]), seed=99, r=2)
-    assert pool.active == "e"
-    assert model.peft_config["default"].r == 4
-
-
-def test_adapters_from_memory_are_never_dropped(model, sources):
-    sizes = packed_sizes(model, sources)
-    pool = AdapterPool(model, adapters=sources, max_bytes=sizes["b"] + sizes["e"] + sizes["a"], progress=False)
-    pool.add("kept", Adapter.load(sources["a"]))
-    for name in ("b", "e", "c", "d", "kept"):
-        pool.swap(name)
-        assert pool._entries["kept"].packed is not None
-    with pytest.raises(HotswapError, match="does not fit into the pool's memory"):
-        pool.add("too much", Adapter.load(sources["b"]))
-    assert "too much" not in pool
-
-
-def test_prefetching(model, sources):
-    pool, dropped = small_pool(model, sources)
-    pool.prefetch(dropped)
-    deadline = time.time() + 20
-    while next(row for row in pool.rows if row[0] == dropped)[4] == "in its files":
-        assert time.time() < deadline
-        time.sleep(0.01)
-    pool.swap(dropped)
-    assert_same_outputs(model, load(LLAMA, sources[dropped]), LLAMA)
-    pool.swap("b")
-    pool.prefetch(*sources)
-    pool.swap(dropped)  # waits for it, if it has to
-    assert_same_outputs(model, load(LLAMA, sources[dropped]), LLAMA)
-
-
-def test_waiting_for_one_of_several_that_are_prefetched(model, sources):
-    pool, _ = small_pool(model, sources)
-    for _ in range(5):
-        dropped = [name for name, entry in pool._entries.items() if entry.packed is None]
-        pool.prefetch(*dropped)
-        pool.swap(dropped[-1])  # behind the others in the queue
-        assert_same_outputs(model, load(LLAMA, sources[dropped[-1]]), LLAMA)
-
-
-def test_an_error_while_prefetching_is_told_by_the_swap(model, sources):
-    pool, dropped = small_pool(model, sources)
-    shutil.rmtree(sources[dropped])
-    pool.prefetch(dropped)
-    with pytest.raises(HotswapError, match=r"changed|Can't find"):
-        pool.swap(dropped)
-
-
 # ---- a model that is not where it was
 
 
@@ -627,7 +555,8 @@ def test_mixed_dtypes(tmp_path, sources):
     for tensor in resolve_slot(model, "default").tensors[::2]:
         tensor.parameter.data = tensor.parameter.data.float()
     pool = AdapterPool(model, adapters=sources, progress=False)
-    assert len(room_of(model.get_base_model(), "default").arenas) == 2
+    bands = room_of(model.get_base_model(), "default").bands
+    assert {band.memory.dtype for band in bands} == {torch.float32, torch.float64}
     for name in ("b", "c", "a", "e"):
         pool.swap(name)
         slot = resolve_slot(model, "default")

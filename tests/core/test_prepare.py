@@ -455,7 +455,7 @@ def test_a_target_below_the_family(tmp_path):
     model = load(LINEAR, save_random_adapter(LINEAR, tmp_path / "a", seed=1, r=2))
     refused(
         model,
-        "lower than the rank of",
+        "the original rank is larger \\(5\\)",
         target_rank=4,
         adapters=[LoraConfig(r=2, target_modules=["first"], rank_pattern={"first": 5})],
     )
@@ -472,7 +472,7 @@ def test_a_target_that_is_no_rank(tmp_path, target_rank):
     [
         (LoraConfig(r=2, target_modules=["nowhere"]), "no layer in this model"),
         (LoraConfig(r=2, target_modules=["last"], use_dora=True), "use_dora"),
-        (LoraConfig(r=2, target_modules=["blocks"]), "can't be reserved"),
+        (LoraConfig(r=2, target_modules=["blocks"]), "can't be added to the model"),
         (IA3Config(target_modules=["last"], feedforward_modules=[]), "Incompatible PEFT types found: LORA and IA3"),
     ],
 )

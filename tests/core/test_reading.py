@@ -36,4 +36,4 @@ def test_the_order_to_read_it_in_names_every_module():
 
 def test_the_top_of_the_package_is_a_house_with_few_doors():
     top = FOLDER.parent
-    assert len([each for each in top.iterdir() if each.name != "__pycache__"]) <= 16
+    assert len([each for each in top.iterdir() if each.name not in ("__pycache__", "py.typed")]) <= 16

@@ -42,9 +42,8 @@ def first_layer(model) -> LoraLayer:
 
 def test_parameters_are_views_of_one_memory(model):
     room = the_room(model)
-    assert len(room.arenas) == 1
-    assert len(room.arenas[0].bands) == 1
-    memory = room.arenas[0].bands[0].memory
+    (band,) = room.bands
+    memory = band.memory
     assert memory.shape[0] == 8
     assert memory.stride(0) * 4 // 64 % 2 == 1, "an odd number of cache lines"
     seen = torch.zeros_like(memory, dtype=torch.bool)
@@ -61,7 +60,7 @@ def test_parameters_are_views_of_one_memory(model):
 
 def test_row_j_holds_rank_component_j(model):
     room = the_room(model)
-    memory = room.arenas[0].bands[0].memory
+    memory = room.bands[0].memory
     with torch.no_grad():
         memory.zero_()
         memory[2].fill_(1)
@@ -75,8 +74,9 @@ def test_row_j_holds_rank_component_j(model):
 def test_grouped_convolutions_lie_in_the_tail(tmp_path):
     model = load(CONV, save_random_adapter(CONV, tmp_path / "a", seed=1, r=4))
     prepare_model_for_compiled_hotswap(model, target_rank=8)
-    (arena,) = the_room(model).arenas
-    assert {place.tensor.owner for place in arena.tail_places} == {
+    *_, tail = the_room(model).bands
+    assert tail.is_tail
+    assert {place.tensor.owner for place in tail.places} == {
         getattr(layer, table)["default"]
         for layer in model.modules()
         if isinstance(layer, LoraLayer) and layer.get_base_layer().groups > 1

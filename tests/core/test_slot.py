@@ -27,7 +27,7 @@ def test_rank_axes(kind, tmp_path):
     for tensor in resolve_slot(model, "default").tensors:
         shape = tensor.parameter.shape
         assert tensor.rank_of(shape) == 8
-        assert shape[tensor.rank_axis] == 8 // tensor.groups
+        assert tensor.shape_for(8) == shape
         grown = list(shape)
         grown[tensor.rank_axis] *= 2
         assert tensor.fits(torch.Size(grown))

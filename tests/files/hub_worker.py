@@ -94,7 +94,7 @@ def names(given: Mapping[str, object]) -> dict[str, object]:
     def assert_is(folder: str, **kwargs: object) -> None:
         oracle.assert_equals_fresh_load(model, kind, folder, **kwargs)
 
-    public = {name: getattr(hotswap_lab, name) for name in hotswap_lab.__all__}
+    public = {name: getattr(hotswap_lab, name) for name in dir(hotswap_lab) if name[0] != "_"}
     tools = dict(kept=KEPT, kind=kind, load=load, model=model, oracle=oracle, refusal=refusal, assert_is=assert_is)
     return {**public, **given, **tools}
 

@@ -369,7 +369,7 @@ def test_a_pool_of_private_adapters_survives_without_the_hub(hub, run, folders):
         )
         result = []
         for name in ("a", "b", "here", "a", "b"):
-            result.append(sorted(row[0] for row in pool.rows if row[-2] == "in its files"))
+            result.append(sorted(row[0] for row in pool.table if row[-2] == "in its files"))
             pool.swap(name)
             assert_is({"a": second, "b": second, "here": old}[name], prepared=True)
     """
@@ -391,7 +391,7 @@ def test_a_pool_reads_again_what_it_has_read_before(hub, run, folders):
         )
         kept["model"] = model
         pool.swap("here")
-        assert ("a", "in its files") in [(row[0], row[-2]) for row in pool.rows]
+        assert ("a", "in its files") in [(row[0], row[-2]) for row in pool.table]
         """
     )
     hub.add("team/adapter", folders["second"])

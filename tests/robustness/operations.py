@@ -17,6 +17,7 @@ from models import KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from row_truth import Truth
 
 import hotswap_lab
 from hotswap_lab import (
@@ -35,8 +36,10 @@ from hotswap_lab import (
     waiting_at_most,
 )
 from hotswap_lab import threads as turns
-from hotswap_lab.core.guard import patience
 from hotswap_lab.files import saving
+from hotswap_lab.pools.mixes import Mix
+from hotswap_lab.pools.rows import RowRoom
+from hotswap_lab.threads import _patience as patience
 
 LINEAR = KINDS["linear"]
 
@@ -70,7 +73,7 @@ def contents(model: torch.nn.Module) -> dict:
             type(module).__qualname__,
             {
                 # hooks are kept under numbers that count up
-                key: _plain([*value.values()] if key.endswith("_hooks") and isinstance(value, dict) else value)
+                key: _plain([*value.values()] if "_hooks" in key and isinstance(value, dict) else value)
                 for key, value in vars(module).items()
                 if key not in ("_modules", "config", "peft_config")
             },
@@ -558,13 +561,24 @@ def pool_state(pool: AdapterPool) -> dict:
 
     entries = {
         name: (each.version, each.source, of(each.packed) if each.source is None else None, each.stamp)
-        for name, each in pool._entries.items()
+        for name, each in pool._members.items()
     }
-    history = [
-        (state.entry and (state.entry.name, state.entry.version), of(state.packed), _plain(state.strength))
-        for state in pool._history
-    ]
-    return dict(entries=entries, history=history, active=pool.active, strength=round(pool.strength, 4))
+    history = [(_owner(state), of(state), [*map(_owner, getattr(state, "rows", ()))]) for _, state in pool._history]
+    rows = [_plain(room._all(band.memory)) for room in [pool._room] if isinstance(room, RowRoom) for band in room.bands]
+    labels = [str(row) for row in pool.rows]
+    return dict(
+        entries=entries,
+        history=history,
+        rows=(rows, labels),
+        active=pool.active,
+        strength=round(pool.strength, 4),
+    )
+
+
+def _owner(packed) -> str | None:
+    """Whose weights these are: those of an adapter, or of a mix of them."""
+    owner = packed and packed.content.owner
+    return str(owner.weights) if isinstance(owner, Mix) else getattr(owner, "name", None)
 
 
 @operation("AdapterPool()")
@@ -612,7 +626,7 @@ POOL: dict[str, tuple] = {
         "a",
         lambda pool, new: pool.swap("dropped", 0.5),
     ),
-    "pool.rows": (lambda pool, new: pool.rows, "a"),
+    "pool.table": (lambda pool, new: pool.table, "a"),
 }
 
 
@@ -628,7 +642,7 @@ def _pool(name, shelf):
         pool.swap("b")
         pool.swap("a")
         if "dropped" in name or "eviction" in name:
-            pool._entries["dropped"].packed = None
+            pool._members["dropped"].packed = None
         if "eviction" in name:
             pool.max_bytes = pool.nbytes + 64
 
@@ -638,7 +652,7 @@ def _pool(name, shelf):
             elif pool.strength == 1:
                 assert_equals_fresh_load(model.eval(), LINEAR, sources[result], prepared=True, is_trainable=True)
             if "eviction" in name:
-                assert pool._entries["b"].packed is None
+                assert pool._members["b"].packed is None
             pool.swap("dropped")
             assert_equals_fresh_load(model.eval(), LINEAR, sources["dropped"], prepared=True, is_trainable=True)
 
@@ -648,7 +662,7 @@ def _pool(name, shelf):
             extra=lambda: pool_state(pool),
             check=check,
             locks=(pool._lock,),
-            changes=not stations and name != "pool.rows",
+            changes=not stations and name != "pool.table",
             stations=tuple(lambda station=station: station(pool, new) for station in stations),
         )
 
@@ -657,6 +671,99 @@ def _pool(name, shelf):
 
 for _name in POOL:
     operation(_name, _name)(_pool)
+
+
+# ---- pools with rows
+
+WANTED, STRENGTHS = ["b", None, {"a": 0.5, "b": 1.0}], [1.0, 1.0, 2.0]
+
+
+@operation("AdapterPool(rows=)")
+def _make_row_pool(shelf):
+    sources = _pool_sources(shelf)
+
+    def case():
+        model, made = load(LINEAR, sources["a"]), []
+
+        def check():
+            made[0].assign(["b", None, "dropped"])
+            rows = LINEAR.inputs()[:3]
+            Truth(LINEAR, sources, rows).check(call(model, rows), ["b", None, "dropped"])
+
+        return Case(
+            lambda: made.append(AdapterPool(model, adapters=sources, target_rank=10, rows=3, progress=False)),
+            (model,),
+            check=check,
+        )
+
+    return case
+
+
+def _assigned(pool):
+    with pool.assigned(WANTED, STRENGTHS):
+        call(pool.model, LINEAR.inputs()[:3])
+
+
+ROW_POOL: dict[str, tuple] = {
+    # what is done, what the rows have afterwards, how strongly, and another whole state on the way
+    "pool.assign": (lambda pool, new: pool.assign(WANTED, STRENGTHS), WANTED, STRENGTHS),
+    "pool.assign of a dropped adapter": (
+        lambda pool, new: pool.assign([None, "a", "dropped"]),
+        [None, "a", "dropped"],
+        [1.0] * 3,
+    ),
+    "pool.assigned": (
+        lambda pool, new: _assigned(pool),
+        ["a", "b", "a"],
+        [1.0, 0.5, 1.0],
+        lambda pool, new: pool.assign(WANTED, STRENGTHS),
+    ),
+    "pool.undo of rows": (lambda pool, new: pool.undo(), ["b"] * 3, [1.0] * 3),
+    "pool.off with rows": (lambda pool, new: pool.off(), [None] * 3, [1.0] * 3),
+    "pool.swap of a mix": (lambda pool, new: pool.swap({"a": 0.5, "b": 1.0}), [{"a": 0.5, "b": 1.0}] * 3, [1.0] * 3),
+    "pool.update of a row": (
+        lambda pool, new: pool.update("b", new.tensors, new.config),
+        ["a", "new", "a"],
+        [1.0, 0.5, 1.0],
+    ),
+    "hotswap: rows": (lambda pool, new: hotswap_adapter(pool.model, new.source, "default"), ["new"] * 3, [1.0] * 3),
+}
+
+
+def _row_pool(name, shelf):
+    action, rows, strengths, *stations = ROW_POOL[name]
+    sources, new = _pool_sources(shelf), Adapter.load(shelf(4, r=3, lora_alpha=9))
+    batch = LINEAR.inputs()[:3]
+    truth = Truth(LINEAR, {**sources, "new": new.source}, batch)
+
+    def case():
+        model = load(LINEAR, sources["a"])
+        pool = AdapterPool(model, adapters=sources, target_rank=10, rows=3, progress=False)
+        pool.swap("b")
+        pool.assign(["a", "b", "a"], [1.0, 0.5, 1.0])
+        if "dropped" in name:
+            pool._members["dropped"].packed = None
+
+        def check():
+            truth.check(call(model, batch), rows, strengths)
+            pool.assign(["dropped", {"dropped": -1.0, "a": 1.0}])
+            truth.check(call(model, batch[:2]), ["dropped", {"dropped": -1.0, "a": 1.0}])
+
+        return Case(
+            lambda: action(pool, new),
+            (model,),
+            extra=lambda: pool_state(pool),
+            check=check,
+            locks=(pool._lock,),
+            changes=not stations,
+            stations=tuple(lambda station=station: station(pool, new) for station in stations),
+        )
+
+    return case
+
+
+for _name in ROW_POOL:
+    operation(_name, _name)(_row_pool)
 
 
 # ---- pipelines

@@ -54,7 +54,7 @@ BEFORE_WRITING = {"line": 25, "call": 15, "deep": 15, "signal": 30}
 #: and how many after
 WHILE_WRITING = {"line": 90, "call": 50, "deep": 20, "signal": 60}
 #: over before anybody has pressed anything
-OF_MICROSECONDS = ("RecompileWatch", "waiting_at_most", "pool.remove", "pool.rows")
+OF_MICROSECONDS = ("RecompileWatch", "waiting_at_most", "pool.remove", "pool.table")
 
 
 class Hunt:

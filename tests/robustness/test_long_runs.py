@@ -35,6 +35,7 @@ import torch
 from lengths import long
 from models import KINDS, call, load, save_random_adapter
 from peft.utils import get_peft_model_state_dict
+from row_truth import Truth
 
 from hotswap_lab import Adapter, AdapterPool, HotswapError, RecompileWatch, hotswap_adapter, set_strength
 
@@ -151,7 +152,7 @@ class Marathon:
         self.pool.remove(self.NAMES[5])
         self.pool.add(self.NAMES[5], self.folders[self.NAMES[5]])  # drops what there is no room for
         self.members[self.NAMES[5]].lineage = self._lineage()
-        dropped = [row[0] for row in self.pool.rows if row[-2] == "in its files"]
+        dropped = [row[0] for row in self.pool.table if row[-2] == "in its files"]
         assert len(dropped) > 5
         self.pool.prefetch(dropped[0])  # starts the one thread that it has
 
@@ -297,7 +298,7 @@ class Marathon:
             self.pool.swap("nobody")
 
     def _do_rows(self) -> None:
-        assert len(self.pool.rows) == len(self.members)
+        assert len(self.pool.table) == len(self.members)
 
     def _do_prefetch(self) -> None:
         self.pool.prefetch(self._any())
@@ -338,6 +339,104 @@ def run_pool(folder: Path, operations: int, every: int, checkpoints: int, megaby
     assert watch.recompiles == 0
     assert watch.compiles == 0
     yield f"recompiles {watch.recompiles}; {dict(marathon.counts)}"
+
+
+# ---- a pool with rows
+
+
+class RowMarathon:
+    """Random arrangements, and beside them what each row has; the first output of each state is the truth for later."""
+
+    BATCH, ROWS = 4, 6
+
+    def __init__(self, folder: Path):
+        self.chance = random.Random(0)
+        folders = {
+            name: save_random_adapter(LINEAR, folder / name, seed=number, r=number + 2)
+            for number, name in enumerate("abcd")
+        }
+        self.adapters = {name: Adapter.load(each) for name, each in folders.items()}
+        self.truth = Truth(LINEAR, folders, torch.randn(self.BATCH, 12, generator=torch.Generator().manual_seed(1)))
+        self.model = load(LINEAR, folders["a"])
+        self.pool = AdapterPool(self.model, adapters=folders, rows=self.ROWS, target_rank=12, progress=False)
+        #: by how much the B of an adapter is larger by now than it was
+        self.size = dict.fromkeys(folders, 1.0)
+        self.history: list[list[tuple]] = []
+        self.now = [("a", 1.0)] * self.BATCH
+        self.counts: Counter = Counter()
+
+    def _row(self) -> tuple:
+        names = self.chance.sample("abcd", 2)
+        weights = {name: self.chance.choice((0.5, -1.0)) for name in names}
+        return self.chance.choice([names[0], names[1], None, weights]), self.chance.choice((1.0, 1.0, *STRENGTHS))
+
+    def step(self) -> None:
+        kinds = dict(assign=40, assigned=8, swap=8, undo=15, strength=4, update=6, wrong=2)
+        (kind,) = self.chance.choices(list(kinds), kinds.values())
+        self.counts[kind] += 1
+        rows = [self._row() for _ in range(self.BATCH)]
+        wanted, strengths = map(list, zip(*rows, strict=True))
+        former = self.now
+        if kind == "assign":
+            self.pool.assign(wanted, strengths)
+            self.now = rows
+        elif kind == "assigned":
+            with pytest.raises(ZeroDivisionError), self.pool.assigned(wanted, strengths):
+                self._fail_inside(rows)
+            self.now = former
+        elif kind == "swap":
+            name = self.chance.choice("abcd")
+            self.pool.swap(name, strengths[0])
+            self.now = [(name, strengths[0])] * self.BATCH
+        elif kind == "undo" and self.history:
+            self.pool.undo()
+            self.now = self.history.pop()
+        elif kind == "strength":
+            self.pool.off()
+            self.now = [(None, 1.0)] * self.BATCH
+        elif kind == "update":
+            name = self.chance.choice("abcd")
+            self.size[name] = self.chance.choice((1.0, 2.0))
+            adapter = self.adapters[name]
+            tensors = {k: v * (self.size[name] if "lora_B" in k else 1) for k, v in adapter.tensors.items()}
+            self.pool.update(name, tensors, adapter.config)
+        elif kind == "wrong":
+            with pytest.raises(HotswapError):
+                self.pool.assign([*wanted[1:], "nobody"])
+        if kind in ("assign", "swap", "strength"):
+            self.history = [*self.history[-99:], former]
+
+    def _fail_inside(self, rows: list[tuple]) -> None:
+        self.now = rows
+        self.check()
+        raise ZeroDivisionError
+
+    def check(self) -> None:
+        rows = [(self._sized(wanted), strength) for wanted, strength in self.now]
+        wanted, strengths = map(list, zip(*rows, strict=True))
+        # adapters several times as strong as they are round several times as far off
+        self.truth.check(call(self.model, self.truth.inputs), wanted, strengths, tolerance=1e-4)
+        self.counts["outputs compared"] += 1
+
+    def _sized(self, wanted: object) -> object:
+        weights = {wanted: 1.0} if isinstance(wanted, str) else wanted
+        return weights and {name: weight * self.size[name] for name, weight in weights.items()}
+
+
+def run_rows(folder: Path, operations: int, every: int, checkpoints: int, megabytes: float) -> Iterator[str]:
+    """As :func:`run_pool`, with another adapter in each row."""
+    marathon, start, warm = RowMarathon(folder), time.perf_counter(), None
+    for number in range(1, operations + 1):
+        marathon.step()
+        if number % every == 0:
+            marathon.check()
+        if number % (operations // checkpoints) == 0:
+            use = Use.now()
+            # fresh loads are kept for comparing, few of them new by the second look
+            warm = use if number <= operations // 2 else warm
+            assert_flat(warm, use, megabytes)
+            yield f"{number:,} operations with rows, {time.perf_counter() - start:.0f} s: {use}"
+    yield f"{dict(marathon.counts)}"
 
 
 # ---- from disk, without a pool
@@ -396,6 +495,11 @@ def test_many_operations_on_a_pool(tmp_path, operations):
     assert "recompiles 0" in reports[-1]
 
 
+@pytest.mark.parametrize("operations", [200, long(4000)])
+def test_many_operations_with_rows(tmp_path, operations):
+    assert len(list(run_rows(tmp_path, operations, every=5, checkpoints=4, megabytes=8))) == 5
+
+
 @pytest.mark.parametrize("swaps", [40, long(500)])
 def test_many_swaps_from_disk(tmp_path, swaps):
     assert len(list(run_disk(tmp_path, swaps, megabytes=8))) == 5
@@ -404,6 +508,7 @@ def test_many_swaps_from_disk(tmp_path, swaps):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Very many swaps.")
     parser.add_argument("--pool", type=int, default=100_000, help="how many random operations on a pool of 20")
+    parser.add_argument("--rows", type=int, default=20_000, help="how many on a pool with rows")
     parser.add_argument("--disk", type=int, default=10_000, help="how many swaps from disk")
     parser.add_argument("--megabytes", type=float, default=8, help="how much the memory may grow after the warm-up")
     arguments = parser.parse_args()
@@ -412,6 +517,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.pool:
             for line in run_pool(Path(folder), arguments.pool, 50, 20, arguments.megabytes):
+                print(line, flush=True)
+        if arguments.rows:
+            for line in run_rows(Path(folder), arguments.rows, 20, 20, arguments.megabytes):
                 print(line, flush=True)
         if arguments.disk:
             for line in run_disk(Path(folder), arguments.disk, arguments.megabytes):

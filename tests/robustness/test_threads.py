@@ -20,7 +20,7 @@ def folders(tmp_path_factory):
     [
         *(("pool", 2), ("from_disk", 1)),
         *itertools.starmap(long, (("pool", 1), ("from_disk", 2), ("prepared", 1), ("prepared", 2), ("strength", 1))),
-        *itertools.starmap(long, (("pool_mixed", 1), ("pool_mixed", 2))),
+        *itertools.starmap(long, (("pool_mixed", 1), ("pool_mixed", 2), ("rows", 1), ("rows", 2))),
     ],
 )
 def test_no_output_is_torn(folders, way, swapping):
@@ -35,7 +35,9 @@ def test_no_output_is_torn(folders, way, swapping):
     ("way", "backend"),
     [
         ("pool", "aot_eager"),
-        *itertools.starmap(long, [("prepared", "aot_eager"), ("pool", "inductor"), ("prepared", "inductor")]),
+        *itertools.starmap(
+            long, [("prepared", "aot_eager"), ("rows", "aot_eager"), ("pool", "inductor"), ("prepared", "inductor")]
+        ),
     ],
 )
 def test_no_output_of_a_compiled_model_is_torn(folders, way, backend):
@@ -50,4 +52,4 @@ def test_without_taking_turns_outputs_are_torn(folders):
 
 
 def test_every_way_is_tried(folders):
-    assert set(ways(folders)) == {"pool", "pool_mixed", "from_disk", "prepared", "strength"}
+    assert set(ways(folders)) == {"pool", "pool_mixed", "rows", "from_disk", "prepared", "strength"}

@@ -56,7 +56,7 @@ PADDED, UNPADDED = 1e-4, 1e-5
 RIGHT_REFUSALS: dict[str, Callable[[Walk], bool]] = {
     "This swap can't be done in a prepared model.": lambda walk: walk.is_prepared,
     "The adapter in the model came with base weights of its own": lambda walk: walk.is_prepared,
-    "The layers that the loaded adapter lacks can't be added.": lambda walk: walk.is_prepared,
+    "The layers that the loaded adapter lacks can't be added to the model.": lambda walk: walk.is_prepared,
     "The adapter can't be swapped in place at": lambda walk: walk.has_two or walk.is_prepared,
     "An adaption prompt can be swapped only while it is in the model.": lambda walk: walk.has_two,
     "This swap writes to weights of the base model": lambda walk: walk.has_two,

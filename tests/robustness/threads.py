@@ -99,6 +99,25 @@ def ways(folders: dict[str, str]) -> dict[str, Callable]:
 
         return put
 
+    def rows(model):
+        """The same in both rows of the batch, and now and then another arrangement on the way."""
+        pool, draw = AdapterPool(model, adapters=folders, rows=2, target_rank=10, progress=False), random.Random(1)
+        other = {"a": "b", "b": "c", "c": "a"}
+
+        def put(name: str) -> None:
+            step = draw.randrange(4)
+            if step == 0:
+                pool.update(name, in_memory[name].tensors, in_memory[name].config)
+            elif step == 1:
+                with pool.assigned([other[name]] * 2):
+                    pass
+            elif step == 2:
+                pool.assign([other[name]] * 2)
+                pool.undo()
+            pool.assign([name, name])
+
+        return put
+
     def from_disk(model):
         return lambda name: hotswap_adapter(model, folders[name], "default")
 
@@ -119,7 +138,14 @@ def ways(folders: dict[str, str]) -> dict[str, Callable]:
         put.names = ("a", "base")
         return put
 
-    return {"pool": pool, "pool_mixed": pool_mixed, "from_disk": from_disk, "prepared": prepared, "strength": strength}
+    return {
+        "pool": pool,
+        "pool_mixed": pool_mixed,
+        "rows": rows,
+        "from_disk": from_disk,
+        "prepared": prepared,
+        "strength": strength,
+    }
 
 
 def storm(

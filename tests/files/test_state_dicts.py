@@ -1,4 +1,4 @@
-"""Layers that are turned off: absent from everything saved, and missed by nothing that is loaded."""
+"""Layers that are turned off, and rows of padding: not in what is saved, nor missed by what is loaded."""
 
 from __future__ import annotations
 

@@ -1,0 +1,160 @@
+"""What few adapters meet: checks of a swap, put into ``FIRST`` and ``CHECKS`` of :mod:`hotswap_lab.core.decide`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+from ..core.decide import CHECKS, FIRST
+from ..core.errors import listing
+from ..core.host import PEFT_PREFIX, Config
+from ..core.plan import Action, LayerPlan, Plan, TensorPlan
+from ..core.slot import Slot, expected_of
+from .kinds import reads_base
+
+#: the layers whose weights PEFT knows two ways to store
+STORED = (torch.nn.Linear, Conv1D)
+#: what PEFT puts LoRA on, also where a class of these holds modules of its own
+ADAPTABLE = (torch.nn.Linear, Conv1D, torch.nn.Embedding, _ConvNd, torch.nn.MultiheadAttention)
+
+
+def check_containers(plan: Plan) -> None:
+    """A config that names more than layers: PEFT can't load it, so what is saved with it could not be loaded again."""
+    if not plan.check_targets:
+        return
+    for path, kind in plan.slot.once_for(plan.config, _containers_named)[:1]:
+        plan.refuse("targets_a_container", path=path, target_modules=plan.config.target_modules, kind=kind)
+
+
+def _containers_named(slot: Slot, config: Config) -> list[tuple[str, str]]:
+    adaptable = (BaseTunerLayer, AuxiliaryTrainingWrapper, *ADAPTABLE)
+    containers = [
+        (path, type(module).__name__)
+        for path, module in slot.walk
+        if path and ".base_layer" not in path and module._modules and not isinstance(module, adaptable)
+    ]
+    return [each for each in containers if slot.method.targets(config, each[0])]
+
+
+def check_base(plan: Plan) -> None:
+    """Refuses to turn layers off by base weights that contain another adapter: DoRA's magnitude is their norm then."""
+    if not reads_base(plan.slot):
+        return
+    off = {id(layer.layer.module.get_base_layer()) for layer in plan.layers if layer.settings is None}
+    # layers of other methods may be around these
+    tuners = [module for module in plan.slot.host.base.modules() if isinstance(module, BaseTunerLayer)]
+    around = [module for module in tuners if id(module.get_base_layer()) in off]
+    if others := sorted({name for module in around for name in module.merged_adapters}):
+        plan.refuse("merged_beside", adapter_name=plan.slot.adapter_name, others=listing(map(repr, others)))
+
+
+def resize_what_is_off(plan: Plan) -> None:
+    """Gives the layers that are turned off the adapter's new rank where all others get it.
+
+    PEFT's ``add_weighted_adapter`` adds the adapters up by the ranks of their configs, on every layer that has them.
+    """
+    if plan.refusals or Action.RESIZE not in [layer.action for layer in plan.layers] or plan.slot.tensors[0].is_shard:
+        return
+    ranks = {layer.settings.rank for layer in plan.layers if layer.settings}
+    # added layers come last
+    for layer, (settings, _), fixed in zip(
+        plan.layers, plan.slot.once_for(plan.config, expected_of), plan.fixed, strict=False
+    ):
+        # any other rank may be as large as a damaged config says
+        if layer.action is not Action.OFF or fixed or settings.rank not in ranks:
+            continue
+        if settings.rank % layer.layer.tensors[0].rank_step == 0:
+            layer.tensors = tuple(_zeros_of(layer, settings.rank))
+
+
+def _zeros_of(layer: LayerPlan, rank: int) -> list[TensorPlan]:
+    writes = []
+    for target in layer.layer.tensors:
+        # a single zero, repeated without taking memory
+        zero = target.parameter.detach().new_zeros(())
+        writes.append(TensorPlan(target, None if target.rank_axis is None else zero.expand(target.shape_for(rank))))
+    return writes
+
+
+def check_arrow(plan: Plan) -> None:
+    """Refuses to swap an expert of an Arrow router, which goes on by what it has worked out from the old one."""
+    configs = plan.slot.host.configs
+    if routers := [name for name in configs if getattr(configs[name], "arrow_config", None)]:
+        plan.refuse("expert_of_arrow_router", adapter_name=plan.slot.adapter_name, routers=listing(map(repr, routers)))
+
+
+def correct_fan_in_fan_out(plan: Plan) -> None:
+    """Makes the config say what PEFT leaves there: whether the last layer that it puts LoRA on is a ``Conv1D``."""
+    on = [layer for layer in plan.layers if layer.settings is not None]
+    if plan.slot.once_for(plan.config, _has_conv1d):  # added layers come last, wherever they are in the model
+        order = {path: number for number, (path, _) in enumerate(plan.slot.walk)}
+        on.sort(key=lambda layer: order[layer.layer.path])
+    for layer in reversed(on):
+        if isinstance(base := layer.layer.module.get_base_layer(), STORED):
+            plan.config.fan_in_fan_out = isinstance(base, Conv1D)
+            return
+
+
+def _has_conv1d(slot: Slot, config: Config) -> bool:
+    return any(isinstance(module, Conv1D) for module in slot.modules)
+
+
+def note_other_base(plan: Plan) -> None:
+    """Says if an adapter was made for another base model, by the names in its file and in the model.
+
+    Fine-tunes and copies are other names for what may be right, so it is no refusal. It is a warning where both names
+    are those of Hub repositories: a folder may be a copy of any of them.
+    """
+    made_for, name = plan.adapter.config.base_model_name_or_path, getattr(plan.slot.host.base, "name_or_path", None)
+    if not _is_hub_id(name):
+        name = plan.slot.config.base_model_name_or_path or name
+    if not (isinstance(made_for, str) and isinstance(name, str) and made_for and name):
+        return
+    on_hub = _is_hub_id(made_for) and _is_hub_id(name)
+    if made_for == name or (not on_hub and os.path.basename(made_for) == os.path.basename(name)):
+        return
+    text = f"the adapter was made for {made_for}, and the model is {name}; that the shapes fit does not make it right"
+    plan.notes.append(text)
+    plan.warnings += [text] * on_hub
+
+
+def _is_hub_id(name: object) -> bool:
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.isdir(name)
+
+
+def check_prefixes(plan: Plan) -> None:
+    """A fresh load ignores tensors of a file whose names lack PEFT's prefix; from memory they are taken without it."""
+    adapter = plan.adapter
+    is_file = os.path.isdir(adapter.source) or adapter.revision is not None
+    if not is_file or not plan.slot.host.is_peft_model or adapter.config.is_prompt_learning:
+        return
+    if bare := [key for key in adapter.tensors if not key.startswith("base_model.")]:
+        plan.refuse("keys_without_prefix", keys=listing(bare, 4), count=len(bare), prefix=PEFT_PREFIX)
+
+
+def keep_apart(plan: Plan) -> None:
+    """Takes copies of those tensors that are the model's own: they would be read while they are written."""
+    adapter = plan.adapter
+    if os.path.isdir(adapter.source):
+        return
+    memory = {_storage(parameter) for parameter in plan.slot.parameters} - {None}
+    own = {key: each.detach().clone() for key, each in adapter.tensors.items() if _storage(each) in memory}
+    if own:
+        plan.adapter = replace(adapter, tensors={**adapter.tensors, **own})
+
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    """Where the memory is that a tensor is a view of; None for those that have none, or several."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+    return tensor.untyped_storage().data_ptr() if plain else None
+
+
+FIRST += [check_prefixes, keep_apart, check_arrow, note_other_base]
+CHECKS += [check_containers, check_base, resize_what_is_off, correct_fan_in_fan_out]

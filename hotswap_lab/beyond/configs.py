@@ -1,0 +1,206 @@
+"""Judging configs: values of the wrong kind, adapters that can't be swapped at all, and those that are more than LoRA.
+
+PEFT takes a config from a file without looking at it, so what is there may be of any kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType
+
+from ..core.errors import Refusal, refusal
+from ..core.host import kind_of
+
+#: ranks up to this one are small in any layer
+POINTLESS = 1024
+#: how deep a config's values may be nested; PEFT writes three levels at most, and Python can't copy hundreds
+MAX_DEPTH = 20
+#: the only module that PEFT may import for an adapter
+MEGATRON = "megatron.core"
+#: inits after which a fresh load leaves other base weights behind than before
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+#: what an adapter brings beside B @ A, and no scaling reaches
+NOT_SCALED = ("modules_to_save", "trainable_token_indices", "bias", "layer_replication")
+#: config fields that add state of another kind than the tensors and scalars of a layer
+OTHER_STATE = (
+    *NOT_SCALED,
+    *("target_parameters", "ensure_weight_tying", "target_modules_to_tie", "megatron_config", "use_qalora"),
+)
+
+
+def judge(config: PeftConfig, role: str, loaded: PeftConfig | None = None) -> Iterator[Refusal]:
+    """What speaks against a config by itself.
+
+    Parameters
+    ----------
+    role:
+        Whose config it is: "new", so far only read from a file, or "loaded".
+    loaded:
+        The config of an adapter that it is to share a compiled graph with, if any.
+    """
+    is_lora = config.peft_type == PeftType.LORA
+    damages = [] if role == "loaded" else _damages(config)
+    yield from damages or (_unsupported(config, role) if is_lora else ())
+    if config.peft_type == PeftType.XLORA:
+        yield refusal("method_refused", role=role)
+    if is_lora and loaded is not None and form_for(config) != form_for(loaded):
+        found, expected = (f"use_dora={each.use_dora}, lora_bias={each.lora_bias}" for each in (config, loaded))
+        yield refusal("no_common_graph", found=found, expected=expected)
+    elif is_lora and not damages and loaded is not None and (more := set(beside(config)) ^ set(beside(loaded))):
+        yield refusal("member_of_another_kind", other_state=", ".join(sorted(more)))
+
+
+def form_for(config: PeftConfig) -> tuple[bool, bool]:
+    """Which tensors layers of LoRA with this config have beside A and B: a magnitude (DoRA), a bias."""
+    return bool(config.use_dora), bool(config.lora_bias)
+
+
+# ---- values of the wrong kind
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that is larger than any float
+        return False
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_pattern(value: Any, is_value: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and is_value(each) for key, each in value.items())
+
+
+def _is_selection(value: Any) -> bool:
+    return value is None or isinstance(value, str) or all(isinstance(each, str) for each in value)
+
+
+def _are_indices(value: Any) -> bool:
+    return value is None or all(type(each) is int for each in (value if isinstance(value, list) else [value]))
+
+
+#: fields of LoRA's config, what their values are checked by, and what they should be
+RULES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
+    (("r",), _is_rank, "a positive whole number"),
+    (("lora_alpha",), _is_number, "a number"),
+    (("lora_dropout",), lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    (("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), _is_flag, "true or false"),
+    (("bias",), ("none", "all", "lora_only").__contains__, "'none', 'all' or 'lora_only'"),
+    (("init_lora_weights",), lambda value: _is_flag(value) or isinstance(value, str), "true, false or a name"),
+    (("rank_pattern",), lambda value: _is_pattern(value, _is_rank), "names of layers with positive whole numbers"),
+    (("alpha_pattern",), lambda value: _is_pattern(value, _is_number), "names of layers with numbers"),
+    (
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        _is_selection,
+        "a list of names or one regular expression",
+    ),
+    (("layers_to_transform",), _are_indices, "a list of whole numbers, or one"),
+]
+
+
+def _damages(config: PeftConfig) -> list[Refusal]:
+    nested = {name: value for name, value in vars(config).items() if isinstance(value, (dict, list))}
+    if deep := [name for name, value in nested.items() if _is_deeper(value, MAX_DEPTH)]:
+        expected = f"lists or tables within one another, {MAX_DEPTH} deep at most"
+        return [refusal("config_damaged", name=name, value="what is nested deeper", expected=expected) for name in deep]
+    return [*(_damaged_lora(config) if config.peft_type == PeftType.LORA else _damaged_other(config))]
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether lists and tables lie within one another on more than so many levels."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
+
+
+def _damaged_lora(config: PeftConfig) -> Iterator[Refusal]:
+    for names, is_right, expected in RULES:
+        for name in names:
+            value = getattr(config, name)
+            try:
+                right = is_right(value)
+            except Exception:  # of any kind, depending on what is there instead
+                right = False
+            if not right:
+                yield refusal("config_damaged", name=name, value=value, expected=expected)
+    yield from _broken_expressions(config)
+
+
+def _broken_expressions(config: PeftConfig) -> Iterator[Refusal]:
+    names = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
+    for name, value in ((name, getattr(config, name)) for name in names):
+        is_list = isinstance(value, (list, tuple, set, dict)) and name not in ("target_modules", "exclude_modules")
+        for expression in value if is_list else [value]:
+            try:
+                re.compile(expression if isinstance(expression, str) else "")
+            except Exception as error:  # not only re.error: too many parentheses or repetitions are of other kinds
+                yield refusal("broken_expression", expression=expression, error=error)
+
+
+def _damaged_other(config: PeftConfig) -> Iterator[Refusal]:
+    """PEFT judges these configs itself, when it loads the donor; but it multiplies by whatever number is there."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield refusal("config_damaged", name=name, value=value, expected="a finite number")
+
+
+def pointless_rank(rank: Any, path: str, module: torch.nn.Module) -> Iterator[Refusal]:
+    """Refuses a rank that no update of this layer can have: room for it would take more memory than the model."""
+    most = max([POINTLESS, *(2 * max(each.shape, default=0) for each in module.parameters())])
+    if not _is_rank(rank) or rank > most:
+        yield refusal("pointless_rank", rank=rank, path=path, most=most)
+
+
+# ---- more than LoRA's own tensors
+
+
+def _unsupported(config: PeftConfig, role: str) -> Iterator[Refusal]:
+    """What in a config of LoRA can't be swapped."""
+    init, found = config.init_lora_weights, None
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        found = f"init_lora_weights={init!r}"
+    elif getattr(config, "kasa_config", None):
+        found = "a kasa_config"
+    if getattr(config, "arrow_config", None):
+        yield refusal("arrow_router", role=role)
+    if getattr(config, "megatron_config", None) and config.megatron_core != MEGATRON:
+        yield refusal("imports_a_module", role=role, megatron_core=config.megatron_core, allowed=MEGATRON)
+    if found:
+        yield refusal("changes_base_weights", role=role, found=found)
+
+
+def beside(config: PeftConfig) -> list[str]:
+    """The fields of LoRA's config that stand for state beyond the tensors and scalars of its layers."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    variants = {name for name, field in fields.items() if field.metadata.get("is_lora_variant")}
+    found = [name for name in (*OTHER_STATE, *sorted(variants - {"use_dora"})) if _has(config, name)]
+    if config.init_lora_weights in fields["init_lora_weights"].metadata.get("lora_variants", ()):
+        found.append("init_lora_weights")
+    return found
+
+
+def not_scaled(config: PeftConfig) -> str | None:
+    """What of an adapter with this config would stay at full strength, or None."""
+    if config.peft_type != PeftType.LORA:
+        return f"an adapter of type {kind_of(config)}"
+    if config.use_dora:
+        return "an adapter of type DoRA, whose magnitude would stay at full strength"
+    if present := [name for name in NOT_SCALED if _has(config, name)]:
+        return f"an adapter with {' and '.join(present)}, which would stay at full strength"
+    return None
+
+
+def _has(config: PeftConfig, name: str) -> bool:
+    value = getattr(config, name, None)
+    return bool(value) and value != "none"

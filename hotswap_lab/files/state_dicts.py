@@ -1,0 +1,150 @@
+"""What ``state_dict`` shows of a model, and ``load_state_dict`` takes: the adapter, without the room around it.
+
+A layer that the new adapter lacks stays in the model, with zeros, so that a later adapter can use it and a
+compiled graph stays valid; and an adapter of a lower rank than was prepared for is followed by rows of zeros. A
+fresh load would have neither, so ``state_dict`` (and with it ``save_pretrained``, checkpoints,
+``get_peft_model_state_dict``) leaves both out, and ``load_state_dict`` does not miss them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..core import lora
+from ..core.change import ON_CONFIG
+from ..core.errors import refuse
+from ..core.host import Config, Host
+from ..core.journal import Journal
+from ..core.methods import method_of
+from ..core.parts import SlotTensor
+from ..core.prepared import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, is_marked_off, is_off, is_padded, own_rank
+from ..core.slot import SLOTS
+
+
+def look_after(host: Host, adapter_name: str, config: Config, journal: Journal) -> None:
+    """Puts the hooks on a base model, before the first swap or preparing marks its layers."""
+    base = host.base
+    if _show_own not in base._state_dict_hooks.values():
+        journal.record(lambda: forget_hooks(base))
+        base.register_state_dict_post_hook(_show_own)
+        base.register_load_state_dict_pre_hook(_fill_up)
+
+
+ON_CONFIG.append(look_after)
+
+
+def forget_hooks(module: torch.nn.Module) -> None:
+    """Takes the hooks off a base model; also off a copy, where they would look after the original."""
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for number, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_show_own, _fill_up):
+                del hooks[number]
+
+
+def _marked(base: torch.nn.Module, prefix: str) -> Iterator[tuple[str, Any, str, SlotTensor]]:
+    """By their keys, the tensors of adapters that may have more room on a layer than they take, or are off there."""
+    for path, layer in base.named_modules(remove_duplicate=False):
+        names = {*layer.__dict__.get(OFF_ATTRIBUTE, ()), *layer.__dict__.get(PADDED_ATTRIBUTE, ())}
+        for adapter_name in sorted(names):
+            method = method_of(layer)
+            if method.has_adapter(layer, adapter_name):
+                for tensor in method.tensors_of(layer, adapter_name):
+                    yield f"{prefix}{path}.{tensor.named_key}", layer, adapter_name, tensor
+
+
+def _show_own(base: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    for key, layer, adapter_name, tensor in _marked(base, prefix):
+        if (value := state_dict.get(key)) is None:
+            continue
+        if reason := strange_padding(layer, adapter_name, tensor):
+            warnings.warn(reason, stacklevel=2)
+        if is_off(layer, adapter_name):
+            del state_dict[key]
+            continue
+        rank, keep_vars = own_rank(layer, adapter_name, tensor), isinstance(value, torch.nn.Parameter)
+        is_trimmed = rank != tensor.capacity
+        if is_trimmed:
+            value = tensor.own(value, rank).reshape(tensor.shape_for(rank))
+        if not keep_vars:  # who asks for them wants the memory of the model
+            # safetensors takes nothing else; and torch.save writes all memory around a view, contiguous or not
+            value = value.clone(memory_format=torch.contiguous_format) if is_trimmed else value.contiguous()
+        state_dict[key] = value
+
+
+def _fill_up(base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    marked = list(_marked(base, prefix))
+    for each in marked:  # all of them, before the first one is written to
+        _check(state_dict, *each)
+    for slot in base.__dict__.get(SLOTS, {}).values():
+        if slot.room is not None and slot.is_inference:
+            slot.room.was_touched = True  # by values that the room doesn't know of, and no version counter tells
+    for key, layer, adapter_name, tensor in marked:
+        if is_off(layer, adapter_name):
+            state_dict.setdefault(key, tensor.parameter.detach())
+        elif key in state_dict and own_rank(layer, adapter_name, tensor) != tensor.capacity:
+            state_dict[key] = tensor.padded(state_dict[key].detach(), tensor.capacity)
+
+
+def _check(state_dict: dict, key: str, layer: Any, adapter_name: str, tensor: SlotTensor) -> None:
+    if (value := state_dict.get(key)) is None or not is_padded(layer, adapter_name):
+        return
+    expected = tensor.shape_for(own_rank(layer, adapter_name, tensor))
+    if is_off(layer, adapter_name):
+        fits, text = not value.any(), "nothing for a layer that is turned off"
+    else:
+        # a tensor of the padded size would go in, and its upper ranks would never be saved
+        fits, text = tuple(value.shape) == expected, f"shape {expected}, the adapter's own rank"
+    if not fits:
+        shape = tuple(value.shape)
+        raise refuse("state_dict_of_another", key=key, shape=shape, expected=text, adapter_name=adapter_name)
+
+
+# ---- is the live model what would be saved?
+
+
+def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor) -> str | None:
+    """Says if the padding is not zero, or a layer not quite off: then the live model is not what would be saved."""
+    if is_marked_off(layer, adapter_name):
+        return _trained_while_off(layer, adapter_name, tensor)
+    rank = own_rank(layer, adapter_name, tensor)
+    if rank == tensor.capacity or tensor.is_shard:
+        return None
+    if not tensor.padding(tensor.parameter, rank).any():
+        return None
+    return (
+        f"The adapter {adapter_name!r} has rank {rank}, but the padding of its {tensor.key} is not zero, so what is "
+        "saved is not what the model computes. An optimizer that still has the state of an earlier adapter does this: "
+        "make a new one after a swap."
+    )
+
+
+def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor) -> str | None:
+    """Says if the magnitude or bias of a layer that is off was written to: PEFT's ``set_adapter`` unfreezes them."""
+    method = method_of(layer)
+    # while an adapter is merged, the base weight is not what the magnitude was made from
+    if tensor.rank_axis is not None or method is not lora or tensor.is_shard or layer.merged_adapters:
+        return None
+    beside = [each for each in method.tensors_of(layer, adapter_name) if each.rank_axis is not None]
+    if any(each.memory.any() for each in beside) or _means_off(layer, tensor):
+        return None
+    return (
+        f"The adapter {adapter_name!r} is off on a layer, but its {tensor.key} there was written to, so what is saved "
+        "is not what the model computes. PEFT's set_adapter lets it be trained: call that before a swap, not after."
+    )
+
+
+def _means_off(layer: Any, tensor: SlotTensor) -> bool:
+    """Whether a magnitude or bias does nothing, up to the rounding of another device or precision."""
+    value = tensor.parameter.detach()
+    if not tensor.reads_base:
+        return not value.any()
+    expected, weight = tensor.off_value(), layer.get_base_layer().weight
+    if expected.is_meta or value.is_meta:
+        return True  # nobody can tell
+    computed_in = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    eps = max(torch.finfo(dtype).eps for dtype in (value.dtype, computed_in))
+    return torch.allclose(value, expected, rtol=max(4 * eps, 1e-5), atol=0.0)

@@ -1,0 +1,10 @@
+"""Pools beyond the engine's own: undo, a limit of memory, and batches in which each row has its own adapter."""
+
+from pathlib import Path
+
+from ..core.errors import TEXTS
+from .adapter_pool import FOREIGN, HISTORY, AdapterPool
+
+TEXTS.append(Path(__file__).with_name("refusals.ini"))
+
+__all__ = ["FOREIGN", "HISTORY", "AdapterPool"]

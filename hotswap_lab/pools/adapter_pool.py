@@ -1,0 +1,389 @@
+"""AdapterPool: the engine's pool, and what only some pools need: undo, a limit of memory, reading ahead."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+
+from ..core.adapter import Adapter, adapter_from
+from ..core.change import Change
+from ..core.errors import refuse
+from ..core.host import Config, canonical_path, modules_in
+from ..core.parts import SlotTensor
+from ..core.pool import Member
+from ..core.report import html_table, text_table
+from ..core.room import Packed, Room
+from ..core.slot import Slot
+from .mixes import Mix
+from .row_pool import PackedRows, RowPool
+from .rows import RowRoom
+
+#: how many swaps back :meth:`AdapterPool.undo` can go
+HISTORY = 100
+#: and how many of these may have found something in the model that no pool has, and that is kept for them
+FOREIGN = 4
+
+
+@dataclass(eq=False)
+class _Member(Member):
+    """An adapter that may be dropped from memory as long as its files have it."""
+
+    #: what to read it from again; None if it came from memory
+    source: str | None = None
+    #: the folder's state when it was read, to notice that it has changed since
+    stamp: tuple[object, ...] | None = None
+    #: the commit, if it was read from the Hub: somebody may push another one
+    revision: str | None = None
+    #: what it takes when it is packed
+    nbytes: int = 0
+    #: counts up with each use; the lowest is dropped first
+    used: int = 0
+    loading: Future[Packed] | None = field(default=None, repr=False)
+
+    @property
+    def is_in_files(self) -> bool:
+        return self.source is not None and self.version == 1
+
+    @property
+    def row(self) -> tuple[str, str, str, str, str]:
+        """Name, rank, alpha, layers and bytes."""
+        if self.packed is None:
+            return self.name, "", "", "", "in its files"
+        columns = self.packed.content.columns
+        ranks, alphas = columns["rank"], columns["alpha"]
+        return self.name, _span(ranks), _span(alphas), str(len(ranks)), f"{self.packed.nbytes:,}"
+
+
+class AdapterPool(RowPool[_Member]):
+    """Many adapters for one place in one model, in memory, switched by name.
+
+    The model is prepared for all of them (ranks, layers), so that a swap never moves a tensor and never recompiles.
+    Each adapter takes the memory of its own rank. A swap copies just that, and nothing else depends on the number
+    of layers.
+
+    Where several threads answer requests, each with its own adapter, ``with pool.using(name):`` around the whole
+    answer is what keeps them apart: swaps from other threads wait for its end.
+
+    Parameters
+    ----------
+    model:
+        A model with a loaded LoRA adapter. Make the pool before compiling: a compiled model is taken only if it was
+        prepared for all of these adapters already.
+    adapter_name:
+        The name of the loaded adapter whose place the pool uses. Default: the one that there is, or ``"default"``.
+    adapters:
+        Names, and for each a folder, a Hub id, an :class:`Adapter`, or a pair of a state dict and its config.
+    target_rank:
+        Room for adapters that will be added later; the highest of all ranks is made room for anyway.
+    max_bytes:
+        How much memory the adapters may take together. The one that was not used for longest is dropped, and read
+        again from where it came from when it is wanted.
+    rows:
+        The largest batch in which each row may have its own adapter (:meth:`assign`). The model's memory for adapters
+        is that many times as large, and each adapter takes that of the highest rank.
+    check_compiled:
+        What to do if the model is compiled and has to be prepared: ``"error"``, ``"warn"`` or ``"ignore"``. Its next
+        call compiles once more then.
+    progress:
+        Whether to show a progress bar while adapters are read.
+    **hub:
+        ``revision``, ``token`` and the other arguments of ``huggingface_hub.hf_hub_download``.
+
+    Raises
+    ------
+    HotswapError
+        If the model can't be prepared, or an adapter can't be read or doesn't fit. The model is untouched then.
+
+    Examples
+    --------
+    >>> from hotswap_lab import AdapterPool, demo
+    >>> model, tokenizer = demo.load("reverse")
+    >>> pool = AdapterPool(model, adapters={n: demo.adapter_path(n) for n in ("shout", "sort")}, progress=False)
+    >>> pool.swap("shout")
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'HOTSWAP!'
+    >>> with pool.using("sort"):
+    ...     demo.ask(model, tokenizer, "hotswap")
+    'ahopstw'
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'HOTSWAP!'
+    >>> pool.off()
+    >>> demo.ask(model, tokenizer, "hotswap")
+    'hotswap'
+    """
+
+    MEMBER = _Member
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        adapter_name: str | None = None,
+        adapters: Mapping[str, object] | None = None,
+        *,
+        target_rank: int | None = None,
+        max_bytes: int | None = None,
+        rows: int = 1,
+        check_compiled: Literal["error", "warn", "ignore"] = "error",
+        progress: bool = True,
+        **hub: Any,
+    ):
+        self.max_bytes = max_bytes
+        self.room_kind: type[Room] = RowRoom.of(rows)
+        self._clock = 0
+        #: after how many writes there was what in the model
+        self._history: list[tuple[int, Packed]] = []
+        self._background: ThreadPoolExecutor | None = None
+        options: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled, progress=progress)
+        super().__init__(model, adapter_name, adapters, **options, **hub)
+
+    def _fill(self, adapters: dict[str, object], progress: bool) -> None:
+        super()._fill(adapters, progress)
+        # the adapter that is in the model may be one of them
+        for packed in [member.packed for member in self._members.values() if member.packed is not None]:
+            if _is_in(self._room, packed):
+                self._room.content = packed.content
+                return
+
+    # ---- modules that are saved with an adapter
+
+    BESIDE: Collection[str] = ("modules_to_save",)
+
+    def _beside(self, slot: Slot) -> list[SlotTensor]:
+        """The tensors of whole modules, such as a classifier."""
+        tensors = []
+        for path, module in modules_in(slot.host.base):
+            if isinstance(module, ModulesToSaveWrapper) and slot.adapter_name in module.modules_to_save:
+                whole = module.modules_to_save[slot.adapter_name]
+                for key, _ in whole.named_parameters():
+                    owner, _, name = key.rpartition(".")
+                    tensors.append(SlotTensor(f"{path}.{key}", key, whole.get_submodule(owner), name, rank_axis=None))
+        return tensors
+
+    def _pack(self, member: _Member, adapter: Adapter, check_targets: bool) -> Packed:
+        slot, whole = self._room.slot, adapter.config.modules_to_save or ()
+        if not slot.config.modules_to_save:
+            return super()._pack(member, adapter, check_targets)
+        if set(whole) != set(slot.config.modules_to_save):
+            raise refuse("other_modules_to_save", name=member.name, found=whole, expected=slot.config.modules_to_save)
+        tensors = {canonical_path(key): tensor for key, tensor in adapter.tensors.items()}
+        beside = []
+        for each in self._room.places.keys() - slot.tensors:
+            tensor = tensors.pop(each.key, None)
+            if tensor is None or tensor.shape != each.parameter.shape:
+                found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise refuse("module_differs", key=each.key, found=found, expected=tuple(each.parameter.shape))
+            beside.append((each, tensor))
+        # what is left is LoRA alone, in a slot that has nothing else
+        alone = dataclasses.replace(
+            slot, host=dataclasses.replace(slot.host, configs={self.adapter_name: _without_modules(slot.config)})
+        )
+        layers = dataclasses.replace(
+            adapter,
+            config=_without_modules(adapter.config),
+            tensors={key: tensor for key, tensor in adapter.tensors.items() if canonical_path(key) in tensors},
+        )
+        packed = self._pack_layers(alone, member, layers, check_targets, beside)
+        # as loading leaves it: PEFT adds a classifier's names to those that are there
+        packed.content.config.modules_to_save = list(slot.config.modules_to_save)
+        return packed
+
+    # ---- a limit of memory
+
+    def _read(self, member: _Member, source: object) -> Packed:
+        stamp = _stamp_of(source)
+        hub = {**self._hub, "revision": member.revision} if member.revision else self._hub
+        adapter = adapter_from(source, hub)
+        packed = self._pack(member, adapter, check_targets=not isinstance(source, tuple))
+        member.source, member.stamp, member.revision = _path_of(source), stamp, adapter.revision
+        member.nbytes = packed.nbytes
+        return packed
+
+    def _read_again(self, member: _Member) -> Packed:
+        if member.stamp != _stamp_of(member.source):
+            raise refuse("files_changed", name=member.name, source=member.source)
+        return self._read(member, member.source)
+
+    def _packed(self, member: _Member) -> Packed:
+        packed = member.packed
+        if packed is None:
+            loading, member.loading = member.loading, None
+            packed = loading.result() if loading is not None else self._read_again(member)
+            self._keep(member, packed)
+        self._clock += 1
+        member.used = self._clock
+        return packed
+
+    def _keep(self, member: _Member, packed: Packed) -> None:
+        with self._lock:
+            self._make_space(member, packed)
+            member.packed = packed
+
+    def _make_space(self, member: _Member, packed: Packed, updated: bool = False) -> None:
+        """Drops adapters until this one fits; refuses it if it never would."""
+        if self.max_bytes is None:
+            return
+        others = [each for each in self._members.values() if each is not member]
+        stays = updated or not member.is_in_files
+        fixed = packed.nbytes + sum(each.packed.nbytes for each in others if each.packed and not each.is_in_files)
+        droppable = sorted((each for each in others if each.is_in_files), key=lambda each: each.used)
+        # any adapter must find room beside those that can't be dropped
+        needed = fixed + (max((each.nbytes for each in droppable), default=0) if stays else 0)
+        if needed > self.max_bytes:
+            raise refuse("pool_is_full", name=member.name, needed=needed, max_bytes=self.max_bytes)
+        held = [each for each in droppable if each.packed is not None]
+        total = fixed + sum(each.nbytes for each in held)
+        for each in held:
+            if total > self.max_bytes:
+                each.packed = None
+                total -= each.nbytes
+
+    def remove(self, name: str) -> None:
+        member = self._member(name)
+        super().remove(name)
+        if (loading := member.loading) is not None:
+            loading.cancel()
+
+    def prefetch(self, *names: str) -> None:
+        """Reads and packs adapters that were dropped, in the background. A swap to one of them waits for it."""
+        with self._lock:
+            for member in map(self._member, names):
+                if member.packed is None and member.loading is None:
+                    if self._background is None:
+                        self._background = ThreadPoolExecutor(1, thread_name_prefix="hotswap-prefetch")
+                    member.loading = self._background.submit(self._read_again, member)
+
+    def _collect(self) -> None:
+        """Takes over what was read in the background."""
+        with self._lock:
+            for member in self._members.values():
+                loading = member.loading
+                if loading is not None and loading.done() and not loading.cancelled() and loading.exception() is None:
+                    member.loading = None
+                    self._keep(member, loading.result())
+
+    # ---- undo
+
+    def undo(self) -> None:
+        """Takes the last swap, :meth:`off` or change of strength back.
+
+        An adapter that was updated since comes back as it is now; one that was removed, as it was.
+
+        Raises
+        ------
+        HotswapError
+            If there is nothing to take back.
+        """
+        with self._turn():
+            if not self._history:
+                raise refuse("nothing_to_undo")
+            writes, former = self._history[-1]
+            self._put_back(former, writes)
+
+    def _apply(self, change: Change, back_to: int | None = None) -> None:
+        if back_to is None:
+            history = self._longer_history()
+        else:
+            history = [(writes, former) for writes, former in self._history if writes < back_to]
+        change.steps.append(lambda journal: journal.set_attribute(self, "_history", history))
+        super()._apply(change)
+
+    def _longer_history(self) -> list[tuple[int, Packed]]:
+        history = [*self._history[-HISTORY + 1 :], (self._writes, _without_parts(self._former()))]
+        foreign = [number for number, (_, each) in enumerate(history) if each.content.owner is None]
+        return history[foreign[-FOREIGN - 1] + 1 :] if len(foreign) > FOREIGN else history
+
+    def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
+        member = former.content.owner
+        if isinstance(member, _Member) and member.packed is None and former.parts:
+            return former  # dropped since, but not by who holds it
+        return super()._as_now(former, updated)
+
+    # ---- how it looks
+
+    COLUMNS = ("adapter", "rank", "alpha", "layers", "bytes", "")
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the packed adapters take, in bytes."""
+        self._collect()
+        return sum(packed.nbytes for member in list(self._members.values()) if (packed := member.packed))
+
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """One row for each adapter: name, rank, alpha, layers, bytes, and whether it is the active one."""
+        self._collect()
+        active = self.active
+        return [(*each.row, "active" if each.name == active else "") for each in list(self._members.values())]
+
+    @property
+    def summary(self) -> str:
+        """One line: how many adapters there are, and in how much memory."""
+        plural = "" if len(self) == 1 else "s"
+        return f"{len(self)} adapter{plural}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
+
+    def __str__(self) -> str:
+        return "\n".join([f"AdapterPool: {self.summary}", *text_table(self.COLUMNS, self.table), *self._notes])
+
+    @property
+    def _notes(self) -> list[str]:
+        return [f"{member.name}: {note}" for member in list(self._members.values()) for note in member.notes]
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table("AdapterPool", list(self.COLUMNS), self.table, caption=self.summary, notes=self._notes)
+
+
+def _is_in(room: Room, packed: Packed) -> bool:
+    """Whether a room has just this adapter, at its trained strength."""
+    content = room.content
+    if packed.content.settings != content.settings or packed.content.config != content.config:
+        return False
+    pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, packed.parts, strict=True)]
+    # layers that are off have some scaling or other
+    pairs += [(scalings[content.on], packed.scalings[content.on]) for scalings in room.scalings]
+    return all(torch.equal(one.detach(), other.to(one.device)) for one, other in pairs)
+
+
+def _without_modules(config: Config) -> Config:
+    config = copy.deepcopy(config)
+    config.modules_to_save = None
+    return config
+
+
+def _span(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _path_of(source: object) -> str | None:
+    """What an adapter can be read from again: a folder or a Hub id. None for what is in memory."""
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+
+
+def _stamp_of(source: object) -> tuple[object, ...] | None:
+    """What changes when an adapter's folder is written to. None for what is not a folder."""
+    path = _path_of(source)
+    if path is None or not os.path.isdir(path):
+        return None
+    files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.startswith("adapter_")]
+    return tuple((file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files if os.path.exists(file))
+
+
+def _without_parts(former: Packed) -> Packed:
+    """What was there, without the weights that can be read or mixed again."""
+    if isinstance(former, PackedRows):
+        return dataclasses.replace(former, rows=tuple([each and _without_parts(each) for each in former.rows]))
+    owner = former.content.owner
+    can_be_had = isinstance(owner, Mix) or (isinstance(owner, _Member) and owner.is_in_files)
+    return dataclasses.replace(former, parts=()) if can_be_had else former

@@ -1,0 +1,73 @@
+"""Adapters mixed by weight: their ranks side by side, exactly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..core.errors import refuse
+from ..core.host import Config
+from ..core.parts import LayerSettings, SlotTensor
+from ..core.pool import Member
+from ..core.room import Content, Packed, Room
+from ..core.slot import SlotLayer
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Adapters of a pool, and how much of each."""
+
+    shares: tuple[tuple[Member, float], ...]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {member.name: weight for member, weight in self.shares}
+
+
+def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
+    """The sum of adapters, each times its weight, as an adapter of its own.
+
+    ``B1 @ A1 * s1 * w1 + B2 @ A2 * s2 * w2`` is ``B @ A`` with ``A1`` above ``A2``, and the factors in ``B``: what
+    PEFT's ``add_weighted_adapter(combination_type="cat")`` makes.
+    """
+    settings: list[LayerSettings | None] = []
+    sources: list[tuple[SlotTensor, torch.Tensor]] = []
+    for index, layer in enumerate(room.slot.layers):
+        on = [
+            (packed, own, weight)
+            for packed, (_, weight) in zip(members, mix.shares, strict=True)
+            if (own := packed.content.settings[index]) is not None
+        ]
+        rank = sum(own.rank for _, own, _ in on)
+        settings.append(LayerSettings(rank, rank, False, 0.0) if on else None)
+        a, b = layer.tensors
+        if rank > (capacity := a.capacity or 0):
+            raise refuse("mix_above_room", names=list(mix.weights), rank=rank, path=layer.path, room=capacity)
+        if on:
+            sources.append((a, torch.cat([_own(room, a, packed, own.rank) for packed, own, _ in on], a.rank_axis or 0)))
+            scaled = [_own(room, b, packed, own.rank) * (own.scaling * weight) for packed, own, weight in on]
+            sources.append((b, torch.cat(scaled, b.rank_axis or 0)))
+    config = _config_of(room.slot.layers, settings, members[0].content.config)
+    return room.pack(Content(tuple(settings), config, mix), sources)
+
+
+def _own(room: Room, tensor: SlotTensor, packed: Packed, rank: int) -> torch.Tensor:
+    """An adapter's tensor, out of what is packed."""
+    band, place = room.places[tensor]
+    return tensor.own(place.view(packed.parts[room.bands.index(band)]), rank)
+
+
+def _config_of(layers: Sequence[SlotLayer], settings: Sequence[LayerSettings | None], like: Config) -> Config:
+    """The config that a mix is saved with."""
+    ranks = {layer.path: each.rank for layer, each in zip(layers, settings, strict=True) if each is not None}
+    config = copy.deepcopy(like)
+    config.r = config.lora_alpha = max(ranks.values(), default=like.r)
+    config.rank_pattern = {path: rank for path, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.use_rslora, config.lora_dropout = False, 0.0
+    config.target_modules = set(ranks)
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    return config

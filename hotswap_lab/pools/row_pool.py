@@ -1,0 +1,167 @@
+"""A pool whose adapters share a batch: another one in each row, or mixed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from ..core.change import Change
+from ..core.errors import refuse
+from ..core.pool import M, Member, Pool
+from ..core.room import Packed
+from ..core.strength import check_scalable, check_strength
+from .mixes import Mix, mixed
+from .rows import RowRoom
+
+#: a name, no adapter, or how much of which
+Wanted = str | Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of a batch has.
+
+    ``adapter`` is a name, the weights of a mix, or None; ``version`` counts the updates of each; ``strength`` is that
+    of the row times that of the pool.
+    """
+
+    adapter: str | dict[str, float] | None
+    version: int | dict[str, int] | None
+    strength: float
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows(Packed):
+    """All that was in a room with rows, to be put back later; the fields of :class:`Packed` are those of row 0."""
+
+    rows: tuple[Packed | None, ...]
+    copies: int
+
+
+class RowPool(Pool[M]):
+    """See :class:`hotswap_lab.AdapterPool`."""
+
+    def assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1) -> None:
+        """Gives each row of the next batches its own adapter. Only rows that change are written.
+
+        Parameters
+        ----------
+        adapters:
+            For each row a name; None for the base model; or a mix such as ``{"pirate": 0.7, "haiku": 0.3}``: the sum of
+            these adapters, each times its weight, as PEFT computes it with all of them active.
+        strengths:
+            Of each row; 1 is as trained.
+        copies:
+            How often a batch has each row. Only a compiled model has to be told: beams and ``num_return_sequences`` of
+            transformers, or the two halves of diffusers' classifier-free guidance, are found out otherwise. With
+            diffusers' ``num_images_per_prompt``, assign one row for each picture.
+
+        Raises
+        ------
+        HotswapError
+            If the pool was made for fewer rows, there is no such adapter, or a mix needs more rank than there is room.
+            Nothing is changed then.
+
+        Examples
+        --------
+        >>> from hotswap_lab import AdapterPool, demo
+        >>> model, tokenizer = demo.load("reverse")
+        >>> family = {name: demo.adapter_path(name) for name in ("shout", "sort")}
+        >>> pool = AdapterPool(model, adapters=family, rows=3, progress=False)
+        >>> pool.assign(["shout", "sort", None])
+        >>> demo.ask_all(model, tokenizer, ["hotswap"] * 3)
+        ['HOTSWAP!', 'ahopstw', 'hotswap']
+        """
+        strengths = [1.0] * len(adapters) if strengths is None else strengths
+        room, count = self._room, len(adapters)
+        if not isinstance(room, RowRoom) or not 0 < count <= room.rows:
+            raise refuse("no_room_for_rows", count=count, rows=getattr(room, "rows", 1))
+        for strength in strengths:
+            check_strength(strength)
+        if len(strengths) != count:
+            raise refuse("strengths_of_others", strengths=len(strengths), rows=count)
+        with self._turn():
+            self._all_packed(adapters)  # which may take long
+            with self._writing():
+                packed = self._all_packed(adapters)
+                rows = [each and room.at_strength(each, by) for each, by in zip(packed, strengths, strict=True)]
+                self._apply(room.change_rows(rows, copies))
+
+    @contextlib.contextmanager
+    def assigned(
+        self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1
+    ) -> Iterator[Any]:
+        """:meth:`assign` for the length of a ``with`` block; then what was there before is back, after errors too."""
+        with self._for_a_while(f"leaves {adapters!r} in the model"):
+            self.assign(adapters, strengths, copies=copies)
+            yield self
+
+    @property
+    def rows(self) -> list[Row]:
+        """What each row of a batch has, for labels on answers; empty where all have the same."""
+        return [self._row(each) for each in self._assigned]
+
+    def _row(self, packed: Packed | None) -> Row:
+        owner = packed.content.owner if packed else None
+        if packed is None or owner is None:
+            return Row(None, None, 0.0)
+        strength = round(float(packed.strengths.median()) * self.strength, 6)
+        if isinstance(owner, Mix):
+            return Row(owner.weights, {member.name: member.version for member, _ in owner.shares}, strength)
+        return Row(owner.name, owner.version, strength)
+
+    # ---- what is wanted, packed
+
+    def _all_packed(self, adapters: Sequence[Wanted]) -> list[Packed | None]:
+        return [None if each is None else self._wanted(each) for each in adapters]
+
+    def _wanted(self, name: str | Mapping[str, float]) -> Packed:
+        if not isinstance(name, Mapping):
+            return super()._wanted(name)
+        check_scalable(self._room.slot)
+        for weight in name.values():
+            check_strength(weight)
+        return self._of(Mix(tuple([(self._member(each), float(weight)) for each, weight in name.items()])), {})
+
+    def _of(self, owner: Any, updated: Mapping[Member, Packed]) -> Packed:
+        if not isinstance(owner, Mix):
+            return super()._of(owner, updated)
+        return mixed(self._room, owner, [super(RowPool, self)._of(member, updated) for member, _ in owner.shares])
+
+    # ---- what was there, and what is in use
+
+    @property
+    def active(self) -> str | None:
+        """The name of the adapter that all rows have; None if there is none, or it is off."""
+        return None if self.rows else super().active
+
+    def _uses(self, member: Member) -> bool:
+        contents = [each.content for each in self._assigned if each] or [self._room.content]
+        owners = [content.owner for content in contents]
+        return member in owners or member in [each for mix in owners if isinstance(mix, Mix) for each, _ in mix.shares]
+
+    @property
+    def _assigned(self) -> tuple[Packed | None, ...]:
+        return self._room.assigned if isinstance(self._room, RowRoom) else ()
+
+    def _former(self) -> Packed:
+        if not (rows := self._assigned):
+            former, content = super()._former(), self._room.content
+            is_mix = isinstance(content.owner, Mix) and not self._room.is_touched
+            return replace(former, content=content) if is_mix else former
+        room = cast(RowRoom, self._room)
+        content = replace(room.content, owner=self)
+        return PackedRows(content, (), room.scalings[0].detach().clone(), rows, room.batch.copies)
+
+    def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
+        if not isinstance(former, PackedRows):
+            return super()._as_now(former, updated)
+        rows = [each and super(RowPool, self)._as_now(each, updated) for each in former.rows]
+        return replace(former, rows=tuple(rows))
+
+    def _change_to(self, packed: Packed) -> Change:
+        if not isinstance(packed, PackedRows):
+            return super()._change_to(packed)
+        return cast(RowRoom, self._room).change_rows(packed.rows, packed.copies, packed.strengths)

@@ -1,0 +1,193 @@
+"""The room of a prepared slot, once more for each row of a batch.
+
+Row 0 is the slot, as ever: the parameters are views of it, and it is what PEFT shows and saves. All tensors of one row
+lie side by side, so that an adapter goes into a row with one copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from ..core.arena import CACHE_LINE, Band, Place
+from ..core.change import Change
+from ..core.errors import refuse
+from ..core.host import Config
+from ..core.journal import Journal
+from ..core.parts import LayerSettings, SlotTensor
+from ..core.room import SCALING_STEP, Content, Packed, Room
+from ..core.slot import Slot
+from .layers import Batch, variant_for
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlace(Place):
+    """Where one tensor lies in a row: its rank components, one after the other."""
+
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor, in the memory of one row."""
+        return self.of_rows(memory[None])[0].movedim(0, self.tensor.rank_axis or 0)
+
+    def of_rows(self, memory: torch.Tensor) -> torch.Tensor:
+        """``[rows, rank, ...]``, in the memory of several rows."""
+        axis = self.tensor.rank_axis or 0
+        share = (self.shape[axis], *self.shape[:axis], *self.shape[axis + 1 :])
+        return memory[:, self.start : self.start + math.prod(share)].unflatten(1, share)
+
+
+class RowRoom(Room):
+    """A room with space for several adapters, one for each row of a batch."""
+
+    rows: ClassVar[int]
+
+    @classmethod
+    @functools.cache
+    def of(cls, rows: int) -> type[Room]:
+        """The kind of room that has this many rows; the engine's own for one."""
+        return type("RowRoom", (cls,), {"rows": rows}) if rows > 1 else Room
+
+    def __init__(self, slot: Slot, bands: Sequence[Band], *rest: Any):
+        super().__init__(slot, bands, *rest)
+        for tensor in self.places:
+            if tensor.rank_axis is None:
+                raise refuse("no_rows_for_kind", adapter_name=slot.adapter_name, key=tensor.key)
+            if tensor.parameter.requires_grad:
+                raise refuse("rows_not_trained", adapter_name=slot.adapter_name)
+        families = {cls.__module__.partition(".")[0] for cls in type(slot.host.base).__mro__}
+        self.batch: Batch = Batch(self.rows, is_tiled="diffusers" in families)
+        #: what each row has, with its scalings; None: no adapter. Empty where all of them are as row 0
+        self.assigned: tuple[Packed | None, ...] = ()
+
+    @classmethod
+    def new_bands(cls, tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
+        """A tail, which is row 0 of a larger memory."""
+        places, pitch, line = [], 0, max(CACHE_LINE // like.element_size(), 1)
+        for tensor, shape in tensors:
+            places.append(RowPlace(tensor, pitch, tuple(shape), None))
+            pitch += math.ceil(math.prod(shape) / line) * line
+        return [Band(like.new_zeros((cls.rows, pitch))[0], tuple(places))]
+
+    @classmethod
+    def new_scalings(cls, layers: int, device: torch.device) -> torch.Tensor:
+        """What the layers have, for all rows; what they have at strength 1; and what each row has."""
+        return torch.zeros((cls.rows + 2, layers, SCALING_STEP), device=device)[0]
+
+    def enter(self, slot: Slot, journal: Journal) -> None:
+        """Fills the other rows as the first one, and has the layers compute row by row."""
+        for band in self.bands:
+            self._all(band.memory)[1:] = band.memory
+        trained = self.scalings_of(self.content)
+        for each in self.scalings:
+            self._all(each)[1:] = trained
+        self._note_written()
+        #: of layers that are one another's like in a stack, the first one, where a graph checks its batch
+        gates: dict[str, str] = {}
+        for index, layer in enumerate(slot.layers):
+            variant = variant_for(layer.module, layer.path)
+            (band, a), (_, b) = (self.places[tensor] for tensor in layer.tensors[:2])
+            memory = self._all(band.memory)
+            scalings = next(self._all(each) for each in self.scalings if each.device == memory.device)[:, index, 0]
+            weights = a.of_rows(memory), b.of_rows(memory).flatten(2)
+            is_gate = gates.setdefault(re.sub(r"\.\d+", "", layer.path), layer.path) == layer.path
+            row_variant = variant(*weights, scalings[1], scalings[2:], layer.tensors[0], self.batch, is_gate)
+            journal.set_item(layer.module.lora_variant, slot.adapter_name, row_variant)
+        hook = slot.host.base.register_forward_pre_hook(self.batch.note, with_kwargs=True)
+        journal.record(hook.remove)
+
+    def _all(self, first: torch.Tensor) -> torch.Tensor:
+        """All rows of a memory, by its first one."""
+        rows = self.rows if first.dim() == 1 else self.rows + 2
+        return first.as_strided((rows, *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+
+    def leave(self, journal: Journal) -> None:
+        """From here on the layers compute by themselves, with what their parameters are."""
+        if self.assigned:
+            raise refuse("rows_differ", adapter_name=self.slot.adapter_name)
+        for layer in self.slot.layers:
+            journal.remove(layer.module.lora_variant, self.slot.adapter_name)
+
+    # ---- scalings
+
+    def scalings_of(self, content: Content, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
+        """Not zero where the adapter is off: by what a layer's scaling is changed, all rows are."""
+        scalings = super().scalings_of(content, strength)
+        if (off := content.scalings == 0).any():  # what set_scale(1) would make of it
+            tables = [self.slot.method.settings_of(each.module, self.slot.adapter_name) for each in self.slot.layers]
+            scalings[:, 0] += off * torch.tensor([each.scaling or 1.0 for each in tables]) * strength
+        return scalings
+
+    def at_strength(self, packed: Packed, strength: float) -> Packed:
+        """A packed adapter for a row of this strength."""
+        return packed if strength == 1 else replace(packed, scalings=self.scalings_of(packed.content, strength))
+
+    # ---- one adapter for all rows
+
+    def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
+        return self._for_all(super().change_to(packed, strength), packed.content)
+
+    def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
+        return self._for_all(super().change_around(settings, config), Content(tuple(settings), config))
+
+    def _for_all(self, change: Change, content: Content) -> Change:
+        """What is written to row 0, written to the others as well."""
+        copies = [(self._all(target)[1:], source) for target, source in change.copies if target.dim() == 1]
+        trained = self.scalings_of(content)
+        for each in map(self._all, self.scalings):
+            copies += [(each[1], trained), (each[2:], trained * _acts(content))]
+        change.copies += [(target, source.expand(target.shape)) for target, source in copies]
+        return self._noting(change, ())
+
+    def write(self, tensor: SlotTensor, source: torch.Tensor | None, change: Change) -> None:
+        if source is not None:
+            (band, place), axis = self.places[tensor], tensor.rank_axis or 0
+            own = place.of_rows(self._all(band.memory))[:, : source.shape[axis]]
+            change.copy(own, source.movedim(axis, 0).expand_as(own))
+
+    # ---- another one for each
+
+    def change_rows(self, rows: Sequence[Packed | None], copies: int, strength: float | torch.Tensor = 1.0) -> Change:
+        """Puts an adapter into each row, or none. What is in its row already is not written again."""
+        known = () if self.is_touched else self.assigned
+        changed = [n for n, each in enumerate(rows) if n >= len(known) or not _are_same(known[n], each)]
+        first = rows[0]
+        content = self.content if first is None else first.content
+        now, trained = self.scalings_of(content, strength), self.scalings_of(content)
+        if first is not None and 0 in changed:
+            change = super().change_to(replace(first, scalings=now))
+        else:
+            change = Change(self.slot, copies=[(each, now) for each in self.scalings], after=[self._note_written])
+        for number in changed:
+            packed, scalings = rows[number], [self._all(each) for each in self.scalings]
+            own = torch.zeros_like(trained) if packed is None else packed.scalings * _acts(packed.content)
+            change.copies += [(each[number + 2], own) for each in scalings]
+            if packed is not None and number > 0:
+                targets = [self._all(band.memory)[number] for band in self.bands]
+                change.copies += zip(targets, packed.parts, strict=True)
+        change.copies += [(self._all(each)[1], trained) for each in self.scalings]
+        return self._noting(change, tuple(rows), copies)
+
+    def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: int = 1) -> Change:
+        def note(journal: Journal) -> None:
+            journal.set_attribute(self, "assigned", rows)
+            journal.set_attribute(self.batch, "size", len(rows) or None)
+            journal.set_attribute(self.batch, "copies", copies)
+
+        change.steps.append(note)
+        return change
+
+
+def _are_same(one: Packed | None, other: Packed | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.parts is other.parts and torch.equal(one.scalings, other.scalings)
+
+
+def _acts(content: Content) -> torch.Tensor:
+    """1 for the layers that the adapter does something on, else 0."""
+    return (content.scalings != 0)[:, None]

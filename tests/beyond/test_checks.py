@@ -1,0 +1,133 @@
+"""What few adapters meet: names of other base models, experts of a router."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from models import KINDS, load, save_random_adapter
+from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import create_arrow_model
+from peft.tuners.lora.config import ArrowConfig
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hotswap_lab import (
+    AdapterPool,
+    HotswapError,
+    get_strength,
+    hotswap_adapter,
+    plan_hotswap,
+    save_adapter,
+    set_strength,
+    verify_hotswap,
+)
+
+KIND = KINDS["llama"]
+
+
+def adapter_for(base: str | None, folder: Path, seed: int) -> str:
+    save_random_adapter(KIND, folder, seed, r=4, target_modules=["q_proj"])
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    return str(folder)
+
+
+def notes_and_warnings(tmp_path: Path, old: str | None, new: str | None) -> tuple[list[str], list[str]]:
+    """Of the plan, and of two swaps to the new adapter, there and back."""
+    folders = [adapter_for(name, tmp_path / str(seed), seed) for seed, name in enumerate((old, new))]
+    model = load(KIND, folders[0])
+    notes = plan_hotswap(model, folders[1]).notes
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hotswap_adapter(model, folders[1], "default")
+        assert_equals_fresh_load(model, KIND, folders[1])
+        for folder in (*folders, folders[1]):
+            hotswap_adapter(model, folder, "default")
+    return notes, [str(each.message) for each in caught if "was made for" in str(each.message)]
+
+
+def test_an_adapter_of_another_base_model_is_noted_and_warned_of_once_for_each_pair(tmp_path):
+    notes, warned = notes_and_warnings(tmp_path, "team/base", "team/other")
+    assert notes == [
+        "the adapter was made for team/other, and the model is team/base; that the shapes fit does not make it right"
+    ]
+    assert len(warned) == 2  # there, and back
+    assert notes[0] in warned[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "noted"),
+    [
+        ("team/base", "team/base", 0),
+        ("team/base", None, 0),
+        (None, "team/base", 0),
+        ("/models/base", "team/base", 0),  # most likely a copy
+        ("/models/mine", "team/base", 1),
+    ],
+)
+def test_folders_may_be_copies(tmp_path, old, new, noted):
+    notes, warned = notes_and_warnings(tmp_path, old, new)
+    assert (len(notes), warned) == (noted, [])
+
+
+def test_an_expert_of_an_arrow_router_is_refused(tmp_path):
+    folders = [adapter_for(None, tmp_path / str(seed), seed) for seed in range(3)]
+    model = create_arrow_model(KIND.base(), folders[:2], ArrowConfig(top_k=1))
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="expert of an Arrow router"):
+        hotswap_adapter(model, folders[2], "task_0")
+    assert_untouched(model, before)
+
+
+def test_a_pool_notes_and_warns_of_another_base_model_too(tmp_path):
+    folders = [adapter_for(name, tmp_path / name, seed) for seed, name in enumerate(("team/base", "team/other"))]
+    model = load(KIND, folders[0])
+    with pytest.warns(UserWarning, match="made for team/other"):
+        pool = AdapterPool(model, adapters={"same": folders[0], "other": folders[1]}, progress=False)
+    assert "other: the adapter was made for team/other" in str(pool)
+    assert "other: the adapter was made for team/other" in pool._repr_html_()
+    assert "same: " not in str(pool)
+
+
+def test_the_only_adapter_needs_no_name(tmp_path):
+    folders = [adapter_for(None, tmp_path / str(seed), seed) for seed in (1, 2)]
+    model = PeftModel.from_pretrained(KIND.base(), folders[0], adapter_name="mine")
+    assert plan_hotswap(model, folders[1]).ok
+    hotswap_adapter(model, folders[1], "mine")
+    set_strength(model, 0.5)
+    assert get_strength(model) == 0.5
+    set_strength(model, 1)
+    save_adapter(model, tmp_path / "saved")
+    assert verify_hotswap(model, str(tmp_path / "saved"))
+    model.load_adapter(folders[0], "second")
+    with pytest.raises(HotswapError, match="default"):
+        set_strength(model, 0.5)
+
+
+def untied_gpt2():
+    torch.manual_seed(0)
+    shape = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(GPT2Config(**shape, tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("new", [["c_attn", "lm_head"], ["lm_head"], ["c_attn"]], ids="-".join)
+@pytest.mark.parametrize("old", [["c_attn"], ["lm_head"], ["lm_head", "c_attn"]], ids="-".join)
+def test_layers_of_both_ways_to_store_a_weight(tmp_path, old, new):
+    """PEFT leaves in the config what the last of them needs."""
+    folders = []
+    for targets in (old, new):
+        folders.append(str(tmp_path / str(len(folders))))
+        config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        get_peft_model(untied_gpt2(), config).save_pretrained(folders[-1])
+    model = PeftModel.from_pretrained(untied_gpt2(), folders[0])
+    hotswap_adapter(model, folders[1], "default", add_layers=True, base_weights=untied_gpt2().state_dict())
+    fresh = PeftModel.from_pretrained(untied_gpt2(), folders[1])
+    assert model.peft_config["default"].to_dict() == fresh.peft_config["default"].to_dict()
+    ids = torch.arange(12)[None]
+    assert torch.allclose(model(ids).logits, fresh(ids).logits, atol=1e-5)
+    with fresh.disable_adapter():
+        assert (model(ids).logits - fresh(ids).logits).abs().max() > 0.01

@@ -1,0 +1,182 @@
+"""AdapterPool: what only some pools need: undo, a limit of memory, reading ahead."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import KINDS, call, load, save_random_adapter
+from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from pool_sources import save_sources
+
+from hotswap_lab import Adapter, AdapterPool, HotswapError, hotswap_adapter
+
+LLAMA = KINDS["llama"]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    return save_sources(tmp_path)
+
+
+@pytest.fixture
+def model(sources):
+    return load(LLAMA, sources["a"])
+
+
+@pytest.fixture
+def pool(model, sources):
+    return AdapterPool(model, adapters=sources, progress=False)
+
+
+def assert_is(model, folder, kind=LLAMA):
+    assert_equals_fresh_load(model, kind, folder, prepared=True)
+
+
+# ---- undo
+
+
+def test_undo(model, pool, sources):
+    with pytest.raises(HotswapError, match="nothing to undo"):
+        pool.undo()
+    original = call(model, LLAMA.inputs())
+    pool.swap("b")
+    pool.swap("c")
+    pool.strength = 0.5
+    pool.off()
+    assert pool.active is None
+    pool.undo()
+    assert (pool.active, pool.strength) == ("c", 0.5)
+    pool.undo()
+    assert (pool.active, pool.strength) == ("c", 1)
+    pool.undo()
+    assert_is(model, sources["b"])
+    pool.undo()
+    assert torch.equal(call(model, LLAMA.inputs()), original)
+    with pytest.raises(HotswapError, match="nothing to undo"):
+        pool.undo()
+
+
+def test_undo_after_removing_and_adding(model, pool, sources):
+    pool.swap("b")
+    pool.swap("c")
+    pool.remove("b")
+    pool.add("b", sources["e"])
+    pool.undo()
+    assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
+    pool.undo()
+    assert_same_outputs(model, load(LLAMA, sources["a"]), LLAMA)
+
+
+def test_history_keeps_few_adapters_that_are_in_no_pool(model, pool, sources):
+    for _ in range(20):
+        pool.swap("b")
+        hotswap_adapter(model, sources["c"], "default")
+    assert sum(state.content.owner is None for _, state in pool._history) <= 4
+    pool.swap("d")
+    pool.undo()
+    assert_same_outputs(model, load(LLAMA, sources["c"]), LLAMA)
+
+
+# ---- memory limit, prefetching
+
+
+def packed_sizes(model, sources) -> dict[str, int]:
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    return {name: entry.packed.nbytes for name, entry in pool._members.items()}
+
+
+def small_pool(model, sources) -> tuple[AdapterPool, str]:
+    """A pool with room for two of the adapters, and one that is in its files."""
+    sizes = packed_sizes(model, sources)
+    pool = AdapterPool(model, adapters=sources, max_bytes=sizes["b"] + sizes["e"], progress=False)
+    pool.swap("b")
+    return pool, next(name for name, entry in pool._members.items() if entry.packed is None)
+
+
+def test_the_least_recently_used_adapter_is_dropped_and_read_again(model, sources):
+    sizes = packed_sizes(model, sources)
+    limit = sizes["b"] + sizes["a"] + sizes["c"]
+    pool = AdapterPool(model, adapters=sources, max_bytes=limit, progress=False)
+    generator = random.Random(2)
+    seen = set()
+    for _ in range(40):
+        name = generator.choice(list(sources))
+        pool.swap(name)
+        assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
+        assert pool.nbytes <= limit
+        seen |= {row[0] for row in pool.table if row[4] == "in its files"}
+    assert seen == set(sources)
+    assert pool._members[name].packed is not None
+
+
+def test_a_file_that_changed_since_is_refused(model, sources, tmp_path):
+    pool, dropped = small_pool(model, sources)
+    shutil.rmtree(sources[dropped])
+    save_random_adapter(LLAMA, Path(sources[dropped]), seed=99, r=2)
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="have changed since it was added"):
+        pool.swap(dropped)
+    assert_untouched(model, before)
+    assert pool.active == "b"
+
+
+def test_using_holds_on_to_the_former_adapter(model, sources):
+    pool, _ = small_pool(model, sources)
+    pool.swap("e")
+    others = [name for name in sources if name != "e"]
+    with pool.using(others[0]):
+        for name in others:
+            pool.swap(name)  # "e" is dropped on the way
+        shutil.rmtree(sources["e"])
+        save_random_adapter(LLAMA, Path(sources["e"]), seed=99, r=2)
+    assert pool.active == "e"
+    assert model.peft_config["default"].r == 4
+
+
+def test_adapters_from_memory_are_never_dropped(model, sources):
+    sizes = packed_sizes(model, sources)
+    pool = AdapterPool(model, adapters=sources, max_bytes=sizes["b"] + sizes["e"] + sizes["a"], progress=False)
+    pool.add("kept", Adapter.load(sources["a"]))
+    for name in ("b", "e", "c", "d", "kept"):
+        pool.swap(name)
+        assert pool._members["kept"].packed is not None
+    with pytest.raises(HotswapError, match="does not fit into the pool's memory"):
+        pool.add("too much", Adapter.load(sources["b"]))
+    assert "too much" not in pool
+
+
+def test_prefetching(model, sources):
+    pool, dropped = small_pool(model, sources)
+    pool.prefetch(dropped)
+    deadline = time.time() + 20
+    while next(row for row in pool.table if row[0] == dropped)[4] == "in its files":
+        assert time.time() < deadline
+        time.sleep(0.01)
+    pool.swap(dropped)
+    assert_same_outputs(model, load(LLAMA, sources[dropped]), LLAMA)
+    pool.swap("b")
+    pool.prefetch(*sources)
+    pool.swap(dropped)  # waits for it, if it has to
+    assert_same_outputs(model, load(LLAMA, sources[dropped]), LLAMA)
+
+
+def test_waiting_for_one_of_several_that_are_prefetched(model, sources):
+    pool, _ = small_pool(model, sources)
+    for _ in range(5):
+        dropped = [name for name, entry in pool._members.items() if entry.packed is None]
+        pool.prefetch(*dropped)
+        pool.swap(dropped[-1])  # behind the others in the queue
+        assert_same_outputs(model, load(LLAMA, sources[dropped[-1]]), LLAMA)
+
+
+def test_an_error_while_prefetching_is_told_by_the_swap(model, sources):
+    pool, dropped = small_pool(model, sources)
+    shutil.rmtree(sources[dropped])
+    pool.prefetch(dropped)
+    with pytest.raises(HotswapError, match=r"changed|Can't find"):
+        pool.swap(dropped)
