@@ -26,6 +26,7 @@ from .report import MEMCPY as MEMCPY
 from .report import PEFT_STATE_DICT as PEFT_STATE_DICT
 from .report import Report
 from .report import Row as Row
+from .rows import measure_rows
 from .scene import Scene, make_base
 from .scene import Way as Way
 from .settings import Settings
@@ -40,7 +41,13 @@ from .ways import peft_state_dict_way as peft_state_dict_way
 from .ways import pool_way as pool_way
 
 #: what goes beyond the table, by the setting that asks for it
-FURTHER = {"compiled": measure_compiled, "memory": measure_memory, "spread": measure_spread, "turns": measure_turns}
+FURTHER = {
+    "compiled": measure_compiled,
+    "rows": measure_rows,
+    "memory": measure_memory,
+    "spread": measure_spread,
+    "turns": measure_turns,
+}
 
 
 def run(

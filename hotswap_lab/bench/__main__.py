@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--compiled", action="store_true", help="also: first output after a swap in a compiled model; forward time")
     add("--backend", help="of torch.compile (default: inductor where it works)")
     add("--tokens", type=int, default=default.tokens, help="input length of the forward call that --compiled times")
+    add("--rows", action="store_true", help="also: a batch with another adapter in each row; assigning its rows")
     add("--memory", type=int, default=0, metavar="N", help="also: how much the process grows over N pool swaps")
     add("--spread", action="store_true", help="also: the same bytes over ten times as many tensors")
     add("--turns", action="store_true", help="also: what `with in_use(model)` adds to a forward call")

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
-from ..core.pool import HISTORY, AdapterPool
+from ..pools import HISTORY, AdapterPool
 from ..threads import in_use
 from .report import Extra
 from .scene import Scene, Way
@@ -121,5 +121,6 @@ def measure_waiting(rank: int, run: Callable[[], object]) -> list[Extra]:
     share = (waited_for_a_core() - before) / (time.perf_counter() - start)
     text = f"waiting for a core that another program had: {share:.1%} of the time"
     if share > BUSY:
-        text += ". TOO BUSY: measure again when the machine is idle, or with --threads 1"
+        fewer = ", or with --threads 1" if torch.get_num_threads() > 1 else ""
+        text += f". TOO BUSY: measure again when the machine is idle{fewer}"
     return [Extra("waiting", rank, text, {"share": share})] if before else []

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..core.adapter import Adapter
-from ..core.pool import AdapterPool
 from ..core.prepare import prepare_model_for_compiled_hotswap
+from ..pools import AdapterPool
 from .report import Size
 from .settings import SHAPES, Settings
 

@@ -37,6 +37,8 @@ class Settings:
         The compiler. Default: what :func:`hotswap_lab.pick_backend` finds.
     tokens:
         The length of the input where a forward call is timed.
+    rows:
+        Whether to time batches in which each row has its own adapter. This forgets what was compiled before, too.
     memory:
         After how many swaps to look whether the process has grown. 0: not at all.
     spread:
@@ -56,6 +58,7 @@ class Settings:
     compiled: bool = False
     backend: str | None = None
     tokens: int = 64
+    rows: bool = False
     memory: int = 0
     spread: bool = False
     turns: bool = False

@@ -12,6 +12,10 @@ when a widget is shown.
 SwapPanel: 8 adapters, shout is active at strength 1
 after, shout: HOTSWAP!
 
+Tested in JupyterLab 4, Notebook 7 and Voila, by keyboard and at a phone's width, and with ipywidgets 7.7.1 and 8.
+While a cell of yours computes, clicks act at once with JupyterLab 4.4 and ipykernel 7 or later (with its 7.4 from the
+second click on), else when the cell has ended; the last one counts. ``with in_use(panel): ...`` holds them back.
+
 What is where: ``view`` (what all widgets share), ``work`` (widgets that do long work, which can be stopped), ``clicks``
 (in which order they were made), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers, letter by
 letter), ``results`` (an answer, and how it looks), and one file for each widget.
@@ -25,10 +29,11 @@ from ..core.errors import TEXTS
 from .plan_view import PlanView
 from .rank_padding_view import RankPaddingView
 from .recompile_meter import RecompileMeter
+from .row_panel import RowPanel
 from .swap_panel import SwapPanel
 from .swap_race import SwapRace
 from .view import View
 
 TEXTS.append(Path(__file__).with_name("refusals.ini"))
 
-__all__ = ["PlanView", "RankPaddingView", "RecompileMeter", "SwapPanel", "SwapRace", "View"]
+__all__ = ["PlanView", "RankPaddingView", "RecompileMeter", "RowPanel", "SwapPanel", "SwapRace", "View"]

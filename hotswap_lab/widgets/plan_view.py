@@ -75,7 +75,7 @@ class PlanView(View):
         self,
         plan_or_model: Plan | torch.nn.Module,
         adapter: object = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         **options: object,
     ):
         is_plan = isinstance(plan_or_model, Plan)
@@ -176,7 +176,7 @@ def _rows(plan: Plan) -> list[PlanRow]:
 def _nbytes(plan: Plan) -> dict[str, int]:
     """What is written to each layer. What an added layer gets is made, not written."""
     if not plan.grafting:
-        return {layer.path: sum(tensor.nbytes for tensor in layer.tensors) for layer in plan.layers}
+        return {layer.path: layer.nbytes for layer in plan.layers}
     # where PEFT loads the adapter beside the model, the plan counts it all together
     graft = plan.grafting.graft
     sizes = {id(target): target.nbytes for target, _ in (*graft.copies, *plan.grafting.base.copies)}
@@ -191,7 +191,8 @@ def _nbytes(plan: Plan) -> dict[str, int]:
 
 def _row(layer: LayerPlan, plan: Plan, nbytes: int | None) -> PlanRow:
     scaling = getattr(layer.settings, "scaling", None)
-    room = [tensor.target.capacity for tensor in layer.tensors if tensor.fixed_size and tensor.target.capacity]
+    padded = layer.tensors if layer.action is Action.PAD else ()
+    room = [tensor.target.capacity for tensor in padded if tensor.target.capacity]
     too_small = bool(room) and (layer.rank_after or 0) > min(room)
     refused = too_small or (layer.action is Action.ADD and plan.refusals)
     return PlanRow(

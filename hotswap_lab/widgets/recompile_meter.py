@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.compiled import is_compiled
+from ..core.compiled import compiled_parts
 from ..core.errors import refuse
-from ..core.pool import AdapterPool
+from ..pools import AdapterPool
 from ..threads import in_use
 from ..watch import RecompileWatch
 from .switch import switch_for, whereabouts
@@ -67,7 +67,7 @@ class RecompileMeter(WorkingView):
         *,
         pool: AdapterPool | None = None,
         adapters: Mapping[str, object] | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         inputs: Mapping[str, object] | None = None,
     ):
         if not callable(model) or not isinstance(inputs, Mapping | None):
@@ -154,7 +154,7 @@ class RecompileMeter(WorkingView):
     @property
     def summary(self) -> str:
         """One line with all counts."""
-        never = isinstance(self.model, torch.nn.Module) and not is_compiled(self.model)
+        never = isinstance(self.model, torch.nn.Module) and not compiled_parts(self.model)
         counts = f"{counted(self.calls, 'call')}, {counted(self.swaps, 'swap')}, {self.watch.summary}"
         return f"{counts}{'; the model is not compiled' if never else ''}"
 

@@ -53,16 +53,19 @@ class Run:
 
     def to_html(self, title: str) -> str:
         """A card: whose answer it is, and the answer."""
-        png = self._png
-        if png is None:
-            shown = f'<div class="hotswap-text" style="white-space:pre-wrap">{escape(self.result)}</div>'
-        else:
-            alt = escape(f"the image for “{self.prompt}” with {self.label}")
-            shown = f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         return (
-            f"<div><strong>{escape(title)}</strong>: {escape(self.label)}</div>{shown}"
+            f"<div><strong>{escape(title)}</strong>: {escape(self.label)}</div>{self.shown}"
             f'<div class="hotswap-muted">{escape(self.state)}</div>'
         )
+
+    @property
+    def shown(self) -> str:
+        """The result alone, as HTML."""
+        png = self._png
+        if png is None:
+            return f'<div class="hotswap-text" style="white-space:pre-wrap">{escape(self.result)}</div>'
+        alt = escape(f"the image for “{self.prompt}” with {self.label}")
+        return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
     @property
     def _png(self) -> bytes | None:

@@ -10,8 +10,8 @@ import torch
 
 from .. import demo
 from ..core.errors import refuse
-from ..core.pool import AdapterPool
 from ..core.report import readable
+from ..pools import AdapterPool
 from ..threads import in_use
 from .results import Run
 from .switch import strength_of, switch_for, whereabouts
@@ -80,7 +80,7 @@ class SwapPanel(WorkingView):
         template: str | None = None,
         max_new_tokens: int = 64,
         adapters: Mapping[str, object] | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         prompt: str = "",
         run_on_swap: bool = True,
     ):

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import torch
 from peft import PeftConfig
 
+from ..beyond.configs import not_scaled
 from ..core.errors import refuse
-from ..core.host import find_host
+from ..core.host import find_host, name_in
 from ..core.hotswap import hotswap_adapter
-from ..core.pool import AdapterPool, check_named
-from ..core.strength import get_strength, not_scaled, set_strength
+from ..core.pool import check_named
+from ..core.strength import get_strength, set_strength
+from ..pools import AdapterPool
 
 
 class ModelSwitch:
@@ -26,10 +28,10 @@ class ModelSwitch:
     'sort'
     """
 
-    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], adapter_name: str = "default"):
+    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], adapter_name: str | None = None):
         self.model = model
         self.adapters: dict[str, object] = dict(adapters)
-        self.adapter_name = adapter_name
+        self.adapter_name: str = name_in(model, adapter_name)
         config_of(self)  # raises if there is no such adapter
         #: the adapter that was swapped in here, and the model's config of it, by which a later swap shows
         self._last: tuple[str | None, PeftConfig | None] = None, None
@@ -64,7 +66,7 @@ class ModelSwitch:
 def switch_for(
     pool_or_model: AdapterPool | torch.nn.Module,
     adapters: Mapping[str, object] | None = None,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
 ) -> AdapterPool | ModelSwitch:
     """The pool, or a switch for the model, that a widget was given.
 

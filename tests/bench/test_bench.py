@@ -14,7 +14,20 @@ import torch
 from lengths import long
 
 from hotswap_lab import bench
-from hotswap_lab.bench import MEMCPY, PEFT_STATE_DICT, Report, Row, Scene, Settings, Way, extras, make_base, run, ways
+from hotswap_lab.bench import (
+    MEMCPY,
+    PEFT_STATE_DICT,
+    Report,
+    Row,
+    Scene,
+    Settings,
+    Way,
+    extras,
+    make_base,
+    rows,
+    run,
+    ways,
+)
 from hotswap_lab.bench.__main__ import main
 from hotswap_lab.bench.report import Size
 from hotswap_lab.bench.timing import PER_ROUND, Timing, machine
@@ -187,13 +200,16 @@ def test_the_ways_take_turns():
     assert {timing.n for timing in timings.values()} == {PER_ROUND + 1}
 
 
-def test_waiting_for_a_core_is_said(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_waiting_for_a_core_is_said(monkeypatch, threads):
+    torch.set_num_threads(threads)
     for seconds, busy in ((0.0, False), (1000.0, True)):
         clock = iter((5.0, 5.0 + seconds))
         monkeypatch.setattr(extras, "waited_for_a_core", lambda clock=clock: next(clock))
         ran = []
         (extra,) = extras.measure_waiting(4, lambda ran=ran: ran.append("it"))
         assert (ran, extra.rank, "TOO BUSY" in extra.text) == (["it"], 4, busy)
+        assert ("--threads 1" in extra.text) == (busy and threads > 1)  # no advice for who has followed it
     monkeypatch.setattr(extras, "waited_for_a_core", lambda: 0)  # nobody counts
     assert extras.measure_waiting(4, lambda: None) == []
 
@@ -305,6 +321,33 @@ def test_compiled():
     assert [values["kind"] for values in by_name(report, "forward")] == ["eager", "aot_eager"]
     assert all(number > 0 for values in by_name(report, "forward") for number in numbers(values))
     assert "0 recompiles in 2 calls" in str(report)
+
+
+def test_rows():
+    report = run(Settings(model="tiny", layers=1, ranks=(2,), n=1, rows=True, backend="eager"))
+    forwards = by_name(report, "rows")
+    assert [values["tokens"] for values in forwards] == [1, 32]
+    assert {values["state"] for values in forwards} == {"right"}
+    for values in forwards:
+        assert set(values["timings"]) == {"one adapter", "rows", "PEFT adapter_names"}
+        for name, ratio in values["ratios"].items():
+            assert ratio == values["timings"]["rows"].median / values["timings"][name].median
+    (assigning,) = by_name(report, "assigning")
+    assert assigning["ratio"] == assigning["timings"]["assign"].median / assigning["timings"]["memcpy"].median
+    assert assigning["nbytes"] >= 8 * report.sizes[0].nbytes
+    assert "rows, 8 with 8 adapters, 1 tokens each, eager: " in str(report)
+    assert report.ok
+
+
+def test_rows_that_are_wrong_are_said(scene, monkeypatch):
+    monkeypatch.setattr(rows, "NAMES", [*"10234567"])
+    scene.settings = dataclasses.replace(TINY, n=1, backend="eager")
+    pool = rows.rows_pool(scene)
+    assert pool.names[0] == "1"
+    pool.assign([*"01234567"])
+    extra = rows._forward(scene, pool, rows._named(scene), 1)
+    assert "WRONG" in extra.text
+    assert not Report("a machine", {}, TINY, (), (), (extra,)).ok
 
 
 # ---- as a user runs it

@@ -25,6 +25,8 @@ CELLS = {
     "adapters={name: demo.adapter_path(name) for name in demo.adapter_names()}, "
     "inputs=model.get_base_model().dummy_inputs)\n"
     "meter.visit('vowels_up', 'double', 'sort')\nmeter.show_reasons = True\nmeter",
+    "row_panel": "panel = RowPanel.demo()\nfor row, name in enumerate(('shout', 'sort', None, 'pig_latin')):\n"
+    "    panel.choose(row, name)\npanel.run()\npanel",
     "swap_race": "race = SwapRace(n=9, threads=1)\nrace.run()\nrace",
 }
 LOOKS = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hotswap_lab import HotswapError
-from hotswap_lab.widgets import PlanView, RankPaddingView, SwapPanel, SwapRace, View
+from hotswap_lab.widgets import PlanView, RankPaddingView, RowPanel, SwapPanel, SwapRace, View
 from hotswap_lab.widgets.view import WIDGET_MIME
 from hotswap_lab.widgets.work import Stopped, WorkingView, error_html
 
@@ -41,7 +41,7 @@ def test_two_outputs_the_static_one_first(monkeypatch):
 
 
 def test_every_widget_has_a_deterministic_static_form():
-    for make in (SwapPanel.demo, RankPaddingView, SwapRace):
+    for make in (SwapPanel.demo, RowPanel.demo, RankPaddingView, SwapRace):
         assert make()._static() == make()._static()
     assert PlanView.__doc__
 

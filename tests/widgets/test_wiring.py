@@ -13,10 +13,10 @@ SHOWN = {
     "01_uncompiled_swap": ["PlanView"],
     "02_rank_padding": ["RankPaddingView"],
     "03_compiled_swap": ["RecompileMeter"],
-    "04_many_adapters": ["SwapPanel", "SwapRace"],
+    "04_many_adapters": ["SwapRace"],
     "05_real_llm": ["SwapPanel"],
-    "06_diffusion": ["SwapPanel"],
     "07_beyond_lora": ["PlanView"],
+    "08_many_at_once": ["RowPanel"],
 }
 
 

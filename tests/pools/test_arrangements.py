@@ -1,0 +1,99 @@
+"""Any arrangement of adapters, mixes and strengths: each row equals a fresh load, from one graph for all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lengths import long
+from models import KINDS, Kind, call, load, save_random_adapter
+from row_truth import Truth
+
+from hotswap_lab import AdapterPool, RecompileWatch
+
+ROWS = 8
+LLAMA = Kind(KINDS["llama"].make_random, lambda: {"input_ids": torch.randint(0, 40, (ROWS, 5))}, KINDS["llama"].modules)
+FAMILY = {
+    "a": dict(r=4, lora_alpha=6),
+    "b": dict(r=8, lora_alpha=5, lora_dropout=0.3),
+    "c": dict(r=2, use_rslora=True, target_modules=["q_proj", "up_proj"]),
+    "d": dict(r=3, target_modules=["down_proj"], layers_to_transform=[1]),
+    "e": dict(r=4, rank_pattern={"k_proj": 7}, alpha_pattern={"v_proj": 9}),
+}
+#: few enough that a fresh load of each combination is made once
+WEIGHTS, STRENGTHS = (0.7, 0.3, -1.0), (1.0, 1.0, 0.5, 0.0, -2.0)
+
+names = st.sampled_from([*FAMILY])
+mixes = st.dictionaries(names, st.sampled_from(WEIGHTS), min_size=1, max_size=2)
+row = st.tuples(names | names | st.none() | mixes, st.sampled_from(STRENGTHS))
+arrangements = st.lists(row, min_size=1, max_size=ROWS)
+
+
+class Scene:
+    """A pool with rows, its model, compiled or not, and what each row must be."""
+
+    def __init__(self, folder, is_compiled: bool):
+        torch.compiler.reset()
+        folders = {
+            name: save_random_adapter(LLAMA, folder / name, seed=number, **lora)
+            for number, (name, lora) in enumerate(FAMILY.items())
+        }
+        self.truth = Truth(LLAMA, folders, LLAMA.inputs())
+        model = load(LLAMA, folders["a"])
+        self.pool = AdapterPool(model, adapters=folders, rows=ROWS, target_rank=15, progress=False)
+        self.model = torch.compile(model, fullgraph=True, dynamic=True) if is_compiled else model
+        for size in (1, 2, ROWS):  # PyTorch takes a 1 for a constant
+            self.assign([("a", 1.0)] * size)
+
+    def assign(self, arrangement) -> torch.Tensor:
+        self.pool.assign([wanted for wanted, _ in arrangement], [strength for _, strength in arrangement])
+        return call(self.model, {"input_ids": self.truth.inputs["input_ids"][: len(arrangement)]})
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["eager", "inductor"])
+def scene(request, tmp_path_factory):
+    yield Scene(tmp_path_factory.mktemp("family"), request.param)
+    torch.compiler.reset()
+
+
+def assert_arrangements(scene: Scene, several) -> None:
+    before, output = [], torch.empty(0)
+    with RecompileWatch(allow=0) as watch:
+        for arrangement in several:
+            former, before, output = (before, output), arrangement, scene.assign(arrangement)
+            scene.truth.check(output, *map(list, zip(*arrangement, strict=True)))
+            if len(former[0]) == len(arrangement):
+                for number, (then, now) in enumerate(zip(former[0], arrangement, strict=True)):
+                    # whatever its neighbours have by now
+                    assert then != now or torch.equal(former[1][number], output[number])
+    assert watch.compiles == 0
+
+
+few = st.lists(arrangements, min_size=10, max_size=10)
+many = st.lists(arrangements, min_size=50, max_size=50)
+options = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+
+
+@settings(max_examples=3, **options)
+@given(several=few)
+def test_some_arrangements(scene, several):
+    assert_arrangements(scene, several)
+
+
+@pytest.mark.long
+@settings(max_examples=20, **options)
+@given(several=many)
+def test_a_thousand_arrangements(scene, several):
+    assert_arrangements(scene, several)
+
+
+@pytest.mark.parametrize("seed", [0, *map(long, range(1, 4))])
+def test_a_neighbour_never_matters(scene, seed):
+    """Row by row the others are exchanged: not a bit of the first changes."""
+    output = scene.assign([("a", 1.0), *[("b", 1.0)] * 3])
+    for number in range(1, 4):
+        neighbours = [[("c", 0.5), (None, 1.0), ({"a": 0.7, "d": 0.3}, 1.0)][(seed + each) % 3] for each in range(3)]
+        now = scene.assign([("a", 1.0), *neighbours[:number], *[("b", 1.0)] * (3 - number)])
+        assert torch.equal(now[0], output[0])
+        assert not torch.equal(now[number], output[number])

@@ -1,0 +1,460 @@
+"""A pool with rows: all that a pool, PEFT and PyTorch do goes on meaning what it means, or is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+
+import pytest
+import torch
+from models import COPIES, KINDS, Kind, call, copied, load, save_random_adapter
+from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
+from row_truth import Truth, assert_close
+
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    HotswapError,
+    get_strength,
+    hotswap_adapter,
+    in_use,
+    prepare_model_for_compiled_hotswap,
+    save_adapter,
+    set_strength,
+    waiting_at_most,
+)
+
+LINEAR, CONV = KINDS["linear"], KINDS["conv"]
+FAMILY = {
+    "a": dict(r=4, lora_alpha=6),
+    "b": dict(r=6, lora_alpha=5, use_rslora=True),
+    "c": dict(r=2, target_modules=["first"], lora_dropout=0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    return {name: save_random_adapter(LINEAR, folder / name, seed=n, **FAMILY[name]) for n, name in enumerate(FAMILY)}
+
+
+@pytest.fixture(scope="module")
+def truth(folders):
+    return Truth(LINEAR, folders, LINEAR.inputs()[:4])
+
+
+@pytest.fixture
+def model(folders):
+    return load(LINEAR, folders["a"])
+
+
+@pytest.fixture
+def pool(model, folders):
+    return AdapterPool(model, adapters=folders, rows=4, target_rank=12, progress=False)
+
+
+def assert_rows(pool, truth, wanted, strengths=None) -> None:
+    truth.check(call(pool.model, truth.inputs[: len(wanted)]), wanted, strengths)
+
+
+# ---- what a pool does
+
+
+def test_swap_undo_using_and_off(pool, truth):
+    assert pool.rows == []
+    pool.assign(["a", None, {"a": 0.5, "c": 2}])
+    assert pool.active is None
+    pool.swap("b")
+    assert (pool.active, pool.rows) == ("b", [])
+    assert_rows(pool, truth, ["b"] * 4)
+    pool.undo()
+    assert_rows(pool, truth, ["a", None, {"a": 0.5, "c": 2}])
+    pool.off()
+    assert_rows(pool, truth, [None] * 3)
+    assert [row.strength for row in pool.rows] == [0, 0, 0]
+    pool.undo()
+    with pool.using("c", 0.5):
+        assert_rows(pool, truth, ["c"] * 3, [0.5] * 3)
+    with contextlib.suppress(ZeroDivisionError), pool.assigned([None, "c"], [1, 3]):
+        assert_rows(pool, truth, [None, "c"], [1, 3])
+        raise ZeroDivisionError
+    assert_rows(pool, truth, ["a", None, {"a": 0.5, "c": 2}])
+    pool.undo()
+    assert pool.active == "a"
+    assert_rows(pool, truth, ["a"] * 4)
+
+
+def test_strength_is_of_all_rows_beside_their_own(pool, model, truth):
+    pool.assign([None, "b", "c"], strengths=[1, 2, 1])
+    assert pool.strength == 1
+    pool.strength = 0.5
+    assert [row.strength for row in pool.rows] == [0, 1, 0.5]
+    assert_rows(pool, truth, [None, "b", "c"], [1, 1, 0.5])
+    set_strength(model, 2)
+    assert_rows(pool, truth, [None, "b", "c"], [1, 4, 2])
+    pool.undo()
+    assert_rows(pool, truth, [None, "b", "c"], [1, 2, 1])
+    pool.strength = 3
+    pool.assign(["b", "b"])
+    assert (pool.strength, get_strength(model)) == (1, 1)
+    assert_rows(pool, truth, ["b", "b"])
+
+
+@pytest.mark.parametrize("wanted", [["c", "b"], [None, "b", "a"], ["a"] * 4])
+def test_pefts_ways_to_scale_reach_all_rows(pool, model, truth, wanted):
+    pool.assign(wanted)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    with rescale_adapter_scale(model, 0.5):
+        assert_rows(pool, truth, wanted, [0.5] * len(wanted))
+    for layer in layers:
+        layer.set_scale("default", 3)
+        layer.scale_layer(0.5)
+    assert get_strength(model) == 1.5
+    assert_rows(pool, truth, wanted, [1.5] * len(wanted))
+
+
+def test_update_reaches_all_rows_and_mixes_at_once(pool, folders, truth):
+    new = {key: value * 2 for key, value in Adapter.load(folders["b"]).tensors.items()}
+    wanted = ["b", "a", {"a": 1.0, "b": -0.5}, "b"]
+    pool.assign(wanted, strengths=[1, 1, 1, 0.5])
+    before = call(pool.model, truth.inputs)
+    pool.update("b", new)  # twice A and twice B
+    now = call(pool.model, truth.inputs)
+    assert torch.equal(now[1], before[1])
+    truth.check(now, ["b", "a", {"a": 1.0, "b": -2.0}, "b"], [4, 1, 1, 2])
+    assert [row.version for row in pool.rows] == [2, 1, {"a": 1, "b": 2}, 2]
+    pool.update("c", {key: value * 0 for key, value in Adapter.load(folders["c"]).tensors.items()})
+    assert torch.equal(call(pool.model, truth.inputs), now)
+    pool.swap("b")
+    assert_rows(pool, truth, ["b"] * 4, [4] * 4)
+
+
+def test_update_reaches_a_mix_for_all_rows(pool, folders, truth):
+    pool.swap({"a": 1.0, "b": 0.5})
+    pool.update("b", {key: value * 2 for key, value in Adapter.load(folders["b"]).tensors.items()})
+    assert_rows(pool, truth, [{"a": 1.0, "b": 2.0}] * 4)
+    pool.swap("a")
+    pool.undo()
+    assert_rows(pool, truth, [{"a": 1.0, "b": 2.0}] * 4)
+
+
+def test_history_holds_no_weights_that_can_be_had_again(pool, truth):
+    for weight in range(5):
+        pool.assign([{"a": 1.0, "b": float(weight)}, "c"])
+    assert not any(each.parts for _, former in pool._history for each in getattr(former, "rows", ()))
+    pool.undo()
+    assert_rows(pool, truth, [{"a": 1.0, "b": 3.0}, "c"])
+
+
+def test_undo_after_an_update_gives_the_new_weights(pool, folders, truth):
+    pool.assign(["b", {"b": 1.0, "a": 1.0}], strengths=[0.5, 1])
+    pool.swap("a")
+    pool.update("b", {key: value * 2 for key, value in Adapter.load(folders["b"]).tensors.items()})
+    pool.undo()
+    assert_rows(pool, truth, ["b", {"b": 4.0, "a": 1.0}], [2, 1])
+
+
+def test_what_a_row_or_a_mix_has_can_not_be_removed(pool):
+    pool.assign(["a", {"a": 0.5, "b": 1}, None])
+    for name in "ab":
+        with pytest.raises(HotswapError, match="in the model"):
+            pool.remove(name)
+    pool.remove("c")
+    pool.swap("a")
+    pool.remove("b")
+    assert pool.names == ["a"]
+
+
+def test_max_bytes_drops_and_reads_again(model, folders, truth):
+    size = AdapterPool(load(LINEAR, folders["a"]), adapters=folders, rows=4, target_rank=12, progress=False).nbytes
+    pool = AdapterPool(model, adapters=folders, rows=4, target_rank=12, max_bytes=size * 2 // 3 + 1, progress=False)
+    assert "in its files" in {row[4] for row in pool.table}
+    for _ in range(2):
+        for wanted in (["a", "b", "c"], [{"c": 1.0, "a": 0.5}, "b"]):
+            pool.assign(wanted)
+            assert_rows(pool, truth, wanted)
+    pool.undo()
+    assert_rows(pool, truth, ["a", "b", "c"])
+
+
+def test_only_rows_that_change_are_written(pool, monkeypatch):
+    written, copy = [], torch._foreach_copy_
+
+    def noted(targets, sources, **options):
+        written.extend(targets)
+        copy(targets, sources, **options)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", noted)
+    pool.assign(["a", "b", "c", None], strengths=[1, 0.5, 1, 1])
+    written.clear()
+    pool.assign(["a", "b", "b", None], strengths=[1, 0.5, 1, 1])
+    row = pool._room.bands[0].memory
+    (large,) = [each for each in written if each.numel() >= row.numel()]
+    assert large.data_ptr() == row.data_ptr() + 2 * row.nbytes
+
+
+def test_rows_say_what_is_where(pool):
+    pool.assign(["a", None, {"b": 0.25}], strengths=[0.5, 1, 1])
+    first, second, third = pool.rows
+    assert (first.adapter, first.version, first.strength) == ("a", 1, 0.5)
+    assert (second.adapter, second.version, second.strength) == (None, None, 0)
+    assert (third.adapter, third.version, third.strength) == ({"b": 0.25}, {"b": 1}, 1)
+
+
+def refused(match, action, *arguments, **named):
+    with pytest.raises(HotswapError, match=match):
+        action(*arguments, **named)
+
+
+def test_wrong_arrangements_change_nothing(pool, truth):
+    pool.assign(["a", "b"])
+    before, output = snapshot(pool.model), call(pool.model, truth.inputs[:2])
+    refused("There is no room for 5 rows", pool.assign, ["a"] * 5)
+    refused("There is no room for 0 rows", pool.assign, [])
+    refused("not as many strengths as rows", pool.assign, ["a", "b"], [1])
+    refused("strength", pool.assign, ["a", "b"], [1, float("nan")])
+    refused("'nobody'", pool.assign, ["a", "nobody"])
+    refused("'nobody'", pool.assign, ["a", {"a": 1, "nobody": 1}])
+    refused("strength", pool.assign, ["a", {"a": "much"}])
+    assert_untouched(pool.model, before)
+    assert torch.equal(call(pool.model, truth.inputs[:2]), output)
+
+
+def test_a_mix_above_the_room_says_which_rank_to_prepare_for(model, folders):
+    pool = AdapterPool(model, adapters=folders, rows=2, progress=False)
+    refused(r"rank 10 .*(.|\n)*at most 6(.|\n)*target_rank=10", pool.assign, [{"a": 1, "b": 1}])
+    pool = AdapterPool(load(LINEAR, folders["a"]), adapters=folders, rows=2, target_rank=10, progress=False)
+    pool.assign([{"a": 1, "b": 1}])
+
+
+def test_without_rows_nothing_can_be_assigned_but_mixes_can_be_swapped(model, folders, truth):
+    pool = AdapterPool(model, adapters=folders, target_rank=12, progress=False)
+    refused("There is no room for 2 rows", pool.assign, ["a", "b"])
+    pool.swap({"a": 0.7, "b": -1})
+    assert_close(call(model, truth.inputs), truth.of({"a": 0.7, "b": -1}))
+    pool.swap("c")
+    pool.undo()
+    assert_close(call(model, truth.inputs), truth.of({"a": 0.7, "b": -1}))
+    refused("in the model", pool.remove, "b")
+
+
+def test_a_mix_is_saved_as_the_adapter_that_it_is(pool, folders, truth, tmp_path):
+    pool.swap({"a": 0.7, "c": 2})
+    save_adapter(pool.model, tmp_path / "mix")
+    assert_close(call(load(LINEAR, str(tmp_path / "mix")), truth.inputs), truth.of({"a": 0.7, "c": 2}))
+
+
+def test_in_use_holds_an_arrangement_back(pool, model):
+    entered, leave = threading.Event(), threading.Event()
+
+    def compute():
+        with in_use(model):
+            entered.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    entered.wait(30)
+    with waiting_at_most(0.01):
+        refused("in use", pool.assign, ["a", "b"])
+    assert pool.rows == []
+    leave.set()
+    thread.join()
+    pool.assign(["a", "b"])
+
+
+# ---- batches
+
+
+def test_other_batches_are_refused_with_both_numbers(pool, truth):
+    pool.assign(["a", "b", "c"])
+    for size in (1, 2, 4):
+        refused(rf"a batch of {size}(.|\n)*3 rows", call, pool.model, truth.inputs[:size])
+    refused(r"a batch of 7(.|\n)*3 rows", call, pool.model, torch.randn(7, 12))
+    pool.swap("b")
+    call(pool.model, torch.randn(50, 12))
+
+
+def test_each_row_several_times(pool, truth):
+    pool.assign(["a", "b", None])
+    repeated = call(pool.model, truth.inputs[:3].repeat_interleave(2, 0))
+    assert_close(repeated, truth.rows(["a", "b", None]).repeat_interleave(2, 0))
+    assert_rows(pool, truth, ["a", "b", None])
+
+
+def test_compiled_other_batches_are_refused_and_copies_are_told(pool, model, truth):
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    pool.assign(["a", "b", None])
+    truth.check(call(compiled, truth.inputs[:3]), ["a", "b", None])
+    for size in (2, 4):
+        refused(rf"a batch of {size}(.|\n)*3 rows", call, compiled, truth.inputs[:size])
+    refused(r"a batch of 6(.|\n)*3 rows", call, compiled, truth.inputs[:3].repeat(2, 1))
+    pool.assign(["a", "b", None], copies=2)
+    expected = truth.rows(["a", "b", None]).repeat_interleave(2, 0)
+    assert_close(call(compiled, truth.inputs[:3].repeat_interleave(2, 0)), expected)
+    pool.swap("c")
+    assert_close(call(compiled, truth.inputs), truth.of("c"))
+    refused(r"a batch of 5(.|\n)*at most 4 rows", call, compiled, torch.randn(5, 12))
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale("default", 0.5)
+    truth.check(call(compiled, truth.inputs), ["c"] * 4, [0.5] * 4)
+    torch.compiler.reset()
+
+
+# ---- what others do
+
+
+def test_hotswap_adapter_swaps_all_rows(pool, model, folders, truth):
+    pool.assign(["a", "b"])
+    hotswap_adapter(model, folders["c"], "default")
+    assert pool.rows == []
+    assert_equals_fresh_load(model, LINEAR, folders["c"], prepared=True)
+    pool.assign([None, "a", "c"])
+    assert_rows(pool, truth, [None, "a", "c"])
+    pool.undo()
+    assert_equals_fresh_load(model, LINEAR, folders["c"], prepared=True)
+
+
+def test_saving_is_refused_while_rows_are_assigned(pool, model, folders, tmp_path):
+    pool.assign(["a", "b"])
+    refused("may have different adapters", save_adapter, model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pool.swap("b")
+    save_adapter(model, tmp_path / "saved")
+    assert_equals_fresh_load(load(LINEAR, str(tmp_path / "saved")), LINEAR, folders["b"])
+
+
+def test_preparing_again(pool, model, folders, truth):
+    pool.assign(["a", "b"])
+    prepare_model_for_compiled_hotswap(model, target_rank=12)  # there is room already
+    assert_rows(pool, truth, ["a", "b"])
+    before = snapshot(model)
+    refused("may have different adapters", prepare_model_for_compiled_hotswap, model, target_rank=20)
+    assert_untouched(model, before)
+    assert_rows(pool, truth, ["a", "b"])
+    pool.swap("b")
+    prepare_model_for_compiled_hotswap(model, target_rank=20)
+    assert_equals_fresh_load(model, LINEAR, folders["b"], prepared=True)
+    refused("no longer where", pool.assign, ["a"])
+    again = AdapterPool(model, adapters=folders, rows=2, progress=False)
+    again.assign(["c", "b"])
+    assert_rows(again, truth, ["c", "b"])
+
+
+def test_layers_that_are_added(folders, truth):
+    model = load(LINEAR, folders["c"])
+    pool = AdapterPool(model, adapters={"c": folders["c"]}, rows=4, target_rank=6, progress=False)
+    pool.assign(["c", None])
+    refused("may have different adapters", hotswap_adapter, model, folders["a"], "default", add_layers=True)
+    assert_rows(pool, truth, ["c", None])
+    pool.swap("c")
+    hotswap_adapter(model, folders["a"], "default", add_layers=True)
+    assert_equals_fresh_load(model, LINEAR, folders["a"], prepared=True)
+    refused("no longer where", pool.assign, ["c"])
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_has_no_rows(pool, model, folders, way):
+    pool.assign(["b", None])
+    twin = copied(model, way)
+    pool.assign(["a", "c"])
+    assert_close(call(twin, LINEAR.inputs()), call(load(LINEAR, folders["b"]), LINEAR.inputs()))
+    hotswap_adapter(twin, folders["a"], "default")
+    assert_equals_fresh_load(twin, LINEAR, folders["a"], prepared=True)
+    twin.merge_and_unload()
+
+
+def test_a_model_that_was_converted_says_so(pool, model, folders, truth):
+    pool.assign(["b", None])
+    model.to(torch.float64)
+    refused("not where the rows of its pool are", call, model, truth.inputs[:2].double())
+    refused("no longer where", pool.assign, ["a"])
+    again = AdapterPool(model, adapters=folders, rows=2, progress=False)
+    again.assign(["c", "a"])
+    assert_close(call(model, truth.inputs[:2].double()).float(), truth.rows(["c", "a"]))
+
+
+def test_disabled_deleted_and_merged(pool, model, folders, truth):
+    pool.assign(["b", "c"])
+    with model.disable_adapter():
+        assert_close(call(model, truth.inputs), truth.base)
+    assert_rows(pool, truth, ["b", "c"])
+    for merge in (model.merge_adapter, model.merge_and_unload, functools.partial(model.merge_adapter, safe_merge=True)):
+        refused("can't be merged", merge)
+    assert_rows(pool, truth, ["b", "c"])
+    model.load_adapter(folders["c"], "other")
+    model.delete_adapter("default")
+    assert_close(call(model, truth.inputs), truth.of("c"))
+    refused("no longer where", pool.assign, ["a"])
+    model.load_adapter(folders["a"], "default")
+    model.set_adapter("default")
+    assert_close(call(model, truth.inputs), truth.of("a"))
+
+
+def test_two_pools_with_rows_on_one_model(model, folders, truth):
+    model.load_adapter(folders["b"], "second")
+    one = AdapterPool(model, adapters=folders, rows=3, progress=False)
+    two = AdapterPool(model, "second", adapters=folders, rows=4, progress=False)
+    one.assign(["a", "b", None])
+    two.assign(["c", None, "a", "b"])
+    assert_rows(one, truth, ["a", "b", None])
+    model.set_adapter("second")
+    assert_rows(two, truth, ["c", None, "a", "b"])
+    one.assign(["c", "c", "c"])
+    two.assign(["b", "a", "c"])
+    model.base_model.set_adapter(["default", "second"])
+    truth.check(call(model, truth.inputs[:3]), [{"b": 1.0, "c": 1.0}, {"a": 1.0, "c": 1.0}, {"c": 2.0}])
+
+
+# ---- what has no rows
+
+
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(12, 12)])
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+WITHOUT = {
+    "DoRA": (LINEAR, dict(use_dora=True), {}, "lora_magnitude_vector"),
+    "lora_bias": (LINEAR, dict(lora_bias=True), {}, "lora_B.bias"),
+    "modules_to_save": (LINEAR, dict(target_modules=["first"], modules_to_save=["last"]), {}, "saved modules"),
+    "grouped": (CONV, dict(target_modules=["grouped2d"]), {}, "The layer grouped2d can't have"),
+    "Conv1d": (CONV, dict(target_modules=["conv1d"]), {}, "The layer conv1d can't have"),
+    "experts": (Kind(Experts, LINEAR.inputs, ("experts.0",)), {}, {}, "The layer experts.0 can't have"),
+    "trained": (LINEAR, {}, dict(is_trainable=True), "is being trained"),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT)
+def test_what_can_not_have_rows_is_refused_when_the_pool_is_made(what, tmp_path):
+    kind, lora, options, match = WITHOUT[what]
+    folder = save_random_adapter(kind, tmp_path / "a", seed=1, r=4, **lora)
+    model = load(kind, folder, **options)
+    before = snapshot(model)
+    refused(match, AdapterPool, model, adapters={"a": folder}, rows=2, progress=False)
+    assert_untouched(model, before)
+    assert not any(module.lora_variant for module in model.modules() if isinstance(module, LoraLayer)) or what == "DoRA"
+
+
+def test_a_family_that_can_not_have_rows_is_refused(model, folders, tmp_path):
+    dora = save_random_adapter(LINEAR, tmp_path / "dora", seed=1, r=4, use_dora=True)
+    before = snapshot(model)
+    refused("no common|DoRA|dora", AdapterPool, model, adapters={**folders, "dora": dora}, rows=2, progress=False)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("options", [dict(dilation=2), dict(padding="same"), dict(padding=1, padding_mode="circular")])
+def test_convolutions_that_are_not_plain(options):
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, **options)), LoraConfig(target_modules=["0"]))
+    model.requires_grad_(False)
+    refused("can't have another adapter in each row", AdapterPool, model, rows=2, progress=False)

@@ -1,0 +1,73 @@
+"""What each row of a batch must be: by PEFT alone, whose adapters are active together where they are mixed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from models import Kind, call, load
+from peft.tuners.lora import LoraLayer
+
+#: of the largest output, how far off a row may be; and how far the adapters must be from the base model and each other
+TOLERANCE, MARGIN = 1e-5, 100
+
+Wanted = str | Mapping[str, float] | None
+
+
+class Truth:
+    """A batch as fresh loads compute it, each with one adapter, or one mix, for all rows."""
+
+    def __init__(self, kind: Kind, folders: Mapping[str, str], inputs: object, call: Callable = call):
+        self.kind, self.folders, self.inputs, self.call = kind, folders, inputs, call
+        self.base: torch.Tensor = call(kind.base(), inputs)
+        outputs = [self.base, *(self.of(name) for name in folders)]
+        for number, one in enumerate(outputs):
+            for other in outputs[:number]:
+                # a test that passes whatever a row has is worth nothing
+                assert all(each.abs().max() > MARGIN * TOLERANCE * self.scale for each in one - other)
+
+    @property
+    def scale(self) -> float:
+        return self.base.abs().max().item()
+
+    def of(self, wanted: Wanted, strength: float = 1.0) -> torch.Tensor:
+        """The whole batch with this in each row."""
+        weights = {} if wanted is None else {wanted: 1.0} if isinstance(wanted, str) else wanted
+        return self._of(tuple(weights.items()), strength) if weights else self.base
+
+    @functools.cache  # noqa: B019
+    def _of(self, weights: tuple[tuple[str, float], ...], strength: float) -> torch.Tensor:
+        return self.call(self.model(weights, strength), self.inputs)
+
+    def model(self, weights: tuple[tuple[str, float], ...], strength: float = 1.0) -> torch.nn.Module:
+        """A fresh load of these adapters, active together."""
+        (first, _), *others = weights
+        model = load(self.kind, self.folders[first], first)
+        for name, _ in others:
+            model.load_adapter(self.folders[name], name)
+        model.base_model.set_adapter([name for name, _ in weights])
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                for name, weight in weights:
+                    if name in layer.scaling:
+                        layer.scaling[name] *= weight * strength
+        return model.eval()
+
+    def rows(self, wanted: Sequence[Wanted], strengths: Sequence[float] | None = None) -> torch.Tensor:
+        """The first rows of the batch, each with its own."""
+        strengths = strengths or [1.0] * len(wanted)
+        return torch.stack([self.of(each, by)[n] for n, (each, by) in enumerate(zip(wanted, strengths, strict=True))])
+
+    def check(
+        self,
+        actual: torch.Tensor,
+        wanted: Sequence[Wanted],
+        strengths: Sequence[float] | None = None,
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        assert_close(actual, self.rows(wanted, strengths), tolerance)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())

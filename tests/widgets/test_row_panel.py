@@ -1,0 +1,173 @@
+"""RowPanel: everything a click does, done from Python, and by clicks on its controls."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from hotswap_lab import AdapterPool, HotswapError, demo, in_use
+from hotswap_lab.widgets import RowPanel
+
+WORDS = ["hotswap", "notebook", "adapter"]
+NAMES = ["sort", "shout", None]
+ANSWERS = ["ahopstw", "NOTEBOOK!", "adapter"]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    model, _ = demo.load("reverse")
+    folders = {name: demo.adapter_path(name) for name in ("reverse", "sort", "shout")}
+    return AdapterPool(model, adapters=folders, rows=3, progress=False)
+
+
+def panel_with(pool, generate):
+    return RowPanel(pool, generate, prompts=WORDS)
+
+
+@pytest.fixture
+def panel(pool):
+    tokenizer = demo.load_tokenizer()
+    return panel_with(pool, lambda words: demo.ask_all(pool.model, tokenizer, words))
+
+
+def choose_all(panel):
+    for row, name in enumerate(NAMES):
+        panel.choose(row, name)
+
+
+def test_each_row_is_answered_with_its_adapter(panel):
+    choose_all(panel)
+    assert panel.run() == ANSWERS
+    assert [run.label for run in panel.runs] == ["sort", "shout", "no adapter"]
+    assert {run.state for run in panel.runs} == {"done"}
+    assert panel.swap_seconds > 0
+
+
+def test_all_rows_are_one_call(pool):
+    calls = []
+    panel = panel_with(pool, lambda words: calls.append((words, [row.adapter for row in pool.rows])) or words)
+    choose_all(panel)
+    panel.run()
+    assert calls == [(WORDS, NAMES)]
+
+
+def test_the_model_has_afterwards_what_it_had(panel, pool):
+    pool.swap("reverse")
+    choose_all(panel)
+    panel.run()
+    assert (pool.active, pool.rows) == ("reverse", [])
+    panel.generate = lambda words: words[1:]
+    with pytest.raises(HotswapError, match="2 answers"):
+        panel.run()
+    assert (pool.active, pool.rows) == ("reverse", [])
+
+
+def test_answers_keep_the_adapter_that_they_came_from(panel):
+    choose_all(panel)
+    panel.run()
+    panel.choose(0, "shout")
+    panel.prompts[0] = "other"
+    assert "sort, hotswap: ahopstw" in str(panel)
+
+
+def test_clicks(panel):
+    panel.box  # noqa: B018 - makes the controls
+    panel._refresh()
+    assert [label for label, _ in panel._menus[0].options] == ["base", "reverse", "sort", "shout"]
+    for menu, name in zip(panel._menus, NAMES, strict=True):
+        menu.value = name or ""
+    assert panel.adapters == NAMES
+    panel._boxes[2].value = "kernel"
+    panel._run_button.click()
+    assert panel.wait(60)
+    assert [run.result for run in panel.runs] == [*ANSWERS[:2], "kernel"]
+    assert "NOTEBOOK!" in panel._answers[1].value
+    assert "shout" in panel._answers[1].value
+
+
+def test_a_menu_has_what_has_joined_the_pool_since():
+    panel = RowPanel.demo(WORDS)
+    panel.box  # noqa: B018
+    panel.pool.add("mine", demo.adapter_path("vowels_up"))
+    panel.choose(1, "mine")
+    assert panel._menus[1].value == "mine"
+    assert panel.run()[1] == "nOtEbOOk"
+
+
+def test_answers_grow_and_can_be_stopped(pool):
+    def generate(words):
+        yield [word[:1] for word in words]
+        panel.stop()
+        yield [word[:2] for word in words]
+        yield words
+
+    panel = panel_with(pool, generate)
+    assert panel.run() is None
+    assert [(run.result, run.state) for run in panel.runs] == [(word[:2], "stopped") for word in WORDS]
+    assert "ho (stopped)" in str(panel)
+
+
+def test_it_waits_for_who_computes_and_the_wait_can_be_stopped(panel, pool):
+    choose_all(panel)
+    with in_use(pool.model):
+        panel.start()
+        assert not panel.wait(timeout=0.1)
+        assert "as soon as no other thread computes" in panel._state()
+        panel.stop()
+        assert panel.wait(30)
+    assert (panel.runs, panel.error, pool.rows) == ([], None, [])
+    with in_use(pool.model):
+        panel.start()
+        assert not panel.wait(timeout=0.7)  # longer than it waits at a time
+    assert panel.wait(60)
+    assert [run.result for run in panel.runs] == ANSWERS
+
+
+def test_an_error_is_shown_and_breaks_nothing(panel, pool):
+    choose_all(panel)
+    panel.run()
+    good = panel.generate
+    panel.generate = lambda words: 1 / 0
+    panel.box  # noqa: B018
+    panel.start()
+    assert panel.wait(30)
+    assert "ZeroDivisionError" in panel._status.value
+    assert "error: ZeroDivisionError" in str(panel)
+    assert [run.result for run in panel.runs] == ANSWERS  # the last good ones
+    panel.generate = good
+    assert panel.run() == ANSWERS
+    assert panel.error is None
+
+
+def test_the_static_form(panel):
+    assert "<td" in panel.to_html()  # before a run: what is asked, and with which adapter
+    panel.prompts[0] = "<b>"
+    assert "&lt;b&gt;" in panel.to_html()
+    choose_all(panel)
+    panel.generate = lambda words: ["<i>", *words[1:]]
+    panel.run()
+    html = panel.to_html()
+    assert "&lt;i&gt;" in html
+    assert "<i>" not in html
+    assert html == panel.to_html()
+
+
+def test_images(pool):
+    panel = panel_with(pool, lambda words: [Image.new("L", (2, 2))] * 3)
+    panel.run()
+    assert panel.to_html().count("data:image/png;base64,") == 3
+    assert "an image (Image)" in str(panel)
+
+
+def test_what_it_cannot_use_is_refused(pool):
+    with pytest.raises(HotswapError, match="3 rows"):
+        RowPanel(pool, list, prompts=["word"] * 4)
+    with pytest.raises(HotswapError, match="prompts: str"):
+        RowPanel(pool, list, prompts="word")
+    with pytest.raises(HotswapError, match="pool: PeftModel"):
+        RowPanel(pool.model, list, prompts=["word"])
+    with pytest.raises(HotswapError, match="no adapter called 'nobody'"):
+        panel_with(pool, list).choose(0, "nobody")
+    one_at_a_time = AdapterPool(demo.load("reverse")[0], progress=False)
+    with pytest.raises(HotswapError, match="rows=1"):
+        RowPanel(one_at_a_time, list, prompts=["word", "other"])
