@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from importlib.metadata import version
 
 # two workers, with as many threads as there are cores each, wait for one another: most tests took five times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,6 +28,8 @@ torch.set_num_threads(THREADS)
 
 #: the notebook that needs SmolLM2; its solutions do without it
 NEEDS_SMOLLM2 = "notebooks/05_real_llm.ipynb"
+#: the notebook that shows what one version of PEFT does
+NEEDS_PEFT = "notebooks/beside_peft.ipynb", "0.21."
 #: notebooks that the short form of the tests leaves out: their exercises are solved in tests/lessons, too
 LONG_NOTEBOOKS = "notebooks/solutions"
 
@@ -61,6 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.as_posix().endswith(LONG_NOTEBOOKS):
             item.add_marker(pytest.mark.long)
+        if item.path.as_posix().endswith(NEEDS_PEFT[0]) and not version("peft").startswith(NEEDS_PEFT[1]):
+            item.add_marker(pytest.mark.skip(reason=f"shows what PEFT {NEEDS_PEFT[1]} does; another one is installed"))
     items = [item for item in items if item.path.as_posix().endswith(NEEDS_SMOLLM2)]
     if not items:
         return

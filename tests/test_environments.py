@@ -19,6 +19,7 @@ else:
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 #: what the same package is called on conda-forge
 CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}
@@ -87,17 +88,17 @@ def of_ci(function: str) -> str:
     return done.stdout.strip()
 
 
-def test_ci_runs_the_very_test_commands_of_readme():
+def test_ci_runs_the_very_test_commands_of_readme_and_contributing():
     script = (ROOT / ".ci" / "run").read_text()
     assert of_ci("readme_command") == readme_commands()[1]
-    (long,) = re.findall(r"^(\.venv/bin/pytest .*)$", README, re.MULTILINE)
+    (long,) = re.findall(r"^(\.venv/bin/pytest .*)$", CONTRIBUTING, re.MULTILINE)
     assert of_ci("long_command") == long
     assert readme_commands()[1].endswith(long.removesuffix(" -m long"))
     assert script.count('eval "$(readme_command)"') == script.count('eval "$(long_command)"') == 1
 
 
-def test_readme_names_every_chapter_and_only_those():
-    linked = set(re.findall(r"\(notebooks/(\w+\.ipynb)\)", README))
+def test_readme_names_every_notebook_and_only_those():
+    linked = set(re.findall(r"^\| \[.+?\]\(notebooks/(\w+\.ipynb)\) \|", README, re.MULTILINE))
     assert linked == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 

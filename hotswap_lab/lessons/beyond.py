@@ -92,7 +92,7 @@ PAIRS: dict[str, Pair] = {
 
 
 @torch.no_grad()
-def _disturb(model: torch.nn.Module) -> None:
+def disturb(model: torch.nn.Module) -> None:
     """Moves all weights that would be trained away from where PEFT puts them, which often means "off"."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
@@ -109,7 +109,7 @@ def load(config: PeftConfig, seed: int = 1) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = get_peft_model(base, copy.deepcopy(config)).eval()
-        _disturb(model)
+        disturb(model)
     model.peft_config["default"].inference_mode = True
     return model
 
@@ -120,10 +120,10 @@ def adapter(config: PeftConfig, seed: int = 2) -> Adapter:
     >>> len(adapter(PAIRS["IA3"].old).tensors)
     12
     """
-    return _adapter_of(load(config, seed))
+    return adapter_of(load(config, seed))
 
 
-def _adapter_of(model: torch.nn.Module) -> Adapter:
+def adapter_of(model: torch.nn.Module) -> Adapter:
     config, tensors = model.peft_config["default"], get_peft_model_state_dict(model, adapter_name="default")
     return Adapter(config, tensors, f"a random {config.peft_type.value} adapter")
 
@@ -142,7 +142,7 @@ def pissa() -> tuple[Adapter, tempfile.TemporaryDirectory[str]]:
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(f"{folder.name}/start")
         model.peft_config["default"].init_lora_weights = "pissa"
-        _disturb(model)
+        disturb(model)
         model.save_pretrained(f"{folder.name}/trained")
     return Adapter.load(f"{folder.name}/trained"), folder
 
@@ -311,55 +311,3 @@ def values_only(solution):
     """
     for what, (old, new) in CONSTANTS.items():
         yield what, solution(copy.deepcopy(old), copy.deepcopy(new)), writes_values_only(old, new)
-
-
-# --- a diffusers model -----------------------------------------------------------------------------------------------
-
-UNET_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-
-#: adapters for :func:`unet`; ``conv1`` is a convolution
-UNET_CONFIGS: dict[str, PeftConfig] = {
-    "style": LoraConfig(r=4, lora_alpha=6, target_modules=[*UNET_ATTENTION, "conv1"]),
-    "face": LoraConfig(r=8, lora_alpha=5, target_modules=UNET_ATTENTION, use_rslora=True),
-    "line art": LoraConfig(r=2, lora_alpha=9, target_modules=["conv1"], use_dora=True),
-}
-
-
-def unet(config: PeftConfig | None = None, seed: int = 1) -> torch.nn.Module:
-    """A tiny UNet with random weights, as in an image model, and with a random adapter if a config is given.
-
-    Raises ``ImportError`` where diffusers is not installed.
-    """
-    from diffusers import UNet2DConditionModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = UNet2DConditionModel(
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=8,
-            attention_head_dim=4,
-        ).eval()
-        if config is not None:
-            torch.manual_seed(seed)
-            model.add_adapter(copy.deepcopy(config), "default")
-            _disturb(model)
-    return model
-
-
-def unet_adapter(config: PeftConfig, seed: int = 1) -> Adapter:
-    """A random adapter for :func:`unet`."""
-    return _adapter_of(unet(config, seed))
-
-
-def unet_inputs() -> dict[str, torch.Tensor]:
-    """A noisy picture, a time step and an encoded prompt, all of them random."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "sample": torch.randn(1, 4, 8, 8, generator=generator),
-        "timestep": torch.tensor([3]),
-        "encoder_hidden_states": torch.randn(1, 5, 8, generator=generator),
-    }

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig
 
+from ..core.adapter import Adapter
 from ..core.slot import SlotLayer, resolve_slot
 from ..demo import digits
 from ..pipelines.lora_files import read_pipeline_lora
 from ..pipelines.pipeline import hotswap_pipeline, plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap
 from ..watch import RecompileWatch
+from .beyond import adapter_of, disturb
 from .exercise import Exercise
 from .figures import Canvas, Figure
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from PIL import Image
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
@@ -69,22 +68,6 @@ def _png(images: torch.Tensor) -> str:
     # 16 shades of grey are what scikit-learn's digits have, and take half the bytes of 256
     Image.fromarray(pixels.numpy()).quantize(16).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def enlarged(images: Iterable[Image.Image], side: int = 2 * CELL) -> Image.Image:
-    """A pipeline's pictures in a row, as one that is large enough to look at.
-
-    >>> from PIL import Image
-    >>> enlarged([Image.new("L", (16, 16))] * 2).size
-    (208, 104)
-    """
-    from PIL import Image
-
-    images = list(images)
-    row = Image.new("L", (side * len(images), side))
-    for number, image in enumerate(images):
-        row.paste(image.resize((side, side), Image.Resampling.BICUBIC), (side * number, 0))
-    return row.quantize(16)  # stored in notebooks: a third of the bytes
 
 
 # --- exercise: the negative, by hand ---------------------------------------------------------------------------------
@@ -136,6 +119,54 @@ def shapes(layer: SlotLayer) -> str:
     """
     a, b = (tuple(tensor.parameter.shape) for tensor in layer.tensors)
     return f"{layer.path}: A {a}, B {b}, room for rank {layer.tensors[0].capacity}"
+
+
+# --- a diffusers model -----------------------------------------------------------------------------------------------
+
+UNET_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+#: adapters for :func:`unet`; ``conv1`` is a convolution
+UNET_CONFIGS: dict[str, PeftConfig] = {
+    "style": LoraConfig(r=4, lora_alpha=6, target_modules=[*UNET_ATTENTION, "conv1"]),
+    "face": LoraConfig(r=8, lora_alpha=5, target_modules=UNET_ATTENTION, use_rslora=True),
+    "line art": LoraConfig(r=2, lora_alpha=9, target_modules=["conv1"], use_dora=True),
+}
+
+
+def unet(config: PeftConfig, seed: int = 1) -> torch.nn.Module:
+    """A tiny UNet as at the heart of Stable Diffusion, with random weights and a random adapter."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = UNet2DConditionModel(
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=8,
+            attention_head_dim=4,
+        ).eval()
+        torch.manual_seed(seed)
+        model.add_adapter(copy.deepcopy(config), "default")
+        disturb(model)
+    return model
+
+
+def unet_adapter(config: PeftConfig, seed: int = 1) -> Adapter:
+    """A random adapter for :func:`unet`."""
+    return adapter_of(unet(config, seed))
+
+
+def unet_inputs() -> dict[str, torch.Tensor]:
+    """A noisy picture, a time step and an encoded prompt, all of them random."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "sample": torch.randn(1, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([3]),
+        "encoder_hidden_states": torch.randn(1, 5, 8, generator=generator),
+    }
 
 
 # --- a large pipeline ------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import torch
 from .. import demo
 from ..core import methods
 from ..core.change import Change
-from ..core.decide import Draft
 from ..core.hotswap import hotswap_adapter_from_state_dict
 from ..core.plan import Plan
 from ..core.slot import resolve_slot
@@ -27,7 +25,7 @@ def source(function: Callable) -> None:
     """Prints the code of one of the package's functions, without its docstring.
 
     >>> source(has_gains)
-    def has_gains(draft: Draft) -> bool:
+    def has_gains(draft: Plan) -> bool:
         return bool(gains_of(draft))
     """
     text = textwrap.dedent(inspect.getsource(function))
@@ -43,7 +41,7 @@ def source(function: Callable) -> None:
 GAIN = ".gain"
 
 
-def gains_of(draft: Draft) -> dict[str, float]:
+def gains_of(draft: Plan) -> dict[str, float]:
     """What an adapter of gains holds: by the path of a layer, how many times as strong LoRA is there.
 
     >>> model, _ = demo.load("reverse")
@@ -54,7 +52,7 @@ def gains_of(draft: Draft) -> dict[str, float]:
     return {key.removesuffix(GAIN): float(value) for key, value in tensors.items() if key.endswith(GAIN)}
 
 
-def has_gains(draft: Draft) -> bool:
+def has_gains(draft: Plan) -> bool:
     """Whether the new adapter is one of gains.
 
     >>> model, _ = demo.load("reverse")
@@ -64,10 +62,11 @@ def has_gains(draft: Draft) -> bool:
     return bool(gains_of(draft))
 
 
-def as_plan(draft: Draft, change: Change) -> Plan:
+def as_plan(draft: Plan, change: Change) -> Plan:
     """A plan that comes to this change, for the config that is in the model."""
     draft.config = draft.slot.config
-    return dataclasses.replace(draft.finish(), make_change=lambda plan: change)
+    draft.make_change = lambda plan: change
+    return draft
 
 
 def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solution: Callable) -> None:
@@ -75,10 +74,10 @@ def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solutio
     present = methods.rest
 
     class Gains(type(present)):
-        def takes(self, draft: Draft) -> bool:
+        def takes(self, draft: Plan) -> bool:
             return has_gains(draft) or super().takes(draft)
 
-        def plan(self, draft: Draft) -> Plan:
+        def plan(self, draft: Plan) -> Plan:
             if not has_gains(draft):
                 return super().plan(draft)
             return solution(draft) or as_plan(draft, Change(draft.slot))
@@ -117,7 +116,7 @@ def gains(solution):
     yield "a gain of one changes nothing", [layer.module.scaling["default"] for layer in layers], after
 
 
-def reference_gains(draft: Draft) -> Plan:
+def reference_gains(draft: Plan) -> Plan:
     """One answer to :data:`gains`.
 
     >>> model, _ = demo.load("reverse")

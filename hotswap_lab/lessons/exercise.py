@@ -23,7 +23,9 @@ class Exercise:
     >>> @Exercise
     ... def double(solution):
     ...     '''Return twice the number.'''
+    ...     yield "double of 1", solution(1), 2
     ...     yield "double of 3", solution(3), 6
+    ...     yield "double of 4", solution(4), 8
     >>> double.spec
     'Return twice the number.'
     >>> double.check(lambda number: number + 1)
@@ -31,8 +33,9 @@ class Exercise:
       double of 3
         yours:    4
         expected: 6
+      and 1 more that differs
     >>> double.check(lambda number: 2 * number)
-    Correct: double of 3.
+    Correct: double of 1, double of 3, double of 4.
     """
 
     def __init__(self, run: Callable[[Callable[..., Any]], Iterator[tuple[str, object, object]]]):
@@ -45,15 +48,19 @@ class Exercise:
             print(f"{what}: {yours!r}")
 
     def check(self, solution: Callable[..., Any]) -> None:
-        """Says whether it is right; if not, prints yours and expected."""
+        """Says whether it is right; if not, prints yours and expected of the first that differs, and how many more do.
+
+        One of them is enough to see what is wrong. All of them would be a table of the answers.
+        """
         results = self._results(solution)
         wrong = [result for result in results if result[1] != result[2]]
         if not wrong:
             print(f"Correct: {', '.join(what for what, _, _ in results)}.")
             return
-        print("Not yet.")
-        for what, yours, expected in wrong:
-            print(f"  {what}\n    yours:    {yours}\n    expected: {expected}")
+        what, yours, expected = wrong[0]
+        print(f"Not yet.\n  {what}\n    yours:    {yours}\n    expected: {expected}")
+        if more := len(wrong) - 1:
+            print(f"  and {more} more that differ{'s' if more == 1 else ''}")
 
     def _results(self, solution: Callable) -> list[tuple[str, object, object]]:
         try:

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
 
 from .. import demo
 from ..bench import Settings, in_rounds, make_base
 from ..bench.timing import Timing
-from ..core.pool import AdapterPool
-from ..core.slot import resolve_slot, room_of
+from ..core.slot import resolve_slot
 from ..files.saving import save_adapter
+from ..pools import AdapterPool
 from .exercise import Exercise
 from .padding import padded
 
@@ -95,52 +94,36 @@ def pack(solution):
             yield f"the rows of {what}", yours.tolist(), expected.tolist()
 
 
+def written(pool: AdapterPool, old: str, new: str) -> tuple[int, int]:
+    """The bytes of the model's memory that a swap from ``old`` to ``new`` fills with weights and with zeros.
+
+    Found out by marking all of the memory, which is one matrix: rows that aren't marked afterwards were written.
+
+    >>> written(_demo_pool(), "pig_latin", "double")
+    (32896, 493440)
+    """
+    pool.swap(old)
+    a = resolve_slot(pool.model, "default").tensors[0].parameter.detach()
+    rows = a.as_strided((len(a), a.stride(0)), (a.stride(0), 1), 0).fill_(torch.nan)
+    pool.swap(new)
+    filled = ~rows.isnan().any(dim=1)
+    copied = filled & rows.any(dim=1)
+    return int(rows[copied].nbytes), int(rows[filled & ~copied].nbytes)
+
+
 def _demo_pool() -> AdapterPool:
     # both adapt the attention only, so all layers have room for rank 32
     adapters = {name: demo.adapter_path(name) for name in ("double", "pig_latin")}
     return AdapterPool(demo.load("double")[0], adapters=adapters, progress=False)
 
 
-def _odd_pool() -> AdapterPool:
-    """Two layers whose sizes are not those of cache lines."""
-    adapters = {}
-    for name, rank in (("low", 3), ("high", 5)):
-        config = LoraConfig(r=rank, target_modules=["0", "1"], init_lora_weights=False)
-        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Linear(20, 40)), config)
-        adapters[name] = get_peft_model_state_dict(model), config
-    return AdapterPool(model, adapters=adapters, progress=False)
-
-
-def written(pool: AdapterPool, old: str, new: str) -> tuple[int, int]:
-    """The bytes of the model's memory that a swap from ``old`` to ``new`` fills with weights and with zeros.
-
-    Found out by marking all of it: what isn't marked afterwards was written.
-
-    >>> written(_odd_pool(), "high", "low")
-    (1728, 1152)
-    """
-    pool.swap(old)
-    room = room_of(resolve_slot(pool.model, "default").host.base, "default")
-    memories = [band.memory for arena in room.arenas for band in arena.bands]
-    with torch.no_grad():
-        for memory in memories:
-            memory.fill_(torch.nan)
-    pool.swap(new)
-    total = sum(int((~memory.isnan()).sum()) * memory.element_size() for memory in memories)
-    copied = sum(part.nbytes for part in room.take().parts)
-    return copied, total - copied
-
-
 @Exercise
 def swap_bytes(solution):
-    """`widths` says how many float32 numbers each tensor has in one row: the inputs of an A, the outputs of a B.
-    An adapter of rank `new` takes the place of one of rank `old`. Return two numbers: the bytes that are copied,
-    and the bytes that are zeroed. About 4 lines.
-    A tensor's share is rounded up to whole cache lines of 64 bytes. A row must have an odd number of lines: if it
-    would be even, it gets one more.
+    """One row of the matrix has `row` bytes. An adapter of rank `new` takes the place of one of rank `old`, on the
+    same layers. Return two numbers: the bytes that are copied, and the bytes that are zeroed. About 2 lines.
     """
-    for pool, ranks in ((_demo_pool(), {"double": 2, "pig_latin": 32}), (_odd_pool(), {"low": 3, "high": 5})):
-        tensors = resolve_slot(pool.model, "default").tensors
-        widths = [tensor.parameter.shape[1 - tensor.rank_axis] for tensor in tensors]
-        for old, new in itertools.permutations(ranks):
-            yield f"bytes from {old} to {new}", solution(list(widths), ranks[new], ranks[old]), written(pool, old, new)
+    pool, ranks = _demo_pool(), {"double": 2, "pig_latin": 32}
+    a = resolve_slot(pool.model, "default").tensors[0].parameter
+    row = a.stride(0) * a.element_size()
+    for old, new in itertools.permutations(ranks):
+        yield f"bytes from {old} to {new}", solution(row, ranks[new], ranks[old]), written(pool, old, new)

@@ -11,16 +11,17 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from .. import demo
-from ..core.pool import AdapterPool
+from ..pools import AdapterPool
 from .exercise import Exercise
 
 # --- generation in fixed shapes ----------------------------------------------------------------------------------
 
 #: what a Llama layer calls its cache, which depends on the version of transformers
-_CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
+_CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 
 
 class LayerCache:
@@ -34,12 +35,12 @@ class LayerCache:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
         #: where the tokens of the present step go
-        self.positions: torch.Tensor = torch.zeros(1, dtype=torch.long)
-        self.keys: torch.Tensor = torch.zeros(shape, dtype=dtype)
-        self.values: torch.Tensor = torch.zeros(shape, dtype=dtype)
+        self.positions: Tensor = torch.zeros(1, dtype=torch.long)
+        self.keys: Tensor = torch.zeros(shape, dtype=dtype)
+        self.values: Tensor = torch.zeros(shape, dtype=dtype)
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, ...]:
-        """What a layer of transformers calls with the new tokens' keys and values; it gets those of all places back."""
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """What a layer calls with the keys and values of new tokens; it gets those of all places."""
         self.keys.index_copy_(2, self.positions, keys)
         self.values.index_copy_(2, self.positions, values)
         return self.keys, self.values
@@ -86,7 +87,7 @@ class Chat:
         self._llama, self._head, config = lm.model, lm.lm_head, lm.config
         # the last chunk may be filled up beyond the room
         shape = (1, config.num_key_value_heads, room + chunk, config.head_dim)
-        self._slots = torch.arange(room + chunk)
+        self._places = torch.arange(room + chunk)
         self._caches = [LayerCache(shape, lm.dtype) for _ in self._llama.layers]
         #: how many tokens have been read
         self.length: int = 0
@@ -114,34 +115,36 @@ class Chat:
         """Starts anew. What the caches hold need not be erased: no token looks at a place that isn't filled yet."""
         self.length = 0
 
-    def read(self, ids: torch.Tensor) -> torch.Tensor:
+    def read(self, ids: Tensor) -> Tensor:
         """Reads further tokens, of shape ``(tokens,)``; gives the logits for the one after them, ``(vocabulary,)``."""
         if self.length + len(ids) > self.room:
             raise ValueError(f"no room for {len(ids)} more tokens: {self.length} of {self.room} are taken")
         for part in ids.split(self.chunk):
-            logits = self._step(part)
+            logits = self.step(part)
         return logits
 
     # not inference mode: graphs are guarded by the mode, and the oracle computes in this one
     @torch.no_grad()
-    def _step(self, ids: torch.Tensor) -> torch.Tensor:
+    def step(self, ids: Tensor) -> Tensor:
+        """Reads a token, or up to a chunk of them; gives the logits for the next, ``(vocabulary,)``."""
         count = len(ids)
         if count > 1:
-            # the filling comes after all real tokens: none of them sees it, and the next ones overwrite it
+            # filled up behind all real tokens: none of them sees it, and the next ones overwrite it
             ids = F.pad(ids, (0, self.chunk - count))
         positions = self.length + torch.arange(len(ids))
+        visible = (self._places <= positions[:, None])[None, None]  # itself, and all before it
         hidden = self._llama.embed_tokens(ids[None])
         rotation = self._llama.rotary_emb(hidden, position_ids=positions[None])
-        visible = (self._slots <= positions[:, None])[None, None]
         for layer, cache in zip(self._llama.layers, self._caches, strict=True):
             cache.positions = positions
-            hidden = layer(hidden, attention_mask=visible, position_embeddings=rotation, **{_CACHE: cache})
+            rest = {"position_embeddings": rotation, _CACHE_ARGUMENT: cache}
+            hidden = layer(hidden, attention_mask=visible, **rest)
         self.length += count
         return self._head(self._llama.norm(hidden[0, count - 1]))
 
     # ---- text
 
-    def ids(self, messages: str | Sequence[dict[str, str]]) -> torch.Tensor:
+    def ids(self, messages: str | Sequence[dict[str, str]]) -> Tensor:
         """The tokens of a question, or of a whole conversation, up to where the answer begins."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -229,7 +232,7 @@ def change_voice(solution):
     ids = tokenizer(WORD + demo.SEPARATOR, return_tensors="pt")["input_ids"][0]
     chat.read(ids)  # the old voice was about to answer
     logits = solution(chat, pool, NEW_VOICE, ids)
-    if not isinstance(logits, torch.Tensor):
+    if not isinstance(logits, Tensor):
         yield "what you return", type(logits).__name__, "Tensor"
         return
     fresh, _ = demo.load(NEW_VOICE)

@@ -165,16 +165,3 @@ def test_the_picture_of_ia3_is_white_where_nothing_changes():
     assert fills[2] == beyond.NEW
     assert set(fills[beyond.SHOWN :]) == {"#ffffff"}
     assert re.search(r"56 factors in all", repr(FIGURES["ia3"]))
-
-
-# --- diffusers -------------------------------------------------------------------------------------------------------
-
-
-def test_adapters_for_the_unet():
-    pytest.importorskip("diffusers")
-    unet = beyond.unet(beyond.UNET_CONFIGS["style"])
-    for config in beyond.UNET_CONFIGS.values():
-        new = beyond.unet_adapter(config, seed=5)
-        assert not verify_hotswap(unet, new, inputs=beyond.unet_inputs())
-        hotswap_adapter(unet, new, "default")
-        assert verify_hotswap(unet, new, inputs=beyond.unet_inputs())

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_pipeline import KINDS, lora
 
-from hotswap_lab import prepare_model_for_compiled_hotswap, resolve_slot
+from hotswap_lab import hotswap_adapter, prepare_model_for_compiled_hotswap, resolve_slot, verify_hotswap
 from hotswap_lab.demo import digits
 from hotswap_lab.lessons import diffusion
 
@@ -64,12 +64,6 @@ def test_a_grid_fits_on_its_card():
         assert float(each.get("y")) + float(each.get("height")) <= float(root.get("height"))
 
 
-def test_enlarged_keeps_the_order():
-    black, white = Image.new("L", (16, 16), 0), Image.new("L", (16, 16), 255)
-    row = diffusion.enlarged([black, white], side=20).convert("L")
-    assert (row.getpixel((10, 10)), row.getpixel((30, 10))) == (0, 255)
-
-
 def test_shapes_are_those_in_the_model():
     model = digits.load("inverted")
     prepare_model_for_compiled_hotswap(model, target_rank=12)
@@ -108,6 +102,18 @@ def new_memory(layer):
 def test_right_and_wrong_solutions(capsys):
     wrong = [lambda layer: None, forgot_the_scaling, once_only, changed_the_base, new_memory]
     assert_tells_right_from_wrong(diffusion.negative, negative, wrong, capsys)
+
+
+# ---- adapters without a PeftModel
+
+
+def test_adapters_for_the_unet():
+    unet = diffusion.unet(diffusion.UNET_CONFIGS["style"])
+    for config in diffusion.UNET_CONFIGS.values():
+        new = diffusion.unet_adapter(config, seed=5)
+        assert not verify_hotswap(unet, new, inputs=diffusion.unet_inputs())
+        hotswap_adapter(unet, new, "default")
+        assert verify_hotswap(unet, new, inputs=diffusion.unet_inputs())
 
 
 # ---- a large pipeline, small

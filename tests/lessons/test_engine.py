@@ -10,7 +10,7 @@ import pytest
 from exercises import assert_tells_right_from_wrong
 
 from hotswap_lab.core.change import Change
-from hotswap_lab.core.prepare import prepare_model_for_compiled_hotswap
+from hotswap_lab.core.room import build_room
 from hotswap_lab.lessons import engine
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "engine.ipynb"
@@ -54,7 +54,7 @@ def test_right_and_wrong_solutions(capsys):
 
 def test_what_is_longer_than_a_page_is_not_shown():
     with pytest.raises(ValueError, match="too many to read"):
-        engine.source(prepare_model_for_compiled_hotswap.__globals__["changes_to_prepare"])
+        engine.source(build_room)
 
 
 def test_every_hop_has_one_sentence_and_its_code():

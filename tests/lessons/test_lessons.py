@@ -65,6 +65,14 @@ def test_right_and_wrong_solutions(name, capsys):
     assert_tells_right_from_wrong(*SOLUTIONS[name], capsys)
 
 
+def test_a_failed_check_gives_one_answer_away_and_says_how_many_more_differ(capsys):
+    uncompiled.layers_to_turn_off.check(lambda old, new: set())
+    out = capsys.readouterr().out
+    assert out == (
+        "Not yet.\n  reverse to shout\n    yours:    0 layers\n    expected: 14 layers\n  and 2 more that differ\n"
+    )
+
+
 def test_an_error_in_the_readers_code_is_one_line(capsys):
     def broken(model):
         raise KeyError("nope")

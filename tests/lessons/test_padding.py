@@ -91,9 +91,20 @@ def test_the_picture_shows_the_matrices_as_they_are():
     assert len(dashed) == 2 * 3 * (4 - 2) + 1  # the padding of both, and the legend
 
 
-def test_price_measures_models_prepared_for_each_rank():
-    prices = padding.price((0, 8, 16), words=1, n=5)
-    own = sum(tensor.nbytes for tensor in Adapter.load(demo.adapter_path("reverse")).tensors.values())
-    assert [nbytes for _, nbytes in prices.values()] == [own, own, 2 * own]
-    assert all(0 < timing.minimum <= timing.median for timing, _ in prices.values())
-    assert {timing.n for timing, _ in prices.values()} == {5}
+def test_times_are_of_calls_of_each_model():
+    calls = []
+    models = {name: demo.load(name)[0] for name in ("double", "reverse")}
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    times = padding.forward_times(models, words=1, n=5)
+    assert calls == 10 * ["double"] + 10 * ["reverse"]  # each timed call after an uncounted one
+    assert {name: timing.n for name, timing in times.items()} == {"double": 5, "reverse": 5}
+    assert all(0 < timing.minimum <= timing.median for timing in times.values())
+
+
+def test_room_is_measured_in_bytes():
+    model, _ = demo.load("reverse")
+    own = Adapter.load(demo.adapter_path("reverse")).nbytes
+    assert padding.nbytes(model) == own
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    assert padding.nbytes(model) == 2 * own

@@ -33,19 +33,8 @@ def nines_beyond_the_rank(pairs):
     return rows
 
 
-def swap_bytes(widths, new, old):
-    lines = sum(-(-width // 16) for width in widths)
-    row = 64 * (lines | 1)
+def swap_bytes(row, new, old):
     return new * row, max(old - new, 0) * row
-
-
-def without_the_odd_line(widths, new, old):
-    row = 64 * sum(-(-width // 16) for width in widths)
-    return new * row, max(old - new, 0) * row
-
-
-def without_alignment(widths, new, old):
-    return new * sum(widths) * 4, max(old - new, 0) * sum(widths) * 4
 
 
 SOLUTIONS = {
@@ -54,10 +43,10 @@ SOLUTIONS = {
         pools.swap_bytes,
         swap_bytes,
         [
-            lambda widths, new, old: (0, 0),
-            without_the_odd_line,
-            without_alignment,
-            lambda widths, new, old: swap_bytes(widths, old, new),
+            lambda row, new, old: (0, 0),
+            lambda row, new, old: swap_bytes(row, old, new),
+            lambda row, new, old: (new * row, old * row),
+            lambda row, new, old: (new * row, (old - new) * row),
         ],
     ),
 }
