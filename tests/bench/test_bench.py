@@ -323,6 +323,7 @@ def test_compiled():
     assert "0 recompiles in 2 calls" in str(report)
 
 
+@pytest.mark.long
 def test_rows():
     report = run(Settings(model="tiny", layers=1, ranks=(2,), n=1, rows=True, backend="eager"))
     forwards = by_name(report, "rows")

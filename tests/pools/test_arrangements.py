@@ -88,6 +88,7 @@ def test_a_thousand_arrangements(scene, several):
     assert_arrangements(scene, several)
 
 
+@pytest.mark.parametrize("scene", [False, long(True)], ids=["eager", "inductor"], indirect=True)
 @pytest.mark.parametrize("seed", [0, *map(long, range(1, 4))])
 def test_a_neighbour_never_matters(scene, seed):
     """Row by row the others are exchanged: not a bit of the first changes."""

@@ -81,7 +81,7 @@ def test_guidance_has_the_batch_twice_over(pool):
     assert_close(draw(pool.model, given), expected(given, ["a", None, "b"] * 2), 1e-4)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", long("inductor")])
+@pytest.mark.parametrize("backend", [long("aot_eager"), long("inductor")])
 def test_compiled(pool, backend):
     torch.compiler.reset()
     compiled = torch.compile(pool.model, backend=backend, fullgraph=True)
