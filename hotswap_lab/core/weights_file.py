@@ -61,8 +61,11 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(str(file.read(start - 8), "utf-8")) if start <= size else {}
-    if header.pop("__metadata__", None) not in (None, {"format": "pt"}):
+        text = str(file.read(start - 8), "utf-8") if start <= size else "{}"
+    header = json.loads(text)
+    metadata = header.pop("__metadata__", None)
+    # json drops what is there twice; each tensor has a name and three fields
+    if metadata not in (None, {"format": "pt"}) or text.count(":") != 4 * len(header) + 2 * bool(metadata):
         return None
     entries = sorted([(entry["data_offsets"], entry["shape"], name) for name, entry in header.items()])
     dtypes = {entry["dtype"] for entry in header.values()}

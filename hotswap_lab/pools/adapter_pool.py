@@ -168,7 +168,7 @@ class AdapterPool(RowPool[_Member]):
         return tensors
 
     def _pack(self, member: _Member, adapter: Adapter, check_targets: bool) -> Packed:
-        slot, whole = self._room.slot, adapter.config.modules_to_save or ()
+        slot, whole = self._room.slot, getattr(adapter.config, "modules_to_save", None) or ()
         if not slot.config.modules_to_save:
             return super()._pack(member, adapter, check_targets)
         if set(whole) != set(slot.config.modules_to_save):
