@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 
 # two workers, with as many threads as there are cores each, wait for one another: most tests took five times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,8 +19,10 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 import pytest
 import torch
 from lengths import few_of
-from models import KINDS
+from models import KINDS, load
+from pool_sources import save_sources
 
+from hotswap_lab import AdapterPool
 from hotswap_lab.beyond.guards import compilers_kept
 
 THREADS = 1
@@ -30,6 +33,10 @@ torch.set_num_threads(THREADS)
 NEEDS_SMOLLM2 = "notebooks/05_real_llm.ipynb"
 #: the notebook that shows what one version of PEFT does
 NEEDS_PEFT = "notebooks/beside_peft.ipynb", "0.21."
+#: what the notebook on serving needs, and cells of others that have the tag
+RAY, NEEDS_RAY, NEEDS_RAY_TAG = ("ray", "openai"), "notebooks/09_beyond_one_machine.ipynb", "needs-ray"
+#: programs that can't even be looked into without it
+collect_ignore = [] if find_spec("ray") else ["serving/server_load.py", "serving/replica_faults.py"]
 #: notebooks that the short form of the tests leaves out: their exercises are solved in tests/lessons, too
 LONG_NOTEBOOKS = "notebooks/solutions"
 
@@ -66,6 +73,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.long)
         if item.path.as_posix().endswith(NEEDS_PEFT[0]) and not version("peft").startswith(NEEDS_PEFT[1]):
             item.add_marker(pytest.mark.skip(reason=f"shows what PEFT {NEEDS_PEFT[1]} does; another one is installed"))
+        tags = item.cell.metadata.get("tags", []) if hasattr(item, "cell") else []
+        if (item.path.as_posix().endswith(NEEDS_RAY) or NEEDS_RAY_TAG in tags) and not all(map(find_spec, RAY)):
+            item.add_marker(pytest.mark.skip(reason='needs pip install "ray[serve]" openai'))
     items = [item for item in items if item.path.as_posix().endswith(NEEDS_SMOLLM2)]
     if not items:
         return
@@ -82,6 +92,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=few_of(KINDS, ("linear", "conv", "embedding", "gpt2")))
 def kind(request):
     return KINDS[request.param]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Adapters for a pool, in folders."""
+    return save_sources(tmp_path)
+
+
+@pytest.fixture
+def model(sources):
+    return load(KINDS["llama"], sources["a"])
+
+
+@pytest.fixture
+def pool(model, sources):
+    return AdapterPool(model, adapters=sources, progress=False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,143 @@
+"""Replicas are killed and adapters get new weights while clients ask: no answer is lost, wrong, or of two versions.
+
+python tests/serving/replica_faults.py --requests 2000 --kill-every 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import openai
+from running import TOKEN, kill, running
+from served import FAMILY, alone
+
+from hotswap_lab.demo.tasks import sample_words
+
+WORDS = sample_words(12, seed=0, held_out=True)
+NAMES = ["one", "two", "three", "four", "five", "six"]
+ADAPTERS = dict(zip(NAMES, FAMILY.values(), strict=False))
+
+
+class Trial:
+    """Clients that know what each version of each adapter says by itself, and who makes trouble for them."""
+
+    def __init__(self, address: str, seed: int = 0):
+        self.address = address
+        self.random = random.Random(seed)
+        #: for each version, the folder that its weights are from
+        numbers = self.change(ADAPTERS).json()
+        self.folders = {(name, numbers[name]): folder for name, folder in ADAPTERS.items()}
+        self.counts: Counter[str] = Counter(asked=0, retried=0, wrong=0, lost=0, kills=0, updates=0)
+        self.seconds: list[float] = []
+        self.lock = threading.Lock()
+        self.is_over = threading.Event()
+
+    def change(self, adapters: dict[str, str]) -> httpx2.Response:
+        header = {"Authorization": f"Bearer {TOKEN}"}
+        return httpx2.post(f"{self.address}/admin/adapters", json=adapters, headers=header, timeout=60)
+
+    def client(self, number: int, count: int) -> None:
+        """Asks so often, one after the other, and looks at what comes."""
+        choose = random.Random(number)
+        client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="-", max_retries=0, timeout=120)
+        for _ in range(count):
+            name, word, is_streamed = choose.choice(NAMES), choose.choice(WORDS), choose.random() < 0.3
+            start = time.perf_counter()
+            for attempt in range(20):
+                try:
+                    said, versions = _ask(client, name, word, is_streamed)
+                    break
+                except (openai.APIError, httpx2.HTTPError):
+                    self.note("retried")
+                    time.sleep(min(0.2 * 2**attempt, 2))
+            else:
+                self.note("lost")
+                continue
+            self.seconds.append(time.perf_counter() - start)
+            self.note("asked")
+            (version,) = versions  # of all pieces the same
+            number = int(version.removeprefix(f"{name}@"))
+            if said != alone(self.folders[name, number], word):
+                self.note("wrong")
+
+    def note(self, what: str) -> None:
+        with self.lock:
+            self.counts[what] += 1
+
+    def kill_every(self, requests: int) -> None:
+        """One replica, whichever there is."""
+        due = requests
+        while not self.is_over.wait(0.02):
+            if self.counts["asked"] >= due:
+                due += requests
+                with contextlib.suppress(Exception):
+                    replicas = httpx2.get(f"{self.address}/healthz", timeout=5).json()["replicas"]
+                    kill(self.random.choice(replicas)["replica"])
+                    self.note("kills")
+
+    def update_every(self, seconds: float) -> None:
+        """One adapter gets the weights of another task."""
+        while not self.is_over.wait(seconds):
+            name, folder = self.random.choice(NAMES), self.random.choice(list(FAMILY.values()))
+            newest = max(number for known, number in self.folders if known == name)
+            if self.folders[name, newest] == folder:
+                continue
+            self.folders[name, newest + 1] = folder  # before anybody can get it
+            sent = self.change({name: folder})
+            if sent.status_code == 200:
+                assert sent.json()[name] == newest + 1
+                self.note("updates")
+            else:  # 503: there was no replica at that moment
+                del self.folders[name, newest + 1]
+                self.note(f"updates_{sent.status_code}")
+
+
+def _ask(client: openai.OpenAI, name: str, word: str, is_streamed: bool) -> tuple[str, set[str]]:
+    said = client.completions.create(model=name, prompt=f"{word}>", stream=is_streamed)
+    pieces = list(said) if is_streamed else [said]
+    if pieces[-1].choices[0].finish_reason is None:
+        raise httpx2.RemoteProtocolError("the stream broke off")
+    return "".join(piece.choices[0].text for piece in pieces), {piece.system_fingerprint for piece in pieces}
+
+
+def trial(address: str, requests: int, clients: int = 8, kill_every: int = 0, update_every: float = 0) -> dict:
+    """The figures of one trial."""
+    for folder in FAMILY.values():  # the truth, beforehand
+        for word in WORDS:
+            alone(folder, word)
+    each = Trial(address)
+    troubles = [(each.kill_every, kill_every), (each.update_every, update_every)]
+    threads = [threading.Thread(target=make, args=(often,)) for make, often in troubles if often]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    with ThreadPoolExecutor(clients) as pool:
+        done = [pool.submit(each.client, number, requests // clients) for number in range(clients)]
+        for one in done:
+            one.result()
+    seconds = time.perf_counter() - start
+    each.is_over.set()
+    for thread in threads:
+        thread.join()
+    ordered = sorted(each.seconds)
+    times = {f"p{n}_ms": round(1000 * ordered[int(len(ordered) * n / 100)]) for n in (50, 99)}
+    return {**each.counts, **times, "per_second": round(len(ordered) / seconds, 1)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--kill-every", type=int, default=200)
+    parser.add_argument("--update-every", type=float, default=2.0, help="in seconds")
+    given = parser.parse_args()
+    with running(replicas=2, adapters=ADAPTERS) as address:
+        print("without kills", json.dumps(trial(address, given.requests // 4)))
+        print("with kills", json.dumps(trial(address, given.requests, 8, given.kill_every, given.update_every)))

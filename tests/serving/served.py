@@ -1,0 +1,77 @@
+"""Replicas of the embedded model in this process, and what each adapter says by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from hotswap_lab import demo
+from hotswap_lab.serving import Options, Register, Replica, Request, Version
+
+WORDS = ["hotswap", "adapter", "notebook", "kernel", "matrix", "python", "tensor", "voice"]
+FAMILY = {name: demo.adapter_path(name) for name in demo.adapter_names()}
+#: the embedded model has room for 64 tokens
+SHORT = Options(longest_prompt=24, longest_answer=24, target_rank=48)
+
+
+def replica_of(paths: Mapping[str, str], options: Options = SHORT) -> Replica:
+    tokenizer = demo.load_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}>"
+    versions = [Version.of(name, path) for name, path in paths.items()]
+    model = PeftModel.from_pretrained(demo.load_base(), versions[0].path)
+    return Replica(model, tokenizer, versions, options)
+
+
+class Served(Register):
+    """Replicas and their register, as what answers behind the API; a request goes to the first of them."""
+
+    def __init__(self, paths: Mapping[str, str], options: Options = SHORT, replicas: int = 1):
+        super().__init__()
+        self.replicas = [replica_of(paths, options) for _ in range(replicas)]
+        self.answer = self.replicas[0].answer
+        asyncio.run(self.change(paths))
+
+    async def load(self, versions: Sequence[Version]) -> None:
+        for replica in self.replicas:
+            await asyncio.to_thread(replica.load, versions)
+
+    async def states(self) -> list[dict]:
+        return [replica.state for replica in self.replicas]
+
+    async def ask(self, model: str, word: str, replica: int = 0, **how: object) -> str:
+        request = Request(f"{word}>", self.table.shares(model, "demo"), **how)
+        return "".join([piece.text async for piece in self.replicas[replica].answer(request)])
+
+    async def ask_all(self, models: Sequence[str], words: Sequence[str] = WORDS, **how: object) -> list[str]:
+        """All at once, so that they share batches."""
+        return await asyncio.gather(*(self.ask(each, word, **how) for each, word in zip(models, words, strict=False)))
+
+
+@functools.cache
+def alone(path: str | None, word: str) -> str:
+    """What a fresh load says to a word, without a cache, a batch, or any of ours."""
+    return demo.ask_all(fresh(path), demo.load_tokenizer(), [word])[0]
+
+
+@functools.cache
+def fresh(path: str | None) -> torch.nn.Module:
+    return PeftModel.from_pretrained(demo.load_base(), path) if path else demo.load_base()
+
+
+def save_random_adapter(folder: Path, seed: int, rank: int = 4) -> str:
+    """An adapter that changes what the embedded model says to something of its own."""
+    model = get_peft_model(
+        demo.load_base(), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "up_proj"])
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    model.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,189 @@
+"""The application in Ray Serve: replicas in processes of their own, one of which may be lost at any time."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+
+pytest.importorskip("ray")
+
+from replica_faults import ADAPTERS, NAMES, trial
+from running import TOKEN, kill, running
+from served import FAMILY, WORDS, alone
+
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+HEADER = {"Authorization": f"Bearer {TOKEN}"}
+CONFIG = Path(__file__).parents[2] / "hotswap_lab/serving/serve.yaml"
+
+
+@pytest.fixture(scope="module")
+def address():
+    with running(replicas=2, adapters=ADAPTERS, queue=40) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0)
+
+
+def states(address):
+    return httpx2.get(f"{address}/healthz", timeout=30).json()["replicas"]
+
+
+def change(address, adapters):
+    return httpx2.post(f"{address}/admin/adapters", json=adapters, headers=HEADER, timeout=60)
+
+
+def test_the_real_client(client):
+    assert [model.id for model in client.models.list().data] == ["demo", *NAMES]
+    whole = client.completions.create(model="one", prompt="hotswap>")
+    assert (whole.choices[0].text, whole.system_fingerprint) == (alone(ADAPTERS["one"], "hotswap"), "one@1")
+    mix = client.completions.create(model="five:0.5+six:0.5", prompt="hotswap>")
+    assert mix.system_fingerprint == "five@1:0.5+six@1:0.5"
+    messages = [{"role": "user", "content": "notebook"}]
+    chunks = list(client.chat.completions.create(model="two", messages=messages, stream=True))
+    assert len(chunks) == 17
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == "notebooknotebook"
+    for how, status in ((dict(model="nobody"), 404), (dict(max_tokens=99), 400), (dict(model="+".join(NAMES)), 400)):
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(**{"model": "one", "prompt": "hotswap>", **how})
+        assert caught.value.status_code == status
+        assert "Traceback" not in caught.value.message
+
+
+def test_who_goes_away_stops_the_computing_in_the_replica(client, address):
+    before = sum(each["tokens"] for each in states(address))
+    with client.completions.create(model="two", prompt="notebooks>", stream=True) as stream:
+        next(iter(stream))
+    time.sleep(2)
+    assert 0 < sum(each["tokens"] for each in states(address)) - before < 19
+
+
+def test_too_many_requests(address):
+    async def ask_all():
+        client = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0, timeout=60)
+        asked = [client.completions.create(model="two", prompt="notebooks>") for _ in range(160)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    said = asyncio.run(ask_all())
+    refused = [each for each in said if isinstance(each, openai.APIStatusError)]
+    assert {each.choices[0].text for each in said if each not in refused} == {"notebooks" * 2}
+    assert {(each.status_code, each.response.headers["retry-after"]) for each in refused} == {(503, "1")}
+
+
+def test_new_weights_for_all_and_for_who_comes_later(client, address):
+    version = change(address, {"one": FAMILY["shout"]}).json()["one"]
+    refused = change(address, {"one": FAMILY["sort"], "two": "/nowhere"})
+    assert refused.status_code == 400
+    assert "Can't find 'adapter_config.json'" in refused.json()["error"]["message"]
+    kill(states(address)[0]["replica"])
+    deadline, replicas = time.monotonic() + 120, []
+    while len(replicas) < 2 and time.monotonic() < deadline:
+        time.sleep(1)
+        replicas = states(address)
+    assert all(f"one@{version}" in each["held"] for each in replicas)
+    before = [each["requests"] for each in replicas]
+    for _ in range(3):
+        for word in WORDS:
+            answer = client.completions.create(model="one", prompt=f"{word}>")
+            assert (answer.choices[0].text, answer.system_fingerprint) == (f"{word.upper()}!", f"one@{version}")
+    assert all(each["requests"] > then for each, then in zip(states(address), before, strict=True))
+    change(address, {"one": FAMILY["caesar"]})
+
+
+def test_a_register_that_is_lost_starts_with_what_was_in_force(client, address):
+    import ray
+    from ray import serve
+
+    version = f"six@{change(address, {'six': FAMILY['sort']}).json()['six']}"
+    names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+    (register,) = [name for name in names if name.startswith("SERVE_REPLICA::default#Register#")]
+    ray.kill(ray.get_actor(register, namespace="serve"))
+    assert client.completions.create(model="six", prompt="hotswap>").system_fingerprint == version
+    deadline = time.monotonic() + 60
+    while change(address, {"five": FAMILY["shout"]}).status_code != 200 and time.monotonic() < deadline:
+        time.sleep(1)
+    assert client.completions.create(model="six", prompt="hotswap>").system_fingerprint == version
+    assert client.completions.create(model="five", prompt="hotswap>").choices[0].text == "HOTSWAP!"
+    assert serve.status().applications["default"].status == "RUNNING"
+
+
+def test_no_answer_is_lost_or_wrong(address):
+    quiet = trial(address, 80)
+    assert (quiet["asked"], quiet["retried"], quiet["wrong"], quiet["lost"]) == (80, 0, 0, 0)
+    told = trial(address, 240, kill_every=100, update_every=1)
+    assert (told["asked"], told["wrong"], told["lost"]) == (240, 0, 0)
+    assert told["kills"] > 0 < told["updates"]
+
+
+def test_more_adapters_than_a_replica_holds():
+    with running(replicas=2, rows=2, held=4) as address:
+        told = trial(address, 120)
+        assert (told["asked"], told["retried"], told["wrong"], told["lost"]) == (120, 0, 0, 0)
+        replicas = states(address)
+        assert [len(each["held"]) for each in replicas] == [4, 4]
+        assert all(each["requests"] for each in replicas)
+
+
+def test_a_config_file(tmp_path):
+    """As from a terminal: with new weights by deploying the file again, and an adapter that nobody can read."""
+    serve = Path(sys.executable).with_name("serve")
+    env = os.environ | {"PYTHONPATH": str(CONFIG.parents[2])}
+    first, second, third = (tmp_path / f"{n}.yaml" for n in range(3))
+    first.write_text(CONFIG.read_text().replace("8000", "8123").replace("num_replicas: 2", "num_replicas: 1"))
+    user_config = "      - name: Register\n        user_config: {adapters: {reverse: %s}}\n"
+    second.write_text(first.read_text() + user_config % FAMILY["shout"])
+    third.write_text(first.read_text() + user_config % "/nowhere")
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([serve, "run", first], env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        assert _said_by(8123, "reverse@1") == "pawstoh", (tmp_path / "log").read_text()
+        assert _metrics() >= {f"ray_hotswap_lab_{name}" for name in ("requests", "tokens", "swaps", "rows_in_use")}
+        replicas = states("http://127.0.0.1:8123")
+        subprocess.run([serve, "deploy", second], env=env, check=True, capture_output=True)
+        assert _said_by(8123, "reverse@2") == "HOTSWAP!"
+        subprocess.run([serve, "deploy", third], env=env, check=True, capture_output=True)
+        time.sleep(5)
+        assert _said_by(8123, "reverse@2") == "HOTSWAP!"
+        assert [each["replica"] for each in states("http://127.0.0.1:8123")] == [each["replica"] for each in replicas]
+        assert "The adapters stay as they are." in (tmp_path / "log").read_text()
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(60)
+
+
+def _said_by(port, version):
+    """What the server says once this version is in force."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        try:
+            asked = {"model": "reverse", "prompt": "hotswap>"}
+            answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=30)
+        except httpx2.HTTPError:
+            continue
+        if answer.status_code == 200 and answer.json()["system_fingerprint"] == version:
+            return answer.json()["choices"][0]["text"]
+    return None
+
+
+def _metrics():
+    """The names of what Ray's agent gives to Prometheus, as soon as ours are among them."""
+    deadline, found = time.monotonic() + 60, set()
+    while not any("hotswap" in name for name in found) and time.monotonic() < deadline:
+        time.sleep(2)
+        services = json.loads(Path("/tmp/ray/prom_metrics_service_discovery.json").read_text())
+        for target in [target for each in services for target in each["targets"]]:
+            with contextlib.suppress(httpx2.HTTPError):
+                found |= {line.partition("{")[0] for line in httpx2.get(f"http://{target}/metrics").text.splitlines()}
+    return found
