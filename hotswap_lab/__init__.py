@@ -16,6 +16,7 @@ A compiled model          ``prepare_model_for_compiled_hotswap`` first; ``Recomp
 Many adapters             ``AdapterPool``; ``set_strength``, ``get_strength``; threads: ``in_use``, ``waiting_at_most``
 Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``
 Files                     ``save_adapter``, ``find_adapters`` (the Hub's search)
+Many users                ``hotswap_lab.serving``: OpenAI's API in front, Ray Serve around it
 
 ``help(hotswap_lab.hotswap_adapter)`` has the arguments, errors and an example; so it is with each of these. The
 notebooks teach all of it from the start, and ``hotswap_lab.core`` says in which order to read the engine's code. Why a
@@ -25,7 +26,7 @@ swap was refused stands in its ``HotswapError``: what was found, what was expect
 # no __all__: help(hotswap_lab) would print all that is in it, which is a book
 __version__ = "0.1.0"
 
-from . import beyond, shards  # noqa: F401 - other methods and sharded tensors are known from here on
+from . import beyond  # noqa: F401 - other methods and sharded tensors are known from here on
 from . import demo as demo
 from .backend import pick_backend as pick_backend
 from .core.adapter import Adapter as Adapter

@@ -38,16 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     right, wrong = True, False
     refusals = {}
     for name in demo.adapter_names():
-        row = compare(name, options.word, options.repeats)
-        equal = row.ours.state == "right"
+        answer, rows = compare(name, options.word, options.repeats)
+        ours, hotswap, load_delete = rows
+        equal = ours.state == "right"
         right &= equal
-        wrong |= "wrong" in f"{row.ours}{row.peft_hotswap}{row.peft_load_delete}"
-        if row.peft_hotswap.note:
-            refusals[name] = row.peft_hotswap.note
-        print(
-            f"{name:11}{row.answer:{width}}{equal!s:22}{row.ours!s:14}{row.peft_hotswap!s:20}{row.peft_load_delete}",
-            flush=True,
-        )
+        wrong |= "wrong" in [row.state for row in rows]
+        if hotswap.note:
+            refusals[name] = hotswap.note
+        print(f"{name:11}{answer:{width}}{equal!s:22}{ours!s:14}{hotswap!s:20}{load_delete}", flush=True)
     print("\nTimes: from reverse to this adapter, from disk, median of", options.repeats)
     if wrong:
         print("wrong: no error, but other outputs than a fresh load")

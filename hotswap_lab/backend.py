@@ -11,9 +11,6 @@ import torch
 
 from .core.compiled import BLIND_SPOTS
 
-#: what builds C++ code as well, but can't link it
-C_COMPILERS = ("gcc", "cc", "clang")
-
 
 def pick_backend() -> str:
     """A backend for ``torch.compile`` that works on this machine: ``"inductor"``, or else ``"aot_eager"``.
@@ -30,22 +27,14 @@ def pick_backend() -> str:
     reason = _why_not_inductor()
     if reason is None:
         return "inductor"
+    # PEFT leaves a C compiler there when it has loaded a BOFT adapter
+    named = f" (CXX names {os.environ['CXX']!r}: remove it, or set it to 'g++')" if "CXX" in os.environ else ""
     warnings.warn(
         f"torch.compile can't build code here ({reason}), so backend 'aot_eager' is used: recompiles are counted as "
-        f"ever, but nothing gets faster. {_what_to_do()}",
+        f"ever, but nothing gets faster. Install a C++ compiler such as g++ for inductor{named}, and start anew.",
         stacklevel=2,
     )
     return "aot_eager"
-
-
-def _what_to_do() -> str:
-    compiler = os.environ.get("CXX", "")
-    if os.path.basename(compiler) in C_COMPILERS:
-        return (
-            f"The environment variable CXX names {compiler!r}, a C compiler, which leaves the C++ library out (PEFT "
-            "sets it so when it loads a BOFT adapter): remove it or set it to 'g++', and start this process anew."
-        )
-    return "Install a C++ compiler such as g++ for inductor."
 
 
 @functools.cache

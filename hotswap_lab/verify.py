@@ -27,6 +27,7 @@ from .beyond.wrappers import WRAPPERS, inside
 from .core.adapter import Adapter
 from .core.errors import refuse
 from .core.host import PEFT_PREFIX, Host, canonical_path, name_in
+from .core.journal import Journal
 from .core.slot import Slot, resolve_slot
 from .core.sources import find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
@@ -222,20 +223,16 @@ def _as_folder(adapter: str | os.PathLike[str] | Adapter) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
+    journal = Journal()
     try:
-        for module in training:
-            module.training = False
+        for module in model.modules():
+            if module.training:
+                journal.set_attribute(module, "training", False)
         yield
-        _back_to_training(training)
+        journal.roll_back()
     except BaseException:  # Ctrl-C on the way back, too
-        _back_to_training(training)
+        journal.roll_back()
         raise
-
-
-def _back_to_training(modules: list[torch.nn.Module]) -> None:
-    for module in modules:
-        module.training = True
 
 
 def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:

@@ -227,3 +227,12 @@ def _readable(text: str) -> str:
     text = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", text)
     text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
     return re.sub(r"\b(?:self|L\['self'\])\.", "", text)
+
+
+def readable(seconds: float) -> str:
+    """A time in the unit that fits.
+
+    >>> readable(2.0), readable(0.0123), readable(0.0000456)
+    ('2 s', '12.3 ms', '0.0456 ms')
+    """
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"

@@ -30,6 +30,7 @@ from types import CodeType
 import torch
 
 import hotswap_lab
+from hotswap_lab import HotswapError
 
 PACKAGE = str(Path(hotswap_lab.__file__).parent)
 TESTS = str(Path(__file__).parent)
@@ -37,7 +38,7 @@ TESTS = str(Path(__file__).parent)
 STRANGERS = f"{os.sep}tqdm{os.sep}"
 #: what takes a failed write back is left alone: it is what is tested; and so is what takes temporary files away, of
 #: which something stays if it fails
-SPARED = frozenset({"roll_back", "_restore", "_cleared_away", "_back_to_training", "cleanup"})
+SPARED = frozenset({"roll_back", "_restore", "_cleared_away", "cleanup"})
 #: what enters and leaves blocks, and takes and gives back locks: no line of it can fail
 BLOCKS = frozenset({"_taken", "waiting_at_most", "put_back", "_opened", "_locked", "__enter__", "__exit__"})
 #: nor here; but Ctrl-C may come at any of its steps
@@ -134,7 +135,7 @@ def run_with_ctrl_c(action: Callable[[], object], delay: float) -> Outcome:
         while not pressing.finished.is_set():  # Python 3.11's join() releases a lock twice if it is interrupted
             time.sleep(0.001)
         time.sleep(0.003)  # in which a signal that was just sent is delivered
-    except KeyboardInterrupt as raised:
+    except (KeyboardInterrupt, HotswapError) as raised:  # the library that reads a file may take it for a damage there
         error = raised
     sys.setswitchinterval(interval)
     kept = signal.getsignal(signal.SIGINT) is handler

@@ -11,7 +11,7 @@ import pytest
 import hotswap_lab
 from hotswap_lab import __main__ as main_module
 from hotswap_lab import demo
-from hotswap_lab.bench.compare import Comparison, compare
+from hotswap_lab.bench.compare import compare
 from hotswap_lab.bench.report import Row
 from hotswap_lab.bench.timing import Timing
 
@@ -36,7 +36,7 @@ def test_a_wrong_swap_ends_in_an_error(monkeypatch, capsys):
     def wrong(name, word, repeats):
         time = Timing(0.002, 0.001, 3)
         ours, theirs = Row(8, "ours", "wrong", time), Row(8, "PEFT", "refused", note="no")
-        return Comparison(name, "?", ours, theirs, Row(8, "PEFT load", "right", time))
+        return "?", [ours, theirs, Row(8, "PEFT load", "right", time)]
 
     monkeypatch.setattr(main_module, "compare", wrong)
     assert main_module.main(["--repeats", "1"]) == 1
@@ -55,10 +55,11 @@ def test_words_the_model_does_not_know_are_refused(capsys, word):
 
 def test_pefts_hotswap_is_judged_by_the_same_oracle():
     """shout lacks most layers of reverse: PEFT can do that. sort has patterns: PEFT refuses."""
-    assert compare("shout", "abc", 2).peft_hotswap.state == "right"
-    row = compare("sort", "abc", 2)
-    assert (row.peft_hotswap.timing, row.ours.state, row.peft_load_delete.state) == (None, "right", "right")
-    assert str(row.peft_hotswap) == "refused"
+    _, (_, theirs, _) = compare("shout", "abc", 2)
+    assert theirs.state == "right"
+    answer, (ours, theirs, load_delete) = compare("sort", "cab", 2)
+    assert (answer, theirs.timing, ours.state, load_delete.state) == ("abc", None, "right", "right")
+    assert str(theirs) == "refused"
 
 
 def test_help_is_a_tour_of_one_page():

@@ -2,7 +2,7 @@
 
 python -m hotswap_lab.bench
 python -m hotswap_lab.bench --model tiny --rank 4 --n 5
-python -m hotswap_lab.bench --rank 64 --compiled --spread --memory 10000 --json bench.json --plot bench.svg
+python -m hotswap_lab.bench --rank 64 --compiled --rows --json bench.json --plot bench.svg
 
 The weights are random: a swap copies them and never looks at what they mean. The ways take turns, a few calls each, so
 that whatever else the machine does in between hits all of them alike. Each goes back and forth between two adapters,
@@ -11,43 +11,27 @@ and is checked before against ``PeftModel.from_pretrained`` of both.
 
 from __future__ import annotations
 
-import platform
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 
 import torch
 
-from .. import __version__
 from .compiled import measure_compiled
-from .extras import measure_memory, measure_spread, measure_turns, measure_waiting
-from .report import MEMCPY as MEMCPY
-from .report import PEFT_STATE_DICT as PEFT_STATE_DICT
-from .report import Report
-from .report import Row as Row
+from .report import Extra, Report, Row
 from .rows import measure_rows
-from .scene import Scene, make_base
-from .scene import Way as Way
+from .scene import Scene, Way, make_base
 from .settings import Settings
-from .timing import in_rounds as in_rounds
-from .timing import machine
-from .ways import disk_way as disk_way
+from .timing import in_rounds, machine, waited_for_a_core
 from .ways import measure_ways
-from .ways import memcpy_way as memcpy_way
-from .ways import peft_hotswap_way as peft_hotswap_way
-from .ways import peft_load_way as peft_load_way
-from .ways import peft_state_dict_way as peft_state_dict_way
-from .ways import pool_way as pool_way
+
+__all__ = ["Report", "Row", "Scene", "Settings", "Way", "in_rounds", "make_base", "run"]
 
 #: what goes beyond the table, by the setting that asks for it
-FURTHER = {
-    "compiled": measure_compiled,
-    "rows": measure_rows,
-    "memory": measure_memory,
-    "spread": measure_spread,
-    "turns": measure_turns,
-}
+FURTHER = {"compiled": measure_compiled, "rows": measure_rows}
+#: the share of the time spent waiting for a core from which on the machine was too busy to trust the table
+BUSY = 0.02
 
 
 def run(
@@ -91,17 +75,27 @@ def run(
                     say(f"rank {rank}: making two adapters, timing each way {settings.n} times")
                     scene = Scene(base, settings, rank, folder)
                     sizes.append(scene.size)
-                    extras += measure_waiting(rank, lambda scene=scene: rows.extend(measure_ways(scene, make)))
+                    before, start = waited_for_a_core(), time.perf_counter()
+                    rows += measure_ways(scene, make)
+                    extras += say_of_waiting(rank, before, waited_for_a_core(), time.perf_counter() - start)
                     for name, measure in FURTHER.items():
                         if getattr(settings, name):
                             say(f"rank {rank}: {name}")
                             extras += measure(scene)
-        return Report(machine(), versions(), settings, tuple(sizes), tuple(rows), tuple(extras))
+        return Report(machine(), settings, tuple(sizes), tuple(rows), tuple(extras))
     finally:
         torch.set_num_threads(threads)
 
 
-def versions() -> dict[str, str]:
-    """Of Python and every package that takes part."""
-    packages = {name: version(name) for name in ("peft", "transformers", "safetensors")}
-    return {"python": platform.python_version(), "hotswap_lab": __version__, "torch": torch.__version__, **packages}
+def say_of_waiting(rank: int, before: float, after: float, seconds: float) -> list[Extra]:
+    """Says whether other programs were in the way of what took so many seconds, if the system counts that.
+
+    A copy by two threads that finds one core taken waits for the scheduler: milliseconds, where it takes a fraction of
+    one. A median can't show that if it happens at every call.
+    """
+    share = (after - before) / seconds
+    text = f"waiting for a core that another program had: {share:.1%} of the time"
+    if share > BUSY:
+        fewer = ", or with --threads 1" if torch.get_num_threads() > 1 else ""
+        text += f". TOO BUSY: measure again when the machine is idle{fewer}"
+    return [Extra("waiting", rank, text, {"share": share})] if before else []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from dataclasses import dataclass
 
 from .. import demo
 from .report import Row
@@ -21,26 +20,18 @@ from .ways import disk_way, peft_hotswap_way, peft_load_way
 FIRST = "reverse"
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One adapter: what the model then answers, and how each way did."""
+def compare(name: str, word: str, repeats: int) -> tuple[str, list[Row]]:
+    """Swaps the adapter ``name`` in, all three ways, ``repeats`` times each; the way back doesn't count.
 
-    adapter: str
-    answer: str
-    ours: Row
-    peft_hotswap: Row
-    peft_load_delete: Row
-
-
-def compare(name: str, word: str, repeats: int) -> Comparison:
-    """Swaps the adapter ``name`` in, all three ways, ``repeats`` times each; the way back doesn't count."""
+    Returns what the model then answers to ``word``, and how each way did.
+    """
     folders = demo.adapter_path(FIRST), demo.adapter_path(name)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         scene = Scene(demo.load_base(), Settings(model="demo"), rank=8, folders=folders)
         ways = disk_way(scene, "hotswap_lab, disk", scene.load()), peft_hotswap_way(scene), peft_load_way(scene)
         rows = [_row(scene, way, repeats) for way in ways]
-        return Comparison(name, demo.ask(ways[0].model, demo.load_tokenizer(), word), *rows)
+        return demo.ask(ways[0].model, demo.load_tokenizer(), word), rows
 
 
 def _row(scene: Scene, way: Way, repeats: int) -> Row:

@@ -89,8 +89,6 @@ class Report:
     ----------
     machine:
         Hardware, threads and the versions that matter most, in one line.
-    versions:
-        Of every package that takes part.
     settings:
         What was asked for.
     sizes, rows, extras:
@@ -98,7 +96,6 @@ class Report:
     """
 
     machine: str
-    versions: Mapping[str, str]
     settings: Settings
     sizes: tuple[Size, ...]
     rows: tuple[Row, ...]

@@ -39,12 +39,6 @@ class Settings:
         The length of the input where a forward call is timed.
     rows:
         Whether to time batches in which each row has its own adapter. This forgets what was compiled before, too.
-    memory:
-        After how many swaps to look whether the process has grown. 0: not at all.
-    spread:
-        Whether to time the same bytes over ten times as many tensors.
-    turns:
-        Whether to time what :func:`hotswap_lab.in_use` adds to a forward call.
     """
 
     model: str = "smollm2"
@@ -59,9 +53,6 @@ class Settings:
     backend: str | None = None
     tokens: int = 64
     rows: bool = False
-    memory: int = 0
-    spread: bool = False
-    turns: bool = False
 
     def __post_init__(self) -> None:
         if self.model not in SHAPES or self.dtype not in DTYPES:
@@ -69,5 +60,5 @@ class Settings:
         if not self.ranks or (self.target_rank is not None and self.target_rank < max(self.ranks)):
             raise ValueError(f"ranks must hold one rank or more, none above target_rank: got {self.ranks}")
         numbers = (*self.ranks, self.n, self.threads, self.tokens, 1 if self.layers is None else self.layers)
-        if min(numbers) < 1 or self.memory < 0:
-            raise ValueError("ranks, n, threads, tokens and layers must be 1 or more, memory 0 or more")
+        if min(numbers) < 1:
+            raise ValueError("ranks, n, threads, tokens and layers must be 1 or more")

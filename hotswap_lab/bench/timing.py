@@ -14,7 +14,7 @@ from pathlib import Path
 import peft
 import torch
 
-from ..core.report import readable
+from ..watch import readable
 
 #: calls of one function before it is another one's turn
 PER_ROUND = 5
@@ -78,3 +78,8 @@ def machine() -> str:
         f"{processor}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}"
     )
+
+
+def waited_for_a_core() -> float:
+    """Seconds that the threads of this process were ready but had no core to run on; 0 where nobody counts them."""
+    return sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat")) / 1e9

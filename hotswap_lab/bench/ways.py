@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import PeftModel
@@ -12,7 +12,7 @@ from peft.utils import hotswap as peft_hotswap
 from ..core.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from .report import MEMCPY, PEFT_STATE_DICT, Row
 from .scene import Scene, Way
-from .timing import Timing, in_rounds
+from .timing import in_rounds
 
 
 def peft_load_way(scene: Scene) -> Way:
@@ -97,20 +97,16 @@ def make_ways(scene: Scene) -> list[Way]:
 
 
 def measure_ways(scene: Scene, make: Callable[[Scene], list[Way]] | None = None) -> list[Row]:
-    """The table for one rank."""
+    """The table for one rank: each way's check beside its time, and that time beside PEFT's and a plain copy's."""
     ways = {way.name: way for way in (make or make_ways)(scene)}
     checks = {name: way.check() for name, way in ways.items()}
     runs = {name: way.alternating(scene.settings.device) for name, way in ways.items() if checks[name][0] != "refused"}
-    return table(scene.rank, checks, in_rounds(runs, scene.settings.n))
-
-
-def table(rank: int, checks: Mapping[str, tuple[str, str]], timings: Mapping[str, Timing]) -> list[Row]:
-    """The rows: each way's check beside its time, and that time beside PEFT's and a plain copy's."""
+    timings = in_rounds(runs, scene.settings.n)
     theirs, floor = timings.get(PEFT_STATE_DICT), timings.get(MEMCPY)
     rows = []
     for name, (state, note) in checks.items():
         timing = timings.get(name)
         as_fast = theirs.median / timing.median if timing and theirs else None
         times_memcpy = timing.median / floor.median if timing and floor else None
-        rows.append(Row(rank, name, state, timing, as_fast, times_memcpy, note))
+        rows.append(Row(scene.rank, name, state, timing, as_fast, times_memcpy, note))
     return rows

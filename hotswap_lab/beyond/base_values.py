@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..core.change import ON_CONFIG
 from ..core.decide import CHECKS
 from ..core.errors import Refusal, listing, refusal
-from ..core.host import Host, canonical_path
+from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
 from ..core.layers import have_same_values
 from ..core.methods import method_of
@@ -29,6 +29,8 @@ ORIGINALS = "hotswap_base_values"
 #: on a config that a swap has put into a model: the base weights whose originals nobody has any more. A config that
 #: PEFT has put there has no such mark: its adapter's file may have overwritten whatever it names
 LOST = "_hotswap_lost"
+#: where PEFT asks a model for the embeddings
+EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 
 @dataclass
@@ -99,17 +101,16 @@ def change_base_values(
     given:
         Original values that the caller brings.
     """
-    change = BaseChange()
     for name in given.keys() & live.keys():
         value = given[name]
         if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == live[name].shape):
             kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
-            change.refusals.append(refusal("given_base_weights", name=name, kind=kind, shape=tuple(live[name].shape)))
-            return change
+            shape = tuple(live[name].shape)
+            return BaseChange(refusals=[refusal("given_base_weights", name=name, kind=kind, shape=shape)])
     unknown = lost_originals(host, adapter_name) & live.keys()
     kept = {**kept_originals(host.base, adapter_name), **{name: given[name] for name in unknown & given.keys()}}
     unknown -= given.keys()
-    change.lost = frozenset(unknown)
+    change = BaseChange(lost=frozenset(unknown))
     for name, value in {**kept, **new}.items():
         original = kept.get(name, live[name])
         if name in new and name not in unknown and not have_same_values(original, value):
@@ -126,7 +127,7 @@ def change_base_values(
 def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
     """Where a transformers model gets its embeddings from, and puts its logits out."""
     found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
+    for name in EMBEDDINGS:
         # not every model has these
         with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
             found.append(getattr(base, name)())
@@ -138,11 +139,9 @@ def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
     config = host.configs[adapter_name]
     if config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None:
         return
-    ids = list(map(id, embeddings_of(host.base)))
-    for path, module in host.base.named_modules():
-        is_one = isinstance(module, BaseTunerLayer) and id(module) in ids
-        if is_one and method_of(module).has_adapter(module, adapter_name):
-            yield f"{canonical_path(path)}.weight"
+    tuned = [each for each in embeddings_of(host.base) if isinstance(each, BaseTunerLayer)]
+    ones = [each for each in tuned if method_of(each).has_adapter(each, adapter_name)]
+    yield from (f"{path}.weight" for path, module in modules_in(host.base) if module in ones) if ones else ()
 
 
 def embeddings_turned_off(draft: Plan) -> list[LayerPlan]:

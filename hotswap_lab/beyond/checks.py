@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.decide import CHECKS, FIRST
 from ..core.errors import listing
 from ..core.host import PEFT_PREFIX, Config
-from ..core.plan import Action, LayerPlan, Plan, TensorPlan
+from ..core.plan import Action, Plan, TensorPlan
 from ..core.slot import Slot, expected_of
 from .kinds import reads_base
 
@@ -60,7 +60,10 @@ def resize_what_is_off(plan: Plan) -> None:
 
     PEFT's ``add_weighted_adapter`` adds the adapters up by the ranks of their configs, on every layer that has them.
     """
-    if plan.refusals or Action.RESIZE not in [layer.action for layer in plan.layers] or plan.slot.tensors[0].is_shard:
+    if plan.refusals or Action.RESIZE not in [layer.action for layer in plan.layers]:
+        return
+    # in tensor parallelism, some tensors are spread over processes and some are not
+    if True in [tensor.is_shard for tensor in plan.slot.tensors]:
         return
     ranks = {layer.settings.rank for layer in plan.layers if layer.settings}
     # added layers come last
@@ -68,19 +71,13 @@ def resize_what_is_off(plan: Plan) -> None:
         plan.layers, plan.slot.once_for(plan.config, expected_of), plan.fixed, strict=False
     ):
         # any other rank may be as large as a damaged config says
-        if layer.action is not Action.OFF or fixed or settings.rank not in ranks:
+        if layer.action is not Action.OFF or fixed or (rank := settings.rank) not in ranks:
             continue
-        if settings.rank % layer.layer.tensors[0].rank_step == 0:
-            layer.tensors = tuple(_zeros_of(layer, settings.rank))
-
-
-def _zeros_of(layer: LayerPlan, rank: int) -> list[TensorPlan]:
-    writes = []
-    for target in layer.layer.tensors:
-        # a single zero, repeated without taking memory
-        zero = target.parameter.detach().new_zeros(())
-        writes.append(TensorPlan(target, None if target.rank_axis is None else zero.expand(target.shape_for(rank))))
-    return writes
+        if rank % (targets := layer.layer.tensors)[0].rank_step == 0:
+            # a single zero, repeated without taking memory
+            zero = targets[0].parameter.detach().new_zeros(())
+            zeros = [None if each.rank_axis is None else zero.expand(each.shape_for(rank)) for each in targets]
+            layer.tensors = tuple(map(TensorPlan, targets, zeros))
 
 
 def check_arrow(plan: Plan) -> None:
@@ -103,7 +100,17 @@ def correct_fan_in_fan_out(plan: Plan) -> None:
 
 
 def _has_conv1d(slot: Slot, config: Config) -> bool:
-    return any(isinstance(module, Conv1D) for module in slot.modules)
+    return True in [isinstance(module, Conv1D) for module in slot.modules]
+
+
+def note_missing_targets(plan: Plan) -> None:
+    """Says which layers an adapter names and has no tensors for."""
+    off = [layer for layer in plan.layers if layer.action is Action.OFF] if plan.check_targets else []
+    if named := [layer.path for layer in off if plan.targets(layer)]:
+        plan.notes.append(
+            f"the config targets {len(named)} layers that the file has no tensors for ({listing(named, 2)}); "
+            "they are turned off"
+        )
 
 
 def note_other_base(plan: Plan) -> None:
@@ -157,4 +164,4 @@ def _storage(tensor: torch.Tensor) -> int | None:
 
 
 FIRST += [check_prefixes, keep_apart, check_arrow, note_other_base]
-CHECKS += [check_containers, check_base, resize_what_is_off, correct_fan_in_fan_out]
+CHECKS += [check_containers, check_base, resize_what_is_off, correct_fan_in_fan_out, note_missing_targets]

@@ -5,6 +5,7 @@ PEFT takes a config from a file without looking at it, so what is there may be o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -13,9 +14,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 
 from ..core.errors import Refusal, refusal
-from ..core.host import kind_of
+from ..core.host import Host, kind_of
 
 #: ranks up to this one are small in any layer
 POINTLESS = 1024
@@ -61,14 +65,29 @@ def form_for(config: PeftConfig) -> tuple[bool, bool]:
     return bool(config.use_dora), bool(config.lora_bias)
 
 
+def complete(config: PeftConfig, host: Host) -> PeftConfig:
+    """Spells the target modules of LoRA's config out for a model, as a fresh load leaves them."""
+    if config.target_modules is None:
+        model_type = getattr(getattr(host.base, "config", None), "model_type", None)
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))
+        if known is not None:
+            config.target_modules = known if isinstance(known, str) else set(known)
+    config: Any = _maybe_include_all_linear_layers(config, host.base)
+    names = config.target_modules
+    if isinstance(names, (list, set)) and len(names) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        ends = tuple(f".{name}" for name in names)
+        others = [path for path, _ in host.base.named_modules() if path not in names and not path.endswith(ends)]
+        fewer = _find_minimal_target_modules(names, others)
+        if len(fewer) < len(names):
+            config.target_modules = fewer
+    return config
+
+
 # ---- values of the wrong kind
 
 
 def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number that is larger than any float
-        return False
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_rank(value: Any) -> bool:
@@ -91,7 +110,7 @@ def _are_indices(value: Any) -> bool:
     return value is None or all(type(each) is int for each in (value if isinstance(value, list) else [value]))
 
 
-#: fields of LoRA's config, what their values are checked by, and what they should be
+#: fields of LoRA's config, what their values are checked by (if need be by an error), and what they should be
 RULES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (("r",), _is_rank, "a positive whole number"),
     (("lora_alpha",), _is_number, "a number"),
@@ -101,11 +120,7 @@ RULES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (("init_lora_weights",), lambda value: _is_flag(value) or isinstance(value, str), "true, false or a name"),
     (("rank_pattern",), lambda value: _is_pattern(value, _is_rank), "names of layers with positive whole numbers"),
     (("alpha_pattern",), lambda value: _is_pattern(value, _is_number), "names of layers with numbers"),
-    (
-        ("target_modules", "exclude_modules", "layers_pattern"),
-        _is_selection,
-        "a list of names or one regular expression",
-    ),
+    (("target_modules", "exclude_modules", "layers_pattern"), _is_selection, "a list of names or one expression"),
     (("layers_to_transform",), _are_indices, "a list of whole numbers, or one"),
 ]
 
@@ -128,12 +143,10 @@ def _damaged_lora(config: PeftConfig) -> Iterator[Refusal]:
     for names, is_right, expected in RULES:
         for name in names:
             value = getattr(config, name)
-            try:
-                right = is_right(value)
-            except Exception:  # of any kind, depending on what is there instead
-                right = False
-            if not right:
-                yield refusal("config_damaged", name=name, value=value, expected=expected)
+            with contextlib.suppress(Exception):  # of any kind, depending on what is there instead
+                if is_right(value):
+                    continue
+            yield refusal("config_damaged", name=name, value=value, expected=expected)
     yield from _broken_expressions(config)
 
 

@@ -6,8 +6,8 @@ PEFT loads the new adapter beside the model, and the two are compared. What come
 from __future__ import annotations
 
 import copy
+import functools
 import json
-from dataclasses import dataclass, field
 
 import torch
 from peft import PeftConfig, PeftType
@@ -19,13 +19,10 @@ from ..core.host import canonical_path
 from ..core.journal import Journal
 from ..core.plan import Plan
 from ..core.prepared import has_fixed_size, is_padded
-from ..core.slot import Slot
-from ..shards import check_parallel_training, holds_shards
 from . import general
 from .base_values import (
     LOST,
     ORIGINALS,
-    BaseChange,
     change_base_values,
     embeddings_turned_off,
     kept_originals,
@@ -36,6 +33,7 @@ from .difference import Graft, difference
 from .donor import Donor, load_donor
 from .kinds import is_special, reads_base
 from .places import Places, find_places, keep_places, places_of
+from .shards import check_parallel_training, holds_shards
 from .wrappers import wrappers_in
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
@@ -76,66 +74,41 @@ def turns_embeddings_off(draft: Plan) -> bool:
 # ---- what it comes to
 
 
-@dataclass
-class Grafting:
-    """A decided swap by a donor, or why there is none."""
+def change_for(plan: Plan, places: Places | None) -> Change:
+    """All that is to be written to the live model."""
+    slot, graft = plan.slot, plan.grafting
+    stays = graft.writes_values_only and slot.room is None and slot.method is not general
+    change = Change(slot, plan.config, slot_after=slot if stays else None)
+    for target, source in (*graft.copies, *graft.base.copies):
+        change.copy(target, source)
+    for parameter, source in graft.resizes:
+        change.resize(parameter, source)
+    # copies: what is in the base model now is about to be overwritten
+    originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
+    change.steps += [
+        *(lambda journal, each=each: clear_gradient(each, journal) for each in graft.parameters),
+        *graft.steps,
+        lambda journal: _note(plan, places, originals, journal),
+    ]
+    return change
 
-    graft: Graft = field(default_factory=Graft)
-    base: BaseChange = field(default_factory=BaseChange)
-    #: where the tensors of an adapter with the same config would go
-    places: Places | None = None
-    #: what PEFT said when it could not load the adapter
-    cause: Exception | None = None
-    #: base weights whose ``requires_grad`` changes, too
-    requires_grad: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
 
-    @property
-    def writes_values_only(self) -> bool:
-        return self.graft.writes_values_only
-
-    @property
-    def differences(self) -> list[str]:
-        return self.graft.differences
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes that are written to the model's tensors."""
-        written = [target for target, _ in (*self.graft.copies, *self.base.copies)]
-        return sum(each.nbytes for each in (*written, *(source for _, source in self.graft.resizes)))
-
-    def change_for(self, plan: Plan) -> Change:
-        """All that is to be written to the live model."""
-        slot, graft = plan.slot, self.graft
-        stays = self.writes_values_only and slot.room is None and slot.method is not general
-        change = Change(slot, plan.config, slot_after=slot if stays else None)
-        for target, source in (*graft.copies, *self.base.copies):
-            change.copy(target, source)
-        for parameter, source in graft.resizes:
-            change.resize(parameter, source)
-        # copies: what is in the base model now is about to be overwritten
-        originals = {name: value.detach().clone() for name, value in self.base.originals.items()}
-        change.steps += [
-            *(lambda journal, each=each: clear_gradient(each, journal) for each in graft.parameters),
-            *graft.steps,
-            lambda journal: self._note(slot, plan.config, originals, journal),
-        ]
-        return change
-
-    def _note(self, slot: Slot, config: PeftConfig, originals: dict[str, torch.Tensor], journal: Journal) -> None:
-        """What is to be known when the next adapter comes."""
-        host, name, noted = slot.host, slot.adapter_name, slot.host.base.__dict__
-        for parameter, value in self.requires_grad:
-            clear_gradient(parameter, journal)
-            journal.set_attribute(parameter, "requires_grad", value)
-        journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: originals})
-        config.__dict__[LOST] = self.base.lost
-        keep_places(slot, self.places, config, journal)
-        if self.graft.unwrapped:
-            former = former_layers(host.base, name).union(self.graft.unwrapped)
-            journal.set_item(noted, FORMER_LAYERS, {**noted.get(FORMER_LAYERS, {}), name: former})
-        names = getattr(host.tuner, "targeted_module_names", None)
-        if self.graft.added and names is not None:
-            journal.set_attribute(host.tuner, "targeted_module_names", [*dict.fromkeys([*names, *self.graft.added])])
+def _note(plan: Plan, places: Places | None, originals: dict[str, torch.Tensor], journal: Journal) -> None:
+    """What is to be known when the next adapter comes."""
+    graft, host, name = plan.grafting, plan.slot.host, plan.slot.adapter_name
+    noted = host.base.__dict__
+    for parameter, value in graft.requires_grad:
+        clear_gradient(parameter, journal)
+        journal.set_attribute(parameter, "requires_grad", value)
+    journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: originals})
+    plan.config.__dict__[LOST] = graft.base.lost
+    keep_places(plan.slot, places, plan.config, journal)
+    if graft.unwrapped:
+        former = former_layers(host.base, name).union(graft.unwrapped)
+        journal.set_item(noted, FORMER_LAYERS, {**noted.get(FORMER_LAYERS, {}), name: former})
+    names = getattr(host.tuner, "targeted_module_names", None)
+    if graft.added and names is not None:
+        journal.set_attribute(host.tuner, "targeted_module_names", [*dict.fromkeys([*names, *graft.added])])
 
 
 def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
@@ -153,13 +126,13 @@ def plan_with_donor(draft: Plan) -> Plan:
     draft.config.inference_mode = slot.config.inference_mode
     if not draft.check_targets and getattr(draft.config, "target_modules", "") is None:
         draft.config.target_modules = copy.copy(slot.config.target_modules)
-    draft.grafting = Grafting()
-    draft.make_change = draft.grafting.change_for
+    draft.grafting = Graft()
     in_base = {each for _, wrapper in wrappers_in(slot.host.base) for each in getattr(wrapper, "merged_adapters", ())}
     if name in in_base:
         draft.refuse("merged", adapter_name=name)
-    _decide(draft, draft.grafting, in_base - {name})
-    graft = draft.grafting.graft
+    places = _decide(draft, in_base - {name})
+    draft.make_change = functools.partial(change_for, places=places)
+    graft = draft.grafting
     draft.layers = graft.layers
     if not graft.writes_values_only:
         found = listing(graft.differences, 3)
@@ -172,50 +145,50 @@ def plan_with_donor(draft: Plan) -> Plan:
     return draft
 
 
-def _decide(draft: Plan, grafting: Grafting, others_merged: set[str]) -> None:
+def _decide(draft: Plan, others_merged: set[str]) -> Places | None:
+    """Fills in what is to be written. Returns where the tensors of an adapter with the same config would go."""
     slot, adapter, host, config = draft.slot, draft.adapter, draft.slot.host, draft.config
     name, base_weights = slot.adapter_name, draft.base_weights or {}
     if _layers_of_base(config) != _layers_of_base(slot.config):
         draft.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
-        return
+        return None
     known = places_of(slot)
     if known is not None and not base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
         draft.config = known.completed(config)
-        grafting.graft, grafting.places = known.graft_of(adapter), known
-        grafting.base.lost = lost_originals(host, name)
-        return
+        draft.grafting = known.graft_of(adapter)
+        draft.grafting.base.lost = lost_originals(host, name)
+        return known
     if slot.method is general and others_merged:
         # most methods start from the base weights: their singular vectors, their clusters, a copy
         draft.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
-        return
+        return None
     # a half-precision adapter has the precision of its base: it was loaded with ``autocast_adapter_dtype=False``
     half_precision = any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
     try:
         with slot.write_mode():
             donor = load_donor(host, config, adapter.tensors, name, half_precision=half_precision)
     except Exception as error:
-        grafting.cause = error
+        draft.grafting.cause = error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         draft.refuse("not_loadable", kind=type(error).__name__, lines=" ".join(lines[:3]))
-        return
+        return None
     draft.config = donor.config
     if _depends_on_class(draft, donor):
-        return
-    grafting.graft = graft = difference(host, donor, name)
+        return None
+    draft.grafting = graft = difference(host, donor, name)
     _check_complete(draft, donor)
     draft.refusals += graft.refusals
     former = former_layers(host.base, name)
     if (added := [path for path in graft.added if path not in former]) and not draft.add_layers:
         draft.refuse("lacks_layers", count=len(added), added=listing(added, 3), name=name)
     live, twins = donor.live_values, donor.twins
-    grafting.base = change_base_values(host, name, donor.base_values, live, base_weights)
-    draft.refusals += grafting.base.refusals
-    if not draft.refusals:
-        grafting.places = find_places(slot, adapter, donor, graft)
+    graft.base = change_base_values(host, name, donor.base_values, live, base_weights)
+    draft.refusals += graft.base.refusals
     if not config.inference_mode:
         paths = [path for path in live if path.endswith("bias") or path in donor.base_values]
         changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]
-        grafting.requires_grad = [(live[path], twins[path].requires_grad) for path in changed]
+        graft.requires_grad = [(live[path], twins[path].requires_grad) for path in changed]
+    return None if draft.refusals else find_places(slot, adapter, donor, graft)
 
 
 def _layers_of_base(config: PeftConfig) -> str:

@@ -29,16 +29,17 @@ from ..core.methods import method_of
 from ..core.plan import Action, LayerPlan
 from ..core.prepared import is_marked_off, is_off, is_padded, set_off
 from ..core.slot import SlotLayer
+from .base_values import BaseChange
 from .donor import Donor
 from .sameness import are_equal, have_same_bits, have_same_form
 from .wrappers import (
     NOT_COMPARED,
+    TABLES,
     WRAPPERS,
     are_alike,
     entries_under,
     has_adapter,
     holder_of_inside,
-    is_table,
     own_modules,
     peel,
     rank_of,
@@ -66,7 +67,10 @@ class WholeSettings:
 
 @dataclass
 class Graft:
-    """Everything to write: values in place, parameters of other shapes, and changes of tables and attributes."""
+    """Everything to write: values in place, parameters of other shapes, and changes of tables and attributes.
+
+    Or why nothing can be written.
+    """
 
     #: pairs of a live tensor and what it gets
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -89,11 +93,22 @@ class Graft:
     in_place: dict[int, tuple[MutableMapping[str, Any], str, torch.Tensor]] = field(default_factory=dict)
     #: tables that have a plain value under the adapter's name, and what that is
     scalars: list[tuple[MutableMapping[str, Any], object]] = field(default_factory=list)
+    #: what becomes of the base model's own weights, and those whose ``requires_grad`` changes
+    base: BaseChange = field(default_factory=BaseChange)
+    requires_grad: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
+    #: what PEFT said when it could not load the adapter
+    cause: Exception | None = None
 
     @property
     def writes_values_only(self) -> bool:
         """Whether shapes, tables and attributes all stay, so that a compiled graph stays valid."""
         return all(each.endswith(BOOKKEEPING) for each in self.differences)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are written to the model's tensors."""
+        written = [target for target, _ in (*self.copies, *self.base.copies)]
+        return sum(each.nbytes for each in (*written, *(source for _, source in self.resizes)))
 
 
 def difference(host: Host, donor: Donor, adapter_name: str) -> Graft:
@@ -258,7 +273,7 @@ class _Comparison:
             present = live._modules.get(attribute)
             if value is None or (not own and (attribute == skipped or id(value) in self.live_of)):
                 continue
-            if not own and is_table(value) and is_table(present):
+            if not own and isinstance(value, TABLES) and isinstance(present, TABLES):
                 self._table(live, attribute, value, f"{path}: {attribute}")
             elif not own and isinstance(value, WRAPPERS) and isinstance(present, WRAPPERS):
                 self._pair(present, value, path)

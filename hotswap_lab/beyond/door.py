@@ -19,7 +19,7 @@ from ..core.shadow import adaptable
 from ..core.slot import Slot
 from . import general
 from .base_values import kept_originals
-from .configs import beside, judge, not_scaled
+from .configs import beside, complete, judge, not_scaled
 from .decide import changes_form, former_layers, is_beyond, plan_with_donor, turns_embeddings_off
 from .kinds import obstacle, turn_beside
 from .prepare import decide_general, no_room
@@ -33,6 +33,7 @@ class Beyond(methods.Rest):
     takes: Any = staticmethod(is_beyond)
     plan: Any = staticmethod(plan_with_donor)
     prepare: Any = staticmethod(decide_general)
+    complete: Any = staticmethod(complete)
     judge: Any = staticmethod(judge)
     no_room: Any = staticmethod(no_room)
     beside: Any = staticmethod(beside)
@@ -76,16 +77,9 @@ def has_strange_leftovers(draft: Plan) -> bool:
     """Whether what no layer took may mean something to PEFT: names of older models, other base weights."""
     if not draft.left or draft.compiled or draft.is_prepared:
         return False
-    base = draft.slot.host.base
-    return any(
-        adaptable(base, key) is None and not _is_unchanged_base_weight(draft, key, value)
-        for key, value in draft.left.items()
-    )
-
-
-def _is_unchanged_base_weight(draft: Plan, key: str, value: torch.Tensor) -> bool:
-    weight = _base_weight(draft, key)
-    return weight is not None and weight.shape == value.shape and have_same_values(weight, value)
+    strange = {key: value for key, value in draft.left.items() if adaptable(draft.slot.host.base, key) is None}
+    weights = {key: _base_weight(draft, key) for key in strange}
+    return any(weights[key] is None or not have_same_values(weights[key], value) for key, value in strange.items())
 
 
 def _base_weight(draft: Plan, key: str) -> torch.Tensor | None:

@@ -8,13 +8,7 @@ from typing import ClassVar
 
 import torch
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
-from peft.tuners.lora.variants import (
-    DoraConv1dVariant,
-    DoraConv2dVariant,
-    DoraConv3dVariant,
-    DoraEmbeddingVariant,
-    DoraLinearVariant,
-)
+from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
 from peft.utils.integrations import dequantize_module_weight
 
 from ..core import lora
@@ -137,21 +131,13 @@ def turn_beside(layer: TunerLayer, adapter_name: str, on: bool, journal: Journal
 # ---- what can't be written to
 
 #: variants whose tensors are known
-KNOWN_VARIANTS: list[type] = [
-    DoraLinearVariant,
-    DoraEmbeddingVariant,
-    DoraConv1dVariant,
-    DoraConv2dVariant,
-    DoraConv3dVariant,
-]
+KNOWN_VARIANTS: list[type] = [type(None), DoraLinearVariant, _DoraConvNdVariant]
 
 
 def is_special(layer: TunerLayer, adapter_name: str) -> bool:
     """Whether a layer of LoRA has state beyond what its tensors are known to be."""
     variant = layer.lora_variant.get(adapter_name)
-    return isinstance(layer, (MultiheadAttention, ParamWrapper)) or not isinstance(
-        variant, (type(None), *KNOWN_VARIANTS)
-    )
+    return isinstance(layer, (MultiheadAttention, ParamWrapper)) or not isinstance(variant, tuple(KNOWN_VARIANTS))
 
 
 def obstacle(layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:

@@ -18,6 +18,7 @@ from ..core.adapter import Adapter
 from ..core.journal import Journal
 from ..core.plan import Action
 from ..core.slot import Slot, Uncopied
+from .base_values import BaseChange
 from .difference import Graft
 from .donor import Donor
 from .sameness import have_same_bits
@@ -94,7 +95,7 @@ def find_places(slot: Slot, adapter: Adapter, donor: Donor, graft: Graft) -> Pla
         tensors[name] = place
     if len({id(live) for _, _, live in tensors.values()}) < len(tensors):
         return None
-    shown = replace(graft, copies=[], steps=[], in_place={})  # nothing of the donor
+    shown = replace(graft, copies=[], steps=[], in_place={}, base=BaseChange())  # nothing of the donor
     return Places(_what_it_is(adapter.config), None, tensors, shown)
 
 

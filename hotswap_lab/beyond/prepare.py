@@ -105,9 +105,7 @@ def _write_prepared(slot: Slot, journal: Journal) -> None:
     """Makes what a graph would take for a constant a tensor."""
     name = slot.adapter_name
     for layer in slot.layers:
-        scaling = layer.module.__dict__.get("scaling")
-        if isinstance(scaling, dict) and name in scaling:
-            scaling = scaling_tensor(scaling[name], layer.tensors[0].parameter.device)
-        else:
-            scaling = None
+        scaling = layer.module.__dict__.get("scaling", {}).get(name)  # some methods have none
+        if scaling is not None:
+            scaling = scaling_tensor(scaling, layer.tensors[0].parameter.device)
         make_prepared(layer.module, name, scaling, journal)

@@ -98,11 +98,8 @@ NOT_COMPARED = {
 NO_TABLES = NOT_COMPARED - {"modules_to_save"}
 
 
+#: tables that are modules
 TABLES = (torch.nn.ModuleDict, torch.nn.ParameterDict, BufferDict)
-
-
-def is_table(module: object) -> bool:
-    return isinstance(module, TABLES)
 
 
 def stores_of(table: MutableMapping[str, Any] | torch.nn.Module) -> tuple[MutableMapping[str, Any], ...]:

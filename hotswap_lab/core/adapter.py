@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,6 @@ from peft import PeftConfig, PeftType
 from .errors import HotswapError, listing, refuse
 from .host import Config
 from .sources import find_source, read_config, read_tensors
-
-#: torch sums up to this many numbers in the thread that asks for it
-GRAIN = 32768
-#: how many numbers are looked at without other threads
-FOR_ONE_THREAD = 16 * GRAIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +94,9 @@ class Adapter:
         """:meth:`load`; faster for one swap, after which it is let go of: its tensors may be the file itself."""
         place = find_source(source, hub)
         config = read_config(place)
-        tensors, whole = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
+        tensors, pieces = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
         adapter = cls(config, tensors, place.name, place.revision)
-        if whole is None or not all(map(_is_finite, _pieces_of(whole))):
+        if pieces is None or not all(map(_is_finite, pieces)):
             adapter._check_tensors(allow_nonfinite)
         return adapter
 
@@ -166,18 +161,10 @@ def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
     """What stands where a plain tensor should; None if one does."""
     if not isinstance(tensor, torch.Tensor):
         return type(tensor).__name__
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
-        return f"a tensor in the form {tensor.layout if tensor.layout != torch.strided else tensor.dtype}"
-    if tensor.is_meta:
-        return "a tensor without data (on the meta device)"
-    if only_weights and not tensor.is_floating_point():
-        return str(tensor.dtype)
+    is_plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+    if not is_plain or (only_weights and not tensor.is_floating_point()):
+        return f"a tensor of {tensor.dtype}, {tensor.layout}, on the device {tensor.device}"
     return None
-
-
-def _pieces_of(whole: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Waking torch's other threads takes longer than small sums do, and milliseconds where the machine is busy."""
-    return whole.split(GRAIN) if whole.numel() <= FOR_ONE_THREAD else [whole]
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -41,8 +41,6 @@ class Change:
         Modules, attributes that repeat a size of their parameters (``out_features`` of a ``lora_A``), and the new size.
     steps:
         All else. Each gets the journal, and notes there how it is undone.
-    after:
-        What is to be noted when all is written, and can't fail.
     slot_after:
         What the slot is afterwards; None where it has to be looked for.
     """
@@ -53,7 +51,6 @@ class Change:
     resizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
     sizes: list[tuple[torch.nn.Module, str, int | None]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    after: list[Callable[[], object]] = field(default_factory=list)
     slot_after: Slot | None = None
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -91,9 +88,6 @@ def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
         except BaseException:
             journal.roll_back()
             raise
-        for change in changes:
-            for note in change.after:
-                note()
 
 
 def _write(change: Change, journal: Journal) -> None:

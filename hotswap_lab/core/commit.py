@@ -17,27 +17,26 @@ from .plan import Plan
 from .slot import slot_for
 
 RECOMPILES = (
-    "changes shapes or numbers that the model was compiled for: its next call compiles again. Call "
-    "prepare_model_for_compiled_hotswap after loading the first adapter and before compiling, to swap without "
-    "recompiling. (Said once for this model.)"
+    "this changes shapes or numbers that the model was compiled for, and its next call compiles again; to swap without "
+    "recompiling, call prepare_model_for_compiled_hotswap after loading the first adapter and before compiling"
 )
 #: by base model, what its user has been warned of
 _said: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
-def commit(plan: Plan) -> None:
-    """Carries out a plan.
+def commit(*plans: Plan) -> None:
+    """Carries out a plan; or several, all of them or none: the parts of a pipeline, each with its own adapter.
 
     Parameters
     ----------
-    plan:
+    *plans:
         What :func:`hotswap_lab.plan_hotswap` returned. It is for the model as it was then: what would be written now is
         decided again, and refused where that is something else.
 
     Raises
     ------
     HotswapError
-        If the plan was refused. Whatever is raised, from here or from below, the model is as it was.
+        If a plan was refused. Whatever is raised, from here or from below, every model is as it was.
 
     Examples
     --------
@@ -47,20 +46,9 @@ def commit(plan: Plan) -> None:
     >>> demo.ask(model, tokenizer, "abc")
     'def'
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"commit() takes what plan_hotswap gives, a Plan: got a {type(plan).__name__}")
-    commit_together([plan])
-
-
-def commit_together(plans: Sequence[Plan]) -> None:
-    """Carries out several plans, all of them or none: the parts of a pipeline, each with its own adapter.
-
-    Raises
-    ------
-    HotswapError
-        If any of them was refused. Whatever is raised, every model is as it was.
-    """
     for plan in plans:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"commit() takes what plan_hotswap gives, a Plan: got a {type(plan).__name__}")
         plan.raise_if_refused()
     with guard(*(plan.slot.host.base for plan in plans)):
         carry_out([_decided_again(plan) for plan in plans])
@@ -70,11 +58,7 @@ def _decided_again(plan: Plan) -> Plan:
     name = plan.slot.adapter_name
     slot = slot_for(find_host(plan.slot.host.root, name), name)
     now = make_plan(
-        slot,
-        plan.adapter,
-        add_layers=plan.add_layers,
-        check_targets=plan.check_targets,
-        base_weights=plan.base_weights,
+        slot, plan.adapter, add_layers=plan.add_layers, check_targets=plan.check_targets, base_weights=plan.base_weights
     )
     if plan.told not in (None, now.answer):
         changed = refusal("model_changed_since_plan", adapter_name=name, verdict=now.verdict)
@@ -86,20 +70,14 @@ def carry_out(plans: Sequence[Plan]) -> None:
     """Writes what was just decided. Nobody else uses the models from before that on."""
     for plan in plans:
         plan.raise_if_refused()
-        if plan.will_recompile:
-            _warn_once(plan, RECOMPILES, f"Swapping {plan.adapter.label} in {RECOMPILES}")
         warn_of(plan)
     apply([plan.change() for plan in plans])
 
 
 def warn_of(plan: Plan) -> None:
     """Says what has to be said once for each model."""
-    for text in plan.warnings:
-        _warn_once(plan, text, f"{plan.title}: {text}. (Said once for this model.)")
-
-
-def _warn_once(plan: Plan, what: str, text: str) -> None:
     said = _said.setdefault(plan.slot.host.base, set())
-    if what not in said:
-        said.add(what)
-        warnings.warn(text, stacklevel=4)
+    for text in [*plan.warnings, *([RECOMPILES] if plan.will_recompile else [])]:
+        if text not in said:
+            said.add(text)
+            warnings.warn(f"{plan.title}: {text}. (Said once for this model.)", stacklevel=4)

@@ -6,6 +6,7 @@ said of all of it. Whatever speaks against the swap is collected, so that a user
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -48,7 +49,9 @@ def make_plan(
     """
     parts = compiled_parts(slot.host.root, slot.modules)
     plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, parts, add_layers, check_targets, base_weights)
-    for check in (_check_kind, *FIRST):
+    # adapters of two types, and configs that no fresh load takes either
+    plan.refusals += [*methods.misfits(slot, adapter), *methods.rest.judge(slot.config, "loaded")]
+    for check in FIRST:
         check(plan)
     if plan.refusals:
         return plan
@@ -56,7 +59,8 @@ def make_plan(
 
 
 def _decide(plan: Plan) -> Plan:
-    _complete_config(plan)
+    plan.config = methods.rest.complete(copy.deepcopy(plan.adapter.config), plan.slot.host)
+    plan.config.inference_mode = plan.slot.config.inference_mode
     _check_slot(plan)
     if plan.refusals:
         return plan
@@ -67,9 +71,7 @@ def _decide(plan: Plan) -> Plan:
         return other
     for check in (_check_capacity, *CHECKS, check_compiled):
         check(plan)
-    if plan.check_targets:
-        _note_missing_targets(plan)
-    else:
+    if not plan.check_targets:
         _retarget_config(plan)
     if not plan.refusals and plan.adapter.tensors and not any(layer.settings for layer in plan.layers):
         keys, paths = map(repr, plan.adapter.tensors), [repr(layer.path) for layer in plan.slot.layers]
@@ -78,18 +80,6 @@ def _decide(plan: Plan) -> Plan:
 
 
 # ---- before the tensors are looked at
-
-
-def _check_kind(plan: Plan) -> None:
-    """Refuses adapters of two types, and configs that no fresh load takes either."""
-    plan.refusals += [*methods.misfits(plan.slot, plan.adapter), *methods.rest.judge(plan.slot.config, "loaded")]
-
-
-def _complete_config(plan: Plan) -> None:
-    """Makes the config what a fresh load leaves in the model."""
-    slot = plan.slot
-    plan.config = slot.method.resolved_config(plan.adapter.config, slot.host)
-    plan.config.inference_mode = slot.config.inference_mode
 
 
 def _check_slot(plan: Plan) -> None:
@@ -120,14 +110,6 @@ def check_compiled(plan: Plan) -> None:
         return
     if reason := blind_spot(plan.compiled, plan.is_prepared and plan.writes_values_only):
         plan.refuse("compiled_would_not_notice", reason=reason)
-
-
-def _note_missing_targets(plan: Plan) -> None:
-    if named := [layer.path for layer in plan.layers if layer.action is Action.OFF and plan.targets(layer)]:
-        plan.notes.append(
-            f"the config targets {len(named)} layers that the file has no tensors for ({listing(named, 2)}); "
-            "they are turned off"
-        )
 
 
 def _retarget_config(plan: Plan) -> None:

@@ -71,8 +71,7 @@ class Journal:
         content = dict(table.items())
 
         def undo() -> None:
-            for key in list(table):
-                del table[key]
+            table.clear()
             table.update(content)
 
         self.record(undo)

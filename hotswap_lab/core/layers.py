@@ -87,24 +87,15 @@ def _what_is_wrong(
 
 
 def _wrong_shape(layer: SlotLayer, target: SlotTensor, shape: torch.Size, rank: int) -> Refusal:
-    where = f"{layer.path}.{target.key}"
-    if not target.fits(shape):
-        text = _shape_text(target)
-        return refusal("other_shape", path=layer.path, where=where, shape=tuple(shape), expected=text)
-    return refusal("rank_disagrees", path=layer.path, where=where, rank=target.rank_of(shape), rank_of_config=rank)
+    path, where, found, expected = layer.path, f"{layer.path}.{target.key}", tuple(shape), target.shape_for(rank)
+    if target.fits(shape):
+        return refusal("rank_disagrees", path=path, where=where, shape=found, expected=expected, rank=rank)
+    return refusal("other_shape", path=path, where=where, shape=found, expected=expected, rank=rank)
 
 
 def have_same_values(live: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether writing ``other`` to ``live`` would change nothing."""
     return live.shape == other.shape and torch.equal(live.detach(), other.detach().to(live.device, live.dtype))
-
-
-def _shape_text(target: SlotTensor) -> str:
-    sizes = [str(size) for size in target.parameter.shape]
-    if target.rank_axis is not None:
-        share = target.rank_of([1] * len(sizes))
-        sizes[target.rank_axis] = "rank" if share == 1 else f"rank/{share}"
-    return f"({', '.join(sizes)})"
 
 
 # ---- what no layer of the slot took
@@ -118,10 +109,12 @@ def plan_leftovers(plan: Plan, tensors: Tensors) -> None:
     paths, name, adds = _layers_of(plan, tensors), plan.slot.adapter_name, plan.add_layers
     if paths and adds and not plan.compiled:
         _add_layers(plan, paths, tensors)
+        paths = []
+    if not tensors:
+        return
     where, keys = listing(paths, 3), listing([key for key in plan.adapter.tensors if canonical_path(key) in tensors], 4)
-    if not paths or (adds and not plan.compiled):
-        if tensors:
-            plan.refuse("unexpected_keys", keys=keys, count=len(tensors), adapter_name=name)
+    if not paths:
+        plan.refuse("unexpected_keys", keys=keys, count=len(tensors), adapter_name=name)
     elif adds:
         plan.refuse("compiled_lacks_layers", count=len(paths), paths=where)
     elif plan.compiled:

@@ -6,21 +6,14 @@ Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import (
-    _find_minimal_target_modules,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from .host import Config, Host, TunerLayer
+from .host import Config, TunerLayer
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor, with_kinds
 
@@ -35,7 +28,8 @@ class EvalFreeDropout(torch.nn.Dropout):
 
 
 def has_adapter(layer: TunerLayer, adapter_name: str) -> bool:
-    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
+    # a module looks its attributes up slowly
+    return adapter_name in layer._modules["lora_A"] or adapter_name in layer._modules["lora_embedding_A"]
 
 
 def tensors_of(layer: TunerLayer, adapter_name: str) -> list[SlotTensor]:
@@ -44,12 +38,12 @@ def tensors_of(layer: TunerLayer, adapter_name: str) -> list[SlotTensor]:
     Shapes, with rank r: Linear and GPT-2's Conv1D ``(r, in)`` and ``(out, r)``; Embedding ``(r, vocabulary)``
     and ``(dimension, r)``; convolutions ``(r, in, *kernel)`` and ``(out, r / groups, 1, ...)``.
     """
-    tensors = []
-    if adapter_name in layer.lora_embedding_A:
+    tensors, tables = [], layer._modules
+    if adapter_name in tables["lora_embedding_A"]:
         for axis, table in enumerate(("lora_embedding_A", "lora_embedding_B")):
             tensors.append(SlotTensor(table, f"{table}.{adapter_name}", getattr(layer, table), adapter_name, axis))
-    for axis, table in enumerate(("lora_A", "lora_B")) if adapter_name in layer.lora_A else ():
-        owner = getattr(layer, table)[adapter_name]
+    for axis, table in enumerate(("lora_A", "lora_B")) if adapter_name in tables["lora_A"] else ():
+        owner = tables[table][adapter_name]
         size = f"{'in' if axis else 'out'}_{'channels' if hasattr(owner, 'kernel_size') else 'features'}"
         for name, parameter in owner._parameters.items():
             if parameter is not None:
@@ -91,25 +85,6 @@ def fingerprint(config: Config) -> tuple[str, ...]:
 def targets(config: Config, path: str) -> bool:
     """Whether a fresh load with this (resolved) config would put an adapter on the layer at ``path``."""
     return config.target_modules is not None and bool(check_target_module_exists(config, path))
-
-
-def resolved_config(config: Config, host: Host) -> Config:
-    """A copy of ``config`` with its target modules spelled out for the model, as a fresh load leaves it."""
-    config = copy.deepcopy(config)
-    if config.target_modules is None:
-        model_type = getattr(getattr(host.base, "config", None), "model_type", None)
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))
-        if known is not None:
-            config.target_modules = known if isinstance(known, str) else set(known)
-    config = _maybe_include_all_linear_layers(config, host.base)
-    names = config.target_modules
-    if isinstance(names, (list, set)) and len(names) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
-        ends = tuple(f".{name}" for name in names)
-        others = [path for path, _ in host.base.named_modules() if path not in names and not path.endswith(ends)]
-        fewer = _find_minimal_target_modules(names, others)
-        if len(fewer) < len(names):
-            config.target_modules = fewer
-    return config
 
 
 #: the tables on a layer that hold one scalar per adapter, and which of its settings that is

@@ -15,7 +15,7 @@ from peft import PeftType
 
 from . import lora
 from .errors import Refusal, refusal
-from .host import Config, kind_of
+from .host import Config, Host, kind_of
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -56,6 +56,10 @@ class Rest:
     def judge(self, config: Config, role: str, loaded: Config = None) -> Iterable[Refusal]:
         """What speaks against a config, ``role`` being "new" or "loaded"; also for a graph with the ``loaded`` one."""
         return ()
+
+    def complete(self, config: Config, host: Host) -> Config:
+        """Makes a config what loading leaves: PEFT may spell its target modules out for the model."""
+        return config
 
     def no_room(self, slot: Slot, room: Mapping[str, int]) -> Iterable[Refusal]:
         """What speaks against making room for these ranks on the layers of these paths, which the slot may lack."""

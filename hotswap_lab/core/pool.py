@@ -6,16 +6,14 @@ What people make is a :class:`hotswap_lab.AdapterPool`: this, and what only some
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig
-from tqdm.auto import tqdm
 
 from . import lora, methods
 from .adapter import Adapter, adapter_from, member_from
@@ -45,18 +43,15 @@ class Member:
     notes: Sequence[str] = ()
 
 
-M = TypeVar("M", bound=Member)
-
-
 #: a tensor of the slot, and what goes there
 Source = tuple[SlotTensor, torch.Tensor]
 
 
-class Pool(Generic[M]):
+class Pool:
     """The adapters, and the room that they go into by turns."""
 
     #: what it keeps of each adapter
-    MEMBER: type[M]
+    MEMBER: type[Member] = Member
     #: fields of a config that may stand for more than LoRA's own tensors
     BESIDE: Collection[str] = ()
     #: and what they go into
@@ -70,19 +65,15 @@ class Pool(Generic[M]):
         *,
         target_rank: int | None = None,
         check_compiled: Literal["error", "warn", "ignore"] = "error",
-        progress: bool = True,
         **hub: Any,
     ):
         self.model = model
         self.adapter_name: str = name_in(model, adapter_name)
         adapter_name = self.adapter_name
         self._hub = hub
-        self._members: dict[str, M] = {}
-        #: how often the pool has written to the model
-        self._writes = 0
+        self._members: dict[str, Member] = {}
         #: of the table of adapters. Whoever holds it never waits for a turn at the model; it is taken after that
         self._lock = threading.RLock()
-        check_named(adapters)
         adapters = dict(adapters or {})
         base = self._check_kind(slot_for(find_host(model, adapter_name), adapter_name)).host.base
         with guard(base, computing=True):
@@ -94,7 +85,7 @@ class Pool(Generic[M]):
                     needs |= dict(adapter_name=adapter_name, beside=self._beside, kind=self.room_kind)
                     apply(changes_to_prepare(model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, adapter_name))
-                self._fill(adapters, progress)
+                self._fill(adapters.items())
             except BaseException:
                 if not way_back.is_empty:
                     put_back(lambda: _roll_back(way_back, base), "leaves the model prepared")
@@ -113,8 +104,8 @@ class Pool(Generic[M]):
         """What an adapter has beside its layers."""
         return []
 
-    def _fill(self, adapters: dict[str, object], progress: bool) -> None:
-        for name, source in tqdm(adapters.items(), desc="packing", unit="adapter", disable=not progress):
+    def _fill(self, adapters: Iterable[tuple[str, object]]) -> None:
+        for name, source in adapters:
             self.add(name, source)
 
     # ---- what is in it
@@ -144,7 +135,7 @@ class Pool(Generic[M]):
         return member.name
 
     @property
-    def _loaded(self) -> M | None:
+    def _loaded(self) -> Member | None:
         """The adapter in the room, if it is one of this pool."""
         owner = self._room.content.owner
         member = self._members.get(owner.name) if isinstance(owner, Member) else None
@@ -166,12 +157,12 @@ class Pool(Generic[M]):
         """How often this adapter's weights were given: 1 at first, one more with each :meth:`update`."""
         return self._member(name).version
 
-    def _member(self, name: str) -> M:
+    def _member(self, name: str) -> Member:
         if name not in self._members:
             raise refuse("not_in_pool", name=name, names=", ".join(map(repr, self._members)) or "(none)")
         return self._members[name]
 
-    def _packed(self, member: M) -> Packed:
+    def _packed(self, member: Member) -> Packed:
         """A member's weights, wherever they have to be got from."""
         return cast(Packed, member.packed)
 
@@ -199,14 +190,14 @@ class Pool(Generic[M]):
         if name in self._members:
             raise refuse("already_in_pool", name=name)
 
-    def _read(self, member: M, source: object) -> Packed:
+    def _read(self, member: Member, source: object) -> Packed:
         return self._pack(member, adapter_from(source, self._hub), check_targets=not isinstance(source, tuple))
 
-    def _pack(self, member: M, adapter: Adapter, check_targets: bool) -> Packed:
+    def _pack(self, member: Member, adapter: Adapter, check_targets: bool) -> Packed:
         return self._pack_layers(self._room.slot, member, adapter, check_targets)
 
     def _pack_layers(
-        self, slot: Slot, member: M, adapter: Adapter, check_targets: bool, beside: Sequence[Source] = ()
+        self, slot: Slot, member: Member, adapter: Adapter, check_targets: bool, beside: Sequence[Source] = ()
     ) -> Packed:
         self._check_room()
         plan = make_plan(slot, adapter, check_targets=check_targets)
@@ -222,7 +213,7 @@ class Pool(Generic[M]):
         content = Content(tuple([layer.settings for layer in plan.layers]), plan.config, member)
         return self._room.pack(content, [*sources, *beside])
 
-    def _make_space(self, member: M, packed: Packed, updated: bool = False) -> None:
+    def _make_space(self, member: Member, packed: Packed, updated: bool = False) -> None:
         """To be called before weights are kept, by somebody who holds the lock. Here, memory is no matter."""
 
     def remove(self, name: str) -> None:
@@ -262,13 +253,17 @@ class Pool(Generic[M]):
                 if not in_model:
                     replace(Journal())
                     return
-                change = self._change_to(self._as_now(self._former(), {member: packed}))
+                change = self._change_to_updated(member, packed)
                 change.steps.append(replace)
                 apply([change])
 
     def _uses(self, member: Member) -> bool:
         """Whether the model computes with it."""
         return member is self._loaded
+
+    def _change_to_updated(self, member: Member, packed: Packed) -> Change:
+        """The new weights of an adapter that the model computes with, at the strength that it has."""
+        return self._room.change_to(packed, self.strength)
 
     # ---- adapters in and out of the model
 
@@ -296,60 +291,6 @@ class Pool(Generic[M]):
         """Turns the adapter off: the model computes as the base model does, until the next swap."""
         self.strength = 0
 
-    @contextlib.contextmanager
-    def using(self, name: str, strength: float = 1.0) -> Iterator[Pool[M]]:
-        """Puts an adapter in for the length of a ``with`` block; then the former one is back, after errors too.
-
-        Swaps from other threads wait for the end of the block.
-        """
-        with self._for_a_while(f"leaves {name!r} in the model"):
-            self.swap(name, strength)
-            yield self
-
-    @contextlib.contextmanager
-    def _for_a_while(self, what: str) -> Iterator[None]:
-        """Puts back what was in the model before the block."""
-        with self._turn():
-            self._check_room()
-            former, writes = self._former(), self._writes
-            try:
-                yield
-            finally:
-                # the block is left for good: its adapter must not stay
-                if self._writes != writes:
-                    put_back(lambda: self._put_back(former, writes), what)
-
-    def _former(self) -> Packed:
-        """What is in the model now, to be put back later."""
-        member = self._loaded
-        former = self._room.take(member.packed.parts if member and member.packed else ())
-        if member is None:  # it may be one of the pool's, trained since
-            former = dataclasses.replace(former, content=dataclasses.replace(former.content, owner=None))
-        return former
-
-    def _put_back(self, former: Packed, writes: int) -> None:
-        """Takes all writes but the first so many back, by what was in the model then."""
-        packed = self._as_now(former)
-        with self._writing():
-            self._apply(self._change_to(packed), writes)
-
-    def _change_to(self, packed: Packed) -> Change:
-        return self._room.change_to(packed)
-
-    def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
-        """An adapter of the pool that was updated since comes back as it is now; one that was removed, as it was."""
-        if (owner := former.content.owner) is None:
-            return former
-        packed = self._of(owner, updated)
-        return dataclasses.replace(packed, scalings=self._scaled_as(former, packed))
-
-    def _of(self, owner: Any, updated: Mapping[Member, Packed]) -> Packed:
-        """What belongs to whoever a content says it is of."""
-        return updated.get(owner) or self._packed(owner)
-
-    def _scaled_as(self, former: Packed, packed: Packed) -> torch.Tensor:
-        return self._room.scalings_of(packed.content, former.strengths)
-
     def _turn(self) -> AbstractContextManager:
         """Nobody else swaps; the other threads may go on computing."""
         return guard(self._room.slot.host.base, computing=True)
@@ -361,8 +302,7 @@ class Pool(Generic[M]):
             self._check_room()
             yield
 
-    def _apply(self, change: Change, back_to: int | None = None) -> None:
-        change.steps.append(lambda journal: journal.set_attribute(self, "_writes", self._writes + 1))
+    def _apply(self, change: Change) -> None:
         apply([change])
 
     def _check_room(self) -> None:
@@ -370,15 +310,6 @@ class Pool(Generic[M]):
             raise refuse("pool_lost_its_place")
         if self._room.is_merged:
             raise refuse("merged", adapter_name=self.adapter_name)
-
-
-def check_named(adapters: object) -> None:
-    """Refuses adapters without names: a list of folders, or a single one.
-
-    >>> check_named({"style": "folder"})
-    """
-    if adapters is not None and not isinstance(adapters, Mapping):
-        raise refuse("adapters_without_names", kind=type(adapters).__name__)
 
 
 def _roll_back(journal: Journal, base: torch.nn.Module) -> None:

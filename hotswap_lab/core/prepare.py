@@ -7,6 +7,7 @@ become tensors, and layers that only other adapters of the family have are added
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -98,10 +99,8 @@ def prepare_model_for_compiled_hotswap(
     with guard(*bases):
         changes = changes_to_prepare(model, family, target_rank=target_rank, adapter_name=adapter_name)
         if config and target_rank is not None:
-            live = [id(each) for host in carriers(model) for each in host.configs.values()]
             given = config.values() if isinstance(config, Mapping) else [config]
-            raised = [each for each in given if id(each) not in live]
-            changes[0].steps.append(functools.partial(_raise_ranks, raised, target_rank))
+            changes[0].steps.append(functools.partial(_raise_ranks, model, given, target_rank))
         apply(changes)
 
 
@@ -139,11 +138,13 @@ def changes_to_prepare(
     return changes
 
 
-def _raise_ranks(configs: list[Config], target_rank: int, journal: Journal) -> None:
-    """As PEFT does with the configs it is passed."""
-    for each in configs:
-        journal.set_attribute(each, "r", target_rank)
-        journal.set_attribute(each, "rank_pattern", dict.fromkeys(each.rank_pattern, target_rank))
+def _raise_ranks(model: torch.nn.Module, given: Iterable[Config], target_rank: int, journal: Journal) -> None:
+    """As PEFT does with the configs it is passed; those of the model go on saying what the loaded adapter is."""
+    live = [id(each) for host in carriers(model) for each in host.configs.values()]
+    for each in given:
+        if id(each) not in live:
+            journal.set_attribute(each, "r", target_rank)
+            journal.set_attribute(each, "rank_pattern", dict.fromkeys(each.rank_pattern, target_rank))
 
 
 def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
@@ -161,8 +162,7 @@ def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
 
 
 def _check_target_rank(target_rank: object) -> None:
-    right = isinstance(target_rank, int) and not isinstance(target_rank, bool) and target_rank > 0
-    if target_rank is not None and not right:
+    if target_rank is not None and (type(target_rank) is not int or target_rank < 1):
         raise refuse("target_rank_is_no_rank", target_rank=target_rank)
 
 
@@ -197,10 +197,10 @@ def _prepare(
     room = {layer.path: layer.tensors[0].capacity or 0 for layer in slot.layers}
     refusals += _make_room(room, own, target_rank, "the loaded adapter")
     for adapter in family:
-        ranks, label = _ranks_of(slot, adapter), adapter.label
-        if not ranks:
-            refusals.append(refusal("member_has_no_layer", label=label, target_modules=adapter.config.target_modules))
-        refusals += _make_room(room, ranks, target_rank, label)
+        if not (ranks := _ranks_of(slot, adapter)):
+            names = adapter.config.target_modules
+            refusals.append(refusal("member_has_no_layer", label=adapter.label, target_modules=names))
+        refusals += _make_room(room, ranks, target_rank, adapter.label)
     refusals = refusals or [*methods.rest.no_room(slot, room)]
     return (Change(slot), refusals) if refusals else (_change_for(slot, room, kind, beside), [])
 
@@ -216,7 +216,7 @@ def _make_room(room: dict[str, int], ranks: dict[str, int], target_rank: int | N
 
 def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
     """The rank of an adapter of the family on each module that a fresh load would put it on, a shared one once."""
-    base, config = slot.host.base, lora.resolved_config(adapter.config, slot.host)
+    base, config = slot.host.base, methods.rest.complete(copy.deepcopy(adapter.config), slot.host)
     first_paths = {module: path for path, module in reversed(slot.walk)}.values()
     # what is inside a tuner layer belongs to it
     paths = {path for path in first_paths if path and ".base_layer" not in path and lora.targets(config, path)}

@@ -1,4 +1,4 @@
-"""Tables as text, and as static HTML: readable in a saved notebook, in light and dark themes, with no kernel; times."""
+"""Tables as text, and as static HTML: readable in a saved notebook, in light and dark themes, with no kernel."""
 
 from __future__ import annotations
 
@@ -48,12 +48,3 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str
     table = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-
-
-def readable(seconds: float) -> str:
-    """A time in the unit that fits.
-
-    >>> readable(2.0), readable(0.0123), readable(0.0000456)
-    ('2 s', '12.3 ms', '0.0456 ms')
-    """
-    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"

@@ -29,7 +29,7 @@ from .slot import SLOTS, Slot, SlotLayer
 
 #: elements between two scalings: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
-_requires_grad = attrgetter("requires_grad")
+_requires_grad, _version = attrgetter("requires_grad"), attrgetter("_version")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +73,6 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts) + self.scalings.nbytes
-
-    @property
-    def strengths(self) -> torch.Tensor:
-        """Of each layer, how many times as strong as trained it is; where it is off, as most of the others."""
-        now, trained = self.scalings[:, 0].cpu().double(), self.content.scalings
-        on = trained != 0
-        return torch.where(on, now / trained, (now / trained)[on].median() if on.any() else 1.0)
 
 
 class Room:
@@ -165,10 +158,12 @@ class Room:
         return self.was_touched or self._versions_now() != self._versions
 
     def _versions_now(self) -> list[int]:
-        return [] if self.slot.is_inference else [parameter._version for parameter in self._parameters]
+        return [] if self.slot.is_inference else list(map(_version, self._parameters))
 
-    def _note_written(self) -> None:
-        self.was_touched = False
+    def _note_write(self, journal: Journal) -> None:
+        """Has the version counters tell from now on who else writes."""
+        journal.set_attribute(self, "was_touched", False)
+        journal.record(lambda: setattr(self, "_versions", self._versions_now()))
         if not self.slot.is_inference:  # autograd doesn't learn of what is written to the memory around a parameter
             torch.autograd.graph.increment_version(self._parameters)
         self._versions = self._versions_now()
@@ -204,7 +199,7 @@ class Room:
     def pack(self, content: Content, sources: Sequence[tuple[SlotTensor, torch.Tensor]]) -> Packed:
         """Lays an adapter out as the room is; ``sources`` are its tensors as in its file."""
         _, rows = self.rows_for(content)
-        part_of = {band: _new_part(band.memory, taken) for band, taken in zip(self.bands, rows, strict=True)}
+        part_of = {band: new_part(band.memory, taken) for band, taken in zip(self.bands, rows, strict=True)}
         targets, tensors = [], []
         for tensor, source in sources:
             band, place = self.places[tensor]
@@ -214,14 +209,6 @@ class Room:
             if targets:
                 torch._foreach_copy_(targets, tensors)  # pyright: ignore[reportPrivateImportUsage]
         return Packed(content, tuple(part_of.values()), self.scalings_of(content))
-
-    def take(self, parts: tuple[torch.Tensor, ...] = ()) -> Packed:
-        """What is in the room now, with the scalings that the layers have now; ``parts`` where somebody has them."""
-        with torch.inference_mode(False), torch.no_grad():
-            if not parts:
-                rows = zip(self.bands, self.rows_for(self.content)[1], strict=True)
-                parts = tuple([_new_part(band.memory, taken).copy_(band.memory[:taken]) for band, taken in rows])
-            return Packed(self.content, parts, self.scalings[0].detach().clone())
 
     def scalings_of(self, content: Content, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The scalings of all layers, laid out as the room's are; ``strength`` is one number, or one for each layer."""
@@ -266,9 +253,10 @@ class Room:
 
     def _change(self, content: Content, filled: list[int], taken: list[int]) -> Change:
         """A swap without the weights: zeros wherever something else might be left beside the rows to be filled."""
-        change = Change(self.slot, content.config, after=[self._note_written], slot_after=self.slot)
+        change = Change(self.slot, content.config, steps=[self._note_write], slot_after=self.slot)
+        self.was_touched = self.is_touched  # the version counters will tell of nothing that was before this swap
         # who else writes to the memory may write to any row
-        before = [len(band.memory) for band in self.bands] if self.is_touched else self.used
+        before = [len(band.memory) for band in self.bands] if self.was_touched else self.used
         for band, start, stop in zip(self.bands, filled, before, strict=True):
             if start < stop:
                 change.zero(band.memory[start:stop])
@@ -282,8 +270,9 @@ class Room:
                 clear_gradient(parameter, journal)
         journal.set_attribute(self, "content", content)
         journal.set_attribute(self, "used", used)
-        if is_trained or content.on != before.on or content.columns["dropout"] != before.columns["dropout"]:
-            # what is off must not be trained, whatever somebody has set since
+        # what is off must not be trained, whatever somebody has set since
+        keeps_on = content.on == before.on and not (is_trained and False in content.on)
+        if not keeps_on or content.columns["dropout"] != before.columns["dropout"]:
             write_settings(slot, slot.layers, content.settings, journal)
             return
         for field, tables in self._scalar_tables:
@@ -301,7 +290,7 @@ def _copy_of(config: Config) -> Config:
     return config
 
 
-def _new_part(memory: torch.Tensor, rows: int) -> torch.Tensor:
+def new_part(memory: torch.Tensor, rows: int) -> torch.Tensor:
     # from pinned memory, a GPU fetches an adapter while the CPU goes on
     place: dict[str, Any] = dict(pin_memory=True) if memory.is_cuda else dict(device=memory.device)
     with torch.inference_mode(False):

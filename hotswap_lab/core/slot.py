@@ -115,8 +115,11 @@ class Slot:
 
     def settle(self) -> None:
         """Notes where everything is, which :meth:`is_in_place` compares with."""
-        tables = [module._modules for module in self.modules]
-        links: list[tuple[Any, ...]] = [(table, name, child) for table in tables for name, child in table.items()]
+        # what is an adapter's own, PEFT makes once for each layer; but for what is in it
+        tables, known = [module._modules for module in self.modules], set(self.modules)
+        links: list[tuple[Any, ...]] = [
+            (table, name, child) for table in tables for name, child in table.items() if child in known
+        ]
         for layer in self.layers:
             for tensor in layer.tensors:
                 table: Any = layer.module._modules[tensor.named_key.partition(".")[0]]

@@ -6,7 +6,7 @@ A folder is known here. Whoever knows another place, such as the Hub, puts what 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,6 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 
 from .errors import HotswapError, refuse
-from .weights_file import check_file, map_weights
 
 
 @dataclass
@@ -47,8 +46,8 @@ class Folder:
 #: finds what is no folder, by its name and the caller's arguments, and judges these; asks nobody yet
 Finder = Callable[[str, Mapping[str, object]], Folder]
 elsewhere: Finder | None = None
-#: tensors by name, and all of them in one piece where they are views of one
-Tensors = tuple[dict[str, torch.Tensor], torch.Tensor | None]
+#: tensors by name, and the pieces of memory in which all of them lie, where these are fewer
+Tensors = tuple[dict[str, torch.Tensor], Sequence[torch.Tensor] | None]
 
 
 #: who knows other formats than PEFT's: says what to do with a file or folder that is of one of these
@@ -81,6 +80,18 @@ def find_source(source: object, arguments: Mapping[str, object]) -> Folder:
 # ---- what is in the files
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Refuses what is no file: opening a pipe would wait for ever, and a device has no end.
+
+    Raises
+    ------
+    OSError
+        If ``path`` leads to anything but a regular file, or to nothing.
+    """
+    if not os.path.isfile(path):
+        raise OSError(f"{os.path.basename(path)} is a folder, a pipe or a device, and no file")
+
+
 def read_config(place: Folder) -> PeftConfig:
     """The config of an adapter, without its weights."""
     path = os.path.join(place.folder_with_config(), CONFIG_NAME)
@@ -100,7 +111,7 @@ def read_config(place: Folder) -> PeftConfig:
 def read_tensors(
     place: Folder, device: str | torch.device, key_mapping: dict[str, str] | None, for_one_swap: bool
 ) -> Tensors:
-    """The tensors of an adapter by their names in its file. For one swap, they may be the file itself, in one piece."""
+    """The tensors of an adapter by their names in its file. For one swap, they may be the file itself."""
     folder = place.folder_with_weights()
     name = next(name for name in READERS if os.path.exists(os.path.join(folder, name)))
     try:
@@ -110,13 +121,10 @@ def read_tensors(
         raise refuse("weights_unreadable", source=place.name, error=error) from error
 
 
-def _read_safetensors(folder: str, device: str, key_mapping: dict[str, str] | None, for_one_swap: bool) -> Tensors:
-    on_cpu = torch.device(device).type == "cpu"
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if for_one_swap and on_cpu and not key_mapping and (mapped := map_weights(path)) is not None:
-        return mapped
+def read_safetensors(folder: str, device: str, key_mapping: dict[str, str] | None, for_one_swap: bool) -> Tensors:
     tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
-    if on_cpu and not for_one_swap:
+    if torch.device(device).type == "cpu" and not for_one_swap:
+        # they are the file itself
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     return tensors, None
 
@@ -124,5 +132,5 @@ def _read_safetensors(folder: str, device: str, key_mapping: dict[str, str] | No
 #: for each name that a file of weights may have, what reads it: from a folder to a device, with a key mapping, and
 #: whether the tensors are let go of after one swap
 READERS: dict[str, Callable[[str, str, dict[str, str] | None, bool], Tensors]] = {
-    SAFETENSORS_WEIGHTS_NAME: _read_safetensors
+    SAFETENSORS_WEIGHTS_NAME: read_safetensors
 }

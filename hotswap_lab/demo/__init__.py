@@ -33,17 +33,32 @@ ADAPTERS_DIR = ASSETS_DIR / "adapters"
 Tokenizer = Any
 
 
+def names_in(directory: Path) -> list[str]:
+    """The names of the adapters in a directory, sorted."""
+    return sorted(file.parent.name for file in directory.glob("*/adapter_config.json"))
+
+
+def folder_in(directory: Path, name: str) -> str:
+    """The folder of one of them, as PEFT and :func:`hotswap_lab.hotswap_adapter` take it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such adapter.
+    """
+    if not (directory / name / "adapter_config.json").is_file():
+        raise ValueError(f"there is no embedded adapter {name!r}; choose one of {', '.join(names_in(directory))}")
+    return str(directory / name)
+
+
 def adapter_names() -> list[str]:
     """The names of the embedded adapters, sorted."""
-    return sorted(folder.name for folder in ADAPTERS_DIR.iterdir() if folder.is_dir())
+    return names_in(ADAPTERS_DIR)
 
 
 def adapter_path(name: str) -> str:
     """The folder of an embedded adapter, as PEFT and :func:`hotswap_lab.hotswap_adapter` take it."""
-    folder = ADAPTERS_DIR / name
-    if not folder.is_dir():
-        raise ValueError(f"there is no embedded adapter {name!r}; choose one of {', '.join(adapter_names())}")
-    return str(folder)
+    return folder_in(ADAPTERS_DIR, name)
 
 
 def load_tokenizer() -> Tokenizer:

@@ -19,21 +19,20 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from ..beyond.wrappers import WRAPPERS, has_adapter, inside, is_table
+from ..beyond.base_values import EMBEDDINGS
+from ..beyond.shards import whole
+from ..beyond.wrappers import TABLES, WRAPPERS, has_adapter, inside
 from ..core.compiled import COMPILED
 from ..core.errors import refuse
 from ..core.host import Host, name_in
 from ..core.interrupts import interrupts_held
 from ..core.prepared import is_off
 from ..core.slot import Slot, resolve_slot, room_of
-from ..shards import whole
 from ..threads import in_use
 from .state_dicts import strange_padding
 
 #: what wrappers call the module that they are around
 INSIDE = ("base_layer", "original_module")
-#: where PEFT asks a model for the embeddings
-EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 #: what the names of our own folders start with
 PREFIX = ".hotswap-save-"
 
@@ -188,7 +187,7 @@ class LoadedAlone:
         parts = list(self._start)
         owner, module = None, self._carrier
         for part in live_name.split(".") if live_name else ():
-            if part in self._others and is_table(module) and isinstance(owner, (*WRAPPERS, BaseTuner)):
+            if part in self._others and isinstance(module, TABLES) and isinstance(owner, (*WRAPPERS, BaseTuner)):
                 return None
             if part != COMPILED and not (part in INSIDE and self._is_missing(module)):
                 parts.append(part)

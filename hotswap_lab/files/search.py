@@ -18,7 +18,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validat
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from tqdm import tqdm
 
-from ..core.report import html_table
+from ..core.report import html_table, text_table
 
 #: how long to wait for each answer, in seconds
 TIMEOUT = 10
@@ -95,10 +95,8 @@ class FoundAdapters(list[FoundAdapter]):
         self.title: str = f"LoRA adapters for {base_model_id}"
 
     def __str__(self) -> str:
-        table = [self.COLUMNS, *(row.cells for row in self)] if self else []
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-        return "\n".join([f"{self.title}: {self.note}", *lines])
+        table = text_table(self.COLUMNS, [row.cells for row in self]) if self else []
+        return "\n".join([f"{self.title}: {self.note}", *table])
 
     __repr__ = __str__
 

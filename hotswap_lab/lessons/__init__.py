@@ -2,8 +2,8 @@
 
 No swap logic is in here. ``figures`` draws, and shows the drawings in the folder ``pictures``; ``exercise`` is the
 frame of every exercise. ``start`` belongs to chapter 00, ``uncompiled`` to 01, ``padding`` to 02, ``compiling`` to 03,
-``pools`` to 04, ``real_llm`` to 05, ``diffusion`` to 06, ``beyond`` to 07, ``rows`` to 08 and ``beside`` to the
-comparison with PEFT.
+``pools`` to 04, ``real_llm`` to 05, ``diffusion`` to 06, ``beyond`` to 07, ``rows`` to 08, ``serving`` to 09
+and ``beside`` to the comparison with PEFT.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from . import figures
 __all__ = ["begin", "figures"]
 
 
-def begin(threads: int = 1) -> None:
-    """Sets a notebook up: a fixed number of threads, so that figures can be compared, and no noise.
+def begin() -> None:
+    """Sets a notebook up: one thread, so that figures can be compared, and no noise.
 
-    One thread, unless a chapter asks for more: the demo models are so small that threads would mostly wait for one
-    another, and on a busy machine for whatever else runs there.
+    The demo models are so small that threads would mostly wait for one another, and on a busy machine for whatever
+    else runs there.
 
     Where there is a CUDA compiler and no GPU, the first compiled graph says so; it is of no use to a reader either.
     PEFT 0.21 with transformers 5.24 warns about a deprecated name at every load; a reader can do nothing about it.
@@ -31,4 +31,4 @@ def begin(threads: int = 1) -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)

@@ -16,9 +16,8 @@ from peft.utils import get_peft_model_state_dict
 from .. import demo
 from ..core.compiled import compiled_parts
 from ..core.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
-from ..core.report import readable
 from ..verify import verify_hotswap
-from ..watch import Call, RecompileWatch
+from ..watch import Call, RecompileWatch, readable
 from .exercise import Exercise
 from .figures import FROZEN, INK, MUTED, NEW, OLD, Canvas, Figure
 

@@ -71,7 +71,7 @@ def nbytes(model: torch.nn.Module) -> int:
     return sum(tensor.parameter.nbytes for tensor in resolve_slot(model, "default").tensors)
 
 
-def forward_times(models: Mapping[str, torch.nn.Module], *, words: int = 32, n: int = 13) -> dict[str, Timing]:
+def forward_times(models: Mapping[str, torch.nn.Module], *, words: int = 32, n: int = 25) -> dict[str, Timing]:
     """How long a forward call takes in each of some demo models, over ``words`` words in one batch.
 
     The models take turns, so that something else that the machine does in between hits all of them alike.

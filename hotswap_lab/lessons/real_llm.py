@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -91,8 +88,6 @@ class Chat:
         self._caches = [LayerCache(shape, lm.dtype) for _ in self._llama.layers]
         #: how many tokens have been read
         self.length: int = 0
-        #: when each token of the last answer was there, in seconds since it was asked for
-        self.times: list[float] = []
 
     # ---- compiling
 
@@ -153,13 +148,10 @@ class Chat:
 
     def stream(self, messages: str | Sequence[dict[str, str]], max_new_tokens: int = 48) -> Iterator[str]:
         """Answers greedily, and yields the answer as it grows, first token first. Starts with empty caches."""
-        start = time.perf_counter()
         self.forget()
-        self.times, answer = [], []
-        ids = self.ids(messages)
+        answer, ids = [], self.ids(messages)
         while len(answer) < max_new_tokens and self.length + len(ids) <= self.room:
             ids = self.read(ids).argmax(-1, keepdim=True)
-            self.times.append(time.perf_counter() - start)
             if ids.item() == self.tokenizer.eos_token_id:
                 break
             answer.append(ids.item())
@@ -182,11 +174,6 @@ class Chat:
             shown = text
         print()
         return shown.strip()
-
-    @property
-    def tokens_per_second(self) -> float:
-        """How fast the last answer came, from its first token on, by its median token."""
-        return 1 / statistics.median(after - before for before, after in itertools.pairwise(self.times))
 
 
 # --- the oracle's base -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 
 from ..core.adapter import Adapter
 from ..core.change import apply
-from ..core.commit import carry_out, commit_together
+from ..core.commit import carry_out, commit
 from ..core.decide import make_plan
 from ..core.errors import HotswapError, Refusal, listing, refusal, refuse
 from ..core.guard import guard
@@ -77,7 +77,7 @@ class PipelinePlan:
             If the swap was refused. Whatever is raised, every part is as it was.
         """
         self.raise_if_refused()
-        commit_together(list(self.plans.values()))
+        commit(*self.plans.values())
 
     def raise_if_refused(self) -> None:
         """Raises a :class:`HotswapError` with all refusals, if there are any."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from peft.utils import ModulesToSaveWrapper
+from tqdm.auto import tqdm
 
 from ..core.adapter import Adapter, adapter_from
 from ..core.change import Change
@@ -62,7 +63,7 @@ class _Member(Member):
         return self.name, _span(ranks), _span(alphas), str(len(ranks)), f"{self.packed.nbytes:,}"
 
 
-class AdapterPool(RowPool[_Member]):
+class AdapterPool(RowPool):
     """Many adapters for one place in one model, in memory, switched by name.
 
     The model is prepared for all of them (ranks, layers), so that a swap never moves a tensor and never recompiles.
@@ -120,7 +121,7 @@ class AdapterPool(RowPool[_Member]):
     'hotswap'
     """
 
-    MEMBER = _Member
+    MEMBER: type[Member] = _Member
 
     def __init__(
         self,
@@ -141,11 +142,13 @@ class AdapterPool(RowPool[_Member]):
         #: after how many writes there was what in the model
         self._history: list[tuple[int, Packed]] = []
         self._background: ThreadPoolExecutor | None = None
-        options: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled, progress=progress)
+        self._shows_progress = progress
+        options: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
+        check_named(adapters)
         super().__init__(model, adapter_name, adapters, **options, **hub)
 
-    def _fill(self, adapters: dict[str, object], progress: bool) -> None:
-        super()._fill(adapters, progress)
+    def _fill(self, adapters: Iterable[tuple[str, object]]) -> None:
+        super()._fill(tqdm(adapters, desc="packing", unit="adapter", disable=not self._shows_progress))
         # the adapter that is in the model may be one of them
         for packed in [member.packed for member in self._members.values() if member.packed is not None]:
             if _is_in(self._room, packed):
@@ -340,6 +343,15 @@ class AdapterPool(RowPool[_Member]):
 
     def _repr_html_(self) -> str:
         return html_table("AdapterPool", list(self.COLUMNS), self.table, caption=self.summary, notes=self._notes)
+
+
+def check_named(adapters: object) -> None:
+    """Refuses adapters without names: a list of folders, or a single one.
+
+    >>> check_named({"style": "folder"})
+    """
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise refuse("adapters_without_names", kind=type(adapters).__name__)
 
 
 def _is_in(room: Room, packed: Packed) -> bool:

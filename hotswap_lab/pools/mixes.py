@@ -43,7 +43,9 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
         ]
         rank = sum(own.rank for _, own, _ in on)
         settings.append(LayerSettings(rank, rank, False, 0.0) if on else None)
-        a, b = layer.tensors
+        a, b, *more = layer.tensors
+        if more or a.rank_step > 1:
+            raise refuse("no_mix_on_layer", names=list(mix.weights), path=layer.path)
         if rank > (capacity := a.capacity or 0):
             raise refuse("mix_above_room", names=list(mix.weights), rank=rank, path=layer.path, room=capacity)
         if on:

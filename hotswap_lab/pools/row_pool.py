@@ -9,10 +9,11 @@ from typing import Any, cast
 
 from ..core.change import Change
 from ..core.errors import refuse
-from ..core.pool import M, Member, Pool
+from ..core.pool import Member
 from ..core.room import Packed
 from ..core.strength import check_scalable, check_strength
 from .mixes import Mix, mixed
+from .returning import ReturningPool, strengths_of
 from .rows import RowRoom
 
 #: a name, no adapter, or how much of which
@@ -40,7 +41,7 @@ class PackedRows(Packed):
     copies: int
 
 
-class RowPool(Pool[M]):
+class RowPool(ReturningPool):
     """See :class:`hotswap_lab.AdapterPool`."""
 
     def assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1) -> None:
@@ -77,9 +78,11 @@ class RowPool(Pool[M]):
         strengths = [1.0] * len(adapters) if strengths is None else strengths
         room, count = self._room, len(adapters)
         if not isinstance(room, RowRoom) or not 0 < count <= room.rows:
-            raise refuse("no_room_for_rows", count=count, rows=getattr(room, "rows", 1))
+            raise refuse("no_room_for_rows", count=count, rows=getattr(room, "rows", 1), wanted=max(count, 2))
         for strength in strengths:
             check_strength(strength)
+        if not isinstance(copies, int) or copies < 1:
+            raise refuse("copies_is_no_number", copies=copies)
         if len(strengths) != count:
             raise refuse("strengths_of_others", strengths=len(strengths), rows=count)
         with self._turn():
@@ -107,7 +110,7 @@ class RowPool(Pool[M]):
         owner = packed.content.owner if packed else None
         if packed is None or owner is None:
             return Row(None, None, 0.0)
-        strength = round(float(packed.strengths.median()) * self.strength, 6)
+        strength = round(float(strengths_of(packed).median()) * self.strength, 6)
         if isinstance(owner, Mix):
             return Row(owner.weights, {member.name: member.version for member, _ in owner.shares}, strength)
         return Row(owner.name, owner.version, strength)
@@ -120,6 +123,8 @@ class RowPool(Pool[M]):
     def _wanted(self, name: str | Mapping[str, float]) -> Packed:
         if not isinstance(name, Mapping):
             return super()._wanted(name)
+        if not name:
+            raise refuse("mix_of_nothing")
         check_scalable(self._room.slot)
         for weight in name.values():
             check_strength(weight)
@@ -128,6 +133,9 @@ class RowPool(Pool[M]):
     def _of(self, owner: Any, updated: Mapping[Member, Packed]) -> Packed:
         if not isinstance(owner, Mix):
             return super()._of(owner, updated)
+        for each in self._assigned if not updated else ():
+            if each and each.content.owner == owner:
+                return replace(each, scalings=self._room.scalings_of(each.content))
         return mixed(self._room, owner, [super(RowPool, self)._of(member, updated) for member, _ in owner.shares])
 
     # ---- what was there, and what is in use
@@ -164,4 +172,4 @@ class RowPool(Pool[M]):
     def _change_to(self, packed: Packed) -> Change:
         if not isinstance(packed, PackedRows):
             return super()._change_to(packed)
-        return cast(RowRoom, self._room).change_rows(packed.rows, packed.copies, packed.strengths)
+        return cast(RowRoom, self._room).change_rows(packed.rows, packed.copies, strengths_of(packed))

@@ -23,7 +23,7 @@ from ..core.journal import Journal
 from ..core.parts import LayerSettings, SlotTensor
 from ..core.room import SCALING_STEP, Content, Packed, Room
 from ..core.slot import Slot
-from .layers import Batch, variant_for
+from .layers import TRAINED, Batch, variant_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +58,9 @@ class RowRoom(Room):
             if tensor.rank_axis is None:
                 raise refuse("no_rows_for_kind", adapter_name=slot.adapter_name, key=tensor.key)
             if tensor.parameter.requires_grad:
-                raise refuse("rows_not_trained", adapter_name=slot.adapter_name)
+                raise refuse("rows_not_trained", adapter_name=slot.adapter_name, found=TRAINED)
         families = {cls.__module__.partition(".")[0] for cls in type(slot.host.base).__mro__}
-        self.batch: Batch = Batch(self.rows, is_tiled="diffusers" in families)
+        self.batch: Batch = Batch(self, is_tiled="diffusers" in families)
         #: what each row has, with its scalings; None: no adapter. Empty where all of them are as row 0
         self.assigned: tuple[Packed | None, ...] = ()
 
@@ -85,8 +85,8 @@ class RowRoom(Room):
         trained = self.scalings_of(self.content)
         for each in self.scalings:
             self._all(each)[1:] = trained
-        self._note_written()
-        #: of layers that are one another's like in a stack, the first one, where a graph checks its batch
+        self._note_write(journal)
+        #: of layers that are one another's like in a stack, the first one, which checks for all
         gates: dict[str, str] = {}
         for index, layer in enumerate(slot.layers):
             variant = variant_for(layer.module, layer.path)
@@ -97,8 +97,8 @@ class RowRoom(Room):
             is_gate = gates.setdefault(re.sub(r"\.\d+", "", layer.path), layer.path) == layer.path
             row_variant = variant(*weights, scalings[1], scalings[2:], layer.tensors[0], self.batch, is_gate)
             journal.set_item(layer.module.lora_variant, slot.adapter_name, row_variant)
-        hook = slot.host.base.register_forward_pre_hook(self.batch.note, with_kwargs=True)
-        journal.record(hook.remove)
+        self._hook = slot.host.base.register_forward_pre_hook(self.batch.note, with_kwargs=True)
+        journal.record(self._hook.remove)
 
     def _all(self, first: torch.Tensor) -> torch.Tensor:
         """All rows of a memory, by its first one."""
@@ -111,6 +111,23 @@ class RowRoom(Room):
             raise refuse("rows_differ", adapter_name=self.slot.adapter_name)
         for layer in self.slot.layers:
             journal.remove(layer.module.lora_variant, self.slot.adapter_name)
+        base = self.slot.host.base
+        for table in (base._forward_pre_hooks, base._forward_pre_hooks_with_kwargs):
+            journal.remove(table, self._hook.id)
+
+    def check_rows(self) -> None:
+        """Refuses what holds for row 0 only: values that somebody else has written, and its dropout."""
+        contents = [each.content for each in self.assigned if each] if self.slot.host.base.training else []
+        if any(dropout for content in contents for dropout in content.columns["dropout"]):
+            raise refuse("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
+        if not self.is_touched:
+            return
+        row = self.assigned[0] if self.assigned else None
+        parts = row.parts if row else () if self.assigned else [self._all(band.memory)[1] for band in self.bands]
+        pairs = zip(self.bands, parts, strict=False)
+        if not all(torch.equal(band.memory, part.to(band.memory.device)) for band, part in pairs):
+            raise refuse("rows_written_by_others", adapter_name=self.slot.adapter_name)
+        self._versions = self._versions_now()  # the same was written again, or taken back
 
     # ---- scalings
 
@@ -153,7 +170,8 @@ class RowRoom(Room):
 
     def change_rows(self, rows: Sequence[Packed | None], copies: int, strength: float | torch.Tensor = 1.0) -> Change:
         """Puts an adapter into each row, or none. What is in its row already is not written again."""
-        known = () if self.is_touched else self.assigned
+        self.was_touched: bool = self.is_touched
+        known = () if self.was_touched else self.assigned
         changed = [n for n, each in enumerate(rows) if n >= len(known) or not _are_same(known[n], each)]
         first = rows[0]
         content = self.content if first is None else first.content
@@ -161,7 +179,7 @@ class RowRoom(Room):
         if first is not None and 0 in changed:
             change = super().change_to(replace(first, scalings=now))
         else:
-            change = Change(self.slot, copies=[(each, now) for each in self.scalings], after=[self._note_written])
+            change = Change(self.slot, copies=[(each, now) for each in self.scalings], steps=[self._note_write])
         for number in changed:
             packed, scalings = rows[number], [self._all(each) for each in self.scalings]
             own = torch.zeros_like(trained) if packed is None else packed.scalings * _acts(packed.content)
@@ -175,7 +193,6 @@ class RowRoom(Room):
     def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: int = 1) -> Change:
         def note(journal: Journal) -> None:
             journal.set_attribute(self, "assigned", rows)
-            journal.set_attribute(self.batch, "size", len(rows) or None)
             journal.set_attribute(self.batch, "copies", copies)
 
         change.steps.append(note)

@@ -29,6 +29,7 @@ from ..core.errors import TEXTS
 from .plan_view import PlanView
 from .rank_padding_view import RankPaddingView
 from .recompile_meter import RecompileMeter
+from .replica_panel import ReplicaPanel
 from .row_panel import RowPanel
 from .swap_panel import SwapPanel
 from .swap_race import SwapRace
@@ -36,4 +37,4 @@ from .view import View
 
 TEXTS.append(Path(__file__).with_name("refusals.ini"))
 
-__all__ = ["PlanView", "RankPaddingView", "RecompileMeter", "RowPanel", "SwapPanel", "SwapRace", "View"]
+__all__ = ["PlanView", "RankPaddingView", "RecompileMeter", "ReplicaPanel", "RowPanel", "SwapPanel", "SwapRace", "View"]

@@ -29,7 +29,8 @@ EVERYTHING = "all"
 class PlanRow:
     """What a plan says of one layer.
 
-    ``rank`` reads ``8 -> 2`` where it changes. ``nbytes`` is None in a swap that is refused, and for an added layer.
+    ``rank`` reads ``8 -> 2`` where it changes. ``nbytes`` is None in a swap that is refused, and where it is not known
+    for each layer by itself.
     """
 
     layer: str
@@ -161,8 +162,7 @@ class PlanView(View):
 
 
 def _rows(plan: Plan) -> list[PlanRow]:
-    sizes = {} if plan.refusals else _nbytes(plan)
-    rows = [_row(layer, plan, sizes.get(layer.path)) for layer in plan.layers]
+    rows = [_row(layer, plan) for layer in plan.layers]
     if plan.refusals:
         # layers that the adapter has and the model's slot lacks are in no layer plan
         planned = {path for layer in plan.layers for path in layer.layer.paths}
@@ -173,24 +173,8 @@ def _rows(plan: Plan) -> list[PlanRow]:
     return rows
 
 
-def _nbytes(plan: Plan) -> dict[str, int]:
-    """What is written to each layer. What an added layer gets is made, not written."""
-    if not plan.grafting:
-        return {layer.path: layer.nbytes for layer in plan.layers}
-    # where PEFT loads the adapter beside the model, the plan counts it all together
-    graft = plan.grafting.graft
-    sizes = {id(target): target.nbytes for target, _ in (*graft.copies, *plan.grafting.base.copies)}
-    sizes |= {id(parameter): source.nbytes for parameter, source in graft.resizes}
-    modules = {layer.path: layer.layer.module for layer in plan.layers if layer.action is not Action.ADD}
-    return {
-        # what several layers share is counted in the first of them
-        path: sum(sizes.pop(id(tensor), 0) for tensor in (*module.parameters(), *module.buffers()))
-        for path, module in modules.items()
-    }
-
-
-def _row(layer: LayerPlan, plan: Plan, nbytes: int | None) -> PlanRow:
-    scaling = getattr(layer.settings, "scaling", None)
+def _row(layer: LayerPlan, plan: Plan) -> PlanRow:
+    _, rank, scaling = layer.row
     padded = layer.tensors if layer.action is Action.PAD else ()
     room = [tensor.target.capacity for tensor in padded if tensor.target.capacity]
     too_small = bool(room) and (layer.rank_after or 0) > min(room)
@@ -198,16 +182,8 @@ def _row(layer: LayerPlan, plan: Plan, nbytes: int | None) -> PlanRow:
     return PlanRow(
         layer.path,
         "refused" if refused else str(layer.action),
-        f"{_rank(layer)}, room for {min(room)}" if too_small else _rank(layer),
-        "-" if scaling is None else f"{scaling:.4g}",
-        nbytes,
+        f"{rank}, room for {min(room)}" if too_small else "-" if rank == "none" else rank,
+        scaling,
+        # where PEFT loads the adapter beside the model, the plan counts it all together
+        None if plan.refusals or plan.grafting else layer.nbytes,
     )
-
-
-def _rank(layer: LayerPlan) -> str:
-    before, after = layer.rank_before, layer.rank_after
-    if layer.settings is not None and after is None:
-        return "-"  # a method without ranks
-    if before == after:
-        return "off" if after is None else str(after)
-    return f"{'none' if before is None else before} -> {'off' if after is None else after}"

@@ -127,11 +127,6 @@ class RankPaddingView(View):
         return self._count(NBYTES, self._layer)
 
     @property
-    def adapter_nbytes(self) -> tuple[int, int]:
-        """The memory of all layers together."""
-        return self._count(NBYTES, *self._pairs)
-
-    @property
     def flops(self) -> tuple[int, int]:
         """What this layer's A and B compute for each token: a multiplication and an addition for each number."""
         return self._count(2, self._layer)
@@ -150,7 +145,7 @@ class RankPaddingView(View):
         return [
             ("rank", str(self.own_rank), str(self._target)),
             ("memory of this layer", *(f"{each:,} bytes" for each in self.nbytes)),
-            ("memory of the whole adapter", *(f"{each:,} bytes" for each in self.adapter_nbytes)),
+            ("memory of the whole adapter", *(f"{each:,} bytes" for each in self._count(NBYTES, *self._pairs))),
             ("flops per token, this layer", *(f"{each:,}" for each in self.flops)),
             ("beside those of W", *(f"{each / of_w:.1%}" for each in self.flops)),
         ]

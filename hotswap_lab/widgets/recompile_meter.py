@@ -84,8 +84,6 @@ class RecompileMeter(WorkingView):
         self.watch.__enter__()
         #: how many swaps there were
         self.swaps: int = 0
-        #: whether the live form lists the reasons
-        self.show_reasons: bool = False
 
     def __enter__(self) -> RecompileMeter:
         return self
@@ -173,9 +171,6 @@ class RecompileMeter(WorkingView):
         reasons = "\n".join(recompiled) or "Nothing was compiled again."
         return f"{super()._inside()}<pre>{escape(reasons)}</pre>"
 
-    def _refresh_body(self) -> None:
-        self._body.value = self._inside() if self.show_reasons else super()._inside()
-
     def _controls(self) -> list[ipywidgets.Widget]:
         import ipywidgets as w
 
@@ -187,12 +182,4 @@ class RecompileMeter(WorkingView):
             menu = w.Dropdown(options=self._switch.names, description="adapter", layout=w.Layout(width="230px"))
             visit = partial(self._start, lambda: self._visit((menu.value,), CALLS))
             starters += [menu, self._button("Swap and call", "swap this adapter in, then call the model", visit)]
-        self._reasons_button = self._button("", "why the model was compiled again", self._toggle_reasons)
-        return [wrapping_row(*self._with_stop(*starters), self._reasons_button)]
-
-    def _toggle_reasons(self) -> None:
-        self.show_reasons = not self.show_reasons
-
-    def _refresh(self) -> None:
-        super()._refresh()
-        self._reasons_button.description = "Hide reasons" if self.show_reasons else "Show reasons"
+        return [wrapping_row(*self._with_stop(*starters))]

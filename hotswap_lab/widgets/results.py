@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .view import escape
+from .work import Stopped
 
 
 @dataclass
@@ -73,3 +77,20 @@ class Run:
         images = getattr(self.result, "images", self.result)
         image = images[0] if isinstance(images, list) and images else images
         return image._repr_png_() if hasattr(image, "_repr_png_") else None
+
+
+@contextlib.contextmanager
+def answering(runs: Sequence[Run], forget: Callable[[], object]) -> Iterator[None]:
+    """A block that answers some runs. If it fails, and was not just stopped, it is as if it had not been tried."""
+    start, state = time.perf_counter(), "stopped"
+    try:
+        yield
+        state = "done"
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except BaseException:
+        forget()
+        raise
+    finally:
+        for run in runs:
+            run.state, run.seconds = state, time.perf_counter() - start

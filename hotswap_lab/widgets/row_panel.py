@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING
 from .. import demo
 from ..core.errors import refuse
 from ..pools import AdapterPool
-from .results import Run
+from .results import Run, answering
 from .view import counted, escape, speaking, wrapping_row
-from .work import Stopped, WorkingView, error_html, message
+from .work import WorkingView, error_html
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -91,37 +90,19 @@ class RowPanel(WorkingView):
         self.adapters[row] = adapter or None
         self._changed()
 
-    def run(self) -> object:
-        """Answers all rows and returns the answers; None if it was stopped. Jupyter's interrupt ends it, too."""
-        return self._run(self._answer)
-
-    def start(self) -> None:
-        """What a click on the button does: answers all rows beside the notebook, which can go on."""
-        self._start(self._answer)
-
-    def _answer(self) -> list[object]:
+    def _work(self) -> list[object]:
+        """Answers all rows."""
         adapters, runs, former = list(self.adapters), self._requests(), self.runs
-        start, state = time.perf_counter(), "stopped"
-        try:
-            with contextlib.ExitStack() as stack:
-                self.doing: str = "giving each row its adapter, as soon as no other thread computes with the model"
-                # one that had to wait in vain can't be entered again
-                enter = lambda: stack.enter_context(self.pool.assigned(adapters))  # noqa: E731
-                self.swap_seconds: float | None = self._when_free(enter)
-                self.doing = "answering all rows in one call"
-                self.runs = runs
-                given = self.generate([run.prompt for run in runs])
-                for results in given if isinstance(given, Iterator) else [given]:
-                    self._show(runs, list(results))
-                state = "done"
-        except (Stopped, KeyboardInterrupt):
-            raise
-        except BaseException:
-            self.runs = former  # as if it had not been tried
-            raise
-        finally:
-            for run in runs:
-                run.state, run.seconds = state, time.perf_counter() - start
+        with answering(runs, lambda: setattr(self, "runs", former)), contextlib.ExitStack() as stack:
+            self.doing: str = "giving each row its adapter, as soon as no other thread computes with the model"
+            # one that had to wait in vain can't be entered again
+            enter = lambda: stack.enter_context(self.pool.assigned(adapters))  # noqa: E731
+            self.swap_seconds: float | None = self._when_free(enter)
+            self.doing = "answering all rows in one call"
+            self.runs = runs
+            given = self.generate([run.prompt for run in runs])
+            for results in given if isinstance(given, Iterator) else [given]:
+                self._show(runs, list(results))
         return [run.result for run in runs]
 
     def _requests(self) -> list[Run]:
@@ -142,10 +123,8 @@ class RowPanel(WorkingView):
         """One line: how many requests there are, and adapters to choose from."""
         return f"{counted(len(self.prompts), 'request')}, {counted(len(self.pool), 'adapter')}"
 
-    def __str__(self) -> str:
-        lines = [f"{run.label}, {run.prompt}: {run.text}" for run in self.runs]
-        lines += [f"error: {message(self.error)}"] if self.error else []
-        return "\n".join([super().__str__(), *lines])
+    def _lines(self) -> list[str]:
+        return [f"{run.label}, {run.prompt}: {run.text}" for run in self.runs]
 
     def _inside(self) -> str:
         # no times, which differ from run to run: stored notebooks don't
@@ -158,11 +137,11 @@ class RowPanel(WorkingView):
     def _controls(self) -> list[ipywidgets.Widget]:
         import ipywidgets as w
 
-        slim = {"description_width": "16px"}
-        narrow, wide = w.Layout(width="140px"), w.Layout(flex="1 1 120px", min_width="0", max_width="220px")
+        slim, named = {"description_width": "16px"}, {"description_width": "40px"}
+        narrow, wide = w.Layout(width="140px"), w.Layout(flex="1 1 160px", min_width="0", max_width="260px")
         rest = w.Layout(flex="1 1 180px", min_width="0", margin="2px 8px")
         self._menus = [w.Dropdown(description=str(row), style=slim, layout=narrow) for row in range(len(self.prompts))]
-        self._boxes = [w.Text(layout=wide, placeholder="what this row is asked") for _ in self.prompts]
+        self._boxes = [w.Text(description="asked", style=named, layout=wide) for _ in self.prompts]
         self._answers = [speaking(layout=rest) for _ in self.prompts]
         for number, (menu, box) in enumerate(zip(self._menus, self._boxes, strict=True)):
             self._when_set(menu, partial(self.choose, number))

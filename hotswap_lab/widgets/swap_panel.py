@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -10,14 +9,14 @@ import torch
 
 from .. import demo
 from ..core.errors import refuse
-from ..core.report import readable
 from ..pools import AdapterPool
 from ..threads import in_use
-from .results import Run
+from ..watch import readable
+from .results import Run, answering
 from .switch import strength_of, switch_for, whereabouts
 from .text import text_stream
 from .view import FITS, counted, escape, speaking, wrapping_row
-from .work import Stopped, WorkingView, error_html, message
+from .work import WorkingView, error_html
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -147,10 +146,6 @@ class SwapPanel(WorkingView):
 
     # ---- what can be done
 
-    def run(self) -> object:
-        """Runs the prompt and returns the answer; None if it was stopped. Jupyter's interrupt ends it, too."""
-        return self._run(self._generate)
-
     def choose(self, name: str | None) -> object:
         """What a click on an adapter's button does: swaps (None: off) and, with ``run_on_swap``, runs the prompt."""
         return self._run(lambda: self._change_and_run("adapter", name))
@@ -158,10 +153,6 @@ class SwapPanel(WorkingView):
     def off(self) -> None:
         """Turns the adapter off: the base model answers."""
         self.active = None
-
-    def start(self) -> None:
-        """What a click on Run does: runs the prompt beside the notebook, which can go on."""
-        self._start(self._generate)
 
     def stop(self) -> None:
         """Ends a run at its next token or step; what there is so far stays. A swap that still waits is called off."""
@@ -192,7 +183,7 @@ class SwapPanel(WorkingView):
 
     def _change_and_run(self, what: str, value: object) -> object:
         self._change(what, value)
-        return self._generate() if self.run_on_swap else None
+        return self._work() if self.run_on_swap else None
 
     def _change(self, what: str, value: object) -> None:
         """Swaps, or changes the strength. Where threads that compute have to be waited for, a reader sees that."""
@@ -206,32 +197,22 @@ class SwapPanel(WorkingView):
         seconds = self._when_free(change)
         self.swap_seconds: float | None = seconds if what == "adapter" else self.swap_seconds
 
-    def _generate(self) -> object:
+    def _work(self) -> object:
+        """Runs the prompt."""
         # whatever swaps elsewhere, an answer comes from one adapter, and is labelled with it
         with in_use(self.model):
             self.doing = "running"
             return self._answer()
 
     def _answer(self) -> object:
-        former = self.before, self.after
+        former = dict(before=self.before, after=self.after)
         run = Run(str(self.prompt), whereabouts(self._switch), strength_of(self._switch))
-        start = time.perf_counter()
-        try:
-            self.before, self.after = _earlier(run, *former), run
+        with answering([run], lambda: vars(self).update(former)):
+            self.before, self.after = _earlier(run, *former.values()), run
             given = self.generate(run.prompt)
             for run.result in given if isinstance(given, Iterator) else [given]:
                 self._progressed()
                 self._check()
-            run.state = "done"
-        except (Stopped, KeyboardInterrupt):
-            run.state = "stopped"
-            raise
-        except BaseException:
-            self.before, self.after = former  # as if it had not been tried
-            raise
-        finally:
-            run.seconds = time.perf_counter() - start
-            self._changed()
         return run.result
 
     # ---- how it looks
@@ -248,10 +229,8 @@ class SwapPanel(WorkingView):
     def _answers(self) -> dict[str, Run | None]:
         return {"before": self.before, "after": self.after}
 
-    def __str__(self) -> str:
-        lines = [f"{title}, {run.label}: {run.text}" for title, run in self._answers.items() if run]
-        lines += [f"error: {message(self.error)}"] if self.error else []
-        return "\n".join([super().__str__(), *lines])
+    def _lines(self) -> list[str]:
+        return [f"{title}, {run.label}: {run.text}" for title, run in self._answers.items() if run]
 
     def _inside(self) -> str:
         # no times, which differ from run to run: stored notebooks don't

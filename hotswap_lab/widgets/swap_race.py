@@ -61,15 +61,7 @@ class SwapRace(WorkingView):
 
     # ---- what can be done
 
-    def run(self) -> Report | None:
-        """Runs the race and returns the report; None if it was stopped. Jupyter's interrupt ends it, too."""
-        return self._run(self._race)
-
-    def start(self) -> None:
-        """What a click on the button does: runs the race beside the notebook."""
-        self._start(self._race)
-
-    def _race(self) -> Report:
+    def _work(self) -> Report:
         from .. import bench
 
         self.progress = 0.0
@@ -86,18 +78,18 @@ class SwapRace(WorkingView):
         self.doing: str = doing
 
     def _ways(self, scene: Scene) -> list[Way]:
-        from .. import bench
+        from ..bench import ways
 
-        ways = [
-            bench.peft_load_way(scene),
-            bench.peft_hotswap_way(scene),
-            bench.peft_state_dict_way(scene),
-            bench.disk_way(scene, "hotswap_lab, disk, prepared", scene.load_prepared()),
-            bench.pool_way(scene),
-            bench.memcpy_way(scene),
+        chosen = [
+            ways.peft_load_way(scene),
+            ways.peft_hotswap_way(scene),
+            ways.peft_state_dict_way(scene),
+            ways.disk_way(scene, "hotswap_lab, disk, prepared", scene.load_prepared()),
+            ways.pool_way(scene),
+            ways.memcpy_way(scene),
         ]
         # the check swaps twice, and an uncounted call goes ahead of each that is timed
-        return [self._counted(way, 1 / (len(ways) * 2 * (1 + self.settings.n))) for way in ways]
+        return [self._counted(way, 1 / (len(chosen) * 2 * (1 + self.settings.n))) for way in chosen]
 
     def _counted(self, way: Way, share: float) -> Way:
         """The same way, with a look at whether the race is to end, and how far it is."""

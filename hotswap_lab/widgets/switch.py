@@ -11,9 +11,9 @@ from ..beyond.configs import not_scaled
 from ..core.errors import refuse
 from ..core.host import find_host, name_in
 from ..core.hotswap import hotswap_adapter
-from ..core.pool import check_named
 from ..core.strength import get_strength, set_strength
 from ..pools import AdapterPool
+from ..pools.adapter_pool import check_named
 
 
 class ModelSwitch:

@@ -9,14 +9,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core.errors import refuse
 from ..core.interrupts import interrupts_held
-from ..core.report import readable
 from ..threads import ModelInUseError, waiting_at_most
+from ..watch import readable
 from .clicks import Clicks, keep_apart_from_cells
 from .view import View, escape
 
@@ -59,7 +59,7 @@ class WorkingView(View):
 
     :meth:`_run` does a job in the caller's thread, so that Jupyter's interrupt stops it. :meth:`_start` does it in a
     thread of its own, so that it never keeps the next cell waiting. A job calls :meth:`_check` now and then, which
-    raises :class:`Stopped` once somebody has called :meth:`stop`.
+    raises :class:`Stopped` once somebody has called :meth:`stop`. What the widget is there for is its ``_work``.
 
     >>> view = WorkingView()
     >>> view._run(lambda: 1 + 1)
@@ -88,10 +88,32 @@ class WorkingView(View):
         self._clicks = Clicks()
         return self
 
+    def __str__(self) -> str:
+        error = [f"error: {message(self.error)}"] if self.error else []
+        return "\n".join([super().__str__(), *self._lines(), *error])
+
+    def _lines(self) -> list[str]:
+        """What there is to see, as text."""
+        return []
+
     @property
     def busy(self) -> bool:
         """Whether something is running."""
         return self._lock.locked()
+
+    def run(self) -> Any:
+        """Does what the widget is there for, and returns what came out; None if it was stopped, by :meth:`stop`.
+
+        Jupyter's interrupt ends it, too.
+        """
+        return self._run(self._work)
+
+    def start(self) -> None:
+        """What a click on the widget's first button does: the same beside the notebook, which can go on."""
+        self._start(self._work)
+
+    def _work(self) -> object:
+        raise NotImplementedError
 
     def stop(self) -> None:
         """Ends what is running as soon as it can; what there is so far stays."""

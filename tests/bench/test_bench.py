@@ -14,22 +14,9 @@ import torch
 from lengths import long
 
 from hotswap_lab import bench
-from hotswap_lab.bench import (
-    MEMCPY,
-    PEFT_STATE_DICT,
-    Report,
-    Row,
-    Scene,
-    Settings,
-    Way,
-    extras,
-    make_base,
-    rows,
-    run,
-    ways,
-)
+from hotswap_lab.bench import Report, Row, Scene, Settings, Way, make_base, rows, run, ways
 from hotswap_lab.bench.__main__ import main
-from hotswap_lab.bench.report import Size
+from hotswap_lab.bench.report import MEMCPY, PEFT_STATE_DICT, Size
 from hotswap_lab.bench.timing import PER_ROUND, Timing, machine
 
 TINY = Settings(model="tiny", ranks=(2, 4), n=3)
@@ -45,7 +32,7 @@ OURS = (
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return run(dataclasses.replace(TINY, memory=300, spread=True, turns=True))
+    return run(TINY)
 
 
 @pytest.fixture
@@ -120,7 +107,7 @@ def test_wrong_and_refused_are_said():
         Row(4, "hotswap_lab, disk", "wrong", Timing(0.002, 0.001, 3)),
         Row(4, MEMCPY, "right", Timing(0.001, 0.001, 3)),
     )
-    report = Report("a machine", {}, TINY, (Size(4, 28, 100, 200),), rows)
+    report = Report("a machine", TINY, (Size(4, 28, 100, 200),), rows)
     text = str(report)
     assert "PEFT hotswap, disk refused: no such thing" in text
     assert "hotswap_lab, disk (wrong)" in text
@@ -135,7 +122,6 @@ def test_json_holds_everything(report):
     assert [Timing(**row["timing"]) for row in found["rows"]] == [row.timing for row in report.rows]
     assert [extra["text"] for extra in found["extras"]] == [extra.text for extra in report.extras]
     assert all(extra["values"] for extra in found["extras"])
-    assert found["versions"]["torch"] == torch.__version__
     assert found["settings"]["n"] == TINY.n
     assert set(found["rows"][0]["timing"]) == {"median", "minimum", "n"}
 
@@ -201,17 +187,13 @@ def test_the_ways_take_turns():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_waiting_for_a_core_is_said(monkeypatch, threads):
+def test_waiting_for_a_core_is_said(threads):
     torch.set_num_threads(threads)
-    for seconds, busy in ((0.0, False), (1000.0, True)):
-        clock = iter((5.0, 5.0 + seconds))
-        monkeypatch.setattr(extras, "waited_for_a_core", lambda clock=clock: next(clock))
-        ran = []
-        (extra,) = extras.measure_waiting(4, lambda ran=ran: ran.append("it"))
-        assert (ran, extra.rank, "TOO BUSY" in extra.text) == (["it"], 4, busy)
+    for after, busy in ((5.0, False), (1000.0, True)):
+        (extra,) = bench.say_of_waiting(4, 5.0, after, seconds=1.0)
+        assert (extra.rank, "TOO BUSY" in extra.text) == (4, busy)
         assert ("--threads 1" in extra.text) == (busy and threads > 1)  # no advice for who has followed it
-    monkeypatch.setattr(extras, "waited_for_a_core", lambda: 0)  # nobody counts
-    assert extras.measure_waiting(4, lambda: None) == []
+    assert bench.say_of_waiting(4, 0, 0, seconds=1.0) == []  # nobody counts
 
 
 # ---- shapes
@@ -259,57 +241,6 @@ def test_threads_are_given_back():
 # ---- the further measurements
 
 
-@pytest.mark.skipif(extras.resident_mb() is None, reason="this system doesn't say how large a process is")
-def test_memory(report):
-    for values in by_name(report, "memory"):
-        assert values["swaps"] == 300
-        assert values["before_mb"] > 10
-        assert values["after_mb"] > 10
-    assert "memory, 300 pool swaps: " in str(report)
-
-
-@pytest.mark.skipif(extras.resident_mb() is None, reason="this system doesn't say how large a process is")
-def test_a_process_that_grows_is_seen_to_grow():
-    before = extras.resident_mb()
-    block = torch.ones(25_000_000)
-    assert extras.resident_mb() - before > 50
-    del block
-
-
-def test_memory_where_the_system_does_not_say(scene, monkeypatch):
-    monkeypatch.setattr(extras, "resident_mb", lambda: None)
-    scene.settings = dataclasses.replace(TINY, memory=3)
-    (extra,) = extras.measure_memory(scene)
-    assert extra.text == "memory, 3 pool swaps: not available on this system"
-    assert extra.values["after_mb"] is None
-
-
-def test_turns_are_a_part_of_a_forward(report):
-    for values in by_name(report, "turns"):
-        assert values["share"] == values["in_use_s"] / values["forward"].median
-        assert 0 < values["share"] < 1
-    assert "turns: `with in_use(model)` takes " in str(report)
-
-
-def test_spread_is_the_same_bytes_over_more_tensors(report):
-    for values in by_name(report, "spread"):
-        (few, short), (many, long) = values["timings"].items()
-        assert int(many.split()[0]) == 10 * int(few.split()[0])
-        assert values["ratio"] == long.median / short.median > 0
-        # beside the weights, there is a scaling for each layer
-        nbytes = values["packed_nbytes"]
-        assert nbytes[few] <= nbytes[many] <= 1.1 * nbytes[few]
-
-
-def test_a_chain_has_its_adapter_on_every_layer():
-    pool = extras.chain_pool(TINY, rank=2, count=3, width=32)
-    before = {name: value.clone() for name, value in pool.model.named_parameters() if "lora_" in name}
-    pool.swap("1")
-    after = dict(pool.model.named_parameters())
-    assert len(before) == 6
-    assert all(not torch.equal(after[name], value) for name, value in before.items())
-
-
 @pytest.mark.long
 def test_compiled():
     # one layer and no code generation: what is tested here is what is counted
@@ -348,7 +279,7 @@ def test_rows_that_are_wrong_are_said(scene, monkeypatch):
     pool.assign([*"01234567"])
     extra = rows._forward(scene, pool, rows._named(scene), 1)
     assert "WRONG" in extra.text
-    assert not Report("a machine", {}, TINY, (), (), (extra,)).ok
+    assert not Report("a machine", TINY, (), (), (extra,)).ok
 
 
 # ---- as a user runs it
@@ -378,6 +309,6 @@ def test_wrong_options_and_wrong_swaps_end_in_an_error(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["--n", "0"])
     assert "must be 1 or more" in capsys.readouterr().err
-    wrong = Report("a machine", {}, TINY, (), (Row(4, "hotswap_lab, pool", "wrong"),))
+    wrong = Report("a machine", TINY, (), (Row(4, "hotswap_lab, pool", "wrong"),))
     monkeypatch.setattr("hotswap_lab.bench.__main__.run", lambda settings, say: wrong)
     assert main([]) == 1

@@ -13,6 +13,7 @@ from lora_kinds import ATTENTION, FAMILIES, LLAMA, MODELS, variant
 from models import Kind, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 from hotswap_lab import HotswapError, hotswap_adapter, save_adapter, verify_hotswap
 
@@ -128,6 +129,25 @@ def test_biases_of_the_base_come_back(folders):
     live = {key.replace("base_layer.", ""): value for key, value in model.get_base_model().state_dict().items()}
     for key, value in originals.items():
         assert torch.equal(live[key], value), key
+
+
+TARGETS = {"query": ["query"], "both": ["query", "value"], "dense": ["dense"]}
+
+
+@pytest.mark.parametrize(("old", "new"), list(itertools.permutations(TARGETS, 2)))
+def test_biases_are_saved_for_the_layers_that_a_fresh_load_saves_them_for(tmp_path, old, new):
+    """``lora_only`` means the biases of layers that have LoRA: of other target modules, the file has other keys."""
+    kind, folders = MODELS["bert"], {}
+    for seed, (name, modules) in enumerate(TARGETS.items()):
+        config = LoraConfig(r=4, target_modules=modules, bias="lora_only")
+        folders[name] = save_random_adapter_of(config, tmp_path / name, seed, kind)
+    model, fresh = load(kind, folders[old]), load(kind, folders[new])
+    hotswap_adapter(model, folders[new], "default", add_layers=True, base_weights=kind.base().state_dict())
+    assert_equals_fresh_load(model, kind, folders[new], margin=10)
+    ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(fresh)
+    assert any(key.endswith("bias") for key in theirs)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
 def test_biases_that_nobody_knows_any_more_are_refused(folders):

@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 
 CELLS = {
     "": "from hotswap_lab import demo\nfrom hotswap_lab.lessons import begin\n"
-    "from hotswap_lab.widgets import *\n\nbegin(threads=1)",
+    "from hotswap_lab.widgets import *\n\nbegin()",
     "swap_panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.choose('pig_latin')\npanel",
     "plan_view": "PlanView(demo.load('pig_latin')[0], demo.adapter_path('sort'))",
     "rank_padding_view": "RankPaddingView(target_rank=24)",
@@ -24,9 +24,12 @@ CELLS = {
     "meter = RecompileMeter(torch.compile(model, backend='eager', dynamic=False), "
     "adapters={name: demo.adapter_path(name) for name in demo.adapter_names()}, "
     "inputs=model.get_base_model().dummy_inputs)\n"
-    "meter.visit('vowels_up', 'double', 'sort')\nmeter.show_reasons = True\nmeter",
+    "meter.visit('vowels_up', 'double', 'sort')\nmeter",
     "row_panel": "panel = RowPanel.demo()\nfor row, name in enumerate(('shout', 'sort', None, 'pig_latin')):\n"
     "    panel.choose(row, name)\npanel.run()\npanel",
+    "replica_panel": "state = {'waiting': 0, 'requests': 12, 'tokens': 96, 'swaps': 9}\n"
+    "panel = ReplicaPanel(lambda: [{**state, 'replica': name, 'rows': ['sort@1', None], 'held': ['sort@1', 'shout@2']} "
+    "for name in names])\nnames = ['k3x9', 'q7m2']\npanel.look()\nnames = ['q7m2', 'z1b4']\npanel.look()\npanel",
     "swap_race": "race = SwapRace(n=9, threads=1)\nrace.run()\nrace",
 }
 LOOKS = {

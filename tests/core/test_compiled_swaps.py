@@ -423,7 +423,7 @@ def test_missing_guards_are_refused_unless_only_values_change(folders):
 
 def test_an_unprepared_compiled_model_says_once_that_it_recompiles(folders):
     compiled = torch.compile(load(LLAMA, folders[0]), backend="eager")
-    with pytest.warns(UserWarning, match="Call prepare_model_for_compiled_hotswap") as caught:
+    with pytest.warns(UserWarning, match="call prepare_model_for_compiled_hotswap") as caught:
         _swap_in_turn(compiled, folders[1:3])
     assert len(caught) == 1
     assert caught[0].filename == __file__

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hotswap_lab
+import hotswap_lab.serving
 import hotswap_lab.widgets
 from hotswap_lab import HotswapError
 from hotswap_lab.core.errors import TEXTS, Refusal, listing, refuse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import KINDS, randomize
@@ -12,9 +14,14 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from hotswap_lab import HotswapError, hotswap_adapter_from_state_dict, resolve_slot
-from hotswap_lab.core import lora
+from hotswap_lab.core import lora, methods
 
 LLAMA = KINDS["llama"]
+
+
+def complete(config, host):
+    return methods.rest.complete(copy.deepcopy(config), host)
+
 
 CONFIGS = {
     "plain": {},
@@ -35,7 +42,7 @@ def test_targets_and_settings_are_those_that_peft_makes(name):
     options = {"r": 4, "lora_alpha": 6, "target_modules": list(LLAMA.modules), **CONFIGS[name]}
     model = get_peft_model(LLAMA.base(), LoraConfig(**options))
     host = resolve_slot(model, "default").host
-    config = lora.resolved_config(LoraConfig(**options), host)
+    config = complete(LoraConfig(**options), host)
     assert config.target_modules == model.peft_config["default"].target_modules
     for path, module in host.base.named_modules():
         if ".lora_" in path or path.endswith("base_layer") or not path:
@@ -54,15 +61,16 @@ def test_many_target_modules_are_shortened_as_peft_does():
     ]
     wide = [name.replace("layers.0", f"layers.{index}") for index in range(2) for name in names] * 2
     model = get_peft_model(LLAMA.base(), LoraConfig(target_modules=wide))
-    config = lora.resolved_config(LoraConfig(target_modules=wide), resolve_slot(model, "default").host)
+    config = complete(LoraConfig(target_modules=wide), resolve_slot(model, "default").host)
     assert config.target_modules == model.peft_config["default"].target_modules
 
 
 def test_the_callers_config_is_not_changed():
     config = LoraConfig(target_modules="all-linear")
     model = get_peft_model(LLAMA.base(), LoraConfig(target_modules=["q_proj"]))
-    lora.resolved_config(config, resolve_slot(model, "default").host)
+    hotswap_adapter_from_state_dict(model, get_peft_model_state_dict(model), "default", config)
     assert config.target_modules == "all-linear"
+    assert model.peft_config["default"].target_modules != "all-linear"
 
 
 class Attention(nn.Module):

@@ -122,8 +122,8 @@ def _nothing(tensors):
 DAMAGE = {
     "missing lora_B": (_drop_b, r"incomplete at model.layers.0.self_attn.q_proj"),
     "transposed": (_transpose, r"does not fit the base model at model.layers.0.self_attn.q_proj"),
-    "input dimension": (_cut("lora_A", 1), r"found: .*\(6, 3\)\n  expected: shape \(rank, 16\)"),
-    "output dimension": (_cut("lora_B", 0), r"found: .*\(3, 6\)\n  expected: shape \(16, rank\)"),
+    "input dimension": (_cut("lora_A", 1), r"found: .*\(6, 3\)\n  expected: shape \(6, 16\), 6 being the rank"),
+    "output dimension": (_cut("lora_B", 0), r"found: .*\(3, 6\)\n  expected: shape \(16, 6\), 6 being the rank"),
     "rank of A": (_cut("lora_A", 0), r"disagree about the rank"),
     "rank of B": (_cut("lora_B", 1), r"disagree about the rank"),
     "integers": (_integers, r"is damaged"),

@@ -22,7 +22,6 @@ from operations import held
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from pool_sources import save_sources
 
 from hotswap_lab import (
     Adapter,
@@ -40,21 +39,6 @@ from hotswap_lab import (
 from hotswap_lab.core.slot import SLOTS, room_of
 
 LLAMA, LINEAR, CONV = KINDS["llama"], KINDS["linear"], KINDS["conv"]
-
-
-@pytest.fixture
-def sources(tmp_path):
-    return save_sources(tmp_path)
-
-
-@pytest.fixture
-def model(sources):
-    return load(LLAMA, sources["a"])
-
-
-@pytest.fixture
-def pool(model, sources):
-    return AdapterPool(model, adapters=sources, progress=False)
 
 
 def assert_is(model, folder, kind=LLAMA):

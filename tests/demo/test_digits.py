@@ -238,7 +238,7 @@ def test_a_panel_with_the_real_pipeline_shows_what_the_adapter_draws():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="there is no adapter 'nothing' for the digits; choose one of bold, inverted"):
+    with pytest.raises(ValueError, match="there is no embedded adapter 'nothing'; choose one of bold, inverted"):
         digits.load("nothing")
 
 

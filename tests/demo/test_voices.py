@@ -135,7 +135,7 @@ def test_no_question_is_both_trained_on_and_held_out(name):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="there is no voice 'nobody'; choose one of haiku, json, pirate"):
+    with pytest.raises(ValueError, match="there is no embedded adapter 'nobody'; choose one of haiku, json, pirate"):
         voices.path("nobody")
 
 

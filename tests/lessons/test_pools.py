@@ -63,7 +63,8 @@ def test_packing_is_what_the_engine_does():
     pool.swap("double")
     slot = resolve_slot(pool.model, "default")
     room = room_of(slot.host.base, "default")
-    part = next(part for part in room.take().parts if part.numel())
+    rows = room.rows_for(room.content)[1]
+    part = next(band.memory[:taken] for band, taken in zip(room.bands, rows, strict=True) if taken)
     tensors = Adapter.load(demo.adapter_path("double")).tensors
     pairs = [
         tuple(tensors[f"base_model.model.{layer.path}.{each.key}"] for each in layer.tensors) for layer in slot.layers

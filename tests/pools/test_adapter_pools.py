@@ -11,26 +11,10 @@ import pytest
 import torch
 from models import KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
-from pool_sources import save_sources
 
 from hotswap_lab import Adapter, AdapterPool, HotswapError, hotswap_adapter
 
 LLAMA = KINDS["llama"]
-
-
-@pytest.fixture
-def sources(tmp_path):
-    return save_sources(tmp_path)
-
-
-@pytest.fixture
-def model(sources):
-    return load(LLAMA, sources["a"])
-
-
-@pytest.fixture
-def pool(model, sources):
-    return AdapterPool(model, adapters=sources, progress=False)
 
 
 def assert_is(model, folder, kind=LLAMA):

@@ -27,6 +27,7 @@ from hotswap_lab import (
     set_strength,
     waiting_at_most,
 )
+from hotswap_lab.core.journal import Journal
 
 LINEAR, CONV = KINDS["linear"], KINDS["conv"]
 FAMILY = {
@@ -142,6 +143,15 @@ def test_update_reaches_a_mix_for_all_rows(pool, folders, truth):
     assert_rows(pool, truth, [{"a": 1.0, "b": 2.0}] * 4)
 
 
+def test_a_mix_that_is_there_already_gets_another_strength(pool, truth):
+    mix = {"a": 1.0, "b": -0.5}
+    for strengths in ([0.5, 1], [1, 1], [1, -2]):
+        pool.assign([mix, mix], strengths=strengths)
+        assert_rows(pool, truth, [mix, mix], strengths)
+    pool.swap(mix)
+    assert_rows(pool, truth, [mix, mix])
+
+
 def test_history_holds_no_weights_that_can_be_had_again(pool, truth):
     for weight in range(5):
         pool.assign([{"a": 1.0, "b": float(weight)}, "c"])
@@ -189,9 +199,9 @@ def test_only_rows_that_change_are_written(pool, monkeypatch):
         copy(targets, sources, **options)
 
     monkeypatch.setattr(torch, "_foreach_copy_", noted)
-    pool.assign(["a", "b", "c", None], strengths=[1, 0.5, 1, 1])
+    pool.assign(["a", {"a": 1.0, "b": 0.5}, "c", None], strengths=[1, 0.5, 1, 1])
     written.clear()
-    pool.assign(["a", "b", "b", None], strengths=[1, 0.5, 1, 1])
+    pool.assign(["a", {"a": 1.0, "b": 0.5}, "b", None], strengths=[1, 0.5, 1, 1])
     row = pool._room.bands[0].memory
     (large,) = [each for each in written if each.numel() >= row.numel()]
     assert large.data_ptr() == row.data_ptr() + 2 * row.nbytes
@@ -220,6 +230,9 @@ def test_wrong_arrangements_change_nothing(pool, truth):
     refused("'nobody'", pool.assign, ["a", "nobody"])
     refused("'nobody'", pool.assign, ["a", {"a": 1, "nobody": 1}])
     refused("strength", pool.assign, ["a", {"a": "much"}])
+    for copies in (0, 1.5, "2"):
+        refused("can't have each row", pool.assign, ["a", "b"], copies=copies)
+    refused("A mix needs adapters", pool.assign, ["a", {}])
     assert_untouched(pool.model, before)
     assert torch.equal(call(pool.model, truth.inputs[:2]), output)
 
@@ -234,12 +247,22 @@ def test_a_mix_above_the_room_says_which_rank_to_prepare_for(model, folders):
 def test_without_rows_nothing_can_be_assigned_but_mixes_can_be_swapped(model, folders, truth):
     pool = AdapterPool(model, adapters=folders, target_rank=12, progress=False)
     refused("There is no room for 2 rows", pool.assign, ["a", "b"])
+    refused(r"There is no room for 1 rows(.|\n)*rows=2", pool.assign, ["a"])
     pool.swap({"a": 0.7, "b": -1})
     assert_close(call(model, truth.inputs), truth.of({"a": 0.7, "b": -1}))
     pool.swap("c")
     pool.undo()
     assert_close(call(model, truth.inputs), truth.of({"a": 0.7, "b": -1}))
     refused("in the model", pool.remove, "b")
+
+
+@pytest.mark.parametrize(("kind", "lora"), [(LINEAR, dict(lora_bias=True)), (CONV, dict(target_modules=["grouped2d"]))])
+def test_what_can_not_be_mixed_is_refused(kind, lora, tmp_path):
+    folders = {name: save_random_adapter(kind, tmp_path / name, seed=n, r=4, **lora) for n, name in enumerate("ab")}
+    pool = AdapterPool(load(kind, folders["a"]), adapters=folders, target_rank=12, progress=False)
+    before = snapshot(pool.model)
+    refused("can't be mixed", pool.swap, {"a": 0.5, "b": 0.5})
+    assert_untouched(pool.model, before)
 
 
 def test_a_mix_is_saved_as_the_adapter_that_it_is(pool, folders, truth, tmp_path):
@@ -284,6 +307,17 @@ def test_each_row_several_times(pool, truth):
     repeated = call(pool.model, truth.inputs[:3].repeat_interleave(2, 0))
     assert_close(repeated, truth.rows(["a", "b", None]).repeat_interleave(2, 0))
     assert_rows(pool, truth, ["a", "b", None])
+
+
+def test_a_model_that_is_called_compiled_and_as_it_is_by_turns(pool, model, truth):
+    """How often a batch has each row is found out in one of the ways, and told in the other."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    pool.assign(["a", "b"])
+    for _ in range(2):
+        truth.check(call(compiled, truth.inputs[:2]), ["a", "b"])
+        assert_close(call(model, truth.inputs[:2].repeat_interleave(2, 0))[::2], truth.rows(["a", "b"]))
+    torch.compiler.reset()
 
 
 def test_compiled_other_batches_are_refused_and_copies_are_told(pool, model, truth):
@@ -347,6 +381,26 @@ def test_preparing_again(pool, model, folders, truth):
     assert_rows(again, truth, ["c", "b"])
 
 
+def test_nothing_of_the_rows_is_left_behind(pool, model, folders):
+    base = model.get_base_model()
+    pool.assign(["a", "b"])
+    refused("may have different adapters", prepare_model_for_compiled_hotswap, model, target_rank=20)
+    assert len(base._forward_pre_hooks) == len(base._forward_pre_hooks_with_kwargs) == 1
+    refused("a batch of 3", call, model, torch.randn(3, 12))
+    pool.swap("b")
+    for _ in range(2):
+        AdapterPool(model, adapters=folders, rows=5, target_rank=12, progress=False)
+        assert len(base._forward_pre_hooks) == 1
+        AdapterPool(model, adapters=folders, rows=3, target_rank=12, progress=False)
+    hotswap_adapter(model, folders["a"], "default")
+    room = model.get_base_model().first.lora_variant["default"].batch.room
+    journal = Journal()
+    room.leave(journal)
+    assert not {**base._forward_pre_hooks, **base._forward_pre_hooks_with_kwargs}
+    journal.roll_back()
+    assert len(base._forward_pre_hooks) == len(base._forward_pre_hooks_with_kwargs) == 1
+
+
 def test_layers_that_are_added(folders, truth):
     model = load(LINEAR, folders["c"])
     pool = AdapterPool(model, adapters={"c": folders["c"]}, rows=4, target_rank=6, progress=False)
@@ -356,6 +410,7 @@ def test_layers_that_are_added(folders, truth):
     pool.swap("c")
     hotswap_adapter(model, folders["a"], "default", add_layers=True)
     assert_equals_fresh_load(model, LINEAR, folders["a"], prepared=True)
+    assert not model.get_base_model()._forward_pre_hooks
     refused("no longer where", pool.assign, ["c"])
 
 
@@ -378,6 +433,61 @@ def test_a_model_that_was_converted_says_so(pool, model, folders, truth):
     again = AdapterPool(model, adapters=folders, rows=2, progress=False)
     again.assign(["c", "a"])
     assert_close(call(model, truth.inputs[:2].double()).float(), truth.rows(["c", "a"]))
+
+
+@pytest.mark.parametrize("wanted", [["b", "c"], ["b", "b"], None])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_weights_that_others_write_are_of_all_rows_or_refused(pool, model, truth, wanted, is_compiled):
+    """Whoever writes to the parameters knows of row 0 only."""
+    torch.compiler.reset()
+    compute = torch.compile(model, backend="aot_eager") if is_compiled else model
+    pool.assign(wanted) if wanted else pool.swap("b")
+    expected = call(compute, truth.inputs[:2])
+    same = {key: value.clone() for key, value in model.state_dict().items() if "lora_" in key}
+    model.load_state_dict(same, strict=False)
+    assert torch.equal(call(compute, truth.inputs[:2]), expected)
+    twice = {key: value * 2 for key, value in same.items() if "lora_A" in key}
+    model.load_state_dict(twice, strict=False)
+    if wanted or is_compiled:
+        refused("knows of one row only", call, compute, truth.inputs[:2])
+    else:
+        truth.check(call(compute, truth.inputs[:2]), ["b", "b"], [2, 2])
+    pool.assign(["b", "a"])
+    truth.check(call(compute, truth.inputs[:2]), ["b", "a"])
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_training_is_refused_and_gradients_of_inputs_are_right(pool, model, folders, truth, is_compiled):
+    torch.compiler.reset()
+    compute = torch.compile(model, backend="aot_eager") if is_compiled else model
+    pool.assign(["a", "b"])
+
+    def gradient(model, row):
+        inputs = truth.inputs[:2].clone().requires_grad_()
+        model(inputs)[row].square().sum().backward()
+        return inputs.grad[row]
+
+    for row, name in enumerate("ab"):
+        assert_close(gradient(compute, row), gradient(load(LINEAR, folders[name]), row))
+    model.requires_grad_(True)
+    refused("is being trained", compute, truth.inputs[:2])
+    truth.check(call(compute, truth.inputs[:2]), ["a", "b"])
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_dropout_is_of_all_rows_or_refused(pool, model, truth, is_compiled):
+    torch.compiler.reset()
+    compute = torch.compile(model, backend="aot_eager") if is_compiled else model
+    model.train()
+    pool.assign(["a", "b"])
+    truth.check(call(compute, truth.inputs[:2]), ["a", "b"])
+    pool.assign(["a", "c"])
+    refused("dropout", call, compute, truth.inputs[:2])
+    model.eval()
+    truth.check(call(compute, truth.inputs[:2]), ["a", "c"])
+    torch.compiler.reset()
 
 
 def test_disabled_deleted_and_merged(pool, model, folders, truth):

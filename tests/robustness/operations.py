@@ -678,12 +678,20 @@ for _name in POOL:
 WANTED, STRENGTHS = ["b", None, {"a": 0.5, "b": 1.0}], [1.0, 1.0, 2.0]
 
 
+@operation("AdapterPool(rows=) with other rows than before")
+def _make_row_pool_anew(shelf):
+    return _make_row_pool(shelf, rows_before=2)
+
+
 @operation("AdapterPool(rows=)")
-def _make_row_pool(shelf):
+def _make_row_pool(shelf, rows_before=0):
     sources = _pool_sources(shelf)
 
     def case():
         model, made = load(LINEAR, sources["a"]), []
+        if rows_before:
+            AdapterPool(model, adapters=sources, rows=rows_before, progress=False)
+        base = model.get_base_model()
 
         def check():
             made[0].assign(["b", None, "dropped"])
@@ -693,6 +701,7 @@ def _make_row_pool(shelf):
         return Case(
             lambda: made.append(AdapterPool(model, adapters=sources, target_rank=10, rows=3, progress=False)),
             (model,),
+            extra=lambda: {"rows": [each.__self__.rows for each in base._forward_pre_hooks.values()]},
             check=check,
         )
 

@@ -263,7 +263,7 @@ def test_a_fault_at_every_step(name, share, tmp_path):
 )
 def test_a_real_ctrl_c(name, count, tmp_path):
     with _hunting(name, tmp_path) as hunt:
-        for interrupt in _signals(hunt, 100):
+        for interrupt in _signals(hunt, 400):
             interrupt()
             if hunt.counts["all"] == count:
                 break

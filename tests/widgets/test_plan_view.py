@@ -94,17 +94,7 @@ def test_a_method_that_goes_by_a_stand_in():
     adapter = Adapter.from_state_dict(get_peft_model_state_dict(model), config)
     view = PlanView(model, adapter)
     assert "possible" in view.summary
-    assert {(row.rank, row.nbytes) for row in view.rows} == {("-", 0)}  # it is in there already
-
-
-@pytest.mark.parametrize("name", ["LoRA to DoRA", "LoRA, trainable tokens", "LoHa", "IA3", "VeRA"])
-def test_the_bytes_of_a_swap_through_a_stand_in(name):
-    from hotswap_lab.lessons import beyond
-
-    pair = beyond.PAIRS[name]
-    view = PlanView(beyond.load(pair.old), beyond.adapter(pair.new))
-    assert view.plan.grafting is not None
-    assert sum(row.nbytes for row in view.rows) == view.plan.nbytes > 0
+    assert {(row.rank, row.nbytes) for row in view.rows} == {("-", None)}
 
 
 def test_layers_that_peft_would_have_to_add():
@@ -115,7 +105,6 @@ def test_layers_that_peft_would_have_to_add():
     assert PlanView(model, new).counts == {"copy": 5, "refused": 4}
     view = PlanView(model, new, add_layers=True)
     assert view.counts == {"copy": 5, "add": 4}
-    assert {(row.action, row.nbytes) for row in view.rows} == {("copy", 4 * 128), ("add", None)}
 
 
 def test_static_form_is_limited(view, monkeypatch):

@@ -17,6 +17,7 @@ SHOWN = {
     "05_real_llm": ["SwapPanel"],
     "07_beyond_lora": ["PlanView"],
     "08_many_at_once": ["RowPanel"],
+    "09_beyond_one_machine": ["ReplicaPanel"],
 }
 
 

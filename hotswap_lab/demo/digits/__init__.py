@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import folder_in, names_in
 from .data import SIZE
 from .judge import background as background
 from .judge import classify as classify
@@ -41,7 +42,7 @@ def names() -> list[str]:
     >>> names()
     ['bold', 'inverted', 'only_0', 'only_3', 'only_7', 'slanted']
     """
-    return sorted(folder.name for folder in ADAPTERS_DIR.iterdir() if folder.is_dir())
+    return names_in(ADAPTERS_DIR)
 
 
 def path(name: str) -> str:
@@ -52,10 +53,7 @@ def path(name: str) -> str:
     ValueError
         If there is no such adapter.
     """
-    folder = ADAPTERS_DIR / name
-    if not folder.is_dir():
-        raise ValueError(f"there is no adapter {name!r} for the digits; choose one of {', '.join(names())}")
-    return str(folder)
+    return folder_in(ADAPTERS_DIR, name)
 
 
 def load_base() -> UNet2DModel:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import ASSETS_DIR, Tokenizer, smollm2
+from .. import ASSETS_DIR, Tokenizer, folder_in, names_in, smollm2
 from .scores import score
 
 __all__ = ["QUESTIONS", "VOICES_DIR", "ask", "ask_all", "load", "names", "path", "score"]
@@ -29,7 +29,7 @@ MAX_NEW_TOKENS = 80
 
 def names() -> list[str]:
     """The names of the voices, sorted."""
-    return sorted(file.parent.name for file in VOICES_DIR.glob("*/adapter_config.json"))
+    return names_in(VOICES_DIR)
 
 
 def path(name: str) -> str:
@@ -40,10 +40,7 @@ def path(name: str) -> str:
     ValueError
         If there is no such voice.
     """
-    folder = VOICES_DIR / name
-    if not folder.is_dir():
-        raise ValueError(f"there is no voice {name!r}; choose one of {', '.join(names())}")
-    return str(folder)
+    return folder_in(VOICES_DIR, name)
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, object]:

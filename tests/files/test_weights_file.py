@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hotswap_lab import Adapter, HotswapError, demo
-from hotswap_lab.core.weights_file import map_weights
+from hotswap_lab.files.weights_file import map_weights
 
 
 @pytest.mark.parametrize("name", demo.adapter_names())

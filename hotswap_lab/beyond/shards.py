@@ -19,16 +19,15 @@ damaged file, is the caller's to agree on before anything is written::
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .core.change import Change, clear_gradient
-from .core.decide import CHECKS
-from .core.journal import Journal
-from .core.parts import KINDS, SlotTensor
-from .core.plan import Action, Plan
+from ..core.change import Change, clear_gradient
+from ..core.decide import CHECKS
+from ..core.journal import Journal
+from ..core.parts import KINDS, SlotTensor
+from ..core.plan import Action, Plan
 
 if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -76,7 +75,7 @@ class ShardedTensor(SlotTensor):
     def holds(owner: torch.nn.Module, name: str) -> bool:
         """Whether a parameter is of this kind, be it gathered at the moment or not."""
         parameter = owner._parameters.get(name)
-        if (DTensor is not None and isinstance(parameter, DTensor)) or getattr(parameter, "_fsdp_flattened", False):
+        if is_sharded(parameter) or getattr(parameter, "_fsdp_flattened", False):
             return True
         # FSDP leaves a hook on each module of which it has a parameter
         return bool(owner._load_state_dict_post_hooks) and _fsdp_keeper(owner, name) is not None
@@ -87,7 +86,19 @@ class ShardedTensor(SlotTensor):
 
     def obstacle(self) -> str | None:
         """Why writing to the parameter would not be enough, or None."""
-        return _why_not(self.owner, self.name)
+        parameter, keeper = self.parameter, _fsdp_keeper(self.owner, self.name)
+        if getattr(parameter, "_fsdp_flattened", False):
+            return "flattened by FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2) instead"
+        if keeper is not None and parameter is not keeper.sharded_param:
+            # what is written to gathered weights is gone at the next reshard, and the old adapter is back
+            return "gathered by FSDP for a forward: call reshard() on each FSDPModule of the model, then swap"
+        if not {type(placement) for placement in parameter.placements} <= {Shard, Replicate}:
+            return f"spread over processes as {', '.join(map(str, parameter.placements))}"
+        if type(local := self.memory) is not torch.Tensor:
+            return f"sharded as {type(local).__name__}"
+        if local_part(_spread(torch.empty(parameter.shape, device="meta"), parameter)).shape != local.shape:
+            return f"sharded unevenly: this process holds {tuple(local.shape)} of {tuple(parameter.shape)}"
+        return None
 
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
         parameter = self.parameter
@@ -111,9 +122,14 @@ def _sharded(kind: type[SlotTensor]) -> type[SlotTensor]:
     return type(ShardedTensor.__name__, (ShardedTensor, kind), {})
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def spread(layer: torch.nn.Module, adapter_name: str, tensors: list[SlotTensor]) -> list[SlotTensor]:
     """The tensors of a layer, those that are spread over processes as such."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return tensors
     return [
         _sharded(type(each))(**vars(each)) if ShardedTensor.holds(each.owner, each.name) else each for each in tensors
@@ -132,50 +148,17 @@ def _note_write(parameter: DTensor) -> None:
         torch.autograd.graph.increment_version(parameter)
 
 
-def _why_not(owner: torch.nn.Module, name: str) -> str | None:
-    parameter = owner._parameters[name]
-    if getattr(parameter, "_fsdp_flattened", False):
-        return "flattened by FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2) instead"
-    keeper = _fsdp_keeper(owner, name)
-    if keeper is not None and parameter is not keeper.sharded_param:
-        # what is written to gathered weights is gone at the next reshard, and the old adapter is back
-        return "gathered by FSDP for a forward: call reshard() on each FSDPModule of the model, then swap"
-    if not is_sharded(parameter):
-        return None
-    kinds = {type(placement) for placement in parameter.placements}
-    if not kinds <= {Shard, Replicate}:
-        return f"spread over processes as {', '.join(map(str, parameter.placements))}"
-    local = local_part(parameter)
-    if type(local) is not torch.Tensor:
-        return f"sharded as {type(local).__name__}"
-    if local_part(_spread(torch.empty(parameter.shape, device="meta"), parameter)).shape != local.shape:
-        return f"sharded unevenly: this process holds {tuple(local.shape)} of {tuple(parameter.shape)}"
-    return None
-
-
 def holds_shards(model: torch.nn.Module) -> bool:
     """Whether any parameter of ``model`` is spread over processes, be it gathered at the moment or not."""
     return any(ShardedTensor.holds(module, name) for module in model.modules() for name in module._parameters)
 
 
-def is_trained_in_parallel(root: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> bool:
-    """Whether ``root`` averages the gradients of these parameters over processes, as they were when it was made."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    if not any(parameter.requires_grad for parameter in parameters):
-        return False
-    return any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in root.modules())
-
-
-def _has_fixed_shape(tensor: SlotTensor) -> bool:
-    """Whether FSDP has noted the parameter's shape, so that it can't get another one."""
-    return tensor.is_shard and _fsdp_keeper(tensor.owner, tensor.name) is not None
-
-
 def check_parallel_training(draft: Plan, layers: int, found: str) -> None:
     """Refuses to change which parameters are trained where gradients are averaged over processes by the old ones."""
-    if is_trained_in_parallel(draft.slot.host.root, draft.slot.parameters):
+    if not is_distributed() or not any(parameter.requires_grad for parameter in draft.slot.parameters):
+        return
+    modules = draft.slot.host.root.modules()
+    if any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in modules):
         draft.refuse("trained_in_parallel", layers=layers, found=found)
 
 
@@ -185,7 +168,7 @@ def check_shards(draft: Plan) -> None:
     New shapes, where somebody has noted the old ones and would go by them; magnitudes and biases that are frozen with
     their layer; and magnitudes that are turned off, since they are then worked out from whole base weights.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return
     resized = [plan for plan in draft.layers if plan.action is Action.RESIZE]
     changed = resized + [plan for plan in draft.layers if plan.action is Action.ADD]
@@ -195,13 +178,11 @@ def check_shards(draft: Plan) -> None:
     more = [plan for plan in turned if any(write.target.rank_axis is None for write in plan.tensors)]
     if more:
         check_parallel_training(draft, len(more), f"a magnitude or bias to freeze or unfreeze at {more[0].path}")
-    if not any(tensor.is_shard for tensor in draft.slot.tensors):
-        return
     off = [plan.layer for plan in draft.layers if plan.settings is None]
-    read = [layer for layer in off for each in layer.tensors if each.reads_base and each.is_shard]
-    if read:
+    if read := [layer for layer in off for each in layer.tensors if each.reads_base and each.is_shard]:
         draft.refuse("sharded_dora_off", count=len(read), path=read[0].path)
-    if fixed := [plan for plan in resized if any(map(_has_fixed_shape, plan.layer.tensors))]:
+    # FSDP has noted the shapes
+    if fixed := [plan for plan in resized if any(_fsdp_keeper(each.owner, each.name) for each in plan.layer.tensors)]:
         before, after, path = fixed[0].rank_before, fixed[0].rank_after, fixed[0].path
         draft.refuse("sharded_rank", count=len(fixed), path=path, rank_before=before, rank_after=after)
 
@@ -231,11 +212,7 @@ def give_shard(parameter: DTensor, fresh: DTensor, journal: Journal) -> None:
     """
     clear_gradient(parameter, journal)
     old, part, spec = parameter.data, parameter._local_tensor, parameter._spec
-
-    def undo() -> None:
-        _become(parameter, old, part, spec)
-
-    journal.record(undo)
+    journal.record(lambda: _become(parameter, old, part, spec))
     # as in `give_memory`: another dtype in between makes autograd forget the old shape
     other_dtype = torch.float32 if parameter.dtype == torch.float64 else torch.float64
     nothing = _spread(torch.empty([0] * fresh.ndim, dtype=other_dtype, device=local_part(fresh).device), fresh)

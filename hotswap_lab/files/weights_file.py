@@ -16,20 +16,17 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ..core.sources import READERS, Tensors, read_safetensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def check_file(path: str | os.PathLike[str]) -> None:
-    """Refuses what is no file: opening a pipe would wait for ever, and a device has no end.
-
-    Raises
-    ------
-    OSError
-        If ``path`` leads to anything but a regular file, or to nothing.
-    """
-    if not os.path.isfile(path):
-        raise OSError(f"{os.path.basename(path)} is a folder, a pipe or a device, and no file")
+#: torch sums up to this many numbers in the thread that asks for it
+GRAIN = 32768
+#: how many numbers are looked at without other threads
+FOR_ONE_THREAD = 16 * GRAIN
 
 
 class Mapped(NamedTuple):
@@ -82,3 +79,17 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
     whole: torch.Tensor = empty.set_(storage, start // dtype.itemsize, (sum(sizes),))
     parts = zip(entries, whole.split(sizes), strict=True)
     return Mapped({name: part.view(shape) for (_, shape, name), part in parts}, whole)
+
+
+def _read(folder: str, device: str, key_mapping: dict[str, str] | None, for_one_swap: bool) -> Tensors:
+    mapped = None
+    if for_one_swap and torch.device(device).type == "cpu" and not key_mapping:
+        mapped = map_weights(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+    if mapped is None:
+        return read_safetensors(folder, device, key_mapping, for_one_swap)
+    tensors, whole = mapped
+    # waking torch's other threads takes longer than small sums do, and milliseconds where the machine is busy
+    return tensors, whole.split(GRAIN) if whole.numel() <= FOR_ONE_THREAD else [whole]
+
+
+READERS[SAFETENSORS_WEIGHTS_NAME] = _read

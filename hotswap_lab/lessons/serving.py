@@ -1,0 +1,127 @@
+"""Chapter 09: a quiet Ray, a replica to try batches with, one that is lost, and which replica gets a request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .. import demo
+from ..pools import AdapterPool
+from .exercise import Exercise
+
+#: no messages in a notebook but what its cells print
+QUIET = {"log_level": "CRITICAL"}
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it would make a token, and say so
+# for a machine that is busy: time to start, and as much of it for replicas as for others
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+os.environ.setdefault("RAY_agent_register_timeout_ms", "100000")
+
+
+def start_ray(cpus: int = 2, port: int = 0) -> str:
+    """Starts Ray and Ray Serve on this machine, without their messages. Returns where HTTP requests go.
+
+    Without a ``port`` it is a free one; Serve's own, 8000, may be taken.
+    """
+    import ray
+    from ray import serve
+
+    ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level="CRITICAL", log_to_driver=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", port))
+        port = free.getsockname()[1]
+    logging.getLogger("ray.serve").disabled = True  # Serve sets its level anew
+    serve.start(http_options={"port": port}, logging_config=QUIET)
+    return f"http://127.0.0.1:{port}"
+
+
+def lose(replica: str) -> None:
+    """Kills a replica of the application, as ``kill -9`` would; ``replica`` as ``/healthz`` calls it."""
+    import ray
+
+    ray.kill(ray.get_actor(f"SERVE_REPLICA::default#Replica#{replica}", namespace="serve"))
+
+
+class Desk:
+    """A model, and a pool with eight rows. Its ``calls`` are the requests of each batch that it has answered.
+
+    Examples
+    --------
+    >>> desk = Desk()
+    >>> desk.pool.assign(["shout", "sort"])
+    >>> desk.answer([(0, "shout", "hotswap"), (1, "sort", "hotswap")])
+    ['HOTSWAP!', 'ahopstw']
+    >>> desk.calls
+    [[(0, 'shout'), (1, 'sort')]]
+    """
+
+    def __init__(self) -> None:
+        self.model: Any
+        self.tokenizer: Any
+        self.model, self.tokenizer = demo.load("reverse")
+        family = {name: demo.adapter_path(name) for name in demo.adapter_names()}
+        self.pool: AdapterPool = AdapterPool(self.model, adapters=family, rows=8, progress=False)
+        self.calls: list[list[tuple[int, str]]] = []
+
+    def answer(self, requests: Sequence[tuple[int, str, str]]) -> list[str]:
+        """One call of the model. A request is its number, its adapter and its word."""
+        self.calls.append([(number, name) for number, name, _ in requests])
+        return demo.ask_all(self.model, self.tokenizer, [word for _, _, word in requests])
+
+    async def past_calls(self) -> list[list[tuple[int, str]]]:
+        """The calls since it was last asked."""
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def columns(calls: Sequence[Sequence[Any]], count: int) -> list[list[Any]]:
+    """Calls for :func:`rows.timetable`: each fills eight rows, and there are so many, the last ones of nobody."""
+    filled = [[*call, *[None] * (8 - len(call))] for call in calls]
+    return filled + [[None] * 8] * (count - len(calls))
+
+
+# --- exercise: which replica gets a request ----------------------------------------------------------------------
+
+Rule = Callable[[str, Sequence[Mapping[str, Any]], int], int]
+
+
+def adapters_read(rule: Rule, count: int = 200, held: int = 4) -> int:
+    """How often one of two replicas reads an adapter from its files, if ``rule`` says which one gets a request."""
+    replicas: list[dict[str, Any]] = [{"held": [], "waiting": 0} for _ in range(2)]
+    read, choices = 0, random.Random(0)
+    for number in range(count):
+        name = choices.choice(demo.adapter_names())
+        chosen = replicas[rule(name, [{**each, "held": set(each["held"])} for each in replicas], 3)]
+        chosen["waiting"] += 1
+        read += name not in chosen["held"]
+        chosen["held"] = [*(each for each in chosen["held"] if each != name), name][-held:]
+        if number % 2:  # in the time of two requests, each replica answers one
+            for replica in replicas:
+                replica["waiting"] = max(replica["waiting"] - 1, 0)
+    return read
+
+
+def _choose(name: str, replicas: Sequence[Mapping[str, Any]], most: int) -> int:
+    numbers = range(len(replicas))
+    having = [n for n in numbers if name in replicas[n]["held"] and replicas[n]["waiting"] < most]
+    return min(having or numbers, key=lambda n: replicas[n]["waiting"])
+
+
+@Exercise
+def choose_replica(solution):
+    """A request wants the adapter `name`. Each of the `replicas` says which adapters it has in memory, and how many
+    requests wait: {"held": {"sort", "shout"}, "waiting": 2}. Return the number of the one that gets the request:
+    of those that have the adapter and fewer than `most` waiting, the one with the fewest; if there is none, the one
+    with the fewest of all. If several are equal, the first. About 3 lines.
+    """
+    for what, waiting in {"nobody waits": (0, 0, 0), "two have it": (0, 2, 1), "all are busy": (5, 3, 4)}.items():
+        held = ({"sort"}, {"shout"}, {"shout", "sort"})
+        replicas = [{"held": set(h), "waiting": w} for h, w in zip(held, waiting, strict=True)]
+        for name in ("shout", "double"):
+            yield f"{name}, {what}", solution(name, replicas, 3), _choose(name, replicas, 3)
+    yield "adapters read for 200 requests", adapters_read(solution), adapters_read(_choose)

@@ -1,0 +1,133 @@
+"""ReplicaPanel: the replicas behind a server, what stands in their rows and in their memory, live."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .view import counted, escape, wrapping_row
+from .work import WorkingView, error_html, message
+
+if TYPE_CHECKING:
+    import ipywidgets
+
+#: what stands above the columns
+HEAD = ("replica", "rows of its last batch", "in memory", "waiting", "requests", "tokens", "swaps")
+CELL = "padding:2px 10px;text-align:left;border:1px solid rgba(128,128,128,.4)"
+
+
+class ReplicaPanel(WorkingView):
+    """A line for each replica, looked at again and again, in a thread of its own. One that is lost stays, marked.
+
+    Parameters
+    ----------
+    states:
+        A function that asks all replicas: it returns a list of :attr:`hotswap_lab.serving.Replica.state`, each with the
+        name of its ``replica``. :meth:`at` asks a server.
+    every:
+        How long to wait before it asks again, in seconds.
+
+    Examples
+    --------
+    >>> from hotswap_lab.widgets import ReplicaPanel
+    >>> state = {"replica": "a1", "rows": ["sort@1", None], "held": ["sort@1"], "waiting": 0}
+    >>> panel = ReplicaPanel(lambda: [{**state, "requests": 2, "tokens": 9, "swaps": 1}])
+    >>> panel.look()  # once; ``panel.start()`` goes on looking, as its button does
+    >>> print(panel)
+    ReplicaPanel: 1 replica
+    a1: rows sort@1, base; in memory sort@1; 0 waiting, 2 requests, 9 tokens, 1 swaps
+
+    How to read it: a row is named after the version whose answer it gave last; ``base`` is the model without an
+    adapter. Counts are since the replica has begun.
+    """
+
+    doing = "watching"
+
+    def __init__(self, states: Callable[[], Sequence[Mapping[str, Any]]], *, every: float = 0.5):
+        self.states: Callable[[], Sequence[Mapping[str, Any]]] = states
+        self.every: float = every
+        #: what each replica has said last, by its name
+        self.replicas: dict[str, Mapping[str, Any]] = {}
+        #: the names of those that don't answer any more
+        self.lost: set[str] = set()
+
+    @classmethod
+    def at(cls, address: str, **options: float) -> ReplicaPanel:
+        """A panel for the server at an address such as ``http://localhost:8000``."""
+
+        def states() -> list[dict[str, Any]]:
+            with urllib.request.urlopen(f"{address}/healthz", timeout=30) as answer:
+                return json.load(answer)["replicas"]
+
+        return cls(states, **options)
+
+    # ---- what can be done
+
+    def look(self) -> None:
+        """Asks all replicas once."""
+        now = {state["replica"]: state for state in self.states()}
+        self.replicas = {**self.replicas, **now}
+        self.lost = set(self.replicas) - set(now)
+
+    def start(self) -> None:
+        """What a click on the button does: looks again and again, until :meth:`stop`."""
+        self._start(self._watch)
+
+    def _watch(self) -> None:
+        while True:
+            self._check()
+            try:
+                self.look()
+                self.error: BaseException | None = None
+            except Exception as error:  # a server that doesn't answer now may do so again
+                self.error = error
+            time.sleep(self.every)
+
+    # ---- how it looks
+
+    @property
+    def summary(self) -> str:
+        """One line: how many replicas there are, and how many were lost."""
+        lost = f", {len(self.lost)} lost" if self.lost else ""
+        return counted(len(self.replicas) - len(self.lost), "replica") + lost
+
+    def __str__(self) -> str:
+        lines = [super().__str__()]
+        for name, state in self.replicas.items():
+            lines.append(f"{name}: lost" if name in self.lost else f"{name}: {self._told(state)}")
+        return "\n".join(lines + ([f"error: {message(self.error)}"] if self.error else []))
+
+    def _told(self, state: Mapping[str, Any]) -> str:
+        rows, held = (", ".join(each or "base" for each in state[what]) or "none" for what in ("rows", "held"))
+        return f"rows {rows}; in memory {held}; " + ", ".join(f"{state[what]} {what}" for what in HEAD[3:])
+
+    def _inside(self) -> str:
+        lines = [f"<tr>{''.join(f'<th scope=col style={CELL!r}>{each}</th>' for each in HEAD)}</tr>"]
+        for name, state in self.replicas.items():
+            is_lost = name in self.lost
+            versions = ("".join(map(_chip, state[what])) for what in ("rows", "held"))
+            cells = [escape(name) + " (lost)" * is_lost, *versions, *(escape(state[what]) for what in HEAD[3:])]
+            dim = ' style="opacity:.5"' if is_lost else ""
+            lines.append(f"<tr{dim}>{''.join(f'<td style={CELL!r}>{each}</td>' for each in cells)}</tr>")
+        table = f'<table style="border-collapse:collapse">{"".join(lines)}</table>'
+        return f'<div style="overflow-x:auto;margin:4px 0">{table}</div>' + (
+            error_html(self.error) if self.error else ""
+        )
+
+    def _controls(self) -> list[ipywidgets.Widget]:
+        start = self._button("Watch", "look again and again", self.start, button_style="primary")
+        return [wrapping_row(*self._with_stop(start))]
+
+
+def _chip(version: str | None) -> str:
+    """A version, in a colour of its adapter's own."""
+    name = version or "base"
+    hue = zlib.crc32(name.partition("@")[0].encode()) % 360
+    style = (
+        f"display:inline-block;margin:1px;padding:0 4px;border-radius:3px;color:#1f2933;background:hsl({hue},60%,82%)"
+    )
+    return f'<span style="{style}">{escape(name)}</span>'
