@@ -218,17 +218,9 @@ def _taken(locks: Iterable[tuple[threading.RLock, int | None]], patience: float)
                     raise _busy(thread, patience)
         yield
     finally:
-        try:
-            _release(held)
-        finally:
-            _release(held)  # what is left, where Ctrl-C came meanwhile
-
-
-def _release(held: list[threading.RLock]) -> None:
-    while held:
-        lock = held.pop()
-        if lock._is_owned():
-            lock.release()
+        for lock in reversed(held):
+            if lock._is_owned():
+                lock.release()
 
 
 def _busy(number: int | None, patience: float) -> ModelInUseError:
