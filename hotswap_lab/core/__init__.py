@@ -5,8 +5,8 @@ Ground
     ``compiled`` (what is compiled there), ``journal`` (the way back), ``interrupts`` (Ctrl-C while a model is written),
     ``guard`` (the door for threads).
 What comes in, and where it goes
-    ``sources`` (files), ``adapter``, ``parts`` (one tensor of an adapter in a model), ``lora``
-    (what PEFT keeps of LoRA on a layer), ``methods`` (the door for all other methods), ``slot``.
+    ``sources`` (files), ``adapter``, ``parts`` (one tensor of an adapter in a model), ``lora`` (what PEFT keeps of LoRA
+    on a layer), ``methods`` (the door for all other methods), ``slot``.
 A swap
     ``plan`` (what will be), ``decide`` and ``layers`` (how it is filled in), ``change`` (what is written, and the one
     function that writes), ``writing`` (from one to the other), ``commit``, ``hotswap`` (what people call).

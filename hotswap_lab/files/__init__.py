@@ -1,6 +1,6 @@
 """Where adapters come from and go to: the Hub (``hub``), its search (``search``), a fast way to read weights
-(``weights_file``), PEFT's older format (``bin_file``),
-saving (``saving``), and what ``state_dict`` shows of a model (``state_dicts``).
+(``weights_file``), PEFT's older format (``bin_file``), saving (``saving``), and what ``state_dict`` shows of a model
+(``state_dicts``).
 """
 
 from pathlib import Path

@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import openai
-from running import TOKEN, kill, running
+from running import TOKEN, running
 from served import FAMILY, alone
 
 from hotswap_lab.demo.tasks import sample_words
+from hotswap_lab.lessons.serving import lose
 
 WORDS = sample_words(12, seed=0, held_out=True)
 NAMES = ["one", "two", "three", "four", "five", "six"]
@@ -80,7 +81,7 @@ class Trial:
                 due += requests
                 with contextlib.suppress(Exception):
                     replicas = httpx2.get(f"{self.address}/healthz", timeout=5).json()["replicas"]
-                    kill(self.random.choice(replicas)["replica"])
+                    lose(self.random.choice(replicas)["replica"])
                     self.note("kills")
 
     def update_every(self, seconds: float) -> None:

@@ -17,8 +17,10 @@ import pytest
 pytest.importorskip("ray")
 
 from replica_faults import ADAPTERS, NAMES, trial
-from running import TOKEN, kill, running
+from running import TOKEN, running
 from served import FAMILY, WORDS, alone
+
+from hotswap_lab.lessons.serving import lose
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 HEADER = {"Authorization": f"Bearer {TOKEN}"}
@@ -86,7 +88,7 @@ def test_new_weights_for_all_and_for_who_comes_later(client, address):
     refused = change(address, {"one": FAMILY["sort"], "two": "/nowhere"})
     assert refused.status_code == 400
     assert "Can't find 'adapter_config.json'" in refused.json()["error"]["message"]
-    kill(states(address)[0]["replica"])
+    lose(states(address)[0]["replica"])
     deadline, replicas = time.monotonic() + 120, []
     while len(replicas) < 2 and time.monotonic() < deadline:
         time.sleep(1)
