@@ -139,6 +139,8 @@ class Front:
 
     async def change(self, paths: Mapping[str, str | None]) -> Table:
         with in_our_words():
+            # one that has just started anew would change an older table, and nobody would take that
+            await self._register.adopt.remote(self.table)
             self.table = self.table.or_later(await self._register.change.remote(paths))
         return self.table
 

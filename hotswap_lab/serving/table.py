@@ -110,17 +110,20 @@ class Register:
             Whether adapters that are not named are removed.
         """
         async with self._changing:
-            versions = {} if is_all else dict(self.table.versions)
-            for name, path in paths.items():
-                versions.pop(name, None)
-                if path is not None:
-                    version = await asyncio.to_thread(Version.of, name, path)
-                    if before := self.table.versions.get(name):
-                        version = replace(version, number=before.number + (version.digest != before.digest))
-                    versions[name] = version
-            await self.load([each for name, each in versions.items() if each != self.table.versions.get(name)])
-            self.table = Table(versions, self.table.number + 1)
-            return self.table
+            while True:
+                before = self.table
+                versions = {} if is_all else dict(before.versions)
+                for name, path in paths.items():
+                    versions.pop(name, None)
+                    if path is not None:
+                        version = await asyncio.to_thread(Version.of, name, path)
+                        if former := before.versions.get(name):
+                            version = replace(version, number=former.number + (version.digest != former.digest))
+                        versions[name] = version
+                await self.load([each for name, each in versions.items() if each != before.versions.get(name)])
+                if self.table is before:  # or it has been told meanwhile what is in force, and changes that
+                    self.table = Table(versions, before.number + 1)
+                    return self.table
 
     async def adopt(self, table: Table = Table()) -> Table:
         """The table in force. It is the caller's, if that is a later one: a register may have been started anew."""

@@ -287,6 +287,20 @@ def test_a_register_that_starts_anew_is_told_what_it_was(served):
     assert asyncio.run(restart()) == (True, 10)
 
 
+def test_a_change_is_made_to_what_is_in_force_also_where_the_register_learns_of_that_meanwhile(served):
+    late = Table(served.table.versions, 9)
+
+    class Restarted(Register):
+        async def load(self, versions):
+            await self.adopt(late)
+
+    register = Restarted()
+    table = asyncio.run(register.change({"other": FAMILY["shout"]}))
+    assert table is register.table
+    assert table.number == 10
+    assert table.versions.keys() == {*late.versions, "other"}
+
+
 # ---- what it is made of
 
 
