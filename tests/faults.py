@@ -19,8 +19,6 @@ import inspect
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,17 +122,19 @@ def run_with_ctrl_c(action: Callable[[], object], delay: float) -> Outcome:
 
     False in a condition if the action had ended by then.
     """
-    handler, ended, error = signal.getsignal(signal.SIGINT), False, None
-    pressing = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-    interval = sys.getswitchinterval()
+    handler, ended, error, came = signal.getsignal(signal.SIGINT), False, None, []
+
+    def press(*_: object) -> None:
+        came.append(True)
+        signal.raise_signal(signal.SIGINT)
+
+    # the system's own timer: a thread of ours would first have to be started, and to get a turn
+    former = signal.signal(signal.SIGALRM, press)
     try:
-        pressing.start()
-        sys.setswitchinterval(1e-5)  # else the other thread's turn may come only after milliseconds
+        signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-6))
         action()
         ended = True
-        while not pressing.finished.is_set():  # Python 3.11's join() releases a lock twice if it is interrupted
-            time.sleep(0.001)
-        time.sleep(0.003)  # in which a signal that was just sent is delivered
+        signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt as raised:
         error = raised
     except HotswapError as raised:
@@ -142,13 +142,15 @@ def run_with_ctrl_c(action: Callable[[], object], delay: float) -> Outcome:
         if "UntypedStorage" not in str(raised):
             raise
         error = raised
-    sys.setswitchinterval(interval)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
     kept = signal.getsignal(signal.SIGINT) is handler
-    pressing.join()
-    if ended and error is not None:
+    if ended and (error is not None or not came):
         return Outcome("", None, kept)
     # where Python can't raise, such as while an object is destroyed, Ctrl-C is reported and forgotten
-    last = "nowhere" if error is None else _place(list(traceback.walk_tb(error.__traceback__))[-1][0])
+    frames = [] if error is None else [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    last = next((_place(frame) for frame in reversed(frames) if frame.f_code is not press.__code__), "nowhere")
     return Outcome(f"{last}, after {delay * 1e3:.2f} ms", error, kept)
 
 
