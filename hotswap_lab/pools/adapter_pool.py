@@ -148,7 +148,8 @@ class AdapterPool(RowPool):
         super().__init__(model, adapter_name, adapters, **options, **hub)
 
     def _fill(self, adapters: Iterable[tuple[str, object]]) -> None:
-        super()._fill(tqdm(adapters, desc="packing", unit="adapter", disable=not self._shows_progress))
+        # a bar takes a lock of its own even where it shows nothing, and Ctrl-C may come when it has just done that
+        super()._fill(tqdm(adapters, desc="packing", unit="adapter") if self._shows_progress else adapters)
         # the adapter that is in the model may be one of them
         for packed in [member.packed for member in self._members.values() if member.packed is not None]:
             if _is_in(self._room, packed):
@@ -299,7 +300,10 @@ class AdapterPool(RowPool):
         super()._apply(change)
 
     def _longer_history(self) -> list[tuple[int, Packed]]:
-        history = [*self._history[-HISTORY + 1 :], (self._writes, _without_parts(self._former()))]
+        former = self._former()
+        history = [*self._history[-HISTORY + 1 :], (self._writes, _without_parts(former))]
+        if former.content.owner is not None:
+            return history
         foreign = [number for number, (_, each) in enumerate(history) if each.content.owner is None]
         return history[foreign[-FOREIGN - 1] + 1 :] if len(foreign) > FOREIGN else history
 
