@@ -48,6 +48,11 @@ class Content:
             return torch.tensor([each.scaling if each else 0.0 for each in self.settings], dtype=torch.float64)
 
     @cached_property
+    def acts(self) -> torch.Tensor:
+        """Of each layer, one below the other, whether the adapter does something there."""
+        return self.scalings[:, None] != 0
+
+    @cached_property
     def on(self) -> list[bool]:
         """Of each layer, whether the adapter is on it."""
         return [each is not None for each in self.settings]
