@@ -25,7 +25,6 @@ from ..core.room import SCALING_STEP, Content, Packed, Room
 from ..core.slot import Slot
 from .layers import TRAINED, Batch, variant_for
 
-
 #: from which rank on a compiled sum reads ``lora_B`` faster as PEFT has it than one rank component after the other
 LONG = 16
 
