@@ -81,10 +81,7 @@ def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
             for change in changes:
                 _write(change, journal)
             if copies:
-                targets, sources = zip(*copies, strict=True)
-                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-                    targets, sources, non_blocking=True
-                )
+                torch._foreach_copy_(*zip(*copies, strict=True), non_blocking=True)  # pyright: ignore
         except BaseException:
             journal.roll_back()
             raise
