@@ -120,7 +120,8 @@ class Front:
     async def _follow(self) -> None:
         while await asyncio.sleep(0.1, True):
             with contextlib.suppress(Exception):  # the register may be starting anew, and is told then what it was
-                self.table = self.table.or_later(await self._register.adopt.remote(self.table))
+                if await self._register.number.remote() != self.table.number:
+                    self.table = self.table.or_later(await self._register.adopt.remote(self.table))
 
     async def answer(self, request: Request) -> AsyncGenerator[Piece, None]:
         key = next(iter(request.shares)).key if self._is_gathering and request.shares else ""

@@ -129,3 +129,7 @@ class Register:
         """The table in force. It is the caller's, if that is a later one: a register may have been started anew."""
         self.table = self.table.or_later(table)
         return self.table
+
+    async def number(self) -> int:
+        """Of the table in force: to ask often, where the table itself may be long."""
+        return self.table.number
