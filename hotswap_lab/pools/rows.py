@@ -31,7 +31,7 @@ LONG = 16
 
 @dataclass(frozen=True, eq=False)
 class RowPlace(Place):
-    """Where one tensor lies in a row."""
+    """Where one tensor lies in a row: one rank component after the other, as long as these are few."""
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
         """The tensor, in the memory of one row."""

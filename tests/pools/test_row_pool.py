@@ -28,6 +28,7 @@ from hotswap_lab import (
     waiting_at_most,
 )
 from hotswap_lab.core.journal import Journal
+from hotswap_lab.pools.rows import LONG
 
 LINEAR, CONV = KINDS["linear"], KINDS["conv"]
 FAMILY = {
@@ -338,6 +339,21 @@ def test_compiled_other_batches_are_refused_and_copies_are_told(pool, model, tru
         if isinstance(layer, LoraLayer):
             layer.set_scale("default", 0.5)
     truth.check(call(compiled, truth.inputs), ["c"] * 4, [0.5] * 4)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("target_rank", [LONG - 1, LONG, LONG + 5])
+def test_however_the_rows_lie(model, folders, truth, target_rank):
+    torch.compiler.reset()
+    pool = AdapterPool(model, adapters=folders, rows=4, target_rank=target_rank, progress=False)
+    compiled = torch.compile(model, fullgraph=True)
+    for wanted in (["a", "b", None, {"a": 0.5, "b": 1.5}], ["c", "c", "b", "a"]):
+        pool.assign(wanted)
+        for compute in (model, compiled):
+            truth.check(call(compute, truth.inputs), wanted)
+    hotswap_adapter(model, folders["b"], "default")
+    for compute in (model, compiled):
+        truth.check(call(compute, truth.inputs), ["b"] * 4)
     torch.compiler.reset()
 
 
