@@ -83,6 +83,11 @@ class Run:
 def answering(runs: Sequence[Run], forget: Callable[[], object]) -> Iterator[None]:
     """A block that answers some runs. If it fails, and was not just stopped, it is as if it had not been tried."""
     start, state = time.perf_counter(), "stopped"
+
+    def end() -> None:
+        for run in runs:
+            run.state, run.seconds = state, time.perf_counter() - start
+
     try:
         yield
         state = "done"
@@ -92,5 +97,8 @@ def answering(runs: Sequence[Run], forget: Callable[[], object]) -> Iterator[Non
         forget()
         raise
     finally:
-        for run in runs:
-            run.state, run.seconds = state, time.perf_counter() - start
+        try:
+            end()
+        except KeyboardInterrupt:
+            end()
+            raise
