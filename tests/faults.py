@@ -19,6 +19,7 @@ import inspect
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ def run_with_ctrl_c(action: Callable[[], object], delay: float) -> Outcome:
         action()
         ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)
+        time.sleep(0.001)  # in which a signal that another thread has just taken is delivered
     except KeyboardInterrupt as raised:
         error = raised
     except ValueError as raised:  # a HotswapError is one, too
