@@ -6,7 +6,8 @@ which fails instead. ``"deep"``: the same anywhere below the package: in PEFT, s
 At a ``"signal"`` step nothing is raised: the process sends itself the signal of Ctrl-C, and what becomes of that is up
 to the package. These are the steps where Python looks for signals: when a function of the package begins or a generator
 of it goes on, and after calls of C functions. Left out is what only enters and leaves blocks, of the package and of
-torch: Ctrl-C in just these few steps leaves the block half entered, or half left, in any Python program.
+torch, but for those that keep others out of a model: Ctrl-C in just these few steps leaves the block half entered, or
+half left, in any Python program.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ STRANGERS = f"{os.sep}tqdm{os.sep}"
 SPARED = frozenset({"roll_back", "_restore", "_cleared_away", "cleanup"})
 #: what enters and leaves blocks, and takes and gives back locks: no line of it can fail
 BLOCKS = frozenset({"_taken", "waiting_at_most", "put_back", "_opened", "_locked", "__enter__", "__exit__"})
-#: nor here; but Ctrl-C may come at any of its steps
+#: of these, what Ctrl-C may come to at any of its steps
+TURNS = frozenset({"_taken"})
+#: nor can a line fail here; but Ctrl-C may come at any of its steps
 HOLDING = os.path.join("core", "interrupts.py")
 #: C functions that can't fail: they take no memory, and ask no disk and no device
 UNFAILING = frozenset(
@@ -202,7 +205,7 @@ def _is_ours(frame) -> bool:
     """Whether a frame is the package's, or enters or leaves a block that holds Ctrl-C back."""
     code = frame.f_code
     if code.co_filename.startswith(PACKAGE):
-        return code.co_name not in BLOCKS
+        return code.co_name not in BLOCKS - TURNS
     if code.co_filename != contextlib.__file__ or code.co_name not in ("__enter__", "__exit__"):
         return False
     generator = getattr(frame.f_locals.get("self"), "gen", None)
