@@ -78,7 +78,6 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
     storage: Any = torch.UntypedStorage.from_file(os.fspath(path), shared=False, nbytes=size)
     empty: Any = torch.empty(0, dtype=dtype)
     whole: torch.Tensor = empty.set_(storage, start // dtype.itemsize, (sum(sizes),))
-    # one step for each; split() and view() are two
     places = [(name, shape, (start + offset) // dtype.itemsize) for (offset, _), shape, name in entries]
     return Mapped({name: whole.as_strided(shape, strides_of(*shape), first) for name, shape, first in places}, whole)
 
@@ -86,6 +85,8 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
 @functools.lru_cache
 def strides_of(*shape: int) -> tuple[int, ...]:
     """How far apart the elements of a tensor are that lies in one piece, row after row.
+
+    With these, a view of a file is made in one step; ``split`` and ``view`` are two.
 
     >>> strides_of(2, 3, 4)
     (12, 4, 1)
