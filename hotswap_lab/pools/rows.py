@@ -177,7 +177,9 @@ class RowRoom(Room):
         """Puts an adapter into each row, or none. What is in its row already is not written again."""
         self.was_touched: bool = self.is_touched
         known = () if self.was_touched else self.assigned
-        changed = [n for n, each in enumerate(rows) if n >= len(known) or not _are_same(known[n], each)]
+        parts = [each and each.parts for each in rows]
+        before = [each and each.parts for each in known]
+        changed = [n for n, own in enumerate(parts) if n >= len(known) or own is not before[n]]
         first = rows[0]
         content = self.content if first is None else first.content
         now, trained = self.scalings_of(content, strength), self.scalings_of(content)
@@ -186,11 +188,10 @@ class RowRoom(Room):
         else:
             change = Change(self.slot, steps=[self._note_write])
         for number in changed:
-            if number > 0 and (packed := rows[number]) is not None:
-                targets = [self._all(band.memory)[number] for band in self.bands]
-                change.copies += zip(targets, packed.parts, strict=True)
-        own = [torch.zeros_like(trained) if each is None else each.scalings * each.content.acts for each in rows]
-        scalings = torch.stack([now, trained, *own])
+            if number > 0 and (own := parts[number]) is not None:
+                change.copies += zip([self._all(band.memory)[number] for band in self.bands], own, strict=True)
+        acting = [torch.zeros_like(trained) if each is None else each.scalings * each.content.acts for each in rows]
+        scalings = torch.stack([now, trained, *acting])
         change.copies += [(self._all(each)[: len(scalings)], scalings) for each in self.scalings]
         return self._noting(change, tuple(rows), copies)
 
@@ -201,9 +202,3 @@ class RowRoom(Room):
 
         change.steps.append(note)
         return change
-
-
-def _are_same(one: Packed | None, other: Packed | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.parts is other.parts and torch.equal(one.scalings, other.scalings)
