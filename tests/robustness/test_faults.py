@@ -217,10 +217,14 @@ def _quiet(folder: Path) -> Iterator[Path]:
 def _hunting(name: str, folder: Path) -> Iterator[Hunt]:
     """A hunt for faults in one operation, which has to do its work once more afterwards."""
     (folder / "shelf").mkdir()
-    with _quiet(folder) as temporary:
-        hunt = Hunt(OPERATIONS[name](Shelf(folder / "shelf")), temporary)
-        yield hunt
-        hunt.finish()
+    gc.freeze()  # each fault is followed by a look for garbage, which isn't in what other tests have left
+    try:
+        with _quiet(folder) as temporary:
+            hunt = Hunt(OPERATIONS[name](Shelf(folder / "shelf")), temporary)
+            yield hunt
+            hunt.finish()
+    finally:
+        gc.unfreeze()
 
 
 def chosen(places: list[str], unit: str, share: float = 1) -> list[int]:
