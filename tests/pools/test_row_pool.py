@@ -342,6 +342,16 @@ def test_compiled_other_batches_are_refused_and_copies_are_told(pool, model, tru
     torch.compiler.reset()
 
 
+def test_an_alpha_of_zero_does_nothing(model, folders, truth, tmp_path):
+    """Though its weights are in its row, and the layers' scalings are not zero: all rows are multiplied with these."""
+    zero = save_random_adapter(LINEAR, tmp_path, seed=9, r=4, lora_alpha=0)
+    pool = AdapterPool(model, adapters={**folders, "zero": zero}, rows=4, progress=False)
+    pool.assign(["zero", "a", "zero"])
+    truth.check(call(model, truth.inputs[:3]), [None, "a", None])
+    pool.swap("zero")
+    truth.check(call(model, truth.inputs), [None] * 4)
+
+
 @pytest.mark.parametrize("target_rank", [LONG - 1, LONG, LONG + 5])
 def test_however_the_rows_lie(model, folders, truth, target_rank):
     torch.compiler.reset()
