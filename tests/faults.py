@@ -30,6 +30,7 @@ from types import CodeType
 import torch
 
 import hotswap_lab
+from hotswap_lab.threads import NOWHERE
 
 PACKAGE = str(Path(hotswap_lab.__file__).parent)
 TESTS = str(Path(__file__).parent)
@@ -48,13 +49,13 @@ HOLDING = os.path.join("core", "interrupts.py")
 UNFAILING = frozenset(
     {"__enter__", "__exit__", "release", "reset", "signal", "getsignal", "set_state", "setstate", "_is_owned"}
 )
-UNFAILING |= {"_set_grad_enabled", "is_grad_enabled", "list.remove", "list.pop", "deque.extend", "get_ident"}
+UNFAILING |= {"_set_grad_enabled", "is_grad_enabled", "list.remove", "list.pop", "get_ident"}
 UNFAILING |= {"_pop_torch_function_stack"}
 #: by which contextlib enters and leaves blocks; what they run may fail, and is looked at by itself
 UNFAILING |= {"next", "generator.throw", "generator.close"}
 
-#: closes the file even where it returns an error
-UNFAILING_FUNCTIONS = (os.close,)
+#: closes the file even where it returns an error; and gives turns back, which takes no memory
+UNFAILING_FUNCTIONS = (os.close, NOWHERE.extend)
 
 
 class Fault(BaseException):
