@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.decide import CHECKS, FIRST
 from ..core.errors import listing
 from ..core.host import PEFT_PREFIX, Config
-from ..core.plan import Action, Plan, TensorPlan
+from ..core.plan import Action, Plan
 from ..core.slot import Slot, expected_of
 from .kinds import reads_base
 
@@ -67,17 +67,17 @@ def resize_what_is_off(plan: Plan) -> None:
         return
     ranks = {layer.settings.rank for layer in plan.layers if layer.settings}
     # added layers come last
-    for layer, (settings, _), fixed in zip(
+    for layer, expected, fixed in zip(
         plan.layers, plan.slot.once_for(plan.config, expected_of), plan.fixed, strict=False
     ):
         # any other rank may be as large as a damaged config says
-        if layer.action is not Action.OFF or fixed or (rank := settings.rank) not in ranks:
+        if layer.action is not Action.OFF or fixed or expected.settings.rank not in ranks:
             continue
-        if rank % (targets := layer.layer.tensors)[0].rank_step == 0:
+        if expected.shapes is not None:
+            targets = zip(layer.layer.tensors, expected.shapes, strict=True)
             # a single zero, repeated without taking memory
-            zero = targets[0].parameter.detach().new_zeros(())
-            zeros = [None if each.rank_axis is None else zero.expand(each.shape_for(rank)) for each in targets]
-            layer.tensors = tuple(map(TensorPlan, targets, zeros))
+            zero = layer.layer.tensors[0].parameter.detach().new_zeros(())
+            layer.sources = tuple([None if each.rank_axis is None else zero.expand(shape) for each, shape in targets])
 
 
 def check_arrow(plan: Plan) -> None:

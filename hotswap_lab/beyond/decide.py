@@ -60,8 +60,9 @@ def changes_form(draft: Plan) -> bool:
     slot, (dora, bias) = draft.slot, form_for(draft.config)
     same_kind = reads_base(slot) == dora
     others = [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
-    keys = set(map(canonical_path, draft.adapter.tensors)) if others else set()
-    return any(not keys.isdisjoint(layer.keys[0]) for layer in others)
+    names = map(canonical_path, draft.adapter.tensors) if others else ()
+    keys = {slot.own_keys.get(name) for name in names}
+    return any(layer.keys[0] in keys for layer in others)
 
 
 def turns_embeddings_off(draft: Plan) -> bool:

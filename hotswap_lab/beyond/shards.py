@@ -175,7 +175,7 @@ def check_shards(draft: Plan) -> None:
     if changed:
         check_parallel_training(draft, len(changed), f"another shape at {changed[0].path}")
     turned = [plan for plan in draft.layers if (plan.settings is None) != (plan.rank_before is None)]
-    more = [plan for plan in turned if any(write.target.rank_axis is None for write in plan.tensors)]
+    more = [plan for plan in turned if any(tensor.rank_axis is None for tensor in plan.layer.tensors)]
     if more:
         check_parallel_training(draft, len(more), f"a magnitude or bias to freeze or unfreeze at {more[0].path}")
     off = [plan.layer for plan in draft.layers if plan.settings is None]

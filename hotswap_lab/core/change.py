@@ -55,7 +55,9 @@ class Change:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Writes ``source`` to ``target``. It is cast and moved here, where an error does no harm yet."""
-        self.copies.append((target, source.detach().to(target.device, target.dtype)))
+        if source.dtype != target.dtype or source.device != target.device:
+            source = source.to(target.device, target.dtype)
+        self.copies.append((target, source))
 
     def zero(self, target: torch.Tensor) -> None:
         """Fills ``target`` with zeros."""

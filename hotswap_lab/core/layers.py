@@ -2,88 +2,80 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 
 from . import methods
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import canonical_path
-from .parts import LayerSettings, SlotTensor
-from .plan import Action, LayerPlan, Plan, TensorPlan
-from .prepared import rank_before
+from .parts import SlotTensor
+from .plan import Action, LayerPlan, Plan
 from .shadow import adaptable, build_shadow_layers
-from .slot import SlotLayer, expected_of
+from .slot import Expected, SlotLayer, expected_of
 
-#: what an adapter's config says of a layer: its settings, and whether it targets it
-Expected = tuple[LayerSettings, bool]
 Tensors = dict[str, torch.Tensor]
 
 
-def plan_layers(plan: Plan) -> dict[str, torch.Tensor]:
+def plan_layers(plan: Plan) -> Tensors:
     """Plans all layers of the slot. Returns the tensors that none of them took, by their names in the base model."""
-    slot, tensors = plan.slot, _by_canonical_key(plan)
-    for layer, expected, fixed in zip(slot.layers, slot.once_for(plan.config, expected_of), plan.fixed, strict=True):
-        _plan_layer(plan, layer, expected, tensors, fixed)
+    slot, tensors = plan.slot, _by_own_key(plan)
+    expected = slot.once_for(plan.config, expected_of)
+    for each in zip(slot.layers, expected, plan.ranks_before, plan.fixed, strict=True):
+        _plan_layer(plan, tensors, *each)
     return tensors
 
 
-def _by_canonical_key(plan: Plan) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by their names in the base model; refuses two for one."""
-    tensors: dict[str, torch.Tensor] = {}
+def _by_own_key(plan: Plan) -> Tensors:
+    """The adapter's tensors by their own keys in the base model; refuses two for one, unless these are the same."""
+    own_keys, tensors = plan.slot.own_keys, {}
     for key, tensor in plan.adapter.tensors.items():
-        if (short := canonical_path(key)) in tensors:
-            plan.refuse("tensor_named_twice", short=short)
-        tensors[short] = tensor
+        own = own_keys.get(short := canonical_path(key), short)
+        if own in tensors and not have_same_values(tensor, tensors[own]):
+            plan.refuse("two_values_for_one", key=key, own=own)
+        tensors[own] = tensor
     return tensors
 
 
 def _plan_layer(
-    plan: Plan, layer: SlotLayer, expected: Expected, tensors: Tensors, fixed: bool, action: Action | None = None
+    plan: Plan,
+    tensors: Tensors,
+    layer: SlotLayer,
+    expected: Expected,
+    before: int | None,
+    fixed: bool,
+    action: Action | None = None,
 ) -> None:
     """Plans one layer; ``action`` overrides what the shapes would say. Takes what belongs to it out of ``tensors``."""
-    before = None if action else rank_before(layer.module, plan.slot.adapter_name, layer.tensors[0])
-    found: list[Tensors] = []
-    for names in layer.keys:
-        found.append(named := {})  # several where a shared layer is named by each of its paths
-        for key in names:
-            if key in tensors:
-                named[key] = tensors.pop(key)
-    if not any(found):
-        writes = tuple([TensorPlan(target, None) for target in layer.tensors])
-        plan.layers.append(LayerPlan(layer, Action.OFF, before, None, writes))
+    sources = tuple(map(tensors.pop, layer.keys, repeat(None)))
+    shapes = [None if source is None else source.shape for source in sources]
+    settings = expected.settings
+    if shapes == expected.shapes and (expected.is_targeted or not plan.check_targets):
+        if action is None:
+            is_same = settings.rank == layer.tensors[0].capacity
+            action = Action.COPY if is_same else Action.PAD if fixed else Action.RESIZE
+    elif shapes == [None] * len(shapes):
+        action, settings = Action.OFF, None
+    else:
+        plan.refusals.append(_what_is_wrong(plan, layer, shapes, expected))
         return
-    settings, is_same = expected[0], expected[0].rank == layer.tensors[0].capacity
-    if reason := _what_is_wrong(plan, layer, found, expected, is_same):
-        plan.refusals.append(reason)
-        return
-    if action is None:
-        action = Action.COPY if is_same else Action.PAD if fixed else Action.RESIZE
-    pairs = zip(layer.tensors, found, strict=True)
-    writes = tuple([TensorPlan(target, next(iter(named.values()))) for target, named in pairs])
-    plan.layers.append(LayerPlan(layer, action, before, settings, writes))
+    plan.layers.append(LayerPlan(layer, action, before, settings, sources))
 
 
-def _what_is_wrong(
-    plan: Plan, layer: SlotLayer, found: list[Tensors], expected: Expected, is_same: bool
-) -> Refusal | None:
-    """Why these tensors can't be those of the layer, or None; ``is_same`` says that it has this rank already."""
-    settings, is_targeted = expected
-    rank = settings.rank
-    if not all(found):
-        missing = listing(target.key for target, named in zip(layer.tensors, found, strict=True) if not named)
+def _what_is_wrong(plan: Plan, layer: SlotLayer, shapes: list[torch.Size | None], expected: Expected) -> Refusal:
+    """Why tensors of these shapes can't be those of the layer."""
+    path, rank = layer.path, expected.settings.rank
+    found = list(zip(layer.tensors, shapes, strict=True))
+    if None in shapes:
+        missing = listing(target.key for target, shape in found if shape is None)
         of_layer = listing(target.key for target in layer.tensors)
-        return refusal("layer_incomplete", path=layer.path, missing=missing, tensors=of_layer)
-    if plan.check_targets and not is_targeted:
-        return refusal("layer_not_targeted", path=layer.path, target_modules=plan.adapter.config.target_modules)
-    for target, named in zip(layer.tensors, found, strict=True):
-        (first, source), *others = named.items()
-        for second, other in others:
-            if not have_same_values(other, source):
-                return refusal("two_values_for_shared", first=first, second=second, path=layer.path)
-        if source.shape != (target.parameter.shape if is_same else target.shape_for(rank)):
-            return _wrong_shape(layer, target, source.shape, rank)
-    if not is_same and rank % (step := layer.tensors[0].rank_step):
-        return refusal("rank_not_for_groups", path=layer.path, rank=rank, step=step)
-    return None
+        return refusal("layer_incomplete", path=path, missing=missing, tensors=of_layer)
+    if plan.check_targets and not expected.is_targeted:
+        return refusal("layer_not_targeted", path=path, target_modules=plan.adapter.config.target_modules)
+    for target, shape in found:
+        if shape is not None and shape != target.shape_for(rank):
+            return _wrong_shape(layer, target, shape, rank)
+    return refusal("rank_not_for_groups", path=path, rank=rank, step=layer.tensors[0].rank_step)
 
 
 def _wrong_shape(layer: SlotLayer, target: SlotTensor, shape: torch.Size, rank: int) -> Refusal:
@@ -138,4 +130,4 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
         tensors.clear()  # the reason is given
         return
     for layer, expected in zip(shadows, expected_of(slot, plan.config, shadows), strict=True):
-        _plan_layer(plan, layer, expected, tensors, False, Action.ADD)
+        _plan_layer(plan, tensors, layer, expected, None, False, Action.ADD)

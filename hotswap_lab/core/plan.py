@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,8 +20,8 @@ from .adapter import Adapter
 from .change import Change
 from .errors import HotswapError, Refusal, refusal
 from .host import Config
-from .parts import LayerSettings, SlotTensor
-from .prepared import has_fixed_size
+from .parts import LayerSettings
+from .prepared import has_fixed_size, rank_before
 from .report import html_table
 from .slot import Slot, SlotLayer
 
@@ -39,22 +39,18 @@ class Action(enum.Enum):
         return self.value
 
 
-class TensorPlan(NamedTuple):
-    """One tensor to write: ``source``, as it is in the adapter's file, goes to ``target``; None means zeros."""
-
-    target: SlotTensor
-    source: torch.Tensor | None
-
-
 @dataclass(eq=False)
 class LayerPlan:
-    """What happens to one layer. ``settings`` is None where the adapter is turned off."""
+    """What happens to one layer. ``settings`` is None where the adapter is turned off.
+
+    ``sources`` go to the layer's tensors, and are as they are in the adapter's file; None means zeros.
+    """
 
     layer: SlotLayer
     action: Action
     rank_before: int | None
     settings: LayerSettings | None
-    tensors: tuple[TensorPlan, ...]
+    sources: tuple[torch.Tensor | None, ...]
 
     @property
     def path(self) -> str:
@@ -68,7 +64,7 @@ class LayerPlan:
     def nbytes(self) -> int:
         """The bytes that are written to the model's tensors."""
         keeps_size, total = self.action is Action.PAD, 0
-        for target, source in self.tensors:
+        for target, source in zip(self.layer.tensors, self.sources, strict=True):
             written = target.parameter if source is None or keeps_size else source
             total += written.numel() * target.parameter.element_size()
         return total
@@ -147,7 +143,17 @@ class Plan:
     def fixed(self) -> list[bool]:
         """Of each layer of the slot, whether it was prepared, and so keeps its shapes."""
         name = self.slot.adapter_name
+        if self.slot.room is not None:
+            return [True] * len(self.slot.layers)
         return [has_fixed_size(layer.module, name) for layer in self.slot.layers]
+
+    @cached_property
+    def ranks_before(self) -> list[int | None]:
+        """Of each layer of the slot, the rank that the adapter has there now; None where it is off."""
+        slot, name = self.slot, self.slot.adapter_name
+        if slot.room is not None:
+            return slot.room.content.ranks
+        return [rank_before(layer.module, name, layer.tensors[0]) for layer in slot.layers]
 
     @property
     def is_prepared(self) -> bool:

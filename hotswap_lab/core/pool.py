@@ -205,10 +205,10 @@ class Pool:
         warn_of(plan)
         member.notes = plan.notes
         sources = [
-            (write.target, write.target.off_value() if write.source is None else write.source)
+            (target, target.off_value() if source is None else source)
             for layer in plan.layers
-            for write in layer.tensors
-            if write.source is not None or write.target.reads_base
+            for target, source in zip(layer.layer.tensors, layer.sources, strict=True)
+            if source is not None or target.reads_base
         ]
         content = Content(tuple([layer.settings for layer in plan.layers]), plan.config, member)
         return self._room.pack(content, [*sources, *beside])
@@ -308,7 +308,7 @@ class Pool:
     def _check_room(self) -> None:
         if not self._room.is_intact():
             raise refuse("pool_lost_its_place")
-        if self._room.is_merged:
+        if self._room.slot.is_merged:
             raise refuse("merged", adapter_name=self.adapter_name)
 
 

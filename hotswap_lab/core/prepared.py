@@ -205,7 +205,9 @@ def own_rank(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
 
 def rank_before(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
     """:func:`own_rank`; None where the adapter is turned off."""
-    return None if is_marked_off(layer, adapter_name) else own_rank(layer, adapter_name, tensor)
+    # as is_marked_off(); asked for at each layer in each swap
+    off = adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
+    return None if off else own_rank(layer, adapter_name, tensor)
 
 
 def write_settings(

@@ -53,6 +53,11 @@ class Content:
         return self.scalings[:, None] != 0
 
     @cached_property
+    def ranks(self) -> list[int | None]:
+        """Of each layer; None where it is off."""
+        return [each and each.rank for each in self.settings]
+
+    @cached_property
     def on(self) -> list[bool]:
         """Of each layer, whether the adapter is on it."""
         return [each is not None for each in self.settings]
@@ -115,7 +120,8 @@ class Room:
         }
         #: rows of each band that may hold something else than zeros; a tail is written whole
         self.used: list[int] = [len(band.memory) for band in self.bands]
-        self._own_views: dict[tuple[SlotTensor, int | None], torch.Tensor] = {}
+        #: of a layer, what an adapter of a rank fills
+        self._own_views: dict[tuple[SlotLayer, int | None], list[torch.Tensor]] = {}
 
     # ---- is everything where it was?
 
@@ -130,8 +136,6 @@ class Room:
         self.slot.settle()
         fields = [each for each in slot.method.SCALAR_TABLES.items() if each[0] != "scaling"]
         self._scalar_tables = [(field, [getattr(layer, table) for layer in layers]) for table, field in fields]
-        # PEFT makes one list for each layer, and never another
-        self._merged = [layer.merged_adapters for layer in layers]
         self._versions = self._versions_now()
 
     def enter(self, slot: Slot, journal: Journal) -> None:
@@ -151,11 +155,6 @@ class Room:
             and slot.is_in_place()
             and list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
         )
-
-    @property
-    def is_merged(self) -> bool:
-        """Whether the adapter is merged into the base weights, on any layer: as the slot's, in one pass."""
-        return any(self._merged) and self.slot.is_merged
 
     @property
     def is_touched(self) -> bool:
@@ -241,15 +240,18 @@ class Room:
         change.copies += [(target, self.scalings_of(content)) for target in self.scalings]
         return change
 
-    def write(self, tensor: SlotTensor, source: torch.Tensor | None, change: Change) -> None:
-        """Has ``change`` write ``source``, as in an adapter's file, to a tensor that is zero beyond its rank."""
-        if source is not None:
-            key = tensor, tensor.rank_of(source.shape)
-            if key not in self._own_views:
-                self._own_views[key] = tensor.own(self.view(tensor), key[1])
-            change.copy(self._own_views[key], tensor.split(source))
-        elif tensor.reads_base:
-            change.copy(self.view(tensor), tensor.off_value())
+    def write(self, layer: SlotLayer, rank: int | None, sources: Sequence[torch.Tensor | None], change: Change) -> None:
+        """Has ``change`` write an adapter of this rank (None: turned off) to a layer that is zero beyond its rank.
+
+        ``sources`` are for its tensors, as in an adapter's file.
+        """
+        if (layer, rank) not in self._own_views:
+            self._own_views[layer, rank] = [tensor.own(self.view(tensor), rank) for tensor in layer.tensors]
+        for tensor, target, source in zip(layer.tensors, self._own_views[layer, rank], sources, strict=True):
+            if source is not None:
+                change.copy(target, tensor.split(source))
+            elif tensor.reads_base:
+                change.copy(target, tensor.off_value())
 
     def change_strength(self, strength: float) -> Change:
         """Sets the scalings of all layers to their trained values times ``strength``."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -50,14 +50,9 @@ class SlotLayer:
         return (self.path, *self.aliases)
 
     @cached_property
-    def keys(self) -> list[list[str]]:
-        """Of each tensor, the names that files may have for it."""
-        paths, keys = self.paths, []
-        for tensor in self.tensors:
-            keys.append(names := [])
-            for path in paths:
-                names += f"{path}.{tensor.key}", f"{path}.{tensor.named_key}"
-        return keys
+    def keys(self) -> list[str]:
+        """Of each tensor, its key in an adapter file."""
+        return [f"{self.path}.{tensor.key}" for tensor in self.tensors]
 
 
 @dataclass(eq=False)
@@ -101,6 +96,16 @@ class Slot:
     def write_mode(self) -> torch.inference_mode:
         """Inference mode exactly if the adapter was loaded in it, whatever the caller is in."""
         return torch.inference_mode(self.is_inference)
+
+    @cached_property
+    def own_keys(self) -> dict[str, str]:
+        """The key of each tensor, by whatever else a file may call it: with the adapter's name, by an alias."""
+        own_keys = {}
+        for layer in self.layers:
+            for path in layer.paths:
+                for tensor, key in zip(layer.tensors, layer.keys, strict=True):
+                    own_keys[f"{path}.{tensor.key}"] = own_keys[f"{path}.{tensor.named_key}"] = key
+        return own_keys
 
     # ---- is everything where it was found?
 
@@ -154,7 +159,12 @@ class Slot:
     @property
     def is_merged(self) -> bool:
         """Whether the adapter is merged into the base weights, on any layer."""
-        return True in [self.adapter_name in layer.module.merged_adapters for layer in self.layers]
+        return any(self._merged) and True in [self.adapter_name in merged for merged in self._merged]
+
+    @cached_property
+    def _merged(self) -> list[list[str]]:
+        # PEFT makes one list for each layer, and never another
+        return [layer.module.merged_adapters for layer in self.layers]
 
     def once_for(self, config: Config, work_out: Callable[[Slot, Config], T]) -> T:
         """What is worked out once for each config, and remembered for some of them."""
@@ -179,15 +189,26 @@ class Slot:
         return [tensor.parameter.data_ptr() for tensor in self.tensors]
 
 
-def expected_of(
-    slot: Slot, config: Config, layers: Sequence[SlotLayer] | None = None
-) -> list[tuple[LayerSettings, bool]]:
-    """Of each layer, the settings that an adapter with this config has there, and whether the config targets it."""
+class Expected(NamedTuple):
+    """What an adapter with a certain config has on a layer."""
+
+    settings: LayerSettings
+    #: whether the config targets it
+    is_targeted: bool
+    #: of its tensors; None where they can't have this rank
+    shapes: list[tuple[int, ...]] | None
+
+
+def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None = None) -> list[Expected]:
+    """Of each layer, what an adapter with this config has there."""
     settings_for, targets, expected = slot.method.settings_for, slot.method.targets, []
     alike = None if config.rank_pattern or config.alpha_pattern else settings_for(config, "")
     for layer in slot.layers if layers is None else layers:
         targeted = targets(config, layer.path) or any(targets(config, path) for path in layer.aliases)
-        expected.append((alike or settings_for(config, layer.path), targeted))
+        settings, tensors = alike or settings_for(config, layer.path), layer.tensors
+        fits = settings.rank % tensors[0].rank_step == 0
+        shapes = [tensor.shape_for(settings.rank) for tensor in tensors] if fits else None
+        expected.append(Expected(settings, targeted, shapes))
     return expected
 
 

@@ -18,16 +18,15 @@ def change_layer_by_layer(plan: Plan) -> Change:
     if room is not None and not adds:
         change = room.change_around([layer.settings for layer in plan.layers], plan.config)
         for layer in plan.layers:
-            for write in layer.tensors:
-                room.write(write.target, write.source, change)
+            room.write(layer.layer, layer.rank_after, layer.sources, change)
         return change
     # layers that have just been added are not among those of the slot
     change = Change(slot, plan.config, slot_after=None if adds else slot)
     if room is not None:
         change.steps.append(room.leave)
     for layer in plan.layers:
-        for write in layer.tensors:
-            write.target.write(write.source, change, layer.action is Action.PAD)
+        for target, source in zip(layer.layer.tensors, layer.sources, strict=True):
+            target.write(source, change, layer.action is Action.PAD)
         scaling = layer.layer.module.scaling[slot.adapter_name]
         if layer.settings is not None and isinstance(scaling, torch.Tensor):
             change.copies.append((scaling, scaling.new_full((), layer.settings.scaling)))

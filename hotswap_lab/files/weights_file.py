@@ -26,8 +26,21 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 #: torch sums up to this many numbers in the thread that asks for it
 GRAIN = 32768
+#: how many headers are remembered
+MOST_KNOWN = 16
 #: how many numbers are looked at without other threads
 FOR_ONE_THREAD = 16 * GRAIN
+
+
+class Layout(NamedTuple):
+    """What a header says of the tensors, which lie side by side; all numbers are of elements, not bytes."""
+
+    dtype: torch.dtype
+    names: list[str]
+    shapes: list[list[int]]
+    strides: list[tuple[int, ...]]
+    #: of each tensor, the first element, counted from the beginning of the file; and the end of the last tensor
+    firsts: list[int]
 
 
 class Mapped(NamedTuple):
@@ -58,28 +71,44 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
     """
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        start = 8 + int.from_bytes(file.read(8), "little")
-        text = str(file.read(start - 8), "utf-8") if start <= size else "{}"
-    header = json.loads(text)
-    metadata = header.pop("__metadata__", None)
-    # json drops what is there twice; each tensor has a name and three fields
-    if metadata not in (None, {"format": "pt"}) or text.count(":") != 4 * len(header) + 2 * bool(metadata):
+        length = int.from_bytes(file.read(8), "little")
+        layout = layout_of(file.read(length)) if 8 + length < size else None
+    if layout is None or layout.firsts[-1] * layout.dtype.itemsize != size:
         return None
-    entries = sorted([(entry["data_offsets"], entry["shape"], name) for name, entry in header.items()])
-    dtypes = {entry["dtype"] for entry in header.values()}
-    dtype = DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
-    if dtype is None or size == start or start % dtype.itemsize:
-        return None
-    sizes = [math.prod(shape) for _, shape, _ in entries]
-    ends = [0, *itertools.accumulate([elements * dtype.itemsize for elements in sizes])]
-    side_by_side = [list(span) for span in itertools.pairwise(ends)]
-    if [offsets for offsets, _, _ in entries] != side_by_side or start + ends[-1] != size:
-        return None
+    first, end = layout.firsts[0], layout.firsts[-1]
     storage: Any = torch.UntypedStorage.from_file(os.fspath(path), shared=False, nbytes=size)
-    empty: Any = torch.empty(0, dtype=dtype)
-    whole: torch.Tensor = empty.set_(storage, start // dtype.itemsize, (sum(sizes),))
-    places = [(name, shape, (start + offset) // dtype.itemsize) for (offset, _), shape, name in entries]
-    return Mapped({name: whole.as_strided(shape, strides_of(*shape), first) for name, shape, first in places}, whole)
+    empty: Any = torch.empty(0, dtype=layout.dtype)
+    whole: torch.Tensor = empty.set_(storage, first, (end - first,))
+    views = map(whole.as_strided, layout.shapes, layout.strides, layout.firsts)
+    return Mapped(dict(zip(layout.names, views, strict=True)), whole)
+
+
+@functools.lru_cache(maxsize=MOST_KNOWN)
+def layout_of(header: bytes) -> Layout | None:
+    """What a safetensors header says, if the file is one that PEFT may have written.
+
+    The files of adapters that were trained alike have the same header, so this is worked out once for all of them.
+
+    >>> layout_of(b'{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}   ').firsts
+    [17, 23]
+    """
+    text = str(header, "utf-8")
+    entries = json.loads(text)
+    metadata = entries.pop("__metadata__", None)
+    # json drops what is there twice; each tensor has a name and three fields
+    if metadata not in (None, {"format": "pt"}) or text.count(":") != 4 * len(entries) + 2 * bool(metadata):
+        return None
+    in_order = sorted([(entry["data_offsets"], entry["shape"], name) for name, entry in entries.items()])
+    dtypes, start = {entry["dtype"] for entry in entries.values()}, 8 + len(header)
+    dtype = DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
+    if dtype is None or start % dtype.itemsize:
+        return None
+    offsets, shapes, names = map(list, zip(*in_order, strict=True))
+    firsts = [*itertools.accumulate(map(math.prod, shapes), initial=start // dtype.itemsize)]
+    places = [each * dtype.itemsize - start for each in firsts]
+    if offsets != list(map(list, itertools.pairwise(places))):
+        return None
+    return Layout(dtype, names, shapes, [strides_of(*shape) for shape in shapes], firsts)
 
 
 @functools.lru_cache

@@ -22,7 +22,7 @@ from ..core.host import Config
 from ..core.journal import Journal
 from ..core.parts import LayerSettings, SlotTensor
 from ..core.room import SCALING_STEP, Content, Packed, Room
-from ..core.slot import Slot
+from ..core.slot import Slot, SlotLayer
 from .layers import TRAINED, Batch, variant_for
 
 #: from which rank on a compiled sum reads ``lora_B`` faster as PEFT has it than one rank component after the other
@@ -165,11 +165,12 @@ class RowRoom(Room):
         change.copies += [(target, source.expand(target.shape)) for target, source in copies]
         return self._noting(change, ())
 
-    def write(self, tensor: SlotTensor, source: torch.Tensor | None, change: Change) -> None:
-        if source is not None:
-            (band, place), axis = self.places[tensor], tensor.rank_axis or 0
-            own = place.of_rows(self._all(band.memory))[:, : source.shape[axis]]
-            change.copy(own, source.movedim(axis, 0).expand_as(own))
+    def write(self, layer: SlotLayer, rank: int | None, sources: Sequence[torch.Tensor | None], change: Change) -> None:
+        for tensor, source in zip(layer.tensors, sources, strict=True):
+            if source is not None:
+                band, place = self.places[tensor]
+                own = place.of_rows(self._all(band.memory))[:, :rank]
+                change.copy(own, source.movedim(tensor.rank_axis or 0, 0).expand_as(own))
 
     # ---- another one for each
 

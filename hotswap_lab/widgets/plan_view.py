@@ -175,8 +175,8 @@ def _rows(plan: Plan) -> list[PlanRow]:
 
 def _row(layer: LayerPlan, plan: Plan) -> PlanRow:
     _, rank, scaling = layer.row
-    padded = layer.tensors if layer.action is Action.PAD else ()
-    room = [tensor.target.capacity for tensor in padded if tensor.target.capacity]
+    padded = layer.layer.tensors if layer.action is Action.PAD else ()
+    room = [tensor.capacity for tensor in padded if tensor.capacity]
     too_small = bool(room) and (layer.rank_after or 0) > min(room)
     refused = too_small or (layer.action is Action.ADD and plan.refusals)
     return PlanRow(

@@ -108,7 +108,7 @@ def _unknown(tensors):
 
 
 def _twice(tensors):
-    tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = tensors[f"{Q}.lora_A.weight"].clone()
+    tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = tensors[f"{Q}.lora_A.weight"] + 1
 
 
 def _one_dimension(tensors):
@@ -134,7 +134,7 @@ DAMAGE = {
         r"unexpected keys found: base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight",
     ),
     # of a file, a fresh load ignores the second name
-    "named twice": (_twice, r"names one tensor twice|without the prefix"),
+    "named twice": (_twice, r"two different values for one tensor|without the prefix"),
     "one dimension": (_one_dimension, r"does not fit"),
     "no tensors": (_nothing, r"no tensors at all"),
 }

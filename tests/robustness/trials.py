@@ -35,7 +35,6 @@ STRICTER = {
     "no tensors at all": "as above",
     "nothing for any layer of the loaded one": "as above",
     "a floating point tensor under each key": "a fresh load casts whatever numbers there are, and copies meta tensors",
-    "names one tensor twice": "a fresh load takes one of them",
     "two different values for one tensor": "a fresh load takes one of them",
     "does not target .*, but its tensors do": "a fresh load ignores these tensors",
     "Incompatible PEFT types found": "an adapter of one method can't take the place of another's",
