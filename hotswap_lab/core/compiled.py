@@ -60,15 +60,12 @@ def compiled_parts(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()
             modules.append(module)
             below = [children.get("base_layer")] if isinstance(module, BaseTunerLayer) else children.values()
             stack += [child for child in below if child is not None]
-    parts: list[object] = []
-    for module in modules:
-        attributes = module.__dict__
-        if COMPILED in attributes["_modules"]:
-            parts.append(module)
-        for name in CALLABLES:
-            # a bound method passes the attributes of its function on; not so what accelerate puts in place of forward
-            if name in attributes and hasattr(attributes[name], "_torchdynamo_orig_callable"):
-                parts.append(attributes[name])
+    parts: list[object] = [module for module in modules if COMPILED in module._modules]
+    tables = [module.__dict__ for module in modules]
+    for name in CALLABLES:
+        found = [table[name] for table in tables if name in table]
+        # a bound method passes the attributes of its function on; not so what accelerate puts in place of forward
+        parts += [each for each in found if hasattr(each, "_torchdynamo_orig_callable")]
     return parts
 
 

@@ -66,10 +66,9 @@ def _what_is_wrong(plan: Plan, layer: SlotLayer, shapes: list[torch.Size | None]
     """Why tensors of these shapes can't be those of the layer."""
     path, rank = layer.path, expected.settings.rank
     found = list(zip(layer.tensors, shapes, strict=True))
-    if None in shapes:
-        missing = listing(target.key for target, shape in found if shape is None)
+    if missing := [target.key for target, shape in found if shape is None]:
         of_layer = listing(target.key for target in layer.tensors)
-        return refusal("layer_incomplete", path=path, missing=missing, tensors=of_layer)
+        return refusal("layer_incomplete", path=path, missing=listing(missing), tensors=of_layer)
     if plan.check_targets and not expected.is_targeted:
         return refusal("layer_not_targeted", path=path, target_modules=plan.adapter.config.target_modules)
     for target, shape in found:

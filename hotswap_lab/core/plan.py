@@ -143,8 +143,6 @@ class Plan:
     def fixed(self) -> list[bool]:
         """Of each layer of the slot, whether it was prepared, and so keeps its shapes."""
         name = self.slot.adapter_name
-        if self.slot.room is not None:
-            return [True] * len(self.slot.layers)
         return [has_fixed_size(layer.module, name) for layer in self.slot.layers]
 
     @cached_property

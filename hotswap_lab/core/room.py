@@ -130,8 +130,6 @@ class Room:
         self.slot = dataclasses.replace(slot, room=self)
         layers, tensors = [layer.module for layer in slot.layers], list(self.places)
         self._parameters = [tensor.parameter for tensor in tensors]
-        second = [tensor.parameter for tensor in tensors if tensor.rank_axis == 1]
-        self._second_parameters = second or self._parameters
         self._addresses = [self.view(tensor).data_ptr() for tensor in tensors]
         self.slot.settle()
         fields = [each for each in slot.method.SCALAR_TABLES.items() if each[0] != "scaling"]
@@ -161,8 +159,9 @@ class Room:
         """Whether somebody else has written to the weights since the room did: an optimizer, ``load_state_dict``."""
         return self.was_touched or self._versions_now() != self._versions
 
-    def _versions_now(self) -> list[int]:
-        return [] if self.slot.is_inference else list(map(_version, self._parameters))
+    def _versions_now(self) -> int:
+        """The sum of all version counters, since none of them ever counts down."""
+        return 0 if self.slot.is_inference else sum(map(_version, self._parameters))
 
     def _note_write(self, journal: Journal) -> None:
         """Has the version counters tell from now on who else writes."""
@@ -272,7 +271,7 @@ class Room:
 
     def _enter(self, content: Content, used: list[int], journal: Journal) -> None:
         slot, before = self.slot, self.content
-        if is_trained := True in map(_requires_grad, self._second_parameters):
+        if is_trained := True in map(_requires_grad, self._parameters):
             for parameter in self._parameters:
                 clear_gradient(parameter, journal)
         journal.set_attribute(self, "content", content)

@@ -206,9 +206,8 @@ def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None =
     for layer in slot.layers if layers is None else layers:
         targeted = targets(config, layer.path) or any(targets(config, path) for path in layer.aliases)
         settings, tensors = alike or settings_for(config, layer.path), layer.tensors
-        fits = settings.rank % tensors[0].rank_step == 0
-        shapes = [tensor.shape_for(settings.rank) for tensor in tensors] if fits else None
-        expected.append(Expected(settings, targeted, shapes))
+        shapes = [tensor.shape_for(settings.rank) for tensor in tensors]
+        expected.append(Expected(settings, targeted, None if settings.rank % tensors[0].rank_step else shapes))
     return expected
 
 

@@ -26,8 +26,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 #: torch sums up to this many numbers in the thread that asks for it
 GRAIN = 32768
-#: how many headers are remembered
-MOST_KNOWN = 16
+#: how many headers are remembered, of at most how many bytes
+MOST_KNOWN, LONGEST = 16, 2**20
 #: how many numbers are looked at without other threads
 FOR_ONE_THREAD = 16 * GRAIN
 
@@ -72,7 +72,8 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        layout = layout_of(file.read(length)) if 8 + length < size else None
+        read = layout_of if length <= LONGEST else layout_of.__wrapped__
+        layout = read(file.read(length)) if 8 + length < size else None
     if layout is None or layout.firsts[-1] * layout.dtype.itemsize != size:
         return None
     first, end = layout.firsts[0], layout.firsts[-1]

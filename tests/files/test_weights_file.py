@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hotswap_lab import Adapter, HotswapError, demo
-from hotswap_lab.files.weights_file import map_weights
+from hotswap_lab.files.weights_file import LONGEST, layout_of, map_weights
 
 
 @pytest.mark.parametrize("name", demo.adapter_names())
@@ -94,6 +94,25 @@ def test_a_truncated_file_is_refused(tmp_path):
     for size in (0, 4, 8, 20, len(data) - 1):
         path.write_bytes(data[:size])
         check_not_mapped(path)
+
+
+def test_a_header_is_worked_out_once_and_its_numbers_are_read_each_time(tmp_path):
+    layout_of.cache_clear()
+    path = tmp_path / "file"
+    for seed in range(3):
+        save_file({"a": torch.randn(30, generator=torch.Generator().manual_seed(seed)), "b": torch.ones(2, 3)}, path)
+        assert torch.equal(map_weights(path).tensors["a"], load_file(path)["a"])
+    assert layout_of.cache_info()[:2] == (2, 1)  # hits and misses
+    path.write_bytes(path.read_bytes()[:-4])
+    check_not_mapped(path)
+
+
+def test_a_header_of_any_length_is_read_and_only_short_ones_are_kept(tmp_path):
+    layout_of.cache_clear()
+    path = tmp_path / "file"
+    save_file({"a" * LONGEST: torch.randn(30)}, path)
+    assert torch.equal(*(next(iter(each.values())) for each in (map_weights(path).tensors, load_file(path))))
+    assert layout_of.cache_info().currsize == 0
 
 
 def test_badly_aligned_data_is_left_to_the_library(tmp_path):

@@ -19,7 +19,7 @@ def main() -> None:
     import torch
 
     with atheris.instrument_imports(
-        include=["hotswap_lab.core.adapter", "hotswap_lab.core.weights_file", "json", "zipfile"]
+        include=["hotswap_lab.core.adapter", "hotswap_lab.files.weights_file", "json", "zipfile"]
     ):
         from hotswap_lab import Adapter, HotswapError, demo
     warnings.simplefilter("ignore")
