@@ -32,10 +32,6 @@ class Row:
         ``"right"``, ``"wrong"`` (no error, but other outputs than a fresh load) or ``"refused"`` (not timed).
     timing:
         Seconds of one call.
-    as_fast:
-        How many times as fast as PEFT's hotswap from a state dict.
-    times_memcpy:
-        How many times as long as copying the same bytes.
     note:
         The error, if it was refused.
     """
@@ -44,8 +40,6 @@ class Row:
     way: str
     state: str
     timing: Timing | None = None
-    as_fast: float | None = None
-    times_memcpy: float | None = None
     note: str = ""
 
     @property
@@ -168,14 +162,17 @@ class Report:
 
 def _table(rows: Sequence[Row]) -> list[str]:
     width = max((len(row.label) for row in rows), default=0)
+    medians = {row.way: row.timing.median for row in rows if row.timing}
+    theirs, floor = medians.get(PEFT_STATE_DICT), medians.get(MEMCPY)
     lines = [f"{'way':{width}}  median ms      min ms    n  times as fast as PEFT's state dict   x memcpy"]
     for row in rows:
         if row.timing is None:
             lines.append(f"{row.way} refused: {row.note}")
             continue
-        factors = [f"{factor:,.2f}" if factor else "" for factor in (row.as_fast, row.times_memcpy)]
+        as_fast = f"{theirs / row.timing.median:,.2f}" if theirs else ""
+        times_memcpy = f"{row.timing.median / floor:,.2f}" if floor else ""
         lines.append(
             f"{row.label:{width}}  {row.timing.median * 1000:9.3f}  {row.timing.minimum * 1000:10.3f}  "
-            f"{row.timing.n:3}  {factors[0]:>34}  {factors[1]:>9}".rstrip()
+            f"{row.timing.n:3}  {as_fast:>34}  {times_memcpy:>9}".rstrip()
         )
     return lines

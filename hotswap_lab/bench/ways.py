@@ -97,16 +97,9 @@ def make_ways(scene: Scene) -> list[Way]:
 
 
 def measure_ways(scene: Scene, make: Callable[[Scene], list[Way]] | None = None) -> list[Row]:
-    """The table for one rank: each way's check beside its time, and that time beside PEFT's and a plain copy's."""
+    """The table for one rank: each way's check beside its time."""
     ways = {way.name: way for way in (make or make_ways)(scene)}
     checks = {name: way.check() for name, way in ways.items()}
     runs = {name: way.alternating(scene.settings.device) for name, way in ways.items() if checks[name][0] != "refused"}
     timings = in_rounds(runs, scene.settings.n)
-    theirs, floor = timings.get(PEFT_STATE_DICT), timings.get(MEMCPY)
-    rows = []
-    for name, (state, note) in checks.items():
-        timing = timings.get(name)
-        as_fast = theirs.median / timing.median if timing and theirs else None
-        times_memcpy = timing.median / floor.median if timing and floor else None
-        rows.append(Row(scene.rank, name, state, timing, as_fast, times_memcpy, note))
-    return rows
+    return [Row(scene.rank, name, state, timings.get(name), note) for name, (state, note) in checks.items()]

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..core.change import ON_CONFIG
 from ..core.decide import CHECKS
-from ..core.errors import Refusal, listing, refusal
+from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
 from ..core.layers import have_same_values
@@ -42,7 +42,6 @@ class BaseChange:
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     #: what is overwritten without an original to keep
     lost: frozenset[str] = frozenset()
-    refusals: list[Refusal] = field(default_factory=list)
 
 
 def kept_originals(base: torch.nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -83,13 +82,7 @@ def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
                 yield f"{canonical_path(path)}.bias"
 
 
-def change_base_values(
-    host: Host,
-    adapter_name: str,
-    new: Mapping[str, torch.Tensor],
-    live: Mapping[str, torch.Tensor],
-    given: Mapping[str, torch.Tensor],
-) -> BaseChange:
+def change_base_values(draft: Plan, new: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> BaseChange:
     """Decides what to write to base weights.
 
     Parameters
@@ -98,15 +91,14 @@ def change_base_values(
         What the new adapter's file brings, by the names of the base weights.
     live:
         The base weights of the live model by the same names.
-    given:
-        Original values that the caller brings.
     """
+    host, adapter_name, given = draft.slot.host, draft.slot.adapter_name, draft.base_weights or {}
     for name in given.keys() & live.keys():
         value = given[name]
         if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == live[name].shape):
             kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
-            shape = tuple(live[name].shape)
-            return BaseChange(refusals=[refusal("given_base_weights", name=name, kind=kind, shape=shape)])
+            draft.refuse("given_base_weights", name=name, kind=kind, shape=tuple(live[name].shape))
+            return BaseChange()
     unknown = lost_originals(host, adapter_name) & live.keys()
     kept = {**kept_originals(host.base, adapter_name), **{name: given[name] for name in unknown & given.keys()}}
     unknown -= given.keys()
@@ -118,9 +110,9 @@ def change_base_values(
         if not have_same_values(live[name], value):
             change.copies.append((live[name], value))
     if change.copies and len(host.configs) > 1:
-        change.refusals.append(refusal("base_values_shared", count=len(change.copies), adapters=len(host.configs)))
+        draft.refuse("base_values_shared", count=len(change.copies), adapters=len(host.configs))
     if lost := sorted(unknown - new.keys()):
-        change.refusals.append(refusal("base_weights_lost", count=len(lost), lost=listing(lost, 3)))
+        draft.refuse("base_weights_lost", count=len(lost), lost=listing(lost, 3))
     return change
 
 

@@ -20,14 +20,7 @@ from ..core.journal import Journal
 from ..core.plan import Plan
 from ..core.prepared import has_fixed_size, is_padded
 from . import general
-from .base_values import (
-    LOST,
-    ORIGINALS,
-    change_base_values,
-    embeddings_turned_off,
-    kept_originals,
-    lost_originals,
-)
+from .base_values import LOST, ORIGINALS, change_base_values, kept_originals, lost_originals
 from .configs import beside, form_for
 from .difference import Graft, difference
 from .donor import Donor, load_donor
@@ -63,13 +56,6 @@ def changes_form(draft: Plan) -> bool:
     names = map(canonical_path, draft.adapter.tensors) if others else ()
     keys = {slot.own_keys.get(name) for name in names}
     return any(layer.keys[0] in keys for layer in others)
-
-
-def turns_embeddings_off(draft: Plan) -> bool:
-    """PEFT saves the weights of embeddings that are wrapped, so these layers are given up rather than turned off."""
-    if draft.refusals or draft.compiled or draft.is_prepared:
-        return False
-    return bool(embeddings_turned_off(draft))
 
 
 # ---- what it comes to
@@ -149,12 +135,12 @@ def plan_with_donor(draft: Plan) -> Plan:
 def _decide(draft: Plan, others_merged: set[str]) -> Places | None:
     """Fills in what is to be written. Returns where the tensors of an adapter with the same config would go."""
     slot, adapter, host, config = draft.slot, draft.adapter, draft.slot.host, draft.config
-    name, base_weights = slot.adapter_name, draft.base_weights or {}
+    name = slot.adapter_name
     if _layers_of_base(config) != _layers_of_base(slot.config):
         draft.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
         return None
     known = places_of(slot)
-    if known is not None and not base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
+    if known and not draft.base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
         draft.config = known.completed(config)
         draft.grafting = known.graft_of(adapter)
         draft.grafting.base.lost = lost_originals(host, name)
@@ -176,15 +162,14 @@ def _decide(draft: Plan, others_merged: set[str]) -> Places | None:
     draft.config = donor.config
     if _depends_on_class(draft, donor):
         return None
-    draft.grafting = graft = difference(host, donor, name)
     _check_complete(draft, donor)
-    draft.refusals += graft.refusals
+    draft.grafting = graft = difference(draft, donor)
     former = former_layers(host.base, name)
     if (added := [path for path in graft.added if path not in former]) and not draft.add_layers:
         draft.refuse("lacks_layers", count=len(added), added=listing(added, 3), name=name)
-    live, twins = donor.live_values, donor.twins
-    graft.base = change_base_values(host, name, donor.base_values, live, base_weights)
-    draft.refusals += graft.base.refusals
+    twins = donor.twins
+    live = {name: donor.stand_in.live[id(twin)] for name, twin in twins.items()}
+    graft.base = change_base_values(draft, donor.base_values, live)
     if not config.inference_mode:
         paths = [path for path in live if path.endswith("bias") or path in donor.base_values]
         changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]

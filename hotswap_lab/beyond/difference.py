@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -21,12 +21,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 
 from ..core.change import Step
 from ..core.compiled import unwrap_compiled
-from ..core.errors import Refusal, listing, refusal
+from ..core.errors import listing
 from ..core.host import Host
 from ..core.journal import MISSING
 from ..core.lora import EvalFreeDropout
 from ..core.methods import method_of
-from ..core.plan import Action, LayerPlan
+from ..core.plan import Action, LayerPlan, Plan
 from ..core.prepared import is_marked_off, is_off, is_padded, set_off
 from ..core.slot import SlotLayer
 from .base_values import BaseChange
@@ -57,8 +57,7 @@ BOOKKEEPING = tuple(f": {table}" for table in ("r", "alpha", "lora_alpha", "use_
 PLAIN = (bool, int, float, str, type(None), tuple)
 
 
-@dataclass(frozen=True)
-class WholeSettings:
+class WholeSettings(NamedTuple):
     """The rank and scaling of a layer of any method, where it has them; for reports."""
 
     rank: int | None
@@ -67,10 +66,7 @@ class WholeSettings:
 
 @dataclass
 class Graft:
-    """Everything to write: values in place, parameters of other shapes, and changes of tables and attributes.
-
-    Or why nothing can be written.
-    """
+    """Everything to write: values in place, parameters of other shapes, and changes of tables and attributes."""
 
     #: pairs of a live tensor and what it gets
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -80,7 +76,6 @@ class Graft:
     steps: list[Step] = field(default_factory=list)
     #: what a report says of each module that carries the adapter
     layers: list[LayerPlan] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
     #: paths of modules that would have to be given a tuner layer
     added: list[str] = field(default_factory=list)
     #: and of modules that lose theirs
@@ -111,23 +106,23 @@ class Graft:
         return sum(each.nbytes for each in (*written, *(source for _, source in self.resizes)))
 
 
-def difference(host: Host, donor: Donor, adapter_name: str) -> Graft:
-    """What makes the adapter called ``adapter_name`` in the live model the donor's. Writes nothing."""
-    comparison = _Comparison(host, donor, adapter_name)
+def difference(draft: Plan, donor: Donor) -> Graft:
+    """What makes the adapter in the live model the donor's; the draft is refused where it can't be. Writes nothing."""
+    comparison = _Comparison(draft, donor)
     comparison.roots()
     comparison.finish()
     return comparison.graft
 
 
 class _Comparison:
-    def __init__(self, host: Host, donor: Donor, adapter_name: str):
-        self.host, self.donor, self.name = host, donor, adapter_name
-        self.graft = Graft()
-        self.others = set(host.configs) - {adapter_name}
+    def __init__(self, draft: Plan, donor: Donor):
+        self.draft, self.donor, self.graft = draft, donor, Graft()
+        self.host, self.name = host, name = draft.slot.host, draft.slot.adapter_name
+        self.others = set(host.configs) - {name}
         self.is_mixed = isinstance(host.tuner, MixedModel)  # layers of several methods are around one another
         model, self.active = donor.model, activity_of(host)
         #: by ids of the donor's parts, what there is in the live model instead
-        self.live_of: dict[int, object] = {**donor.stand_in.live_modules, **donor.stand_in.live_tensors}
+        self.live_of: dict[int, object] = dict(donor.stand_in.live)
         #: ids of live parts that have a counterpart already: some methods share parts between layers
         self.taken: set[int] = set()
         #: ids of the donor's parts that the live model gets a copy of
@@ -136,7 +131,7 @@ class _Comparison:
         self.own = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in self.live_of]
         self.puts: list[tuple] = []
         #: live wrappers that the donor lacks; when all others are known, so are the tables that they share
-        self.rest: list[tuple[torch.nn.Module, str, bool]] = []
+        self.rest: list[tuple[torch.nn.Module, str]] = []
         #: whether the wrapper at hand is in training mode
         self.training = host.base.training
 
@@ -192,7 +187,7 @@ class _Comparison:
             if not isinstance(wrapper, AuxiliaryTrainingWrapper):  # those are asked for by name, in the config
                 self.graft.added.append(path)
             self._report(path, wrapper, Action.ADD, None, wrapper)
-        self.rest += [(wrapper, path, wrapper in staying) for wrapper in rest]
+        self.rest += [(wrapper, path) for wrapper in rest]
         wanted = [self.live_of.get(id(each), each) for each in fresh]
         chain = [each for each in present if each in wanted or each in staying]
         if [each for each in chain if each in wanted] != wanted:
@@ -221,7 +216,7 @@ class _Comparison:
             return True
         return any(has_adapter(wrapper, other) for other in self.others)
 
-    def _remove(self, wrapper: torch.nn.Module, path: str, stays: bool) -> None:
+    def _remove(self, wrapper: torch.nn.Module, path: str) -> None:
         """Takes the adapter off a live wrapper."""
         if not has_adapter(wrapper, self.name):
             return
@@ -231,7 +226,7 @@ class _Comparison:
         if is_padded(wrapper, self.name):
             if not was_off:
                 self._turn_off(wrapper)
-        elif stays:
+        elif self._stays(wrapper):
             for attribute, table in entries_under(wrapper, self.name):
                 if id(table) not in self.taken:
                     self._delete(table, f"{path}: {attribute}")
@@ -243,7 +238,7 @@ class _Comparison:
         for target in method_of(wrapper).tensors_of(wrapper, self.name):
             if target.reads_base and (merged := set(wrapper.merged_adapters) - {self.name}):
                 others = listing(map(repr, sorted(merged)))
-                self.graft.refusals.append(refusal("merged_beside", adapter_name=self.name, others=others))
+                self.draft.refuse("merged_beside", adapter_name=self.name, others=others)
                 return
             self.graft.parameters.append(target.parameter)
             self.graft.copies.append((target.parameter, target.off_value()))
@@ -430,7 +425,7 @@ class _Comparison:
                 self._put(module.__dict__, "_active_adapter", self.name if present else [], f"{path}: active adapter")
 
     def _refuse(self, path: str, found: str) -> None:
-        self.graft.refusals.append(refusal("not_in_place", path=path, found=found))
+        self.draft.refuse("not_in_place", path=path, found=found)
 
     def _adopt_state(self, wrapper: torch.nn.Module, training: bool) -> None:
         """Gives a wrapper that is about to be added the state of those that are there: active, enabled, training."""

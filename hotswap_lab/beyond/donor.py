@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from ..core.guard import guard
 from ..core.host import PEFT_PREFIX, Host, canonical_path
 from ..core.interrupts import interrupts_held
-from .guards import compilers_kept, memory_guard, nothing_read, random_numbers_kept
+from .guards import compilers_kept, memory_guard, random_numbers_kept, take_out
 from .stand_in import StandIn, make_stand_in
 
 
@@ -42,11 +42,6 @@ class Donor:
     def config(self) -> PeftConfig:
         (config,) = self.model.peft_config.values()
         return config
-
-    @property
-    def live_values(self) -> dict[str, torch.Tensor]:
-        """All weights of the live base model, by the same names."""
-        return {name: self.stand_in.live_tensors[id(twin)] for name, twin in self.twins.items()}
 
 
 def load_donor(
@@ -77,8 +72,7 @@ def load_donor(
     config = copy.deepcopy(config)
     if stand_in.is_unordered and len(getattr(config, "target_parameters", None) or ()) > 1:
         raise RuntimeError("its layers are nested by an order of parameters that the base model may have lost")
-    if replication := getattr(config, "layer_replication", None):
-        config.layer_replication = None  # the live base model has its layers repeated already
+    taken_out = take_out(config)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     # quantized weights have no twins: PEFT sets `requires_grad` of the live ones, and no other thread must compute then
     with guard(host.base) if stand_in.shared else contextlib.nullcontext(), warnings.catch_warnings():
@@ -86,7 +80,7 @@ def load_donor(
         memory = memory_guard(host.base, tensors.values())
         try:
             # torch takes a mode off and puts it back around each function: after Ctrl-C in between, another one is off
-            with interrupts_held(), nothing_read(config), compilers_kept(), random_numbers_kept(), memory:
+            with interrupts_held(), compilers_kept(), random_numbers_kept(), memory:
                 model = cls(stand_in.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
             file = _file_keys(model, tensors, adapter_name)
             base_values, origins, result = _set_tensors(model, file, tensors, {id(twins[name]): name for name in twins})
@@ -98,8 +92,7 @@ def load_donor(
                     parameter.requires_grad_(requires_grad)
     if stand_in.was_changed():
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
-    if replication:
-        model.peft_config[adapter_name].layer_replication = replication
+    vars(model.peft_config[adapter_name]).update(taken_out)
     return Donor(
         model.eval() if config.inference_mode else model,
         stand_in,

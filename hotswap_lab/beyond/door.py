@@ -18,9 +18,9 @@ from ..core.plan import Plan
 from ..core.shadow import adaptable
 from ..core.slot import Slot
 from . import general
-from .base_values import kept_originals
+from .base_values import embeddings_turned_off, kept_originals
 from .configs import beside, complete, judge, not_scaled
-from .decide import changes_form, former_layers, is_beyond, plan_with_donor, turns_embeddings_off
+from .decide import changes_form, former_layers, is_beyond, plan_with_donor
 from .kinds import obstacle, turn_beside
 from .prepare import decide_general, no_room
 
@@ -44,9 +44,12 @@ class Beyond(methods.Rest):
         return isinstance(layer, AdaLoraLayer)  # LoRA by its class, but with other tensors
 
     def instead(self, draft: Plan) -> Plan | None:
-        if changes_form(draft) or turns_embeddings_off(draft):
+        is_free = not draft.compiled and not draft.is_prepared
+        # PEFT saves the weights of embeddings that are wrapped, so these layers are given up rather than turned off
+        gives_up = is_free and not draft.refusals and embeddings_turned_off(draft)
+        if changes_form(draft) or gives_up:
             return plan_with_donor(_afresh(draft))
-        if has_strange_leftovers(draft) and (plan := plan_with_donor(_afresh(draft))).ok:
+        if is_free and has_strange_leftovers(draft) and (plan := plan_with_donor(_afresh(draft))).ok:
             return plan
         return None
 
@@ -75,8 +78,6 @@ def _afresh(plan: Plan) -> Plan:
 
 def has_strange_leftovers(draft: Plan) -> bool:
     """Whether what no layer took may mean something to PEFT: names of older models, other base weights."""
-    if not draft.left or draft.compiled or draft.is_prepared:
-        return False
     strange = {key: value for key, value in draft.left.items() if adaptable(draft.slot.host.base, key) is None}
     weights = {key: _base_weight(draft, key) for key in strange}
     return any(weights[key] is None or not have_same_values(weights[key], value) for key, value in strange.items())

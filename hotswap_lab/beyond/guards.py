@@ -26,25 +26,22 @@ PER_WEIGHT = 64
 OVERHEAD = 4096
 
 
-@contextlib.contextmanager
-def nothing_read(config: PeftConfig) -> Iterator[None]:
-    """While an adapter is built, its config names no tokenizer and no file to begin with: its weights are here.
+def take_out(config: PeftConfig) -> dict[str, object]:
+    """Takes out of a config what PEFT need not do again when it builds the adapter. Returns it, to be put back.
 
     Raises
     ------
     ValueError
-        If it can't be built without reading what the config names.
+        If the adapter can't be built without reading what the config names.
     """
-    model, init = getattr(config, "shadow_model", "mirror"), getattr(config, "prompt_tuning_init", None)
-    if model != "mirror":
+    if (model := getattr(config, "shadow_model", "mirror")) != "mirror":
         raise ValueError(f"its config names a model to read, shadow_model={model!r}")
-    if init in INITS_THAT_READ:
-        config.prompt_tuning_init = "RANDOM"  # the adapter's tensors overwrite it anyway
-    try:
-        yield
-    finally:
-        if init in INITS_THAT_READ:
-            config.prompt_tuning_init = init
+    out = {}
+    if getattr(config, "prompt_tuning_init", None) in INITS_THAT_READ:  # the adapter's tensors overwrite it anyway
+        out["prompt_tuning_init"], config.prompt_tuning_init = config.prompt_tuning_init, "RANDOM"
+    if getattr(config, "layer_replication", None):  # the live base model has its layers repeated already
+        out["layer_replication"], config.layer_replication = config.layer_replication, None
+    return out
 
 
 @contextlib.contextmanager

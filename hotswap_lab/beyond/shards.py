@@ -102,7 +102,10 @@ class ShardedTensor(SlotTensor):
 
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
         parameter = self.parameter
-        change.steps.append(lambda journal: _note_write(parameter))
+        # A DTensor's version is not that of its part: if autograd is not told, the gradient of an earlier output is
+        # computed with the new weights, and no error raised.
+        if not parameter.is_inference():
+            change.steps.append(lambda journal: torch.autograd.graph.increment_version(parameter))
         if source is None:
             change.zero(self.memory)
         elif fixed_size or source.shape == parameter.shape:
@@ -137,15 +140,6 @@ def spread(layer: torch.nn.Module, adapter_name: str, tensors: list[SlotTensor])
 
 
 KINDS.append(spread)
-
-
-def _note_write(parameter: DTensor) -> None:
-    """Tells autograd that parts of the parameter are written: a DTensor's version is not that of its part.
-
-    Otherwise the gradient of an earlier output would be computed with the new weights, and no error raised.
-    """
-    if not parameter.is_inference():
-        torch.autograd.graph.increment_version(parameter)
 
 
 def holds_shards(model: torch.nn.Module) -> bool:

@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -22,11 +23,10 @@ from .wrappers import peel
 
 @dataclass
 class StandIn:
-    """``model`` is the stand-in; the tables lead from the ids of its parts back to those of the live model."""
+    """``model`` is the stand-in; ``live`` leads from the ids of its modules and tensors to those of the live model."""
 
     model: torch.nn.Module = None
-    live_modules: dict[int, torch.nn.Module] = field(default_factory=dict)
-    live_tensors: dict[int, torch.Tensor] = field(default_factory=dict)
+    live: dict[int, Any] = field(default_factory=dict)
     #: all twins of modules and of parameters, which are kept as long as their ids are in the tables
     modules: dict[int, torch.nn.Module] = field(default_factory=dict)
     twins: list[torch.nn.Parameter] = field(default_factory=list)
@@ -37,7 +37,7 @@ class StandIn:
 
     def was_changed(self) -> bool:
         """Whether PEFT gave a weight of the base model other memory while it loaded an adapter."""
-        return any(twin.data_ptr() != self.live_tensors[id(twin)].data_ptr() for twin in self.twins)
+        return any(twin.data_ptr() != self.live[id(twin)].data_ptr() for twin in self.twins)
 
 
 def make_stand_in(base: torch.nn.Module) -> StandIn:
@@ -58,7 +58,7 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
         if id(module) not in modules:
             twin = module.__class__.__new__(module.__class__)
             modules[id(module)] = twin
-            stand_in.live_modules[id(twin)] = module
+            stand_in.live[id(twin)] = module
             # tables of its own, so that hooks and attributes that PEFT sets stay here
             twin.__dict__.update({key: _own(value) for key, value in module.__dict__.items()})
             twin.__dict__.pop("peft_config", None)
@@ -73,7 +73,7 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
                 name: None if module._parameters[name] is None else tensor_twin(module._parameters[name])
                 for name in dict.fromkeys([*(order or ()), *module._parameters])
             }
-            stand_in.live_tensors |= {id(each): each for each in module._buffers.values() if each is not None}
+            stand_in.live |= {id(each): each for each in module._buffers.values() if each is not None}
         return modules[id(module)]
 
     def tensor_twin(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -85,7 +85,7 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
                 twin = parameter
                 stand_in.shared.append((parameter, parameter.requires_grad))
             tensors[id(parameter)] = twin
-            stand_in.live_tensors[id(twin)] = parameter
+            stand_in.live[id(twin)] = parameter
         return tensors[id(parameter)]
 
     stand_in.model = twin_of(unwrap_compiled(base))

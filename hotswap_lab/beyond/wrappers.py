@@ -6,7 +6,7 @@ own lies in tables under the adapter's name: ``ModuleDict``, ``ParameterDict``, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -100,9 +100,10 @@ NO_TABLES = NOT_COMPARED - {"modules_to_save"}
 
 #: tables that are modules
 TABLES = (torch.nn.ModuleDict, torch.nn.ParameterDict, BufferDict)
+Table = MutableMapping[str, Any] | torch.nn.Module
 
 
-def stores_of(table: MutableMapping[str, Any] | torch.nn.Module) -> tuple[MutableMapping[str, Any], ...]:
+def stores_of(table: Table) -> tuple[MutableMapping[str, Any], ...]:
     """Where a table of Python, PyTorch or PEFT keeps its entries; and their keys once more, where it does."""
     if isinstance(table, torch.nn.ModuleDict):
         return (table._modules,)
@@ -111,7 +112,7 @@ def stores_of(table: MutableMapping[str, Any] | torch.nn.Module) -> tuple[Mutabl
     return (table._buffers,) if isinstance(table, BufferDict) else (table,)
 
 
-def tables_of(wrapper: torch.nn.Module) -> Iterator[tuple[str, Mapping[str, Any] | torch.nn.Module]]:
+def tables_of(wrapper: torch.nn.Module) -> Iterator[tuple[str, Table]]:
     """All tables of a wrapper, with their attributes."""
     for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
         for attribute, value in (*module.__dict__.items(), *module._modules.items()):
@@ -119,9 +120,7 @@ def tables_of(wrapper: torch.nn.Module) -> Iterator[tuple[str, Mapping[str, Any]
                 yield attribute, value
 
 
-def entries_under(
-    wrapper: torch.nn.Module, adapter_name: str
-) -> Iterator[tuple[str, Mapping[str, Any] | torch.nn.Module]]:
+def entries_under(wrapper: torch.nn.Module, adapter_name: str) -> Iterator[tuple[str, Table]]:
     """The tables of a wrapper that have an entry under the adapter's name, with their attributes."""
     return ((attribute, table) for attribute, table in tables_of(wrapper) if adapter_name in table)
 

@@ -68,9 +68,9 @@ def load_tokenizer() -> Tokenizer:
     return PreTrainedTokenizerFast.from_pretrained(BASE_DIR)
 
 
-def load_base(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def load_base() -> torch.nn.Module:
     """A fresh copy of the embedded base model (a ``LlamaForCausalLM``), in eval mode."""
-    return load_quietly(BASE_DIR, dtype)
+    return load_quietly(BASE_DIR, torch.float32)
 
 
 def load_quietly(folder: str | os.PathLike[str], dtype: torch.dtype) -> torch.nn.Module:
@@ -143,10 +143,8 @@ def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
     return ask_all(model, tokenizer, [word])[0]
 
 
-def exact_match(
-    model: Callable[..., Any], tokenizer: Tokenizer, task: str, *, count: int = 500, seed: int = 1234
-) -> float:
-    """The share of ``count`` held-out words that the model answers exactly as ``task`` wants it (0 to 1)."""
-    words = sample_words(count, seed, held_out=True)
+def exact_match(model: Callable[..., Any], tokenizer: Tokenizer, task: str) -> float:
+    """The share of 500 held-out words that the model answers exactly as ``task`` wants it (0 to 1)."""
+    words = sample_words(500, 1234, held_out=True)
     answers = ask_all(model, tokenizer, words)
-    return sum(answer == TASKS[task](word) for word, answer in zip(words, answers, strict=True)) / count
+    return sum(answer == TASKS[task](word) for word, answer in zip(words, answers, strict=True)) / len(words)

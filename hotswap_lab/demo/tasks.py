@@ -75,17 +75,12 @@ def is_held_out(word: str) -> bool:
     return zlib.crc32(word.encode()) % 8 == 0
 
 
-def random_word(rng: random.Random, alphabet: str = string.ascii_lowercase) -> str:
-    """A word of 1 to 10 letters, each letter drawn evenly from ``alphabet``."""
-    return "".join(rng.choices(alphabet, k=rng.randint(1, MAX_WORD_LENGTH)))
-
-
 def sample_words(count: int, seed: int, *, held_out: bool, alphabet: str = string.ascii_lowercase) -> list[str]:
-    """``count`` words, all held out or none of them; the same seed gives the same words."""
+    """``count`` words of 1 to 10 letters, all held out or none of them; the same seed gives the same words."""
     rng = random.Random(seed)
     words: list[str] = []
     while len(words) < count:
-        word = random_word(rng, alphabet)
+        word = "".join(rng.choices(alphabet, k=rng.randint(1, MAX_WORD_LENGTH)))
         if is_held_out(word) == held_out:
             words.append(word)
     return words

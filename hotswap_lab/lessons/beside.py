@@ -14,8 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..verify import verify_hotswap
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+from .beyond import ATTENTION, disturb
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
@@ -194,9 +193,7 @@ class Beside:
         with torch.random.fork_rng():
             torch.manual_seed(self._folders)
             model = get_peft_model(base(), copy.deepcopy(config))
-            for parameter in model.parameters():
-                if parameter.requires_grad and parameter.is_floating_point():
-                    parameter.data.add_(0.2 * torch.randn_like(parameter))
+            disturb(model)
         model.save_pretrained(folder)
         return folder
 

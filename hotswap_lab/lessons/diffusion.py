@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import copy
 import io
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 
 from ..core.adapter import Adapter
 from ..core.slot import SlotLayer, resolve_slot
@@ -81,8 +80,6 @@ def blank(*layers: str) -> torch.nn.Module:
     >>> tuple(layer.lora_A["default"].weight.shape), tuple(layer.lora_B["default"].weight.shape)
     ((9, 1, 3, 3), (16, 9, 1, 1))
     """
-    from peft import LoraConfig, get_peft_model
-
     return get_peft_model(digits.load_base(), LoraConfig(r=9, lora_alpha=18, target_modules=[*layers])).eval()
 
 
@@ -213,8 +210,6 @@ def why_not_here(gigabytes: float = 12) -> str | None:
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < gigabytes * 1e9:
         return f"no GPU with {gigabytes:.0f} GB"
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return "HF_HUB_OFFLINE is set"
     try:
         from huggingface_hub import HfApi
 

@@ -37,12 +37,10 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
     >>> demo.ask(both, demo.load_tokenizer(), "hotswap")
     'hotswap'
     """
-    model = None
-    for name in weights:
-        if model is None:
-            model = PeftModel.from_pretrained(base, folders[name], adapter_name=name)
-        else:
-            model.load_adapter(folders[name], name)
+    first, *others = weights
+    model = PeftModel.from_pretrained(base, folders[first], adapter_name=first)
+    for name in others:
+        model.load_adapter(folders[name], name)
     model.base_model.set_adapter(list(weights))
     for layer in model.modules():
         if isinstance(layer, LoraLayer):

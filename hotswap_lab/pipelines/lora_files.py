@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 
 from ..beyond.stand_in import make_stand_in
 from ..core.adapter import Adapter
-from ..core.compiled import unwrap_compiled
 from ..core.errors import listing, refuse
 from ..core.sources import FORMATS
 
@@ -139,11 +138,6 @@ def parts_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """The parts of a pipeline that LoRA can be loaded into, by name, those that are None left out."""
     named = ((name, getattr(pipe, name, None)) for name in pipe._lora_loadable_modules)
     return {name: module for name, module in named if isinstance(module, torch.nn.Module)}
-
-
-def is_diffusers_model(model: torch.nn.Module) -> bool:
-    """Whether diffusers loads an adapter into this part itself, rather than leaving that to transformers."""
-    return hasattr(type(unwrap_compiled(model)), "load_lora_adapter")
 
 
 def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor], arguments: dict) -> Handed:

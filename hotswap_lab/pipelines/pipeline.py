@@ -24,7 +24,7 @@ from ..core.plan import Plan
 from ..core.prepare import changes_to_prepare
 from ..core.slot import slot_for
 from ..threads import bases_of
-from .lora_files import check_pipeline, is_diffusers_model, parts_of, read_pipeline_lora
+from .lora_files import check_pipeline, parts_of, read_pipeline_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -307,7 +307,7 @@ def _decide(
             adapters.get(name, nothing),
             add_layers=add_layers,
             # a file's tensors decide in diffusers' models which layers are adapted, whatever its metadata says
-            check_targets=not is_diffusers_model(slot.host.base),
+            check_targets=not hasattr(type(slot.host.base), "load_lora_adapter"),
         )
         plan.refusals += _offloading(model)
         plans[name] = plan
@@ -358,16 +358,13 @@ def _noting_rounding(plan: Plan) -> Plan:
     there = {each.parameter.dtype for each in plan.slot.tensors if each.parameter.is_floating_point()}
     coarsest = max((torch.finfo(dtype).eps for dtype in there), default=0)
     coming = {each.dtype for each in plan.adapter.tensors.values()}
-    if not (finer := [str(dtype) for dtype in coming if torch.finfo(dtype).eps < coarsest]):
-        return plan
-    text = f"the file has {listing(finer)}, which is rounded to the {listing(there)} that the first LoRA was loaded in"
-    plan.notes.append(text)
+    if finer := [str(dtype) for dtype in coming if torch.finfo(dtype).eps < coarsest]:
+        there = f"the {listing(there)} that the first LoRA was loaded in"
+        plan.notes.append(f"the file has {listing(finer)}, which is rounded to {there}")
     return plan
 
 
 def _offloading(model: torch.nn.Module) -> list[Refusal]:
     from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
-    if not _is_group_offload_enabled(model):
-        return []
-    return [refusal("group_offloaded")]
+    return [refusal("group_offloaded")] if _is_group_offload_enabled(model) else []

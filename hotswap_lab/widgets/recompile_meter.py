@@ -55,7 +55,7 @@ class RecompileMeter(WorkingView):
     ...         _ = meter(torch.ones(2), factor)
     >>> print(meter)
     RecompileMeter: 3 calls, 0 swaps, 1 compiled, 1 recompile
-    >>> print(meter.reasons[0])
+    >>> print(meter.watch.reasons[0])
     a Python number in the graph has changed: factor was 2.0
     """
 
@@ -71,15 +71,13 @@ class RecompileMeter(WorkingView):
         inputs: Mapping[str, object] | None = None,
     ):
         if not callable(model) or not isinstance(inputs, Mapping | None):
-            one, other = type(model).__name__, type(inputs).__name__
-            if callable(model):
-                raise refuse("calls_without_names", model=one, inputs=other)
-            raise refuse("nothing_to_call", model=one, inputs=other)
+            raise refuse("nothing_to_call", model=type(model).__name__, inputs=type(inputs).__name__)
         self.model = model
         self.inputs = inputs
         self._switch = None
         if pool is not None or adapters:
             self._switch = switch_for(model if pool is None else pool, adapters, adapter_name)
+        #: counts compilations and recompiles, and has their reasons
         self.watch: RecompileWatch = RecompileWatch()
         self.watch.__enter__()
         #: how many swaps there were
@@ -101,16 +99,6 @@ class RecompileMeter(WorkingView):
     def calls(self) -> int:
         """How often the model was called."""
         return len(self.watch.calls)
-
-    @property
-    def recompiles(self) -> int:
-        """How many graphs had to be compiled because those that were there did not do."""
-        return self.watch.recompiles
-
-    @property
-    def reasons(self) -> list[str]:
-        """Why, for each recompile."""
-        return self.watch.reasons
 
     # ---- what can be done
 

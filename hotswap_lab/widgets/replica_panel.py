@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .view import counted, escape, wrapping_row
-from .work import WorkingView, error_html, message
+from .work import WorkingView
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -95,11 +95,9 @@ class ReplicaPanel(WorkingView):
         lost = f", {len(self.lost)} lost" if self.lost else ""
         return counted(len(self.replicas) - len(self.lost), "replica") + lost
 
-    def __str__(self) -> str:
-        lines = [super().__str__()]
-        for name, state in self.replicas.items():
-            lines.append(f"{name}: lost" if name in self.lost else f"{name}: {self._told(state)}")
-        return "\n".join(lines + ([f"error: {message(self.error)}"] if self.error else []))
+    def _lines(self) -> list[str]:
+        told = {name: "lost" if name in self.lost else self._told(state) for name, state in self.replicas.items()}
+        return [f"{name}: {each}" for name, each in told.items()]
 
     def _told(self, state: Mapping[str, Any]) -> str:
         rows, held = (", ".join(each or "base" for each in state[what]) or "none" for what in ("rows", "held"))
@@ -114,9 +112,7 @@ class ReplicaPanel(WorkingView):
             dim = ' style="opacity:.5"' if is_lost else ""
             lines.append(f"<tr{dim}>{''.join(f'<td style={CELL!r}>{each}</td>' for each in cells)}</tr>")
         table = f'<table style="border-collapse:collapse">{"".join(lines)}</table>'
-        return f'<div style="overflow-x:auto;margin:4px 0">{table}</div>' + (
-            error_html(self.error) if self.error else ""
-        )
+        return f'<div style="overflow-x:auto;margin:4px 0">{table}</div>'
 
     def _controls(self) -> list[ipywidgets.Widget]:
         start = self._button("Watch", "look again and again", self.start, button_style="primary")

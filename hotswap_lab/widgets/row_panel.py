@@ -12,7 +12,7 @@ from ..core.errors import refuse
 from ..pools import AdapterPool
 from .results import Run, answering
 from .view import counted, escape, speaking, wrapping_row
-from .work import WorkingView, error_html
+from .work import WorkingView
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -131,8 +131,7 @@ class RowPanel(WorkingView):
         cell = '<td style="padding:4px 12px;text-align:left;border:1px solid rgba(128,128,128,.4)">'
         parts = [(escape(run.prompt), escape(run.label), run.shown) for run in self.runs or self._requests()]
         lines = ["<tr>" + "".join(f"{cell}{part}</td>" for part in line) + "</tr>" for line in [HEAD, *parts]]
-        error = error_html(self.error) if self.error else ""
-        return f'<table style="border-collapse:collapse;margin:4px 0">{"".join(lines)}</table>{error}'
+        return f'<table style="border-collapse:collapse;margin:4px 0">{"".join(lines)}</table>'
 
     def _controls(self) -> list[ipywidgets.Widget]:
         import ipywidgets as w

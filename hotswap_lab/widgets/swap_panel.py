@@ -16,7 +16,7 @@ from .results import Run, answering
 from .switch import strength_of, switch_for, whereabouts
 from .text import text_stream
 from .view import FITS, counted, escape, speaking, wrapping_row
-from .work import WorkingView, error_html
+from .work import WorkingView
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -150,10 +150,6 @@ class SwapPanel(WorkingView):
         """What a click on an adapter's button does: swaps (None: off) and, with ``run_on_swap``, runs the prompt."""
         return self._run(lambda: self._change_and_run("adapter", name))
 
-    def off(self) -> None:
-        """Turns the adapter off: the base model answers."""
-        self.active = None
-
     def stop(self) -> None:
         """Ends a run at its next token or step; what there is so far stays. A swap that still waits is called off."""
         self._next = None
@@ -238,9 +234,8 @@ class SwapPanel(WorkingView):
         prompt = f"<div>prompt: <code>{escape(self.prompt)}</code></div>" if self.prompt else ""
         cell = "padding:4px 12px;text-align:left;vertical-align:top;border:1px solid rgba(128,128,128,.4)"
         cards = [f'<td style="{cell}">{run.to_html(title)}</td>' for title, run in self._answers.items() if run]
-        error = error_html(self.error) if self.error else ""
         answers = f'<table style="border-collapse:collapse;margin:4px 0"><tr>{"".join(cards)}</tr></table>'
-        return f"<div>adapters: {escape(names)}</div>{prompt}{answers if cards else ''}{error}"
+        return f"<div>adapters: {escape(names)}</div>{prompt}{answers if cards else ''}"
 
     def _build(self) -> list[ipywidgets.Widget]:
         import ipywidgets as w

@@ -96,6 +96,9 @@ class WorkingView(View):
         """What there is to see, as text."""
         return []
 
+    def to_html(self) -> str:
+        return super().to_html() + (error_html(self.error) if self.error else "")
+
     @property
     def busy(self) -> bool:
         """Whether something is running."""

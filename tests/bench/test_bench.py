@@ -77,8 +77,6 @@ def test_every_number_is_positive_and_agrees_with_the_others(report):
             continue
         assert row.timing.n == TINY.n
         assert 0 < row.timing.minimum <= row.timing.median
-        assert row.times_memcpy == row.timing.median / report.timing(MEMCPY, row.rank).median
-        assert row.as_fast == report.timing(PEFT_STATE_DICT, row.rank).median / row.timing.median
 
 
 def test_sizes(report):
@@ -99,6 +97,9 @@ def test_as_text(report):
         assert word in header
     for way in (*PEFTS, *OURS, MEMCPY):
         assert sum(line.startswith(f"{way} ") for line in lines) == len(TINY.ranks), way
+    pool, copying = (report.timing(way, TINY.ranks[0]).median for way in (OURS[-1], MEMCPY))
+    first = next(line for line in lines if line.startswith(OURS[-1]))
+    assert first.endswith(f" {pool / copying:,.2f}")
 
 
 def test_wrong_and_refused_are_said():
@@ -165,8 +166,8 @@ def test_a_refused_way_is_not_timed(scene, monkeypatch):
 
     monkeypatch.setattr(ways, "make_ways", lambda scene: [ways.memcpy_way(scene), Way("PEFT x", refuse, bool)])
     copying, other = ways.measure_ways(scene)
-    assert (other.state, other.note, other.timing, other.as_fast) == ("refused", "no", None, None)
-    assert (copying.state, copying.times_memcpy, copying.as_fast) == ("right", 1, None)
+    assert (other.state, other.note, other.timing) == ("refused", "no", None)
+    assert copying.state == "right"
 
 
 def test_every_call_really_swaps(scene):

@@ -208,11 +208,9 @@ def test_every_voice_equals_a_fresh_load_after_every_other(live, base, tokenizer
 
 
 @pytest.mark.long
-def test_ask_and_stream_agree(live, tokenizer, capsys):
+def test_an_answer_can_be_cut_short(live, tokenizer):
     swap(live, "pirate")
     answer = voices.ask(live, tokenizer, FEW[0], max_new_tokens=12)
-    assert answer == voices.ask(live, tokenizer, FEW[0], max_new_tokens=12, stream=True)
-    assert capsys.readouterr().out.strip() == answer
     assert voices.ask(live, tokenizer, FEW[0], max_new_tokens=3) == tokenizer.decode(tokenizer(answer)["input_ids"][:3])
 
 

@@ -13,7 +13,7 @@ from models import load
 from peft import FourierFTConfig, PeftModel, get_peft_model
 
 from hotswap_lab import Adapter, HotswapError, hotswap_adapter, verify_hotswap
-from hotswap_lab.beyond.guards import MemoryGuard, TooLargeError, memory_guard, nothing_read
+from hotswap_lab.beyond.guards import MemoryGuard, TooLargeError, memory_guard, take_out
 
 
 def test_each_way_to_make_a_tensor_is_counted():
@@ -52,11 +52,10 @@ def test_a_method_may_take_what_its_tensors_and_the_model_take():
 
 def test_what_a_prompt_starts_from_is_not_read():
     config = SimpleNamespace(prompt_tuning_init="TEXT")
-    with nothing_read(config):
-        assert config.prompt_tuning_init == "RANDOM"
-    assert config.prompt_tuning_init == "TEXT"
-    with pytest.raises(ValueError, match="names a model"), nothing_read(SimpleNamespace(shadow_model="user/model")):
-        pass
+    assert take_out(config) == {"prompt_tuning_init": "TEXT"}
+    assert config.prompt_tuning_init == "RANDOM"
+    with pytest.raises(ValueError, match="names a model"):
+        take_out(SimpleNamespace(shadow_model="user/model"))
 
 
 @pytest.mark.parametrize("compiler", [None, "g++"])

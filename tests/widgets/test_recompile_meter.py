@@ -34,10 +34,10 @@ def unprepared():
 def test_calls_swaps_and_recompiles():
     with unprepared() as meter, torch.no_grad():
         meter.visit("reverse", "vowels_up", calls=2)
-        assert (meter.calls, meter.swaps, meter.watch.compiles, meter.recompiles) == (4, 2, 1, 0)
+        assert (meter.calls, meter.swaps, meter.watch.compiles, meter.watch.recompiles) == (4, 2, 1, 0)
         meter.visit("double", calls=2)
-        assert (meter.calls, meter.swaps, meter.recompiles) == (6, 3, 1)
-    assert "has another shape" in meter.reasons[0] or "Python number" in meter.reasons[0]
+        assert (meter.calls, meter.swaps, meter.watch.recompiles) == (6, 3, 1)
+    assert "has another shape" in meter.watch.reasons[0] or "Python number" in meter.watch.reasons[0]
     assert str(meter) == "RecompileMeter: 6 calls, 3 swaps, 1 compiled, 1 recompile"
     text = meter.figure().text
     assert "6 calls, 2 swaps" in text  # the first label is where the picture begins
@@ -51,7 +51,7 @@ def test_a_pool_never_recompiles():
     compiled = torch.compile(model, backend="eager", dynamic=False)
     with RecompileMeter(compiled, pool=pool, inputs=model.get_base_model().dummy_inputs) as meter, torch.no_grad():
         meter.visit("double", "shout", "double")
-    assert meter.recompiles == 0
+    assert meter.watch.recompiles == 0
     assert "Nothing was compiled again." in meter.to_html()
 
 
@@ -67,7 +67,7 @@ def test_clicks_do_the_same_and_in_the_same_mode():
         assert meter.wait(120)
         call.click()
         assert meter.wait(120)
-        assert (meter.calls, meter.swaps, meter.recompiles) == (9, 2, 0)
+        assert (meter.calls, meter.swaps, meter.watch.recompiles) == (9, 2, 0)
         assert "9 calls, 2 swaps" in meter._title.value
 
 

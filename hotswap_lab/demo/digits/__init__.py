@@ -12,12 +12,11 @@ Needs diffusers; ``classify`` needs scikit-learn as well.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from .. import folder_in, names_in
+from .. import ASSETS_DIR, folder_in, names_in
 from .data import SIZE
 from .judge import background as background
 from .judge import classify as classify
@@ -29,9 +28,8 @@ if TYPE_CHECKING:
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
     from peft import PeftModel
 
-ASSETS_DIR = Path(__file__).parent.parent / "assets" / "digits"
-BASE_DIR = ASSETS_DIR / "base"
-ADAPTERS_DIR = ASSETS_DIR / "adapters"
+BASE_DIR = ASSETS_DIR / "digits" / "base"
+ADAPTERS_DIR = ASSETS_DIR / "digits" / "adapters"
 #: in how many steps noise becomes a picture, unless told otherwise
 STEPS = 10
 

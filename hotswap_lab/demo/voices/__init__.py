@@ -25,6 +25,7 @@ VOICES_DIR = ASSETS_DIR / "voices"
 #: what no voice was trained on: none of these questions shares its topic with a training question
 QUESTIONS = (ASSETS_DIR / "held_out_questions.txt").read_text(encoding="utf-8").splitlines()
 MAX_NEW_TOKENS = 80
+BATCH_SIZE = 12
 
 
 def names() -> list[str]:
@@ -43,7 +44,7 @@ def path(name: str) -> str:
     return folder_in(VOICES_DIR, name)
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, object]:
+def load(name: str) -> tuple[torch.nn.Module, object]:
     """SmolLM2 wrapped in a ``PeftModel`` with one voice, and its tokenizer.
 
     Raises
@@ -56,13 +57,10 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module
     from peft import PeftModel
 
     folder = path(name)
-    return PeftModel.from_pretrained(smollm2.load_base(dtype=dtype), folder), smollm2.load_tokenizer()
+    return PeftModel.from_pretrained(smollm2.load_base(), folder), smollm2.load_tokenizer()
 
 
-@torch.inference_mode()
-def ask(
-    model: Any, tokenizer: Tokenizer, question: str, max_new_tokens: int = MAX_NEW_TOKENS, stream: bool = False
-) -> str:
+def ask(model: Any, tokenizer: Tokenizer, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
     """The model's answer to a question, decoded greedily, so that it is the same every time.
 
     Parameters
@@ -71,29 +69,18 @@ def ask(
         Becomes the user's message in the model's chat template.
     max_new_tokens:
         Where to stop at the latest. The voices end by themselves long before.
-    stream:
-        Also print the answer word by word as it is made.
     """
-    from transformers import TextStreamer
-
-    inputs = _prompt(tokenizer, [question])
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return ask_all(model, tokenizer, [question], max_new_tokens)[0]
 
 
 @torch.inference_mode()
 def ask_all(
-    model: Any,
-    tokenizer: Tokenizer,
-    questions: Sequence[str],
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 12,
+    model: Any, tokenizer: Tokenizer, questions: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[str]:
     """The answers to many questions, several at a time. They may differ from those of :func:`ask` by rounding."""
     answers = []
-    for start in range(0, len(questions), batch_size):
-        inputs = _prompt(tokenizer, list(questions[start : start + batch_size]))
+    for start in range(0, len(questions), BATCH_SIZE):
+        inputs = _prompt(tokenizer, list(questions[start : start + BATCH_SIZE]))
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         answers += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
