@@ -21,6 +21,7 @@ from hotswap_lab import (
     get_strength,
     hotswap_adapter,
     plan_hotswap,
+    prepare_model_for_compiled_hotswap,
     save_adapter,
     set_strength,
     verify_hotswap,
@@ -131,3 +132,14 @@ def test_layers_of_both_ways_to_store_a_weight(tmp_path, old, new):
     assert torch.allclose(model(ids).logits, fresh(ids).logits, atol=1e-5)
     with fresh.disable_adapter():
         assert (model(ids).logits - fresh(ids).logits).abs().max() > 0.01
+
+
+def test_the_config_goes_by_the_last_layer_of_the_model_not_of_the_slot(tmp_path):
+    """Layers that were reserved come last in a prepared slot, wherever they are in the model."""
+    kind = KINDS["gpt2"]
+    old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4, target_modules=["lm_head"])
+    new = save_random_adapter(kind, tmp_path / "new", seed=2, r=4, target_modules=["c_attn", "lm_head"])
+    model = load(kind, old)
+    prepare_model_for_compiled_hotswap(model, adapters=[new])
+    hotswap_adapter(model, new, "default")
+    assert_equals_fresh_load(model, kind, new, prepared=True)
