@@ -53,15 +53,11 @@ def _why_not_inductor() -> str | None:
 
 def _try_inductor() -> str | None:
     try:
-        torch.compile(_add_one, backend="inductor", dynamic=False)(torch.zeros(8))
+        torch.compile(lambda x: x + 1, backend="inductor", dynamic=False)(torch.zeros(8))
     except Exception as error:
         cause = error.__cause__ or error
         return (str(cause).strip() or type(cause).__name__).splitlines()[0]
     return None
-
-
-def _add_one(x: torch.Tensor) -> torch.Tensor:
-    return x + 1
 
 
 # ---- would a graph notice?

@@ -231,13 +231,8 @@ def _taken(locks: Iterable[tuple[threading.RLock, int | None]], patience: float)
 
 def _busy(number: int | None, patience: float) -> ModelInUseError:
     names = [thread.name for thread in threading.enumerate() if thread.ident == number]
-    return ModelInUseError(
-        refusal(
-            "model_in_use",
-            found=f"a thread that computes with it: {names[0]}" if names else "another thread that swaps",
-            seconds=patience,
-        )
-    )
+    found = f"a thread that computes with it: {names[0]}" if names else "another thread that swaps"
+    return ModelInUseError(refusal("model_in_use", found=found, seconds=patience))
 
 
 def is_shared(base: torch.nn.Module) -> bool:

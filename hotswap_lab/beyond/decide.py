@@ -12,7 +12,7 @@ import json
 import torch
 from peft import PeftConfig, PeftType
 
-from ..core.change import Change, clear_gradient
+from ..core.change import Change, clear_gradients
 from ..core.decide import check_compiled
 from ..core.errors import listing
 from ..core.host import canonical_path
@@ -73,7 +73,7 @@ def change_for(plan: Plan, places: Places | None) -> Change:
     # copies: what is in the base model now is about to be overwritten
     originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
     change.steps += [
-        *(lambda journal, each=each: clear_gradient(each, journal) for each in graft.parameters),
+        functools.partial(clear_gradients, graft.parameters),
         *graft.steps,
         lambda journal: _note(plan, places, originals, journal),
     ]
@@ -84,8 +84,8 @@ def _note(plan: Plan, places: Places | None, originals: dict[str, torch.Tensor],
     """What is to be known when the next adapter comes."""
     graft, host, name = plan.grafting, plan.slot.host, plan.slot.adapter_name
     noted = host.base.__dict__
+    clear_gradients([parameter for parameter, _ in graft.requires_grad], journal)
     for parameter, value in graft.requires_grad:
-        clear_gradient(parameter, journal)
         journal.set_attribute(parameter, "requires_grad", value)
     journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: originals})
     plan.config.__dict__[LOST] = graft.base.lost

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..core.change import Change, clear_gradient
+from ..core.change import Change, clear_gradients
 from ..core.decide import CHECKS
 from ..core.journal import Journal
 from ..core.parts import KINDS, SlotTensor
@@ -204,7 +204,7 @@ def give_shard(parameter: DTensor, fresh: DTensor, journal: Journal) -> None:
     ``torch.utils.swap_tensors`` would do it too, but it fails if an output of an earlier call is still alive: in one
     process, perhaps, and not in another.
     """
-    clear_gradient(parameter, journal)
+    clear_gradients([parameter], journal)
     old, part, spec = parameter.data, parameter._local_tensor, parameter._spec
     journal.record(lambda: _become(parameter, old, part, spec))
     # as in `give_memory`: another dtype in between makes autograd forget the old shape

@@ -30,16 +30,15 @@ class Place:
     tensor: SlotTensor
     start: int
     shape: tuple[int, ...]
-    #: the axis of the rank components; None in the tail
-    axis: int | None
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
         """The tensor in ``memory``: a band of any number of rows, or the tail."""
-        if self.axis is None:
+        axis = self.tensor.rank_axis
+        if axis is None or memory.dim() == 1:
             return memory[self.start : self.start + math.prod(self.shape)].view(self.shape)
-        share = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        share = self.shape[:axis] + self.shape[axis + 1 :]
         columns = memory[:, self.start : self.start + math.prod(share)]
-        return columns.view(len(memory), *share).movedim(0, self.axis)
+        return columns.view(len(memory), *share).movedim(0, axis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +79,7 @@ def _build_band(rows: int, members: list[tuple[SlotTensor, tuple[int, ...]]], li
     line = max(CACHE_LINE // like.element_size(), 1)
     places, pitch = [], 0
     for tensor, shape in members:
-        places.append(Place(tensor, pitch, tuple(shape), tensor.rank_axis if rows else None))
+        places.append(Place(tensor, pitch, tuple(shape)))
         pitch += math.ceil(math.prod(shape) / (max(rows, 1) * line)) * line
     # with an even number of lines, the rows of one tensor compete for the same sets of the cache
     if rows and pitch // line % 2 == 0:

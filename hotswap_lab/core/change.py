@@ -8,7 +8,7 @@ back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -108,9 +108,8 @@ def _write(change: Change, journal: Journal) -> None:
 
 def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journal: Journal) -> None:
     """Gives parameters other memory, whatever shapes that has."""
-    for parameter, _ in pairs:
-        if parameter.grad is not None:  # first: it must have the shape of its parameter at all times
-            clear_gradient(parameter, journal)
+    # first: a gradient must have the shape of its parameter at all times
+    clear_gradients([parameter for parameter, _ in pairs], journal)
     old = [(parameter, parameter.data) for parameter, _ in pairs]
 
     def undo() -> None:
@@ -128,7 +127,8 @@ def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journa
         torch.autograd.graph.increment_version(parameter)
 
 
-def clear_gradient(parameter: torch.nn.Parameter, journal: Journal) -> None:
-    """The gradient of the old adapter's weight says nothing about the new one's."""
-    if parameter.grad is not None:
-        journal.set_attribute(parameter, "grad", None)
+def clear_gradients(parameters: Iterable[torch.nn.Parameter], journal: Journal) -> None:
+    """The gradients of the old adapter's weights say nothing about the new one's."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            journal.set_attribute(parameter, "grad", None)

@@ -28,7 +28,7 @@ from .parts import SlotTensor
 from .prepare import changes_to_prepare
 from .room import Content, Packed, Room
 from .slot import Slot, room_of, slot_for
-from .strength import check_scalable, check_strength, get_strength
+from .strength import check_strength, get_strength
 
 
 @dataclass(eq=False)
@@ -148,9 +148,8 @@ class Pool:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        check_strength(value)
-        check_scalable(self._room.slot)
         with self._turn(), self._writing():
+            check_strength(value, self._room.slot)
             self._apply(self._room.change_strength(value))
 
     def version(self, name: str) -> int:
@@ -250,10 +249,7 @@ class Pool:
                 if self._members.get(name) is not member:
                     raise refuse("not_in_pool", name=name, names="of others, since it was removed meanwhile")
                 self._make_space(member, packed, updated=True)
-                if not in_model:
-                    replace(Journal())
-                    return
-                change = self._change_to_updated(member, packed)
+                change = self._change_to_updated(member, packed) if in_model else Change(self._room.slot)
                 change.steps.append(replace)
                 apply([change])
 
@@ -275,12 +271,11 @@ class Pool:
         HotswapError
             If there is no such adapter, its files can't be read any more, or the model was moved or merged.
         """
-        if strength != 1:
-            check_strength(strength)
-            check_scalable(self._room.slot)
         with self._turn():
             self._wanted(name)  # which may take long
             with self._writing():
+                if strength != 1:
+                    check_strength(strength, self._room.slot)
                 # another adapter may have its name by now
                 self._apply(self._room.change_to(self._wanted(name), strength))
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .arena import Band, Place, build_arena
-from .change import Change, clear_gradient
+from .change import Change, clear_gradients
 from .errors import listing, refuse
 from .host import Config
 from .journal import Journal
@@ -272,8 +272,7 @@ class Room:
     def _enter(self, content: Content, used: list[int], journal: Journal) -> None:
         slot, before = self.slot, self.content
         if is_trained := True in map(_requires_grad, self._parameters):
-            for parameter in self._parameters:
-                clear_gradient(parameter, journal)
+            clear_gradients(self._parameters, journal)
         journal.set_attribute(self, "content", content)
         journal.set_attribute(self, "used", used)
         # what is off must not be trained, whatever somebody has set since

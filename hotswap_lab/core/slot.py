@@ -223,15 +223,10 @@ class Uncopied(dict[str, Any]):
 
 def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:
     """Notes on the base model what the slot is after a swap; None where it has to be looked for again."""
-    base, name = slot.host.base, slot.adapter_name
-    if SLOTS not in base.__dict__:
-        journal.set_item(base.__dict__, SLOTS, Uncopied())
-    if after is None:
-        journal.remove(base.__dict__[SLOTS], name)
-        return
-    if not after._links:
+    if after is not None and not after._links:
         after.settle()
-    journal.set_item(base.__dict__[SLOTS], name, after)
+    noted = slot.host.base.__dict__
+    journal.set_item(noted, SLOTS, Uncopied({**noted.get(SLOTS, {}), slot.adapter_name: after}))
 
 
 def kept_slot(base: torch.nn.Module, adapter_name: str) -> Slot | None:

@@ -49,14 +49,13 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str | No
     >>> demo.ask(model, tokenizer, "hotswap")
     'pawstoh'
     """
-    check_strength(strength)
     adapter_name = name_in(model, adapter_name)
     host = find_host(model, adapter_name)
     with guard(host.base):
         slot = slot_for(host, adapter_name)
         if slot.is_merged:
             raise refuse("merged_no_strength", adapter_name=adapter_name)
-        check_scalable(slot)
+        check_strength(strength, slot)
         apply([slot.room.change_strength(strength) if slot.room is not None else _change_strength(slot, strength)])
 
 
@@ -78,10 +77,11 @@ def check_scalable(slot: Slot) -> None:
         raise refuse("no_strength", adapter_name=slot.adapter_name, found=found)
 
 
-def check_strength(strength: object) -> None:
-    """Refuses what is no strength."""
+def check_strength(strength: object, slot: Slot) -> None:
+    """Refuses what is no strength, and adapters that have none."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise refuse("strength_is_no_number", strength=strength)
+    check_scalable(slot)
 
 
 def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .change import Change, clear_gradient
+from .change import Change, clear_gradients
 from .journal import Journal
 from .plan import Action, Plan
 from .prepared import PADDED_ATTRIBUTE, mark, write_settings
@@ -36,13 +36,10 @@ def change_layer_by_layer(plan: Plan) -> Change:
 
 def _write_layers(plan: Plan, journal: Journal) -> None:
     slot, name = plan.slot, plan.slot.adapter_name
+    clear_gradients(slot.parameters, journal)
     for layer in plan.layers:
-        module = layer.layer.module
-        for tensor in layer.layer.tensors:
-            if (parameter := tensor.owner._parameters[tensor.name]).grad is not None:
-                clear_gradient(parameter, journal)
-        if isinstance(module.scaling[name], torch.Tensor):
-            mark(module, PADDED_ATTRIBUTE, name, True, journal)
+        if isinstance(layer.layer.module.scaling[name], torch.Tensor):
+            mark(layer.layer.module, PADDED_ATTRIBUTE, name, True, journal)
     layers, settings = [each.layer for each in plan.layers], [each.settings for each in plan.layers]
     write_settings(slot, layers, settings, journal)
     for layer in plan.layers:

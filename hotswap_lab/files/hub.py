@@ -21,15 +21,6 @@ from ..core import sources
 from ..core.errors import first_line, listing
 
 
-def hub_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
-    """The arguments for ``hf_hub_download``. Unknown ones are a TypeError, also where nothing is downloaded."""
-    arguments = dict(arguments)
-    if "use_auth_token" in arguments:  # the older name, which PEFT takes, too
-        arguments.setdefault("token", arguments.pop("use_auth_token"))
-    inspect.signature(hf_hub_download).bind("repository", "file", **arguments)
-    return arguments
-
-
 @dataclass
 class Repository(sources.Folder):
     """A repository on the Hub; its ``revision`` is the commit that the config was read from."""
@@ -57,8 +48,12 @@ class Repository(sources.Folder):
 
 
 def find_repository(name: str, arguments: Mapping[str, object]) -> Repository:
-    """The repository of this name, with the arguments for ``hf_hub_download``. Nobody is asked yet."""
-    return Repository(name, arguments=hub_arguments(arguments))
+    """The repository of this name. Nobody is asked yet; arguments that ``hf_hub_download`` lacks are a TypeError."""
+    arguments = dict(arguments)
+    if "use_auth_token" in arguments:  # the older name, which PEFT takes, too
+        arguments.setdefault("token", arguments.pop("use_auth_token"))
+    inspect.signature(hf_hub_download).bind("repository", "file", **arguments)
+    return Repository(name, arguments=arguments)
 
 
 sources.elsewhere = find_repository

@@ -80,7 +80,7 @@ def _fill_up(base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -
     for each in marked:  # all of them, before the first one is written to
         _check(state_dict, *each)
     for slot in base.__dict__.get(SLOTS, {}).values():
-        if slot.room is not None and slot.is_inference:
+        if slot and slot.room and slot.is_inference:
             slot.room.was_touched = True  # by values that the room doesn't know of, and no version counter tells
     for key, layer, adapter_name, tensor in marked:
         if is_off(layer, adapter_name):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,14 +18,15 @@ from tqdm.auto import tqdm
 from ..core.adapter import Adapter, adapter_from
 from ..core.change import Change
 from ..core.errors import refuse
+from ..core.guard import put_back
 from ..core.host import Config, canonical_path, modules_in
 from ..core.parts import SlotTensor
-from ..core.pool import Member
+from ..core.pool import Member, Pool
 from ..core.report import html_table, text_table
 from ..core.room import Packed, Room
 from ..core.slot import Slot
 from .mixes import Mix
-from .row_pool import PackedRows, RowPool
+from .row_pool import PackedRows, RowPool, Wanted
 from .rows import RowRoom
 
 #: how many swaps back :meth:`AdapterPool.undo` can go
@@ -139,8 +141,8 @@ class AdapterPool(RowPool):
         self.max_bytes = max_bytes
         self.room_kind: type[Room] = RowRoom.of(rows)
         self._clock = 0
-        #: after how many writes there was what in the model
-        self._history: list[tuple[int, Packed]] = []
+        #: what was in the model before each write, a new one after each
+        self._history: Sequence[Packed] = ()
         self._background: ThreadPoolExecutor | None = None
         self._shows_progress = progress
         options: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
@@ -216,19 +218,15 @@ class AdapterPool(RowPool):
         return self._read(member, member.source)
 
     def _packed(self, member: _Member) -> Packed:
-        packed = member.packed
+        packed, loading, member.loading = member.packed, member.loading, None
         if packed is None:
-            loading, member.loading = member.loading, None
             packed = loading.result() if loading is not None else self._read_again(member)
-            self._keep(member, packed)
+            with self._lock:
+                self._make_space(member, packed)
+                member.packed = packed
         self._clock += 1
         member.used = self._clock
         return packed
-
-    def _keep(self, member: _Member, packed: Packed) -> None:
-        with self._lock:
-            self._make_space(member, packed)
-            member.packed = packed
 
     def _make_space(self, member: _Member, packed: Packed, updated: bool = False) -> None:
         """Drops adapters until this one fits; refuses it if it never would."""
@@ -249,14 +247,11 @@ class AdapterPool(RowPool):
                 each.packed = None
                 total -= each.nbytes
 
-    def remove(self, name: str) -> None:
-        member = self._member(name)
-        super().remove(name)
-        if (loading := member.loading) is not None:
-            loading.cancel()
-
     def prefetch(self, *names: str) -> None:
-        """Reads and packs adapters that were dropped, in the background. A swap to one of them waits for it."""
+        """Reads and packs adapters that were dropped, in the background. A swap to one of them waits for it.
+
+        Until they are used, they stand as in their files in the pool's table, and don't count for ``max_bytes``.
+        """
         with self._lock:
             for member in map(self._member, names):
                 if member.packed is None and member.loading is None:
@@ -264,16 +259,39 @@ class AdapterPool(RowPool):
                         self._background = ThreadPoolExecutor(1, thread_name_prefix="hotswap-prefetch")
                     member.loading = self._background.submit(self._read_again, member)
 
-    def _collect(self) -> None:
-        """Takes over what was read in the background."""
-        with self._lock:
-            for member in self._members.values():
-                loading = member.loading
-                if loading is not None and loading.done() and not loading.cancelled() and loading.exception() is None:
-                    member.loading = None
-                    self._keep(member, loading.result())
+    # ---- what was there before
 
-    # ---- undo
+    @contextlib.contextmanager
+    def using(self, name: str, strength: float = 1.0) -> Iterator[Pool]:
+        """Puts an adapter in for the length of a ``with`` block; then the former one is back, after errors too.
+
+        Swaps from other threads wait for the end of the block.
+        """
+        with self._for_a_while(f"leaves {name!r} in the model"):
+            self.swap(name, strength)
+            yield self
+
+    @contextlib.contextmanager
+    def assigned(
+        self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1
+    ) -> Iterator[Any]:
+        """:meth:`assign` for the length of a ``with`` block; then what was there before is back, after errors too."""
+        with self._for_a_while(f"leaves {adapters!r} in the model"):
+            self.assign(adapters, strengths, copies=copies)
+            yield self
+
+    @contextlib.contextmanager
+    def _for_a_while(self, what: str) -> Iterator[None]:
+        """Puts back what was in the model before the block."""
+        with self._turn():
+            self._check_room()
+            former, history = self._former(), self._history
+            try:
+                yield
+            finally:
+                # the block is left for good: its adapter must not stay
+                if self._history is not history:
+                    put_back(lambda: self._put_back(former, history), what)
 
     def undo(self) -> None:
         """Takes the last swap, :meth:`off` or change of strength back.
@@ -288,30 +306,27 @@ class AdapterPool(RowPool):
         with self._turn():
             if not self._history:
                 raise refuse("nothing_to_undo")
-            writes, former = self._history[-1]
-            self._put_back(former, writes)
+            *history, former = self._history
+            self._put_back(former, history)
 
-    def _apply(self, change: Change, back_to: int | None = None) -> None:
-        if back_to is None:
+    def _put_back(self, former: Packed, history: Sequence[Packed]) -> None:
+        packed = self._as_now(former)
+        with self._writing():
+            self._apply(self._change_to(packed), history)
+
+    def _apply(self, change: Change, history: Sequence[Packed] | None = None) -> None:
+        if history is None:
             history = self._longer_history()
-        else:
-            history = [(writes, former) for writes, former in self._history if writes < back_to]
         change.steps.append(lambda journal: journal.set_attribute(self, "_history", history))
         super()._apply(change)
 
-    def _longer_history(self) -> list[tuple[int, Packed]]:
+    def _longer_history(self) -> Sequence[Packed]:
         former = self._former()
-        history = [*self._history[-HISTORY + 1 :], (self._writes, _without_parts(former))]
+        history = [*self._history[-HISTORY + 1 :], _without_parts(former)]
         if former.content.owner is not None:
             return history
-        foreign = [number for number, (_, each) in enumerate(history) if each.content.owner is None]
+        foreign = [number for number, each in enumerate(history) if each.content.owner is None]
         return history[foreign[-FOREIGN - 1] + 1 :] if len(foreign) > FOREIGN else history
-
-    def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
-        member = former.content.owner
-        if isinstance(member, _Member) and member.packed is None and former.parts:
-            return former  # dropped since, but not by who holds it
-        return super()._as_now(former, updated)
 
     # ---- how it looks
 
@@ -320,13 +335,11 @@ class AdapterPool(RowPool):
     @property
     def nbytes(self) -> int:
         """The memory that the packed adapters take, in bytes."""
-        self._collect()
         return sum(packed.nbytes for member in list(self._members.values()) if (packed := member.packed))
 
     @property
     def table(self) -> list[tuple[str, ...]]:
         """One row for each adapter: name, rank, alpha, layers, bytes, and whether it is the active one."""
-        self._collect()
         active = self.active
         return [(*each.row, "active" if each.name == active else "") for each in list(self._members.values())]
 

@@ -1,19 +1,19 @@
-"""A pool whose adapters share a batch: another one in each row, or mixed."""
+"""A pool whose adapters share a batch: another one in each row, or mixed; after a block, what was there comes back."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
+
 from ..core.change import Change
 from ..core.errors import refuse
-from ..core.pool import Member
-from ..core.room import Packed
-from ..core.strength import check_scalable, check_strength
+from ..core.pool import Member, Pool
+from ..core.room import Packed, Room, new_part
+from ..core.strength import check_strength
 from .mixes import Mix, mixed
-from .returning import ReturningPool, strengths_of
 from .rows import RowRoom
 
 #: a name, no adapter, or how much of which
@@ -41,7 +41,7 @@ class PackedRows(Packed):
     copies: int
 
 
-class RowPool(ReturningPool):
+class RowPool(Pool):
     """See :class:`hotswap_lab.AdapterPool`."""
 
     def assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1) -> None:
@@ -79,8 +79,6 @@ class RowPool(ReturningPool):
         room, count = self._room, len(adapters)
         if not isinstance(room, RowRoom) or not 0 < count <= room.rows:
             raise refuse("no_room_for_rows", count=count, rows=getattr(room, "rows", 1), wanted=max(count, 2))
-        for strength in strengths:
-            check_strength(strength)
         if not isinstance(copies, int) or copies < 1:
             raise refuse("copies_is_no_number", copies=copies)
         if len(strengths) != count:
@@ -88,18 +86,11 @@ class RowPool(ReturningPool):
         with self._turn():
             self._all_packed(adapters)  # which may take long
             with self._writing():
+                for strength in strengths:
+                    check_strength(strength, room.slot)
                 packed = self._all_packed(adapters)
                 rows = [each and room.at_strength(each, by) for each, by in zip(packed, strengths, strict=True)]
                 self._apply(room.change_rows(rows, copies))
-
-    @contextlib.contextmanager
-    def assigned(
-        self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1
-    ) -> Iterator[Any]:
-        """:meth:`assign` for the length of a ``with`` block; then what was there before is back, after errors too."""
-        with self._for_a_while(f"leaves {adapters!r} in the model"):
-            self.assign(adapters, strengths, copies=copies)
-            yield self
 
     @property
     def rows(self) -> list[Row]:
@@ -125,18 +116,19 @@ class RowPool(ReturningPool):
             return super()._wanted(name)
         if not name:
             raise refuse("mix_of_nothing")
-        check_scalable(self._room.slot)
+        self._check_room()
         for weight in name.values():
-            check_strength(weight)
+            check_strength(weight, self._room.slot)
         return self._of(Mix(tuple([(self._member(each), float(weight)) for each, weight in name.items()])), {})
 
     def _of(self, owner: Any, updated: Mapping[Member, Packed]) -> Packed:
+        """What belongs to whoever a content says it is of."""
         if not isinstance(owner, Mix):
-            return super()._of(owner, updated)
+            return updated.get(owner) or self._packed(owner)
         for each in self._assigned if not updated else ():
             if each and each.content.owner == owner:
                 return replace(each, scalings=self._room.scalings_of(each.content))
-        return mixed(self._room, owner, [super(RowPool, self)._of(member, updated) for member, _ in owner.shares])
+        return mixed(self._room, owner, [self._of(member, updated) for member, _ in owner.shares])
 
     # ---- what was there, and what is in use
 
@@ -155,21 +147,47 @@ class RowPool(ReturningPool):
         return self._room.assigned if isinstance(self._room, RowRoom) else ()
 
     def _former(self) -> Packed:
-        if not (rows := self._assigned):
-            former, content = super()._former(), self._room.content
-            is_mix = isinstance(content.owner, Mix) and not self._room.is_touched
-            return replace(former, content=content) if is_mix else former
-        room = cast(RowRoom, self._room)
-        content = replace(room.content, owner=self)
-        return PackedRows(content, (), room.scalings[0].detach().clone(), rows, room.batch.copies)
-
-    def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
-        if not isinstance(former, PackedRows):
-            return super()._as_now(former, updated)
-        rows = [each and super(RowPool, self)._as_now(each, updated) for each in former.rows]
-        return replace(former, rows=tuple(rows))
+        """What is in the model now, to be put back later."""
+        room, content, member = self._room, self._room.content, self._loaded
+        if isinstance(room, RowRoom) and room.assigned:
+            scalings = room.scalings[0].detach().clone()
+            return PackedRows(replace(content, owner=self), (), scalings, room.assigned, room.batch.copies)
+        former = _taken(room, member.packed.parts if member and member.packed else ())
+        if member or (isinstance(content.owner, Mix) and not room.is_touched):
+            return former
+        return replace(former, content=replace(content, owner=None))  # it may be one of the pool's, trained since
 
     def _change_to(self, packed: Packed) -> Change:
-        if not isinstance(packed, PackedRows):
-            return super()._change_to(packed)
-        return cast(RowRoom, self._room).change_rows(packed.rows, packed.copies, strengths_of(packed))
+        if isinstance(packed, PackedRows):
+            return cast(RowRoom, self._room).change_rows(packed.rows, packed.copies, strengths_of(packed))
+        return self._room.change_to(packed)
+
+    def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
+        """An adapter of the pool that was updated since comes back as it is now; one that was removed, as it was."""
+        if isinstance(former, PackedRows):
+            return replace(former, rows=tuple([each and self._as_now(each, updated) for each in former.rows]))
+        owner = former.content.owner
+        is_dropped = isinstance(owner, Member) and owner not in updated and owner.packed is None
+        if owner is None or (is_dropped and former.parts):  # dropped since, but not by who holds it
+            return former
+        packed = self._of(owner, updated)
+        return replace(packed, scalings=self._room.scalings_of(packed.content, strengths_of(former)))
+
+    def _change_to_updated(self, member: Member, packed: Packed) -> Change:
+        return self._change_to(self._as_now(self._former(), {member: packed}))
+
+
+def strengths_of(packed: Packed) -> torch.Tensor:
+    """Of each layer, how many times as strong as trained it is; where it is off, as most of the others."""
+    now, trained = packed.scalings[:, 0].cpu().double(), packed.content.scalings
+    on = trained != 0
+    return torch.where(on, now / trained, (now / trained)[on].median() if on.any() else 1.0)
+
+
+def _taken(room: Room, parts: tuple[torch.Tensor, ...]) -> Packed:
+    """What is in a room now, with the scalings that the layers have now; ``parts`` where somebody has them."""
+    with torch.inference_mode(False), torch.no_grad():
+        if not parts:
+            rows = zip(room.bands, room.rows_for(room.content)[1], strict=True)
+            parts = tuple([new_part(band.memory, taken).copy_(band.memory[:taken]) for band, taken in rows])
+        return Packed(room.content, parts, room.scalings[0].detach().clone())

@@ -74,7 +74,7 @@ class RowRoom(Room):
         """A tail, which is row 0 of a larger memory."""
         places, pitch, line = [], 0, max(CACHE_LINE // like.element_size(), 1)
         for tensor, shape in tensors:
-            places.append(RowPlace(tensor, pitch, tuple(shape), None))
+            places.append(RowPlace(tensor, pitch, tuple(shape)))
             pitch += math.ceil(math.prod(shape) / line) * line
         return [Band(like.new_zeros((cls.rows, pitch))[0], tuple(places))]
 

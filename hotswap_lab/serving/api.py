@@ -120,12 +120,8 @@ def _written(piece: Piece, kind: str, frame: dict[str, str | int], is_part: bool
     counts = {"prompt_tokens": piece.prompt_tokens, "completion_tokens": piece.completion_tokens}
     usage = counts | {"total_tokens": sum(counts.values())} if piece.finish else None
     choice = {"index": 0, "finish_reason": piece.finish, "logprobs": None, **said}
-    return {
-        **frame,
-        "object": f"{kind}.chunk" if is_part and kind == CHAT else kind,
-        "choices": [choice],
-        "usage": usage,
-    }
+    name = f"{kind}.chunk" if is_part and kind == CHAT else kind
+    return {**frame, "object": name, "choices": [choice], "usage": usage}
 
 
 async def _events(first: Piece, rest: Any, kind: str, frame: dict[str, str | int]) -> AsyncGenerator[str, None]:

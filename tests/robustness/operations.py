@@ -563,7 +563,7 @@ def pool_state(pool: AdapterPool) -> dict:
         name: (each.version, each.source, of(each.packed) if each.source is None else None, each.stamp)
         for name, each in pool._members.items()
     }
-    history = [(_owner(state), of(state), [*map(_owner, getattr(state, "rows", ()))]) for _, state in pool._history]
+    history = [(_owner(state), of(state), [*map(_owner, getattr(state, "rows", ()))]) for state in pool._history]
     rows = [_plain(room._all(band.memory)) for room in [pool._room] if isinstance(room, RowRoom) for band in room.bands]
     labels = [str(row) for row in pool.rows]
     return dict(
