@@ -27,7 +27,7 @@ from ..core.journal import MISSING
 from ..core.lora import EvalFreeDropout
 from ..core.methods import method_of
 from ..core.plan import Action, LayerPlan, Plan
-from ..core.prepared import is_marked_off, is_off, is_padded, set_off
+from ..core.prepared import OFF_ATTRIBUTE, is_marked_off, is_off, is_padded, mark, set_off
 from ..core.slot import SlotLayer
 from .base_values import BaseChange
 from .donor import Donor
@@ -232,7 +232,7 @@ class _Comparison:
                     self._delete(table, f"{path}: {attribute}")
             if isinstance(wrapper, AuxiliaryTrainingWrapper):
                 self._set_presence(wrapper, False, path)
-            self.graft.steps.append(lambda journal: set_off(wrapper, self.name, False, journal))
+            self.graft.steps.append(lambda journal: mark(wrapper, OFF_ATTRIBUTE, self.name, False, journal))
 
     def _turn_off(self, wrapper: BaseTunerLayer) -> None:
         for target in method_of(wrapper).tensors_of(wrapper, self.name):
@@ -294,7 +294,8 @@ class _Comparison:
         if isinstance(live, AuxiliaryTrainingWrapper) and self.name not in live._adapters:
             self._set_presence(live, True, path)
         if is_marked_off(live, self.name):
-            self.graft.steps.append(lambda journal: set_off(live, self.name, False, journal))
+            # all else that is different where an adapter is off has been compared
+            self.graft.steps.append(lambda journal: mark(live, OFF_ATTRIBUTE, self.name, False, journal))
 
     def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
         present, where = live.__dict__.get(attribute, MISSING), f"{path}: {attribute}"

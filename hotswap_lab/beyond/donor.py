@@ -17,6 +17,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from ..core.guard import guard
 from ..core.host import PEFT_PREFIX, Host, canonical_path
 from ..core.interrupts import interrupts_held
+from ..core.layers import are_the_same
 from .guards import compilers_kept, memory_guard, random_numbers_kept, take_out
 from .stand_in import StandIn, make_stand_in
 
@@ -165,5 +166,7 @@ def _file_keys(model: PeftModel, tensors: Mapping, adapter_name: str) -> dict[st
         full = PEFT_PREFIX + canonical_path(key) if not key.startswith("base_model.") else key
         if full in own and (f".{adapter_name}." in full or full.endswith(f".{adapter_name}")):
             full = tuner._remove_adapter_name_from_key(full, adapter_name)
+        if full in renamed and not are_the_same(tensor, renamed[full]):
+            raise ValueError(f"it has two different values for {full}")
         renamed[full] = tensor
     return renamed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import repeat
 
 import torch
@@ -12,26 +13,26 @@ from .host import canonical_path
 from .parts import SlotTensor
 from .plan import Action, LayerPlan, Plan
 from .shadow import adaptable, build_shadow_layers
-from .slot import Expected, SlotLayer, expected_of
+from .slot import Expected, SlotLayer, expected_of, own_keys_of
 
 Tensors = dict[str, torch.Tensor]
 
 
 def plan_layers(plan: Plan) -> Tensors:
     """Plans all layers of the slot. Returns the tensors that none of them took, by their names in the base model."""
-    slot, tensors = plan.slot, _by_own_key(plan)
+    slot, tensors = plan.slot, _by_own_key(plan, plan.adapter.tensors, plan.slot.own_keys)
     expected = slot.once_for(plan.config, expected_of)
     for each in zip(slot.layers, expected, plan.ranks_before, plan.fixed, strict=True):
         _plan_layer(plan, tensors, *each)
     return tensors
 
 
-def _by_own_key(plan: Plan) -> Tensors:
-    """The adapter's tensors by their own keys in the base model; refuses two for one, unless these are the same."""
-    own_keys, tensors = plan.slot.own_keys, {}
-    for key, tensor in plan.adapter.tensors.items():
+def _by_own_key(plan: Plan, named: Mapping[str, torch.Tensor], own_keys: Mapping[str, str]) -> Tensors:
+    """Tensors by their own keys in the base model; refuses two for one, unless these are the same."""
+    tensors: Tensors = {}
+    for key, tensor in named.items():
         own = own_keys.get(short := canonical_path(key), short)
-        if own in tensors and not have_same_values(tensor, tensors[own]):
+        if own in tensors and not are_the_same(tensor, tensors[own]):
             plan.refuse("two_values_for_one", key=key, own=own)
         tensors[own] = tensor
     return tensors
@@ -84,6 +85,11 @@ def _wrong_shape(layer: SlotLayer, target: SlotTensor, shape: torch.Size, rank: 
     return refusal("other_shape", path=path, where=where, shape=found, expected=expected, rank=rank)
 
 
+def are_the_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether it is all the same which of two tensors is taken."""
+    return one.dtype == other.dtype and have_same_values(one, other)
+
+
 def have_same_values(live: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether writing ``other`` to ``live`` would change nothing."""
     return live.shape == other.shape and torch.equal(live.detach(), other.detach().to(live.device, live.dtype))
@@ -128,5 +134,8 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
         plan.refusals += error.refusals
         tensors.clear()  # the reason is given
         return
+    own = _by_own_key(plan, tensors, own_keys_of(shadows))
+    tensors.clear()
+    tensors.update(own)
     for layer, expected in zip(shadows, expected_of(slot, plan.config, shadows), strict=True):
         _plan_layer(plan, tensors, layer, expected, None, False, Action.ADD)

@@ -245,7 +245,7 @@ class Room:
         ``sources`` are for its tensors, as in an adapter's file.
         """
         if (layer, rank) not in self._own_views:
-            self._own_views[layer, rank] = [tensor.own(self.view(tensor), rank) for tensor in layer.tensors]
+            self._own_views[layer, rank] = [tensor.own(self.view(tensor), rank or 0) for tensor in layer.tensors]
         for tensor, target, source in zip(layer.tensors, self._own_views[layer, rank], sources, strict=True):
             if source is not None:
                 change.copy(target, tensor.split(source))

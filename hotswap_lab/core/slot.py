@@ -99,13 +99,8 @@ class Slot:
 
     @cached_property
     def own_keys(self) -> dict[str, str]:
-        """The key of each tensor, by whatever else a file may call it: with the adapter's name, by an alias."""
-        own_keys = {}
-        for layer in self.layers:
-            for path in layer.paths:
-                for tensor, key in zip(layer.tensors, layer.keys, strict=True):
-                    own_keys[f"{path}.{tensor.key}"] = own_keys[f"{path}.{tensor.named_key}"] = key
-        return own_keys
+        """:func:`own_keys_of` all layers."""
+        return own_keys_of(self.layers)
 
     # ---- is everything where it was found?
 
@@ -126,6 +121,7 @@ class Slot:
             (table, name, child) for table in tables for name, child in table.items() if child in known
         ]
         for layer in self.layers:
+            links.append((layer.module.__dict__, "merged_adapters", layer.module.merged_adapters))
             for tensor in layer.tensors:
                 table: Any = layer.module._modules[tensor.named_key.partition(".")[0]]
                 if table is not tensor.owner:
@@ -143,7 +139,7 @@ class Slot:
         same_layers = [layer.module for layer in now.layers] == [layer.module for layer in self.layers]
         if not same_layers or list(map(id, now.parameters)) != list(map(id, self.parameters)):
             return False
-        self.walk, self.modules = now.walk, now.modules
+        self.walk, self.modules, self._merged = now.walk, now.modules, now._merged
         self.settle()
         return True
 
@@ -163,7 +159,6 @@ class Slot:
 
     @cached_property
     def _merged(self) -> list[list[str]]:
-        # PEFT makes one list for each layer, and never another
         return [layer.module.merged_adapters for layer in self.layers]
 
     def once_for(self, config: Config, work_out: Callable[[Slot, Config], T]) -> T:
@@ -187,6 +182,16 @@ class Slot:
         True
         """
         return [tensor.parameter.data_ptr() for tensor in self.tensors]
+
+
+def own_keys_of(layers: Sequence[SlotLayer]) -> dict[str, str]:
+    """The key of each tensor, by whatever else a file may call it: with the adapter's name, by an alias."""
+    own_keys = {}
+    for layer in layers:
+        for path in layer.paths:
+            for tensor, key in zip(layer.tensors, layer.keys, strict=True):
+                own_keys[f"{path}.{tensor.key}"] = own_keys[f"{path}.{tensor.named_key}"] = key
+    return own_keys
 
 
 class Expected(NamedTuple):

@@ -10,9 +10,17 @@ import torch
 from models import KINDS, call, load, randomize, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 
 import hotswap_lab
-from hotswap_lab import Adapter, HotswapError, hotswap_adapter, hotswap_adapter_from_state_dict, resolve_slot
+from hotswap_lab import (
+    Adapter,
+    HotswapError,
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+    resolve_slot,
+)
 
 #: what may differ between the adapter that goes and the one that comes
 PAIRS = {
@@ -139,6 +147,35 @@ def test_more_layers_are_refused_or_added(kind_name, tmp_path, add_layers):
         with pytest.raises(RuntimeError, match=r"did not succeed, unexpected keys found: base_model\.model\.") as error:
             hotswap_adapter(model, new, "default")
         assert "add_layers=True" in str(error.value)
+        assert_untouched(model, before)
+
+
+def test_layers_are_added_by_keys_with_the_adapters_name(tmp_path):
+    kind = KINDS["linear"]
+    old, new = pair(kind, tmp_path, dict(r=4, target_modules=["first"]), dict(r=6, lora_alpha=4))
+    fresh = load(kind, new)
+    named = {key: tensor for key, tensor in fresh.state_dict().items() if ".lora_" in key}
+    twice = {**named, "last.lora_A.weight": named["base_model.model.last.lora_A.default.weight"] + 1}
+    model = load(kind, old)
+    before = snapshot(model)
+    for tensors in (twice, dict(reversed(twice.items()))):
+        with pytest.raises(HotswapError, match="two different values for one tensor"):
+            hotswap_adapter_from_state_dict(model, tensors, "default", fresh.peft_config["default"], add_layers=True)
+        assert_untouched(model, before)
+    hotswap_adapter_from_state_dict(model, named, "default", fresh.peft_config["default"], add_layers=True)
+    assert_equals_fresh_load(model, kind, new)
+
+
+@pytest.mark.parametrize("form", [dict(), dict(lora_bias=True), dict(use_dora=True)], ids=["plain", "bias", "DoRA"])
+def test_two_values_for_one_tensor_are_refused_whatever_else_changes(tmp_path, form):
+    kind = KINDS["linear"]
+    old, new = pair(kind, tmp_path, dict(r=4), dict(r=4, **form))
+    model, adapter = load(kind, old), Adapter.load(new)
+    twice = {**adapter.tensors, "last.lora_A.weight": adapter.tensors["base_model.model.last.lora_A.weight"] + 1}
+    before = snapshot(model)
+    for tensors in (twice, dict(reversed(twice.items()))):
+        with pytest.raises(HotswapError, match="two different values"):
+            hotswap_adapter_from_state_dict(model, tensors, "default", adapter.config)
         assert_untouched(model, before)
 
 
@@ -427,6 +464,37 @@ def test_merging_where_a_layer_that_is_off_has_no_place_for_a_bias(tmp_path, for
     model.unmerge_adapter()
     hotswap_adapter(model, full, "default")
     assert_equals_fresh_load(model, kind, full)
+
+
+def test_a_layer_that_was_off_comes_back_in_another_form(tmp_path):
+    """PEFT's ``lora_bias`` table says then that it has a bias no more."""
+    kind = KINDS["linear"]
+    full = save_random_adapter(kind, tmp_path / "full", 1, r=4, lora_bias=True)
+    few = save_random_adapter(kind, tmp_path / "few", 2, r=4, lora_bias=True, target_modules=["first"])
+    plain = save_random_adapter(kind, tmp_path / "plain", 3, r=4)
+    model = load(kind, full)
+    for folder in (few, plain, few, full):
+        hotswap_adapter(model, folder, "default", add_layers=True)
+        assert_equals_fresh_load(model, kind, folder)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_what_is_merged_is_seen_in_a_list_of_ones_own(tmp_path, is_prepared):
+    """PEFT keeps one list for each layer; somebody may have put another one there."""
+    kind = KINDS["linear"]
+    old, new = pair(kind, tmp_path, dict(r=4), dict(r=4))
+    model = load(kind, old)
+    if is_prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap_adapter(model, new, "default")
+    for layer in model.base_model.model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.merged_adapters = []
+    model.merge_adapter()
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="currently merged"):
+        hotswap_adapter(model, old, "default")
+    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd"])

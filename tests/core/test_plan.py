@@ -322,7 +322,16 @@ def test_shared_blocks_must_agree(tmp_path):
     edit_tensors(new, lambda tensors: tensors.update({key.format("late"): tensors[key.format("early")].clone()}))
     hotswap_adapter(model, new, "default")
     assert_equals_fresh_load(model, kind, new)
-    edit_tensors(new, lambda tensors: tensors[key.format("late")].add_(1))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.half, lambda tensor: tensor + 1], ids=["dtype", "values"])
+def test_shared_blocks_that_disagree_are_refused(tmp_path, change):
+    """Which of the two a fresh load takes would make a difference."""
+    kind = KINDS["shared"]
+    model = load(kind, save_random_adapter(kind, tmp_path / "old", seed=1, r=4))
+    new = save_random_adapter(kind, tmp_path / "new", seed=2, r=4)
+    early, late = (f"base_model.model.{block}.0.lora_A.weight" for block in ("early", "late"))
+    edit_tensors(new, lambda tensors: tensors.update({late: change(tensors[early])}))
     before = snapshot(model)
     with pytest.raises(HotswapError, match="two different values for one tensor"):
         hotswap_adapter(model, new, "default")

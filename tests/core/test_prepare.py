@@ -445,6 +445,18 @@ def test_a_target_below_the_loaded_rank(kind, family):
     )
 
 
+def test_each_kind_of_layer_is_turned_off_and_on_again(kind, tmp_path):
+    """Which of them are grouped convolutions makes a difference to what is left of a layer that is off."""
+    full = save_random_adapter(kind, tmp_path / "full", seed=1, r=4)
+    model = load(kind, full)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    for number, name in enumerate(kind.modules if len(kind.modules) > 1 else ()):
+        part = save_random_adapter(kind, tmp_path / str(number), seed=2, r=4, target_modules=[name])
+        for folder in (part, full):
+            hotswap_adapter(model, folder, "default")
+            assert_equals_fresh_load(model, kind, folder, prepared=True, margin=10)
+
+
 def test_a_target_that_does_not_fit_a_grouped_convolution(tmp_path):
     model = load(CONV, save_random_adapter(CONV, tmp_path / "a", seed=1, r=4))
     error = refused(model, "with groups=4 to target rank 6, but the target rank is not divisible by 4", target_rank=6)

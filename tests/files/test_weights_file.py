@@ -57,12 +57,18 @@ def write_header(path: Path, change) -> None:
     header = json.loads(data[8 : 8 + size])
     change(header)
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # aligned as ever: it is to be refused for what it says
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
 DAMAGES = {
     "beyond the end": lambda header: header["b"].update(data_offsets=[12, 1 << 40]),
     "negative": lambda header: header["a"].update(data_offsets=[-4, 12]),
+    "a float": lambda header: header["a"].update(data_offsets=[0.0, 12]),
+    "a truth value": lambda header: header["a"].update(data_offsets=[False, 12]),
+    "a shape of floats": lambda header: header["a"].update(shape=[3.0]),
+    "a shape of truth values": lambda header: header["a"].update(shape=[True, 3]),
+    "a negative shape": lambda header: header["a"].update(shape=[-1, -3]),
     "overlap": lambda header: header["b"].update(data_offsets=[4, 28]),
     "other shape": lambda header: header["a"].update(shape=[1 << 20, 1 << 20]),
     "other dtype": lambda header: header["a"].update(dtype="F16"),
