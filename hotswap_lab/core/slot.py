@@ -121,7 +121,6 @@ class Slot:
             (table, name, child) for table in tables for name, child in table.items() if child in known
         ]
         for layer in self.layers:
-            links.append((layer.module.__dict__, "merged_adapters", layer.module.merged_adapters))
             for tensor in layer.tensors:
                 table: Any = layer.module._modules[tensor.named_key.partition(".")[0]]
                 if table is not tensor.owner:
@@ -139,7 +138,7 @@ class Slot:
         same_layers = [layer.module for layer in now.layers] == [layer.module for layer in self.layers]
         if not same_layers or list(map(id, now.parameters)) != list(map(id, self.parameters)):
             return False
-        self.walk, self.modules, self._merged = now.walk, now.modules, now._merged
+        self.walk, self.modules = now.walk, now.modules
         self.settle()
         return True
 
@@ -159,6 +158,7 @@ class Slot:
 
     @cached_property
     def _merged(self) -> list[list[str]]:
+        # PEFT makes one list for each layer, and never another
         return [layer.module.merged_adapters for layer in self.layers]
 
     def once_for(self, config: Config, work_out: Callable[[Slot, Config], T]) -> T:
