@@ -150,7 +150,7 @@ def obstacle(layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]
         parameter = tensor.owner._parameters.get(tensor.name)
         if parameter is None:
             return f"a parametrized or replaced {tensor.named_key}"
-        if parameter.device.type == "meta":
+        if parameter.is_meta:
             if hasattr(tensor.owner, "_hf_hook"):
                 # where the hook keeps it, nobody would look for a change
                 return (

@@ -44,7 +44,7 @@ def tensors_of(layer: TunerLayer, adapter_name: str) -> list[SlotTensor]:
             tensors.append(SlotTensor(table, f"{table}.{adapter_name}", getattr(layer, table), adapter_name, axis))
     for axis, table in enumerate(("lora_A", "lora_B")) if adapter_name in tables["lora_A"] else ():
         owner = tables[table][adapter_name]
-        size = f"{'in' if axis else 'out'}_{'channels' if hasattr(owner, 'kernel_size') else 'features'}"
+        size = f"{'in' if axis else 'out'}_{'channels' if 'kernel_size' in owner.__dict__ else 'features'}"
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 key, named_key, is_weight = f"{table}.{name}", f"{table}.{adapter_name}.{name}", name == "weight"

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ..core.errors import TEXTS
-from .adapter_pool import FOREIGN, HISTORY, AdapterPool
+from .adapter_pool import AdapterPool
 
 TEXTS.append(Path(__file__).with_name("refusals.ini"))
 
-__all__ = ["FOREIGN", "HISTORY", "AdapterPool"]
+__all__ = ["AdapterPool"]
