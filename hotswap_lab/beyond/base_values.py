@@ -99,8 +99,15 @@ def change_base_values(draft: Plan, new: Mapping[str, torch.Tensor], live: Mappi
             kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
             draft.refuse("given_base_weights", name=name, kind=kind, shape=tuple(live[name].shape))
             return BaseChange()
-    unknown = lost_originals(host, adapter_name) & live.keys()
-    kept = {**kept_originals(host.base, adapter_name), **{name: given[name] for name in unknown & given.keys()}}
+    # tied weights have several names: the first stands for all
+    ids = {id(tensor): name for name, tensor in reversed(live.items())}
+    first = {name: ids[id(tensor)] for name, tensor in live.items()}
+    given, new, kept = (
+        {first[name]: value for name, value in values.items() if name in first}
+        for values in (given, new, kept_originals(host.base, adapter_name))
+    )
+    unknown = {first[name] for name in lost_originals(host, adapter_name) & live.keys()} - kept.keys()
+    kept |= {name: given[name] for name in unknown & given.keys()}
     unknown -= given.keys()
     change = BaseChange(lost=frozenset(unknown))
     for name, value in {**kept, **new}.items():
@@ -141,6 +148,14 @@ def embeddings_turned_off(draft: Plan) -> list[LayerPlan]:
     ids = set(map(id, embeddings_of(draft.slot.host.base)))
     off = [plan for plan in draft.layers if plan.action is Action.OFF and plan.rank_before is not None]
     return [plan for plan in off if id(plan.layer.module) in ids]
+
+
+def given_up(draft: Plan) -> bool:
+    """Whether a layer is better given up than turned off: PEFT saves the weights of embeddings that are wrapped, and
+    merges no grouped convolution.
+    """
+    off = [plan.layer.tensors[0] for plan in draft.layers if plan.action is Action.OFF]
+    return bool(embeddings_turned_off(draft)) or any(tensor.rank_step > 1 for tensor in off)
 
 
 def check_embeddings(draft: Plan) -> None:

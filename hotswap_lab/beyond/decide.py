@@ -73,7 +73,7 @@ def change_for(plan: Plan, places: Places | None) -> Change:
     # copies: what is in the base model now is about to be overwritten
     originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
     change.steps += [
-        functools.partial(clear_gradients, graft.parameters),
+        functools.partial(clear_gradients, [*graft.parameters, *(target for target, _ in graft.base.copies)]),
         *graft.steps,
         lambda journal: _note(plan, places, originals, journal),
     ]
@@ -170,10 +170,9 @@ def _decide(draft: Plan, others_merged: set[str]) -> Places | None:
     twins = donor.twins
     live = {name: donor.stand_in.live[id(twin)] for name, twin in twins.items()}
     graft.base = change_base_values(draft, donor.base_values, live)
-    if not config.inference_mode:
-        paths = [path for path in live if path.endswith("bias") or path in donor.base_values]
-        changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]
-        graft.requires_grad = [(live[path], twins[path].requires_grad) for path in changed]
+    paths = [path for path in live if path.endswith("bias") or path in donor.base_values]
+    changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]
+    graft.requires_grad = [(live[path], twins[path].requires_grad) for path in changed]
     return None if draft.refusals else find_places(slot, adapter, donor, graft)
 
 

@@ -18,7 +18,7 @@ from ..core.plan import Plan
 from ..core.shadow import adaptable
 from ..core.slot import Slot
 from . import general
-from .base_values import embeddings_turned_off, kept_originals
+from .base_values import given_up, kept_originals
 from .configs import beside, complete, judge, not_scaled
 from .decide import changes_form, former_layers, is_beyond, plan_with_donor
 from .kinds import obstacle, turn_beside
@@ -45,8 +45,7 @@ class Beyond(methods.Rest):
 
     def instead(self, draft: Plan) -> Plan | None:
         is_free = not draft.compiled and not draft.is_prepared
-        # PEFT saves the weights of embeddings that are wrapped, so these layers are given up rather than turned off
-        gives_up = is_free and not draft.refusals and embeddings_turned_off(draft)
+        gives_up = is_free and not draft.refusals and given_up(draft)
         if changes_form(draft) or gives_up:
             return plan_with_donor(_afresh(draft))
         if is_free and has_strange_leftovers(draft) and (plan := plan_with_donor(_afresh(draft))).ok:
@@ -61,8 +60,9 @@ class Beyond(methods.Rest):
             if not have_same_values(weight, tensors.pop(key)):
                 draft.refuse("other_base_weights", key=key)
         base, name = draft.slot.host.base, draft.slot.adapter_name
+        paths = {path for key in tensors if (path := adaptable(base, key)) is not None}
         # where the adapter was before, it may be again without being asked for
-        if {adaptable(base, key) for key in tensors} - {None} <= former_layers(base, name):
+        if paths and paths <= former_layers(base, name):
             draft.add_layers = True
 
     def not_scaled(self, slot: Slot) -> str | None:

@@ -47,8 +47,9 @@ def prepare_model_for_compiled_hotswap(
 
     The outputs stay what they were, up to rounding: zeros are added to sums of another length. Saving
     (``save_adapter`` and ``save_pretrained`` alike) gives the adapter with its own rank and scaling, as if nothing had
-    been prepared; only where an embedding is reserved, ``save_pretrained`` adds its base weight to the file of an
-    adapter that is on another embedding. May be called again to make more room, before compiling anew. All or nothing:
+    been prepared. Use ``save_adapter`` in two cases: where an embedding is reserved, ``save_pretrained`` adds its base
+    weight to the file of an adapter that is on another embedding; and with ``bias="all"``, it names the bias of a layer
+    that is off as no fresh load does. May be called again to make more room, before compiling anew. All or nothing:
     after an error the model is as it was. Make an optimizer only afterwards: the parameters stay the same objects but
     get other shapes.
 

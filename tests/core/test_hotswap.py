@@ -443,6 +443,22 @@ def test_merge_and_unload_after_a_swap(kind, tmp_path):
     torch.testing.assert_close(call(merged, kind.inputs()), call(expected, kind.inputs()))
 
 
+def test_merging_after_a_swap_that_gives_grouped_convolutions_up(tmp_path):
+    """PEFT would refuse to merge these although nothing is in them, and after it has merged others."""
+    kind = KINDS["conv"]
+    full = save_random_adapter(kind, tmp_path / "full", 1, r=4)
+    few = save_random_adapter(kind, tmp_path / "few", 2, r=4, target_modules=["conv1d", "conv2d"])
+    model, fresh = load(kind, full), load(kind, few)
+    hotswap_adapter(model, few, "default")
+    assert_equals_fresh_load(model, kind, few, margin=10)
+    for each in (model, fresh):
+        each.merge_adapter()
+    torch.testing.assert_close(call(model, kind.inputs()), call(fresh, kind.inputs()))
+    model.unmerge_adapter()
+    hotswap_adapter(model, full, "default")
+    assert_equals_fresh_load(model, kind, full)
+
+
 @pytest.mark.parametrize("form", [dict(lora_bias=True), dict()], ids=["lora_bias", "plain"])
 def test_merging_where_a_layer_that_is_off_has_no_place_for_a_bias(tmp_path, form):
     """PEFT refuses to merge an adapter with lora_bias into a layer without bias, and would in the midst of it."""

@@ -1,0 +1,74 @@
+"""Base weights that adapters overwrite: under all of their names, with their gradients, and if they are trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapters import save_random_adapter_of
+from lora_kinds import MODELS
+from models import ARCHITECTURES, call, load
+from oracle import assert_equals_fresh_load, assert_same_outputs
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from hotswap_lab import hotswap_adapter
+
+BERT, TIED = ARCHITECTURES["bert"], MODELS["tied"]
+
+
+def weights_of(kind) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in kind.base().state_dict().items()}
+
+
+def test_a_bias_with_two_names(tmp_path):
+    """BERT's head has one bias, which is that of its decoder, too."""
+    base = BERT.base()
+    assert base.cls.predictions.bias is base.cls.predictions.decoder.bias
+    folders = [
+        save_random_adapter_of(LoraConfig(r=4, target_modules=["key"], bias="all"), tmp_path / str(seed), seed, BERT)
+        for seed in (1, 2)
+    ]
+    model = load(BERT, folders[0])
+    for folder in (folders[0], folders[1], folders[0]):
+        hotswap_adapter(model, folder, "default", base_weights=weights_of(BERT))
+        assert_equals_fresh_load(model, BERT, folder, margin=10)
+    plain = save_random_adapter_of(LoraConfig(r=4, target_modules=["key"]), tmp_path / "plain", 3, BERT)
+    hotswap_adapter(model, plain, "default")  # what was overwritten is remembered by now
+    assert_equals_fresh_load(model, BERT, plain, margin=10)
+
+
+def test_embeddings_that_are_the_head_too(tmp_path):
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
+    same = save_random_adapter_of(config, tmp_path / "same", 1, TIED)
+    changed = save_random_adapter_of(config, tmp_path / "changed", 1, TIED)
+    file = f"{changed}/adapter_model.safetensors"
+    tensors = {key: each if "lora_" in key else each + 0.05 for key, each in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    plain = save_random_adapter_of(LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "plain", 3, TIED)
+    model = load(TIED, changed)
+    off = (call(load(TIED, same), TIED.inputs()) - call(model, TIED.inputs())).abs().max()
+    assert off > 0.1
+    for folder in (same, plain):
+        hotswap_adapter(model, folder, "default", base_weights=weights_of(TIED))
+        assert_same_outputs(model, load(TIED, folder), TIED, margin=10)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_what_of_a_bias_goes_with_its_adapter(tmp_path, is_trainable):
+    """Its gradient says nothing about another one's values; and whether it is trained, the new config says."""
+    every, other, plain = (
+        save_random_adapter_of(LoraConfig(r=4, target_modules=["query"], bias=bias), tmp_path / str(seed), seed, BERT)
+        for seed, bias in enumerate(("all", "all", "none"))
+    )
+    model = load(BERT, every, is_trainable=is_trainable)
+    model(**BERT.inputs()).logits.sum().backward()
+    assert any(each.grad is not None for name, each in model.named_parameters() if name.endswith("bias"))
+    for folder in (other, plain, every):
+        hotswap_adapter(model, folder, "default", base_weights=weights_of(BERT))
+        assert all(each.grad is None for each in model.parameters())
+        live, fresh = (
+            {name: each.requires_grad for name, each in every_one.named_parameters()}
+            for every_one in (model, load(BERT, folder, is_trainable=is_trainable))
+        )
+        assert live == fresh
+        model(**BERT.inputs()).logits.sum().backward() if any(live.values()) else None
