@@ -248,8 +248,8 @@ class Pool:
             with self._writing() if in_model else self._lock:
                 if self._members.get(name) is not member:
                     raise refuse("not_in_pool", name=name, names="of others, since it was removed meanwhile")
-                self._make_space(member, packed, updated=True)
                 change = self._change_to_updated(member, packed) if in_model else Change(self._room.slot)
+                self._make_space(member, packed, updated=True)
                 change.steps.append(replace)
                 apply([change])
 

@@ -135,8 +135,8 @@ class Slot:
             return True
         # something else may have been put into the model, or a wrapper around a part that was compiled since
         now = slot_in(self.host, self.adapter_name)
-        same_layers = [layer.module for layer in now.layers] == [layer.module for layer in self.layers]
-        if not same_layers or list(map(id, now.parameters)) != list(map(id, self.parameters)):
+        same_layers = {layer.module for layer in now.layers} == {layer.module for layer in self.layers}
+        if not same_layers or set(map(id, now.parameters)) != set(map(id, self.parameters)):
             return False
         self.walk, self.modules = now.walk, now.modules
         self.settle()

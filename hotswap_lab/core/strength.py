@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
@@ -15,6 +14,9 @@ from .host import find_host, name_in
 from .journal import Journal
 from .prepared import has_fixed_size, is_off
 from .slot import Slot, SlotLayer, slot_for
+
+#: what times a scaling is still a number in float32
+MOST = 1e30
 
 
 def set_strength(model: torch.nn.Module, strength: float, adapter_name: str | None = None) -> None:
@@ -79,7 +81,7 @@ def check_scalable(slot: Slot) -> None:
 
 def check_strength(strength: object, slot: Slot) -> None:
     """Refuses what is no strength, and adapters that have none."""
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= MOST:
         raise refuse("strength_is_no_number", strength=strength)
     check_scalable(slot)
 

@@ -410,9 +410,7 @@ def _stamp_of(source: object) -> tuple[object, ...] | None:
 
 
 def _without_parts(former: Packed) -> Packed:
-    """What was there, without the weights that can be read or mixed again."""
+    """What was there, without the weights that its owner has, or that can be read or mixed again."""
     if isinstance(former, PackedRows):
         return dataclasses.replace(former, rows=tuple([each and _without_parts(each) for each in former.rows]))
-    owner = former.content.owner
-    can_be_had = isinstance(owner, Mix) or (isinstance(owner, _Member) and owner.is_in_files)
-    return dataclasses.replace(former, parts=()) if can_be_had else former
+    return dataclasses.replace(former, parts=()) if isinstance(former.content.owner, (Mix, _Member)) else former

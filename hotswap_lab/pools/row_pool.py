@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from ..core.change import Change
-from ..core.errors import refuse
+from ..core.errors import HotswapError, refuse
 from ..core.pool import Member, Pool
 from ..core.room import Packed, Room, new_part
 from ..core.strength import check_strength
@@ -75,6 +75,8 @@ class RowPool(Pool):
         >>> demo.ask_all(model, tokenizer, ["hotswap"] * 3)
         ['HOTSWAP!', 'ahopstw', 'hotswap']
         """
+        if isinstance(adapters, (str, Mapping)):
+            raise TypeError(f"assign() takes a list, an adapter or a mix for each row: got {adapters!r}")
         strengths = [1.0] * len(adapters) if strengths is None else strengths
         room, count = self._room, len(adapters)
         if not isinstance(room, RowRoom) or not 0 < count <= room.rows:
@@ -135,7 +137,7 @@ class RowPool(Pool):
     @property
     def active(self) -> str | None:
         """The name of the adapter that all rows have; None if there is none, or it is off."""
-        return None if self.rows else super().active
+        return None if self._assigned else super().active
 
     def _uses(self, member: Member) -> bool:
         contents = [each.content for each in self._assigned if each] or [self._room.content]
@@ -163,14 +165,19 @@ class RowPool(Pool):
         return self._room.change_to(packed)
 
     def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
-        """An adapter of the pool that was updated since comes back as it is now; one that was removed, as it was."""
+        """An adapter of the pool that was updated since comes back as it is now; one that can't be had, as it was."""
         if isinstance(former, PackedRows):
             return replace(former, rows=tuple([each and self._as_now(each, updated) for each in former.rows]))
         owner = former.content.owner
         is_dropped = isinstance(owner, Member) and owner not in updated and owner.packed is None
         if owner is None or (is_dropped and former.parts):  # dropped since, but not by who holds it
             return former
-        packed = self._of(owner, updated)
+        try:
+            packed = self._of(owner, updated)
+        except HotswapError:  # a mix, one of whose shares can't be had any more, or has no room in it
+            if former.parts:
+                return former
+            raise
         return replace(packed, scalings=self._room.scalings_of(packed.content, strengths_of(former)))
 
     def _change_to_updated(self, member: Member, packed: Packed) -> Change:

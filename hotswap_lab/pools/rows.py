@@ -89,7 +89,8 @@ class RowRoom(Room):
             self._all(band.memory)[1:] = band.memory
         trained = self.scalings_of(self.content)
         for each in self.scalings:
-            self._all(each)[1:] = trained
+            self._all(each)[1] = trained
+            self._all(each)[2:] = trained * self.content.acts
         self._note_write(journal)
         #: of layers that are one another's like in a stack, the first one, which checks for all
         gates: dict[str, str] = {}
@@ -141,7 +142,8 @@ class RowRoom(Room):
         scalings = super().scalings_of(content, strength)
         if (off := content.scalings == 0).any():  # what set_scale(1) would make of it
             tables = [self.slot.method.settings_of(each.module, self.slot.adapter_name) for each in self.slot.layers]
-            scalings[:, 0] += off * torch.tensor([each.scaling or 1.0 for each in tables]) * strength
+            kept = [each or live for each, live in zip(content.settings, tables, strict=True)]
+            scalings[:, 0] += off * torch.tensor([each.scaling or 1.0 for each in kept]) * strength
         return scalings
 
     def at_strength(self, packed: Packed, strength: float) -> Packed:

@@ -573,6 +573,19 @@ def test_a_part_that_was_compiled_since_is_still_the_same(model, pool, sources):
     assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
 
 
+def test_a_part_that_was_compiled_since_where_layers_lie_in_another_order(tmp_path):
+    """Layers that were reserved come last in the room, wherever they are in the model."""
+    late = save_random_adapter(LLAMA, tmp_path / "late", seed=1, r=4, target_modules=["down_proj"])
+    every = save_random_adapter(LLAMA, tmp_path / "every", seed=2, r=4)
+    model = load(LLAMA, late)
+    pool = AdapterPool(model, adapters={"late": late, "every": every}, progress=False)
+    base = model.get_base_model()
+    base.model.layers[0] = torch.compile(base.model.layers[0], backend="eager")
+    for name, folder in (("every", every), ("late", late)):
+        pool.swap(name)
+        assert_same_outputs(model, load(LLAMA, folder), LLAMA)
+
+
 def test_assigned_tensors_of_one_layer_are_noticed(model, pool, sources):
     state = {key: value.clone() for key, value in model.state_dict().items() if "layers.0.mlp.up_proj.lora" in key}
     model.load_state_dict(state, strict=False, assign=True)

@@ -594,3 +594,77 @@ def test_convolutions_that_are_not_plain(options):
     model = get_peft_model(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, **options)), LoraConfig(target_modules=["0"]))
     model.requires_grad_(False)
     refused("can't have another adapter in each row", AdapterPool, model, rows=2, progress=False)
+
+
+def test_a_layer_that_an_alpha_of_zero_turns_off_stays_so(tmp_path):
+    """Whatever the strength, from the beginning on, and in no other row."""
+    zero = save_random_adapter(LINEAR, tmp_path / "zero", seed=1, r=4, lora_alpha=8, alpha_pattern={"first": 0})
+    other = save_random_adapter(LINEAR, tmp_path / "other", seed=2, r=4, lora_alpha=8)
+    folders = {"zero": zero, "other": other}
+    model, truth = load(LINEAR, zero), Truth(LINEAR, folders, LINEAR.inputs()[:2])
+    pool = AdapterPool(model, adapters=folders, rows=4, progress=False)
+    for strength in (1.0, 0.5):
+        set_strength(model, strength)
+        assert_rows(pool, truth, ["zero", "zero"], [strength] * 2)
+    pool.swap("other")
+    pool.assign(["zero", "other"])
+    for strength in (0.5, 1.0):
+        pool.strength = strength
+        assert_rows(pool, truth, ["zero", "other"], [strength] * 2)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("way", ["higher rank", "changed files"])
+def test_a_mix_comes_back_whatever_becomes_of_its_shares(tmp_path, rows, way):
+    folders = {name: save_random_adapter(LINEAR, tmp_path / name, seed=n, r=4) for n, name in enumerate("abc")}
+    big = Adapter.load(save_random_adapter(LINEAR, tmp_path / "big", seed=9, r=8))
+    model, inputs = load(LINEAR, folders["a"]), LINEAR.inputs()[:2]
+    pool = AdapterPool(model, adapters=folders, rows=rows, target_rank=8, progress=False)
+    pool.swap({"a": 0.5, "b": 0.5}) if rows == 1 else pool.assign([{"a": 0.5, "b": 0.5}, "b"])
+    before = call(model, inputs)
+    with pool.using("c"):
+        assert not torch.allclose(call(model, inputs), before, atol=0.01)
+        if way == "higher rank":
+            pool.update("a", big.tensors, big.config)
+        else:
+            pool._members["a"].packed = None  # as if others had taken its place
+            save_random_adapter(LINEAR, tmp_path / "a", seed=5, r=2)
+    assert_close(call(model, inputs), before)
+
+
+def test_an_update_in_a_mix_keeps_to_the_limit_of_memory(tmp_path):
+    folders = {name: save_random_adapter(LINEAR, tmp_path / name, seed=n, r=4) for n, name in enumerate("abxy")}
+    whole = AdapterPool(load(LINEAR, folders["a"]), adapters=folders, rows=4, target_rank=8, progress=False)
+    model = load(LINEAR, folders["a"])
+    limit = whole.nbytes // 2
+    pool = AdapterPool(model, adapters=folders, rows=4, target_rank=8, max_bytes=limit, progress=False)
+    pool.assign([{"a": 0.5, "b": 0.5}, "x", "y"])
+    new = Adapter.load(folders["x"])
+    pool.update("b", new.tensors, new.config)
+    assert pool.nbytes <= limit
+
+
+def test_a_layer_scaled_by_hand_does_not_keep_the_pool_from_being_shown(pool, model):
+    pool.assign(["a", "b"])
+    next(layer for layer in model.modules() if isinstance(layer, LoraLayer)).set_scale("default", 0.5)
+    assert pool.active is None
+    assert str(pool)
+
+
+@pytest.mark.parametrize("wrong", ["ab", {"a": 0.5, "b": 0.5}])
+def test_what_is_no_list_of_rows_is_not_taken_for_one(pool, wrong):
+    with pytest.raises(TypeError, match="an adapter or a mix for each row"):
+        pool.assign(wrong)
+
+
+@pytest.mark.parametrize("strength", [10**400, 1e308, float("nan")])
+def test_what_no_scaling_can_be_multiplied_by_is_refused(pool, model, strength):
+    before = snapshot(model)
+    for action in (
+        lambda: pool.swap("b", strength),
+        lambda: pool.assign([{"a": strength}]),
+        lambda: set_strength(model, strength),
+    ):
+        with pytest.raises(HotswapError, match="strength"):
+            action()
+    assert_untouched(model, before)
