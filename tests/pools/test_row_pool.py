@@ -657,7 +657,7 @@ def test_what_is_no_list_of_rows_is_not_taken_for_one(pool, wrong):
         pool.assign(wrong)
 
 
-@pytest.mark.parametrize("strength", [10**400, 1e308, float("nan")])
+@pytest.mark.parametrize("strength", [10**400, 1e308, float("nan")], ids=["huge", "infinite as float32", "NaN"])
 def test_what_no_scaling_can_be_multiplied_by_is_refused(pool, model, strength):
     before = snapshot(model)
     for action in (
