@@ -54,7 +54,7 @@ def changes_form(draft: Plan) -> bool:
     same_kind = reads_base(slot) == dora
     others = [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
     names = map(canonical_path, draft.adapter.tensors) if others else ()
-    keys = {slot.own_keys.get(name) for name in names}
+    keys = {slot.own_keys.get(name, name) for name in names}
     return any(layer.keys[0] in keys for layer in others)
 
 

@@ -188,8 +188,9 @@ def own_keys_of(layers: Sequence[SlotLayer]) -> dict[str, str]:
     """The key of each tensor, by whatever else a file may call it: with the adapter's name, by an alias."""
     own_keys = {}
     for layer in layers:
-        for path in layer.paths:
-            for tensor, key in zip(layer.tensors, layer.keys, strict=True):
+        for tensor, key in zip(layer.tensors, layer.keys, strict=True):
+            own_keys[f"{layer.path}.{tensor.named_key}"] = key
+            for path in layer.aliases:
                 own_keys[f"{path}.{tensor.key}"] = own_keys[f"{path}.{tensor.named_key}"] = key
     return own_keys
 

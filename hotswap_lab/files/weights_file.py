@@ -105,8 +105,9 @@ def layout_of(header: bytes) -> Layout | None:
     if dtype is None or start % dtype.itemsize:
         return None
     offsets, shapes, names = map(list, zip(*in_order, strict=True))
+    numbers = list(itertools.chain.from_iterable((*offsets, *shapes)))
     # to Python, 0.0 and False are the same as 0
-    if any(type(number) is not int or number < 0 for row in (*offsets, *shapes) for number in row):
+    if set(map(type, numbers)) != {int} or min(numbers) < 0:
         return None
     firsts = [*itertools.accumulate(map(math.prod, shapes), initial=start // dtype.itemsize)]
     places = [each * dtype.itemsize - start for each in firsts]
