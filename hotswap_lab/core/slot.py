@@ -135,12 +135,16 @@ class Slot:
             return True
         # something else may have been put into the model, or a wrapper around a part that was compiled since
         now = slot_in(self.host, self.adapter_name)
-        same_layers = {layer.module for layer in now.layers} == {layer.module for layer in self.layers}
-        if not same_layers or set(map(id, now.parameters)) != set(map(id, self.parameters)):
+        if now._by_module() != self._by_module():
             return False
         self.walk, self.modules = now.walk, now.modules
         self.settle()
         return True
+
+    def _by_module(self) -> dict[torch.nn.Module, list[int]]:
+        """Which parameters each layer had; layers that were reserved come last, wherever they are in the model."""
+        ids = map(id, self.parameters)
+        return {layer.module: [next(ids) for _ in layer.tensors] for layer in self.layers}
 
     # ---- what is known of its layers, as long as everything is in place
 

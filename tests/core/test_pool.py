@@ -586,6 +586,17 @@ def test_a_part_that_was_compiled_since_where_layers_lie_in_another_order(tmp_pa
         assert_same_outputs(model, load(LLAMA, folder), LLAMA)
 
 
+def test_two_layers_that_have_changed_places_are_noticed(model, pool, sources):
+    """Where the same layers and parameters are, but each layer has the other one's."""
+    layers = [layer.self_attn.q_proj for layer in model.get_base_model().model.layers[:2]]
+    one, other = (layer.lora_A["default"]._parameters for layer in layers)
+    one["weight"], other["weight"] = other["weight"], one["weight"]
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="no longer where the pool put it"):
+        pool.swap("b")
+    assert_untouched(model, before)
+
+
 def test_assigned_tensors_of_one_layer_are_noticed(model, pool, sources):
     state = {key: value.clone() for key, value in model.state_dict().items() if "layers.0.mlp.up_proj.lora" in key}
     model.load_state_dict(state, strict=False, assign=True)
