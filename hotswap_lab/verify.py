@@ -27,6 +27,7 @@ from .beyond.wrappers import WRAPPERS, inside
 from .core.adapter import Adapter
 from .core.errors import refuse
 from .core.host import PEFT_PREFIX, Host, canonical_path, name_in
+from .core.interrupts import interrupts_held
 from .core.journal import Journal
 from .core.slot import Slot, resolve_slot
 from .core.sources import find_source
@@ -216,9 +217,13 @@ def _as_folder(adapter: str | os.PathLike[str] | Adapter) -> Iterator[str]:
         key if is_whole or key.startswith("base_model.") else PEFT_PREFIX + canonical_path(key): tensor.contiguous()
         for key, tensor in adapter.tensors.items()
     }
-    with tempfile.TemporaryDirectory() as folder:
-        write_adapter(folder, adapter.config, tensors)
-        yield folder
+    folder = tempfile.TemporaryDirectory()
+    try:
+        write_adapter(folder.name, adapter.config, tensors)
+        yield folder.name
+    finally:
+        with interrupts_held():  # Python would close a folder twice, and tell of that instead
+            folder.cleanup()
 
 
 @contextlib.contextmanager
