@@ -24,7 +24,7 @@ _overlaps = torch._debug_has_internal_overlap
 # ---- grouped convolutions
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class GroupedTensor(SlotTensor):
     """A ``lora_A`` or ``lora_B`` of a grouped convolution.
 
@@ -64,7 +64,7 @@ def rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor]) 
     """The tensors of a layer, with those of grouped convolutions as such, and with DoRA's magnitude."""
     if isinstance(layer, _ConvNd) and (groups := layer.get_base_layer().groups) > 1:
         tensors = [each if each.rank_axis is None else GroupedTensor(**vars(each), groups=groups) for each in tensors]
-    if adapter_name in getattr(layer, "lora_magnitude_vector", ()):
+    if adapter_name in layer._modules.get("lora_magnitude_vector", ()):
         name, owner = "lora_magnitude_vector", layer.lora_magnitude_vector[adapter_name]
         tensors = [*tensors, MagnitudeTensor(name, f"{name}.{adapter_name}.weight", owner, "weight", layer=layer)]
     return tensors
@@ -76,7 +76,7 @@ KINDS.insert(0, rare_kinds)  # which may be spread over processes
 # ---- magnitudes and biases
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MagnitudeTensor(SlotTensor):
     """DoRA's magnitude, one number for each output (arXiv 2402.09353)."""
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .change import Change
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SlotTensor:
     """Where one tensor of an adapter lives in a model.
 

@@ -32,7 +32,7 @@ SLOTS = "hotswap_slots"
 MOST_KNOWN = 128
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SlotLayer:
     """One layer that has the adapter.
 
