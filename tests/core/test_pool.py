@@ -586,6 +586,18 @@ def test_a_part_that_was_compiled_since_where_layers_lie_in_another_order(tmp_pa
         assert_same_outputs(model, load(LLAMA, folder), LLAMA)
 
 
+def test_an_embedding_is_reserved_that_another_adapter_is_on(tmp_path):
+    kind = KINDS["embedding"]
+    head = save_random_adapter(kind, tmp_path / "head", seed=1, r=4, target_modules=["head"])
+    embedding = save_random_adapter(kind, tmp_path / "embedding", seed=2, r=4, target_modules=["embed"])
+    model = load(kind, head)
+    model.load_adapter(embedding, "other")
+    pool = AdapterPool(model, "default", adapters={"head": head, "embedding": embedding}, progress=False)
+    for name, folder in (("embedding", embedding), ("head", head)):
+        pool.swap(name)
+        assert_same_outputs(model, load(kind, folder), kind)
+
+
 def test_two_layers_that_have_changed_places_are_noticed(model, pool, sources):
     """Where the same layers and parameters are, but each layer has the other one's."""
     layers = [layer.self_attn.q_proj for layer in model.get_base_model().model.layers[:2]]
