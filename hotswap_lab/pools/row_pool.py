@@ -175,9 +175,9 @@ class RowPool(Pool):
         try:
             packed = self._of(owner, updated)
         except HotswapError:  # a mix, one of whose shares can't be had any more, or has no room in it
-            if former.parts:
-                return former
-            raise
+            if updated or not former.parts:
+                raise
+            return former
         return replace(packed, scalings=self._room.scalings_of(packed.content, strengths_of(former)))
 
     def _change_to_updated(self, member: Member, packed: Packed) -> Change:

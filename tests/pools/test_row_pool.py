@@ -632,6 +632,20 @@ def test_a_mix_comes_back_whatever_becomes_of_its_shares(tmp_path, rows, way):
     assert_close(call(model, inputs), before)
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_an_update_that_has_no_room_in_the_mix_in_use_is_refused(tmp_path, rows):
+    folders = {name: save_random_adapter(LINEAR, tmp_path / name, seed=n, r=4) for n, name in enumerate("ab")}
+    big = Adapter.load(save_random_adapter(LINEAR, tmp_path / "big", seed=9, r=8))
+    model = load(LINEAR, folders["a"])
+    pool = AdapterPool(model, adapters=folders, rows=rows, target_rank=8, progress=False)
+    pool.swap({"a": 0.5, "b": 0.5}) if rows == 1 else pool.assign([{"a": 0.5, "b": 0.5}, "b"])
+    before = snapshot(model)
+    with pytest.raises(HotswapError, match="rank"):
+        pool.update("a", big.tensors, big.config)
+    assert_untouched(model, before)
+    assert pool.version("a") == 1
+
+
 def test_an_update_in_a_mix_keeps_to_the_limit_of_memory(tmp_path):
     folders = {name: save_random_adapter(LINEAR, tmp_path / name, seed=n, r=4) for n, name in enumerate("abxy")}
     whole = AdapterPool(load(LINEAR, folders["a"]), adapters=folders, rows=4, target_rank=8, progress=False)
