@@ -1,21 +1,44 @@
-"""The oracle of the tests. It knows nothing of hotswap_lab: a fresh load by PEFT is the truth."""
+"""The oracle of the tests: one comparison of everything that a user could observe. A fresh load by PEFT is the truth.
+
+:func:`observe` turns a model into plain values by name: every tensor with its dtype, device, flags and gradient; what
+PEFT keeps for each adapter on each layer; which adapters are active, disabled or merged; modes, hooks and configs.
+:func:`assert_equals` compares these with those of a fresh load, and with them outputs in evaluation and in training,
+gradients, and saved files byte for byte, for the adapter in question and for its neighbors. :func:`snapshot` and
+:func:`assert_untouched` are stricter: the same objects at the same addresses. ``test_oracle.py`` damages a model in
+many ways, each of which must be noticed. The oracle uses nothing of ``hotswap_lab`` but ``save_adapter``, which it tests.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import json
+import os
 import tempfile
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 
 import torch
 from models import Kind, call, load
+from peft import PeftConfig
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
-from safetensors.torch import load_file
 
 TABLES = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias")
+#: parts of names that wrappers add: PEFT's around layers and saved modules, and PyTorch's compiler
+WRAPPERS = {"base_layer", "original_module", "token_adapter", "_orig_mod"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+WRAPPED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+# ---- equal to a fresh load
 
 
 def assert_equals_fresh_load(
@@ -28,10 +51,7 @@ def assert_equals_fresh_load(
     margin: float = 1000,
     **load_kwargs,
 ) -> None:
-    """Outputs, config, scalars, tensors and saved files of ``model`` equal those of a fresh load of ``folder``.
-
-    The modules of a ``prepared`` model show another size than a fresh load's; all else must be equal there, too.
-    """
+    """:func:`assert_equals` with a fresh load of ``folder``."""
     fresh = load(kind, folder, adapter_name, **load_kwargs)
     assert_equals(model, fresh, kind, adapter_name, prepared=prepared, margin=margin)
 
@@ -46,154 +66,402 @@ def assert_equals(
     tolerance: float = 1e-5,
     margin: float = 1000,
 ) -> None:
-    """:func:`assert_equals_fresh_load` for whoever has the fresh load already."""
+    """``model`` equals ``fresh`` in everything that a user could observe of the adapters that ``fresh`` has.
+
+    The tensors and modules of a ``prepared`` model have other sizes than a fresh load's, and more buffers.
+    """
     assert_same_outputs(model, fresh, kind, tolerance, margin)
-    live_config, fresh_config = (_config(each, adapter_name) for each in (model, fresh))
-    assert live_config == fresh_config
-    assert_same_scalars(model, fresh, adapter_name, () if prepared else ("lora_dropout", "lora_A", "lora_B"))
-    if not prepared:
-        assert_same_tables(model, fresh, adapter_name)
-    assert_same_tensors(
-        get_peft_model_state_dict(model, adapter_name=adapter_name),
-        get_peft_model_state_dict(fresh, adapter_name=adapter_name),
-    )
-    assert_same_files(model, fresh, adapter_name)
-
-
-def _config(model, adapter_name: str) -> dict:
-    """For some architectures PEFT makes a set of what the file has as a list."""
-    config = model.peft_config[adapter_name].to_dict()
-    names = {key for key, value in config.items() if isinstance(value, list) and all(isinstance(e, str) for e in value)}
-    return {key: set(value) if key in names else value for key, value in config.items()}
+    assert_same(observe(model, adapter_name, prepared), observe(fresh, adapter_name, prepared), may_have_more=True)
+    names = [adapter_name, *(name for name in _configs(fresh) if name != adapter_name)]
+    for name in names:
+        if name != adapter_name:
+            with active(model, name), active(fresh, name):
+                assert_same_outputs(model, fresh, kind, tolerance, margin=0)
+        assert_same_files(model, fresh, name)
+    if not (_is_special_in_training(model) or _is_special_in_training(fresh)):
+        return
+    live, expected = (trained(each, kind, prepared) for each in (model, fresh))
+    assert live.keys() >= expected.keys(), expected.keys() - live.keys()
+    for key, value in expected.items():
+        limit = 10 * tolerance * value.abs().max().item()
+        torch.testing.assert_close(live[key], value, rtol=1e-4, atol=limit, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def assert_same_outputs(model, fresh, kind: Kind, tolerance: float = 1e-5, margin: float = 1000) -> None:
     expected = call(fresh, kind.inputs())
-    without = call(kind.base(), kind.inputs())
     scale = expected.abs().max().item()
-    # a test that passes whatever the adapter does is worth nothing; prompts even make the outputs longer
-    change = (expected - without).abs().max().item() if expected.shape == without.shape else scale
-    assert change > margin * tolerance * scale, f"the adapter changes the outputs by {change} only"
+    if margin:
+        without = _without_adapter(kind)
+        # a test that passes whatever the adapter does is worth nothing; prompts even make the outputs longer
+        change = (expected - without).abs().max().item() if expected.shape == without.shape else scale
+        assert change > margin * tolerance * scale, f"the adapter changes the outputs by {change} only"
     torch.testing.assert_close(call(model, kind.inputs()), expected, rtol=0, atol=tolerance * scale)
 
 
-def assert_same_scalars(model, fresh, adapter_name: str, modules: tuple[str, ...]) -> None:
-    live = dict(model.named_modules())
-    for name, layer in fresh.named_modules():
-        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling and not isinstance(layer, AdaLoraLayer):
-            for table in TABLES:
-                assert getattr(live[name], table)[adapter_name] == getattr(layer, table)[adapter_name], (name, table)
-            for part in modules:
-                if adapter_name in (expected := getattr(layer, part)):
-                    assert repr(getattr(live[name], part)[adapter_name]) == repr(expected[adapter_name]), (name, part)
+@functools.cache
+def _without_adapter(kind: Kind) -> torch.Tensor:
+    return call(kind.base(), kind.inputs())
 
 
-def assert_same_tables(live, fresh, adapter_name: str) -> None:
-    """Whatever PEFT keeps under the adapter's name on any layer is the same: parameters, buffers, scalars, indices."""
-    modules, seen = dict(live.named_modules()), 0
-    for path, module in fresh.named_modules():
-        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            continue
-        for name in (*module.adapter_layer_names, *module.other_param_names):
-            expected = _entry(module, name, adapter_name)
-            if expected is not None:
-                assert _are_equal(_entry(modules[path], name, adapter_name), expected), (path, name)
-                seen += 1
-    for path, module in live.named_modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            assert not module.merged_adapters, path
-    assert seen or adapter_name in getattr(fresh, "prompt_encoder", ()) or hasattr(fresh.base_model, "_parents")
+def _is_special_in_training(model) -> bool:
+    dropouts = (module for path, module in model.named_modules() if "lora_" in path or "dropout" in path)
+    return any(each.requires_grad for each in model.parameters()) or any(getattr(each, "p", 0) for each in dropouts)
 
 
-def _entry(module, table: str, adapter_name: str):
+def trained(model, kind: Kind, prepared: bool) -> dict[str, torch.Tensor]:
+    """The outputs in training, and all gradients, with the same random numbers in each dropout. Changes nothing.
+
+    Zeros around the tensors of a ``prepared`` model have no gradient, so there the norms are compared.
+    """
+    parameters = {name(key): each for key, each in model.named_parameters()}
+    before = [(module, module.training) for module in model.modules()]
+    gradients = [(each, each.grad) for each in parameters.values()]
+    buffers = [(each, each.clone()) for each in model.buffers()]
+    handles = [
+        handle
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "p", None), float) and "Dropout" in type(module).__name__
+        for handle in _seeded(module, name(path))
+    ]
+    needs_gradients = any(each.requires_grad for each in parameters.values())
     try:
-        entries = attrgetter(table)(module)
-    except AttributeError:  # variants of LoRA bring tables of their own
-        return None
-    return entries[adapter_name] if hasattr(entries, "keys") and adapter_name in entries else None
+        with torch.random.fork_rng(), torch.set_grad_enabled(needs_gradients):
+            torch.manual_seed(7)
+            model.train()
+            for each in parameters.values():
+                each.grad = None
+            inputs = kind.inputs()
+            outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+            outputs = getattr(outputs, "logits", outputs)
+            if needs_gradients:
+                outputs.square().mean().backward()
+        found = {key: each.grad for key, each in parameters.items() if each.grad is not None}
+        return {
+            "outputs": outputs.detach(),
+            **({key: each.norm() for key, each in found.items()} if prepared else found),
+        }
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in before:
+            module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
-def _are_equal(live, fresh) -> bool:
-    if isinstance(fresh, torch.nn.Module):
-        return repr(live) == repr(fresh) and _are_equal(dict(live.state_dict()), dict(fresh.state_dict()))
-    if isinstance(fresh, torch.Tensor):
-        return live.dtype == fresh.dtype and torch.equal(live, fresh)
-    if isinstance(fresh, dict):
-        return live.keys() == fresh.keys() and all(_are_equal(live[key], fresh[key]) for key in fresh)
-    if isinstance(fresh, (list, tuple)):
-        return len(live) == len(fresh) and all(map(_are_equal, live, fresh))
-    return live == fresh
+def _seeded(module: torch.nn.Module, path: str) -> list:
+    """Makes a dropout draw by its name: whether other layers draw before it makes no difference."""
+    states = []
+
+    def seed(*_: object) -> None:
+        states.append(torch.get_rng_state())
+        torch.default_generator.manual_seed(zlib.crc32(path.encode()))
+
+    def give_back(*_: object) -> None:
+        torch.set_rng_state(states.pop())
+
+    return [module.register_forward_pre_hook(seed), module.register_forward_hook(give_back)]
 
 
-def assert_same_tensors(live: dict, fresh: dict) -> None:
-    assert live.keys() == fresh.keys()
-    for key, expected in fresh.items():
-        assert live[key].dtype == expected.dtype, key
-        assert torch.equal(live[key], expected), key
+@contextlib.contextmanager
+def active(model, adapter_name: str) -> Iterator[None]:
+    """Another adapter computes for a while."""
+    before = list(model.active_adapters)
+    flags = [(each, each.requires_grad) for each in model.parameters()]
+    tuner = model.base_model if hasattr(model.base_model, "set_adapter") else model
+    try:
+        model.set_adapter(adapter_name)
+        yield
+    finally:
+        model.set_adapter(before[0]) if len(before) == 1 else tuner.set_adapter(before)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+# ---- what can be observed
+
+
+def name(path: str) -> str:
+    """The path of a module or tensor as it is without wrappers."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def _configs(model) -> dict[str, PeftConfig]:
+    return dict(getattr(model, "peft_config", None) or {})
+
+
+def observe(model, adapter_name: str = "default", prepared: bool = False) -> dict[tuple, object]:
+    """All that a user could see of a model's adapters in plain values, by what it is and where."""
+    found: dict[tuple, object] = {("active",): list(getattr(model, "active_adapters", ()))}
+    found["mode",] = model.training
+    for adapter, config in _configs(model).items():
+        found["config", adapter] = config_of(config)
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for key, tensor in tensors:
+        found["tensor", name(key)] = _flags(tensor) if prepared else plain(tensor)
+    for key, tensor in model.state_dict().items():
+        found["state", name(key)] = plain(tensor)
+    for path, module in model.named_modules(remove_duplicate=False):
+        found["modes", name(path)] = module.training
+        if not prepared:
+            hooks = [type(hook).__name__ for table in HOOKS for hook in getattr(module, table).values()]
+            found["hooks", name(path)] = [*found.get(("hooks", name(path)), ()), *hooks]
+        if isinstance(module, WRAPPED):
+            found["computes", path] = plain([module.active_adapters, module.disable_adapters, module.merged_adapters])
+            for adapter in _configs(model) or [adapter_name]:
+                found |= {
+                    ("table", path, table, adapter): entry for table, entry in tables_of(module, adapter, prepared)
+                }
+    found["disabled",] = {module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    return found
+
+
+def tables_of(module: torch.nn.Module, adapter_name: str, prepared: bool = False) -> Iterator[tuple[str, object]]:
+    """What PEFT keeps of an adapter on a layer: parameters, buffers, scalars. Of a prepared layer, the scalars."""
+    tables = TABLES if isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer) else ()
+    for table in tables if prepared else {*module.adapter_layer_names, *module.other_param_names, *tables}:
+        try:
+            entries = attrgetter(table)(module)
+        except AttributeError:  # variants of LoRA bring tables of their own
+            continue
+        if hasattr(entries, "keys") and adapter_name in entries:
+            entry = entries[adapter_name]
+            # a scaling that is a tensor is one in float32
+            is_scaling = prepared and table == "scaling"
+            if isinstance(entry, torch.nn.Module):
+                yield table, (repr(entry), plain(dict(entry.state_dict())))
+            else:
+                yield table, torch.tensor(float(entry), dtype=torch.float32).item() if is_scaling else plain(entry)
+
+
+def config_of(config: PeftConfig) -> dict:
+    """For some architectures PEFT makes a set of what the file has as a list."""
+    return {
+        key: sorted(map(str, value)) if isinstance(value, (list, tuple, set)) and _is_of_names(value) else plain(value)
+        for key, value in config.to_dict().items()
+    }
+
+
+def _is_of_names(values) -> bool:
+    return all(isinstance(each, str) for each in values)
+
+
+def _flags(tensor: torch.Tensor) -> tuple:
+    flags = tensor.requires_grad, isinstance(tensor, torch.nn.Parameter), tensor.grad is None
+    return str(tensor.dtype), str(tensor.device), flags
+
+
+def plain(value: object) -> object:
+    """Something that can be compared: tensors by their bits (NaN equals NaN, -0.0 is not 0.0), the rest by content."""
+    if isinstance(value, torch.Tensor):
+        gradient = None if value.grad is None else plain(value.grad)
+        if value.is_meta:
+            return _flags(value), tuple(value.shape), gradient
+        if type(value.data) is not torch.Tensor:  # quantized by a library
+            return _flags(value), tuple(value.shape), repr(value), gradient
+        data = value.detach().cpu().contiguous()
+        return _flags(value), tuple(value.shape), data.view(-1).view(torch.uint8).numpy().tobytes(), gradient
+    if isinstance(value, Mapping):
+        return [(str(key), plain(each)) for key, each in value.items()]  # in their order
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, float):
+        return value if value == value else "NaN"
+    if value is None or isinstance(value, (bool, int, str, torch.dtype)):
+        return value
+    if isinstance(value, Path):
+        return files_in(value) if value.is_dir() else str(value)
+    if isinstance(value, PeftConfig):
+        return config_of(value)
+    if dataclasses.is_dataclass(value):
+        return plain({field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)})
+    return type(value).__qualname__
+
+
+def differences(one: object, other: object, path: str = "") -> Iterator[str]:
+    """Where two plain values differ, a line for each place."""
+    if one == other:
+        return
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in [*one, *(key for key in other if key not in one)]:
+            yield from differences(one.get(key, "nothing"), other.get(key, "nothing"), f"{path}[{key}]")
+    elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        for number, (left, right) in enumerate(zip(one, other, strict=True)):
+            yield from differences(left, right, f"{path}[{number}]")
+    else:
+        yield f"  {path}: {str(one)[:150]} -> {str(other)[:150]}"
+
+
+def assert_same(live: dict, expected: dict, may_have_more: bool = False) -> None:
+    """``may_have_more``: layers that are off, other adapters, and what a prepared layer has are in ``live`` alone."""
+    live = {key: value for key, value in live.items() if key in expected} if may_have_more else live
+    found = list(differences(live, expected))
+    assert not found, f"{len(found)} differences\n" + "\n".join(found[:12])
+
+
+def assert_same_tables(model, fresh, adapter_name: str, prepared: bool = False) -> None:
+    """All that PEFT keeps of one adapter is the same on each layer that ``fresh`` has it on."""
+    live, expected = (
+        {
+            (path, table): entry
+            for path, module in each.named_modules()
+            if isinstance(module, WRAPPED)
+            for table, entry in tables_of(module, adapter_name, prepared)
+        }
+        for each in (model, fresh)
+    )
+    assert_same(live, expected, may_have_more=True)
+
+
+def assert_same_tensors(live: Mapping, fresh: Mapping) -> None:
+    """The same names in any order, and the same bits."""
+    assert_same(*({key: _bits(each[key]) for key in sorted(each)} for each in (live, fresh)))
+
+
+def _bits(tensor: torch.Tensor) -> object:
+    return str(tensor.dtype), plain(tensor.detach())[1:3]
+
+
+# ---- files
 
 
 def assert_same_files(model, fresh, adapter_name: str) -> None:
-    """``save_pretrained`` writes the same config and the same tensors for both."""
+    """PEFT's ``save_pretrained`` and our ``save_adapter`` write the same bytes for both."""
+    from hotswap_lab import save_adapter
+
+    assert_same_tensors(
+        get_peft_model_state_dict(model, adapter_name=adapter_name),
+        get_peft_model_state_dict(fresh, adapter_name=adapter_name),
+    )
     with tempfile.TemporaryDirectory() as folder:
         contents = []
         for number, each in enumerate((model, fresh)):
             target = Path(folder, str(number))
-            each.save_pretrained(target, selected_adapters=[adapter_name])
-            target = target if adapter_name == "default" else target / adapter_name
-            config = json.loads((target / "adapter_config.json").read_text())
-            for value in config.values():
-                if isinstance(value, list) and all(isinstance(each, str) for each in value):
-                    value.sort()
-            contents.append((config, load_file(target / "adapter_model.safetensors")))
-        assert contents[0][0] == contents[1][0], adapter_name
-        assert_same_tensors(contents[0][1], contents[1][1])
+            if hasattr(each, "save_pretrained") and hasattr(each, "base_model"):
+                each.save_pretrained(target / "PEFT", selected_adapters=[adapter_name])
+            save_adapter(each, target / "ours", adapter_name)
+            contents.append({key: _in_order(key, value) for key, value in files_in(target).items()})
+        assert_same(*contents)
 
 
-def snapshot(model) -> dict:
+def _in_order(path: str, content: bytes | None) -> object:
+    """A set comes to a file in any order."""
+    if not path.endswith("adapter_config.json"):
+        return content
+    return {
+        key: sorted(value) if isinstance(value, list) and _is_of_names(value) else plain(value)
+        for key, value in json.loads(content).items()
+    }
+
+
+def files_in(folder: str | Path) -> dict[str, bytes | None]:
+    """The contents of all files in a folder by their paths; None for folders."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(Path(folder).rglob("*"))
+    }
+
+
+# ---- untouched
+
+
+def contents(model: torch.nn.Module) -> dict:
+    """All that makes up a model, as plain values: weights, flags, gradients, tables in their order, configs, hooks."""
+    found: dict[str, object] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found[path] = (
+            type(module).__qualname__,
+            {
+                # hooks are kept under numbers that count up
+                key: plain([*value.values()] if "_hooks" in key and isinstance(value, dict) else value)
+                for key, value in vars(module).items()
+                if key not in ("_modules", "config", "peft_config")
+            },
+        )
+    for path, module in model.named_modules():
+        if isinstance(configs := module.__dict__.get("peft_config"), dict):
+            found[f"{path}: configs"] = [(each, plain(config.to_dict())) for each, config in configs.items()]
+    return found
+
+
+def identities(model: torch.nn.Module) -> dict:
+    """What a failed operation must not exchange either: objects and their addresses."""
+    found: dict[str, object] = {}
+    for path, module in model.named_modules():
+        found[path] = id(module), type(module)
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                found[f"{path}.{key}"] = id(parameter), parameter.data_ptr(), parameter.stride(), id(parameter.grad)
+        if isinstance(configs := module.__dict__.get("peft_config"), dict):
+            found[f"{path}: configs"] = id(configs), {each: id(config) for each, config in configs.items()}
+        if isinstance(module, BaseTunerLayer) and isinstance(scaling := module.__dict__.get("scaling"), dict):
+            found[f"{path}: scaling"] = {key: id(value) for key, value in scaling.items() if torch.is_tensor(value)}
+    return found
+
+
+def snapshot(model: torch.nn.Module) -> dict:
     """Everything of a model that a refused swap must leave alone, bit for bit."""
-    # what is saved, and what is in memory: the padding of a prepared model is not in its state dict
-    saved = {key: value.clone() for key, value in model.state_dict().items()}
-    memory = {
-        name: (tensor.data_ptr(), tensor.detach().clone())
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
-    flags = {key: (parameter.requires_grad, parameter.grad) for key, parameter in model.named_parameters()}
-    scalars = {
-        (name, table): {
-            key: (type(value), float(value), id(value) if torch.is_tensor(value) else 0)
-            for key, value in getattr(layer, table).items()
-        }
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-        for table in TABLES
-    }
-    structure = [(name, id(module), module.training, repr(module)) for name, module in model.named_modules()]
-    configs = {name: (id(config), config.to_dict()) for name, config in model.peft_config.items()}
-    attributes = {name: sorted(module.__dict__) for name, module in model.named_modules()}
+    return {"contents": contents(model), "objects": identities(model), "saved": list(model.state_dict())}
+
+
+def assert_untouched(model: torch.nn.Module, before: dict) -> None:
+    assert_same(snapshot(model), before)
+
+
+@contextlib.contextmanager
+def untouched(*models: torch.nn.Module) -> Iterator[None]:
+    """The block leaves these models alone, whether it ends well or with an error."""
+    before = [snapshot(model) for model in models]
+    try:
+        yield
+    finally:
+        for model, each in zip(models, before, strict=True):
+            assert_untouched(model, each)
+
+
+def surroundings() -> dict:
+    """What an operation must leave alone outside of its models: the process's settings, threads, and open files."""
     return dict(
-        saved=saved,
-        memory=memory,
-        flags=flags,
-        scalars=scalars,
-        structure=structure,
-        configs=configs,
-        attributes=attributes,
+        environment=dict(os.environ),
+        folder=os.getcwd(),
+        gradients=torch.is_grad_enabled(),
+        inference=torch.is_inference_mode_enabled(),
+        dtype=str(torch.get_default_dtype()),
+        modes=torch._C._len_torch_function_stack(),
+        randomness=torch.get_rng_state().numpy().tobytes(),
+        filters=list(warnings.filters),
+        threads=threading.active_count(),
+        files=_open_files(),
     )
 
 
-def assert_untouched(model, before: dict) -> None:
-    after = snapshot(model)
-    assert after["saved"].keys() == before["saved"].keys()
-    for key, value in before["saved"].items():
-        assert _same_bits(after["saved"][key], value), key
-    assert after["memory"].keys() == before["memory"].keys()
-    for name, (address, value) in before["memory"].items():
-        assert after["memory"][name][0] == address, name
-        assert _same_bits(after["memory"][name][1], value), name
-    for part in ("flags", "scalars", "structure", "configs", "attributes"):
-        assert after[part] == before[part], part
+def _open_files() -> list[str]:
+    """What this process has open, where the system says so."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # that of the folder itself
+                found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sorted(found)
 
 
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """NaN must stay NaN, and -0.0 must stay -0.0."""
-    return first.dtype == second.dtype and first.numpy().tobytes() == second.numpy().tobytes()
+@contextlib.contextmanager
+def nothing_else_changes(*arguments: object) -> Iterator[None]:
+    """The block changes nothing outside of its models: nothing of the process, no argument, and it warns of nothing."""
+
+    def now() -> dict:
+        return {**surroundings(), "arguments": plain(arguments)}
+
+    before = now()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        filters = list(warnings.filters)
+        yield
+        assert list(warnings.filters) == filters
+    assert_same(now(), before)
+    assert not caught, [str(each.message) for each in caught]
