@@ -5,7 +5,7 @@ PEFT keeps for each adapter on each layer; which adapters are active, disabled o
 :func:`assert_equals` compares these with those of a fresh load, and with them outputs in evaluation and in training,
 gradients, and saved files byte for byte, for the adapter in question and for its neighbors. :func:`snapshot` and
 :func:`assert_untouched` are stricter: the same objects at the same addresses. ``test_oracle.py`` damages a model in
-many ways, each of which must be noticed. The oracle uses nothing of ``hotswap_lab`` but ``save_adapter``, which it tests.
+many ways, each of which must be noticed. Nothing of ``hotswap_lab`` is used but ``save_adapter``, which is tested.
 """
 
 from __future__ import annotations
@@ -278,8 +278,6 @@ def plain(value: object) -> object:
         return files_in(value) if value.is_dir() else str(value)
     if isinstance(value, PeftConfig):
         return config_of(value)
-    if dataclasses.is_dataclass(value):
-        return plain({field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)})
     return type(value).__qualname__
 
 
@@ -455,7 +453,8 @@ def nothing_else_changes(*arguments: object) -> Iterator[None]:
     """The block changes nothing outside of its models: nothing of the process, no argument, and it warns of nothing."""
 
     def now() -> dict:
-        return {**surroundings(), "arguments": plain(arguments)}
+        given = [vars(each) if dataclasses.is_dataclass(each) else each for each in arguments]
+        return {**surroundings(), "arguments": plain(given)}
 
     before = now()
     with warnings.catch_warnings(record=True) as caught:

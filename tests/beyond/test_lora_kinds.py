@@ -11,7 +11,7 @@ from adapters import save_random_adapter_of
 from lengths import long
 from lora_kinds import ATTENTION, FAMILIES, LLAMA, MODELS, variant
 from models import Kind, call, load
-from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot, untouched
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -154,11 +154,10 @@ def test_biases_that_nobody_knows_any_more_are_refused(folders):
     """What PEFT overwrote at the first load is gone, unless the caller has it."""
     kind, (everything, some, _) = MODELS["bert"], folders("bias")
     model = load(kind, everything)
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="pass base_weights=") as error:
-        hotswap_adapter(model, some, "default")
-    assert re.search(r"found:    1\d base weights", str(error.value))
-    assert_untouched(model, before)
+    with untouched(model):
+        with pytest.raises(HotswapError, match="pass base_weights=") as error:
+            hotswap_adapter(model, some, "default")
+        assert re.search(r"found:    1\d base weights", str(error.value))
     hotswap_adapter(model, some, "default", base_weights=kind.base().state_dict())
     assert_equals_fresh_load(model, kind, some, margin=10)
 
@@ -245,18 +244,14 @@ def _replicated(tmp_path, name: str, **lora) -> str:
 def test_other_layers_of_the_base_are_refused(tmp_path, old, new):
     """Some of these have as many layers as the others, with the same names: the live ones would stay silently."""
     model = load(LLAMA, _replicated(tmp_path, old))
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="for other layers of the base model than the model has"):
+    with untouched(model), pytest.raises(HotswapError, match="for other layers of the base model than the model has"):
         hotswap_adapter(model, _replicated(tmp_path, new), "default", add_layers=True)
-    assert_untouched(model, before)
 
 
 def test_an_adapter_that_is_on_none_of_the_repeated_layers_is_refused_as_well(tmp_path):
     model = load(LLAMA, _replicated(tmp_path, "two ends"))
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="for other layers of the base model than the model has"):
+    with untouched(model), pytest.raises(HotswapError, match="for other layers of the base model than the model has"):
         hotswap_adapter(model, _replicated(tmp_path, "unsaid", target_modules=["lm_head"]), "default", add_layers=True)
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("name", REPLICATIONS)
@@ -274,10 +269,8 @@ def test_layers_are_not_added_unasked(tmp_path):
     old = save_random_adapter_of(LoraConfig(r=4, target_modules=["q_proj"], use_dora=True), tmp_path / "old", 1)
     new = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "new", 2)
     model = load(LLAMA, old)
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="add_layers=True"):
+    with untouched(model), pytest.raises(HotswapError, match="add_layers=True"):
         hotswap_adapter(model, new, "default")
-    assert_untouched(model, before)
 
 
 def test_another_adapter_keeps_all_of_its_own(folders, tmp_path):
@@ -305,7 +298,5 @@ def test_kasa_changes_the_base_and_is_refused(tmp_path):
     plain = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "plain", 2)
     for old, new in ((plain, kasa), (kasa, plain)):
         model = load(LLAMA, old)
-        before = snapshot(model)
-        with pytest.raises(HotswapError, match="changes the base model's own weights"):
+        with untouched(model), pytest.raises(HotswapError, match="changes the base model's own weights"):
             hotswap_adapter(model, new, "default")
-        assert_untouched(model, before)

@@ -9,7 +9,7 @@ from faults import run_with_fault
 from lengths import few_of, long
 from lora_kinds import MODELS
 from models import KINDS, Convolutions, Kind, call, load
-from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot, untouched
 from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -148,14 +148,13 @@ def test_a_pool_whose_adapters_have_a_head(tmp_path):
     pool = AdapterPool(model, adapters={"0": folders[0], "1": folders[1]}, progress=False)
     assert pool.active == "0"
     pool.swap("1")
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="other whole modules than the loaded one"):
-        pool.add("without", without)
-    with pytest.raises(HotswapError, match="can't be set"):
-        pool.off()
-    with pytest.raises(HotswapError, match="another kind than the loaded one"):
-        AdapterPool(load(LLAMA, _llama(tmp_path)), adapters={"other": other}, progress=False)
-    assert_untouched(model, before)
+    with untouched(model):
+        with pytest.raises(HotswapError, match="other whole modules than the loaded one"):
+            pool.add("without", without)
+        with pytest.raises(HotswapError, match="can't be set"):
+            pool.off()
+        with pytest.raises(HotswapError, match="another kind than the loaded one"):
+            AdapterPool(load(LLAMA, _llama(tmp_path)), adapters={"other": other}, progress=False)
     tensors = {key: 2 * each for key, each in load_file(f"{folders[0]}/adapter_model.safetensors").items()}
     pool.update("1", tensors, Adapter.load(folders[0]).config)
     assert verify_hotswap(
@@ -175,10 +174,8 @@ def test_higher_ranks_than_prepared_for_are_refused(tmp_path, name):
     kind, folders = _folders(name, tmp_path)
     model = load(kind, folders[2])
     prepare_model_for_compiled_hotswap(model, target_rank=2)
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="can't be done in a prepared model"):
+    with untouched(model), pytest.raises(HotswapError, match="can't be done in a prepared model"):
         hotswap_adapter(model, folders[1], "default", add_layers=True)
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("every", [171, long(17)])
@@ -212,10 +209,8 @@ def _is_prepared(model) -> bool:
 def test_families_that_can_not_be_had(tmp_path, arguments, match):
     kind, folders = _folders("LoHa", tmp_path)
     model = load(kind, folders[0])
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=match):
+    with untouched(model), pytest.raises(ValueError, match=match):
         prepare_model_for_compiled_hotswap(model, **arguments)
-    assert_untouched(model, before)
 
 
 def test_methods_that_are_no_sum_over_rank_components(tmp_path):

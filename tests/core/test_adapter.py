@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from models import KINDS, load, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from oracle import assert_equals_fresh_load, untouched
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -56,10 +56,8 @@ def test_key_mapping(tmp_path, folder, model):
     assert old_names.keys() != tensors.keys()
     save_file(old_names, f"{folder}/adapter_model.safetensors")
     mapping = {r"old_blocks\.layer_": "blocks."}
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="unexpected keys found"):
+    with untouched(model), pytest.raises(HotswapError, match="unexpected keys found"):
         hotswap_adapter(model, folder, "default")
-    assert_untouched(model, before)
     hotswap_adapter(model, folder, "default", key_mapping=mapping)
     assert_equals_fresh_load(model, KIND, folder, key_mapping=mapping)
 
@@ -87,13 +85,12 @@ def test_bin_files_are_read_without_executing_anything(tmp_path, folder, model):
 
     with open(f"{folder}/adapter_model.bin", "wb") as stream:
         pickle.dump({"x": Attack()}, stream)
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="can't be read"):
-        hotswap_adapter(model, folder, "default")
-    torch.save({"x": Attack()}, f"{folder}/adapter_model.bin")
-    with pytest.raises(HotswapError, match="can't be read"):
-        hotswap_adapter(model, folder, "default")
-    assert_untouched(model, before)
+    with untouched(model):
+        with pytest.raises(HotswapError, match="can't be read"):
+            hotswap_adapter(model, folder, "default")
+        torch.save({"x": Attack()}, f"{folder}/adapter_model.bin")
+        with pytest.raises(HotswapError, match="can't be read"):
+            hotswap_adapter(model, folder, "default")
     assert not (tmp_path / "executed").exists()
 
 
@@ -112,10 +109,8 @@ def truncate(file: str, size: int) -> None:
 def test_truncated_weights(folder, model, size):
     file = f"{folder}/adapter_model.safetensors"
     truncate(file, size if size >= 0 else os.path.getsize(file) + size)
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="can't be read"):
+    with untouched(model), pytest.raises(HotswapError, match="can't be read"):
         hotswap_adapter(model, folder, "default")
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +119,8 @@ def test_truncated_weights(folder, model, size):
 def test_broken_configs(folder, model, text):
     with open(f"{folder}/adapter_config.json", "w") as stream:
         stream.write(text)
-    before = snapshot(model)
-    with pytest.raises(HotswapError):
+    with untouched(model), pytest.raises(HotswapError):
         hotswap_adapter(model, folder, "default")
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize(
@@ -139,23 +132,20 @@ def test_values_of_the_wrong_kind(folder, model, change):
         config = json.load(stream)
     with open(file, "w") as stream:
         json.dump({**config, **change}, stream)
-    before = snapshot(model)
-    with pytest.raises(HotswapError):
+    with untouched(model), pytest.raises(HotswapError):
         hotswap_adapter(model, folder, "default")
-    assert_untouched(model, before)
 
 
 def test_missing_files(tmp_path, folder, model):
-    before = snapshot(model)
-    os.remove(f"{folder}/adapter_model.safetensors")
-    with pytest.raises(ValueError, match="Can't find weights for"):
-        hotswap_adapter(model, folder, "default")
-    os.remove(f"{folder}/adapter_config.json")
-    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at"):
-        hotswap_adapter(model, folder, "default")
-    with pytest.raises(HotswapError, match=r"Can't find 'adapter_config\.json' at"):
-        hotswap_adapter(model, tmp_path / "nowhere", "default")
-    assert_untouched(model, before)
+    with untouched(model):
+        os.remove(f"{folder}/adapter_model.safetensors")
+        with pytest.raises(ValueError, match="Can't find weights for"):
+            hotswap_adapter(model, folder, "default")
+        os.remove(f"{folder}/adapter_config.json")
+        with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at"):
+            hotswap_adapter(model, folder, "default")
+        with pytest.raises(HotswapError, match=r"Can't find 'adapter_config\.json' at"):
+            hotswap_adapter(model, tmp_path / "nowhere", "default")
 
 
 def test_an_adapter_read_once_can_be_swapped_often(folder, model, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import KINDS, call, load, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from oracle import assert_equals_fresh_load, assert_untouched, snapshot, untouched
 
 import hotswap_lab
 from hotswap_lab import HotswapError, commit, hotswap_adapter, plan_hotswap
@@ -26,21 +26,20 @@ def test_out_of_memory_while_staging(tmp_path, monkeypatch):
     old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4)
     new = save_random_adapter(kind, tmp_path / "new", seed=2, r=6)
     model = load(kind, old)
-    before = snapshot(model)
-    plan = plan_hotswap(model, new)
-    calls = iter(range(100))
-    original = torch.Tensor.contiguous
+    with untouched(model):
+        plan = plan_hotswap(model, new)
+        calls = iter(range(100))
+        original = torch.Tensor.contiguous
 
-    def out_of_memory(tensor, *arguments, **kwargs):
-        if next(calls) == 5:
-            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
-        return original(tensor, *arguments, **kwargs)
+        def out_of_memory(tensor, *arguments, **kwargs):
+            if next(calls) == 5:
+                raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+            return original(tensor, *arguments, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "contiguous", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        commit(plan)
-    monkeypatch.undo()
-    assert_untouched(model, before)
+        monkeypatch.setattr(torch.Tensor, "contiguous", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            commit(plan)
+        monkeypatch.undo()
     commit(plan)
     assert_equals_fresh_load(model, kind, new)
 
@@ -117,12 +116,11 @@ def test_a_plan_that_was_refused_can_not_be_committed(tmp_path):
     old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4, target_modules=["first"])
     new = save_random_adapter(kind, tmp_path / "new", seed=2, r=6)
     model = load(kind, old)
-    before = snapshot(model)
-    plan = plan_hotswap(model, new)
-    assert not plan.ok
-    with pytest.raises(hotswap_lab.HotswapError):
-        commit(plan)
-    assert_untouched(model, before)
+    with untouched(model):
+        plan = plan_hotswap(model, new)
+        assert not plan.ok
+        with pytest.raises(hotswap_lab.HotswapError):
+            commit(plan)
 
 
 def test_a_kept_plan_notices_that_the_adapter_was_trained_since(tmp_path):
@@ -134,10 +132,8 @@ def test_a_kept_plan_notices_that_the_adapter_was_trained_since(tmp_path):
     model(kind.inputs()).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="has changed since this swap was planned"):
+    with untouched(model), pytest.raises(HotswapError, match="has changed since this swap was planned"):
         commit(plan)
-    assert_untouched(model, before)
     commit(plan_hotswap(model, folders[1]))
     fresh = load(kind, folders[1], is_trainable=True)
     assert torch.equal(call(model, kind.inputs()), call(fresh, kind.inputs()))
@@ -149,7 +145,5 @@ def test_a_kept_plan_notices_that_the_adapter_was_merged_since(tmp_path):
     model = load(kind, folders[0])
     plan = plan_hotswap(model, folders[1])
     model.merge_adapter()
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="has changed since this swap was planned"):
+    with untouched(model), pytest.raises(HotswapError, match="has changed since this swap was planned"):
         commit(plan)
-    assert_untouched(model, before)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from models import KINDS, randomize
-from oracle import assert_same_tensors, assert_untouched, snapshot
+from oracle import assert_same_tensors, untouched
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -89,15 +89,14 @@ def test_multihead_attention_is_not_added_either():
             self.lin, self.mha = nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
 
     model = get_peft_model(Both(), LoraConfig(r=2, target_modules=["lin"]))
-    before = snapshot(model)
-    tensors = {
-        f"{name}.lora_{side}.weight": torch.ones(shape)
-        for name, rows in (("lin", 8), ("mha", 24))
-        for side, shape in (("A", (2, 8)), ("B", (rows, 2)))
-    }
-    with pytest.raises(HotswapError, match="a MultiheadAttention"):
-        hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig(r=2), add_layers=True)
-    assert_untouched(model, before)
+    with untouched(model):
+        tensors = {
+            f"{name}.lora_{side}.weight": torch.ones(shape)
+            for name, rows in (("lin", 8), ("mha", 24))
+            for side, shape in (("A", (2, 8)), ("B", (rows, 2)))
+        }
+        with pytest.raises(HotswapError, match="a MultiheadAttention"):
+            hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig(r=2), add_layers=True)
 
 
 def test_layers_of_another_peft_method_are_not_added_to():
@@ -105,16 +104,15 @@ def test_layers_of_another_peft_method_are_not_added_to():
 
     model = PeftMixedModel(KINDS["linear"].base(), LoraConfig(r=2, target_modules=["first"]), "lora")
     model.add_adapter("loha", LoHaConfig(target_modules=["last"]))
-    before = snapshot(model)
-    tensors = {
-        "first.lora_A.weight": torch.ones(2, 12),
-        "first.lora_B.weight": torch.ones(16, 2),
-        "last.lora_A.weight": torch.ones(2, 16),
-        "last.lora_B.weight": torch.ones(6, 2),
-    }
-    with pytest.raises(HotswapError, match="already adapted by another PEFT method"):
-        hotswap_adapter_from_state_dict(model, tensors, "lora", LoraConfig(r=2), add_layers=True)
-    assert_untouched(model, before)
+    with untouched(model):
+        tensors = {
+            "first.lora_A.weight": torch.ones(2, 12),
+            "first.lora_B.weight": torch.ones(16, 2),
+            "last.lora_A.weight": torch.ones(2, 16),
+            "last.lora_B.weight": torch.ones(6, 2),
+        }
+        with pytest.raises(HotswapError, match="already adapted by another PEFT method"):
+            hotswap_adapter_from_state_dict(model, tensors, "lora", LoraConfig(r=2), add_layers=True)
 
 
 def test_multihead_attention_from_a_state_dict():

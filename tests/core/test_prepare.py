@@ -8,7 +8,14 @@ import json
 import pytest
 import torch
 from models import COPIES, KINDS, call, copied, load, randomize, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors, assert_untouched, snapshot
+from oracle import (
+    assert_equals_fresh_load,
+    assert_same_outputs,
+    assert_same_tensors,
+    assert_untouched,
+    snapshot,
+    untouched,
+)
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -430,10 +437,8 @@ def test_configs_follow_as_with_peft_but_the_live_ones_never(tmp_path):
 
 
 def refused(model, match, **arguments):
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match=match) as caught:
+    with untouched(model), pytest.raises(HotswapError, match=match) as caught:
         prepare_model_for_compiled_hotswap(model, **arguments)
-    assert_untouched(model, before)
     return caught.value
 
 
@@ -516,14 +521,13 @@ def test_a_rank_above_the_room_is_refused_with_the_number_to_prepare_for(tmp_pat
     folders = [save_random_adapter(LLAMA, tmp_path / str(rank), seed=rank, r=rank) for rank in (2, 16)]
     model = load(LLAMA, folders[0])
     prepare_model_for_compiled_hotswap(model, target_rank=8)
-    before = snapshot(model)
-    with pytest.raises(HotswapError) as caught:
-        hotswap_adapter(model, folders[1], "default")
-    assert len(caught.value.refusals) == 1
-    assert "rank 16" in caught.value.refusals[0].found
-    assert "rank 8" in caught.value.refusals[0].expected
-    assert "target_rank=16" in caught.value.refusals[0].next_step
-    assert_untouched(model, before)
+    with untouched(model):
+        with pytest.raises(HotswapError) as caught:
+            hotswap_adapter(model, folders[1], "default")
+        assert len(caught.value.refusals) == 1
+        assert "rank 16" in caught.value.refusals[0].found
+        assert "rank 8" in caught.value.refusals[0].expected
+        assert "target_rank=16" in caught.value.refusals[0].next_step
 
 
 def test_the_plan_says_what_is_padded(tmp_path):

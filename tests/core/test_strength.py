@@ -6,7 +6,7 @@ import pytest
 import torch
 from adapters import save_random_adapter_of
 from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from oracle import assert_equals_fresh_load, untouched
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
@@ -90,18 +90,14 @@ def test_an_off_mark_does_not_outlive_its_weights(tmp_path):
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1", None, True])
 def test_what_is_no_strength(model, strength):
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="not a number"):
+    with untouched(model), pytest.raises(HotswapError, match="not a number"):
         set_strength(model, strength)
-    assert_untouched(model, before)
 
 
 def test_merged_weights_are_refused(model):
     model.merge_adapter()
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match="merged into the base weights"):
+    with untouched(model), pytest.raises(HotswapError, match="merged into the base weights"):
         set_strength(model, 0.5)
-    assert_untouched(model, before)
 
 
 def test_unequal_strengths_are_said_to_be_so(model):
@@ -131,13 +127,12 @@ def test_what_no_scaling_reaches(tmp_path, beside, strength):
     kind = ARCHITECTURES["qwen"]
     config = LoraConfig(r=4, target_modules=["q_proj"], **beside)
     model = load(kind, save_random_adapter_of(config, tmp_path / "a", 1, kind))
-    before = snapshot(model)
-    with pytest.raises(HotswapError, match=f"would stay at full strength|{next(iter(beside))}"):
-        set_strength(model, strength)
-    if not beside.keys() & {"use_dora", "modules_to_save"}:  # which a pool can pack
-        with pytest.raises(HotswapError, match="A pool is for LoRA alone"):
-            AdapterPool(model, adapters={"a": str(tmp_path / "a")}, progress=False)
-    assert_untouched(model, before)
+    with untouched(model):
+        with pytest.raises(HotswapError, match=f"would stay at full strength|{next(iter(beside))}"):
+            set_strength(model, strength)
+        if not beside.keys() & {"use_dora", "modules_to_save"}:  # which a pool can pack
+            with pytest.raises(HotswapError, match="A pool is for LoRA alone"):
+                AdapterPool(model, adapters={"a": str(tmp_path / "a")}, progress=False)
 
 
 def test_base_weights_that_a_swap_brought_stay(tmp_path):

@@ -409,13 +409,12 @@ def test_a_pool_reads_again_what_it_has_read_before(hub, run, folders):
 def test_a_pool_that_may_not_read_an_adapter_leaves_the_model_alone(run):
     text = run(
         """
-        from oracle import assert_untouched, snapshot
-        before = snapshot(model)
-        try:
-            AdapterPool(model, adapters={"a": "team/adapter", "b": "team/secret"}, progress=False)
-        except HotswapError as error:
-            result = str(error)
-        assert_untouched(model, before)
+        from oracle import untouched
+        with untouched(model):
+            try:
+                AdapterPool(model, adapters={"a": "team/adapter", "b": "team/secret"}, progress=False)
+            except HotswapError as error:
+                result = str(error)
         """
     )
     assert text.startswith("Can't find 'adapter_config.json' at 'team/secret'")

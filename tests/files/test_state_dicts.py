@@ -8,7 +8,7 @@ from adapters import save_random_adapter_of
 from faults import run_with_fault
 from lengths import few_of, long
 from models import COPIES, KINDS, call, copied, load, save_random_adapter
-from oracle import assert_same_outputs, assert_same_tensors, assert_untouched, snapshot
+from oracle import assert_same_outputs, assert_same_tensors, assert_untouched, snapshot, untouched
 from peft import LoHaConfig, LoraConfig
 
 from hotswap_lab import (
@@ -64,10 +64,9 @@ def test_copies_of_a_swapped_model(model, folders, way):
     twin = copied(model, way)
     assert_same_outputs(twin, load(LLAMA, folders[1]), LLAMA)
     assert twin.state_dict().keys() == model.state_dict().keys()
-    before = snapshot(model)
-    hotswap_adapter(twin, folders[0], "default")
-    assert_same_outputs(twin, load(LLAMA, folders[0]), LLAMA)
-    assert_untouched(model, before)
+    with untouched(model):
+        hotswap_adapter(twin, folders[0], "default")
+        assert_same_outputs(twin, load(LLAMA, folders[0]), LLAMA)
 
 
 def test_an_off_mark_does_not_outlive_its_weights(model, folders, tmp_path):

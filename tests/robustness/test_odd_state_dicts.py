@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import KINDS, load, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from oracle import assert_equals_fresh_load, assert_untouched, snapshot, untouched
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -154,29 +154,24 @@ def odd(tensor: torch.Tensor) -> dict[str, object]:
 def test_what_can_not_be_swapped_in(folder, model, form):
     state_dict = load_file(f"{folder}/adapter_model.safetensors")
     key = sorted(state_dict)[0]
-    before = snapshot(model)
-    with pytest.raises(HotswapError) as info:
-        hotswap_adapter_from_state_dict(
-            model, {**state_dict, key: odd(state_dict[key])[form]}, "default", LoraConfig.from_pretrained(folder)
-        )
-    assert "found:" in str(info.value)
-    assert_untouched(model, before)
+    with untouched(model):
+        with pytest.raises(HotswapError) as info:
+            hotswap_adapter_from_state_dict(
+                model, {**state_dict, key: odd(state_dict[key])[form]}, "default", LoraConfig.from_pretrained(folder)
+            )
+        assert "found:" in str(info.value)
 
 
 @pytest.mark.parametrize("key", [5, None, ("a", "b"), b"first.lora_A.weight", "", ".", ".lora_A.weight", "..."])
 def test_strange_keys(folder, model, key):
     state_dict = load_file(f"{folder}/adapter_model.safetensors")
-    before = snapshot(model)
-    with pytest.raises(HotswapError):
+    with untouched(model), pytest.raises(HotswapError):
         hotswap_adapter_from_state_dict(
             model, {**state_dict, key: torch.ones(4, 12)}, "default", LoraConfig.from_pretrained(folder)
         )
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("table", [None, 5, [], "weights", [("a", torch.ones(2))], torch.ones(2)])
 def test_what_is_no_table(folder, model, table):
-    before = snapshot(model)
-    with pytest.raises((HotswapError, TypeError, ValueError)):
+    with untouched(model), pytest.raises((HotswapError, TypeError, ValueError)):
         hotswap_adapter_from_state_dict(model, table, "default", LoraConfig.from_pretrained(folder))
-    assert_untouched(model, before)
