@@ -45,7 +45,6 @@ LONG_NOTEBOOKS = "notebooks/solutions"
 TOGETHER = (
     ".ipynb",
     "/test_front_ends.py",
-    "/test_in_a_kernel.py",
     "/test_distributed.py",
     "/test_bad_files.py",
     "/test_hub.py",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import linecache
 import signal
 import sys
 import threading
+from datetime import datetime
 from pathlib import Path
 
 import pytest
-import torch
 
 import hotswap_lab.widgets
 from hotswap_lab import AdapterPool, HotswapError, demo, in_use
 from hotswap_lab.widgets import RecompileMeter, SwapPanel, View
+from hotswap_lab.widgets.clicks import Clicks
 
 WORD = "hotswap"
 NAMES = ("reverse", "sort", "shout")
@@ -224,6 +224,17 @@ def test_two_threads_choose_at_once(kind, pure):
         assert panel.active in {"sort", "shout"} - {name for name, _ in refused}
 
 
+def test_a_click_that_comes_late_does_not_count(monkeypatch):
+    """ipykernel 7.4 may hand over a click at the end of a cell, and later ones to other buttons before that."""
+    given, taken = iter([(1, "a"), (3, "b"), (2, "late"), (3, "same moment"), (0, "other page"), (None, "cell")]), []
+    moments = {None: None, **{second: datetime(2030, 1, 1, second=second) for second in range(4)}}
+    clicks = Clicks()
+    for second, what in given:
+        monkeypatch.setattr("hotswap_lab.widgets.clicks._made", lambda s=second, w=what: (w[:5] == "other", moments[s]))
+        assert clicks.take(lambda what=what: taken.append(what)) == (what != "late")
+    assert taken == ["a", "b", "same moment", "other page", "cell"]
+
+
 # ---- a swap while something computes
 
 
@@ -310,45 +321,6 @@ def test_a_call_of_the_meter_holds_swaps_back():
     assert pool.active == "shout"
 
 
-def test_asyncio():
-    """Tasks that swap and tasks that compute: each answer is one adapter's, and the one that its label says."""
-    model, tokenizer = demo.load("reverse")
-    pool = AdapterPool(model, adapters={name: demo.adapter_path(name) for name in NAMES}, progress=False)
-    panel = SwapPanel(pool, lambda word: demo.ask(model, tokenizer, word), prompt=WORD, run_on_swap=False)
-    right = {demo.TASKS[name](WORD) for name in NAMES}
-    answers, labelled = [], []
-
-    def ask():
-        with in_use(model):
-            return demo.ask(model, tokenizer, WORD)
-
-    def run():
-        panel.run()
-        return panel.after.where, panel.after.result
-
-    async def compute():
-        for _ in range(4):
-            answers.append(await asyncio.to_thread(ask))
-
-    async def look():
-        for _ in range(4):
-            labelled.append(await asyncio.to_thread(run))
-
-    async def swap():
-        for number in range(60):
-            await asyncio.to_thread(pool.swap, NAMES[number % len(NAMES)])
-
-    async def everything():
-        await asyncio.gather(compute(), compute(), look(), swap(), swap())
-
-    pool.swap("reverse")
-    asyncio.run(everything())
-    assert len(answers) == 8
-    assert set(answers) <= right
-    assert [result for _, result in labelled] == [demo.TASKS[name](WORD) for name, _ in labelled]
-    assert pool.active in NAMES
-
-
 # ---- Ctrl-C
 
 FOLDER = str(Path(hotswap_lab.widgets.__file__).parent)
@@ -403,11 +375,3 @@ def test_an_interrupt_at_any_line(pure):
         assert panel._status.value.startswith("ready"), where
     assert interrupts > 10
     assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_gradient_modes_are_kept():
-    panel = make()
-    with torch.no_grad():
-        button(panel, "sort").click()
-        assert panel.wait(SOON)
-        assert not torch.is_grad_enabled()
