@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from models import KINDS, Kind, call, load, save_random_adapter
-from oracle import assert_same_outputs, assert_same_scalars
+from models import KINDS, TINY, Kind, call, load, save_random_adapter
+from oracle import assert_same_outputs, assert_same_tables, assert_same_tensors, config_of
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -52,17 +52,7 @@ PATIENCE = datetime.timedelta(seconds=30)
 def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2, tie_word_embeddings=False))
 
 
 LLAMA = Kind(llama, KINDS["llama"].make_inputs, KINDS["llama"].modules)
@@ -227,9 +217,8 @@ def assert_equals_fresh_load(world: World, model, name: str, *, padded: bool = F
     # FSDP puts the weights together before it computes, so that its sums are those of one process
     is_split = sharded(model) and not any(isinstance(module, FSDPModule) for module in model.modules())
     assert_same_outputs(model, fresh, LLAMA, SUMMED_OTHERWISE if is_split else 1e-5)
-    assert_same_scalars(model, fresh, "default", ())
-    live, expected = (each.peft_config["default"].to_dict() for each in (model, fresh))
-    assert {**live, "target_modules": set(live["target_modules"])} == expected
+    assert_same_tables(model, fresh, "default", prepared=True)
+    assert config_of(model.peft_config["default"]) == config_of(fresh.peft_config["default"])
 
 
 def state(model) -> list:
@@ -396,9 +385,7 @@ def what_is_saved_is_whole(world):
 def assert_saves(world: World, model, name: str) -> None:
     saved = world.folder / f"saved by {world.rank}"
     save_adapter(model, saved)
-    files = [load_file(f"{each}/adapter_model.safetensors") for each in (saved, world.adapter(name))]
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.equal(files[0][key], value) for key, value in files[1].items())
+    assert_same_tensors(*(load_file(f"{each}/adapter_model.safetensors") for each in (saved, world.adapter(name))))
 
 
 @case
@@ -492,12 +479,10 @@ def tensor_parallelism_of_transformers(world):
             AutoModelForCausalLM.from_pretrained(world.folder / "base"), world.adapter(name)
         ).eval()
         assert_same_outputs(model, fresh, LLAMA, SUMMED_OTHERWISE)
-        assert_same_scalars(model, fresh, "default", ())
+        assert_same_tables(model, fresh, "default", prepared=True)
         saved = world.folder / f"saved {world.rank}"
         model.save_pretrained(saved)
-        files = [load_file(f"{each}/adapter_model.safetensors") for each in (saved, world.adapter(name))]
-        assert files[0].keys() == files[1].keys()
-        assert all(torch.equal(files[0][key], value) for key, value in files[1].items())
+        assert_same_tensors(*(load_file(f"{each}/adapter_model.safetensors") for each in (saved, world.adapter(name))))
 
 
 def parallel(world: World, model) -> PeftModel:

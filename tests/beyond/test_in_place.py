@@ -90,16 +90,6 @@ def test_a_fault_at_every_line_of_planning(tmp_path, every):
     assert_untouched(model, before)
 
 
-def test_random_numbers_go_on_as_if_nothing_had_happened(tmp_path):
-    old, new = _pair("LoHa", tmp_path)
-    model = load(LLAMA, old)
-    torch.manual_seed(3)
-    expected = torch.rand(3)
-    torch.manual_seed(3)
-    hotswap_adapter(model, new, "default")
-    assert torch.equal(torch.rand(3), expected)
-
-
 def test_the_base_model_is_neither_copied_nor_kept_twice(tmp_path):
     """The stand-in is gone after the swap, and the base's parameters are the same objects in the same memory."""
     old, new = _pair("VBLoRA", tmp_path)
@@ -137,22 +127,6 @@ def test_nothing_of_the_donor_stays(tmp_path):
     gc.collect()
     assert len(made) > 20
     assert not [each() for each in made if each() is not None]
-
-
-def test_training_goes_on(tmp_path):
-    """Gradients of the old adapter are gone; a step after the swap equals a step of a fresh load."""
-    old, new = _pair("LoKr", tmp_path, 0, 1)
-    model, fresh = load(LLAMA, old, is_trainable=True), load(LLAMA, new, is_trainable=True)
-    model(**LLAMA.inputs()).logits.sum().backward()
-    hotswap_adapter(model, new, "default")
-    assert all(parameter.grad is None for parameter in model.parameters())
-    for each in (model, fresh):
-        each.train()
-        torch.manual_seed(0)
-        each(**LLAMA.inputs()).logits.square().sum().backward()
-        torch.optim.SGD(each.parameters(), lr=0.1).step()
-        each.eval()
-    torch.testing.assert_close(call(model, LLAMA.inputs()), call(fresh, LLAMA.inputs()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", few_of(["LoHa", "OFT", "IA3", "VeRA", "LNTuning", "HRA"], ["IA3"]))
@@ -267,7 +241,7 @@ def test_inactive_adapters_stay_inactive(tmp_path):
     assert model.active_adapters == ["active"]
     assert_same_outputs(model, load(LLAMA, active), LLAMA)
     model.set_adapter("default")
-    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+    assert_equals_fresh_load(model, LLAMA, new, margin=10, activated=True)
     with model.disable_adapter():
         torch.testing.assert_close(call(model, LLAMA.inputs()), call(LLAMA.base(), LLAMA.inputs()))
 

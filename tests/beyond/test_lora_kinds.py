@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from adapters import save_random_adapter_of
 from lengths import long
 from lora_kinds import ATTENTION, FAMILIES, LLAMA, MODELS, variant
 from models import Kind, call, load
-from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot, untouched
+from oracle import (
+    assert_equals_fresh_load,
+    assert_same_files,
+    assert_same_outputs,
+    assert_untouched,
+    nothing_else_changes,
+    snapshot,
+    untouched,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -41,6 +50,16 @@ def overwritten(name: str) -> dict[str, torch.Tensor]:
     return {key: value for key, value in weights.items() if re.search(names, key)}
 
 
+def compare(name: str, model, folder: str) -> None:
+    kind = MODELS[FAMILIES[name][0]]
+    if name == "MultiheadAttention":  # PEFT merges at each call, and rounds the base weights
+        fresh = load(kind, folder)
+        assert_same_outputs(model, fresh, kind, margin=10)
+        assert_same_files(model, fresh, "default")
+    else:
+        assert_equals_fresh_load(model, kind, folder, margin=10)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_pair(folders, name):
@@ -50,9 +69,9 @@ def test_every_pair(folders, name):
         model = load(kind, old)
         call(model, kind.inputs())
         hotswap_adapter(model, new, "default", add_layers=True, base_weights=originals)
-        assert_equals_fresh_load(model, kind, new, margin=10)
+        compare(name, model, new)
         hotswap_adapter(model, old, "default", base_weights=originals)
-        assert_equals_fresh_load(model, kind, old, margin=10)
+        compare(name, model, old)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -62,17 +81,16 @@ def test_there_and_back(folders, name, tmp_path):
     originals = overwritten(name)
     model = load(kind, first)
     call(model, kind.inputs())
-    randomness = torch.get_rng_state()
-    hotswap_adapter(model, second, "default", add_layers=True, base_weights=originals)
-    assert torch.equal(torch.get_rng_state(), randomness), "random numbers of the user were drawn"
-    assert_equals_fresh_load(model, kind, second, margin=10)
+    with nothing_else_changes(Path(second), originals):
+        hotswap_adapter(model, second, "default", add_layers=True, base_weights=originals)
+    compare(name, model, second)
     save_adapter(model, tmp_path / "saved")
     assert_same_outputs(model, load(kind, str(tmp_path / "saved")), kind, margin=10)
     verdict = verify_hotswap(model, second, inputs=kind.inputs(), base=kind.base)
     assert verdict, verdict
     for folder in (*others, first):
         hotswap_adapter(model, folder, "default", add_layers=True, base_weights=originals)
-        assert_equals_fresh_load(model, kind, folder, margin=10)
+        compare(name, model, folder)
 
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -177,7 +195,7 @@ def test_what_peft_overwrites_after_a_swap_is_refused_as_well(folders):
         hotswap_adapter(model, plain, "default")
     assert_untouched(model, before)
     hotswap_adapter(model, plain, "default", base_weights=kind.base().state_dict())
-    assert_equals_fresh_load(model, kind, plain, margin=10)
+    assert_equals_fresh_load(model, kind, plain, margin=10, activated=True)
 
 
 def test_biases_stay_unknown_whatever_is_swapped_in(folders, tmp_path):
@@ -285,9 +303,9 @@ def test_another_adapter_keeps_all_of_its_own(folders, tmp_path):
         for new in folders(name) if name in FAMILIES else ():
             model.set_adapter("default")
             hotswap_adapter(model, new, "default", add_layers=True)
-            assert_equals_fresh_load(model, LLAMA, new, margin=10)
+            assert_equals_fresh_load(model, LLAMA, new, margin=10, activated=True)
             model.set_adapter("default_0")
-            assert_equals_fresh_load(model, LLAMA, mine, "default_0", margin=10)
+            assert_equals_fresh_load(model, LLAMA, mine, "default_0", margin=10, activated=True)
 
 
 @pytest.mark.skipif(variant("KasaConfig") is None, reason="this version of PEFT has no KaSA")

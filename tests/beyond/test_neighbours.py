@@ -9,7 +9,7 @@ import torch
 from adapters import ALL, CONFIGS, LLAMA, save_random_adapter_of
 from lora_kinds import ATTENTION, MODELS
 from models import ARCHITECTURES, KINDS, Kind, call, load
-from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot, untouched
+from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot, untouched
 from peft import (
     AdaLoraConfig,
     AdaptionPromptConfig,
@@ -86,6 +86,7 @@ def test_buffers_that_are_not_saved(tmp_path, name):
     model = load(LLAMA, first)
     model.load_adapter(other, "other")
     model.set_adapter("default")
+    model.requires_grad_(False)
     hotswap_adapter(model, new, "default", add_layers=True)
     assert_equals_fresh_load(model, LLAMA, new, margin=10)
     save_adapter(model, tmp_path / "saved")
@@ -100,6 +101,7 @@ def test_layers_that_fail_without_the_active_adapter(tmp_path, mine, other, new)
     model = load(LLAMA, folders[mine])
     model.load_adapter(folders[other], "other")
     model.set_adapter("default")
+    model.requires_grad_(False)
     _refused(model, folders[new], "a layer that fails where the active adapter is not on it", add_layers=True)
     model.delete_adapter("other")
     hotswap_adapter(model, folders[new], "default", add_layers=True)
@@ -125,11 +127,10 @@ def test_layers_are_added_where_a_plain_adapter_is(tmp_path, more, is_prepared):
     if is_prepared:
         prepare_model_for_compiled_hotswap(model, adapters=[new], adapter_name="default")
     hotswap_adapter(model, new, "default", add_layers=True)
-    for name, folder in (("other", other), ("default", new)):
+    for name in ("other", "default"):
         for each in (model, fresh):
             each.set_adapter(name)
-        assert_same_outputs(model, fresh, bert, margin=10)
-        assert_equals_fresh_load(model, bert, folder, name, prepared=is_prepared, margin=10)
+        assert_equals(model, fresh, bert, name, prepared=is_prepared, margin=10)
     for layer, expected in zip(model.modules(), fresh.modules(), strict=True):
         if hasattr(expected, "adapter_layer_names"):
             assert set(layer.adapter_layer_names) == set(expected.adapter_layer_names)
@@ -355,28 +356,59 @@ def test_layers_are_not_reserved_while_another_adapter_is_merged(tmp_path):
     torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
 
 
+#: the same method twice, in other ranks
+METHODS = {
+    "LoRA": [_lora(r=rank) for rank in (4, 6, 2)],
+    "same rank": [_lora() for _ in range(3)],
+    "DoRA": [_lora(r=rank, use_dora=True) for rank in (4, 6, 2)],
+    "LoHa": [LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6, 2)],
+}
+#: what is done to the model between a plan and its commit
 STALE = {
-    "swapped": lambda model, folders: hotswap_adapter(model, folders[2], "default"),
-    "merged": lambda model, folders: model.merge_adapter(),
-    "trained": lambda model, folders: [each.data.add_(0.1) for each in model.parameters() if each.requires_grad],
+    "swapped": lambda model, folders, plan: hotswap_adapter(model, folders[2], "default"),
+    "committed already": lambda model, folders, plan: commit(plan),
+    "merged": lambda model, folders, plan: model.merge_adapter(),
+    "unloaded": lambda model, folders, plan: model.unload(),
+    "prepared": lambda model, folders, plan: prepare_model_for_compiled_hotswap(model, target_rank=8),
+    "in a pool": lambda model, folders, plan: AdapterPool(model, adapters={"new": folders[1]}, progress=False),
 }
 
 
-@pytest.mark.parametrize("change", STALE)
-@pytest.mark.parametrize("kind", ["LoHa", "LoRA"])
-def test_a_plan_is_for_the_model_as_it_was(tmp_path, kind, change):
-    config = LoHaConfig if kind == "LoHa" else LoraConfig
-    folders = _save(tmp_path, *(config(r=rank, target_modules=ATTENTION) for rank in (4, 6, 2)))
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, change) for name in METHODS for change in STALE if (name, change) != ("LoHa", "in a pool")],
+)
+def test_a_plan_is_for_the_model_as_it_was(tmp_path, name, change):
+    folders = _save(tmp_path, *METHODS[name])
     model = load(LLAMA, folders[0], is_trainable=True)
     plan = plan_hotswap(model, folders[1])
-    with torch.no_grad():
-        STALE[change](model, folders)
-    if change == "trained":
-        commit(plan)  # decided again: what is there is compared as it is now
-        assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, is_trainable=True)
-        return
+    STALE[change](model, folders, plan)
     with untouched(model), pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
         commit(plan)
+    if change in ("prepared", "in a pool"):
+        for folder in (folders[1], folders[0]):
+            hotswap_adapter(model, folder, "default")
+        assert_equals_fresh_load(model, LLAMA, folders[0], margin=10, prepared=True, is_trainable=True)
+
+
+def test_a_plan_from_before_more_room_was_made(tmp_path):
+    folders = _save(tmp_path, *METHODS["LoRA"])
+    model = load(LLAMA, folders[0])
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    plan = plan_hotswap(model, folders[1])
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
+        commit(plan)
+
+
+def test_a_plan_of_another_method_compares_with_what_is_there_now(tmp_path):
+    folders = _save(tmp_path, *METHODS["LoHa"])
+    model = load(LLAMA, folders[0], is_trainable=True)
+    plan = plan_hotswap(model, folders[1])
+    for each in model.parameters():
+        each.data.add_(0.1) if each.requires_grad else None
+    commit(plan)
+    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, is_trainable=True)
 
 
 #: by what a swap does: the loaded adapter and the new one
@@ -424,7 +456,7 @@ def test_a_plan_that_changes_wrappers_is_for_the_adapters_that_were_there(tmp_pa
             commit(plan)
         return
     model.set_adapter("default")
-    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10)
+    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, activated=True)
 
 
 def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
@@ -436,62 +468,6 @@ def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
     assert_equals_fresh_load(model, LLAMA, folders[1], margin=10)
     model.set_adapter("other")
     assert_same_outputs(model, load(LLAMA, folders[2], "other"), LLAMA, margin=10)
-
-
-@pytest.mark.parametrize("rank", [4, 2])
-def test_a_plan_for_layers_that_were_unloaded(tmp_path, rank):
-    folders = _save(tmp_path, _lora(), _lora(r=rank))
-    model = load(LLAMA, folders[0])
-    plan = plan_hotswap(model, folders[1])
-    model.unload()
-    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
-        commit(plan)
-
-
-PREPARED = {
-    "prepared": lambda model, folders: prepare_model_for_compiled_hotswap(model, target_rank=8),
-    "in a pool": lambda model, folders: AdapterPool(model, adapters={"new": folders[1]}, progress=False),
-}
-KINDS_TO_PREPARE = {
-    "LoRA": [_lora(), _lora(r=2)],
-    "DoRA": [_lora(use_dora=True), _lora(r=2, use_dora=True)],
-    "LoHa": [LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 2)],
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "how"), [("LoRA", "prepared"), ("LoRA", "in a pool"), ("DoRA", "prepared"), ("LoHa", "prepared")]
-)
-def test_a_plan_from_before_the_model_was_prepared(tmp_path, kind, how):
-    folders = _save(tmp_path, *KINDS_TO_PREPARE[kind])
-    model = load(LLAMA, folders[0])
-    plan = plan_hotswap(model, folders[1])
-    PREPARED[how](model, folders)
-    with untouched(model), pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
-        commit(plan)
-    for folder in reversed(folders):
-        hotswap_adapter(model, folder, "default")
-    assert_equals_fresh_load(model, LLAMA, folders[0], margin=10, prepared=True)
-
-
-def test_a_plan_from_before_more_room_was_made(tmp_path):
-    folders = _save(tmp_path, _lora(), _lora(r=2))
-    model = load(LLAMA, folders[0])
-    prepare_model_for_compiled_hotswap(model, target_rank=8)
-    plan = plan_hotswap(model, folders[1])
-    prepare_model_for_compiled_hotswap(model, target_rank=16)
-    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
-        commit(plan)
-
-
-def test_the_same_plan_twice(tmp_path):
-    folders = _save(tmp_path, *(LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6)))
-    model = load(LLAMA, folders[0])
-    plan = plan_hotswap(model, folders[1])
-    commit(plan)
-    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
-        commit(plan)
-    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10)
 
 
 @pytest.mark.parametrize(
@@ -624,34 +600,27 @@ def test_adapters_of_older_versions_of_transformers(tmp_path):
         assert_equals_fresh_load(model, kind, folder, margin=10)
 
 
-def test_several_active_adapters(tmp_path):
+@pytest.mark.parametrize("way", ["plain", "pools"])
+def test_several_active_adapters(tmp_path, way):
     """Each is swapped while both compute."""
-    configs = (_lora(use_dora=True), _lora(r=2, target_modules=["v_proj", "o_proj"]), _lora(r=8), _lora(r=3))
-    folders = _save(tmp_path, *configs)
+    few, none = dict(r=2, target_modules=["v_proj", "o_proj"]), {}
+    folders = _save(
+        tmp_path, _lora(use_dora=way == "plain"), _lora(**(few if way == "plain" else none)), _lora(r=8), _lora(r=3)
+    )
     model, fresh = (load(LLAMA, folders[first], "a") for first in (0, 2))
     model.load_adapter(folders[1], "b")
     fresh.load_adapter(folders[3], "b")
     for each in (model, fresh):
         each.base_model.set_adapter(["a", "b"])
-    hotswap_adapter(model, folders[2], "a")
-    hotswap_adapter(model, folders[3], "b", add_layers=True)
-    assert model.active_adapters == ["a", "b"]
-    assert_same_outputs(model, fresh, LLAMA)
-
-
-def test_several_active_adapters_in_pools(tmp_path):
-    folders = _save(tmp_path, _lora(), _lora(r=2), _lora(r=8, target_modules=["q_proj"]), _lora(r=3))
-    model, fresh = (load(LLAMA, folders[first], "a") for first in (0, 2))
-    for each, second in ((model, 1), (fresh, 3)):
-        each.load_adapter(folders[second], "b")
-        each.base_model.set_adapter(["a", "b"])
-    pools = [
-        AdapterPool(model, name, {str(number): folder for number, folder in enumerate(folders)}, progress=False)
-        for name in ("a", "b")
-    ]
-    pools[0].swap("2")
-    pools[1].swap("3")
-    assert_same_outputs(model, fresh, LLAMA)
+        each.eval()
+    if way == "pools":
+        family = {str(number): folder for number, folder in enumerate(folders)}
+        for name, new in (("a", "2"), ("b", "3")):
+            AdapterPool(model, name, family, progress=False).swap(new)
+    else:
+        hotswap_adapter(model, folders[2], "a")
+        hotswap_adapter(model, folders[3], "b", add_layers=True)
+    assert_equals(model, fresh, LLAMA, "a", prepared=way == "pools")
 
 
 @pytest.mark.parametrize("config", [_lora(), _lora(use_dora=True), LoHaConfig(r=4, target_modules=ATTENTION)])

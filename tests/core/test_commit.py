@@ -1,72 +1,23 @@
 """All or nothing: an error leaves the model exactly the old adapter or exactly the new one.
 
-Faults at every step are in ``robustness/test_faults.py``.
+Faults and Ctrl-C at every step are in ``robustness/test_faults.py``, swaps from other threads in ``test_threads.py``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from models import KINDS, call, load, save_random_adapter
+from models import KINDS, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_untouched, snapshot, untouched
 
-import hotswap_lab
 from hotswap_lab import HotswapError, commit, hotswap_adapter, plan_hotswap
 from hotswap_lab.core.journal import Journal
 
-
-def test_out_of_memory_while_staging(tmp_path, monkeypatch):
-    kind = KINDS["linear"]
-    old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4)
-    new = save_random_adapter(kind, tmp_path / "new", seed=2, r=6)
-    model = load(kind, old)
-    with untouched(model):
-        plan = plan_hotswap(model, new)
-        calls = iter(range(100))
-        original = torch.Tensor.contiguous
-
-        def out_of_memory(tensor, *arguments, **kwargs):
-            if next(calls) == 5:
-                raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
-            return original(tensor, *arguments, **kwargs)
-
-        monkeypatch.setattr(torch.Tensor, "contiguous", out_of_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            commit(plan)
-        monkeypatch.undo()
-    commit(plan)
-    assert_equals_fresh_load(model, kind, new)
-
-
-@pytest.mark.usefixtures("python_sigint")
-def test_a_real_interrupt_at_random_moments(tmp_path):
-    """SIGINT from another thread, over and over: after each one the model is one adapter or the other."""
-    kind = KINDS["llama"]
-    folders = [
-        save_random_adapter(kind, tmp_path / "old", seed=1, r=4),
-        save_random_adapter(kind, tmp_path / "new", seed=2, r=6, target_modules=["q_proj", "down_proj"]),
-    ]
-    expected = [call(load(kind, folder), kind.inputs()) for folder in folders]
-    model = load(kind, folders[0])
-    interrupts = 0
-    for attempt in range(40):
-        timer = threading.Timer(0.0005 * (attempt % 20), lambda: os.kill(os.getpid(), signal.SIGINT))
-        try:
-            timer.start()
-            for number in range(1000):
-                hotswap_adapter(model, folders[number % 2], "default")
-        except KeyboardInterrupt:
-            interrupts += 1
-        timer.join()
-        output = call(model, kind.inputs())
-        assert any(torch.equal(output, each) for each in expected)
-    assert interrupts == 40
+LINEAR = KINDS["linear"]
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers as Unix has them")
@@ -87,18 +38,6 @@ def test_a_regular_expression_that_takes_for_ever_can_be_ended(tmp_path):
     assert_untouched(model, before)
 
 
-def test_swaps_from_another_thread(tmp_path):
-    """Signal handlers belong to the main thread; elsewhere a swap just works."""
-    kind = KINDS["linear"]
-    old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4)
-    new = save_random_adapter(kind, tmp_path / "new", seed=2, r=6)
-    model = load(kind, old)
-    thread = threading.Thread(target=hotswap_adapter, args=(model, new, "default"))
-    thread.start()
-    thread.join()
-    assert_equals_fresh_load(model, kind, new)
-
-
 @pytest.mark.usefixtures("python_sigint")
 def test_an_interrupted_roll_back_is_completed():
     table = {"a": 1, "b": 2}
@@ -111,39 +50,31 @@ def test_an_interrupted_roll_back_is_completed():
     assert table == {"a": 1, "b": 2}
 
 
-def test_a_plan_that_was_refused_can_not_be_committed(tmp_path):
-    kind = KINDS["linear"]
-    old = save_random_adapter(kind, tmp_path / "old", seed=1, r=4, target_modules=["first"])
-    new = save_random_adapter(kind, tmp_path / "new", seed=2, r=6)
-    model = load(kind, old)
-    with untouched(model):
-        plan = plan_hotswap(model, new)
-        assert not plan.ok
-        with pytest.raises(hotswap_lab.HotswapError):
-            commit(plan)
-
-
-def test_a_kept_plan_notices_that_the_adapter_was_trained_since(tmp_path):
-    kind = KINDS["linear"]
-    folders = [save_random_adapter(kind, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2)]
-    model = load(kind, folders[0], is_trainable=True)
-    plan = plan_hotswap(model, folders[1])
+def train(model) -> None:
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
-    model(kind.inputs()).sum().backward()
+    model(LINEAR.inputs()).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    with untouched(model), pytest.raises(HotswapError, match="has changed since this swap was planned"):
-        commit(plan)
-    commit(plan_hotswap(model, folders[1]))
-    fresh = load(kind, folders[1], is_trainable=True)
-    assert torch.equal(call(model, kind.inputs()), call(fresh, kind.inputs()))
 
 
-def test_a_kept_plan_notices_that_the_adapter_was_merged_since(tmp_path):
-    kind = KINDS["linear"]
-    folders = [save_random_adapter(kind, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2)]
-    model = load(kind, folders[0])
+@pytest.mark.parametrize("change", [train, lambda model: model.merge_adapter()], ids=["trained", "merged"])
+def test_a_kept_plan_notices_what_was_done_since(tmp_path, change):
+    folders = [save_random_adapter(LINEAR, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2)]
+    model = load(LINEAR, folders[0], is_trainable=True)
     plan = plan_hotswap(model, folders[1])
-    model.merge_adapter()
+    change(model)
     with untouched(model), pytest.raises(HotswapError, match="has changed since this swap was planned"):
         commit(plan)
+    if change is train:
+        commit(plan_hotswap(model, folders[1]))
+        assert_equals_fresh_load(model, LINEAR, folders[1], is_trainable=True)
+
+
+def test_a_plan_that_was_refused_can_not_be_committed(tmp_path):
+    old = save_random_adapter(LINEAR, tmp_path / "old", seed=1, r=4, target_modules=["first"])
+    model = load(LINEAR, old)
+    with untouched(model):
+        plan = plan_hotswap(model, save_random_adapter(LINEAR, tmp_path / "new", seed=2, r=6))
+        assert not plan.ok
+        with pytest.raises(HotswapError):
+            commit(plan)

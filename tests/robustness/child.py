@@ -23,13 +23,7 @@ from pathlib import Path
 import torch
 from models import KINDS, call, load
 from mutations import CANARY
-from oracle import (
-    _config,
-    assert_same_scalars,
-    assert_same_tables,
-    assert_untouched,
-    snapshot,
-)
+from oracle import assert_same, assert_same_tables, assert_same_tensors, assert_untouched, config_of, snapshot
 from peft.utils import get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from seeds import BIN, CONFIG, SEEDS, WEIGHTS
@@ -222,28 +216,14 @@ def difference(model, fresh, expected, kind, way: str, is_partial: bool) -> str 
         finite = expected[expected.isfinite()]
         scale = finite.abs().max().item() if len(finite) else 1.0
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * scale, equal_nan=True)
-        live_config, fresh_config = (_plain(_config(each, "default")) for each in (model, fresh))
-        assert live_config == fresh_config, [
-            (key, live_config.get(key), value) for key, value in fresh_config.items() if live_config.get(key) != value
-        ]
+        assert_same(*(config_of(each.peft_config["default"]) for each in (model, fresh)))
         if is_partial:
             return None
-        assert_same_scalars(model, fresh, "default", ())
-        if way != "pool":
-            assert_same_tables(model, fresh, "default")
-        live, other = (get_peft_model_state_dict(each, save_embedding_layers=False) for each in (model, fresh))
-        assert live.keys() == other.keys()
-        for key, tensor in other.items():
-            assert live[key].dtype == tensor.dtype, key
-            assert torch.equal(live[key].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), key
+        assert_same_tables(model, fresh, "default", prepared=way == "pool")
+        assert_same_tensors(*(get_peft_model_state_dict(each, save_embedding_layers=False) for each in (model, fresh)))
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:400]}"
     return None
-
-
-def _plain(config: dict) -> dict:
-    """NaN is not equal to itself, so it is compared as text."""
-    return {key: repr(value) if isinstance(value, float) else value for key, value in config.items()}
 
 
 def serve(bench: Bench, answers) -> None:

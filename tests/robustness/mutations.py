@@ -185,17 +185,8 @@ def other_shape(folder: Path, pick: Random) -> str:
 def _another_shape(shape: list[int], pick: Random) -> list[int]:
     axis = pick.randrange(len(shape))
     size = pick.choice([0, 1, shape[axis] - 1, shape[axis] + 1, shape[axis] * 2])
-    return pick.choice(
-        [
-            [*shape[:axis], size, *shape[axis + 1 :]],
-            shape[::-1],
-            [*shape, 1],
-            [1, *shape],
-            [numel(shape)],
-            shape[1:],
-            [],
-        ]
-    )
+    other = [*shape[:axis], size, *shape[axis + 1 :]]
+    return pick.choice([other, shape[::-1], [*shape, 1], [1, *shape], [numel(shape)], shape[1:], []])
 
 
 def impossible_shape(folder: Path, pick: Random) -> str:
@@ -265,16 +256,8 @@ def duplicate_inner_key(folder: Path, pick: Random) -> str:
 
 def metadata(folder: Path, pick: Random) -> str:
     header, data = parts(folder)
-    values = [
-        {"format": "tf"},
-        {"format": 3},
-        {},
-        [],
-        None,
-        "pt",
-        {"a": {"b": "c"}},
-        {"format": "pt", "x": "y" * 10**6},
-    ]
+    odd = [{"format": "tf"}, {"format": 3}, {}, [], None, "pt", {"a": {"b": "c"}}]
+    values = [*odd, {"format": "pt", "x": "y" * 10**6}]
     header["__metadata__"] = value = pick.choice(values)
     write(folder, header, data)
     return str(value)[:40]
@@ -283,61 +266,24 @@ def metadata(folder: Path, pick: Random) -> str:
 def header_text(folder: Path, pick: Random) -> str:
     header, data = parts(folder)
     text = json.dumps(header).encode()
-    texts = [
-        b"",
-        b"{}",
-        b"[]",
-        b"null",
-        b"{",
-        text[:-1],
-        text + b"}",
-        b"\xef\xbb\xbf" + text,
-        b" " + text,
-        text + b" " * 9,
-    ]
-    texts += [
-        text.replace(b"lora", b"l\xffra", 1),
-        b"[" * 50_000,
-        b'{"a":' * 50_000,
-        text.replace(b"F32", b"F\\ud83232"),
-    ]
-    texts += [
-        text.replace(b"lora", b"l\\u0000ra", 1),
-        text.replace(b": [", b": [1e400, ", 1),
-        text.replace(b"[0", b"[NaN"),
-    ]
+    texts = [b"", b"{}", b"[]", b"null", b"{", text[:-1], text + b"}", b"\xef\xbb\xbf" + text, b" " + text]
+    texts += [text + b" " * 9, text.replace(b"lora", b"l\xffra", 1), b"[" * 50_000, b'{"a":' * 50_000]
+    texts += [text.replace(b"F32", b"F\\ud83232"), text.replace(b"lora", b"l\\u0000ra", 1)]
+    texts += [text.replace(b": [", b": [1e400, ", 1), text.replace(b"[0", b"[NaN")]
     new = pick.choice(texts)
     write(folder, new, data)
     return repr(new[:40])
 
 
+M = "base_model.model."
 NAMES = [
-    "",
-    ".",
-    "..",
-    "../../x",
-    "/etc/passwd",
-    "../../../../tmp/x.lora_A.weight",
-    "base_model.model.../../x.lora_A.weight",
-    "base_model.model.",
-    "base_model.model..lora_A.weight",
-    "base_model.model.first.base_layer.weight",
-    "base_model.model.first.weight",
-    "base_model.model.first.lora_A.default.weight",
-    "base_model.model.first.lora_A.weight",
-    "base_model.model.first.lora_C.weight",
-    "base_model.model.first.lora_A.bias",
-    "base_model.model.first.lora_magnitude_vector",
-    "base_model.model.model.embed_tokens.weight",
-    "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight",
-    "base_model.model.lm_head.weight",
-    "base_model.model.__class__.lora_A.weight",
-    "base_model.model.first.__dict__.lora_A.weight",
-    "prompt_embeddings",
-    "\u202e\U0001f600.lora_A.weight",
-    "a" * 100_000,
-    "a." * 5_000 + "lora_A.weight",
-    "x\ny\x00z",
+    *("", ".", "..", "../../x", "/etc/passwd", "../../../../tmp/x.lora_A.weight", f"{M}../../x.lora_A.weight", M),
+    *(f"{M}.lora_A.weight", f"{M}first.base_layer.weight", f"{M}first.weight", f"{M}first.lora_A.default.weight"),
+    *(f"{M}first.lora_A.weight", f"{M}first.lora_C.weight", f"{M}first.lora_A.bias"),
+    *(f"{M}first.lora_magnitude_vector", f"{M}model.embed_tokens.weight", f"{M}lm_head.weight"),
+    *(f"{M}model.layers.0.self_attn.v_proj.lora_A.weight", f"{M}__class__.lora_A.weight"),
+    *(f"{M}first.__dict__.lora_A.weight", "prompt_embeddings", "\u202e\U0001f600.lora_A.weight", "a" * 100_000),
+    *("a." * 5_000 + "lora_A.weight", "x\ny\x00z"),
 ]
 
 
@@ -534,21 +480,8 @@ def nested(depth: int, kind: str = "list") -> object:
 VALUES = [
     *(None, True, False, 0, 1, -1, 2, 7, 2.5, -0.0, 10**9, 2**31, 2**63, 2**64, 10**400, 1e308, 1e-320),
     *(float("nan"), float("inf"), float("-inf")),
-    *(
-        "",
-        "x",
-        "none",
-        "all",
-        "first",
-        "q_proj",
-        "all-linear",
-        "CAUSAL_LM",
-        "1",
-        "\ud800",
-        "a\x00b",
-        "é" * 300,
-        "y" * 10**5,
-    ),
+    *("", "x", "none", "all", "first", "q_proj", "all-linear", "CAUSAL_LM", "1", "\ud800", "a\x00b", "é" * 300),
+    "y" * 10**5,
     *("/etc/passwd", "../../../../etc", "/dev/zero", CANARY),
     *([], ["first"], ["q_proj", "down_proj"], [1], [None], [[]], [1.5, "x"], ["x"] * 1000, [["first"]], [{}]),
     *({}, {"first": 2}, {"q_proj": 3}, {"a": {"b": []}}, {"first": "x"}, {"": 0}, {"r": 10**9}),
@@ -565,16 +498,8 @@ def wrong_field(folder: Path, pick: Random) -> str:
     return f"{name}={str(value)[:60]!r}"
 
 
-SIZES = (
-    "r",
-    "alpha",
-    "lora_alpha",
-    "lora_dropout",
-    "num_virtual_tokens",
-    "token_dim",
-    "num_layers",
-    "num_attention_heads",
-)
+SIZES = ("r", "alpha", "lora_alpha", "lora_dropout")
+SIZES += ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
 
 
 def wrong_size(folder: Path, pick: Random) -> str:
@@ -586,22 +511,8 @@ def wrong_size(folder: Path, pick: Random) -> str:
     return f"{name}={str(value)[:40]}"
 
 
-EXPRESSIONS = [
-    "(",
-    "[",
-    "*",
-    "(?P<x",
-    r"\1",
-    "(?i)FIRST",
-    "x" * 10_000,
-    "a{1000000}",
-    "(a{1000}){1000}",
-    "",
-    "^",
-    "$",
-    ".*",
-]
-EXPRESSIONS += [r"(.*\.)*last", r"first|last", "(?<=a)b", "\x00"]
+EXPRESSIONS = ["(", "[", "*", "(?P<x", r"\1", "(?i)FIRST", "x" * 10_000, "a{1000000}", "(a{1000}){1000}", "", "^", "$"]
+EXPRESSIONS += [".*", r"(.*\.)*last", r"first|last", "(?<=a)b", "\x00"]
 
 
 def wrong_expression(folder: Path, pick: Random) -> str:
@@ -682,6 +593,7 @@ def hooks(folder: Path, pick: Random) -> str:
     """Fields that make somebody import or read something."""
     config = config_of(folder)
     mapping = {"base_model_class": "run", "parent_library": CANARY}
+    text_init = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x", "tokenizer_name_or_path": str(folder)}
     change = pick.choice(
         [
             {"auto_mapping": mapping},
@@ -698,19 +610,10 @@ def hooks(folder: Path, pick: Random) -> str:
             {"init_lora_weights": "lora_ga", "lora_ga_config": {"cache_file": str(folder / BIN)}},
             {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
             {"init_lora_weights": pick.choice(["pissa", "olora", "gaussian", "orthogonal", "x", True, False, 5])},
-            {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x", "tokenizer_name_or_path": str(folder)},
-            {
-                "prompt_tuning_init": "TEXT",
-                "prompt_tuning_init_text": "x",
-                "tokenizer_name_or_path": str(folder),
-                "tokenizer_kwargs": {"trust_remote_code": True},
-            },
-            {
-                "peft_type": "MULTITASK_PROMPT_TUNING",
-                "prompt_tuning_init": "ONLY_SOURCE_SHARED",
-                "prompt_tuning_init_state_dict_path": "/dev/zero",
-                "num_tasks": 1,
-            },
+            text_init,
+            {**text_init, "tokenizer_kwargs": {"trust_remote_code": True}},
+            {"peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init": "ONLY_SOURCE_SHARED"}
+            | {"prompt_tuning_init_state_dict_path": "/dev/zero", "num_tasks": 1},
             {"arrow_config": {"arrow_expert_num": 2}},
             {"peft_type": "XLORA", "adapters": {"a": str(folder)}, "hidden_size": 16},
             {"peft_type": "SHADOW", "task_type": "CAUSAL_LM", "shadow_model": str(folder)},

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import shutil
-import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from models import KINDS, call, load, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_same_outputs
+from oracle import assert_equals_fresh_load, assert_same_outputs, files_in, plain, surroundings
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from row_truth import Truth
 
 import hotswap_lab
@@ -65,57 +61,6 @@ class Case:
 # ---- what is compared
 
 
-def contents(model: torch.nn.Module) -> dict:
-    """All that makes up a model, as plain values: weights, flags, gradients, tables, configs, modules, hooks."""
-    found: dict[str, object] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        found[path] = (
-            type(module).__qualname__,
-            {
-                # hooks are kept under numbers that count up
-                key: _plain([*value.values()] if "_hooks" in key and isinstance(value, dict) else value)
-                for key, value in vars(module).items()
-                if key not in ("_modules", "config", "peft_config")
-            },
-        )
-    for path, module in model.named_modules():
-        if isinstance(configs := module.__dict__.get("peft_config"), dict):
-            found[f"{path}: configs"] = {name: _plain(config.to_dict()) for name, config in configs.items()}
-    return found
-
-
-def identities(model: torch.nn.Module) -> dict:
-    """What a failed operation must not exchange either: objects and their addresses."""
-    found: dict[str, object] = {}
-    for path, module in model.named_modules():
-        found[path] = id(module), type(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found[f"{path}.{name}"] = id(parameter), parameter.data_ptr(), parameter.stride(), id(parameter.grad)
-        if isinstance(configs := module.__dict__.get("peft_config"), dict):
-            found[f"{path}: configs"] = id(configs), {name: id(config) for name, config in configs.items()}
-        if isinstance(module, BaseTunerLayer) and isinstance(scaling := module.__dict__.get("scaling"), dict):
-            found[f"{path}: scaling"] = {key: id(value) for key, value in scaling.items() if torch.is_tensor(value)}
-    return found
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, torch.Tensor):
-        data = value.detach().cpu().contiguous()
-        gradient = None if value.grad is None else _plain(value.grad)
-        flags = value.requires_grad, isinstance(value, torch.nn.Parameter)
-        return str(value.dtype), tuple(value.shape), data.view(-1).view(torch.uint8).numpy().tobytes(), flags, gradient
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-        return value
-    return type(value).__qualname__
-
-
 def held(locks: tuple) -> list[str]:
     """The locks that this thread still holds: whoever comes next, from another thread, would wait for ever."""
     found = [f"{lock}" for lock in locks if lock._is_owned()]
@@ -125,39 +70,9 @@ def held(locks: tuple) -> list[str]:
     return found + ["the exchange of files"] * saving._exchanging.locked()
 
 
-def surroundings() -> dict:
-    """What an operation must leave alone outside of its models: the process's settings, threads, and open files."""
-    return dict(
-        environment=dict(os.environ),
-        folder=os.getcwd(),
-        patience=patience.get(),
-        gradients=torch.is_grad_enabled(),
-        inference=torch.is_inference_mode_enabled(),
-        dtype=torch.get_default_dtype(),
-        modes=torch._C._len_torch_function_stack(),
-        randomness=torch.get_rng_state().numpy().tobytes(),
-        filters=list(warnings.filters),
-        threads=threading.active_count(),
-        files=_open_files(),
-    )
-
-
-def _open_files() -> list[str]:
-    """What this process has open, where the system says so."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for number in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(FileNotFoundError):  # that of the folder itself
-                found.append(os.readlink(f"/proc/self/fd/{number}"))
-    return sorted(found)
-
-
-def files_in(folder: Path) -> dict[str, bytes | None]:
-    """The contents of all files in a folder by their paths; None for folders."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(Path(folder).rglob("*"))
-    }
+def around() -> dict:
+    """What an operation must leave alone outside of its models."""
+    return {**surroundings(), "patience": patience.get()}
 
 
 # ---- adapters
@@ -233,31 +148,24 @@ def _load_bin(shelf):
     return lambda: Case(lambda: Adapter.load(folder), extra=lambda: files_in(folder), changes=False)
 
 
-@operation("plan_hotswap")
-def _plan(shelf):
+def refused(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except HotswapError:
+        return
+    raise AssertionError("not refused")
+
+
+@operation("plan_hotswap", True)
+@operation("plan_hotswap that refuses", False)
+def _plan(add_layers, shelf):
     old, new = shelf(1, r=4, target_modules=["first"]), shelf(2, r=6)
 
     def case():
         model = _trained(old)
-        return Case(lambda: plan_hotswap(model, new, add_layers=True), (model,), changes=False)
-
-    return case
-
-
-@operation("plan_hotswap that refuses")
-def _refused(shelf):
-    old, new = shelf(1, r=4, target_modules=["first"]), shelf(2, r=6)
-
-    def refused(model):
-        try:
-            hotswap_adapter(model, new, "default")
-        except HotswapError:
-            return
-        raise AssertionError("not refused")
-
-    def case():
-        model = _trained(old)
-        return Case(lambda: refused(model), (model,), changes=False)
+        if add_layers:
+            return Case(lambda: plan_hotswap(model, new, add_layers=True), (model,), changes=False)
+        return Case(lambda: refused(lambda: hotswap_adapter(model, new, "default")), (model,), changes=False)
 
     return case
 
@@ -280,12 +188,20 @@ def _refused(shelf):
     {},
 )
 def _swap(old_lora, new_lora, arguments, shelf):
-    old, new = shelf(1, **old_lora), shelf(2, **new_lora)
+    return _swap_case(shelf(1, **old_lora), shelf(2, **new_lora), **arguments)
+
+
+def _swap_case(old, new, other=None, way=None, **arguments):
+    """A swap in a model in training, perhaps beside another adapter."""
+    way = way or (lambda model: hotswap_adapter(model, new, "default", **arguments))
 
     def case():
         model = _trained(old)
+        if other:
+            model.load_adapter(other, "other")
+            model.set_adapter("default")
         return Case(
-            lambda: hotswap_adapter(model, new, "default", **arguments),
+            lambda: way(model),
             (model,),
             check=lambda: assert_equals_fresh_load(model.eval(), LINEAR, new, is_trainable=True),
         )
@@ -300,50 +216,20 @@ def _swap(old_lora, new_lora, arguments, shelf):
     "hotswap: IA3", *(IA3Config(target_modules=t, feedforward_modules=[]) for t in (["first", "last"], ["last"]))
 )
 def _swap_other(old_config, new_config, shelf):
-    old, new = shelf.other(1, old_config), shelf.other(2, new_config)
-
-    def case():
-        model = _trained(old)
-        return Case(
-            lambda: hotswap_adapter(model, new, "default"),
-            (model,),
-            check=lambda: assert_equals_fresh_load(model.eval(), LINEAR, new, is_trainable=True),
-        )
-
-    return case
+    return _swap_case(shelf.other(1, old_config), shelf.other(2, new_config))
 
 
 @operation("hotswap: add DoRA to layers of another adapter")
 def _swap_beside(shelf):
     old, new = shelf(1, r=4, use_dora=True, target_modules=["first"]), shelf(2, r=6, use_dora=True)
-    other = shelf(3, r=3)
-
-    def case():
-        model = _trained(old)
-        model.load_adapter(other, "other")
-        model.set_adapter("default")
-        return Case(
-            lambda: hotswap_adapter(model, new, "default", add_layers=True),
-            (model,),
-            check=lambda: assert_equals_fresh_load(model.eval(), LINEAR, new, is_trainable=True),
-        )
-
-    return case
+    return _swap_case(old, new, shelf(3, r=3), add_layers=True)
 
 
 @operation("hotswap from a state dict")
 def _from_state_dict(shelf):
-    old, new = shelf(1, r=4), Adapter.load(shelf(2, r=6, lora_alpha=3))
-
-    def case():
-        model = _trained(old)
-        return Case(
-            lambda: hotswap_adapter_from_state_dict(model, new.tensors, "default", new.config),
-            (model,),
-            check=lambda: assert_equals_fresh_load(model.eval(), LINEAR, new.source, is_trainable=True),
-        )
-
-    return case
+    new = Adapter.load(shelf(2, r=6, lora_alpha=3))
+    way = lambda model: hotswap_adapter_from_state_dict(model, new.tensors, "default", new.config)  # noqa: E731
+    return _swap_case(shelf(1, r=4), new.source, way=way)
 
 
 @operation("hotswap: prepared")
@@ -481,19 +367,12 @@ def _load_state_dict(shelf):
     """What torch itself refuses it has loaded half of; what is refused here, because of the last layer, not."""
     folder = shelf(1, r=3)
 
-    def refused(model, state):
-        try:
-            model.load_state_dict(state)
-        except HotswapError:
-            return
-        raise AssertionError("not refused")
-
     def case():
         model = load(LINEAR, folder)
         prepare_model_for_compiled_hotswap(model, target_rank=4)
         state = {key: value + 1 for key, value in model.state_dict().items()}
         state["base_model.model.last.lora_B.default.weight"] = torch.ones(6, 2)
-        return Case(lambda: refused(model, state), (model,), changes=False)
+        return Case(lambda: refused(lambda: model.load_state_dict(state)), (model,), changes=False)
 
     return case
 
@@ -557,14 +436,14 @@ def pool_state(pool: AdapterPool) -> dict:
     """What a pool has, in plain values. Which of its adapters are packed doesn't count: files have them, too."""
 
     def of(packed):
-        return None if packed is None else ([_plain(part) for part in packed.parts], _plain(packed.scalings))
+        return None if packed is None else ([plain(part) for part in packed.parts], plain(packed.scalings))
 
     entries = {
         name: (each.version, each.source, of(each.packed) if each.source is None else None, each.stamp)
         for name, each in pool._members.items()
     }
     history = [(_owner(state), of(state), [*map(_owner, getattr(state, "rows", ()))]) for state in pool._history]
-    rows = [_plain(room._all(band.memory)) for room in [pool._room] if isinstance(room, RowRoom) for band in room.bands]
+    rows = [plain(room._all(band.memory)) for room in [pool._room] if isinstance(room, RowRoom) for band in room.bands]
     labels = [str(row) for row in pool.rows]
     return dict(
         entries=entries,

@@ -44,7 +44,8 @@ import pytest
 import torch
 from faults import FAULTS, Outcome, list_steps, run_with_ctrl_c, run_with_fault
 from lengths import long
-from operations import OPERATIONS, Case, Shelf, contents, held, identities, surroundings
+from operations import OPERATIONS, Case, Shelf, around, held
+from oracle import contents, differences, identities
 
 UNITS = ("line", "call", "deep", "signal")
 #: the modules whose first line says that what was decided is being written from here on
@@ -89,15 +90,15 @@ class Hunt:
 
     def run(self, step: int, kind: str, unit: str) -> None:
         """One fault, and a look at what it has left behind."""
-        around = surroundings()
+        before = around()
         kind = "Ctrl-C" if unit == "signal" else kind
         fault = functools.partial(run_with_fault, self.case.action, step, FAULTS.get(kind), unit)
-        self._look(fault, around, kind, f"{kind} at {unit} {step}")
+        self._look(fault, before, kind, f"{kind} at {unit} {step}")
 
     def interrupt(self, delay: float) -> None:
         """The same with a real Ctrl-C, after so many seconds."""
-        around = surroundings()
-        self._look(functools.partial(run_with_ctrl_c, self.case.action, delay), around, "Ctrl-C", "Ctrl-C", real=True)
+        before = around()
+        self._look(functools.partial(run_with_ctrl_c, self.case.action, delay), before, "Ctrl-C", "Ctrl-C", real=True)
 
     def duration(self) -> float:
         """How long the operation takes, in seconds."""
@@ -106,7 +107,7 @@ class Hunt:
         case.action()
         return time.perf_counter() - start
 
-    def _look(self, fault: Callable[[], Outcome], around: dict, kind: str, what: str, real: bool = False) -> None:
+    def _look(self, fault: Callable[[], Outcome], surroundings: dict, kind: str, what: str, real: bool = False) -> None:
         outcome = fault()
         if not outcome:
             self.counts["no such step"] += 1
@@ -116,7 +117,7 @@ class Hunt:
         now = self._contents(self.case)
         if now == self.before and self._objects() == self.objects:
             assert outcome.error is not None or not self.case.changes, f"{what}: ended well, and did nothing"
-            assert surroundings()["randomness"] == around["randomness"], f"{what}: random numbers were drawn"
+            assert around()["randomness"] == surroundings["randomness"], f"{what}: random numbers were drawn"
             ended = "before"
         elif any(self._is_at(goal, now) for goal in self.goals):
             ended = "after"
@@ -127,30 +128,30 @@ class Hunt:
             # where it came just when a block was left, the block's end comes when the error is forgotten, if at all
             outcome = dataclasses.replace(outcome, error=None)
             gc.collect()
-            torch.set_grad_enabled(around["gradients"])
+            torch.set_grad_enabled(surroundings["gradients"])
         assert not (locks := held(self.case.locks)), f"{what}: left locks behind: {locks}"
         assert outcome.handler_kept, f"{what}: Ctrl-C is not handled as before"
         del outcome, now
         if not real:
-            self._look_around(around, ended, what)
+            self._look_around(surroundings, ended, what)
         if ended == "after":
             self._renew()
 
-    def _look_around(self, around: dict, ended: str, what: str) -> None:
+    def _look_around(self, before: dict, ended: str, what: str) -> None:
         """At what is no part of the model."""
-        now = surroundings()
-        if now["files"] != around["files"] or now["threads"] != around["threads"]:
+        now = around()
+        if now["files"] != before["files"] or now["threads"] != before["threads"]:
             gc.collect()  # what hangs on the error's traceback
-            now = surroundings()
+            now = around()
         if ended == "after":
-            now["randomness"] = around["randomness"]  # a prepared model's dropouts, and the like, may draw some
-        left = collections.Counter(now["files"]) - collections.Counter(around["files"])
+            now["randomness"] = before["randomness"]  # a prepared model's dropouts, and the like, may draw some
+        left = collections.Counter(now["files"]) - collections.Counter(before["files"])
         assert not left, f"{what}: left open: {list(left)}"
-        assert now["threads"] <= around["threads"], f"{what}: left {threading.enumerate()}"
+        assert now["threads"] <= before["threads"], f"{what}: left {threading.enumerate()}"
         for same in ("files", "threads"):
-            now[same] = around[same]
-        differences = "\n".join(_differences(around, now))
-        assert not differences, f"{what}: around the model\n{differences}"
+            now[same] = before[same]
+        found = "\n".join(differences(before, now))
+        assert not found, f"{what}: around the model\n{found}"
         assert not list(self.temporary.iterdir()), f"{what}: left {list(self.temporary.iterdir())}"
 
     @staticmethod
@@ -165,13 +166,13 @@ class Hunt:
 
     def _differences(self, now: tuple) -> Iterator[str]:
         yield "from before:"
-        yield from _differences(self.before, now)
+        yield from differences(self.before, now)
         if self._objects() != self.objects:
             yield "objects:"
-            yield from _differences(self.objects, self._objects())
+            yield from differences(self.objects, self._objects())
         for goal in self.goals:
             yield "from after:"
-            yield from _differences(goal, now)
+            yield from differences(goal, now)
 
     def finish(self) -> None:
         """After all these faults the same operation does what it should."""
@@ -184,19 +185,6 @@ class Hunt:
         assert not thread.is_alive(), "a lock was left behind"
         assert self._contents(self.case) in self.goals or not self.case.changes
         self.case.check()
-
-
-def _differences(one: object, other: object, path: str = "") -> Iterator[str]:
-    if one == other:
-        return
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in [*one, *(other.keys() - one.keys())]:
-            yield from _differences(one.get(key), other.get(key), f"{path}[{key}]")
-    elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        for number, (left, right) in enumerate(zip(one, other, strict=True)):
-            yield from _differences(left, right, f"{path}[{number}]")
-    else:
-        yield f"  {path}: {str(one)[:120]} -> {str(other)[:120]}"
 
 
 @contextlib.contextmanager
