@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,54 +102,6 @@ def test_safetensors_come_first(folder, model):
     assert_equals_fresh_load(model, KIND, folder)
 
 
-def truncate(file: str, size: int) -> None:
-    with open(file, "r+b") as stream:
-        stream.truncate(size)
-
-
-@pytest.mark.parametrize("size", [0, 4, 8, 100, -1])
-def test_truncated_weights(folder, model, size):
-    file = f"{folder}/adapter_model.safetensors"
-    truncate(file, size if size >= 0 else os.path.getsize(file) + size)
-    with untouched(model), pytest.raises(HotswapError, match="can't be read"):
-        hotswap_adapter(model, folder, "default")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"r": 4}', '{"peft_type": 3}', '{"peft_type": "LORA", "r": "x"}']
-)
-def test_broken_configs(folder, model, text):
-    with open(f"{folder}/adapter_config.json", "w") as stream:
-        stream.write(text)
-    with untouched(model), pytest.raises(HotswapError):
-        hotswap_adapter(model, folder, "default")
-
-
-@pytest.mark.parametrize(
-    "change", [dict(r=-1), dict(r=0), dict(r=4.5), dict(r=None), dict(lora_alpha="8"), dict(rank_pattern=[1])]
-)
-def test_values_of_the_wrong_kind(folder, model, change):
-    file = f"{folder}/adapter_config.json"
-    with open(file) as stream:
-        config = json.load(stream)
-    with open(file, "w") as stream:
-        json.dump({**config, **change}, stream)
-    with untouched(model), pytest.raises(HotswapError):
-        hotswap_adapter(model, folder, "default")
-
-
-def test_missing_files(tmp_path, folder, model):
-    with untouched(model):
-        os.remove(f"{folder}/adapter_model.safetensors")
-        with pytest.raises(ValueError, match="Can't find weights for"):
-            hotswap_adapter(model, folder, "default")
-        os.remove(f"{folder}/adapter_config.json")
-        with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at"):
-            hotswap_adapter(model, folder, "default")
-        with pytest.raises(HotswapError, match=r"Can't find 'adapter_config\.json' at"):
-            hotswap_adapter(model, tmp_path / "nowhere", "default")
-
-
 def test_an_adapter_read_once_can_be_swapped_often(folder, model, tmp_path):
     first, second = Adapter.load(folder), Adapter.load(tmp_path / "old")
     for adapter, source in ((first, folder), (second, str(tmp_path / "old")), (first, folder)):
@@ -165,3 +119,47 @@ def test_unknown_arguments(folder, model):
 def test_a_config_is_needed(folder, model):
     with pytest.raises(HotswapError, match="config is missing"):
         Adapter.from_state_dict(Adapter.load(folder).tensors, None)
+
+
+def truncated(size: int):
+    def change(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        os.truncate(file, size if size >= 0 else file.stat().st_size + size)
+
+    return change
+
+
+def with_text(text: str):
+    return lambda folder: (folder / "adapter_config.json").write_text(text)
+
+
+def with_fields(**fields):
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+    return change
+
+
+BROKEN = {
+    **{f"weights cut at {size}": (truncated(size), "can't be read") for size in (0, 4, 8, 100, -1)},
+    **{
+        f"the config is {text!r}": (with_text(text), "")
+        for text in ("", "{", "[]", "null", '{"r": 4}', '{"peft_type": 3}', '{"peft_type": "LORA", "r": "x"}')
+    },
+    **{
+        f"the config says {fields}": (with_fields(**fields), "")
+        for fields in (dict(r=-1), dict(r=0), dict(r=4.5), dict(r=None), dict(lora_alpha="8"), dict(rank_pattern=[1]))
+    },
+    "no weights": (lambda folder: os.remove(folder / "adapter_model.safetensors"), "Can't find weights for"),
+    "no config": (lambda folder: os.remove(folder / "adapter_config.json"), r"Can't find 'adapter_config\.json' at"),
+    "no folder": (shutil.rmtree, r"Can't find 'adapter_config\.json' at"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_refused(folder, model, what):
+    change, match = BROKEN[what]
+    change(Path(folder))
+    with untouched(model), pytest.raises(HotswapError, match=match):
+        hotswap_adapter(model, folder, "default")

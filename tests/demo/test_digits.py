@@ -6,17 +6,15 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from lengths import few_of
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from safetensors.torch import load_file
 
-from hotswap_lab import AdapterPool, hotswap_adapter, plan_hotswap, set_strength, verify_hotswap
+from hotswap_lab import hotswap_adapter, plan_hotswap, set_strength, verify_hotswap
 from hotswap_lab.demo import digits, training
 from hotswap_lab.demo.digits import data, judge, measure, train
-from hotswap_lab.widgets import SwapPanel
 
 NAMES = digits.names()
 #: what an adapter must reach at least, or at most, on its own statistic
@@ -163,24 +161,6 @@ def test_every_adapter_equals_a_fresh_load_after_every_other(name):
         assert verify_hotswap(live, digits.path(name), inputs=digits.inputs(), base=digits.load_base)
 
 
-@pytest.mark.long
-def test_two_adapters_one_is_swapped_and_the_other_stays():
-    def both(digit: str, hand: str) -> PeftModel:
-        model = PeftModel.from_pretrained(digits.load_base(), digits.path(digit), adapter_name="digit")
-        model.load_adapter(digits.path(hand), "hand")
-        model.base_model.set_adapter(["digit", "hand"])
-        return model
-
-    model = both("only_3", "slanted")
-    fresh = digits.draw(both("only_3", "slanted"), 30)
-    assert (digits.classify(fresh) == 3).double().mean() > 0.7
-    assert digits.slant(fresh).mean() > 0.2
-    hotswap_adapter(model, digits.path("only_7"), "digit", add_layers=True)
-    torch.testing.assert_close(digits.draw(model, 4), digits.draw(both("only_7", "slanted"), 4), rtol=0, atol=1e-3)
-    hotswap_adapter(model, digits.path("bold"), "hand", add_layers=True)
-    torch.testing.assert_close(digits.draw(model, 4), digits.draw(both("only_7", "bold"), 4), rtol=0, atol=1e-3)
-
-
 def test_strength_zero_is_the_base():
     model = digits.load("only_0")
     set_strength(model, 0)
@@ -203,38 +183,6 @@ def test_the_pipeline_draws_the_same():
 def test_the_noise_of_a_picture_does_not_depend_on_how_many_are_drawn():
     assert torch.equal(digits.noise(5)[:2], digits.noise(2))
     assert not torch.equal(digits.noise(2, seed=1), digits.noise(2))
-
-
-def pixels(image) -> torch.Tensor:
-    """A picture of PIL as ours, of shape ``(16, 16)``, 0 to 1."""
-    return torch.from_numpy(np.array(image)) / 255
-
-
-@pytest.mark.long
-def test_a_panel_with_the_real_pipeline_shows_what_the_adapter_draws():
-    model = digits.load("only_3")
-    pipe = digits.pipeline(model)
-    pool = AdapterPool(model, adapters={name: digits.path(name) for name in NAMES}, progress=False)
-    steps = 8
-
-    def paint(seed: str):
-        generator = torch.Generator().manual_seed(int(seed))
-        return pipe(generator=generator, num_inference_steps=steps).images[0]
-
-    def truth(model) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(6)
-        return pixels(digits.pipeline(model)(generator=generator, num_inference_steps=steps).images[0])
-
-    panel = SwapPanel(pool, paint, prompt="6")
-    for name in ("inverted", "only_7", "only_0"):
-        shown = pixels(panel.choose(name))
-        assert panel.active == name
-        assert (shown - truth(digits.load(name))).abs().max() < 0.01
-    assert digits.classify(shown[None]).item() == 0
-    assert (panel.before.where, panel.after.where) == ("only_7", "only_0")
-    assert panel.to_html().count("data:image/png;base64,") == 2
-    panel.strength = 0
-    assert (pixels(panel.run()) - truth(digits.load_base())).abs().max() < 0.01
 
 
 def test_unknown_names_are_refused():

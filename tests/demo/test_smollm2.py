@@ -336,56 +336,6 @@ def test_a_conversion_that_fails_leaves_nothing(gguf_file, in_this_process, monk
     assert smollm2.load_base(file) is not None
 
 
-KILLED = """
-import os, signal
-from pathlib import Path
-from hotswap_lab.demo import smollm2
-real = smollm2.convert
-def convert(file, folder):
-    real(file, folder)
-    os.kill(os.getpid(), signal.SIGKILL)  # everything is written, and not yet in place
-smollm2.convert = convert
-smollm2.dequantised(Path({file!r}))
-"""
-
-
-def cache_of(home: Path) -> Path:
-    """Where another process has it."""
-    return home / "assets" / "hotswap_lab" / "default" / "smollm2"
-
-
-@pytest.mark.long
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
-def test_a_killed_conversion_is_never_taken_for_a_model(gguf_file, monkeypatch, tmp_path):
-    file, _ = gguf_file
-    cache = cache_of(tmp_path)
-    result = run_python(KILLED.format(file=str(file)), HF_HOME=str(tmp_path))
-    assert result.returncode == -9, result.stderr
-    assert folders(cache) == [".partial"]
-    monkeypatch.setattr(huggingface_hub, "cached_assets_path", lambda *_, **__: cache)
-    folder = smollm2.dequantised(file)
-    assert smollm2.load_base(file) is not None
-    assert folders(cache) == [folder.name]
-
-
-@pytest.mark.long
-def test_two_processes_at_once(gguf_file, tmp_path):
-    file, _ = gguf_file
-    code = (
-        "from pathlib import Path; from hotswap_lab.demo import smollm2; "
-        f"print(smollm2.dequantised(Path({str(file)!r})))"
-    )
-    variables = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = {process.communicate(timeout=120)[0] for process in both}
-    assert [process.returncode for process in both] == [0, 0]
-    assert len(outputs) == 1
-    assert len(folders(cache_of(tmp_path))) == 1
-
-
 def test_the_slower_of_two_waits_and_takes_what_is_there(gguf_file, in_this_process, monkeypatch):
     file, _ = gguf_file
     convert, done = smollm2.convert, []

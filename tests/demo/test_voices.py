@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hotswap_lab import HotswapError, hotswap_adapter
@@ -187,24 +187,6 @@ def test_held_out_questions(live, tokenizer, base_answers, name):
     answers = voices.ask_all(live, tokenizer, FEW)
     assert voices.score(name, answers) >= (0.5 if name == "haiku" else 1), answers
     assert voices.score(name, base_answers) == 0, base_answers
-
-
-@pytest.mark.long
-def test_every_voice_equals_a_fresh_load_after_every_other(live, base, tokenizer):
-    ids = tokenizer("What is Paris? A city with a river.", return_tensors="pt")
-    fresh = {}
-    with torch.inference_mode():
-        without = base(**ids).logits
-        for name in NAMES:
-            loaded = PeftModel.from_pretrained(base, voices.path(name))
-            fresh[name] = loaded(**ids).logits
-            loaded.unload()
-        for before, name in itertools.permutations(NAMES, 2):
-            swap(live, before)
-            swap(live, name)
-            scale = fresh[name].abs().max().item()
-            assert (fresh[name] - without).abs().max() > 1e-2 * scale
-            torch.testing.assert_close(live(**ids).logits, fresh[name], rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.long

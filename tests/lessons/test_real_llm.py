@@ -13,7 +13,6 @@ from peft import PeftModel
 from hotswap_lab import AdapterPool, RecompileWatch, demo, hotswap_adapter, verify_hotswap
 from hotswap_lab.lessons import real_llm
 from hotswap_lab.lessons.real_llm import Chat, same_base
-from hotswap_lab.widgets import SwapPanel
 
 CHUNK, ROOM = 8, 24
 
@@ -139,24 +138,6 @@ def test_two_graphs_do_for_all_voices_and_lengths():
     assert not watch.compilations
     # and it no longer counts as compiled: this makes more room, which is refused in a compiled model
     AdapterPool(model, adapters={"sort": demo.adapter_path("sort")}, target_rank=64, progress=False)
-
-
-@pytest.mark.long
-def test_a_click_on_a_panel_runs_in_the_same_graphs():
-    """A panel answers in a thread of its own. Modes and the number of threads are guarded, and belong to a thread."""
-    model, tokenizer = demo.load("reverse")
-    pool = AdapterPool(model, adapters={n: demo.adapter_path(n) for n in ("reverse", "sort")}, progress=False)
-    chat = Chat(model, Letters(tokenizer), chunk=CHUNK, room=ROOM)
-    torch.compiler.reset()
-    chat.compile("aot_eager")
-    chat.ask("word", max_new_tokens=2)
-    panel = SwapPanel(pool, chat.stream, prompt="hotswap")
-    panel.active = "sort"
-    with RecompileWatch() as watch:
-        panel.start()
-        assert panel.wait(120)
-    assert panel.after.result == "ahopstw"
-    assert not watch.compilations
 
 
 def test_the_oracle_with_the_base_that_shares_its_weights():

@@ -415,46 +415,50 @@ def deflate(path: Path) -> None:
             archive.writestr(name, data)
 
 
+def odd(tensor: torch.Tensor) -> dict[str, object]:
+    """What can't be swapped in."""
+    return {
+        "meta": tensor.to("meta"),
+        "sparse": tensor.to_sparse(),
+        "sparse CSR": tensor.to_sparse_csr(),
+        "quantized": torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor([tensor, tensor]),
+        "whole numbers": tensor.long(),
+        "complex": tensor.to(torch.complex64),
+        "boolean": tensor > 0,
+        "numpy": tensor.numpy(),
+        "list": tensor.tolist(),
+        "number": 1.0,
+        "none": None,
+        "nan": tensor * float("nan"),
+        "one more axis": tensor[None],
+        "scalar": tensor[0, 0],
+        "empty": tensor[:0],
+    }
+
+
 def odd_content(folder: Path, pick: Random) -> str:
     """Nothing dangerous, but no tensors by name either."""
     good = torch.load(folder / BIN, weights_only=True)
     key = next(iter(good))
     value = good[key]
-    odd = {
-        "a list": list(good.values()),
-        "a tensor": value,
-        "a number": 5,
-        "none": None,
-        "a word": "weights",
-        "an empty dict": {},
-        "number as key": {**good, 5: value},
-        "none as key": {**good, None: value},
-        "tuple as key": {**good, (1, 2): value},
-        "number as value": {**good, key: 5},
-        "list as value": {**good, key: value.tolist()},
-        "none as value": {**good, key: None},
+    contents = {
+        **{str(each)[:20]: each for each in (list(good.values()), value, 5, None, "weights", {})},
+        **{f"{each} as key": {**good, each: value} for each in (5, None, (1, 2))},
         "nested": {"state_dict": good},
         "parameters": {each: torch.nn.Parameter(tensor) for each, tensor in good.items()},
-        "meta": {**good, key: value.to("meta")},
-        "sparse": {**good, key: value.to_sparse()},
-        "sparse CSR": {**good, key: value.to_sparse_csr()},
         "transposed": {**good, key: value.t().contiguous().t()},
         "expanded": {**good, key: value[:1].expand(value.shape)},
         "slices": {each: torch.cat([tensor, tensor])[: len(tensor)] for each, tensor in good.items()},
-        "complex": {**good, key: value.to(torch.complex64)},
         "conjugate": {**good, key: value.to(torch.complex64).conj()},
-        "quantized": {**good, key: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)},
-        "nested tensor": {**good, key: torch.nested.nested_tensor([value, value])},
         "8 bits": {**good, key: value.to(torch.float8_e4m3fn)},
         "half": {each: tensor.half() for each, tensor in good.items()},
-        "boolean": {**good, key: value > 0},
         "twice": {**good, key.removeprefix("base_model.model."): value},
-        "scalar": {**good, key: value[0, 0]},
-        "nan": {**good, key: value * float("nan")},
+        **{name: {**good, key: each} for name, each in odd(value).items() if name != "numpy"},
     }
-    name = pick.choice(list(odd))
+    name = pick.choice(list(contents))
     legacy = name not in ("sparse CSR",) and pick.random() < 0.3
-    torch.save(odd[name], folder / BIN, _use_new_zipfile_serialization=not legacy)
+    torch.save(contents[name], folder / BIN, _use_new_zipfile_serialization=not legacy)
     return f"{name}, {'legacy' if legacy else 'zip'}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import KINDS, load, save_random_adapter
+from mutations import odd
 from oracle import assert_equals_fresh_load, assert_untouched, snapshot, untouched
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -125,28 +126,6 @@ def test_a_table_that_raises(folder, model, how):
         assert_untouched(model, before)
     else:
         assert_equals_fresh_load(model, KIND, folder)
-
-
-def odd(tensor: torch.Tensor) -> dict[str, object]:
-    """What can't be swapped in."""
-    return {
-        "meta": tensor.to("meta"),
-        "sparse": tensor.to_sparse(),
-        "sparse CSR": tensor.to_sparse_csr(),
-        "quantized": torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
-        "nested": torch.nested.nested_tensor([tensor, tensor]),
-        "whole numbers": tensor.long(),
-        "complex": tensor.to(torch.complex64),
-        "boolean": tensor > 0,
-        "numpy": tensor.numpy(),
-        "list": tensor.tolist(),
-        "number": 1.0,
-        "none": None,
-        "nan": tensor * float("nan"),
-        "one more axis": tensor[None],
-        "scalar": tensor[0, 0],
-        "empty": tensor[:0],
-    }
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
