@@ -12,6 +12,7 @@ from torch import nn
 
 LLAMA = KINDS["llama"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EMBED, MHA = "embed_tokens", ["attention", "head"]
 
 
 def tied_llama() -> nn.Module:
@@ -88,16 +89,22 @@ def _bert(**arguments) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": ["query", "value"], **arguments})
 
 
+def _pair(**first: object) -> list[LoraConfig | None]:
+    """One of rank 4, and one of rank 8."""
+    return [_lora(**first), _lora(r=8, **first)]
+
+
+def _bd(nblocks: int):
+    targets = dict(target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"])
+    return variant("BdLoraConfig", nblocks=nblocks, match_strict=False, **targets)
+
+
+DORA_CONVOLUTIONS = dict(r=4, target_modules=["conv1d", "conv2d", "conv3d"])
+TOKENS = dict(trainable_token_indices=[1, 2, 3]), dict(r=8, trainable_token_indices=[4, 5])
 #: by name: the model, and the configs that are swapped for one another, in every order
 FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
-    "DoRA": (
-        "llama",
-        [_lora(use_dora=True), _lora(r=8, use_dora=True), _lora(), _lora(use_dora=True, target_modules=["q_proj"])],
-    ),
-    "DoRA on convolutions": (
-        "conv",
-        [LoraConfig(r=4, use_dora=dora, target_modules=["conv1d", "conv2d", "conv3d"]) for dora in (True, False)],
-    ),
+    "DoRA": ("llama", [*_pair(use_dora=True), _lora(), _lora(use_dora=True, target_modules=["q_proj"])]),
+    "DoRA on convolutions": ("conv", [LoraConfig(use_dora=dora, **DORA_CONVOLUTIONS) for dora in (True, False)]),
     "lora_bias": ("bert", [_bert(lora_bias=True), _bert(r=8, lora_bias=True), _bert()]),
     "bias": (
         "bert",
@@ -105,80 +112,30 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
     ),
     "modules_to_save": (
         "llama",
-        [
-            _lora(modules_to_save=["lm_head"]),
-            _lora(r=8, modules_to_save=["lm_head"]),
-            _lora(),
-            _lora(modules_to_save=["lm_head", "embed_tokens"]),
-        ],
+        [*_pair(modules_to_save=["lm_head"]), _lora(), _lora(modules_to_save=["lm_head", "embed_tokens"])],
     ),
     "SEQ_CLS": (
         "classifier",
-        [
-            _lora(task_type="SEQ_CLS"),
-            _lora(r=8, task_type="SEQ_CLS"),
-            _lora(r=2, task_type="SEQ_CLS", use_dora=True),
-            _lora(),
-        ],
+        [*_pair(task_type="SEQ_CLS"), _lora(r=2, task_type="SEQ_CLS", use_dora=True), _lora()],
     ),
     "embeddings, untied": (
         "llama",
-        [
-            _lora(target_modules=[*ATTENTION, "embed_tokens"]),
-            _lora(r=6, target_modules=["embed_tokens", "lm_head"]),
-            _lora(),
-        ],
+        [_lora(target_modules=[*ATTENTION, EMBED]), _lora(r=6, target_modules=[EMBED, "lm_head"]), _lora()],
     ),
     "embeddings, tied": (
         "tied",
-        [_lora(target_modules=[*ATTENTION, "embed_tokens"]), _lora(r=6, target_modules=["embed_tokens"]), _lora()],
+        [_lora(target_modules=[*ATTENTION, EMBED]), _lora(r=6, target_modules=[EMBED]), _lora()],
     ),
     "trainable tokens": (
         "llama",
-        [
-            _lora(trainable_token_indices=[1, 2, 3]),
-            _lora(r=8, trainable_token_indices=[4, 5]),
-            _lora(trainable_token_indices={"embed_tokens": [7, 8]}),
-            _lora(),
-        ],
+        [*(_lora(**each) for each in TOKENS), _lora(trainable_token_indices={EMBED: [7, 8]}), _lora()],
     ),
-    "trainable tokens, tied": (
-        "tied",
-        [_lora(trainable_token_indices=[1, 2, 3]), _lora(r=8, trainable_token_indices=[4, 5]), _lora()],
-    ),
+    "trainable tokens, tied": ("tied", [*(_lora(**each) for each in TOKENS), _lora()]),
     "MultiheadAttention": (
         "attention",
-        [
-            LoraConfig(r=2, target_modules=["attention", "head"]),
-            LoraConfig(r=4, target_modules=["attention", "head"]),
-            LoraConfig(r=3, target_modules=["head"]),
-        ],
+        [LoraConfig(r=r, target_modules=modules) for r, modules in ((2, MHA), (4, MHA), (3, MHA[1:]))],
     ),
-    "BD-LoRA": (
-        "llama",
-        [
-            _lora(
-                use_bdlora=variant(
-                    "BdLoraConfig",
-                    target_modules_bd_a=["q_proj"],
-                    target_modules_bd_b=["o_proj"],
-                    nblocks=2,
-                    match_strict=False,
-                )
-            ),
-            _lora(
-                r=8,
-                use_bdlora=variant(
-                    "BdLoraConfig",
-                    target_modules_bd_a=["q_proj"],
-                    target_modules_bd_b=["o_proj"],
-                    nblocks=4,
-                    match_strict=False,
-                ),
-            ),
-            _lora(),
-        ],
-    ),
+    "BD-LoRA": ("llama", [_lora(use_bdlora=_bd(2)), _lora(r=8, use_bdlora=_bd(4)), _lora()]),
     "aLoRA": (
         "invoked",
         [
@@ -187,22 +144,8 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
             _lora(task_type="CAUSAL_LM"),
         ],
     ),
-    "VeLoRA": (
-        "llama",
-        [
-            _lora(velora_config=variant("VeloraConfig", num_groups=4)),
-            _lora(r=8, velora_config=variant("VeloraConfig", num_groups=4)),
-            _lora(),
-        ],
-    ),
-    "MonteCLoRA": (
-        "llama",
-        [
-            _lora(monteclora_config=variant("MontecloraConfig", buffer_size=8)),
-            _lora(r=8, monteclora_config=variant("MontecloraConfig", buffer_size=8)),
-            _lora(),
-        ],
-    ),
+    "VeLoRA": ("llama", [*_pair(velora_config=variant("VeloraConfig", num_groups=4)), _lora()]),
+    "MonteCLoRA": ("llama", [*_pair(monteclora_config=variant("MontecloraConfig", buffer_size=8)), _lora()]),
     "QA-LoRA": (
         "llama",
         [_lora(use_qalora=True, qalora_group_size=4), _lora(r=8, use_qalora=True, qalora_group_size=8), _lora()],
