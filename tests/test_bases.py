@@ -14,12 +14,12 @@ from models import KINDS, Kind, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
+from refusals import refused
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotswap_lab import (
     AdapterPool,
-    HotswapError,
     hotswap_adapter,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
@@ -201,8 +201,7 @@ def test_rows(base, family):
     model, wanted = base.load(family["first"]).requires_grad_(False), ("grown", "fewer")
     outputs = call(model, base.kind.inputs())
     if "bit" in base.layer:
-        with pytest.raises(HotswapError, match="can't have another adapter in each row"):
-            AdapterPool(model, adapters=family, rows=2)
+        refused("can't have another adapter in each row", AdapterPool, model, adapters=family, rows=2)
         assert torch.equal(call(model, base.kind.inputs()), outputs)
         return
     pool = AdapterPool(model, adapters=family, rows=2)
@@ -255,8 +254,7 @@ def test_a_refusal_leaves_everything_as_it_was(base, family, tmp_path):
     model = base.load(family["first"])
     before = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
     outputs = call(model, base.kind.inputs())
-    with pytest.raises(HotswapError, match="does not fit the base model"):
-        hotswap_adapter(model, other, "default")
+    refused("does not fit the base model", hotswap_adapter, model, other, "default")
     assert torch.equal(call(model, base.kind.inputs()), outputs)
     assert_same_tensors(get_peft_model_state_dict(model), before)
 
@@ -316,8 +314,7 @@ def test_offloaded_adapter_weights_are_refused(adapters, tmp_path, where, name):
         lambda: prepare_model_for_compiled_hotswap(model, target_rank=8),
         lambda: AdapterPool(model, adapters=adapters),
     ):
-        with pytest.raises(HotswapError, match="remove_hook_from_submodules"):
-            attempt()
+        refused("remove_hook_from_submodules", attempt)
         assert torch.equal(call(model, LLAMA.inputs()), outputs)
         assert all(parameter.is_meta for key, parameter in model.named_parameters() if "lora_" in key)
     # what the refusal says to do next

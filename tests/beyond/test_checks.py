@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from models import KINDS, load, save_random_adapter
-from oracle import assert_equals_fresh_load, untouched
+from oracle import assert_equals_fresh_load
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
+from refusals import refused
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hotswap_lab import (
     AdapterPool,
-    HotswapError,
     get_strength,
     hotswap_adapter,
     plan_hotswap,
@@ -78,8 +78,7 @@ def test_folders_may_be_copies(tmp_path, old, new, noted):
 def test_an_expert_of_an_arrow_router_is_refused(tmp_path):
     folders = [adapter_for(None, tmp_path / str(seed), seed) for seed in range(3)]
     model = create_arrow_model(KIND.base(), folders[:2], ArrowConfig(top_k=1))
-    with untouched(model), pytest.raises(HotswapError, match="expert of an Arrow router"):
-        hotswap_adapter(model, folders[2], "task_0")
+    refused("expert of an Arrow router", hotswap_adapter, model, folders[2], "task_0")
 
 
 def test_a_pool_notes_and_warns_of_another_base_model_too(tmp_path):
@@ -103,8 +102,7 @@ def test_the_only_adapter_needs_no_name(tmp_path):
     save_adapter(model, tmp_path / "saved")
     assert verify_hotswap(model, str(tmp_path / "saved"))
     model.load_adapter(folders[0], "second")
-    with pytest.raises(HotswapError, match="default"):
-        set_strength(model, 0.5)
+    refused("default", set_strength, model, 0.5)
 
 
 def untied_gpt2():

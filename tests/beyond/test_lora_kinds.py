@@ -23,6 +23,7 @@ from oracle import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from refusals import refused
 
 from hotswap_lab import HotswapError, hotswap_adapter, save_adapter, verify_hotswap
 
@@ -191,8 +192,7 @@ def test_what_peft_overwrites_after_a_swap_is_refused_as_well(folders):
     model.load_adapter(everything, "default")
     model.set_adapter("default")
     before = snapshot(model.eval())
-    with pytest.raises(HotswapError, match="pass base_weights="):
-        hotswap_adapter(model, plain, "default")
+    refused("pass base_weights=", hotswap_adapter, model, plain, "default")
     assert_untouched(model, before)
     hotswap_adapter(model, plain, "default", base_weights=kind.base().state_dict())
     assert_equals_fresh_load(model, kind, plain, margin=10, activated=True)
@@ -207,8 +207,7 @@ def test_biases_stay_unknown_whatever_is_swapped_in(folders, tmp_path):
     model = load(kind, everything)
     for folder in (other, everything, other):
         hotswap_adapter(model, folder, "default", add_layers=True)
-    with pytest.raises(HotswapError, match="pass base_weights="):
-        hotswap_adapter(model, plain, "default", add_layers=True)
+    refused("pass base_weights=", hotswap_adapter, model, plain, "default", add_layers=True)
     hotswap_adapter(model, plain, "default", add_layers=True, base_weights=kind.base().state_dict())
     assert_equals_fresh_load(model, kind, plain, margin=10)
 
@@ -287,8 +286,7 @@ def test_layers_are_not_added_unasked(tmp_path):
     old = save_random_adapter_of(LoraConfig(r=4, target_modules=["q_proj"], use_dora=True), tmp_path / "old", 1)
     new = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "new", 2)
     model = load(LLAMA, old)
-    with untouched(model), pytest.raises(HotswapError, match="add_layers=True"):
-        hotswap_adapter(model, new, "default")
+    refused("add_layers=True", hotswap_adapter, model, new, "default")
 
 
 def test_another_adapter_keeps_all_of_its_own(folders, tmp_path):
@@ -316,5 +314,4 @@ def test_kasa_changes_the_base_and_is_refused(tmp_path):
     plain = save_random_adapter_of(LoraConfig(r=4, target_modules=ATTENTION), tmp_path / "plain", 2)
     for old, new in ((plain, kasa), (kasa, plain)):
         model = load(LLAMA, old)
-        with untouched(model), pytest.raises(HotswapError, match="changes the base model's own weights"):
-            hotswap_adapter(model, new, "default")
+        refused("changes the base model's own weights", hotswap_adapter, model, new, "default")

@@ -9,7 +9,7 @@ import torch
 from adapters import ALL, CONFIGS, LLAMA, save_random_adapter_of
 from lora_kinds import ATTENTION, MODELS
 from models import ARCHITECTURES, KINDS, Kind, call, load
-from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot, untouched
+from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import (
     AdaLoraConfig,
     AdaptionPromptConfig,
@@ -19,6 +19,7 @@ from peft import (
     PeftMixedModel,
     RandLoraConfig,
 )
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,8 +44,7 @@ def _save(tmp_path, *configs, kind: Kind = LLAMA) -> list[str]:
 
 
 def _refused(model, new: str, match: str, name: str = "default", **arguments) -> None:
-    with untouched(model), pytest.raises(HotswapError, match=match):
-        hotswap_adapter(model, new, name, **arguments)
+    refused(match, hotswap_adapter, model, new, name, **arguments)
 
 
 def test_trained_tokens_of_an_inactive_adapter(tmp_path):
@@ -199,8 +199,7 @@ def test_embeddings_in_a_room(tmp_path, way):
         return lambda folder: hotswap_adapter(model, folder, "default")
 
     model = load(LLAMA, _with_other_embeddings(embedded, tmp_path / "changed"))
-    with pytest.raises(HotswapError, match="came with base weights of its own"):
-        swap_of(model)(plain)
+    refused("came with base weights of its own", swap_of(model), plain)
     if way == "prepared":
         model = load(LLAMA, plain)
         swap = swap_of(model)
@@ -308,8 +307,7 @@ def test_another_adapter_is_merged_after_the_plan_was_made(tmp_path):
     plan = plan_hotswap(model, new)
     model.set_adapter("other")
     model.merge_adapter(["other"])
-    with untouched(model), pytest.raises(HotswapError, match=MERGED):
-        commit(plan)
+    refused(MERGED, commit, plan)
 
 
 @pytest.mark.parametrize(
@@ -336,8 +334,7 @@ def test_a_room_while_another_adapter_is_merged(tmp_path):
     pool = AdapterPool(model.eval(), adapters={"old": old}, progress=False)
     model.set_adapter("other")
     model.merge_adapter(["other"])
-    with pytest.raises(HotswapError, match=MERGED):
-        pool.add("few", few)
+    refused(MERGED, pool.add, "few", few)
     _refused(model, few, MERGED)
     pool.add("same", same)  # on all layers, so that none has to be turned off
     pool.swap("same")
@@ -350,8 +347,7 @@ def test_a_room_while_another_adapter_is_merged(tmp_path):
 def test_layers_are_not_reserved_while_another_adapter_is_merged(tmp_path):
     old, few, other = _save(tmp_path, *FROM_BASE["DoRA"])
     model = _with_merged_neighbour(few, other)
-    with untouched(model), pytest.raises(HotswapError, match=MERGED):
-        prepare_model_for_compiled_hotswap(model, adapters=[old], adapter_name="default")
+    refused(MERGED, prepare_model_for_compiled_hotswap, model, adapters=[old], adapter_name="default")
     prepare_model_for_compiled_hotswap(_without(model), adapters=[old], adapter_name="default")
     torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
 
@@ -383,8 +379,7 @@ def test_a_plan_is_for_the_model_as_it_was(tmp_path, name, change):
     model = load(LLAMA, folders[0], is_trainable=True)
     plan = plan_hotswap(model, folders[1])
     STALE[change](model, folders, plan)
-    with untouched(model), pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
-        commit(plan)
+    refused("The model has changed since this swap was planned", commit, plan)
     if change in ("prepared", "in a pool"):
         for folder in (folders[1], folders[0]):
             hotswap_adapter(model, folder, "default")
@@ -397,8 +392,7 @@ def test_a_plan_from_before_more_room_was_made(tmp_path):
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     plan = plan_hotswap(model, folders[1])
     prepare_model_for_compiled_hotswap(model, target_rank=16)
-    with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
-        commit(plan)
+    refused("The model has changed since this swap was planned", commit, plan)
 
 
 def test_a_plan_of_another_method_compares_with_what_is_there_now(tmp_path):
@@ -452,8 +446,7 @@ def test_a_plan_that_changes_wrappers_is_for_the_adapters_that_were_there(tmp_pa
         commit(plan)
     except HotswapError:
         assert_untouched(model, before)
-        with pytest.raises(HotswapError, match="The model has changed since this swap was planned"):
-            commit(plan)
+        refused("The model has changed since this swap was planned", commit, plan)
         return
     model.set_adapter("default")
     assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, activated=True)
@@ -485,8 +478,7 @@ def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         parallel = DistributedDataParallel(model)
-        with untouched(model), pytest.raises(HotswapError, match="would no longer average the gradients"):
-            hotswap_adapter(parallel, new, "default")
+        refused("would no longer average the gradients", hotswap_adapter, parallel, new, "default")
     finally:
         torch.distributed.destroy_process_group()
 

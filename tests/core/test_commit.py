@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import KINDS, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_untouched, snapshot, untouched
+from refusals import refused
 
 from hotswap_lab import HotswapError, commit, hotswap_adapter, plan_hotswap
 from hotswap_lab.core.journal import Journal
@@ -63,8 +64,7 @@ def test_a_kept_plan_notices_what_was_done_since(tmp_path, change):
     model = load(LINEAR, folders[0], is_trainable=True)
     plan = plan_hotswap(model, folders[1])
     change(model)
-    with untouched(model), pytest.raises(HotswapError, match="has changed since this swap was planned"):
-        commit(plan)
+    refused("has changed since this swap was planned", commit, plan)
     if change is train:
         commit(plan_hotswap(model, folders[1]))
         assert_equals_fresh_load(model, LINEAR, folders[1], is_trainable=True)

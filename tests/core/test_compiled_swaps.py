@@ -15,6 +15,7 @@ from models import ARCHITECTURES, KINDS, Kind, call, load, save_random_adapter
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
+from refusals import refused
 
 from hotswap_lab import (
     HotswapError,
@@ -378,8 +379,7 @@ def test_missing_guards_are_refused_unless_only_values_change(folders, options, 
         call(model, LLAMA.inputs())
     begin()
     try:
-        with pytest.raises(HotswapError, match=match):
-            hotswap_adapter(unprepared, folders[1], "default")
+        refused(match, hotswap_adapter, unprepared, folders[1], "default")
         hotswap_adapter(ready, folders[1], "default")
     finally:
         torch.compiler.set_stance("default")
@@ -411,8 +411,7 @@ def test_layers_that_were_not_reserved_are_refused(folders):
     model = load(LLAMA, folders[2])
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     compiled = torch.compile(model, backend="eager")
-    with pytest.raises(HotswapError, match=r"(?s)unexpected keys found.*among `adapters`"):
-        hotswap_adapter(compiled, folders[0], "default")
+    refused(r"(?s)unexpected keys found.*among `adapters`", hotswap_adapter, compiled, folders[0], "default")
     with pytest.raises(HotswapError, match="Layers can't be added to a compiled model") as caught:
         hotswap_adapter(compiled, folders[0], "default", add_layers=True)
     assert len(caught.value.refusals) == 1

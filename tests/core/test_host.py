@@ -6,11 +6,11 @@ import pytest
 import torch
 from models import KINDS, load, save_random_adapter
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from refusals import refused
 from torch import nn
 
 from hotswap_lab import (
     AdapterPool,
-    HotswapError,
     hotswap_adapter,
     in_use,
     plan_hotswap,
@@ -100,8 +100,7 @@ def test_a_model_without_adapters_is_refused():
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are(peft_model):
-    with pytest.raises(HotswapError, match=r"Adapter nobody not found[\s\S]*the adapters 'default'"):
-        find_host(peft_model, "nobody")
+    refused(r"Adapter nobody not found[\s\S]*the adapters 'default'", find_host, peft_model, "nobody")
 
 
 @pytest.mark.parametrize(
@@ -116,16 +115,13 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(peft_model):
 )
 def test_a_model_whose_only_adapter_was_deleted_has_none_of_that_name(peft_model, function):
     peft_model.delete_adapter("default")
-    with pytest.raises(HotswapError, match=r"Adapter default not found[\s\S]*no adapter that is left"):
-        function(peft_model)
-    with pytest.raises(HotswapError, match="No adapter layers found on the model"):
-        in_use(peft_model)
+    refused(r"Adapter default not found[\s\S]*no adapter that is left", function, peft_model)
+    refused("No adapter layers found on the model", in_use, peft_model)
 
 
 def test_two_models_with_the_same_adapter_name_are_refused(peft_model, tmp_path):
     other = load(KIND, save_random_adapter(KIND, tmp_path / "other", seed=1, r=2), "default")
-    with pytest.raises(HotswapError, match="More than one part of the model"):
-        find_host(nn.ModuleList([peft_model, other]), "default")
+    refused("More than one part of the model", find_host, nn.ModuleList([peft_model, other]), "default")
     renamed = load(KIND, str(tmp_path / "other"), "mine")
     assert find_host(nn.ModuleList([peft_model, renamed]), "mine").base is renamed.get_base_model()
 
@@ -148,5 +144,4 @@ def test_what_is_no_model_is_refused(function):
     class Pipeline:
         unet = nn.Linear(2, 2)
 
-    with pytest.raises(HotswapError, match=r"call hotswap_lab.hotswap_pipeline"):
-        function(Pipeline())
+    refused(r"call hotswap_lab.hotswap_pipeline", function, Pipeline())

@@ -19,6 +19,7 @@ from oracle import (
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
+from refusals import refused
 from safetensors.torch import load_file
 
 from hotswap_lab import (
@@ -91,8 +92,7 @@ def test_preparing_twice_changes_nothing_and_more_room_can_be_made_later(kind, f
     with untouched(model):
         prepare_model_for_compiled_hotswap(model, target_rank=8)
         prepare_model_for_compiled_hotswap(model, target_rank=4)
-    with pytest.raises(HotswapError, match="higher than the model was prepared for"):
-        hotswap_adapter(model, family[2], "default")
+    refused("higher than the model was prepared for", hotswap_adapter, model, family[2], "default")
     prepare_model_for_compiled_hotswap(model, target_rank=16)
     hotswap_adapter(model, family[2], "default")
     assert_equals_fresh_load(model, kind, family[2], prepared=True)
@@ -341,8 +341,7 @@ def test_a_model_that_peft_prepared(tmp_path):
         assert verify_hotswap(model, folder, inputs=LLAMA.inputs())
     assert slot.data_ptrs() == addresses
     assert layers(model)[0].scaling["default"] is scaling
-    with pytest.raises(HotswapError, match="target_rank=9"):
-        hotswap_adapter(model, folders[3], "default")
+    refused("target_rank=9", hotswap_adapter, model, folders[3], "default")
     prepare_model_for_compiled_hotswap(model, target_rank=9)
     hotswap_adapter(model, folders[3], "default")
     assert_equals_fresh_load(model, LLAMA, folders[3], prepared=True)
@@ -397,15 +396,13 @@ REFUSALS = {
 def test_what_can_not_be_prepared(tmp_path, what):
     arguments, match = REFUSALS[what]
     model = load(LINEAR, *make(LINEAR, tmp_path, FIRST))
-    with untouched(model), pytest.raises(HotswapError, match=match):
-        prepare_model_for_compiled_hotswap(model, **arguments)
+    refused(match, prepare_model_for_compiled_hotswap, model, **arguments)
 
 
 def test_a_target_that_does_not_fit_a_grouped_convolution(tmp_path):
     model = load(CONV, *make(CONV, tmp_path, dict(r=4)))
     match = "(?s)with groups=4 to target rank 6, but the target rank is not divisible by 4.*target_rank=8"
-    with untouched(model), pytest.raises(HotswapError, match=match):
-        prepare_model_for_compiled_hotswap(model, target_rank=6)
+    refused(match, prepare_model_for_compiled_hotswap, model, target_rank=6)
 
 
 def test_models_that_can_not_be_prepared():

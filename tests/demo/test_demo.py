@@ -9,9 +9,10 @@ import pytest
 import torch
 from lengths import few_of
 from peft import LoraConfig, PeftModel
+from refusals import refused
 from safetensors.torch import load_file
 
-from hotswap_lab import HotswapError, demo, hotswap_adapter, verify_hotswap
+from hotswap_lab import demo, hotswap_adapter, verify_hotswap
 from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR, copy, is_held_out
 from hotswap_lab.demo.train import RECIPES
 
@@ -124,8 +125,7 @@ def test_the_base_is_fresh_each_time():
 
 @pytest.mark.parametrize("word", ["", "Anna", "na\u00efve", "two words", 5, None])
 def test_words_that_the_model_can_not_know_are_refused(live, word):
-    with pytest.raises(HotswapError, match="does not know this word"):
-        demo.ask(*live, word)
+    refused("does not know this word", demo.ask, *live, word)
 
 
 def test_long_words_come_with_a_warning(live):

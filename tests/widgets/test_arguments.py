@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import refused
 
 from hotswap_lab import AdapterPool, HotswapError, demo, plan_hotswap
 from hotswap_lab.widgets import PlanView, RankPaddingView, RecompileMeter, SwapPanel
@@ -24,38 +25,31 @@ def pool(loaded):
 
 def test_a_tokenizer_is_no_function_that_answers(loaded):
     model, tokenizer = loaded
-    with pytest.raises(HotswapError, match="pass a tokenizer as tokenizer="):
-        SwapPanel(model, tokenizer, adapters=FOLDERS)
+    refused("pass a tokenizer as tokenizer=", SwapPanel, model, tokenizer, adapters=FOLDERS)
 
 
 @pytest.mark.parametrize("adapters", [list(FOLDERS.values()), FOLDERS["sort"]])
 def test_adapters_need_names(loaded, adapters):
     model, tokenizer = loaded
-    with pytest.raises(HotswapError, match="have no names"):
-        SwapPanel(model, tokenizer=tokenizer, adapters=adapters)
-    with pytest.raises(HotswapError, match="have no names"):
-        AdapterPool(model, adapters=adapters)
+    refused("have no names", SwapPanel, model, tokenizer=tokenizer, adapters=adapters)
+    refused("have no names", AdapterPool, model, adapters=adapters)
 
 
 def test_a_pool_has_its_adapters(pool, loaded):
-    with pytest.raises(HotswapError, match="not both"):
-        SwapPanel(pool, tokenizer=loaded[1], adapters=FOLDERS)
-    with pytest.raises(HotswapError, match="not both"):
-        RecompileMeter(pool.model, pool=pool, adapters=FOLDERS)
+    refused("not both", SwapPanel, pool, tokenizer=loaded[1], adapters=FOLDERS)
+    refused("not both", RecompileMeter, pool.model, pool=pool, adapters=FOLDERS)
 
 
 def test_a_plan_is_for_one_adapter(loaded):
     plan = plan_hotswap(loaded[0], FOLDERS["sort"])
-    with pytest.raises(HotswapError, match="for one adapter already"):
-        PlanView(plan, FOLDERS["reverse"])
+    refused("for one adapter already", PlanView, plan, FOLDERS["reverse"])
     view = PlanView(plan)
     view.search = None
     assert len(view.rows) == len(plan.layers)
 
 
 def test_a_template_has_a_place_for_the_prompt(pool, loaded):
-    with pytest.raises(HotswapError, match="no place for the prompt"):
-        SwapPanel(pool, tokenizer=loaded[1], template="x>")
+    refused("no place for the prompt", SwapPanel, pool, tokenizer=loaded[1], template="x>")
 
 
 def test_strength_and_prompt_of_a_panel(pool, loaded):
@@ -75,14 +69,12 @@ def test_a_rank_is_a_whole_number(rank):
 
 
 def test_a_meter_needs_something_to_call():
-    with pytest.raises(HotswapError, match="nothing to count"):
-        RecompileMeter("model")
+    refused("nothing to count", RecompileMeter, "model")
 
 
 def test_a_meter_needs_named_inputs(loaded):
     model, _ = loaded
-    with pytest.raises(HotswapError, match="have no names"):
-        RecompileMeter(model, inputs=torch.zeros(1, 3, dtype=torch.long))
+    refused("have no names", RecompileMeter, model, inputs=torch.zeros(1, 3, dtype=torch.long))
     with RecompileMeter(model, adapters=FOLDERS) as meter, pytest.raises(HotswapError, match="pass inputs"):
         meter.visit("sort")
     with RecompileMeter(model) as meter, pytest.raises(HotswapError, match="nothing to swap in"):

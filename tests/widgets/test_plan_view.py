@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from refusals import refused
 
-from hotswap_lab import HotswapError, demo, plan_hotswap, prepare_model_for_compiled_hotswap
+from hotswap_lab import demo, plan_hotswap, prepare_model_for_compiled_hotswap
 from hotswap_lab.widgets import PlanView
 
 
@@ -116,5 +117,4 @@ def test_static_form_is_limited(view, monkeypatch):
 
 def test_what_it_needs():
     model, _ = demo.load("reverse")
-    with pytest.raises(HotswapError, match="no plan to show"):
-        PlanView(model)
+    refused("no plan to show", PlanView, model)

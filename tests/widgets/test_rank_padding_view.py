@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import refused
 
-from hotswap_lab import HotswapError, demo, prepare_model_for_compiled_hotswap, resolve_slot
+from hotswap_lab import demo, prepare_model_for_compiled_hotswap, resolve_slot
 from hotswap_lab.core.adapter import Adapter
 from hotswap_lab.widgets import RankPaddingView
 
@@ -93,8 +94,7 @@ def test_what_is_out_of_range():
             view.target_rank = rank
     with pytest.raises(ValueError, match="no layer 'x'"):
         view.layer = "x"
-    with pytest.raises(HotswapError, match="nothing to pad"):
-        RankPaddingView(_conv_only())
+    refused("nothing to pad", RankPaddingView, _conv_only())
 
 
 def _conv_only():
