@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import pytest
+
+#: how many times as much those tests do that try to break a promise: ``TIMES=20 pytest -m long tests/robustness``
+TIMES = int(os.environ.get("TIMES", "1"))
 
 
 def long(*values: object) -> object:

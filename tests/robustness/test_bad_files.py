@@ -1,11 +1,13 @@
 """Damaged adapters: each loads as a fresh load does, or is refused in words and leaves everything as it was.
 
-The short form of bad_files.py, and one test for each defect that the long form found. All adapters are tried in another
-process (see child.py), so that a crash, a hang or something executed is seen, and the rest of the tests go on.
+Each mutation in turn on each seed, some with more on top, by each of the ways in (``TIMES=35`` tries 4,200); and one
+test for each defect that this has found. All adapters are tried in another process (see child.py), so that a crash, a
+hang or something executed is seen, and the rest of the tests go on.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -15,10 +17,9 @@ from random import Random
 
 import pytest
 import torch
-from bad_files import run_trials
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from lengths import long
+from lengths import TIMES, long
 from mutations import (
     EXPRESSIONS,
     Attack,
@@ -41,7 +42,29 @@ def laboratory(tmp_path_factory):
         yield laboratory
 
 
-@pytest.mark.parametrize(("count", "seed"), [(16, 4), long(120, 2)])
+def plan_trials(count: int, seed: int):
+    """Seed, mutations and way of each trial; the same for the same numbers."""
+    pairs = [(name, mutation) for name, each in SEEDS.items() for mutation in mutations_for(each.is_bin)]
+    for number, (name, mutation) in enumerate(itertools.islice(itertools.cycle(pairs), count)):
+        draw = Random(f"{seed}/{number}")
+        more = draw.sample(mutations_for(SEEDS[name].is_bin), draw.choice([0, 0, 0, 0, 1, 2]))
+        ways = ["hotswap", "hotswap", "plan", *(["pool", "prepare"] if SEEDS[name].is_plain else [])]
+        yield (
+            name,
+            [(each, Random(f"{seed}/{number}/{rank}")) for rank, each in enumerate((mutation, *more))],
+            draw.choice(ways),
+        )
+
+
+def run_trials(laboratory: Laboratory, count: int, seed: int) -> Tally:
+    """Tries ``count`` mutations."""
+    tally = Tally()
+    for name, mutations, way in plan_trials(count, seed):
+        tally.add(mutations[0][0].__name__, laboratory.attempt(name, mutations, way))
+    return tally
+
+
+@pytest.mark.parametrize(("count", "seed"), [(16, 4), long(120 * TIMES, 2)])
 def test_mutations_in_turn(laboratory, count, seed):
     tally = run_trials(laboratory, count, seed)
     assert not tally.failures, "\n".join(f"{trial}: {problems}" for trial, problems in tally.failures)

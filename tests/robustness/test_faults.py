@@ -2,29 +2,20 @@
 
 The steps are found by running (see ``faults.py``), so nothing has to be added here when the code changes. The tests
 raise at each line of what writes, and at some lines of what reads and decides, with the kinds of errors in turn; the
-short form of them at every tenth of these, of every third operation. As a program: every step of every operation,
-with the kinds of errors in turn; with ``--kinds 5`` each kind at each::
-
-    python tests/robustness/test_faults.py [--only NAME] [--kinds 1] [--deep 200]
-
-And with ``--ctrl-c 500`` real signals instead, which also come where nothing of Python's is about to run.
+short form of them at every tenth of these, of every third operation. ``TIMES=2`` and more: every step of every
+operation, and as many times as many real signals, which also come where nothing of Python's is about to run.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
-import faulthandler
 import functools
 import gc
 import itertools
 import math
-import os
 import random
-import signal
-import sys
 import tempfile
 import threading
 import time
@@ -32,18 +23,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[:0] = [
-        str(Path(__file__).parents[1]),
-        str(Path(__file__).parents[1] / "pipelines"),
-        str(Path(__file__).parent),
-    ]
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import pytest
 import torch
 from faults import FAULTS, Outcome, list_steps, run_with_ctrl_c, run_with_fault
-from lengths import long
+from lengths import TIMES, long
 from operations import OPERATIONS, Case, Shelf, around, held
 from oracle import contents, differences, identities
 
@@ -241,8 +224,12 @@ def test_a_fault_at_every_step(name, share, tmp_path):
     with _hunting(name, tmp_path) as hunt:
         kinds = itertools.cycle(FAULTS)
         for unit in UNITS:
+            places = hunt.places(unit)
             # a pipeline takes long to make and to look at
-            for step in chosen(hunt.places(unit), unit, share * (0.3 if "pipeline" in name else 1)):
+            steps = chosen(places, unit, share * (0.3 if "pipeline" in name else 1))
+            if TIMES > 1:
+                steps = _some(list(range(1, len(places) + 1)), 100 * TIMES if unit == "deep" else len(places))
+            for step in steps:
                 hunt.run(step, next(kinds), unit)
     assert hunt.counts["all"] >= (3 if name == "waiting_at_most" else 10 * share), hunt.counts
 
@@ -253,66 +240,14 @@ def test_a_fault_at_every_step(name, share, tmp_path):
 )
 def test_a_real_ctrl_c(name, count, tmp_path):
     with _hunting(name, tmp_path) as hunt:
-        for interrupt in _signals(hunt, 400):
+        for interrupt in _signals(hunt, 400 * TIMES):
             interrupt()
-            if hunt.counts["all"] == count:
+            if hunt.counts["all"] >= count * TIMES:
                 break
     assert hunt.counts["all"], hunt.counts
-
-
-def _faults(hunt: Hunt, arguments: argparse.Namespace) -> Iterator[Callable[[], None]]:
-    kinds = itertools.cycle(FAULTS)
-    for unit in UNITS:
-        places = hunt.places(unit)
-        steps = list(range(1, len(places) + 1))
-        steps = _some(steps, arguments.deep) if unit == "deep" else steps
-        for step in chosen(places, unit) if arguments.short else steps:
-            for kind in itertools.islice(kinds, 1 if unit == "signal" else arguments.kinds):
-                yield functools.partial(hunt.run, step, kind, unit)
 
 
 def _signals(hunt: Hunt, count: int) -> Iterator[Callable[[], None]]:
     duration, moments = sorted(hunt.duration() for _ in range(5))[2], random.Random(0)
     for _ in range(count):
         yield functools.partial(hunt.interrupt, moments.uniform(0, duration))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="An error at every step of every operation.")
-    parser.add_argument("--only", nargs="*", default=list(OPERATIONS), help="names of operations")
-    parser.add_argument("--kinds", type=int, default=1, help="how many kinds of errors at each step, in turn")
-    parser.add_argument("--short", action="store_true", help="the steps that the tests take")
-    parser.add_argument("--ctrl-c", type=int, default=0, help="only these: real signals, at so many random moments")
-    parser.add_argument("--deep", type=int, default=200, help="at how many C calls outside of the package")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background of a shell ignores it
-    total: collections.Counter = collections.Counter()
-    failures = 0
-    for name in arguments.only:
-        start = time.perf_counter()
-        found = []
-        with tempfile.TemporaryDirectory() as folder, _hunting(name, Path(folder)) as hunt:
-            for fault in _signals(hunt, arguments.ctrl_c) if arguments.ctrl_c else _faults(hunt, arguments):
-                faulthandler.dump_traceback_later(600)  # says where, if this one hangs
-                try:
-                    fault()
-                except AssertionError as error:
-                    found.append(str(error))
-                    torch.set_grad_enabled(True)
-                    hunt._renew()
-        total += hunt.counts
-        failures += len(found)
-        kinds = ", ".join(f"{kind} {hunt.counts[kind]}" for kind in (*FAULTS, "Ctrl-C") if hunt.counts[kind])
-        counts = (
-            f"{hunt.counts['all']:7,} faults: {hunt.counts['before']:,} as before, {hunt.counts['after']:,} as after"
-        )
-        print(f"{name:34} {counts}, {len(found)} in between ({kinds}; {time.perf_counter() - start:.0f} s)", flush=True)
-        for each in found[:20]:
-            print("    " + each.replace("\n", "\n    ")[:1500], flush=True)
-    print(f"all: {total['all']:,} faults, {failures} in between; {dict(total)}")
-    sys.exit(bool(failures))
-
-
-if __name__ == "__main__":
-    main()

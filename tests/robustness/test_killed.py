@@ -1,15 +1,12 @@
 """A process that is killed while it saves leaves the old adapter or the new one, or no adapter, never a mixture.
 
 No adapter only between its two files; the old ones lie beside them then, and can be put back. And a process that is
-killed while it fills the cache of converted models leaves nothing there that is taken for a model. The long form, 100
-kills at random moments and one at every line and C call of a save::
-
-    python tests/robustness/test_killed.py --kills 100 --every 1
+killed while it fills the cache of converted models leaves nothing there that is taken for a model. With ``TIMES=10``,
+100 kills at random moments, and one at every line and C call of a save.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import functools
 import os
@@ -37,6 +34,7 @@ import huggingface_hub
 import pytest
 import torch
 from faults import list_steps, run_with_fault
+from lengths import TIMES
 from models import KINDS, call, load, save_random_adapter
 from peft import PeftModel
 
@@ -208,10 +206,9 @@ def _empty(folder: Path) -> None:
 @unix
 def test_killed_while_saving():
     """In a process that has no threads, since it forks."""
-    command = [sys.executable, __file__, "--kills", "10", "--every", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300 * TIMES)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("at random moments: {'kills': 10")
+    assert done.stdout.startswith(f"{{'kills': {10 * TIMES}")
 
 
 def test_threads_that_save_to_one_folder(tmp_path):
@@ -243,20 +240,13 @@ def test_an_error_at_each_rename_leaves_the_old_adapter(tmp_path):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kills processes while they save.")
-    parser.add_argument("--kills", type=int, default=100, help="how many kills at random moments")
-    parser.add_argument("--every", type=int, default=1, help="kill at every n-th line and C call of a save")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    every = max(1, 5 // TIMES)
     with tempfile.TemporaryDirectory() as folder:
         saves = Saves(Path(folder))
-        for name, counts in (
-            ("at random moments", kill_at_random(saves, arguments.kills)),
-            ("at one step after another", kill_at_steps(saves, arguments.every)),
-            ("while filling the cache", kill_conversions(Path(folder), arguments.every)),
-        ):
-            print(f"{name}: {dict(counts)}")
+        counts = kill_at_random(saves, 10 * TIMES), kill_at_steps(saves, every), kill_conversions(Path(folder), every)
+        print(*map(dict, counts), sep="\n")
 
 
 if __name__ == "__main__":

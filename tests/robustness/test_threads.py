@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from lengths import long
+from lengths import TIMES, long
 from threads import make_family, storm, ways
 
 
@@ -24,7 +24,7 @@ def folders(tmp_path_factory):
     ],
 )
 def test_no_output_is_torn(folders, way, swapping):
-    result = storm(folders, way, swaps=60 if way == "from_disk" else 200, swapping=swapping)
+    result = storm(folders, way, swaps=TIMES * (60 if way == "from_disk" else 200), swapping=swapping)
     assert not result.errors
     assert result.torn == 0
     assert sum(count > 0 for count in result.whole.values()) > 1, "nobody computed between two swaps"
@@ -41,7 +41,7 @@ def test_no_output_is_torn(folders, way, swapping):
     ],
 )
 def test_no_output_of_a_compiled_model_is_torn(folders, way, backend):
-    result = storm(folders, way, swaps=100, swapping=2, backend=backend)
+    result = storm(folders, way, swaps=100 * TIMES, swapping=2, backend=backend)
     assert not result.errors
     assert (result.torn, result.recompiles) == (0, 0)
 

@@ -2,36 +2,22 @@
 
 What one swap leaves behind is what the next one finds, so an order of swaps is a case of its own: there are too many
 to write them down. After each step the model equals a fresh load of the same adapters, or the swap was refused, for
-a reason that is known here, and nothing has changed. The short form runs with the tests; the long form::
-
-    python tests/robustness/test_walks.py --minutes 20
+a reason that is known here, and nothing has changed. ``TIMES=20`` makes more walks, and longer ones.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
-import sys
 import tempfile
-import time
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-if __name__ == "__main__":
-    tests = Path(__file__).parents[1]
-    sys.path[:0] = [str(tests), str(tests / "beyond"), str(Path(__file__).parent)]
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-
 import pytest
 import torch
 from adapters import CONFIGS, kind_for, save_random_adapter_of
-from lengths import few_of
+from lengths import TIMES, few_of
 from lora_kinds import FAMILIES, MODELS
 from models import Kind, call, load
 from oracle import assert_equals, assert_same_outputs, assert_same_tables, assert_untouched, snapshot
@@ -237,9 +223,6 @@ def _can_be_saved(model: PeftModel) -> bool:
     return True
 
 
-# ---- the short form
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     return Places(tmp_path_factory.mktemp("places"))
@@ -249,50 +232,5 @@ def places(tmp_path_factory):
 def test_walks(places, place):
     torch.set_num_threads(1)  # more would wait for one another, in layers as small as these
     walks, swaps = (4, 6) if len(places.configs[place]) > 10 else (1, 3)
-    for seed in range(walks):
-        walk_once(places, place, seed, swaps)
-
-
-# ---- the long form
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Random walks over all kinds of adapters.")
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--seed", type=int, default=1000, help="the first walk's; each further one's is one more")
-    parser.add_argument("--length", type=int, default=12, help="swaps in a walk")
-    parser.add_argument("--places", nargs="*", help="only these models and methods")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    end, seed, walks, failures = time.monotonic() + arguments.minutes * 60, arguments.seed, [], Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        places = Places(Path(folder))
-        # a place with ten times as many adapters has many more orders
-        chosen = [each for each in places.configs if not arguments.places or each in arguments.places]
-        sizes = [len(places.configs[each]) for each in chosen]
-        while time.monotonic() < end:
-            place = random.Random(seed).choices(chosen, sizes)[0]
-            try:
-                walks.append(walk_once(places, place, seed, arguments.length))
-            except Exception as error:
-                what = f"{place}: {type(error).__name__}: {str(error)[:200]}"
-                if not failures[what]:
-                    traceback.print_exc()
-                failures[what] += 1
-            seed += 1
-    swaps, refused = (
-        sum(len(walk.steps) - len(walk.now) for walk in walks),
-        sum((walk.refused for walk in walks), Counter()),
-    )
-    print(f"{len(walks)} walks, {swaps} swaps that equal a fresh load, {refused.total()} refused as they should be:")
-    for message, count in refused.most_common():
-        print(f"{count:6}  {message}")
-    print(f"{failures.total()} walks went wrong")
-    for message, count in failures.most_common():
-        print(f"{count:6}  {message}")
-    sys.exit(bool(failures))
-
-
-if __name__ == "__main__":
-    main()
+    for seed in range(walks * TIMES):
+        walk_once(places, place, seed, swaps if TIMES == 1 else 12)

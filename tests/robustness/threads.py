@@ -1,18 +1,13 @@
 """Threads that compute while others swap: a storm of both, and how many outputs belonged to no adapter at all.
 
-    python tests/robustness/threads.py --swaps 2000
-
-runs the long form: every way of swapping, uncompiled and compiled, four threads that compute, one and two that swap.
+``TIMES=10 pytest -m long tests/robustness/test_threads.py`` makes long ones of every way of swapping.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import random
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -20,10 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from models import KINDS, load, save_random_adapter
 
 from hotswap_lab import (
@@ -56,14 +47,6 @@ class Storm:
     torn: int = 0
     errors: list[BaseException] = field(default_factory=list)
     recompiles: int = 0
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.swaps} swaps, {sum(self.whole.values()) + self.torn} outputs compared "
-            f"({', '.join(f'{name}: {count}' for name, count in sorted(self.whole.items()))}), {self.torn} torn, "
-            f"{self.recompiles} recompiles, {len(self.errors)} errors, {self.seconds:.0f} s"
-        )
 
 
 def make_family(folder: Path) -> dict[str, str]:
@@ -208,7 +191,6 @@ def storm(
         except BaseException as error:
             result.errors.append(error)
 
-    start = time.perf_counter()
     with RecompileWatch() as watch:
         readers = [threading.Thread(target=compute, name=f"compute-{number}") for number in range(computing)]
         swappers = [threading.Thread(target=swap, args=(number,), name=f"swap-{number}") for number in range(swapping)]
@@ -220,30 +202,6 @@ def storm(
         for thread in readers:
             thread.join()
     result.recompiles = watch.recompiles if backend else 0
-    result.seconds = time.perf_counter() - start
     output = call()
     assert any(torch.equal(output, each) for each in expected.values()), "a mixture was left behind"
     return result
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--swaps", type=int, default=2000, help="swaps in each storm (default: %(default)s)")
-    parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these ways of swapping")
-    arguments = parser.parse_args()
-    failed = False
-    with tempfile.TemporaryDirectory() as folder:
-        folders = make_family(Path(folder))
-        for way in arguments.ways or ways(folders):
-            for backend in (None, "aot_eager", "inductor") if way != "from_disk" else (None,):
-                for swapping in (1, 2) if way != "strength" else (1,):
-                    result = storm(folders, way, swaps=arguments.swaps, swapping=swapping, backend=backend)
-                    print(f"{way}, {backend or 'not compiled'}, {swapping} swapping: {result}", flush=True)
-                    failed |= bool(result.torn or result.errors or result.recompiles)
-        contrary = storm(folders, "pool", swaps=100 * arguments.swaps, guarded=False, until_torn=True)
-        print(f"and without in_use: {contrary}")
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
