@@ -109,6 +109,14 @@ def pool(model, sources):
     return AdapterPool(model, adapters=sources, progress=False)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """PyTorch counts graphs per piece of code, whatever the model, and gives up after a number of them."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
 def _modes_are_given_back():
     """Whatever happens in a call, it must not leave the caller without gradients."""

@@ -120,15 +120,6 @@ def base(request) -> Base:
     return BASES[request.param]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On tensors this small, threads wait for each other more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 #: from the first: the same rank, a higher and a lower one, fewer layers, and all of them again
 FAMILY = {
     "first": dict(r=4, lora_alpha=16),

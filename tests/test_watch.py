@@ -10,14 +10,8 @@ from torch._dynamo.callback import callback_handler
 from hotswap_lab import RecompileError, RecompileWatch
 from hotswap_lab.watch import explain
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 BACKENDS = ["eager", "aot_eager", long("inductor")]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 class Scaled(torch.nn.Module):

@@ -31,15 +31,8 @@ from hotswap_lab import (
 )
 from hotswap_lab.core.adapter import Adapter
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """PyTorch counts graphs per piece of code, whatever the model, and gives up after a number of them."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture

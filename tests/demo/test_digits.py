@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hotswap_lab import hotswap_adapter, plan_hotswap, set_strength, verify_hotswap
-from hotswap_lab.demo import digits, training
+from hotswap_lab.demo import digits
 from hotswap_lab.demo.digits import data, judge, measure, train
 
 NAMES = digits.names()
@@ -28,15 +28,6 @@ GOALS = {
 }
 #: pictures for each score: fewer than for the cards, for a test must not take long
 COUNT = 60
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -228,25 +219,6 @@ def test_the_base_is_trained_into_a_pipeline_folder(tmp_path):
     pipe = DDIMPipeline.from_pretrained(tmp_path)
     assert dict(pipe.unet.config) == {**digits.load_base().config, "_name_or_path": pipe.unet.config._name_or_path}
     assert pipe.scheduler.config.prediction_type == digits.load_scheduler().config.prediction_type
-
-
-@pytest.mark.long
-def test_a_few_steps_of_training_lower_the_loss(capsys):
-    torch.manual_seed(0)
-    model = train.build_base()
-    images, _ = data.read("model")
-
-    def loss() -> float:
-        scheduler, generator = digits.load_scheduler(), torch.Generator().manual_seed(1)
-        clean = 2 * images[:64, None] - 1
-        noise, when = torch.randn(clean.shape, generator=generator), torch.full((64,), 400)
-        with torch.no_grad():
-            guess = model(scheduler.add_noise(clean, noise, when), when).sample
-        return (guess - scheduler.get_velocity(clean, noise, when)).square().mean().item()
-
-    before = loss()
-    training.fit(model, train.losses(model, images, seed=0), steps=12, lr=2e-3)
-    assert loss() < 0.8 * before
 
 
 def test_the_table_is_printed(monkeypatch, capsys):

@@ -14,6 +14,7 @@ from hotswap_lab import RecompileWatch, prepare_model_for_compiled_hotswap
 from hotswap_lab.lessons import compiling
 from hotswap_lab.watch import Call, Compilation
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -80,13 +81,6 @@ SOLUTIONS = {
         [lambda model, family: None, forgets_to_compile, prepares_too_late, makes_room_but_no_layers],
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _forget_graphs():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", few_of(SOLUTIONS, SOLUTIONS.keys() - {"will_recompile", "make_ready"}))

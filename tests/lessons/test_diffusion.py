@@ -22,15 +22,6 @@ from hotswap_lab.lessons import diffusion
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pixels(svg: ElementTree.Element) -> list[torch.Tensor]:
     """What the embedded pictures of a figure show, 0 to 1."""
     found = []

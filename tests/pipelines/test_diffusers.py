@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_pipeline
 import torch
 from diffusers import UNet2DConditionModel
 from models import randomize
@@ -17,6 +18,7 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONFIGS = [
     LoraConfig(r=4, lora_alpha=6, target_modules=[*ATTENTION, "conv1"]),
@@ -25,29 +27,11 @@ CONFIGS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def unet(number: int | None = None, adapter_name: str = "default") -> UNet2DConditionModel:
     """A tiny UNet, with the adapter of this number."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=8,
-            attention_head_dim=4,
-        ).eval()
+        model = test_pipeline.unet(cross_attention_dim=8).eval()
     if number is not None:
         model.add_adapter(CONFIGS[number], adapter_name)
         randomize(model, adapter_name, seed=number)

@@ -46,26 +46,13 @@ from hotswap_lab import (
 from hotswap_lab.core.compiled import unwrap_compiled
 from hotswap_lab.pipelines.lora_files import parts_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*did not match any targeted module.*")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:.*did not match any targeted module.*"),
+]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- pipelines

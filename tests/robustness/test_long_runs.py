@@ -26,6 +26,7 @@ from row_truth import Truth
 
 from hotswap_lab import Adapter, AdapterPool, HotswapError, RecompileWatch, hotswap_adapter, set_strength
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
 STRENGTHS = (0.5, 2.0)
 
@@ -463,17 +464,6 @@ def run_disk(folder: Path, swaps: int, megabytes: float) -> Iterator[str]:
             warm = warm or use
             assert_flat(warm, use, megabytes)
             yield f"{number:,} swaps from disk, {time.perf_counter() - start:.0f} s: {use}"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model gains nothing from a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("operations", [120, long(2000)])

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 from adapters import CONFIGS, kind_for, save_random_adapter_of
 from lengths import TIMES, few_of
 from lora_kinds import FAMILIES, MODELS
@@ -230,7 +229,6 @@ def places(tmp_path_factory):
 
 @pytest.mark.parametrize("place", few_of(Places(Path()).configs, ("bert", "mixtral", "LoHa", "PrefixTuning")))
 def test_walks(places, place):
-    torch.set_num_threads(1)  # more would wait for one another, in layers as small as these
     walks, swaps = (4, 6) if len(places.configs[place]) > 10 else (1, 3)
     for seed in range(walks * TIMES):
         walk_once(places, place, seed, swaps if TIMES == 1 else 12)

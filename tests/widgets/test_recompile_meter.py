@@ -44,33 +44,6 @@ def test_calls_swaps_and_recompiles():
     assert "double" in text
 
 
-@pytest.mark.long
-def test_a_pool_never_recompiles():
-    model, _ = demo.load("reverse")
-    pool = AdapterPool(model, adapters=folders("double", "shout"), progress=False)
-    compiled = torch.compile(model, backend="eager", dynamic=False)
-    with RecompileMeter(compiled, pool=pool, inputs=model.get_base_model().dummy_inputs) as meter, torch.no_grad():
-        meter.visit("double", "shout", "double")
-    assert meter.watch.recompiles == 0
-    assert "Nothing was compiled again." in meter.to_html()
-
-
-@pytest.mark.long
-def test_clicks_do_the_same_and_in_the_same_mode():
-    """A thread has its own gradient mode; if a click ran in another one, that alone would recompile."""
-    with unprepared() as meter, torch.no_grad():
-        meter.box  # noqa: B018
-        call, menu, swap = meter._starters
-        menu.value = "vowels_up"
-        meter.visit("reverse", calls=1)
-        swap.click()
-        assert meter.wait(120)
-        call.click()
-        assert meter.wait(120)
-        assert (meter.calls, meter.swaps, meter.watch.recompiles) == (9, 2, 0)
-        assert "9 calls, 2 swaps" in meter._title.value
-
-
 def test_reasons_are_listed():
     function = torch.compile(lambda x, factor: x * factor, backend="eager", dynamic=False)
     with RecompileMeter(function) as meter:
@@ -87,20 +60,6 @@ def test_after_close_nothing_is_counted():
     meter.close()
     meter(torch.ones(2))
     assert (meter.calls, meter.watch.compiles) == (1, 0)
-
-
-@pytest.mark.long
-def test_errors_are_shown_and_break_nothing():
-    with unprepared() as meter, torch.no_grad():
-        meter.box  # noqa: B018
-        good, meter.inputs = meter.inputs, {"nonsense": 1}
-        meter._starters[0].click()
-        assert meter.wait(120)
-        assert "You must specify exactly one of input_ids" in meter._status.value
-        meter.inputs = good
-        meter._starters[0].click()
-        assert meter.wait(120)
-        assert "alert" not in meter._status.value
 
 
 def test_many_calls_are_shown_in_part():
