@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from lengths import long
 
 from hotswap_lab import pick_backend
 
@@ -25,23 +24,22 @@ def test_inductor_where_it_works():
     assert pick_backend() == "inductor"
 
 
-@pytest.mark.parametrize("compiler", [long("no-such-compiler"), long("false")])
-def test_aot_eager_and_one_clear_line_where_no_compiler_works(tmp_path, compiler):
-    environment = {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
-    lines = done.stdout.splitlines()
-    assert lines[0] == "aot_eager aot_eager", done.stderr
-    assert "Install a C++ compiler" in lines[1]
+#: what names the compiler, and what the one line that is said then has in it; PEFT leaves the third behind by BOFT
+COMPILERS = {
+    "no-such-compiler": "Install a C++ compiler",
+    "false": "Install a C++ compiler",
+    "gcc": "CXX names 'gcc'",
+}
 
 
 @pytest.mark.long
-def test_a_c_compiler_is_named_as_the_cause(tmp_path):
-    """PEFT leaves this behind when it has loaded a BOFT adapter."""
-    environment = {**os.environ, "CXX": "gcc", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_aot_eager_and_one_clear_line_where_no_compiler_works(tmp_path, compiler):
+    environment = {**os.environ, "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
     lines = done.stdout.splitlines()
     assert lines[0] == "aot_eager aot_eager", done.stderr
-    assert "CXX names 'gcc'" in lines[1]
+    assert COMPILERS[compiler] in lines[1]
 
 
 @pytest.mark.long

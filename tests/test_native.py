@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from models import KINDS, call, load, save_random_adapter
+from models import KINDS, load, save_random_adapter
 from oracle import assert_same_outputs, assert_same_tensors
 from peft.utils import get_peft_model_state_dict
 
 from hotswap_lab import (
     AdapterPool,
-    RecompileWatch,
     hotswap_adapter,
-    prepare_model_for_compiled_hotswap,
     save_adapter,
     verify_hotswap,
 )
@@ -50,19 +47,6 @@ def test_a_swap_equals_a_fresh_load_by_transformers_and_by_peft(folders, tmp_pat
         assert verify_hotswap(model, folders[number])
         save_adapter(model, tmp_path / str(number))
         assert_same_outputs(model, load(LLAMA, str(tmp_path / str(number))), LLAMA)
-
-
-@pytest.mark.long
-def test_compiled(folders):
-    model = native(folders[2])
-    prepare_model_for_compiled_hotswap(model, adapters=folders)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    call(compiled, LLAMA.inputs())
-    with RecompileWatch(allow=0):
-        for number in (0, 1, 3, 2, 1):
-            hotswap_adapter(compiled, folders[number], "default")
-            assert_same_outputs(compiled, load(LLAMA, folders[number]), LLAMA)
 
 
 def test_a_pool(folders):

@@ -24,11 +24,11 @@ from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
 from oracle import assert_equals, assert_equals_fresh_load, assert_same, assert_same_outputs, observe, untouched
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from refusals import refused
 
 from hotswap_lab import (
     Adapter,
     AdapterPool,
-    HotswapError,
     RecompileWatch,
     get_strength,
     hotswap_adapter,
@@ -49,11 +49,6 @@ def pool_of(model, adapters, *name: str, **options) -> AdapterPool:
 
 def assert_is(model, folder, kind=LLAMA, **options):
     assert_equals_fresh_load(model, kind, folder, prepared=True, **options)
-
-
-def refused(match: str, action, *arguments, **named) -> None:
-    with pytest.raises(HotswapError, match=match):
-        action(*arguments, **named)
 
 
 def lora_layers(model) -> list[LoraLayer]:
