@@ -32,4 +32,9 @@ def assert_is_svg_with_a_text_form(figure: Figure) -> ElementTree.Element:
     root = ElementTree.fromstring(figure.svg)
     assert root.attrib["role"] == "img"
     assert root[0].text == figure.text == repr(figure)
+    assert figure._repr_mimebundle_() == {"image/svg+xml": figure.svg, "text/plain": figure.text}
+    size = {"x": float(root.attrib["width"]), "y": float(root.attrib["height"])}
+    for each in root.iter():  # all of it is inside
+        for axis, length in (("x", "width"), ("y", "height")):
+            assert 0 <= float(each.get(axis, 0)) + float(each.get(length, 0)) <= size[axis]
     return root
