@@ -77,7 +77,9 @@ def assert_equals(
     The tensors and modules of a ``prepared`` model have other sizes than a fresh load's, and more buffers.
     """
     assert_same_outputs(model, fresh, kind, tolerance, margin)
-    assert_same(observe(model, adapter_name, prepared), observe(fresh, adapter_name, prepared), may_have_more=True)
+    live, expected = (observe(each, adapter_name, prepared) for each in (model, fresh))
+    assert_same(live, expected, may_have_more=True)
+    assert_no_more_is_saved(model, fresh, live.keys() - expected.keys(), prepared)
     names = [adapter_name, *(name for name in _configs(fresh) if name != adapter_name)]
     for name in names:
         if name != adapter_name:
@@ -91,6 +93,19 @@ def assert_equals(
     for key, value in expected.items():
         limit = 10 * tolerance * value.abs().max().item()
         torch.testing.assert_close(live[key], value, rtol=1e-4, atol=limit, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def assert_no_more_is_saved(model, fresh, keys: set[tuple], prepared: bool) -> None:
+    """Layers that are off or reserved are in no state dict; other adapters are, and what a prepared layer has."""
+    others = _configs(model).keys() - _configs(fresh).keys()
+    tables = {
+        table.split(".")[0]
+        for module in model.modules()
+        if isinstance(module, WRAPPED)
+        for table in module.adapter_layer_names
+    }
+    for parts in (set(key[1].split(".")) for key in keys if key[0] == "state"):
+        assert parts & others or (prepared and not parts & tables), f"more in the state dict: {parts}"
 
 
 def assert_same_outputs(model, fresh, kind: Kind, tolerance: float = 1e-5, margin: float = 1000) -> None:

@@ -88,6 +88,7 @@ DAMAGES = {
     "a hook": lambda model: first(model).register_forward_hook(lambda *_: None),
     "a hook before": lambda model: model.get_base_model().register_forward_pre_hook(lambda *_: None),
     "-0.0 instead of 0.0": lambda model: last(model).base_layer.bias.data[:1].neg_(),
+    "more that is saved": lambda model: first(model).lora_A["default"].register_buffer("more", torch.ones(1)),
     "a bias": lambda model: first(model).lora_bias.update(default=True),
 }
 #: what tells whether it is the same model, though it equals a fresh load as well
