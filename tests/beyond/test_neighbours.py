@@ -224,25 +224,16 @@ def test_base_weights_are_checked(tmp_path, damage):
     _refused(load(MODELS["bert"], everything), plain, "does not fit the base model", base_weights=weights)
 
 
+def _ia3(feedforward: list) -> IA3Config:
+    return IA3Config(target_modules=["down_proj"], feedforward_modules=feedforward)
+
+
+PROMPT = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+RANDLORA = [RandLoraConfig(r=rank, target_modules=ALL) for rank in (4, 4, 8)]
+
+
 @pytest.mark.parametrize(
-    ("first", "second", "new"),
-    [
-        (
-            IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
-            IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
-            IA3Config(target_modules=["down_proj"], feedforward_modules=[]),
-        ),
-        (
-            RandLoraConfig(r=4, target_modules=ALL),
-            RandLoraConfig(r=4, target_modules=ALL),
-            RandLoraConfig(r=8, target_modules=ALL),
-        ),
-        (
-            AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
-            AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
-            AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
-        ),
-    ],
+    ("first", "second", "new"), [(_ia3(["down_proj"]), _ia3(["down_proj"]), _ia3([])), RANDLORA, [PROMPT] * 3]
 )
 def test_what_other_adapters_go_by_is_not_changed(tmp_path, first, second, new):
     """Some methods keep a flag or a table on the layer for all adapters."""
@@ -294,20 +285,16 @@ FROM_BASE = {
 
 @pytest.mark.parametrize("name", FROM_BASE)
 def test_the_base_weights_contain_another_adapter(tmp_path, name):
+    """Merged before the swap, or between a plan and its commit."""
     old, new, other = _save(tmp_path, *FROM_BASE[name])
     model = _with_merged_neighbour(old, other)
-    _refused(model, new, MERGED)
-    hotswap_adapter(_without(model), new, "default")
-    assert_same_outputs(model, load(LLAMA, new), LLAMA, margin=10)
-
-
-def test_another_adapter_is_merged_after_the_plan_was_made(tmp_path):
-    old, new, other = _save(tmp_path, *FROM_BASE["DoRA"])
-    model = _without(_with_merged_neighbour(old, other))
-    plan = plan_hotswap(model, new)
+    refused(MERGED, hotswap_adapter, model, new, "default")
+    plan = plan_hotswap(_without(model), new)
     model.set_adapter("other")
     model.merge_adapter(["other"])
     refused(MERGED, commit, plan)
+    hotswap_adapter(_without(model), new, "default")
+    assert_same_outputs(model, load(LLAMA, new), LLAMA, margin=10)
 
 
 @pytest.mark.parametrize(
@@ -464,12 +451,7 @@ def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loaded", "new"),
-    [
-        (LoHaConfig(r=4, target_modules=ATTENTION), LoHaConfig(r=6, target_modules=ATTENTION)),
-        (_lora(), _lora(modules_to_save=["lm_head"])),
-        (_lora(), _lora(r=8)),
-    ],
+    ("loaded", "new"), [METHODS["LoHa"][:2], (_lora(), _lora(modules_to_save=["lm_head"])), (_lora(), _lora(r=8))]
 )
 def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
     """New parameters, or new shapes, would not be averaged any more."""
