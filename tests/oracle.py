@@ -366,6 +366,8 @@ def assert_same_files(model, fresh, adapter_name: str) -> None:
             save_adapter(each, target / "ours", adapter_name)
             contents.append({key: _in_order(key, value) for key, value in files_in(target).items()})
         assert_same(*contents)
+        one, *others = (value for key, value in contents[1].items() if key.endswith("adapter_config.json"))
+        assert all(each == one for each in others), list(differences(others, [one]))
 
 
 def _in_order(path: str, content: bytes | None) -> object:
