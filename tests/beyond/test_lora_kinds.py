@@ -82,7 +82,7 @@ def test_there_and_back(folders, name, tmp_path):
     originals = overwritten(name)
     model = load(kind, first)
     call(model, kind.inputs())
-    with nothing_else_changes(Path(second), originals):
+    with nothing_else_changes(Path(second), originals, may_warn=name == "lora_bias"):  # PEFT does, of shapes
         hotswap_adapter(model, second, "default", add_layers=True, base_weights=originals)
     compare(name, model, second)
     save_adapter(model, tmp_path / "saved")
@@ -300,10 +300,12 @@ def test_another_adapter_keeps_all_of_its_own(folders, tmp_path):
     for name in ("modules_to_save", "VeLoRA", "DoRA", "BD-LoRA"):
         for new in folders(name) if name in FAMILIES else ():
             model.set_adapter("default")
+            model.requires_grad_(False)
             hotswap_adapter(model, new, "default", add_layers=True)
-            assert_equals_fresh_load(model, LLAMA, new, margin=10, activated=True)
+            assert_equals_fresh_load(model, LLAMA, new, margin=10)
             model.set_adapter("default_0")
-            assert_equals_fresh_load(model, LLAMA, mine, "default_0", margin=10, activated=True)
+            model.requires_grad_(False)
+            assert_equals_fresh_load(model, LLAMA, mine, "default_0", margin=10)
 
 
 @pytest.mark.skipif(variant("KasaConfig") is None, reason="this version of PEFT has no KaSA")

@@ -199,7 +199,7 @@ def test_embeddings_in_a_room(tmp_path, way):
         return lambda folder: hotswap_adapter(model, folder, "default")
 
     model = load(LLAMA, _with_other_embeddings(embedded, tmp_path / "changed"))
-    refused("came with base weights of its own", swap_of(model), plain)
+    refused("came with base weights of its own", lambda: swap_of(model)(plain))
     if way == "prepared":
         model = load(LLAMA, plain)
         swap = swap_of(model)
