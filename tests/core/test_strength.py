@@ -54,21 +54,14 @@ def test_zero_is_the_base_model_exactly(model):
 
 
 def test_a_swap_ends_it_and_saving_ignores_it(model, tmp_path):
+    """Layers that are off have none."""
     set_strength(model, 0.5)
     save_adapter(model, tmp_path / "saved")
-    other = save_random_adapter(LINEAR, tmp_path / "b", seed=2, r=3)
-    hotswap_adapter(model, other, "default")
+    hotswap_adapter(model, save_random_adapter(LINEAR, tmp_path / "b", 2, r=3, target_modules=["first"]), "default")
     assert get_strength(model) == 1
     hotswap_adapter(model, tmp_path / "saved", "default")
     prepared = isinstance(model.base_model.model.first.scaling["default"], torch.Tensor)
     assert_equals_fresh_load(model, LINEAR, str(tmp_path / "a"), prepared=prepared)
-
-
-def test_layers_that_are_off_have_no_strength(model, tmp_path):
-    other = save_random_adapter(LINEAR, tmp_path / "b", seed=2, r=3, target_modules=["first"])
-    set_strength(model, 0.5)
-    hotswap_adapter(model, other, "default")
-    assert get_strength(model) == 1
 
 
 def test_an_off_mark_does_not_outlive_its_weights(tmp_path):
@@ -88,23 +81,14 @@ def test_an_off_mark_does_not_outlive_its_weights(tmp_path):
     torch.testing.assert_close(call(model, LINEAR.inputs()), scaled(full, 0.5), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1", None, True])
-def test_what_is_no_strength(model, strength):
-    refused("not a number", set_strength, model, strength)
-
-
-def test_merged_weights_are_refused(model):
-    model.merge_adapter()
-    refused("merged into the base weights", set_strength, model, 0.5)
-
-
-def test_unequal_strengths_are_said_to_be_so(model):
+def test_what_can_not_be_set_or_said(model):
+    for strength in (float("nan"), float("inf"), "1", None, True):
+        refused("not a number", set_strength, model, strength)
+    refused("not found", set_strength, model, 0.5, "other")
     model.base_model.model.first.set_scale("default", 0.5)
     refused("different strengths", get_strength, model)
-
-
-def test_an_adapter_that_is_not_there(model):
-    refused("not found", set_strength, model, 0.5, "other")
+    model.merge_adapter()
+    refused("merged into the base weights", set_strength, model, 0.5)
 
 
 BESIDE = [
