@@ -160,7 +160,7 @@ def snapshot(model) -> dict:
     flags = {key: (parameter.requires_grad, parameter.grad) for key, parameter in model.named_parameters()}
     scalars = {
         (name, table): {
-            key: (type(value), float(value), id(value) if torch.is_tensor(value) else 0)
+            key: (type(value), float(value), value.data_ptr() if torch.is_tensor(value) else 0)
             for key, value in getattr(layer, table).items()
         }
         for name, layer in model.named_modules()

@@ -17,8 +17,9 @@ from ..core.decide import check_compiled
 from ..core.errors import listing
 from ..core.host import canonical_path
 from ..core.journal import Journal
+from ..core.parts import is_prepared
 from ..core.plan import Plan
-from ..core.prepared import has_fixed_size, is_padded
+from ..core.prepared import is_padded
 from . import general
 from .base_values import LOST, ORIGINALS, change_base_values, kept_originals, lost_originals
 from .configs import beside, form_for
@@ -125,7 +126,7 @@ def plan_with_donor(draft: Plan) -> Plan:
         found = listing(graft.differences, 3)
         if draft.compiled:
             draft.refuse("compiled_other_kind", count=len(graft.differences), found=found)
-        elif any(is_padded(layer.module, name) or has_fixed_size(layer.module, name) for layer in slot.layers):
+        elif any(is_padded(layer.module, name) or is_prepared(layer.module, name) for layer in slot.layers):
             draft.refuse("prepared_other_kind", count=len(graft.differences), found=found)
         check_parallel_training(draft, len(graft.layers), "another shape at the model")
     check_compiled(draft)

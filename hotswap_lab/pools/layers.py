@@ -108,8 +108,8 @@ def times(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 class RowVariant(LoraVariant):
     """One layer's weights for all rows: ``a`` is ``[rows, rank, in]``, ``b`` ``[rows, rank, out]``.
 
-    ``first`` is ``lora_A``, which is row 0. ``own`` are the scalings of the rows, ``[rows]``. ``trained`` is what the
-    layer's scaling is at strength 1: what somebody makes of that, set_scale or diffusers, all rows are multiplied with.
+    ``first`` is ``lora_A``, which is row 0. ``own`` are the scalings of the rows, ``[rows]``. ``trained``, ``[1]``, is
+    the layer's scaling at strength 1: what set_scale or diffusers make of it, all rows are multiplied with.
     """
 
     a: torch.Tensor
@@ -146,6 +146,7 @@ class RowVariant(LoraVariant):
         is_tiled = self.batch.is_tiled
         x = x.unflatten(0, (copies, count)).transpose(0, 1) if is_tiled else x.unflatten(0, (count, copies))
         inner = self.times_a(module, x, self.a[:count])
+        scaling = scaling.to(torch.promote_types(inner.dtype, torch.float32))
         scaled = (inner.flatten(1, -2) * scaling[:, None, None]).to(inner.dtype)
         delta = times(scaled, self.b[:count])
         delta = delta.view(*inner.shape[:-1], delta.shape[-1])
@@ -159,6 +160,9 @@ class RowVariant(LoraVariant):
     def like_result(self, module: Any, delta: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """``[batch, ..., out]`` as the layer gives it."""
         return delta
+
+    def refuse_sharing(self) -> None:
+        raise refuse("rows_not_shared")
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> Any:

@@ -20,7 +20,8 @@ from ..core.change import Change
 from ..core.errors import refuse
 from ..core.host import Config
 from ..core.journal import Journal
-from ..core.parts import LayerSettings, SlotTensor
+from ..core.parts import LayerSettings, SlotTensor, is_shared
+from ..core.prepared import new_scalings
 from ..core.room import SCALING_STEP, Content, Packed, Room
 from ..core.slot import Slot, SlotLayer
 from .layers import TRAINED, Batch, variant_for
@@ -60,6 +61,8 @@ class RowRoom(Room):
     def __init__(self, slot: Slot, bands: Sequence[Band], *rest: Any):
         super().__init__(slot, bands, *rest)
         for tensor in self.places:
+            if is_shared(tensor.parameter):
+                raise refuse("rows_not_shared")
             if tensor.rank_axis is None:
                 raise refuse("no_rows_for_kind", adapter_name=slot.adapter_name, key=tensor.key)
             if tensor.parameter.requires_grad:
@@ -81,7 +84,7 @@ class RowRoom(Room):
     @classmethod
     def new_scalings(cls, layers: int, device: torch.device) -> torch.Tensor:
         """What the layers have, for all rows; what they have at strength 1; and what each row has."""
-        return torch.zeros((cls.rows + 2, layers, SCALING_STEP), device=device)[0]
+        return new_scalings((cls.rows + 2, layers, SCALING_STEP), device)[0]
 
     def enter(self, slot: Slot, journal: Journal) -> None:
         """Fills the other rows as the first one, and has the layers compute row by row."""
@@ -101,7 +104,7 @@ class RowRoom(Room):
             scalings = next(self._all(each) for each in self.scalings if each.device == memory.device)[:, index, 0]
             weights = a.of_rows(memory), b.of_rows(memory).flatten(2)
             is_gate = gates.setdefault(re.sub(r"\.\d+", "", layer.path), layer.path) == layer.path
-            row_variant = variant(*weights, scalings[1], scalings[2:], layer.tensors[0], self.batch, is_gate)
+            row_variant = variant(*weights, scalings[1:2], scalings[2:], layer.tensors[0], self.batch, is_gate)
             journal.set_item(layer.module.lora_variant, slot.adapter_name, row_variant)
         self._hook = slot.host.base.register_forward_pre_hook(self.batch.note, with_kwargs=True)
         journal.record(self._hook.remove)
@@ -143,7 +146,8 @@ class RowRoom(Room):
         if (off := content.scalings == 0).any():  # what set_scale(1) would make of it
             tables = [self.slot.method.settings_of(each.module, self.slot.adapter_name) for each in self.slot.layers]
             kept = [each or live for each, live in zip(content.settings, tables, strict=True)]
-            scalings[:, 0] += off * torch.tensor([each.scaling or 1.0 for each in kept]) * strength
+            trained = torch.tensor([each.scaling or 1.0 for each in kept], dtype=torch.float64)
+            scalings[:, 0] += off * trained * strength
         return scalings
 
     def at_strength(self, packed: Packed, strength: float) -> Packed:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from hotswap_lab import (
     Adapter,
+    AdapterPool,
     HotswapError,
     hotswap_adapter,
     plan_hotswap,
@@ -88,12 +89,12 @@ def test_preparing_twice_changes_nothing_and_more_room_can_be_made_later(kind, f
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     slot = resolve_slot(model, "default")
     addresses, before = slot.data_ptrs(), snapshot(model)
-    scalings = [layer.scaling["default"] for layer in layers(model)]
+    scalings = [layer.scaling["default"].data_ptr() for layer in layers(model)]
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     prepare_model_for_compiled_hotswap(model, target_rank=4)
     assert_untouched(model, before)
     assert slot.data_ptrs() == addresses
-    assert all(layer.scaling["default"] is tensor for layer, tensor in zip(layers(model), scalings, strict=True))
+    assert [layer.scaling["default"].data_ptr() for layer in layers(model)] == scalings
     with pytest.raises(HotswapError, match="higher than the model was prepared for"):
         hotswap_adapter(model, family[2], "default")
     prepare_model_for_compiled_hotswap(model, target_rank=16)
@@ -341,7 +342,7 @@ def test_half_precision_and_conversions(tmp_path):
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     model.to(torch.bfloat16)
     scaling = layers(model)[0].scaling["default"]
-    assert scaling.dtype == torch.float32, "a scaling keeps its precision whatever the model is converted to"
+    assert scaling.dtype == torch.float64, "a scaling keeps its precision whatever the model is converted to"
     hotswap_adapter(model, folders[1], "default")
     assert all(tensor.parameter.dtype == torch.bfloat16 for tensor in resolve_slot(model, "default").tensors)
     fresh = load(LLAMA, folders[1]).to(torch.bfloat16)
@@ -601,3 +602,40 @@ def test_check_compiled_has_three_values(tmp_path):
     refused(
         model, "check_compiles should be one of 'error', 'warn', or 'ignore', got 'no' instead", check_compiled="no"
     )
+
+
+def test_a_scaling_is_a_named_buffer(tmp_path):
+    folders = [save_random_adapter(LLAMA, tmp_path / str(rank), seed=rank, r=rank) for rank in (2, 5)]
+    model = load(LLAMA, folders[0])
+    keys = model.state_dict().keys()
+    prepare_model_for_compiled_hotswap(model, adapters=folders)
+    hotswap_adapter(model, folders[1], "default")
+    scalings = {name: each for name, each in model.named_buffers() if "hotswap_scaling" in name}
+    assert len(scalings) == len(layers(model))
+    assert {tuple(each.shape) for each in scalings.values()} == {(1, 1)}
+    assert model.state_dict().keys() == keys, "a state dict is that of a fresh load"
+    # who puts other values in the place of a model's, an export too, reaches the scalings
+    off = {name: torch.zeros_like(each) for name, each in scalings.items()}
+    without = torch.func.functional_call(model, off, kwargs={**LLAMA.inputs(), "use_cache": False}).logits
+    torch.testing.assert_close(without, call(LLAMA.base(), LLAMA.inputs()), rtol=0, atol=1e-5)
+    program = torch.export.export(model, (), {**LLAMA.inputs(), "use_cache": False}, strict=False)
+    assert set(program.graph_signature.buffers) >= scalings.keys()
+    assert_same_outputs(model, load(LLAMA, folders[1]), LLAMA)
+    model.delete_adapter("default")
+    assert not [name for name, _ in model.named_buffers() if "hotswap_scaling" in name]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_is_prepared_is_as_exact_as_the_model(tmp_path, rows):
+    # 5 / 3 and 7 / sqrt(5) are no numbers of float32
+    configs = dict(r=3, lora_alpha=5), dict(r=5, lora_alpha=7, use_rslora=True)
+    folders = [save_random_adapter(LLAMA, tmp_path / f"{each['r']}", seed=2, **each) for each in configs]
+    model = load(LLAMA, folders[0]).double()
+    pool = AdapterPool(model, adapters=dict(zip("ab", folders, strict=True)), rows=rows, progress=False)
+    pool.swap("b")
+    fresh = load(LLAMA, folders[1]).double()
+    assert_same_outputs(model, fresh, LLAMA, tolerance=1e-14)
+    pool.strength = 0.3
+    for layer in layers(fresh):
+        layer.scaling["default"] *= 0.3
+    assert_same_outputs(model, fresh, LLAMA, tolerance=1e-14)

@@ -94,8 +94,9 @@ def identities(model: torch.nn.Module) -> dict:
                 found[f"{path}.{name}"] = id(parameter), parameter.data_ptr(), parameter.stride(), id(parameter.grad)
         if isinstance(configs := module.__dict__.get("peft_config"), dict):
             found[f"{path}: configs"] = id(configs), {name: id(config) for name, config in configs.items()}
-        if isinstance(module, BaseTunerLayer) and isinstance(scaling := module.__dict__.get("scaling"), dict):
-            found[f"{path}: scaling"] = {key: id(value) for key, value in scaling.items() if torch.is_tensor(value)}
+        if isinstance(module, BaseTunerLayer) and isinstance(scaling := module.__dict__.get("scaling"), Mapping):
+            tensors = {key: value for key, value in scaling.items() if torch.is_tensor(value)}
+            found[f"{path}: scaling"] = {key: value.data_ptr() for key, value in tensors.items()}
     return found
 
 
