@@ -140,8 +140,11 @@ class Room:
     def enter(self, slot: Slot, journal: Journal) -> None:
         """What else the layers need once the parameters have been moved in."""
 
-    def leave(self, journal: Journal) -> None:
-        """And what they need where the slot gets another room, or layers that have no place in this one."""
+    def leave(self, journal: Journal, is_lost: bool = False) -> None:
+        """And what they need where the slot gets another room, or layers that have no place in this one.
+
+        ``is_lost`` says that the parameters were moved out of the room before, by ``model.to(...)``.
+        """
 
     def is_intact(self) -> bool:
         """Whether the model's parameters are still views of this memory, on layers that are still in the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import compress, zip_longest
 
 from .change import Change, clear_gradients
@@ -9,6 +10,7 @@ from .journal import Journal
 from .plan import Action, Plan
 from .prepared import PADDED_ATTRIBUTE, mark, write_settings
 from .shadow import attach
+from .slot import room_left_by
 
 
 def change_layer_by_layer(plan: Plan) -> Change:
@@ -22,8 +24,8 @@ def change_layer_by_layer(plan: Plan) -> Change:
         return change
     # layers that have just been added are not among those of the slot
     change = Change(slot, plan.config, slot_after=None if adds else slot)
-    if room is not None:
-        change.steps.append(room.leave)
+    if (left := room_left_by(slot)) is not None:
+        change.steps.append(partial(left.leave, is_lost=room is None))
     for layer in plan.layers:
         for target, source in zip(layer.layer.tensors, layer.sources, strict=True):
             target.write(source, change, layer.action is Action.PAD)

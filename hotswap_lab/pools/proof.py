@@ -1,0 +1,178 @@
+"""Proof, with data, that a model computes each row of a batch by itself, and each with its own adapter.
+
+Whether the first axis of a layer's input is the batch can't be told from its shape: it may be tokens, images, or the
+tokens of all rows one after the other. So a strong random adapter is put into some rows, and the outputs of all rows
+are looked at. Two forwards are the references: all rows have it, no row has it. Then there is one for each bit of a
+row's number, in which the rows have it whose bit is set. Each row's output must be that of the reference that it should
+be: a row that got another row's adapter, anywhere, differs in at least one of them. That takes ``2 + log2(rows)``
+forwards, once for each kind of input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..beyond.guards import random_numbers_kept
+from ..core.errors import listing, refuse
+from .batch import Batch, given_tensors, size_of
+
+#: of the adapter's largest effect on an output, how far off a row may be, by the precision of the output
+TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
+#: inputs that are no content of their own, but made from the tokens
+DERIVED = re.compile("embeds|hidden|mask|outputs|position")
+
+
+@dataclass(eq=False)
+class Probe:
+    """A strong random adapter, in the rows of ``mask`` (``[rows]``, 0 or 1) and on some layers by their numbers."""
+
+    mask: torch.Tensor
+    layers: Collection[int]
+    #: of each layer, the sum of what it gets
+    seen: dict[int, float] = field(default_factory=dict)
+
+    def acts(self, index: int, x: torch.Tensor) -> bool:
+        """Whether the adapter is on a layer."""
+        if x.is_floating_point():
+            self.seen[index] = float(x.detach().double().sum())
+        return index in self.layers
+
+    def weights(self, variant: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's ``a`` and ``b``, of rank 1, the same for all rows and in all forwards."""
+        generator = torch.Generator().manual_seed(zlib.crc32(variant.path.encode()))
+        made = []
+        for each in (variant.a, variant.b):
+            shape = (1, 1, *each.shape[2:])
+            made.append(torch.randn(shape, generator=generator).to(each.device, each.dtype))
+        a, b = (each.expand(len(self.mask), *each.shape[1:]) for each in made)
+        return (a if a.ndim == 3 and a.shape[2] > 10**5 else a / max(a[0].numel(), 1) ** 0.5), b
+
+
+def prove(
+    batch: Batch, number: int, arguments: tuple[Any, ...], named: Mapping[str, Any], layers: frozenset[int]
+) -> bool:
+    """Shows that the rows are kept apart, for these layers and inputs. Returns whether that holds for all such inputs.
+
+    It doesn't where something else than the tokens feeds one of the layers, as images may: how many belong to a row
+    is not the same in each batch.
+
+    Raises
+    ------
+    HotswapError
+        If they are not, with the layers whose input is no block for each row.
+    """
+    entry, base, total = batch.entries[number], batch.room.slot.host.base, size_of(given_tensors(arguments, named))
+    noise = "input_ids" in named
+
+    def outputs(mask: torch.Tensor, layers: Collection[int], seed: int = 0) -> tuple[Probe, list[torch.Tensor]]:
+        probe = Probe(mask, layers)
+        own = [_own(each) for each in arguments], {name: _own(each) for name, each in named.items()}
+        with _as_it_was(base), _noise(base, seed) if noise else contextlib.nullcontext():
+            batch.local.probe = probe
+            try:
+                result = entry(*own[0], **own[1])
+            finally:
+                batch.local.probe = None
+        found = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.is_floating_point()]
+        return probe, [_by_row(each, batch) for each in found if each.ndim and each.shape[0] == total]
+
+    def are_apart(layers: Collection[int], none: list[torch.Tensor]) -> bool:
+        try:
+            _, all_rows = outputs(torch.ones(batch.size), layers)
+            for bit in range((batch.size - 1).bit_length()):
+                mask = torch.arange(batch.size) >> bit & 1
+                _, found = outputs(mask.double(), layers)
+                if not all(map(_are_as_expected, found, none, all_rows, [mask.bool()] * len(none))):
+                    return False
+        except RuntimeError:  # a HotswapError, too: an input that can't be split
+            return False
+        return True
+
+    with random_numbers_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        first, none = outputs(torch.zeros(batch.size), ())
+        if not none:
+            raise refuse("rows_not_in_layer", paths="of the output", found="no output whose first axis is the batch")
+        if not are_apart(layers, none):
+            groups: dict[str, list[int]] = {}
+            for index in sorted(layers):
+                groups.setdefault(re.sub(r"\.\d+", "", batch.room.slot.layers[index].path), []).append(index)
+            wrong = [indices[0] for indices in groups.values() if not are_apart(indices, none)] or sorted(layers)[:1]
+            paths = listing([batch.room.slot.layers[index].path for index in wrong], 4)
+            raise refuse("rows_not_in_layer", paths=paths, found="rows that get one another's adapter")
+        if not noise or not _has_other_content(given_tensors(arguments, named)):
+            return True
+        second, _ = outputs(torch.zeros(batch.size), (), seed=1)
+        return not any(first.seen[index] == second.seen.get(index) for index in layers & first.seen.keys())
+
+
+def _has_other_content(given: Mapping[str, torch.Tensor]) -> bool:
+    others = {name: each for name, each in given.items() if not DERIVED.search(name)}
+    return any(each.is_floating_point() and each.ndim > 2 for each in others.values())
+
+
+def _by_row(output: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """``[rows, ...]``, whatever belongs to a row."""
+    if batch.is_tiled:
+        output = output.unflatten(0, (-1, batch.size)).transpose(0, 1)
+    else:
+        output = output.unflatten(0, (batch.size, -1))
+    return output.flatten(1).nan_to_num()
+
+
+def _are_as_expected(found: torch.Tensor, none: torch.Tensor, all_rows: torch.Tensor, mask: torch.Tensor) -> bool:
+    expected = torch.where(mask.to(none.device)[:, None], all_rows, none)
+    tolerance = TOLERANCE.get(found.dtype, 1e-4) * (all_rows - none).abs().max()
+    return bool(((found - expected).abs() <= tolerance).all())
+
+
+def _own(value: Any) -> Any:
+    """What a forward may write to, such as a cache, once more; tensors as they are."""
+    if isinstance(value, dict):
+        return type(value)({key: _own(each) for key, each in value.items()})
+    plain = isinstance(value, (torch.Tensor, str, bytes, int, float, type(None)))
+    plain = plain or (isinstance(value, (list, tuple)) and all(isinstance(each, torch.Tensor) for each in value))
+    return value if plain else copy.deepcopy(value)
+
+
+@contextlib.contextmanager
+def _as_it_was(base: torch.nn.Module) -> Iterator[None]:
+    """Puts random numbers and the buffers of a model back."""
+    kept = [(buffer, buffer.clone()) for buffer in base.buffers()]
+    try:
+        with random_numbers_kept():
+            yield
+    finally:
+        for buffer, value in kept:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _noise(base: torch.nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers on all that comes out of the embedding of tokens: rows with the same tokens are not the same."""
+    embedding: Any = None
+    with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
+        embedding = getattr(base, "get_input_embeddings")()  # noqa: B009
+    if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
+        yield
+        return
+    scale = float(embedding.weight.detach().double().std())
+
+    def add(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return output + scale * torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+
+    handle = embedding.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
