@@ -150,13 +150,14 @@ class AdapterPool(RowPool):
         super().__init__(model, adapter_name, adapters, **options, **hub)
 
     def _fill(self, adapters: Iterable[tuple[str, object]]) -> None:
+        is_known = False
         # a bar takes a lock of its own even where it shows nothing, and Ctrl-C may come when it has just done that
-        super()._fill(tqdm(adapters, desc="packing", unit="adapter") if self._shows_progress else adapters)
-        # the adapter that is in the model may be one of them
-        for packed in [member.packed for member in self._members.values() if member.packed is not None]:
-            if _is_in(self._room, packed):
-                self._room.content = packed.content
-                return
+        for name, source in tqdm(adapters, desc="packing", unit="adapter") if self._shows_progress else adapters:
+            self.add(name, source)
+            packed = self._members[name].packed
+            # looked at now, since the next adapters may have this one dropped
+            if packed and not is_known and _is_in(self._room, packed):
+                is_known, self._room.content = True, packed.content
 
     # ---- modules that are saved with an adapter
 

@@ -176,6 +176,17 @@ def test_an_update_counts_whatever_was_read_before(model, sources, first):
     assert not verify_hotswap(model, sources[dropped], inputs=LLAMA.inputs())
 
 
+def test_an_update_of_the_loaded_adapter_that_was_dropped_while_the_pool_was_filled(model, sources):
+    sizes = packed_sizes(model, sources)
+    pool = AdapterPool(model, adapters=sources, max_bytes=sizes["b"] + sizes["e"], progress=False)
+    assert pool._members["a"].packed is None
+    assert pool.active == "a"
+    old = Adapter.load(sources["a"])
+    new = {key: tensor * 3 for key, tensor in old.tensors.items()}
+    pool.update("a", new, old.config)
+    assert verify_hotswap(model, Adapter.from_state_dict(new, old.config), inputs=LLAMA.inputs(), base=LLAMA.base)
+
+
 def test_what_is_removed_while_it_is_read_comes_back_on_undo(model, sources):
     pool, dropped = small_pool(model, sources)
     pool.swap(dropped)
