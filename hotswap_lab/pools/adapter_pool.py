@@ -67,6 +67,17 @@ class _Member(Member):
         return self.name, _span(ranks), _span(alphas), str(len(ranks)), f"{self.packed.nbytes:,}"
 
 
+class _Buffer(SlotTensor):
+    """A buffer of a saved module, such as a BatchNorm's running mean."""
+
+    @property
+    def parameter(self) -> Any:
+        return self.owner._buffers[self.name]
+
+    def shape_for(self, rank: int | None) -> tuple[int, ...]:
+        return tuple(self.parameter.shape)
+
+
 class Block(contextlib._GeneratorContextManager[P_co]):  # pyright: ignore[reportPrivateUsage]
     """A block with an adapter of its own: ``with`` in a thread, ``async with`` in a task, which waits for others."""
 
@@ -192,15 +203,24 @@ class AdapterPool(RowPool):
     BESIDE: Collection[str] = ("modules_to_save",)
 
     def _beside(self, slot: Slot) -> list[SlotTensor]:
-        """The tensors of whole modules, such as a classifier."""
-        tensors = []
+        """The tensors of whole modules, such as a classifier: their parameters, and the buffers that are saved."""
+        tensors: list[SlotTensor] = []
         for path, module in modules_in(slot.host.base):
             if isinstance(module, ModulesToSaveWrapper) and slot.adapter_name in module.modules_to_save:
                 whole = module.modules_to_save[slot.adapter_name]
-                for key, _ in whole.named_parameters():
-                    owner, _, name = key.rpartition(".")
-                    tensors.append(SlotTensor(f"{path}.{key}", key, whole.get_submodule(owner), name, rank_axis=None))
+                for kind, named in ((SlotTensor, whole.named_parameters()), (_Buffer, whole.named_buffers())):
+                    for key, _ in named:
+                        owner_path, _, name = key.rpartition(".")
+                        owner = whole.get_submodule(owner_path)
+                        if name not in owner._non_persistent_buffers_set:  # which no file has
+                            tensors.append(kind(f"{path}.{key}", key, owner, name, rank_axis=None))
+        self._whole = [(each, each.parameter) for each in tensors]
         return tensors
+
+    def _check_room(self) -> None:
+        super()._check_room()
+        if any(each.parameter is not noted for each, noted in self._whole):  # a buffer is moved by taking another one
+            raise refuse("pool_lost_its_place")
 
     def _pack(self, member: _Member, adapter: Adapter, check_targets: bool) -> Packed:
         slot, whole = self._room.slot, getattr(adapter.config, "modules_to_save", None) or ()
