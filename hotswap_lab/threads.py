@@ -165,7 +165,7 @@ def in_use(model: object) -> AbstractContextManager[object]:
     Raises
     ------
     HotswapError
-        If the model has no adapter.
+        If the model has no adapter, or another task of this thread is inside of a plain ``with pool.using(name):``.
 
     Examples
     --------

@@ -260,7 +260,7 @@ def _live_outputs(model: torch.nn.Module, host: Host, inputs: object) -> tuple[l
     try:
         return _call(model, inputs), inputs
     except RecompileError as error:
-        shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        shapes = [tuple(each.shape) for each in tree_leaves(inputs) if isinstance(each, torch.Tensor)]
         raise refuse("not_compiled_for", shapes=shapes, reason=error) from error
 
 
