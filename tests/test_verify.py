@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from oracle import assert_untouched, snapshot
 from hotswap_lab import (
     Adapter,
     HotswapError,
+    RecompileWatch,
     Verification,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
@@ -69,6 +71,74 @@ def test_no(model, new, part):
     verdict = verify(model, new, base=base)
     assert not verdict
     assert str(verdict).startswith("matches a fresh load: False\n")
+
+
+def test_base_weights_that_no_output_depends_on(tmp_path):
+    """All rows of an embedding but those of the inputs, and a whole base model that was scaled."""
+    kind = KINDS["embedding"]
+    folder = save_random_adapter(kind, tmp_path / "one", seed=1, r=4)
+    model, unseen = load(kind, folder), sorted({*range(20)} - {*kind.inputs().flatten().tolist()})
+    assert verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
+    model.get_base_model().embed.get_base_layer().weight.data[unseen] *= 1.3
+    verdict = verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
+    assert verdict.difference == 0
+    assert verdict.mismatches == ("1 tensors differ from a fresh load, such as the base model's embed.weight",)
+    for name, parameter in model.get_base_model().named_parameters():
+        parameter.data *= 1 if "lora_" in name else 1.3
+    # as the docstring says: without a base, it is the adapter alone that is compared
+    assert verify_hotswap(model, folder, inputs=kind.inputs())
+    assert not verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
+
+
+#: what of the package may run in the oracle: what finds an adapter, reads names, and guards against side effects
+ASKED = {
+    *("verify", "threads", "core.guard", "core.host", "core.compiled", "core.interrupts", "core.journal"),
+    *("core.sources", "files.search", "files.hub", "files.saving", "files.state_dicts", "beyond.shards"),
+    *("beyond.guards", "beyond.stand_in", "beyond.wrappers", "core.prepared", "core.lora"),
+    *("core.parts", "core.methods", "beyond.kinds", "beyond.door"),
+}
+
+
+#: how tables that belong to a live model stay out of its copies
+COPYING = ("__deepcopy__", "__reduce__")
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_nothing_of_the_engine_decides_here(model, new, prepared):
+    if prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    ran = set()
+
+    def note(frame, event, _) -> None:
+        name = frame.f_globals.get("__name__", "")
+        if event == "call" and name.startswith("hotswap_lab.") and frame.f_code.co_name not in COPYING:
+            ran.add(name.removeprefix("hotswap_lab."))
+
+    sys.setprofile(note)
+    try:
+        assert verify(model, new, base=KIND.base)
+        assert verify(model, new)
+    finally:
+        sys.setprofile(None)
+    assert {"verify", "files.saving"} <= ran <= ASKED, ran - ASKED
+
+
+def test_a_graph_for_other_shapes(tmp_path):
+    """Where nothing may be compiled again, the model's own example inputs have to be of a shape that was compiled."""
+    torch.compiler.reset()
+    kind = KINDS["embedding"]
+    folder = save_random_adapter(kind, tmp_path / "one", seed=1, r=4)
+    model = load(kind, folder)
+    model.get_base_model().dummy_inputs = {"ids": torch.ones((3, 5), dtype=torch.int64)}
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    inputs = {"ids": torch.arange(8)[None]}
+    with torch.no_grad():
+        compiled(**inputs)
+    with RecompileWatch(allow=0), pytest.raises(HotswapError, match=r"(?s)\(3, 5\).*pass inputs="):
+        verify_hotswap(compiled, folder)
+    with RecompileWatch(allow=0):
+        assert verify_hotswap(compiled, folder, inputs=inputs, base=kind.base)
+    assert verify_hotswap(compiled, folder)
 
 
 def test_where_an_adapter_comes_from_does_not_matter(model, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 import threading
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import KINDS, call, load, save_random_adapter
+from models import KINDS, Kind, call, load, randomize, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from peft import LoraConfig, get_peft_model
 
-from hotswap_lab import Adapter, AdapterPool, HotswapError, hotswap_adapter, verify_hotswap
+from hotswap_lab import Adapter, AdapterPool, HotswapError, hotswap_adapter, save_adapter, verify_hotswap
 
 LLAMA = KINDS["llama"]
 
@@ -174,6 +176,85 @@ def test_an_update_counts_whatever_was_read_before(model, sources, first):
     assert (pool.active, pool.version(dropped)) == (dropped, 2)
     assert verify_hotswap(model, Adapter.from_state_dict(new, old.config), inputs=LLAMA.inputs())
     assert not verify_hotswap(model, sources[dropped], inputs=LLAMA.inputs())
+
+
+def test_an_update_of_the_loaded_adapter_that_was_dropped_while_the_pool_was_filled(model, sources):
+    sizes = packed_sizes(model, sources)
+    pool = AdapterPool(model, adapters=sources, max_bytes=sizes["b"] + sizes["e"], progress=False)
+    assert pool._members["a"].packed is None
+    assert pool.active == "a"
+    old = Adapter.load(sources["a"])
+    new = {key: tensor * 3 for key, tensor in old.tensors.items()}
+    pool.update("a", new, old.config)
+    assert verify_hotswap(model, Adapter.from_state_dict(new, old.config), inputs=LLAMA.inputs(), base=LLAMA.base)
+
+
+class WithHead(torch.nn.Module):
+    """A layer for LoRA, and a head to be saved as a whole, whose BatchNorm has buffers, one of them of integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(12, 16)
+        self.head = torch.nn.Sequential(torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 6))
+        self.head.register_buffer("not_saved", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x)))
+
+
+NORMED = Kind(WithHead, lambda: torch.randn(5, 12), ("first",))
+
+
+def save_with_head(folder: Path, seed: int) -> str:
+    model = get_peft_model(NORMED.base(), LoraConfig(r=seed, target_modules=["first"], modules_to_save=["head"]))
+    randomize(model, "default", seed)
+    torch.manual_seed(seed)
+    model.train()
+    for _ in range(seed):  # the running statistics of other data, and how many batches that were
+        model(torch.randn(8, 12) * seed + seed)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_head_with_buffers(tmp_path):
+    folders = {name: save_with_head(tmp_path / name, seed) for seed, name in enumerate("abc", start=1)}
+    model = load(NORMED, folders["a"])
+    norm = model.get_base_model().head.modules_to_save["default"][0]
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    assert pool.active == "a"
+    for number, name in enumerate("bcab", start=2):
+        pool.swap(name)
+        assert_is(model, folders[name], NORMED)
+        assert norm.num_batches_tracked == (number - 1) % 3 + 1
+    pool.undo()
+    assert_is(model, folders["a"], NORMED)
+    save_adapter(model, tmp_path / "saved")
+    assert_equals_fresh_load(model, NORMED, str(tmp_path / "saved"), prepared=True)
+    pool.update("a", Adapter.load(folders["c"]).tensors, Adapter.load(folders["c"]).config)
+    assert_is(model, folders["c"], NORMED)
+    with pool.using("b"):
+        assert_is(model, folders["b"], NORMED)
+    assert_is(model, folders["c"], NORMED)
+    assert verify_hotswap(model, folders["c"], inputs=NORMED.inputs(), base=NORMED.base)
+    norm.train()(torch.ones(8, 16))  # what was trained since comes back after a block
+    norm.eval()
+    trained = norm.running_mean.clone()
+    with pool.using("b"):
+        assert_is(model, folders["b"], NORMED)
+    assert torch.equal(norm.running_mean, trained)
+    assert norm.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("table", ["_buffers", "_parameters"])
+def test_a_tensor_of_a_head_that_was_replaced_is_noticed(tmp_path, table):
+    folders = {name: save_with_head(tmp_path / name, seed) for seed, name in enumerate("ab", start=1)}
+    model = load(NORMED, folders["a"])
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    owner = model.get_base_model().head.modules_to_save["default"][0]
+    name = next(iter(getattr(owner, table)))
+    setattr(owner, name, copy.deepcopy(getattr(owner, name)))
+    with pytest.raises(HotswapError, match="pool"):
+        pool.swap("b")
 
 
 def test_what_is_removed_while_it_is_read_comes_back_on_undo(model, sources):
