@@ -228,6 +228,9 @@ def load(kind: Kind, folder: str, adapter_name: str = "default", **kwargs) -> Pe
 
 
 def call(model: nn.Module, inputs) -> torch.Tensor:
+    """The logits, or whatever else a model gives first."""
     with torch.no_grad():
         outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    return outputs.logits if hasattr(outputs, "logits") else outputs
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]

@@ -167,7 +167,7 @@ def snapshot(model) -> dict:
         if isinstance(layer, LoraLayer)
         for table in TABLES
     }
-    structure = [(name, id(module), module.training, repr(module)) for name, module in model.named_modules()]
+    structure = repr(model), [(name, id(module), module.training) for name, module in model.named_modules()]
     configs = {name: (id(config), config.to_dict()) for name, config in model.peft_config.items()}
     attributes = {name: sorted(module.__dict__) for name, module in model.named_modules()}
     return dict(
@@ -196,4 +196,5 @@ def assert_untouched(model, before: dict) -> None:
 
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     """NaN must stay NaN, and -0.0 must stay -0.0."""
-    return first.dtype == second.dtype and first.numpy().tobytes() == second.numpy().tobytes()
+    one, two = (each.contiguous().view(-1).view(torch.uint8) for each in (first, second))
+    return first.dtype == second.dtype and torch.equal(one, two)
