@@ -441,12 +441,19 @@ def check_named(adapters: object) -> None:
 def _is_in(room: Room, packed: Packed) -> bool:
     """Whether a room has just this adapter, at its trained strength."""
     content = room.content
-    if packed.content.settings != content.settings or packed.content.config != content.config:
+    configs = [_with_sets(each.config) for each in (packed.content, content)]
+    if packed.content.settings != content.settings or configs[0] != configs[1]:
         return False
     pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, packed.parts, strict=True)]
     # layers that are off have some scaling or other
     pairs += [(scalings[content.on], packed.scalings[content.on]) for scalings in room.scalings]
     return all(torch.equal(one.detach(), other.to(one.device)) for one, other in pairs)
+
+
+def _with_sets(config: Config) -> dict[str, object]:
+    """A config's fields; for some architectures PEFT makes sets of lists of names, empty ones among them."""
+    fields = config.to_dict()
+    return {name: {*each} if isinstance(each, (list, tuple, set)) else each for name, each in fields.items()}
 
 
 def _without_modules(config: Config) -> Config:

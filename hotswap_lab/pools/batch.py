@@ -46,7 +46,7 @@ class Batch:
         #: where a model is entered
         self.entries: list[torch.nn.Module] = []
         #: the layers that were proven, for each entry and kind of input
-        self.proven: dict[tuple[int, tuple], frozenset[int]] = {}
+        self.proven: dict[tuple, frozenset[int]] = {}
         #: in a graph: the entry that is being traced, and the size of its batch
         self.traced: int | None = None
         self.total: int = 0
@@ -111,7 +111,7 @@ class Batch:
                     self._refuse_batch(self.total, 1)
                 self.room.check_rows()
                 if self.differs:
-                    self._check_proof(number, given, arguments, named)
+                    self._check_proof(number, arguments, named, False)
         return None
 
     def _leave(self, number: int, *_: object) -> None:
@@ -131,13 +131,16 @@ class Batch:
         layer, name = self.room.slot.layers[0].module, self.room.slot.adapter_name
         return name in layer.active_adapters and not layer.disable_adapters
 
-    def _check_proof(self, number: int, given: Given, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def _check_proof(self, number: int, arguments: tuple[Any, ...], named: Mapping[str, Any], in_graph: bool) -> None:
         from .proof import prove
 
-        key = number, tuple(sorted((name, str(each.dtype), each.ndim) for name, each in given.items()))
+        kinds = [(name, kind) for name, each in (*enumerate(arguments), *named.items()) if (kind := kind_of(each))]
+        # all that a graph can tell of
+        direct = (number, *[each for each in kinds if isinstance(each[1], str)])
+        key = direct if in_graph else (number, *kinds)
         proven = self.proven.get(key, frozenset())
         if not self.acting <= proven and prove(self, number, arguments, named, self.acting | proven):
-            self.proven[key] = self.acting | proven
+            self.proven[key] = self.proven[direct] = self.acting | proven
 
     def _refuse_batch(self, batch: int, copies: int) -> None:
         text = f", each of them {copies} times" if copies > 1 else ""
@@ -172,7 +175,7 @@ class Batch:
             arguments = tuple(each for name, each in given.items() if name.isdigit())
             named = {name: each for name, each in given.items() if not name.isdigit()}
             try:
-                self._check_proof(number, given, arguments, named)
+                self._check_proof(number, arguments, named, True)
             except HotswapError:
                 raise
             except Exception as error:
@@ -183,6 +186,19 @@ def given_tensors(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Given
     """The tensors that a model is called with, by their names or positions."""
     given = {str(position): each for position, each in enumerate(arguments)} | dict(named)
     return {name: each for name, each in given.items() if isinstance(each, torch.Tensor)}
+
+
+def kind_of(value: Any) -> Any:
+    """What a proof holds for: the dtype and the number of axes of a tensor; of others, what is in them."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {value.ndim}"
+    if isinstance(value, (list, tuple)):
+        return tuple(map(kind_of, value))
+    if isinstance(value, Mapping):
+        return tuple((name, kind_of(each)) for name, each in value.items())
+    is_plain = isinstance(value, (bool, int, float, str, type(None)))
+    # a cache of keys and values
+    return None if is_plain else (type(value).__name__, bool(getattr(value, "get_seq_length", int)()))
 
 
 def batch_name(given: Given) -> str:

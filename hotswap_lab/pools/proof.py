@@ -135,12 +135,12 @@ def _are_as_expected(found: torch.Tensor, none: torch.Tensor, all_rows: torch.Te
 
 
 def _own(value: Any) -> Any:
-    """What a forward may write to, such as a cache, once more; tensors as they are."""
+    """The same once more: a forward may write to what it is called with, a cache or a list of states."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
     if isinstance(value, dict):
         return type(value)({key: _own(each) for key, each in value.items()})
-    plain = isinstance(value, (torch.Tensor, str, bytes, int, float, type(None)))
-    plain = plain or (isinstance(value, (list, tuple)) and all(isinstance(each, torch.Tensor) for each in value))
-    return value if plain else copy.deepcopy(value)
+    return [_own(each) for each in value] if type(value) is list else copy.deepcopy(value)
 
 
 @contextlib.contextmanager
