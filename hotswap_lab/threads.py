@@ -100,6 +100,11 @@ class Turn:
         return self.locks.setdefault(threading.get_ident(), threading.RLock())
 
     @property
+    def is_of_this_task(self) -> bool:
+        """Whether the running task, or this thread where there are no tasks, has the turn already."""
+        return self.swap._is_owned() and self.owner.task == this_task()
+
+    @property
     def is_of_another_task(self) -> bool:
         """Whether another task of this thread has the turn."""
         return self.swap._is_owned() and self.owner.task != this_task()
@@ -246,7 +251,7 @@ def taken(bases: Iterable[torch.nn.Module], computing: bool) -> AbstractContextM
 
 def _locks(turns: list[Turn], computing: bool, can_wait: bool = False) -> Iterator[tuple[threading.RLock, int | None]]:
     for turn in turns:
-        is_nested = turn.swap._is_owned()
+        is_nested = turn.is_of_this_task
         yield turn.swap, None
         if not is_nested:  # it has been taken when the next lock is asked for
             turn.owner = Owner(this_task(), can_wait)
@@ -292,8 +297,8 @@ async def awaited(base: torch.nn.Module, *, computing: bool = False, to_the_end:
         raise refuse("thread_is_computing")
     held: list[threading.RLock] = []
     releasing = map(methodcaller("release"), held)
-    is_nested = turn.swap._is_owned() and not turn.is_of_another_task
-    async with contextlib.nullcontext() if is_nested else _queued(turn.queues.setdefault(thread, deque()), patience):
+    queue = turn.queues.setdefault(thread, deque())
+    async with contextlib.nullcontext() if turn.is_of_this_task else _queued(queue, patience):
         try:
             for number, (lock, holder) in enumerate(_locks([turn], computing, can_wait=True)):
                 while True:

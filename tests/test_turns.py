@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import os
 import pickle
+import random
 import signal
 import threading
 import time
@@ -625,8 +627,14 @@ def test_tasks_wait_for_tasks_and_threads(pool, folders):
                 assert torch.allclose(call(pool.model, KIND.inputs()), expected["third"], atol=1e-5)
             assert pool.active == name
 
+    async def compute_without_waiting() -> None:
+        with pool.using("new"):
+            await asyncio.sleep(MOMENT)
+            assert torch.allclose(call(pool.model, KIND.inputs()), expected["new"], atol=1e-5)
+
     async def everything(names) -> None:
-        await asyncio.gather(*map(compute, names))
+        with waiting_at_most(30):
+            await asyncio.gather(compute_without_waiting(), *map(compute, names))
 
     def compute_in_a_thread() -> None:
         for number in range(10):
@@ -725,6 +733,53 @@ def test_a_stream_that_is_dropped_puts_back(pool):
         pool.swap("third")
 
     asyncio.run(everything())
+
+
+def test_a_storm_of_tasks_and_threads(pool, folders):
+    """Two event loops and a thread: whatever waits, is refused, late or cancelled, an output is that of its adapter."""
+    expected = {name: call(load(KIND, folder), KIND.inputs()) for name, folder in folders.items()}
+    end, done = time.monotonic() + 2, []
+
+    def check(name: str) -> None:
+        assert torch.allclose(call(pool.model, KIND.inputs()), expected[name], atol=1e-5)
+
+    async def once(draw: random.Random) -> None:
+        name, way = draw.choice(list(folders)), draw.randrange(5)
+        with contextlib.suppress(HotswapError), waiting_at_most(draw.choice([0, 0.05, 30])):
+            if way < 3:
+                async with pool.using(name):
+                    await asyncio.sleep(draw.random() / 500)
+                    await asyncio.to_thread(check, name)
+            elif way == 3:
+                with pool.using(name):
+                    await asyncio.sleep(draw.random() / 500)
+                    check(name)
+            else:
+                with in_use(pool):
+                    await asyncio.sleep(draw.random() / 500)
+            done.append(way)
+
+    async def tasks(draw: random.Random) -> None:
+        while time.monotonic() < end:
+            started = [asyncio.create_task(once(draw)) for _ in range(6)]
+            await asyncio.sleep(draw.random() / 200)
+            started[0].cancel()
+            results = await asyncio.gather(*started, return_exceptions=True)
+            assert not [each for each in results if isinstance(each, Exception)], results
+
+    def threads() -> None:
+        while time.monotonic() < end:
+            with pool.using("third"):
+                check("third")
+            with in_use(pool):
+                time.sleep(0.001)
+
+    with ThreadPoolExecutor(3) as pools:
+        loops = [pools.submit(asyncio.run, tasks(random.Random(seed))) for seed in range(2)]
+        for each in (pools.submit(threads), *loops):
+            each.result(60)
+    assert done
+    assert pool.active == "old"
 
 
 def test_rows_for_a_task(model, folders):
