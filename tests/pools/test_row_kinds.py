@@ -53,13 +53,6 @@ ROW_KINDS: dict[str, Kind] = {
 }
 
 
-def call_first(model: nn.Module, inputs):
-    """The logits, or whatever else a model gives first."""
-    with torch.no_grad():
-        outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-
-
 def family(kind: Kind, folder) -> dict[str, str]:
     """Other ranks, scalings, patterns; adapters that lack layers."""
     first, last = kind.modules[0], kind.modules[-1]
@@ -80,7 +73,7 @@ def family(kind: Kind, folder) -> dict[str, str]:
 def scene(name: str, folder) -> tuple[Kind, dict[str, str], Truth]:
     kind = ROW_KINDS[name]
     folders = family(kind, folder)
-    return kind, folders, Truth(kind, folders, kind.inputs(), call_first)
+    return kind, folders, Truth(kind, folders, kind.inputs())
 
 
 @pytest.fixture(params=few_of(ROW_KINDS, ("linear", "conv2d", "embedding", "gpt2", "clip")))
@@ -103,13 +96,13 @@ def test_each_row_is_as_a_fresh_load(trio):
         [{"a": 0.7, "b": 0.3}, "b", {"e": -1.0, "c": 2, "d": 0.5}, "a", {"b": 1}],
     ):
         pool.assign(wanted)
-        truth.check(call_first(model, first_rows(truth.inputs, len(wanted))), wanted)
+        truth.check(call(model, first_rows(truth.inputs, len(wanted))), wanted)
     pool.assign(["a", "b", "c"], strengths=[0.5, 0, -2])
-    truth.check(call_first(model, first_rows(truth.inputs, 3)), ["a", "b", "c"], [0.5, 0, -2])
+    truth.check(call(model, first_rows(truth.inputs, 3)), ["a", "b", "c"], [0.5, 0, -2])
     pool.swap("d")
-    assert_close(call_first(model, truth.inputs), truth.of("d"))
+    assert_close(call(model, truth.inputs), truth.of("d"))
     pool.swap({"a": 0.7, "b": 0.3})
-    assert_close(call_first(model, truth.inputs), truth.of({"a": 0.7, "b": 0.3}))
+    assert_close(call(model, truth.inputs), truth.of({"a": 0.7, "b": 0.3}))
 
 
 def t5() -> nn.Module:
