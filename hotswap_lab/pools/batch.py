@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
@@ -196,9 +197,12 @@ def kind_of(value: Any) -> Any:
         return tuple(map(kind_of, value))
     if isinstance(value, Mapping):
         return tuple((name, kind_of(each)) for name, each in value.items())
-    is_plain = isinstance(value, (bool, int, float, str, type(None)))
-    # a cache of keys and values
-    return None if is_plain else (type(value).__name__, bool(getattr(value, "get_seq_length", int)()))
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return None
+    filled = False
+    with contextlib.suppress(Exception):  # what is no cache, or one of states only
+        filled = bool(value.get_seq_length())
+    return type(value).__name__, filled
 
 
 def batch_name(given: Given) -> str:

@@ -125,6 +125,7 @@ class Now:
 #: the beginning of each message with which something may be refused, and when that is right
 RIGHT_REFUSALS: dict[str, Callable[[Case], bool]] = {
     r"The layer .* can't have another adapter in each row": lambda case: case.has_no_rows,
+    r"The rows of a batch can't have different adapters at": lambda case: case.has_no_rows,
     r"The adapter .* can't be another one in each row": lambda case: case.structure != "plain",
     r"A pool is for LoRA alone": lambda case: case.structure in ("bias", "tokens", "any"),
     r"There is nothing to undo": lambda case: not case.history,
