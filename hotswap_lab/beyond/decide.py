@@ -65,7 +65,7 @@ def changes_form(draft: Plan) -> bool:
 def change_for(plan: Plan, places: Places | None) -> Change:
     """All that is to be written to the live model."""
     slot, graft = plan.slot, plan.grafting
-    stays = graft.writes_values_only and slot.room is None and slot.method is not general
+    stays = graft.writes_values_only and slot.method is not general
     change = Change(slot, plan.config, slot_after=slot if stays else None)
     for target, source in (*graft.copies, *graft.base.copies):
         change.copy(target, source)
@@ -78,6 +78,8 @@ def change_for(plan: Plan, places: Places | None) -> Change:
         *graft.steps,
         lambda journal: _note(plan, places, originals, journal),
     ]
+    if stays and slot.room is not None:
+        change.steps.append(functools.partial(slot.room.note_swap, plan.config))
     return change
 
 

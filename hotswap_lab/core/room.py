@@ -24,7 +24,7 @@ from .errors import listing, refuse
 from .host import Config
 from .journal import Journal
 from .parts import LayerSettings, SlotTensor, shared_as
-from .prepared import is_off, new_scalings, own_rank, write_settings
+from .prepared import is_marked_off, is_off, new_scalings, own_rank, write_settings
 from .slot import SLOTS, Slot, SlotLayer
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
@@ -181,6 +181,14 @@ class Room:
         if not self.slot.is_inference:  # autograd doesn't learn of what is written to the memory around a parameter
             torch.autograd.graph.increment_version(self._parameters)
         self._versions = self._versions_now()
+
+    def note_swap(self, config: Config, journal: Journal) -> None:
+        """Notes a swap that writes to the parameters one by one, as that of an adapter with saved modules."""
+        name, settings_of = self.slot.adapter_name, self.slot.method.settings_of
+        layers = [layer.module for layer in self.slot.layers]
+        settings = [None if is_marked_off(layer, name) else settings_of(layer, name) for layer in layers]
+        journal.set_attribute(self, "content", Content(tuple(settings), config))
+        journal.set_attribute(self, "used", [len(band.memory) for band in self.bands])
 
     # ---- what is where
 
