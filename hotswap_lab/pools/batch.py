@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..core.errors import HotswapError, refuse
 from ..core.journal import Journal
-
-if TYPE_CHECKING:
-    from .proof import Probe
-
-#: arguments of a model that say how many rows a batch has, before any other one
-TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds")
-#: what a model may be called with so that nothing can be said of its rows: see :func:`given_tensors`
-Given = dict[str, torch.Tensor]
+from .proof import Given, Probe, batch_name, given_tensors, kind_of, prove, size_of
 
 
 class Batch:
@@ -44,8 +36,9 @@ class Batch:
         #: whether the rows that are assigned differ, and the numbers of the layers on which one of them has an adapter
         self.differs: bool = False
         self.acting: frozenset[int] = frozenset()
-        #: where a model is entered
+        #: where a model is entered, and the ids of the hooks there
         self.entries: list[torch.nn.Module] = []
+        self.hooks: list[tuple[int, int]] = []
         #: the layers that were proven, for each entry and kind of input
         self.proven: dict[tuple, frozenset[int]] = {}
         #: in a graph: the entry that is being traced, and the size of its batch
@@ -84,14 +77,11 @@ class Batch:
             journal.record(before.remove)
             after = entry.register_forward_hook(functools.partial(self._leave, number), always_call=True)
             journal.record(after.remove)
-            self.hooks = [*self.hooks, (entry, before.id, after.id)]
-
-    #: the entries and the ids of their hooks
-    hooks: list[tuple[torch.nn.Module, int, int]] = []  # noqa: RUF012
+            self.hooks.append((before.id, after.id))
 
     def unwatch(self, journal: Journal) -> None:
         """Takes the hooks away."""
-        for entry, before, after in self.hooks:
+        for entry, (before, after) in zip(self.entries, self.hooks, strict=True):
             for table in (entry._forward_pre_hooks, entry._forward_pre_hooks_with_kwargs):
                 journal.remove(table, before)
             for table in (entry._forward_hooks, entry._forward_hooks_always_called):
@@ -99,15 +89,14 @@ class Batch:
 
     def _enter(self, number: int, entry: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
-            if self.traced is not None:
+            if self.traced not in (None, number):
                 return None
             self.traced = number
             return self._trace(number, arguments, named)
         if self.probe is None and getattr(self.local, "outer", None) in (None, number):
             self.local.outer = number
             if self.size and self._is_active:
-                given = given_tensors(arguments, named)
-                self.total = size_of(given)
+                self.total = size_of(arguments, named)
                 if self.total % self.size:
                     self._refuse_batch(self.total, 1)
                 self.room.check_rows()
@@ -133,15 +122,16 @@ class Batch:
         return name in layer.active_adapters and not layer.disable_adapters
 
     def _check_proof(self, number: int, arguments: tuple[Any, ...], named: Mapping[str, Any], in_graph: bool) -> None:
-        from .proof import prove
-
         kinds = [(name, kind) for name, each in (*enumerate(arguments), *named.items()) if (kind := kind_of(each))]
         # all that a graph can tell of
         direct = (number, *[each for each in kinds if isinstance(each[1], str)])
         key = direct if in_graph else (number, *kinds)
         proven = self.proven.get(key, frozenset())
-        if not self.acting <= proven and prove(self, number, arguments, named, self.acting | proven):
-            self.proven[key] = self.proven[direct] = self.acting | proven
+        if self.acting <= proven:
+            return
+        layers = self.acting | proven
+        if prove(self, self.entries[number], arguments, named, layers):
+            self.proven[key] = self.proven[direct] = layers
 
     def _refuse_batch(self, batch: int, copies: int) -> None:
         text = f", each of them {copies} times" if copies > 1 else ""
@@ -155,8 +145,7 @@ class Batch:
         given = given_tensors(arguments, named)
         if not given:
             return None
-        self.total = size_of(given)
-        name = batch_name(given)
+        self.total = given[name := batch_name(given)].shape[0]
         checked = checked_inputs(
             given[name], list(given.values()), ",".join(given), self.number, number, self.total, self.copies
         )
@@ -181,40 +170,6 @@ class Batch:
                 raise
             except Exception as error:
                 raise refuse("rows_not_proven_in_graph", error=error) from error
-
-
-def given_tensors(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Given:
-    """The tensors that a model is called with, by their names or positions."""
-    given = {str(position): each for position, each in enumerate(arguments)} | dict(named)
-    return {name: each for name, each in given.items() if isinstance(each, torch.Tensor)}
-
-
-def kind_of(value: Any) -> Any:
-    """What a proof holds for: the dtype and the number of axes of a tensor; of others, what is in them."""
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {value.ndim}"
-    if isinstance(value, (list, tuple)):
-        return tuple(map(kind_of, value))
-    if isinstance(value, Mapping):
-        return tuple((name, kind_of(each)) for name, each in value.items())
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return None
-    filled = False
-    with contextlib.suppress(Exception):  # what is no cache, or one of states only
-        filled = bool(value.get_seq_length())
-    return type(value).__name__, filled
-
-
-def batch_name(given: Given) -> str:
-    """The tensor whose first axis is the batch: tokens, or the first one that has axes beside the batch."""
-    first = [name for name in TOKENS if name in given] or [name for name, each in given.items() if each.ndim > 1]
-    return (first or list(given))[0]
-
-
-def size_of(given: Given) -> int:
-    """How many rows a model is called with."""
-    shape = given[batch_name(given)].shape if given else ()
-    return shape[0] if len(shape) else 0
 
 
 @torch.library.custom_op("hotswap_lab::checked_inputs", mutates_args=())

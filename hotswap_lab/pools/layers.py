@@ -57,53 +57,54 @@ class RowVariant(LoraVariant):
 
     #: a copy of the layer computes with its own parameters
     is_of_a_room: ClassVar[bool] = True
+    #: whether ``a`` is not multiplied with an input but looked up
+    looks_up: ClassVar[bool] = False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         if torch.is_grad_enabled() and self.tensors[0].parameter.requires_grad:
             raise refuse("rows_not_trained", adapter_name=active_adapter, found=TRAINED)
-        a, b, strength = self.a, self.b, module.scaling[active_adapter] / self.trained
+        strength = module.scaling[active_adapter] / self.trained
         if torch.compiler.is_compiling():
             count, block = self.batch.blocks_of(x.shape[0])
             if count > self.batch.rows:  # a graph that gets no further than the check
                 return result * strength.sum()
-        elif (probe := self.batch.probe) is not None:
-            count = len(probe.mask)
-            if not probe.acts(self.index, x):
-                return result
-            (a, b), strength = probe.weights(self), strength.new_ones(())
-        else:
-            is_in_place = self.tensors[0].parameter.data_ptr() == self.a.data_ptr()
-            if self.batch.size and not is_in_place:
-                raise refuse("rows_lost_their_place", adapter_name=active_adapter)
-            if not self.batch.differs:  # row 0 is what PEFT has, wherever it is
-                a, b = (each.parameter.movedim(each.rank_axis or 0, 0)[None] for each in self.tensors)
-                count, b = 1, b.flatten(2)
-            else:
-                self.batch.check_inside(self.path)
-                count = self.batch.size
-                if self.index not in self.batch.acting:
-                    return result
-        if not torch.compiler.is_compiling():
-            block = x.shape[0] // count
-            if block * count != x.shape[0]:
+            a, b, scaling = self.a[:count], self.b[:count], self.own[:count] * strength
+        elif (found := self._now(active_adapter, x, strength)) is not None:
+            a, b, scaling = found
+            count, block = len(scaling), x.shape[0] // len(scaling)
+            if count * block != x.shape[0]:
                 raise refuse("rows_not_in_layer", paths=self.path, found=f"an input of shape {tuple(x.shape)}")
-            own = self.own if self.batch.probe is None else self.batch.probe.mask.to(x.device)
         else:
-            own = self.own
-        scaling = own[:count] * strength
+            return result
         if x.is_floating_point():
             x = module.lora_dropout[active_adapter](x)
         is_tiled = self.batch.is_tiled
         x = x.unflatten(0, (block, count)).transpose(0, 1) if is_tiled else x.unflatten(0, (count, block))
-        inner = self.times_a(module, x, a[:count])
+        inner = self.times_a(module, x, a)
         scaling = scaling.to(torch.promote_types(inner.dtype, torch.float32))
         scaled = (inner.flatten(1, -2) * scaling[:, None, None]).to(inner.dtype)
-        delta = times(scaled, b[:count])
+        delta = times(scaled, b)
         delta = delta.view(*inner.shape[:-1], delta.shape[-1])
         delta = (delta.transpose(0, 1) if is_tiled else delta).flatten(0, 1)
         return result + self.like_result(module, delta, result)
+
+    def _now(
+        self, active_adapter: str, x: torch.Tensor, strength: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The weights and scalings of all rows, not compiled; None where no row has an adapter on the layer."""
+        batch, first = self.batch, self.tensors[0].parameter
+        if (probe := batch.probe) is not None:
+            return (*probe.weights(self), probe.mask.to(x.device)) if probe.acts(self.index, x) else None
+        if batch.size and first.data_ptr() != self.a.data_ptr():
+            raise refuse("rows_lost_their_place", adapter_name=active_adapter)
+        if not batch.differs:  # what PEFT has is row 0, wherever it is
+            a, b = (each.parameter.movedim(each.rank_axis or 0, 0)[None] for each in self.tensors)
+            return a, b.flatten(2), self.own[:1] * strength
+        batch.check_inside(self.path)
+        rows = slice(batch.size)
+        return (self.a[rows], self.b[rows], self.own[rows] * strength) if self.index in batch.acting else None
 
     def times_a(self, module: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """``[rows, copies, ..., in]`` times A: ``[rows, copies, ..., rank]``."""
@@ -126,6 +127,8 @@ class RowVariant(LoraVariant):
 
 class RowEmbedding(RowVariant):
     """The same for an embedding: ``a`` is ``[rows, rank, vocabulary]``, and looked up."""
+
+    looks_up: ClassVar[bool] = True
 
     def times_a(self, module: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(len(x), device=x.device).view(-1, *[1] * (x.ndim - 1))

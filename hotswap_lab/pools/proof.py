@@ -23,12 +23,56 @@ from torch.utils._pytree import tree_leaves
 
 from ..beyond.guards import random_numbers_kept
 from ..core.errors import listing, refuse
-from .batch import Batch, given_tensors, size_of
 
 #: of the adapter's largest effect on an output, how far off a row may be, by the precision of the output
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 #: inputs that are no content of their own, but made from the tokens
 DERIVED = re.compile("embeds|hidden|mask|outputs|position")
+#: arguments of a model that say how many rows a batch has, before any other one
+TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds")
+Given = dict[str, torch.Tensor]
+
+
+# ---- what a model is called with
+
+
+def given_tensors(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Given:
+    """The tensors that a model is called with, by their names or positions."""
+    given = {str(position): each for position, each in enumerate(arguments)} | dict(named)
+    return {name: each for name, each in given.items() if isinstance(each, torch.Tensor)}
+
+
+def kind_of(value: Any) -> Any:
+    """What a proof holds for: the dtype and the number of axes of a tensor; of others, what is in them."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {value.ndim}"
+    if isinstance(value, (list, tuple)):
+        return tuple(map(kind_of, value))
+    if isinstance(value, Mapping):
+        return tuple((name, kind_of(each)) for name, each in value.items())
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return None
+    filled = False
+    with contextlib.suppress(Exception):  # what is no cache, or one of states only
+        filled = bool(value.get_seq_length())
+    return type(value).__name__, filled
+
+
+def batch_name(given: Given) -> str:
+    """The tensor whose first axis is the batch: tokens, or the first one that has axes beside the batch."""
+    first = [name for name in TOKENS if name in given] or [name for name, each in given.items() if each.ndim > 1]
+    return (first or list(given))[0]
+
+
+def size_of(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> int:
+    """How many rows a model is called with; 0 where no tensor tells."""
+    given = given_tensors(arguments, named) or {
+        str(number): each for number, each in enumerate(tree_leaves((arguments, named))) if torch.is_tensor(each)
+    }
+    return next(iter(given[batch_name(given)].shape), 0) if given else 0
+
+
+# ---- the proof
 
 
 @dataclass(eq=False)
@@ -49,34 +93,35 @@ class Probe:
     def weights(self, variant: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's ``a`` and ``b``, of rank 1, the same for all rows and in all forwards."""
         generator = torch.Generator().manual_seed(zlib.crc32(variant.path.encode()))
-        made = []
-        for each in (variant.a, variant.b):
-            shape = (1, 1, *each.shape[2:])
-            made.append(torch.randn(shape, generator=generator).to(each.device, each.dtype))
-        a, b = (each.expand(len(self.mask), *each.shape[1:]) for each in made)
-        return (a if a.ndim == 3 and a.shape[2] > 10**5 else a / max(a[0].numel(), 1) ** 0.5), b
+        drawn = [torch.randn((1, 1, *each.shape[2:]), generator=generator) for each in (variant.a, variant.b)]
+        if not variant.looks_up:
+            drawn[0] /= drawn[0].numel() ** 0.5
+        a, b = (each.to(variant.a.device, variant.a.dtype).expand(len(self.mask), *each.shape[1:]) for each in drawn)
+        return a, b
 
 
 def prove(
-    batch: Batch, number: int, arguments: tuple[Any, ...], named: Mapping[str, Any], layers: frozenset[int]
+    batch: Any, entry: torch.nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], layers: frozenset[int]
 ) -> bool:
     """Shows that the rows are kept apart, for these layers and inputs. Returns whether that holds for all such inputs.
 
-    It doesn't where something else than the tokens feeds one of the layers, as images may: how many belong to a row
-    is not the same in each batch.
+    It doesn't where something else than the tokens feeds one of the layers, as images may: how many belong to a row is
+    not the same in each batch. ``batch`` is the :class:`~hotswap_lab.pools.batch.Batch` whose rows they are, ``entry``
+    what is called.
 
     Raises
     ------
     HotswapError
         If they are not, with the layers whose input is no block for each row.
     """
-    entry, base, total = batch.entries[number], batch.room.slot.host.base, size_of(given_tensors(arguments, named))
+    base, total = batch.room.slot.host.base, size_of(arguments, named)
+    kept = [(buffer, buffer.clone()) for buffer in base.buffers()]
     noise = "input_ids" in named
 
     def outputs(mask: torch.Tensor, layers: Collection[int], seed: int = 0) -> tuple[Probe, list[torch.Tensor]]:
         probe = Probe(mask, layers)
         own = [_own(each) for each in arguments], {name: _own(each) for name, each in named.items()}
-        with _as_it_was(base), _noise(base, seed) if noise else contextlib.nullcontext():
+        with _as_it_was(kept), _noise(batch, base, seed) if noise else contextlib.nullcontext():
             batch.local.probe = probe
             try:
                 result = entry(*own[0], **own[1])
@@ -119,7 +164,7 @@ def _has_other_content(given: Mapping[str, torch.Tensor]) -> bool:
     return any(each.is_floating_point() and each.ndim > 2 for each in others.values())
 
 
-def _by_row(output: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _by_row(output: torch.Tensor, batch: Any) -> torch.Tensor:
     """``[rows, ...]``, whatever belongs to a row."""
     if batch.is_tiled:
         output = output.unflatten(0, (-1, batch.size)).transpose(0, 1)
@@ -144,20 +189,19 @@ def _own(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _as_it_was(base: torch.nn.Module) -> Iterator[None]:
-    """Puts random numbers and the buffers of a model back."""
-    kept = [(buffer, buffer.clone()) for buffer in base.buffers()]
+def _as_it_was(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Puts random numbers and buffers back."""
     try:
         with random_numbers_kept():
             yield
     finally:
-        for buffer, value in kept:
+        for buffer, value in buffers:
             if not torch.equal(buffer, value):
                 buffer.copy_(value)
 
 
 @contextlib.contextmanager
-def _noise(base: torch.nn.Module, seed: int) -> Iterator[None]:
+def _noise(batch: Any, base: torch.nn.Module, seed: int) -> Iterator[None]:
     """Random numbers on all that comes out of the embedding of tokens: rows with the same tokens are not the same."""
     embedding: Any = None
     with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
@@ -167,7 +211,9 @@ def _noise(base: torch.nn.Module, seed: int) -> Iterator[None]:
         return
     scale = float(embedding.weight.detach().double().std())
 
-    def add(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor:
+    def add(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor | None:
+        if batch.probe is None:  # another thread's forward
+            return None
         generator = torch.Generator().manual_seed(seed)
         return output + scale * torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
 

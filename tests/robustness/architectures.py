@@ -143,7 +143,8 @@ RIGHT_REFUSALS: dict[str, Callable[[Case], bool]] = {
     r"The model can't be prepared for an adapter that is of another kind": lambda case: case.structure == "any",
     r"The adapter .* has other whole modules": lambda case: case.structure == "any",
     r"The adapter in the model came with base weights": lambda case: (
-        case.base_weights is None and case.has_base_weights
+        # in a prepared model, embeddings that are turned off stay wrapped
+        (case.base_weights is None or case.check == "prepared") and case.has_base_weights
     ),
 }
 #: what differs from one refusal to another of its kind
