@@ -11,6 +11,8 @@ import torch
 import torch.multiprocessing
 from models import KINDS, Kind, call, load, save_random_adapter
 from peft import LoHaConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from hotswap_lab import AdapterPool, HotswapError, hotswap_adapter, prepare_model_for_compiled_hotswap, set_strength
 
@@ -99,7 +101,6 @@ def test_a_pool_goes_on_when_its_memory_is_shared_and_once_for_all_views(model, 
 
 
 def pool_tensors(folder: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
 
     return load_file(f"{folder}/adapter_model.safetensors")
 
@@ -132,3 +133,55 @@ def test_rows_are_of_one_process(model, sources):
     AdapterPool(alone, adapters=sources, rows=2, progress=False)
     with pytest.raises(HotswapError, match="rows"):
         alone.share_memory()
+
+
+def learn(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """A step of training; the adapter as it is now."""
+    model(**LLAMA.inputs()).logits.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return get_peft_model_state_dict(model)
+
+
+def test_a_training_loop_and_a_compiled_model_in_shared_memory(model, sources):
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    pool.swap("a")
+    trained = load(LLAMA, sources["a"], is_trainable=True)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=5.0)
+    with other_process(model, "spawn") as ask:
+        before = ask("compiled")
+        for _ in range(3):
+            pool.update("a", learn(trained, optimizer))
+            after = ask("compiled")
+            torch.testing.assert_close(after, call(trained, LLAMA.inputs()), rtol=0, atol=1e-5)
+            assert (after - before).abs().max() > 1e-3
+            before = after
+
+
+def serve_updates(folder: str, connection) -> None:
+    """What another machine does: it has the files of the first adapter, and gets new weights by a queue."""
+    torch.set_num_threads(1)
+    model = load(LLAMA, folder)
+    pool = AdapterPool(model, adapters={"mine": folder}, progress=False)
+    pool.swap("mine")
+    compiled = torch.compile(model, backend="aot_eager")
+    while (new := connection.recv()) is not None:
+        pool.update("mine", {key: torch.from_numpy(value) for key, value in new.items()})
+        connection.send((pool.version("mine"), call(compiled, LLAMA.inputs()).numpy()))
+
+
+def test_a_training_loop_whose_weights_are_sent(sources):
+    context = torch.multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=serve_updates, args=(sources["a"], there), daemon=True)
+    process.start()
+    trained = load(LLAMA, sources["a"], is_trainable=True)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=5.0)
+    for step in range(3):
+        here.send({key: value.numpy() for key, value in learn(trained, optimizer).items()})
+        assert here.poll(120)
+        version, output = here.recv()
+        assert version == step + 2
+        torch.testing.assert_close(torch.from_numpy(output), call(trained, LLAMA.inputs()), rtol=0, atol=1e-5)
+    here.send(None)
+    process.join(60)
