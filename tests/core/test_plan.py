@@ -371,3 +371,13 @@ def test_a_config_that_names_more_than_layers(tmp_path, target_modules):
         with pytest.raises(HotswapError, match=r"^Target module model"):
             hotswap_adapter(model, new, "default")
         assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_bytes_are_counted_where_zeros_are_written(model, tmp_path, prepared):
+    """Layers that are turned off, and the padding of a prepared model: all that is there is written."""
+    if prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    few = save_random_adapter(LLAMA, tmp_path / "few", seed=2, r=4, target_modules=["q_proj"])
+    tensors = [each for name, each in model.named_parameters() if ".lora_" in name]
+    assert plan_hotswap(model, few).nbytes == sum(each.nbytes for each in tensors)

@@ -848,3 +848,20 @@ def test_one_layer_scaled_by_hand_is_no_error(model, pool):
     assert "active" in str(pool)
     with pytest.raises(HotswapError, match="different strengths"):
         _ = pool.strength
+
+
+def test_of_two_adapters_that_come_under_one_name_the_first_stays(model, pool, sources, monkeypatch):
+    """The second one was asked for before, and took longer to read."""
+    load_adapter, first = Adapter.load, [sources["c"]]
+
+    def slowly(source, **arguments):
+        adapter = load_adapter(source, **arguments)
+        if first:
+            pool.add("new", first.pop())
+        return adapter
+
+    monkeypatch.setattr(Adapter, "load", slowly)
+    with pytest.raises(HotswapError, match="already"):
+        pool.add("new", sources["d"])
+    pool.swap("new")
+    assert_is(model, sources["c"])

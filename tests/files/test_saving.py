@@ -279,3 +279,28 @@ def test_an_unknown_name_is_refused(tmp_path):
     with pytest.raises(HotswapError, match="Adapter nobody not found"):
         save_adapter(model, tmp_path / "target", "nobody")
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("older", [True, False])
+def test_an_error_while_the_files_are_exchanged_leaves_what_was_there(tmp_path, monkeypatch, older, step):
+    """All of an older adapter, or nothing of the new one; the files of others in any case."""
+    model = load(MLP, save_random_adapter(MLP, tmp_path / "made", seed=1, r=4))
+    target, moves, move = tmp_path / "target", iter(range(9)), os.replace
+    target.mkdir()
+    (target / "README.md").write_text("mine")
+    if older:
+        save_adapter(model, target)
+        randomize(model, "default", seed=9)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def failing(*paths):
+        if next(moves) == step:
+            raise OSError("No space left on device (pretended)")
+        move(*paths)
+
+    monkeypatch.setattr(os, "replace", failing)
+    if step < (4 if older else 2):
+        with pytest.raises(OSError, match="No space left"):
+            save_adapter(model, target)
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == before

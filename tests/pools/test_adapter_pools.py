@@ -13,6 +13,7 @@ from models import KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 
 from hotswap_lab import Adapter, AdapterPool, HotswapError, hotswap_adapter, verify_hotswap
+from hotswap_lab.pools.adapter_pool import HISTORY
 
 LLAMA = KINDS["llama"]
 
@@ -214,3 +215,39 @@ def test_an_error_while_prefetching_is_told_by_the_swap(model, sources):
     pool.prefetch(dropped)
     with pytest.raises(HotswapError, match=r"changed|Can't find"):
         pool.swap(dropped)
+
+
+def test_as_many_swaps_as_said_can_be_taken_back(model, pool):
+    for number in range(HISTORY + 5):
+        pool.swap("bc"[number % 2])
+    for _ in range(HISTORY):
+        pool.undo()
+    with pytest.raises(HotswapError, match="nothing to undo"):
+        pool.undo()
+
+
+def test_adapters_that_just_fit_stay(model, sources):
+    limit = sum(packed_sizes(model, sources).values())
+    pool = AdapterPool(model, adapters=sources, max_bytes=limit, progress=False)
+    assert pool.nbytes == limit
+    memory = {name: Adapter.load(source) for name, source in sources.items()}
+    assert AdapterPool(model, adapters=memory, max_bytes=limit, progress=False).nbytes == limit
+
+
+def test_a_file_that_changed_while_it_was_read_is_refused_later(model, sources, monkeypatch):
+    """It is not known what was read: when it has to be read again, it may be another adapter."""
+    load_adapter, limit = Adapter.load, max(packed_sizes(model, sources).values())
+
+    def and_overwritten(source, **arguments):
+        adapter = load_adapter(source, **arguments)
+        save_random_adapter(LLAMA, Path(source), seed=99, r=2)
+        return adapter
+
+    pool = AdapterPool(model, max_bytes=limit, target_rank=8, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(Adapter, "load", and_overwritten)
+        pool.add("c", sources["c"])
+    pool.add("b", sources["b"])
+    pool.swap("b")
+    with pytest.raises(HotswapError, match="have changed since it was added"):
+        pool.swap("c")
