@@ -190,3 +190,17 @@ def test_a_state_dict_that_is_changed_later_changes_no_adapter(folder, model):
     tensors.popitem()
     hotswap_adapter(model, adapter, "default")
     assert_equals_fresh_load(model, KIND, folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ([1.0], "a? ?list under"),
+        (torch.ones(1, 12, dtype=torch.int8), "a tensor of torch.int8"),
+        (None, "NoneType under"),
+    ],
+    ids=["a list", "integers", "nothing"],
+)
+def test_what_is_no_tensor_is_named(value, found):
+    with pytest.raises(HotswapError, match=f"{found}(.|\\n)*'first.lora_A.weight'"):
+        Adapter.from_state_dict({"first.lora_A.weight": value}, LoraConfig(r=1))

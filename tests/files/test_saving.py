@@ -43,14 +43,17 @@ def test_same_files_as_pefts_own_save_after_a_fresh_load(kind, tmp_path):
     new = save_random_adapter(kind, tmp_path / "new", seed=2, r=8, target_modules=list(kind.modules)[:2])
     model = load(kind, old)
     hotswap_adapter(model, new, "default")
+    fresh = load(kind, new)
+    for each in (model, fresh):
+        each.get_base_model().name_or_path = "my/base"
     save_adapter(model, tmp_path / "ours")
-    load(kind, new).save_pretrained(tmp_path / "fresh", save_embedding_layers=False)
+    fresh.save_pretrained(tmp_path / "fresh", save_embedding_layers=False)
     (our_config, our_tensors), (config, tensors) = read(tmp_path / "ours"), read(tmp_path / "fresh")
     assert our_config == config
     # PEFT 0.20 saves a shared block once per path, PEFT 0.21 once
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("base_model.model.late.")}
     assert_same_tensors(our_tensors, tensors)
-    assert_equals_fresh_load(load(kind, str(tmp_path / "ours")), kind, new)
+    assert_same_outputs(load(kind, str(tmp_path / "ours")), fresh, kind)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

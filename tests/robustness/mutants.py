@@ -30,7 +30,7 @@ CODE = [f"hotswap_lab/{each}" for each in ("core", "pools", "files", "threads.py
 NEAR = [*("tests/core", "tests/pools", "tests/files", "tests/test_turns.py", "tests/test_verify.py"), *CODE]
 #: what README's command runs in one process; what notebooks, browsers and other processes run is not seen
 ALL = [*NEAR, "tests", "hotswap_lab", "--ignore=tests/browser", "--ignore=tests/bench", "--ignore=tests/demo"]
-#: how many tests are tried on one mistake, next to the code and elsewhere: the fastest ones that run over its line
+#: how many tests are tried on one mistake, next to the code and elsewhere, of those that run over its line
 MOST = 40
 #: an environment variable: the folder that the plugin below writes to
 SEEN = "MUTANTS_SEEN"
@@ -106,6 +106,16 @@ def mistakes_in(code: str) -> list:
     return [lambda m=m: tree.module.deep_replace(m.original_node, m.mutated_node).code for m in visitor.mutations]
 
 
+def few(tests: set[str], seconds: dict[str, float]) -> list[str]:
+    """Of many tests, the fastest cases of as many test functions as possible."""
+    count, ranked = collections.Counter(), []
+    for test in sorted(tests, key=seconds.get):
+        function = test.split("[")[0]
+        ranked.append((count[function], test))
+        count[function] += 1
+    return [test for _, test in sorted(ranked, key=lambda pair: pair[0])][:MOST]
+
+
 def notice(copy: Path, tests: list[str], limit: float) -> bool:
     """Whether a test fails in the copy, or takes too long. Tests run in a fork, which need not import torch again."""
     if tests and not (child := os.fork()):
@@ -140,17 +150,16 @@ def try_out(copy: Path, sample: int, chance: random.Random, seconds: dict, lines
         line = int(changes[0].split()[1].split(",")[0][1:])
         # of a long statement, only the first line is noted
         noted = min((number for number in lines[file] if lines[file][number]), key=lambda number: abs(number - line))
-        over = sorted(lines[file][noted], key=seconds.get)
-        places = {file, os.path.dirname(file).replace("hotswap_lab", "tests", 1)}
-        near = [test for test in over if places & {test.split("::")[0], os.path.dirname(test.split("::")[0])}]
-        others = [test for test in over if test not in near]
+        over, places = lines[file][noted], {file, os.path.dirname(file).replace("hotswap_lab", "tests", 1)}
+        near = {test for test in over if places & {test.split("::")[0], os.path.dirname(test.split("::")[0])}}
         (copy / file).write_text(wrong)
         tried[shown] = "survived"
-        for verdict, tests in (("noticed", near[:MOST]), ("noticed elsewhere", others[:MOST])):
+        for verdict, tests in (("noticed", few(near, seconds)), ("noticed elsewhere", few(over - near, seconds))):
             if tried[shown] == "survived" and notice(copy, tests, 60 + 10 * sum(map(seconds.get, tests))):
                 tried[shown] = verdict
         (copy / file).write_text(code)
-        print(f"{len(tried):3} {tried[shown]}: line {line} of {shown if tried[shown] == 'survived' else file}")
+        what = shown if tried[shown] == "survived" else file
+        print(f"{len(tried):3} {tried[shown]}: line {line} of {what}", flush=True)
     print(f"{sample} mistakes:", dict(collections.Counter(tried.values())))
 
 
