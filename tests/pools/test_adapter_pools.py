@@ -88,13 +88,16 @@ def test_the_least_recently_used_adapter_is_dropped_and_read_again(model, source
     limit = sizes["b"] + sizes["a"] + sizes["c"]
     pool = AdapterPool(model, adapters=sources, max_bytes=limit, progress=False)
     generator = random.Random(2)
-    seen = set()
+    seen, used = set(), []
     for _ in range(40):
         name = generator.choice(list(sources))
+        used.append(name)
         pool.swap(name)
         assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
         assert pool.nbytes <= limit
-        seen |= {row[0] for row in pool.table if row[4] == "in its files"}
+        dropped = {row[0] for row in pool.table if row[4] == "in its files"}
+        assert dropped.isdisjoint(used[-2:]) or sum(map(sizes.get, set(used[-2:]))) > limit
+        seen |= dropped
     assert seen == set(sources)
     assert pool._members[name].packed is not None
 
@@ -251,3 +254,13 @@ def test_a_file_that_changed_while_it_was_read_is_refused_later(model, sources, 
     pool.swap("b")
     with pytest.raises(HotswapError, match="have changed since it was added"):
         pool.swap("c")
+
+
+def test_a_pool_of_adapters_with_a_head(tmp_path):
+    config = dict(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    sources = {f"{rank}": save_random_adapter(LLAMA, tmp_path / f"{rank}", rank, r=rank, **config) for rank in (2, 4)}
+    model = load(LLAMA, sources["4"])
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    for name in ("2", "4", "2"):
+        pool.swap(name)
+        assert_is(model, sources[name])

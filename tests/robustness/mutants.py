@@ -97,13 +97,17 @@ def mistakes_in(code: str) -> list:
     def dropped(node: cst.Expr) -> list:
         return [cst.Pass()] if isinstance(node.value, cst.Call) else []
 
+    def is_prose(node: cst.CSTNode) -> bool:
+        return isinstance(node, cst.SimpleString) and " " in node.value
+
     def negated(node: cst.If) -> list:
         test = node.test.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
         return [node.with_changes(test=cst.UnaryOperation(cst.Not(), test))]
 
     tree, operators = cst.MetadataWrapper(cst.parse_module(code)), [(cst.Expr, dropped), (cst.If, negated)]
     tree.visit(visitor := Visitor([*mutation_operators, *operators], IgnoredCode(set(), set(), set())))
-    return [lambda m=m: tree.module.deep_replace(m.original_node, m.mutated_node).code for m in visitor.mutations]
+    made = [each for each in visitor.mutations if not is_prose(each.original_node)]
+    return [lambda m=m: tree.module.deep_replace(m.original_node, m.mutated_node).code for m in made]
 
 
 def few(tests: set[str], seconds: dict[str, float]) -> list[str]:
@@ -121,6 +125,7 @@ def notice(copy: Path, tests: list[str], limit: float) -> bool:
     if tests and not (child := os.fork()):
         os.chdir(copy)
         sys.path.insert(0, str(copy))
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for processes that tests start
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(pytest.main(["-x", "-p", "no:cacheprovider", *tests]))
     deadline, ended = time.monotonic() + limit, (0, 0)
