@@ -165,3 +165,8 @@ def test_a_plan_keeps_the_base_weights_that_it_was_given(tmp_path):
     model = load(bert, biased)
     commit(plan_hotswap(model, plain, base_weights=bert.base().state_dict()))
     assert_equals_fresh_load(model, bert, plain)
+
+
+def test_what_is_no_plan_is_named():
+    with pytest.raises(TypeError, match="got a str"):
+        commit("an/adapter")

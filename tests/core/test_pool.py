@@ -730,6 +730,7 @@ def test_two_pools_on_two_adapters_of_one_model(sources):
             model.set_adapter(name)
             assert_same_outputs(model, load(LLAMA, sources[source], name), LLAMA)
     assert pools["one"].active == "e"
+    assert (pools["one"].strength, pools["two"].strength) == (1, 1)
 
 
 def test_copies_of_a_model_with_a_pool_live_on_their_own(model, pool, sources):
