@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import inspect
+import itertools
 import os
 import pickle
 import random
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -955,3 +958,41 @@ def test_no_file_is_in_use_while_a_swap_waits(model, folders, inside):
     inside.set()
     swap.join(30)
     assert torch.equal(call(model, KIND.inputs()), expected)
+
+
+def _enter_while_another_begins_to_write(model, step: int) -> bool | None:
+    """Whether both were inside at once, if writing begins at this line of entering; None if there are fewer lines."""
+    base, lines, both = bases_of(model)[0], itertools.count(1), []
+    writing, ends = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with guard(base):
+            writing.set()
+            ends.wait(30)
+            writing.clear()
+
+    def trace(frame, event, _):
+        if event == "line" and frame.f_code.co_filename == inspect.getfile(in_use) and next(lines) == step:
+            writer.start()
+            writing.wait(MOMENT)
+        return trace
+
+    def compute() -> None:
+        sys.settrace(trace)
+        with in_use(model):
+            sys.settrace(None)
+            both.append(writing.is_set())
+
+    writer, reader = threading.Thread(target=write), threading.Thread(target=compute)
+    reader.start()
+    reader.join(MOMENT)
+    ends.set()
+    reader.join(30)
+    return both[0] if writer.ident else None
+
+
+def test_a_swap_that_begins_at_any_line_of_entering_keeps_the_thread_out_or_waits_for_it(folders):
+    tried = (_enter_while_another_begins_to_write(load(KIND, folders["old"]), step) for step in itertools.count(1))
+    outcomes = list(itertools.takewhile(lambda both: both is not None, tried))
+    assert len(outcomes) > 5
+    assert not any(outcomes)

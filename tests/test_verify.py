@@ -10,6 +10,7 @@ import torch
 from lengths import long
 from models import ARCHITECTURES, KINDS, load, save_random_adapter
 from oracle import assert_untouched, snapshot
+from peft import LoraConfig, get_peft_model
 
 from hotswap_lab import (
     Adapter,
@@ -51,12 +52,17 @@ def test_yes(model, new):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("part", ["a weight", "a scaling", "a table", "the config", "the base", "a dead layer"])
+@pytest.mark.parametrize(
+    "part", ["a weight", "a precision", "a scaling", "a table", "the config", "the base", "a dead layer"]
+)
 def test_no(model, new, part):
     layer = model.get_base_model().first
     base = None
     if part == "a weight":
         layer.lora_A["default"].weight.data[0, 0] += 1e-6
+    elif part == "a precision":
+        layer.lora_A["default"].double()
+        layer.lora_B["default"].double()
     elif part == "a scaling":
         layer.scaling["default"] *= 1.001
     elif part == "a table":
@@ -163,8 +169,6 @@ def test_names_that_peft_turns_into_a_set(tmp_path):
 
 def test_inconclusive_when_the_adapter_changes_nothing(tmp_path):
     """B = 0, as LoRA starts: everything equals everything."""
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(KIND.base(), LoraConfig(r=4, target_modules=["first"]))
     model.save_pretrained(tmp_path / "zero")
     verdict = verify(model, tmp_path / "zero")
@@ -235,3 +239,17 @@ def test_an_adapter_that_is_not_there_is_refused_in_words(tmp_path):
 def test_a_long_list_of_mismatches_is_cut_short():
     verdict = Verification(difference=0.0, change=1.0, tolerance=1e-5, mismatches=tuple(map(str, range(72))))
     assert str(verdict).splitlines() == ["matches a fresh load: False", *"0123456789", "and 62 more, see `mismatches`"]
+
+
+def test_an_adapter_that_acts_by_the_base_models_biases(tmp_path):
+    """The reference starts from the biases that the model had before: or the adapter would seem to change nothing."""
+    bert = ARCHITECTURES["bert"]
+    plain = save_random_adapter(bert, tmp_path / "plain", seed=1, target_modules=["query"])
+    biased = get_peft_model(bert.base(), LoraConfig(target_modules=["query"], bias="all"))
+    for name, parameter in biased.named_parameters():
+        parameter.data += 0.5 * name.endswith("bias")
+    biased.save_pretrained(tmp_path / "biased")
+    model = load(bert, plain)
+    hotswap_adapter(model, tmp_path / "biased", "default")
+    verdict = verify_hotswap(model, tmp_path / "biased", inputs=bert.inputs())
+    assert verdict, verdict

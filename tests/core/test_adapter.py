@@ -119,13 +119,19 @@ def test_truncated_weights(folder, model, size):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"r": 4}', '{"peft_type": 3}', '{"peft_type": "LORA", "r": "x"}']
+    ("text", "match"),
+    [
+        *[(text, "can't be read") for text in ("", "{", "[]", "null", '{"r": 4}')],
+        ('{"peft_type": "NEW"}', "^The adapter from .* is of an unknown kind"),
+        ('{"peft_type": 3}', "^The adapter from .* is of an unknown kind"),
+        ('{"peft_type": "LORA", "r": "x"}', None),
+    ],
 )
-def test_broken_configs(folder, model, text):
+def test_broken_configs(folder, model, text, match):
     with open(f"{folder}/adapter_config.json", "w") as stream:
         stream.write(text)
     before = snapshot(model)
-    with pytest.raises(HotswapError):
+    with pytest.raises(HotswapError, match=match):
         hotswap_adapter(model, folder, "default")
     assert_untouched(model, before)
 
@@ -175,3 +181,26 @@ def test_unknown_arguments(folder, model):
 def test_a_config_is_needed(folder, model):
     with pytest.raises(HotswapError, match="config is missing"):
         Adapter.from_state_dict(Adapter.load(folder).tensors, None)
+
+
+def test_a_state_dict_that_is_changed_later_changes_no_adapter(folder, model):
+    read = Adapter.load(folder)
+    tensors = dict(read.tensors)
+    adapter = Adapter.from_state_dict(tensors, read.config)
+    tensors.popitem()
+    hotswap_adapter(model, adapter, "default")
+    assert_equals_fresh_load(model, KIND, folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ([1.0], "a? ?list under"),
+        (torch.ones(1, 12, dtype=torch.int8), "a tensor of torch.int8"),
+        (None, "NoneType under"),
+    ],
+    ids=["a list", "integers", "nothing"],
+)
+def test_what_is_no_tensor_is_named(value, found):
+    with pytest.raises(HotswapError, match=f"{found}(.|\\n)*'first.lora_A.weight'"):
+        Adapter.from_state_dict({"first.lora_A.weight": value}, LoraConfig(r=1))

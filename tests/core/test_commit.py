@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import KINDS, call, load, save_random_adapter
+from adapters import save_random_adapter_of
+from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_untouched, snapshot
+from peft import LoraConfig
 
 import hotswap_lab
 from hotswap_lab import HotswapError, commit, hotswap_adapter, plan_hotswap
@@ -153,3 +155,18 @@ def test_a_kept_plan_notices_that_the_adapter_was_merged_since(tmp_path):
     with pytest.raises(HotswapError, match="has changed since this swap was planned"):
         commit(plan)
     assert_untouched(model, before)
+
+
+def test_a_plan_keeps_the_base_weights_that_it_was_given(tmp_path):
+    """The loaded adapter has overwritten biases of the base model, whose own ones only the caller has."""
+    bert = ARCHITECTURES["bert"]
+    configs = (LoraConfig(target_modules=["query"], bias="all"), LoraConfig(target_modules=["query"]))
+    biased, plain = (save_random_adapter_of(each, tmp_path / f"{n}", n, bert) for n, each in enumerate(configs))
+    model = load(bert, biased)
+    commit(plan_hotswap(model, plain, base_weights=bert.base().state_dict()))
+    assert_equals_fresh_load(model, bert, plain)
+
+
+def test_what_is_no_plan_is_named():
+    with pytest.raises(TypeError, match="got a str"):
+        commit("an/adapter")

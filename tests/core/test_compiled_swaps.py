@@ -23,6 +23,7 @@ from hotswap_lab import (
     get_strength,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
+    plan_hotswap,
     prepare_model_for_compiled_hotswap,
     resolve_slot,
     set_strength,
@@ -408,6 +409,13 @@ def test_guards_that_are_not_evaluated_are_refused_unless_only_values_change(fol
         hotswap_adapter(ready, folders[1], "default")
     finally:
         torch.compiler.set_stance("default")
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_missing_guards_speak_against_a_plan_unless_only_values_change(folders, ready):
+    model = prepared(LLAMA, folders) if ready else load(LLAMA, folders[0])
+    compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": lambda entries: entries})
+    assert plan_hotswap(compiled, folders[1]).ok == ready
 
 
 @pytest.mark.long

@@ -730,6 +730,7 @@ def test_two_pools_on_two_adapters_of_one_model(sources):
             model.set_adapter(name)
             assert_same_outputs(model, load(LLAMA, sources[source], name), LLAMA)
     assert pools["one"].active == "e"
+    assert (pools["one"].strength, pools["two"].strength) == (1, 1)
 
 
 def test_copies_of_a_model_with_a_pool_live_on_their_own(model, pool, sources):
@@ -848,3 +849,20 @@ def test_one_layer_scaled_by_hand_is_no_error(model, pool):
     assert "active" in str(pool)
     with pytest.raises(HotswapError, match="different strengths"):
         _ = pool.strength
+
+
+def test_of_two_adapters_that_come_under_one_name_the_first_stays(model, pool, sources, monkeypatch):
+    """The second one was asked for before, and took longer to read."""
+    load_adapter, first = Adapter.load, [sources["c"]]
+
+    def slowly(source, **arguments):
+        adapter = load_adapter(source, **arguments)
+        if first:
+            pool.add("new", first.pop())
+        return adapter
+
+    monkeypatch.setattr(Adapter, "load", slowly)
+    with pytest.raises(HotswapError, match="already"):
+        pool.add("new", sources["d"])
+    pool.swap("new")
+    assert_is(model, sources["c"])

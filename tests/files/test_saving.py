@@ -43,14 +43,17 @@ def test_same_files_as_pefts_own_save_after_a_fresh_load(kind, tmp_path):
     new = save_random_adapter(kind, tmp_path / "new", seed=2, r=8, target_modules=list(kind.modules)[:2])
     model = load(kind, old)
     hotswap_adapter(model, new, "default")
+    fresh = load(kind, new)
+    for each in (model, fresh):
+        each.get_base_model().name_or_path = "my/base"
     save_adapter(model, tmp_path / "ours")
-    load(kind, new).save_pretrained(tmp_path / "fresh", save_embedding_layers=False)
+    fresh.save_pretrained(tmp_path / "fresh", save_embedding_layers=False)
     (our_config, our_tensors), (config, tensors) = read(tmp_path / "ours"), read(tmp_path / "fresh")
     assert our_config == config
     # PEFT 0.20 saves a shared block once per path, PEFT 0.21 once
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("base_model.model.late.")}
     assert_same_tensors(our_tensors, tensors)
-    assert_equals_fresh_load(load(kind, str(tmp_path / "ours")), kind, new)
+    assert_same_outputs(load(kind, str(tmp_path / "ours")), fresh, kind)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -281,3 +284,28 @@ def test_an_unknown_name_is_refused(tmp_path):
     with pytest.raises(HotswapError, match="Adapter nobody not found"):
         save_adapter(model, tmp_path / "target", "nobody")
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("older", [True, False])
+def test_an_error_while_the_files_are_exchanged_leaves_what_was_there(tmp_path, monkeypatch, older, step):
+    """All of an older adapter, or nothing of the new one; the files of others in any case."""
+    model = load(MLP, save_random_adapter(MLP, tmp_path / "made", seed=1, r=4))
+    target, moves, move = tmp_path / "target", iter(range(9)), os.replace
+    target.mkdir()
+    (target / "README.md").write_text("mine")
+    if older:
+        save_adapter(model, target)
+        randomize(model, "default", seed=9)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def failing(*paths):
+        if next(moves) == step:
+            raise OSError("No space left on device (pretended)")
+        move(*paths)
+
+    monkeypatch.setattr(os, "replace", failing)
+    if step < (4 if older else 2):
+        with pytest.raises(OSError, match="No space left"):
+            save_adapter(model, target)
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == before

@@ -46,7 +46,10 @@ def test_state_dict_has_the_keys_of_a_fresh_load(model, folders):
     assert adapter_keys(model) == adapter_keys(load(LLAMA, folders[0]))
 
 
-def test_a_state_dict_goes_back_in_strictly(model, folders):
+@pytest.mark.parametrize("room", [None, 8])
+def test_a_state_dict_goes_back_in_strictly(model, room):
+    if room:
+        prepare_model_for_compiled_hotswap(model, target_rank=room)
     before = call(model, LLAMA.inputs())
     result = model.load_state_dict(model.state_dict(), strict=True)
     assert not result.missing_keys

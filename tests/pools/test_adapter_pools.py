@@ -15,6 +15,7 @@ from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouch
 from peft import LoraConfig, get_peft_model
 
 from hotswap_lab import Adapter, AdapterPool, HotswapError, hotswap_adapter, save_adapter, verify_hotswap
+from hotswap_lab.pools.adapter_pool import HISTORY
 
 LLAMA = KINDS["llama"]
 
@@ -89,13 +90,16 @@ def test_the_least_recently_used_adapter_is_dropped_and_read_again(model, source
     limit = sizes["b"] + sizes["a"] + sizes["c"]
     pool = AdapterPool(model, adapters=sources, max_bytes=limit, progress=False)
     generator = random.Random(2)
-    seen = set()
+    seen, used = set(), []
     for _ in range(40):
         name = generator.choice(list(sources))
+        used.append(name)
         pool.swap(name)
         assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
         assert pool.nbytes <= limit
-        seen |= {row[0] for row in pool.table if row[4] == "in its files"}
+        dropped = {row[0] for row in pool.table if row[4] == "in its files"}
+        assert dropped.isdisjoint(used[-2:]) or sum(map(sizes.get, set(used[-2:]))) > limit
+        seen |= dropped
     assert seen == set(sources)
     assert pool._members[name].packed is not None
 
@@ -295,3 +299,49 @@ def test_an_error_while_prefetching_is_told_by_the_swap(model, sources):
     pool.prefetch(dropped)
     with pytest.raises(HotswapError, match=r"changed|Can't find"):
         pool.swap(dropped)
+
+
+def test_as_many_swaps_as_said_can_be_taken_back(model, pool):
+    for number in range(HISTORY + 5):
+        pool.swap("bc"[number % 2])
+    for _ in range(HISTORY):
+        pool.undo()
+    with pytest.raises(HotswapError, match="nothing to undo"):
+        pool.undo()
+
+
+def test_adapters_that_just_fit_stay(model, sources):
+    limit = sum(packed_sizes(model, sources).values())
+    pool = AdapterPool(model, adapters=sources, max_bytes=limit, progress=False)
+    assert pool.nbytes == limit
+    memory = {name: Adapter.load(source) for name, source in sources.items()}
+    assert AdapterPool(model, adapters=memory, max_bytes=limit, progress=False).nbytes == limit
+
+
+def test_a_file_that_changed_while_it_was_read_is_refused_later(model, sources, monkeypatch):
+    """It is not known what was read: when it has to be read again, it may be another adapter."""
+    load_adapter, limit = Adapter.load, max(packed_sizes(model, sources).values())
+
+    def and_overwritten(source, **arguments):
+        adapter = load_adapter(source, **arguments)
+        save_random_adapter(LLAMA, Path(source), seed=99, r=2)
+        return adapter
+
+    pool = AdapterPool(model, max_bytes=limit, target_rank=8, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(Adapter, "load", and_overwritten)
+        pool.add("c", sources["c"])
+    pool.add("b", sources["b"])
+    pool.swap("b")
+    with pytest.raises(HotswapError, match="have changed since it was added"):
+        pool.swap("c")
+
+
+def test_a_pool_of_adapters_with_a_head(tmp_path):
+    config = dict(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    sources = {f"{rank}": save_random_adapter(LLAMA, tmp_path / f"{rank}", rank, r=rank, **config) for rank in (2, 4)}
+    model = load(LLAMA, sources["4"])
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    for name in ("2", "4", "2"):
+        pool.swap(name)
+        assert_is(model, sources[name])

@@ -170,7 +170,8 @@ def test_generate(name, way, tmp_path):
     assert sum(not torch.equal(one, two) for one, two in zip(expected, base.split(count), strict=True)) >= 4
     pool = AdapterPool(load(kind, folders["a"]), adapters=folders, rows=ROWS, target_rank=14, progress=False)
     pool.assign(wanted)
-    assert torch.equal(ask(pool.model), torch.cat(expected))
+    for _ in range(2):  # the second time, an encoder comes after a forward with repeated rows
+        assert torch.equal(ask(pool.model), torch.cat(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
