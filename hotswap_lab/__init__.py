@@ -7,7 +7,7 @@
 >>> hotswap_adapter(model, demo.adapter_path("pig_latin"), adapter_name="default")
 >>> demo.ask(model, tokenizer, "hotswap")
 'otswaphay'
->>> verify_hotswap(model, demo.adapter_path("pig_latin"))
+>>> verify_hotswap(model, demo.adapter_path("pig_latin"), base=demo.load_base)
 matches a fresh load: True
 
 Look before you swap      ``plan_hotswap``, then ``commit``; ``verify_hotswap`` is the proof afterwards

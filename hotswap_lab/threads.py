@@ -9,6 +9,9 @@ what is behind that door.
 Reading is cheap and writing pays: each thread has a lock of its own for each model, which nobody else touches but a
 swap, and that takes them all (the Linux kernel once called this a big-reader lock). The locks are handed out as they
 are, so entering and leaving ``with in_use(model)`` are single steps in C, which Ctrl-C can't split.
+
+The locks belong to threads, and the tasks of an event loop share one. So a turn notes its task, too: another task of
+the thread is refused, or it waits in :func:`awaited`, which lets the event loop go on.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from itertools import compress
 from operator import methodcaller
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +41,8 @@ from .core.host import Host, carriers
 NOWHERE: deque[object] = deque(maxlen=0)
 #: how long to wait at a time, in seconds: on Windows, Ctrl-C comes in between only
 NAP = 0.02
+#: and for tasks, which have to look themselves whether it is their turn
+TASK_NAP = 0.002
 
 
 class ModelInUseError(HotswapError):
@@ -65,6 +71,13 @@ class ModelInUseError(HotswapError):
     """
 
 
+class Owner(NamedTuple):
+    """The task that has a turn, or None; and whether the end of its turn can wait for other tasks of the thread."""
+
+    task: weakref.ref[Any] | None
+    can_wait: bool
+
+
 class Turn:
     """Whose turn it is at one base model."""
 
@@ -75,19 +88,39 @@ class Turn:
         self.gate: threading.RLock = threading.RLock()
         #: for each thread that has computed with the model, by its number, what it holds while it is inside
         self.locks: dict[int, threading.RLock] = {}
+        #: of the thread that holds ``swap``; means nothing while that is free
+        self.owner: Owner = Owner(None, False)
+        #: for each thread with an event loop, by its number: the tasks that may be inside, and those in a queue
+        self.inside: dict[int, weakref.WeakSet[Any]] = {}
+        self.queues: dict[int, deque[Any]] = {}
 
     @property
     def lock(self) -> threading.RLock:
         """This thread's own lock."""
         return self.locks.setdefault(threading.get_ident(), threading.RLock())
 
+    @property
+    def is_of_this_task(self) -> bool:
+        """Whether the running task, or this thread where there are no tasks, has the turn already."""
+        return self.swap._is_owned() and self.owner.task == this_task()
+
+    @property
+    def is_of_another_task(self) -> bool:
+        """Whether another task of this thread has the turn."""
+        return self.swap._is_owned() and self.owner.task != this_task()
+
     def ticket(self) -> threading.RLock:
         """What a thread that computes enters with. A swap that waits already is let pass."""
         # first the lock, then the gate: a swap that closes it later finds the lock
-        lock = self.lock
+        lock, task, owner = self.lock, this_task(), self.owner
+        if owner.task is not None and not owner.can_wait and self.is_of_another_task:
+            raise refuse("another_task")  # the end of that one's block could not wait for this one
         if not lock._is_owned():
             with self.gate:
                 pass
+            self.inside.pop(threading.get_ident(), None)
+        if task is not None:
+            self.inside.setdefault(threading.get_ident(), weakref.WeakSet()).add(task())
         return lock
 
     def others(self) -> list[tuple[threading.RLock, int]]:
@@ -99,6 +132,16 @@ class Turn:
 _patience: ContextVar[float] = ContextVar("hotswap_lab_patience", default=math.inf)
 #: of each base model
 _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictionary()
+
+
+def this_task() -> weakref.ref[Any] | None:
+    """The task that is running in this thread; None outside of an event loop."""
+    running: Any = sys.modules.get("_asyncio")
+    if running is None or running._get_running_loop() is None:
+        return None
+    import asyncio
+
+    return None if (task := asyncio.current_task()) is None else weakref.ref(task)
 
 
 def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
@@ -127,7 +170,7 @@ def in_use(model: object) -> AbstractContextManager[object]:
     Raises
     ------
     HotswapError
-        If the model has no adapter.
+        If the model has no adapter, or another task of this thread is inside of a plain ``with pool.using(name):``.
 
     Examples
     --------
@@ -148,7 +191,8 @@ def in_use(model: object) -> AbstractContextManager[object]:
     On a GPU, work that was only queued is in order with the swap as long as both use the same stream. In a block that
     starts other threads and waits for them, let only the outer thread hold ``in_use``: a thread that comes while a swap
     waits is let in only after it. The thread that enters has to be the one that leaves, so a generator that yields from
-    inside must not be handed from thread to thread.
+    inside must not be handed from thread to thread. With asyncio: inside, a task may ``await``. Swaps in other tasks of
+    its thread are refused meanwhile; ``async with pool.using(name)`` waits.
     """
     tickets = [turn.ticket() for turn in turns_of(bases_of(model))]
     return tickets[0] if len(tickets) == 1 else _taken([(each, None) for each in tickets], math.inf)
@@ -200,11 +244,17 @@ def taken(bases: Iterable[torch.nn.Module], computing: bool) -> AbstractContextM
     turns = turns_of(bases)
     if any(turn.lock._is_owned() for turn in turns):
         raise refuse("thread_is_computing")
+    if any(turn.is_of_another_task for turn in turns):
+        raise refuse("another_task")
     return _taken(_locks(turns, computing), _patience.get())
 
 
-def _locks(turns: list[Turn], computing: bool) -> Iterator[tuple[threading.RLock, int | None]]:
-    yield from ((turn.swap, None) for turn in turns)
+def _locks(turns: list[Turn], computing: bool, can_wait: bool = False) -> Iterator[tuple[threading.RLock, int | None]]:
+    for turn in turns:
+        is_nested = turn.is_of_this_task
+        yield turn.swap, None
+        if not is_nested:  # it has been taken when the next lock is asked for
+            turn.owner = Owner(this_task(), can_wait)
     if not computing:
         yield from ((turn.gate, None) for turn in turns)
         for turn in turns:
@@ -229,9 +279,78 @@ def _taken(locks: Iterable[tuple[threading.RLock, int | None]], patience: float)
         NOWHERE.extend(releasing)
 
 
+@contextlib.asynccontextmanager
+async def awaited(base: torch.nn.Module, *, computing: bool = False, to_the_end: bool = False) -> AsyncIterator[None]:
+    """:func:`taken` for a task: it waits for other threads, and for other tasks of its own, without blocking them.
+
+    ``to_the_end`` is for the end of a turn. It waits however long that takes, and a task that is cancelled meanwhile
+    goes on to the end of the block.
+    """
+    import asyncio  # a program without it does not pay for it
+
+    (turn,), thread, task = turns_of([base]), threading.get_ident(), this_task()
+    patience = math.inf if to_the_end else _patience.get()
+    deadline, cancelled = time.monotonic() + patience, None
+    if to_the_end:
+        pass_on(base)
+    elif turn.lock._is_owned() and task is not None and task() in turn.inside.get(thread, ()):
+        raise refuse("thread_is_computing")
+    held: list[threading.RLock] = []
+    releasing = map(methodcaller("release"), held)
+    queue = turn.queues.setdefault(thread, deque())
+    async with contextlib.nullcontext() if turn.is_of_this_task else _queued(queue, patience):
+        try:
+            for number, (lock, holder) in enumerate(_locks([turn], computing, can_wait=True)):
+                while True:
+                    # this thread's locks would let all of its tasks in
+                    is_free = not turn.is_of_another_task and (lock is turn.swap or not turn.lock._is_owned())
+                    acquiring = map(methodcaller("acquire", blocking=False), (lock,) if is_free else ())
+                    held.extend(compress((lock,), acquiring))
+                    if len(held) > number:
+                        break
+                    if time.monotonic() >= deadline:
+                        raise _busy(holder, patience)
+                    try:
+                        await asyncio.sleep(TASK_NAP)
+                    except asyncio.CancelledError as error:
+                        if not to_the_end:
+                            raise
+                        cancelled = error
+            yield
+        finally:
+            NOWHERE.extend(releasing)
+    if cancelled is not None:
+        raise cancelled
+
+
+@contextlib.asynccontextmanager
+async def _queued(queue: deque[Any], patience: float) -> AsyncIterator[None]:
+    """Tasks of one thread, one after the other in the order in which they came."""
+    import asyncio
+
+    mine = asyncio.get_running_loop().create_future()
+    queue.append(mine)
+    try:
+        if queue[0] is not mine:
+            await asyncio.wait([mine], timeout=None if patience == math.inf else patience)
+            if not mine.done():
+                raise _busy(None, patience)
+        yield
+    finally:
+        queue.remove(mine)
+        if queue and not queue[0].done():
+            queue[0].set_result(None)
+
+
+def pass_on(base: torch.nn.Module) -> None:
+    """Gives the turn to the task that ends the block: an event loop closes what was left open in a task of its own."""
+    (turn,) = turns_of([base])
+    turn.owner = turn.owner._replace(task=this_task())
+
+
 def _busy(number: int | None, patience: float) -> ModelInUseError:
     names = [thread.name for thread in threading.enumerate() if thread.ident == number]
-    found = f"a thread that computes with it: {names[0]}" if names else "another thread that swaps"
+    found = f"a thread that computes with it: {names[0]}" if names else "another thread or task that swaps"
     return ModelInUseError(refusal("model_in_use", found=found, seconds=patience))
 
 

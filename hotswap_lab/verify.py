@@ -1,7 +1,13 @@
 """The oracle: is the live model what a fresh load of the adapter would be?
 
-Nothing of the swap engine decides here. The reference is made by PEFT alone, and everything that a user could
-observe is compared: outputs, config, scalars of each layer, and the tensors that would be saved.
+PEFT makes the reference: a base model, and ``PeftModel.from_pretrained`` on it. Compared is what a user can observe:
+outputs, config, the scalars of each layer, the tensors that PEFT would save and, with ``base=``, all weights and
+buffers of the base model.
+
+No code that plans a swap or writes one runs here. What this module uses of the package finds the adapter in the model
+and on the disk, and gives the live model's tensors the names that a fresh load gives them
+(:class:`~hotswap_lab.files.saving.LoadedAlone`). A tensor with a wrong name is a mismatch. Layers without an equal in a
+fresh load are left out if their weights are zero. Anything else that they would do shows in the outputs.
 """
 
 from __future__ import annotations
@@ -17,22 +23,23 @@ from operator import attrgetter
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch.utils._pytree import tree_leaves
 
 from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, random_numbers_kept
 from .beyond.stand_in import make_stand_in
-from .beyond.wrappers import WRAPPERS, inside
+from .beyond.wrappers import WRAPPERS, has_adapter, inside, peel
 from .core.adapter import Adapter
 from .core.errors import refuse
-from .core.host import PEFT_PREFIX, Host, canonical_path, name_in
+from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
 from .core.interrupts import interrupts_held
 from .core.journal import Journal
-from .core.slot import Slot, resolve_slot
 from .core.sources import find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
 from .threads import in_use
+from .watch import RecompileError
 
 #: config fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them
 PROVENANCE = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
@@ -44,8 +51,8 @@ MARGIN = {torch.float16: 10, torch.bfloat16: 5}
 
 #: how many mismatches a verdict shows
 SHOWN = 10
-#: how the name of what is in a config starts, and what is between a layer's path and the name of one of its tables
-CONFIG, TABLE = "config.", ": "
+#: how the names of config fields and of base weights start, and what is between a layer's path and that of its table
+CONFIG, BASE, TABLE = "config.", "the base model's ", ": "
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,10 @@ def verify_hotswap(
 ) -> Verification:
     """Compares the live model with ``PeftModel.from_pretrained(base, adapter)``.
 
+    With ``base=``, the verdict is about the whole model. Without it, the reference is made on a copy of the live base
+    model, so the verdict is about the adapter alone: if something has changed the base weights, both models have the
+    change.
+
     Parameters
     ----------
     model:
@@ -125,10 +136,12 @@ def verify_hotswap(
         Its name in the model. Default: the only one that there is.
     inputs:
         What to call the models with: a dict of keyword arguments, a tuple of arguments, or one tensor. Default:
-        the ``dummy_inputs`` that transformers models bring.
+        the ``dummy_inputs`` that transformers models bring. A compiled model is compiled once more for a shape that
+        it has not seen, so pass inputs that it was called with before.
     base:
-        Makes a fresh base model, ``lambda: AutoModelForCausalLM.from_pretrained(...)``. Default: a copy of the
-        model's own base without adapters, which takes as much memory as the model.
+        Makes a fresh base model, ``lambda: AutoModelForCausalLM.from_pretrained(...)``. Its weights and buffers are
+        compared, too, up to rounding, except for those that are offloaded. Default: a copy of the model's own base
+        without adapters, which takes as much memory as the model.
     tolerance:
         The allowed difference relative to the largest output. Default: 2e-5 in float32, more in half precision.
 
@@ -140,32 +153,30 @@ def verify_hotswap(
     Raises
     ------
     HotswapError
-        If there is no such adapter, here or at ``adapter``, if it isn't the active one, or if inputs are missing.
+        If there is no such adapter, here or at ``adapter``, if it isn't the active one, if inputs are missing, or if a
+        compiled model would have to be compiled for the default ones inside of ``RecompileWatch(allow=...)``.
 
     Examples
     --------
     >>> from hotswap_lab import demo, hotswap_adapter, verify_hotswap
     >>> model, _ = demo.load("reverse")
     >>> hotswap_adapter(model, demo.adapter_path("sort"), "default")
-    >>> verify_hotswap(model, demo.adapter_path("sort"))
+    >>> verify_hotswap(model, demo.adapter_path("sort"), base=demo.load_base)
     matches a fresh load: True
     >>> bool(verify_hotswap(model, demo.adapter_path("shout")))
     False
     """
     with _as_folder(adapter) as folder, in_use(model), torch.no_grad(), _eval_mode(model):
-        slot = resolve_slot(model, name_in(model, adapter_name))
-        _check_active(slot)
-        inputs = getattr(slot.host.base, "dummy_inputs", None) if inputs is None else inputs
-        if inputs is None:
-            raise refuse("no_inputs", name=type(slot.host.base).__name__)
-        live_outputs = _call(model, inputs)
-        fresh = (bare_base(slot.host) if base is None else base()).eval()
+        host = find_host(model, name := name_in(model, adapter_name))
+        _check_active(host, name)
+        live_outputs, inputs = _live_outputs(model, host, inputs)
+        fresh = (bare_base(host) if base is None else base()).eval()
         base_outputs = _call(fresh, inputs)
-        trainable = not slot.config.inference_mode
+        trainable = not host.configs[name].inference_mode
         with compilers_kept(), random_numbers_kept():
-            fresh = PeftModel.from_pretrained(fresh, folder, slot.adapter_name, is_trainable=trainable).eval()
+            fresh = PeftModel.from_pretrained(fresh, folder, name, is_trainable=trainable).eval()
         fresh_outputs = _call(fresh, inputs)
-        mismatches = tuple(_mismatches(slot, fresh))
+        mismatches = tuple(_mismatches(host, fresh, name, with_base=base is not None))
     dtype, largest = fresh_outputs[0].dtype, max(float(output.abs().max()) for output in fresh_outputs)
     return Verification(
         difference=_difference(live_outputs, fresh_outputs),
@@ -194,15 +205,15 @@ def bare_base(host: Host) -> torch.nn.Module:
     return base
 
 
-def _check_active(slot: Slot) -> None:
-    part = slot.layers[0].module if slot.layers else slot.host.carrier
-    active = list(part.active_adapters)
-    disabled = part.disable_adapters if slot.layers else getattr(part, "_adapters_disabled", False)
-    merged = part.merged_adapters if slot.layers else []
-    if active != [slot.adapter_name] or disabled or merged:
-        raise refuse(
-            "not_what_it_computes_with", adapter_name=slot.adapter_name, active=active, disabled=disabled, merged=merged
-        )
+def _check_active(host: Host, name: str) -> None:
+    layers = [each for each in host.base.modules() if isinstance(each, BaseTunerLayer) and has_adapter(each, name)]
+    for part in layers or [host.carrier]:
+        active, merged = list(part.active_adapters), part.merged_adapters if layers else []
+        disabled = part.disable_adapters if layers else getattr(part, "_adapters_disabled", False)
+        if active != [name] or disabled or merged:
+            raise refuse(
+                "not_what_it_computes_with", adapter_name=name, active=active, disabled=disabled, merged=merged
+            )
 
 
 @contextlib.contextmanager
@@ -240,6 +251,19 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
         raise
 
 
+def _live_outputs(model: torch.nn.Module, host: Host, inputs: object) -> tuple[list[torch.Tensor], object]:
+    """The outputs of the live model, and the inputs that it was called with."""
+    if inputs is not None:
+        return _call(model, inputs), inputs
+    if (inputs := getattr(host.base, "dummy_inputs", None)) is None:
+        raise refuse("no_inputs", name=type(host.base).__name__)
+    try:
+        return _call(model, inputs), inputs
+    except RecompileError as error:
+        shapes = [tuple(each.shape) for each in tree_leaves(inputs) if isinstance(each, torch.Tensor)]
+        raise refuse("not_compiled_for", shapes=shapes, reason=error) from error
+
+
 def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
     outputs = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
@@ -253,15 +277,17 @@ def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(first, second, strict=True))
 
 
-def _mismatches(slot: Slot, fresh: PeftModel) -> Iterator[str]:
-    name = slot.adapter_name
-    found = _facts(slot.config, LoadedAlone(slot.host, name), saved_tensors(slot), name)
+def _mismatches(host: Host, fresh: PeftModel, name: str, with_base: bool) -> Iterator[str]:
+    found = _facts(host.configs[name], LoadedAlone(host, name), saved_tensors(host, name), name)
     tensors = get_peft_model_state_dict(fresh, adapter_name=name, save_embedding_layers=False)
     expected = _facts(fresh.peft_config[name], fresh, tensors, name)
+    if with_base:
+        found |= _base_tensors(host.base)
+        expected |= _base_tensors(find_host(fresh, name).base)
     wrong: dict[str, list[str]] = {}
     for key in sorted(expected.keys() | {key for key in found if TABLE not in key}):  # what is off has tables, too
         live, loaded = found.get(key), expected.get(key)
-        if _are_equal(live, loaded):
+        if _are_equal(live, loaded) or (key.startswith(BASE) and _differ_by_rounding(live, loaded)):
             continue
         if TABLE in key or key.startswith(CONFIG):
             live = float(live) if isinstance(live, torch.Tensor) and live.ndim == 0 else live
@@ -283,6 +309,18 @@ def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mappin
     return facts | {canonical_path(key): tensor for key, tensor in tensors.items()}
 
 
+def _base_tensors(base: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights and buffers of a base model by their names, without those that PEFT put around its modules."""
+    tensors, paths = {}, [(BASE, peel(base)[1])]
+    while paths:
+        path, module = paths.pop()
+        own = (*module._parameters.items(), *module._buffers.items())
+        tensors |= {f"{path}{name}": tensor for name, tensor in own if tensor is not None}
+        children = ((name, child) for name, child in module._modules.items() if child is not None)
+        paths += [(f"{path}{name}.", peel(child)[1]) for name, child in children]
+    return tensors
+
+
 def _comparable(value: object) -> object:
     """For some architectures PEFT makes sets of what a file has as lists of names, empty ones among them."""
     is_names = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
@@ -294,9 +332,27 @@ def _are_equal(first: object, second: object) -> bool:
         # a dropout: a prepared one has another class, and the same p
         return getattr(first, "p", 0.0) == getattr(second, "p", 0.0)
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return first.dtype == second.dtype and torch.equal(first.detach().cpu(), second.detach().cpu())
+        return first.dtype == second.dtype and first.shape == second.shape and _have_same_bits(first, second)
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(_are_equal(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len(first) == len(second) and all(map(_are_equal, first, second))
     return bool(first == second)
+
+
+def _differ_by_rounding(live: torch.Tensor | None, fresh: torch.Tensor | None) -> bool:
+    """As base weights do after an adapter was merged and unmerged. PEFT's attention layers do that in each forward."""
+    if live is None or fresh is None or type(fresh.data) is not torch.Tensor or live.dtype != fresh.dtype:
+        return False
+    tolerance = TOLERANCE.get(fresh.dtype, 0.0) * float(fresh.double().abs().max())
+    return _difference([live.cpu()], [fresh.cpu()]) <= tolerance
+
+
+def _have_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are equal, NaN included. One that is offloaded is not there to be compared."""
+    if hasattr(first, "__tensor_flatten__") and type(first.data) is type(second.data):  # quantized, or spread
+        names = first.__tensor_flatten__()[0]
+        return all(_have_same_bits(getattr(first, name), getattr(second, name)) for name in names)
+    if first.is_meta or second.is_meta:
+        return True
+    return torch.equal(*(each.data.cpu().contiguous().reshape(-1).view(torch.uint8) for each in (first, second)))

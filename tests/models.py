@@ -229,5 +229,12 @@ def load(kind: Kind, folder: str, adapter_name: str = "default", **kwargs) -> Pe
 
 def call(model: nn.Module, inputs) -> torch.Tensor:
     with torch.no_grad():
-        outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    return outputs.logits if hasattr(outputs, "logits") else outputs
+        return answer(model, inputs)
+
+
+def answer(model: nn.Module, inputs) -> torch.Tensor:
+    """The logits, or whatever else a model gives first."""
+    outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]

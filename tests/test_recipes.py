@@ -52,7 +52,7 @@ def names_in(code: str) -> tuple[set[str], set[str], set[str]]:
             (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
         elif isinstance(node, ast.alias):
             imported.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)):
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)):
             made.add(node.name)
         elif isinstance(node, ast.arg):
             made.add(node.arg)

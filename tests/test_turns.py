@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
+import inspect
+import itertools
 import os
 import pickle
+import random
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +24,7 @@ from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouch
 from peft import LoraConfig, OFTConfig
 
 from hotswap_lab import (
+    Adapter,
     AdapterPool,
     HotswapError,
     ModelInUseError,
@@ -560,6 +566,240 @@ def test_asyncio(model, folders):
         assert any(torch.allclose(output, each, atol=1e-5) for each in expected.values())
 
 
+@pytest.fixture
+def pool(model, folders):
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    pool.swap("old")
+    return pool
+
+
+#: what another task of the thread must not do while one is inside of ``using``
+REFUSED = {
+    "using": lambda pool, folders: pool.using("third").__enter__(),
+    "swap": lambda pool, folders: pool.swap("third"),
+    "update": lambda pool, folders: pool.update("new", Adapter.load(folders["new"]).tensors),
+    "hotswap_adapter": lambda pool, folders: hotswap_adapter(pool.model, folders["third"], "default"),
+}
+
+
+@pytest.mark.parametrize("way", ["with", "async with"])
+@pytest.mark.parametrize("operation", REFUSED)
+def test_another_task_of_the_thread_is_refused(pool, folders, operation, way):
+    expected = call(load(KIND, folders["new"]), KIND.inputs())
+
+    async def compute() -> torch.Tensor:
+        if way == "async with":
+            async with pool.using("new"):
+                await asyncio.sleep(MOMENT)
+                return call(pool.model, KIND.inputs())
+        with pool.using("new"):
+            await asyncio.sleep(MOMENT)
+            return call(pool.model, KIND.inputs())
+
+    async def everything() -> torch.Tensor:
+        computing = asyncio.create_task(compute())
+        await asyncio.sleep(MOMENT / 2)
+        with pytest.raises(HotswapError, match=r"Another task of this thread(.|\n)*async with"):
+            REFUSED[operation](pool, folders)
+        if way == "with":  # whose end could not wait for this
+            with pytest.raises(HotswapError, match="Another task of this thread"):
+                in_use(pool)
+        else:
+            with in_use(pool):
+                await asyncio.sleep(2 * MOMENT)
+                assert not computing.done()
+        return await computing
+
+    assert torch.allclose(asyncio.run(everything()), expected, atol=1e-5)
+    assert pool.active == "old"
+
+
+def test_tasks_wait_for_tasks_and_threads(pool, folders):
+    expected = {name: call(load(KIND, folder), KIND.inputs()) for name, folder in folders.items()}
+    order = []
+
+    async def compute(name: str) -> None:
+        async with pool.using(name) as entered:
+            assert entered is pool
+            order.append(name)
+            await asyncio.sleep(MOMENT / 10)
+            output = await asyncio.to_thread(_compute_inside, pool)
+            assert torch.allclose(output, expected[name], atol=1e-5)
+            async with pool.using("third"):  # its own, at once
+                await asyncio.sleep(0)
+                assert torch.allclose(call(pool.model, KIND.inputs()), expected["third"], atol=1e-5)
+            assert pool.active == name
+
+    async def compute_without_waiting() -> None:
+        with pool.using("new"):
+            await asyncio.sleep(MOMENT)
+            assert torch.allclose(call(pool.model, KIND.inputs()), expected["new"], atol=1e-5)
+
+    async def everything(names) -> None:
+        with waiting_at_most(30):
+            await asyncio.gather(compute_without_waiting(), *map(compute, names))
+
+    def compute_in_a_thread() -> None:
+        for number in range(10):
+            with pool.using(name := ("new", "third")[number % 2]):
+                assert torch.allclose(call(pool.model, KIND.inputs()), expected[name], atol=1e-5)
+            with in_use(pool):
+                time.sleep(MOMENT / 2)
+
+    names = ["new", "old", "third"] * 3
+    with ThreadPoolExecutor(1) as others:
+        computing = others.submit(compute_in_a_thread)
+        asyncio.run(everything(names))
+        computing.result(30)
+    assert order == names  # first come, first served
+    assert pool.active == "old"
+
+
+@pytest.mark.parametrize("when", ["in the queue", "waiting for a thread", "inside", "while it puts back"])
+def test_a_task_that_is_cancelled_leaves_nothing_behind(pool, folders, request, when):
+    async def stay() -> None:
+        async with pool.using("new"):
+            entered.set()
+            await (asyncio.sleep(0) if when == "while it puts back" else asyncio.sleep(30))
+
+    async def everything() -> None:
+        inside = request.getfixturevalue("inside") if when == "waiting for a thread" else None
+        first = asyncio.create_task(stay())
+        if inside is None:
+            await entered.wait()
+        tasks = [first]
+        if when == "in the queue":
+            tasks.append(asyncio.create_task(stay()))
+        if when == "while it puts back":
+            with in_use(pool):
+                await asyncio.sleep(MOMENT)
+                first.cancel()
+                await asyncio.sleep(MOMENT)
+                assert not first.done()
+        await asyncio.sleep(MOMENT)
+        tasks[-1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[-1]
+        assert pool.active == ("new" if when == "in the queue" else "old")
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        if inside is not None:
+            inside.set()
+
+    entered = asyncio.Event()
+    asyncio.run(everything())
+    assert pool.active == "old"
+    with waiting_at_most(5):
+        start_and_wait(lambda: pool.swap("third"))
+    assert pool.active == "third"
+
+
+def test_a_task_waits_no_longer_than_it_is_let(pool, inside):
+    """For a thread, and behind another task; inside of ``in_use`` it would wait for itself."""
+
+    async def use() -> None:
+        async with pool.using("new"):
+            pass
+
+    async def wait(seconds: float) -> None:
+        with waiting_at_most(seconds):
+            await use()
+
+    async def everything() -> None:
+        first, second = asyncio.create_task(wait(3 * MOMENT)), asyncio.create_task(wait(MOMENT))
+        await asyncio.wait([second])
+        assert not first.done()
+        for task in (first, second):
+            with pytest.raises(ModelInUseError):
+                await task
+        with in_use(pool), pytest.raises(HotswapError, match="This thread is computing"):
+            await use()
+
+    asyncio.run(everything())
+
+
+def test_a_stream_that_is_dropped_puts_back(pool):
+    """The event loop closes what is left of an async generator, in a task of its own."""
+
+    async def stream():
+        async with pool.using("new"):
+            yield 1
+
+    async def take_one() -> None:
+        async for _ in stream():
+            break
+
+    async def everything() -> None:
+        await asyncio.create_task(take_one())
+        await asyncio.sleep(MOMENT)
+        assert pool.active == "old"
+        pool.swap("third")
+
+    asyncio.run(everything())
+
+
+def test_a_storm_of_tasks_and_threads(pool, folders):
+    """Two event loops and a thread: whatever waits, is refused, late or cancelled, an output is that of its adapter."""
+    expected = {name: call(load(KIND, folder), KIND.inputs()) for name, folder in folders.items()}
+    end, done = time.monotonic() + 2, []
+
+    def check(name: str) -> None:
+        assert torch.allclose(call(pool.model, KIND.inputs()), expected[name], atol=1e-5)
+
+    async def once(draw: random.Random) -> None:
+        name, way = draw.choice(list(folders)), draw.randrange(5)
+        with contextlib.suppress(HotswapError), waiting_at_most(draw.choice([0, 0.05, 30])):
+            if way < 3:
+                async with pool.using(name):
+                    await asyncio.sleep(draw.random() / 500)
+                    await asyncio.to_thread(check, name)
+            elif way == 3:
+                with pool.using(name):
+                    await asyncio.sleep(draw.random() / 500)
+                    check(name)
+            else:
+                with in_use(pool):
+                    await asyncio.sleep(draw.random() / 500)
+            done.append(way)
+
+    async def tasks(draw: random.Random) -> None:
+        while time.monotonic() < end:
+            started = [asyncio.create_task(once(draw)) for _ in range(6)]
+            await asyncio.sleep(draw.random() / 200)
+            started[0].cancel()
+            results = await asyncio.gather(*started, return_exceptions=True)
+            assert not [each for each in results if isinstance(each, Exception)], results
+
+    def threads() -> None:
+        while time.monotonic() < end:
+            with pool.using("third"):
+                check("third")
+            with in_use(pool):
+                time.sleep(0.001)
+
+    with ThreadPoolExecutor(3) as pools:
+        loops = [pools.submit(asyncio.run, tasks(random.Random(seed))) for seed in range(2)]
+        for each in (pools.submit(threads), *loops):
+            each.result(60)
+    assert done
+    assert pool.active == "old"
+
+
+def test_rows_for_a_task(model, folders):
+    pool = AdapterPool(model, adapters=folders, rows=2, progress=False)
+
+    async def compute(names) -> None:
+        async with pool.assigned(names):
+            await asyncio.sleep(MOMENT / 10)
+            assert [row.adapter for row in pool.rows] == names
+
+    async def everything() -> None:
+        await asyncio.gather(*(compute(names) for names in (["old", "new"], ["third", None], ["new", "old"])))
+
+    asyncio.run(everything())
+    assert pool.rows == []
+
+
 def test_generate_is_one_adapter_from_first_to_last_token(tmp_path):
     """Asked for in the middle of a generation, a swap comes after it."""
     kind = KINDS["llama"]
@@ -718,3 +958,41 @@ def test_no_file_is_in_use_while_a_swap_waits(model, folders, inside):
     inside.set()
     swap.join(30)
     assert torch.equal(call(model, KIND.inputs()), expected)
+
+
+def _enter_while_another_begins_to_write(model, step: int) -> bool | None:
+    """Whether both were inside at once, if writing begins at this line of entering; None if there are fewer lines."""
+    base, lines, both = bases_of(model)[0], itertools.count(1), []
+    writing, ends = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with guard(base):
+            writing.set()
+            ends.wait(30)
+            writing.clear()
+
+    def trace(frame, event, _):
+        if event == "line" and frame.f_code.co_filename == inspect.getfile(in_use) and next(lines) == step:
+            writer.start()
+            writing.wait(MOMENT)
+        return trace
+
+    def compute() -> None:
+        sys.settrace(trace)
+        with in_use(model):
+            sys.settrace(None)
+            both.append(writing.is_set())
+
+    writer, reader = threading.Thread(target=write), threading.Thread(target=compute)
+    reader.start()
+    reader.join(MOMENT)
+    ends.set()
+    reader.join(30)
+    return both[0] if writer.ident else None
+
+
+def test_a_swap_that_begins_at_any_line_of_entering_keeps_the_thread_out_or_waits_for_it(folders):
+    tried = (_enter_while_another_begins_to_write(load(KIND, folders["old"]), step) for step in itertools.count(1))
+    outcomes = list(itertools.takewhile(lambda both: both is not None, tried))
+    assert len(outcomes) > 5
+    assert not any(outcomes)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 from lengths import long
 from models import ARCHITECTURES, KINDS, load, save_random_adapter
 from oracle import assert_untouched, snapshot
+from peft import LoraConfig, get_peft_model
 
 from hotswap_lab import (
     Adapter,
     HotswapError,
+    RecompileWatch,
     Verification,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
@@ -49,12 +52,17 @@ def test_yes(model, new):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("part", ["a weight", "a scaling", "a table", "the config", "the base", "a dead layer"])
+@pytest.mark.parametrize(
+    "part", ["a weight", "a precision", "a scaling", "a table", "the config", "the base", "a dead layer"]
+)
 def test_no(model, new, part):
     layer = model.get_base_model().first
     base = None
     if part == "a weight":
         layer.lora_A["default"].weight.data[0, 0] += 1e-6
+    elif part == "a precision":
+        layer.lora_A["default"].double()
+        layer.lora_B["default"].double()
     elif part == "a scaling":
         layer.scaling["default"] *= 1.001
     elif part == "a table":
@@ -69,6 +77,74 @@ def test_no(model, new, part):
     verdict = verify(model, new, base=base)
     assert not verdict
     assert str(verdict).startswith("matches a fresh load: False\n")
+
+
+def test_base_weights_that_no_output_depends_on(tmp_path):
+    """All rows of an embedding but those of the inputs, and a whole base model that was scaled."""
+    kind = KINDS["embedding"]
+    folder = save_random_adapter(kind, tmp_path / "one", seed=1, r=4)
+    model, unseen = load(kind, folder), sorted({*range(20)} - {*kind.inputs().flatten().tolist()})
+    assert verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
+    model.get_base_model().embed.get_base_layer().weight.data[unseen] *= 1.3
+    verdict = verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
+    assert verdict.difference == 0
+    assert verdict.mismatches == ("1 tensors differ from a fresh load, such as the base model's embed.weight",)
+    for name, parameter in model.get_base_model().named_parameters():
+        parameter.data *= 1 if "lora_" in name else 1.3
+    # as the docstring says: without a base, it is the adapter alone that is compared
+    assert verify_hotswap(model, folder, inputs=kind.inputs())
+    assert not verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
+
+
+#: what of the package may run in the oracle: what finds an adapter, reads names, and guards against side effects
+ASKED = {
+    *("verify", "threads", "core.guard", "core.host", "core.compiled", "core.interrupts", "core.journal"),
+    *("core.sources", "files.search", "files.hub", "files.saving", "files.state_dicts", "beyond.shards"),
+    *("beyond.guards", "beyond.stand_in", "beyond.wrappers", "core.prepared", "core.lora"),
+    *("core.parts", "core.methods", "beyond.kinds", "beyond.door"),
+}
+
+
+#: how tables that belong to a live model stay out of its copies
+COPYING = ("__deepcopy__", "__reduce__")
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_nothing_of_the_engine_decides_here(model, new, prepared):
+    if prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    ran = set()
+
+    def note(frame, event, _) -> None:
+        name = frame.f_globals.get("__name__", "")
+        if event == "call" and name.startswith("hotswap_lab.") and frame.f_code.co_name not in COPYING:
+            ran.add(name.removeprefix("hotswap_lab."))
+
+    sys.setprofile(note)
+    try:
+        assert verify(model, new, base=KIND.base)
+        assert verify(model, new)
+    finally:
+        sys.setprofile(None)
+    assert {"verify", "files.saving"} <= ran <= ASKED, ran - ASKED
+
+
+def test_a_graph_for_other_shapes(tmp_path):
+    """Where nothing may be compiled again, the model's own example inputs have to be of a shape that was compiled."""
+    torch.compiler.reset()
+    kind = KINDS["embedding"]
+    folder = save_random_adapter(kind, tmp_path / "one", seed=1, r=4)
+    model = load(kind, folder)
+    model.get_base_model().dummy_inputs = {"ids": torch.ones((3, 5), dtype=torch.int64)}
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    inputs = {"ids": torch.arange(8)[None]}
+    with torch.no_grad():
+        compiled(**inputs)
+    with RecompileWatch(allow=0), pytest.raises(HotswapError, match=r"(?s)\(3, 5\).*pass inputs="):
+        verify_hotswap(compiled, folder)
+    with RecompileWatch(allow=0):
+        assert verify_hotswap(compiled, folder, inputs=inputs, base=kind.base)
+    assert verify_hotswap(compiled, folder)
 
 
 def test_where_an_adapter_comes_from_does_not_matter(model, tmp_path):
@@ -93,8 +169,6 @@ def test_names_that_peft_turns_into_a_set(tmp_path):
 
 def test_inconclusive_when_the_adapter_changes_nothing(tmp_path):
     """B = 0, as LoRA starts: everything equals everything."""
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(KIND.base(), LoraConfig(r=4, target_modules=["first"]))
     model.save_pretrained(tmp_path / "zero")
     verdict = verify(model, tmp_path / "zero")
@@ -165,3 +239,17 @@ def test_an_adapter_that_is_not_there_is_refused_in_words(tmp_path):
 def test_a_long_list_of_mismatches_is_cut_short():
     verdict = Verification(difference=0.0, change=1.0, tolerance=1e-5, mismatches=tuple(map(str, range(72))))
     assert str(verdict).splitlines() == ["matches a fresh load: False", *"0123456789", "and 62 more, see `mismatches`"]
+
+
+def test_an_adapter_that_acts_by_the_base_models_biases(tmp_path):
+    """The reference starts from the biases that the model had before: or the adapter would seem to change nothing."""
+    bert = ARCHITECTURES["bert"]
+    plain = save_random_adapter(bert, tmp_path / "plain", seed=1, target_modules=["query"])
+    biased = get_peft_model(bert.base(), LoraConfig(target_modules=["query"], bias="all"))
+    for name, parameter in biased.named_parameters():
+        parameter.data += 0.5 * name.endswith("bias")
+    biased.save_pretrained(tmp_path / "biased")
+    model = load(bert, plain)
+    hotswap_adapter(model, tmp_path / "biased", "default")
+    verdict = verify_hotswap(model, tmp_path / "biased", inputs=bert.inputs())
+    assert verdict, verdict

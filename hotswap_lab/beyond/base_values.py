@@ -93,12 +93,6 @@ def change_base_values(draft: Plan, new: Mapping[str, torch.Tensor], live: Mappi
         The base weights of the live model by the same names.
     """
     host, adapter_name, given = draft.slot.host, draft.slot.adapter_name, draft.base_weights or {}
-    for name in given.keys() & live.keys():
-        value = given[name]
-        if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == live[name].shape):
-            kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
-            draft.refuse("given_base_weights", name=name, kind=kind, shape=tuple(live[name].shape))
-            return BaseChange()
     # tied weights have several names: the first stands for all
     ids = {id(tensor): name for name, tensor in reversed(live.items())}
     first = {name: ids[id(tensor)] for name, tensor in live.items()}
@@ -107,6 +101,13 @@ def change_base_values(draft: Plan, new: Mapping[str, torch.Tensor], live: Mappi
         for values in (given, new, kept_originals(host.base, adapter_name))
     )
     unknown = {first[name] for name in lost_originals(host, adapter_name) & live.keys()} - kept.keys()
+    # a state dict has more in it than is asked for here; what is not read can't be wrong
+    for name in sorted(unknown & given.keys()):
+        value = given[name]
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == live[name].shape):
+            kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
+            draft.refuse("given_base_weights", name=name, kind=kind, shape=tuple(live[name].shape))
+            return BaseChange()
     kept |= {name: given[name] for name in unknown & given.keys()}
     unknown -= given.keys()
     change = BaseChange(lost=frozenset(unknown))

@@ -17,8 +17,9 @@ from ..core.decide import check_compiled
 from ..core.errors import listing
 from ..core.host import canonical_path
 from ..core.journal import Journal
+from ..core.parts import is_prepared
 from ..core.plan import Plan
-from ..core.prepared import has_fixed_size, is_padded
+from ..core.prepared import is_padded
 from . import general
 from .base_values import LOST, ORIGINALS, change_base_values, kept_originals, lost_originals
 from .configs import beside, form_for
@@ -64,7 +65,7 @@ def changes_form(draft: Plan) -> bool:
 def change_for(plan: Plan, places: Places | None) -> Change:
     """All that is to be written to the live model."""
     slot, graft = plan.slot, plan.grafting
-    stays = graft.writes_values_only and slot.room is None and slot.method is not general
+    stays = graft.writes_values_only and slot.method is not general
     change = Change(slot, plan.config, slot_after=slot if stays else None)
     for target, source in (*graft.copies, *graft.base.copies):
         change.copy(target, source)
@@ -77,6 +78,8 @@ def change_for(plan: Plan, places: Places | None) -> Change:
         *graft.steps,
         lambda journal: _note(plan, places, originals, journal),
     ]
+    if stays and slot.room is not None:
+        change.steps.append(functools.partial(slot.room.note_swap, plan.config))
     return change
 
 
@@ -125,7 +128,7 @@ def plan_with_donor(draft: Plan) -> Plan:
         found = listing(graft.differences, 3)
         if draft.compiled:
             draft.refuse("compiled_other_kind", count=len(graft.differences), found=found)
-        elif any(is_padded(layer.module, name) or has_fixed_size(layer.module, name) for layer in slot.layers):
+        elif any(is_padded(layer.module, name) or is_prepared(layer.module, name) for layer in slot.layers):
             draft.refuse("prepared_other_kind", count=len(graft.differences), found=found)
         check_parallel_training(draft, len(graft.layers), "another shape at the model")
     check_compiled(draft)

@@ -299,7 +299,7 @@ class _Comparison:
 
     def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
         present, where = live.__dict__.get(attribute, MISSING), f"{path}: {attribute}"
-        if isinstance(value, dict) and isinstance(present, dict):
+        if isinstance(value, dict) and isinstance(present, MutableMapping):
             self._entry(present, value, where)
         elif present is MISSING or attribute == BUDGET:
             self._put(live.__dict__, attribute, value, where)
@@ -361,7 +361,7 @@ class _Comparison:
                 self._put_new(table, key, donor, path)
         elif isinstance(live, torch.Tensor) and live.ndim == 0 and isinstance(donor, (int, float)):
             if float(live) != donor:
-                self.graft.copies.append((live, torch.tensor(float(donor))))
+                self.graft.copies.append((live, torch.tensor(donor, dtype=torch.float64)))
         elif not self._are_equal(live, donor):
             self._put(table, key, donor, path)
 

@@ -19,7 +19,8 @@ from ..core.adapter import Adapter
 from ..core.change import Change
 from ..core.errors import Refusal, listing, refusal
 from ..core.journal import Journal
-from ..core.prepared import make_prepared, own_rank, scaling_tensor
+from ..core.parts import shared_as
+from ..core.prepared import make_prepared, new_scalings, own_rank
 from ..core.slot import Slot
 from . import general
 from .configs import beside, judge, pointless_rank
@@ -105,7 +106,7 @@ def _write_prepared(slot: Slot, journal: Journal) -> None:
     """Makes what a graph would take for a constant a tensor."""
     name = slot.adapter_name
     for layer in slot.layers:
-        scaling = layer.module.__dict__.get("scaling", {}).get(name)  # some methods have none
-        if scaling is not None:
-            scaling = scaling_tensor(scaling, layer.tensors[0].parameter.device)
+        scaling, parameter = layer.module.__dict__.get("scaling", {}).get(name), layer.tensors[0].parameter
+        if scaling is not None:  # some methods have none
+            scaling = shared_as([parameter], new_scalings((1, 1), parameter.device).fill_(float(scaling)))
         make_prepared(layer.module, name, scaling, journal)

@@ -65,6 +65,8 @@ def build_arena(tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: tor
     >>> views = [place.view(band.memory) for place in band.places]
     >>> [(tuple(view.shape), view.stride()) for view in views]
     [((4, 6), (48, 1)), ((3, 4), (1, 48))]
+    >>> build_arena([(a, (4, 6))], like=owner.weight.detach())[0].memory.shape  # an odd number of lines already
+    torch.Size([4, 16])
     """
     by_rows: dict[int, list[tuple[SlotTensor, tuple[int, ...]]]] = {}
     for tensor, shape in tensors:

@@ -22,6 +22,11 @@ class Journal:
     >>> journal.roll_back()
     >>> table
     {'a': 1}
+    >>> table["c"] = 3
+    >>> journal.remove(table, "a")
+    >>> journal.roll_back()
+    >>> table  # in its former place
+    {'a': 1, 'c': 3}
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from .host import Config, TunerLayer
 from .journal import Journal
-from .parts import LayerSettings, SlotTensor, with_kinds
+from .parts import LayerSettings, SlotTensor, is_prepared, with_kinds
 
 layer_class = LoraLayer
 
@@ -87,14 +87,14 @@ def targets(config: Config, path: str) -> bool:
     return config.target_modules is not None and bool(check_target_module_exists(config, path))
 
 
-#: the tables on a layer that hold one scalar per adapter, and which of its settings that is
-SCALAR_TABLES = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "scaling": "scaling"}
+#: the tables on a layer that hold one scalar per adapter, and which of its settings that is; less the scaling
+SCALAR_TABLES = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
 
 
 def changes_constants(layer: TunerLayer, adapter_name: str, settings: LayerSettings) -> bool:
     """Whether these settings change what a graph that was compiled in eval mode has taken for a constant."""
-    scaling, dropout = layer.scaling[adapter_name], layer.lora_dropout[adapter_name]
-    fixed_scaling = not isinstance(scaling, torch.Tensor) and scaling != settings.scaling
+    dropout = layer.lora_dropout[adapter_name]
+    fixed_scaling = not is_prepared(layer, adapter_name) and layer.scaling[adapter_name] != settings.scaling
     fixed_dropout = not isinstance(dropout, EvalFreeDropout) and getattr(dropout, "p", 0.0) != settings.dropout
     return fixed_scaling or fixed_dropout
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +11,9 @@ import torch
 
 if TYPE_CHECKING:
     from .change import Change
+
+#: on a prepared layer: the start of the name of the buffer that holds an adapter's scaling
+SCALING = "hotswap_scaling_"
 
 
 @dataclass(eq=False)
@@ -111,7 +114,7 @@ class SlotTensor:
         """A copy of ``tensor`` with zeros up to this rank."""
         padded = tensor.new_zeros(self.shape_for(rank))
         self.own(padded, self.rank_of(tensor.shape)).copy_(self.split(tensor))
-        return padded
+        return shared_as([tensor], padded)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether ``shape`` differs from the tensor's at most in its rank."""
@@ -128,6 +131,24 @@ def with_kinds(layer: torch.nn.Module, adapter_name: str, tensors: list[SlotTens
     for kind in KINDS:
         tensors = kind(layer, adapter_name, tensors)
     return tensors
+
+
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is in memory that other processes may have, too, as after ``model.share_memory()``."""
+    return tensor.device.type == "cpu" and tensor.is_shared()
+
+
+def shared_as(tensors: Iterable[torch.Tensor], fresh: torch.Tensor) -> torch.Tensor:
+    """``fresh``, in shared memory if one of ``tensors`` is."""
+    return fresh.share_memory_() if any(map(is_shared, tensors)) else fresh
+
+
+def is_prepared(layer: torch.nn.Module, adapter_name: str) -> bool:
+    """Whether compiled graphs read the adapter's scaling on this layer anew, and its tensors must keep their sizes."""
+    if SCALING + adapter_name in layer._buffers:
+        return True
+    scaling = layer.__dict__.get("scaling")  # a plain table: perhaps PEFT has prepared the layer
+    return isinstance(scaling, dict) and isinstance(scaling.get(adapter_name), torch.Tensor)
 
 
 @dataclass(frozen=True)

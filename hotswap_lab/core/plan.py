@@ -20,8 +20,8 @@ from .adapter import Adapter
 from .change import Change
 from .errors import HotswapError, Refusal, refusal
 from .host import Config
-from .parts import LayerSettings
-from .prepared import has_fixed_size, rank_before
+from .parts import LayerSettings, is_prepared
+from .prepared import rank_before
 from .report import html_table
 from .slot import Slot, SlotLayer
 
@@ -143,7 +143,7 @@ class Plan:
     def fixed(self) -> list[bool]:
         """Of each layer of the slot, whether it was prepared, and so keeps its shapes."""
         name = self.slot.adapter_name
-        return [has_fixed_size(layer.module, name) for layer in self.slot.layers]
+        return [is_prepared(layer.module, name) for layer in self.slot.layers]
 
     @cached_property
     def ranks_before(self) -> list[int | None]:

@@ -30,7 +30,7 @@ from .parts import SlotTensor
 from .prepared import make_prepared, rank_before, write_settings
 from .room import Room, build_room
 from .shadow import adaptable, attach, build_shadow_layers
-from .slot import Slot, SlotLayer, room_of, slot_in
+from .slot import Slot, SlotLayer, room_left_by, room_of, slot_in
 
 
 def prepare_model_for_compiled_hotswap(
@@ -239,7 +239,10 @@ def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], beside: list
     capacity |= {layer: room[layer.path] for layer in reserved}
     with slot.write_mode(), torch.no_grad():
         memory = build_room(slot, capacity, reserved, kind, beside)
-    change = Change(slot, slot.config, steps=[] if present is None else [present.leave])
+    left = room_left_by(slot)
+    change = Change(slot, slot.config)
+    if left is not None:
+        change.steps.append(functools.partial(left.leave, is_lost=present is None))
     # the parameters become views of the room's memory, and stay the same objects
     change.resizes += [(tensor.parameter, memory.view(tensor)) for tensor in memory.places]
     change.sizes += [

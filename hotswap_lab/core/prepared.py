@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from multiprocessing.context import get_spawning_popen
 from typing import Any, SupportsIndex
 
 import torch
@@ -22,7 +23,7 @@ from . import methods
 from .host import TunerLayer
 from .journal import Journal
 from .lora import EvalFreeDropout
-from .parts import LayerSettings, SlotTensor
+from .parts import SCALING, LayerSettings, SlotTensor, is_shared, shared_as
 from .slot import Slot, SlotLayer
 
 #: tables of dropouts on a layer
@@ -37,41 +38,66 @@ PADDED_ATTRIBUTE = "hotswap_padded"
 _ALayer: Any = object
 
 
-class ScalingTable(dict[str, Any]):
-    """``layer.scaling`` of a prepared layer: writing an entry fills the tensor that is there.
+class ScalingTable(MutableMapping[str, Any]):
+    """``layer.scaling`` of a prepared layer: the scaling of a prepared adapter is a buffer of the layer.
 
-    >>> table = ScalingTable({"default": scaling_tensor(2.0, "cpu")})
-    >>> tensor = table["default"]
+    Reading an entry gives ``buffer[0, 0]``, a tensor without axes, so that it doesn't change the precision of what it
+    is multiplied with. Writing an entry fills the buffer.
+
+    >>> layer = torch.nn.Linear(1, 1)
+    >>> table = ScalingTable({"default": 2.0, "other": 1.0}, layer._buffers)
+    >>> layer._buffers["hotswap_scaling_default"] = torch.tensor([[2.0]])
     >>> table["default"] = 0.5
-    >>> table["default"] is tensor, float(tensor)
-    (True, 0.5)
+    >>> dict(table), layer.hotswap_scaling_default
+    ({'default': tensor(0.5000), 'other': 1.0}, tensor([[0.5000]]))
     """
 
+    def __init__(self, floats: dict[str, Any], buffers: dict[str, torch.Tensor | None]):
+        #: of adapters that are not prepared, their scalings; of the others, only the names
+        self.floats = floats
+        #: the layer's own table, which compilers, exports and ``functional_call`` know the buffers by
+        self.buffers = buffers
+
+    def __getitem__(self, name: str) -> Any:
+        buffer = self.buffers.get(SCALING + name)
+        return self.floats[name] if buffer is None else buffer[0, 0]
+
     def __setitem__(self, name: str, value: float | torch.Tensor) -> None:
-        tensor = self.get(name)
-        if not isinstance(tensor, torch.Tensor):
-            super().__setitem__(name, value)
+        buffer = self.buffers.get(SCALING + name)
+        if buffer is None:
+            self.floats[name] = value
         elif isinstance(value, torch.Tensor):
             # no float() here: diffusers scales inside of its forward, so this may run in a compiled graph
-            if value is not tensor:
-                tensor.copy_(value)
+            buffer[0, 0].copy_(value)
         else:
-            tensor.fill_(value)
+            buffer.fill_(value)
+
+    def __delitem__(self, name: str) -> None:
+        del self.floats[name]
+        self.buffers.pop(SCALING + name, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.floats
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.floats)
+
+    def __len__(self) -> int:
+        return len(self.floats)
 
     def copy(self) -> dict[str, float]:
         """The values at this time: ``peft.helpers.rescale_adapter_scale`` puts them back when it ends."""
         return {name: float(value) for name, value in self.items()}
 
 
-def scaling_tensor(value: float | torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A scaling as a tensor without axes: it doesn't change the precision of what it is multiplied with.
+def new_scalings(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Zeros for scalings, as exact as the Python floats that they stand for. Metal has no float64.
 
-    Not in float64: PyTorch's compiler takes such tensors on the CPU for Python floats, and with torch 2.13 a graph
-    that changes one of them (as diffusers' ``scale`` does) computes with the value it had before the change.
+    With two axes or more: PyTorch's compiler takes a float64 tensor without axes on the CPU for a Python float.
     """
     # a tensor made in inference mode could never be changed outside of it
     with torch.inference_mode(False):
-        return torch.tensor(float(value), dtype=torch.float32, device=device)
+        return torch.zeros(shape, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 class _Prepared(_ALayer):
@@ -91,12 +117,29 @@ class _Prepared(_ALayer):
             self.__dict__["scaling"][name] = value
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> nn.Module:
-        """``model.to(device)``: the scalings come along, but keep their precision."""
-        table = self.__dict__.get("scaling", {})
-        for name, tensor in table.items():
-            if isinstance(tensor, torch.Tensor) and (device := fn(tensor.new_empty(0)).device) != tensor.device:
-                dict.__setitem__(table, name, scaling_tensor(tensor, device))
-        return super()._apply(fn, *args, **kwargs)
+        """``model.to(...)``: scalings go to another device and into shared memory, but keep their precision."""
+        scalings = {key: each for key, each in self._buffers.items() if key.startswith(SCALING)}
+        moved = [fn(each.new_empty(1, dtype=torch.float32)) for each in scalings.values()]
+        if any(map(is_shared, moved)):
+            self._check_sharing()
+        for key in scalings:
+            del self._buffers[key]
+        try:
+            super()._apply(fn, *args, **kwargs)
+        finally:
+            self._buffers.update(scalings)
+        for (key, buffer), like in zip(scalings.items(), moved, strict=True):
+            if like.device == buffer.device:
+                shared_as([like], buffer)
+            else:
+                self._buffers[key] = new_scalings((1, 1), like.device).copy_(buffer)
+        return self
+
+    def _check_sharing(self) -> None:
+        """Refuses other processes where a pool's rows compute: which rows are assigned, only its own process knows."""
+        for each in self.__dict__.get("lora_variant", {}).values():
+            if getattr(each, "is_of_a_room", False):
+                each.refuse_sharing()
 
     def delete_adapter(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         super().delete_adapter(adapter_name, *args, **kwargs)
@@ -107,9 +150,16 @@ class _Prepared(_ALayer):
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         # the class is made on the fly, so a copy or a pickle has to be told how to make it again
         state = dict(self.__dict__)
-        # tensors that are no part of a larger memory: a pickle would contain all of that once for each of them
-        own = {name: copy.deepcopy(self._modules[name]) for name in self.adapter_layer_names if name in self._modules}
-        state["_modules"] = {**self._modules, **own}
+        if get_spawning_popen() is None:
+            # tensors that are no part of a larger memory: a pickle would contain all of that once for each of them
+            tables = {*self.adapter_layer_names} & self._modules.keys()
+            state["_modules"] = {**self._modules, **{name: copy.deepcopy(self._modules[name]) for name in tables}}
+            scalings = {key: each.clone() for key, each in self._buffers.items() if key.startswith(SCALING)}
+            state["_buffers"] = {**self._buffers, **scalings}
+        else:  # to a process that is started, and gets the very memory, as with any model
+            self._check_sharing()
+        if isinstance(table := state.get("scaling"), ScalingTable):
+            state["scaling"] = ScalingTable(table.floats, state["_buffers"])
         if "lora_variant" in state:  # a copy has no room
             state["lora_variant"] = {
                 name: each for name, each in state["lora_variant"].items() if not getattr(each, "is_of_a_room", False)
@@ -141,12 +191,17 @@ def _new_prepared(original: type) -> nn.Module:
 def make_prepared(layer: TunerLayer, adapter_name: str, scaling: torch.Tensor | None, journal: Journal) -> None:
     """Makes whatever a compiled graph would take for a constant a thing that it reads anew, or does not look at.
 
-    ``scaling`` is the tensor, without axes, that holds the layer's scaling from now on; None where it has none.
+    ``scaling``, of shape (1, 1), becomes the layer's buffer that holds its scaling; None where it has none. The buffer
+    is not persistent: the state dict of a prepared model is that of a fresh load, and PEFT's ``save_pretrained`` would
+    take any key with the adapter's name for a part of the adapter.
     """
     mark(layer, PADDED_ATTRIBUTE, adapter_name, True, journal)
     if scaling is not None:
-        table = ScalingTable({**layer.__dict__["scaling"], adapter_name: scaling})
-        journal.set_item(layer.__dict__, "scaling", table)
+        key, hidden = SCALING + adapter_name, layer._non_persistent_buffers_set
+        journal.set_attribute(layer, "_non_persistent_buffers_set", hidden | {key})
+        journal.set_item(layer._buffers, key, scaling)
+        if not isinstance(table := layer.__dict__["scaling"], ScalingTable):
+            journal.set_item(layer.__dict__, "scaling", ScalingTable(table, layer._buffers))
     journal.set_attribute(layer, "__class__", prepared_class(type(layer)))
     for table in DROPOUTS & layer._modules.keys():
         present: Any = layer._modules[table]
@@ -213,7 +268,7 @@ def rank_before(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None
 def write_settings(
     slot: Slot, layers: Iterable[SlotLayer], settings: Iterable[LayerSettings | None], journal: Journal
 ) -> None:
-    """Writes what PEFT keeps of an adapter on each of these layers, and whether it is off there (None)."""
+    """Writes what PEFT keeps of an adapter on these layers but for the scaling, and whether it is off there (None)."""
     name, method = slot.adapter_name, slot.method
     on: list[tuple[torch.nn.Module, LayerSettings]] = []
     for layer, wanted in zip(layers, settings, strict=True):
@@ -223,14 +278,4 @@ def write_settings(
             on.append((layer.module, wanted))
             method.write_dropout(layer.module, name, wanted.dropout, journal)
     for table, field in method.SCALAR_TABLES.items():
-        # a scaling that is a tensor is written as such
-        chosen = [(module.__dict__[table], wanted) for module, wanted in on]
-        if table == "scaling":
-            chosen = [(values, wanted) for values, wanted in chosen if not isinstance(values[name], torch.Tensor)]
-        journal.set_items([values for values, _ in chosen], name, [getattr(wanted, field) for _, wanted in chosen])
-
-
-def has_fixed_size(layer: nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter's tensors on this layer must keep their sizes: whether it was prepared, by us or by PEFT."""
-    scaling = getattr(layer, "scaling", None)
-    return isinstance(scaling, dict) and isinstance(scaling.get(adapter_name), torch.Tensor)
+        journal.set_items([module.__dict__[table] for module, _ in on], name, [getattr(each, field) for _, each in on])

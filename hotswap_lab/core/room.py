@@ -23,11 +23,11 @@ from .change import Change, clear_gradients
 from .errors import listing, refuse
 from .host import Config
 from .journal import Journal
-from .parts import LayerSettings, SlotTensor
-from .prepared import is_off, own_rank, write_settings
+from .parts import LayerSettings, SlotTensor, shared_as
+from .prepared import is_marked_off, is_off, new_scalings, own_rank, write_settings
 from .slot import SLOTS, Slot, SlotLayer
 
-#: elements between two scalings: a GPU kernel wants each of its inputs aligned to 16 bytes
+#: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
 _requires_grad, _version = attrgetter("requires_grad"), attrgetter("_version")
 
@@ -106,7 +106,7 @@ class Room:
     @staticmethod
     def new_scalings(layers: int, device: torch.device) -> torch.Tensor:
         """Zeros for the scalings of this many layers."""
-        return torch.zeros((layers, SCALING_STEP), device=device)
+        return new_scalings((layers, SCALING_STEP), device)
 
     def __init__(self, slot: Slot, bands: Sequence[Band], scalings: Sequence[torch.Tensor], content: Content):
         self.slot: Slot = slot
@@ -130,17 +130,21 @@ class Room:
         self.slot = dataclasses.replace(slot, room=self)
         layers, tensors = [layer.module for layer in slot.layers], list(self.places)
         self._parameters = [tensor.parameter for tensor in tensors]
-        self._addresses = [self.view(tensor).data_ptr() for tensor in tensors]
+        self._views = [self.view(tensor) for tensor in tensors]
+        self._addresses, self._bases = [], []
         self.slot.settle()
-        fields = [each for each in slot.method.SCALAR_TABLES.items() if each[0] != "scaling"]
+        fields = slot.method.SCALAR_TABLES.items()
         self._scalar_tables = [(field, [getattr(layer, table) for layer in layers]) for table, field in fields]
         self._versions = self._versions_now()
 
     def enter(self, slot: Slot, journal: Journal) -> None:
         """What else the layers need once the parameters have been moved in."""
 
-    def leave(self, journal: Journal) -> None:
-        """And what they need where the slot gets another room, or layers that have no place in this one."""
+    def leave(self, journal: Journal, is_lost: bool = False) -> None:
+        """And what they need where the slot gets another room, or layers that have no place in this one.
+
+        ``is_lost`` says that the parameters were moved out of the room before, by ``model.to(...)``.
+        """
 
     def is_intact(self) -> bool:
         """Whether the model's parameters are still views of this memory, on layers that are still in the model."""
@@ -151,8 +155,15 @@ class Room:
             and kept.room is self
             and name in slot.host.configs
             and slot.is_in_place()
-            and list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
+            and list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses_now()
         )
+
+    def _addresses_now(self) -> list[int]:
+        """Where the parameters have to be: ``share_memory`` takes the memory elsewhere, with all views of it."""
+        bases = [band.memory.data_ptr() for band in self.bands]
+        if bases != self._bases:
+            self._bases, self._addresses = bases, list(map(torch.Tensor.data_ptr, self._views))
+        return self._addresses
 
     @property
     def is_touched(self) -> bool:
@@ -171,6 +182,14 @@ class Room:
             torch.autograd.graph.increment_version(self._parameters)
         self._versions = self._versions_now()
 
+    def note_swap(self, config: Config, journal: Journal) -> None:
+        """Notes a swap that writes to the parameters one by one, as that of an adapter with saved modules."""
+        name, settings_of = self.slot.adapter_name, self.slot.method.settings_of
+        layers = [layer.module for layer in self.slot.layers]
+        settings = [None if is_marked_off(layer, name) else settings_of(layer, name) for layer in layers]
+        journal.set_attribute(self, "content", Content(tuple(settings), config))
+        journal.set_attribute(self, "used", [len(band.memory) for band in self.bands])
+
     # ---- what is where
 
     def view(self, tensor: SlotTensor) -> torch.Tensor:
@@ -179,8 +198,8 @@ class Room:
         return place.view(band.memory)
 
     def scaling(self, index: int, device: torch.device) -> torch.Tensor:
-        """The scaling of a layer on a device, as a tensor without axes."""
-        return next(scalings[index, 0] for scalings in self.scalings if scalings.device == device)
+        """The scaling of a layer on a device, of shape (1, 1)."""
+        return next(each[index : index + 1, :1] for each in self.scalings if each.device == device)
 
     def rows_for(self, content: Content) -> tuple[list[int], list[int]]:
         """Of each band, how many rows an adapter fills to the last element, and how many it takes."""
@@ -216,7 +235,7 @@ class Room:
     def scalings_of(self, content: Content, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The scalings of all layers, laid out as the room's are; ``strength`` is one number, or one for each layer."""
         with torch.inference_mode(False):
-            scalings = torch.zeros((len(content.settings), SCALING_STEP))
+            scalings = torch.zeros((len(content.settings), SCALING_STEP), dtype=torch.float64)
             scalings[:, 0] = content.scalings * strength
         return scalings
 
@@ -330,6 +349,8 @@ def build_room(
     with torch.inference_mode(False):
         devices = dict.fromkeys(device for _, device in groups)
         scalings = [kind.new_scalings(len(capacity), device) for device in devices]
+        for memory in (*scalings, *[band.memory for band in bands]):
+            shared_as([tensor.parameter for tensor in ranks], memory)
     room = kind(slot, bands, scalings, Content(tuple(settings), slot.config))
     for index, layer in enumerate(capacity):
         for tensor in layer.tensors:

@@ -261,6 +261,12 @@ def room_of(base: torch.nn.Module, adapter_name: str) -> Room | None:
     return slot and slot.room
 
 
+def room_left_by(slot: Slot) -> Room | None:
+    """The room that an adapter was prepared in, whether its parameters are still there or were moved away since."""
+    kept = slot.host.base.__dict__.get(SLOTS, {}).get(slot.adapter_name)
+    return kept and kept.room
+
+
 def resolve_slot(model: torch.nn.Module, adapter_name: str) -> Slot:
     """Finds everything in ``model`` that belongs to the adapter called ``adapter_name``.
 

@@ -12,7 +12,8 @@ from .errors import listing, refuse
 from .guard import guard
 from .host import find_host, name_in
 from .journal import Journal
-from .prepared import has_fixed_size, is_off
+from .parts import is_prepared
+from .prepared import is_off
 from .slot import Slot, SlotLayer, slot_for
 
 #: what times a scaling is still a number in float32
@@ -66,7 +67,7 @@ def _change_strength(slot: Slot, strength: float) -> Change:
     name, change = slot.adapter_name, Change(slot)
     for layer in slot.layers:
         scaling, value = layer.module.scaling, strength * _trained(slot, layer)
-        if has_fixed_size(layer.module, name):
+        if is_prepared(layer.module, name):
             change.copy(scaling[name], torch.tensor(value, dtype=torch.float64))
         else:
             change.steps.append(functools.partial(Journal.set_item, table=scaling, key=name, value=value))

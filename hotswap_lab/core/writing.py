@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+from itertools import compress, zip_longest
 
 from .change import Change, clear_gradients
 from .journal import Journal
 from .plan import Action, Plan
 from .prepared import PADDED_ATTRIBUTE, mark, write_settings
 from .shadow import attach
+from .slot import room_left_by
 
 
 def change_layer_by_layer(plan: Plan) -> Change:
@@ -22,13 +24,14 @@ def change_layer_by_layer(plan: Plan) -> Change:
         return change
     # layers that have just been added are not among those of the slot
     change = Change(slot, plan.config, slot_after=None if adds else slot)
-    if room is not None:
-        change.steps.append(room.leave)
+    if (left := room_left_by(slot)) is not None:
+        change.steps.append(partial(left.leave, is_lost=room is None))
     for layer in plan.layers:
         for target, source in zip(layer.layer.tensors, layer.sources, strict=True):
             target.write(source, change, layer.action is Action.PAD)
-        scaling = layer.layer.module.scaling[slot.adapter_name]
-        if layer.settings is not None and isinstance(scaling, torch.Tensor):
+    for layer in compress(plan.layers, plan.fixed):
+        if layer.settings is not None:
+            scaling = layer.layer.module.scaling[slot.adapter_name]
             change.copies.append((scaling, scaling.new_full((), layer.settings.scaling)))
     change.steps.append(lambda journal: _write_layers(plan, journal))
     return change
@@ -37,11 +40,13 @@ def change_layer_by_layer(plan: Plan) -> Change:
 def _write_layers(plan: Plan, journal: Journal) -> None:
     slot, name = plan.slot, plan.slot.adapter_name
     clear_gradients(slot.parameters, journal)
-    for layer in plan.layers:
-        if isinstance(layer.layer.module.scaling[name], torch.Tensor):
-            mark(layer.layer.module, PADDED_ATTRIBUTE, name, True, journal)
-    layers, settings = [each.layer for each in plan.layers], [each.settings for each in plan.layers]
-    write_settings(slot, layers, settings, journal)
+    for layer in compress(plan.layers, plan.fixed):
+        mark(layer.layer.module, PADDED_ATTRIBUTE, name, True, journal)
+    write_settings(slot, [each.layer for each in plan.layers], [each.settings for each in plan.layers], journal)
+    # layers that are added come last, and are not prepared
+    floats = [each for each, fixed in zip_longest(plan.layers, plan.fixed) if each.settings and not fixed]
+    tables, scalings = [each.layer.module.scaling for each in floats], [each.settings.scaling for each in floats]
+    journal.set_items(tables, name, scalings)
     for layer in plan.layers:
         if layer.action is Action.ADD:
             attach(slot, layer.layer, journal)

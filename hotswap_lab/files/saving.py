@@ -83,7 +83,7 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter
     resolve_slot(model, adapter_name)  # says so if there is none
     with in_use(model):
         slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
-        config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
+        config, tensors = saved_config(slot), saved_tensors(slot.host, adapter_name, embeddings=True)
         _check(slot, tensors)
     with interrupts_held():  # or some of its temporary files would stay
         _save(Path(folder), config, tensors)
@@ -119,19 +119,18 @@ def saved_config(slot: Slot) -> PeftConfig:
     return config
 
 
-def saved_tensors(slot: Slot, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
+def saved_tensors(host: Host, name: str, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
     """The adapter's tensors by the names of its file, copied to the CPU, without layers that are off.
 
     ``embeddings`` includes the weights of embeddings that the adapter is on, as ``save_pretrained`` does.
     """
-    name = slot.adapter_name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says that it can't find the embeddings of what is no such model
-        alone = LoadedAlone(slot.host, name)
+        alone = LoadedAlone(host, name)
         embeddings = "auto" if embeddings else False
         tensors = get_peft_model_state_dict(alone, adapter_name=name, save_embedding_layers=embeddings)
     # which PEFT takes from the layers, those of all adapters
-    strange = tuple(f".shira_indices.{other}" for other in slot.host.configs if other != name)
+    strange = tuple(f".shira_indices.{other}" for other in host.configs if other != name)
     return {
         key: whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()

@@ -177,6 +177,6 @@ def make_ready(solution):
             for name in SEQUENCE:
                 hotswap_adapter(compiled, demo.adapter_path(name), "default")
                 compiled(**inputs)
-                equal += bool(verify_hotswap(compiled, demo.adapter_path(name)))
+                equal += bool(verify_hotswap(compiled, demo.adapter_path(name), base=demo.load_base))
     yield f"recompiles in {len(SEQUENCE)} swaps", watch.recompiles, 0
     yield "swaps that equal a fresh load", equal, len(SEQUENCE)

@@ -182,8 +182,9 @@ class Chat:
 def same_base(model: PeftModel) -> torch.nn.Module:
     """A new base model, without any adapter, around the very weights of this one's base.
 
-    For ``verify_hotswap(..., base=...)``, which would make a copy otherwise: of this model, half a gigabyte. It is
-    built from the config, by transformers alone, and PEFT then loads the adapter into it.
+    For ``verify_hotswap(..., base=...)``, which would make a copy otherwise: of this model, half a gigabyte. Since the
+    weights are the same memory, the verdict is about the adapter alone. It is built from the config, by transformers
+    alone, and PEFT then loads the adapter into it.
 
     >>> model, _ = demo.load("reverse")
     >>> base = same_base(model)

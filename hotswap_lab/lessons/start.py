@@ -18,5 +18,5 @@ def make_it_shout(solution):
     solution(model)
     after = {id(each) for each in model.parameters()}
     yield f"the answer to {WORD}", demo.ask(model, tokenizer, WORD), demo.TASKS["shout"](WORD)
-    yield "equals a fresh load", bool(verify_hotswap(model, demo.adapter_path("shout"))), True
+    yield "equals a fresh load", bool(verify_hotswap(model, demo.adapter_path("shout"), base=demo.load_base)), True
     yield "the parameters are the same objects", all(id(each) in after for each in parameters), True

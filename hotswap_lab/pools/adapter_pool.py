@@ -6,10 +6,10 @@ import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -25,10 +25,12 @@ from ..core.pool import Member, Pool
 from ..core.report import html_table, text_table
 from ..core.room import Packed, Room
 from ..core.slot import Slot
+from ..threads import awaited, pass_on
 from .mixes import Mix
 from .row_pool import PackedRows, RowPool, Wanted
 from .rows import RowRoom
 
+P_co = TypeVar("P_co", covariant=True)
 #: how many swaps back :meth:`AdapterPool.undo` can go
 HISTORY = 100
 #: and how many of these may have found something in the model that no pool has, and that is kept for them
@@ -65,6 +67,42 @@ class _Member(Member):
         return self.name, _span(ranks), _span(alphas), str(len(ranks)), f"{self.packed.nbytes:,}"
 
 
+class _Buffer(SlotTensor):
+    """A buffer of a saved module, such as a BatchNorm's running mean."""
+
+    @property
+    def parameter(self) -> Any:
+        return self.owner._buffers[self.name]
+
+    def shape_for(self, rank: int | None) -> tuple[int, ...]:
+        return tuple(self.parameter.shape)
+
+
+class Block(contextlib._GeneratorContextManager[P_co]):  # pyright: ignore[reportPrivateUsage]
+    """A block with an adapter of its own: ``with`` in a thread, ``async with`` in a task, which waits for others."""
+
+    _awaited: contextlib.AbstractAsyncContextManager[P_co]
+
+    async def __aenter__(self) -> P_co:
+        self._awaited = self._while_awaited()
+        return await self._awaited.__aenter__()
+
+    async def __aexit__(self, *error: Any) -> bool | None:
+        return await self._awaited.__aexit__(*error)
+
+    @contextlib.asynccontextmanager
+    async def _while_awaited(self) -> AsyncIterator[P_co]:
+        base = self.func.__self__._room.slot.host.base
+        async with awaited(base, computing=True):
+            async with awaited(base):  # so that the block itself has nothing to wait for, at both of its ends
+                pool = self.__enter__()
+            try:
+                yield pool
+            finally:
+                async with awaited(base, to_the_end=True):
+                    self.__exit__(None, None, None)
+
+
 class AdapterPool(RowPool):
     """Many adapters for one place in one model, in memory, switched by name.
 
@@ -73,7 +111,8 @@ class AdapterPool(RowPool):
     of layers.
 
     Where several threads answer requests, each with its own adapter, ``with pool.using(name):`` around the whole
-    answer is what keeps them apart: swaps from other threads wait for its end.
+    answer is what keeps them apart: swaps from other threads wait for its end. With tasks of asyncio, it is
+    ``async with pool.using(name):``.
 
     Parameters
     ----------
@@ -150,28 +189,38 @@ class AdapterPool(RowPool):
         super().__init__(model, adapter_name, adapters, **options, **hub)
 
     def _fill(self, adapters: Iterable[tuple[str, object]]) -> None:
+        is_known = False
         # a bar takes a lock of its own even where it shows nothing, and Ctrl-C may come when it has just done that
-        super()._fill(tqdm(adapters, desc="packing", unit="adapter") if self._shows_progress else adapters)
-        # the adapter that is in the model may be one of them
-        for packed in [member.packed for member in self._members.values() if member.packed is not None]:
-            if _is_in(self._room, packed):
-                self._room.content = packed.content
-                return
+        for name, source in tqdm(adapters, desc="packing", unit="adapter") if self._shows_progress else adapters:
+            self.add(name, source)
+            packed = self._members[name].packed
+            # looked at now, since the next adapters may have this one dropped
+            if packed and not is_known and _is_in(self._room, packed):
+                is_known, self._room.content = True, packed.content
 
     # ---- modules that are saved with an adapter
 
     BESIDE: Collection[str] = ("modules_to_save",)
 
     def _beside(self, slot: Slot) -> list[SlotTensor]:
-        """The tensors of whole modules, such as a classifier."""
-        tensors = []
+        """The tensors of whole modules, such as a classifier: their parameters, and the buffers that are saved."""
+        tensors: list[SlotTensor] = []
         for path, module in modules_in(slot.host.base):
             if isinstance(module, ModulesToSaveWrapper) and slot.adapter_name in module.modules_to_save:
                 whole = module.modules_to_save[slot.adapter_name]
-                for key, _ in whole.named_parameters():
-                    owner, _, name = key.rpartition(".")
-                    tensors.append(SlotTensor(f"{path}.{key}", key, whole.get_submodule(owner), name, rank_axis=None))
+                for kind, named in ((SlotTensor, whole.named_parameters()), (_Buffer, whole.named_buffers())):
+                    for key, _ in named:
+                        owner_path, _, name = key.rpartition(".")
+                        owner = whole.get_submodule(owner_path)
+                        if name not in owner._non_persistent_buffers_set:  # which no file has
+                            tensors.append(kind(f"{path}.{key}", key, owner, name, rank_axis=None))
+        self._whole = [(each, each.parameter) for each in tensors]
         return tensors
+
+    def _check_room(self) -> None:
+        super()._check_room()
+        if any(each.parameter is not noted for each, noted in self._whole):  # a buffer is moved by taking another one
+            raise refuse("pool_lost_its_place")
 
     def _pack(self, member: _Member, adapter: Adapter, check_targets: bool) -> Packed:
         slot, whole = self._room.slot, getattr(adapter.config, "modules_to_save", None) or ()
@@ -261,37 +310,55 @@ class AdapterPool(RowPool):
 
     # ---- what was there before
 
-    @contextlib.contextmanager
-    def using(self, name: str, strength: float = 1.0) -> Iterator[Pool]:
-        """Puts an adapter in for the length of a ``with`` block; then the former one is back, after errors too.
+    def using(self, name: str, strength: float = 1.0) -> Block[Pool]:
+        """Puts an adapter in for the length of a block; then the former one is back, after errors too.
 
-        Swaps from other threads wait for the end of the block.
+        ``with pool.using(name):`` waits for other threads that swap or compute, and swaps from other threads wait for
+        the end of the block. With asyncio, ``async with pool.using(name):`` waits for other tasks of the same thread,
+        too, and the event loop goes on meanwhile. Other tasks that don't wait are refused. If the task is cancelled,
+        the former adapter is put back. What ``max_bytes`` has dropped is read in the event loop's own thread, unless
+        :meth:`prefetch` has read it before.
+
+        Examples
+        --------
+        >>> import asyncio
+        >>> from hotswap_lab import AdapterPool, demo
+        >>> model, tokenizer = demo.load("reverse")
+        >>> family = {name: demo.adapter_path(name) for name in ("shout", "sort")}
+        >>> pool = AdapterPool(model, adapters=family, progress=False)
+        >>> async def answer(name):
+        ...     async with pool.using(name):
+        ...         return await asyncio.to_thread(demo.ask, model, tokenizer, "hotswap")
+        >>> async def both():
+        ...     return await asyncio.gather(answer("shout"), answer("sort"))
+        >>> asyncio.run(both())
+        ['HOTSWAP!', 'ahopstw']
         """
-        with self._for_a_while(f"leaves {name!r} in the model"):
-            self.swap(name, strength)
-            yield self
+        return Block(self._for_a_while, (lambda: self.swap(name, strength), f"leaves {name!r} in the model"), {})
 
-    @contextlib.contextmanager
     def assigned(
         self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1
-    ) -> Iterator[Any]:
-        """:meth:`assign` for the length of a ``with`` block; then what was there before is back, after errors too."""
-        with self._for_a_while(f"leaves {adapters!r} in the model"):
-            self.assign(adapters, strengths, copies=copies)
-            yield self
+    ) -> Block[Any]:
+        """:meth:`assign` for the length of a block, ``with`` or ``async with``; then what was there before is back."""
+        put_in = lambda: self.assign(adapters, strengths, copies=copies)  # noqa: E731
+        return Block(self._for_a_while, (put_in, f"leaves {adapters!r} in the model"), {})
 
-    @contextlib.contextmanager
-    def _for_a_while(self, what: str) -> Iterator[None]:
+    def _for_a_while(self, put_in: Callable[[], None], what: str) -> Iterator[AdapterPool]:
         """Puts back what was in the model before the block."""
         with self._turn():
             self._check_room()
             former, history = self._former(), self._history
             try:
-                yield
+                put_in()
+                yield self
             finally:
                 # the block is left for good: its adapter must not stay
                 if self._history is not history:
-                    put_back(lambda: self._put_back(former, history), what)
+                    put_back(lambda: self._leave(former, history), what)
+
+    def _leave(self, former: Packed, history: Sequence[Packed]) -> None:
+        pass_on(self._room.slot.host.base)
+        self._put_back(former, history)
 
     def undo(self) -> None:
         """Takes the last swap, :meth:`off` or change of strength back.
@@ -374,12 +441,19 @@ def check_named(adapters: object) -> None:
 def _is_in(room: Room, packed: Packed) -> bool:
     """Whether a room has just this adapter, at its trained strength."""
     content = room.content
-    if packed.content.settings != content.settings or packed.content.config != content.config:
+    configs = [_with_sets(each.config) for each in (packed.content, content)]
+    if packed.content.settings != content.settings or configs[0] != configs[1]:
         return False
     pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, packed.parts, strict=True)]
     # layers that are off have some scaling or other
     pairs += [(scalings[content.on], packed.scalings[content.on]) for scalings in room.scalings]
     return all(torch.equal(one.detach(), other.to(one.device)) for one, other in pairs)
+
+
+def _with_sets(config: Config) -> dict[str, object]:
+    """A config's fields; for some architectures PEFT makes sets of lists of names, empty ones among them."""
+    fields = config.to_dict()
+    return {name: {*each} if isinstance(each, (list, tuple, set)) else each for name, each in fields.items()}
 
 
 def _without_modules(config: Config) -> Config:

@@ -1,12 +1,13 @@
 """How a layer computes with another adapter in each row of a batch.
 
 ``lora_A`` is ``[rows, rank, in]`` and ``lora_B`` is ``[rows, rank, out]``; each row of a batch is multiplied with its
-own. The layers get to it as a variant of LoRA, which is how PEFT lets others compute.
+own. The layers get to it as a variant of LoRA, which is how PEFT lets others compute. A layer's input holds the rows
+one after the other, as blocks of its first axis: ``[batch, ...]``, or ``[batch * tokens, ...]``. That this is so, and
+that nothing mixes the rows before, is what :mod:`~hotswap_lab.pools.proof` shows.
 """
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,79 +19,11 @@ from peft.tuners.lora.layer import LoraVariant
 from ..beyond.kinds import KNOWN_VARIANTS
 from ..core.errors import refuse
 from ..core.parts import SlotTensor
+from .batch import Batch
 
-#: what stands in the path of a layer that gets the tokens of all rows mixed
+#: in the path of a layer that gets the tokens of all rows mixed
 MIXED = "experts"
 TRAINED = "parameters that require a gradient"
-
-
-class Batch:
-    """How a model's batch is made of rows; all of its layers go by it."""
-
-    known: ClassVar[weakref.WeakValueDictionary[int, Batch]] = weakref.WeakValueDictionary()
-
-    def __init__(self, room: Any = None, is_tiled: bool = False):
-        #: whose rows they are; None in a copy of a model, which has none
-        self.room = room
-        self.rows: int = room.rows if room else 0
-        #: diffusers repeats a batch as a whole, transformers repeats each row
-        self.is_tiled = is_tiled
-        #: how often a batch has each row, as was assigned; a compiled graph takes it for a constant
-        self.copies: int = 1
-        #: the same, as found out before a forward that is not compiled
-        self.seen: int = 1
-        self.number: int = max(self.known, default=0) + 1
-        self.known[self.number] = self
-
-    def __reduce__(self) -> tuple[type[Batch], tuple[()]]:
-        return Batch, ()
-
-    @property
-    def size(self) -> int:
-        """How many rows are assigned; 0 where all have the same adapter, and a batch may have any size."""
-        return len(self.room.assigned) if self.room else 0
-
-    def note(self, base: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Before the base model's forward: finds out how often each row is in its batch."""
-        if torch.compiler.is_compiling() or not self.size:
-            return
-        given = [each for each in (*arguments, *named.values()) if isinstance(each, torch.Tensor) and each.ndim > 1]
-        if given:
-            self.seen = max(given[0].shape[0] // self.size, 1)
-
-    def check(self, batch: int, copies: int) -> None:
-        """Refuses a batch that is not made of the assigned rows."""
-        text = f", each of them {copies} times" if copies > 1 else ""
-        if not self.size:
-            if batch > self.rows * copies:
-                raise refuse("batch_above_rows", batch=batch, rows=self.rows, copies=text)
-        elif batch != self.size * copies:
-            raise refuse("batch_of_other_size", batch=batch, size=self.size, copies=text)
-
-    def copies_in(self, batch: int) -> int:
-        """How often a batch that a layer gets has each row."""
-        if torch.compiler.is_compiling():
-            return self.copies
-        if not self.size:
-            return batch
-        # an encoder may run before each row is repeated
-        copies = 1 if batch == self.size else self.seen
-        self.check(batch, copies)
-        return copies
-
-
-@torch.library.custom_op("hotswap_lab::checked_batch", mutates_args=())
-def checked_batch(scaling: torch.Tensor, number: int, batch: int, copies: int) -> torch.Tensor:
-    """``scaling``, if batch and rows are what was assigned: a graph can't tell, and takes a size for a constant."""
-    if (known := Batch.known.get(number)) is not None:
-        known.check(batch, copies)
-        known.room.check_rows()
-    return scaling.clone()
-
-
-@checked_batch.register_fake
-def _(scaling: torch.Tensor, number: int, batch: int, copies: int) -> torch.Tensor:
-    return torch.empty_like(scaling)
 
 
 def times(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -108,49 +41,70 @@ def times(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 class RowVariant(LoraVariant):
     """One layer's weights for all rows: ``a`` is ``[rows, rank, in]``, ``b`` ``[rows, rank, out]``.
 
-    ``first`` is ``lora_A``, which is row 0. ``own`` are the scalings of the rows, ``[rows]``. ``trained`` is what the
-    layer's scaling is at strength 1: what somebody makes of that, set_scale or diffusers, all rows are multiplied with.
+    ``tensors`` are ``lora_A`` and ``lora_B``, which are row 0. ``own`` are the scalings of the rows, ``[rows]``.
+    ``trained``, ``[1]``, is the layer's scaling at strength 1: what set_scale or diffusers make of it, all rows are
+    multiplied with. ``index`` is the layer's number in its slot.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     trained: torch.Tensor
     own: torch.Tensor
-    first: SlotTensor
+    tensors: tuple[SlotTensor, ...]
     batch: Batch
-    #: whether here is checked what holds for its likes as well
-    is_gate: bool
+    index: int
+    path: str
 
     #: a copy of the layer computes with its own parameters
     is_of_a_room: ClassVar[bool] = True
+    #: whether ``a`` is not multiplied with an input but looked up
+    looks_up: ClassVar[bool] = False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.first.parameter.requires_grad:
+        if torch.is_grad_enabled() and self.tensors[0].parameter.requires_grad:
             raise refuse("rows_not_trained", adapter_name=active_adapter, found=TRAINED)
-        if not torch.compiler.is_compiling():
-            if self.first.parameter.data_ptr() != self.a.data_ptr():
-                raise refuse("rows_lost_their_place", adapter_name=active_adapter)
-            if self.is_gate and self.batch.size:
-                self.batch.room.check_rows()
-        copies = self.batch.copies_in(x.shape[0])
-        count = x.shape[0] // copies
-        scaling = self.own[:count] * (module.scaling[active_adapter] / self.trained)
-        if torch.compiler.is_compiling() and self.is_gate:
-            scaling = checked_batch(scaling, self.batch.number, x.shape[0], copies)
-        if count > self.batch.rows:  # a graph that gets no further than the check
-            return result * scaling.sum()
+        strength = module.scaling[active_adapter] / self.trained
+        if torch.compiler.is_compiling():
+            count, block = self.batch.blocks_of(x.shape[0])
+            if count > self.batch.rows:  # a graph that gets no further than the check
+                return result * strength.sum()
+            a, b, scaling = self.a[:count], self.b[:count], self.own[:count] * strength
+        elif (found := self._now(active_adapter, x, strength)) is not None:
+            a, b, scaling = found
+            count, block = len(scaling), x.shape[0] // len(scaling)
+            if count * block != x.shape[0]:
+                raise refuse("rows_not_in_layer", paths=self.path, found=f"an input of shape {tuple(x.shape)}")
+        else:
+            return result
         if x.is_floating_point():
             x = module.lora_dropout[active_adapter](x)
         is_tiled = self.batch.is_tiled
-        x = x.unflatten(0, (copies, count)).transpose(0, 1) if is_tiled else x.unflatten(0, (count, copies))
-        inner = self.times_a(module, x, self.a[:count])
+        x = x.unflatten(0, (block, count)).transpose(0, 1) if is_tiled else x.unflatten(0, (count, block))
+        inner = self.times_a(module, x, a)
+        scaling = scaling.to(torch.promote_types(inner.dtype, torch.float32))
         scaled = (inner.flatten(1, -2) * scaling[:, None, None]).to(inner.dtype)
-        delta = times(scaled, self.b[:count])
+        delta = times(scaled, b)
         delta = delta.view(*inner.shape[:-1], delta.shape[-1])
         delta = (delta.transpose(0, 1) if is_tiled else delta).flatten(0, 1)
         return result + self.like_result(module, delta, result)
+
+    def _now(
+        self, active_adapter: str, x: torch.Tensor, strength: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The weights and scalings of all rows, not compiled; None where no row has an adapter on the layer."""
+        batch, first = self.batch, self.tensors[0].parameter
+        if (probe := batch.probe) is not None:
+            return (*probe.weights(self), probe.mask.to(x.device)) if probe.acts(self.index, x) else None
+        if batch.size and first.data_ptr() != self.a.data_ptr():
+            raise refuse("rows_lost_their_place", adapter_name=active_adapter)
+        if not batch.differs:  # what PEFT has is row 0, wherever it is
+            a, b = (each.parameter.movedim(each.rank_axis or 0, 0)[None] for each in self.tensors)
+            return a, b.flatten(2), self.own[:1] * strength
+        batch.check_inside(self.path)
+        rows = slice(batch.size)
+        return (self.a[rows], self.b[rows], self.own[rows] * strength) if self.index in batch.acting else None
 
     def times_a(self, module: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """``[rows, copies, ..., in]`` times A: ``[rows, copies, ..., rank]``."""
@@ -159,6 +113,9 @@ class RowVariant(LoraVariant):
     def like_result(self, module: Any, delta: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """``[batch, ..., out]`` as the layer gives it."""
         return delta
+
+    def refuse_sharing(self) -> None:
+        raise refuse("rows_not_shared")
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> Any:
@@ -170,6 +127,8 @@ class RowVariant(LoraVariant):
 
 class RowEmbedding(RowVariant):
     """The same for an embedding: ``a`` is ``[rows, rank, vocabulary]``, and looked up."""
+
+    looks_up: ClassVar[bool] = True
 
     def times_a(self, module: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(len(x), device=x.device).view(-1, *[1] * (x.ndim - 1))

@@ -140,8 +140,8 @@ class RowPool(Pool):
         return None if self._assigned else super().active
 
     def _uses(self, member: Member) -> bool:
-        contents = [each.content for each in self._assigned if each] or [self._room.content]
-        owners = [content.owner for content in contents]
+        rows = self._assigned or (self._room,)
+        owners = [each.content.owner for each in rows if each is not None]
         return member in owners or member in [each for mix in owners if isinstance(mix, Mix) for each, _ in mix.shares]
 
     @property

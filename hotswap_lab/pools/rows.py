@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -20,10 +19,12 @@ from ..core.change import Change
 from ..core.errors import refuse
 from ..core.host import Config
 from ..core.journal import Journal
-from ..core.parts import LayerSettings, SlotTensor
+from ..core.parts import LayerSettings, SlotTensor, is_shared
+from ..core.prepared import new_scalings
 from ..core.room import SCALING_STEP, Content, Packed, Room
 from ..core.slot import Slot, SlotLayer
-from .layers import TRAINED, Batch, variant_for
+from .batch import Batch
+from .layers import TRAINED, variant_for
 
 #: from which rank on a compiled sum reads ``lora_B`` faster as PEFT has it than one rank component after the other
 LONG = 16
@@ -60,6 +61,8 @@ class RowRoom(Room):
     def __init__(self, slot: Slot, bands: Sequence[Band], *rest: Any):
         super().__init__(slot, bands, *rest)
         for tensor in self.places:
+            if is_shared(tensor.parameter):
+                raise refuse("rows_not_shared")
             if tensor.rank_axis is None:
                 raise refuse("no_rows_for_kind", adapter_name=slot.adapter_name, key=tensor.key)
             if tensor.parameter.requires_grad:
@@ -81,7 +84,7 @@ class RowRoom(Room):
     @classmethod
     def new_scalings(cls, layers: int, device: torch.device) -> torch.Tensor:
         """What the layers have, for all rows; what they have at strength 1; and what each row has."""
-        return torch.zeros((cls.rows + 2, layers, SCALING_STEP), device=device)[0]
+        return new_scalings((cls.rows + 2, layers, SCALING_STEP), device)[0]
 
     def enter(self, slot: Slot, journal: Journal) -> None:
         """Fills the other rows as the first one, and has the layers compute row by row."""
@@ -92,37 +95,33 @@ class RowRoom(Room):
             self._all(each)[1] = trained
             self._all(each)[2:] = trained * self.content.acts
         self._note_write(journal)
-        #: of layers that are one another's like in a stack, the first one, which checks for all
-        gates: dict[str, str] = {}
         for index, layer in enumerate(slot.layers):
             variant = variant_for(layer.module, layer.path)
             (band, a), (_, b) = (self.places[tensor] for tensor in layer.tensors[:2])
             memory = self._all(band.memory)
             scalings = next(self._all(each) for each in self.scalings if each.device == memory.device)[:, index, 0]
             weights = a.of_rows(memory), b.of_rows(memory).flatten(2)
-            is_gate = gates.setdefault(re.sub(r"\.\d+", "", layer.path), layer.path) == layer.path
-            row_variant = variant(*weights, scalings[1], scalings[2:], layer.tensors[0], self.batch, is_gate)
-            journal.set_item(layer.module.lora_variant, slot.adapter_name, row_variant)
-        self._hook = slot.host.base.register_forward_pre_hook(self.batch.note, with_kwargs=True)
-        journal.record(self._hook.remove)
+            own = variant(*weights, scalings[1:2], scalings[2:], layer.tensors[:2], self.batch, index, layer.path)
+            journal.set_item(layer.module.lora_variant, slot.adapter_name, own)
+        self.batch.watch(_entries(slot), journal)
 
     def _all(self, first: torch.Tensor) -> torch.Tensor:
         """All rows of a memory, by its first one."""
         rows = self.rows if first.dim() == 1 else self.rows + 2
         return first.as_strided((rows, *first.shape), (first.numel(), *first.stride()), first.storage_offset())
 
-    def leave(self, journal: Journal) -> None:
+    def leave(self, journal: Journal, is_lost: bool = False) -> None:
         """From here on the layers compute by themselves, with what their parameters are."""
-        if self.assigned:
+        if self.assigned and not is_lost:
             raise refuse("rows_differ", adapter_name=self.slot.adapter_name)
         for layer in self.slot.layers:
             journal.remove(layer.module.lora_variant, self.slot.adapter_name)
-        base = self.slot.host.base
-        for table in (base._forward_pre_hooks, base._forward_pre_hooks_with_kwargs):
-            journal.remove(table, self._hook.id)
+        self.batch.unwatch(journal)
 
     def check_rows(self) -> None:
-        """Refuses what holds for row 0 only: values that somebody else has written, and its dropout."""
+        """Refuses what holds for row 0 only: values that somebody else has written, or moved; and its dropout."""
+        if self._parameters[0].data_ptr() != self._addresses_now()[0]:
+            raise refuse("rows_lost_their_place", adapter_name=self.slot.adapter_name)
         contents = [each.content for each in self.assigned if each] if self.slot.host.base.training else []
         if any(dropout for content in contents for dropout in content.columns["dropout"]):
             raise refuse("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
@@ -143,7 +142,8 @@ class RowRoom(Room):
         if (off := content.scalings == 0).any():  # what set_scale(1) would make of it
             tables = [self.slot.method.settings_of(each.module, self.slot.adapter_name) for each in self.slot.layers]
             kept = [each or live for each, live in zip(content.settings, tables, strict=True)]
-            scalings[:, 0] += off * torch.tensor([each.scaling or 1.0 for each in kept]) * strength
+            trained = torch.tensor([each.scaling or 1.0 for each in kept], dtype=torch.float64)
+            scalings[:, 0] += off * trained * strength
         return scalings
 
     def at_strength(self, packed: Packed, strength: float) -> Packed:
@@ -199,9 +199,39 @@ class RowRoom(Room):
         return self._noting(change, tuple(rows), copies)
 
     def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: int = 1) -> Change:
+        contents = [row.content for row in rows if row is not None]
+        acting = sum(((each.scalings != 0) for each in contents), torch.zeros(len(self.slot.layers), dtype=torch.bool))
+        first = rows[0] if rows else None
+        differs = any(not _are_the_same(row, first) for row in rows)
+
         def note(journal: Journal) -> None:
             journal.set_attribute(self, "assigned", rows)
-            journal.set_attribute(self.batch, "copies", copies)
+            for name, value in {"copies": copies, "differs": differs, "acting": _numbers(acting)}.items():
+                journal.set_attribute(self.batch, name, value)
 
         change.steps.append(note)
         return change
+
+
+def _numbers(of: torch.Tensor) -> frozenset[int]:
+    return frozenset(of.nonzero().flatten().tolist())
+
+
+def _are_the_same(one: Packed | None, other: Packed | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.parts is other.parts and torch.equal(one.scalings, other.scalings)
+
+
+def _entries(slot: Slot) -> list[torch.nn.Module]:
+    """The base model, and what is called by itself in some models: all above the first list of layers."""
+    adapted = {layer.path for layer in slot.layers}
+    entries = {"": slot.host.base}
+    for path in adapted:
+        names = path.split(".")
+        for end in range(1, len(names)):
+            module = slot.host.base.get_submodule(above := ".".join(names[:end]))
+            if above in adapted or isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)):
+                break
+            entries[above] = module
+    return list(dict.fromkeys(entries.values()))

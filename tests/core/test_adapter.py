@@ -140,13 +140,18 @@ def with_fields(**fields):
 
 BROKEN = {
     **{f"weights cut at {size}": (truncated(size), "can't be read") for size in (0, 4, 8, 100, -1)},
+    **{f"the config is {text!r}": (with_text(text), "can't be read") for text in ("", "{", "[]", "null", '{"r": 4}')},
     **{
-        f"the config is {text!r}": (with_text(text), "")
-        for text in ("", "{", "[]", "null", '{"r": 4}', '{"peft_type": 3}', '{"peft_type": "LORA", "r": "x"}')
+        f"the config is {text!r}": (with_text(text), "^The adapter from .* is of an unknown kind")
+        for text in ('{"peft_type": "NEW"}', '{"peft_type": 3}')
     },
     **{
         f"the config says {fields}": (with_fields(**fields), "")
-        for fields in (dict(r=-1), dict(r=0), dict(r=4.5), dict(r=None), dict(lora_alpha="8"), dict(rank_pattern=[1]))
+        for fields in (
+            *(dict(r=rank) for rank in (-1, 0, 4.5, None, "x")),
+            dict(lora_alpha="8"),
+            dict(rank_pattern=[1]),
+        )
     },
     "no weights": (lambda folder: os.remove(folder / "adapter_model.safetensors"), "Can't find weights for"),
     "no config": (lambda folder: os.remove(folder / "adapter_config.json"), r"Can't find 'adapter_config\.json' at"),
@@ -159,3 +164,26 @@ def test_what_is_broken_is_refused(folder, model, what):
     change, match = BROKEN[what]
     change(Path(folder))
     refused(match, hotswap_adapter, model, folder, "default")
+
+
+def test_a_state_dict_that_is_changed_later_changes_no_adapter(folder, model):
+    read = Adapter.load(folder)
+    tensors = dict(read.tensors)
+    adapter = Adapter.from_state_dict(tensors, read.config)
+    tensors.popitem()
+    hotswap_adapter(model, adapter, "default")
+    assert_equals_fresh_load(model, KIND, folder)
+
+
+NO_TENSORS = {
+    "a list": ([1.0], "a? ?list under"),
+    "integers": (torch.ones(1, 12, dtype=torch.int8), "a tensor of torch.int8"),
+    "nothing": (None, "NoneType under"),
+}
+
+
+@pytest.mark.parametrize("what", NO_TENSORS)
+def test_what_is_no_tensor_is_named(what):
+    value, found = NO_TENSORS[what]
+    match = f"{found}(.|\\n)*'first.lora_A.weight'"
+    refused(match, Adapter.from_state_dict, {"first.lora_A.weight": value}, LoraConfig(r=1))

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import KINDS, load, save_random_adapter
+from adapters import save_random_adapter_of
+from models import ARCHITECTURES, KINDS, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_untouched, snapshot, untouched
+from peft import LoraConfig
 from refusals import refused
 
 from hotswap_lab import HotswapError, commit, hotswap_adapter, plan_hotswap
@@ -78,3 +80,18 @@ def test_a_plan_that_was_refused_can_not_be_committed(tmp_path):
         assert not plan.ok
         with pytest.raises(HotswapError):
             commit(plan)
+
+
+def test_a_plan_keeps_the_base_weights_that_it_was_given(tmp_path):
+    """The loaded adapter has overwritten biases of the base model, whose own ones only the caller has."""
+    bert = ARCHITECTURES["bert"]
+    configs = (LoraConfig(target_modules=["query"], bias="all"), LoraConfig(target_modules=["query"]))
+    biased, plain = (save_random_adapter_of(each, tmp_path / f"{n}", n, bert) for n, each in enumerate(configs))
+    model = load(bert, biased)
+    commit(plan_hotswap(model, plain, base_weights=bert.base().state_dict()))
+    assert_equals_fresh_load(model, bert, plain)
+
+
+def test_what_is_no_plan_is_named():
+    with pytest.raises(TypeError, match="got a str"):
+        commit("an/adapter")

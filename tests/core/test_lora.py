@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from models import KINDS, randomize
-from oracle import assert_same_tensors, untouched
+from models import KINDS, load, randomize, save_random_adapter
+from oracle import assert_equals_fresh_load, assert_same_tensors, untouched
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from hotswap_lab import HotswapError, hotswap_adapter_from_state_dict, resolve_slot
+from hotswap_lab import HotswapError, hotswap_adapter, hotswap_adapter_from_state_dict, resolve_slot
 from hotswap_lab.core import lora, methods
 
 LLAMA = KINDS["llama"]
@@ -137,3 +137,31 @@ def test_tensors_whose_values_share_memory_are_refused():
             "default",
             LoraConfig(r=2),
         )
+
+
+#: two adapters that differ in one field of their config, and in their tensors
+ONE_FIELD = {
+    "r": 2,
+    "lora_alpha": 3,
+    "use_rslora": True,
+    "lora_dropout": 0.3,
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 2},
+    "target_modules": ["q_proj"],
+    "exclude_modules": ["k_proj"],
+    "layers_to_transform": [1],
+}
+
+
+@pytest.mark.parametrize("field", ONE_FIELD)
+def test_a_change_of_one_field_is_noticed(tmp_path, field):
+    """What is known of one config's layers is kept for the next adapter, as long as nothing of that depends on it."""
+    config = dict(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj"])
+    every, one, other = (
+        save_random_adapter(LLAMA, tmp_path / str(seed), seed=seed, **each)
+        for seed, each in enumerate((dict(r=4), config, {**config, field: ONE_FIELD[field]}))
+    )
+    model = load(LLAMA, every)
+    for folder in (other, one, other):
+        hotswap_adapter(model, folder, "default")
+        assert_equals_fresh_load(model, LLAMA, folder)

@@ -288,3 +288,31 @@ def test_a_config_that_names_more_than_layers(tmp_path, target_modules, prepared
     if prepared:
         prepare_model_for_compiled_hotswap(model, target_rank=8)
     refused(r"^Target module model", hotswap_adapter, model, new, "default")
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_bytes_are_counted_where_zeros_are_written(model, tmp_path, prepared):
+    """Layers that are turned off, and the padding of a prepared model: all that is there is written."""
+    if prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    few = save_random_adapter(LLAMA, tmp_path / "few", seed=2, r=4, target_modules=["q_proj"])
+    tensors = [each for name, each in model.named_parameters() if ".lora_" in name]
+    assert plan_hotswap(model, few).nbytes == sum(each.nbytes for each in tensors)
+
+
+#: what a swap changes, and whether a model that was compiled before has to compile again
+CHANGES = {
+    "weights": ({}, False),
+    "fewer layers": (dict(target_modules=["q_proj"]), False),
+    "rank": (dict(r=2, lora_alpha=4), True),
+    "scaling": (dict(lora_alpha=3), True),
+    "dropout": (dict(lora_dropout=0.3), True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_compiles_again(tmp_path, change):
+    config, (other, compiles_again) = dict(r=4, lora_alpha=8, lora_dropout=0.1), CHANGES[change]
+    old = save_random_adapter(LLAMA, tmp_path / "old", seed=1, **config)
+    new = save_random_adapter(LLAMA, tmp_path / "new", seed=2, **config | other)
+    assert plan_hotswap(torch.compile(load(LLAMA, old), backend="eager"), new).will_recompile == compiles_again

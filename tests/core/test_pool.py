@@ -29,6 +29,7 @@ from refusals import refused
 from hotswap_lab import (
     Adapter,
     AdapterPool,
+    HotswapError,
     RecompileWatch,
     get_strength,
     hotswap_adapter,
@@ -566,6 +567,7 @@ def test_two_pools_on_two_adapters_of_one_model(tmp_path):
         fresh.load_adapter(sources[second], "two")
         assert_equals(model, fresh.eval(), LINEAR, "one", prepared=True)
     assert (pools["one"].active, pools["two"].active) == ("3", "2")
+    assert (pools["one"].strength, pools["two"].strength) == (1, 1)
 
 
 def test_between_merging_saving_and_other_adapters(model, pool, sources, tmp_path):
@@ -650,3 +652,20 @@ def test_what_is_in_the_model_is_known_as_in_use(sources, what):
         with torch.no_grad():
             trainable(model)[0].add_(1)
         assert pool.active is None
+
+
+def test_of_two_adapters_that_come_under_one_name_the_first_stays(model, pool, sources, monkeypatch):
+    """The second one was asked for before, and took longer to read."""
+    load_adapter, first = Adapter.load, [sources["c"]]
+
+    def slowly(source, **arguments):
+        adapter = load_adapter(source, **arguments)
+        if first:
+            pool.add("new", first.pop())
+        return adapter
+
+    monkeypatch.setattr(Adapter, "load", slowly)
+    with pytest.raises(HotswapError, match="already"):
+        pool.add("new", sources["d"])
+    pool.swap("new")
+    assert_is(model, sources["c"])

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from hotswap_lab import (
     Adapter,
+    AdapterPool,
     HotswapError,
     hotswap_adapter,
     plan_hotswap,
@@ -288,7 +289,8 @@ def test_half_precision_and_conversions(tmp_path):
     model = load(LLAMA, folders[0])
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     model.to(torch.bfloat16)
-    assert layers(model)[0].scaling["default"].dtype == torch.float32
+    scaling = layers(model)[0].scaling["default"]
+    assert scaling.dtype == torch.float64, "a scaling keeps its precision whatever the model is converted to"
     hotswap_adapter(model, folders[1], "default")
     assert all(tensor.parameter.dtype == torch.bfloat16 for tensor in resolve_slot(model, "default").tensors)
     assert_same_outputs(model, load(LLAMA, folders[1]).to(torch.bfloat16), LLAMA, tolerance=1e-3)
@@ -333,14 +335,14 @@ def test_a_model_that_peft_prepared(tmp_path):
     pefts(model, target_rank=8)
     model.eval()  # what it makes is in training
     slot = resolve_slot(model, "default")
-    addresses, scaling = slot.data_ptrs(), layers(model)[0].scaling["default"]
+    addresses, scaling = slot.data_ptrs(), layers(model)[0].scaling["default"].data_ptr()
     for folder in folders[1:3]:  # a higher rank and then a lower one, so that there is something to clear
         hotswap_adapter(model, folder, "default")
         assert_same_outputs(model, load(LLAMA, folder), LLAMA)
         assert_same_tensors(get_peft_model_state_dict(model), get_peft_model_state_dict(load(LLAMA, folder)))
         assert verify_hotswap(model, folder, inputs=LLAMA.inputs())
     assert slot.data_ptrs() == addresses
-    assert layers(model)[0].scaling["default"] is scaling
+    assert layers(model)[0].scaling["default"].data_ptr() == scaling
     refused("target_rank=9", hotswap_adapter, model, folders[3], "default")
     prepare_model_for_compiled_hotswap(model, target_rank=9)
     hotswap_adapter(model, folders[3], "default")
@@ -485,3 +487,39 @@ def test_a_compiled_model_is_noticed_in_every_form(tmp_path, form):
         prepare_model_for_compiled_hotswap(compiled, target_rank=4, check_compiled="warn")
     prepare_model_for_compiled_hotswap(compiled, target_rank=6, check_compiled="ignore")
     assert {tensor.capacity for tensor in resolve_slot(compiled, "default").tensors} == {6}
+
+
+def test_a_scaling_is_a_named_buffer(tmp_path):
+    folders = make(LLAMA, tmp_path, dict(r=2), dict(r=5))
+    model = load(LLAMA, folders[0])
+    keys = model.state_dict().keys()
+    prepare_model_for_compiled_hotswap(model, adapters=folders)
+    hotswap_adapter(model, folders[1], "default")
+    scalings = {name: each for name, each in model.named_buffers() if "hotswap_scaling" in name}
+    assert len(scalings) == len(layers(model))
+    assert {tuple(each.shape) for each in scalings.values()} == {(1, 1)}
+    assert model.state_dict().keys() == keys, "a state dict is that of a fresh load"
+    # who puts other values in the place of a model's, an export too, reaches the scalings
+    off = {name: torch.zeros_like(each) for name, each in scalings.items()}
+    without = torch.func.functional_call(model, off, kwargs={**LLAMA.inputs(), "use_cache": False}).logits
+    torch.testing.assert_close(without, call(LLAMA.base(), LLAMA.inputs()), rtol=0, atol=1e-5)
+    program = torch.export.export(model, (), {**LLAMA.inputs(), "use_cache": False}, strict=False)
+    assert set(program.graph_signature.buffers) >= scalings.keys()
+    assert_same_outputs(model, load(LLAMA, folders[1]), LLAMA)
+    model.delete_adapter("default")
+    assert not [name for name, _ in model.named_buffers() if "hotswap_scaling" in name]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_is_prepared_is_as_exact_as_the_model(tmp_path, rows):
+    # 5 / 3 and 7 / sqrt(5) are no numbers of float32
+    folders = make(LLAMA, tmp_path, dict(r=3, lora_alpha=5), dict(r=5, lora_alpha=7, use_rslora=True))
+    model = load(LLAMA, folders[0]).double()
+    pool = AdapterPool(model, adapters=dict(zip("ab", folders, strict=True)), rows=rows, progress=False)
+    pool.swap("b")
+    fresh = load(LLAMA, folders[1]).double()
+    assert_same_outputs(model, fresh, LLAMA, tolerance=1e-14)
+    pool.strength = 0.3
+    for layer in layers(fresh):
+        layer.scaling["default"] *= 0.3
+    assert_same_outputs(model, fresh, LLAMA, tolerance=1e-14)

@@ -117,3 +117,20 @@ def test_a_plan_that_the_model_has_outlived_is_refused(model, tmp_path):
     before = [parameter.clone() for parameter in model.parameters()]
     refused("has changed since this swap was planned", commit, plan)
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
+
+
+def test_layers_that_are_off_are_frozen_again_by_the_next_swap(tmp_path):
+    """PEFT's ``set_adapter`` unfreezes their magnitudes, and an optimizer would then change what must stay as it is."""
+    every, *few = (
+        save_random_adapter(LLAMA, tmp_path / str(seed), seed=seed, use_dora=True, target_modules=targets)
+        for seed, targets in enumerate((list(LLAMA.modules), ["q_proj"], ["q_proj"]))
+    )
+    model = load(LLAMA, every, is_trainable=True)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    trained = []
+    for folder in few:
+        hotswap_adapter(model, folder, "default")
+        magnitudes = {name: each for name, each in model.named_parameters() if "magnitude" in name}
+        trained.append({name.split(".")[-4] for name, each in magnitudes.items() if each.requires_grad})
+        model.set_adapter("default")
+    assert trained == [{"q_proj"}, {"q_proj"}]

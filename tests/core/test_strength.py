@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from adapters import save_random_adapter_of
+from faults import run_with_fault
 from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, untouched
 from peft import LoraConfig, get_peft_model
@@ -126,3 +129,16 @@ def test_base_weights_that_a_swap_brought_stay(tmp_path):
     hotswap_adapter(model, plain, "default")
     set_strength(model, 0)
     torch.testing.assert_close(call(model, kind.inputs()), call(kind.base(), kind.inputs()))
+
+
+def test_an_error_leaves_the_strength_that_was_there(model):
+    """At every third line, as Ctrl-C comes: the strength is the former one or, if all was done by then, the new one."""
+    set_strength(model, 0.5)
+    former, mixed = call(model, LINEAR.inputs()), 0
+    for step in itertools.count(1, 3):
+        if not run_with_fault(lambda: set_strength(model, 2), step):
+            break
+        mixed += not torch.equal(call(model, LINEAR.inputs()), former) and get_strength(model) != 2
+        set_strength(model, 0.5)
+    assert step > 60
+    assert not mixed

@@ -532,10 +532,12 @@ def test_what_is_found_can_be_swapped_in(library, run):
     run(
         """
         found = find_adapters(base, limit=1)
-        hotswap_adapter(model, found[0].repo_id, "default", revision=found[0].revision)
+        assert found[0].revision == commit
+        hotswap_adapter(model, found[0].repo_id, "default", revision=commit)
         assert_is(new)
         """,
         base=BASE,
+        commit=library.commit("zoo/tiny"),
     )
 
 

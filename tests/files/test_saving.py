@@ -48,8 +48,11 @@ def test_same_files_as_pefts_own_save_after_a_fresh_load(kind, tmp_path):
     new = save_random_adapter(kind, tmp_path / "new", seed=2, r=8, target_modules=list(kind.modules)[:2])
     model = load(kind, old)
     hotswap_adapter(model, new, "default")
+    fresh = load(kind, new)
+    for each in (model, fresh):
+        each.get_base_model().name_or_path = "my/base"
     save_adapter(model, tmp_path / "ours")
-    load(kind, new).save_pretrained(tmp_path / "fresh", save_embedding_layers=False)
+    fresh.save_pretrained(tmp_path / "fresh", save_embedding_layers=False)
     ours, theirs = (json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("ours", "fresh"))
     for config in (ours, theirs):
         config["target_modules"].sort()
@@ -57,7 +60,7 @@ def test_same_files_as_pefts_own_save_after_a_fresh_load(kind, tmp_path):
     # PEFT 0.20 saves a shared block once per path, PEFT 0.21 once
     theirs = {key: each for key, each in tensors_of(tmp_path / "fresh").items() if "base_model.model.late." not in key}
     assert_same_tensors(tensors_of(tmp_path / "ours"), theirs)
-    assert_equals_fresh_load(load(kind, str(tmp_path / "ours")), kind, new)
+    assert_same_outputs(load(kind, str(tmp_path / "ours")), fresh, kind)
 
 
 def test_from_a_model_that_is_no_peft_model(tmp_path):
@@ -170,7 +173,9 @@ def test_the_saved_tensors_share_no_memory_with_the_model(tmp_path):
     old = save_random_adapter(LLAMA, tmp_path / "old", seed=1, r=4)
     slot = resolve_slot(load(LLAMA, old), "default")
     addresses = set(slot.data_ptrs())
-    assert not addresses & {tensor.data_ptr() for tensor in saving_module.saved_tensors(slot).values()}
+    assert not addresses & {
+        tensor.data_ptr() for tensor in saving_module.saved_tensors(slot.host, slot.adapter_name).values()
+    }
 
 
 MERGED = {
@@ -248,3 +253,28 @@ def test_an_unknown_name_is_refused(tmp_path):
     model = load(LLAMA, save_random_adapter(LLAMA, tmp_path / "old", seed=1, r=4))
     refused("Adapter nobody not found", save_adapter, model, tmp_path / "target", "nobody")
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("older", [True, False])
+def test_an_error_while_the_files_are_exchanged_leaves_what_was_there(tmp_path, monkeypatch, older, step):
+    """All of an older adapter, or nothing of the new one; the files of others in any case."""
+    model = load(MLP, save_random_adapter(MLP, tmp_path / "made", seed=1, r=4))
+    target, moves, move = tmp_path / "target", iter(range(9)), os.replace
+    target.mkdir()
+    (target / "README.md").write_text("mine")
+    if older:
+        save_adapter(model, target)
+        randomize(model, "default", seed=9)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def failing(*paths):
+        if next(moves) == step:
+            raise OSError("No space left on device (pretended)")
+        move(*paths)
+
+    monkeypatch.setattr(os, "replace", failing)
+    if step < (4 if older else 2):
+        with pytest.raises(OSError, match="No space left"):
+            save_adapter(model, target)
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == before

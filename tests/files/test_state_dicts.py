@@ -37,7 +37,10 @@ def model(folders):
     return model
 
 
-def test_a_state_dict_goes_back_in_strictly(model, folders):
+@pytest.mark.parametrize("room", [None, 8])
+def test_a_state_dict_goes_back_in_strictly(model, room):
+    if room:
+        prepare_model_for_compiled_hotswap(model, target_rank=room)
     before = call(model, LLAMA.inputs())
     result = model.load_state_dict(model.state_dict(), strict=True)
     assert not result.missing_keys

@@ -33,9 +33,10 @@ def test_the_same_as_load_file(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_dtypes_and_odd_shapes(tmp_path, dtype):
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["none", "as PEFT writes it"])
+def test_dtypes_and_odd_shapes(tmp_path, dtype, metadata):
     tensors = {"a": torch.randn(3, 5).to(dtype), "b": torch.randn(7).to(dtype), "c": torch.randn(1, 1, 3).to(dtype)}
-    save_file({**tensors, "empty": torch.zeros(0, 4, dtype=dtype)}, tmp_path / "file")
+    save_file({**tensors, "empty": torch.zeros(0, 4, dtype=dtype)}, tmp_path / "file", metadata)
     read = map_weights(tmp_path / "file").tensors
     assert all(torch.equal(read[key], tensor) for key, tensor in tensors.items())
     assert read["empty"].shape == (0, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 import threading
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import KINDS, call, load, save_random_adapter
+from models import KINDS, Kind, call, load, randomize, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from peft import LoraConfig, get_peft_model
 
-from hotswap_lab import Adapter, AdapterPool, HotswapError, hotswap_adapter, verify_hotswap
+from hotswap_lab import Adapter, AdapterPool, HotswapError, hotswap_adapter, save_adapter, verify_hotswap
+from hotswap_lab.pools.adapter_pool import HISTORY
 
 LLAMA = KINDS["llama"]
 
@@ -87,13 +90,16 @@ def test_the_least_recently_used_adapter_is_dropped_and_read_again(model, source
     limit = sizes["b"] + sizes["a"] + sizes["c"]
     pool = AdapterPool(model, adapters=sources, max_bytes=limit, progress=False)
     generator = random.Random(2)
-    seen = set()
+    seen, used = set(), []
     for _ in range(40):
         name = generator.choice(list(sources))
+        used.append(name)
         pool.swap(name)
         assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
         assert pool.nbytes <= limit
-        seen |= {row[0] for row in pool.table if row[4] == "in its files"}
+        dropped = {row[0] for row in pool.table if row[4] == "in its files"}
+        assert dropped.isdisjoint(used[-2:]) or sum(map(sizes.get, set(used[-2:]))) > limit
+        seen |= dropped
     assert seen == set(sources)
     assert pool._members[name].packed is not None
 
@@ -176,6 +182,85 @@ def test_an_update_counts_whatever_was_read_before(model, sources, first):
     assert not verify_hotswap(model, sources[dropped], inputs=LLAMA.inputs())
 
 
+def test_an_update_of_the_loaded_adapter_that_was_dropped_while_the_pool_was_filled(model, sources):
+    sizes = packed_sizes(model, sources)
+    pool = AdapterPool(model, adapters=sources, max_bytes=sizes["b"] + sizes["e"], progress=False)
+    assert pool._members["a"].packed is None
+    assert pool.active == "a"
+    old = Adapter.load(sources["a"])
+    new = {key: tensor * 3 for key, tensor in old.tensors.items()}
+    pool.update("a", new, old.config)
+    assert verify_hotswap(model, Adapter.from_state_dict(new, old.config), inputs=LLAMA.inputs(), base=LLAMA.base)
+
+
+class WithHead(torch.nn.Module):
+    """A layer for LoRA, and a head to be saved as a whole, whose BatchNorm has buffers, one of them of integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(12, 16)
+        self.head = torch.nn.Sequential(torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 6))
+        self.head.register_buffer("not_saved", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x)))
+
+
+NORMED = Kind(WithHead, lambda: torch.randn(5, 12), ("first",))
+
+
+def save_with_head(folder: Path, seed: int) -> str:
+    model = get_peft_model(NORMED.base(), LoraConfig(r=seed, target_modules=["first"], modules_to_save=["head"]))
+    randomize(model, "default", seed)
+    torch.manual_seed(seed)
+    model.train()
+    for _ in range(seed):  # the running statistics of other data, and how many batches that were
+        model(torch.randn(8, 12) * seed + seed)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_head_with_buffers(tmp_path):
+    folders = {name: save_with_head(tmp_path / name, seed) for seed, name in enumerate("abc", start=1)}
+    model = load(NORMED, folders["a"])
+    norm = model.get_base_model().head.modules_to_save["default"][0]
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    assert pool.active == "a"
+    for number, name in enumerate("bcab", start=2):
+        pool.swap(name)
+        assert_is(model, folders[name], NORMED)
+        assert norm.num_batches_tracked == (number - 1) % 3 + 1
+    pool.undo()
+    assert_is(model, folders["a"], NORMED)
+    save_adapter(model, tmp_path / "saved")
+    assert_equals_fresh_load(model, NORMED, str(tmp_path / "saved"), prepared=True)
+    pool.update("a", Adapter.load(folders["c"]).tensors, Adapter.load(folders["c"]).config)
+    assert_is(model, folders["c"], NORMED)
+    with pool.using("b"):
+        assert_is(model, folders["b"], NORMED)
+    assert_is(model, folders["c"], NORMED)
+    assert verify_hotswap(model, folders["c"], inputs=NORMED.inputs(), base=NORMED.base)
+    norm.train()(torch.ones(8, 16))  # what was trained since comes back after a block
+    norm.eval()
+    trained = norm.running_mean.clone()
+    with pool.using("b"):
+        assert_is(model, folders["b"], NORMED)
+    assert torch.equal(norm.running_mean, trained)
+    assert norm.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("table", ["_buffers", "_parameters"])
+def test_a_tensor_of_a_head_that_was_replaced_is_noticed(tmp_path, table):
+    folders = {name: save_with_head(tmp_path / name, seed) for seed, name in enumerate("ab", start=1)}
+    model = load(NORMED, folders["a"])
+    pool = AdapterPool(model, adapters=folders, progress=False)
+    owner = model.get_base_model().head.modules_to_save["default"][0]
+    name = next(iter(getattr(owner, table)))
+    setattr(owner, name, copy.deepcopy(getattr(owner, name)))
+    with pytest.raises(HotswapError, match="pool"):
+        pool.swap("b")
+
+
 def test_what_is_removed_while_it_is_read_comes_back_on_undo(model, sources):
     pool, dropped = small_pool(model, sources)
     pool.swap(dropped)
@@ -214,3 +299,49 @@ def test_an_error_while_prefetching_is_told_by_the_swap(model, sources):
     pool.prefetch(dropped)
     with pytest.raises(HotswapError, match=r"changed|Can't find"):
         pool.swap(dropped)
+
+
+def test_as_many_swaps_as_said_can_be_taken_back(model, pool):
+    for number in range(HISTORY + 5):
+        pool.swap("bc"[number % 2])
+    for _ in range(HISTORY):
+        pool.undo()
+    with pytest.raises(HotswapError, match="nothing to undo"):
+        pool.undo()
+
+
+def test_adapters_that_just_fit_stay(model, sources):
+    limit = sum(packed_sizes(model, sources).values())
+    pool = AdapterPool(model, adapters=sources, max_bytes=limit, progress=False)
+    assert pool.nbytes == limit
+    memory = {name: Adapter.load(source) for name, source in sources.items()}
+    assert AdapterPool(model, adapters=memory, max_bytes=limit, progress=False).nbytes == limit
+
+
+def test_a_file_that_changed_while_it_was_read_is_refused_later(model, sources, monkeypatch):
+    """It is not known what was read: when it has to be read again, it may be another adapter."""
+    load_adapter, limit = Adapter.load, max(packed_sizes(model, sources).values())
+
+    def and_overwritten(source, **arguments):
+        adapter = load_adapter(source, **arguments)
+        save_random_adapter(LLAMA, Path(source), seed=99, r=2)
+        return adapter
+
+    pool = AdapterPool(model, max_bytes=limit, target_rank=8, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(Adapter, "load", and_overwritten)
+        pool.add("c", sources["c"])
+    pool.add("b", sources["b"])
+    pool.swap("b")
+    with pytest.raises(HotswapError, match="have changed since it was added"):
+        pool.swap("c")
+
+
+def test_a_pool_of_adapters_with_a_head(tmp_path):
+    config = dict(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    sources = {f"{rank}": save_random_adapter(LLAMA, tmp_path / f"{rank}", rank, r=rank, **config) for rank in (2, 4)}
+    model = load(LLAMA, sources["4"])
+    pool = AdapterPool(model, adapters=sources, progress=False)
+    for name in ("2", "4", "2"):
+        pool.swap(name)
+        assert_is(model, sources[name])

@@ -1,0 +1,196 @@
+"""Batch: which rows a model's batch has, checked where the model is entered, for all of its layers at once."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from ..core.errors import HotswapError, refuse
+from ..core.journal import Journal
+from .proof import Given, Probe, batch_name, given_tensors, kind_of, prove, size_of
+
+
+class Batch:
+    """How a model's batch is made of rows.
+
+    The model, and those of its parts that are called by themselves (an encoder), are its entries: a hook looks at what
+    they are called with. Rows that differ are computed only where a proof has shown that the model keeps them apart,
+    for such inputs and in those layers where one of the adapters acts.
+    """
+
+    known: ClassVar[weakref.WeakValueDictionary[int, Batch]] = weakref.WeakValueDictionary()
+
+    def __init__(self, room: Any = None, is_tiled: bool = False):
+        #: whose rows they are; None in a copy of a model, which has none
+        self.room = room
+        self.rows: int = room.rows if room else 0
+        #: diffusers repeats a batch as a whole, transformers repeats each row
+        self.is_tiled = is_tiled
+        #: how often a batch has each row, as was assigned; a compiled graph takes it for a constant
+        self.copies: int = 1
+        #: whether the rows that are assigned differ, and the numbers of the layers on which one of them has an adapter
+        self.differs: bool = False
+        self.acting: frozenset[int] = frozenset()
+        #: where a model is entered, and the ids of the hooks there
+        self.entries: list[torch.nn.Module] = []
+        self.hooks: list[tuple[int, int]] = []
+        #: the layers that were proven, for each entry and kind of input
+        self.proven: dict[tuple, frozenset[int]] = {}
+        #: in a graph: the entry that is being traced, and the size of its batch
+        self.traced: int | None = None
+        self.total: int = 0
+        self.local = threading.local()
+        self.number: int = max(self.known, default=0) + 1
+        self.known[self.number] = self
+
+    def __reduce__(self) -> tuple[type[Batch], tuple[()]]:
+        return Batch, ()
+
+    @property
+    def size(self) -> int:
+        """How many rows are assigned; 0 where all have the same adapter, and a batch may have any size."""
+        return len(self.room.assigned) if self.room else 0
+
+    @property
+    def probe(self) -> Probe | None:
+        """What this thread's layers compute with for a proof."""
+        return getattr(self.local, "probe", None)
+
+    def blocks_of(self, length: int) -> tuple[int, int]:
+        """In a graph: how many rows the first axis of a layer's input has, and how long the block of each is."""
+        total = self.total or length
+        count = total // self.copies
+        return count, self.copies if length == total else length // count
+
+    # ---- where the model is entered
+
+    def watch(self, entries: Sequence[torch.nn.Module], journal: Journal) -> None:
+        """Has hooks look at what the entries are called with."""
+        self.entries = list(entries)
+        for number, entry in enumerate(entries):
+            before = entry.register_forward_pre_hook(functools.partial(self._enter, number), with_kwargs=True)
+            journal.record(before.remove)
+            after = entry.register_forward_hook(functools.partial(self._leave, number), always_call=True)
+            journal.record(after.remove)
+            self.hooks.append((before.id, after.id))
+
+    def unwatch(self, journal: Journal) -> None:
+        """Takes the hooks away."""
+        for entry, (before, after) in zip(self.entries, self.hooks, strict=True):
+            for table in (entry._forward_pre_hooks, entry._forward_pre_hooks_with_kwargs):
+                journal.remove(table, before)
+            for table in (entry._forward_hooks, entry._forward_hooks_always_called):
+                journal.remove(table, after)
+
+    def _enter(self, number: int, entry: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            if self.traced not in (None, number):
+                return None
+            self.traced = number
+            return self._trace(number, arguments, named)
+        if self.probe is None and getattr(self.local, "outer", None) in (None, number):
+            self.local.outer = number
+            if self.size and self._is_active:
+                self.total = size_of(arguments, named)
+                if self.total % self.size:
+                    self._refuse_batch(self.total, 1)
+                self.room.check_rows()
+                if self.differs:
+                    self._check_proof(number, arguments, named, False)
+        return None
+
+    def _leave(self, number: int, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            if self.traced == number:
+                self.traced = None
+        elif self.probe is None and getattr(self.local, "outer", None) == number:
+            self.local.outer = None
+
+    def check_inside(self, path: str) -> None:
+        """Refuses a layer that is computed by itself: nobody has looked at its batch."""
+        if getattr(self.local, "outer", None) is None:
+            raise refuse("rows_not_in_layer", paths=path, found="a call of a part of the model")
+
+    @property
+    def _is_active(self) -> bool:
+        layer, name = self.room.slot.layers[0].module, self.room.slot.adapter_name
+        return name in layer.active_adapters and not layer.disable_adapters
+
+    def _check_proof(self, number: int, arguments: tuple[Any, ...], named: Mapping[str, Any], in_graph: bool) -> None:
+        kinds = [(name, kind) for name, each in (*enumerate(arguments), *named.items()) if (kind := kind_of(each))]
+        # all that a graph can tell of
+        direct = (number, *[each for each in kinds if isinstance(each[1], str)])
+        key = direct if in_graph else (number, *kinds)
+        proven = self.proven.get(key, frozenset())
+        if self.acting <= proven:
+            return
+        layers = self.acting | proven
+        if prove(self, self.entries[number], arguments, named, layers):
+            self.proven[key] = self.proven[direct] = layers
+
+    def _refuse_batch(self, batch: int, copies: int) -> None:
+        text = f", each of them {copies} times" if copies > 1 else ""
+        if self.size:
+            raise refuse("batch_of_other_size", batch=batch, size=self.size, copies=text)
+        raise refuse("batch_above_rows", batch=batch, rows=self.rows, copies=text)
+
+    # ---- in a graph
+
+    def _trace(self, number: int, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        given = given_tensors(arguments, named)
+        if not given:
+            return None
+        self.total = given[name := batch_name(given)].shape[0]
+        checked = checked_inputs(
+            given[name], list(given.values()), ",".join(given), self.number, number, self.total, self.copies
+        )
+        if name.isdigit():
+            position = int(name)
+            return (*arguments[:position], checked, *arguments[position + 1 :]), named
+        return arguments, {**named, name: checked}
+
+    def check_in_graph(self, given: Given, number: int, total: int, copies: int) -> None:
+        """What a graph can't tell: it takes sizes for constants, or for whatever they are."""
+        if not self._is_active:
+            return
+        if total != self.size * copies if self.size else total > self.rows * copies:
+            self._refuse_batch(total, copies)
+        self.room.check_rows()
+        if self.differs:
+            arguments = tuple(each for name, each in given.items() if name.isdigit())
+            named = {name: each for name, each in given.items() if not name.isdigit()}
+            try:
+                self._check_proof(number, arguments, named, True)
+            except HotswapError:
+                raise
+            except Exception as error:
+                raise refuse("rows_not_proven_in_graph", error=error) from error
+
+
+@torch.library.custom_op("hotswap_lab::checked_inputs", mutates_args=())
+def checked_inputs(
+    first: torch.Tensor, given: list[torch.Tensor], names: str, number: int, entry: int, total: int, copies: int
+) -> torch.Tensor:
+    """``first``, one of the inputs, if the batch is made of the rows that are assigned, and these are proven."""
+    if (batch := Batch.known.get(number)) is not None:
+        batch.check_in_graph(dict(zip(names.split(","), given, strict=True)), entry, total, copies)
+    return first.clone()
+
+
+@checked_inputs.register_fake
+def _(first: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(first)
+
+
+def _count_given(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.given = len(inputs[1])
+
+
+checked_inputs.register_autograd(
+    lambda ctx, gradient: (gradient, [None] * ctx.given, *[None] * 5), setup_context=_count_given
+)

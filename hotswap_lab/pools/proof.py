@@ -1,0 +1,224 @@
+"""Proof, with data, that a model computes each row of a batch by itself, and each with its own adapter.
+
+Whether the first axis of a layer's input is the batch can't be told from its shape: it may be tokens, images, or the
+tokens of all rows one after the other. So a strong random adapter is put into some rows, and the outputs of all rows
+are looked at. Two forwards are the references: all rows have it, no row has it. Then there is one for each bit of a
+row's number, in which the rows have it whose bit is set. Each row's output must be that of the reference that it should
+be: a row that got another row's adapter, anywhere, differs in at least one of them. That takes ``2 + log2(rows)``
+forwards, once for each kind of input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..beyond.guards import random_numbers_kept
+from ..core.errors import listing, refuse
+
+#: of the adapter's largest effect on an output, how far off a row may be, by the precision of the output
+TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
+#: inputs that are no content of their own, but made from the tokens
+DERIVED = re.compile("embeds|hidden|mask|outputs|position")
+#: arguments of a model that say how many rows a batch has, before any other one
+TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds")
+Given = dict[str, torch.Tensor]
+
+
+# ---- what a model is called with
+
+
+def given_tensors(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Given:
+    """The tensors that a model is called with, by their names or positions."""
+    given = {str(position): each for position, each in enumerate(arguments)} | dict(named)
+    return {name: each for name, each in given.items() if isinstance(each, torch.Tensor)}
+
+
+def kind_of(value: Any) -> Any:
+    """What a proof holds for: the dtype and the number of axes of a tensor; of others, what is in them."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {value.ndim}"
+    if isinstance(value, (list, tuple)):
+        return tuple(map(kind_of, value))
+    if isinstance(value, Mapping):
+        return tuple((name, kind_of(each)) for name, each in value.items())
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return None
+    filled = False
+    with contextlib.suppress(Exception):  # what is no cache, or one of states only
+        filled = bool(value.get_seq_length())
+    return type(value).__name__, filled
+
+
+def batch_name(given: Given) -> str:
+    """The tensor whose first axis is the batch: tokens, or the first one that has axes beside the batch."""
+    first = [name for name in TOKENS if name in given] or [name for name, each in given.items() if each.ndim > 1]
+    return (first or list(given))[0]
+
+
+def size_of(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> int:
+    """How many rows a model is called with; 0 where no tensor tells."""
+    given = given_tensors(arguments, named) or {
+        str(number): each for number, each in enumerate(tree_leaves((arguments, named))) if torch.is_tensor(each)
+    }
+    return next(iter(given[batch_name(given)].shape), 0) if given else 0
+
+
+# ---- the proof
+
+
+@dataclass(eq=False)
+class Probe:
+    """A strong random adapter, in the rows of ``mask`` (``[rows]``, 0 or 1) and on some layers by their numbers."""
+
+    mask: torch.Tensor
+    layers: Collection[int]
+    #: of each layer, the sum of what it gets
+    seen: dict[int, float] = field(default_factory=dict)
+
+    def acts(self, index: int, x: torch.Tensor) -> bool:
+        """Whether the adapter is on a layer."""
+        if x.is_floating_point():
+            self.seen[index] = float(x.detach().double().sum())
+        return index in self.layers
+
+    def weights(self, variant: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's ``a`` and ``b``, of rank 1, the same for all rows and in all forwards."""
+        generator = torch.Generator().manual_seed(zlib.crc32(variant.path.encode()))
+        drawn = [torch.randn((1, 1, *each.shape[2:]), generator=generator) for each in (variant.a, variant.b)]
+        if not variant.looks_up:
+            drawn[0] /= drawn[0].numel() ** 0.5
+        a, b = (each.to(variant.a.device, variant.a.dtype).expand(len(self.mask), *each.shape[1:]) for each in drawn)
+        return a, b
+
+
+def prove(
+    batch: Any, entry: torch.nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], layers: frozenset[int]
+) -> bool:
+    """Shows that the rows are kept apart, for these layers and inputs. Returns whether that holds for all such inputs.
+
+    It doesn't where something else than the tokens feeds one of the layers, as images may: how many belong to a row is
+    not the same in each batch. ``batch`` is the :class:`~hotswap_lab.pools.batch.Batch` whose rows they are, ``entry``
+    what is called.
+
+    Raises
+    ------
+    HotswapError
+        If they are not, with the layers whose input is no block for each row.
+    """
+    base, total = batch.room.slot.host.base, size_of(arguments, named)
+    kept = [(buffer, buffer.clone()) for buffer in base.buffers()]
+    noise = "input_ids" in named
+
+    def outputs(mask: torch.Tensor, layers: Collection[int], seed: int = 0) -> tuple[Probe, list[torch.Tensor]]:
+        probe = Probe(mask, layers)
+        own = [_own(each) for each in arguments], {name: _own(each) for name, each in named.items()}
+        with _as_it_was(kept), _noise(batch, base, seed) if noise else contextlib.nullcontext():
+            batch.local.probe = probe
+            try:
+                result = entry(*own[0], **own[1])
+            finally:
+                batch.local.probe = None
+        found = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.is_floating_point()]
+        return probe, [_by_row(each, batch) for each in found if each.ndim and each.shape[0] == total]
+
+    def are_apart(layers: Collection[int], none: list[torch.Tensor]) -> bool:
+        try:
+            _, all_rows = outputs(torch.ones(batch.size), layers)
+            for bit in range((batch.size - 1).bit_length()):
+                mask = torch.arange(batch.size) >> bit & 1
+                _, found = outputs(mask.double(), layers)
+                if not all(map(_are_as_expected, found, none, all_rows, [mask.bool()] * len(none))):
+                    return False
+        except RuntimeError:  # a HotswapError, too: an input that can't be split
+            return False
+        return True
+
+    with random_numbers_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        first, none = outputs(torch.zeros(batch.size), ())
+        if not none:
+            raise refuse("rows_not_in_layer", paths="of the output", found="no output whose first axis is the batch")
+        if not are_apart(layers, none):
+            groups: dict[str, list[int]] = {}
+            for index in sorted(layers):
+                groups.setdefault(re.sub(r"\.\d+", "", batch.room.slot.layers[index].path), []).append(index)
+            wrong = [indices[0] for indices in groups.values() if not are_apart(indices, none)] or sorted(layers)[:1]
+            paths = listing([batch.room.slot.layers[index].path for index in wrong], 4)
+            raise refuse("rows_not_in_layer", paths=paths, found="rows that get one another's adapter")
+        if not noise or not _has_other_content(given_tensors(arguments, named)):
+            return True
+        second, _ = outputs(torch.zeros(batch.size), (), seed=1)
+        return not any(first.seen[index] == second.seen.get(index) for index in layers & first.seen.keys())
+
+
+def _has_other_content(given: Mapping[str, torch.Tensor]) -> bool:
+    others = {name: each for name, each in given.items() if not DERIVED.search(name)}
+    return any(each.is_floating_point() and each.ndim > 2 for each in others.values())
+
+
+def _by_row(output: torch.Tensor, batch: Any) -> torch.Tensor:
+    """``[rows, ...]``, whatever belongs to a row."""
+    if batch.is_tiled:
+        output = output.unflatten(0, (-1, batch.size)).transpose(0, 1)
+    else:
+        output = output.unflatten(0, (batch.size, -1))
+    return output.flatten(1).nan_to_num()
+
+
+def _are_as_expected(found: torch.Tensor, none: torch.Tensor, all_rows: torch.Tensor, mask: torch.Tensor) -> bool:
+    expected = torch.where(mask.to(none.device)[:, None], all_rows, none)
+    tolerance = TOLERANCE.get(found.dtype, 1e-4) * (all_rows - none).abs().max()
+    return bool(((found - expected).abs() <= tolerance).all())
+
+
+def _own(value: Any) -> Any:
+    """The same once more: a forward may write to what it is called with, a cache or a list of states."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return type(value)({key: _own(each) for key, each in value.items()})
+    return [_own(each) for each in value] if type(value) is list else copy.deepcopy(value)
+
+
+@contextlib.contextmanager
+def _as_it_was(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Puts random numbers and buffers back."""
+    try:
+        with random_numbers_kept():
+            yield
+    finally:
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _noise(batch: Any, base: torch.nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers on all that comes out of the embedding of tokens: rows with the same tokens are not the same."""
+    embedding: Any = None
+    with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
+        embedding = getattr(base, "get_input_embeddings")()  # noqa: B009
+    if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
+        yield
+        return
+    scale = float(embedding.weight.detach().double().std())
+
+    def add(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor | None:
+        if batch.probe is None:  # another thread's forward
+            return None
+        generator = torch.Generator().manual_seed(seed)
+        return output + scale * torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+
+    handle = embedding.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,222 @@
+"""Rows are computed only where data has shown that the model keeps them apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import ARCHITECTURES, KINDS, Kind, call, load, save_random_adapter
+from row_truth import Truth, assert_close
+from torch import nn
+
+from hotswap_lab import AdapterPool, HotswapError
+
+LLAMA, OPT = KINDS["llama"], ARCHITECTURES["opt"]
+
+
+class Turned(nn.Module):
+    """The batch is the second axis inside; with ``mixed``, and only there, each row gets what its neighbor has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x, mixed=None):
+        x = torch.tanh(self.first(x)).transpose(0, 1)
+        x = self.last(x).transpose(0, 1)
+        return x if mixed is None else x + x.roll(1, 0)
+
+
+class Noisy(nn.Module):
+    """Random numbers, a buffer, and a list that is written to: a forward leaves traces."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, seen):
+        self.calls += 1
+        seen.append(x)
+        return self.lin(nn.functional.dropout(x, 0.5)) * self.calls
+
+
+class Seen(nn.Module):
+    """Images go to the rows that say how many they have."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.embed, self.head = nn.Linear(6, 8), nn.Embedding(20, 8), nn.Linear(8, 6)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, pixel_values, owners):
+        images = self.tower(pixel_values).mean(1)
+        x = self.embed(input_ids)
+        return self.head(torch.tanh(x + torch.zeros(len(x), 8).index_add(0, owners, images)[:, None]))
+
+
+TURNED = Kind(Turned, lambda: torch.randn(4, 4, 6), ("first", "last"))
+SEEN = Kind(
+    Seen,
+    lambda: {
+        "input_ids": torch.randint(0, 20, (2, 3)),
+        "pixel_values": torch.randn(2, 5, 6),
+        "owners": torch.tensor([0, 1]),
+    },
+    ("tower", "head"),
+)
+
+
+def pool_for(kind: Kind, folder, rows: int = 4, **lora) -> tuple[AdapterPool, dict[str, str]]:
+    folders = {name: save_random_adapter(kind, folder / name, seed=n, r=3, **lora) for n, name in enumerate("ab")}
+    return AdapterPool(load(kind, folders["a"]), adapters=folders, rows=rows, progress=False), folders
+
+
+def calls_of(model: nn.Module) -> list[int]:
+    """One entry for each forward."""
+    calls: list[int] = []
+    model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def refused(match: str, action, *arguments, **named) -> None:
+    with pytest.raises(HotswapError, match=match):
+        action(*arguments, **named)
+
+
+def test_a_layer_whose_first_axis_is_not_the_batch_is_refused_by_its_name(tmp_path):
+    """Four rows of four tokens: each token would have another row's adapter."""
+    pool, folders = pool_for(TURNED, tmp_path)
+    pool.assign(["a", "b", None, "a"])
+    refused("different adapters at last[.]", call, pool.model, TURNED.inputs())
+    refused("different adapters at last[.]", call, pool.model, torch.randn(4, 5, 6))
+    # where all rows are equal, nothing can be mixed up
+    for equal in (lambda: pool.assign(["b"] * 4), lambda: pool.swap("b")):
+        equal()
+        assert_close(call(pool.model, TURNED.inputs()), call(load(TURNED, folders["b"]), TURNED.inputs()))
+
+
+def test_a_layer_on_which_no_row_has_an_adapter_needs_no_proof(tmp_path):
+    pool, _ = pool_for(TURNED, tmp_path)
+    first = save_random_adapter(TURNED, tmp_path / "first", seed=5, r=2, target_modules=["first"])
+    pool.add("first", first)
+    pool.assign(["first", None, "first", None])
+    truth = Truth(TURNED, {"first": first}, TURNED.inputs())
+    truth.check(call(pool.model, truth.inputs), ["first", None, "first", None])
+    pool.assign(["first", None, "a", None])
+    refused("at last", call, pool.model, truth.inputs)
+
+
+def test_a_proof_holds_for_one_kind_of_input(tmp_path):
+    folder = save_random_adapter(TURNED, tmp_path / "first", seed=5, target_modules=["first"])
+    model = load(TURNED, folder)
+    pool = AdapterPool(model, adapters={"a": folder}, rows=4, progress=False)
+    pool.assign(["a", None, "a", None])
+    with torch.no_grad():
+        model(TURNED.inputs())
+        refused("at first", model, TURNED.inputs(), mixed=torch.ones(1))
+        model(TURNED.inputs())
+
+
+def test_what_it_costs(tmp_path):
+    pool, _ = pool_for(LLAMA, tmp_path, rows=8)
+    calls, inputs = calls_of(pool.model), {"input_ids": torch.randint(0, 40, (5, 7))}
+    for wanted, forwards in (
+        (["a"] * 5, 1),
+        (["a", "b", None, "a", "b"], 1 + 2 + 3),  # two references and three bits for five rows
+        (["b", "b", "a", "a", None], 1),
+    ):
+        pool.assign(wanted)
+        calls.clear()
+        call(pool.model, inputs)
+        call(pool.model, {"input_ids": torch.randint(0, 40, (10, 3))})  # each row twice, other lengths
+        assert len(calls) == forwards + 1
+    calls.clear()
+    call(pool.model, inputs | {"attention_mask": torch.ones(5, 7, dtype=torch.int64)})
+    assert len(calls) == 1 + 2 + 3
+
+
+def test_flattened_tokens_are_blocks_of_a_row(tmp_path):
+    """OPT's MLP gets the tokens of all rows in a line; and four tokens of one row look like four rows."""
+    pool, folders = pool_for(OPT, tmp_path, rows=4, target_modules=["q_proj", "fc1", "fc2"])
+    truth = Truth(OPT, folders, {"input_ids": torch.randint(0, 40, (4, 4))})
+    wanted = ["a", "b", None, {"a": 0.5}]
+    pool.assign(wanted)
+    truth.check(call(pool.model, truth.inputs), wanted)
+    refused(r"a batch of 1(.|\n)*4 rows", call, pool.model, {"input_ids": torch.randint(0, 40, (1, 4))})
+    pool.assign(["b"])
+    alone = {"input_ids": truth.inputs["input_ids"][:1]}
+    assert_close(call(pool.model, alone), call(load(OPT, folders["b"]), alone))
+
+
+def test_flattened_tokens_compiled(tmp_path):
+    torch.compiler.reset()
+    pool, folders = pool_for(OPT, tmp_path, rows=3, target_modules=["q_proj", "fc1", "fc2"])
+    compiled = torch.compile(pool.model, backend="aot_eager", dynamic=True)
+    for tokens in (4, 6):
+        truth = Truth(OPT, folders, {"input_ids": torch.randint(0, 40, (3, tokens))})
+        pool.assign(["a", None, "b"])
+        truth.check(call(compiled, truth.inputs), ["a", None, "b"])
+        refused("a batch of 2", call, compiled, {"input_ids": truth.inputs["input_ids"][:2]})
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_images_are_not_rows(tmp_path, compiled):
+    torch.compiler.reset()
+    pool, folders = pool_for(SEEN, tmp_path, rows=2)
+    model = torch.compile(pool.model, backend="aot_eager") if compiled else pool.model
+    truth, wanted = Truth(SEEN, folders, SEEN.inputs()), ["a", "b"]
+    pool.assign(wanted)
+    both_in_the_first = truth.inputs | {"owners": torch.tensor([0, 0])}
+    # one for each row; then two for the first one: a proof of one batch says nothing of the next
+    truth.check(call(model, truth.inputs), wanted)
+    refused("at tower[.]", call, model, both_in_the_first)
+    truth.check(call(model, truth.inputs), wanted)
+    alone, heads = pool_for(SEEN, tmp_path / "head", rows=2, target_modules=["head"])
+    alone.assign(wanted)
+    model = torch.compile(alone.model, backend="aot_eager") if compiled else alone.model
+    calls = calls_of(alone.model)
+    for inputs in (truth.inputs, both_in_the_first, truth.inputs):
+        Truth(SEEN, heads, inputs).check(call(model, inputs), wanted)
+    if not compiled:
+        assert len(calls) == 3 + 3 + 1, "adapters where only tokens go need one proof, and a look at what feeds them"
+    torch.compiler.reset()
+
+
+def test_everything_is_as_it_was_after_a_proof(tmp_path):
+    kind = Kind(Noisy, lambda: torch.randn(4, 6), ("lin",))
+    pool, _ = pool_for(kind, tmp_path)
+    base = pool.model.get_base_model()
+    pool.assign(["a", "b", None, "a"])
+    outputs, seen, inputs = [], [], kind.inputs()
+    for _ in range(2):  # with a proof, then without one
+        base.calls.zero_()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            outputs.append(pool.model(inputs, seen))
+        assert base.calls == 1
+    assert len(seen) == 2
+    assert torch.equal(*outputs)
+
+
+def test_a_part_of_the_model_that_is_called_by_itself(tmp_path):
+    pool, folders = pool_for(LLAMA, tmp_path)
+    inputs, layer = {"input_ids": torch.randint(0, 40, (4, 5))}, pool.model.get_base_model().model.layers[0]
+    pool.assign(["a", "b", None, "a"])
+    inner = [call(each.get_base_model().model, inputs) for each in (pool.model, load(LLAMA, folders["b"]))]
+    assert_close(inner[0][1], inner[1][1])
+    refused("a call of a part of the model", layer.mlp, torch.randn(4, 5, 16))
+
+
+def test_a_swap_after_a_conversion_ends_the_rows(tmp_path):
+    pool, folders = pool_for(LLAMA, tmp_path)
+    pool.assign(["a", "b", None, "a"])
+    pool.model.to(torch.bfloat16)
+    from hotswap_lab import hotswap_adapter
+
+    hotswap_adapter(pool.model, folders["b"], "default")
+    fresh, inputs = load(LLAMA, folders["b"]).to(torch.bfloat16), LLAMA.inputs()
+    torch.testing.assert_close(call(pool.model, inputs), call(fresh, inputs), rtol=0, atol=0.02)
+    refused("no longer where", pool.assign, ["a"])
