@@ -12,7 +12,7 @@ from oracle import untouched
 from hotswap_lab import AdapterPool, HotswapError, Plan
 
 
-def refused(match: str, action: Callable, *arguments: object, **named: object) -> HotswapError:
+def refused(match: str | None, action: Callable, *arguments: object, **named: object) -> HotswapError:
     """Calls ``action``, which must be refused in these words, with all models that it was given left as they were."""
     given = [*arguments, *named.values(), getattr(action, "__self__", None)]
     models = [_model_of(each) for each in given]

@@ -146,7 +146,7 @@ BROKEN = {
         for text in ('{"peft_type": "NEW"}', '{"peft_type": 3}')
     },
     **{
-        f"the config says {fields}": (with_fields(**fields), "")
+        f"the config says {fields}": (with_fields(**fields), None)
         for fields in (
             *(dict(r=rank) for rank in (-1, 0, 4.5, None, "x")),
             dict(lora_alpha="8"),

@@ -29,7 +29,6 @@ from refusals import refused
 from hotswap_lab import (
     Adapter,
     AdapterPool,
-    HotswapError,
     RecompileWatch,
     get_strength,
     hotswap_adapter,
@@ -665,7 +664,6 @@ def test_of_two_adapters_that_come_under_one_name_the_first_stays(model, pool, s
         return adapter
 
     monkeypatch.setattr(Adapter, "load", slowly)
-    with pytest.raises(HotswapError, match="already"):
-        pool.add("new", sources["d"])
+    refused("already", pool.add, "new", sources["d"])
     pool.swap("new")
     assert_is(model, sources["c"])

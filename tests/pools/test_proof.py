@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from models import ARCHITECTURES, KINDS, Kind, call, load, save_random_adapter
+from refusals import refused
 from row_truth import Truth, assert_close
 from torch import nn
 
-from hotswap_lab import AdapterPool, HotswapError
+from hotswap_lab import AdapterPool
 
 LLAMA, OPT = KINDS["llama"], ARCHITECTURES["opt"]
 
@@ -78,11 +79,6 @@ def calls_of(model: nn.Module) -> list[int]:
     calls: list[int] = []
     model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
     return calls
-
-
-def refused(match: str, action, *arguments, **named) -> None:
-    with pytest.raises(HotswapError, match=match):
-        action(*arguments, **named)
 
 
 def test_a_layer_whose_first_axis_is_not_the_batch_is_refused_by_its_name(tmp_path):
