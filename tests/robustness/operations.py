@@ -580,7 +580,7 @@ def _make_row_pool(shelf, rows_before=0):
         return Case(
             lambda: made.append(AdapterPool(model, adapters=sources, target_rank=10, rows=3, progress=False)),
             (model,),
-            extra=lambda: {"rows": [each.__self__.rows for each in base._forward_pre_hooks.values()]},
+            extra=lambda: {"rows": [each.func.__self__.rows for each in base._forward_pre_hooks.values()]},
             check=check,
         )
 
