@@ -43,13 +43,13 @@ class Batch:
         self.entries: list[torch.nn.Module] = []
         self.hooks: list[tuple[int, int]] = []
         #: the layers that were proven, for each entry and kind of input
-        self.proven: dict[tuple, frozenset[int]] = {}
+        self.proven: dict[tuple[Any, ...], frozenset[int]] = {}
         #: all layers for which there is a proof
         self.shown: frozenset[int] = frozenset()
         #: in a graph: the entry that is being traced, and the size of its batch
         self.traced: int | None = None
         self.total: int = 0
-        self.local = threading.local()
+        self.local: threading.local = threading.local()
         self.number: int = max(self.known, default=0) + 1
         self.known[self.number] = self
 
