@@ -53,6 +53,11 @@ def prepare_model_for_compiled_hotswap(
     after an error the model is as it was. Make an optimizer only afterwards: the parameters stay the same objects but
     get other shapes.
 
+    The scaling of each layer becomes a buffer that is no part of ``state_dict()``. Where the model is in shared memory
+    (``model.share_memory()``, before or after), or is passed to a process that is started, a swap in one process is
+    seen by all that compute with the model: weights, ranks and scalings; not the config, which stays as it was there.
+    No lock holds another process back, so it must be told when it may compute.
+
     Parameters
     ----------
     model:

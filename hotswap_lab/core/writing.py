@@ -44,9 +44,12 @@ def _write_layers(plan: Plan, journal: Journal) -> None:
         mark(layer.layer.module, PADDED_ATTRIBUTE, name, True, journal)
     write_settings(slot, [each.layer for each in plan.layers], [each.settings for each in plan.layers], journal)
     # layers that are added come last, and are not prepared
-    floats = [each for each, fixed in zip_longest(plan.layers, plan.fixed) if each.settings and not fixed]
-    tables, scalings = [each.layer.module.scaling for each in floats], [each.settings.scaling for each in floats]
-    journal.set_items(tables, name, scalings)
+    floats = [
+        (each.layer.module.scaling, settings.scaling)
+        for each, fixed in zip_longest(plan.layers, plan.fixed)
+        if (settings := each.settings) and not fixed
+    ]
+    journal.set_items([table for table, _ in floats], name, [scaling for _, scaling in floats])
     for layer in plan.layers:
         if layer.action is Action.ADD:
             attach(slot, layer.layer, journal)

@@ -64,6 +64,9 @@ class RowCache(LayerCache):
 class Reader:
     """A Llama model that reads on in all rows of a batch at once, in two shapes: a chunk for each row, or one token.
 
+    It calls the model's layers one by one. For a pool whose rows differ, call the model itself once before: that proves
+    that its layers keep the rows apart.
+
     Parameters
     ----------
     model:

@@ -130,7 +130,8 @@ class AdapterPool(RowPool):
         again from where it came from when it is wanted.
     rows:
         The largest batch in which each row may have its own adapter (:meth:`assign`). The model's memory for adapters
-        is that many times as large, and each adapter takes that of the highest rank.
+        is that many times as large, and each adapter takes that of the highest rank. Not for a model whose memory is
+        shared with other processes, which don't know what is assigned.
     check_compiled:
         What to do if the model is compiled and has to be prepared: ``"error"``, ``"warn"`` or ``"ignore"``. Its next
         call compiles once more then.

@@ -14,6 +14,9 @@ from ..core.errors import HotswapError, refuse
 from ..core.journal import Journal
 from .proof import Given, Probe, batch_name, given_tensors, kind_of, prove, size_of
 
+#: the number of an entry that is none
+PART = -1
+
 
 class Batch:
     """How a model's batch is made of rows.
@@ -40,11 +43,13 @@ class Batch:
         self.entries: list[torch.nn.Module] = []
         self.hooks: list[tuple[int, int]] = []
         #: the layers that were proven, for each entry and kind of input
-        self.proven: dict[tuple, frozenset[int]] = {}
+        self.proven: dict[tuple[Any, ...], frozenset[int]] = {}
+        #: all layers for which there is a proof
+        self.shown: frozenset[int] = frozenset()
         #: in a graph: the entry that is being traced, and the size of its batch
         self.traced: int | None = None
         self.total: int = 0
-        self.local = threading.local()
+        self.local: threading.local = threading.local()
         self.number: int = max(self.known, default=0) + 1
         self.known[self.number] = self
 
@@ -107,14 +112,14 @@ class Batch:
     def _leave(self, number: int, *_: object) -> None:
         if torch.compiler.is_compiling():
             if self.traced == number:
-                self.traced = None
+                self.traced, self.total = None, 0
         elif self.probe is None and getattr(self.local, "outer", None) == number:
-            self.local.outer = None
+            self.local.outer, self.total = None, 0
 
-    def check_inside(self, path: str) -> None:
-        """Refuses a layer that is computed by itself: nobody has looked at its batch."""
-        if getattr(self.local, "outer", None) is None:
-            raise refuse("rows_not_in_layer", paths=path, found="a call of a part of the model")
+    def check_part(self) -> None:
+        """Refuses layers that are computed without the model around them, if no call of the model has proven them."""
+        if getattr(self.local, "outer", None) is None and not self.acting <= self.shown:
+            raise refuse("rows_not_in_layer", paths="a part of the model", found="no proof for this part")
 
     @property
     def _is_active(self) -> bool:
@@ -132,6 +137,7 @@ class Batch:
         layers = self.acting | proven
         if prove(self, self.entries[number], arguments, named, layers):
             self.proven[key] = self.proven[direct] = layers
+            self.shown |= layers
 
     def _refuse_batch(self, batch: int, copies: int) -> None:
         text = f", each of them {copies} times" if copies > 1 else ""
@@ -154,6 +160,12 @@ class Batch:
             return (*arguments[:position], checked, *arguments[position + 1 :]), named
         return arguments, {**named, name: checked}
 
+    def checked_part(self, scaling: torch.Tensor, length: int) -> torch.Tensor:
+        """In a graph that doesn't enter the model: ``scaling``, if the layer's input is made of the rows."""
+        if self.traced is not None:
+            return scaling
+        return checked_inputs(scaling, [], "", self.number, PART, length, self.copies)
+
     def check_in_graph(self, given: Given, number: int, total: int, copies: int) -> None:
         """What a graph can't tell: it takes sizes for constants, or for whatever they are."""
         if not self._is_active:
@@ -161,7 +173,9 @@ class Batch:
         if total != self.size * copies if self.size else total > self.rows * copies:
             self._refuse_batch(total, copies)
         self.room.check_rows()
-        if self.differs:
+        if number == PART:
+            self.check_part()
+        elif self.differs:
             arguments = tuple(each for name, each in given.items() if name.isdigit())
             named = {name: each for name, each in given.items() if not name.isdigit()}
             try:
@@ -178,7 +192,7 @@ def checked_inputs(
 ) -> torch.Tensor:
     """``first``, one of the inputs, if the batch is made of the rows that are assigned, and these are proven."""
     if (batch := Batch.known.get(number)) is not None:
-        batch.check_in_graph(dict(zip(names.split(","), given, strict=True)), entry, total, copies)
+        batch.check_in_graph(dict(zip(names.split(","), given, strict=False)), entry, total, copies)
     return first.clone()
 
 

@@ -43,7 +43,7 @@ class RowVariant(LoraVariant):
 
     ``tensors`` are ``lora_A`` and ``lora_B``, which are row 0. ``own`` are the scalings of the rows, ``[rows]``.
     ``trained``, ``[1]``, is the layer's scaling at strength 1: what set_scale or diffusers make of it, all rows are
-    multiplied with. ``index`` is the layer's number in its slot.
+    multiplied with. ``index`` is the layer's number in its slot; it ``is_gate`` if it is the first of its like there.
     """
 
     a: torch.Tensor
@@ -54,6 +54,7 @@ class RowVariant(LoraVariant):
     batch: Batch
     index: int
     path: str
+    is_gate: bool
 
     #: a copy of the layer computes with its own parameters
     is_of_a_room: ClassVar[bool] = True
@@ -71,6 +72,8 @@ class RowVariant(LoraVariant):
             if count > self.batch.rows:  # a graph that gets no further than the check
                 return result * strength.sum()
             a, b, scaling = self.a[:count], self.b[:count], self.own[:count] * strength
+            if self.is_gate:
+                scaling = self.batch.checked_part(scaling, x.shape[0])
         elif (found := self._now(active_adapter, x, strength)) is not None:
             a, b, scaling = found
             count, block = len(scaling), x.shape[0] // len(scaling)
@@ -102,7 +105,7 @@ class RowVariant(LoraVariant):
         if not batch.differs:  # what PEFT has is row 0, wherever it is
             a, b = (each.parameter.movedim(each.rank_axis or 0, 0)[None] for each in self.tensors)
             return a, b.flatten(2), self.own[:1] * strength
-        batch.check_inside(self.path)
+        batch.check_part()
         rows = slice(batch.size)
         return (self.a[rows], self.b[rows], self.own[rows] * strength) if self.index in batch.acting else None
 

@@ -149,7 +149,7 @@ def prove(
         if not are_apart(layers, none):
             groups: dict[str, list[int]] = {}
             for index in sorted(layers):
-                groups.setdefault(re.sub(r"\.\d+", "", batch.room.slot.layers[index].path), []).append(index)
+                groups.setdefault(name_of_like(batch.room.slot.layers[index].path), []).append(index)
             wrong = [indices[0] for indices in groups.values() if not are_apart(indices, none)] or sorted(layers)[:1]
             paths = listing([batch.room.slot.layers[index].path for index in wrong], 4)
             raise refuse("rows_not_in_layer", paths=paths, found="rows that get one another's adapter")
@@ -157,6 +157,11 @@ def prove(
             return True
         second, _ = outputs(torch.zeros(batch.size), (), seed=1)
         return not any(first.seen[index] == second.seen.get(index) for index in layers & first.seen.keys())
+
+
+def name_of_like(path: str) -> str:
+    """What a layer and its likes in a stack have in common."""
+    return re.sub(r"\.\d+", "", path)
 
 
 def _has_other_content(given: Mapping[str, torch.Tensor]) -> bool:

@@ -47,6 +47,12 @@ class RowPool(Pool):
     def assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1) -> None:
         """Gives each row of the next batches its own adapter. Only rows that change are written.
 
+        The first batch of each kind of inputs (their names, dtypes and numbers of axes) whose rows differ is preceded
+        by a proof: ``2 + log2(rows)`` forwards, with a random adapter in some of the rows, show that the model keeps
+        its rows apart. A layer that does not is refused by its name, by the forward. Where something else than tokens
+        feeds a layer with an adapter, as images do, each batch is proven. The proof changes nothing, but hooks of the
+        user's own are called by its forwards.
+
         Parameters
         ----------
         adapters:

@@ -25,6 +25,7 @@ from ..core.room import SCALING_STEP, Content, Packed, Room
 from ..core.slot import Slot, SlotLayer
 from .batch import Batch
 from .layers import TRAINED, variant_for
+from .proof import name_of_like
 
 #: from which rank on a compiled sum reads ``lora_B`` faster as PEFT has it than one rank component after the other
 LONG = 16
@@ -95,13 +96,16 @@ class RowRoom(Room):
             self._all(each)[1] = trained
             self._all(each)[2:] = trained * self.content.acts
         self._note_write(journal)
+        gates: dict[str, int] = {}
         for index, layer in enumerate(slot.layers):
+            is_gate = gates.setdefault(name_of_like(layer.path), index) == index
             variant = variant_for(layer.module, layer.path)
             (band, a), (_, b) = (self.places[tensor] for tensor in layer.tensors[:2])
             memory = self._all(band.memory)
             scalings = next(self._all(each) for each in self.scalings if each.device == memory.device)[:, index, 0]
             weights = a.of_rows(memory), b.of_rows(memory).flatten(2)
-            own = variant(*weights, scalings[1:2], scalings[2:], layer.tensors[:2], self.batch, index, layer.path)
+            scaled = scalings[1:2], scalings[2:]
+            own = variant(*weights, *scaled, layer.tensors[:2], self.batch, index, layer.path, is_gate)
             journal.set_item(layer.module.lora_variant, slot.adapter_name, own)
         self.batch.watch(_entries(slot), journal)
 

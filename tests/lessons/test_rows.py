@@ -65,6 +65,8 @@ def test_two_graphs_do_for_all_arrangements(model):
     torch.compiler.reset()
     reader.compile("eager")
     pool.assign(["reverse", None])
+    with torch.no_grad():
+        model(input_ids=torch.tensor([some_ids(2)] * 2))  # proves that the model keeps its rows apart
     with RecompileWatch() as watch:
         reader.read([some_ids(3), some_ids(1)])
         reader.read([some_ids(1), []])

@@ -197,13 +197,25 @@ def test_everything_is_as_it_was_after_a_proof(tmp_path):
     assert torch.equal(*outputs)
 
 
-def test_a_part_of_the_model_that_is_called_by_itself(tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_part_of_the_model_that_is_called_by_itself(tmp_path, compiled):
+    torch.compiler.reset()
     pool, folders = pool_for(LLAMA, tmp_path)
-    inputs, layer = {"input_ids": torch.randint(0, 40, (4, 5))}, pool.model.get_base_model().model.layers[0]
+    inputs, fresh = {"input_ids": torch.randint(0, 40, (4, 5))}, load(LLAMA, folders["b"])
     pool.assign(["a", "b", None, "a"])
-    inner = [call(each.get_base_model().model, inputs) for each in (pool.model, load(LLAMA, folders["b"]))]
-    assert_close(inner[0][1], inner[1][1])
-    refused("a call of a part of the model", layer.mlp, torch.randn(4, 5, 16))
+
+    def part(model):
+        return lambda x: model.get_base_model().model.layers[0].mlp(x)
+
+    mine, hidden = part(pool.model), torch.randn(4, 5, 16)
+    if compiled:
+        mine = torch.compile(mine, backend="aot_eager")
+    with torch.no_grad():
+        refused("no proof for this part", mine, hidden)
+        inner = [call(each.get_base_model().model, inputs) for each in (pool.model, fresh)]  # a proof of these layers
+        assert_close(inner[0][1], inner[1][1])
+        assert_close(mine(hidden)[1], part(fresh)(hidden)[1])
+    torch.compiler.reset()
 
 
 def test_a_swap_after_a_conversion_ends_the_rows(tmp_path):
