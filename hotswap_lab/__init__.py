@@ -26,28 +26,27 @@ swap was refused stands in its ``HotswapError``: what was found, what was expect
 # no __all__: help(hotswap_lab) would print all that is in it, which is a book
 __version__ = "0.1.0"
 
-from . import beyond  # noqa: F401 - other methods and sharded tensors are known from here on
 from . import demo as demo
 from .backend import pick_backend as pick_backend
-from .core.adapter import Adapter as Adapter
-from .core.commit import commit as commit
 from .core.errors import HotswapError as HotswapError
-from .core.hotswap import hotswap_adapter as hotswap_adapter
-from .core.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
-from .core.hotswap import plan_hotswap as plan_hotswap
 from .core.plan import Plan as Plan
-from .core.prepare import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
-from .core.slot import resolve_slot as resolve_slot
-from .core.strength import get_strength as get_strength
-from .core.strength import set_strength as set_strength
-from .files.saving import save_adapter as save_adapter
+from .core.swap import commit as commit
+from .engine import AdapterPool as AdapterPool
+from .engine import get_strength as get_strength
+from .engine import hotswap_adapter as hotswap_adapter
+from .engine import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+from .engine import hotswap_pipeline as hotswap_pipeline
+from .engine import plan_hotswap as plan_hotswap
+from .engine import plan_pipeline_hotswap as plan_pipeline_hotswap
+from .engine import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+from .engine import prepare_pipeline_for_compiled_hotswap as prepare_pipeline_for_compiled_hotswap
+from .engine import resolve_slot as resolve_slot
+from .engine import save_adapter as save_adapter
+from .engine import set_strength as set_strength
+from .files.reading import Adapter as Adapter
 from .files.search import find_adapters as find_adapters
 from .pipelines.lora_files import read_pipeline_lora as read_pipeline_lora
 from .pipelines.pipeline import PipelinePlan as PipelinePlan
-from .pipelines.pipeline import hotswap_pipeline as hotswap_pipeline
-from .pipelines.pipeline import plan_pipeline_hotswap as plan_pipeline_hotswap
-from .pipelines.pipeline import prepare_pipeline_for_compiled_hotswap as prepare_pipeline_for_compiled_hotswap
-from .pools import AdapterPool as AdapterPool
 from .threads import ModelInUseError as ModelInUseError
 from .threads import in_use as in_use
 from .threads import waiting_at_most as waiting_at_most

@@ -3,8 +3,7 @@
 A swap writes for a moment (milliseconds) in which a forward pass in another thread would read some layers of the old
 adapter and some of the new one. Whoever computes while others may swap says so, ``with in_use(model): ...``; a swap
 then waits until nobody is inside, and whoever comes later waits for the swap. Swaps take turns among themselves
-without being asked to: all that changes a model goes through :func:`hotswap_lab.core.guard.guard`, and this module is
-what is behind that door.
+without being asked to: all that changes a model goes through :func:`held`.
 
 Reading is cheap and writing pays: each thread has a lock of its own for each model, which nobody else touches but a
 swap, and that takes them all (the Linux kernel once called this a big-reader lock). The locks are handed out as they
@@ -33,9 +32,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .core import guard as door
 from .core.errors import HotswapError, refusal, refuse
-from .core.host import Host, carriers
+from .core.host import carriers
 
 #: forgets what it is given
 NOWHERE: deque[object] = deque(maxlen=0)
@@ -239,8 +237,20 @@ def bases_of(model: object) -> list[torch.nn.Module]:
     return bases
 
 
-def taken(bases: Iterable[torch.nn.Module], computing: bool) -> AbstractContextManager[None]:
-    """The block behind the door: waits for other threads, and holds them back. See :func:`hotswap_lab.core.guard`."""
+def held(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
+    """Keeps other threads out of base models for the length of a block, and waits for them first. May be nested.
+
+    Parameters
+    ----------
+    computing:
+        Whether others may go on computing, and only swaps are kept out: what is decided stays true.
+
+    Examples
+    --------
+    >>> with held(torch.nn.Linear(2, 2)):
+    ...     "decide, and write"
+    'decide, and write'
+    """
     turns = turns_of(bases)
     if any(turn.lock._is_owned() for turn in turns):
         raise refuse("thread_is_computing")
@@ -281,7 +291,7 @@ def _taken(locks: Iterable[tuple[threading.RLock, int | None]], patience: float)
 
 @contextlib.asynccontextmanager
 async def awaited(base: torch.nn.Module, *, computing: bool = False, to_the_end: bool = False) -> AsyncIterator[None]:
-    """:func:`taken` for a task: it waits for other threads, and for other tasks of its own, without blocking them.
+    """:func:`held` for a task: it waits for other threads, and for other tasks of its own, without blocking them.
 
     ``to_the_end`` is for the end of a turn. It waits however long that takes, and a task that is cancelled meanwhile
     goes on to the end of the block.
@@ -359,16 +369,6 @@ def is_shared(base: torch.nn.Module) -> bool:
     return any(turn.others() for turn in turns_of([base]))
 
 
-def undisturbed(host: Host) -> AbstractContextManager[None]:
-    """Layers around single parameters (``target_parameters``) give the module inside another class while it computes,
-    and move its parameters about; OFT with ``coft`` writes to its weights: whoever decides by these waits for a turn.
-    """
-    changing = any(
-        getattr(config, "target_parameters", None) or getattr(config, "coft", False) for config in host.configs.values()
-    )
-    return door.guard(host.base) if changing else contextlib.nullcontext()
-
-
 def put_back(action: Callable[[], object], what: str) -> None:
     """Waits for a turn however long that takes, and on Ctrl-C, unless it comes again.
 
@@ -387,4 +387,11 @@ def put_back(action: Callable[[], object], what: str) -> None:
         _patience.reset(token)
 
 
-door.turns = sys.modules[__name__]
+class TurnLock:
+    """The lock of an engine (:class:`hotswap_lab.core.engine.Lock`) that lets threads take turns."""
+
+    def held(self, *bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
+        return held(*bases, computing=computing)
+
+    def is_shared(self, base: torch.nn.Module) -> bool:
+        return is_shared(base)

@@ -25,18 +25,18 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from torch.utils._pytree import tree_leaves
 
+from . import compat
 from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, random_numbers_kept
 from .beyond.stand_in import make_stand_in
-from .beyond.wrappers import WRAPPERS, has_adapter, inside, peel
-from .core.adapter import Adapter
 from .core.errors import refuse
 from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
-from .core.interrupts import interrupts_held
-from .core.journal import Journal
-from .core.sources import find_source
+from .core.journal import Journal, interrupts_held
+from .core.slot import Slot
+from .core.wrappers import has_adapter, inside, is_wrapper, peel
+from .engine import resolve_slot
+from .files.reading import Adapter, find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
 from .threads import in_use
 from .watch import RecompileError
@@ -167,7 +167,8 @@ def verify_hotswap(
     False
     """
     with _as_folder(adapter) as folder, in_use(model), torch.no_grad(), _eval_mode(model):
-        host = find_host(model, name := name_in(model, adapter_name))
+        slot = resolve_slot(model, name := name_in(model, adapter_name))
+        host = slot.host
         _check_active(host, name)
         live_outputs, inputs = _live_outputs(model, host, inputs)
         fresh = (bare_base(host) if base is None else base()).eval()
@@ -176,7 +177,7 @@ def verify_hotswap(
         with compilers_kept(), random_numbers_kept():
             fresh = PeftModel.from_pretrained(fresh, folder, name, is_trainable=trainable).eval()
         fresh_outputs = _call(fresh, inputs)
-        mismatches = tuple(_mismatches(host, fresh, name, with_base=base is not None))
+        mismatches = tuple(_mismatches(slot, fresh, with_base=base is not None))
     dtype, largest = fresh_outputs[0].dtype, max(float(output.abs().max()) for output in fresh_outputs)
     return Verification(
         difference=_difference(live_outputs, fresh_outputs),
@@ -196,7 +197,7 @@ def bare_base(host: Host) -> torch.nn.Module:
     base.__dict__.pop("peft_config", None)
     for module in list(base.modules()):
         for name, child in module._modules.items():
-            while isinstance(child, WRAPPERS):
+            while is_wrapper(child):
                 child = module._modules[name] = inside(child)
     tensors = dict((*base.named_parameters(), *base.named_buffers()))
     for originals in base.__dict__.pop(ORIGINALS, {}).values():
@@ -260,14 +261,14 @@ def _live_outputs(model: torch.nn.Module, host: Host, inputs: object) -> tuple[l
     try:
         return _call(model, inputs), inputs
     except RecompileError as error:
-        shapes = [tuple(each.shape) for each in tree_leaves(inputs) if isinstance(each, torch.Tensor)]
+        shapes = [tuple(each.shape) for each in compat.tree_leaves(inputs) if isinstance(each, torch.Tensor)]
         raise refuse("not_compiled_for", shapes=shapes, reason=error) from error
 
 
 def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
     outputs = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    tensors = [each for each in tree_leaves(outputs) if isinstance(each, torch.Tensor)]
+    tensors = [each for each in compat.tree_leaves(outputs) if isinstance(each, torch.Tensor)]
     return [tensor.detach().clone() for tensor in tensors if tensor.is_floating_point()]
 
 
@@ -277,8 +278,9 @@ def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(first, second, strict=True))
 
 
-def _mismatches(host: Host, fresh: PeftModel, name: str, with_base: bool) -> Iterator[str]:
-    found = _facts(host.configs[name], LoadedAlone(host, name), saved_tensors(host, name), name)
+def _mismatches(slot: Slot, fresh: PeftModel, with_base: bool) -> Iterator[str]:
+    host, name = slot.host, slot.adapter_name
+    found = _facts(slot.config, LoadedAlone(slot), saved_tensors(slot), name)
     tensors = get_peft_model_state_dict(fresh, adapter_name=name, save_embedding_layers=False)
     expected = _facts(fresh.peft_config[name], fresh, tensors, name)
     if with_base:

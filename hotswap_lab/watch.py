@@ -11,17 +11,15 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
-from torch._dynamo.utils import get_metrics_context
-
+from . import compat
 from .core.report import html_table
 
 T = TypeVar("T")
 
 #: kinds of compilations that are no graph of a piece of code
-TRIGGERS = {CallbackTrigger.LAZY_BACKWARD: "backward", CallbackTrigger.CUDAGRAPH_RECORDING: "cudagraph"}
+TRIGGERS = {"LAZY_BACKWARD": "backward", "CUDAGRAPH_RECORDING": "cudagraph"}
 
 
 class RecompileError(AssertionError):
@@ -147,13 +145,13 @@ class RecompileWatch:
 
     def __exit__(self, *_: object) -> None:
         self._watching = False
-        if self._on_start in callback_handler.start_callbacks:
-            callback_handler.remove_start_callback(self._on_start)
+        if self._on_start in compat.dynamo_callbacks.start_callbacks:
+            compat.dynamo_callbacks.remove_start_callback(self._on_start)
 
     def _listen(self) -> None:
         # torch.compiler.reset() forgets all listeners
-        if self._watching and self._on_start not in callback_handler.start_callbacks:
-            callback_handler.register_start_callback(self._on_start)
+        if self._watching and self._on_start not in compat.dynamo_callbacks.start_callbacks:
+            compat.dynamo_callbacks.register_start_callback(self._on_start)
 
     def call(self, label: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
         """Runs ``function(*args, **kwargs)`` and notes under ``label`` its time and, in the block, what it compiled."""
@@ -167,9 +165,9 @@ class RecompileWatch:
             self._current.seconds = time.perf_counter() - start
             self._current = None
 
-    def _on_start(self, args: CallbackArgs) -> None:
+    def _on_start(self, args: Any) -> None:
         # what PyTorch notes about the compilation that is starting; nothing if it is the first of its code
-        guard = getattr(get_metrics_context(), "_metrics", {}).get("recompile_reason") or ""
+        guard = getattr(compat.dynamo_metrics(), "_metrics", {}).get("recompile_reason") or ""
         kind, label = _kind(args, guard), self._current.label if self._current else ""
         compilation = Compilation(kind, explain(guard) if kind == "recompile" else "", guard, label)
         self.compilations.append(compilation)
@@ -195,9 +193,9 @@ class RecompileWatch:
         return html_table("Compilations", ["call", "what", "why"], rows, caption=self.summary)
 
 
-def _kind(args: CallbackArgs, guard: str) -> str:
-    if args.callback_trigger in TRIGGERS:
-        return TRIGGERS[args.callback_trigger]
+def _kind(args: Any, guard: str) -> str:
+    if args.callback_trigger.name in TRIGGERS:
+        return TRIGGERS[args.callback_trigger.name]
     is_again = re.search(r"/[1-9]\d*(_\d+)?$", str(args.compile_id))
     return "recompile" if guard or is_again else "compile"
 

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 
 from hotswap_lab.lessons.exercise import Exercise
-from hotswap_lab.lessons.figures import Figure
+from hotswap_lab.figures import Figure
 
 
 def assert_tells_right_from_wrong(

@@ -37,10 +37,8 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.core import guard as guard_module
-from hotswap_lab.core.guard import guard
 from hotswap_lab.pools import adapter_pool as pool_module
-from hotswap_lab.threads import bases_of, turns_of
+from hotswap_lab.threads import bases_of, held, turns_of
 
 KIND = KINDS["linear"]
 #: long enough for a thread to get to where it has to wait
@@ -418,8 +416,8 @@ def test_a_writer_inside_a_writer_keeps_everybody_out(model):
         with in_use(model):
             entered.set()
 
-    with guard(base):
-        with guard(base):
+    with held(base):
+        with held(base):
             pass
         thread = start(compute)
         assert not entered.is_set()
@@ -433,7 +431,7 @@ def test_two_models_are_taken_in_one_order(folders):
 
     def take(order) -> None:
         for _ in range(200):
-            with guard(*order, computing=True), guard(*order):
+            with held(*order, computing=True), held(*order):
                 pass
 
     threads = [threading.Thread(target=take, args=(order,)) for order in (bases, bases[::-1])]
@@ -890,14 +888,14 @@ def test_a_merge_while_a_swap_waits(model, folders):
 def test_adding_to_a_pool_holds_nobody_up(model, folders, monkeypatch):
     """However long it takes to read an adapter."""
     pool = AdapterPool(model, adapters={"old": folders["old"]}, target_rank=8, progress=False)
-    reading, go_on, read = threading.Event(), threading.Event(), pool_module.adapter_from
+    reading, go_on, read = threading.Event(), threading.Event(), Adapter.load
 
     def slowly(*arguments):
         reading.set()
         go_on.wait(30)
         return read(*arguments)
 
-    monkeypatch.setattr(pool_module, "adapter_from", slowly)
+    monkeypatch.setattr(Adapter, "load", slowly)
     adding = start(pool.add, "new", folders["new"])
     assert reading.wait(30)
     with waiting_at_most(5):
@@ -966,7 +964,7 @@ def _enter_while_another_begins_to_write(model, step: int) -> bool | None:
     writing, ends = threading.Event(), threading.Event()
 
     def write() -> None:
-        with guard(base):
+        with held(base):
             writing.set()
             ends.wait(30)
             writing.clear()

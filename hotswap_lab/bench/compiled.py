@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap as peft_prepare
 
+from .. import compat
 from ..backend import pick_backend
 from ..watch import RecompileWatch
 from .report import Extra
@@ -45,7 +46,7 @@ def _first_output(scene: Scene, swapping: Way) -> Extra:
 
     way = scene.way(swapping.name, compiled, swap_and_call)
     # by default PyTorch gives up after 8 graphs and runs the model uncompiled from then on
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with compat.dynamo_config.patch(recompile_limit=64):
         with RecompileWatch() as watch:
             state, note = way.check()
         n = min(scene.settings.n, RECOMPILES) if watch.recompiles else scene.settings.n

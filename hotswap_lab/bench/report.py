@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..lessons.figures import FROZEN, NEW, OLD, Figure
+from ..figures import FROZEN, NEW, OLD, Figure
 from .settings import Settings
 from .timing import Timing
 

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from ..backend import pick_backend
-from ..pools import AdapterPool
+from ..engine import AdapterPool
 from .report import Extra
 from .scene import Scene, waiting
 from .timing import in_rounds

@@ -13,9 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..core.adapter import Adapter
-from ..core.prepare import prepare_model_for_compiled_hotswap
-from ..pools import AdapterPool
+from ..engine import AdapterPool, prepare_model_for_compiled_hotswap
+from ..files.reading import Adapter
 from .report import Size
 from .settings import SHAPES, Settings
 

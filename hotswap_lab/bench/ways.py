@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from peft.utils import hotswap as peft_hotswap
 
-from ..core.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+from ..engine import hotswap_adapter, hotswap_adapter_from_state_dict
 from .report import MEMCPY, PEFT_STATE_DICT, Row
 from .scene import Scene, Way
 from .timing import in_rounds

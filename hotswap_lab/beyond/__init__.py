@@ -5,13 +5,6 @@ more, around the same memory), ``donor`` (a fresh load onto it, behind ``guards`
 lacks to equal it), ``base_values`` (base weights that adapters overwrite), ``places`` (where all of it went, for the
 next adapter with the same config). ``wrappers`` knows what PEFT puts around modules, ``general`` where the tensors of a
 method are, ``prepare`` which of them can have room for other ranks. Of LoRA, ``configs`` judges what a file may say,
-``kinds`` knows the rare kinds of tensors, ``checks`` has what few adapters meet, and ``shards`` what is spread over
+``lora`` knows the rare kinds of tensors, ``checks`` has what few adapters meet, and ``shards`` what is spread over
 several processes.
 """
-
-from pathlib import Path
-
-from ..core.errors import TEXTS
-from . import checks, door, shards  # noqa: F401 - the engine knows of all this from here on
-
-TEXTS.append(Path(__file__).with_name("refusals.ini"))

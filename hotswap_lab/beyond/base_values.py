@@ -15,22 +15,19 @@ import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..core.change import ON_CONFIG
-from ..core.decide import CHECKS
 from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
-from ..core.layers import have_same_values
-from ..core.methods import method_of
 from ..core.plan import Action, LayerPlan, Plan
+from ..core.planner import have_same_values
+from ..core.slot import Slot
+from ..core.wrappers import EMBEDDINGS, has_adapter
 
 #: on a base model: by adapter name, the original values of what that adapter overwrote, by their names
 ORIGINALS = "hotswap_base_values"
 #: on a config that a swap has put into a model: the base weights whose originals nobody has any more. A config that
 #: PEFT has put there has no such mark: its adapter's file may have overwritten whatever it names
 LOST = "_hotswap_lost"
-#: where PEFT asks a model for the embeddings
-EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 
 @dataclass
@@ -61,12 +58,9 @@ def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
     return lost - kept_originals(host.base, adapter_name).keys()
 
 
-def follow_config(host: Host, adapter_name: str, config: PeftConfig, journal: Journal) -> None:
-    """To be called before a config takes the place of the one in the model, if the base weights stay as they are."""
-    config.__dict__[LOST] = lost_originals(host, adapter_name)
-
-
-ON_CONFIG.append(follow_config)
+def follow_config(slot: Slot, config: PeftConfig, journal: Journal) -> None:
+    """Notes on a config, before it is put into the model, that the base weights stay as they are."""
+    config.__dict__[LOST] = lost_originals(slot.host, slot.adapter_name)
 
 
 def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
@@ -140,7 +134,7 @@ def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
     if config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None:
         return
     tuned = [each for each in embeddings_of(host.base) if isinstance(each, BaseTunerLayer)]
-    ones = [each for each in tuned if method_of(each).has_adapter(each, adapter_name)]
+    ones = [each for each in tuned if has_adapter(each, adapter_name)]
     yield from (f"{path}.weight" for path, module in modules_in(host.base) if module in ones) if ones else ()
 
 
@@ -164,6 +158,3 @@ def check_embeddings(draft: Plan) -> None:
     names = {f"{plan.path}.weight" for plan in embeddings_turned_off(draft)}
     if lost := sorted(names & lost_originals(draft.slot.host, draft.slot.adapter_name) if names else ()):
         draft.refuse("embeddings_lost", lost=listing(lost, 3))
-
-
-CHECKS.append(check_embeddings)

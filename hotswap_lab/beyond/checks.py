@@ -1,4 +1,4 @@
-"""What few adapters meet: checks of a swap, put into ``FIRST`` and ``CHECKS`` of :mod:`hotswap_lab.core.decide`."""
+"""Checks that few adapters meet, as passes of an engine."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import replace
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from ..core.decide import CHECKS, FIRST
+from ..core import lora
 from ..core.errors import listing
 from ..core.host import PEFT_PREFIX, Config
 from ..core.plan import Action, Plan
 from ..core.slot import Slot, expected_of
-from .kinds import reads_base
+from .lora import reads_base
 
 #: the layers whose weights PEFT knows two ways to store
 STORED = (torch.nn.Linear, Conv1D)
 #: what PEFT puts LoRA on, also where a class of these holds modules of its own
-ADAPTABLE = (torch.nn.Linear, Conv1D, torch.nn.Embedding, _ConvNd, torch.nn.MultiheadAttention)
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+ADAPTABLE = (torch.nn.Linear, Conv1D, torch.nn.Embedding, *CONVOLUTIONS, torch.nn.MultiheadAttention)
 
 
 def check_containers(plan: Plan) -> None:
@@ -40,7 +40,7 @@ def _containers_named(slot: Slot, config: Config) -> list[tuple[str, str]]:
         for path, module in slot.walk
         if path and ".base_layer" not in path and module._modules and not isinstance(module, adaptable)
     ]
-    return [each for each in containers if slot.method.targets(config, each[0])]
+    return [each for each in containers if lora.targets(config, each[0])]
 
 
 def check_base(plan: Plan) -> None:
@@ -161,7 +161,3 @@ def _storage(tensor: torch.Tensor) -> int | None:
     """Where the memory is that a tensor is a view of; None for those that have none, or several."""
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
     return tensor.untyped_storage().data_ptr() if plain else None
-
-
-FIRST += [check_prefixes, keep_apart, check_arrow, note_other_base]
-CHECKS += [check_containers, check_base, resize_what_is_off, correct_fan_in_fan_out, note_missing_targets]

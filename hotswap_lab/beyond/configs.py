@@ -14,12 +14,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 
 from ..core.errors import Refusal, refusal
-from ..core.host import Host, kind_of
+from ..core.host import kind_of
 
 #: ranks up to this one are small in any layer
 POINTLESS = 1024
@@ -56,31 +53,15 @@ def judge(config: PeftConfig, role: str, loaded: PeftConfig | None = None) -> It
     if is_lora and loaded is not None and form_for(config) != form_for(loaded):
         found, expected = (f"use_dora={each.use_dora}, lora_bias={each.lora_bias}" for each in (config, loaded))
         yield refusal("no_common_graph", found=found, expected=expected)
-    elif is_lora and not damages and loaded is not None and (more := set(beside(config)) ^ set(beside(loaded))):
+    elif (
+        is_lora and not damages and loaded is not None and (more := set(extra_state(config)) ^ set(extra_state(loaded)))
+    ):
         yield refusal("member_of_another_kind", other_state=", ".join(sorted(more)))
 
 
 def form_for(config: PeftConfig) -> tuple[bool, bool]:
     """Which tensors layers of LoRA with this config have beside A and B: a magnitude (DoRA), a bias."""
     return bool(config.use_dora), bool(config.lora_bias)
-
-
-def complete(config: PeftConfig, host: Host) -> PeftConfig:
-    """Spells the target modules of LoRA's config out for a model, as a fresh load leaves them."""
-    if config.target_modules is None:
-        model_type = getattr(getattr(host.base, "config", None), "model_type", None)
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))
-        if known is not None:
-            config.target_modules = known if isinstance(known, str) else set(known)
-    config: Any = _maybe_include_all_linear_layers(config, host.base)
-    names = config.target_modules
-    if isinstance(names, (list, set)) and len(names) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
-        ends = tuple(f".{name}" for name in names)
-        others = [path for path, _ in host.base.named_modules() if path not in names and not path.endswith(ends)]
-        fewer = _find_minimal_target_modules(names, others)
-        if len(fewer) < len(names):
-            config.target_modules = fewer
-    return config
 
 
 # ---- values of the wrong kind
@@ -193,7 +174,7 @@ def _unsupported(config: PeftConfig, role: str) -> Iterator[Refusal]:
         yield refusal("changes_base_weights", role=role, found=found)
 
 
-def beside(config: PeftConfig) -> list[str]:
+def extra_state(config: PeftConfig) -> list[str]:
     """The fields of LoRA's config that stand for state beyond the tensors and scalars of its layers."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     variants = {name for name, field in fields.items() if field.metadata.get("is_lora_variant")}

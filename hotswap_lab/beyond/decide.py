@@ -8,27 +8,31 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..core.change import Change, clear_gradients
-from ..core.decide import check_compiled
 from ..core.errors import listing
 from ..core.host import canonical_path
 from ..core.journal import Journal
-from ..core.parts import is_prepared
 from ..core.plan import Plan
+from ..core.planner import adaptable, check_compiled, have_same_values
 from ..core.prepared import is_padded
-from . import general
-from .base_values import LOST, ORIGINALS, change_base_values, kept_originals, lost_originals
-from .configs import beside, form_for
+from ..core.slot import change_of
+from ..core.tensors import is_prepared
+from ..core.wrappers import wrappers_in
+from .base_values import LOST, ORIGINALS, change_base_values, given_up, kept_originals, lost_originals
+from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .donor import Donor, load_donor
-from .kinds import is_special, reads_base
+from .general import General
+from .lora import is_special, reads_base
 from .places import Places, find_places, keep_places, places_of
 from .shards import check_parallel_training, holds_shards
-from .wrappers import wrappers_in
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
@@ -39,10 +43,10 @@ FORMER_LAYERS = "hotswap_former_layers"
 
 def is_beyond(draft: Plan) -> bool:
     """Whether one of the two adapters is more than LoRA's own tensors, or another method."""
-    slot, method = draft.slot, draft.slot.method
-    if method is general or (draft.base_weights and slot.room is None):
+    slot = draft.slot
+    if isinstance(slot.method, General) or (draft.base_weights and slot.room is None):
         return True
-    if beside(slot.config) or beside(draft.adapter.config):
+    if extra_state(slot.config) or extra_state(draft.adapter.config):
         return True
     # where nothing is in the way of writing, nothing is special
     is_odd = any(is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
@@ -59,14 +63,69 @@ def changes_form(draft: Plan) -> bool:
     return any(layer.keys[0] in keys for layer in others)
 
 
+def plan_beyond(plan: Plan) -> Plan | None:
+    """Decides the swap with a fresh load, if one of the two adapters is more than LoRA, or of another method."""
+    return plan_with_donor(plan) if is_beyond(plan) else None
+
+
+def take_base_weights(plan: Plan) -> None:
+    """PEFT saves embedding weights next to their LoRA. They are fine as long as they are the base model's own."""
+    tensors = plan.unknown
+    for key in [key for key in tensors if ".lora_" not in key]:
+        if (weight := _base_weight(plan, key)) is None or weight.shape != tensors[key].shape:
+            continue
+        if not have_same_values(weight, tensors.pop(key)):
+            plan.refuse("other_base_weights", key=key)
+    base, name = plan.slot.host.base, plan.slot.adapter_name
+    paths = {path for key in tensors if (path := adaptable(base, key)) is not None}
+    # where the adapter was before, it may be again without being asked for
+    if paths and paths <= former_layers(base, name):
+        plan.add_layers = True
+
+
+def plan_another_form(plan: Plan) -> Plan | None:
+    """Decides the swap with a fresh load, now that it is known that layers get other tensors, or are given up."""
+    is_free = not plan.compiled and not plan.is_prepared
+    gives_up = is_free and not plan.refusals and given_up(plan)
+    if changes_form(plan) or gives_up:
+        return plan_with_donor(_afresh(plan))
+    if is_free and has_strange_leftovers(plan) and (other := plan_with_donor(_afresh(plan))).ok:
+        return other
+    return None
+
+
+def _afresh(plan: Plan) -> Plan:
+    """The same swap, nothing of it decided but what was noted at first."""
+    return replace(plan, config=plan.adapter.config, layers=[], refusals=[], notes=[*plan.notes], left={}, unknown={})
+
+
+def has_strange_leftovers(draft: Plan) -> bool:
+    """Whether what no layer took may mean something to PEFT: names of older models, other base weights."""
+    strange = {key: value for key, value in draft.left.items() if adaptable(draft.slot.host.base, key) is None}
+    weights = {key: _base_weight(draft, key) for key in strange}
+    return any(weights[key] is None or not have_same_values(weights[key], value) for key, value in strange.items())
+
+
+def _base_weight(draft: Plan, key: str) -> torch.Tensor | None:
+    """The base model's weight of this name, whether or not its layer has an adapter, here or in the file."""
+    path, _, name = key.rpartition(".")
+    path = path.removesuffix(".base_layer")
+    try:
+        module = draft.slot.host.base.get_submodule(path)
+    except AttributeError:
+        return None
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return module._parameters.get(name, module._buffers.get(name))
+
+
 # ---- what it comes to
 
 
 def change_for(plan: Plan, places: Places | None) -> Change:
     """All that is to be written to the live model."""
     slot, graft = plan.slot, plan.grafting
-    stays = graft.writes_values_only and slot.method is not general
-    change = Change(slot, plan.config, slot_after=slot if stays else None)
+    stays = graft.writes_values_only and not isinstance(slot.method, General)
+    change = change_of(slot, plan.config, slot if stays else None)
     for target, source in (*graft.copies, *graft.base.copies):
         change.copy(target, source)
     for parameter, source in graft.resizes:
@@ -79,7 +138,7 @@ def change_for(plan: Plan, places: Places | None) -> Change:
         lambda journal: _note(plan, places, originals, journal),
     ]
     if stays and slot.room is not None:
-        change.steps.append(functools.partial(slot.room.note_swap, plan.config))
+        change.steps.append(functools.partial(cast(Any, slot.room).note_swap, plan.config))
     return change
 
 
@@ -109,6 +168,7 @@ def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
 def plan_with_donor(draft: Plan) -> Plan:
     """Decides a swap that changes more than values and ranks, or is of another method than LoRA."""
     slot, name = draft.slot, draft.slot.adapter_name
+    draft.is_decided = True
     if holds_shards(slot.host.base):
         draft.refuse("sharded_beyond")
         return draft
@@ -148,7 +208,7 @@ def _decide(draft: Plan, others_merged: set[str]) -> Places | None:
         draft.grafting = known.graft_of(adapter)
         draft.grafting.base.lost = lost_originals(host, name)
         return known
-    if slot.method is general and others_merged:
+    if isinstance(slot.method, General) and others_merged:
         # most methods start from the base weights: their singular vectors, their clusters, a copy
         draft.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
         return None

@@ -25,21 +25,18 @@ from ..core.errors import listing
 from ..core.host import Host
 from ..core.journal import MISSING
 from ..core.lora import EvalFreeDropout
-from ..core.methods import method_of
 from ..core.plan import Action, LayerPlan, Plan
-from ..core.prepared import OFF_ATTRIBUTE, is_marked_off, is_off, is_padded, mark, set_off
+from ..core.prepared import is_marked_off, is_off, is_padded, mark, set_off
 from ..core.slot import SlotLayer
-from .base_values import BaseChange
-from .donor import Donor
-from .sameness import are_equal, have_same_bits, have_same_form
-from .wrappers import (
+from ..core.tensors import OFF_ATTRIBUTE
+from ..core.wrappers import (
     NOT_COMPARED,
-    TABLES,
-    WRAPPERS,
     are_alike,
     entries_under,
     has_adapter,
     holder_of_inside,
+    is_table,
+    is_wrapper,
     own_modules,
     peel,
     rank_of,
@@ -48,6 +45,9 @@ from .wrappers import (
     tables_of,
     wrappers_in,
 )
+from .base_values import BaseChange
+from .donor import Donor
+from .sameness import are_equal, have_same_bits, have_same_form
 
 #: an object that belongs to one adapter although it doesn't lie under its name: AdaLoRA's budget of ranks
 BUDGET = "rankallocator"
@@ -118,6 +118,7 @@ class _Comparison:
     def __init__(self, draft: Plan, donor: Donor):
         self.draft, self.donor, self.graft = draft, donor, Graft()
         self.host, self.name = host, name = draft.slot.host, draft.slot.adapter_name
+        self.method = draft.slot.method
         self.others = set(host.configs) - {name}
         self.is_mixed = isinstance(host.tuner, MixedModel)  # layers of several methods are around one another
         model, self.active = donor.model, activity_of(host)
@@ -220,7 +221,7 @@ class _Comparison:
         """Takes the adapter off a live wrapper."""
         if not has_adapter(wrapper, self.name):
             return
-        was_off = is_off(wrapper, self.name)
+        was_off = is_off(wrapper, self.name, self.method.tensors_of(wrapper, self.name) or ())
         if not was_off:
             self._report(path, wrapper, Action.OFF, rank_of(wrapper, self.name))
         if is_padded(wrapper, self.name):
@@ -235,14 +236,14 @@ class _Comparison:
             self.graft.steps.append(lambda journal: mark(wrapper, OFF_ATTRIBUTE, self.name, False, journal))
 
     def _turn_off(self, wrapper: BaseTunerLayer) -> None:
-        for target in method_of(wrapper).tensors_of(wrapper, self.name):
+        for target in self.method.tensors_of(wrapper, self.name) or ():
             if target.reads_base and (merged := set(wrapper.merged_adapters) - {self.name}):
                 others = listing(map(repr, sorted(merged)))
                 self.draft.refuse("merged_beside", adapter_name=self.name, others=others)
                 return
             self.graft.parameters.append(target.parameter)
             self.graft.copies.append((target.parameter, target.off_value()))
-        self.graft.steps.append(lambda journal: set_off(wrapper, self.name, True, journal))
+        self.graft.steps.append(lambda journal: set_off(self.method, wrapper, self.name, True, journal))
 
     def _report(self, path: str, module: torch.nn.Module, action: Action, before: int | None, fresh=None) -> None:
         settings = fresh and WholeSettings(rank_of(fresh, self.name), scaling_of(fresh, self.name))
@@ -268,9 +269,9 @@ class _Comparison:
             present = live._modules.get(attribute)
             if value is None or (not own and (attribute == skipped or id(value) in self.live_of)):
                 continue
-            if not own and isinstance(value, TABLES) and isinstance(present, TABLES):
+            if not own and is_table(value) and is_table(present):
                 self._table(live, attribute, value, f"{path}: {attribute}")
-            elif not own and isinstance(value, WRAPPERS) and isinstance(present, WRAPPERS):
+            elif not own and is_wrapper(value) and is_wrapper(present):
                 self._pair(present, value, path)
             else:
                 self._part(live._modules, attribute, value, f"{path}: {attribute}")
@@ -304,7 +305,7 @@ class _Comparison:
         elif present is MISSING or attribute == BUDGET:
             self._put(live.__dict__, attribute, value, where)
         elif not self._are_equal(present, value):
-            if any(not isinstance(live, WRAPPERS) or has_adapter(live, other) for other in self.others):
+            if any(not is_wrapper(live) or has_adapter(live, other) for other in self.others):
                 self._refuse(path, f"{attribute}={present!r}, which other adapters there go by, and {value!r} wanted")
             else:
                 self._put(live.__dict__, attribute, value, where)
@@ -386,8 +387,8 @@ class _Comparison:
 
     def _pad(self, live: BaseTunerLayer, donor: BaseTunerLayer) -> None:
         """Gives the donor's tensors the rank that the live ones were prepared for, if that is higher."""
-        room = {each.key: each for each in method_of(live).tensors_of(live, self.name)}
-        for source in method_of(donor).tensors_of(donor, self.name):
+        room = {each.key: each for each in self.method.tensors_of(live, self.name) or ()}
+        for source in self.method.tensors_of(donor, self.name) or ():
             parameter, target = source.parameter, room.get(source.key)
             if target and target.fits(parameter.shape) and (source.capacity or 0) < (target.capacity or 0):
                 parameter.data = target.padded(parameter.detach(), target.capacity)

@@ -14,10 +14,10 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from ..core.guard import guard
 from ..core.host import PEFT_PREFIX, Host, canonical_path
-from ..core.interrupts import interrupts_held
-from ..core.layers import are_the_same
+from ..core.journal import interrupts_held
+from ..core.planner import are_the_same
+from ..threads import held
 from .guards import compilers_kept, memory_guard, random_numbers_kept, take_out
 from .stand_in import StandIn, make_stand_in
 
@@ -76,7 +76,7 @@ def load_donor(
     taken_out = take_out(config)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     # quantized weights have no twins: PEFT sets `requires_grad` of the live ones, and no other thread must compute then
-    with guard(host.base) if stand_in.shared else contextlib.nullcontext(), warnings.catch_warnings():
+    with held(host.base) if stand_in.shared else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         memory = memory_guard(host.base, tensors.values())
         try:

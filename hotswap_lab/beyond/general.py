@@ -1,25 +1,27 @@
 """Every other PEFT method, by what PEFT itself says of its layers: ``adapter_layer_names`` and ``other_param_names``.
 
-Swaps of these go by a freshly loaded donor, so that nothing of the methods has to be known here but where their tensors
-are.
+These swaps copy from a freshly loaded adapter, so that nothing of the methods has to be known here but where their
+tensors are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 
 import torch
-from peft import PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..core.parts import SlotTensor, with_kinds
+from ..core.errors import Refusal
+from ..core.host import Config, TunerLayer
+from ..core.journal import Journal
+from ..core.slot import Slot
+from ..core.tensors import SlotTensor
+from . import configs
+from .lora import not_scaled
+from .shards import spread
 
-layer_class = BaseTunerLayer
-
-#: methods whose effect is a sum over rank components, so that zeros beyond an adapter's own rank change nothing
-PADDABLE = (PeftType.LOHA, PeftType.LOKR, PeftType.HIRA, PeftType.ADALORA)
-#: the axis of the rank components in their tensors
+#: the axis of the rank components in the tensors of methods whose effect is a sum over these
 RANK_AXES = {
     **{"hada_w1_a": 1, "hada_w1_b": 0, "hada_w2_a": 1, "hada_w2_b": 0},
     **{"lokr_w1_a": 1, "lokr_w1_b": 0, "lokr_w2_a": 1, "lokr_w2_b": 0},
@@ -30,8 +32,48 @@ RANK_AXES = {
 TUCKER = ("hada_t1", "lokr_t2")
 
 
-def has_adapter(layer: BaseTunerLayer, adapter_name: str) -> bool:
-    return any(True for _ in _tables(layer, adapter_name))
+class General:
+    """All methods but LoRA, as a :class:`~hotswap_lab.core.engine.Method`."""
+
+    def takes(self, config: Config) -> bool:
+        return True
+
+    def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
+        """The parameters of one adapter on one layer, in PEFT's order."""
+        found = [*_tables(layer, adapter_name)] if isinstance(layer, BaseTunerLayer) else []
+        if not found:
+            return None
+        tensors = []
+        is_tucker = any(adapter_name in getattr(layer, table, ()) for table in TUCKER)
+        for name, table in found:
+            named_key = f"{name}.{adapter_name}"
+            if isinstance(entry := table[adapter_name], torch.nn.Module):
+                for inner, _ in entry.named_parameters():
+                    path, _, last = inner.rpartition(".")
+                    owner = entry.get_submodule(path)
+                    tensors.append(SlotTensor(f"{name}.{inner}", f"{named_key}.{inner}", owner, last))
+            elif isinstance(table, torch.nn.ParameterDict):
+                axis = None if is_tucker else RANK_AXES.get(name)
+                tensors.append(SlotTensor(name, named_key, table, adapter_name, axis))
+        return spread(tensors)
+
+    def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
+        return None
+
+    def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
+        pass
+
+    def judge(self, config: Config, role: str, loaded: Config = None) -> Iterator[Refusal]:
+        return configs.judge(config, role, loaded)
+
+    def extra_state(self, config: Config) -> Sequence[str]:
+        return ()
+
+    def not_scaled(self, slot: Slot) -> str | None:
+        return not_scaled(slot)
+
+    def no_room(self, slot: Slot, room: Mapping[str, int]) -> Iterator[Refusal]:
+        return iter(())
 
 
 def _tables(layer: BaseTunerLayer, adapter_name: str) -> Iterator[tuple[str, object]]:
@@ -39,20 +81,3 @@ def _tables(layer: BaseTunerLayer, adapter_name: str) -> Iterator[tuple[str, obj
         table = attrgetter(name)(layer)
         if hasattr(table, "keys") and adapter_name in table:
             yield name, table
-
-
-def tensors_of(layer: BaseTunerLayer, adapter_name: str) -> list[SlotTensor]:
-    """The parameters of one adapter on one layer, in PEFT's order."""
-    tensors = []
-    is_tucker = any(adapter_name in getattr(layer, table, ()) for table in TUCKER)
-    for name, table in _tables(layer, adapter_name):
-        named_key = f"{name}.{adapter_name}"
-        if isinstance(entry := table[adapter_name], torch.nn.Module):
-            for inner, _ in entry.named_parameters():
-                path, _, last = inner.rpartition(".")
-                owner = entry.get_submodule(path)
-                tensors.append(SlotTensor(f"{name}.{inner}", f"{named_key}.{inner}", owner, last))
-        elif isinstance(table, torch.nn.ParameterDict):
-            axis = None if is_tucker else RANK_AXES.get(name)
-            tensors.append(SlotTensor(name, named_key, table, adapter_name, axis))
-    return with_kinds(layer, adapter_name, tensors)

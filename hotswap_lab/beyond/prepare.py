@@ -8,30 +8,30 @@ through a donor, and copies tensor by tensor.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from peft import PeftType
 from peft.utils.other import get_pattern_key
 
-from ..core import methods
 from ..core.adapter import Adapter
 from ..core.change import Change
-from ..core.errors import Refusal, listing, refusal
+from ..core.errors import Refusal, refusal
 from ..core.journal import Journal
-from ..core.parts import shared_as
+from ..core.planner import misfits
+from ..core.prepare import PADDABLE
 from ..core.prepared import make_prepared, new_scalings, own_rank
-from ..core.slot import Slot
-from . import general
-from .configs import beside, judge, pointless_rank
+from ..core.slot import Slot, change_of
+from ..core.tensors import shared_as
+from .configs import extra_state, judge, pointless_rank
 
 #: what LoRA may have beside its layers; where all adapters have the same of it, its values can be swapped in a graph
 BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
 
 
-def decide_general(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
+def prepare_in_place(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
     """Allocates what is needed beside the model, or says why it can't be had."""
-    change, name = Change(slot, slot.config), slot.adapter_name
+    change, name = change_of(slot, slot.config), slot.adapter_name
     family = list(family)
     if refusals := list(_check_family(slot, family)):
         return change, refusals
@@ -56,24 +56,6 @@ def decide_general(slot: Slot, target_rank: int | None, family: Iterable[Adapter
     return change, []
 
 
-def no_room(slot: Slot, room: Mapping[str, int]) -> Iterator[Refusal]:
-    """What speaks against a room for these ranks on these layers, by their paths; the slot may lack some."""
-    own, base = {layer.path: layer for layer in slot.layers}, slot.host.base
-    # DoRA is turned off by the norm of the base weights, so that is not to contain another adapter
-    lacking = [base.get_submodule(path) for path in room if path not in own] if slot.config.use_dora else []
-    if others := {name for module in lacking for name in getattr(module, "merged_adapters", ())}:
-        yield refusal("merged_beside", adapter_name=slot.adapter_name, others=listing(map(repr, sorted(others))))
-    for path, rank in room.items():
-        if pointless := [*pointless_rank(rank, path, base.get_submodule(path))]:
-            yield from pointless
-            return
-        if path in own and rank % (groups := own[path].tensors[0].rank_step):
-            kind, next_rank = type(own[path].module).__name__, -(-rank // groups) * groups
-            yield refusal(
-                "target_rank_not_for_groups", kind=kind, groups=groups, rank=rank, path=path, next_rank=next_rank
-            )
-
-
 def rank_for(config: object, path: str) -> int:
     """The rank that a fresh load with this config gives to the layer at ``path``."""
     pattern = getattr(config, "rank_pattern", None) or {}
@@ -85,21 +67,21 @@ def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
     kind = slot.config.peft_type
     if kind == PeftType.LORA:
         yield from judge(slot.config, "loaded")
-        if strange := set(beside(slot.config)) - BESIDE_LORA:
+        if strange := set(extra_state(slot.config)) - BESIDE_LORA:
             yield refusal(
                 "loaded_not_preparable", strange=", ".join(sorted(strange)), allowed=", ".join(sorted(BESIDE_LORA))
             )
             return
-    elif kind not in general.PADDABLE:
+    elif kind not in PADDABLE:
         yield refusal(
             "type_not_preparable",
             kind=kind.value,
             adapter_name=slot.adapter_name,
-            others=", ".join(sorted(each.value for each in general.PADDABLE)),
+            others=", ".join(sorted(each.value for each in PADDABLE if each != PeftType.LORA)),
         )
         return
     for adapter in family:
-        yield from methods.misfits(slot, adapter, in_graph=True)
+        yield from misfits(slot, adapter, in_graph=True)
 
 
 def _write_prepared(slot: Slot, journal: Journal) -> None:

@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..core.change import Change, clear_gradients
-from ..core.decide import CHECKS
 from ..core.journal import Journal
-from ..core.parts import KINDS, SlotTensor
 from ..core.plan import Action, Plan
+from ..core.tensors import SlotTensor
 
 if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -46,11 +45,6 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     # with gradients on, it would be a new tensor with a history of its own
     with torch.no_grad():
         return parameter.to_local()
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor put together from all processes; all of them have to call this."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard(whole: torch.Tensor, like: DTensor) -> DTensor:
@@ -130,16 +124,13 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def spread(layer: torch.nn.Module, adapter_name: str, tensors: list[SlotTensor]) -> list[SlotTensor]:
-    """The tensors of a layer, those that are spread over processes as such."""
+def spread(tensors: list[SlotTensor]) -> list[SlotTensor]:
+    """The same tensors, those that are spread over processes as such."""
     if not is_distributed():
         return tensors
     return [
         _sharded(type(each))(**vars(each)) if ShardedTensor.holds(each.owner, each.name) else each for each in tensors
     ]
-
-
-KINDS.append(spread)
 
 
 def holds_shards(model: torch.nn.Module) -> bool:
@@ -179,9 +170,6 @@ def check_shards(draft: Plan) -> None:
     if fixed := [plan for plan in resized if any(_fsdp_keeper(each.owner, each.name) for each in plan.layer.tensors)]:
         before, after, path = fixed[0].rank_before, fixed[0].rank_after, fixed[0].path
         draft.refuse("sharded_rank", count=len(fixed), path=path, rank_before=before, rank_after=after)
-
-
-CHECKS.append(check_shards)
 
 
 def _fsdp_keeper(owner: torch.nn.Module, name: str) -> object | None:

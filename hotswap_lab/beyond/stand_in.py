@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..core.compiled import unwrap_compiled
+from ..core.wrappers import peel
 from ..files.state_dicts import forget_hooks
-from .wrappers import peel
 
 
 @dataclass

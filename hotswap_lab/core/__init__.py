@@ -1,23 +1,20 @@
-"""LoRA in a live model: the engine, to be read in one sitting, in this order.
+"""LoRA in a live model: the engine's parts, to be read in one sitting, in this order.
 
 Ground
-    ``errors`` (one exception; its words are in ``refusals.ini``), ``host`` (where adapters are in a model),
-    ``compiled`` (what is compiled there), ``journal`` (the way back), ``interrupts`` (Ctrl-C while a model is written),
-    ``guard`` (the door for threads).
+    ``errors`` (one exception; its words are in ``refusals.ini``), ``compiled`` (what is compiled in a model), ``host``
+    (where a model has its adapters), ``journal`` (the way back after an error, and Ctrl-C that waits), ``change`` (what
+    is written, and the one function that writes), ``tensors`` (one tensor of an adapter in a model).
 What comes in, and where it goes
-    ``sources`` (files), ``adapter``, ``parts`` (one tensor of an adapter in a model), ``lora`` (what PEFT keeps of LoRA
-    on a layer), ``methods`` (the door for all other methods), ``slot``.
+    ``engine`` (what a swap is made of), ``adapter``, ``lora`` (what PEFT keeps of LoRA on a layer), ``slot``.
 A swap
-    ``plan`` (what will be), ``decide`` and ``layers`` (how it is filled in), ``change`` (what is written, and the one
-    function that writes), ``writing`` (from one to the other), ``commit``, ``hotswap`` (what people call).
+    ``plan`` (what will be written), ``planner`` (how a plan is made), ``shadow`` (layers that a model lacks), ``swap``
+    (what people call).
 A prepared model
-    ``prepared`` (a layer that no graph takes for constant, and what is noted on layers), ``arena`` and ``room``
-    (its memory), ``shadow`` (layers that it lacked), ``prepare``.
-Many adapters
-    ``pool`` (what only some pools need is in ``hotswap_lab.pools``), ``strength``; ``report`` draws tables.
+    ``prepared`` (a layer that no graph takes for constant, and what is noted on layers), ``arena`` and ``room`` (its
+    memory), ``prepare``.
+Others
+    ``strength``; ``wrappers`` (what PEFT puts around modules); ``report`` draws tables.
 
-It imports nothing else of the package. What else there is comes in by six doors: ``methods.rest``, ``change.Change``,
-``sources.elsewhere``, ``guard.turns``, ``change.ON_CONFIG`` and ``parts.KINDS``. Beside some of these stand lists of
-those who know rare cases: ``decide.FIRST`` and ``decide.CHECKS``, ``compiled.BLIND_SPOTS``, ``sources.READERS`` and
-``sources.FORMATS``.
+Core imports nothing else of the package but ``hotswap_lab.compat``. Its functions get an engine:
+:mod:`hotswap_lab.engine` composes the one that the package uses, and binds them to it.
 """

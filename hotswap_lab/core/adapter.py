@@ -6,21 +6,19 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
 
 from .errors import HotswapError, listing, refuse
 from .host import Config
-from .sources import find_source, read_config, read_tensors
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """One adapter in memory: its config and its tensors by the names of its file.
 
-    Make one with :meth:`load` or :meth:`from_state_dict`; both check it.
+    Make one with :meth:`from_state_dict`, or with ``hotswap_lab.Adapter.load``; both check it.
 
     Parameters
     ----------
@@ -38,67 +36,6 @@ class Adapter:
     tensors: Mapping[str, torch.Tensor]
     source: str
     revision: str | None = None
-
-    @classmethod
-    def load(
-        cls,
-        source: str | os.PathLike[str],
-        *,
-        torch_device: str | torch.device | None = None,
-        key_mapping: dict[str, str] | None = None,
-        allow_nonfinite: bool = False,
-        **hub: Any,
-    ) -> Adapter:
-        """Reads an adapter from a folder or from the Hugging Face Hub.
-
-        ``adapter_model.safetensors`` is preferred; ``adapter_model.bin`` is read with ``weights_only=True``, so
-        nothing in it is executed. The tensors are copies: whatever happens to the files later does not reach them.
-
-        Parameters
-        ----------
-        source:
-            A folder with ``adapter_config.json``, or the id of a Hub repository.
-        torch_device:
-            The device to read the tensors to. Default: CPU.
-        key_mapping:
-            Regular expressions and replacements for keys, as in ``PeftModel.from_pretrained``.
-        allow_nonfinite:
-            Whether NaN and infinity among the weights are let through.
-        **hub:
-            ``subfolder``, ``revision``, ``token``, ``cache_dir`` and what else ``hf_hub_download`` takes.
-
-        Raises
-        ------
-        HotswapError
-            If the files can't be found or read, or are damaged.
-
-        Examples
-        --------
-        >>> from hotswap_lab import demo
-        >>> adapter = Adapter.load(demo.adapter_path("double"))
-        >>> adapter.config.r, len(adapter.tensors)
-        (2, 32)
-        """
-        return cls._load(source, False, torch_device, key_mapping, allow_nonfinite, **hub)
-
-    @classmethod
-    def _load(
-        cls,
-        source: str | os.PathLike[str],
-        for_one_swap: bool = False,
-        torch_device: str | torch.device | None = None,
-        key_mapping: dict[str, str] | None = None,
-        allow_nonfinite: bool = False,
-        **hub: Any,
-    ) -> Adapter:
-        """:meth:`load`; faster for one swap, after which it is let go of: its tensors may be the file itself."""
-        place = find_source(source, hub)
-        config = read_config(place)
-        tensors, pieces = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
-        adapter = cls(config, tensors, place.name, place.revision)
-        if pieces is None or not all(map(_is_finite, pieces)):
-            adapter._check_tensors(allow_nonfinite)
-        return adapter
 
     @classmethod
     def from_state_dict(
@@ -122,7 +59,7 @@ class Adapter:
         if not isinstance(state_dict, Mapping):
             raise refuse("no_state_dict", kind=type(state_dict).__name__)
         adapter = cls(config, dict(state_dict), "a state dict")
-        adapter._check_tensors(allow_nonfinite)
+        adapter.check_tensors(allow_nonfinite)
         return adapter
 
     @property
@@ -135,7 +72,7 @@ class Adapter:
         """The size of all tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def _check_tensors(self, allow_nonfinite: bool) -> None:
+    def check_tensors(self, allow_nonfinite: bool) -> None:
         # some methods save indices, too
         only_weights = self.config.peft_type == PeftType.LORA
         for key, tensor in self.tensors.items():
@@ -145,7 +82,7 @@ class Adapter:
                 raise self._damaged(f"{kind} under {key!r}", "a floating point tensor under each key")
         if not self.tensors:
             raise self._damaged("no tensors at all", "at least one lora_A and one lora_B")
-        bad = [] if allow_nonfinite else [key for key, tensor in self.tensors.items() if not _is_finite(tensor)]
+        bad = [] if allow_nonfinite else [key for key, tensor in self.tensors.items() if not is_finite(tensor)]
         if bad:
             raise self._damaged(
                 f"NaN or infinity in {listing(map(repr, bad))}",
@@ -167,7 +104,7 @@ def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
     return None
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Whether there is neither NaN nor infinity: either makes a sum so. So may very large weights, hence a second look.
 
     Whole numbers, as indices, always are finite.
@@ -179,23 +116,3 @@ def _is_finite(tensor: torch.Tensor) -> bool:
         tensor = tensor.float()
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return math.isfinite(tensor.sum(dtype=dtype).item()) or bool(tensor.isfinite().all())
-
-
-# ---- whatever an adapter is given as
-
-
-def adapter_from(source: Any, arguments: Mapping[str, Any]) -> Adapter:
-    """The adapter: as it is, from a pair of a state dict and a config, or read from its files."""
-    if isinstance(source, Adapter):
-        return source
-    return Adapter.from_state_dict(*source) if isinstance(source, tuple) else Adapter.load(source, **arguments)
-
-
-def member_from(source: Any, arguments: Mapping[str, Any]) -> Adapter:
-    """What preparing needs to know of an adapter: of files, the config alone."""
-    if isinstance(source, PeftConfig):
-        return Adapter(source, {}, "a config")
-    if isinstance(source, (Adapter, tuple)):
-        return adapter_from(source, arguments)
-    place = find_source(source, arguments)
-    return Adapter(read_config(place), {}, place.name)

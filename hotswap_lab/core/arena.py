@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .parts import SlotTensor
+from .tensors import SlotTensor
 
 #: bytes; where a tensor starts in a row
 CACHE_LINE = 64

@@ -13,14 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .host import Config, Host
-from .interrupts import interrupts_held
-from .journal import Journal
-from .slot import Slot, keep_slot
+from .. import compat
+from .journal import Journal, interrupts_held
 
 Step = Callable[[Journal], object]
-#: called before a config takes the place of the one in the model: who notes something that holds for one config only
-ON_CONFIG: list[Callable[[Host, str, Config, Journal], object]] = []
 
 
 @dataclass(eq=False)
@@ -29,10 +25,8 @@ class Change:
 
     Parameters
     ----------
-    slot:
-        Where the adapter is.
-    config:
-        The config that the model has afterwards; None leaves the present one.
+    inference:
+        Whether it has to be written in inference mode.
     copies:
         Pairs of a target and a source, of the same shape, dtype and device.
     resizes:
@@ -41,17 +35,21 @@ class Change:
         Modules, attributes that repeat a size of their parameters (``out_features`` of a ``lora_A``), and the new size.
     steps:
         All else. Each gets the journal, and notes there how it is undone.
-    slot_after:
-        What the slot is afterwards; None where it has to be looked for.
+    last_steps:
+        Steps that come after all of ``steps``.
     """
 
-    slot: Slot
-    config: Config = None
+    inference: bool = False
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     resizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
     sizes: list[tuple[torch.nn.Module, str, int | None]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    slot_after: Slot | None = None
+    last_steps: list[Step] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is written."""
+        return not (self.copies or self.resizes or self.sizes or self.steps or self.last_steps)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Writes ``source`` to ``target``. It is cast and moved here, where an error does no harm yet."""
@@ -77,13 +75,12 @@ def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
     """
     journal = Journal() if journal is None else journal
     copies = [pair for change in changes for pair in change.copies]
-    inference = True in [change.slot.is_inference for change in changes]
+    inference = True in [change.inference for change in changes]
     with interrupts_held(), torch.inference_mode(inference), torch.no_grad():
         try:
             for change in changes:
                 _write(change, journal)
-            if copies:
-                torch._foreach_copy_(*zip(*copies, strict=True), non_blocking=True)  # pyright: ignore
+            copy_all(copies)
         except BaseException:
             journal.roll_back()
             raise
@@ -91,19 +88,13 @@ def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
 
 def _write(change: Change, journal: Journal) -> None:
     """Everything of a change but the values of tensors, undoable."""
-    slot, adapter_name = change.slot, change.slot.adapter_name
-    with torch.inference_mode(slot.is_inference):
+    with torch.inference_mode(change.inference):
         give_memory(change.resizes, journal)
         for name in {attribute for _, attribute, _ in change.sizes}:
             sized = [(owner.__dict__, size) for owner, attribute, size in change.sizes if attribute == name]
             journal.set_items([table for table, _ in sized], name, [size for _, size in sized])
-        for note in ON_CONFIG if change.config is not None else ():
-            note(slot.host, adapter_name, change.config, journal)
-        for step in change.steps:
+        for step in (*change.steps, *change.last_steps):
             step(journal)
-        if change.config is not None:
-            journal.set_item(slot.host.configs, adapter_name, change.config)
-            keep_slot(slot, change.slot_after, journal)
 
 
 def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journal: Journal) -> None:
@@ -132,3 +123,15 @@ def clear_gradients(parameters: Iterable[torch.nn.Parameter], journal: Journal) 
     for parameter in parameters:
         if parameter.grad is not None:
             journal.set_attribute(parameter, "grad", None)
+
+
+def copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copies the second tensor of each pair to the first, in one call where PyTorch has one."""
+    try:
+        copy = compat.foreach_copy
+    except ImportError:
+        for target, source in pairs:
+            target.copy_(source)
+        return
+    if pairs:
+        copy(*zip(*pairs, strict=True), non_blocking=True)

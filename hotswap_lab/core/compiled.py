@@ -7,17 +7,18 @@ compiler break that bargain: freezing copies weights into the graph, and dropped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .. import compat
 
 #: the name under which ``torch.compile`` keeps the module it wraps
 COMPILED = "_orig_mod"
 #: where compiled functions may lie in a module: ``module.compile()``, a compiled ``forward``, transformers' generate
 CALLABLES = ("_compiled_call_impl", "forward", "_compiled_call")
-#: who knows settings of the compiler that keep graphs from noticing a swap: see :func:`blind_spot`
-BLIND_SPOTS: list[Callable[[list[object], bool], str | None]] = []
 
 
 def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
@@ -72,6 +73,8 @@ def compiled_parts(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()
 def blind_spot(parts: list[object], prepared: bool) -> str | None:
     """Why compiled graphs might go on with the old adapter after a swap, or None.
 
+    Freezing copies weights into the graph, and without its guards a graph runs on with old numbers.
+
     Parameters
     ----------
     parts:
@@ -79,4 +82,33 @@ def blind_spot(parts: list[object], prepared: bool) -> str | None:
     prepared:
         Whether the swap changes nothing but the values of tensors, so that no guard has anything to notice.
     """
-    return next((reason for look in BLIND_SPOTS if (reason := look(parts, prepared))), None)
+    if not parts and not prepared:
+        return None
+    # imports the compiler, unless it is imported already
+    if compat.inductor_config.freezing:
+        return "torch._inductor.config.freezing is on, which copies the weights into the compiled graph"
+    contexts = [_context_of(part) for part in parts]
+    if any((getattr(context, "compiler_config", None) or {}).get("freezing") for context in contexts):
+        return "the model was compiled with freezing, which copies the weights into the compiled graph"
+    if prepared:
+        return None
+    if getattr(compat.eval_frame._stance, "skip_guard_eval_unsafe", False):
+        return "torch.compiler.set_stance(skip_guard_eval_unsafe=True) is on, so guards are not evaluated"
+    if any(getattr(getattr(context, "_hooks", None), "guard_filter_fn", None) is not None for context in contexts):
+        return "the model was compiled with a guard_filter_fn, so guards may be missing"
+    return None
+
+
+def _context_of(part: Any) -> object | None:
+    """The compile context of a module or function. A function keeps it nowhere but in its closure."""
+    if isinstance(part, torch.nn.Module):
+        return part.__dict__.get("dynamo_ctx")
+    function = getattr(part, "__func__", part)
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:
+            continue
+        if compat.is_a(content, "DynamoContext"):
+            return content
+    return None

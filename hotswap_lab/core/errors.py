@@ -11,9 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-#: the files with the texts; other parts of the package add theirs
-TEXTS = [Path(__file__).with_name("refusals.ini")]
-
 PARTS = ("found:", "expected:", "next:")
 #: characters of one part of a text; the attributes have all of it
 LONGEST = 600
@@ -80,9 +77,9 @@ class HotswapError(ValueError, RuntimeError):
 
 
 @functools.cache
-def _texts(*files: Path) -> configparser.ConfigParser:
+def _texts() -> configparser.ConfigParser:
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
-    parser.read(files, encoding="utf-8")
+    parser.read(sorted(Path(__file__).parents[1].glob("*/refusals.ini")), encoding="utf-8")
     return parser
 
 
@@ -95,7 +92,7 @@ def refusal(which: str, /, **values: object) -> Refusal:
       expected: an earlier swap
       next:     swap first
     """
-    text = _texts(*TEXTS)[which]
+    text = _texts()[which]
     values = {key: first_line(each) if isinstance(each, BaseException) else each for key, each in values.items()}
     parts = (text[part].replace("\n", " ").format_map(values) for part in ("summary", "found", "expected", "next"))
     return Refusal(*parts)

@@ -1,11 +1,12 @@
-"""The undo list of a commit: whatever goes wrong, the model goes back to what it was, bit for bit."""
+"""The undo list of a commit, and Ctrl-C that waits: whatever happens, the model is whole, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
-
-from .interrupts import interrupts_held
 
 #: stands for what is not there
 MISSING = object()
@@ -95,3 +96,31 @@ class Journal:
             while self._undo:
                 self._undo[-1]()
                 self._undo.pop()
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C that is pressed in the block comes at its end. May be nested.
+
+    Only the main thread receives signals. Elsewhere, and under handlers that weren't installed from Python, this does
+    nothing.
+
+    Examples
+    --------
+    >>> with interrupts_held():
+    ...     done = True
+    >>> done
+    True
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pressed: list[tuple] = []
+    try:
+        signal.signal(signal.SIGINT, lambda *how: pressed.append(how))
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            before(*pressed[0])

@@ -1,4 +1,4 @@
-"""LoRA: which tensors a layer has, which scalars go with them, and what of LoRA can be swapped.
+"""LoRA: which tensors a layer has, which scalars go with them, and what a config says of both.
 
 Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and alpha of a layer,
 ``LoraLayer.update_layer`` for everything that is set on it.
@@ -6,18 +6,73 @@ Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from peft.utils.other import get_pattern_key
 
-from .host import Config, TunerLayer
+from .. import compat
+from .errors import Refusal
+from .host import Config, Host, TunerLayer
 from .journal import Journal
-from .parts import LayerSettings, SlotTensor, is_prepared, with_kinds
+from .tensors import LayerSettings, SlotTensor, is_prepared
 
-layer_class = LoraLayer
+
+class Lora:
+    """LoRA on plain layers, as a :class:`~hotswap_lab.core.engine.Method`."""
+
+    def takes(self, config: Config) -> bool:
+        return config.peft_type == PeftType.LORA
+
+    def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
+        """The tensors of one adapter on one layer, A before B.
+
+        Shapes, with rank r: Linear and GPT-2's Conv1D ``(r, in)`` and ``(out, r)``; Embedding ``(r, vocabulary)``
+        and ``(dimension, r)``; convolutions ``(r, in, *kernel)`` and ``(out, r / groups, 1, ...)``.
+        """
+        if not isinstance(layer, LoraLayer):
+            return None
+        # a module looks its attributes up slowly
+        tables: dict[str, Any] = layer._modules
+        tensors: list[SlotTensor] = []
+        if adapter_name in tables["lora_embedding_A"]:
+            for axis, table in enumerate(("lora_embedding_A", "lora_embedding_B")):
+                tensors.append(SlotTensor(table, f"{table}.{adapter_name}", tables[table], adapter_name, axis))
+        elif adapter_name not in tables["lora_A"]:
+            return None
+        for axis, table in enumerate(("lora_A", "lora_B")) if adapter_name in tables["lora_A"] else ():
+            owner = tables[table][adapter_name]
+            size = f"{'in' if axis else 'out'}_{'channels' if 'kernel_size' in owner.__dict__ else 'features'}"
+            for name, parameter in owner._parameters.items():
+                if parameter is not None:
+                    key, named_key, is_weight = f"{table}.{name}", f"{table}.{adapter_name}.{name}", name == "weight"
+                    along, repeated = (axis, size) if is_weight else (None, None)
+                    tensors.append(SlotTensor(key, named_key, owner, name, along, repeated))
+        return tensors
+
+    def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
+        return None
+
+    def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
+        pass
+
+    def judge(self, config: Config, role: str, loaded: Config = None) -> Iterable[Refusal]:
+        return ()
+
+    def extra_state(self, config: Config) -> Sequence[str]:
+        return ()
+
+    def not_scaled(self, slot: Any) -> str | None:
+        return None
+
+    def no_room(self, slot: Any, room: Mapping[str, int]) -> Iterable[Refusal]:
+        return ()
 
 
 class EvalFreeDropout(torch.nn.Dropout):
@@ -25,32 +80,6 @@ class EvalFreeDropout(torch.nn.Dropout):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(input, self.p, True, self.inplace) if self.training and self.p else input
-
-
-def has_adapter(layer: TunerLayer, adapter_name: str) -> bool:
-    # a module looks its attributes up slowly
-    return adapter_name in layer._modules["lora_A"] or adapter_name in layer._modules["lora_embedding_A"]
-
-
-def tensors_of(layer: TunerLayer, adapter_name: str) -> list[SlotTensor]:
-    """The tensors of one adapter on one layer, A before B.
-
-    Shapes, with rank r: Linear and GPT-2's Conv1D ``(r, in)`` and ``(out, r)``; Embedding ``(r, vocabulary)``
-    and ``(dimension, r)``; convolutions ``(r, in, *kernel)`` and ``(out, r / groups, 1, ...)``.
-    """
-    tensors, tables = [], layer._modules
-    if adapter_name in tables["lora_embedding_A"]:
-        for axis, table in enumerate(("lora_embedding_A", "lora_embedding_B")):
-            tensors.append(SlotTensor(table, f"{table}.{adapter_name}", getattr(layer, table), adapter_name, axis))
-    for axis, table in enumerate(("lora_A", "lora_B")) if adapter_name in tables["lora_A"] else ():
-        owner = tables[table][adapter_name]
-        size = f"{'in' if axis else 'out'}_{'channels' if 'kernel_size' in owner.__dict__ else 'features'}"
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                key, named_key, is_weight = f"{table}.{name}", f"{table}.{adapter_name}.{name}", name == "weight"
-                along, repeated = (axis, size) if is_weight else (None, None)
-                tensors.append(SlotTensor(key, named_key, owner, name, along, repeated))
-    return with_kinds(layer, adapter_name, tensors)
 
 
 def settings_for(config: Config, path: str) -> LayerSettings:
@@ -79,7 +108,27 @@ def fingerprint(config: Config) -> tuple[str, ...]:
     """Equal for configs for which :func:`settings_for` and :func:`targets` say the same of every layer."""
     settings = ("r", "lora_alpha", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern")
     selections = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    return tuple(repr(getattr(config, field)) for field in (*settings, *selections))
+    return tuple([repr(getattr(config, field)) for field in (*settings, *selections)])
+
+
+def complete(config: Config, host: Host) -> Config:
+    """Spells the target modules of a config out for a model, as a fresh load leaves them."""
+    if config.target_modules is None:
+        model_type = getattr(getattr(host.base, "config", None), "model_type", None)
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))
+        if known is not None:
+            config.target_modules = known if isinstance(known, str) else set(known)
+    names = config.target_modules
+    if isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        config = compat.include_all_linear_layers(config, host.base)
+        names = config.target_modules
+    if isinstance(names, (list, set)) and len(names) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        ends = tuple(f".{name}" for name in names)
+        others = [path for path, _ in host.base.named_modules() if path not in names and not path.endswith(ends)]
+        fewer = compat.find_minimal_target_modules(names, others)
+        if len(fewer) < len(names):
+            config.target_modules = fewer
+    return config
 
 
 def targets(config: Config, path: str) -> bool:
@@ -87,7 +136,7 @@ def targets(config: Config, path: str) -> bool:
     return config.target_modules is not None and bool(check_target_module_exists(config, path))
 
 
-#: the tables on a layer that hold one scalar per adapter, and which of its settings that is; less the scaling
+#: the tables on a layer that hold one scalar per adapter, and which of its settings that is; without the scaling
 SCALAR_TABLES = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
 
 

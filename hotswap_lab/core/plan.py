@@ -11,19 +11,23 @@ import enum
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from itertools import compress, zip_longest
+from typing import Any, cast
 
 import torch
 
+from . import lora
 from .adapter import Adapter
-from .change import Change
+from .change import Change, clear_gradients
 from .errors import HotswapError, Refusal, refusal
 from .host import Config
-from .parts import LayerSettings, is_prepared
-from .prepared import rank_before
+from .journal import Journal
+from .prepared import mark, rank_before, write_settings
 from .report import html_table
-from .slot import Slot, SlotLayer
+from .shadow import attach
+from .slot import Slot, SlotLayer, change_of, room_left_by
+from .tensors import PADDED_ATTRIBUTE, LayerSettings, is_prepared
 
 
 class Action(enum.Enum):
@@ -125,8 +129,12 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     #: what is said once for each model when the swap is done
     warnings: list[str] = field(default_factory=list)
-    #: tensors that no layer of the slot took, where nothing else was wrong
+    #: tensors that no layer of the slot took, by their names in the base model, where nothing else was wrong
     left: dict[str, torch.Tensor] = field(default_factory=dict)
+    #: those of them that no pass has understood so far
+    unknown: dict[str, torch.Tensor] = field(default_factory=dict)
+    #: whether no further pass has to look at it
+    is_decided: bool = False
     #: what has decided instead of the engine, with all that it found: see ``hotswap_lab.beyond``
     grafting: Any = None
     #: the :attr:`answer` as it was when the plan was made, where it is kept for later
@@ -137,7 +145,7 @@ class Plan:
         self.refusals.append(refusal(which, **values))
 
     def targets(self, layer: LayerPlan) -> bool:
-        return self.slot.method.targets(self.config, layer.layer.path)
+        return lora.targets(self.config, layer.layer.path)
 
     @cached_property
     def fixed(self) -> list[bool]:
@@ -148,9 +156,9 @@ class Plan:
     @cached_property
     def ranks_before(self) -> list[int | None]:
         """Of each layer of the slot, the rank that the adapter has there now; None where it is off."""
-        slot, name = self.slot, self.slot.adapter_name
-        if slot.room is not None:
-            return slot.room.content.ranks
+        slot, name, room = self.slot, self.slot.adapter_name, cast(Any, self.slot.room)
+        if room is not None:
+            return room.content.ranks
         return [rank_before(layer.module, name, layer.tensors[0]) for layer in slot.layers]
 
     @property
@@ -196,7 +204,7 @@ class Plan:
         """Whether only values of tensors change, so that a compiled graph stays valid."""
         if self.grafting is not None:
             return self.grafting.writes_values_only
-        changes, name = self.slot.method.changes_constants, self.slot.adapter_name
+        changes, name = lora.changes_constants, self.slot.adapter_name
         if not {layer.action for layer in self.layers}.isdisjoint((Action.RESIZE, Action.ADD)):
             return False
         # in a room, there are no constants
@@ -249,3 +257,48 @@ class Plan:
         return html_table(
             self.title, ["action", "layers", "rank", "scaling"], self.rows, caption=self.verdict, notes=notes
         )
+
+
+# ---- what a plan writes, layer by layer
+
+
+def change_layer_by_layer(plan: Plan) -> Change:
+    """All that a plan writes: in a room that all layers have, or where each tensor lies by itself."""
+    slot, room = plan.slot, cast(Any, plan.slot.room)
+    adds = Action.ADD in [layer.action for layer in plan.layers]
+    if room is not None and not adds:
+        change = room.change_around([layer.settings for layer in plan.layers], plan.config)
+        for layer in plan.layers:
+            room.write(layer.layer, layer.rank_after, layer.sources, change)
+        return change
+    # layers that have just been added are not among those of the slot
+    change = change_of(slot, plan.config, None if adds else slot)
+    if (left := room_left_by(slot)) is not None:
+        change.steps.append(partial(left.leave, is_lost=room is None))
+    for layer in plan.layers:
+        for target, source in zip(layer.layer.tensors, layer.sources, strict=True):
+            target.write(source, change, layer.action is Action.PAD)
+    for layer in compress(plan.layers, plan.fixed):
+        if layer.settings is not None:
+            scaling = layer.layer.module.scaling[slot.adapter_name]
+            change.copies.append((scaling, scaling.new_full((), layer.settings.scaling)))
+    change.steps.append(lambda journal: _write_layers(plan, journal))
+    return change
+
+
+def _write_layers(plan: Plan, journal: Journal) -> None:
+    slot, name = plan.slot, plan.slot.adapter_name
+    clear_gradients(slot.parameters, journal)
+    for layer in compress(plan.layers, plan.fixed):
+        mark(layer.layer.module, PADDED_ATTRIBUTE, name, True, journal)
+    write_settings(slot, [each.layer for each in plan.layers], [each.settings for each in plan.layers], journal)
+    # layers that are added come last, and are not prepared
+    floats = [
+        (each.layer.module.scaling, settings.scaling)
+        for each, fixed in zip_longest(plan.layers, plan.fixed)
+        if (settings := each.settings) and not fixed
+    ]
+    journal.set_items([table for table, _ in floats], name, [scaling for _, scaling in floats])
+    for layer in plan.layers:
+        if layer.action is Action.ADD:
+            attach(slot, layer.layer, journal)

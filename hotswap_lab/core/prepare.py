@@ -18,22 +18,28 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig, PeftType
 
-from . import lora, methods
-from .adapter import Adapter, member_from
+from . import lora
+from .adapter import Adapter
 from .change import Change, apply
 from .compiled import blind_spot, compiled_parts
+from .engine import Engine
 from .errors import HotswapError, Refusal, refusal, refuse
-from .guard import guard
 from .host import Config, canonical_path, carriers
 from .journal import Journal
-from .parts import SlotTensor
+from .lora import Lora
+from .planner import misfits
 from .prepared import make_prepared, rank_before, write_settings
 from .room import Room, build_room
 from .shadow import adaptable, attach, build_shadow_layers
-from .slot import Slot, SlotLayer, room_left_by, room_of, slot_in
+from .slot import Slot, SlotLayer, change_of, keep_slot, room_left_by, room_of, slot_in
+from .tensors import SlotTensor
+
+#: types whose effect is a sum over rank components, so that zeros beyond an adapter's own rank change nothing
+PADDABLE = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.HIRA, PeftType.ADALORA)
 
 
 def prepare_model_for_compiled_hotswap(
+    engine: Engine,
     model: torch.nn.Module,
     *,
     target_rank: int | None = None,
@@ -101,9 +107,9 @@ def prepare_model_for_compiled_hotswap(
     """
     bases = [host.base for host in carriers(model)]
     _check_compiled(model, check_compiled)
-    family = [member_from(each, hub) for each in _as_list(adapters)]
-    with guard(*bases):
-        changes = changes_to_prepare(model, family, target_rank=target_rank, adapter_name=adapter_name)
+    family = [engine.read(each, only_config=True, **hub) for each in _as_list(adapters)]
+    with engine.lock.held(*bases):
+        changes = changes_to_prepare(engine, model, family, target_rank=target_rank, adapter_name=adapter_name)
         if config and target_rank is not None:
             given = config.values() if isinstance(config, Mapping) else [config]
             changes[0].steps.append(functools.partial(_raise_ranks, model, given, target_rank))
@@ -111,6 +117,7 @@ def prepare_model_for_compiled_hotswap(
 
 
 def changes_to_prepare(
+    engine: Engine,
     model: torch.nn.Module,
     family: list[Adapter],
     *,
@@ -128,18 +135,19 @@ def changes_to_prepare(
     _check_target_rank(target_rank)
     changes: list[Change] = []
     refusals: list[Refusal] = []
-    for slot in _slots(model, adapter_name):
-        if slot.method is lora and (beside is not None or not methods.rest.beside(slot.config)):
+    for slot in _slots(engine, model, adapter_name):
+        is_lora_alone = isinstance(slot.method, Lora) and not slot.method.extra_state(slot.config)
+        if is_lora_alone or beside is not None or engine.prepare_in_place is None:
             change, reasons = _prepare(slot, target_rank, family, kind, beside(slot) if beside else [])
         else:
-            change, reasons = methods.rest.prepare(slot, target_rank, family)
+            change, reasons = engine.prepare_in_place(slot, target_rank, family)
         changes.append(change)
         refusals += reasons
     if not changes:
         raise refuse("nothing_to_prepare", name=type(model).__name__)
     if refusals:
         raise HotswapError(*refusals)
-    if any(change.config is not None for change in changes):
+    if not all(change.is_empty for change in changes):
         _check_compiled(model, check_compiled)
     return changes
 
@@ -178,13 +186,12 @@ def _as_list(adapters: Any) -> list:
     return list(adapters.values() if isinstance(adapters, Mapping) else adapters)
 
 
-def _slots(model: torch.nn.Module, adapter_name: str | None) -> Iterator[Slot]:
+def _slots(engine: Engine, model: torch.nn.Module, adapter_name: str | None) -> Iterator[Slot]:
     for host in carriers(model):
         for name, config in host.configs.items():
-            # unless they are asked for by name, adapters that can't be prepared are let be
-            paddable = config.peft_type in (PeftType.LORA, *methods.rest.paddable)
-            wanted = paddable if adapter_name is None else name == adapter_name
-            if wanted and (slot := slot_in(host, name)).layers:
+            # unless they are asked for by name, adapters that can't be prepared are left alone
+            wanted = config.peft_type in PADDABLE if adapter_name is None else name == adapter_name
+            if wanted and (slot := slot_in(engine, host, name)).layers:
                 yield slot
 
 
@@ -192,12 +199,12 @@ def _prepare(
     slot: Slot, target_rank: int | None, family: list[Adapter], kind: type[Room], beside: list[SlotTensor]
 ) -> tuple[Change, list[Refusal]]:
     """What makes room in one slot of LoRA, or why that can't be had."""
-    refusals = [*methods.rest.judge(slot.config, "loaded")]
+    refusals = [*slot.method.judge(slot.config, "loaded")]
     for layer, reason in slot.obstacles[:1]:
         refusals.append(refusal("layer_not_preparable", path=layer.path, reason=reason))
-    refusals = refusals or [each for adapter in family for each in methods.misfits(slot, adapter, in_graph=True)]
+    refusals = refusals or [each for adapter in family for each in misfits(slot, adapter, in_graph=True)]
     if refusals:
-        return Change(slot), refusals
+        return Change(), refusals
     own = {layer.path: rank_before(layer.module, slot.adapter_name, layer.tensors[0]) or 0 for layer in slot.layers}
     #: the rank to make room for, by the path of a layer that the slot has or lacks
     room = {layer.path: layer.tensors[0].capacity or 0 for layer in slot.layers}
@@ -207,8 +214,8 @@ def _prepare(
             names = adapter.config.target_modules
             refusals.append(refusal("member_has_no_layer", label=adapter.label, target_modules=names))
         refusals += _make_room(room, ranks, target_rank, adapter.label)
-    refusals = refusals or [*methods.rest.no_room(slot, room)]
-    return (Change(slot), refusals) if refusals else (_change_for(slot, room, kind, beside), [])
+    refusals = refusals or [*slot.method.no_room(slot, room)]
+    return (Change(), refusals) if refusals else (_change_for(slot, room, kind, beside), [])
 
 
 def _make_room(room: dict[str, int], ranks: dict[str, int], target_rank: int | None, label: str) -> Iterator[Refusal]:
@@ -222,7 +229,7 @@ def _make_room(room: dict[str, int], ranks: dict[str, int], target_rank: int | N
 
 def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
     """The rank of an adapter of the family on each module that a fresh load would put it on, a shared one once."""
-    base, config = slot.host.base, methods.rest.complete(copy.deepcopy(adapter.config), slot.host)
+    base, config = slot.host.base, lora.complete(copy.deepcopy(adapter.config), slot.host)
     first_paths = {module: path for path, module in reversed(slot.walk)}.values()
     # what is inside a tuner layer belongs to it
     paths = {path for path in first_paths if path and ".base_layer" not in path and lora.targets(config, path)}
@@ -239,13 +246,13 @@ def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], beside: list
     present = room_of(slot.host.base, slot.adapter_name)
     kind = type(present) if present is not None and kind is Room else kind
     if enough and not lacking and type(present) is kind:
-        return Change(slot)
+        return Change()
     reserved = build_shadow_layers(slot, slot.config, {path: room[path] for path in sorted(lacking)}) if lacking else []
     capacity |= {layer: room[layer.path] for layer in reserved}
     with slot.write_mode(), torch.no_grad():
         memory = build_room(slot, capacity, reserved, kind, beside)
     left = room_left_by(slot)
-    change = Change(slot, slot.config)
+    change = change_of(slot, slot.config)
     if left is not None:
         change.steps.append(functools.partial(left.leave, is_lost=present is None))
     # the parameters become views of the room's memory, and stay the same objects
@@ -255,11 +262,12 @@ def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], beside: list
         for tensor in memory.places
         if tensor.size_attribute
     ]
-    change.steps.append(lambda journal: _move_in(memory, list(capacity), reserved, change, journal))
+    change.steps.append(functools.partial(_move_in, memory, list(capacity), reserved))
+    change.last_steps.append(lambda journal: keep_slot(slot, memory.slot, journal))
     return change
 
 
-def _move_in(room: Room, layers: list[SlotLayer], reserved: Collection[SlotLayer], change: Change, journal: Journal):
+def _move_in(room: Room, layers: list[SlotLayer], reserved: Collection[SlotLayer], journal: Journal) -> None:
     slot, name = room.slot, room.slot.adapter_name
     for index, layer in enumerate(layers):
         if layer in reserved:
@@ -270,4 +278,3 @@ def _move_in(room: Room, layers: list[SlotLayer], reserved: Collection[SlotLayer
     moved = dataclasses.replace(slot, layers=tuple(layers))
     room.settle(moved)
     room.enter(moved, journal)
-    change.slot_after = room.slot

@@ -19,19 +19,15 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 
-from . import methods
+from .engine import Method
 from .host import TunerLayer
 from .journal import Journal
-from .lora import EvalFreeDropout
-from .parts import SCALING, LayerSettings, SlotTensor, is_shared, shared_as
+from .lora import SCALAR_TABLES, EvalFreeDropout, write_dropout
 from .slot import Slot, SlotLayer
+from .tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SCALING, LayerSettings, SlotTensor, is_shared, shared_as
 
 #: tables of dropouts on a layer
 DROPOUTS = {"lora_dropout", "hira_dropout"}
-#: on a layer: the adapters that are turned off there
-OFF_ATTRIBUTE = "hotswap_off"
-#: and those whose own rank is ``layer.r``, whatever the size of their tensors
-PADDED_ATTRIBUTE = "hotswap_padded"
 
 
 #: what is mixed into is a layer
@@ -221,8 +217,8 @@ def mark(layer: TunerLayer, attribute: str, adapter_name: str, value: bool, jour
         journal.set_item(layer.__dict__, attribute, after)
 
 
-def is_off(layer: Any, adapter_name: str) -> bool:
-    """Whether the adapter is turned off on this layer.
+def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool:
+    """Whether the adapter is turned off on this layer, where it has these tensors.
 
     The mark alone doesn't say so: somebody may have deleted the adapter and loaded another one by the same name,
     or written weights into it. Of a weight that is spread over processes, only the part in this one is looked at:
@@ -230,7 +226,6 @@ def is_off(layer: Any, adapter_name: str) -> bool:
     """
     if not is_marked_off(layer, adapter_name):
         return False
-    tensors = methods.method_of(layer).tensors_of(layer, adapter_name)
     return not any(tensor.memory.any() for tensor in tensors if not tensor.reads_base)
 
 
@@ -244,10 +239,10 @@ def is_padded(layer: Any, adapter_name: str) -> bool:
     return adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ())
 
 
-def set_off(layer: Any, adapter_name: str, off: bool, journal: Journal) -> None:
+def set_off(method: Method, layer: Any, adapter_name: str, off: bool, journal: Journal) -> None:
     """Notes that the adapter is turned off on this layer, and so not trained there, or that it isn't any more."""
     mark(layer, OFF_ATTRIBUTE, adapter_name, off, journal)
-    methods.rest.turn(layer, adapter_name, not off, journal)
+    method.turn(layer, adapter_name, not off, journal)
 
 
 def own_rank(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
@@ -273,9 +268,9 @@ def write_settings(
     on: list[tuple[torch.nn.Module, LayerSettings]] = []
     for layer, wanted in zip(layers, settings, strict=True):
         if wanted is None or name in layer.module.__dict__.get(OFF_ATTRIBUTE, ()):
-            set_off(layer.module, name, wanted is None, journal)
+            set_off(method, layer.module, name, wanted is None, journal)
         if wanted is not None:
             on.append((layer.module, wanted))
-            method.write_dropout(layer.module, name, wanted.dropout, journal)
-    for table, field in method.SCALAR_TABLES.items():
+            write_dropout(layer.module, name, wanted.dropout, journal)
+    for table, field in SCALAR_TABLES.items():
         journal.set_items([module.__dict__[table] for module, _ in on], name, [getattr(each, field) for _, each in on])

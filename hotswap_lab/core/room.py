@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from .arena import Band, Place, build_arena
-from .change import Change, clear_gradients
+from .change import Change, clear_gradients, copy_all
 from .errors import listing, refuse
 from .host import Config
 from .journal import Journal
-from .parts import LayerSettings, SlotTensor, shared_as
+from .lora import SCALAR_TABLES, settings_of
 from .prepared import is_marked_off, is_off, new_scalings, own_rank, write_settings
-from .slot import SLOTS, Slot, SlotLayer
+from .slot import SLOTS, Slot, SlotLayer, change_of
+from .tensors import LayerSettings, SlotTensor, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
@@ -133,7 +134,7 @@ class Room:
         self._views = [self.view(tensor) for tensor in tensors]
         self._addresses, self._bases = [], []
         self.slot.settle()
-        fields = slot.method.SCALAR_TABLES.items()
+        fields = SCALAR_TABLES.items()
         self._scalar_tables = [(field, [getattr(layer, table) for layer in layers]) for table, field in fields]
         self._versions = self._versions_now()
 
@@ -184,8 +185,7 @@ class Room:
 
     def note_swap(self, config: Config, journal: Journal) -> None:
         """Notes a swap that writes to the parameters one by one, as that of an adapter with saved modules."""
-        name, settings_of = self.slot.adapter_name, self.slot.method.settings_of
-        layers = [layer.module for layer in self.slot.layers]
+        name, layers = self.slot.adapter_name, [layer.module for layer in self.slot.layers]
         settings = [None if is_marked_off(layer, name) else settings_of(layer, name) for layer in layers]
         journal.set_attribute(self, "content", Content(tuple(settings), config))
         journal.set_attribute(self, "used", [len(band.memory) for band in self.bands])
@@ -222,14 +222,13 @@ class Room:
         """Lays an adapter out as the room is; ``sources`` are its tensors as in its file."""
         _, rows = self.rows_for(content)
         part_of = {band: new_part(band.memory, taken) for band, taken in zip(self.bands, rows, strict=True)}
-        targets, tensors = [], []
+        pairs = []
         for tensor, source in sources:
             band, place = self.places[tensor]
-            targets.append(tensor.own(place.view(part_of[band]), tensor.rank_of(source.shape)))
-            tensors.append(tensor.split(source.detach()))
+            target = tensor.own(place.view(part_of[band]), tensor.rank_of(source.shape))
+            pairs.append((target, tensor.split(source.detach())))
         with torch.inference_mode(False), torch.no_grad():
-            if targets:
-                torch._foreach_copy_(targets, tensors)  # pyright: ignore[reportPrivateImportUsage]
+            copy_all(pairs)
         return Packed(content, tuple(part_of.values()), self.scalings_of(content))
 
     def scalings_of(self, content: Content, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
@@ -242,8 +241,7 @@ class Room:
     def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
         """Puts a packed adapter in. The room must be intact."""
         rows = [len(part) for part in packed.parts]
-        change = self._change(packed.content, rows, rows)
-        change.config = _copy_of(packed.content.config)
+        change = self._change(packed.content, _copy_of(packed.content.config), rows, rows)
         for band, part in zip(self.bands, packed.parts, strict=True):
             if rows := len(part):
                 change.copies.append((band.memory[:rows], part))
@@ -254,7 +252,7 @@ class Room:
     def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
         """All of a swap but the weights, which :meth:`write` then puts in one by one."""
         content = Content(tuple(settings), config)
-        change = self._change(content, *self.rows_for(content))
+        change = self._change(content, config, *self.rows_for(content))
         change.copies += [(target, self.scalings_of(content)) for target in self.scalings]
         return change
 
@@ -274,11 +272,14 @@ class Room:
     def change_strength(self, strength: float) -> Change:
         """Sets the scalings of all layers to their trained values times ``strength``."""
         scalings = self.scalings_of(self.content, strength)
-        return Change(self.slot, copies=[(target, scalings) for target in self.scalings])
+        change = change_of(self.slot)
+        change.copies += [(target, scalings) for target in self.scalings]
+        return change
 
-    def _change(self, content: Content, filled: list[int], taken: list[int]) -> Change:
+    def _change(self, content: Content, config: Config, filled: list[int], taken: list[int]) -> Change:
         """A swap without the weights: zeros wherever something else might be left beside the rows to be filled."""
-        change = Change(self.slot, content.config, steps=[self._note_write], slot_after=self.slot)
+        change = change_of(self.slot, config, self.slot)
+        change.steps.append(self._note_write)
         self.was_touched = self.is_touched  # the version counters will tell of nothing that was before this swap
         # who else writes to the memory may write to any row
         before = [len(band.memory) for band in self.bands] if self.was_touched else self.used
@@ -343,7 +344,7 @@ def build_room(
         groups.setdefault(key, []).append((tensor, tensor.shape_for(ranks.get(tensor))))
     bands = [band for each in groups.values() for band in kind.new_bands(each, like=each[0][0].parameter.detach())]
     settings = [
-        None if layer in reserved or is_off(layer.module, name) else slot.method.settings_of(layer.module, name)
+        None if layer in reserved or is_off(layer.module, name, layer.tensors) else settings_of(layer.module, name)
         for layer in capacity
     ]
     with torch.inference_mode(False):

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from . import methods
 from .errors import listing, refuse
 from .host import Config
 from .journal import Journal
@@ -55,7 +55,7 @@ def build_shadow_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) ->
     except Exception as error:
         raise refuse("layers_not_addable", error=error, paths=listing(ranks, 3)) from error
     for layer in layers:
-        if reason := methods.rest.obstacle(layer.module, slot.adapter_name, layer.tensors):
+        if reason := slot.method.obstacle(layer.module, slot.adapter_name, layer.tensors):
             raise refuse("layer_not_plain", path=layer.path, reason=reason)
     return layers
 
@@ -76,7 +76,7 @@ def _build(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLay
 
 def _base_layer(slot: Slot, path: str) -> torch.nn.Module:
     module = slot.host.base.get_submodule(path)
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, slot.method.layer_class):
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
         raise TypeError(f"{path} is already adapted by another PEFT method, {type(module).__name__}")
     base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if any(True for _ in base_layer.children()):
@@ -100,7 +100,7 @@ def _frozen_twin(module: torch.nn.Module) -> torch.nn.Module:
 def _finished(slot: Slot, path: str, module: Any, base_layer: torch.nn.Module) -> SlotLayer:
     """The layer around its base layer, with zeros for tensors, in the precision and the state of the slot's others."""
     module._modules["base_layer"] = base_layer
-    like, tensors = slot.tensors[0].parameter, tuple(slot.method.tensors_of(module, slot.adapter_name))
+    like, tensors = slot.tensors[0].parameter, tuple(slot.method.tensors_of(module, slot.adapter_name) or ())
     device = next((parameter.device for parameter in base_layer.parameters()), like.device)
     for tensor in tensors:
         fresh = torch.zeros(tensor.parameter.shape, dtype=like.dtype, device=device)

@@ -10,19 +10,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from functools import cached_property, partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from . import methods
+from . import lora
+from .change import Change
+from .engine import Engine, Method
 from .host import Config, Host, TunerLayer, find_host, modules_in
 from .journal import Journal
-from .parts import LayerSettings, SlotTensor
-
-if TYPE_CHECKING:
-    from .room import Room
+from .tensors import LayerSettings, SlotTensor
 
 T = TypeVar("T")
 
@@ -55,16 +53,23 @@ class SlotLayer:
         return [f"{self.path}.{tensor.key}" for tensor in self.tensors]
 
 
+class Memory(Protocol):
+    """The :class:`~hotswap_lab.core.room.Room` of a slot, as far as a slot knows it."""
+
+    def is_intact(self) -> bool: ...
+
+
 @dataclass(eq=False)
 class Slot:
-    """One adapter name on one model."""
+    """One adapter name on one model, as ``engine`` has found it."""
 
+    engine: Engine
     adapter_name: str
     host: Host
-    method: ModuleType
+    method: Method
     layers: tuple[SlotLayer, ...]
     #: the memory that all tensors are views of, if the model was prepared
-    room: Room | None = None
+    room: Memory | None = None
     #: tables of modules and parameters, a name in each, and what was there: see :meth:`settle`
     _links: tuple[tuple[Any, ...], ...] = field(default=(), init=False, repr=False)
     #: what :meth:`once_for` has worked out
@@ -134,7 +139,7 @@ class Slot:
         if all(map(operator.is_, map(dict.get, tables, names), held)):
             return True
         # something else may have been put into the model, or a wrapper around a part that was compiled since
-        now = slot_in(self.host, self.adapter_name)
+        now = slot_in(self.engine, self.host, self.adapter_name)
         if now._by_module() != self._by_module():
             return False
         self.walk, self.modules = now.walk, now.modules
@@ -151,7 +156,7 @@ class Slot:
     @cached_property
     def obstacles(self) -> list[tuple[SlotLayer, str]]:
         """The layers that can't be written to, and why not."""
-        name, obstacle = self.adapter_name, methods.rest.obstacle
+        name, obstacle = self.adapter_name, self.method.obstacle
         found = [(layer, obstacle(layer.module, name, layer.tensors)) for layer in self.layers]
         return [(layer, reason) for layer, reason in found if reason]
 
@@ -167,7 +172,7 @@ class Slot:
 
     def once_for(self, config: Config, work_out: Callable[[Slot, Config], T]) -> T:
         """What is worked out once for each config, and remembered for some of them."""
-        key = work_out, self.method.fingerprint(config)
+        key = work_out, lora.fingerprint(config)
         if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
@@ -211,7 +216,7 @@ class Expected(NamedTuple):
 
 def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None = None) -> list[Expected]:
     """Of each layer, what an adapter with this config has there."""
-    settings_for, targets, expected = slot.method.settings_for, slot.method.targets, []
+    settings_for, targets, expected = lora.settings_for, lora.targets, []
     alike = None if config.rank_pattern or config.alpha_pattern else settings_for(config, "")
     for layer in slot.layers if layers is None else layers:
         targeted = targets(config, layer.path) or any(targets(config, path) for path in layer.aliases)
@@ -231,6 +236,28 @@ class Uncopied(dict[str, Any]):
         return type(self), ()
 
 
+def change_of(slot: Slot, config: Config = None, slot_after: Slot | None = None) -> Change:
+    """A change of the adapter in a slot, with nothing to write yet.
+
+    Parameters
+    ----------
+    config:
+        The config that the model has afterwards; None leaves the present one.
+    slot_after:
+        The slot afterwards; None where it has to be looked for again.
+    """
+    change = Change(slot.is_inference)
+    if config is not None:
+        change.steps += [partial(note, slot, config) for note in slot.engine.on_config]
+        change.last_steps.append(partial(_put_config, slot, config, slot_after))
+    return change
+
+
+def _put_config(slot: Slot, config: Config, slot_after: Slot | None, journal: Journal) -> None:
+    journal.set_item(slot.host.configs, slot.adapter_name, config)
+    keep_slot(slot, slot_after, journal)
+
+
 def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:
     """Notes on the base model what the slot is after a swap; None where it has to be looked for again."""
     if after is not None and not after._links:
@@ -246,28 +273,28 @@ def kept_slot(base: torch.nn.Module, adapter_name: str) -> Slot | None:
     return slot if is_there else None
 
 
-def slot_for(host: Host, adapter_name: str) -> Slot:
+def slot_for(engine: Engine, host: Host, adapter_name: str) -> Slot:
     """:func:`resolve_slot` without a walk, where the slot is as the last swap left it; with its room if it has one."""
     slot = kept_slot(host.base, adapter_name)
-    if slot is None or slot.host.configs is not host.configs:
-        return slot_in(host, adapter_name)
+    if slot is None or slot.host.configs is not host.configs or slot.engine is not engine:
+        return slot_in(engine, host, adapter_name)
     slot.host = host  # the user may call it by a wrapper around it now
     return slot
 
 
-def room_of(base: torch.nn.Module, adapter_name: str) -> Room | None:
+def room_of(base: torch.nn.Module, adapter_name: str) -> Any:
     """The room of an adapter, if it was prepared and everything is still in place."""
     slot = kept_slot(base, adapter_name)
     return slot and slot.room
 
 
-def room_left_by(slot: Slot) -> Room | None:
+def room_left_by(slot: Slot) -> Any:
     """The room that an adapter was prepared in, whether its parameters are still there or were moved away since."""
     kept = slot.host.base.__dict__.get(SLOTS, {}).get(slot.adapter_name)
     return kept and kept.room
 
 
-def resolve_slot(model: torch.nn.Module, adapter_name: str) -> Slot:
+def resolve_slot(engine: Engine, model: torch.nn.Module, adapter_name: str) -> Slot:
     """Finds everything in ``model`` that belongs to the adapter called ``adapter_name``.
 
     Parameters
@@ -294,22 +321,23 @@ def resolve_slot(model: torch.nn.Module, adapter_name: str) -> Slot:
     >>> len(slot.layers), slot.layers[0].path
     (12, 'model.layers.0.mlp.gate_proj')
     """
-    return slot_in(find_host(model, adapter_name), adapter_name)
+    return slot_in(engine, find_host(model, adapter_name), adapter_name)
 
 
-def slot_in(host: Host, adapter_name: str) -> Slot:
+def slot_in(engine: Engine, host: Host, adapter_name: str) -> Slot:
     """:func:`resolve_slot` for a host that is known already."""
     if adapter_name not in host.configs:
         find_host(host.root, adapter_name)  # says so
-    method = methods.method_for(host.configs[adapter_name])
-    found: dict[int, tuple[Any, list[str]]] = {}
+    method = engine.method_for(host.configs[adapter_name])
+    found: dict[torch.nn.Module, tuple[list[SlotTensor], list[str]]] = {}
     for path, module in (walk := modules_in(host.base)):
-        if isinstance(module, method.layer_class) and method.has_adapter(module, adapter_name):
-            found.setdefault(id(module), (module, []))[1].append(path)
+        if module in found:
+            found[module][1].append(path)
+        elif (tensors := method.tensors_of(module, adapter_name)) is not None:
+            found[module] = tensors, [path]
     layers = [
-        SlotLayer(paths[0], module, tuple(method.tensors_of(module, adapter_name)), tuple(paths[1:]))
-        for module, paths in found.values()
+        SlotLayer(paths[0], module, tuple(tensors), tuple(paths[1:])) for module, (tensors, paths) in found.items()
     ]
-    slot = Slot(adapter_name, host, method, tuple(layers))
+    slot = Slot(engine, adapter_name, host, method, tuple(layers))
     slot.walk = walk
     return slot

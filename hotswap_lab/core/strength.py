@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
-from . import lora, methods
 from .change import Change, apply
+from .engine import Engine
 from .errors import listing, refuse
-from .guard import guard
 from .host import find_host, name_in
 from .journal import Journal
-from .parts import is_prepared
+from .lora import Lora, settings_of
 from .prepared import is_off
-from .slot import Slot, SlotLayer, slot_for
+from .slot import Slot, SlotLayer, change_of, slot_for
+from .tensors import is_prepared
 
 #: what times a scaling is still a number in float32
 MOST = 1e30
 
 
-def set_strength(model: torch.nn.Module, strength: float, adapter_name: str | None = None) -> None:
+def set_strength(engine: Engine, model: torch.nn.Module, strength: float, adapter_name: str | None = None) -> None:
     """Sets how strongly an adapter acts: its trained scaling times ``strength``, in every layer.
 
     Strengths don't add up: each call starts from the trained scaling. A swap sets the strength back to 1. It is
@@ -54,17 +55,18 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str | No
     """
     adapter_name = name_in(model, adapter_name)
     host = find_host(model, adapter_name)
-    with guard(host.base):
-        slot = slot_for(host, adapter_name)
+    with engine.lock.held(host.base):
+        slot = slot_for(engine, host, adapter_name)
         if slot.is_merged:
             raise refuse("merged_no_strength", adapter_name=adapter_name)
         check_strength(strength, slot)
-        apply([slot.room.change_strength(strength) if slot.room is not None else _change_strength(slot, strength)])
+        room: Any = slot.room
+        apply([_change_strength(slot, strength) if room is None else room.change_strength(strength)])
 
 
 def _change_strength(slot: Slot, strength: float) -> Change:
     """Layer by layer, where no room has all scalings side by side."""
-    name, change = slot.adapter_name, Change(slot)
+    name, change = slot.adapter_name, change_of(slot)
     for layer in slot.layers:
         scaling, value = layer.module.scaling, strength * _trained(slot, layer)
         if is_prepared(layer.module, name):
@@ -76,7 +78,7 @@ def _change_strength(slot: Slot, strength: float) -> Change:
 
 def check_scalable(slot: Slot) -> None:
     """Refuses adapters whose effect is not proportional to a scaling."""
-    if found := methods.rest.not_scaled(slot):
+    if found := slot.method.not_scaled(slot):
         raise refuse("no_strength", adapter_name=slot.adapter_name, found=found)
 
 
@@ -87,7 +89,7 @@ def check_strength(strength: object, slot: Slot) -> None:
     check_scalable(slot)
 
 
-def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> float:
+def get_strength(engine: Engine, model: torch.nn.Module, adapter_name: str | None = None) -> float:
     """The strength that :func:`set_strength`, or PEFT's ``set_scale`` and ``scale_layer``, gave to an adapter.
 
     Raises
@@ -104,13 +106,13 @@ def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> flo
     0.25
     """
     adapter_name = name_in(model, adapter_name)
-    slot = slot_for(find_host(model, adapter_name), adapter_name)
-    if slot.method is not lora:
+    slot = slot_for(engine, find_host(model, adapter_name), adapter_name)
+    if not isinstance(slot.method, Lora):
         check_scalable(slot)
     strengths = {
         round(float(layer.module.scaling[adapter_name]) / _trained(slot, layer), 6)
         for layer in slot.layers
-        if not is_off(layer.module, adapter_name) and _trained(slot, layer)
+        if not is_off(layer.module, adapter_name, layer.tensors) and _trained(slot, layer)
     }
     if len(strengths) > 1:
         raise refuse("different_strengths", adapter_name=adapter_name, strengths=listing(sorted(strengths)))
@@ -118,4 +120,4 @@ def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> flo
 
 
 def _trained(slot: Slot, layer: SlotLayer) -> float:
-    return slot.method.settings_of(layer.module, slot.adapter_name).scaling
+    return settings_of(layer.module, slot.adapter_name).scaling

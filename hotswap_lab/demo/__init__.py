@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 
-from ..core.errors import TEXTS, refuse
+from ..core.errors import refuse
 from .tasks import MAX_WORD_LENGTH, SEPARATOR, TASKS, sample_words
 
-TEXTS.append(Path(__file__).with_name("refusals.ini"))
 ASSETS_DIR = Path(__file__).parent / "assets"
 BASE_DIR = ASSETS_DIR / "base"
 ADAPTERS_DIR = ASSETS_DIR / "adapters"

@@ -10,8 +10,6 @@ import torch
 from peft.utils import WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 
-from ..core.sources import READERS
-
 
 def check_archive(path: str | os.PathLike[str]) -> None:
     """Refuses a ``.bin`` that would take more memory than its file: ``torch.save`` compresses nothing.
@@ -45,6 +43,3 @@ def read_bin(
         if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.itemsize > size:
             raise ValueError(f"{key!r} of shape {tuple(tensor.shape)} in a file of {size:,} bytes")
     return dict(tensors), None
-
-
-READERS[WEIGHTS_NAME] = read_bin

@@ -17,8 +17,8 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..core import sources
 from ..core.errors import first_line, listing
+from . import sources
 
 
 @dataclass
@@ -54,9 +54,6 @@ def find_repository(name: str, arguments: Mapping[str, object]) -> Repository:
         arguments.setdefault("token", arguments.pop("use_auth_token"))
     inspect.signature(hf_hub_download).bind("repository", "file", **arguments)
     return Repository(name, arguments=arguments)
-
-
-sources.elsewhere = find_repository
 
 
 def _not_here(name: str) -> str:

@@ -19,15 +19,15 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from ..beyond.base_values import EMBEDDINGS
-from ..beyond.shards import whole
-from ..beyond.wrappers import TABLES, WRAPPERS, has_adapter, inside
 from ..core.compiled import COMPILED
+from ..core.engine import Engine
 from ..core.errors import refuse
-from ..core.host import Host, name_in
-from ..core.interrupts import interrupts_held
+from ..core.host import name_in
+from ..core.journal import interrupts_held
+from ..core.lora import Lora
 from ..core.prepared import is_off
 from ..core.slot import Slot, resolve_slot, room_of
+from ..core.wrappers import EMBEDDINGS, has_adapter, inside, is_table, is_wrapper
 from ..threads import in_use
 from .state_dicts import strange_padding
 
@@ -40,7 +40,9 @@ PREFIX = ".hotswap-save-"
 _exchanging = threading.Lock()
 
 
-def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+def save_adapter(
+    engine: Engine, model: torch.nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None
+) -> None:
     """Writes one adapter to a folder, just as it would be saved after a fresh load.
 
     Layers that are turned off are left out, and so is the padding of a prepared model. Both files are written beside
@@ -80,10 +82,10 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter
     this one also serves models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
     """
     adapter_name = name_in(model, adapter_name)
-    resolve_slot(model, adapter_name)  # says so if there is none
+    resolve_slot(engine, model, adapter_name)  # says so if there is none
     with in_use(model):
-        slot = resolve_slot(model, adapter_name)  # as it is now: a swap may have been waited for
-        config, tensors = saved_config(slot), saved_tensors(slot.host, adapter_name, embeddings=True)
+        slot = resolve_slot(engine, model, adapter_name)  # as it is now: a swap may have been waited for
+        config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
         _check(slot, tensors)
     with interrupts_held():  # or some of its temporary files would stay
         _save(Path(folder), config, tensors)
@@ -95,7 +97,8 @@ def _check(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
         raise refuse("rows_differ", adapter_name=slot.adapter_name)
     for layer in slot.layers:
         for tensor in layer.tensors:
-            if reason := strange_padding(layer.module, slot.adapter_name, tensor):
+            of_lora = layer.tensors if isinstance(slot.method, Lora) else ()
+            if reason := strange_padding(layer.module, slot.adapter_name, tensor, of_lora):
                 raise refuse("saved_with_padding", adapter_name=slot.adapter_name, reason=reason)
     # LN tuning exchanges its module and the base model's when it is merged
     with_base = slot.config.peft_type == PeftType.LN_TUNING or any(".base_layer." in key for key in tensors)
@@ -119,23 +122,28 @@ def saved_config(slot: Slot) -> PeftConfig:
     return config
 
 
-def saved_tensors(host: Host, name: str, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
+def saved_tensors(slot: Slot, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
     """The adapter's tensors by the names of its file, copied to the CPU, without layers that are off.
 
     ``embeddings`` includes the weights of embeddings that the adapter is on, as ``save_pretrained`` does.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says that it can't find the embeddings of what is no such model
-        alone = LoadedAlone(host, name)
+        alone, name = LoadedAlone(slot), slot.adapter_name
         embeddings = "auto" if embeddings else False
         tensors = get_peft_model_state_dict(alone, adapter_name=name, save_embedding_layers=embeddings)
     # which PEFT takes from the layers, those of all adapters
-    strange = tuple(f".shira_indices.{other}" for other in host.configs if other != name)
+    strange = tuple(f".shira_indices.{other}" for other in slot.host.configs if other != name)
     return {
-        key: whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
+        key: _whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
         if not key.endswith(strange)
     }
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor put together from all processes that it is spread over; all of them have to call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 class LoadedAlone:
@@ -149,12 +157,14 @@ class LoadedAlone:
     #: where PEFT asks whether the model is spread over processes: of all its weights it would gather them
     _tp_plan = _tp_size = None
 
-    def __init__(self, host: Host, adapter_name: str):
-        config = copy.copy(host.configs[adapter_name])
+    def __init__(self, slot: Slot):
+        host, adapter_name = slot.host, slot.adapter_name
+        config = copy.copy(slot.config)
         config.base_model_name_or_path = None  # or PEFT asks the Hub whether the vocabulary has grown
         self.peft_config: dict[str, PeftConfig] = {adapter_name: config}
         self._carrier = host.carrier
         self._adapter_name = adapter_name
+        self._method = slot.method
         self._others = host.configs.keys() - {adapter_name}
         is_tuner = isinstance(host.carrier, (BaseTuner, AdaptionPromptModel))
         self._start = [] if host.is_peft_model else ["base_model"] if is_tuner else ["base_model", "model"]
@@ -186,7 +196,7 @@ class LoadedAlone:
         parts = list(self._start)
         owner, module = None, self._carrier
         for part in live_name.split(".") if live_name else ():
-            if part in self._others and isinstance(module, TABLES) and isinstance(owner, (*WRAPPERS, BaseTuner)):
+            if part in self._others and is_table(module) and (is_wrapper(owner) or isinstance(owner, BaseTuner)):
                 return None
             if part != COMPILED and not (part in INSIDE and self._is_missing(module)):
                 parts.append(part)
@@ -195,9 +205,11 @@ class LoadedAlone:
 
     def _is_missing(self, module: torch.nn.Module | None) -> bool:
         """Whether the module is a wrapper that a fresh load would not make."""
-        if not isinstance(module, WRAPPERS):
+        if not is_wrapper(module):
             return False
-        return not has_adapter(module, self._adapter_name) or is_off(module, self._adapter_name)
+        if not has_adapter(module, self._adapter_name):
+            return True
+        return is_off(module, self._adapter_name, self._method.tensors_of(module, self._adapter_name) or ())
 
 
 # ---- the two files

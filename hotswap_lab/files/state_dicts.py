@@ -9,63 +9,80 @@ fresh load would have neither, so ``state_dict`` (and with it ``save_pretrained`
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from ..core import lora
-from ..core.change import ON_CONFIG
+from ..core.engine import Method
 from ..core.errors import refuse
-from ..core.host import Config, Host
+from ..core.host import Config
 from ..core.journal import Journal
-from ..core.methods import method_of
-from ..core.parts import SlotTensor
-from ..core.prepared import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, is_marked_off, is_off, is_padded, own_rank
-from ..core.slot import SLOTS
+from ..core.lora import Lora
+from ..core.prepared import is_marked_off, is_off, is_padded, own_rank
+from ..core.slot import SLOTS, Slot
+from ..core.tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SlotTensor
+
+#: an engine's :meth:`~hotswap_lab.core.engine.Engine.tensors_of`
+TensorsOf = Callable[[torch.nn.Module, str], tuple[Method, list[SlotTensor]] | None]
 
 
-def look_after(host: Host, adapter_name: str, config: Config, journal: Journal) -> None:
+def look_after(slot: Slot, config: Config, journal: Journal) -> None:
     """Puts the hooks on a base model, before the first swap or preparing marks its layers."""
-    base = host.base
-    if _show_own not in base._state_dict_hooks.values():
+    base = slot.host.base
+    if not any(map(_is_ours, base._state_dict_hooks.values())):
         journal.record(lambda: forget_hooks(base))
-        base.register_state_dict_post_hook(_show_own)
-        base.register_load_state_dict_pre_hook(_fill_up)
+        base.register_state_dict_post_hook(partial(_show_own, slot.engine.tensors_of))
+        base.register_load_state_dict_pre_hook(partial(_fill_up, slot.engine.tensors_of))
 
 
-ON_CONFIG.append(look_after)
+def _is_ours(hook: Any) -> bool:
+    return getattr(getattr(hook, "hook", hook), "func", None) in (_show_own, _fill_up)
 
 
 def forget_hooks(module: torch.nn.Module) -> None:
     """Takes the hooks off a base model; also off a copy, where they would look after the original."""
     for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for number, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_show_own, _fill_up):
+            if _is_ours(hook):
                 del hooks[number]
 
 
-def _marked(base: torch.nn.Module, prefix: str) -> Iterator[tuple[str, Any, str, SlotTensor]]:
-    """By their keys, the tensors of adapters that may have more room on a layer than they take, or are off there."""
+class Marked(NamedTuple):
+    """A tensor of an adapter that may have more room on a layer than it takes, or is off there."""
+
+    #: its name in a state dict
+    key: str
+    layer: Any
+    adapter_name: str
+    tensor: SlotTensor
+    is_off: bool
+    reason: str | None
+
+
+def _marked(tensors_of: TensorsOf, base: torch.nn.Module, prefix: str) -> Iterator[Marked]:
     for path, layer in base.named_modules(remove_duplicate=False):
         names = {*layer.__dict__.get(OFF_ATTRIBUTE, ()), *layer.__dict__.get(PADDED_ATTRIBUTE, ())}
-        for adapter_name in sorted(names):
-            method = method_of(layer)
-            if method.has_adapter(layer, adapter_name):
-                for tensor in method.tensors_of(layer, adapter_name):
-                    yield f"{prefix}{path}.{tensor.named_key}", layer, adapter_name, tensor
+        for name in sorted(names):
+            if (found := tensors_of(layer, name)) is not None:
+                method, tensors = found
+                off, is_lora = is_off(layer, name, tensors), isinstance(method, Lora)
+                for tensor in tensors:
+                    reason = strange_padding(layer, name, tensor, tensors if is_lora else ())
+                    yield Marked(f"{prefix}{path}.{tensor.named_key}", layer, name, tensor, off, reason)
 
 
-def _show_own(base: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    for key, layer, adapter_name, tensor in _marked(base, prefix):
+def _show_own(tensors_of: TensorsOf, base: torch.nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
+    for key, layer, name, tensor, off, reason in _marked(tensors_of, base, prefix):
         if (value := state_dict.get(key)) is None:
             continue
-        if reason := strange_padding(layer, adapter_name, tensor):
+        if reason:
             warnings.warn(reason, stacklevel=2)
-        if is_off(layer, adapter_name):
+        if off:
             del state_dict[key]
             continue
-        rank, keep_vars = own_rank(layer, adapter_name, tensor), isinstance(value, torch.nn.Parameter)
+        rank, keep_vars = own_rank(layer, name, tensor), isinstance(value, torch.nn.Parameter)
         is_trimmed = rank != tensor.capacity
         if is_trimmed:
             value = tensor.own(value, rank).reshape(tensor.shape_for(rank))
@@ -75,41 +92,45 @@ def _show_own(base: torch.nn.Module, state_dict: dict, prefix: str, local_metada
         state_dict[key] = value
 
 
-def _fill_up(base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
-    marked = list(_marked(base, prefix))
+def _fill_up(tensors_of: TensorsOf, base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    marked = list(_marked(tensors_of, base, prefix))
     for each in marked:  # all of them, before the first one is written to
-        _check(state_dict, *each)
+        _check(state_dict, each)
     for slot in base.__dict__.get(SLOTS, {}).values():
         if slot and slot.room and slot.is_inference:
             slot.room.was_touched = True  # by values that the room doesn't know of, and no version counter tells
-    for key, layer, adapter_name, tensor in marked:
-        if is_off(layer, adapter_name):
+    for key, layer, name, tensor, off, _reason in marked:
+        if off:
             state_dict.setdefault(key, tensor.parameter.detach())
-        elif key in state_dict and own_rank(layer, adapter_name, tensor) != tensor.capacity:
+        elif key in state_dict and own_rank(layer, name, tensor) != tensor.capacity:
             state_dict[key] = tensor.padded(state_dict[key].detach(), tensor.capacity)
 
 
-def _check(state_dict: dict, key: str, layer: Any, adapter_name: str, tensor: SlotTensor) -> None:
-    if (value := state_dict.get(key)) is None or not is_padded(layer, adapter_name):
+def _check(state_dict: dict, marked: Marked) -> None:
+    key, layer, name, tensor, off, _ = marked
+    if (value := state_dict.get(key)) is None or not is_padded(layer, name):
         return
-    expected = tensor.shape_for(own_rank(layer, adapter_name, tensor))
-    if is_off(layer, adapter_name):
+    expected = tensor.shape_for(own_rank(layer, name, tensor))
+    if off:
         fits, text = not value.any(), "nothing for a layer that is turned off"
     else:
         # a tensor of the padded size would go in, and its upper ranks would never be saved
         fits, text = tuple(value.shape) == expected, f"shape {expected}, the adapter's own rank"
     if not fits:
         shape = tuple(value.shape)
-        raise refuse("state_dict_of_another", key=key, shape=shape, expected=text, adapter_name=adapter_name)
+        raise refuse("state_dict_of_another", key=key, shape=shape, expected=text, adapter_name=name)
 
 
 # ---- is the live model what would be saved?
 
 
-def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor) -> str | None:
-    """Says if the padding is not zero, or a layer not quite off: then the live model is not what would be saved."""
+def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
+    """Says if the padding is not zero, or a layer not quite off: then the live model is not what would be saved.
+
+    ``of_lora`` are all tensors of the layer, if it is one of LoRA.
+    """
     if is_marked_off(layer, adapter_name):
-        return _trained_while_off(layer, adapter_name, tensor)
+        return _trained_while_off(layer, adapter_name, tensor, of_lora)
     rank = own_rank(layer, adapter_name, tensor)
     if rank == tensor.capacity or tensor.is_shard:
         return None
@@ -122,14 +143,12 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor) -> str | 
     )
 
 
-def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor) -> str | None:
+def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
     """Says if the magnitude or bias of a layer that is off was written to: PEFT's ``set_adapter`` unfreezes them."""
-    method = method_of(layer)
     # while an adapter is merged, the base weight is not what the magnitude was made from
-    if tensor.rank_axis is not None or method is not lora or tensor.is_shard or layer.merged_adapters:
+    if tensor.rank_axis is not None or not of_lora or tensor.is_shard or layer.merged_adapters:
         return None
-    beside = [each for each in method.tensors_of(layer, adapter_name) if each.rank_axis is not None]
-    if any(each.memory.any() for each in beside) or _means_off(layer, tensor):
+    if any(each.memory.any() for each in of_lora if each.rank_axis is not None) or _means_off(layer, tensor):
         return None
     return (
         f"The adapter {adapter_name!r} is off on a layer, but its {tensor.key} there was written to, so what is saved "

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.save_and_load import load_peft_weights
 
-from ..core.sources import READERS, Tensors, read_safetensors
+from .sources import Tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -128,15 +129,16 @@ def strides_of(*shape: int) -> tuple[int, ...]:
     return tuple([math.prod(shape[axis + 1 :]) for axis in range(len(shape))])
 
 
-def _read(folder: str, device: str, key_mapping: dict[str, str] | None, for_one_swap: bool) -> Tensors:
-    mapped = None
-    if for_one_swap and torch.device(device).type == "cpu" and not key_mapping:
+def read_safetensors(folder: str, device: str, key_mapping: dict[str, str] | None, for_one_swap: bool) -> Tensors:
+    """The tensors of ``adapter_model.safetensors`` by name; for one swap, they may be the file itself."""
+    is_on_cpu, mapped = torch.device(device).type == "cpu", None
+    if for_one_swap and is_on_cpu and not key_mapping:
         mapped = map_weights(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
     if mapped is None:
-        return read_safetensors(folder, device, key_mapping, for_one_swap)
+        tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
+        if is_on_cpu and not for_one_swap:  # they are the file itself
+            tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+        return tensors, None
     tensors, whole = mapped
     # waking torch's other threads takes longer than small sums do, and milliseconds where the machine is busy
     return tensors, whole.split(GRAIN) if whole.numel() <= FOR_ONE_THREAD else [whole]
-
-
-READERS[SAFETENSORS_WEIGHTS_NAME] = _read

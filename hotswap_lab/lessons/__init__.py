@@ -13,7 +13,7 @@ import warnings
 
 import torch
 
-from . import figures
+from .. import figures
 
 __all__ = ["begin", "figures"]
 

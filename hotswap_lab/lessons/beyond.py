@@ -14,11 +14,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
 from .. import demo
-from ..core.adapter import Adapter
-from ..core.hotswap import plan_hotswap
-from ..core.slot import resolve_slot
+from ..engine import plan_hotswap, resolve_slot
+from ..figures import FROZEN, MUTED, NEW, OLD, Canvas, Figure
+from ..files.reading import Adapter
 from .exercise import Exercise
-from .figures import FROZEN, MUTED, NEW, OLD, Canvas, Figure
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]

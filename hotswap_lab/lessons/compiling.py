@@ -15,11 +15,11 @@ from peft.utils import get_peft_model_state_dict
 
 from .. import demo
 from ..core.compiled import compiled_parts
-from ..core.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+from ..engine import hotswap_adapter, hotswap_adapter_from_state_dict
+from ..figures import FROZEN, INK, MUTED, NEW, OLD, Canvas, Figure
 from ..verify import verify_hotswap
 from ..watch import Call, RecompileWatch, readable
 from .exercise import Exercise
-from .figures import FROZEN, INK, MUTED, NEW, OLD, Canvas, Figure
 
 #: what a call is drawn as: its name in the legend, its colour, and a path around the point where it is
 MARKS = {

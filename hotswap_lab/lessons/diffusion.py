@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 
-from ..core.adapter import Adapter
-from ..core.slot import SlotLayer, resolve_slot
+from ..core.slot import SlotLayer
 from ..demo import digits
+from ..engine import hotswap_pipeline, plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap, resolve_slot
+from ..figures import Canvas, Figure
+from ..files.reading import Adapter
 from ..pipelines.lora_files import read_pipeline_lora
-from ..pipelines.pipeline import hotswap_pipeline, plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap
 from ..watch import RecompileWatch
 from .beyond import adapter_of, disturb
 from .exercise import Exercise
-from .figures import Canvas, Figure
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 

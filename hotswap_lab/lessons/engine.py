@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -10,11 +11,9 @@ from collections.abc import Callable
 import torch
 
 from .. import demo
-from ..core import methods
 from ..core.change import Change
-from ..core.hotswap import hotswap_adapter_from_state_dict
 from ..core.plan import Plan
-from ..core.slot import resolve_slot
+from ..engine import ENGINE, resolve_slot
 from .exercise import Exercise
 
 #: what fits on a page, and in a head
@@ -70,24 +69,17 @@ def as_plan(draft: Plan, change: Change) -> Plan:
 
 
 def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solution: Callable) -> None:
-    """Swaps gains in, decided by ``solution`` behind the engine's door; nothing happens where it gives no plan."""
-    present = methods.rest
+    """Swaps gains in, decided by ``solution`` in an engine that has it as its first pass; None changes nothing."""
 
-    class Gains(type(present)):
-        def takes(self, draft: Plan) -> bool:
-            return has_gains(draft) or super().takes(draft)
+    def plan_gains(plan: Plan) -> Plan | None:
+        if not has_gains(plan):
+            return None
+        plan.is_decided = True
+        return solution(plan) or as_plan(plan, Change())
 
-        def plan(self, draft: Plan) -> Plan:
-            if not has_gains(draft):
-                return super().plan(draft)
-            return solution(draft) or as_plan(draft, Change(draft.slot))
-
-    methods.rest = Gains()
-    try:
-        config = resolve_slot(model, "default").config
-        hotswap_adapter_from_state_dict(model, tensors, "default", config)
-    finally:
-        methods.rest = present
+    own_engine = dataclasses.replace(ENGINE, passes=((plan_gains,), *ENGINE.passes))
+    config = resolve_slot(model, "default").config
+    own_engine.hotswap_adapter_from_state_dict(model, tensors, "default", config)
 
 
 @Exercise
@@ -130,7 +122,7 @@ def reference_gains(draft: Plan) -> Plan:
     {'default': 1.0}
     """
     layers = {layer.path: layer.module for layer in draft.slot.layers}
-    name, change = draft.slot.adapter_name, Change(draft.slot)
+    name, change = draft.slot.adapter_name, Change()
     for path, gain in gains_of(draft).items():
         if path not in layers:
             draft.refuse("not_in_pool", name=path, names=f"{len(layers)} layers of the model")

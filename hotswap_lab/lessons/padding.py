@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from .. import demo
 from ..bench import in_rounds
 from ..bench.timing import Timing
-from ..core.adapter import Adapter
-from ..core.prepare import prepare_model_for_compiled_hotswap
-from ..core.slot import resolve_slot
+from ..engine import prepare_model_for_compiled_hotswap, resolve_slot
+from ..figures import FROZEN, INK, MUTED, NEW, OFF, Canvas, Figure
+from ..files.reading import Adapter
 from .exercise import Exercise
-from .figures import FROZEN, INK, MUTED, NEW, OFF, Canvas, Figure
 
 
 def padded(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

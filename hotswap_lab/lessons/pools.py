@@ -13,9 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from .. import demo
 from ..bench import Settings, in_rounds, make_base
 from ..bench.timing import Timing
-from ..core.slot import resolve_slot
-from ..files.saving import save_adapter
-from ..pools import AdapterPool
+from ..engine import AdapterPool, resolve_slot, save_adapter
 from .exercise import Exercise
 from .padding import padded
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from .. import demo
-from ..pools import AdapterPool
+from .. import compat, demo
+from ..engine import AdapterPool
 from .exercise import Exercise
 
 # --- generation in fixed shapes ----------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Chat:
     def compile(self, backend: str) -> None:
         """Compiles each layer for itself. Nothing is built before the first call."""
         # with more than one, they are processes of their own, each with its own copy of PyTorch in memory
-        torch._inductor.config.compile_threads = 1
+        compat.inductor_config.compile_threads = 1
         for layer in self._llama.layers:
             layer.compile(backend=backend, dynamic=False)
 

@@ -12,8 +12,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from ..figures import MUTED, Canvas, Figure
 from .exercise import Exercise
-from .figures import MUTED, Canvas, Figure
 from .real_llm import _CACHE_ARGUMENT as CACHE
 from .real_llm import LayerCache
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import demo
-from ..pools import AdapterPool
+from ..engine import AdapterPool
 from .exercise import Exercise
 
 #: no messages in a notebook but what its cells print

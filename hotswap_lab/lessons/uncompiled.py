@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from .. import demo
-from ..core.adapter import Adapter
-from ..core.hotswap import plan_hotswap
 from ..core.plan import Action
-from ..core.slot import resolve_slot
+from ..engine import plan_hotswap, resolve_slot
+from ..files.reading import Adapter
 from .exercise import Exercise
 
 WORD = "notebook"

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig
-from safetensors import SafetensorError, safe_open
 
+from .. import compat
 from ..beyond.stand_in import make_stand_in
 from ..core.adapter import Adapter
 from ..core.errors import listing, refuse
-from ..core.sources import FORMATS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -100,34 +99,6 @@ def read_pipeline_lora(
     return adapters
 
 
-#: how the names of tensors begin in the files of pipelines: diffusers', kohya's, those of single files
-HEADS = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", "diffusion_model.")
-
-
-def what_reads(name: str) -> str | None:
-    """What to do with the file, or the folder, of a pipeline's LoRA that was given as an adapter of a single model."""
-    files = [name] if os.path.isfile(name) else []
-    if os.path.isdir(name):
-        files = [os.path.join(name, file) for file in sorted(os.listdir(name))]
-    for file in files:
-        if os.path.basename(file).startswith("pytorch_lora_weights.") or _has_heads(file):
-            return f"this is the LoRA of a diffusers pipeline: call hotswap_lab.hotswap_pipeline(pipe, {file!r}, name)"
-    return None
-
-
-def _has_heads(file: str) -> bool:
-    if not file.endswith(".safetensors"):
-        return False
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return any(key.startswith(HEADS) for key in tensors.keys())  # noqa: SIM118 - it is no dict
-    except (OSError, SafetensorError):
-        return False
-
-
-FORMATS.append(what_reads)
-
-
 def check_pipeline(pipe: object) -> None:
     """Refuses what is not a pipeline that LoRA can be loaded into."""
     if not callable(getattr(pipe, "load_lora_weights", None)) or not hasattr(pipe, "_lora_loadable_modules"):
@@ -200,7 +171,6 @@ def _as_peft(
 ) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     """The config and tensors that ``diffusers.loaders.peft.PeftAdapterMixin.load_lora_adapter`` makes of these."""
     from diffusers.utils import convert_unet_state_dict_to_peft
-    from diffusers.utils.peft_utils import _create_lora_config
 
     if "lora_A" not in next(iter(tensors)):
         tensors = convert_unet_state_dict_to_peft(tensors)
@@ -209,4 +179,4 @@ def _as_peft(
     if not ranks:
         raise ValueError(f"no lora_B among keys such as {next(iter(tensors))!r}")
     alphas = {key: float(value) for key, value in alphas.items()} if alphas else None
-    return _create_lora_config(tensors, alphas, metadata, ranks, model_state_dict=base), tensors
+    return compat.create_lora_config(tensors, alphas, metadata, ranks, model_state_dict=base), tensors

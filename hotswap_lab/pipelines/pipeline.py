@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import compat
 from ..core.adapter import Adapter
 from ..core.change import apply
-from ..core.commit import carry_out, commit
-from ..core.decide import make_plan
+from ..core.engine import Engine
 from ..core.errors import HotswapError, Refusal, listing, refusal, refuse
-from ..core.guard import guard
 from ..core.host import carriers, find_host
 from ..core.plan import Plan
+from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.slot import slot_for
+from ..core.swap import carry_out, commit
 from ..threads import bases_of
 from .lora_files import check_pipeline, parts_of, read_pipeline_lora
 
@@ -94,6 +95,7 @@ class PipelinePlan:
 
 
 def hotswap_pipeline(
+    engine: Engine,
     pipe: DiffusionPipeline,
     source: Source,
     adapter_name: str = DEFAULT_NAME,
@@ -156,13 +158,14 @@ def hotswap_pipeline(
     diffusers' own ``load_lora_weights(..., hotswap=True)`` refuses files with tensors for a text encoder.
     """
     adapters = _read(pipe, source, allow_nonfinite, kwargs)
-    with guard(*bases_of(pipe)):
-        plan = _decide(pipe, adapters, adapter_name, components, add_layers)
+    with engine.lock.held(*bases_of(pipe)):
+        plan = _decide(engine, pipe, adapters, adapter_name, components, add_layers)
         plan.raise_if_refused()
         carry_out(list(plan.plans.values()))
 
 
 def plan_pipeline_hotswap(
+    engine: Engine,
     pipe: DiffusionPipeline,
     source: Source,
     adapter_name: str = DEFAULT_NAME,
@@ -211,11 +214,12 @@ def plan_pipeline_hotswap(
       resize       1  2 -> 3        1
     """
     adapters = _read(pipe, source, allow_nonfinite, kwargs)
-    plans = _decide(pipe, adapters, adapter_name, components, add_layers).plans
+    plans = _decide(engine, pipe, adapters, adapter_name, components, add_layers).plans
     return PipelinePlan({part: _noting_rounding(plan.kept()) for part, plan in plans.items()})
 
 
 def prepare_pipeline_for_compiled_hotswap(
+    engine: Engine,
     pipe: DiffusionPipeline,
     adapters: Iterable[Source] = (),
     *,
@@ -283,12 +287,13 @@ def prepare_pipeline_for_compiled_hotswap(
         raise HotswapError(*refusals)
     options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled="error")
     # all at once: between two parts, nobody may compute with a pipeline of which one is prepared
-    with guard(*bases_of(pipe)):
-        changes = [changes_to_prepare(model, families[name], **options) for name, model in loaded.items()]
+    with engine.lock.held(*bases_of(pipe)):
+        changes = [changes_to_prepare(engine, model, families[name], **options) for name, model in loaded.items()]
         apply([change for of_part in changes for change in of_part])
 
 
 def _decide(
+    engine: Engine,
     pipe: DiffusionPipeline,
     adapters: Mapping[str, Adapter],
     adapter_name: str,
@@ -299,7 +304,7 @@ def _decide(
     adapters = _for_these(adapters, loaded, components)
     plans = {}
     for name, model in loaded.items():
-        slot = slot_for(find_host(model, adapter_name), adapter_name)
+        slot = slot_for(engine, find_host(model, adapter_name), adapter_name)
         # a fresh load would put nothing where the file has none; the old config stays, for later files to find a place
         nothing = Adapter(copy.deepcopy(slot.config), {}, next(iter(adapters.values())).source)
         plan = make_plan(
@@ -365,6 +370,4 @@ def _noting_rounding(plan: Plan) -> Plan:
 
 
 def _offloading(model: torch.nn.Module) -> list[Refusal]:
-    from diffusers.hooks.group_offloading import _is_group_offload_enabled
-
-    return [refusal("group_offloaded")] if _is_group_offload_enabled(model) else []
+    return [refusal("group_offloaded")] if compat.is_group_offload_enabled(model) else []

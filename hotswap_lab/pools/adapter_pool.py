@@ -15,18 +15,17 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from tqdm.auto import tqdm
 
-from ..core.adapter import Adapter, adapter_from
+from ..core.adapter import Adapter
 from ..core.change import Change
 from ..core.errors import refuse
-from ..core.guard import put_back
 from ..core.host import Config, canonical_path, modules_in
-from ..core.parts import SlotTensor
-from ..core.pool import Member, Pool
 from ..core.report import html_table, text_table
 from ..core.room import Packed, Room
 from ..core.slot import Slot
-from ..threads import awaited, pass_on
+from ..core.tensors import SlotTensor
+from ..threads import awaited, pass_on, put_back
 from .mixes import Mix
+from .pool import Member, Pool
 from .row_pool import PackedRows, RowPool, Wanted
 from .rows import RowRoom
 
@@ -256,7 +255,7 @@ class AdapterPool(RowPool):
     def _read(self, member: _Member, source: object) -> Packed:
         stamp = _stamp_of(source)
         hub = {**self._hub, "revision": member.revision} if member.revision else self._hub
-        adapter = adapter_from(source, hub)
+        adapter = self.engine.read(source, **hub)
         packed = self._pack(member, adapter, check_targets=not isinstance(source, tuple))
         member.source, member.stamp, member.revision = _path_of(source), stamp, adapter.revision
         member.nbytes = packed.nbytes

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import Conv2d, Embedding, Linear
 from peft.tuners.lora.layer import LoraVariant
 
-from ..beyond.kinds import KNOWN_VARIANTS
 from ..core.errors import refuse
-from ..core.parts import SlotTensor
+from ..core.tensors import SlotTensor
 from .batch import Batch
 
 #: in the path of a layer that gets the tokens of all rows mixed
@@ -155,7 +154,6 @@ class RowConv2d(RowVariant):
 
 
 KINDS: dict[type, type[RowVariant]] = {Linear: RowVariant, Embedding: RowEmbedding, Conv2d: RowConv2d}
-KNOWN_VARIANTS.extend(KINDS.values())
 
 
 def variant_for(layer: Any, path: str) -> type[RowVariant]:

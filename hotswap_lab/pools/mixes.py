@@ -10,10 +10,10 @@ import torch
 
 from ..core.errors import refuse
 from ..core.host import Config
-from ..core.parts import LayerSettings, SlotTensor
-from ..core.pool import Member
 from ..core.room import Content, Packed, Room
 from ..core.slot import SlotLayer
+from ..core.tensors import LayerSettings, SlotTensor
+from .pool import Member
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
+from .. import compat
 from ..beyond.guards import random_numbers_kept
 from ..core.errors import listing, refuse
 
@@ -67,7 +67,7 @@ def batch_name(given: Given) -> str:
 def size_of(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> int:
     """How many rows a model is called with; 0 where no tensor tells."""
     given = given_tensors(arguments, named) or {
-        str(number): each for number, each in enumerate(tree_leaves((arguments, named))) if torch.is_tensor(each)
+        str(number): each for number, each in enumerate(compat.tree_leaves((arguments, named))) if torch.is_tensor(each)
     }
     return next(iter(given[batch_name(given)].shape), 0) if given else 0
 
@@ -127,7 +127,9 @@ def prove(
                 result = entry(*own[0], **own[1])
             finally:
                 batch.local.probe = None
-        found = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.is_floating_point()]
+        found = [
+            each for each in compat.tree_leaves(result) if isinstance(each, torch.Tensor) and each.is_floating_point()
+        ]
         return probe, [_by_row(each, batch) for each in found if each.ndim and each.shape[0] == total]
 
     def are_apart(layers: Collection[int], none: list[torch.Tensor]) -> bool:

@@ -10,10 +10,10 @@ import torch
 
 from ..core.change import Change
 from ..core.errors import HotswapError, refuse
-from ..core.pool import Member, Pool
 from ..core.room import Packed, Room, new_part
 from ..core.strength import check_strength
 from .mixes import Mix, mixed
+from .pool import Member, Pool
 from .rows import RowRoom
 
 #: a name, no adapter, or how much of which

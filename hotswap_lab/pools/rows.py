@@ -19,10 +19,11 @@ from ..core.change import Change
 from ..core.errors import refuse
 from ..core.host import Config
 from ..core.journal import Journal
-from ..core.parts import LayerSettings, SlotTensor, is_shared
+from ..core.lora import settings_of
 from ..core.prepared import new_scalings
 from ..core.room import SCALING_STEP, Content, Packed, Room
-from ..core.slot import Slot, SlotLayer
+from ..core.slot import Slot, SlotLayer, change_of
+from ..core.tensors import LayerSettings, SlotTensor, is_shared
 from .batch import Batch
 from .layers import TRAINED, variant_for
 from .proof import name_of_like
@@ -144,7 +145,7 @@ class RowRoom(Room):
         """Not zero where the adapter is off: by what a layer's scaling is changed, all rows are."""
         scalings = super().scalings_of(content, strength)
         if (off := content.scalings == 0).any():  # what set_scale(1) would make of it
-            tables = [self.slot.method.settings_of(each.module, self.slot.adapter_name) for each in self.slot.layers]
+            tables = [settings_of(each.module, self.slot.adapter_name) for each in self.slot.layers]
             kept = [each or live for each, live in zip(content.settings, tables, strict=True)]
             trained = torch.tensor([each.scaling or 1.0 for each in kept], dtype=torch.float64)
             scalings[:, 0] += off * trained * strength
@@ -193,7 +194,8 @@ class RowRoom(Room):
         if first is not None and 0 in changed:
             change = super().change_to(replace(first, scalings=now))
         else:
-            change = Change(self.slot, steps=[self._note_write])
+            change = change_of(self.slot)
+            change.steps.append(self._note_write)
         for number in changed:
             if number > 0 and (own := parts[number]) is not None:
                 change.copies += zip([self._all(band.memory)[number] for band in self.bands], own, strict=True)

@@ -6,14 +6,11 @@ behind Ray Serve: many replicas, on one machine or on many. ``serve run hotswap_
 model on port 8000.
 """
 
-from pathlib import Path
 from typing import Any
 
-from ..core.errors import TEXTS, refuse
+from ..core.errors import refuse
 from .replica import BusyError, Options, Piece, Replica, Request
 from .table import Register, Table, Version
-
-TEXTS.append(Path(__file__).with_name("refusals.ini"))
 
 __all__ = ["BusyError", "Options", "Piece", "Register", "Replica", "Request", "Table", "Version", "app"]
 

@@ -14,7 +14,7 @@ import torch
 from transformers import CompileConfig
 
 from ..core.errors import HotswapError, refusal, refuse
-from ..pools import AdapterPool
+from ..engine import AdapterPool
 from .table import Version
 
 #: how long the first request of a batch waits for others, in seconds

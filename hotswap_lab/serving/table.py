@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from safetensors.torch import save
 
-from ..core.adapter import Adapter
 from ..core.errors import HotswapError, listing, refusal, refuse
+from ..files.reading import Adapter
 
 
 class UnknownAdapterError(HotswapError):

@@ -23,9 +23,6 @@ letter), ``results`` (an answer, and how it looks), and one file for each widget
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..core.errors import TEXTS
 from .plan_view import PlanView
 from .rank_padding_view import RankPaddingView
 from .recompile_meter import RecompileMeter
@@ -34,7 +31,5 @@ from .row_panel import RowPanel
 from .swap_panel import SwapPanel
 from .swap_race import SwapRace
 from .view import View
-
-TEXTS.append(Path(__file__).with_name("refusals.ini"))
 
 __all__ = ["PlanView", "RankPaddingView", "RecompileMeter", "ReplicaPanel", "RowPanel", "SwapPanel", "SwapRace", "View"]

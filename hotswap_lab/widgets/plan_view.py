@@ -10,10 +10,10 @@ import torch
 
 from ..core.errors import refuse
 from ..core.host import canonical_path
-from ..core.hotswap import plan_hotswap
 from ..core.plan import Action, LayerPlan, Plan
 from ..core.report import bare_html_table, text_table
 from ..core.shadow import adaptable
+from ..engine import plan_hotswap
 from .view import FITS, View, escape, wrapping_row
 
 if TYPE_CHECKING:

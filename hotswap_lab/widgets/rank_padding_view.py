@@ -9,11 +9,11 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from .. import demo
 from ..core import lora
-from ..core.adapter import Adapter
 from ..core.errors import refuse
 from ..core.host import canonical_path
-from ..core.prepare import prepare_model_for_compiled_hotswap
-from ..lessons.figures import FROZEN, MUTED, NEW, OFF, Canvas, Figure
+from ..engine import prepare_model_for_compiled_hotswap
+from ..figures import FROZEN, MUTED, NEW, OFF, Canvas, Figure
+from ..files.reading import Adapter
 from .view import FITS, View, wrapping_row
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 
 from ..core.compiled import compiled_parts
 from ..core.errors import refuse
-from ..pools import AdapterPool
+from ..engine import AdapterPool
 from ..threads import in_use
 from ..watch import RecompileWatch
 from .switch import switch_for, whereabouts
@@ -22,7 +22,7 @@ from .work import WorkingView
 if TYPE_CHECKING:
     import ipywidgets
 
-    from ..lessons.figures import Figure
+    from ..figures import Figure
 
 #: how many of the last calls the picture shows
 SHOWN = 40

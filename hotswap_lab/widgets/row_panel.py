@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import demo
 from ..core.errors import refuse
-from ..pools import AdapterPool
+from ..engine import AdapterPool
 from .results import Run, answering
 from .view import counted, escape, speaking, wrapping_row
 from .work import WorkingView

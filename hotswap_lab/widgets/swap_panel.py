@@ -9,7 +9,7 @@ import torch
 
 from .. import demo
 from ..core.errors import refuse
-from ..pools import AdapterPool
+from ..engine import AdapterPool
 from ..threads import in_use
 from ..watch import readable
 from .results import Run, answering

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import ipywidgets
 
     from ..bench import Report, Scene, Settings, Way
-    from ..lessons.figures import Figure
+    from ..figures import Figure
 
 
 class SwapRace(WorkingView):

@@ -10,9 +10,7 @@ from peft import PeftConfig
 from ..beyond.configs import not_scaled
 from ..core.errors import refuse
 from ..core.host import find_host, name_in
-from ..core.hotswap import hotswap_adapter
-from ..core.strength import get_strength, set_strength
-from ..pools import AdapterPool
+from ..engine import AdapterPool, get_strength, hotswap_adapter, set_strength
 from ..pools.adapter_pool import check_named
 
 

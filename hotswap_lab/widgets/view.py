@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import ipywidgets
 
-    from ..lessons.figures import Figure
+    from ..figures import Figure
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page, less the margins that ipywidgets puts around a control

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.errors import refuse
-from ..core.interrupts import interrupts_held
+from ..core.journal import interrupts_held
 from ..threads import ModelInUseError, waiting_at_most
 from ..watch import readable
 from .clicks import Clicks, keep_apart_from_cells

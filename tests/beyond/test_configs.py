@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from peft import IA3Config, LoraConfig, RandLoraConfig, XLoraConfig
 
-from hotswap_lab.beyond.configs import beside, judge
+from hotswap_lab.beyond.configs import extra_state, judge
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_has_no_common_graph():
     ],
 )
 def test_what_is_beside_lora(options, expected):
-    assert beside(LoraConfig(**options)) == expected
+    assert extra_state(LoraConfig(**options)) == expected
 
 
 def test_a_config_of_another_method_is_none_of_lora():

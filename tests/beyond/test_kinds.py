@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hotswap_lab import resolve_slot
-from hotswap_lab.beyond.kinds import GroupedTensor
+from hotswap_lab.beyond.lora import GroupedTensor
 from hotswap_lab.beyond.shards import ShardedTensor, _sharded
-from hotswap_lab.core.parts import SlotTensor
+from hotswap_lab.core.tensors import SlotTensor
 
 
 def pair_of(groups: int, rank: int):

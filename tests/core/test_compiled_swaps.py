@@ -30,7 +30,7 @@ from hotswap_lab import (
     set_strength,
     verify_hotswap,
 )
-from hotswap_lab.core.adapter import Adapter
+from hotswap_lab.files.reading import Adapter
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from hotswap_lab.core.interrupts import interrupts_held
+from hotswap_lab.core.journal import interrupts_held
 
 pytestmark = pytest.mark.usefixtures("python_sigint")
 

@@ -14,13 +14,13 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from hotswap_lab import HotswapError, hotswap_adapter, hotswap_adapter_from_state_dict, resolve_slot
-from hotswap_lab.core import lora, methods
+from hotswap_lab.core import lora
 
 LLAMA = KINDS["llama"]
 
 
 def complete(config, host):
-    return methods.rest.complete(copy.deepcopy(config), host)
+    return lora.complete(copy.deepcopy(config), host)
 
 
 CONFIGS = {

@@ -173,9 +173,7 @@ def test_the_saved_tensors_share_no_memory_with_the_model(tmp_path):
     old = save_random_adapter(LLAMA, tmp_path / "old", seed=1, r=4)
     slot = resolve_slot(load(LLAMA, old), "default")
     addresses = set(slot.data_ptrs())
-    assert not addresses & {
-        tensor.data_ptr() for tensor in saving_module.saved_tensors(slot.host, slot.adapter_name).values()
-    }
+    assert not addresses & {tensor.data_ptr() for tensor in saving_module.saved_tensors(slot).values()}
 
 
 MERGED = {

@@ -19,7 +19,7 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "engine.ipynb"
 def swapped(draft, **faults):
     """A right solution, or one with a fault."""
     layers = {layer.path: layer.module for layer in draft.slot.layers}
-    change = Change(draft.slot)
+    change = Change()
     for path, gain in engine.gains_of(draft).items():
         if path in layers:
             value = layers[path].scaling["default"] * gain if "sets" not in faults else gain
@@ -38,7 +38,7 @@ def at_once(draft):
             if layer.path == path:
                 layer.module.scaling["default"] *= gain
     plan = swapped(draft)
-    return engine.as_plan(draft, Change(draft.slot)) if plan.ok else plan
+    return engine.as_plan(draft, Change()) if plan.ok else plan
 
 
 def test_right_and_wrong_solutions(capsys):

@@ -84,9 +84,7 @@ class Saves:
     def writing(self, number: int) -> Callable[[], None]:
         """The second half of a save, once all is decided."""
         slot = resolve_slot(self.models[number], "default")
-        return functools.partial(
-            saving._save, self.target, saving.saved_config(slot), saving.saved_tensors(slot.host, slot.adapter_name)
-        )
+        return functools.partial(saving._save, self.target, saving.saved_config(slot), saving.saved_tensors(slot))
 
     def look(self) -> tuple[int | None, str]:
         """Which adapter a reader finds, None if it is a mixture; and where the save was. Puts back what is missing."""

@@ -7,7 +7,7 @@ import torch
 from refusals import refused
 
 from hotswap_lab import demo, prepare_model_for_compiled_hotswap, resolve_slot
-from hotswap_lab.core.adapter import Adapter
+from hotswap_lab.files.reading import Adapter
 from hotswap_lab.widgets import RankPaddingView
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-if TYPE_CHECKING:
-    from .change import Change
+from .change import Change
 
 #: on a prepared layer: the start of the name of the buffer that holds an adapter's scaling
 SCALING = "hotswap_scaling_"
+#: on a layer: the adapters that are turned off there
+OFF_ATTRIBUTE = "hotswap_off"
+#: and those whose own rank is ``layer.r``, whatever the size of their tensors
+PADDED_ATTRIBUTE = "hotswap_padded"
 
 
 @dataclass(eq=False)
@@ -119,18 +122,6 @@ class SlotTensor:
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether ``shape`` differs from the tensor's at most in its rank."""
         return len(shape) == self.parameter.ndim and self.shape_for(self.rank_of(shape)) == tuple(shape)
-
-
-#: each gets a layer, an adapter's name and the tensors that are known so far; gives them back, some of them of another
-#: kind (such as spread over processes), perhaps with more
-KINDS: list[Callable[[Any, str, list[SlotTensor]], list[SlotTensor]]] = []
-
-
-def with_kinds(layer: torch.nn.Module, adapter_name: str, tensors: list[SlotTensor]) -> list[SlotTensor]:
-    """The tensors of one adapter on one layer, each of its kind."""
-    for kind in KINDS:
-        tensors = kind(layer, adapter_name, tensors)
-    return tensors
 
 
 def is_shared(tensor: torch.Tensor) -> bool:

@@ -1,21 +1,18 @@
-"""Sources: where adapters come from, and what their files may contain.
-
-A folder is known here. Whoever knows another place, such as the Hub, puts what finds it into :data:`ELSEWHERE`.
-"""
+"""Sources: where an adapter's files are, and its config. A folder is one; :mod:`~hotswap_lab.files.hub` has another."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.save_and_load import load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
-from .errors import HotswapError, refuse
+from ..core.errors import HotswapError, refuse
 
 
 @dataclass
@@ -34,7 +31,7 @@ class Folder:
 
     def folder_with_weights(self) -> str:
         """The folder on this machine that has the weights, of the same version as the config."""
-        return self._with(no_weights, *READERS)
+        return self._with(no_weights, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
     def _with(self, lacking: Callable[[str, Exception], HotswapError], *names: str) -> str:
         folder = os.path.join(self.name, self.subfolder)
@@ -43,21 +40,13 @@ class Folder:
         return folder
 
 
-#: finds what is no folder, by its name and the caller's arguments, and judges these; asks nobody yet
-Finder = Callable[[str, Mapping[str, object]], Folder]
-elsewhere: Finder | None = None
-#: tensors by name, and the pieces of memory in which all of them lie, where these are fewer
+#: tensors by name, and the pieces of memory in which all of them are, where these are fewer
 Tensors = tuple[dict[str, torch.Tensor], Sequence[torch.Tensor] | None]
-
-
-#: who knows other formats than PEFT's: says what to do with a file or folder that is of one of these
-FORMATS: list[Callable[[str], str | None]] = []
 
 
 def no_config(name: str, error: object, next_step: str | None = None) -> HotswapError:
     """Why an adapter's config can't be had."""
-    known = next((text for look in FORMATS if (text := look(name))), None)
-    next_step = known or next_step or "check the path, the id, `subfolder`, `revision` and `token`"
+    next_step = _what_reads(name) or next_step or "check the path, the id, `subfolder`, `revision` and `token`"
     return refuse("no_config_file", source=name, error=error, next_step=next_step)
 
 
@@ -65,16 +54,6 @@ def no_weights(name: str, error: object, next_step: str | None = None) -> Hotswa
     """Why an adapter's weights can't be had."""
     next_step = next_step or "check the folder or repository, and get a complete copy of it"
     return refuse("no_weights_file", source=name, error=error, next_step=next_step)
-
-
-def find_source(source: object, arguments: Mapping[str, object]) -> Folder:
-    """The place that a user means by a path or a name."""
-    if not isinstance(source, (str, os.PathLike)):
-        raise refuse("no_adapter_to_read", found=f"a {type(source).__name__}: {source!r}"[:200])
-    name = os.fspath(source)
-    # also for a folder, since it judges the arguments
-    place = elsewhere(name, arguments) if elsewhere is not None else None
-    return Folder(name, str(arguments.get("subfolder") or "")) if os.path.isdir(name) or place is None else place
 
 
 # ---- what is in the files
@@ -108,29 +87,28 @@ def read_config(place: Folder) -> PeftConfig:
         raise refuse("config_unreadable", source=place.name, error=error) from error
 
 
-def read_tensors(
-    place: Folder, device: str | torch.device, key_mapping: dict[str, str] | None, for_one_swap: bool
-) -> Tensors:
-    """The tensors of an adapter by their names in its file. For one swap, they may be the file itself."""
-    folder = place.folder_with_weights()
-    name = next(name for name in READERS if os.path.exists(os.path.join(folder, name)))
+# ---- files of pipelines
+
+#: how the names of tensors begin in the files of pipelines: diffusers', kohya's, those of single files
+HEADS = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", "diffusion_model.")
+
+
+def _what_reads(name: str) -> str | None:
+    """What to do with the file, or the folder, of a pipeline's LoRA that was given as an adapter of a single model."""
+    files = [name] if os.path.isfile(name) else []
+    if os.path.isdir(name):
+        files = [os.path.join(name, file) for file in sorted(os.listdir(name))]
+    for file in files:
+        if os.path.basename(file).startswith("pytorch_lora_weights.") or _has_heads(file):
+            return f"this is the LoRA of a diffusers pipeline: call hotswap_lab.hotswap_pipeline(pipe, {file!r}, name)"
+    return None
+
+
+def _has_heads(file: str) -> bool:
+    if not file.endswith(".safetensors"):
+        return False
     try:
-        check_file(os.path.join(folder, name))
-        return READERS[name](folder, str(device), key_mapping, for_one_swap)
-    except Exception as error:  # of any kind: a damaged file leads its readers astray
-        raise refuse("weights_unreadable", source=place.name, error=error) from error
-
-
-def read_safetensors(folder: str, device: str, key_mapping: dict[str, str] | None, for_one_swap: bool) -> Tensors:
-    tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
-    if torch.device(device).type == "cpu" and not for_one_swap:
-        # they are the file itself
-        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-    return tensors, None
-
-
-#: for each name that a file of weights may have, what reads it: from a folder to a device, with a key mapping, and
-#: whether the tensors are let go of after one swap
-READERS: dict[str, Callable[[str, str, dict[str, str] | None, bool], Tensors]] = {
-    SAFETENSORS_WEIGHTS_NAME: read_safetensors
-}
+        with safe_open(file, framework="pt") as tensors:
+            return any(key.startswith(HEADS) for key in tensors.keys())  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError):
+        return False

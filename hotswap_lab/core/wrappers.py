@@ -10,17 +10,21 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import TrainableTokensWrapper
 
-from ..core.compiled import unwrap_compiled
-from ..core.prepared import OFF_ATTRIBUTE, PADDED_ATTRIBUTE
+from .. import compat
+from .compiled import unwrap_compiled
+from .tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE
 
-#: what PEFT puts around a module of the base model
-WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper, _BaseAdaptedAttention)
+#: where PEFT asks a model for the embeddings
+EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
+
+
+def is_wrapper(module: object) -> bool:
+    """Whether PEFT has put this module around one of the base model."""
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or compat.is_a(module, "AdaptedAttention")
 
 
 def holder_of_inside(wrapper: torch.nn.Module) -> tuple[torch.nn.Module, str]:
@@ -43,7 +47,7 @@ def inside(wrapper: torch.nn.Module) -> torch.nn.Module:
 def wrappers_in(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """All wrappers in a base model, with their paths."""
     for path, module in base.named_modules():
-        if isinstance(module, WRAPPERS):
+        if is_wrapper(module):
             yield path, module
 
 
@@ -51,7 +55,7 @@ def peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Modul
     """The wrappers around a module of the base model, outermost first, and that module."""
     wrappers = []
     module = unwrap_compiled(module)
-    while isinstance(module, WRAPPERS):
+    while is_wrapper(module):
         wrappers.append(module)
         module = unwrap_compiled(inside(module))
     return wrappers, module
@@ -63,7 +67,7 @@ def own_modules(wrapper: torch.nn.Module) -> Iterator[torch.nn.Module]:
     while stack:
         module = stack.pop()
         yield module
-        skip = holder_of_inside(module)[1] if isinstance(module, WRAPPERS) else None
+        skip = holder_of_inside(module)[1] if is_wrapper(module) else None
         stack += [child for name, child in module._modules.items() if child is not None and name != skip]
 
 
@@ -98,8 +102,11 @@ NOT_COMPARED = {
 NO_TABLES = NOT_COMPARED - {"modules_to_save"}
 
 
-#: tables that are modules
-TABLES = (torch.nn.ModuleDict, torch.nn.ParameterDict, BufferDict)
+def is_table(value: object) -> bool:
+    """Whether a module is a table with an entry for each adapter."""
+    return isinstance(value, (torch.nn.ModuleDict, torch.nn.ParameterDict)) or compat.is_a(value, "BufferDict")
+
+
 Table = MutableMapping[str, Any] | torch.nn.Module
 
 
@@ -109,14 +116,14 @@ def stores_of(table: Table) -> tuple[MutableMapping[str, Any], ...]:
         return (table._modules,)
     if isinstance(table, torch.nn.ParameterDict):
         return table._parameters, table._keys
-    return (table._buffers,) if isinstance(table, BufferDict) else (table,)
+    return (table._buffers,) if compat.is_a(table, "BufferDict") else (table,)
 
 
 def tables_of(wrapper: torch.nn.Module) -> Iterator[tuple[str, Table]]:
     """All tables of a wrapper, with their attributes."""
     for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
         for attribute, value in (*module.__dict__.items(), *module._modules.items()):
-            if isinstance(value, (MutableMapping, *TABLES)) and attribute not in NO_TABLES:
+            if (isinstance(value, MutableMapping) or is_table(value)) and attribute not in NO_TABLES:
                 yield attribute, value
 
 

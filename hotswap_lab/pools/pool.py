@@ -10,25 +10,26 @@ import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from peft import PeftConfig
 
-from . import lora, methods
-from .adapter import Adapter, adapter_from, member_from
-from .change import Change, apply
-from .commit import warn_of
-from .decide import make_plan
-from .errors import HotswapError, refuse
-from .guard import guard, put_back
-from .host import find_host, kind_of, name_in
-from .journal import Journal
-from .parts import SlotTensor
-from .prepare import changes_to_prepare
-from .room import Content, Packed, Room
-from .slot import Slot, room_of, slot_for
-from .strength import check_strength, get_strength
+from ..core.adapter import Adapter
+from ..core.change import Change, apply
+from ..core.engine import Engine
+from ..core.errors import HotswapError, refuse
+from ..core.host import find_host, kind_of, name_in
+from ..core.journal import Journal
+from ..core.lora import Lora
+from ..core.planner import make_plan
+from ..core.prepare import changes_to_prepare
+from ..core.room import Content, Packed, Room
+from ..core.slot import Slot, change_of, room_of, slot_for
+from ..core.strength import check_strength, get_strength
+from ..core.swap import warn_of
+from ..core.tensors import SlotTensor
+from ..threads import held, put_back
 
 
 @dataclass(eq=False)
@@ -50,6 +51,8 @@ Source = tuple[SlotTensor, torch.Tensor]
 class Pool:
     """The adapters, and the room that they go into by turns."""
 
+    #: what swaps its adapters
+    engine: ClassVar[Engine]
     #: what it keeps of each adapter
     MEMBER: type[Member] = Member
     #: fields of a config that may stand for more than LoRA's own tensors
@@ -75,15 +78,15 @@ class Pool:
         #: of the table of adapters. Whoever holds it never waits for a turn at the model; it is taken after that
         self._lock = threading.RLock()
         adapters = dict(adapters or {})
-        base = self._check_kind(slot_for(find_host(model, adapter_name), adapter_name)).host.base
-        with guard(base, computing=True):
+        base = self._check_kind(slot_for(self.engine, find_host(model, adapter_name), adapter_name)).host.base
+        with held(base, computing=True):
             way_back = Journal()
             try:
-                family = [member_from(source, hub) for source in adapters.values()]
-                with guard(base):
+                family = [self.engine.read(source, only_config=True, **hub) for source in adapters.values()]
+                with held(base):
                     needs: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
                     needs |= dict(adapter_name=adapter_name, beside=self._beside, kind=self.room_kind)
-                    apply(changes_to_prepare(model, family, **needs), way_back)
+                    apply(changes_to_prepare(self.engine, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, adapter_name))
                 self._fill(adapters.items())
             except BaseException:
@@ -94,9 +97,9 @@ class Pool:
     def _check_kind(self, slot: Slot) -> Slot:
         """Refuses what has no layout that adapters could be packed in."""
         name, config = slot.adapter_name, slot.config
-        if slot.method is not lora:
+        if not isinstance(slot.method, Lora):
             raise refuse("pool_needs_lora", adapter_name=name, kind=kind_of(config))
-        if beside := [each for each in methods.rest.beside(config) if each not in self.BESIDE]:
+        if beside := [each for each in slot.method.extra_state(config) if each not in self.BESIDE]:
             raise refuse("pool_needs_lora_alone", adapter_name=name, beside=", ".join(beside))
         return slot
 
@@ -144,7 +147,7 @@ class Pool:
     @property
     def strength(self) -> float:
         """How strongly the adapter acts: 1 as trained, 0 not at all. May be set at any time; a swap sets it to 1."""
-        return get_strength(self.model, self.adapter_name)
+        return get_strength(self.engine, self.model, self.adapter_name)
 
     @strength.setter
     def strength(self, value: float) -> None:
@@ -190,7 +193,7 @@ class Pool:
             raise refuse("already_in_pool", name=name)
 
     def _read(self, member: Member, source: object) -> Packed:
-        return self._pack(member, adapter_from(source, self._hub), check_targets=not isinstance(source, tuple))
+        return self._pack(member, self.engine.read(source, **self._hub), check_targets=not isinstance(source, tuple))
 
     def _pack(self, member: Member, adapter: Adapter, check_targets: bool) -> Packed:
         return self._pack_layers(self._room.slot, member, adapter, check_targets)
@@ -248,7 +251,7 @@ class Pool:
             with self._writing() if in_model else self._lock:
                 if self._members.get(name) is not member:
                     raise refuse("not_in_pool", name=name, names="of others, since it was removed meanwhile")
-                change = self._change_to_updated(member, packed) if in_model else Change(self._room.slot)
+                change = self._change_to_updated(member, packed) if in_model else change_of(self._room.slot)
                 self._make_space(member, packed, updated=True)
                 change.steps.append(replace)
                 apply([change])
@@ -288,12 +291,12 @@ class Pool:
 
     def _turn(self) -> AbstractContextManager:
         """Nobody else swaps; the other threads may go on computing."""
-        return guard(self._room.slot.host.base, computing=True)
+        return held(self._room.slot.host.base, computing=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Nobody else computes or changes the pool. Not for what takes long."""
-        with guard(self._room.slot.host.base), self._lock:
+        with held(self._room.slot.host.base), self._lock:
             self._check_room()
             yield
 
@@ -308,5 +311,5 @@ class Pool:
 
 
 def _roll_back(journal: Journal, base: torch.nn.Module) -> None:
-    with guard(base):
+    with held(base):
         journal.roll_back()

@@ -1,24 +1,39 @@
-"""The functions people call: PEFT's names and signatures, and the dry run."""
+"""The functions people call: PEFT's names and signatures, the dry run, and carrying a plan out.
+
+Each takes an engine first. :mod:`hotswap_lab.engine` binds them to the one that the package uses.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftConfig
 
 from .adapter import Adapter
-from .commit import carry_out
-from .decide import make_plan
-from .guard import guard, is_shared, undisturbed
+from .change import apply
+from .engine import Engine
+from .errors import HotswapError, refusal
 from .host import Host, find_host, name_in
 from .plan import Plan
+from .planner import make_plan
 from .slot import slot_for
+
+RECOMPILES = (
+    "this changes shapes or numbers that the model was compiled for, and its next call compiles again; to swap without "
+    "recompiling, call prepare_model_for_compiled_hotswap after loading the first adapter and before compiling"
+)
+#: by base model, what its user has been warned of
+_said: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def hotswap_adapter(
+    engine: Engine,
     model: torch.nn.Module,
     model_name_or_path: str | os.PathLike[str] | Adapter,
     adapter_name: str,
@@ -79,14 +94,15 @@ def hotswap_adapter(
     """
     host = find_host(model, adapter_name)
     # where other threads compute, the swap may have to wait, and the file would be in use meanwhile
-    for_one_swap = not is_shared(host.base)
-    adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
-    with guard(host.base):
-        slot = slot_for(host, adapter_name)
+    for_one_swap = not engine.lock.is_shared(host.base)
+    adapter = _read(engine, host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
+    with engine.lock.held(host.base):
+        slot = slot_for(engine, host, adapter_name)
         carry_out([make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights)])
 
 
 def hotswap_adapter_from_state_dict(
+    engine: Engine,
     model: torch.nn.Module,
     state_dict: Mapping[str, torch.Tensor],
     adapter_name: str,
@@ -138,12 +154,13 @@ def hotswap_adapter_from_state_dict(
     """
     host = find_host(model, adapter_name)
     adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
-    with guard(host.base):
-        slot = slot_for(host, adapter_name)
+    with engine.lock.held(host.base):
+        slot = slot_for(engine, host, adapter_name)
         carry_out([make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights)])
 
 
 def plan_hotswap(
+    engine: Engine,
     model: torch.nn.Module,
     model_name_or_path: str | os.PathLike[str] | Adapter,
     adapter_name: str | None = None,
@@ -185,13 +202,24 @@ def plan_hotswap(
     """
     adapter_name = name_in(model, adapter_name)
     host = find_host(model, adapter_name)
-    adapter = _read(host, model_name_or_path, torch_device, kwargs)
-    with undisturbed(host):
-        slot = slot_for(host, adapter_name)
+    adapter = _read(engine, host, model_name_or_path, torch_device, kwargs)
+    with engine.lock.held(host.base) if _changes_while_computing(host) else contextlib.nullcontext():
+        slot = slot_for(engine, host, adapter_name)
         return make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights).kept()
 
 
+def _changes_while_computing(host: Host) -> bool:
+    """Whether a forward changes what a plan is made from, for a moment or for good.
+
+    Layers around single parameters (``target_parameters``) give the module another class while it computes, and move
+    its parameters; OFT with ``coft`` writes to its weights.
+    """
+    configs = host.configs.values()
+    return any(getattr(each, "target_parameters", None) or getattr(each, "coft", False) for each in configs)
+
+
 def _read(
+    engine: Engine,
     host: Host,
     source: str | os.PathLike[str] | Adapter,
     torch_device: str | torch.device | None,
@@ -204,4 +232,67 @@ def _read(
         return source
     # some transformers models bring a mapping from the keys of their older versions; a fresh load applies it
     arguments.setdefault("key_mapping", getattr(host.base, "_checkpoint_conversion_mapping", None) or None)
-    return Adapter._load(source, for_one_swap, torch_device, **arguments)
+    return engine.read(source, for_one_swap=for_one_swap, torch_device=torch_device, **arguments)
+
+
+# ---- carrying plans out
+
+
+def commit(*plans: Plan) -> None:
+    """Carries out a plan; or several, all of them or none: the parts of a pipeline, each with its own adapter.
+
+    Parameters
+    ----------
+    *plans:
+        What :func:`hotswap_lab.plan_hotswap` returned. It is for the model as it was then: what would be written now is
+        decided again, and refused where that is something else.
+
+    Raises
+    ------
+    HotswapError
+        If a plan was refused. Whatever is raised, from here or from below, every model is as it was.
+
+    Examples
+    --------
+    >>> from hotswap_lab import commit, demo, plan_hotswap
+    >>> model, tokenizer = demo.load("reverse")
+    >>> commit(plan_hotswap(model, demo.adapter_path("caesar"), "default"))
+    >>> demo.ask(model, tokenizer, "abc")
+    'def'
+    """
+    for plan in plans:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"commit() takes what plan_hotswap gives, a Plan: got a {type(plan).__name__}")
+        plan.raise_if_refused()
+    if plans:
+        with plans[0].slot.engine.lock.held(*(plan.slot.host.base for plan in plans)):
+            carry_out([_decided_again(plan) for plan in plans])
+
+
+def _decided_again(plan: Plan) -> Plan:
+    name = plan.slot.adapter_name
+    slot = slot_for(plan.slot.engine, find_host(plan.slot.host.root, name), name)
+    now = make_plan(
+        slot, plan.adapter, add_layers=plan.add_layers, check_targets=plan.check_targets, base_weights=plan.base_weights
+    )
+    if plan.told not in (None, now.answer):
+        changed = refusal("model_changed_since_plan", adapter_name=name, verdict=now.verdict)
+        raise HotswapError(changed, *now.refusals)
+    return now
+
+
+def carry_out(plans: Sequence[Plan]) -> None:
+    """Writes what was just decided. Nobody else uses the models from before that on."""
+    for plan in plans:
+        plan.raise_if_refused()
+        warn_of(plan)
+    apply([plan.change() for plan in plans])
+
+
+def warn_of(plan: Plan) -> None:
+    """Says what has to be said once for each model."""
+    said = _said.setdefault(plan.slot.host.base, set())
+    for text in [*plan.warnings, *([RECOMPILES] if plan.will_recompile else [])]:
+        if text not in said:
+            said.add(text)
+            warnings.warn(f"{plan.title}: {text}. (Said once for this model.)", stacklevel=4)

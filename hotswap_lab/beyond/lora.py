@@ -1,0 +1,219 @@
+"""All of LoRA: grouped convolutions, DoRA's magnitudes, biases, what a config may ask for, what can't be written to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
+from peft.utils.integrations import dequantize_module_weight
+
+from ..core.errors import Refusal, listing, refusal
+from ..core.host import Config, TunerLayer, modules_in
+from ..core.journal import Journal
+from ..core.lora import Lora
+from ..core.slot import Slot
+from ..core.tensors import SlotTensor
+from . import configs
+from .base_values import kept_originals
+from .shards import spread
+
+# ---- grouped convolutions
+
+
+@dataclass(eq=False)
+class GroupedTensor(SlotTensor):
+    """A ``lora_A`` or ``lora_B`` of a grouped convolution.
+
+    Each group sees a share of the rank components. ``lora_B`` holds only ``rank / groups`` entries along its rank axis.
+    ``lora_A`` has one block for each group, and each of them is padded for itself, so that every group goes on seeing
+    its own.
+    """
+
+    groups: int = 1
+
+    @property
+    def rank_step(self) -> int:
+        return self.groups
+
+    @property
+    def _share(self) -> int:
+        return self.groups if self.rank_axis else 1
+
+    @property
+    def capacity(self) -> int:
+        return self.rank_of(self.parameter.shape)
+
+    def rank_of(self, shape: Sequence[int]) -> int:
+        return super().rank_of(shape) * self._share
+
+    def shape_for(self, rank: int) -> tuple[int, ...]:
+        return super().shape_for(rank // self._share)
+
+    def split(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.rank_axis else tensor.unflatten(0, (self.groups, -1))
+
+    def _narrow(self, padded: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return self.split(padded).narrow(1, start // self.groups, (stop - start) // self.groups)
+
+
+def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor]) -> list[SlotTensor]:
+    """The tensors of a layer, with those of grouped convolutions as such, and with DoRA's magnitude."""
+    if (groups := getattr(layer.get_base_layer(), "groups", 1)) > 1 and adapter_name in layer._modules.get(
+        "lora_A", ()
+    ):
+        tensors = [each if each.rank_axis is None else GroupedTensor(**vars(each), groups=groups) for each in tensors]
+    if adapter_name in layer._modules.get("lora_magnitude_vector", ()):
+        name, owner = "lora_magnitude_vector", layer.lora_magnitude_vector[adapter_name]
+        tensors = [*tensors, MagnitudeTensor(name, f"{name}.{adapter_name}.weight", owner, "weight", layer=layer)]
+    return tensors
+
+
+# ---- magnitudes and biases
+
+
+@dataclass(eq=False)
+class MagnitudeTensor(SlotTensor):
+    """DoRA's magnitude, one number for each output (arXiv 2402.09353)."""
+
+    layer: TunerLayer = None
+
+    reads_base: ClassVar[bool] = True
+
+    def off_value(self) -> torch.Tensor:
+        """The norm of the base weights: with it, and B = 0, DoRA computes what the base layer does."""
+        weight, owner = dequantize_module_weight(self.layer.get_base_layer()), self.owner
+        with torch.no_grad():
+            return owner.get_weight_norm(weight, 0.0, 1.0).to(owner.weight.dtype).reshape(owner.weight.shape)
+
+
+def reads_base(slot: Slot) -> bool:
+    """Whether turning a layer off takes a look at its base weights."""
+    return True in [tensor.reads_base for tensor in slot.tensors]
+
+
+def forget_norms(slot: Slot, config: Config, journal: Journal) -> None:
+    """Clears what DoRA has computed from the weights and kept (``peft.tuners.lora.dora.ENABLE_DORA_CACHING``)."""
+    host, adapter_name = slot.host, slot.adapter_name
+    if not (getattr(config, "use_dora", False) or getattr(host.configs[adapter_name], "use_dora", False)):
+        return
+    for _, layer in modules_in(host.base):
+        if adapter_name in getattr(layer, "lora_magnitude_vector", ()):
+            cache = layer.lora_magnitude_vector[adapter_name].__dict__.get("_dora_cache", {})
+            journal.remove(cache, *cache)
+
+
+# ---- what can't be written to
+
+#: variants whose tensors are known
+KNOWN_VARIANTS = type(None), DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
+
+
+def is_special(layer: TunerLayer, adapter_name: str) -> bool:
+    """Whether a layer of LoRA has state beyond what its tensors are known to be."""
+    variant = layer.lora_variant.get(adapter_name)
+    is_known = isinstance(variant, KNOWN_VARIANTS) or getattr(variant, "is_of_a_room", False)
+    return isinstance(layer, (MultiheadAttention, ParamWrapper)) or not is_known
+
+
+def _obstacle(layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
+    """Why this layer of LoRA can't be written to, or None."""
+    if is_special(layer, adapter_name):
+        return f"a {type(layer.lora_variant.get(adapter_name, layer)).__name__}"
+    if not tensors:
+        return "a lora_A and a lora_B that are no parameters, as FullyShardedDataParallel (FSDP1) leaves them"
+    for tensor in tensors:
+        parameter = tensor.owner._parameters.get(tensor.name)
+        if parameter is None:
+            return f"a parametrized or replaced {tensor.named_key}"
+        if parameter.is_meta:
+            if hasattr(tensor.owner, "_hf_hook"):
+                # where the hook keeps it, nobody would look for a change
+                return (
+                    f"a {tensor.named_key} that accelerate keeps elsewhere between calls: swap after "
+                    "accelerate.hooks.remove_hook_from_submodules(model), then offload the model again"
+                )
+            return f"a {tensor.named_key} without data (on the meta device)"
+        if tensor.is_shard and (reason := tensor.obstacle()):
+            return f"a {tensor.named_key} {reason}"
+        plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
+        if not plain and not tensor.is_shard:
+            return f"a {tensor.named_key} of type {type(parameter.data).__name__}"
+        if not parameter.is_contiguous() and _repeats_values(tensor.memory):
+            return f"an expanded {tensor.named_key}, whose values share memory"
+    return None
+
+
+def _repeats_values(tensor: torch.Tensor) -> bool:
+    """Whether several elements are the same memory, as ``expand`` leaves them."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+# ---- the method
+
+
+class FullLora(Lora):
+    """LoRA with everything that PEFT's configs can ask for."""
+
+    def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
+        # AdaLoRA's layers are LoRA's by their class, but have other tensors
+        tensors = None if isinstance(layer, AdaLoraLayer) else super().tensors_of(layer, adapter_name)
+        return None if tensors is None else spread(_rare_kinds(layer, adapter_name, tensors))
+
+    def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
+        return _obstacle(layer, adapter_name, tensors)
+
+    def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
+        """Lets a magnitude or bias be trained only where the adapter is on, and as A and B are.
+
+        A and B need nothing: while both are zero, neither has a gradient. A magnitude or a bias has.
+        """
+        tables = layer._modules
+        if adapter_name not in tables["lora_A"] and adapter_name not in tables["lora_embedding_A"]:
+            return
+        # not every module that is a lora_B has the attribute: BD-LoRA's has only a weight
+        has_bias = getattr(tables["lora_B"]._modules.get(adapter_name), "bias", None) is not None
+        if has_bias or adapter_name in tables["lora_magnitude_vector"]._modules:
+            tensors = self.tensors_of(layer, adapter_name) or []
+            trained = on and any(each.parameter.requires_grad for each in tensors if each.rank_axis is not None)
+            for parameter in (each.parameter for each in tensors if each.rank_axis is None):
+                if parameter.requires_grad != trained:
+                    journal.set_attribute(parameter, "requires_grad", trained)
+        # PEFT's merging looks for a place to add a bias to, and fails on base layers without one, though it be zero
+        journal.set_item(layer.lora_bias, adapter_name, on and has_bias)
+
+    def judge(self, config: Config, role: str, loaded: Config = None) -> Iterator[Refusal]:
+        return configs.judge(config, role, loaded)
+
+    def extra_state(self, config: Config) -> Sequence[str]:
+        return configs.extra_state(config)
+
+    def not_scaled(self, slot: Slot) -> str | None:
+        return not_scaled(slot)
+
+    def no_room(self, slot: Slot, room: Mapping[str, int]) -> Iterator[Refusal]:
+        own, base = {layer.path: layer for layer in slot.layers}, slot.host.base
+        # DoRA is turned off by the norm of the base weights, so that is not to contain another adapter
+        lacking = [base.get_submodule(path) for path in room if path not in own] if slot.config.use_dora else []
+        if others := {name for module in lacking for name in getattr(module, "merged_adapters", ())}:
+            yield refusal("merged_beside", adapter_name=slot.adapter_name, others=listing(map(repr, sorted(others))))
+        for path, rank in room.items():
+            if pointless := [*configs.pointless_rank(rank, path, base.get_submodule(path))]:
+                yield from pointless
+                return
+            if path in own and rank % (groups := own[path].tensors[0].rank_step):
+                kind, next_rank = type(own[path].module).__name__, -(-rank // groups) * groups
+                yield refusal(
+                    "target_rank_not_for_groups", kind=kind, groups=groups, rank=rank, path=path, next_rank=next_rank
+                )
+
+
+def not_scaled(slot: Slot) -> str | None:
+    """Which part of an adapter of any method no scaling reaches, or None."""
+    kept = kept_originals(slot.host.base, slot.adapter_name)
+    with_base = "an adapter that came with base weights of its own, which would stay" if kept else None
+    return configs.not_scaled(slot.config) or with_base

@@ -1,0 +1,60 @@
+"""Private names of PyTorch, PEFT and diffusers, which a new version may rename. No other file uses one.
+
+Each name is fetched when it is first needed, so a version without it breaks only what needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import Any
+
+#: what a name is called here, and where it is: a module, and a path inside of it
+NAMES = {
+    "foreach_copy": "torch:_foreach_copy_",
+    "tree_leaves": "torch.utils._pytree:tree_leaves",
+    "dynamo_config": "torch._dynamo:config",
+    "DynamoContext": "torch._dynamo.eval_frame:_TorchDynamoContext",
+    "eval_frame": "torch._dynamo:eval_frame",
+    "dynamo_callbacks": "torch._dynamo.callback:callback_handler",
+    "dynamo_metrics": "torch._dynamo.utils:get_metrics_context",
+    "inductor_config": "torch._inductor:config",
+    "fresh_inductor_cache": "torch._inductor.utils:fresh_inductor_cache",
+    "BufferDict": "peft.tuners._buffer_dict:BufferDict",
+    "AdaptedAttention": "peft.tuners.adaption_prompt.layer:_BaseAdaptedAttention",
+    "find_minimal_target_modules": "peft.tuners.tuners_utils:_find_minimal_target_modules",
+    "include_all_linear_layers": "peft.tuners.tuners_utils:_maybe_include_all_linear_layers",
+    "create_lora_config": "diffusers.utils.peft_utils:_create_lora_config",
+    "is_group_offload_enabled": "diffusers.hooks.group_offloading:_is_group_offload_enabled",
+}
+#: the versions that have them
+KNOWN = {"torch": "2.8 to 2.15", "peft": "0.20 and 0.21", "diffusers": "0.36 to 0.40"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = NAMES[name].partition(":")
+    try:
+        value = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"hotswap_lab needs {module}.{attribute}, which {package} {version(package)} does not have: "
+            f"install {package} {KNOWN[package]}"
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def is_a(value: object, name: str) -> bool:
+    """Whether ``value`` is an instance of a private class; False in a version without that class.
+
+    >>> import torch
+    >>> is_a(torch.nn.Linear(1, 1), "BufferDict")
+    False
+    """
+    try:
+        return isinstance(value, __getattr__(name) if name not in globals() else globals()[name])
+    except ImportError:
+        return False

@@ -1,0 +1,256 @@
+"""Planner: from an adapter and a slot to a plan. It compares both and writes nothing.
+
+Its functions are passes of an engine, most of them: each gets the plan and adds what it finds. Everything that speaks
+against a swap is collected, so that a user sees all of it at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from itertools import repeat
+
+import torch
+
+from . import lora
+from .adapter import Adapter
+from .compiled import blind_spot, compiled_parts
+from .errors import HotswapError, Refusal, listing, refusal
+from .host import canonical_path, kind_of
+from .plan import Action, LayerPlan, Plan, change_layer_by_layer
+from .shadow import adaptable, build_shadow_layers
+from .slot import Expected, Slot, SlotLayer, expected_of, own_keys_of
+from .tensors import SlotTensor
+
+
+def make_plan(
+    slot: Slot,
+    adapter: Adapter,
+    *,
+    add_layers: bool = False,
+    check_targets: bool = True,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
+) -> Plan:
+    """Decides a swap. Reads the slot and the adapter, writes nothing, raises nothing: see ``Plan.refusals``.
+
+    Parameters
+    ----------
+    slot, adapter:
+        What is swapped out, and what is swapped in; an adapter without tensors turns off every layer.
+    add_layers:
+        Whether layers that the slot lacks are added (not possible in a compiled model) rather than refused.
+    check_targets:
+        Whether the adapter's config must name the layers that its tensors belong to, as a fresh load demands.
+    base_weights:
+        Original values of base weights that the loaded adapter has overwritten, by name.
+    """
+    compiled = compiled_parts(slot.host.root, slot.modules)
+    plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, compiled, add_layers, check_targets, base_weights)
+    for group in slot.engine.passes:
+        for each in group:
+            plan = each(plan) or plan
+            if plan.is_decided:
+                return plan
+        if plan.refusals:
+            return plan
+    return plan
+
+
+# ---- the configs
+
+
+def misfits(slot: Slot, adapter: Adapter, in_graph: bool = False) -> list[Refusal]:
+    """Why an adapter can't take the place of the loaded one, or share a compiled graph with it (``in_graph``)."""
+    loaded, new = slot.config, adapter.config
+    if loaded.peft_type != new.peft_type:
+        old, kind, label = kind_of(loaded), kind_of(new), adapter.label
+        return [refusal("other_peft_type", old=old, kind=kind, label=label, adapter_name=slot.adapter_name)]
+    return [*slot.method.judge(new, "new", loaded if in_graph else None)]
+
+
+def check_configs(plan: Plan) -> None:
+    """Refuses adapters of two types, and configs that no fresh load takes."""
+    plan.refusals += [*misfits(plan.slot, plan.adapter), *plan.slot.method.judge(plan.slot.config, "loaded")]
+
+
+def complete_config(plan: Plan) -> None:
+    """Makes the config what a fresh load leaves in the model."""
+    plan.config = lora.complete(copy.deepcopy(plan.adapter.config), plan.slot.host)
+    plan.config.inference_mode = plan.slot.config.inference_mode
+
+
+def check_slot(plan: Plan) -> None:
+    """Refuses merged weights, layers that can't be written to, and configs that name no layers."""
+    if plan.slot.is_merged:
+        plan.refuse("merged", adapter_name=plan.slot.adapter_name)
+    for layer, reason in plan.slot.obstacles:
+        plan.refuse("layer_not_plain", path=layer.path, reason=reason)
+    if plan.check_targets and plan.config.target_modules is None:
+        plan.refuse("no_target_modules")
+
+
+# ---- one layer after the other
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def plan_layers(plan: Plan) -> None:
+    """Plans all layers of the slot. What none of them takes is in ``plan.unknown`` then."""
+    slot, tensors = plan.slot, _by_own_key(plan, plan.adapter.tensors, plan.slot.own_keys)
+    expected = slot.once_for(plan.config, expected_of)
+    for each in zip(slot.layers, expected, plan.ranks_before, plan.fixed, strict=True):
+        _plan_layer(plan, tensors, *each)
+    plan.left = {} if plan.refusals else dict(tensors)
+    plan.unknown = tensors
+
+
+def _by_own_key(plan: Plan, named: Mapping[str, torch.Tensor], own_keys: Mapping[str, str]) -> Tensors:
+    """Tensors by their own keys in the base model; refuses two for one, unless these are the same."""
+    tensors: Tensors = {}
+    for key, tensor in named.items():
+        own = own_keys.get(short := canonical_path(key), short)
+        if own in tensors and not are_the_same(tensor, tensors[own]):
+            plan.refuse("two_values_for_one", key=key, own=own)
+        tensors[own] = tensor
+    return tensors
+
+
+def _plan_layer(
+    plan: Plan,
+    tensors: Tensors,
+    layer: SlotLayer,
+    expected: Expected,
+    before: int | None,
+    fixed: bool,
+    action: Action | None = None,
+) -> None:
+    """Plans one layer; ``action`` overrides what the shapes would say. Takes what belongs to it out of ``tensors``."""
+    sources = tuple(map(tensors.pop, layer.keys, repeat(None)))
+    shapes = [None if source is None else source.shape for source in sources]
+    settings = expected.settings
+    if shapes == expected.shapes and (expected.is_targeted or not plan.check_targets):
+        if action is None:
+            is_same = settings.rank == layer.tensors[0].capacity
+            action = Action.COPY if is_same else Action.PAD if fixed else Action.RESIZE
+    elif shapes == [None] * len(shapes):
+        action, settings = Action.OFF, None
+    else:
+        plan.refusals.append(_what_is_wrong(plan, layer, shapes, expected))
+        return
+    plan.layers.append(LayerPlan(layer, action, before, settings, sources))
+
+
+def _what_is_wrong(plan: Plan, layer: SlotLayer, shapes: list[torch.Size | None], expected: Expected) -> Refusal:
+    """Why tensors of these shapes can't be those of the layer."""
+    path, rank = layer.path, expected.settings.rank
+    found = list(zip(layer.tensors, shapes, strict=True))
+    if missing := [target.key for target, shape in found if shape is None]:
+        of_layer = listing(target.key for target in layer.tensors)
+        return refusal("layer_incomplete", path=path, missing=listing(missing), tensors=of_layer)
+    if plan.check_targets and not expected.is_targeted:
+        return refusal("layer_not_targeted", path=path, target_modules=plan.adapter.config.target_modules)
+    for target, shape in found:
+        if shape is not None and shape != target.shape_for(rank):
+            return _wrong_shape(layer, target, shape, rank)
+    return refusal("rank_not_for_groups", path=path, rank=rank, step=layer.tensors[0].rank_step)
+
+
+def _wrong_shape(layer: SlotLayer, target: SlotTensor, shape: torch.Size, rank: int) -> Refusal:
+    path, where, found, expected = layer.path, f"{layer.path}.{target.key}", tuple(shape), target.shape_for(rank)
+    if target.fits(shape):
+        return refusal("rank_disagrees", path=path, where=where, shape=found, expected=expected, rank=rank)
+    return refusal("other_shape", path=path, where=where, shape=found, expected=expected, rank=rank)
+
+
+def are_the_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether it is all the same which of two tensors is taken."""
+    return one.dtype == other.dtype and have_same_values(one, other)
+
+
+def have_same_values(live: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether writing ``other`` to ``live`` would change nothing."""
+    return live.shape == other.shape and torch.equal(live.detach(), other.detach().to(live.device, live.dtype))
+
+
+# ---- what no layer of the slot took
+
+
+def plan_leftovers(plan: Plan) -> None:
+    """Plans what no layer of the slot took: layers to add, unknown keys."""
+    tensors = plan.unknown
+    if not tensors:
+        return
+    paths, name, adds = _layers_of(plan, tensors), plan.slot.adapter_name, plan.add_layers
+    if paths and adds and not plan.compiled:
+        _add_layers(plan, paths, tensors)
+        paths = []
+    if not tensors:
+        return
+    where, keys = listing(paths, 3), listing([key for key in plan.adapter.tensors if canonical_path(key) in tensors], 4)
+    if not paths:
+        plan.refuse("unexpected_keys", keys=keys, count=len(tensors), adapter_name=name)
+    elif adds:
+        plan.refuse("compiled_lacks_layers", count=len(paths), paths=where)
+    elif plan.compiled:
+        plan.refuse("unexpected_layers_compiled", keys=keys, count=len(paths), paths=where, adapter_name=name)
+    else:
+        plan.refuse("unexpected_layers", keys=keys, count=len(paths), paths=where, adapter_name=name)
+
+
+def _layers_of(plan: Plan, tensors: Tensors) -> list[str]:
+    """The paths of layers of the base model that the tensors are for."""
+    return sorted({path for key in tensors if (path := adaptable(plan.slot.host.base, key)) is not None})
+
+
+def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
+    slot = plan.slot
+    try:
+        ranks = {path: lora.settings_for(plan.config, path).rank for path in paths}
+        shadows = build_shadow_layers(slot, plan.config, ranks)
+    except HotswapError as error:
+        plan.refusals += error.refusals
+        tensors.clear()  # the reason is given
+        return
+    own = _by_own_key(plan, tensors, own_keys_of(shadows))
+    tensors.clear()
+    tensors.update(own)
+    for layer, expected in zip(shadows, expected_of(slot, plan.config, shadows), strict=True):
+        _plan_layer(plan, tensors, layer, expected, None, False, Action.ADD)
+
+
+# ---- when it is known what happens to each layer
+
+
+def check_capacity(plan: Plan) -> None:
+    """Refuses ranks that a prepared layer has no room for, all of them in one refusal."""
+    padded = [layer for layer in plan.layers if layer.action is Action.PAD]
+    ranks = [(layer.rank_after or 0, layer.layer.tensors[0].capacity or 0, layer.path) for layer in padded]
+    if lacking := [each for each in ranks if each[0] > each[1]]:
+        highest, room, path = max(lacking)[0], max(room for _, room, _ in lacking), lacking[0][2]
+        plan.refuse("rank_above_room", count=len(lacking), highest=highest, path=path, room=room)
+
+
+def check_compiled(plan: Plan) -> None:
+    """Refuses a swap that a compiled graph would not notice."""
+    if not plan.compiled and not plan.is_prepared:
+        return
+    if reason := blind_spot(plan.compiled, plan.is_prepared and plan.writes_values_only):
+        plan.refuse("compiled_would_not_notice", reason=reason)
+
+
+def retarget_config(plan: Plan) -> None:
+    """Makes the config name exactly the layers that the tensors are for, so that it reloads as what it is."""
+    if plan.check_targets:
+        return
+    config, on = plan.config, [layer for layer in plan.layers if layer.settings is not None]
+    if config.target_modules is None or [layer for layer in plan.layers if plan.targets(layer)] != on:
+        config.target_modules = {layer.path for layer in on}
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+
+
+def check_that_it_does_something(plan: Plan) -> None:
+    """Refuses an adapter whose tensors are for no layer of the slot."""
+    if not plan.refusals and plan.adapter.tensors and not any(layer.settings for layer in plan.layers):
+        keys, paths = map(repr, plan.adapter.tensors), [repr(layer.path) for layer in plan.slot.layers]
+        plan.refuse("nothing_for_any_layer", keys=listing(keys, 2), paths=listing(paths, 2))

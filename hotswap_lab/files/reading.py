@@ -1,0 +1,132 @@
+"""Reading: an adapter from a folder or from the Hub, or whatever else a user passes for one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from ..core import adapter as core
+from ..core.adapter import is_finite
+from ..core.errors import refuse
+from .bin_file import read_bin
+from .hub import find_repository
+from .sources import Folder, Tensors, check_file, read_config
+from .weights_file import read_safetensors
+
+
+class Adapter(core.Adapter):
+    __doc__ = core.Adapter.__doc__
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        torch_device: str | torch.device | None = None,
+        key_mapping: dict[str, str] | None = None,
+        allow_nonfinite: bool = False,
+        **hub: Any,
+    ) -> Adapter:
+        """Reads an adapter from a folder or from the Hugging Face Hub.
+
+        ``adapter_model.safetensors`` is preferred; ``adapter_model.bin`` is read with ``weights_only=True``, so
+        nothing in it is executed. The tensors are copies: whatever happens to the files later does not reach them.
+
+        Parameters
+        ----------
+        source:
+            A folder with ``adapter_config.json``, or the id of a Hub repository.
+        torch_device:
+            The device to read the tensors to. Default: CPU.
+        key_mapping:
+            Regular expressions and replacements for keys, as in ``PeftModel.from_pretrained``.
+        allow_nonfinite:
+            Whether NaN and infinity among the weights are let through.
+        **hub:
+            ``subfolder``, ``revision``, ``token``, ``cache_dir`` and what else ``hf_hub_download`` takes.
+
+        Raises
+        ------
+        HotswapError
+            If the files can't be found or read, or are damaged.
+
+        Examples
+        --------
+        >>> from hotswap_lab import demo
+        >>> adapter = Adapter.load(demo.adapter_path("double"))
+        >>> adapter.config.r, len(adapter.tensors)
+        (2, 32)
+        """
+        return cls._load(source, False, torch_device, key_mapping, allow_nonfinite, **hub)
+
+    @classmethod
+    def _load(
+        cls,
+        source: str | os.PathLike[str],
+        for_one_swap: bool = False,
+        torch_device: str | torch.device | None = None,
+        key_mapping: dict[str, str] | None = None,
+        allow_nonfinite: bool = False,
+        **hub: Any,
+    ) -> Adapter:
+        """:meth:`load`; faster for one swap, after which it is let go of: its tensors may be the file itself."""
+        place = find_source(source, hub)
+        config = read_config(place)
+        tensors, pieces = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
+        adapter = cls(config, tensors, place.name, place.revision)
+        if pieces is None or not all(map(is_finite, pieces)):
+            adapter.check_tensors(allow_nonfinite)
+        return adapter
+
+
+def find_source(source: object, arguments: dict[str, Any]) -> Folder:
+    """The folder or repository that a user means by a path or a name."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise refuse("no_adapter_to_read", found=f"a {type(source).__name__}: {source!r}"[:200])
+    name = os.fspath(source)
+    repository = find_repository(name, arguments)  # also for a folder, since it checks the arguments
+    return Folder(name, str(arguments.get("subfolder") or "")) if os.path.isdir(name) else repository
+
+
+def read_tensors(
+    place: Folder, device: str | torch.device, key_mapping: dict[str, str] | None, for_one_swap: bool
+) -> Tensors:
+    """The tensors of an adapter by their names in its file. For one swap, they may be the file itself."""
+    folder, read = place.folder_with_weights(), read_safetensors
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.exists(path):
+        path, read = os.path.join(folder, WEIGHTS_NAME), read_bin
+    try:
+        check_file(path)
+        return read(folder, str(device), key_mapping, for_one_swap)
+    except Exception as error:  # of any kind: a damaged file leads its readers astray
+        raise refuse("weights_unreadable", source=place.name, error=error) from error
+
+
+def read(source: Any, *, only_config: bool = False, **arguments: Any) -> core.Adapter:
+    """The adapter that a user passes: as it is, as a state dict and a config, or as a folder or Hub id.
+
+    Parameters
+    ----------
+    source:
+        An adapter, a pair of a state dict and a config, a folder or a Hub id; a config, too, with ``only_config``.
+    only_config:
+        Whether the tensors are not needed. Of files, only the config is read then.
+    **arguments:
+        As for :meth:`Adapter.load`.
+    """
+    if isinstance(source, core.Adapter):
+        return source
+    if isinstance(source, tuple):
+        return Adapter.from_state_dict(*source)
+    if not only_config:
+        for_one_swap = arguments.pop("for_one_swap", False)
+        return Adapter._load(source, True, **arguments) if for_one_swap else Adapter.load(source, **arguments)
+    if isinstance(source, PeftConfig):
+        return Adapter(source, {}, "a config")
+    place = find_source(source, arguments)
+    return Adapter(read_config(place), {}, place.name)
