@@ -139,7 +139,7 @@ def _is_hub_id(name: object) -> bool:
 def check_prefixes(plan: Plan) -> None:
     """A fresh load ignores tensors of a file whose names lack PEFT's prefix; from memory they are taken without it."""
     adapter = plan.adapter
-    is_file = os.path.isdir(adapter.source) or adapter.revision is not None
+    is_file = adapter.is_folder or adapter.revision is not None
     if not is_file or not plan.slot.host.is_peft_model or adapter.config.is_prompt_learning:
         return
     if bare := [key for key in adapter.tensors if not key.startswith("base_model.")]:
@@ -149,7 +149,7 @@ def check_prefixes(plan: Plan) -> None:
 def keep_apart(plan: Plan) -> None:
     """Takes copies of those tensors that are the model's own: they would be read while they are written."""
     adapter = plan.adapter
-    if os.path.isdir(adapter.source):
+    if adapter.is_folder:
         return
     memory = {_storage(parameter) for parameter in plan.slot.parameters} - {None}
     own = {key: each.detach().clone() for key, each in adapter.tensors.items() if _storage(each) in memory}

@@ -20,7 +20,7 @@ from ..core.errors import listing
 from ..core.host import canonical_path
 from ..core.journal import Journal
 from ..core.plan import Plan
-from ..core.planner import adaptable, check_compiled, have_same_values
+from ..core.planner import adaptable, check_compiled, have_same_values, misfits
 from ..core.prepared import is_padded
 from ..core.slot import change_of
 from ..core.tensors import is_prepared
@@ -36,6 +36,7 @@ from .shards import check_parallel_training, holds_shards
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
+IN_TIME = "before compiling, prepare the model with this adapter among `adapters`; or swap before that"
 
 
 # ---- is it such a swap?
@@ -189,7 +190,14 @@ def plan_with_donor(draft: Plan) -> Plan:
         if draft.compiled:
             draft.refuse("compiled_other_kind", count=len(graft.differences), found=found)
         elif any(is_padded(layer.module, name) or is_prepared(layer.module, name) for layer in slot.layers):
-            draft.refuse("prepared_other_kind", count=len(graft.differences), found=found)
+            # what prepare_model_for_compiled_hotswap would say of this adapter
+            apart = [] if isinstance(slot.method, General) else misfits(slot, draft.adapter, in_graph=True)
+            draft.refuse(
+                "prepared_other_kind",
+                count=len(graft.differences),
+                found=found,
+                next_step=apart[0].next_step if apart else IN_TIME,
+            )
         check_parallel_training(draft, len(graft.layers), "another shape at the model")
     check_compiled(draft)
     return draft

@@ -30,12 +30,15 @@ class Adapter:
         Where it came from, for messages.
     revision:
         The commit of the Hub repository that it was read from. None if it came from elsewhere.
+    is_folder:
+        Whether it was read from a folder of this machine.
     """
 
     config: Config
     tensors: Mapping[str, torch.Tensor]
     source: str
     revision: str | None = None
+    is_folder: bool = False
 
     @classmethod
     def from_state_dict(
@@ -65,7 +68,7 @@ class Adapter:
     @property
     def label(self) -> str:
         """A short name for tables: the last part of a folder's path, a Hub id as it is."""
-        return os.path.basename(os.path.normpath(self.source)) if os.path.isdir(self.source) else self.source
+        return os.path.basename(os.path.normpath(self.source)) if self.is_folder else self.source
 
     @property
     def nbytes(self) -> int:

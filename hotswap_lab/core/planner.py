@@ -7,6 +7,7 @@ against a swap is collected, so that a user sees all of it at once.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from itertools import repeat
 
@@ -187,7 +188,8 @@ def plan_leftovers(plan: Plan) -> None:
         paths = []
     if not tensors:
         return
-    where, keys = listing(paths, 3), listing([key for key in plan.adapter.tensors if canonical_path(key) in tensors], 4)
+    unknown = [key for key in plan.adapter.tensors if canonical_path(key) in tensors]
+    where, keys = listing(paths, 3), listing([_as_peft_names_it(key, name) for key in unknown], 4)
     if not paths:
         plan.refuse("unexpected_keys", keys=keys, count=len(tensors), adapter_name=name)
     elif adds:
@@ -196,6 +198,14 @@ def plan_leftovers(plan: Plan) -> None:
         plan.refuse("unexpected_layers_compiled", keys=keys, count=len(paths), paths=where, adapter_name=name)
     else:
         plan.refuse("unexpected_layers", keys=keys, count=len(paths), paths=where, adapter_name=name)
+
+
+def _as_peft_names_it(key: str, adapter_name: str) -> str:
+    """A key as PEFT's ``hotswap_adapter`` says it in its errors, with the adapter's name."""
+    own = re.search(r"\.(lora_\w+)(\.|$)", key)
+    if own is None or f"{own[0]}{adapter_name}." in f"{key}.":
+        return key
+    return f"{key[: own.end(1)]}.{adapter_name}{key[own.end(1) :]}"
 
 
 def _layers_of(plan: Plan, tensors: Tensors) -> list[str]:

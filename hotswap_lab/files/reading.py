@@ -77,7 +77,7 @@ class Adapter(core.Adapter):
         place = find_source(source, hub)
         config = read_config(place)
         tensors, pieces = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
-        adapter = cls(config, tensors, place.name, place.revision)
+        adapter = cls(config, tensors, place.name, place.revision, os.path.isdir(place.name))
         if pieces is None or not all(map(is_finite, pieces)):
             adapter.check_tensors(allow_nonfinite)
         return adapter
@@ -129,4 +129,4 @@ def read(source: Any, *, only_config: bool = False, **arguments: Any) -> core.Ad
     if isinstance(source, PeftConfig):
         return Adapter(source, {}, "a config")
     place = find_source(source, arguments)
-    return Adapter(read_config(place), {}, place.name)
+    return Adapter(read_config(place), {}, place.name, is_folder=os.path.isdir(place.name))

@@ -1,80 +1,44 @@
-"""AdapterPool: the engine's pool, and what only some pools need: undo, a limit of memory, reading ahead."""
+"""AdapterPool: many adapters in memory, laid out as the model wants them, switched by name with one copy."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-import os
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
-from peft.utils import ModulesToSaveWrapper
+from peft import PeftConfig
 from tqdm.auto import tqdm
 
 from ..core.adapter import Adapter
-from ..core.change import Change
-from ..core.errors import refuse
-from ..core.host import Config, canonical_path, modules_in
+from ..core.change import Change, apply
+from ..core.engine import Engine
+from ..core.errors import HotswapError, refuse
+from ..core.host import Config, find_host, kind_of, name_in
+from ..core.journal import Journal
+from ..core.lora import Lora
+from ..core.planner import make_plan
+from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
-from ..core.room import Packed, Room
-from ..core.slot import Slot
+from ..core.room import Content, Packed, Room
+from ..core.slot import Slot, change_of, room_of, slot_for
+from ..core.strength import check_strength, get_strength
+from ..core.swap import warn_of
 from ..core.tensors import SlotTensor
-from ..threads import awaited, pass_on, put_back
-from .mixes import Mix
-from .pool import Member, Pool
-from .row_pool import PackedRows, RowPool, Wanted
-from .rows import RowRoom
+from ..threads import awaited, held, pass_on, put_back
+from .former import PackedRows, packed_now, strengths_of, without_parts
+from .members import Member, Members, check_named
+from .mixes import Mix, mixed
+from .modules import module_tensors, taken_apart
+from .rows import Row, RowRoom
 
 P_co = TypeVar("P_co", covariant=True)
-#: how many swaps back :meth:`AdapterPool.undo` can go
-HISTORY = 100
-#: and how many of these may have found something in the model that no pool has, and that is kept for them
-FOREIGN = 4
-
-
-@dataclass(eq=False)
-class _Member(Member):
-    """An adapter that may be dropped from memory as long as its files have it."""
-
-    #: what to read it from again; None if it came from memory
-    source: str | None = None
-    #: the folder's state when it was read, to notice that it has changed since
-    stamp: tuple[object, ...] | None = None
-    #: the commit, if it was read from the Hub: somebody may push another one
-    revision: str | None = None
-    #: what it takes when it is packed
-    nbytes: int = 0
-    #: counts up with each use; the lowest is dropped first
-    used: int = 0
-    loading: Future[Packed] | None = field(default=None, repr=False)
-
-    @property
-    def is_in_files(self) -> bool:
-        return self.source is not None and self.version == 1
-
-    @property
-    def row(self) -> tuple[str, str, str, str, str]:
-        """Name, rank, alpha, layers and bytes."""
-        if self.packed is None:
-            return self.name, "", "", "", "in its files"
-        columns = self.packed.content.columns
-        ranks, alphas = columns["rank"], columns["alpha"]
-        return self.name, _span(ranks), _span(alphas), str(len(ranks)), f"{self.packed.nbytes:,}"
-
-
-class _Buffer(SlotTensor):
-    """A buffer of a saved module, such as a BatchNorm's running mean."""
-
-    @property
-    def parameter(self) -> Any:
-        return self.owner._buffers[self.name]
-
-    def shape_for(self, rank: int | None) -> tuple[int, ...]:
-        return tuple(self.parameter.shape)
+#: a name, no adapter, or how much of which
+Wanted = str | Mapping[str, float] | None
+#: of what LoRA may have besides its layers, what a pool packs, too
+PACKED_TOO = ("modules_to_save",)
 
 
 class Block(contextlib._GeneratorContextManager[P_co]):  # pyright: ignore[reportPrivateUsage]
@@ -102,7 +66,7 @@ class Block(contextlib._GeneratorContextManager[P_co]):  # pyright: ignore[repor
                     self.__exit__(None, None, None)
 
 
-class AdapterPool(RowPool):
+class AdapterPool:
     """Many adapters for one place in one model, in memory, switched by name.
 
     The model is prepared for all of them (ranks, layers), so that a swap never moves a tensor and never recompiles.
@@ -162,7 +126,8 @@ class AdapterPool(RowPool):
     'hotswap'
     """
 
-    MEMBER: type[Member] = _Member
+    #: what swaps its adapters
+    engine: ClassVar[Engine]
 
     def __init__(
         self,
@@ -177,140 +142,306 @@ class AdapterPool(RowPool):
         progress: bool = True,
         **hub: Any,
     ):
-        self.max_bytes = max_bytes
-        self.room_kind: type[Room] = RowRoom.of(rows)
-        self._clock = 0
-        #: what was in the model before each write, a new one after each
-        self._history: Sequence[Packed] = ()
-        self._background: ThreadPoolExecutor | None = None
-        self._shows_progress = progress
-        options: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
         check_named(adapters)
-        super().__init__(model, adapter_name, adapters, **options, **hub)
+        self.model = model
+        self.adapter_name: str = name_in(model, adapter_name)
+        self._members = Members(self.engine, hub, self._pack, max_bytes)
+        #: what was in the model before the last write; a new object after each
+        self._before: Packed | None = None
+        adapters, kind = dict(adapters or {}), RowRoom.of(rows)
+        base = self._check_kind(slot_for(self.engine, find_host(model, self.adapter_name), self.adapter_name)).host.base
+        with held(base, computing=True):
+            way_back = Journal()
+            try:
+                family = [self.engine.read(source, only_config=True, **hub) for source in adapters.values()]
+                with held(base):
+                    needs: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
+                    needs |= dict(adapter_name=self.adapter_name, beside=self._module_tensors, kind=kind)
+                    apply(changes_to_prepare(self.engine, model, family, **needs), way_back)
+                self._room = cast(Room, room_of(base, self.adapter_name))
+                self._fill(adapters.items(), progress)
+            except BaseException:
+                if not way_back.is_empty:
+                    put_back(lambda: _roll_back(way_back, base), "leaves the model prepared")
+                raise
 
-    def _fill(self, adapters: Iterable[tuple[str, object]]) -> None:
+    def _check_kind(self, slot: Slot) -> Slot:
+        """Refuses what has no layout that adapters could be packed in."""
+        name, config = slot.adapter_name, slot.config
+        if not isinstance(slot.method, Lora):
+            raise refuse("pool_needs_lora", adapter_name=name, kind=kind_of(config))
+        if beside := [each for each in slot.method.extra_state(config) if each not in PACKED_TOO]:
+            raise refuse("pool_needs_lora_alone", adapter_name=name, beside=", ".join(beside))
+        return slot
+
+    def _module_tensors(self, slot: Slot) -> list[SlotTensor]:
+        tensors = module_tensors(slot)
+        #: what they are when the pool is made: a buffer is moved by putting another one in its place
+        self._of_modules = [(each, each.parameter) for each in tensors]
+        return tensors
+
+    def _fill(self, adapters: Iterable[tuple[str, object]], progress: bool) -> None:
         is_known = False
         # a bar takes a lock of its own even where it shows nothing, and Ctrl-C may come when it has just done that
-        for name, source in tqdm(adapters, desc="packing", unit="adapter") if self._shows_progress else adapters:
+        for name, source in tqdm(adapters, desc="packing", unit="adapter") if progress else adapters:
             self.add(name, source)
             packed = self._members[name].packed
             # looked at now, since the next adapters may have this one dropped
             if packed and not is_known and _is_in(self._room, packed):
                 is_known, self._room.content = True, packed.content
 
-    # ---- modules that are saved with an adapter
+    # ---- what is in it
 
-    BESIDE: Collection[str] = ("modules_to_save",)
+    @property
+    def names(self) -> list[str]:
+        """The names of all adapters, in the order they were added."""
+        return list(self._members)
 
-    def _beside(self, slot: Slot) -> list[SlotTensor]:
-        """The tensors of whole modules, such as a classifier: their parameters, and the buffers that are saved."""
-        tensors: list[SlotTensor] = []
-        for path, module in modules_in(slot.host.base):
-            if isinstance(module, ModulesToSaveWrapper) and slot.adapter_name in module.modules_to_save:
-                whole = module.modules_to_save[slot.adapter_name]
-                for kind, named in ((SlotTensor, whole.named_parameters()), (_Buffer, whole.named_buffers())):
-                    for key, _ in named:
-                        owner_path, _, name = key.rpartition(".")
-                        owner = whole.get_submodule(owner_path)
-                        if name not in owner._non_persistent_buffers_set:  # which no file has
-                            tensors.append(kind(f"{path}.{key}", key, owner, name, rank_axis=None))
-        self._whole = [(each, each.parameter) for each in tensors]
-        return tensors
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
 
-    def _check_room(self) -> None:
-        super()._check_room()
-        if any(each.parameter is not noted for each, noted in self._whole):  # a buffer is moved by taking another one
-            raise refuse("pool_lost_its_place")
+    def __len__(self) -> int:
+        return len(self._members)
 
-    def _pack(self, member: _Member, adapter: Adapter, check_targets: bool) -> Packed:
-        slot, whole = self._room.slot, getattr(adapter.config, "modules_to_save", None) or ()
-        if not slot.config.modules_to_save:
-            return super()._pack(member, adapter, check_targets)
-        if set(whole) != set(slot.config.modules_to_save):
-            raise refuse("other_modules_to_save", name=member.name, found=whole, expected=slot.config.modules_to_save)
-        tensors = {canonical_path(key): tensor for key, tensor in adapter.tensors.items()}
-        beside = []
-        for each in self._room.places.keys() - slot.tensors:
-            tensor = tensors.pop(each.key, None)
-            if tensor is None or tensor.shape != each.parameter.shape:
-                found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
-                raise refuse("module_differs", key=each.key, found=found, expected=tuple(each.parameter.shape))
-            beside.append((each, tensor))
-        # what is left is LoRA alone, in a slot that has nothing else
-        alone = dataclasses.replace(
-            slot, host=dataclasses.replace(slot.host, configs={self.adapter_name: _without_modules(slot.config)})
-        )
-        layers = dataclasses.replace(
-            adapter,
-            config=_without_modules(adapter.config),
-            tensors={key: tensor for key, tensor in adapter.tensors.items() if canonical_path(key) in tensors},
-        )
-        packed = self._pack_layers(alone, member, layers, check_targets, beside)
-        # as loading leaves it: PEFT adds a classifier's names to those that are there
-        packed.content.config.modules_to_save = list(slot.config.modules_to_save)
-        return packed
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
 
-    # ---- a limit of memory
+    @property
+    def active(self) -> str | None:
+        """The name of the adapter that all rows compute with; None if there is none, or it is off."""
+        member = self._loaded if not self._assigned and self._room.is_intact() else None
+        if member is None:
+            return None
+        with contextlib.suppress(HotswapError):  # the user has scaled some of the layers
+            return None if self.strength == 0 else member.name
+        return member.name
 
-    def _read(self, member: _Member, source: object) -> Packed:
-        stamp = _stamp_of(source)
-        hub = {**self._hub, "revision": member.revision} if member.revision else self._hub
-        adapter = self.engine.read(source, **hub)
-        packed = self._pack(member, adapter, check_targets=not isinstance(source, tuple))
-        member.source, member.stamp, member.revision = _path_of(source), stamp, adapter.revision
-        member.nbytes = packed.nbytes
-        return packed
+    @property
+    def _loaded(self) -> Member | None:
+        """The adapter in the room, if it is one of this pool."""
+        owner = self._room.content.owner
+        member = self._members.get(owner.name) if isinstance(owner, Member) else None
+        return member if member is owner and not self._room.is_touched else None
 
-    def _read_again(self, member: _Member) -> Packed:
-        if member.stamp != _stamp_of(member.source):
-            raise refuse("files_changed", name=member.name, source=member.source)
-        return self._read(member, member.source)
+    @property
+    def _assigned(self) -> tuple[Packed | None, ...]:
+        return self._room.assigned if isinstance(self._room, RowRoom) else ()
 
-    def _packed(self, member: _Member) -> Packed:
-        packed, loading, member.loading = member.packed, member.loading, None
-        if packed is None:
-            packed = loading.result() if loading is not None else self._read_again(member)
-            with self._lock:
-                self._make_space(member, packed)
-                member.packed = packed
-        self._clock += 1
-        member.used = self._clock
-        return packed
+    @property
+    def rows(self) -> list[Row]:
+        """What each row of a batch has, for labels on answers; empty where all have the same."""
+        return [self._row(each) for each in self._assigned]
 
-    def _make_space(self, member: _Member, packed: Packed, updated: bool = False) -> None:
-        """Drops adapters until this one fits; refuses it if it never would."""
-        if self.max_bytes is None:
-            return
-        others = [each for each in self._members.values() if each is not member]
-        stays = updated or not member.is_in_files
-        fixed = packed.nbytes + sum(each.packed.nbytes for each in others if each.packed and not each.is_in_files)
-        droppable = sorted((each for each in others if each.is_in_files), key=lambda each: each.used)
-        # any adapter must find room beside those that can't be dropped
-        needed = fixed + (max((each.nbytes for each in droppable), default=0) if stays else 0)
-        if needed > self.max_bytes:
-            raise refuse("pool_is_full", name=member.name, needed=needed, max_bytes=self.max_bytes)
-        held = [each for each in droppable if each.packed is not None]
-        total = fixed + sum(each.nbytes for each in held)
-        for each in held:
-            if total > self.max_bytes:
-                each.packed = None
-                total -= each.nbytes
+    def _row(self, packed: Packed | None) -> Row:
+        owner = packed.content.owner if packed else None
+        if packed is None or owner is None:
+            return Row(None, None, 0.0)
+        strength = round(float(strengths_of(packed).median()) * self.strength, 6)
+        if isinstance(owner, Mix):
+            return Row(owner.weights, {member.name: member.version for member, _ in owner.shares}, strength)
+        return Row(owner.name, owner.version, strength)
+
+    @property
+    def strength(self) -> float:
+        """How strongly the adapter acts: 1 as trained, 0 not at all. May be set at any time; a swap sets it to 1."""
+        return get_strength(self.engine, self.model, self.adapter_name)
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        with self._turn(), self._writing():
+            check_strength(value, self._room.slot)
+            self._apply(self._room.change_strength(value))
+
+    def version(self, name: str) -> int:
+        """How often this adapter's weights were given: 1 at first, one more with each :meth:`update`."""
+        return self._members.named(name).version
+
+    # ---- adapters in and out of the pool
+
+    def add(self, name: str, source: object) -> None:
+        """Reads and packs an adapter; ``source`` as in ``adapters``. The model is not changed.
+
+        Raises
+        ------
+        HotswapError
+            If the name is taken, or the adapter can't be read or doesn't fit the room that was prepared.
+        """
+        self._members.add(name, source)
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter. The one that the model computes with can't be removed."""
+        with self._members.lock:
+            if self._uses(self._members.named(name)):
+                raise refuse("adapter_in_use", name=name)
+            del self._members[name]
 
     def prefetch(self, *names: str) -> None:
         """Reads and packs adapters that were dropped, in the background. A swap to one of them waits for it.
 
-        Until they are used, they stand as in their files in the pool's table, and don't count for ``max_bytes``.
+        Until they are used, the pool's table shows them as in their files, and they don't count for ``max_bytes``.
         """
-        with self._lock:
-            for member in map(self._member, names):
-                if member.packed is None and member.loading is None:
-                    if self._background is None:
-                        self._background = ThreadPoolExecutor(1, thread_name_prefix="hotswap-prefetch")
-                    member.loading = self._background.submit(self._read_again, member)
+        self._members.prefetch(names)
+
+    def update(self, name: str, state_dict: Mapping[str, torch.Tensor], config: PeftConfig | None = None) -> None:
+        """Gives an adapter new weights, at once in the model if it is the one in use.
+
+        For training loops that produce new weights at every step. ``pool.version(name)`` is a new
+        number as soon as the new weights are there; there is never a mixture of old and new ones.
+
+        Parameters
+        ----------
+        state_dict:
+            ``lora_A`` of shape ``(rank, in_features)`` and ``lora_B`` of shape ``(out_features, rank)`` per layer.
+        config:
+            Its config. Default: the one that the adapter has.
+        """
+        with self._turn():
+            self._check_room()
+            member = self._members.named(name)
+            adapter = Adapter.from_state_dict(state_dict, config or self._members.packed(member).content.config)
+            packed = self._pack(member, adapter, False)
+
+            def put(journal: Journal) -> None:
+                journal.set_attribute(member, "packed", packed)
+                journal.set_attribute(member, "version", member.version + 1)
+
+            in_model = self._uses(member)
+            with self._writing() if in_model else self._members.lock:
+                if self._members.get(name) is not member:
+                    raise refuse("not_in_pool", name=name, names="of others, since it was removed meanwhile")
+                change = self._change_to_updated(member, packed) if in_model else change_of(self._room.slot)
+                self._members.make_space(member, packed, updated=True)
+                change.steps.append(put)
+                apply([change])
+
+    def _pack(self, member: Member, adapter: Adapter, check_targets: bool) -> Packed:
+        self._check_room()
+        slot, sources = self._room.slot, []
+        if slot.config.modules_to_save:
+            slot, adapter, sources = taken_apart(self._room, adapter, member.name)
+        plan = make_plan(slot, adapter, check_targets=check_targets)
+        plan.raise_if_refused()
+        warn_of(plan)
+        member.notes = plan.notes
+        sources += [
+            (target, target.off_value() if source is None else source)
+            for layer in plan.layers
+            for target, source in zip(layer.layer.tensors, layer.sources, strict=True)
+            if source is not None or target.reads_base
+        ]
+        if slot is not self._room.slot:
+            # as loading leaves it: PEFT adds a classifier's names to those that are there
+            plan.config.modules_to_save = list(self._room.slot.config.modules_to_save)
+        content = Content(tuple([layer.settings for layer in plan.layers]), plan.config, member)
+        return self._room.pack(content, sources)
+
+    # ---- adapters in and out of the model
+
+    def swap(self, name: str | Mapping[str, float], strength: float = 1.0) -> None:
+        """Puts an adapter into the model. ``strength`` as in :func:`hotswap_lab.set_strength`.
+
+        ``name`` may be a mix such as ``{"pirate": 0.7, "haiku": 0.3}``, as in :meth:`assign`.
+
+        Raises
+        ------
+        HotswapError
+            If there is no such adapter, its files can't be read any more, or the model was moved or merged.
+        """
+        with self._turn():
+            self._packed(name)  # which may take long
+            with self._writing():
+                if strength != 1:
+                    check_strength(strength, self._room.slot)
+                # another adapter may have its name by now
+                self._apply(self._room.change_to(self._packed(name), strength))
+
+    def off(self) -> None:
+        """Turns the adapter off: the model computes as the base model does, until the next swap."""
+        self.strength = 0
+
+    def assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1) -> None:
+        """Gives each row of the next batches its own adapter. Only rows that change are written.
+
+        The first batch of each kind of inputs (their names, dtypes and numbers of axes) whose rows differ is preceded
+        by a proof: ``2 + log2(rows)`` forwards, with a random adapter in some of the rows, show that the model keeps
+        its rows apart. A layer that does not is refused by its name, by the forward. Where something else than tokens
+        feeds a layer with an adapter, as images do, each batch is proven. The proof changes nothing, but hooks of the
+        user's own are called by its forwards.
+
+        Parameters
+        ----------
+        adapters:
+            For each row a name; None for the base model; or a mix such as ``{"pirate": 0.7, "haiku": 0.3}``: the sum of
+            these adapters, each times its weight, as PEFT computes it with all of them active.
+        strengths:
+            Of each row; 1 is as trained.
+        copies:
+            How often a batch has each row. Only a compiled model has to be told: beams and ``num_return_sequences`` of
+            transformers, or the two halves of diffusers' classifier-free guidance, are found out otherwise. With
+            diffusers' ``num_images_per_prompt``, assign one row for each picture.
+
+        Raises
+        ------
+        HotswapError
+            If the pool was made for fewer rows, there is no such adapter, or a mix needs more rank than there is room.
+            Nothing is changed then.
+
+        Examples
+        --------
+        >>> from hotswap_lab import AdapterPool, demo
+        >>> model, tokenizer = demo.load("reverse")
+        >>> family = {name: demo.adapter_path(name) for name in ("shout", "sort")}
+        >>> pool = AdapterPool(model, adapters=family, rows=3, progress=False)
+        >>> pool.assign(["shout", "sort", None])
+        >>> demo.ask_all(model, tokenizer, ["hotswap"] * 3)
+        ['HOTSWAP!', 'ahopstw', 'hotswap']
+        """
+        if isinstance(adapters, (str, Mapping)):
+            raise TypeError(f"assign() takes a list, an adapter or a mix for each row: got {adapters!r}")
+        strengths = [1.0] * len(adapters) if strengths is None else strengths
+        room, count = self._room, len(adapters)
+        if not isinstance(room, RowRoom) or not 0 < count <= room.rows:
+            raise refuse("no_room_for_rows", count=count, rows=getattr(room, "rows", 1), wanted=max(count, 2))
+        if not isinstance(copies, int) or copies < 1:
+            raise refuse("copies_is_no_number", copies=copies)
+        if len(strengths) != count:
+            raise refuse("strengths_of_others", strengths=len(strengths), rows=count)
+        with self._turn():
+            self._all_packed(adapters)  # which may take long
+            with self._writing():
+                for strength in strengths:
+                    check_strength(strength, room.slot)
+                packed = self._all_packed(adapters)
+                rows = [each and room.at_strength(each, by) for each, by in zip(packed, strengths, strict=True)]
+                self._apply(room.change_rows(rows, copies))
+
+    def _all_packed(self, adapters: Sequence[Wanted]) -> list[Packed | None]:
+        return [None if each is None else self._packed(each) for each in adapters]
+
+    def _packed(self, name: str | Mapping[str, float]) -> Packed:
+        """An adapter or a mix of some, ready to be written."""
+        if not isinstance(name, Mapping):
+            return self._members.packed(self._members.named(name))
+        if not name:
+            raise refuse("mix_of_nothing")
+        self._check_room()
+        for weight in name.values():
+            check_strength(weight, self._room.slot)
+        shares = [(self._members.named(each), float(weight)) for each, weight in name.items()]
+        return self._packed_of(Mix(tuple(shares)), {})
+
+    def _packed_of(self, owner: Any, updated: Mapping[Member, Packed]) -> Packed:
+        """The weights of a member or a mix."""
+        if not isinstance(owner, Mix):
+            return updated.get(owner) or self._members.packed(owner)
+        for each in self._assigned if not updated else ():
+            if each and each.content.owner == owner:
+                return replace(each, scalings=self._room.scalings_of(each.content))
+        return mixed(self._room, owner, [self._packed_of(member, updated) for member, _ in owner.shares])
 
     # ---- what was there before
 
-    def using(self, name: str, strength: float = 1.0) -> Block[Pool]:
+    def using(self, name: str | Mapping[str, float], strength: float = 1.0) -> Block[AdapterPool]:
         """Puts an adapter in for the length of a block; then the former one is back, after errors too.
 
         ``with pool.using(name):`` waits for other threads that swap or compute, and swaps from other threads wait for
@@ -347,21 +478,21 @@ class AdapterPool(RowPool):
         """Puts back what was in the model before the block."""
         with self._turn():
             self._check_room()
-            former, history = self._former(), self._history
+            former, before = self._former(), self._before
             try:
                 put_in()
                 yield self
             finally:
                 # the block is left for good: its adapter must not stay
-                if self._history is not history:
-                    put_back(lambda: self._leave(former, history), what)
+                if self._before is not before:
+                    put_back(lambda: self._leave(former, before), what)
 
-    def _leave(self, former: Packed, history: Sequence[Packed]) -> None:
+    def _leave(self, former: Packed, before: Packed | None) -> None:
         pass_on(self._room.slot.host.base)
-        self._put_back(former, history)
+        self._put_back(former, before)
 
     def undo(self) -> None:
-        """Takes the last swap, :meth:`off` or change of strength back.
+        """Takes the last swap, :meth:`off` or change of strength back. One step: not the one before it.
 
         An adapter that was updated since comes back as it is now; one that was removed, as it was.
 
@@ -371,29 +502,84 @@ class AdapterPool(RowPool):
             If there is nothing to take back.
         """
         with self._turn():
-            if not self._history:
+            if self._before is None:
                 raise refuse("nothing_to_undo")
-            *history, former = self._history
-            self._put_back(former, history)
+            self._put_back(self._before, None)
 
-    def _put_back(self, former: Packed, history: Sequence[Packed]) -> None:
+    def _put_back(self, former: Packed, before: Packed | None) -> None:
         packed = self._as_now(former)
         with self._writing():
-            self._apply(self._change_to(packed), history)
+            change = self._change_to(packed)
+            change.steps.append(lambda journal: journal.set_attribute(self, "_before", before))
+            apply([change])
 
-    def _apply(self, change: Change, history: Sequence[Packed] | None = None) -> None:
-        if history is None:
-            history = self._longer_history()
-        change.steps.append(lambda journal: journal.set_attribute(self, "_history", history))
-        super()._apply(change)
+    def _apply(self, change: Change) -> None:
+        """Writes, and remembers what was there."""
+        before = without_parts(self._former())
+        change.steps.append(lambda journal: journal.set_attribute(self, "_before", before))
+        apply([change])
 
-    def _longer_history(self) -> Sequence[Packed]:
-        former = self._former()
-        history = [*self._history[-HISTORY + 1 :], _without_parts(former)]
-        if former.content.owner is not None:
-            return history
-        foreign = [number for number, each in enumerate(history) if each.content.owner is None]
-        return history[foreign[-FOREIGN - 1] + 1 :] if len(foreign) > FOREIGN else history
+    def _former(self) -> Packed:
+        """What is in the model now, to be put back later."""
+        room, content, member = self._room, self._room.content, self._loaded
+        if isinstance(room, RowRoom) and room.assigned:
+            scalings = room.scalings[0].detach().clone()
+            return PackedRows(replace(content, owner=self), (), scalings, room.assigned, room.batch.copies)
+        former = packed_now(room, member.packed.parts if member and member.packed else ())
+        if member or (isinstance(content.owner, Mix) and not room.is_touched):
+            return former
+        # it may be one of the pool's that was trained since
+        return replace(former, content=replace(content, owner=None))
+
+    def _change_to(self, packed: Packed) -> Change:
+        if isinstance(packed, PackedRows):
+            return cast(RowRoom, self._room).change_rows(packed.rows, packed.copies, strengths_of(packed))
+        return self._room.change_to(packed)
+
+    def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
+        """An adapter of the pool that was updated since comes back as it is now; one that can't be had, as it was."""
+        if isinstance(former, PackedRows):
+            return replace(former, rows=tuple([each and self._as_now(each, updated) for each in former.rows]))
+        owner = former.content.owner
+        is_dropped = isinstance(owner, Member) and owner not in updated and owner.packed is None
+        if owner is None or (is_dropped and former.parts):  # dropped by the pool since, but not by this
+            return former
+        try:
+            packed = self._packed_of(owner, updated)
+        except HotswapError:  # a mix, one of whose shares can't be had any more, or has no room in it
+            if updated or not former.parts:
+                raise
+            return former
+        return replace(packed, scalings=self._room.scalings_of(packed.content, strengths_of(former)))
+
+    def _change_to_updated(self, member: Member, packed: Packed) -> Change:
+        """The new weights of an adapter that the model computes with, at the strength that it has."""
+        return self._change_to(self._as_now(self._former(), {member: packed}))
+
+    # ---- turns
+
+    def _uses(self, member: Member) -> bool:
+        """Whether the model computes with it, in any row."""
+        rows = self._assigned or (self._room,)
+        owners = [each.content.owner for each in rows if each is not None]
+        return member in owners or member in [each for mix in owners if isinstance(mix, Mix) for each, _ in mix.shares]
+
+    def _turn(self) -> AbstractContextManager:
+        """Keeps other threads from swapping; they may go on computing."""
+        return held(self._room.slot.host.base, computing=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Keeps other threads from computing and from changing the pool. Not for what takes long."""
+        with held(self._room.slot.host.base), self._members.lock:
+            self._check_room()
+            yield
+
+    def _check_room(self) -> None:
+        if not self._room.is_intact() or any(each.parameter is not noted for each, noted in self._of_modules):
+            raise refuse("pool_lost_its_place")
+        if self._room.slot.is_merged:
+            raise refuse("merged", adapter_name=self.adapter_name)
 
     # ---- how it looks
 
@@ -429,13 +615,9 @@ class AdapterPool(RowPool):
         return html_table("AdapterPool", list(self.COLUMNS), self.table, caption=self.summary, notes=self._notes)
 
 
-def check_named(adapters: object) -> None:
-    """Refuses adapters without names: a list of folders, or a single one.
-
-    >>> check_named({"style": "folder"})
-    """
-    if adapters is not None and not isinstance(adapters, Mapping):
-        raise refuse("adapters_without_names", kind=type(adapters).__name__)
+def _roll_back(journal: Journal, base: torch.nn.Module) -> None:
+    with held(base):
+        journal.roll_back()
 
 
 def _is_in(room: Room, packed: Packed) -> bool:
@@ -454,37 +636,3 @@ def _with_sets(config: Config) -> dict[str, object]:
     """A config's fields; for some architectures PEFT makes sets of lists of names, empty ones among them."""
     fields = config.to_dict()
     return {name: {*each} if isinstance(each, (list, tuple, set)) else each for name, each in fields.items()}
-
-
-def _without_modules(config: Config) -> Config:
-    config = copy.deepcopy(config)
-    config.modules_to_save = None
-    return config
-
-
-def _span(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def _path_of(source: object) -> str | None:
-    """What an adapter can be read from again: a folder or a Hub id. None for what is in memory."""
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-
-
-def _stamp_of(source: object) -> tuple[object, ...] | None:
-    """What changes when an adapter's folder is written to. None for what is not a folder."""
-    path = _path_of(source)
-    if path is None or not os.path.isdir(path):
-        return None
-    files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.startswith("adapter_")]
-    return tuple((file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files if os.path.exists(file))
-
-
-def _without_parts(former: Packed) -> Packed:
-    """What was there, without the weights that its owner has, or that can be read or mixed again."""
-    if isinstance(former, PackedRows):
-        return dataclasses.replace(former, rows=tuple([each and _without_parts(each) for each in former.rows]))
-    return dataclasses.replace(former, parts=()) if isinstance(former.content.owner, (Mix, _Member)) else former

@@ -13,7 +13,7 @@ from ..core.host import Config
 from ..core.room import Content, Packed, Room
 from ..core.slot import SlotLayer
 from ..core.tensors import LayerSettings, SlotTensor
-from .pool import Member
+from .members import Member
 
 
 @dataclass(frozen=True)

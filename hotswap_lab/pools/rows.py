@@ -32,6 +32,19 @@ from .proof import name_of_like
 LONG = 16
 
 
+@dataclass(frozen=True)
+class Row:
+    """What one row of a batch has.
+
+    ``adapter`` is a name, the weights of a mix, or None; ``version`` counts the updates of each; ``strength`` is that
+    of the row times that of the pool.
+    """
+
+    adapter: str | dict[str, float] | None
+    version: int | dict[str, int] | None
+    strength: float
+
+
 @dataclass(frozen=True, eq=False)
 class RowPlace(Place):
     """Where one tensor lies in a row: one rank component after the other, as long as these are few."""

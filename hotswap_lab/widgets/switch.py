@@ -11,7 +11,7 @@ from ..beyond.configs import not_scaled
 from ..core.errors import refuse
 from ..core.host import find_host, name_in
 from ..engine import AdapterPool, get_strength, hotswap_adapter, set_strength
-from ..pools.adapter_pool import check_named
+from ..pools.members import check_named
 
 
 class ModelSwitch:
@@ -54,7 +54,7 @@ class ModelSwitch:
     def swap(self, name: str) -> None:
         if name not in self.adapters:
             raise refuse("no_adapter_of_this_name", name=name, adapters=", ".join(map(repr, self.adapters)))
-        hotswap_adapter(self.model, self.adapters[name], self.adapter_name)
+        hotswap_adapter(self.model, self.adapters[name], self.adapter_name, add_layers=True)
         self._last = name, config_of(self)
 
     def off(self) -> None:

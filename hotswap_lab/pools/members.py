@@ -1,0 +1,179 @@
+"""The adapters of a pool: packed in memory, dropped where memory is limited, and read again when they are wanted."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.adapter import Adapter
+from ..core.engine import Engine
+from ..core.errors import refuse
+from ..core.room import Packed
+
+
+@dataclass(eq=False)
+class Member:
+    """One adapter of a pool."""
+
+    name: str
+    #: None while only its files have it
+    packed: Packed | None = None
+    version: int = 1
+    #: what a reader should know of it: the notes of its plan
+    notes: Sequence[str] = ()
+    #: what to read it from again; None if it came from memory
+    source: str | None = None
+    #: the folder's state when it was read, to notice that it has changed since
+    stamp: tuple[object, ...] | None = None
+    #: the commit, if it was read from the Hub: another one may be pushed
+    revision: str | None = None
+    #: the bytes that it takes when it is packed
+    nbytes: int = 0
+    #: counts up with each use; the lowest is dropped first
+    used: int = 0
+    loading: Future[Packed] | None = field(default=None, repr=False)
+
+    @property
+    def is_in_files(self) -> bool:
+        return self.source is not None and self.version == 1
+
+    @property
+    def row(self) -> tuple[str, str, str, str, str]:
+        """Name, rank, alpha, layers and bytes."""
+        if self.packed is None:
+            return self.name, "", "", "", "in its files"
+        columns = self.packed.content.columns
+        ranks, alphas = columns["rank"], columns["alpha"]
+        return self.name, _span(ranks), _span(alphas), str(len(ranks)), f"{self.packed.nbytes:,}"
+
+
+class Members(dict[str, Member]):
+    """The table of a pool's adapters.
+
+    Parameters
+    ----------
+    engine, hub:
+        What reads adapters, and the arguments for the Hub.
+    pack:
+        Packs an adapter for a member; its last argument says whether the config must name the adapter's layers.
+    max_bytes:
+        How much memory all of them may take together; None: any.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        hub: Mapping[str, Any],
+        pack: Callable[[Member, Adapter, bool], Packed],
+        max_bytes: int | None,
+    ):
+        super().__init__()
+        self.engine, self.hub, self.pack, self.max_bytes = engine, hub, pack, max_bytes
+        #: of the table. A thread that holds it never waits for a turn at the model; it is taken after that
+        self.lock: threading.RLock = threading.RLock()
+        self._uses = 0
+        self._background: ThreadPoolExecutor | None = None
+
+    def named(self, name: str) -> Member:
+        """The member of this name; refuses any other name."""
+        if name not in self:
+            raise refuse("not_in_pool", name=name, names=", ".join(map(repr, self)) or "(none)")
+        return self[name]
+
+    def add(self, name: str, source: object) -> None:
+        """Reads and packs an adapter; refuses a name that is taken."""
+        self._check_free(name)
+        member = Member(name)
+        packed = self._read(member, source)  # without the lock: it may take long, and swaps must not have to wait
+        with self.lock:
+            self._check_free(name)
+            self.make_space(member, packed)
+            member.packed = packed
+            self[name] = member
+
+    def _check_free(self, name: str) -> None:
+        if name in self:
+            raise refuse("already_in_pool", name=name)
+
+    def _read(self, member: Member, source: object) -> Packed:
+        path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+        stamp = _stamp_of(path)
+        hub = {**self.hub, "revision": member.revision} if member.revision else self.hub
+        adapter = self.engine.read(source, **hub)
+        packed = self.pack(member, adapter, not isinstance(source, tuple))
+        member.source, member.stamp, member.revision = path, stamp, adapter.revision
+        member.nbytes = packed.nbytes
+        return packed
+
+    def _read_again(self, member: Member) -> Packed:
+        if member.stamp != _stamp_of(member.source):
+            raise refuse("files_changed", name=member.name, source=member.source)
+        return self._read(member, member.source)
+
+    def packed(self, member: Member) -> Packed:
+        """A member's weights, read again if they were dropped."""
+        packed, loading, member.loading = member.packed, member.loading, None
+        if packed is None:
+            packed = loading.result() if loading is not None else self._read_again(member)
+            with self.lock:
+                self.make_space(member, packed)
+                member.packed = packed
+        self._uses += 1
+        member.used = self._uses
+        return packed
+
+    def make_space(self, member: Member, packed: Packed, updated: bool = False) -> None:
+        """Drops members until this one fits; refuses it if it never would. To be called with the lock held."""
+        if self.max_bytes is None:
+            return
+        others = [each for each in self.values() if each is not member]
+        stays = updated or not member.is_in_files
+        fixed = packed.nbytes + sum(each.packed.nbytes for each in others if each.packed and not each.is_in_files)
+        droppable = sorted((each for each in others if each.is_in_files), key=lambda each: each.used)
+        # any adapter must find room next to those that can't be dropped
+        needed = fixed + (max((each.nbytes for each in droppable), default=0) if stays else 0)
+        if needed > self.max_bytes:
+            raise refuse("pool_is_full", name=member.name, needed=needed, max_bytes=self.max_bytes)
+        in_memory = [each for each in droppable if each.packed is not None]
+        total = fixed + sum(each.nbytes for each in in_memory)
+        for each in in_memory:
+            if total > self.max_bytes:
+                each.packed = None
+                total -= each.nbytes
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Reads members that were dropped, in the background."""
+        with self.lock:
+            for member in map(self.named, names):
+                if member.packed is None and member.loading is None:
+                    if self._background is None:
+                        self._background = ThreadPoolExecutor(1, thread_name_prefix="hotswap-prefetch")
+                    member.loading = self._background.submit(self._read_again, member)
+
+
+def check_named(adapters: object) -> None:
+    """Refuses adapters without names: a list of folders, or a single one.
+
+    >>> check_named({"style": "folder"})
+    """
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise refuse("adapters_without_names", kind=type(adapters).__name__)
+
+
+def _span(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _stamp_of(path: str | None) -> tuple[object, ...] | None:
+    """What changes when an adapter's folder is written to. None for what is not a folder."""
+    if path is None or not os.path.isdir(path):
+        return None
+    files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.startswith("adapter_")]
+    return tuple((file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files if os.path.exists(file))

@@ -1,0 +1,74 @@
+"""Whole modules that are saved with an adapter, such as a classifier: they are packed and swapped with it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+
+from ..core.adapter import Adapter
+from ..core.errors import refuse
+from ..core.host import Config, canonical_path, modules_in
+from ..core.room import Room
+from ..core.slot import Slot
+from ..core.tensors import SlotTensor
+
+
+class _Buffer(SlotTensor):
+    """A buffer of a saved module, such as a BatchNorm's running mean."""
+
+    @property
+    def parameter(self) -> Any:
+        return self.owner._buffers[self.name]
+
+    def shape_for(self, rank: int | None) -> tuple[int, ...]:
+        return tuple(self.parameter.shape)
+
+
+def module_tensors(slot: Slot) -> list[SlotTensor]:
+    """The tensors of the whole modules that an adapter has: their parameters, and the buffers that are saved."""
+    tensors: list[SlotTensor] = []
+    for path, module in modules_in(slot.host.base):
+        if isinstance(module, ModulesToSaveWrapper) and slot.adapter_name in module.modules_to_save:
+            whole = module.modules_to_save[slot.adapter_name]
+            for kind, named in ((SlotTensor, whole.named_parameters()), (_Buffer, whole.named_buffers())):
+                for key, _ in named:
+                    owner_path, _, name = key.rpartition(".")
+                    owner = whole.get_submodule(owner_path)
+                    if name not in owner._non_persistent_buffers_set:  # which no file has
+                        tensors.append(kind(f"{path}.{key}", key, owner, name, rank_axis=None))
+    return tensors
+
+
+def taken_apart(
+    room: Room, adapter: Adapter, member_name: str
+) -> tuple[Slot, Adapter, list[tuple[SlotTensor, torch.Tensor]]]:
+    """A slot and an adapter of LoRA alone, and what goes to the tensors of the modules."""
+    slot = room.slot
+    found, expected = getattr(adapter.config, "modules_to_save", None) or (), slot.config.modules_to_save
+    if set(found) != set(expected or ()):
+        raise refuse("other_modules_to_save", name=member_name, found=found, expected=expected)
+    tensors = {canonical_path(key): tensor for key, tensor in adapter.tensors.items()}
+    sources = []
+    for each in room.places.keys() - slot.tensors:
+        tensor = tensors.pop(each.key, None)
+        if tensor is None or tensor.shape != each.parameter.shape:
+            found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+            raise refuse("module_differs", key=each.key, found=found, expected=tuple(each.parameter.shape))
+        sources.append((each, tensor))
+    host = dataclasses.replace(slot.host, configs={slot.adapter_name: _without_modules(slot.config)})
+    alone = dataclasses.replace(
+        adapter,
+        config=_without_modules(adapter.config),
+        tensors={key: tensor for key, tensor in adapter.tensors.items() if canonical_path(key) in tensors},
+    )
+    return dataclasses.replace(slot, host=host), alone, sources
+
+
+def _without_modules(config: Config) -> Config:
+    config = copy.deepcopy(config)
+    config.modules_to_save = None
+    return config
