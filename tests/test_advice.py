@@ -1,0 +1,152 @@
+"""What refusals advise can be done: each call that they name exists and takes these arguments."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import inspect
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from models import KINDS, load, save_random_adapter
+from oracle import assert_equals_fresh_load
+from peft import PeftModel
+from refusals import refused
+
+import hotswap_lab
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    commit,
+    demo,
+    hotswap_adapter,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    verify_hotswap,
+)
+from hotswap_lab.widgets import RecompileMeter, RowPanel, SwapPanel
+from hotswap_lab.widgets.work import WorkingView
+
+#: what the names in the texts are
+NAMES = {
+    **{"pool": AdapterPool, "pipe": FluxPipeline, "meter": RecompileMeter, "Adapter": Adapter, "PeftModel": PeftModel},
+    **{
+        "hotswap_lab": hotswap_lab,
+        "hotswap_adapter": hotswap_adapter,
+        "RowPanel": RowPanel,
+        "AdapterPool": AdapterPool,
+    },
+}
+#: what is the user's own: any function will do
+OWN = {"generate"}
+#: which functions take an argument that is only named
+TAKEN_BY = {
+    "add_layers": (hotswap_adapter,),
+    "base_weights": (hotswap_adapter,),
+    "target_rank": (prepare_model_for_compiled_hotswap, AdapterPool),
+    "check_compiled": (prepare_model_for_compiled_hotswap, AdapterPool),
+    "adapters": (prepare_model_for_compiled_hotswap, AdapterPool),
+    "rows": (AdapterPool,),
+    "inputs": (verify_hotswap,),
+    "tokenizer": (SwapPanel,),
+    "template": (SwapPanel,),
+    "is_trainable": (PeftModel.from_pretrained,),
+}
+CALL = re.compile(r"[\w.]*\w\([^()]*(?:\([^()]*\)[^()]*)*\)|\.\w+\(\)")
+NAMED = re.compile(r"\b(\w+)=(?=\S)")
+
+
+def texts():
+    for path in sorted(Path(hotswap_lab.__file__).parent.rglob("refusals.ini")):
+        parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+        parser.read(path, encoding="utf-8")
+        yield from ((name, parser[name]["next"].replace("\n", " ")) for name in parser.sections())
+
+
+ADVICE = {name: text for name, text in texts() if CALL.search(text) or NAMED.search(text)}
+del ADVICE["no_adapters"]  # a command for the shell
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(KINDS["llama"], save_random_adapter(KINDS["llama"], tmp_path_factory.mktemp("adapter"), 1, r=2))
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_what_is_advised_can_be_called(name, model):
+    # values that are filled in are numbers here; an ellipsis is any argument
+    text = re.sub(r"\{\{.*?\}\}|\{[^{}]*\}", "0", ADVICE[name])
+    calls = CALL.findall(text)
+    assert calls or NAMED.search(text)
+    for call in calls:
+        node = ast.parse(call.lstrip("."), mode="eval").body
+        *path, last = ast.unparse(node.func).split(".")
+        if last in OWN:
+            continue
+        named = NAMES.get(path[0] if path else last)
+        # what has no name before it is a method of the model, of a widget, or of a pipeline
+        owner = named or next(each for each in (model, WorkingView, FluxPipeline) if hasattr(each, last))
+        function = named if named and not path else getattr(owner, last)
+        # a method of a class gets its object first
+        of_class = inspect.isclass(owner) and function is not owner and not inspect.ismethod(function)
+        arguments = [owner] * bool(of_class) + [0] * len(node.args)
+        inspect.signature(function).bind(*arguments, **{each.arg: 0 for each in node.keywords})
+    for argument in NAMED.findall(CALL.sub("", text)):
+        for function in TAKEN_BY[argument]:
+            parameters = inspect.signature(function).parameters
+            assert argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def test_advice_leads_somewhere_for_dora_in_a_model_prepared_for_lora(tmp_path):
+    """It is not to prepare for it, which is refused in turn."""
+    kind = KINDS["llama"]
+    old = save_random_adapter(kind, tmp_path / "old", 1, r=4)
+    dora = save_random_adapter(kind, tmp_path / "dora", 2, r=4, use_dora=True)
+    model = load(kind, old)
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    error = refused("in a model that is not prepared", hotswap_adapter, model, dora, "default")
+    assert "among `adapters`" not in str(error)
+    plain = load(kind, old)
+    refused("in a model that is not prepared", prepare_model_for_compiled_hotswap, plain, adapters=[dora])
+    hotswap_adapter(plain, dora, "default")
+    assert_equals_fresh_load(plain, kind, dora)
+
+
+def test_advice_of_a_pool_on_a_compiled_model_names_no_other_function():
+    model, _ = demo.load("reverse")
+    compiled, family = torch.compile(model, backend="eager"), {"sort": demo.adapter_path("sort")}
+    error = refused("compiled already", AdapterPool, compiled, adapters=family, progress=False)
+    assert "was called" not in str(error)
+
+
+def test_a_plan_can_be_carried_out_without_its_folder(tmp_path, model):
+    kind = KINDS["llama"]
+    folders = [
+        save_random_adapter(kind, tmp_path / name, seed, r=2) for seed, name in ((1, "old"), (2, "new"), (2, "same"))
+    ]
+    model = load(kind, folders[0])
+    plan = plan_hotswap(model, folders[1], "default")
+    shutil.rmtree(folders[1])
+    commit(plan)
+    assert_equals_fresh_load(model, kind, folders[2])
+
+
+def test_an_update_after_the_adapter_was_deleted_is_refused():
+    model, _ = demo.load("reverse")
+    pool = AdapterPool(model, adapters={"sort": demo.adapter_path("sort")}, progress=False)
+    model.delete_adapter("default")
+    adapter = Adapter.load(demo.adapter_path("double"))
+    refused("no longer where the pool put it", pool.update, "sort", dict(adapter.tensors), adapter.config)
+
+
+def test_unexpected_keys_are_named_as_peft_names_them(tmp_path):
+    """With the adapter's name in them, so that what looks for PEFT's text finds it."""
+    kind = KINDS["llama"]
+    narrow = save_random_adapter(kind, tmp_path / "narrow", 1, r=2, target_modules=["q_proj"])
+    wide = save_random_adapter(kind, tmp_path / "wide", 2, r=2, target_modules=["q_proj", "v_proj"])
+    keys = r"unexpected keys found: base_model\.model\.\S*v_proj\.lora_A\.default\.weight"
+    refused(keys, hotswap_adapter, load(kind, narrow), wide, "default")
