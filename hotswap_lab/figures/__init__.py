@@ -40,8 +40,8 @@ class Figure:
 
 
 def drawing(name: str) -> Figure:
-    """A picture that is always the same, from the folder ``pictures``: hotswap, lora, one_memory, rank_major, rows or
-    serving.
+    """A picture that is always the same, from the folder ``pictures``: engine, hotswap, lora, one_memory, rank_major,
+    rows or serving.
 
     >>> print(drawing("lora"))  # doctest: +ELLIPSIS
     LoRA: y = W x + scaling * B A x. ...
