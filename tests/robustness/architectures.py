@@ -178,7 +178,11 @@ class Report:
 class Case:
     """One check of one architecture with one random family."""
 
+    #: the beginning of each message that something may be refused with, and when that is right
+    refusals = RIGHT_REFUSALS
     model: nn.Module
+    #: the model, perhaps compiled
+    computing: nn.Module
     pool: AdapterPool
     now: Now
 
@@ -221,7 +225,7 @@ class Case:
             self.structure = "any"
         self.report.figures["families"] += 1
         self.reference = Reference(self.kind, self.folders)
-        self.model = load(self.kind, self.folders["a"], **loading).requires_grad_(False)
+        self.computing = self.model = load(self.kind, self.folders["a"], **loading).requires_grad_(False)
         self.members = {name: Member(name) for name in self.folders}
         self.now = self.all_have("a")
 
@@ -263,8 +267,8 @@ class Case:
             return True
         except HotswapError as error:
             summary = str(error).partition("\n")[0]
-        right = next((each for each in RIGHT_REFUSALS if re.match(each, summary)), None)
-        if right is not None and RIGHT_REFUSALS[right](self):
+        right = next((each for each in self.refusals if re.match(each, summary)), None)
+        if right is not None and self.refusals[right](self):
             self.report.refused[right] += 1
         else:
             self.wrong(f"{what} refused: {re.sub(NAMES, '…', summary)[:100]}")
@@ -414,13 +418,10 @@ class Case:
         """What the pool is told to do, in random order."""
         if not self.make_pool(rows):
             return
-        operations = [self.swap, self.swap, self.strength, self.off, self.update, self.update, self.undo, self.undo]
-        operations += [self.using, self.remove, self.add, self.hotswap, self.hotswap]
-        operations += [self.assign, self.assign, self.assign, self.assigned] if rows > 1 else []
         self.compare("of a new pool")
         # of all mistakes, that of an update to what was loaded is the quietest
         first = [self.update] if self.draw.random() < 0.3 else []
-        for operation in first + self.draw.choices(operations, k=8):
+        for operation in first + self.draw.choices(self.operations(rows), k=8):
             if not self.is_right:  # what follows is wrong as well
                 return
             operation()
@@ -429,16 +430,21 @@ class Case:
         if self.draw.random() < 0.3:
             self.move()
 
+    def operations(self, rows: int) -> list[Callable[[], None]]:
+        found = [self.swap, self.swap, self.strength, self.off, self.update, self.update, self.undo, self.undo]
+        found += [self.using, self.remove, self.add, self.hotswap, self.hotswap]
+        return found + ([self.assign, self.assign, self.assign, self.assigned] if rows > 1 else [])
+
     def compare(self, what: str) -> None:
         """Each row with its own fresh load."""
-        now, count = self.now, len(self.now.rows) if self.now.assigned else self.draw.randint(1, ROWS)
-        kind = self.kind.of(count, self.draw.choice([4, 5]))
+        now, (count, tokens) = self.now, self.draw_size()
+        kind = self.kind.of(count, tokens)
         if now.assigned and now.differs and self.draw.random() < 0.5:
             wrong = self.draw.choice([1, *[each for each in range(1, count + 2) if each % count]])
             with contextlib.suppress(HotswapError):  # as many tokens as there are rows
                 call(self.model, self.kind.of(wrong, count).inputs())
                 self.wrong(f"a batch of {wrong} is accepted where {count} rows are assigned")
-        if not self.done(f"a batch, {now},", call, self.model, kind.inputs()):
+        if not self.done(f"a batch, {now},", call, self.computing, kind.inputs()):
             return
         self.report.figures["row batches" if now.assigned else "results compared"] += 1
         for number, actual in enumerate(self.result):
@@ -446,6 +452,10 @@ class Case:
             truth = call(self.reference.loaded(row, now.strength), kind.inputs())
             if not self.same(f"a batch, {now}, {what}", actual, truth[number]):
                 return
+
+    def draw_size(self) -> tuple[int, int]:
+        """How many rows and tokens the next batch has."""
+        return len(self.now.rows) if self.now.assigned else self.draw.randint(1, ROWS), self.draw.choice([4, 5])
 
     def move(self) -> None:
         """Both are accepted, the swap and what follows, or both are refused."""
@@ -461,7 +471,7 @@ class Case:
     # ---- operations
 
     def put(self, now: Now) -> None:
-        self.history.append(self.now)
+        self.history = [*self.history[-99:], self.now]
         self.now = now
 
     def draw_wanted(self) -> tuple[Row, str | dict[str, float]]:
