@@ -14,14 +14,11 @@ import argparse
 import asyncio
 import contextlib
 import functools
-import io
 import itertools
 import math
 import os
 import random
 import re
-import select
-import signal
 import sys
 import tempfile
 import time
@@ -31,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -159,19 +157,17 @@ class Report:
     figures: Counter = field(default_factory=Counter)
     refused: Counter = field(default_factory=Counter)
     names: set[str] = field(default_factory=set)
-    #: by what went wrong: by architecture, the seeds
-    failures: dict[str, dict[str, list[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    #: by what went wrong: the architectures, and commands that show it again
+    failures: defaultdict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
 
     def __str__(self) -> str:
         figures = [f"{count} {what}" for what, count in self.figures.items()]
         lines = [", ".join([f"{len(self.names)} architectures", *figures])]
         lines += [f"{self.refused.total()} refused as they should be:"]
         lines += [f"{count:6}  {message}" for message, count in self.refused.most_common()]
-        lines += [f"{sum(len(seeds) for each in self.failures.values() for seeds in each.values())} failures:"]
+        lines += [f"{len(self.failures)} failures:"]
         for what, found in sorted(self.failures.items()):
-            name, seeds = min(found.items(), key=lambda each: each[1])
-            lines += [f"{sum(map(len, found.values())):6}  {what}  ({', '.join(found)})"]
-            lines += [f"        {COMMAND} --only {name} --checks {what.partition(':')[0]} --seed {seeds[0]} --cases 1"]
+            lines += [f"  {what}  ({', '.join(found)})", f"    {next(iter(found.values()))}"]
         return "\n".join(lines)
 
 
@@ -257,7 +253,8 @@ class Case:
         return self.now.differs and any(re.search(self.kind.mixed, path) for path in self.layers)
 
     def wrong(self, what: str) -> None:
-        self.report.failures[f"{self.check}: {what}"][self.name].append(self.seed)
+        command = f"{COMMAND} --only {self.name} --checks {self.check} --seed {self.seed} --cases 1"
+        self.report.failures[f"{self.check}: {what}"].setdefault(self.name, command)
 
     def done(self, what: str, action: Callable, *arguments: object, **options: object) -> bool:
         """Whether it was done; otherwise it was refused, and the model is untouched."""
@@ -563,29 +560,24 @@ class Case:
 @contextlib.contextmanager
 def forked(action: Callable[[], torch.Tensor]) -> Iterator[Callable[[], torch.Tensor]]:
     """Lets a copy of this process, as it is now, do something later."""
-    (ready, go), (answer, give) = os.pipe(), os.pipe()
-    if (child := os.fork()) == 0:
-        with contextlib.suppress(BaseException):
-            os.read(ready, 1)
-            torch.save(action(), buffer := io.BytesIO())
-            os.write(give, buffer.getvalue())
-        os._exit(0)
-    os.close(give)
+    processes = get_context("fork")
+    ours, theirs = processes.Pipe()
+
+    def later() -> None:
+        theirs.send(action().tolist() if theirs.recv() else None)
 
     def compute() -> torch.Tensor:
-        os.write(go, b".")
-        pieces = []
-        while select.select([answer], [], [], 60)[0] and (piece := os.read(answer, 1 << 16)):
-            pieces.append(piece)
-        return torch.load(io.BytesIO(b"".join(pieces)))
+        ours.send(True)
+        assert ours.poll(60)
+        return torch.tensor(ours.recv(), dtype=torch.float64)
 
+    process = processes.Process(target=later)
+    process.start()
     try:
         yield compute
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        for each in (ready, go, answer):
-            os.close(each)
+        process.kill()
+        process.join()
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {

@@ -7,7 +7,6 @@ words on what it did. Tables at the end list them: for safetensors files, for ``
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import shutil
@@ -122,36 +121,38 @@ def with_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Mutatio
     return mutate
 
 
-FLOATS = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
-WHOLE = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint64, torch.bool]
+DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]
+DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint64, torch.bool]
 
 
-def other_dtype(folder: Path, pick: Random) -> str:
-    tensors = tensors_of(folder)
-    keys = [pick.choice(list(tensors))] if pick.random() < 0.7 else list(tensors)
-    dtype = pick.choice([*FLOATS, *WHOLE, torch.complex64])
-    write_tensors(folder, tensors | {key: tensors[key].to(dtype) for key in keys})
-    return f"{len(keys)} tensors, such as {keys[0]}: {dtype}"
-
-
-def other_shape(folder: Path, pick: Random) -> str:
+def other_tensor(folder: Path, pick: Random) -> str:
+    """Of another dtype or shape, or with numbers that are not finite. Any that are finite are fine."""
     tensors = tensors_of(folder)
     key = pick.choice(list(tensors))
     one = tensors[key]
-    forms = [one.T, one[None], one[..., None], one.flatten(), one.flatten()[0], one[0], one[:0], one[:-1], one[..., :1]]
-    tensors[key] = pick.choice([*forms, torch.cat([one, one]), torch.cat([one, one[:1]])])
+    shapes = [
+        one.T,
+        one[None],
+        one[..., None],
+        one.flatten(),
+        one.flatten()[0],
+        one[0],
+        one[:0],
+        one[:-1],
+        one[..., :1],
+    ]
+    shapes += [one[..., :1], torch.cat([one, one]), torch.cat([one, one[:1]])]
+    numbers = [torch.full_like(one, each) for each in (3e38, 1e-45, -0.0)]
+    numbers += [torch.where(one == one.max(), float(each), one) for each in ("nan", "inf", "-inf")]
+    tensors[key] = pick.choice(pick.choice([[one.to(each) for each in DTYPES], shapes, numbers]))
     write_tensors(folder, tensors)
-    return f"{key}: {list(tensors[key].shape)}"
+    return f"{key}: {tensors[key].dtype}, {list(tensors[key].shape)}"
 
 
-def odd_number(folder: Path, pick: Random) -> str:
-    """One is not finite; or all are finite, however large or small, which is fine."""
-    tensors = tensors_of(folder)
-    key, value = pick.choice(list(tensors)), pick.choice([*map(float, ("nan", "inf", "-inf")), 3e38, 1e-45, -0.0])
-    numbers = tensors[key].view(-1)
-    numbers[slice(None) if math.isfinite(value) else pick.randrange(len(numbers))] = value
-    write_tensors(folder, tensors)
-    return f"{key}: {value}"
+def other_dtype(folder: Path, pick: Random) -> str:
+    dtype = pick.choice(DTYPES)
+    write_tensors(folder, {key: tensor.to(dtype) for key, tensor in tensors_of(folder).items()})
+    return str(dtype)
 
 
 M = "base_model.model."
@@ -197,8 +198,8 @@ def parts(folder: Path) -> tuple[dict, bytes]:
     return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
-def write(folder: Path, text: bytes, data: bytes, length: int | None = None) -> None:
-    length = len(text) if length is None else length
+def write(folder: Path, text: bytes, data: bytes, length: int = -1) -> None:
+    length = len(text) if length < 0 else length
     (folder / WEIGHTS).write_bytes(length.to_bytes(8, "little") + text + data)
 
 
@@ -241,18 +242,10 @@ def odd_header(folder: Path, pick: Random) -> str:
     texts += [text[:-1] + b", " + json.dumps({one: header[other]}).encode()[1:]]
     texts += [text.replace(b'"shape": [', b'"shape": [1], "shape": [', 1)]
     texts += [text.replace(b'"dtype"', b'"dtype": "F16", "dtype"', 1)]
-    new = pick.choice(texts)
-    write(folder, new, data)
-    return f"{len(new)} bytes, {new[:40]!r}"
-
-
-def header_length(folder: Path, pick: Random) -> str:
-    header, data = parts(folder)
-    text = json.dumps(header).encode()
-    wrong = [0, 1, len(text) - 1, len(text) + 1, len(text) * 2, 100_000_001, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
-    length = pick.choice(wrong)
-    write(folder, text, data, length)
-    return str(length)
+    lengths = [0, 1, len(text) - 1, len(text) + 1, 2 * len(text), 100_000_001, 2**31, 2**63 - 1, 2**63, 2**64 - 1]
+    new, length = pick.choice([*((each, -1) for each in texts), *((text, each) for each in lengths)])
+    write(folder, new, data, length)
+    return f"{len(new)} bytes, {new[:40]!r}, length {length}"
 
 
 # ---- .bin: a zip file of a pickle and of the tensors' bytes
@@ -276,27 +269,18 @@ FORMS = ("zip", "legacy", "pickle", "protocol 0")
 
 
 def attack(folder: Path, pick: Random) -> str:
-    """A pickle that runs something."""
+    """A pickle that runs something, or names a function of a module that is not imported yet."""
+    if pick.random() < 0.3:
+        module = pick.choice([CANARY, f"{CANARY}.inner", "antigravity", "torch.utils.cpp_extension"])
+        (folder / BIN).write_bytes(b"\x80\x02c" + module.encode() + b"\nrun\n)R.")
+        return module
     target = str(folder / CANARY)
-    calls = {
-        "mkdir": Attack(os.mkdir, target),
-        "system": Attack(os.system, f"touch {target}"),
-        "exec": Attack(exec, f"open({target!r}, 'w')"),
-        "eval": Attack(eval, f"__import__('os').mkdir({target!r})"),
-        "getattr": Attack(getattr, os, "mkdir"),
-        "torch.load": Attack(torch.load, target),
-    }
-    name = pick.choice(list(calls))
-    call = calls[name]
+    calls = [(os.mkdir, target), (os.system, f"touch {target}"), (exec, f"open({target!r}, 'w')")]
+    calls += [(eval, f"__import__('os').mkdir({target!r})"), (getattr, os, "mkdir"), (torch.load, target)]
+    function, *arguments = pick.choice(calls)
+    call = Attack(function, *arguments)
     content = pick.choice([{**tensors_of(folder), "x": call}, call, {"x": [call]}, {call: 1}])
-    return f"{name}, {as_bin(content, pick.choice(FORMS))(folder, pick)}"
-
-
-def imports(folder: Path, pick: Random) -> str:
-    """A pickle that names a function of a module that is not imported yet."""
-    module = pick.choice([CANARY, f"{CANARY}.inner", "antigravity", "torch.utils.cpp_extension"])
-    (folder / BIN).write_bytes(b"\x80\x02c" + module.encode() + b"\nrun\n)R.")
-    return module
+    return f"{function.__name__}, {as_bin(content, pick.choice(FORMS))(folder, pick)}"
 
 
 def expanded(*size: int) -> torch.Tensor:
@@ -306,16 +290,8 @@ def expanded(*size: int) -> torch.Tensor:
 
 def zip_bomb(folder: Path, pick: Random) -> str:
     """Little in the file, much in memory."""
-    kind = pick.choice(["deflated", "expanded", "declared"])
-    if kind == "expanded":
-        as_bin({KEY: expanded(*pick.choice([(6, 10**12), (10**6, 10**6), (6, 2**28)]))})(folder, pick)
-    elif kind == "deflated":
-        deflated(folder, pick)
-    else:
-        as_bin({KEY: torch.zeros(3)}, "legacy")(folder, pick)
-        content = (folder / BIN).read_bytes()
-        (folder / BIN).write_bytes(content.replace(b"cpu\nq\x07K\x03N", b"cpu\nq\x07J\xff\xff\xff\x7fN"))
-    return kind
+    sizes = pick.choice([(6, 10**12), (10**6, 10**6), (6, 2**28), ()])
+    return as_bin({KEY: expanded(*sizes)})(folder, pick) if sizes else deflated(folder, pick)
 
 
 def deflated(folder: Path, pick: Random) -> str:
@@ -412,44 +388,28 @@ PATTERNS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"
 PATTERNS += ("feedforward_modules",)
 
 
+TYPES = [*sorted(each.value for each in PeftType), "lora", "X", "", 5, None, ["LORA"], {}]
+GONE = object()
+#: which fields, any if the config has none of these; and what is written there
+FIELDS = [
+    ((), VALUES),
+    (SIZES, NUMBERS),
+    (("peft_type",), TYPES),
+    (PATTERNS, EXPRESSIONS),
+    (PATTERNS, [{each: 5} for each in EXPRESSIONS]),
+    (PATTERNS, [[each] for each in EXPRESSIONS]),
+    ((), [GONE]),
+]
+
+
 def wrong_field(folder: Path, pick: Random) -> str:
-    """A field has a value of any JSON type."""
-    return with_config(**{pick.choice(sorted(config_of(folder))): pick.choice(VALUES)})(folder, pick)
-
-
-def wrong_size(folder: Path, pick: Random) -> str:
-    config = config_of(folder)
-    name = pick.choice([each for each in SIZES if each in config] or sorted(config))
-    return with_config(**{name: pick.choice(NUMBERS)})(folder, pick)
-
-
-def wrong_expression(folder: Path, pick: Random) -> str:
-    config, expression = config_of(folder), pick.choice(EXPRESSIONS)
-    name = pick.choice([each for each in PATTERNS if each in config] or ["modules_to_save"])
-    value = expression
-    if name.startswith(("rank", "alpha")):
-        value = {expression: 5}
-    elif name in ("modules_to_save", "layers_pattern"):
-        value = [expression]
-    more = {"layers_to_transform": [0]} if name == "layers_pattern" else {}
-    return with_config(**{name: value}, **more)(folder, pick)
-
-
-def missing_field(folder: Path, pick: Random) -> str:
-    config = config_of(folder)
-    name = pick.choice(sorted(config))
-    del config[name]
-    (folder / CONFIG).write_text(json.dumps(config))
-    return name
-
-
-def other_type(folder: Path, pick: Random) -> str:
-    """Another PEFT type, with or without the fields that it needs."""
-    kind = pick.choice([*sorted(each.value for each in PeftType), "lora", "X", "", 5, None, ["LORA"], {}])
-    if pick.random() < 0.5:
-        return with_config(peft_type=kind)(folder, pick)
-    (folder / CONFIG).write_text(json.dumps({"peft_type": kind}))
-    return f"only {kind}"
+    config, (names, values) = config_of(folder), pick.choice(FIELDS)
+    name, value = pick.choice([each for each in names if each in config] or sorted(config)), pick.choice(values)
+    config[name] = value
+    if name == "layers_pattern":
+        config["layers_to_transform"] = [0]
+    (folder / CONFIG).write_text(json.dumps({key: each for key, each in config.items() if each is not GONE}))
+    return f"{name}: {str(value)[:60]}"
 
 
 def config_text(folder: Path, pick: Random) -> str:
@@ -538,17 +498,16 @@ def nothing(folder: Path, pick: Random) -> str:
     return "as it was"
 
 
-SAFETENSORS: tuple[Mutation, ...] = (wrong_entry, odd_header, header_length)
-BINS: tuple[Mutation, ...] = (attack, imports, zip_bomb, odd_content)
+SAFETENSORS: tuple[Mutation, ...] = (wrong_entry, odd_header, odd_header)
+BINS: tuple[Mutation, ...] = (attack, attack, zip_bomb, odd_content)
 ANY: tuple[Mutation, ...] = (
-    *(flip_bits, other_length, other_dtype, other_shape, odd_number, other_name, missing_names, wrong_field),
-    *(wrong_size, wrong_expression, missing_field, other_type, config_text, hooks, other_model, second_file, nothing),
-    strange_file,
+    *(flip_bits, other_length, other_tensor, other_tensor, other_dtype, other_name, missing_names, config_text),
+    *(wrong_field, wrong_field, wrong_field, hooks, other_model, second_file, nothing, strange_file),
 )
 #: done after all others: these would unpack gigabytes here, wait for ever at a pipe, and damage what a link leads to
 LAST = (zip_bomb, strange_file)
 
 
-def mutations_for(is_bin: bool) -> tuple[Mutation, ...]:
-    """All that can be done to a folder."""
-    return (BINS if is_bin else SAFETENSORS) + ANY
+def mutations_for(seed: str) -> tuple[Mutation, ...]:
+    """All that can be done to its folder."""
+    return (BINS if seed == "bin" else SAFETENSORS) + ANY

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import KINDS, call, load, save_random_adapter
+from adapters import save_random_adapter_of
+from models import KINDS, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs, files_in, plain, surroundings
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel
 from row_truth import Truth
 
 import hotswap_lab
@@ -87,27 +88,12 @@ class Shelf:
         self.folder = folder
         self._made: dict[tuple, str] = {}
 
-    def __call__(self, seed: int, **lora) -> str:
-        return self._get(("lora", seed, repr(lora)), lambda path: save_random_adapter(LINEAR, path, seed, **lora))
-
-    def other(self, seed: int, config: object) -> str:
-        """An adapter of any method, all of its tensors random."""
-
-        def make(path: str) -> None:
-            model = get_peft_model(LINEAR.base(), config)
-            generator = torch.Generator().manual_seed(seed)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-            model.save_pretrained(path)
-
-        return self._get(("other", seed, repr(config)), make)
-
-    def _get(self, key: tuple, make: Callable[[str], object]) -> str:
+    def __call__(self, seed: int, config: PeftConfig | None = None, **lora) -> str:
+        config = config or LoraConfig(**{"target_modules": list(LINEAR.modules), **lora})
+        key = seed, repr(config)
         if key not in self._made:
-            path = str(self.folder / f"adapter_{len(self._made)}")
-            make(path)
-            self._made[key] = path
+            folder = self.folder / f"adapter_{len(self._made)}"
+            self._made[key] = save_random_adapter_of(config, folder, seed, LINEAR)
         return self._made[key]
 
 
@@ -221,7 +207,7 @@ def _swap_case(old, new, other=None, way=None, target_rank=None, **arguments):
     "hotswap: IA3", *(IA3Config(target_modules=t, feedforward_modules=[]) for t in (["first", "last"], ["last"]))
 )
 def _swap_other(old_config, new_config, shelf):
-    return _swap_case(shelf.other(1, old_config), shelf.other(2, new_config))
+    return _swap_case(shelf(1, old_config), shelf(2, new_config))
 
 
 @operation("hotswap: add DoRA to layers of another adapter")
@@ -267,7 +253,7 @@ def _prepare(shelf):
 
 @operation("prepare: LoHa")
 def _prepare_loha(shelf):
-    old = shelf.other(1, LoHaConfig(r=3, target_modules=["first", "last"], module_dropout=0.1))
+    old = shelf(1, LoHaConfig(r=3, target_modules=["first", "last"], module_dropout=0.1))
     return _on(
         lambda: _trained(old),
         lambda model: prepare_model_for_compiled_hotswap(model, target_rank=5),

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from adapters import save_random_adapter_of
+from adapters import CONFIGS, kind_for, save_random_adapter_of
+from lora_kinds import FAMILIES
 from models import KINDS, Kind
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PromptTuningConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
-@dataclass(frozen=True)
-class Seed:
-    """An adapter to damage, and the one that is in the model before."""
+class Seed(NamedTuple):
+    """The adapter that is in the model, and the one to damage."""
 
     kind: Kind
     loaded: PeftConfig
     new: PeftConfig
-    is_bin: bool = False
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -31,34 +30,18 @@ class Seed:
         return ("hotswap", "plan", *(("pool", "prepare") if is_plain else ()))
 
 
-def _seed(kind: str, make: type[PeftConfig], both: dict, loaded: dict, new: dict, is_bin: bool = False) -> Seed:
-    return Seed(KINDS[kind], make(**both, **loaded), make(**both, **new), is_bin)
-
-
-LINEAR = dict(target_modules=list(KINDS["linear"].modules))
-FEW = dict(target_modules=["q_proj", "down_proj"])
+LINEAR, FEW = list(KINDS["linear"].modules), ["q_proj", "down_proj"]
 PATTERNS = dict(rank_pattern={"blocks.0": 5, "^last": 2}, alpha_pattern={r"blocks\.[01]": 12}, use_rslora=True)
-IA3 = dict(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+PLAIN = Seed(KINDS["linear"], LoraConfig(r=4, target_modules=LINEAR), LoraConfig(r=6, target_modules=LINEAR))
 SEEDS = {
-    "linear": _seed("linear", LoraConfig, LINEAR, dict(r=4), dict(r=6)),
-    "llama": _seed("llama", LoraConfig, FEW, dict(r=2), dict(r=3, lora_alpha=5)),
-    "patterns": Seed(
-        KINDS["linear"],
-        LoraConfig(r=4, **LINEAR),
-        LoraConfig(r=3, target_modules=r"first|blocks\.\d|last", **PATTERNS),
+    "linear": PLAIN,
+    "bin": PLAIN,
+    "patterns": PLAIN._replace(new=LoraConfig(r=3, target_modules=r"first|blocks\.\d|last", **PATTERNS)),
+    "llama": Seed(
+        KINDS["llama"], *(LoraConfig(r=rank, lora_alpha=5 * rank - 7, target_modules=FEW) for rank in (2, 3))
     ),
-    "dora": _seed("llama", LoraConfig, FEW | dict(use_dora=True), dict(r=2), dict(r=3)),
-    "ia3": _seed("llama", IA3Config, IA3, {}, {}),
-    "loha": _seed("linear", LoHaConfig, LINEAR, dict(r=2), dict(r=3, alpha=4)),
-    "saved module": _seed("llama", LoraConfig, FEW | dict(modules_to_save=["lm_head"]), dict(r=2), dict(r=3)),
-    "prompt": _seed(
-        "llama",
-        PromptTuningConfig,
-        dict(task_type="CAUSAL_LM"),
-        dict(num_virtual_tokens=3),
-        dict(num_virtual_tokens=4),
-    ),
-    "bin": _seed("linear", LoraConfig, LINEAR, dict(r=4), dict(r=6), is_bin=True),
+    **{name: Seed(KINDS["llama"], *FAMILIES[name][1][:2]) for name in ("DoRA", "modules_to_save")},
+    **{name: Seed(kind_for(name), *CONFIGS[name][:2]) for name in ("IA3", "LoHa", "PromptTuning")},
 }
 
 
@@ -67,6 +50,6 @@ def make_seeds(root: Path) -> None:
     for name, seed in SEEDS.items():
         for part, number in (("loaded", 1), ("new", 2)):
             folder = save_random_adapter_of(getattr(seed, part), root / name / part, number, seed.kind)
-            if seed.is_bin:
+            if name == "bin":
                 torch.save(load_file(f"{folder}/{WEIGHTS}"), f"{folder}/{BIN}")
                 os.remove(f"{folder}/{WEIGHTS}")

@@ -46,13 +46,13 @@ def laboratory(tmp_path_factory):
 
 def run_trials(laboratory: Laboratory, count: int, seed: int) -> list[Trial]:
     """Tries ``count`` mutations; the same for the same numbers."""
-    pairs = [(name, mutation) for name, each in SEEDS.items() for mutation in mutations_for(each.is_bin)]
+    pairs = [(name, mutation) for name, each in SEEDS.items() for mutation in mutations_for(name)]
     trials = []
     # one pair after another would be one seed only
     Random(0).shuffle(pairs)
     for number, (name, mutation) in enumerate(itertools.islice(itertools.cycle(pairs), count)):
         draw = Random(f"{seed}/{number}")
-        more = draw.sample(mutations_for(SEEDS[name].is_bin), draw.choice([0, 0, 0, 0, 1, 2]))
+        more = draw.sample(mutations_for(name), draw.choice([0, 0, 0, 0, 1, 2]))
         mutations = [(each, Random(f"{seed}/{number}/{rank}")) for rank, each in enumerate((mutation, *more))]
         trials.append(laboratory.attempt(name, mutations, draw.choice(SEEDS[name].ways)))
     return trials
@@ -105,9 +105,9 @@ def test_good_folders(laboratory, seed, way):
         # what a config names is not read
         ("linear", with_config(auto_mapping={"base_model_class": "run", "parent_library": CANARY})),
         ("linear", with_config(base_model_name_or_path="/etc", revision="../../x")),
-        ("prompt", with_config(**TEXT, tokenizer_name_or_path="/dev/zero")),
+        ("PromptTuning", with_config(**TEXT, tokenizer_name_or_path="/dev/zero")),
         # RuntimeError, from looking for NaN in nothing
-        ("ia3", with_tensors(lambda tensors: tensors.update({key: each.int() for key, each in tensors.items()}))),
+        ("IA3", with_tensors(lambda tensors: tensors.update({key: each.int() for key, each in tensors.items()}))),
     ],
 )
 def test_swapped_in(laboratory, seed, damage):
@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[str, Mutation, str] | tuple[str, Mutation, str, str]] =
         for each in PATTERNS
     },
     "a reference to no group": (
-        "dora",
+        "DoRA",
         with_config(layers_pattern=[r"\1"], layers_to_transform=[0]),
         "regular expression",
     ),
@@ -164,16 +164,16 @@ REFUSED: dict[str, tuple[str, Mutation, str] | tuple[str, Mutation, str, str]] =
     # the memory was taken, or at least asked for
     **{
         f"a billion ranks, {seed} by {way}": (seed, with_config(r=HUGE), "", way)
-        for seed, way in (("loha", "hotswap"), ("linear", "hotswap"), ("linear", "pool"), ("linear", "prepare"))
+        for seed, way in (("LoHa", "hotswap"), ("linear", "hotswap"), ("linear", "pool"), ("linear", "prepare"))
     },
     "a million ranks, in a pool": ("linear", with_config(r=10**6), "", "pool"),
-    "a billion virtual tokens": ("prompt", with_config(num_virtual_tokens=HUGE), ""),
+    "a billion virtual tokens": ("PromptTuning", with_config(num_virtual_tokens=HUGE), ""),
     # a text of 100,000 characters, and a name that upsets a terminal
     "a long name": ("linear", with_tensors(long_name), r"\A[^\u202e\x1b]+\Z"),
     # a fresh load ignores the tensor; it was swapped in
     **{
         f"a name without its prefix, {seed}": (seed, with_tensors(without_prefix), "prefix")
-        for seed in ("linear", "dora", "ia3")
+        for seed in ("linear", "DoRA", "IA3")
     },
     **{f"an attack by {form}": ("bin", attack(form), "can't be read") for form in FORMS},
     "a small archive of much": ("bin", deflated, "compressed"),

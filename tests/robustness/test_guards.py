@@ -12,7 +12,6 @@ import torch
 from adapters import CONFIGS, kind_for, save_random_adapter_of
 from lengths import few_of
 from models import load
-from peft import FourierFTConfig, PeftModel, get_peft_model
 
 from hotswap_lab import Adapter, HotswapError, hotswap_adapter, verify_hotswap
 from hotswap_lab.beyond.guards import MemoryGuard, TooLargeError, memory_guard, take_out
@@ -51,6 +50,12 @@ def test_many_small_ones_add_up():
 def test_a_method_may_take_what_its_tensors_and_the_model_take():
     guard = memory_guard(torch.nn.Linear(1000, 1000, bias=False), [torch.empty(1000)])
     assert guard.limit > 4_000_000 + 4_000
+
+
+def test_methods_that_draw_an_order_of_all_weights_are_let_through():
+    """In int64, it takes four times as much as the weights of a base in bf16; and 12 bytes more are taken of each."""
+    base = torch.nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16, device="meta")
+    assert memory_guard(base, []).limit > (8 + 12) * base.weight.numel()
 
 
 def test_what_a_prompt_starts_from_is_not_read():
@@ -93,25 +98,3 @@ def test_no_method_takes_memory_for_a_number_in_its_config(tmp_path, name):
             assert not re.search("allocate|MemoryError", text), (key, text)
             setattr(adapter.config, key, value)
     hotswap_adapter(model, adapter, "default")
-
-
-@pytest.mark.long
-def test_methods_that_draw_an_order_of_all_weights_are_let_through(tmp_path):
-    """On a base of some size: an order of the weights of a layer takes four times as much as these, in bf16."""
-    config = FourierFTConfig(n_frequency=10, target_modules=["0", "1", "2"])
-
-    def base():
-        torch.manual_seed(0)
-        return torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in range(3)])
-
-    for seed in (1, 2):
-        model = get_peft_model(base(), FourierFTConfig(**{**config.to_dict(), "random_loc_seed": seed}))
-        for name, parameter in model.named_parameters():
-            if "fourierft" in name:
-                parameter.data.normal_()
-        model.save_pretrained(tmp_path / str(seed))
-    model = PeftModel.from_pretrained(base(), tmp_path / "1")
-    hotswap_adapter(model, tmp_path / "2", "default")
-    fresh, x = PeftModel.from_pretrained(base(), tmp_path / "2"), torch.randn(3, 2048, dtype=torch.bfloat16)
-    with torch.no_grad():
-        assert torch.equal(model(x), fresh(x))
