@@ -1,6 +1,6 @@
 """Very many operations: no drift, no recompile, no memory, file or thread that is not given back.
 
-With ``TIMES=50``, 50,000 operations on a pool, as many on one with rows, and 25,000 swaps from disk.
+With ``TIMES=50``, 30,000 operations on a pool, as many on one with rows, and 20,000 swaps from disk.
 """
 
 from __future__ import annotations
