@@ -131,7 +131,7 @@ def other_tensor(folder: Path, pick: Random) -> str:
     key = pick.choice(list(tensors))
     one = tensors[key]
     shapes = [
-        one.T,
+        one.movedim(0, -1),
         one[None],
         one[..., None],
         one.flatten(),

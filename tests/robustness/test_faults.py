@@ -132,14 +132,14 @@ class Hunt:
 
 
 def chosen(places: list[str], unit: str, share: float) -> list[int]:
-    """Steps for the short form: while writing, each place the first and the last time; before, some of them."""
+    """Steps for the short form: while writing, each place the first and the last time; before, some."""
     numbered = list(enumerate(places, 1))
     start = next((number for number, place in numbered if place.startswith(WRITING)), len(places) + 1) - 1
     firsts = [{place: number for number, place in reversed(each)} for each in (numbered[:start], numbered[start:])]
     late = {*firsts[1].values(), *{place: number for number, place in numbered[start:]}.values()}
     return [
         *_some(sorted(firsts[0].values()), math.ceil(BEFORE_WRITING[unit] * share)),
-        *_some(sorted(late), math.ceil(WHILE_WRITING[unit] * share)),
+        *_some(sorted(late, reverse=True), math.ceil(WHILE_WRITING[unit] * share)),
     ]
 
 

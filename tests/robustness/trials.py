@@ -78,6 +78,7 @@ STRICTER = {
     "for another task than the model was loaded for": "another class of model would be needed",
     "far larger than the layers": "room for such a rank would take more memory than the model",
     "higher than the model was prepared for": "a prepared model has fixed room",
+    "pass add_layers=True": "layers are added only where a swap is asked to add them",
     "can't be done in a prepared model": "a prepared model has fixed room",
 }
 
