@@ -5,8 +5,8 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 
-from hotswap_lab.lessons.exercise import Exercise
 from hotswap_lab.figures import Figure
+from hotswap_lab.lessons.exercise import Exercise
 
 
 def assert_tells_right_from_wrong(

@@ -20,8 +20,6 @@ import inspect
 import os
 import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,44 +119,6 @@ def run_with_fault(
         kept = signal.getsignal(signal.SIGINT) is handler
         signal.signal(signal.SIGINT, handler)
     return Outcome(where, error, kept)
-
-
-def run_with_ctrl_c(action: Callable[[], object], delay: float) -> Outcome:
-    """Runs ``action`` and presses Ctrl-C ``delay`` seconds after it has begun: a real signal, which comes anywhere.
-
-    False in a condition if the action had ended by then.
-    """
-    handler, ended, error, came = signal.getsignal(signal.SIGINT), False, None, []
-
-    def press(*_: object) -> None:
-        came.append(True)
-        signal.raise_signal(signal.SIGINT)
-
-    # the system's own timer: a thread of ours would first have to be started, and to get a turn
-    former = signal.signal(signal.SIGALRM, press)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-6))
-        action()
-        ended = True
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        time.sleep(0.001)  # in which a signal that another thread has just taken is delivered
-    except KeyboardInterrupt as raised:
-        error = raised
-    except ValueError as raised:  # a HotswapError is one, too
-        # safetensors may drop it while it makes a tensor of a storage, and say that this can't be done
-        if "UntypedStorage" not in str(raised):
-            raise
-        error = raised
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
-    kept = signal.getsignal(signal.SIGINT) is handler
-    if ended and (error is not None or not came):
-        return Outcome("", None, kept)
-    # where Python can't raise, such as while an object is destroyed, Ctrl-C is reported and forgotten
-    frames = [] if error is None else [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    last = next((_place(frame) for frame in reversed(frames) if frame.f_code is not press.__code__), "nowhere")
-    return Outcome(f"{last}, after {delay * 1e3:.2f} ms", error, kept)
 
 
 def list_steps(action: Callable[[], object], unit: str = "line") -> list[str]:

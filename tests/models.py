@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 # A model card is no part of any test here, and PEFT takes longer to write one than for the rest of a small adapter.
@@ -222,9 +223,18 @@ def save_random_adapter(kind: Kind, folder: Path, seed: int, config: LoraConfig 
     return str(folder)
 
 
+def save_family(kind: Kind, folder: Path, *family: dict) -> list[str]:
+    """One adapter for each config, each with a seed and a folder of its own."""
+    return [save_random_adapter(kind, folder / f"adapter {seed}", seed, **lora) for seed, lora in enumerate(family, 1)]
+
+
 def load(kind: Kind, folder: str, adapter_name: str = "default", **kwargs) -> PeftModel:
     """What a user does: a fresh base model and PEFT's own loading."""
     return PeftModel.from_pretrained(kind.base(), folder, adapter_name=adapter_name, **kwargs).eval()
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def call(model: nn.Module, inputs) -> torch.Tensor:

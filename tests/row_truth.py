@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
-from models import Kind, call, load
+from models import Kind, call, load, save_random_adapter
 from peft.tuners.lora import LoraLayer
 
 #: of the largest output, how far off a row may be; and how far the adapters must be from the base model and each other
 TOLERANCE, MARGIN = 1e-5, 100
+
+
+def family(kind: Kind, folder: Path) -> dict[str, str]:
+    """Adapters of other ranks, scalings, patterns, and such that lack layers; none has a rank above 7."""
+    first, last = kind.modules[0], kind.modules[-1]
+    settings = {
+        "a": dict(r=4, lora_alpha=6),
+        "b": dict(r=7, lora_alpha=5, use_rslora=True, lora_dropout=0.3),
+        "c": dict(r=2, lora_alpha=6, target_modules=[first]),
+        "d": dict(r=3, lora_alpha=4, rank_pattern={last: 5}, alpha_pattern={first: 9}),
+        "e": dict(r=1, lora_alpha=3, target_modules=[last]),
+    }
+    return {
+        name: save_random_adapter(kind, folder / name, seed=number, **lora)
+        for number, (name, lora) in enumerate(settings.items())
+    }
+
 
 Wanted = str | Mapping[str, float] | None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import inspect
 import itertools
 import os
@@ -37,7 +38,8 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.pools import adapter_pool as pool_module
+from hotswap_lab.core.engine import NoLock
+from hotswap_lab.engine import ENGINE
 from hotswap_lab.threads import bases_of, held, turns_of
 
 KIND = KINDS["linear"]
@@ -442,10 +444,8 @@ def test_two_models_are_taken_in_one_order(folders):
         assert not thread.is_alive()
 
 
-def test_without_turns_the_door_stands_open(model, folders, inside, monkeypatch):
-    """Core knows of no threads: it swaps on its own, whoever computes."""
-    monkeypatch.setattr(guard_module, "turns", None)
-    hotswap_adapter(model, folders["new"], "default")
+def test_an_engine_without_a_lock_does_not_wait(model, folders, inside):
+    dataclasses.replace(ENGINE, lock=NoLock()).hotswap_adapter(model, folders["new"], "default")
     assert_equals_fresh_load(model, KIND, folders["new"])
 
 

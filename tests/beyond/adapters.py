@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import peft
 import torch
+from lora_kinds import FAMILIES, MODELS
 from models import KINDS, Kind
 from peft import PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 LLAMA = KINDS["llama"]
 MLP = KINDS["linear"]
@@ -39,7 +42,11 @@ def _prompt(name: str, first: dict, second: dict) -> list[PeftConfig]:
 
 #: by name: configs that are swapped for one another, in every order. Those of one list are all of one method.
 CONFIGS: dict[str, list[PeftConfig]] = {
-    "LoHa": _both("LoHa", dict(r=4, alpha=8), dict(r=6, alpha=3, rank_dropout=0.1)),
+    "LoHa": _both(
+        "LoHa",
+        dict(r=4, alpha=8),
+        dict(r=6, alpha=3, rank_dropout=0.1, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 9}),
+    ),
     "LoKr": _both("LoKr", dict(r=2, alpha=4), dict(r=4, alpha=2, decompose_both=True, decompose_factor=4)),
     "IA3": [
         _config("IA3", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -156,6 +163,13 @@ def kind_for(name: str) -> Kind:
     return Kind(LLAMA.make_random, lambda: {**LLAMA.make_inputs(), **tasks}, LLAMA.modules)
 
 
+#: these and all kinds of LoRA, by name: the model, and the configs that are swapped for one another
+METHODS: dict[str, tuple[Kind, list[PeftConfig]]] = {
+    **{name: (kind_for(name), configs) for name, configs in CONFIGS.items()},
+    **{name: (MODELS[model], configs) for name, (model, configs) in FAMILIES.items()},
+}
+
+
 def save_random_adapter_of(config: PeftConfig, folder: Path, seed: int, kind: Kind = LLAMA) -> str:
     """Makes an adapter with random weights with PEFT alone, and saves it with PEFT alone."""
     with torch.random.fork_rng():
@@ -166,3 +180,15 @@ def save_random_adapter_of(config: PeftConfig, folder: Path, seed: int, kind: Ki
                 parameter.data.add_(0.2 * torch.randn_like(parameter.data))
         model.save_pretrained(folder)
     return str(folder)
+
+
+def with_other_base_weights(folder: str, target: Path) -> str:
+    """The same adapter, in a file that changes what it has of the base model's own weights: embeddings."""
+    shutil.copytree(folder, target)
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(f"{folder}/adapter_model.safetensors")
+    for key, tensor in tensors.items():
+        if "lora_" not in key:
+            tensors[key] = tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, f"{target}/adapter_model.safetensors", metadata={"format": "pt"})
+    return str(target)

@@ -110,6 +110,11 @@ FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
         "bert",
         [_bert(bias="all"), _bert(r=2, bias="lora_only"), _bert(r=8, bias="all", target_modules=["value"])],
     ),
+    # of other target modules, the file has other keys
+    "lora_only": (
+        "bert",
+        [_bert(bias="lora_only", target_modules=modules) for modules in (["query"], ["query", "value"], ["dense"])],
+    ),
     "modules_to_save": (
         "llama",
         [*_pair(modules_to_save=["lm_head"]), _lora(), _lora(modules_to_save=["lm_head", "embed_tokens"])],

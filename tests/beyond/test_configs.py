@@ -1,77 +1,62 @@
-"""What is said of a config before anything of its adapter is looked at."""
+"""What is refused for what a config says, whatever tensors come with it."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
-from peft import IA3Config, LoraConfig, RandLoraConfig, XLoraConfig
+from lora_kinds import LLAMA
+from models import load
+from oracle import assert_equals_fresh_load
+from peft import XLoraConfig
+from refusals import refused
 
-from hotswap_lab.beyond.configs import extra_state, judge
+from hotswap_lab import Adapter, hotswap_adapter, hotswap_adapter_from_state_dict
+from hotswap_lab.beyond.configs import judge
+
+#: what is changed in a config, and what the refusal names
+MALFORMED = [
+    ("LoRA", dict(r=True), "r=True"),
+    ("LoRA", dict(r=0), "r=0"),
+    ("LoRA", dict(lora_alpha=float("nan")), "lora_alpha=nan"),
+    ("LoRA", dict(lora_dropout=1.5), "lora_dropout=1.5"),
+    ("LoRA", dict(use_rslora="yes"), "use_rslora='yes'"),
+    ("LoRA", dict(rank_pattern={"q_proj": 2.5}), "rank_pattern="),
+    ("LoRA", dict(alpha_pattern={3: 2}), "alpha_pattern="),
+    ("LoRA", dict(target_modules=[1, 2]), "target_modules="),
+    ("LoRA", dict(target_modules="(unclosed"), "unclosed"),
+    ("LoRA", dict(alpha_pattern={"(unclosed": 2}), "unclosed"),
+    ("LoRA", dict(init_lora_weights="pissa"), "changes the base model's own weights"),
+    ("RandLora", dict(randlora_alpha=float("inf")), "randlora_alpha=inf"),
+]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(r=True),
-        dict(r=0),
-        dict(lora_alpha=float("nan")),
-        dict(lora_dropout=1.5),
-        dict(use_rslora="yes"),
-        dict(rank_pattern={"q_proj": 2.5}),
-        dict(alpha_pattern={3: 2}),
-        dict(target_modules=[1, 2]),
-        dict(target_modules="(unclosed"),
-        dict(alpha_pattern={"(unclosed": 2}),
-    ],
-)
-def test_malformed_configs(changes):
-    config = LoraConfig(target_modules=["q_proj"])
-    assert not list(judge(config, "new"))
+@pytest.fixture
+def adapters(folders) -> dict[str, Adapter]:
+    return {"LoRA": Adapter.load(folders("DoRA")[2]), "RandLora": Adapter.load(folders("RandLora")[0])}
+
+
+@pytest.mark.parametrize(("method", "changes", "match"), MALFORMED)
+def test_malformed_configs(adapters, method, changes, match):
+    adapter = adapters[method]
+    model, wrong = load(LLAMA, adapter.source), copy.deepcopy(adapter.config)
     for name, value in changes.items():
-        setattr(config, name, value)
-    assert list(judge(config, "new"))
+        setattr(wrong, name, value)
+    refused(match, hotswap_adapter_from_state_dict, model, adapter.tensors, "default", wrong)
 
 
-def test_the_loaded_adapter_is_not_asked_for_the_kind_of_its_values():
-    """PEFT has taken them, and computes with them."""
-    config = LoraConfig(target_modules=["q_proj"])
-    config.r = 4.0
-    assert list(judge(config, "new"))
-    assert not list(judge(config, "loaded"))
-
-
-def test_of_other_methods_only_numbers_are_judged():
-    config = RandLoraConfig(target_modules=["q_proj"])
-    assert not list(judge(config, "new"))
-    config.randlora_alpha = float("inf")
-    assert [refusal.found for refusal in judge(config, "new")] == ["randlora_alpha=inf"]
+def test_the_loaded_adapter_is_not_asked_for_the_kind_of_its_values(adapters):
+    """PEFT has taken them, and computes with them. But it may have changed the base model's own weights."""
+    adapter = adapters["LoRA"]
+    model = load(LLAMA, adapter.source)
+    model.peft_config["default"].r = 4.0
+    hotswap_adapter(model, adapter, "default")
+    assert_equals_fresh_load(model, LLAMA, adapter.source)
+    model.peft_config["default"].init_lora_weights = "pissa"
+    refused("changes the base model's own weights", hotswap_adapter, model, adapter, "default")
 
 
 @pytest.mark.parametrize("role", ["new", "loaded"])
-def test_what_can_never_be_swapped(role):
-    for config in (XLoraConfig(hidden_size=2, adapters={}), LoraConfig(init_lora_weights="pissa")):
-        (refusal,) = judge(config, role)
-        assert role in refusal.summary
-
-
-def test_what_has_no_common_graph():
-    plain, dora = LoraConfig(), LoraConfig(use_dora=True)
-    assert not list(judge(plain, "new", plain))
-    (refusal,) = judge(dora, "new", plain)
-    assert "no common graph" in refusal.summary
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, []),
-        (dict(use_dora=True, use_rslora=True, init_lora_weights="gaussian"), []),
-        (dict(modules_to_save=["lm_head"], bias="all"), ["modules_to_save", "bias"]),
-        (dict(trainable_token_indices=[1]), ["trainable_token_indices"]),
-    ],
-)
-def test_what_is_beside_lora(options, expected):
-    assert extra_state(LoraConfig(**options)) == expected
-
-
-def test_a_config_of_another_method_is_none_of_lora():
-    assert not list(judge(IA3Config(), "new", IA3Config()))
+def test_x_lora_can_never_be_swapped(role):
+    (refusal,) = judge(XLoraConfig(hidden_size=2, adapters={}), role)
+    assert role in refusal.summary

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from adapters import CONFIGS, kind_for, save_random_adapter_of
+from adapters import CONFIGS, LLAMA, METHODS, save_random_adapter_of
+from lora_kinds import FAMILIES
 from models import call, load
 from oracle import (
     assert_equals_fresh_load,
+    assert_same_files,
     assert_same_outputs,
     assert_untouched,
     nothing_else_changes,
@@ -20,12 +22,10 @@ from oracle import (
 )
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from refusals import refused
 
 from hotswap_lab import Adapter, hotswap_adapter, plan_hotswap, save_adapter, verify_hotswap
-
-#: how the adapters of each method are called that are swapped here; what is not a method of its own is left out
-ELSEWHERE = {PeftType.LORA: "test_lora_kinds.py", PeftType.XLORA: "test_what_is_refused"}
 
 #: PEFT's own files of these lose precision, or cut off what is small: a reload differs a little from what was saved
 LOSSY = ("VBLoRA",)
@@ -40,88 +40,83 @@ UNTRAINABLE = (
     "Cartridge",
     "VBLoRA",
 )
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    cache: dict[str, list[str]] = {}
-
-    def folders_of(name: str) -> list[str]:
-        if name not in cache:
-            root = tmp_path_factory.mktemp("adapters")
-            cache[name] = [
-                save_random_adapter_of(config, root / str(number), number + 1, kind_for(name))
-                for number, config in enumerate(CONFIGS[name])
-            ]
-        return cache[name]
-
-    return folders_of
+#: methods whose files are more than a copy of their tensors, or have one under several names: PEFT must read each
+READ_BY_PEFT = (
+    *("PromptTuning", "PTuning", "PrefixTuning", "MultitaskPromptTuning", "CPT", "Cartridge"),
+    *("RandLora", "SHiRA", "Lily"),
+)
+#: PEFT warns at a load: of shapes, and of what the file lacks
+WARNED_OF = ("lora_bias", "VeRA, projection not saved")
 
 
 def test_all_methods_of_this_peft_are_here():
-    here = {config.peft_type for configs in CONFIGS.values() for config in configs}
-    assert here | ELSEWHERE.keys() == set(PEFT_TYPE_TO_TUNER_MAPPING)
+    here = {config.peft_type for _, configs in METHODS.values() for config in configs}
+    assert here | {PeftType.XLORA} == set(PEFT_TYPE_TO_TUNER_MAPPING)  # which can't be swapped, see test_configs.py
+
+
+def overwritten(name: str) -> dict[str, torch.Tensor]:
+    """The base weights that files of this family bring."""
+    names = r"embed_tokens\.|lm_head\." if name.startswith("embeddings") else r"bias$"
+    weights = METHODS[name][0].base().state_dict()
+    return {key: value for key, value in weights.items() if re.search(names, key)}
+
+
+def compare(name: str, model, folder: str, **options) -> None:
+    kind, _ = METHODS[name]
+    if name == "MultiheadAttention":  # PEFT merges at each call, and rounds the base weights
+        fresh = load(kind, folder)
+        assert_same_outputs(model, fresh, kind, margin=10)
+        assert_same_files(model, fresh, "default")
+    else:
+        assert_equals_fresh_load(model, kind, folder, margin=10, **options)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_pair(folders, name):
-    kind, paths = kind_for(name), folders(name)
-    for old, new in itertools.product(paths, repeat=2):
+    kind, _ = METHODS[name]
+    originals = overwritten(name)
+    for old, new in itertools.product(folders(name), repeat=2):
         model = load(kind, old)
         call(model, kind.inputs())  # whatever a method caches is cached now
-        hotswap_adapter(model, new, "default", add_layers=True)
-        assert_equals_fresh_load(model, kind, new, margin=10)
-        hotswap_adapter(model, old, "default")  # back, to layers that it was on before
-        assert_equals_fresh_load(model, kind, old, margin=10)
+        hotswap_adapter(model, new, "default", add_layers=True, base_weights=originals)
+        compare(name, model, new)
+        hotswap_adapter(model, old, "default", base_weights=originals)  # back, to layers that it was on before
+        compare(name, model, old)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", METHODS)
 def test_there_and_back(folders, name, tmp_path):
     """One walk answers for a method: equal there and back, saved, verified, damaged files refused, values in place."""
-    kind, (first, second, *_) = kind_for(name), folders(name)
-    options = {} if name in UNTRAINABLE else dict(is_trainable=True)
+    (kind, configs), (first, second, *others) = METHODS[name], folders(name)
+    is_lora, originals = name in FAMILIES, overwritten(name)
+    base, options = (kind.base, {}) if is_lora else (None, dict(is_trainable=name not in UNTRAINABLE))
     model = load(kind, first, **options)
     call(model, kind.inputs())
-    with nothing_else_changes(Path(second), may_warn="not saved" in name):
-        hotswap_adapter(model, second, "default", add_layers=True)
-    assert_equals_fresh_load(model, kind, second, margin=10, **options)
-    _assert_saved_and_verified(model, kind, first, second, tmp_path / "saved", is_lossy=name in LOSSY)
-    _assert_damaged_are_refused(model, Adapter.load(first))
+    with nothing_else_changes(Path(second), originals, may_warn=name in WARNED_OF):
+        hotswap_adapter(model, second, "default", add_layers=True, base_weights=originals)
+    compare(name, model, second, **options)
 
-    hotswap_adapter(model, first, "default")
-    assert_equals_fresh_load(model, kind, first, margin=10, **options)
-    other = save_random_adapter_of(CONFIGS[name][0], tmp_path / "other", 9, kind)
-    _assert_values_are_written_in_place(model, other)
-    assert_equals_fresh_load(model, kind, other, margin=10, **options)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_next_one_with_the_same_config(folders, name, tmp_path):
-    """PEFT need not load it: where its tensors go is known. The result is the same, whatever was done in between."""
-    kind, (first, second, *_) = kind_for(name), folders(name)
-    others = [save_random_adapter_of(CONFIGS[name][0], tmp_path / f"{seed}", seed, kind) for seed in (21, 22, 23)]
-    model = load(kind, first)
-    hotswap_adapter(model, others[0], "default")
-    with no_donor_for(name):
-        hotswap_adapter(model, others[1], "default")
-    assert_equals_fresh_load(model, kind, others[1], margin=10)
-    for module in model.modules():
-        if isinstance(getattr(module, "scaling", None), dict):
-            module.scaling.update({key: 3 * value for key, value in module.scaling.items()})
-    for folder in (others[2], second, first):
-        hotswap_adapter(model, folder, "default", add_layers=True)
-        assert_equals_fresh_load(model, kind, folder, margin=10)
-
-
-def _assert_saved_and_verified(model, kind, old: str, new: str, saved, is_lossy: bool) -> None:
-    save_adapter(model, saved)
-    if not is_lossy:
-        assert_same_outputs(model, load(kind, str(saved)), kind, margin=10)
-    verdict = verify_hotswap(model, new, inputs=kind.inputs())
+    save_adapter(model, tmp_path / "saved")
+    if name not in LOSSY:
+        assert_same_outputs(model, load(kind, str(tmp_path / "saved")), kind, margin=10)
+    verdict = verify_hotswap(model, second, inputs=kind.inputs(), base=base)
     assert verdict, verdict
-    assert not verify_hotswap(model, old, inputs=kind.inputs())
+    assert not verify_hotswap(model, first, inputs=kind.inputs(), base=base)
+    if not is_lora:
+        _assert_damaged_are_refused(model, Adapter.load(first))
+
+    for folder in (*others, first) if is_lora else (first,):
+        hotswap_adapter(model, folder, "default", add_layers=True, base_weights=originals)
+        compare(name, model, folder, **options)
+    if not is_lora:
+        other = save_random_adapter_of(configs[0], tmp_path / "other", 9, kind)
+        _assert_values_are_written_in_place(model, other)
+        with pytest.MonkeyPatch.context() as patch:
+            if name not in READ_BY_PEFT:  # where the tensors go is known by now
+                patch.setattr("hotswap_lab.beyond.decide.load_donor", None)
+            hotswap_adapter(model, first, "default")
+        compare(name, model, first, **options)
 
 
 def _assert_damaged_are_refused(model, adapter: Adapter) -> None:
@@ -161,24 +156,20 @@ def _assert_values_are_written_in_place(model, other: str) -> None:
     assert any(not torch.equal(values[key], each) for key, each in model.named_parameters())
 
 
-#: methods whose files are more than a copy of their tensors, or have one under several names: PEFT must read each
-READ_BY_PEFT = (
-    *("PromptTuning", "PTuning", "PrefixTuning", "MultitaskPromptTuning", "CPT", "Cartridge"),
-    *("RandLora", "SHiRA", "Lily"),
-)
-
-
-@contextlib.contextmanager
-def no_donor_for(name: str):
-    """Makes loading a donor an error, but for methods that need one each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        if name not in READ_BY_PEFT:
-            patch.setattr("hotswap_lab.beyond.decide.load_donor", None)
-        yield
+@pytest.mark.parametrize("name", ["LoHa", "LoKr"])
+def test_a_scale_that_the_user_set_is_gone_after_the_swap(tmp_path, name):
+    one, two = (save_random_adapter_of(CONFIGS[name][0], tmp_path / f"{seed}", seed) for seed in (1, 2))
+    model = load(LLAMA, one)
+    for folder in (two, one, two):
+        hotswap_adapter(model, folder, "default")
+        assert_equals_fresh_load(model, LLAMA, folder)
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.set_scale("default", 0.5)
 
 
 def test_what_is_refused(folders):
     """Another method than the loaded one, in PEFT's words."""
-    model = load(kind_for("LoHa"), folders("LoHa")[0])
+    model = load(LLAMA, folders("LoHa")[0])
     with untouched(model), pytest.raises(ValueError, match="Incompatible PEFT types found: LOHA and LOKR"):
         hotswap_adapter(model, folders("LoKr")[0], "default")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from adapters import ALL, CONFIGS, LLAMA, save_random_adapter_of
+from adapters import ALL, CONFIGS, LLAMA, save_random_adapter_of, with_other_base_weights
 from lora_kinds import ATTENTION, MODELS
 from models import ARCHITECTURES, KINDS, Kind, call, load
 from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
@@ -20,7 +20,7 @@ from peft import (
     RandLoraConfig,
 )
 from refusals import refused
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from hotswap_lab import (
@@ -43,35 +43,23 @@ def _save(tmp_path, *configs, kind: Kind = LLAMA) -> list[str]:
     return [save_random_adapter_of(each, tmp_path / f"{n}", n + 1, kind) for n, each in enumerate(configs)]
 
 
+def _two(kind: Kind, folder: str, other: str):
+    """A model with another adapter next to the one that computes."""
+    model = load(kind, folder)
+    model.load_adapter(other, "other")
+    model.set_adapter("default")
+    return model.requires_grad_(False)
+
+
 def _refused(model, new: str, match: str, name: str = "default", **arguments) -> None:
     refused(match, hotswap_adapter, model, new, name, **arguments)
-
-
-def test_trained_tokens_of_an_inactive_adapter(tmp_path):
-    """Their wrapper has its own idea of what is active."""
-    first, second, tokens, more = _save(
-        tmp_path,
-        _lora(target_modules=["q_proj"]),
-        _lora(r=2),
-        _lora(trainable_token_indices=[1, 2]),
-        _lora(modules_to_save=["lm_head"], use_dora=True),
-    )
-    model = load(LLAMA, first)
-    model.load_adapter(second, "a")
-    hotswap_adapter(model, tokens, "a")
-    hotswap_adapter(model, more, "default", add_layers=True)
-    assert_same_outputs(model, load(LLAMA, more), LLAMA)
-    model.set_adapter("a")
-    assert_same_outputs(model, load(LLAMA, tokens), LLAMA)
 
 
 @pytest.mark.parametrize("mine", [dict(use_dora=True, modules_to_save=["lm_head"]), dict(bias="lora_only")])
 def test_saving_beside_trained_tokens_of_another_adapter(tmp_path, mine):
     """PEFT 0.21 looks for tokens of this one, too, and fails; ours has none."""
     first, tokens, new = _save(tmp_path, _lora(r=2), _lora(trainable_token_indices=[1, 2]), _lora(**mine))
-    model = load(LLAMA, first)
-    model.load_adapter(tokens, "other")
-    model.set_adapter("default")
+    model = _two(LLAMA, first, tokens)
     hotswap_adapter(model, new, "default")
     save_adapter(model, tmp_path / "saved")
     assert_equals_fresh_load(load(LLAMA, str(tmp_path / "saved")), LLAMA, new)
@@ -83,25 +71,16 @@ def test_buffers_that_are_not_saved(tmp_path, name):
     """Also on layers where another adapter was and this one was not."""
     everywhere, _, few = CONFIGS[name]
     first, other, new = _save(tmp_path, few, everywhere, everywhere)
-    model = load(LLAMA, first)
-    model.load_adapter(other, "other")
-    model.set_adapter("default")
-    model.requires_grad_(False)
+    model = _two(LLAMA, first, other)
     hotswap_adapter(model, new, "default", add_layers=True)
     assert_equals_fresh_load(model, LLAMA, new, margin=10)
-    save_adapter(model, tmp_path / "saved")
-    names = [load_file(f"{folder}/adapter_model.safetensors").keys() for folder in (tmp_path / "saved", new)]
-    assert names[0] == names[1]
 
 
 @pytest.mark.parametrize(("mine", "other", "new"), [(1, 1, 0), (0, 0, 1)])
 def test_layers_that_fail_without_the_active_adapter(tmp_path, mine, other, new):
     """LN tuning looks for the active adapter wherever any adapter is; after the swap one would be missing there."""
     folders = _save(tmp_path, *CONFIGS["LNTuning"][:2])
-    model = load(LLAMA, folders[mine])
-    model.load_adapter(folders[other], "other")
-    model.set_adapter("default")
-    model.requires_grad_(False)
+    model = _two(LLAMA, folders[mine], folders[other])
     _refused(model, folders[new], "a layer that fails where the active adapter is not on it", add_layers=True)
     model.delete_adapter("other")
     hotswap_adapter(model, folders[new], "default", add_layers=True)
@@ -120,10 +99,7 @@ def test_layers_are_added_where_a_plain_adapter_is(tmp_path, more, is_prepared):
         _lora(r=8, target_modules=["query", "value"], **more),
         kind=bert,
     )
-    model, fresh = load(bert, first), load(bert, new)
-    for each in (model, fresh):
-        each.load_adapter(other, "other")
-        each.set_adapter("default")
+    model, fresh = _two(bert, first, other), _two(bert, new, other)
     if is_prepared:
         prepare_model_for_compiled_hotswap(model, adapters=[new], adapter_name="default")
     hotswap_adapter(model, new, "default", add_layers=True)
@@ -136,31 +112,19 @@ def test_layers_are_added_where_a_plain_adapter_is(tmp_path, more, is_prepared):
             assert set(layer.adapter_layer_names) == set(expected.adapter_layer_names)
 
 
-def test_the_class_of_the_model(tmp_path):
-    """aLoRA, like prompts, works by the class that PEFT puts around the model for a task."""
-    old, new = _save(tmp_path, _lora(), _lora(task_type="CAUSAL_LM", alora_invocation_tokens=[5]))
-    _refused(load(LLAMA, old), new, "for another task than the model was loaded for")
-
-
-def _with_other_embeddings(folder: str, target: str) -> str:
-    """An adapter whose file changes the base model's own embeddings."""
-    import shutil
-
-    shutil.copytree(folder, target)
-    tensors = load_file(f"{folder}/adapter_model.safetensors")
-    key = "base_model.model.model.embed_tokens.base_layer.weight"
-    tensors[key] = tensors[key] + 0.3 * torch.randn(tensors[key].shape, generator=torch.Generator().manual_seed(0))
-    save_file(tensors, f"{target}/adapter_model.safetensors", metadata={"format": "pt"})
-    return str(target)
+EMBEDDED = [_lora(target_modules=["q_proj"]), _lora(target_modules=["embed_tokens", "q_proj"])]
 
 
 def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
-    plain, embedded = _save(tmp_path, _lora(), _lora(target_modules=["embed_tokens", "q_proj"]))
-    changed = _with_other_embeddings(embedded, tmp_path / "changed")
+    """They are turned off only where the adapter that PEFT loaded was not on them."""
+    plain, embedded = _save(tmp_path, *EMBEDDED)
+    changed, match = with_other_base_weights(embedded, tmp_path / "changed"), "came with base weights of its own"
     model = load(LLAMA, changed)
-    save_adapter(model, tmp_path / "saved")
-    assert_same_outputs(model, load(LLAMA, str(tmp_path / "saved")), LLAMA)
-    _refused(model, plain, "came with base weights of its own", add_layers=True)
+    prepare_model_for_compiled_hotswap(model, adapters=[plain, embedded])
+    _refused(model, plain, match)
+    model = load(LLAMA, changed)
+    refused(match, AdapterPool(load(LLAMA, changed), progress=False).add, "plain", plain)
+    _refused(model, plain, match, add_layers=True)
     hotswap_adapter(model, plain, "default", add_layers=True, base_weights=LLAMA.base().state_dict())
     assert_equals_fresh_load(model, LLAMA, plain, margin=10)
     hotswap_adapter(model, changed, "default", add_layers=True)
@@ -169,59 +133,27 @@ def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
     assert_same_outputs(model, load(LLAMA, str(tmp_path / "again")), LLAMA)
 
 
-def test_embeddings_that_no_file_has_overwritten(tmp_path):
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_embeddings_that_no_file_has_overwritten(tmp_path, is_prepared):
     """An adapter on embeddings was swapped in, with the base's own weights: nothing is lost when it goes."""
-    plain, embedded, more = _save(
-        tmp_path,
-        _lora(target_modules=["q_proj"]),
-        _lora(target_modules=["embed_tokens", "q_proj"]),
-        _lora(r=2, target_modules=["embed_tokens", "q_proj"]),
-    )
+    plain, embedded, more = _save(tmp_path, *EMBEDDED, _lora(r=2, target_modules=["embed_tokens", "q_proj"]))
     model = load(LLAMA, plain)
+    if is_prepared:
+        prepare_model_for_compiled_hotswap(model, adapters=[plain, embedded])
     for folder in (embedded, more, plain, embedded, plain):
         hotswap_adapter(model, folder, "default", add_layers=True)
-        assert_equals_fresh_load(model, LLAMA, folder, margin=10)
+        assert_equals_fresh_load(model, LLAMA, folder, margin=10, prepared=is_prepared)
 
 
-@pytest.mark.parametrize("way", ["prepared", "pool"])
-def test_embeddings_in_a_room(tmp_path, way):
-    """They are turned off only where the adapter that PEFT loaded was not on them."""
-    plain, embedded = _save(
-        tmp_path, _lora(target_modules=["q_proj"]), _lora(target_modules=["embed_tokens", "q_proj"])
-    )
-
-    def swap_of(model):
-        if way == "pool":
-            pool = AdapterPool(model, progress=False)
-            pool.add("plain", plain)
-            return lambda folder: pool.swap("plain")
-        prepare_model_for_compiled_hotswap(model, adapters=[plain, embedded])
-        return lambda folder: hotswap_adapter(model, folder, "default")
-
-    model = load(LLAMA, _with_other_embeddings(embedded, tmp_path / "changed"))
-    refused("came with base weights of its own", lambda: swap_of(model)(plain))
-    if way == "prepared":
-        model = load(LLAMA, plain)
-        swap = swap_of(model)
-        for folder in (embedded, plain, embedded, plain):
-            swap(folder)
-            assert_equals_fresh_load(model, LLAMA, folder, margin=10, prepared=True)
+DAMAGES = {"shape": lambda value: value[:1], "integers": torch.Tensor.int, "a list": torch.Tensor.tolist}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [lambda value: value[:1], lambda value: value.int(), lambda value: value.tolist()],
-    ids=["shape", "integers", "a list"],
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_base_weights_are_checked(tmp_path, damage):
-    everything, plain = _save(
-        tmp_path,
-        LoraConfig(r=4, target_modules=["query"], bias="all"),
-        LoraConfig(r=4, target_modules=["query"]),
-        kind=MODELS["bert"],
-    )
-    weights = {key: damage(value) for key, value in MODELS["bert"].base().state_dict().items()}
-    _refused(load(MODELS["bert"], everything), plain, "does not fit the base model", base_weights=weights)
+    bert, configs = MODELS["bert"], [_lora(target_modules=["query"], bias=bias) for bias in ("all", "none")]
+    everything, plain = _save(tmp_path, *configs, kind=bert)
+    weights = {key: DAMAGES[damage](value) for key, value in bert.base().state_dict().items()}
+    _refused(load(bert, everything), plain, "does not fit the base model", base_weights=weights)
 
 
 def _ia3(feedforward: list) -> IA3Config:
@@ -232,38 +164,34 @@ PROMPT = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL
 RANDLORA = [RandLoraConfig(r=rank, target_modules=ALL) for rank in (4, 4, 8)]
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "new"), [(_ia3(["down_proj"]), _ia3(["down_proj"]), _ia3([])), RANDLORA, [PROMPT] * 3]
-)
-def test_what_other_adapters_go_by_is_not_changed(tmp_path, first, second, new):
-    """Some methods keep a flag or a table on the layer for all adapters."""
-    first, second, new = _save(tmp_path, first, second, new)
-    model = load(LLAMA, first, "x")
+QUERY, VALUE = (_lora(target_modules=[module]) for module in ("query", "value"))
+#: the model, its two adapters, the one that is swapped in, and why it is refused
+SHARED = {
+    "IA3": (LLAMA, _ia3(["down_proj"]), _ia3(["down_proj"]), _ia3([]), "found: "),
+    "RandLora": (LLAMA, *RANDLORA, "found: "),
+    "AdaptionPrompt": (LLAMA, *[PROMPT] * 3, "found: "),
+    "biases": (MODELS["bert"], QUERY, VALUE, _lora(target_modules=["query"], bias="all"), "other adapters go by, too"),
+}
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_what_other_adapters_go_by_is_not_changed(tmp_path, what):
+    """Some methods keep a flag or a table on the layer for all adapters; biases of the base are for all of them."""
+    kind, *configs, match = SHARED[what]
+    first, second, new = _save(tmp_path, *configs, kind=kind)
+    model = load(kind, first, "x")
     model.load_adapter(second, "y")
-    expected = call(model, LLAMA.inputs())
-    _refused(model, new, "found: ", "y", add_layers=True)
-    assert torch.equal(call(model, LLAMA.inputs()), expected)
-
-
-def test_biases_of_the_base_are_for_a_single_adapter(tmp_path):
-    kind = MODELS["bert"]
-    plain, other, biased = _save(
-        tmp_path,
-        LoraConfig(r=4, target_modules=["query"]),
-        LoraConfig(r=2, target_modules=["value"]),
-        LoraConfig(r=4, target_modules=["query"], bias="all"),
-        kind=kind,
-    )
-    model = load(kind, plain)
-    model.load_adapter(other, "other")
-    _refused(model, biased, "which the model's other adapters go by, too")
+    expected = call(model, kind.inputs())
+    _refused(model, new, match, "y", add_layers=True)
+    assert torch.equal(call(model, kind.inputs()), expected)
 
 
 def _with_merged_neighbour(folder: str, other: str):
     """A model with two adapters, and the base weights contain the other one."""
-    model = load(LLAMA, folder)
-    model.load_adapter(other, "other")
-    model.eval()
+    return _merged(_two(LLAMA, folder, other))
+
+
+def _merged(model):
     model.set_adapter("other")
     model.merge_adapter(["other"])
     return model
@@ -290,8 +218,7 @@ def test_the_base_weights_contain_another_adapter(tmp_path, name):
     model = _with_merged_neighbour(old, other)
     refused(MERGED, hotswap_adapter, model, new, "default")
     plan = plan_hotswap(_without(model), new)
-    model.set_adapter("other")
-    model.merge_adapter(["other"])
+    _merged(model)
     refused(MERGED, commit, plan)
     hotswap_adapter(_without(model), new, "default")
     assert_same_outputs(model, load(LLAMA, new), LLAMA, margin=10)
@@ -316,11 +243,12 @@ def test_what_needs_no_base_weight_is_swapped_beside_a_merged_adapter(tmp_path, 
 
 def test_a_room_while_another_adapter_is_merged(tmp_path):
     old, few, same, other = _save(tmp_path, *FROM_BASE["DoRA"][:2], _lora(r=2, use_dora=True), _lora())
-    model = load(LLAMA, old)
-    model.load_adapter(other, "other")
-    pool = AdapterPool(model.eval(), adapters={"old": old}, progress=False)
-    model.set_adapter("other")
-    model.merge_adapter(["other"])
+    model = _with_merged_neighbour(few, other)
+    refused(MERGED, prepare_model_for_compiled_hotswap, model, adapters=[old], adapter_name="default")
+    pool = AdapterPool(_without(model), adapters={"few": few, "old": old}, progress=False)
+    pool.swap("old")
+    pool.remove("few")
+    _merged(model)
     refused(MERGED, pool.add, "few", few)
     _refused(model, few, MERGED)
     pool.add("same", same)  # on all layers, so that none has to be turned off
@@ -328,14 +256,6 @@ def test_a_room_while_another_adapter_is_merged(tmp_path):
     torch.testing.assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, same), LLAMA.inputs()))
     pool.add("few", few)
     pool.swap("few")
-    torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
-
-
-def test_layers_are_not_reserved_while_another_adapter_is_merged(tmp_path):
-    old, few, other = _save(tmp_path, *FROM_BASE["DoRA"])
-    model = _with_merged_neighbour(few, other)
-    refused(MERGED, prepare_model_for_compiled_hotswap, model, adapters=[old], adapter_name="default")
-    prepare_model_for_compiled_hotswap(_without(model), adapters=[old], adapter_name="default")
     torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
 
 
@@ -461,23 +381,20 @@ def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
     try:
         parallel = DistributedDataParallel(model)
         refused("would no longer average the gradients", hotswap_adapter, parallel, new, "default")
+        parallel.requires_grad_(False)
+        hotswap_adapter(parallel, new, "default")
     finally:
         torch.distributed.destroy_process_group()
 
 
 def test_the_budget_of_adalora_follows(tmp_path):
-    folders = _save(
-        tmp_path, *(AdaLoraConfig(init_r=6, target_r=each, total_step=20, target_modules=ALL) for each in (2, 4))
-    )
+    configs = (AdaLoraConfig(init_r=6, target_r=each, total_step=20, target_modules=ALL) for each in (2, 4))
+    folders = _save(tmp_path, *configs)
     model, fresh = (load(LLAMA, folder, is_trainable=True) for folder in folders)
     hotswap_adapter(model, folders[1], "default")
     live, expected = model.base_model.rankallocator, fresh.base_model.rankallocator
-    assert live.peft_config.target_r == expected.peft_config.target_r == 4
-    assert (live.init_bgt, live.target_bgt, live.name_set) == (
-        expected.init_bgt,
-        expected.target_bgt,
-        expected.name_set,
-    )
+    for name in ("init_bgt", "target_bgt", "name_set"):
+        assert getattr(live, name) == getattr(expected, name)
     assert live.peft_config is model.peft_config["default"]
 
 
@@ -537,15 +454,6 @@ def test_mixed_models(tmp_path):
         assert_same_outputs(model.eval(), load(kind, folder), kind)
 
 
-def test_verdicts_on_a_model_whose_base_was_overwritten(tmp_path):
-    """A copy of the live base can't tell; a fresh base does."""
-    plain, embedded = _save(tmp_path, _lora(), _lora(target_modules=["embed_tokens", "q_proj"]))
-    model = load(LLAMA, _with_other_embeddings(embedded, tmp_path / "changed"))
-    wrong = {"model.embed_tokens.weight": model.get_base_model().model.embed_tokens.get_base_layer().weight.clone()}
-    hotswap_adapter(model, plain, "default", add_layers=True, base_weights=wrong)
-    assert not verify_hotswap(model, plain, inputs=LLAMA.inputs(), base=LLAMA.base)
-
-
 def _older_mixtral(folder, seed: int, rank: int) -> str:
     """A file from before transformers 5: a layer for each matrix of each expert, where there is one parameter now."""
     generator = torch.Generator().manual_seed(seed)
@@ -574,49 +482,19 @@ def test_adapters_of_older_versions_of_transformers(tmp_path):
         assert_equals_fresh_load(model, kind, folder, margin=10)
 
 
-@pytest.mark.parametrize("way", ["plain", "pools"])
-def test_several_active_adapters(tmp_path, way):
+def test_several_active_adapters(tmp_path):
     """Each is swapped while both compute."""
-    few, none = dict(r=2, target_modules=["v_proj", "o_proj"]), {}
-    folders = _save(
-        tmp_path, _lora(use_dora=way == "plain"), _lora(**(few if way == "plain" else none)), _lora(r=8), _lora(r=3)
-    )
+    configs = _lora(use_dora=True), _lora(r=2, target_modules=["v_proj", "o_proj"]), _lora(r=8), _lora(r=3)
+    folders = _save(tmp_path, *configs)
     model, fresh = (load(LLAMA, folders[first], "a") for first in (0, 2))
     model.load_adapter(folders[1], "b")
     fresh.load_adapter(folders[3], "b")
     for each in (model, fresh):
         each.base_model.set_adapter(["a", "b"])
         each.eval()
-    if way == "pools":
-        family = {str(number): folder for number, folder in enumerate(folders)}
-        for name, new in (("a", "2"), ("b", "3")):
-            AdapterPool(model, name, family, progress=False).swap(new)
-    else:
-        hotswap_adapter(model, folders[2], "a")
-        hotswap_adapter(model, folders[3], "b", add_layers=True)
-    assert_equals(model, fresh, LLAMA, "a", prepared=way == "pools")
-
-
-@pytest.mark.parametrize("config", [_lora(), _lora(use_dora=True), LoHaConfig(r=4, target_modules=ATTENTION)])
-@pytest.mark.parametrize("way", ["plain", "prepared"])
-def test_training_with_gradient_checkpointing(tmp_path, config, way):
-    """A swap in the middle of training: a step afterwards is that of a fresh load, gradients included."""
-    folders = _save(tmp_path, config, config)
-    model, fresh = (load(LLAMA, folder, is_trainable=True) for folder in folders)
-    if way == "prepared":
-        prepare_model_for_compiled_hotswap(model, target_rank=8)
-    for each in (model, fresh):
-        each.train()
-        each.enable_input_require_grads()
-        each.gradient_checkpointing_enable()
-    model(**LLAMA.inputs()).logits.square().sum().backward()
-    hotswap_adapter(model, folders[1], "default")
-    assert all(parameter.grad is None for parameter in model.parameters())
-    for each in (model, fresh):
-        each(**LLAMA.inputs()).logits.square().sum().backward()
-        torch.optim.SGD(each.parameters(), lr=0.05).step()
-        each.eval()
-    torch.testing.assert_close(call(model, LLAMA.inputs()), call(fresh, LLAMA.inputs()), rtol=1e-4, atol=1e-5)
+    hotswap_adapter(model, folders[2], "a")
+    hotswap_adapter(model, folders[3], "b", add_layers=True)
+    assert_equals(model, fresh, LLAMA, "a")
 
 
 @pytest.mark.parametrize("config", [_lora(), LoHaConfig(r=4, target_modules=ATTENTION)])

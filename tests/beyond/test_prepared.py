@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters import ALL, FEW, save_random_adapter_of
+from adapters import ALL, CONFIGS, save_random_adapter_of
 from lengths import few_of
 from lora_kinds import MODELS
 from models import KINDS, Convolutions, Kind, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs, untouched
-from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
 from refusals import refused
 from safetensors.torch import load_file
 from torch import nn
@@ -49,10 +49,6 @@ def _lora(modules: list[str], **arguments) -> list[PeftConfig]:
     return [LoraConfig(**{"target_modules": modules, **arguments, **each}) for each in changes]
 
 
-def _adalora(**arguments) -> AdaLoraConfig:
-    return AdaLoraConfig(**{"target_r": 2, "total_step": 10, "target_modules": ALL, **arguments})
-
-
 #: the model, and a family whose members have different ranks; the first is the one that is loaded
 FAMILIES: dict[str, tuple[Kind, list[PeftConfig]]] = {
     "DoRA": (LLAMA, _lora(["q_proj", "k_proj", "v_proj"], use_dora=True)),
@@ -62,31 +58,8 @@ FAMILIES: dict[str, tuple[Kind, list[PeftConfig]]] = {
     "SEQ_CLS": (MODELS["classifier"], _lora(["q_proj", "k_proj", "v_proj"], task_type="SEQ_CLS")),
     "modules_to_save and DoRA": (LLAMA, _lora(["q_proj", "v_proj"], modules_to_save=["lm_head"], use_dora=True)),
     "trainable tokens": (LLAMA, _lora(["q_proj", "v_proj"], trainable_token_indices=[1, 2, 3])),
-    "LoHa": (
-        LLAMA,
-        [
-            LoHaConfig(r=4, alpha=8, target_modules=ALL),
-            LoHaConfig(r=6, alpha=3, target_modules=ALL, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 9}),
-            LoHaConfig(r=2, alpha=5, target_modules=FEW),
-        ],
-    ),
     "LoKr": (WIDE, [LoKrConfig(r=rank, alpha=3, target_modules=["first", "last"]) for rank in (2, 3, 1)]),
-    "HiRA": (
-        LLAMA,
-        [
-            HiraConfig(r=4, target_modules=ALL),
-            HiraConfig(r=6, target_modules=ALL, hira_dropout=0.1),
-            HiraConfig(r=2, target_modules=FEW),
-        ],
-    ),
-    "AdaLoRA": (
-        LLAMA,
-        [
-            _adalora(init_r=4),
-            _adalora(init_r=6, lora_alpha=4, lora_dropout=0.1),
-            _adalora(init_r=2, target_modules=FEW),
-        ],
-    ),
+    **{name: (LLAMA, CONFIGS[name]) for name in ("LoHa", "HiRA", "AdaLoRA")},
 }
 LORA = ["DoRA", "DoRA on embeddings", "DoRA on convolutions", "lora_bias"]
 POOLABLE = [*LORA, "SEQ_CLS", "modules_to_save and DoRA"]
@@ -171,28 +144,24 @@ def _llama(tmp_path) -> str:
 def test_higher_ranks_than_prepared_for_are_refused(tmp_path, name):
     kind, folders = _folders(name, tmp_path)
     model = load(kind, folders[2])
-    prepare_model_for_compiled_hotswap(model, target_rank=2)
+    prepare_model_for_compiled_hotswap(model, target_rank=4 if name in CONFIGS and kind is LLAMA else 2)
     refused("can't be done in a prepared model", hotswap_adapter, model, folders[1], "default", add_layers=True)
 
 
+LOHA, OFT = LoHaConfig(r=4, target_modules=ALL), OFTConfig(oft_block_size=4, target_modules=ALL)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "match"),
+    ("loaded", "arguments", "match"),
     [
-        (dict(target_rank=2), "the original rank is larger"),
-        (dict(adapters=[LoHaConfig(r=16, target_modules=ALL)], target_rank=8), "the original rank is larger"),
-        (dict(adapters=[LoraConfig(r=4, target_modules=ALL)]), "Incompatible PEFT types found: LOHA and LORA"),
+        (LOHA, dict(target_rank=2), "the original rank is larger"),
+        (LOHA, dict(adapters=[LoHaConfig(r=16, target_modules=ALL)], target_rank=8), "the original rank is larger"),
+        (LOHA, dict(adapters=[LoraConfig(r=4, target_modules=ALL)]), "Incompatible PEFT types found: LOHA and LORA"),
+        # zeros beyond the rank would change what it computes
+        (OFT, dict(target_rank=8, adapter_name="default"), "can't be prepared for adapters of type OFT"),
     ],
 )
-def test_families_that_can_not_be_had(tmp_path, arguments, match):
-    kind, folders = _folders("LoHa", tmp_path)
-    model = load(kind, folders[0])
+def test_families_that_can_not_be_had(tmp_path, loaded, arguments, match):
+    model = load(LLAMA, save_random_adapter_of(loaded, tmp_path, 1))
     with untouched(model), pytest.raises(ValueError, match=match):
         prepare_model_for_compiled_hotswap(model, **arguments)
-
-
-def test_methods_that_are_no_sum_over_rank_components(tmp_path):
-    """Zeros beyond the rank would change what OFT computes."""
-    folder = save_random_adapter_of(OFTConfig(oft_block_size=4, target_modules=ALL), tmp_path / "oft", 1)
-    model = load(LLAMA, folder)
-    with pytest.raises(ValueError, match="can't be prepared for adapters of type OFT"):
-        prepare_model_for_compiled_hotswap(model, target_rank=8, adapter_name="default")

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import save_random_adapter_of
-from models import ARCHITECTURES, KINDS, load, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_untouched, snapshot, untouched
+from models import ARCHITECTURES, KINDS, load, save_family
+from oracle import assert_equals_fresh_load, untouched
 from peft import LoraConfig
 from refusals import refused
 
-from hotswap_lab import HotswapError, commit, hotswap_adapter, plan_hotswap
+from hotswap_lab import commit, hotswap_adapter, plan_hotswap, prepare_model_for_compiled_hotswap
 from hotswap_lab.core.journal import Journal
 
 LINEAR = KINDS["linear"]
@@ -26,19 +26,17 @@ LINEAR = KINDS["linear"]
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers as Unix has them")
 def test_a_regular_expression_that_takes_for_ever_can_be_ended(tmp_path):
     """It holds the interpreter, so that no other thread could press anything; the signal comes all the same."""
-    kind = KINDS["llama"]
-    old, new = (save_random_adapter(kind, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2))
+    old, new = save_family(KINDS["llama"], tmp_path, dict(r=4), dict(r=4))
     config = json.loads(Path(new, "adapter_config.json").read_text())
     Path(new, "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {r"([\w.]+)+!": 2}}))
-    model = load(kind, old)
-    before, handler = snapshot(model), signal.signal(signal.SIGALRM, signal.default_int_handler)
+    model = load(KINDS["llama"], old)
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 1)
-        with pytest.raises(KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with untouched(model), pytest.raises(KeyboardInterrupt):
             hotswap_adapter(model, new, "default")
     finally:
         signal.signal(signal.SIGALRM, handler)
-    assert_untouched(model, before)
 
 
 @pytest.mark.usefixtures("python_sigint")
@@ -60,10 +58,20 @@ def train(model) -> None:
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("change", [train, lambda model: model.merge_adapter()], ids=["trained", "merged"])
+def merge(model) -> None:
+    model.merge_adapter()
+
+
+def convert_where_it_is_prepared(model) -> None:
+    model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("change", [train, merge, convert_where_it_is_prepared])
 def test_a_kept_plan_notices_what_was_done_since(tmp_path, change):
-    folders = [save_random_adapter(LINEAR, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2)]
+    folders = save_family(LINEAR, tmp_path, dict(r=4), dict(r=4))
     model = load(LINEAR, folders[0], is_trainable=True)
+    if change is convert_where_it_is_prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
     plan = plan_hotswap(model, folders[1])
     change(model)
     refused("has changed since this swap was planned", commit, plan)
@@ -73,13 +81,10 @@ def test_a_kept_plan_notices_what_was_done_since(tmp_path, change):
 
 
 def test_a_plan_that_was_refused_can_not_be_committed(tmp_path):
-    old = save_random_adapter(LINEAR, tmp_path / "old", seed=1, r=4, target_modules=["first"])
-    model = load(LINEAR, old)
-    with untouched(model):
-        plan = plan_hotswap(model, save_random_adapter(LINEAR, tmp_path / "new", seed=2, r=6))
-        assert not plan.ok
-        with pytest.raises(HotswapError):
-            commit(plan)
+    old, new = save_family(LINEAR, tmp_path, dict(r=4, target_modules=["first"]), dict(r=6))
+    plan = plan_hotswap(load(LINEAR, old), new)
+    assert not plan.ok
+    refused("unexpected keys", commit, plan)
 
 
 def test_a_plan_keeps_the_base_weights_that_it_was_given(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from hotswap_lab.core.journal import interrupts_held
 
+HEARD: list[int] = []
 pytestmark = pytest.mark.usefixtures("python_sigint")
 
 
@@ -27,23 +28,16 @@ def press() -> None:
 
 
 def test_held_and_then_let_through():
+    """Nested blocks are one."""
     reached = []
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the point is what runs before it is raised
         with interrupts_held():
-            press()
-            press()
-            reached.append("the end of the block")
+            with interrupts_held():
+                press()
+                press()
+            reached.append("the end of the outer block")
         reached.append("never")
-    assert reached == ["the end of the block"]
-
-
-def test_nested_blocks_are_one():
-    reached = []
-    with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012
-        with interrupts_held():
-            press()
-        reached.append("after the inner block")
-    assert reached == ["after the inner block"]
+    assert reached == ["the end of the outer block"]
 
 
 def test_an_error_inside_is_not_lost():
@@ -53,24 +47,16 @@ def test_an_error_inside_is_not_lost():
     assert isinstance(caught.value.__context__, ValueError)
 
 
-def test_a_handler_that_only_listens():
-    heard = []
-    before = signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+@pytest.mark.parametrize("handler", [lambda *_: HEARD.append(1), signal.SIG_IGN], ids=["listens", "not of Python"])
+def test_other_handlers(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    HEARD.clear()
     try:
         with interrupts_held():
             press()
-            assert heard == []
-        assert heard == [1]
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_handlers_that_are_not_of_python_stay():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with interrupts_held():
-            press()
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert HEARD == []
+            assert handler is not signal.SIG_IGN or signal.getsignal(signal.SIGINT) is handler
+        assert [1] * (handler is not signal.SIG_IGN) == HEARD
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -6,7 +6,6 @@ each in ``robustness/test_faults.py``; threads in ``robustness/test_threads.py``
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import os
@@ -14,16 +13,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from lengths import few_of
-from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
+from models import ARCHITECTURES, KINDS, call, load, lora_layers, save_family, save_random_adapter
 from oracle import assert_equals, assert_equals_fresh_load, assert_same, assert_same_outputs, observe, untouched
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from refusals import refused
 
 from hotswap_lab import (
@@ -38,7 +36,7 @@ from hotswap_lab import (
     set_strength,
     verify_hotswap,
 )
-from hotswap_lab.core.slot import SLOTS, room_of
+from hotswap_lab.core.slot import SLOTS
 
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
 
@@ -51,74 +49,62 @@ def assert_is(model, folder, kind=LLAMA, **options):
     assert_equals_fresh_load(model, kind, folder, prepared=True, **options)
 
 
-def lora_layers(model) -> list[LoraLayer]:
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
-
-
-@contextlib.contextmanager
-def comes_back(model) -> Iterator[None]:
-    """Afterwards a user sees what was there before, to the bit."""
-    before, output = observe(model), call(model, LLAMA.inputs())
-    yield
-    assert_same(observe(model), before)
-    assert torch.equal(call(model, LLAMA.inputs()), output)
-
-
 def times(factor: float, folder: str) -> dict[str, torch.Tensor]:
     return {key: factor * tensor for key, tensor in Adapter.load(folder).tensors.items()}
 
 
-@pytest.mark.parametrize("name", few_of({**KINDS, **ARCHITECTURES}, ("linear", "conv", "embedding", "gpt2", "llama")))
+@pytest.mark.parametrize("name", few_of({**KINDS, **ARCHITECTURES}, ("linear", "conv", "embedding", "gpt2")))
 def test_every_kind_of_layer_and_architecture(name, tmp_path):
     kind = KINDS.get(name) or ARCHITECTURES[name]
-    sources = {
-        str(rank): save_random_adapter(kind, tmp_path / str(rank), rank, r=rank, lora_alpha=rank + 3, lora_dropout=0.1)
-        for rank in (4, 12, 8)
-    }
-    sources["one"] = save_random_adapter(kind, tmp_path / "one", seed=9, r=4, target_modules=[kind.modules[0]])
+    family = [dict(r=rank, lora_alpha=rank + 3, lora_dropout=0.1) for rank in (4, 12, 8)]
+    folders = save_family(kind, tmp_path, *family, dict(r=4, target_modules=[kind.modules[0]]))
+    sources = dict(zip(("4", "12", "8", "one"), folders, strict=True))
     model = load(kind, sources["12"])
     pool = pool_of(model, sources)
     addresses = resolve_slot(model, "default").data_ptrs()
-    for each in ("4", "one", "12", "8", "one", "8", "4", "12", "one"):
+    for each in ("4", "one", "12", "8", "one", "8", "4"):
         pool.swap(each)
         assert pool.active == each
         assert_is(model, sources[each], kind)
     assert resolve_slot(model, "default").data_ptrs() == addresses
 
 
-def test_a_packed_adapter_takes_its_own_rows_only(model, pool):
-    room = room_of(model.get_base_model(), "default")
-    row = sum(band.memory.stride(0) for band in room.bands) * 4
-    rest = pool._members["a"].packed.scalings.nbytes
-    assert pool._members["c"].packed.nbytes <= 2 * row + rest
-    assert pool._members["b"].packed.nbytes <= 8 * row + rest
-    assert room.nbytes < 9 * row + 1000
-    assert pool.nbytes == sum(entry.packed.nbytes for entry in pool._members.values())
+def test_a_packed_adapter_takes_its_own_rows_only(sources):
+    model = load(LLAMA, sources["b"])
+    of_rank_2, of_rank_8 = (pool_of(model, {name: sources[name]}).nbytes for name in "cb")
+    assert of_rank_2 < of_rank_8 / 4 + 500
+    assert pool_of(model, sources).nbytes > of_rank_2 + of_rank_8
 
 
-def test_the_loaded_adapter_is_recognised(model, sources):
+def test_the_loaded_adapter_is_recognised_and_the_only_one_needs_no_name(sources):
+    model = load(LLAMA, sources["a"], "mine")
     pool = pool_of(model, sources)
-    assert (pool.active, pool.strength) == ("a", 1)
+    assert (pool.adapter_name, pool.active, pool.strength) == ("mine", "a", 1)
     pool.swap("b")
     set_strength(model, 0.5)
     assert pool_of(model, sources).active is None, "not at its trained strength"
     pool.undo()
     assert pool.active == "a"
     assert pool_of(model, {"b": sources["b"]}).active is None
+    model.load_adapter(sources["c"], "other")
+    refused("the adapters 'mine', 'other'", pool_of, model, {"b": sources["b"]})
 
 
 # ---- compiled
 
 
 @pytest.mark.parametrize("first", [dict(r=4), dict(r=4, target_modules=["first"])], ids=["other rank", "fewer layers"])
-def test_more_room_in_a_compiled_model_costs_one_recompile(tmp_path, first):
+def test_more_room_in_a_compiled_model_costs_one_recompile(tmp_path, fresh_compiler, first):
     """As the refusals say, of swaps, of preparing and of pools."""
-    family = {
-        name: save_random_adapter(LINEAR, tmp_path / name, seed, **lora)
-        for seed, (name, lora) in enumerate(dict(old=first, new=dict(r=8), third=dict(r=16)).items())
-    }
+    folders = save_family(LINEAR, tmp_path, first, dict(r=8), dict(r=16))
+    family = dict(zip(("old", "new", "third"), folders, strict=True))
     advised = "check_compiled='ignore', at the price of one recompile"
-    torch.compiler.reset()
+
+    def swap_in_turn(swap: Callable[[str], object], *names: str) -> None:
+        for name in names:
+            swap(name)
+            assert_same_outputs(compiled, load(LINEAR, family[name]), LINEAR)
+
     model = load(LINEAR, family["old"])
     prepare_model_for_compiled_hotswap(model, target_rank=4)
     compiled = torch.compile(model, backend="eager")
@@ -127,20 +113,14 @@ def test_more_room_in_a_compiled_model_costs_one_recompile(tmp_path, first):
     refused(advised, prepare_model_for_compiled_hotswap, compiled, adapters=[family["new"]])
     with RecompileWatch(allow=1):
         prepare_model_for_compiled_hotswap(compiled, adapters=[family["new"]], check_compiled="ignore")
-        for name in ("new", "old", "new"):
-            hotswap_adapter(compiled, family[name], "default")
-            assert_same_outputs(compiled, load(LINEAR, family[name]), LINEAR)
+        swap_in_turn(lambda name: hotswap_adapter(compiled, family[name], "default"), "new", "old", "new")
     pool = pool_of(compiled, {name: family[name] for name in ("old", "new")})
-    pool.swap("old")
-    assert_is(model, family["old"], LINEAR)
+    swap_in_turn(pool.swap, "old")
     refused(advised, pool.add, "third", family["third"])
     refused(advised, pool_of, compiled, family)
     refused(r"\*before\* compiling", pool_of, compiled, {"old": family["old"]}, target_rank=32)
     with RecompileWatch(allow=1):
-        pool = pool_of(compiled, family, check_compiled="ignore")
-        for name in ("third", "old", "new", "third"):
-            pool.swap(name)
-            assert_same_outputs(compiled, load(LINEAR, family[name]), LINEAR)
+        swap_in_turn(pool_of(compiled, family, check_compiled="ignore").swap, "third", "old", "new", "third")
 
 
 # ---- what is passed in the wrong place
@@ -154,21 +134,10 @@ def test_what_is_passed_in_the_wrong_place(model, pool, sources):
         refused(r"a state dict(.|\n)*a str(.|\n)*Adapter.load\(folder\)", pool.update, "b", sources["b"])
         refused("not found", pool_of, model, sources, "nobody")
         refused("There is no adapter to read", pool_of, model, {"what": 3})
-        refused("No adapter layers found", pool_of, LLAMA.base(), sources)
         for strength in (float("nan"), "1"):
             refused("not a number", pool.swap, "c", strength)
             refused("not a number", setattr, pool, "strength", strength)
     assert pool.version("b") == 1
-
-
-def test_the_only_adapter_needs_no_name(sources):
-    model = load(LLAMA, sources["a"], "mine")
-    pool = pool_of(model, {"b": sources["b"]})
-    pool.swap("b")
-    assert pool.adapter_name == "mine"
-    assert_is(model, sources["b"], adapter_name="mine")
-    model.load_adapter(sources["c"], "other")
-    refused("the adapters 'mine', 'other'", pool_of, model, {"b": sources["b"]})
 
 
 def test_whoever_has_a_config_may_change_it(model, sources):
@@ -188,70 +157,62 @@ def test_whoever_has_a_config_may_change_it(model, sources):
 # ---- using, strength, off
 
 
-def test_using_gives_the_former_adapter_back(model, pool, sources):
-    pool.swap("b", strength=0.5)
-    with comes_back(model):
-        with pool.using("c") as same:
-            assert same is pool
-            assert_is(model, sources["c"])
-            with pool.using("d", strength=2):
-                assert (pool.active, pool.strength) == ("d", 2)
-            assert_is(model, sources["c"])
-        assert (pool.active, pool.strength) == ("b", 0.5)
-        with pytest.raises(ZeroDivisionError), pool.using("c"):
-            _ = 1 / 0
+@pytest.mark.parametrize("former", ["in the pool, at half its strength", "in no pool", "no longer in the model"])
+def test_using_gives_the_former_adapter_back(sources, former):
+    model = load(LLAMA, sources["a"])
+    pool = pool_of(model, {name: sources[name] for name in "bcd"})
+    if "half" in former:
+        pool.swap("b", strength=0.5)
+    if "no longer" in former:
+        hotswap_adapter(model, sources["e"], "default")
+    before, output, state = observe(model), call(model, LLAMA.inputs()), (pool.active, pool.strength)
+    with pool.using("c") as same:
+        assert same is pool
+        assert_is(model, sources["c"])
+        with pool.using("d", strength=2):
+            assert (pool.active, pool.strength) == ("d", 2)
+        assert_is(model, sources["c"])
+    with pytest.raises(ZeroDivisionError), pool.using("c"):
+        _ = 1 / 0
+    assert (pool.active, pool.strength) == state
+    assert_same(observe(model), before)
+    assert torch.equal(call(model, LLAMA.inputs()), output)
+
+
+def test_using_gives_back_what_was_updated_meanwhile(model, pool, sources):
+    pool.swap("b")
+    output = call(model, LLAMA.inputs())
     with pool.using("a"):
         pool.update("b", times(2, sources["b"]))
-    path = resolve_slot(model, "default").layers[0].path
-    key = f"base_model.model.{path}.lora_A.weight"
-    assert torch.equal(resolve_slot(model, "default").layers[0].tensors[0].parameter, times(2, sources["b"])[key])
-
-
-def test_using_gives_back_what_was_never_in_the_pool(model, sources):
-    pool = pool_of(model, {name: sources[name] for name in "bc"})
-    with comes_back(model), pool.using("b"):
-        pass
-    assert_is(model, sources["a"])
-    hotswap_adapter(model, sources["c"], "default")
-    with pool.using("b"):
-        pass
-    assert_is(model, sources["c"])
+    assert not torch.allclose(call(model, LLAMA.inputs()), output)
 
 
 @pytest.mark.usefixtures("python_sigint")
-@pytest.mark.parametrize("way", ["AdapterPool()", "add", "swap"])
+@pytest.mark.parametrize("way", ["AdapterPool()", "add"])
 def test_ctrl_c_ends_a_long_download_at_once(model, sources, monkeypatch, way):
     def download(*_: object, **__: object) -> None:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         time.sleep(60)
 
-    pool = None
-    if way != "AdapterPool()":
-        pool = pool_of(model, {"b": sources["b"]}, target_rank=8)
-        pool._members["b"].packed = None
-    actions = {
-        "AdapterPool()": lambda: pool_of(model, sources),
-        "add": lambda: pool.add("c", sources["c"]),
-        "swap": lambda: pool.swap("b"),
-    }
+    action, given = (pool_of(model, {}, target_rank=8).add, ("c",)) if way == "add" else (pool_of, (model,))
+    source = sources["c"] if way == "add" else sources
     start = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(Adapter, "load", download)
         with untouched(model), pytest.raises(KeyboardInterrupt):
-            actions[way]()
+            action(*given, source)
     assert time.monotonic() - start < 30
-    actions[way]()
+    action(*given, source)
 
 
 def test_strength_and_off(model, pool):
-    base = call(LLAMA.base(), LLAMA.inputs())
     pool.swap("b")
     full = call(model, LLAMA.inputs())
     pool.strength = 0.25
     assert pool.strength == get_strength(model) == 0.25
     assert not torch.allclose(call(model, LLAMA.inputs()), full)
     pool.off()
-    assert torch.equal(call(model, LLAMA.inputs()), base)
+    assert torch.equal(call(model, LLAMA.inputs()), call(LLAMA.base(), LLAMA.inputs()))
     pool.swap("b")
     assert pool.strength == 1
     assert torch.equal(call(model, LLAMA.inputs()), full)
@@ -263,11 +224,8 @@ def test_strength_and_off(model, pool):
 
 def test_strengths_that_are_set_by_peft(model, pool, sources):
     """Equal ones are the pool's strength; uneven ones are no error until somebody asks for it, and come back."""
-    pool.swap("e")
-    fresh = load(LLAMA, sources["e"])
-    for layer in (*lora_layers(model), *lora_layers(fresh)):
+    for layer in lora_layers(model):
         layer.set_scale("default", 0.5)
-    assert_equals(model, fresh, LLAMA, prepared=True)
     assert pool.strength == 0.5
     pool.swap("b")
     for number, layer in enumerate(lora_layers(model)):
@@ -282,7 +240,6 @@ def test_strengths_that_are_set_by_peft(model, pool, sources):
     assert torch.equal(call(model, LLAMA.inputs()), before)
     with pool.using("c"):
         assert_is(model, sources["c"])
-    assert torch.equal(call(model, LLAMA.inputs()), before)
     pool.update("b", Adapter.load(sources["b"]).tensors)
     torch.testing.assert_close(call(model, LLAMA.inputs()), before)
 
@@ -290,7 +247,7 @@ def test_strengths_that_are_set_by_peft(model, pool, sources):
 # ---- add, remove, update
 
 
-def test_add_and_remove(model, sources):
+def test_add_and_remove(model, sources, tmp_path):
     pool = pool_of(model, {"a": sources["a"], "b": sources["b"]})
     assert (list(pool), len(pool), "a" in pool, "c" in pool) == (["a", "b"], 2, True, False)
     pool.add("c", sources["c"])
@@ -299,22 +256,16 @@ def test_add_and_remove(model, sources):
     for name, source in (("c", "c"), ("from memory", "e"), ("read already", "d")):
         pool.swap(name)
         assert_is(model, sources[source])
-    refused("is in the model", pool.remove, "read already")
+    large = save_random_adapter(LLAMA, tmp_path / "large", seed=9, r=16)
+    with untouched(model):
+        refused("is in the model", pool.remove, "read already")
+        refused("target_rank=16", pool.add, "large", large)
+        refused("Can't find", pool.add, "broken", tmp_path)
+        refused("already", pool.add, "a", sources["b"])
     pool.swap("a")
     pool.remove("read already")
     assert pool.names == ["a", "b", "c", "from memory"]
     refused("no adapter called 'read already'", pool.swap, "read already")
-    refused("already", pool.add, "a", sources["b"])
-
-
-def test_what_does_not_fit_is_refused_and_the_model_untouched(model, sources, tmp_path):
-    pool = pool_of(model, {"a": sources["a"], "c": sources["c"]})
-    large = save_random_adapter(LLAMA, tmp_path / "large", seed=9, r=16)
-    (tmp_path / "broken").mkdir()
-    with untouched(model):
-        refused("target_rank=16", pool.add, "large", large)
-        refused("Can't find", pool.add, "broken", tmp_path / "broken")
-    assert pool.names == ["a", "c"]
 
 
 def test_a_pool_that_can_not_be_made_leaves_the_model_as_it_was(model, sources, tmp_path):
@@ -340,33 +291,16 @@ def test_update(model, pool, sources):
     for tensor in given.values():
         tensor.zero_()  # the pool has only read them
     pool.swap("a")
-    with untouched(model):
-        pool.update("d", Adapter.load(sources["d"]).tensors)  # an adapter that is not in use changes nothing
-        pool.update("b", times(2, sources["b"]))
+    with untouched(model):  # an adapter that is not in use changes nothing
+        pool.update("d", Adapter.load(sources["d"]).tensors)
+        refused("NaN", pool.update, "d", times(float("nan"), sources["d"]))
     pool.undo()
     assert not torch.equal(call(model, LLAMA.inputs()), before)
     assert_is(model, sources["d"])
-    with untouched(model):
-        refused("NaN", pool.update, "d", times(float("nan"), sources["d"]))
     assert pool.version("d") == 4
 
 
 # ---- a model that is not where it was
-
-
-def give_other_memory(model):
-    parameter = resolve_slot(model, "default").tensors[5].parameter
-    parameter.data = torch.zeros_like(parameter)
-
-
-def delete_and_load(model):
-    model.delete_adapter("default")
-    model.add_adapter("default", LoraConfig(r=4, target_modules=["q_proj"]))
-
-
-def assign(model, part: str):
-    state = {key: value.clone() for key, value in model.state_dict().items() if part in key}
-    model.load_state_dict(state, strict=False, assign=True)
 
 
 def replace_a_middle_part(model):
@@ -381,27 +315,41 @@ def exchange_two_layers(model):
     one["weight"], other["weight"] = other["weight"], one["weight"]
 
 
+def give_other_memory(model):
+    parameter = resolve_slot(model, "default").tensors[5].parameter
+    parameter.data = torch.zeros_like(parameter)
+
+
+def delete_and_load(model):
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=4, target_modules=["q_proj"]))
+
+
+def assign(model):
+    state = {key: value.clone() for key, value in model.state_dict().items() if "layers.0.mlp.up_proj.lora" in key}
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+#: what is done to a model, and whether a swap from files is still a swap of what was there
 MOVES = {
-    "bfloat16": lambda model: model.to(torch.bfloat16),
-    "other memory": give_other_memory,
-    "assigned state": lambda model: assign(model, ""),
-    "assigned state of one layer": lambda model: assign(model, "layers.0.mlp.up_proj.lora"),
-    "a middle part that was replaced": replace_a_middle_part,
-    "two layers that have changed places": exchange_two_layers,
-    "deleted and loaded": delete_and_load,
-    "unloaded": lambda model: model.unload(),
+    "bfloat16": (lambda model: model.to(torch.bfloat16), True),
+    "other memory": (give_other_memory, True),
+    "assigned state of one layer": (assign, True),
+    "a middle part that was replaced": (replace_a_middle_part, True),
+    "two layers that have changed places": (exchange_two_layers, False),
+    "deleted and loaded": (delete_and_load, False),
+    "unloaded": (lambda model: model.unload(), False),
 }
-#: after these a swap from files is no swap of what was there
-FOR_GOOD = ("two layers that have changed places", "deleted and loaded", "unloaded")
 
 
 @pytest.mark.parametrize("move", MOVES)
 def test_a_model_that_was_moved_is_noticed(model, pool, sources, move):
+    change, can_be_swapped = MOVES[move]
     pool.swap("b")
-    MOVES[move](model)
+    change(model)
     for _ in range(2):
         refused(r"no longer where the pool put it|not found|No adapter layers", pool.swap, "a")
-    if move not in FOR_GOOD:
+    if can_be_swapped:
         precision = dict(tolerance=1e-2, margin=5) if model.dtype == torch.bfloat16 else {}
         hotswap_adapter(model, sources["a"], "default")
         assert_same_outputs(model, load(LLAMA, sources["a"]).to(model.dtype), LLAMA, **precision)
@@ -409,21 +357,12 @@ def test_a_model_that_was_moved_is_noticed(model, pool, sources, move):
         assert_same_outputs(model, load(LLAMA, sources["c"]).to(model.dtype), LLAMA, **precision)
 
 
-def test_moving_there_and_back_and_compiling_a_part_is_fine(model, pool, sources):
-    pool.swap("b")
-    model.to("cpu").float()
-    base = model.get_base_model()
-    base.model.layers[1] = torch.compile(base.model.layers[1], backend="eager")
-    pool.swap("a")
-    assert_same_outputs(model, load(LLAMA, sources["a"]), LLAMA)
-
-
-def test_a_part_that_was_compiled_since_where_layers_lie_in_another_order(tmp_path):
+def test_a_conversion_there_and_back_and_a_part_that_was_compiled_since(tmp_path):
     """Layers that were reserved come last in the room, wherever they are in the model."""
-    late = save_random_adapter(LINEAR, tmp_path / "late", seed=1, r=4, target_modules=["last"])
-    every = save_random_adapter(LINEAR, tmp_path / "every", seed=2, r=4)
+    late, every = save_family(LINEAR, tmp_path, dict(r=4, target_modules=["last"]), dict(r=4))
     model = load(LINEAR, late)
     pool = pool_of(model, {"late": late, "every": every})
+    model.to("cpu").float()
     base = model.get_base_model()
     base.blocks[0] = torch.compile(base.blocks[0], backend="eager")
     for name, folder in (("every", every), ("late", late)):
@@ -436,8 +375,6 @@ def test_mixed_dtypes(sources):
     for tensor in resolve_slot(model, "default").tensors[::2]:
         tensor.parameter.data = tensor.parameter.data.float()
     pool = pool_of(model, sources)
-    bands = room_of(model.get_base_model(), "default").bands
-    assert {band.memory.dtype for band in bands} == {torch.float32, torch.float64}
     for name in ("b", "c", "a", "e"):
         pool.swap(name)
         slot, tensors = resolve_slot(model, "default"), Adapter.load(sources[name]).tensors
@@ -451,8 +388,7 @@ def test_mixed_dtypes(sources):
 
 def test_an_embedding_is_reserved_that_another_adapter_is_on(tmp_path):
     kind = KINDS["embedding"]
-    head = save_random_adapter(kind, tmp_path / "head", seed=1, r=4, target_modules=["head"])
-    embedding = save_random_adapter(kind, tmp_path / "embedding", seed=2, r=4, target_modules=["embed"])
+    head, embedding = save_family(kind, tmp_path, *(dict(r=4, target_modules=[each]) for each in ("head", "embed")))
     model = load(kind, head)
     model.load_adapter(embedding, "other")
     pool = pool_of(model, {"head": head, "embedding": embedding}, "default")
@@ -472,17 +408,17 @@ def test_layers_that_were_added_since_are_noticed(sources):
 # ---- training
 
 
-def outputs_with_gradient(model) -> torch.Tensor:
-    return model(**LLAMA.inputs()).logits.square().mean()
-
-
 def trainable(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def loss_of(model) -> torch.Tensor:
+    return model(**LLAMA.inputs()).logits.square().mean()
+
+
 def train(model, optimizer, steps=3):
     for _ in range(steps):
-        outputs_with_gradient(model).backward()
+        loss_of(model).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -513,13 +449,13 @@ def test_trained_weights_come_back_and_gradients_do_not(sources):
     with pool.using("b"):
         assert_is(model, sources["b"], is_trainable=True)
     assert torch.equal(call(model, LLAMA.inputs()), before)
-    loss = outputs_with_gradient(model)
+    loss = loss_of(model)
     pool.swap("c")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     pool.undo()
     assert torch.equal(call(model, LLAMA.inputs()), before)
-    outputs_with_gradient(model).backward()
+    loss_of(model).backward()
     pool.swap("c")
     assert_is(model, sources["c"], is_trainable=True)
 
@@ -539,25 +475,15 @@ def test_a_checkpoint_of_another_rank_or_other_layers_is_refused(sources):
     assert_is(model, sources["d"])
 
 
-def test_inference_models(sources):
-    with torch.inference_mode():
-        model = load(LLAMA, sources["a"])
-    pool = pool_of(model, sources)
-    with torch.inference_mode():
-        pool.swap("b")
-    pool.swap("c")
-    assert_same_outputs(model, load(LLAMA, sources["c"]), LLAMA)
-
-
 # ---- several adapters, merging, copies
 
 
 def test_two_pools_on_two_adapters_of_one_model(tmp_path):
-    family = (dict(r=4), dict(r=8, lora_alpha=5), dict(r=2, target_modules=["first"]), dict(r=3, use_rslora=True))
-    folders = [save_random_adapter(LINEAR, tmp_path / str(n), n, **each) for n, each in enumerate(family)]
-    sources = {str(number): folder for number, folder in enumerate(folders)}
-    model = load(LINEAR, folders[0], "one")
-    model.load_adapter(folders[2], "two")
+    family = (dict(r=4), dict(r=8, lora_alpha=5), dict(r=2, target_modules=["first"]))
+    folders = save_family(LINEAR, tmp_path, *family)
+    sources = dict(zip("abc", folders, strict=True))
+    model = load(LINEAR, sources["a"], "one")
+    model.load_adapter(sources["c"], "two")
     pools = {name: pool_of(model, sources, name) for name in ("one", "two")}
     for first, second in itertools.permutations(sources, 2):
         pools["one"].swap(first)
@@ -565,15 +491,14 @@ def test_two_pools_on_two_adapters_of_one_model(tmp_path):
         fresh = load(LINEAR, sources[first], "one")
         fresh.load_adapter(sources[second], "two")
         assert_equals(model, fresh.eval(), LINEAR, "one", prepared=True)
-    assert (pools["one"].active, pools["two"].active) == ("3", "2")
+    assert (pools["one"].active, pools["two"].active) == ("c", "b")
     assert (pools["one"].strength, pools["two"].strength) == (1, 1)
 
 
-def test_between_merging_saving_and_other_adapters(model, pool, sources, tmp_path):
+def test_between_merging_and_other_adapters(model, pool, sources):
     pool.swap("b")
     model.merge_adapter()
     refused("currently merged", pool.swap, "c")
-    refused("currently merged", hotswap_adapter, model, sources["c"], "default")
     model.unmerge_adapter()  # which rounds the base weights
     model.load_adapter(sources["e"], "other")
     for name in "ca":
@@ -586,28 +511,17 @@ def test_between_merging_saving_and_other_adapters(model, pool, sources, tmp_pat
     hotswap_adapter(model, sources["c"], "default")
     assert pool.active is None
     pool.swap("d")
-    for save in (lambda: model.save_pretrained(tmp_path / "saved"), lambda: save_adapter(model, tmp_path / "saved")):
-        save()
-        assert_same_outputs(model, load(LLAMA, str(tmp_path / "saved")), LLAMA)
-
-
-def test_copies_of_a_model_with_a_pool_live_on_their_own(model, pool, sources):
-    pool.swap("b")
-    twin = copy.deepcopy(model)
-    pool.swap("a")
-    assert_same_outputs(twin, load(LLAMA, sources["b"]), LLAMA)
-    with untouched(model):
-        hotswap_adapter(twin, sources["c"], "default")
-        assert_is(twin, sources["c"])
-        pool_of(twin, sources).swap("e")
-        assert_is(twin, sources["e"])
-    assert_is(model, sources["a"])
+    assert_same_outputs(model, load(LLAMA, sources["d"]), LLAMA)
 
 
 # ---- how it looks
 
 
-def test_text_and_html(pool):
+def test_text_and_html_and_a_progress_bar_unless_unwanted(model, sources, capsys):
+    pool = AdapterPool(model, adapters=sources)
+    assert "packing" in capsys.readouterr().err
+    pool_of(model, sources)
+    assert capsys.readouterr().err == ""
     pool.swap("e")
     lines = str(pool).splitlines()
     assert lines[0].startswith("AdapterPool: 5 adapters, ")
@@ -620,37 +534,27 @@ def test_text_and_html(pool):
     assert "4 to 7" in html
 
 
-def test_a_progress_bar_is_shown_unless_unwanted(sources, capsys):
-    AdapterPool(load(LLAMA, sources["a"]), adapters=sources)
-    assert "packing" in capsys.readouterr().err
-    AdapterPool(load(LLAMA, sources["a"]), adapters=sources, progress=False)
-    assert capsys.readouterr().err == ""
-
-
 # ---- what is in use
 
 
-@pytest.mark.parametrize("what", ["fewer layers than the family", "another adapter beside it", "a loss was alive"])
-def test_what_is_in_the_model_is_known_as_in_use(sources, what):
+@pytest.mark.parametrize("name", ["d", "a"], ids=["fewer layers than the family", "a loss was alive"])
+def test_what_is_in_the_model_is_known_as_in_use(sources, name):
     """So an update reaches the model at once, and it can't be removed; and an optimizer's step is noticed."""
-    name, is_trainable = ("d" if what == "fewer layers than the family" else "a"), what == "a loss was alive"
-    model = load(LLAMA, sources[name], is_trainable=is_trainable)
-    loss = outputs_with_gradient(model) if is_trainable else None
+    model = load(LLAMA, sources[name], is_trainable=True)
+    loss = loss_of(model)
     pool = pool_of(model, sources)
     del loss
-    if what != "fewer layers than the family":
+    if name == "a":
         pool.swap("a")
-    if what == "another adapter beside it":
         model.load_adapter(sources["b"], "other")
     assert pool.active == name
     before = call(model, LLAMA.inputs())
     pool.update(name, times(3, sources[name]), Adapter.load(sources[name]).config)
     assert (call(model, LLAMA.inputs()) - before).abs().max() > 1e-2
     refused("in use", pool.remove, name)
-    if is_trainable:
-        with torch.no_grad():
-            trainable(model)[0].add_(1)
-        assert pool.active is None
+    with torch.no_grad():
+        trainable(model)[0].add_(1)
+    assert pool.active is None
 
 
 def test_of_two_adapters_that_come_under_one_name_the_first_stays(model, pool, sources, monkeypatch):

@@ -1,20 +1,38 @@
-"""Adapters from the Hub: the real client against a server on this machine, in processes of its own."""
+"""Adapters from the Hub: the real client against a server on this machine."""
 
 from __future__ import annotations
 
+import io
 import shutil
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from hub_stand_in import Fault, StandInHub
-from hub_worker import Worker
-from models import KINDS, save_random_adapter
+from huggingface_hub import close_session, constants, hf_api
+from models import KINDS, load, save_random_adapter
+from oracle import assert_equals_fresh_load, untouched
+from refusals import refused
 from safetensors.torch import load_file, save_file
+
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    find_adapters,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    read_pipeline_lora,
+    resolve_slot,
+)
 
 KIND = KINDS["linear"]
 NAMES = ("old", "new", "second", "third", "secret")
+WEIGHTS = "adapter_model.safetensors"
+#: what is downloaded of one adapter
+BOTH = ["adapter_config.json", WEIGHTS]
 
 
 @pytest.fixture(scope="module")
@@ -26,431 +44,327 @@ def folders(tmp_path_factory):
     }
 
 
+@pytest.fixture
+def model(folders):
+    return load(KIND, folders["old"])
+
+
 @pytest.fixture(scope="module")
 def server():
     with StandInHub() as hub:
         yield hub
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("hf_home")
-
-
-@pytest.fixture(scope="module")
-def workers(server, home):
-    environment = {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": None,
-        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2",
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": None,
-        "NO_PROXY": "127.0.0.1,localhost",
-    }
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    with Worker(environment) as first, Worker({**environment, **offline}) as second:
-        yield {"online": first, "offline": second}
-
-
 @pytest.fixture
-def hub(server, folders, home):
+def hub(server, folders, tmp_path, monkeypatch):
+    """The Hub of this test, with an empty cache. huggingface_hub has read its environment long ago."""
+    settings = dict(
+        ENDPOINT=server.url,
+        HUGGINGFACE_CO_URL_TEMPLATE=server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        HF_HUB_CACHE=str(tmp_path / "hub"),
+        HF_TOKEN_PATH=str(tmp_path / "token"),
+        HF_HUB_DOWNLOAD_TIMEOUT=1,
+        HF_HUB_ETAG_TIMEOUT=2,
+        HF_HUB_OFFLINE=False,
+    )
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    close_session()
     server.reset()
-    shutil.rmtree(home, ignore_errors=True)
     server.add("team/adapter", folders["new"])
     server.add("team/adapter", folders["second"], revision="v2")
     server.add("team/adapter", folders["third"], subfolder="inner")
     server.add("team/secret", folders["secret"])
     server.private["team/secret"] = "hf_right"
-    return server
+    yield server
+    close_session()
 
 
 @pytest.fixture
-def run(hub, workers, folders, home):
-    def run(body: str, *, where: str = "online", **given: object):
-        given = {"home": str(home), **folders, **given}
-        return workers[where].run(body, **given).result
+def swaps_in(model, folders):
+    """A swap from the Hub, after which the model is a fresh load of one of the folders."""
 
-    return run
+    def swaps_in(expected: str, repository: str = "team/adapter", **arguments: object) -> None:
+        hotswap_adapter(model, repository, "default", **arguments)
+        assert_equals_fresh_load(model, KIND, folders[expected])
+
+    return swaps_in
+
+
+def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def downloads(hub: StandInHub) -> list[str]:
     """The files that were asked for, not only asked about."""
-    return [path.rpartition("/")[2] for command, path in hub.requests if command == "GET" and "api/" not in path]
+    return sorted(path.rpartition("/")[2] for command, path in hub.requests if command == "GET" and "api/" not in path)
 
 
 # ---- one adapter
 
 
-def test_repository_revision_subfolder_token_and_cache(hub, run, tmp_path):
-    run(
-        """
-        hotswap_adapter(model, "team/adapter", "default")
-        assert_is(new)
-        hotswap_adapter(model, "team/adapter", "default", revision="v2")
-        assert_is(second)
-        hotswap_adapter(model, "team/adapter", "default", subfolder="inner")
-        assert_is(third)
-        hotswap_adapter(model, "team/secret", "default", token="hf_right", cache_dir=cache)
-        assert_is(secret)
-        hotswap_adapter(model, "team/adapter", "default", revision=commit)
-        assert_is(second)
-        """,
-        cache=str(tmp_path / "cache"),
-        commit=hub.commit("team/adapter", "v2"),
-    )
-    assert list((tmp_path / "cache").glob("models--team--secret/snapshots/*/adapter_model.safetensors"))
+def test_repository_revision_subfolder_token_and_cache(hub, swaps_in, tmp_path):
+    cache = tmp_path / "cache"
+    swaps_in("new")
+    swaps_in("second", revision="v2")
+    swaps_in("third", subfolder="inner")
+    swaps_in("secret", "team/secret", token="hf_right", cache_dir=cache)
+    swaps_in("secret", "team/secret", use_auth_token="hf_right")
+    swaps_in("second", revision=hub.commit("team/adapter", "v2"))
+    assert list(cache.glob(f"models--team--secret/snapshots/*/{WEIGHTS}"))
     # each file once, and nothing else of the repository
-    assert sorted(downloads(hub)) == 4 * ["adapter_config.json"] + 4 * ["adapter_model.safetensors"]
+    assert downloads(hub) == sorted(5 * BOTH)
+    # tokens are not sent to where the large files are
+    sent = {(each.path.split("/")[0], each.headers.get("authorization")) for each in hub.log if "/secret" in each.path}
+    assert sent == {("team", "Bearer hf_right")}
+    assert {each.headers.get("authorization") for each in hub.log if each.path.startswith("storage")} == {None}
 
 
-def test_tokens_are_not_sent_to_where_the_large_files_are(hub, run):
-    run('hotswap_adapter(model, "team/secret", "default", token="hf_right"); assert_is(secret)')
-    sent = {(request.path.split("/")[0], request.headers.get("authorization")) for request in hub.log}
-    assert sent == {("team", "Bearer hf_right"), ("storage", None)}
-
-
-@pytest.mark.long
-def test_what_is_cached_takes_one_question(hub, run):
-    run('hotswap_adapter(model, "team/adapter", "default")')
-    hub.log.clear()
-    run('hotswap_adapter(model, "team/adapter", "default"); assert_is(new)')
-    assert hub.requests == [("HEAD", "team/adapter/resolve/main/adapter_config.json")]
-
-
-def test_the_older_name_of_token(run):
-    run('hotswap_adapter(model, "team/secret", "default", use_auth_token="hf_right"); assert_is(secret)')
-
-
-def test_what_is_not_there_or_not_allowed_is_refused(hub, run, folders):
-    del hub.repositories["team/adapter"]["v2"]["adapter_model.safetensors"]
+def test_what_is_not_there_or_not_allowed_is_refused(hub, model, folders):
+    del hub.repositories["team/adapter"]["v2"][WEIGHTS]
     hub.add("team/gated", folders["new"])
     hub.gated.add("team/gated")
-    refusals = run(
-        """
-        result = [
-            refusal("team/nothing"),
-            refusal("team/secret"),
-            refusal("team/secret", token="hf_wrong"),
-            refusal("team/adapter", revision="v9"),
-            refusal("team/adapter", subfolder="outer"),
-            refusal("team/adapter", revision="v2"),
-            refusal("not a/valid/id"),
-            refusal("team/gated"),
-            refusal("team/adapter", local_files_only=True, revision="v9"),
-        ]
-        """
-    )
-    assert all("found:" in text and "next:" in text for text in refusals)
-    assert refusals[0].startswith("Can't find 'adapter_config.json' at 'team/nothing'")
-    assert "RepositoryNotFoundError" in refusals[1]
-    assert "RepositoryNotFoundError" in refusals[2]
-    assert "RevisionNotFoundError" in refusals[3]
-    assert "EntryNotFoundError" in refusals[4]
-    assert refusals[5].startswith("Can't find weights for team/adapter")
-    assert refusals[6].startswith("Can't find 'adapter_config.json'")
-    assert "GatedRepoError" in refusals[7]
-    assert "local_files_only" in refusals[8]
+    for match, repository, arguments in (
+        (r"^Can't find 'adapter_config\.json' at 'team/nothing'", "team/nothing", {}),
+        ("RepositoryNotFoundError", "team/secret", {}),
+        ("RepositoryNotFoundError", "team/secret", dict(token="hf_wrong")),
+        ("RevisionNotFoundError", "team/adapter", dict(revision="v9")),
+        ("EntryNotFoundError", "team/adapter", dict(subfolder="outer")),
+        ("^Can't find weights for team/adapter", "team/adapter", dict(revision="v2")),
+        (r"^Can't find 'adapter_config\.json'", "not a/valid/id", {}),
+        ("GatedRepoError", "team/gated", {}),
+        ("local_files_only", "team/adapter", dict(local_files_only=True, revision="v9")),
+    ):
+        error = refused(match, hotswap_adapter, model, repository, "default", **arguments)
+        assert str(error).count("found:") == str(error).count("next:") == 1
 
 
-@pytest.mark.long
-def test_offline_the_cache_is_used_and_nothing_is_asked(hub, run):
-    run('hotswap_adapter(model, "team/adapter", "default")')
+def test_what_is_cached_takes_one_question_and_offline_none(hub, model, swaps_in, monkeypatch):
+    swaps_in("new")
     hub.log.clear()
-    missing = run(
-        """
-        hotswap_adapter(model, "team/adapter", "default")
-        assert_is(new)
-        result = refusal("team/secret")
-        """,
-        where="offline",
-    )
+    swaps_in("new")
+    assert hub.requests == [("HEAD", "team/adapter/resolve/main/adapter_config.json")]
+    hub.log.clear()
+    go_offline(monkeypatch)
+    swaps_in("new")
+    error = refused(r"^Can't find 'adapter_config\.json'", hotswap_adapter, model, "team/secret", "default")
+    assert "offline" in str(error)
+    assert "unset HF_HUB_OFFLINE" in str(error)
     assert hub.requests == []
-    assert missing.startswith("Can't find 'adapter_config.json' at 'team/secret'")
-    assert "offline" in missing
-    assert "unset HF_HUB_OFFLINE" in missing
 
 
-@pytest.mark.long
-def test_bin_files_where_there_are_no_safetensors(hub, run, folders, tmp_path):
+def test_bin_files_where_there_are_no_safetensors_and_a_renamed_repository(hub, swaps_in, tmp_path, monkeypatch):
     files = hub.repositories["team/adapter"]["main"]
-    torch.save(load_file(Path(folders["new"]) / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
-    del files["adapter_model.safetensors"]
+    (tmp_path / WEIGHTS).write_bytes(files.pop(WEIGHTS))
+    torch.save(load_file(tmp_path / WEIGHTS), tmp_path / "adapter_model.bin")
     files["adapter_model.bin"] = (tmp_path / "adapter_model.bin").read_bytes()
-    body = 'hotswap_adapter(model, "team/adapter", "default"); assert_is(new)'
-    run(body)
-    run(body, where="offline")
-    assert sorted(downloads(hub)) == ["adapter_config.json", "adapter_model.bin"]
-
-
-@pytest.mark.long
-def test_a_renamed_repository(hub, run):
     hub.renamed["team/old-name"] = "team/adapter"
-    body = 'hotswap_adapter(model, "team/old-name", "default"); assert_is(new)'
-    run(body)
-    run(body, where="offline")
+    swaps_in("new", "team/old-name")
+    assert {"adapter_config.json", "adapter_model.bin"} == set(downloads(hub))
+    go_offline(monkeypatch)
+    swaps_in("new", "team/old-name")
 
 
-def test_a_repository_that_was_pushed_to(hub, run, folders):
-    body = """
-        adapter = Adapter.load("team/adapter")
-        hotswap_adapter(model, "team/adapter", "default")
-        result = adapter.revision
-        assert_is(expected)
-    """
-    first = run(body, expected=folders["new"])
+def test_a_repository_that_was_pushed_to(hub, swaps_in, folders):
+    first = Adapter.load("team/adapter").revision
     assert first == hub.commit("team/adapter")
+    swaps_in("new")
     hub.add("team/adapter", folders["second"])
-    second = run(body, expected=folders["second"])
-    assert second == hub.commit("team/adapter") != first
+    swaps_in("second")
+    assert Adapter.load("team/adapter").revision == hub.commit("team/adapter") != first
     # pinned, it is what it was; with the files at hand, the Hub isn't even asked
     hub.log.clear()
-    run(
-        'hotswap_adapter(model, "team/adapter", "default", revision=pinned); assert_is(new)',
-        pinned=first,
-    )
+    swaps_in("new", revision=first)
     assert hub.requests == []
 
 
-def test_config_and_weights_are_of_one_commit(hub, run, folders):
+def test_config_and_weights_are_of_one_commit(hub, swaps_in, folders):
     """Somebody pushes in between."""
     hub.on_request = lambda request: (
-        hub.add("team/adapter", folders["second"]) if request.path.endswith("/adapter_model.safetensors") else None
+        hub.add("team/adapter", folders["second"]) if request.path.endswith(WEIGHTS) else None
     )
-    run('hotswap_adapter(model, "team/adapter", "default"); assert_is(new)')
-    assert hub.repositories["team/adapter"]["main"]["adapter_config.json"] != _config(folders["new"])
-    run('hotswap_adapter(model, "team/adapter", "default"); assert_is(second)')
+    swaps_in("new")
+    hub.on_request = None
+    swaps_in("second")
 
 
-def test_a_folder_is_never_looked_for_on_the_hub(hub, run, folders, tmp_path):
+def test_a_folder_is_never_looked_for_on_the_hub(hub, model, folders, tmp_path, monkeypatch):
     """Nor are its files mixed with those of a repository of the same name."""
     shutil.copytree(folders["second"], tmp_path / "team" / "adapter")
-    for name, summary in (
-        ("adapter_model.safetensors", "Can't find weights for team/adapter"),
-        ("adapter_config.json", "Can't find 'adapter_config.json' at 'team/adapter'"),
+    monkeypatch.chdir(tmp_path)
+    for name, match in (
+        (WEIGHTS, "^Can't find weights for team/adapter"),
+        ("adapter_config.json", r"^Can't find 'adapter_config\.json' at 'team/adapter'"),
     ):
         (tmp_path / "team" / "adapter" / name).unlink()
-        text = run(
-            """
-            import os
-            before = os.getcwd()
-            os.chdir(folder)
-            try:
-                result = refusal("team/adapter")
-            finally:
-                os.chdir(before)
-            """,
-            folder=str(tmp_path),
-        )
-        assert text.startswith(summary)
+        refused(match, hotswap_adapter, model, "team/adapter", "default")
     assert hub.requests == []
 
 
-def test_a_family_on_the_hub_is_prepared_for_from_its_configs(run, hub):
-    result = run("""
-    from hotswap_lab import prepare_model_for_compiled_hotswap, resolve_slot
+def test_a_family_on_the_hub_is_prepared_for_from_its_configs(hub, model):
     prepare_model_for_compiled_hotswap(model, adapters=["team/adapter"], revision="v2")
-    room = {tensor.capacity for tensor in resolve_slot(model, "default").tensors}
-    result = sorted(room)
-    """)
-    assert result == [4]
+    assert {tensor.capacity for tensor in resolve_slot(model, "default").tensors} == {4}
     assert downloads(hub) == ["adapter_config.json"]
 
 
-@pytest.mark.long
-def test_progress_is_shown_once_for_each_download(hub, workers, folders):
-    body = 'hotswap_adapter(model, "team/adapter", "default"); assert_is(new)'
-    shown = workers["online"].run(body, **folders).terminal
-    assert "adapter_model.safetensors: 100%" in shown
-    assert "adapter_config.json: 100%" in shown
-    assert "%" not in workers["online"].run(body, **folders).terminal  # from the cache
-
-
-@pytest.mark.long
-def test_progress_bars_can_be_disabled(hub, workers, folders):
-    body = """
-        from huggingface_hub import constants
-        constants.HF_HUB_OFFLINE = False  # this once
-        try:
-            hotswap_adapter(model, "team/adapter", "default")
-            assert_is(new)
-        finally:
-            constants.HF_HUB_OFFLINE = True
-    """
-    assert "%" not in workers["offline"].run(body, **folders).terminal
-    assert len(downloads(hub)) == 2
+def test_progress_is_shown_once_for_each_download_and_can_be_disabled(hub, swaps_in, tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bars = sys.modules["huggingface_hub.utils.tqdm"]
+    monkeypatch.setattr(bars, "progress_bar_states", {})  # the demo's models turn them off for the whole process
+    for disabled in (True, None):
+        monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", disabled)
+        swaps_in("new", cache_dir=tmp_path / str(disabled))
+        assert [f"{name}: 100%" in terminal.getvalue() for name in BOTH] == 2 * [not disabled]
+    terminal.truncate(0)
+    swaps_in("new", cache_dir=tmp_path / "None")
+    assert "%" not in terminal.getvalue()
 
 
 # ---- networks and servers that fail
 
 
 @pytest.mark.long
-def test_a_download_that_was_cut_is_resumed(hub, run, folders, tmp_path):
+def test_a_download_that_was_cut_is_resumed(hub, swaps_in, folders, tmp_path):
     """The client writes 10 MiB at a time, and goes on after the last one that it has in full."""
-    tensors = load_file(Path(folders["new"]) / "adapter_model.safetensors")
-    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt", "note": "a long story " * 2_000_000})
+    tensors = load_file(Path(folders["new"]) / WEIGHTS)
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt", "note": "a long story " * 2_000_000})
     shutil.copy(Path(folders["new"]) / "adapter_config.json", tmp_path)
-    hub.add("team/large", tmp_path)
-    hub.faults["adapter_model.safetensors"] = Fault("cut", times=1)
-    run('hotswap_adapter(model, "team/large", "default"); assert_is(new)')
+    for name in BOTH:
+        hub.repositories.setdefault("team/large", {"main": {}})["main"][name] = (tmp_path / name).read_bytes()
+    hub.faults[WEIGHTS] = Fault("cut", times=1)
+    swaps_in("new", "team/large")
     stored = [request for request in hub.log if request.path.startswith("storage/")]
     assert [request.headers.get("range") for request in stored] == [None, f"bytes={10 << 20}-"]
     # a smaller file is asked for again as a whole
-    hub.faults["adapter_model.safetensors"] = Fault("cut", times=2)
+    hub.faults[WEIGHTS] = Fault("cut", times=2)
     hub.log.clear()
-    run('hotswap_adapter(model, "team/adapter", "default"); assert_is(new)')
-    assert downloads(hub) == ["adapter_config.json", *3 * ["adapter_model.safetensors"]]
+    swaps_in("new")
+    assert downloads(hub) == ["adapter_config.json", *3 * [WEIGHTS]]
+
+
+#: by the repository that fails: how, where the message begins, and what it says of the reason
+FAILING = {
+    "cut": (Fault("empty"), "Can't find weights", "RemoteProtocolError"),
+    "error": (Fault(500, ("HEAD", "GET")), "Can't find 'adapter_config.json'", "500"),
+    "busy": (Fault(429, ("HEAD", "GET")), "Can't find 'adapter_config.json'", "429"),
+    "hanging": (Fault("hang", ("HEAD", "GET")), "Can't find 'adapter_config.json'", "Timeout"),
+    "stuck": (Fault("hang", ("GET",)), "Can't find 'adapter_config.json'", "Timeout"),
+}
 
 
 @pytest.mark.long
-def test_what_fails_for_good_is_refused_and_works_when_the_hub_does(hub, run, folders, home):
+def test_what_fails_for_good_is_refused_and_works_when_the_hub_does(hub, swaps_in, folders, tmp_path):
     """All at once, since huggingface_hub repeats most requests for some seconds."""
-    kinds = {
-        "cut": Fault("empty"),
-        "error": Fault(500, ("HEAD", "GET")),
-        "busy": Fault(429, ("HEAD", "GET")),
-        "hanging": Fault("hang", ("HEAD", "GET")),
-        "stuck": Fault("hang", ("GET",)),
-    }
-    for name, fault in kinds.items():
+    for name, (fault, _, _) in FAILING.items():
         hub.add(f"faulty/{name}", folders["new"])
         hub.faults[f"faulty/{name}/" if name != "cut" else "storage/"] = fault
-    body = """
-        import time
-        from concurrent.futures import ThreadPoolExecutor
-        def attempt(name):
-            start = time.perf_counter()
-            text = refusal("faulty/" + name, model=load(kind, old))
-            return text, time.perf_counter() - start
-        with ThreadPoolExecutor(len(kinds)) as threads:
-            result = dict(zip(kinds, threads.map(attempt, kinds)))
-    """
-    refused = run(body, kinds=list(kinds))
-    for name, (text, seconds) in refused.items():
-        assert text.startswith("Can't find weights" if name == "cut" else "Can't find 'adapter_config.json'"), name
+
+    def attempt(name: str) -> tuple[str, float]:
+        start, model = time.perf_counter(), load(KIND, folders["old"])
+        return str(refused(None, hotswap_adapter, model, f"faulty/{name}", "default")), time.perf_counter() - start
+
+    with ThreadPoolExecutor(len(FAILING)) as threads:
+        answers = dict(zip(FAILING, threads.map(attempt, FAILING), strict=True))
+    for name, (text, seconds) in answers.items():
+        assert text.startswith(FAILING[name][1])
+        assert FAILING[name][2] in text
         assert text.count("found:") == 1
-        assert seconds < 40, (name, seconds)
-    assert "RemoteProtocolError" in refused["cut"][0]
-    assert "500" in refused["error"][0]
-    assert "429" in refused["busy"][0]
-    assert "Timeout" in refused["hanging"][0]
-    assert "Timeout" in refused["stuck"][0]
-    assert refused["hanging"][1] < 10
+        assert seconds < (10 if name == "hanging" else 40), (name, seconds)
     # nothing half downloaded is left, or taken for a file
-    assert not list(Path(home).rglob("*.incomplete"))
-    hub.faults.clear()
-    for name in kinds:
-        run('hotswap_adapter(model, "faulty/" + name, "default"); assert_is(new)', name=name)
-
-
-@pytest.mark.long
-def test_where_the_hub_fails_the_cache_is_used(hub, run):
-    run('hotswap_adapter(model, "team/adapter", "default")')
-    for kind in (500, 429, "hang"):
-        hub.faults["team/adapter"] = Fault(kind, ("HEAD", "GET"))
+    assert not list(tmp_path.rglob("*.incomplete"))
+    faults, hub.faults = hub.faults, {}
+    for name in FAILING:
+        swaps_in("new", f"faulty/{name}")
+    # now where the Hub fails, the cache is used
+    hub.faults = faults
+    for name in ("error", "busy", "hanging"):
         hub.log.clear()
-        run('hotswap_adapter(model, "team/adapter", "default"); assert_is(new)')
+        swaps_in("new", f"faulty/{name}")
         assert len(hub.log) == 1
 
 
 # ---- many adapters
 
 
-@pytest.mark.long
-def test_a_pool_of_private_adapters_survives_without_the_hub(hub, run, folders):
+def test_a_pool_of_private_adapters_survives_without_the_hub(hub, folders, monkeypatch):
     hub.add("team/secret", folders["second"], revision="v2")
     hub.private["team/adapter"] = "hf_right"
-    body = """
-        family = {"a": "team/secret", "b": "team/adapter", "here": old}
-        pool = AdapterPool(
-            model, adapters=family, revision="v2", token="hf_right", target_rank=8, max_bytes=nbytes, progress=False
-        )
-        result = []
+    family = {"a": "team/secret", "b": "team/adapter", "here": folders["old"]}
+    expected = {"a": folders["second"], "b": folders["second"], "here": folders["old"]}
+    options = dict(revision="v2", token="hf_right", target_rank=8, max_bytes=2 * Adapter.load(folders["second"]).nbytes)
+
+    def dropped_on_the_way() -> list[list[str]]:
+        model, dropped = load(KIND, folders["old"]), []
+        pool = AdapterPool(model, adapters=family, progress=False, **options)
         for name in ("a", "b", "here", "a", "b"):
-            result.append(sorted(row[0] for row in pool.table if row[-2] == "in its files"))
+            dropped.append(sorted(row[0] for row in pool.table if row[-2] == "in its files"))
             pool.swap(name)
-            assert_is({"a": second, "b": second, "here": old}[name], prepared=True)
-    """
-    nbytes = sum(tensor.nbytes for tensor in load_file(Path(folders["second"]) / "adapter_model.safetensors").values())
-    before = run(body, nbytes=2 * nbytes)
+            assert_equals_fresh_load(model, KIND, expected[name], prepared=True)
+        return dropped
+
+    before = dropped_on_the_way()
     assert sum(map(len, before)) >= 3  # some had to be read again
-    assert sorted(downloads(hub)) == 2 * ["adapter_config.json"] + 2 * ["adapter_model.safetensors"]
+    assert downloads(hub) == sorted(2 * BOTH)
     hub.log.clear()
-    assert run(body, nbytes=2 * nbytes, where="offline") == before
+    go_offline(monkeypatch)
+    assert dropped_on_the_way() == before
     assert hub.requests == []
 
 
-def test_a_pool_reads_again_what_it_has_read_before(hub, run, folders):
+def test_a_pool_reads_again_what_it_has_read_before(hub, model, folders):
     """Though somebody has pushed to the repository since, and without asking the Hub."""
-    run(
-        """
-        kept["pool"] = pool = AdapterPool(
-            model, adapters={"a": "team/adapter", "here": old}, target_rank=8, max_bytes=2000, progress=False
-        )
-        kept["model"] = model
-        pool.swap("here")
-        assert ("a", "in its files") in [(row[0], row[-2]) for row in pool.table]
-        """
-    )
+    adapters = {"a": "team/adapter", "here": folders["old"]}
+    pool = AdapterPool(model, adapters=adapters, target_rank=8, max_bytes=2000, progress=False)
+    pool.swap("here")
+    assert ("a", "in its files") in [(row[0], row[-2]) for row in pool.table]
     hub.add("team/adapter", folders["second"])
     hub.log.clear()
-    run(
-        """
-        model = kept["model"]
-        kept["pool"].swap("a")
-        oracle.assert_equals_fresh_load(model, kind, new, prepared=True)
-        """
-    )
+    pool.swap("a")
+    assert_equals_fresh_load(model, KIND, folders["new"], prepared=True)
     assert hub.requests == []
 
 
-def test_a_pool_that_may_not_read_an_adapter_leaves_the_model_alone(run):
-    text = run(
-        """
-        from oracle import untouched
-        with untouched(model):
-            try:
-                AdapterPool(model, adapters={"a": "team/adapter", "b": "team/secret"}, progress=False)
-            except HotswapError as error:
-                result = str(error)
-        """
-    )
-    assert text.startswith("Can't find 'adapter_config.json' at 'team/secret'")
+def test_a_pool_that_may_not_read_an_adapter_leaves_the_model_alone(hub, model):
+    adapters = {"a": "team/adapter", "b": "team/secret"}
+    with untouched(model):
+        refused(r"^Can't find 'adapter_config\.json' at 'team/secret'", AdapterPool, model, adapters=adapters)
 
 
 # ---- diffusers' own format
 
 
-def test_a_file_for_a_pipeline(hub, run, tmp_path):
+def test_a_file_for_a_pipeline(hub, tmp_path):
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
+    pipe = FluxPipeline(None, None, None, None, None, None, transformer)
     lora = {"A.weight": torch.ones(2, 4), "B.weight": torch.ones(8, 2)}
     lora = {f"transformer.x_embedder.lora_{key}": tensor for key, tensor in lora.items()}
-    save_file(lora, tmp_path / "pytorch_lora_weights.safetensors")
-    hub.add("team/style", tmp_path)
-    hub.add("team/own-style", tmp_path)
+    (tmp_path / "style").mkdir()
+    save_file(lora, tmp_path / "style" / "pytorch_lora_weights.safetensors")
+    hub.add("team/style", tmp_path / "style")
+    hub.add("team/own-style", tmp_path / "style")
     hub.private["team/own-style"] = "hf_right"
-    refused = run(
-        """
-        import torch
-        from diffusers import FluxPipeline, FluxTransformer2DModel
-        transformer = FluxTransformer2DModel(
-            in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1,
-            joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
-        )
-        pipe = FluxPipeline(None, None, None, None, None, None, transformer)
-        named = dict(weight_name="pytorch_lora_weights.safetensors")
-        try:
-            read_pipeline_lora(pipe, "team/own-style", **named)
-        except HotswapError as error:
-            result = str(error)
-        for repository, arguments in (("team/style", {}), ("team/own-style", dict(named, token="hf_right"))):
-            adapter = read_pipeline_lora(pipe, repository, **arguments)["transformer"]
-            assert adapter.config.r == 2
-            assert all(tensor.eq(1).all() for tensor in adapter.tensors.values())
-        """
-    )
-    assert refused.startswith("The LoRA from team/own-style can't be loaded")
+    named = dict(weight_name="pytorch_lora_weights.safetensors")
+    refused("^The LoRA from team/own-style can't be loaded", read_pipeline_lora, pipe, "team/own-style", **named)
+    for repository, arguments in (("team/style", {}), ("team/own-style", dict(named, token="hf_right"))):
+        adapter = read_pipeline_lora(pipe, repository, **arguments)["transformer"]
+        assert adapter.config.r == 2
+        assert all(tensor.eq(1).all() for tensor in adapter.tensors.values())
     assert downloads(hub) == 2 * ["pytorch_lora_weights.safetensors"]
 
 
@@ -463,9 +377,8 @@ BASE = "lab/base-model"
 @pytest.fixture
 def library(hub, folders):
     """Repositories for a base, most of them with a LoRA adapter, and one for another base."""
-    for number, name in enumerate(
-        ("tiny", "patterned", "private", "gated", "broken", "other-base", "ia3", "diffusion")
-    ):
+    names = ("tiny", "patterned", "private", "gated", "broken", "other-base", "ia3", "diffusion")
+    for number, name in enumerate(names):
         hub.add(f"zoo/{name}", folders["new"])
         hub.about[f"zoo/{name}"] = {
             "tags": ["peft", f"base_model:{BASE}", f"base_model:adapter:{BASE}", "license:apache-2.0"],
@@ -486,105 +399,58 @@ def library(hub, folders):
     return hub
 
 
-FIND = """
-    found = find_adapters(base, **arguments)
-    rows = [(each.repo_id, each.rank, each.max_rank, each.nbytes, each.licence) for each in found]
-    result = [rows, str(found), found._repr_html_(), found.note]
-"""
-
-
-def test_adapters_for_a_base_are_listed(library, run, folders):
-    rows, text, html, note = run(FIND, base=BASE, arguments={})
-    size = (Path(folders["new"]) / "adapter_model.safetensors").stat().st_size
-    assert rows == [
-        ["zoo/tiny", 3, 3, size, "apache-2.0"],
-        ["zoo/patterned", 3, 64, size, "apache-2.0"],
-        ["zoo/gated", None, None, size, "apache-2.0"],
-        ["zoo/broken", None, None, size, None],
+def test_adapters_for_a_base_are_listed(library, folders):
+    found = find_adapters(BASE)
+    size = (Path(folders["new"]) / WEIGHTS).stat().st_size
+    assert [(each.repo_id, each.rank, each.max_rank, each.nbytes, each.licence) for each in found] == [
+        ("zoo/tiny", 3, 3, size, "apache-2.0"),
+        ("zoo/patterned", 3, 64, size, "apache-2.0"),
+        ("zoo/gated", None, None, size, "apache-2.0"),
+        ("zoo/broken", None, None, size, None),
     ]
-    assert note == "4 of 6 repositories; left out: 1 of another kind, 1 without adapter_config.json"
-    lines = text.splitlines()
-    assert lines[0] == f"LoRA adapters for {BASE}: {note}"
+    assert found.note == "4 of 6 repositories; left out: 1 of another kind, 1 without adapter_config.json"
+    assert found[0].revision == library.commit("zoo/tiny")
+    lines = str(found).splitlines()
+    assert lines[0] == f"LoRA adapters for {BASE}: {found.note}"
     assert lines[1].split() == ["adapter", "rank", "size", "licence", "downloads", "updated"]
     assert lines[2].split() == ["zoo/tiny", "3", f"{size / 1000:.2f}kB", "apache-2.0", "9,000", "2025-06-01"]
     assert "3, up to 64" in lines[3]
     assert lines[4].startswith("zoo/gated (gated)  -")
     assert len(lines) == 6
-    assert html.count("<tr>") == 5
+    assert found._repr_html_().count("<tr>") == 5
     # two questions for each that has a config, no weights
     assert not [path for _, path in library.requests if "safetensors" in path]
     assert len(library.requests) == 1 + 2 * 5 + 1
 
 
-def test_a_token_shows_private_adapters_as_well(library, run):
-    rows = run(FIND, base=BASE, arguments={"token": "hf_right"})[0]
-    assert ["zoo/private", 3, 3] in [row[:3] for row in rows]
-
-
-def test_limits_and_orders(library, run):
-    rows = run(FIND, base=BASE, arguments={"limit": 3})[0]
-    assert [row[0] for row in rows] == ["zoo/tiny", "zoo/patterned", "zoo/gated"]
-    rows = run(FIND, base=BASE, arguments={"limit": 4, "sort": "last_modified"})[0]
-    assert [row[0] for row in rows] == ["zoo/broken", "zoo/gated"]  # the other two are left out
-
-
-def test_what_is_found_can_be_swapped_in(library, run):
-    run(
-        """
-        found = find_adapters(base, limit=1)
-        assert found[0].revision == commit
-        hotswap_adapter(model, found[0].repo_id, "default", revision=commit)
-        assert_is(new)
-        """,
-        base=BASE,
-        commit=library.commit("zoo/tiny"),
-    )
-
-
-@pytest.mark.long
-def test_one_line_where_the_hub_cannot_be_asked(library, run):
-    rows, text, html, _ = run(FIND, base=BASE, arguments={}, where="offline")
-    assert rows == []
-    assert "\n" not in text
-    assert "HF_HUB_OFFLINE" in text
-    assert "HF_HUB_OFFLINE" in html
-    for kind, word in ((429, "429"), (500, "500"), (401, "401"), ("hang", "Timeout")):
-        library.faults = {"api/models": Fault(kind)}
-        start = time.perf_counter()
-        rows, text, *_ = run(FIND, base=BASE, arguments={})
-        assert rows == []
-        assert "\n" not in text
-        assert word in text
-        assert time.perf_counter() - start < 20
-    library.faults.clear()
-    unreachable = """
-    from huggingface_hub import constants
-    constants.ENDPOINT = "http://127.0.0.1:9"
-    """
-    try:
-        rows, text, *_ = run(unreachable + FIND, base=BASE, arguments={})
-    finally:
-        run("from huggingface_hub import constants; constants.ENDPOINT = url", url=library.url)
-    assert rows == []
-    assert "ConnectError" in text
-
-
-def test_one_repository_that_fails_does_not_hide_the_others(library, run):
-    library.faults["zoo/tiny"] = Fault(500)
-    rows = run(FIND, base=BASE, arguments={})[0]
-    assert [row[:4] for row in rows][:2] == [["zoo/tiny", None, None, None], ["zoo/patterned", 3, 64, rows[1][3]]]
-
-
-def test_nothing_found(hub, run):
-    assert run(FIND, base=BASE, arguments={})[1] == f"LoRA adapters for {BASE}: 0 repositories"
-
-
-def test_a_base_that_is_no_id():
-    from hotswap_lab import find_adapters
-
+def test_tokens_limits_and_orders(library):
+    assert ("zoo/private", 3) in [(each.repo_id, each.rank) for each in find_adapters(BASE, token="hf_right")]
+    assert [each.repo_id for each in find_adapters(BASE, limit=3)] == ["zoo/tiny", "zoo/patterned", "zoo/gated"]
+    latest = find_adapters(BASE, limit=4, sort="last_modified")
+    assert [each.repo_id for each in latest] == ["zoo/broken", "zoo/gated"]  # the other two are left out
+    library.faults["zoo/tiny"] = Fault(500)  # one that fails does not hide the others
+    assert [(each.repo_id, each.rank) for each in find_adapters(BASE)][:2] == [("zoo/tiny", None), ("zoo/patterned", 3)]
+    assert str(find_adapters("lab/another")) == "LoRA adapters for lab/another: 0 repositories"
     with pytest.raises(ValueError, match="/home/me/base"):
         find_adapters("/home/me/base")
 
 
-def _config(folder: str) -> bytes:
-    return (Path(folder) / "adapter_config.json").read_bytes()
+def assert_one_line(word: str) -> None:
+    found = find_adapters(BASE)
+    assert not found
+    assert "\n" not in str(found)
+    assert word in str(found)
+    assert word in found._repr_html_()
+
+
+@pytest.mark.long
+def test_one_line_where_the_hub_cannot_be_asked(library, monkeypatch):
+    for kind, word in ((429, "429"), (500, "500"), (401, "401"), ("hang", "Timeout")):
+        library.faults = {"api/models": Fault(kind)}
+        start = time.perf_counter()
+        assert_one_line(word)
+        assert time.perf_counter() - start < 20
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert_one_line("ConnectError")
+    go_offline(monkeypatch)
+    assert_one_line("HF_HUB_OFFLINE")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import KINDS, save_random_adapter
+from oracle import assert_same_tensors
 from refusals import refused
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,25 +22,17 @@ from hotswap_lab.files.weights_file import LONGEST, layout_of, map_weights
 def test_the_same_as_load_file(name):
     path = Path(demo.adapter_path(name)) / "adapter_model.safetensors"
     mapped, theirs = map_weights(path), load_file(path)
-    ours = mapped.tensors
-    assert mapped.whole.double().sum().item() == pytest.approx(
-        sum(each.double().sum().item() for each in theirs.values())
-    )
-    assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        assert ours[key].dtype == tensor.dtype
-        assert ours[key].shape == tensor.shape
-        assert torch.equal(ours[key], tensor)
+    total = sum(each.double().sum().item() for each in theirs.values())
+    assert mapped.whole.double().sum().item() == pytest.approx(total)
+    assert_same_tensors(mapped.tensors, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["none", "as PEFT writes it"])
 def test_dtypes_and_odd_shapes(tmp_path, dtype, metadata):
-    tensors = {"a": torch.randn(3, 5).to(dtype), "b": torch.randn(7).to(dtype), "c": torch.randn(1, 1, 3).to(dtype)}
-    save_file({**tensors, "empty": torch.zeros(0, 4, dtype=dtype)}, tmp_path / "file", metadata)
-    read = map_weights(tmp_path / "file").tensors
-    assert all(torch.equal(read[key], tensor) for key, tensor in tensors.items())
-    assert read["empty"].shape == (0, 4)
+    tensors = {str(shape): torch.randn(shape).to(dtype) for shape in ((3, 5), (7,), (1, 1, 3), (0, 4))}
+    save_file(tensors, tmp_path / "file", metadata)
+    assert_same_tensors(map_weights(tmp_path / "file").tensors, tensors)
 
 
 def test_what_can_not_be_read_this_way_is_left_to_the_library(tmp_path):
@@ -52,14 +45,15 @@ def test_what_can_not_be_read_this_way_is_left_to_the_library(tmp_path):
     refused("int64", Adapter.load, folder)
 
 
-def write_header(path: Path, change) -> None:
+def parts_of(path: Path) -> tuple[bytes, bytes]:
+    """The header and the data of a file."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    change(header)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # aligned as ever: it is to be refused for what it says
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    return data[8 : 8 + size], data[8 + size :]
+
+
+def write(path: Path, header: bytes, data: bytes) -> None:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
 DAMAGES = {
@@ -90,17 +84,13 @@ def check_not_mapped(path: Path) -> None:
 def test_damaged_headers_are_refused(tmp_path, damage):
     path = tmp_path / "file"
     save_file({"a": torch.randn(3), "b": torch.randn(6)}, path)
-    write_header(path, DAMAGES[damage])
+    text, data = parts_of(path)
+    header = json.loads(text)
+    DAMAGES[damage](header)
+    text = json.dumps(header).encode()
+    # aligned as ever: it is to be refused for what it says
+    write(path, text + b" " * (-len(text) % 8), data)
     check_not_mapped(path)
-
-
-def test_a_truncated_file_is_refused(tmp_path):
-    path = tmp_path / "file"
-    save_file({"a": torch.randn(30), "b": torch.randn(6)}, path)
-    data = path.read_bytes()
-    for size in (0, 4, 8, 20, len(data) - 1):
-        path.write_bytes(data[:size])
-        check_not_mapped(path)
 
 
 def test_a_header_is_worked_out_once_and_its_numbers_are_read_each_time(tmp_path):
@@ -110,8 +100,10 @@ def test_a_header_is_worked_out_once_and_its_numbers_are_read_each_time(tmp_path
         save_file({"a": torch.randn(30, generator=torch.Generator().manual_seed(seed)), "b": torch.ones(2, 3)}, path)
         assert torch.equal(map_weights(path).tensors["a"], load_file(path)["a"])
     assert layout_of.cache_info()[:2] == (2, 1)  # hits and misses
-    path.write_bytes(path.read_bytes()[:-4])
-    check_not_mapped(path)
+    data = path.read_bytes()
+    for size in (0, 4, 8, 20, len(data) - 4, len(data) - 1):
+        path.write_bytes(data[:size])
+        check_not_mapped(path)
 
 
 def test_a_header_of_any_length_is_read_and_only_short_ones_are_kept(tmp_path):
@@ -125,14 +117,10 @@ def test_a_header_of_any_length_is_read_and_only_short_ones_are_kept(tmp_path):
 def test_badly_aligned_data_is_left_to_the_library(tmp_path):
     path = tmp_path / "file"
     save_file({"a": torch.randn(30)}, path)
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = data[8 : 8 + size].rstrip() + b" "
-    while (8 + len(header)) % 4 == 0:
-        header += b" "
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    text, data = parts_of(path)
+    write(path, text.rstrip() + b" " * (1 + -len(text.rstrip()) % 4), data)
     assert map_weights(path) is None
-    assert torch.equal(load_file(path)["a"], load_file(path)["a"])
+    assert load_file(path)["a"].shape == (30,)
 
 
 def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path):
@@ -154,9 +142,6 @@ def test_one_bad_number_among_many_is_found(tmp_path, value, for_one_swap):
 
 
 def test_large_but_finite_numbers_are_fine(tmp_path):
-    folder = Path(save_random_adapter(KINDS["llama"], tmp_path / "a", seed=1, r=2))
-    tensors = {
-        key: torch.full_like(each, 3e38) for key, each in load_file(folder / "adapter_model.safetensors").items()
-    }
-    save_file(tensors, folder / "adapter_model.safetensors")
-    assert Adapter.load(folder)
+    path = Path(save_random_adapter(KINDS["llama"], tmp_path / "a", seed=1, r=2)) / "adapter_model.safetensors"
+    save_file({key: torch.full_like(each, 3e38) for key, each in load_file(path).items()}, path)
+    assert Adapter.load(path.parent)

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from models import KINDS, Kind, call, load, randomize, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from oracle import assert_equals_fresh_load, assert_same_outputs
 from peft import LoraConfig, get_peft_model
 from refusals import refused
 
 from hotswap_lab import Adapter, AdapterPool, hotswap_adapter, save_adapter, verify_hotswap
-from hotswap_lab.pools.adapter_pool import HISTORY
 
 LLAMA = KINDS["llama"]
 
@@ -28,23 +27,26 @@ def assert_is(model, folder, kind=LLAMA):
 # ---- undo
 
 
-def test_undo(model, pool, sources):
+def test_undo_goes_one_step_back(model, pool, sources):
     refused("nothing to undo", pool.undo)
     original = call(model, LLAMA.inputs())
     pool.swap("b")
+    pool.undo()
+    assert torch.equal(call(model, LLAMA.inputs()), original)
+    refused("nothing to undo", pool.undo)
     pool.swap("c")
     pool.strength = 0.5
     pool.off()
     assert pool.active is None
     pool.undo()
     assert (pool.active, pool.strength) == ("c", 0.5)
-    pool.undo()
-    assert (pool.active, pool.strength) == ("c", 1)
-    pool.undo()
-    assert_is(model, sources["b"])
-    pool.undo()
-    assert torch.equal(call(model, LLAMA.inputs()), original)
     refused("nothing to undo", pool.undo)
+    pool.swap("b")
+    with pool.using("c"):
+        pool.off()
+    assert_is(model, sources["b"])
+    pool.undo()  # the block left nothing to take back
+    assert (pool.active, pool.strength) == ("c", 0.5)
 
 
 def test_undo_after_removing_and_adding(model, pool, sources):
@@ -54,15 +56,11 @@ def test_undo_after_removing_and_adding(model, pool, sources):
     pool.add("b", sources["e"])
     pool.undo()
     assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
-    pool.undo()
-    assert_same_outputs(model, load(LLAMA, sources["a"]), LLAMA)
 
 
-def test_history_keeps_few_adapters_that_are_in_no_pool(model, pool, sources):
-    for _ in range(20):
-        pool.swap("b")
-        hotswap_adapter(model, sources["c"], "default")
-    assert sum(state.content.owner is None for state in pool._history) <= 4
+def test_undo_to_an_adapter_that_is_in_no_pool(model, pool, sources):
+    pool.swap("b")
+    hotswap_adapter(model, sources["c"], "default")
     pool.swap("d")
     pool.undo()
     assert_same_outputs(model, load(LLAMA, sources["c"]), LLAMA)
@@ -141,19 +139,16 @@ def test_prefetching(model, sources):
     pool._members[dropped].loading.result()
     pool.swap(dropped)
     assert_same_outputs(model, load(LLAMA, sources[dropped]), LLAMA)
-    pool.swap("b")
-    pool.prefetch(*sources)
-    pool.swap(dropped)  # waits for it, if it has to
-    assert_same_outputs(model, load(LLAMA, sources[dropped]), LLAMA)
+    for _ in range(5):  # waits for it, behind the others in the queue
+        pool.prefetch(*sources)
+        name = [name for name, entry in pool._members.items() if entry.packed is None][-1]
+        pool.swap(name)
+        assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
 
 
-def test_waiting_for_one_of_several_that_are_prefetched(model, sources):
-    pool, _ = small_pool(model, sources)
-    for _ in range(5):
-        dropped = [name for name, entry in pool._members.items() if entry.packed is None]
-        pool.prefetch(*dropped)
-        pool.swap(dropped[-1])  # behind the others in the queue
-        assert_same_outputs(model, load(LLAMA, sources[dropped[-1]]), LLAMA)
+def thrice(folder: str) -> Adapter:
+    adapter = Adapter.load(folder)
+    return Adapter.from_state_dict({key: tensor * 3 for key, tensor in adapter.tensors.items()}, adapter.config)
 
 
 @pytest.mark.parametrize("first", ["dropped", "prefetched"])
@@ -165,27 +160,24 @@ def test_an_update_counts_whatever_was_read_before(model, sources, first):
         pool.swap("b")
         pool.prefetch(dropped)
         pool._members[dropped].loading.result()
-    old = Adapter.load(sources[dropped])
-    new = {key: tensor * 3 for key, tensor in old.tensors.items()}
-    pool.update(dropped, new, old.config)
+    new = thrice(sources[dropped])
+    pool.update(dropped, new.tensors, new.config)
     assert pool.nbytes > 0
     pool.table  # noqa: B018 - looking must not change it
     if first == "prefetched":
         pool.swap(dropped)
     assert (pool.active, pool.version(dropped)) == (dropped, 2)
-    assert verify_hotswap(model, Adapter.from_state_dict(new, old.config), inputs=LLAMA.inputs())
+    assert verify_hotswap(model, new, inputs=LLAMA.inputs())
     assert not verify_hotswap(model, sources[dropped], inputs=LLAMA.inputs())
 
 
 def test_an_update_of_the_loaded_adapter_that_was_dropped_while_the_pool_was_filled(model, sources):
     sizes = packed_sizes(model, sources)
     pool = AdapterPool(model, adapters=sources, max_bytes=sizes["b"] + sizes["e"], progress=False)
-    assert pool._members["a"].packed is None
-    assert pool.active == "a"
-    old = Adapter.load(sources["a"])
-    new = {key: tensor * 3 for key, tensor in old.tensors.items()}
-    pool.update("a", new, old.config)
-    assert verify_hotswap(model, Adapter.from_state_dict(new, old.config), inputs=LLAMA.inputs(), base=LLAMA.base)
+    assert (pool.active, pool._members["a"].packed) == ("a", None)
+    new = thrice(sources["a"])
+    pool.update("a", new.tensors, new.config)
+    assert verify_hotswap(model, new, inputs=LLAMA.inputs(), base=LLAMA.base)
 
 
 class WithHead(torch.nn.Module):
@@ -221,20 +213,15 @@ def test_a_head_with_buffers(tmp_path):
     norm = model.get_base_model().head.modules_to_save["default"][0]
     pool = AdapterPool(model, adapters=folders, progress=False)
     assert pool.active == "a"
-    for number, name in enumerate("bcab", start=2):
+    for name, batches in (("b", 2), ("c", 3), ("a", 1), ("b", 2)):
         pool.swap(name)
         assert_is(model, folders[name], NORMED)
-        assert norm.num_batches_tracked == (number - 1) % 3 + 1
+        assert norm.num_batches_tracked == batches
     pool.undo()
     assert_is(model, folders["a"], NORMED)
     save_adapter(model, tmp_path / "saved")
-    assert_equals_fresh_load(model, NORMED, str(tmp_path / "saved"), prepared=True)
+    assert_is(model, str(tmp_path / "saved"), NORMED)
     pool.update("a", Adapter.load(folders["c"]).tensors, Adapter.load(folders["c"]).config)
-    assert_is(model, folders["c"], NORMED)
-    with pool.using("b"):
-        assert_is(model, folders["b"], NORMED)
-    assert_is(model, folders["c"], NORMED)
-    assert verify_hotswap(model, folders["c"], inputs=NORMED.inputs(), base=NORMED.base)
     norm.train()(torch.ones(8, 16))  # what was trained since comes back after a block
     norm.eval()
     trained = norm.running_mean.clone()
@@ -242,6 +229,9 @@ def test_a_head_with_buffers(tmp_path):
         assert_is(model, folders["b"], NORMED)
     assert torch.equal(norm.running_mean, trained)
     assert norm.num_batches_tracked == 4
+    pool.swap("a")
+    assert_is(model, folders["c"], NORMED)
+    assert verify_hotswap(model, folders["c"], inputs=NORMED.inputs(), base=NORMED.base)
 
 
 @pytest.mark.parametrize("table", ["_buffers", "_parameters"])
@@ -275,15 +265,13 @@ def test_an_adapter_that_was_deleted_is_missed_whatever_is_asked_for(model, pool
     model.load_adapter(sources["c"], "other")
     model.set_adapter("other")
     model.delete_adapter("default")
-    before = snapshot(model)
-    for action in (
-        lambda: setattr(pool, "strength", 0.5),
-        pool.off,
-        lambda: pool.swap("b", 0.5),
-        lambda: pool.swap({"b": 0.5, "c": 0.5}),
+    for action, *arguments in (
+        (setattr, pool, "strength", 0.5),
+        (pool.off,),
+        (pool.swap, "b", 0.5),
+        (pool.swap, {"b": 0.5, "c": 0.5}),
     ):
-        refused("no longer where the pool put it", action)
-    assert_untouched(model, before)
+        refused("no longer where the pool put it", action, *arguments)
 
 
 def test_an_error_while_prefetching_is_told_by_the_swap(model, sources):
@@ -291,14 +279,6 @@ def test_an_error_while_prefetching_is_told_by_the_swap(model, sources):
     shutil.rmtree(sources[dropped])
     pool.prefetch(dropped)
     refused(r"changed|Can't find", pool.swap, dropped)
-
-
-def test_as_many_swaps_as_said_can_be_taken_back(model, pool):
-    for number in range(HISTORY + 5):
-        pool.swap("bc"[number % 2])
-    for _ in range(HISTORY):
-        pool.undo()
-    refused("nothing to undo", pool.undo)
 
 
 def test_adapters_that_just_fit_stay(model, sources):
@@ -325,13 +305,3 @@ def test_a_file_that_changed_while_it_was_read_is_refused_later(model, sources, 
     pool.add("b", sources["b"])
     pool.swap("b")
     refused("have changed since it was added", pool.swap, "c")
-
-
-def test_a_pool_of_adapters_with_a_head(tmp_path):
-    config = dict(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    sources = {f"{rank}": save_random_adapter(LLAMA, tmp_path / f"{rank}", rank, r=rank, **config) for rank in (2, 4)}
-    model = load(LLAMA, sources["4"])
-    pool = AdapterPool(model, adapters=sources, progress=False)
-    for name in ("2", "4", "2"):
-        pool.swap(name)
-        assert_is(model, sources[name])

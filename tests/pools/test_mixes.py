@@ -12,6 +12,7 @@ LLAMA = KINDS["llama"]
 Q = dict(r=4, target_modules=["q_proj", "k_proj"])
 #: each keeps the first adapter of the mix from layers that the second one is on
 FIRST = {
+    "plain": {},
     "excluded": dict(exclude_modules=["k_proj"]),
     "one layer": dict(layers_to_transform=[0], layers_pattern="layers"),
     "rsLoRA": dict(use_rslora=True, lora_dropout=0.3),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import ARCHITECTURES, KINDS, Kind, call, load, save_random_adapter
+from models import KINDS, Kind, call, load, save_random_adapter
 from refusals import refused
 from row_truth import Truth, assert_close
 from torch import nn
 
-from hotswap_lab import AdapterPool
+from hotswap_lab import AdapterPool, hotswap_adapter
 
-LLAMA, OPT = KINDS["llama"], ARCHITECTURES["opt"]
+LLAMA = KINDS["llama"]
 
 
 class Turned(nn.Module):
@@ -25,6 +25,17 @@ class Turned(nn.Module):
         x = torch.tanh(self.first(x)).transpose(0, 1)
         x = self.last(x).transpose(0, 1)
         return x if mixed is None else x + x.roll(1, 0)
+
+
+class Flat(nn.Module):
+    """The tokens of all rows come in a line, as to OPT's MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)).flatten(0, 1)).view(x.shape)
 
 
 class Noisy(nn.Module):
@@ -58,6 +69,7 @@ class Seen(nn.Module):
 
 
 TURNED = Kind(Turned, lambda: torch.randn(4, 4, 6), ("first", "last"))
+FLAT = Kind(Flat, lambda: torch.randn(4, 4, 6), ("first", "last"))
 SEEN = Kind(
     Seen,
     lambda: {
@@ -72,6 +84,12 @@ SEEN = Kind(
 def pool_for(kind: Kind, folder, rows: int = 4, **lora) -> tuple[AdapterPool, dict[str, str]]:
     folders = {name: save_random_adapter(kind, folder / name, seed=n, r=3, **lora) for n, name in enumerate("ab")}
     return AdapterPool(load(kind, folders["a"]), adapters=folders, rows=rows, progress=False), folders
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def ways(request, fresh_compiler):
+    """A function of a model: as it is, or compiled."""
+    return (lambda call: torch.compile(call, backend="eager", dynamic=True)) if request.param else lambda call: call
 
 
 def calls_of(model: nn.Module) -> list[int]:
@@ -133,37 +151,23 @@ def test_what_it_costs(tmp_path):
     assert len(calls) == 1 + 2 + 3
 
 
-def test_flattened_tokens_are_blocks_of_a_row(tmp_path):
-    """OPT's MLP gets the tokens of all rows in a line; and four tokens of one row look like four rows."""
-    pool, folders = pool_for(OPT, tmp_path, rows=4, target_modules=["q_proj", "fc1", "fc2"])
-    truth = Truth(OPT, folders, {"input_ids": torch.randint(0, 40, (4, 4))})
-    wanted = ["a", "b", None, {"a": 0.5}]
-    pool.assign(wanted)
-    truth.check(call(pool.model, truth.inputs), wanted)
-    refused(r"a batch of 1(.|\n)*4 rows", call, pool.model, {"input_ids": torch.randint(0, 40, (1, 4))})
+def test_flattened_tokens_are_blocks_of_a_row(tmp_path, ways):
+    """And four tokens of one row look like four rows."""
+    pool, folders = pool_for(FLAT, tmp_path, rows=4)
+    compute = ways(pool.model)
+    for tokens, wanted in ((4, ["a", "b", None, {"a": 0.5}]), (6, ["a", None, "b", "b"])):
+        truth = Truth(FLAT, folders, torch.randn(4, tokens, 6))
+        pool.assign(wanted)
+        truth.check(call(compute, truth.inputs), wanted)
+        refused(r"a batch of 2(.|\n)*4 rows", call, compute, truth.inputs[:2])
+    refused(r"a batch of 1(.|\n)*4 rows", call, compute, torch.randn(1, 4, 6))
     pool.assign(["b"])
-    alone = {"input_ids": truth.inputs["input_ids"][:1]}
-    assert_close(call(pool.model, alone), call(load(OPT, folders["b"]), alone))
+    assert_close(call(compute, truth.inputs[:1]), call(load(FLAT, folders["b"]), truth.inputs[:1]))
 
 
-def test_flattened_tokens_compiled(tmp_path):
-    torch.compiler.reset()
-    pool, folders = pool_for(OPT, tmp_path, rows=3, target_modules=["q_proj", "fc1", "fc2"])
-    compiled = torch.compile(pool.model, backend="aot_eager", dynamic=True)
-    for tokens in (4, 6):
-        truth = Truth(OPT, folders, {"input_ids": torch.randint(0, 40, (3, tokens))})
-        pool.assign(["a", None, "b"])
-        truth.check(call(compiled, truth.inputs), ["a", None, "b"])
-        refused("a batch of 2", call, compiled, {"input_ids": truth.inputs["input_ids"][:2]})
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_images_are_not_rows(tmp_path, compiled):
-    torch.compiler.reset()
+def test_images_are_not_rows(tmp_path, ways):
     pool, folders = pool_for(SEEN, tmp_path, rows=2)
-    model = torch.compile(pool.model, backend="aot_eager") if compiled else pool.model
-    truth, wanted = Truth(SEEN, folders, SEEN.inputs()), ["a", "b"]
+    model, truth, wanted = ways(pool.model), Truth(SEEN, folders, SEEN.inputs()), ["a", "b"]
     pool.assign(wanted)
     both_in_the_first = truth.inputs | {"owners": torch.tensor([0, 0])}
     # one for each row; then two for the first one: a proof of one batch says nothing of the next
@@ -172,13 +176,11 @@ def test_images_are_not_rows(tmp_path, compiled):
     truth.check(call(model, truth.inputs), wanted)
     alone, heads = pool_for(SEEN, tmp_path / "head", rows=2, target_modules=["head"])
     alone.assign(wanted)
-    model = torch.compile(alone.model, backend="aot_eager") if compiled else alone.model
-    calls = calls_of(alone.model)
+    model, calls = ways(alone.model), calls_of(alone.model)
     for inputs in (truth.inputs, both_in_the_first, truth.inputs):
         Truth(SEEN, heads, inputs).check(call(model, inputs), wanted)
-    if not compiled:
+    if model is alone.model:
         assert len(calls) == 3 + 3 + 1, "adapters where only tokens go need one proof, and a look at what feeds them"
-    torch.compiler.reset()
 
 
 def test_everything_is_as_it_was_after_a_proof(tmp_path):
@@ -197,9 +199,7 @@ def test_everything_is_as_it_was_after_a_proof(tmp_path):
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_part_of_the_model_that_is_called_by_itself(tmp_path, compiled):
-    torch.compiler.reset()
+def test_a_part_of_the_model_that_is_called_by_itself(tmp_path, ways):
     pool, folders = pool_for(LLAMA, tmp_path)
     inputs, fresh = {"input_ids": torch.randint(0, 40, (4, 5))}, load(LLAMA, folders["b"])
     pool.assign(["a", "b", None, "a"])
@@ -207,23 +207,18 @@ def test_a_part_of_the_model_that_is_called_by_itself(tmp_path, compiled):
     def part(model):
         return lambda x: model.get_base_model().model.layers[0].mlp(x)
 
-    mine, hidden = part(pool.model), torch.randn(4, 5, 16)
-    if compiled:
-        mine = torch.compile(mine, backend="aot_eager")
+    mine, hidden = ways(part(pool.model)), torch.randn(4, 5, 16)
     with torch.no_grad():
         refused("no proof for this part", mine, hidden)
         inner = [call(each.get_base_model().model, inputs) for each in (pool.model, fresh)]  # a proof of these layers
         assert_close(inner[0][1], inner[1][1])
         assert_close(mine(hidden)[1], part(fresh)(hidden)[1])
-    torch.compiler.reset()
 
 
 def test_a_swap_after_a_conversion_ends_the_rows(tmp_path):
     pool, folders = pool_for(LLAMA, tmp_path)
     pool.assign(["a", "b", None, "a"])
     pool.model.to(torch.bfloat16)
-    from hotswap_lab import hotswap_adapter
-
     hotswap_adapter(pool.model, folders["b"], "default")
     fresh, inputs = load(LLAMA, folders["b"]).to(torch.bfloat16), LLAMA.inputs()
     torch.testing.assert_close(call(pool.model, inputs), call(fresh, inputs), rtol=0, atol=0.02)

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from lengths import long
 from models import randomize
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -17,29 +16,27 @@ from test_pipeline import SD
 from hotswap_lab import AdapterPool, RecompileWatch
 
 ROWS = 6
+WANTED = ["a", "b", "c", None, "b", "a"]
+
+
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONFIGS = {
     "a": LoraConfig(r=4, lora_alpha=6, target_modules=[*ATTENTION, "conv1", "time_emb_proj"]),
     "b": LoraConfig(r=8, lora_alpha=5, target_modules=ATTENTION, use_rslora=True),
     "c": LoraConfig(r=2, lora_alpha=9, target_modules=["conv1", "conv2", "conv_shortcut"]),
 }
-WANTED = ["a", "b", "c", None, "b", "a"]
 
 
 def with_adapter(unet: UNet2DConditionModel, name: str | None) -> UNet2DConditionModel:
     if name is not None:
         unet.add_adapter(copy.deepcopy(CONFIGS[name]), "default")
         randomize(unet, "default", seed=sorted(CONFIGS).index(name))
-        unet.requires_grad_(False)
-    return unet
+    return unet.requires_grad_(False)
 
 
 def family() -> dict[str, tuple]:
-    adapters = {}
-    for name, config in CONFIGS.items():
-        tensors = get_peft_model_state_dict(with_adapter(SD().unet, name), adapter_name="default")
-        adapters[name] = {key: value.clone() for key, value in tensors.items()}, config
-    return adapters
+    unets = {name: with_adapter(SD().unet, name) for name in CONFIGS}
+    return {name: (get_peft_model_state_dict(unet), unet.peft_config["default"]) for name, unet in unets.items()}
 
 
 def inputs(rows: int) -> tuple:
@@ -81,10 +78,9 @@ def test_guidance_has_the_batch_twice_over(pool):
     assert_close(draw(pool.model, given), expected(given, ["a", None, "b"] * 2), 1e-4)
 
 
-@pytest.mark.parametrize("backend", [long("aot_eager"), long("inductor")])
-def test_compiled(pool, backend):
-    torch.compiler.reset()
-    compiled = torch.compile(pool.model, backend=backend, fullgraph=True)
+@pytest.mark.long
+def test_compiled(pool, fresh_compiler):
+    compiled = torch.compile(pool.model, fullgraph=True)
     given = inputs(6)
     pool.assign(WANTED)
     draw(compiled, given)
@@ -94,7 +90,6 @@ def test_compiled(pool, backend):
             assert_close(draw(compiled, given), expected(given, wanted), 1e-4)
     pool.assign(WANTED[:3], copies=2)
     assert_close(draw(compiled, given), expected(given, WANTED[:3] * 2), 1e-4)
-    torch.compiler.reset()
 
 
 def test_a_pipeline_with_guidance():

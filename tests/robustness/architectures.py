@@ -14,14 +14,11 @@ import argparse
 import asyncio
 import contextlib
 import functools
-import io
 import itertools
 import math
 import os
 import random
 import re
-import select
-import signal
 import sys
 import tempfile
 import time
@@ -31,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -159,26 +157,28 @@ class Report:
     figures: Counter = field(default_factory=Counter)
     refused: Counter = field(default_factory=Counter)
     names: set[str] = field(default_factory=set)
-    #: by what went wrong: by architecture, the seeds
-    failures: dict[str, dict[str, list[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    #: by what went wrong: the architectures, and commands that show it again
+    failures: defaultdict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
 
     def __str__(self) -> str:
         figures = [f"{count} {what}" for what, count in self.figures.items()]
         lines = [", ".join([f"{len(self.names)} architectures", *figures])]
         lines += [f"{self.refused.total()} refused as they should be:"]
         lines += [f"{count:6}  {message}" for message, count in self.refused.most_common()]
-        lines += [f"{sum(len(seeds) for each in self.failures.values() for seeds in each.values())} failures:"]
+        lines += [f"{len(self.failures)} failures:"]
         for what, found in sorted(self.failures.items()):
-            name, seeds = min(found.items(), key=lambda each: each[1])
-            lines += [f"{sum(map(len, found.values())):6}  {what}  ({', '.join(found)})"]
-            lines += [f"        {COMMAND} --only {name} --checks {what.partition(':')[0]} --seed {seeds[0]} --cases 1"]
+            lines += [f"  {what}  ({', '.join(found)})", f"    {next(iter(found.values()))}"]
         return "\n".join(lines)
 
 
 class Case:
     """One check of one architecture with one random family."""
 
+    #: the beginning of each message that something may be refused with, and when that is right
+    refusals = RIGHT_REFUSALS
     model: nn.Module
+    #: the model, perhaps compiled
+    computing: nn.Module
     pool: AdapterPool
     now: Now
 
@@ -221,7 +221,7 @@ class Case:
             self.structure = "any"
         self.report.figures["families"] += 1
         self.reference = Reference(self.kind, self.folders)
-        self.model = load(self.kind, self.folders["a"], **loading).requires_grad_(False)
+        self.computing = self.model = load(self.kind, self.folders["a"], **loading).requires_grad_(False)
         self.members = {name: Member(name) for name in self.folders}
         self.now = self.all_have("a")
 
@@ -253,7 +253,8 @@ class Case:
         return self.now.differs and any(re.search(self.kind.mixed, path) for path in self.layers)
 
     def wrong(self, what: str) -> None:
-        self.report.failures[f"{self.check}: {what}"][self.name].append(self.seed)
+        command = f"{COMMAND} --only {self.name} --checks {self.check} --seed {self.seed} --cases 1"
+        self.report.failures[f"{self.check}: {what}"].setdefault(self.name, command)
 
     def done(self, what: str, action: Callable, *arguments: object, **options: object) -> bool:
         """Whether it was done; otherwise it was refused, and the model is untouched."""
@@ -263,8 +264,8 @@ class Case:
             return True
         except HotswapError as error:
             summary = str(error).partition("\n")[0]
-        right = next((each for each in RIGHT_REFUSALS if re.match(each, summary)), None)
-        if right is not None and RIGHT_REFUSALS[right](self):
+        right = next((each for each in self.refusals if re.match(each, summary)), None)
+        if right is not None and self.refusals[right](self):
             self.report.refused[right] += 1
         else:
             self.wrong(f"{what} refused: {re.sub(NAMES, '…', summary)[:100]}")
@@ -414,13 +415,10 @@ class Case:
         """What the pool is told to do, in random order."""
         if not self.make_pool(rows):
             return
-        operations = [self.swap, self.swap, self.strength, self.off, self.update, self.update, self.undo, self.undo]
-        operations += [self.using, self.remove, self.add, self.hotswap, self.hotswap]
-        operations += [self.assign, self.assign, self.assign, self.assigned] if rows > 1 else []
         self.compare("of a new pool")
         # of all mistakes, that of an update to what was loaded is the quietest
         first = [self.update] if self.draw.random() < 0.3 else []
-        for operation in first + self.draw.choices(operations, k=8):
+        for operation in first + self.draw.choices(self.operations(rows), k=8):
             if not self.is_right:  # what follows is wrong as well
                 return
             operation()
@@ -429,16 +427,21 @@ class Case:
         if self.draw.random() < 0.3:
             self.move()
 
+    def operations(self, rows: int) -> list[Callable[[], None]]:
+        found = [self.swap, self.swap, self.strength, self.off, self.update, self.update, self.undo, self.undo]
+        found += [self.using, self.remove, self.add, self.hotswap, self.hotswap]
+        return found + ([self.assign, self.assign, self.assign, self.assigned] if rows > 1 else [])
+
     def compare(self, what: str) -> None:
         """Each row with its own fresh load."""
-        now, count = self.now, len(self.now.rows) if self.now.assigned else self.draw.randint(1, ROWS)
-        kind = self.kind.of(count, self.draw.choice([4, 5]))
+        now, (count, tokens) = self.now, self.draw_size()
+        kind = self.kind.of(count, tokens)
         if now.assigned and now.differs and self.draw.random() < 0.5:
             wrong = self.draw.choice([1, *[each for each in range(1, count + 2) if each % count]])
             with contextlib.suppress(HotswapError):  # as many tokens as there are rows
                 call(self.model, self.kind.of(wrong, count).inputs())
                 self.wrong(f"a batch of {wrong} is accepted where {count} rows are assigned")
-        if not self.done(f"a batch, {now},", call, self.model, kind.inputs()):
+        if not self.done(f"a batch, {now},", call, self.computing, kind.inputs()):
             return
         self.report.figures["row batches" if now.assigned else "results compared"] += 1
         for number, actual in enumerate(self.result):
@@ -446,6 +449,10 @@ class Case:
             truth = call(self.reference.loaded(row, now.strength), kind.inputs())
             if not self.same(f"a batch, {now}, {what}", actual, truth[number]):
                 return
+
+    def draw_size(self) -> tuple[int, int]:
+        """How many rows and tokens the next batch has."""
+        return len(self.now.rows) if self.now.assigned else self.draw.randint(1, ROWS), self.draw.choice([4, 5])
 
     def move(self) -> None:
         """Both are accepted, the swap and what follows, or both are refused."""
@@ -461,7 +468,7 @@ class Case:
     # ---- operations
 
     def put(self, now: Now) -> None:
-        self.history.append(self.now)
+        self.history = [self.now]
         self.now = now
 
     def draw_wanted(self) -> tuple[Row, str | dict[str, float]]:
@@ -553,29 +560,24 @@ class Case:
 @contextlib.contextmanager
 def forked(action: Callable[[], torch.Tensor]) -> Iterator[Callable[[], torch.Tensor]]:
     """Lets a copy of this process, as it is now, do something later."""
-    (ready, go), (answer, give) = os.pipe(), os.pipe()
-    if (child := os.fork()) == 0:
-        with contextlib.suppress(BaseException):
-            os.read(ready, 1)
-            torch.save(action(), buffer := io.BytesIO())
-            os.write(give, buffer.getvalue())
-        os._exit(0)
-    os.close(give)
+    processes = get_context("fork")
+    ours, theirs = processes.Pipe()
+
+    def later() -> None:
+        theirs.send(action().tolist() if theirs.recv() else None)
 
     def compute() -> torch.Tensor:
-        os.write(go, b".")
-        pieces = []
-        while select.select([answer], [], [], 60)[0] and (piece := os.read(answer, 1 << 16)):
-            pieces.append(piece)
-        return torch.load(io.BytesIO(b"".join(pieces)))
+        ours.send(True)
+        assert ours.poll(60)
+        return torch.tensor(ours.recv(), dtype=torch.float64)
 
+    process = processes.Process(target=later)
+    process.start()
     try:
         yield compute
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        for each in (ready, go, answer):
-            os.close(each)
+        process.kill()
+        process.join()
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {

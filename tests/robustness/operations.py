@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
-from models import KINDS, call, load, save_random_adapter
+from adapters import save_random_adapter_of
+from models import KINDS, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs, files_in, plain, surroundings
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel
 from row_truth import Truth
 
 import hotswap_lab
@@ -85,33 +88,20 @@ class Shelf:
         self.folder = folder
         self._made: dict[tuple, str] = {}
 
-    def __call__(self, seed: int, **lora) -> str:
-        return self._get(("lora", seed, repr(lora)), lambda path: save_random_adapter(LINEAR, path, seed, **lora))
-
-    def other(self, seed: int, config: object) -> str:
-        """An adapter of any method, all of its tensors random."""
-
-        def make(path: str) -> None:
-            model = get_peft_model(LINEAR.base(), config)
-            generator = torch.Generator().manual_seed(seed)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-            model.save_pretrained(path)
-
-        return self._get(("other", seed, repr(config)), make)
-
-    def _get(self, key: tuple, make: Callable[[str], object]) -> str:
+    def __call__(self, seed: int, config: PeftConfig | None = None, **lora) -> str:
+        config = config or LoraConfig(**{"target_modules": list(LINEAR.modules), **lora})
+        key = seed, repr(config)
         if key not in self._made:
-            path = str(self.folder / f"adapter_{len(self._made)}")
-            make(path)
-            self._made[key] = path
+            folder = self.folder / f"adapter_{len(self._made)}"
+            self._made[key] = save_random_adapter_of(config, folder, seed, LINEAR)
         return self._made[key]
 
 
-def _trained(folder: str) -> PeftModel:
-    """A model with gradients, and some of its modules in training mode."""
+def _trained(folder: str, target_rank: int | None = None) -> PeftModel:
+    """A model with gradients, and some of its modules in training mode; perhaps a prepared one."""
     model = load(LINEAR, folder, is_trainable=True)
+    if target_rank:
+        prepare_model_for_compiled_hotswap(model, target_rank=target_rank)
     model(LINEAR.inputs()).sum().backward()
     model.base_model.model.blocks.train()
     return model
@@ -132,42 +122,37 @@ def operation(name: str, *arguments: object):
     return note
 
 
-@operation("Adapter.load")
-def _load(shelf):
+@operation("Adapter.load", False)
+@operation("Adapter.load of a .bin", True)
+def _load(is_bin, shelf):
     folder = shelf(1, r=4)
-    return lambda: Case(lambda: Adapter.load(folder), extra=lambda: files_in(folder), changes=False)
-
-
-@operation("Adapter.load of a .bin")
-def _load_bin(shelf):
-    adapter, folder = Adapter.load(shelf(1, r=4)), shelf.folder / "bin"
-    if not folder.exists():
-        folder.mkdir()
-        shutil.copy(Path(adapter.source, "adapter_config.json"), folder)
+    if is_bin:
+        adapter, folder = Adapter.load(folder), shutil.copytree(folder, shelf.folder / "bin", dirs_exist_ok=True)
         torch.save(dict(adapter.tensors), folder / "adapter_model.bin")
+        (folder / "adapter_model.safetensors").unlink()
     return lambda: Case(lambda: Adapter.load(folder), extra=lambda: files_in(folder), changes=False)
 
 
 def refused(action: Callable[[], object]) -> None:
-    try:
+    with pytest.raises(HotswapError):
         action()
-    except HotswapError:
-        return
-    raise AssertionError("not refused")
 
 
-@operation("plan_hotswap", True)
-@operation("plan_hotswap that refuses", False)
-def _plan(add_layers, shelf):
-    old, new = shelf(1, r=4, target_modules=["first"]), shelf(2, r=6)
+def _on(make, action, check=lambda model: None, changes=True, **settings):
+    """Something that is done to one model."""
 
     def case():
-        model = _trained(old)
-        if add_layers:
-            return Case(lambda: plan_hotswap(model, new, add_layers=True), (model,), changes=False)
-        return Case(lambda: refused(lambda: hotswap_adapter(model, new, "default")), (model,), changes=False)
+        model = make()
+        return Case(lambda: action(model), (model,), check=lambda: check(model), changes=changes, **settings)
 
     return case
+
+
+@operation("plan_hotswap", lambda model, new: plan_hotswap(model, new, add_layers=True))
+@operation("plan_hotswap that refuses", lambda model, new: refused(lambda: hotswap_adapter(model, new, "default")))
+def _plan(action, shelf):
+    old, new = shelf(1, r=4, target_modules=["first"]), shelf(2, r=6)
+    return _on(lambda: _trained(old), lambda model: action(model, new), changes=False)
 
 
 @operation("hotswap: copy", dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=3, lora_dropout=0.1), {})
@@ -176,6 +161,12 @@ def _plan(add_layers, shelf):
     dict(r=4),
     dict(r=6, lora_alpha=3, target_modules=["first", "blocks.0"]),
     {},
+)
+@operation(
+    "hotswap: prepared",
+    dict(r=6, lora_alpha=3),
+    dict(r=4, lora_dropout=0.1, target_modules=["first", "blocks.0"]),
+    dict(target_rank=8),
 )
 @operation("hotswap: add layers", dict(r=4, target_modules=["first"]), dict(r=6), dict(add_layers=True))
 @operation("hotswap: DoRA", dict(r=4, use_dora=True), dict(r=3, use_dora=True, lora_alpha=5), {})
@@ -191,22 +182,22 @@ def _swap(old_lora, new_lora, arguments, shelf):
     return _swap_case(shelf(1, **old_lora), shelf(2, **new_lora), **arguments)
 
 
-def _swap_case(old, new, other=None, way=None, **arguments):
-    """A swap in a model in training, perhaps beside another adapter."""
-    way = way or (lambda model: hotswap_adapter(model, new, "default", **arguments))
+def _swap_case(old, new, other=None, way=None, target_rank=None, **arguments):
+    """A swap in a model in training, perhaps beside another adapter, perhaps prepared."""
+    settings = dict(is_trainable=True, prepared=bool(target_rank))
 
-    def case():
-        model = _trained(old)
+    def make():
+        model = _trained(old, target_rank)
         if other:
             model.load_adapter(other, "other")
             model.set_adapter("default")
-        return Case(
-            lambda: way(model),
-            (model,),
-            check=lambda: assert_equals_fresh_load(model.eval(), LINEAR, new, is_trainable=True),
-        )
+        return model
 
-    return case
+    return _on(
+        make,
+        way or (lambda model: hotswap_adapter(model, new, "default", **arguments)),
+        lambda model: assert_equals_fresh_load(model.eval(), LINEAR, new, **settings),
+    )
 
 
 @operation(
@@ -216,7 +207,7 @@ def _swap_case(old, new, other=None, way=None, **arguments):
     "hotswap: IA3", *(IA3Config(target_modules=t, feedforward_modules=[]) for t in (["first", "last"], ["last"]))
 )
 def _swap_other(old_config, new_config, shelf):
-    return _swap_case(shelf.other(1, old_config), shelf.other(2, new_config))
+    return _swap_case(shelf(1, old_config), shelf(2, new_config))
 
 
 @operation("hotswap: add DoRA to layers of another adapter")
@@ -232,101 +223,64 @@ def _from_state_dict(shelf):
     return _swap_case(shelf(1, r=4), new.source, way=way)
 
 
-@operation("hotswap: prepared")
-def _swap_prepared(shelf):
-    old = shelf(1, r=6, lora_alpha=3)
-    new = shelf(2, r=4, lora_dropout=0.1, target_modules=["first", "blocks.0"])
-
-    def case():
-        model = load(LINEAR, old, is_trainable=True)
-        prepare_model_for_compiled_hotswap(model, target_rank=8)
-        model(LINEAR.inputs()).sum().backward()
-        return Case(
-            lambda: hotswap_adapter(model, new, "default"),
-            (model,),
-            check=lambda: assert_equals_fresh_load(model, LINEAR, new, is_trainable=True, prepared=True),
-        )
-
-    return case
-
-
 @operation("prepare")
 def _prepare(shelf):
     """Two adapters, one of them on a layer that the other lacks, and a family that adds a third layer."""
     first = shelf(1, r=4, target_modules=["first", "last"])
     second = shelf(2, r=6, target_modules=["last", "blocks.0"])
+    mine = LoraConfig(r=3)
 
-    def case():
-        model, mine = load(LINEAR, first, is_trainable=True), LoraConfig(r=3)
+    def make():
+        mine.r, mine.rank_pattern = 3, {}
+        model = load(LINEAR, first, is_trainable=True)
         model.load_adapter(second, "second")
         model(LINEAR.inputs()).sum().backward()
+        return model
+
+    def prepare(model):
         family = [LoraConfig(r=8, target_modules=["blocks.1"]), LoraConfig.from_pretrained(second)]
+        prepare_model_for_compiled_hotswap(model, target_rank=9, adapters=family, config=mine)
 
-        def check():
-            for name, folder in (("default", first), ("second", second)):
-                model.set_adapter(name)
-                assert_same_outputs(model, load(LINEAR, folder, name), LINEAR)
-                slot = hotswap_lab.resolve_slot(model, name)
-                assert {tensor.capacity for tensor in slot.tensors} == {9}
+    def check(model):
+        for name, folder in (("default", first), ("second", second)):
+            model.set_adapter(name)
+            assert_same_outputs(model, load(LINEAR, folder, name), LINEAR)
+            slot = hotswap_lab.resolve_slot(model, name)
+            assert {tensor.capacity for tensor in slot.tensors} == {9}
 
-        return Case(
-            lambda: prepare_model_for_compiled_hotswap(model, target_rank=9, adapters=family, config=mine),
-            (model,),
-            extra=lambda: (mine.r, mine.rank_pattern),
-            check=check,
-        )
-
-    return case
+    return _on(make, prepare, check, extra=lambda: (mine.r, mine.rank_pattern))
 
 
 @operation("prepare: LoHa")
 def _prepare_loha(shelf):
-    old = shelf.other(1, LoHaConfig(r=3, target_modules=["first", "last"], module_dropout=0.1))
-
-    def case():
-        model = _trained(old)
-        return Case(
-            lambda: prepare_model_for_compiled_hotswap(model, target_rank=5),
-            (model,),
-            check=lambda: assert_same_outputs(model.eval(), load(LINEAR, old), LINEAR),
-        )
-
-    return case
+    old = shelf(1, LoHaConfig(r=3, target_modules=["first", "last"], module_dropout=0.1))
+    return _on(
+        lambda: _trained(old),
+        lambda model: prepare_model_for_compiled_hotswap(model, target_rank=5),
+        lambda model: assert_same_outputs(model.eval(), load(LINEAR, old), LINEAR),
+    )
 
 
-@operation("set_strength", False)
-@operation("set_strength: prepared", True)
-def _strength(prepared, shelf):
-    folder = shelf(1, r=4)
+@operation("set_strength", None)
+@operation("set_strength: prepared", 4)
+def _strength(target_rank, shelf):
+    def check(model):
+        assert get_strength(model) == 0.5
 
-    def case():
-        model = load(LINEAR, folder)
-        if prepared:
-            prepare_model_for_compiled_hotswap(model, target_rank=4)
-
-        def check():
-            assert get_strength(model) == 0.5
-
-        return Case(lambda: set_strength(model, 0.5), (model,), check=check)
-
-    return case
+    old = shelf(1, r=4)
+    return _on(lambda: _trained(old, target_rank), lambda model: set_strength(model, 0.5), check)
 
 
-@operation("verify_hotswap", True)
-@operation("verify_hotswap of an Adapter", False)
-def _verify(from_folder, shelf):
+@operation("verify_hotswap", str)
+@operation("verify_hotswap of an Adapter", Adapter.load)
+def _verify(given, shelf):
     new = shelf(2, r=6, lora_alpha=3)
-    adapter = new if from_folder else Adapter.load(new)
+    adapter = given(new)
 
-    def case():
-        model = _trained(new)
+    def verify(model):
+        assert verify_hotswap(model, adapter, inputs=LINEAR.inputs())
 
-        def verify():
-            assert verify_hotswap(model, adapter, inputs=LINEAR.inputs())
-
-        return Case(verify, (model,), changes=False)
-
-    return case
+    return _on(lambda: _trained(new), verify, changes=False)
 
 
 @operation("RecompileWatch")
@@ -350,73 +304,52 @@ def _waiting(shelf):
     return lambda: Case(wait, changes=False)
 
 
-@operation("state_dict of a prepared model")
-def _state_dict(shelf):
-    folder = shelf(1, r=3, target_modules=["first", "last"])
+@operation("state_dict of a prepared model", lambda model: model.state_dict())
+@operation("load_state_dict that is refused", lambda model: refused(lambda: _load_wrong(model)))
+def _state_dict(action, shelf):
+    old = shelf(1, r=3)
 
-    def case():
-        model = load(LINEAR, folder)
+    def make():
+        model = load(LINEAR, old)
         prepare_model_for_compiled_hotswap(model, target_rank=4, adapters=[shelf(2, r=4)])
-        return Case(model.state_dict, (model,), changes=False)
+        return model
 
-    return case
+    return _on(make, action, changes=False)
 
 
-@operation("load_state_dict that is refused")
-def _load_state_dict(shelf):
+def _load_wrong(model):
     """What torch itself refuses it has loaded half of; what is refused here, because of the last layer, not."""
-    folder = shelf(1, r=3)
-
-    def case():
-        model = load(LINEAR, folder)
-        prepare_model_for_compiled_hotswap(model, target_rank=4)
-        state = {key: value + 1 for key, value in model.state_dict().items()}
-        state["base_model.model.last.lora_B.default.weight"] = torch.ones(6, 2)
-        return Case(lambda: refused(lambda: model.load_state_dict(state)), (model,), changes=False)
-
-    return case
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    model.load_state_dict(state | {"base_model.model.last.lora_B.default.weight": torch.ones(6, 2)})
 
 
 # ---- saving
 
 
-@operation("save_adapter", "new")
-@operation("save_adapter over another", "over")
-@operation("save_adapter over a .bin", "bin")
-@operation("save_adapter into new folders", "deep")
-def _save(where, shelf):
+@operation("save_adapter", "new", None)
+@operation("save_adapter over another", "over", "adapter_model.safetensors")
+@operation("save_adapter over a .bin", "over", "adapter_model.bin")
+@operation("save_adapter into new folders", "new/a/b", None)
+def _save(where, former, shelf):
     first, second = shelf(1, r=4), shelf(2, r=6, target_modules=["first"])
-    shelf.saves = getattr(shelf, "saves", 0)
+    expected = {"adapter_config.json", "adapter_model.safetensors"}
+    expected |= {former, "notes.txt"} if former else set()
 
     def case():
-        shelf.saves += 1
-        root = shelf.folder / f"save_{shelf.saves}"
-        folder = root / "a" / "b" if where == "deep" else root
-        if where != "deep":
-            root.parent.mkdir(exist_ok=True)
-        if where in ("over", "bin"):
-            shutil.copytree(first, root)
-            (root / "notes.txt").write_text("mine")
-            (root / "another").mkdir()
-        if where == "bin":
-            torch.save(dict(Adapter.load(first).tensors), root / "adapter_model.bin")
-            (root / "adapter_model.safetensors").unlink()
+        root = Path(tempfile.mkdtemp(dir=shelf.folder))
+        folder = root / where
+        if former:
+            shutil.copytree(first, folder)
+            (folder / "adapter_model.safetensors").rename(folder / former)
+            (folder / "notes.txt").write_text("mine")
         model = _trained(second)
 
         def check():
-            expected = {"adapter_config.json", "adapter_model.safetensors"}
-            expected |= {"notes.txt", "another"} if where in ("over", "bin") else set()
-            expected |= {"adapter_model.bin"} if where == "bin" else set()
             assert files_in(folder).keys() == expected
             assert_equals_fresh_load(load(LINEAR, folder), LINEAR, second)
             shutil.rmtree(root)
 
-        return Case(
-            lambda: save_adapter(model, folder),
-            (model,),
-            extra=lambda: (root.exists(), files_in(root) if root.exists() else {}),
-            check=check,
-        )
+        return Case(lambda: save_adapter(model, folder), (model,), extra=lambda: files_in(root), check=check)
 
     return case
 
@@ -442,12 +375,12 @@ def pool_state(pool: AdapterPool) -> dict:
         name: (each.version, each.source, of(each.packed) if each.source is None else None, each.stamp)
         for name, each in pool._members.items()
     }
-    history = [(_owner(state), of(state), [*map(_owner, getattr(state, "rows", ()))]) for state in pool._history]
+    former = pool._before and (of(pool._before), [*map(_owner, [pool._before, *getattr(pool._before, "rows", ())])])
     rows = [plain(room._all(band.memory)) for room in [pool._room] if isinstance(room, RowRoom) for band in room.bands]
     labels = [str(row) for row in pool.rows]
     return dict(
         entries=entries,
-        history=history,
+        former=former,
         rows=(rows, labels),
         active=pool.active,
         strength=round(pool.strength, 4),
@@ -460,125 +393,29 @@ def _owner(packed) -> str | None:
     return str(owner.weights) if isinstance(owner, Mix) else getattr(owner, "name", None)
 
 
-@operation("AdapterPool()")
-def _make_pool(shelf):
+@operation("AdapterPool()", 1, 0)
+@operation("AdapterPool(rows=)", 3, 0)
+@operation("AdapterPool(rows=) with other rows than before", 3, 2)
+def _make_pool(rows, rows_before, shelf):
     sources = _pool_sources(shelf)
+    truth = Truth(LINEAR, sources, LINEAR.inputs()[:3])
 
     def case():
-        model, made = _trained(sources["a"]), []
-
-        def check():
-            for name in sources:
-                made[0].swap(name)
-                assert_equals_fresh_load(model.eval(), LINEAR, sources[name], prepared=True, is_trainable=True)
-
-        return Case(
-            lambda: made.append(AdapterPool(model, adapters=sources, target_rank=7, progress=False)),
-            (model,),
-            check=check,
-        )
-
-    return case
-
-
-def _using(pool, name):
-    with pool.using(name, 0.5):
-        call(pool.model, LINEAR.inputs())
-
-
-POOL: dict[str, tuple] = {
-    # what is done, what is in the model afterwards, and other whole states on the way
-    "pool.swap": (lambda pool, new: pool.swap("b"), "b"),
-    "pool.swap with strength": (lambda pool, new: pool.swap("b", 0.5), "b"),
-    "pool.swap of a dropped adapter": (lambda pool, new: pool.swap("dropped"), "dropped"),
-    "pool.strength": (lambda pool, new: setattr(pool, "strength", 0.5), "a"),
-    "pool.off": (lambda pool, new: pool.off(), "a"),
-    "pool.undo": (lambda pool, new: pool.undo(), "b"),
-    "pool.add": (lambda pool, new: pool.add("new", new.source), "a"),
-    "pool.add with eviction": (lambda pool, new: pool.add("new", new.source), "a"),
-    "pool.remove": (lambda pool, new: pool.remove("b"), "a"),
-    "pool.update": (lambda pool, new: pool.update("b", new.tensors, new.config), "a"),
-    "pool.update of the active one": (lambda pool, new: pool.update("a", new.tensors, new.config), None),
-    "pool.using": (lambda pool, new: _using(pool, "b"), "a", lambda pool, new: pool.swap("b", 0.5)),
-    "pool.using of a dropped adapter": (
-        lambda pool, new: _using(pool, "dropped"),
-        "a",
-        lambda pool, new: pool.swap("dropped", 0.5),
-    ),
-    "pool.table": (lambda pool, new: pool.table, "a"),
-}
-
-
-def _pool(name, shelf):
-    action, result, *stations = POOL[name]
-    sources, new = _pool_sources(shelf), Adapter.load(shelf(4, r=3, lora_alpha=9))
-
-    def case():
-        model = _trained(sources["a"])
-        if stations:
-            model.eval()  # what is called in the block draws no random numbers
-        pool = AdapterPool(model, adapters=sources, target_rank=7, progress=False)
-        pool.swap("b")
-        pool.swap("a")
-        if "dropped" in name or "eviction" in name:
-            pool._members["dropped"].packed = None
-        if "eviction" in name:
-            pool.max_bytes = pool.nbytes + 64
-
-        def check():
-            if result is None:
-                assert_equals_fresh_load(model.eval(), LINEAR, new.source, prepared=True, is_trainable=True)
-            elif pool.strength == 1:
-                assert_equals_fresh_load(model.eval(), LINEAR, sources[result], prepared=True, is_trainable=True)
-            if "eviction" in name:
-                assert pool._members["b"].packed is None
-            pool.swap("dropped")
-            assert_equals_fresh_load(model.eval(), LINEAR, sources["dropped"], prepared=True, is_trainable=True)
-
-        return Case(
-            lambda: action(pool, new),
-            (model,),
-            extra=lambda: pool_state(pool),
-            check=check,
-            locks=(pool._lock,),
-            changes=not stations and name != "pool.table",
-            stations=tuple(lambda station=station: station(pool, new) for station in stations),
-        )
-
-    return case
-
-
-for _name in POOL:
-    operation(_name, _name)(_pool)
-
-
-# ---- pools with rows
-
-WANTED, STRENGTHS = ["b", None, {"a": 0.5, "b": 1.0}], [1.0, 1.0, 2.0]
-
-
-@operation("AdapterPool(rows=) with other rows than before")
-def _make_row_pool_anew(shelf):
-    return _make_row_pool(shelf, rows_before=2)
-
-
-@operation("AdapterPool(rows=)")
-def _make_row_pool(shelf, rows_before=0):
-    sources = _pool_sources(shelf)
-
-    def case():
-        model, made = load(LINEAR, sources["a"]), []
+        model, made = _trained(sources["a"]) if rows == 1 else load(LINEAR, sources["a"]), []
         if rows_before:
             AdapterPool(model, adapters=sources, rows=rows_before, progress=False)
         base = model.get_base_model()
 
         def check():
-            made[0].assign(["b", None, "dropped"])
-            rows = LINEAR.inputs()[:3]
-            Truth(LINEAR, sources, rows).check(call(model, rows), ["b", None, "dropped"])
+            if rows > 1:
+                made[0].assign(["b", None, "dropped"])
+                truth.check(call(model, truth.inputs), ["b", None, "dropped"])
+            for name in sources:
+                made[0].swap(name)
+                truth.check(call(model.eval(), truth.inputs), [name] * 3)
 
         return Case(
-            lambda: made.append(AdapterPool(model, adapters=sources, target_rank=10, rows=3, progress=False)),
+            lambda: made.append(AdapterPool(model, adapters=sources, target_rank=10, rows=rows, progress=False)),
             (model,),
             extra=lambda: {"rows": [each.func.__self__.rows for each in base._forward_pre_hooks.values()]},
             check=check,
@@ -587,71 +424,110 @@ def _make_row_pool(shelf, rows_before=0):
     return case
 
 
-def _assigned(pool):
-    with pool.assigned(WANTED, STRENGTHS):
+def _in_block(pool, block):
+    with block:
         call(pool.model, LINEAR.inputs()[:3])
 
 
+MIX = {"a": 0.5, "b": 1.0}
+BEFORE, WANTED, STRENGTHS = ["a", "b", "a"], ["b", None, MIX], [1.0, 1.0, 2.0]
+#: what is done, what the rows of a batch have afterwards, how strongly, and another whole state on the way
+POOL: dict[str, tuple] = {
+    "pool.swap": (lambda pool, new: pool.swap("b"), "b"),
+    "pool.swap with strength": (lambda pool, new: pool.swap("b", 0.5), "b", 0.5),
+    "pool.swap of a dropped adapter": (lambda pool, new: pool.swap("dropped"), "dropped"),
+    "pool.strength": (lambda pool, new: setattr(pool, "strength", 0.5), "a", 0.5),
+    "pool.off": (lambda pool, new: pool.off(), None),
+    "pool.undo": (lambda pool, new: pool.undo(), "b"),
+    "pool.add": (lambda pool, new: pool.add("new", new.source), "a"),
+    "pool.add with eviction": (lambda pool, new: pool.add("new", new.source), "a"),
+    "pool.remove": (lambda pool, new: pool.remove("b"), "a"),
+    "pool.update": (lambda pool, new: pool.update("b", new.tensors, new.config), "a"),
+    "pool.update of the active one": (lambda pool, new: pool.update("a", new.tensors, new.config), "new"),
+    "pool.using": (
+        lambda pool, new: _in_block(pool, pool.using("b", 0.5)),
+        *("a", 1.0, lambda pool, new: pool.swap("b", 0.5)),
+    ),
+    "pool.using of a dropped adapter": (
+        lambda pool, new: _in_block(pool, pool.using("dropped", 0.5)),
+        *("a", 1.0, lambda pool, new: pool.swap("dropped", 0.5)),
+    ),
+    "pool.table": (lambda pool, new: pool.table, "a"),
+}
+#: the same with rows
 ROW_POOL: dict[str, tuple] = {
-    # what is done, what the rows have afterwards, how strongly, and another whole state on the way
     "pool.assign": (lambda pool, new: pool.assign(WANTED, STRENGTHS), WANTED, STRENGTHS),
     "pool.assign of a dropped adapter": (
         lambda pool, new: pool.assign([None, "a", "dropped"]),
         [None, "a", "dropped"],
-        [1.0] * 3,
     ),
     "pool.assigned": (
-        lambda pool, new: _assigned(pool),
-        ["a", "b", "a"],
-        [1.0, 0.5, 1.0],
-        lambda pool, new: pool.assign(WANTED, STRENGTHS),
+        lambda pool, new: _in_block(pool, pool.assigned(WANTED, STRENGTHS)),
+        *(BEFORE, [1.0, 0.5, 1.0], lambda pool, new: pool.assign(WANTED, STRENGTHS)),
     ),
-    "pool.undo of rows": (lambda pool, new: pool.undo(), ["b"] * 3, [1.0] * 3),
-    "pool.off with rows": (lambda pool, new: pool.off(), [None] * 3, [1.0] * 3),
-    "pool.swap of a mix": (lambda pool, new: pool.swap({"a": 0.5, "b": 1.0}), [{"a": 0.5, "b": 1.0}] * 3, [1.0] * 3),
+    "pool.undo of rows": (lambda pool, new: pool.undo(), "b"),
+    "pool.off with rows": (lambda pool, new: pool.off(), None),
+    "pool.swap of a mix": (lambda pool, new: pool.swap(MIX), MIX),
     "pool.update of a row": (
         lambda pool, new: pool.update("b", new.tensors, new.config),
-        ["a", "new", "a"],
-        [1.0, 0.5, 1.0],
+        *(["a", "new", "a"], [1.0, 0.5, 1.0]),
     ),
-    "hotswap: rows": (lambda pool, new: hotswap_adapter(pool.model, new.source, "default"), ["new"] * 3, [1.0] * 3),
+    "hotswap: rows": (lambda pool, new: hotswap_adapter(pool.model, new.source, "default"), "new"),
 }
 
 
-def _row_pool(name, shelf):
-    action, rows, strengths, *stations = ROW_POOL[name]
+def _pool(name, shelf):
+    rows = 3 if name in ROW_POOL else 1
+    action, wanted, *more = (POOL | ROW_POOL)[name]
+    wanted = wanted if isinstance(wanted, list) else [wanted] * 3
+    strengths, *stations = more or [1.0]
+    strengths = strengths if isinstance(strengths, list) else [strengths] * 3
     sources, new = _pool_sources(shelf), Adapter.load(shelf(4, r=3, lora_alpha=9))
-    batch = LINEAR.inputs()[:3]
-    truth = Truth(LINEAR, {**sources, "new": new.source}, batch)
+    truth = Truth(LINEAR, {**sources, "new": new.source}, LINEAR.inputs()[:3])
 
     def case():
-        model = load(LINEAR, sources["a"])
-        pool = AdapterPool(model, adapters=sources, target_rank=10, rows=3, progress=False)
+        # what is called in a block draws no random numbers
+        model = load(LINEAR, sources["a"]) if rows > 1 or stations else _trained(sources["a"])
+        pool = AdapterPool(model, adapters=sources, target_rank=10, rows=rows, progress=False)
         pool.swap("b")
-        pool.assign(["a", "b", "a"], [1.0, 0.5, 1.0])
-        if "dropped" in name:
+        if rows > 1:
+            pool.assign(BEFORE, [1.0, 0.5, 1.0])
+        else:
+            pool.swap("a")
+        if "dropped" in name or "eviction" in name:
             pool._members["dropped"].packed = None
+        if "eviction" in name:
+            pool._members.max_bytes = pool.nbytes + 64
 
         def check():
-            truth.check(call(model, batch), rows, strengths)
-            pool.assign(["dropped", {"dropped": -1.0, "a": 1.0}])
-            truth.check(call(model, batch[:2]), ["dropped", {"dropped": -1.0, "a": 1.0}])
+            truth.check(call(model.eval(), truth.inputs), wanted, strengths)
+            if rows == 1 and wanted[0] and strengths == [1.0] * 3:
+                folder = truth.folders[wanted[0]]
+                assert_equals_fresh_load(model, LINEAR, folder, prepared=True, is_trainable=not stations)
+            if "eviction" in name:
+                assert pool._members["b"].packed is None
+            after = ["dropped"] * 3
+            if rows == 1:
+                pool.swap("dropped")
+            else:
+                pool.assign(after := ["dropped", {"dropped": -1.0, "a": 1.0}, None])
+            truth.check(call(model, truth.inputs), after)
 
         return Case(
             lambda: action(pool, new),
             (model,),
             extra=lambda: pool_state(pool),
             check=check,
-            locks=(pool._lock,),
-            changes=not stations,
+            locks=(pool._members.lock,),
+            changes=not stations and name != "pool.table",
             stations=tuple(lambda station=station: station(pool, new) for station in stations),
         )
 
     return case
 
 
-for _name in ROW_POOL:
-    operation(_name, _name)(_row_pool)
+for _name in (*POOL, *ROW_POOL):
+    operation(_name, _name)(_pool)
 
 
 # ---- pipelines

@@ -3,72 +3,45 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from adapters import save_random_adapter_of
-from models import KINDS
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PromptTuningConfig
+from adapters import CONFIGS, kind_for, save_random_adapter_of
+from lora_kinds import FAMILIES
+from models import KINDS, Kind
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
-LINEAR = list(KINDS["linear"].modules)
-FEW = ["q_proj", "down_proj"]
 
+class Seed(NamedTuple):
+    """The adapter that is in the model, and the one to damage."""
 
-@dataclass(frozen=True)
-class Seed:
-    """An adapter to damage, and the one that is in the model before."""
-
-    kind: str
+    kind: Kind
     loaded: PeftConfig
     new: PeftConfig
-    is_bin: bool = False
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it goes into a prepared model, and so into a pool."""
-        return type(self.new) is LoraConfig and not self.new.use_dora and not self.new.modules_to_save
+    def ways(self) -> tuple[str, ...]:
+        """How it can be swapped in: also into a prepared model, and so into a pool, if it is plain LoRA."""
+        is_plain = type(self.new) is LoraConfig and not self.new.use_dora and not self.new.modules_to_save
+        return ("hotswap", "plan", *(("pool", "prepare") if is_plain else ()))
 
 
+LINEAR, FEW = list(KINDS["linear"].modules), ["q_proj", "down_proj"]
+PATTERNS = dict(rank_pattern={"blocks.0": 5, "^last": 2}, alpha_pattern={r"blocks\.[01]": 12}, use_rslora=True)
+PLAIN = Seed(KINDS["linear"], LoraConfig(r=4, target_modules=LINEAR), LoraConfig(r=6, target_modules=LINEAR))
 SEEDS = {
-    "linear": Seed("linear", LoraConfig(r=4, target_modules=LINEAR), LoraConfig(r=6, target_modules=LINEAR)),
-    "llama": Seed("llama", LoraConfig(r=2, target_modules=FEW), LoraConfig(r=3, lora_alpha=5, target_modules=FEW)),
-    "patterns": Seed(
-        "linear",
-        LoraConfig(r=4, target_modules=LINEAR),
-        LoraConfig(
-            r=3,
-            target_modules=r"first|blocks\.\d|last",
-            rank_pattern={"blocks.0": 5, "^last": 2},
-            alpha_pattern={r"blocks\.[01]": 12},
-            use_rslora=True,
-        ),
+    "linear": PLAIN,
+    "bin": PLAIN,
+    "patterns": PLAIN._replace(new=LoraConfig(r=3, target_modules=r"first|blocks\.\d|last", **PATTERNS)),
+    "llama": Seed(
+        KINDS["llama"], *(LoraConfig(r=rank, lora_alpha=5 * rank - 7, target_modules=FEW) for rank in (2, 3))
     ),
-    "dora": Seed(
-        "llama",
-        LoraConfig(r=2, target_modules=FEW, use_dora=True),
-        LoraConfig(r=3, target_modules=FEW, use_dora=True),
-    ),
-    "ia3": Seed(
-        "llama",
-        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    ),
-    "loha": Seed("linear", LoHaConfig(r=2, target_modules=LINEAR), LoHaConfig(r=3, alpha=4, target_modules=LINEAR)),
-    "saved module": Seed(
-        "llama",
-        LoraConfig(r=2, target_modules=FEW, modules_to_save=["lm_head"]),
-        LoraConfig(r=3, target_modules=FEW, modules_to_save=["lm_head"]),
-    ),
-    "prompt": Seed(
-        "llama",
-        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    ),
-    "bin": Seed("linear", LoraConfig(r=4, target_modules=LINEAR), LoraConfig(r=6, target_modules=LINEAR), is_bin=True),
+    **{name: Seed(KINDS["llama"], *FAMILIES[name][1][:2]) for name in ("DoRA", "modules_to_save")},
+    **{name: Seed(kind_for(name), *CONFIGS[name][:2]) for name in ("IA3", "LoHa", "PromptTuning")},
 }
 
 
@@ -76,7 +49,7 @@ def make_seeds(root: Path) -> None:
     """Saves all of them with PEFT alone: ``<root>/<name>/new`` and ``<root>/<name>/loaded``."""
     for name, seed in SEEDS.items():
         for part, number in (("loaded", 1), ("new", 2)):
-            folder = save_random_adapter_of(getattr(seed, part), root / name / part, number, KINDS[seed.kind])
-            if seed.is_bin:
+            folder = save_random_adapter_of(getattr(seed, part), root / name / part, number, seed.kind)
+            if name == "bin":
                 torch.save(load_file(f"{folder}/{WEIGHTS}"), f"{folder}/{BIN}")
                 os.remove(f"{folder}/{WEIGHTS}")

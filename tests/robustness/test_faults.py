@@ -3,29 +3,22 @@
 The steps are found by running (see ``faults.py``), so nothing has to be added here when the code changes. The tests
 raise at each line of what writes, and at some lines of what reads and decides, with the kinds of errors in turn; the
 short form of them at every tenth of these, of every third operation. ``TIMES=2`` and more: every step of every
-operation, and as many times as many real signals, which also come where nothing of Python's is about to run.
+operation.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import dataclasses
-import functools
 import gc
 import itertools
 import math
-import random
 import tempfile
 import threading
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from faults import FAULTS, Outcome, list_steps, run_with_ctrl_c, run_with_fault
+from faults import FAULTS, list_steps, run_with_fault
 from lengths import TIMES, long
 from operations import OPERATIONS, Case, Shelf, around, held
 from oracle import contents, differences, identities
@@ -44,18 +37,17 @@ class Hunt:
 
     def __init__(self, make: Callable[[], Case], temporary: Path):
         self.make, self.temporary = make, temporary
-        self.counts: collections.Counter = collections.Counter()
-        self.goals = [self._goal(lambda case: [case.action])]
-        stations = len(make().stations)
-        self.goals += [self._goal(lambda case, number=number: [case.stations[number]]) for number in range(stations)]
+        self.faults = 0
+        self.goals = [self._goal(lambda case: case.action)]
+        for number in range(len(make().stations)):
+            self.goals.append(self._goal(lambda case, number=number: case.stations[number]))
         self._renew()
         if self.case.changes:
             assert self.before not in self.goals, "the operation does nothing, so nothing could be found out"
 
-    def _goal(self, actions: Callable[[Case], Iterable[Callable[[], object]]]) -> tuple:
+    def _goal(self, action_of: Callable[[Case], Callable[[], object]]) -> tuple:
         case = self.make()
-        for action in actions(case):
-            action()
+        action_of(case)()
         return self._contents(case)
 
     def _renew(self) -> None:
@@ -68,35 +60,15 @@ class Hunt:
     def _objects(self) -> list:
         return [identities(model) for model in self.case.models]
 
-    def places(self, unit: str) -> list[str]:
-        return list_steps(self.make().action, unit)
-
     def run(self, step: int, kind: str, unit: str) -> None:
         """One fault, and a look at what it has left behind."""
-        before = around()
+        surroundings = around()
         kind = "Ctrl-C" if unit == "signal" else kind
-        fault = functools.partial(run_with_fault, self.case.action, step, FAULTS.get(kind), unit)
-        self._look(fault, before, kind, f"{kind} at {unit} {step}")
-
-    def interrupt(self, delay: float) -> None:
-        """The same with a real Ctrl-C, after so many seconds."""
-        before = around()
-        self._look(functools.partial(run_with_ctrl_c, self.case.action, delay), before, "Ctrl-C", "Ctrl-C", real=True)
-
-    def duration(self) -> float:
-        """How long the operation takes, in seconds."""
-        case = self.make()
-        start = time.perf_counter()
-        case.action()
-        return time.perf_counter() - start
-
-    def _look(self, fault: Callable[[], Outcome], surroundings: dict, kind: str, what: str, real: bool = False) -> None:
-        outcome = fault()
+        outcome = run_with_fault(self.case.action, step, FAULTS.get(kind), unit)
         if not outcome:
-            self.counts["no such step"] += 1
             self._renew()
             return
-        what = f"{what}, {outcome.where}"
+        what = f"{kind} at {unit} {step}, {outcome.where}"
         now = self._contents(self.case)
         if now == self.before and self._objects() == self.objects:
             assert outcome.error is not None or not self.case.changes, f"{what}: ended well, and did nothing"
@@ -106,17 +78,11 @@ class Hunt:
             ended = "after"
         else:
             raise AssertionError(f"{what}: in between\n" + "\n".join(self._differences(now))) from outcome.error
-        self.counts.update((ended, kind, "all"))
-        if real:
-            # where it came just when a block was left, the block's end comes when the error is forgotten, if at all
-            outcome = dataclasses.replace(outcome, error=None)
-            gc.collect()
-            torch.set_grad_enabled(surroundings["gradients"])
+        self.faults += 1
         assert not (locks := held(self.case.locks)), f"{what}: left locks behind: {locks}"
         assert outcome.handler_kept, f"{what}: Ctrl-C is not handled as before"
         del outcome, now
-        if not real:
-            self._look_around(surroundings, ended, what)
+        self._look_around(surroundings, ended, what)
         if ended == "after":
             self._renew()
 
@@ -148,14 +114,9 @@ class Hunt:
         return extra["active"] is None and {**extra, "active": goal[1]["active"]} == goal[1]
 
     def _differences(self, now: tuple) -> Iterator[str]:
-        yield "from before:"
-        yield from differences(self.before, now)
-        if self._objects() != self.objects:
-            yield "objects:"
-            yield from differences(self.objects, self._objects())
+        yield from differences([self.before, self.objects], [now, self._objects()], "from before")
         for goal in self.goals:
-            yield "from after:"
-            yield from differences(goal, now)
+            yield from differences(goal, now, "from after")
 
     def finish(self) -> None:
         """After all these faults the same operation does what it should."""
@@ -170,84 +131,47 @@ class Hunt:
         self.case.check()
 
 
-@contextlib.contextmanager
-def _quiet(folder: Path) -> Iterator[Path]:
-    """Temporary files go to an empty folder of their own, and warnings nowhere."""
-    temporary, former = folder / "temporary", tempfile.tempdir
-    temporary.mkdir()
-    tempfile.tempdir = str(temporary)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield temporary
-    finally:
-        tempfile.tempdir = former
-
-
-@contextlib.contextmanager
-def _hunting(name: str, folder: Path) -> Iterator[Hunt]:
-    """A hunt for faults in one operation, which has to do its work once more afterwards."""
-    (folder / "shelf").mkdir()
-    gc.freeze()  # each fault is followed by a look for garbage, which isn't in what other tests have left
-    try:
-        with _quiet(folder) as temporary:
-            hunt = Hunt(OPERATIONS[name](Shelf(folder / "shelf")), temporary)
-            yield hunt
-            hunt.finish()
-    finally:
-        gc.unfreeze()
-
-
-def chosen(places: list[str], unit: str, share: float = 1) -> list[int]:
-    """Steps for the short form: while writing, each place the first and the last time; before, some of them."""
-    start = next((number for number, place in enumerate(places) if place.startswith(WRITING)), len(places))
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for number, place in enumerate(places[start:], start):
-        first.setdefault(place, number)
-        last[place] = number
-    deciding = list(dict.fromkeys(places[:start]))
-    early = sorted({places.index(place) for place in _some(deciding, math.ceil(BEFORE_WRITING[unit] * share))})
-    late = sorted({*first.values(), *last.values()})
-    return [number + 1 for number in (*early, *_some(late, math.ceil(WHILE_WRITING[unit] * share)))]
+def chosen(places: list[str], unit: str, share: float) -> list[int]:
+    """Steps for the short form: while writing, each place the first and the last time; before, some."""
+    numbered = list(enumerate(places, 1))
+    start = next((number for number, place in numbered if place.startswith(WRITING)), len(places) + 1) - 1
+    firsts = [{place: number for number, place in reversed(each)} for each in (numbered[:start], numbered[start:])]
+    late = {*firsts[1].values(), *{place: number for number, place in numbered[start:]}.values()}
+    return [
+        *_some(sorted(firsts[0].values()), math.ceil(BEFORE_WRITING[unit] * share)),
+        *_some(sorted(late, reverse=True), math.ceil(WHILE_WRITING[unit] * share)),
+    ]
 
 
 def _some(items: list, count: int) -> list:
     return items[:: -(-len(items) // count)] if items else []
 
 
-@pytest.mark.usefixtures("python_sigint")
+@pytest.fixture
+def without_garbage():
+    """Each fault is followed by a look for garbage, which isn't in what other tests have left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("python_sigint", "without_garbage")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "share"), [*((name, 0.1) for name in list(OPERATIONS)[::3]), *(long(name, 1) for name in OPERATIONS)]
 )
-def test_a_fault_at_every_step(name, share, tmp_path):
-    with _hunting(name, tmp_path) as hunt:
-        kinds = itertools.cycle(FAULTS)
-        for unit in UNITS:
-            places = hunt.places(unit)
-            # a pipeline takes long to make and to look at
-            steps = chosen(places, unit, share * (0.3 if "pipeline" in name else 1))
-            if TIMES > 1:
-                steps = _some(list(range(1, len(places) + 1)), 100 * TIMES if unit == "deep" else len(places))
-            for step in steps:
-                hunt.run(step, next(kinds), unit)
-    assert hunt.counts["all"] >= (3 if name == "waiting_at_most" else 10 * share), hunt.counts
-
-
-@pytest.mark.usefixtures("python_sigint")
-@pytest.mark.parametrize(
-    ("name", "count"), [*((name, 3) for name in list(OPERATIONS)[::9]), *(long(name, 15) for name in OPERATIONS)]
-)
-def test_a_real_ctrl_c(name, count, tmp_path):
-    with _hunting(name, tmp_path) as hunt:
-        for interrupt in _signals(hunt, 400 * TIMES):
-            interrupt()
-            if hunt.counts["all"] >= count * TIMES:
-                break
-    assert hunt.counts["all"], hunt.counts
-
-
-def _signals(hunt: Hunt, count: int) -> Iterator[Callable[[], None]]:
-    duration, moments = sorted(hunt.duration() for _ in range(5))[2], random.Random(0)
-    for _ in range(count):
-        yield functools.partial(hunt.interrupt, moments.uniform(0, duration))
+def test_a_fault_at_every_step(name, share, tmp_path, monkeypatch):
+    for folder in (shelf := tmp_path / "shelf", temporary := tmp_path / "temporary"):
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    hunt, kinds = Hunt(OPERATIONS[name](Shelf(shelf)), temporary), itertools.cycle(FAULTS)
+    for unit in UNITS:
+        places = list_steps(hunt.make().action, unit)
+        # a pipeline takes long to make and to look at
+        steps = chosen(places, unit, share * (0.3 if "pipeline" in name else 1))
+        if TIMES > 1:
+            steps = _some(list(range(1, len(places) + 1)), 100 * TIMES if unit == "deep" else len(places))
+        for step in steps:
+            hunt.run(step, next(kinds), unit)
+    hunt.finish()
+    assert hunt.faults >= (3 if name == "waiting_at_most" else 10 * share)

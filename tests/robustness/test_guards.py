@@ -4,38 +4,40 @@ another compiler behind."""
 from __future__ import annotations
 
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from adapters import CONFIGS, kind_for, save_random_adapter_of
+from lengths import few_of
 from models import load
-from peft import FourierFTConfig, PeftModel, get_peft_model
 
 from hotswap_lab import Adapter, HotswapError, hotswap_adapter, verify_hotswap
 from hotswap_lab.beyond.guards import MemoryGuard, TooLargeError, memory_guard, take_out
 
+#: ways to make a tensor, or a module with tensors
+WAYS = {
+    "empty": torch.empty,
+    "zeros": lambda size: torch.zeros((size, 2)),
+    "randn": lambda size: torch.randn(size, generator=torch.Generator()),
+    "full": lambda size: torch.full((size,), 1.0),
+    "arange": torch.arange,
+    "normal": lambda size: torch.normal(0.0, 1.0, (size,)),
+    "Linear": lambda size: torch.nn.Linear(size, 1),
+    "Embedding": lambda size: torch.nn.Embedding(size, 2),
+    "repeat": lambda size: torch.ones(4).repeat(size),
+    "new_zeros": lambda size: torch.ones(4).new_zeros(size),
+    "eye": lambda size: torch.eye(size, 1),
+}
 
-def test_each_way_to_make_a_tensor_is_counted():
-    small = torch.ones(4)
-    ways = [
-        lambda size: torch.empty(size),
-        lambda size: torch.zeros((size, 2)),
-        lambda size: torch.randn(size, generator=torch.Generator()),
-        lambda size: torch.full((size,), 1.0),
-        lambda size: torch.arange(size),
-        lambda size: torch.normal(0.0, 1.0, (size,)),
-        lambda size: torch.nn.Linear(size, 1),
-        lambda size: torch.nn.Embedding(size, 2),
-        lambda size: small.repeat(size),
-        lambda size: small.new_zeros(size),
-        lambda size: torch.eye(size, 1),
-    ]
-    for number, way in enumerate(ways):
-        with MemoryGuard(1_000_000):
-            way(10)
-        with MemoryGuard(1_000_000), pytest.raises(TooLargeError):
-            pytest.fail(f"way {number} was not counted: {way(10**12)}")
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_each_way_to_make_a_tensor_is_counted(way):
+    with MemoryGuard(1_000_000):
+        way(10)
+    with MemoryGuard(1_000_000), pytest.raises(TooLargeError):
+        way(10**12)
 
 
 def test_many_small_ones_add_up():
@@ -50,6 +52,12 @@ def test_a_method_may_take_what_its_tensors_and_the_model_take():
     assert guard.limit > 4_000_000 + 4_000
 
 
+def test_methods_that_draw_an_order_of_all_weights_are_let_through():
+    """In int64, it takes four times as much as the weights of a base in bf16; and 12 bytes more are taken of each."""
+    base = torch.nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16, device="meta")
+    assert memory_guard(base, []).limit > (8 + 12) * base.weight.numel()
+
+
 def test_what_a_prompt_starts_from_is_not_read():
     config = SimpleNamespace(prompt_tuning_init="TEXT")
     assert take_out(config) == {"prompt_tuning_init": "TEXT"}
@@ -62,62 +70,31 @@ def test_what_a_prompt_starts_from_is_not_read():
 def test_the_compilers_stay_what_they_are(tmp_path, monkeypatch, compiler):
     """PEFT's BOFT names a C compiler where it can't build its extension, for whatever is compiled later."""
     kind = kind_for("BOFT")
-    folders = [
-        save_random_adapter_of(config, tmp_path / str(seed), seed, kind) for seed, config in enumerate(CONFIGS["BOFT"])
-    ]
-    model = load(kind, folders[0])
+    old, new = (save_random_adapter_of(CONFIGS["BOFT"][seed], tmp_path / str(seed), seed, kind) for seed in (0, 1))
+    model = load(kind, old)
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False) if compiler is None else monkeypatch.setenv(name, compiler)
     before = dict(os.environ)
-    hotswap_adapter(model, folders[1], "default")
+    hotswap_adapter(model, new, "default")
     assert dict(os.environ) == before
-    assert verify_hotswap(model, folders[1], inputs=kind.inputs())
+    assert verify_hotswap(model, new, inputs=kind.inputs())
     assert dict(os.environ) == before
 
 
-#: all methods take minutes: ``LONG=1 pytest tests/robustness/test_guards.py``
-METHODS = sorted(CONFIGS) if os.environ.get("LONG") else ["LoHa", "OFT", "PEANuT", "PromptTuning", "VeRA"]
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", few_of(sorted(CONFIGS), ["LoHa", "OFT", "PEANuT", "PromptTuning", "VeRA"]))
 def test_no_method_takes_memory_for_a_number_in_its_config(tmp_path, name):
     """Every whole number of every method's config, one at a time, said to be a billion."""
-    config, kind = CONFIGS[name][0], kind_for(name)
-    folder = save_random_adapter_of(config, tmp_path / "adapter", 1, kind)
-    model = load(kind, folder)
-    adapter = Adapter.load(folder)
-    numbers = [key for key, value in vars(adapter.config).items() if type(value) is int]
-    for key in numbers:
-        value = getattr(adapter.config, key)
-        setattr(adapter.config, key, 10**9)
-        text = ""
-        try:
-            hotswap_adapter(model, adapter, "default")
-        except HotswapError as error:
-            text = str(error)
-        assert "allocate" not in text, (key, text)
-        assert "MemoryError" not in text, (key, text)
-        setattr(adapter.config, key, value)
+    kind = kind_for(name)
+    folder = save_random_adapter_of(CONFIGS[name][0], tmp_path, 1, kind)
+    model, adapter = load(kind, folder), Adapter.load(folder)
+    for key, value in list(vars(adapter.config).items()):
+        if type(value) is int:
+            setattr(adapter.config, key, 10**9)
+            text = ""
+            try:
+                hotswap_adapter(model, adapter, "default")
+            except HotswapError as error:
+                text = str(error)
+            assert not re.search("allocate|MemoryError", text), (key, text)
+            setattr(adapter.config, key, value)
     hotswap_adapter(model, adapter, "default")
-
-
-@pytest.mark.long
-def test_methods_that_draw_an_order_of_all_weights_are_let_through(tmp_path):
-    """On a base of some size: an order of the weights of a layer takes four times as much as these, in bf16."""
-    config = FourierFTConfig(n_frequency=10, target_modules=["0", "1", "2"])
-
-    def base():
-        torch.manual_seed(0)
-        return torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in range(3)])
-
-    for seed in (1, 2):
-        model = get_peft_model(base(), FourierFTConfig(**{**config.to_dict(), "random_loc_seed": seed}))
-        for name, parameter in model.named_parameters():
-            if "fourierft" in name:
-                parameter.data.normal_()
-        model.save_pretrained(tmp_path / str(seed))
-    model = PeftModel.from_pretrained(base(), tmp_path / "1")
-    hotswap_adapter(model, tmp_path / "2", "default")
-    fresh, x = PeftModel.from_pretrained(base(), tmp_path / "2"), torch.randn(3, 2048, dtype=torch.bfloat16)
-    with torch.no_grad():
-        assert torch.equal(model(x), fresh(x))

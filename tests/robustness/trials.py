@@ -1,29 +1,57 @@
-"""Tries damaged adapters, one at a time, in a process of their own, and judges what came of it."""
+"""Tries damaged adapters, each in a process of its own, and judges what came of it.
+
+A clean process has a model, and a pool, for each seed. For each trial it forks: a crash, a hang, a blow-up or something
+that is executed is seen, harms nobody else, and the next trial finds good models.
+"""
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import json
 import os
 import re
-import select
+import resource
 import shutil
 import signal
-import stat
-import subprocess
 import sys
+import traceback
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
-from mutations import Mutation, strange_file, zip_bomb
-from seeds import SEEDS, make_seeds
+import torch
+from models import call, load
+from mutations import CANARY, LAST, Mutation
+from oracle import (
+    assert_same,
+    assert_same_outputs,
+    assert_same_tables,
+    assert_same_tensors,
+    assert_untouched,
+    config_of,
+    snapshot,
+)
+from peft.utils import get_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from seeds import BIN, CONFIG, SEEDS, WEIGHTS, make_seeds
 
-#: seconds after which a process that gives no answer is ended
-PATIENCE = 120
-#: bytes that reading an adapter may take beyond a few times the size of its files
-ALLOWANCE = 64 * 2**20
+from hotswap_lab import (
+    AdapterPool,
+    HotswapError,
+    commit,
+    hotswap_adapter,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+)
+
+#: seconds of a processor's time for this package, and for PEFT; and after how many any process is ended
+OURS, PEFTS, PATIENCE = 10, 2, 120
+#: what a process may take beyond what it has at the start, in bytes; and what reading an adapter may take beyond a few
+#: times the size of its files
+MORE_MEMORY, ALLOWANCE = 2 * 2**30, 64 * 2**20
 #: the longest text that anybody would read
 LONGEST = 4000
 
@@ -37,6 +65,7 @@ STRICTER = {
     "a floating point tensor under each key": "a fresh load casts whatever numbers there are, and copies meta tensors",
     "two different values for one tensor": "a fresh load takes one of them",
     "does not target .*, but its tensors do": "a fresh load ignores these tensors",
+    "in a file of": "a fresh load ignores a tensor that is larger than its file where the config doesn't target it",
     "Incompatible PEFT types found": "an adapter of one method can't take the place of another's",
     "config is damaged at": "a fresh load takes numbers of other types where it happens to need none",
     "a regular expression that is none": "a fresh load does not look at it if there is nothing to match",
@@ -49,11 +78,185 @@ STRICTER = {
     "for another task than the model was loaded for": "another class of model would be needed",
     "far larger than the layers": "room for such a rank would take more memory than the model",
     "higher than the model was prepared for": "a prepared model has fixed room",
+    "pass add_layers=True": "layers are added only where a swap is asked to add them",
     "can't be done in a prepared model": "a prepared model has fixed room",
 }
 
-#: done after all others: these would unpack gigabytes here, wait for ever at a pipe, and damage what a link leads to
-LAST = (zip_bomb, strange_file)
+
+# ---- in the process
+
+
+class LateError(BaseException):
+    """Nothing may take this for an error that it knows."""
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    def too_late(*_: object) -> None:
+        raise LateError
+
+    # of a processor's time, since others may want it, too; a process that waits without using any is ended from outside
+    signal.signal(signal.SIGPROF, too_late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def memory(entry: str) -> int:
+    """``VmRSS``, ``VmHWM`` (its peak) or ``VmSize``, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{entry}:\s+(\d+)", status, re.MULTILINE)[1])
+
+
+def serve(root: Path, connection: Connection) -> None:
+    """Answers each request, a dict, with two: what this package did, then what PEFT's own fresh load did."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    models = {}
+    for name, seed in SEEDS.items():
+        # what is imported at the first use does not count as an adapter's memory
+        hotswap_adapter(load(seed.kind, str(root / name / "loaded")), root / name / "new", "default")
+        for way in seed.ways:
+            model = load(seed.kind, str(root / name / "loaded"))
+            good = {"good": root / name / "new"}
+            models[name, way] = AdapterPool(model, adapters=good, progress=False) if way == "pool" else model
+    processes = get_context("fork")
+    with contextlib.suppress(EOFError):
+        while request := connection.recv():
+            answers, give = processes.Pipe(duplex=False)
+            target = models[request["seed"], request["way"]]
+            process = processes.Process(target=examine, args=(target, request, root, give))
+            process.start()
+            give.close()
+            for _ in range(2):
+                try:
+                    answer = answers.recv() if answers.poll(PATIENCE) else {"outcome": "hung"}
+                except EOFError:
+                    answer = {"outcome": "died"}
+                connection.send(answer)
+            process.kill()
+            process.join()
+
+
+def examine(target: torch.nn.Module | AdapterPool, request: dict, root: Path, give: Connection) -> None:
+    size = memory("VmSize") + MORE_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    ours = try_out(target, **request)
+    give.send(ours)
+    give.send(compare(target, root, ours["outcome"] == "accepted", **request))
+
+
+def try_out(target: torch.nn.Module | AdapterPool, seed: str, way: str, folder: Path, change: str) -> dict:
+    """What this package makes of a folder."""
+    model = target.model if way == "pool" else target
+    before, answer = snapshot(model), {"outcome": "accepted"}
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak
+    start = memory("VmRSS")
+    try:
+        with limited(OURS):
+            swap_in(target, way, folder, change)
+    except HotswapError as error:
+        answer = {"outcome": "refused", "text": str(error)}
+    except LateError:
+        answer = {"outcome": "hung"}
+    except BaseException as error:
+        answer = {"outcome": "raised", "text": "".join(traceback.format_exception(error)[-12:])[-4000:]}
+    answer["memory"] = memory("VmHWM") - start
+    answer["executed"] = os.path.lexists(folder / CANARY) or any(CANARY in name for name in sys.modules)
+    if answer["outcome"] != "accepted":
+        try:
+            assert_untouched(model, before)
+            assert way != "pool" or list(target) == ["good"]
+        except Exception as error:  # also what a snapshot of a torn model raises
+            answer["touched"] = f"{type(error).__name__}: {str(error)[:300]}"
+    return answer
+
+
+def swap_in(target: torch.nn.Module | AdapterPool, way: str, folder: Path, change: str) -> None:
+    if way == "pool":
+        target.add("bad", folder)
+        target.swap("bad")
+    elif way == "prepare":
+        prepare_model_for_compiled_hotswap(target, adapters=[folder])
+    elif way == "plan":
+        plan = plan_hotswap(target, folder)
+        plan.raise_if_refused()
+        with changed(folder, change):
+            commit(plan)
+    else:
+        hotswap_adapter(target, folder, "default")
+
+
+CHANGES = ("cut", "zeros", "remove", "config")
+
+
+@contextlib.contextmanager
+def changed(folder: Path, change: str) -> Iterator[None]:
+    """Somebody writes to an adapter's files between plan and commit."""
+    paths = [folder / CONFIG] if change == "config" else [folder / WEIGHTS, folder / BIN]
+    contents = {path: path.read_bytes() for path in paths if path.is_file()}
+    for path, content in contents.items():
+        if change == "remove":
+            path.unlink()
+        elif change == "config":
+            path.write_text("{}")
+        else:
+            os.truncate(path, 0 if change == "cut" else len(content) // 2)
+            os.truncate(path, len(content) if change == "zeros" else 0)
+    try:
+        yield
+    finally:
+        for path, content in contents.items():
+            path.write_bytes(content)
+
+
+def compare(
+    target: torch.nn.Module | AdapterPool, root: Path, accepted: bool, seed: str, way: str, folder: Path, **_: object
+) -> dict:
+    """What PEFT makes of it, and whether that is what is in the model now."""
+    kind = SEEDS[seed].kind
+    try:
+        if accepted and way == "prepare":  # which changes nothing that the model computes
+            assert_same_outputs(target, load(kind, str(root / seed / "loaded")), kind)
+            return {"peft": "loads"}
+        if any(path.exists() and not path.is_file() for path in (folder / WEIGHTS, folder / BIN)):
+            raise OSError("a pipe or a device, which PEFT would wait for")
+        with limited(PEFTS):
+            fresh = load(kind, str(folder))
+            expected = call(fresh, kind.inputs())
+        if accepted:
+            lacking = set(get_peft_model_state_dict(fresh, save_embedding_layers=False))
+            lacking -= set(load_peft_weights(str(folder), device="cpu"))
+            assert_like(target, fresh, kind, expected, way, bool(lacking))
+        return {"peft": "loads"}
+    except AssertionError as error:
+        return {"peft": "loads", "differs": str(error)[:400]}
+    except LateError:
+        return {"peft": "hangs"}
+    except Exception as error:
+        return {"peft": f"{type(error).__name__}: {str(error)[:100]} {str(error)[-200:]}"}
+
+
+def assert_like(target, fresh, kind, expected: torch.Tensor, way: str, is_partial: bool) -> None:
+    """The live model is like a fresh load. NaN equals NaN: a fresh load has such numbers, too.
+
+    Where a file has nothing for a layer (``is_partial``), a fresh load draws tensors that do nothing and a swap turns
+    the layer off: there the outputs and the config are all that can be compared.
+    """
+    model = target.model if way == "pool" else target
+    finite = expected[expected.isfinite()]
+    scale = finite.abs().max().item() if len(finite) else 1.0
+    torch.testing.assert_close(call(model, kind.inputs()), expected, rtol=0, atol=1e-5 * scale, equal_nan=True)
+    assert_same(*(config_of(each.peft_config["default"]) for each in (model, fresh)))
+    if not is_partial:
+        assert_same_tables(model, fresh, "default", prepared=way == "pool")
+        assert_same_tensors(*(get_peft_model_state_dict(each, save_embedding_layers=False) for each in (model, fresh)))
+
+
+# ---- from outside
 
 
 @dataclass
@@ -62,14 +265,10 @@ class Trial:
 
     seed: str
     way: str
-    done: list[str]
+    done: list[str] = field(default_factory=list)
     ours: dict = field(default_factory=dict)
     fresh: dict = field(default_factory=dict)
     size: int = 0
-
-    @property
-    def outcome(self) -> str:
-        return self.ours["outcome"]
 
     @property
     def problems(self) -> list[str]:
@@ -77,187 +276,69 @@ class Trial:
         return list(_problems(self))
 
     def __str__(self) -> str:
-        return f"{self.seed!r}, by {self.way}: {'; '.join(self.done)}"
+        return f"{self.seed!r}, by {self.way}: {'; '.join(self.done)}: {self.problems}"
 
 
-def _problems(trial: Trial):
-    ours, fresh, text = trial.ours, trial.fresh, trial.ours.get("text", "")
-    if ours["outcome"] not in ("accepted", "refused"):
-        yield f"{ours['outcome']}: {ours.get('traceback', text)}"
+def _problems(trial: Trial) -> Iterator[str]:
+    ours, outcome, text = trial.ours, trial.ours["outcome"], trial.ours.get("text", "")
+    peft = trial.fresh.get("peft", "crashes")
+    if outcome not in ("accepted", "refused"):
+        yield f"{outcome}: {text}"
     if "touched" in ours:
         yield f"the model was changed: {ours['touched']}"
     if ours.get("executed"):
         yield "something was executed"
     if ours.get("memory", 0) > ALLOWANCE + 4 * trial.size:
         yield f"{ours['memory']:,} bytes for files of {trial.size:,}"
-    if ours["outcome"] == "accepted" and fresh.get("differs"):
-        yield f"differs from a fresh load: {fresh['differs']}"
-    if ours["outcome"] == "refused":
+    if outcome == "accepted" and trial.fresh.get("differs"):
+        yield f"differs from a fresh load: {trial.fresh['differs']}"
+    if outcome == "accepted" and peft != "loads":
+        yield f"PEFT refuses it: {peft}"
+    if outcome == "refused":
         if not all(re.search(rf"^ +{part}: +\S", text, re.MULTILINE) for part in ("found", "expected", "next")):
             yield f"no found, expected and next: {text[:500]}"
         if len(text) > LONGEST:
             yield f"a text of {len(text)} characters: {text[:200]}"
         if re.search(r"allocate|MemoryError", text):
             yield f"refused only for want of memory: {text}"
-    peft = fresh.get("peft", "")
-    if trial.way != "prepare":
         # a .bin of the format before 1.6 says how much memory it wants, and PyTorch believes it; none of it is filled
-        if ours["outcome"] == "refused" and peft == "loads" and not any(re.search(each, text) for each in STRICTER):
+        if trial.way != "prepare" and peft == "loads" and not any(re.search(each, text) for each in STRICTER):
             yield f"PEFT loads it: {text}"
-        if ours["outcome"] == "accepted" and peft != "loads":
-            yield f"PEFT refuses it: {peft}"
-
-
-def _pipes(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if stat.S_ISFIFO(os.lstat(os.path.join(folder, name)).st_mode)]
 
 
 class Laboratory:
-    """A folder with the seeds, and a process to try damaged copies of them in.
-
-    Parameters
-    ----------
-    root:
-        An empty folder.
-    """
+    """A folder with the seeds, which has to be empty, and a process to try damaged copies of them in."""
 
     def __init__(self, root: Path):
-        self.root = root
+        self.root, self.count = root, 0
         make_seeds(root / "seeds")
-        self.process: subprocess.Popen | None = None
-        self.count = 0
-
-    def start(self) -> None:
-        here = Path(__file__).parent
-        paths = [here, here.parent, here.parent / "beyond", here.parent / "pipelines", here.parents[1]]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONFAULTHANDLER": "1"}
-        self.errors = (self.root / "stderr").open("a")
-        self.process = subprocess.Popen(
-            [sys.executable, here / "child.py", self.root / "seeds"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            stderr=self.errors,
-            env=environment,
-        )
-        self._meet_worker()
-
-    def _meet_worker(self) -> None:
-        """Waits for the next copy of the process, the one that does the work."""
-        answer = self._answer(300)
-        assert answer.startswith("ready "), (answer, (self.root / "stderr").read_text()[-2000:])
-        self.worker = int(answer.split()[1])
+        processes = get_context("spawn")
+        self.connection, theirs = processes.Pipe()
+        self.process = processes.Process(target=serve, args=(root / "seeds", theirs))
+        self.process.start()
+        theirs.close()
 
     def close(self) -> None:
-        if self.process is not None:
-            self.process.stdin.close()  # the worker ends, and then the process
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.worker, signal.SIGKILL)
-                self.process.kill()
-                self.process.wait()
-            self.process.stdout.close()
-            self.errors.close()
-            self.process = None
+        self.process.kill()  # without this process, it would end by itself, but first clean up
+        self.process.join()
+        self.connection.close()
 
-    def __enter__(self) -> Laboratory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def attempt(
-        self, seed: str, mutations: list[tuple[Mutation, Random]], way: str = "hotswap", *, by_peft: bool = True
-    ) -> Trial:
-        """Damages a copy of a seed's folder and tries to swap it in. ``by_peft``: whether PEFT is asked, too."""
+    def attempt(self, seed: str, mutations: list[tuple[Mutation, Random]], way: str = "hotswap") -> Trial:
+        """Damages a copy of a seed's folder and tries to swap it in."""
         self.count += 1
         folder = self.root / f"trial-{self.count}"
         shutil.copytree(self.root / "seeds" / seed / "new", folder)
-        trial = Trial(seed, way, [])
+        trial = Trial(seed, way)
         for mutation, pick in sorted(mutations, key=lambda each: LAST.index(each[0]) if each[0] in LAST else -1):
             try:
                 trial.done.append(f"{mutation.__name__} ({mutation(folder, pick)})")
             except Exception as error:  # an earlier mutation has left nothing to damage in this way
                 trial.done.append(f"{mutation.__name__} (impossible: {type(error).__name__})")
         trial.size = sum(path.lstat().st_size for path in folder.iterdir())
-        request = {"seed": seed, "way": way, "folder": str(folder), "pristine": str(folder), "by_peft": by_peft}
+        change = mutations[0][1].choice(CHANGES)
         if way == "plan":
-            request["pristine"] = str(folder) + "-pristine"
-            request["change"] = mutations[0][1].choice(["cut", "zeros", "remove", "config"])
-            trial.done.append(f"then {request['change']}")
-            shutil.copytree(folder, request["pristine"], symlinks=True, ignore=_pipes)
-        self._ask(request, trial)
-        for path in (folder, Path(request["pristine"])):
-            shutil.rmtree(path, ignore_errors=True)
+            trial.done.append(f"then {change}")
+        self.connection.send(dict(seed=seed, way=way, folder=folder, change=change))
+        trial.ours, trial.fresh = self.connection.recv(), self.connection.recv()
+        shutil.rmtree(folder)
         return trial
-
-    def _ask(self, request: dict, trial: Trial) -> None:
-        if self.process is None:
-            self.start()
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        self.process.stdin.flush()
-        ours = self._answer(PATIENCE)
-        if ours == "hung" or ours.startswith("ready"):
-            trial.ours = {"outcome": self._next_worker(ours)}
-            return
-        trial.ours = json.loads(ours)
-        fresh = self._answer(PATIENCE)
-        if fresh == "hung" or fresh.startswith("ready"):
-            trial.fresh = {"peft": {"hung": "hangs", "died": "crashes"}[self._next_worker(fresh)]}
-        else:
-            trial.fresh = json.loads(fresh)
-
-    def _next_worker(self, answer: str) -> str:
-        """What happened to the last one; there is another one afterwards."""
-        if answer == "hung":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.worker, signal.SIGKILL)
-            self._meet_worker()
-            return "hung"
-        self.worker = int(answer.split()[1])
-        return "died"
-
-    def _answer(self, seconds: float) -> str:
-        """The next line of the process; "hung" if there is none. A worker that died is followed by a "ready"."""
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
-            return "hung"
-        line = self.process.stdout.readline()  # the process writes whole lines
-        assert line, (self.root / "stderr").read_text()[-2000:]
-        return line.decode().strip()
-
-
-class Tally:
-    """How many trials there were of each kind, and how they ended."""
-
-    def __init__(self):
-        self.rows: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-        self.failures: list[tuple[Trial, list[str]]] = []
-        self.most_memory = 0
-
-    def add(self, name: str, trial: Trial) -> None:
-        problems = trial.problems
-        if problems:
-            self.failures.append((trial, problems))
-        self.most_memory = max(self.most_memory, trial.ours.get("memory", 0) - trial.size)
-        peft = trial.fresh.get("peft", "-")
-        ended = {"accepted": "equal", "refused": "refused"}.get(trial.outcome, trial.outcome)
-        self.rows[name][ended] += 1
-        self.rows[name]["PEFT " + (peft if peft in ("loads", "hangs", "crashes", "-") else "refuses")] += 1
-        self.rows[name]["wrong"] += bool(problems)
-
-    def __str__(self) -> str:
-        columns = ["refused", "equal", "PEFT loads", "PEFT refuses", "PEFT hangs", "PEFT crashes", "wrong"]
-        lines = [f"{'mutation':24}" + "".join(f"{column:>14}" for column in columns)]
-        total = collections.Counter()
-        for name, row in self.rows.items():
-            total.update(row)
-            lines.append(f"{name:24}" + "".join(f"{row[column]:>14}" for column in columns))
-        lines.append(f"{'all':24}" + "".join(f"{total[column]:>14}" for column in columns))
-        lines.append(f"most memory beyond an adapter's size: {self.most_memory / 2**20:.1f} MiB")
-        return "\n".join(lines)
-
-
-def seeds_by_name() -> list[str]:
-    return list(SEEDS)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from peft import IA3Config, get_peft_model
+from peft.utils import get_peft_model_state_dict
 from refusals import refused
 
-from hotswap_lab import demo, plan_hotswap, prepare_model_for_compiled_hotswap
+from hotswap_lab import Adapter, demo, plan_hotswap, prepare_model_for_compiled_hotswap
+from hotswap_lab.lessons import beyond
 from hotswap_lab.widgets import PlanView
 
 
@@ -25,12 +28,6 @@ def test_it_shows_what_the_plan_says(view):
     assert view.counts == {action: count for action, count in view.plan.counts.items() if count}
     assert sum(row.nbytes for row in view.rows) == view.plan.nbytes
     assert view.summary.startswith(str(view.plan).splitlines()[0])
-
-
-def test_nothing_is_written():
-    model, tokenizer = demo.load("reverse")
-    PlanView(model, demo.adapter_path("double")).to_html()
-    assert demo.ask(model, tokenizer, "hotswap") == "pawstoh"
 
 
 def test_search_and_action(view):
@@ -84,23 +81,14 @@ def test_ranks_that_are_refused():
 
 def test_a_method_that_goes_by_a_stand_in():
     """An adapter that PEFT loads onto a stand-in is shown as far as its plan goes."""
-    from peft import IA3Config, get_peft_model
-
-    from hotswap_lab import Adapter
-
     config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
     model = get_peft_model(demo.load_base(), config)
-    from peft.utils import get_peft_model_state_dict
-
-    adapter = Adapter.from_state_dict(get_peft_model_state_dict(model), config)
-    view = PlanView(model, adapter)
+    view = PlanView(model, Adapter.from_state_dict(get_peft_model_state_dict(model), config))
     assert "possible" in view.summary
     assert {(row.rank, row.nbytes) for row in view.rows} == {("-", None)}
 
 
 def test_layers_that_peft_would_have_to_add():
-    from hotswap_lab.lessons import beyond
-
     pair = beyond.PAIRS["LayerNorm tuning"]
     model, new = beyond.load(pair.old), beyond.adapter(pair.new)
     assert PlanView(model, new).counts == {"copy": 5, "refused": 4}

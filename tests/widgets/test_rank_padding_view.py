@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig
 from refusals import refused
 
 from hotswap_lab import demo, prepare_model_for_compiled_hotswap, resolve_slot
@@ -74,37 +75,31 @@ def test_layers_of_other_ranks_move_the_slider():
 
 
 def test_room_for_one_layer_is_room_for_another_one():
-    from peft import LoraConfig
-
-    config = LoraConfig(r=4, rank_pattern={"b": 40}, target_modules=["a", "b"])
-    tensors = {}
-    for layer, rank in (("a", 4), ("b", 40)):
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.zeros(rank, 8)
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.zeros(8, rank)
-    view = RankPaddingView(Adapter.from_state_dict(tensors, config), layer="b", target_rank=80)
+    view = RankPaddingView(adapter_of({"a": 4, "b": 40}), layer="b", target_rank=80)
     view.box  # noqa: B018
     view.layer = "a"
     assert (view.own_rank, view.target_rank, view._slider.value) == (4, 80, 80)
 
 
-def test_what_is_out_of_range():
+@pytest.mark.parametrize("rank", [7, 65, "a", 8.5, None])
+def test_a_rank_is_a_whole_number_within_the_range(rank):
     view = RankPaddingView()
-    for rank in (7, 65):
-        with pytest.raises(ValueError, match="8 to 64"):
-            view.target_rank = rank
+    with pytest.raises(ValueError, match="must be 8 to 64"):
+        view.target_rank = rank
+
+
+def test_layers_that_are_not_there():
     with pytest.raises(ValueError, match="no layer 'x'"):
-        view.layer = "x"
-    refused("nothing to pad", RankPaddingView, _conv_only())
+        RankPaddingView().layer = "x"
+    refused("nothing to pad", RankPaddingView, adapter_of({"conv": 2}, inputs=(3, 3, 3), outputs=(1, 1)))
 
 
-def _conv_only():
-    from peft import LoraConfig
-
-    config = LoraConfig(r=2, target_modules=["conv"])
-    tensors = {
-        "base_model.model.conv.lora_A.weight": torch.zeros(2, 3, 3, 3),
-        "base_model.model.conv.lora_B.weight": torch.zeros(4, 2, 1, 1),
-    }
+def adapter_of(ranks: dict[str, int], inputs: tuple = (8,), outputs: tuple = ()) -> Adapter:
+    config = LoraConfig(r=2, rank_pattern=ranks, target_modules=list(ranks))
+    tensors = {}
+    for layer, rank in ranks.items():
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.zeros(rank, *inputs)
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.zeros(8, rank, *outputs)
     return Adapter.from_state_dict(tensors, config)
 
 
@@ -112,13 +107,8 @@ def test_static_form():
     view = RankPaddingView(target_rank=32)
     stored = view._static()
     assert stored["image/svg+xml"].startswith("<svg")
-    assert "output unchanged: True" in stored["image/svg+xml"]
-    assert "output unchanged: True" in view.to_html()
-    assert str(view) == stored["text/plain"]
-    assert str(view) == str(RankPaddingView(target_rank=32))
-
-
-def test_flops_are_counted_by_the_shapes():
-    view = RankPaddingView(target_rank=32)
+    for form in (*stored.values(), view.to_html()):
+        assert "output unchanged: True" in form
+    assert str(view) == stored["text/plain"] == str(RankPaddingView(target_rank=32))
     a, b = view._pairs[view.layer]
-    assert view.flops == (2 * 8 * (a.shape[1] + b.shape[0]), 2 * 32 * (a.shape[1] + b.shape[0]))
+    assert view.flops == tuple(2 * rank * (a.shape[1] + b.shape[0]) for rank in (8, 32))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import linecache
-import signal
-import sys
 import threading
 from datetime import datetime
-from pathlib import Path
 
 import pytest
+from faults import list_steps, run_with_fault
 from refusals import refused
 
-import hotswap_lab.widgets
 from hotswap_lab import AdapterPool, HotswapError, demo, in_use
 from hotswap_lab.widgets import RecompileMeter, SwapPanel, View
 from hotswap_lab.widgets.clicks import Clicks
@@ -32,13 +28,13 @@ class Gate:
         self.calls = []
 
     def __call__(self, prompt):
-        self.calls.append(self.panel.active)
+        self.calls.append(f"{self.panel.active} at {self.panel.strength:g}")
         before = fingerprint(self.panel)
         yield "so far"
         self.entered.set()
         assert self.leave.wait(SOON)
         assert fingerprint(self.panel) == before  # nobody swapped on the way
-        yield f"{self.panel.active} at {self.panel.strength:g}"
+        yield self.calls[-1]
 
 
 def fingerprint(panel) -> list[float]:
@@ -94,19 +90,40 @@ def button(panel, name):
 # ---- quick clicks
 
 
-def test_of_two_clicks_in_quick_succession_the_second_counts(running, pure):
-    panel, gate = running
-    button(panel, "shout").click()
-    button(panel, "sort").click()
-    assert "then adapter sort" in panel._status.value
-    assert panel.active == "reverse"
+def _slide(panel, *values):
+    for value in values:
+        panel._slider.value = value
+
+
+#: what is clicked during a run, what is said to come next, and what was run in the end
+CLICKS = {
+    "two buttons": (
+        lambda panel: (button(panel, "shout").click(), button(panel, "sort").click()),
+        "then adapter sort",
+        ["reverse at 1", "sort at 1"],
+    ),
+    "the slider": (lambda panel: _slide(panel, 0.4, 0.5), "then strength 0.5", ["reverse at 1", "reverse at 0.5"]),
+    "the slider, and back": (lambda panel: _slide(panel, 0.5, 1.0), "busy", ["reverse at 1"]),
+    "the slider, and stop": (lambda panel: (_slide(panel, 0.5), panel._stop_button.click()), "busy", ["reverse at 1"]),
+}
+
+
+@pytest.mark.parametrize("what", CLICKS)
+def test_the_last_click_during_a_run_comes_next(running, pure, what):
+    (panel, gate), (click, said, runs) = running, CLICKS[what]
+    click(panel)
+    assert said in panel._status.value
+    assert fingerprint(panel) == pure["pool", "reverse"]
+    assert not panel._slider.disabled  # or the keyboard's focus would be gone
     gate.leave.set()
     assert panel.wait(SOON)
-    assert panel.active == "sort"
-    assert fingerprint(panel) == pure["pool", "sort"]
-    assert gate.calls == ["reverse", "sort"]
-    assert (panel.before.result, panel.after.result) == ("reverse at 1", "sort at 1")
+    assert gate.calls == runs
+    assert panel.strength == panel._slider.value
     assert panel._status.value.startswith("ready")
+    if "stop" not in what:
+        assert [run.result for run in (panel.before, panel.after) if run] == runs
+    if what == "two buttons":
+        assert fingerprint(panel) == pure["pool", "sort"]
 
 
 def test_a_double_click_runs_once(running):
@@ -120,20 +137,7 @@ def test_a_double_click_runs_once(running):
     button(panel, "shout").click()
     gate.leave.set()
     assert panel.wait(SOON)
-    assert gate.calls == ["reverse", "shout"]
-
-
-def test_the_slider_moved_during_a_run_comes_next(running):
-    panel, gate = running
-    assert not panel._slider.disabled  # or the keyboard's focus would be gone
-    panel._slider.value = 0.4
-    panel._slider.value = 0.5
-    assert "then strength 0.5" in panel._status.value
-    assert panel.strength == 1
-    gate.leave.set()
-    assert panel.wait(SOON)
-    assert panel.strength == panel._slider.value == 0.5
-    assert panel.after.result == "reverse at 0.5"
+    assert gate.calls == ["reverse at 1", "shout at 1"]
 
 
 def test_a_refresh_is_no_click(running, monkeypatch):
@@ -148,7 +152,7 @@ def test_a_refresh_is_no_click(running, monkeypatch):
     assert panel._slider.value == 0.5  # until the refresh of whoever changed the strength
     assert not panel.busy
     assert pool.strength == 1
-    assert gate.calls == ["reverse"]
+    assert gate.calls == ["reverse at 1"]
     monkeypatch.undo()
     panel._changed()
     assert panel._slider.value == 1
@@ -180,25 +184,6 @@ def test_what_is_shown_last_is_the_last_state():
     for thread in threads:
         thread.join(SOON)
     assert view.shown == "ready"
-
-
-def test_stop_calls_off_what_would_come_next(running):
-    panel, gate = running
-    panel._slider.value = 0.5
-    panel._stop_button.click()
-    gate.leave.set()
-    assert panel.wait(SOON)
-    assert panel.strength == panel._slider.value == 1
-    assert gate.calls == ["reverse"]
-
-
-def test_a_slider_moved_back_changes_nothing(running):
-    panel, gate = running
-    panel._slider.value = 0.5
-    panel._slider.value = 1.0
-    gate.leave.set()
-    assert panel.wait(SOON)
-    assert gate.calls == ["reverse"]
 
 
 @pytest.mark.parametrize("kind", ["pool", "model"])
@@ -248,7 +233,6 @@ def test_a_swap_from_elsewhere_waits_for_the_run(running, pure):
     gate.leave.set()
     assert panel.wait(SOON)
     swap.join(SOON)
-    assert panel.after.result == "reverse at 1"
     assert fingerprint(panel) == pure["pool", "shout"]
 
 
@@ -272,27 +256,18 @@ def computing(request):
     thread.join(SOON)
 
 
-def test_a_click_waits_for_a_thread_that_computes_and_says_so(computing, pure):
+@pytest.mark.parametrize("is_called_off", [False, True])
+def test_a_click_waits_for_a_thread_that_computes_and_says_so(computing, pure, is_called_off):
     panel, leave, kind = computing
     button(panel, "shout").click()
     assert not panel.wait(1.2)  # longer than it waits at a time
     assert "swapping shout in, as soon as no other thread computes with the model" in panel._status.value
     assert fingerprint(panel) == pure[kind, "reverse"]
-    leave.set()
+    (panel._stop_button.click if is_called_off else leave.set)()
     assert panel.wait(SOON)
-    assert fingerprint(panel) == pure[kind, "shout"]
-    assert panel.after.result == WORD
-
-
-def test_a_click_that_waits_can_be_called_off(computing, pure):
-    panel, _, kind = computing
-    button(panel, "shout").click()
-    assert not panel.wait(0.1)
-    panel._stop_button.click()
-    assert panel.wait(SOON)
-    assert fingerprint(panel) == pure[kind, "reverse"]
     assert panel.error is None
-    assert panel.active == "reverse"
+    assert panel.active == ("reverse" if is_called_off else "shout")
+    assert fingerprint(panel) == pure[kind, panel.active]
 
 
 def test_inside_a_computation_the_panel_refuses_to_swap(pure):
@@ -323,55 +298,24 @@ def test_a_call_of_the_meter_holds_swaps_back():
 
 # ---- Ctrl-C
 
-FOLDER = str(Path(hotswap_lab.widgets.__file__).parent)
-#: lines where no signal can come: CPython looks for signals after calls and at the ends of loops, so leaving a block of
-#: a lock, for which such a line counts a second time, is a single step, and a ``try:`` is none at all
-NEVER = {"try:", "if mine:", "self._lock.release()", "with self._refreshes:", "with in_use(self.model):"}
-
-
-def interrupted_at(step: int, action) -> tuple[bool, str]:
-    """Runs ``action`` and sends SIGINT at the ``step``-th line of the widgets' code. Returns whether there was one."""
-    count, where = 0, ""
-
-    def trace(frame, event, argument):
-        nonlocal count, where
-        if not frame.f_code.co_filename.startswith(FOLDER):
-            return None
-        if event == "line":
-            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-            count += line not in NEVER
-            if count == step and not where:
-                where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}: {line}"
-                signal.raise_signal(signal.SIGINT)
-        return trace
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.settrace(trace)
-    try:
-        action()
-        return False, where
-    except KeyboardInterrupt:
-        return True, where
-    finally:
-        sys.settrace(None)
-        signal.signal(signal.SIGINT, before)
-
 
 @pytest.mark.long
-def test_an_interrupt_at_any_line(pure):
-    """Of the panel's own code; the engine's lines have tests of their own."""
-    panel, interrupts, handler = make(), 0, signal.getsignal(signal.SIGINT)
-    for step in range(1, 10_000):
+@pytest.mark.usefixtures("python_sigint")
+def test_an_interrupt_at_any_step(pure):
+    """Of the panel's own code; the engine's steps have tests of their own."""
+    panel = make()
+    panel.active = "reverse"
+    places = list_steps(lambda: panel.choose("sort"), "signal")
+    steps = {place: step for step, place in enumerate(places, 1) if place.startswith("widgets/")}
+    assert len(steps) > 10
+    for step in steps.values():
         panel.active = "reverse"
-        interrupted, where = interrupted_at(step, lambda: panel.choose("sort"))
-        if not where:
-            break
-        interrupts += interrupted
-        assert interrupted, where
+        outcome = run_with_fault(lambda: panel.choose("sort"), step, unit="signal")
+        where = outcome.where
+        assert isinstance(outcome.error, KeyboardInterrupt), where
+        assert outcome.handler_kept, where
         assert not panel.busy, where
         assert fingerprint(panel) in (pure["pool", "reverse"], pure["pool", "sort"]), where
         assert panel.after is None or panel.after.state != "running", where
         assert panel.choose("shout") == WORD, where
         assert panel._status.value.startswith("ready"), where
-    assert interrupts > 10
-    assert signal.getsignal(signal.SIGINT) is handler
