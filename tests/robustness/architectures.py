@@ -551,7 +551,7 @@ class Case:
             self.members[name] = Member(label)
 
     def hotswap(self) -> None:
-        """What the pool knows nothing of; it keeps four of these for undo."""
+        """A swap that the pool knows nothing of."""
         label, self.foreign = self.draw.choice([*self.folders]), self.foreign + 1
         if self.foreign < 4 and self.done("hotswap", hotswap_adapter, self.model, self.folders[label], "default"):
             self.now = Now((Row(((Member(label), 1.0),)),))
