@@ -68,11 +68,3 @@ def test_the_first_code_cell_is_for_colab_and_does_nothing_elsewhere(notebook):
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert 'if "google.colab" in sys.modules:\n    %pip install -q "git+https://github.com/' in first.source
     assert first.outputs == []
-
-
-def test_links_lead_somewhere():
-    for path in NOTEBOOKS:
-        for cell in read(path).cells:
-            if cell.cell_type == "markdown":
-                for link in re.findall(r"\]\(([^)#]+)", cell.source):
-                    assert link.startswith("http") or (path.parent / link).exists(), (path.name, link)
