@@ -64,12 +64,6 @@ def test_outcomes(folders, swap):
     assert outcome(swap, *folders) == WORDS[swap]
 
 
-def test_a_row_of_each_way_is_kept(table, folders, capsys):
-    table.both("case", lambda swap: outcome(swap, *folders), refuse, right)
-    assert capsys.readouterr().out == "PEFT         refused, untouched\nhotswap_lab  equals a fresh load\n"
-    assert table._repr_markdown_().endswith("\n| case | refused, untouched | equals a fresh load |")
-
-
 def test_models_and_adapters_are_the_same_each_time_and_draw_no_random_numbers_of_others(table):
     before = torch.get_rng_state()
     first, second = LLAMA(), LLAMA()

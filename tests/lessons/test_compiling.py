@@ -154,8 +154,6 @@ def test_the_timeline_is_logarithmic():
 
 def test_everything_in_the_timeline_is_inside_of_it():
     root = assert_is_svg_with_a_text_form(compiling.timeline("Latency", {"slow": SLOW, "fast": FAST}))
-    for each in root.iter():
-        if each.get("class"):
-            x, y = map(float, each.get("d").removeprefix("M").split()[:2])
-            assert 0 <= x <= float(root.get("width"))
-            assert 0 <= y <= float(root.get("height"))
+    width, height = float(root.get("width")), float(root.get("height"))
+    for x, y in (map(float, each.get("d")[1:].split()[:2]) for each in root.iter() if each.get("class")):
+        assert (0 <= x <= width, 0 <= y <= height) == (True, True)
