@@ -192,7 +192,11 @@ CHANGED_BY_COMPUTING = {
 def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path, what):
     kind, configs = CHANGED_BY_COMPUTING[what]
     old, new = (save_random_adapter_of(each, tmp_path / str(n), n, kind) for n, each in enumerate(configs))
-    model, leave = load(kind, old), threading.Event()
+    model, entered, leave = load(kind, old), threading.Event(), threading.Event()
+
+    def hold(*_: object) -> None:
+        entered.set()
+        leave.wait(30)
 
     def compute() -> None:
         with in_use(model):
@@ -200,8 +204,10 @@ def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path, wh
 
     mlp = model.get_base_model().model.layers[0].mlp
     inside = mlp.experts.get_base_layer() if hasattr(mlp, "experts") else mlp
-    handle = inside.register_forward_pre_hook(lambda *_: leave.wait(30) and None)
-    computing, swap = start(compute), start(hotswap_adapter, model, new, "default")
+    handle = inside.register_forward_pre_hook(hold)
+    computing = start(compute)
+    assert entered.wait(30)
+    swap = start(hotswap_adapter, model, new, "default")
     leave.set()
     for each in (computing, swap):
         each.result(30)

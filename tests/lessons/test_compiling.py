@@ -48,20 +48,11 @@ def forgets_to_compile(model, family):
 
 
 def compiles_again_each_time(model, family):
-    """Right answers, but something that each swap changes is left in the graph."""
+    """Right answers, but something that each swap changes is left in the graph: a Python number."""
     prepare_model_for_compiled_hotswap(model, adapters=family)
-
-    class Wrapper(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, **inputs):
-            # a Python number that differs between adapters of different ranks
-            rank = model.get_base_model().model.layers[0].self_attn.q_proj.r["default"]
-            return self.model(**inputs) if rank > 0 else None
-
-    return torch.compile(Wrapper(), backend="eager", dynamic=False)
+    layer, forward = model.get_base_model().model.layers[0].self_attn.q_proj, model.forward
+    model.forward = lambda **inputs: forward(**inputs) if layer.r["default"] > 0 else None
+    return torch.compile(model, backend="eager", dynamic=False)
 
 
 SOLUTIONS = {

@@ -150,7 +150,8 @@ def test_new_weights_for_all(served, api, tmp_path):
     try:
         good, said, bad, still = with_client(api, ask)
     finally:
-        asyncio.run(served.change(FAMILY, is_all=True))
+        table = asyncio.run(served.change(FAMILY, is_all=True))
+    assert [*table.versions] == [*FAMILY]
     assert good.json() == {name: 1 for name in FAMILY if name != "double"} | {"shout": 2, "loud": 1}
     assert said.choices[0].text == still.choices[0].text == "ahopstw"
     assert said.system_fingerprint == still.system_fingerprint == "shout@2"
