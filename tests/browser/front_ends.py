@@ -146,29 +146,20 @@ class NotebookPage:
             place,
         )
 
-    def start(self) -> None:
-        """Begins to run all cells, as the menu does."""
+    def run_all(self, timeout: float = 120) -> None:
+        """Runs all cells, as the menu does, and waits for the last one."""
         self.page.evaluate(
             """() => {
                 window.ran = false
                 window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true })
             }"""
         )
-
-    def run_all(self, timeout: float = 120) -> None:
-        """Runs all cells, and waits for the last one."""
-        self.start()
         self.finish(timeout)
 
     def finish(self, timeout: float = 120) -> None:
         """Waits until what was begun has run."""
         # at each frame, as is usual, the question would keep the machine from running the notebook
         self.page.wait_for_function("() => window.ran", timeout=timeout * 1000, polling=300)
-
-    @property
-    def has_run(self) -> bool:
-        """Whether what was begun has run."""
-        return self.page.evaluate("() => window.ran === true")
 
     def outputs(self) -> list[dict]:
         """The outputs of all cells, as they would be saved."""

@@ -9,8 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -139,83 +137,30 @@ def widgets(request, browser, address):
 LONG = {"05_real_llm.ipynb": "lab"}
 NEEDS_RAY = "09_beyond_one_machine.ipynb"
 #: all of one front end before those of the other: what one run has compiled, the other finds in inductor's cache
-RUNS = [
-    (name, front_end)
-    for front_end in FRONT_ENDS
-    for name in sorted(CHAPTERS, key=lambda name: name not in LONG)  # the long ones first: the others run beside them
-    if LONG.get(name, front_end) == front_end
-]
-#: how many notebooks run at a time: each waits for its kernel and its page much of the time
-TOGETHER = 3
-#: how long a chapter may take, in seconds, beside two others on a slow machine
-PATIENCE = 300
-LONG_PATIENCE = 900
-
-
-@dataclass
-class Ran:
-    """What became of a chapter on a page. ``failure`` says why it didn't come to its end."""
-
-    outputs: list[dict] = field(default_factory=list)
-    live: int = 0
-    failure: str = "not done in time"
-
-
-@pytest.fixture(scope="module")
-def ran(request, browser, address):
-    """Runs the chapters of all tests that were selected, a few at a time: the next begins as soon as one has ended."""
-    test = test_a_chapter_runs_without_an_error.__name__
-    selected = [each.callspec.params["run"] for each in request.session.items if each.name.startswith(f"{test}[")]
-    waiting = [run for run in selected if not _missing(run)]
-    running, results = {}, {run: Ran() for run in waiting}
-    while waiting or running:
-        while waiting and len(running) < TOGETHER:
-            name, front_end = run = waiting.pop(0)
-            notebook = NotebookPage(browser.new_page(), address, front_end, f"{front_end}/{name}")
-            running[run] = notebook, time.monotonic() + (LONG_PATIENCE if name in LONG else PATIENCE)
-            notebook.start()
-        for run, (notebook, deadline) in list(running.items()):
-            if notebook.has_run or time.monotonic() > deadline:
-                _take_down(notebook, results[run])
-                del running[run]
-        time.sleep(0.3)
-    return results
-
-
-def _take_down(notebook: NotebookPage, result: Ran) -> None:
-    live = notebook.page.locator(".hotswap-live")
-    result.outputs = notebook.outputs()
-    if notebook.has_run:
-        result.failure = ""
-        if any(WIDGET in output.get("data", {}) for output in result.outputs):
-            live.first.wait_for(state="attached", timeout=30_000)
-    result.live = live.count()
-    notebook.shut_down()
-    notebook.page.close()
-
-
-def _missing(run: tuple[str, str]) -> str:
-    """Why a chapter can't be run here; empty if it can."""
-    if run[0] == NEEDS_RAY and not (find_spec("ray") and find_spec("openai")):
-        return 'needs pip install "ray[serve]" openai'
-    try:
-        if run[0] in LONG:
-            smollm2.find()
-    except HotswapError as error:
-        return str(error)
-    return ""
+RUNS = [(name, each) for each in FRONT_ENDS for name in CHAPTERS if LONG.get(name, each) == each]
 
 
 @pytest.mark.parametrize("run", few_of(RUNS, [("00_start_here.ipynb", "lab")]), ids="-".join)
-def test_a_chapter_runs_without_an_error(run, ran):
-    if missing := _missing(run):
-        pytest.skip(missing)
-    result = ran[run]
-    assert result.failure == ""
-    assert [output for output in result.outputs if output["output_type"] == "error"] == []
-    assert [output["text"] for output in result.outputs if output.get("name") == "stderr"] == []
-    shows_widgets = "from hotswap_lab.widgets import" in (ROOT / "notebooks" / run[0]).read_text()
-    assert (result.live > 0) == shows_widgets
+def test_a_chapter_runs_without_an_error(run, new_page, address):
+    name, front_end = run
+    if name == NEEDS_RAY and not (find_spec("ray") and find_spec("openai")):
+        pytest.skip('needs pip install "ray[serve]" openai')
+    if name in LONG:
+        try:
+            smollm2.find()
+        except HotswapError as error:
+            pytest.skip(str(error))
+    page = new_page()
+    notebook = NotebookPage(page, address, front_end, f"{front_end}/{name}")
+    notebook.run_all(timeout=900 if name in LONG else 300)
+    outputs, live = notebook.outputs(), page.locator(".hotswap-live")
+    assert [output for output in outputs if output["output_type"] == "error"] == []
+    assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
+    if any(WIDGET in output.get("data", {}) for output in outputs):
+        live.first.wait_for(state="attached")
+    shows_widgets = "from hotswap_lab.widgets import" in (ROOT / "notebooks" / name).read_text()
+    assert (live.count() > 0) == shows_widgets
+    notebook.shut_down()
 
 
 # ---- SwapPanel
