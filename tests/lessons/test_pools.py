@@ -6,7 +6,7 @@ import pytest
 import torch
 from exercises import assert_tells_right_from_wrong
 
-from hotswap_lab import Adapter, demo, resolve_slot
+from hotswap_lab import Adapter, demo, resolve_slot, verify_hotswap
 from hotswap_lab.core.slot import room_of
 from hotswap_lab.lessons import pools
 
@@ -82,6 +82,17 @@ def test_the_bytes_that_are_measured_are_those_that_are_packed():
     }
     scalings = 4 * 8 * len(resolve_slot(pool.model, "default").layers)  # SCALING_STEP numbers in float64
     assert sum(copied.values()) + 2 * scalings == pool.nbytes
+
+
+def test_layers_of_the_large_model_share_base_weights_and_random_adapters_differ(tmp_path):
+    """Its sizes are compared in the chapter itself."""
+    model = pools.smol(layers=2)
+    one, two = (layer.mlp.up_proj for layer in model.get_base_model().model.layers)
+    assert one.base_layer.weight is two.base_layer.weight
+    assert one.lora_A["default"].weight is not two.lora_A["default"].weight
+    folders = pools.random_adapters(model, ["a", "b"], str(tmp_path))
+    assert verify_hotswap(model, folders["b"])
+    assert not verify_hotswap(model, folders["a"])
 
 
 def test_steps_are_called_with_each_argument_in_turn():
