@@ -24,6 +24,14 @@ def test_inductor_where_it_works():
     assert pick_backend() == "inductor"
 
 
+def picked(**environment: object) -> list[str]:
+    """What another process says."""
+    environment = {**os.environ, **{key: str(value) for key, value in environment.items()}}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
+    assert done.stdout, done.stderr
+    return done.stdout.splitlines()
+
+
 #: what names the compiler, and what the one line that is said then has in it; PEFT leaves the third behind by BOFT
 COMPILERS = {
     "no-such-compiler": "Install a C++ compiler",
@@ -35,25 +43,17 @@ COMPILERS = {
 @pytest.mark.long
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_aot_eager_and_one_clear_line_where_no_compiler_works(tmp_path, compiler):
-    environment = {**os.environ, "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
-    lines = done.stdout.splitlines()
-    assert lines[0] == "aot_eager aot_eager", done.stderr
-    assert COMPILERS[compiler] in lines[1]
+    backends, line, *_ = picked(CXX=compiler, TORCHINDUCTOR_CACHE_DIR=tmp_path)
+    assert backends == "aot_eager aot_eager"
+    assert COMPILERS[compiler] in line
 
 
 @pytest.mark.long
 def test_a_broken_build_in_the_cache_is_no_missing_compiler(tmp_path):
     """What a killed process leaves of a build can't be loaded, and inductor does not build it again."""
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-
-    def run() -> str:
-        done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
-        return done.stdout.strip()
-
-    assert run() == "inductor inductor"
+    assert picked(TORCHINDUCTOR_CACHE_DIR=tmp_path)[0] == "inductor inductor"
     builds = list(tmp_path.rglob("*.so"))
     assert builds
     for build in builds:
         os.truncate(build, 100)
-    assert run() == "inductor inductor"
+    assert picked(TORCHINDUCTOR_CACHE_DIR=tmp_path)[0] == "inductor inductor"

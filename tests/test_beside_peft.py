@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import pytest
-from adapters import CONFIGS, kind_for, save_random_adapter_of
-from lengths import few_of
-from models import load
-from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 
 ROOT = Path(__file__).parent.parent
 ROW = re.compile(r"^\| (.+?) \| (.+?) \| (.+?) \|$", re.MULTILINE)
@@ -44,14 +39,3 @@ def test_the_right_column_is_never_wrong_in_silence(table):
     others = table.keys() - {*equal, *refused}
     assert len(others) == 6, others  # no swaps: what is saved, what a config says, what a neighbour or a caller keeps
     assert not any("half" in table[case][1] or "error" in table[case][1] for case in others)
-
-
-@pytest.mark.skipif(not version("peft").startswith("0.21."), reason="this is what PEFT 0.21 does; another is installed")
-@pytest.mark.parametrize("name", few_of(CONFIGS, ("LoHa", "IA3", "PrefixTuning")))
-def test_pefts_hotswap_refuses_all_other_methods(tmp_path, name):
-    """The notebook tries seven of them. That ours equals a fresh load is what ``beyond/test_every_method.py`` shows."""
-    (first, second, *_), kind = CONFIGS[name], kind_for(name)
-    old = save_random_adapter_of(first, tmp_path / "old", 1, kind)
-    new = save_random_adapter_of(second, tmp_path / "new", 2, kind)
-    with pytest.raises((ValueError, RuntimeError)):
-        peft_hotswap(load(kind, old), new, adapter_name="default", torch_device="cpu")

@@ -22,15 +22,19 @@ LLAMA = KINDS["llama"]
 
 @pytest.fixture
 def folders(tmp_path):
-    return [
-        save_random_adapter(LLAMA, tmp_path / "a", seed=1, r=4, lora_alpha=16),
-        save_random_adapter(LLAMA, tmp_path / "b", seed=2, r=8, lora_alpha=20),
-        save_random_adapter(LLAMA, tmp_path / "c", seed=3, r=2, target_modules=["q_proj", "up_proj"], lora_alpha=30),
-    ]
+    configs = (
+        dict(r=4, lora_alpha=16),
+        dict(r=8, lora_alpha=20),
+        dict(r=2, target_modules=["q_proj", "up_proj"], lora_alpha=30),
+    )
+    return {
+        name: save_random_adapter(LLAMA, tmp_path / name, seed=seed, **config)
+        for seed, (name, config) in enumerate(zip("abc", configs, strict=True), start=1)
+    }
 
 
-def on_gpu(folder):
-    return load(LLAMA, folder).cuda()
+def on_gpu(folder, dtype=torch.float32):
+    return load(LLAMA, folder).cuda().to(dtype)
 
 
 def inputs():
@@ -42,27 +46,37 @@ def outputs(model):
     return model(**inputs()).logits.clone()
 
 
+def assert_equals(actual, folder, dtype=torch.float32):
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(actual, outputs(on_gpu(folder, dtype)), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
-def test_compiled_swaps_at_the_same_addresses(folders, mode):
+@pytest.mark.parametrize("way", ["prepared", "pool"])
+def test_compiled_swaps_at_the_same_addresses(folders, mode, way):
     torch.compiler.reset()
-    model = on_gpu(folders[0])
-    prepare_model_for_compiled_hotswap(model, adapters=folders)
+    model = on_gpu(folders["a"])
+    if way == "pool":
+        swap = AdapterPool(model, adapters=folders, progress=False).swap
+    else:
+        prepare_model_for_compiled_hotswap(model, adapters=list(folders.values()))
+        swap = lambda name: hotswap_adapter(compiled, folders[name], "default")  # noqa: E731
     compiled = torch.compile(model, mode=mode)
     for _ in range(3):  # CUDA graphs warm up, record, replay
         outputs(compiled)
     addresses = resolve_slot(model, "default").data_ptrs()
     with RecompileWatch(allow=0):
-        for number in (1, 2, 0, 2, 1):
-            hotswap_adapter(compiled, folders[number], "default")
-            torch.testing.assert_close(outputs(compiled), outputs(on_gpu(folders[number])), rtol=1e-3, atol=1e-3)
+        for name in "bcacb":
+            swap(name)
+            assert_equals(outputs(compiled), folders[name])
         set_strength(compiled, 0)
         torch.testing.assert_close(outputs(compiled), outputs(LLAMA.base().cuda()), rtol=1e-3, atol=1e-3)
     assert resolve_slot(model, "default").data_ptrs() == addresses
 
 
 def test_a_graph_that_the_user_captured(folders):
-    model = on_gpu(folders[0])
-    prepare_model_for_compiled_hotswap(model, adapters=folders)
+    model = on_gpu(folders["a"])
+    prepare_model_for_compiled_hotswap(model, adapters=list(folders.values()))
     static = inputs()
     with torch.no_grad():
         stream = torch.cuda.Stream()
@@ -73,47 +87,27 @@ def test_a_graph_that_the_user_captured(folders):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = model(**static).logits
-    for number in (1, 2, 0):
-        hotswap_adapter(model, folders[number], "default")
+    for name in "bca":
+        hotswap_adapter(model, folders[name], "default")
         graph.replay()
-        torch.testing.assert_close(logits, outputs(on_gpu(folders[number])), rtol=1e-3, atol=1e-3)
+        assert_equals(logits, folders[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pool_swaps_from_pinned_memory(folders, dtype):
-    model = on_gpu(folders[0]).to(dtype)
-    pool = AdapterPool(model, adapters=dict(enumerate_names(folders)), progress=False)
+    model = on_gpu(folders["a"], dtype)
+    pool = AdapterPool(model, adapters=folders, progress=False)
     assert all(part.is_pinned() for entry in pool._members.values() for part in entry.packed.parts if part.numel())
     addresses = resolve_slot(model, "default").data_ptrs()
-    for name in ("1", "2", "0", "2", "1") * 20:
+    for name in "bcacb" * 20:
         pool.swap(name)
-        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-        fresh = on_gpu(folders[int(name)]).to(dtype)
-        torch.testing.assert_close(outputs(model), outputs(fresh), rtol=tolerance, atol=tolerance)
+        assert_equals(outputs(model), folders[name], dtype)
     assert resolve_slot(model, "default").data_ptrs() == addresses
 
 
-def test_a_pool_and_cuda_graphs(folders):
-    torch.compiler.reset()
-    model = on_gpu(folders[0])
-    pool = AdapterPool(model, adapters=dict(enumerate_names(folders)), progress=False)
-    compiled = torch.compile(model, mode="reduce-overhead")
-    for _ in range(3):
-        outputs(compiled)
-    with RecompileWatch(allow=0):
-        for name in ("1", "2", "0", "2"):
-            pool.swap(name)
-            expected = outputs(on_gpu(folders[int(name)]))
-            torch.testing.assert_close(outputs(compiled), expected, rtol=1e-3, atol=1e-3)
-
-
-def enumerate_names(folders):
-    return ((str(number), folder) for number, folder in enumerate(folders))
-
-
 def test_scalings_follow_the_model(folders):
-    model = load(LLAMA, folders[0])
-    prepare_model_for_compiled_hotswap(model, adapters=folders)
+    model = load(LLAMA, folders["a"])
+    prepare_model_for_compiled_hotswap(model, adapters=list(folders.values()))
     model.cuda()
     scaling = model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"]
     assert scaling.device.type == "cuda"

@@ -7,12 +7,7 @@ from models import KINDS, load, save_random_adapter
 from oracle import assert_same_outputs, assert_same_tensors
 from peft.utils import get_peft_model_state_dict
 
-from hotswap_lab import (
-    AdapterPool,
-    hotswap_adapter,
-    save_adapter,
-    verify_hotswap,
-)
+from hotswap_lab import AdapterPool, hotswap_adapter, save_adapter, verify_hotswap
 
 LLAMA = KINDS["llama"]
 
@@ -55,10 +50,3 @@ def test_a_pool(folders):
     for number in (0, 1, 3, 2, 1):
         pool.swap(str(number))
         assert_same_outputs(model, load(LLAMA, folders[number]), LLAMA)
-
-
-def test_transformers_own_hotswap_refuses_another_rank(folders):
-    """Why its users would want this one: ours takes the same call's place."""
-    model = native(folders[0])
-    with pytest.raises(RuntimeError):
-        model.load_adapter(folders[1], adapter_name="default", hotswap=True)

@@ -1,4 +1,4 @@
-"""README stays short, and every link in it leads somewhere."""
+"""README stays short, and every link in it, and in the other pages, leads somewhere."""
 
 from __future__ import annotations
 
@@ -9,38 +9,44 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+
+
+def text_of(path: Path) -> str:
+    """What is prose in it: no code."""
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors_of(path: Path) -> set[str]:
     """What a link to this file may have after its #."""
+    titles = re.findall(r"^#+ (.+)$", text_of(path), re.MULTILINE)
     if path.suffix == ".ipynb":  # as Jupyter makes them
-        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
-        return {title.strip().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", "\n".join(cells), re.MULTILINE)}
-    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
-    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        return {title.strip().replace(" ", "-") for title in titles}
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_readme_is_short():
-    assert len(PAGES["README.md"].splitlines()) <= 160
+    assert len(README.read_text().splitlines()) <= 160
 
 
 def test_the_contents_have_every_section():
-    readme = PAGES["README.md"]
-    contents, _, rest = readme.partition("\n## ")
+    contents, _, rest = README.read_text().partition("\n## ")
     titles = re.findall(r"^## (.+)$", "## " + rest, re.MULTILINE)
     linked = re.findall(r"\[([^\]]+)\]\(#", contents)
     assert [" ".join(title.split()) for title in linked] == titles
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [README, CONTRIBUTING, *NOTEBOOKS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page])
-    assert links
+    links = re.findall(r"\]\((?!http)([^)]+)\)", text_of(page))
+    assert links or page.parent.name == "solutions"
     for link in links:
         file, _, anchor = link.partition("#")
-        path = ROOT / (file or page)
+        path = page.parent / file if file else page
         assert path.exists(), link
         assert not anchor or anchor in anchors_of(path), link
 
@@ -50,8 +56,8 @@ def test_code_is_code():
     import hotswap_lab
     import hotswap_lab.widgets
 
-    for page, text in PAGES.items():
-        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for page in (README, CONTRIBUTING):
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             compile(block, page, "exec")
             for module, names in re.findall(r"^from (hotswap_lab[\w.]*) import (.+)$", block, re.MULTILINE):
                 for name in names.split(", "):

@@ -40,19 +40,10 @@ def scene(tmp_path) -> Scene:
     return Scene(make_base(TINY), TINY, rank=4, folder=str(tmp_path))
 
 
-def numbers(values) -> list[float]:
-    """Every number in nested dictionaries, those of timings too."""
-    if isinstance(values, Timing):
-        values = dataclasses.asdict(values)
-    if isinstance(values, dict):
-        return [number for each in values.values() for number in numbers(each)]
-    return [values] if isinstance(values, (int, float)) else []
-
-
-def own_bytes(rank: int) -> int:
-    """What an adapter takes: hidden 32, intermediate 64, 2 of 4 heads for keys and values, 2 layers, float32."""
+def own_bytes(rank: int, layers: int = 2) -> int:
+    """What an adapter takes: hidden 32, intermediate 64, 2 of 4 heads for keys and values, float32."""
     per_layer = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64)
-    return 2 * per_layer * rank * 4
+    return layers * per_layer * rank * 4
 
 
 def by_name(report: Report, name: str) -> list[dict]:
@@ -71,15 +62,10 @@ def test_all_ways_are_there_and_ours_are_right(report):
     assert report.ok
 
 
-def test_every_number_is_positive_and_agrees_with_the_others(report):
-    for row in report.rows:
-        if row.timing is None:
-            continue
-        assert row.timing.n == TINY.n
-        assert 0 < row.timing.minimum <= row.timing.median
-
-
-def test_sizes(report):
+def test_numbers(report):
+    for timing in (row.timing for row in report.rows if row.timing is not None):
+        assert timing.n == TINY.n
+        assert 0 < timing.minimum <= timing.median
     small, large = report.sizes
     assert (small.rank, large.rank, small.tensors) == (2, 4, 28)
     assert (small.nbytes, large.nbytes) == (own_bytes(2), own_bytes(4))
@@ -109,64 +95,43 @@ def test_wrong_and_refused_are_said():
         Row(4, MEMCPY, "right", Timing(0.001, 0.001, 3)),
     )
     report = Report("a machine", TINY, (Size(4, 28, 100, 200),), rows)
-    text = str(report)
-    assert "PEFT hotswap, disk refused: no such thing" in text
-    assert "hotswap_lab, disk (wrong)" in text
     assert not report.ok
-    assert "hotswap_lab, disk (wrong)" in report.figure().text
+    assert "PEFT hotswap, disk refused: no such thing" in str(report)
+    for text in (str(report), report.figure().text):
+        assert "hotswap_lab, disk (wrong)" in text
     assert "PEFT hotswap, disk" not in report.figure().text
 
 
-def test_json_holds_everything(report):
+def test_json_and_the_picture_hold_everything(report):
     found = json.loads(report.to_json())
     assert found["machine"] == report.machine
     assert [Timing(**row["timing"]) for row in found["rows"]] == [row.timing for row in report.rows]
     assert [extra["text"] for extra in found["extras"]] == [extra.text for extra in report.extras]
     assert all(extra["values"] for extra in found["extras"])
     assert found["settings"]["n"] == TINY.n
-    assert set(found["rows"][0]["timing"]) == {"median", "minimum", "n"}
-
-
-def test_the_picture(report):
-    figure = report.figure()
-    texts = [element.text for element in ElementTree.fromstring(figure.svg).iter() if element.text]
+    texts = [element.text for element in ElementTree.fromstring(report.figure().svg).iter() if element.text]
     for way in (*OURS, MEMCPY):
         assert texts.count(way) == len(TINY.ranks)
-        assert figure.text.count(f"{way} ") >= len(TINY.ranks)
-    assert report.machine in texts
-    assert "milliseconds, logarithmic scale" in texts
-    for row in report.rows:
-        assert str(row.timing) in texts, row
+    assert {report.machine, "milliseconds, logarithmic scale", *(str(row.timing) for row in report.rows)} <= {*texts}
 
 
 # ---- whether the check can tell
 
 
-def test_a_way_that_does_nothing_is_wrong(scene):
-    model = scene.load()
-    assert scene.way("nothing", model, lambda number: None).check() == ("wrong", "")
-
-
-def test_a_way_that_is_always_behind_is_wrong(scene):
+def test_a_way_that_does_nothing_or_is_always_behind_is_wrong(scene):
+    assert scene.way("nothing", scene.load(), lambda number: None).check() == ("wrong", "")
     way = ways.pool_way(scene)
     assert way.check() == ("right", "")
     assert dataclasses.replace(way, swap=lambda number: way.swap(1 - number)).check() == ("wrong", "")
 
 
-def test_a_way_that_raises_is_refused():
-    def swap(number):
-        raise ValueError("not today\nand more")
-
-    assert Way("none", swap, lambda number: True).check() == ("refused", "not today")
-
-
-def test_a_refused_way_is_not_timed(scene, monkeypatch):
+def test_a_way_that_raises_is_refused_and_not_timed(scene, monkeypatch):
     def refuse(number):
-        raise ValueError("no")
+        raise ValueError("not today\nand more")
 
     monkeypatch.setattr(ways, "make_ways", lambda scene: [ways.memcpy_way(scene), Way("PEFT x", refuse, bool)])
     copying, other = ways.measure_ways(scene)
-    assert (other.state, other.note, other.timing) == ("refused", "no", None)
+    assert (other.state, other.note, other.timing) == ("refused", "not today", None)
     assert copying.state == "right"
 
 
@@ -202,9 +167,9 @@ def test_waiting_for_a_core_is_said(threads):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", long("float16")])
 def test_half_precision_stays_half_precision(dtype):
-    report = run(Settings(model="tiny", ranks=(2,), target_rank=4, dtype=dtype, n=1))
+    report = run(Settings(model="tiny", layers=1, ranks=(2,), target_rank=4, dtype=dtype, n=1))
     assert {row.state for row in report.rows} == {"right"}
-    assert report.sizes[0].nbytes == own_bytes(rank=2) // 2
+    assert report.sizes[0].nbytes == own_bytes(rank=2, layers=1) // 2
 
 
 def test_room_for_more_does_not_make_a_swap_larger(tmp_path):
@@ -232,9 +197,9 @@ def test_settings_that_make_no_sense(wrong):
 
 
 def test_threads_are_given_back():
-    before = torch.get_num_threads()
-    said = []
-    run(Settings(model="tiny", ranks=(2,), n=1, threads=before + 1), lambda text: said.append(torch.get_num_threads()))
+    before, said = torch.get_num_threads(), []
+    settings = Settings(model="tiny", layers=1, ranks=(2,), n=1, threads=before + 1)
+    run(settings, lambda text: said.append(torch.get_num_threads()))
     assert set(said) == {before + 1}
     assert torch.get_num_threads() == before
 
@@ -251,7 +216,7 @@ def test_compiled():
     assert first["PEFT load + set + delete"]["recompiles"] == first["PEFT load + set + delete"]["calls"] == 2
     assert {values["state"] for values in first.values()} == {"right"}
     assert [values["kind"] for values in by_name(report, "forward")] == ["eager", "aot_eager"]
-    assert all(number > 0 for values in by_name(report, "forward") for number in numbers(values))
+    assert all(values["ratio"] > 0 for values in by_name(report, "forward"))
     assert "0 recompiles in 2 calls" in str(report)
 
 
@@ -272,9 +237,10 @@ def test_rows():
     assert report.ok
 
 
-def test_rows_that_are_wrong_are_said(scene, monkeypatch):
+def test_rows_that_are_wrong_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "NAMES", [*"10234567"])
-    scene.settings = dataclasses.replace(TINY, n=1, backend="eager")
+    settings = dataclasses.replace(TINY, layers=1, n=1, backend="eager")
+    scene = Scene(make_base(settings), settings, rank=4, folder=str(tmp_path))
     pool = rows.rows_pool(scene)
     assert pool.names[0] == "1"
     pool.assign([*"01234567"])

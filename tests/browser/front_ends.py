@@ -11,9 +11,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook
+from playwright.sync_api import Browser, sync_playwright
 
 ROOT = Path(__file__).parent.parent.parent
 FRONT_ENDS = {"lab": "lab/tree", "notebook": "notebooks"}
@@ -29,6 +33,22 @@ SETTINGS = {
 def chromium() -> str | None:
     """Where Debian's Chromium, or another one, is."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Chromium, without a window."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def write_notebook(path: Path, cells: Iterable[str]) -> None:
+    """A notebook of code cells."""
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    cells = [new_code_cell(source) for source in cells]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
 
 @contextmanager
@@ -126,29 +146,20 @@ class NotebookPage:
             place,
         )
 
-    def start(self) -> None:
-        """Begins to run all cells, as the menu does."""
+    def run_all(self, timeout: float = 120) -> None:
+        """Runs all cells, as the menu does, and waits for the last one."""
         self.page.evaluate(
             """() => {
                 window.ran = false
                 window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true })
             }"""
         )
-
-    def run_all(self, timeout: float = 120) -> None:
-        """Runs all cells, and waits for the last one."""
-        self.start()
         self.finish(timeout)
 
     def finish(self, timeout: float = 120) -> None:
         """Waits until what was begun has run."""
         # at each frame, as is usual, the question would keep the machine from running the notebook
         self.page.wait_for_function("() => window.ran", timeout=timeout * 1000, polling=300)
-
-    @property
-    def has_run(self) -> bool:
-        """Whether what was begun has run."""
-        return self.page.evaluate("() => window.ran === true")
 
     def outputs(self) -> list[dict]:
         """The outputs of all cells, as they would be saved."""

@@ -9,10 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nbformat
-from front_ends import NotebookPage, chromium, jupyter
-from nbformat.v4 import new_code_cell, new_notebook
-from playwright.sync_api import sync_playwright
+from front_ends import NotebookPage, jupyter, open_browser, write_notebook
 
 CELLS = {
     "": "from hotswap_lab import demo\nfrom hotswap_lab.lessons import begin\n"
@@ -42,16 +39,13 @@ LOOKS = {
 def main(target: Path) -> None:
     """Takes all pictures."""
     target.mkdir(parents=True, exist_ok=True)
-    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    notebook = new_notebook(cells=[new_code_cell(each) for each in CELLS.values()], metadata={"kernelspec": kernel})
     for look, (theme, size) in LOOKS.items():
-        with tempfile.TemporaryDirectory() as temporary, sync_playwright() as playwright:
+        with tempfile.TemporaryDirectory() as temporary:
             folder, home = Path(temporary, "notebooks"), Path(temporary, "home")
             folder.mkdir()
             home.mkdir()
-            nbformat.write(notebook, folder / "widgets.ipynb")
-            browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-            with jupyter(folder, home, theme) as address:
+            write_notebook(folder / "widgets.ipynb", CELLS.values())
+            with open_browser() as browser, jupyter(folder, home, theme) as address:
                 page = browser.new_page(viewport=size)
                 opened = NotebookPage(page, address, "lab", "widgets.ipynb")
                 page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
@@ -63,7 +57,6 @@ def main(target: Path) -> None:
                     widget.screenshot(path=target / f"{name}_{look}.png")
                 page.locator(".hotswap-live").first.scroll_into_view_if_needed()
                 page.screenshot(path=target / f"page_{look}.png")
-            browser.close()
 
 
 if __name__ == "__main__":

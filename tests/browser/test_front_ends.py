@@ -9,23 +9,18 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-import nbformat
 import pytest
-from front_ends import FRONT_ENDS, ROOT, NotebookPage, chromium, jupyter
+from front_ends import FRONT_ENDS, ROOT, NotebookPage, chromium, jupyter, open_browser, write_notebook
 from lengths import few_of
-from nbformat.v4 import new_code_cell, new_notebook
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from hotswap_lab import HotswapError
 from hotswap_lab.demo import smollm2
 
 CHAPTERS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
-PHONE = {"width": 390, "height": 844}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="there is no Chromium")
@@ -88,11 +83,10 @@ def folder(tmp_path_factory) -> Path:
         shutil.copytree(
             ROOT / "notebooks", folder / front_end, ignore=shutil.ignore_patterns("solutions", ".*", "*.py")
         )
-    cells = [new_code_cell(source) for source in (SETUP, *WIDGETS.values(), "panel.active, panel.strength", BUSY)]
-    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    cells = (SETUP, *WIDGETS.values(), "panel.active, panel.strength", BUSY)
     for front_end in FRONT_ENDS:
-        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{front_end}.ipynb")
-    nbformat.write(new_notebook(cells=cells[:2], metadata={"kernelspec": kernel}), folder / "voila.ipynb")
+        write_notebook(folder / f"{front_end}.ipynb", cells)
+    write_notebook(folder / "voila.ipynb", cells[:2])
     return folder
 
 
@@ -105,10 +99,8 @@ def address(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     # for this module only: as long as Playwright runs, an event loop seems to run in this thread
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -145,85 +137,30 @@ def widgets(request, browser, address):
 LONG = {"05_real_llm.ipynb": "lab"}
 NEEDS_RAY = "09_beyond_one_machine.ipynb"
 #: all of one front end before those of the other: what one run has compiled, the other finds in inductor's cache
-RUNS = [
-    (name, front_end)
-    for front_end in FRONT_ENDS
-    for name in sorted(CHAPTERS, key=lambda name: name not in LONG)  # the long ones first: the others run beside them
-    if LONG.get(name, front_end) == front_end
-]
-#: how many notebooks run at a time: each waits for its kernel and its page much of the time
-TOGETHER = 3
-#: how long a chapter may take, in seconds, beside two others on a slow machine
-PATIENCE = 300
-LONG_PATIENCE = 900
-
-
-@dataclass
-class Ran:
-    """What became of a chapter on a page. ``failure`` says why it didn't come to its end."""
-
-    outputs: list[dict] = field(default_factory=list)
-    live: int = 0
-    seconds: float = 0.0
-    failure: str = ""
-
-
-@pytest.fixture(scope="module")
-def ran(request, browser, address):
-    """Runs the chapters of all tests that were selected, a few at a time: the next begins as soon as one has ended."""
-    test = test_a_chapter_runs_without_an_error.__name__
-    selected = [each.callspec.params["run"] for each in request.session.items if each.name.startswith(f"{test}[")]
-    waiting = [run for run in selected if not _missing(run)]
-    running, results = {}, {run: Ran() for run in waiting}
-    while waiting or running:
-        while waiting and len(running) < TOGETHER:
-            name, front_end = run = waiting.pop(0)
-            start = time.monotonic()
-            running[run] = NotebookPage(browser.new_page(), address, front_end, f"{front_end}/{name}"), start
-            running[run][0].start()
-        for run, (notebook, start) in list(running.items()):
-            results[run].seconds = time.monotonic() - start
-            late = results[run].seconds > (LONG_PATIENCE if run[0] in LONG else PATIENCE)
-            if notebook.has_run or late:
-                results[run].failure = "" if notebook.has_run else f"not done after {results[run].seconds:.0f} s"
-                _take_down(notebook, results[run])
-                del running[run]
-        time.sleep(0.3)
-    return results
-
-
-def _take_down(notebook: NotebookPage, result: Ran) -> None:
-    live = notebook.page.locator(".hotswap-live")
-    result.outputs = notebook.outputs()
-    if any(WIDGET in output.get("data", {}) for output in result.outputs) and not result.failure:
-        live.first.wait_for(state="attached", timeout=30_000)
-    result.live = live.count()
-    notebook.shut_down()
-    notebook.page.close()
-
-
-def _missing(run: tuple[str, str]) -> str:
-    """Why a chapter can't be run here; empty if it can."""
-    if run[0] == NEEDS_RAY and not (find_spec("ray") and find_spec("openai")):
-        return 'needs pip install "ray[serve]" openai'
-    try:
-        if run[0] in LONG:
-            smollm2.find()
-    except HotswapError as error:
-        return str(error)
-    return ""
+RUNS = [(name, each) for each in FRONT_ENDS for name in CHAPTERS if LONG.get(name, each) == each]
 
 
 @pytest.mark.parametrize("run", few_of(RUNS, [("00_start_here.ipynb", "lab")]), ids="-".join)
-def test_a_chapter_runs_without_an_error(run, ran):
-    if missing := _missing(run):
-        pytest.skip(missing)
-    result = ran[run]
-    assert result.failure == ""
-    assert [output for output in result.outputs if output["output_type"] == "error"] == []
-    assert [output["text"] for output in result.outputs if output.get("name") == "stderr"] == []
-    shows_widgets = "from hotswap_lab.widgets import" in (ROOT / "notebooks" / run[0]).read_text()
-    assert (result.live > 0) == shows_widgets
+def test_a_chapter_runs_without_an_error(run, new_page, address):
+    name, front_end = run
+    if name == NEEDS_RAY and not (find_spec("ray") and find_spec("openai")):
+        pytest.skip('needs pip install "ray[serve]" openai')
+    if name in LONG:
+        try:
+            smollm2.find()
+        except HotswapError as error:
+            pytest.skip(str(error))
+    page = new_page()
+    notebook = NotebookPage(page, address, front_end, f"{front_end}/{name}")
+    notebook.run_all(timeout=900 if name in LONG else 300)
+    outputs, live = notebook.outputs(), page.locator(".hotswap-live")
+    assert [output for output in outputs if output["output_type"] == "error"] == []
+    assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
+    if any(WIDGET in output.get("data", {}) for output in outputs):
+        live.first.wait_for(state="attached")
+    shows_widgets = "from hotswap_lab.widgets import" in (ROOT / "notebooks" / name).read_text()
+    assert (live.count() > 0) == shows_widgets
+    notebook.shut_down()
 
 
 # ---- SwapPanel
@@ -319,19 +256,6 @@ def test_no_button_moves_when_another_adapter_becomes_active(widgets):
 
 
 @pytest.mark.long
-def test_an_error_is_shown_in_full_and_breaks_nothing(widgets):
-    panel = widgets["slow"]
-    panel.get_by_role("textbox", name="prompt").fill("fail")
-    panel.get_by_role("button", name="Run").click()
-    expect(panel.get_by_role("alert")).to_contain_text("RuntimeError: no luck <today>")
-    panel.get_by_role("alert").get_by_text("where it happened").click()
-    expect(panel.get_by_role("alert")).to_contain_text("in slow")
-    panel.get_by_role("button", name="sort").click()
-    expect(panel.get_by_role("button", name="sort (active)")).to_be_enabled()
-    expect(panel.get_by_role("alert")).to_have_count(0)
-
-
-@pytest.mark.long
 def test_clicks_while_a_cell_computes_tear_nothing_and_the_last_one_counts(widgets):
     """They come at once, in a thread of the kernel: JupyterLab 4.4 and later don't wait for the end of the cell."""
     panel, notebook = widgets["panel"], widgets["notebook"]
@@ -350,49 +274,31 @@ def test_clicks_while_a_cell_computes_tear_nothing_and_the_last_one_counts(widge
 
 # ---- the other widgets
 
-
-@pytest.mark.long
-def test_plan_view(widgets):
-    plan = widgets["plan"]
-    expect(plan).to_contain_text("28 layers: 16 resize, 12 off")
-    plan.get_by_role("textbox", name="search").fill("layers.0")
-    expect(plan).to_contain_text("7 of 28 layers")
-    plan.get_by_role("combobox", name="action").select_option("off")
-    expect(plan).to_contain_text("3 of 28 layers")
-    expect(plan.get_by_role("row")).to_have_count(4)
-
-
-@pytest.mark.long
-def test_rank_padding_view(widgets):
-    view, page = widgets["padding"], widgets["page"]
-    expect(view).to_contain_text("18,432 bytes→ 36,864 bytes")
-    view.get_by_role("slider", name="target rank").focus()
-    for _ in range(4):
-        page.keyboard.press("ArrowRight")
-    expect(view).to_contain_text("18,432 bytes→ 46,080 bytes")
-    expect(view).to_contain_text("output unchanged: True")
-    view.get_by_role("combobox", name="layer").select_option("model.layers.0.self_attn.q_proj")
-    expect(view.get_by_role("img")).to_contain_text("in room for rank 20")
-    expect(view).to_contain_text("8,192 bytes→ 20,480 bytes")
+#: for each, one after the other: a control by its role and name, what is done with it, and what is shown then
+STEPS = {
+    "plan": [
+        ("textbox", "search", "fill", "layers.0", "7 of 28 layers"),
+        ("combobox", "action", "select_option", "off", "3 of 28 layers"),
+    ],
+    "padding": [
+        ("slider", "target rank", "press", "ArrowRight", "18,432 bytes→ 39,168 bytes"),
+        ("combobox", "layer", "select_option", "model.layers.0.self_attn.q_proj", "in room for rank 17"),
+    ],
+    "meter": [
+        ("button", "Call 4 times", "press", "Enter", "4 calls, 0 swaps, 1 compiled, 0 recompiles"),
+        ("combobox", "adapter", "select_option", "double", "1 compiled"),
+        ("button", "Swap and call", "press", "Enter", "8 calls, 1 swap, 1 compiled, 1 recompile"),
+    ],
+    "race": [("button", "Run the race", "press", "Enter", "done, 100%")],
+}
 
 
 @pytest.mark.long
-def test_recompile_meter(widgets):
-    meter = widgets["meter"]
-    meter.get_by_role("button", name="Call 4 times").click()
-    expect(meter).to_contain_text("4 calls, 0 swaps, 1 compiled, 0 recompiles", timeout=60_000)
-    meter.get_by_role("combobox", name="adapter").select_option("double")
-    meter.get_by_role("button", name="Swap and call").click()
-    expect(meter).to_contain_text("8 calls, 1 swap, 1 compiled, 1 recompile", timeout=60_000)
-    expect(meter.locator("pre")).to_contain_text("recompile in 'double': ")
-
-
-@pytest.mark.long
-def test_swap_race(widgets):
-    race = widgets["race"]
-    race.get_by_role("button", name="Run the race").click()
-    expect(race).to_contain_text("done, 100%", timeout=60_000)
-    expect(race.get_by_role("img")).to_contain_text("hotswap_lab, pool")
+@pytest.mark.parametrize("name", STEPS)
+def test_what_a_control_does(widgets, name):
+    for role, label, action, value, shown in STEPS[name]:
+        getattr(widgets[name].get_by_role(role, name=label), action)(value)
+        expect(widgets[name]).to_contain_text(shown, timeout=60_000)
 
 
 @pytest.mark.long
@@ -426,7 +332,7 @@ def test_every_control_has_a_name(widgets):
 def test_a_phone(widgets):
     page = widgets["page"]
     before = page.viewport_size
-    page.set_viewport_size(PHONE)
+    page.set_viewport_size({"width": 390, "height": 844})
     page.evaluate("() => window.jupyterapp.shell.collapseLeft?.()")  # JupyterLab's list of files
     page.wait_for_timeout(500)
     try:

@@ -84,7 +84,7 @@ def _fill(position: tuple, value: float):
 
 
 def _unknown(tensors):
-    tensors[f"{Q.replace('0', '7')}.lora_A.weight"] = torch.ones(6, 16)
+    tensors[f"{Q.replace('0', '7')}.lora_A.default.weight"] = torch.ones(6, 16)
     tensors[f"{Q.replace('0', '7')}.lora_B.weight"] = torch.ones(16, 6)
 
 
@@ -108,7 +108,7 @@ DAMAGE = {
     "integers": (_set("lora_A", torch.Tensor.long), r"is damaged"),
     "NaN": (_nan, r"NaN or infinity in 'base_model"),
     "infinity": (_set("lora_B", _fill((-1, -1), float("-inf"))), r"NaN or infinity in 'base_model"),
-    "unknown layer": (_unknown, rf"unexpected keys found: {Q.replace('0', '7')}.lora_A.weight"),
+    "unknown layer": (_unknown, rf"unexpected keys found: {Q.replace('0', '7')}.lora_A.default.weight"),
     # of a file, a fresh load ignores the second name
     "named twice": (
         lambda tensors: tensors.update(

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from lengths import few_of
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from refusals import refused
 from safetensors.torch import load_file
 
 from hotswap_lab import demo, hotswap_adapter, verify_hotswap
-from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR, copy, is_held_out
+from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR, is_held_out
 from hotswap_lab.demo.train import RECIPES
 
 NAMES = demo.adapter_names()
@@ -68,9 +68,7 @@ def test_the_adapters_differ_in_everything_a_swap_must_handle():
 
 
 def test_assets_are_small():
-    folders = (demo.BASE_DIR, demo.ADAPTERS_DIR)
-    total = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-    assert total < 8_000_000
+    assert sum(path.stat().st_size for path in demo.ASSETS_DIR.rglob("*") if path.is_file()) < 21_000_000
 
 
 def test_every_recipe_has_its_folder_and_its_task():
@@ -115,12 +113,6 @@ def test_ask_works_through_a_compiled_wrapper():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="there is no embedded adapter 'nothing'; choose one of caesar, double"):
         demo.load("nothing")
-
-
-def test_the_base_is_fresh_each_time():
-    assert demo.load_base() is not demo.load_base()
-    assert isinstance(demo.load("sort")[0], PeftModel)
-    assert copy("word") == "word"
 
 
 @pytest.mark.parametrize("word", ["", "Anna", "na\u00efve", "two words", 5, None])

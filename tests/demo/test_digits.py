@@ -12,7 +12,7 @@ from lengths import few_of
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from hotswap_lab import hotswap_adapter, plan_hotswap, set_strength, verify_hotswap
+from hotswap_lab import hotswap_adapter, plan_hotswap, verify_hotswap
 from hotswap_lab.demo import digits
 from hotswap_lab.demo.digits import data, judge, measure, train
 
@@ -105,17 +105,9 @@ def test_the_adapters_differ_in_everything_a_swap_must_handle():
         assert all(tensor.isfinite().all() and tensor.any() for tensor in each.values()), name
 
 
-def test_assets_are_small():
-    total = sum(path.stat().st_size for path in digits.BASE_DIR.parent.rglob("*") if path.is_file())
-    assert total < 4_000_000
-
-
-def test_every_recipe_has_its_folder():
-    assert sorted(train.RECIPES) == NAMES == sorted(GOALS)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_cards_agree_with_configs_and_recipes(name):
+    assert sorted(train.RECIPES) == NAMES == sorted(GOALS)
     card = (Path(digits.path(name)) / "README.md").read_text()
     config = LoraConfig.from_pretrained(digits.path(name))
     assert "license: apache-2.0" in card
@@ -124,20 +116,22 @@ def test_cards_agree_with_configs_and_recipes(name):
     ranks = sorted({config.r, *config.rank_pattern.values()})
     assert f"Rank {', '.join(map(str, ranks))}, on {', '.join(sorted(config.target_modules))}." in card
     assert f"{train.RECIPES[name].steps} steps of {train.BATCH_SIZE} pictures" in card.replace("\n", " ")
-    claimed = float(re.search(r"\| (\d\.\d+) \|$", card, re.MULTILINE).group(1))
     low, high = GOALS[name]
-    assert low <= claimed <= high
+    assert low <= claimed_by(name) <= high
     text = (Path(digits.path(name)) / "adapter_config.json").read_text()
     assert "/" not in text.replace("apache", "")  # no path of the machine it was made on
 
 
+def claimed_by(name: str) -> float:
+    card = (Path(digits.path(name)) / "README.md").read_text()
+    return float(re.search(r"\| (\d\.\d+) \|$", card, re.MULTILINE).group(1))
+
+
 @pytest.mark.long
-def test_a_card_tells_the_truth(live, of_base):
+def test_a_card_tells_the_truth(live):
     """The one whose score is a plain mean: the same noise gives the same number."""
-    card = (Path(digits.path("slanted")) / "README.md").read_text()
-    claimed = float(re.search(r"\| (\d\.\d+) \|$", card, re.MULTILINE).group(1))
     hotswap_adapter(live, digits.path("slanted"), "default", add_layers=True)
-    assert measure.measure(live).slant == pytest.approx(claimed, abs=0.01)
+    assert measure.measure(live).slant == pytest.approx(claimed_by("slanted"), abs=0.01)
 
 
 # ---- swaps
@@ -150,12 +144,6 @@ def test_every_adapter_equals_a_fresh_load_after_every_other(name):
         hotswap_adapter(live, digits.path(before), "default", add_layers=True)
         hotswap_adapter(live, digits.path(name), "default", add_layers=True)
         assert verify_hotswap(live, digits.path(name), inputs=digits.inputs(), base=digits.load_base)
-
-
-def test_strength_zero_is_the_base():
-    model = digits.load("only_0")
-    set_strength(model, 0)
-    torch.testing.assert_close(digits.draw(model, 4), digits.draw(digits.load_base(), 4), rtol=0, atol=1e-4)
 
 
 # ---- drawing
@@ -176,39 +164,21 @@ def test_the_noise_of_a_picture_does_not_depend_on_how_many_are_drawn():
     assert not torch.equal(digits.noise(2, seed=1), digits.noise(2))
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="there is no embedded adapter 'nothing'; choose one of bold, inverted"):
-        digits.load("nothing")
-
-
-def test_the_base_is_fresh_each_time():
-    assert digits.load_base() is not digits.load_base()
-    assert next(digits.load_base().parameters()).dtype == torch.float32
-
-
 # ---- training
 
 
-def trained(folder: Path, name: str) -> Path:
-    """A copy of the embedded folder, with weights that were trained a little."""
-    shutil.copytree(digits.path(name), folder)
-    train.train_adapter(name, seed=0, folder=folder, steps=4)
-    return folder
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["only_3", "bold"])
-def test_training_is_deterministic_and_gives_an_ordinary_folder(tmp_path, name, capsys):
-    one, two = (load_file(trained(tmp_path / part, name) / "adapter_model.safetensors") for part in "ab")
-    embedded = load_file(Path(digits.path(name)) / "adapter_model.safetensors")
-    assert one.keys() == two.keys() == embedded.keys()
-    for key, tensor in one.items():
-        assert torch.equal(tensor, two[key])
-        assert (tensor.shape, tensor.dtype) == (embedded[key].shape, embedded[key].dtype)
-    assert not all(torch.equal(tensor, embedded[key]) for key, tensor in one.items())
-    model = digits.load("inverted")
-    hotswap_adapter(model, str(tmp_path / "a"), "default", add_layers=True)
-    assert plan_hotswap(model, str(tmp_path / "b")).ok
+def test_training_gives_an_ordinary_folder(tmp_path):
+    """That it gives the same each time is what ``test_train.py`` shows."""
+    folder = tmp_path / "a"
+    shutil.copytree(digits.path("only_3"), folder)
+    train.train_adapter("only_3", seed=0, folder=folder, steps=4)
+    made, embedded = (load_file(f"{each}/adapter_model.safetensors") for each in (folder, digits.path("only_3")))
+    assert {key: (tensor.shape, tensor.dtype) for key, tensor in made.items()} == {
+        key: (tensor.shape, tensor.dtype) for key, tensor in embedded.items()
+    }
+    assert not all(torch.equal(tensor, embedded[key]) for key, tensor in made.items())
+    assert plan_hotswap(digits.load("only_3"), str(folder)).ok
 
 
 @pytest.mark.long

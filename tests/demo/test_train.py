@@ -62,10 +62,8 @@ def test_only_the_answer_counts_for_the_loss():
     assert batch["attention_mask"].sum(1).tolist() == [len("ab>ba") + 1, len("abcd>dcba") + 1]
 
 
-def test_the_command_trains_what_is_named_or_everything(capsys):
+def test_the_command_trains_what_is_named_or_everything():
     done = []
-    training.main(
-        "what it does", lambda name, seed: done.append((name, seed)), ["base", "sort"], ["sort", "--seed", "5"]
-    )
-    training.main("what it does", lambda name, seed: done.append((name, seed)), ["base", "sort"], [])
+    for arguments in (["sort", "--seed", "5"], []):
+        training.main("what it does", lambda *given: done.append(given), ["base", "sort"], arguments)
     assert done == [("sort", 5), ("base", 0), ("sort", 0)]

@@ -48,20 +48,11 @@ def forgets_to_compile(model, family):
 
 
 def compiles_again_each_time(model, family):
-    """Right answers, but something that each swap changes is left in the graph."""
+    """Right answers, but something that each swap changes is left in the graph: a Python number."""
     prepare_model_for_compiled_hotswap(model, adapters=family)
-
-    class Wrapper(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, **inputs):
-            # a Python number that differs between adapters of different ranks
-            rank = model.get_base_model().model.layers[0].self_attn.q_proj.r["default"]
-            return self.model(**inputs) if rank > 0 else None
-
-    return torch.compile(Wrapper(), backend="eager", dynamic=False)
+    layer, forward = model.get_base_model().model.layers[0].self_attn.q_proj, model.forward
+    model.forward = lambda **inputs: forward(**inputs) if layer.r["default"] > 0 else None
+    return torch.compile(model, backend="eager", dynamic=False)
 
 
 SOLUTIONS = {
@@ -154,8 +145,6 @@ def test_the_timeline_is_logarithmic():
 
 def test_everything_in_the_timeline_is_inside_of_it():
     root = assert_is_svg_with_a_text_form(compiling.timeline("Latency", {"slow": SLOW, "fast": FAST}))
-    for each in root.iter():
-        if each.get("class"):
-            x, y = map(float, each.get("d").removeprefix("M").split()[:2])
-            assert 0 <= x <= float(root.get("width"))
-            assert 0 <= y <= float(root.get("height"))
+    width, height = float(root.get("width")), float(root.get("height"))
+    for x, y in (map(float, each.get("d")[1:].split()[:2]) for each in root.iter() if each.get("class")):
+        assert (0 <= x <= width, 0 <= y <= height) == (True, True)

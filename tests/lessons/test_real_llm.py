@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exercises import assert_tells_right_from_wrong
+from exercises import assert_tells_right_from_wrong, logits_of, some_ids
 from peft import PeftModel
 
 from hotswap_lab import AdapterPool, RecompileWatch, demo, hotswap_adapter, verify_hotswap
@@ -45,15 +45,6 @@ def chat():
 @pytest.fixture
 def model(chat):
     return chat.model
-
-
-def some_ids(count):
-    return torch.randint(4, 30, (count,), generator=torch.Generator().manual_seed(count))
-
-
-def logits_of(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids[None]).logits[0, -1]
 
 
 @pytest.mark.parametrize("count", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3, ROOM])

@@ -253,7 +253,7 @@ def test_what_is_removed_while_it_is_read_comes_back_on_undo(model, sources):
     is_free = threading.Event()
     other = next(name for name, each in pool._members.items() if each.packed is None and name != dropped)
     pool.prefetch(other)
-    pool._background.submit(is_free.wait)  # the one thread in the background is busy
+    pool._members._background.submit(is_free.wait)  # the one thread in the background is busy
     pool.prefetch(dropped)
     pool.remove(dropped)
     is_free.set()

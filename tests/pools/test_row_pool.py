@@ -18,6 +18,7 @@ from hotswap_lab import (
     Adapter,
     AdapterPool,
     HotswapError,
+    compat,
     get_strength,
     hotswap_adapter,
     in_use,
@@ -177,13 +178,13 @@ def test_max_bytes_drops_and_reads_again(model, folders, truth):
 
 
 def test_only_rows_that_change_are_written(pool, monkeypatch):
-    written, copy = [], torch._foreach_copy_
+    written, copy = [], compat.foreach_copy
 
     def noted(targets, sources, **options):
         written.extend(targets)
         copy(targets, sources, **options)
 
-    monkeypatch.setattr(torch, "_foreach_copy_", noted)
+    monkeypatch.setattr(compat, "foreach_copy", noted, raising=False)
     pool.assign(["a", {"a": 1.0, "b": 0.5}, "c", None], strengths=[1, 0.5, 1, 1])
     written.clear()
     pool.assign(["a", {"a": 1.0, "b": 0.5}, "b", None], strengths=[1, 0.5, 1, 1])

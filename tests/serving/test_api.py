@@ -1,7 +1,7 @@
 """OpenAI's API, through the real client, in this process."""
 
 import asyncio
-import contextlib
+from dataclasses import replace
 
 import httpx2
 import openai
@@ -9,6 +9,8 @@ import pytest
 from served import FAMILY, SHORT, WORDS, Served, alone
 
 from hotswap_lab.serving.api import openai_api
+
+URL = "http://served/v1"
 
 
 @pytest.fixture(scope="module")
@@ -21,26 +23,27 @@ def api(served):
     return openai_api(served, "demo", token="secret")
 
 
-@contextlib.asynccontextmanager
-async def client_of(api):
-    transport = httpx2.ASGITransport(app=api)
-    async with httpx2.AsyncClient(transport=transport) as http:
-        yield openai.AsyncOpenAI(base_url="http://served/v1", api_key="-", http_client=http, max_retries=0)
-
-
 def with_client(api, ask):
+    """What comes of asking with a client that is connected to the application."""
+
     async def run():
-        async with client_of(api) as client:
-            return await ask(client)
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=api)) as http:
+            return await ask(openai.AsyncOpenAI(base_url=URL, api_key="-", http_client=http, max_retries=0))
 
     return asyncio.run(run())
 
 
-def test_models(api):
-    async def ask(client):
-        return [model.id for model in (await client.models.list()).data]
+async def collected(stream):
+    return [chunk async for chunk in await stream]
 
-    assert with_client(api, ask) == ["demo", *FAMILY]
+
+def change(client, adapters, authorization="Bearer secret"):
+    headers = {"Authorization": authorization} if authorization else {}
+    return client._client.post("http://served/admin/adapters", json=adapters, headers=headers)
+
+
+def test_models(api):
+    assert [model.id for model in with_client(api, lambda client: client.models.list()).data] == ["demo", *FAMILY]
 
 
 def test_completions(api):
@@ -62,27 +65,27 @@ def test_completions(api):
 
 
 def test_chats(api):
-    async def ask(client):
-        messages = [{"role": "user", "content": "notebook"}]
-        whole = await client.chat.completions.create(model="reverse", messages=messages, max_completion_tokens=4)
-        stream = await client.chat.completions.create(model="reverse", messages=messages, stream=True)
-        return whole, [chunk async for chunk in stream]
+    messages = [{"role": "user", "content": "notebook"}]
 
-    whole, chunks = with_client(api, ask)
+    asked = dict(model="reverse", messages=messages, max_completion_tokens=4)
+    whole = with_client(api, lambda client: client.chat.completions.create(**asked))
     assert (whole.choices[0].message.content, whole.choices[0].message.role) == ("koob", "assistant")
     assert whole.choices[0].finish_reason == "length"
+
+
+def test_streams(api):
+    messages = [{"role": "user", "content": "notebook"}]
+    chunks = with_client(
+        api,
+        lambda client: collected(client.chat.completions.create(model="reverse", messages=messages, stream=True)),
+    )
     assert [chunk.choices[0].delta.content for chunk in chunks] == [*"koobeton", ""]
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 8 + ["stop"]
     assert {chunk.system_fingerprint for chunk in chunks} == {"reverse@1"}
     assert len({chunk.id for chunk in chunks}) == 1
-
-
-def test_a_streamed_completion(api):
-    async def ask(client):
-        stream = await client.completions.create(model="sort", prompt="hotswap>", stream=True)
-        return [chunk async for chunk in stream]
-
-    chunks = with_client(api, ask)
+    chunks = with_client(
+        api, lambda client: collected(client.completions.create(model="sort", prompt="hotswap>", stream=True))
+    )
     assert "".join(chunk.choices[0].text for chunk in chunks) == "ahopstw"
     assert chunks[-1].usage.completion_tokens == 8
 
@@ -103,18 +106,16 @@ def test_a_streamed_completion(api):
     ],
 )
 def test_errors_are_openais(api, how, status, text):
-    async def ask(client):
-        return await client.completions.create(**{"model": "shout", "prompt": "hotswap>", **how})
-
+    asked = {"model": "shout", "prompt": "hotswap>", **how}
     with pytest.raises(openai.APIStatusError, match=text) as caught:
-        with_client(api, ask)
+        with_client(api, lambda client: client.completions.create(**asked))
     assert caught.value.status_code == status
     assert caught.value.body["type"] == "invalid_request_error"
 
 
 def test_too_many_requests(served):
     api = openai_api(served, "demo")
-    served.replicas[0].options = SHORT.__class__(**{**vars(SHORT), "queue": 3})
+    served.replicas[0].options = replace(SHORT, queue=3)
 
     async def ask(client):
         asked = [client.completions.create(model="shout", prompt=f"{word}>") for word in WORDS]
@@ -129,24 +130,16 @@ def test_too_many_requests(served):
     assert {(each.status_code, each.response.headers["retry-after"]) for each in refused} == {(503, "1")}
 
 
-@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}])
-def test_admin_calls_need_the_token(served, header):
+@pytest.mark.parametrize("authorization", [None, "Bearer ", "Bearer other", "secret"])
+@pytest.mark.parametrize("token", ["secret", None, ""])
+def test_admin_calls_need_the_token(served, token, authorization):
     before = served.table
-    for token in ("secret", None, ""):
-        sent = {"headers": header or {"Authorization": "Bearer "}}
-
-        async def ask(client, sent=sent):
-            return await client._client.post("http://served/admin/adapters", json={"shout": None}, **sent)
-
-        assert with_client(openai_api(served, "demo", token), ask).status_code == 401
+    api = openai_api(served, "demo", token)
+    assert with_client(api, lambda client: change(client, {"shout": None}, authorization)).status_code == 401
     assert served.table is before
 
 
 def test_new_weights_for_all(served, api, tmp_path):
-    async def change(client, adapters):
-        header = {"Authorization": "Bearer secret"}
-        return await client._client.post("http://served/admin/adapters", json=adapters, headers=header)
-
     async def ask(client):
         good = await change(client, {"shout": FAMILY["sort"], "loud": FAMILY["shout"], "double": None})
         said = await client.completions.create(model="shout", prompt="hotswap>")
@@ -157,7 +150,8 @@ def test_new_weights_for_all(served, api, tmp_path):
     try:
         good, said, bad, still = with_client(api, ask)
     finally:
-        asyncio.run(served.change(FAMILY, is_all=True))
+        table = asyncio.run(served.change(FAMILY, is_all=True))
+    assert [*table.versions] == [*FAMILY]
     assert good.json() == {name: 1 for name in FAMILY if name != "double"} | {"shout": 2, "loud": 1}
     assert said.choices[0].text == still.choices[0].text == "ahopstw"
     assert said.system_fingerprint == still.system_fingerprint == "shout@2"
@@ -166,10 +160,8 @@ def test_new_weights_for_all(served, api, tmp_path):
 
 
 def test_health(api):
-    async def ask(client):
-        return (await client._client.get("http://served/healthz")).json()["replicas"]
-
-    first, second = with_client(api, ask)
+    found = with_client(api, lambda client: client._client.get("http://served/healthz"))
+    first, second = found.json()["replicas"]
     assert first["requests"] > 0 == second["requests"]
     assert {f"{name}@1" for name in FAMILY} <= set(second["held"])
     assert (second["rows"], second["waiting"], second["rows_in_use"]) == ([], 0, 0)
