@@ -76,7 +76,7 @@ def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
                 yield f"{canonical_path(path)}.bias"
 
 
-def change_base_values(draft: Plan, new: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> BaseChange:
+def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> BaseChange:
     """Decides what to write to base weights.
 
     Parameters
@@ -86,7 +86,7 @@ def change_base_values(draft: Plan, new: Mapping[str, torch.Tensor], live: Mappi
     live:
         The base weights of the live model by the same names.
     """
-    host, adapter_name, given = draft.slot.host, draft.slot.adapter_name, draft.base_weights or {}
+    host, adapter_name, given = plan.slot.host, plan.slot.adapter_name, plan.base_weights or {}
     # tied weights have several names: the first stands for all
     ids = {id(tensor): name for name, tensor in reversed(live.items())}
     first = {name: ids[id(tensor)] for name, tensor in live.items()}
@@ -100,7 +100,7 @@ def change_base_values(draft: Plan, new: Mapping[str, torch.Tensor], live: Mappi
         value = given[name]
         if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == live[name].shape):
             kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
-            draft.refuse("given_base_weights", name=name, kind=kind, shape=tuple(live[name].shape))
+            plan.refuse("given_base_weights", name=name, kind=kind, shape=tuple(live[name].shape))
             return BaseChange()
     kept |= {name: given[name] for name in unknown & given.keys()}
     unknown -= given.keys()
@@ -112,9 +112,9 @@ def change_base_values(draft: Plan, new: Mapping[str, torch.Tensor], live: Mappi
         if not have_same_values(live[name], value):
             change.copies.append((live[name], value))
     if change.copies and len(host.configs) > 1:
-        draft.refuse("base_values_shared", count=len(change.copies), adapters=len(host.configs))
+        plan.refuse("base_values_shared", count=len(change.copies), adapters=len(host.configs))
     if lost := sorted(unknown - new.keys()):
-        draft.refuse("base_weights_lost", count=len(lost), lost=listing(lost, 3))
+        plan.refuse("base_weights_lost", count=len(lost), lost=listing(lost, 3))
     return change
 
 
@@ -138,23 +138,23 @@ def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
     yield from (f"{path}.weight" for path, module in modules_in(host.base) if module in ones) if ones else ()
 
 
-def embeddings_turned_off(draft: Plan) -> list[LayerPlan]:
+def embeddings_turned_off(plan: Plan) -> list[LayerPlan]:
     """What happens to embeddings that are turned off now, and were not before: PEFT saves their weights, too."""
-    ids = set(map(id, embeddings_of(draft.slot.host.base)))
-    off = [plan for plan in draft.layers if plan.action is Action.OFF and plan.rank_before is not None]
-    return [plan for plan in off if id(plan.layer.module) in ids]
+    ids = set(map(id, embeddings_of(plan.slot.host.base)))
+    off = [each for each in plan.layers if each.action is Action.OFF and each.rank_before is not None]
+    return [each for each in off if id(each.layer.module) in ids]
 
 
-def given_up(draft: Plan) -> bool:
+def given_up(plan: Plan) -> bool:
     """Whether a layer is better given up than turned off: PEFT saves the weights of embeddings that are wrapped, and
     merges no grouped convolution.
     """
-    off = [plan.layer.tensors[0] for plan in draft.layers if plan.action is Action.OFF]
-    return bool(embeddings_turned_off(draft)) or any(tensor.rank_step > 1 for tensor in off)
+    off = [each.layer.tensors[0] for each in plan.layers if each.action is Action.OFF]
+    return bool(embeddings_turned_off(plan)) or any(tensor.rank_step > 1 for tensor in off)
 
 
-def check_embeddings(draft: Plan) -> None:
+def check_embeddings(plan: Plan) -> None:
     """Refuses to turn embeddings off where the adapter's file may have replaced the weights below them."""
-    names = {f"{plan.path}.weight" for plan in embeddings_turned_off(draft)}
-    if lost := sorted(names & lost_originals(draft.slot.host, draft.slot.adapter_name) if names else ()):
-        draft.refuse("embeddings_lost", lost=listing(lost, 3))
+    names = {f"{each.path}.weight" for each in embeddings_turned_off(plan)}
+    if lost := sorted(names & lost_originals(plan.slot.host, plan.slot.adapter_name) if names else ()):
+        plan.refuse("embeddings_lost", lost=listing(lost, 3))

@@ -42,24 +42,24 @@ IN_TIME = "before compiling, prepare the model with this adapter among `adapters
 # ---- is it such a swap?
 
 
-def is_beyond(draft: Plan) -> bool:
+def is_beyond(plan: Plan) -> bool:
     """Whether one of the two adapters is more than LoRA's own tensors, or another method."""
-    slot = draft.slot
-    if isinstance(slot.method, General) or (draft.base_weights and slot.room is None):
+    slot = plan.slot
+    if isinstance(slot.method, General) or (plan.base_weights and slot.room is None):
         return True
-    if extra_state(slot.config) or extra_state(draft.adapter.config):
+    if extra_state(slot.config) or extra_state(plan.adapter.config):
         return True
     # where nothing is in the way of writing, nothing is special
     is_odd = any(is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
     return is_odd or bool(kept_originals(slot.host.base, slot.adapter_name))
 
 
-def changes_form(draft: Plan) -> bool:
+def changes_form(plan: Plan) -> bool:
     """Whether a layer would have other tensors afterwards than it has now: DoRA's magnitude, a bias."""
-    slot, (dora, bias) = draft.slot, form_for(draft.config)
+    slot, (dora, bias) = plan.slot, form_for(plan.config)
     same_kind = reads_base(slot) == dora
     others = [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
-    names = map(canonical_path, draft.adapter.tensors) if others else ()
+    names = map(canonical_path, plan.adapter.tensors) if others else ()
     keys = {slot.own_keys.get(name, name) for name in names}
     return any(layer.keys[0] in keys for layer in others)
 
@@ -100,19 +100,19 @@ def _afresh(plan: Plan) -> Plan:
     return replace(plan, config=plan.adapter.config, layers=[], refusals=[], notes=[*plan.notes], left={}, unknown={})
 
 
-def has_strange_leftovers(draft: Plan) -> bool:
+def has_strange_leftovers(plan: Plan) -> bool:
     """Whether what no layer took may mean something to PEFT: names of older models, other base weights."""
-    strange = {key: value for key, value in draft.left.items() if adaptable(draft.slot.host.base, key) is None}
-    weights = {key: _base_weight(draft, key) for key in strange}
+    strange = {key: value for key, value in plan.left.items() if adaptable(plan.slot.host.base, key) is None}
+    weights = {key: _base_weight(plan, key) for key in strange}
     return any(weights[key] is None or not have_same_values(weights[key], value) for key, value in strange.items())
 
 
-def _base_weight(draft: Plan, key: str) -> torch.Tensor | None:
+def _base_weight(plan: Plan, key: str) -> torch.Tensor | None:
     """The base model's weight of this name, whether or not its layer has an adapter, here or in the file."""
     path, _, name = key.rpartition(".")
     path = path.removesuffix(".base_layer")
     try:
-        module = draft.slot.host.base.get_submodule(path)
+        module = plan.slot.host.base.get_submodule(path)
     except AttributeError:
         return None
     module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -166,59 +166,59 @@ def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
     return base.__dict__.get(FORMER_LAYERS, {}).get(adapter_name, frozenset())
 
 
-def plan_with_donor(draft: Plan) -> Plan:
+def plan_with_donor(plan: Plan) -> Plan:
     """Decides a swap that changes more than values and ranks, or is of another method than LoRA."""
-    slot, name = draft.slot, draft.slot.adapter_name
-    draft.is_decided = True
+    slot, name = plan.slot, plan.slot.adapter_name
+    plan.is_decided = True
     if holds_shards(slot.host.base):
-        draft.refuse("sharded_beyond")
-        return draft
-    draft.config = copy.deepcopy(draft.adapter.config)
-    draft.config.inference_mode = slot.config.inference_mode
-    if not draft.check_targets and getattr(draft.config, "target_modules", "") is None:
-        draft.config.target_modules = copy.copy(slot.config.target_modules)
-    draft.grafting = Graft()
+        plan.refuse("sharded_beyond")
+        return plan
+    plan.config = copy.deepcopy(plan.adapter.config)
+    plan.config.inference_mode = slot.config.inference_mode
+    if not plan.check_targets and getattr(plan.config, "target_modules", "") is None:
+        plan.config.target_modules = copy.copy(slot.config.target_modules)
+    plan.grafting = Graft()
     in_base = {each for _, wrapper in wrappers_in(slot.host.base) for each in getattr(wrapper, "merged_adapters", ())}
     if name in in_base:
-        draft.refuse("merged", adapter_name=name)
-    places = _decide(draft, in_base - {name})
-    draft.make_change = functools.partial(change_for, places=places)
-    graft = draft.grafting
-    draft.layers = graft.layers
+        plan.refuse("merged", adapter_name=name)
+    places = _decide(plan, in_base - {name})
+    plan.make_change = functools.partial(change_for, places=places)
+    graft = plan.grafting
+    plan.layers = graft.layers
     if not graft.writes_values_only:
         found = listing(graft.differences, 3)
-        if draft.compiled:
-            draft.refuse("compiled_other_kind", count=len(graft.differences), found=found)
+        if plan.compiled:
+            plan.refuse("compiled_other_kind", count=len(graft.differences), found=found)
         elif any(is_padded(layer.module, name) or is_prepared(layer.module, name) for layer in slot.layers):
             # what prepare_model_for_compiled_hotswap would say of this adapter
-            apart = [] if isinstance(slot.method, General) else misfits(slot, draft.adapter, in_graph=True)
-            draft.refuse(
+            apart = [] if isinstance(slot.method, General) else misfits(slot, plan.adapter, in_graph=True)
+            plan.refuse(
                 "prepared_other_kind",
                 count=len(graft.differences),
                 found=found,
                 next_step=apart[0].next_step if apart else IN_TIME,
             )
-        check_parallel_training(draft, len(graft.layers), "another shape at the model")
-    check_compiled(draft)
-    return draft
+        check_parallel_training(plan, len(graft.layers), "another shape at the model")
+    check_compiled(plan)
+    return plan
 
 
-def _decide(draft: Plan, others_merged: set[str]) -> Places | None:
+def _decide(plan: Plan, others_merged: set[str]) -> Places | None:
     """Fills in what is to be written. Returns where the tensors of an adapter with the same config would go."""
-    slot, adapter, host, config = draft.slot, draft.adapter, draft.slot.host, draft.config
+    slot, adapter, host, config = plan.slot, plan.adapter, plan.slot.host, plan.config
     name = slot.adapter_name
     if _layers_of_base(config) != _layers_of_base(slot.config):
-        draft.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
+        plan.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
         return None
     known = places_of(slot)
-    if known and not draft.base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
-        draft.config = known.completed(config)
-        draft.grafting = known.graft_of(adapter)
-        draft.grafting.base.lost = lost_originals(host, name)
+    if known and not plan.base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
+        plan.config = known.completed(config)
+        plan.grafting = known.graft_of(adapter)
+        plan.grafting.base.lost = lost_originals(host, name)
         return known
     if isinstance(slot.method, General) and others_merged:
         # most methods start from the base weights: their singular vectors, their clusters, a copy
-        draft.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
+        plan.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
         return None
     # a half-precision adapter has the precision of its base: it was loaded with ``autocast_adapter_dtype=False``
     half_precision = any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
@@ -226,25 +226,25 @@ def _decide(draft: Plan, others_merged: set[str]) -> Places | None:
         with slot.write_mode():
             donor = load_donor(host, config, adapter.tensors, name, half_precision=half_precision)
     except Exception as error:
-        draft.grafting.cause = error
+        plan.grafting.cause = error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        draft.refuse("not_loadable", kind=type(error).__name__, lines=" ".join(lines[:3]))
+        plan.refuse("not_loadable", kind=type(error).__name__, lines=" ".join(lines[:3]))
         return None
-    draft.config = donor.config
-    if _depends_on_class(draft, donor):
+    plan.config = donor.config
+    if _depends_on_class(plan, donor):
         return None
-    _check_complete(draft, donor)
-    draft.grafting = graft = difference(draft, donor)
+    _check_complete(plan, donor)
+    plan.grafting = graft = difference(plan, donor)
     former = former_layers(host.base, name)
-    if (added := [path for path in graft.added if path not in former]) and not draft.add_layers:
-        draft.refuse("lacks_layers", count=len(added), added=listing(added, 3), name=name)
+    if (added := [path for path in graft.added if path not in former]) and not plan.add_layers:
+        plan.refuse("lacks_layers", count=len(added), added=listing(added, 3), name=name)
     twins = donor.twins
     live = {name: donor.stand_in.live[id(twin)] for name, twin in twins.items()}
-    graft.base = change_base_values(draft, donor.base_values, live)
+    graft.base = change_base_values(plan, donor.base_values, live)
     paths = [path for path in live if path.endswith("bias") or path in donor.base_values]
     changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]
     graft.requires_grad = [(live[path], twins[path].requires_grad) for path in changed]
-    return None if draft.refusals else find_places(slot, adapter, donor, graft)
+    return None if plan.refusals else find_places(slot, adapter, donor, graft)
 
 
 def _layers_of_base(config: PeftConfig) -> str:
@@ -256,25 +256,25 @@ def _layers_of_base(config: PeftConfig) -> str:
     return json.dumps(getattr(config, "layer_replication", None) or None, default=str)
 
 
-def _depends_on_class(draft: Plan, donor: Donor) -> bool:
+def _depends_on_class(plan: Plan, donor: Donor) -> bool:
     """Refuses what the live model's class computes otherwise with this adapter than that of a fresh load."""
-    host, config = draft.slot.host, donor.config
+    host, config = plan.slot.host, donor.config
     live, fresh = type(host.carrier), type(donor.model)
     by_class = config.is_prompt_learning or config.peft_type == PeftType.POLY
     if host.is_peft_model and live is not fresh and (by_class or getattr(config, "alora_invocation_tokens", None)):
-        draft.refuse("other_task", found=live.__name__, expected=fresh.__name__, task_type=config.task_type)
+        plan.refuse("other_task", found=live.__name__, expected=fresh.__name__, task_type=config.task_type)
         return True
     is_prompt = config.peft_type == PeftType.ADAPTION_PROMPT
     if is_prompt and (len(host.configs) > 1 or not getattr(host.carrier.base_model, "_enabled", True)):
-        draft.refuse("adaption_prompt", configs=listing(host.configs))
+        plan.refuse("adaption_prompt", configs=listing(host.configs))
         return True
     return False
 
 
-def _check_complete(draft: Plan, donor: Donor) -> None:
+def _check_complete(plan: Plan, donor: Donor) -> None:
     if donor.unexpected:
-        targets = f"target_modules={getattr(draft.adapter.config, 'target_modules', None)!r}"
+        targets = f"target_modules={getattr(plan.adapter.config, 'target_modules', None)!r}"
         keys, count = listing(donor.unexpected, 4), len(donor.unexpected)
-        draft.refuse("keys_ignored", keys=keys, count=count, targets=targets)
+        plan.refuse("keys_ignored", keys=keys, count=count, targets=targets)
     if donor.missing:
-        draft.refuse("adapter_incomplete", missing=listing(donor.missing, 3))
+        plan.refuse("adapter_incomplete", missing=listing(donor.missing, 3))

@@ -106,19 +106,19 @@ class Graft:
         return sum(each.nbytes for each in (*written, *(source for _, source in self.resizes)))
 
 
-def difference(draft: Plan, donor: Donor) -> Graft:
-    """What makes the adapter in the live model the donor's; the draft is refused where it can't be. Writes nothing."""
-    comparison = _Comparison(draft, donor)
+def difference(plan: Plan, donor: Donor) -> Graft:
+    """What makes the adapter in the live model the donor's; the plan is refused where it can't be. Writes nothing."""
+    comparison = _Comparison(plan, donor)
     comparison.roots()
     comparison.finish()
     return comparison.graft
 
 
 class _Comparison:
-    def __init__(self, draft: Plan, donor: Donor):
-        self.draft, self.donor, self.graft = draft, donor, Graft()
-        self.host, self.name = host, name = draft.slot.host, draft.slot.adapter_name
-        self.method = draft.slot.method
+    def __init__(self, plan: Plan, donor: Donor):
+        self.plan, self.donor, self.graft = plan, donor, Graft()
+        self.host, self.name = host, name = plan.slot.host, plan.slot.adapter_name
+        self.method = plan.slot.method
         self.others = set(host.configs) - {name}
         self.is_mixed = isinstance(host.tuner, MixedModel)  # layers of several methods are around one another
         model, self.active = donor.model, activity_of(host)
@@ -239,7 +239,7 @@ class _Comparison:
         for target in self.method.tensors_of(wrapper, self.name) or ():
             if target.reads_base and (merged := set(wrapper.merged_adapters) - {self.name}):
                 others = listing(map(repr, sorted(merged)))
-                self.draft.refuse("merged_beside", adapter_name=self.name, others=others)
+                self.plan.refuse("merged_beside", adapter_name=self.name, others=others)
                 return
             self.graft.parameters.append(target.parameter)
             self.graft.copies.append((target.parameter, target.off_value()))
@@ -427,7 +427,7 @@ class _Comparison:
                 self._put(module.__dict__, "_active_adapter", self.name if present else [], f"{path}: active adapter")
 
     def _refuse(self, path: str, found: str) -> None:
-        self.draft.refuse("not_in_place", path=path, found=found)
+        self.plan.refuse("not_in_place", path=path, found=found)
 
     def _adopt_state(self, wrapper: torch.nn.Module, training: bool) -> None:
         """Gives a wrapper that is about to be added the state of those that are there: active, enabled, training."""

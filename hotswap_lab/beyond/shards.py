@@ -138,38 +138,39 @@ def holds_shards(model: torch.nn.Module) -> bool:
     return any(ShardedTensor.holds(module, name) for module in model.modules() for name in module._parameters)
 
 
-def check_parallel_training(draft: Plan, layers: int, found: str) -> None:
+def check_parallel_training(plan: Plan, layers: int, found: str) -> None:
     """Refuses to change which parameters are trained where gradients are averaged over processes by the old ones."""
-    if not is_distributed() or not any(parameter.requires_grad for parameter in draft.slot.parameters):
+    if not is_distributed() or not any(parameter.requires_grad for parameter in plan.slot.parameters):
         return
-    modules = draft.slot.host.root.modules()
+    modules = plan.slot.host.root.modules()
     if any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in modules):
-        draft.refuse("trained_in_parallel", layers=layers, found=found)
+        plan.refuse("trained_in_parallel", layers=layers, found=found)
 
 
-def check_shards(draft: Plan) -> None:
+def check_shards(plan: Plan) -> None:
     """Refuses what processes that share the parameters can't do each on its own.
 
-    New shapes, where somebody has noted the old ones and would go by them; magnitudes and biases that are frozen with
-    their layer; and magnitudes that are turned off, since they are then worked out from whole base weights.
+    These are new shapes, where FSDP has noted the old ones; magnitudes and biases that are frozen with their layer; and
+    magnitudes that are turned off, since they are then worked out from whole base weights.
     """
     if not is_distributed():
         return
-    resized = [plan for plan in draft.layers if plan.action is Action.RESIZE]
-    changed = resized + [plan for plan in draft.layers if plan.action is Action.ADD]
+    resized = [each for each in plan.layers if each.action is Action.RESIZE]
+    changed = resized + [each for each in plan.layers if each.action is Action.ADD]
     if changed:
-        check_parallel_training(draft, len(changed), f"another shape at {changed[0].path}")
-    turned = [plan for plan in draft.layers if (plan.settings is None) != (plan.rank_before is None)]
-    more = [plan for plan in turned if any(tensor.rank_axis is None for tensor in plan.layer.tensors)]
+        check_parallel_training(plan, len(changed), f"another shape at {changed[0].path}")
+    turned = [each for each in plan.layers if (each.settings is None) != (each.rank_before is None)]
+    more = [each for each in turned if any(tensor.rank_axis is None for tensor in each.layer.tensors)]
     if more:
-        check_parallel_training(draft, len(more), f"a magnitude or bias to freeze or unfreeze at {more[0].path}")
-    off = [plan.layer for plan in draft.layers if plan.settings is None]
+        check_parallel_training(plan, len(more), f"a magnitude or bias to freeze or unfreeze at {more[0].path}")
+    off = [each.layer for each in plan.layers if each.settings is None]
     if read := [layer for layer in off for each in layer.tensors if each.reads_base and each.is_shard]:
-        draft.refuse("sharded_dora_off", count=len(read), path=read[0].path)
+        plan.refuse("sharded_dora_off", count=len(read), path=read[0].path)
     # FSDP has noted the shapes
-    if fixed := [plan for plan in resized if any(_fsdp_keeper(each.owner, each.name) for each in plan.layer.tensors)]:
+    noted = (each for each in resized if any(_fsdp_keeper(one.owner, one.name) for one in each.layer.tensors))
+    if fixed := list(noted):
         before, after, path = fixed[0].rank_before, fixed[0].rank_after, fixed[0].path
-        draft.refuse("sharded_rank", count=len(fixed), path=path, rank_before=before, rank_after=after)
+        plan.refuse("sharded_rank", count=len(fixed), path=path, rank_before=before, rank_after=after)
 
 
 def _fsdp_keeper(owner: torch.nn.Module, name: str) -> object | None:

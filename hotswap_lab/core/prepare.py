@@ -124,21 +124,21 @@ def changes_to_prepare(
     target_rank: int | None = None,
     adapter_name: str | None = None,
     check_compiled: str = "ignore",
-    beside: Callable[[Slot], list[SlotTensor]] | None = None,
+    extra_tensors: Callable[[Slot], list[SlotTensor]] | None = None,
     kind: type[Room] = Room,
 ) -> list[Change]:
     """What :func:`prepare_model_for_compiled_hotswap` writes, for adapters that are read already.
 
-    ``check_compiled`` says what happens if the model is compiled and anything would have to change; ``beside``, for
-    who needs a room, what of an adapter lies in it beside its layers.
+    ``check_compiled`` says what happens if the model is compiled and anything would have to change; a
+    pool, which needs a room, says with ``extra_tensors`` what else of an adapter is in it than its layers.
     """
     _check_target_rank(target_rank)
     changes: list[Change] = []
     refusals: list[Refusal] = []
     for slot in _slots(engine, model, adapter_name):
         is_lora_alone = isinstance(slot.method, Lora) and not slot.method.extra_state(slot.config)
-        if is_lora_alone or beside is not None or engine.prepare_in_place is None:
-            change, reasons = _prepare(slot, target_rank, family, kind, beside(slot) if beside else [])
+        if is_lora_alone or extra_tensors is not None or engine.prepare_in_place is None:
+            change, reasons = _prepare(slot, target_rank, family, kind, extra_tensors(slot) if extra_tensors else [])
         else:
             change, reasons = engine.prepare_in_place(slot, target_rank, family)
         changes.append(change)
@@ -196,7 +196,7 @@ def _slots(engine: Engine, model: torch.nn.Module, adapter_name: str | None) -> 
 
 
 def _prepare(
-    slot: Slot, target_rank: int | None, family: list[Adapter], kind: type[Room], beside: list[SlotTensor]
+    slot: Slot, target_rank: int | None, family: list[Adapter], kind: type[Room], extra_tensors: list[SlotTensor]
 ) -> tuple[Change, list[Refusal]]:
     """What makes room in one slot of LoRA, or why that can't be had."""
     refusals = [*slot.method.judge(slot.config, "loaded")]
@@ -215,7 +215,7 @@ def _prepare(
             refusals.append(refusal("member_has_no_layer", label=adapter.label, target_modules=names))
         refusals += _make_room(room, ranks, target_rank, adapter.label)
     refusals = refusals or [*slot.method.no_room(slot, room)]
-    return (Change(), refusals) if refusals else (_change_for(slot, room, kind, beside), [])
+    return (Change(), refusals) if refusals else (_change_for(slot, room, kind, extra_tensors), [])
 
 
 def _make_room(room: dict[str, int], ranks: dict[str, int], target_rank: int | None, label: str) -> Iterator[Refusal]:
@@ -238,7 +238,7 @@ def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
     return {path: lora.settings_for(config, path).rank for path in [known.get(path, path) for path in paths]}
 
 
-def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], beside: list[SlotTensor]) -> Change:
+def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:
     """Allocates a room beside the model, and moves the slot in when the change is carried out."""
     capacity = {layer: room[layer.path] for layer in slot.layers}
     lacking = room.keys() - {layer.path for layer in slot.layers}
@@ -250,7 +250,7 @@ def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], beside: list
     reserved = build_shadow_layers(slot, slot.config, {path: room[path] for path in sorted(lacking)}) if lacking else []
     capacity |= {layer: room[layer.path] for layer in reserved}
     with slot.write_mode(), torch.no_grad():
-        memory = build_room(slot, capacity, reserved, kind, beside)
+        memory = build_room(slot, capacity, reserved, kind, extra_tensors)
     left = room_left_by(slot)
     change = change_of(slot, slot.config)
     if left is not None:

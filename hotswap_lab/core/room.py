@@ -327,11 +327,11 @@ def build_room(
     capacity: Mapping[SlotLayer, int],
     reserved: Collection[SlotLayer],
     kind: type[Room] = Room,
-    beside: Sequence[SlotTensor] = (),
+    extra_tensors: Sequence[SlotTensor] = (),
 ) -> Room:
     """A room with space for these ranks, and with the slot's adapter in it; ``reserved`` layers are off.
 
-    ``beside`` are tensors without a rank that the adapter has beside its layers. The model is only read.
+    ``extra_tensors`` are tensors without a rank, of whole modules that are saved with the adapter. The model is only read.
     """
     name = slot.adapter_name
     sharded = [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]
@@ -339,7 +339,7 @@ def build_room(
         raise refuse("sharded_not_preparable", paths=listing(dict.fromkeys(sharded), 3))
     groups: dict[tuple, list[tuple[SlotTensor, tuple[int, ...]]]] = {}
     ranks = {tensor: rank for layer, rank in capacity.items() for tensor in layer.tensors}
-    for tensor in (*ranks, *beside):
+    for tensor in (*ranks, *extra_tensors):
         key = tensor.parameter.dtype, tensor.parameter.device
         groups.setdefault(key, []).append((tensor, tensor.shape_for(ranks.get(tensor))))
     bands = [band for each in groups.values() for band in kind.new_bands(each, like=each[0][0].parameter.detach())]
@@ -362,6 +362,6 @@ def build_room(
                 room.view(tensor).copy_(tensor.off_value())
         # what the user set it to by now, not what the adapter was trained with
         room.scaling(index, layer.tensors[0].parameter.device).fill_(float(layer.module.scaling[name]))
-    for tensor in beside:
+    for tensor in extra_tensors:
         room.view(tensor).copy_(tensor.parameter)
     return room

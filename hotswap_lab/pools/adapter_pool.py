@@ -156,7 +156,7 @@ class AdapterPool:
                 family = [self.engine.read(source, only_config=True, **hub) for source in adapters.values()]
                 with held(base):
                     needs: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
-                    needs |= dict(adapter_name=self.adapter_name, beside=self._module_tensors, kind=kind)
+                    needs |= dict(adapter_name=self.adapter_name, extra_tensors=self._module_tensors, kind=kind)
                     apply(changes_to_prepare(self.engine, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
                 self._fill(adapters.items(), progress)
@@ -321,6 +321,9 @@ class AdapterPool:
             slot, adapter, sources = taken_apart(self._room, adapter, member.name)
         plan = make_plan(slot, adapter, check_targets=check_targets)
         plan.raise_if_refused()
+        if plan.is_decided:  # by a fresh load, which has shown nothing that differs beyond values
+            fields = ", ".join(slot.method.extra_state(adapter.config))
+            raise refuse("pool_needs_lora_alone", adapter_name=member.name, beside=fields)
         warn_of(plan)
         member.notes = plan.notes
         sources += [

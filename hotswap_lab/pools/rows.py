@@ -225,15 +225,15 @@ class RowRoom(Room):
 
         def note(journal: Journal) -> None:
             journal.set_attribute(self, "assigned", rows)
-            for name, value in {"copies": copies, "differs": differs, "acting": _numbers(acting)}.items():
+            for name, value in {
+                "copies": copies,
+                "differs": differs,
+                "acting": frozenset(acting.nonzero().flatten().tolist()),
+            }.items():
                 journal.set_attribute(self.batch, name, value)
 
         change.steps.append(note)
         return change
-
-
-def _numbers(of: torch.Tensor) -> frozenset[int]:
-    return frozenset(of.nonzero().flatten().tolist())
 
 
 def _are_the_same(one: Packed | None, other: Packed | None) -> bool:
