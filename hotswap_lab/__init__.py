@@ -20,7 +20,7 @@ Many users                ``hotswap_lab.serving``: OpenAI's API in front, Ray Se
 
 ``help(hotswap_lab.hotswap_adapter)`` has the arguments, errors and an example; so it is with each of these. The
 notebooks teach all of it from the start, and ``hotswap_lab.core`` says in which order to read the engine's code. Why a
-swap was refused stands in its ``HotswapError``: what was found, what was expected, what to do next.
+swap was refused is in its ``HotswapError``: what was found, what was expected, what to do next.
 """
 
 # no __all__: help(hotswap_lab) would print all that is in it, which is a book

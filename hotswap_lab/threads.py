@@ -2,7 +2,7 @@
 
 A swap writes for a moment (milliseconds) in which a forward pass in another thread would read some layers of the old
 adapter and some of the new one. Whoever computes while others may swap says so, ``with in_use(model): ...``; a swap
-then waits until nobody is inside, and whoever comes later waits for the swap. Swaps take turns among themselves
+then waits until no thread is inside, and a thread that comes later waits for the swap. Swaps take turns themselves
 without being asked to: all that changes a model goes through :func:`held`.
 
 Reading is cheap and writing pays: each thread has a lock of its own for each model, which nobody else touches but a

@@ -97,7 +97,7 @@ def make_ways(scene: Scene) -> list[Way]:
 
 
 def measure_ways(scene: Scene, make: Callable[[Scene], list[Way]] | None = None) -> list[Row]:
-    """The table for one rank: each way's check beside its time."""
+    """The table for one rank: each way's check next to its time."""
     ways = {way.name: way for way in (make or make_ways)(scene)}
     checks = {name: way.check() for name, way in ways.items()}
     runs = {name: way.alternating(scene.settings.device) for name, way in ways.items() if checks[name][0] != "refused"}

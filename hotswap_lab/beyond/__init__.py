@@ -1,4 +1,4 @@
-"""Every other method of PEFT: PEFT itself loads the new adapter, beside the model, and the live model is made equal.
+"""Every other method of PEFT: PEFT itself loads the new adapter, next to the model, and the live model is made equal.
 
 In the order of a swap: ``decide`` (is it such a swap, and can it be done), ``stand_in`` (the base model's modules once
 more, around the same memory), ``donor`` (a fresh load onto it, behind ``guards``), ``difference`` (what the live model

@@ -26,7 +26,7 @@ MAX_DEPTH = 20
 MEGATRON = "megatron.core"
 #: inits after which a fresh load leaves other base weights behind than before
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
-#: what an adapter brings beside B @ A, and no scaling reaches
+#: what an adapter brings besides B @ A, and no scaling reaches
 NOT_SCALED = ("modules_to_save", "trainable_token_indices", "bias", "layer_replication")
 #: config fields that add state of another kind than the tensors and scalars of a layer
 OTHER_STATE = (
@@ -60,7 +60,7 @@ def judge(config: PeftConfig, role: str, loaded: PeftConfig | None = None) -> It
 
 
 def form_for(config: PeftConfig) -> tuple[bool, bool]:
-    """Which tensors layers of LoRA with this config have beside A and B: a magnitude (DoRA), a bias."""
+    """Which tensors layers of LoRA with this config have besides A and B: a magnitude (DoRA), a bias."""
     return bool(config.use_dora), bool(config.lora_bias)
 
 

@@ -1,6 +1,6 @@
 """Decides swaps that change more than values and ranks, or are of another method than LoRA.
 
-PEFT loads the new adapter beside the model, and the two are compared. What comes out is all that has to be written.
+PEFT loads the new adapter next to the model, and the two are compared. What comes out is all that has to be written.
 """
 
 from __future__ import annotations

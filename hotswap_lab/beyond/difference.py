@@ -122,7 +122,7 @@ class _Comparison:
         self.others = set(host.configs) - {name}
         self.is_mixed = isinstance(host.tuner, MixedModel)  # layers of several methods are around one another
         model, self.active = donor.model, activity_of(host)
-        #: by ids of the donor's parts, what there is in the live model instead
+        #: by ids of the donor's parts, their counterparts in the live model
         self.live_of: dict[int, object] = dict(donor.stand_in.live)
         #: ids of live parts that have a counterpart already: some methods share parts between layers
         self.taken: set[int] = set()
@@ -306,7 +306,7 @@ class _Comparison:
             self._put(live.__dict__, attribute, value, where)
         elif not self._are_equal(present, value):
             if any(not is_wrapper(live) or has_adapter(live, other) for other in self.others):
-                self._refuse(path, f"{attribute}={present!r}, which other adapters there go by, and {value!r} wanted")
+                self._refuse(path, f"{attribute}={present!r}, which other adapters there use, and {value!r} wanted")
             else:
                 self._put(live.__dict__, attribute, value, where)
 

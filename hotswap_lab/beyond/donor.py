@@ -24,7 +24,7 @@ from .stand_in import StandIn, make_stand_in
 
 @dataclass(frozen=True)
 class Donor:
-    """A fresh load of an adapter, beside the live model."""
+    """A fresh load of an adapter, next to the live model."""
 
     model: PeftModel
     stand_in: StandIn

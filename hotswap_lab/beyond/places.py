@@ -47,7 +47,7 @@ class Places:
             slot.config is self.in_model
             and adapter.tensors.keys() == self.tensors.keys()
             and _what_it_is(adapter.config) == self.given
-            # somebody may have changed scalings and the like since, and a fresh load hasn't
+            # the user may have changed scalings and the like since, which a fresh load has not
             and all(table.get(slot.adapter_name) == value for table, value in self.graft.scalars)
             and all(
                 table.get(key) is tensor and adapter.tensors[name].shape == tensor.shape

@@ -1,4 +1,4 @@
-"""Preparing without a room: other methods than LoRA, and LoRA with more beside it (a classifier, trained tokens).
+"""Preparing without a room: other methods than LoRA, and LoRA with more besides it (a classifier, trained tokens).
 
 What these methods add (LoHa, LoKr, HiRA, AdaLoRA) is a sum over rank components, as LoRA's ``B @ A`` is, so each
 tensor gets room for the highest rank of a family, and scalings become tensors. There is no common memory: a swap goes
@@ -25,12 +25,12 @@ from ..core.slot import Slot, change_of
 from ..core.tensors import shared_as
 from .configs import extra_state, judge, pointless_rank
 
-#: what LoRA may have beside its layers; where all adapters have the same of it, its values can be swapped in a graph
+#: what LoRA may have besides its layers; where all adapters have the same of it, its values can be swapped in a graph
 BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
 
 
 def prepare_in_place(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
-    """Allocates what is needed beside the model, or says why it can't be had."""
+    """Allocates what is needed next to the model, or says why it can't be had."""
     change, name = change_of(slot, slot.config), slot.adapter_name
     family = list(family)
     if refusals := list(_check_family(slot, family)):

@@ -1,6 +1,6 @@
 """A stand-in for a base model: the same modules around the same memory, but objects of its own, without adapters.
 
-PEFT loads an adapter by rebuilding the model that it is given. Given a stand-in, it builds a fresh load beside the
+PEFT loads an adapter by rebuilding the model that it is given. Given a stand-in, it builds a fresh load next to the
 live model, at the price of the adapter alone.
 """
 

@@ -1,6 +1,6 @@
 """Change: what is written to a model, whatever has decided it; and :func:`apply`, the only code that writes to one.
 
-By the time a change is made, all that it needs is allocated, cast and moved beside the model: whatever can fail for
+By the time a change is made, all that it needs is allocated, cast and moved next to the model: whatever can fail for
 want of memory has failed then. First come the resizes and the steps, each noted in a journal that takes it back if a
 later one fails. Last come all values, in one call that has nothing left to fail at, so there is never a copy to take
 back.

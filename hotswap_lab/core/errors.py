@@ -1,6 +1,6 @@
 """The one exception of the package, and where its texts are.
 
-What speaks against a swap has a name in the code; its words stand in ``refusals.ini``, beside the code of each folder.
+Each reason against a swap has a name in the code. Its words are in the ``refusals.ini`` of the folder.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ class Plan:
         return self
 
     def change(self) -> Change:
-        """All that is to be written, allocated beside the model."""
+        """All that is to be written, allocated next to the model."""
         with self.slot.write_mode(), torch.no_grad():
             return self.make_change(self)
 

@@ -239,7 +239,7 @@ def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
 
 
 def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:
-    """Allocates a room beside the model, and moves the slot in when the change is carried out."""
+    """Allocates a room next to the model, and moves the slot in when the change is carried out."""
     capacity = {layer: room[layer.path] for layer in slot.layers}
     lacking = room.keys() - {layer.path for layer in slot.layers}
     enough = all(layer.tensors[0].capacity == rank for layer, rank in capacity.items())

@@ -1,4 +1,4 @@
-"""What makes a LoRA layer ready for swaps in a compiled graph, beside the padded weights; and what is noted on layers.
+"""What makes a LoRA layer ready for swaps in a compiled graph, besides the padded weights; and what is noted on layers.
 
 A compiled graph takes a Python float for a constant and compiles anew when it changes; a tensor's value is read at
 each call. So a prepared layer keeps its scaling as a tensor. PEFT and diffusers go on writing floats, new tensors
@@ -220,7 +220,7 @@ def mark(layer: TunerLayer, attribute: str, adapter_name: str, value: bool, jour
 def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool:
     """Whether the adapter is turned off on this layer, where it has these tensors.
 
-    The mark alone doesn't say so: somebody may have deleted the adapter and loaded another one by the same name,
+    The mark alone doesn't say so: the user may have deleted the adapter and loaded another one by the same name,
     or written weights into it. Of a weight that is spread over processes, only the part in this one is looked at:
     for more, all of them would have to be here, and a state dict may be asked for in one of them only.
     """

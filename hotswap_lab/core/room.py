@@ -35,11 +35,11 @@ _requires_grad, _version = attrgetter("requires_grad"), attrgetter("_version")
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What is in a room beside the weights: the settings of each layer (None: off), and the config."""
+    """What is in a room besides the weights: the settings of each layer (None: off), and the config."""
 
     settings: tuple[LayerSettings | None, ...]
     config: Config
-    #: whose weights these are, where somebody (a pool) can tell
+    #: the member of a pool whose weights these are, or another mark of their owner
     owner: Any = None
 
     @cached_property
@@ -114,7 +114,7 @@ class Room:
         self.bands: tuple[Band, ...] = tuple(bands)
         self.scalings: tuple[torch.Tensor, ...] = tuple(scalings)
         self.content = content
-        #: set where somebody else wrote to the weights and no version counter tells
+        #: set where other code wrote to the weights and no version counter tells
         self.was_touched: bool = False
         self.places: dict[SlotTensor, tuple[Band, Place]] = {
             place.tensor: (band, place) for band in self.bands for place in band.places
@@ -168,7 +168,7 @@ class Room:
 
     @property
     def is_touched(self) -> bool:
-        """Whether somebody else has written to the weights since the room did: an optimizer, ``load_state_dict``."""
+        """Whether other code has written to the weights since the room did: an optimizer, ``load_state_dict``."""
         return self.was_touched or self._versions_now() != self._versions
 
     def _versions_now(self) -> int:
@@ -277,7 +277,7 @@ class Room:
         return change
 
     def _change(self, content: Content, config: Config, filled: list[int], taken: list[int]) -> Change:
-        """A swap without the weights: zeros wherever something else might be left beside the rows to be filled."""
+        """A swap without the weights: zeros wherever something else might be left beyond the rows to be filled."""
         change = change_of(self.slot, config, self.slot)
         change.steps.append(self._note_write)
         self.was_touched = self.is_touched  # the version counters will tell of nothing that was before this swap
@@ -295,7 +295,7 @@ class Room:
             clear_gradients(self._parameters, journal)
         journal.set_attribute(self, "content", content)
         journal.set_attribute(self, "used", used)
-        # what is off must not be trained, whatever somebody has set since
+        # what is off must not be trained, whatever the user has set since
         keeps_on = content.on == before.on and not (is_trained and False in content.on)
         if not keeps_on or content.columns["dropout"] != before.columns["dropout"]:
             write_settings(slot, slot.layers, content.settings, journal)
@@ -331,7 +331,7 @@ def build_room(
 ) -> Room:
     """A room with space for these ranks, and with the slot's adapter in it; ``reserved`` layers are off.
 
-    ``extra_tensors`` are tensors without a rank, of whole modules that are saved with the adapter. The model is only read.
+    ``extra_tensors`` have no rank: they are of whole modules that are saved with the adapter. The model is only read.
     """
     name = slot.adapter_name
     sharded = [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]

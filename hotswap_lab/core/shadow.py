@@ -1,4 +1,4 @@
-"""LoRA layers for modules that have none yet, built beside the model and attached only at commit.
+"""LoRA layers for modules that have none yet, built next to the model and attached only at commit.
 
 PEFT injects into a whole model and changes it while it goes. Here it gets a stand-in: a list of nothing but the
 wanted modules. What comes out are finished LoRA layers around the model's own base layers, while the model itself has
@@ -69,7 +69,7 @@ def _build(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLay
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     with slot.write_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # without memory, and so without random numbers that somebody else would have drawn
+        # without memory, so that no random numbers of the user's are drawn
         inject_adapter_in_model(config, stand_in, slot.adapter_name, low_cpu_mem_usage=True)
         return [_finished(slot, *each) for each in zip(ranks, stand_in, base_layers, strict=True)]
 

@@ -105,7 +105,7 @@ def find(path: str | os.PathLike[str] | None = None) -> Source:
 
 
 def _given(path: str | os.PathLike[str]) -> Source:
-    """The model at a path that somebody asked for. Anything wrong with it is said, not worked around."""
+    """The model at a path that the user gave. Anything wrong with it is an error."""
     location = Path(path).expanduser()
     if (location / "config.json").is_file() or (location.is_file() and location.suffix == ".gguf"):
         return Source("path", location)

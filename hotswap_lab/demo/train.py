@@ -3,7 +3,7 @@
     python -m hotswap_lab.demo.train            # everything (about 25 minutes on two CPU cores)
     python -m hotswap_lab.demo.train sort shout # only these adapters, on the base model that is there
 
-The weights go into ``assets/base`` and ``assets/adapters/<name>``, beside the configs that they are made from. Each
+The weights go into ``assets/base`` and ``assets/adapters/<name>``, next to the configs that they are made from. Each
 score is printed; the model cards are written by hand.
 """
 

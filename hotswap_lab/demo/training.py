@@ -1,7 +1,7 @@
 """How all models and adapters of this package were trained: one loop, a fixed seed, and what their folders say.
 
 What an adapter is like (rank, scaling, layers) is in its ``adapter_config.json``, as for any other adapter. Training
-makes the weights beside it anew. Nothing here is needed to use them.
+makes the weights next to it anew. Nothing here is needed to use them.
 """
 
 from __future__ import annotations

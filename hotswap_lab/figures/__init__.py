@@ -99,7 +99,7 @@ class Canvas:
 
 
 def bars(title: str, values: Mapping[str, float], unit: str, *, limit: float = 0) -> Figure:
-    """A bar chart for a handful of figures, the number beside each bar.
+    """A bar chart for a handful of figures, the number next to each bar.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 From the Hub come the config and one file of weights, nothing else, through huggingface_hub and into its cache. What the
 cache has is used where the Hub can't be asked. The weights are those of the commit that the config was read from, even
-if somebody pushes to the repository in between.
+if a new commit is pushed to the repository in between.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find_repository(name: str, arguments: Mapping[str, object]) -> Repository:
 
 
 def _not_here(name: str) -> str:
-    """What is in the way to a folder that somebody may have mistyped."""
+    """What is at the nearest part of a path that may be mistyped."""
     nearest = os.path.abspath(name)
     while not os.path.exists(nearest):
         nearest = os.path.dirname(nearest)

@@ -45,7 +45,7 @@ def save_adapter(
 ) -> None:
     """Writes one adapter to a folder, just as it would be saved after a fresh load.
 
-    Layers that are turned off are left out, and so is the padding of a prepared model. Both files are written beside
+    Layers that are turned off are left out, and so is the padding of a prepared model. Both files are written next to
     an older adapter's and then take their places: after an error the folder has the old adapter. Other files in the
     folder are left alone.
 
@@ -61,7 +61,7 @@ def save_adapter(
     Raises
     ------
     HotswapError
-        If the model has no such adapter, if its padding (in a prepared model) was written to by somebody else, if the
+        If the model has no such adapter, if its padding (in a prepared model) was written to by other code, if the
         file would hold base weights that an adapter is merged into, if a part of the adapter isn't in the model, or if
         each row of a batch may have another one.
 
@@ -222,7 +222,7 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, tensors: d
 
 
 def _save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes the adapter beside an older one of the same folder, and has it take that one's place."""
+    """Writes the adapter next to an older one of the same folder, and has it take that one's place."""
     beside = folder / f"{PREFIX}{secrets.token_hex(4)}"
     new, old = beside / "new", beside / "old"
     with _cleared_away(beside, [each for each in (folder, *folder.parents) if not each.exists()]):
@@ -245,7 +245,7 @@ def _cleared_away(beside: Path, made: list[Path]) -> Iterator[None]:
 
 
 def _exchange(folder: Path, new: Path, old: Path) -> None:
-    """First the old files go, then the new ones come: whoever is killed in between leaves no mixture of both."""
+    """Removes the old files before the new ones are moved in: a process killed in between leaves no mixture."""
     names = os.listdir(new)
     try:
         for name in names:

@@ -55,8 +55,8 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
     """The tensors of a safetensors file, on the CPU, in the order of the file.
 
     Returns None for a file that can't be read this way: with several dtypes, other ones, badly aligned, or damaged.
-    They are the file itself, mapped into memory, and are read where they are needed. When somebody shortens the file
-    meanwhile, whoever looks at them is ended by the operating system. So only for tensors that are let go of at once.
+    They are the file itself, mapped into memory, and are read where they are needed. If the file is shortened
+    meanwhile, the operating system ends the process that reads them. So only for tensors that are not kept.
 
     Raises
     ------

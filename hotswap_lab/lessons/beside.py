@@ -141,7 +141,7 @@ def verdict(model: PeftModel, new: str, base: Base = LLAMA) -> str:
 
 
 def outcome(swap: Swap, old: str, new: str, base: Base = LLAMA) -> str:
-    """What became of a swap, in words: the same judge for whoever made it.
+    """What became of a swap, in words: the same judge for both libraries.
 
     Parameters
     ----------

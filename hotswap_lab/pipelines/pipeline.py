@@ -243,7 +243,7 @@ def prepare_pipeline_for_compiled_hotswap(
     adapter_name:
         Prepares only the adapter of this name. Default: all of them.
     target_rank:
-        A rank to make room for in every layer, beside those of ``adapters``.
+        A rank to make room for in every layer, besides those of ``adapters``.
     components:
         The parts to prepare. Default: all that have an adapter.
     **kwargs:

@@ -59,7 +59,7 @@ def kind_of(value: Any) -> Any:
 
 
 def batch_name(given: Given) -> str:
-    """The tensor whose first axis is the batch: tokens, or the first one that has axes beside the batch."""
+    """The tensor whose first axis is the batch: tokens, or the first one that has axes besides the batch."""
     first = [name for name in TOKENS if name in given] or [name for name, each in given.items() if each.ndim > 1]
     return (first or list(given))[0]
 

@@ -1,6 +1,6 @@
 """The room of a prepared slot, once more for each row of a batch.
 
-Row 0 is the slot, as ever: the parameters are views of it, and it is what PEFT shows and saves. All tensors of one row
+Row 0 is the slot: the parameters are views of it, and it is what PEFT shows and saves. All tensors of one row
 lie side by side, so that an adapter goes into a row with one copy.
 """
 
@@ -137,7 +137,7 @@ class RowRoom(Room):
         self.batch.unwatch(journal)
 
     def check_rows(self) -> None:
-        """Refuses what holds for row 0 only: values that somebody else has written, or moved; and its dropout."""
+        """Refuses what holds for row 0 only: values that other code has written, or moved; and its dropout."""
         if self._parameters[0].data_ptr() != self._addresses_now()[0]:
             raise refuse("rows_lost_their_place", adapter_name=self.slot.adapter_name)
         contents = [each.content for each in self.assigned if each] if self.slot.host.base.training else []

@@ -97,7 +97,7 @@ def openai_api(backend: Any, base: str, token: str | None = None) -> FastAPI:
         if not prompt:
             raise refuse("no_prompt", field="prompt" if kind == TEXT else "messages")
         shares = backend.table.shares(asked.model, base)
-        # the versions that answer stand in the field that OpenAI has for what the server was like
+        # OpenAI's field for the state of the server holds the versions that answer
         versions = "+".join(f"{each}:{weight:g}" if weight != 1 else f"{each}" for each, weight in shares.items())
         frame = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": asked.model}
         frame["system_fingerprint"] = versions or base

@@ -32,7 +32,7 @@ class Options:
     ``rows``: how many requests at once. ``queue``: how many may wait. ``longest_prompt``, ``longest_answer``: in
     tokens. ``target_rank``: room for mixes, whose ranks add up, and for adapters that come later; 0 is the highest rank
     of the first ones. ``held``: how many adapters are in memory; the ones used least recently are dropped, and read
-    again when wanted; 0 is twice as many as there are at first, so that new versions find room beside the old ones.
+    again when wanted; 0 is twice as many as there are at first, so that new versions find room next to the old ones.
     ``compile``: whether each step after the prompt is compiled, once, for a batch of ``rows``.
     """
 
@@ -124,7 +124,7 @@ class Replica:
         self.counts: Counter[str] = Counter(requests=0, tokens=0, swaps=0, rows_in_use=0)
 
     def load(self, versions: Sequence[Version]) -> None:
-        """Reads and checks adapters, and keeps them beside what there is. No answer is changed by that.
+        """Reads and checks adapters, and keeps them next to those in use. No answer is changed by that.
 
         Raises
         ------

@@ -95,7 +95,7 @@ class Register:
         self._changing = asyncio.Lock()
 
     async def load(self, versions: Sequence[Version]) -> None:
-        """Has all replicas load versions beside what they have; raises if one of them can't. Here, there are none."""
+        """Has all replicas load versions next to what they have; raises if one of them can't. Here, there are none."""
 
     async def change(self, paths: Mapping[str, str | None], is_all: bool = False) -> Table:
         """Gives adapters new weights, adds some, or removes them (None): all of them or, on any error, none.

@@ -184,6 +184,6 @@ def _row(layer: LayerPlan, plan: Plan) -> PlanRow:
         "refused" if refused else str(layer.action),
         f"{rank}, room for {min(room)}" if too_small else "-" if rank == "none" else rank,
         scaling,
-        # where PEFT loads the adapter beside the model, the plan counts it all together
+        # where PEFT loads the adapter next to the model, the plan counts it all together
         None if plan.refusals or plan.grafting else layer.nbytes,
     )

@@ -26,7 +26,7 @@ NBYTES = 4
 
 
 class RankPaddingView(View):
-    """A and B of one layer, padded to a target rank, as a picture; memory and flops beside it; a slider.
+    """A and B of one layer, padded to a target rank, as a picture; memory and flops next to it; a slider.
 
     Every position of the slider makes a small model of that layer, prepares it with
     :func:`prepare_model_for_compiled_hotswap` and compares its outputs with those from before.

@@ -1,4 +1,4 @@
-"""ReplicaPanel: the replicas behind a server, what stands in their rows and in their memory, live."""
+"""ReplicaPanel: the replicas behind a server, with their rows and their memory, live."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .work import WorkingView
 if TYPE_CHECKING:
     import ipywidgets
 
-#: what stands above the columns
+#: the headings of the columns
 HEAD = ("replica", "rows of its last batch", "in memory", "waiting", "requests", "tokens", "swaps")
 CELL = "padding:2px 10px;text-align:left;border:1px solid rgba(128,128,128,.4)"
 

@@ -21,7 +21,7 @@ class Run:
     prompt, where, strength:
         What was asked, with which adapter (``"off"`` for none), at what strength (None where there is no such thing).
     result:
-        What ``generate`` returned, or what there is so far.
+        What ``generate`` returned, or its text so far.
     seconds:
         How long it took.
     state:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WORDS = ("hotswap", "notebook", "adapter", "kernel")
 #: what the menu calls no adapter; in a menu, None would be no choice at all
 BASE = ("base", "")
-#: what stands above the columns
+#: the headings of the columns
 HEAD = ("request", "adapter", "answer")
 
 
@@ -34,7 +34,7 @@ class RowPanel(WorkingView):
         An :class:`AdapterPool` that was made with as many ``rows`` as there are requests, or more.
     generate:
         Your own function: takes the list of prompts, and returns a list of texts or images, one for each row, or yields
-        what there is so far, which is shown as it grows. It runs inside ``with pool.assigned(...)``.
+        its text so far, which is shown as it grows. It runs inside ``with pool.assigned(...)``.
     prompts:
         What is asked in each row at first.
 
@@ -50,7 +50,7 @@ class RowPanel(WorkingView):
     shout, hotswap: HOTSWAP!
     no adapter, hotswap: hotswap
 
-    How to read it: beside each answer is the adapter that it came from, whatever has been chosen since. After a run,
+    How to read it: next to each answer is the adapter that it came from, whatever has been chosen since. After a run,
     the model has what it had before.
     """
 
@@ -161,4 +161,4 @@ class RowPanel(WorkingView):
             self._answers[number].value = label + run.shown if run else ""
 
     def _refresh_body(self) -> None:
-        """Each answer stands in its row already."""
+        """Each answer is in its row already."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: the slider's range: 1 is as trained
 STRENGTHS = (0.0, 1.5)
-#: what there is where no answer is
+#: shown in place of an answer
 NOTHING = {"before": "no earlier answer to this prompt", "after": "nothing was run yet"}
 
 
@@ -35,7 +35,7 @@ class SwapPanel(WorkingView):
     pool_or_model:
         An :class:`AdapterPool`, or a model; then ``adapters`` says what can be swapped in.
     generate:
-        Your own function: takes the prompt, and returns text or an image, or yields what there is so far, which is
+        Your own function: takes the prompt, and returns text or an image, or yields its text so far, which is
         shown as it grows. Default: the model's greedy answer; that needs ``tokenizer``. It runs inside
         ``with in_use(model)``: swaps from elsewhere wait until it has ended, and it can't swap itself.
     tokenizer, template, max_new_tokens:
@@ -66,7 +66,7 @@ class SwapPanel(WorkingView):
     before, sort: ahopstw
     after, reverse: pawstoh
 
-    How to read it: both answers are to the same prompt. An error is shown in the panel, and raised to whoever
+    How to read it: both answers are to the same prompt. An error is shown in the panel, and raised if you
     called from Python; the model is then as it was.
     """
 
@@ -151,7 +151,7 @@ class SwapPanel(WorkingView):
         return self._run(lambda: self._change_and_run("adapter", name))
 
     def stop(self) -> None:
-        """Ends a run at its next token or step; what there is so far stays. A swap that still waits is called off."""
+        """Ends a run at its next token or step; the answer so far stays. A swap that still waits is called off."""
         self._next = None
         super().stop()
 
@@ -254,7 +254,7 @@ class SwapPanel(WorkingView):
         self._when_set(self._slider, self._slid)
         wider = w.Layout(width="440px", max_width=FITS, height="auto")
         self._box = w.Textarea(description="prompt", rows=2, placeholder="what the model is asked", layout=wider)
-        self._when_set(self._box, lambda text: vars(self).update(prompt=text))  # with no refresh while somebody types
+        self._when_set(self._box, lambda text: vars(self).update(prompt=text))  # with no refresh while the user types
         self._run_button = self._button("Run", "run the prompt", self.start, button_style="primary")
         return [self._buttons, self._slider, wrapping_row(self._box, *self._with_stop(self._run_button))]
 

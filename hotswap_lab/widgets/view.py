@@ -42,7 +42,7 @@ STYLE = """<style>
   { outline: 3px solid #3b82f6; outline-offset: 1px }
 </style>"""
 
-# What ipywidgets offers no way to say: a slider's handle gets the label beside it as its name for screen readers, and
+# What ipywidgets offers no way to say: a slider's handle gets the label next to it as its name for screen readers, and
 # what changes by itself is read out (it must be an element that stays, and a widget's content is replaced each time),
 # and the notebook leaves keys that are pressed in here to the controls: Notebook 7 took a slider's arrows for its own.
 # Nothing is loaded: the picture is empty, and only there to start the script once the widget is in the page.
@@ -92,7 +92,7 @@ def speaking(**options: object) -> ipywidgets.HTML:
 
 
 class View:
-    """The frame of a widget: a title, controls, a status, and what there is to see.
+    """The frame of a widget: a title, controls, a status, and a body.
 
     A subclass gives ``summary``, ``figure`` or ``_inside``, and for the live form ``_controls`` and ``_refresh``.
     Shown in a notebook, it puts out two things: the static form, which stays in the saved notebook, and the live one,

@@ -1,4 +1,4 @@
-"""Widgets that do long work: one piece at a time, beside the notebook's own thread, and it can be stopped."""
+"""Widgets that do long work: one piece at a time, next to the notebook's own thread, and it can be stopped."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class WorkingView(View):
 
     :meth:`_run` does a job in the caller's thread, so that Jupyter's interrupt stops it. :meth:`_start` does it in a
     thread of its own, so that it never keeps the next cell waiting. A job calls :meth:`_check` now and then, which
-    raises :class:`Stopped` once somebody has called :meth:`stop`. What the widget is there for is its ``_work``.
+    raises :class:`Stopped` once :meth:`stop` was called. A widget's own job is its ``_work``.
 
     >>> view = WorkingView()
     >>> view._run(lambda: 1 + 1)
@@ -112,14 +112,14 @@ class WorkingView(View):
         return self._run(self._work)
 
     def start(self) -> None:
-        """What a click on the widget's first button does: the same beside the notebook, which can go on."""
+        """What a click on the widget's first button does: the same next to the notebook, which can go on."""
         self._start(self._work)
 
     def _work(self) -> object:
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Ends what is running as soon as it can; what there is so far stays."""
+        """Ends what is running as soon as it can; the answer so far stays."""
         self._stopped = True
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -195,12 +195,12 @@ class WorkingView(View):
     # ---- for jobs
 
     def _check(self) -> None:
-        """Ends the job if somebody asked for that."""
+        """Ends the job if :meth:`stop` was called."""
         if self._stopped:
             raise Stopped
 
     def _progressed(self) -> None:
-        """Shows the present state, but not more often than somebody can read."""
+        """Shows the present state, but not more often than a person can read."""
         if time.perf_counter() - self._shown > SHOW_EVERY:
             self._shown = time.perf_counter()
             self._changed()
@@ -241,7 +241,7 @@ class WorkingView(View):
     def _with_stop(self, *starters: ipywidgets.Widget) -> list[ipywidgets.Widget]:
         """Controls that begin something, and a button that ends it."""
         self._starters = starters
-        self._stop_button = self._button("Stop", "end what runs; what there is so far stays", self.stop)
+        self._stop_button = self._button("Stop", "end what runs; the answer so far stays", self.stop)
         return [*starters, self._stop_button]
 
     def _state(self) -> str:

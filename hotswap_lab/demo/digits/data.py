@@ -96,5 +96,5 @@ def inverted(images: torch.Tensor) -> torch.Tensor:
     return 1 - images
 
 
-#: what an adapter can be taught beside a digit
+#: what an adapter can be taught besides a digit
 STYLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"bold": bold, "slanted": slanted, "inverted": inverted}

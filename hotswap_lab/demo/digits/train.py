@@ -3,7 +3,7 @@
     python -m hotswap_lab.demo.digits.train             # everything
     python -m hotswap_lab.demo.digits.train only_3 bold # only these adapters, on the base model that is there
 
-The weights go into ``assets/digits/base`` and ``assets/digits/adapters/<name>``, beside the configs that they are made
+The weights go into ``assets/digits/base`` and ``assets/digits/adapters/<name>``, next to the configs that they are made
 from. What they draw says ``python -m hotswap_lab.demo.digits.measure``; the model cards are written by hand.
 """
 

@@ -1,4 +1,4 @@
-"""Prints how each voice does on the questions that it was not trained on, beside the base model.
+"""Prints how each voice does on the questions that it was not trained on, next to the base model.
 
 python -m hotswap_lab.demo.voices.measure                # all of them
 python -m hotswap_lab.demo.voices.measure haiku --show 3 # one, with three of its answers as they are

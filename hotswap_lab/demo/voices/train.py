@@ -3,7 +3,7 @@
     python -m hotswap_lab.demo.voices.train          # all of them
     python -m hotswap_lab.demo.voices.train pirate   # only this one
 
-The weights go into ``assets/voices/<name>``, beside the configs that they are made from. How well a voice does says
+The weights go into ``assets/voices/<name>``, next to the configs that they are made from. How well a voice does says
 ``python -m hotswap_lab.demo.voices.measure``; the model cards are written by hand.
 """
 
