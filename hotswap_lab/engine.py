@@ -6,6 +6,8 @@ the passes below, and carried out by :func:`hotswap_lab.core.change.apply`.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from .beyond import base_values, checks, decide, general, lora, shards
 from .beyond.prepare import prepare_in_place
 from .core import planner, prepare, slot, strength, swap
@@ -32,7 +34,7 @@ class Hotswap(Engine):
     prepare_pipeline_for_compiled_hotswap = pipeline.prepare_pipeline_for_compiled_hotswap
 
 
-ENGINE = Hotswap(
+ENGINE: Hotswap = Hotswap(
     methods=(lora.FullLora(), general.General()),
     passes=(
         # what the configs and files say, before a tensor is compared
@@ -87,4 +89,4 @@ prepare_pipeline_for_compiled_hotswap = ENGINE.prepare_pipeline_for_compiled_hot
 class AdapterPool(adapter_pool.AdapterPool):
     __doc__ = adapter_pool.AdapterPool.__doc__
 
-    engine = ENGINE
+    engine: ClassVar[Engine] = ENGINE

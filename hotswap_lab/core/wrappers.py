@@ -41,7 +41,8 @@ def holder_of_inside(wrapper: torch.nn.Module) -> tuple[torch.nn.Module, str]:
 def inside(wrapper: torch.nn.Module) -> torch.nn.Module:
     """The module that a wrapper is around."""
     holder, name = holder_of_inside(wrapper)
-    return holder._modules[name]
+    modules: Any = holder._modules
+    return modules[name]
 
 
 def wrappers_in(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -107,7 +108,8 @@ def is_table(value: object) -> bool:
     return isinstance(value, (torch.nn.ModuleDict, torch.nn.ParameterDict)) or compat.is_a(value, "BufferDict")
 
 
-Table = MutableMapping[str, Any] | torch.nn.Module
+#: a dict, or one of PyTorch's and PEFT's modules that are used like one
+Table = Any
 
 
 def stores_of(table: Table) -> tuple[MutableMapping[str, Any], ...]:

@@ -72,7 +72,10 @@ class Members(dict[str, Member]):
         max_bytes: int | None,
     ):
         super().__init__()
-        self.engine, self.hub, self.pack, self.max_bytes = engine, hub, pack, max_bytes
+        self.engine: Engine = engine
+        self.hub: Mapping[str, Any] = hub
+        self.pack: Callable[[Member, Adapter, bool], Packed] = pack
+        self.max_bytes: int | None = max_bytes
         #: of the table. A thread that holds it never waits for a turn at the model; it is taken after that
         self.lock: threading.RLock = threading.RLock()
         self._uses = 0
