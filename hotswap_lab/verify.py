@@ -30,13 +30,14 @@ from . import compat
 from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, random_numbers_kept
 from .beyond.stand_in import make_stand_in
+from .core.adapter import Adapter
 from .core.errors import refuse
 from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
 from .core.journal import Journal, interrupts_held
 from .core.slot import Slot
 from .core.wrappers import has_adapter, inside, is_wrapper, peel
 from .engine import resolve_slot
-from .files.reading import Adapter, find_source
+from .files.reading import find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
 from .threads import in_use
 from .watch import RecompileError

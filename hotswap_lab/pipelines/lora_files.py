@@ -17,8 +17,8 @@ from peft import PeftConfig
 
 from .. import compat
 from ..beyond.stand_in import make_stand_in
-from ..core.adapter import Adapter
 from ..core.errors import listing, refuse
+from ..files.reading import Adapter
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

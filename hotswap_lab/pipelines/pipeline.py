@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import compat
-from ..core.adapter import Adapter
 from ..core.change import apply
 from ..core.engine import Engine
 from ..core.errors import HotswapError, Refusal, listing, refusal, refuse
@@ -24,6 +23,7 @@ from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.slot import slot_for
 from ..core.swap import carry_out, commit
+from ..files.reading import Adapter
 from ..threads import bases_of
 from .lora_files import check_pipeline, parts_of, read_pipeline_lora
 
