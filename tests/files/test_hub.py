@@ -338,9 +338,10 @@ def test_a_pool_that_may_not_read_an_adapter_leaves_the_model_alone(hub, model):
 # ---- diffusers' own format
 
 
-def test_a_file_for_a_pipeline(hub, tmp_path):
+def test_a_file_for_a_pipeline(hub, tmp_path, monkeypatch):
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
+    monkeypatch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", False)  # a copy, made when it was imported
     transformer = FluxTransformer2DModel(
         in_channels=4,
         num_layers=1,
