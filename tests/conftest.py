@@ -35,8 +35,8 @@ NEEDS_SMOLLM2 = "notebooks/05_real_llm.ipynb"
 NEEDS_PEFT = "notebooks/beside_peft.ipynb", "0.21."
 #: what the notebook on serving needs, and cells of others that have the tag
 RAY, NEEDS_RAY, NEEDS_RAY_TAG = ("ray", "openai"), "notebooks/09_beyond_one_machine.ipynb", "needs-ray"
-#: programs that can't even be looked into without it
-collect_ignore = [] if find_spec("ray") else ["serving/server_load.py", "serving/replica_faults.py"]
+#: a program that can't even be looked into without it
+collect_ignore = [] if find_spec("ray") else ["serving/replica_faults.py"]
 #: notebooks that the short form of the tests leaves out: their exercises are solved in tests/lessons, too
 LONG_NOTEBOOKS = "notebooks/solutions"
 

@@ -10,20 +10,17 @@ import inspect
 import itertools
 import os
 import pickle
-import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
-from adapters import save_random_adapter_of
 from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
-from peft import LoraConfig, OFTConfig
 from refusals import refused
 
 from hotswap_lab import (
@@ -85,30 +82,24 @@ def start(function: Callable, *arguments: object) -> Future:
     return done
 
 
-class Reader:
-    """A thread that is inside ``in_use`` until it is told to leave, or the block is left."""
+@contextlib.contextmanager
+def reading(model: object) -> Iterator[threading.Event]:
+    """A thread is inside ``in_use`` until the event that this gives is set, or the block is left."""
+    entered, leave = threading.Event(), threading.Event()
 
-    def __init__(self, model: object):
-        self.model = model
-        self._entered, self._leave = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._compute, name="the reader")
+    def compute() -> None:
+        with in_use(model):
+            entered.set()
+            leave.wait(30)
 
-    def _compute(self) -> None:
-        with in_use(self.model):
-            self._entered.set()
-            self._leave.wait(30)
-
-    def leave(self) -> None:
-        self._leave.set()
-
-    def __enter__(self) -> Reader:
-        self._thread.start()
-        assert self._entered.wait(30)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._leave.set()
-        self._thread.join(30)
+    thread = threading.Thread(target=compute, name="the reader")
+    thread.start()
+    assert entered.wait(30)
+    try:
+        yield leave
+    finally:
+        leave.set()
+        thread.join(30)
 
 
 def outputs_of(folder: str) -> torch.Tensor:
@@ -125,14 +116,12 @@ def twice(folder: str) -> dict[str, torch.Tensor]:
 
 # ---- threads
 
-#: all that changes an adapter: without a pool, and with one
+#: all that changes an adapter, and the fixtures of what it is done with
 OPERATIONS = {
     "hotswap_adapter": lambda model, folders: hotswap_adapter(model, folders["new"], "default"),
     "set_strength": lambda model, folders: set_strength(model, 0.5),
     "prepare": lambda model, folders: prepare_model_for_compiled_hotswap(model, target_rank=8),
     "a new pool": lambda model, folders: AdapterPool(model, adapters=folders, progress=False),
-}
-POOL_OPERATIONS = {
     "swap": lambda pool, folders: pool.swap("new"),
     "strength": lambda pool, folders: setattr(pool, "strength", 0.5),
     "off": lambda pool, folders: pool.off(),
@@ -141,14 +130,14 @@ POOL_OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("operation", [*OPERATIONS, *POOL_OPERATIONS])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_whatever_changes_an_adapter_waits_for_those_inside(model, folders, request, operation):
-    used = request.getfixturevalue("pool") if operation in POOL_OPERATIONS else model
-    action = {**OPERATIONS, **POOL_OPERATIONS}[operation]
+    action = OPERATIONS[operation]
+    used = request.getfixturevalue(inspect.getfullargspec(action).args[0])
     before = snapshot(model)
     with in_use(used), pytest.raises(HotswapError, match="This thread is computing with the model"):
         action(used, folders)
-    with Reader(used):
+    with reading(used):
         changing = start(action, used, folders)
         assert not changing.done()
         if used is not model:  # what doesn't touch the model is not held up by a swap that waits
@@ -165,7 +154,7 @@ def test_whatever_changes_an_adapter_waits_for_those_inside(model, folders, requ
 
 def test_a_model_that_was_compiled_inside_is_still_the_same_model(model, folders, pool):
     model.base_model.model = torch.compile(model.base_model.model, backend="eager")
-    with Reader(model), waiting_at_most(MOMENT), pytest.raises(ModelInUseError):
+    with reading(model), waiting_at_most(MOMENT), pytest.raises(ModelInUseError):
         pool.swap("new")
     pool.swap("new")
     assert verify_hotswap(model, folders["new"], inputs=KIND.inputs())
@@ -174,24 +163,11 @@ def test_a_model_that_was_compiled_inside_is_still_the_same_model(model, folders
     assert plan.slot.room is not None
 
 
-EXPERTS = "mlp.experts.gate_up_proj"
-#: by what a forward changes meanwhile: the model, and two adapters for it
-CHANGED_BY_COMPUTING = {
-    "weights of the adapter": (
-        KINDS["llama"],
-        [OFTConfig(oft_block_size=size, coft=True, eps=1.0, target_modules=["q_proj"]) for size in (4, 8)],
-    ),
-    "modules of the base": (
-        ARCHITECTURES["mixtral"],
-        [LoraConfig(r=rank, target_modules=["q_proj"], target_parameters=[EXPERTS]) for rank in (4, 2)],
-    ),
-}
-
-
-@pytest.mark.parametrize("what", CHANGED_BY_COMPUTING)
-def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path, what):
-    kind, configs = CHANGED_BY_COMPUTING[what]
-    old, new = (save_random_adapter_of(each, tmp_path / str(n), n, kind) for n, each in enumerate(configs))
+def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path):
+    """LoRA on a parameter takes modules of the base away while it computes."""
+    kind = ARCHITECTURES["mixtral"]
+    targets = dict(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    old, new = (save_random_adapter(kind, tmp_path / str(rank), rank, r=rank, **targets) for rank in (4, 2))
     model, entered, leave = load(kind, old), threading.Event(), threading.Event()
 
     def hold(*_: object) -> None:
@@ -202,9 +178,8 @@ def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path, wh
         with in_use(model):
             call(model, kind.inputs())
 
-    mlp = model.get_base_model().model.layers[0].mlp
-    inside = mlp.experts.get_base_layer() if hasattr(mlp, "experts") else mlp
-    handle = inside.register_forward_pre_hook(hold)
+    experts = model.get_base_model().model.layers[0].mlp.experts
+    handle = experts.get_base_layer().register_forward_pre_hook(hold)
     computing = start(compute)
     assert entered.wait(30)
     swap = start(hotswap_adapter, model, new, "default")
@@ -215,19 +190,11 @@ def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path, wh
     assert_equals_fresh_load(model, kind, new, margin=10)
 
 
-#: by where PEFT draws random numbers: the new adapter, and what gets there
-DRAWING = {
-    "a donor": (dict(use_dora=True), lambda model, new: hotswap_adapter(model, new, "default")),
-    "layers to add": (dict(r=4), lambda model, new: hotswap_adapter(model, new, "default", add_layers=True)),
-}
-
-
-@pytest.mark.parametrize("where", DRAWING)
-def test_who_samples_inside_gets_no_random_number_twice(tmp_path, monkeypatch, where):
-    config, operation = DRAWING[where]
-    targets = ["first"] if where == "layers to add" else list(KIND.modules)
-    model = load(KIND, save_random_adapter(KIND, tmp_path / "old", seed=0, target_modules=targets))
-    new = save_random_adapter(KIND, tmp_path / "new", seed=1, **config)
+@pytest.mark.parametrize(("old", "new"), [({}, dict(use_dora=True)), (dict(target_modules=["first"]), dict(r=4))])
+def test_who_samples_inside_gets_no_random_number_twice(tmp_path, monkeypatch, old, new):
+    """PEFT draws some where it makes an adapter of another kind, or layers to add."""
+    model = load(KIND, save_random_adapter(KIND, tmp_path / "old", seed=0, **old))
+    new = save_random_adapter(KIND, tmp_path / "new", seed=1, **new)
     torch.manual_seed(3)
     expected = torch.rand(1000).tolist()
     torch.manual_seed(3)
@@ -243,7 +210,7 @@ def test_who_samples_inside_gets_no_random_number_twice(tmp_path, monkeypatch, w
         return original(*arguments, **more)
 
     monkeypatch.setattr(torch.nn.init, "calculate_gain", sample_while_others_do)
-    operation(model, new)
+    hotswap_adapter(model, new, "default", add_layers=True)
     assert sampling
     numbers = [*(each.result(30) for each in sampling), torch.rand(1).item()]
     assert sorted(numbers) == sorted(expected[: len(numbers)])
@@ -256,7 +223,7 @@ def test_those_who_come_while_a_swap_waits_let_it_pass(model, folders):
         with in_use(model):
             return computes(model, folders["new"])
 
-    with Reader(model):
+    with reading(model):
         swap, late = start(hotswap_adapter, model, folders["new"], "default"), start(compute)
         assert not swap.done()
         assert not late.done()
@@ -280,7 +247,7 @@ def test_threads_compute_side_by_side_and_may_nest(model):
 
 def test_a_swap_that_would_wait_too_long_is_refused(model, folders):
     began = time.monotonic()
-    with Reader(model), waiting_at_most(0):
+    with reading(model), waiting_at_most(0):
         error = refused("computes with it: the reader", hotswap_adapter, model, folders["new"], "default")
         assert isinstance(error, ModelInUseError)
         with waiting_at_most(MOMENT):
@@ -313,13 +280,18 @@ def compute_inside(pool: AdapterPool, folder: str) -> bool:
         return computes(pool.model, folder)
 
 
+def enter(model: object) -> None:
+    with in_use(model):
+        pass
+
+
 @pytest.mark.usefixtures("python_sigint")
 @pytest.mark.parametrize("presses", [0, 1, 2])
 def test_using_waits_to_put_back(model, folders, pool, presses):
     """However long it may wait otherwise. The first Ctrl-C has it wait on, and says so; the second one ends it."""
-    reader, (turn,) = Reader(pool), turns_of(bases_of(pool))
+    (turn,), leaving = turns_of(bases_of(pool)), []
 
-    def press_and_leave() -> None:
+    def press_and_leave(leave: threading.Event) -> None:
         while turn.gate.acquire(blocking=False):  # till the end of the block waits
             turn.gate.release()
             time.sleep(MOMENT / 10)
@@ -327,21 +299,15 @@ def test_using_waits_to_put_back(model, folders, pool, presses):
             time.sleep(MOMENT)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5 * MOMENT)
-        reader.leave()
+        leave.set()
 
-    def block() -> None:
-        with waiting_at_most(0), pool.using("new"):
-            reader.__enter__()
-            leaving.append(start(press_and_leave))
-
-    leaving: list[Future] = []
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as readers, contextlib.ExitStack() as stack:
         if presses:
             stack.enter_context(pytest.warns(UserWarning, match="Ctrl-C once more"))
             stack.enter_context(pytest.raises(KeyboardInterrupt))
-        block()
+        with waiting_at_most(0), pool.using("new"):
+            leaving.append(start(press_and_leave, readers.enter_context(reading(pool))))
     leaving[0].result(30)
-    reader.__exit__()
     assert pool.active == ("new" if presses == 2 else "old")
     pool.swap("third")
     assert_equals_fresh_load(model, KIND, folders["third"], prepared=True)
@@ -353,9 +319,9 @@ def test_ctrl_c_ends_the_waiting_unless_a_handler_goes_on(model, folders, goes_o
     before, heard = snapshot(model), []
     if goes_on:
         signal.signal(signal.SIGINT, lambda *_: heard.append(1))
-    with Reader(model) as reader:
+    with reading(model) as leave:
         threading.Timer(MOMENT, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        threading.Timer(3 * MOMENT, reader.leave).start()
+        threading.Timer(3 * MOMENT, leave.set).start()
         with contextlib.nullcontext() if goes_on else pytest.raises(KeyboardInterrupt):
             hotswap_adapter(model, folders["new"], "default")
     if goes_on:
@@ -375,7 +341,7 @@ def test_a_writer_inside_a_writer_keeps_everybody_out(model):
     with held(base):
         with held(base):
             pass
-        computing = start(lambda: Reader(model).__enter__().leave())
+        computing = start(enter, model)
         assert not computing.done()
     computing.result(30)
 
@@ -432,14 +398,14 @@ def enter_while_another_begins_to_write(model, step: int) -> bool | None:
 
 
 def test_an_engine_without_a_lock_does_not_wait(model, folders):
-    with Reader(model):
+    with reading(model):
         dataclasses.replace(ENGINE, lock=NoLock()).hotswap_adapter(model, folders["new"], "default")
     assert_equals_fresh_load(model, KIND, folders["new"])
 
 
 def test_reading_and_other_models_are_not_held_up(model, folders, tmp_path):
     other = load(KIND, folders["old"])
-    with Reader(model):
+    with reading(model):
         assert plan_hotswap(model, folders["new"]).ok
         save_adapter(model, tmp_path / "saved")
         assert verify_hotswap(model, folders["old"], inputs=KIND.inputs())
@@ -475,7 +441,7 @@ def test_what_is_saved_is_what_is_there_when_the_saver_gets_in(tmp_path):
     few = save_random_adapter(KIND, tmp_path / "few", seed=1, r=4, target_modules=["first"])
     other = save_random_adapter(KIND, tmp_path / "other", seed=2, r=4, target_modules=["last"])
     model = load(KIND, few)
-    with Reader(model):
+    with reading(model):
         swap = start(lambda: hotswap_adapter(model, other, "default", add_layers=True))
         saver = start(save_adapter, model, tmp_path / "saved")
     for each in (swap, saver):
@@ -492,7 +458,7 @@ def test_a_pipeline(folders):
         components = {"one": load(KIND, folders["old"]), "two": load(KIND, folders["old"]), "other": object()}  # noqa: RUF012
 
     models = list(Pipeline.components.values())[:2]
-    with Reader(Pipeline()), waiting_at_most(0):
+    with reading(Pipeline()), waiting_at_most(0):
         for each in models:
             refused("in use", hotswap_adapter, each, folders["new"], "default")
     for each in models:
@@ -506,7 +472,7 @@ def test_models_can_still_be_copied_and_are_forgotten(model, folders):
         hotswap_adapter(each, folders["new"], "default")
         assert_equals_fresh_load(each, KIND, folders["new"])
     for _ in range(50):
-        with Reader(model):
+        with reading(model):
             pass
     (turn,) = turns_of(bases_of(model))
     assert len(turn.locks) < 25  # threads that are gone leave theirs to others
@@ -531,7 +497,7 @@ def test_a_merge(model, folders):
 
 @pytest.mark.parametrize("is_there", [False, True])
 def test_an_adapter_is_removed_or_another_has_its_name(pool, folders, is_there):
-    with Reader(pool):
+    with reading(pool):
         swap = start(pool.swap, "new")
         pool.remove("new")
         if is_there:
@@ -545,7 +511,7 @@ def test_an_adapter_is_removed_or_another_has_its_name(pool, folders, is_there):
 def test_a_file_is_written_over(model, folders):
     """What was read and checked is what is swapped in."""
     expected = outputs_of(folders["new"])
-    with Reader(model):
+    with reading(model):
         swap = start(hotswap_adapter, model, folders["new"], "default")
         with open(f"{folders['new']}/adapter_model.safetensors", "r+b") as file:
             file.seek(-64, os.SEEK_END)
@@ -659,7 +625,7 @@ def test_a_task_that_is_cancelled_leaves_nothing_behind(pool, when):
             await (asyncio.sleep(0) if when == "while it puts back" else asyncio.sleep(30))
 
     async def everything() -> None:
-        with Reader(pool) if when == "waiting for a thread" else contextlib.nullcontext():
+        with reading(pool) if when == "waiting for a thread" else contextlib.nullcontext():
             first = asyncio.create_task(stay())
             if when != "waiting for a thread":
                 await entered.wait()
@@ -706,7 +672,7 @@ def test_a_task_waits_no_longer_than_it_is_let(pool):
         with in_use(pool), pytest.raises(HotswapError, match=r"This thread is computing(.|\n)*with pool.using\(name\)"):
             await wait(30)
 
-    with Reader(pool):
+    with reading(pool):
         asyncio.run(everything())
 
 
@@ -728,57 +694,6 @@ def test_a_stream_that_is_dropped_puts_back(pool):
         pool.swap("third")
 
     asyncio.run(everything())
-
-
-def test_a_storm_of_tasks_and_threads(pool, folders):
-    """Two event loops and a thread: whatever waits, is refused, late or cancelled, an output is that of its adapter."""
-    expected = {name: outputs_of(folder) for name, folder in folders.items()}
-    end, done = time.monotonic() + 2, []
-
-    def check(*names: str) -> None:
-        with in_use(pool):
-            output = call(pool.model, KIND.inputs())
-        assert any(torch.allclose(output, expected[name], atol=1e-5) for name in names)
-
-    async def once(draw: random.Random) -> None:
-        name, way = draw.choice(list(folders)), draw.randrange(6)
-        with contextlib.suppress(HotswapError), waiting_at_most(draw.choice([0, 0.05, 30])):
-            if way < 3:
-                async with pool.using(name):
-                    await asyncio.sleep(draw.random() / 500)
-                    await asyncio.to_thread(check, name)
-            elif way == 3:
-                with pool.using(name):
-                    await asyncio.sleep(draw.random() / 500)
-                    check(name)
-            elif way == 4:  # without asking for an adapter
-                await asyncio.to_thread(check, *folders)
-            else:
-                with in_use(pool):
-                    await asyncio.sleep(draw.random() / 500)
-            done.append(way)
-
-    async def tasks(draw: random.Random) -> None:
-        while time.monotonic() < end:
-            started = [asyncio.create_task(once(draw)) for _ in range(6)]
-            await asyncio.sleep(draw.random() / 200)
-            started[0].cancel()
-            results = await asyncio.gather(*started, return_exceptions=True)
-            assert not [each for each in results if isinstance(each, Exception)], results
-
-    def threads() -> None:
-        while time.monotonic() < end:
-            with pool.using("third"):
-                check("third")
-            with in_use(pool):
-                time.sleep(0.001)
-
-    with ThreadPoolExecutor(3) as pools:
-        loops = [pools.submit(asyncio.run, tasks(random.Random(seed))) for seed in range(2)]
-        for each in (pools.submit(threads), *loops):
-            each.result(60)
-    assert done
-    assert pool.active == "old"
 
 
 def test_rows_for_a_task(model, folders):

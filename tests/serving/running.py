@@ -14,8 +14,8 @@ TOKEN = "secret"
 
 
 @contextlib.contextmanager
-def running(application: object | None = None, **args: object) -> Iterator[str]:
-    """The address of a server that runs as long as the block; by default one of the embedded model."""
+def running(**args: object) -> Iterator[str]:
+    """The address of a server of the embedded model that runs as long as the block."""
     import ray
     from ray import serve
 
@@ -30,7 +30,7 @@ def running(application: object | None = None, **args: object) -> Iterator[str]:
             if is_last:
                 raise
     try:
-        serve.run(application or app({"token": TOKEN, **args}), logging_config=QUIET)
+        serve.run(app({"token": TOKEN, **args}), logging_config=QUIET)
         yield address
     finally:
         serve.shutdown()

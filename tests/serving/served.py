@@ -7,8 +7,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import models
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
 from hotswap_lab import demo
 from hotswap_lab.serving import Options, Register, Replica, Request, Version
@@ -65,13 +66,5 @@ def fresh(path: str | None) -> torch.nn.Module:
 
 def save_random_adapter(folder: Path, seed: int, rank: int = 4) -> str:
     """An adapter that changes what the embedded model says to something of its own."""
-    model = get_peft_model(
-        demo.load_base(), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "up_proj"])
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-    model.save_pretrained(folder)
-    return str(folder)
+    kind = models.Kind(demo.load_base, dict, ("q_proj", "up_proj"))
+    return models.save_random_adapter(kind, folder, seed, r=rank, lora_alpha=2 * rank)

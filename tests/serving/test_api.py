@@ -64,21 +64,11 @@ def test_completions(api):
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (8, 8, 16)
 
 
-def test_chats(api):
-    messages = [{"role": "user", "content": "notebook"}]
-
-    asked = dict(model="reverse", messages=messages, max_completion_tokens=4)
-    whole = with_client(api, lambda client: client.chat.completions.create(**asked))
-    assert (whole.choices[0].message.content, whole.choices[0].message.role) == ("koob", "assistant")
-    assert whole.choices[0].finish_reason == "length"
-
-
-def test_streams(api):
-    messages = [{"role": "user", "content": "notebook"}]
-    chunks = with_client(
-        api,
-        lambda client: collected(client.chat.completions.create(model="reverse", messages=messages, stream=True)),
-    )
+def test_chats_and_streams(api):
+    asked = dict(model="reverse", messages=[{"role": "user", "content": "notebook"}])
+    whole = with_client(api, lambda client: client.chat.completions.create(**asked, max_completion_tokens=4)).choices[0]
+    assert (whole.message.content, whole.message.role, whole.finish_reason) == ("koob", "assistant", "length")
+    chunks = with_client(api, lambda client: collected(client.chat.completions.create(**asked, stream=True)))
     assert [chunk.choices[0].delta.content for chunk in chunks] == [*"koobeton", ""]
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 8 + ["stop"]
     assert {chunk.system_fingerprint for chunk in chunks} == {"reverse@1"}
