@@ -17,13 +17,16 @@ import pytest
 import torch
 from lengths import few_of
 from models import KINDS, Kind, call, load, lora_layers, randomize, save_family
+from mutations import KEY, odd
 from oracle import (
     assert_equals,
     assert_equals_fresh_load,
     assert_same,
     assert_same_outputs,
+    assert_same_tensors,
     nothing_else_changes,
     observe,
+    untouched,
 )
 from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
 from refusals import refused
@@ -323,15 +326,72 @@ def test_two_values_for_one_tensor_are_refused_whatever_else_changes(tmp_path, f
         refused("two different values for", swap, model, tensors, "default", adapter.config, add_layers=True)
 
 
-def test_the_state_dict_is_not_kept(tmp_path):
+#: the same values in memory that is laid out in other ways
+VIEWS = {
+    "as in a file": torch.Tensor.contiguous,
+    "transposed": lambda each: each.t().contiguous().t(),
+    "every second": lambda each: torch.stack([each, each], 2)[..., 0],
+    "part of something": lambda each: torch.cat([each, each])[: len(each)],
+    "a parameter": nn.Parameter,
+    "not a leaf": lambda each: each.clone().requires_grad_() * 1.0,
+    "double": torch.Tensor.double,
+    "a negative view": lambda each: torch._neg_view(-each),
+    "of inference mode": torch.inference_mode()(torch.Tensor.clone),
+}
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_state_dict_is_read_and_not_kept(tmp_path, view, rank):
     """PEFT's own hotswap takes over the caller's tensors when the rank grows."""
-    old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
+    old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=rank))
     model, adapter = load(LINEAR, old), Adapter.load(new)
-    hotswap_adapter_from_state_dict(model, adapter.tensors, "default", adapter.config)
-    with nothing_else_changes(adapter.tensors, adapter.config):
-        for parameter in model.parameters():
-            parameter.data.add_(1)
-        model.peft_config["default"].r = 77
+    tensors = {key: VIEWS[view](each) for key, each in adapter.tensors.items()}
+    hotswap_adapter_from_state_dict(model, tensors, "default", adapter.config)
+    assert_equals_fresh_load(model, LINEAR, new)
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    model.peft_config["default"].r = 77
+    assert adapter.config.r == rank
+    assert all(torch.equal(tensors[key].float(), each) for key, each in adapter.tensors.items())
+
+
+OTHER_BLOCK = str.maketrans({"0": "1", "1": "0"})
+#: state dicts made of the model's own parameters, which are read while they are written
+OWN = {
+    "the other block's": lambda key, each: (key.translate(OTHER_BLOCK), each),
+    "one row, repeated": lambda key, each: (key, each[:1].expand(each.shape)),
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_the_models_own_parameters(tmp_path, own):
+    model = load(LINEAR, *save_family(LINEAR, tmp_path, dict(r=4)))
+    live = {key: each for key, each in model.state_dict(keep_vars=True).items() if "lora_" in key}
+    tensors = dict(OWN[own](key, each) for key, each in live.items())
+    expected = {key: value.detach().clone() for key, value in tensors.items()}
+    hotswap_adapter_from_state_dict(model, tensors, "default", model.peft_config["default"])
+    assert_same_tensors({key: model.state_dict()[key] for key in expected}, expected)
+
+
+#: entries that no state dict may have
+ODD = {name: {KEY: value} for name, value in odd(torch.ones(4, 12)).items()}
+ODD |= {str(key): {key: torch.ones(4, 12)} for key in (5, None, ("a", "b"), b"a", "", ".", ".lora_A.weight", "...")}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("entry", ODD)
+def test_odd_entries_are_refused(tmp_path, entry):
+    (folder,) = save_family(LINEAR, tmp_path, dict(r=4))
+    model, adapter, swap = load(LINEAR, folder), Adapter.load(folder), hotswap_adapter_from_state_dict
+    refused("found:", swap, model, {**adapter.tensors, **ODD[entry]}, "default", adapter.config)
+
+
+@pytest.mark.parametrize("table", [None, 5, [], "weights", [("a", torch.ones(2))], torch.ones(2)])
+def test_what_is_no_table(tmp_path, table):
+    model = load(LINEAR, *save_family(LINEAR, tmp_path, dict(r=4)))
+    with untouched(model), pytest.raises((TypeError, ValueError)):
+        hotswap_adapter_from_state_dict(model, table, "default", model.peft_config["default"])
 
 
 # ---- what PEFT does afterwards

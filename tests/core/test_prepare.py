@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import COPIES, KINDS, call, copied, load, lora_layers, randomize, save_family
+from models import COPIES, KINDS, call, copied, load, lora_layers, save_family
 from oracle import (
     assert_equals,
     assert_equals_fresh_load,
@@ -14,7 +14,7 @@ from oracle import (
     trained,
     untouched,
 )
-from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from refusals import refused
 from safetensors.torch import load_file
@@ -246,15 +246,6 @@ def test_inference_mode(tmp_path, is_trainable):
         assert_equals_fresh_load(model, LINEAR, second, prepared=True, is_trainable=True)
     hotswap_adapter(model, first, "default")
     assert_same_outputs(model, load(LINEAR, first), LINEAR)
-
-
-def test_models_without_a_peft_model_around_them(tmp_path):
-    (folder,) = save_family(LINEAR, tmp_path, dict(r=5))
-    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=list(LINEAR.modules)), LINEAR.base())
-    randomize(model, "default", seed=3)
-    prepare_model_for_compiled_hotswap(torch.nn.ModuleDict({"unet": model}), target_rank=5)
-    hotswap_adapter(model, folder, "default")
-    assert_same_outputs(model, load(LINEAR, folder), LINEAR)
 
 
 def test_a_model_that_peft_prepared(tmp_path):

@@ -72,12 +72,6 @@ def test_six_pictures_in_one_call(pool):
         assert_close(draw(pool.model, given, **options), expected(given, WANTED, **options), 1e-4)
 
 
-def test_guidance_has_the_batch_twice_over(pool):
-    given = inputs(6)
-    pool.assign(["a", None, "b"])
-    assert_close(draw(pool.model, given), expected(given, ["a", None, "b"] * 2), 1e-4)
-
-
 @pytest.mark.long
 def test_compiled(pool, fresh_compiler):
     compiled = torch.compile(pool.model, fullgraph=True)
