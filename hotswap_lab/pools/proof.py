@@ -81,12 +81,13 @@ class Probe:
 
     mask: torch.Tensor
     layers: Collection[int]
-    #: of each layer, the sum of what it gets
+    #: whether it notes, of each layer, the sum of its input
+    notes: bool = False
     seen: dict[int, float] = field(default_factory=dict)
 
     def acts(self, index: int, x: torch.Tensor) -> bool:
         """Whether the adapter is on a layer."""
-        if x.is_floating_point():
+        if self.notes and x.is_floating_point():
             self.seen[index] = float(x.detach().double().sum())
         return index in self.layers
 
@@ -117,9 +118,10 @@ def prove(
     base, total = batch.room.slot.host.base, size_of(arguments, named)
     kept = [(buffer, buffer.clone()) for buffer in base.buffers()]
     noise = "input_ids" in named
+    has_more = noise and _has_other_content(given_tensors(arguments, named))
 
     def outputs(mask: torch.Tensor, layers: Collection[int], seed: int = 0) -> tuple[Probe, list[torch.Tensor]]:
-        probe = Probe(mask, layers)
+        probe = Probe(mask, layers, has_more)
         own = [_own(each) for each in arguments], {name: _own(each) for name, each in named.items()}
         with _as_it_was(kept), _noise(batch, base, seed) if noise else contextlib.nullcontext():
             batch.local.probe = probe
@@ -155,7 +157,7 @@ def prove(
             wrong = [indices[0] for indices in groups.values() if not are_apart(indices, none)] or sorted(layers)[:1]
             paths = listing([batch.room.slot.layers[index].path for index in wrong], 4)
             raise refuse("rows_not_in_layer", paths=paths, found="rows that get one another's adapter")
-        if not noise or not _has_other_content(given_tensors(arguments, named)):
+        if not has_more:
             return True
         second, _ = outputs(torch.zeros(batch.size), (), seed=1)
         return not any(first.seen[index] == second.seen.get(index) for index in layers & first.seen.keys())
