@@ -122,9 +122,9 @@ def _base_weight(plan: Plan, key: str) -> torch.Tensor | None:
 # ---- what it comes to
 
 
-def change_for(plan: Plan, places: Places | None) -> Change:
+def change_for(plan: Plan, graft: Graft, places: Places | None) -> Change:
     """All that is to be written to the live model."""
-    slot, graft = plan.slot, plan.grafting
+    slot = plan.slot
     stays = graft.writes_values_only and not isinstance(slot.method, General)
     change = change_of(slot, plan.config, slot if stays else None)
     for target, source in (*graft.copies, *graft.base.copies):
@@ -136,16 +136,18 @@ def change_for(plan: Plan, places: Places | None) -> Change:
     change.steps += [
         functools.partial(clear_gradients, [*graft.parameters, *(target for target, _ in graft.base.copies)]),
         *graft.steps,
-        lambda journal: _note(plan, places, originals, journal),
+        lambda journal: _note(plan, graft, places, originals, journal),
     ]
     if stays and slot.room is not None:
         change.steps.append(functools.partial(cast(Any, slot.room).note_swap, plan.config))
     return change
 
 
-def _note(plan: Plan, places: Places | None, originals: dict[str, torch.Tensor], journal: Journal) -> None:
-    """What is to be known when the next adapter comes."""
-    graft, host, name = plan.grafting, plan.slot.host, plan.slot.adapter_name
+def _note(
+    plan: Plan, graft: Graft, places: Places | None, originals: dict[str, torch.Tensor], journal: Journal
+) -> None:
+    """Notes what has to be known when the next adapter comes."""
+    host, name = plan.slot.host, plan.slot.adapter_name
     noted = host.base.__dict__
     clear_gradients([parameter for parameter, _ in graft.requires_grad], journal)
     for parameter, value in graft.requires_grad:
@@ -177,14 +179,13 @@ def plan_with_donor(plan: Plan) -> Plan:
     plan.config.inference_mode = slot.config.inference_mode
     if not plan.check_targets and getattr(plan.config, "target_modules", "") is None:
         plan.config.target_modules = copy.copy(slot.config.target_modules)
-    plan.grafting = Graft()
     in_base = {each for _, wrapper in wrappers_in(slot.host.base) for each in getattr(wrapper, "merged_adapters", ())}
     if name in in_base:
         plan.refuse("merged", adapter_name=name)
-    places = _decide(plan, in_base - {name})
-    plan.make_change = functools.partial(change_for, places=places)
-    graft = plan.grafting
-    plan.layers = graft.layers
+    graft, places = _decide(plan, in_base - {name})
+    plan.make_change = functools.partial(change_for, graft=graft, places=places)
+    plan.layers, plan.written = graft.layers, graft.nbytes
+    plan.differences = [] if graft.writes_values_only else graft.differences
     if not graft.writes_values_only:
         found = listing(graft.differences, 3)
         if plan.compiled:
@@ -203,38 +204,38 @@ def plan_with_donor(plan: Plan) -> Plan:
     return plan
 
 
-def _decide(plan: Plan, others_merged: set[str]) -> Places | None:
-    """Fills in what is to be written. Returns where the tensors of an adapter with the same config would go."""
+def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Places | None]:
+    """What is to be written, and where the tensors of an adapter with the same config would go."""
     slot, adapter, host, config = plan.slot, plan.adapter, plan.slot.host, plan.config
     name = slot.adapter_name
     if _layers_of_base(config) != _layers_of_base(slot.config):
         plan.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
-        return None
+        return Graft(), None
     known = places_of(slot)
     if known and not plan.base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
         plan.config = known.completed(config)
-        plan.grafting = known.graft_of(adapter)
-        plan.grafting.base.lost = lost_originals(host, name)
-        return known
+        graft = known.graft_of(adapter)
+        graft.base.lost = lost_originals(host, name)
+        return graft, known
     if isinstance(slot.method, General) and others_merged:
         # most methods start from the base weights: their singular vectors, their clusters, a copy
         plan.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
-        return None
+        return Graft(), None
     # a half-precision adapter has the precision of its base: it was loaded with ``autocast_adapter_dtype=False``
     half_precision = any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
     try:
         with slot.write_mode():
             donor = load_donor(host, config, adapter.tensors, name, half_precision=half_precision)
     except Exception as error:
-        plan.grafting.cause = error
+        plan.cause = error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         plan.refuse("not_loadable", kind=type(error).__name__, lines=" ".join(lines[:3]))
-        return None
+        return Graft(), None
     plan.config = donor.config
     if _depends_on_class(plan, donor):
-        return None
+        return Graft(), None
     _check_complete(plan, donor)
-    plan.grafting = graft = difference(plan, donor)
+    graft = difference(plan, donor)
     former = former_layers(host.base, name)
     if (added := [path for path in graft.added if path not in former]) and not plan.add_layers:
         plan.refuse("lacks_layers", count=len(added), added=listing(added, 3), name=name)
@@ -244,7 +245,7 @@ def _decide(plan: Plan, others_merged: set[str]) -> Places | None:
     paths = [path for path in live if path.endswith("bias") or path in donor.base_values]
     changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]
     graft.requires_grad = [(live[path], twins[path].requires_grad) for path in changed]
-    return None if plan.refusals else find_places(slot, adapter, donor, graft)
+    return graft, None if plan.refusals else find_places(slot, adapter, donor, graft)
 
 
 def _layers_of_base(config: PeftConfig) -> str:

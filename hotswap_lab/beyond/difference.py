@@ -91,8 +91,6 @@ class Graft:
     #: what becomes of the base model's own weights, and those whose ``requires_grad`` changes
     base: BaseChange = field(default_factory=BaseChange)
     requires_grad: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
-    #: what PEFT said when it could not load the adapter
-    cause: Exception | None = None
 
     @property
     def writes_values_only(self) -> bool:

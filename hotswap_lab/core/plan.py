@@ -135,8 +135,12 @@ class Plan:
     unknown: dict[str, torch.Tensor] = field(default_factory=dict)
     #: whether no further pass has to look at it
     is_decided: bool = False
-    #: what has decided instead of the engine, with all that it found: see ``hotswap_lab.beyond``
-    grafting: Any = None
+    #: what changes beyond the values of tensors, in words, where a fresh load has shown it; None: the layers tell
+    differences: list[str] | None = None
+    #: the bytes that are written then
+    written: int = 0
+    #: the error that a refusal is about
+    cause: Exception | None = None
     #: the :attr:`answer` as it was when the plan was made, where it is kept for later
     told: tuple[object, ...] | None = None
 
@@ -181,7 +185,7 @@ class Plan:
         """All that a reader was told, and of what, as something that can be compared."""
         layers = [(each.path, each.action, each.rank_before, each.settings) for each in self.layers]
         writes = [] if self.slot.is_inference else [parameter._version for parameter in self.slot.parameters]
-        return str(self), layers, writes, self.config.to_dict(), self.grafting and self.grafting.differences
+        return str(self), layers, writes, self.config.to_dict(), self.differences
 
     @property
     def ok(self) -> bool:
@@ -202,8 +206,8 @@ class Plan:
     @property
     def writes_values_only(self) -> bool:
         """Whether only values of tensors change, so that a compiled graph stays valid."""
-        if self.grafting is not None:
-            return self.grafting.writes_values_only
+        if self.differences is not None:
+            return not self.differences
         changes, name = lora.changes_constants, self.slot.adapter_name
         if not {layer.action for layer in self.layers}.isdisjoint((Action.RESIZE, Action.ADD)):
             return False
@@ -215,14 +219,14 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """The bytes that the swap writes to the model's tensors."""
-        if self.grafting is not None:
-            return self.grafting.nbytes
+        if self.differences is not None:
+            return self.written
         return sum(layer.nbytes for layer in self.layers)
 
     def raise_if_refused(self) -> None:
         """Raises a :class:`HotswapError` with all refusals, if there are any."""
         if self.refusals:
-            raise HotswapError(*self.refusals) from (self.grafting and self.grafting.cause)
+            raise HotswapError(*self.refusals) from self.cause
 
     @property
     def rows(self) -> list[tuple[str, int, str, str]]:

@@ -185,5 +185,5 @@ def _row(layer: LayerPlan, plan: Plan) -> PlanRow:
         f"{rank}, room for {min(room)}" if too_small else "-" if rank == "none" else rank,
         scaling,
         # where PEFT loads the adapter next to the model, the plan counts it all together
-        None if plan.refusals or plan.grafting else layer.nbytes,
+        None if plan.refusals or plan.differences is not None else layer.nbytes,
     )
