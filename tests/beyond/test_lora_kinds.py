@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapters import save_random_adapter_of
 from lengths import long
-from lora_kinds import ATTENTION, FAMILIES, LLAMA, MODELS, variant
+from lora_kinds import ATTENTION, LLAMA, MODELS, variant
 from models import Kind, call, load
 from oracle import assert_equals_fresh_load
 from peft import LoraConfig
@@ -125,25 +125,6 @@ def test_the_same_layers_of_the_base(tmp_path, name):
         model.peft_config["default"].layer_replication = ranges
         hotswap_adapter(model, new, "default")
         assert_equals_fresh_load(model, LLAMA, new, margin=10)
-
-
-def test_another_adapter_keeps_all_of_its_own(folders, tmp_path):
-    """Its DoRA, its saved modules and its config, while its neighbour goes through every kind."""
-    mine = save_random_adapter_of(
-        LoraConfig(r=3, target_modules=ATTENTION, use_dora=True, modules_to_save=["lm_head"]), tmp_path / "mine", 7
-    )
-    model = load(LLAMA, folders("DoRA")[0])
-    model.load_adapter(mine, "default_0")
-    # DoRA comes before BD-LoRA: the layers that its last adapter turns off have no bias after that
-    for name in ("modules_to_save", "VeLoRA", "DoRA", "BD-LoRA"):
-        for new in folders(name) if name in FAMILIES else ():
-            model.set_adapter("default")
-            model.requires_grad_(False)
-            hotswap_adapter(model, new, "default", add_layers=True)
-            assert_equals_fresh_load(model, LLAMA, new, margin=10)
-            model.set_adapter("default_0")
-            model.requires_grad_(False)
-            assert_equals_fresh_load(model, LLAMA, mine, "default_0", margin=10)
 
 
 KASA = variant("KasaConfig")

@@ -1,15 +1,14 @@
 """A stand-in for the Hugging Face Hub on this machine: real HTTP, real huggingface_hub, no network.
 
 Serves ``repositories[id][revision][file] -> bytes`` the way the Hub does as far as huggingface_hub looks: commits,
-small files directly, weights by a redirect to another host that takes Range requests, renamed and private and gated
-repositories, the list of models. And fails the way networks and servers do, where :attr:`faults` says so.
+small files directly, weights by a redirect to another host, private and gated repositories, the list of models. And
+fails the way networks and servers do, where :attr:`faults` says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,11 +24,10 @@ ABOUT = {"downloads": 0, "gated": False, "lastModified": "2025-01-31T12:00:00.00
 
 @dataclass
 class Fault:
-    """``kind``: a status, ``"hang"``, ``"cut"`` (half of what was asked for), or ``"empty"`` (none of it)."""
+    """``kind``: a status, ``"hang"``, or ``"cut"``: nothing of a large file comes."""
 
     kind: int | str
     commands: tuple[str, ...] = ("GET",)
-    times: int = 1000
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,6 @@ class StandInHub:
         #: who has this token sees the repository
         self.private: dict[str, str] = {}
         self.gated: set[str] = set()
-        #: new names by old ones
-        self.renamed: dict[str, str] = {}
         #: by a part of the path
         self.faults: dict[str, Fault] = {}
         self.log: list[Request] = []
@@ -114,8 +110,8 @@ class StandInHub:
         headers = {name.lower(): value for name, value in handler.headers.items()}
         request = Request(handler.command, unquote(path).strip("/"), parse_qs(query), headers)
         self.log.append(request)
-        fault = next((fault for part, fault in self.faults.items() if self._is_due(fault, part, request)), None)
-        kind = fault.kind if fault else None
+        due = [each for part, each in self.faults.items() if part in request.path and request.command in each.commands]
+        kind = due[0].kind if due else None
         if kind == "hang":
             self._released.wait(120)
             handler.close_connection = True
@@ -130,27 +126,15 @@ class StandInHub:
         elif request.path.startswith("storage/"):
             _, digest, name = request.path.split("/", 2)
             bodies = (files[name] for files in self._commits.values() if name in files)
-            self._send_range(handler, next(body for body in bodies if _sha256(body) == digest), kind)
+            body = next(body for body in bodies if _sha256(body) == digest)
+            self._send(handler, 200, {}, body, shown=0 if kind == "cut" else len(body))
         else:
             self._resolve(handler, request)
         if self.on_request:
             self.on_request(request)
 
-    @staticmethod
-    def _is_due(fault: Fault, part: str, request: Request) -> bool:
-        if part not in request.path or request.command not in fault.commands or not fault.times:
-            return False
-        # a large file is only cut where it is
-        if fault.kind in ("cut", "empty") and not request.path.startswith("storage/"):
-            return False
-        fault.times -= 1
-        return True
-
     def _find(self, handler: BaseHTTPRequestHandler, request: Request, repository: str, revision: str) -> str | None:
         """The commit of a revision; None if an answer was sent instead."""
-        if repository in self.renamed:
-            target = handler.path.replace(repository, self.renamed[repository], 1)
-            return self._send(handler, 307, {"Location": target})
         if not self._is_visible(repository, request):
             # for who may not see it, a private repository looks like one that isn't there
             return self._send(handler, 401, {"X-Error-Code": "RepoNotFound"})
@@ -204,15 +188,6 @@ class StandInHub:
                 file["lfs"] = {"sha256": _sha256(body), "size": len(body), "pointerSize": 132}
             siblings.append(file)
         return {**ABOUT, **self.about.get(repository, {}), "id": repository, "sha": commit, "siblings": siblings}
-
-    def _send_range(self, handler: BaseHTTPRequestHandler, body: bytes, fault: str | None) -> None:
-        wanted, headers = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "")), {}
-        if wanted:
-            start = int(wanted[1])
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            body = body[start:]
-        shown = {"cut": len(body) // 2, "empty": 0}.get(fault, len(body))
-        self._send(handler, 206 if wanted else 200, headers, body, shown)
 
     def _send(self, handler, status: int, headers: Mapping[str, str], body: bytes = b"", shown: int | None = None):
         handler.send_response(status)

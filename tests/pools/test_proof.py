@@ -52,33 +52,8 @@ class Noisy(nn.Module):
         return self.lin(nn.functional.dropout(x, 0.5)) * self.calls
 
 
-class Seen(nn.Module):
-    """Images go to the rows that say how many they have."""
-
-    def __init__(self):
-        super().__init__()
-        self.tower, self.embed, self.head = nn.Linear(6, 8), nn.Embedding(20, 8), nn.Linear(8, 6)
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def forward(self, input_ids, pixel_values, owners):
-        images = self.tower(pixel_values).mean(1)
-        x = self.embed(input_ids)
-        return self.head(torch.tanh(x + torch.zeros(len(x), 8).index_add(0, owners, images)[:, None]))
-
-
 TURNED = Kind(Turned, lambda: torch.randn(4, 4, 6), ("first", "last"))
 FLAT = Kind(Flat, lambda: torch.randn(4, 4, 6), ("first", "last"))
-SEEN = Kind(
-    Seen,
-    lambda: {
-        "input_ids": torch.randint(0, 20, (2, 3)),
-        "pixel_values": torch.randn(2, 5, 6),
-        "owners": torch.tensor([0, 1]),
-    },
-    ("tower", "head"),
-)
 
 
 def pool_for(kind: Kind, folder, rows: int = 4, **lora) -> tuple[AdapterPool, dict[str, str]]:
@@ -163,24 +138,6 @@ def test_flattened_tokens_are_blocks_of_a_row(tmp_path, ways):
     refused(r"a batch of 1(.|\n)*4 rows", call, compute, torch.randn(1, 4, 6))
     pool.assign(["b"])
     assert_close(call(compute, truth.inputs[:1]), call(load(FLAT, folders["b"]), truth.inputs[:1]))
-
-
-def test_images_are_not_rows(tmp_path, ways):
-    pool, folders = pool_for(SEEN, tmp_path, rows=2)
-    model, truth, wanted = ways(pool.model), Truth(SEEN, folders, SEEN.inputs()), ["a", "b"]
-    pool.assign(wanted)
-    both_in_the_first = truth.inputs | {"owners": torch.tensor([0, 0])}
-    # one for each row; then two for the first one: a proof of one batch says nothing of the next
-    truth.check(call(model, truth.inputs), wanted)
-    refused("at tower[.]", call, model, both_in_the_first)
-    truth.check(call(model, truth.inputs), wanted)
-    alone, heads = pool_for(SEEN, tmp_path / "head", rows=2, target_modules=["head"])
-    alone.assign(wanted)
-    model, calls = ways(alone.model), calls_of(alone.model)
-    for inputs in (truth.inputs, both_in_the_first, truth.inputs):
-        Truth(SEEN, heads, inputs).check(call(model, inputs), wanted)
-    if model is alone.model:
-        assert len(calls) == 3 + 3 + 1, "adapters where only tokens go need one proof, and a look at what feeds them"
 
 
 def test_everything_is_as_it_was_after_a_proof(tmp_path):

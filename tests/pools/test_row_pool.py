@@ -526,13 +526,6 @@ def test_an_update_in_a_mix_keeps_to_the_limit_of_memory(tmp_path):
     assert pool.nbytes <= limit
 
 
-def test_a_layer_scaled_by_hand_does_not_keep_the_pool_from_being_shown(pool, model):
-    pool.assign(["a", "b"])
-    lora_layers(model)[0].set_scale("default", 0.5)
-    assert pool.active is None
-    assert str(pool)
-
-
 @pytest.mark.parametrize("wrong", ["ab", {"a": 0.5, "b": 0.5}])
 def test_what_is_no_list_of_rows_is_not_taken_for_one(pool, wrong):
     with pytest.raises(TypeError, match="an adapter or a mix for each row"):

@@ -219,7 +219,6 @@ class Case:
         # where PEFT makes target_parameters of "all-linear", in mixtures of experts
         if any(LoraConfig.from_pretrained(each).target_parameters for each in self.folders.values()):
             self.structure = "any"
-        self.report.figures["families"] += 1
         self.reference = Reference(self.kind, self.folders)
         self.computing = self.model = load(self.kind, self.folders["a"], **loading).requires_grad_(False)
         self.members = {name: Member(name) for name in self.folders}
@@ -317,7 +316,6 @@ class Case:
                 swap, arguments = hotswap_adapter_from_state_dict, [new.tensors, "default", new.config]
             if self.done("a swap", swap, self.model, *arguments, **options):
                 self.now = self.all_have(name)
-                self.report.figures["swaps"] += 1
                 self.equals("a swap", name, prepared)
             strength = self.draw.choice([0.5, -2.0, 0.0])
             if self.structure == "plain" and self.done("a strength", set_strength, self.model, strength):
@@ -331,7 +329,6 @@ class Case:
         self.load_family(("plain", "plain", "dora"), **loading)
         for folder in self.draw.choices([*self.folders.values()], k=3):
             if self.done("a swap", hotswap_adapter, self.model, folder, "default", add_layers=True):
-                self.report.figures["swaps in half precision"] += 1
                 models = self.model, load(self.kind, folder, **loading)
                 actual, expected = (call(model, self.kind.inputs()).double() for model in models)
                 self.same("a swap", actual, expected, 0.05 if self.structure == "dora" else 0)
@@ -348,7 +345,6 @@ class Case:
                 return
         with forked(partial(call, self.model, self.kind.inputs())) as compute:
             if self.done("a swap", hotswap_adapter, self.model, self.folders["b"], "default"):
-                self.report.figures["swaps for another process"] += 1
                 expected = call(load(self.kind, self.folders["b"]), self.kind.inputs())
                 self.same(f"{way}: what another process computes", compute(), expected)
 
@@ -379,7 +375,6 @@ class Case:
                 copies = len(self.result) // count
                 for start, row in zip(itertools.count(0, copies), now.rows, strict=False):
                     expected = self.reference.loaded(row).generate(**inputs)
-                    self.report.figures["generated rows"] += copies
                     if not torch.equal(self.result[start : start + copies], expected[start : start + copies]):
                         self.wrong(f"{way} generate is wrong")
 
@@ -391,7 +386,6 @@ class Case:
             with contextlib.suppress(HotswapError), self.pool.using(name):
                 await asyncio.sleep(0)
                 actual = call(self.model, self.kind.inputs())
-                self.report.figures["answers of tasks"] += 1
                 self.same("an answer", actual, call(load(self.kind, self.folders[name]), self.kind.inputs()))
                 await asyncio.sleep(0)
 
@@ -422,7 +416,6 @@ class Case:
             if not self.is_right:  # what follows is wrong as well
                 return
             operation()
-            self.report.figures["pool operations"] += 1
             self.compare(f"after {operation.__name__}")
         if self.draw.random() < 0.3:
             self.move()

@@ -32,7 +32,6 @@ from hotswap_lab import (
     save_adapter,
     set_strength,
     verify_hotswap,
-    waiting_at_most,
 )
 from hotswap_lab import threads as turns
 from hotswap_lab.files import saving
@@ -122,14 +121,9 @@ def operation(name: str, *arguments: object):
     return note
 
 
-@operation("Adapter.load", False)
-@operation("Adapter.load of a .bin", True)
-def _load(is_bin, shelf):
+@operation("Adapter.load")
+def _load(shelf):
     folder = shelf(1, r=4)
-    if is_bin:
-        adapter, folder = Adapter.load(folder), shutil.copytree(folder, shelf.folder / "bin", dirs_exist_ok=True)
-        torch.save(dict(adapter.tensors), folder / "adapter_model.bin")
-        (folder / "adapter_model.safetensors").unlink()
     return lambda: Case(lambda: Adapter.load(folder), extra=lambda: files_in(folder), changes=False)
 
 
@@ -155,29 +149,17 @@ def _plan(action, shelf):
     return _on(lambda: _trained(old), lambda model: action(model, new), changes=False)
 
 
+FIRST = dict(r=4, target_modules=["first"])
+
+
 @operation("hotswap: copy", dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=3, lora_dropout=0.1), {})
-@operation(
-    "hotswap: resize and off",
-    dict(r=4),
-    dict(r=6, lora_alpha=3, target_modules=["first", "blocks.0"]),
-    {},
-)
-@operation(
-    "hotswap: prepared",
-    dict(r=6, lora_alpha=3),
-    dict(r=4, lora_dropout=0.1, target_modules=["first", "blocks.0"]),
-    dict(target_rank=8),
-)
-@operation("hotswap: add layers", dict(r=4, target_modules=["first"]), dict(r=6), dict(add_layers=True))
+@operation("hotswap: resize and off", dict(r=4), dict(r=6, lora_alpha=3, target_modules=["first", "blocks.0"]), {})
+@operation("hotswap: prepared", dict(r=6), dict(r=4, lora_dropout=0.1, target_modules=["first"]), dict(target_rank=8))
+@operation("hotswap: add layers", FIRST, dict(r=6), dict(add_layers=True))
 @operation("hotswap: DoRA", dict(r=4, use_dora=True), dict(r=3, use_dora=True, lora_alpha=5), {})
 @operation("hotswap: to DoRA", dict(r=4), dict(r=3, use_dora=True), {})
 @operation("hotswap: bias", dict(r=4), dict(r=4, bias="all"), {})
-@operation(
-    "hotswap: modules_to_save",
-    dict(r=4, target_modules=["first"]),
-    dict(r=4, target_modules=["first"], modules_to_save=["last"]),
-    {},
-)
+@operation("hotswap: modules_to_save", FIRST, FIRST | dict(modules_to_save=["last"]), {})
 def _swap(old_lora, new_lora, arguments, shelf):
     return _swap_case(shelf(1, **old_lora), shelf(2, **new_lora), **arguments)
 
@@ -251,16 +233,6 @@ def _prepare(shelf):
     return _on(make, prepare, check, extra=lambda: (mine.r, mine.rank_pattern))
 
 
-@operation("prepare: LoHa")
-def _prepare_loha(shelf):
-    old = shelf(1, LoHaConfig(r=3, target_modules=["first", "last"], module_dropout=0.1))
-    return _on(
-        lambda: _trained(old),
-        lambda model: prepare_model_for_compiled_hotswap(model, target_rank=5),
-        lambda model: assert_same_outputs(model.eval(), load(LINEAR, old), LINEAR),
-    )
-
-
 @operation("set_strength", None)
 @operation("set_strength: prepared", 4)
 def _strength(target_rank, shelf):
@@ -271,14 +243,12 @@ def _strength(target_rank, shelf):
     return _on(lambda: _trained(old, target_rank), lambda model: set_strength(model, 0.5), check)
 
 
-@operation("verify_hotswap", str)
-@operation("verify_hotswap of an Adapter", Adapter.load)
-def _verify(given, shelf):
+@operation("verify_hotswap")
+def _verify(shelf):
     new = shelf(2, r=6, lora_alpha=3)
-    adapter = given(new)
 
     def verify(model):
-        assert verify_hotswap(model, adapter, inputs=LINEAR.inputs())
+        assert verify_hotswap(model, new, inputs=LINEAR.inputs())
 
     return _on(lambda: _trained(new), verify, changes=False)
 
@@ -293,15 +263,6 @@ def _watch(shelf):
 
     listeners = lambda: len(callback_handler.start_callbacks)  # noqa: E731
     return lambda: Case(watch, extra=listeners, changes=False)
-
-
-@operation("waiting_at_most")
-def _waiting(shelf):
-    def wait():
-        with waiting_at_most(1):
-            pass
-
-    return lambda: Case(wait, changes=False)
 
 
 @operation("state_dict of a prepared model", lambda model: model.state_dict())
@@ -457,10 +418,7 @@ POOL: dict[str, tuple] = {
 #: the same with rows
 ROW_POOL: dict[str, tuple] = {
     "pool.assign": (lambda pool, new: pool.assign(WANTED, STRENGTHS), WANTED, STRENGTHS),
-    "pool.assign of a dropped adapter": (
-        lambda pool, new: pool.assign([None, "a", "dropped"]),
-        [None, "a", "dropped"],
-    ),
+    "pool.assign of a dropped adapter": (lambda pool, new: pool.assign(["a", "dropped", None]), ["a", "dropped", None]),
     "pool.assigned": (
         lambda pool, new: _in_block(pool, pool.assigned(WANTED, STRENGTHS)),
         *(BEFORE, [1.0, 0.5, 1.0], lambda pool, new: pool.assign(WANTED, STRENGTHS)),
@@ -558,36 +516,29 @@ def _small_pipelines(pipelines):
     return kind, pipelines.lora(kind, rank=4), pipelines.lora(kind, seed=2, rank=2, parts=fewer)
 
 
-@operation("hotswap_pipeline", False)
-@operation("hotswap_pipeline: prepared", True)
-def _swap_pipeline(prepared, shelf):
+@operation("hotswap_pipeline", "swap")
+@operation("hotswap_pipeline: prepared", "swap in a prepared one")
+@operation("prepare_pipeline", "prepare")
+def _pipeline(way, shelf):
     pipelines = _pipelines()
     kind, old, new = _small_pipelines(pipelines)
 
-    def case():
-        pipe = kind.loaded(dict(old))
-        if prepared:
-            hotswap_lab.prepare_pipeline_for_compiled_hotswap(pipe, [new])
-        return Case(
-            lambda: hotswap_lab.hotswap_pipeline(pipe, new, "style"),
-            (pipe.unet, pipe.text_encoder),
-            check=lambda: pipelines.assert_like_fresh(pipe, kind.loaded(dict(new)), kind),
-        )
+    def prepare(pipe):
+        hotswap_lab.prepare_pipeline_for_compiled_hotswap(pipe, [new], target_rank=7)
 
-    return case
+    def swap(pipe):
+        hotswap_lab.hotswap_pipeline(pipe, new, "style")
 
-
-@operation("prepare_pipeline")
-def _prepare_pipeline(shelf):
-    pipelines = _pipelines()
-    kind, old, new = _small_pipelines(pipelines)
+    action, expected = (prepare, old) if way == "prepare" else (swap, new)
 
     def case():
         pipe = kind.loaded(dict(old))
+        if "prepared" in way:
+            prepare(pipe)
         return Case(
-            lambda: hotswap_lab.prepare_pipeline_for_compiled_hotswap(pipe, [new], target_rank=7),
+            lambda: action(pipe),
             (pipe.unet, pipe.text_encoder),
-            check=lambda: pipelines.assert_like_fresh(pipe, kind.loaded(dict(old)), kind),
+            check=lambda: pipelines.assert_like_fresh(pipe, kind.loaded(dict(expected)), kind),
         )
 
     return case

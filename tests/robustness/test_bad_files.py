@@ -102,6 +102,7 @@ def test_good_folders(laboratory, seed, way):
 @pytest.mark.parametrize(
     ("seed", "damage"),
     [
+        ("linear", replaced(WEIGHTS, "link")),
         # what a config names is not read
         ("linear", with_config(auto_mapping={"base_model_class": "run", "parent_library": CANARY})),
         ("linear", with_config(base_model_name_or_path="/etc", revision="../../x")),
@@ -137,7 +138,7 @@ REFUSED: dict[str, tuple[str, Mutation, str] | tuple[str, Mutation, str, str]] =
     **{
         f"{name} is {kind}": ("linear", replaced(name, kind), NO_FILE)
         for name in (WEIGHTS, CONFIG)
-        for kind in ("pipe", "folder", "zero", "nowhere", "itself")
+        for kind in ("pipe", "folder", "zero", "null", "passwd", "empty", "nowhere", "itself")
     },
     # FileNotFoundError
     "a link to nowhere, in a pool": ("linear", replaced(CONFIG, "nowhere"), "Can't find", "pool"),
@@ -146,11 +147,7 @@ REFUSED: dict[str, tuple[str, Mutation, str] | tuple[str, Mutation, str, str]] =
         f"{each[:9]} as expression": ("linear", with_config(rank_pattern={each: 2}), "regular expression")
         for each in PATTERNS
     },
-    "a reference to no group": (
-        "DoRA",
-        with_config(layers_pattern=[r"\1"], layers_to_transform=[0]),
-        "regular expression",
-    ),
+    "a reference to no group": ("DoRA", with_config(layers_pattern=[r"\1"], layers_to_transform=[0]), "expression"),
     # OverflowError
     **{
         f"{name} larger than any float": ("linear", with_config(**{name: 10**400}), name)
@@ -187,6 +184,7 @@ REFUSED: dict[str, tuple[str, Mutation, str] | tuple[str, Mutation, str, str]] =
             *({KEY: torch.ones(6, 12).to_sparse()}, {KEY: torch.ones(6, 12, device="meta")}, {"a": {KEY: 1.0}}),
         )
     },
+    "a model to read": ("PromptTuning", with_config(peft_type="SHADOW", shadow_model="/etc"), ""),
     "a module to import": (
         "linear",
         with_config(megatron_config={"a": 1}, megatron_core=f"megatron.{CANARY}"),

@@ -171,25 +171,19 @@ SHORT = (swapping_in_a_pool, 2), (from_disk, 1)
 
 
 @pytest.mark.parametrize(
-    ("way", "swapping"),
-    # not two that set strengths: what one asks for, the other would change before another thread has computed with it
-    [*SHORT, long(at_a_strength, 1), *(long(*each) for each in STORMS if each not in SHORT)],
-)
-def test_no_output_is_torn(folders, way, swapping):
-    found = storm(folders, way, TIMES * (60 if way is from_disk else 200), swapping)
-    assert not found["torn"]
-    assert sum(count > 0 for count in found.values()) > 1, "nobody computed between two swaps"
-
-
-@pytest.mark.parametrize(
-    ("way", "backend"),
+    ("way", "swapping", "backend"),
     [
-        *(long(way, "aot_eager") for way in (swapping_in_a_pool, in_a_prepared_model, all_of_a_pool_with_rows)),
-        *(long(way, "inductor") for way in (swapping_in_a_pool, in_a_prepared_model)),
+        *((*each, None) for each in SHORT),
+        # not two that set strengths: one would change what the other asks for before a thread has computed with it
+        *(long(*each, None) for each in [(at_a_strength, 1), *STORMS] if each not in SHORT),
+        *(long(way, 2, "aot_eager") for way in (swapping_in_a_pool, in_a_prepared_model, all_of_a_pool_with_rows)),
+        *(long(way, 2, "inductor") for way in (swapping_in_a_pool, in_a_prepared_model)),
     ],
 )
-def test_no_output_of_a_compiled_model_is_torn(folders, way, backend):
-    assert not storm(folders, way, 100 * TIMES, swapping=2, backend=backend)["torn"]
+def test_no_output_is_torn(folders, way, swapping, backend):
+    found = storm(folders, way, TIMES * (60 if way is from_disk else 200), swapping, backend)
+    assert not found["torn"]
+    assert sum(count > 0 for count in found.values()) > 1, "nobody computed between two swaps"
 
 
 def test_without_taking_turns_outputs_are_torn(folders):

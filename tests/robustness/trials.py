@@ -24,7 +24,7 @@ from random import Random
 
 import torch
 from models import call, load
-from mutations import CANARY, LAST, Mutation
+from mutations import CANARY, Mutation
 from oracle import (
     assert_same,
     assert_same_outputs,
@@ -329,7 +329,7 @@ class Laboratory:
         folder = self.root / f"trial-{self.count}"
         shutil.copytree(self.root / "seeds" / seed / "new", folder)
         trial = Trial(seed, way)
-        for mutation, pick in sorted(mutations, key=lambda each: LAST.index(each[0]) if each[0] in LAST else -1):
+        for mutation, pick in mutations:
             try:
                 trial.done.append(f"{mutation.__name__} ({mutation(folder, pick)})")
             except Exception as error:  # an earlier mutation has left nothing to damage in this way
