@@ -28,6 +28,7 @@ from hotswap_lab import (
     AdapterPool,
     HotswapError,
     ModelInUseError,
+    commit,
     hotswap_adapter,
     in_use,
     plan_hotswap,
@@ -163,7 +164,8 @@ def test_a_model_that_was_compiled_inside_is_still_the_same_model(model, folders
     assert plan.slot.room is not None
 
 
-def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path):
+@pytest.mark.parametrize("operation", [hotswap_adapter, lambda *given: commit(plan_hotswap(*given))])
+def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path, operation):
     """LoRA on a parameter takes modules of the base away while it computes."""
     kind = ARCHITECTURES["mixtral"]
     targets = dict(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
@@ -182,7 +184,7 @@ def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path):
     handle = experts.get_base_layer().register_forward_pre_hook(hold)
     computing = start(compute)
     assert entered.wait(30)
-    swap = start(hotswap_adapter, model, new, "default")
+    swap = start(operation, model, new, "default")
     leave.set()
     for each in (computing, swap):
         each.result(30)

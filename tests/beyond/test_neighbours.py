@@ -293,15 +293,6 @@ def test_a_plan_is_for_the_model_as_it_was(tmp_path, name, change):
         assert_equals_fresh_load(model, LLAMA, folders[0], margin=10, prepared=True, is_trainable=True)
 
 
-def test_a_plan_from_before_more_room_was_made(tmp_path):
-    folders = _save(tmp_path, *METHODS["LoRA"])
-    model = load(LLAMA, folders[0])
-    prepare_model_for_compiled_hotswap(model, target_rank=8)
-    plan = plan_hotswap(model, folders[1])
-    prepare_model_for_compiled_hotswap(model, target_rank=16)
-    refused("The model has changed since this swap was planned", commit, plan)
-
-
 def test_a_plan_of_another_method_compares_with_what_is_there_now(tmp_path):
     folders = _save(tmp_path, *METHODS["LoHa"])
     model = load(LLAMA, folders[0], is_trainable=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 
-from hotswap_lab import HotswapError, demo, hotswap_adapter
+from hotswap_lab import demo, hotswap_adapter
 
 KEYS = {
     "diffusers": "unet.down_blocks.0.attn.to_q.lora_A.weight",
@@ -35,6 +36,5 @@ def test_other_files_are_not_taken_for_one(tmp_path):
 
 def refusal(source) -> str:
     model, _ = demo.load("reverse")
-    with pytest.raises(HotswapError, match=r"Can't find 'adapter_config\.json'") as error:
-        hotswap_adapter(model, source, "default")
-    return error.value.refusals[0].next_step
+    error = refused(r"Can't find 'adapter_config\.json'", hotswap_adapter, model, source, "default")
+    return error.refusals[0].next_step

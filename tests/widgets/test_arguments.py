@@ -45,6 +45,7 @@ def test_a_pool_has_its_adapters(pool, loaded):
 def test_a_plan_is_for_one_adapter(loaded):
     plan = plan_hotswap(loaded[0], FOLDERS["sort"])
     refused("for one adapter already", PlanView, plan, FOLDERS["reverse"])
+    refused("no plan to show", PlanView, loaded[0])
     view = PlanView(plan)
     view.search = None
     assert len(view.rows) == len(plan.layers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from peft import IA3Config, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from refusals import refused
 
 from hotswap_lab import Adapter, demo, plan_hotswap, prepare_model_for_compiled_hotswap
 from hotswap_lab.lessons import beyond
@@ -101,8 +100,3 @@ def test_static_form_is_limited(view, monkeypatch):
     assert "... and 23 more layers: search for them" in str(view)
     assert view.to_html().count("<tr>") == 6
     assert len(view.rows) == 28
-
-
-def test_what_it_needs():
-    model, _ = demo.load("reverse")
-    refused("no plan to show", PlanView, model)

@@ -23,27 +23,6 @@ def folders(*names):
     return {name: demo.adapter_path(name) for name in names}
 
 
-def unprepared():
-    model, _ = demo.load("reverse")
-    compiled = torch.compile(model, backend="eager", dynamic=False)
-    inputs = model.get_base_model().dummy_inputs
-    return RecompileMeter(compiled, adapters=folders("reverse", "vowels_up", "double"), inputs=inputs)
-
-
-@pytest.mark.long
-def test_calls_swaps_and_recompiles():
-    with unprepared() as meter, torch.no_grad():
-        meter.visit("reverse", "vowels_up", calls=2)
-        assert (meter.calls, meter.swaps, meter.watch.compiles, meter.watch.recompiles) == (4, 2, 1, 0)
-        meter.visit("double", calls=2)
-        assert (meter.calls, meter.swaps, meter.watch.recompiles) == (6, 3, 1)
-    assert "has another shape" in meter.watch.reasons[0] or "Python number" in meter.watch.reasons[0]
-    assert str(meter) == "RecompileMeter: 6 calls, 3 swaps, 1 compiled, 1 recompile"
-    text = meter.figure().text
-    assert "6 calls, 2 swaps" in text  # the first label is where the picture begins
-    assert "double" in text
-
-
 def test_reasons_are_listed_and_after_close_nothing_is_counted():
     function = torch.compile(lambda x, factor: x * factor, backend="eager", dynamic=False)
     with RecompileMeter(function) as meter:

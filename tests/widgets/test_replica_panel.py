@@ -7,7 +7,6 @@ import re
 import threading
 import time
 import urllib.error
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -112,20 +111,10 @@ def test_a_server_that_does_not_answer_may_do_so_again(replicas):
         panel.look()
 
 
-def test_at_an_address(replicas):
-    class Health(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path == "/healthz" else 404)
-            self.end_headers()
-            self.wfile.write(json.dumps({"replicas": replicas}).encode())
-
-        def log_message(self, *_):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Health) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        panel = ReplicaPanel.at(f"http://127.0.0.1:{server.server_port}", every=3)
-        panel.look()
+def test_at_an_address(replicas, tmp_path):
+    (tmp_path / "healthz").write_text(json.dumps({"replicas": replicas}))
+    panel = ReplicaPanel.at(tmp_path.as_uri(), every=3)
+    panel.look()
     assert (panel.summary, panel.every) == ("2 replicas", 3)
 
 

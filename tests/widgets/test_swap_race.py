@@ -51,20 +51,3 @@ def test_stop():
     assert race.report is None
     assert race.error is None
     assert torch.get_num_threads() == threads
-
-
-def test_errors_are_shown(monkeypatch):
-    def broken(settings):
-        raise RuntimeError("no <memory>")
-
-    monkeypatch.setattr("hotswap_lab.bench.make_base", broken)
-    race = SwapRace("tiny")
-    race.box  # noqa: B018
-    race.start()
-    assert race.wait(60)
-    assert "no &lt;memory&gt;" in race._status.value
-    monkeypatch.undo()
-    race.settings = SwapRace("tiny", rank=2, n=1).settings
-    race.run()
-    assert race.ok
-    assert "alert" not in race._status.value

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
 from faults import list_steps, run_with_fault
 from refusals import refused
 
-from hotswap_lab import AdapterPool, HotswapError, demo, in_use
+from hotswap_lab import AdapterPool, demo, in_use
 from hotswap_lab.widgets import RecompileMeter, SwapPanel, View
 from hotswap_lab.widgets.clicks import Clicks
 
@@ -76,7 +78,7 @@ def running():
     panel = make()
     panel.active = "reverse"
     gate = panel.generate = Gate(panel)
-    panel.start()
+    button(panel, "reverse").click()
     assert gate.entered.wait(SOON)
     yield panel, gate
     gate.leave.set()
@@ -102,6 +104,7 @@ CLICKS = {
         "then adapter sort",
         ["reverse at 1", "sort at 1"],
     ),
+    "the same one": (lambda panel: button(panel, "reverse").click(), "busy", ["reverse at 1"]),
     "the slider": (lambda panel: _slide(panel, 0.4, 0.5), "then strength 0.5", ["reverse at 1", "reverse at 0.5"]),
     "the slider, and back": (lambda panel: _slide(panel, 0.5, 1.0), "busy", ["reverse at 1"]),
     "the slider, and stop": (lambda panel: (_slide(panel, 0.5), panel._stop_button.click()), "busy", ["reverse at 1"]),
@@ -124,20 +127,6 @@ def test_the_last_click_during_a_run_comes_next(running, pure, what):
         assert [run.result for run in (panel.before, panel.after) if run] == runs
     if what == "two buttons":
         assert fingerprint(panel) == pure["pool", "sort"]
-
-
-def test_a_double_click_runs_once(running):
-    panel, gate = running
-    gate.leave.set()
-    assert panel.wait(SOON)
-    gate.entered.clear()
-    gate.leave.clear()
-    button(panel, "shout").click()
-    assert gate.entered.wait(SOON)
-    button(panel, "shout").click()
-    gate.leave.set()
-    assert panel.wait(SOON)
-    assert gate.calls == ["reverse at 1", "shout at 1"]
 
 
 def test_a_refresh_is_no_click(running, monkeypatch):
@@ -174,40 +163,14 @@ def test_what_is_shown_last_is_the_last_state():
 
     view = Slow()
     view.box  # noqa: B018
-    threads = [threading.Thread(target=view._changed) for _ in range(2)]
-    threads[0].start()
-    assert read.wait(SOON)
-    view._now = "ready"
-    threads[1].start()
-    threads[1].join(0.1)
-    go_on.set()
-    for thread in threads:
-        thread.join(SOON)
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(view._changed)
+        assert read.wait(SOON)
+        view._now = "ready"
+        threads.submit(view._changed)
+        time.sleep(0.1)
+        go_on.set()
     assert view.shown == "ready"
-
-
-@pytest.mark.parametrize("kind", ["pool", "model"])
-def test_two_threads_choose_at_once(kind, pure):
-    panel = make(kind)
-    for _ in range(10):
-        start, refused = threading.Barrier(2), []
-
-        def choose(name, start=start, refused=refused):
-            start.wait(SOON)
-            try:
-                panel.choose(name)
-            except HotswapError as error:
-                refused.append((name, str(error)))
-
-        threads = [threading.Thread(target=choose, args=(name,)) for name in ("sort", "shout")]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(SOON)
-        assert len(refused) < 2
-        assert all("This widget is busy." in message for _, message in refused)
-        assert fingerprint(panel) == pure[kind, panel.active]
-        assert panel.active in {"sort", "shout"} - {name for name, _ in refused}
 
 
 def test_a_click_that_comes_late_does_not_count(monkeypatch):
@@ -236,34 +199,19 @@ def test_a_swap_from_elsewhere_waits_for_the_run(running, pure):
     assert fingerprint(panel) == pure["pool", "shout"]
 
 
-@pytest.fixture(params=["pool", "model"])
-def computing(request):
-    """A panel for a model with which another thread computes, until it is told to end."""
-    panel = make(request.param)
-    panel.active = "reverse"
-    entered, leave = threading.Event(), threading.Event()
-
-    def compute():
-        with in_use(panel._switch.model):
-            entered.set()
-            assert leave.wait(SOON)
-
-    thread = threading.Thread(target=compute)
-    thread.start()
-    assert entered.wait(SOON)
-    yield panel, leave, request.param
-    leave.set()
-    thread.join(SOON)
-
-
 @pytest.mark.parametrize("is_called_off", [False, True])
-def test_a_click_waits_for_a_thread_that_computes_and_says_so(computing, pure, is_called_off):
-    panel, leave, kind = computing
-    button(panel, "shout").click()
-    assert not panel.wait(1.2)  # longer than it waits at a time
-    assert "swapping shout in, as soon as no other thread computes with the model" in panel._status.value
-    assert fingerprint(panel) == pure[kind, "reverse"]
-    (panel._stop_button.click if is_called_off else leave.set)()
+@pytest.mark.parametrize("kind", ["pool", "model"])
+def test_a_click_waits_for_a_thread_that_computes_and_says_so(kind, pure, is_called_off):
+    panel = make(kind)
+    panel.active = "reverse"
+    with in_use(panel.model):
+        button(panel, "shout").click()
+        assert not panel.wait(1.2)  # longer than it waits at a time
+        assert "swapping shout in, as soon as no other thread computes with the model" in panel._status.value
+        assert fingerprint(panel) == pure[kind, "reverse"]
+        if is_called_off:
+            panel._stop_button.click()
+            assert panel.wait(SOON)
     assert panel.wait(SOON)
     assert panel.error is None
     assert panel.active == ("reverse" if is_called_off else "shout")
