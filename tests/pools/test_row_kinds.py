@@ -89,6 +89,52 @@ def test_each_row_is_as_a_fresh_load(trio):
     assert_close(call(model, truth.inputs), truth.of({"a": 0.7, "b": 0.3}))
 
 
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=40,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    model = T5ForConditionalGeneration(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)  # or it says the same whatever adapter it has
+    return model
+
+
+def test_generate(tmp_path):
+    """Several answers for each row, by beams, after an encoder. Other ways: ``robustness/test_architectures.py``."""
+    kind = Kind(t5, _ids, ("q", "k", "v", "o", "wi", "wo"))
+    folders, wanted = family(kind, tmp_path), ["a", "b", None, "d", {"a": 0.7, "d": 0.6}, "b"]
+    options = dict(max_new_tokens=6, min_new_tokens=6, pad_token_id=0, num_beams=4, num_return_sequences=2)
+
+    def logits(model, inputs):
+        return call(model, inputs | {"decoder_input_ids": inputs["input_ids"]})
+
+    truth = Truth(kind, folders, kind.inputs(), logits)
+
+    def ask(model):
+        with torch.no_grad():
+            return model.generate(**truth.inputs, **options).split(2)
+
+    expected, base = [], ask(kind.base())
+    for number, each in enumerate(wanted):
+        weights = {each: 1.0} if isinstance(each, str) else each
+        expected.append(ask(truth.model(tuple(weights.items())))[number] if weights else base[number])
+    assert sum(not torch.equal(one, two) for one, two in zip(expected, base, strict=True)) >= 4
+    pool = AdapterPool(load(kind, folders["a"]), adapters=folders, rows=ROWS, target_rank=14, progress=False)
+    pool.assign(wanted)
+    for _ in range(2):  # the second time, an encoder comes after a forward with repeated rows
+        assert torch.equal(torch.cat(ask(pool.model)), torch.cat(expected))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, long(torch.float16)])
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv2d"])
 def test_half_precision(name, dtype, tmp_path):

@@ -210,18 +210,17 @@ def _prepare(shelf):
     """Two adapters, one of them on a layer that the other lacks, and a family that adds a third layer."""
     first = shelf(1, r=4, target_modules=["first", "last"])
     second = shelf(2, r=6, target_modules=["last", "blocks.0"])
-    mine = LoraConfig(r=3)
 
     def make():
-        mine.r, mine.rank_pattern = 3, {}
         model = load(LINEAR, first, is_trainable=True)
+        model.mine = LoraConfig(r=3)
         model.load_adapter(second, "second")
         model(LINEAR.inputs()).sum().backward()
         return model
 
     def prepare(model):
         family = [LoraConfig(r=8, target_modules=["blocks.1"]), LoraConfig.from_pretrained(second)]
-        prepare_model_for_compiled_hotswap(model, target_rank=9, adapters=family, config=mine)
+        prepare_model_for_compiled_hotswap(model, target_rank=9, adapters=family, config=model.mine)
 
     def check(model):
         for name, folder in (("default", first), ("second", second)):
@@ -230,7 +229,7 @@ def _prepare(shelf):
             slot = hotswap_lab.resolve_slot(model, name)
             assert {tensor.capacity for tensor in slot.tensors} == {9}
 
-    return _on(make, prepare, check, extra=lambda: (mine.r, mine.rank_pattern))
+    return _on(make, prepare, check)
 
 
 @operation("set_strength", None)

@@ -184,7 +184,6 @@ REFUSED: dict[str, tuple[str, Mutation, str] | tuple[str, Mutation, str, str]] =
             *({KEY: torch.ones(6, 12).to_sparse()}, {KEY: torch.ones(6, 12, device="meta")}, {"a": {KEY: 1.0}}),
         )
     },
-    "a model to read": ("PromptTuning", with_config(peft_type="SHADOW", shadow_model="/etc"), ""),
     "a module to import": (
         "linear",
         with_config(megatron_config={"a": 1}, megatron_core=f"megatron.{CANARY}"),

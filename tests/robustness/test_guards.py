@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lengths import few_of
 from models import load
 
 from hotswap_lab import Adapter, HotswapError, hotswap_adapter, verify_hotswap
-from hotswap_lab.beyond.guards import MemoryGuard, TooLargeError, memory_guard
+from hotswap_lab.beyond.guards import MemoryGuard, TooLargeError, memory_guard, take_out
 
 #: ways to make a tensor, or a module with tensors
 WAYS = {
@@ -52,6 +53,14 @@ def test_a_method_may_take_what_it_needs(dtype):
     base = torch.nn.Linear(2048, 8192, bias=False, dtype=dtype, device="meta")
     own = [torch.empty(10**8, device="meta")]
     assert memory_guard(base, own).limit > (8 + 12) * base.weight.numel() + own[0].nbytes
+
+
+def test_what_a_prompt_starts_from_is_not_read():
+    config = SimpleNamespace(prompt_tuning_init="TEXT")
+    assert take_out(config) == {"prompt_tuning_init": "TEXT"}
+    assert config.prompt_tuning_init == "RANDOM"
+    with pytest.raises(ValueError, match="names a model"):
+        take_out(SimpleNamespace(shadow_model="user/model"))
 
 
 @pytest.mark.parametrize("compiler", [None, "g++"])
