@@ -170,12 +170,12 @@ SHARED = {
     "IA3": (LLAMA, _ia3(["down_proj"]), _ia3(["down_proj"]), _ia3([]), "found: "),
     "RandLora": (LLAMA, *RANDLORA, "found: "),
     "AdaptionPrompt": (LLAMA, *[PROMPT] * 3, "found: "),
-    "biases": (MODELS["bert"], QUERY, VALUE, _lora(target_modules=["query"], bias="all"), "other adapters go by, too"),
+    "biases": (MODELS["bert"], QUERY, VALUE, _lora(target_modules=["query"], bias="all"), "other adapters use, too"),
 }
 
 
 @pytest.mark.parametrize("what", SHARED)
-def test_what_other_adapters_go_by_is_not_changed(tmp_path, what):
+def test_what_other_adapters_use_is_not_changed(tmp_path, what):
     """Some methods keep a flag or a table on the layer for all adapters; biases of the base are for all of them."""
     kind, *configs, match = SHARED[what]
     first, second, new = _save(tmp_path, *configs, kind=kind)

@@ -15,6 +15,7 @@ from PIL import Image
 from refusals import refused
 
 from hotswap_lab import Adapter, AdapterPool, demo, get_strength, hotswap_adapter, verify_hotswap
+from hotswap_lab.demo import digits
 from hotswap_lab.widgets import SwapPanel
 from hotswap_lab.widgets.results import Run
 from hotswap_lab.widgets.text import text_stream
@@ -248,13 +249,13 @@ def test_errors_are_shown_in_full_and_break_nothing(either):
 
 def test_a_refused_swap_leaves_model_and_panel_as_they_were():
     model, tokenizer = demo.load("pig_latin")
-    adapters = folders("pig_latin", "caesar")
+    adapters = folders("pig_latin") | {"a picture's": digits.adapter_path("inverted")}
     panel = SwapPanel(model, tokenizer=tokenizer, template="{}>", adapters=adapters, prompt=WORD)
     panel.choose("pig_latin")
-    click(panel, "caesar")
+    click(panel, "a picture's")
     assert "expected: tensors only for layers of the loaded adapter" in panel._status.value
     assert panel.active == "pig_latin"
-    refused(None, setattr, panel, "active", "caesar")
+    refused(None, setattr, panel, "active", "a picture's")
     refused("no adapter called", setattr, panel, "active", "nobody")
     assert panel.run() == "otswaphay"
 
