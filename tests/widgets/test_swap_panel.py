@@ -249,7 +249,7 @@ def test_errors_are_shown_in_full_and_break_nothing(either):
 
 def test_a_refused_swap_leaves_model_and_panel_as_they_were():
     model, tokenizer = demo.load("pig_latin")
-    adapters = folders("pig_latin") | {"a picture's": digits.adapter_path("inverted")}
+    adapters = folders("pig_latin") | {"a picture's": digits.path("inverted")}
     panel = SwapPanel(model, tokenizer=tokenizer, template="{}>", adapters=adapters, prompt=WORD)
     panel.choose("pig_latin")
     click(panel, "a picture's")
