@@ -1,5 +1,7 @@
 """The public functions against the oracle: whatever was loaded, after the swap it is a fresh load of the new one.
 
+An error leaves the old adapter or the new one, whole; faults at every step are in ``robustness/test_faults.py``.
+
 A test is a way to get there and one comparison. The tables say what is loaded, in which state the model is, what comes
 in and how, and what is done afterwards.
 """
@@ -8,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +19,9 @@ from pathlib import Path
 import peft.utils.hotswap as peft_hotswap
 import pytest
 import torch
+from adapters import save_random_adapter_of
 from lengths import few_of
-from models import KINDS, Kind, call, load, lora_layers, randomize, save_family
+from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, randomize, save_family
 from mutations import KEY, odd
 from oracle import (
     assert_equals,
@@ -33,7 +38,16 @@ from refusals import refused
 from torch import nn
 
 import hotswap_lab
-from hotswap_lab import Adapter, hotswap_adapter, hotswap_adapter_from_state_dict, resolve_slot
+from hotswap_lab import (
+    Adapter,
+    commit,
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    resolve_slot,
+)
+from hotswap_lab.core.journal import Journal
 
 LINEAR, LLAMA = KINDS["linear"], KINDS["llama"]
 
@@ -503,3 +517,85 @@ def test_the_engine_never_calls_pefts_hotswap():
         if "peft.utils.hotswap import" in path.read_text() or "import peft.utils.hotswap" in path.read_text()
     }
     assert users <= {"bench"}  # measures PEFT's beside ours
+
+
+# ---- all or nothing
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers as Unix has them")
+def test_a_regular_expression_that_takes_for_ever_can_be_ended(tmp_path):
+    """It holds the interpreter, so that no other thread could press anything; the signal comes all the same."""
+    old, new = save_family(KINDS["llama"], tmp_path, dict(r=4), dict(r=4))
+    config = json.loads(Path(new, "adapter_config.json").read_text())
+    Path(new, "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {r"([\w.]+)+!": 2}}))
+    model = load(KINDS["llama"], old)
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with untouched(model), pytest.raises(KeyboardInterrupt):
+            hotswap_adapter(model, new, "default")
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+
+
+@pytest.mark.usefixtures("python_sigint")
+def test_an_interrupted_roll_back_is_completed():
+    table = {"a": 1, "b": 2}
+    journal = Journal()
+    journal.set_item(table, "a", 10)
+    journal.record(lambda: signal.raise_signal(signal.SIGINT))
+    journal.set_item(table, "b", 20)
+    with pytest.raises(KeyboardInterrupt):
+        journal.roll_back()
+    assert table == {"a": 1, "b": 2}
+
+
+def train(model) -> None:
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    model(LINEAR.inputs()).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def merge(model) -> None:
+    model.merge_adapter()
+
+
+def convert_where_it_is_prepared(model) -> None:
+    model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("change", [train, merge, convert_where_it_is_prepared])
+def test_a_kept_plan_notices_what_was_done_since(tmp_path, change):
+    folders = save_family(LINEAR, tmp_path, dict(r=4), dict(r=4))
+    model = load(LINEAR, folders[0], is_trainable=True)
+    if change is convert_where_it_is_prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    plan = plan_hotswap(model, folders[1])
+    change(model)
+    refused("has changed since this swap was planned", commit, plan)
+    if change is train:
+        commit(plan_hotswap(model, folders[1]))
+        assert_equals_fresh_load(model, LINEAR, folders[1], is_trainable=True)
+
+
+def test_a_plan_that_was_refused_can_not_be_committed(tmp_path):
+    old, new = save_family(LINEAR, tmp_path, dict(r=4, target_modules=["first"]), dict(r=6))
+    plan = plan_hotswap(load(LINEAR, old), new)
+    assert not plan.ok
+    refused("unexpected keys", commit, plan)
+
+
+def test_a_plan_keeps_the_base_weights_that_it_was_given(tmp_path):
+    """The loaded adapter has overwritten biases of the base model, whose own ones only the caller has."""
+    bert = ARCHITECTURES["bert"]
+    configs = (LoraConfig(target_modules=["query"], bias="all"), LoraConfig(target_modules=["query"]))
+    biased, plain = (save_random_adapter_of(each, tmp_path / f"{n}", n, bert) for n, each in enumerate(configs))
+    model = load(bert, biased)
+    commit(plan_hotswap(model, plain, base_weights=bert.base().state_dict()))
+    assert_equals_fresh_load(model, bert, plain)
+
+
+def test_what_is_no_plan_is_named():
+    with pytest.raises(TypeError, match="got a str"):
+        commit("an/adapter")
