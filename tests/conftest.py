@@ -1,5 +1,6 @@
 """Shared set-up: no network, one thread for each worker, what is long, and no chapter 05 where its model is nowhere."""
 
+import functools
 import os
 import signal
 import tempfile
@@ -107,6 +108,20 @@ def model(sources):
 @pytest.fixture
 def pool(model, sources):
     return AdapterPool(model, adapters=sources, progress=False)
+
+
+@pytest.fixture(scope="session")
+def method_folders(tmp_path_factory):
+    """Adapters of every method and of every kind of LoRA by name, each saved when it is first asked for."""
+    from adapters import METHODS, save_random_adapter_of
+
+    @functools.cache
+    def folders_of(name: str) -> list[str]:
+        root, (kind, configs) = tmp_path_factory.mktemp("adapters"), METHODS[name]
+        numbered = enumerate(configs)
+        return [save_random_adapter_of(each, root / str(number), number + 1, kind) for number, each in numbered]
+
+    return folders_of
 
 
 @pytest.fixture

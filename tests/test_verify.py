@@ -91,10 +91,9 @@ def test_base_weights_that_no_output_depends_on(tmp_path):
 
 #: what of the package may run in the oracle: what finds an adapter, reads names, and guards against side effects
 ASKED = {
-    *("verify", "threads", "core.guard", "core.host", "core.compiled", "core.interrupts", "core.journal"),
-    *("core.sources", "files.search", "files.hub", "files.saving", "files.state_dicts", "beyond.shards"),
-    *("beyond.guards", "beyond.stand_in", "beyond.wrappers", "core.prepared", "core.lora"),
-    *("core.parts", "core.methods", "beyond.kinds", "beyond.door"),
+    *("verify", "compat", "threads", "core.engine", "core.host", "core.compiled", "core.journal", "core.slot"),
+    *("core.tensors", "core.wrappers", "core.prepared", "core.lora", "beyond.lora", "beyond.shards", "beyond.guards"),
+    *("beyond.stand_in", "files.reading", "files.sources", "files.hub", "files.saving", "files.state_dicts"),
 }
 
 

@@ -32,8 +32,8 @@ MALFORMED = [
 
 
 @pytest.fixture
-def adapters(folders) -> dict[str, Adapter]:
-    return {"LoRA": Adapter.load(folders("DoRA")[2]), "RandLora": Adapter.load(folders("RandLora")[0])}
+def adapters(method_folders) -> dict[str, Adapter]:
+    return {"LoRA": Adapter.load(method_folders("DoRA")[2]), "RandLora": Adapter.load(method_folders("RandLora")[0])}
 
 
 @pytest.mark.parametrize(("method", "changes", "match"), MALFORMED)

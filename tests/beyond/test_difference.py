@@ -15,8 +15,8 @@ GROWING = {"LoHa": (2, 0), "modules_to_save": (2, 0), "trainable tokens": (3, 0)
 
 
 @pytest.fixture(params=GROWING)
-def growing(request, folders):
-    return [folders(request.param)[number] for number in GROWING[request.param]]
+def growing(request, method_folders):
+    return [method_folders(request.param)[number] for number in GROWING[request.param]]
 
 
 def test_what_is_added_while_adapters_are_disabled_is_disabled(growing):

@@ -73,10 +73,10 @@ def compare(name: str, model, folder: str, **options) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
-def test_every_pair(folders, name):
+def test_every_pair(method_folders, name):
     kind, _ = METHODS[name]
     originals = overwritten(name)
-    for old, new in itertools.product(folders(name), repeat=2):
+    for old, new in itertools.product(method_folders(name), repeat=2):
         model = load(kind, old)
         call(model, kind.inputs())  # whatever a method caches is cached now
         hotswap_adapter(model, new, "default", add_layers=True, base_weights=originals)
@@ -86,9 +86,9 @@ def test_every_pair(folders, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_there_and_back(folders, name, tmp_path):
+def test_there_and_back(method_folders, name, tmp_path):
     """One walk answers for a method: equal there and back, saved, verified, damaged files refused, values in place."""
-    (kind, configs), (first, second, *others) = METHODS[name], folders(name)
+    (kind, configs), (first, second, *others) = METHODS[name], method_folders(name)
     is_lora, originals = name in FAMILIES, overwritten(name)
     base, options = (kind.base, {}) if is_lora else (None, dict(is_trainable=name not in UNTRAINABLE))
     model = load(kind, first, **options)
@@ -168,8 +168,8 @@ def test_a_scale_that_the_user_set_is_gone_after_the_swap(tmp_path, name):
                 layer.set_scale("default", 0.5)
 
 
-def test_what_is_refused(folders):
+def test_what_is_refused(method_folders):
     """Another method than the loaded one, in PEFT's words."""
-    model = load(LLAMA, folders("LoHa")[0])
+    model = load(LLAMA, method_folders("LoHa")[0])
     with untouched(model), pytest.raises(ValueError, match="Incompatible PEFT types found: LOHA and LOKR"):
-        hotswap_adapter(model, folders("LoKr")[0], "default")
+        hotswap_adapter(model, method_folders("LoKr")[0], "default")

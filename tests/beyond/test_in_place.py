@@ -28,9 +28,9 @@ LORA, DORA = (LoraConfig(r=4, target_modules=ATTENTION, use_dora=dora) for dora 
 HEAD = LoraConfig(r=4, target_modules=ATTENTION, modules_to_save=["lm_head"])
 
 
-def test_nothing_is_copied_and_nothing_stays(folders):
+def test_nothing_is_copied_and_nothing_stays(method_folders):
     """The base's parameters are the same objects in the same memory; what PEFT loaded beside them is gone."""
-    old, new, *_ = folders("VBLoRA")
+    old, new, *_ = method_folders("VBLoRA")
     base = LLAMA.base()
     own = {name: (id(each), each.data_ptr()) for name, each in base.named_parameters()}
     model = PeftModel.from_pretrained(base, old).eval()
@@ -49,9 +49,9 @@ def test_nothing_is_copied_and_nothing_stays(folders):
 
 
 @pytest.mark.parametrize("name", few_of(["LoHa", "OFT", "IA3", "VeRA", "LNTuning", "HRA", "SEQ_CLS"], ["IA3"]))
-def test_in_a_compiled_model_values_change_and_nothing_else(folders, tmp_path, name):
+def test_in_a_compiled_model_values_change_and_nothing_else(method_folders, tmp_path, name):
     """The same config: no recompile. Another one: refused, untouched, since the graph would have to change."""
-    (kind, configs), (first, *_, other) = METHODS[name], folders(name)
+    (kind, configs), (first, *_, other) = METHODS[name], method_folders(name)
     same = save_random_adapter_of(configs[0], tmp_path / "same", 9, kind)
     torch._dynamo.reset()
     model = torch.compile(load(kind, first), backend="aot_eager")
@@ -71,15 +71,15 @@ def test_a_prepared_model_takes_plain_lora_only(tmp_path, new):
     refused("can't be done in a prepared model", hotswap_adapter, model, new, "default")
 
 
-def test_a_merged_adapter_stays(folders):
-    old, new, _ = folders("LoHa")
+def test_a_merged_adapter_stays(method_folders):
+    old, new, _ = method_folders("LoHa")
     model = load(LLAMA, old)
     model.merge_adapter()
     refused("'default' because it is currently merged into", hotswap_adapter, model, new, "default")
 
 
-def test_strengths_and_pools_are_for_lora(folders):
-    (loha, other, *_), (dora, *_) = folders("LoHa"), folders("DoRA")
+def test_strengths_and_pools_are_for_lora(method_folders):
+    (loha, other, *_), (dora, *_) = method_folders("LoHa"), method_folders("DoRA")
     model = load(LLAMA, loha)
     refused("A pool is for adapters of type LORA", AdapterPool, model, adapters={"new": other}, progress=False)
     refused("strength of 'default' can't be set", set_strength, model, 0.5)
@@ -88,9 +88,9 @@ def test_strengths_and_pools_are_for_lora(folders):
     refused("Incompatible PEFT types found: LORA and LOHA", pool.add, "loha", loha)
 
 
-def test_injected_adapters(folders):
+def test_injected_adapters(method_folders):
     """Without a PeftModel: in the model itself, as transformers' and diffusers' own loading leaves it."""
-    first, second, _ = folders("LoHa")
+    first, second, _ = method_folders("LoHa")
 
     def inject(folder: str):
         model = LLAMA.base()
@@ -130,16 +130,16 @@ def test_what_dora_has_cached_is_forgotten(tmp_path, monkeypatch, way):
     monkeypatch.setattr("peft.tuners.lora.dora.ENABLE_DORA_CACHING", True)
     head = dict(modules_to_save=["lm_head"]) if way == "with a head" else {}
     config = LoraConfig(r=4, target_modules=ATTENTION, use_dora=True, **head)
-    folders = [save_random_adapter_of(config, tmp_path / str(seed), seed) for seed in (1, 2)]
-    model = load(LLAMA, folders[0])
+    method_folders = [save_random_adapter_of(config, tmp_path / str(seed), seed) for seed in (1, 2)]
+    model = load(LLAMA, method_folders[0])
     if way == "prepared":
         prepare_model_for_compiled_hotswap(model, target_rank=8)
     if way == "pool":
-        pool = AdapterPool(model, adapters={"0": folders[0], "1": folders[1]}, progress=False)
+        pool = AdapterPool(model, adapters={"0": method_folders[0], "1": method_folders[1]}, progress=False)
     for number in (1, 0, 1):
         call(model, LLAMA.inputs())
         if way == "pool":
             pool.swap(str(number))
         else:
-            hotswap_adapter(model, folders[number], "default")
-        assert_same_outputs(model, load(LLAMA, folders[number]), LLAMA)
+            hotswap_adapter(model, method_folders[number], "default")
+        assert_same_outputs(model, load(LLAMA, method_folders[number]), LLAMA)
