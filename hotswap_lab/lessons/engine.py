@@ -43,7 +43,7 @@ class Source:
             look = next((look for known, look in LOOKS.items() if kind in known), None)
             escaped = html.escape(word, quote=False)
             spans.append(f'<span style="{look}">{escaped}</span>' if look else escaped)
-        return f"<pre>{''.join(spans).strip()}</pre>"
+        return f'<pre style="font-family:monospace;line-height:1.4">{"".join(spans).strip()}</pre>'
 
 
 def source(function: Callable) -> Source:
