@@ -106,7 +106,9 @@ def prepare_model_for_compiled_hotswap(
     warnings; ``adapters`` and ``adapter_name`` are new here.
     """
     bases = [host.base for host in carriers(model)]
-    _check_compiled(model, check_compiled)
+    # as PEFT says it
+    found = "prepare_model_for_compiled_hotswap was called with a model that is already compiled, or has compiled parts"
+    _check_compiled(model, check_compiled, found)
     family = [engine.read(each, only_config=True, **hub) for each in _as_list(adapters)]
     with engine.lock.held(*bases):
         changes = changes_to_prepare(engine, model, family, target_rank=target_rank, adapter_name=adapter_name)
@@ -161,7 +163,9 @@ def _raise_ranks(model: torch.nn.Module, given: Iterable[Config], target_rank: i
             journal.set_attribute(each, "rank_pattern", dict.fromkeys(each.rank_pattern, target_rank))
 
 
-def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
+def _check_compiled(
+    model: torch.nn.Module, check_compiled: str, found: str = "a model that is compiled already, or has compiled parts"
+) -> None:
     if check_compiled not in ("error", "warn", "ignore"):
         raise refuse("unknown_check_compiled", check_compiled=check_compiled)
     parts = compiled_parts(model)
@@ -169,7 +173,7 @@ def _check_compiled(model: torch.nn.Module, check_compiled: str) -> None:
         raise refuse("graph_would_not_notice", reason=reason)
     if check_compiled == "ignore" or not parts:
         return
-    error = refuse("prepare_before_compiling")
+    error = refuse("prepare_before_compiling", found=found)
     if check_compiled == "error":
         raise error
     warnings.warn(str(error), stacklevel=3)

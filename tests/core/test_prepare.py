@@ -387,7 +387,7 @@ def test_a_compiled_model_is_noticed_in_every_form(tmp_path, form):
     compiled = model if compiled is None else compiled
     with pytest.raises(ValueError, match=r"Call prepare_model_for_compiled_hotswap \*before\* compiling the model"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=4)
-    with pytest.warns(UserWarning, match="a model that is compiled already"):
+    with pytest.warns(UserWarning, match="called with a model that is already compiled"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=4, check_compiled="warn")
     prepare_model_for_compiled_hotswap(compiled, target_rank=6, check_compiled="ignore")
     assert {tensor.capacity for tensor in resolve_slot(compiled, "default").tensors} == {6}
