@@ -120,10 +120,3 @@ class Engine:
     def method_for(self, config: Config) -> Method:
         """The method of adapters with this config."""
         return next(method for method in self.methods if method.takes(config))
-
-    def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> tuple[Method, list[SlotTensor]] | None:
-        """The tensors of an adapter on a layer, and the method that knows them; None if the layer doesn't have it."""
-        for method in self.methods:
-            if (tensors := method.tensors_of(layer, adapter_name)) is not None:
-                return method, tensors
-        return None

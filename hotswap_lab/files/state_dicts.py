@@ -9,7 +9,7 @@ fresh load would have neither, so ``state_dict`` (and with it ``save_pretrained`
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,8 +24,8 @@ from ..core.prepared import is_marked_off, is_off, is_padded, own_rank
 from ..core.slot import SLOTS, Slot
 from ..core.tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SlotTensor
 
-#: an engine's :meth:`~hotswap_lab.core.engine.Engine.tensors_of`
-TensorsOf = Callable[[torch.nn.Module, str], tuple[Method, list[SlotTensor]] | None]
+#: an engine's
+Methods = Sequence[Method]
 
 
 def look_after(slot: Slot, config: Config, journal: Journal) -> None:
@@ -33,8 +33,8 @@ def look_after(slot: Slot, config: Config, journal: Journal) -> None:
     base = slot.host.base
     if not any(map(_is_ours, base._state_dict_hooks.values())):
         journal.record(lambda: forget_hooks(base))
-        base.register_state_dict_post_hook(partial(_show_own, slot.engine.tensors_of))
-        base.register_load_state_dict_pre_hook(partial(_fill_up, slot.engine.tensors_of))
+        base.register_state_dict_post_hook(partial(_show_own, slot.engine.methods))
+        base.register_load_state_dict_pre_hook(partial(_fill_up, slot.engine.methods))
 
 
 def _is_ours(hook: Any) -> bool:
@@ -61,20 +61,21 @@ class Marked(NamedTuple):
     reason: str | None
 
 
-def _marked(tensors_of: TensorsOf, base: torch.nn.Module, prefix: str) -> Iterator[Marked]:
+def _marked(methods: Methods, base: torch.nn.Module, prefix: str) -> Iterator[Marked]:
     for path, layer in base.named_modules(remove_duplicate=False):
         names = {*layer.__dict__.get(OFF_ATTRIBUTE, ()), *layer.__dict__.get(PADDED_ATTRIBUTE, ())}
         for name in sorted(names):
-            if (found := tensors_of(layer, name)) is not None:
-                method, tensors = found
+            known = ((method, method.tensors_of(layer, name)) for method in methods)
+            method, tensors = next((each for each in known if each[1] is not None), (None, None))
+            if tensors is not None:
                 off, is_lora = is_off(layer, name, tensors), isinstance(method, Lora)
                 for tensor in tensors:
                     reason = strange_padding(layer, name, tensor, tensors if is_lora else ())
                     yield Marked(f"{prefix}{path}.{tensor.named_key}", layer, name, tensor, off, reason)
 
 
-def _show_own(tensors_of: TensorsOf, base: torch.nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
-    for key, layer, name, tensor, off, reason in _marked(tensors_of, base, prefix):
+def _show_own(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
+    for key, layer, name, tensor, off, reason in _marked(methods, base, prefix):
         if (value := state_dict.get(key)) is None:
             continue
         if reason:
@@ -92,8 +93,8 @@ def _show_own(tensors_of: TensorsOf, base: torch.nn.Module, state_dict: dict, pr
         state_dict[key] = value
 
 
-def _fill_up(tensors_of: TensorsOf, base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
-    marked = list(_marked(tensors_of, base, prefix))
+def _fill_up(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    marked = list(_marked(methods, base, prefix))
     for each in marked:  # all of them, before the first one is written to
         _check(state_dict, each)
     for slot in base.__dict__.get(SLOTS, {}).values():
