@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters import ALL, CONFIGS, save_random_adapter_of
+from adapters import ALL, CONFIGS, FEW, save_random_adapter_of
 from lengths import few_of
 from lora_kinds import MODELS
 from models import KINDS, Convolutions, Kind, call, load
@@ -56,7 +56,9 @@ FAMILIES: dict[str, tuple[Kind, list[PeftConfig]]] = {
     "modules_to_save and DoRA": (LLAMA, _lora(["q_proj", "v_proj"], modules_to_save=["lm_head"], use_dora=True)),
     "trainable tokens": (LLAMA, _lora(["q_proj", "v_proj"], trainable_token_indices=[1, 2, 3])),
     "LoKr": (WIDE, [LoKrConfig(r=rank, alpha=3, target_modules=["first", "last"]) for rank in (2, 3, 1)]),
-    **{name: (LLAMA, CONFIGS[name]) for name in ("LoHa", "HiRA", "AdaLoRA")},
+    # those of CONFIGS differ in their dropout, too, which a graph would notice
+    "LoHa": (LLAMA, [LoHaConfig(r=r, alpha=3 * r - 4, target_modules=of) for r, of in ((4, ALL), (6, ALL), (2, FEW))]),
+    **{name: (LLAMA, CONFIGS[name]) for name in ("HiRA", "AdaLoRA")},
 }
 LORA = ["DoRA", "DoRA on embeddings", "DoRA on convolutions", "lora_bias"]
 POOLABLE = [*LORA, "SEQ_CLS", "modules_to_save and DoRA"]
