@@ -42,7 +42,7 @@ BLOCKS = frozenset({"_taken", "waiting_at_most", "put_back", "_opened", "_locked
 #: of these, what Ctrl-C may come to at any of its steps
 TURNS = frozenset({"_taken"})
 #: nor can a line fail here; but Ctrl-C may come at any of its steps
-HOLDING = os.path.join("core", "interrupts.py")
+HOLDING = "interrupts_held"
 #: C functions that can't fail: they take no memory, and ask no disk and no device
 UNFAILING = frozenset(
     {"__enter__", "__exit__", "release", "reset", "signal", "getsignal", "set_state", "setstate", "_is_owned"}
@@ -133,7 +133,7 @@ def _watch(action: Callable[[], object], unit: str, at_step: Callable[[str], Non
 
     def trace(frame, event, argument):
         code = frame.f_code
-        if not code.co_filename.startswith(PACKAGE) or code.co_filename.endswith(HOLDING):
+        if not code.co_filename.startswith(PACKAGE) or code.co_name == HOLDING:
             return None
         if code.co_name in SPARED | BLOCKS:
             return None
@@ -174,7 +174,7 @@ def _is_ours(frame) -> bool:
     if code.co_filename != contextlib.__file__ or code.co_name not in ("__enter__", "__exit__"):
         return False
     generator = getattr(frame.f_locals.get("self"), "gen", None)
-    return generator is not None and generator.gi_code.co_filename.endswith(HOLDING)
+    return generator is not None and generator.gi_code.co_name == HOLDING
 
 
 def _may_be_closing(frame) -> bool:
