@@ -151,7 +151,7 @@ def test_a_chapter_runs_without_an_error(run, new_page, address):
             pytest.skip(str(error))
     page = new_page()
     notebook = NotebookPage(page, address, front_end, f"{front_end}/{name}")
-    notebook.run_all(timeout=900 if name in LONG else 300)
+    notebook.run_all(timeout=900 if name == NEEDS_SMOLLM2 else 300)
     outputs, live = notebook.outputs(), page.locator(".hotswap-live")
     assert [output for output in outputs if output["output_type"] == "error"] == []
     assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
