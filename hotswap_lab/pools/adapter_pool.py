@@ -296,7 +296,6 @@ class AdapterPool:
             Its config. Default: the one that the adapter has.
         """
         with self._turn():
-            self._check_room()
             member = self._members.named(name)
             adapter = Adapter.from_state_dict(state_dict, config or self._members.packed(member).content.config)
             packed = self._pack(member, adapter, False)
