@@ -255,11 +255,14 @@ def test_an_interrupt_at_any_step(pure):
     panel.active = "reverse"
     places = list_steps(lambda: panel.choose("sort"), "signal")
     steps = {place: step for step, place in enumerate(places, 1) if place.startswith("widgets/")}
-    assert len(steps) > 10
+    came_to = set()
     for step in steps.values():
         panel.active = "reverse"
         outcome = run_with_fault(lambda: panel.choose("sort"), step, unit="signal")
         where = outcome.where
+        if not where:  # it draws itself once more the first time
+            continue
+        came_to.add(where)
         assert isinstance(outcome.error, KeyboardInterrupt), where
         assert outcome.handler_kept, where
         assert not panel.busy, where
@@ -267,3 +270,4 @@ def test_an_interrupt_at_any_step(pure):
         assert panel.after is None or panel.after.state != "running", where
         assert panel.choose("shout") == WORD, where
         assert panel._status.value.startswith("ready"), where
+    assert len(came_to) > 10
