@@ -27,9 +27,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
 from . import compat
+from .beyond.base_twin import make_base_twin
 from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, random_numbers_kept
-from .beyond.stand_in import make_stand_in
 from .core.adapter import Adapter
 from .core.errors import refuse
 from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
@@ -193,7 +193,7 @@ def bare_base(host: Host) -> torch.nn.Module:
     """A copy of the base model without any adapter."""
     base = host.base
     if not any("forward" in module.__dict__ for module in base.modules()):
-        base = make_stand_in(base).model  # so that nothing but the base is copied
+        base = make_base_twin(base).model  # so that nothing but the base is copied
     base = copy.deepcopy(base)
     base.__dict__.pop("peft_config", None)
     for module in list(base.modules()):

@@ -97,7 +97,7 @@ def test_a_graph_that_the_user_captured(folders):
 def test_a_pool_swaps_from_pinned_memory(folders, dtype):
     model = on_gpu(folders["a"], dtype)
     pool = AdapterPool(model, adapters=folders, progress=False)
-    assert all(part.is_pinned() for entry in pool._members.values() for part in entry.packed.parts if part.numel())
+    assert all(part.is_pinned() for entry in pool._members.values() for part in entry.packed.bands if part.numel())
     addresses = resolve_slot(model, "default").data_ptrs()
     for name in "bcacb" * 20:
         pool.swap(name)

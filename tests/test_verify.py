@@ -93,7 +93,7 @@ def test_base_weights_that_no_output_depends_on(tmp_path):
 ASKED = {
     *("verify", "compat", "threads", "core.engine", "core.host", "core.compiled", "core.journal", "core.slot"),
     *("core.tensors", "core.wrappers", "core.prepared", "core.lora", "beyond.lora", "beyond.shards", "beyond.guards"),
-    *("beyond.stand_in", "files.reading", "files.sources", "files.hub", "files.saving", "files.state_dicts"),
+    *("beyond.base_twin", "files.reading", "files.sources", "files.hub", "files.saving", "files.state_dicts"),
 }
 
 

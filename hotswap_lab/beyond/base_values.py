@@ -19,8 +19,8 @@ from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
 from ..core.plan import Action, LayerPlan, Plan
-from ..core.planner import have_same_values
 from ..core.slot import Slot
+from ..core.tensors import have_same_values
 from ..core.wrappers import EMBEDDINGS, has_adapter
 
 #: on a base model: by adapter name, the original values of what that adapter overwrote, by their names

@@ -143,7 +143,7 @@ def _broken_expressions(config: PeftConfig) -> Iterator[Refusal]:
 
 
 def _damaged_other(config: PeftConfig) -> Iterator[Refusal]:
-    """PEFT judges these configs itself, when it loads the donor; but it multiplies by whatever number is there."""
+    """PEFT judges these configs itself, when it loads the adapter, but it multiplies by whatever number is there."""
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             yield refusal("config_damaged", name=name, value=value, expected="a finite number")

@@ -20,19 +20,19 @@ from ..core.errors import listing
 from ..core.host import canonical_path
 from ..core.journal import Journal
 from ..core.plan import Plan
-from ..core.planner import adaptable, check_compiled, have_same_values, misfits
+from ..core.planner import adaptable, check_compiled, misfits
 from ..core.prepared import is_padded
 from ..core.slot import change_of
-from ..core.tensors import is_prepared
+from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
 from .base_values import LOST, ORIGINALS, change_base_values, given_up, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
-from .donor import Donor, load_donor
+from .fresh_adapter import FreshAdapter, load_fresh_adapter
 from .general import General
 from .lora import is_special, reads_base
-from .places import Places, find_places, keep_places, places_of
 from .shards import check_parallel_training, holds_shards
+from .targets import Targets, find_targets, keep_targets, targets_of
 
 #: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
@@ -66,7 +66,7 @@ def changes_form(plan: Plan) -> bool:
 
 def plan_beyond(plan: Plan) -> Plan | None:
     """Decides the swap with a fresh load, if one of the two adapters is more than LoRA, or of another method."""
-    return plan_with_donor(plan) if is_beyond(plan) else None
+    return plan_with_fresh_load(plan) if is_beyond(plan) else None
 
 
 def take_base_weights(plan: Plan) -> None:
@@ -89,8 +89,8 @@ def plan_another_form(plan: Plan) -> Plan | None:
     is_free = not plan.compiled and not plan.is_prepared
     gives_up = is_free and not plan.refusals and given_up(plan)
     if changes_form(plan) or gives_up:
-        return plan_with_donor(_afresh(plan))
-    if is_free and has_strange_leftovers(plan) and (other := plan_with_donor(_afresh(plan))).ok:
+        return plan_with_fresh_load(_afresh(plan))
+    if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(_afresh(plan))).ok:
         return other
     return None
 
@@ -122,7 +122,7 @@ def _base_weight(plan: Plan, key: str) -> torch.Tensor | None:
 # ---- what it comes to
 
 
-def change_for(plan: Plan, graft: Graft, places: Places | None) -> Change:
+def change_for(plan: Plan, graft: Graft, targets: Targets | None) -> Change:
     """All that is to be written to the live model."""
     slot = plan.slot
     stays = graft.writes_values_only and not isinstance(slot.method, General)
@@ -136,7 +136,7 @@ def change_for(plan: Plan, graft: Graft, places: Places | None) -> Change:
     change.steps += [
         functools.partial(clear_gradients, [*graft.parameters, *(target for target, _ in graft.base.copies)]),
         *graft.steps,
-        lambda journal: _note(plan, graft, places, originals, journal),
+        lambda journal: _note(plan, graft, targets, originals, journal),
     ]
     if stays and slot.room is not None:
         change.steps.append(functools.partial(cast(Any, slot.room).note_swap, plan.config))
@@ -144,7 +144,7 @@ def change_for(plan: Plan, graft: Graft, places: Places | None) -> Change:
 
 
 def _note(
-    plan: Plan, graft: Graft, places: Places | None, originals: dict[str, torch.Tensor], journal: Journal
+    plan: Plan, graft: Graft, targets: Targets | None, originals: dict[str, torch.Tensor], journal: Journal
 ) -> None:
     """Notes what has to be known when the next adapter comes."""
     host, name = plan.slot.host, plan.slot.adapter_name
@@ -154,7 +154,7 @@ def _note(
         journal.set_attribute(parameter, "requires_grad", value)
     journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: originals})
     plan.config.__dict__[LOST] = graft.base.lost
-    keep_places(plan.slot, places, plan.config, journal)
+    keep_targets(plan.slot, targets, plan.config, journal)
     if graft.unwrapped:
         former = former_layers(host.base, name).union(graft.unwrapped)
         journal.set_item(noted, FORMER_LAYERS, {**noted.get(FORMER_LAYERS, {}), name: former})
@@ -168,7 +168,7 @@ def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
     return base.__dict__.get(FORMER_LAYERS, {}).get(adapter_name, frozenset())
 
 
-def plan_with_donor(plan: Plan) -> Plan:
+def plan_with_fresh_load(plan: Plan) -> Plan:
     """Decides a swap that changes more than values and ranks, or is of another method than LoRA."""
     slot, name = plan.slot, plan.slot.adapter_name
     plan.is_decided = True
@@ -182,8 +182,8 @@ def plan_with_donor(plan: Plan) -> Plan:
     in_base = {each for _, wrapper in wrappers_in(slot.host.base) for each in getattr(wrapper, "merged_adapters", ())}
     if name in in_base:
         plan.refuse("merged", adapter_name=name)
-    graft, places = _decide(plan, in_base - {name})
-    plan.make_change = functools.partial(change_for, graft=graft, places=places)
+    graft, targets = _decide(plan, in_base - {name})
+    plan.make_change = functools.partial(change_for, graft=graft, targets=targets)
     plan.layers, plan.written = graft.layers, graft.nbytes
     plan.differences = [] if graft.writes_values_only else graft.differences
     if not graft.writes_values_only:
@@ -204,14 +204,14 @@ def plan_with_donor(plan: Plan) -> Plan:
     return plan
 
 
-def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Places | None]:
+def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]:
     """What is to be written, and where the tensors of an adapter with the same config would go."""
     slot, adapter, host, config = plan.slot, plan.adapter, plan.slot.host, plan.config
     name = slot.adapter_name
     if _layers_of_base(config) != _layers_of_base(slot.config):
         plan.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
         return Graft(), None
-    known = places_of(slot)
+    known = targets_of(slot)
     if known and not plan.base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
         plan.config = known.completed(config)
         graft = known.graft_of(adapter)
@@ -225,27 +225,27 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Places | None]:
     half_precision = any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
     try:
         with slot.write_mode():
-            donor = load_donor(host, config, adapter.tensors, name, half_precision=half_precision)
+            fresh = load_fresh_adapter(host, config, adapter.tensors, name, half_precision=half_precision)
     except Exception as error:
         plan.cause = error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         plan.refuse("not_loadable", kind=type(error).__name__, lines=" ".join(lines[:3]))
         return Graft(), None
-    plan.config = donor.config
-    if _depends_on_class(plan, donor):
+    plan.config = fresh.config
+    if _depends_on_class(plan, fresh):
         return Graft(), None
-    _check_complete(plan, donor)
-    graft = difference(plan, donor)
+    _check_complete(plan, fresh)
+    graft = difference(plan, fresh)
     former = former_layers(host.base, name)
     if (added := [path for path in graft.added if path not in former]) and not plan.add_layers:
         plan.refuse("lacks_layers", count=len(added), added=listing(added, 3), name=name)
-    twins = donor.twins
-    live = {name: donor.stand_in.live[id(twin)] for name, twin in twins.items()}
-    graft.base = change_base_values(plan, donor.base_values, live)
-    paths = [path for path in live if path.endswith("bias") or path in donor.base_values]
+    twins = fresh.twins
+    live = {name: fresh.twin.live[id(twin)] for name, twin in twins.items()}
+    graft.base = change_base_values(plan, fresh.base_values, live)
+    paths = [path for path in live if path.endswith("bias") or path in fresh.base_values]
     changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]
     graft.requires_grad = [(live[path], twins[path].requires_grad) for path in changed]
-    return graft, None if plan.refusals else find_places(slot, adapter, donor, graft)
+    return graft, None if plan.refusals else find_targets(slot, adapter, fresh, graft)
 
 
 def _layers_of_base(config: PeftConfig) -> str:
@@ -257,13 +257,13 @@ def _layers_of_base(config: PeftConfig) -> str:
     return json.dumps(getattr(config, "layer_replication", None) or None, default=str)
 
 
-def _depends_on_class(plan: Plan, donor: Donor) -> bool:
+def _depends_on_class(plan: Plan, fresh: FreshAdapter) -> bool:
     """Refuses what the live model's class computes otherwise with this adapter than that of a fresh load."""
-    host, config = plan.slot.host, donor.config
-    live, fresh = type(host.carrier), type(donor.model)
+    host, config = plan.slot.host, fresh.config
+    live, wanted = type(host.carrier), type(fresh.model)
     by_class = config.is_prompt_learning or config.peft_type == PeftType.POLY
-    if host.is_peft_model and live is not fresh and (by_class or getattr(config, "alora_invocation_tokens", None)):
-        plan.refuse("other_task", found=live.__name__, expected=fresh.__name__, task_type=config.task_type)
+    if host.is_peft_model and live is not wanted and (by_class or getattr(config, "alora_invocation_tokens", None)):
+        plan.refuse("other_task", found=live.__name__, expected=wanted.__name__, task_type=config.task_type)
         return True
     is_prompt = config.peft_type == PeftType.ADAPTION_PROMPT
     if is_prompt and (len(host.configs) > 1 or not getattr(host.carrier.base_model, "_enabled", True)):
@@ -272,10 +272,10 @@ def _depends_on_class(plan: Plan, donor: Donor) -> bool:
     return False
 
 
-def _check_complete(plan: Plan, donor: Donor) -> None:
-    if donor.unexpected:
+def _check_complete(plan: Plan, fresh: FreshAdapter) -> None:
+    if fresh.unexpected:
         targets = f"target_modules={getattr(plan.adapter.config, 'target_modules', None)!r}"
-        keys, count = listing(donor.unexpected, 4), len(donor.unexpected)
+        keys, count = listing(fresh.unexpected, 4), len(fresh.unexpected)
         plan.refuse("keys_ignored", keys=keys, count=count, targets=targets)
-    if donor.missing:
-        plan.refuse("adapter_incomplete", missing=listing(donor.missing, 3))
+    if fresh.missing:
+        plan.refuse("adapter_incomplete", missing=listing(fresh.missing, 3))

@@ -1,7 +1,8 @@
-"""The difference between a live model and a freshly loaded donor: what to write so that there is none.
+"""The difference between a live model and a freshly loaded one: what to write so that there is none.
 
 Both are walked side by side. What has a counterpart of the same form in the live model stays the object it is, and gets
-new values. All else comes from the donor, as a copy in which everything that the two models share is the live model's.
+new values. All else comes from the fresh load, as a copy in which everything that the two models share is the live
+model's.
 Entries of other adapters are never looked at.
 """
 
@@ -28,12 +29,14 @@ from ..core.lora import EvalFreeDropout
 from ..core.plan import Action, LayerPlan, Plan
 from ..core.prepared import is_marked_off, is_off, is_padded, mark, set_off
 from ..core.slot import SlotLayer
-from ..core.tensors import OFF_ATTRIBUTE
+from ..core.tensors import OFF_ATTRIBUTE, are_interchangeable
 from ..core.wrappers import (
     NOT_COMPARED,
     are_alike,
+    are_equal,
     entries_under,
     has_adapter,
+    have_same_form,
     holder_of_inside,
     is_table,
     is_wrapper,
@@ -46,8 +49,7 @@ from ..core.wrappers import (
     wrappers_in,
 )
 from .base_values import BaseChange
-from .donor import Donor
-from .sameness import are_equal, have_same_bits, have_same_form
+from .fresh_adapter import FreshAdapter
 
 #: an object that belongs to one adapter although it doesn't lie under its name: AdaLoRA's budget of ranks
 BUDGET = "rankallocator"
@@ -84,7 +86,7 @@ class Graft:
     differences: list[str] = field(default_factory=list)
     #: live parameters of the adapter
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
-    #: by ids of the donor's tensors: the table, the key and the live tensor that gets their values
+    #: by ids of the fresh load's tensors: the table, the key and the live tensor that gets their values
     in_place: dict[int, tuple[MutableMapping[str, Any], str, torch.Tensor]] = field(default_factory=dict)
     #: tables that have a plain value under the adapter's name, and what that is
     scalars: list[tuple[MutableMapping[str, Any], object]] = field(default_factory=list)
@@ -104,32 +106,32 @@ class Graft:
         return sum(each.nbytes for each in (*written, *(source for _, source in self.resizes)))
 
 
-def difference(plan: Plan, donor: Donor) -> Graft:
-    """What makes the adapter in the live model the donor's; the plan is refused where it can't be. Writes nothing."""
-    comparison = _Comparison(plan, donor)
+def difference(plan: Plan, fresh: FreshAdapter) -> Graft:
+    """What to write so that the live model equals the fresh load; refuses the plan where that can't be had."""
+    comparison = _Comparison(plan, fresh)
     comparison.roots()
     comparison.finish()
     return comparison.graft
 
 
 class _Comparison:
-    def __init__(self, plan: Plan, donor: Donor):
-        self.plan, self.donor, self.graft = plan, donor, Graft()
+    def __init__(self, plan: Plan, fresh: FreshAdapter):
+        self.plan, self.fresh, self.graft = plan, fresh, Graft()
         self.host, self.name = host, name = plan.slot.host, plan.slot.adapter_name
         self.method = plan.slot.method
         self.others = set(host.configs) - {name}
         self.is_mixed = isinstance(host.tuner, MixedModel)  # layers of several methods are around one another
-        model, self.active = donor.model, activity_of(host)
-        #: by ids of the donor's parts, their counterparts in the live model
-        self.live_of: dict[int, object] = dict(donor.stand_in.live)
-        #: ids of live parts that have a counterpart already: some methods share parts between layers
+        model, self.active = fresh.model, activity_of(host)
+        #: by ids of the fresh load's modules and tensors, their counterparts in the live model
+        self.live_of: dict[int, object] = dict(fresh.twin.live)
+        #: ids of live ones that have a counterpart already: some methods share modules between layers
         self.taken: set[int] = set()
-        #: ids of the donor's parts that the live model gets a copy of
+        #: ids of those of the fresh load that the live model gets a copy of
         self.new: set[int] = set()
-        self.parts = [*model.modules()]  # kept, or something else might get the id of one of them
+        self.kept = [*model.modules()]  # kept, or something else might get the id of one of them
         self.own = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in self.live_of]
         self.puts: list[tuple] = []
-        #: live wrappers that the donor lacks; when all others are known, so are the tables that they share
+        #: live wrappers that the fresh load lacks; when all others are known, so are the tables that they share
         self.rest: list[tuple[torch.nn.Module, str]] = []
         #: whether the wrapper at hand is in training mode
         self.training = host.base.training
@@ -137,36 +139,36 @@ class _Comparison:
     # ---- the walk
 
     def roots(self) -> None:
-        live, model = self.host.carrier, self.donor.model
+        live, model = self.host.carrier, self.fresh.model
         tuner = model.base_model
         live_tuner = live.base_model if isinstance(live, PeftModel) else live
-        if tuner is not self.donor.stand_in.model and isinstance(live_tuner, type(tuner)):
+        if tuner is not self.fresh.twin.model and isinstance(live_tuner, type(tuner)):
             self._pair(live_tuner, tuner, "")
         self.live_of.setdefault(id(tuner), live_tuner)
         if isinstance(live, PeftModel):
             self._pair(live, model, "")
-        self._base(self.host.base, self.donor.stand_in.model, "")
+        self._base(self.host.base, self.fresh.twin.model, "")
 
-    def _base(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
+    def _base(self, live: torch.nn.Module, fresh: torch.nn.Module, path: str) -> None:
         """Two modules of the base model."""
         if id(live) in self.taken:
             return
         self.taken.add(id(live))
-        children = [{name for name, child in each._modules.items() if child is not None} for each in (live, donor)]
+        children = [{name for name, child in each._modules.items() if child is not None} for each in (live, fresh)]
         # of the same class and with the same weights, it may be another layer
-        if children[0] != children[1] or self.live_of.get(id(donor)) is not live:
+        if children[0] != children[1] or self.live_of.get(id(fresh)) is not live:
             self._refuse(path, "other modules of the base model there than in a fresh load")
             return
-        for name, child in donor._modules.items():
+        for name, child in fresh._modules.items():
             if child is not None:
                 self._place(live, name, child, f"{path}.{name}" if path else name)
 
-    def _place(self, parent: torch.nn.Module, name: str, donor: torch.nn.Module, path: str) -> None:
+    def _place(self, parent: torch.nn.Module, name: str, fresh: torch.nn.Module, path: str) -> None:
         """One place in the base model, with whatever wrappers are around the module there."""
         present, core = peel(parent._modules[name])
-        fresh, donor_core = peel(donor)
+        around, fresh_core = peel(fresh)
         rest, new = list(present), []
-        for wrapper in fresh:
+        for wrapper in around:
             match = next((each for each in rest if are_alike(each, wrapper)), None)
             if match is None:
                 new.append(wrapper)
@@ -187,20 +189,20 @@ class _Comparison:
                 self.graft.added.append(path)
             self._report(path, wrapper, Action.ADD, None, wrapper)
         self.rest += [(wrapper, path) for wrapper in rest]
-        wanted = [self.live_of.get(id(each), each) for each in fresh]
+        wanted = [self.live_of.get(id(each), each) for each in around]
         chain = [each for each in present if each in wanted or each in staying]
         if [each for each in chain if each in wanted] != wanted:
             # PEFT puts what is loaded later around what is there
             chain = wanted + staying if self.is_mixed else staying + wanted
         holders = [(parent, name), *map(holder_of_inside, chain)]
-        for around, (holder, key), module in zip([parent, *chain], holders, [*chain, core], strict=True):
-            if id(around) in self.new:
+        for outer, (holder, key), module in zip([parent, *chain], holders, [*chain, core], strict=True):
+            if id(outer) in self.new:
                 holder._modules[key] = module
             elif unwrap_compiled(holder._modules[key]) is not module:
                 self._put(holder._modules, key, module, f"{path}: wrapped otherwise")
         if len(chain) < len(present):
             self.graft.unwrapped.append(path)
-        self._base(core, donor_core, path)
+        self._base(core, fresh_core, path)
 
     def _check_place(self, path: str, new: list[torch.nn.Module], staying: list[torch.nn.Module]) -> None:
         if new and staying and not (self.is_mixed and isinstance(staying[0], BaseTunerLayer)):
@@ -243,27 +245,27 @@ class _Comparison:
             self.graft.copies.append((target.parameter, target.off_value()))
         self.graft.steps.append(lambda journal: set_off(self.method, wrapper, self.name, True, journal))
 
-    def _report(self, path: str, module: torch.nn.Module, action: Action, before: int | None, fresh=None) -> None:
-        settings = fresh and WholeSettings(rank_of(fresh, self.name), scaling_of(fresh, self.name))
+    def _report(self, path: str, module: torch.nn.Module, action: Action, before: int | None, after=None) -> None:
+        settings = after and WholeSettings(rank_of(after, self.name), scaling_of(after, self.name))
         self.graft.layers.append(LayerPlan(SlotLayer(path, module, ()), action, before, settings, ()))
 
     # ---- two modules that are alike
 
-    def _pair(self, live: torch.nn.Module, donor: torch.nn.Module, path: str, own: bool = False) -> None:
+    def _pair(self, live: torch.nn.Module, fresh: torch.nn.Module, path: str, own: bool = False) -> None:
         """Compares all that two modules have: PEFT put both there, or both are the adapter's ``own``."""
-        if id(donor) in self.live_of:
+        if id(fresh) in self.live_of:
             return
-        self._note(live, donor)
+        self._note(live, fresh)
         skipped = None
         if not own:
-            skipped = holder_of_inside(donor)[1] if holder_of_inside(donor)[0] is donor else None
+            skipped = holder_of_inside(fresh)[1] if holder_of_inside(fresh)[0] is fresh else None
             self.training = live.training
             if is_padded(live, self.name):
-                self._pad(live, donor)
-        for attribute, value in donor.__dict__.items():
+                self._pad(live, fresh)
+        for attribute, value in fresh.__dict__.items():
             if attribute not in NOT_COMPARED:
                 (self._own_attribute if own else self._attribute)(live, attribute, value, path)
-        for attribute, value in donor._modules.items():
+        for attribute, value in fresh._modules.items():
             present = live._modules.get(attribute)
             if value is None or (not own and (attribute == skipped or id(value) in self.live_of)):
                 continue
@@ -274,19 +276,19 @@ class _Comparison:
             else:
                 self._part(live._modules, attribute, value, f"{path}: {attribute}")
         for table in ("_parameters", "_buffers"):
-            for key, value in donor.__dict__[table].items():
+            for key, value in fresh.__dict__[table].items():
                 if value is not None and (own or id(value) not in self.live_of):
                     self._part(live.__dict__[table], key, value, path)
         if not own:
-            self._presence(live, donor, path)
+            self._presence(live, fresh, path)
 
-    def _note(self, live: object, donor: object) -> None:
-        self.live_of[id(donor)] = live
+    def _note(self, live: object, fresh: object) -> None:
+        self.live_of[id(fresh)] = live
         self.taken.add(id(live))
 
-    def _presence(self, live: torch.nn.Module, donor: torch.nn.Module, path: str) -> None:
+    def _presence(self, live: torch.nn.Module, fresh: torch.nn.Module, path: str) -> None:
         """Whether the adapter is there, and in no table that a fresh load lacks: variants of LoRA bring their own."""
-        known = {attribute for attribute, _ in tables_of(donor)}
+        known = {attribute for attribute, _ in tables_of(fresh)}
         for attribute, table in entries_under(live, self.name):
             if attribute not in known:
                 self._delete(table, f"{path}: {attribute}")
@@ -312,27 +314,27 @@ class _Comparison:
         if isinstance(value, PLAIN) and not are_equal(live.__dict__.get(attribute, MISSING), value):
             self._put(live.__dict__, attribute, value, f"{path}.{attribute}")
 
-    def _table(self, live: torch.nn.Module, attribute: str, donor: torch.nn.Module, path: str) -> None:
+    def _table(self, live: torch.nn.Module, attribute: str, fresh: torch.nn.Module, path: str) -> None:
         present = live._modules[attribute]
-        mine, fresh = stores_of(present)[0], stores_of(donor)[0]
-        if {self.name, *self.others}.intersection(mine) or self.name in fresh:
-            self._note(present, donor)
-            self._entry(present, donor, path)
+        mine, wanted = stores_of(present)[0], stores_of(fresh)[0]
+        if {self.name, *self.others}.intersection(mine) or self.name in wanted:
+            self._note(present, fresh)
+            self._entry(present, fresh, path)
             # which of its buffers are left out of state dicts, and so of what is saved
-            left_out = present._non_persistent_buffers_set - donor._buffers.keys() | donor._non_persistent_buffers_set
+            left_out = present._non_persistent_buffers_set - fresh._buffers.keys() | fresh._non_persistent_buffers_set
             if left_out != present._non_persistent_buffers_set:
                 self.graft.steps.append(
                     lambda journal: journal.set_attribute(present, "_non_persistent_buffers_set", left_out)
                 )
         elif not self.others:  # not by adapters, but for all of them, such as indices by kind of layer
-            self._part(live._modules, attribute, donor, path)
-        elif not all(are_equal(mine.get(key, MISSING), fresh[key]) for key in fresh):
+            self._part(live._modules, attribute, fresh, path)
+        elif not all(are_equal(mine.get(key, MISSING), wanted[key]) for key in wanted):
             self._refuse(path, "something that it shares with the model's other adapters, and needs to be different")
 
-    def _entry(self, live: object, donor: object, path: str) -> None:
+    def _entry(self, live: object, fresh: object, path: str) -> None:
         """What two tables have under the adapter's name."""
-        if self.name in stores_of(donor)[0]:
-            value = stores_of(donor)[0][self.name]
+        if self.name in stores_of(fresh)[0]:
+            value = stores_of(fresh)[0][self.name]
             if isinstance(value, (bool, int, float, str)):
                 self.graft.scalars.append((live, value))
             self._part(live, self.name, value, path)
@@ -341,73 +343,73 @@ class _Comparison:
 
     # ---- what lies in a table
 
-    def _part(self, table: object, key: str, donor: object, path: str) -> None:
+    def _part(self, table: object, key: str, fresh: object, path: str) -> None:
         live = stores_of(table)[0].get(key, MISSING)
-        if isinstance(donor, (torch.nn.Module, torch.Tensor)):
-            if id(donor) in self.live_of:
-                if self.live_of[id(donor)] is not live:
-                    self._put(table, key, donor, path)
+        if isinstance(fresh, (torch.nn.Module, torch.Tensor)):
+            if id(fresh) in self.live_of:
+                if self.live_of[id(fresh)] is not live:
+                    self._put(table, key, fresh, path)
             elif isinstance(live, EvalFreeDropout):
-                if live.p != (p := getattr(donor, "p", 0.0)):
+                if live.p != (p := getattr(fresh, "p", 0.0)):
                     self.graft.steps.append(lambda journal: journal.set_attribute(live, "p", p))
-            elif id(donor) in self.new or id(live) in self.taken:
-                self._put_new(table, key, donor, path)
-            elif isinstance(donor, torch.Tensor):
-                self._tensor(table, key, live, donor, path)
-            elif isinstance(live, torch.nn.Module) and have_same_form(live, donor):
-                self._pair(live, donor, path, own=True)
+            elif id(fresh) in self.new or id(live) in self.taken:
+                self._put_new(table, key, fresh, path)
+            elif isinstance(fresh, torch.Tensor):
+                self._tensor(table, key, live, fresh, path)
+            elif isinstance(live, torch.nn.Module) and have_same_form(live, fresh):
+                self._pair(live, fresh, path, own=True)
             else:
-                self._put_new(table, key, donor, path)
-        elif isinstance(live, torch.Tensor) and live.ndim == 0 and isinstance(donor, (int, float)):
-            if float(live) != donor:
-                self.graft.copies.append((live, torch.tensor(donor, dtype=torch.float64)))
-        elif not self._are_equal(live, donor):
-            self._put(table, key, donor, path)
+                self._put_new(table, key, fresh, path)
+        elif isinstance(live, torch.Tensor) and live.ndim == 0 and isinstance(fresh, (int, float)):
+            if float(live) != fresh:
+                self.graft.copies.append((live, torch.tensor(fresh, dtype=torch.float64)))
+        elif not self._are_equal(live, fresh):
+            self._put(table, key, fresh, path)
 
-    def _tensor(self, table: object, key: str, live: object, donor: torch.Tensor, path: str) -> None:
-        is_parameter, values = isinstance(live, torch.nn.Parameter), donor.detach()
-        if type(live) is not type(donor) or (live.shape != donor.shape and not is_parameter):
-            self._put_new(table, key, donor, path)
+    def _tensor(self, table: object, key: str, live: object, fresh: torch.Tensor, path: str) -> None:
+        is_parameter, values = isinstance(live, torch.nn.Parameter), fresh.detach()
+        if type(live) is not type(fresh) or (live.shape != fresh.shape and not is_parameter):
+            self._put_new(table, key, fresh, path)
             return
         if live.device.type == "meta":
             self._refuse(path, "a tensor without data (on the meta device)")
             return
-        self._note(live, donor)
-        self.graft.in_place[id(donor)] = stores_of(table)[0], key, live
+        self._note(live, fresh)
+        self.graft.in_place[id(fresh)] = stores_of(table)[0], key, live
         if is_parameter:
             self.graft.parameters.append(live)
-        if live.shape == donor.shape:
-            if not have_same_bits(live, values):
+        if live.shape == fresh.shape:
+            if not are_interchangeable(live, values):
                 self.graft.copies.append((live, values))
         else:
             self.graft.resizes.append((live, values))
-            self.graft.differences.append(f"{path} has shape {tuple(live.shape)}, fresh {tuple(donor.shape)}")
+            self.graft.differences.append(f"{path} has shape {tuple(live.shape)}, fresh {tuple(fresh.shape)}")
 
-    def _pad(self, live: BaseTunerLayer, donor: BaseTunerLayer) -> None:
-        """Gives the donor's tensors the rank that the live ones were prepared for, if that is higher."""
+    def _pad(self, live: BaseTunerLayer, fresh: BaseTunerLayer) -> None:
+        """Gives the fresh load's tensors the rank that the live ones were prepared for, if that is higher."""
         room = {each.key: each for each in self.method.tensors_of(live, self.name) or ()}
-        for source in self.method.tensors_of(donor, self.name) or ():
+        for source in self.method.tensors_of(fresh, self.name) or ():
             parameter, target = source.parameter, room.get(source.key)
             if target and target.fits(parameter.shape) and (source.capacity or 0) < (target.capacity or 0):
                 parameter.data = target.padded(parameter.detach(), target.capacity)
                 if source.size_attribute:
                     setattr(source.owner, source.size_attribute, target.capacity)
 
-    def _are_equal(self, live: object, donor: object) -> bool:
-        if isinstance(live, (list, tuple)) and isinstance(donor, (list, tuple)):
-            live, donor = list(live), [self.live_of.get(id(each), each) for each in donor]
-        return are_equal(live, self.live_of.get(id(donor), donor))
+    def _are_equal(self, live: object, fresh: object) -> bool:
+        if isinstance(live, (list, tuple)) and isinstance(fresh, (list, tuple)):
+            live, fresh = list(live), [self.live_of.get(id(each), each) for each in fresh]
+        return are_equal(live, self.live_of.get(id(fresh), fresh))
 
     # ---- what was found
 
-    def _put_new(self, table: object, key: str, donor: torch.nn.Module | torch.Tensor, path: str) -> None:
-        self.new.add(id(donor))
-        for module in own_modules(donor) if isinstance(donor, torch.nn.Module) else ():
+    def _put_new(self, table: object, key: str, fresh: torch.nn.Module | torch.Tensor, path: str) -> None:
+        self.new.add(id(fresh))
+        for module in own_modules(fresh) if isinstance(fresh, torch.nn.Module) else ():
             module.training = self.training
-        self._put(table, key, donor, path)
+        self._put(table, key, fresh, path)
 
-    def _put(self, table: object, key: str, donor: object, path: str) -> None:
-        self.puts.append((table, key, donor))
+    def _put(self, table: object, key: str, fresh: object, path: str) -> None:
+        self.puts.append((table, key, fresh))
         self.graft.differences.append(path)
 
     def _delete(self, table: object, path: str) -> None:
@@ -442,17 +444,17 @@ class _Comparison:
                 module._disable_adapters = disabled
 
     def finish(self) -> None:
-        """Takes the adapter off what is left over, and makes steps of all that comes from the donor."""
+        """Takes the adapter off what is left over, and makes steps of all that comes from the fresh load."""
         for each in self.rest:
             self._remove(*each)
         live = (*self.host.base.modules(), *self.host.base.parameters())
-        memo = {id(each): each for each in (*live, *self.own, self.donor.config)} | self.live_of
+        memo = {id(each): each for each in (*live, *self.own, self.fresh.config)} | self.live_of
         trained = any(parameter.requires_grad for parameter in self.graft.parameters)
         if self.graft.parameters and not trained:  # PEFT leaves an adapter frozen while another one is active
             for each in self.own:
                 each.requires_grad_(False)
-        for table, key, donor in self.puts:
-            values = copy.deepcopy(donor, memo), None
+        for table, key, fresh in self.puts:
+            values = copy.deepcopy(fresh, memo), None
             self.graft.steps += [
                 lambda journal, store=store, key=key, value=value: journal.set_item(store, key, value)
                 for store, value in zip(stores_of(table), values, strict=False)

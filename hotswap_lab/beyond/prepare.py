@@ -2,7 +2,7 @@
 
 What these methods add (LoHa, LoKr, HiRA, AdaLoRA) is a sum over rank components, as LoRA's ``B @ A`` is, so each
 tensor gets room for the highest rank of a family, and scalings become tensors. There is no common memory: a swap goes
-through a donor, and copies tensor by tensor.
+through a fresh load, and copies tensor by tensor.
 """
 
 from __future__ import annotations

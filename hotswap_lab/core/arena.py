@@ -24,7 +24,7 @@ CACHE_LINE = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Span:
     """Where one tensor lies: the first element of its share of a row, or of the tail."""
 
     tensor: SlotTensor
@@ -46,7 +46,7 @@ class Band:
     """Tensors with room for equally many rank components, in a matrix of that many rows; or the tail, a vector."""
 
     memory: torch.Tensor
-    places: tuple[Place, ...]
+    spans: tuple[Span, ...]
 
     @property
     def is_tail(self) -> bool:
@@ -62,7 +62,7 @@ def build_arena(tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: tor
     >>> [band] = build_arena([(a, (4, 6)), (b, (3, 4))], like=owner.weight.detach())
     >>> band.memory.shape
     torch.Size([4, 48])
-    >>> views = [place.view(band.memory) for place in band.places]
+    >>> views = [span.view(band.memory) for span in band.spans]
     >>> [(tuple(view.shape), view.stride()) for view in views]
     [((4, 6), (48, 1)), ((3, 4), (1, 48))]
     >>> build_arena([(a, (4, 6))], like=owner.weight.detach())[0].memory.shape  # an odd number of lines already
@@ -79,11 +79,11 @@ def build_arena(tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: tor
 def _build_band(rows: int, members: list[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> Band:
     """A band of this many rows; the tail if there are none."""
     line = max(CACHE_LINE // like.element_size(), 1)
-    places, pitch = [], 0
+    spans, pitch = [], 0
     for tensor, shape in members:
-        places.append(Place(tensor, pitch, tuple(shape)))
+        spans.append(Span(tensor, pitch, tuple(shape)))
         pitch += math.ceil(math.prod(shape) / (max(rows, 1) * line)) * line
     # with an even number of lines, the rows of one tensor compete for the same sets of the cache
     if rows and pitch // line % 2 == 0:
         pitch += line
-    return Band(like.new_zeros((rows, pitch) if rows else pitch), tuple(places))
+    return Band(like.new_zeros((rows, pitch) if rows else pitch), tuple(spans))

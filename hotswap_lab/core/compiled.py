@@ -32,15 +32,15 @@ def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def compiled_parts(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()) -> list[object]:
+def compiled_in(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()) -> list[object]:
     """The compiled modules and functions in ``model``, itself included.
 
     Compiled by ``torch.compile(m)``, by ``m.compile()``, by ``m.forward = torch.compile(m.forward)``, or by the
     ``generate`` of transformers. The module behind ``torch.compile(m)`` doesn't know of it: ask the wrapper.
 
-    >>> len(compiled_parts(torch.nn.Linear(2, 2)))
+    >>> len(compiled_in(torch.nn.Linear(2, 2)))
     0
-    >>> len(compiled_parts(torch.compile(torch.nn.Linear(2, 2), backend="eager"))) > 0
+    >>> len(compiled_in(torch.compile(torch.nn.Linear(2, 2), backend="eager"))) > 0
     True
 
     Written as a plain loop: every swap does this, and models have thousands of modules. What has been walked already
@@ -61,33 +61,33 @@ def compiled_parts(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()
             modules.append(module)
             below = [children.get("base_layer")] if isinstance(module, BaseTunerLayer) else children.values()
             stack += [child for child in below if child is not None]
-    parts: list[object] = [module for module in modules if COMPILED in module._modules]
+    compiled: list[object] = [module for module in modules if COMPILED in module._modules]
     tables = [module.__dict__ for module in modules]
     for name in CALLABLES:
         found = [table[name] for table in tables if name in table]
         # a bound method passes the attributes of its function on; not so what accelerate puts in place of forward
-        parts += [each for each in found if hasattr(each, "_torchdynamo_orig_callable")]
-    return parts
+        compiled += [each for each in found if hasattr(each, "_torchdynamo_orig_callable")]
+    return compiled
 
 
-def blind_spot(parts: list[object], prepared: bool) -> str | None:
+def blind_spot(compiled: list[object], prepared: bool) -> str | None:
     """Why compiled graphs might go on with the old adapter after a swap, or None.
 
     Freezing copies weights into the graph, and without its guards a graph runs on with old numbers.
 
     Parameters
     ----------
-    parts:
-        The :func:`compiled_parts` of what the user calls, wrapper included.
+    compiled:
+        The :func:`compiled_in` of what the user calls, wrapper included.
     prepared:
         Whether the swap changes nothing but the values of tensors, so that no guard has anything to notice.
     """
-    if not parts and not prepared:
+    if not compiled and not prepared:
         return None
     # imports the compiler, unless it is imported already
     if compat.inductor_config.freezing:
         return "torch._inductor.config.freezing is on, which copies the weights into the compiled graph"
-    contexts = [_context_of(part) for part in parts]
+    contexts = [_context_of(each) for each in compiled]
     if any((getattr(context, "compiler_config", None) or {}).get("freezing") for context in contexts):
         return "the model was compiled with freezing, which copies the weights into the compiled graph"
     if prepared:
@@ -99,11 +99,11 @@ def blind_spot(parts: list[object], prepared: bool) -> str | None:
     return None
 
 
-def _context_of(part: Any) -> object | None:
+def _context_of(each: Any) -> object | None:
     """The compile context of a module or function. A function keeps it nowhere but in its closure."""
-    if isinstance(part, torch.nn.Module):
-        return part.__dict__.get("dynamo_ctx")
-    function = getattr(part, "__func__", part)
+    if isinstance(each, torch.nn.Module):
+        return each.__dict__.get("dynamo_ctx")
+    function = getattr(each, "__func__", each)
     for cell in function.__closure__ or ():
         try:
             content = cell.cell_contents

@@ -162,7 +162,7 @@ class Plan:
         """Of each layer of the slot, the rank that the adapter has there now; None where it is off."""
         slot, name, room = self.slot, self.slot.adapter_name, cast(Any, self.slot.room)
         if room is not None:
-            return room.content.ranks
+            return room.state.ranks
         return [rank_before(layer.module, name, layer.tensors[0]) for layer in slot.layers]
 
     @property

@@ -15,13 +15,13 @@ import torch
 
 from . import lora
 from .adapter import Adapter
-from .compiled import blind_spot, compiled_parts
+from .compiled import blind_spot, compiled_in
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import canonical_path, kind_of
 from .plan import Action, LayerPlan, Plan, change_layer_by_layer
 from .shadow import adaptable, build_shadow_layers
 from .slot import Expected, Slot, SlotLayer, expected_of, own_keys_of
-from .tensors import SlotTensor
+from .tensors import SlotTensor, are_interchangeable
 
 
 def make_plan(
@@ -45,7 +45,7 @@ def make_plan(
     base_weights:
         Original values of base weights that the loaded adapter has overwritten, by name.
     """
-    compiled = compiled_parts(slot.host.root, slot.modules)
+    compiled = compiled_in(slot.host.root, slot.modules)
     plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, compiled, add_layers, check_targets, base_weights)
     for group in slot.engine.passes:
         for each in group:
@@ -111,7 +111,7 @@ def _by_own_key(plan: Plan, named: Mapping[str, torch.Tensor], own_keys: Mapping
     tensors: Tensors = {}
     for key, tensor in named.items():
         own = own_keys.get(short := canonical_path(key), short)
-        if own in tensors and not are_the_same(tensor, tensors[own]):
+        if own in tensors and not are_interchangeable(tensor, tensors[own]):
             plan.refuse("two_values_for_one", key=key, own=own)
         tensors[own] = tensor
     return tensors
@@ -162,16 +162,6 @@ def _wrong_shape(layer: SlotLayer, target: SlotTensor, shape: torch.Size, rank: 
     if target.fits(shape):
         return refusal("rank_disagrees", path=path, where=where, shape=found, expected=expected, rank=rank)
     return refusal("other_shape", path=path, where=where, shape=found, expected=expected, rank=rank)
-
-
-def are_the_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether it is all the same which of two tensors is taken."""
-    return one.dtype == other.dtype and have_same_values(one, other)
-
-
-def have_same_values(live: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether writing ``other`` to ``live`` would change nothing."""
-    return live.shape == other.shape and torch.equal(live.detach(), other.detach().to(live.device, live.dtype))
 
 
 # ---- what no layer of the slot took

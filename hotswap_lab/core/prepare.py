@@ -21,7 +21,7 @@ from peft import PeftConfig, PeftType
 from . import lora
 from .adapter import Adapter
 from .change import Change, apply
-from .compiled import blind_spot, compiled_parts
+from .compiled import blind_spot, compiled_in
 from .engine import Engine
 from .errors import HotswapError, Refusal, refusal, refuse
 from .host import Config, canonical_path, carriers
@@ -168,10 +168,10 @@ def _check_compiled(
 ) -> None:
     if check_compiled not in ("error", "warn", "ignore"):
         raise refuse("unknown_check_compiled", check_compiled=check_compiled)
-    parts = compiled_parts(model)
-    if reason := blind_spot(parts, prepared=True):
+    compiled = compiled_in(model)
+    if reason := blind_spot(compiled, prepared=True):
         raise refuse("graph_would_not_notice", reason=reason)
-    if check_compiled == "ignore" or not parts:
+    if check_compiled == "ignore" or not compiled:
         return
     error = refuse("prepare_before_compiling", found=found)
     if check_compiled == "error":
@@ -260,10 +260,10 @@ def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], extra_tensor
     if left is not None:
         change.steps.append(functools.partial(left.leave, is_lost=present is None))
     # the parameters become views of the room's memory, and stay the same objects
-    change.resizes += [(tensor.parameter, memory.view(tensor)) for tensor in memory.places]
+    change.resizes += [(tensor.parameter, memory.view(tensor)) for tensor in memory.spans]
     change.sizes += [
         (tensor.owner, tensor.size_attribute, tensor.rank_of(memory.view(tensor).shape))
-        for tensor in memory.places
+        for tensor in memory.spans
         if tensor.size_attribute
     ]
     change.steps.append(functools.partial(_move_in, memory, list(capacity), reserved))
@@ -278,7 +278,7 @@ def _move_in(room: Room, layers: list[SlotLayer], reserved: Collection[SlotLayer
             layers[index] = layer = dataclasses.replace(layer, module=attach(slot, layer, journal))
         device = layer.tensors[0].parameter.device
         make_prepared(layer.module, name, room.scaling(index, device), journal)
-    write_settings(slot, layers, room.content.settings, journal)
+    write_settings(slot, layers, room.state.settings, journal)
     moved = dataclasses.replace(slot, layers=tuple(layers))
     room.settle(moved)
     room.enter(moved, journal)

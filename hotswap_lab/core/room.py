@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .arena import Band, Place, build_arena
+from .arena import Band, Span, build_arena
 from .change import Change, clear_gradients, copy_all
 from .errors import listing, refuse
 from .host import Config
@@ -34,7 +34,7 @@ _requires_grad, _version = attrgetter("requires_grad"), attrgetter("_version")
 
 
 @dataclass(frozen=True, eq=False)
-class Content:
+class State:
     """What is in a room besides the weights: the settings of each layer (None: off), and the config."""
 
     settings: tuple[LayerSettings | None, ...]
@@ -74,16 +74,16 @@ class Content:
 class Packed:
     """An adapter laid out as its room is, so that it goes in with one copy.
 
-    ``parts`` are the own rows of each band; ``scalings`` has a row for each layer, laid out as the room's are.
+    ``bands`` has its own components of each band; ``scalings`` has a row for each layer, laid out as the room's are.
     """
 
-    content: Content
-    parts: tuple[torch.Tensor, ...]
+    state: State
+    bands: tuple[torch.Tensor, ...]
     scalings: torch.Tensor
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts) + self.scalings.nbytes
+        return sum(band.nbytes for band in self.bands) + self.scalings.nbytes
 
 
 class Room:
@@ -97,7 +97,7 @@ class Room:
         Their memory.
     scalings:
         One matrix for each device, all with a row for each layer.
-    content:
+    state:
         What is in it now.
     """
 
@@ -109,17 +109,17 @@ class Room:
         """Zeros for the scalings of this many layers."""
         return new_scalings((layers, SCALING_STEP), device)
 
-    def __init__(self, slot: Slot, bands: Sequence[Band], scalings: Sequence[torch.Tensor], content: Content):
+    def __init__(self, slot: Slot, bands: Sequence[Band], scalings: Sequence[torch.Tensor], state: State):
         self.slot: Slot = slot
         self.bands: tuple[Band, ...] = tuple(bands)
         self.scalings: tuple[torch.Tensor, ...] = tuple(scalings)
-        self.content = content
+        self.state = state
         #: set where other code wrote to the weights and no version counter tells
         self.was_touched: bool = False
-        self.places: dict[SlotTensor, tuple[Band, Place]] = {
-            place.tensor: (band, place) for band in self.bands for place in band.places
+        self.spans: dict[SlotTensor, tuple[Band, Span]] = {
+            span.tensor: (band, span) for band in self.bands for span in band.spans
         }
-        #: rows of each band that may hold something else than zeros; a tail is written whole
+        #: components of each band that may hold something else than zeros; a tail is written whole
         self.used: list[int] = [len(band.memory) for band in self.bands]
         #: of a layer, what an adapter of a rank fills
         self._own_views: dict[tuple[SlotLayer, int | None], list[torch.Tensor]] = {}
@@ -129,7 +129,7 @@ class Room:
     def settle(self, slot: Slot) -> None:
         """Notes where everything is; to be called when the model's parameters have been moved in."""
         self.slot = dataclasses.replace(slot, room=self)
-        layers, tensors = [layer.module for layer in slot.layers], list(self.places)
+        layers, tensors = [layer.module for layer in slot.layers], list(self.spans)
         self._parameters = [tensor.parameter for tensor in tensors]
         self._views = [self.view(tensor) for tensor in tensors]
         self._addresses, self._bases = [], []
@@ -187,27 +187,27 @@ class Room:
         """Notes a swap that writes to the parameters one by one, as that of an adapter with saved modules."""
         name, layers = self.slot.adapter_name, [layer.module for layer in self.slot.layers]
         settings = [None if is_marked_off(layer, name) else settings_of(layer, name) for layer in layers]
-        journal.set_attribute(self, "content", Content(tuple(settings), config))
+        journal.set_attribute(self, "state", State(tuple(settings), config))
         journal.set_attribute(self, "used", [len(band.memory) for band in self.bands])
 
     # ---- what is where
 
     def view(self, tensor: SlotTensor) -> torch.Tensor:
         """The whole tensor, padding included."""
-        band, place = self.places[tensor]
-        return place.view(band.memory)
+        band, span = self.spans[tensor]
+        return span.view(band.memory)
 
     def scaling(self, index: int, device: torch.device) -> torch.Tensor:
         """The scaling of a layer on a device, of shape (1, 1)."""
         return next(each[index : index + 1, :1] for each in self.scalings if each.device == device)
 
-    def rows_for(self, content: Content) -> tuple[list[int], list[int]]:
-        """Of each band, how many rows an adapter fills to the last element, and how many it takes."""
-        layers = zip(self.slot.layers, content.settings, strict=True)
+    def components_for(self, state: State) -> tuple[list[int], list[int]]:
+        """Of each band, how many components an adapter fills to the last element, and how many it takes."""
+        layers = zip(self.slot.layers, state.settings, strict=True)
         rank_of = {tensor: each.rank if each else 0 for layer, each in layers for tensor in layer.tensors}
         filled, taken = [], []
         for band in self.bands:
-            ranks = [rank_of.get(place.tensor, 0) for place in band.places]
+            ranks = [rank_of.get(span.tensor, 0) for span in band.spans]
             filled.append(0 if band.is_tail else min(ranks))
             taken.append(len(band.memory) if band.is_tail else max(ranks))
         return filled, taken
@@ -218,42 +218,42 @@ class Room:
 
     # ---- adapters in and out
 
-    def pack(self, content: Content, sources: Sequence[tuple[SlotTensor, torch.Tensor]]) -> Packed:
+    def pack(self, state: State, sources: Sequence[tuple[SlotTensor, torch.Tensor]]) -> Packed:
         """Lays an adapter out as the room is; ``sources`` are its tensors as in its file."""
-        _, rows = self.rows_for(content)
-        part_of = {band: new_part(band.memory, taken) for band, taken in zip(self.bands, rows, strict=True)}
+        _, taken = self.components_for(state)
+        own = {band: new_band(band.memory, number) for band, number in zip(self.bands, taken, strict=True)}
         pairs = []
         for tensor, source in sources:
-            band, place = self.places[tensor]
-            target = tensor.own(place.view(part_of[band]), tensor.rank_of(source.shape))
+            band, span = self.spans[tensor]
+            target = tensor.own(span.view(own[band]), tensor.rank_of(source.shape))
             pairs.append((target, tensor.split(source.detach())))
         with torch.inference_mode(False), torch.no_grad():
             copy_all(pairs)
-        return Packed(content, tuple(part_of.values()), self.scalings_of(content))
+        return Packed(state, tuple(own.values()), self.scalings_of(state))
 
-    def scalings_of(self, content: Content, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
+    def scalings_of(self, state: State, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The scalings of all layers, laid out as the room's are; ``strength`` is one number, or one for each layer."""
         with torch.inference_mode(False):
-            scalings = torch.zeros((len(content.settings), SCALING_STEP), dtype=torch.float64)
-            scalings[:, 0] = content.scalings * strength
+            scalings = torch.zeros((len(state.settings), SCALING_STEP), dtype=torch.float64)
+            scalings[:, 0] = state.scalings * strength
         return scalings
 
     def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
         """Puts a packed adapter in. The room must be intact."""
-        rows = [len(part) for part in packed.parts]
-        change = self._change(packed.content, _copy_of(packed.content.config), rows, rows)
-        for band, part in zip(self.bands, packed.parts, strict=True):
-            if rows := len(part):
-                change.copies.append((band.memory[:rows], part))
-        scalings = packed.scalings if strength == 1 else self.scalings_of(packed.content, strength)
+        taken = [len(own) for own in packed.bands]
+        change = self._change(packed.state, _copy_of(packed.state.config), taken, taken)
+        change.copies += [
+            (band.memory[: len(own)], own) for band, own in zip(self.bands, packed.bands, strict=True) if len(own)
+        ]
+        scalings = packed.scalings if strength == 1 else self.scalings_of(packed.state, strength)
         change.copies += [(target, scalings) for target in self.scalings]
         return change
 
     def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
         """All of a swap but the weights, which :meth:`write` then puts in one by one."""
-        content = Content(tuple(settings), config)
-        change = self._change(content, config, *self.rows_for(content))
-        change.copies += [(target, self.scalings_of(content)) for target in self.scalings]
+        state = State(tuple(settings), config)
+        change = self._change(state, config, *self.components_for(state))
+        change.copies += [(target, self.scalings_of(state)) for target in self.scalings]
         return change
 
     def write(self, layer: SlotLayer, rank: int | None, sources: Sequence[torch.Tensor | None], change: Change) -> None:
@@ -271,39 +271,39 @@ class Room:
 
     def change_strength(self, strength: float) -> Change:
         """Sets the scalings of all layers to their trained values times ``strength``."""
-        scalings = self.scalings_of(self.content, strength)
+        scalings = self.scalings_of(self.state, strength)
         change = change_of(self.slot)
         change.copies += [(target, scalings) for target in self.scalings]
         return change
 
-    def _change(self, content: Content, config: Config, filled: list[int], taken: list[int]) -> Change:
-        """A swap without the weights: zeros wherever something else might be left beyond the rows to be filled."""
+    def _change(self, state: State, config: Config, filled: list[int], taken: list[int]) -> Change:
+        """A swap without the weights: zeros wherever something else might be left beyond the components to be filled."""
         change = change_of(self.slot, config, self.slot)
         change.steps.append(self._note_write)
         self.was_touched = self.is_touched  # the version counters will tell of nothing that was before this swap
-        # who else writes to the memory may write to any row
+        # who else writes to the memory may write to any of them
         before = [len(band.memory) for band in self.bands] if self.was_touched else self.used
         for band, start, stop in zip(self.bands, filled, before, strict=True):
             if start < stop:
                 change.zero(band.memory[start:stop])
-        change.steps.append(functools.partial(self._enter, content, taken))
+        change.steps.append(functools.partial(self._enter, state, taken))
         return change
 
-    def _enter(self, content: Content, used: list[int], journal: Journal) -> None:
-        slot, before = self.slot, self.content
+    def _enter(self, state: State, used: list[int], journal: Journal) -> None:
+        slot, before = self.slot, self.state
         if is_trained := True in map(_requires_grad, self._parameters):
             clear_gradients(self._parameters, journal)
-        journal.set_attribute(self, "content", content)
+        journal.set_attribute(self, "state", state)
         journal.set_attribute(self, "used", used)
         # what is off must not be trained, whatever the user has set since
-        keeps_on = content.on == before.on and not (is_trained and False in content.on)
-        if not keeps_on or content.columns["dropout"] != before.columns["dropout"]:
-            write_settings(slot, slot.layers, content.settings, journal)
+        keeps_on = state.on == before.on and not (is_trained and False in state.on)
+        if not keeps_on or state.columns["dropout"] != before.columns["dropout"]:
+            write_settings(slot, slot.layers, state.settings, journal)
             return
         for field, tables in self._scalar_tables:
-            if content.columns[field] != before.columns[field]:
-                on = list(compress(tables, content.on))
-                journal.set_items(on, slot.adapter_name, content.columns[field])
+            if state.columns[field] != before.columns[field]:
+                on = list(compress(tables, state.on))
+                journal.set_items(on, slot.adapter_name, state.columns[field])
 
 
 def _copy_of(config: Config) -> Config:
@@ -315,11 +315,11 @@ def _copy_of(config: Config) -> Config:
     return config
 
 
-def new_part(memory: torch.Tensor, rows: int) -> torch.Tensor:
+def new_band(memory: torch.Tensor, components: int) -> torch.Tensor:
     # from pinned memory, a GPU fetches an adapter while the CPU goes on
     place: dict[str, Any] = dict(pin_memory=True) if memory.is_cuda else dict(device=memory.device)
     with torch.inference_mode(False):
-        return torch.zeros((rows, *memory.shape[1:]), dtype=memory.dtype, **place)
+        return torch.zeros((components, *memory.shape[1:]), dtype=memory.dtype, **place)
 
 
 def build_room(
@@ -352,7 +352,7 @@ def build_room(
         scalings = [kind.new_scalings(len(capacity), device) for device in devices]
         for memory in (*scalings, *[band.memory for band in bands]):
             shared_as([tensor.parameter for tensor in ranks], memory)
-    room = kind(slot, bands, scalings, Content(tuple(settings), slot.config))
+    room = kind(slot, bands, scalings, State(tuple(settings), slot.config))
     for index, layer in enumerate(capacity):
         for tensor in layer.tensors:
             if layer not in reserved:

@@ -161,3 +161,16 @@ class LayerSettings:
     def scaling(self) -> float:
         """The factor of ``B @ A``: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
         return self.alpha / math.sqrt(self.rank) if self.use_rslora else self.alpha / self.rank
+
+
+# ---- whether two tensors are equal
+
+
+def are_interchangeable(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and values."""
+    return one.dtype == other.dtype and have_same_values(one, other)
+
+
+def have_same_values(live: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether writing ``other`` to ``live`` would change nothing."""
+    return live.shape == other.shape and torch.equal(live.detach(), other.detach().to(live.device, live.dtype))

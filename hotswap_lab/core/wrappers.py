@@ -16,7 +16,7 @@ from peft.utils.other import TrainableTokensWrapper
 
 from .. import compat
 from .compiled import unwrap_compiled
-from .tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE
+from .tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, are_interchangeable
 
 #: where PEFT asks a model for the embeddings
 EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
@@ -70,12 +70,6 @@ def own_modules(wrapper: torch.nn.Module) -> Iterator[torch.nn.Module]:
         yield module
         skip = holder_of_inside(module)[1] if is_wrapper(module) else None
         stack += [child for name, child in module._modules.items() if child is not None and name != skip]
-
-
-def are_alike(live: torch.nn.Module, donor: torch.nn.Module) -> bool:
-    live_class = getattr(type(live), "hotswap_original", type(live))
-    parameter_name = "parameter_name"  # several ParamWrappers may be around one module, each for another parameter
-    return live_class is type(donor) and live.__dict__.get(parameter_name) == donor.__dict__.get(parameter_name)
 
 
 # ---- tables
@@ -150,3 +144,46 @@ def rank_of(wrapper: torch.nn.Module, adapter_name: str) -> int | None:
 def scaling_of(wrapper: torch.nn.Module, adapter_name: str) -> float | None:
     value = dict(entries_under(wrapper, adapter_name)).get("scaling", {}).get(adapter_name)
     return value if isinstance(value, (int, float)) else None
+
+
+# ---- whether a live one can stay
+
+
+def are_alike(live: torch.nn.Module, fresh: torch.nn.Module) -> bool:
+    """Whether two wrappers are of one kind, and around the same parameter where they are around a single one."""
+    live_class = getattr(type(live), "hotswap_original", type(live))
+    parameter_name = "parameter_name"  # several ParamWrappers may be around one module, each for another parameter
+    return live_class is type(fresh) and live.__dict__.get(parameter_name) == fresh.__dict__.get(parameter_name)
+
+
+def are_equal(first: object, second: object) -> bool:
+    """Whether two plain values are the same. Objects are if they are of one class and have the same attributes."""
+    if first is second:
+        return True
+    if type(first) is not type(second):
+        return isinstance(first, (int, float)) and isinstance(second, (int, float)) and first == second
+    if isinstance(first, torch.Tensor):
+        return are_interchangeable(first, second)
+    if isinstance(first, torch.nn.Module):
+        return False
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(are_equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(are_equal, first, second))
+    if hasattr(first, "__dict__") and type(first).__eq__ is object.__eq__:
+        return are_equal(vars(first), vars(second))
+    return bool(first == second)
+
+
+def have_same_form(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    """Whether two modules differ at most in the values and shapes of their tensors and in plain attributes."""
+    classes = [getattr(type(each), "hotswap_original", type(each)) for each in (first, second)]
+    if classes[0] is not classes[1]:
+        return False
+    for table in ("_parameters", "_buffers", "_modules"):
+        one, other = first.__dict__[table], second.__dict__[table]
+        if one.keys() != other.keys() or any((one[key] is None) != (other[key] is None) for key in one):
+            return False
+    return all(
+        have_same_form(first._modules[name], child) for name, child in second._modules.items() if child is not None
+    )

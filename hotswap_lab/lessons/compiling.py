@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
 from .. import demo
-from ..core.compiled import compiled_parts
+from ..core.compiled import compiled_in
 from ..engine import hotswap_adapter, hotswap_adapter_from_state_dict
 from ..figures import FROZEN, INK, MUTED, NEW, OLD, Canvas, Figure
 from ..verify import verify_hotswap
@@ -166,7 +166,7 @@ def make_ready(solution):
     model, _ = demo.load("double")
     inputs = model.get_base_model().dummy_inputs
     compiled = solution(model, [demo.adapter_path(name) for name in FAMILY])
-    if not isinstance(compiled, torch.nn.Module) or not compiled_parts(compiled):
+    if not isinstance(compiled, torch.nn.Module) or not compiled_in(compiled):
         yield "what you return", type(compiled).__name__, "a compiled model"
         return
     equal = 0

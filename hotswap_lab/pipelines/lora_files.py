@@ -16,7 +16,7 @@ import torch
 from peft import PeftConfig
 
 from .. import compat
-from ..beyond.stand_in import make_stand_in
+from ..beyond.base_twin import make_base_twin
 from ..core.errors import listing, refuse
 from ..files.reading import Adapter
 
@@ -152,7 +152,7 @@ def _noting(name: str, model: torch.nn.Module, handed: Handed) -> torch.nn.Modul
     def load_state_dict(state_dict: dict, *_: object, **__: object) -> None:
         raise ValueError(f"base weights for {name}, such as {listing(state_dict, 1)}, which a swap leaves alone")
 
-    twin = make_stand_in(model).model
+    twin = make_base_twin(model).model
     # diffusers calls the first one for its own models, and the second one for those of transformers
     twin.__dict__.update(load_lora_adapter=load_lora_adapter, load_adapter=load_adapter)
     twin.__dict__.update(load_state_dict=load_state_dict, to=lambda *_, **__: twin)

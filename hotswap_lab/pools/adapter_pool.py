@@ -22,13 +22,13 @@ from ..core.lora import Lora
 from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
-from ..core.room import Content, Packed, Room
+from ..core.room import Packed, Room, State
 from ..core.slot import Slot, change_of, room_of, slot_for
 from ..core.strength import check_strength, get_strength
 from ..core.swap import warn_of
 from ..core.tensors import SlotTensor
 from ..threads import awaited, held, pass_on, put_back
-from .former import PackedRows, packed_now, strengths_of, without_parts
+from .former import PackedRows, packed_now, strengths_of, without_weights
 from .members import Member, Members, check_named
 from .mixes import Mix, mixed
 from .modules import module_tensors, taken_apart
@@ -188,7 +188,7 @@ class AdapterPool:
             packed = self._members[name].packed
             # looked at now, since the next adapters may have this one dropped
             if packed and not is_known and _is_in(self._room, packed):
-                is_known, self._room.content = True, packed.content
+                is_known, self._room.state = True, packed.state
 
     # ---- what is in it
 
@@ -219,7 +219,7 @@ class AdapterPool:
     @property
     def _loaded(self) -> Member | None:
         """The adapter in the room, if it is one of this pool."""
-        owner = self._room.content.owner
+        owner = self._room.state.owner
         member = self._members.get(owner.name) if isinstance(owner, Member) else None
         return member if member is owner and not self._room.is_touched else None
 
@@ -233,7 +233,7 @@ class AdapterPool:
         return [self._row(each) for each in self._assigned]
 
     def _row(self, packed: Packed | None) -> Row:
-        owner = packed.content.owner if packed else None
+        owner = packed.state.owner if packed else None
         if packed is None or owner is None:
             return Row(None, None, 0.0)
         strength = round(float(strengths_of(packed).median()) * self.strength, 6)
@@ -297,7 +297,7 @@ class AdapterPool:
         """
         with self._turn():
             member = self._members.named(name)
-            adapter = Adapter.from_state_dict(state_dict, config or self._members.packed(member).content.config)
+            adapter = Adapter.from_state_dict(state_dict, config or self._members.packed(member).state.config)
             packed = self._pack(member, adapter, False)
 
             def put(journal: Journal) -> None:
@@ -334,8 +334,8 @@ class AdapterPool:
         if slot is not self._room.slot:
             # as loading leaves it: PEFT adds a classifier's names to those that are there
             plan.config.modules_to_save = list(self._room.slot.config.modules_to_save)
-        content = Content(tuple([layer.settings for layer in plan.layers]), plan.config, member)
-        return self._room.pack(content, sources)
+        state = State(tuple([layer.settings for layer in plan.layers]), plan.config, member)
+        return self._room.pack(state, sources)
 
     # ---- adapters in and out of the model
 
@@ -437,8 +437,8 @@ class AdapterPool:
         if not isinstance(owner, Mix):
             return updated.get(owner) or self._members.packed(owner)
         for each in self._assigned if not updated else ():
-            if each and each.content.owner == owner:
-                return replace(each, scalings=self._room.scalings_of(each.content))
+            if each and each.state.owner == owner:
+                return replace(each, scalings=self._room.scalings_of(each.state))
         return mixed(self._room, owner, [self._packed_of(member, updated) for member, _ in owner.shares])
 
     # ---- what was there before
@@ -517,21 +517,21 @@ class AdapterPool:
 
     def _apply(self, change: Change) -> None:
         """Writes, and remembers what was there."""
-        before = without_parts(self._former())
+        before = without_weights(self._former())
         change.steps.append(lambda journal: journal.set_attribute(self, "_before", before))
         apply([change])
 
     def _former(self) -> Packed:
         """What is in the model now, to be put back later."""
-        room, content, member = self._room, self._room.content, self._loaded
+        room, state, member = self._room, self._room.state, self._loaded
         if isinstance(room, RowRoom) and room.assigned:
             scalings = room.scalings[0].detach().clone()
-            return PackedRows(replace(content, owner=self), (), scalings, room.assigned, room.batch.copies)
-        former = packed_now(room, member.packed.parts if member and member.packed else ())
-        if member or (isinstance(content.owner, Mix) and not room.is_touched):
+            return PackedRows(replace(state, owner=self), (), scalings, room.assigned, room.batch.copies)
+        former = packed_now(room, member.packed.bands if member and member.packed else ())
+        if member or (isinstance(state.owner, Mix) and not room.is_touched):
             return former
         # it may be one of the pool's that was trained since
-        return replace(former, content=replace(content, owner=None))
+        return replace(former, state=replace(state, owner=None))
 
     def _change_to(self, packed: Packed) -> Change:
         if isinstance(packed, PackedRows):
@@ -542,17 +542,17 @@ class AdapterPool:
         """An adapter of the pool that was updated since comes back as it is now; one that can't be had, as it was."""
         if isinstance(former, PackedRows):
             return replace(former, rows=tuple([each and self._as_now(each, updated) for each in former.rows]))
-        owner = former.content.owner
+        owner = former.state.owner
         is_dropped = isinstance(owner, Member) and owner not in updated and owner.packed is None
-        if owner is None or (is_dropped and former.parts):  # dropped by the pool since, but not by this
+        if owner is None or (is_dropped and former.bands):  # dropped by the pool since, but not by this
             return former
         try:
             packed = self._packed_of(owner, updated)
         except HotswapError:  # a mix, one of whose shares can't be had any more, or has no room in it
-            if updated or not former.parts:
+            if updated or not former.bands:
                 raise
             return former
-        return replace(packed, scalings=self._room.scalings_of(packed.content, strengths_of(former)))
+        return replace(packed, scalings=self._room.scalings_of(packed.state, strengths_of(former)))
 
     def _change_to_updated(self, member: Member, packed: Packed) -> Change:
         """The new weights of an adapter that the model computes with, at the strength that it has."""
@@ -563,7 +563,7 @@ class AdapterPool:
     def _uses(self, member: Member) -> bool:
         """Whether the model computes with it, in any row."""
         rows = self._assigned or (self._room,)
-        owners = [each.content.owner for each in rows if each is not None]
+        owners = [each.state.owner for each in rows if each is not None]
         return member in owners or member in [each for mix in owners if isinstance(mix, Mix) for each, _ in mix.shares]
 
     def _turn(self) -> AbstractContextManager:
@@ -624,13 +624,13 @@ def _roll_back(journal: Journal, base: torch.nn.Module) -> None:
 
 def _is_in(room: Room, packed: Packed) -> bool:
     """Whether a room has just this adapter, at its trained strength."""
-    content = room.content
-    configs = [_with_sets(each.config) for each in (packed.content, content)]
-    if packed.content.settings != content.settings or configs[0] != configs[1]:
+    state = room.state
+    configs = [_with_sets(each.config) for each in (packed.state, state)]
+    if packed.state.settings != state.settings or configs[0] != configs[1]:
         return False
-    pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, packed.parts, strict=True)]
+    pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, packed.bands, strict=True)]
     # layers that are off have some scaling or other
-    pairs += [(scalings[content.on], packed.scalings[content.on]) for scalings in room.scalings]
+    pairs += [(scalings[state.on], packed.scalings[state.on]) for scalings in room.scalings]
     return all(torch.equal(one.detach(), other.to(one.device)) for one, other in pairs)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..core.room import Packed, Room, new_part
+from ..core.room import Packed, Room, new_band
 from .members import Member
 from .mixes import Mix
 
@@ -19,24 +19,24 @@ class PackedRows(Packed):
     copies: int
 
 
-def packed_now(room: Room, parts: tuple[torch.Tensor, ...]) -> Packed:
-    """What is in a room, with the scalings that the layers have now. ``parts`` are its weights, if they are known."""
+def packed_now(room: Room, bands: tuple[torch.Tensor, ...]) -> Packed:
+    """What is in a room, with the scalings that the layers have now. ``bands`` are its weights, if they are known."""
     with torch.inference_mode(False), torch.no_grad():
-        if not parts:
-            rows = zip(room.bands, room.rows_for(room.content)[1], strict=True)
-            parts = tuple([new_part(band.memory, taken).copy_(band.memory[:taken]) for band, taken in rows])
-        return Packed(room.content, parts, room.scalings[0].detach().clone())
+        if not bands:
+            taken = zip(room.bands, room.components_for(room.state)[1], strict=True)
+            bands = tuple([new_band(band.memory, number).copy_(band.memory[:number]) for band, number in taken])
+        return Packed(room.state, bands, room.scalings[0].detach().clone())
 
 
 def strengths_of(packed: Packed) -> torch.Tensor:
     """Of each layer, how many times as strong as trained it is; where it is off, as most of the others."""
-    now, trained = packed.scalings[:, 0].cpu().double(), packed.content.scalings
+    now, trained = packed.scalings[:, 0].cpu().double(), packed.state.scalings
     on = trained != 0
     return torch.where(on, now / trained, (now / trained)[on].median() if on.any() else 1.0)
 
 
-def without_parts(former: Packed) -> Packed:
+def without_weights(former: Packed) -> Packed:
     """What was there, without the weights that a pool has, or that can be read or mixed again."""
     if isinstance(former, PackedRows):
-        return replace(former, rows=tuple([each and without_parts(each) for each in former.rows]))
-    return replace(former, parts=()) if isinstance(former.content.owner, (Mix, Member)) else former
+        return replace(former, rows=tuple([each and without_weights(each) for each in former.rows]))
+    return replace(former, bands=()) if isinstance(former.state.owner, (Mix, Member)) else former

@@ -46,7 +46,7 @@ class Member:
         """Name, rank, alpha, layers and bytes."""
         if self.packed is None:
             return self.name, "", "", "", "in its files"
-        columns = self.packed.content.columns
+        columns = self.packed.state.columns
         ranks, alphas = columns["rank"], columns["alpha"]
         return self.name, _span(ranks), _span(alphas), str(len(ranks)), f"{self.packed.nbytes:,}"
 

@@ -10,7 +10,7 @@ import torch
 
 from ..core.errors import refuse
 from ..core.host import Config
-from ..core.room import Content, Packed, Room
+from ..core.room import Packed, Room, State
 from ..core.slot import SlotLayer
 from ..core.tensors import LayerSettings, SlotTensor
 from .members import Member
@@ -39,7 +39,7 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
         on = [
             (packed, own, weight)
             for packed, (_, weight) in zip(members, mix.shares, strict=True)
-            if (own := packed.content.settings[index]) is not None
+            if (own := packed.state.settings[index]) is not None
         ]
         rank = sum(own.rank for _, own, _ in on)
         settings.append(LayerSettings(rank, rank, False, 0.0) if on else None)
@@ -52,14 +52,14 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
             sources.append((a, torch.cat([_own(room, a, packed, own.rank) for packed, own, _ in on], a.rank_axis or 0)))
             scaled = [_own(room, b, packed, own.rank) * (own.scaling * weight) for packed, own, weight in on]
             sources.append((b, torch.cat(scaled, b.rank_axis or 0)))
-    config = _config_of(room.slot.layers, settings, members[0].content.config)
-    return room.pack(Content(tuple(settings), config, mix), sources)
+    config = _config_of(room.slot.layers, settings, members[0].state.config)
+    return room.pack(State(tuple(settings), config, mix), sources)
 
 
 def _own(room: Room, tensor: SlotTensor, packed: Packed, rank: int) -> torch.Tensor:
     """An adapter's tensor, out of what is packed."""
-    band, place = room.places[tensor]
-    return tensor.own(place.view(packed.parts[room.bands.index(band)]), rank)
+    band, span = room.spans[tensor]
+    return tensor.own(span.view(packed.bands[room.bands.index(band)]), rank)
 
 
 def _config_of(layers: Sequence[SlotLayer], settings: Sequence[LayerSettings | None], like: Config) -> Config:

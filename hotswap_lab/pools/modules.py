@@ -53,7 +53,7 @@ def taken_apart(
         raise refuse("other_modules_to_save", name=member_name, found=found, expected=expected)
     tensors = {canonical_path(key): tensor for key, tensor in adapter.tensors.items()}
     sources = []
-    for each in room.places.keys() - slot.tensors:
+    for each in room.spans.keys() - slot.tensors:
         tensor = tensors.pop(each.key, None)
         if tensor is None or tensor.shape != each.parameter.shape:
             found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"

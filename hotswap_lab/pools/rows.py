@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..core.arena import CACHE_LINE, Band, Place
+from ..core.arena import CACHE_LINE, Band, Span
 from ..core.change import Change
 from ..core.errors import refuse
 from ..core.host import Config
 from ..core.journal import Journal
 from ..core.lora import settings_of
 from ..core.prepared import new_scalings
-from ..core.room import SCALING_STEP, Content, Packed, Room
+from ..core.room import SCALING_STEP, Packed, Room, State
 from ..core.slot import Slot, SlotLayer, change_of
 from ..core.tensors import LayerSettings, SlotTensor, is_shared
 from .batch import Batch
@@ -46,7 +46,7 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
-class RowPlace(Place):
+class RowSpan(Span):
     """Where one tensor lies in a row: one rank component after the other, as long as these are few."""
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class RowRoom(Room):
 
     def __init__(self, slot: Slot, bands: Sequence[Band], *rest: Any):
         super().__init__(slot, bands, *rest)
-        for tensor in self.places:
+        for tensor in self.spans:
             if is_shared(tensor.parameter):
                 raise refuse("rows_not_shared")
             if tensor.rank_axis is None:
@@ -90,11 +90,11 @@ class RowRoom(Room):
     @classmethod
     def new_bands(cls, tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
         """A tail, which is row 0 of a larger memory."""
-        places, pitch, line = [], 0, max(CACHE_LINE // like.element_size(), 1)
+        spans, pitch, line = [], 0, max(CACHE_LINE // like.element_size(), 1)
         for tensor, shape in tensors:
-            places.append(RowPlace(tensor, pitch, tuple(shape)))
+            spans.append(RowSpan(tensor, pitch, tuple(shape)))
             pitch += math.ceil(math.prod(shape) / line) * line
-        return [Band(like.new_zeros((cls.rows, pitch))[0], tuple(places))]
+        return [Band(like.new_zeros((cls.rows, pitch))[0], tuple(spans))]
 
     @classmethod
     def new_scalings(cls, layers: int, device: torch.device) -> torch.Tensor:
@@ -105,16 +105,16 @@ class RowRoom(Room):
         """Fills the other rows as the first one, and has the layers compute row by row."""
         for band in self.bands:
             self._all(band.memory)[1:] = band.memory
-        trained = self.scalings_of(self.content)
+        trained = self.scalings_of(self.state)
         for each in self.scalings:
             self._all(each)[1] = trained
-            self._all(each)[2:] = trained * self.content.acts
+            self._all(each)[2:] = trained * self.state.acts
         self._note_write(journal)
         gates: dict[str, int] = {}
         for index, layer in enumerate(slot.layers):
             is_gate = gates.setdefault(name_of_like(layer.path), index) == index
             variant = variant_for(layer.module, layer.path)
-            (band, a), (_, b) = (self.places[tensor] for tensor in layer.tensors[:2])
+            (band, a), (_, b) = (self.spans[tensor] for tensor in layer.tensors[:2])
             memory = self._all(band.memory)
             scalings = next(self._all(each) for each in self.scalings if each.device == memory.device)[:, index, 0]
             weights = a.of_rows(memory), b.of_rows(memory).flatten(2)
@@ -140,56 +140,56 @@ class RowRoom(Room):
         """Refuses what holds for row 0 only: values that other code has written, or moved; and its dropout."""
         if self._parameters[0].data_ptr() != self._addresses_now()[0]:
             raise refuse("rows_lost_their_place", adapter_name=self.slot.adapter_name)
-        contents = [each.content for each in self.assigned if each] if self.slot.host.base.training else []
-        if any(dropout for content in contents for dropout in content.columns["dropout"]):
+        states = [each.state for each in self.assigned if each] if self.slot.host.base.training else []
+        if any(dropout for state in states for dropout in state.columns["dropout"]):
             raise refuse("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
         if not self.is_touched:
             return
         row = self.assigned[0] if self.assigned else None
-        parts = row.parts if row else () if self.assigned else [self._all(band.memory)[1] for band in self.bands]
-        pairs = zip(self.bands, parts, strict=False)
+        bands = row.bands if row else () if self.assigned else [self._all(band.memory)[1] for band in self.bands]
+        pairs = zip(self.bands, bands, strict=False)
         if not all(torch.equal(band.memory, part.to(band.memory.device)) for band, part in pairs):
             raise refuse("rows_written_by_others", adapter_name=self.slot.adapter_name)
         self._versions = self._versions_now()  # the same was written again, or taken back
 
     # ---- scalings
 
-    def scalings_of(self, content: Content, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
+    def scalings_of(self, state: State, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
         """Not zero where the adapter is off: by what a layer's scaling is changed, all rows are."""
-        scalings = super().scalings_of(content, strength)
-        if (off := content.scalings == 0).any():  # what set_scale(1) would make of it
+        scalings = super().scalings_of(state, strength)
+        if (off := state.scalings == 0).any():  # what set_scale(1) would make of it
             tables = [settings_of(each.module, self.slot.adapter_name) for each in self.slot.layers]
-            kept = [each or live for each, live in zip(content.settings, tables, strict=True)]
+            kept = [each or live for each, live in zip(state.settings, tables, strict=True)]
             trained = torch.tensor([each.scaling or 1.0 for each in kept], dtype=torch.float64)
             scalings[:, 0] += off * trained * strength
         return scalings
 
     def at_strength(self, packed: Packed, strength: float) -> Packed:
         """A packed adapter for a row of this strength."""
-        return packed if strength == 1 else replace(packed, scalings=self.scalings_of(packed.content, strength))
+        return packed if strength == 1 else replace(packed, scalings=self.scalings_of(packed.state, strength))
 
     # ---- one adapter for all rows
 
     def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
-        return self._for_all(super().change_to(packed, strength), packed.content)
+        return self._for_all(super().change_to(packed, strength), packed.state)
 
     def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
-        return self._for_all(super().change_around(settings, config), Content(tuple(settings), config))
+        return self._for_all(super().change_around(settings, config), State(tuple(settings), config))
 
-    def _for_all(self, change: Change, content: Content) -> Change:
+    def _for_all(self, change: Change, state: State) -> Change:
         """What is written to row 0, written to the others as well."""
         copies = [(self._all(target)[1:], source) for target, source in change.copies if target.dim() == 1]
-        trained = self.scalings_of(content)
+        trained = self.scalings_of(state)
         for each in map(self._all, self.scalings):
-            copies += [(each[1], trained), (each[2:], trained * content.acts)]
+            copies += [(each[1], trained), (each[2:], trained * state.acts)]
         change.copies += [(target, source.expand(target.shape)) for target, source in copies]
         return self._noting(change, ())
 
     def write(self, layer: SlotLayer, rank: int | None, sources: Sequence[torch.Tensor | None], change: Change) -> None:
         for tensor, source in zip(layer.tensors, sources, strict=True):
             if source is not None:
-                band, place = self.places[tensor]
-                own = place.of_rows(self._all(band.memory))[:, :rank]
+                band, span = self.spans[tensor]
+                own = span.of_rows(self._all(band.memory))[:, :rank]
                 change.copy(own, source.movedim(tensor.rank_axis or 0, 0).expand_as(own))
 
     # ---- another one for each
@@ -198,28 +198,28 @@ class RowRoom(Room):
         """Puts an adapter into each row, or none. What is in its row already is not written again."""
         self.was_touched: bool = self.is_touched
         known = () if self.was_touched else self.assigned
-        parts = [each and each.parts for each in rows]
-        before = [each and each.parts for each in known]
-        changed = [n for n, own in enumerate(parts) if n >= len(known) or own is not before[n]]
+        bands = [each and each.bands for each in rows]
+        before = [each and each.bands for each in known]
+        changed = [n for n, own in enumerate(bands) if n >= len(known) or own is not before[n]]
         first = rows[0]
-        content = self.content if first is None else first.content
-        now, trained = self.scalings_of(content, strength), self.scalings_of(content)
+        state = self.state if first is None else first.state
+        now, trained = self.scalings_of(state, strength), self.scalings_of(state)
         if first is not None and 0 in changed:
             change = super().change_to(replace(first, scalings=now))
         else:
             change = change_of(self.slot)
             change.steps.append(self._note_write)
         for number in changed:
-            if number > 0 and (own := parts[number]) is not None:
+            if number > 0 and (own := bands[number]) is not None:
                 change.copies += zip([self._all(band.memory)[number] for band in self.bands], own, strict=True)
-        acting = [torch.zeros_like(trained) if each is None else each.scalings * each.content.acts for each in rows]
+        acting = [torch.zeros_like(trained) if each is None else each.scalings * each.state.acts for each in rows]
         scalings = torch.stack([now, trained, *acting])
         change.copies += [(self._all(each)[: len(scalings)], scalings) for each in self.scalings]
         return self._noting(change, tuple(rows), copies)
 
     def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: int = 1) -> Change:
-        contents = [row.content for row in rows if row is not None]
-        acting = sum(((each.scalings != 0) for each in contents), torch.zeros(len(self.slot.layers), dtype=torch.bool))
+        states = [row.state for row in rows if row is not None]
+        acting = sum(((each.scalings != 0) for each in states), torch.zeros(len(self.slot.layers), dtype=torch.bool))
         first = rows[0] if rows else None
         differs = any(not _are_the_same(row, first) for row in rows)
 
@@ -239,7 +239,7 @@ class RowRoom(Room):
 def _are_the_same(one: Packed | None, other: Packed | None) -> bool:
     if one is None or other is None:
         return one is other
-    return one.parts is other.parts and torch.equal(one.scalings, other.scalings)
+    return one.bands is other.bands and torch.equal(one.scalings, other.scalings)
 
 
 def _entries(slot: Slot) -> list[torch.nn.Module]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.compiled import compiled_parts
+from ..core.compiled import compiled_in
 from ..core.errors import refuse
 from ..engine import AdapterPool
 from ..threads import in_use
@@ -140,7 +140,7 @@ class RecompileMeter(WorkingView):
     @property
     def summary(self) -> str:
         """One line with all counts."""
-        never = isinstance(self.model, torch.nn.Module) and not compiled_parts(self.model)
+        never = isinstance(self.model, torch.nn.Module) and not compiled_in(self.model)
         counts = f"{counted(self.calls, 'call')}, {counted(self.swaps, 'swap')}, {self.watch.summary}"
         return f"{counts}{'; the model is not compiled' if never else ''}"
 

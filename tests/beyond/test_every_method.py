@@ -114,7 +114,7 @@ def test_there_and_back(method_folders, name, tmp_path):
         _assert_values_are_written_in_place(model, other)
         with pytest.MonkeyPatch.context() as patch:
             if name not in READ_BY_PEFT:  # where the tensors go is known by now
-                patch.setattr("hotswap_lab.beyond.decide.load_donor", None)
+                patch.setattr("hotswap_lab.beyond.decide.load_fresh_adapter", None)
             hotswap_adapter(model, first, "default")
         compare(name, model, first, **options)
 

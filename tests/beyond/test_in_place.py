@@ -1,4 +1,4 @@
-"""What a swap by a donor promises beside being right: nothing half done, nothing left behind, nothing copied."""
+"""What a swap that copies from a fresh load promises beside being right: nothing half done, nothing left behind, nothing copied."""
 
 from __future__ import annotations
 

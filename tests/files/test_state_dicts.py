@@ -79,7 +79,7 @@ def test_nothing_around_what_is_saved_goes_into_a_checkpoint(tmp_path, config, r
 MLP = KINDS["linear"]
 #: forms of LoRA with tensors that have a gradient although A and B are zero
 FORMS = {"DoRA": dict(use_dora=True), "lora_bias": dict(lora_bias=True)}
-WAYS = ("swap", "prepared", "reserved", "pool", "by a donor")
+WAYS = ("swap", "prepared", "reserved", "pool", "with a fresh load")
 
 
 def trained(model) -> dict[str, bool]:
@@ -91,7 +91,7 @@ def turned_off(tmp_path, form: dict, way: str):
     everywhere = {"target_modules": ["first", "blocks.1", "last"], **form}
     full = save_random_adapter(MLP, tmp_path / "full", seed=1, r=4, **everywhere)
     few = save_random_adapter(MLP, tmp_path / "few", seed=2, r=4, **{**everywhere, "target_modules": ["first"]})
-    if way == "by a donor":
+    if way == "with a fresh load":
         saved = {**everywhere, "target_modules": ["first"], "modules_to_save": ["blocks.0"]}
         few = save_random_adapter(MLP, tmp_path / "saved", seed=2, r=4, **saved)
     model = load(MLP, few if way == "reserved" else full, is_trainable=True)

@@ -63,7 +63,7 @@ def test_packing_is_what_the_engine_does():
     pool.swap("double")
     slot = resolve_slot(pool.model, "default")
     room = room_of(slot.host.base, "default")
-    rows = room.rows_for(room.content)[1]
+    rows = room.components_for(room.state)[1]
     part = next(band.memory[:taken] for band, taken in zip(room.bands, rows, strict=True) if taken)
     tensors = Adapter.load(demo.adapter_path("double")).tensors
     pairs = [

@@ -142,7 +142,7 @@ def test_a_mix_that_is_there_already_gets_another_strength(pool, truth):
 def test_undo_holds_no_weights_that_can_be_had_again(pool, truth):
     for weight in range(5):
         pool.assign([{"a": 1.0, "b": float(weight)}, "c"])
-    assert not any(each.parts for each in pool._before.rows)
+    assert not any(each.bands for each in pool._before.rows)
     pool.undo()
     assert_rows(pool, truth, [{"a": 1.0, "b": 3.0}, "c"])
 

@@ -329,7 +329,7 @@ def pool_state(pool: AdapterPool) -> dict:
     """What a pool has, in plain values. Which of its adapters are packed doesn't count: files have them, too."""
 
     def of(packed):
-        return None if packed is None else ([plain(part) for part in packed.parts], plain(packed.scalings))
+        return None if packed is None else ([plain(part) for part in packed.bands], plain(packed.scalings))
 
     entries = {
         name: (each.version, each.source, of(each.packed) if each.source is None else None, each.stamp)
@@ -349,7 +349,7 @@ def pool_state(pool: AdapterPool) -> dict:
 
 def _owner(packed) -> str | None:
     """Whose weights these are: those of an adapter, or of a mix of them."""
-    owner = packed and packed.content.owner
+    owner = packed and packed.state.owner
     return str(owner.weights) if isinstance(owner, Mix) else getattr(owner, "name", None)
 
 

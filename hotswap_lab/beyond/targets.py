@@ -1,4 +1,4 @@
-"""Places: where each tensor of an adapter's file lies in a live model, as a donor has shown it once.
+"""Targets: the tensor of a live model that each key of an adapter's file goes to, as a fresh load has shown once.
 
 With the same config, all else of an adapter is the same, too: then its tensors are the only thing to write, and PEFT
 need not load the next one again.
@@ -18,19 +18,19 @@ from ..core.adapter import Adapter
 from ..core.journal import Journal
 from ..core.plan import Action
 from ..core.slot import Slot, Uncopied
+from ..core.tensors import are_interchangeable
 from .base_values import BaseChange
 from .difference import Graft
-from .donor import Donor
-from .sameness import have_same_bits
+from .fresh_adapter import FreshAdapter
 
-#: on a base model: the places by adapter name
-PLACES = "hotswap_places"
+#: on a base model: the targets by adapter name
+TARGETS = "hotswap_targets"
 #: what says where an adapter comes from, and nothing of what it is
 PROVENANCE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class Targets:
     """Where everything is, as long as the config in the model is the one that came with it."""
 
     #: the config as it was read, and as it is in the model
@@ -42,7 +42,7 @@ class Places:
     graft: Graft
 
     def fit(self, slot: Slot, adapter: Adapter) -> bool:
-        """Whether this adapter can go to these places, and they are still where they were."""
+        """Whether this adapter can be written to these targets, and they are still in the model."""
         return (
             slot.config is self.in_model
             and adapter.tensors.keys() == self.tensors.keys()
@@ -70,33 +70,36 @@ class Places:
         return completed
 
 
-def places_of(slot: Slot) -> Places | None:
-    """The places of the slot's adapter, if a donor has shown them."""
-    return slot.host.base.__dict__.get(PLACES, {}).get(slot.adapter_name)
+def targets_of(slot: Slot) -> Targets | None:
+    """The targets of the slot's adapter, if a fresh load has shown them."""
+    return slot.host.base.__dict__.get(TARGETS, {}).get(slot.adapter_name)
 
 
-def keep_places(slot: Slot, places: Places | None, config: PeftConfig, journal: Journal) -> None:
-    """Notes the places on the base model, or that they are not known; ``config`` is put into the model with them."""
-    known = {**slot.host.base.__dict__.get(PLACES, {}), slot.adapter_name: places and replace(places, in_model=config)}
-    journal.set_item(slot.host.base.__dict__, PLACES, Uncopied(known))
+def keep_targets(slot: Slot, targets: Targets | None, config: PeftConfig, journal: Journal) -> None:
+    """Notes the targets on the base model, or that they are not known; ``config`` is put into the model with them."""
+    known = {
+        **slot.host.base.__dict__.get(TARGETS, {}),
+        slot.adapter_name: targets and replace(targets, in_model=config),
+    }
+    journal.set_item(slot.host.base.__dict__, TARGETS, Uncopied(known))
 
 
-def find_places(slot: Slot, adapter: Adapter, donor: Donor, graft: Graft) -> Places | None:
-    """The places of an adapter that a donor has loaded; None if there is more to write, or PEFT did more than copy."""
-    is_more = donor.base_values or (slot.config.peft_type == PeftType.ADALORA and not slot.config.inference_mode)
+def find_targets(slot: Slot, adapter: Adapter, fresh: FreshAdapter, graft: Graft) -> Targets | None:
+    """The targets of an adapter that was loaded afresh; None if more than tensors is written, or PEFT converts some."""
+    is_more = fresh.base_values or (slot.config.peft_type == PeftType.ADALORA and not slot.config.inference_mode)
     if is_more or not graft.writes_values_only:
         return None
     tensors = {}
     for name, source in adapter.tensors.items():
-        loaded = donor.origins.get(name)
+        loaded = fresh.origins.get(name)
         place = graft.in_place.get(id(loaded))
-        if place is None or not have_same_bits(loaded.detach(), source.detach().to(loaded.device, loaded.dtype)):
+        if place is None or not are_interchangeable(loaded.detach(), source.detach().to(loaded.device, loaded.dtype)):
             return None
         tensors[name] = place
     if len({id(live) for _, _, live in tensors.values()}) < len(tensors):
         return None
-    shown = replace(graft, copies=[], steps=[], in_place={}, base=BaseChange())  # nothing of the donor
-    return Places(_what_it_is(adapter.config), None, tensors, shown)
+    shown = replace(graft, copies=[], steps=[], in_place={}, base=BaseChange())  # nothing of the fresh load
+    return Targets(_what_it_is(adapter.config), None, tensors, shown)
 
 
 def _what_it_is(config: PeftConfig) -> dict[str, object]:

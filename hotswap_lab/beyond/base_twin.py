@@ -1,7 +1,7 @@
-"""A stand-in for a base model: the same modules around the same memory, but objects of its own, without adapters.
+"""A twin of a base model: modules of its own around the same memory, without adapters.
 
-PEFT loads an adapter by rebuilding the model that it is given. Given a stand-in, it builds a fresh load next to the
-live model, at the price of the adapter alone.
+PEFT loads an adapter by rebuilding the model that it is given. Given a twin, PEFT builds a fresh load next to the live
+model, which costs no more memory than the adapter.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..files.state_dicts import forget_hooks
 
 
 @dataclass
-class StandIn:
-    """``model`` is the stand-in; ``live`` leads from the ids of its modules and tensors to those of the live model."""
+class BaseTwin:
+    """``model`` is the twin; ``live`` leads from the ids of its modules and tensors to those of the live model."""
 
     model: torch.nn.Module = None
     live: dict[int, Any] = field(default_factory=dict)
@@ -40,25 +40,25 @@ class StandIn:
         return any(twin.data_ptr() != self.live[id(twin)].data_ptr() for twin in self.twins)
 
 
-def make_stand_in(base: torch.nn.Module) -> StandIn:
-    """A stand-in for a base model.
+def make_base_twin(base: torch.nn.Module) -> BaseTwin:
+    """Make the twin of a base model.
 
     >>> linear = torch.nn.Linear(2, 3)
-    >>> stand_in = make_stand_in(linear)
-    >>> stand_in.model is linear, stand_in.model.weight is linear.weight
+    >>> twin = make_base_twin(linear)
+    >>> twin.model is linear, twin.model.weight is linear.weight
     (False, False)
-    >>> stand_in.model.weight.data_ptr() == linear.weight.data_ptr()
+    >>> twin.model.weight.data_ptr() == linear.weight.data_ptr()
     True
     """
-    stand_in = StandIn()
-    modules, tensors = stand_in.modules, {}
+    made = BaseTwin()
+    modules, tensors = made.modules, {}
 
     def twin_of(module: torch.nn.Module) -> torch.nn.Module:
         wrappers, module = peel(module)
         if id(module) not in modules:
             twin = module.__class__.__new__(module.__class__)
             modules[id(module)] = twin
-            stand_in.live[id(twin)] = module
+            made.live[id(twin)] = module
             # tables of its own, so that hooks and attributes that PEFT sets stay here
             twin.__dict__.update({key: _own(value) for key, value in module.__dict__.items()})
             twin.__dict__.pop("peft_config", None)
@@ -68,32 +68,32 @@ def make_stand_in(base: torch.nn.Module) -> StandIn:
             }
             order = in_defined_order(module)
             if order is None and any("parameter_name" in wrapper.__dict__ for wrapper in wrappers):
-                stand_in.is_unordered = True
+                made.is_unordered = True
             twin.__dict__["_parameters"] = {
                 name: None if module._parameters[name] is None else tensor_twin(module._parameters[name])
                 for name in dict.fromkeys([*(order or ()), *module._parameters])
             }
-            stand_in.live |= {id(each): each for each in module._buffers.values() if each is not None}
+            made.live |= {id(each): each for each in module._buffers.values() if each is not None}
         return modules[id(module)]
 
     def tensor_twin(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         if id(parameter) not in tensors:
             if type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor:
                 twin = torch.nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-                stand_in.twins.append(twin)
+                made.twins.append(twin)
             else:
                 twin = parameter
-                stand_in.shared.append((parameter, parameter.requires_grad))
+                made.shared.append((parameter, parameter.requires_grad))
             tensors[id(parameter)] = twin
-            stand_in.live[id(twin)] = parameter
+            made.live[id(twin)] = parameter
         return tensors[id(parameter)]
 
-    stand_in.model = twin_of(unwrap_compiled(base))
-    return stand_in
+    made.model = twin_of(unwrap_compiled(base))
+    return made
 
 
 def _own(value: object) -> object:
-    """A table of its own, so that what PEFT puts into it stays with the stand-in."""
+    """A table of its own, so that what PEFT puts into it stays with the twin."""
     if type(value) in (dict, OrderedDict):
         return value.copy()  # as copy.copy would, several times faster
     return copy.copy(value) if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""A donor: the new adapter, loaded by PEFT itself onto a stand-in of the live base model."""
+"""Fresh adapter: the new adapter, loaded by PEFT itself onto a twin of the live base model."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from ..core.host import PEFT_PREFIX, Host, canonical_path
 from ..core.journal import interrupts_held
-from ..core.planner import are_the_same
+from ..core.tensors import are_interchangeable
 from ..threads import held
+from .base_twin import BaseTwin, make_base_twin
 from .guards import compilers_kept, memory_guard, random_numbers_kept, take_out
-from .stand_in import StandIn, make_stand_in
 
 
 @dataclass(frozen=True)
-class Donor:
+class FreshAdapter:
     """A fresh load of an adapter, next to the live model."""
 
     model: PeftModel
-    stand_in: StandIn
+    twin: BaseTwin
     #: base weights that the adapter's file brings, by their names in the base model
     base_values: Mapping[str, torch.Tensor]
-    #: all weights of the stand-in, by the same names
+    #: all weights of the twin, by the same names
     twins: Mapping[str, torch.Tensor]
-    #: by keys of the file, the tensors of the donor that PEFT loaded them into
+    #: by keys of the file, the tensors of the fresh load that PEFT loaded them into
     origins: Mapping[str, torch.Tensor]
     #: keys of the file that mean nothing to this model
     unexpected: list[str]
@@ -45,15 +45,15 @@ class Donor:
         return config
 
 
-def load_donor(
+def load_fresh_adapter(
     host: Host,
     config: PeftConfig,
     tensors: Mapping[str, torch.Tensor],
     adapter_name: str,
     *,
     half_precision: bool = False,
-) -> Donor:
-    """Lets PEFT load an adapter, as ``PeftModel.from_pretrained`` does, onto a stand-in for the host's base model.
+) -> FreshAdapter:
+    """Lets PEFT load an adapter, as ``PeftModel.from_pretrained`` does, onto a twin of the host's base model.
 
     Parameters
     ----------
@@ -68,35 +68,35 @@ def load_donor(
     half_precision:
         Whether the adapter keeps the precision of a half-precision base, as with ``autocast_adapter_dtype=False``.
     """
-    stand_in = make_stand_in(host.base)
-    twins = dict(_named_tensors(stand_in.model))
+    twin = make_base_twin(host.base)
+    twins = dict(_named_tensors(twin.model))
     config = copy.deepcopy(config)
-    if stand_in.is_unordered and len(getattr(config, "target_parameters", None) or ()) > 1:
+    if twin.is_unordered and len(getattr(config, "target_parameters", None) or ()) > 1:
         raise RuntimeError("its layers are nested by an order of parameters that the base model may have lost")
     taken_out = take_out(config)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     # quantized weights have no twins: PEFT sets `requires_grad` of the live ones, and no other thread must compute then
-    with held(host.base) if stand_in.shared else contextlib.nullcontext(), warnings.catch_warnings():
+    with held(host.base) if twin.shared else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         memory = memory_guard(host.base, tensors.values())
         try:
             # torch takes a mode off and puts it back around each function: after Ctrl-C in between, another one is off
             with interrupts_held(), compilers_kept(), random_numbers_kept(), memory:
-                model = cls(stand_in.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
+                model = cls(twin.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
             file = _file_keys(model, tensors, adapter_name)
             base_values, origins, result = _set_tensors(model, file, tensors, {id(twins[name]): name for name in twins})
             if hasattr(model.base_model, "_cast_adapter_dtype"):
                 model.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half_precision)
         finally:
             with interrupts_held():
-                for parameter, requires_grad in stand_in.shared:
+                for parameter, requires_grad in twin.shared:
                     parameter.requires_grad_(requires_grad)
-    if stand_in.was_changed():
+    if twin.was_changed():
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
     vars(model.peft_config[adapter_name]).update(taken_out)
-    return Donor(
+    return FreshAdapter(
         model.eval() if config.inference_mode else model,
-        stand_in,
+        twin,
         base_values,
         twins,
         origins,
@@ -127,7 +127,7 @@ def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: Mapping[int, str]):
-    """Writes the adapter's tensors into the donor; those that are for the base model are kept apart."""
+    """Writes the adapter's tensors into the fresh load; those that are for the base model are kept apart."""
     own = dict(_named_tensors(model))
     base_keys = {key: base_names[id(tensor)] for key, tensor in own.items() if id(tensor) in base_names}
     base_values: dict[str, torch.Tensor] = {}
@@ -166,7 +166,7 @@ def _file_keys(model: PeftModel, tensors: Mapping, adapter_name: str) -> dict[st
         full = PEFT_PREFIX + canonical_path(key) if not key.startswith("base_model.") else key
         if full in own and (f".{adapter_name}." in full or full.endswith(f".{adapter_name}")):
             full = tuner._remove_adapter_name_from_key(full, adapter_name)
-        if full in renamed and not are_the_same(tensor, renamed[full]):
+        if full in renamed and not are_interchangeable(tensor, renamed[full]):
             raise ValueError(f"it has two different values for {full}")
         renamed[full] = tensor
     return renamed
