@@ -51,9 +51,9 @@ ENGINE: Hotswap = Hotswap(
         # layer by layer
         (
             planner.plan_layers,
+            decide.plan_another_form,
             decide.take_base_weights,
             planner.plan_leftovers,
-            decide.plan_another_form,
             planner.check_capacity,
             checks.check_containers,
             checks.check_base,

@@ -86,9 +86,8 @@ def take_base_weights(plan: Plan) -> None:
 
 def plan_another_form(plan: Plan) -> Plan | None:
     """Decides the swap with a fresh load, now that it is known that layers get other tensors, or are given up."""
-    is_free = not plan.compiled and not plan.is_prepared
-    gives_up = is_free and not plan.refusals and given_up(plan)
-    if changes_form(plan) or gives_up:
+    is_free = not plan.compiled and not plan.is_prepared and not plan.refusals
+    if changes_form(plan) or (is_free and given_up(plan)):
         return plan_with_fresh_load(_afresh(plan))
     if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(_afresh(plan))).ok:
         return other
@@ -97,12 +96,13 @@ def plan_another_form(plan: Plan) -> Plan | None:
 
 def _afresh(plan: Plan) -> Plan:
     """The same swap, nothing of it decided but what was noted at first."""
-    return replace(plan, config=plan.adapter.config, layers=[], refusals=[], notes=[*plan.notes], left={}, unknown={})
+    return replace(plan, config=plan.adapter.config, layers=[], refusals=[], notes=[*plan.notes], unknown={})
 
 
 def has_strange_leftovers(plan: Plan) -> bool:
     """Whether what no layer took may mean something to PEFT: names of older models, other base weights."""
-    strange = {key: value for key, value in plan.left.items() if adaptable(plan.slot.host.base, key) is None}
+    base = plan.slot.host.base
+    strange = {key: value for key, value in plan.unknown.items() if adaptable(base, key) is None}
     weights = {key: _base_weight(plan, key) for key in strange}
     return any(weights[key] is None or not have_same_values(weights[key], value) for key, value in strange.items())
 

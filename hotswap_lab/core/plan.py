@@ -129,9 +129,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     #: what is said once for each model when the swap is done
     warnings: list[str] = field(default_factory=list)
-    #: tensors that no layer of the slot took, by their names in the base model, where nothing else was wrong
-    left: dict[str, torch.Tensor] = field(default_factory=dict)
-    #: those of them that no pass has understood so far
+    #: tensors that no layer of the slot took and no pass has understood so far, by their names in the base model
     unknown: dict[str, torch.Tensor] = field(default_factory=dict)
     #: whether no further pass has to look at it
     is_decided: bool = False

@@ -102,7 +102,6 @@ def plan_layers(plan: Plan) -> None:
     expected = slot.once_for(plan.config, expected_of)
     for each in zip(slot.layers, expected, plan.ranks_before, plan.fixed, strict=True):
         _plan_layer(plan, tensors, *each)
-    plan.left = {} if plan.refusals else dict(tensors)
     plan.unknown = tensors
 
 

@@ -277,7 +277,7 @@ class Room:
         return change
 
     def _change(self, state: State, config: Config, filled: list[int], taken: list[int]) -> Change:
-        """A swap without the weights: zeros wherever something else might be left beyond the components to be filled."""
+        """A swap without the weights: zeros wherever anything else may be left beyond the new components."""
         change = change_of(self.slot, config, self.slot)
         change.steps.append(self._note_write)
         self.was_touched = self.is_touched  # the version counters will tell of nothing that was before this swap

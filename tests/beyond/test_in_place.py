@@ -1,4 +1,4 @@
-"""What a swap that copies from a fresh load promises beside being right: nothing half done, nothing left behind, nothing copied."""
+"""Swaps that copy from a fresh load: nothing is half done, left behind, or copied needlessly."""
 
 from __future__ import annotations
 
