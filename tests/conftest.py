@@ -38,8 +38,8 @@ NEEDS_PEFT = "notebooks/beside_peft.ipynb", "0.21."
 RAY, NEEDS_RAY, NEEDS_RAY_TAG = ("ray", "openai"), "notebooks/09_beyond_one_machine.ipynb", "needs-ray"
 #: a program that can't even be looked into without it
 collect_ignore = [] if find_spec("ray") else ["serving/replica_faults.py"]
-#: notebooks that the short form of the tests leaves out: their exercises are solved in tests/lessons, too
-LONG_NOTEBOOKS = "notebooks/solutions"
+#: what the short form leaves out: solutions, which tests/lessons has too, and what is about PEFT's own hotswap
+LONG_NOTEBOOKS = "notebooks/solutions/", NEEDS_PEFT[0]
 
 
 #: files whose tests share what takes long to start: a kernel, a browser, processes
@@ -48,7 +48,6 @@ TOGETHER = (
     "/test_front_ends.py",
     "/test_distributed.py",
     "/test_bad_files.py",
-    "/test_hub.py",
     "/test_bench.py",
 )
 
@@ -69,7 +68,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the notebooks that only the long command runs; skips what can't run, instead of failing in every cell."""
     for item in items:
-        if item.path.parent.as_posix().endswith(LONG_NOTEBOOKS):
+        if any(each in item.path.as_posix() for each in LONG_NOTEBOOKS):
             item.add_marker(pytest.mark.long)
         if item.path.as_posix().endswith(NEEDS_PEFT[0]) and not version("peft").startswith(NEEDS_PEFT[1]):
             item.add_marker(pytest.mark.skip(reason=f"shows what PEFT {NEEDS_PEFT[1]} does; another one is installed"))
