@@ -13,6 +13,13 @@ from typing import Any
 NAMES = {
     "foreach_copy": "torch:_foreach_copy_",
     "tree_leaves": "torch.utils._pytree:tree_leaves",
+    "tree_flatten": "torch.utils._pytree:tree_flatten",
+    "tree_unflatten": "torch.utils._pytree:tree_unflatten",
+    "treespec_loads": "torch.utils._pytree:treespec_loads",
+    "aot_compile": "torch._inductor:aot_compile",
+    "package_aoti": "torch._inductor.package:package_aoti",
+    "AOTICompiledModel": "torch.export.pt2_archive._package:AOTICompiledModel",
+    "AOTIModelPackageLoader": "torch._C._aoti:AOTIModelPackageLoader",
     "dynamo_config": "torch._dynamo:config",
     "DynamoContext": "torch._dynamo.eval_frame:_TorchDynamoContext",
     "eval_frame": "torch._dynamo:eval_frame",

@@ -128,11 +128,13 @@ def changes_to_prepare(
     check_compiled: str = "ignore",
     extra_tensors: Callable[[Slot], list[SlotTensor]] | None = None,
     kind: type[Room] = Room,
+    ranks: Mapping[str, int] | None = None,
 ) -> list[Change]:
     """What :func:`prepare_model_for_compiled_hotswap` writes, for adapters that are read already.
 
     ``check_compiled`` says what happens if the model is compiled and anything would have to change; a
-    pool, which needs a room, says with ``extra_tensors`` what else of an adapter is in it than its layers.
+    pool, which needs a room, says with ``extra_tensors`` what else of an adapter is in it than its layers. ``ranks`` to
+    make room for, by the paths of layers, are as good as adapters that have them.
     """
     _check_target_rank(target_rank)
     changes: list[Change] = []
@@ -140,7 +142,8 @@ def changes_to_prepare(
     for slot in _slots(engine, model, adapter_name):
         is_lora_alone = isinstance(slot.method, Lora) and not slot.method.extra_state(slot.config)
         if is_lora_alone or extra_tensors is not None or engine.prepare_in_place is None:
-            change, reasons = _prepare(slot, target_rank, family, kind, extra_tensors(slot) if extra_tensors else [])
+            extra = extra_tensors(slot) if extra_tensors else []
+            change, reasons = _prepare(slot, target_rank, family, kind, extra, ranks or {})
         else:
             change, reasons = engine.prepare_in_place(slot, target_rank, family)
         changes.append(change)
@@ -200,7 +203,12 @@ def _slots(engine: Engine, model: torch.nn.Module, adapter_name: str | None) -> 
 
 
 def _prepare(
-    slot: Slot, target_rank: int | None, family: list[Adapter], kind: type[Room], extra_tensors: list[SlotTensor]
+    slot: Slot,
+    target_rank: int | None,
+    family: list[Adapter],
+    kind: type[Room],
+    extra_tensors: list[SlotTensor],
+    ranks: Mapping[str, int],
 ) -> tuple[Change, list[Refusal]]:
     """What makes room in one slot of LoRA, or why that can't be had."""
     refusals = [*slot.method.judge(slot.config, "loaded")]
@@ -213,6 +221,7 @@ def _prepare(
     #: the rank to make room for, by the path of a layer that the slot has or lacks
     room = {layer.path: layer.tensors[0].capacity or 0 for layer in slot.layers}
     refusals += _make_room(room, own, target_rank, "the loaded adapter")
+    refusals += _make_room(room, ranks, target_rank, "the ranks to make room for")
     for adapter in family:
         if not (ranks := _ranks_of(slot, adapter)):
             names = adapter.config.target_modules
@@ -222,7 +231,9 @@ def _prepare(
     return (Change(), refusals) if refusals else (_change_for(slot, room, kind, extra_tensors), [])
 
 
-def _make_room(room: dict[str, int], ranks: dict[str, int], target_rank: int | None, label: str) -> Iterator[Refusal]:
+def _make_room(
+    room: dict[str, int], ranks: Mapping[str, int], target_rank: int | None, label: str
+) -> Iterator[Refusal]:
     """Adds what one adapter needs to the room."""
     for path, rank in ranks.items():
         if target_rank is not None and target_rank < rank:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -116,6 +117,15 @@ class Batch:
         elif self.probe is None and getattr(self.local, "outer", None) == number:
             self.local.outer, self.total = None, 0
 
+    @contextlib.contextmanager
+    def entered(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
+        """A call of the model that no hook sees: of code that was compiled ahead of time."""
+        self._enter(0, self.entries[0], arguments, named)
+        try:
+            yield
+        finally:
+            self._leave(0)
+
     def check_part(self) -> None:
         """Refuses layers that are computed without the model around them, if no call of the model has proven them."""
         if getattr(self.local, "outer", None) is None and not self.acting <= self.shown:
@@ -152,6 +162,8 @@ class Batch:
         if not given:
             return None
         self.total = given[name := batch_name(given)].shape[0]
+        if torch.compiler.is_exporting():  # another process has another batch: it is checked where the code is called
+            return None
         checked = checked_inputs(
             given[name], list(given.values()), ",".join(given), self.number, number, self.total, self.copies
         )
@@ -162,7 +174,7 @@ class Batch:
 
     def checked_part(self, scaling: torch.Tensor, length: int) -> torch.Tensor:
         """In a graph that doesn't enter the model: ``scaling``, if the layer's input is made of the rows."""
-        if self.traced is not None:
+        if self.traced is not None or torch.compiler.is_exporting():
             return scaling
         return checked_inputs(scaling, [], "", self.number, PART, length, self.copies)
 

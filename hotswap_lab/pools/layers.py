@@ -9,6 +9,7 @@ that nothing mixes the rows before, is what :mod:`~hotswap_lab.pools.proof` show
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,8 @@ from .batch import Batch
 
 #: in the path of a layer that gets the tokens of all rows mixed
 MIXED = "experts"
+#: what of a variant compiled code reads, and the buffer of the layer that it is while the model is exported
+READ = {name: f"hotswap_rows_{name}" for name in ("a", "b", "trained", "own")}
 TRAINED = "parameters that require a gradient"
 
 
@@ -65,12 +68,13 @@ class RowVariant(LoraVariant):
     ) -> torch.Tensor:
         if torch.is_grad_enabled() and self.tensors[0].parameter.requires_grad:
             raise refuse("rows_not_trained", adapter_name=active_adapter, found=TRAINED)
-        strength = module.scaling[active_adapter] / self.trained
+        own = self.exported(module) if torch.compiler.is_exporting() else self
+        strength = module.scaling[active_adapter] / own.trained
         if torch.compiler.is_compiling():
             count, block = self.batch.blocks_of(x.shape[0])
             if count > self.batch.rows:  # a graph that gets no further than the check
                 return result * strength.sum()
-            a, b, scaling = self.a[:count], self.b[:count], self.own[:count] * strength
+            a, b, scaling = own.a[:count], own.b[:count], own.own[:count] * strength
             if self.is_gate:
                 scaling = self.batch.checked_part(scaling, x.shape[0])
         elif (found := self._now(active_adapter, x, strength)) is not None:
@@ -91,6 +95,12 @@ class RowVariant(LoraVariant):
         delta = delta.view(*inner.shape[:-1], delta.shape[-1])
         delta = (delta.transpose(0, 1) if is_tiled else delta).flatten(0, 1)
         return result + self.like_result(module, delta, result)
+
+    def exported(self, module: Any) -> SimpleNamespace:
+        """What of it compiled code reads, by names that an export keeps; refuses any export that gives it none."""
+        if module._buffers.keys().isdisjoint(READ.values()):
+            raise refuse("rows_not_exportable")
+        return SimpleNamespace(**{name: module._buffers[buffer] for name, buffer in READ.items()})
 
     def _now(
         self, active_adapter: str, x: torch.Tensor, strength: torch.Tensor

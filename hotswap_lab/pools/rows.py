@@ -6,9 +6,10 @@ lie side by side, so that an adapter goes into a row with one copy.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from ..core.room import SCALING_STEP, Packed, Room, State
 from ..core.slot import Slot, SlotLayer, change_of
 from ..core.tensors import LayerSettings, SlotTensor, is_shared
 from .batch import Batch
-from .layers import TRAINED, variant_for
+from .layers import READ, TRAINED, variant_for
 from .proof import name_of_like
 
 #: from which rank on a compiled sum reads ``lora_B`` faster as PEFT has it than one rank component after the other
@@ -122,6 +123,24 @@ class RowRoom(Room):
             own = variant(*weights, *scaled, layer.tensors[:2], self.batch, index, layer.path, is_gate)
             journal.set_item(layer.module.lora_variant, slot.adapter_name, own)
         self.batch.watch(_entries(slot), journal)
+
+    @contextlib.contextmanager
+    def exporting(self) -> Iterator[None]:
+        """In the block, the weights and scalings of all rows are buffers of their layers, so that exports name them."""
+        try:
+            for table, own in self._read():
+                table.update(own)
+            yield
+        finally:
+            for table, own in self._read():
+                for name in own:
+                    table.pop(name, None)
+
+    def _read(self) -> Iterator[tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor]]]:
+        """Of each layer, the table of its buffers, and what is in there in an export."""
+        for layer in self.slot.layers:
+            own = layer.module.lora_variant[self.slot.adapter_name]
+            yield layer.module._buffers, {buffer: getattr(own, name) for name, buffer in READ.items()}
 
     def _all(self, first: torch.Tensor) -> torch.Tensor:
         """All rows of a memory, by its first one."""

@@ -1,0 +1,551 @@
+"""Ahead of time: a prepared model, compiled to one file, that still swaps in the process that loads it.
+
+``torch.export`` and AOTInductor turn a model into machine code that a process without a compiler loads in a moment.
+The weights stay outside: the code is bound to the memory of a live model. A prepared model writes each adapter to the
+same memory (:mod:`hotswap_lab.core.arena`), and its scalings are buffers, so the code reads whatever was swapped in.
+
+What the code can't notice, :class:`AheadModel` looks for before each call: a model that was moved or changed since, an
+adapter that is disabled, inputs of another form. AOTInductor checks nothing by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from . import compat
+from .core.change import apply
+from .core.errors import HotswapError, listing, refuse
+from .core.host import Host, carriers
+from .core.prepare import changes_to_prepare
+from .core.slot import room_of
+from .engine import ENGINE
+from .pools.layers import READ
+from .threads import held
+
+#: what a file says of itself, and values that the code needs and no model has; next to PyTorch's own records in it
+NOTES, VALUES = "hotswap_lab/notes.json", "hotswap_lab/values.safetensors"
+#: without weights in it; and with small tensors read from memory, not written into the code
+OPTIONS = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
+OPTIONS["always_keep_tensor_constants"] = True
+#: a table of a module, and a name in it: where a tensor is found each time
+Place = tuple[Mapping[str, Any], str]
+
+
+def aoti_compile(
+    model: Any,
+    path: str | os.PathLike[str],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    repeated_blocks: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Compiles a prepared model ahead of time, to a file that :func:`aoti_load` binds to a model in any process.
+
+    Adapters are swapped there as ever: the file has no weights in it, and none of the numbers that a swap changes.
+
+    Parameters
+    ----------
+    model:
+        A model that :func:`hotswap_lab.prepare_model_for_compiled_hotswap` has prepared, or an
+        :class:`~hotswap_lab.AdapterPool`; not compiled, in eval mode, its adapter active.
+    path:
+        The file to write, which ends in ``.pt2``.
+    args, kwargs:
+        Inputs as for the base model. Numbers, strings and so on become part of the code.
+    dynamic_shapes:
+        As for ``torch.export.export``, by the names of the arguments: ``{"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}}``.
+        What is not named keeps the size that it has.
+    repeated_blocks:
+        Compiles only the layers of which a model has many, each kind of them once. That takes seconds where the whole
+        model takes minutes, and is a little slower. What is around them is computed as without compiling.
+    progress:
+        Prints one line that says what it took.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    HotswapError
+        If the model is not prepared, or PyTorch can't export or compile it.
+
+    Examples
+    --------
+    >>> from hotswap_lab import AdapterPool, aoti_compile, aoti_load, demo
+    >>> model, tokenizer = demo.load("reverse")
+    >>> pool = AdapterPool(model, adapters={name: demo.adapter_path(name) for name in demo.adapter_names()})
+    >>> inputs = tokenizer("hotswap>", return_tensors="pt")
+    >>> path = aoti_compile(pool, "demo.pt2", kwargs=dict(**inputs, use_cache=False))  # doctest: +SKIP
+    >>> ahead = aoti_load(path, pool)  # here, or in a process with no compiler  # doctest: +SKIP
+    >>> pool.swap("shout")  # what `ahead` computes with from now on
+    >>> logits = ahead(**inputs, use_cache=False).logits  # doctest: +SKIP
+
+    Notes
+    -----
+    Uses ``torch.export.export`` and AOTInductor. https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
+    """
+    start = time.monotonic()
+    host, name = _prepared(model)
+    given = _named(host.base, tuple(args), kwargs or {})
+    room = room_of(host.base, name)
+    rows = room.exporting() if hasattr(room, "batch") else contextlib.nullcontext()
+    # an export puts other tensors into the model while it runs
+    with torch.no_grad(), held(host.base), rows:
+        if repeated_blocks:
+            programs = _blocks(host.base, _places(host.base, room), given, dynamic_shapes is not None)
+        else:
+            programs = {("",): _export(host.base, given, _shapes(given, dynamic_shapes))}
+    with tempfile.TemporaryDirectory() as folder:
+        exported = time.monotonic() - start
+        built = _build(programs, os.path.join(folder, "built.pt2"))
+        places = _places(host.base, room)
+        graphs = [_notes_on(program, places, paths) for paths, program in programs.items()]
+        ranks = {layer.path: layer.tensors[0].capacity for layer in room.slot.layers}
+        notes = dict(torch=torch.__version__, base=type(host.base).__name__, name=name, ranks=ranks, graphs=graphs)
+        notes["rows"] = (room.rows, room.batch.copies) if hasattr(room, "batch") else None
+        values = {f"{n}:{k}": v for n, p in enumerate(programs.values()) for k, v in _lifted(p).items()}
+        _add(built, {NOTES: json.dumps(notes).encode(), VALUES: safetensors.torch.save(values)})
+        path = Path(path)
+        os.replace(_next_to(path, built), path)
+    if progress:
+        bound, seconds = sum(len(each["tensors"]) for each in graphs), time.monotonic() - start
+        print(
+            f"{path.name}: exported in {exported:.0f} s, compiled in {seconds - exported:.0f} s, "
+            f"{path.stat().st_size / 1e6:.1f} MB without weights, {bound} tensors to bind"
+        )
+    return path
+
+
+def aoti_load(path: str | os.PathLike[str], model: Any) -> AheadModel:
+    """Binds a file of :func:`aoti_compile` to the memory of a model. Needs no compiler, and copies no weights.
+
+    Parameters
+    ----------
+    path:
+        The file.
+    model:
+        A model of the same form, with an adapter loaded, or a pool. It may have other weights. If it is not prepared
+        yet, it is prepared for the ranks that the file was compiled with: no family of adapters has to be at hand.
+
+    Returns
+    -------
+    AheadModel
+        To be called as the base model is called.
+
+    Raises
+    ------
+    HotswapError
+        If the file was compiled by another version of PyTorch, for another processor, or for another model.
+    """
+    notes, values = _read(path)
+    _check_versions(path, notes)
+    hosts = [host for host in carriers(getattr(model, "model", model)) if host.configs]
+    names = {name for host in hosts for name in host.configs}
+    base = next((host.base for host in hosts if notes["name"] in host.configs), None)
+    if base is None or type(base).__name__ != notes["base"]:
+        found = listing(f"{type(host.base).__name__} with {', '.join(names)}" for host in hosts) or "no adapter"
+        raise refuse("ahead_other_model", found=found, expected=f"{notes['base']} with an adapter {notes['name']!r}")
+    with held(base):
+        if room_of(base, notes["name"]) is None:
+            root = getattr(model, "model", model)
+            apply(changes_to_prepare(ENGINE, root, [], adapter_name=notes["name"], ranks=notes["ranks"]))
+        host, _ = _prepared(model)
+        return AheadModel(os.fspath(path), host, notes, values)
+
+
+class AheadModel:
+    """A model that was compiled ahead of time, bound to a live one: what is swapped there is computed with here.
+
+    Called as the base model is called, it returns what that returns, without gradients. Each call looks first whether
+    the model is still what was bound, and whether the inputs are of the form that was compiled: AOTInductor itself
+    would compute with freed memory, or with numbers read as others.
+
+    Parameters
+    ----------
+    path, host, notes, values:
+        The file and what is in it, and the model.
+    """
+
+    def __init__(self, path: str, host: Host, notes: Mapping[str, Any], values: Mapping[str, torch.Tensor]):
+        #: the base model, whose memory this reads
+        self.base: torch.nn.Module = host.base
+        self._name: str = notes["name"]
+        room = room_of(host.base, self._name)
+        #: how the rows of a batch are checked, where each may have an adapter of its own
+        self._batch: Any = getattr(room, "batch", None)
+        self._copies: int = notes["rows"][1] if notes["rows"] else 1
+        if notes["rows"] and (self._batch is None or self._batch.rows != notes["rows"][0]):
+            found = f"{self._batch.rows} rows" if self._batch else "no pool with rows"
+            raise refuse("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
+        places = _places(host.base, room)
+        self._layers: list[Any] = [each for each in host.base.modules() if isinstance(each, BaseTunerLayer)]
+        bound = {}
+        for number, graph in enumerate(notes["graphs"]):
+            own = {key.partition(":")[2]: each for key, each in values.items() if key.startswith(f"{number}:")}
+            for at in graph["paths"]:
+                bound[at] = _Bound(path, str(number), graph, host.base.get_submodule(at), _below(at, places), own)
+        self._bound: dict[str, _Bound] = bound
+        #: of all that is bound: a table of a module, a name in it, and where its memory was
+        self._places: list[Place] = [each for b in bound.values() for each in b.places]
+        self._pointers: list[int] = [table[key].data_ptr() for table, key in self._places]
+        self._run: Callable[..., Any] = bound[""] if "" in bound else _around(host.base, bound)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base model returns for these inputs. They are those that were compiled, but for dynamic sizes."""
+        self.check()
+        if self._batch is None:
+            rows: Any = contextlib.nullcontext()
+        else:
+            rows = self._batch.entered((), _named(self.base, args, kwargs))
+        with torch.no_grad(), rows:
+            return self._run(*args, **kwargs)
+
+    def check(self) -> None:
+        """Refuses a model that has changed since it was bound, in a way that the compiled code can't notice."""
+        if reason := _unfit(self.base, self._layers, self._name):
+            raise refuse("ahead_state", found=reason, name=self._name)
+        if self._batch is not None and self._batch.copies != self._copies:
+            found = f"a batch that has each row {self._batch.copies} times"
+            raise refuse("ahead_inputs", found=found, expected=f"each row {self._copies} times")
+        try:
+            same = [table[key].data_ptr() for table, key in self._places] == self._pointers
+        except (KeyError, AttributeError):
+            same = False
+        if not same:
+            raise refuse("ahead_moved")
+
+
+def _unfit(base: torch.nn.Module, layers: Sequence[Any], name: str) -> str | None:
+    """What of a model's state would be computed otherwise than it was compiled, or None."""
+    if base.training:
+        return "training mode"
+    for layer in layers:
+        if layer.disable_adapters:
+            return "adapters that are disabled"
+        if layer.merged_adapters:
+            return f"an adapter that is merged, {layer.merged_adapters[0]!r}"
+        if layer.active_adapters != [name]:
+            return f"the active adapters {layer.active_adapters}"
+    return None
+
+
+def _prepared(model: Any) -> tuple[Host, str]:
+    """The model that carries the prepared adapter, and its name."""
+    hosts = [host for host in carriers(getattr(model, "model", model)) if host.configs]
+    found = [(host, name) for host in hosts for name in host.configs if room_of(host.base, name) is not None]
+    if len(found) != 1:
+        raise refuse("ahead_not_prepared", found=listing(repr(name) for _, name in found) or "none")
+    ((host, name),) = found
+    layers = [each for each in host.base.modules() if isinstance(each, BaseTunerLayer)]
+    if reason := _unfit(host.base, layers, name):
+        raise refuse("ahead_state", found=reason, name=name)
+    return host, name
+
+
+# ---- compiling
+
+
+def _named(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of ``module.forward``, by name."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    named = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and named.pop(parameter.name, ()):
+            raise refuse("ahead_arguments", found=f"arguments without a name, in *{parameter.name}")
+    return named
+
+
+def _shapes(given: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if dynamic is not None and (unknown := dynamic.keys() - given.keys()):
+        raise refuse("ahead_arguments", found=f"dynamic_shapes for {listing(sorted(unknown))}, which is no input")
+    return None if dynamic is None else {name: dynamic.get(name) for name in given}
+
+
+def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(module, (), given, dynamic_shapes=shapes, strict=False)
+    except HotswapError:
+        raise
+    except Exception as error:
+        raise refuse("ahead_not_exportable", error=error, name=type(module).__name__) from error
+
+
+def _blocks(
+    base: torch.nn.Module, places: Mapping[str, Place], given: dict[str, Any], dynamic: bool
+) -> dict[tuple[str, ...], Any]:
+    """One exported program for each kind of repeated layer, by the paths of all layers of that kind."""
+    kinds = {*(getattr(base, "_repeated_blocks", None) or getattr(base, "_no_split_modules", None) or ())}
+    blocks = {path: each for path, each in base.named_modules() if type(each).__name__ in kinds}
+    if not blocks:
+        raise refuse("ahead_no_blocks", name=type(base).__name__)
+    seen: dict[str, dict[str, Any]] = {}
+    hooks = [
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs, path=path: seen.setdefault(path, _named(module, args, kwargs)) and None,
+            with_kwargs=True,
+        )
+        for path, block in blocks.items()
+    ]
+    try:
+        base(**given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    alike: dict[str, list[str]] = {}
+    for path in seen:
+        own = {key: _form(table[name]) for key, (table, name) in _below(path, places).items()}
+        alike.setdefault(repr(own), []).append(path)
+    programs = {}
+    for paths in alike.values():
+        inputs = seen[paths[0]]
+        for argument, value in inputs.items():
+            if not _is_plain(value):
+                raise refuse("ahead_arguments", found=f"a {type(value).__name__} for {argument!r} of a repeated block")
+        shapes = {key: _all_dynamic(value) for key, value in inputs.items()} if dynamic else None
+        programs[tuple(paths)] = _export(blocks[paths[0]], inputs, shapes)
+    return programs
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a tensor, a number and so on, or made of such: no object that a layer may write to."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (torch.Tensor, bool, int, float, str))
+
+
+def _all_dynamic(value: object) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_all_dynamic, value))
+    if not isinstance(value, torch.Tensor):
+        return None
+    # an export takes sizes of 0 and 1 for constants
+    return {axis: torch.export.Dim.AUTO for axis, size in enumerate(value.shape) if size > 1}
+
+
+def _build(programs: Mapping[tuple[str, ...], torch.export.ExportedProgram], path: str) -> str:
+    files = {}
+    try:
+        for number, program in enumerate(programs.values()):
+            args, kwargs = program.example_inputs or ((), {})
+            graph = program.module(check_guards=False)
+            files[str(number)] = compat.aot_compile(graph, args, kwargs, options=dict(OPTIONS))
+        return compat.package_aoti(path, files)
+    except Exception as error:
+        raise refuse("ahead_not_compilable", error=error) from error
+
+
+def _notes_on(program: Any, places: Mapping[str, Place], paths: tuple[str, ...]) -> dict[str, Any]:
+    """What a loader has to know of one graph: the tensors to bind, and the form of its inputs."""
+    signature, ranges = program.graph_signature, {}
+    own = {key: table[name] for key, (table, name) in _below(paths[0], places).items()}
+    wanted = {*signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values()}
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    inputs = []
+    for spec in signature.input_specs:
+        if spec.kind.name == "USER_INPUT":
+            value = values[spec.arg.name] if spec.arg.name in values else getattr(spec.arg, "value", None)
+            inputs.append(_input(value))
+    for symbol, allowed in program.range_constraints.items():
+        ranges[str(symbol)] = [int(allowed.lower), int(allowed.upper) if allowed.upper.is_Integer else None]
+    tensors = {key: _form(own[key]) for key in sorted(wanted)}
+    names = list((program.example_inputs or ((), {}))[1])
+    return dict(paths=paths, tensors=tensors, names=names, inputs=inputs, ranges=ranges)
+
+
+def _input(value: object) -> Any:
+    if isinstance(value, torch.Tensor):
+        shape = [each if isinstance(each, int) else str(each) for each in value.shape]
+        return [shape, str(value.dtype), value.device.type]
+    return repr(value)
+
+
+def _form(tensor: torch.Tensor) -> list[Any]:
+    """All that compiled code takes for given of a tensor that it reads."""
+    return [list(tensor.shape), list(tensor.stride()), str(tensor.dtype), tensor.device.type]
+
+
+def _places(base: torch.nn.Module, room: Any) -> dict[str, Place]:
+    """All tensors that code may be bound to, by their names in an export; tied ones by each of their names."""
+    found: dict[str, Place] = {}
+    for path, module in base.named_modules(remove_duplicate=False):
+        before = f"{path}." if path else ""
+        for table in (module._parameters, module._buffers):
+            found |= {before + name: (table, name) for name, tensor in table.items() if tensor is not None}
+        own = module.__dict__.get("lora_variant", {}).get(room.slot.adapter_name) if hasattr(room, "batch") else None
+        if own is not None:
+            found |= {before + buffer: (own.__dict__, name) for name, buffer in READ.items()}
+    return found
+
+
+def _below(path: str, places: Mapping[str, Place]) -> dict[str, Place]:
+    """Those of a module, by their names in it."""
+    before = f"{path}." if path else ""
+    return {key.removeprefix(before): each for key, each in places.items() if key.startswith(before)}
+
+
+def _lifted(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
+    """Tensors that a forward makes of nothing, or finds elsewhere than in the model's tables."""
+    keys = program.graph_signature.inputs_to_lifted_tensor_constants.values()
+    return {key: torch.as_tensor(program.constants[key]).detach().clone().contiguous() for key in keys}
+
+
+def _add(path: str, records: Mapping[str, bytes]) -> None:
+    """Adds records to PyTorch's archive."""
+    with zipfile.ZipFile(path, "a") as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        for name, content in records.items():
+            archive.writestr(f"{root}/{name}", content)
+
+
+def _next_to(path: Path, built: str) -> Path:
+    """A copy of what was built in the folder of ``path``, so that it is there whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(Path(built).read_bytes())
+    return part
+
+
+# ---- loading
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = {name.partition("/")[2]: name for name in archive.namelist()}
+            return json.loads(archive.read(records[NOTES])), safetensors.torch.load(archive.read(records[VALUES]))
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise refuse("ahead_no_package", path=os.fspath(path), error=error) from error
+
+
+def _check_versions(path: str | os.PathLike[str], notes: Mapping[str, Any]) -> None:
+    if notes["torch"] != torch.__version__:
+        raise refuse("ahead_versions", found=f"torch {notes['torch']}", expected=f"torch {torch.__version__}")
+    with zipfile.ZipFile(path) as archive:
+        built = next(json.loads(archive.read(each)) for each in archive.namelist() if each.endswith("_metadata.json"))
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    needs = built.get("AOTI_CPU_ISA", "").lower().replace("avx512 ", "avx512_f ").split()
+    if lacking := [each for each in needs if has.get(each) is False]:
+        raise refuse("ahead_versions", found=f"code that uses {listing(lacking)}", expected="what this processor has")
+
+
+class _Bound:
+    """One compiled graph, bound to the tensors of one module."""
+
+    def __init__(
+        self,
+        path: str,
+        number: str,
+        notes: Mapping[str, Any],
+        module: torch.nn.Module,
+        places: Mapping[str, Place],
+        values: Mapping[str, torch.Tensor],
+    ):
+        forms = notes["tensors"]
+        tensors = {key: places[key][0][places[key][1]] for key in forms if key in places}
+        for key, form in forms.items():
+            found = _form(tensors[key]) if key in tensors else None
+            if found != form:
+                raise refuse("ahead_other_tensor", key=key, found=found or "no such tensor", expected=form)
+        self.module, self.inputs, self.ranges = module, notes["inputs"], notes["ranges"]
+        self.places: list[Place] = [places[key] for key in forms]
+        #: kept, since the code has nothing but their addresses
+        self.tensors: dict[str, torch.Tensor] = {key: tensors[key].detach() for key in forms} | dict(values)
+        # torch's own load_package asks a compiler first what the processor can do
+        self.code: Any = compat.AOTICompiledModel(compat.AOTIModelPackageLoader(path, number, False, 1, -1))
+        wanted = self.code.get_constant_fqns()
+        self.code.load_constants({key: self.tensors[key] for key in wanted}, check_full_update=True, user_managed=True)
+        self.signature: inspect.Signature = inspect.signature(module.forward)
+        specs = [compat.treespec_loads(each) for each in self.code.loader.get_call_spec()]
+        self.names: list[str] = notes["names"]
+        self.input_form, self.output_form = specs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = _named(self.module, args, kwargs)
+        for name, parameter in self.signature.parameters.items():
+            if name in self.names and name not in given and parameter.default is not parameter.empty:
+                given[name] = parameter.default
+        for name in given.keys() - set(self.names):
+            default = self.signature.parameters.get(name)
+            if default is not None and given[name] is default.default:
+                del given[name]  # as if it had not been passed
+        if given.keys() != set(self.names):
+            found = f"the inputs {listing(given)}"
+            raise refuse("ahead_inputs", found=found, expected=f"the inputs {listing(self.names)}")
+        leaves, form = compat.tree_flatten(((), {name: given[name] for name in self.names}))
+        if form != self.input_form:
+            raise refuse("ahead_inputs", found=form, expected=self.input_form)
+        self._check(leaves)
+        run = self.code.loader.boxed_run if hasattr(self.code.loader, "boxed_run") else self.code.loader.run
+        outputs = run([each for each in leaves if isinstance(each, torch.Tensor)])
+        return compat.tree_unflatten(outputs, self.output_form)
+
+    def _check(self, leaves: Sequence[Any]) -> None:
+        """Refuses inputs of another form than those that were compiled."""
+        sizes: dict[str, int] = {}
+        for value, expected in zip(leaves, self.inputs, strict=True):
+            if not isinstance(value, torch.Tensor) or isinstance(expected, str):
+                if isinstance(value, torch.Tensor) or repr(value) != expected:
+                    raise refuse("ahead_inputs", found=_input(value), expected=expected)
+                continue
+            shape, dtype, device = expected
+            fits = (str(value.dtype), value.device.type, value.dim()) == (dtype, device, len(shape))
+            for size, own in zip(value.shape, shape, strict=False):
+                low, high = self.ranges.get(own, (0, None)) if isinstance(own, str) else (own, own)
+                fits = fits and low <= size and (high is None or size <= high)
+                fits = fits and (isinstance(own, int) or sizes.setdefault(own, size) == size)
+            if not fits or value.requires_grad:
+                found = f"{_input(value)}{', which requires gradients' if value.requires_grad else ''}"
+                raise refuse("ahead_inputs", found=found, expected=f"{expected} with sizes in {self.ranges}")
+
+
+class _Block(torch.nn.Module):
+    """Stands for a repeated layer, and has all of its attributes."""
+
+    def __init__(self, block: torch.nn.Module, bound: _Bound):
+        super().__init__()
+        self.__dict__["_live"], self.__dict__["_bound"] = block, bound
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_live"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._bound(*args, **kwargs)
+
+
+def _around(base: torch.nn.Module, bound: Mapping[str, _Bound]) -> torch.nn.Module:
+    """The base model once more, with compiled layers: its own modules but for those on the way to them."""
+    copies = {"": _copy_of(base)}
+    for path, each in bound.items():
+        *way, last = path.split(".")
+        for depth, step in enumerate(way, 1):
+            above, at = ".".join(way[: depth - 1]), ".".join(way[:depth])
+            if at not in copies:
+                copies[at] = copies[above]._modules[step] = _copy_of(copies[above]._modules[step])
+        parent = copies[".".join(way)]
+        parent._modules[last] = _Block(parent._modules[last], each)
+    return copies[""]
+
+
+def _copy_of(module: Any) -> Any:
+    """A module that shares all but its table of modules."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(module.__dict__, _modules=dict(module._modules))
+    return twin
