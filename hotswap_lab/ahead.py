@@ -27,12 +27,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from . import compat
 from .core.change import apply
+from .core.compiled import unwrap_compiled
 from .core.errors import HotswapError, listing, refuse
 from .core.host import Host, carriers
 from .core.prepare import changes_to_prepare
 from .core.slot import room_of
 from .engine import ENGINE
+from .pools.batch import PART
 from .pools.layers import READ
+from .pools.proof import size_of
 from .threads import held
 
 #: what a file says of itself, and values that the code needs and no model has; next to PyTorch's own records in it
@@ -102,23 +105,23 @@ def aoti_compile(
     Uses ``torch.export.export`` and AOTInductor. https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
     """
     start = time.monotonic()
-    host, name = _prepared(model)
-    given = _named(host.base, tuple(args), kwargs or {})
+    host, name, top = _prepared(model)
+    given = _named(top, tuple(args), kwargs or {})
     room = room_of(host.base, name)
     rows = room.exporting() if hasattr(room, "batch") else contextlib.nullcontext()
     # an export puts other tensors into the model while it runs
     with torch.no_grad(), held(host.base), rows:
         if repeated_blocks:
-            programs = _blocks(host.base, _places(host.base, room), given, dynamic_shapes is not None)
+            programs = _blocks(top, _places(top, room), given, dynamic_shapes is not None)
         else:
-            programs = {("",): _export(host.base, given, _shapes(given, dynamic_shapes))}
+            programs = {("",): _export(top, given, _shapes(given, dynamic_shapes))}
     with tempfile.TemporaryDirectory() as folder:
         exported = time.monotonic() - start
         built = _build(programs, os.path.join(folder, "built.pt2"))
-        places = _places(host.base, room)
+        places = _places(top, room)
         graphs = [_notes_on(program, places, paths) for paths, program in programs.items()]
         ranks = {layer.path: layer.tensors[0].capacity for layer in room.slot.layers}
-        notes = dict(torch=torch.__version__, base=type(host.base).__name__, name=name, ranks=ranks, graphs=graphs)
+        notes = dict(torch=torch.__version__, base=type(top).__name__, name=name, ranks=ranks, graphs=graphs)
         notes["rows"] = (room.rows, room.batch.copies) if hasattr(room, "batch") else None
         values = {f"{n}:{k}": v for n, p in enumerate(programs.values()) for k, v in _lifted(p).items()}
         _add(built, {NOTES: json.dumps(notes).encode(), VALUES: safetensors.torch.save(values)})
@@ -156,17 +159,15 @@ def aoti_load(path: str | os.PathLike[str], model: Any) -> AheadModel:
     """
     notes, values = _read(path)
     _check_versions(path, notes)
-    hosts = [host for host in carriers(getattr(model, "model", model)) if host.configs]
-    names = {name for host in hosts for name in host.configs}
-    base = next((host.base for host in hosts if notes["name"] in host.configs), None)
-    if base is None or type(base).__name__ != notes["base"]:
-        found = listing(f"{type(host.base).__name__} with {', '.join(names)}" for host in hosts) or "no adapter"
-        raise refuse("ahead_other_model", found=found, expected=f"{notes['base']} with an adapter {notes['name']!r}")
-    with held(base):
-        if room_of(base, notes["name"]) is None:
-            root = getattr(model, "model", model)
-            apply(changes_to_prepare(ENGINE, root, [], adapter_name=notes["name"], ranks=notes["ranks"]))
-        host, _ = _prepared(model)
+    hosts, name = _hosts(model), notes["name"]
+    host = next((each for each in hosts if name in each.configs), None)
+    if host is None or type(_top(host)).__name__ != notes["base"]:
+        found = listing(f"{type(_top(each)).__name__} with {', '.join(each.configs)}" for each in hosts)
+        raise refuse("ahead_other_model", found=found or "no adapter", expected=f"{notes['base']} with {name!r}")
+    with held(host.base):
+        if room_of(host.base, name) is None:
+            apply(changes_to_prepare(ENGINE, host.root, [], adapter_name=name, ranks=notes["ranks"]))
+        _prepared(model)
         return AheadModel(os.fspath(path), host, notes, values)
 
 
@@ -184,8 +185,11 @@ class AheadModel:
     """
 
     def __init__(self, path: str, host: Host, notes: Mapping[str, Any], values: Mapping[str, torch.Tensor]):
-        #: the base model, whose memory this reads
+        #: the model whose memory this reads
         self.base: torch.nn.Module = host.base
+        top = _top(host)
+        self._top: torch.nn.Module = top
+        self._is_base: bool = top is host.base
         self._name: str = notes["name"]
         room = room_of(host.base, self._name)
         #: how the rows of a batch are checked, where each may have an adapter of its own
@@ -194,26 +198,30 @@ class AheadModel:
         if notes["rows"] and (self._batch is None or self._batch.rows != notes["rows"][0]):
             found = f"{self._batch.rows} rows" if self._batch else "no pool with rows"
             raise refuse("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
-        places = _places(host.base, room)
+        places = _places(top, room)
         self._layers: list[Any] = [each for each in host.base.modules() if isinstance(each, BaseTunerLayer)]
         bound = {}
         for number, graph in enumerate(notes["graphs"]):
             own = {key.partition(":")[2]: each for key, each in values.items() if key.startswith(f"{number}:")}
             for at in graph["paths"]:
-                bound[at] = _Bound(path, str(number), graph, host.base.get_submodule(at), _below(at, places), own)
+                bound[at] = _Bound(path, str(number), graph, top.get_submodule(at), _below(at, places), own)
         self._bound: dict[str, _Bound] = bound
         #: of all that is bound: a table of a module, a name in it, and where its memory was
         self._places: list[Place] = [each for b in bound.values() for each in b.places]
         self._pointers: list[int] = [table[key].data_ptr() for table, key in self._places]
-        self._run: Callable[..., Any] = bound[""] if "" in bound else _around(host.base, bound)
+        self._run: Callable[..., Any] = bound[""] if "" in bound else _around(top, bound)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the base model returns for these inputs. They are those that were compiled, but for dynamic sizes."""
         self.check()
         if self._batch is None:
             rows: Any = contextlib.nullcontext()
-        else:
+        elif self._is_base:
             rows = self._batch.entered((), _named(self.base, args, kwargs))
+        else:  # the layers are called from around the model, which a hook there does not see
+            total = size_of((), _named(self._top, args, kwargs))
+            self._batch.check_in_graph({}, PART, total, self._copies)
+            rows = contextlib.nullcontext()
         with torch.no_grad(), rows:
             return self._run(*args, **kwargs)
 
@@ -246,9 +254,21 @@ def _unfit(base: torch.nn.Module, layers: Sequence[Any], name: str) -> str | Non
     return None
 
 
-def _prepared(model: Any) -> tuple[Host, str]:
-    """The model that carries the prepared adapter, and its name."""
-    hosts = [host for host in carriers(getattr(model, "model", model)) if host.configs]
+def _hosts(model: Any) -> list[Host]:
+    """The carriers of adapters in a model, or in a pool's."""
+    root = model if isinstance(model, torch.nn.Module) else model.model
+    return [host for host in carriers(root) if host.configs]
+
+
+def _top(host: Host) -> torch.nn.Module:
+    """What is compiled: the base model, or what the user has put around the model that carries the adapter."""
+    root = unwrap_compiled(host.root)
+    return host.base if root is host.carrier else root
+
+
+def _prepared(model: Any) -> tuple[Host, str, torch.nn.Module]:
+    """The model that carries the prepared adapter, the adapter's name, and what is compiled."""
+    hosts = _hosts(model)
     found = [(host, name) for host in hosts for name in host.configs if room_of(host.base, name) is not None]
     if len(found) != 1:
         raise refuse("ahead_not_prepared", found=listing(repr(name) for _, name in found) or "none")
@@ -256,7 +276,7 @@ def _prepared(model: Any) -> tuple[Host, str]:
     layers = [each for each in host.base.modules() if isinstance(each, BaseTunerLayer)]
     if reason := _unfit(host.base, layers, name):
         raise refuse("ahead_state", found=reason, name=name)
-    return host, name
+    return host, name, _top(host)
 
 
 # ---- compiling
@@ -281,6 +301,9 @@ def _shapes(given: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict
 
 
 def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torch.export.ExportedProgram:
+    # an export takes one tensor that is passed twice for one input
+    leaves, form = compat.tree_flatten(given)
+    given = compat.tree_unflatten([each.clone() if isinstance(each, torch.Tensor) else each for each in leaves], form)
     try:
         return torch.export.export(module, (), given, dynamic_shapes=shapes, strict=False)
     except HotswapError:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
 
 from ..figures import MUTED, Canvas, Figure
 from .exercise import Exercise
-from .real_llm import _CACHE_ARGUMENT as CACHE
-from .real_llm import LayerCache
 
 # --- adapters that are active together ---------------------------------------------------------------------------
 
@@ -48,83 +44,7 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
     return model.eval()
 
 
-# --- rows that are at different places ---------------------------------------------------------------------------
-
-
-class RowCache(LayerCache):
-    """A layer's keys and values, for rows at different places: ``positions`` is ``[rows, tokens]``."""
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(keys))[:, None]
-        self.keys[rows, :, self.positions] = keys.transpose(1, 2)
-        self.values[rows, :, self.positions] = values.transpose(1, 2)
-        return self.keys, self.values
-
-
-class Reader:
-    """A Llama model that reads on in all rows of a batch at once, in two shapes: a chunk for each row, or one token.
-
-    It calls the model's layers one by one. For a pool whose rows differ, call the model itself once before: that proves
-    that its layers keep the rows apart.
-
-    Parameters
-    ----------
-    model:
-        A ``LlamaForCausalLM``, with or without PEFT around it.
-    rows, chunk, room:
-        How many rows there are, how many tokens of each are read at once, and how many each has room for.
-
-    Examples
-    --------
-    >>> from hotswap_lab import demo
-    >>> model, _ = demo.load("reverse")
-    >>> reader = Reader(model, rows=2, chunk=4, room=8)
-    >>> logits = reader.read([[5, 6, 7], [8]])  # a short row is filled up
-    >>> logits = reader.read([[], [9]])
-    >>> reader.lengths.tolist(), torch.allclose(logits[1], model(torch.tensor([[8, 9]])).logits[0, -1], atol=1e-4)
-    ([3, 2], True)
-    """
-
-    def __init__(self, model: torch.nn.Module, rows: int, *, chunk: int = 8, room: int = 40):
-        lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.chunk = chunk
-        self._llama, self._head, config = lm.model, lm.lm_head, lm.config
-        shape = (rows, config.num_key_value_heads, room + chunk, config.head_dim)
-        self._caches = [RowCache(shape, lm.dtype) for _ in self._llama.layers]
-        self._places = torch.arange(room + chunk)
-        #: how many tokens of each row have been read
-        self.lengths: Tensor = torch.zeros(rows, dtype=torch.long)
-
-    def compile(self, backend: str) -> None:
-        """Compiles a step. Nothing is built before the first one."""
-        self.step = torch.compile(self.step, backend=backend, dynamic=False)
-
-    def forget(self, row: int) -> None:
-        """Starts anew in one row. Its cache need not be erased: nobody looks at a place that isn't filled yet."""
-        self.lengths[row] = 0
-
-    @torch.no_grad()
-    def read(self, parts: Sequence[list[int]]) -> Tensor:
-        """Reads up to a chunk in each row, or nothing; the logits after it, ``[rows, vocabulary]``."""
-        width = self.chunk if max(map(len, parts)) > 1 else 1
-        ids = torch.tensor([part + [0] * (width - len(part)) for part in parts])
-        positions = self.lengths[:, None] + torch.arange(width)
-        counts = torch.tensor([len(part) for part in parts])
-        logits = self.step(ids, positions)
-        self.lengths += counts
-        return logits[torch.arange(len(parts)), counts - 1]
-
-    def step(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The model itself, with all of its caches: ``[rows, tokens]`` to ``[rows, tokens, vocabulary]``."""
-        # to each token: itself, and all before it in its row
-        visible = (self._places <= positions[..., None])[:, None]
-        hidden = self._llama.embed_tokens(ids)
-        rotation = self._llama.rotary_emb(hidden, position_ids=positions)
-        for layer, cache in zip(self._llama.layers, self._caches, strict=True):
-            cache.positions = positions
-            hidden = layer(hidden, attention_mask=visible, position_embeddings=rotation, **{CACHE: cache})
-        return self._head(self._llama.norm(hidden))
-
+# --- rows that come and go: hotswap_lab.generating.Reader -------------------------------------------------------------
 
 #: one colour for each adapter, light enough for dark letters
 COLORS = ("#6fb7f2", "#f2b36f", "#8fd19e", "#e59bb8", "#c9b6f2", "#e8d66b")

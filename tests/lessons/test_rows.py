@@ -7,8 +7,8 @@ import torch
 from exercises import assert_tells_right_from_wrong, logits_of, some_ids
 
 from hotswap_lab import demo
+from hotswap_lab.generating import Reader
 from hotswap_lab.lessons import rows
-from hotswap_lab.lessons.rows import Reader
 
 CHUNK, ROOM = 4, 20
 
