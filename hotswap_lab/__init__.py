@@ -13,6 +13,7 @@ matches a fresh load: True
 Look before you swap      ``plan_hotswap``, then ``commit``; ``verify_hotswap`` is the proof afterwards
 From tensors in memory    ``hotswap_adapter_from_state_dict``; ``Adapter.load`` reads once what is swapped in often
 A compiled model          ``prepare_model_for_compiled_hotswap`` first; ``RecompileWatch`` counts, ``pick_backend``
+Without a compiler        ``aoti_compile`` writes a prepared model to a file, ``aoti_load`` binds it in any process
 Many adapters             ``AdapterPool``; ``set_strength``, ``get_strength``; threads: ``in_use``, ``waiting_at_most``
 Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``
 Files                     ``save_adapter``, ``find_adapters`` (the Hub's search)
@@ -27,6 +28,8 @@ swap was refused is in its ``HotswapError``: what was found, what was expected, 
 __version__ = "0.1.0"
 
 from . import demo as demo
+from .ahead import aoti_compile as aoti_compile
+from .ahead import aoti_load as aoti_load
 from .backend import pick_backend as pick_backend
 from .core.errors import HotswapError as HotswapError
 from .core.plan import Plan as Plan

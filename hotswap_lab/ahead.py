@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import operator
 import os
 import tempfile
 import time
@@ -30,6 +31,7 @@ from .core.change import apply
 from .core.compiled import unwrap_compiled
 from .core.errors import HotswapError, listing, refuse
 from .core.host import Host, carriers
+from .core.journal import Journal
 from .core.prepare import changes_to_prepare
 from .core.slot import room_of
 from .engine import ENGINE
@@ -164,11 +166,16 @@ def aoti_load(path: str | os.PathLike[str], model: Any) -> AheadModel:
     if host is None or type(_top(host)).__name__ != notes["base"]:
         found = listing(f"{type(_top(each)).__name__} with {', '.join(each.configs)}" for each in hosts)
         raise refuse("ahead_other_model", found=found or "no adapter", expected=f"{notes['base']} with {name!r}")
+    journal = Journal()
     with held(host.base):
-        if room_of(host.base, name) is None:
-            apply(changes_to_prepare(ENGINE, host.root, [], adapter_name=name, ranks=notes["ranks"]))
-        _prepared(model)
-        return AheadModel(os.fspath(path), host, notes, values)
+        try:
+            if room_of(host.base, name) is None:
+                apply(changes_to_prepare(ENGINE, host.root, [], adapter_name=name, ranks=notes["ranks"]), journal)
+            _prepared(model)
+            return AheadModel(os.fspath(path), host, notes, values)
+        except BaseException:
+            journal.roll_back()
+            raise
 
 
 class AheadModel:
@@ -209,6 +216,8 @@ class AheadModel:
         #: of all that is bound: a table of a module, a name in it, and where its memory was
         self._places: list[Place] = [each for b in bound.values() for each in b.places]
         self._pointers: list[int] = [table[key].data_ptr() for table, key in self._places]
+        links = [(each._modules, key, child) for each in top.modules() for key, child in each._modules.items()]
+        self._links: tuple[tuple[Any, ...], ...] = tuple(zip(*links, strict=True))
         self._run: Callable[..., Any] = bound[""] if "" in bound else _around(top, bound)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,7 +245,8 @@ class AheadModel:
             same = [table[key].data_ptr() for table, key in self._places] == self._pointers
         except (KeyError, AttributeError):
             same = False
-        if not same:
+        tables, names, modules = self._links
+        if not (same and all(map(operator.is_, map(dict.get, tables, names), modules))):
             raise refuse("ahead_moved")
 
 
@@ -304,12 +314,18 @@ def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torc
     # an export takes one tensor that is passed twice for one input
     leaves, form = compat.tree_flatten(given)
     given = compat.tree_unflatten([each.clone() if isinstance(each, torch.Tensor) else each for each in leaves], form)
+    before = [(each, dict(each.__dict__)) for each in module.modules()]
     try:
         return torch.export.export(module, (), given, dynamic_shapes=shapes, strict=False)
     except HotswapError:
         raise
     except Exception as error:
         raise refuse("ahead_not_exportable", error=error, name=type(module).__name__) from error
+    finally:
+        # an export leaves copies where an attribute is a dict, such as PEFT's configs, which several modules share
+        for each, attributes in before:
+            each.__dict__.clear()
+            each.__dict__.update(attributes)
 
 
 def _blocks(
