@@ -170,7 +170,7 @@ def are_equal(first: object, second: object) -> bool:
         return first.keys() == second.keys() and all(are_equal(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(are_equal, first, second))
-    if hasattr(first, "__dict__") and type(first).__eq__ is object.__eq__:
+    if hasattr(first, "__dict__"):
         return are_equal(vars(first), vars(second))
     return bool(first == second)
 

@@ -20,6 +20,7 @@ from hotswap_lab import (
     AdapterPool,
     RecompileWatch,
     hotswap_adapter,
+    plan_hotswap,
     prepare_model_for_compiled_hotswap,
     set_strength,
 )
@@ -69,6 +70,12 @@ def test_a_prepared_model_takes_plain_lora_only(tmp_path, new):
     model = load(LLAMA, old)
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     refused("can't be done in a prepared model", hotswap_adapter, model, new, "default")
+
+
+def test_a_plan_says_the_ranks_of_other_methods(method_folders):
+    old, new, _ = method_folders("LoHa")
+    (action, _, rank, scaling), *_ = plan_hotswap(load(LLAMA, old), new).rows
+    assert (action, rank, scaling) == ("resize", "4 -> 6", "0.5")
 
 
 def test_a_merged_adapter_stays(method_folders):

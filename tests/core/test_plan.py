@@ -137,6 +137,7 @@ def test_damaged_tensors_are_refused_before_any_write(model, new, damage):
 
 def test_nonfinite_weights_can_be_let_through(model, new):
     edit_tensors(new, _nan)
+    refused("NaN", Adapter.load, new)
     hotswap_adapter(model, new, "default", allow_nonfinite=True)
     assert model.get_submodule(Q).lora_A["default"].weight.isnan().sum() == 1
 
@@ -249,6 +250,8 @@ def test_a_plan_lists_everything(model, new):
     assert (len(plan.refusals), plan.ok) == (12, False)
     assert "refused, 12 reasons; nothing is written" in str(plan)
     refused("and 9 more", plan.raise_if_refused)
+    edit_tensors(new, lambda tensors: [tensors.pop(key) for key in list(tensors)[1:]])
+    assert "refused, 1 reason; nothing is written" in str(plan_hotswap(model, new))
 
 
 @pytest.mark.parametrize("target_modules", [".*", ["self_attn", "q_proj"]])

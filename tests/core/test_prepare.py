@@ -34,6 +34,15 @@ LLAMA, LINEAR, CONV = KINDS["llama"], KINDS["linear"], KINDS["conv"]
 FIRST = dict(r=2, target_modules=["first"])
 
 
+def test_layers_that_are_off_already_stay_off(tmp_path):
+    folders = save_family(LINEAR, tmp_path, dict(r=4), dict(r=3, target_modules=["last"]))
+    model = load(LINEAR, folders[0])
+    hotswap_adapter(model, folders[1], "default")
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert [layer.rank_before for layer in plan_hotswap(model, folders[0]).layers].count(None) == 3
+    assert_equals_fresh_load(model, LINEAR, folders[1], prepared=True)
+
+
 @pytest.fixture
 def family(kind, tmp_path):
     """Ranks that a grouped convolution can have, patterns, rsLoRA, dropout; and one layer at a time, on and off."""

@@ -396,6 +396,13 @@ def assert_one_line(word: str) -> None:
     assert word in found._repr_html_()
 
 
+def test_one_line_where_there_is_no_network(library, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert_one_line("ConnectError")
+    go_offline(monkeypatch)
+    assert_one_line("HF_HUB_OFFLINE")
+
+
 @pytest.mark.long
 def test_one_line_where_the_hub_cannot_be_asked(library, monkeypatch):
     for kind, word in ((429, "429"), (500, "500"), (401, "401"), ("hang", "Timeout")):
@@ -403,7 +410,3 @@ def test_one_line_where_the_hub_cannot_be_asked(library, monkeypatch):
         start = time.perf_counter()
         assert_one_line(word)
         assert time.perf_counter() - start < 20
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert_one_line("ConnectError")
-    go_offline(monkeypatch)
-    assert_one_line("HF_HUB_OFFLINE")

@@ -10,6 +10,7 @@ from row_truth import Truth, assert_close
 from torch import nn
 
 from hotswap_lab import AdapterPool
+from hotswap_lab.pools.proof import size_of
 
 LLAMA = KINDS["llama"]
 
@@ -154,6 +155,13 @@ def test_everything_is_as_it_was_after_a_proof(tmp_path):
         assert base.calls == 1
     assert len(seen) == 2
     assert torch.equal(*outputs)
+
+
+def test_what_says_how_many_rows_a_batch_has():
+    """Not positions, which are often the same for all rows."""
+    embeds = {"position_ids": torch.zeros(1, 4), "inputs_embeds": torch.zeros(3, 4, 8)}
+    assert size_of((), embeds) == 3
+    assert size_of((), {"timestep": torch.zeros(1), "sample": torch.zeros(2, 4)}) == 2
 
 
 def test_a_part_of_the_model_that_is_called_by_itself(tmp_path, ways):

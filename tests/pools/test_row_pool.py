@@ -82,6 +82,7 @@ def test_labels_and_blocks(pool, truth):
     pool.assign(["a", None, {"a": 0.5, "c": 2}])
     with contextlib.suppress(ZeroDivisionError), pool.assigned([None, "c"], [1, 3]):
         assert_rows(pool, truth, [None, "c"], [1, 3])
+        assert pool._room.batch.copies == 1
         raise ZeroDivisionError
     assert_rows(pool, truth, ["a", None, {"a": 0.5, "c": 2}])
 

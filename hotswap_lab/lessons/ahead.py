@@ -1,0 +1,69 @@
+"""Chapter 10: what of a compiled model is in its code, what is in memory, and which swaps can reach it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from .exercise import Exercise
+
+#: what a new process runs: the whole chapter once more, without a compiler
+ELSEWHERE = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from hotswap_lab import aoti_load, demo, hotswap_adapter
+
+torch.set_grad_enabled(False)
+model, tokenizer = demo.load("reverse")  # not prepared: the file says what it needs
+ahead = aoti_load(sys.argv[1], model)
+for name in demo.adapter_names():
+    hotswap_adapter(model, demo.adapter_path(name), "default")
+    text = "hotswap>"
+    for _ in range(10):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        letter = ahead(input_ids=ids, use_cache=False).logits[0, -1].argmax()
+        if letter == tokenizer.eos_token_id:
+            break
+        text += tokenizer.decode(letter)
+    print(f"{name:10}", text.partition(">")[2])
+"""
+
+
+def elsewhere(path: object, code: str = ELSEWHERE) -> None:
+    """Runs a program in a new process that finds no compiler: its ``PATH`` is empty. Prints what it prints."""
+    done = subprocess.run([sys.executable, "-c", code, str(path)], env=_without_path(), capture_output=True, text=True)
+    print(done.stdout.rstrip() if done.returncode == 0 else done.stderr[-800:])
+
+
+def _without_path() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PATH": "", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+# --- exercise: does a swap reach it? -----------------------------------------------------------------------------
+
+
+@Exercise
+def unreached(solution):
+    """A file was compiled ahead of time and bound to a model. Given are
+      constants   the names that the code reads from memory, a list
+      bound       for each of them, the tensor whose memory it was bound to, a dict
+      swapped     the tensors that a swap writes to, by name, a dict
+    Return the names in `swapped` that the code will not follow: those it does not read at all, and those that are in
+    other memory than what was bound. Sorted. Two tensors share memory if their `data_ptr()` is the same.
+    About 3 lines.
+    """
+    a, b, scaling, moved = (torch.zeros(2, 2) for _ in range(4))
+    names = {"lora_A": a, "lora_B": b, "scaling": scaling}
+    same = {name: each.view(4).view(2, 2) for name, each in names.items()}  # other objects, the same memory
+    for what, constants, bound, swapped, expected in (
+        ("all in memory, bound", ["scaling", "weight", "lora_B", "lora_A"], {**names, "weight": moved}, same, []),
+        ("a scaling in the code", ["lora_A", "lora_B"], {"lora_A": a, "lora_B": b}, same, ["scaling"]),
+        ("a tensor that was moved", list(names), names, {**same, "lora_A": moved}, ["lora_A"]),
+        ("both", ["lora_A", "lora_B"], {"lora_A": a, "lora_B": b}, {**same, "lora_B": moved}, ["lora_B", "scaling"]),
+    ):
+        yield what, solution(constants, dict(bound), dict(swapped)), expected
