@@ -75,7 +75,7 @@ def test_a_prepared_model_takes_plain_lora_only(tmp_path, new):
 def test_a_plan_says_the_ranks_of_other_methods(method_folders):
     old, new, _ = method_folders("LoHa")
     (action, _, rank, scaling), *_ = plan_hotswap(load(LLAMA, old), new).rows
-    assert (action, rank, scaling) == ("resize", "4 -> 6", "0.5")
+    assert (action, rank, scaling) == ("resize", "4 -> 2", "4.5")
 
 
 def test_a_merged_adapter_stays(method_folders):
