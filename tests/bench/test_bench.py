@@ -315,7 +315,7 @@ def test_a_cold_start_that_fails_is_refused_with_its_reason(monkeypatch):
     monkeypatch.setenv("CXX", "g++")
     starts = cold.measure_starts(rounds=1)
     assert starts == [Start(way, "refused", note="no compiler") for way in cold.WAYS]
-    tasks = [("make", cold.SAVED), ("make", cold.AHEAD), ("answer", cold.EAGER), ("answer", cold.EMPTY)]
+    tasks = [("make", cold.CACHE), ("make", cold.PACKAGE), ("answer", cold.EAGER), ("answer", cold.EMPTY)]
     assert [tuple(task) for task, _ in tried] == tasks
     assert len({env["TORCHINDUCTOR_CACHE_DIR"] for _, env in tried}) == len(tried)
     cold.in_process("answer", cold.AHEAD, "")
