@@ -3,10 +3,14 @@
 python -m hotswap_lab.bench
 python -m hotswap_lab.bench --model tiny --rank 4 --n 5
 python -m hotswap_lab.bench --rank 64 --compiled --rows --json bench.json --plot bench.svg
+python -m hotswap_lab.bench --cold
 
 The weights are random: a swap copies them and never looks at what they mean. The ways take turns, a few calls each, so
 that whatever else the machine does in between hits all of them alike. Each goes back and forth between two adapters,
 and is checked before against ``PeftModel.from_pretrained`` of both.
+
+``--cold`` measures something else: how long a new process takes to its first answer, with the embedded model. Its
+files are in the system's cache by then, so that is a start of the process, not of the machine.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from collections.abc import Callable
 
 import torch
 
+from .cold import measure_starts
 from .compiled import measure_compiled
 from .report import Extra, Report, Row
 from .rows import measure_rows
@@ -69,6 +74,11 @@ def run(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's and transformers', on random adapters
+            if settings.cold:
+                starts, n = measure_starts(settings.cold, say), settings.cold
+                # what was measured, whatever shape was asked for
+                settings = Settings(model="demo", ranks=(8,), threads=settings.threads, n=n, cold=n)
+                return Report(machine(), settings, (), (), starts=tuple(starts))
             base = make_base(settings)
             for rank in settings.ranks:
                 with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,10 @@ from . import __doc__ as description
 from . import run
 from .settings import DTYPES, SHAPES, Settings
 
+#: rounds of --cold, in which each way of starting takes seconds to a minute
+ROUNDS = 3
+COLD = f"only: from the start of a process to its first answer, in that many rounds ({ROUNDS}), with --threads"
+
 
 def main(arguments: list[str] | None = None) -> int:
     default = Settings()
@@ -31,11 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
     add("--backend", help="of torch.compile (default: inductor where it works)")
     add("--tokens", type=int, default=default.tokens, help="input length of the forward call that --compiled times")
     add("--rows", action="store_true", help="also: a batch with another adapter in each row; assigning its rows")
+    add("--cold", type=int, nargs="?", const=ROUNDS, default=default.cold, metavar="ROUNDS", help=COLD)
     add("--json", metavar="FILE", help="write everything there, times in seconds")
     add("--plot", metavar="FILE", help="write a bar chart there, as SVG (needs matplotlib)")
     add("--quiet", action="store_true", help="print the report only, not what is being done")
     options = vars(parser.parse_args(arguments))
     quiet, json_file, plot_file = (options.pop(name) for name in ("quiet", "json", "plot"))
+    if options["cold"] and plot_file:
+        parser.error("--plot draws swaps, and --cold measures none")
     try:
         settings = Settings(**{**options, "ranks": tuple(options["ranks"])})
     except ValueError as error:

@@ -76,6 +76,41 @@ class Extra:
 
 
 @dataclass(frozen=True)
+class Start:
+    """One way of starting a process.
+
+    Parameters
+    ----------
+    way:
+        What was timed.
+    state:
+        ``"right"``, ``"wrong"`` (an answer was not that of a fresh load) or ``"refused"`` (a process failed).
+    first, last, importing:
+        Seconds from the start of the process to its first answer, to its hundredth, and to the end of its imports.
+    recompiles:
+        The most recompiles of one process.
+    made:
+        Seconds of an earlier process that made the file for this way, once; None if the way needs no file.
+    note:
+        The error, if it was refused.
+    """
+
+    way: str
+    state: str
+    first: Timing | None = None
+    last: Timing | None = None
+    importing: Timing | None = None
+    recompiles: int = 0
+    made: float | None = None
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """The way, and how it did if it did badly."""
+        return self.way if self.state == "right" else f"{self.way} ({self.state})"
+
+
+@dataclass(frozen=True)
 class Report:
     """What :func:`run` measured. Shows itself as text.
 
@@ -87,6 +122,8 @@ class Report:
         What was asked for.
     sizes, rows, extras:
         The adapters, the table, and what was measured beyond it.
+    starts:
+        The cold starts, if those were asked for instead.
     """
 
     machine: str
@@ -94,8 +131,12 @@ class Report:
     sizes: tuple[Size, ...]
     rows: tuple[Row, ...]
     extras: tuple[Extra, ...] = ()
+    starts: tuple[Start, ...] = ()
 
     def __str__(self) -> str:
+        if self.starts:
+            what = "the embedded model, another of its eight adapters for each answer; times since the process started"
+            return "\n".join([self.machine, what, "", *_start_table(self.starts)])
         lines = [self.machine, self._shape()]
         for size in self.sizes:
             lines += ["", str(size), *_table([row for row in self.rows if row.rank == size.rank])]
@@ -121,6 +162,7 @@ class Report:
         """Whether all ways but PEFT's gave the outputs of a fresh load."""
         measured = [(row.way, row.state) for row in self.rows]
         measured += [(extra.values["way"], extra.values["state"]) for extra in self.extras if "way" in extra.values]
+        measured += [(start.way, start.state) for start in self.starts]
         return all(state == "right" for way, state in measured if not way.startswith("PEFT"))
 
     def to_json(self) -> str:
@@ -174,5 +216,23 @@ def _table(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"{row.label:{width}}  {row.timing.median * 1000:9.3f}  {row.timing.minimum * 1000:10.3f}  "
             f"{row.timing.n:3}  {as_fast:>34}  {times_memcpy:>9}".rstrip()
+        )
+    return lines
+
+
+def _start_table(starts: Sequence[Start]) -> list[str]:
+    width = max(len(start.label) for start in starts)
+    lines = [
+        f"{'way':{width}}  first answer s   min s  hundredth s   min s  imports s    n  recompiles  file made in s"
+    ]
+    for start in starts:
+        if not (start.first and start.last and start.importing):
+            lines.append(f"{start.way} refused: {start.note}")
+            continue
+        made = "" if start.made is None else f"{start.made:.2f}"
+        lines.append(
+            f"{start.label:{width}}  {start.first.median:14.2f}  {start.first.minimum:6.2f}  "
+            f"{start.last.median:11.2f}  {start.last.minimum:6.2f}  {start.importing.median:9.2f}  "
+            f"{start.first.n:3}  {start.recompiles:10}  {made:>14}".rstrip()
         )
     return lines

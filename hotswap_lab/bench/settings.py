@@ -39,6 +39,8 @@ class Settings:
         The length of the input where a forward call is timed.
     rows:
         Whether to time batches in which each row has its own adapter. This forgets what was compiled before, too.
+    cold:
+        Measures only how a process starts, with the embedded model on the CPU, this many times for each way.
     """
 
     model: str = "smollm2"
@@ -53,6 +55,7 @@ class Settings:
     backend: str | None = None
     tokens: int = 64
     rows: bool = False
+    cold: int = 0
 
     def __post_init__(self) -> None:
         if self.model not in SHAPES or self.dtype not in DTYPES:
@@ -60,5 +63,5 @@ class Settings:
         if not self.ranks or (self.target_rank is not None and self.target_rank < max(self.ranks)):
             raise ValueError(f"ranks must hold one rank or more, none above target_rank: got {self.ranks}")
         numbers = (*self.ranks, self.n, self.threads, self.tokens, 1 if self.layers is None else self.layers)
-        if min(numbers) < 1:
-            raise ValueError("ranks, n, threads, tokens and layers must be 1 or more")
+        if min(numbers) < 1 or self.cold < 0:
+            raise ValueError("ranks, n, threads, tokens and layers must be 1 or more, cold 0 or more")

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import safetensors.torch
 import torch
 from lengths import long
 
 from hotswap_lab import bench
-from hotswap_lab.bench import Report, Row, Scene, Settings, Way, make_base, rows, run, ways
+from hotswap_lab.bench import Report, Row, Scene, Settings, Way, cold, make_base, rows, run, ways
 from hotswap_lab.bench.__main__ import main
-from hotswap_lab.bench.report import MEMCPY, PEFT_STATE_DICT, Size
+from hotswap_lab.bench.report import MEMCPY, PEFT_STATE_DICT, Size, Start
 from hotswap_lab.bench.timing import PER_ROUND, Timing, machine
 
 TINY = Settings(model="tiny", ranks=(2, 4), n=3)
@@ -189,7 +193,8 @@ def test_shapes_of_models():
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(ranks=()), dict(n=0), dict(model="gpt"), dict(ranks=(8,), target_rank=4), dict(layers=0)]
+    "wrong",
+    [dict(ranks=()), dict(n=0), dict(model="gpt"), dict(ranks=(8,), target_rank=4), dict(layers=0), dict(cold=-1)],
 )
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(ValueError, match="must"):
@@ -249,6 +254,89 @@ def test_rows_that_are_wrong_are_said(tmp_path, monkeypatch):
     assert not Report("a machine", TINY, (), (), (extra,)).ok
 
 
+# ---- cold starts
+
+
+def test_cold_starts_as_text_and_as_json():
+    result = dict(first=9.0, last=10.0, importing=8.0, right=True, recompiles=0)
+    slower = {**result, "first": 11.0}
+    starts = (
+        cold.summarize(cold.EAGER, [result, slower]),
+        cold.summarize(cold.SAVED, [result, {**result, "right": False, "recompiles": 2}], made=70.0),
+        cold.summarize(cold.AHEAD, [result, {"note": "no such file"}]),
+    )
+    report = Report("a machine", Settings(model="demo", cold=2), (), (), starts=starts)
+    lines = str(report).splitlines()
+    assert lines[0] == "a machine"
+    assert lines[-3].split() == ["eager", "10.00", "9.00", "10.00", "10.00", "8.00", "2", "0"]
+    assert lines[-2].startswith(f"{cold.SAVED} (wrong) ")
+    assert lines[-2].split()[-2:] == ["2", "70.00"]
+    assert lines[-1] == f"{cold.AHEAD} refused: no such file"
+    assert not report.ok
+    found = json.loads(report.to_json())["starts"]
+    assert Timing(**found[0]["first"]) == starts[0].first == Timing(10.0, 9.0, 2)
+    assert [each["state"] for each in found] == ["right", "wrong", "refused"]
+    assert dataclasses.replace(report, starts=starts[:1]).ok
+
+
+def test_a_wrong_answer_of_a_cold_start_is_said(monkeypatch, capsys):
+    def save_others(folder):
+        save_logits(folder)
+        logits = safetensors.torch.load_file(f"{folder}/{cold.LOGITS}")
+        names = [*logits]
+        # so that a tolerance of 0.001 can tell any two
+        assert all((logits[a] - logits[b]).abs().max() > 1 for a, b in itertools.combinations(names, 2))
+        logits[names[-1]][..., -1] += 0.01
+        safetensors.torch.save_file(logits, f"{folder}/{cold.LOGITS}")
+
+    def here(task, way, folder):
+        return {**cold.answer(way, folder, time.time()), "importing": 0.0}
+
+    save_logits = cold.save_logits
+    monkeypatch.setattr(cold, "WAYS", (cold.EAGER,))
+    monkeypatch.setattr(cold, "ANSWERS", len(bench.cold.demo.adapter_names()))
+    monkeypatch.setattr(cold, "in_process", here)
+    options = ["--cold", "1", "--threads", "1", "--quiet"]
+    assert main(options) == 0
+    assert "(wrong)" not in capsys.readouterr().out
+    monkeypatch.setattr(cold, "save_logits", save_others)
+    assert main(options) == 1
+    assert "eager (wrong) " in capsys.readouterr().out
+
+
+def test_a_cold_start_that_fails_is_refused_with_its_reason(monkeypatch):
+    def fail(command, env, **_):
+        tried.append((command[3:5], env))
+        return SimpleNamespace(returncode=0, stdout='a line\n{"note": "no compiler"}\n')
+
+    tried: list = []
+    monkeypatch.setattr(subprocess, "run", fail)
+    monkeypatch.setattr(cold, "save_logits", lambda folder: None)
+    monkeypatch.setenv("CXX", "g++")
+    starts = cold.measure_starts(rounds=1)
+    assert starts == [Start(way, "refused", note="no compiler") for way in cold.WAYS]
+    tasks = [("make", cold.CACHE), ("make", cold.PACKAGE), ("answer", cold.EAGER), ("answer", cold.EMPTY)]
+    assert [tuple(task) for task, _ in tried] == tasks
+    assert len({env["TORCHINDUCTOR_CACHE_DIR"] for _, env in tried}) == len(tried)
+    cold.in_process("answer", cold.AHEAD, "")
+    env = tried[-1][1]
+    assert "CXX" not in env
+    assert shutil.which("g++", path=env["PATH"]) is None
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=-9, stdout=""))
+    assert cold.in_process("answer", cold.EAGER, "") == {"note": "the process ended with status -9"}
+
+
+@pytest.mark.long
+def test_cold_starts():
+    report = run(Settings(threads=1, cold=1))
+    assert [start.way for start in report.starts] == [*cold.WAYS]
+    for start in report.starts:
+        assert (start.state, start.recompiles, start.note) == ("right", 0, "")
+        assert 0 < start.importing.median < start.first.median < start.last.median
+        assert (start.made is None) == (start.way in (cold.EAGER, cold.EMPTY))
+    assert report.ok
+
+
 # ---- as a user runs it
 
 
@@ -276,6 +364,9 @@ def test_wrong_options_and_wrong_swaps_end_in_an_error(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["--n", "0"])
     assert "must be 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--cold", "--plot", "starts.svg"])
+    assert "--cold measures none" in capsys.readouterr().err
     wrong = Report("a machine", TINY, (), (Row(4, "hotswap_lab, pool", "wrong"),))
     monkeypatch.setattr("hotswap_lab.bench.__main__.run", lambda settings, say: wrong)
     assert main([]) == 1
