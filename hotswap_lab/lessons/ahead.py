@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,13 +10,16 @@ import torch
 
 from .exercise import Exercise
 
-#: what a new process runs: the whole chapter once more, without a compiler
-ELSEWHERE = """
-import os, sys, warnings
-warnings.simplefilter("ignore")
+#: what a new process runs
+ELSEWHERE = """\
+import sys
+import warnings
+
 import torch
+
 from hotswap_lab import aoti_load, demo, hotswap_adapter
 
+warnings.simplefilter("ignore")
 torch.set_grad_enabled(False)
 model, tokenizer = demo.load("reverse")  # not prepared: the file says what it needs
 ahead = aoti_load(sys.argv[1], model)
@@ -32,16 +36,11 @@ for name in demo.adapter_names():
 """
 
 
-def elsewhere(path: object, code: str = ELSEWHERE) -> None:
-    """Runs a program in a new process that finds no compiler: its ``PATH`` is empty. Prints what it prints."""
-    done = subprocess.run([sys.executable, "-c", code, str(path)], env=_without_path(), capture_output=True, text=True)
+def elsewhere(path: object) -> None:
+    """Runs :data:`ELSEWHERE` in a new process that finds no compiler, since its ``PATH`` is empty."""
+    env = {**os.environ, "PATH": "", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE, str(path)], env=env, capture_output=True, text=True)
     print(done.stdout.rstrip() if done.returncode == 0 else done.stderr[-800:])
-
-
-def _without_path() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PATH": "", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
 
 # --- exercise: does a swap reach it? -----------------------------------------------------------------------------
