@@ -2,8 +2,8 @@
 
 No swap logic is in here. ``figures`` draws, and shows the drawings in the folder ``pictures``; ``exercise`` is the
 frame of every exercise. ``start`` belongs to chapter 00, ``uncompiled`` to 01, ``padding`` to 02, ``compiling`` to 03,
-``pools`` to 04, ``real_llm`` to 05, ``diffusion`` to 06, ``beyond`` to 07, ``rows`` to 08, ``serving`` to 09, ``ahead`` to 10
-and ``beside`` to the comparison with PEFT.
+``pools`` to 04, ``real_llm`` to 05, ``diffusion`` to 06, ``beyond`` to 07, ``rows`` to 08, ``serving`` to 09, ``ahead``
+to 10 and ``beside`` to the comparison with PEFT.
 """
 
 from __future__ import annotations

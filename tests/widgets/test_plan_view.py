@@ -78,8 +78,8 @@ def test_ranks_that_are_refused():
     assert padded.counts == {"copy": 12, "refused": 16}  # 4 of rank 24, and 12 that the model lacks
 
 
-def test_a_method_that_goes_by_a_stand_in():
-    """An adapter that PEFT loads onto a stand-in is shown as far as its plan goes."""
+def test_a_method_that_copies_from_a_fresh_load():
+    """An adapter that PEFT loads onto a twin of the base model is shown as far as its plan goes."""
     config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
     model = get_peft_model(demo.load_base(), config)
     view = PlanView(model, Adapter.from_state_dict(get_peft_model_state_dict(model), config))
