@@ -121,8 +121,10 @@ def make(file: str, folder: str, launched: float) -> dict[str, Any]:
     else:
         with torch.no_grad():
             torch.compile(pool.model)(**inputs)
-        content, _ = torch.compiler.save_cache_artifacts()
-        Path(folder, CACHE).write_bytes(content)
+        saved = torch.compiler.save_cache_artifacts()
+        if saved is None:
+            raise RuntimeError("torch.compile has cached nothing: its caches are off")
+        Path(folder, CACHE).write_bytes(saved[0])
         shutil.copytree(os.environ["TORCHINDUCTOR_CACHE_DIR"], f"{folder}/{FOLDER}")
     return {"seconds": time.time() - launched}
 
