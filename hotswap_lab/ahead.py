@@ -386,6 +386,9 @@ def _build(programs: Mapping[tuple[str, ...], torch.export.ExportedProgram], pat
         for number, program in enumerate(programs.values()):
             args, kwargs = program.example_inputs or ((), {})
             graph = program.module(check_guards=False)
+            for key, value in _lifted(program).items():  # only buffers keep their names
+                delattr(graph, key)
+                graph.register_buffer(key, value)
             files[str(number)] = compat.aot_compile(graph, args, kwargs, options=dict(OPTIONS))
         return compat.package_aoti(path, files)
     except Exception as error:
