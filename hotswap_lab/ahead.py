@@ -117,8 +117,8 @@ def aoti_compile(
             programs = _blocks(top, _places(top, room), given, dynamic_shapes is not None)
         else:
             programs = {("",): _export(top, given, _shapes(given, dynamic_shapes))}
-    with tempfile.TemporaryDirectory() as folder:
-        exported = time.monotonic() - start
+    path, exported = Path(path), time.monotonic() - start
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # so that the file is there whole, or not at all
         built = _build(programs, os.path.join(folder, "built.pt2"))
         places = _places(top, room)
         graphs = [_notes_on(program, places, paths) for paths, program in programs.items()]
@@ -127,8 +127,7 @@ def aoti_compile(
         notes["rows"] = (room.rows, room.batch.copies) if hasattr(room, "batch") else None
         values = {f"{n}:{k}": v for n, p in enumerate(programs.values()) for k, v in _lifted(p).items()}
         _add(built, {NOTES: json.dumps(notes).encode(), VALUES: safetensors.torch.save(values)})
-        path = Path(path)
-        os.replace(_next_to(path, built), path)
+        os.replace(built, path)
     if progress:
         bound, seconds = sum(len(each["tensors"]) for each in graphs), time.monotonic() - start
         print(
@@ -160,7 +159,6 @@ def aoti_load(path: str | os.PathLike[str], model: Any) -> AheadModel:
         If the file was compiled by another version of PyTorch, for another processor, or for another model.
     """
     notes, values = _read(path)
-    _check_versions(path, notes)
     hosts, name = _hosts(model), notes["name"]
     host = next((each for each in hosts if name in each.configs), None)
     if host is None or type(_top(host)).__name__ != notes["base"]:
@@ -194,9 +192,7 @@ class AheadModel:
     def __init__(self, path: str, host: Host, notes: Mapping[str, Any], values: Mapping[str, torch.Tensor]):
         #: the model whose memory this reads
         self.base: torch.nn.Module = host.base
-        top = _top(host)
-        self._top: torch.nn.Module = top
-        self._is_base: bool = top is host.base
+        self._top: torch.nn.Module = _top(host)
         self._name: str = notes["name"]
         room = room_of(host.base, self._name)
         #: how the rows of a batch are checked, where each may have an adapter of its own
@@ -205,32 +201,30 @@ class AheadModel:
         if notes["rows"] and (self._batch is None or self._batch.rows != notes["rows"][0]):
             found = f"{self._batch.rows} rows" if self._batch else "no pool with rows"
             raise refuse("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
-        places = _places(top, room)
+        places = _places(self._top, room)
         self._layers: list[Any] = [each for each in host.base.modules() if isinstance(each, BaseTunerLayer)]
         bound = {}
         for number, graph in enumerate(notes["graphs"]):
             own = {key.partition(":")[2]: each for key, each in values.items() if key.startswith(f"{number}:")}
             for at in graph["paths"]:
-                bound[at] = _Bound(path, str(number), graph, top.get_submodule(at), _below(at, places), own)
+                bound[at] = _Bound(path, str(number), graph, self._top.get_submodule(at), _below(at, places), own)
         self._bound: dict[str, _Bound] = bound
         #: of all that is bound: a table of a module, a name in it, and where its memory was
         self._places: list[Place] = [each for b in bound.values() for each in b.places]
         self._pointers: list[int] = [table[key].data_ptr() for table, key in self._places]
-        links = [(each._modules, key, child) for each in top.modules() for key, child in each._modules.items()]
+        links = [(each._modules, key, child) for each in self._top.modules() for key, child in each._modules.items()]
         self._links: tuple[tuple[Any, ...], ...] = tuple(zip(*links, strict=True))
-        self._run: Callable[..., Any] = bound[""] if "" in bound else _around(top, bound)
+        self._run: Callable[..., Any] = bound[""] if "" in bound else _around(self._top, bound)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the base model returns for these inputs. They are those that were compiled, but for dynamic sizes."""
         self.check()
-        if self._batch is None:
-            rows: Any = contextlib.nullcontext()
-        elif self._is_base:
+        rows: Any = contextlib.nullcontext()
+        if self._batch is not None and self._top is self.base:
             rows = self._batch.entered((), _named(self.base, args, kwargs))
-        else:  # the layers are called from around the model, which a hook there does not see
+        elif self._batch is not None:  # the layers are called from around the model, which a hook there does not see
             total = size_of((), _named(self._top, args, kwargs))
             self._batch.check_in_graph({}, PART, total, self._copies)
-            rows = contextlib.nullcontext()
         with torch.no_grad(), rows:
             return self._run(*args, **kwargs)
 
@@ -458,34 +452,25 @@ def _add(path: str, records: Mapping[str, bytes]) -> None:
             archive.writestr(f"{root}/{name}", content)
 
 
-def _next_to(path: Path, built: str) -> Path:
-    """A copy of what was built in the folder of ``path``, so that it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(Path(built).read_bytes())
-    return part
-
-
 # ---- loading
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a file says of itself, and the values in it; refuses one that can't be run here."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = {name.partition("/")[2]: name for name in archive.namelist()}
-            return json.loads(archive.read(records[NOTES])), safetensors.torch.load(archive.read(records[VALUES]))
+            notes, values = json.loads(archive.read(records[NOTES])), archive.read(records[VALUES])
+            built = json.loads(archive.read(next(each for each in records.values() if each.endswith("_metadata.json"))))
     except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
         raise refuse("ahead_no_package", path=os.fspath(path), error=error) from error
-
-
-def _check_versions(path: str | os.PathLike[str], notes: Mapping[str, Any]) -> None:
     if notes["torch"] != torch.__version__:
         raise refuse("ahead_versions", found=f"torch {notes['torch']}", expected=f"torch {torch.__version__}")
-    with zipfile.ZipFile(path) as archive:
-        built = next(json.loads(archive.read(each)) for each in archive.namelist() if each.endswith("_metadata.json"))
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     needs = built.get("AOTI_CPU_ISA", "").lower().replace("avx512 ", "avx512_f ").split()
     if lacking := [each for each in needs if has.get(each) is False]:
         raise refuse("ahead_versions", found=f"code that uses {listing(lacking)}", expected="what this processor has")
+    return notes, safetensors.torch.load(values)
 
 
 class _Bound:
@@ -559,7 +544,7 @@ class _Bound:
 
 
 class _Block(torch.nn.Module):
-    """Stands for a repeated layer, and has all of its attributes."""
+    """Takes the place of a repeated layer, and has all of its attributes."""
 
     def __init__(self, block: torch.nn.Module, bound: _Bound):
         super().__init__()

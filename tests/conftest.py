@@ -42,12 +42,13 @@ collect_ignore = [] if find_spec("ray") else ["serving/replica_faults.py"]
 LONG_NOTEBOOKS = "notebooks/solutions/", NEEDS_PEFT[0]
 
 
-#: files whose tests share what takes long to start: a kernel, a browser, processes
+#: files whose tests share what takes long to make: a kernel, a browser, processes, a file of compiled code
 TOGETHER = (
     ".ipynb",
     "/test_front_ends.py",
     "/test_distributed.py",
     "/test_bad_files.py",
+    "/test_ahead.py",
     "/test_bench.py",
 )
 
