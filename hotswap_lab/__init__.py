@@ -30,7 +30,6 @@ __version__ = "0.1.0"
 from . import demo as demo
 from .ahead import aoti_compile as aoti_compile
 from .ahead import aoti_load as aoti_load
-from .backend import pick_backend as pick_backend
 from .core.errors import HotswapError as HotswapError
 from .core.plan import Plan as Plan
 from .core.swap import commit as commit
@@ -57,3 +56,4 @@ from .verify import Verification as Verification
 from .verify import verify_hotswap as verify_hotswap
 from .watch import RecompileError as RecompileError
 from .watch import RecompileWatch as RecompileWatch
+from .watch import pick_backend as pick_backend

@@ -305,9 +305,13 @@ def _shapes(given: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict
 
 
 def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torch.export.ExportedProgram:
-    # an export takes one tensor that is passed twice for one input
+    # An export takes one tensor that is passed twice for one input. And the code reads inputs as they lie in memory
+    # here, so they are made contiguous, here and in each call.
     leaves, form = compat.tree_flatten(given)
-    given = compat.tree_unflatten([each.clone() if isinstance(each, torch.Tensor) else each for each in leaves], form)
+    copies = [
+        each.clone(memory_format=torch.contiguous_format) if isinstance(each, torch.Tensor) else each for each in leaves
+    ]
+    given = compat.tree_unflatten(copies, form)
     before = [(each, dict(each.__dict__)) for each in module.modules()]
     try:
         return torch.export.export(module, (), given, dynamic_shapes=shapes, strict=False)
@@ -521,7 +525,7 @@ class _Bound:
             raise refuse("ahead_inputs", found=form, expected=self.input_form)
         self._check(leaves)
         run = self.code.loader.boxed_run if hasattr(self.code.loader, "boxed_run") else self.code.loader.run
-        outputs = run([each for each in leaves if isinstance(each, torch.Tensor)])
+        outputs = run([each.contiguous() for each in leaves if isinstance(each, torch.Tensor)])
         return compat.tree_unflatten(outputs, self.output_form)
 
     def _check(self, leaves: Sequence[Any]) -> None:

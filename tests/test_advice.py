@@ -21,6 +21,8 @@ import hotswap_lab
 from hotswap_lab import (
     Adapter,
     AdapterPool,
+    aoti_compile,
+    aoti_load,
     commit,
     demo,
     hotswap_adapter,
@@ -39,6 +41,7 @@ NAMES = {
         "hotswap_adapter": hotswap_adapter,
         "RowPanel": RowPanel,
         "AdapterPool": AdapterPool,
+        "aoti_load": aoti_load,
     },
 }
 #: what is the user's own: any function will do
@@ -51,6 +54,7 @@ TAKEN_BY = {
     "check_compiled": (prepare_model_for_compiled_hotswap, AdapterPool),
     "adapters": (prepare_model_for_compiled_hotswap, AdapterPool),
     "rows": (AdapterPool,),
+    "repeated_blocks": (aoti_compile,),
     "inputs": (verify_hotswap,),
     "tokenizer": (SwapPanel,),
     "template": (SwapPanel,),

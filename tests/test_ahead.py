@@ -145,6 +145,14 @@ def test_arguments_by_position_and_by_default(bound):
     assert type(ahead(**given)) is type(model(**given))
 
 
+def test_inputs_that_lie_otherwise_in_memory(bound):
+    ahead = bound[1]
+    given = ids()
+    turned = given["input_ids"].t().contiguous().t()
+    assert not turned.is_contiguous()
+    assert torch.equal(ahead(turned, use_cache=False).logits, ahead(**given).logits)
+
+
 # ---- what does not
 
 

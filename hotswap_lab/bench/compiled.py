@@ -6,8 +6,7 @@ import torch
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap as peft_prepare
 
 from .. import compat
-from ..backend import pick_backend
-from ..watch import RecompileWatch
+from ..watch import RecompileWatch, pick_backend
 from .report import Extra
 from .scene import Scene, Way, waiting
 from .timing import in_rounds, measure

@@ -7,8 +7,8 @@ import itertools
 import torch
 from peft import PeftModel
 
-from ..backend import pick_backend
 from ..engine import AdapterPool
+from ..watch import pick_backend
 from .report import Extra
 from .scene import Scene, waiting
 from .timing import in_rounds
