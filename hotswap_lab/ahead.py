@@ -119,9 +119,9 @@ def aoti_compile(
             programs = {("",): _export(top, given, _shapes(given, dynamic_shapes))}
     path, exported = Path(path), time.monotonic() - start
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # so that the file is there whole, or not at all
-        built = _build(programs, os.path.join(folder, "built.pt2"))
         places = _places(top, room)
         graphs = [_notes_on(program, places, paths) for paths, program in programs.items()]
+        built = _build(programs, os.path.join(folder, "built.pt2"))
         ranks = {layer.path: layer.tensors[0].capacity for layer in room.slot.layers}
         notes = dict(torch=torch.__version__, base=type(top).__name__, name=name, ranks=ranks, graphs=graphs)
         notes["rows"] = (room.rows, room.batch.copies) if hasattr(room, "batch") else None
@@ -406,6 +406,9 @@ def _notes_on(program: Any, places: Mapping[str, Place], paths: tuple[str, ...])
             inputs.append(_input(value))
     for symbol, allowed in program.range_constraints.items():
         ranges[str(symbol)] = [int(allowed.lower), int(allowed.upper) if allowed.upper.is_Integer else None]
+    sizes = {size for each in inputs if isinstance(each, list) for size in each[0] if isinstance(size, str)}
+    if dependent := sorted(size for size in sizes if not size.isidentifier()):
+        raise refuse("ahead_arguments", found=f"sizes that depend on one another, {listing(dependent)}")
     tensors = {key: _form(own[key]) for key in sorted(wanted)}
     names = list((program.example_inputs or ((), {}))[1])
     return dict(paths=paths, tensors=tensors, names=names, inputs=inputs, ranges=ranges)

@@ -25,6 +25,11 @@ from hotswap_lab.generating import Reader
 
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
 AUTO = torch.export.Dim.AUTO
+LENGTH = torch.export.Dim("length", min=2, max=9)
+#: inputs for :class:`Pair`
+PAIR = dict(
+    kwargs=dict(x=torch.randn(3, 12), y=torch.randn(6, 12)), dynamic_shapes={"x": {0: LENGTH}, "y": {0: 2 * LENGTH}}
+)
 #: ten that have little in common
 FAMILY = [
     *(dict(r=rank, lora_alpha=alpha) for rank, alpha in ((4, 6), (1, 3), (16, 8))),
@@ -318,6 +323,7 @@ def prepared(folders, change=lambda model: None):
         (lambda folders: prepared(folders, lambda model: model.train()), {}, "training mode"),
         (prepared, dict(dynamic_shapes={"ids": {0: AUTO}}), "dynamic_shapes for ids"),
         (prepared, dict(kwargs=dict(input_ids="text")), "can't be exported"),
+        (lambda folders: prepared_pair(folders), dict(**PAIR), r"sizes that depend on one another, 2\*"),
         (
             lambda folders: prepared_mlp(folders),
             dict(kwargs=dict(x=torch.randn(5, 12)), repeated_blocks=True),
@@ -328,6 +334,24 @@ def prepared(folders, change=lambda model: None):
 def test_what_can_not_be_compiled(folders, tmp_path, make, options, match):
     refused(match, lambda model: aoti_compile(model, tmp_path / "x.pt2", **{"kwargs": ids(), **options}), make(folders))
     assert not list(tmp_path.iterdir())
+
+
+class Pair(torch.nn.Module):
+    """Two inputs, of which one is twice as long as the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(12, 12)
+
+    def forward(self, x, y):
+        return self.first(x) + y.unflatten(0, (-1, 2)).sum(1)
+
+
+def prepared_pair(folders):
+    kind = type(LINEAR)(Pair, lambda: PAIR["kwargs"], ("first",))
+    model = load(kind, save_random_adapter(kind, Path(folders[0]) / "pair", seed=1))
+    prepare(model, target_rank=8)
+    return model
 
 
 def prepared_mlp(folders):
