@@ -23,7 +23,9 @@ class RowCache:
     """A layer's keys and values, for rows at different places: ``positions`` is ``[rows, tokens]``."""
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor):
-        self.keys, self.values, self.positions = keys, values, positions
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.positions: Tensor = positions
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(keys))[:, None]
@@ -59,8 +61,9 @@ class Reader(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, rows: int, *, chunk: int = 8, room: int = 40):
         super().__init__()
         self.training = False
-        self.model = model
-        self.rows, self.chunk = rows, chunk
+        self.model: torch.nn.Module = model
+        self.rows: int = rows
+        self.chunk: int = chunk
         lm = self._lm
         shape = (rows, lm.config.num_key_value_heads, room + chunk, lm.config.head_dim)
         for number in range(len(lm.model.layers)):

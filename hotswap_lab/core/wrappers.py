@@ -156,7 +156,7 @@ def are_alike(live: torch.nn.Module, fresh: torch.nn.Module) -> bool:
     return live_class is type(fresh) and live.__dict__.get(parameter_name) == fresh.__dict__.get(parameter_name)
 
 
-def are_equal(first: object, second: object) -> bool:
+def are_equal(first: Any, second: Any) -> bool:
     """Whether two plain values are the same. Objects are if they are of one class and have the same attributes."""
     if first is second:
         return True
@@ -175,7 +175,7 @@ def are_equal(first: object, second: object) -> bool:
     return bool(first == second)
 
 
-def have_same_form(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+def have_same_form(first: Any, second: Any) -> bool:
     """Whether two modules differ at most in the values and shapes of their tensors and in plain attributes."""
     classes = [getattr(type(each), "hotswap_original", type(each)) for each in (first, second)]
     if classes[0] is not classes[1]:
