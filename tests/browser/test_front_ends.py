@@ -284,6 +284,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_what_a_control_does(widgets, name):
     for role, label, action, value, shown in STEPS[name]:
+        expect(widgets[name]).not_to_contain_text("busy")
         getattr(widgets[name].get_by_role(role, name=label).first, action)(value)
         expect(widgets[name]).to_contain_text(shown, timeout=60_000)
 
