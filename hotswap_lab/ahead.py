@@ -416,8 +416,8 @@ def _notes_on(program: Any, places: Mapping[str, Place], paths: tuple[str, ...])
 
 def _input(value: object) -> Any:
     if isinstance(value, torch.Tensor):
-        shape = [each if isinstance(each, int) else str(each) for each in value.shape]
-        return [shape, str(value.dtype), value.device.type]
+        sizes = [str(each) for each in value.shape]  # an export's size may be a symbol, and that a number
+        return [[int(each) if each.isdecimal() else each for each in sizes], str(value.dtype), value.device.type]
     return repr(value)
 
 

@@ -420,13 +420,16 @@ def test_rows(folders, tmp_path, repeated):
 
 @pytest.mark.long
 def test_layers_one_by_one(folders, tmp_path):
-    """Each kind of repeated layer is compiled once. Here there are two kinds: the family's ranks differ by layer."""
+    """Each kind of repeated layer is compiled once. Here there are two kinds: the family's ranks differ by layer.
+
+    Only the length may differ; a block's other sizes are found to be fixed while it is exported.
+    """
     model = prepared(folders)
-    options = dict(dynamic_shapes={"input_ids": {0: AUTO, 1: AUTO}}, repeated_blocks=True, progress=False)
+    options = dict(dynamic_shapes={"input_ids": {1: AUTO}}, repeated_blocks=True, progress=False)
     ahead = aoti_load(aoti_compile(model, tmp_path / "x.pt2", kwargs=ids(), **options), model)
     for folder in folders:
         hotswap_adapter(model, folder, "default")
-        assert_reached(ahead, model, load(LLAMA, folder))
+        assert_reached(ahead, model, load(LLAMA, folder), ids(), ids(2, 4))
 
 
 @pytest.mark.long
