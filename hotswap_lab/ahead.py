@@ -47,6 +47,8 @@ OPTIONS = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so":
 OPTIONS["always_keep_tensor_constants"] = True
 #: a table of a module, and a name in it: where a tensor is found each time
 Place = tuple[Mapping[str, Any], str]
+Notes = Mapping[str, Any]
+Tensors = Mapping[str, torch.Tensor]
 
 
 def aoti_compile(
@@ -108,19 +110,20 @@ def aoti_compile(
     """
     start = time.monotonic()
     host, name, top = _prepared(model)
-    given = _named(top, tuple(args), kwargs or {})
+    given = _named(inspect.signature(top.forward), tuple(args), kwargs or {})
     room = room_of(host.base, name)
     rows = room.exporting() if hasattr(room, "batch") else contextlib.nullcontext()
     # an export puts other tensors into the model while it runs
     with torch.no_grad(), held(host.base), rows:
         if repeated_blocks:
-            programs = _blocks(top, _places(top, room), given, dynamic_shapes is not None)
+            programs = _blocks(top, room, given, dynamic_shapes is not None)
         else:
             programs = {("",): _export(top, given, _shapes(given, dynamic_shapes))}
     path, exported = Path(path), time.monotonic() - start
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # so that the file is there whole, or not at all
-        places = _places(top, room)
-        graphs = [_notes_on(program, places, paths) for paths, program in programs.items()]
+        graphs = [
+            _notes_on(each, paths, _places(top.get_submodule(paths[0]), room)) for paths, each in programs.items()
+        ]
         built = _build(programs, os.path.join(folder, "built.pt2"))
         ranks = {layer.path: layer.tensors[0].capacity for layer in room.slot.layers}
         notes = dict(torch=torch.__version__, base=type(top).__name__, name=name, ranks=ranks, graphs=graphs)
@@ -189,26 +192,24 @@ class AheadModel:
         The file and what is in it, and the model.
     """
 
-    def __init__(self, path: str, host: Host, notes: Mapping[str, Any], values: Mapping[str, torch.Tensor]):
+    def __init__(self, path: str, host: Host, notes: Notes, values: Tensors):
         #: the model whose memory this reads
         self.base: torch.nn.Module = host.base
         self._top: torch.nn.Module = _top(host)
         self._name: str = notes["name"]
         room = room_of(host.base, self._name)
+        self._signature: inspect.Signature = inspect.signature(self._top.forward)
         #: how the rows of a batch are checked, where each may have an adapter of its own
         self._batch: Any = getattr(room, "batch", None)
         self._copies: int = notes["rows"][1] if notes["rows"] else 1
         if notes["rows"] and (self._batch is None or self._batch.rows != notes["rows"][0]):
             found = f"{self._batch.rows} rows" if self._batch else "no pool with rows"
             raise refuse("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
-        places = _places(self._top, room)
         self._layers: list[Any] = [each for each in host.base.modules() if isinstance(each, BaseTunerLayer)]
-        bound = {}
+        bound: dict[str, _Bound] = {}
         for number, graph in enumerate(notes["graphs"]):
-            own = {key.partition(":")[2]: each for key, each in values.items() if key.startswith(f"{number}:")}
             for at in graph["paths"]:
-                bound[at] = _Bound(path, str(number), graph, self._top.get_submodule(at), _below(at, places), own)
-        self._bound: dict[str, _Bound] = bound
+                bound[at] = _Bound(path, number, graph, self._top.get_submodule(at), room, values)
         #: of all that is bound: a table of a module, a name in it, and where its memory was
         self._places: list[Place] = [each for b in bound.values() for each in b.places]
         self._pointers: list[int] = [table[key].data_ptr() for table, key in self._places]
@@ -221,9 +222,9 @@ class AheadModel:
         self.check()
         rows: Any = contextlib.nullcontext()
         if self._batch is not None and self._top is self.base:
-            rows = self._batch.entered((), _named(self.base, args, kwargs))
+            rows = self._batch.entered((), _named(self._signature, args, kwargs))
         elif self._batch is not None:  # the layers are called from around the model, which a hook there does not see
-            total = size_of((), _named(self._top, args, kwargs))
+            total = size_of((), _named(self._signature, args, kwargs))
             self._batch.check_in_graph({}, PART, total, self._copies)
         with torch.no_grad(), rows:
             return self._run(*args, **kwargs)
@@ -286,11 +287,12 @@ def _prepared(model: Any) -> tuple[Host, str, torch.nn.Module]:
 # ---- compiling
 
 
-def _named(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of ``module.forward``, by name."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    named = dict(bound.arguments)
-    for parameter in bound.signature.parameters.values():
+def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, the defaults of those that are not passed included."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    named = bound.arguments
+    for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             named |= named.pop(parameter.name, {})
         elif parameter.kind is parameter.VAR_POSITIONAL and named.pop(parameter.name, ()):
@@ -326,22 +328,18 @@ def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torc
             each.__dict__.update(attributes)
 
 
-def _blocks(
-    base: torch.nn.Module, places: Mapping[str, Place], given: dict[str, Any], dynamic: bool
-) -> dict[tuple[str, ...], Any]:
+def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bool) -> dict[tuple[str, ...], Any]:
     """One exported program for each kind of repeated layer, by the paths of all layers of that kind."""
     kinds = {*(getattr(base, "_repeated_blocks", None) or getattr(base, "_no_split_modules", None) or ())}
     blocks = {path: each for path, each in base.named_modules() if type(each).__name__ in kinds}
     if not blocks:
         raise refuse("ahead_no_blocks", name=type(base).__name__)
-    seen: dict[str, dict[str, Any]] = {}
-    hooks = [
-        block.register_forward_pre_hook(
-            lambda module, args, kwargs, path=path: seen.setdefault(path, _named(module, args, kwargs)) and None,
-            with_kwargs=True,
-        )
-        for path, block in blocks.items()
-    ]
+    paths, seen = {block: path for path, block in blocks.items()}, {}
+
+    def note(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.setdefault(paths[block], _named(inspect.signature(block.forward), args, kwargs))
+
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks.values()]
     try:
         base(**given)
     finally:
@@ -349,8 +347,8 @@ def _blocks(
             hook.remove()
     alike: dict[str, list[str]] = {}
     for path in seen:
-        own = {key: _form(table[name]) for key, (table, name) in _below(path, places).items()}
-        alike.setdefault(repr(own), []).append(path)
+        forms = {key: _form(table[name]) for key, (table, name) in _places(blocks[path], room).items()}
+        alike.setdefault(repr(forms), []).append(path)
     programs = {}
     for paths in alike.values():
         inputs = seen[paths[0]]
@@ -393,10 +391,9 @@ def _build(programs: Mapping[tuple[str, ...], torch.export.ExportedProgram], pat
         raise refuse("ahead_not_compilable", error=error) from error
 
 
-def _notes_on(program: Any, places: Mapping[str, Place], paths: tuple[str, ...]) -> dict[str, Any]:
+def _notes_on(program: Any, paths: tuple[str, ...], places: Mapping[str, Place]) -> dict[str, Any]:
     """What a loader has to know of one graph: the tensors to bind, and the form of its inputs."""
     signature, ranges = program.graph_signature, {}
-    own = {key: table[name] for key, (table, name) in _below(paths[0], places).items()}
     wanted = {*signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values()}
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     inputs = []
@@ -409,16 +406,18 @@ def _notes_on(program: Any, places: Mapping[str, Place], paths: tuple[str, ...])
     sizes = {size for each in inputs if isinstance(each, list) for size in each[0] if isinstance(size, str)}
     if dependent := sorted(size for size in sizes if not size.isidentifier()):
         raise refuse("ahead_arguments", found=f"sizes that depend on one another, {listing(dependent)}")
-    tensors = {key: _form(own[key]) for key in sorted(wanted)}
+    tensors = {key: _form(places[key][0][places[key][1]]) for key in sorted(wanted)}
     names = list((program.example_inputs or ((), {}))[1])
     return dict(paths=paths, tensors=tensors, names=names, inputs=inputs, ranges=ranges)
 
 
 def _input(value: object) -> Any:
-    if isinstance(value, torch.Tensor):
-        sizes = [str(each) for each in value.shape]  # an export's size may be a symbol, and that a number
-        return [[int(each) if each.isdecimal() else each for each in sizes], str(value.dtype), value.device.type]
-    return repr(value)
+    """The form of an input: sizes, dtype and device of a tensor; the value itself of anything else."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    sizes = [str(each) for each in value.shape]  # an export's size may be a symbol, and that a number
+    grad = ["requires gradients"] if value.requires_grad else []
+    return [[int(each) if each.isdecimal() else each for each in sizes], str(value.dtype), value.device.type, *grad]
 
 
 def _form(tensor: torch.Tensor) -> list[Any]:
@@ -426,23 +425,17 @@ def _form(tensor: torch.Tensor) -> list[Any]:
     return [list(tensor.shape), list(tensor.stride()), str(tensor.dtype), tensor.device.type]
 
 
-def _places(base: torch.nn.Module, room: Any) -> dict[str, Place]:
+def _places(module: torch.nn.Module, room: Any) -> dict[str, Place]:
     """All tensors that code may be bound to, by their names in an export; tied ones by each of their names."""
     found: dict[str, Place] = {}
-    for path, module in base.named_modules(remove_duplicate=False):
+    for path, each in module.named_modules(remove_duplicate=False):
         before = f"{path}." if path else ""
-        for table in (module._parameters, module._buffers):
+        for table in (each._parameters, each._buffers):
             found |= {before + name: (table, name) for name, tensor in table.items() if tensor is not None}
-        own = module.__dict__.get("lora_variant", {}).get(room.slot.adapter_name) if hasattr(room, "batch") else None
+        own = each.__dict__.get("lora_variant", {}).get(room.slot.adapter_name) if hasattr(room, "batch") else None
         if own is not None:
             found |= {before + buffer: (own.__dict__, name) for name, buffer in READ.items()}
     return found
-
-
-def _below(path: str, places: Mapping[str, Place]) -> dict[str, Place]:
-    """Those of a module, by their names in it."""
-    before = f"{path}." if path else ""
-    return {key.removeprefix(before): each for key, each in places.items() if key.startswith(before)}
 
 
 def _lifted(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
@@ -483,71 +476,56 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch
 class _Bound:
     """One compiled graph, bound to the tensors of one module."""
 
-    def __init__(
-        self,
-        path: str,
-        number: str,
-        notes: Mapping[str, Any],
-        module: torch.nn.Module,
-        places: Mapping[str, Place],
-        values: Mapping[str, torch.Tensor],
-    ):
-        forms = notes["tensors"]
+    def __init__(self, path: str, number: int, notes: Notes, module: torch.nn.Module, room: Any, values: Tensors):
+        forms, places = notes["tensors"], _places(module, room)
         tensors = {key: places[key][0][places[key][1]] for key in forms if key in places}
         for key, form in forms.items():
             found = _form(tensors[key]) if key in tensors else None
             if found != form:
                 raise refuse("ahead_other_tensor", key=key, found=found or "no such tensor", expected=form)
-        self.module, self.inputs, self.ranges = module, notes["inputs"], notes["ranges"]
+        self.names, self.inputs, self.ranges = notes["names"], notes["inputs"], notes["ranges"]
         self.places: list[Place] = [places[key] for key in forms]
         #: kept, since the code has nothing but their addresses
-        self.tensors: dict[str, torch.Tensor] = {key: tensors[key].detach() for key in forms} | dict(values)
+        self.tensors: dict[str, torch.Tensor] = {key: tensors[key].detach() for key in forms}
+        self.tensors |= {key.partition(":")[2]: each for key, each in values.items() if key.startswith(f"{number}:")}
         # torch's own load_package asks a compiler first what the processor can do
-        self.code: Any = compat.AOTICompiledModel(compat.AOTIModelPackageLoader(path, number, False, 1, -1))
+        self.code: Any = compat.AOTICompiledModel(compat.AOTIModelPackageLoader(path, str(number), False, 1, -1))
         wanted = self.code.get_constant_fqns()
         self.code.load_constants({key: self.tensors[key] for key in wanted}, check_full_update=True, user_managed=True)
         self.signature: inspect.Signature = inspect.signature(module.forward)
         specs = [compat.treespec_loads(each) for each in self.code.loader.get_call_spec()]
-        self.names: list[str] = notes["names"]
         self.input_form, self.output_form = specs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = _named(self.module, args, kwargs)
-        for name, parameter in self.signature.parameters.items():
-            if name in self.names and name not in given and parameter.default is not parameter.empty:
-                given[name] = parameter.default
-        for name in given.keys() - set(self.names):
-            default = self.signature.parameters.get(name)
-            if default is not None and given[name] is default.default:
-                del given[name]  # as if it had not been passed
+        given = _named(self.signature, args, kwargs)
         if given.keys() != set(self.names):
-            found = f"the inputs {listing(given)}"
-            raise refuse("ahead_inputs", found=found, expected=f"the inputs {listing(self.names)}")
-        leaves, form = compat.tree_flatten(((), {name: given[name] for name in self.names}))
+            raise refuse("ahead_inputs", found=f"{listing(given)}", expected=f"the inputs {listing(self.names)}")
+        given = {name: given[name] for name in self.names}
+        leaves, form = compat.tree_flatten(((), given))
         if form != self.input_form:
             raise refuse("ahead_inputs", found=form, expected=self.input_form)
-        self._check(leaves)
+        self._check(leaves, [name for name in given for _ in compat.tree_flatten(given[name])[0]])
         run = self.code.loader.boxed_run if hasattr(self.code.loader, "boxed_run") else self.code.loader.run
         outputs = run([each.contiguous() for each in leaves if isinstance(each, torch.Tensor)])
         return compat.tree_unflatten(outputs, self.output_form)
 
-    def _check(self, leaves: Sequence[Any]) -> None:
+    def _check(self, leaves: Sequence[Any], names: Sequence[str]) -> None:
         """Refuses inputs of another form than those that were compiled."""
         sizes: dict[str, int] = {}
-        for value, expected in zip(leaves, self.inputs, strict=True):
-            if not isinstance(value, torch.Tensor) or isinstance(expected, str):
-                if isinstance(value, torch.Tensor) or repr(value) != expected:
-                    raise refuse("ahead_inputs", found=_input(value), expected=expected)
-                continue
-            shape, dtype, device = expected
-            fits = (str(value.dtype), value.device.type, value.dim()) == (dtype, device, len(shape))
-            for size, own in zip(value.shape, shape, strict=False):
-                low, high = self.ranges.get(own, (0, None)) if isinstance(own, str) else (own, own)
-                fits = fits and low <= size and (high is None or size <= high)
-                fits = fits and (isinstance(own, int) or sizes.setdefault(own, size) == size)
-            if not fits or value.requires_grad:
-                found = f"{_input(value)}{', which requires gradients' if value.requires_grad else ''}"
-                raise refuse("ahead_inputs", found=found, expected=f"{expected} with sizes in {self.ranges}")
+
+        def allowed(size: int, own: int | str) -> bool:
+            low, high = self.ranges.get(own, (0, None)) if isinstance(own, str) else (own, own)
+            return low <= size <= (size if high is None else high) and sizes.setdefault(str(own), size) == size
+
+        for name, value, expected in zip(names, leaves, self.inputs, strict=True):
+            found = _input(value)
+            fits = found == expected
+            if not fits and isinstance(found, list) and isinstance(expected, list):
+                fits = found[1:] == expected[1:] and len(found[0]) == len(expected[0])
+                fits = fits and all(map(allowed, found[0], expected[0]))
+            if not fits:
+                expected = f"{name}: {expected} with sizes in {self.ranges}"
+                raise refuse("ahead_inputs", found=f"{name}: {found}", expected=expected)
 
 
 class _Block(torch.nn.Module):

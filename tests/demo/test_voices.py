@@ -8,10 +8,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
-from hotswap_lab import HotswapError, hotswap_adapter
+from hotswap_lab import AdapterPool, HotswapError, aoti_compile, aoti_load, hotswap_adapter
 from hotswap_lab.demo import smollm2, voices
 from hotswap_lab.demo.voices import measure, scores, train
+from hotswap_lab.generating import Reader
 
 NAMES = voices.names()
 FEW = voices.QUESTIONS[::8]
@@ -140,3 +142,31 @@ def test_every_pair_comes_once_before_any_comes_again():
     chosen = [pair for batch in first for pair in batch]
     assert sorted(chosen[:10]) == sorted(chosen[10:]) == sorted(pairs)
     assert first == again
+
+
+@pytest.mark.long
+def test_they_answer_ahead_of_time(tmp_path):
+    """A decode step of SmolLM2 is compiled to a file, and each voice answers through it as a fresh load does."""
+    model, tokenizer = need(lambda: voices.load(NAMES[0]))
+    pool = AdapterPool(model, adapters={name: voices.path(name) for name in NAMES}, progress=False)
+    reader = Reader(pool.model, rows=1, chunk=32, room=40)
+    token = torch.zeros((1, 1), dtype=torch.long)
+    file = aoti_compile(reader, tmp_path / "token.pt2", kwargs=dict(ids=token, positions=token), progress=False)
+    reader.ahead = {1: aoti_load(file, reader)}
+    question = [dict(role="user", content="What is rain?")]
+    prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(prompt)["input_ids"][-32:]
+    answers = set()
+    for name in NAMES:
+        pool.swap(name)
+        reader.forget(0)
+        logits = [reader.read([prompt])]
+        for _ in range(8):
+            logits.append(reader.read([[int(logits[-1].argmax())]]))
+        answer = [int(each.argmax()) for each in logits]
+        fresh = voices.load(name)[0]
+        with torch.no_grad():
+            expected = fresh(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+        torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-3, atol=1e-3)
+        answers.add(tokenizer.decode(answer))
+    assert len(answers) == len(NAMES)
