@@ -95,7 +95,7 @@ class RecompileWatch:
     Parameters
     ----------
     allow:
-        How many recompiles are allowed; the next one raises an error where it happens. None: any number.
+        The number of recompiles that are allowed; the next one raises an error where it happens. None: any number.
 
     Raises
     ------
@@ -127,12 +127,12 @@ class RecompileWatch:
 
     @property
     def compiles(self) -> int:
-        """How many pieces of code were compiled for the first time."""
+        """The number of pieces of code that were compiled for the first time."""
         return self._count("compile")
 
     @property
     def recompiles(self) -> int:
-        """How many graphs were compiled because no existing one could be used."""
+        """The number of graphs that were compiled because no existing one could be used."""
         return self._count("recompile")
 
     @property

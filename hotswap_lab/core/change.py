@@ -1,6 +1,6 @@
 """Change: the writes that a swap makes to a model; and :func:`apply`, the only code that writes to one.
 
-A change allocates, casts and moves all that it needs when it is made, so running out of memory fails before anything is
+A change allocates, casts and moves what it needs when it is made, so running out of memory fails before anything is
 written. :func:`apply` first makes the resizes and runs the steps. Each is noted in a journal, which takes it back if a
 later one fails. The values are copied last, in one call that has no reason left to fail, so no copy ever has to be
 taken back.

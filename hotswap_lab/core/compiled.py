@@ -65,7 +65,7 @@ def compiled_in(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()) -
     tables = [module.__dict__ for module in modules]
     for name in CALLABLES:
         found = [table[name] for table in tables if name in table]
-        # a bound method passes on the attributes of its function; accelerate's replacement of forward does not
+        # a bound method passes on the attributes of its function, so that hasattr finds it, too
         compiled += [each for each in found if hasattr(each, "_torchdynamo_orig_callable")]
     return compiled
 

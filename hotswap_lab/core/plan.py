@@ -192,7 +192,7 @@ class Plan:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many layers are copied, padded, resized, turned off and added."""
+        """The number of layers that are copied, padded, resized, turned off and added."""
         actions = [layer.action for layer in self.layers]
         return {str(action): actions.count(action) for action in Action}
 

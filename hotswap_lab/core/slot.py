@@ -99,7 +99,7 @@ class Slot:
         return True in map(torch.Tensor.is_inference, self.parameters or self.host.carrier.parameters())
 
     def write_mode(self) -> torch.inference_mode:
-        """Inference mode if the adapter was loaded in it, and normal mode if not, whatever mode the caller is in."""
+        """Inference mode if the adapter was loaded in it, and normal mode if not, regardless of the caller's mode."""
         return torch.inference_mode(self.is_inference)
 
     @cached_property

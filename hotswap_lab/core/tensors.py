@@ -15,7 +15,7 @@ from .change import Change
 SCALING = "hotswap_scaling_"
 #: the attribute of a layer with the adapters that are turned off there
 OFF_ATTRIBUTE = "hotswap_off"
-#: and the one with the adapters whose own rank is ``layer.r``, whatever the size of their tensors
+#: and the one with the adapters whose own rank is ``layer.r``, regardless of the size of their tensors
 PADDED_ATTRIBUTE = "hotswap_padded"
 
 

@@ -243,7 +243,7 @@ class AdapterPool:
 
     @property
     def strength(self) -> float:
-        """How strongly the adapter acts: 1 as trained, 0 not at all. May be set at any time; a swap sets it to 1."""
+        """The strength of the adapter: 1 as trained, 0 not at all. May be set at any time; a swap sets it to 1."""
         return get_strength(self.engine, self.model, self.adapter_name)
 
     @strength.setter
