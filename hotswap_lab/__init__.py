@@ -11,7 +11,7 @@
 matches a fresh load: True
 
 Look before you swap      ``plan_hotswap``, then ``commit``; ``verify_hotswap`` is the proof afterwards
-From tensors in memory    ``hotswap_adapter_from_state_dict``; ``Adapter.load`` reads once what is swapped in often
+From tensors in memory    ``hotswap_adapter_from_state_dict``; ``Adapter.load`` reads an adapter once for many swaps
 A compiled model          ``prepare_model_for_compiled_hotswap`` first; ``RecompileWatch`` counts, ``pick_backend``
 Without a compiler        ``aoti_compile`` writes a prepared model to a file, ``aoti_load`` binds it in any process
 Many adapters             ``AdapterPool``; ``set_strength``, ``get_strength``; threads: ``in_use``, ``waiting_at_most``
@@ -19,12 +19,12 @@ Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``rea
 Files                     ``save_adapter``, ``find_adapters`` (the Hub's search)
 Many users                ``hotswap_lab.serving``: OpenAI's API in front, Ray Serve around it
 
-``help(hotswap_lab.hotswap_adapter)`` has the arguments, errors and an example; so it is with each of these. The
-notebooks teach all of it from the start, and ``hotswap_lab.core`` says in which order to read the engine's code. Why a
-swap was refused is in its ``HotswapError``: what was found, what was expected, what to do next.
+``help(hotswap_lab.hotswap_adapter)`` has the arguments, errors and an example, as has the help of each of these. The
+notebooks teach all of it from the start, and ``hotswap_lab.core`` says in which order to read the engine's code. A
+refused swap raises ``HotswapError``, which says what was found, what was expected, and what to do next.
 """
 
-# no __all__: help(hotswap_lab) would print all that is in it, which is a book
+# no __all__: with one, help(hotswap_lab) would print the help of every name in it
 __version__ = "0.1.0"
 
 from . import demo as demo

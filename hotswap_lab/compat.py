@@ -1,6 +1,6 @@
 """Private names of PyTorch, PEFT and diffusers, which a new version may rename. No other file uses one.
 
-Each name is fetched when it is first needed, so a version without it breaks only what needs it.
+Each name is fetched when it is first needed, so a version without it breaks only the code that needs it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib
 from importlib.metadata import version
 from typing import Any
 
-#: what a name is called here, and where it is: a module, and a path inside of it
+#: the name that is used here, and its location: a module, and a path inside of it
 NAMES = {
     "foreach_copy": "torch:_foreach_copy_",
     "tree_leaves": "torch.utils._pytree:tree_leaves",

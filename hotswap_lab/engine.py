@@ -1,7 +1,7 @@
-"""The engine of the package: what takes part in a swap, in the order in which it does, and the functions people call.
+"""The engine that the package uses: the parts of a swap in the order of their use, and the public functions.
 
-PEFT's methods are LoRA (``beyond.lora`` on top of ``core.lora``) and all others (``beyond.general``). A plan is made by
-the passes below, and carried out by :func:`hotswap_lab.core.change.apply`.
+Two methods cover PEFT: LoRA (``beyond.lora`` on top of ``core.lora``) and all others (``beyond.general``). The passes
+below make a plan, and :func:`hotswap_lab.core.change.apply` carries it out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .threads import TurnLock
 
 
 class Hotswap(Engine):
-    """An engine, with the functions that people call as methods."""
+    """An engine with the public functions as methods."""
 
     hotswap_adapter = swap.hotswap_adapter
     hotswap_adapter_from_state_dict = swap.hotswap_adapter_from_state_dict
@@ -37,7 +37,7 @@ class Hotswap(Engine):
 ENGINE: Hotswap = Hotswap(
     methods=(lora.FullLora(), general.General()),
     passes=(
-        # what the configs and files say, before a tensor is compared
+        # checks of the configs and files, before any tensor is compared
         (
             planner.check_configs,
             checks.check_prefixes,

@@ -1,16 +1,16 @@
-"""Turns: threads that compute with a model, and threads that swap its adapter, one after the other.
+"""Turns: locks by which threads that compute with a model, and threads that swap its adapter, take turns.
 
-A swap writes for a moment (milliseconds) in which a forward pass in another thread would read some layers of the old
-adapter and some of the new one. Whoever computes while others may swap says so, ``with in_use(model): ...``; a swap
-then waits until no thread is inside, and a thread that comes later waits for the swap. Swaps take turns themselves
-without being asked to: all that changes a model goes through :func:`held`.
+A swap writes for a moment (milliseconds). A forward pass in another thread would then read some layers of the old
+adapter and some of the new one. A thread that computes while others may swap says so: ``with in_use(model): ...``. A
+swap then waits until no thread is inside, and a thread that comes later waits for the swap. Swaps take turns by
+themselves: all code that changes a model uses :func:`held`.
 
-Reading is cheap and writing pays: each thread has a lock of its own for each model, which nobody else touches but a
-swap, and that takes them all (the Linux kernel once called this a big-reader lock). The locks are handed out as they
-are, so entering and leaving ``with in_use(model)`` are single steps in C, which Ctrl-C can't split.
+Computing is cheap and swapping pays: each thread has its own lock for each model. Only a swap takes the locks of other
+threads, and it takes them all (the Linux kernel once called this a big-reader lock). ``in_use`` returns the bare lock,
+so entering and leaving the block are single steps in C, which Ctrl-C can't split.
 
-The locks belong to threads, and the tasks of an event loop share one. So a turn notes its task, too: another task of
-the thread is refused, or it waits in :func:`awaited`, which lets the event loop go on.
+The locks belong to threads, but the tasks of an event loop share a thread. So a turn notes its task, too: another task
+of the thread is refused, or it waits in :func:`awaited`, which lets the event loop go on.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ import torch
 from .core.errors import HotswapError, refusal, refuse
 from .core.host import carriers
 
-#: forgets what it is given
+#: consumes an iterator and keeps nothing of it
 NOWHERE: deque[object] = deque(maxlen=0)
-#: how long to wait at a time, in seconds: on Windows, Ctrl-C comes in between only
+#: how long to wait at a time, in seconds: on Windows, Ctrl-C works only between two waits
 NAP = 0.02
-#: and for tasks, which have to look themselves whether it is their turn
+#: the same for tasks, which have to poll for their turn
 TASK_NAP = 0.002
 
 
 class ModelInUseError(HotswapError):
-    """A swap would have had to wait longer than :func:`waiting_at_most` lets it. It may go well a moment later.
+    """A swap would have had to wait longer than :func:`waiting_at_most` allows. It may succeed a moment later.
 
     Examples
     --------
@@ -77,16 +77,16 @@ class Owner(NamedTuple):
 
 
 class Turn:
-    """Whose turn it is at one base model."""
+    """The locks of one base model, and the task whose turn it is."""
 
     def __init__(self) -> None:
         #: held by the thread that swaps, planning included
         self.swap: threading.RLock = threading.RLock()
-        #: held, too, while it waits for those inside, and while it writes: nobody else enters
+        #: also held while it waits for the threads inside, and while it writes, so that no other thread enters
         self.gate: threading.RLock = threading.RLock()
-        #: for each thread that has computed with the model, by its number, what it holds while it is inside
+        #: the lock of each thread that has computed with the model, by its number; held while the thread is inside
         self.locks: dict[int, threading.RLock] = {}
-        #: of the thread that holds ``swap``; means nothing while that is free
+        #: the task of the thread that holds ``swap``; means nothing while that lock is free
         self.owner: Owner = Owner(None, False)
         #: for each thread with an event loop, by its number: the tasks that may be inside, and those in a queue
         self.inside: dict[int, weakref.WeakSet[Any]] = {}
@@ -108,11 +108,11 @@ class Turn:
         return self.swap._is_owned() and self.owner.task != this_task()
 
     def ticket(self) -> threading.RLock:
-        """What a thread that computes enters with. A swap that waits already is let pass."""
-        # first the lock, then the gate: a swap that closes it later finds the lock
+        """The lock with which a computing thread enters. A swap that is already waiting goes first."""
+        # first the lock, then the gate, so that a swap that closes the gate later finds the lock
         lock, task, owner = self.lock, this_task(), self.owner
         if owner.task is not None and not owner.can_wait and self.is_of_another_task:
-            raise refuse("another_task")  # the end of that one's block could not wait for this one
+            raise refuse("another_task")  # the end of that task's block could not wait for this one
         if not lock._is_owned():
             with self.gate:
                 pass
@@ -128,7 +128,7 @@ class Turn:
 
 #: how many seconds to wait at most
 _patience: ContextVar[float] = ContextVar("hotswap_lab_patience", default=math.inf)
-#: of each base model
+#: the turn of each base model
 _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictionary()
 
 
@@ -143,17 +143,17 @@ def this_task() -> weakref.ref[Any] | None:
 
 
 def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
-    """The turns at some models, in an order that is the same for everybody: so no two wait for each other."""
+    """The turns of some models, in the same order for every caller, so that no two wait for each other."""
     return [_turns.get(base) or _turns.setdefault(base, Turn()) for base in sorted(set(bases), key=id)]
 
 
 def in_use(model: object) -> AbstractContextManager[object]:
-    """Holds swaps back while this thread computes: ``with in_use(model): model(...)``.
+    """Hold swaps back while this thread computes: ``with in_use(model): model(...)``.
 
     A swap from another thread, and every other change that this package makes to the adapter (strength, preparing, the
-    operations of a pool), waits until the block is left. Threads that compute don't wait for each other. Inside, the
+    operations of a pool), waits until the block ends. Threads that compute don't wait for each other. Inside, the
     thread itself can't swap: to compute with a certain adapter, use ``with pool.using(name):`` instead, which swaps and
-    keeps the others from swapping. Needed only where threads share a model; it costs some microseconds.
+    keeps other threads from swapping. Needed only if threads share a model; it costs some microseconds.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def in_use(model: object) -> AbstractContextManager[object]:
     Returns
     -------
     context manager
-        To be made anew for each block. May be nested.
+        Make a new one for each block. May be nested.
 
     Raises
     ------
@@ -186,11 +186,11 @@ def in_use(model: object) -> AbstractContextManager[object]:
 
     Notes
     -----
-    On a GPU, work that was only queued is in order with the swap as long as both use the same stream. In a block that
+    On a GPU, queued work stays in order with the swap as long as both use the same stream. In a block that
     starts other threads and waits for them, let only the outer thread hold ``in_use``: a thread that comes while a swap
-    waits is let in only after it. The thread that enters has to be the one that leaves, so a generator that yields from
-    inside must not be handed from thread to thread. With asyncio: inside, a task may ``await``. Swaps in other tasks of
-    its thread are refused meanwhile; ``async with pool.using(name)`` waits.
+    waits is let in only after it. The same thread must enter and leave, so a generator that yields inside must not be
+    handed from thread to thread. With asyncio, a task may ``await`` inside. Meanwhile, swaps in other tasks of its
+    thread are refused; ``async with pool.using(name)`` waits.
     """
     tickets = [turn.ticket() for turn in turns_of(bases_of(model))]
     return tickets[0] if len(tickets) == 1 else _taken([(each, None) for each in tickets], math.inf)
@@ -198,13 +198,13 @@ def in_use(model: object) -> AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def waiting_at_most(seconds: float) -> Iterator[None]:
-    """Swaps in this block are refused where they would have to wait longer for threads that compute, or that swap.
+    """Refuse swaps in this block that would have to wait longer for threads that compute, or that swap.
 
     Parameters
     ----------
     seconds:
-        For each wait. 0 refuses a swap at once while anybody is inside ``with in_use(model)``. The swap raises
-        :class:`ModelInUseError`, which is a :class:`HotswapError`.
+        The limit of each wait. 0 refuses a swap at once while another thread is inside ``with in_use(model)``. The swap
+        raises :class:`ModelInUseError`, which is a :class:`HotswapError`.
 
     Examples
     --------
@@ -238,12 +238,12 @@ def bases_of(model: object) -> list[torch.nn.Module]:
 
 
 def held(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
-    """Keeps other threads out of base models for the length of a block, and waits for them first. May be nested.
+    """Keep other threads out of base models for the length of a block, and wait for them first. May be nested.
 
     Parameters
     ----------
     computing:
-        Whether others may go on computing, and only swaps are kept out: what is decided stays true.
+        Whether others may go on computing, and only swaps are kept out, so that a decision stays valid.
 
     Examples
     --------
@@ -263,7 +263,7 @@ def _locks(turns: list[Turn], computing: bool, can_wait: bool = False) -> Iterat
     for turn in turns:
         is_nested = turn.is_of_this_task
         yield turn.swap, None
-        if not is_nested:  # it has been taken when the next lock is asked for
+        if not is_nested:  # the lock is taken by the time the next one is requested
             turn.owner = Owner(this_task(), can_wait)
     if not computing:
         yield from ((turn.gate, None) for turn in turns)
@@ -273,7 +273,7 @@ def _locks(turns: list[Turn], computing: bool, can_wait: bool = False) -> Iterat
 
 @contextlib.contextmanager
 def _taken(locks: Iterable[tuple[threading.RLock, int | None]], patience: float) -> Iterator[None]:
-    # Taken and noted in one step in C, and given back in one: Ctrl-C comes before or after these.
+    # Taken and noted in one step in C, and released in one: Ctrl-C comes before or after these.
     deadline = time.monotonic() + patience
     held: list[threading.RLock] = []
     releasing = map(methodcaller("release"), held)
@@ -291,12 +291,12 @@ def _taken(locks: Iterable[tuple[threading.RLock, int | None]], patience: float)
 
 @contextlib.asynccontextmanager
 async def awaited(base: torch.nn.Module, *, computing: bool = False, to_the_end: bool = False) -> AsyncIterator[None]:
-    """:func:`held` for a task: it waits for other threads, and for other tasks of its own, without blocking them.
+    """:func:`held` for a task: it waits for other threads, and for other tasks of its thread, without blocking them.
 
     ``to_the_end`` is for the end of a turn. It waits however long that takes, and a task that is cancelled meanwhile
     goes on to the end of the block.
     """
-    import asyncio  # a program without it does not pay for it
+    import asyncio  # here, so that a program without it doesn't pay for it
 
     (turn,), thread, task = turns_of([base]), threading.get_ident(), this_task()
     patience = math.inf if to_the_end else _patience.get()
@@ -312,7 +312,7 @@ async def awaited(base: torch.nn.Module, *, computing: bool = False, to_the_end:
         try:
             for number, (lock, holder) in enumerate(_locks([turn], computing, can_wait=True)):
                 while True:
-                    # this thread's locks would let all of its tasks in
+                    # the locks of this thread would let all of its tasks in
                     is_free = not turn.is_of_another_task and (lock is turn.swap or not turn.lock._is_owned())
                     acquiring = map(methodcaller("acquire", blocking=False), (lock,) if is_free else ())
                     held.extend(compress((lock,), acquiring))
@@ -335,7 +335,7 @@ async def awaited(base: torch.nn.Module, *, computing: bool = False, to_the_end:
 
 @contextlib.asynccontextmanager
 async def _queued(queue: deque[Any], patience: float) -> AsyncIterator[None]:
-    """Tasks of one thread, one after the other in the order in which they came."""
+    """Let the tasks of one thread in one after the other, in the order in which they came."""
     import asyncio
 
     mine = asyncio.get_running_loop().create_future()
@@ -353,7 +353,7 @@ async def _queued(queue: deque[Any], patience: float) -> AsyncIterator[None]:
 
 
 def pass_on(base: torch.nn.Module) -> None:
-    """Gives the turn to the task that ends the block: an event loop closes what was left open in a task of its own."""
+    """Give the turn to the task that ends the block. An event loop closes an open block in a task of its own."""
     (turn,) = turns_of([base])
     turn.owner = turn.owner._replace(task=this_task())
 
@@ -370,9 +370,9 @@ def is_shared(base: torch.nn.Module) -> bool:
 
 
 def put_back(action: Callable[[], object], what: str) -> None:
-    """Waits for a turn however long that takes, and on Ctrl-C, unless it comes again.
+    """Run ``action``, which waits for a turn without a limit. Ctrl-C doesn't end the wait, unless it comes again.
 
-    ``what`` says in a warning what stays as it is after the second time.
+    ``what`` ends a warning: it says what a second Ctrl-C leaves as it is.
     """
     token = _patience.set(math.inf)
     try:

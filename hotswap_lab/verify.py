@@ -1,13 +1,13 @@
-"""The oracle: is the live model what a fresh load of the adapter would be?
+"""The oracle: compares a live model with a fresh load of its adapter.
 
-PEFT makes the reference: a base model, and ``PeftModel.from_pretrained`` on it. Compared is what a user can observe:
-outputs, config, the scalars of each layer, the tensors that PEFT would save and, with ``base=``, all weights and
-buffers of the base model.
+PEFT makes the reference: a base model, and ``PeftModel.from_pretrained`` on it. The comparison covers what a user can
+observe: outputs, config, the scalars of each layer, the tensors that PEFT would save and, with ``base=``, all weights
+and buffers of the base model.
 
-No code that plans a swap or writes one runs here. What this module uses of the package finds the adapter in the model
-and on the disk, and gives the live model's tensors the names that a fresh load gives them
-(:class:`~hotswap_lab.files.saving.LoadedAlone`). A tensor with a wrong name is a mismatch. Layers without an equal in a
-fresh load are left out if their weights are zero. Anything else that they would do shows in the outputs.
+No code that plans or writes a swap runs here. The parts of the package that this module uses find the adapter in the
+model and on the disk, and give the live model's tensors the names that a fresh load gives them
+(:class:`~hotswap_lab.files.saving.LoadedAlone`). A tensor with a wrong name is a mismatch. Layers that a fresh load
+lacks are left out if their weights are zero. Any other effect of such layers shows in the outputs.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ PROVENANCE = {"base_model_name_or_path", "revision", "auto_mapping", "peft_versi
 
 #: how far outputs may differ, relative to the largest output, by the precision they were computed in
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-#: and how many times that the adapter's effect must be; half precision leaves no room for more
+#: how many times the tolerance the adapter's effect must be, if not 100: half precision leaves no room for more
 MARGIN = {torch.float16: 10, torch.bfloat16: 5}
 
 #: how many mismatches a verdict shows
 SHOWN = 10
-#: how the names of config fields and of base weights start, and what is between a layer's path and that of its table
+#: the start of the names of config fields and of base weights, and the separator of a layer's path and its table's
 CONFIG, BASE, TABLE = "config.", "the base model's ", ": "
 
 
@@ -68,9 +68,9 @@ class Verification:
         The largest difference that the new adapter makes to the base model's outputs. A comparison is worth
         something only if this is far above the tolerance.
     tolerance:
-        The largest difference that is let through, absolute.
+        The largest absolute difference that is accepted.
     mismatches:
-        What else differs: config, scalars or tensors, in words.
+        Other differences, in words: of the config, the scalars or the tensors.
     margin:
         How many times the tolerance the adapter's effect must be for the verdict to mean anything.
 
@@ -120,7 +120,7 @@ def verify_hotswap(
     base: Callable[[], torch.nn.Module] | None = None,
     tolerance: float | None = None,
 ) -> Verification:
-    """Compares the live model with ``PeftModel.from_pretrained(base, adapter)``.
+    """Compare the live model with ``PeftModel.from_pretrained(base, adapter)``.
 
     With ``base=``, the verdict is about the whole model. Without it, the reference is made on a copy of the live base
     model, so the verdict is about the adapter alone: if something has changed the base weights, both models have the
@@ -134,11 +134,11 @@ def verify_hotswap(
         The adapter that was swapped in: a folder, a Hub id, or an :class:`Adapter` with the keys of a file, that
         is, without the adapter's name in them.
     adapter_name:
-        Its name in the model. Default: the only one that there is.
+        Its name in the model. Default: the only adapter in the model.
     inputs:
-        What to call the models with: a dict of keyword arguments, a tuple of arguments, or one tensor. Default:
-        the ``dummy_inputs`` that transformers models bring. A compiled model is compiled once more for a shape that
-        it has not seen, so pass inputs that it was called with before.
+        The inputs for both models: a dict of keyword arguments, a tuple of arguments, or one tensor. Default:
+        the ``dummy_inputs`` of transformers models. A compiled model is compiled once more for a shape that it has not
+        seen, so pass inputs that it was called with before.
     base:
         Makes a fresh base model, ``lambda: AutoModelForCausalLM.from_pretrained(...)``. Its weights and buffers are
         compared, too, up to rounding, except for those that are offloaded. Default: a copy of the model's own base
@@ -154,8 +154,8 @@ def verify_hotswap(
     Raises
     ------
     HotswapError
-        If there is no such adapter, here or at ``adapter``, if it isn't the active one, if inputs are missing, or if a
-        compiled model would have to be compiled for the default ones inside of ``RecompileWatch(allow=...)``.
+        If the adapter is missing, in the model or at ``adapter``; if it isn't the active one; if inputs are missing; or
+        if the default ones would recompile a compiled model inside of ``RecompileWatch(allow=...)``.
 
     Examples
     --------
@@ -222,8 +222,8 @@ def _check_active(host: Host, name: str) -> None:
 def _as_folder(adapter: str | os.PathLike[str] | Adapter) -> Iterator[str]:
     if not isinstance(adapter, Adapter):
         place = find_source(adapter, {})
-        place.folder_with_config()  # first: it says of which version the weights have to be
-        yield place.folder_with_weights()  # the very files: it is PEFT that reads them here
+        place.folder_with_config()  # first: it decides the version of the weights
+        yield place.folder_with_weights()  # the files themselves, which PEFT reads here
         return
     is_whole = adapter.config.is_prompt_learning
     tensors = {
@@ -235,7 +235,7 @@ def _as_folder(adapter: str | os.PathLike[str] | Adapter) -> Iterator[str]:
         write_adapter(folder.name, adapter.config, tensors)
         yield folder.name
     finally:
-        with interrupts_held():  # Python would close a folder twice, and tell of that instead
+        with interrupts_held():  # or Python would clean up twice, and report that instead
             folder.cleanup()
 
 
@@ -248,7 +248,7 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
                 journal.set_attribute(module, "training", False)
         yield
         journal.roll_back()
-    except BaseException:  # Ctrl-C on the way back, too
+    except BaseException:  # also for Ctrl-C during the line above
         journal.roll_back()
         raise
 
@@ -288,7 +288,7 @@ def _mismatches(slot: Slot, fresh: PeftModel, with_base: bool) -> Iterator[str]:
         found |= _base_tensors(host.base)
         expected |= _base_tensors(find_host(fresh, name).base)
     wrong: dict[str, list[str]] = {}
-    for key in sorted(expected.keys() | {key for key in found if TABLE not in key}):  # what is off has tables, too
+    for key in sorted(expected.keys() | {key for key in found if TABLE not in key}):  # layers that are off have tables
         live, loaded = found.get(key), expected.get(key)
         if _are_equal(live, loaded) or (key.startswith(BASE) and _differ_by_rounding(live, loaded)):
             continue
@@ -303,7 +303,7 @@ def _mismatches(slot: Slot, fresh: PeftModel, with_base: bool) -> Iterator[str]:
 
 
 def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mapping, adapter_name: str) -> dict:
-    """The config, what the tables that PEFT keeps on each layer say of the adapter, and its tensors, by their names."""
+    """The config fields, PEFT's values in the tables of each layer, and the tensors of an adapter, by their names."""
     facts = {f"{CONFIG}{key}": _comparable(value) for key, value in config.to_dict().items() if key not in PROVENANCE}
     for path, module in carrier.named_modules():
         for table in getattr(module, "other_param_names", ()):
@@ -313,7 +313,7 @@ def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mappin
 
 
 def _base_tensors(base: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All weights and buffers of a base model by their names, without those that PEFT put around its modules."""
+    """All weights and buffers of a base model by their names, without those of PEFT's wrappers."""
     tensors, paths = {}, [(BASE, peel(base)[1])]
     while paths:
         path, module = paths.pop()
@@ -325,7 +325,7 @@ def _base_tensors(base: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _comparable(value: object) -> object:
-    """For some architectures PEFT makes sets of what a file has as lists of names, empty ones among them."""
+    """A list of names as a set, even an empty one, since PEFT makes sets of these for some architectures."""
     is_names = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
     return set(value) if is_names else value
 
@@ -344,7 +344,7 @@ def _are_equal(first: object, second: object) -> bool:
 
 
 def _differ_by_rounding(live: torch.Tensor | None, fresh: torch.Tensor | None) -> bool:
-    """As base weights do after an adapter was merged and unmerged. PEFT's attention layers do that in each forward."""
+    """Whether weights differ only by rounding, as after merge and unmerge, or a forward of PEFT's attention layers."""
     if live is None or fresh is None or type(fresh.data) is not torch.Tensor or live.dtype != fresh.dtype:
         return False
     tolerance = TOLERANCE.get(fresh.dtype, 0.0) * float(fresh.double().abs().max())
@@ -352,8 +352,8 @@ def _differ_by_rounding(live: torch.Tensor | None, fresh: torch.Tensor | None) -
 
 
 def _have_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors are equal, NaN included. One that is offloaded is not there to be compared."""
-    if hasattr(first, "__tensor_flatten__") and type(first.data) is type(second.data):  # quantized, or spread
+    """Whether two tensors are equal, NaN included. An offloaded one can't be compared, and counts as equal."""
+    if hasattr(first, "__tensor_flatten__") and type(first.data) is type(second.data):  # quantized, or sharded
         names = first.__tensor_flatten__()[0]
         return all(_have_same_bits(getattr(first, name), getattr(second, name)) for name in names)
     if first.is_meta or second.is_meta:

@@ -1,8 +1,8 @@
-"""RecompileWatch: counts compilations and recompiles, and says which guard failed. And which compiler works here.
+"""RecompileWatch: counts compilations and recompiles, and says which guard failed. Also picks a backend that works.
 
-Follows PyTorch's own bookkeeping: ``torch._dynamo.callback`` announces each compilation with an id, whose second
-part counts the graphs of one piece of code, and its metrics give the failed guard. Only a compilation's start is
-listened to, so that a watch costs nothing while nothing is compiled.
+It uses PyTorch's own bookkeeping: ``torch._dynamo.callback`` announces each compilation with an id, whose second
+part counts the graphs of one piece of code, and its metrics give the failed guard. A watch listens only to the start of
+a compilation, so it costs nothing while nothing is compiled.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .core.report import html_table
 
 T = TypeVar("T")
 
-#: kinds of compilations that are no graph of a piece of code
+#: kinds of compilations that are not the graph of a piece of code
 TRIGGERS = {"LAZY_BACKWARD": "backward", "CUDAGRAPH_RECORDING": "cudagraph"}
 
 
 class RecompileError(AssertionError):
     """A recompile happened under ``RecompileWatch(allow=...)``. Its text has the reason.
 
-    An ``AssertionError`` because that is what PyTorch's compiler lets through, and only adds an empty line to it.
+    An ``AssertionError``, since PyTorch's compiler lets these through, and only adds an empty line.
 
     Examples
     --------
@@ -59,7 +59,7 @@ class Compilation:
         ``"compile"`` for the first graph of a piece of code, ``"recompile"`` for any further one, ``"backward"``
         for a gradient, ``"cudagraph"`` for a recording on the GPU.
     reason:
-        In words, why the graphs that were there did not do; empty unless it is a recompile.
+        The reason, in words, why no existing graph could be used; empty unless it is a recompile.
     guard:
         The guard that failed, as PyTorch reports it.
     call:
@@ -90,17 +90,17 @@ class Call:
 
 
 class RecompileWatch:
-    """Counts what ``torch.compile`` compiles while the block runs, in this process, whatever the backend.
+    """A block that counts what ``torch.compile`` compiles in this process meanwhile, with any backend.
 
     Parameters
     ----------
     allow:
-        How many recompiles are let through; the next one raises, where it happens. None: any number.
+        The number of recompiles that are allowed; the next one raises an error where it happens. None: any number.
 
     Raises
     ------
     RecompileError
-        At the recompile that is one too many. The model goes on to work afterwards.
+        At the first recompile that is not allowed. The model keeps working afterwards.
 
     Examples
     --------
@@ -120,24 +120,24 @@ class RecompileWatch:
             raise TypeError(f"allow is a number of recompiles, or None: got {allow!r}")
         self.allow = allow
         self.compilations: list[Compilation] = []
-        #: what :meth:`call` ran, in order
+        #: the calls that :meth:`call` ran, in order
         self.calls: list[Call] = []
         self._current: Call | None = None
         self._watching = False
 
     @property
     def compiles(self) -> int:
-        """How many pieces of code were compiled for the first time."""
+        """The number of pieces of code that were compiled for the first time."""
         return self._count("compile")
 
     @property
     def recompiles(self) -> int:
-        """How many graphs had to be compiled because those that were there did not do."""
+        """The number of graphs that were compiled because no existing one could be used."""
         return self._count("recompile")
 
     @property
     def reasons(self) -> list[str]:
-        """Why, for each recompile."""
+        """The reason for each recompile."""
         return [each.reason for each in self.compilations if each.kind == "recompile"]
 
     def _count(self, kind: str) -> int:
@@ -159,7 +159,7 @@ class RecompileWatch:
             compat.dynamo_callbacks.register_start_callback(self._on_start)
 
     def call(self, label: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
-        """Runs ``function(*args, **kwargs)`` and notes under ``label`` its time and, in the block, what it compiled."""
+        """Run ``function(*args, **kwargs)`` and note under ``label`` its time and, in the block, what it compiled."""
         self._listen()
         self._current = Call(label)
         self.calls.append(self._current)
@@ -171,7 +171,7 @@ class RecompileWatch:
             self._current = None
 
     def _on_start(self, args: Any) -> None:
-        # what PyTorch notes about the compilation that is starting; nothing if it is the first of its code
+        # PyTorch's notes on the compilation that is starting; nothing if it is the first of its code
         guard = getattr(compat.dynamo_metrics(), "_metrics", {}).get("recompile_reason") or ""
         kind, label = _kind(args, guard), self._current.label if self._current else ""
         compilation = Compilation(kind, explain(guard) if kind == "recompile" else "", guard, label)
@@ -226,7 +226,7 @@ def explain(guard: str) -> str:
 
 
 def _readable(text: str) -> str:
-    """Paths through a module's tables as a person would write them."""
+    """Write paths through a module's tables as a person would."""
     text = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", text)
     text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
     return re.sub(r"\b(?:self|L\['self'\])\.", "", text)
@@ -248,7 +248,7 @@ def pick_backend() -> str:
     """A backend for ``torch.compile`` that works on this machine: ``"inductor"``, or else ``"aot_eager"``.
 
     Inductor needs a C++ compiler on the CPU. Without one, ``aot_eager`` traces and guards the model in the same
-    way, so that recompiles can be watched, but runs it as fast as without compiling; a warning says so, once.
+    way, so that recompiles can be watched, but runs no faster than without compiling; a warning says so, once.
 
     Examples
     --------
@@ -259,7 +259,7 @@ def pick_backend() -> str:
     reason = _why_not_inductor()
     if reason is None:
         return "inductor"
-    # PEFT leaves a C compiler there when it has loaded a BOFT adapter
+    # PEFT sets CXX to a C compiler when it loads a BOFT adapter
     named = f" (CXX names {os.environ['CXX']!r}: remove it, or set it to 'g++')" if "CXX" in os.environ else ""
     warnings.warn(
         f"torch.compile can't build code here ({reason}), so backend 'aot_eager' is used: recompiles are counted as "
@@ -271,10 +271,10 @@ def pick_backend() -> str:
 
 @functools.cache
 def _why_not_inductor() -> str | None:
-    """Compiles something small: only that shows whether the compiler that was found works."""
+    """The reason why inductor doesn't work here, or None. Only compiling something shows it."""
     if (reason := _try_inductor()) is None:
         return None
-    # a build that was cut short stays in the compiler's cache, broken: that is no reason to do without the compiler
+    # an interrupted build stays in the compiler's cache, broken, so the compiler gets a second try with a fresh cache
     try:
         fresh_cache = compat.fresh_inductor_cache
     except ImportError:

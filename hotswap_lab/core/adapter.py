@@ -1,4 +1,4 @@
-"""Adapter: what comes in. A config and named tensors, read and checked once, knowing nothing of a model."""
+"""Adapter: a config and named tensors, read and checked once, independent of any model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Adapter:
     Parameters
     ----------
     config:
-        What ``adapter_config.json`` says.
+        The contents of ``adapter_config.json``.
     tensors:
         Keys as in the file, such as ``base_model.model.<layer>.lora_A.weight`` of shape ``(rank, in_features)``.
     source:
@@ -31,7 +31,7 @@ class Adapter:
     revision:
         The commit of the Hub repository that it was read from. None if it came from elsewhere.
     is_folder:
-        Whether it was read from a folder of this machine.
+        Whether it was read from a local folder.
     """
 
     config: Config
@@ -44,7 +44,7 @@ class Adapter:
     def from_state_dict(
         cls, state_dict: Mapping[str, torch.Tensor], config: Config, *, allow_nonfinite: bool = False
     ) -> Adapter:
-        """Takes an adapter from memory. The tensors are only read, never kept in the model or changed.
+        """Make an adapter from tensors in memory. They are only read: never changed, and never kept in the model.
 
         Keys may hold the adapter's name (``lora_A.default.weight``) or not (``lora_A.weight``), and may start
         with ``base_model.model.`` or not.
@@ -72,11 +72,11 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """The size of all tensors in bytes."""
+        """The total size of the tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def check_tensors(self, allow_nonfinite: bool) -> None:
-        # some methods save indices, too
+        # other methods may save indices, too, which are integers
         only_weights = self.config.peft_type == PeftType.LORA
         for key, tensor in self.tensors.items():
             if not isinstance(key, str):
@@ -98,7 +98,7 @@ class Adapter:
 
 
 def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
-    """What stands where a plain tensor should; None if one does."""
+    """Describe a value that is not a plain tensor; None if it is one."""
     if not isinstance(tensor, torch.Tensor):
         return type(tensor).__name__
     is_plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
@@ -108,14 +108,14 @@ def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity: either makes a sum so. So may very large weights, hence a second look.
+    """Whether all values are finite. Those of integer tensors, such as indices, always are.
 
-    Whole numbers, as indices, always are finite.
+    A finite sum shows it. A sum of very large finite weights may overflow, so then each element is checked.
     """
     if not tensor.is_floating_point():
         return True
     tensor = tensor.detach()
-    if tensor.dtype.itemsize == 1:  # 8 bits have no sums
+    if tensor.dtype.itemsize == 1:  # PyTorch can't sum 8-bit floats
         tensor = tensor.float()
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return math.isfinite(tensor.sum(dtype=dtype).item()) or bool(tensor.isfinite().all())

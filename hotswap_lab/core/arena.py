@@ -1,12 +1,12 @@
 """Arena: the memory of a prepared slot, laid out so that an adapter is one piece of it.
 
-Row ``j`` of a band holds rank component ``j`` of every tensor in it, side by side: row ``j`` of each ``lora_A``,
-column ``j`` of each ``lora_B``. So an adapter of rank ``r`` is the first ``r`` rows, whatever rank the model was
-prepared for: a swap copies ``r`` rows in one go, and zeroes those that only the last adapter used. The model's
-parameters are strided views of this memory.
+A band is a matrix whose row ``j`` holds rank component ``j`` of every tensor in it: row ``j`` of each ``lora_A``,
+column ``j`` of each ``lora_B``. So an adapter of rank ``r`` is the first ``r`` rows, regardless of the rank that the
+model was prepared for: a swap copies ``r`` rows at once, and zeroes those that only the previous adapter used. The
+model's parameters are strided views of this memory.
 
-Tensors with room for another rank are in another band. What can't be split by rank component (both tensors of a
-grouped convolution, whose ranks lie in blocks) is kept whole, one tensor after the other, in a tail.
+Tensors with room for another rank are in another band. Tensors that can't be split by rank component (both tensors of a
+grouped convolution, whose components are stored in blocks) are kept whole, one after the other, in a tail.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import torch
 
 from .tensors import SlotTensor
 
-#: bytes; where a tensor starts in a row
+#: bytes; tensors start at multiples of it in a row
 CACHE_LINE = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Where one tensor lies: the first element of its share of a row, or of the tail."""
+    """The location of one tensor: ``start`` is its first element in each row of a band, or in the tail."""
 
     tensor: SlotTensor
     start: int
     shape: tuple[int, ...]
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor in ``memory``: a band of any number of rows, or the tail."""
+        """The view of ``memory`` that is this tensor; ``memory`` is a band of any number of rows, or the tail."""
         axis = self.tensor.rank_axis
         if axis is None or memory.dim() == 1:
             return memory[self.start : self.start + math.prod(self.shape)].view(self.shape)
@@ -43,7 +43,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """Tensors with room for equally many rank components, in a matrix of that many rows; or the tail, a vector."""
+    """A matrix with one row per rank component, for tensors with equal room; or the tail, which is a vector."""
 
     memory: torch.Tensor
     spans: tuple[Span, ...]
@@ -54,7 +54,7 @@ class Band:
 
 
 def build_arena(tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
-    """Bands of zeros for tensors of these shapes, the tail last; all of the dtype and on the device of ``like``.
+    """Bands of zeros for tensors of these shapes, the tail last, with the dtype and on the device of ``like``.
 
     >>> owner = torch.nn.Linear(6, 4, bias=False)
     >>> a = SlotTensor("lora_A.weight", "lora_A.default.weight", owner, "weight", rank_axis=0)
@@ -77,13 +77,13 @@ def build_arena(tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: tor
 
 
 def _build_band(rows: int, members: list[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> Band:
-    """A band of this many rows; the tail if there are none."""
+    """A band of this many rows, or the tail if ``rows`` is 0."""
     line = max(CACHE_LINE // like.element_size(), 1)
     spans, pitch = [], 0
     for tensor, shape in members:
         spans.append(Span(tensor, pitch, tuple(shape)))
         pitch += math.ceil(math.prod(shape) / (max(rows, 1) * line)) * line
-    # with an even number of lines, the rows of one tensor compete for the same sets of the cache
+    # with an even number of lines, the rows of one tensor would compete for the same sets of the cache
     if rows and pitch // line % 2 == 0:
         pitch += line
     return Band(like.new_zeros((rows, pitch) if rows else pitch), tuple(spans))

@@ -1,9 +1,9 @@
-"""Change: what is written to a model, whatever has decided it; and :func:`apply`, the only code that writes to one.
+"""Change: the writes that a swap makes to a model; and :func:`apply`, the only code that writes to one.
 
-By the time a change is made, all that it needs is allocated, cast and moved next to the model: whatever can fail for
-want of memory has failed then. First come the resizes and the steps, each noted in a journal that takes it back if a
-later one fails. Last come all values, in one call that has nothing left to fail at, so there is never a copy to take
-back.
+A change allocates, casts and moves what it needs when it is made, so running out of memory fails before anything is
+written. :func:`apply` first makes the resizes and runs the steps. Each is noted in a journal, which takes it back if a
+later one fails. The values are copied last, in one call that has no reason left to fail, so no copy ever has to be
+taken back.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Change:
     copies:
         Pairs of a target and a source, of the same shape, dtype and device.
     resizes:
-        Pairs of a parameter and the memory that it gets, of any shape.
+        Pairs of a parameter and its new memory, of any shape.
     sizes:
-        Modules, attributes that repeat a size of their parameters (``out_features`` of a ``lora_A``), and the new size.
+        Triples: a module, an attribute that repeats a parameter's size (``out_features`` of a ``lora_A``), its value.
     steps:
-        All else. Each gets the journal, and notes there how it is undone.
+        All other writes. Each step gets the journal, and records there how to undo it.
     last_steps:
-        Steps that come after all of ``steps``.
+        Steps that run after all of ``steps``.
     """
 
     inference: bool = False
@@ -52,26 +52,26 @@ class Change:
         return not (self.copies or self.resizes or self.sizes or self.steps or self.last_steps)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Writes ``source`` to ``target``. It is cast and moved here, where an error does no harm yet."""
+        """Add a copy of ``source`` to ``target``. It is cast and moved now, while an error does no harm."""
         if source.dtype != target.dtype or source.device != target.device:
             source = source.to(target.device, target.dtype)
         self.copies.append((target, source))
 
     def zero(self, target: torch.Tensor) -> None:
-        """Fills ``target`` with zeros."""
+        """Add a write of zeros to ``target``."""
         # a single zero, repeated without taking memory
         self.copies.append((target, target.new_zeros(()).expand(target.shape)))
 
     def resize(self, parameter: torch.nn.Parameter, source: torch.Tensor) -> None:
-        """Gives ``parameter`` memory of its own that holds what ``source`` does."""
+        """Give ``parameter`` new memory with the values and the shape of ``source``."""
         fresh = source.to(parameter.device, parameter.dtype, copy=True)
         self.resizes.append((parameter, fresh.contiguous()))
 
 
 def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
-    """Carries out changes of any number of models, all of them or none. Nobody else may use these meanwhile.
+    """Carry out changes of any number of models, all of them or none. No other thread may use the models meanwhile.
 
-    A ``journal`` gets to know the way back: who has more to do can roll it back later, but not what was copied.
+    The undo steps are recorded in ``journal``: a caller that has more to do can roll it back later, but not the copies.
     """
     journal = Journal() if journal is None else journal
     copies = [pair for change in changes for pair in change.copies]
@@ -87,7 +87,7 @@ def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
 
 
 def _write(change: Change, journal: Journal) -> None:
-    """Everything of a change but the values of tensors, undoable."""
+    """Make the resizes and run the steps of a change, so that the journal can undo them."""
     with torch.inference_mode(change.inference):
         give_memory(change.resizes, journal)
         for name in {attribute for _, attribute, _ in change.sizes}:
@@ -98,8 +98,8 @@ def _write(change: Change, journal: Journal) -> None:
 
 
 def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journal: Journal) -> None:
-    """Gives parameters other memory, whatever shapes that has."""
-    # first: a gradient must have the shape of its parameter at all times
+    """Replace the memory of parameters, which may change their shapes."""
+    # cleared first: a gradient must have the shape of its parameter at all times
     clear_gradients([parameter for parameter, _ in pairs], journal)
     old = [(parameter, parameter.data) for parameter, _ in pairs]
 
@@ -114,19 +114,19 @@ def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journa
         other_dtype = torch.float32 if parameter.dtype == torch.float64 else torch.float64
         parameter.data = torch.empty(0, dtype=other_dtype, device=parameter.device)
         parameter.data = fresh
-        # autograd sees a write through .data only if it is told
+        # autograd doesn't notice a write through .data by itself
         torch.autograd.graph.increment_version(parameter)
 
 
 def clear_gradients(parameters: Iterable[torch.nn.Parameter], journal: Journal) -> None:
-    """The gradients of the old adapter's weights say nothing about the new one's."""
+    """Remove gradients, since those of the old adapter's weights say nothing about the new one's."""
     for parameter in parameters:
         if parameter.grad is not None:
             journal.set_attribute(parameter, "grad", None)
 
 
 def copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copies the second tensor of each pair to the first, in one call where PyTorch has one."""
+    """Copy the second tensor of each pair to the first, in one call where PyTorch has one."""
     try:
         copy = compat.foreach_copy
     except ImportError:

@@ -1,8 +1,8 @@
-"""What is compiled in a model, and whether its graphs would notice that an adapter was swapped.
+"""Finds the compiled code in a model, and tells whether its graphs would notice that an adapter was swapped.
 
-A compiled graph reads the adapter's tensors anew at each call, so values written in place are seen. Everything
-else (shapes, Python numbers, types of modules) is fixed in the graph and watched by guards. Two settings of the
-compiler break that bargain: freezing copies weights into the graph, and dropped guards let it run on with old numbers.
+A compiled graph reads the adapter's tensors anew at each call, so it sees values that are written in place. Everything
+else (shapes, Python numbers, types of modules) is fixed in the graph and checked by guards. Two compiler settings break
+this: freezing copies weights into the graph, and without its guards a graph goes on with old numbers.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .. import compat
 
-#: the name under which ``torch.compile`` keeps the module it wraps
+#: the name under which ``torch.compile`` stores the module that it wraps
 COMPILED = "_orig_mod"
-#: where compiled functions may lie in a module: ``module.compile()``, a compiled ``forward``, transformers' generate
+#: attributes of a module that may hold compiled code: ``module.compile()``, ``forward``, transformers' ``generate``
 CALLABLES = ("_compiled_call_impl", "forward", "_compiled_call")
 
 
 def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The module behind ``torch.compile(model)``; any other module as it is.
+    """The module inside ``torch.compile(model)``; any other module as it is.
 
     ``hasattr(model, "_orig_mod")`` would be wrong: a PeftModel passes unknown attributes on to its base model,
     so a PeftModel over a compiled base would be taken for a compiled PeftModel.
@@ -35,17 +35,17 @@ def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
 def compiled_in(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()) -> list[object]:
     """The compiled modules and functions in ``model``, itself included.
 
-    Compiled by ``torch.compile(m)``, by ``m.compile()``, by ``m.forward = torch.compile(m.forward)``, or by the
-    ``generate`` of transformers. The module behind ``torch.compile(m)`` doesn't know of it: ask the wrapper.
+    They are compiled by ``torch.compile(m)``, ``m.compile()``, ``m.forward = torch.compile(m.forward)``, or the
+    ``generate`` of transformers. The module inside ``torch.compile(m)`` shows no trace of it, so pass the wrapper.
 
     >>> len(compiled_in(torch.nn.Linear(2, 2)))
     0
     >>> len(compiled_in(torch.compile(torch.nn.Linear(2, 2), backend="eager"))) > 0
     True
 
-    Written as a plain loop: every swap does this, and models have thousands of modules. What has been walked already
-    is ``known``: a module, and after it all that is below. Of a tuner layer, only the layer it is around is looked
-    into: the adapters' own small modules are most of all modules.
+    A plain loop, since every swap does this and models have thousands of modules. ``known`` is the result of an earlier
+    walk: a module, then all modules below it. Of a tuner layer, only the base layer is searched: the adapters' own
+    small modules are the majority of all modules.
     """
     modules: list[torch.nn.Module] = []
     stack, seen = [model], set()
@@ -65,26 +65,26 @@ def compiled_in(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()) -
     tables = [module.__dict__ for module in modules]
     for name in CALLABLES:
         found = [table[name] for table in tables if name in table]
-        # a bound method passes the attributes of its function on; not so what accelerate puts in place of forward
+        # a bound method passes on the attributes of its function, so that hasattr finds it, too
         compiled += [each for each in found if hasattr(each, "_torchdynamo_orig_callable")]
     return compiled
 
 
 def blind_spot(compiled: list[object], prepared: bool) -> str | None:
-    """Why compiled graphs might go on with the old adapter after a swap, or None.
+    """The reason why compiled graphs might keep using the old adapter after a swap; None if there is none.
 
     Freezing copies weights into the graph, and without its guards a graph runs on with old numbers.
 
     Parameters
     ----------
     compiled:
-        The :func:`compiled_in` of what the user calls, wrapper included.
+        The :func:`compiled_in` of the object that the user calls, wrapper included.
     prepared:
-        Whether the swap changes nothing but the values of tensors, so that no guard has anything to notice.
+        Whether the swap changes only the values of tensors, so that no guard is needed.
     """
     if not compiled and not prepared:
         return None
-    # imports the compiler, unless it is imported already
+    # this imports the compiler, if nothing else has
     if compat.inductor_config.freezing:
         return "torch._inductor.config.freezing is on, which copies the weights into the compiled graph"
     contexts = [_context_of(each) for each in compiled]
@@ -100,7 +100,7 @@ def blind_spot(compiled: list[object], prepared: bool) -> str | None:
 
 
 def _context_of(each: Any) -> object | None:
-    """The compile context of a module or function. A function keeps it nowhere but in its closure."""
+    """The compile context of a module or function. A function stores it only in its closure."""
     if isinstance(each, torch.nn.Module):
         return each.__dict__.get("dynamo_ctx")
     function = getattr(each, "__func__", each)

@@ -1,7 +1,7 @@
-"""Engine: what a swap is made of. :mod:`hotswap_lab.engine` composes the one that the package uses.
+"""Engine: the parts that a swap is made of. :mod:`hotswap_lab.engine` builds the one that the package uses.
 
-Every function that a person calls gets an engine, and each :class:`~hotswap_lab.core.slot.Slot` holds the one that
-found it. Nothing is registered on import, so an engine has what its composition names and nothing else.
+Every public function takes an engine, and each :class:`~hotswap_lab.core.slot.Slot` holds the one that found it.
+Nothing is registered on import: an engine has exactly the parts that it was built from.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .tensors import SlotTensor
 
 
 class Method(Protocol):
-    """What the engine has to know of a PEFT method, or of several that are alike."""
+    """The interface between the engine and a PEFT method, or several that are alike."""
 
     def takes(self, config: Config) -> bool:
-        """Whether adapters with this config are of this method."""
+        """Whether adapters with this config use this method."""
         ...
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
@@ -32,47 +32,47 @@ class Method(Protocol):
         ...
 
     def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-        """Why a layer can't be written to, or None."""
+        """The reason why a layer can't be written to, or None."""
         ...
 
     def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
-        """What else changes on a layer when an adapter is turned off there, or on again."""
+        """Make the method's own changes to a layer when an adapter is turned off there, or on again."""
         ...
 
     def judge(self, config: Config, role: str, loaded: Config = None) -> Iterable[Refusal]:
-        """Why an adapter with this config can't be swapped; ``role`` is "new" or "loaded".
+        """The reasons why an adapter with this config can't be swapped; ``role`` is "new" or "loaded".
 
-        With ``loaded``, also why it can't share a compiled graph with an adapter of that config.
+        With ``loaded``, these include why it can't share a compiled graph with an adapter of that config.
         """
         ...
 
     def extra_state(self, config: Config) -> Sequence[str]:
-        """The fields of a config that mean more than the tensors and scalars of its layers."""
+        """The fields of a config that add state beyond the tensors and scalars of its layers."""
         ...
 
     def not_scaled(self, slot: Any) -> str | None:
-        """Which part of an adapter no scaling reaches, or None."""
+        """Describe the part of an adapter that no scaling reaches, or None."""
         ...
 
     def no_room(self, slot: Any, room: Mapping[str, int]) -> Iterable[Refusal]:
-        """Why layers can't be prepared for these ranks, which are by their paths; the slot may lack some of them."""
+        """The reasons why layers can't have room for these ranks, given by path; the slot may lack some of them."""
         ...
 
 
 class Lock(Protocol):
-    """Keeps threads apart that swap in a model, and that compute with it."""
+    """A lock around every swap. Code that plans or writes a swap holds it, and can keep out threads that compute."""
 
     def held(self, *bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
-        """Keeps all other threads out of base models for a block. With ``computing``, only those that swap."""
+        """Keep all other threads out of base models for a block; with ``computing``, only those that swap."""
         ...
 
     def is_shared(self, base: torch.nn.Module) -> bool:
-        """Whether other threads have computed with a base model, and may be doing so now."""
+        """Whether other threads have computed with a base model, and may still be doing so."""
         ...
 
 
 class NoLock:
-    """For a model that a single thread uses."""
+    """A lock that does nothing, for a model that a single thread uses."""
 
     def held(self, *bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -81,8 +81,8 @@ class NoLock:
         return False
 
 
-#: gets a plan that is being made. Fills it in and returns None, or returns another plan to go on with. The types of
-#: plans and slots are not named in this file, since a plan holds a slot, and a slot its engine
+#: gets an unfinished plan. Adds to it and returns None, or returns another plan to go on with. Plans and slots have no
+#: types in this file, since a plan holds a slot, and a slot its engine
 Pass = Callable[[Any], Any]
 #: gets a slot and the config that its adapter will have, before that config is put into the model
 OnConfig = Callable[[Any, Config, Journal], object]
@@ -90,24 +90,24 @@ OnConfig = Callable[[Any, Config, Journal], object]
 
 @dataclass(frozen=True)
 class Engine:
-    """Everything that takes part in a swap, in the order in which it does.
+    """All parts of a swap, in the order in which it uses them.
 
     Parameters
     ----------
     methods:
         PEFT's methods. The first one that takes a config is used for it.
     passes:
-        Steps from an adapter and a slot to a plan, in groups. A group is run to its end, so that a user sees all that
-        it refuses; after a group that refused something, no other one is run.
+        Steps that make a plan from an adapter and a slot, in groups. A group runs to its end, so that the user sees all
+        of its refusals. After a group that refused something, no further group runs.
     read:
-        Reads an adapter from where a user says that it is: ``read(source, only_config=..., **arguments)``.
+        Reads an adapter from the source that the user names: ``read(source, only_config=..., **arguments)``.
     lock:
         Keeps threads apart.
     on_config:
-        Called before a config takes the place of another one in a model.
+        Functions that are called before a config replaces another one in a model.
     prepare_in_place:
-        Prepares a slot that has no common memory, tensor by tensor: ``(slot, target_rank, family)`` to a change and the
-        reasons against it.
+        Prepares a slot without common memory, tensor by tensor: ``(slot, target_rank, family)`` to a change and the
+        refusals.
     """
 
     methods: tuple[Method, ...]

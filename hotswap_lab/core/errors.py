@@ -1,6 +1,6 @@
-"""The one exception of the package, and where its texts are.
+"""HotswapError, the exception for refused swaps, and access to its texts.
 
-Each reason against a swap has a name in the code. Its words are in the ``refusals.ini`` of the folder.
+Each reason to refuse a swap has a name in the code. Its text is in the ``refusals.ini`` of that folder.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PARTS = ("found:", "expected:", "next:")
-#: characters of one part of a text; the attributes have all of it
+#: the most characters to show of one part of a text; the attributes hold all of it
 LONGEST = 600
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a swap can't be right: one line that sums it up, then what was found, expected, and to be done next."""
+    """A reason to refuse a swap: a one-line summary, what was found, what was expected, and what to do next."""
 
     summary: str
     found: str
@@ -31,7 +31,7 @@ class Refusal:
 
 
 def _readable(text: str) -> str:
-    """Names come from files, and may be of any length and of any characters, such as would upset a terminal."""
+    """Shorten a text and escape its unprintable characters, since names from files could upset a terminal."""
     text = str(text)
     if len(text) > LONGEST:
         text = f"{text[: LONGEST * 3 // 4]} [... {len(text) - LONGEST:,} characters ...] {text[-LONGEST // 4 :]}"
@@ -41,13 +41,13 @@ def _readable(text: str) -> str:
 class HotswapError(ValueError, RuntimeError):
     """A hotswap was refused or could not be done. The model is exactly as it was before the call.
 
-    PEFT raises ``ValueError`` for some of these cases and ``RuntimeError`` for others; this is both, so code
-    that catches PEFT's errors goes on working. The text starts with PEFT's own wording where PEFT has one.
+    PEFT raises ``ValueError`` for some of these cases and ``RuntimeError`` for others. This class is both, so code
+    that catches PEFT's errors keeps working. The text starts with PEFT's own wording where PEFT has one.
 
     Parameters
     ----------
     *refusals:
-        Everything that was found wrong, the most important first.
+        All reasons for the refusal, the most important first.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def _texts() -> configparser.ConfigParser:
 
 
 def refusal(which: str, /, **values: object) -> Refusal:
-    """The refusal of this name, with these values in its text. Of an error that is among them, its first line.
+    """The refusal of this name, with these values in its text. An error among the values is shown by its first line.
 
     >>> print(refusal("nothing_to_undo"))
     There is nothing to undo.
@@ -99,7 +99,7 @@ def refusal(which: str, /, **values: object) -> Refusal:
 
 
 def first_line(error: BaseException) -> str:
-    """What kind of error it is, and the first line of what it says."""
+    """The class of an error, and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 

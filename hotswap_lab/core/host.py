@@ -1,8 +1,8 @@
-"""Finds, in whatever a user passes, the module that carries the adapters.
+"""Finds the module that carries the adapters, in any model that a user passes.
 
 A user may pass a ``PeftModel``, a bare tuner model, a model that adapters were injected into, one of these
-compiled, or a module that has one of these inside. Adapter files name their tensors relative to the base
-model, so that is the module everything else starts from.
+compiled, or a module that contains one of these. Adapter files name their tensors relative to the base
+model, so everything else starts from that module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .errors import listing, refuse
 TunerLayer = Any
 #: a PeftConfig; those of different methods have few attributes in common
 Config = Any
-#: PEFT's files start every key with this; the part after it is the path in the base model
+#: the start of every key in PEFT's files; the rest is the path in the base model
 PEFT_PREFIX = "base_model.model."
 
 
@@ -31,15 +31,15 @@ PEFT_PREFIX = "base_model.model."
 class Host:
     """The base model of an adapter, with the live table of adapter configs."""
 
-    #: the model that the user passed, wrappers and all
+    #: the model that the user passed, with all of its wrappers
     root: torch.nn.Module
-    #: never a compiled wrapper, since turns, rooms and places are found by it, and it may be compiled at any time
+    #: never a compiled wrapper: turns and rooms are looked up by it, and the user may compile the model at any time
     base: torch.nn.Module
     configs: dict[str, Config]
     tuner: BaseTuner | None
     #: whether the keys of saved files start with ``base_model.model.``
     is_peft_model: bool
-    #: the module around the base model that PEFT made; the base model itself where adapters were injected
+    #: the module that PEFT made around the base model; the base model itself if adapters were injected
     carrier: torch.nn.Module
 
 
@@ -49,7 +49,7 @@ def kind_of(config: Config) -> str:
 
 
 def canonical_path(key: str) -> str:
-    """A module path or tensor key relative to the base model, whatever wraps it.
+    """A module path or tensor key relative to the base model, without the prefixes of wrappers.
 
     >>> canonical_path("_orig_mod.base_model.model.lin.lora_A.weight")
     'lin.lora_A.weight'
@@ -63,7 +63,7 @@ def canonical_path(key: str) -> str:
 def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
     if isinstance(module, PeftModel):
         inner: Any = unwrap_compiled(module.base_model)
-        # as `get_base_model`, which fails where no adapter is left
+        # like `get_base_model`, which fails if no adapter is left
         base = unwrap_compiled(inner if module._is_prompt_learning else inner.model)
         return Host(root, base, module.peft_config, inner if isinstance(inner, BaseTuner) else None, True, module)
     if isinstance(module, BaseTuner):
@@ -73,7 +73,7 @@ def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
 
 
 def carriers(model: torch.nn.Module) -> Iterator[Host]:
-    """All adapter carriers, outermost first; what lies inside a carrier belongs to it."""
+    """All modules that carry adapters, outermost first. Modules inside a carrier belong to it."""
     if not isinstance(model, torch.nn.Module):
         raise refuse("not_a_model", name=type(model).__name__)
     queue = deque([model])
@@ -86,7 +86,7 @@ def carriers(model: torch.nn.Module) -> Iterator[Host]:
 
 
 def name_in(model: torch.nn.Module, adapter_name: str | None) -> str:
-    """The name that is meant: where none is given, that of the only adapter that there is.
+    """``adapter_name``; if it is None, the name of the only adapter, or else ``"default"``.
 
     >>> from hotswap_lab import demo
     >>> name_in(demo.load("reverse")[0], None)
@@ -125,9 +125,9 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
 def modules_in(base: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """All modules of a base model with their canonical paths, in the model's order, shared ones once per path.
 
-    ``named_modules`` would do the same several times slower: it nests one generator per level and goes into
-    the adapters' own small modules. A tuner layer around another one (``PeftMixedModel``) is no level of its
-    own: adapter files know the inner one by the path of the layer that both adapt.
+    ``named_modules`` is several times slower: it nests one generator per level and goes into the adapters' own small
+    modules. A tuner layer around another one (``PeftMixedModel``) adds no level: adapter files name the inner one by
+    the path of the layer that both adapt.
     """
     found: list[tuple[str, torch.nn.Module]] = []
     stack: list[tuple[str, torch.nn.Module]] = [("", base)]

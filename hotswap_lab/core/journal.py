@@ -1,4 +1,4 @@
-"""The undo list of a commit, and Ctrl-C that waits: whatever happens, the model is whole, bit for bit."""
+"""The undo list of a commit, and Ctrl-C that waits. Together they keep a model whole, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
-#: stands for what is not there
+#: marks an entry that did not exist
 MISSING = object()
 
 
 class Journal:
-    """Undo steps in the order in which things were done. Each step may run twice without harm.
+    """Undo steps in the order of the changes. Each step may run twice without harm.
 
     >>> table, journal = {"a": 1}, Journal()
     >>> journal.set_item(table, "a", 2)
@@ -35,15 +35,15 @@ class Journal:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was changed, or everything is taken back."""
+        """Whether there is nothing to undo."""
         return not self._undo
 
     def record(self, undo: Callable[[], object]) -> None:
-        """To be called *before* the change that ``undo`` takes back."""
+        """Add an undo step. Call this *before* the change that ``undo`` takes back."""
         self._undo.append(undo)
 
     def set_item(self, table: MutableMapping[Any, Any], key: object, value: object) -> None:
-        """``table[key] = value``, undoable. A value that is there already is left alone."""
+        """Set ``table[key] = value`` and record how to undo it. Do nothing if the entry is that very object already."""
         old = table[key] if key in table else MISSING  # noqa: SIM401 - a ModuleDict has no get
         if old is value:
             return
@@ -58,7 +58,7 @@ class Journal:
         table[key] = value
 
     def set_items(self, tables: Sequence[MutableMapping[Any, Any]], key: object, values: Sequence[object]) -> None:
-        """``table[key] = value`` for many tables that have this key, undoable."""
+        """Set ``table[key] = value`` in many tables that have this key, and record how to undo it."""
         old = [table[key] for table in tables]
         if old == values:
             return
@@ -71,7 +71,7 @@ class Journal:
         put(values)
 
     def remove(self, table: MutableMapping[Any, Any], *keys: object) -> None:
-        """``del table[key]`` for those of the keys that are there, undoable: they come back, and in their places."""
+        """Delete the keys that the table has, and record the undo step, which puts them back in their former places."""
         if table.keys().isdisjoint(keys):
             return
         content = dict(table.items())
@@ -85,13 +85,13 @@ class Journal:
             del table[key]
 
     def set_attribute(self, target: object, name: str, value: object) -> None:
-        """``target.name = value`` for an attribute that exists, undoable."""
+        """Set ``target.name = value`` for an attribute that exists, and record how to undo it."""
         old = getattr(target, name)
         self.record(lambda: setattr(target, name, old))
         setattr(target, name, value)
 
     def roll_back(self) -> None:
-        """Undoes everything, last step first. Ctrl-C waits until the model is whole."""
+        """Undo everything, last step first. Ctrl-C waits until the model is whole."""
         with interrupts_held():
             while self._undo:
                 self._undo[-1]()
@@ -100,10 +100,10 @@ class Journal:
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C that is pressed in the block comes at its end. May be nested.
+    """Hold back Ctrl-C until the end of the block. May be nested.
 
-    Only the main thread receives signals. Elsewhere, and under handlers that weren't installed from Python, this does
-    nothing.
+    Only the main thread receives signals. In other threads, and under handlers that weren't installed from Python, this
+    does nothing.
 
     Examples
     --------

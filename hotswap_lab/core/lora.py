@@ -1,4 +1,4 @@
-"""LoRA: which tensors a layer has, which scalars go with them, and what a config says of both.
+"""LoRA: the tensors and scalars of a layer, and what a config says about them.
 
 Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and alpha of a layer,
 ``LoraLayer.update_layer`` for everything that is set on it.
@@ -38,7 +38,7 @@ class Lora:
         """
         if not isinstance(layer, LoraLayer):
             return None
-        # a module looks its attributes up slowly
+        # attribute access on a module is slow
         tables: dict[str, Any] = layer._modules
         tensors: list[SlotTensor] = []
         if adapter_name in tables["lora_embedding_A"]:
@@ -76,7 +76,7 @@ class Lora:
 
 
 class EvalFreeDropout(torch.nn.Dropout):
-    """A dropout whose ``p`` is looked at in training only, so that in eval mode no graph depends on it."""
+    """A dropout that reads ``p`` in training mode only, so that no graph of eval mode depends on it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(input, self.p, True, self.inplace) if self.training and self.p else input
@@ -95,7 +95,7 @@ def settings_for(config: Config, path: str) -> LayerSettings:
 
 
 def settings_of(layer: TunerLayer, adapter_name: str) -> LayerSettings:
-    """The scalars that an adapter has on a layer now."""
+    """The current scalars of an adapter on a layer."""
     return LayerSettings(
         rank=layer.r[adapter_name],
         alpha=layer.lora_alpha[adapter_name],
@@ -105,14 +105,14 @@ def settings_of(layer: TunerLayer, adapter_name: str) -> LayerSettings:
 
 
 def fingerprint(config: Config) -> tuple[str, ...]:
-    """Equal for configs for which :func:`settings_for` and :func:`targets` say the same of every layer."""
+    """A key of a config. Equal keys mean that :func:`settings_for` and :func:`targets` agree on every layer."""
     settings = ("r", "lora_alpha", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern")
     selections = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     return tuple([repr(getattr(config, field)) for field in (*settings, *selections)])
 
 
 def complete(config: Config, host: Host) -> Config:
-    """Spells the target modules of a config out for a model, as a fresh load leaves them."""
+    """Resolve the target modules of a config for a model, as a fresh load does."""
     if config.target_modules is None:
         model_type = getattr(getattr(host.base, "config", None), "model_type", None)
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))
@@ -136,12 +136,12 @@ def targets(config: Config, path: str) -> bool:
     return config.target_modules is not None and bool(check_target_module_exists(config, path))
 
 
-#: the tables on a layer that hold one scalar per adapter, and which of its settings that is; without the scaling
+#: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
 SCALAR_TABLES = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
 
 
 def changes_constants(layer: TunerLayer, adapter_name: str, settings: LayerSettings) -> bool:
-    """Whether these settings change what a graph that was compiled in eval mode has taken for a constant."""
+    """Whether these settings change a value that is a constant in a graph compiled in eval mode."""
     dropout = layer.lora_dropout[adapter_name]
     fixed_scaling = not is_prepared(layer, adapter_name) and layer.scaling[adapter_name] != settings.scaling
     fixed_dropout = not isinstance(dropout, EvalFreeDropout) and getattr(dropout, "p", 0.0) != settings.dropout
@@ -149,8 +149,8 @@ def changes_constants(layer: TunerLayer, adapter_name: str, settings: LayerSetti
 
 
 def write_dropout(layer: TunerLayer, adapter_name: str, p: float, journal: Journal) -> None:
-    """Makes the adapter's dropout what a fresh load makes it."""
-    # a module looks its attributes up slowly, and those that it lacks most slowly
+    """Set the adapter's dropout to that of a fresh load."""
+    # attribute access on a module is slow, and slowest for attributes that it lacks
     table: Any = layer._modules["lora_dropout"]
     present = table._modules[adapter_name]
     if present.__dict__.get("p", 0.0) == p:

@@ -1,8 +1,8 @@
-"""Plan: what a swap will write, decided without writing anything.
+"""Plan: what a swap will write, decided in advance.
 
 A plan says for every layer whether its tensors are copied, padded, resized, turned off or added, and which scalars
-and config go with them; or it says why the swap can't be right. It is what the user sees as the
-compatibility report. What it comes to is a :class:`~hotswap_lab.core.change.Change`.
+and config go with them; or it says why the swap is refused. The user sees it as the compatibility report. To carry it
+out, it is turned into a :class:`~hotswap_lab.core.change.Change`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .tensors import PADDED_ATTRIBUTE, LayerSettings, is_prepared
 
 
 class Action(enum.Enum):
-    """What happens to a layer."""
+    """The action of a swap on one layer."""
 
     COPY = "copy"  #: same shapes: new values at the old addresses
     PAD = "pad"  #: a lower rank than the model was prepared for: new values at the old addresses, then zeros
@@ -45,9 +45,9 @@ class Action(enum.Enum):
 
 @dataclass(eq=False)
 class LayerPlan:
-    """What happens to one layer. ``settings`` is None where the adapter is turned off.
+    """The plan for one layer. ``settings`` is None if the adapter is turned off there.
 
-    ``sources`` go to the layer's tensors, and are as they are in the adapter's file; None means zeros.
+    ``sources`` are the tensors to write, as they are in the adapter's file; None means zeros.
     """
 
     layer: SlotLayer
@@ -66,7 +66,7 @@ class LayerPlan:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that are written to the model's tensors."""
+        """The number of bytes written to the model's tensors."""
         keeps_size, total = self.action is Action.PAD, 0
         for target, source in zip(self.layer.tensors, self.sources, strict=True):
             written = target.parameter if source is None or keeps_size else source
@@ -75,7 +75,7 @@ class LayerPlan:
 
     @property
     def row(self) -> tuple[Action, str, str]:
-        """What a report says of it: action, rank, scaling."""
+        """The layer's line in a report: action, rank, scaling."""
         before, after = self.rank_before, self.rank_after
         if self.settings is None:
             return self.action, "off" if before is None else f"{before} -> off", "-"
@@ -87,20 +87,20 @@ class LayerPlan:
 
 @dataclass(eq=False)
 class Plan:
-    """A swap that was decided but not done: the dry run.
+    """A swap that is decided but not yet done: the dry run.
 
     Parameters
     ----------
     slot, adapter:
-        What is swapped out, and what is swapped in.
+        The place of the loaded adapter, and the adapter that replaces it.
     config:
         The config that the model has after the swap.
     layers:
-        What happens to each layer.
+        The plan for each layer.
     refusals:
-        Why the swap can't be done; empty if it can.
+        The reasons why the swap can't be done; empty if it can.
     notes:
-        What a reader should know although it doesn't prevent the swap.
+        Remarks for the reader that don't prevent the swap.
 
     Examples
     --------
@@ -116,34 +116,34 @@ class Plan:
     slot: Slot
     adapter: Adapter
     config: Config
-    #: makes what is to be written; called where nothing speaks against it
+    #: makes the change to write; called only if nothing was refused
     make_change: Callable[[Plan], Change]
-    #: what is compiled in the model
+    #: the compiled modules and functions in the model
     compiled: list[object]
     add_layers: bool = False
-    #: whether the adapter's config has to say which layers it is for; else they are those of its tensors
+    #: whether the adapter's config must target the layers of its tensors; if not, the tensors alone decide
     check_targets: bool = True
     base_weights: Mapping[str, torch.Tensor] | None = None
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    #: what is said once for each model when the swap is done
+    #: warnings to show when the swap is done, each once per model
     warnings: list[str] = field(default_factory=list)
-    #: tensors that no layer of the slot took and no pass has understood so far, by their names in the base model
+    #: tensors that no layer of the slot and no pass has taken so far, by their names in the base model
     unknown: dict[str, torch.Tensor] = field(default_factory=dict)
-    #: whether no further pass has to look at it
+    #: whether the remaining passes are skipped
     is_decided: bool = False
-    #: what changes beyond the values of tensors, in words, where a fresh load has shown it; None: the layers tell
+    #: changes beyond the values of tensors, in words, if a fresh load has shown them; None: see ``layers``
     differences: list[str] | None = None
-    #: the bytes that are written then
+    #: the bytes that are written in that case
     written: int = 0
-    #: the error that a refusal is about
+    #: the error that caused a refusal
     cause: Exception | None = None
-    #: the :attr:`answer` as it was when the plan was made, where it is kept for later
+    #: the :attr:`answer` at the time the plan was made, if it is kept for a later commit
     told: tuple[object, ...] | None = None
 
     def refuse(self, which: str, /, **values: object) -> None:
-        """Adds a reason against the swap."""
+        """Add a reason against the swap."""
         self.refusals.append(refusal(which, **values))
 
     def targets(self, layer: LayerPlan) -> bool:
@@ -151,13 +151,13 @@ class Plan:
 
     @cached_property
     def fixed(self) -> list[bool]:
-        """Of each layer of the slot, whether it was prepared, and so keeps its shapes."""
+        """For each layer of the slot, whether it was prepared, and so keeps its shapes."""
         name = self.slot.adapter_name
         return [is_prepared(layer.module, name) for layer in self.slot.layers]
 
     @cached_property
     def ranks_before(self) -> list[int | None]:
-        """Of each layer of the slot, the rank that the adapter has there now; None where it is off."""
+        """For each layer of the slot, the rank that the adapter has there now; None where it is off."""
         slot, name, room = self.slot, self.slot.adapter_name, cast(Any, self.slot.room)
         if room is not None:
             return room.state.ranks
@@ -165,22 +165,22 @@ class Plan:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether all layers keep their shapes, so that a compiled graph can go on."""
+        """Whether all layers keep their shapes, so that a compiled graph stays valid."""
         return False not in self.fixed
 
     def kept(self) -> Plan:
-        """The plan, to be committed later: what it says now is what it is held to then."""
+        """This plan, with its answer noted. A later commit refuses it if the answer has changed by then."""
         self.told = self.answer
         return self
 
     def change(self) -> Change:
-        """All that is to be written, allocated next to the model."""
+        """The change to write, allocated next to the model."""
         with self.slot.write_mode(), torch.no_grad():
             return self.make_change(self)
 
     @property
     def answer(self) -> tuple[object, ...]:
-        """All that a reader was told, and of what, as something that can be compared."""
+        """The report that the user saw, and the state that it is about, in a form that can be compared."""
         layers = [(each.path, each.action, each.rank_before, each.settings) for each in self.layers]
         writes = [] if self.slot.is_inference else [parameter._version for parameter in self.slot.parameters]
         return str(self), layers, writes, self.config.to_dict(), self.differences
@@ -192,13 +192,13 @@ class Plan:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many layers are copied, padded, resized, turned off and added."""
+        """The number of layers that are copied, padded, resized, turned off and added."""
         actions = [layer.action for layer in self.layers]
         return {str(action): actions.count(action) for action in Action}
 
     @property
     def will_recompile(self) -> bool:
-        """Whether a compiled model must be compiled anew after this swap."""
+        """Whether a compiled model must be recompiled after this swap."""
         return bool(self.compiled) and not self.writes_values_only
 
     @property
@@ -209,26 +209,26 @@ class Plan:
         changes, name = lora.changes_constants, self.slot.adapter_name
         if not {layer.action for layer in self.layers}.isdisjoint((Action.RESIZE, Action.ADD)):
             return False
-        # in a room, there are no constants
+        # in a room, no setting is a constant of a graph
         return self.slot.room is not None or not any(
             changes(layer.layer.module, name, layer.settings) for layer in self.layers if layer.settings is not None
         )
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the swap writes to the model's tensors."""
+        """The number of bytes that the swap writes to the model's tensors."""
         if self.differences is not None:
             return self.written
         return sum(layer.nbytes for layer in self.layers)
 
     def raise_if_refused(self) -> None:
-        """Raises a :class:`HotswapError` with all refusals, if there are any."""
+        """Raise a :class:`HotswapError` with all refusals, if there are any."""
         if self.refusals:
             raise HotswapError(*self.refusals) from self.cause
 
     @property
     def rows(self) -> list[tuple[str, int, str, str]]:
-        """The report: action, number of layers, rank, scaling; layers that are alike share a row."""
+        """The lines of the report: action, number of layers, rank, scaling; layers that are alike share a line."""
         order = list(Action)
         rows = Counter(layer.row for layer in self.layers).items()
         in_order = sorted(rows, key=lambda row: (order.index(row[0][0]), row[0][1:]))
@@ -236,7 +236,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """What is swapped, in a few words."""
+        """A short description of the swap."""
         return f"Swap {self.adapter.label} into {self.slot.adapter_name!r}"
 
     @property
@@ -265,7 +265,7 @@ class Plan:
 
 
 def change_layer_by_layer(plan: Plan) -> Change:
-    """All that a plan writes: in a room that all layers have, or where each tensor lies by itself."""
+    """The change for a plan: in the room if all layers have one, or else tensor by tensor."""
     slot, room = plan.slot, cast(Any, plan.slot.room)
     adds = Action.ADD in [layer.action for layer in plan.layers]
     if room is not None and not adds:
@@ -273,7 +273,7 @@ def change_layer_by_layer(plan: Plan) -> Change:
         for layer in plan.layers:
             room.write(layer.layer, layer.rank_after, layer.sources, change)
         return change
-    # layers that have just been added are not among those of the slot
+    # the slot lacks the layers that are added, so it has to be looked for again afterwards
     change = change_of(slot, plan.config, None if adds else slot)
     if (left := room_left_by(slot)) is not None:
         change.steps.append(partial(left.leave, is_lost=room is None))
@@ -294,7 +294,7 @@ def _write_layers(plan: Plan, journal: Journal) -> None:
     for layer in compress(plan.layers, plan.fixed):
         mark(layer.layer.module, PADDED_ATTRIBUTE, name, True, journal)
     write_settings(slot, [each.layer for each in plan.layers], [each.settings for each in plan.layers], journal)
-    # layers that are added come last, and are not prepared
+    # layers that are added come last, without an entry in `fixed`: they are not prepared
     floats = [
         (each.layer.module.scaling, settings.scaling)
         for each, fixed in zip_longest(plan.layers, plan.fixed)

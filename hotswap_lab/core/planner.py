@@ -1,7 +1,7 @@
-"""Planner: from an adapter and a slot to a plan. It compares both and writes nothing.
+"""Planner: makes a plan from an adapter and a slot. It compares both and writes nothing.
 
-Its functions are passes of an engine, most of them: each gets the plan and adds what it finds. Everything that speaks
-against a swap is collected, so that a user sees all of it at once.
+Most of its functions are passes of an engine: each gets the plan and adds what it finds. All reasons against a swap
+are collected, so that the user sees them at once.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def make_plan(
     check_targets: bool = True,
     base_weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Plan:
-    """Decides a swap. Reads the slot and the adapter, writes nothing, raises nothing: see ``Plan.refusals``.
+    """Decide a swap. Reads the slot and the adapter, writes nothing, raises nothing: see ``Plan.refusals``.
 
     Parameters
     ----------
     slot, adapter:
-        What is swapped out, and what is swapped in; an adapter without tensors turns off every layer.
+        The place of the loaded adapter, and the adapter to put there. One without tensors turns off every layer.
     add_layers:
         Whether layers that the slot lacks are added (not possible in a compiled model) rather than refused.
     check_targets:
@@ -61,7 +61,7 @@ def make_plan(
 
 
 def misfits(slot: Slot, adapter: Adapter, in_graph: bool = False) -> list[Refusal]:
-    """Why an adapter can't take the place of the loaded one, or share a compiled graph with it (``in_graph``)."""
+    """The reasons why an adapter can't replace the loaded one, or share a compiled graph with it (``in_graph``)."""
     loaded, new = slot.config, adapter.config
     if loaded.peft_type != new.peft_type:
         old, kind, label = kind_of(loaded), kind_of(new), adapter.label
@@ -70,18 +70,18 @@ def misfits(slot: Slot, adapter: Adapter, in_graph: bool = False) -> list[Refusa
 
 
 def check_configs(plan: Plan) -> None:
-    """Refuses adapters of two types, and configs that no fresh load takes."""
+    """Refuse an adapter of another type than the loaded one, and configs that no fresh load accepts."""
     plan.refusals += [*misfits(plan.slot, plan.adapter), *plan.slot.method.judge(plan.slot.config, "loaded")]
 
 
 def complete_config(plan: Plan) -> None:
-    """Makes the config what a fresh load leaves in the model."""
+    """Complete the config as a fresh load does."""
     plan.config = lora.complete(copy.deepcopy(plan.adapter.config), plan.slot.host)
     plan.config.inference_mode = plan.slot.config.inference_mode
 
 
 def check_slot(plan: Plan) -> None:
-    """Refuses merged weights, layers that can't be written to, and configs that name no layers."""
+    """Refuse merged weights, layers that can't be written to, and configs that name no layers."""
     if plan.slot.is_merged:
         plan.refuse("merged", adapter_name=plan.slot.adapter_name)
     for layer, reason in plan.slot.obstacles:
@@ -90,14 +90,14 @@ def check_slot(plan: Plan) -> None:
         plan.refuse("no_target_modules")
 
 
-# ---- one layer after the other
+# ---- layer by layer
 
 
 Tensors = dict[str, torch.Tensor]
 
 
 def plan_layers(plan: Plan) -> None:
-    """Plans all layers of the slot. What none of them takes is in ``plan.unknown`` then."""
+    """Plan all layers of the slot, and put the tensors that none of them takes into ``plan.unknown``."""
     slot, tensors = plan.slot, _by_own_key(plan, plan.adapter.tensors, plan.slot.own_keys)
     expected = slot.once_for(plan.config, expected_of)
     for each in zip(slot.layers, expected, plan.ranks_before, plan.fixed, strict=True):
@@ -106,7 +106,7 @@ def plan_layers(plan: Plan) -> None:
 
 
 def _by_own_key(plan: Plan, named: Mapping[str, torch.Tensor], own_keys: Mapping[str, str]) -> Tensors:
-    """Tensors by their own keys in the base model; refuses two for one, unless these are the same."""
+    """Tensors by their own keys in the base model. Two tensors for one key are refused unless they are equal."""
     tensors: Tensors = {}
     for key, tensor in named.items():
         own = own_keys.get(short := canonical_path(key), short)
@@ -125,7 +125,7 @@ def _plan_layer(
     fixed: bool,
     action: Action | None = None,
 ) -> None:
-    """Plans one layer; ``action`` overrides what the shapes would say. Takes what belongs to it out of ``tensors``."""
+    """Plan one layer and take its tensors out of ``tensors``; ``action`` overrides the one that the shapes imply."""
     sources = tuple(map(tensors.pop, layer.keys, repeat(None)))
     shapes = [None if source is None else source.shape for source in sources]
     settings = expected.settings
@@ -142,7 +142,7 @@ def _plan_layer(
 
 
 def _what_is_wrong(plan: Plan, layer: SlotLayer, shapes: list[torch.Size | None], expected: Expected) -> Refusal:
-    """Why tensors of these shapes can't be those of the layer."""
+    """The refusal of tensors whose shapes don't fit the layer."""
     path, rank = layer.path, expected.settings.rank
     found = list(zip(layer.tensors, shapes, strict=True))
     if missing := [target.key for target, shape in found if shape is None]:
@@ -163,11 +163,11 @@ def _wrong_shape(layer: SlotLayer, target: SlotTensor, shape: torch.Size, rank: 
     return refusal("other_shape", path=path, where=where, shape=found, expected=expected, rank=rank)
 
 
-# ---- what no layer of the slot took
+# ---- tensors that no layer of the slot took
 
 
 def plan_leftovers(plan: Plan) -> None:
-    """Plans what no layer of the slot took: layers to add, unknown keys."""
+    """Plan the tensors that no layer of the slot took: add their layers, or refuse their keys."""
     tensors = plan.unknown
     if not tensors:
         return
@@ -190,7 +190,7 @@ def plan_leftovers(plan: Plan) -> None:
 
 
 def _as_peft_names_it(key: str, adapter_name: str) -> str:
-    """A key as PEFT's ``hotswap_adapter`` says it in its errors, with the adapter's name."""
+    """A key with the adapter's name, as the errors of PEFT's ``hotswap_adapter`` show it."""
     own = re.search(r"\.(lora_\w+)(\.|$)", key)
     if own is None or f"{own[0]}{adapter_name}." in f"{key}.":
         return key
@@ -198,7 +198,7 @@ def _as_peft_names_it(key: str, adapter_name: str) -> str:
 
 
 def _layers_of(plan: Plan, tensors: Tensors) -> list[str]:
-    """The paths of layers of the base model that the tensors are for."""
+    """The paths of the layers of the base model that the tensors belong to."""
     return sorted({path for key in tensors if (path := adaptable(plan.slot.host.base, key)) is not None})
 
 
@@ -209,7 +209,7 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
         shadows = build_shadow_layers(slot, plan.config, ranks)
     except HotswapError as error:
         plan.refusals += error.refusals
-        tensors.clear()  # the reason is given
+        tensors.clear()  # they are refused already
         return
     own = _by_own_key(plan, tensors, own_keys_of(shadows))
     tensors.clear()
@@ -218,11 +218,11 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
         _plan_layer(plan, tensors, layer, expected, None, False, Action.ADD)
 
 
-# ---- when it is known what happens to each layer
+# ---- when the action of each layer is known
 
 
 def check_capacity(plan: Plan) -> None:
-    """Refuses ranks that a prepared layer has no room for, all of them in one refusal."""
+    """Refuse ranks that a prepared layer has no room for, all of them in one refusal."""
     padded = [layer for layer in plan.layers if layer.action is Action.PAD]
     ranks = [(layer.rank_after or 0, layer.layer.tensors[0].capacity or 0, layer.path) for layer in padded]
     if lacking := [each for each in ranks if each[0] > each[1]]:
@@ -231,7 +231,7 @@ def check_capacity(plan: Plan) -> None:
 
 
 def check_compiled(plan: Plan) -> None:
-    """Refuses a swap that a compiled graph would not notice."""
+    """Refuse a swap that a compiled graph would not notice."""
     if not plan.compiled and not plan.is_prepared:
         return
     if reason := blind_spot(plan.compiled, plan.is_prepared and plan.writes_values_only):
@@ -239,7 +239,7 @@ def check_compiled(plan: Plan) -> None:
 
 
 def retarget_config(plan: Plan) -> None:
-    """Makes the config name exactly the layers that the tensors are for, so that it reloads as what it is."""
+    """Make the config name exactly the layers that the tensors are for, so that a saved copy loads as it is."""
     if plan.check_targets:
         return
     config, on = plan.config, [layer for layer in plan.layers if layer.settings is not None]
@@ -249,7 +249,7 @@ def retarget_config(plan: Plan) -> None:
 
 
 def check_that_it_does_something(plan: Plan) -> None:
-    """Refuses an adapter whose tensors are for no layer of the slot."""
+    """Refuse an adapter whose tensors are for no layer of the slot."""
     if not plan.refusals and plan.adapter.tensors and not any(layer.settings for layer in plan.layers):
         keys, paths = map(repr, plan.adapter.tensors), [repr(layer.path) for layer in plan.slot.layers]
         plan.refuse("nothing_for_any_layer", keys=listing(keys, 2), paths=listing(paths, 2))

@@ -1,8 +1,8 @@
 """Preparing: reserves room for a whole family of adapters, so that swapping them never changes a compiled graph.
 
-Three things in a LoRA layer are fixed in a graph: the shapes of its weights, its scaling, and that it is there at
-all. So weights get the highest rank of the family (zeros beyond an adapter's own rank change no output), scalings
-become tensors, and layers that only other adapters of the family have are added now, turned off.
+A graph fixes three things in a LoRA layer: the shapes of its weights, its scaling, and that it exists at all. So
+weights get the highest rank of the family (zeros beyond an adapter's own rank change no output), scalings become
+tensors, and layers that only other adapters of the family have are added now, turned off.
 """
 
 from __future__ import annotations
@@ -49,19 +49,18 @@ def prepare_model_for_compiled_hotswap(
     adapter_name: str | None = None,
     **hub: Any,
 ) -> None:
-    """Makes a model ready for swaps that never recompile it. Call it after loading the first adapter, before compiling.
+    """Make a model ready for swaps that never recompile it. Call it after loading the first adapter, before compiling.
 
-    The outputs stay what they were, up to rounding: zeros are added to sums of another length. Saving
-    (``save_adapter`` and ``save_pretrained`` alike) gives the adapter with its own rank and scaling, as if nothing had
-    been prepared. Use ``save_adapter`` in two cases: where an embedding is reserved, ``save_pretrained`` adds its base
-    weight to the file of an adapter that is on another embedding; and with ``bias="all"``, it names the bias of a layer
-    that is off as no fresh load does. May be called again to make more room, before compiling anew. All or nothing:
-    after an error the model is as it was. Make an optimizer only afterwards: the parameters stay the same objects but
-    get other shapes.
+    The outputs stay the same up to rounding: the added zeros make sums longer. ``save_adapter`` and
+    ``save_pretrained`` save the adapter with its own rank and scaling, as if nothing had been prepared. Two cases need
+    ``save_adapter``: if an embedding is reserved, ``save_pretrained`` adds its base weight to the file of an adapter
+    that is on another embedding; and with ``bias="all"``, it saves the bias of a layer that is off under a name that no
+    fresh load uses. Call it again before compiling anew to make more room. After an error the model is unchanged. Make
+    an optimizer only afterwards: the parameters stay the same objects but get other shapes.
 
-    The scaling of each layer becomes a buffer that is no part of ``state_dict()``. Where the model is in shared memory
-    (``model.share_memory()``, before or after), or is passed to a process that is started, a swap in one process is
-    seen by all that compute with the model: weights, ranks and scalings; not the config, which stays as it was there.
+    The scaling of each layer becomes a buffer that is not part of ``state_dict()``. If the model is in shared memory
+    (``model.share_memory()``, before or after), or is passed to a new process, then all processes that compute with it
+    see a swap in one of them: its weights, ranks and scalings, but not its config, which stays as it was elsewhere.
     No lock holds another process back, so it must be told when it may compute.
 
     Parameters
@@ -72,16 +71,16 @@ def prepare_model_for_compiled_hotswap(
         The rank to make room for in every layer: the highest of all adapters that will be swapped in.
     config:
         Configs whose ``r`` and ``rank_pattern`` are set to ``target_rank``, as PEFT does, for code that makes or
-        compares further adapters with them. The live configs in ``model.peft_config`` say what the loaded
-        adapter is, and are what is saved: these are never changed, even when they are passed here.
+        compares further adapters with them. The live configs in ``model.peft_config`` describe the loaded adapter and
+        are saved with it: these are never changed, even when they are passed here.
     check_compiled:
         What to do if the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
     adapters:
-        The family: folders, Hub ids, :class:`Adapter` objects or configs. The highest rank is found for each layer,
-        and layers that the loaded adapter lacks are reserved, so that any of them can be swapped in, in any order.
-        Of folders and Hub ids, only the configs are read.
+        The family: folders, Hub ids, :class:`Adapter` objects or configs. Each layer gets room for the highest rank in
+        the family, and layers that the loaded adapter lacks are reserved, so that any of these adapters can be swapped
+        in, in any order. For folders and Hub ids, only the configs are read.
     adapter_name:
-        Prepares only the adapter of this name.
+        The name of the only adapter to prepare. Default: all that can be prepared.
     **hub:
         ``subfolder``, ``revision``, ``token`` and the other arguments of ``huggingface_hub.hf_hub_download``.
 
@@ -106,7 +105,7 @@ def prepare_model_for_compiled_hotswap(
     warnings; ``adapters`` and ``adapter_name`` are new here.
     """
     bases = [host.base for host in carriers(model)]
-    # as PEFT says it
+    # PEFT's wording
     found = "prepare_model_for_compiled_hotswap was called with a model that is already compiled, or has compiled parts"
     _check_compiled(model, check_compiled, found)
     family = [engine.read(each, only_config=True, **hub) for each in _as_list(adapters)]
@@ -130,11 +129,11 @@ def changes_to_prepare(
     kind: type[Room] = Room,
     ranks: Mapping[str, int] | None = None,
 ) -> list[Change]:
-    """What :func:`prepare_model_for_compiled_hotswap` writes, for adapters that are read already.
+    """The changes that :func:`prepare_model_for_compiled_hotswap` writes, for adapters that are read already.
 
-    ``check_compiled`` says what happens if the model is compiled and anything would have to change; a
-    pool, which needs a room, says with ``extra_tensors`` what else of an adapter is in it than its layers. ``ranks`` to
-    make room for, by the paths of layers, are as good as adapters that have them.
+    ``check_compiled`` says what to do if the model is compiled and something has to change. A pool, which needs a room,
+    passes ``extra_tensors``: a function that finds the tensors of an adapter outside of its layers. ``ranks`` asks for
+    room by the paths of layers, like a further adapter of the family.
     """
     _check_target_rank(target_rank)
     changes: list[Change] = []
@@ -158,7 +157,7 @@ def changes_to_prepare(
 
 
 def _raise_ranks(model: torch.nn.Module, given: Iterable[Config], target_rank: int, journal: Journal) -> None:
-    """As PEFT does with the configs it is passed; those of the model go on saying what the loaded adapter is."""
+    """Set the ranks of the given configs, as PEFT does; but not of the model's own, which describe its adapter."""
     live = [id(each) for host in carriers(model) for each in host.configs.values()]
     for each in given:
         if id(each) not in live:
@@ -196,7 +195,7 @@ def _as_list(adapters: Any) -> list:
 def _slots(engine: Engine, model: torch.nn.Module, adapter_name: str | None) -> Iterator[Slot]:
     for host in carriers(model):
         for name, config in host.configs.items():
-            # unless they are asked for by name, adapters that can't be prepared are left alone
+            # adapters that can't be prepared are skipped, unless they are asked for by name
             wanted = config.peft_type in PADDABLE if adapter_name is None else name == adapter_name
             if wanted and (slot := slot_in(engine, host, name)).layers:
                 yield slot
@@ -210,7 +209,7 @@ def _prepare(
     extra_tensors: list[SlotTensor],
     ranks: Mapping[str, int],
 ) -> tuple[Change, list[Refusal]]:
-    """What makes room in one slot of LoRA, or why that can't be had."""
+    """The change that makes room in one LoRA slot, and the refusals."""
     refusals = [*slot.method.judge(slot.config, "loaded")]
     for layer, reason in slot.obstacles[:1]:
         refusals.append(refusal("layer_not_preparable", path=layer.path, reason=reason))
@@ -234,7 +233,7 @@ def _prepare(
 def _make_room(
     room: dict[str, int], ranks: Mapping[str, int], target_rank: int | None, label: str
 ) -> Iterator[Refusal]:
-    """Adds what one adapter needs to the room."""
+    """Raise ``room`` to the ranks of one adapter; refuse ranks above ``target_rank``."""
     for path, rank in ranks.items():
         if target_rank is not None and target_rank < rank:
             yield refusal("target_rank_too_low", target_rank=target_rank, own=rank, path=path, label=label)
@@ -243,10 +242,10 @@ def _make_room(
 
 
 def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
-    """The rank of an adapter of the family on each module that a fresh load would put it on, a shared one once."""
+    """The rank of an adapter on each module that a fresh load would put it on; a shared module counts once."""
     base, config = slot.host.base, lora.complete(copy.deepcopy(adapter.config), slot.host)
     first_paths = {module: path for path, module in reversed(slot.walk)}.values()
-    # what is inside a tuner layer belongs to it
+    # modules inside a tuner layer belong to it
     paths = {path for path in first_paths if path and ".base_layer" not in path and lora.targets(config, path)}
     paths |= {path for key in adapter.tensors if (path := adaptable(base, canonical_path(key))) is not None}
     known = {path: layer.path for layer in slot.layers for path in layer.paths}
@@ -254,7 +253,7 @@ def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
 
 
 def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:
-    """Allocates a room next to the model, and moves the slot in when the change is carried out."""
+    """Allocate a room next to the model. The change moves the slot in when it is carried out."""
     capacity = {layer: room[layer.path] for layer in slot.layers}
     lacking = room.keys() - {layer.path for layer in slot.layers}
     enough = all(layer.tensors[0].capacity == rank for layer, rank in capacity.items())

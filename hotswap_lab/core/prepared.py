@@ -1,11 +1,11 @@
-"""What makes a LoRA layer ready for swaps in a compiled graph, besides the padded weights; and what is noted on layers.
+"""Prepared LoRA layers, whose scaling and dropout are no constants of a graph; and marks that are kept on layers.
 
-A compiled graph takes a Python float for a constant and compiles anew when it changes; a tensor's value is read at
-each call. So a prepared layer keeps its scaling as a tensor. PEFT and diffusers go on writing floats, new tensors
-or whole new tables into ``layer.scaling``; here, all of these end up as new values in the tensor that is there.
+A compiled graph treats a Python float as a constant and is recompiled when it changes; a tensor's value is read at
+each call. So a prepared layer keeps its scaling as a tensor. PEFT and diffusers still write floats, new tensors or
+whole new tables to ``layer.scaling``; here, all of these become new values in the existing tensor.
 
-A layer that the new adapter lacks stays in the model, with zeros; so do the rows beyond an adapter's own rank. So there
-are two marks: that an adapter is off, and that its rank is below its tensors'.
+A layer that the new adapter lacks stays in the model, filled with zeros; so do the components beyond an adapter's own
+rank. So there are two marks: that an adapter is off, and that its rank is below its tensors'.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SCALING, LayerSettings, Sl
 DROPOUTS = {"lora_dropout", "hira_dropout"}
 
 
-#: what is mixed into is a layer
+#: the base of a mixin, typed as the layer that it is mixed into
 _ALayer: Any = object
 
 
 class ScalingTable(MutableMapping[str, Any]):
-    """``layer.scaling`` of a prepared layer: the scaling of a prepared adapter is a buffer of the layer.
+    """``layer.scaling`` of a prepared layer, which stores the scaling of a prepared adapter in a buffer of the layer.
 
-    Reading an entry gives ``buffer[0, 0]``, a tensor without axes, so that it doesn't change the precision of what it
-    is multiplied with. Writing an entry fills the buffer.
+    Reading an entry gives ``buffer[0, 0]``, a 0-dimensional tensor, so that it doesn't change the precision of the
+    tensor that it is multiplied with. Writing an entry fills the buffer.
 
     >>> layer = torch.nn.Linear(1, 1)
     >>> table = ScalingTable({"default": 2.0, "other": 1.0}, layer._buffers)
@@ -49,9 +49,9 @@ class ScalingTable(MutableMapping[str, Any]):
     """
 
     def __init__(self, floats: dict[str, Any], buffers: dict[str, torch.Tensor | None]):
-        #: of adapters that are not prepared, their scalings; of the others, only the names
+        #: the scalings of adapters that are not prepared; of prepared ones, only the names matter
         self.floats = floats
-        #: the layer's own table, which compilers, exports and ``functional_call`` know the buffers by
+        #: the layer's own table of buffers, which compilers, exports and ``functional_call`` use
         self.buffers = buffers
 
     def __getitem__(self, name: str) -> Any:
@@ -82,14 +82,14 @@ class ScalingTable(MutableMapping[str, Any]):
         return len(self.floats)
 
     def copy(self) -> dict[str, float]:
-        """The values at this time: ``peft.helpers.rescale_adapter_scale`` puts them back when it ends."""
+        """The current values as floats, which ``peft.helpers.rescale_adapter_scale`` puts back when it ends."""
         return {name: float(value) for name, value in self.items()}
 
 
 def new_scalings(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Zeros for scalings, as exact as the Python floats that they stand for. Metal has no float64.
+    """Zeros for scalings, as exact as the Python floats that they replace. Metal has no float64.
 
-    With two axes or more: PyTorch's compiler takes a float64 tensor without axes on the CPU for a Python float.
+    Use at least two axes: PyTorch's compiler treats a 0-dimensional float64 tensor on the CPU as a Python float.
     """
     # a tensor made in inference mode could never be changed outside of it
     with torch.inference_mode(False):
@@ -97,7 +97,7 @@ def new_scalings(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 class _Prepared(_ALayer):
-    """Mixed into the class of a prepared layer."""
+    """A mixin for the class of a prepared layer."""
 
     hotswap_original: type
 
@@ -113,7 +113,7 @@ class _Prepared(_ALayer):
             self.__dict__["scaling"][name] = value
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> nn.Module:
-        """``model.to(...)``: scalings go to another device and into shared memory, but keep their precision."""
+        """Move scalings to another device or into shared memory, as by ``model.to(...)``, but keep their precision."""
         scalings = {key: each for key, each in self._buffers.items() if key.startswith(SCALING)}
         moved = [fn(each.new_empty(1, dtype=torch.float32)) for each in scalings.values()]
         if any(map(is_shared, moved)):
@@ -132,27 +132,27 @@ class _Prepared(_ALayer):
         return self
 
     def _check_sharing(self) -> None:
-        """Refuses other processes where a pool's rows compute: which rows are assigned, only its own process knows."""
+        """Refuse sharing if a pool has rows on this layer: other processes don't know which rows are assigned."""
         for each in self.__dict__.get("lora_variant", {}).values():
             if getattr(each, "is_of_a_room", False):
                 each.refuse_sharing()
 
     def delete_adapter(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         super().delete_adapter(adapter_name, *args, **kwargs)
-        # the marks of one that is deleted say nothing about another one that is loaded by the same name
+        # the marks of a deleted adapter don't apply to another one that is loaded under the same name
         for attribute in (OFF_ATTRIBUTE, PADDED_ATTRIBUTE):
             mark(self, attribute, adapter_name, False, Journal())
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
-        # the class is made on the fly, so a copy or a pickle has to be told how to make it again
+        # the class is made at run time, so a copy or a pickle must be told how to make it again
         state = dict(self.__dict__)
         if get_spawning_popen() is None:
-            # tensors that are no part of a larger memory: a pickle would contain all of that once for each of them
+            # copied out of the room's memory: a pickle would contain all of that memory once for each tensor
             tables = {*self.adapter_layer_names} & self._modules.keys()
             state["_modules"] = {**self._modules, **{name: copy.deepcopy(self._modules[name]) for name in tables}}
             scalings = {key: each.clone() for key, each in self._buffers.items() if key.startswith(SCALING)}
             state["_buffers"] = {**self._buffers, **scalings}
-        else:  # to a process that is started, and gets the very memory, as with any model
+        else:  # to a new process, which gets the same memory, as with any model
             self._check_sharing()
         if isinstance(table := state.get("scaling"), ScalingTable):
             state["scaling"] = ScalingTable(table.floats, state["_buffers"])
@@ -165,7 +165,7 @@ class _Prepared(_ALayer):
 
 @functools.cache
 def prepared_class(original: type) -> type:
-    """The class of a prepared layer: a subclass of ``original`` of the same name.
+    """The class of a prepared layer: a subclass of ``original`` with the same name.
 
     ``torch.nn.utils.parametrize`` changes a module's class in the same way.
 
@@ -185,11 +185,11 @@ def _new_prepared(original: type) -> nn.Module:
 
 
 def make_prepared(layer: TunerLayer, adapter_name: str, scaling: torch.Tensor | None, journal: Journal) -> None:
-    """Makes whatever a compiled graph would take for a constant a thing that it reads anew, or does not look at.
+    """Prepare a layer, so that a graph reads its scaling at each call and, in eval mode, does not use its dropout.
 
-    ``scaling``, of shape (1, 1), becomes the layer's buffer that holds its scaling; None where it has none. The buffer
-    is not persistent: the state dict of a prepared model is that of a fresh load, and PEFT's ``save_pretrained`` would
-    take any key with the adapter's name for a part of the adapter.
+    ``scaling``, of shape (1, 1), becomes the buffer that holds the layer's scaling; None if the layer has none. The
+    buffer is not persistent, so that the state dict of a prepared model is that of a fresh load. Also, PEFT's
+    ``save_pretrained`` would save any key with the adapter's name as a part of the adapter.
     """
     mark(layer, PADDED_ATTRIBUTE, adapter_name, True, journal)
     if scaling is not None:
@@ -206,11 +206,11 @@ def make_prepared(layer: TunerLayer, adapter_name: str, scaling: torch.Tensor | 
             journal.set_item(present, adapter_name, dropout.train(layer.training))
 
 
-# ---- what is noted on a layer
+# ---- marks on a layer
 
 
 def mark(layer: TunerLayer, attribute: str, adapter_name: str, value: bool, journal: Journal) -> None:
-    """Notes something of an adapter on a layer, or that it holds no longer."""
+    """Set or remove a mark of an adapter on a layer."""
     before = layer.__dict__.get(attribute, frozenset())
     after = before | {adapter_name} if value else before - {adapter_name}
     if after != before:
@@ -218,11 +218,11 @@ def mark(layer: TunerLayer, attribute: str, adapter_name: str, value: bool, jour
 
 
 def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool:
-    """Whether the adapter is turned off on this layer, where it has these tensors.
+    """Whether the adapter, with these tensors, is turned off on this layer.
 
-    The mark alone doesn't say so: the user may have deleted the adapter and loaded another one by the same name,
-    or written weights into it. Of a weight that is spread over processes, only the part in this one is looked at:
-    for more, all of them would have to be here, and a state dict may be asked for in one of them only.
+    The mark alone doesn't decide it: the user may have deleted the adapter and loaded another one under the same name,
+    or written weights into it. Of a weight that is sharded over processes, only the local shard is checked: checking
+    the others takes a call in every process, but a state dict may be requested in one of them only.
     """
     if not is_marked_off(layer, adapter_name):
         return False
@@ -230,7 +230,7 @@ def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool
 
 
 def is_marked_off(layer: Any, adapter_name: str) -> bool:
-    """:func:`is_off` without a look at the weights."""
+    """:func:`is_off` by the mark alone, without a look at the weights."""
     return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
 
 
@@ -240,13 +240,13 @@ def is_padded(layer: Any, adapter_name: str) -> bool:
 
 
 def set_off(method: Method, layer: Any, adapter_name: str, off: bool, journal: Journal) -> None:
-    """Notes that the adapter is turned off on this layer, and so not trained there, or that it isn't any more."""
+    """Mark the adapter as turned off on this layer, and so not trained there; or as on again."""
     mark(layer, OFF_ATTRIBUTE, adapter_name, off, journal)
     method.turn(layer, adapter_name, not off, journal)
 
 
 def own_rank(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
-    """The rank of the adapter on this layer, which is that of its tensors unless these are padded."""
+    """The rank of the adapter on this layer, which is that of its tensors unless they are padded."""
     capacity = tensor.capacity
     if capacity is not None and adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ()):
         return min(layer.r[adapter_name], capacity)
@@ -254,8 +254,8 @@ def own_rank(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
 
 
 def rank_before(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
-    """:func:`own_rank`; None where the adapter is turned off."""
-    # as is_marked_off(); asked for at each layer in each swap
+    """The :func:`own_rank` of the adapter; None where it is turned off."""
+    # is_marked_off() inlined, since every swap does this for each layer
     off = adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
     return None if off else own_rank(layer, adapter_name, tensor)
 
@@ -263,7 +263,7 @@ def rank_before(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None
 def write_settings(
     slot: Slot, layers: Iterable[SlotLayer], settings: Iterable[LayerSettings | None], journal: Journal
 ) -> None:
-    """Writes what PEFT keeps of an adapter on these layers but for the scaling, and whether it is off there (None)."""
+    """Write the settings of an adapter to these layers, except for the scaling; None turns it off on a layer."""
     name, method = slot.adapter_name, slot.method
     on: list[tuple[torch.nn.Module, LayerSettings]] = []
     for layer, wanted in zip(layers, settings, strict=True):

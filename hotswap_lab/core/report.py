@@ -1,4 +1,4 @@
-"""Tables as text, and as static HTML: readable in a saved notebook, in light and dark themes, with no kernel."""
+"""Tables as text, and as static HTML: readable in a saved notebook, in light and dark themes, without a kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def html_table(
 
 
 def bare_html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The table alone."""
+    """An HTML table without title and notes."""
     cell = "padding:2px 10px;text-align:left;border-bottom:1px solid rgba(128,128,128,.4)"
     head = "".join(f'<th scope="col" style="{cell}">{html.escape(str(name))}</th>' for name in header)
     body = "".join(
@@ -40,7 +40,7 @@ def bare_html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> 
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table as text, a line for each row.
+    """A table as text, one line for each row.
 
     >>> text_table(["name", "rank"], [["reverse", "8"]])
     ['name     rank', 'reverse  8']

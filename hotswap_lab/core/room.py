@@ -1,7 +1,7 @@
-"""Room: a prepared slot. Its memory, and the settings of whatever adapter is in it, for all layers at once.
+"""Room: a prepared slot. Its memory, and the settings of the adapter in it, for all layers at once.
 
-A swap in a room is one copy (see :mod:`hotswap_lab.core.arena`), and a few numbers in tables that PEFT keeps on each
-layer.
+A swap in a room is one copy (see :mod:`hotswap_lab.core.arena`), and a few numbers in the tables that PEFT keeps on
+each layer.
 """
 
 from __future__ import annotations
@@ -35,46 +35,46 @@ _requires_grad, _version = attrgetter("requires_grad"), attrgetter("_version")
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What is in a room besides the weights: the settings of each layer (None: off), and the config."""
+    """The state of a room besides the weights: the settings of each layer (None: off), and the config."""
 
     settings: tuple[LayerSettings | None, ...]
     config: Config
-    #: the member of a pool whose weights these are, or another mark of their owner
+    #: the pool's member whose weights these are, or another object that identifies their owner
     owner: Any = None
 
     @cached_property
     def scalings(self) -> torch.Tensor:
-        """Of each layer, as trained; 0 where it is off."""
+        """The scaling of each layer as trained; 0 where it is off."""
         with torch.inference_mode(False):
             return torch.tensor([each.scaling if each else 0.0 for each in self.settings], dtype=torch.float64)
 
     @cached_property
     def acts(self) -> torch.Tensor:
-        """Of each layer, one below the other, whether the adapter does something there."""
+        """Whether the adapter does something on each layer, as a column: ``[layers, 1]``."""
         return self.scalings[:, None] != 0
 
     @cached_property
     def ranks(self) -> list[int | None]:
-        """Of each layer; None where it is off."""
+        """The rank on each layer; None where it is off."""
         return [each and each.rank for each in self.settings]
 
     @cached_property
     def on(self) -> list[bool]:
-        """Of each layer, whether the adapter is on it."""
+        """Whether the adapter is on each layer."""
         return [each is not None for each in self.settings]
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
-        """The settings of all layers that are on, by name."""
+        """The settings of all layers that are on, by the name of the setting."""
         fields, on = dataclasses.fields(LayerSettings), [each for each in self.settings if each is not None]
         return {field.name: [getattr(each, field.name) for each in on] for field in fields}
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """An adapter laid out as its room is, so that it goes in with one copy.
+    """An adapter in the layout of its room, so that one copy puts it in.
 
-    ``bands`` has its own components of each band; ``scalings`` has a row for each layer, laid out as the room's are.
+    ``bands`` holds its own components of each band; ``scalings`` has a line for each layer, in the room's layout.
     """
 
     state: State
@@ -96,12 +96,12 @@ class Room:
     bands:
         Their memory.
     scalings:
-        One matrix for each device, all with a row for each layer.
+        One matrix for each device, all with a line for each layer.
     state:
-        What is in it now.
+        The state of the adapter in it.
     """
 
-    #: how its memory is laid out
+    #: the function that lays out its memory
     new_bands: Callable[..., list[Band]] = staticmethod(build_arena)
 
     @staticmethod
@@ -114,20 +114,20 @@ class Room:
         self.bands: tuple[Band, ...] = tuple(bands)
         self.scalings: tuple[torch.Tensor, ...] = tuple(scalings)
         self.state = state
-        #: set where other code wrote to the weights and no version counter tells
+        #: whether other code wrote to the weights and no version counter shows it
         self.was_touched: bool = False
         self.spans: dict[SlotTensor, tuple[Band, Span]] = {
             span.tensor: (band, span) for band in self.bands for span in band.spans
         }
-        #: components of each band that may hold something else than zeros; a tail is written whole
+        #: how many components of each band may not be zero; a tail is written whole
         self.used: list[int] = [len(band.memory) for band in self.bands]
-        #: of a layer, what an adapter of a rank fills
+        #: the views of a layer's tensors that an adapter of a rank fills
         self._own_views: dict[tuple[SlotLayer, int | None], list[torch.Tensor]] = {}
 
     # ---- is everything where it was?
 
     def settle(self, slot: Slot) -> None:
-        """Notes where everything is; to be called when the model's parameters have been moved in."""
+        """Note where everything is. Call this when the model's parameters have been moved in."""
         self.slot = dataclasses.replace(slot, room=self)
         layers, tensors = [layer.module for layer in slot.layers], list(self.spans)
         self._parameters = [tensor.parameter for tensor in tensors]
@@ -139,10 +139,10 @@ class Room:
         self._versions = self._versions_now()
 
     def enter(self, slot: Slot, journal: Journal) -> None:
-        """What else the layers need once the parameters have been moved in."""
+        """Change the layers further, once the parameters have been moved in; for subclasses."""
 
     def leave(self, journal: Journal, is_lost: bool = False) -> None:
-        """And what they need where the slot gets another room, or layers that have no place in this one.
+        """Undo :meth:`enter`, when the slot gets another room, or layers that have no place in this one.
 
         ``is_lost`` says that the parameters were moved out of the room before, by ``model.to(...)``.
         """
@@ -160,7 +160,7 @@ class Room:
         )
 
     def _addresses_now(self) -> list[int]:
-        """Where the parameters have to be: ``share_memory`` takes the memory elsewhere, with all views of it."""
+        """The addresses that the parameters must have: ``share_memory`` moves the memory, with all views of it."""
         bases = [band.memory.data_ptr() for band in self.bands]
         if bases != self._bases:
             self._bases, self._addresses = bases, list(map(torch.Tensor.data_ptr, self._views))
@@ -172,25 +172,25 @@ class Room:
         return self.was_touched or self._versions_now() != self._versions
 
     def _versions_now(self) -> int:
-        """The sum of all version counters, since none of them ever counts down."""
+        """The sum of all version counters. It shows any write, since no counter ever decreases."""
         return 0 if self.slot.is_inference else sum(map(_version, self._parameters))
 
     def _note_write(self, journal: Journal) -> None:
-        """Has the version counters tell from now on who else writes."""
+        """Note the version counters, so that they show when other code writes from now on."""
         journal.set_attribute(self, "was_touched", False)
         journal.record(lambda: setattr(self, "_versions", self._versions_now()))
-        if not self.slot.is_inference:  # autograd doesn't learn of what is written to the memory around a parameter
+        if not self.slot.is_inference:  # autograd doesn't notice writes to the memory that a parameter is a view of
             torch.autograd.graph.increment_version(self._parameters)
         self._versions = self._versions_now()
 
     def note_swap(self, config: Config, journal: Journal) -> None:
-        """Notes a swap that writes to the parameters one by one, as that of an adapter with saved modules."""
+        """Note a swap that writes to the parameters one by one, as that of an adapter with saved modules."""
         name, layers = self.slot.adapter_name, [layer.module for layer in self.slot.layers]
         settings = [None if is_marked_off(layer, name) else settings_of(layer, name) for layer in layers]
         journal.set_attribute(self, "state", State(tuple(settings), config))
         journal.set_attribute(self, "used", [len(band.memory) for band in self.bands])
 
-    # ---- what is where
+    # ---- locations
 
     def view(self, tensor: SlotTensor) -> torch.Tensor:
         """The whole tensor, padding included."""
@@ -202,7 +202,7 @@ class Room:
         return next(each[index : index + 1, :1] for each in self.scalings if each.device == device)
 
     def components_for(self, state: State) -> tuple[list[int], list[int]]:
-        """Of each band, how many components an adapter fills to the last element, and how many it takes."""
+        """For each band, the number of components that an adapter fills completely, and the number that it uses."""
         layers = zip(self.slot.layers, state.settings, strict=True)
         rank_of = {tensor: each.rank if each else 0 for layer, each in layers for tensor in layer.tensors}
         filled, taken = [], []
@@ -219,7 +219,7 @@ class Room:
     # ---- adapters in and out
 
     def pack(self, state: State, sources: Sequence[tuple[SlotTensor, torch.Tensor]]) -> Packed:
-        """Lays an adapter out as the room is; ``sources`` are its tensors as in its file."""
+        """Lay out an adapter like the room; ``sources`` are its tensors as in its file."""
         _, taken = self.components_for(state)
         own = {band: new_band(band.memory, number) for band, number in zip(self.bands, taken, strict=True)}
         pairs = []
@@ -232,14 +232,14 @@ class Room:
         return Packed(state, tuple(own.values()), self.scalings_of(state))
 
     def scalings_of(self, state: State, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
-        """The scalings of all layers, laid out as the room's are; ``strength`` is one number, or one for each layer."""
+        """The scalings of all layers in the room's layout; ``strength`` is one number, or one for each layer."""
         with torch.inference_mode(False):
             scalings = torch.zeros((len(state.settings), SCALING_STEP), dtype=torch.float64)
             scalings[:, 0] = state.scalings * strength
         return scalings
 
     def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
-        """Puts a packed adapter in. The room must be intact."""
+        """The change that puts a packed adapter in. The room must be intact."""
         taken = [len(own) for own in packed.bands]
         change = self._change(packed.state, _copy_of(packed.state.config), taken, taken)
         change.copies += [
@@ -250,16 +250,16 @@ class Room:
         return change
 
     def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
-        """All of a swap but the weights, which :meth:`write` then puts in one by one."""
+        """The change for a swap without the weights, which :meth:`write` then adds layer by layer."""
         state = State(tuple(settings), config)
         change = self._change(state, config, *self.components_for(state))
         change.copies += [(target, self.scalings_of(state)) for target in self.scalings]
         return change
 
     def write(self, layer: SlotLayer, rank: int | None, sources: Sequence[torch.Tensor | None], change: Change) -> None:
-        """Has ``change`` write an adapter of this rank (None: turned off) to a layer that is zero beyond its rank.
+        """Have ``change`` write an adapter of this rank (None: turned off) to a layer that is zero beyond its rank.
 
-        ``sources`` are for its tensors, as in an adapter's file.
+        ``sources`` are the values for its tensors, as in an adapter's file.
         """
         if (layer, rank) not in self._own_views:
             self._own_views[layer, rank] = [tensor.own(self.view(tensor), rank or 0) for tensor in layer.tensors]
@@ -270,18 +270,18 @@ class Room:
                 change.copy(target, tensor.off_value())
 
     def change_strength(self, strength: float) -> Change:
-        """Sets the scalings of all layers to their trained values times ``strength``."""
+        """The change that sets the scalings of all layers to their trained values times ``strength``."""
         scalings = self.scalings_of(self.state, strength)
         change = change_of(self.slot)
         change.copies += [(target, scalings) for target in self.scalings]
         return change
 
     def _change(self, state: State, config: Config, filled: list[int], taken: list[int]) -> Change:
-        """A swap without the weights: zeros wherever anything else may be left beyond the new components."""
+        """The change for a swap without the weights. It zeroes all components that the new weights may not cover."""
         change = change_of(self.slot, config, self.slot)
         change.steps.append(self._note_write)
-        self.was_touched = self.is_touched  # the version counters will tell of nothing that was before this swap
-        # who else writes to the memory may write to any of them
+        self.was_touched = self.is_touched  # after this swap, the counters don't show earlier writes
+        # other code that writes to the memory may write to any component
         before = [len(band.memory) for band in self.bands] if self.was_touched else self.used
         for band, start, stop in zip(self.bands, filled, before, strict=True):
             if start < stop:
@@ -295,7 +295,7 @@ class Room:
             clear_gradients(self._parameters, journal)
         journal.set_attribute(self, "state", state)
         journal.set_attribute(self, "used", used)
-        # what is off must not be trained, whatever the user has set since
+        # what is off must not be trained, even if the user has set `requires_grad` since
         keeps_on = state.on == before.on and not (is_trained and False in state.on)
         if not keeps_on or state.columns["dropout"] != before.columns["dropout"]:
             write_settings(slot, slot.layers, state.settings, journal)
@@ -307,7 +307,7 @@ class Room:
 
 
 def _copy_of(config: Config) -> Config:
-    """What the model gets, who has it may change: the next swap to the same adapter is not to be changed with it."""
+    """A copy for the model, where the user may change it: the next swap to the same adapter needs the original."""
     config = copy.copy(config)
     for name, value in vars(config).items():
         if isinstance(value, (dict, set, list)):
@@ -331,7 +331,7 @@ def build_room(
 ) -> Room:
     """A room with space for these ranks, and with the slot's adapter in it; ``reserved`` layers are off.
 
-    ``extra_tensors`` have no rank: they are of whole modules that are saved with the adapter. The model is only read.
+    ``extra_tensors`` have no rank: they belong to modules that are saved with the adapter. The model is only read.
     """
     name = slot.adapter_name
     sharded = [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]
@@ -360,7 +360,7 @@ def build_room(
                 tensor.own(room.view(tensor), own).copy_(tensor.own(tensor.parameter.detach(), own))
             else:
                 room.view(tensor).copy_(tensor.off_value())
-        # what the user set it to by now, not what the adapter was trained with
+        # the live value, which the user may have set, and not the trained one
         room.scaling(index, layer.tensors[0].parameter.device).fill_(float(layer.module.scaling[name]))
     for tensor in extra_tensors:
         room.view(tensor).copy_(tensor.parameter)

@@ -1,8 +1,8 @@
 """LoRA layers for modules that have none yet, built next to the model and attached only at commit.
 
-PEFT injects into a whole model and changes it while it goes. Here it gets a stand-in: a list of nothing but the
-wanted modules. What comes out are finished LoRA layers around the model's own base layers, while the model itself has
-not been touched.
+PEFT injects adapters into a whole model and changes it on the way. Here it gets a stand-in that has only the wanted
+modules. The result is finished LoRA layers around the model's own base layers, while the model itself stays
+untouched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .host import Config
 from .journal import Journal
 from .slot import Slot, SlotLayer
 
-#: what PEFT looks up on a base model to choose the class of a LoRA layer
+#: the attributes of a base model by which PEFT chooses the class of a LoRA layer
 CHOOSES_CLASS = {"is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized", "quantization_method", "hf_quantizer"}
 
 
@@ -43,12 +43,12 @@ def adaptable(base: torch.nn.Module, key: str) -> str | None:
 
 
 def build_shadow_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLayer]:
-    """New LoRA layers with the slot's adapter name, as ``config`` has them, not attached; ``ranks`` is by their paths.
+    """New LoRA layers for the slot's adapter name and ``config``, not attached; ``ranks`` are by their paths.
 
     Raises
     ------
     HotswapError
-        If PEFT can't put LoRA there, or no plain one.
+        If PEFT can't put LoRA there, or no plain LoRA.
     """
     try:
         layers = _build(slot, config, ranks)
@@ -69,7 +69,7 @@ def _build(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLay
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     with slot.write_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # without memory, so that no random numbers of the user's are drawn
+        # on the meta device, so that none of the user's random numbers are drawn
         inject_adapter_in_model(config, stand_in, slot.adapter_name, low_cpu_mem_usage=True)
         return [_finished(slot, *each) for each in zip(ranks, stand_in, base_layers, strict=True)]
 
@@ -80,25 +80,25 @@ def _base_layer(slot: Slot, path: str) -> torch.nn.Module:
         raise TypeError(f"{path} is already adapted by another PEFT method, {type(module).__name__}")
     base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if any(True for _ in base_layer.children()):
-        # PEFT would put layers inside it, and thereby change the model itself
+        # PEFT would put layers inside it, and so change the model itself
         raise TypeError(f"{path} is a {type(base_layer).__name__}, which has modules of its own")
     return base_layer
 
 
 def _frozen_twin(module: torch.nn.Module) -> torch.nn.Module:
-    """The module once more, around the same memory: PEFT freezes the parameters of what it is given."""
+    """A second module around the same memory, since PEFT freezes the parameters of the module that it gets."""
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__.update(module.__dict__)
     twin._parameters = dict(module._parameters)
     for name, parameter in module._parameters.items():
-        # what is quantized to whole numbers can't be trained anyway
+        # parameters quantized to integers can't be trained anyway
         if parameter is not None and parameter.is_floating_point():
             twin._parameters[name] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
     return twin
 
 
 def _finished(slot: Slot, path: str, module: Any, base_layer: torch.nn.Module) -> SlotLayer:
-    """The layer around its base layer, with zeros for tensors, in the precision and the state of the slot's others."""
+    """The layer around its base layer, with zeros for tensors, and the dtype and ``requires_grad`` of the slot's."""
     module._modules["base_layer"] = base_layer
     like, tensors = slot.tensors[0].parameter, tuple(slot.method.tensors_of(module, slot.adapter_name) or ())
     device = next((parameter.device for parameter in base_layer.parameters()), like.device)
@@ -109,8 +109,8 @@ def _finished(slot: Slot, path: str, module: Any, base_layer: torch.nn.Module) -
 
 
 def _join(present: Any, shadow: Any, name: str, journal: Journal) -> None:
-    """Gives a layer all that the shadow has under the adapter's name."""
-    # a variant of LoRA lists its tables on the layer that it is on; which of them there are, it keeps in no list
+    """Add the shadow's entries under the adapter's name to the tables of a layer."""
+    # a variant of LoRA adds its tables to the lists of the layer that it is on, so both layers' lists are joined
     for listed in ("adapter_layer_names", "other_param_names"):
         names = dict.fromkeys((*getattr(present, listed), *getattr(shadow, listed)))
         journal.set_item(present.__dict__, listed, tuple(names))
@@ -124,9 +124,9 @@ def _join(present: Any, shadow: Any, name: str, journal: Journal) -> None:
 
 
 def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> Any:
-    """Puts a shadow layer into the model, in the state of the slot's other layers.
+    """Put a shadow layer into the model, in the state of the slot's other layers.
 
-    Returns the layer that now has the adapter: one that other adapters are on already, or the shadow.
+    Returns the layer that now has the adapter: an existing layer of other adapters, or the shadow.
     """
     name, shadow, sibling = slot.adapter_name, layer.module, slot.layers[0].module
     parent_path, _, child_name = layer.path.rpartition(".")

@@ -1,7 +1,7 @@
-"""Slot: where an adapter lives in a model.
+"""Slot: the place of an adapter in a model.
 
-Every tensor and every scalar that belongs to one adapter name, found by walking the model's structure: the
-adapter's name is looked up as a key of PEFT's own tables, never searched for inside a longer string, so
+A slot has every tensor and every scalar that belongs to one adapter name. They are found by walking the model's
+structure: the name is looked up as a key of PEFT's own tables, never searched for inside a longer string, so
 adapters called ``a``, ``lora`` or ``default_0`` can't be mistaken for one another.
 """
 
@@ -24,9 +24,9 @@ from .tensors import LayerSettings, SlotTensor
 
 T = TypeVar("T")
 
-#: on a base model: its slots as the last swaps left them, by adapter name
+#: the attribute of a base model with its slots as the last swaps left them, by adapter name
 SLOTS = "hotswap_slots"
-#: how much a slot remembers of configs
+#: how many results a slot remembers for configs
 MOST_KNOWN = 128
 
 
@@ -49,12 +49,12 @@ class SlotLayer:
 
     @cached_property
     def keys(self) -> list[str]:
-        """Of each tensor, its key in an adapter file."""
+        """The key of each tensor in an adapter file."""
         return [f"{self.path}.{tensor.key}" for tensor in self.tensors]
 
 
 class Memory(Protocol):
-    """The :class:`~hotswap_lab.core.room.Room` of a slot, as far as a slot knows it."""
+    """The part of a :class:`~hotswap_lab.core.room.Room` that its slot uses."""
 
     def is_intact(self) -> bool: ...
 
@@ -70,9 +70,9 @@ class Slot:
     layers: tuple[SlotLayer, ...]
     #: the memory that all tensors are views of, if the model was prepared
     room: Memory | None = None
-    #: tables of modules and parameters, a name in each, and what was there: see :meth:`settle`
+    #: tables of modules and parameters, a name in each, and the entry there: see :meth:`settle`
     _links: tuple[tuple[Any, ...], ...] = field(default=(), init=False, repr=False)
-    #: what :meth:`once_for` has worked out
+    #: the results of :meth:`once_for`
     _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -86,20 +86,20 @@ class Slot:
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that the tensors were when the slot was found."""
+        """The parameters of the tensors at the time the slot was found."""
         return [tensor.owner._parameters[tensor.name] for tensor in self.tensors]
 
     @cached_property
     def is_inference(self) -> bool:
         """Whether the adapter was loaded in inference mode.
 
-        Its tensors demand that they are written in it; and tensors made in it would make any other model untrainable.
+        Its tensors must then be written in inference mode. Tensors made in it would make any other model untrainable.
         """
-        # prompts lie in no layer; then the model's own weights tell
+        # prompts are in no layer; then the model's own weights decide
         return True in map(torch.Tensor.is_inference, self.parameters or self.host.carrier.parameters())
 
     def write_mode(self) -> torch.inference_mode:
-        """Inference mode exactly if the adapter was loaded in it, whatever the caller is in."""
+        """Inference mode if the adapter was loaded in it, and normal mode if not, regardless of the caller's mode."""
         return torch.inference_mode(self.is_inference)
 
     @cached_property
@@ -107,11 +107,11 @@ class Slot:
         """:func:`own_keys_of` all layers."""
         return own_keys_of(self.layers)
 
-    # ---- is everything where it was found?
+    # ---- whether everything is where it was found
 
     @cached_property
     def walk(self) -> list[tuple[str, torch.nn.Module]]:
-        """The base model and all modules in it with their paths, but for those that are the adapters' own."""
+        """The base model and all of its modules with their paths, except for the adapters' own modules."""
         return modules_in(self.host.base)
 
     @cached_property
@@ -119,8 +119,8 @@ class Slot:
         return [module for _, module in self.walk]
 
     def settle(self) -> None:
-        """Notes where everything is, which :meth:`is_in_place` compares with."""
-        # what is an adapter's own, PEFT makes once for each layer; but for what is in it
+        """Note where everything is, for :meth:`is_in_place` to compare with."""
+        # PEFT makes an adapter's own tables once for each layer; only their entries may change
         tables, known = [module._modules for module in self.modules], set(self.modules)
         links: list[tuple[Any, ...]] = [
             (table, name, child) for table in tables for name, child in table.items() if child in known
@@ -138,7 +138,7 @@ class Slot:
         tables, names, held = self._links
         if all(map(operator.is_, map(dict.get, tables, names), held)):
             return True
-        # something else may have been put into the model, or a wrapper around a part that was compiled since
+        # another module may have been put into the model, or a wrapper around a part that was compiled since
         now = slot_in(self.engine, self.host, self.adapter_name)
         if now._by_module() != self._by_module():
             return False
@@ -147,15 +147,15 @@ class Slot:
         return True
 
     def _by_module(self) -> dict[torch.nn.Module, list[int]]:
-        """Which parameters each layer had; layers that were reserved come last, wherever they are in the model."""
+        """The ids of each layer's parameters. A dict, since reserved layers are last, wherever they are."""
         ids = map(id, self.parameters)
         return {layer.module: [next(ids) for _ in layer.tensors] for layer in self.layers}
 
-    # ---- what is known of its layers, as long as everything is in place
+    # ---- facts about its layers, valid as long as everything is in place
 
     @cached_property
     def obstacles(self) -> list[tuple[SlotLayer, str]]:
-        """The layers that can't be written to, and why not."""
+        """The layers that can't be written to, with the reasons."""
         name, obstacle = self.adapter_name, self.method.obstacle
         found = [(layer, obstacle(layer.module, name, layer.tensors)) for layer in self.layers]
         return [(layer, reason) for layer, reason in found if reason]
@@ -167,11 +167,11 @@ class Slot:
 
     @cached_property
     def _merged(self) -> list[list[str]]:
-        # PEFT makes one list for each layer, and never another
+        # PEFT makes one list for each layer, and never replaces it
         return [layer.module.merged_adapters for layer in self.layers]
 
     def once_for(self, config: Config, work_out: Callable[[Slot, Config], T]) -> T:
-        """What is worked out once for each config, and remembered for some of them."""
+        """The result of ``work_out``, computed once for each config and remembered for some of them."""
         key = work_out, lora.fingerprint(config)
         if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
@@ -194,7 +194,7 @@ class Slot:
 
 
 def own_keys_of(layers: Sequence[SlotLayer]) -> dict[str, str]:
-    """The key of each tensor, by whatever else a file may call it: with the adapter's name, by an alias."""
+    """The key of each tensor, by the other names that files may use: with the adapter's name, or by an alias."""
     own_keys = {}
     for layer in layers:
         for tensor, key in zip(layer.tensors, layer.keys, strict=True):
@@ -205,17 +205,17 @@ def own_keys_of(layers: Sequence[SlotLayer]) -> dict[str, str]:
 
 
 class Expected(NamedTuple):
-    """What an adapter with a certain config has on a layer."""
+    """The settings and tensor shapes that an adapter with a certain config has on a layer."""
 
     settings: LayerSettings
     #: whether the config targets it
     is_targeted: bool
-    #: of its tensors; None where they can't have this rank
+    #: the shapes of its tensors; None if they can't have this rank
     shapes: list[tuple[int, ...]] | None
 
 
 def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None = None) -> list[Expected]:
-    """Of each layer, what an adapter with this config has there."""
+    """The :class:`Expected` of each layer for an adapter with this config."""
     settings_for, targets, expected = lora.settings_for, lora.targets, []
     alike = None if config.rank_pattern or config.alpha_pattern else settings_for(config, "")
     for layer in slot.layers if layers is None else layers:
@@ -227,7 +227,7 @@ def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None =
 
 
 class Uncopied(dict[str, Any]):
-    """A table that every copy of the model, and every model that is read back from a file, starts without."""
+    """A dict whose copies and pickles are empty, so that a copied or saved model starts without its entries."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Uncopied:
         return type(self)()
@@ -237,14 +237,14 @@ class Uncopied(dict[str, Any]):
 
 
 def change_of(slot: Slot, config: Config = None, slot_after: Slot | None = None) -> Change:
-    """A change of the adapter in a slot, with nothing to write yet.
+    """A change of the adapter in a slot, with no tensor to write yet.
 
     Parameters
     ----------
     config:
-        The config that the model has afterwards; None leaves the present one.
+        The config of the model after the change; None keeps the present one.
     slot_after:
-        The slot afterwards; None where it has to be looked for again.
+        The slot after the change; None if it has to be looked for again.
     """
     change = Change(slot.is_inference)
     if config is not None:
@@ -259,7 +259,7 @@ def _put_config(slot: Slot, config: Config, slot_after: Slot | None, journal: Jo
 
 
 def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:
-    """Notes on the base model what the slot is after a swap; None where it has to be looked for again."""
+    """Note on the base model the slot after a swap; None if it has to be looked for again."""
     if after is not None and not after._links:
         after.settle()
     noted = slot.host.base.__dict__
@@ -274,11 +274,11 @@ def kept_slot(base: torch.nn.Module, adapter_name: str) -> Slot | None:
 
 
 def slot_for(engine: Engine, host: Host, adapter_name: str) -> Slot:
-    """:func:`resolve_slot` without a walk, where the slot is as the last swap left it; with its room if it has one."""
+    """Like :func:`resolve_slot`, without a walk if the last swap's slot is still valid; with its room if it has one."""
     slot = kept_slot(host.base, adapter_name)
     if slot is None or slot.host.configs is not host.configs or slot.engine is not engine:
         return slot_in(engine, host, adapter_name)
-    slot.host = host  # the user may call it by a wrapper around it now
+    slot.host = host  # the user may pass a wrapper around the model now
     return slot
 
 
@@ -289,13 +289,13 @@ def room_of(base: torch.nn.Module, adapter_name: str) -> Any:
 
 
 def room_left_by(slot: Slot) -> Any:
-    """The room that an adapter was prepared in, whether its parameters are still there or were moved away since."""
+    """The room that an adapter was prepared in, even if its parameters were moved out of it since."""
     kept = slot.host.base.__dict__.get(SLOTS, {}).get(slot.adapter_name)
     return kept and kept.room
 
 
 def resolve_slot(engine: Engine, model: torch.nn.Module, adapter_name: str) -> Slot:
-    """Finds everything in ``model`` that belongs to the adapter called ``adapter_name``.
+    """Find everything in ``model`` that belongs to the adapter called ``adapter_name``.
 
     Parameters
     ----------
@@ -325,9 +325,9 @@ def resolve_slot(engine: Engine, model: torch.nn.Module, adapter_name: str) -> S
 
 
 def slot_in(engine: Engine, host: Host, adapter_name: str) -> Slot:
-    """:func:`resolve_slot` for a host that is known already."""
+    """Like :func:`resolve_slot`, for a host that is known already."""
     if adapter_name not in host.configs:
-        find_host(host.root, adapter_name)  # says so
+        find_host(host.root, adapter_name)  # raises
     method = engine.method_for(host.configs[adapter_name])
     found: dict[torch.nn.Module, tuple[list[SlotTensor], list[str]]] = {}
     for path, module in (walk := modules_in(host.base)):

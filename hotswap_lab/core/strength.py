@@ -1,4 +1,4 @@
-"""Strength: how much of an adapter is applied, from off to beyond what it was trained for."""
+"""Strength: scales the effect of an adapter, from off to beyond what it was trained for."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .prepared import is_off
 from .slot import Slot, SlotLayer, change_of, slot_for
 from .tensors import is_prepared
 
-#: what times a scaling is still a number in float32
+#: the highest strength; times a scaling, it is still finite in float32
 MOST = 1e30
 
 
 def set_strength(engine: Engine, model: torch.nn.Module, strength: float, adapter_name: str | None = None) -> None:
-    """Sets how strongly an adapter acts: its trained scaling times ``strength``, in every layer.
+    """Set how strongly an adapter acts: its trained scaling times ``strength``, in every layer.
 
     Strengths don't add up: each call starts from the trained scaling. A swap sets the strength back to 1. It is
-    never saved. In a prepared model nothing is compiled anew, whatever the strength.
+    never saved. A prepared model is never recompiled by this.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def set_strength(engine: Engine, model: torch.nn.Module, strength: float, adapte
     strength:
         0 gives the base model's output, 1 the adapter as it was trained; anything between, beyond or below is possible.
     adapter_name:
-        The adapter's name in the model. It must not be merged. Default: the only one that there is.
+        The adapter's name in the model. It must not be merged. Default: the only adapter in the model.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def set_strength(engine: Engine, model: torch.nn.Module, strength: float, adapte
 
 
 def _change_strength(slot: Slot, strength: float) -> Change:
-    """Layer by layer, where no room has all scalings side by side."""
+    """The change that sets the strength layer by layer, for a slot without a room."""
     name, change = slot.adapter_name, change_of(slot)
     for layer in slot.layers:
         scaling, value = layer.module.scaling, strength * _trained(slot, layer)
@@ -77,13 +77,13 @@ def _change_strength(slot: Slot, strength: float) -> Change:
 
 
 def check_scalable(slot: Slot) -> None:
-    """Refuses adapters whose effect is not proportional to a scaling."""
+    """Refuse adapters whose effect is not proportional to a scaling."""
     if found := slot.method.not_scaled(slot):
         raise refuse("no_strength", adapter_name=slot.adapter_name, found=found)
 
 
 def check_strength(strength: object, slot: Slot) -> None:
-    """Refuses what is no strength, and adapters that have none."""
+    """Refuse values that are no strength, and adapters that can't have one."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= MOST:
         raise refuse("strength_is_no_number", strength=strength)
     check_scalable(slot)

@@ -1,4 +1,4 @@
-"""The functions people call: PEFT's names and signatures, the dry run, and carrying a plan out.
+"""The public functions: PEFT's names and signatures, the dry run, and carrying a plan out.
 
 Each takes an engine first. :mod:`hotswap_lab.engine` binds them to the one that the package uses.
 """
@@ -28,7 +28,7 @@ RECOMPILES = (
     "this changes shapes or numbers that the model was compiled for, and its next call compiles again; to swap without "
     "recompiling, call prepare_model_for_compiled_hotswap after loading the first adapter and before compiling"
 )
-#: by base model, what its user has been warned of
+#: the warnings that were shown already, by base model
 _said: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -43,13 +43,13 @@ def hotswap_adapter(
     base_weights: Mapping[str, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replaces a loaded adapter by another one, in place.
+    """Replace a loaded adapter with another one, in place.
 
-    The adapter keeps its name; afterwards the model can't be told from one into which
-    ``PeftModel.from_pretrained`` loaded the new adapter: same outputs, config, scalings and saved files. Ranks,
-    alphas, rsLoRA and the patterns of both may differ. Layers that the new adapter lacks are turned off. Where
-    the rank stays the same, so do the memory addresses; in a prepared model they always do. A scale that the user
-    set before (``set_scale``, ``scale_layer``) is gone, as after a fresh load: set it again if it is still wanted.
+    The adapter keeps its name. Afterwards the model is the same as one into which ``PeftModel.from_pretrained`` loaded
+    the new adapter: same outputs, config, scalings and saved files. Ranks, alphas, rsLoRA and the patterns of both may
+    differ. Layers that the new adapter lacks are turned off. If the rank stays the same, so do the memory addresses; in
+    a prepared model they always do. A scale that was set before (``set_scale``, ``scale_layer``) is reset, as after a
+    fresh load: set it again if you still want it.
 
     Parameters
     ----------
@@ -65,10 +65,10 @@ def hotswap_adapter(
     add_layers:
         Whether layers that the loaded adapter lacks are added. Not possible in a compiled model.
     base_weights:
-        Only needed where PEFT overwrote weights of the base model when it loaded an adapter, and the new one doesn't:
-        with ``bias="all"`` or ``"lora_only"``, and embeddings that the adapter is on, since its file has their weights,
-        changed or not. The base model's own values by name, such as its ``state_dict()`` from before. What a swap
-        overwrites is remembered.
+        The base model's own values by name, such as its ``state_dict()`` from before. Only needed if PEFT overwrote
+        weights of the base model when it loaded an adapter, and the new one doesn't: with ``bias="all"`` or
+        ``"lora_only"``, and for embeddings that the adapter is on, since its file has their weights, changed or not.
+        Values that a swap overwrites are remembered.
     **kwargs:
         ``key_mapping`` and ``allow_nonfinite`` of :meth:`Adapter.load`; ``subfolder``, ``revision``, ``token``,
         ``cache_dir`` and the other arguments of ``huggingface_hub.hf_hub_download``.
@@ -76,7 +76,7 @@ def hotswap_adapter(
     Raises
     ------
     HotswapError
-        If the swap can't be right. The model is untouched then. It is a ``ValueError`` and a ``RuntimeError``.
+        If the swap is refused. The model is untouched then. The error is both a ``ValueError`` and a ``RuntimeError``.
 
     Examples
     --------
@@ -93,7 +93,7 @@ def hotswap_adapter(
     Same call as ``peft.utils.hotswap.hotswap_adapter`` of PEFT 0.21, which this replaces.
     """
     host = find_host(model, adapter_name)
-    # where other threads compute, the swap may have to wait, and the file would be in use meanwhile
+    # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
     for_one_swap = not engine.lock.is_shared(host.base)
     adapter = _read(engine, host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
     with engine.lock.held(host.base):
@@ -113,7 +113,7 @@ def hotswap_adapter_from_state_dict(
     base_weights: Mapping[str, torch.Tensor] | None = None,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Replaces a loaded adapter by tensors from memory, in place.
+    """Replace a loaded adapter with tensors from memory, in place.
 
     Parameters
     ----------
@@ -125,19 +125,19 @@ def hotswap_adapter_from_state_dict(
     adapter_name:
         The name of the loaded adapter to replace.
     config:
-        Gives rank, alpha and the patterns. Which layers are targeted is decided by ``state_dict``; where
-        ``config`` says otherwise, the model's copy of it is made to agree.
+        Gives rank, alpha and the patterns. The keys of ``state_dict`` decide which layers are targeted; if ``config``
+        says otherwise, the model's copy of it is made to agree.
     parameter_prefix:
         Accepted because PEFT has it. Keys are matched exactly, so it is not needed.
     add_layers, base_weights:
         As in :func:`hotswap_adapter`.
     allow_nonfinite:
-        Whether NaN and infinity are let through.
+        Whether NaN and infinity are accepted.
 
     Raises
     ------
     HotswapError
-        If the swap can't be right. The model is untouched then.
+        If the swap is refused. The model is untouched then.
 
     Examples
     --------
@@ -170,20 +170,20 @@ def plan_hotswap(
     base_weights: Mapping[str, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> Plan:
-    """The dry run of :func:`hotswap_adapter`: what would be written, or why nothing can be.
+    """The dry run of :func:`hotswap_adapter`: a plan of what would be written, or of why nothing can be.
 
-    Takes the same arguments and never changes the model. A swap that can't be right is reported in
-    ``Plan.refusals``; only what can't be read at all, or an adapter name that isn't there, raises.
+    Takes the same arguments and never changes the model. A swap that can't be done is reported in
+    ``Plan.refusals``; only files that can't be read at all, or an unknown adapter name, raise an error.
 
     Parameters
     ----------
     model, model_name_or_path, adapter_name, torch_device, add_layers, base_weights, **kwargs:
-        As for :func:`hotswap_adapter`; ``adapter_name`` is the only one that there is where none is given.
+        As for :func:`hotswap_adapter`. The default of ``adapter_name`` is the only adapter in the model.
 
     Returns
     -------
     Plan
-        Shows itself as a table, as text and in a notebook; ``commit(plan)`` carries it out.
+        Prints as a table, as text and in a notebook; ``commit(plan)`` carries it out.
 
     Raises
     ------
@@ -209,7 +209,7 @@ def plan_hotswap(
 
 
 def _changes_while_computing(host: Host) -> bool:
-    """Whether a forward changes what a plan is made from, for a moment or for good.
+    """Whether a forward changes the data that a plan is made from, for a moment or for good.
 
     Layers around single parameters (``target_parameters``) give the module another class while it computes, and move
     its parameters; OFT with ``coft`` writes to its weights.
@@ -239,18 +239,18 @@ def _read(
 
 
 def commit(*plans: Plan) -> None:
-    """Carries out a plan; or several, all of them or none: the parts of a pipeline, each with its own adapter.
+    """Carry out one plan; or several, all of them or none, such as the components of a pipeline with an adapter each.
 
     Parameters
     ----------
     *plans:
-        What :func:`hotswap_lab.plan_hotswap` returned. It is for the model as it was then: what would be written now is
-        decided again, and refused where that is something else.
+        Results of :func:`hotswap_lab.plan_hotswap`. Each was made for the model as it was then, so it is decided again
+        now, and refused if the outcome is another one.
 
     Raises
     ------
     HotswapError
-        If a plan was refused. Whatever is raised, from here or from below, every model is as it was.
+        If a plan was refused. After any error, of this or another kind, every model is as it was.
 
     Examples
     --------
@@ -282,7 +282,7 @@ def _decided_again(plan: Plan) -> Plan:
 
 
 def carry_out(plans: Sequence[Plan]) -> None:
-    """Writes what was just decided. Nobody else uses the models from before that on."""
+    """Write plans that were just made. The caller has kept other threads out of the models since before that."""
     for plan in plans:
         plan.raise_if_refused()
         warn_of(plan)
@@ -290,7 +290,7 @@ def carry_out(plans: Sequence[Plan]) -> None:
 
 
 def warn_of(plan: Plan) -> None:
-    """Says what has to be said once for each model."""
+    """Show the warnings of a plan, each once for each model."""
     said = _said.setdefault(plan.slot.host.base, set())
     for text in [*plan.warnings, *([RECOMPILES] if plan.will_recompile else [])]:
         if text not in said:

@@ -1,4 +1,4 @@
-"""What a swap can write: one tensor of one adapter, and the scalars of one layer."""
+"""The units of a swap: one tensor of one adapter, and the scalars of one layer."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from .change import Change
 
-#: on a prepared layer: the start of the name of the buffer that holds an adapter's scaling
+#: on a prepared layer: the prefix of the buffer that holds an adapter's scaling, before the adapter's name
 SCALING = "hotswap_scaling_"
-#: on a layer: the adapters that are turned off there
+#: the attribute of a layer with the adapters that are turned off there
 OFF_ATTRIBUTE = "hotswap_off"
-#: and those whose own rank is ``layer.r``, whatever the size of their tensors
+#: and the one with the adapters whose own rank is ``layer.r``, regardless of the size of their tensors
 PADDED_ATTRIBUTE = "hotswap_padded"
 
 
 @dataclass(eq=False)
 class SlotTensor:
-    """Where one tensor of an adapter lives in a model.
+    """The place of one tensor of an adapter in a model.
 
     Parameters
     ----------
@@ -46,18 +46,18 @@ class SlotTensor:
 
     #: whether this process holds only a part of the parameter
     is_shard: ClassVar[bool] = False
-    #: the number that a rank must be divisible by; where it is not 1, rank components don't lie side by side
+    #: the number that a rank must be divisible by; if it is not 1, rank components are not stacked along one axis
     rank_step: ClassVar[int] = 1
-    #: whether something else than zeros means "no adapter here", which is worked out from the base weights
+    #: whether "no adapter here" is not zeros, but a value computed from the base weights
     reads_base: ClassVar[bool] = False
 
     @property
     def memory(self) -> torch.Tensor:
-        """What this process holds of the parameter. Writes to it reach the parameter."""
+        """The part of the parameter that this process holds. Writes to it reach the parameter."""
         return self.parameter
 
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
-        """Has ``change`` write ``source``, as in an adapter's file, to the parameter; None stands for "no adapter"."""
+        """Have ``change`` write ``source``, as in an adapter's file, to the parameter; None means "no adapter"."""
         parameter = self.owner._parameters[self.name]
         if source is None:
             change.copy(parameter, self.off_value())
@@ -74,7 +74,7 @@ class SlotTensor:
             change.zero(self.padding(parameter, rank))
 
     def off_value(self) -> torch.Tensor:
-        """What the parameter holds where the adapter is turned off."""
+        """The value of the parameter where the adapter is turned off."""
         # a single zero, repeated without taking memory
         return self.parameter.detach().new_zeros(()).expand(self.parameter.shape)
 
@@ -85,7 +85,7 @@ class SlotTensor:
     @property
     def capacity(self) -> int | None:
         """The rank that the parameter has room for; more than the adapter's own rank where it is padded."""
-        # as rank_of(parameter.shape); asked for at each layer in each swap
+        # rank_of(parameter.shape) inlined, since every swap does this for each layer
         return None if self.rank_axis is None else self.owner._parameters[self.name].shape[self.rank_axis]
 
     def rank_of(self, shape: Sequence[int]) -> int | None:
@@ -125,7 +125,7 @@ class SlotTensor:
 
 
 def is_shared(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is in memory that other processes may have, too, as after ``model.share_memory()``."""
+    """Whether a tensor is in memory that other processes may share, as after ``model.share_memory()``."""
     return tensor.device.type == "cpu" and tensor.is_shared()
 
 
@@ -135,7 +135,7 @@ def shared_as(tensors: Iterable[torch.Tensor], fresh: torch.Tensor) -> torch.Ten
 
 
 def is_prepared(layer: torch.nn.Module, adapter_name: str) -> bool:
-    """Whether compiled graphs read the adapter's scaling on this layer anew, and its tensors must keep their sizes."""
+    """Whether graphs read the adapter's scaling on this layer at each call, and its tensors must keep their sizes."""
     if SCALING + adapter_name in layer._buffers:
         return True
     scaling = layer.__dict__.get("scaling")  # a plain table: perhaps PEFT has prepared the layer

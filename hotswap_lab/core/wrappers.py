@@ -1,7 +1,7 @@
-"""Wrappers: what PEFT puts around modules of a base model, and where it keeps what belongs to an adapter there.
+"""Wrappers: the modules that PEFT puts around those of a base model, and their tables of adapters.
 
-A tuner layer, an auxiliary wrapper (a saved module, trained tokens) or an adapted attention. Whatever is an adapter's
-own lies in tables under the adapter's name: ``ModuleDict``, ``ParameterDict``, ``BufferDict`` or plain ``dict``.
+A wrapper is a tuner layer, an auxiliary wrapper (a saved module, trained tokens) or an adapted attention. It stores
+an adapter in tables under its name: ``ModuleDict``, ``ParameterDict``, ``BufferDict`` or plain ``dict``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .. import compat
 from .compiled import unwrap_compiled
 from .tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, are_interchangeable
 
-#: where PEFT asks a model for the embeddings
+#: the methods by which PEFT asks a model for its embeddings
 EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 
@@ -28,7 +28,7 @@ def is_wrapper(module: object) -> bool:
 
 
 def holder_of_inside(wrapper: torch.nn.Module) -> tuple[torch.nn.Module, str]:
-    """The module that holds what a wrapper is around, and under which name."""
+    """The module that holds the wrapped module, and the name under which it does."""
     if isinstance(wrapper, TrainableTokensWrapper):
         return wrapper.token_adapter, "base_layer"
     if isinstance(wrapper, AuxiliaryTrainingWrapper):
@@ -39,7 +39,7 @@ def holder_of_inside(wrapper: torch.nn.Module) -> tuple[torch.nn.Module, str]:
 
 
 def inside(wrapper: torch.nn.Module) -> torch.nn.Module:
-    """The module that a wrapper is around."""
+    """The wrapped module."""
     holder, name = holder_of_inside(wrapper)
     modules: Any = holder._modules
     return modules[name]
@@ -63,7 +63,7 @@ def peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Modul
 
 
 def own_modules(wrapper: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules of a wrapper without what it is around."""
+    """The modules of a wrapper without the wrapped module."""
     stack = [wrapper]
     while stack:
         module = stack.pop()
@@ -74,7 +74,7 @@ def own_modules(wrapper: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 # ---- tables
 
-#: what a wrapper has whether or not the adapter in question is on it
+#: attributes that a wrapper has whether or not the adapter in question is on it
 NOT_COMPARED = {
     # of every module
     *torch.nn.Module().__dict__,
@@ -88,12 +88,12 @@ NOT_COMPARED = {
     # relations to other modules
     *("_tied_adapter", "hook_handles", "_boundary_hook_handles", "_boundary_layers"),
     *("targeted_module_names", "targeted_parameter_names"),
-    # what lives for one forward
+    # state that lives for one forward
     *("_caches", "_seed_shadow_state", "_shadow_past_out", "_should_pack_shadow_cache", "_deferred_shadow_seed"),
     # marks of this package
     *("hotswap_original", OFF_ATTRIBUTE, PADDED_ATTRIBUTE),
 }
-#: of these, the attribute of a model; a wrapper has a table of that name
+#: ``modules_to_save`` is an attribute of a model, but a table of a wrapper
 NO_TABLES = NOT_COMPARED - {"modules_to_save"}
 
 
@@ -107,7 +107,7 @@ Table = Any
 
 
 def stores_of(table: Table) -> tuple[MutableMapping[str, Any], ...]:
-    """Where a table of Python, PyTorch or PEFT keeps its entries; and their keys once more, where it does."""
+    """The dicts in which a table of Python, PyTorch or PEFT stores its entries; ParameterDict has two."""
     if isinstance(table, torch.nn.ModuleDict):
         return (table._modules,)
     if isinstance(table, torch.nn.ParameterDict):
@@ -116,7 +116,7 @@ def stores_of(table: Table) -> tuple[MutableMapping[str, Any], ...]:
 
 
 def tables_of(wrapper: torch.nn.Module) -> Iterator[tuple[str, Table]]:
-    """All tables of a wrapper, with their attributes."""
+    """All tables of a wrapper, with the names of their attributes."""
     for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
         for attribute, value in (*module.__dict__.items(), *module._modules.items()):
             if (isinstance(value, MutableMapping) or is_table(value)) and attribute not in NO_TABLES:
@@ -124,7 +124,7 @@ def tables_of(wrapper: torch.nn.Module) -> Iterator[tuple[str, Table]]:
 
 
 def entries_under(wrapper: torch.nn.Module, adapter_name: str) -> Iterator[tuple[str, Table]]:
-    """The tables of a wrapper that have an entry under the adapter's name, with their attributes."""
+    """The tables of a wrapper that have an entry under the adapter's name, with the names of their attributes."""
     return ((attribute, table) for attribute, table in tables_of(wrapper) if adapter_name in table)
 
 
@@ -146,11 +146,11 @@ def scaling_of(wrapper: torch.nn.Module, adapter_name: str) -> float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-# ---- whether a live one can stay
+# ---- whether a live wrapper can stay
 
 
 def are_alike(live: torch.nn.Module, fresh: torch.nn.Module) -> bool:
-    """Whether two wrappers are of one kind, and around the same parameter where they are around a single one."""
+    """Whether two wrappers are of one kind, and around the same parameter if they are around a single one."""
     live_class = getattr(type(live), "hotswap_original", type(live))
     parameter_name = "parameter_name"  # several ParamWrappers may be around one module, each for another parameter
     return live_class is type(fresh) and live.__dict__.get(parameter_name) == fresh.__dict__.get(parameter_name)

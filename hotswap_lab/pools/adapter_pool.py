@@ -1,4 +1,4 @@
-"""AdapterPool: many adapters in memory, laid out as the model wants them, switched by name with one copy."""
+"""AdapterPool: many adapters in memory, in the layout of the model's room, switched by name with one copy."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from .modules import module_tensors, taken_apart
 from .rows import Row, RowRoom
 
 P_co = TypeVar("P_co", covariant=True)
-#: a name, no adapter, or how much of which
+#: a name, None for no adapter, or a mix: weights by name
 Wanted = str | Mapping[str, float] | None
-#: of what LoRA may have besides its layers, what a pool packs, too
+#: the extra state of a LoRA adapter, besides its layers, that a pool can pack
 PACKED_TOO = ("modules_to_save",)
 
 
 class Block(contextlib._GeneratorContextManager[P_co]):  # pyright: ignore[reportPrivateUsage]
-    """A block with an adapter of its own: ``with`` in a thread, ``async with`` in a task, which waits for others."""
+    """A block with its own adapter: ``with`` in a thread; ``async with`` in a task, which lets other tasks go on."""
 
     _awaited: contextlib.AbstractAsyncContextManager[P_co]
 
@@ -57,7 +57,7 @@ class Block(contextlib._GeneratorContextManager[P_co]):  # pyright: ignore[repor
     async def _while_awaited(self) -> AsyncIterator[P_co]:
         base = self.func.__self__._room.slot.host.base
         async with awaited(base, computing=True):
-            async with awaited(base):  # so that the block itself has nothing to wait for, at both of its ends
+            async with awaited(base):  # so that both ends of the block have nothing to wait for
                 pool = self.__enter__()
             try:
                 yield pool
@@ -70,31 +70,31 @@ class AdapterPool:
     """Many adapters for one place in one model, in memory, switched by name.
 
     The model is prepared for all of them (ranks, layers), so that a swap never moves a tensor and never recompiles.
-    Each adapter takes the memory of its own rank. A swap copies just that, and nothing else depends on the number
+    Each adapter takes the memory of its own rank. A swap copies just that; its other work does not depend on the number
     of layers.
 
-    Where several threads answer requests, each with its own adapter, ``with pool.using(name):`` around the whole
-    answer is what keeps them apart: swaps from other threads wait for its end. With tasks of asyncio, it is
+    If several threads answer requests, each with its own adapter, put ``with pool.using(name):`` around each whole
+    answer. Swaps from other threads then wait for its end. In tasks of asyncio, use
     ``async with pool.using(name):``.
 
     Parameters
     ----------
     model:
-        A model with a loaded LoRA adapter. Make the pool before compiling: a compiled model is taken only if it was
+        A model with a loaded LoRA adapter. Make the pool before compiling: a compiled model is accepted only if it was
         prepared for all of these adapters already.
     adapter_name:
-        The name of the loaded adapter whose place the pool uses. Default: the one that there is, or ``"default"``.
+        The name of the loaded adapter whose place the pool uses. Default: the only adapter, or ``"default"``.
     adapters:
-        Names, and for each a folder, a Hub id, an :class:`Adapter`, or a pair of a state dict and its config.
+        By their names, folders, Hub ids, :class:`Adapter` objects, or pairs of a state dict and its config.
     target_rank:
-        Room for adapters that will be added later; the highest of all ranks is made room for anyway.
+        A rank to make room for, for adapters that are added later. The highest rank of ``adapters`` always has room.
     max_bytes:
-        How much memory the adapters may take together. The one that was not used for longest is dropped, and read
-        again from where it came from when it is wanted.
+        How much memory the adapters may take together. The least recently used one is dropped, and read again from its
+        source when it is needed.
     rows:
         The largest batch in which each row may have its own adapter (:meth:`assign`). The model's memory for adapters
-        is that many times as large, and each adapter takes that of the highest rank. Not for a model whose memory is
-        shared with other processes, which don't know what is assigned.
+        gets that many times as large, and each adapter takes the memory of the highest rank. Not for a model whose
+        memory is shared with other processes, since these don't know what is assigned.
     check_compiled:
         What to do if the model is compiled and has to be prepared: ``"error"``, ``"warn"`` or ``"ignore"``. Its next
         call compiles once more then.
@@ -126,7 +126,7 @@ class AdapterPool:
     'hotswap'
     """
 
-    #: what swaps its adapters
+    #: the engine that swaps its adapters
     engine: ClassVar[Engine]
 
     def __init__(
@@ -146,7 +146,7 @@ class AdapterPool:
         self.model = model
         self.adapter_name: str = name_in(model, adapter_name)
         self._members = Members(self.engine, hub, self._pack, max_bytes)
-        #: what was in the model before the last write; a new object after each
+        #: the adapter that was in the model before the last write; a new object after each
         self._before: Packed | None = None
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
         base = self._check_kind(slot_for(self.engine, find_host(model, self.adapter_name), self.adapter_name)).host.base
@@ -166,7 +166,7 @@ class AdapterPool:
                 raise
 
     def _check_kind(self, slot: Slot) -> Slot:
-        """Refuses what has no layout that adapters could be packed in."""
+        """Refuse a slot whose adapters can't be packed: of another method, or with extra state that is not packed."""
         name, config = slot.adapter_name, slot.config
         if not isinstance(slot.method, Lora):
             raise refuse("pool_needs_lora", adapter_name=name, kind=kind_of(config))
@@ -176,21 +176,21 @@ class AdapterPool:
 
     def _module_tensors(self, slot: Slot) -> list[SlotTensor]:
         tensors = module_tensors(slot)
-        #: what they are when the pool is made: a buffer is moved by putting another one in its place
+        #: each with its parameter when the pool is made: moving a buffer puts another one in its place
         self._of_modules = [(each, each.parameter) for each in tensors]
         return tensors
 
     def _fill(self, adapters: Iterable[tuple[str, object]], progress: bool) -> None:
         is_known = False
-        # a bar takes a lock of its own even where it shows nothing, and Ctrl-C may come when it has just done that
+        # a bar takes a lock of its own even if it shows nothing, and Ctrl-C may come right after that
         for name, source in tqdm(adapters, desc="packing", unit="adapter") if progress else adapters:
             self.add(name, source)
             packed = self._members[name].packed
-            # looked at now, since the next adapters may have this one dropped
+            # checked now, since the next adapters may cause this one to be dropped
             if packed and not is_known and _is_in(self._room, packed):
                 is_known, self._room.state = True, packed.state
 
-    # ---- what is in it
+    # ---- its contents
 
     @property
     def names(self) -> list[str]:
@@ -212,7 +212,7 @@ class AdapterPool:
         member = self._loaded if not self._assigned and self._room.is_intact() else None
         if member is None:
             return None
-        with contextlib.suppress(HotswapError):  # the user has scaled some of the layers
+        with contextlib.suppress(HotswapError):  # if the user has scaled only some of the layers
             return None if self.strength == 0 else member.name
         return member.name
 
@@ -229,7 +229,7 @@ class AdapterPool:
 
     @property
     def rows(self) -> list[Row]:
-        """What each row of a batch has, for labels on answers; empty where all have the same."""
+        """The adapter of each row of a batch, for labels on answers; empty if all rows have the same."""
         return [self._row(each) for each in self._assigned]
 
     def _row(self, packed: Packed | None) -> Row:
@@ -243,7 +243,7 @@ class AdapterPool:
 
     @property
     def strength(self) -> float:
-        """How strongly the adapter acts: 1 as trained, 0 not at all. May be set at any time; a swap sets it to 1."""
+        """The strength of the adapter: 1 as trained, 0 not at all. May be set at any time; a swap sets it to 1."""
         return get_strength(self.engine, self.model, self.adapter_name)
 
     @strength.setter
@@ -253,13 +253,13 @@ class AdapterPool:
             self._apply(self._room.change_strength(value))
 
     def version(self, name: str) -> int:
-        """How often this adapter's weights were given: 1 at first, one more with each :meth:`update`."""
+        """The version of an adapter's weights: 1 at first, one more with each :meth:`update`."""
         return self._members.named(name).version
 
     # ---- adapters in and out of the pool
 
     def add(self, name: str, source: object) -> None:
-        """Reads and packs an adapter; ``source`` as in ``adapters``. The model is not changed.
+        """Read and pack an adapter; ``source`` as in ``adapters``. The model is not changed.
 
         Raises
         ------
@@ -269,24 +269,24 @@ class AdapterPool:
         self._members.add(name, source)
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter. The one that the model computes with can't be removed."""
+        """Forget an adapter. The one that the model computes with can't be removed."""
         with self._members.lock:
             if self._uses(self._members.named(name)):
                 raise refuse("adapter_in_use", name=name)
             del self._members[name]
 
     def prefetch(self, *names: str) -> None:
-        """Reads and packs adapters that were dropped, in the background. A swap to one of them waits for it.
+        """Read and pack adapters that were dropped, in the background. A swap to one of them waits for it.
 
         Until they are used, the pool's table shows them as in their files, and they don't count for ``max_bytes``.
         """
         self._members.prefetch(names)
 
     def update(self, name: str, state_dict: Mapping[str, torch.Tensor], config: PeftConfig | None = None) -> None:
-        """Gives an adapter new weights, at once in the model if it is the one in use.
+        """Give an adapter new weights. If the model computes with it, it gets them at once.
 
-        For training loops that produce new weights at every step. ``pool.version(name)`` is a new
-        number as soon as the new weights are there; there is never a mixture of old and new ones.
+        For training loops that produce new weights at every step. ``pool.version(name)`` is a new number as soon
+        as the new weights are in place; there is never a mixture of old and new ones.
 
         Parameters
         ----------
@@ -320,7 +320,7 @@ class AdapterPool:
             slot, adapter, sources = taken_apart(self._room, adapter, member.name)
         plan = make_plan(slot, adapter, check_targets=check_targets)
         plan.raise_if_refused()
-        if plan.is_decided:  # by a fresh load, which has shown nothing that differs beyond values
+        if plan.is_decided:  # by a fresh load, which found only values that differ
             fields = ", ".join(slot.method.extra_state(adapter.config))
             raise refuse("pool_needs_lora_alone", adapter_name=member.name, beside=fields)
         warn_of(plan)
@@ -332,7 +332,7 @@ class AdapterPool:
             if source is not None or target.reads_base
         ]
         if slot is not self._room.slot:
-            # as loading leaves it: PEFT adds a classifier's names to those that are there
+            # like after loading: PEFT adds a classifier's names to the given ones
             plan.config.modules_to_save = list(self._room.slot.config.modules_to_save)
         state = State(tuple([layer.settings for layer in plan.layers]), plan.config, member)
         return self._room.pack(state, sources)
@@ -340,7 +340,7 @@ class AdapterPool:
     # ---- adapters in and out of the model
 
     def swap(self, name: str | Mapping[str, float], strength: float = 1.0) -> None:
-        """Puts an adapter into the model. ``strength`` as in :func:`hotswap_lab.set_strength`.
+        """Put an adapter into the model. ``strength`` as in :func:`hotswap_lab.set_strength`.
 
         ``name`` may be a mix such as ``{"pirate": 0.7, "haiku": 0.3}``, as in :meth:`assign`.
 
@@ -354,21 +354,21 @@ class AdapterPool:
             with self._writing():
                 if strength != 1:
                     check_strength(strength, self._room.slot)
-                # another adapter may have its name by now
+                # looked up again: another adapter may have this name by now
                 self._apply(self._room.change_to(self._packed(name), strength))
 
     def off(self) -> None:
-        """Turns the adapter off: the model computes as the base model does, until the next swap."""
+        """Turn the adapter off: the model computes like the base model until the next swap."""
         self.strength = 0
 
     def assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1) -> None:
-        """Gives each row of the next batches its own adapter. Only rows that change are written.
+        """Give each row of the next batches its own adapter. Only rows that change are written.
 
-        The first batch of each kind of inputs (their names, dtypes and numbers of axes) whose rows differ is preceded
-        by a proof: ``2 + log2(rows)`` forwards, with a random adapter in some of the rows, show that the model keeps
-        its rows apart. A layer that does not is refused by its name, by the forward. Where something else than tokens
-        feeds a layer with an adapter, as images do, each batch is proven. The proof changes nothing, but hooks of the
-        user's own are called by its forwards.
+        A proof runs before the first batch of each kind of inputs (their names, dtypes and numbers of axes) whose rows
+        differ: ``2 + log2(rows)`` forwards, with a random adapter in some of the rows, show that the model keeps rows
+        apart. If a layer does not, the forward refuses it by name. If other inputs than tokens feed a layer with an
+        adapter, as images do, each batch is proven. The proof changes nothing, but its forwards call the user's own
+        hooks.
 
         Parameters
         ----------
@@ -376,16 +376,16 @@ class AdapterPool:
             For each row a name; None for the base model; or a mix such as ``{"pirate": 0.7, "haiku": 0.3}``: the sum of
             these adapters, each times its weight, as PEFT computes it with all of them active.
         strengths:
-            Of each row; 1 is as trained.
+            The strength of each row; 1 is as trained.
         copies:
-            How often a batch has each row. Only a compiled model has to be told: beams and ``num_return_sequences`` of
-            transformers, or the two halves of diffusers' classifier-free guidance, are found out otherwise. With
-            diffusers' ``num_images_per_prompt``, assign one row for each picture.
+            How often a batch repeats each row. Only a compiled model needs this: otherwise, beams and
+            ``num_return_sequences`` of transformers, and the two halves of diffusers' classifier-free guidance, are
+            detected. With diffusers' ``num_images_per_prompt``, assign one row for each picture.
 
         Raises
         ------
         HotswapError
-            If the pool was made for fewer rows, there is no such adapter, or a mix needs more rank than there is room.
+            If the pool was made for fewer rows, there is no such adapter, or a mix needs a higher rank than has room.
             Nothing is changed then.
 
         Examples
@@ -421,7 +421,7 @@ class AdapterPool:
         return [None if each is None else self._packed(each) for each in adapters]
 
     def _packed(self, name: str | Mapping[str, float]) -> Packed:
-        """An adapter or a mix of some, ready to be written."""
+        """An adapter or a mix, ready to be written."""
         if not isinstance(name, Mapping):
             return self._members.packed(self._members.named(name))
         if not name:
@@ -441,16 +441,16 @@ class AdapterPool:
                 return replace(each, scalings=self._room.scalings_of(each.state))
         return mixed(self._room, owner, [self._packed_of(member, updated) for member, _ in owner.shares])
 
-    # ---- what was there before
+    # ---- the adapter that was there before
 
     def using(self, name: str | Mapping[str, float], strength: float = 1.0) -> Block[AdapterPool]:
-        """Puts an adapter in for the length of a block; then the former one is back, after errors too.
+        """Put an adapter in for the length of a block, and the former one back at its end, after errors too.
 
         ``with pool.using(name):`` waits for other threads that swap or compute, and swaps from other threads wait for
-        the end of the block. With asyncio, ``async with pool.using(name):`` waits for other tasks of the same thread,
-        too, and the event loop goes on meanwhile. Other tasks that don't wait are refused. If the task is cancelled,
-        the former adapter is put back. What ``max_bytes`` has dropped is read in the event loop's own thread, unless
-        :meth:`prefetch` has read it before.
+        the end of the block. With asyncio, ``async with pool.using(name):`` also waits for other tasks of the same
+        thread, and the event loop goes on meanwhile. Swaps of tasks that don't wait are refused. If the task is
+        cancelled, the former adapter is put back. An adapter that ``max_bytes`` has dropped is read in the event loop's
+        own thread, unless :meth:`prefetch` has read it before.
 
         Examples
         --------
@@ -472,12 +472,12 @@ class AdapterPool:
     def assigned(
         self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1
     ) -> Block[Any]:
-        """:meth:`assign` for the length of a block, ``with`` or ``async with``; then what was there before is back."""
+        """:meth:`assign` for the length of a block, ``with`` or ``async with``; then the former ones are back."""
         put_in = lambda: self.assign(adapters, strengths, copies=copies)  # noqa: E731
         return Block(self._for_a_while, (put_in, f"leaves {adapters!r} in the model"), {})
 
     def _for_a_while(self, put_in: Callable[[], None], what: str) -> Iterator[AdapterPool]:
-        """Puts back what was in the model before the block."""
+        """Put an adapter in, and at the end of the block what was in the model before."""
         with self._turn():
             self._check_room()
             former, before = self._former(), self._before
@@ -494,7 +494,7 @@ class AdapterPool:
         self._put_back(former, before)
 
     def undo(self) -> None:
-        """Takes the last swap, :meth:`off` or change of strength back. One step: not the one before it.
+        """Take back the last swap, :meth:`off` or change of strength. One step only: the one before it is not kept.
 
         An adapter that was updated since comes back as it is now; one that was removed, as it was.
 
@@ -516,13 +516,13 @@ class AdapterPool:
             apply([change])
 
     def _apply(self, change: Change) -> None:
-        """Writes, and remembers what was there."""
+        """Apply a change, and remember what was in the model before."""
         before = without_weights(self._former())
         change.steps.append(lambda journal: journal.set_attribute(self, "_before", before))
         apply([change])
 
     def _former(self) -> Packed:
-        """What is in the model now, to be put back later."""
+        """The present adapters of the model, with their strengths, to be put back later."""
         room, state, member = self._room, self._room.state, self._loaded
         if isinstance(room, RowRoom) and room.assigned:
             scalings = room.scalings[0].detach().clone()
@@ -530,7 +530,7 @@ class AdapterPool:
         former = packed_now(room, member.packed.bands if member and member.packed else ())
         if member or (isinstance(state.owner, Mix) and not room.is_touched):
             return former
-        # it may be one of the pool's that was trained since
+        # it may be an adapter of the pool that was trained since
         return replace(former, state=replace(state, owner=None))
 
     def _change_to(self, packed: Packed) -> Change:
@@ -539,40 +539,40 @@ class AdapterPool:
         return self._room.change_to(packed)
 
     def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
-        """An adapter of the pool that was updated since comes back as it is now; one that can't be had, as it was."""
+        """``former`` with the present weights of its adapters; where these can't be had, with the former ones."""
         if isinstance(former, PackedRows):
             return replace(former, rows=tuple([each and self._as_now(each, updated) for each in former.rows]))
         owner = former.state.owner
         is_dropped = isinstance(owner, Member) and owner not in updated and owner.packed is None
-        if owner is None or (is_dropped and former.bands):  # dropped by the pool since, but not by this
+        if owner is None or (is_dropped and former.bands):  # the pool has dropped it, but `former` has it
             return former
         try:
             packed = self._packed_of(owner, updated)
-        except HotswapError:  # a mix, one of whose shares can't be had any more, or has no room in it
+        except HotswapError:  # a share of a mix that can't be had any more, or has no room
             if updated or not former.bands:
                 raise
             return former
         return replace(packed, scalings=self._room.scalings_of(packed.state, strengths_of(former)))
 
     def _change_to_updated(self, member: Member, packed: Packed) -> Change:
-        """The new weights of an adapter that the model computes with, at the strength that it has."""
+        """The change to new weights of an adapter that the model computes with, at its present strength."""
         return self._change_to(self._as_now(self._former(), {member: packed}))
 
     # ---- turns
 
     def _uses(self, member: Member) -> bool:
-        """Whether the model computes with it, in any row."""
+        """Whether the model computes with a member, in any row."""
         rows = self._assigned or (self._room,)
         owners = [each.state.owner for each in rows if each is not None]
         return member in owners or member in [each for mix in owners if isinstance(mix, Mix) for each, _ in mix.shares]
 
     def _turn(self) -> AbstractContextManager:
-        """Keeps other threads from swapping; they may go on computing."""
+        """Keep other threads from swapping; they may go on computing."""
         return held(self._room.slot.host.base, computing=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Keeps other threads from computing and from changing the pool. Not for what takes long."""
+        """Keep other threads from computing and from changing the pool. Not for work that takes long."""
         with held(self._room.slot.host.base), self._members.lock:
             self._check_room()
             yield
@@ -583,7 +583,7 @@ class AdapterPool:
         if self._room.slot.is_merged:
             raise refuse("merged", adapter_name=self.adapter_name)
 
-    # ---- how it looks
+    # ---- display
 
     COLUMNS = ("adapter", "rank", "alpha", "layers", "bytes", "")
 
@@ -594,13 +594,13 @@ class AdapterPool:
 
     @property
     def table(self) -> list[tuple[str, ...]]:
-        """One row for each adapter: name, rank, alpha, layers, bytes, and whether it is the active one."""
+        """One line for each adapter: name, rank, alpha, layers, bytes, and whether it is the active one."""
         active = self.active
         return [(*each.row, "active" if each.name == active else "") for each in list(self._members.values())]
 
     @property
     def summary(self) -> str:
-        """One line: how many adapters there are, and in how much memory."""
+        """One line: the number of adapters, and the memory that they take."""
         plural = "" if len(self) == 1 else "s"
         return f"{len(self)} adapter{plural}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
 
@@ -629,12 +629,12 @@ def _is_in(room: Room, packed: Packed) -> bool:
     if packed.state.settings != state.settings or configs[0] != configs[1]:
         return False
     pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, packed.bands, strict=True)]
-    # layers that are off have some scaling or other
+    # the scaling of a layer that is off doesn't matter
     pairs += [(scalings[state.on], packed.scalings[state.on]) for scalings in room.scalings]
     return all(torch.equal(one.detach(), other.to(one.device)) for one, other in pairs)
 
 
 def _with_sets(config: Config) -> dict[str, object]:
-    """A config's fields; for some architectures PEFT makes sets of lists of names, empty ones among them."""
+    """A config's fields, with lists as sets: PEFT makes sets of some lists of names, also of empty ones."""
     fields = config.to_dict()
     return {name: {*each} if isinstance(each, (list, tuple, set)) else each for name, each in fields.items()}

@@ -1,4 +1,4 @@
-"""Batch: which rows a model's batch has, checked where the model is entered, for all of its layers at once."""
+"""Batch: the rows of a model's batch, checked when the model is called, for all of its layers at once."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from ..core.errors import HotswapError, refuse
 from ..core.journal import Journal
 from .proof import Given, Probe, batch_name, given_tensors, kind_of, prove, size_of
 
-#: the number of an entry that is none
+#: the number in place of an entry's, where only a part of the model is called
 PART = -1
 
 
 class Batch:
-    """How a model's batch is made of rows.
+    """The division of a model's batch into rows.
 
-    The model, and those of its parts that are called by themselves (an encoder), are its entries: a hook looks at what
-    they are called with. Rows that differ are computed only where a proof has shown that the model keeps them apart,
-    for such inputs and in those layers where one of the adapters acts.
+    Its entries are the model, and those of its parts that are called alone (an encoder). Hooks check their inputs.
+    Rows that differ are computed only after a proof that the model keeps them apart, for inputs of this kind and in the
+    layers where one of the adapters acts.
     """
 
     known: ClassVar[weakref.WeakValueDictionary[int, Batch]] = weakref.WeakValueDictionary()
 
     def __init__(self, room: Any = None, is_tiled: bool = False):
-        #: whose rows they are; None in a copy of a model, which has none
+        #: the room with the rows; None in a copy of a model, which has no room
         self.room = room
         self.rows: int = room.rows if room else 0
         #: diffusers repeats a batch as a whole, transformers repeats each row
         self.is_tiled = is_tiled
-        #: how often a batch has each row, as was assigned; a compiled graph takes it for a constant
+        #: how often a batch repeats each row, as assigned; a compiled graph treats it as a constant
         self.copies: int = 1
-        #: whether the rows that are assigned differ, and the numbers of the layers on which one of them has an adapter
+        #: whether the assigned rows differ, and the numbers of the layers on which one of them has an adapter
         self.differs: bool = False
         self.acting: frozenset[int] = frozenset()
-        #: where a model is entered, and the ids of the hooks there
+        #: the modules at which a model is called, and the ids of the hooks there
         self.entries: list[torch.nn.Module] = []
         self.hooks: list[tuple[int, int]] = []
         #: the layers that were proven, for each entry and kind of input
@@ -59,24 +59,24 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """How many rows are assigned; 0 where all have the same adapter, and a batch may have any size."""
+        """The number of assigned rows; 0 if all have the same adapter, and a batch may have any size."""
         return len(self.room.assigned) if self.room else 0
 
     @property
     def probe(self) -> Probe | None:
-        """What this thread's layers compute with for a proof."""
+        """The probe that this thread's layers compute with during a proof; None outside of one."""
         return getattr(self.local, "probe", None)
 
     def blocks_of(self, length: int) -> tuple[int, int]:
-        """In a graph: how many rows the first axis of a layer's input has, and how long the block of each is."""
+        """In a graph: the number of rows in the first axis of a layer's input, and the length of the block of each."""
         total = self.total or length
         count = total // self.copies
         return count, self.copies if length == total else length // count
 
-    # ---- where the model is entered
+    # ---- calls of the model
 
     def watch(self, entries: Sequence[torch.nn.Module], journal: Journal) -> None:
-        """Has hooks look at what the entries are called with."""
+        """Add hooks that check the inputs of the entries."""
         self.entries = list(entries)
         for number, entry in enumerate(entries):
             before = entry.register_forward_pre_hook(functools.partial(self._enter, number), with_kwargs=True)
@@ -86,7 +86,7 @@ class Batch:
             self.hooks.append((before.id, after.id))
 
     def unwatch(self, journal: Journal) -> None:
-        """Takes the hooks away."""
+        """Remove the hooks."""
         for entry, (before, after) in zip(self.entries, self.hooks, strict=True):
             for table in (entry._forward_pre_hooks, entry._forward_pre_hooks_with_kwargs):
                 journal.remove(table, before)
@@ -119,7 +119,7 @@ class Batch:
 
     @contextlib.contextmanager
     def entered(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
-        """A call of the model that no hook sees: of code that was compiled ahead of time."""
+        """A block around a call of the model that no hook sees, since its code was compiled ahead of time."""
         self._enter(0, self.entries[0], arguments, named)
         try:
             yield
@@ -127,7 +127,7 @@ class Batch:
             self._leave(0)
 
     def check_part(self) -> None:
-        """Refuses layers that are computed without the model around them, if no call of the model has proven them."""
+        """Refuse layers that are computed outside of a call of the model, if no such call has proven them."""
         if getattr(self.local, "outer", None) is None and not self.acting <= self.shown:
             raise refuse("rows_not_in_layer", paths="a part of the model", found="no proof for this part")
 
@@ -138,7 +138,7 @@ class Batch:
 
     def _check_proof(self, number: int, arguments: tuple[Any, ...], named: Mapping[str, Any], in_graph: bool) -> None:
         kinds = [(name, kind) for name, each in (*enumerate(arguments), *named.items()) if (kind := kind_of(each))]
-        # all that a graph can tell of
+        # the kinds that a graph can tell apart
         direct = (number, *[each for each in kinds if isinstance(each[1], str)])
         key = direct if in_graph else (number, *kinds)
         proven = self.proven.get(key, frozenset())
@@ -173,13 +173,13 @@ class Batch:
         return arguments, {**named, name: checked}
 
     def checked_part(self, scaling: torch.Tensor, length: int) -> torch.Tensor:
-        """In a graph that doesn't enter the model: ``scaling``, if the layer's input is made of the rows."""
+        """In a graph of a part of the model: ``scaling``, with a check that the layer's input is made of the rows."""
         if self.traced is not None or torch.compiler.is_exporting():
             return scaling
         return checked_inputs(scaling, [], "", self.number, PART, length, self.copies)
 
     def check_in_graph(self, given: Given, number: int, total: int, copies: int) -> None:
-        """What a graph can't tell: it takes sizes for constants, or for whatever they are."""
+        """Check at run time what a graph can't: it takes sizes for constants or leaves them open."""
         if not self._is_active:
             return
         if total != self.size * copies if self.size else total > self.rows * copies:
@@ -202,7 +202,7 @@ class Batch:
 def checked_inputs(
     first: torch.Tensor, given: list[torch.Tensor], names: str, number: int, entry: int, total: int, copies: int
 ) -> torch.Tensor:
-    """``first``, one of the inputs, if the batch is made of the rows that are assigned, and these are proven."""
+    """Check that the batch is made of the assigned rows, and these are proven; return a copy of an input, ``first``."""
     if (batch := Batch.known.get(number)) is not None:
         batch.check_in_graph(dict(zip(names.split(","), given, strict=False)), entry, total, copies)
     return first.clone()

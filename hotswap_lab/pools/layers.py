@@ -1,9 +1,9 @@
-"""How a layer computes with another adapter in each row of a batch.
+"""LoRA layers that compute with another adapter in each row of a batch.
 
 ``lora_A`` is ``[rows, rank, in]`` and ``lora_B`` is ``[rows, rank, out]``; each row of a batch is multiplied with its
-own. The layers get to it as a variant of LoRA, which is how PEFT lets others compute. A layer's input holds the rows
-one after the other, as blocks of its first axis: ``[batch, ...]``, or ``[batch * tokens, ...]``. That this is so, and
-that nothing mixes the rows before, is what :mod:`~hotswap_lab.pools.proof` shows.
+own. The layers call this code as a variant of LoRA, which is PEFT's interface for that. A layer's input holds the rows
+one after the other, as blocks of its first axis: ``[batch, ...]``, or ``[batch * tokens, ...]``.
+:mod:`~hotswap_lab.pools.proof` shows that this is so, and that nothing mixes the rows before.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..core.errors import refuse
 from ..core.tensors import SlotTensor
 from .batch import Batch
 
-#: in the path of a layer that gets the tokens of all rows mixed
+#: a part of the path of layers whose input mixes the tokens of all rows
 MIXED = "experts"
-#: what of a variant compiled code reads, and the buffer of the layer that it is while the model is exported
+#: the attributes of a variant that compiled code reads, and the layer's buffers for them while the model is exported
 READ = {name: f"hotswap_rows_{name}" for name in ("a", "b", "trained", "own")}
 TRAINED = "parameters that require a gradient"
 
@@ -31,7 +31,7 @@ TRAINED = "parameters that require a gradient"
 def times(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """``x @ weights``, matrix by matrix.
 
-    Where each row has one token, reading the weights is what takes the time, and on a CPU a compiled sum reads them
+    If each row has one token, most of the time goes into reading the weights, and on a CPU a compiled sum reads them
     faster than a product of matrices.
     """
     if x.shape[1] == 1 and x.device.type == "cpu" and torch.compiler.is_compiling():
@@ -43,9 +43,9 @@ def times(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 class RowVariant(LoraVariant):
     """One layer's weights for all rows: ``a`` is ``[rows, rank, in]``, ``b`` ``[rows, rank, out]``.
 
-    ``tensors`` are ``lora_A`` and ``lora_B``, which are row 0. ``own`` are the scalings of the rows, ``[rows]``.
-    ``trained``, ``[1]``, is the layer's scaling at strength 1: what set_scale or diffusers make of it, all rows are
-    multiplied with. ``index`` is the layer's number in its slot; it ``is_gate`` if it is the first of its like there.
+    ``tensors`` are ``lora_A`` and ``lora_B``, which are row 0. ``own``, ``[rows]``, has the scalings of the rows.
+    ``trained``, ``[1]``, is the layer's scaling at strength 1: a factor from ``set_scale`` or diffusers multiplies all
+    rows. ``index`` is the layer's number in its slot; ``is_gate`` says that it is the first of its kind there.
     """
 
     a: torch.Tensor
@@ -58,9 +58,9 @@ class RowVariant(LoraVariant):
     path: str
     is_gate: bool
 
-    #: a copy of the layer computes with its own parameters
+    #: copies of the layer drop such a variant, and compute with their own parameters
     is_of_a_room: ClassVar[bool] = True
-    #: whether ``a`` is not multiplied with an input but looked up
+    #: whether the input is an index into ``a``, and not a factor of it
     looks_up: ClassVar[bool] = False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,7 +72,7 @@ class RowVariant(LoraVariant):
         strength = module.scaling[active_adapter] / own.trained
         if torch.compiler.is_compiling():
             count, block = self.batch.blocks_of(x.shape[0])
-            if count > self.batch.rows:  # a graph that gets no further than the check
+            if count > self.batch.rows:  # this graph never gets past the check
                 return result * strength.sum()
             a, b, scaling = own.a[:count], own.b[:count], own.own[:count] * strength
             if self.is_gate:
@@ -97,7 +97,7 @@ class RowVariant(LoraVariant):
         return result + self.like_result(module, delta, result)
 
     def exported(self, module: Any) -> SimpleNamespace:
-        """What of it compiled code reads, by names that an export keeps; refuses any export that gives it none."""
+        """The attributes that compiled code reads, as buffers that an export keeps; refuses an export without these."""
         if module._buffers.keys().isdisjoint(READ.values()):
             raise refuse("rows_not_exportable")
         return SimpleNamespace(**{name: module._buffers[buffer] for name, buffer in READ.items()})
@@ -105,13 +105,13 @@ class RowVariant(LoraVariant):
     def _now(
         self, active_adapter: str, x: torch.Tensor, strength: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """The weights and scalings of all rows, not compiled; None where no row has an adapter on the layer."""
+        """The weights and scalings of all rows, outside of a graph; None if no row has an adapter on the layer."""
         batch, first = self.batch, self.tensors[0].parameter
         if (probe := batch.probe) is not None:
             return (*probe.weights(self), probe.mask.to(x.device)) if probe.acts(self.index, x) else None
         if batch.size and first.data_ptr() != self.a.data_ptr():
             raise refuse("rows_lost_their_place", adapter_name=active_adapter)
-        if not batch.differs:  # what PEFT has is row 0, wherever it is
+        if not batch.differs:  # PEFT's parameters are row 0, wherever they are
             a, b = (each.parameter.movedim(each.rank_axis or 0, 0)[None] for each in self.tensors)
             return a, b.flatten(2), self.own[:1] * strength
         batch.check_part()
@@ -123,7 +123,7 @@ class RowVariant(LoraVariant):
         return times(x.flatten(1, -2), a.transpose(1, 2)).view(*x.shape[:-1], a.shape[1])
 
     def like_result(self, module: Any, delta: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """``[batch, ..., out]`` as the layer gives it."""
+        """Turn ``[batch, ..., out]`` into the form of the layer's result."""
         return delta
 
     def refuse_sharing(self) -> None:
@@ -138,7 +138,7 @@ class RowVariant(LoraVariant):
 
 
 class RowEmbedding(RowVariant):
-    """The same for an embedding: ``a`` is ``[rows, rank, vocabulary]``, and looked up."""
+    """A :class:`RowVariant` for an embedding: ``a``, ``[rows, rank, vocabulary]``, is indexed by the input."""
 
     looks_up: ClassVar[bool] = True
 
@@ -152,7 +152,7 @@ class RowEmbedding(RowVariant):
 
 
 class RowConv2d(RowVariant):
-    """The same for a convolution: what it sees at each place is one vector."""
+    """A :class:`RowVariant` for a convolution: the patch that it sees at each position is one vector."""
 
     def times_a(self, module: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         conv = module.get_base_layer()
@@ -167,10 +167,10 @@ KINDS: dict[type, type[RowVariant]] = {Linear: RowVariant, Embedding: RowEmbeddi
 
 
 def variant_for(layer: Any, path: str) -> type[RowVariant]:
-    """How a layer computes row by row; refuses layers that can't."""
+    """The variant with which a layer computes row by row; refuses layers that can't."""
     base = layer.get_base_layer()
     plain = getattr(base, "groups", 1) == 1 and getattr(base, "padding_mode", "zeros") == "zeros"
-    # PEFT's lora_A knows no dilation; and a string such as "same" is padding that unfold doesn't know
+    # PEFT's lora_A has no dilation; and unfold doesn't accept padding by a string such as "same"
     plain = plain and set(getattr(base, "dilation", ())) <= {1} and not isinstance(getattr(base, "padding", 0), str)
     found = next((variant for kind, variant in KINDS.items() if isinstance(layer, kind)), None)
     if found is None or not plain or MIXED in path.split("."):

@@ -1,4 +1,4 @@
-"""The adapters of a pool: packed in memory, dropped where memory is limited, and read again when they are wanted."""
+"""The adapters of a pool: packed in memory, dropped if memory is limited, and read again when they are needed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Member:
     """One adapter of a pool."""
 
     name: str
-    #: None while only its files have it
+    #: None while it is only in its files
     packed: Packed | None = None
     version: int = 1
-    #: what a reader should know of it: the notes of its plan
+    #: the notes of its plan, for the reader
     notes: Sequence[str] = ()
-    #: what to read it from again; None if it came from memory
+    #: the path or Hub id to read it from again; None if it came from memory
     source: str | None = None
     #: the folder's state when it was read, to notice that it has changed since
     stamp: tuple[object, ...] | None = None
-    #: the commit, if it was read from the Hub: another one may be pushed
+    #: the commit, if it was read from the Hub, where another one may be pushed
     revision: str | None = None
     #: the bytes that it takes when it is packed
     nbytes: int = 0
@@ -57,11 +57,11 @@ class Members(dict[str, Member]):
     Parameters
     ----------
     engine, hub:
-        What reads adapters, and the arguments for the Hub.
+        The engine that reads adapters, and its arguments for the Hub.
     pack:
         Packs an adapter for a member; its last argument says whether the config must name the adapter's layers.
     max_bytes:
-        How much memory all of them may take together; None: any.
+        How much memory all of them may take together; None: no limit.
     """
 
     def __init__(
@@ -76,22 +76,22 @@ class Members(dict[str, Member]):
         self.hub: Mapping[str, Any] = hub
         self.pack: Callable[[Member, Adapter, bool], Packed] = pack
         self.max_bytes: int | None = max_bytes
-        #: of the table. A thread that holds it never waits for a turn at the model; it is taken after that
+        #: guards the table. It is taken after a turn at the model: a thread that holds it never waits for a turn
         self.lock: threading.RLock = threading.RLock()
         self._uses = 0
         self._background: ThreadPoolExecutor | None = None
 
     def named(self, name: str) -> Member:
-        """The member of this name; refuses any other name."""
+        """The member of this name; refuses an unknown name."""
         if name not in self:
             raise refuse("not_in_pool", name=name, names=", ".join(map(repr, self)) or "(none)")
         return self[name]
 
     def add(self, name: str, source: object) -> None:
-        """Reads and packs an adapter; refuses a name that is taken."""
+        """Read and pack an adapter; refuse a name that is taken."""
         self._check_free(name)
         member = Member(name)
-        packed = self._read(member, source)  # without the lock: it may take long, and swaps must not have to wait
+        packed = self._read(member, source)  # without the lock: this may take long, and swaps must not wait for it
         with self.lock:
             self._check_free(name)
             self.make_space(member, packed)
@@ -130,14 +130,14 @@ class Members(dict[str, Member]):
         return packed
 
     def make_space(self, member: Member, packed: Packed, updated: bool = False) -> None:
-        """Drops members until this one fits; refuses it if it never would. To be called with the lock held."""
+        """Drop members until this one fits; refuse it if it never would. The caller must hold the lock."""
         if self.max_bytes is None:
             return
         others = [each for each in self.values() if each is not member]
         stays = updated or not member.is_in_files
         fixed = packed.nbytes + sum(each.packed.nbytes for each in others if each.packed and not each.is_in_files)
         droppable = sorted((each for each in others if each.is_in_files), key=lambda each: each.used)
-        # any adapter must find room next to those that can't be dropped
+        # each adapter must fit next to those that can't be dropped
         needed = fixed + (max((each.nbytes for each in droppable), default=0) if stays else 0)
         if needed > self.max_bytes:
             raise refuse("pool_is_full", name=member.name, needed=needed, max_bytes=self.max_bytes)
@@ -149,7 +149,7 @@ class Members(dict[str, Member]):
                 total -= each.nbytes
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Reads members that were dropped, in the background."""
+        """Read members that were dropped, in the background."""
         with self.lock:
             for member in map(self.named, names):
                 if member.packed is None and member.loading is None:
@@ -159,7 +159,7 @@ class Members(dict[str, Member]):
 
 
 def check_named(adapters: object) -> None:
-    """Refuses adapters without names: a list of folders, or a single one.
+    """Refuse adapters without names: a list of folders, or a single one.
 
     >>> check_named({"style": "folder"})
     """
@@ -175,7 +175,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _stamp_of(path: str | None) -> tuple[object, ...] | None:
-    """What changes when an adapter's folder is written to. None for what is not a folder."""
+    """A value that changes when an adapter's folder is written to. None if the path is no folder."""
     if path is None or not os.path.isdir(path):
         return None
     files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.startswith("adapter_")]

@@ -1,4 +1,4 @@
-"""Adapters mixed by weight: their ranks side by side, exactly."""
+"""Mixes of adapters by weight, computed exactly: their rank components are concatenated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .members import Member
 
 @dataclass(frozen=True)
 class Mix:
-    """Adapters of a pool, and how much of each."""
+    """Adapters of a pool, each with its weight."""
 
     shares: tuple[tuple[Member, float], ...]
 
@@ -30,8 +30,8 @@ class Mix:
 def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
     """The sum of adapters, each times its weight, as an adapter of its own.
 
-    ``B1 @ A1 * s1 * w1 + B2 @ A2 * s2 * w2`` is ``B @ A`` with ``A1`` above ``A2``, and the factors in ``B``: what
-    PEFT's ``add_weighted_adapter(combination_type="cat")`` makes.
+    ``B1 @ A1 * s1 * w1 + B2 @ A2 * s2 * w2`` is ``B @ A`` with ``A1`` above ``A2``, and the factors in ``B``. PEFT's
+    ``add_weighted_adapter(combination_type="cat")`` makes the same.
     """
     settings: list[LayerSettings | None] = []
     sources: list[tuple[SlotTensor, torch.Tensor]] = []
@@ -57,7 +57,7 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
 
 
 def _own(room: Room, tensor: SlotTensor, packed: Packed, rank: int) -> torch.Tensor:
-    """An adapter's tensor, out of what is packed."""
+    """One tensor of a packed adapter."""
     band, span = room.spans[tensor]
     return tensor.own(span.view(packed.bands[room.bands.index(band)]), rank)
 

@@ -38,7 +38,7 @@ def module_tensors(slot: Slot) -> list[SlotTensor]:
                 for key, _ in named:
                     owner_path, _, name = key.rpartition(".")
                     owner = whole.get_submodule(owner_path)
-                    if name not in owner._non_persistent_buffers_set:  # which no file has
+                    if name not in owner._non_persistent_buffers_set:  # those are in no file
                         tensors.append(kind(f"{path}.{key}", key, owner, name, rank_axis=None))
     return tensors
 
@@ -46,7 +46,7 @@ def module_tensors(slot: Slot) -> list[SlotTensor]:
 def taken_apart(
     room: Room, adapter: Adapter, member_name: str
 ) -> tuple[Slot, Adapter, list[tuple[SlotTensor, torch.Tensor]]]:
-    """A slot and an adapter of LoRA alone, and what goes to the tensors of the modules."""
+    """The slot and the adapter as LoRA alone, and the values for the tensors of the whole modules."""
     slot = room.slot
     found, expected = getattr(adapter.config, "modules_to_save", None) or (), slot.config.modules_to_save
     if set(found) != set(expected or ()):

@@ -1,11 +1,11 @@
-"""Proof, with data, that a model computes each row of a batch by itself, and each with its own adapter.
+"""A proof by experiment that a model computes each row of a batch by itself, and each with its own adapter.
 
-Whether the first axis of a layer's input is the batch can't be told from its shape: it may be tokens, images, or the
-tokens of all rows one after the other. So a strong random adapter is put into some rows, and the outputs of all rows
-are looked at. Two forwards are the references: all rows have it, no row has it. Then there is one for each bit of a
-row's number, in which the rows have it whose bit is set. Each row's output must be that of the reference that it should
-be: a row that got another row's adapter, anywhere, differs in at least one of them. That takes ``2 + log2(rows)``
-forwards, once for each kind of input.
+The shape of a layer's input doesn't tell whether its first axis is the batch: it may be tokens, images, or the tokens
+of all rows one after the other. So the proof puts a strong random adapter into some rows, and looks at the outputs of
+all rows. Two forwards are the references: all rows have the adapter, or no row has it. Then there is one for each
+bit of a row's number, in which the rows with this bit set have it. Each row's output must equal the right reference. A
+row that got another row's adapter, anywhere, differs in at least one of these forwards. In total, the proof takes
+``2 + log2(rows)`` forwards, once for each kind of input.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .. import compat
 from ..beyond.guards import random_numbers_kept
 from ..core.errors import listing, refuse
 
-#: of the adapter's largest effect on an output, how far off a row may be, by the precision of the output
+#: how far off a row may be, relative to the adapter's largest effect on an output, by the precision of the output
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
-#: inputs that are no content of their own, but made from the tokens
+#: inputs that are made from the tokens, and are no content of their own
 DERIVED = re.compile("embeds|hidden|mask|outputs|position")
-#: arguments of a model that say how many rows a batch has, before any other one
+#: arguments of a model whose size is the number of rows; these come before all others
 TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds")
 Given = dict[str, torch.Tensor]
 
@@ -43,7 +43,7 @@ def given_tensors(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Given
 
 
 def kind_of(value: Any) -> Any:
-    """What a proof holds for: the dtype and the number of axes of a tensor; of others, what is in them."""
+    """The kind of an input, which a proof holds for: a tensor's dtype and number of axes, or a container's contents."""
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {value.ndim}"
     if isinstance(value, (list, tuple)):
@@ -53,19 +53,19 @@ def kind_of(value: Any) -> Any:
     if isinstance(value, (bool, int, float, str, type(None))):
         return None
     filled = False
-    with contextlib.suppress(Exception):  # what is no cache, or one of states only
+    with contextlib.suppress(Exception):  # not a cache, or one of states only
         filled = bool(value.get_seq_length())
     return type(value).__name__, filled
 
 
 def batch_name(given: Given) -> str:
-    """The tensor whose first axis is the batch: tokens, or the first one that has axes besides the batch."""
+    """The name of the tensor whose first axis is the batch: tokens, or the first one that has more axes."""
     first = [name for name in TOKENS if name in given] or [name for name, each in given.items() if each.ndim > 1]
     return (first or list(given))[0]
 
 
 def size_of(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> int:
-    """How many rows a model is called with; 0 where no tensor tells."""
+    """The number of rows that a model is called with; 0 if no tensor shows it."""
     given = given_tensors(arguments, named) or {
         str(number): each for number, each in enumerate(compat.tree_leaves((arguments, named))) if torch.is_tensor(each)
     }
@@ -81,7 +81,7 @@ class Probe:
 
     mask: torch.Tensor
     layers: Collection[int]
-    #: whether it notes, of each layer, the sum of its input
+    #: whether it notes the sum of each layer's input
     notes: bool = False
     seen: dict[int, float] = field(default_factory=dict)
 
@@ -104,16 +104,16 @@ class Probe:
 def prove(
     batch: Any, entry: torch.nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], layers: frozenset[int]
 ) -> bool:
-    """Shows that the rows are kept apart, for these layers and inputs. Returns whether that holds for all such inputs.
+    """Show that these layers keep the rows apart for these inputs. Returns whether it holds for all such inputs.
 
-    It doesn't where something else than the tokens feeds one of the layers, as images may: how many belong to a row is
-    not the same in each batch. ``batch`` is the :class:`~hotswap_lab.pools.batch.Batch` whose rows they are, ``entry``
-    what is called.
+    It doesn't if other inputs than tokens feed one of the layers, as images may: the number of these for each row is
+    not the same in each batch. ``batch`` is the :class:`~hotswap_lab.pools.batch.Batch` of the rows, ``entry`` the
+    module that is called.
 
     Raises
     ------
     HotswapError
-        If they are not, with the layers whose input is no block for each row.
+        If they are not kept apart. It names the layers whose input is not one block for each row.
     """
     base, total = batch.room.slot.host.base, size_of(arguments, named)
     kept = [(buffer, buffer.clone()) for buffer in base.buffers()]
@@ -142,7 +142,7 @@ def prove(
                 _, found = outputs(mask.double(), layers)
                 if not all(map(_are_as_expected, found, none, all_rows, [mask.bool()] * len(none))):
                     return False
-        except RuntimeError:  # a HotswapError, too: an input that can't be split
+        except RuntimeError:  # such as a HotswapError: an input that can't be split
             return False
         return True
 
@@ -164,7 +164,7 @@ def prove(
 
 
 def name_of_like(path: str) -> str:
-    """What a layer and its likes in a stack have in common."""
+    """A layer's path without numbers, which is the same for similar layers in a stack."""
     return re.sub(r"\.\d+", "", path)
 
 
@@ -174,7 +174,7 @@ def _has_other_content(given: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _by_row(output: torch.Tensor, batch: Any) -> torch.Tensor:
-    """``[rows, ...]``, whatever belongs to a row."""
+    """``output`` as ``[rows, ...]``, one entry for each row."""
     if batch.is_tiled:
         output = output.unflatten(0, (-1, batch.size)).transpose(0, 1)
     else:
@@ -189,7 +189,7 @@ def _are_as_expected(found: torch.Tensor, none: torch.Tensor, all_rows: torch.Te
 
 
 def _own(value: Any) -> Any:
-    """The same once more: a forward may write to what it is called with, a cache or a list of states."""
+    """A copy of an input, since a forward may write to it: to a cache, or to a list of states."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, dict):
@@ -199,7 +199,7 @@ def _own(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _as_it_was(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Puts random numbers and buffers back."""
+    """Restore random numbers and buffers after the block."""
     try:
         with random_numbers_kept():
             yield
@@ -211,7 +211,7 @@ def _as_it_was(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Non
 
 @contextlib.contextmanager
 def _noise(batch: Any, base: torch.nn.Module, seed: int) -> Iterator[None]:
-    """Random numbers on all that comes out of the embedding of tokens: rows with the same tokens are not the same."""
+    """Add noise to the output of the token embedding, so that rows with the same tokens differ."""
     embedding: Any = None
     with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
         embedding = getattr(base, "get_input_embeddings")()  # noqa: B009

@@ -1,7 +1,7 @@
-"""The room of a prepared slot, once more for each row of a batch.
+"""Rooms with the memory of a prepared slot once for each row of a batch.
 
-Row 0 is the slot: the parameters are views of it, and it is what PEFT shows and saves. All tensors of one row
-lie side by side, so that an adapter goes into a row with one copy.
+Row 0 is the slot: the parameters are views of it, and PEFT shows and saves it. All tensors of one row are
+contiguous, so that one copy puts an adapter into a row.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .batch import Batch
 from .layers import READ, TRAINED, variant_for
 from .proof import name_of_like
 
-#: from which rank on a compiled sum reads ``lora_B`` faster as PEFT has it than one rank component after the other
+#: the rank from which a compiled sum reads ``lora_B`` faster in PEFT's layout than one component after the other
 LONG = 16
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one row of a batch has.
+    """The adapter of one row of a batch.
 
     ``adapter`` is a name, the weights of a mix, or None; ``version`` counts the updates of each; ``strength`` is that
     of the row times that of the pool.
@@ -48,14 +48,14 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class RowSpan(Span):
-    """Where one tensor lies in a row: one rank component after the other, as long as these are few."""
+    """The location of one tensor in a row: one rank component after the other, if there are few of these."""
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor, in the memory of one row."""
+        """The tensor in the memory of one row."""
         return self.of_rows(memory[None])[0].movedim(0, self.tensor.rank_axis or 0)
 
     def of_rows(self, memory: torch.Tensor) -> torch.Tensor:
-        """``[rows, rank, ...]``, in the memory of several rows."""
+        """``[rows, rank, ...]`` in the memory of several rows."""
         axis, shape = self.tensor.rank_axis or 0, self.shape
         first = axis if shape[axis] < LONG else 0
         share = (shape[first], *shape[:first], *shape[first + 1 :])
@@ -71,7 +71,7 @@ class RowRoom(Room):
     @classmethod
     @functools.cache
     def of(cls, rows: int) -> type[Room]:
-        """The kind of room that has this many rows; the engine's own for one."""
+        """The class of rooms with this many rows; a plain :class:`Room` for one."""
         return type("RowRoom", (cls,), {"rows": rows}) if rows > 1 else Room
 
     def __init__(self, slot: Slot, bands: Sequence[Band], *rest: Any):
@@ -85,12 +85,12 @@ class RowRoom(Room):
                 raise refuse("rows_not_trained", adapter_name=slot.adapter_name, found=TRAINED)
         families = {cls.__module__.partition(".")[0] for cls in type(slot.host.base).__mro__}
         self.batch: Batch = Batch(self, is_tiled="diffusers" in families)
-        #: what each row has, with its scalings; None: no adapter. Empty where all of them are as row 0
+        #: the adapter of each row, with its scalings; None: no adapter. Empty if all rows are like row 0
         self.assigned: tuple[Packed | None, ...] = ()
 
     @classmethod
     def new_bands(cls, tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
-        """A tail, which is row 0 of a larger memory."""
+        """A single band: a tail, which is row 0 of a larger memory."""
         spans, pitch, line = [], 0, max(CACHE_LINE // like.element_size(), 1)
         for tensor, shape in tensors:
             spans.append(RowSpan(tensor, pitch, tuple(shape)))
@@ -99,11 +99,11 @@ class RowRoom(Room):
 
     @classmethod
     def new_scalings(cls, layers: int, device: torch.device) -> torch.Tensor:
-        """What the layers have, for all rows; what they have at strength 1; and what each row has."""
+        """Zeros for the layers' scalings. The same memory goes on with those at strength 1, and those of each row."""
         return new_scalings((cls.rows + 2, layers, SCALING_STEP), device)[0]
 
     def enter(self, slot: Slot, journal: Journal) -> None:
-        """Fills the other rows as the first one, and has the layers compute row by row."""
+        """Fill the other rows like the first one, and make the layers compute row by row."""
         for band in self.bands:
             self._all(band.memory)[1:] = band.memory
         trained = self.scalings_of(self.state)
@@ -126,7 +126,7 @@ class RowRoom(Room):
 
     @contextlib.contextmanager
     def exporting(self) -> Iterator[None]:
-        """In the block, the weights and scalings of all rows are buffers of their layers, so that exports name them."""
+        """Make the weights and scalings of all rows buffers of their layers in a block, so that exports name them."""
         try:
             for table, own in self._read():
                 table.update(own)
@@ -137,18 +137,18 @@ class RowRoom(Room):
                     table.pop(name, None)
 
     def _read(self) -> Iterator[tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor]]]:
-        """Of each layer, the table of its buffers, and what is in there in an export."""
+        """For each layer, the table of its buffers, and the entries there during an export."""
         for layer in self.slot.layers:
             own = layer.module.lora_variant[self.slot.adapter_name]
             yield layer.module._buffers, {buffer: getattr(own, name) for name, buffer in READ.items()}
 
     def _all(self, first: torch.Tensor) -> torch.Tensor:
-        """All rows of a memory, by its first one."""
+        """The memory of all rows, given that of the first."""
         rows = self.rows if first.dim() == 1 else self.rows + 2
         return first.as_strided((rows, *first.shape), (first.numel(), *first.stride()), first.storage_offset())
 
     def leave(self, journal: Journal, is_lost: bool = False) -> None:
-        """From here on the layers compute by themselves, with what their parameters are."""
+        """Make the layers compute with their own parameters again."""
         if self.assigned and not is_lost:
             raise refuse("rows_differ", adapter_name=self.slot.adapter_name)
         for layer in self.slot.layers:
@@ -156,7 +156,7 @@ class RowRoom(Room):
         self.batch.unwatch(journal)
 
     def check_rows(self) -> None:
-        """Refuses what holds for row 0 only: values that other code has written, or moved; and its dropout."""
+        """Refuse writes and moves by other code, which reach row 0 only; and dropout in training mode."""
         if self._parameters[0].data_ptr() != self._addresses_now()[0]:
             raise refuse("rows_lost_their_place", adapter_name=self.slot.adapter_name)
         states = [each.state for each in self.assigned if each] if self.slot.host.base.training else []
@@ -169,14 +169,14 @@ class RowRoom(Room):
         pairs = zip(self.bands, bands, strict=False)
         if not all(torch.equal(band.memory, part.to(band.memory.device)) for band, part in pairs):
             raise refuse("rows_written_by_others", adapter_name=self.slot.adapter_name)
-        self._versions = self._versions_now()  # the same was written again, or taken back
+        self._versions = self._versions_now()  # the same values were written again, or restored
 
     # ---- scalings
 
     def scalings_of(self, state: State, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
-        """Not zero where the adapter is off: by what a layer's scaling is changed, all rows are."""
+        """The scalings of all layers; nonzero also where the adapter is off, since they are a factor of all rows."""
         scalings = super().scalings_of(state, strength)
-        if (off := state.scalings == 0).any():  # what set_scale(1) would make of it
+        if (off := state.scalings == 0).any():  # the scaling that set_scale(1) would give it
             tables = [settings_of(each.module, self.slot.adapter_name) for each in self.slot.layers]
             kept = [each or live for each, live in zip(state.settings, tables, strict=True)]
             trained = torch.tensor([each.scaling or 1.0 for each in kept], dtype=torch.float64)
@@ -184,7 +184,7 @@ class RowRoom(Room):
         return scalings
 
     def at_strength(self, packed: Packed, strength: float) -> Packed:
-        """A packed adapter for a row of this strength."""
+        """A packed adapter at the strength of a row."""
         return packed if strength == 1 else replace(packed, scalings=self.scalings_of(packed.state, strength))
 
     # ---- one adapter for all rows
@@ -196,7 +196,7 @@ class RowRoom(Room):
         return self._for_all(super().change_around(settings, config), State(tuple(settings), config))
 
     def _for_all(self, change: Change, state: State) -> Change:
-        """What is written to row 0, written to the others as well."""
+        """Extend a change of row 0 to all other rows."""
         copies = [(self._all(target)[1:], source) for target, source in change.copies if target.dim() == 1]
         trained = self.scalings_of(state)
         for each in map(self._all, self.scalings):
@@ -211,10 +211,10 @@ class RowRoom(Room):
                 own = span.of_rows(self._all(band.memory))[:, :rank]
                 change.copy(own, source.movedim(tensor.rank_axis or 0, 0).expand_as(own))
 
-    # ---- another one for each
+    # ---- one adapter for each row
 
     def change_rows(self, rows: Sequence[Packed | None], copies: int, strength: float | torch.Tensor = 1.0) -> Change:
-        """Puts an adapter into each row, or none. What is in its row already is not written again."""
+        """The change that puts an adapter, or none, into each row. A row that has it already is not written again."""
         self.was_touched: bool = self.is_touched
         known = () if self.was_touched else self.assigned
         bands = [each and each.bands for each in rows]
@@ -262,7 +262,7 @@ def _are_the_same(one: Packed | None, other: Packed | None) -> bool:
 
 
 def _entries(slot: Slot) -> list[torch.nn.Module]:
-    """The base model, and what is called by itself in some models: all above the first list of layers."""
+    """The base model, and the modules above the first list of layers, which some models call by themselves."""
     adapted = {layer.path for layer in slot.layers}
     entries = {"": slot.host.base}
     for path in adapted:
