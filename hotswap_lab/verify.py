@@ -221,9 +221,9 @@ def _check_active(host: Host, name: str) -> None:
 @contextlib.contextmanager
 def _as_folder(adapter: str | os.PathLike[str] | Adapter) -> Iterator[str]:
     if not isinstance(adapter, Adapter):
-        place = find_source(adapter, {})
-        place.folder_with_config()  # first: it decides the version of the weights
-        yield place.folder_with_weights()  # the files themselves, which PEFT reads here
+        source = find_source(adapter, {})
+        source.folder_with_config()  # first: it decides the version of the weights
+        yield source.folder_with_weights()  # the files themselves, which PEFT reads here
         return
     is_whole = adapter.config.is_prompt_learning
     tensors = {

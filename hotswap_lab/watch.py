@@ -221,7 +221,7 @@ def explain(guard: str) -> str:
     if match := re.match(r"tensor '(.+)' size mismatch at index (\d+)\. expected (\d+), actual (\d+)", text):
         return f"a tensor has another shape: {match[1]}, axis {match[2]}, was {match[3]}, is {match[4]}"
     if match := re.match(r"___check_type_id\((.+), \d+\)", text):
-        return f"a thing of another type: {match[1]}"
+        return f"an object of another type: {match[1]}"
     return f"this no longer holds: {text}" if text else "the reason is not reported by this version of PyTorch"
 
 

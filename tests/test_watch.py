@@ -123,7 +123,7 @@ def test_a_call_that_fails_is_noted_and_its_error_let_through():
             "0/1: tensor 'self._modules['a']._parameters['weight']' size mismatch at index 1. expected 8, actual 4.",
             "a tensor has another shape: a.weight, axis 1, was 8, is 4",
         ),
-        ("0/0: ___check_type_id(self._modules['a'], 94106), type=<class 'x'>", "a thing of another type: a"),
+        ("0/0: ___check_type_id(self._modules['a'], 94106), type=<class 'x'>", "an object of another type: a"),
         ("0/0: len(L['x']) == 2 and more", "this no longer holds: len(L['x']) == 2 and more"),
         ("", "the reason is not reported by this version of PyTorch"),
     ],

@@ -62,16 +62,16 @@ def build_shadow_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) ->
 
 def _build(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLayer]:
     base, config, base_layers = slot.host.base, copy.deepcopy(config), [_base_layer(slot, path) for path in ranks]
-    stand_in = torch.nn.Sequential(*map(_frozen_twin, base_layers))
-    stand_in.__dict__.update({name: base.__dict__[name] for name in CHOOSES_CLASS & base.__dict__.keys()})
+    twins = torch.nn.Sequential(*map(_frozen_twin, base_layers))
+    twins.__dict__.update({name: base.__dict__[name] for name in CHOOSES_CLASS & base.__dict__.keys()})
     config.target_modules, config.init_lora_weights = r"\d+", True
     config.rank_pattern = {str(number): rank for number, rank in enumerate(ranks.values())}
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     with slot.write_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # on the meta device, so that none of the user's random numbers are drawn
-        inject_adapter_in_model(config, stand_in, slot.adapter_name, low_cpu_mem_usage=True)
-        return [_finished(slot, *each) for each in zip(ranks, stand_in, base_layers, strict=True)]
+        inject_adapter_in_model(config, twins, slot.adapter_name, low_cpu_mem_usage=True)
+        return [_finished(slot, *each) for each in zip(ranks, twins, base_layers, strict=True)]
 
 
 def _base_layer(slot: Slot, path: str) -> torch.nn.Module:

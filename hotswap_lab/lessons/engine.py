@@ -117,7 +117,7 @@ def gains(solution):
       draft.slot.layers                    each has a `path` and a `module`
       module.scaling["default"]            the scaling, in a dict
       journal.set_item(dict, key, value)   writes into a dict in such a way that it can be undone
-      draft.refuse("not_in_pool", name=path, names="...")   for a layer that the model lacks; any
+      draft.refuse("not_in_pool", name=path, found="...")   for a layer that the model lacks; any
                                            refusal will do
     """
     model, _ = demo.load("reverse")
@@ -151,7 +151,7 @@ def reference_gains(draft: Plan) -> Plan:
     name, change = draft.slot.adapter_name, Change()
     for path, gain in gains_of(draft).items():
         if path not in layers:
-            draft.refuse("not_in_pool", name=path, names=f"{len(layers)} layers of the model")
+            draft.refuse("not_in_pool", name=path, found=f"{len(layers)} layers of the model")
             continue
         table = layers[path].scaling
         value = table[name] * gain

@@ -170,8 +170,8 @@ class AdapterPool:
         name, config = slot.adapter_name, slot.config
         if not isinstance(slot.method, Lora):
             raise refuse("pool_needs_lora", adapter_name=name, kind=kind_of(config))
-        if beside := [each for each in slot.method.extra_state(config) if each not in PACKED_TOO]:
-            raise refuse("pool_needs_lora_alone", adapter_name=name, beside=", ".join(beside))
+        if fields := [each for each in slot.method.extra_state(config) if each not in PACKED_TOO]:
+            raise refuse("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
         return slot
 
     def _module_tensors(self, slot: Slot) -> list[SlotTensor]:
@@ -307,7 +307,7 @@ class AdapterPool:
             in_model = self._uses(member)
             with self._writing() if in_model else self._members.lock:
                 if self._members.get(name) is not member:
-                    raise refuse("not_in_pool", name=name, names="of others, since it was removed meanwhile")
+                    raise refuse("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
                 change = self._change_to_updated(member, packed) if in_model else change_of(self._room.slot)
                 self._members.make_space(member, packed, updated=True)
                 change.steps.append(put)
@@ -322,7 +322,7 @@ class AdapterPool:
         plan.raise_if_refused()
         if plan.is_decided:  # by a fresh load, which found only values that differ
             fields = ", ".join(slot.method.extra_state(adapter.config))
-            raise refuse("pool_needs_lora_alone", adapter_name=member.name, beside=fields)
+            raise refuse("pool_needs_lora_alone", adapter_name=member.name, fields=fields)
         warn_of(plan)
         member.notes = plan.notes
         sources += [

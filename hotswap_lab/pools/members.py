@@ -84,7 +84,7 @@ class Members(dict[str, Member]):
     def named(self, name: str) -> Member:
         """The member of this name; refuses an unknown name."""
         if name not in self:
-            raise refuse("not_in_pool", name=name, names=", ".join(map(repr, self)) or "(none)")
+            raise refuse("not_in_pool", name=name, found=f"the names {', '.join(map(repr, self)) or '(none)'}")
         return self[name]
 
     def add(self, name: str, source: object) -> None:

@@ -27,7 +27,7 @@ def swapped(draft, **faults):
                 lambda journal, table=layers[path].scaling, value=value: journal.set_item(table, "default", value)
             )
         elif "takes all" not in faults:
-            draft.refuse("not_in_pool", name=path, names="others")
+            draft.refuse("not_in_pool", name=path, found="others")
     return engine.as_plan(draft, change)
 
 
