@@ -30,43 +30,64 @@ class Options:
     """How a replica answers.
 
     ``rows``: how many requests at once. ``queue``: how many may wait. ``longest_prompt``, ``longest_answer``: in
-    tokens. ``target_rank``: room for mixes, whose ranks add up, and for adapters that come later; 0 is the highest rank
-    of the first ones. ``held``: how many adapters are in memory; the ones used least recently are dropped, and read
-    again when wanted; 0 is twice as many as there are at first, so that new versions find room next to the old ones.
-    ``compile``: whether each step after the prompt is compiled, once, for a batch of ``rows``.
+    tokens; 0 is as much as the model reads, but at most 1024 and 256. ``target_rank``: the rank that there is room for,
+    for mixes, whose ranks add up, and for adapters that come later; 0 is enough for a mix of any two of the first ones.
+    ``held``: how many adapters are in memory; the ones used least recently are dropped, and read again when wanted; 0
+    is twice as many as there are at first, so that new versions find room next to the old ones. ``compile``: whether
+    the model is compiled, once for each of two shapes. ``package``: a folder with the model compiled ahead of time; the
+    first start writes it. ``timeout``: how many seconds a request waits for the next piece of its answer.
     """
 
     rows: int = 8
     queue: int = 100
-    longest_prompt: int = 1024
-    longest_answer: int = 256
+    longest_prompt: int = 0
+    longest_answer: int = 0
     target_rank: int = 0
     held: int = 0
     compile: int = False
+    package: str = ""
+    timeout: int = 120
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: a prompt, or a chat's messages; and how much of which adapters, none being the base model.
+    """A prompt, or the messages of a chat; the share of each adapter, none for the base model; and how to answer.
 
-    ``temperature`` 0 is the most probable token each time. What is not streamed comes in one piece.
+    ``temperature`` 0 takes the most probable token each time. Otherwise one is drawn from the most probable tokens that
+    together have the probability ``top_p``, with the random numbers of ``seed``. The answer ends before the first of
+    the ``stop`` strings. ``logprobs`` asks for the log probability of each token, and for that many of the most
+    probable ones at its place. An answer that is not streamed is one piece.
     """
 
     prompt: str | Sequence[Mapping[str, str]]
     shares: Mapping[Version, float] = field(default_factory=dict)
     max_tokens: int | None = None
     temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
     is_streamed: bool = False
 
 
 @dataclass(frozen=True)
+class Token:
+    """The text and the log probability of a token, and of the most probable ones at its place."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Piece:
-    """A part of an answer. The last one says why it ends: at its ``stop``, or at the ``length`` that was allowed."""
+    """A part of an answer. The last one says why it ends: at a ``stop``, or at the ``length`` that was allowed."""
 
     text: str
     finish: str | None
     prompt_tokens: int
     completion_tokens: int
+    tokens: tuple[Token, ...] = ()
 
 
 class Replica:
