@@ -1,1 +1,1 @@
-"""Diffusers' pipelines, all parts swapped as one (``pipeline``), and their files of one piece (``lora_files``)."""
+"""Diffusers' pipelines, all components swapped as one (``pipeline``), and their LoRA files (``lora_files``)."""

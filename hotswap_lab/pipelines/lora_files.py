@@ -1,8 +1,8 @@
-"""Reading a diffusers LoRA file: one adapter for each part of the pipeline that the file has tensors for.
+"""Reading a diffusers LoRA file: one adapter for each component of the pipeline that the file has tensors for.
 
 diffusers knows many key formats, and every kind of pipeline has a ``load_lora_weights`` of its own. None of that is
-repeated here: the pipeline's own function is called, on a stand-in whose parts note what they are handed instead of
-loading it. So each adapter is what a fresh load would have got, and the pipeline is not touched.
+repeated here: the pipeline's own function is called, on a stand-in whose components note what they are handed instead
+of loading it. So each adapter is what a fresh load would have got, and the pipeline is not touched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..files.reading import Adapter
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-#: config and tensors by the name of the part
+#: config and tensors by the name of the component
 Handed = dict[str, tuple[PeftConfig, Mapping[str, torch.Tensor]]]
 
 
@@ -34,11 +34,11 @@ def read_pipeline_lora(
     allow_nonfinite: bool = False,
     **kwargs: object,
 ) -> dict[str, Adapter]:
-    """Reads what ``pipe.load_lora_weights`` takes, as one :class:`Adapter` for each part of the pipeline.
+    """Reads what ``pipe.load_lora_weights`` takes, as one :class:`Adapter` for each component of the pipeline.
 
     For swapping the same file in more than once, and for whatever takes an ``Adapter``: ``verify_hotswap``, or an
-    ``AdapterPool`` on one part. All of diffusers' key formats (its own, PEFT's, kohya's, ...), alphas and metadata are
-    taken, each as a fresh load takes it.
+    ``AdapterPool`` on one component. All of diffusers' key formats (its own, PEFT's, kohya's, ...), alphas and metadata
+    are taken, each as a fresh load takes it.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def read_pipeline_lora(
     Returns
     -------
     dict
-        Adapters by the names of parts, such as ``"unet"`` and ``"text_encoder"``.
+        Adapters by the names of components, such as ``"unet"`` and ``"text_encoder"``.
 
     Raises
     ------
@@ -90,12 +90,12 @@ def read_pipeline_lora(
             label=label,
             kind=type(pipe).__name__,
             error=error,
-            parts=listing(parts_of(pipe), 9),
+            components=listing(components_of(pipe), 9),
         ) from error
     adapters = {}
-    for part, (config, tensors) in handed.items():
+    for component, (config, tensors) in handed.items():
         adapter = Adapter.from_state_dict(tensors, config, allow_nonfinite=allow_nonfinite)
-        adapters[part] = replace(adapter, source=label)
+        adapters[component] = replace(adapter, source=label)
     return adapters
 
 
@@ -105,14 +105,14 @@ def check_pipeline(pipe: object) -> None:
         raise refuse("not_a_pipeline", name=type(pipe).__name__)
 
 
-def parts_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The parts of a pipeline that LoRA can be loaded into, by name, those that are None left out."""
+def components_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The components of a pipeline that LoRA can be loaded into, by name, those that are None left out."""
     named = ((name, getattr(pipe, name, None)) for name in pipe._lora_loadable_modules)
     return {name: module for name, module in named if isinstance(module, torch.nn.Module)}
 
 
 def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor], arguments: dict) -> Handed:
-    """Calls the pipeline's ``load_lora_weights`` on a stand-in for it, and notes what the parts would load."""
+    """Calls the pipeline's ``load_lora_weights`` on a stand-in for it, and notes what the components would load."""
     handed: Handed = {}
     keys: list[str] = []
 
@@ -122,22 +122,22 @@ def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor],
         return converted
 
     stand_in = object.__new__(type(pipe))
-    # not by attribute: a pipeline writes down every part that is set
-    parts = {name: _noting(name, model, handed) for name, model in parts_of(pipe).items()}
+    # not by attribute: a pipeline writes down every component that is set
+    components = {name: _noting(name, model, handed) for name, model in components_of(pipe).items()}
     # with any hf_device_map but None, diffusers leaves the hooks of offloading alone
-    stand_in.__dict__.update(pipe.__dict__, **parts, lora_state_dict=lora_state_dict, hf_device_map={})
+    stand_in.__dict__.update(pipe.__dict__, **components, lora_state_dict=lora_state_dict, hf_device_map={})
     stand_in.load_lora_weights(source, **arguments)
     # diffusers drops silently what it has no place for
     if left := len(keys) - sum(len(tensors) for _, tensors in handed.values()):
         heads = sorted({key.partition(".")[0] for key in keys})
-        raise ValueError(f"{left} tensors that belong to no part of it; there are some for {listing(heads)}")
+        raise ValueError(f"{left} tensors that belong to no component of it; there are some for {listing(heads)}")
     if not handed:
         raise ValueError("no tensors at all")
     return handed
 
 
 def _noting(name: str, model: torch.nn.Module, handed: Handed) -> torch.nn.Module:
-    """A twin of a part that notes what is loaded into it, and refuses that its base weights are written to."""
+    """A twin of a component that notes what is loaded into it, and refuses that its base weights are written to."""
 
     def load_lora_adapter(
         state_dict: dict, prefix: str = "transformer", network_alphas=None, metadata=None, **_: object
@@ -160,7 +160,7 @@ def _noting(name: str, model: torch.nn.Module, handed: Handed) -> torch.nn.Modul
 
 
 def _below(prefix: str, items: Mapping[str, object] | None) -> dict[str, object] | None:
-    """What is for one part, without its name."""
+    """What is for one component, without its name."""
     if items is None:
         return None
     return {key.removeprefix(f"{prefix}."): value for key, value in items.items() if key.startswith(f"{prefix}.")}

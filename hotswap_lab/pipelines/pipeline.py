@@ -1,6 +1,7 @@
-"""Pipelines: swapping what ``load_lora_weights`` loads, in all parts of a diffusers pipeline, or in none of them.
+"""Pipelines: swapping what ``load_lora_weights`` loads, in all components of a diffusers pipeline, or in none of them.
 
-Each part has a plan of its own, as a single model has. What is written, or prepared, is written to all of them at once.
+Each component has a plan of its own, as a single model has. What is written, or prepared, is written to all of them at
+once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..core.slot import slot_for
 from ..core.swap import carry_out, commit
 from ..files.reading import Adapter
 from ..threads import bases_of
-from .lora_files import check_pipeline, parts_of, read_pipeline_lora
+from .lora_files import check_pipeline, components_of, read_pipeline_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -39,12 +40,12 @@ DEFAULT_NAME = "default_0"
 
 @dataclass(frozen=True, eq=False)
 class PipelinePlan:
-    """A swap in a whole pipeline that was decided but not done: one :class:`Plan` for each part with the adapter.
+    """A swap in a whole pipeline that was decided but not done: one :class:`Plan` for each component with the adapter.
 
     Parameters
     ----------
     plans:
-        The plans by the names of the parts.
+        The plans by the names of the components.
 
     Examples
     --------
@@ -55,18 +56,18 @@ class PipelinePlan:
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        """Why the swap can't be done, the part's name before each reason; empty if it can."""
-        of_parts = [(part, refusal) for part, plan in self.plans.items() for refusal in plan.refusals]
-        return tuple(replace(refusal, summary=f"{part}: {refusal.summary}") for part, refusal in of_parts)
+        """Why the swap can't be done, the component's name before each reason; empty if it can."""
+        found = [(component, refusal) for component, plan in self.plans.items() for refusal in plan.refusals]
+        return tuple(replace(refusal, summary=f"{component}: {refusal.summary}") for component, refusal in found)
 
     @property
     def ok(self) -> bool:
-        """Whether the swap can be done, in all parts."""
+        """Whether the swap can be done, in all components."""
         return not self.refusals
 
     @property
     def will_recompile(self) -> bool:
-        """Whether a compiled part must be compiled anew after this swap."""
+        """Whether a compiled component must be compiled anew after this swap."""
         return any(plan.will_recompile for plan in self.plans.values())
 
     def commit(self) -> None:
@@ -75,7 +76,7 @@ class PipelinePlan:
         Raises
         ------
         HotswapError
-            If the swap was refused. Whatever is raised, every part is as it was.
+            If the swap was refused. Whatever is raised, every component is as it was.
         """
         self.raise_if_refused()
         commit(*self.plans.values())
@@ -86,12 +87,12 @@ class PipelinePlan:
             raise HotswapError(*self.refusals)
 
     def __str__(self) -> str:
-        return "\n".join(f"{part}: {plan}" for part, plan in self.plans.items())
+        return "\n".join(f"{component}: {plan}" for component, plan in self.plans.items())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return "".join(f"<h4>{part}</h4>{plan._repr_html_()}" for part, plan in self.plans.items())
+        return "".join(f"<h4>{component}</h4>{plan._repr_html_()}" for component, plan in self.plans.items())
 
 
 def hotswap_pipeline(
@@ -108,23 +109,23 @@ def hotswap_pipeline(
     """Replaces a LoRA that ``load_lora_weights`` loaded into a diffusers pipeline, in place, text encoders included.
 
     Afterwards the pipeline gives what a fresh one gives after ``load_lora_weights(source, adapter_name=adapter_name)``.
-    Parts that the new file has nothing for are turned off. Adapter weights (``set_adapters``) are back at 1, as after a
-    fresh load, and which adapters are active stays as it is. All parts are swapped, or none.
+    Components that the new file has nothing for are turned off. Adapter weights (``set_adapters``) are back at 1, as
+    after a fresh load, and which adapters are active stays as it is. All components are swapped, or none.
 
     Parameters
     ----------
     pipe:
-        The pipeline. Its parts may be compiled.
+        The pipeline. Its components may be compiled.
     source:
         A file, a folder, the id of a Hub repository or a state dict, in any format that ``load_lora_weights`` takes; or
         what :func:`read_pipeline_lora` returned.
     adapter_name:
         The name of the loaded adapter to replace.
     components:
-        The parts to swap, such as ``["unet"]``; all others are left alone, and what the file has for them is not used.
-        Default: all parts.
+        The components to swap, such as ``["unet"]``; all others are left alone, and what the file has for them is not
+        used. Default: all components.
     add_layers:
-        Whether layers that the loaded adapter lacks are added. Not possible in a compiled part.
+        Whether layers that the loaded adapter lacks are added. Not possible in a compiled component.
     allow_nonfinite:
         Whether NaN and infinity among the weights are let through.
     **kwargs:
@@ -175,7 +176,7 @@ def plan_pipeline_hotswap(
     allow_nonfinite: bool = False,
     **kwargs: object,
 ) -> PipelinePlan:
-    """The dry run of :func:`hotswap_pipeline`: what would be written to each part, or why nothing can be.
+    """The dry run of :func:`hotswap_pipeline`: what would be written to each component, or why nothing can be.
 
     Takes the same arguments and never changes the pipeline.
 
@@ -187,12 +188,12 @@ def plan_pipeline_hotswap(
     Returns
     -------
     PipelinePlan
-        Shows itself as a table for each part, as text and in a notebook; its ``commit()`` carries it out.
+        Shows itself as a table for each component, as text and in a notebook; its ``commit()`` carries it out.
 
     Raises
     ------
     HotswapError
-        If the file can't be read or is for another kind of pipeline, or no part has an adapter of that name.
+        If the file can't be read or is for another kind of pipeline, or no component has an adapter of that name.
 
     Examples
     --------
@@ -215,7 +216,7 @@ def plan_pipeline_hotswap(
     """
     adapters = _read(pipe, source, allow_nonfinite, kwargs)
     plans = _decide(engine, pipe, adapters, adapter_name, components, add_layers).plans
-    return PipelinePlan({part: _noting_rounding(plan.kept()) for part, plan in plans.items()})
+    return PipelinePlan({component: _noting_rounding(plan.kept()) for component, plan in plans.items()})
 
 
 def prepare_pipeline_for_compiled_hotswap(
@@ -228,9 +229,10 @@ def prepare_pipeline_for_compiled_hotswap(
     components: Sequence[str] | None = None,
     **kwargs: object,
 ) -> None:
-    """Makes every part of a pipeline ready for swaps that never recompile it. Call it before compiling any part.
+    """Prepares every component of a pipeline for swaps that never recompile it. Call it before compiling any of them.
 
-    Does for each part that has an adapter what :func:`hotswap_lab.prepare_model_for_compiled_hotswap` does for a model.
+    Does for each component that has an adapter what :func:`hotswap_lab.prepare_model_for_compiled_hotswap` does for a
+    model.
     All or nothing: after an error the pipeline is as it was.
 
     Parameters
@@ -245,14 +247,15 @@ def prepare_pipeline_for_compiled_hotswap(
     target_rank:
         A rank to make room for in every layer, besides those of ``adapters``.
     components:
-        The parts to prepare. Default: all that have an adapter.
+        The components to prepare. Default: all that have an adapter.
     **kwargs:
         What ``load_lora_weights`` takes, for reading the files.
 
     Raises
     ------
     HotswapError
-        If a file can't be read or needs a part without an adapter, a part is compiled already, or can't be prepared.
+        If a file can't be read or needs a component without an adapter, or if a component is compiled already or can't
+        be prepared.
 
     Examples
     --------
@@ -275,7 +278,7 @@ def prepare_pipeline_for_compiled_hotswap(
     Notes
     -----
     ``pipe.set_adapters`` makes a text encoder's weights trainable, which a compiled graph notices once: call it before
-    compiling, too, or use :func:`hotswap_lab.set_strength` on the parts.
+    compiling, too, or use :func:`hotswap_lab.set_strength` on the components.
     """
     check_pipeline(pipe)
     loaded = _with_adapter(pipe, adapter_name, components)
@@ -286,10 +289,10 @@ def prepare_pipeline_for_compiled_hotswap(
     if refusals := [each for model in loaded.values() for each in _offloading(model)]:
         raise HotswapError(*refusals)
     options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled="error")
-    # all at once: between two parts, nobody may compute with a pipeline of which one is prepared
+    # all at once: between two components, nobody may compute with a pipeline of which one is prepared
     with engine.lock.held(*bases_of(pipe)):
         changes = [changes_to_prepare(engine, model, families[name], **options) for name, model in loaded.items()]
-        apply([change for of_part in changes for change in of_part])
+        apply([change for of_one in changes for change in of_one])
 
 
 def _decide(
@@ -323,16 +326,16 @@ def _with_adapter(
     pipe: DiffusionPipeline, adapter_name: str | None, components: Sequence[str] | None
 ) -> dict[str, torch.nn.Module]:
     """Those of the ``components`` that have an adapter of this name; None stands for all, and for any name."""
-    parts = parts_of(pipe)
-    chosen = list(parts if components is None else components)
-    names = {part: sorted({name for host in carriers(model) for name in host.configs}) for part, model in parts.items()}
-    loaded = {part: parts[part] for part in chosen if names.get(part) and adapter_name in (None, *names[part])}
-    if not loaded or set(chosen) - parts.keys():
+    models = components_of(pipe)
+    chosen = list(models if components is None else components)
+    names = {key: sorted({name for host in carriers(model) for name in host.configs}) for key, model in models.items()}
+    loaded = {key: models[key] for key in chosen if names.get(key) and adapter_name in (None, *names[key])}
+    if not loaded or set(chosen) - models.keys():
         raise refuse(
             "not_in_pipeline",
             adapter_name=adapter_name,
             chosen=listing(chosen),
-            loaded="; ".join(f"{part}: {listing(map(repr, each)) or 'no adapter'}" for part, each in names.items()),
+            loaded="; ".join(f"{key}: {listing(map(repr, each)) or 'no adapter'}" for key, each in names.items()),
         )
     return loaded
 
@@ -340,10 +343,10 @@ def _with_adapter(
 def _for_these(
     adapters: Mapping[str, Adapter], loaded: Mapping[str, torch.nn.Module], components: Sequence[str] | None
 ) -> dict[str, Adapter]:
-    """The adapters for the chosen parts, each of which has to have one already."""
+    """The adapters for the chosen components, each of which has to have one already."""
     wanted = {name: each for name, each in adapters.items() if components is None or name in components}
     if not wanted or wanted.keys() - loaded.keys():
-        raise refuse("parts_without_adapter", found=listing(adapters) or "no part", loaded=listing(loaded))
+        raise refuse("components_without_adapter", found=listing(adapters) or "no component", loaded=listing(loaded))
     return wanted
 
 
