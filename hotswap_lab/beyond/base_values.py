@@ -86,7 +86,7 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
         The base weights of the live model, by the same names.
     """
     host, adapter_name, given = plan.slot.host, plan.slot.adapter_name, plan.base_weights or {}
-    # tied weights have several names: the first stands for all
+    # tied weights have several names, of which the first is used for all
     ids = {id(tensor): name for name, tensor in reversed(live.items())}
     first = {name: ids[id(tensor)] for name, tensor in live.items()}
     given, new, kept = (

@@ -205,7 +205,7 @@ def plan_with_fresh_load(plan: Plan) -> Plan:
 
 
 def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]:
-    """What to write, and the targets for later adapters with the same config. Adds refusals to the plan."""
+    """The writes of a swap, and the targets for later adapters with the same config. Adds refusals to the plan."""
     slot, adapter, host, config = plan.slot, plan.adapter, plan.slot.host, plan.config
     name = slot.adapter_name
     if _layers_of_base(config) != _layers_of_base(slot.config):
