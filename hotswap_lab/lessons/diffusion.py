@@ -187,7 +187,7 @@ def swap_in_pipeline(pipe: Any, first: tuple[str, str], second: tuple[str, str],
     pipe.unet.compile()
     before = pipe(generator=torch.Generator().manual_seed(0), **call).images
 
-    print(plan_pipeline_hotswap(pipe, family[1], "style"))  # a table for each part
+    print(plan_pipeline_hotswap(pipe, family[1], "style"))  # a table for each component
     with RecompileWatch(allow=0):
         hotswap_pipeline(pipe, family[1], "style")
         after = pipe(generator=torch.Generator().manual_seed(0), **call).images
