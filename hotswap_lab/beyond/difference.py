@@ -208,7 +208,7 @@ class _Comparison:
             kinds = [type(each[0]).__name__ for each in (staying, new)]
             self._refuse(path, f"a {kinds[0]} that stays there, where a {kinds[1]} would have to be put")
         if self.others and any(isinstance(each, LNTuningLayer) for each in (*new, *staying)):
-            self._refuse(path, "a layer that fails where the active adapter is not on it, as one would not be then")
+            self._refuse(path, "a layer that fails, unlike a fresh one, where the active adapter is not on it")
 
     def _stays(self, wrapper: torch.nn.Module) -> bool:
         """Whether a live wrapper stays without this adapter: for other adapters, or since prepared layers are kept."""

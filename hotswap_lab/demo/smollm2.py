@@ -58,7 +58,7 @@ class Source:
     def __str__(self) -> str:
         return {
             "hub": f"the Hub: {MODEL_ID}",
-            "gguf": f"the PyPI package {GGUF_PACKAGE}: {self.location.name}, dequantised",
+            "gguf": f"the PyPI package {GGUF_PACKAGE}: {self.location.name}, dequantized",
             "path": f"the path {self.location}",
         }[self.kind]
 
@@ -169,10 +169,10 @@ def load_base(path: str | os.PathLike[str] | None = None, dtype: torch.dtype = t
 
 def _folder(path: str | os.PathLike[str] | None) -> Path:
     location = find(path).location
-    return dequantised(location) if location.is_file() else location
+    return dequantized(location) if location.is_file() else location
 
 
-def dequantised(file: Path) -> Path:
+def dequantized(file: Path) -> Path:
     """Convert a GGUF file to a model folder in the Hub's cache. It takes 20 seconds, the first time only.
 
     The folder gets its final name when it is complete. If two processes convert at once, the second one waits for the

@@ -78,7 +78,7 @@ def _advice(error: Exception) -> str | None:
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return "check `subfolder`; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline"
     if constants.HF_HUB_OFFLINE and isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return "unset HF_HUB_OFFLINE and start anew, so that it can be downloaded, or pass a folder that has it"
+        return "unset HF_HUB_OFFLINE and restart, so that it can be downloaded, or pass a folder that has it"
     return None
 
 

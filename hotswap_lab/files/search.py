@@ -38,7 +38,7 @@ class FoundAdapter:
         ``r`` of its config, and the highest rank of any layer, which a prepared model needs room for.
     nbytes:
         The size of its weights in bytes.
-    licence:
+    license:
         The license in the model card, such as ``"apache-2.0"``.
     downloads:
         How often it was downloaded in the last 30 days.
@@ -54,7 +54,7 @@ class FoundAdapter:
     rank: int | None = None
     max_rank: int | None = None
     nbytes: int | None = None
-    licence: str | None = None
+    license: str | None = None
     downloads: int | None = None
     last_modified: datetime | None = None
     revision: str | None = None
@@ -68,7 +68,7 @@ class FoundAdapter:
             self.repo_id + (" (gated)" if self.gated else ""),
             rank if self.max_rank == self.rank else f"{rank}, up to {self.max_rank}",
             "-" if self.nbytes is None else f"{tqdm.format_sizeof(self.nbytes)}B",
-            self.licence or "-",
+            self.license or "-",
             "-" if self.downloads is None else f"{self.downloads:,}",
             "-" if self.last_modified is None else f"{self.last_modified:%Y-%m-%d}",
         )
@@ -87,7 +87,7 @@ class FoundAdapters(list[FoundAdapter]):
         One line: how many were found and left out, or why the Hub could not be reached.
     """
 
-    COLUMNS = ("adapter", "rank", "size", "licence", "downloads", "updated")
+    COLUMNS = ("adapter", "rank", "size", "license", "downloads", "updated")
 
     def __init__(self, rows: list[FoundAdapter], base_model_id: str, note: str):
         super().__init__(rows)
@@ -132,7 +132,7 @@ def find_adapters(
     Returns
     -------
     FoundAdapters
-        Entries with ``repo_id``, ``rank``, ``nbytes``, ``licence`` and more, shown as a table. If the Hub can't be
+        Entries with ``repo_id``, ``rank``, ``nbytes``, ``license`` and more, shown as a table. If the Hub can't be
         reached, for example offline, it is empty and says so in one line. No request is repeated, and none takes longer
         than ten seconds.
 
@@ -196,13 +196,13 @@ def _look_into(repo_id: str, token: bool | str | None) -> FoundAdapter | str:
         rank, highest = config["r"], max([config["r"], *(config.get("rank_pattern") or {}).values()])
     except (OSError, HTTPError, ValueError, TypeError, LookupError, AttributeError):
         pass  # the repository is gated, or its config was not written by PEFT
-    licences = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
+    licenses = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
     return FoundAdapter(
         repo_id,
         rank,
         highest,
         sizes.get(SAFETENSORS_WEIGHTS_NAME) or sizes.get(WEIGHTS_NAME),
-        ", ".join(licences) or None,
+        ", ".join(licenses) or None,
         info.downloads,
         info.last_modified,
         info.sha,

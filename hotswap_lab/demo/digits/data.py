@@ -66,7 +66,7 @@ def bold(images: torch.Tensor) -> torch.Tensor:
 
     >>> dot = torch.ones(1, 16, 16)
     >>> dot[0, 8, 8] = 0
-    >>> (1 - bold(dot)).sum().item()  # a pixel of ink, and its eight neighbours in grey
+    >>> (1 - bold(dot)).sum().item()  # a pixel of ink, and its eight neighbors in gray
     5.0
     """
     ink = 1 - images

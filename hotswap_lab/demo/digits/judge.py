@@ -69,7 +69,7 @@ def upright(images: torch.Tensor) -> torch.Tensor:
     return torch.where(background(images)[:, None, None] < 0.5, 1 - images, images)
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
+def normalized(images: torch.Tensor) -> torch.Tensor:
     """Pictures as the classifier needs them to read all styles: dark ink on bright paper, without slant."""
     images = upright(images)
     return torch.cat([slanted(image[None], -float(slope)) for image, slope in zip(images, slant(images), strict=True)])
@@ -81,7 +81,7 @@ def _classifier():
     from sklearn.svm import SVC
 
     images, labels = read("classifier")
-    return SVC(C=10).fit(normalised(images).flatten(1).numpy(), labels.numpy())
+    return SVC(C=10).fit(normalized(images).flatten(1).numpy(), labels.numpy())
 
 
 def classify(images: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ def classify(images: torch.Tensor) -> torch.Tensor:
     """
     if images.shape[1:] != (SIZE, SIZE):
         raise ValueError(f"pictures of shape (count, {SIZE}, {SIZE}) are needed, not {tuple(images.shape)}")
-    return torch.from_numpy(_classifier().predict(normalised(images).flatten(1).numpy())).long()
+    return torch.from_numpy(_classifier().predict(normalized(images).flatten(1).numpy())).long()
 
 
 def held_out_accuracy(style: Callable[[torch.Tensor], torch.Tensor] | None = None) -> float:
