@@ -451,7 +451,7 @@ def test_reading_in_rows(tmp_path):
         torch.testing.assert_close(ahead, plain, rtol=1e-3, atol=1e-4)
         parts = [[letter] for letter in plain.argmax(-1).tolist()]
     letters = torch.ones((7, 1), dtype=torch.long)
-    refused("not made of the rows", lambda _: readers[1].ahead[1](letters, letters), pool)
+    refused("not made of the rows", lambda _: readers[1].compiled[1](letters, letters), pool)
 
 
 @pytest.mark.long
