@@ -149,17 +149,12 @@ class Reader(torch.nn.Module):
 
     def step(self, ids: Tensor, positions: Tensor, length: int | None = None) -> Tensor:
         """The model itself, with all of its caches: ``[rows, tokens]`` to the logits ``[rows, 1, vocabulary]``."""
-        length = length or self.room + 1
-        buffers = [
-            [getattr(self, f"{which}_{number}") for number in range(self.layers)] for which in ("keys", "values")
-        ]
+        dtype, length = self._lm.dtype, length or self.room + 1
+        keys, values = ([getattr(self, f"{which}_{n}") for n in range(self.layers)] for which in ("keys", "values"))
         # each token sees itself, and all before it in its row
-        visible = self.places[:length] <= positions[..., None]
-        hidden = torch.finfo(self._lm.dtype).min
-        mask = torch.zeros(visible.shape, dtype=self._lm.dtype, device=ids.device).masked_fill(~visible, hidden)[
-            :, None
-        ]
-        cache = RowCache(*buffers, positions, length)
+        visible = (self.places[:length] <= positions[..., None])[:, None]
+        mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        cache = RowCache(keys, values, positions, length)
         return self._call(ids, cache=cache, attention_mask=mask, position_ids=positions.clamp(max=self.room - 1))
 
     forward = step

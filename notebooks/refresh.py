@@ -2,9 +2,11 @@
 
     python notebooks/refresh.py                 # all of them
     python notebooks/refresh.py 00_start_here   # only those whose name contains this
+    python notebooks/refresh.py --pictures      # only the pictures, without running a cell
 
 Stored: outputs, without widget state or anything else that changes from run to run. Cells are numbered from 1,
-since nbval compares only cells that have a number.
+since nbval compares only cells that have a number. JupyterLab shows no SVG in a notebook that it does not trust, as
+those of a fresh clone, so each picture is stored as PNG, too. That takes Chromium.
 
 The address of the repository, in the first cell of each notebook and in README's badges, is taken from
 pyproject.toml: it is changed there, and then here by running this script.
@@ -12,7 +14,10 @@ pyproject.toml: it is changed there, and then here by running this script.
 
 from __future__ import annotations
 
+import base64
+import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,7 +26,11 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
-MAX_BYTES = 100_000
+#: of a notebook, pictures included
+MAX_BYTES = 400_000
+SVG, PNG = "image/svg+xml", "image/png"
+#: pixels of a PNG for each of its SVG
+SCALE = 2
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -61,7 +70,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
             cell.outputs = [each for each in _merged(cell.outputs) if list(each.get("data", {})) != [WIDGET]]
             for output in cell.outputs:
                 if output.output_type in ("execute_result", "display_data"):
-                    output.metadata = {}
+                    output.metadata = {PNG: output.metadata[PNG]} if SVG in output.data and PNG in output.data else {}
                 if output.output_type == "execute_result":
                     output.execution_count = number
 
@@ -77,12 +86,52 @@ def _merged(outputs: list) -> list:
     return merged
 
 
-def refresh(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
-    ).execute()
-    clean(notebook)
+def _pictures(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The outputs with an SVG."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [output for output in outputs if SVG in output.get("data", {})]
+
+
+def add_pngs(notebook: nbformat.NotebookNode, former: nbformat.NotebookNode) -> None:
+    """Puts a PNG next to each SVG: that of the former notebook, if it has the same picture."""
+    known = {each.data[SVG]: (each.data[PNG], each.metadata[PNG]) for each in _pictures(former) if PNG in each.data}
+    missing = {each.data[SVG] for each in _pictures(notebook)} - known.keys()
+    if missing:
+        known |= _drawn(sorted(missing))
+    for each in _pictures(notebook):
+        each.data[PNG], size = known[each.data[SVG]]
+        each.metadata = {PNG: size}
+
+
+def _drawn(svgs: list[str]) -> dict[str, tuple[str, dict[str, int]]]:
+    """For each SVG, its PNG with 256 colors, and the width and height in a notebook."""
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    drawn = {}
+    with sync_playwright() as playwright:
+        browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+        page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
+            device_scale_factor=SCALE
+        )
+        for svg in svgs:
+            page.set_content(f"<body style='margin: 0'>{svg}</body>")
+            shot = page.locator("svg").first.screenshot(omit_background=True)
+            image, data = Image.open(io.BytesIO(shot)), io.BytesIO()
+            image.quantize(256, Image.Quantize.FASTOCTREE).save(data, "PNG", optimize=True)
+            size = dict(zip(("width", "height"), (each // SCALE for each in image.size), strict=True))
+            drawn[svg] = base64.b64encode(data.getvalue()).decode() + "\n", size
+    return drawn
+
+
+def refresh(path: Path, *, run: bool = True) -> None:
+    notebook, former = (nbformat.read(path, as_version=4) for _ in range(2))
+    if run:
+        NotebookClient(
+            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        ).execute()
+        clean(notebook)
+    add_pngs(notebook, former)
     text = nbformat.writes(notebook) + "\n"
     if len(text.encode()) > MAX_BYTES:
         raise SystemExit(f"{path.name} has {len(text.encode()):,} bytes; at most {MAX_BYTES:,} are committed")
@@ -93,9 +142,10 @@ def refresh(path: Path) -> None:
 def main(wanted: list[str]) -> None:
     readme = ROOT / "README.md"
     readme.write_text(with_address(readme.read_text()))
+    run, wanted = "--pictures" not in wanted, [name for name in wanted if name != "--pictures"]
     for path in notebooks():
         if not wanted or any(name in str(path) for name in wanted):
-            refresh(path)
+            refresh(path, run=run)
 
 
 if __name__ == "__main__":

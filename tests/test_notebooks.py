@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def notebook(request):
     return read(request.param)
 
 
+def assert_is_png(text, size):
+    """A PNG with twice as many pixels as it is shown with."""
+    data = base64.b64decode(text)
+    assert data.startswith(b"\x89PNG")
+    assert [int.from_bytes(data[at : at + 4], "big") for at in (16, 20)] == [2 * size["width"], 2 * size["height"]]
+
+
 def test_there_are_notebooks():
     assert len(CHAPTERS) >= 2
     assert {path.name for path in CHAPTERS} == {path.name for path in NOTEBOOKS if path.parent != FOLDER}
@@ -52,7 +60,10 @@ def test_stored_form(notebook):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     # nbval compares only cells that have a number; these do not depend on who ran what in which order
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert len(nbformat.writes(notebook)) < 100_000
+    outputs = [output for cell in code for output in cell.outputs]
+    pngs = sum(len(output.data.get("image/png", "")) for output in outputs if "data" in output)
+    assert len(nbformat.writes(notebook)) - pngs < 100_000
+    assert pngs < 300_000
     ignored = [cell for cell in code if "nbval-ignore-output" in cell.metadata.get("tags", [])]
     assert len(ignored) <= MAX_IGNORED * len(code)
 
@@ -64,6 +75,8 @@ def test_outputs_are_stored_and_clean(notebook):
             assert output.get("name") != "stderr", cell.source
             text = str(output)
             assert not re.search(r"/(home|root|tmp|usr|work)/", text), cell.source
+            if "image/svg+xml" in output.get("data", {}):  # JupyterLab shows only PNG in a fresh clone
+                assert_is_png(output.data["image/png"], output.metadata["image/png"])
             if "image/svg+xml" in output.get("data", {}) and cell.source not in OTHER_PICTURES:
                 assert_is_svg(output.data["image/svg+xml"], output.data["text/plain"])
     assert any(cell.get("outputs") for cell in notebook.cells)

@@ -79,10 +79,26 @@ class Desk:
         return calls
 
 
-def columns(calls: Sequence[Sequence[Any]], count: int) -> list[list[Any]]:
-    """Calls for :func:`rows.timetable`: each fills eight rows, and there are so many, the last ones of nobody."""
-    filled = [[*call, *[None] * (8 - len(call))] for call in calls]
-    return filled + [[None] * 8] * (count - len(calls))
+def split_by_adapter(desk: type) -> type:
+    """The class with another method, ``one_adapter(requests)``: batches as Serve makes them, one adapter in each."""
+    from ray import serve
+
+    class SplitDesk(desk):
+        @serve.multiplexed(max_num_models_per_replica=8)
+        async def find(self, name: str) -> str:
+            return name
+
+        @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.1)
+        async def one_adapter(self, requests: list[Any]) -> list[str]:
+            self.pool.swap(await self.find(serve.get_multiplexed_model_id()))
+            return self.answer(requests)
+
+    return SplitDesk
+
+
+def columns(calls: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Calls for :func:`rows.timetable`, each of which fills eight rows."""
+    return [[*call, *[None] * (8 - len(call))] for call in calls]
 
 
 # --- exercise: which replica gets a request ----------------------------------------------------------------------

@@ -84,7 +84,9 @@ def folder(tmp_path_factory) -> Path:
         shutil.copytree(
             ROOT / "notebooks", folder / front_end, ignore=shutil.ignore_patterns("solutions", ".*", "*.py")
         )
-    for path in folder.rglob("*.ipynb"):
+    stored = folder / "stored"
+    shutil.copytree(ROOT / "notebooks", stored, ignore=shutil.ignore_patterns("solutions", ".*", "*.py"))
+    for path in set(folder.rglob("*.ipynb")) - set(stored.iterdir()):
         notebook = nbformat.read(path, as_version=4)
         # what takes minutes, and is stored
         notebook.cells = [cell for cell in notebook.cells if "nbval-skip" not in cell.metadata.get("tags", [])]
@@ -337,6 +339,30 @@ def test_after_a_restart_the_static_form_is_there(widgets):
     shown = page.locator(".jp-OutputArea-child").filter(visible=True)  # JupyterLab has other notebooks open, behind
     expect(shown.filter(has_text="SwapPanel: 8 adapters").first).to_be_visible()
     expect(shown.filter(has_text="16 resize, 12 off").first).to_be_visible()
+
+
+# ---- a fresh clone, which JupyterLab doesn't trust
+
+
+def pictures_in(path: Path) -> int:
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+    return sum("image/svg+xml" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.parametrize("name", few_of(CHAPTERS, CHAPTERS[:1]))
+def test_stored_pictures_are_shown_without_trust(address, browser, name):
+    page = browser.new_page()
+    NotebookPage(page, address, "lab", f"stored/{name}").shut_down()
+    cells = "[...window.jupyterapp.shell.currentWidget.content.model.cells].filter(cell => cell.type === 'code')"
+    assert not page.evaluate(f"() => {cells}.some(cell => cell.trusted && cell.outputs.length)")
+    images = page.locator(".jp-OutputArea-output img[src^='data:image/png']")
+    expect(images).to_have_count(pictures_in(ROOT / "notebooks" / name))
+    assert all(
+        page.evaluate(
+            "images => images.map(image => image.complete && image.naturalWidth > 100)", images.element_handles()
+        )
+    )
+    page.close()
 
 
 # ---- in Voila, which runs a notebook and shows what it puts out

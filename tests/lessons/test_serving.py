@@ -55,6 +55,6 @@ def test_adapters_that_gather_are_read_less_often():
 
 def test_calls_are_drawn_as_columns_of_eight():
     calls = [[(0, "sort"), (1, "shout")], [(2, "sort")]]
-    drawn = serving.columns(calls, 3)
-    assert [len(column) for column in drawn] == [8, 8, 8]
-    assert list(itertools.chain(*drawn)).count(None) == 24 - 3
+    drawn = serving.columns(calls)
+    assert [len(column) for column in drawn] == [8, 8]
+    assert list(itertools.chain(*drawn)).count(None) == 16 - 3
