@@ -34,7 +34,7 @@ def make_replica(model: str, options: Options) -> tuple[Replica, list[Version]]:
         versions = [Version.of(name, demo.adapter_path(name)) for name in demo.adapter_names()]
         base, tokenizer = demo.load_base(), demo.load_tokenizer()
     replica = Replica(PeftModel.from_pretrained(base, versions[0].path), tokenizer, versions, options)
-    replica.ends = [-1]
+    replica.ends, replica.pool.model.generation_config.eos_token_id = [-1], None
     return replica, versions
 
 
