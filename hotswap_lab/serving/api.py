@@ -188,14 +188,16 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         except UnicodeEncodeError as error:
             raise refuse("no_text", error=error) from None
         shares, most = backend.table.shares(asked.model, base), asked.max_completion_tokens or asked.max_tokens
-        heat = asked.temperature if (asked.temperature or 0) >= COLDEST else 0.0
+        heat = asked.temperature or 0.0
         # OpenAI's field for the state of the server holds the versions that answer
         versions = "+".join(f"{each}:{weight:g}" if weight != 1 else f"{each}" for each, weight in shares.items())
         frame = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": asked.model}
         frame["system_fingerprint"] = versions or base
         seeds = [None if asked.seed is None else asked.seed + index for index in range(asked.n or 1)]
         how = (stop, logprobs, bool(asked.stream))
-        requests = [Request(prompt, shares, most, heat, asked.top_p or 1.0, seed, *how) for seed in seeds]
+        requests = [
+            Request(prompt, shares, most, heat * (heat >= COLDEST), asked.top_p or 1.0, seed, *how) for seed in seeds
+        ]
         pieces = _merged([backend.answer(each) for each in requests])
         if asked.stream:
             has_usage = bool((asked.stream_options or {}).get("include_usage"))
@@ -277,7 +279,8 @@ def _usage(ends: Any) -> dict[str, int]:
 
 def _error(error: Exception) -> tuple[int, dict[str, Any]]:
     """The HTTP status of an error, and what OpenAI's API writes of it."""
-    status = STATUS.get(type(error)) or getattr(error, "status_code", 400)
+    known = [status for kind, status in STATUS.items() if isinstance(error, kind)]
+    status = known[0] if known else getattr(error, "status_code", 400)
     text, kind = str(getattr(error, "detail", error)), "server_error" if status >= 500 else "invalid_request_error"
     return status, {"error": {"message": text, "type": kind, "param": None, "code": None}}
 
