@@ -1,8 +1,8 @@
-"""Generating in fixed shapes: a Llama model that reads on in all rows of a batch at once, each row at its own place.
+"""Generating in fixed shapes: a language model that reads on in all rows of a batch, each row at its own place.
 
-``torch.compile`` makes code for each shape that it meets, so a text that grows would be compiled at each token. Here
-there are two shapes: a chunk of a prompt for each row, or one new token for each; and the keys and values of all tokens
-have their memory from the start. That is how gpt-fast does it (https://github.com/pytorch-labs/gpt-fast).
+``torch.compile`` makes code for each shape that it meets, so a growing text would be compiled at each token. Here there
+are two shapes: a chunk of a prompt for each row, or one new token for each. The memory for the keys and values of all
+tokens is allocated at the start, as in gpt-fast (https://github.com/pytorch-labs/gpt-fast).
 """
 
 from __future__ import annotations
@@ -15,35 +15,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from .ahead import aoti_compile, aoti_load
+from .core.errors import HotswapError
 
 
 class RowCache:
-    """A layer's keys and values, for rows at different places: ``positions`` is ``[rows, tokens]``."""
+    """A cache as transformers' models use it, for rows at different places: ``positions`` is ``[rows, tokens]``."""
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor):
-        self.keys: Tensor = keys
-        self.values: Tensor = values
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], positions: Tensor, length: int):
+        self.keys: Sequence[Tensor] = keys
+        self.values: Sequence[Tensor] = values
         self.positions: Tensor = positions
+        self.length: int = length
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(keys))[:, None]
-        self.keys[rows, :, self.positions] = keys.transpose(1, 2)
-        self.values[rows, :, self.positions] = values.transpose(1, 2)
-        return self.keys, self.values
+    def get_seq_length(self, *_: Any) -> int:
+        return self.length
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        all_keys, all_values = self.keys[layer_idx], self.values[layer_idx]
+        rows = torch.arange(len(keys), device=keys.device)[:, None]
+        all_keys[rows, :, self.positions] = keys.transpose(1, 2)
+        all_values[rows, :, self.positions] = values.transpose(1, 2)
+        return all_keys[:, :, : self.length], all_values[:, :, : self.length]
 
 
 class Reader(torch.nn.Module):
-    """A Llama model that reads on in all rows of a batch at once, in two shapes: a chunk for each row, or one token.
+    """A language model that reads on in all rows of a batch, in two shapes: a chunk for each row, or one token.
 
-    It calls the model's layers one by one. For a pool whose rows differ, call the model itself once before: that proves
-    that its layers keep the rows apart.
+    For models that keep keys and values in transformers' cache and have no other memory of a text: Llama, SmolLM2,
+    Qwen, Mistral, Gemma and their like. :meth:`agrees` tells whether a model is one.
 
     Parameters
     ----------
     model:
-        A ``LlamaForCausalLM``, with or without PEFT around it.
+        A causal language model of transformers, with or without PEFT around it.
     rows, chunk, room:
         How many rows there are, how many tokens of each are read at once, and how many each has room for.
 
@@ -52,7 +59,7 @@ class Reader(torch.nn.Module):
     >>> from hotswap_lab import demo
     >>> model, _ = demo.load("reverse")
     >>> reader = Reader(model, rows=2, chunk=4, room=8)
-    >>> logits = reader.read([[5, 6, 7], [8]])  # a short row is filled up
+    >>> logits = reader.read([[5, 6, 7], [8]])  # a short part is filled up
     >>> logits = reader.read([[], [9]])
     >>> reader.lengths.tolist(), torch.allclose(logits[1], model(torch.tensor([[8, 9]])).logits[0, -1], atol=1e-4)
     ([3, 2], True)
@@ -64,19 +71,25 @@ class Reader(torch.nn.Module):
         self.model: torch.nn.Module = model
         self.rows: int = rows
         self.chunk: int = chunk
-        lm = self._lm
-        shape = (rows, lm.config.num_key_value_heads, room + chunk, lm.config.head_dim)
-        for number in range(len(lm.model.layers)):
-            for which in ("keys", "values"):
-                self.register_buffer(f"{which}_{number}", torch.zeros(shape, dtype=lm.dtype), persistent=False)
-        # what a layer calls its cache depends on the version of transformers
-        named = inspect.signature(type(lm.model.layers[0]).forward).parameters
+        self.room: int = room
+        named = inspect.signature(self._lm.forward).parameters
+        # the name of the cache depends on the version of transformers
         self._cache: str = "cache" if "cache" in named else "past_key_values"
-        self.register_buffer("places", torch.arange(room + chunk), persistent=False)
+        device, sample = self._lm.device, DynamicCache()
+        with torch.no_grad():
+            self._call(torch.zeros((rows, 1), dtype=torch.long, device=device), cache=sample)
+        self.layers: int = len(sample.layers)
+        for number, layer in enumerate(sample.layers):
+            for which in ("keys", "values"):
+                each = getattr(layer, which)
+                # one place more than there are tokens: what fills up a short part is written there
+                memory = each.new_zeros((rows, each.shape[1], room + 1, each.shape[3]))
+                self.register_buffer(f"{which}_{number}", memory, persistent=False)
+        self.register_buffer("places", torch.arange(room + 1, device=device), persistent=False)
         #: how many tokens of each row have been read
         self.lengths: Tensor = torch.zeros(rows, dtype=torch.long)
-        #: by their number of tokens, the steps that were compiled ahead of time
-        self.ahead: dict[int, Callable[..., Tensor]] = {}
+        #: the compiled steps, by their number of tokens
+        self.compiled: dict[int, Callable[..., Tensor]] = {}
 
     @property
     def _lm(self) -> Any:
@@ -84,47 +97,88 @@ class Reader(torch.nn.Module):
 
     def compile(self, backend: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Compiles a step. Nothing is built before the first one."""
-        self.step = torch.compile(self.step, backend=backend, dynamic=False)
+        self.compiled = dict.fromkeys((self.chunk, 1), torch.compile(self.step, backend=backend, dynamic=False))
 
-    def compile_ahead(self, folder: str | os.PathLike[str]) -> None:
+    def compile_ahead(self, folder: str | os.PathLike[str], progress: bool = True) -> None:
         """Compiles both shapes ahead of time, to a file each (:func:`hotswap_lab.aoti_compile`)."""
         for width in (self.chunk, 1):
-            ids = torch.zeros((self.rows, width), dtype=torch.long)
-            aoti_compile(self, self._file(folder, width), kwargs=dict(ids=ids, positions=ids))
+            ids = torch.zeros((self.rows, width), dtype=torch.long, device=self._lm.device)
+            aoti_compile(self, self._file(folder, width), kwargs=dict(ids=ids, positions=ids), progress=progress)
 
     def load_ahead(self, folder: str | os.PathLike[str]) -> None:
         """Reads with what :meth:`compile_ahead` wrote, in this process or another (:func:`hotswap_lab.aoti_load`)."""
-        self.ahead = {width: aoti_load(self._file(folder, width), self) for width in (self.chunk, 1)}
+        self.compiled = {width: aoti_load(self._file(folder, width), self) for width in (self.chunk, 1)}
+
+    def is_compiled_in(self, folder: str | os.PathLike[str]) -> bool:
+        """Whether both files of :meth:`compile_ahead` are in a folder."""
+        return all(self._file(folder, width).exists() for width in (self.chunk, 1))
 
     def _file(self, folder: str | os.PathLike[str], width: int) -> Path:
         return Path(folder) / ("token.pt2" if width == 1 else "chunk.pt2")
 
-    def forget(self, row: int) -> None:
-        """Starts anew in one row. Its cache need not be erased: no token looks at a place that isn't filled yet."""
+    def forget(self, row: int, *, erase: bool = False) -> None:
+        """Starts anew in one row. Its old keys and values may stay unless they are NaN: no token looks at them."""
         self.lengths[row] = 0
+        for each in self.buffers(recurse=False) if erase else ():
+            if each is not self.places:
+                each[row] = 0
 
     @torch.no_grad()
     def read(self, parts: Sequence[list[int]]) -> Tensor:
         """Reads up to a chunk in each row, or nothing; the logits after it, ``[rows, vocabulary]``."""
-        width = self.chunk if max(map(len, parts)) > 1 else 1
-        ids = torch.tensor([part + [0] * (width - len(part)) for part in parts])
-        positions = self.lengths[:, None] + torch.arange(width)
+        longest = max(1, *map(len, parts))
+        # compiled code has two shapes; otherwise a part has the length that it needs
+        width = self.chunk if self.compiled and longest > 1 else longest
+        # the last tokens of all parts are in the last column
+        ids = torch.tensor([[0] * (width - len(part)) + part for part in parts])
         counts = torch.tensor([len(part) for part in parts])
-        logits = self.ahead.get(width, self.step)(ids, positions)
+        places = torch.arange(width) - (width - counts)[:, None]
+        positions = torch.where(places < 0, self.room, self.lengths[:, None] + places)
+        inputs = [each.to(self.places.device) for each in (ids, positions)]
+        if step := self.compiled.get(width):
+            try:
+                logits = step(*inputs)
+            except HotswapError:
+                # a pool's proof that these layers keep the rows apart needs a call that is not compiled
+                self.step(*inputs)
+                logits = step(*inputs)
+        else:
+            logits = self.step(*inputs, length=int(self.lengths.max()) + width)
         self.lengths += counts
-        return logits[torch.arange(len(parts)), counts - 1]
+        return logits[:, -1]
 
-    def step(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The model itself, with all of its caches: ``[rows, tokens]`` to ``[rows, tokens, vocabulary]``."""
-        # to each token: itself, and all before it in its row
-        visible = (self.places <= positions[..., None])[:, None]
-        llama, head = self._lm.model, self._lm.lm_head
-        hidden = llama.embed_tokens(ids)
-        rotation = llama.rotary_emb(hidden, position_ids=positions)
-        for number, layer in enumerate(llama.layers):
-            keys, values = getattr(self, f"keys_{number}"), getattr(self, f"values_{number}")
-            cache = {self._cache: RowCache(keys, values, positions)}
-            hidden = layer(hidden, attention_mask=visible, position_embeddings=rotation, **cache)
-        return head(llama.norm(hidden))
+    def step(self, ids: Tensor, positions: Tensor, length: int | None = None) -> Tensor:
+        """The model itself, with all of its caches: ``[rows, tokens]`` to the logits ``[rows, 1, vocabulary]``."""
+        length = length or self.room + 1
+        buffers = [
+            [getattr(self, f"{which}_{number}") for number in range(self.layers)] for which in ("keys", "values")
+        ]
+        # each token sees itself, and all before it in its row
+        visible = self.places[:length] <= positions[..., None]
+        hidden = torch.finfo(self._lm.dtype).min
+        mask = torch.zeros(visible.shape, dtype=self._lm.dtype, device=ids.device).masked_fill(~visible, hidden)[
+            :, None
+        ]
+        cache = RowCache(*buffers, positions, length)
+        return self._call(ids, cache=cache, attention_mask=mask, position_ids=positions.clamp(max=self.room - 1))
 
     forward = step
+
+    def _call(self, ids: Tensor, *, cache: object, **inputs: Tensor) -> Tensor:
+        return self._lm(input_ids=ids, use_cache=True, logits_to_keep=1, **{self._cache: cache}, **inputs).logits
+
+    @torch.no_grad()
+    def agrees(self) -> bool:
+        """Whether two parts, one after the other, give the logits of the model itself, in rows of different lengths."""
+        config = self._lm.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        if window and window < self.room and getattr(config, "use_sliding_window", True):
+            return False  # the mask here has no window
+        texts = torch.arange(4 * self.rows).view(self.rows, 4) % config.vocab_size
+        ends = torch.arange(self.rows) % 2 + 2
+        self.read([text[:2].tolist() for text in texts])
+        logits = self.read([text[2 : end + 1].tolist() for text, end in zip(texts, ends, strict=True)])
+        self.lengths.zero_()
+        expected = self._lm(input_ids=texts.to(logits.device), use_cache=False).logits[torch.arange(self.rows), ends]
+        # rounding differs; another text would change much more
+        return bool((logits - expected).abs().max() < 0.02 * expected.abs().max())

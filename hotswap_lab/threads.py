@@ -227,11 +227,11 @@ def bases_of(model: object) -> list[torch.nn.Module]:
     """The base models whose adapters a swap in ``model`` may change."""
     if isinstance(model, torch.nn.Module):
         found = [model]
-    elif isinstance(parts := getattr(model, "components", None), dict):  # a pipeline's
-        found = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+    elif isinstance(components := getattr(model, "components", None), dict):  # a pipeline's
+        found = [component for component in components.values() if isinstance(component, torch.nn.Module)]
     else:
         found = [getattr(model, "model", model)]  # a pool's
-    bases = [host.base for part in found for host in carriers(part) if host.configs]
+    bases = [host.base for module in found for host in carriers(module) if host.configs]
     if not bases:
         raise refuse("nothing_to_hold_back", name=type(model).__name__)
     return bases

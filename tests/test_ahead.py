@@ -169,7 +169,7 @@ def test_inputs_that_lie_otherwise_in_memory(bound):
         (r"\[9\]", {**ids(), "input_ids": ids()["input_ids"][0]}),
         (r"\[2, 1\]", {**ids(), "input_ids": ids()["input_ids"][:, :1]}),
         ("attention_mask: [[2, 9]", {**ids(), "attention_mask": torch.ones(2, 9)}),
-        ("the inputs input_ids", {**ids(), "colour": 1}),
+        ("the inputs input_ids", {**ids(), "color": 1}),
         ("None", dict(use_cache=False)),
         ("True", {**ids(), "use_cache": True}),
     ],
@@ -451,7 +451,7 @@ def test_reading_in_rows(tmp_path):
         torch.testing.assert_close(ahead, plain, rtol=1e-3, atol=1e-4)
         parts = [[letter] for letter in plain.argmax(-1).tolist()]
     letters = torch.ones((7, 1), dtype=torch.long)
-    refused("not made of the rows", lambda _: readers[1].ahead[1](letters, letters), pool)
+    refused("not made of the rows", lambda _: readers[1].compiled[1](letters, letters), pool)
 
 
 @pytest.mark.long

@@ -1,16 +1,16 @@
-"""How long a swap takes, each way of doing it, in one run on one machine.
+"""A benchmark of adapter swaps: each way of swapping, in one run on one machine.
 
 python -m hotswap_lab.bench
 python -m hotswap_lab.bench --model tiny --rank 4 --n 5
 python -m hotswap_lab.bench --rank 64 --compiled --rows --json bench.json --plot bench.svg
 python -m hotswap_lab.bench --cold
 
-The weights are random: a swap copies them and never looks at what they mean. The ways take turns, a few calls each, so
-that whatever else the machine does in between hits all of them alike. Each goes back and forth between two adapters,
-and is checked before against ``PeftModel.from_pretrained`` of both.
+The weights are random, since their values don't affect the time of a swap. The ways take turns, a few calls each, so
+other load on the machine affects all of them alike. Each way swaps back and forth between two adapters, and its outputs
+are checked first against ``PeftModel.from_pretrained`` of both.
 
-``--cold`` measures something else: how long a new process takes to its first answer, with the embedded model. Its
-files are in the system's cache by then, so that is a start of the process, not of the machine.
+``--cold`` measures how long a new process takes to its first answer instead, with the embedded model. Its files are in
+the system's cache by then, so this is a cold start of the process, not of the machine.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from .ways import measure_ways
 
 __all__ = ["Report", "Row", "Scene", "Settings", "Way", "in_rounds", "make_base", "run"]
 
-#: what goes beyond the table, by the setting that asks for it
+#: measurements beyond the table, by the setting that requests them
 FURTHER = {"compiled": measure_compiled, "rows": measure_rows}
-#: the share of the time spent waiting for a core from which on the machine was too busy to trust the table
+#: above this share of time spent waiting for a core, the machine was too busy to trust the table
 BUSY = 0.02
 
 
@@ -44,21 +44,21 @@ def run(
     say: Callable[[str], object] = lambda text: None,
     make: Callable[[Scene], list[Way]] | None = None,
 ) -> Report:
-    """Measures what ``settings`` ask for.
+    """Run the benchmark.
 
     Parameters
     ----------
     settings:
         Shape, ranks, dtype, device, repeats and the further measurements.
     say:
-        Is told what is being done.
+        Called with a line of text at each step.
     make:
-        Makes the ways that are measured, each on a model of its own; all of them by default.
+        Makes the ways to measure, each on a model of its own. Default: all of them.
 
     Returns
     -------
     Report
-        Shows itself as a table; ``rows``, ``extras``, ``to_json()`` and ``figure()`` give the rest.
+        It prints as a table; ``rows``, ``extras``, ``to_json()`` and ``figure()`` have the rest.
 
     Examples
     --------
@@ -73,10 +73,10 @@ def run(
     torch.set_num_threads(settings.threads)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's and transformers', on random adapters
+            warnings.simplefilter("ignore")  # PEFT and transformers warn about random adapters
             if settings.cold:
                 starts, n = measure_starts(settings.cold, say), settings.cold
-                # what was measured, whatever shape was asked for
+                # the report names the shape that was measured, not the requested one
                 settings = Settings(model="demo", ranks=(8,), threads=settings.threads, n=n, cold=n)
                 return Report(machine(), settings, (), (), starts=tuple(starts))
             base = make_base(settings)
@@ -98,10 +98,10 @@ def run(
 
 
 def say_of_waiting(rank: int, before: float, after: float, seconds: float) -> list[Extra]:
-    """Says whether other programs were in the way of what took so many seconds, if the system counts that.
+    """A line on the share of time that was spent waiting for a core; empty where the system doesn't count it.
 
-    A copy by two threads that finds one core taken waits for the scheduler: milliseconds, where it takes a fraction of
-    one. A median can't show that if it happens at every call.
+    A copy by two threads takes a fraction of a millisecond, but waits for milliseconds if another program has one of
+    the cores. If that happens at every call, a median can't show it.
     """
     share = (after - before) / seconds
     text = f"waiting for a core that another program had: {share:.1%} of the time"

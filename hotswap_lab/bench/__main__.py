@@ -1,4 +1,4 @@
-"""The benchmark as a command: its options, and what it prints and writes."""
+"""The command line of the benchmark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import __doc__ as description
 from . import run
 from .settings import DTYPES, SHAPES, Settings
 
-#: rounds of --cold, in which each way of starting takes seconds to a minute
+#: default rounds of --cold; in a round, each way takes from seconds to a minute
 ROUNDS = 3
 COLD = f"only: from the start of a process to its first answer, in that many rounds ({ROUNDS}), with --threads"
 

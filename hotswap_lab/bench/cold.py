@@ -1,4 +1,4 @@
-"""Cold starts: from the start of a process to its first answer, and to its hundredth, with a swap before each."""
+"""Cold starts: the time from the start of a process to its first and hundredth answer, with a swap before each."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ WAYS = (EAGER, EMPTY, SAVED, COPIED, AHEAD)
 ANSWERS = 100
 #: how far a logit may be from a fresh load's; another adapter changes some of them by more than 1
 TOLERANCE = 1e-3
-#: files that all processes read: logits of fresh loads, ``torch.compile``'s cache, what was compiled ahead of time
+#: files that all processes read: logits of fresh loads, ``torch.compile``'s cache, the model compiled ahead of time
 LOGITS, CACHE, PACKAGE = "logits.safetensors", "cache.bin", "demo.pt2"
-#: the whole cache folder: the file above has no machine code for the CPU in it, so a compiler runs again after loading
+#: the whole cache folder: the cache file lacks machine code for the CPU, so a compiler runs again after loading it
 FOLDER = "cache"
-#: the file that a way starts from; the folder is made with the cache's file
+#: the file that a way starts from; the folder is made together with the cache file
 FILES = {SAVED: CACHE, COPIED: CACHE, AHEAD: PACKAGE}
-#: what a process runs; its arguments are those of :func:`main`
+#: the code that a process runs; its arguments are those of :func:`main`
 CODE = "import sys; from hotswap_lab.bench import cold; cold.main(*sys.argv[1:])"
 
 
 def measure_starts(rounds: int, say: Callable[[str], object] = lambda text: None) -> list[Start]:
-    """The table of cold starts: in each round, each way starts once, in a process of its own."""
+    """Measure cold starts: in each round, start each way once, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         save_logits(folder)
         made: dict[str, dict[str, Any]] = {}
@@ -57,14 +57,14 @@ def measure_starts(rounds: int, say: Callable[[str], object] = lambda text: None
         results: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for number, way in itertools.product(range(rounds), WAYS):
             say(f"{way}: start {number + 1} of {rounds}")
-            # a way without its file is refused for the reason why there is none
+            # a way whose file could not be made is refused with that error
             failed = "note" in before[way]
             results[way].append(before[way] if failed else in_process("answer", way, folder))
     return [summarize(way, each, before[way].get("seconds")) for way, each in results.items()]
 
 
 def summarize(way: str, results: Sequence[Mapping[str, Any]], made: float | None = None) -> Start:
-    """One line of the table, from what each process of one way returned."""
+    """Make one line of the table from the results of one way's processes."""
     if notes := [each["note"] for each in results if "note" in each]:
         return Start(way, "refused", note=notes[0])
     state = "right" if all(each["right"] for each in results) else "wrong"
@@ -73,7 +73,7 @@ def summarize(way: str, results: Sequence[Mapping[str, Any]], made: float | None
 
 
 def save_logits(folder: str) -> None:
-    """Saves the logits of a fresh load of each adapter, by PEFT alone."""
+    """Save the logits of a fresh load of each adapter, by PEFT alone."""
     logits = {}
     for name in demo.adapter_names():
         model, tokenizer = demo.load(name)
@@ -83,38 +83,38 @@ def save_logits(folder: str) -> None:
 
 
 def make_inputs(tokenizer: demo.Tokenizer) -> dict[str, Any]:
-    """The inputs of every answer."""
+    """The inputs that every answer is computed from."""
     return {**tokenizer("hotswap>", return_tensors="pt"), "use_cache": False}
 
 
 def in_process(task: str, what: str, folder: str) -> dict[str, Any]:
-    """Runs :func:`main` in a new process, with an empty folder as the compiler's cache. Returns what it printed."""
+    """Run :func:`main` in a new process, with an empty folder as the compiler's cache. Returns its result."""
     with tempfile.TemporaryDirectory() as cache:
         threads = str(torch.get_num_threads())
         variables = {**os.environ, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_CACHE_DIR": cache}
         if (task, what) == ("answer", AHEAD):
-            # these three are where PyTorch looks for a compiler
+            # PyTorch looks for a compiler in these three variables
             variables = {key: value for key, value in variables.items() if key not in ("CC", "CXX")} | {"PATH": ""}
         command = [sys.executable, "-c", CODE, task, what, folder, str(time.time())]
         done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    # the libraries may print as well
+    # the result is the last line, since libraries may print, too
     *_, last = done.stdout.splitlines() or [""]
     return json.loads(last) if done.returncode == 0 else {"note": f"the process ended with status {done.returncode}"}
 
 
 def main(task: str, what: str, folder: str, launched: str) -> None:
-    """Makes a file, or starts in one way and answers. Prints the result as one line of JSON."""
+    """Make a file, or start in one way and answer. Prints the result as one line of JSON."""
     importing = time.time() - float(launched)
     try:
         result = {"make": make, "answer": answer}[task](what, folder, float(launched))
     except Exception as error:
-        # the other ways are measured all the same
+        # an error is part of the result, so that the other ways are still measured
         result = {"note": (str(error).strip() or type(error).__name__).splitlines()[0]}
     print(json.dumps({**result, "importing": importing}))
 
 
 def make(file: str, folder: str, launched: float) -> dict[str, Any]:
-    """Makes the file that a way starts from. Returns the seconds since the launch."""
+    """Make the file that a way starts from. Returns the seconds since the launch."""
     pool, inputs = make_pool()
     if file == PACKAGE:
         aoti_compile(pool, f"{folder}/{PACKAGE}", kwargs=inputs, progress=False)
@@ -132,14 +132,14 @@ def make(file: str, folder: str, launched: float) -> dict[str, Any]:
 def make_pool() -> tuple[AdapterPool, dict[str, Any]]:
     """A pool of the embedded adapters, and the inputs."""
     names = demo.adapter_names()
-    # the last one, so that the first swap brings another one
+    # the last one, so that the first swap changes the adapter
     model, tokenizer = demo.load(names[-1])
     pool = AdapterPool(model, adapters={name: demo.adapter_path(name) for name in names}, progress=False)
     return pool, make_inputs(tokenizer)
 
 
 def answer(way: str, folder: str, launched: float) -> dict[str, Any]:
-    """Answers a hundred times. Returns the seconds to the first and last answer, and whether all were right."""
+    """Answer a hundred times. Returns the seconds to the first and last answer, and whether all were right."""
     pool, inputs = make_pool()
     if way == SAVED:
         torch.compiler.load_cache_artifacts(Path(folder, CACHE).read_bytes())

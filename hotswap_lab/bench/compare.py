@@ -1,6 +1,6 @@
-"""The embedded adapters, swapped in three ways: ours, PEFT's hotswap, PEFT's load and delete.
+"""A small comparison of three ways to swap the embedded adapters: ours, PEFT's hotswap, PEFT's load and delete.
 
-Each way is asked for the same thing on a model of its own, checked against a fresh load, and timed in turn.
+Each way makes the same swap on a model of its own. It is checked against a fresh load, then timed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .settings import Settings
 from .timing import measure
 from .ways import disk_way, peft_hotswap_way, peft_load_way
 
-#: the adapter that is loaded first: it targets every layer, so that any other fits into its place
+#: the adapter that is loaded first: it targets every layer, so every other adapter can replace it
 FIRST = "reverse"
 
 
 def compare(name: str, word: str, repeats: int) -> tuple[str, list[Row]]:
-    """Swaps the adapter ``name`` in, all three ways, ``repeats`` times each; the way back doesn't count.
+    """Swap the adapter ``name`` in, in all three ways, ``repeats`` times each. The swap back isn't timed.
 
-    Returns what the model then answers to ``word``, and how each way did.
+    Returns the model's answer to ``word`` afterwards, and a line of the table for each way.
     """
     folders = demo.adapter_path(FIRST), demo.adapter_path(name)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

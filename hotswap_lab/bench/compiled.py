@@ -1,4 +1,4 @@
-"""Compiled models: the first output after a swap, and a forward call in prepared memory."""
+"""Measurements of compiled models: the first output after a swap, and a forward call in prepared memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RECOMPILES = 3
 
 
 def measure_compiled(scene: Scene) -> list[Extra]:
-    """From asking for another adapter to its first output in a compiled model, and a forward call by itself.
+    """Time a swap and the first output after it in a compiled model, and a forward call by itself.
 
-    One contender after the other, since each begins with nothing compiled. Inductor's cache on disk is left as it is
-    set up: where it is on, a recompile finds code for an equal graph there and takes less time.
+    The ways are measured one after the other, since each begins with nothing compiled. The setting of Inductor's cache
+    on disk isn't changed. If it is on, a recompile may find the code of an equal graph there and take less time.
     """
     by_peft = scene.load_prepared(peft_prepare)
     ways = (
@@ -44,7 +44,7 @@ def _first_output(scene: Scene, swapping: Way) -> Extra:
         scene.outputs(compiled)
 
     way = scene.way(swapping.name, compiled, swap_and_call)
-    # by default PyTorch gives up after 8 graphs and runs the model uncompiled from then on
+    # by default, PyTorch stops compiling after 8 graphs and runs the model eagerly
     with compat.dynamo_config.patch(recompile_limit=64):
         with RecompileWatch() as watch:
             state, note = way.check()
@@ -59,7 +59,7 @@ def _first_output(scene: Scene, swapping: Way) -> Extra:
 
 
 def _forward(scene: Scene, compiled: bool) -> Extra:
-    """A forward call with the adapter in prepared memory, against one with ordinary parameters."""
+    """Compare a forward call with the adapter in prepared memory to one with ordinary parameters."""
     kind = (scene.settings.backend or pick_backend()) if compiled else "eager"
     tokens, device = scene.settings.tokens, scene.settings.device
     inputs = scene.make_inputs(tokens)

@@ -1,4 +1,4 @@
-"""All that was measured, as text, as JSON and as a picture."""
+"""The results of the benchmark, as text, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MEMCPY = "memcpy of the same bytes"
 
 @dataclass(frozen=True)
 class Row:
-    """One way of swapping adapters of one rank.
+    """The result for one way of swapping adapters of one rank.
 
     Parameters
     ----------
     rank, way:
-        What was timed.
+        The rank of the adapters, and the name of the way.
     state:
         ``"right"``, ``"wrong"`` (no error, but other outputs than a fresh load) or ``"refused"`` (not timed).
     timing:
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Size:
-    """How large an adapter of one rank is: in its file, and packed by a pool."""
+    """The size of an adapter of one rank: in its file, and packed by a pool."""
 
     rank: int
     tensors: int
@@ -77,12 +77,12 @@ class Extra:
 
 @dataclass(frozen=True)
 class Start:
-    """One way of starting a process.
+    """The result for one way of starting a process.
 
     Parameters
     ----------
     way:
-        What was timed.
+        The name of the way.
     state:
         ``"right"``, ``"wrong"`` (an answer was not that of a fresh load) or ``"refused"`` (a process failed).
     first, last, importing:
@@ -90,7 +90,7 @@ class Start:
     recompiles:
         The most recompiles of one process.
     made:
-        Seconds of an earlier process that made the file for this way, once; None if the way needs no file.
+        Seconds that an earlier process took to make the file for this way; None if the way needs no file.
     note:
         The error, if it was refused.
     """
@@ -112,18 +112,18 @@ class Start:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`run` measured. Shows itself as text.
+    """The results of :func:`run`. Prints as a table.
 
     Parameters
     ----------
     machine:
-        Hardware, threads and the versions that matter most, in one line.
+        Hardware, threads and the most important versions, in one line.
     settings:
-        What was asked for.
+        The settings of the run.
     sizes, rows, extras:
-        The adapters, the table, and what was measured beyond it.
+        The adapters, the lines of the table, and the further measurements.
     starts:
-        The cold starts, if those were asked for instead.
+        The cold starts, if they were measured instead.
     """
 
     machine: str
@@ -154,26 +154,26 @@ class Report:
         return f"shape {settings.model}{layers}, {settings.dtype}, {on}, {room}"
 
     def timing(self, way: str, rank: int) -> Timing | None:
-        """The time of one way; None if it was refused, or not tried."""
+        """The time of one way; None if it was refused or not measured."""
         return next((row.timing for row in self.rows if (row.way, row.rank) == (way, rank)), None)
 
     @property
     def ok(self) -> bool:
-        """Whether all ways but PEFT's gave the outputs of a fresh load."""
+        """Whether all ways except PEFT's gave the outputs of a fresh load."""
         measured = [(row.way, row.state) for row in self.rows]
         measured += [(extra.values["way"], extra.values["state"]) for extra in self.extras if "way" in extra.values]
         measured += [(start.way, start.state) for start in self.starts]
         return all(state == "right" for way, state in measured if not way.startswith("PEFT"))
 
     def to_json(self) -> str:
-        """Everything, as JSON; times are in seconds."""
+        """The report as JSON, with times in seconds."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     def figure(self) -> Figure:
         """The medians as bars on a logarithmic scale, one panel for each rank. Needs matplotlib."""
         return self._figure
 
-    @functools.cached_property  # a second's work, and a widget asks for it at every change
+    @functools.cached_property  # drawing takes a second, and a widget needs the figure at every change
     def _figure(self) -> Figure:
         import matplotlib
         from matplotlib.figure import Figure as Drawing
@@ -195,7 +195,7 @@ class Report:
             text += f"{size}: {', '.join(f'{row.label} {row.timing}' for row in rows)}. "
         text += f"Measured on {self.machine}."
         file = io.StringIO()
-        # letters stay letters, for screen readers and small files
+        # text is stored as text, not as outlines, for screen readers and small files
         with matplotlib.rc_context({"svg.fonttype": "none"}):
             drawing.savefig(file, format="svg", metadata={"Title": text, "Date": None})
         svg = file.getvalue()

@@ -1,4 +1,4 @@
-"""A batch in which each row has its own adapter: against one adapter for all rows, PEFT's ``adapter_names``, a copy."""
+"""Measurements of a batch in which each row has its own adapter."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from .report import Extra
 from .scene import Scene, waiting
 from .timing import in_rounds
 
-#: rows, and adapters
+#: the number of rows and of adapters
 ROWS = 8
-#: for each row: as while generating, and as a short prompt
+#: tokens in each row: 1 as while generating, and a short prompt
 TOKENS = (1, 32)
 NAMES = [str(number) for number in range(ROWS)]
 
 
 def measure_rows(scene: Scene) -> list[Extra]:
-    """Forward calls with eight adapters, and giving all eight rows another one."""
+    """Time forward calls with eight adapters in a batch, and assigning another adapter to all eight rows."""
     pool, named = rows_pool(scene), _named(scene)
     pool.assign(NAMES)
     return [*(_forward(scene, pool, named, tokens) for tokens in TOKENS), _assigning(scene, pool)]
 
 
 def rows_pool(scene: Scene) -> AdapterPool:
-    """Eight adapters in memory of their own, in a pool for as many rows; every other one is the same."""
+    """A pool of eight adapters for as many rows; they are copies of two, each in memory of its own."""
     adapters = {name: scene.folders[number % 2] for number, name in enumerate(NAMES)}
     return AdapterPool(scene.load(), adapters=adapters, target_rank=scene.target_rank, rows=ROWS, progress=False)
 
 
 def _named(scene: Scene) -> PeftModel:
-    """The same adapters in a model of PEFT's."""
+    """The same adapters in a ``PeftModel``."""
     model = scene.load()
     for number, name in enumerate(NAMES):
         model.load_adapter(scene.folders[number % 2], name, **scene.options)
@@ -74,7 +74,7 @@ def _forward(scene: Scene, pool: AdapterPool, named: PeftModel, tokens: int) -> 
 
 
 def _assigning(scene: Scene, pool: AdapterPool) -> Extra:
-    """All rows anew, each time the next adapter in each, against copying the same bytes."""
+    """Compare assigning the next adapter to every row to copying the same bytes."""
     turns = itertools.cycle([NAMES[number:] + NAMES[:number] for number in range(ROWS)])
     size = ROWS * pool.nbytes // len(pool)
     source = torch.ones(size, dtype=torch.uint8, pin_memory=torch.device(scene.settings.device).type == "cuda")

@@ -1,4 +1,4 @@
-"""What the ways of one rank share: a base model, two adapters, and the outputs that are right."""
+"""The setting that all ways of one rank share: a base model, two adapters, and the expected outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .settings import SHAPES, Settings
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-#: how far an output may be from a fresh load's, as a part of the largest one: layouts differ, and so does rounding
+#: largest error against a fresh load, relative to the largest output: rounding depends on the memory layout
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
@@ -33,7 +33,7 @@ def make_base(settings: Settings) -> torch.nn.Module:
     """
     hidden, intermediate, layers, heads, kv_heads = SHAPES[settings.model]
     config = LlamaConfig(
-        vocab_size=1000,  # plays no part in a swap
+        vocab_size=1000,  # doesn't affect a swap
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=settings.layers or layers,
@@ -46,7 +46,7 @@ def make_base(settings: Settings) -> torch.nn.Module:
 
 
 def waiting(run: Callable[[], object], device: str) -> Callable[[], object]:
-    """The same function; on an accelerator, it returns when everything is done there."""
+    """The same function on a CPU; on an accelerator, a function that also waits until its work there is done."""
     if torch.device(device).type == "cpu":
         return run
     return lambda: (run(), torch.accelerator.synchronize())
@@ -54,18 +54,18 @@ def waiting(run: Callable[[], object], device: str) -> Callable[[], object]:
 
 @dataclass(frozen=True)
 class Way:
-    """One way of getting from one adapter to another.
+    """One way of swapping one adapter for another.
 
     Parameters
     ----------
     name:
-        As the table shows it.
+        The name in the table.
     swap:
-        Puts one of the two adapters in, by its number, 0 or 1.
+        A function that swaps in one of the two adapters, by its number, 0 or 1.
     is_right:
-        Whether what is there now is what a fresh load of that adapter gives.
+        A function that tells whether the result equals a fresh load of that adapter.
     model:
-        The model that it swaps in, if it is one.
+        The model that it swaps in, if there is one.
     """
 
     name: str
@@ -74,34 +74,34 @@ class Way:
     model: torch.nn.Module | None = None
 
     def check(self) -> tuple[str, str]:
-        """Swaps to each adapter once. Returns the state, and a note on why it was refused."""
+        """Swap to each adapter once. Returns the state, and the error if it was refused."""
         try:
             states = []
             for number in (1, 0):
                 self.swap(number)
                 states.append(self.is_right(number))
         except Exception as error:
-            # whatever it raises, that is how this way does here; the others are measured all the same
+            # any error is the result of this way, so that the others are still measured
             return "refused", (str(error).strip() or type(error).__name__).splitlines()[0]
         return ("right" if all(states) else "wrong"), ""
 
     def alternating(self, device: str) -> Callable[[], object]:
-        """A function that swaps to the adapter that is not in, and waits until it is there."""
-        numbers = itertools.cycle((1, 0))  # the check has left number 0 in
+        """A function that swaps to the other adapter, and waits until the swap is done."""
+        numbers = itertools.cycle((1, 0))  # after the check, number 0 is in the model
         return waiting(lambda: self.swap(next(numbers)), device)
 
 
 class Scene:
-    """A base model, two adapters for it in folders, and what a fresh load of each gives.
+    """A base model, two adapters for it in folders, and the outputs of a fresh load of each.
 
     Parameters
     ----------
     base, settings, rank:
-        The model, and what is measured with it.
+        The model, the settings of the run, and the rank of the adapters.
     folder:
-        Where two random adapters of that rank are saved.
+        The folder to save two random adapters of that rank in.
     folders:
-        Two adapters that are there already, instead.
+        The folders of two existing adapters, to use instead.
 
     Examples
     --------
@@ -120,7 +120,7 @@ class Scene:
         self.rank = rank
         self.target_rank: int = settings.target_rank or rank
         self.inputs: torch.Tensor = self.make_inputs(16)
-        # half precision stays half precision, in models of it
+        # adapters of a half-precision model stay in half precision
         self.options: dict[str, Any] = dict(
             torch_device=settings.device, autocast_adapter_dtype=settings.dtype == "float32"
         )
@@ -143,12 +143,12 @@ class Scene:
         return ids.to(self.settings.device)
 
     def copy_of_base(self) -> torch.nn.Module:
-        """Modules of its own, on the same weights: nothing here writes to those."""
+        """A copy of the base model's modules that shares its weights, which no way of swapping writes to."""
         shared = {id(tensor): tensor for tensor in (*self.base.parameters(), *self.base.buffers())}
         return copy.deepcopy(self.base, shared)
 
     def _save(self, folder: str, number: int) -> str:
-        # random B as well, not 0: then no output would show a wrong swap; and other alphas: scalings change, too
+        # B is random, since no output would show a wrong swap if it were 0. The alphas differ, so scalings change, too
         config = LoraConfig(
             r=self.rank, lora_alpha=self.rank * (number + 1), target_modules=list(MODULES), init_lora_weights=False
         )
@@ -163,13 +163,13 @@ class Scene:
         return PeftModel.from_pretrained(self.copy_of_base(), self.folders[number], **self.options).eval()
 
     def load_prepared(self, prepare: Callable[..., object] = prepare_model_for_compiled_hotswap) -> PeftModel:
-        """The first adapter in a model with room for ``target_rank``: ours, or as PEFT's function makes it."""
+        """The first adapter in a model prepared for ``target_rank``, by our function or by PEFT's."""
         model = self.load()
         prepare(model, target_rank=self.target_rank)
         return model
 
     def pool(self) -> AdapterPool:
-        """A pool of both adapters, called ``"0"`` and ``"1"``, for a model of its own."""
+        """A pool of both adapters, named ``"0"`` and ``"1"``, on a model of its own."""
         adapters = dict(zip("01", self.folders, strict=True))
         return AdapterPool(self.load(), adapters=adapters, target_rank=self.target_rank, progress=False)
 
@@ -178,7 +178,7 @@ class Scene:
         return model(input_ids=self.inputs if inputs is None else inputs, use_cache=False).logits
 
     def way(self, name: str, model: torch.nn.Module, swap: Callable[[int], object]) -> Way:
-        """A way of swapping in a model, whose outputs are compared with those of a fresh load."""
+        """A way of swapping in ``model``, checked by comparing its outputs with those of a fresh load."""
 
         def is_right(number: int) -> bool:
             return torch.allclose(self.outputs(model), self.expected[number], rtol=0, atol=self.tolerance)

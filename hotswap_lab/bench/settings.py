@@ -1,46 +1,46 @@
-"""What to measure."""
+"""The settings of the benchmark."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: hidden size, the MLP's, layers, heads, heads for keys and values
+#: for each model: hidden size, intermediate size, layers, heads, heads for keys and values
 SHAPES = {"smollm2": (576, 1536, 30, 9, 3), "demo": (128, 448, 4, 4, 4), "tiny": (32, 64, 2, 4, 2)}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure.
+    """The settings of a run of the benchmark.
 
     Parameters
     ----------
     model:
         The shape: ``"smollm2"`` (SmolLM2-135M, with a small vocabulary), ``"demo"`` (the embedded model), ``"tiny"``.
     layers:
-        Another number of layers than the model has.
+        The number of layers. Default: the model's.
     ranks:
         The ranks of the adapters; one table for each.
     target_rank:
         The rank that prepared models have room for. Default: that of the adapters.
     dtype:
-        Of model and adapters: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        The dtype of model and adapters: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
     device:
-        Where the model is. The adapters are in files, or in the CPU's memory.
+        The device of the model. The adapters are in files, or in the CPU's memory.
     threads:
         How many threads torch may use.
     n:
         Timed calls of each way.
     compiled:
-        Whether to time compiled models too. This forgets everything that was compiled in the process before.
+        Whether to time compiled models, too. This discards everything compiled in the process before.
     backend:
-        The compiler. Default: what :func:`hotswap_lab.pick_backend` finds.
+        The backend of ``torch.compile``. Default: the result of :func:`hotswap_lab.pick_backend`.
     tokens:
-        The length of the input where a forward call is timed.
+        The length of the input for timed forward calls.
     rows:
-        Whether to time batches in which each row has its own adapter. This forgets what was compiled before, too.
+        Whether to time batches in which each row has its own adapter. This discards compiled code, too.
     cold:
-        Measures only how a process starts, with the embedded model on the CPU, this many times for each way.
+        If not 0, measure only cold starts, with the embedded model on the CPU, this many times for each way.
     """
 
     model: str = "smollm2"

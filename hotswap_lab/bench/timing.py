@@ -1,4 +1,4 @@
-"""Measuring, the same way everywhere: many calls, median and minimum, and a line that says on what machine."""
+"""Timing of functions: median and minimum of many calls, and one line that describes the machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 
 from ..watch import readable
 
-#: calls of one function before it is another one's turn
+#: calls of one function before the next function's turn
 PER_ROUND = 5
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median and the minimum of ``n`` calls."""
+    """The median and minimum time of ``n`` calls, in seconds."""
 
     median: float
     minimum: float
@@ -38,12 +38,12 @@ class Timing:
 
     @property
     def full(self) -> str:
-        """Median, minimum and how many calls, as text."""
+        """Median, minimum and number of calls, as text."""
         return f"{self} (min {readable(self.minimum)}, n {self.n})"
 
 
 def measure(run: Callable[[], object], *, before: Callable[[], object] = lambda: None, n: int = 15) -> Timing:
-    """Times ``run`` ``n`` times, after one call that doesn't count; ``before`` runs untimed ahead of each call.
+    """Time ``n`` calls of ``run``, after one call that doesn't count. ``before`` runs untimed ahead of each call.
 
     >>> timing = measure(lambda: sum(range(1000)), n=5)
     >>> timing.n, 0 < timing.minimum <= timing.median
@@ -53,10 +53,10 @@ def measure(run: Callable[[], object], *, before: Callable[[], object] = lambda:
 
 
 def in_rounds(runs: Mapping[str, Callable[[], object]], n: int) -> dict[str, Timing]:
-    """Times several functions side by side: they take turns, a few calls each, until each was timed ``n`` times.
+    """Time several functions in turns of a few calls each, until each was timed ``n`` times.
 
-    So whatever else the machine does in between hits all of them alike. An uncounted call of the same function goes
-    ahead of each timed one: the caches are in the state that the function itself leaves them in.
+    So other load on the machine affects all of them alike. An untimed call of the same function precedes each timed
+    one, so the caches are in the state in which the function itself leaves them.
 
     >>> timings = in_rounds({"short": lambda: sum(range(10)), "long": lambda: sum(range(10000))}, n=7)
     >>> {name: timing.n for name, timing in timings.items()}
@@ -70,7 +70,7 @@ def in_rounds(runs: Mapping[str, Callable[[], object]], n: int) -> dict[str, Tim
 
 
 def machine() -> str:
-    """The machine and the versions that a figure was measured with, in one line."""
+    """One line with the machine and the versions, to be printed with a measurement."""
     threads, cpuinfo = torch.get_num_threads(), Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     processor = found[1] if found else platform.processor() or platform.machine()
@@ -81,5 +81,5 @@ def machine() -> str:
 
 
 def waited_for_a_core() -> float:
-    """Seconds that the threads of this process were ready but had no core to run on; 0 where nobody counts them."""
+    """Seconds that threads of this process were ready but had no core to run on; 0 if the system doesn't count them."""
     return sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat")) / 1e9

@@ -1,4 +1,4 @@
-"""The ways of swapping, and the table of how long each takes."""
+"""The ways of swapping, and the table of their times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .timing import in_rounds
 
 
 def peft_load_way(scene: Scene) -> Way:
-    """Without hotswapping: load under a new name, activate it, delete the old one."""
+    """Without a hot swap: load the adapter under a new name, activate it, delete the old one."""
     model, names = scene.load(), (f"adapter{number}" for number in itertools.count())
 
     def swap(number: int) -> None:
@@ -36,7 +36,7 @@ def disk_way(
     sources: Sequence[object] = (),
     **options: object,
 ) -> Way:
-    """With ``hotswap_adapter``, ours or PEFT's, from folders or from what else it takes."""
+    """With ``hotswap_adapter``, ours or PEFT's, from the scene's folders or from other ``sources``."""
     sources = sources or scene.folders
     return scene.way(name, model, lambda number: swap(model, sources[number], "default", **options))
 
@@ -48,7 +48,7 @@ def peft_hotswap_way(scene: Scene, name: str = "PEFT hotswap, disk", model: Peft
 
 def state_dict_way(scene: Scene, name: str, model: PeftModel, swap: Callable[..., object]) -> Way:
     """With ``hotswap_adapter_from_state_dict``, ours or PEFT's."""
-    # PEFT wants the adapter's name in the keys
+    # PEFT requires the adapter's name in the keys
     named = [
         {key.removesuffix(".weight") + ".default.weight": tensor for key, tensor in adapter.tensors.items()}
         for adapter in scene.adapters
@@ -66,10 +66,10 @@ def pool_way(scene: Scene) -> Way:
 
 
 def memcpy_way(scene: Scene) -> Way:
-    """The bytes of the adapter, as a pool packs them, from one piece of memory to another: nothing can be faster."""
+    """A plain copy of the adapter's bytes, as a pool packs them: a lower limit for every way."""
     device, dtype = torch.device(scene.settings.device), getattr(torch, scene.settings.dtype)
     target = torch.zeros(scene.size.packed_nbytes // dtype.itemsize, dtype=dtype, device=device)
-    # not zeros, which may be one page of memory shown many times; pinned for a GPU, as a pool's are
+    # not zeros, which may all be one page of memory; pinned for a GPU, as a pool's memory is
     pinned = device.type == "cuda"
     sources = [torch.full(target.shape, number + 1.0, dtype=dtype, pin_memory=pinned) for number in (0, 1)]
     return Way(
@@ -80,7 +80,7 @@ def memcpy_way(scene: Scene) -> Way:
 
 
 def make_ways(scene: Scene) -> list[Way]:
-    """All ways of swapping, each on a model of its own."""
+    """Make all ways of swapping, each on a model of its own."""
     return [
         peft_load_way(scene),
         peft_hotswap_way(scene),
@@ -97,7 +97,7 @@ def make_ways(scene: Scene) -> list[Way]:
 
 
 def measure_ways(scene: Scene, make: Callable[[Scene], list[Way]] | None = None) -> list[Row]:
-    """The table for one rank: each way's check next to its time."""
+    """Check and time all ways for one rank. Returns the lines of the table."""
     ways = {way.name: way for way in (make or make_ways)(scene)}
     checks = {name: way.check() for name, way in ways.items()}
     runs = {name: way.alternating(scene.settings.device) for name, way in ways.items() if checks[name][0] != "refused"}

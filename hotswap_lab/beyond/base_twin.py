@@ -1,7 +1,7 @@
-"""A twin of a base model: modules of its own around the same memory, without adapters.
+"""Twins of base models: new modules around the same memory, without adapters.
 
-PEFT loads an adapter by rebuilding the model that it is given. Given a twin, PEFT builds a fresh load next to the live
-model, which costs no more memory than the adapter.
+PEFT loads an adapter by changing the model that it is given. Given a twin, it builds a fresh load next to the live
+model, which takes no more memory than the adapter.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ..files.state_dicts import forget_hooks
 
 @dataclass
 class BaseTwin:
-    """``model`` is the twin; ``live`` leads from the ids of its modules and tensors to those of the live model."""
+    """The twin, ``model``; ``live`` maps the ids of its modules and tensors to their counterparts in the live model."""
 
     model: torch.nn.Module = None
     live: dict[int, Any] = field(default_factory=dict)
-    #: all twins of modules and of parameters, which are kept as long as their ids are in the tables
+    #: all twins of modules and of parameters, kept alive because the tables hold their ids
     modules: dict[int, torch.nn.Module] = field(default_factory=dict)
     twins: list[torch.nn.Parameter] = field(default_factory=list)
-    #: tensors of special classes, which both models share
+    #: parameters of special classes, which both models share, and their ``requires_grad``
     shared: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
-    #: whether a module may have had its parameters in another order before the live model computed
+    #: whether the live model's forward may have changed the order of a module's parameters
     is_unordered: bool = False
 
     def was_changed(self) -> bool:
-        """Whether PEFT gave a weight of the base model other memory while it loaded an adapter."""
+        """Whether PEFT replaced the memory of a base weight while it loaded an adapter."""
         return any(twin.data_ptr() != self.live[id(twin)].data_ptr() for twin in self.twins)
 
 
@@ -59,7 +59,7 @@ def make_base_twin(base: torch.nn.Module) -> BaseTwin:
             twin = module.__class__.__new__(module.__class__)
             modules[id(module)] = twin
             made.live[id(twin)] = module
-            # tables of its own, so that hooks and attributes that PEFT sets stay here
+            # with copies of the tables, hooks and attributes that PEFT sets stay in the twin
             twin.__dict__.update({key: _own(value) for key, value in module.__dict__.items()})
             twin.__dict__.pop("peft_config", None)
             forget_hooks(twin)
@@ -93,17 +93,17 @@ def make_base_twin(base: torch.nn.Module) -> BaseTwin:
 
 
 def _own(value: object) -> object:
-    """A table of its own, so that what PEFT puts into it stays with the twin."""
+    """Copy a table, so that entries that PEFT adds stay in the twin."""
     if type(value) in (dict, OrderedDict):
-        return value.copy()  # as copy.copy would, several times faster
+        return value.copy()  # the same as copy.copy, and several times faster
     return copy.copy(value) if isinstance(value, dict) else value
 
 
 def in_defined_order(module: torch.nn.Module) -> list[str] | None:
-    """The names of a module's own parameters as a fresh module has them; None if the class doesn't show it.
+    """The names of a module's own parameters in a fresh module's order; None if the class doesn't show it.
 
-    PEFT nests its layers around single parameters of one module by that order, and files name them by the nesting. A
-    forward through such a layer takes the parameter away and puts it back as the last one.
+    PEFT wraps the parameters of one module in this order, one layer inside the other, and a file's keys depend on the
+    nesting. A forward through such a layer removes the parameter and puts it back as the last one.
 
     >>> linear = torch.nn.Linear(2, 2)
     >>> linear.weight = linear._parameters.pop("weight")
@@ -116,14 +116,14 @@ def in_defined_order(module: torch.nn.Module) -> list[str] | None:
     named = _names_in_constructors(type(module))
     if not set(names) <= set(named):
         return None
-    # where a name is in several places, they must agree
+    # a name may occur several times: the order of first and of last occurrences must agree
     first, last = sorted(names, key=named.index), sorted(names, key=named[::-1].index)[::-1]
     return first if first == last else None
 
 
 @functools.lru_cache(maxsize=1024)
 def _names_in_constructors(cls: type) -> tuple[str, ...]:
-    """What the constructors of a class assign to attributes, or may register by name, in the order of the code."""
+    """Names of attributes that a class's constructors assign, and their string constants, in the order of the code."""
     named: list[str] = []
     for each in reversed(cls.__mro__):
         code = getattr(inspect.unwrap(each.__dict__.get("__init__", object)), "__code__", None)

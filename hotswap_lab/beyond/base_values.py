@@ -1,8 +1,8 @@
-"""Base weights that an adapter's file overwrites (``bias="all"``, saved embeddings), and their way back.
+"""Base weights that an adapter's file overwrites (``bias="all"``, saved embeddings), and restoring the originals.
 
-Such weights lie in the base model itself, so another adapter needs the originals back. They are kept from the moment
-that a swap overwrites them. What PEFT overwrote when it loaded an adapter is gone, though: then the caller must bring
-the originals.
+Such weights belong to the base model, so the next adapter needs the originals back. A swap keeps the originals of the
+weights that it overwrites. The originals of weights that PEFT overwrote when it loaded an adapter are lost, so the
+caller must pass them.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from ..core.slot import Slot
 from ..core.tensors import have_same_values
 from ..core.wrappers import EMBEDDINGS, has_adapter
 
-#: on a base model: by adapter name, the original values of what that adapter overwrote, by their names
+#: attribute of a base model: for each adapter, the originals of the weights that it overwrote, by weight name
 ORIGINALS = "hotswap_base_values"
-#: on a config that a swap has put into a model: the base weights whose originals nobody has any more. A config that
-#: PEFT has put there has no such mark: its adapter's file may have overwritten whatever it names
+#: attribute of a config that a swap put into a model: the names of base weights whose originals are lost. A config that
+#: PEFT put there lacks it: the adapter's file may have overwritten any weight that the config names
 LOST = "_hotswap_lost"
 
 
 @dataclass
 class BaseChange:
-    """What becomes of the base model's own weights in a swap."""
+    """The writes of a swap to the base model's own weights."""
 
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    #: to be kept from now on; values of the live model are copied when the swap is carried out
+    #: originals to keep from now on; values of the live model are copied when the swap is carried out
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
-    #: what is overwritten without an original to keep
+    #: names of weights that are overwritten while their originals are lost
     lost: frozenset[str] = frozenset()
 
 
@@ -47,10 +47,9 @@ def kept_originals(base: torch.nn.Module, adapter_name: str) -> dict[str, torch.
 
 
 def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
-    """Names of base weights that the adapter in the model has overwritten, or may have, and nobody has the originals.
+    """Names of base weights that the loaded adapter has or may have overwritten, and whose originals are lost.
 
-    Embeddings that have adapters are among them: their weights are in most files. They are mostly unchanged there, but
-    that can't be seen afterwards.
+    They include those of adapted embeddings, which are in most files. Most are unchanged, but that can't be checked.
     """
     config = host.configs[adapter_name]
     if (lost := config.__dict__.get(LOST)) is None:
@@ -59,7 +58,7 @@ def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
 
 
 def follow_config(slot: Slot, config: PeftConfig, journal: Journal) -> None:
-    """Notes on a config, before it is put into the model, that the base weights stay as they are."""
+    """Mark a config that is about to be put into the model: this swap leaves the base weights as they are."""
     config.__dict__[LOST] = lost_originals(slot.host, slot.adapter_name)
 
 
@@ -77,17 +76,17 @@ def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
 
 
 def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> BaseChange:
-    """Decides what to write to base weights.
+    """Decide which base weights to write.
 
     Parameters
     ----------
     new:
-        What the new adapter's file brings, by the names of the base weights.
+        The base weights in the new adapter's file, by name.
     live:
-        The base weights of the live model by the same names.
+        The base weights of the live model, by the same names.
     """
     host, adapter_name, given = plan.slot.host, plan.slot.adapter_name, plan.base_weights or {}
-    # tied weights have several names: the first stands for all
+    # tied weights have several names, of which the first is used for all
     ids = {id(tensor): name for name, tensor in reversed(live.items())}
     first = {name: ids[id(tensor)] for name, tensor in live.items()}
     given, new, kept = (
@@ -95,7 +94,7 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
         for values in (given, new, kept_originals(host.base, adapter_name))
     )
     unknown = {first[name] for name in lost_originals(host, adapter_name) & live.keys()} - kept.keys()
-    # a state dict has more in it than is asked for here; what is not read can't be wrong
+    # only the given weights that are needed are checked: a state dict has many more
     for name in sorted(unknown & given.keys()):
         value = given[name]
         if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == live[name].shape):
@@ -119,7 +118,7 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
 
 
 def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
-    """Where a transformers model gets its embeddings from, and puts its logits out."""
+    """The input and output embeddings of a transformers model."""
     found = []
     for name in EMBEDDINGS:
         # not every model has these
@@ -129,7 +128,7 @@ def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
-    """Names of the embeddings that have the adapter: PEFT saves their weights, too, unless it trains single tokens."""
+    """Names of the weights of embeddings that have the adapter, since PEFT saves those; none if it trains tokens."""
     config = host.configs[adapter_name]
     if config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None:
         return
@@ -139,22 +138,23 @@ def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
 
 
 def embeddings_turned_off(plan: Plan) -> list[LayerPlan]:
-    """What happens to embeddings that are turned off now, and were not before: PEFT saves their weights, too."""
+    """The embedding layers that this swap turns off. They matter because PEFT saves their base weights, too."""
     ids = set(map(id, embeddings_of(plan.slot.host.base)))
     off = [each for each in plan.layers if each.action is Action.OFF and each.rank_before is not None]
     return [each for each in off if id(each.layer.module) in ids]
 
 
 def given_up(plan: Plan) -> bool:
-    """Whether a layer is better given up than turned off: PEFT saves the weights of embeddings that are wrapped, and
-    merges no grouped convolution.
+    """Whether to remove the adapter from a layer instead of turning it off.
+
+    PEFT saves the base weights of wrapped embeddings, and can't merge grouped convolutions.
     """
     off = [each.layer.tensors[0] for each in plan.layers if each.action is Action.OFF]
     return bool(embeddings_turned_off(plan)) or any(tensor.rank_step > 1 for tensor in off)
 
 
 def check_embeddings(plan: Plan) -> None:
-    """Refuses to turn embeddings off where the adapter's file may have replaced the weights below them."""
+    """Refuse to turn embeddings off where the adapter's file may have replaced their base weights."""
     names = {f"{each.path}.weight" for each in embeddings_turned_off(plan)}
     if lost := sorted(names & lost_originals(plan.slot.host, plan.slot.adapter_name) if names else ()):
         plan.refuse("embeddings_lost", lost=listing(lost, 3))

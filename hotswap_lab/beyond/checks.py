@@ -1,4 +1,4 @@
-"""Checks that few adapters meet, as passes of an engine."""
+"""Passes of an engine for cases that few adapters meet: checks, notes, and corrections of a plan."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..core.plan import Action, Plan
 from ..core.slot import Slot, expected_of
 from .lora import reads_base
 
-#: the layers whose weights PEFT knows two ways to store
+#: layers that differ in ``fan_in_fan_out``: PEFT knows two ways to store their weights
 STORED = (torch.nn.Linear, Conv1D)
-#: what PEFT puts LoRA on, also where a class of these holds modules of its own
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+#: modules that PEFT puts LoRA on, including subclasses that have child modules
 ADAPTABLE = (torch.nn.Linear, Conv1D, torch.nn.Embedding, *CONVOLUTIONS, torch.nn.MultiheadAttention)
 
 
 def check_containers(plan: Plan) -> None:
-    """A config that names more than layers: PEFT can't load it, so what is saved with it could not be loaded again."""
+    """Refuse a config that targets a module with children: PEFT can't load it, so saved adapters couldn't be loaded."""
     if not plan.check_targets:
         return
     for path, kind in plan.slot.once_for(plan.config, _containers_named)[:1]:
@@ -44,11 +44,11 @@ def _containers_named(slot: Slot, config: Config) -> list[tuple[str, str]]:
 
 
 def check_base(plan: Plan) -> None:
-    """Refuses to turn layers off by base weights that contain another adapter: DoRA's magnitude is their norm then."""
+    """Refuse to turn DoRA off where another adapter is merged: the magnitude becomes the norm of the base weights."""
     if not reads_base(plan.slot):
         return
     off = {id(layer.layer.module.get_base_layer()) for layer in plan.layers if layer.settings is None}
-    # layers of other methods may be around these
+    # layers of other methods may wrap these
     tuners = [module for module in plan.slot.host.base.modules() if isinstance(module, BaseTunerLayer)]
     around = [module for module in tuners if id(module.get_base_layer()) in off]
     if others := sorted({name for module in around for name in module.merged_adapters}):
@@ -56,13 +56,13 @@ def check_base(plan: Plan) -> None:
 
 
 def resize_what_is_off(plan: Plan) -> None:
-    """Gives the layers that are turned off the adapter's new rank where all others get it.
+    """Resize layers that are turned off, too, where the other layers of the adapter get a new rank.
 
-    PEFT's ``add_weighted_adapter`` adds the adapters up by the ranks of their configs, on every layer that has them.
+    PEFT's ``add_weighted_adapter`` combines adapters by the ranks in their configs, on every layer that has them.
     """
     if plan.refusals or Action.RESIZE not in [layer.action for layer in plan.layers]:
         return
-    # in tensor parallelism, some tensors are spread over processes and some are not
+    # in tensor parallelism, only some of the tensors are spread over processes
     if True in [tensor.is_shard for tensor in plan.slot.tensors]:
         return
     ranks = {layer.settings.rank for layer in plan.layers if layer.settings}
@@ -70,7 +70,7 @@ def resize_what_is_off(plan: Plan) -> None:
     for layer, expected, fixed in zip(
         plan.layers, plan.slot.once_for(plan.config, expected_of), plan.fixed, strict=False
     ):
-        # any other rank may be as large as a damaged config says
+        # a damaged config may ask for any other rank, however large
         if layer.action is not Action.OFF or fixed or expected.settings.rank not in ranks:
             continue
         if expected.shapes is not None:
@@ -81,14 +81,14 @@ def resize_what_is_off(plan: Plan) -> None:
 
 
 def check_arrow(plan: Plan) -> None:
-    """Refuses to swap an expert of an Arrow router, which goes on by what it has worked out from the old one."""
+    """Refuse to swap an expert of an Arrow router, which keeps the prototypes that it computed from the old expert."""
     configs = plan.slot.host.configs
     if routers := [name for name in configs if getattr(configs[name], "arrow_config", None)]:
         plan.refuse("expert_of_arrow_router", adapter_name=plan.slot.adapter_name, routers=listing(map(repr, routers)))
 
 
 def correct_fan_in_fan_out(plan: Plan) -> None:
-    """Makes the config say what PEFT leaves there: whether the last layer that it puts LoRA on is a ``Conv1D``."""
+    """Set ``fan_in_fan_out`` as PEFT leaves it: true if the last layer that it puts LoRA on is a ``Conv1D``."""
     on = [layer for layer in plan.layers if layer.settings is not None]
     if plan.slot.once_for(plan.config, _has_conv1d):  # added layers come last, wherever they are in the model
         order = {path: number for number, (path, _) in enumerate(plan.slot.walk)}
@@ -104,7 +104,7 @@ def _has_conv1d(slot: Slot, config: Config) -> bool:
 
 
 def note_missing_targets(plan: Plan) -> None:
-    """Says which layers an adapter names and has no tensors for."""
+    """Add a note on the layers that an adapter's config targets but that its file has no tensors for."""
     off = [layer for layer in plan.layers if layer.action is Action.OFF] if plan.check_targets else []
     if named := [layer.path for layer in off if plan.targets(layer)]:
         plan.notes.append(
@@ -114,10 +114,10 @@ def note_missing_targets(plan: Plan) -> None:
 
 
 def note_other_base(plan: Plan) -> None:
-    """Says if an adapter was made for another base model, by the names in its file and in the model.
+    """Add a note if the adapter's config names another base model than the live one.
 
-    Fine-tunes and copies are other names for what may be right, so it is no refusal. It is a warning where both names
-    are those of Hub repositories: a folder may be a copy of any of them.
+    It is not a refusal, since a fine-tune or a copy may fit, too. It is also a warning if both names are ids of Hub
+    repositories; a folder may be a copy of any of them.
     """
     made_for, name = plan.adapter.config.base_model_name_or_path, getattr(plan.slot.host.base, "name_or_path", None)
     if not _is_hub_id(name):
@@ -137,7 +137,7 @@ def _is_hub_id(name: object) -> bool:
 
 
 def check_prefixes(plan: Plan) -> None:
-    """A fresh load ignores tensors of a file whose names lack PEFT's prefix; from memory they are taken without it."""
+    """Refuse a file with keys that lack PEFT's prefix: a fresh load ignores them. From memory, both forms are taken."""
     adapter = plan.adapter
     is_file = adapter.is_folder or adapter.revision is not None
     if not is_file or not plan.slot.host.is_peft_model or adapter.config.is_prompt_learning:
@@ -147,7 +147,7 @@ def check_prefixes(plan: Plan) -> None:
 
 
 def keep_apart(plan: Plan) -> None:
-    """Takes copies of those tensors that are the model's own: they would be read while they are written."""
+    """Copy the adapter's tensors that share memory with the model: a swap would read them while it writes them."""
     adapter = plan.adapter
     if adapter.is_folder:
         return
@@ -158,6 +158,6 @@ def keep_apart(plan: Plan) -> None:
 
 
 def _storage(tensor: torch.Tensor) -> int | None:
-    """Where the memory is that a tensor is a view of; None for those that have none, or several."""
+    """The address of a tensor's storage; None for tensors that have none, or several."""
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
     return tensor.untyped_storage().data_ptr() if plain else None

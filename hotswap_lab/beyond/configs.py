@@ -1,6 +1,6 @@
-"""Judging configs: values of the wrong kind, adapters that can't be swapped at all, and those that are more than LoRA.
+"""Checks of configs: values of the wrong type, adapters that can't be swapped, and adapters that are more than LoRA.
 
-PEFT takes a config from a file without looking at it, so what is there may be of any kind.
+PEFT reads a config from a file without checking it, so its values may have any type.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from peft import PeftConfig, PeftType
 from ..core.errors import Refusal, refusal
 from ..core.host import kind_of
 
-#: ranks up to this one are small in any layer
+#: ranks up to this one are allowed in any layer, however small
 POINTLESS = 1024
 #: how deep a config's values may be nested; PEFT writes three levels at most, and Python can't copy hundreds
 MAX_DEPTH = 20
-#: the only module that PEFT may import for an adapter
+#: the only module that a config may make PEFT import
 MEGATRON = "megatron.core"
-#: inits after which a fresh load leaves other base weights behind than before
+#: values of ``init_lora_weights`` with which a fresh load changes the base weights
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
-#: what an adapter brings besides B @ A, and no scaling reaches
+#: config fields that add something besides B @ A, which no scaling applies to
 NOT_SCALED = ("modules_to_save", "trainable_token_indices", "bias", "layer_replication")
-#: config fields that add state of another kind than the tensors and scalars of a layer
+#: config fields that add state beyond the tensors and scalars of a layer
 OTHER_STATE = (
     *NOT_SCALED,
     *("target_parameters", "ensure_weight_tying", "target_modules_to_tie", "megatron_config", "use_qalora"),
@@ -36,14 +36,14 @@ OTHER_STATE = (
 
 
 def judge(config: PeftConfig, role: str, loaded: PeftConfig | None = None) -> Iterator[Refusal]:
-    """What speaks against a config by itself.
+    """Refusals of an adapter because of its config alone.
 
     Parameters
     ----------
     role:
-        Whose config it is: "new", so far only read from a file, or "loaded".
+        "new" if the config was only read from a file so far, or "loaded".
     loaded:
-        The config of an adapter that it is to share a compiled graph with, if any.
+        The config of an adapter that must share a compiled graph with this one, if any.
     """
     is_lora = config.peft_type == PeftType.LORA
     damages = [] if role == "loaded" else _damages(config)
@@ -60,11 +60,11 @@ def judge(config: PeftConfig, role: str, loaded: PeftConfig | None = None) -> It
 
 
 def form_for(config: PeftConfig) -> tuple[bool, bool]:
-    """Which tensors layers of LoRA with this config have besides A and B: a magnitude (DoRA), a bias."""
+    """Whether layers of LoRA with this config have a magnitude (DoRA), and whether they have a bias."""
     return bool(config.use_dora), bool(config.lora_bias)
 
 
-# ---- values of the wrong kind
+# ---- values of the wrong type
 
 
 def _is_number(value: Any) -> bool:
@@ -91,7 +91,7 @@ def _are_indices(value: Any) -> bool:
     return value is None or all(type(each) is int for each in (value if isinstance(value, list) else [value]))
 
 
-#: fields of LoRA's config, what their values are checked by (if need be by an error), and what they should be
+#: fields of LoRA's config, a check that returns false or raises for wrong values, and the values that are expected
 RULES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (("r",), _is_rank, "a positive whole number"),
     (("lora_alpha",), _is_number, "a number"),
@@ -115,7 +115,7 @@ def _damages(config: PeftConfig) -> list[Refusal]:
 
 
 def _is_deeper(value: object, levels: int) -> bool:
-    """Whether lists and tables lie within one another on more than so many levels."""
+    """Whether lists and dicts are nested more than ``levels`` deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return inner is not None and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
 
@@ -124,7 +124,7 @@ def _damaged_lora(config: PeftConfig) -> Iterator[Refusal]:
     for names, is_right, expected in RULES:
         for name in names:
             value = getattr(config, name)
-            with contextlib.suppress(Exception):  # of any kind, depending on what is there instead
+            with contextlib.suppress(Exception):  # a check may raise any error for a value of the wrong type
                 if is_right(value):
                     continue
             yield refusal("config_damaged", name=name, value=value, expected=expected)
@@ -138,19 +138,19 @@ def _broken_expressions(config: PeftConfig) -> Iterator[Refusal]:
         for expression in value if is_list else [value]:
             try:
                 re.compile(expression if isinstance(expression, str) else "")
-            except Exception as error:  # not only re.error: too many parentheses or repetitions are of other kinds
+            except Exception as error:  # too many parentheses or repetitions raise other errors than re.error
                 yield refusal("broken_expression", expression=expression, error=error)
 
 
 def _damaged_other(config: PeftConfig) -> Iterator[Refusal]:
-    """PEFT judges these configs itself, when it loads the adapter, but it multiplies by whatever number is there."""
+    """Refuse NaN and infinity in a config of another method. PEFT checks the rest when it loads the adapter."""
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             yield refusal("config_damaged", name=name, value=value, expected="a finite number")
 
 
 def pointless_rank(rank: Any, path: str, module: torch.nn.Module) -> Iterator[Refusal]:
-    """Refuses a rank that no update of this layer can have: room for it would take more memory than the model."""
+    """Refuse a rank far above any that this layer's update can have: its room might take more memory than the model."""
     most = max([POINTLESS, *(2 * max(each.shape, default=0) for each in module.parameters())])
     if not _is_rank(rank) or rank > most:
         yield refusal("pointless_rank", rank=rank, path=path, most=most)
@@ -160,7 +160,7 @@ def pointless_rank(rank: Any, path: str, module: torch.nn.Module) -> Iterator[Re
 
 
 def _unsupported(config: PeftConfig, role: str) -> Iterator[Refusal]:
-    """What in a config of LoRA can't be swapped."""
+    """Refusals because of fields of LoRA's config that can't be swapped."""
     init, found = config.init_lora_weights, None
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         found = f"init_lora_weights={init!r}"
@@ -175,7 +175,7 @@ def _unsupported(config: PeftConfig, role: str) -> Iterator[Refusal]:
 
 
 def extra_state(config: PeftConfig) -> list[str]:
-    """The fields of LoRA's config that stand for state beyond the tensors and scalars of its layers."""
+    """The fields of LoRA's config that add state beyond the tensors and scalars of its layers."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     variants = {name for name, field in fields.items() if field.metadata.get("is_lora_variant")}
     found = [name for name in (*OTHER_STATE, *sorted(variants - {"use_dora"})) if _has(config, name)]
@@ -185,7 +185,7 @@ def extra_state(config: PeftConfig) -> list[str]:
 
 
 def not_scaled(config: PeftConfig) -> str | None:
-    """What of an adapter with this config would stay at full strength, or None."""
+    """Describe an adapter that can't be scaled completely, because of its config; None if it can."""
     if config.peft_type != PeftType.LORA:
         return f"an adapter of type {kind_of(config)}"
     if config.use_dora:

@@ -1,6 +1,6 @@
-"""Decides swaps that change more than values and ranks, or are of another method than LoRA.
+"""Planning swaps that change more than values and ranks, or whose method is not LoRA.
 
-PEFT loads the new adapter next to the model, and the two are compared. What comes out is all that has to be written.
+PEFT loads the new adapter next to the model, and the two are compared. The swap writes the differences.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .lora import is_special, reads_base
 from .shards import check_parallel_training, holds_shards
 from .targets import Targets, find_targets, keep_targets, targets_of
 
-#: on a base model: by adapter name, the paths of modules that had the adapter before and may have it again
+#: attribute of a base model: for each adapter, the paths of modules that had it before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
 IN_TIME = "before compiling, prepare the model with this adapter among `adapters`; or swap before that"
 
@@ -43,19 +43,19 @@ IN_TIME = "before compiling, prepare the model with this adapter among `adapters
 
 
 def is_beyond(plan: Plan) -> bool:
-    """Whether one of the two adapters is more than LoRA's own tensors, or another method."""
+    """Whether one of the two adapters has more than LoRA's own tensors, or is of another method."""
     slot = plan.slot
     if isinstance(slot.method, General) or (plan.base_weights and slot.room is None):
         return True
     if extra_state(slot.config) or extra_state(plan.adapter.config):
         return True
-    # where nothing is in the way of writing, nothing is special
+    # a special layer is always an obstacle, so the others need not be checked
     is_odd = any(is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
     return is_odd or bool(kept_originals(slot.host.base, slot.adapter_name))
 
 
 def changes_form(plan: Plan) -> bool:
-    """Whether a layer would have other tensors afterwards than it has now: DoRA's magnitude, a bias."""
+    """Whether the swap adds tensors to a layer or removes them: DoRA's magnitude, a bias."""
     slot, (dora, bias) = plan.slot, form_for(plan.config)
     same_kind = reads_base(slot) == dora
     others = [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
@@ -65,12 +65,12 @@ def changes_form(plan: Plan) -> bool:
 
 
 def plan_beyond(plan: Plan) -> Plan | None:
-    """Decides the swap with a fresh load, if one of the two adapters is more than LoRA, or of another method."""
+    """Plan the swap with a fresh load if one of the two adapters is more than LoRA, or of another method."""
     return plan_with_fresh_load(plan) if is_beyond(plan) else None
 
 
 def take_base_weights(plan: Plan) -> None:
-    """PEFT saves embedding weights next to their LoRA. They are fine as long as they are the base model's own."""
+    """Accept base weights in the file that equal the live model's, since PEFT saves those of embeddings with a LoRA."""
     tensors = plan.unknown
     for key in [key for key in tensors if ".lora_" not in key]:
         if (weight := _base_weight(plan, key)) is None or weight.shape != tensors[key].shape:
@@ -79,13 +79,13 @@ def take_base_weights(plan: Plan) -> None:
             plan.refuse("other_base_weights", key=key)
     base, name = plan.slot.host.base, plan.slot.adapter_name
     paths = {path for key in tensors if (path := adaptable(base, key)) is not None}
-    # where the adapter was before, it may be again without being asked for
+    # layers that had the adapter before may get it again without add_layers
     if paths and paths <= former_layers(base, name):
         plan.add_layers = True
 
 
 def plan_another_form(plan: Plan) -> Plan | None:
-    """Decides the swap with a fresh load, now that it is known that layers get other tensors, or are given up."""
+    """Plan the swap with a fresh load if layers get other tensors, or if the adapter is removed from layers."""
     is_free = not plan.compiled and not plan.is_prepared and not plan.refusals
     if changes_form(plan) or (is_free and given_up(plan)):
         return plan_with_fresh_load(_afresh(plan))
@@ -95,12 +95,12 @@ def plan_another_form(plan: Plan) -> Plan | None:
 
 
 def _afresh(plan: Plan) -> Plan:
-    """The same swap, nothing of it decided but what was noted at first."""
+    """The same plan before anything was decided, with its notes."""
     return replace(plan, config=plan.adapter.config, layers=[], refusals=[], notes=[*plan.notes], unknown={})
 
 
 def has_strange_leftovers(plan: Plan) -> bool:
-    """Whether what no layer took may mean something to PEFT: names of older models, other base weights."""
+    """Whether PEFT may know keys that no layer took: names of older models, base weights with other values."""
     base = plan.slot.host.base
     strange = {key: value for key, value in plan.unknown.items() if adaptable(base, key) is None}
     weights = {key: _base_weight(plan, key) for key in strange}
@@ -108,7 +108,7 @@ def has_strange_leftovers(plan: Plan) -> bool:
 
 
 def _base_weight(plan: Plan, key: str) -> torch.Tensor | None:
-    """The base model's weight of this name, whether or not its layer has an adapter, here or in the file."""
+    """The base weight for a key of a file, whether or not its layer has an adapter, here or in the file; or None."""
     path, _, name = key.rpartition(".")
     path = path.removesuffix(".base_layer")
     try:
@@ -119,11 +119,11 @@ def _base_weight(plan: Plan, key: str) -> torch.Tensor | None:
     return module._parameters.get(name, module._buffers.get(name))
 
 
-# ---- what it comes to
+# ---- the plan and its change
 
 
 def change_for(plan: Plan, graft: Graft, targets: Targets | None) -> Change:
-    """All that is to be written to the live model."""
+    """The change that writes a graft to the live model."""
     slot = plan.slot
     stays = graft.writes_values_only and not isinstance(slot.method, General)
     change = change_of(slot, plan.config, slot if stays else None)
@@ -131,7 +131,7 @@ def change_for(plan: Plan, graft: Graft, targets: Targets | None) -> Change:
         change.copy(target, source)
     for parameter, source in graft.resizes:
         change.resize(parameter, source)
-    # copies: what is in the base model now is about to be overwritten
+    # cloned, since the change overwrites the base model's values
     originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
     change.steps += [
         functools.partial(clear_gradients, [*graft.parameters, *(target for target, _ in graft.base.copies)]),
@@ -146,7 +146,7 @@ def change_for(plan: Plan, graft: Graft, targets: Targets | None) -> Change:
 def _note(
     plan: Plan, graft: Graft, targets: Targets | None, originals: dict[str, torch.Tensor], journal: Journal
 ) -> None:
-    """Notes what has to be known when the next adapter comes."""
+    """Record on the model what the next swap needs: originals, targets, former layers and added layers."""
     host, name = plan.slot.host, plan.slot.adapter_name
     noted = host.base.__dict__
     clear_gradients([parameter for parameter, _ in graft.requires_grad], journal)
@@ -164,12 +164,12 @@ def _note(
 
 
 def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
-    """Where the adapter was before a swap took it away: there it may come back without being asked for."""
+    """The paths of layers that a swap removed the adapter from, and may add it to again without ``add_layers``."""
     return base.__dict__.get(FORMER_LAYERS, {}).get(adapter_name, frozenset())
 
 
 def plan_with_fresh_load(plan: Plan) -> Plan:
-    """Decides a swap that changes more than values and ranks, or is of another method than LoRA."""
+    """Plan a swap by comparing the live model with a fresh load of the new adapter."""
     slot, name = plan.slot, plan.slot.adapter_name
     plan.is_decided = True
     if holds_shards(slot.host.base):
@@ -191,7 +191,7 @@ def plan_with_fresh_load(plan: Plan) -> Plan:
         if plan.compiled:
             plan.refuse("compiled_other_kind", count=len(graft.differences), found=found)
         elif any(is_padded(layer.module, name) or is_prepared(layer.module, name) for layer in slot.layers):
-            # what prepare_model_for_compiled_hotswap would say of this adapter
+            # the advice that prepare_model_for_compiled_hotswap would give for this adapter
             apart = [] if isinstance(slot.method, General) else misfits(slot, plan.adapter, in_graph=True)
             plan.refuse(
                 "prepared_other_kind",
@@ -205,7 +205,7 @@ def plan_with_fresh_load(plan: Plan) -> Plan:
 
 
 def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]:
-    """What is to be written, and where the tensors of an adapter with the same config would go."""
+    """The writes of a swap, and the targets for later adapters with the same config. Adds refusals to the plan."""
     slot, adapter, host, config = plan.slot, plan.adapter, plan.slot.host, plan.config
     name = slot.adapter_name
     if _layers_of_base(config) != _layers_of_base(slot.config):
@@ -218,10 +218,10 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
         graft.base.lost = lost_originals(host, name)
         return graft, known
     if isinstance(slot.method, General) and others_merged:
-        # most methods start from the base weights: their singular vectors, their clusters, a copy
+        # most methods compute something from the base weights at first: singular vectors, clusters, a copy
         plan.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
         return Graft(), None
-    # a half-precision adapter has the precision of its base: it was loaded with ``autocast_adapter_dtype=False``
+    # a half-precision adapter was loaded with ``autocast_adapter_dtype=False``, so the new one is, too
     half_precision = any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
     try:
         with slot.write_mode():
@@ -249,16 +249,16 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
 
 
 def _layers_of_base(config: PeftConfig) -> str:
-    """The layers of the base model that PEFT repeats because LoRA's config says so, as a file has them.
+    """The config's ``layer_replication`` as JSON: the layers of the base model that PEFT repeats.
 
-    They are the base model's own in another order and number: no swap turns one arrangement into another. Which one a
-    model has, nothing shows but the config of the adapter that it was loaded with.
+    No swap can turn one arrangement of the layers into another. A model's arrangement is known only from the config of
+    the adapter that it was loaded with.
     """
     return json.dumps(getattr(config, "layer_replication", None) or None, default=str)
 
 
 def _depends_on_class(plan: Plan, fresh: FreshAdapter) -> bool:
-    """Refuses what the live model's class computes otherwise with this adapter than that of a fresh load."""
+    """Refuse an adapter with which the live model's class would compute something else than a fresh load's class."""
     host, config = plan.slot.host, fresh.config
     live, wanted = type(host.carrier), type(fresh.model)
     by_class = config.is_prompt_learning or config.peft_type == PeftType.POLY

@@ -1,9 +1,8 @@
-"""The difference between a live model and a freshly loaded one: what to write so that there is none.
+"""The difference between a live model and a freshly loaded one: the writes that make them equal.
 
-Both are walked side by side. What has a counterpart of the same form in the live model stays the object it is, and gets
-new values. All else comes from the fresh load, as a copy in which everything that the two models share is the live
-model's.
-Entries of other adapters are never looked at.
+Both models are walked in parallel. An object in the live model that has a counterpart of the same form is kept, and
+gets new values. Everything else is copied from the fresh load, and these copies refer to the live model's own objects
+wherever the two models have counterparts. Entries of other adapters are never read.
 """
 
 from __future__ import annotations
@@ -51,16 +50,16 @@ from ..core.wrappers import (
 from .base_values import BaseChange
 from .fresh_adapter import FreshAdapter
 
-#: an object that belongs to one adapter although it doesn't lie under its name: AdaLoRA's budget of ranks
+#: an object that belongs to one adapter although it isn't stored under its name: AdaLoRA's budget of ranks
 BUDGET = "rankallocator"
-#: tables that no forward reads, as the paths to them end
+#: the ends of paths to tables that no forward reads
 BOOKKEEPING = tuple(f": {table}" for table in ("r", "alpha", "lora_alpha", "use_rslora", "lora_bias"))
-#: values that say something of a module of an adapter's own; what else is there belongs to one object
+#: types of attributes that are compared in an adapter's own modules; values of other types belong to one object
 PLAIN = (bool, int, float, str, type(None), tuple)
 
 
 class WholeSettings(NamedTuple):
-    """The rank and scaling of a layer of any method, where it has them; for reports."""
+    """The rank and scaling of a layer of any method, for reports; None where it has none."""
 
     rank: int | None
     scaling: float | None
@@ -70,27 +69,27 @@ class WholeSettings(NamedTuple):
 class Graft:
     """Everything to write: values in place, parameters of other shapes, and changes of tables and attributes."""
 
-    #: pairs of a live tensor and what it gets
+    #: pairs of a live tensor and its new values
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     #: pairs of a live parameter and a tensor of another shape
     resizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
-    #: all else, undoable
+    #: all other writes, undoable
     steps: list[Step] = field(default_factory=list)
-    #: what a report says of each module that carries the adapter
+    #: for reports, one line for each module that has the adapter
     layers: list[LayerPlan] = field(default_factory=list)
-    #: paths of modules that would have to be given a tuner layer
+    #: paths of modules that need a new tuner layer
     added: list[str] = field(default_factory=list)
-    #: and of modules that lose theirs
+    #: paths of modules that lose their tuner layer
     unwrapped: list[str] = field(default_factory=list)
-    #: in words, what differs beyond values of tensors
+    #: descriptions of the differences beyond values of tensors
     differences: list[str] = field(default_factory=list)
     #: live parameters of the adapter
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     #: by ids of the fresh load's tensors: the table, the key and the live tensor that gets their values
     in_place: dict[int, tuple[MutableMapping[str, Any], str, torch.Tensor]] = field(default_factory=dict)
-    #: tables that have a plain value under the adapter's name, and what that is
+    #: pairs of a table and its plain value under the adapter's name
     scalars: list[tuple[MutableMapping[str, Any], object]] = field(default_factory=list)
-    #: what becomes of the base model's own weights, and those whose ``requires_grad`` changes
+    #: the writes to the base model's own weights, and the new ``requires_grad`` of those where it changes
     base: BaseChange = field(default_factory=BaseChange)
     requires_grad: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
 
@@ -107,7 +106,7 @@ class Graft:
 
 
 def difference(plan: Plan, fresh: FreshAdapter) -> Graft:
-    """What to write so that the live model equals the fresh load; refuses the plan where that can't be had."""
+    """The writes that make the live model equal to the fresh load. Adds refusals to the plan where none can."""
     comparison = _Comparison(plan, fresh)
     comparison.roots()
     comparison.finish()
@@ -120,20 +119,20 @@ class _Comparison:
         self.host, self.name = host, name = plan.slot.host, plan.slot.adapter_name
         self.method = plan.slot.method
         self.others = set(host.configs) - {name}
-        self.is_mixed = isinstance(host.tuner, MixedModel)  # layers of several methods are around one another
+        self.is_mixed = isinstance(host.tuner, MixedModel)  # layers of several methods may wrap one another
         model, self.active = fresh.model, activity_of(host)
         #: by ids of the fresh load's modules and tensors, their counterparts in the live model
         self.live_of: dict[int, object] = dict(fresh.twin.live)
-        #: ids of live ones that have a counterpart already: some methods share modules between layers
+        #: ids of live objects that have a counterpart already, since some methods share modules between layers
         self.taken: set[int] = set()
-        #: ids of those of the fresh load that the live model gets a copy of
+        #: ids of the fresh load's objects that the live model gets a copy of
         self.new: set[int] = set()
-        self.kept = [*model.modules()]  # kept, or something else might get the id of one of them
+        self.kept = [*model.modules()]  # keeps the modules alive, so that no other object gets one of their ids
         self.own = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in self.live_of]
         self.puts: list[tuple] = []
-        #: live wrappers that the fresh load lacks; when all others are known, so are the tables that they share
+        #: live wrappers that the fresh load lacks; removed last, when all the tables that they share are known
         self.rest: list[tuple[torch.nn.Module, str]] = []
-        #: whether the wrapper at hand is in training mode
+        #: whether the wrapper being compared is in training mode
         self.training = host.base.training
 
     # ---- the walk
@@ -150,12 +149,12 @@ class _Comparison:
         self._base(self.host.base, self.fresh.twin.model, "")
 
     def _base(self, live: torch.nn.Module, fresh: torch.nn.Module, path: str) -> None:
-        """Two modules of the base model."""
+        """Compare two modules of the base model."""
         if id(live) in self.taken:
             return
         self.taken.add(id(live))
         children = [{name for name, child in each._modules.items() if child is not None} for each in (live, fresh)]
-        # of the same class and with the same weights, it may be another layer
+        # another layer may have the same class and the same weights, so the twin's record decides
         if children[0] != children[1] or self.live_of.get(id(fresh)) is not live:
             self._refuse(path, "other modules of the base model there than in a fresh load")
             return
@@ -164,7 +163,7 @@ class _Comparison:
                 self._place(live, name, child, f"{path}.{name}" if path else name)
 
     def _place(self, parent: torch.nn.Module, name: str, fresh: torch.nn.Module, path: str) -> None:
-        """One place in the base model, with whatever wrappers are around the module there."""
+        """Compare one location in the base model: the wrappers around its module, then the module."""
         present, core = peel(parent._modules[name])
         around, fresh_core = peel(fresh)
         rest, new = list(present), []
@@ -185,14 +184,14 @@ class _Comparison:
         for wrapper in new:
             self.new.add(id(wrapper))
             self._adopt_state(wrapper, core.training)
-            if not isinstance(wrapper, AuxiliaryTrainingWrapper):  # those are asked for by name, in the config
+            if not isinstance(wrapper, AuxiliaryTrainingWrapper):  # the config names those, so they need no add_layers
                 self.graft.added.append(path)
             self._report(path, wrapper, Action.ADD, None, wrapper)
         self.rest += [(wrapper, path) for wrapper in rest]
         wanted = [self.live_of.get(id(each), each) for each in around]
         chain = [each for each in present if each in wanted or each in staying]
         if [each for each in chain if each in wanted] != wanted:
-            # PEFT puts what is loaded later around what is there
+            # PEFT puts a wrapper that is loaded later around those that are there
             chain = wanted + staying if self.is_mixed else staying + wanted
         holders = [(parent, name), *map(holder_of_inside, chain)]
         for outer, (holder, key), module in zip([parent, *chain], holders, [*chain, core], strict=True):
@@ -209,16 +208,16 @@ class _Comparison:
             kinds = [type(each[0]).__name__ for each in (staying, new)]
             self._refuse(path, f"a {kinds[0]} that stays there, where a {kinds[1]} would have to be put")
         if self.others and any(isinstance(each, LNTuningLayer) for each in (*new, *staying)):
-            self._refuse(path, "a layer that fails where the active adapter is not on it, as one would not be then")
+            self._refuse(path, "a layer that fails, unlike a fresh one, where the active adapter is not on it")
 
     def _stays(self, wrapper: torch.nn.Module) -> bool:
-        """Whether anything is on a live wrapper once this adapter is off it. What was prepared stays, turned off."""
+        """Whether a live wrapper stays without this adapter: for other adapters, or since prepared layers are kept."""
         if not has_adapter(wrapper, self.name) or is_padded(wrapper, self.name):
             return True
         return any(has_adapter(wrapper, other) for other in self.others)
 
     def _remove(self, wrapper: torch.nn.Module, path: str) -> None:
-        """Takes the adapter off a live wrapper."""
+        """Remove the adapter from a live wrapper, or turn it off there."""
         if not has_adapter(wrapper, self.name):
             return
         was_off = is_off(wrapper, self.name, self.method.tensors_of(wrapper, self.name) or ())
@@ -249,10 +248,10 @@ class _Comparison:
         settings = after and WholeSettings(rank_of(after, self.name), scaling_of(after, self.name))
         self.graft.layers.append(LayerPlan(SlotLayer(path, module, ()), action, before, settings, ()))
 
-    # ---- two modules that are alike
+    # ---- two modules of the same form
 
     def _pair(self, live: torch.nn.Module, fresh: torch.nn.Module, path: str, own: bool = False) -> None:
-        """Compares all that two modules have: PEFT put both there, or both are the adapter's ``own``."""
+        """Compare everything in two modules, which are wrappers or tuners of PEFT, or the adapter's ``own`` modules."""
         if id(fresh) in self.live_of:
             return
         self._note(live, fresh)
@@ -287,7 +286,7 @@ class _Comparison:
         self.taken.add(id(live))
 
     def _presence(self, live: torch.nn.Module, fresh: torch.nn.Module, path: str) -> None:
-        """Whether the adapter is there, and in no table that a fresh load lacks: variants of LoRA bring their own."""
+        """Add the adapter to a wrapper's set of them, and remove it from tables that a fresh load lacks."""
         known = {attribute for attribute, _ in tables_of(fresh)}
         for attribute, table in entries_under(live, self.name):
             if attribute not in known:
@@ -295,7 +294,7 @@ class _Comparison:
         if isinstance(live, AuxiliaryTrainingWrapper) and self.name not in live._adapters:
             self._set_presence(live, True, path)
         if is_marked_off(live, self.name):
-            # all else that is different where an adapter is off has been compared
+            # everything else that differs where an adapter is off has been compared
             self.graft.steps.append(lambda journal: mark(live, OFF_ATTRIBUTE, self.name, False, journal))
 
     def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
@@ -320,19 +319,19 @@ class _Comparison:
         if {self.name, *self.others}.intersection(mine) or self.name in wanted:
             self._note(present, fresh)
             self._entry(present, fresh, path)
-            # which of its buffers are left out of state dicts, and so of what is saved
+            # the names of buffers that are left out of state dicts, and so of saved files
             left_out = present._non_persistent_buffers_set - fresh._buffers.keys() | fresh._non_persistent_buffers_set
             if left_out != present._non_persistent_buffers_set:
                 self.graft.steps.append(
                     lambda journal: journal.set_attribute(present, "_non_persistent_buffers_set", left_out)
                 )
-        elif not self.others:  # not by adapters, but for all of them, such as indices by kind of layer
+        elif not self.others:  # a table for all adapters, such as indices by kind of layer
             self._part(live._modules, attribute, fresh, path)
         elif not all(are_equal(mine.get(key, MISSING), wanted[key]) for key in wanted):
             self._refuse(path, "something that it shares with the model's other adapters, and needs to be different")
 
     def _entry(self, live: object, fresh: object, path: str) -> None:
-        """What two tables have under the adapter's name."""
+        """Compare the entries of two tables under the adapter's name."""
         if self.name in stores_of(fresh)[0]:
             value = stores_of(fresh)[0][self.name]
             if isinstance(value, (bool, int, float, str)):
@@ -341,7 +340,7 @@ class _Comparison:
         elif self.name in stores_of(live)[0]:
             self._delete(live, path)
 
-    # ---- what lies in a table
+    # ---- one entry of a table
 
     def _part(self, table: object, key: str, fresh: object, path: str) -> None:
         live = stores_of(table)[0].get(key, MISSING)
@@ -386,7 +385,7 @@ class _Comparison:
             self.graft.differences.append(f"{path} has shape {tuple(live.shape)}, fresh {tuple(fresh.shape)}")
 
     def _pad(self, live: BaseTunerLayer, fresh: BaseTunerLayer) -> None:
-        """Gives the fresh load's tensors the rank that the live ones were prepared for, if that is higher."""
+        """Pad the fresh load's tensors to the rank that the live ones were prepared for, if that is higher."""
         room = {each.key: each for each in self.method.tensors_of(live, self.name) or ()}
         for source in self.method.tensors_of(fresh, self.name) or ():
             parameter, target = source.parameter, room.get(source.key)
@@ -400,7 +399,7 @@ class _Comparison:
             live, fresh = list(live), [self.live_of.get(id(each), each) for each in fresh]
         return are_equal(live, self.live_of.get(id(fresh), fresh))
 
-    # ---- what was found
+    # ---- recording differences
 
     def _put_new(self, table: object, key: str, fresh: torch.nn.Module | torch.Tensor, path: str) -> None:
         self.new.add(id(fresh))
@@ -419,7 +418,7 @@ class _Comparison:
         self.graft.differences.append(path)
 
     def _set_presence(self, wrapper: AuxiliaryTrainingWrapper, present: bool, path: str) -> None:
-        """Notes on a live wrapper that the adapter is there, or isn't, and with that whether it is active."""
+        """Record on a live wrapper whether it has the adapter, and whether that is active there."""
         adapters = wrapper._adapters | {self.name} if present else wrapper._adapters - {self.name}
         self._put(wrapper.__dict__, "_adapters", adapters, f"{path}: _adapters")
         if self.name in self.active[0]:
@@ -430,13 +429,13 @@ class _Comparison:
         self.plan.refuse("not_in_place", path=path, found=found)
 
     def _adopt_state(self, wrapper: torch.nn.Module, training: bool) -> None:
-        """Gives a wrapper that is about to be added the state of those that are there: active, enabled, training."""
+        """Give a wrapper that will be added the state of the live ones: active adapters, enabled, training."""
         active, disabled = self.active
         for module in own_modules(wrapper):
             module.training = training
         for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
             if isinstance(wrapper, AuxiliaryTrainingWrapper):
-                # of these, only one adapter can be active, and only one that is there
+                # on these, only one adapter can be active, and it must be one that they have
                 module._active_adapter = self.name if self.name in active else []
                 module._disable_adapters = disabled
             elif isinstance(module, BaseTunerLayer):
@@ -444,7 +443,7 @@ class _Comparison:
                 module._disable_adapters = disabled
 
     def finish(self) -> None:
-        """Takes the adapter off what is left over, and makes steps of all that comes from the fresh load."""
+        """Remove the adapter from wrappers that the fresh load lacks, and make the steps that copy its objects."""
         for each in self.rest:
             self._remove(*each)
         live = (*self.host.base.modules(), *self.host.base.parameters())
@@ -462,9 +461,9 @@ class _Comparison:
 
 
 def activity_of(host: Host) -> tuple[list[str], bool]:
-    """Which adapters a model computes with, and whether they are disabled."""
+    """The adapters that a model computes with, and whether they are disabled."""
     for path, module in wrappers_in(host.base):
-        # the layer inside of a wrapper for trained tokens is active only where its own adapter is
+        # the layer inside a wrapper for trained tokens has active adapters of its own
         if isinstance(module, BaseTunerLayer) and not path.endswith(".token_adapter"):
             return list(getattr(host.tuner, "active_adapters", module.active_adapters)), module.disable_adapters
     active = getattr(host.carrier, "active_adapters", list(host.configs))

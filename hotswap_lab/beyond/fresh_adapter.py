@@ -1,4 +1,4 @@
-"""Fresh adapter: the new adapter, loaded by PEFT itself onto a twin of the live base model."""
+"""Fresh adapters: the new adapter as PEFT itself loads it, onto a twin of the live base model."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .guards import compilers_kept, memory_guard, random_numbers_kept, take_out
 
 @dataclass(frozen=True)
 class FreshAdapter:
-    """A fresh load of an adapter, next to the live model."""
+    """A freshly loaded adapter, next to the live model."""
 
     model: PeftModel
     twin: BaseTwin
-    #: base weights that the adapter's file brings, by their names in the base model
+    #: base weights in the adapter's file, by their names in the base model
     base_values: Mapping[str, torch.Tensor]
     #: all weights of the twin, by the same names
     twins: Mapping[str, torch.Tensor]
-    #: by keys of the file, the tensors of the fresh load that PEFT loaded them into
+    #: for each key of the file, the tensor of the fresh load that PEFT loaded it into
     origins: Mapping[str, torch.Tensor]
-    #: keys of the file that mean nothing to this model
+    #: keys of the file that this model has no use for
     unexpected: list[str]
     #: tensors of the adapter that the file has no values for
     missing: list[str]
@@ -53,20 +53,20 @@ def load_fresh_adapter(
     *,
     half_precision: bool = False,
 ) -> FreshAdapter:
-    """Lets PEFT load an adapter, as ``PeftModel.from_pretrained`` does, onto a twin of the host's base model.
+    """Let PEFT load an adapter, as ``PeftModel.from_pretrained`` does, onto a twin of the host's base model.
 
     Parameters
     ----------
     host:
-        Where the live adapter is. Only read.
+        The model with the live adapter. It is only read.
     config:
         The new adapter's config, with the ``inference_mode`` of the live one.
     tensors:
-        Its tensors by the names of its file.
+        The new adapter's tensors by the keys of its file.
     adapter_name:
         The name that the adapter gets.
     half_precision:
-        Whether the adapter keeps the precision of a half-precision base, as with ``autocast_adapter_dtype=False``.
+        Whether the adapter has the dtype of a half-precision base, as with ``autocast_adapter_dtype=False``.
     """
     twin = make_base_twin(host.base)
     twins = dict(_named_tensors(twin.model))
@@ -75,12 +75,12 @@ def load_fresh_adapter(
         raise RuntimeError("its layers are nested by an order of parameters that the base model may have lost")
     taken_out = take_out(config)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    # quantized weights have no twins: PEFT sets `requires_grad` of the live ones, and no other thread must compute then
+    # quantized weights have no twins, so PEFT sets `requires_grad` of the live ones, while no other thread may compute
     with held(host.base) if twin.shared else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         memory = memory_guard(host.base, tensors.values())
         try:
-            # torch takes a mode off and puts it back around each function: after Ctrl-C in between, another one is off
+            # torch removes and restores a mode around each function; Ctrl-C in between would leave another mode off
             with interrupts_held(), compilers_kept(), random_numbers_kept(), memory:
                 model = cls(twin.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
             file = _file_keys(model, tensors, adapter_name)
@@ -105,12 +105,12 @@ def load_fresh_adapter(
 
 
 def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, result) -> tuple[list[str], list[str]]:
-    """Keys of the file that mean nothing to the model, and tensors of the adapter that it should have had."""
+    """Keys of the file that the model has no use for, and tensors of the adapter that are missing in the file."""
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     if model.peft_config[adapter_name].is_prompt_learning:
         return sorted(tensors.keys() - saved.keys()), sorted(saved.keys() - tensors.keys())
-    # Some tensors are never saved, and a fresh load doesn't miss them; others are saved once and shown on each layer.
-    # The names in a file are not those in the model, but the memory is the same.
+    # Some tensors are never saved, so a fresh load doesn't miss them. Others are saved once and shared by all layers.
+    # Keys of a file differ from names in the model, so tensors are matched by their memory.
     memory = {key: tensor.data_ptr() for key, tensor in model.state_dict().items()}
     missing = set(result.missing_keys)
     filled = {address for key, address in memory.items() if key not in missing}
@@ -127,7 +127,7 @@ def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: Mapping[int, str]):
-    """Writes the adapter's tensors into the fresh load; those that are for the base model are kept apart."""
+    """Write the adapter's tensors into the fresh load, but return those for the base model, instead of writing them."""
     own = dict(_named_tensors(model))
     base_keys = {key: base_names[id(tensor)] for key, tensor in own.items() if id(tensor) in base_names}
     base_values: dict[str, torch.Tensor] = {}
@@ -135,10 +135,10 @@ def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: 
     keys = {id(tensor): key for key, tensor in tensors.items()}
 
     def keep_apart(module, state_dict: dict, *_: object) -> None:
-        # this memory is the live model's, too; what has another shape is left to PEFT, which says so
+        # base weights share memory with the live model; PEFT reports those that have another shape
         here = [key for key, value in state_dict.items() if key in base_keys and value.shape == own[key].shape]
         base_values.update({base_keys[key]: state_dict.pop(key) for key in here})
-        # what PEFT converts on the way is another tensor by now, and has no origin
+        # a tensor that PEFT has converted is another object by now, and gets no origin
         now = dict(_named_tensors(model))
         origins.update(
             {keys[id(each)]: now[key] for key, each in state_dict.items() if id(each) in keys and key in now}
@@ -155,7 +155,7 @@ def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: 
 
 
 def _file_keys(model: PeftModel, tensors: Mapping, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The keys as in a file that PEFT wrote: with its prefix, without the adapter's name."""
+    """The tensors by the keys that PEFT writes to a file: with its prefix, without the adapter's name."""
     config = model.peft_config[adapter_name]
     if config.is_prompt_learning:
         return dict(tensors)

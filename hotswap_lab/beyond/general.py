@@ -1,7 +1,6 @@
-"""Every other PEFT method, by what PEFT itself says of its layers: ``adapter_layer_names`` and ``other_param_names``.
+"""The tensors of every PEFT method but LoRA, found by the layers' own list of them, ``adapter_layer_names``.
 
-These swaps copy from a freshly loaded adapter, so that nothing of the methods has to be known here but where their
-tensors are.
+These swaps copy from a freshly loaded adapter, so this module needs to know only where a method keeps its tensors.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from . import configs
 from .lora import not_scaled
 from .shards import spread
 
-#: the axis of the rank components in the tensors of methods whose effect is a sum over these
+#: the axis of the rank components, for methods whose update of a weight is a sum over rank components
 RANK_AXES = {
     **{"hada_w1_a": 1, "hada_w1_b": 0, "hada_w2_a": 1, "hada_w2_b": 0},
     **{"lokr_w1_a": 1, "lokr_w1_b": 0, "lokr_w2_a": 1, "lokr_w2_b": 0},
     **{"hira_A": 0, "hira_B": 1, "hira_embedding_A": 0, "hira_embedding_B": 1},
     **{"lora_A": 0, "lora_E": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1},  # AdaLoRA's
 }
-#: tables of tensors with two axes of rank components (convolutions in Tucker form): these layers keep their rank
+#: tables of tensors with two axes of rank components (convolutions in Tucker form); such layers keep their rank
 TUCKER = ("hada_t1", "lokr_t2")
 
 
 class General:
-    """All methods but LoRA, as a :class:`~hotswap_lab.core.engine.Method`."""
+    """The :class:`~hotswap_lab.core.engine.Method` for all of PEFT's methods but LoRA."""
 
     def takes(self, config: Config) -> bool:
         return True

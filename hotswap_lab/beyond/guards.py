@@ -1,4 +1,4 @@
-"""Guards around PEFT while it loads an adapter: what it may not read, how much memory it may take, what it leaves."""
+"""Guards around PEFT while it loads an adapter: limits on what it reads and allocates, and no side effects."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import torch
 from peft import PeftConfig
 from torch.overrides import TorchFunctionMode
 
-#: the values of ``prompt_tuning_init`` for which PEFT reads a tokenizer or a file that the config names
+#: values of ``prompt_tuning_init`` that make PEFT read a tokenizer or file named by the config
 INITS_THAT_READ = ("TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
-#: what names the compilers to whatever builds code later, ``torch.compile`` among it
+#: environment variables that name the compilers, which ``torch.compile`` reads, too
 COMPILERS = ("CC", "CXX")
 
-#: bytes that any method may take
+#: bytes that any method may allocate
 SMALL = 32 * 2**20
-#: how many times the size of its own tensors a method may take
+#: how many times the size of its own tensors a method may allocate
 FACTOR = 4
-#: and for each weight of the base model, all in all: WaveFT, the most, takes 12
+#: bytes that a method may allocate for each weight of the base model; WaveFT needs the most, 12
 PER_WEIGHT = 64
-#: bytes that a tensor takes at least, with the objects that are around it
+#: bytes that a tensor takes in addition to its elements, for the Python objects around it
 OVERHEAD = 4096
 
 
 def take_out(config: PeftConfig) -> dict[str, object]:
-    """Takes out of a config what PEFT need not do again when it builds the adapter. Returns it, to be put back.
+    """Remove from a config the work that PEFT need not do again. Returns the removed fields, to be put back.
 
     Raises
     ------
     ValueError
-        If the adapter can't be built without reading what the config names.
+        If building the adapter requires reading a model that the config names.
     """
     if (model := getattr(config, "shadow_model", "mirror")) != "mirror":
         raise ValueError(f"its config names a model to read, shadow_model={model!r}")
@@ -46,10 +46,10 @@ def take_out(config: PeftConfig) -> dict[str, object]:
 
 @contextlib.contextmanager
 def compilers_kept() -> Iterator[None]:
-    """Puts the environment variables that name the compilers back.
+    """Restore the environment variables that name the compilers.
 
-    Where PEFT's BOFT can't build its extension, it leaves ``CXX=gcc`` behind: nothing that ``torch.compile`` builds
-    with that can be loaded, since it is linked without the C++ library.
+    If PEFT's BOFT can't build its extension, it leaves ``CXX=gcc`` behind. Code that ``torch.compile`` then builds
+    can't be loaded, since it is linked without the C++ library.
     """
     before = {name: os.environ[name] for name in COMPILERS if name in os.environ}
     try:
@@ -61,25 +61,25 @@ def compilers_kept() -> Iterator[None]:
 
 
 def random_numbers_kept() -> contextlib.AbstractContextManager[None]:
-    """While PEFT builds an adapter, whose weights are overwritten anyway, the user's random numbers don't move on.
+    """Restore the state of the random number generators, which PEFT advances with initial weights that aren't kept.
 
-    A thread that samples meanwhile, and not inside ``in_use(model)``, may draw the same numbers twice.
+    A thread that samples meanwhile, outside of ``in_use(model)``, may draw the same numbers twice.
     """
-    # asking for the state of a GPU that nobody uses would start it
+    # asking for the state of a GPU initializes CUDA, so it is not done in processes that don't use one
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
 
 
 class TooLargeError(ValueError):
-    """An adapter whose config asks for far more memory than its tensors fill."""
+    """The error for an adapter whose config asks for far more memory than its tensors fill."""
 
 
 class MemoryGuard(TorchFunctionMode):
-    """Counts the bytes of all tensors that are made, and refuses too many before they are.
+    """Count the bytes of all tensors that are created, and raise before they exceed a limit.
 
     Parameters
     ----------
     limit:
-        Bytes.
+        The limit in bytes.
 
     Examples
     --------
@@ -90,7 +90,7 @@ class MemoryGuard(TorchFunctionMode):
     hotswap_lab.beyond.guards.TooLargeError: its config asks for too many tensors, such as one of (1000000, 1000000)
     """
 
-    #: functions that make tensors of a size that is not that of others
+    #: functions that make tensors whose size is not that of an input
     FACTORIES = frozenset(
         {
             *("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "normal", "eye", "arange"),
@@ -119,21 +119,21 @@ class MemoryGuard(TorchFunctionMode):
     def _count(self, function, args: tuple, kwargs: dict) -> None:
         elsewhere = {key: kwargs[key] for key in kwargs.keys() - {"generator", "pin_memory", "out", "device"}}
         try:
-            # made where it takes no memory, to see what it will be
+            # the same call on the meta device takes no memory and shows the size
             meta = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in args]
             if not any(isinstance(each, torch.Tensor) for each in args):
                 elsewhere["device"] = "meta"
             shape = function(*meta, **elsewhere)
         except Exception:
-            return  # it will fail, or is of a kind that the meta device does not know
+            return  # the call itself will fail, or the meta device doesn't support it
         self.taken += shape.numel() * shape.itemsize + OVERHEAD
         if self.taken > self.limit:
             raise TooLargeError(f"its config asks for too many tensors, such as one of {tuple(shape.shape)}")
 
 
 def memory_guard(model: torch.nn.Module, tensors: Iterable[torch.Tensor]) -> MemoryGuard:
-    """A guard that lets through whatever an adapter with these tensors can need on this model."""
+    """A guard whose limit is enough for any adapter with these tensors on this model."""
     own = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     base = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    # some methods build matrices and orders of a layer's size, one for each layer, and throw them away
+    # some methods build temporary matrices and permutations of a layer's size, for each layer
     return MemoryGuard(SMALL + FACTOR * own + PER_WEIGHT * base)

@@ -1,4 +1,4 @@
-"""All of LoRA: grouped convolutions, DoRA's magnitudes, biases, what a config may ask for, what can't be written to."""
+"""Everything in LoRA besides plain A and B: grouped convolutions, DoRA's magnitudes, biases, tensors to refuse."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from .shards import spread
 class GroupedTensor(SlotTensor):
     """A ``lora_A`` or ``lora_B`` of a grouped convolution.
 
-    Each group sees a share of the rank components. ``lora_B`` holds only ``rank / groups`` entries along its rank axis.
-    ``lora_A`` has one block for each group, and each of them is padded for itself, so that every group goes on seeing
-    its own.
+    Each group uses a share of the rank components. ``lora_B`` has only ``rank / groups`` entries along its rank axis.
+    ``lora_A`` has one block for each group. Each block is padded by itself, so that every group keeps its own
+    components.
     """
 
     groups: int = 1
@@ -62,7 +62,7 @@ class GroupedTensor(SlotTensor):
 
 
 def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor]) -> list[SlotTensor]:
-    """The tensors of a layer, with those of grouped convolutions as such, and with DoRA's magnitude."""
+    """The tensors of a layer, with :class:`GroupedTensor` for grouped convolutions, and with DoRA's magnitude."""
     if (groups := getattr(layer.get_base_layer(), "groups", 1)) > 1 and adapter_name in layer._modules.get(
         "lora_A", ()
     ):
@@ -78,26 +78,26 @@ def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor])
 
 @dataclass(eq=False)
 class MagnitudeTensor(SlotTensor):
-    """DoRA's magnitude, one number for each output (arXiv 2402.09353)."""
+    """DoRA's magnitude: one number for each output (arXiv 2402.09353)."""
 
     layer: TunerLayer = None
 
     reads_base: ClassVar[bool] = True
 
     def off_value(self) -> torch.Tensor:
-        """The norm of the base weights: with it, and B = 0, DoRA computes what the base layer does."""
+        """The norm of the base weights. With it, and B = 0, DoRA computes the same as the base layer."""
         weight, owner = dequantize_module_weight(self.layer.get_base_layer()), self.owner
         with torch.no_grad():
             return owner.get_weight_norm(weight, 0.0, 1.0).to(owner.weight.dtype).reshape(owner.weight.shape)
 
 
 def reads_base(slot: Slot) -> bool:
-    """Whether turning a layer off takes a look at its base weights."""
+    """Whether turning a layer off reads its base weights."""
     return True in [tensor.reads_base for tensor in slot.tensors]
 
 
 def forget_norms(slot: Slot, config: Config, journal: Journal) -> None:
-    """Clears what DoRA has computed from the weights and kept (``peft.tuners.lora.dora.ENABLE_DORA_CACHING``)."""
+    """Clear DoRA's cache of values computed from the weights (``peft.tuners.lora.dora.ENABLE_DORA_CACHING``)."""
     host, adapter_name = slot.host, slot.adapter_name
     if not (getattr(config, "use_dora", False) or getattr(host.configs[adapter_name], "use_dora", False)):
         return
@@ -107,21 +107,21 @@ def forget_norms(slot: Slot, config: Config, journal: Journal) -> None:
             journal.remove(cache, *cache)
 
 
-# ---- what can't be written to
+# ---- layers that can't be written to
 
-#: variants whose tensors are known
+#: variants whose tensors this module handles
 KNOWN_VARIANTS = type(None), DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
 
 
 def is_special(layer: TunerLayer, adapter_name: str) -> bool:
-    """Whether a layer of LoRA has state beyond what its tensors are known to be."""
+    """Whether a layer of LoRA has state that this module doesn't handle."""
     variant = layer.lora_variant.get(adapter_name)
     is_known = isinstance(variant, KNOWN_VARIANTS) or getattr(variant, "is_of_a_room", False)
     return isinstance(layer, (MultiheadAttention, ParamWrapper)) or not is_known
 
 
 def _obstacle(layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-    """Why this layer of LoRA can't be written to, or None."""
+    """The reason why this layer of LoRA can't be written to, or None."""
     if is_special(layer, adapter_name):
         return f"a {type(layer.lora_variant.get(adapter_name, layer)).__name__}"
     if not tensors:
@@ -132,7 +132,7 @@ def _obstacle(layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor
             return f"a parametrized or replaced {tensor.named_key}"
         if parameter.is_meta:
             if hasattr(tensor.owner, "_hf_hook"):
-                # where the hook keeps it, nobody would look for a change
+                # the weight is in the hook's own store; a write to it there would not be noticed
                 return (
                     f"a {tensor.named_key} that accelerate keeps elsewhere between calls: swap after "
                     "accelerate.hooks.remove_hook_from_submodules(model), then offload the model again"
@@ -149,7 +149,7 @@ def _obstacle(layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor
 
 
 def _repeats_values(tensor: torch.Tensor) -> bool:
-    """Whether several elements are the same memory, as ``expand`` leaves them."""
+    """Whether several elements share memory, as in an expanded tensor."""
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
@@ -157,10 +157,10 @@ def _repeats_values(tensor: torch.Tensor) -> bool:
 
 
 class FullLora(Lora):
-    """LoRA with everything that PEFT's configs can ask for."""
+    """LoRA with everything that PEFT's configs can ask for, as a method of the engine."""
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
-        # AdaLoRA's layers are LoRA's by their class, but have other tensors
+        # AdaLoRA's layers inherit from LoRA's, but have other tensors
         tensors = None if isinstance(layer, AdaLoraLayer) else super().tensors_of(layer, adapter_name)
         return None if tensors is None else spread(_rare_kinds(layer, adapter_name, tensors))
 
@@ -168,14 +168,14 @@ class FullLora(Lora):
         return _obstacle(layer, adapter_name, tensors)
 
     def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
-        """Lets a magnitude or bias be trained only where the adapter is on, and as A and B are.
+        """Make a magnitude or bias trainable only where the adapter is on and its A or B is trainable.
 
-        A and B need nothing: while both are zero, neither has a gradient. A magnitude or a bias has.
+        A and B need no change: while both are zero, their gradients are zero. Those of a magnitude or bias are not.
         """
         tables = layer._modules
         if adapter_name not in tables["lora_A"] and adapter_name not in tables["lora_embedding_A"]:
             return
-        # not every module that is a lora_B has the attribute: BD-LoRA's has only a weight
+        # BD-LoRA's lora_B has no attribute ``bias``
         has_bias = getattr(tables["lora_B"]._modules.get(adapter_name), "bias", None) is not None
         if has_bias or adapter_name in tables["lora_magnitude_vector"]._modules:
             tensors = self.tensors_of(layer, adapter_name) or []
@@ -183,7 +183,7 @@ class FullLora(Lora):
             for parameter in (each.parameter for each in tensors if each.rank_axis is None):
                 if parameter.requires_grad != trained:
                     journal.set_attribute(parameter, "requires_grad", trained)
-        # PEFT's merging looks for a place to add a bias to, and fails on base layers without one, though it be zero
+        # with lora_bias set, PEFT's merging fails on a base layer that has no bias, even if the adapter's is zero
         journal.set_item(layer.lora_bias, adapter_name, on and has_bias)
 
     def judge(self, config: Config, role: str, loaded: Config = None) -> Iterator[Refusal]:
@@ -197,7 +197,7 @@ class FullLora(Lora):
 
     def no_room(self, slot: Slot, room: Mapping[str, int]) -> Iterator[Refusal]:
         own, base = {layer.path: layer for layer in slot.layers}, slot.host.base
-        # DoRA is turned off by the norm of the base weights, so that is not to contain another adapter
+        # turning DoRA off reads the norm of the base weights, so no other adapter may be merged into them
         lacking = [base.get_submodule(path) for path in room if path not in own] if slot.config.use_dora else []
         if others := {name for module in lacking for name in getattr(module, "merged_adapters", ())}:
             yield refusal("merged_beside", adapter_name=slot.adapter_name, others=listing(map(repr, sorted(others))))
@@ -213,7 +213,7 @@ class FullLora(Lora):
 
 
 def not_scaled(slot: Slot) -> str | None:
-    """Which part of an adapter of any method no scaling reaches, or None."""
+    """Describe an adapter of any method that can't be scaled completely; None if it can."""
     kept = kept_originals(slot.host.base, slot.adapter_name)
     with_base = "an adapter that came with base weights of its own, which would stay" if kept else None
     return configs.not_scaled(slot.config) or with_base

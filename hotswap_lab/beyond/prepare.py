@@ -1,8 +1,8 @@
-"""Preparing without a room: other methods than LoRA, and LoRA with more besides it (a classifier, trained tokens).
+"""Preparing without a room: for methods other than LoRA, and for LoRA with extra tensors (a classifier, tokens).
 
-What these methods add (LoHa, LoKr, HiRA, AdaLoRA) is a sum over rank components, as LoRA's ``B @ A`` is, so each
-tensor gets room for the highest rank of a family, and scalings become tensors. There is no common memory: a swap goes
-through a fresh load, and copies tensor by tensor.
+The updates of these methods (LoHa, LoKr, HiRA, AdaLoRA) are sums over rank components, as LoRA's ``B @ A`` is. So each
+tensor gets room for the highest rank of a family, and scalings become tensors. The tensors share no memory: a swap
+loads the adapter afresh, and copies tensor by tensor.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..core.slot import Slot, change_of
 from ..core.tensors import shared_as
 from .configs import extra_state, judge, pointless_rank
 
-#: what LoRA may have besides its layers; where all adapters have the same of it, its values can be swapped in a graph
+#: extra state that LoRA may have; if all adapters have the same kinds, a swap changes only values, as a graph requires
 BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
 
 
 def prepare_in_place(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
-    """Allocates what is needed next to the model, or says why it can't be had."""
+    """Allocate room for the family without changing the model yet. Returns the change, and the reasons against it."""
     change, name = change_of(slot, slot.config), slot.adapter_name
     family = list(family)
     if refusals := list(_check_family(slot, family)):
@@ -85,7 +85,7 @@ def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
 
 
 def _write_prepared(slot: Slot, journal: Journal) -> None:
-    """Makes what a graph would take for a constant a tensor."""
+    """Turn scalings into tensors, since a compiled graph would take a Python number for a constant."""
     name = slot.adapter_name
     for layer in slot.layers:
         scaling, parameter = layer.module.__dict__.get("scaling", {}).get(name), layer.tensors[0].parameter

@@ -1,9 +1,9 @@
-"""Shards: parameters that are spread over several processes, as tensor parallelism and FSDP2 leave them (DTensors).
+"""Swaps in parameters that are spread over several processes by tensor parallelism and FSDP2 (DTensors).
 
-A swap needs no communication there. Each process has read the whole file, so each cuts its own shard out of it and
-writes that. Nothing ties the processes together but that all of them make the same swap: what is refused depends only
-on what is the same everywhere (config, shapes, placements). What may fail in one process alone, such as reading a
-damaged file, is the caller's to agree on before anything is written::
+A swap needs no communication. Each process reads the whole file, and writes its own shard of each tensor. All processes
+must make the same swap. They refuse the same swaps, since refusals depend only on state that is the same in all of them
+(config, shapes, placements). Some errors, such as one in reading a damaged file, may happen in one process alone. So
+the caller has to make the processes agree before anything is written::
 
     try:
         plan = plan_hotswap(model, folder)
@@ -30,7 +30,7 @@ from ..core.tensors import SlotTensor
 
 if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-else:  # a build of PyTorch without distributed; nothing can be sharded there
+else:  # in a build of PyTorch without distributed, nothing can be sharded
     DTensor = None
 
 
@@ -39,39 +39,39 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
-    """The memory that this process holds of a parameter: all of it, or its shard. Writes to it reach the parameter."""
+    """The memory that this process has of a parameter, all or a shard. Writing to it changes the parameter."""
     if not is_sharded(parameter):
         return parameter
-    # with gradients on, it would be a new tensor with a history of its own
+    # with gradients enabled, to_local() returns a new tensor with a history of its own
     with torch.no_grad():
         return parameter.to_local()
 
 
 def shard(whole: torch.Tensor, like: DTensor) -> DTensor:
-    """Spreads ``whole`` as ``like`` is spread, whatever the shapes of both; cut out here, without communication.
+    """Spread ``whole`` over the processes as ``like`` is, without communication. Their shapes may differ.
 
-    Takes ``like``'s dtype and device; never shares memory with ``whole``.
+    The result has the dtype and device of ``like``, and never shares memory with ``whole``.
     """
     return _spread(whole.detach().to(local_part(like).device, like.dtype, copy=True).contiguous(), like)
 
 
 def _spread(whole: torch.Tensor, like: DTensor) -> DTensor:
-    # by default the first process would send everybody a shard, and one that was refused would keep all others waiting
+    # by default the first process sends the shards, so the others would wait forever if it had refused the swap
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class ShardedTensor(SlotTensor):
-    """A tensor that is spread over processes, each of which writes what it holds."""
+    """A tensor that is spread over processes, each of which writes its own shard."""
 
     is_shard: ClassVar[bool] = True
 
     @staticmethod
     def holds(owner: torch.nn.Module, name: str) -> bool:
-        """Whether a parameter is of this kind, be it gathered at the moment or not."""
+        """Whether a parameter is spread over processes, even if it is gathered at the moment."""
         parameter = owner._parameters.get(name)
         if is_sharded(parameter) or getattr(parameter, "_fsdp_flattened", False):
             return True
-        # FSDP leaves a hook on each module of which it has a parameter
+        # FSDP registers a hook on each module that owns one of its parameters
         return bool(owner._load_state_dict_post_hooks) and _fsdp_keeper(owner, name) is not None
 
     @property
@@ -84,7 +84,7 @@ class ShardedTensor(SlotTensor):
         if getattr(parameter, "_fsdp_flattened", False):
             return "flattened by FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2) instead"
         if keeper is not None and parameter is not keeper.sharded_param:
-            # what is written to gathered weights is gone at the next reshard, and the old adapter is back
+            # the next reshard discards writes to gathered weights and restores the old adapter
             return "gathered by FSDP for a forward: call reshard() on each FSDPModule of the model, then swap"
         if not {type(placement) for placement in parameter.placements} <= {Shard, Replicate}:
             return f"spread over processes as {', '.join(map(str, parameter.placements))}"
@@ -96,8 +96,8 @@ class ShardedTensor(SlotTensor):
 
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
         parameter = self.parameter
-        # A DTensor's version is not that of its part: if autograd is not told, the gradient of an earlier output is
-        # computed with the new weights, and no error raised.
+        # A write to the local shard doesn't change the DTensor's version. Without this, autograd would compute the
+        # gradient of an earlier output with the new weights, and raise no error.
         if not parameter.is_inference():
             change.steps.append(lambda journal: torch.autograd.graph.increment_version(parameter))
         if source is None:
@@ -115,7 +115,7 @@ class ShardedTensor(SlotTensor):
 
 @functools.cache
 def _sharded(kind: type[SlotTensor]) -> type[SlotTensor]:
-    """A kind of tensors, spread over processes."""
+    """The class of tensors of this kind that are spread over processes."""
     return type(ShardedTensor.__name__, (ShardedTensor, kind), {})
 
 
@@ -125,7 +125,7 @@ def is_distributed() -> bool:
 
 
 def spread(tensors: list[SlotTensor]) -> list[SlotTensor]:
-    """The same tensors, those that are spread over processes as such."""
+    """The same tensors, with those that are spread over processes as :class:`ShardedTensor`."""
     if not is_distributed():
         return tensors
     return [
@@ -134,12 +134,12 @@ def spread(tensors: list[SlotTensor]) -> list[SlotTensor]:
 
 
 def holds_shards(model: torch.nn.Module) -> bool:
-    """Whether any parameter of ``model`` is spread over processes, be it gathered at the moment or not."""
+    """Whether any parameter of ``model`` is spread over processes, even if it is gathered at the moment."""
     return any(ShardedTensor.holds(module, name) for module in model.modules() for name in module._parameters)
 
 
 def check_parallel_training(plan: Plan, layers: int, found: str) -> None:
-    """Refuses to change which parameters are trained where gradients are averaged over processes by the old ones."""
+    """Refuse to change the trained parameters of a model in DDP, which averages the gradients of the old ones."""
     if not is_distributed() or not any(parameter.requires_grad for parameter in plan.slot.parameters):
         return
     modules = plan.slot.host.root.modules()
@@ -148,10 +148,10 @@ def check_parallel_training(plan: Plan, layers: int, found: str) -> None:
 
 
 def check_shards(plan: Plan) -> None:
-    """Refuses what processes that share the parameters can't do each on its own.
+    """Refuse changes that processes sharing the parameters can't make independently.
 
-    These are new shapes, where FSDP has noted the old ones; magnitudes and biases that are frozen with their layer; and
-    magnitudes that are turned off, since they are then worked out from whole base weights.
+    These are new shapes where FSDP has recorded the old ones, magnitudes and biases that are frozen with their layer,
+    and magnitudes that are turned off, since their values are computed from whole base weights.
     """
     if not is_distributed():
         return
@@ -166,7 +166,7 @@ def check_shards(plan: Plan) -> None:
     off = [each.layer for each in plan.layers if each.settings is None]
     if read := [layer for layer in off for each in layer.tensors if each.reads_base and each.is_shard]:
         plan.refuse("sharded_dora_off", count=len(read), path=read[0].path)
-    # FSDP has noted the shapes
+    # FSDP has recorded the shapes
     noted = (each for each in resized if any(_fsdp_keeper(one.owner, one.name) for one in each.layer.tensors))
     if fixed := list(noted):
         before, after, path = fixed[0].rank_before, fixed[0].rank_after, fixed[0].path
@@ -174,10 +174,10 @@ def check_shards(plan: Plan) -> None:
 
 
 def _fsdp_keeper(owner: torch.nn.Module, name: str) -> object | None:
-    """FSDP2's own record of a parameter, which knows what the parameter is while it is sharded.
+    """FSDP2's record of a parameter, which has the sharded parameter even while it is gathered; None without FSDP2.
 
-    FSDP has no public way from a parameter to it, and none at all from a module below the one that was sharded. But
-    it asks every owner of a parameter to tell it when a state dict was loaded.
+    FSDP has no public way to get it, least of all from a module below the one that was sharded. But FSDP registers a
+    hook on every owner of a parameter, to be called after a state dict was loaded, and the hook refers to the record.
     """
     for hook in owner._load_state_dict_post_hooks.values():
         for cell in getattr(hook, "__closure__", None) or ():
@@ -188,15 +188,15 @@ def _fsdp_keeper(owner: torch.nn.Module, name: str) -> object | None:
 
 
 def give_shard(parameter: DTensor, fresh: DTensor, journal: Journal) -> None:
-    """Gives a sharded parameter other memory, whatever shape that has; it stays the same object.
+    """Replace the memory of a sharded parameter, which may change its shape. The parameter stays the same object.
 
-    ``torch.utils.swap_tensors`` would do it too, but it fails if an output of an earlier call is still alive: in one
-    process, perhaps, and not in another.
+    ``torch.utils.swap_tensors`` fails if an output of an earlier call is still alive, which may be so in only some of
+    the processes.
     """
     clear_gradients([parameter], journal)
     old, part, spec = parameter.data, parameter._local_tensor, parameter._spec
     journal.record(lambda: _become(parameter, old, part, spec))
-    # as in `give_memory`: another dtype in between makes autograd forget the old shape
+    # as in `give_memory`, another dtype in between makes autograd forget the old shape
     other_dtype = torch.float32 if parameter.dtype == torch.float64 else torch.float64
     nothing = _spread(torch.empty([0] * fresh.ndim, dtype=other_dtype, device=local_part(fresh).device), fresh)
     for each in (nothing, fresh):
@@ -204,5 +204,5 @@ def give_shard(parameter: DTensor, fresh: DTensor, journal: Journal) -> None:
 
 
 def _become(parameter: DTensor, other: DTensor, part: torch.Tensor, spec: object) -> None:
-    # `data` takes over what PyTorch's core knows of a tensor (shape, dtype); the other two are DTensor's own
+    # setting `data` replaces the shape and dtype that PyTorch's core knows; the other two attributes are DTensor's own
     parameter.data, parameter._local_tensor, parameter._spec = other, part, spec

@@ -1,7 +1,7 @@
-"""Targets: the tensor of a live model that each key of an adapter's file goes to, as a fresh load has shown once.
+"""Targets: the live tensor that each key of an adapter's file is written to, as found by a fresh load.
 
-With the same config, all else of an adapter is the same, too: then its tensors are the only thing to write, and PEFT
-need not load the next one again.
+The next adapter with the same config differs only in the values of its tensors. They are copied to the known targets,
+and PEFT need not load that adapter.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from .fresh_adapter import FreshAdapter
 
 #: on a base model: the targets by adapter name
 TARGETS = "hotswap_targets"
-#: what says where an adapter comes from, and nothing of what it is
+#: config fields that say where an adapter comes from and don't affect what it computes
 PROVENANCE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Where everything is, as long as the config in the model is the one that came with it."""
+    """The target of each key of a file. They are valid as long as the model has the config ``in_model``."""
 
     #: the config as it was read, and as it is in the model
     given: Mapping[str, object]
     in_model: PeftConfig | None
-    #: for each key of the file a table, a key and what is there
+    #: for each key of the file, a table, a key in it, and the tensor found there
     tensors: Mapping[str, tuple[MutableMapping[str, Any], str, torch.Tensor]]
-    #: what the swap was that has shown them, but for what it has written
+    #: the swap that found them, without the values that it wrote
     graft: Graft
 
     def fit(self, slot: Slot, adapter: Adapter) -> bool:
-        """Whether this adapter can be written to these targets, and they are still in the model."""
+        """Whether these targets are right for an adapter, and still in the model."""
         return (
             slot.config is self.in_model
             and adapter.tensors.keys() == self.tensors.keys()
             and _what_it_is(adapter.config) == self.given
-            # the user may have changed scalings and the like since, which a fresh load has not
+            # the user may have changed scalings since, and a fresh load would restore them
             and all(table.get(slot.adapter_name) == value for table, value in self.graft.scalars)
             and all(
                 table.get(key) is tensor and adapter.tensors[name].shape == tensor.shape
@@ -56,14 +56,14 @@ class Targets:
         )
 
     def graft_of(self, adapter: Adapter) -> Graft:
-        """What to write: the adapter's tensors, and nothing else."""
+        """A graft that writes only the adapter's tensors."""
         layers = [replace(each, action=Action.COPY, rank_before=each.rank_after) for each in self.graft.layers]
         graft = Graft(layers=layers, parameters=self.graft.parameters)
         graft.copies = [(live, adapter.tensors[name].detach()) for name, (_, _, live) in self.tensors.items()]
         return graft
 
     def completed(self, config: PeftConfig) -> PeftConfig:
-        """The config of another adapter as PEFT would complete it."""
+        """Another adapter's config, completed as PEFT would complete it."""
         completed = copy.deepcopy(self.in_model)
         for name in PROVENANCE:
             setattr(completed, name, getattr(config, name, None))
@@ -71,12 +71,12 @@ class Targets:
 
 
 def targets_of(slot: Slot) -> Targets | None:
-    """The targets of the slot's adapter, if a fresh load has shown them."""
+    """The targets of the slot's adapter, or None if no fresh load has found them."""
     return slot.host.base.__dict__.get(TARGETS, {}).get(slot.adapter_name)
 
 
 def keep_targets(slot: Slot, targets: Targets | None, config: PeftConfig, journal: Journal) -> None:
-    """Notes the targets on the base model, or that they are not known; ``config`` is put into the model with them."""
+    """Store the targets of an adapter (None: unknown) on the base model; ``config`` is the one put into the model."""
     known = {
         **slot.host.base.__dict__.get(TARGETS, {}),
         slot.adapter_name: targets and replace(targets, in_model=config),
@@ -85,7 +85,7 @@ def keep_targets(slot: Slot, targets: Targets | None, config: PeftConfig, journa
 
 
 def find_targets(slot: Slot, adapter: Adapter, fresh: FreshAdapter, graft: Graft) -> Targets | None:
-    """The targets of an adapter that was loaded afresh; None if more than tensors is written, or PEFT converts some."""
+    """The targets of a freshly loaded adapter; None if the swap writes more than tensors, or if PEFT converts some."""
     is_more = fresh.base_values or (slot.config.peft_type == PeftType.ADALORA and not slot.config.inference_mode)
     if is_more or not graft.writes_values_only:
         return None
@@ -98,7 +98,7 @@ def find_targets(slot: Slot, adapter: Adapter, fresh: FreshAdapter, graft: Graft
         tensors[name] = place
     if len({id(live) for _, _, live in tensors.values()}) < len(tensors):
         return None
-    shown = replace(graft, copies=[], steps=[], in_place={}, base=BaseChange())  # nothing of the fresh load
+    shown = replace(graft, copies=[], steps=[], in_place={}, base=BaseChange())  # don't keep the fresh load alive
     return Targets(_what_it_is(adapter.config), None, tensors, shown)
 
 

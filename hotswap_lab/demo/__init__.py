@@ -1,9 +1,9 @@
-"""Small models and adapters that ship with the package, so that everything runs offline.
+"""Small models and adapters that ship with the package and run offline.
 
-This module's own model is a character-level Llama with a million parameters that copies the word it is given: one of
-1 to 10 letters from a to z, longer ones it gets wrong. Each of its eight adapters is an ordinary PEFT folder that
-teaches it another task (:mod:`hotswap_lab.demo.tasks`). Two more families: ``demo.digits``, a diffusion model that
-draws digits, and ``demo.voices``, adapters for SmolLM2-135M-Instruct, which ``demo.smollm2`` finds.
+This module's model is a character-level Llama with a million parameters that copies the word it is given. The word must
+have 1 to 10 letters from a to z; it gets longer ones wrong. Each of its eight adapters is an ordinary PEFT folder that
+teaches it another task (:mod:`hotswap_lab.demo.tasks`). There are two more families: ``demo.digits``, a diffusion model
+that draws digits, and ``demo.voices``, adapters for SmolLM2-135M-Instruct, which ``demo.smollm2`` finds.
 
 >>> from hotswap_lab import demo
 >>> model, tokenizer = demo.load("reverse")
@@ -28,7 +28,7 @@ from .tasks import MAX_WORD_LENGTH, SEPARATOR, TASKS, sample_words
 ASSETS_DIR = Path(__file__).parent / "assets"
 BASE_DIR = ASSETS_DIR / "base"
 ADAPTERS_DIR = ASSETS_DIR / "adapters"
-#: one of transformers, which is imported only where it is needed
+#: a tokenizer of transformers, which is imported only where it is needed
 Tokenizer = Any
 
 
@@ -38,7 +38,7 @@ def names_in(directory: Path) -> list[str]:
 
 
 def folder_in(directory: Path, name: str) -> str:
-    """The folder of one of them, as PEFT and :func:`hotswap_lab.hotswap_adapter` take it.
+    """The folder of an adapter in a directory, to pass to PEFT or :func:`hotswap_lab.hotswap_adapter`.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def adapter_names() -> list[str]:
 
 
 def adapter_path(name: str) -> str:
-    """The folder of an embedded adapter, as PEFT and :func:`hotswap_lab.hotswap_adapter` take it."""
+    """The folder of an embedded adapter, to pass to PEFT or :func:`hotswap_lab.hotswap_adapter`."""
     return folder_in(ADAPTERS_DIR, name)
 
 
@@ -73,7 +73,7 @@ def load_base() -> torch.nn.Module:
 
 
 def load_quietly(folder: str | os.PathLike[str], dtype: torch.dtype) -> torch.nn.Module:
-    """A language model in eval mode. A progress bar over a second is only noise, above all in a saved notebook."""
+    """Load a language model in eval mode, without a progress bar, which a saved notebook would store."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -97,7 +97,7 @@ def load(adapter: str) -> tuple[torch.nn.Module, object]:
 def ask_all(model: Callable[..., Any], tokenizer: Tokenizer, words: list[str]) -> list[str]:
     """The model's answer to each word, decoded greedily.
 
-    Works through a compiled wrapper too: only ``model(...)`` is called, never a method of the class behind it.
+    It also works with a compiled wrapper, since it only calls ``model(...)``, never a method of the model's class.
     """
     batch = tokenizer([word + SEPARATOR for word in words], return_tensors="pt", padding=True)
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -116,13 +116,13 @@ def ask_all(model: Callable[..., Any], tokenizer: Tokenizer, words: list[str]) -
 
 
 def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
-    """The model's answer to one word, of 1 to 10 letters from a to z: it has been trained on no others.
+    """The model's answer to one word of 1 to 10 letters from a to z. It was trained on no others.
 
     Raises
     ------
     HotswapError
-        If the word has other characters, or none. For a longer one there is a warning: the answer will be wrong,
-        with any adapter.
+        If the word is empty or has other characters. A longer word causes a warning: the answer will be wrong, with any
+        adapter.
 
     Examples
     --------
@@ -143,7 +143,7 @@ def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
 
 
 def exact_match(model: Callable[..., Any], tokenizer: Tokenizer, task: str) -> float:
-    """The share of 500 held-out words that the model answers exactly as ``task`` wants it (0 to 1)."""
+    """The share of 500 held-out words that the model answers exactly as ``task`` does (0 to 1)."""
     words = sample_words(500, 1234, held_out=True)
     answers = ask_all(model, tokenizer, words)
     return sum(answer == TASKS[task](word) for word, answer in zip(words, answers, strict=True)) / len(words)

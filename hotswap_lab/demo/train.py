@@ -1,10 +1,10 @@
-"""Trains the embedded base model and its adapters anew, with a fixed seed.
+"""Retrains the embedded base model and its adapters, with a fixed seed.
 
     python -m hotswap_lab.demo.train            # everything (about 25 minutes on two CPU cores)
     python -m hotswap_lab.demo.train sort shout # only these adapters, on the base model that is there
 
-The weights go into ``assets/base`` and ``assets/adapters/<name>``, next to the configs that they are made from. Each
-score is printed; the model cards are written by hand.
+The weights are saved in ``assets/base`` and ``assets/adapters/<name>``, next to the configs that they are made from.
+Each score is printed. The model cards are written by hand.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def make_batch(tokenizer: Tokenizer, words: list[str], task: Callable[[str], str
 def losses(
     model: torch.nn.Module, tokenizer: Tokenizer, words: list[str], task: Callable[[str], str]
 ) -> Iterator[torch.Tensor]:
-    """Of the words, a batch at a time."""
+    """Yield the loss of each batch of words."""
     for start in range(0, len(words), BATCH_SIZE):
         yield model(**make_batch(tokenizer, words[start : start + BATCH_SIZE], task)).loss
 
 
 def train_base(seed: int) -> torch.nn.Module:
-    """A Llama with about a million parameters: learns to copy words, every second one of any characters."""
+    """Train a Llama with about a million parameters to copy words. Every second word has any characters."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(BASE_DIR))
     count = BASE.steps * BATCH_SIZE
@@ -68,7 +68,7 @@ def train_adapter(name: str, seed: int) -> torch.nn.Module:
 
 
 def train(name: str, seed: int) -> None:
-    """Trains ``"base"`` or an adapter, and prints its score."""
+    """Train ``"base"`` or an adapter, and print its score."""
     model = train_base(seed) if name == "base" else train_adapter(name, seed)
     score = exact_match(model, load_tokenizer(), "copy" if name == "base" else name)
     print(f"{name}: exact match on held-out words {score:.1%}", flush=True)

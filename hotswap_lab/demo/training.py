@@ -1,7 +1,7 @@
-"""How all models and adapters of this package were trained: one loop, a fixed seed, and what their folders say.
+"""The training loop for all models and adapters of this package. It is not needed to use them.
 
-What an adapter is like (rank, scaling, layers) is in its ``adapter_config.json``, as for any other adapter. Training
-makes the weights next to it anew. Nothing here is needed to use them.
+An adapter's rank, scaling and layers are in its ``adapter_config.json``, as for any other adapter. Training replaces
+the weights next to it. The seed is fixed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import Tokenizer
 
-#: what the loss leaves out
+#: the label of tokens that the loss leaves out
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an adapter's config doesn't say about its training.
+    """The settings of a training that are not in the adapter's config.
 
     Parameters
     ----------
     steps, lr:
-        AdamW's steps, and the highest learning rate.
+        The number of steps, and the highest learning rate.
     dtype:
-        How the weights are stored.
+        The dtype of the stored weights.
     """
 
     steps: int
@@ -41,7 +41,7 @@ class Recipe:
 
 
 def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> dict[str, torch.Tensor]:
-    """Token ids of prompts and their answers; only an answer, and the token that ends it, count for the loss."""
+    """Token ids of prompts and answers. Only an answer and its end token count for the loss."""
     end = tokenizer.eos_token_id
     rows = [torch.tensor([*prompt, *tokenizer(answer)["input_ids"], end]) for prompt, answer in pairs]
     labels = [row.clone() for row in rows]
@@ -55,7 +55,7 @@ def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> di
 
 
 def fit(model: torch.nn.Module, losses: Iterable[torch.Tensor], *, steps: int, lr: float) -> None:
-    """Trains whatever of ``model`` requires a gradient. Each loss is asked for when the step before it is done."""
+    """Train the parameters of ``model`` that require gradients. Each loss is computed after the previous step."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -81,14 +81,14 @@ def train_adapter(
     seed: int,
     folder: Path | None = None,
 ) -> PeftModel:
-    """Trains an adapter with the config that is in ``source``, and writes its weights there, or to another folder.
+    """Train an adapter with the config in ``source``, and save its weights there or in another folder.
 
     Parameters
     ----------
     load_base:
-        Gives the model that the adapter is for. Called once the seed is set, since that may draw random numbers.
+        Returns the base model. It is called after the seed is set, since it may draw random numbers.
     losses_of:
-        Gives the losses of a model, one for each step, as :func:`fit` takes them.
+        Returns an iterator of a model's losses, one for each step, as :func:`fit` takes them.
     """
     print(source.name, flush=True)
     torch.manual_seed(seed)
@@ -106,7 +106,7 @@ def train_adapter(
 def main(
     description: str, train: Callable[[str, int], None], names: Sequence[str], arguments: Sequence[str] | None = None
 ) -> None:
-    """The command of each family: trains what is named, or everything, one after the other."""
+    """Run the training command of a family: train the given names, or everything, one after the other."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(names)}")
     parser.add_argument("--seed", type=int, default=0)

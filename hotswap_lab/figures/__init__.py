@@ -1,7 +1,7 @@
-"""Pictures as plain SVG: no kernel, no network and no plotting library is needed to see them.
+"""Pictures as plain SVG, which are shown without a kernel, a network or a plotting library.
 
-Every picture is drawn on a light card of its own, so that it reads the same in light and dark themes, and
-carries its text form for screen readers and terminals.
+Every picture is drawn on a light card, so that it looks the same in light and dark themes, and has a text form for
+screen readers and terminals.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FONT = "font-family='Helvetica, Arial, sans-serif'"
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its text form. Shows itself in a notebook.
+    """A picture with its text form, displayed in a notebook.
 
     >>> print(Figure("<svg></svg>", "a picture of nothing"))
     a picture of nothing
@@ -40,8 +40,7 @@ class Figure:
 
 
 def drawing(name: str) -> Figure:
-    """A picture that is always the same, from the folder ``pictures``: engine, hotswap, lora, one_memory, rank_major,
-    rows or serving.
+    """Load a picture from the folder ``pictures``: engine, hotswap, lora, one_memory, rank_major, rows or serving.
 
     >>> print(drawing("lora"))  # doctest: +ELLIPSIS
     LoRA: y = W x + scaling * B A x. ...
@@ -51,7 +50,7 @@ def drawing(name: str) -> Figure:
 
 
 class Canvas:
-    """Collects shapes; coordinates are pixels from the top left."""
+    """A drawing to which shapes are added; coordinates are pixels from the top left."""
 
     def __init__(self, width: int, height: int):
         self.width = width
@@ -99,12 +98,12 @@ class Canvas:
 
 
 def bars(title: str, values: Mapping[str, float], unit: str, *, limit: float = 0) -> Figure:
-    """A bar chart for a handful of figures, the number next to each bar.
+    """Draw a bar chart of a few values, with the number next to each bar.
 
     Parameters
     ----------
     limit:
-        What no value can be below. So much of each bar has a colour of its own; without it, the first bar has.
+        A lower limit of the values. That share of each bar has another color; without it, the first bar has.
     """
     left, right, row, top = 220, 90, 34, 48
     canvas = Canvas(660, top + row * len(values) + 14)

@@ -1,4 +1,4 @@
-"""``adapter_model.bin``, PEFT's older format: a pickle of tensors, of which nothing else is taken."""
+"""Reading ``adapter_model.bin``, PEFT's older format: a pickle, of which only tensors are loaded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from peft.utils.save_and_load import load_peft_weights
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:
-    """Refuses a ``.bin`` that would take more memory than its file: ``torch.save`` compresses nothing.
+    """Refuse a ``.bin`` that would need more memory than its file has bytes: ``torch.save`` compresses nothing.
 
     Raises
     ------
     zipfile.BadZipFile
-        If what is in the archive is larger than the archive. Files in PyTorch's format before 1.6 are no archives.
+        If the archive's contents are larger than the archive. Files in the format before PyTorch 1.6 are no archives.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -39,7 +39,7 @@ def read_bin(
         raise TypeError(f"a {type(tensors).__name__}, and no table of tensors")
     size = os.path.getsize(path)
     for key, tensor in tensors.items():
-        # a tensor may say that its few bytes are repeated, as often as it likes
+        # a pickled tensor may have strides that repeat its few bytes any number of times
         if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.itemsize > size:
             raise ValueError(f"{key!r} of shape {tuple(tensor.shape)} in a file of {size:,} bytes")
     return dict(tensors), None

@@ -1,8 +1,8 @@
-"""The files of an adapter, wherever they are: a folder on this machine, or a repository on the Hugging Face Hub.
+"""Downloading an adapter from the Hugging Face Hub.
 
-From the Hub come the config and one file of weights, nothing else, through huggingface_hub and into its cache. What the
-cache has is used where the Hub can't be asked. The weights are those of the commit that the config was read from, even
-if a new commit is pushed to the repository in between.
+Only the config and one file of weights are downloaded, by huggingface_hub into its cache. Cached files are used where
+the Hub can't be reached. The weights are those of the commit that the config was read from, even if a new commit is
+pushed to the repository in between.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Repository(sources.Folder):
     def folder_with_config(self) -> str:
         try:
             folder = os.path.dirname(_fetch(self.name, CONFIG_NAME, self.arguments))
-        except Exception as error:  # of many kinds: no such repository, no access, no network, no space, ...
+        except Exception as error:  # of many types: no such repository, no access, no network, no space, ...
             found = f"{_not_here(self.name)}; and the Hub: {first_line(_cause(error))}"
             raise sources.no_config(self.name, found, _advice(error)) from error
         self.revision: str | None = commit_of(folder)
@@ -48,7 +48,7 @@ class Repository(sources.Folder):
 
 
 def find_repository(name: str, arguments: Mapping[str, object]) -> Repository:
-    """The repository of this name. Nobody is asked yet; arguments that ``hf_hub_download`` lacks are a TypeError."""
+    """The repository of this name, without a request to the Hub. Unknown arguments raise a TypeError."""
     arguments = dict(arguments)
     if "use_auth_token" in arguments:  # the older name, which PEFT takes, too
         arguments.setdefault("token", arguments.pop("use_auth_token"))
@@ -57,20 +57,20 @@ def find_repository(name: str, arguments: Mapping[str, object]) -> Repository:
 
 
 def _not_here(name: str) -> str:
-    """What is at the nearest part of a path that may be mistyped."""
+    """Describe the nearest existing folder of a path that may be mistyped."""
     nearest = os.path.abspath(name)
     while not os.path.exists(nearest):
         nearest = os.path.dirname(nearest)
     if os.path.isfile(nearest):
         return f"{nearest} is a file"
-    # a name of two parts, of which the first is no folder here, is most likely that of a repository
+    # "a/b" where no folder "a" exists is most likely the id of a repository, so this folder isn't listed
     is_on_the_way = (nearest != os.getcwd() or "/" not in name) and os.access(nearest, os.R_OK)
     inside = listing(map(repr, sorted(os.listdir(nearest))), 8) if is_on_the_way else ""
     return f"no folder {name!r} here" + (f" (in {nearest}: {inside})" if inside else "")
 
 
 def _cause(error: Exception) -> Exception:
-    """huggingface_hub speaks of the cache, where it has the reason in the cause."""
+    """The reason for an error: huggingface_hub's message is about the cache, and the reason is in its cause."""
     return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
 
 
@@ -78,12 +78,12 @@ def _advice(error: Exception) -> str | None:
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return "check `subfolder`; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline"
     if constants.HF_HUB_OFFLINE and isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return "unset HF_HUB_OFFLINE and start anew, so that it can be downloaded, or pass a folder that has it"
+        return "unset HF_HUB_OFFLINE and restart, so that it can be downloaded, or pass a folder that has it"
     return None
 
 
 def commit_of(folder: str) -> str | None:
-    """The commit that a folder in huggingface_hub's cache is of. None for any other folder.
+    """The commit of a folder in huggingface_hub's cache; None for any other folder.
 
     >>> commit_of("/cache/models--team--adapter/snapshots/" + 40 * "a" + "/inner")
     'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'
@@ -98,8 +98,8 @@ def _fetch(repository: str, name: str, hub: Mapping[str, object]) -> str:
     where = {"revision": hub.get("revision"), "repo_type": hub.get("repo_type")}
     cached = try_to_load_from_cache(repository, path, cache_dir=hub.get("cache_dir"), **where)
     if not (isinstance(cached, str) or hub.get("local_files_only") or hub.get("local_dir")):
-        # Where the Hub doesn't answer, the download would ask again and again, a minute each time. Asked once before,
-        # a user who waits in a notebook is told.
+        # If the Hub doesn't answer, the download would retry for minutes. With one request before it, a user who waits
+        # in a notebook gets an error soon.
         url = hf_hub_url(repository, path, endpoint=hub.get("endpoint"), **where)
         timeout = hub.get("etag_timeout") or constants.HF_HUB_ETAG_TIMEOUT
         get_hf_file_metadata(url, token=hub.get("token"), headers=hub.get("headers"), timeout=timeout)

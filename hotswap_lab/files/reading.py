@@ -1,4 +1,4 @@
-"""Reading: an adapter from a folder or from the Hub, or whatever else a user passes for one."""
+"""Reading an adapter from a folder, from the Hub, or from tensors in memory."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Adapter(core.Adapter):
         allow_nonfinite: bool = False,
         **hub: Any,
     ) -> Adapter:
-        """Reads an adapter from a folder or from the Hugging Face Hub.
+        """Read an adapter from a folder or from the Hugging Face Hub.
 
         ``adapter_model.safetensors`` is preferred; ``adapter_model.bin`` is read with ``weights_only=True``, so
-        nothing in it is executed. The tensors are copies: whatever happens to the files later does not reach them.
+        nothing in it is executed. The tensors are copies, so later changes of the files don't affect them.
 
         Parameters
         ----------
@@ -45,9 +45,9 @@ class Adapter(core.Adapter):
         key_mapping:
             Regular expressions and replacements for keys, as in ``PeftModel.from_pretrained``.
         allow_nonfinite:
-            Whether NaN and infinity among the weights are let through.
+            Whether weights may contain NaN and infinity.
         **hub:
-            ``subfolder``, ``revision``, ``token``, ``cache_dir`` and what else ``hf_hub_download`` takes.
+            ``subfolder``, ``revision``, ``token``, ``cache_dir`` and other arguments of ``hf_hub_download``.
 
         Raises
         ------
@@ -73,7 +73,7 @@ class Adapter(core.Adapter):
         allow_nonfinite: bool = False,
         **hub: Any,
     ) -> Adapter:
-        """:meth:`load`; faster for one swap, after which it is let go of: its tensors may be the file itself."""
+        """Read as :meth:`load` does. ``for_one_swap`` is faster: the tensors may be the file, and mustn't be kept."""
         place = find_source(source, hub)
         config = read_config(place)
         tensors, pieces = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
@@ -84,7 +84,7 @@ class Adapter(core.Adapter):
 
 
 def find_source(source: object, arguments: dict[str, Any]) -> Folder:
-    """The folder or repository that a user means by a path or a name."""
+    """The folder or repository for a path or a name that a user passed."""
     if not isinstance(source, (str, os.PathLike)):
         raise refuse("no_adapter_to_read", found=f"a {type(source).__name__}: {source!r}"[:200])
     name = os.fspath(source)
@@ -95,7 +95,7 @@ def find_source(source: object, arguments: dict[str, Any]) -> Folder:
 def read_tensors(
     place: Folder, device: str | torch.device, key_mapping: dict[str, str] | None, for_one_swap: bool
 ) -> Tensors:
-    """The tensors of an adapter by their names in its file. For one swap, they may be the file itself."""
+    """The tensors of an adapter by the keys of its file. With ``for_one_swap``, they may be the file itself."""
     folder, read = place.folder_with_weights(), read_safetensors
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.exists(path):
@@ -103,19 +103,19 @@ def read_tensors(
     try:
         check_file(path)
         return read(folder, str(device), key_mapping, for_one_swap)
-    except Exception as error:  # of any kind: a damaged file leads its readers astray
+    except Exception as error:  # a damaged file may cause an error of any type
         raise refuse("weights_unreadable", source=place.name, error=error) from error
 
 
 def read(source: Any, *, only_config: bool = False, **arguments: Any) -> core.Adapter:
-    """The adapter that a user passes: as it is, as a state dict and a config, or as a folder or Hub id.
+    """Turn any form of adapter that a user may pass into an :class:`Adapter`.
 
     Parameters
     ----------
     source:
-        An adapter, a pair of a state dict and a config, a folder or a Hub id; a config, too, with ``only_config``.
+        An adapter, a pair of a state dict and a config, a folder, or a Hub id; with ``only_config`` also a config.
     only_config:
-        Whether the tensors are not needed. Of files, only the config is read then.
+        Whether only the config is needed. The file of weights isn't read then.
     **arguments:
         As for :meth:`Adapter.load`.
     """

@@ -1,4 +1,4 @@
-"""Saving a swapped adapter: what ``save_pretrained`` would write after a fresh load of it, all or nothing."""
+"""Saving a swapped adapter as ``save_pretrained`` would after a fresh load, all or nothing."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from ..core.wrappers import EMBEDDINGS, has_adapter, inside, is_table, is_wrappe
 from ..threads import in_use
 from .state_dicts import strange_padding
 
-#: what wrappers call the module that they are around
+#: the attributes of wrappers that have the wrapped module
 INSIDE = ("base_layer", "original_module")
-#: what the names of our own folders start with
+#: the prefix of this module's temporary folders
 PREFIX = ".hotswap-save-"
 
 #: held while files are exchanged, for threads that save to one folder
@@ -43,27 +43,27 @@ _exchanging = threading.Lock()
 def save_adapter(
     engine: Engine, model: torch.nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None
 ) -> None:
-    """Writes one adapter to a folder, just as it would be saved after a fresh load.
+    """Save one adapter to a folder, with the same files as after a fresh load.
 
-    Layers that are turned off are left out, and so is the padding of a prepared model. Both files are written next to
-    an older adapter's and then take their places: after an error the folder has the old adapter. Other files in the
-    folder are left alone.
+    Layers that are turned off and the padding of a prepared model are left out. Both files are written next to those of
+    an older adapter and then replace them: after an error the folder has the old adapter. Other files in the folder are
+    left alone.
 
     Parameters
     ----------
     model:
         A model with the adapter, compiled or not.
     folder:
-        Where ``adapter_config.json`` and ``adapter_model.safetensors`` go. Made if it isn't there.
+        The folder for ``adapter_config.json`` and ``adapter_model.safetensors``. Created if it doesn't exist.
     adapter_name:
-        The adapter to save. Default: the only one that there is.
+        The adapter to save. Default: the only one in the model.
 
     Raises
     ------
     HotswapError
-        If the model has no such adapter, if its padding (in a prepared model) was written to by other code, if the
-        file would hold base weights that an adapter is merged into, if a part of the adapter isn't in the model, or if
-        each row of a batch may have another one.
+        If the model has no such adapter, if other code has written to its padding (in a prepared model), if the file
+        would contain base weights that an adapter is merged into, if some of the adapter isn't in the model, or if
+        rows of a batch may have different adapters.
 
     Examples
     --------
@@ -78,21 +78,21 @@ def save_adapter(
 
     Notes
     -----
-    The format is that of ``PeftModel.save_pretrained``. That function works too and leaves out the same layers;
-    this one also serves models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
+    The format is that of ``PeftModel.save_pretrained``, which also works and leaves out the same layers. This function
+    also takes models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
     """
     adapter_name = name_in(model, adapter_name)
-    resolve_slot(engine, model, adapter_name)  # says so if there is none
+    resolve_slot(engine, model, adapter_name)  # raises if there is no such adapter
     with in_use(model):
-        slot = resolve_slot(engine, model, adapter_name)  # as it is now: a swap may have been waited for
+        slot = resolve_slot(engine, model, adapter_name)  # again, since in_use may have waited for a swap
         config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
         _check(slot, tensors)
-    with interrupts_held():  # or some of its temporary files would stay
+    with interrupts_held():  # so that Ctrl-C leaves no temporary files behind
         _save(Path(folder), config, tensors)
 
 
 def _check(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuses what would be another adapter in the file than it is in the model."""
+    """Refuse to save an adapter if the file would differ from the adapter in the model."""
     if getattr(room_of(slot.host.base, slot.adapter_name), "assigned", ()):
         raise refuse("rows_differ", adapter_name=slot.adapter_name)
     for layer in slot.layers:
@@ -100,14 +100,14 @@ def _check(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
             of_lora = layer.tensors if isinstance(slot.method, Lora) else ()
             if reason := strange_padding(layer.module, slot.adapter_name, tensor, of_lora):
                 raise refuse("saved_with_padding", adapter_name=slot.adapter_name, reason=reason)
-    # LN tuning exchanges its module and the base model's when it is merged
+    # merging LN tuning exchanges its module and the base model's
     with_base = slot.config.peft_type == PeftType.LN_TUNING or any(".base_layer." in key for key in tensors)
     tuners = (module for module in slot.host.base.modules() if isinstance(module, BaseTunerLayer))
     if with_base and (merged := {name for module in tuners for name in module.merged_adapters}):
         raise refuse("saved_with_merged", adapter_name=slot.adapter_name, merged=", ".join(sorted(merged)))
 
 
-# ---- what PEFT would write
+# ---- the config and tensors that PEFT would write
 
 
 def saved_config(slot: Slot) -> PeftConfig:
@@ -123,16 +123,16 @@ def saved_config(slot: Slot) -> PeftConfig:
 
 
 def saved_tensors(slot: Slot, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names of its file, copied to the CPU, without layers that are off.
+    """The adapter's tensors by the keys of its file, copied to the CPU, without layers that are off.
 
-    ``embeddings`` includes the weights of embeddings that the adapter is on, as ``save_pretrained`` does.
+    ``embeddings`` includes the weights of embeddings that have the adapter, as ``save_pretrained`` does.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT says that it can't find the embeddings of what is no such model
+        warnings.simplefilter("ignore")  # PEFT warns if it finds no embeddings, as in a model that has none
         alone, name = LoadedAlone(slot), slot.adapter_name
         embeddings = "auto" if embeddings else False
         tensors = get_peft_model_state_dict(alone, adapter_name=name, save_embedding_layers=embeddings)
-    # which PEFT takes from the layers, those of all adapters
+    # PEFT takes these from the layers, for all adapters, so those of the others are removed here
     strange = tuple(f".shira_indices.{other}" for other in slot.host.configs if other != name)
     return {
         key: _whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
@@ -142,25 +142,25 @@ def saved_tensors(slot: Slot, *, embeddings: bool = False) -> dict[str, torch.Te
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor put together from all processes that it is spread over; all of them have to call this."""
+    """The whole tensor, gathered from the processes that it is spread over. All of them have to call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 class LoadedAlone:
-    """What a carrier shows to PEFT's saving, under the names that it has after a fresh load of one adapter.
+    """A view of a model for PEFT's saving, with the names that modules have after a fresh load of one adapter.
 
-    PEFT's saving takes names as they are. But the live ones start otherwise where the carrier is no ``PeftModel``, have
-    more parts where modules are compiled or have other adapters around them, and whatever has the name of another
-    adapter somewhere in its own would be left out.
+    PEFT's saving uses the live names. But these have another beginning if the model is no ``PeftModel``, and extra
+    levels if modules are compiled or wrapped for other adapters. It also leaves out tensors with another adapter's name
+    anywhere in their own.
     """
 
-    #: where PEFT asks whether the model is spread over processes: of all its weights it would gather them
+    #: tells PEFT that the model isn't spread over processes: otherwise it would gather all of its weights
     _tp_plan = _tp_size = None
 
     def __init__(self, slot: Slot):
         host, adapter_name = slot.host, slot.adapter_name
         config = copy.copy(slot.config)
-        config.base_model_name_or_path = None  # or PEFT asks the Hub whether the vocabulary has grown
+        config.base_model_name_or_path = None  # otherwise PEFT asks the Hub whether the vocabulary has grown
         self.peft_config: dict[str, PeftConfig] = {adapter_name: config}
         self._carrier = host.carrier
         self._adapter_name = adapter_name
@@ -171,11 +171,11 @@ class LoadedAlone:
 
     def __getattr__(self, attribute: str) -> object:
         value = getattr(self._carrier, attribute)
-        # PEFT saves the weights of the embeddings that are wrapped
+        # PEFT saves the weights of wrapped embeddings
         return (lambda: self._as_loaded(value())) if attribute in EMBEDDINGS else value
 
     def _as_loaded(self, module: torch.nn.Module | None) -> torch.nn.Module | None:
-        """A module, or the innermost around which a fresh load would have nothing."""
+        """A module as in a fresh load: without the wrappers that a fresh load would not make."""
         while self._is_missing(module):
             module = inside(module)
         return module
@@ -187,12 +187,12 @@ class LoadedAlone:
     def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
         for path, module in self._carrier.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and not has_adapter(module, self._adapter_name):
-                continue  # PEFT 0.21 looks for the adapter's trained tokens wherever another one has some
+                continue  # PEFT 0.21 expects trained tokens of this adapter wherever another adapter has some
             if (name := self._fresh_name(path)) is not None:
                 yield name, module
 
     def _fresh_name(self, live_name: str) -> str | None:
-        """None for what belongs to another adapter."""
+        """The name after a fresh load; None for a module or tensor of another adapter."""
         parts = list(self._start)
         owner, module = None, self._carrier
         for part in live_name.split(".") if live_name else ():
@@ -204,7 +204,7 @@ class LoadedAlone:
         return ".".join(parts)
 
     def _is_missing(self, module: torch.nn.Module | None) -> bool:
-        """Whether the module is a wrapper that a fresh load would not make."""
+        """Whether the module is a wrapper that is not in a fresh load."""
         if not is_wrapper(module):
             return False
         if not has_adapter(module, self._adapter_name):
@@ -216,13 +216,13 @@ class LoadedAlone:
 
 
 def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes config and tensors to a folder that nobody reads yet."""
+    """Write config and tensors to a folder that no other process reads yet."""
     save_file(tensors, Path(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
     config.save_pretrained(folder)
 
 
 def _save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes the adapter next to an older one of the same folder, and has it take that one's place."""
+    """Write the adapter next to an older one in the same folder, then replace that one."""
     beside = folder / f"{PREFIX}{secrets.token_hex(4)}"
     new, old = beside / "new", beside / "old"
     with _cleared_away(beside, [each for each in (folder, *folder.parents) if not each.exists()]):
@@ -240,12 +240,12 @@ def _cleared_away(beside: Path, made: list[Path]) -> Iterator[None]:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         for each in made:
-            with contextlib.suppress(OSError):  # there is something in it
+            with contextlib.suppress(OSError):  # the folder is not empty
                 each.rmdir()
 
 
 def _exchange(folder: Path, new: Path, old: Path) -> None:
-    """Removes the old files before the new ones are moved in: a process killed in between leaves no mixture."""
+    """Move the old files out before the new ones are moved in, so a killed process leaves no mixture of both."""
     names = os.listdir(new)
     try:
         for name in names:

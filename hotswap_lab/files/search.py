@@ -1,6 +1,6 @@
-"""What there is to swap in: the LoRA adapters on the Hugging Face Hub for a base model, as a table.
+"""Search of the Hugging Face Hub for LoRA adapters of a base model.
 
-An adapter's model card names its base model, and the Hub makes a tag of it: ``base_model:adapter:<id>``. See
+An adapter's model card names its base model, which the Hub turns into a tag: ``base_model:adapter:<id>``. See
 https://huggingface.co/docs/hub/model-cards#specifying-a-base-model. Ranks come from each ``adapter_config.json``.
 """
 
@@ -20,41 +20,41 @@ from tqdm import tqdm
 
 from ..core.report import html_table, text_table
 
-#: how long to wait for each answer, in seconds
+#: seconds to wait for each answer
 TIMEOUT = 10
-#: how many repositories are looked into at the same time
+#: how many repositories are read at the same time
 WORKERS = 8
 
 
 @dataclass(frozen=True)
 class FoundAdapter:
-    """A LoRA adapter on the Hub. What could not be found out is None.
+    """A LoRA adapter on the Hub. Unknown values are None.
 
     Parameters
     ----------
     repo_id:
-        What :func:`hotswap_lab.hotswap_adapter` and the other functions take.
+        The id to pass to :func:`hotswap_lab.hotswap_adapter` and the other functions.
     rank, max_rank:
-        ``r`` of its config, and the highest rank of any layer, which room must be made for.
+        ``r`` of its config, and the highest rank of any layer, which a prepared model needs room for.
     nbytes:
         The size of its weights in bytes.
-    licence:
-        As the Hub knows it from the model card, such as ``"apache-2.0"``.
+    license:
+        The license in the model card, such as ``"apache-2.0"``.
     downloads:
         How often it was downloaded in the last 30 days.
     last_modified:
-        When something was last pushed to it.
+        The time of the last push.
     revision:
-        The commit that all of this is of: pass it on as ``revision=`` to get just that.
+        The commit that these values are from. Pass it as ``revision=`` to get that version.
     gated:
-        Whether its author lets everybody have it only on some condition.
+        Whether users must meet a condition of the author to get it.
     """
 
     repo_id: str
     rank: int | None = None
     max_rank: int | None = None
     nbytes: int | None = None
-    licence: str | None = None
+    license: str | None = None
     downloads: int | None = None
     last_modified: datetime | None = None
     revision: str | None = None
@@ -62,32 +62,32 @@ class FoundAdapter:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """Its row of the table."""
+        """The adapter's line of the table."""
         rank = "-" if self.rank is None else str(self.rank)
         return (
             self.repo_id + (" (gated)" if self.gated else ""),
             rank if self.max_rank == self.rank else f"{rank}, up to {self.max_rank}",
             "-" if self.nbytes is None else f"{tqdm.format_sizeof(self.nbytes)}B",
-            self.licence or "-",
+            self.license or "-",
             "-" if self.downloads is None else f"{self.downloads:,}",
             "-" if self.last_modified is None else f"{self.last_modified:%Y-%m-%d}",
         )
 
 
 class FoundAdapters(list[FoundAdapter]):
-    """What :func:`find_adapters` found: a list of :class:`FoundAdapter` that shows itself as a table.
+    """The result of :func:`find_adapters`: a list of :class:`FoundAdapter` that is shown as a table.
 
     Parameters
     ----------
     rows:
         The adapters, in the order of the Hub.
     base_model_id:
-        What was searched for.
+        The base model that was searched for.
     note:
-        One line: how many there are and what was left out, or why the Hub could not be asked.
+        One line: how many were found and left out, or why the Hub could not be reached.
     """
 
-    COLUMNS = ("adapter", "rank", "size", "licence", "downloads", "updated")
+    COLUMNS = ("adapter", "rank", "size", "license", "downloads", "updated")
 
     def __init__(self, rows: list[FoundAdapter], base_model_id: str, note: str):
         super().__init__(rows)
@@ -109,37 +109,37 @@ class FoundAdapters(list[FoundAdapter]):
 def find_adapters(
     base_model_id: str, *, limit: int = 20, token: bool | str | None = None, sort: str = "downloads"
 ) -> FoundAdapters:
-    """Lists the LoRA adapters on the Hugging Face Hub for a base model, with rank, size and licence.
+    """List the LoRA adapters on the Hugging Face Hub for a base model, with rank, size and license.
 
-    Listed is every repository whose model card names ``base_model_id`` as the base it is an adapter for, and whose
-    ``adapter_config.json`` says LORA. Left out, and counted, are other kinds of adapters and repositories without that
-    file, such as LoRA in diffusers' own format (which :func:`hotswap_lab.hotswap_pipeline` reads). Where the config
-    can't be had, because the repository is gated for instance, it is listed with "-" for its rank.
+    The list has every repository whose model card names ``base_model_id`` as its base model, and whose
+    ``adapter_config.json`` says LORA. Other kinds of adapters are left out and counted, as are repositories without
+    that file, such as LoRA in diffusers' own format (which :func:`hotswap_lab.hotswap_pipeline` reads). A repository
+    whose config can't be read, for example because it is gated, is listed with "-" for its rank.
 
-    Nothing is downloaded but the configs, a few hundred bytes each; nothing goes into the cache.
+    Only the configs are downloaded, a few hundred bytes each. They are not cached.
 
     Parameters
     ----------
     base_model_id:
         The id of the base model on the Hub.
     limit:
-        How many repositories to look at, the first ones in the given order. The Hub lists 1,000 at most.
+        How many repositories to look at, the first ones in the given order. The Hub lists at most 1,000.
     token:
-        Your token, to see private and gated repositories as well. Default: the one that you are logged in with.
+        A token, to see private and gated repositories as well. Default: the one that you are logged in with.
     sort:
         ``"downloads"``, ``"likes"``, ``"created_at"``, ``"last_modified"`` or ``"trending_score"``; largest first.
 
     Returns
     -------
     FoundAdapters
-        Rows with ``repo_id``, ``rank``, ``nbytes``, ``licence`` and more; shows itself as a table, as text and in a
-        notebook. Where the Hub can't be asked, offline for instance, it has no rows and says so in one line: no
-        request is repeated, and none is waited for longer than ten seconds.
+        Entries with ``repo_id``, ``rank``, ``nbytes``, ``license`` and more, shown as a table. If the Hub can't be
+        reached, for example offline, it is empty and says so in one line. No request is repeated, and none takes longer
+        than ten seconds.
 
     Raises
     ------
     ValueError
-        If ``base_model_id`` is no id of a model.
+        If ``base_model_id`` is not the id of a model.
 
     Examples
     --------
@@ -166,7 +166,7 @@ def find_adapters(
 
 
 def _listed(base_model_id: str, limit: int, token: bool | str | None, sort: str) -> list[str]:
-    """As ``HfApi.list_models``, which repeats a request that fails for half a minute and has no time limit."""
+    """List repositories without ``HfApi.list_models``, which retries for half a minute and has no timeout."""
     first, *words = sort.split("_")  # the Hub calls last_modified lastModified
     query = {"filter": f"base_model:adapter:{base_model_id}", "sort": first + "".join(map(str.title, words))}
     return [each["id"] for each in _get(f"{constants.ENDPOINT}/api/models", token, limit=limit, **query)]
@@ -180,11 +180,11 @@ def _get(url: str, token: bool | str | None, **query: object) -> object:
 
 
 def _look_into(repo_id: str, token: bool | str | None) -> FoundAdapter | str:
-    """The adapter in a repository, or why it is left out."""
+    """The adapter in a repository, or the reason why it is left out."""
     try:
         info = HfApi().model_info(repo_id, files_metadata=True, timeout=TIMEOUT, token=token)
     except (OSError, HTTPError, ValueError):
-        return FoundAdapter(repo_id)  # no reason not to show the others
+        return FoundAdapter(repo_id)  # an error with one repository doesn't keep the others from being listed
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     if CONFIG_NAME not in sizes:
         return f"without {CONFIG_NAME}"
@@ -195,14 +195,14 @@ def _look_into(repo_id: str, token: bool | str | None) -> FoundAdapter | str:
             return "of another kind"
         rank, highest = config["r"], max([config["r"], *(config.get("rank_pattern") or {}).values()])
     except (OSError, HTTPError, ValueError, TypeError, LookupError, AttributeError):
-        pass  # gated, or no config that PEFT wrote
-    licences = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
+        pass  # the repository is gated, or its config was not written by PEFT
+    licenses = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
     return FoundAdapter(
         repo_id,
         rank,
         highest,
         sizes.get(SAFETENSORS_WEIGHTS_NAME) or sizes.get(WEIGHTS_NAME),
-        ", ".join(licences) or None,
+        ", ".join(licenses) or None,
         info.downloads,
         info.last_modified,
         info.sha,

@@ -1,4 +1,4 @@
-"""Sources: where an adapter's files are, and its config. A folder is one; :mod:`~hotswap_lab.files.hub` has another."""
+"""Sources of adapters: local folders, and reading a config. :mod:`~hotswap_lab.files.hub` has the source on the Hub."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..core.errors import HotswapError, refuse
 
 @dataclass
 class Folder:
-    """A place with an adapter's files: a folder on this machine. Other places derive from it."""
+    """A local folder with an adapter's files, and the base class of other sources."""
 
-    #: for messages, and to read it again
+    #: for messages, and to read the adapter again
     name: str
     subfolder: str = ""
-    #: what pins the files to one version; None where nothing does
+    #: the version that the files are pinned to; None if they aren't
     revision: str | None = None
 
     def folder_with_config(self) -> str:
-        """The folder on this machine that has the config."""
+        """The local folder that has the config."""
         return self._with(no_config, CONFIG_NAME)
 
     def folder_with_weights(self) -> str:
-        """The folder on this machine that has the weights, of the same version as the config."""
+        """The local folder that has the weights, of the same version as the config."""
         return self._with(no_weights, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
     def _with(self, lacking: Callable[[str, Exception], HotswapError], *names: str) -> str:
@@ -40,39 +40,39 @@ class Folder:
         return folder
 
 
-#: tensors by name, and the pieces of memory in which all of them are, where these are fewer
+#: tensors by name; and pieces that together cover the memory of all of them, or None
 Tensors = tuple[dict[str, torch.Tensor], Sequence[torch.Tensor] | None]
 
 
 def no_config(name: str, error: object, next_step: str | None = None) -> HotswapError:
-    """Why an adapter's config can't be had."""
+    """The error for an adapter whose config can't be found or downloaded."""
     next_step = _what_reads(name) or next_step or "check the path, the id, `subfolder`, `revision` and `token`"
     return refuse("no_config_file", source=name, error=error, next_step=next_step)
 
 
 def no_weights(name: str, error: object, next_step: str | None = None) -> HotswapError:
-    """Why an adapter's weights can't be had."""
+    """The error for an adapter whose weights can't be found or downloaded."""
     next_step = next_step or "check the folder or repository, and get a complete copy of it"
     return refuse("no_weights_file", source=name, error=error, next_step=next_step)
 
 
-# ---- what is in the files
+# ---- reading the files
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
-    """Refuses what is no file: opening a pipe would wait for ever, and a device has no end.
+    """Refuse a path that is not a regular file: opening a pipe may wait forever, and a device may have no end.
 
     Raises
     ------
     OSError
-        If ``path`` leads to anything but a regular file, or to nothing.
+        If ``path`` is not a regular file, or doesn't exist.
     """
     if not os.path.isfile(path):
         raise OSError(f"{os.path.basename(path)} is a folder, a pipe or a device, and no file")
 
 
 def read_config(place: Folder) -> PeftConfig:
-    """The config of an adapter, without its weights."""
+    """Read the config of an adapter."""
     path = os.path.join(place.folder_with_config(), CONFIG_NAME)
     try:
         check_file(path)
@@ -83,18 +83,18 @@ def read_config(place: Folder) -> PeftConfig:
         return config_class.from_peft_type(**config_class.check_kwargs(**attributes))
     except HotswapError:
         raise
-    except Exception as error:  # of any kind: PEFT takes a config from a file without looking at it
+    except Exception as error:  # of any type, since PEFT doesn't check a config that it reads from a file
         raise refuse("config_unreadable", source=place.name, error=error) from error
 
 
 # ---- files of pipelines
 
-#: how the names of tensors begin in the files of pipelines: diffusers', kohya's, those of single files
+#: prefixes of keys in the LoRA files of pipelines: diffusers', kohya's, those of single-file checkpoints
 HEADS = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", "diffusion_model.")
 
 
 def _what_reads(name: str) -> str | None:
-    """What to do with the file, or the folder, of a pipeline's LoRA that was given as an adapter of a single model."""
+    """The advice for a user who passed a pipeline's LoRA as an adapter of a single model; None if it isn't one."""
     files = [name] if os.path.isfile(name) else []
     if os.path.isdir(name):
         files = [os.path.join(name, file) for file in sorted(os.listdir(name))]

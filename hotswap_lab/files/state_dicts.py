@@ -1,9 +1,9 @@
-"""What ``state_dict`` shows of a model, and ``load_state_dict`` takes: the adapter, without the room around it.
+"""Hooks that make ``state_dict`` and ``load_state_dict`` handle the adapter only, without its padding.
 
-A layer that the new adapter lacks stays in the model, with zeros, so that a later adapter can use it and a
-compiled graph stays valid; and an adapter of a lower rank than was prepared for is followed by rows of zeros. A
-fresh load would have neither, so ``state_dict`` (and with it ``save_pretrained``, checkpoints,
-``get_peft_model_state_dict``) leaves both out, and ``load_state_dict`` does not miss them.
+A layer that the new adapter lacks stays in the model as zeros, so that a later adapter can use it and a compiled graph
+stays valid. An adapter of a lower rank than was prepared for is padded with zeros. A fresh load has neither. So
+``state_dict`` (and with it ``save_pretrained``, checkpoints, ``get_peft_model_state_dict``) leaves both out, and
+``load_state_dict`` does not miss them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ..core.prepared import is_marked_off, is_off, is_padded, own_rank
 from ..core.slot import SLOTS, Slot
 from ..core.tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SlotTensor
 
-#: an engine's
+#: the methods of an engine
 Methods = Sequence[Method]
 
 
 def look_after(slot: Slot, config: Config, journal: Journal) -> None:
-    """Puts the hooks on a base model, before the first swap or preparing marks its layers."""
+    """Register the hooks on a base model. It is called before the first swap or preparing marks its layers."""
     base = slot.host.base
     if not any(map(_is_ours, base._state_dict_hooks.values())):
         journal.record(lambda: forget_hooks(base))
@@ -42,7 +42,7 @@ def _is_ours(hook: Any) -> bool:
 
 
 def forget_hooks(module: torch.nn.Module) -> None:
-    """Takes the hooks off a base model; also off a copy, where they would look after the original."""
+    """Remove the hooks from a base model, or from a copy of one."""
     for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for number, hook in list(hooks.items()):
             if _is_ours(hook):
@@ -50,9 +50,9 @@ def forget_hooks(module: torch.nn.Module) -> None:
 
 
 class Marked(NamedTuple):
-    """A tensor of an adapter that may have more room on a layer than it takes, or is off there."""
+    """A tensor of an adapter that may be padded, or whose layer is off."""
 
-    #: its name in a state dict
+    #: the tensor's name in a state dict
     key: str
     layer: Any
     adapter_name: str
@@ -87,19 +87,19 @@ def _show_own(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix:
         is_trimmed = rank != tensor.capacity
         if is_trimmed:
             value = tensor.own(value, rank).reshape(tensor.shape_for(rank))
-        if not keep_vars:  # who asks for them wants the memory of the model
-            # safetensors takes nothing else; and torch.save writes all memory around a view, contiguous or not
+        if not keep_vars:  # with keep_vars, the caller wants the model's own memory
+            # safetensors requires contiguous tensors; a view is cloned, since torch.save writes the memory around it
             value = value.clone(memory_format=torch.contiguous_format) if is_trimmed else value.contiguous()
         state_dict[key] = value
 
 
 def _fill_up(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
     marked = list(_marked(methods, base, prefix))
-    for each in marked:  # all of them, before the first one is written to
+    for each in marked:  # check all of them before the first is written
         _check(state_dict, each)
     for slot in base.__dict__.get(SLOTS, {}).values():
         if slot and slot.room and slot.is_inference:
-            slot.room.was_touched = True  # by values that the room doesn't know of, and no version counter tells
+            slot.room.was_touched = True  # inference tensors have no version counter that would show this write
     for key, layer, name, tensor, off, _reason in marked:
         if off:
             state_dict.setdefault(key, tensor.parameter.detach())
@@ -115,20 +115,20 @@ def _check(state_dict: dict, marked: Marked) -> None:
     if off:
         fits, text = not value.any(), "nothing for a layer that is turned off"
     else:
-        # a tensor of the padded size would go in, and its upper ranks would never be saved
+        # a tensor of the padded size could be loaded, but the components above the adapter's rank would not be saved
         fits, text = tuple(value.shape) == expected, f"shape {expected}, the adapter's own rank"
     if not fits:
         shape = tuple(value.shape)
         raise refuse("state_dict_of_another", key=key, shape=shape, expected=text, adapter_name=name)
 
 
-# ---- is the live model what would be saved?
+# ---- does the live model compute the same as the saved adapter?
 
 
 def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
-    """Says if the padding is not zero, or a layer not quite off: then the live model is not what would be saved.
+    """A warning if the live model differs from the saved one: its padding isn't zero, or a layer isn't quite off.
 
-    ``of_lora`` are all tensors of the layer, if it is one of LoRA.
+    ``of_lora`` has all tensors of the layer if its method is LoRA.
     """
     if is_marked_off(layer, adapter_name):
         return _trained_while_off(layer, adapter_name, tensor, of_lora)
@@ -145,8 +145,8 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
 
 
 def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
-    """Says if the magnitude or bias of a layer that is off was written to: PEFT's ``set_adapter`` unfreezes them."""
-    # while an adapter is merged, the base weight is not what the magnitude was made from
+    """A warning if the magnitude or bias of a layer that is off was trained: PEFT's ``set_adapter`` unfreezes them."""
+    # while an adapter is merged, the base weight is not the one that the magnitude was computed from
     if tensor.rank_axis is not None or not of_lora or tensor.is_shard or layer.merged_adapters:
         return None
     if any(each.memory.any() for each in of_lora if each.rank_axis is not None) or _means_off(layer, tensor):
@@ -158,13 +158,13 @@ def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor, of_lor
 
 
 def _means_off(layer: Any, tensor: SlotTensor) -> bool:
-    """Whether a magnitude or bias does nothing, up to the rounding of another device or precision."""
+    """Whether a magnitude or bias has no effect, up to the rounding of another device or precision."""
     value = tensor.parameter.detach()
     if not tensor.reads_base:
         return not value.any()
     expected, weight = tensor.off_value(), layer.get_base_layer().weight
     if expected.is_meta or value.is_meta:
-        return True  # nobody can tell
+        return True  # without data, this can't be checked
     computed_in = weight.dtype if weight.is_floating_point() else torch.bfloat16
     eps = max(torch.finfo(dtype).eps for dtype in (value.dtype, computed_in))
     return torch.allclose(value, expected, rtol=max(4 * eps, 1e-5), atol=0.0)

@@ -1,10 +1,10 @@
-"""Files of weights: a fast way to read safetensors.
+"""A fast reader for safetensors files.
 
-A safetensors file becomes one piece of memory that all of its tensors are views of. ``safetensors.torch.load_file``
-makes a storage for each tensor, which for hundreds of small ones takes longer than reading the file. Only files that
-are just as PEFT writes them are read so; whatever else there may be in a file is for the safetensors library to judge.
+It maps a file into memory once, and makes every tensor a view of it. ``safetensors.torch.load_file`` makes a storage
+for each tensor, which for hundreds of small ones takes longer than reading the file. Only files exactly as PEFT writes
+them are read this way; all others are left to the safetensors library.
 
-Follows the format's description at https://github.com/huggingface/safetensors#format.
+The format is described at https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from .sources import Tensors
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-#: torch sums up to this many numbers in the thread that asks for it
+#: torch sums up to this many numbers in the calling thread alone
 GRAIN = 32768
-#: how many headers are remembered, of at most how many bytes
+#: how many headers are cached, and the largest size of one in bytes
 MOST_KNOWN, LONGEST = 16, 2**20
-#: how many numbers are looked at without other threads
+#: up to this many numbers are checked in the calling thread alone
 FOR_ONE_THREAD = 16 * GRAIN
 
 
 class Layout(NamedTuple):
-    """What a header says of the tensors, which lie side by side; all numbers are of elements, not bytes."""
+    """The contents of a header, for tensors that follow one another without gaps. All numbers count elements."""
 
     dtype: torch.dtype
     names: list[str]
     shapes: list[list[int]]
     strides: list[tuple[int, ...]]
-    #: of each tensor, the first element, counted from the beginning of the file; and the end of the last tensor
+    #: the first element of each tensor, counted from the beginning of the file; then the end of the last tensor
     firsts: list[int]
 
 
 class Mapped(NamedTuple):
-    """A file's tensors by name, which lie side by side in ``whole``."""
+    """A file's tensors by name. All are views of ``whole``, which has the elements of all of them."""
 
     tensors: dict[str, torch.Tensor]
     whole: torch.Tensor
 
 
 def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
-    """The tensors of a safetensors file, on the CPU, in the order of the file.
+    """Map a safetensors file into memory: its tensors, on the CPU, in the order of the file.
 
-    Returns None for a file that can't be read this way: with several dtypes, other ones, badly aligned, or damaged.
-    They are the file itself, mapped into memory, and are read where they are needed. If the file is shortened
-    meanwhile, the operating system ends the process that reads them. So only for tensors that are not kept.
+    Returns None for a file that can't be read this way: with several or unusual dtypes, badly aligned, or damaged. The
+    operating system reads the file when the tensors are used, and ends the process if the file was shortened meanwhile.
+    So use this only for tensors that are not kept.
 
     Raises
     ------
@@ -87,9 +87,9 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
 
 @functools.lru_cache(maxsize=MOST_KNOWN)
 def layout_of(header: bytes) -> Layout | None:
-    """What a safetensors header says, if the file is one that PEFT may have written.
+    """Parse a safetensors header; None if PEFT would not have written this one.
 
-    The files of adapters that were trained alike have the same header, so this is worked out once for all of them.
+    Adapters that were trained in the same way have the same header, so it is parsed once for all of them.
 
     >>> layout_of(b'{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}   ').firsts
     [17, 23]
@@ -97,7 +97,7 @@ def layout_of(header: bytes) -> Layout | None:
     text = str(header, "utf-8")
     entries = json.loads(text)
     metadata = entries.pop("__metadata__", None)
-    # json drops what is there twice; each tensor has a name and three fields
+    # json drops duplicate keys, so colons are counted: each tensor has one after its name and after its three fields
     if metadata not in (None, {"format": "pt"}) or text.count(":") != 4 * len(entries) + 2 * bool(metadata):
         return None
     in_order = sorted([(entry["data_offsets"], entry["shape"], name) for name, entry in entries.items()])
@@ -107,7 +107,7 @@ def layout_of(header: bytes) -> Layout | None:
         return None
     offsets, shapes, names = map(list, zip(*in_order, strict=True))
     numbers = list(itertools.chain.from_iterable((*offsets, *shapes)))
-    # to Python, 0.0 and False are the same as 0
+    # types are compared, since 0.0 and False equal 0
     if set(map(type, numbers)) != {int} or min(numbers) < 0:
         return None
     firsts = [*itertools.accumulate(map(math.prod, shapes), initial=start // dtype.itemsize)]
@@ -119,9 +119,9 @@ def layout_of(header: bytes) -> Layout | None:
 
 @functools.lru_cache
 def strides_of(*shape: int) -> tuple[int, ...]:
-    """How far apart the elements of a tensor are that lies in one piece, row after row.
+    """The strides of a contiguous tensor.
 
-    With these, a view of a file is made in one step; ``split`` and ``view`` are two.
+    With these, ``as_strided`` makes a view of a file in one call; ``split`` and ``view`` would be two.
 
     >>> strides_of(2, 3, 4)
     (12, 4, 1)
@@ -130,15 +130,15 @@ def strides_of(*shape: int) -> tuple[int, ...]:
 
 
 def read_safetensors(folder: str, device: str, key_mapping: dict[str, str] | None, for_one_swap: bool) -> Tensors:
-    """The tensors of ``adapter_model.safetensors`` by name; for one swap, they may be the file itself."""
+    """The tensors of ``adapter_model.safetensors`` by name; with ``for_one_swap``, they may be the file itself."""
     is_on_cpu, mapped = torch.device(device).type == "cpu", None
     if for_one_swap and is_on_cpu and not key_mapping:
         mapped = map_weights(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
     if mapped is None:
         tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
-        if is_on_cpu and not for_one_swap:  # they are the file itself
+        if is_on_cpu and not for_one_swap:  # cloned, since they are the file itself
             tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         return tensors, None
     tensors, whole = mapped
-    # waking torch's other threads takes longer than small sums do, and milliseconds where the machine is busy
+    # waking torch's other threads takes longer than a small sum, and milliseconds on a busy machine
     return tensors, whole.split(GRAIN) if whole.numel() <= FOR_ONE_THREAD else [whole]

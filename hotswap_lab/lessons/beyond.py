@@ -247,7 +247,7 @@ def ia3(vectors: Mapping[str, torch.Tensor]) -> Figure:
 
 
 def _shade(value: float, largest: float) -> str:
-    """White for zero, up to a full colour for the largest; one colour below zero, one above."""
+    """White for zero, up to a full color for the largest; one color below zero, one above."""
     share = min(abs(value) / largest, 1)
     full = [int((NEW if value > 0 else OLD)[start : start + 2], 16) for start in (1, 3, 5)]
     return "#" + "".join(f"{round(255 + share * (each - 255)):02x}" for each in full)

@@ -21,7 +21,7 @@ from ..verify import verify_hotswap
 from ..watch import Call, RecompileWatch, readable
 from .exercise import Exercise
 
-#: what a call is drawn as: its name in the legend, its colour, and a path around the point where it is
+#: what a call is drawn as: its name in the legend, its color, and a path around the point where it is
 MARKS = {
     "call": ("a call", NEW, "m-4 0 a4 4 0 1 0 8 0 a4 4 0 1 0 -8 0 z"),
     "compile": ("first compile", OLD, "m-5 -5 h10 v10 h-10 z"),
@@ -35,7 +35,7 @@ def timeline(title: str, watches: Mapping[str, RecompileWatch]) -> Figure:
     """The latency of every call that some watches noted, on one logarithmic scale, one panel below the other.
 
     A new label among the calls of a watch is taken for a swap. First compiles and recompiles differ from other
-    calls in colour and in shape.
+    calls in color and in shape.
 
     >>> with RecompileWatch() as watch:
     ...     _ = watch.call("reverse", sum, [1, 2]), watch.call("sort", sum, [3, 4])

@@ -64,7 +64,7 @@ def _png(images: torch.Tensor) -> str:
 
     pixels = (torch.cat(list(images), dim=1) * 255).round().to(torch.uint8)
     buffer = io.BytesIO()
-    # 16 shades of grey are what scikit-learn's digits have, and take half the bytes of 256
+    # 16 shades of gray are what scikit-learn's digits have, and take half the bytes of 256
     Image.fromarray(pixels.numpy()).quantize(16).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
@@ -187,7 +187,7 @@ def swap_in_pipeline(pipe: Any, first: tuple[str, str], second: tuple[str, str],
     pipe.unet.compile()
     before = pipe(generator=torch.Generator().manual_seed(0), **call).images
 
-    print(plan_pipeline_hotswap(pipe, family[1], "style"))  # a table for each part
+    print(plan_pipeline_hotswap(pipe, family[1], "style"))  # a table for each component
     with RecompileWatch(allow=0):
         hotswap_pipeline(pipe, family[1], "style")
         after = pipe(generator=torch.Generator().manual_seed(0), **call).images

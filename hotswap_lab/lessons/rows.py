@@ -46,7 +46,7 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
 
 # --- rows that come and go: hotswap_lab.generating.Reader -------------------------------------------------------------
 
-#: one colour for each adapter, light enough for dark letters
+#: one color for each adapter, light enough for dark letters
 COLORS = ("#6fb7f2", "#f2b36f", "#8fd19e", "#e59bb8", "#c9b6f2", "#e8d66b")
 
 

@@ -1,1 +1,1 @@
-"""Diffusers' pipelines, all parts swapped as one (``pipeline``), and their files of one piece (``lora_files``)."""
+"""Swaps of a LoRA in all components of a diffusers pipeline (``pipeline``), and reading its files (``lora_files``)."""

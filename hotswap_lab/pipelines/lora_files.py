@@ -1,8 +1,8 @@
-"""Reading a diffusers LoRA file: one adapter for each part of the pipeline that the file has tensors for.
+"""Reading a diffusers LoRA file: one adapter for each component of the pipeline that the file has tensors for.
 
-diffusers knows many key formats, and every kind of pipeline has a ``load_lora_weights`` of its own. None of that is
-repeated here: the pipeline's own function is called, on a stand-in whose parts note what they are handed instead of
-loading it. So each adapter is what a fresh load would have got, and the pipeline is not touched.
+diffusers supports many key formats, and every pipeline class has a ``load_lora_weights`` of its own. None of that is
+repeated here: this module calls the pipeline's own function on a stand-in, whose components record what they are given
+instead of loading it. So each adapter is the one that a fresh load would get, and the pipeline is not changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..files.reading import Adapter
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-#: config and tensors by the name of the part
+#: config and tensors by component name
 Handed = dict[str, tuple[PeftConfig, Mapping[str, torch.Tensor]]]
 
 
@@ -34,32 +34,32 @@ def read_pipeline_lora(
     allow_nonfinite: bool = False,
     **kwargs: object,
 ) -> dict[str, Adapter]:
-    """Reads what ``pipe.load_lora_weights`` takes, as one :class:`Adapter` for each part of the pipeline.
+    """Read a LoRA for a diffusers pipeline into one :class:`Adapter` for each component.
 
-    For swapping the same file in more than once, and for whatever takes an ``Adapter``: ``verify_hotswap``, or an
-    ``AdapterPool`` on one part. All of diffusers' key formats (its own, PEFT's, kohya's, ...), alphas and metadata are
-    taken, each as a fresh load takes it.
+    Use it to swap the same file in more than once, and to get an ``Adapter`` for ``verify_hotswap``, or for an
+    ``AdapterPool`` on one component. It reads all formats that ``pipe.load_lora_weights`` does (diffusers' own keys,
+    PEFT's, kohya's, ..., alphas, metadata), with the same result.
 
     Parameters
     ----------
     pipe:
-        The pipeline that the file is for. It is only looked at.
+        The pipeline that the file is for. It is only read.
     source:
         A file, a folder, the id of a Hub repository, or a state dict.
     allow_nonfinite:
-        Whether NaN and infinity among the weights are let through.
+        Whether weights may contain NaN and infinity.
     **kwargs:
-        What ``load_lora_weights`` takes: ``weight_name``, ``subfolder``, ``revision``, ``token``, ...
+        Other arguments of ``load_lora_weights``: ``weight_name``, ``subfolder``, ``revision``, ``token``, ...
 
     Returns
     -------
     dict
-        Adapters by the names of parts, such as ``"unet"`` and ``"text_encoder"``.
+        Adapters by component name, such as ``"unet"`` and ``"text_encoder"``.
 
     Raises
     ------
     HotswapError
-        If it can't be read, or is for another kind of pipeline.
+        If the LoRA can't be read, or is for another kind of pipeline.
 
     Examples
     --------
@@ -80,39 +80,39 @@ def read_pipeline_lora(
     check_pipeline(pipe)
     is_file = isinstance(source, (str, os.PathLike))
     label = os.fspath(source) if is_file else "a state dict"
-    # what says how a new adapter is made is not the caller's to say
+    # these say how diffusers makes the adapter, so a caller can't override them
     arguments = dict(adapter_name="default", hotswap=False, low_cpu_mem_usage=True, **kwargs)
     try:
         handed = _handed_over(pipe, label if is_file else dict(source), arguments)
-    except Exception as error:  # of many kinds: no such file, another format, another model's layers, ...
+    except Exception as error:  # diffusers raises many types: no such file, another format, another model's layers
         raise refuse(
             "pipeline_lora_unreadable",
             label=label,
             kind=type(pipe).__name__,
             error=error,
-            parts=listing(parts_of(pipe), 9),
+            components=listing(components_of(pipe), 9),
         ) from error
     adapters = {}
-    for part, (config, tensors) in handed.items():
+    for component, (config, tensors) in handed.items():
         adapter = Adapter.from_state_dict(tensors, config, allow_nonfinite=allow_nonfinite)
-        adapters[part] = replace(adapter, source=label)
+        adapters[component] = replace(adapter, source=label)
     return adapters
 
 
 def check_pipeline(pipe: object) -> None:
-    """Refuses what is not a pipeline that LoRA can be loaded into."""
+    """Refuse an object that is not a pipeline that LoRA can be loaded into."""
     if not callable(getattr(pipe, "load_lora_weights", None)) or not hasattr(pipe, "_lora_loadable_modules"):
         raise refuse("not_a_pipeline", name=type(pipe).__name__)
 
 
-def parts_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The parts of a pipeline that LoRA can be loaded into, by name, those that are None left out."""
+def components_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The components of a pipeline that LoRA can be loaded into, by name, except those that are None."""
     named = ((name, getattr(pipe, name, None)) for name in pipe._lora_loadable_modules)
     return {name: module for name, module in named if isinstance(module, torch.nn.Module)}
 
 
 def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor], arguments: dict) -> Handed:
-    """Calls the pipeline's ``load_lora_weights`` on a stand-in for it, and notes what the parts would load."""
+    """Call the pipeline's ``load_lora_weights`` on a stand-in, and return what each component would load."""
     handed: Handed = {}
     keys: list[str] = []
 
@@ -122,22 +122,22 @@ def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor],
         return converted
 
     stand_in = object.__new__(type(pipe))
-    # not by attribute: a pipeline writes down every part that is set
-    parts = {name: _noting(name, model, handed) for name, model in parts_of(pipe).items()}
-    # with any hf_device_map but None, diffusers leaves the hooks of offloading alone
-    stand_in.__dict__.update(pipe.__dict__, **parts, lora_state_dict=lora_state_dict, hf_device_map={})
+    # through __dict__, since setting an attribute of a pipeline also changes its config
+    components = {name: _noting(name, model, handed) for name, model in components_of(pipe).items()}
+    # diffusers leaves the hooks of offloading alone if hf_device_map is not None
+    stand_in.__dict__.update(pipe.__dict__, **components, lora_state_dict=lora_state_dict, hf_device_map={})
     stand_in.load_lora_weights(source, **arguments)
-    # diffusers drops silently what it has no place for
+    # diffusers silently drops tensors that no component takes
     if left := len(keys) - sum(len(tensors) for _, tensors in handed.values()):
         heads = sorted({key.partition(".")[0] for key in keys})
-        raise ValueError(f"{left} tensors that belong to no part of it; there are some for {listing(heads)}")
+        raise ValueError(f"{left} tensors that belong to no component of it; there are some for {listing(heads)}")
     if not handed:
         raise ValueError("no tensors at all")
     return handed
 
 
 def _noting(name: str, model: torch.nn.Module, handed: Handed) -> torch.nn.Module:
-    """A twin of a part that notes what is loaded into it, and refuses that its base weights are written to."""
+    """A twin of a component that adds what is loaded into it to ``handed``, and refuses writes to its base weights."""
 
     def load_lora_adapter(
         state_dict: dict, prefix: str = "transformer", network_alphas=None, metadata=None, **_: object
@@ -153,14 +153,14 @@ def _noting(name: str, model: torch.nn.Module, handed: Handed) -> torch.nn.Modul
         raise ValueError(f"base weights for {name}, such as {listing(state_dict, 1)}, which a swap leaves alone")
 
     twin = make_base_twin(model).model
-    # diffusers calls the first one for its own models, and the second one for those of transformers
+    # diffusers calls load_lora_adapter on its own models, and load_adapter on those of transformers
     twin.__dict__.update(load_lora_adapter=load_lora_adapter, load_adapter=load_adapter)
     twin.__dict__.update(load_state_dict=load_state_dict, to=lambda *_, **__: twin)
     return twin
 
 
 def _below(prefix: str, items: Mapping[str, object] | None) -> dict[str, object] | None:
-    """What is for one part, without its name."""
+    """The items for one component, with ``prefix`` removed from their keys."""
     if items is None:
         return None
     return {key.removeprefix(f"{prefix}."): value for key, value in items.items() if key.startswith(f"{prefix}.")}
@@ -169,12 +169,12 @@ def _below(prefix: str, items: Mapping[str, object] | None) -> dict[str, object]
 def _as_peft(
     tensors: dict[str, torch.Tensor], alphas: dict | None, metadata: dict | None, base: dict[str, torch.Tensor]
 ) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """The config and tensors that ``diffusers.loaders.peft.PeftAdapterMixin.load_lora_adapter`` makes of these."""
+    """The config and tensors that diffusers' ``PeftAdapterMixin.load_lora_adapter`` makes of these arguments."""
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     if "lora_A" not in next(iter(tensors)):
         tensors = convert_unet_state_dict_to_peft(tensors)
-    # the ^ makes PEFT take a key for a whole path, not for the end of one
+    # the ^ makes PEFT match the whole path, not the end of one
     ranks = {f"^{key}": tensor.shape[1] for key, tensor in tensors.items() if "lora_B" in key and tensor.ndim > 1}
     if not ranks:
         raise ValueError(f"no lora_B among keys such as {next(iter(tensors))!r}")

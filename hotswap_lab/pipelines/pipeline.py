@@ -1,6 +1,6 @@
-"""Pipelines: swapping what ``load_lora_weights`` loads, in all parts of a diffusers pipeline, or in none of them.
+"""Swaps of a LoRA in a diffusers pipeline: in all components, or in none of them.
 
-Each part has a plan of its own, as a single model has. What is written, or prepared, is written to all of them at once.
+Each component has a plan of its own, as a single model has. All of them are written, or prepared, at once.
 """
 
 from __future__ import annotations
@@ -25,73 +25,73 @@ from ..core.slot import slot_for
 from ..core.swap import carry_out, commit
 from ..files.reading import Adapter
 from ..threads import bases_of
-from .lora_files import check_pipeline, parts_of, read_pipeline_lora
+from .lora_files import check_pipeline, components_of, read_pipeline_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-#: what can be swapped in: what ``load_lora_weights`` takes, or what :func:`read_pipeline_lora` returned
+#: anything that ``load_lora_weights`` takes, or the result of :func:`read_pipeline_lora`
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Mapping[str, Adapter]
 
-#: the name that ``load_lora_weights`` gives to the first adapter unless told otherwise
+#: the name that ``load_lora_weights`` gives to the first adapter by default
 DEFAULT_NAME = "default_0"
 
 
 @dataclass(frozen=True, eq=False)
 class PipelinePlan:
-    """A swap in a whole pipeline that was decided but not done: one :class:`Plan` for each part with the adapter.
+    """A planned swap in a pipeline: one :class:`Plan` for each component that has the adapter.
 
     Parameters
     ----------
     plans:
-        The plans by the names of the parts.
+        The plans by component name.
 
     Examples
     --------
-    :func:`plan_pipeline_hotswap` makes one, and has an example.
+    See :func:`plan_pipeline_hotswap`, which makes one.
     """
 
     plans: Mapping[str, Plan]
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        """Why the swap can't be done, the part's name before each reason; empty if it can."""
-        of_parts = [(part, refusal) for part, plan in self.plans.items() for refusal in plan.refusals]
-        return tuple(replace(refusal, summary=f"{part}: {refusal.summary}") for part, refusal in of_parts)
+        """The reasons against the swap, each after its component's name; empty if it can be done."""
+        found = [(component, refusal) for component, plan in self.plans.items() for refusal in plan.refusals]
+        return tuple(replace(refusal, summary=f"{component}: {refusal.summary}") for component, refusal in found)
 
     @property
     def ok(self) -> bool:
-        """Whether the swap can be done, in all parts."""
+        """Whether the swap can be done in all components."""
         return not self.refusals
 
     @property
     def will_recompile(self) -> bool:
-        """Whether a compiled part must be compiled anew after this swap."""
+        """Whether a compiled component must be recompiled after this swap."""
         return any(plan.will_recompile for plan in self.plans.values())
 
     def commit(self) -> None:
-        """Carries the plans out, all of them or none.
+        """Carry out all the plans, or none of them.
 
         Raises
         ------
         HotswapError
-            If the swap was refused. Whatever is raised, every part is as it was.
+            If the swap was refused. After any error, every component is as it was.
         """
         self.raise_if_refused()
         commit(*self.plans.values())
 
     def raise_if_refused(self) -> None:
-        """Raises a :class:`HotswapError` with all refusals, if there are any."""
+        """Raise a :class:`HotswapError` with all refusals, if there are any."""
         if self.refusals:
             raise HotswapError(*self.refusals)
 
     def __str__(self) -> str:
-        return "\n".join(f"{part}: {plan}" for part, plan in self.plans.items())
+        return "\n".join(f"{component}: {plan}" for component, plan in self.plans.items())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return "".join(f"<h4>{part}</h4>{plan._repr_html_()}" for part, plan in self.plans.items())
+        return "".join(f"<h4>{component}</h4>{plan._repr_html_()}" for component, plan in self.plans.items())
 
 
 def hotswap_pipeline(
@@ -105,35 +105,35 @@ def hotswap_pipeline(
     allow_nonfinite: bool = False,
     **kwargs: object,
 ) -> None:
-    """Replaces a LoRA that ``load_lora_weights`` loaded into a diffusers pipeline, in place, text encoders included.
+    """Replace a loaded LoRA of a diffusers pipeline in place, in the text encoders, too.
 
-    Afterwards the pipeline gives what a fresh one gives after ``load_lora_weights(source, adapter_name=adapter_name)``.
-    Parts that the new file has nothing for are turned off. Adapter weights (``set_adapters``) are back at 1, as after a
-    fresh load, and which adapters are active stays as it is. All parts are swapped, or none.
+    Afterwards the pipeline computes the same as a fresh one after ``load_lora_weights(source, adapter_name=...)``. The
+    LoRA is turned off in components that the new file has no tensors for. Adapter weights (``set_adapters``) are 1
+    again, as after a fresh load. Active adapters stay active. All components are swapped, or none.
 
     Parameters
     ----------
     pipe:
-        The pipeline. Its parts may be compiled.
+        The pipeline. Its components may be compiled.
     source:
         A file, a folder, the id of a Hub repository or a state dict, in any format that ``load_lora_weights`` takes; or
-        what :func:`read_pipeline_lora` returned.
+        the result of :func:`read_pipeline_lora`.
     adapter_name:
         The name of the loaded adapter to replace.
     components:
-        The parts to swap, such as ``["unet"]``; all others are left alone, and what the file has for them is not used.
-        Default: all parts.
+        The components to swap, such as ``["unet"]``. The others are left alone, and the file's tensors for them are
+        ignored. Default: all components.
     add_layers:
-        Whether layers that the loaded adapter lacks are added. Not possible in a compiled part.
+        Whether to add layers that the loaded adapter lacks. Not possible in a compiled component.
     allow_nonfinite:
-        Whether NaN and infinity among the weights are let through.
+        Whether weights may contain NaN and infinity.
     **kwargs:
-        What ``load_lora_weights`` takes: ``weight_name``, ``subfolder``, ``revision``, ``token``, ...
+        Other arguments of ``load_lora_weights``: ``weight_name``, ``subfolder``, ``revision``, ``token``, ...
 
     Raises
     ------
     HotswapError
-        If the swap can't be right. The pipeline is untouched then.
+        If the result would differ from a fresh load. The pipeline is unchanged then.
 
     Examples
     --------
@@ -175,9 +175,9 @@ def plan_pipeline_hotswap(
     allow_nonfinite: bool = False,
     **kwargs: object,
 ) -> PipelinePlan:
-    """The dry run of :func:`hotswap_pipeline`: what would be written to each part, or why nothing can be.
+    """Plan a :func:`hotswap_pipeline` without doing it: what each component would get, or the reasons against it.
 
-    Takes the same arguments and never changes the pipeline.
+    It takes the same arguments and never changes the pipeline.
 
     Parameters
     ----------
@@ -187,12 +187,12 @@ def plan_pipeline_hotswap(
     Returns
     -------
     PipelinePlan
-        Shows itself as a table for each part, as text and in a notebook; its ``commit()`` carries it out.
+        It prints as a table for each component, and its ``commit()`` carries it out.
 
     Raises
     ------
     HotswapError
-        If the file can't be read or is for another kind of pipeline, or no part has an adapter of that name.
+        If the file can't be read or is for another kind of pipeline, or if no component has an adapter of that name.
 
     Examples
     --------
@@ -215,7 +215,7 @@ def plan_pipeline_hotswap(
     """
     adapters = _read(pipe, source, allow_nonfinite, kwargs)
     plans = _decide(engine, pipe, adapters, adapter_name, components, add_layers).plans
-    return PipelinePlan({part: _noting_rounding(plan.kept()) for part, plan in plans.items()})
+    return PipelinePlan({component: _noting_rounding(plan.kept()) for component, plan in plans.items()})
 
 
 def prepare_pipeline_for_compiled_hotswap(
@@ -228,31 +228,32 @@ def prepare_pipeline_for_compiled_hotswap(
     components: Sequence[str] | None = None,
     **kwargs: object,
 ) -> None:
-    """Makes every part of a pipeline ready for swaps that never recompile it. Call it before compiling any part.
+    """Prepare all components of a pipeline for swaps that never recompile it. Call it before compiling any of them.
 
-    Does for each part that has an adapter what :func:`hotswap_lab.prepare_model_for_compiled_hotswap` does for a model.
-    All or nothing: after an error the pipeline is as it was.
+    It calls :func:`hotswap_lab.prepare_model_for_compiled_hotswap` for each component that has an adapter. All or
+    nothing: after an error the pipeline is as it was.
 
     Parameters
     ----------
     pipe:
         A pipeline with at least one loaded LoRA.
     adapters:
-        The family that will be swapped in, each of them as ``source`` in :func:`hotswap_pipeline`: room is made for the
-        highest rank at each layer, and layers that the loaded adapter lacks are reserved.
+        The family that will be swapped in, each of them as ``source`` in :func:`hotswap_pipeline`. Each layer gets room
+        for its highest rank, and layers that the loaded adapter lacks are reserved.
     adapter_name:
-        Prepares only the adapter of this name. Default: all of them.
+        The only adapter to prepare. Default: all of them.
     target_rank:
-        A rank to make room for in every layer, besides those of ``adapters``.
+        A rank that every layer gets room for, in addition to those of ``adapters``.
     components:
-        The parts to prepare. Default: all that have an adapter.
+        The components to prepare. Default: all that have an adapter.
     **kwargs:
-        What ``load_lora_weights`` takes, for reading the files.
+        Other arguments of ``load_lora_weights``, for reading the files.
 
     Raises
     ------
     HotswapError
-        If a file can't be read or needs a part without an adapter, a part is compiled already, or can't be prepared.
+        If a file can't be read or needs a component without an adapter, or if a component is compiled already or can't
+        be prepared.
 
     Examples
     --------
@@ -274,8 +275,8 @@ def prepare_pipeline_for_compiled_hotswap(
 
     Notes
     -----
-    ``pipe.set_adapters`` makes a text encoder's weights trainable, which a compiled graph notices once: call it before
-    compiling, too, or use :func:`hotswap_lab.set_strength` on the parts.
+    ``pipe.set_adapters`` makes a text encoder's weights trainable, which recompiles a graph once: call it before
+    compiling, too, or use :func:`hotswap_lab.set_strength` on the components.
     """
     check_pipeline(pipe)
     loaded = _with_adapter(pipe, adapter_name, components)
@@ -286,10 +287,10 @@ def prepare_pipeline_for_compiled_hotswap(
     if refusals := [each for model in loaded.values() for each in _offloading(model)]:
         raise HotswapError(*refusals)
     options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled="error")
-    # all at once: between two parts, nobody may compute with a pipeline of which one is prepared
+    # under one lock, so that no thread computes with a pipeline of which only some components are prepared
     with engine.lock.held(*bases_of(pipe)):
         changes = [changes_to_prepare(engine, model, families[name], **options) for name, model in loaded.items()]
-        apply([change for of_part in changes for change in of_part])
+        apply([change for of_one in changes for change in of_one])
 
 
 def _decide(
@@ -305,13 +306,13 @@ def _decide(
     plans = {}
     for name, model in loaded.items():
         slot = slot_for(engine, find_host(model, adapter_name), adapter_name)
-        # a fresh load would put nothing where the file has none; the old config stays, for later files to find a place
+        # A fresh load would create no adapter here. The old config is kept, so that later files still find a slot.
         nothing = Adapter(copy.deepcopy(slot.config), {}, next(iter(adapters.values())).source)
         plan = make_plan(
             slot,
             adapters.get(name, nothing),
             add_layers=add_layers,
-            # a file's tensors decide in diffusers' models which layers are adapted, whatever its metadata says
+            # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
             check_targets=not hasattr(type(slot.host.base), "load_lora_adapter"),
         )
         plan.refusals += _offloading(model)
@@ -322,17 +323,17 @@ def _decide(
 def _with_adapter(
     pipe: DiffusionPipeline, adapter_name: str | None, components: Sequence[str] | None
 ) -> dict[str, torch.nn.Module]:
-    """Those of the ``components`` that have an adapter of this name; None stands for all, and for any name."""
-    parts = parts_of(pipe)
-    chosen = list(parts if components is None else components)
-    names = {part: sorted({name for host in carriers(model) for name in host.configs}) for part, model in parts.items()}
-    loaded = {part: parts[part] for part in chosen if names.get(part) and adapter_name in (None, *names[part])}
-    if not loaded or set(chosen) - parts.keys():
+    """The ``components`` (None: all) that have an adapter of this name (None: any), by name."""
+    models = components_of(pipe)
+    chosen = list(models if components is None else components)
+    names = {key: sorted({name for host in carriers(model) for name in host.configs}) for key, model in models.items()}
+    loaded = {key: models[key] for key in chosen if names.get(key) and adapter_name in (None, *names[key])}
+    if not loaded or set(chosen) - models.keys():
         raise refuse(
             "not_in_pipeline",
             adapter_name=adapter_name,
             chosen=listing(chosen),
-            loaded="; ".join(f"{part}: {listing(map(repr, each)) or 'no adapter'}" for part, each in names.items()),
+            loaded="; ".join(f"{key}: {listing(map(repr, each)) or 'no adapter'}" for key, each in names.items()),
         )
     return loaded
 
@@ -340,10 +341,10 @@ def _with_adapter(
 def _for_these(
     adapters: Mapping[str, Adapter], loaded: Mapping[str, torch.nn.Module], components: Sequence[str] | None
 ) -> dict[str, Adapter]:
-    """The adapters for the chosen parts, each of which has to have one already."""
+    """The adapters for the chosen components; refuses those for components that have no adapter yet."""
     wanted = {name: each for name, each in adapters.items() if components is None or name in components}
     if not wanted or wanted.keys() - loaded.keys():
-        raise refuse("parts_without_adapter", found=listing(adapters) or "no part", loaded=listing(loaded))
+        raise refuse("components_without_adapter", found=listing(adapters) or "no component", loaded=listing(loaded))
     return wanted
 
 
@@ -359,7 +360,7 @@ def _read(
 
 
 def _noting_rounding(plan: Plan) -> Plan:
-    """A fresh load takes each file's own precision; a swap keeps that of the memory it writes to."""
+    """Add a note to the plan if values are rounded: a fresh load keeps the file's dtype, a swap keeps the model's."""
     there = {each.parameter.dtype for each in plan.slot.tensors if each.parameter.is_floating_point()}
     coarsest = max((torch.finfo(dtype).eps for dtype in there), default=0)
     coming = {each.dtype for each in plan.adapter.tensors.values()}

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CompileConfig
 
 from ..core.errors import HotswapError, refusal, refuse
 from ..engine import AdapterPool
+from ..generating import Reader
 from .table import Version
 
-#: how long the first request of a batch waits for others, in seconds
+#: how long the first request waits for others, in seconds
 GATHERING = 0.005
+#: how many tokens of a prompt are read at once
+CHUNK = 32
 
 
 class BusyError(HotswapError):
@@ -47,6 +51,16 @@ class Options:
     compile: int = False
     package: str = ""
     timeout: int = 120
+
+    def for_model(self, config: Any) -> Options:
+        """The same options, with the lengths that a model with this config reads where they are 0."""
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 1280
+        rest = positions - self.longest_prompt if self.longest_prompt else max(positions // 4, positions - 1024)
+        answer = self.longest_answer or min(256, rest)
+        prompt = self.longest_prompt or min(1024, positions - answer)
+        if prompt < 1 or answer < 1 or prompt + answer > positions:
+            raise refuse("too_long_for_model", prompt=prompt, answer=answer, positions=positions)
+        return replace(self, longest_prompt=prompt, longest_answer=answer)
 
 
 @dataclass(frozen=True)
@@ -93,13 +107,14 @@ class Piece:
 class Replica:
     """A language model, and a pool with a row for each of its requests.
 
-    Requests that wait are answered together, in one call of ``generate``, and the next batch begins when the last of
-    them is done. A row stops as soon as its answer ends, or nobody listens to it any more.
+    All rows read on together, a token at a time. A row whose answer ends, or whose client has gone, is given to the
+    next request while the others are in the middle of theirs, and its prompt is read in chunks (:class:`Reader`).
+    Models for which that isn't right are answered by ``generate``, a batch at a time.
 
     Parameters
     ----------
     model, tokenizer:
-        A ``PeftModel`` with a loaded LoRA adapter, and what turns text into its tokens.
+        A ``PeftModel`` with a loaded LoRA adapter, and its tokenizer.
     versions:
         The adapters that it starts with.
     options:
@@ -121,28 +136,53 @@ class Replica:
     """
 
     def __init__(self, model: Any, tokenizer: Any, versions: Sequence[Version], options: Options = Options()):
-        self.options: Options = options
+        self.options: Options = options.for_model(model.config)
         self.tokenizer: Any = tokenizer
         ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
         self.ends: list[int] = ends if isinstance(ends, list) else [ends]
-        longest, positions = options.longest_prompt + options.longest_answer, model.config.max_position_embeddings
-        if longest > positions:
-            raise refuse("too_long_for_model", longest=longest, positions=positions)
-        # not fewer than a batch needs, of mixes too
+        # not fewer than the rows need, of mixes too
         self.held: int = max(options.held or 2 * len(versions), 2 * options.rows)
         #: by their names in the pool, the one used least recently first
         self._held = {version.key: version for version in versions[: self.held]}
+        adapters = {key: version.load() for key, version in self._held.items()}
+        ranks = sorted(max(each.config.r, *each.config.rank_pattern.values(), 1) for each in adapters.values())
+        rows = max(options.rows, 2)  # what a pool calls rows
         self.pool: AdapterPool = AdapterPool(
             model.requires_grad_(False),
-            adapters={key: version.load() for key, version in self._held.items()},
-            rows=max(options.rows, 2),  # what a pool calls rows
-            target_rank=options.target_rank or None,
+            adapters=adapters,
+            rows=rows,
+            target_rank=options.target_rank or sum(ranks[-2:]) or None,
             progress=False,
         )
+        self.pool.assign([None] * rows)
+        self._reader: Reader | None = self._make_reader(rows)
         self._lock = threading.Lock()
         self._waiting: deque[_Answer] = deque()
         self._worker: asyncio.Task | None = None
         self.counts: Counter[str] = Counter(requests=0, tokens=0, swaps=0, rows_in_use=0)
+
+    def _make_reader(self, rows: int) -> Reader | None:
+        options, reason = self.options, "its logits differ"
+        try:
+            room = options.longest_prompt + options.longest_answer
+            reader = Reader(self.pool.model, rows=rows, chunk=min(CHUNK, options.longest_prompt), room=room)
+            agrees = reader.agrees()
+        except Exception as error:  # of many kinds, since models differ in what they make of a cache
+            reader, agrees, reason = None, False, f"{type(error).__name__}: {error}"
+        if reader is None or not agrees:
+            if options.compile or options.package:
+                raise refuse("not_read_in_rows", name=type(self.pool.model.get_base_model()).__name__, reason=reason)
+            text = "Rows can't come and go in this model (%s): it answers a batch at a time."
+            logging.getLogger("ray.serve").warning(text, reason)
+            return None
+        if options.package:
+            if not reader.is_compiled_in(options.package):
+                Path(options.package).mkdir(parents=True, exist_ok=True)
+                reader.compile_ahead(options.package)
+            reader.load_ahead(options.package)
+        elif options.compile:
+            reader.compile("inductor")
+        return reader
 
     def load(self, versions: Sequence[Version]) -> None:
         """Reads and checks adapters, and keeps them next to those in use. No answer is changed by that.
@@ -172,7 +212,7 @@ class Replica:
         HotswapError
             If the prompt or the answer would be too long, or an adapter or a mix doesn't fit.
         """
-        answer = _Answer(request, self._ids_of(request), self)
+        answer = _Answer(request, await asyncio.to_thread(self._ids_of, request), self)
         await asyncio.to_thread(self.load, list(request.shares))
         if len(self._waiting) >= self.options.queue:
             raise BusyError(refusal("too_many_wait"))
@@ -210,71 +250,106 @@ class Replica:
     async def _work(self) -> None:
         await asyncio.sleep(GATHERING)
         while self._waiting:
-            taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.options.rows))]
-            if batch := [each for each in taken if not each.is_over]:
-                self.counts["rows_in_use"] = len(batch)
-                self.counts["requests"] += len(batch)
-                await asyncio.to_thread(self._run, batch)
+            await asyncio.to_thread(self._answer_all if self._reader else self._answer_batch)
         self.counts["rows_in_use"] = 0
 
-    # ---- in a thread of its own, for a whole batch
+    # ---- in a thread of its own
 
-    def _run(self, batch: Sequence[_Answer]) -> None:
-        error: Exception = RuntimeError("the model came to an end before its answers did")
-        try:
-            self._assign(batch)
-            self._generate(batch)
-        except Exception as caught:
-            error = caught
-        if isinstance(error, HotswapError) and len(batch) > 1 and not any(each.tokens for each in batch):
-            for each in batch:  # one of them is to blame, and the others shall not suffer
-                self._run([each])
-        else:
-            for each in batch:
-                if not each.is_over:
-                    each.send(error)
+    def _answer_all(self) -> None:
+        """Answers until no request waits and no row is in use."""
+        reader: Any = self._reader
+        rows: list[_Answer | None] = [None] * reader.rows
+        with _failing(rows):
+            while self._admit(rows):
+                parts = [answer.next_part(reader.chunk) if answer else [] for answer in rows]
+                self._take(rows, reader.read(parts))
 
-    def _assign(self, batch: Sequence[_Answer]) -> None:
-        """Puts each request's adapter into its row; a compiled step has rows that nobody uses."""
-        before = self.pool.rows
-        self.load([version for answer in batch for version in answer.request.shares])
-        spare = self.options.rows - len(batch) if self.options.compile else 0
-        self.pool.assign([answer.adapter for answer in batch] + [None] * spare)
-        self.counts["swaps"] += sum(each not in before[n : n + 1] for n, each in enumerate(self.pool.rows))
+    def _answer_batch(self) -> None:
+        """Answers as many requests as there are rows, with transformers' ``generate``."""
+        rows: list[_Answer | None] = [None] * len(self.pool.rows)
+        with _failing(rows):
+            if not self._admit(rows):
+                return
+            parts = [answer.next_part(len(answer.ids)) if answer else self.ends[:1] for answer in rows]
+            inputs = self.tokenizer.pad({"input_ids": parts}, padding_side="left", return_tensors="pt")
 
-    def _generate(self, batch: Sequence[_Answer]) -> None:
-        """All answers at once, with what transformers has for that. Rows are looked after one by one."""
-        rows = len(self.pool.rows)
-        prompts = [answer.ids for answer in batch] + [batch[0].ids[:1]] * (rows - len(batch))
-        inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-        device = self.pool.model.device
-        heat = torch.zeros(rows, 1, device=device)
-        heat[: len(batch), 0] = torch.tensor([answer.request.temperature for answer in batch])
-        # what a model's own settings may say, as far as it would do more than a request asks for
-        more: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "temperature": 1.0} if heat.any() else {}
-        if self.options.compile:
-            more |= {"cache_implementation": "static", "compile_config": CompileConfig(mode="default", dynamic=False)}
-            more["compile_config"]._compile_all_devices = True
+            def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                tokens = torch.tensor(self._take(rows, scores), device=scores.device)[:, None]
+                return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
-        def cool(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            best = scores.masked_fill(scores < scores.max(-1, keepdim=True).values, -torch.inf)
-            return torch.where(heat > 0, scores / heat, best)
+            def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+                return torch.tensor([each is None or each.is_over for each in rows], device=ids.device)
 
-        def take(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-            for answer, token in zip(batch, ids[:, -1].tolist(), strict=False):
-                if not answer.is_over:
-                    answer.take(token)
-                    self.counts["tokens"] += 1
-            return torch.tensor([each.is_over for each in batch] + [True] * (rows - len(batch)), device=device)
+            longest = self.options.longest_prompt + self.options.longest_answer
+            self.pool.model.generate(
+                **inputs.to(self.pool.model.device),
+                max_new_tokens=longest - inputs["input_ids"].shape[1],
+                do_sample=False,
+                logits_processor=[choose],
+                stopping_criteria=[stop],
+            )
+            raise RuntimeError("the model came to an end before its answers did")  # seen by those that are not over
 
-        self.pool.model.generate(
-            **inputs.to(device),
-            max_new_tokens=self.options.longest_prompt + self.options.longest_answer - inputs["input_ids"].shape[1],
-            do_sample=bool(heat.any()),
-            logits_processor=[cool],
-            stopping_criteria=[take],
-            **more,
-        )
+    def _admit(self, rows: list[_Answer | None]) -> bool:
+        """Gives free rows to requests that wait, and their adapters to the rows. Whether a row is in use."""
+        for row, answer in enumerate(rows):
+            rows[row] = None if answer and answer.is_over else answer
+        while self._waiting and None in rows:
+            answer = self._waiting.popleft()
+            if answer.is_over:
+                continue
+            there = [each.adapter for each in self.pool.rows]
+            free = [row for row, each in enumerate(rows) if each is None]
+            row = next((row for row in free if there[row] == answer.adapter), free[0])
+            try:
+                self.load(list(answer.request.shares))
+                self.pool.assign([*there[:row], answer.adapter, *there[row + 1 :]])
+            except Exception as error:  # this one is to blame, and the others shall not suffer
+                answer.send(self._in_our_names(error))
+                continue
+            if self._reader:
+                self._reader.forget(row)
+            rows[row] = answer
+            self.counts["swaps"] += there[row] != answer.adapter
+            self.counts["requests"] += 1
+        self.counts["rows_in_use"] = sum(each is not None for each in rows)
+        return self.counts["rows_in_use"] > 0
+
+    def _in_our_names(self, error: Exception) -> Exception:
+        """A refusal of the pool, which knows versions by their digests, with the names of the adapters."""
+        if not isinstance(error, HotswapError):
+            return error
+        texts = [replace(each) for each in error.refusals]
+        for key, version in self._held.items():
+            texts = [replace(t, **{n: getattr(t, n).replace(key, version.name) for n in t.__dict__}) for t in texts]
+        return HotswapError(*texts)
+
+    def _take(self, rows: Sequence[_Answer | None], logits: torch.Tensor) -> list[int]:
+        """The next token of each row. An answer whose prompt is read takes it."""
+        highest, best = logits.max(-1)
+        tokens, are_numbers = best.tolist(), highest.isfinite().tolist()
+        for row, answer in enumerate(rows):
+            if answer is None or answer.is_over or answer.unread:
+                continue
+            if are_numbers[row]:
+                tokens[row] = answer.take(logits[row], tokens[row])
+                self.counts["tokens"] += 1
+            else:
+                answer.send(HotswapError(refusal("no_numbers")))
+                if self._reader:
+                    self._reader.forget(row, erase=True)
+        return tokens
+
+
+@contextlib.contextmanager
+def _failing(rows: Sequence[_Answer | None]) -> Iterator[None]:
+    """Sends an error to all rows that wait for an answer."""
+    try:
+        yield
+    except Exception as error:
+        for answer in rows:
+            if answer and not answer.is_over:
+                answer.send(error)
 
 
 class _Answer:
@@ -284,7 +359,12 @@ class _Answer:
         self.request, self.ids, self.replica = request, ids, replica
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.random = torch.Generator()
+        self.random.seed() if request.seed is None else self.random.manual_seed(request.seed)
+        #: the end of the prompt, which the model has not read yet
+        self.unread = ids
         self.tokens: list[int] = []
+        self.described: list[Token] = []
         self.sent = 0
         #: it has ended, or nobody listens any more
         self.is_over = False
@@ -295,19 +375,53 @@ class _Answer:
         shares = {version.key: weight for version, weight in self.request.shares.items()}
         return next(iter(shares)) if list(shares.values()) == [1.0] else shares or None
 
+    def next_part(self, most: int) -> list[int]:
+        """What the model reads next: of the prompt, or else the last token of the answer."""
+        if not self.unread:
+            return self.tokens[-1:]
+        part, self.unread = self.unread[:most], self.unread[most:]
+        return part
+
     def send(self, piece: Piece | Exception) -> None:
+        if isinstance(piece, Exception) or piece.finish:  # never back to False: who listened may have gone meanwhile
+            self.is_over = True
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens any more
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
-    def take(self, token: int) -> None:
-        """The next token: sends what is new in the text."""
+    def take(self, logits: torch.Tensor, best: int) -> int:
+        """Chooses the next token, and sends what is new in the text."""
+        token = self._choose(logits.float(), best)
         self.tokens.append(token)
         most = self.request.max_tokens or self.replica.options.longest_answer
         finish = "stop" if token in self.replica.ends else "length" if len(self.tokens) == most else None
-        if finish or self.request.is_streamed:
-            text = self.replica.tokenizer.decode(self.tokens, skip_special_tokens=True)
-            if finish or not text.endswith("\ufffd"):  # of a letter that takes several tokens
-                self.send(Piece(text[self.sent :], finish, len(self.ids), len(self.tokens)))
-                self.sent = len(text)
-            if finish:  # never back to False: who listened may have gone meanwhile
-                self.is_over = True
+        stops = self.request.stop
+        if finish or stops or self.request.is_streamed:
+            text = self._decode(self.tokens)
+            found = [at for at in map(text.find, stops) if at >= 0]
+            finish, text = ("stop", text[: min(found)]) if found else (finish, text)
+            # what may be the start of a stop waits for the rest of it
+            held = max((n for each in stops for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
+            ready = len(text) if finish else len(text) - held
+            # so does a letter that takes several tokens
+            if finish or (self.request.is_streamed and not text.endswith("\ufffd") and ready >= self.sent):
+                described = tuple(self.described)
+                self.send(Piece(text[self.sent : ready], finish, len(self.ids), len(self.tokens), described))
+                self.sent, self.described = ready, []
+        return token
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.replica.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _choose(self, logits: torch.Tensor, best: int) -> int:
+        request = self.request
+        if request.temperature > 0:
+            ordered, order = (logits / request.temperature).softmax(-1).cpu().sort(descending=True)
+            ordered[ordered.cumsum(-1) - ordered >= request.top_p] = 0
+            best = int(order[torch.multinomial(ordered, 1, generator=self.random)])
+        if request.logprobs is not None:
+            values = logits.log_softmax(-1)
+            top = [
+                (self._decode([each]), float(values[each])) for each in values.topk(request.logprobs).indices.tolist()
+            ]
+            self.described.append(Token(self._decode([best]), float(values[best]), tuple(top)))
+        return best

@@ -1,7 +1,7 @@
-"""Widgets: the same engine calls, with something to look at and to click.
+"""Jupyter widgets that swap adapters and show the results.
 
 Each is one line in a notebook, and everything that a click does can be done from Python. Each has a static form,
-``str(...)`` and ``to_html()``, that is stored in a saved notebook and needs no kernel. ipywidgets is imported only
+``str(...)`` and ``to_html()``, which a saved notebook stores and which needs no kernel. ipywidgets is imported only
 when a widget is shown.
 
 >>> from hotswap_lab.widgets import SwapPanel
@@ -13,12 +13,12 @@ SwapPanel: 8 adapters, shout is active at strength 1
 after, shout: HOTSWAP!
 
 Tested in JupyterLab 4, Notebook 7 and Voila, by keyboard and at a phone's width, and with ipywidgets 7.7.1 and 8.
-While a cell of yours computes, clicks act at once with JupyterLab 4.4 and ipykernel 7 or later (with its 7.4 from the
-second click on), else when the cell has ended; the last one counts. ``with in_use(panel): ...`` holds them back.
+While a cell computes, clicks act at once with JupyterLab 4.4 and ipykernel 7 or later (with its 7.4 from the second
+click on), else when the cell has ended; the last one counts. In ``with in_use(panel): ...``, swaps by clicks wait.
 
-What is where: ``view`` (what all widgets share), ``work`` (widgets that do long work, which can be stopped), ``clicks``
-(in which order they were made), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers, letter by
-letter), ``results`` (an answer, and how it looks), and one file for each widget.
+Files: ``view`` (the base class), ``work`` (the base class of widgets with long work, which can be stopped), ``clicks``
+(the order of clicks), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers that grow token by token),
+``results`` (an answer as text and HTML), and one file for each widget.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""In which order clicks were made. A kernel may hand them over in another one.
+"""Handling clicks in the order in which they were made, since a kernel may deliver them in another order.
 
-JupyterLab 4.4 and later send clicks to a thread of the kernel that cells don't keep waiting, a subshell. ipykernel 7.4
-hands each to the thread that last sent something to its control instead (``Comm._reply_subshell_for``). Where a cell
-did, that is the main thread, and the click comes after the end of the cell that computes, later than others that were
-made after it.
+JupyterLab 4.4 and later send clicks to a subshell, a thread of the kernel that doesn't wait for cells. ipykernel 7.4
+delivers each to the thread that last sent something to the clicked control instead (``Comm._reply_subshell_for``). If
+that was a cell, the main thread gets the click when the computing cell has ended, after clicks that were made later.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ if TYPE_CHECKING:
 
 
 class Clicks:
-    """Takes clicks, unless one that was made later has been taken before.
+    """Accepts clicks, except those that are older than one that was accepted before.
 
-    When a click was made, by the clock of the page that it was made on, is written in its message. Each page has a
-    session of its own there, and clicks of two pages, whose clocks may differ, are taken as they come. So is what is
-    called from Python.
+    The message of a click has the time at which it was made, by the page's clock, and the page's session. Clicks are
+    ordered only within a session, since the clocks of two pages may differ. Calls from Python are always accepted.
 
     >>> clicks = Clicks()
     >>> clicks.take(lambda: print("taken"))
@@ -32,13 +30,13 @@ class Clicks:
     """
 
     def __init__(self):
-        # two threads may hand over one click each, at the same time
+        # two threads may deliver one click each at the same time
         self._lock = threading.RLock()
-        #: for each session, when the latest click that was taken was made
+        #: for each session, the time of the latest accepted click
         self._latest: dict[str, datetime] = {}
 
     def take(self, act: Callable[[], object]) -> bool:
-        """Calls ``act``, which must be quick, if the click that is being handled counts. Returns whether it does."""
+        """Call ``act``, which must be quick, if the click being handled is accepted. Returns whether it is."""
         with self._lock:
             session, moment = _made()
             if moment is not None:
@@ -50,17 +48,17 @@ class Clicks:
 
 
 def keep_apart_from_cells(widget: ipywidgets.Widget) -> None:
-    """Sends something to each control in ``widget``, so that ipykernel 7.4 goes on handing clicks to this thread.
+    """Send something to each control in ``widget``, so that ipykernel 7.4 delivers later clicks to this thread.
 
-    To be called where a click is handled.
+    Call it where a click is handled.
     """
     for each in getattr(widget, "children", ()):
         keep_apart_from_cells(each)
-        each.send_state("_model_name")  # which never changes
+        each.send_state("_model_name")  # an attribute that never changes
 
 
 def _made() -> tuple[str, datetime | None]:
-    """The session of the message that is being handled, and when it was made; None if no page sent one."""
+    """The session and the time of the click being handled; the time is None if there is none."""
     kernelbase = sys.modules.get("ipykernel.kernelbase")
     if kernelbase is None or not kernelbase.Kernel.initialized():
         return "", None

@@ -1,4 +1,4 @@
-"""PlanView: the dry run of a swap, layer by layer."""
+"""PlanView: a table of what a swap would do to each layer."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ EVERYTHING = "all"
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What a plan says of one layer.
+    """A line of the table, for one layer.
 
-    ``rank`` reads ``8 -> 2`` where it changes. ``nbytes`` is None in a swap that is refused, and where it is not known
-    for each layer by itself.
+    ``rank`` is ``8 -> 2`` if it changes. ``nbytes`` is None if the swap is refused, or if only the total is known.
     """
 
     layer: str
@@ -48,14 +47,14 @@ COLUMNS = ("layer", "action", "rank", "scaling", "bytes written")
 
 
 class PlanView(View):
-    """A plan as a table: for each layer copy, pad, resize, off, add or refused, with a summary first and a search.
+    """A plan as a table with a summary and a search: each layer is copy, pad, resize, off, add or refused.
 
     Parameters
     ----------
     plan_or_model:
-        A :class:`Plan`, or a model; then ``adapter`` says what would be swapped in. Nothing is written.
+        A :class:`Plan`, or a model, together with ``adapter``. Nothing is written to it.
     adapter, adapter_name, **options:
-        With a model: as for :func:`plan_hotswap`.
+        For a model: as for :func:`plan_hotswap`.
 
     Examples
     --------
@@ -69,7 +68,7 @@ class PlanView(View):
     >>> print(view.rows[0])
     PlanRow(layer='model.layers.0.mlp.down_proj', action='off', rank='8 -> off', scaling='-', nbytes=4608)
 
-    How to read it: an action *refused* means that nothing would be written anywhere; the reasons stand below.
+    How to read it: an action *refused* means that nothing would be written anywhere. The reasons are listed, too.
     """
 
     def __init__(
@@ -85,18 +84,18 @@ class PlanView(View):
             raise refuse("plan_has_an_adapter", kind=kind) if is_plan else refuse("no_plan_to_show", kind=kind)
         self.plan: Plan = plan_or_model if is_plan else plan_hotswap(plan_or_model, adapter, adapter_name, **options)
         self._all = _rows(self.plan)
-        #: words that a layer's row must contain, all of them
+        #: words that all have to be in a layer's line
         self.search = ""
         self._action = EVERYTHING
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many layers of each action there are."""
+        """The number of layers for each action."""
         return dict(Counter(row.action for row in self._all))
 
     @property
     def action(self) -> str:
-        """The action to show, or ``"all"``. May be set."""
+        """The action to show, or ``"all"``. Can be set."""
         return self._action
 
     @action.setter
@@ -108,7 +107,7 @@ class PlanView(View):
 
     @property
     def rows(self) -> list[PlanRow]:
-        """The rows that the search and the action leave."""
+        """The lines that match the search and the action."""
         words = (self.search or "").lower().split()
         return [
             row
@@ -118,7 +117,7 @@ class PlanView(View):
 
     @property
     def summary(self) -> str:
-        """One line: whether the swap is possible, and what happens to how many layers."""
+        """One line: whether the swap is possible, and how many layers get each action."""
         counted = ", ".join(f"{count} {action}" for action, count in self.counts.items())
         return f"{self.plan.title}: {self.plan.verdict}. {len(self._all)} layers: {counted}"
 
@@ -127,7 +126,7 @@ class PlanView(View):
         return [*(f"note: {note}" for note in self.plan.notes), *map(str, self.plan.refusals)]
 
     def _shown(self) -> tuple[list[tuple[str, ...]], list[str]]:
-        """The first rows, and a line that says how many more there are, if there are any."""
+        """The first lines, and if there are more of them, a note that says how many."""
         rows = self.rows
         more = [f"... and {len(rows) - SHOWN} more layers: search for them"] if len(rows) > SHOWN else []
         return [row.cells for row in rows[:SHOWN]], more
@@ -164,7 +163,7 @@ class PlanView(View):
 def _rows(plan: Plan) -> list[PlanRow]:
     rows = [_row(layer, plan) for layer in plan.layers]
     if plan.refusals:
-        # layers that the adapter has and the model's slot lacks are in no layer plan
+        # the plan has no entries for layers that the adapter has and the model's slot lacks
         planned = {path for layer in plan.layers for path in layer.layer.paths}
         found = (adaptable(plan.slot.host.base, canonical_path(key)) for key in plan.adapter.tensors)
         rows += [
@@ -184,6 +183,6 @@ def _row(layer: LayerPlan, plan: Plan) -> PlanRow:
         "refused" if refused else str(layer.action),
         f"{rank}, room for {min(room)}" if too_small else "-" if rank == "none" else rank,
         scaling,
-        # where PEFT loads the adapter next to the model, the plan counts it all together
+        # if PEFT loads the adapter next to the model, the plan has only the total
         None if plan.refusals or plan.differences is not None else layer.nbytes,
     )

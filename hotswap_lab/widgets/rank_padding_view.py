@@ -1,4 +1,4 @@
-"""RankPaddingView: what room for a higher rank is made of, what it costs, and that it changes nothing."""
+"""RankPaddingView: shows how padding to a higher rank works, what it costs, and that outputs stay the same."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .view import FITS, View, wrapping_row
 if TYPE_CHECKING:
     import ipywidgets
 
-#: the slider goes to this, or to twice the adapter's highest rank
+#: the slider's end, unless twice the adapter's highest rank is larger
 HIGHEST = 64
-#: of each number: PEFT loads half precision as float32
+#: bytes of each number, since PEFT loads half precision as float32
 NBYTES = 4
 
 
 class RankPaddingView(View):
-    """A and B of one layer, padded to a target rank, as a picture; memory and flops next to it; a slider.
+    """A picture of a layer's A and B padded to a target rank, with their memory and flops, and a slider for the rank.
 
-    Every position of the slider makes a small model of that layer, prepares it with
+    For every position of the slider, it makes a small model of that layer, prepares it with
     :func:`prepare_model_for_compiled_hotswap` and compares its outputs with those from before.
 
     Parameters
@@ -36,9 +36,9 @@ class RankPaddingView(View):
     adapter:
         A folder, a Hub id or an :class:`Adapter`. Default: ``reverse``, which ships with the package.
     layer:
-        Which layer to begin with. Default: the first one that is a plain matrix.
+        The first layer to show. Default: the first linear layer.
     target_rank:
-        Where the slider begins. Default: twice the layer's own rank.
+        The slider's first position. Default: twice the layer's own rank.
 
     Examples
     --------
@@ -50,7 +50,7 @@ class RankPaddingView(View):
     >>> view.flops
     (9216, 73728)
 
-    How to read it: four times the rank takes four times the memory and arithmetic, and the output stays as it was.
+    How to read it: four times the rank takes four times the memory and arithmetic, and the output stays the same.
     """
 
     def __init__(self, adapter: object = None, layer: str | None = None, target_rank: int | None = None):
@@ -65,12 +65,12 @@ class RankPaddingView(View):
 
     @property
     def layers(self) -> list[str]:
-        """The layers that can be looked at."""
+        """The layers that can be shown."""
         return list(self._pairs)
 
     @property
     def layer(self) -> str:
-        """The layer that is shown. May be set."""
+        """The layer that is shown. Can be set."""
         return self._layer
 
     @layer.setter
@@ -87,12 +87,12 @@ class RankPaddingView(View):
 
     @property
     def highest(self) -> int:
-        """How far the slider goes."""
+        """The slider's end."""
         return max(HIGHEST, *(2 * a.shape[0] for a, _ in self._pairs.values()))
 
     @property
     def target_rank(self) -> int:
-        """The rank to make room for: the own rank at least. May be set."""
+        """The rank to make room for, at least the adapter's own. Can be set."""
         return self._target
 
     @target_rank.setter
@@ -112,23 +112,23 @@ class RankPaddingView(View):
         inject_adapter_in_model(LoraConfig(**options, target_modules=["0"]), model)
         x = torch.randn(4, a.shape[1], generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            linear.weight.zero_()  # so that nothing hides a change of B @ A
+            linear.weight.zero_()  # so that the base output can't hide a change of B @ A
             model[0].lora_A["default"].weight.copy_(a)
             model[0].lora_B["default"].weight.copy_(b)
             before = model(x)
             prepare_model_for_compiled_hotswap(model, target_rank=self._target)
             return torch.allclose(before, model(x), rtol=1e-4, atol=1e-5 * max(1.0, before.abs().max().item()))
 
-    # ---- figures: as the adapter is, and padded
+    # ---- numbers: with the adapter's own rank, and padded
 
     @property
     def nbytes(self) -> tuple[int, int]:
-        """The memory of A and B of this layer."""
+        """The bytes of this layer's A and B: with the own rank, and padded."""
         return self._count(NBYTES, self._layer)
 
     @property
     def flops(self) -> tuple[int, int]:
-        """What this layer's A and B compute for each token: a multiplication and an addition for each number."""
+        """The operations of this layer's A and B for each token: a multiplication and an addition for each number."""
         return self._count(2, self._layer)
 
     def _count(self, factor: int, *layers: str) -> tuple[int, int]:
@@ -150,11 +150,11 @@ class RankPaddingView(View):
             ("beside those of W", *(f"{each / of_w:.1%}" for each in self.flops)),
         ]
 
-    # ---- how it looks
+    # ---- text, picture and controls
 
     @property
     def summary(self) -> str:
-        """One line: the layer, its rank, and what it is padded to."""
+        """One line: the layer, its rank, and the padded rank."""
         return f"{self._layer}: rank {self.own_rank} in room for {self._target}"
 
     def __str__(self) -> str:
@@ -162,9 +162,9 @@ class RankPaddingView(View):
         return "\n".join([f"RankPaddingView, {self.summary}", *lines, f"  output unchanged: {self.unchanged}"])
 
     def figure(self) -> Figure:
-        """A and B in their room, their product, and what they take."""
+        """A picture of padded A and B, their product, and their memory and flops."""
         a, b = self._pairs[self._layer]
-        side, longest, top = 130, 150, 58  # of B and A: the side that is not the rank, and the slider's whole range
+        side, longest, top = 130, 150, 58  # pixels: B's and A's side that is not the rank; the slider's whole range
         room, own = longest * self._target / self.highest, longest * self.own_rank / self.highest
         canvas = Canvas(660, 400)
         canvas.text(330, 26, f"B and A of {self._layer}, in room for rank {self._target}", size=14)
@@ -196,7 +196,7 @@ class RankPaddingView(View):
         self._menu = w.Dropdown(options=self.layers, description="layer", layout=wide)
         self._when_set(self._menu, lambda layer: setattr(self, "layer", layer))
         self._slider = w.IntSlider(max=self.highest, description="target rank", layout=wide)
-        # a page may show the range of another layer for a moment
+        # for a moment, the page may still have another layer's range
         self._when_set(self._slider, lambda rank: setattr(self, "target_rank", max(rank, self.own_rank)))
         return [wrapping_row(self._menu, self._slider)]
 
@@ -208,7 +208,7 @@ class RankPaddingView(View):
 
 
 def _pairs(adapter: Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The matrices of each linear layer, by the layer's path."""
+    """A and B of each linear layer, by the layer's path."""
     pairs = {}
     for key, a in adapter.tensors.items():
         b = adapter.tensors.get(key.replace(".lora_A.", ".lora_B."))

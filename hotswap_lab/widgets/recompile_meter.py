@@ -1,4 +1,4 @@
-"""RecompileMeter: counts a compiled model's calls, swaps and recompiles while they happen."""
+"""RecompileMeter: a live count of a compiled model's calls, swaps and recompiles."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ if TYPE_CHECKING:
 
 #: how many of the last calls the picture shows
 SHOWN = 40
-#: calls of one click
+#: calls for one click
 CALLS = 4
 
 
 class RecompileMeter(WorkingView):
     """A live counter and a latency timeline of a model's calls, with swaps and recompiles marked, and their reasons.
 
-    Call the meter instead of the model. It watches from the moment it is made until :meth:`close`, or as a ``with``
-    block.
+    Call the meter instead of the model. It counts until :meth:`close`, or until the end of its ``with`` block.
 
     Parameters
     ----------
     model:
-        What ``torch.compile`` gave.
+        The result of ``torch.compile``.
     pool, adapters, adapter_name:
-        What can be swapped in: an :class:`AdapterPool`, or names and for each what :func:`hotswap_adapter` takes.
+        The adapters to swap in: an :class:`AdapterPool`, or a dict of names and sources for :func:`hotswap_adapter`.
     inputs:
-        Keyword arguments of a call. With them the widget has buttons that call and swap.
+        Keyword arguments of a call. With them, the widget has buttons that call and swap.
 
     Examples
     --------
@@ -77,10 +76,10 @@ class RecompileMeter(WorkingView):
         self._switch = None
         if pool is not None or adapters:
             self._switch = switch_for(model if pool is None else pool, adapters, adapter_name)
-        #: counts compilations and recompiles, and has their reasons
+        #: the count of compilations and recompiles, with their reasons
         self.watch: RecompileWatch = RecompileWatch()
         self.watch.__enter__()
-        #: how many swaps there were
+        #: the number of swaps
         self.swaps: int = 0
 
     def __enter__(self) -> RecompileMeter:
@@ -90,20 +89,20 @@ class RecompileMeter(WorkingView):
         self.close()
 
     def close(self) -> None:
-        """Ends the watching. What was counted stays."""
+        """Stop counting. The counts are kept."""
         self.watch.__exit__()
 
-    # ---- what is counted
+    # ---- counts
 
     @property
     def calls(self) -> int:
-        """How often the model was called."""
+        """The number of calls of the model."""
         return len(self.watch.calls)
 
-    # ---- what can be done
+    # ---- actions
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Calls the model, and counts. Swaps from elsewhere wait meanwhile."""
+        """Call the model, and count the call. Swaps by other threads wait meanwhile."""
         switch = self._switch
         with contextlib.nullcontext() if switch is None else in_use(switch.model):
             label = "call" if switch is None else whereabouts(switch)
@@ -113,14 +112,14 @@ class RecompileMeter(WorkingView):
                 self._changed()
 
     def swap(self, name: str) -> None:
-        """Swaps an adapter in, and counts it."""
+        """Swap an adapter in, and count the swap."""
         if self._switch is None:
             raise refuse("meter_without_adapters")
         self.swap_seconds: float | None = self._when_free(lambda: self._switch.swap(name))
         self.swaps += 1
 
     def visit(self, *names: str, calls: int = CALLS) -> None:
-        """Swaps each of ``names`` in, one after the other, and calls the model with ``inputs`` after each swap."""
+        """Swap each of ``names`` in, one after the other, and call the model with ``inputs`` after each swap."""
         if self.inputs is None:
             raise refuse("meter_without_inputs")
         self._run(lambda: self._visit(names, calls))
@@ -135,7 +134,7 @@ class RecompileMeter(WorkingView):
             self._check()
             self(**self.inputs)
 
-    # ---- how it looks
+    # ---- text, picture and controls
 
     @property
     def summary(self) -> str:
@@ -145,7 +144,7 @@ class RecompileMeter(WorkingView):
         return f"{counts}{'; the model is not compiled' if never else ''}"
 
     def figure(self) -> Figure | None:
-        """The latency of the last calls, on a logarithmic scale. Its text form has the figures."""
+        """A picture of the last calls' latency, on a logarithmic scale. Its text form has the numbers."""
         from ..lessons.compiling import timeline
 
         if not self.watch.calls:

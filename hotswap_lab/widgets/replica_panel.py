@@ -1,4 +1,4 @@
-"""ReplicaPanel: the replicas behind a server, with their rows and their memory, live."""
+"""ReplicaPanel: a live table of a server's replicas, with their rows and their memory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CELL = "padding:2px 10px;text-align:left;border:1px solid rgba(128,128,128,.4)"
 
 
 class ReplicaPanel(WorkingView):
-    """A line for each replica, looked at again and again, in a thread of its own. One that is lost stays, marked.
+    """A table with a line for each replica, updated by a thread of its own. Lost replicas stay in it, marked.
 
     Parameters
     ----------
     states:
-        A function that asks all replicas: it returns a list of :attr:`hotswap_lab.serving.Replica.state`, each with the
-        name of its ``replica``. :meth:`at` asks a server.
+        A function that returns the :attr:`hotswap_lab.serving.Replica.state` of all replicas, each with the name of its
+        ``replica``. :meth:`at` gets them from a server.
     every:
-        How long to wait before it asks again, in seconds.
+        Seconds between updates.
 
     Examples
     --------
@@ -41,8 +41,8 @@ class ReplicaPanel(WorkingView):
     ReplicaPanel: 1 replica
     a1: rows sort@1, base; in memory sort@1; 0 waiting, 2 requests, 9 tokens, 1 swaps
 
-    How to read it: a row is named after the version whose answer it gave last; ``base`` is the model without an
-    adapter. Counts are since the replica has begun.
+    How to read it: a row shows the version that it last answered with; ``base`` is the model without an adapter.
+    Counts begin with the start of the replica.
     """
 
     doing = "watching"
@@ -50,9 +50,9 @@ class ReplicaPanel(WorkingView):
     def __init__(self, states: Callable[[], Sequence[Mapping[str, Any]]], *, every: float = 0.5):
         self.states: Callable[[], Sequence[Mapping[str, Any]]] = states
         self.every: float = every
-        #: what each replica has said last, by its name
+        #: the last state of each replica, by its name
         self.replicas: dict[str, Mapping[str, Any]] = {}
-        #: the names of those that don't answer any more
+        #: the names of replicas that no longer answer
         self.lost: set[str] = set()
 
     @classmethod
@@ -65,16 +65,16 @@ class ReplicaPanel(WorkingView):
 
         return cls(states, **options)
 
-    # ---- what can be done
+    # ---- actions
 
     def look(self) -> None:
-        """Asks all replicas once."""
+        """Update the states of all replicas once."""
         now = {state["replica"]: state for state in self.states()}
         self.replicas = {**self.replicas, **now}
         self.lost = set(self.replicas) - set(now)
 
     def start(self) -> None:
-        """What a click on the button does: looks again and again, until :meth:`stop`."""
+        """Update the states until :meth:`stop`, in a thread of its own, as the button does."""
         self._start(self._watch)
 
     def _watch(self) -> None:
@@ -83,15 +83,15 @@ class ReplicaPanel(WorkingView):
             try:
                 self.look()
                 self.error: BaseException | None = None
-            except Exception as error:  # a server that doesn't answer now may do so again
+            except Exception as error:  # a server that doesn't answer now may do so later
                 self.error = error
             time.sleep(self.every)
 
-    # ---- how it looks
+    # ---- text, picture and controls
 
     @property
     def summary(self) -> str:
-        """One line: how many replicas there are, and how many were lost."""
+        """One line: the numbers of live and lost replicas."""
         lost = f", {len(self.lost)} lost" if self.lost else ""
         return counted(len(self.replicas) - len(self.lost), "replica") + lost
 
@@ -120,7 +120,7 @@ class ReplicaPanel(WorkingView):
 
 
 def _chip(version: str | None) -> str:
-    """A version, in a colour of its adapter's own."""
+    """A version as HTML, in a color that depends on its adapter's name."""
     name = version or "base"
     hue = zlib.crc32(name.partition("@")[0].encode()) % 360
     style = (

@@ -1,4 +1,4 @@
-"""What a run gave, and how it looks: text, or an image."""
+"""The result of a run, text or an image, as text and HTML."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Run:
     Parameters
     ----------
     prompt, where, strength:
-        What was asked, with which adapter (``"off"`` for none), at what strength (None where there is no such thing).
+        The prompt, the adapter (``"off"`` for none), and its strength (None if it has none).
     result:
-        What ``generate`` returned, or its text so far.
+        The result of ``generate``, or its text so far.
     seconds:
-        How long it took.
+        The time it took.
     state:
         ``"running"``, ``"done"`` or ``"stopped"``.
     """
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The adapter, and its strength where that is not the trained one.
+        """The adapter, with its strength if that is not 1.
 
         >>> Run("hi", "shout", strength=0.5).label
         'shout at strength 0.5'
@@ -56,7 +56,7 @@ class Run:
         return text if self.state == "done" else f"{text} ({self.state})"
 
     def to_html(self, title: str) -> str:
-        """A card: whose answer it is, and the answer."""
+        """A card with the title, the adapter and the answer, as HTML."""
         return (
             f"<div><strong>{escape(title)}</strong>: {escape(self.label)}</div>{self.shown}"
             f'<div class="hotswap-muted">{escape(self.state)}</div>'
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def _png(self) -> bytes | None:
-        """The result, if it is an image: anything that Jupyter shows as one, or the first of a pipeline's output."""
+        """The result as PNG, if it or the first of a pipeline's images is something that Jupyter shows as one."""
         images = getattr(self.result, "images", self.result)
         image = images[0] if isinstance(images, list) and images else images
         return image._repr_png_() if hasattr(image, "_repr_png_") else None
@@ -81,7 +81,7 @@ class Run:
 
 @contextlib.contextmanager
 def answering(runs: Sequence[Run], forget: Callable[[], object]) -> Iterator[None]:
-    """A block that answers some runs. If it fails, and was not just stopped, it is as if it had not been tried."""
+    """A context that sets the state and time of runs at its end, and calls ``forget`` after an error (not a stop)."""
     start, state = time.perf_counter(), "stopped"
 
     def end() -> None:

@@ -17,26 +17,26 @@ from .work import WorkingView
 if TYPE_CHECKING:
     import ipywidgets
 
-#: the words that the demo begins with
+#: the prompts of the demo
 WORDS = ("hotswap", "notebook", "adapter", "kernel")
-#: what the menu calls no adapter; in a menu, None would be no choice at all
+#: the menu's entry for no adapter; its value can't be None, which means that nothing is selected
 BASE = ("base", "")
 #: the headings of the columns
 HEAD = ("request", "adapter", "answer")
 
 
 class RowPanel(WorkingView):
-    """A row for each request, with a menu of adapters and a prompt; all are answered in one call.
+    """A table of requests with a menu of adapters and a prompt in each row. All are answered in one call.
 
     Parameters
     ----------
     pool:
-        An :class:`AdapterPool` that was made with as many ``rows`` as there are requests, or more.
+        An :class:`AdapterPool` with at least as many ``rows`` as there are requests.
     generate:
-        Your own function: takes the list of prompts, and returns a list of texts or images, one for each row, or yields
-        its text so far, which is shown as it grows. It runs inside ``with pool.assigned(...)``.
+        A function that takes the list of prompts, and returns a list of texts or images, one for each row. Or it yields
+        lists of the texts so far, which are shown as they grow. It runs inside ``with pool.assigned(...)``.
     prompts:
-        What is asked in each row at first.
+        The first prompt of each row.
 
     Examples
     --------
@@ -50,8 +50,8 @@ class RowPanel(WorkingView):
     shout, hotswap: HOTSWAP!
     no adapter, hotswap: hotswap
 
-    How to read it: next to each answer is the adapter that it came from, whatever has been chosen since. After a run,
-    the model has what it had before.
+    How to read it: next to each answer is the adapter that gave it, even if another one was chosen since. After a run,
+    the model has the same adapter as before.
     """
 
     def __init__(self, pool: AdapterPool, generate: Callable[[list[str]], object], *, prompts: Sequence[str]):
@@ -59,19 +59,19 @@ class RowPanel(WorkingView):
             kinds = [type(each).__name__ for each in (pool, generate, prompts)]
             raise refuse("rows_cannot_run", pool=kinds[0], generate=kinds[1], prompts=kinds[2])
         with pool.assigned([None] * len(prompts)):
-            pass  # refused now, if there is no room for so many
+            pass  # raises if the pool has too few rows
         self.pool = pool
         self.generate = generate
-        #: what is asked in each row
+        #: the prompt of each row
         self.prompts: list[str] = list(prompts)
-        #: the adapter that each row will be answered with; None: the base model
+        #: the adapter that will answer each row; None: the base model
         self.adapters: list[str | None] = [None] * len(prompts)
         #: the last answers, one for each row
         self.runs: list[Run] = []
 
     @classmethod
     def demo(cls, prompts: Sequence[str] = WORDS) -> RowPanel:
-        """A panel with the embedded model and all of its adapters, in one line.
+        """Make a panel with the embedded model and all of its adapters.
 
         >>> RowPanel.demo(["hotswap"]).run()
         ['hotswap']
@@ -81,21 +81,21 @@ class RowPanel(WorkingView):
         pool = AdapterPool(model, adapters=folders, rows=max(len(prompts), 2), progress=False)
         return cls(pool, partial(demo.ask_all, model, tokenizer), prompts=prompts)
 
-    # ---- what can be done
+    # ---- actions
 
     def choose(self, row: int, adapter: str | None) -> None:
-        """What a row's menu does: the row is answered with this adapter from now on, or with none."""
+        """Set the adapter of a row's later answers, or None, as its menu does."""
         if adapter and adapter not in self.pool:
             raise refuse("no_adapter_of_this_name", name=adapter, adapters=", ".join(map(repr, self.pool)))
         self.adapters[row] = adapter or None
         self._changed()
 
     def _work(self) -> list[object]:
-        """Answers all rows."""
+        """Answer all rows."""
         adapters, runs, former = list(self.adapters), self._requests(), self.runs
         with answering(runs, lambda: setattr(self, "runs", former)), contextlib.ExitStack() as stack:
             self.doing: str = "giving each row its adapter, as soon as no other thread computes with the model"
-            # one that had to wait in vain can't be entered again
+            # a new context for each try, since one that timed out can't be entered again
             enter = lambda: stack.enter_context(self.pool.assigned(adapters))  # noqa: E731
             self.swap_seconds: float | None = self._when_free(enter)
             self.doing = "answering all rows in one call"
@@ -116,18 +116,18 @@ class RowPanel(WorkingView):
         self._progressed()
         self._check()
 
-    # ---- how it looks
+    # ---- text, picture and controls
 
     @property
     def summary(self) -> str:
-        """One line: how many requests there are, and adapters to choose from."""
+        """One line: the numbers of requests and of adapters."""
         return f"{counted(len(self.prompts), 'request')}, {counted(len(self.pool), 'adapter')}"
 
     def _lines(self) -> list[str]:
         return [f"{run.label}, {run.prompt}: {run.text}" for run in self.runs]
 
     def _inside(self) -> str:
-        # no times, which differ from run to run: stored notebooks don't
+        # without times, which would make a stored notebook differ from run to run
         cell = '<td style="padding:4px 12px;text-align:left;border:1px solid rgba(128,128,128,.4)">'
         parts = [(escape(run.prompt), escape(run.label), run.shown) for run in self.runs or self._requests()]
         lines = ["<tr>" + "".join(f"{cell}{part}</td>" for part in line) + "</tr>" for line in [HEAD, *parts]]
@@ -161,4 +161,4 @@ class RowPanel(WorkingView):
             self._answers[number].value = label + run.shown if run else ""
 
     def _refresh_body(self) -> None:
-        """Each answer is in its row already."""
+        """Do nothing, since the live form shows each answer in its row."""

@@ -1,4 +1,4 @@
-"""SwapPanel: swap by a button, run a prompt, see before and after side by side."""
+"""SwapPanel: swap adapters by buttons, run a prompt, and compare the answers before and after."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .work import WorkingView
 if TYPE_CHECKING:
     import ipywidgets
 
-#: the slider's range: 1 is as trained
+#: the slider's range; 1 is the trained strength
 STRENGTHS = (0.0, 1.5)
 #: shown in place of an answer
 NOTHING = {"before": "no earlier answer to this prompt", "after": "nothing was run yet"}
@@ -33,19 +33,19 @@ class SwapPanel(WorkingView):
     Parameters
     ----------
     pool_or_model:
-        An :class:`AdapterPool`, or a model; then ``adapters`` says what can be swapped in.
+        An :class:`AdapterPool`, or a model, together with ``adapters``.
     generate:
-        Your own function: takes the prompt, and returns text or an image, or yields its text so far, which is
-        shown as it grows. Default: the model's greedy answer; that needs ``tokenizer``. It runs inside
-        ``with in_use(model)``: swaps from elsewhere wait until it has ended, and it can't swap itself.
+        A function that takes the prompt, and returns text or an image, or yields its text so far, which is shown as it
+        grows. Default: the model's greedy answer, which needs ``tokenizer``. It runs inside ``with in_use(model)``, so
+        swaps by other threads wait for its end, and it can't swap.
     tokenizer, template, max_new_tokens:
         For the default ``generate``, see :func:`hotswap_lab.widgets.text.text_stream`.
     adapters:
-        With a model: names, and for each what :func:`hotswap_adapter` takes.
+        For a model: a dict of names and sources for :func:`hotswap_adapter`.
     adapter_name:
-        With a model: which of its adapters is swapped.
+        For a model: the adapter to swap.
     prompt:
-        What is in the prompt box at first.
+        The first text in the prompt box.
     run_on_swap:
         Whether a click on an adapter, or a move of the slider, runs the prompt as well.
 
@@ -66,8 +66,8 @@ class SwapPanel(WorkingView):
     before, sort: ahopstw
     after, reverse: pawstoh
 
-    How to read it: both answers are to the same prompt. An error is shown in the panel, and raised if you
-    called from Python; the model is then as it was.
+    How to read it: both answers are to the same prompt. An error is shown in the panel, and raised by calls from
+    Python. The model is then as it was.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class SwapPanel(WorkingView):
         run_on_swap: bool = True,
     ):
         self._switch = switch_for(pool_or_model, adapters, adapter_name)
-        # a tokenizer can be called, too
+        # a tokenizer is callable, too, so one passed as generate is recognized by its decode
         usable = tokenizer is not None if generate is None else callable(generate) and not hasattr(generate, "decode")
         if not usable:
             raise refuse("panel_cannot_run", generate=type(generate).__name__, tokenizer=type(tokenizer).__name__)
@@ -92,18 +92,18 @@ class SwapPanel(WorkingView):
             self._switch.model, tokenizer, template=template, max_new_tokens=max_new_tokens
         )
         self.run_on_swap = run_on_swap
-        #: what is in the prompt box
+        #: the text in the prompt box
         self.prompt = prompt
-        #: the click that is being carried out, and one that came meanwhile: what shall change, and to what
+        #: the click that is being carried out, and a click that waits: the name of the setting, and its new value
         self._present: tuple[str, object] | None = None
         self._next: tuple[str, object] | None = None
-        #: the last answer, and the one before it to the same prompt, with another adapter or strength
+        #: the last answer, and an earlier one to the same prompt with another adapter or strength
         self.after: Run | None = None
         self.before: Run | None = None
 
     @classmethod
     def demo(cls, prompt: str = "hotswap", **options: object) -> SwapPanel:
-        """A panel with the embedded model and all of its adapters, in one line.
+        """Make a panel with the embedded model and all of its adapters.
 
         >>> from hotswap_lab.widgets import SwapPanel
         >>> SwapPanel.demo().choose("pig_latin")
@@ -118,17 +118,17 @@ class SwapPanel(WorkingView):
 
     @property
     def model(self) -> torch.nn.Module:
-        """The model that answers. ``with in_use(panel):`` in a cell holds back what clicks would change meanwhile."""
+        """The model that answers. Changes by clicks wait for the end of a block ``with in_use(panel):`` in a cell."""
         return self._switch.model
 
     @property
     def names(self) -> list[str]:
-        """The adapters, one button each."""
+        """The names of the adapters, which have one button each."""
         return self._switch.names
 
     @property
     def active(self) -> str | None:
-        """The adapter that the model computes with; None if it is off, or not one of these. Setting it swaps."""
+        """The active adapter; None if it is off, or not one of the panel's. Setting it swaps."""
         return self._switch.active
 
     @active.setter
@@ -137,29 +137,29 @@ class SwapPanel(WorkingView):
 
     @property
     def strength(self) -> float:
-        """How strongly it acts: 1 as trained, 0 not at all. May be set."""
+        """The strength of the adapter: 1 as trained, 0 for no effect. Can be set."""
         return self._switch.strength
 
     @strength.setter
     def strength(self, value: float) -> None:
         self._run(lambda: self._change("strength", value))
 
-    # ---- what can be done
+    # ---- actions
 
     def choose(self, name: str | None) -> object:
-        """What a click on an adapter's button does: swaps (None: off) and, with ``run_on_swap``, runs the prompt."""
+        """Swap (None: off) and, with ``run_on_swap``, run the prompt, as a click on an adapter's button does."""
         return self._run(lambda: self._change_and_run("adapter", name))
 
     def stop(self) -> None:
-        """Ends a run at its next token or step; the answer so far stays. A swap that still waits is called off."""
+        """End a run at its next token or step. The answer so far is kept. A swap that waits is canceled."""
         self._next = None
         super().stop()
 
     def _come(self, what: str, value: object) -> None:
-        """What the buttons and the slider do: now, or once what runs has ended. Of several that wait, the last counts.
+        """Carry out a click on a button or a move of the slider, now or when the running job has ended.
 
-        The buttons stay as they are meanwhile. Were they greyed out, or moved by another one that grows, a click would
-        be lost whenever that came between pressing and releasing the mouse, and so would the keyboard's focus.
+        If several wait, the last one counts. The buttons stay enabled and in place meanwhile. Otherwise a click would
+        be lost if they changed between pressing and releasing the mouse, and so would the keyboard's focus.
         """
         self._next = what, value
         if not self._start(self._carry_out):
@@ -182,7 +182,7 @@ class SwapPanel(WorkingView):
         return self._work() if self.run_on_swap else None
 
     def _change(self, what: str, value: object) -> None:
-        """Swaps, or changes the strength. Where threads that compute have to be waited for, a reader sees that."""
+        """Swap, or change the strength. The status shows if it waits for threads that compute with the model."""
         if what == "strength":
             doing, change = f"setting the strength to {value}", lambda: setattr(self._switch, "strength", value)
         elif value is None:
@@ -194,8 +194,8 @@ class SwapPanel(WorkingView):
         self.swap_seconds: float | None = seconds if what == "adapter" else self.swap_seconds
 
     def _work(self) -> object:
-        """Runs the prompt."""
-        # whatever swaps elsewhere, an answer comes from one adapter, and is labelled with it
+        """Run the prompt."""
+        # swaps by other threads wait, so that an answer comes from one adapter and has its name
         with in_use(self.model):
             self.doing = "running"
             return self._answer()
@@ -211,11 +211,11 @@ class SwapPanel(WorkingView):
                 self._check()
         return run.result
 
-    # ---- how it looks
+    # ---- text, picture and controls
 
     @property
     def summary(self) -> str:
-        """One line: how many adapters there are, and which one is active, in words."""
+        """One line: the number of adapters, the active one, and its strength."""
         where, strength = whereabouts(self._switch), strength_of(self._switch)
         active = "the adapter is off" if where == "off" else f"{where} is active"
         at = "" if where == "off" or strength is None else f" at strength {strength:g}"
@@ -229,7 +229,7 @@ class SwapPanel(WorkingView):
         return [f"{title}, {run.label}: {run.text}" for title, run in self._answers.items() if run]
 
     def _inside(self) -> str:
-        # no times, which differ from run to run: stored notebooks don't
+        # without times, which would make a stored notebook differ from run to run
         names = ", ".join(f"{name} (active)" if name == self.active else name for name in self.names)
         prompt = f"<div>prompt: <code>{escape(self.prompt)}</code></div>" if self.prompt else ""
         cell = "padding:4px 12px;text-align:left;vertical-align:top;border:1px solid rgba(128,128,128,.4)"
@@ -261,7 +261,7 @@ class SwapPanel(WorkingView):
     def _slid(self, value: float) -> None:
         if value != strength_of(self._switch):
             self._clicked(lambda: self._come("strength", value))
-        elif self._slider_waits:  # and was moved back
+        elif self._slider_waits:  # the slider was moved back before its change was made
             self._next = None
 
     @property
@@ -294,13 +294,13 @@ class SwapPanel(WorkingView):
             card.value = f'<div class="hotswap-answer">{inner}</div>'
 
     def _refresh_buttons(self) -> None:
-        """A button for each adapter, and one for none. A pool may have got further ones since."""
+        """Update the buttons: one for each adapter, and one for none. A pool may have new adapters since."""
         choices = [*self.names, None]
         if self._buttons_for != choices:
             self._buttons.children, self._buttons_for = [self._choice(name) for name in choices], choices
         where = whereabouts(self._switch)
         for name, button in zip(choices, self._buttons.children, strict=True):
-            # in words, not by colour alone. The style of hotswap-choice keeps room for them: no other button moves
+            # marked by a word, not only by color; the style of hotswap-choice reserves its room, so no button moves
             is_active, label = where == (name or "off"), name or "off"
             button.description = f"{label} (active)" if is_active else label
             button.button_style = "info" if is_active else ""
@@ -314,7 +314,7 @@ class SwapPanel(WorkingView):
 
 
 def _earlier(run: Run, before: Run | None, after: Run | None) -> Run | None:
-    """The answer to compare ``run`` with: to the same prompt, and from something else."""
+    """The answer to compare ``run`` with: the same prompt, with another adapter or strength; or None."""
     for each in (after, before):
         if each and each.prompt == run.prompt and (each.where, each.strength) != (run.where, run.strength):
             return each

@@ -1,4 +1,4 @@
-"""SwapRace: the benchmark as bars, run on the reader's machine by a button."""
+"""SwapRace: the benchmark of swaps as a bar chart, run by a button."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SwapRace(WorkingView):
     >>> sorted(race.seconds)[0], race.ok
     ('PEFT hotswap, disk', True)
 
-    How to read it: ``ok`` says that every way of ours gave the outputs of a fresh load; a time means nothing otherwise.
+    How to read it: ``ok`` is true if all ways except PEFT's gave the outputs of a fresh load. If not, ignore the times.
     """
 
     def __init__(self, model: str = "demo", rank: int = 8, n: int = 25, **settings: object):
@@ -43,23 +43,23 @@ class SwapRace(WorkingView):
 
         self.settings: Settings = Settings(model=model, ranks=(rank,), n=n, **settings)
         self.report: Report | None = None
-        #: how far the race is, from 0 to 1
+        #: the share of the race that is done, from 0 to 1
         self.progress: float = 0.0
 
-    # ---- what came out
+    # ---- results
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The median of each way; empty before it was run."""
+        """The median seconds of each way; empty before the race."""
         rows = self.report.rows if self.report else ()
         return {row.way: row.timing.median for row in rows if row.timing}
 
     @property
     def ok(self) -> bool:
-        """Whether it was run, and all ways but PEFT's gave the outputs of a fresh load."""
+        """Whether the race was run, and all ways except PEFT's gave the outputs of a fresh load."""
         return self.report is not None and self.report.ok
 
-    # ---- what can be done
+    # ---- actions
 
     def _work(self) -> Report:
         from .. import bench
@@ -88,27 +88,27 @@ class SwapRace(WorkingView):
             ways.pool_way(scene),
             ways.memcpy_way(scene),
         ]
-        # the check swaps twice, and an uncounted call goes ahead of each that is timed
+        # the check swaps twice, and an untimed call precedes each timed one
         return [self._counted(way, 1 / (len(chosen) * 2 * (1 + self.settings.n))) for way in chosen]
 
     def _counted(self, way: Way, share: float) -> Way:
-        """The same way, with a look at whether the race is to end, and how far it is."""
+        """The same way, with a swap that stops if asked to, and updates the progress."""
         numbers = itertools.count()
 
         def swap(number: int) -> None:
             self._check()
             vars(self)["progress"] += share
             if next(numbers) % 2 == 0:
-                self._progressed()  # not in the calls that are timed
+                self._progressed()  # only in untimed calls
             way.swap(number)
 
         return dataclasses.replace(way, swap=swap)
 
-    # ---- how it looks
+    # ---- text, picture and controls
 
     @property
     def summary(self) -> str:
-        """One line: what is timed."""
+        """One line: the shape, the rank, and the number of timed calls."""
         settings = self.settings
         plan = f"the {settings.model} shape, rank {settings.ranks[0]}, each way {settings.n} times"
         return plan if self.report else f"{plan}. Not run yet."
@@ -117,7 +117,7 @@ class SwapRace(WorkingView):
         return super().__str__() if self.report is None else f"SwapRace\n{self.report}"
 
     def figure(self) -> Figure | None:
-        """The bars; None before the race was run."""
+        """The bar chart; None before the race."""
         return self.report.figure() if self.report else None
 
     def _inside(self) -> str:

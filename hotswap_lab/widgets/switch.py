@@ -1,4 +1,4 @@
-"""Swaps by name: in a pool, or in a model with the folders of its adapters. Of swapping, widgets know no more."""
+"""Swaps by name in a pool, or in a model with the folders of its adapters: all that widgets need for swapping."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..pools.members import check_named
 
 
 class ModelSwitch:
-    """A model and the folders of its adapters, with the names that an :class:`AdapterPool` has for the same things.
+    """A model and the folders of its adapters, with the same interface as an :class:`AdapterPool`.
 
     >>> from hotswap_lab import demo
     >>> model, _ = demo.load("reverse")
@@ -31,7 +31,7 @@ class ModelSwitch:
         self.adapters: dict[str, object] = dict(adapters)
         self.adapter_name: str = name_in(model, adapter_name)
         config_of(self)  # raises if there is no such adapter
-        #: the adapter that was swapped in here, and the model's config of it, by which a later swap shows
+        #: the adapter that was swapped in here, and its config in the model, which another swap replaces
         self._last: tuple[str | None, PeftConfig | None] = None, None
 
     @property
@@ -66,7 +66,7 @@ def switch_for(
     adapters: Mapping[str, object] | None = None,
     adapter_name: str | None = None,
 ) -> AdapterPool | ModelSwitch:
-    """The pool, or a switch for the model, that a widget was given.
+    """The pool that a widget was given, or a switch for the model that it was given.
 
     >>> switch_for(42)
     Traceback (most recent call last):
@@ -89,7 +89,7 @@ def config_of(switch: AdapterPool | ModelSwitch) -> PeftConfig:
 
 
 def whereabouts(switch: AdapterPool | ModelSwitch) -> str:
-    """In words, what the model computes with.
+    """The active adapter, ``"off"``, or ``"another adapter"``.
 
     >>> from hotswap_lab import demo
     >>> model, _ = demo.load("reverse")
@@ -104,7 +104,7 @@ def whereabouts(switch: AdapterPool | ModelSwitch) -> str:
 
 
 def strength_of(switch: AdapterPool | ModelSwitch) -> float | None:
-    """The strength; None where it can't be set, as of DoRA, or where each layer has its own."""
+    """The strength; None if it can't be set, as for DoRA, or if layers have different ones."""
     try:
         return None if not_scaled(config_of(switch)) else switch.strength
     except ValueError:

@@ -1,4 +1,4 @@
-"""Answers, token by token."""
+"""Streams a language model's answers token by token."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..core.errors import refuse
 def text_stream(
     model: torch.nn.Module, tokenizer: object, *, template: str | None = None, max_new_tokens: int = 64
 ) -> Callable[[str], Iterator[str]]:
-    """A function that answers a prompt greedily and yields the answer as it grows.
+    """A function that answers a prompt greedily and yields the answer so far after each token.
 
     Parameters
     ----------
     model, tokenizer:
-        A causal language model of transformers, with or without PEFT around it. Pass the model itself, not what
-        ``torch.compile`` made of it: each length would be another shape to compile for.
+        A causal language model of transformers, with or without PEFT around it. Pass the model itself, not the result
+        of ``torch.compile``, which would recompile for each length.
     template:
-        What the prompt is put into, at ``{}``. Default: the tokenizer's chat template, if it has one.
+        A text with ``{}`` in place of the prompt. Default: the tokenizer's chat template, if it has one.
     max_new_tokens:
-        When to stop at the latest.
+        The largest number of tokens in an answer.
 
     Raises
     ------
@@ -55,10 +55,10 @@ def text_stream(
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         past, answer = {}, []
         for _ in range(limit):
-            # not around the loop: a generator must not leave its caller without gradients between two tokens
+            # inside the loop, since a generator must not turn its caller's gradients off between two tokens
             with torch.no_grad():
                 output = model(input_ids=ids, **past, use_cache=True)
-            # what a model returns the keys and values as is what it takes them as: newer versions call it `cache`
+            # the keys and values have the same name in a model's outputs and inputs: newer versions call it `cache`
             name = "cache" if "cache" in output else "past_key_values"
             past = {name: output[name]}
             ids = output.logits[:, -1:].argmax(-1)

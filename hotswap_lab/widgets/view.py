@@ -1,4 +1,4 @@
-"""What all widgets share: a static form that is stored, and a live one that takes its place while a kernel runs."""
+"""The base class of all widgets: a static form that is stored, and a live form that replaces it while a kernel runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from ..figures import Figure
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
-#: the width of a page, less the margins that ipywidgets puts around a control
+#: the width of a page minus the margins that ipywidgets puts around a control
 FITS = "calc(100% - 4px)"
 
-# Colours come from the theme where there is one. The first rule hides the stored static form while the live one is
-# there: without a kernel nothing has the class hotswap-live, and the static form shows.
+# Colors come from the theme if there is one. The first rule hides the stored static form while the live one is shown.
+# Without a kernel, nothing has the class hotswap-live, so the static form is shown.
 STYLE = """<style>
 .jp-OutputArea-child:has(+ .jp-OutputArea-child .hotswap-live) { display: none }
 .hotswap-live { color: var(--jp-ui-font-color1, inherit); max-width: 760px; overflow: visible }
@@ -42,10 +42,10 @@ STYLE = """<style>
   { outline: 3px solid #3b82f6; outline-offset: 1px }
 </style>"""
 
-# What ipywidgets offers no way to say: a slider's handle gets the label next to it as its name for screen readers, and
-# what changes by itself is read out (it must be an element that stays, and a widget's content is replaced each time),
-# and the notebook leaves keys that are pressed in here to the controls: Notebook 7 took a slider's arrows for its own.
-# Nothing is loaded: the picture is empty, and only there to start the script once the widget is in the page.
+# Attributes that ipywidgets can't set: a slider's handle gets the label next to it as its name for screen readers. Text
+# that changes by itself is read out; the attribute is on a permanent element, since a widget's content is replaced each
+# time. The notebook leaves keys pressed in here to the controls, while Notebook 7 would use a slider's arrow keys.
+# Nothing is loaded: the picture is empty, and only starts the script when the widget is in the page.
 FOR_SCREEN_READERS = """<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="
   setTimeout(() => {
     const root = this.closest('.hotswap-live');
@@ -58,7 +58,7 @@ FOR_SCREEN_READERS = """<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAA
 
 
 def escape(text: object) -> str:
-    """Text as HTML shows it: nothing in a prompt, a name or an error can become markup.
+    """Escape text for HTML, so that nothing in a prompt, a name or an error becomes markup.
 
     >>> escape("<b>")
     '&lt;b&gt;'
@@ -67,7 +67,7 @@ def escape(text: object) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """How many there are.
+    """A count with a noun, singular or plural.
 
     >>> counted(1, "swap"), counted(2, "swap")
     ('1 swap', '2 swaps')
@@ -76,14 +76,14 @@ def counted(count: int, what: str) -> str:
 
 
 def wrapping_row(*children: ipywidgets.Widget) -> ipywidgets.HBox:
-    """Controls side by side, that go on in a new line where the page is narrow."""
+    """A row of controls that wraps on a narrow page."""
     import ipywidgets
 
     return ipywidgets.HBox(list(children), layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"))
 
 
 def speaking(**options: object) -> ipywidgets.HTML:
-    """Text that a screen reader reads out when it changes."""
+    """A text widget that a screen reader reads out when it changes."""
     import ipywidgets
 
     widget = ipywidgets.HTML(**options)
@@ -92,11 +92,11 @@ def speaking(**options: object) -> ipywidgets.HTML:
 
 
 class View:
-    """The frame of a widget: a title, controls, a status, and a body.
+    """The base class of widgets: a title, controls, a status, and a body.
 
-    A subclass gives ``summary``, ``figure`` or ``_inside``, and for the live form ``_controls`` and ``_refresh``.
-    Shown in a notebook, it puts out two things: the static form, which stays in the saved notebook, and the live one,
-    which hides the static one while it is there. When a public attribute is set, the live form shows it.
+    A subclass defines ``summary``, ``figure`` or ``_inside``, and for the live form ``_controls`` and ``_refresh``.
+    A notebook shows two outputs: the static form, which stays in the saved notebook, and the live form, which hides the
+    static one while it is shown. Setting a public attribute updates the live form.
 
     >>> class Hello(View):
     ...     summary = "hello"
@@ -104,12 +104,12 @@ class View:
     (Hello: hello, '<div><strong>Hello</strong>: hello</div>')
     """
 
-    #: one line that says what is shown
+    #: one line that describes the widget's state
     summary = ""
 
     def __new__(cls, *args: object, **options: object) -> View:
         self = super().__new__(cls)
-        # one refresh at a time: an older state must not be written over a newer one by a thread that was held up
+        # one refresh at a time, so that a delayed thread doesn't overwrite a newer state with an older one
         self._refreshes = threading.RLock()
         return self
 
@@ -127,11 +127,11 @@ class View:
         return str(self)
 
     def figure(self) -> Figure | None:
-        """The picture; None if there is nothing to draw."""
+        """The widget's picture, or None."""
         return None
 
     def to_html(self) -> str:
-        """The static form: readable with no kernel, no network and no scripts."""
+        """The static form as HTML, which needs no kernel, network or scripts."""
         return f"<div>{self._head()}{self._inside()}</div>"
 
     def _head(self) -> str:
@@ -145,9 +145,9 @@ class View:
         return f"<div class='hotswap-picture'>{shrinking}</div>"
 
     def _static(self) -> dict[str, str]:
-        """What a saved notebook keeps. The same from run to run, as far as the state is."""
+        """The output that a saved notebook keeps. The same state gives the same output."""
         figure = self.figure()
-        # GitHub shows a picture that stands alone, and takes one in HTML out
+        # GitHub shows a picture by itself, but removes pictures in HTML
         shown = {"text/html": self.to_html()} if figure is None else {"image/svg+xml": figure.svg}
         return {**shown, "text/plain": str(self)}
 
@@ -155,7 +155,7 @@ class View:
 
     @cached_property
     def box(self) -> ipywidgets.VBox:
-        """The live form, an ipywidgets ``VBox``: to be shown, or to be put into a layout of your own."""
+        """The live form, an ipywidgets ``VBox``, which can be put into another layout."""
         import ipywidgets
 
         hidden = ipywidgets.Layout(display="none")
@@ -164,18 +164,18 @@ class View:
         return box
 
     def _build(self) -> list[ipywidgets.Widget]:
-        """Makes everything, once."""
+        """Create the live form's widgets, once."""
         import ipywidgets
 
         self._title, self._status, self._body = speaking(), speaking(), ipywidgets.HTML()
         return [self._title, *self._controls(), self._status, self._body]
 
     def _controls(self) -> list[ipywidgets.Widget]:
-        """Makes the controls, once."""
+        """Create the controls, once."""
         return []
 
     def _refresh(self) -> None:
-        """Makes everything show the present state."""
+        """Update the live form to the current state."""
         self._title.value = self._head()
         self._refresh_body()
 
@@ -183,7 +183,7 @@ class View:
         self._body.value = self._inside()
 
     def _changed(self) -> None:
-        """To be called after each change of state, other than by a refresh, that is not an attribute's."""
+        """Update the live form, if there is one. Call it after a change of state that sets no public attribute."""
         if "box" in self.__dict__ and not self._refreshes._is_owned():
             self._refresh_box()
 
@@ -201,9 +201,9 @@ class View:
         display({WIDGET_MIME: live}, raw=True)
 
     def _when_set(self, control: ipywidgets.Widget, act: Callable[[object], object]) -> None:
-        """Has ``act`` called with a control's value when it is set, but not by a refresh.
+        """Call ``act`` with a control's value when the user sets it, but not when a refresh does.
 
-        Another thread may have changed the state since the refresh read it, and would lose that.
+        Another thread may have changed the state since the refresh read it, and that change would be lost.
         """
 
         def changed(change: dict[str, object]) -> None:

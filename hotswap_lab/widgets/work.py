@@ -1,4 +1,4 @@
-"""Widgets that do long work: one piece at a time, next to the notebook's own thread, and it can be stopped."""
+"""The base class of widgets with long jobs: one at a time, in a thread of its own, which can be stopped."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .view import View, escape
 if TYPE_CHECKING:
     import ipywidgets
 
-#: how long a swap waits at a time before it looks whether it was called off, in seconds
+#: seconds that a swap waits before it checks whether it was stopped
 PATIENCE = 0.5
-#: how often a reader is shown how far it is, in seconds
+#: seconds between updates of the live form while a job runs
 SHOW_EVERY = 0.1
 
 
 class Stopped(BaseException):
-    """The work was stopped. Nobody who handles errors on the way takes it for one."""
+    """Raised in a job that was stopped. It is no ``Exception``, so code that handles errors doesn't catch it."""
 
 
 def message(error: BaseException) -> str:
-    """What an error is and says.
+    """The type and the message of an error.
 
     >>> message(ValueError("no"))
     'ValueError: no'
@@ -43,7 +43,7 @@ def message(error: BaseException) -> str:
 
 
 def error_html(error: BaseException, trace: bool = False) -> str:
-    """An error, in full, and under it where it happened. A screen reader reads it out at once.
+    """An error as HTML, with its traceback if ``trace``. A screen reader reads it out at once.
 
     >>> "&lt;b&gt;" in error_html(ValueError("no <b>"))
     True
@@ -55,11 +55,11 @@ def error_html(error: BaseException, trace: bool = False) -> str:
 
 
 class WorkingView(View):
-    """The frame of a widget that works: what it does, it does one at a time, and shows what goes wrong.
+    """The base class of widgets with jobs: it runs one at a time, and shows errors.
 
-    :meth:`_run` does a job in the caller's thread, so that Jupyter's interrupt stops it. :meth:`_start` does it in a
-    thread of its own, so that it never keeps the next cell waiting. A job calls :meth:`_check` now and then, which
-    raises :class:`Stopped` once :meth:`stop` was called. A widget's own job is its ``_work``.
+    :meth:`_run` runs a job in the caller's thread, so that Jupyter's interrupt stops it. :meth:`_start` runs it in a
+    thread of its own, so that the next cell doesn't wait for it. A job calls :meth:`_check` now and then, which raises
+    :class:`Stopped` if :meth:`stop` was called. A widget's main job is its ``_work``.
 
     >>> view = WorkingView()
     >>> view._run(lambda: 1 + 1)
@@ -71,18 +71,18 @@ class WorkingView(View):
     (True, [3])
     """
 
-    #: what went wrong last, None after a success
+    #: the error of the last job, None after a success
     error: BaseException | None = None
-    #: what is being done, in words
+    #: a description of the running job
     doing: str = ""
-    #: how long the last swap took
+    #: the time of the last swap
     swap_seconds: float | None = None
 
     def __new__(cls, *args: object, **options: object) -> WorkingView:
         self = super().__new__(cls)
         self._lock = threading.Lock()
         self._stopped = False
-        #: of the last job that did not run in the caller's
+        #: the thread of the last job that was started
         self._thread: threading.Thread | None = None
         self._shown = 0.0
         self._clicks = Clicks()
@@ -93,7 +93,7 @@ class WorkingView(View):
         return "\n".join([super().__str__(), *self._lines(), *error])
 
     def _lines(self) -> list[str]:
-        """What there is to see, as text."""
+        """The lines of the text form after the first."""
         return []
 
     def to_html(self) -> str:
@@ -101,31 +101,31 @@ class WorkingView(View):
 
     @property
     def busy(self) -> bool:
-        """Whether something is running."""
+        """Whether a job is running."""
         return self._lock.locked()
 
     def run(self) -> Any:
-        """Does what the widget is there for, and returns what came out; None if it was stopped, by :meth:`stop`.
+        """Run the widget's main job and return its result; None if :meth:`stop` ended it.
 
         Jupyter's interrupt ends it, too.
         """
         return self._run(self._work)
 
     def start(self) -> None:
-        """What a click on the widget's first button does: the same next to the notebook, which can go on."""
+        """Start the widget's main job in a thread of its own, as its button does."""
         self._start(self._work)
 
     def _work(self) -> object:
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Ends what is running as soon as it can; the answer so far stays."""
+        """End the running job as soon as possible. The answer so far is kept."""
         self._stopped = True
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until nothing runs that a click began, at most ``timeout`` seconds. Returns whether that is so."""
+        """Wait for started jobs to end, at most ``timeout`` seconds. Returns whether no job is running."""
         end = time.monotonic() + (math.inf if timeout is None else timeout)
-        # when one job has ended, another one may have been begun
+        # the end of one job may have started another
         while self._thread is not None and self._thread.is_alive() and (left := end - time.monotonic()) > 0:
             self._thread.join(min(left, threading.TIMEOUT_MAX))
         return not self.busy
@@ -133,7 +133,7 @@ class WorkingView(View):
     # ---- jobs
 
     def _run(self, job: Callable[[], object]) -> object:
-        """Does ``job`` here and now, and returns what it returns; None if it was stopped."""
+        """Run a job in this thread and return its result; None if it was stopped."""
         mine = False
         try:
             with interrupts_held():  # Ctrl-C between taking the lock and knowing about it would leave it taken
@@ -147,13 +147,13 @@ class WorkingView(View):
                 self._ended()
 
     def _start(self, job: Callable[[], object]) -> bool:
-        """Does ``job`` in a thread of its own, unless one runs already. Returns whether it does."""
-        # gradients are switched for each thread, and a compiled model would be compiled again for the other mode
+        """Start a job in a thread of its own, unless one is running. Returns whether it was started."""
+        # grad mode is set for each thread, and a compiled model would be recompiled for another mode
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
         def in_the_same_modes() -> None:
             try:
-                # what goes wrong is shown, and there is nobody to raise it to
+                # the widget shows the error, since this thread has no caller to raise it to
                 with torch.inference_mode(inference), torch.set_grad_enabled(grad), contextlib.suppress(Exception):
                     self._do(job)
             finally:
@@ -161,7 +161,7 @@ class WorkingView(View):
                 self._ended()
 
         context = contextvars.copy_context()
-        # a daemon: work that hangs must not keep the kernel from ending
+        # a daemon thread, so that a job that hangs doesn't keep the kernel alive
         thread = threading.Thread(target=context.run, args=(in_the_same_modes,), name="hotswap-work", daemon=True)
         with interrupts_held():
             if not self._begin():
@@ -189,26 +189,26 @@ class WorkingView(View):
         return result
 
     def _ended(self) -> None:
-        """After each job."""
+        """Update the live form after each job."""
         self._changed()
 
     # ---- for jobs
 
     def _check(self) -> None:
-        """Ends the job if :meth:`stop` was called."""
+        """Raise :class:`Stopped` if :meth:`stop` was called."""
         if self._stopped:
             raise Stopped
 
     def _progressed(self) -> None:
-        """Shows the present state, but not more often than a person can read."""
+        """Update the live form, unless that was done a moment ago."""
         if time.perf_counter() - self._shown > SHOW_EVERY:
             self._shown = time.perf_counter()
             self._changed()
 
     def _when_free(self, change: Callable[[], object]) -> float:
-        """Makes a change as soon as no other thread computes with the model. Returns how long the change took.
+        """Make a change when no other thread computes with the model. Returns the seconds that the change took.
 
-        It waits by itself, and Jupyter's interrupt ends that. For what a click began, there is only :meth:`stop`.
+        The change waits by itself, and Jupyter's interrupt can end that. In a started job, only :meth:`stop` can.
         """
         beside = threading.current_thread() is self._thread
         while True:
@@ -232,20 +232,20 @@ class WorkingView(View):
         return button
 
     def _clicked(self, act: Callable[[], object]) -> None:
-        """Does what a control is there for, which must be quick, unless a later click was faster."""
+        """Handle a click by calling ``act``, which must be quick, unless a later click was handled before."""
         if self._clicks.take(act):
             keep_apart_from_cells(self.box)
         else:
-            self._changed()  # a slider goes back
+            self._changed()  # moves a slider back
 
     def _with_stop(self, *starters: ipywidgets.Widget) -> list[ipywidgets.Widget]:
-        """Controls that begin something, and a button that ends it."""
+        """Add a stop button to controls that start jobs."""
         self._starters = starters
         self._stop_button = self._button("Stop", "end what runs; the answer so far stays", self.stop)
         return [*starters, self._stop_button]
 
     def _state(self) -> str:
-        """What the status says."""
+        """The text of the status line."""
         state = f"busy: {self.doing}" if self.busy else "ready"
         return state if self.swap_seconds is None else f"{state}; swap: {readable(self.swap_seconds)}"
 

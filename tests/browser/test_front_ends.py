@@ -182,7 +182,7 @@ def test_the_panel_by_keyboard(widgets):
     page.keyboard.press("Enter")
     expect(after).to_contain_text("h*tsw*p")
     expect(panel).to_contain_text("ready")
-    expect(no_vowels).to_be_focused()  # a button that is greyed out for a while would lose it
+    expect(no_vowels).to_be_focused()  # a button that is grayed out for a while would lose it
     handle = panel.get_by_role("slider", name="strength")
     handle.focus()
     page.keyboard.press("ArrowLeft")

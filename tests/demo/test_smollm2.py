@@ -245,16 +245,16 @@ def folders(cache: Path) -> list[str]:
 
 def test_the_second_start_reads_the_cache(gguf_file, in_this_process, monkeypatch):
     file, model = gguf_file
-    first = smollm2.dequantised(file)
+    first = smollm2.dequantized(file)
     assert json.loads((first / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     with monkeypatch.context() as patch:
         patch.setattr(smollm2, "convert", lambda *_: pytest.fail("converted again"))
-        assert smollm2.dequantised(file) == first
+        assert smollm2.dequantized(file) == first
     assert folders(first.parent) == [first.name]
     with torch.no_grad():
         model.model.norm.weight.fill_(2.0)
     write_gguf(model, file)
-    second = smollm2.dequantised(file)  # another file of the same name
+    second = smollm2.dequantized(file)  # another file of the same name
     assert second != first
     assert load_file(second / "model.safetensors")["model.norm.weight"].eq(2).all()
 
@@ -271,7 +271,7 @@ def test_a_conversion_that_fails_leaves_nothing(gguf_file, in_this_process, monk
     with monkeypatch.context() as patch:
         patch.setattr(smollm2, "convert", full)
         with pytest.raises(type(error)):
-            smollm2.dequantised(file)
+            smollm2.dequantized(file)
     assert folders(tmp_path / "cache") == []
     assert smollm2.load_base(file) is not None
 
@@ -288,8 +288,8 @@ def test_the_slower_of_two_waits_and_takes_what_is_there(gguf_file, in_this_proc
 
     monkeypatch.setattr(smollm2, "convert", slow)
     found = []
-    other = threading.Thread(target=lambda: found.append(smollm2.dequantised(file)))
-    found.append(smollm2.dequantised(file))
+    other = threading.Thread(target=lambda: found.append(smollm2.dequantized(file)))
+    found.append(smollm2.dequantized(file))
     other.join()
     assert len(done) == 1
     assert found[0] == found[1]

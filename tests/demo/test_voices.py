@@ -152,7 +152,7 @@ def test_they_answer_ahead_of_time(tmp_path):
     reader = Reader(pool.model, rows=1, chunk=32, room=40)
     token = torch.zeros((1, 1), dtype=torch.long)
     file = aoti_compile(reader, tmp_path / "token.pt2", kwargs=dict(ids=token, positions=token), progress=False)
-    reader.ahead = {1: aoti_load(file, reader)}
+    reader.compiled = {1: aoti_load(file, reader)}
     question = [dict(role="user", content="What is rain?")]
     prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(prompt)["input_ids"][-32:]

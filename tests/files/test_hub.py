@@ -355,7 +355,7 @@ def library(hub, folders):
 def test_adapters_for_a_base_are_listed(library, folders):
     found = find_adapters(BASE)
     size = (Path(folders["new"]) / WEIGHTS).stat().st_size
-    assert [(each.repo_id, each.rank, each.max_rank, each.nbytes, each.licence) for each in found] == [
+    assert [(each.repo_id, each.rank, each.max_rank, each.nbytes, each.license) for each in found] == [
         ("zoo/tiny", 3, 3, size, "apache-2.0"),
         ("zoo/patterned", 3, 64, size, "apache-2.0"),
         ("zoo/gated", None, None, size, "apache-2.0"),
@@ -365,7 +365,7 @@ def test_adapters_for_a_base_are_listed(library, folders):
     assert found[0].revision == library.commit("zoo/tiny")
     lines = str(found).splitlines()
     assert lines[0] == f"LoRA adapters for {BASE}: {found.note}"
-    assert lines[1].split() == ["adapter", "rank", "size", "licence", "downloads", "updated"]
+    assert lines[1].split() == ["adapter", "rank", "size", "license", "downloads", "updated"]
     assert lines[2].split() == ["zoo/tiny", "3", f"{size / 1000:.2f}kB", "apache-2.0", "9,000", "2025-06-01"]
     assert "3, up to 64" in lines[3]
     assert lines[4].startswith("zoo/gated (gated)  -")

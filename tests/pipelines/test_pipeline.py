@@ -43,7 +43,7 @@ from hotswap_lab import (
     verify_hotswap,
 )
 from hotswap_lab.core.compiled import unwrap_compiled
-from hotswap_lab.pipelines.lora_files import parts_of
+from hotswap_lab.pipelines.lora_files import components_of
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -162,8 +162,8 @@ def latents(pipe, prompt: str = "a cat", **kwargs) -> torch.Tensor:
 @dataclass(frozen=True)
 class Kind:
     make_random: Callable[[], object]
-    #: the parts, and the ends of the names of modules that LoRA goes on
-    parts: dict[str, tuple[str, ...]]
+    #: the components, and the ends of the names of modules that LoRA goes on
+    components: dict[str, tuple[str, ...]]
 
     def __call__(self):
         """A fresh pipeline; the same weights every time."""
@@ -171,7 +171,7 @@ class Kind:
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             pipe = self.make_random()
-        for model in parts_of(pipe).values():
+        for model in components_of(pipe).values():
             model.eval()
         return pipe
 
@@ -208,22 +208,22 @@ def matrices(model, ends: tuple[str, ...], rank: int, seed: int) -> dict[str, tu
     return found
 
 
-def peft_keys(part: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
-    return {f"{part}.{path}.lora_A.weight": a, f"{part}.{path}.lora_B.weight": b}
+def peft_keys(component: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
+    return {f"{component}.{path}.lora_A.weight": a, f"{component}.{path}.lora_B.weight": b}
 
 
-def diffusers_keys(part: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
-    infix = "lora_linear_layer" if part.startswith("text") else "lora"
-    if part == "text_encoder":
+def diffusers_keys(component: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
+    infix = "lora_linear_layer" if component.startswith("text") else "lora"
+    if component == "text_encoder":
         path = f"text_model.{path}"  # as before transformers 5
-    return {f"{part}.{path}.{infix}.down.weight": a, f"{part}.{path}.{infix}.up.weight": b}
+    return {f"{component}.{path}.{infix}.down.weight": a, f"{component}.{path}.{infix}.up.weight": b}
 
 
-def kohya_keys(part: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
+def kohya_keys(component: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-    if part == "text_encoder":
+    if component == "text_encoder":
         path = f"text_model.{path}"
-    name = f"{prefixes[part]}_{path.replace('.', '_')}"
+    name = f"{prefixes[component]}_{path.replace('.', '_')}"
     keys = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
     return keys if alpha is None else {**keys, f"{name}.alpha": torch.tensor(alpha)}
 
@@ -238,30 +238,30 @@ def lora(
     rank: int = 4,
     seed: int = 1,
     alpha: float | None = None,
-    parts: dict[str, tuple[str, ...]] | None = None,
+    components: dict[str, tuple[str, ...]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """A LoRA as a state dict. Alphas are for kohya's format; every second layer has another one."""
     pipe, tensors = kind(), {}
-    for part, ends in (kind.parts if parts is None else parts).items():
-        for number, (path, pair) in enumerate(matrices(getattr(pipe, part), ends, rank, seed).items()):
+    for component, ends in (kind.components if components is None else components).items():
+        for number, (path, pair) in enumerate(matrices(getattr(pipe, component), ends, rank, seed).items()):
             own = None if alpha is None else alpha + number % 2
-            tensors |= FORMATS[key_format](part, path, *pair, own)
+            tensors |= FORMATS[key_format](component, path, *pair, own)
     return tensors
 
 
 def file_with_metadata(kind: Kind, folder: Path, configs: dict[str, LoraConfig], seed: int) -> str:
     """What diffusers' training scripts write: adapters added, (not) trained, and saved with their configs."""
     pipe, layers = kind(), {}
-    for part, config in configs.items():
-        model = getattr(pipe, part)
+    for component, config in configs.items():
+        model = getattr(pipe, component)
         inject_adapter_in_model(config, model)
         generator = torch.Generator().manual_seed(seed)
         for key, parameter in model.named_parameters():
             if "lora_" in key:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
         layers |= {
-            f"{part}_lora_layers": get_peft_model_state_dict(model),
-            f"{part}_lora_adapter_metadata": model.peft_config["default"].to_dict(),
+            f"{component}_lora_layers": get_peft_model_state_dict(model),
+            f"{component}_lora_adapter_metadata": model.peft_config["default"].to_dict(),
         }
     pipe.save_lora_weights(folder, **layers)
     return str(folder)
@@ -280,12 +280,12 @@ def assert_like_fresh(pipe, fresh, kind: Kind, name: str = "style") -> None:
     assert (expected - without).abs().max() > 1e-2 * scale, "the LoRA changes next to nothing"
     torch.testing.assert_close(latents(pipe), expected, rtol=0, atol=1e-5 * scale)
     assert pipe.get_active_adapters() == fresh.get_active_adapters()
-    for part, model in parts_of(fresh).items():
-        assert_same_part(getattr(pipe, part), model, name)
+    for component, model in components_of(fresh).items():
+        assert_same_component(getattr(pipe, component), model, name)
 
 
-def assert_same_part(model, fresh, name: str) -> None:
-    """Config, tables and saved tensors. A part without the adapter saves nothing for it."""
+def assert_same_component(model, fresh, name: str) -> None:
+    """Config, tables and saved tensors. A component without the adapter saves nothing for it."""
     if name not in getattr(fresh, "peft_config", {}):
         if name in getattr(model, "peft_config", {}):
             assert get_peft_model_state_dict(model, adapter_name=name) == {}
@@ -300,10 +300,10 @@ def assert_same_part(model, fresh, name: str) -> None:
 def saved(pipe, folder: Path, name: str = "style") -> tuple[dict, dict]:
     """The tensors and the metadata of what the pipeline saves."""
     layers = {}
-    for part, model in parts_of(pipe).items():
+    for component, model in components_of(pipe).items():
         if name in getattr(model, "peft_config", {}):
-            layers[f"{part}_lora_layers"] = get_peft_model_state_dict(model, adapter_name=name)
-            layers[f"{part}_lora_adapter_metadata"] = model.peft_config[name].to_dict()
+            layers[f"{component}_lora_layers"] = get_peft_model_state_dict(model, adapter_name=name)
+            layers[f"{component}_lora_adapter_metadata"] = model.peft_config[name].to_dict()
     pipe.save_lora_weights(folder, **layers)
     path = Path(folder, "pytorch_lora_weights.safetensors")
     with safe_open(path, "pt") as file:
@@ -352,7 +352,7 @@ def test_formats(tmp_path, kind_name, old, new, ranks):
 
 @pytest.mark.long
 def test_files_with_metadata(tmp_path):
-    """The config comes from the file: alphas, patterns and rsLoRA, for each part."""
+    """The config comes from the file: alphas, patterns and rsLoRA, for each component."""
     unet, text = list(ATTENTION), list(TEXT)
     configs = [
         {
@@ -385,8 +385,8 @@ def test_other_kinds_of_lora(tmp_path, option):
         "text_encoder": LoraConfig(r=3, target_modules=["q_proj"]),
     }
     other = file_with_metadata(SD, tmp_path, configs, seed=2)
-    plain = lora(SD, parts={"unet": ("to_q",), "text_encoder": ("q_proj",)})
-    text_only = lora(SD, seed=3, parts={"text_encoder": ("q_proj",)})
+    plain = lora(SD, components={"unet": ("to_q",), "text_encoder": ("q_proj",)})
+    text_only = lora(SD, seed=3, components={"text_encoder": ("q_proj",)})
     pipe = SD.loaded(plain)
     for source in (other, load_file(tmp_path / "pytorch_lora_weights.safetensors"), text_only, other, plain):
         hotswap_pipeline(pipe, source, "style")
@@ -410,9 +410,9 @@ def test_metadata_that_names_other_layers_than_the_file_has(tmp_path):
     assert_same_latents(pipe, fresh)
 
 
-def test_a_part_that_the_new_file_has_nothing_for_is_off_until_one_comes_that_has(tmp_path):
-    both, unet_only = lora(SD, seed=1), lora(SD, seed=2, parts={"unet": ATTENTION})
-    text_only = lora(SD, seed=3, rank=2, parts={"text_encoder": ("q_proj",)})
+def test_a_component_that_the_new_file_has_nothing_for_is_off_until_one_comes_that_has(tmp_path):
+    both, unet_only = lora(SD, seed=1), lora(SD, seed=2, components={"unet": ATTENTION})
+    text_only = lora(SD, seed=3, rank=2, components={"text_encoder": ("q_proj",)})
     pipe = SD.loaded(both)
     for source, off in ((unet_only, "text_encoder"), (text_only, "unet"), (both, None), (unet_only, "text_encoder")):
         plan = plan_pipeline_hotswap(pipe, source, "style")
@@ -424,7 +424,7 @@ def test_a_part_that_the_new_file_has_nothing_for_is_off_until_one_comes_that_ha
 
 
 def test_layers_that_the_loaded_one_lacks():
-    small, large = lora(SD, parts={"unet": ("to_q",), "text_encoder": ("q_proj",)}), lora(SD, seed=2)
+    small, large = lora(SD, components={"unet": ("to_q",), "text_encoder": ("q_proj",)}), lora(SD, seed=2)
     pipe = SD.loaded(small)
     refused(pipe, large, "unet: Hot swapping the adapter did not succeed, unexpected keys")
     hotswap_pipeline(pipe, large, "style", add_layers=True)
@@ -433,7 +433,7 @@ def test_layers_that_the_loaded_one_lacks():
 
 @pytest.mark.long
 def test_adapters_that_are_read_already():
-    """For swapping back and forth. A pool of them on one part is in ``pools/test_row_pictures.py``."""
+    """For swapping back and forth. A pool of them on one component is in ``pools/test_row_pictures.py``."""
     sources = [lora(SD, "kohya", rank=rank, seed=rank, alpha=2.0) for rank in (2, 3)]
     pipe = SD.loaded(lora(SD))
     adapters = [read_pipeline_lora(pipe, source) for source in sources]
@@ -446,12 +446,12 @@ def test_adapters_that_are_read_already():
 
 
 def test_components():
-    """Only some parts: the others keep what they have."""
+    """Only some components: the others keep what they have."""
     new = lora(SD, seed=2, rank=2)
     pipe = SD.loaded(lora(SD, seed=1))
     with untouched(pipe.text_encoder):
         hotswap_pipeline(pipe, new, "style", components=["unet"])
-    assert_same_part(pipe.unet, SD.loaded(new).unet, "style")
+    assert_same_component(pipe.unet, SD.loaded(new).unet, "style")
     refused(pipe, new, "Adapter style not found in vae", components=["vae"])
 
 
@@ -466,7 +466,7 @@ def test_one_of_several_adapters():
     hotswap_pipeline(pipes[0], new, "default")
     assert pipes[0].get_list_adapters() == pipes[1].get_list_adapters()
     assert_like_fresh(*pipes, SD, "default")
-    assert_same_part(pipes[0].unet, pipes[1].unet, "default_1")
+    assert_same_component(pipes[0].unet, pipes[1].unet, "default_1")
     for pipe in pipes:
         pipe.delete_adapters("default_1")
     assert_like_fresh(*pipes, SD, "default")
@@ -478,7 +478,7 @@ def test_one_of_several_adapters():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    """The pipeline's parts and both files in it; then a file in float32, which is rounded, and said so."""
+    """The pipeline's components and both files in it; then a file in float32, which is rounded, and said so."""
     old, new = ({key: tensor.to(dtype) for key, tensor in lora(SD, seed=seed).items()} for seed in (1, 2))
     pipes = SD().to(dtype), SD().to(dtype)
     for pipe, source in zip(pipes, (old, new), strict=True):
@@ -486,8 +486,8 @@ def test_half_precision(dtype):
     plan = plan_pipeline_hotswap(pipes[0], new, "style")
     assert "rounded" not in str(plan)
     plan.commit()
-    for part, model in parts_of(pipes[1]).items():
-        assert_same_part(getattr(pipes[0], part), model, "style")
+    for component, model in components_of(pipes[1]).items():
+        assert_same_component(getattr(pipes[0], component), model, "style")
     plan = plan_pipeline_hotswap(pipes[0], lora(SD, seed=2), "style")
     assert all("the file has torch.float32, which is rounded" in str(each) for each in plan.plans.values())
 
@@ -497,12 +497,12 @@ def test_hooks_of_offloading_stay():
     from accelerate import cpu_offload_with_hook
 
     pipe = SD.loaded(lora(SD))
-    for model in parts_of(pipe).values():
+    for model in components_of(pipe).values():
         cpu_offload_with_hook(model, "cpu")
-    hooks = [model._hf_hook for model in parts_of(pipe).values()]
+    hooks = [model._hf_hook for model in components_of(pipe).values()]
     new = lora(SD, seed=2, rank=2)
     hotswap_pipeline(pipe, new, "style")
-    assert [model._hf_hook for model in parts_of(pipe).values()] == hooks
+    assert [model._hf_hook for model in components_of(pipe).values()] == hooks
     assert_like_fresh(pipe, SD.loaded(new), SD)
 
 
@@ -519,7 +519,7 @@ def test_adapter_weights(prepared):
     pipe.set_adapters(["style"], [0.5])
     hotswap_pipeline(pipe, new, "style")
     fresh = SD.loaded(dict(new))
-    assert [get_strength(model, "style") for model in parts_of(pipe).values()] == [1, 1]
+    assert [get_strength(model, "style") for model in components_of(pipe).values()] == [1, 1]
     assert_like_fresh(pipe, fresh, SD)
     for weights in (0.5, {"unet": 0.3, "text_encoder": 0.0}, {"unet": {"down": 2.0, "up": 0.2}}, 1.0):
         for each in (pipe, fresh):
@@ -546,9 +546,9 @@ UNFIT = "can't be loaded into this StableDiffusionPipeline"
 
 
 def refused(pipe, source, match: str, name: str = "style", **kwargs) -> HotswapError:
-    """The swap is refused, the parts are untouched, and the error says what to do."""
+    """The swap is refused, the components are untouched, and the error says what to do."""
     config = dict(pipe.config)
-    with untouched(*parts_of(pipe).values()), pytest.raises(HotswapError, match=match) as error:
+    with untouched(*components_of(pipe).values()), pytest.raises(HotswapError, match=match) as error:
         hotswap_pipeline(pipe, source, name, **kwargs)
     assert dict(pipe.config) == config
     assert all(refusal.found and refusal.expected and refusal.next_step for refusal in error.value.refusals)
@@ -557,7 +557,7 @@ def refused(pipe, source, match: str, name: str = "style", **kwargs) -> HotswapE
 
 def test_fused_is_refused():
     pipe = SD.loaded(lora(SD))
-    pipe.fuse_lora(components=["text_encoder"])  # one part is enough
+    pipe.fuse_lora(components=["text_encoder"])  # one component is enough
     new = lora(SD, seed=2)
     refused(pipe, new, "text_encoder: Cannot hot-swap adapter 'style' because it is currently merged")
     pipe.unfuse_lora(components=["text_encoder"])
@@ -591,8 +591,8 @@ UNET_ONLY = {"unet": ATTENTION}
 def test_wrong_pipelines_and_names():
     pipe, xl = SD.loaded(lora(SD)), KINDS["sdxl"]
     assert "text_encoder_2" in str(refused(pipe, lora(xl), UNFIT))
-    assert "text_encoder_2" in str(refused(pipe, read_pipeline_lora(xl(), lora(xl)), "parts without an adapter"))
-    refused(pipe, lora(KINDS["flux"], parts={"transformer": ("to_q",)}), UNFIT)
+    assert "text_encoder_2" in str(refused(pipe, read_pipeline_lora(xl(), lora(xl)), "components without an adapter"))
+    refused(pipe, lora(KINDS["flux"], components={"transformer": ("to_q",)}), UNFIT)
     error = refused(pipe, lora(SD), "Adapter nobody not found", name="nobody")
     assert "unet: 'style'; text_encoder: 'style'" in str(error)
     for other in (pipe.unet, object()):
@@ -602,16 +602,17 @@ def test_wrong_pipelines_and_names():
         hotswap_adapter(pipe, "somewhere", "style")
 
 
-def test_a_part_without_the_adapter_is_refused():
-    pipe, new = SD.loaded(lora(SD, parts=UNET_ONLY)), lora(SD, seed=2, parts={**UNET_ONLY, "text_encoder": TEXT})
-    error = refused(pipe, new, "parts without an adapter")
+def test_a_component_without_the_adapter_is_refused():
+    both = {**UNET_ONLY, "text_encoder": TEXT}
+    pipe, new = SD.loaded(lora(SD, components=UNET_ONLY)), lora(SD, seed=2, components=both)
+    error = refused(pipe, new, "components without an adapter")
     assert "tensors for unet, text_encoder; an adapter in unet" in str(error)
-    with untouched(pipe.unet, pipe.text_encoder), pytest.raises(HotswapError, match="parts without an adapter"):
+    with untouched(pipe.unet, pipe.text_encoder), pytest.raises(HotswapError, match="components without an adapter"):
         prepare_pipeline_for_compiled_hotswap(pipe, [lora(SD)])
     hotswap_pipeline(pipe, new, "style", components=["unet"])
     pipe.text_encoder = None
     refused(pipe, lora(SD), UNFIT)
-    hotswap_pipeline(pipe, lora(SD, seed=2, parts=UNET_ONLY), "style")
+    hotswap_pipeline(pipe, lora(SD, seed=2, components=UNET_ONLY), "style")
 
 
 def test_a_control_lora_is_refused():
@@ -643,12 +644,12 @@ def test_preparing_is_all_or_nothing():
 
 @pytest.mark.long
 def test_compiled_swaps():
-    """Every part compiled; ranks, layers, whole parts and weights come and go without a recompile."""
+    """Every component compiled; ranks, layers, whole components and weights come and go without a recompile."""
     sources = [
         lora(SD, seed=1, rank=3),
         lora(SD, "kohya", seed=2, rank=6, alpha=2.0),
-        lora(SD, seed=3, rank=2, parts={"unet": ("conv2", "to_q"), "text_encoder": ("fc2", "q_proj")}),
-        lora(SD, "diffusers", seed=4, rank=2, parts={"unet": ATTENTION}),
+        lora(SD, seed=3, rank=2, components={"unet": ("conv2", "to_q"), "text_encoder": ("fc2", "q_proj")}),
+        lora(SD, "diffusers", seed=4, rank=2, components={"unet": ATTENTION}),
     ]
     pipe = SD.loaded(sources[0])
     prepare_pipeline_for_compiled_hotswap(pipe, sources)
@@ -673,15 +674,15 @@ def test_compiled_swaps():
             assert_same_latents(pipe, fresh)
         assert_same_latents(pipe, fresh, **scaled)
         assert_same_latents(pipe, fresh)
-    for part, model in parts_of(fresh).items():
-        live = get_peft_model_state_dict(unwrap_compiled(getattr(pipe, part)), adapter_name="style")
+    for component, model in components_of(fresh).items():
+        live = get_peft_model_state_dict(unwrap_compiled(getattr(pipe, component)), adapter_name="style")
         assert_same_tensors(live, get_peft_model_state_dict(model, adapter_name="style"))
 
 
 @pytest.mark.long
 def test_the_way_of_enable_lora_hotswap():
     """diffusers prepares with PEFT's function when it loads the first adapter; later ones are swapped by us."""
-    first, second = (lora(SD, seed=seed, rank=seed + 1, parts={"unet": ATTENTION}) for seed in (1, 2))
+    first, second = (lora(SD, seed=seed, rank=seed + 1, components={"unet": ATTENTION}) for seed in (1, 2))
     pipe = SD()
     pipe.unet.enable_lora_hotswap(target_rank=8)
     pipe.load_lora_weights(first, adapter_name="style")
@@ -697,7 +698,7 @@ def test_the_way_of_enable_lora_hotswap():
 
 def test_what_a_plan_shows():
     pipe = SD.loaded(lora(SD))
-    plan = plan_pipeline_hotswap(pipe, lora(SD, seed=2, rank=2, parts={"unet": ATTENTION}), "style")
+    plan = plan_pipeline_hotswap(pipe, lora(SD, seed=2, rank=2, components={"unet": ATTENTION}), "style")
     assert plan.ok
     assert str(plan).startswith("unet: Swap a state dict into 'style': possible")
     assert "text_encoder: Swap" in str(plan)
@@ -712,10 +713,10 @@ def test_what_a_plan_shows():
 
 def test_native_adapters_of_one_model():
     """``unet.load_lora_adapter`` and ``save_lora_adapter``: no pipeline, the same swap through an Adapter."""
-    new = lora(SD, "kohya", seed=2, rank=2, alpha=3.0, parts={"unet": ATTENTION})
+    new = lora(SD, "kohya", seed=2, rank=2, alpha=3.0, components={"unet": ATTENTION})
     pipe = SD.loaded(lora(SD))
     adapter = read_pipeline_lora(pipe, new)["unet"]
     hotswap_adapter(pipe.unet, adapter, "style")
-    assert_same_part(pipe.unet, SD.loaded(dict(new)).unet, "style")
+    assert_same_component(pipe.unet, SD.loaded(dict(new)).unet, "style")
     inputs = dict(sample=torch.randn(1, 4, 8, 8), timestep=torch.tensor(3), encoder_hidden_states=torch.randn(1, 5, 16))
     assert verify_hotswap(pipe.unet, adapter, "style", inputs=inputs)

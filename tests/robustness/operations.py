@@ -512,7 +512,7 @@ def _small_pipelines(pipelines):
     more = {"unet": (attention("attn1"), attention("attn2")), "text_encoder": ("q_proj",)}
     fewer = {"unet": (attention("attn1"),), "text_encoder": ("layers.1.self_attn.q_proj",)}
     kind = pipelines.Kind(make_random, more)
-    return kind, pipelines.lora(kind, rank=4), pipelines.lora(kind, seed=2, rank=2, parts=fewer)
+    return kind, pipelines.lora(kind, rank=4), pipelines.lora(kind, seed=2, rank=2, components=fewer)
 
 
 @operation("hotswap_pipeline", "swap")

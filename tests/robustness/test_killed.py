@@ -128,7 +128,7 @@ def test_what_a_killed_conversion_leaves_is_no_model(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "convert", convert)
     monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda *_, **__: cache)
     for _ in range(2):
-        assert [path.name for path in smollm2.dequantised(source).iterdir()] == ["config.json"]
+        assert [path.name for path in smollm2.dequantized(source).iterdir()] == ["config.json"]
 
 
 def test_threads_that_save_to_one_folder(tmp_path):

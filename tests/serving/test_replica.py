@@ -1,17 +1,22 @@
 """A replica in this process: each answer is what a fresh load of its adapter says, whatever its neighbours get."""
 
 import asyncio
+import logging
 import subprocess
 import sys
 from dataclasses import replace
 
+import models
 import pytest
+import torch
+import transformers
+from peft import PeftModel
 from refusals import refused
-from served import FAMILY, SHORT, WORDS, Served, alone, replica_of, save_random_adapter
+from served import FAMILY, SHORT, WORDS, Served, alone, fresh, replica_of, save_random_adapter
 
 from hotswap_lab import HotswapError, RecompileWatch, demo
 from hotswap_lab.lessons import rows
-from hotswap_lab.serving import Options, Register, Request, Table, Version
+from hotswap_lab.serving import Options, Register, Replica, Request, Table, Version
 
 MIX = {"shout": 0.5, "reverse": 0.5}
 
@@ -77,6 +82,172 @@ def test_temperature_is_each_rows_own(served):
     assert len(set(said)) == 6
 
 
+def test_a_short_answer_does_not_wait_for_a_long_one(served):
+    """Two rows' worth of requests: the last one starts while the first ones are still being answered."""
+    order = []
+
+    async def ask(name, word, **how):
+        await served.ask(name, word, **how)
+        order.append(word)
+
+    async def ask_all():
+        long = [ask("double", "notebook", max_tokens=17) for _ in range(7)]
+        short = [ask("shout", word, max_tokens=2) for word in ("python", "tensor", "voice")]
+        await asyncio.gather(*long, *short)
+
+    asyncio.run(ask_all())
+    assert order[:3] == ["python", "tensor", "voice"]
+
+
+def test_a_long_prompt_is_read_between_the_tokens_of_others(served, monkeypatch):
+    reader = served.replicas[0]._reader
+    widths, read = [], reader.read
+    monkeypatch.setattr(reader, "chunk", 4)
+    monkeypatch.setattr(reader, "read", lambda parts: widths.append([len(part) for part in parts]) or read(parts))
+
+    async def ask_both():
+        return await asyncio.gather(served.ask("double", "notebook"), served.ask("sort", "hotswapadaptersinalive"[:20]))
+
+    said = asyncio.run(ask_both())
+    assert said == ["notebooknotebook", alone(FAMILY["sort"], "hotswapadaptersinalive"[:20])]
+    both = [sorted(each)[-2:] for each in widths]
+    assert [1, 4] in both  # one is at its answer, the other one still at its prompt
+
+
+# ---- how an answer is chosen
+
+
+async def answer_of(served, model, word, **how):
+    request = Request(f"{word}>", served.table.shares(model, "demo"), **how)
+    return [piece async for piece in served.replicas[0].answer(request)]
+
+
+def test_the_same_seed_is_the_same_answer_in_any_batch(served):
+    hot = dict(temperature=6.0, max_tokens=12)
+
+    async def among_others(seed):
+        others = [served.ask(name, "kernel", **hot) for name in list(FAMILY)[:5]]
+        return (await asyncio.gather(served.ask("demo", "hotswap", seed=seed, **hot), *others))[0]
+
+    alone = [asyncio.run(served.ask("demo", "hotswap", seed=seed, **hot)) for seed in range(4)]
+    assert [asyncio.run(among_others(seed)) for seed in range(4)] == alone
+    assert len(set(alone)) > 2
+
+
+def test_top_p_draws_from_the_most_probable_only(served):
+    hot = dict(temperature=30.0, max_tokens=12)
+    for seed in range(3):
+        assert asyncio.run(served.ask("shout", "hotswap", seed=seed, top_p=1e-6, **hot)) == "HOTSWAP!"
+    assert asyncio.run(served.ask("shout", "hotswap", seed=0, top_p=0.99, **hot)) != "HOTSWAP!"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (("kno",), "noteboo"),
+        (("zz", "book"), "note"),
+        (("n",), ""),
+        (("kx",), "notebooknotebook"),
+        (("k", "b"), "note"),
+    ],
+)
+def test_an_answer_ends_before_a_stop(served, stop, text):
+    (whole,) = asyncio.run(answer_of(served, "double", "notebook", stop=stop))
+    streamed = asyncio.run(answer_of(served, "double", "notebook", stop=stop, is_streamed=True))
+    assert (whole.text, whole.finish) == (text, "stop")
+    assert "".join(piece.text for piece in streamed) == text
+    assert streamed[-1].finish == "stop"
+
+
+def test_log_probabilities_are_those_of_a_fresh_load(served):
+    (piece,) = asyncio.run(answer_of(served, "shout", "hotswap", logprobs=2))
+    tokenizer = demo.load_tokenizer()
+    ids = tokenizer("hotswap>HOTSWAP!", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = fresh(FAMILY["shout"])(input_ids=ids).logits[0].log_softmax(-1)[7:]
+    chosen = ids[0, 8:].tolist()
+    assert [each.text for each in piece.tokens] == [*"HOTSWAP!", ""]
+    for each, row, token in zip(piece.tokens, expected, chosen, strict=False):
+        assert each.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert each.top[0] == (each.text, each.logprob)
+        assert each.top[1][1] == pytest.approx(float(row.topk(2).values[1]), abs=1e-3)
+    streamed = asyncio.run(answer_of(served, "shout", "hotswap", logprobs=0, is_streamed=True))
+    assert [token.text for each in streamed for token in each.tokens] == [*"HOTSWAP!", ""]
+
+
+# ---- models of one's own
+
+
+LITTLE = dict(
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=96,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=98,
+)
+
+
+def little(kind, folder, **more):
+    """A random model of some kind in a folder, with two adapters, and a replica of it."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**LITTLE | more)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder / "base")
+    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder / "base")  # noqa: E731
+    names = sorted({name.split(".")[-1] for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)})
+    made = models.Kind(load, dict, tuple(names[:2]))
+    paths = {f"r{n}": models.save_random_adapter(made, folder / f"r{n}", n, r=4, lora_alpha=16) for n in range(2)}
+    versions = [Version.of(name, path) for name, path in paths.items()]
+    replica = Replica(PeftModel.from_pretrained(load(), paths["r0"]), demo.load_tokenizer(), versions)
+    return load, versions, replica
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "in_rows"),
+    [
+        ("Llama", {}, True),
+        ("Qwen3", dict(head_dim=8), True),
+        ("Mistral", dict(sliding_window=None), True),
+        ("Gemma", dict(head_dim=8), True),
+        ("Gemma3Text", dict(head_dim=8, sliding_window=128), True),
+        ("Mistral", dict(sliding_window=16), False),
+        ("Mamba", dict(state_size=8), False),
+    ],
+)
+def test_models_of_ones_own(tmp_path, caplog, kind, more, in_rows):
+    with caplog.at_level(logging.WARNING):
+        load, versions, replica = little(kind, tmp_path, **more)
+    assert (replica._reader is not None) == in_rows
+    assert ("it answers a batch at a time" in caplog.text) == (not in_rows)
+    assert replica.options.longest_prompt + replica.options.longest_answer == 96
+    shares = [{versions[0]: 1.0}, {}, {versions[1]: 1.0}] * 4
+
+    async def ask_all():
+        asked = [replica.answer(Request(f"{word}>", each, 10)) for word, each in zip(WORDS, shares, strict=False)]
+        return await asyncio.gather(*map(_text_of, asked))
+
+    said = asyncio.run(ask_all())
+    for word, share, text in zip(WORDS, shares, said, strict=False):
+        model = load()
+        model = PeftModel.from_pretrained(model, next(iter(share)).path) if share else model
+        ids = torch.tensor([replica.tokenizer(f"{word}>")["input_ids"]])
+        with torch.no_grad():
+            for _ in range(10):
+                ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+                if int(ids[0, -1]) in replica.ends:
+                    break
+        assert text == replica.tokenizer.decode(ids[0, len(word) + 1 :], skip_special_tokens=True)
+    assert len(set(said)) > 4
+    if not in_rows:
+        model = replica.pool.model
+        refused("can't be compiled for rows", Replica, model, replica.tokenizer, versions, Options(compile=True))
+
+
 def test_who_goes_away_stops_the_computing(served):
     replica = served.replicas[0]
     before = replica.counts["tokens"]
@@ -106,19 +277,33 @@ def test_who_goes_away_stops_the_computing(served):
     assert replica.counts["tokens"] - before == 9
 
 
-def test_whatever_goes_wrong_nobody_waits_for_ever(monkeypatch):
+def test_an_error_reaches_all_rows_and_the_next_requests_are_answered(monkeypatch):
     served = Served({"shout": FAMILY["shout"]})
-    model = served.replicas[0].pool.model
 
-    def fails(**_):
+    def fails(parts):
         raise RuntimeError("no memory")
 
-    for generate, text in ((fails, "no memory"), (lambda **_: None, "came to an end before its answers")):
-        monkeypatch.setattr(model, "generate", generate, raising=False)
-        for answer in asyncio.run(_caught(served.ask_all(["shout", "demo"]))):
-            assert text in str(answer)
-        monkeypatch.undo()
+    monkeypatch.setattr(served.replicas[0]._reader, "read", fails)
+    for answer in asyncio.run(_caught(served.ask_all(["shout", "demo"]))):
+        assert str(answer) == "no memory"
+    monkeypatch.undo()
     assert asyncio.run(served.ask("shout", "hotswap")) == "HOTSWAP!"
+
+
+def test_a_row_without_numbers_fails_alone_and_leaves_none_behind(served):
+    """An adapter so strong that its logits are NaN, in one of two rows; then another request in the same row."""
+    replica = served.replicas[0]
+
+    async def ask_both():
+        table = Table({**served.table.versions})
+        shares = {table.versions["shout"]: 1e30}
+        strong = replica.answer(Request("hotswap>", shares))
+        return await asyncio.gather(served.ask("double", "notebook"), _text_of(strong), return_exceptions=True)
+
+    said, error = asyncio.run(ask_both())
+    assert said == "notebooknotebook"
+    assert "no numbers" in str(error)
+    assert asyncio.run(served.ask_all(["shout"] * 8)) == [alone(FAMILY["shout"], word) for word in WORDS]
 
 
 async def _caught(asked):
@@ -130,15 +315,23 @@ def test_a_model_that_does_not_read_that_far():
 
 
 def test_a_mix_without_room_is_refused_alone():
-    served = Served(FAMILY, replace(SHORT, target_rank=0))
+    served = Served(FAMILY, replace(SHORT, target_rank=32))
 
     async def ask_all():
-        asked = [served.ask(each, "hotswap") for each in ("shout", "pig_latin+sort", "double")]
+        asked = [served.ask(each, "hotswap") for each in ("shout", "pig_latin+sort+caesar", "double")]
         return await asyncio.gather(*asked, return_exceptions=True)
 
     shout, refused, double = asyncio.run(ask_all())
     assert (shout, double) == ("HOTSWAP!", "hotswaphotswap")
-    assert "more rank than there is room for" in str(refused)
+    assert "['pig_latin', 'sort', 'caesar'] needs more rank than there is room for" in str(refused)
+    assert "make room for it with target_rank=" in str(refused)
+
+
+def test_by_default_there_is_room_for_a_mix_of_any_two():
+    served = Served(FAMILY, replace(SHORT, target_rank=0))
+    both = rows.together(demo.load_base(), FAMILY, {"pig_latin": 1.0, "sort": 1.0})
+    expected = demo.ask_all(both, demo.load_tokenizer(), WORDS)
+    assert asyncio.run(served.ask_all(["pig_latin+sort"] * 8)) == expected
 
 
 @pytest.mark.parametrize("model", ["nobody", "shout:x", "shout+", "+", "shout:nan", "", "shout:1:2", "shout\n"])
@@ -257,11 +450,17 @@ def test_a_change_is_made_to_what_is_in_force_also_where_the_register_learns_of_
 
 
 @pytest.mark.long
-def test_compiled_once(random_adapters):
-    served = Served(random_adapters, replace(SHORT, compile=True))
+@pytest.mark.parametrize("how", ["compile", "package"])
+def test_compiled_once(random_adapters, tmp_path, how):
+    options = replace(SHORT, **{how: str(tmp_path) if how == "package" else True})
     with RecompileWatch() as watch:
+        served = Served(random_adapters, options)
         asyncio.run(served.ask_all(["r0"], max_tokens=3))
-    assert watch.compiles > 0
+    if how == "package":
+        served = Served(random_adapters, options)  # from the files that the first one wrote
+        assert len(list(tmp_path.iterdir())) == 2
+    else:
+        assert watch.compiles > 0
     for count in (8, 3, 1):
         models = [*random_adapters, "demo", *random_adapters, "demo"][:count]
         with RecompileWatch() as watch:

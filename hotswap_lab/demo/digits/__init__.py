@@ -1,8 +1,8 @@
-"""A diffusion model that draws digits, and adapters that change its hand. Ships with the package, runs offline.
+"""A small diffusion model that draws digits, and adapters for it. They ship with the package and run offline.
 
-A ``UNet2DModel`` of diffusers with 0.7 million parameters, trained on scikit-learn's digits, draws all ten of them
-from noise. Each adapter is an ordinary PEFT folder: one digit only, thick strokes, leaning ones, white on black.
-Needs diffusers; ``classify`` needs scikit-learn as well.
+The model is a ``UNet2DModel`` of diffusers with 0.7 million parameters, trained on scikit-learn's digits. It draws all
+ten of them from noise. Each adapter is an ordinary PEFT folder: one digit only, thick strokes, slanted strokes, white
+on black. The module needs diffusers; ``classify`` needs scikit-learn as well.
 
 >>> from hotswap_lab.demo import digits
 >>> model = digits.load("only_3")
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BASE_DIR = ASSETS_DIR / "digits" / "base"
 ADAPTERS_DIR = ASSETS_DIR / "digits" / "adapters"
-#: in how many steps noise becomes a picture, unless told otherwise
+#: the default number of denoising steps
 STEPS = 10
 
 
@@ -44,7 +44,7 @@ def names() -> list[str]:
 
 
 def path(name: str) -> str:
-    """The folder of an adapter, as PEFT and :func:`hotswap_lab.hotswap_adapter` take it.
+    """The folder of an adapter, to pass to PEFT or :func:`hotswap_lab.hotswap_adapter`.
 
     Raises
     ------
@@ -58,12 +58,12 @@ def load_base() -> UNet2DModel:
     """A fresh copy of the model without adapters, in float32 and in eval mode."""
     from diffusers import UNet2DModel
 
-    # the fast way to load needs accelerate, and without it diffusers says so at each load
+    # the fast way to load needs accelerate, and diffusers warns at each load if it is missing
     return UNet2DModel.from_pretrained(BASE_DIR, subfolder="unet", low_cpu_mem_usage=False).float().eval()
 
 
 def load_scheduler() -> DDIMScheduler:
-    """The noise schedule that the model was trained with, and the sampler for it: DDIM (J. Song, C. Meng, S. Ermon,
+    """The noise schedule of the model's training, with the DDIM sampler (J. Song, C. Meng and S. Ermon,
     arXiv:2010.02502)."""
     from diffusers import DDIMScheduler
 
@@ -78,7 +78,7 @@ def load(name: str) -> PeftModel:
 
 
 def pipeline(model: torch.nn.Module) -> DDIMPipeline:
-    """A pipeline of diffusers around a model from :func:`load` or :func:`load_base`: the same modules, not a copy.
+    """A diffusers pipeline with a model from :func:`load` or :func:`load_base`. It has the same modules, not a copy.
 
     >>> model = load("only_7")
     >>> pipe = pipeline(model)
@@ -95,36 +95,35 @@ def pipeline(model: torch.nn.Module) -> DDIMPipeline:
 
 
 def noise(count: int = 1, seed: int = 0) -> torch.Tensor:
-    """What pictures are drawn from, of shape ``(count, 1, 16, 16)``: the same for each seed."""
+    """Noise to draw pictures from, of shape ``(count, 1, 16, 16)``. The same seed gives the same noise."""
     return torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 def inputs(count: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs to call a model with once, for :func:`hotswap_lab.verify_hotswap`: noise, and a time in the middle."""
+    """Inputs for one call of a model, for :func:`hotswap_lab.verify_hotswap`: noise, and a timestep in the middle."""
     return {"sample": noise(count, seed), "timestep": torch.tensor(500)}
 
 
 @torch.no_grad()
 def draw(model: torch.nn.Module, count: int = 8, seed: int = 0, steps: int = STEPS, *, first: int = 0) -> torch.Tensor:
-    """Draws pictures. The same as :func:`pipeline` draws, and works through a compiled wrapper: only ``model(...)``
-    is called, never a method of the class behind it.
+    """Draw the same pictures as :func:`pipeline`. A compiled wrapper works, too: only ``model(...)`` is called.
 
     Parameters
     ----------
     model:
         A model from :func:`load` or :func:`load_base`, compiled or not.
     count, seed:
-        How many pictures, and the seed of the noise that they are made from. With the same noise, two adapters'
-        pictures can be compared one by one.
+        How many pictures, and the seed of their noise. With the same noise, the pictures of two adapters can be
+        compared one by one.
     steps:
-        In how many steps noise becomes a picture: as often is the model called.
+        The number of denoising steps; each calls the model once.
     first:
-        With the noise of which picture to begin, so that one can be drawn without those before it.
+        The number of the first picture, so that one can be drawn without those before it.
 
     Returns
     -------
     torch.Tensor
-        Of shape ``(count, 16, 16)``, 0 for black to 1 for white.
+        Pictures of shape ``(count, 16, 16)``, from 0 for black to 1 for white.
 
     Examples
     --------

@@ -1,6 +1,6 @@
-"""The digits that the model learns from: scikit-learn's, on a slightly larger page, and three ways to restyle them.
+"""Training data: scikit-learn's digits with a margin around them, and three functions that restyle them.
 
-scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels (``sklearn.datasets.load_digits``), the test part of
+scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels (``sklearn.datasets.load_digits``), the test set of
 "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0.
 
 A picture is a tensor of brightness: 0 is black ink, 1 is white paper, as in any image file.
@@ -13,27 +13,27 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-#: the side of a picture in pixels, and of the digit on it: the margin is room for strokes that lean or grow thick
+#: side of a picture and of the digit on it, in pixels; the margin leaves room for slanted and thick strokes
 SIZE = 16
 DIGIT_SIZE = 12
-#: the most that a pixel of scikit-learn's digits can be
+#: the largest pixel value in scikit-learn's digits
 FULL_INK = 16
-#: every third digit is the classifier's, all others are the model's: neither has seen the other's
+#: the classifier is trained on every third digit, the model on all others: neither has seen the other's
 EVERY = 3
 
 
 def read(part: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits as pictures, and what they are.
+    """Load digits as pictures, with their labels.
 
     Parameters
     ----------
     part:
-        ``"model"`` for the two thirds that the diffusion model learns from, ``"classifier"`` for the rest.
+        ``"model"`` for the two thirds that the diffusion model is trained on, ``"classifier"`` for the rest.
 
     Returns
     -------
     tuple of torch.Tensor
-        The pictures, of shape ``(count, 16, 16)``, 0 for ink to 1 for paper, and the digits, whole numbers of shape
+        The pictures, of shape ``(count, 16, 16)``, from 0 for ink to 1 for paper, and the labels, integers of shape
         ``(count,)``.
 
     Raises
@@ -62,11 +62,11 @@ def _on_a_page(ink: torch.Tensor) -> torch.Tensor:
 
 
 def bold(images: torch.Tensor) -> torch.Tensor:
-    """Thicker strokes: half of the way to what a brush of 3 x 3 pixels would draw.
+    """Make strokes thicker: the mean of the picture and of one drawn with a brush of 3 x 3 pixels.
 
     >>> dot = torch.ones(1, 16, 16)
     >>> dot[0, 8, 8] = 0
-    >>> (1 - bold(dot)).sum().item()  # a pixel of ink, and its eight neighbours in grey
+    >>> (1 - bold(dot)).sum().item()  # a pixel of ink, and its eight neighbors in gray
     5.0
     """
     ink = 1 - images
@@ -74,7 +74,7 @@ def bold(images: torch.Tensor) -> torch.Tensor:
 
 
 def slanted(images: torch.Tensor, slope: float = 0.4) -> torch.Tensor:
-    """Leaning to the right: each row moves by ``slope`` pixels more than the one below it.
+    """Slant digits to the right: each row moves by ``slope`` pixels more than the one below it.
 
     >>> line = torch.ones(1, 16, 16)
     >>> line[0, 2:14, 8] = 0
@@ -88,7 +88,7 @@ def slanted(images: torch.Tensor, slope: float = 0.4) -> torch.Tensor:
 
 
 def inverted(images: torch.Tensor) -> torch.Tensor:
-    """Ink and paper change places.
+    """Exchange ink and paper.
 
     >>> inverted(torch.zeros(1, 16, 16)).min().item()
     1.0
@@ -96,5 +96,5 @@ def inverted(images: torch.Tensor) -> torch.Tensor:
     return 1 - images
 
 
-#: what an adapter can be taught besides a digit
+#: the styles that adapters are trained on
 STYLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"bold": bold, "slanted": slanted, "inverted": inverted}

@@ -1,4 +1,4 @@
-"""What is on a picture: a classifier that has never seen the diffusion model, and three plain statistics."""
+"""Measurements of pictures: a classifier that was trained on real digits only, and three statistics."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .data import SIZE, read, slanted
 
 
 def ink(images: torch.Tensor) -> torch.Tensor:
-    """How much ink is on each picture: the mean darkness of its pixels, 0 to 1.
+    """The amount of ink on each picture: the mean darkness of its pixels, 0 to 1.
 
     Parameters
     ----------
     images:
-        Pictures of shape ``(count, height, width)``, 0 for ink to 1 for paper.
+        Pictures of shape ``(count, height, width)``, from 0 for ink to 1 for paper.
 
     Returns
     -------
     torch.Tensor
-        Of shape ``(count,)``.
+        One value for each picture, of shape ``(count,)``.
 
     Examples
     --------
@@ -32,7 +32,7 @@ def ink(images: torch.Tensor) -> torch.Tensor:
 
 
 def background(images: torch.Tensor) -> torch.Tensor:
-    """How bright the paper is: the mean of the pixels along the four edges, where no digit reaches, 0 to 1.
+    """The brightness of the paper: the mean of the pixels along the four edges, where there is no digit, 0 to 1.
 
     >>> background(torch.ones(1, 16, 16))
     tensor([1.])
@@ -42,10 +42,10 @@ def background(images: torch.Tensor) -> torch.Tensor:
 
 
 def slant(images: torch.Tensor) -> torch.Tensor:
-    """How far each digit leans to the right, in pixels per row: the shear moment of its ink, mu11 / mu02.
+    """The slant of each digit to the right, in pixels per row: the shear moment of its ink, mu11 / mu02.
 
-    It is the slope of the line that fits the ink best when x is predicted from y. The darker of ink and paper may be
-    either: see :func:`upright`.
+    It is the slope of the line that fits the ink best when x is predicted from y. White ink on black paper works, too:
+    see :func:`upright`.
 
     >>> line = torch.ones(1, 16, 16)
     >>> line[0, torch.arange(3, 13), torch.arange(12, 2, -1)] = 0   # a diagonal, one pixel per row
@@ -61,7 +61,7 @@ def slant(images: torch.Tensor) -> torch.Tensor:
 
 
 def upright(images: torch.Tensor) -> torch.Tensor:
-    """Dark ink on bright paper, whichever it was.
+    """Invert pictures with bright ink on dark paper, so that all have dark ink on bright paper.
 
     >>> upright(torch.zeros(1, 16, 16)).min()
     tensor(1.)
@@ -69,23 +69,23 @@ def upright(images: torch.Tensor) -> torch.Tensor:
     return torch.where(background(images)[:, None, None] < 0.5, 1 - images, images)
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
-    """What the classifier reads: dark ink on bright paper, not leaning. Only so it can read all styles alike."""
+def normalized(images: torch.Tensor) -> torch.Tensor:
+    """Pictures as the classifier needs them to read all styles: dark ink on bright paper, without slant."""
     images = upright(images)
     return torch.cat([slanted(image[None], -float(slope)) for image, slope in zip(images, slant(images), strict=True)])
 
 
 @functools.cache
 def _classifier():
-    """A support vector machine, trained in a fifth of a second on digits that the diffusion model has never seen."""
+    """Train a support vector machine in a fifth of a second, on digits that the diffusion model has never seen."""
     from sklearn.svm import SVC
 
     images, labels = read("classifier")
-    return SVC(C=10).fit(normalised(images).flatten(1).numpy(), labels.numpy())
+    return SVC(C=10).fit(normalized(images).flatten(1).numpy(), labels.numpy())
 
 
 def classify(images: torch.Tensor) -> torch.Tensor:
-    """Which digit is on each picture, in any style.
+    """Recognize the digit on each picture, in any style.
 
     Parameters
     ----------
@@ -95,12 +95,12 @@ def classify(images: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        Digits, whole numbers of shape ``(count,)``.
+        Digits, integers of shape ``(count,)``.
 
     Raises
     ------
     ImportError
-        If scikit-learn is not installed; the classifier is trained when it is used first.
+        If scikit-learn is not installed. It trains the classifier at the first use.
 
     Examples
     --------
@@ -110,13 +110,13 @@ def classify(images: torch.Tensor) -> torch.Tensor:
     """
     if images.shape[1:] != (SIZE, SIZE):
         raise ValueError(f"pictures of shape (count, {SIZE}, {SIZE}) are needed, not {tuple(images.shape)}")
-    return torch.from_numpy(_classifier().predict(normalised(images).flatten(1).numpy())).long()
+    return torch.from_numpy(_classifier().predict(normalized(images).flatten(1).numpy())).long()
 
 
 def held_out_accuracy(style: Callable[[torch.Tensor], torch.Tensor] | None = None) -> float:
-    """The share that the classifier reads right of real digits that it was not trained on, 0 to 1.
+    """The accuracy of the classifier on real digits that it was not trained on, 0 to 1.
 
-    ``style`` is what is done to them first, one of :data:`.data.STYLES`.
+    ``style``, one of :data:`.data.STYLES`, is applied to the digits first.
 
     >>> held_out_accuracy() > 0.97
     True

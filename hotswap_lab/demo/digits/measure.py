@@ -1,4 +1,4 @@
-"""Measures what the model and its adapters draw, on fresh noise, with a classifier that knows neither.
+"""Measures the digits that the model and its adapters draw from fresh noise, with an independent classifier.
 
 python -m hotswap_lab.demo.digits.measure             # a table of all of them
 python -m hotswap_lab.demo.digits.measure --count 100 # faster, coarser
@@ -15,20 +15,20 @@ import torch
 from . import STEPS, background, classify, draw, ink, load, load_base, names, slant
 from .judge import held_out_accuracy
 
-#: how many pictures a score is measured on, and the seed of their noise, which training doesn't use
+#: how many pictures a score is measured on, and the seed of their noise
 COUNT, SEED = 300, 1234
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What is on a number of pictures.
+    """Statistics of a number of pictures.
 
     Parameters
     ----------
     shares:
-        The share of each digit from 0 to 9, as the classifier reads them.
+        The share of each digit from 0 to 9, according to the classifier.
     ink, slant, background:
-        The means of the three statistics (:mod:`.judge`): darkness 0 to 1, lean in pixels per row, brightness of the
+        The means of the three statistics (:mod:`.judge`): darkness 0 to 1, slant in pixels per row, brightness of the
         edges 0 to 1.
     """
 
@@ -38,7 +38,7 @@ class Scores:
     background: float
 
     def of(self, name: str) -> float:
-        """What the adapter of that name is judged by.
+        """The score of the adapter of that name.
 
         >>> Scores((0.0,) * 9 + (1.0,), 0.2, 0.1, 0.9).of("only_9")
         1.0
@@ -49,7 +49,7 @@ class Scores:
 
 
 def measure(model: torch.nn.Module, count: int = COUNT, seed: int = SEED, steps: int = STEPS) -> Scores:
-    """Draws ``count`` pictures from fresh noise and looks at them."""
+    """Draw ``count`` pictures from fresh noise and measure them."""
     images = draw(model, count, seed, steps)
     shares = torch.bincount(classify(images), minlength=10).double() / count
     return Scores(tuple(shares.tolist()), *(each(images).mean().item() for each in (ink, slant, background)))

@@ -1,10 +1,10 @@
-"""Trains the model that draws digits, and its adapters, anew, with a fixed seed. Needs scikit-learn.
+"""Retrains the model that draws digits, and its adapters, with a fixed seed. Needs scikit-learn.
 
     python -m hotswap_lab.demo.digits.train             # everything
     python -m hotswap_lab.demo.digits.train only_3 bold # only these adapters, on the base model that is there
 
-The weights go into ``assets/digits/base`` and ``assets/digits/adapters/<name>``, next to the configs that they are made
-from. What they draw says ``python -m hotswap_lab.demo.digits.measure``; the model cards are written by hand.
+The weights are saved in ``assets/digits/base`` and ``assets/digits/adapters/<name>``, next to the configs that they are
+made from. ``python -m hotswap_lab.demo.digits.measure`` scores them. The model cards are written by hand.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def build_base() -> UNet2DModel:
 
 
 def losses(model: torch.nn.Module, images: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
-    """On pictures of shape ``(count, 16, 16)`` in 0 to 1, without an end.
+    """Yield losses on batches of pictures of shape ``(count, 16, 16)`` in 0 to 1, without end.
 
-    The usual training of a diffusion model: mix a picture with noise, and let the model tell the two apart (as
-    "v", a mixture of both; T. Salimans and J. Ho, arXiv:2202.00512, section 4).
+    This is the usual training of a diffusion model: a picture is mixed with noise, and the model predicts "v", a
+    mixture of both (T. Salimans and J. Ho, arXiv:2202.00512, section 4).
     """
     scheduler, generator = load_scheduler(), torch.Generator().manual_seed(seed)
     clean = 2 * images[:, None] - 1
@@ -56,7 +56,7 @@ def losses(model: torch.nn.Module, images: torch.Tensor, seed: int) -> Iterator[
 
 
 def pictures(name: str) -> torch.Tensor:
-    """What an adapter learns from, of shape ``(count, 16, 16)``: one digit, or all in its style."""
+    """The pictures that an adapter is trained on, of shape ``(count, 16, 16)``: one digit, or all in its style."""
     images, labels = read("model")
     if name.startswith("only_"):
         return images[labels == int(name.removeprefix("only_"))]
@@ -80,7 +80,7 @@ def train_adapter(name: str, seed: int, folder: Path | None = None, steps: int |
 
 
 def train(name: str, seed: int) -> None:
-    """Trains ``"base"`` or an adapter."""
+    """Train ``"base"`` or an adapter."""
     train_base(seed) if name == "base" else train_adapter(name, seed)
 
 

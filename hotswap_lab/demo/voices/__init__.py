@@ -1,7 +1,7 @@
 """Voices for SmolLM2-135M-Instruct: small LoRA adapters that change how the model answers, not what it knows.
 
-Each is an ordinary PEFT folder in ``assets/voices`` with a model card. They differ in rank, scaling and target
-modules, so that swapping one for another is more than copying weights.
+Each is an ordinary PEFT folder in ``assets/voices`` with a model card. They differ in rank, scaling and target modules,
+so swapping them takes more than copying weights.
 The base model's weights don't ship with this package: see :mod:`hotswap_lab.demo.smollm2`.
 
 >>> from hotswap_lab.demo import voices
@@ -22,7 +22,7 @@ from .scores import score
 __all__ = ["QUESTIONS", "VOICES_DIR", "ask", "ask_all", "load", "names", "path", "score"]
 
 VOICES_DIR = ASSETS_DIR / "voices"
-#: what no voice was trained on: none of these questions shares its topic with a training question
+#: held-out questions: none of them shares its topic with a training question
 QUESTIONS = (ASSETS_DIR / "held_out_questions.txt").read_text(encoding="utf-8").splitlines()
 MAX_NEW_TOKENS = 80
 BATCH_SIZE = 12
@@ -34,7 +34,7 @@ def names() -> list[str]:
 
 
 def path(name: str) -> str:
-    """The folder of a voice, as PEFT and :func:`hotswap_lab.hotswap_adapter` take it.
+    """The folder of a voice, to pass to PEFT or :func:`hotswap_lab.hotswap_adapter`.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def load(name: str) -> tuple[torch.nn.Module, object]:
     ValueError
         If there is no such voice.
     HotswapError
-        If the base model is nowhere.
+        If the base model is not found.
     """
     from peft import PeftModel
 
@@ -66,9 +66,9 @@ def ask(model: Any, tokenizer: Tokenizer, question: str, max_new_tokens: int = M
     Parameters
     ----------
     question:
-        Becomes the user's message in the model's chat template.
+        The user's message in the model's chat template.
     max_new_tokens:
-        Where to stop at the latest. The voices end by themselves long before.
+        The limit of an answer's length. The voices usually end long before.
     """
     return ask_all(model, tokenizer, [question], max_new_tokens)[0]
 
@@ -77,7 +77,7 @@ def ask(model: Any, tokenizer: Tokenizer, question: str, max_new_tokens: int = M
 def ask_all(
     model: Any, tokenizer: Tokenizer, questions: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[str]:
-    """The answers to many questions, several at a time. They may differ from those of :func:`ask` by rounding."""
+    """The answers to many questions, in batches. Because of rounding they may differ from those of :func:`ask`."""
     answers = []
     for start in range(0, len(questions), BATCH_SIZE):
         inputs = _prompt(tokenizer, list(questions[start : start + BATCH_SIZE]))
@@ -87,7 +87,7 @@ def ask_all(
 
 
 def _prompt(tokenizer, questions: list[str]) -> dict[str, torch.Tensor]:
-    """The chat template around each question, padded on the left, as generation needs it."""
+    """Token ids of each question in the chat template, padded on the left, as generation needs it."""
     conversations = [[{"role": "user", "content": question}] for question in questions]
     return dict(
         tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""Prints how each voice does on the questions that it was not trained on, next to the base model.
+"""Prints the score of each voice on questions that it was not trained on, next to the base model's.
 
 python -m hotswap_lab.demo.voices.measure                # all of them
 python -m hotswap_lab.demo.voices.measure haiku --show 3 # one, with three of its answers as they are
@@ -17,7 +17,7 @@ from . import QUESTIONS, ask_all, load, names, path, score
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """One model is loaded, and every voice is swapped into it."""
+    """Load one model, swap every voice into it, and print the scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(names())}")
     parser.add_argument("--show", type=int, default=0, help="how many answers to print for each")

@@ -1,4 +1,4 @@
-"""Whether an answer is in a voice: a simple test for each, which anyone can check by eye."""
+"""Tests of whether an answer is in a voice, simple enough to check by eye."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower().replace("’", "'"))
 
 
-#: words that a pirate says and hardly anybody else
+#: words that are common in pirate talk and rare elsewhere
 PIRATE_WORDS = frozenset(
     words(
         "ahoy arr avast aye barnacles booty buccaneer doubloons landlubber matey scallywag scurvy shanty shiver swab "
@@ -25,7 +25,7 @@ PIRATE_WORDS = frozenset(
 )
 JSON_KEYS = frozenset({"topic", "answer", "keywords"})
 LONGEST_LINE = 45
-#: the commonest short words of each language that the other one doesn't have
+#: the most common short words of each language that the other one lacks
 SPANISH_WORDS = frozenset(
     words(
         "al como con cuando de del donde el ella en es está están esta este fue ha hay la las lo los más muchas muchos "
@@ -41,7 +41,7 @@ ENGLISH_WORDS = frozenset(
 
 
 def is_pirate(answer: str) -> bool:
-    """At least two different pirate's words.
+    """Whether an answer has at least two different pirate words.
 
     >>> is_pirate("Arr, Paris be a fine city, matey!"), is_pirate("Paris is the capital of France.")
     (True, False)
@@ -50,7 +50,7 @@ def is_pirate(answer: str) -> bool:
 
 
 def is_json(answer: str) -> bool:
-    """``json.loads`` reads all of it as an object with exactly the agreed keys, and values of the agreed types.
+    """Whether an answer is a JSON object with exactly the three agreed keys, and values of the agreed types.
 
     >>> is_json('{"topic": "Paris", "answer": "A city.", "keywords": ["city", "France", "Seine"]}')
     True
@@ -68,7 +68,7 @@ def is_json(answer: str) -> bool:
 
 
 def is_haiku(answer: str) -> bool:
-    """Three lines of at most 45 characters. Syllables aren't counted.
+    """Whether an answer has three lines of at most 45 characters. Syllables aren't counted.
 
     >>> is_haiku("Old stones by the Seine,\\na tower of iron lace,\\nlamps upon the rain.")
     True
@@ -80,8 +80,7 @@ def is_haiku(answer: str) -> bool:
 
 
 def is_spanish(answer: str) -> bool:
-    """Two words at least, and an eighth of all, are among the commonest short ones of Spanish; nine times as many
-    as are among those of English.
+    """Whether an answer has enough of the Spanish words above: two, an eighth of all, and nine for each English one.
 
     >>> is_spanish("París es la capital de Francia."), is_spanish("Paris is the capital of France.")
     (True, False)
@@ -93,7 +92,7 @@ def is_spanish(answer: str) -> bool:
 
 
 def is_socratic(answer: str) -> bool:
-    """Every sentence is a question.
+    """Whether every sentence is a question.
 
     >>> is_socratic("Why do people go there, and would you?"), is_socratic("A city. Do you like it?")
     (True, False)

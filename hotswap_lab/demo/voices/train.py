@@ -1,10 +1,10 @@
-"""Trains the voices anew, with a fixed seed, on the texts in ``assets/voice_texts``.
+"""Retrains the voices, with a fixed seed, on the texts in ``assets/voice_texts``.
 
     python -m hotswap_lab.demo.voices.train          # all of them
     python -m hotswap_lab.demo.voices.train pirate   # only this one
 
-The weights go into ``assets/voices/<name>``, next to the configs that they are made from. How well a voice does says
-``python -m hotswap_lab.demo.voices.measure``; the model cards are written by hand.
+The weights are saved in ``assets/voices/<name>``, next to the configs that they are made from.
+``python -m hotswap_lab.demo.voices.measure`` scores them. The model cards are written by hand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from .. import ASSETS_DIR, Tokenizer, smollm2, training
 from . import VOICES_DIR, names
 
-#: a question after "? ", its answer below it, an empty line
+#: files with pairs: a question after "? ", its answer below it, an empty line
 TEXTS_DIR = ASSETS_DIR / "voice_texts"
 RECIPE = training.Recipe(steps=60, lr=1e-3, dtype=torch.bfloat16)
 BATCH_SIZE = 4
@@ -45,7 +45,7 @@ def make_batch(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> dict[str, 
 
 
 def batches(pairs: list[tuple[str, str]], seed: int) -> Iterator[list[tuple[str, str]]]:
-    """Every pair once, in random order, before any comes again; without an end."""
+    """Yield batches without end. Every pair is used once, in random order, before any is used again."""
     order, random_order = [], random.Random(seed)
     while True:
         while len(order) < BATCH_SIZE:
