@@ -7,9 +7,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ LOG = logging.getLogger("ray.serve")
 FRONT, REGISTER, REPLICA = "Front", "Register", "Replica"
 #: for the embedded model
 DEMO: dict[str, Any] = {"base": str(demo.BASE_DIR), "adapters": str(demo.ADAPTERS_DIR), "target_rank": 48}
+DEMO |= {"longest_prompt": 32, "longest_answer": 32}
 #: the numbers among the arguments, with their defaults; where that is not 0, the number must be positive
 NUMBERS: dict[str, int] = {"replicas": 1} | {
     each.name: each.default for each in fields(Options) if isinstance(each.default, int)
@@ -174,23 +174,6 @@ class Front:
         return [each for each in states if isinstance(each, dict)]  # and not of one that has just been lost
 
 
-def fill_in(options: Options, config: Any) -> Options:
-    """The options with numbers for the longest prompt and answer, where 0 is as much as the model reads.
-
-    Raises
-    ------
-    HotswapError
-        If the model can't read that far.
-    """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    room = positions - options.longest_prompt if options.longest_prompt else positions // 2
-    answer = options.longest_answer or max(min(room, 256), 1)
-    prompt = options.longest_prompt or max(min(positions - answer, 1024), 1)
-    if prompt + answer > positions:
-        raise refuse("too_long_for_model", longest=prompt + answer, positions=positions)
-    return replace(options, longest_prompt=prompt, longest_answer=answer)
-
-
 def load_replica(base: str, versions: Sequence[Version], options: Options) -> Replica:
     """A replica of a language model in a folder or on the Hub."""
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -263,7 +246,7 @@ def _for_base(options: Options, base: str) -> Options:
         config, _ = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     except Exception as error:  # of any kind: transformers has no common one
         raise refuse("no_base", base=base, error=error) from None
-    return fill_in(options, config)
+    return options.for_model(config)
 
 
 def _check_adapter(name: str, path: str, base: str, target_rank: int) -> None:

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +16,7 @@ from served import FAMILY
 from hotswap_lab import demo
 from hotswap_lab.serving import Options, Table, app
 from hotswap_lab.serving.__main__ import arguments
-from hotswap_lab.serving.cluster import NUMBERS, build, fill_in, load_replica
+from hotswap_lab.serving.cluster import NUMBERS, build, load_replica
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -54,27 +53,9 @@ def test_a_model_of_ones_own(tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
     adapters = f"loud={FAMILY['shout']},sort={FAMILY['sort']}"
     name, _, options, _, _ = options_of({"base": str(base), "adapters": adapters})
-    assert (name, options.longest_prompt, options.longest_answer) == (str(base), 128, 128)
-    refused("found 1280|1280 tokens", app, {"base": str(base), "longest_prompt": 1024, "longest_answer": 256})
+    assert (name, options.longest_prompt, options.longest_answer) == (str(base), 192, 64)
+    refused("1024 and 256|can't read that far", app, {"base": str(base), "longest_prompt": 1024, "longest_answer": 256})
     assert options_of({"base": str(base)})[2] == options  # and no adapters
-
-
-def test_numbers_are_filled_in():
-    def filled(positions, prompt=0, answer=0):
-        config = SimpleNamespace(max_position_embeddings=positions)  # or the part of a larger model that is for text
-        whole = SimpleNamespace(get_text_config=lambda: config)
-        options = fill_in(Options(longest_prompt=prompt, longest_answer=answer), whole)
-        return options.longest_prompt, options.longest_answer
-
-    assert filled(32_768) == filled(None) == (1024, 256)
-    assert filled(1280) == (1024, 256)
-    assert filled(1000) == (744, 256)
-    assert filled(256) == (128, 128)
-    assert filled(256, prompt=200) == (200, 56)
-    assert filled(256, answer=200) == (56, 200)
-    assert filled(4096, 3000, 1000) == (3000, 1000)
-    for wrong in ((256, 256), (256, 0, 256), (256, 200, 57)):
-        refused("can't read that far", filled, *wrong)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +70,7 @@ def test_numbers_are_filled_in():
         ({"replicas": "0"}, "replicas='0'"),
         ({"timeout": 0}, "timeout=0"),
         ({"held": -1}, "held=-1.*\n.*at least 0"),
-        ({"longest_prompt": 40, "longest_answer": 40}, "80 tokens.*\n.*at most 64"),
+        ({"longest_prompt": 40, "longest_answer": 40}, "can't read that far.*\n.*40.*40.*\n.*64"),
         ({"base": "/nowhere"}, "base model can't be read.*\n.*found:    /nowhere"),
         ({"base": str(demo.BASE_DIR), "adapters": "/nowhere"}, "There are no adapters.*\n.*/nowhere"),
         ({"adapters": "one=/nowhere"}, "Can't find 'adapter_config.json'"),
