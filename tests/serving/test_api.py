@@ -322,6 +322,22 @@ def _busy():
     return BusyError(refusal("too_many_wait"))
 
 
+def test_langchain(api):
+    langchain = pytest.importorskip("langchain_openai")
+
+    async def ask(client):
+        how = dict(base_url=URL, api_key="-", http_async_client=client._client)
+        chat = langchain.ChatOpenAI(model="reverse", seed=1, top_p=0.9, stop=["w"], logprobs=True, **how)
+        whole = await chat.ainvoke("hotswap")
+        streamed = langchain.ChatOpenAI(model="reverse", stream_usage=True, **how)
+        return whole.content, [each async for each in streamed.astream("hotswap")]
+
+    text, chunks = with_client(api, ask)
+    assert text == "pa"
+    assert "".join(chunk.content for chunk in chunks) == "pawstoh"
+    assert sum(chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata) == 8
+
+
 # ---- what would stop the server
 
 
