@@ -8,6 +8,8 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, Depends, FastAPI, Header, HTTPException
@@ -168,8 +170,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
 
     @api.post("/v1/completions")
     async def completions(asked: AskedText) -> Any:
-        prompt = asked.prompt if isinstance(asked.prompt, str) else "".join(asked.prompt)
-        return await answered(asked, prompt, TEXT, asked.logprobs)
+        return await answered(asked, "".join(asked.prompt), TEXT, asked.logprobs)  # also a list of one
 
     @api.post("/v1/chat/completions")
     async def chat_completions(asked: AskedChat) -> Any:
@@ -188,23 +189,22 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         except UnicodeEncodeError as error:
             raise refuse("no_text", error=error) from None
         shares, most = backend.table.shares(asked.model, base), asked.max_completion_tokens or asked.max_tokens
-        heat = asked.temperature or 0.0
         # OpenAI's field for the state of the server holds the versions that answer
         versions = "+".join(f"{each}:{weight:g}" if weight != 1 else f"{each}" for each, weight in shares.items())
         frame = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": asked.model}
         frame["system_fingerprint"] = versions or base
-        seeds = [None if asked.seed is None else asked.seed + index for index in range(asked.n or 1)]
-        how = (stop, logprobs, bool(asked.stream))
-        requests = [
-            Request(prompt, shares, most, heat * (heat >= COLDEST), asked.top_p or 1.0, seed, *how) for seed in seeds
-        ]
+        heat = asked.temperature if asked.temperature and asked.temperature >= COLDEST else 0.0
+        how = (heat, asked.top_p or 1.0, asked.seed, stop, logprobs, bool(asked.stream))
+        requests = [Request(prompt, shares, most, *how)] * (asked.n or 1)
+        if asked.seed is not None:
+            requests = [replace(each, seed=asked.seed + index) for index, each in enumerate(requests)]
         pieces = _merged([backend.answer(each) for each in requests])
         if asked.stream:
             has_usage = bool((asked.stream_options or {}).get("include_usage"))
             first = await anext(pieces)  # until here, an error has a status of its own
             return StreamingResponse(_events(first, pieces, kind, frame, has_usage), media_type="text/event-stream")
         ends = dict([each async for each in pieces])
-        choices = [_choice(index, ends[index], kind) for index in range(len(seeds))]
+        choices = [_choice(index, ends[index], kind) for index in range(len(requests))]
         return {**frame, "object": kind, "choices": choices, "usage": _usage(ends.values())}
 
     return api
@@ -222,7 +222,8 @@ async def _merged(answers: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenera
                     queue.put_nowait((index, piece))
         except Exception as error:
             end = error
-        queue.put_nowait(end)
+        finally:  # also where the backend cancels the answer
+            queue.put_nowait(end)
 
     tasks = [asyncio.create_task(read(*each)) for each in enumerate(answers)]
     try:
@@ -250,18 +251,16 @@ def _choice(index: int, piece: Piece, kind: str, is_part: bool = False, offset: 
 
 
 def _logprobs(tokens: Sequence[Token], kind: str, offset: int) -> dict[str, Any]:
-    each_one = [
-        _chosen(token.text, token.logprob) | {"top_logprobs": [_chosen(*each) for each in token.top]}
-        for token in tokens
-    ]
+    described = []
+    for token in tokens:
+        described.append(_chosen(token.text, token.logprob) | {"top_logprobs": [_chosen(*each) for each in token.top]})
     if kind == CHAT:
-        return {"content": each_one}
-    texts = [token.text for token in tokens]
+        return {"content": described}
     return {
-        "tokens": texts,
-        "token_logprobs": [each["logprob"] for each in each_one],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in each_one],
-        "text_offset": [offset + len("".join(texts[:n])) for n in range(len(texts))],
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [each["logprob"] for each in described],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in described],
+        "text_offset": [*accumulate((len(token.text) for token in tokens[:-1]), initial=offset)],
     }
 
 
