@@ -280,6 +280,24 @@ def test_one_choice_that_fails_ends_the_others():
     assert fake.closed == len(fake.requests)
 
 
+def test_one_choice_that_fails_does_not_wait_for_the_others():
+    class Waiting(Fake):
+        async def answer(self, request):
+            try:
+                await asyncio.sleep(60 * request.seed)
+                yield Piece("", None, 1, 1)
+                raise self.error
+            finally:
+                self.closed += 1
+
+    fake, start = Waiting(_busy()), time.monotonic()
+    for is_streamed in (False, True):
+        with pytest.raises(openai.APIError, match="Too many requests wait"):
+            asked_of(fake, n=3, seed=0, stream=is_streamed)
+    assert fake.closed == 6
+    assert time.monotonic() - start < 30
+
+
 def test_an_error_after_the_first_piece_ends_the_stream_with_an_event():
     fake = Fake(_busy(), after=2)
     asking = openai_api(fake, "demo")
@@ -341,7 +359,10 @@ def test_langchain(api):
 # ---- what would stop the server
 
 
-@pytest.mark.parametrize("model", ["9" * 100_000, "shout:" + "9" * 100_000, "+" * 100_000, "shout+" * 9 + "shout"])
+@pytest.mark.parametrize(
+    "model",
+    ["9" * 100_000, "shout:" + "9" * 100_000, "+" * 100_000, "shout+" * 9 + "shout", "shout:" + "0" * 999 + "1"],
+)
 def test_names_are_read_in_linear_time(served, model):
     start = time.perf_counter()
     error = refused("no such mix", served.table.shares, model, "demo")
@@ -394,12 +415,19 @@ def posted(api, path, body):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[" * 9_000, b"\xff", b"null", b'{"n": ' + b"9" * 5_000 + b"}", b'{"temperature": NaN}']
+    "body", [b"", b"{", b"[" * 9_000, b"\xff", b"null", b'{"n": ' + b"9" * 5_000 + b"}", b'{"n": 1}']
 )
 def test_bodies_that_nobody_can_read(api, body):
     answer = posted(api, "/v1/completions", body)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "-1e-40"])
+def test_numbers_that_are_none(api, field, value):
+    body = b'{"model": "shout", "prompt": "p", "%s": %s}' % (field.encode(), value.encode())
+    assert f"{field}: Input should be" in posted(api, "/v1/completions", body).json()["error"]["message"]
 
 
 def test_half_a_surrogate_pair_is_no_text(api):
