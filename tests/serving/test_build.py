@@ -96,7 +96,7 @@ def test_a_replica_without_adapters(tmp_path):
 
     from hotswap_lab.serving import Request, Version
 
-    for rank, added in ((0, "double"), (48, "pig_latin")):
+    for rank, added in ((0, "double"), (4, "double"), (48, "pig_latin")):
         options = Options(longest_prompt=16, longest_answer=16, target_rank=rank)
         replica = load_replica(str(demo.BASE_DIR), [], options)
         version = Version.of("late", FAMILY[added])
