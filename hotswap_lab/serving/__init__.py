@@ -22,14 +22,19 @@ def app(args: dict[str, Any]) -> Any:
     ----------
     args:
         ``base``: a folder or a Hub id; by default the embedded model. ``adapters``: a folder of adapters, or
-        ``name=path,name=path``, or (in a file) a mapping. ``replicas``: how many. ``token``: for admin calls; by
-        default what the environment's ``HOTSWAP_ADMIN_TOKEN`` is. All else is of :class:`Options`. With ``held``,
-        requests for an adapter go to the replicas that have it in memory.
+        ``name=path,name=path``, or (in a file) a mapping; by default none, but for the embedded model. ``replicas``:
+        the number of replicas, 1 by default. ``token``: the token of admin calls; by default the environment's
+        ``HOTSWAP_ADMIN_TOKEN``, and without one there are no admin calls.
+
+    All others are those of :class:`Options`. Each argument may be text, as from a command line. With ``held``, requests
+    for an adapter go to the replicas that have it in memory. With four replicas or more there are two fronts.
+    ``/healthz``, ``/docs`` and ``/openapi.json`` are public.
 
     Raises
     ------
     HotswapError
-        If Ray Serve isn't installed, or there are no adapters.
+        If Ray Serve isn't installed, or an argument is wrong: an unknown name, a number out of its range, a model or
+        an adapter that can't be read, or limits that the model doesn't have. The error names all of them.
 
     Examples
     --------

@@ -1,51 +1,114 @@
 """OpenAI's API in front of replicas: ``model`` is an adapter's name, a mix of some, or the base model."""
 
+import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from typing import Any, Literal
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Header
+from fastapi import Body, Depends, FastAPI, Header, HTTPException
+from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, Field, PositiveInt, StringConstraints
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 from ..core.errors import HotswapError, refusal, refuse
-from .replica import BusyError, Piece, Request
+from .replica import BusyError, Piece, Request, Token
 from .table import UnknownAdapterError
 
 TEXT, CHAT = "text_completion", "chat.completion"
+#: below this temperature, the most probable token is taken each time
+COLDEST = 1e-3
+#: fields that would change the answer, but that replicas don't know. This value changes nothing, nor does an empty one.
+UNKNOWN: dict[str, Any] = {"best_of": 1, "modalities": ["text"], "response_format": {"type": "text"}, "top_k": -1}
+UNKNOWN |= dict.fromkeys(("audio", "bad_words", "echo", "frequency_penalty", "functions", "ignore_eos", "logit_bias"))
+UNKNOWN |= dict.fromkeys(("min_p", "min_tokens", "presence_penalty", "stop_token_ids", "structured_outputs", "suffix"))
+UNKNOWN |= dict.fromkeys(("tools", "use_beam_search", "web_search_options")) | {"repetition_penalty": 1}
 
 
 class TokenError(HotswapError):
     """An admin call without the right token."""
 
 
-#: what each kind of error is in HTTP; any other is the request's own fault
+#: the HTTP status of each kind of error; any other error is 400, the request's own fault
 STATUS: dict[type, int] = {TokenError: 401, UnknownAdapterError: 404, BusyError: 503}
 
+Stop = Annotated[str, StringConstraints(min_length=1)]
 
-class Asked(BaseModel, extra="forbid"):
-    """A completion's ``prompt``, or a chat's ``messages``. What is not here is refused, rather than left undone."""
+
+class Asked(BaseModel, extra="allow"):
+    """The fields that completions and chats share. Other fields are ignored, except those in ``UNKNOWN``."""
 
     model: str
-    prompt: str | None = None
-    messages: list[dict[str, str]] | None = None
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
     temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    n: int | None = Field(None, ge=1, le=8)
     stream: bool | None = None
-    # what clients send by themselves, and what it has to be
-    n: Literal[1] | None = None
-    top_p: Literal[1] | None = None
-    stream_options: dict[str, bool] | None = None
-    user: str | None = None
+    stream_options: dict[str, Any] | None = None
 
 
-def openai_api(backend: Any, base: str, token: str | None = None) -> FastAPI:
+class AskedText(Asked):
+    """A completion."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+
+class Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    role: str
+    content: str | list[Part]
+
+    def written(self) -> dict[str, str]:
+        """The message as a chat template takes it."""
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return {"role": self.role, "content": "".join(parts)}
+
+
+class AskedChat(Asked):
+    """A chat."""
+
+    messages: list[Message]
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class Limited:
+    """ASGI middleware that refuses a request with a longer body, also one that doesn't tell its length."""
+
+    def __init__(self, app: Any, most: int):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        size = 0
+
+        async def counted() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.most:
+                raise HTTPException(413, str(refusal("long_body", most=self.most)))
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt: int = 0) -> FastAPI:
     """The application, for whatever serves ASGI.
 
     Parameters
@@ -54,80 +117,193 @@ def openai_api(backend: Any, base: str, token: str | None = None) -> FastAPI:
         What answers: ``table``, ``answer(request)`` as of a :class:`Replica`, ``await change(paths)`` as of a
         :class:`Register`, and ``await states()`` of all replicas.
     base:
-        What the model without an adapter is called.
+        The name of the model without an adapter.
     token:
         What an admin call has to send. Without one there are no admin calls.
+    longest_prompt:
+        In tokens; 0 is 1024. A body may have 64 bytes for each of them, and 64 KiB.
     """
     api = FastAPI(title="hotswap_lab")
+    api.add_middleware(Limited, most=64 * (longest_prompt or 1024) + 2**16)
 
     @api.exception_handler(HotswapError)
     @api.exception_handler(RequestValidationError)
+    @api.exception_handler(AnyHTTPException)
     async def refused(_: Any, error: Any) -> JSONResponse:
-        status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 400)
-        kind = "server_error" if status == 503 else "invalid_request_error"
-        wrong = error.errors() if isinstance(error, RequestValidationError) else ()
-        text = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in wrong) or str(error)
-        told = {"error": {"message": text, "type": kind, "param": None, "code": None}}
+        if isinstance(error, RequestValidationError):
+            wrong = (f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
+            error = refuse("bad_fields", found="; ".join(wrong))
+        status, told = _error(error)
         return JSONResponse(told, status, {"Retry-After": "1"} if status == 503 else None)
+
+    async def admin(authorization: str = Header("")) -> None:
+        if not token or not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
+            raise TokenError(refusal("no_token"))
 
     @api.get("/healthz")
     async def healthz() -> Any:
-        return {"replicas": await backend.states()}
+        states = await backend.states()
+        return JSONResponse({"replicas": states}, 200 if states else 503)
 
     @api.get("/v1/models")
     async def models() -> Any:
         names = [base, *backend.table.versions]
         return {"object": "list", "data": [{"id": n, "object": "model", "created": 0, "owned_by": ""} for n in names]}
 
-    @api.post("/admin/adapters")
-    async def change(adapters: dict[str, str | None], authorization: str = Header("")) -> Any:
-        if not token or not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
-            raise TokenError(refusal("no_token"))
-        return {name: each.number for name, each in (await backend.change(adapters)).versions.items()}
+    async def changed(call: Call, adapters: Mapping[str, str | None]) -> dict[str, int]:
+        versions = (await backend.change(adapters)).versions
+        news = (str(versions.get(name, f"{name} removed")) for name in adapters)
+        logging.getLogger("ray.serve").info("%s: %s", call.url.path, ", ".join(news))
+        return {name: each.number for name, each in versions.items()}
+
+    @api.post("/admin/adapters", dependencies=[Depends(admin)])
+    async def change(call: Call, adapters: dict[str, str | None]) -> Any:
+        return await changed(call, adapters)
+
+    @api.post("/v1/load_lora_adapter", dependencies=[Depends(admin)])
+    async def load_lora_adapter(call: Call, lora_name: str = Body(), lora_path: str = Body()) -> Any:
+        return await changed(call, {lora_name: lora_path})
+
+    @api.post("/v1/unload_lora_adapter", dependencies=[Depends(admin)])
+    async def unload_lora_adapter(call: Call, lora_name: str = Body(embed=True)) -> Any:
+        return await changed(call, {lora_name: None})
 
     @api.post("/v1/completions")
-    async def completions(asked: Asked) -> Any:
-        return await answered(asked, asked.prompt, TEXT)
+    async def completions(asked: AskedText) -> Any:
+        return await answered(asked, "".join(asked.prompt), TEXT, asked.logprobs)  # also a list of one
 
     @api.post("/v1/chat/completions")
-    async def chat_completions(asked: Asked) -> Any:
-        return await answered(asked, asked.messages, CHAT)
+    async def chat_completions(asked: AskedChat) -> Any:
+        prompt = [message.written() for message in asked.messages]
+        return await answered(asked, prompt, CHAT, (asked.top_logprobs or 0) if asked.logprobs else None)
 
-    async def answered(asked: Asked, prompt: Any, kind: str) -> Any:
+    async def answered(asked: Asked, prompt: Any, kind: str, logprobs: int | None) -> Any:
         if not prompt:
             raise refuse("no_prompt", field="prompt" if kind == TEXT else "messages")
-        shares = backend.table.shares(asked.model, base)
+        for name, value in (asked.model_extra or {}).items():
+            if value and name in UNKNOWN and value != UNKNOWN[name]:
+                raise refuse("unknown_field", field=name, value=value, nothing=UNKNOWN[name])
+        stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+        try:
+            json.dumps([prompt, stop], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise refuse("no_text", error=error) from None
+        shares, most = backend.table.shares(asked.model, base), asked.max_completion_tokens or asked.max_tokens
         # OpenAI's field for the state of the server holds the versions that answer
         versions = "+".join(f"{each}:{weight:g}" if weight != 1 else f"{each}" for each, weight in shares.items())
         frame = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": asked.model}
         frame["system_fingerprint"] = versions or base
-        most = asked.max_completion_tokens or asked.max_tokens
-        request = Request(prompt, shares, most, asked.temperature or 0.0, bool(asked.stream))
-        pieces = backend.answer(request)
+        heat = asked.temperature if asked.temperature and asked.temperature >= COLDEST else 0.0
+        how = (heat, asked.top_p or 1.0, asked.seed, stop, logprobs, bool(asked.stream))
+        requests = [Request(prompt, shares, most, *how)] * (asked.n or 1)
+        if asked.seed is not None:
+            requests = [replace(each, seed=asked.seed + index) for index, each in enumerate(requests)]
+        pieces = _merged([backend.answer(each) for each in requests])
         if asked.stream:
+            has_usage = bool((asked.stream_options or {}).get("include_usage"))
             first = await anext(pieces)  # until here, an error has a status of its own
-            return StreamingResponse(_events(first, pieces, kind, frame), media_type="text/event-stream")
-        [whole] = [piece async for piece in pieces]
-        return _written(whole, kind, frame)
+            return StreamingResponse(_events(first, pieces, kind, frame, has_usage), media_type="text/event-stream")
+        ends = dict([each async for each in pieces])
+        choices = [_choice(index, ends[index], kind) for index in range(len(requests))]
+        return {**frame, "object": kind, "choices": choices, "usage": _usage(ends.values())}
 
     return api
 
 
-def _written(piece: Piece, kind: str, frame: dict[str, str | int], is_part: bool = False) -> dict[str, Any]:
-    """A piece of an answer as OpenAI writes it."""
+async def _merged(answers: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The pieces of several answers as they come, each with the index of its answer. An error ends them all."""
+    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+
+    async def read(index: int, pieces: AsyncGenerator[Piece, None]) -> None:
+        end = None
+        try:
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    queue.put_nowait((index, piece))
+        except Exception as error:
+            end = error
+        finally:  # also where the backend cancels the answer
+            queue.put_nowait(end)
+
+    tasks = [asyncio.create_task(read(*each)) for each in enumerate(answers)]
+    try:
+        running = len(tasks)
+        while running:
+            got = await queue.get()
+            if isinstance(got, Exception):
+                raise got
+            if got:
+                yield got
+            else:
+                running -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _choice(index: int, piece: Piece, kind: str, is_part: bool = False, offset: int = 0) -> dict[str, Any]:
+    """An answer, or a piece of it, as OpenAI writes it. The text begins at ``offset`` in the answer."""
+    logprobs = _logprobs(piece.tokens, kind, offset) if piece.tokens else None
     message = {"role": "assistant", "content": piece.text}
     said = {"text": piece.text} if kind == TEXT else {"delta" if is_part else "message": message}
-    counts = {"prompt_tokens": piece.prompt_tokens, "completion_tokens": piece.completion_tokens}
-    usage = counts | {"total_tokens": sum(counts.values())} if piece.finish else None
-    choice = {"index": 0, "finish_reason": piece.finish, "logprobs": None, **said}
-    name = f"{kind}.chunk" if is_part and kind == CHAT else kind
-    return {**frame, "object": name, "choices": [choice], "usage": usage}
+    return {"index": index, "finish_reason": piece.finish, "logprobs": logprobs, **said}
 
 
-async def _events(first: Piece, rest: Any, kind: str, frame: dict[str, str | int]) -> AsyncGenerator[str, None]:
-    """The answer as a stream. A client that goes away ends it, and the computing with it."""
+def _logprobs(tokens: Sequence[Token], kind: str, offset: int) -> dict[str, Any]:
+    described = []
+    for token in tokens:
+        described.append(_chosen(token.text, token.logprob) | {"top_logprobs": [_chosen(*each) for each in token.top]})
+    if kind == CHAT:
+        return {"content": described}
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [each["logprob"] for each in described],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in described],
+        "text_offset": [*accumulate((len(token.text) for token in tokens[:-1]), initial=offset)],
+    }
+
+
+def _chosen(text: str, logprob: float) -> dict[str, Any]:
+    """A token as chats have it. JSON has no infinity, so a token that can't be drawn has vLLM's -9999."""
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+
+def _usage(ends: Any) -> dict[str, int]:
+    """What all answers to a request have used; they share the prompt."""
+    ends = list(ends)
+    counts = {"prompt_tokens": ends[0].prompt_tokens, "completion_tokens": sum(end.completion_tokens for end in ends)}
+    return counts | {"total_tokens": sum(counts.values())}
+
+
+def _error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The HTTP status of an error, and what OpenAI's API writes of it."""
+    known = [status for kind, status in STATUS.items() if isinstance(error, kind)]
+    status = known[0] if known else getattr(error, "status_code", 400)
+    text, kind = str(getattr(error, "detail", error)), "server_error" if status >= 500 else "invalid_request_error"
+    return status, {"error": {"message": text, "type": kind, "param": None, "code": None}}
+
+
+async def _events(
+    first: tuple[int, Piece], rest: Any, kind: str, frame: dict[str, str | int], has_usage: bool
+) -> AsyncGenerator[str, None]:
+    """The answers as a stream. A client that goes away ends it, and the computing with it."""
+    lengths, ends, got = [0] * 8, [], first
+
+    def written(choices: list[Any], usage: Any = None) -> str:
+        name = f"{kind}.chunk" if kind == CHAT else kind
+        return f"data: {json.dumps({**frame, 'object': name, 'choices': choices, 'usage': usage})}\n\n"
+
     async with contextlib.aclosing(rest):
-        yield f"data: {json.dumps(_written(first, kind, frame, True))}\n\n"
-        async for piece in rest:
-            yield f"data: {json.dumps(_written(piece, kind, frame, True))}\n\n"
-    yield "data: [DONE]\n\n"
+        try:
+            while got:
+                index, piece = got
+                yield written([_choice(index, piece, kind, True, lengths[index])])
+                lengths[index] += len(piece.text)
+                ends += [piece] if piece.finish else []
+                got = await anext(rest, None)
+            if has_usage and ends:
+                yield written([], _usage(ends))
+            yield "data: [DONE]\n\n"
+        except HotswapError as error:
+            yield f"data: {json.dumps(_error(error)[1])}\n\n"

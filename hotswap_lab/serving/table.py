@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,9 +13,12 @@ from safetensors.torch import save
 from ..core.errors import HotswapError, listing, refusal, refuse
 from ..files.reading import Adapter
 
+#: the most characters of a request's ``model``, adapters in it, and weight of one; characters of an adapter's name
+MOST_CHARACTERS, MOST_ADAPTERS, MOST_WEIGHT, LONGEST_NAME = 1000, 8, 100, 200
+
 
 class UnknownAdapterError(HotswapError):
-    """A request names an adapter that there is not."""
+    """A request names an adapter that is not served, or a mix that can't be read."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,14 @@ class Version:
     number: int = 1
 
     @classmethod
-    def of(cls, name: str, path: str) -> Version:
-        """The first version of an adapter, in a folder or on the Hub."""
-        if not name or set(name) & set("+:"):
+    def of(cls, name: str, path: str, base: str = "") -> Version:
+        """The first version of an adapter, in a folder or on the Hub. It may not have the name of the base model."""
+        if name in ("", base) or len(name) > LONGEST_NAME or not name.isprintable() or set(name) & set("+:"):
             raise refuse("no_name_for_mixes", name=name)
-        return cls(name, path, digest_of(Adapter.load(path)))
+        try:
+            return cls(name, path, digest_of(Adapter.load(path)))
+        except OSError as error:  # a path may also lead to something that is no folder and no file
+            raise refuse("weights_unreadable", source=path, error=error) from None
 
     def load(self) -> Adapter:
         """The adapter, if it is still what it was."""
@@ -60,10 +65,14 @@ def digest_of(adapter: Adapter) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """The version of each adapter that is in force; ``number`` counts the tables."""
+    """The version of each adapter that is in force; ``number`` counts the tables.
+
+    ``highest`` is the highest number of each name so far, of removed adapters too, so that no number comes twice.
+    """
 
     versions: Mapping[str, Version] = field(default_factory=dict)
     number: int = 0
+    highest: Mapping[str, int] = field(default_factory=dict)
 
     def or_later(self, table: Table) -> Table:
         """The later one of both."""
@@ -77,20 +86,31 @@ class Table:
         {'sort@1': 0.5}
         """
         shares: dict[Version, float] = {}
-        for part in [] if model == base else model.split("+"):
-            name, weight = re.fullmatch(r"([^:]*):?(\d*\.?\d+)?|.*", part, re.DOTALL).groups()
-            if name not in self.versions:
-                names = listing([base, *self.versions], limit=50)
-                raise UnknownAdapterError(refusal("unknown_adapter", part=part, names=names))
-            version = self.versions[name]
-            shares[version] = shares.get(version, 0.0) + float(weight or 1)
+        parts = [] if model == base else model.split("+")
+        if len(model) > MOST_CHARACTERS or len(parts) > MOST_ADAPTERS:
+            raise self.unknown(model, base)
+        for part in parts:
+            name, _, weight = part.partition(":")
+            try:
+                version = self.versions[name]
+                shares[version] = shares.get(version, 0.0) + float(weight or 1)
+                if not 0 <= shares[version] <= MOST_WEIGHT:  # nor NaN
+                    raise ValueError(weight)
+            except (KeyError, ValueError):
+                raise self.unknown(part, base) from None
         return shares
+
+    def unknown(self, part: str, base: str) -> UnknownAdapterError:
+        """The refusal of a name, or of a part of a mix."""
+        names = listing([base, *self.versions], limit=50)
+        return UnknownAdapterError(refusal("unknown_adapter", part=part, names=names))
 
 
 class Register:
-    """The table in force, and the only one who changes it."""
+    """The table in force, and the only one who changes it. ``base`` is the name of the model without an adapter."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: str = "") -> None:
+        self.base: str = base
         self.table: Table = Table()
         self._changing = asyncio.Lock()
 
@@ -108,21 +128,34 @@ class Register:
             For each name a folder or a Hub id. One whose files are the same as before keeps its version.
         is_all:
             Whether adapters that are not named are removed.
+
+        Raises
+        ------
+        UnknownAdapterError
+            If an adapter is to be removed that is not there.
+        HotswapError
+            If a name is not allowed, an adapter can't be read, or a replica can't load it.
         """
         async with self._changing:
             while True:
                 before = self.table
                 versions = {} if is_all else dict(before.versions)
+                highest = dict(before.highest)
                 for name, path in paths.items():
+                    former = before.versions.get(name)
                     versions.pop(name, None)
                     if path is not None:
-                        version = await asyncio.to_thread(Version.of, name, path)
-                        if former := before.versions.get(name):
-                            version = replace(version, number=former.number + (version.digest != former.digest))
-                        versions[name] = version
+                        version = await asyncio.to_thread(Version.of, name, path, self.base)
+                        number = former.number if former else 0
+                        if not former or version.digest != former.digest:
+                            number = max(number, highest.get(name, 0)) + 1
+                        highest[name] = max(number, highest.get(name, 0))
+                        versions[name] = replace(version, number=number)
+                    elif former is None:
+                        raise before.unknown(name, self.base)
                 await self.load([each for name, each in versions.items() if each != before.versions.get(name)])
                 if self.table is before:  # or it has been told meanwhile what is in force, and changes that
-                    self.table = Table(versions, before.number + 1)
+                    self.table = Table(versions, before.number + 1, highest)
                     return self.table
 
     async def adopt(self, table: Table = Table()) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from hotswap_lab.lessons.serving import QUIET, start_ray
 
@@ -14,7 +15,7 @@ TOKEN = "secret"
 
 
 @contextlib.contextmanager
-def running(**args: object) -> Iterator[str]:
+def running(**args: Any) -> Iterator[str]:
     """The address of a server of the embedded model that runs as long as the block."""
     import ray
     from ray import serve
@@ -23,7 +24,7 @@ def running(**args: object) -> Iterator[str]:
 
     for is_last in (False, False, True):
         try:
-            address = start_ray()
+            address = start_ray(cpus=max(2, int(args.get("replicas", 1))))
             break
         except Exception:  # where a machine has more to do, Ray's own processes don't wait long for each other
             ray.shutdown()

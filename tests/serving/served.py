@@ -32,7 +32,7 @@ class Served(Register):
     """Replicas and their register, as what answers behind the API; a request goes to the first of them."""
 
     def __init__(self, paths: Mapping[str, str], options: Options = SHORT, replicas: int = 1):
-        super().__init__()
+        super().__init__("demo")
         self.replicas = [replica_of(paths, options) for _ in range(replicas)]
         self.answer = self.replicas[0].answer
         asyncio.run(self.change(paths))

@@ -137,10 +137,43 @@ def test_more_adapters_than_a_replica_holds():
         assert all(each["requests"] for each in replicas)
 
 
+def test_all_adapters_removed_and_the_only_replica_lost():
+    """It starts again without adapters. Meanwhile, nobody waits for longer than the timeout."""
+    with running(timeout=2) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0)
+        assert change(address, dict.fromkeys(FAMILY)).json() == {}
+        lose(states(address)[0]["replica"])
+        start = time.monotonic()
+        with pytest.raises(openai.InternalServerError, match=r"no answer in time|was lost"):
+            client.completions.create(model="demo", prompt="hotswap>")
+        assert time.monotonic() - start < 6
+        start = time.monotonic()
+        assert httpx2.get(f"{address}/healthz", timeout=30).status_code == 503
+        assert time.monotonic() - start < 6
+        deadline = time.monotonic() + 120
+        while httpx2.get(f"{address}/healthz", timeout=30).status_code == 503 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert client.completions.create(model="demo", prompt="hotswap>").choices[0].text == "hotswap"
+        assert change(address, {"shout": FAMILY["shout"]}).json() == {"shout": 2}
+        answer = client.completions.create(model="shout", prompt="hotswap>")
+        assert (answer.choices[0].text, answer.system_fingerprint) == ("HOTSWAP!", "shout@2")
+
+
+def test_both_fronts_know_a_change_when_it_is_answered():
+    with running(replicas=4, rows=2) as address:
+        for number in range(2, 12):
+            path = FAMILY["sort" if number % 2 else "shout"]
+            assert change(address, {"reverse": path}).json()["reverse"] == number
+            for _ in range(6):  # a connection each, so that both fronts are asked
+                asked = {"model": "reverse", "prompt": "hotswap>", "max_tokens": 1}
+                answer = httpx2.post(f"{address}/v1/completions", json=asked, timeout=30).json()
+                assert answer["system_fingerprint"] == f"reverse@{number}"
+
+
 def test_a_config_file(tmp_path):
     """As from a terminal: with new weights by deploying the file again, and an adapter that nobody can read."""
     serve = Path(sys.executable).with_name("serve")
-    env = os.environ | {"PYTHONPATH": str(CONFIG.parents[2])}
+    env = os.environ | {"PYTHONPATH": str(CONFIG.parents[2]), "HOTSWAP_ADMIN_TOKEN": TOKEN}
     first, second, third = (tmp_path / f"{n}.yaml" for n in range(3))
     first.write_text(CONFIG.read_text().replace("8000", "8123").replace("num_replicas: 2", "num_replicas: 1"))
     user_config = "      - name: Register\n        user_config: {adapters: {reverse: %s}}\n"
@@ -158,7 +191,16 @@ def test_a_config_file(tmp_path):
         time.sleep(5)
         assert _said_by(8123, "reverse@2") == "HOTSWAP!"
         assert [each["replica"] for each in states("http://127.0.0.1:8123")] == [each["replica"] for each in replicas]
-        assert "The adapters stay as they are." in (tmp_path / "log").read_text()
+        load = {"lora_name": "loud", "lora_path": FAMILY["shout"]}
+        loaded = httpx2.post("http://127.0.0.1:8123/v1/load_lora_adapter", json=load, headers=HEADER, timeout=60)
+        assert loaded.json()["loud"] == 1
+        time.sleep(2)
+        log = (tmp_path / "log").read_text()
+        assert "The adapters stay as they are." in log
+        # a line for what a person did, and none for what the deployments ask each other
+        assert [log.count(each) for each in ("user_config: reverse@2", "/v1/load_lora_adapter: loud@1")] == [1, 1]
+        assert not [line for line in log.splitlines() if "CALL" in line and "Front" not in line]
+        assert "POST /v1/completions 200" in log
     finally:
         os.killpg(process.pid, signal.SIGINT)
         process.wait(60)

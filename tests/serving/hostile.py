@@ -1,0 +1,131 @@
+"""Requests that no client would send, from a seeded generator: bodies, names, numbers, and clients that go away.
+
+TIMES=67 pytest tests/serving/test_hostile.py  # ten thousand of them, instead of 150
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from served import FAMILY
+
+TEXTS = [
+    "",
+    "hotswap>",
+    "a" * 70,
+    "\ud800",
+    "\0",
+    "\u202e\n",
+    "🤷" * 9,
+    "+",
+    ":",
+    "9" * 2000,
+    "demo",
+    "shout",
+    "nobody",
+]
+NUMBERS = [0, -1, 1, 2, 3, 8, 9, 1e-40, 1e-3, 0.5, 1e30, -0.0, 2**63, -(2**63), 10**400, float("nan"), float("inf")]
+MODELS = [
+    "shout",
+    "demo",
+    "shout:1e30",
+    "shout:nan",
+    "shout:0+sort:100",
+    "shout+" * 9,
+    "sort:1e-40",
+    "shout:" + "9" * 999,
+]
+MODELS += ["shout:1e30", "caesar+pig_latin+sort", "double:0.5+reverse:0.5", "shout:-1", "9" * 100_000]
+FIELDS = ["max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "logprobs"]
+FIELDS += ["top_logprobs", "stream_options", "user", "tools", "logit_bias", "echo", "response_format", "best_of"]
+PATHS = ["/v1/completions"] * 3 + ["/v1/chat/completions"] * 3
+PATHS += ["/admin/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models", "/healthz", "/nowhere"]
+BODIES = [b"", b"{", b"[" * 9_000, b"\xff\xfe", b"null", b"[]", b'"a"', b'{"n": ' + b"9" * 5_000 + b"}", b"a" * 200_000]
+ADDRESSES = ["", "/nowhere", "/dev/null", "\0", "\ud800", "a/b", "/", "..", None, None, *FAMILY.values()]
+
+
+class Hostile:
+    """The generator of one seed, and what became of its requests: how many had which status."""
+
+    def __init__(self, app: Any, seed: int = 0):
+        self.app, self.random = app, random.Random(seed)
+        self.statuses: Counter[int] = Counter()
+
+    async def run(self, count: int, is_right: Callable[[], Any]) -> None:
+        """Sends so many requests, up to eight at a time, and a good one after each eight, which must be right."""
+        for start in range(0, count, 8):
+            many = [self._send(*self._request()) for _ in range(min(8, count - start))]
+            *_, right = await asyncio.gather(*many, is_right())
+            assert right, f"after {start} requests"
+
+    def _value(self, depth: int = 0) -> Any:
+        kinds = [TEXTS, NUMBERS, [True, False, None]]
+        value = self.random.choice(self.random.choice(kinds))
+        if depth < 2 and self.random.random() < 0.3:
+            value = [self._value(depth + 1) for _ in range(self.random.randint(0, 5))]
+        elif depth < 2 and self.random.random() < 0.1:
+            value = {self.random.choice(TEXTS): self._value(depth + 1)}
+        return value
+
+    def _message(self) -> Any:
+        content = self.random.choice([self._value(), "hotswap", [{"type": "text", "text": self.random.choice(TEXTS)}]])
+        message = {"role": self.random.choice(["user", "assistant", *TEXTS]), "content": content}
+        return self.random.choice([message, message, message, self._value()])
+
+    def _request(self) -> tuple[str, bytes, int | None]:
+        """A path, a body, and the number of messages after which the client goes away, if it does."""
+        choose = self.random.choice
+        path, leaves = choose(PATHS), choose([None] * 3 + [0, 1, 2, 4])
+        if self.random.random() < 0.1:
+            return path, choose(BODIES), leaves
+        if "completions" not in path:
+            names, where = [choose([*TEXTS, "new"]) for _ in range(2)], choose(ADDRESSES)
+            asked = dict.fromkeys(names, where) if "admin" in path else {"lora_name": names[0], "lora_path": where}
+            return path, json.dumps(asked).encode(), leaves
+        asked = {"model": choose(MODELS * 2 + TEXTS)}
+        asked["prompt"] = choose([*TEXTS, *["hotswap>"] * 9, self._value()])
+        asked["messages"] = [self._message() for _ in range(choose([0, 1, 1, 1, 2, 5]))]
+        for field in self.random.sample(FIELDS, choose([0, 1, 1, 2, 3])):
+            asked[field] = choose([self._value(), choose(NUMBERS), True, 1])
+        return path, json.dumps(asked).encode(), leaves
+
+    async def _send(self, path: str, body: bytes, leaves: int | None) -> None:
+        """One request to the application itself. A client that leaves reads no more."""
+        parts = [body[at : at + 4096] for at in range(0, len(body), 4096)] or [b""]
+        gone, sent = asyncio.Event(), 0
+
+        async def receive() -> dict[str, Any]:
+            if parts:
+                part = parts.pop(0)
+                return {"type": "http.request", "body": part, "more_body": bool(parts)}
+            if leaves is None or sent < leaves:
+                await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            nonlocal sent
+            sent += 1
+            if message["type"] == "http.response.start":
+                self.statuses[message["status"]] += 1
+            if leaves is not None and sent > leaves:
+                gone.set()
+                raise OSError("the client has gone")
+
+        method = "GET" if path in ("/v1/models", "/healthz", "/nowhere") else "POST"
+        headers = [(b"content-type", b"application/json"), (b"authorization", b"Bearer secret")]
+        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1"}
+        scope |= {"method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+        scope |= {"scheme": "http", "server": ("served", 80), "client": ("hostile", 1), "root_path": ""}
+        try:
+            await self.app(scope, receive, send)
+        except Exception as error:  # an ASGI server would send a 500, but where the client has gone
+            if leaves is None:
+                self.statuses[500] += 1
+                print(f"{type(error).__name__}: {error}", path, body[:300])
+        finally:
+            gone.set()
