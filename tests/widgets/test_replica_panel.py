@@ -125,4 +125,6 @@ def test_it_shows_what_a_replica_says():
     replica = replica_of({"sort": FAMILY["sort"]})
     panel = ReplicaPanel(lambda: [{"replica": "one", **replica.state}])
     panel.look()
-    assert "one: rows none; in memory sort@1; 0 waiting, 0 requests, 0 tokens, 0 swaps" in str(panel)
+    assert f"one: rows {', '.join(['base'] * 8)}; in memory sort@1; 0 waiting, 0 requests, 0 tokens, 0 swaps" in str(
+        panel
+    )
