@@ -155,7 +155,8 @@ class Front:
                     raise
             finally:
                 if not has_ended:
-                    pieces.cancel()
+                    with contextlib.suppress(Exception):  # it raises again what ended the call
+                        pieces.cancel()
 
     async def change(self, paths: Mapping[str, str | None]) -> Table:
         with in_our_words():
