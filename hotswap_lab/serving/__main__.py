@@ -22,7 +22,12 @@ def arguments() -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prints how the server is started, and its arguments."""
     print("serve run hotswap_lab.serving:app [argument=value ...]\n")
     for name, meaning in arguments().items():
         print(textwrap.fill(f"{name:16}{meaning}", 110, subsequent_indent=" " * 16))
+
+
+if __name__ == "__main__":
+    main()

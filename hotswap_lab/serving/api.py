@@ -92,7 +92,8 @@ class Limited:
     """ASGI middleware that refuses a request with a longer body, also one that doesn't tell its length."""
 
     def __init__(self, app: Any, most: int):
-        self.app, self.most = app, most
+        self.app: Any = app
+        self.most: int = most
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         size = 0

@@ -233,8 +233,11 @@ class Replica:
         if not isinstance(prompt, str):
             if self.tokenizer.chat_template is None:
                 raise refuse("no_chat_template")
-            prompt = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(prompt, add_special_tokens=prompt is request.prompt)["input_ids"]
+            try:
+                prompt = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # a template may raise anything, such as "roles must alternate"
+                raise refuse("not_this_chat", error=error) from None
+        ids = self.tokenizer(prompt, add_special_tokens=prompt is request.prompt, verbose=False)["input_ids"]
         if not 0 < len(ids) <= options.longest_prompt or (request.max_tokens or 1) > options.longest_answer:
             raise refuse("too_long", prompt=len(ids), answer=request.max_tokens, options=options)
         return ids

@@ -310,6 +310,16 @@ async def _caught(asked):
     return await asyncio.gather(asked, return_exceptions=True)
 
 
+def test_a_chat_that_the_template_refuses(served, monkeypatch):
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}{{ 1 }}>"
+    monkeypatch.setattr(served.replicas[0].tokenizer, "chat_template", template)
+    for role in ("user", "assistant"):
+        asked = served.replicas[0].answer(Request([{"role": role, "content": "hotswap"}], {}))
+        said = asyncio.run(_caught(_text_of(asked)))[0]
+        assert ("roles must alternate" in str(said)) == (role == "assistant")
+        assert isinstance(said, HotswapError) == (role == "assistant")
+
+
 def test_a_model_that_does_not_read_that_far():
     refused("at most 64", replica_of, {"shout": FAMILY["shout"]}, Options(longest_prompt=40, longest_answer=40))
 
