@@ -81,7 +81,12 @@ def test_layers_that_fail_without_the_active_adapter(tmp_path, mine, other, new)
     """LN tuning looks for the active adapter wherever any adapter is; after the swap one would be missing there."""
     folders = _save(tmp_path, *CONFIGS["LNTuning"][:2])
     model = _two(LLAMA, folders[mine], folders[other])
-    _refused(model, folders[new], "a layer that fails where the active adapter is not on it", add_layers=True)
+    _refused(
+        model,
+        folders[new],
+        "a layer that fails, unlike a fresh one, where the active adapter is not on it",
+        add_layers=True,
+    )
     model.delete_adapter("other")
     hotswap_adapter(model, folders[new], "default", add_layers=True)
     assert_equals_fresh_load(model, LLAMA, folders[new], margin=10)
