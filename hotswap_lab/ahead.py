@@ -1,11 +1,11 @@
-"""Ahead of time: a prepared model, compiled to one file, that still swaps in the process that loads it.
+"""Compiles a prepared model ahead of time, to a file that still follows swaps in the process that loads it.
 
 ``torch.export`` and AOTInductor turn a model into machine code that a process without a compiler loads in a moment.
 The weights stay outside: the code is bound to the memory of a live model. A prepared model writes each adapter to the
-same memory (:mod:`hotswap_lab.core.arena`), and its scalings are buffers, so the code reads whatever was swapped in.
+same memory (:mod:`hotswap_lab.core.arena`), and its scalings are buffers, so the code reads the adapter in force.
 
-What the code can't notice, :class:`AheadModel` looks for before each call: a model that was moved or changed since, an
-adapter that is disabled, inputs of another form. AOTInductor checks nothing by itself.
+AOTInductor checks nothing. So :class:`AheadModel` looks before each call for changes that the code can't notice: a
+model that was moved or changed, an adapter that is disabled, inputs of another form.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .pools.layers import READ
 from .pools.proof import size_of
 from .threads import held
 
-#: what a file says of itself, and values that the code needs and no model has; next to PyTorch's own records in it
+#: added to PyTorch's records in the file: a description of it, and values that the code needs but no model has
 NOTES, VALUES = "hotswap_lab/notes.json", "hotswap_lab/values.safetensors"
 #: without weights in it; and with small tensors read from memory, not written into the code
 OPTIONS = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
@@ -120,7 +120,7 @@ def aoti_compile(
         else:
             programs = {("",): _export(top, given, _shapes(given, dynamic_shapes))}
     path, exported = Path(path), time.monotonic() - start
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # so that the file is there whole, or not at all
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # the file is moved to its place when it is complete
         graphs = [
             _notes_on(each, paths, _places(top.get_submodule(paths[0]), room)) for paths, each in programs.items()
         ]
@@ -180,16 +180,16 @@ def aoti_load(path: str | os.PathLike[str], model: Any) -> AheadModel:
 
 
 class AheadModel:
-    """A model that was compiled ahead of time, bound to a live one: what is swapped there is computed with here.
+    """A model that was compiled ahead of time, and computes with the weights and the adapter of a live model.
 
-    Called as the base model is called, it returns what that returns, without gradients. Each call looks first whether
-    the model is still what was bound, and whether the inputs are of the form that was compiled: AOTInductor itself
-    would compute with freed memory, or with numbers read as others.
+    It is called like the base model and returns the same, without gradients. Each call first checks that the model is
+    still the one that was bound, and that the inputs have the form that was compiled. AOTInductor checks neither: it
+    would read freed memory, or take numbers for others.
 
     Parameters
     ----------
     path, host, notes, values:
-        The file and what is in it, and the model.
+        The file, its contents, and the model.
     """
 
     def __init__(self, path: str, host: Host, notes: Notes, values: Tensors):
@@ -210,7 +210,7 @@ class AheadModel:
         for number, graph in enumerate(notes["graphs"]):
             for at in graph["paths"]:
                 bound[at] = _Bound(path, number, graph, self._top.get_submodule(at), room, values)
-        #: of all that is bound: a table of a module, a name in it, and where its memory was
+        #: of each bound tensor: a module's table, the name in it, and the address of its memory
         self._places: list[Place] = [each for b in bound.values() for each in b.places]
         self._pointers: list[int] = [table[key].data_ptr() for table, key in self._places]
         links = [(each._modules, key, child) for each in self._top.modules() for key, child in each._modules.items()]
@@ -218,7 +218,7 @@ class AheadModel:
         self._run: Callable[..., Any] = bound[""] if "" in bound else _around(self._top, bound)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the base model returns for these inputs. They are those that were compiled, but for dynamic sizes."""
+        """Returns the base model's output. The inputs have the form that was compiled; dynamic sizes may differ."""
         self.check()
         rows: Any = contextlib.nullcontext()
         if self._batch is not None and self._top is self.base:
@@ -246,7 +246,7 @@ class AheadModel:
 
 
 def _unfit(base: torch.nn.Module, layers: Sequence[Any], name: str) -> str | None:
-    """What of a model's state would be computed otherwise than it was compiled, or None."""
+    """Describe a state of the model that the compiled code would compute wrongly, or None."""
     if base.training:
         return "training mode"
     for layer in layers:
@@ -266,13 +266,13 @@ def _hosts(model: Any) -> list[Host]:
 
 
 def _top(host: Host) -> torch.nn.Module:
-    """What is compiled: the base model, or what the user has put around the model that carries the adapter."""
+    """The module to compile: the base model, or the module that the user has put around the adapter's model."""
     root = unwrap_compiled(host.root)
     return host.base if root is host.carrier else root
 
 
 def _prepared(model: Any) -> tuple[Host, str, torch.nn.Module]:
-    """The model that carries the prepared adapter, the adapter's name, and what is compiled."""
+    """The model that carries the prepared adapter, the adapter's name, and the module to compile."""
     hosts = _hosts(model)
     found = [(host, name) for host in hosts for name in host.configs if room_of(host.base, name) is not None]
     if len(found) != 1:
@@ -392,7 +392,7 @@ def _build(programs: Mapping[tuple[str, ...], torch.export.ExportedProgram], pat
 
 
 def _notes_on(program: Any, paths: tuple[str, ...], places: Mapping[str, Place]) -> dict[str, Any]:
-    """What a loader has to know of one graph: the tensors to bind, and the form of its inputs."""
+    """The description of one graph for a loader: the tensors to bind, and the form of its inputs."""
     signature, ranges = program.graph_signature, {}
     wanted = {*signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values()}
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
@@ -421,7 +421,7 @@ def _input(value: object) -> Any:
 
 
 def _form(tensor: torch.Tensor) -> list[Any]:
-    """All that compiled code takes for given of a tensor that it reads."""
+    """The properties of a tensor that compiled code relies on."""
     return [list(tensor.shape), list(tensor.stride()), str(tensor.dtype), tensor.device.type]
 
 
@@ -456,7 +456,7 @@ def _add(path: str, records: Mapping[str, bytes]) -> None:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a file says of itself, and the values in it; refuses one that can't be run here."""
+    """Read the description and the values of a file; refuse one that can't be run here."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = {name.partition("/")[2]: name for name in archive.namelist()}
@@ -488,7 +488,7 @@ class _Bound:
         #: kept, since the code has nothing but their addresses
         self.tensors: dict[str, torch.Tensor] = {key: tensors[key].detach() for key in forms}
         self.tensors |= {key.partition(":")[2]: each for key, each in values.items() if key.startswith(f"{number}:")}
-        # torch's own load_package asks a compiler first what the processor can do
+        # torch's own load_package runs a compiler first, to find out what the processor can do
         self.code: Any = compat.AOTICompiledModel(compat.AOTIModelPackageLoader(path, str(number), False, 1, -1))
         wanted = self.code.get_constant_fqns()
         self.code.load_constants({key: self.tensors[key] for key in wanted}, check_full_update=True, user_managed=True)

@@ -22,7 +22,7 @@ from .core.errors import HotswapError
 
 
 class RowCache:
-    """A cache as transformers' models use it, for rows at different places: ``positions`` is ``[rows, tokens]``."""
+    """A cache for the models of transformers, with rows at different places: ``positions`` is ``[rows, tokens]``."""
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], positions: Tensor, length: int):
         self.keys: Sequence[Tensor] = keys
@@ -82,7 +82,7 @@ class Reader(torch.nn.Module):
         for number, layer in enumerate(sample.layers):
             for which in ("keys", "values"):
                 each = getattr(layer, which)
-                # one place more than there are tokens: what fills up a short part is written there
+                # one place more than there are tokens: the filling of short parts is written there
                 memory = each.new_zeros((rows, each.shape[1], room + 1, each.shape[3]))
                 self.register_buffer(f"{which}_{number}", memory, persistent=False)
         self.register_buffer("places", torch.arange(room + 1, device=device), persistent=False)
@@ -106,7 +106,7 @@ class Reader(torch.nn.Module):
             aoti_compile(self, self._file(folder, width), kwargs=dict(ids=ids, positions=ids), progress=progress)
 
     def load_ahead(self, folder: str | os.PathLike[str]) -> None:
-        """Reads with what :meth:`compile_ahead` wrote, in this process or another (:func:`hotswap_lab.aoti_load`)."""
+        """Uses the files of :meth:`compile_ahead`, of this process or another (:func:`hotswap_lab.aoti_load`)."""
         self.compiled = {width: aoti_load(self._file(folder, width), self) for width in (self.chunk, 1)}
 
     def is_compiled_in(self, folder: str | os.PathLike[str]) -> bool:
@@ -117,7 +117,7 @@ class Reader(torch.nn.Module):
         return Path(folder) / ("token.pt2" if width == 1 else "chunk.pt2")
 
     def forget(self, row: int, *, erase: bool = False) -> None:
-        """Starts anew in one row. Its old keys and values may stay unless they are NaN: no token looks at them."""
+        """Empties one row. Its old keys and values may stay in memory unless they are NaN: no token looks at them."""
         self.lengths[row] = 0
         for each in self.buffers(recurse=False) if erase else ():
             if each is not self.places:

@@ -28,7 +28,7 @@ from .replica import BusyError, Options, Piece, Replica, Request
 from .table import Register, Table, Version
 
 LOG = logging.getLogger("ray.serve")
-#: what the deployments are called, in a Serve config file too
+#: the names of the deployments, in a Serve config file too
 FRONT, REGISTER, REPLICA = "Front", "Register", "Replica"
 #: for the embedded model
 DEMO: dict[str, Any] = {"base": str(demo.BASE_DIR), "adapters": str(demo.ADAPTERS_DIR), "target_rank": 48}
@@ -47,7 +47,7 @@ class LateError(BusyError):
 
 @contextlib.contextmanager
 def in_our_words() -> Iterator[None]:
-    """Raises what a call of another deployment raised there, or why there was no answer."""
+    """Turns Ray's errors into the one that a deployment raised, or a refusal that says why no answer came."""
     try:
         yield
     except (RayActorError, DeploymentUnavailableError):
@@ -71,7 +71,7 @@ class RegisterDeployment(Register):
         except HotswapError:
             if not self.table.number:
                 raise
-            # raised, it would have Serve end the register, and then nobody would answer
+            # raising it here would make Serve stop the register
             LOG.exception("The adapters stay as they are.")
 
     async def load(self, versions: Sequence[Version]) -> None:
@@ -131,7 +131,7 @@ class Front:
 
     async def _follow(self) -> None:
         while await asyncio.sleep(0.1, True):
-            with contextlib.suppress(Exception):  # the register may be starting anew, and is told then what it was
+            with contextlib.suppress(Exception):  # the register may be restarting, and adopts this table then
                 if await self._register.number.remote() != self.table.number:
                     await self.adopt(await self._register.adopt.remote(self.table))
 
@@ -155,12 +155,12 @@ class Front:
                     raise
             finally:
                 if not has_ended:
-                    with contextlib.suppress(Exception):  # it raises again what ended the call
+                    with contextlib.suppress(Exception):  # it raises the error that ended the call again
                         pieces.cancel()
 
     async def change(self, paths: Mapping[str, str | None]) -> Table:
         with in_our_words():
-            # one that has just started anew would change an older table, and nobody would take that
+            # a register that has just restarted would otherwise change an older table, which the fronts ignore
             await self._register.adopt.remote(self.table)
             await self.adopt(await asyncio.wait_for(self._register.change.remote(paths), self._options.timeout))
             # the next request may go to another front
@@ -199,7 +199,7 @@ def folders_of(adapters: str | Mapping[str, str]) -> dict[str, str]:
 
 
 def build(args: dict[str, Any]) -> Any:
-    """See :func:`hotswap_lab.serving.app`. One error names all that is wrong with the arguments, before Ray starts."""
+    """See :func:`hotswap_lab.serving.app`. One error lists everything that is wrong with the arguments."""
     given = {"token": os.environ.get("HOTSWAP_ADMIN_TOKEN"), **({"adapters": ""} if "base" in args else DEMO), **args}
     base, adapters, token = (given.pop(each) for each in ("base", "adapters", "token"))
     name, wrong, known = base if "base" in args else "demo", [], [*NUMBERS, "package"]

@@ -146,7 +146,7 @@ class Replica:
         self._held = {version.key: version for version in versions[: self.held]}
         adapters = {key: version.load() for key, version in self._held.items()}
         ranks = sorted(max(each.config.r, *each.config.rank_pattern.values(), 1) for each in adapters.values())
-        rows = max(options.rows, 2)  # what a pool calls rows
+        rows = max(options.rows, 2)  # a pool has no fewer
         self.pool: AdapterPool = AdapterPool(
             model.requires_grad_(False),
             adapters=adapters,
@@ -167,7 +167,7 @@ class Replica:
             room = options.longest_prompt + options.longest_answer
             reader = Reader(self.pool.model, rows=rows, chunk=min(CHUNK, options.longest_prompt), room=room)
             agrees = reader.agrees()
-        except Exception as error:  # of many kinds, since models differ in what they make of a cache
+        except Exception as error:  # of many kinds, since models use a cache in different ways
             reader, agrees, reason = None, False, f"{type(error).__name__}: {error}"
         if reader is None or not agrees:
             if options.compile or options.package:
@@ -203,7 +203,7 @@ class Replica:
                         del self._held[key]
 
     async def answer(self, request: Request) -> AsyncGenerator[Piece, None]:
-        """The answer, piece by piece. Who stops listening stops the computing as well.
+        """The answer, piece by piece. Closing the generator stops the computing as well.
 
         Raises
         ------
@@ -244,7 +244,7 @@ class Replica:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a panel shows: the adapters of the rows and in memory, how many requests wait, and the counts."""
+        """The state for a panel: the adapters of the rows and in memory, how many requests wait, and the counts."""
         held = dict(self._held)
         mixes = [each.adapter if isinstance(each.adapter, dict) else {each.adapter: 1.0} for each in self.pool.rows]
         rows = [None if None in mix else "+".join(str(held.get(key)) for key in mix) for mix in mixes]
@@ -307,7 +307,7 @@ class Replica:
             try:
                 self.load(list(answer.request.shares))
                 self.pool.assign([*there[:row], answer.adapter, *there[row + 1 :]])
-            except Exception as error:  # this one is to blame, and the others shall not suffer
+            except Exception as error:  # the other requests go on
                 answer.send(self._in_our_names(error))
                 continue
             if self._reader:
@@ -369,30 +369,30 @@ class _Answer:
         self.tokens: list[int] = []
         self.described: list[Token] = []
         self.sent = 0
-        #: it has ended, or nobody listens any more
+        #: the answer has ended, or its client has gone
         self.is_over = False
 
     @property
     def adapter(self) -> str | dict[str, float] | None:
-        """What a pool takes for a row."""
+        """The adapter or mix of this request, in the form that a pool takes for a row."""
         shares = {version.key: weight for version, weight in self.request.shares.items()}
         return next(iter(shares)) if list(shares.values()) == [1.0] else shares or None
 
     def next_part(self, most: int) -> list[int]:
-        """What the model reads next: of the prompt, or else the last token of the answer."""
+        """The tokens that the model reads next: a part of the prompt, or else the last token of the answer."""
         if not self.unread:
             return self.tokens[-1:]
         part, self.unread = self.unread[:most], self.unread[most:]
         return part
 
     def send(self, piece: Piece | Exception) -> None:
-        if isinstance(piece, Exception) or piece.finish:  # never back to False: who listened may have gone meanwhile
+        if isinstance(piece, Exception) or piece.finish:  # and never back to False: the client may have gone meanwhile
             self.is_over = True
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, so the client has gone
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
     def take(self, logits: torch.Tensor, best: int) -> int:
-        """Chooses the next token, and sends what is new in the text."""
+        """Chooses the next token, and sends the new part of the text."""
         token = self._choose(logits.float(), best)
         self.tokens.append(token)
         most = self.request.max_tokens or self.replica.options.longest_answer
@@ -402,10 +402,10 @@ class _Answer:
             text = self._decode(self.tokens)
             found = [at for at in map(text.find, stops) if at >= 0]
             finish, text = ("stop", text[: min(found)]) if found else (finish, text)
-            # what may be the start of a stop waits for the rest of it
+            # text that may be the start of a stop string is held back
             held = max((n for each in stops for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
             ready = len(text) if finish else len(text) - held
-            # so does a letter that takes several tokens
+            # so is a letter that takes several tokens
             if finish or (self.request.is_streamed and not text.endswith("\ufffd") and ready >= self.sent):
                 described = tuple(self.described)
                 self.send(Piece(text[self.sent : ready], finish, len(self.ids), len(self.tokens), described))

@@ -1,4 +1,4 @@
-"""Which adapters there are, in which version, and what a request's ``model`` means by them."""
+"""The table of adapters and their versions, the register that changes it, and the meaning of a request's ``model``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UnknownAdapterError(HotswapError):
 
 @dataclass(frozen=True)
 class Version:
-    """One adapter's weights. ``number`` counts those of its name; ``digest`` is of all that is in its files."""
+    """One adapter's weights. ``number`` counts those of its name; ``digest`` is a hash of all of its files."""
 
     name: str
     path: str
@@ -41,7 +41,7 @@ class Version:
             raise refuse("weights_unreadable", source=path, error=error) from None
 
     def load(self) -> Adapter:
-        """The adapter, if it is still what it was."""
+        """Reads the adapter. Refuses files that have changed since the version was made."""
         adapter = Adapter.load(self.path)
         if digest_of(adapter) != self.digest:
             raise refuse("other_weights", version=self, path=self.path)
@@ -49,7 +49,7 @@ class Version:
 
     @property
     def key(self) -> str:
-        """What it is called in a pool, where several versions of one name may be."""
+        """The name in a pool, which may hold several versions of one adapter."""
         return f"{self.name}@{self.digest}"
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Version:
 
 
 def digest_of(adapter: Adapter) -> str:
-    """Another one if anything in the config or the weights is."""
+    """A hash of the config and the weights."""
     config = json.dumps(adapter.config.to_dict(), sort_keys=True, default=sorted)
     tensors = save({key: tensor.clone() for key, tensor in adapter.tensors.items()})
     return hashlib.sha256(config.encode() + tensors).hexdigest()
@@ -79,7 +79,7 @@ class Table:
         return max(self, table, key=lambda each: each.number)
 
     def shares(self, model: str, base: str) -> dict[Version, float]:
-        """What a request's ``model`` means: an adapter's name, a mix such as ``pirate:0.7+haiku:0.3``, or the base.
+        """The meaning of a request's ``model``: an adapter, a mix such as ``pirate:0.7+haiku:0.3``, or the base.
 
         >>> table = Table({"sort": Version("sort", "folder", "1f")})
         >>> {str(version): weight for version, weight in table.shares("sort:0.5", base="demo").items()}
@@ -107,7 +107,7 @@ class Table:
 
 
 class Register:
-    """The table in force, and the only one who changes it. ``base`` is the name of the model without an adapter."""
+    """Holds the table in force and changes it. ``base`` is the name of the model without an adapter."""
 
     def __init__(self, base: str = "") -> None:
         self.base: str = base
@@ -115,12 +115,12 @@ class Register:
         self._changing = asyncio.Lock()
 
     async def load(self, versions: Sequence[Version]) -> None:
-        """Has all replicas load versions next to what they have; raises if one of them can't. Here, there are none."""
+        """Has all replicas load these versions; raises if one of them can't. To be overridden: here, there are none."""
 
     async def change(self, paths: Mapping[str, str | None], is_all: bool = False) -> Table:
         """Gives adapters new weights, adds some, or removes them (None): all of them or, on any error, none.
 
-        Who asks from then on gets the new ones. An answer that has begun goes on with the version it has.
+        Requests from then on get the new ones. An answer that has begun goes on with its version.
 
         Parameters
         ----------
@@ -154,15 +154,15 @@ class Register:
                     elif former is None:
                         raise before.unknown(name, self.base)
                 await self.load([each for name, each in versions.items() if each != before.versions.get(name)])
-                if self.table is before:  # or it has been told meanwhile what is in force, and changes that
+                if self.table is before:  # or adopt() has brought a later table, which is then changed instead
                     self.table = Table(versions, before.number + 1, highest)
                     return self.table
 
     async def adopt(self, table: Table = Table()) -> Table:
-        """The table in force. It is the caller's, if that is a later one: a register may have been started anew."""
+        """The table in force: the caller's, if it is a later one, since this register may have been restarted."""
         self.table = self.table.or_later(table)
         return self.table
 
     async def number(self) -> int:
-        """Of the table in force: to ask often, where the table itself may be long."""
+        """The number of the table in force, for callers that ask often: the table itself may be long."""
         return self.table.number
