@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import threading
 from collections import Counter, deque
@@ -201,6 +202,9 @@ class Replica:
                     with contextlib.suppress(HotswapError):  # it is in use
                         self.pool.remove(key)
                         del self._held[key]
+                        # glibc would keep the memory of removed adapters, in pieces that the next ones do not fit into
+                        with contextlib.suppress(OSError, AttributeError):  # another C library
+                            ctypes.CDLL(None).malloc_trim(0)
 
     async def answer(self, request: Request) -> AsyncGenerator[Piece, None]:
         """The answer, piece by piece. Closing the generator stops the computing as well.
