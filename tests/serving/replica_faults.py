@@ -9,10 +9,15 @@ import argparse
 import contextlib
 import json
 import random
+import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import httpx2
 import openai
