@@ -504,12 +504,12 @@ class _Bound:
         leaves, form = compat.tree_flatten(((), given))
         if form != self.input_form:
             raise refuse("ahead_inputs", found=form, expected=self.input_form)
-        self._check(leaves, [name for name in given for _ in compat.tree_flatten(given[name])[0]])
+        self._check(leaves, given)
         run = self.code.loader.boxed_run if hasattr(self.code.loader, "boxed_run") else self.code.loader.run
         outputs = run([each.contiguous() for each in leaves if isinstance(each, torch.Tensor)])
         return compat.tree_unflatten(outputs, self.output_form)
 
-    def _check(self, leaves: Sequence[Any], names: Sequence[str]) -> None:
+    def _check(self, leaves: Sequence[Any], given: Mapping[str, Any]) -> None:
         """Refuses inputs of another form than those that were compiled."""
         sizes: dict[str, int] = {}
 
@@ -517,13 +517,14 @@ class _Bound:
             low, high = self.ranges.get(own, (0, None)) if isinstance(own, str) else (own, own)
             return low <= size <= (size if high is None else high) and sizes.setdefault(str(own), size) == size
 
-        for name, value, expected in zip(names, leaves, self.inputs, strict=True):
+        for number, (value, expected) in enumerate(zip(leaves, self.inputs, strict=True)):
             found = _input(value)
             fits = found == expected
             if not fits and isinstance(found, list) and isinstance(expected, list):
                 fits = found[1:] == expected[1:] and len(found[0]) == len(expected[0])
                 fits = fits and all(map(allowed, found[0], expected[0]))
             if not fits:
+                name = [name for name in given for _ in compat.tree_flatten(given[name])[0]][number]
                 expected = f"{name}: {expected} with sizes in {self.ranges}"
                 raise refuse("ahead_inputs", found=f"{name}: {found}", expected=expected)
 

@@ -301,12 +301,12 @@ class Replica:
         """Gives free rows to requests that wait, and their adapters to the rows. Whether a row is in use."""
         for row, answer in enumerate(rows):
             rows[row] = None if answer and answer.is_over else answer
-        while self._waiting and None in rows:
+        while self._waiting and None in rows[: self.options.rows]:  # a pool may have one more
             answer = self._waiting.popleft()
             if answer.is_over:
                 continue
             there = [each.adapter for each in self.pool.rows]
-            free = [row for row, each in enumerate(rows) if each is None]
+            free = [row for row, each in enumerate(rows[: self.options.rows]) if each is None]
             row = next((row for row in free if there[row] == answer.adapter), free[0])
             try:
                 self.load(list(answer.request.shares))

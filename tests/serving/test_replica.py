@@ -99,6 +99,15 @@ def test_a_short_answer_does_not_wait_for_a_long_one(served):
     assert order[:3] == ["python", "tensor", "voice"]
 
 
+def test_one_row_answers_one_request_at_a_time(monkeypatch):
+    served = Served({"shout": FAMILY["shout"]}, replace(SHORT, rows=1))
+    reader = served.replicas[0]._reader
+    in_use, read = [], reader.read
+    monkeypatch.setattr(reader, "read", lambda parts: in_use.append(sum(map(bool, parts))) or read(parts))
+    assert asyncio.run(served.ask_all(["shout"] * 3)) == [alone(FAMILY["shout"], word) for word in WORDS[:3]]
+    assert set(in_use) == {1}
+
+
 def test_a_long_prompt_is_read_between_the_tokens_of_others(served, monkeypatch):
     reader = served.replicas[0]._reader
     widths, read = [], reader.read
