@@ -483,7 +483,8 @@ def test_new_weights_for_all(served, api, tmp_path):
     assert "Can't find 'adapter_config.json'" in bad.json()["error"]["message"]
 
 
-def test_what_vllms_clients_call(served, api, caplog):
+def test_what_vllms_clients_call(served, api, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)  # a cluster in this process turns it off
     async def ask(client):
         loaded = await lora(client, "load", {"lora_name": "new", "lora_path": FAMILY["shout"], "load_inplace": True})
         said = await client.completions.create(model="new", prompt="hotswap>")

@@ -228,7 +228,8 @@ def little(kind, folder, **more):
         ("Mamba", dict(state_size=8), False),
     ],
 )
-def test_models_of_ones_own(tmp_path, caplog, kind, more, in_rows):
+def test_models_of_ones_own(tmp_path, caplog, monkeypatch, kind, more, in_rows):
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)  # a cluster in this process turns it off
     with caplog.at_level(logging.WARNING):
         load, versions, replica = little(kind, tmp_path, **more)
     assert (replica._reader is not None) == in_rows
