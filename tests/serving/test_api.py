@@ -485,6 +485,7 @@ def test_new_weights_for_all(served, api, tmp_path):
 
 def test_what_vllms_clients_call(served, api, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)  # a cluster in this process turns it off
+
     async def ask(client):
         loaded = await lora(client, "load", {"lora_name": "new", "lora_path": FAMILY["shout"], "load_inplace": True})
         said = await client.completions.create(model="new", prompt="hotswap>")
