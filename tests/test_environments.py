@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 #: what the same package is called on conda-forge
-CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}
+CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch"}
 #: what conda environments have beside the packages of pyproject.toml
 CONDA_ONLY = {"python", "pip", "cxx-compiler"}
 

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--rows", action="store_true", help="also: a batch with another adapter in each row; assigning its rows")
     add("--cold", type=int, nargs="?", const=ROUNDS, default=default.cold, metavar="ROUNDS", help=COLD)
     add("--json", metavar="FILE", help="write everything there, times in seconds")
-    add("--plot", metavar="FILE", help="write a bar chart there, as SVG (needs matplotlib)")
+    add("--plot", metavar="FILE", help="draw finished swaps there, as SVG")
     add("--quiet", action="store_true", help="print the report only, not what is being done")
     options = vars(parser.parse_args(arguments))
     quiet, json_file, plot_file = (options.pop(name) for name in ("quiet", "json", "plot"))

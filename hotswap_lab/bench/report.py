@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..figures import FROZEN, NEW, OLD, Figure
+from ..figures import Figure, counts
 from .settings import Settings
 from .timing import Timing
 
@@ -170,36 +168,10 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     def figure(self) -> Figure:
-        """The medians as bars on a logarithmic scale, one panel for each rank. Needs matplotlib."""
-        return self._figure
-
-    @functools.cached_property  # drawing takes a second, and a widget needs the figure at every change
-    def _figure(self) -> Figure:
-        import matplotlib
-        from matplotlib.figure import Figure as Drawing
-
-        title = f"One swap, median of {self.settings.n}: {self.settings.model}, {self.settings.dtype}"
-        drawing = Drawing(figsize=(8, 1 + 3 * len(self.sizes)), layout="constrained")
-        drawing.suptitle(title)
-        drawing.supxlabel(self.machine, fontsize="xx-small")
-        text = f"{title}, logarithmic scale. "
-        for axes, size in zip(drawing.subplots(len(self.sizes), squeeze=False)[:, 0], self.sizes, strict=True):
-            rows = [row for row in self.rows if row.rank == size.rank and row.timing]
-            colors = [FROZEN if row.way == MEMCPY else OLD if row.way.startswith("PEFT") else NEW for row in rows]
-            times = [row.timing.median * 1000 for row in rows]
-            bars = axes.barh([row.label for row in rows], times, color=colors, log=True)
-            axes.bar_label(bars, [str(row.timing) for row in rows], padding=3)
-            axes.set(title=str(size), xlabel="milliseconds, logarithmic scale")
-            axes.margins(x=0.25)
-            axes.invert_yaxis()
-            text += f"{size}: {', '.join(f'{row.label} {row.timing}' for row in rows)}. "
-        text += f"Measured on {self.machine}."
-        file = io.StringIO()
-        # text is stored as text, not as outlines, for screen readers and small files
-        with matplotlib.rc_context({"svg.fonttype": "none"}):
-            drawing.savefig(file, format="svg", metadata={"Title": text, "Date": None})
-        svg = file.getvalue()
-        return Figure(svg[svg.index("<svg") :], text)
+        """The first rank's finished swaps in the time of the first way, counted by medians."""
+        size = self.sizes[0]
+        medians = {row.label: row.timing.median for row in self.rows if row.rank == size.rank and row.timing}
+        return counts(f"Finished swaps, rank {size.rank}", medians, base={MEMCPY}, note=self.machine)
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -15,7 +15,8 @@ from peft.utils import get_peft_model_state_dict
 
 from .. import demo
 from ..engine import plan_hotswap, resolve_slot
-from ..figures import FROZEN, MUTED, NEW, OLD, Canvas, Figure
+from ..figures import Canvas, Figure
+from ..figures.palette import BASE, LESS, MORE, MUTED, WHITE, mix
 from ..files.reading import Adapter
 from .exercise import Exercise
 
@@ -166,9 +167,9 @@ def dora(row: torch.Tensor, change: torch.Tensor) -> Figure:
     # a small angle begins at a slant, so that the arrows don't lie on the baseline
     tilt = max(0.0, 0.45 - angle / 2)
     vectors = (
-        (before, tilt, FROZEN, 9, "frozen:  w"),
-        (after, tilt + angle, OLD, 9, "LoRA:  v = w + scaling · B A"),
-        (before, tilt + angle, NEW, 4, "DoRA:  m · v / ‖v‖"),
+        (before, tilt, BASE, 9, "frozen:  w"),
+        (after, tilt + angle, LESS, 9, "LoRA:  v = w + scaling · B A"),
+        (before, tilt + angle, MORE, 4, "DoRA:  m · v / ‖v‖"),
     )
     scale = 205 / max(before, after)
     canvas, ends = Canvas(660, 330), []
@@ -186,7 +187,7 @@ def dora(row: torch.Tensor, change: torch.Tensor) -> Figure:
     canvas.text((x1 + x2) / 2 + 12, (y1 + y2) / 2, "+ scaling · B A", size=12, anchor="start")
     canvas.shapes.append(
         f"<path d='M{x1} {y1} A{before * scale:.1f} {before * scale:.1f} 0 0 0 {x3} {y3}' "
-        f"fill='none' stroke='{NEW}' stroke-dasharray='3 4'/>"
+        f"fill='none' stroke='{MORE}' stroke-dasharray='3 4'/>"
     )
     degrees = round(math.degrees(angle))
     canvas.text(438, 278, f"turned by {degrees}°", anchor="start", size=12, color=MUTED)
@@ -227,7 +228,7 @@ def ia3(vectors: Mapping[str, torch.Tensor]) -> Figure:
         )
     ):
         y, vector = 62 + number * 72, values[name]
-        canvas.box(layer, y, 110, 38, FROZEN)
+        canvas.box(layer, y, 110, 38, BASE)
         for x, text in ((52, into), (layer + 55, name), (sign, "⊙"), (strip + SHOWN * 16 + 10, "…"), (622, out)):
             canvas.text(x, y + 24, text, size=14)
         for start, stop in arrows:
@@ -235,7 +236,7 @@ def ia3(vectors: Mapping[str, torch.Tensor]) -> Figure:
         for column, value in enumerate(vector[:SHOWN].tolist()):
             canvas.box(strip + column * 16, y + 4, 16, 30, _shade(value - 1, largest))
         canvas.text(strip + SHOWN * 8, y + 52, f"{vector.numel()} factors", size=11, color=MUTED)
-    for x, color, meaning in ((150, OLD, "below 1"), (270, "#ffffff", "1: as without it"), (430, NEW, "above 1")):
+    for x, color, meaning in ((150, LESS, "below 1"), (270, WHITE, "1: as without it"), (430, MORE, "above 1")):
         canvas.box(x, 284, 16, 16, color)
         canvas.text(x + 24, 297, meaning, size=12, anchor="start", color=MUTED)
     total = sum(vector.numel() for vector in values.values())
@@ -248,9 +249,7 @@ def ia3(vectors: Mapping[str, torch.Tensor]) -> Figure:
 
 def _shade(value: float, largest: float) -> str:
     """White for zero, up to a full color for the largest; one color below zero, one above."""
-    share = min(abs(value) / largest, 1)
-    full = [int((NEW if value > 0 else OLD)[start : start + 2], 16) for start in (1, 3, 5)]
-    return "#" + "".join(f"{round(255 + share * (each - 255)):02x}" for each in full)
+    return mix(MORE if value > 0 else LESS, min(abs(value) / largest, 1), WHITE)
 
 
 # --- exercises -------------------------------------------------------------------------------------------------------

@@ -16,16 +16,17 @@ from peft.utils import get_peft_model_state_dict
 from .. import demo
 from ..core.compiled import compiled_in
 from ..engine import hotswap_adapter, hotswap_adapter_from_state_dict
-from ..figures import FROZEN, INK, MUTED, NEW, OLD, Canvas, Figure
+from ..figures import Canvas, Figure
+from ..figures.palette import BASE, INK, MUTED, WHITE, WRONG
 from ..verify import verify_hotswap
 from ..watch import Call, RecompileWatch, readable
 from .exercise import Exercise
 
 #: what a call is drawn as: its name in the legend, its color, and a path around the point where it is
 MARKS = {
-    "call": ("a call", NEW, "m-4 0 a4 4 0 1 0 8 0 a4 4 0 1 0 -8 0 z"),
-    "compile": ("first compile", OLD, "m-5 -5 h10 v10 h-10 z"),
-    "recompile": ("recompile", "#c8374a", "m0 -8 l8 14 h-16 z"),
+    "call": ("a call", BASE, "m-4 0 a4 4 0 1 0 8 0 a4 4 0 1 0 -8 0 z"),
+    "compile": ("first compile", WHITE, "m-5 -5 h10 v10 h-10 z"),
+    "recompile": ("recompile", WRONG, "m0 -8 l8 14 h-16 z"),
 }
 
 # --- the timeline ----------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def timeline(title: str, watches: Mapping[str, RecompileWatch]) -> Figure:
         canvas.text(left, top - 22, name, anchor="start")
         for exponent in range(low, high + 1):
             y = top + (high - exponent) * decade
-            canvas.line(left, y, left + width, y, FROZEN)
+            canvas.line(left, y, left + width, y, BASE)
             canvas.text(left - 8, y + 4, readable(10.0**exponent), size=11, anchor="end", color=MUTED)
         x, step = left, width / len(watch.calls)
         for label, group in itertools.groupby(watch.calls, lambda call: call.label):

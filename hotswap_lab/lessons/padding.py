@@ -11,7 +11,8 @@ from .. import demo
 from ..bench import in_rounds
 from ..bench.timing import Timing
 from ..engine import prepare_model_for_compiled_hotswap, resolve_slot
-from ..figures import FROZEN, INK, MUTED, NEW, OFF, Canvas, Figure
+from ..figures import Canvas, Figure
+from ..figures.palette import ADAPTER, BASE, INK, MUTED, OFF
 from ..files.reading import Adapter
 from .exercise import Exercise
 
@@ -96,9 +97,9 @@ def picture(a: torch.Tensor, b: torch.Tensor, rank: int) -> Figure:
     canvas = Canvas(60 + CELL * (rank + 2 * inputs) + 120, height + 118)
     middle, x = 50 + height / 2, 30.0
     for name, matrix, (rows_own, columns_own), fill, sign in (
-        ("B", padded_b, b.shape, NEW, "·"),
-        ("A", padded_a, a.shape, NEW, "="),
-        ("B @ A", padded_b @ padded_a, (outputs, inputs), FROZEN, ""),
+        ("B", padded_b, b.shape, ADAPTER, "·"),
+        ("A", padded_a, a.shape, ADAPTER, "="),
+        ("B @ A", padded_b @ padded_a, (outputs, inputs), BASE, ""),
     ):
         rows, columns = matrix.shape
         top = middle - rows * CELL / 2
@@ -113,7 +114,7 @@ def picture(a: torch.Tensor, b: torch.Tensor, rank: int) -> Figure:
         x += columns * CELL + 60
         if sign:
             canvas.text(x - 30, middle + 6, sign, size=20)
-    for x, fill, text in ((30, NEW, f"the adapter's own, rank {own}"), (230, OFF, f"padding up to rank {rank}")):
+    for x, fill, text in ((30, ADAPTER, f"the adapter's own, rank {own}"), (230, OFF, f"padding up to rank {rank}")):
         canvas.box(x, canvas.height - 30, 16, 16, fill, dashed=fill == OFF)
         canvas.text(x + 24, canvas.height - 17, text, size=12, anchor="start", color=MUTED)
     return canvas.figure(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from ..figures import MUTED, Canvas, Figure
+from ..figures import Canvas, Figure
+from ..figures.palette import MUTED, light
 from .exercise import Exercise
 
 # --- adapters that are active together ---------------------------------------------------------------------------
@@ -46,9 +47,6 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
 
 # --- rows that come and go: hotswap_lab.generating.Reader -------------------------------------------------------------
 
-#: one color for each adapter, light enough for dark letters
-COLORS = ("#6fb7f2", "#f2b36f", "#8fd19e", "#e59bb8", "#c9b6f2", "#e8d66b")
-
 
 def timetable(steps: Sequence[Sequence[tuple[int, str] | None]]) -> Figure:
     """Who had which row of the batch when.
@@ -65,11 +63,10 @@ def timetable(steps: Sequence[Sequence[tuple[int, str] | None]]) -> Figure:
     """
     left, top, width, height = 60, 46, 580 / len(steps), 26
     adapters = dict.fromkeys(each[1] for step in steps for each in step if each)
-    colors = dict(zip(adapters, itertools.cycle(COLORS)))
     rows = list(zip(*steps, strict=True))
     canvas = Canvas(660, top + height * len(rows) + 30)
-    for number, (adapter, color) in enumerate(colors.items()):
-        canvas.box(left + 116 * number, 14, 16, 16, color)
+    for number, adapter in enumerate(adapters):
+        canvas.box(left + 116 * number, 14, 16, 16, light(adapter))
         canvas.text(left + 116 * number + 22, 27, adapter, anchor="start")
     told = []
     for number, row in enumerate(rows):
@@ -78,7 +75,7 @@ def timetable(steps: Sequence[Sequence[tuple[int, str] | None]]) -> Figure:
         for request, run in itertools.groupby(row):
             length = len(list(run))
             if request is not None:
-                canvas.box(left + width * start, y + 2, width * length, height - 4, colors[request[1]])
+                canvas.box(left + width * start, y + 2, width * length, height - 4, light(request[1]))
                 canvas.text(left + width * (start + length / 2), y + 18, str(request[0]), size=12)
                 served.append(f"{request[0]} ({request[1]})")
             start += length

@@ -12,7 +12,8 @@ from ..core import lora
 from ..core.errors import refuse
 from ..core.host import canonical_path
 from ..engine import prepare_model_for_compiled_hotswap
-from ..figures import FROZEN, MUTED, NEW, OFF, Canvas, Figure
+from ..figures import Canvas, Figure
+from ..figures.palette import ADAPTER, BASE, MUTED, OFF
 from ..files.reading import Adapter
 from .view import FITS, View, wrapping_row
 
@@ -169,9 +170,9 @@ class RankPaddingView(View):
         canvas = Canvas(660, 400)
         canvas.text(330, 26, f"B and A of {self._layer}, in room for rank {self._target}", size=14)
         for name, left, whole, filled, color, shape in (
-            ("B", 30, (room, side), (own, side), NEW, f"{b.shape[0]} × {self._target}"),
-            ("A", 230, (side, room), (side, own), NEW, f"{self._target} × {a.shape[1]}"),
-            ("B · A", 460, (side, side), (side, side), FROZEN, f"{b.shape[0]} × {a.shape[1]}"),
+            ("B", 30, (room, side), (own, side), ADAPTER, f"{b.shape[0]} × {self._target}"),
+            ("A", 230, (side, room), (side, own), ADAPTER, f"{self._target} × {a.shape[1]}"),
+            ("B · A", 460, (side, side), (side, side), BASE, f"{b.shape[0]} × {a.shape[1]}"),
         ):
             canvas.box(left, top, *whole, OFF, dashed=True)
             canvas.box(left, top, *filled, color)

@@ -1,0 +1,66 @@
+"""One meaning for each color, in every picture and widget."""
+
+from __future__ import annotations
+
+import zlib
+
+INK = "#1f2933"
+MUTED = "#627283"
+CARD = "#fbfcfd"
+WHITE = "#ffffff"
+#: the base model, and all that a swap leaves alone
+BASE = "#d5dde5"
+#: nothing yet: padding, free memory
+OFF = "#eef1f4"
+#: hotswap_lab, and PEFT
+OURS = "#6fb7f2"
+PEFT = "#f2b36f"
+#: an adapter without a name, as A and B in a drawing
+ADAPTER = "#e8d66b"
+#: errors, recompiles, what differs
+WRONG = "#c8374a"
+#: buttons that were chosen, and the focus; white text on it can be read
+ACTIVE = "#1765a8"
+
+#: adapters; all can be read as text on a card
+ADAPTERS = ("#4d7c0f", "#8a4b08", "#15803d", "#6d28d9", "#c2213b", "#b5179e", "#0f766e", "#1e3a8a")
+#: factors below and above 1
+LESS, MORE = ADAPTERS[1], ADAPTERS[6]
+#: adapters that ship with the package, in the order of ADAPTERS
+_SHIPPED = (
+    ("caesar", "double", "no_vowels", "pig_latin", "reverse", "shout", "sort", "vowels_up"),
+    ("bold", "inverted", "only_0", "only_3", "only_7", "slanted"),
+    ("haiku", "json", "pirate", "socratic", "spanish"),
+)
+_KNOWN = {name: color for names in _SHIPPED for name, color in zip(names, ADAPTERS, strict=False)}
+
+
+def adapter_color(name: str | None) -> str:
+    """The color of an adapter, or of one of its versions; None: the color of the base model.
+
+    >>> adapter_color("reverse"), adapter_color("reverse@2"), adapter_color(None)
+    ('#c2213b', '#c2213b', '#d5dde5')
+    """
+    if not name:
+        return BASE
+    name = name.partition("@")[0]
+    return _KNOWN.get(name) or ADAPTERS[zlib.crc32(name.encode()) % len(ADAPTERS)]
+
+
+def mix(color: str, share: float, other: str = BASE) -> str:
+    """Mix ``share`` of a color with another one.
+
+    >>> mix("#ff0000", 0.5, "#ffffff")
+    '#ff8080'
+    """
+    pairs = [[int(each[start : start + 2], 16) for start in (1, 3, 5)] for each in (color, other)]
+    return "#" + "".join(f"{round(share * one + (1 - share) * two):02x}" for one, two in zip(*pairs, strict=True))
+
+
+def light(name: str | None) -> str:
+    """A light form of an adapter's color, on which dark text can be read.
+
+    >>> light("reverse")
+    '#eab3bb'
+    """
+    return mix(adapter_color(name), 0.33, WHITE)
