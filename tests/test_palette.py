@@ -1,4 +1,4 @@
-"""One meaning for each color: no file but the palette names one, pictures use only these, and text can be read on them."""
+"""One meaning for each color: only the palette names one, pictures use no others, and text can be read on them."""
 
 import re
 from pathlib import Path
