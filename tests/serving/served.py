@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -68,3 +70,18 @@ def save_random_adapter(folder: Path, seed: int, rank: int = 4) -> str:
     """An adapter that changes what the embedded model says to something of its own."""
     kind = models.Kind(demo.load_base, dict, ("q_proj", "up_proj"))
     return models.save_random_adapter(kind, folder, seed, r=rank, lora_alpha=2 * rank)
+
+
+@contextlib.contextmanager
+def logged():
+    """The messages of the server's log. pytest's own `caplog` hears none, once a cluster has run in this process."""
+    logger, messages, handler = logging.getLogger("ray.serve"), [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import time
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import httpx2
 import openai
 import pytest
 from refusals import refused
-from served import FAMILY, SHORT, WORDS, Served, alone
+from served import FAMILY, SHORT, WORDS, Served, alone, logged
 
 from hotswap_lab.core.errors import refusal
 from hotswap_lab.serving import BusyError, Piece, Register, Table, Version
@@ -483,8 +482,7 @@ def test_new_weights_for_all(served, api, tmp_path):
     assert "Can't find 'adapter_config.json'" in bad.json()["error"]["message"]
 
 
-def test_what_vllms_clients_call(served, api, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)  # a cluster in this process turns it off
+def test_what_vllms_clients_call(served, api):
 
     async def ask(client):
         loaded = await lora(client, "load", {"lora_name": "new", "lora_path": FAMILY["shout"], "load_inplace": True})
@@ -494,10 +492,10 @@ def test_what_vllms_clients_call(served, api, caplog, monkeypatch):
         unnamed = await lora(client, "load", {"lora_name": "new"})
         return said, [each.status_code for each in (loaded, unloaded, again, unnamed)]
 
-    with caplog.at_level(logging.INFO, "ray.serve"):
+    with logged() as messages:
         said, statuses = with_client(api, ask)
     assert (said.choices[0].text, statuses) == ("HOTSWAP!", [200, 200, 404, 400])
-    assert caplog.messages == ["/v1/load_lora_adapter: new@1", "/v1/unload_lora_adapter: new removed"]
+    assert messages == ["/v1/load_lora_adapter: new@1", "/v1/unload_lora_adapter: new removed"]
     assert [*served.table.versions] == [*FAMILY]
 
 

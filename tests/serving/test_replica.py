@@ -1,7 +1,6 @@
 """A replica in this process: each answer is what a fresh load of its adapter says, whatever its neighbours get."""
 
 import asyncio
-import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 import transformers
 from peft import PeftModel
 from refusals import refused
-from served import FAMILY, SHORT, WORDS, Served, alone, fresh, replica_of, save_random_adapter
+from served import FAMILY, SHORT, WORDS, Served, alone, fresh, logged, replica_of, save_random_adapter
 
 from hotswap_lab import HotswapError, RecompileWatch, demo
 from hotswap_lab.lessons import rows
@@ -228,12 +227,11 @@ def little(kind, folder, **more):
         ("Mamba", dict(state_size=8), False),
     ],
 )
-def test_models_of_ones_own(tmp_path, caplog, monkeypatch, kind, more, in_rows):
-    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)  # a cluster in this process turns it off
-    with caplog.at_level(logging.WARNING):
+def test_models_of_ones_own(tmp_path, kind, more, in_rows):
+    with logged() as messages:
         load, versions, replica = little(kind, tmp_path, **more)
     assert (replica._reader is not None) == in_rows
-    assert ("it answers a batch at a time" in caplog.text) == (not in_rows)
+    assert any("it answers a batch at a time" in each for each in messages) == (not in_rows)
     assert replica.options.longest_prompt + replica.options.longest_answer == 96
     shares = [{versions[0]: 1.0}, {}, {versions[1]: 1.0}] * 4
 
