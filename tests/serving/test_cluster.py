@@ -203,7 +203,11 @@ def test_a_config_file(tmp_path):
         assert "POST /v1/completions 200" in log
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
+        try:
+            process.wait(180)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # else the next test asks this server
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _said_by(port, version):
