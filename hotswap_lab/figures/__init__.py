@@ -60,9 +60,20 @@ class Canvas:
             f"stroke='{INK}' stroke-width='1'{dash}/>"
         )
 
-    def text(self, x: float, y: float, text: str, *, size: int = 13, anchor: str = "middle", color: str = INK) -> None:
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: int = 13,
+        anchor: str = "middle",
+        color: str = INK,
+        turned: int = 0,
+    ) -> None:
+        turn = f" transform='rotate({turned} {x:g} {y:g})'" if turned else ""
         self.shapes.append(
-            f"<text x='{x:g}' y='{y:g}' font-size='{size}' text-anchor='{anchor}' fill='{color}' {FONT}>"
+            f"<text x='{x:g}' y='{y:g}' font-size='{size}' text-anchor='{anchor}' fill='{color}' {FONT}{turn}>"
             f"{html.escape(text)}</text>"
         )
 

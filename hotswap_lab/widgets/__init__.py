@@ -31,5 +31,16 @@ from .row_panel import RowPanel
 from .swap_panel import SwapPanel
 from .swap_race import SwapRace
 from .view import View
+from .weight_map import WeightMap
 
-__all__ = ["PlanView", "RankPaddingView", "RecompileMeter", "ReplicaPanel", "RowPanel", "SwapPanel", "SwapRace", "View"]
+__all__ = [
+    "PlanView",
+    "RankPaddingView",
+    "RecompileMeter",
+    "ReplicaPanel",
+    "RowPanel",
+    "SwapPanel",
+    "SwapRace",
+    "View",
+    "WeightMap",
+]

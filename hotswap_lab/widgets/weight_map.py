@@ -1,0 +1,404 @@
+"""WeightMap: what the adapter adds to each layer's weight, as a picture that a swap repaints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import demo
+from ..core.host import name_in
+from ..core.slot import Slot, SlotLayer
+from ..core.tensors import SlotTensor
+from ..engine import AdapterPool, get_strength, resolve_slot
+from ..figures import Canvas, Figure
+from ..figures.palette import BASE, INK, MUTED, OFF, adapter_color, mix
+from ..figures.png import png
+from .switch import switch_for, whereabouts
+from .view import escape, wrapping_row
+from .work import WorkingView
+
+if TYPE_CHECKING:
+    import ipywidgets
+
+#: cells along each side of a large tile, their pixels, and the pixels between two tiles
+CELLS, PIXELS, GAP = 14, 3, 6
+#: the most rows and columns of large tiles, and of any tiles
+LARGE, MOST = (6, 10), (36, 48)
+#: pixels that the smaller tiles share, downwards and across
+SHARED = (300, 600)
+TINTS = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One layer. ``cells`` is the root mean square of what the adapter adds there, in equal parts of the weight."""
+
+    path: str
+    cells: torch.Tensor
+    says: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many numbers there are, and how many of them differ from before (None: not compared)."""
+
+    base: int
+    adapter: int
+    padding: int
+    base_changed: int | None = None
+    adapter_changed: int | None = None
+
+    def __str__(self) -> str:
+        return " | ".join(self.lines)
+
+    @property
+    def lines(self) -> tuple[str, str]:
+        base, adapter = f"base: {self.base:,} numbers", f"adapter: {self.adapter:,} numbers"
+        if self.base_changed is not None:
+            new = "all" if self.adapter_changed == self.adapter else f"{self.adapter_changed:,} of them"
+            base, adapter = f"{base}, {self.base_changed:,} of them changed", f"{adapter}, {new} new"
+        return base, adapter + (f", and {self.padding:,} of padding" if self.padding else "")
+
+
+class WeightMap(WorkingView):
+    """A tile for each layer, in the adapter's color where it changes the weight, in grey where it does not.
+
+    A row of tiles is a block of the model, a column a kind of layer. A tile shows what the adapter adds to the weight:
+    scaling times B A, the root mean square in 14 by 14 parts of it. Models with many layers have one tint for each.
+
+    Parameters
+    ----------
+    pool_or_model:
+        An :class:`AdapterPool`, or a model with an adapter. With a pool, or with ``adapters``, the live form has a
+        button that swaps the next adapter in.
+    answer:
+        A text to show below, or a function without parameters that gives it, called after each swap.
+    before:
+        A copy of ``model.state_dict()`` from before a swap: the numbers that have changed since are counted. True: take
+        one now, and before each swap by the button. It takes as much memory as the model. Default: nothing is compared.
+    adapters, adapter_name:
+        For a model, as for :class:`SwapPanel`.
+
+    Examples
+    --------
+    >>> from hotswap_lab.widgets import WeightMap
+    >>> map = WeightMap.demo()
+    >>> map.swap("pig_latin")
+    >>> print(map)
+    WeightMap: pig_latin is in 16 of 28 layers
+    hotswap → otswaphay
+    base: 963,968 numbers, 0 of them changed | adapter: 131,072 numbers, all new, and 221,184 of padding
+
+    How to read it: the darkest cell is where the adapter changes a weight most. Grey is the base model alone.
+    """
+
+    def __init__(
+        self,
+        pool_or_model: AdapterPool | torch.nn.Module,
+        answer: str | Callable[[], str] | None = None,
+        before: Mapping[str, torch.Tensor] | bool | None = None,
+        *,
+        adapters: Mapping[str, object] | None = None,
+        adapter_name: str | None = None,
+    ):
+        alone = isinstance(pool_or_model, torch.nn.Module) and not adapters
+        self._switch = None if alone else switch_for(pool_or_model, adapters, adapter_name)
+        self.model: torch.nn.Module = pool_or_model if alone else self._switch.model
+        self.adapter_name: str = name_in(self.model, adapter_name) if alone else self._switch.adapter_name
+        self.answer = answer
+        self.strength = 1.0
+        self._compares = before is True
+        self.before: Mapping[str, torch.Tensor] | None = self._copy() if before is True else before or None
+        self.look()
+
+    @classmethod
+    def demo(cls, prompt: str = "hotswap") -> WeightMap:
+        """Make a map of the embedded model, with all of its adapters.
+
+        >>> WeightMap.demo().shown
+        'hotswap → pawstoh'
+        """
+        model, tokenizer = demo.load("reverse")
+        folders = {name: demo.adapter_path(name) for name in demo.adapter_names()}
+        pool = AdapterPool(model, adapters=folders, progress=False)
+        pool.swap("reverse")
+        return cls(pool, lambda: f"{prompt} → {demo.ask(model, tokenizer, prompt)}", before=True)
+
+    # ---- actions
+
+    def look(self) -> None:
+        """Read the model's numbers, and ask for the answer, again."""
+        slot = resolve_slot(self.model, self.adapter_name)
+        self.tiles: list[Tile] = tiles_of(slot)
+        self.counts: Counts = _count(slot, self.model, self.before)
+        with contextlib.suppress(ValueError):  # layers of different strengths, or a method that has none
+            self.strength: float = get_strength(self.model, self.adapter_name)
+        #: the text below the tiles
+        self.shown: str = str((self.answer() if callable(self.answer) else self.answer) or "")
+        self._changed()
+
+    def swap(self, name: str | None = None) -> None:
+        """Swap an adapter in (None: the next one), and look again."""
+        self._run(lambda: self._swap(name))
+
+    def _work(self) -> None:
+        self._swap(None)
+
+    def _swap(self, name: str | None) -> None:
+        names = [*self._switch.names]
+        at = names.index(self._switch.active) if self._switch.active in names else -1
+        if self._compares:
+            self.before = self._copy()
+        self.swap_seconds = self._when_free(lambda: self._switch.swap(name or names[(at + 1) % len(names)]))
+        self.look()
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
+
+    # ---- text, picture and controls
+
+    @property
+    def name(self) -> str:
+        """The adapter in the model, or ``"off"``."""
+        return self.adapter_name if self._switch is None else whereabouts(self._switch)
+
+    @property
+    def summary(self) -> str:
+        """One line: the adapter, and in how many of the layers it is."""
+        active = sum(bool(tile.cells.any()) for tile in self.tiles)
+        return f"{self.name} is in {active} of {len(self.tiles)} layers"
+
+    def _lines(self) -> list[str]:
+        return [*filter(None, [self.shown]), str(self.counts)]
+
+    def figure(self) -> Figure:
+        """The tiles, the answer, and a bar with the numbers of the base and of the adapter."""
+        return drawn(self.tiles, self.name, str(self), strength=self.strength, answer=self.shown, counts=self.counts)
+
+    def _controls(self) -> list[ipywidgets.Widget]:
+        swap = self._button("Swap the next adapter in", "and paint what it changes", self.start, button_style="primary")
+        return [wrapping_row(*self._with_stop(swap)[:1])] if self._switch else []
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def tiles_of(slot: Slot) -> list[Tile]:
+    """A tile for each layer of the model's blocks, with the adapter or without, in the model's order."""
+    having = {layer.path: layer for layer in slot.layers}
+    paths = [path.removesuffix(".base_layer") for path, module in slot.walk if _has_weight(module)]
+    inside = [path for path in dict.fromkeys(paths) if path in having or any(map(str.isdigit, path.split(".")))]
+    paths = [*inside, *(path for path in having if path not in inside)]
+    rows, columns = zip(*map(_split, paths), strict=True) if paths else ((), ())
+    n = CELLS if len({*rows}) <= LARGE[0] and len({*columns}) <= LARGE[1] else 1
+    return [_tile(slot, path, having.get(path), n) for path in paths]
+
+
+def _has_weight(module: torch.nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and (weight.dim() > 1 or not weight.is_floating_point())
+
+
+def _tile(slot: Slot, path: str, layer: SlotLayer | None, n: int) -> Tile:
+    if layer is None:
+        return Tile(path, torch.zeros(n, n), f"{path}: the base model alone")
+    cells, mask = _rms(slot, layer, n).nan_to_num().cpu(), _in_use(layer)
+    if not cells.any():
+        return Tile(path, cells, f"{path}: the adapter is off here")
+    rank, room = int(mask.sum()), len(mask)
+    return Tile(path, cells, path + (f": rank {rank}{f', padded to {room}' if rank < room else ''}" if room else ""))
+
+
+def _in_use(layer: SlotLayer) -> torch.Tensor:
+    """For each rank component, whether any of the layer's tensors has a number there that is not zero."""
+    ranked = [each for each in layer.tensors if each.rank_axis is not None]
+    size = min((each.memory.shape[each.rank_axis] for each in ranked), default=0)
+    masks = [(each.memory.detach().movedim(each.rank_axis, 0)[:size] != 0).flatten(1).any(1) for each in ranked]
+    return torch.stack(masks).any(0) if masks else torch.zeros(0, dtype=torch.bool)
+
+
+def _without_padding(tensor: SlotTensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    axis = tensor.rank_axis
+    return (
+        values if axis is None or values.shape[axis] != len(mask) else values.movedim(axis, 0)[mask.to(values.device)]
+    )
+
+
+def _rms(slot: Slot, layer: SlotLayer, n: int) -> torch.Tensor:
+    """The root mean square of what the adapter adds to the weight, in n x n parts of it.
+
+    That of a part of B A needs only the products of B's rows with one another, and of A's columns. These matrices are
+    r x r, so the weight itself is never computed.
+    """
+    by_axis = {tensor.rank_axis: tensor.memory.detach().float() for tensor in layer.tensors}
+    a, b = by_axis.get(0), by_axis.get(1)
+    if a is not None and b is not None and len(layer.tensors) == 2 and a.shape[0] == b.shape[1]:
+        columns, rows = a.flatten(1).tensor_split(n, 1), b.flatten(1).tensor_split(n, 0)
+        of_a = torch.stack([each @ each.T / max(each.shape[1], 1) for each in columns]).flatten(1)
+        of_b = torch.stack([each.T @ each / max(each.shape[0], 1) for each in rows]).flatten(1)
+        scaling = getattr(layer.module, "scaling", {}).get(slot.adapter_name, 1.0)
+        return (of_b @ of_a.T).clamp(min=0).sqrt() * abs(float(scaling))
+    delta = getattr(layer.module, "get_delta_weight", None)
+    if delta is None:  # IA3, for example, multiplies: one tint
+        return torch.full((n, n), float(any(tensor.memory.any() for tensor in layer.tensors)))
+    squares = delta(slot.adapter_name).detach().float().flatten(1).square()
+    return torch.nn.functional.adaptive_avg_pool2d(squares[None], n)[0].sqrt()
+
+
+def _count(slot: Slot, model: torch.nn.Module, before: Mapping[str, torch.Tensor] | None) -> Counts:
+    masks = [(tensor, _in_use(layer)) for layer in slot.layers for tensor in layer.tensors]
+    adapter = {id(tensor.parameter): partial(_without_padding, tensor, mask=mask) for tensor, mask in masks}
+    modules = (getattr(module, "base_layer", module) for _, module in slot.walk)
+    base = {id(each): each for module in modules for each in module._parameters.values() if each is not None}
+    base = {key: each for key, each in base.items() if key not in adapter}
+    used = sum(adapter[id(tensor.parameter)](tensor.memory).numel() for tensor, _ in masks)
+    sizes = sum(each.numel() for each in base.values()), used, sum(tensor.memory.numel() for tensor, _ in masks) - used
+    if before is None:
+        return Counts(*sizes)
+    changed = [0, 0]
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in base or id(tensor) in adapter:
+            now, then = tensor.detach(), before.get(key)
+            own = adapter.get(id(tensor), lambda values: values)
+            same_shape = then is not None and then.shape == now.shape
+            differs = (own(now) != own(then.to(now.device))).sum() if same_shape else own(now).numel()
+            changed[id(tensor) in adapter] += int(differs)
+    return Counts(*sizes, *changed)
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def drawn(
+    tiles: Sequence[Tile],
+    name: str,
+    text: str,
+    *,
+    strength: float = 1.0,
+    answer: str = "",
+    counts: Counts | None = None,
+) -> Figure:
+    """Draw tiles in the color of the adapter ``name``, with an answer and a bar of all numbers below.
+
+    The strongest color is that of the largest change at strength 1.
+    """
+    color = INK if name == "off" else adapter_color(name)
+    rows, columns = (_Axis([_split(tile.path)[axis] for tile in tiles], most) for axis, most in enumerate(MOST))
+    groups: dict[tuple[int, int], list[Tile]] = {}
+    for tile in tiles:
+        row, column = _split(tile.path)
+        groups.setdefault((rows.at(row), columns.at(column)), []).append(tile)
+    is_large = all(tile.cells.numel() > 1 for tile in tiles)
+    side = CELLS * PIXELS
+    height, width = (
+        side if is_large else min(30, share // axis.count - 2)
+        for share, axis in zip(SHARED, (rows, columns), strict=True)
+    )
+    down, across = (size + (GAP if is_large else 2) for size in (height, width))
+    is_narrow = columns.longest * 7 > across
+    left, top = 20 + 7 * rows.longest, 38 + (6 * columns.longest if is_narrow else 18)
+    canvas = Canvas(
+        max(left + columns.count * across + 14, 460),
+        top + rows.count * down + 34 * bool(answer) + 62 * bool(counts) + 8,
+    )
+    canvas.text(
+        left,
+        24,
+        f"{name} is in the model" if name != "off" else "the adapter is off",
+        size=15,
+        anchor="start",
+        color=color,
+    )
+    for at, label in enumerate(columns.labels):
+        x = left + at * across + width / 2
+        if is_narrow:
+            canvas.text(x + 4, top - 5, label, size=11, anchor="start", color=MUTED, turned=-60)
+        else:
+            canvas.text(x, top - 6, label, size=12, color=MUTED)
+    for at, label in enumerate(rows.labels):
+        canvas.text(
+            left - 8, top + at * down + height / 2 + 4, label, size=min(12, height + 1), anchor="end", color=MUTED
+        )
+    largest = max((float(tile.cells.max()) for tile in tiles), default=0) / (abs(strength) or 1) or 1
+    tints = [BASE, *(mix(color, 0.2 + 0.8 * tint / TINTS) for tint in range(TINTS))]
+    for (row, column), group in groups.items():
+        # the root mean square of several layers, if there is one tint for them
+        cells = (
+            group[0].cells if len(group) == 1 else torch.stack([tile.cells.square() for tile in group]).mean(0).sqrt()
+        )
+        numbers = ((cells / largest).sqrt() * TINTS).ceil().clamp(0, TINTS).int().tolist()
+        x, y = left + column * across, top + row * down
+        title = f"<title>{escape('; '.join(tile.says for tile in group[:3]))}{' ...' if len(group) > 3 else ''}</title>"
+        fill = tints[numbers[0][0]] if len(numbers) == 1 else "none"
+        if len(numbers) > 1:
+            canvas.shapes.append(
+                f"<image x='{x}' y='{y}' width='{width}' height='{height}' style='image-rendering:pixelated' href='{png(numbers, tints)}'/>"
+            )
+        canvas.shapes.append(
+            f"<rect x='{x}' y='{y}' width='{width}' height='{height}' fill='{fill}' pointer-events='all'>{title}</rect>"
+        )
+    y = top + rows.count * down
+    if answer:
+        y += 34
+        canvas.text(left, y - 8, answer, size=18, anchor="start", color=color)
+    if counts:
+        _draw_bar(canvas, left, y + 6, counts, color)
+    return canvas.figure(text)
+
+
+def _draw_bar(canvas: Canvas, left: float, y: float, counts: Counts, color: str) -> None:
+    scale = (canvas.width - left - 20) / max(counts.base + counts.adapter + counts.padding, 1)
+    for count, fill in ((counts.base, BASE), (counts.adapter, color), (counts.padding, OFF)):
+        canvas.shapes.append(f"<rect x='{left:.5g}' y='{y}' width='{count * scale:.5g}' height='12' fill='{fill}'/>")
+        left += count * scale
+    left = canvas.width - 20 - scale * (counts.base + counts.adapter + counts.padding)
+    for line, each, ink in zip((30, 47), counts.lines, (INK, color), strict=True):
+        canvas.text(left, y + line, each, size=12, anchor="start", color=ink)
+
+
+def _split(path: str) -> tuple[str, str]:
+    """A layer's block, and its path in the block.
+
+    >>> _split("model.layers.0.self_attn.q_proj"), _split("blocks.1.to_out.0")
+    (('model.layers.0', 'self_attn.q_proj'), ('blocks.1', 'to_out.0'))
+    """
+    parts = path.split(".")
+    last = max((at for at, part in enumerate(parts[:-1]) if part.isdigit() and not parts[at + 1].isdigit()), default=-1)
+    return ".".join(parts[: last + 1]), ".".join(parts[last + 1 :])
+
+
+class _Axis:
+    """The rows, or the columns: neighbors are grouped if there are more than ``most``."""
+
+    def __init__(self, names: Iterable[str], most: int):
+        self.names = [*dict.fromkeys(names)]
+        step = max(-(-len(self.names) // most), 1)
+        self._at = {name: number // step for number, name in enumerate(self.names)}
+        self.count = max(len({*self._at.values()}), 1)
+        self.labels = _short(self.names)[::step]
+        self.longest = max(map(len, self.labels), default=0)
+
+    def at(self, name: str) -> int:
+        return self._at[name]
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """As many of the last parts of each name as tell them all apart.
+
+    >>> _short(["self_attn.q_proj", "mlp.up_proj"]), _short(["layers.0", "layers.1"])
+    (['q', 'up'], ['0', '1'])
+    """
+    longest = max((name.count(".") for name in names), default=0) + 1
+    are_blocks = all(name[-1:].isdigit() for name in names)
+    short = names
+    for count in range(1, longest + 1):
+        short = [".".join(name.split(".")[-count:]) for name in names]
+        if len({*short}) == len(names) and (are_blocks or not any(map(str.isdigit, short))):
+            break
+    return [name.removesuffix("_proj") for name in short]
