@@ -29,7 +29,6 @@ from .recompile_meter import RecompileMeter
 from .replica_panel import ReplicaPanel
 from .row_panel import RowPanel
 from .swap_panel import SwapPanel
-from .swap_race import SwapRace
 from .view import View
 from .weight_map import WeightMap
 
@@ -40,7 +39,6 @@ __all__ = [
     "ReplicaPanel",
     "RowPanel",
     "SwapPanel",
-    "SwapRace",
     "View",
     "WeightMap",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +18,8 @@ from ..watch import readable
 from .results import Run, answering
 from .switch import strength_of, switch_for, whereabouts
 from .text import text_stream
-from .view import FITS, counted, escape, speaking, wrapping_row
+from .view import CARD, CHIP, CHOSEN, FITS, counted, escape, speaking, wrapping_row
+from .weight_map import WeightMap
 from .work import WorkingView
 
 if TYPE_CHECKING:
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
 #: the slider's range; 1 is the trained strength
 STRENGTHS = (0.0, 1.5)
 #: shown in place of an answer
-NOTHING = {"before": "no earlier answer to this prompt", "after": "nothing was run yet"}
+NOTHING = {"before": "no earlier answer to this prompt", "after": "no answer yet"}
+#: in front of an adapter's name: whether it is the active one, not by color alone, in the same width
+MARKS = {True: "● ", False: "○ "}
 
 
 class SwapPanel(WorkingView):
@@ -48,6 +54,8 @@ class SwapPanel(WorkingView):
         The first text in the prompt box.
     run_on_swap:
         Whether a click on an adapter, or a move of the slider, runs the prompt as well.
+    multiline:
+        Whether the prompt box has several lines. In one line, Enter runs the prompt.
 
     Examples
     --------
@@ -82,6 +90,7 @@ class SwapPanel(WorkingView):
         adapter_name: str | None = None,
         prompt: str = "",
         run_on_swap: bool = True,
+        multiline: bool = False,
     ):
         self._switch = switch_for(pool_or_model, adapters, adapter_name)
         # a tokenizer is callable, too, so one passed as generate is recognized by its decode
@@ -92,6 +101,8 @@ class SwapPanel(WorkingView):
             self._switch.model, tokenizer, template=template, max_new_tokens=max_new_tokens
         )
         self.run_on_swap = run_on_swap
+        self._multiline = multiline
+        self._looked: tuple[object, ...] | None = None
         #: the text in the prompt box
         self.prompt = prompt
         #: the click that is being carried out, and a click that waits: the name of the setting, and its new value
@@ -144,6 +155,11 @@ class SwapPanel(WorkingView):
     def strength(self, value: float) -> None:
         self._run(lambda: self._change("strength", value))
 
+    @cached_property
+    def map(self) -> WeightMap:
+        """The map above the answers, as it was when it was last shown."""
+        return WeightMap(self._switch)
+
     # ---- actions
 
     def choose(self, name: str | None) -> object:
@@ -191,6 +207,7 @@ class SwapPanel(WorkingView):
             doing, change = f"swapping {value} in", lambda: self._switch.swap(value)
         self.doing: str = f"{doing}, as soon as no other thread computes with the model"
         seconds = self._when_free(change)
+        self._looked = None
         self.swap_seconds: float | None = seconds if what == "adapter" else self.swap_seconds
 
     def _work(self) -> object:
@@ -201,10 +218,10 @@ class SwapPanel(WorkingView):
             return self._answer()
 
     def _answer(self) -> object:
-        former = dict(before=self.before, after=self.after)
         run = Run(str(self.prompt), whereabouts(self._switch), strength_of(self._switch))
-        with answering([run], lambda: vars(self).update(former)):
-            self.before, self.after = _earlier(run, *former.values()), run
+        # after an error, no old answer is shown next to a prompt that it does not answer
+        with answering([run], lambda: vars(self).update(before=None, after=None)):
+            self.before, self.after = _earlier(run, self.before, self.after), run
             given = self.generate(run.prompt)
             for run.result in given if isinstance(given, Iterator) else [given]:
                 self._progressed()
@@ -230,12 +247,19 @@ class SwapPanel(WorkingView):
 
     def _inside(self) -> str:
         # without times, which would make a stored notebook differ from run to run
-        names = ", ".join(f"{name} (active)" if name == self.active else name for name in self.names)
-        prompt = f"<div>prompt: <code>{escape(self.prompt)}</code></div>" if self.prompt else ""
-        cell = "padding:4px 12px;text-align:left;vertical-align:top;border:1px solid rgba(128,128,128,.4)"
-        cards = [f'<td style="{cell}">{run.to_html(title)}</td>' for title, run in self._answers.items() if run]
+        where = whereabouts(self._switch)
+        chips = " ".join(
+            f'<span style="{CHIP}{CHOSEN if name == where else ""}">{MARKS[name == where]}{escape(name)}</span>'
+            for name in [*self.names, "off"]
+        )
+        prompt = f'<div style="margin:6px 0">prompt: <code>{escape(self.prompt)}</code></div>' if self.prompt else ""
+        cards = [f'<td style="{CARD}">{run.to_html(title)}</td>' for title, run in self._answers.items() if run]
         answers = f'<table style="border-collapse:collapse;margin:4px 0"><tr>{"".join(cards)}</tr></table>'
-        return f"<div>adapters: {escape(names)}</div>{prompt}{answers if cards else ''}"
+        self._look()
+        # an image, since JupyterLab leaves out drawings in the HTML of a notebook that it does not trust
+        image = base64.b64encode(self.map.figure().svg.encode()).decode()
+        picture = f'<img alt="{escape(self.map)}" src="data:image/svg+xml;base64,{image}">' if self.map.tiles else ""
+        return f"<div>{chips}</div>{prompt}{picture}{answers if cards else ''}"
 
     def _build(self) -> list[ipywidgets.Widget]:
         import ipywidgets as w
@@ -243,7 +267,10 @@ class SwapPanel(WorkingView):
         *frame, _ = super()._build()
         card = w.Layout(flex="1 1 220px", min_width="0", margin="2px")
         self._cards = [w.HTML(layout=card), speaking(layout=card)]
-        return [*frame, w.HBox(self._cards, layout=w.Layout(flex_flow="row wrap", align_items="stretch"))]
+        self._picture = w.HTML()
+        cards = w.HBox(self._cards, layout=w.Layout(flex_flow="row wrap", align_items="stretch"))
+        cards.add_class("hotswap-cards")
+        return [*frame, self._picture, cards]
 
     def _controls(self) -> list[ipywidgets.Widget]:
         import ipywidgets as w
@@ -253,7 +280,13 @@ class SwapPanel(WorkingView):
         self._slider = w.FloatSlider(step=0.05, description="strength", continuous_update=False, layout=wide)
         self._when_set(self._slider, self._slid)
         wider = w.Layout(width="440px", max_width=FITS, height="auto")
-        self._box = w.Textarea(description="prompt", rows=2, placeholder="what the model is asked", layout=wider)
+        kind = w.Textarea if self._multiline else w.Text
+        self._box = kind(description="prompt", placeholder="what the model is asked", layout=wider)
+        if not self._multiline:
+            with warnings.catch_warnings():
+                # what ipywidgets 8 recommends instead would run the prompt when the box loses the focus, too
+                warnings.simplefilter("ignore")
+                self._box.on_submit(lambda _: self._clicked(self.start))
         self._when_set(self._box, lambda text: vars(self).update(prompt=text))  # with no refresh while the user types
         self._run_button = self._button("Run", "run the prompt", self.start, button_style="primary")
         return [self._buttons, self._slider, wrapping_row(self._box, *self._with_stop(self._run_button))]
@@ -281,12 +314,26 @@ class SwapPanel(WorkingView):
         strength = strength_of(self._switch)
         super()._refresh()
         self._refresh_buttons()
+        if self._look() or not self._picture.value:
+            self._picture.value = self.map._inside() if self.map.tiles else ""
         self._slider.disabled = strength is None
         if strength is not None and not self.busy and not self._slider_waits:
             self._slider.max = max(STRENGTHS[1], strength)
             self._slider.min = min(STRENGTHS[0], strength)
             self._slider.value = strength
         self._box.value = str(self.prompt)
+
+    def _look(self) -> bool:
+        """Look at the model's numbers again, if another adapter or strength is in it. Returns whether it is.
+
+        It takes a while in a large model, and a growing answer is shown ten times a second.
+        """
+        now = whereabouts(self._switch), strength_of(self._switch)
+        if self._looked == now:
+            return False
+        self.map.look()
+        self._looked = now
+        return True
 
     def _refresh_body(self) -> None:
         for card, (title, run) in zip(self._cards, self._answers.items(), strict=True):
@@ -300,17 +347,15 @@ class SwapPanel(WorkingView):
             self._buttons.children, self._buttons_for = [self._choice(name) for name in choices], choices
         where = whereabouts(self._switch)
         for name, button in zip(choices, self._buttons.children, strict=True):
-            # marked by a word, not only by color; the style of hotswap-choice reserves its room, so no button moves
-            is_active, label = where == (name or "off"), name or "off"
-            button.description = f"{label} (active)" if is_active else label
+            label = name or "off"
+            is_active = where == label
+            button.description = MARKS[is_active] + label
             button.button_style = "info" if is_active else ""
 
     def _choice(self, name: str | None) -> ipywidgets.Button:
         tooltip = "turn the adapter off: the base model answers" if name is None else f"swap {name} in"
         tooltip += ", and run the prompt" if self.run_on_swap else ""
-        button = self._button("", tooltip, lambda: self._come("adapter", name))
-        button.add_class("hotswap-choice")
-        return button
+        return self._button("", tooltip, lambda: self._come("adapter", name))
 
 
 def _earlier(run: Run, before: Run | None, after: Run | None) -> Run | None:

@@ -62,11 +62,11 @@ class ModelSwitch:
 
 
 def switch_for(
-    pool_or_model: AdapterPool | torch.nn.Module,
+    pool_or_model: AdapterPool | ModelSwitch | torch.nn.Module,
     adapters: Mapping[str, object] | None = None,
     adapter_name: str | None = None,
 ) -> AdapterPool | ModelSwitch:
-    """The pool that a widget was given, or a switch for the model that it was given.
+    """The pool or switch that a widget was given, or a switch for the model that it was given.
 
     >>> switch_for(42)
     Traceback (most recent call last):
@@ -76,7 +76,7 @@ def switch_for(
       next:     pass one of these
     """
     check_named(adapters)
-    if isinstance(pool_or_model, AdapterPool) and not adapters:
+    if isinstance(pool_or_model, AdapterPool | ModelSwitch) and not adapters:
         return pool_or_model
     if isinstance(pool_or_model, torch.nn.Module) and adapters:
         return ModelSwitch(pool_or_model, adapters, adapter_name)

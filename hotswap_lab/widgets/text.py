@@ -27,7 +27,7 @@ def text_stream(
     Raises
     ------
     HotswapError
-        If the template has no ``{}``.
+        If the template has no ``{}``; and by the function, if the prompt is empty or the tokenizer doesn't know it.
 
     Examples
     --------
@@ -41,6 +41,11 @@ def text_stream(
         raise refuse("template_without_prompt", template=template, example="{}" + template)
 
     def stream(prompt: str) -> Iterator[str]:
+        known = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if not known:
+            raise refuse("empty_prompt")
+        if tokenizer.unk_token_id in known:
+            raise refuse("unknown_prompt", prompt=prompt, read=tokenizer.decode(known))
         chat = template is None and getattr(tokenizer, "chat_template", None)
         text = (template or "{}").replace("{}", prompt)
         if chat:

@@ -6,7 +6,10 @@ import html
 import threading
 from collections.abc import Callable
 from functools import cached_property
+from string import Template
 from typing import TYPE_CHECKING
+
+from ..figures import palette
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -16,10 +19,14 @@ if TYPE_CHECKING:
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page minus the margins that ipywidgets puts around a control
 FITS = "calc(100% - 4px)"
+#: styles of the static forms: a button, the chosen one, and a card
+CHIP = "display:inline-block;padding:2px 10px;margin:2px;border:1px solid rgba(128,128,128,.4);border-radius:3px;"
+CHOSEN = f"background:{palette.ACTIVE};color:{palette.WHITE};"
+CARD = "padding:8px 14px;text-align:left;vertical-align:top;min-width:180px;border:1px solid rgba(128,128,128,.4)"
 
 # Colors come from the theme if there is one. The first rule hides the stored static form while the live one is shown.
 # Without a kernel, nothing has the class hotswap-live, so the static form is shown.
-STYLE = """<style>
+STYLE = Template("""<style>
 .jp-OutputArea-child:has(+ .jp-OutputArea-child .hotswap-live) { display: none }
 .hotswap-live { color: var(--jp-ui-font-color1, inherit); max-width: 760px; overflow: visible }
 .hotswap-live .widget-html, .hotswap-live .widget-html-content, .hotswap-live .jupyter-widgets.widget-html
@@ -29,28 +36,35 @@ STYLE = """<style>
 .hotswap-live .hotswap-picture svg { min-width: 500px }
 .hotswap-live pre { white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; margin: 4px 0; padding: 6px 8px;
   color: inherit; background: rgba(128, 128, 128, .14); border-radius: 4px; font-size: 12px; line-height: 1.45 }
-.hotswap-live .hotswap-error pre { border-left: 4px solid #d64545 }
+.hotswap-live .hotswap-error pre { border-left: 4px solid $WRONG }
 .hotswap-live .hotswap-scroll { max-height: 360px; overflow: auto; font-size: 12px; white-space: nowrap }
 .hotswap-live .hotswap-muted { opacity: .8 }
+.hotswap-live .hotswap-cards .jupyter-widgets, .hotswap-live .hotswap-cards .widget-html-content { display: flex }
 .hotswap-live .hotswap-answer { border: 1px solid rgba(128, 128, 128, .45); border-radius: 6px; padding: 8px 12px;
-  box-sizing: border-box; min-height: 84px; overflow-wrap: anywhere }
+  box-sizing: border-box; min-height: 84px; overflow-wrap: anywhere; flex: 1; min-width: 0 }
 .hotswap-live .hotswap-answer .hotswap-text { font-size: 18px; white-space: pre-wrap; margin: 4px 0 }
 .hotswap-live .hotswap-answer img { max-width: 100%; height: auto }
 .hotswap-live .jupyter-button { width: auto; height: auto; min-height: 30px; padding: 2px 12px; line-height: 24px }
-.hotswap-live .hotswap-choice:not(.mod-info)::after { content: " (active)"; visibility: hidden }
-.hotswap-live button:focus-visible, .hotswap-live input:focus-visible, .hotswap-live .noUi-handle:focus-visible
-  { outline: 3px solid #3b82f6; outline-offset: 1px }
-</style>"""
+.hotswap-live .jupyter-button.mod-info, .hotswap-live .jupyter-button.mod-primary
+  { background: $ACTIVE; color: $WHITE }
+.hotswap-live .hotswap-time { font-size: 22px }
+.hotswap-live select { background: linear-gradient(45deg, transparent 50%, currentColor 50%) right 10px center / 5px 5px
+  no-repeat, linear-gradient(-45deg, transparent 50%, currentColor 50%) right 5px center / 5px 5px no-repeat,
+  var(--jp-widgets-input-background-color, transparent) }
+.hotswap-live :focus-visible { outline: 3px solid $ACTIVE; outline-offset: 2px; box-shadow: 0 0 0 2px $WHITE }
+</style>""").substitute(vars(palette))
 
-# Attributes that ipywidgets can't set: a slider's handle gets the label next to it as its name for screen readers. Text
-# that changes by itself is read out; the attribute is on a permanent element, since a widget's content is replaced each
-# time. The notebook leaves keys pressed in here to the controls, while Notebook 7 would use a slider's arrow keys.
+# Attributes that ipywidgets can't set: a slider's handle and number get the label next to them as their name for screen
+# readers. Text that changes by itself is read out; the attribute is on a permanent element, since a widget's content is
+# replaced each time. The notebook leaves keys pressed in here to the controls, while Notebook 7 would use arrow keys.
 # Nothing is loaded: the picture is empty, and only starts the script when the widget is in the page.
 FOR_SCREEN_READERS = """<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="
   setTimeout(() => {
     const root = this.closest('.hotswap-live');
     root?.querySelectorAll('.noUi-handle').forEach(handle => handle.setAttribute(
       'aria-label', handle.closest('.jupyter-widgets').querySelector('label').textContent));
+    root?.querySelectorAll('.widget-readout').forEach(readout => readout.setAttribute(
+      'aria-label', readout.closest('.jupyter-widgets').querySelector('label').textContent + ', as a number'));
     root?.addEventListener('focusin', ({target}) => target.matches('.noUi-handle, button, select') &&
       target.setAttribute('data-lm-suppress-shortcuts', 'true'));
     root?.querySelectorAll('.hotswap-says').forEach(each => each.setAttribute('aria-live', 'polite'));

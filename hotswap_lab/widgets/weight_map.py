@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 CELLS, PIXELS, GAP = 14, 3, 6
 #: the most rows and columns of large tiles, and of any tiles
 LARGE, MOST = (6, 10), (36, 48)
-#: pixels that the smaller tiles share, downwards and across
-SHARED = (300, 600)
 TINTS = 32
 
 
@@ -45,23 +44,19 @@ class Tile:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many numbers there are, and how many of them differ from before (None: not compared)."""
+    """How many numbers there are, and, if compared, how many of the base's and of the adapter's are new."""
 
     base: int
     adapter: int
     padding: int
-    base_changed: int | None = None
-    adapter_changed: int | None = None
-
-    def __str__(self) -> str:
-        return " | ".join(self.lines)
+    changed: tuple[int, int] | None = None
 
     @property
     def lines(self) -> tuple[str, str]:
         base, adapter = f"base: {self.base:,} numbers", f"adapter: {self.adapter:,} numbers"
-        if self.base_changed is not None:
-            new = "all" if self.adapter_changed == self.adapter else f"{self.adapter_changed:,} of them"
-            base, adapter = f"{base}, {self.base_changed:,} of them changed", f"{adapter}, {new} new"
+        if self.changed is not None:
+            new = "all" if self.changed[1] == self.adapter else f"{self.changed[1]:,} of them"
+            base, adapter = f"{base}, {self.changed[0]:,} of them changed", f"{adapter}, {new} new"
         return base, adapter + (f", and {self.padding:,} of padding" if self.padding else "")
 
 
@@ -92,7 +87,7 @@ class WeightMap(WorkingView):
     >>> print(map)
     WeightMap: pig_latin is in 16 of 28 layers
     hotswap → otswaphay
-    base: 963,968 numbers, 0 of them changed | adapter: 131,072 numbers, all new, and 221,184 of padding
+    base: 963,968 numbers, 0 of them changed | adapter: 131,072 numbers, all new, and 92,160 of padding
 
     How to read it: the darkest cell is where the adapter changes a weight most. Grey is the base model alone.
     """
@@ -134,8 +129,9 @@ class WeightMap(WorkingView):
     def look(self) -> None:
         """Read the model's numbers, and ask for the answer, again."""
         slot = resolve_slot(self.model, self.adapter_name)
-        self.tiles: list[Tile] = tiles_of(slot)
-        self.counts: Counts = _count(slot, self.model, self.before)
+        masks = [_in_use(layer) for layer in slot.layers]
+        self.tiles: list[Tile] = _tiles(slot, masks)
+        self.counts: Counts = _count(slot, masks, self.model, self.before)
         with contextlib.suppress(ValueError):  # layers of different strengths, or a method that has none
             self.strength: float = get_strength(self.model, self.adapter_name)
         #: the text below the tiles
@@ -174,11 +170,11 @@ class WeightMap(WorkingView):
         return f"{self.name} is in {active} of {len(self.tiles)} layers"
 
     def _lines(self) -> list[str]:
-        return [*filter(None, [self.shown]), str(self.counts)]
+        return [*filter(None, [self.shown]), " | ".join(self.counts.lines)]
 
     def figure(self) -> Figure:
         """The tiles, the answer, and a bar with the numbers of the base and of the adapter."""
-        return drawn(self.tiles, self.name, str(self), strength=self.strength, answer=self.shown, counts=self.counts)
+        return drawn(self.tiles, self.name, self.strength, self.shown, self.counts, str(self))
 
     def _controls(self) -> list[ipywidgets.Widget]:
         swap = self._button("Swap the next adapter in", "and paint what it changes", self.start, button_style="primary")
@@ -189,15 +185,14 @@ class WeightMap(WorkingView):
 
 
 @torch.no_grad()
-def tiles_of(slot: Slot) -> list[Tile]:
+def _tiles(slot: Slot, masks: Sequence[torch.Tensor]) -> list[Tile]:
     """A tile for each layer of the model's blocks, with the adapter or without, in the model's order."""
-    having = {layer.path: layer for layer in slot.layers}
+    having = {layer.path: each for each in zip(slot.layers, masks, strict=True) for layer in each[:1]}
     paths = [path.removesuffix(".base_layer") for path, module in slot.walk if _has_weight(module)]
-    inside = [path for path in dict.fromkeys(paths) if path in having or any(map(str.isdigit, path.split(".")))]
-    paths = [*inside, *(path for path in having if path not in inside)]
-    rows, columns = zip(*map(_split, paths), strict=True) if paths else ((), ())
-    n = CELLS if len({*rows}) <= LARGE[0] and len({*columns}) <= LARGE[1] else 1
-    return [_tile(slot, path, having.get(path), n) for path in paths]
+    paths = [path for path in dict.fromkeys([*paths, *having]) if path in having or _split(path)[0]]
+    sizes = (len({_split(path)[axis] for path in paths}) for axis in (0, 1))
+    n = CELLS if all(size <= most for size, most in zip(sizes, LARGE, strict=True)) else 1
+    return [_tile(slot, path, n, *having.get(path, (None, None))) for path in paths]
 
 
 def _has_weight(module: torch.nn.Module) -> bool:
@@ -205,10 +200,10 @@ def _has_weight(module: torch.nn.Module) -> bool:
     return weight is not None and (weight.dim() > 1 or not weight.is_floating_point())
 
 
-def _tile(slot: Slot, path: str, layer: SlotLayer | None, n: int) -> Tile:
-    if layer is None:
+def _tile(slot: Slot, path: str, n: int, layer: SlotLayer | None, mask: torch.Tensor | None) -> Tile:
+    if layer is None or mask is None:
         return Tile(path, torch.zeros(n, n), f"{path}: the base model alone")
-    cells, mask = _rms(slot, layer, n).nan_to_num().cpu(), _in_use(layer)
+    cells = _rms(slot, layer, n).nan_to_num().cpu()
     if not cells.any():
         return Tile(path, cells, f"{path}: the adapter is off here")
     rank, room = int(mask.sum()), len(mask)
@@ -251,14 +246,16 @@ def _rms(slot: Slot, layer: SlotLayer, n: int) -> torch.Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(squares[None], n)[0].sqrt()
 
 
-def _count(slot: Slot, model: torch.nn.Module, before: Mapping[str, torch.Tensor] | None) -> Counts:
-    masks = [(tensor, _in_use(layer)) for layer in slot.layers for tensor in layer.tensors]
-    adapter = {id(tensor.parameter): partial(_without_padding, tensor, mask=mask) for tensor, mask in masks}
+def _count(
+    slot: Slot, masks: Sequence[torch.Tensor], model: torch.nn.Module, before: Mapping[str, torch.Tensor] | None
+) -> Counts:
+    owned = [(tensor, mask) for layer, mask in zip(slot.layers, masks, strict=True) for tensor in layer.tensors]
+    adapter = {id(tensor.parameter): partial(_without_padding, tensor, mask=mask) for tensor, mask in owned}
     modules = (getattr(module, "base_layer", module) for _, module in slot.walk)
     base = {id(each): each for module in modules for each in module._parameters.values() if each is not None}
     base = {key: each for key, each in base.items() if key not in adapter}
-    used = sum(adapter[id(tensor.parameter)](tensor.memory).numel() for tensor, _ in masks)
-    sizes = sum(each.numel() for each in base.values()), used, sum(tensor.memory.numel() for tensor, _ in masks) - used
+    used = sum(adapter[id(tensor.parameter)](tensor.memory).numel() for tensor, _ in owned)
+    sizes = sum(each.numel() for each in base.values()), used, sum(tensor.memory.numel() for tensor, _ in owned) - used
     if before is None:
         return Counts(*sizes)
     changed = [0, 0]
@@ -269,44 +266,29 @@ def _count(slot: Slot, model: torch.nn.Module, before: Mapping[str, torch.Tensor
             same_shape = then is not None and then.shape == now.shape
             differs = (own(now) != own(then.to(now.device))).sum() if same_shape else own(now).numel()
             changed[id(tensor) in adapter] += int(differs)
-    return Counts(*sizes, *changed)
+    return Counts(*sizes, (changed[0], changed[1]))
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def drawn(
-    tiles: Sequence[Tile],
-    name: str,
-    text: str,
-    *,
-    strength: float = 1.0,
-    answer: str = "",
-    counts: Counts | None = None,
-) -> Figure:
-    """Draw tiles in the color of the adapter ``name``, with an answer and a bar of all numbers below.
+def drawn(tiles: Sequence[Tile], name: str, strength: float, answer: str, counts: Counts, text: str) -> Figure:
+    """Draw tiles in the color of the adapter ``name``, with the answer and a bar of all numbers below.
 
     The strongest color is that of the largest change at strength 1.
     """
     color = INK if name == "off" else adapter_color(name)
     rows, columns = (_Axis([_split(tile.path)[axis] for tile in tiles], most) for axis, most in enumerate(MOST))
-    groups: dict[tuple[int, int], list[Tile]] = {}
-    for tile in tiles:
-        row, column = _split(tile.path)
-        groups.setdefault((rows.at(row), columns.at(column)), []).append(tile)
-    is_large = all(tile.cells.numel() > 1 for tile in tiles)
-    side = CELLS * PIXELS
+    is_large = bool(tiles) and tiles[0].cells.numel() > 1
     height, width = (
-        side if is_large else min(30, share // axis.count - 2)
-        for share, axis in zip(SHARED, (rows, columns), strict=True)
+        CELLS * PIXELS if is_large else min(30, px // len(axis.labels)) for px, axis in ((300, rows), (600, columns))
     )
-    down, across = (size + (GAP if is_large else 2) for size in (height, width))
-    is_narrow = columns.longest * 7 > across
-    left, top = 20 + 7 * rows.longest, 38 + (6 * columns.longest if is_narrow else 18)
-    canvas = Canvas(
-        max(left + columns.count * across + 14, 460),
-        top + rows.count * down + 34 * bool(answer) + 62 * bool(counts) + 8,
-    )
+    gap, turned = GAP if is_large else 2, 0
+    if columns.longest * 7 > width + gap:
+        turned = -60
+    left, top = 20 + 7 * rows.longest, 38 + (6 * columns.longest if turned else 18)
+    right, bottom = left + len(columns.labels) * (width + gap), top + len(rows.labels) * (height + gap)
+    canvas = Canvas(max(right + 14, 460), bottom + 34 * bool(answer) + 66)
     canvas.text(
         left,
         24,
@@ -316,50 +298,37 @@ def drawn(
         color=color,
     )
     for at, label in enumerate(columns.labels):
-        x = left + at * across + width / 2
-        if is_narrow:
-            canvas.text(x + 4, top - 5, label, size=11, anchor="start", color=MUTED, turned=-60)
-        else:
-            canvas.text(x, top - 6, label, size=12, color=MUTED)
+        x = left + at * (width + gap) + width / 2
+        canvas.text(x, top - 6, label, size=12, anchor="start" if turned else "middle", color=MUTED, turned=turned)
     for at, label in enumerate(rows.labels):
-        canvas.text(
-            left - 8, top + at * down + height / 2 + 4, label, size=min(12, height + 1), anchor="end", color=MUTED
-        )
+        y = top + at * (height + gap) + height / 2 + 4
+        canvas.text(left - 8, y, label, size=min(12, height), anchor="end", color=MUTED)
+    groups: dict[tuple[int, int], list[Tile]] = {}
+    for tile in tiles:
+        row, column = _split(tile.path)
+        groups.setdefault((rows.at[row], columns.at[column]), []).append(tile)
     largest = max((float(tile.cells.max()) for tile in tiles), default=0) / (abs(strength) or 1) or 1
     tints = [BASE, *(mix(color, 0.2 + 0.8 * tint / TINTS) for tint in range(TINTS))]
     for (row, column), group in groups.items():
-        # the root mean square of several layers, if there is one tint for them
-        cells = (
-            group[0].cells if len(group) == 1 else torch.stack([tile.cells.square() for tile in group]).mean(0).sqrt()
-        )
-        numbers = ((cells / largest).sqrt() * TINTS).ceil().clamp(0, TINTS).int().tolist()
-        x, y = left + column * across, top + row * down
-        title = f"<title>{escape('; '.join(tile.says for tile in group[:3]))}{' ...' if len(group) > 3 else ''}</title>"
-        fill = tints[numbers[0][0]] if len(numbers) == 1 else "none"
-        if len(numbers) > 1:
-            canvas.shapes.append(
-                f"<image x='{x}' y='{y}' width='{width}' height='{height}' style='image-rendering:pixelated' href='{png(numbers, tints)}'/>"
-            )
-        canvas.shapes.append(
-            f"<rect x='{x}' y='{y}' width='{width}' height='{height}' fill='{fill}' pointer-events='all'>{title}</rect>"
-        )
-    y = top + rows.count * down
+        cells = torch.stack([tile.cells for tile in group]).square().mean(0).sqrt()
+        pixels = ((cells / largest).sqrt() * TINTS).ceil().clamp(0, TINTS).int().tolist()
+        area = f"x='{left + column * (width + gap)}' y='{top + row * (height + gap)}' width='{width}' height='{height}'"
+        if is_large:
+            image = f"<image {area} style='image-rendering:pixelated' href='{png(pixels, tints)}'/>"
+            canvas.shapes.append(image)
+        fill = "none" if is_large else tints[pixels[0][0]]
+        says = escape("; ".join(tile.says for tile in group[:3])) + " ..." * (len(group) > 3)
+        canvas.shapes.append(f"<rect {area} fill='{fill}' pointer-events='all'><title>{says}</title></rect>")
     if answer:
-        y += 34
-        canvas.text(left, y - 8, answer, size=18, anchor="start", color=color)
-    if counts:
-        _draw_bar(canvas, left, y + 6, counts, color)
+        canvas.text(left, bottom + 26, answer, size=18, anchor="start", color=color)
+    y, x, sizes = canvas.height - 62, left, (counts.base, counts.adapter, counts.padding)
+    for size, fill in zip(sizes, (BASE, color, OFF), strict=True):
+        part = size * (canvas.width - left - 20) / max(sum(sizes), 1)
+        canvas.shapes.append(f"<rect x='{x:.5g}' y='{y}' width='{part:.5g}' height='12' fill='{fill}'/>")
+        x += part
+    for number, (line, ink) in enumerate(zip(counts.lines, (INK, color), strict=True)):
+        canvas.text(left, y + 30 + 17 * number, line, size=12, anchor="start", color=ink)
     return canvas.figure(text)
-
-
-def _draw_bar(canvas: Canvas, left: float, y: float, counts: Counts, color: str) -> None:
-    scale = (canvas.width - left - 20) / max(counts.base + counts.adapter + counts.padding, 1)
-    for count, fill in ((counts.base, BASE), (counts.adapter, color), (counts.padding, OFF)):
-        canvas.shapes.append(f"<rect x='{left:.5g}' y='{y}' width='{count * scale:.5g}' height='12' fill='{fill}'/>")
-        left += count * scale
-    left = canvas.width - 20 - scale * (counts.base + counts.adapter + counts.padding)
-    for line, each, ink in zip((30, 47), counts.lines, (INK, color), strict=True):
-        canvas.text(left, y + line, each, size=12, anchor="start", color=ink)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -368,24 +337,19 @@ def _split(path: str) -> tuple[str, str]:
     >>> _split("model.layers.0.self_attn.q_proj"), _split("blocks.1.to_out.0")
     (('model.layers.0', 'self_attn.q_proj'), ('blocks.1', 'to_out.0'))
     """
-    parts = path.split(".")
-    last = max((at for at, part in enumerate(parts[:-1]) if part.isdigit() and not parts[at + 1].isdigit()), default=-1)
-    return ".".join(parts[: last + 1]), ".".join(parts[last + 1 :])
+    block, column = re.fullmatch(r"((?:.*\.)?\d+(?=\.[^.]*[^.\d]))?\.?(.*)", path).groups()
+    return block or "", column
 
 
 class _Axis:
-    """The rows, or the columns: neighbors are grouped if there are more than ``most``."""
+    """The rows, or the columns: each name's number, and labels. More than ``most`` are grouped with their neighbors."""
 
     def __init__(self, names: Iterable[str], most: int):
-        self.names = [*dict.fromkeys(names)]
-        step = max(-(-len(self.names) // most), 1)
-        self._at = {name: number // step for number, name in enumerate(self.names)}
-        self.count = max(len({*self._at.values()}), 1)
-        self.labels = _short(self.names)[::step]
-        self.longest = max(map(len, self.labels), default=0)
-
-    def at(self, name: str) -> int:
-        return self._at[name]
+        names = [*dict.fromkeys(names)]
+        step = max(-(-len(names) // most), 1)
+        self.at = {name: number // step for number, name in enumerate(names)}
+        self.labels = _short(names)[::step] or [""]
+        self.longest = max(map(len, self.labels))
 
 
 def _short(names: Sequence[str]) -> list[str]:
@@ -394,10 +358,8 @@ def _short(names: Sequence[str]) -> list[str]:
     >>> _short(["self_attn.q_proj", "mlp.up_proj"]), _short(["layers.0", "layers.1"])
     (['q', 'up'], ['0', '1'])
     """
-    longest = max((name.count(".") for name in names), default=0) + 1
-    are_blocks = all(name[-1:].isdigit() for name in names)
-    short = names
-    for count in range(1, longest + 1):
+    are_blocks, short = all(name[-1:].isdigit() for name in names), names
+    for count in range(1, max((name.count(".") for name in names), default=0) + 2):
         short = [".".join(name.split(".")[-count:]) for name in names]
         if len({*short}) == len(names) and (are_blocks or not any(map(str.isdigit, short))):
             break

@@ -246,12 +246,13 @@ class WorkingView(View):
 
     def _state(self) -> str:
         """The text of the status line."""
-        state = f"busy: {self.doing}" if self.busy else "ready"
-        return state if self.swap_seconds is None else f"{state}; swap: {readable(self.swap_seconds)}"
+        return f"busy: {self.doing}" if self.busy else "ready"
 
     def _refresh(self) -> None:
         super()._refresh()
         for control in self._starters:
             control.disabled = self.busy
         self._stop_button.disabled = not self.busy
-        self._status.value = escape(self._state()) + (error_html(self.error, trace=True) if self.error else "")
+        swap = "" if self.swap_seconds is None else readable(self.swap_seconds)
+        time = f'<span class="hotswap-time">{swap}</span> for the swap; ' if swap else ""
+        self._status.value = time + escape(self._state()) + (error_html(self.error, trace=True) if self.error else "")

@@ -52,7 +52,7 @@ meter = RecompileMeter(
     inputs=meter_model.get_base_model().dummy_inputs,
 )
 meter""",
-    "race": "SwapRace('tiny', rank=2, n=2)",
+    "map": "map = WeightMap.demo()\nmap",
     "rows": "rows = RowPanel.demo(['hotswap', 'notebook', 'adapter'])\nrows",
 }
 SETUP = """import warnings
@@ -60,7 +60,7 @@ SETUP = """import warnings
 warnings.filterwarnings("ignore")  # remarks of PEFT and transformers on their own affairs
 from hotswap_lab import demo
 from hotswap_lab.lessons import begin
-from hotswap_lab.widgets import PlanView, RankPaddingView, RecompileMeter, RowPanel, SwapPanel, SwapRace
+from hotswap_lab.widgets import PlanView, RankPaddingView, RecompileMeter, RowPanel, SwapPanel, WeightMap
 
 begin()"""
 

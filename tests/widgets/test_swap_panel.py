@@ -49,7 +49,7 @@ def either(request):
 def click(panel, name):
     panel.box  # noqa: B018 - makes the controls
     panel._refresh()
-    button = next(each for each in panel._buttons.children if each.description.removesuffix(" (active)") == name)
+    button = next(each for each in panel._buttons.children if each.description[2:] == name)
     button.click()
     assert panel.wait(60)
 
@@ -115,10 +115,10 @@ def test_clicks(panel):
     click(panel, "pig_latin")
     assert (panel.before.result, panel.after.result) == ("HOTSWAP!", "otswaphay")
     names = [button.description for button in panel._buttons.children]
-    assert [name for name in names if "active" in name] == ["pig_latin (active)"]
+    assert [name for name in names if name[0] == "●"] == ["● pig_latin"]
     click(panel, "off")
     assert panel.after.result == WORD
-    assert panel._buttons.children[-1].description == "off (active)"
+    assert panel._buttons.children[-1].description == "● off"
 
 
 def test_the_slider_and_the_box_follow_and_lead(panel):
@@ -240,7 +240,7 @@ def test_errors_are_shown_in_full_and_break_nothing(either):
     assert "in bad" in shown  # the traceback
     assert 'role="alert"' in shown
     assert "error: RuntimeError" in str(either)
-    assert either.after.result == "ahopstw"  # the last good one
+    assert (either.before, either.after) == (None, None)  # no old answer next to a prompt that has none
     either.generate = good
     assert either.choose("shout") == "HOTSWAP!"
     assert either.error is None
@@ -276,12 +276,12 @@ def test_static_form(panel):
     panel.choose("shout")
     panel.choose("sort")
     html, stored = panel.to_html(), panel._static()
-    assert all(piece in html for piece in ("sort (active)", "HOTSWAP!", "ahopstw"))
+    assert all(piece in html for piece in ("● sort", "○ shout", "HOTSWAP!", "ahopstw"))
     assert "<script" not in html
     assert " ms" not in stored["text/html"]  # the same from run to run
     panel.box  # noqa: B018
     panel._refresh()
-    assert all(piece in panel._status.value for piece in ("swap: ", "run: "))
+    assert all(piece in panel._status.value for piece in ("for the swap; ", "run: "))
     assert stored["text/plain"] == str(panel) == repr(panel)
 
 
@@ -315,3 +315,42 @@ def test_dora_has_no_strength():
     assert panel._slider.disabled
     panel.active = "a"
     assert panel.active == "a"
+
+
+@pytest.mark.parametrize(("prompt", "word"), [("", "empty"), ("é", "does not know all")])
+def test_a_prompt_that_cannot_be_answered(panel, prompt, word):
+    panel.choose("sort")
+    panel.prompt = prompt
+    refused(word, panel.run)
+    assert (panel.before, panel.after) == (None, None)
+    panel.prompt = WORD
+    assert panel.run() == "ahopstw"
+
+
+def test_enter_runs_the_prompt_of_one_line(panel):
+    panel.box  # noqa: B018
+    panel._box.value = "widget"
+    panel._box._handle_string_msg(None, {"event": "submit"}, [])
+    assert panel.wait(60)
+    assert panel.after.prompt == "widget"
+    lines = SwapPanel.demo(WORD, multiline=True)
+    lines.box  # noqa: B018
+    assert type(lines._box).__name__ == "Textarea"
+
+
+def test_the_map_follows(panel):
+    panel.box  # noqa: B018
+    panel._refresh()
+    seen = [panel._picture.value]
+    for name, strength in (("shout", 1), ("shout", 0.5), (None, 0)):
+        panel.choose(name)
+        panel.strength = strength
+        seen.append(panel._picture.value)
+    assert len({*seen}) == 4
+    assert "shout is in the model" in seen[1]
+    assert "the adapter is off" in seen[3]
+    assert "model.layers.1.self_attn.q_proj: rank 8, padded to" in seen[1]
+    assert "model.layers.0.self_attn.q_proj: the adapter is off here" in seen[1]
+    hotswap_adapter(panel.model, demo.adapter_path("sort"), "default")
+    panel._refresh()
+    assert "another adapter is in the model" in panel._picture.value
