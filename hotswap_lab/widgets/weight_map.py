@@ -20,7 +20,7 @@ from ..figures import Canvas, Figure
 from ..figures.palette import BASE, INK, MUTED, OFF, adapter_color, mix
 from ..figures.png import png
 from .switch import switch_for, whereabouts
-from .view import escape, wrapping_row
+from .view import escape
 from .work import WorkingView
 
 if TYPE_CHECKING:
@@ -178,7 +178,8 @@ class WeightMap(WorkingView):
 
     def _controls(self) -> list[ipywidgets.Widget]:
         swap = self._button("Swap the next adapter in", "and paint what it changes", self.start, button_style="primary")
-        return [wrapping_row(*self._with_stop(swap)[:1])] if self._switch else []
+        button, _ = self._with_stop(swap)
+        return [button] if self._switch else []
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class WeightMap(WorkingView):
 def _tiles(slot: Slot, masks: Sequence[torch.Tensor]) -> list[Tile]:
     """A tile for each layer of the model's blocks, with the adapter or without, in the model's order."""
     having = {layer.path: each for each in zip(slot.layers, masks, strict=True) for layer in each[:1]}
-    paths = [path.removesuffix(".base_layer") for path, module in slot.walk if _has_weight(module)]
+    paths = [path for path, module in slot.walk if path in having or _has_weight(module)]
     paths = [path for path in dict.fromkeys([*paths, *having]) if path in having or _split(path)[0]]
     sizes = (len({_split(path)[axis] for path in paths}) for axis in (0, 1))
     n = CELLS if all(size <= most for size, most in zip(sizes, LARGE, strict=True)) else 1
@@ -196,7 +197,8 @@ def _tiles(slot: Slot, masks: Sequence[torch.Tensor]) -> list[Tile]:
 
 
 def _has_weight(module: torch.nn.Module) -> bool:
-    weight = module._parameters.get("weight")
+    # another adapter may be on a layer
+    weight = getattr(module, "base_layer", module)._parameters.get("weight")
     return weight is not None and (weight.dim() > 1 or not weight.is_floating_point())
 
 
@@ -259,13 +261,14 @@ def _count(
     if before is None:
         return Counts(*sizes)
     changed = [0, 0]
-    for key, tensor in model.state_dict(keep_vars=True).items():
+    for key, tensor in model.named_parameters():
         if id(tensor) in base or id(tensor) in adapter:
-            now, then = tensor.detach(), before.get(key)
+            # of a prepared model, a state dict has the tensors without their padding
             own = adapter.get(id(tensor), lambda values: values)
-            same_shape = then is not None and then.shape == now.shape
-            differs = (own(now) != own(then.to(now.device))).sum() if same_shape else own(now).numel()
-            changed[id(tensor) in adapter] += int(differs)
+            now, then = own(tensor.detach()), before.get(key)
+            then = None if then is None else own(then.to(now.device))
+            is_new = then is None or then.shape != now.shape
+            changed[id(tensor) in adapter] += now.numel() if is_new else int((now != then).sum())
     return Counts(*sizes, (changed[0], changed[1]))
 
 

@@ -1,0 +1,186 @@
+"""WeightMap: its tiles against the weights that PEFT computes, its counts against the model's own numbers."""
+
+from __future__ import annotations
+
+import re
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from hotswap_lab import AdapterPool, demo, hotswap_adapter, prepare_model_for_compiled_hotswap, set_strength
+from hotswap_lab.demo import digits
+from hotswap_lab.widgets import WeightMap
+from hotswap_lab.widgets.weight_map import CELLS, Counts, _split
+
+
+def expected(name, path):
+    """The root mean square of a fresh load's change of a weight, part by part."""
+    layer = PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(name)).get_submodule(
+        f"base_model.model.{path}"
+    )
+    if not hasattr(layer, "get_delta_weight"):
+        return torch.zeros(CELLS, CELLS)
+    parts = [rows.tensor_split(CELLS, 1) for rows in layer.get_delta_weight("default").detach().tensor_split(CELLS, 0)]
+    return torch.tensor([[part.square().mean().sqrt() for part in row] for row in parts])
+
+
+def tiles(map):
+    return {tile.path: tile for tile in map.tiles}
+
+
+@pytest.mark.parametrize("name", ["pig_latin", "shout", "sort"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_tiles_are_what_a_fresh_load_adds(name, prepared):
+    model, _ = demo.load("reverse")
+    if prepared:
+        prepare_model_for_compiled_hotswap(model, adapters=[demo.adapter_path(each) for each in demo.adapter_names()])
+    hotswap_adapter(model, demo.adapter_path(name), "default")
+    map = WeightMap(model)
+    assert len(map.tiles) == 28
+    for path in ("model.layers.1.self_attn.q_proj", "model.layers.3.mlp.up_proj", "model.layers.0.mlp.down_proj"):
+        assert torch.allclose(tiles(map)[path].cells, expected(name, path), rtol=1e-4, atol=1e-7)
+    largest = max(tile.cells.max() for tile in map.tiles)
+    assert largest > 1e-3
+    set_strength(model, 0.25)
+    map.look()
+    assert max(tile.cells.max() for tile in map.tiles) == pytest.approx(float(largest) / 4, rel=1e-5)
+    assert map.strength == 0.25
+
+
+def test_hover_names_layer_rank_and_what_was_done():
+    pool = AdapterPool(demo.load("reverse")[0], adapters={each: demo.adapter_path(each) for each in ("sort", "shout")})
+    pool.swap("shout")
+    says = {tile.path: tile.says for tile in WeightMap(pool).tiles}
+    assert says["model.layers.1.mlp.gate_proj"] == "model.layers.1.mlp.gate_proj: rank 8, padded to 16"
+    assert says["model.layers.0.mlp.gate_proj"] == "model.layers.0.mlp.gate_proj: the adapter is off here"
+    fresh = PeftModel.from_pretrained(demo.load_base(), demo.adapter_path("shout"))
+    says = {tile.path: tile.says for tile in WeightMap(fresh).tiles}
+    assert says["model.layers.1.mlp.gate_proj"] == "model.layers.1.mlp.gate_proj: rank 8"
+    assert says["model.layers.0.mlp.gate_proj"] == "model.layers.0.mlp.gate_proj: the base model alone"
+
+
+def numbers(model):
+    own = sum(each.numel() for name, each in model.named_parameters() if "lora_" in name)
+    return sum(each.numel() for each in model.parameters()) - own, own
+
+
+def test_counts():
+    model, _ = demo.load("reverse")
+    before = {key: each.clone() for key, each in model.state_dict().items()}
+    base, own = numbers(model)
+    assert WeightMap(model).counts == Counts(base, own, 0)
+    assert WeightMap(model, before=before).counts == Counts(base, own, 0, (0, 0))
+    hotswap_adapter(model, demo.adapter_path("vowels_up"), "default")
+    assert WeightMap(model, before=before).counts == Counts(base, own, 0, (0, own))
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight[:2, :3] += 1
+        model.get_base_model().model.norm.weight[0] += 1
+    assert WeightMap(model, before=before).counts.changed == (7, own)
+    hotswap_adapter(model, demo.adapter_path("sort"), "default")  # another rank
+    counts = WeightMap(model, before=before).counts
+    assert counts == Counts(
+        base, numbers(PeftModel.from_pretrained(demo.load_base(), demo.adapter_path("sort")))[1], 0, (7, counts.adapter)
+    )
+
+
+def test_padding_is_counted_apart():
+    map = WeightMap.demo()
+    for name in ("double", "pig_latin", "reverse"):
+        map.swap(name)
+        fresh = PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(name))
+        base, own = numbers(fresh)
+        assert map.counts == Counts(base, own, numbers(map.model)[1] - own, (0, own))
+    assert "padding" in map.counts.lines[1]
+
+
+def test_the_button_swaps_the_next_one_in():
+    map = WeightMap.demo("kernel")
+    pictures = []
+    for name in [*demo.adapter_names()[5:], *demo.adapter_names()[:5]]:
+        map.box.children[2].click()
+        assert map.wait(60)
+        assert map.name == name
+        assert map.shown == f"kernel → {demo.TASKS[name]('kernel')}"
+        pictures.append(map._body.value)
+    assert len({*pictures}) == 8
+    map.swap("sort")
+    assert map.name == "sort"
+    assert (map.swap_seconds or 0) > 0
+
+
+def test_a_model_alone_has_no_button():
+    model, _ = demo.load("reverse")
+    map = WeightMap(model, "an answer <b>")
+    assert [type(each).__name__ for each in map.box.children] == ["HTML"] * 4
+    assert "an answer &lt;b&gt;" in map.figure().svg
+    assert "default is in the model" in map.figure().svg
+    set_strength(model, 0)
+    map.look()
+    assert map.summary == "default is in 0 of 28 layers"
+
+
+METHODS = {
+    "lora on embeddings": LoraConfig(r=3, target_modules=["embed_tokens"], init_lora_weights=False),
+    "dora": LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+    "loha": peft.LoHaConfig(r=3, target_modules=["q_proj"], init_weights=False),
+    "lokr": peft.LoKrConfig(r=3, target_modules=["q_proj"], init_weights=False),
+    "ia3": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
+    "oft": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+    "vera": peft.VeraConfig(r=3, target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods(method):
+    torch.manual_seed(0)
+    model = get_peft_model(demo.load_base(), METHODS[method])
+    for name, each in model.named_parameters():
+        if "vera_lambda" in name:  # PEFT begins with zeros
+            torch.nn.init.normal_(each)
+    map = WeightMap(model)
+    active = [tile.path for tile in map.tiles if tile.cells.any()]
+    assert len(active) == (1 if "embeddings" in method else 4)
+    assert map.counts.base == 963_968
+    assert map.figure().svg.count("<title>") == len(map.tiles) + 1
+    if method in ("dora", "loha", "lokr"):
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        assert map.tiles[0].cells.square().mean() == pytest.approx(
+            layer.get_delta_weight("default").square().mean().item(), rel=0.05
+        )
+
+
+def test_convolutions_and_many_layers():
+    model = digits.load("bold")
+    map = WeightMap(model)
+    assert map.tiles[0].cells.shape == (1, 1)  # too many blocks for large tiles
+    by_path = tiles(map)
+    layers = {path: each for path, each in model.get_base_model().named_modules() if hasattr(each, "get_delta_weight")}
+    assert len(layers) > 10
+    for path, layer in layers.items():
+        assert float(by_path[path].cells) == pytest.approx(
+            layer.get_delta_weight("default").square().mean().sqrt().item(), rel=1e-4
+        )
+    assert sum(bool(tile.cells.any()) for tile in map.tiles) == len(layers)
+
+
+@pytest.mark.parametrize(("layers", "rows"), [(30, 30), (100, 34)])
+def test_large_models_are_small_pictures(layers, rows):
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList(
+        torch.nn.ModuleDict({name: torch.nn.Linear(16, 16, bias=False) for name in "qkvogud"}) for _ in range(layers)
+    )
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=[*"qkv"], init_lora_weights=False))
+    map = WeightMap(model)
+    svg = map.figure().svg
+    assert len(svg) < 50_000
+    assert len(map.tiles) == 7 * layers
+    assert svg.count("<rect") - 4 == 7 * rows  # the card, and three parts of the bar
+    assert len({*re.findall(r"<rect x='[^']*' y='([^']*)'[^>]*pointer", svg)}) == rows
+
+
+def test_blocks_and_columns():
+    assert _split("lm_head") == ("", "lm_head")
+    assert _split("encoder.block.0.layer.1.DenseReluDense.wi_0") == ("encoder.block.0.layer.1", "DenseReluDense.wi_0")
+    assert _split("down.0.attn.1.to_out.0") == ("down.0.attn.1", "to_out.0")
