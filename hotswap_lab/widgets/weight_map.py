@@ -106,7 +106,6 @@ class WeightMap(WorkingView):
         self.model: torch.nn.Module = pool_or_model if alone else self._switch.model
         self.adapter_name: str = name_in(self.model, adapter_name) if alone else self._switch.adapter_name
         self.answer = answer
-        self.strength = 1.0
         self._compares = before is True
         self.before: Mapping[str, torch.Tensor] | None = self._copy() if before is True else before or None
         self.look()
@@ -132,8 +131,9 @@ class WeightMap(WorkingView):
         masks = [_in_use(layer) for layer in slot.layers]
         self.tiles: list[Tile] = _tiles(slot, masks)
         self.counts: Counts = _count(slot, masks, self.model, self.before)
+        self.strength: float = 1.0
         with contextlib.suppress(ValueError):  # layers of different strengths, or a method that has none
-            self.strength: float = get_strength(self.model, self.adapter_name)
+            self.strength = get_strength(self.model, self.adapter_name)
         #: the text below the tiles
         self.shown: str = str((self.answer() if callable(self.answer) else self.answer) or "")
         self._changed()
@@ -221,10 +221,10 @@ def _in_use(layer: SlotLayer) -> torch.Tensor:
 
 
 def _without_padding(tensor: SlotTensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    axis = tensor.rank_axis
-    return (
-        values if axis is None or values.shape[axis] != len(mask) else values.movedim(axis, 0)[mask.to(values.device)]
-    )
+    if tensor.rank_axis is None:
+        return values
+    components = values.movedim(tensor.rank_axis, 0)
+    return components[mask.to(values.device)] if len(components) == len(mask) else components
 
 
 def _rms(slot: Slot, layer: SlotLayer, n: int) -> torch.Tensor:

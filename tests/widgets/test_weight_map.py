@@ -87,6 +87,7 @@ def test_counts():
 
 def test_padding_is_counted_apart():
     map = WeightMap.demo()
+    assert map.counts.changed == (0, 0)
     for name in ("double", "pig_latin", "reverse"):
         map.swap(name)
         fresh = PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(name))
