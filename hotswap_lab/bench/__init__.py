@@ -42,7 +42,6 @@ BUSY = 0.02
 def run(
     settings: Settings,
     say: Callable[[str], object] = lambda text: None,
-    make: Callable[[Scene], list[Way]] | None = None,
 ) -> Report:
     """Run the benchmark.
 
@@ -52,8 +51,6 @@ def run(
         Shape, ranks, dtype, device, repeats and the further measurements.
     say:
         Called with a line of text at each step.
-    make:
-        Makes the ways to measure, each on a model of its own. Default: all of them.
 
     Returns
     -------
@@ -86,7 +83,7 @@ def run(
                     scene = Scene(base, settings, rank, folder)
                     sizes.append(scene.size)
                     before, start = waited_for_a_core(), time.perf_counter()
-                    rows += measure_ways(scene, make)
+                    rows += measure_ways(scene)
                     extras += say_of_waiting(rank, before, waited_for_a_core(), time.perf_counter() - start)
                     for name, measure in FURTHER.items():
                         if getattr(settings, name):

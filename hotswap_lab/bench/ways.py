@@ -96,9 +96,9 @@ def make_ways(scene: Scene) -> list[Way]:
     ]
 
 
-def measure_ways(scene: Scene, make: Callable[[Scene], list[Way]] | None = None) -> list[Row]:
+def measure_ways(scene: Scene) -> list[Row]:
     """Check and time all ways for one rank. Returns the lines of the table."""
-    ways = {way.name: way for way in (make or make_ways)(scene)}
+    ways = {way.name: way for way in make_ways(scene)}
     checks = {name: way.check() for name, way in ways.items()}
     runs = {name: way.alternating(scene.settings.device) for name, way in ways.items() if checks[name][0] != "refused"}
     timings = in_rounds(runs, scene.settings.n)

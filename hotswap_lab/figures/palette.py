@@ -8,6 +8,7 @@ INK = "#1f2933"
 MUTED = "#627283"
 CARD = "#fbfcfd"
 WHITE = "#ffffff"
+BLACK = "#000000"
 #: the base model, and all that a swap leaves alone
 BASE = "#d5dde5"
 #: nothing yet: padding, free memory
@@ -61,6 +62,6 @@ def light(name: str | None) -> str:
     """A light form of an adapter's color, on which dark text can be read.
 
     >>> light("reverse")
-    '#eab3bb'
+    '#ebb6be'
     """
     return mix(adapter_color(name), 0.33, WHITE)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import copy
-import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from ..core.slot import SlotLayer
 from ..demo import digits
 from ..engine import hotswap_pipeline, plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap, resolve_slot
 from ..figures import Canvas, Figure
+from ..figures.palette import BLACK, WHITE, mix
+from ..figures.png import address, png
 from ..files.reading import Adapter
 from ..pipelines.lora_files import read_pipeline_lora
 from ..watch import RecompileWatch
@@ -52,21 +53,28 @@ def grid(rows: Mapping[str, torch.Tensor], columns: Sequence[str] = ()) -> Figur
         canvas.text(left - 10, y + CELL / 2 + 4, label, anchor="end")
         canvas.shapes.append(
             f"<image x='{left}' y='{y}' width='{len(images) * CELL}' height='{CELL}' preserveAspectRatio='none' "
-            f"href='data:image/png;base64,{_png(images)}'/>"
+            f"href='{address(_png(images))}'/>"
         )
     above = f", from left to right {', '.join(columns)}" if columns else ""
     return canvas.figure(f"{count} pictures in each row: {', '.join(rows)}{above}")
 
 
-def _png(images: torch.Tensor) -> str:
-    """Pictures side by side as one small file: the reader's browser enlarges it, and the notebook stays small."""
-    from PIL import Image
+@dataclass(frozen=True)
+class Drawn:
+    """Drawn digits side by side, as an image that Jupyter and a panel show."""
 
-    pixels = (torch.cat(list(images), dim=1) * 255).round().to(torch.uint8)
-    buffer = io.BytesIO()
+    images: torch.Tensor
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.images, scale=3)
+
+
+def _png(images: torch.Tensor, scale: int = 1) -> bytes:
+    """Pictures side by side as one small file: the reader's browser enlarges it, and the notebook stays small."""
     # 16 shades of gray are what scikit-learn's digits have, and take half the bytes of 256
-    Image.fromarray(pixels.numpy()).quantize(16).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    shades = (torch.cat(list(images), dim=1) * 15).round().int()
+    shades = shades.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    return png(shades.tolist(), [mix(WHITE, shade / 15, BLACK) for shade in range(16)])
 
 
 # --- exercise: the negative, by hand ---------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ..figures.png import address
 from .view import escape
 from .work import Stopped
 
@@ -69,7 +69,7 @@ class Run:
         if png is None:
             return f'<div class="hotswap-text" style="white-space:pre-wrap">{escape(self.result)}</div>'
         alt = escape(f"the image for “{self.prompt}” with {self.label}")
-        return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        return f'<img alt="{alt}" src="{address(png)}">'
 
     @property
     def _png(self) -> bytes | None:

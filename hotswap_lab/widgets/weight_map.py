@@ -18,7 +18,7 @@ from ..core.tensors import SlotTensor
 from ..engine import AdapterPool, get_strength, resolve_slot
 from ..figures import Canvas, Figure
 from ..figures.palette import BASE, INK, MUTED, OFF, adapter_color, mix
-from ..figures.png import png
+from ..figures.png import address, png
 from .switch import switch_for, whereabouts
 from .view import escape
 from .work import WorkingView
@@ -317,7 +317,7 @@ def drawn(tiles: Sequence[Tile], name: str, strength: float, answer: str, counts
         pixels = ((cells / largest).sqrt() * TINTS).ceil().clamp(0, TINTS).int().tolist()
         area = f"x='{left + column * (width + gap)}' y='{top + row * (height + gap)}' width='{width}' height='{height}'"
         if is_large:
-            image = f"<image {area} style='image-rendering:pixelated' href='{png(pixels, tints)}'/>"
+            image = f"<image {area} style='image-rendering:pixelated' href='{address(png(pixels, tints))}'/>"
             canvas.shapes.append(image)
         fill = "none" if is_large else tints[pixels[0][0]]
         says = escape("; ".join(tile.says for tile in group[:3])) + " ..." * (len(group) > 3)
