@@ -13,7 +13,8 @@ def png(rows: Sequence[Sequence[int]], colors: Sequence[str]) -> bytes:
 
     Follows the PNG specification (third edition): an image with a palette, of 8 bits a pixel.
 
-    >>> png([[0, 1]], ["#ff0000", "#00ff00"])[:4]
+    >>> from hotswap_lab.figures.palette import BLACK, WHITE
+    >>> png([[0, 1]], [BLACK, WHITE])[:4]
     b'\x89PNG'
     """
     palette = b"".join(bytes.fromhex(color[1:]) for color in colors)

@@ -242,7 +242,7 @@ def test_clicks_while_a_cell_computes_tear_nothing_and_the_last_one_counts(widge
         panel.get_by_role("button", name=re.compile(name)).click()
     notebook.finish()
     assert notebook.outputs()[-1]["text"] == "sort True\n"
-    expect(panel.get_by_role("button", name="sort (active)")).to_be_enabled()
+    expect(panel.get_by_role("button", name="● sort")).to_be_enabled()
     expect(panel).to_contain_text("ready")
     expect(panel.locator(".hotswap-answer").nth(1)).to_contain_text("after: sort")
 
@@ -375,7 +375,7 @@ def test_voila(folder, address, new_page):
     panel = page.locator(".hotswap-live")
     panel.get_by_role("button", name="shout", exact=True).click(timeout=60_000)
     expect(panel.locator(".hotswap-answer").nth(1)).to_contain_text("HOTSWAP!")
-    expect(panel.get_by_role("button", name="shout (active)")).to_be_enabled()
+    expect(panel.get_by_role("button", name="● shout")).to_be_enabled()
     expect(page.get_by_text("adapters: caesar, double")).to_be_hidden()  # the static form
 
 
