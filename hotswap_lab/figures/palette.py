@@ -61,6 +61,6 @@ def light(name: str | None) -> str:
     """A light form of an adapter's color, on which dark text can be read.
 
     >>> light("reverse")
-    '#eab3bb'
+    '#ebb6be'
     """
     return mix(adapter_color(name), 0.33, WHITE)
