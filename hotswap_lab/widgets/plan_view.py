@@ -40,7 +40,8 @@ class PlanRow:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        return self.layer, self.action, self.rank, self.scaling, "-" if self.nbytes is None else readable_bytes(self.nbytes)
+        written = "-" if self.nbytes is None else readable_bytes(self.nbytes)
+        return self.layer, self.action, self.rank, self.scaling, written
 
 
 COLUMNS = ("layer", "action", "rank", "scaling", "written")
