@@ -18,6 +18,18 @@ def test_models_and_adapters_are_the_same_each_time_and_draw_no_random_numbers_o
     assert not beside.changed(load(folders[0]), beside.values(load(folders[1])))
 
 
+def test_a_verdict_is_wrong_unless_it_is_known_to_be_right():
+    table = beside.Beside(None, None)
+    table.rows = [("a case", "something new; refused, untouched", "equals a fresh load")]
+    line = table._repr_markdown_().splitlines()[-1]
+    wrong, refused = (
+        f'<span style="background-color:{beside.TINTS[sign]};color:{beside.INK}">{sign} ' for sign in "≠✗"
+    )
+    assert (
+        line == f"| a case | {wrong}something new</span>; {refused}refused, untouched</span> | ✓ equals a fresh load |"
+    )
+
+
 def test_an_error_that_is_no_refusal_is_named():
     def half(model, _):
         next(value for key, value in model.named_parameters() if "lora_A" in key).data.zero_()

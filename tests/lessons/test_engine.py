@@ -57,6 +57,12 @@ def test_what_is_longer_than_a_page_is_not_shown():
         source(build_room)
 
 
+def test_code_is_shown_in_a_fence_without_its_docstring():
+    code = source(engine.has_gains)
+    assert code._repr_markdown_() == f"```python\n{code}\n```"
+    assert str(code) == "def has_gains(draft: Plan) -> bool:\n    return bool(gains_of(draft))"
+
+
 def test_every_hop_has_one_sentence_and_its_code():
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     assert len(cells) <= 45
