@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from hotswap_lab.lessons import beside
@@ -22,12 +24,9 @@ def test_a_verdict_is_wrong_unless_it_is_known_to_be_right():
     table = beside.Beside(None, None)
     table.rows = [("a case", "something new; refused, untouched", "equals a fresh load")]
     line = table._repr_markdown_().splitlines()[-1]
-    wrong, refused = (
-        f'<span style="background-color:{beside.TINTS[sign]};color:{beside.INK}">{sign} ' for sign in "≠✗"
-    )
-    assert (
-        line == f"| a case | {wrong}something new</span>; {refused}refused, untouched</span> | ✓ equals a fresh load |"
-    )
+    assert re.sub("<.*?>", "", line) == "| a case | ≠ something new; ✗ refused, untouched | ✓ equals a fresh load |"
+    assert [line.count(f"background-color:{beside.TINTS[sign]};") for sign in "≠✗"] == [1, 1]
+    assert line.count("<span") == line.count("</span>") == 2
 
 
 def test_an_error_that_is_no_refusal_is_named():
