@@ -134,7 +134,7 @@ def signed(verdicts: str, *, tinted: bool = False) -> str:
         sign = "✓" if verdict.startswith(RIGHT) else "✗" if verdict.endswith(", untouched") else "≠"
         head = f'<span style="background-color:{TINTS[sign]};color:{INK}">' if tinted and TINTS[sign] else ""
         found.append(f"{head}{sign} {verdict}{'</span>' if head else ''}")
-    return "; ".join(found)
+    return ("<br>" if tinted else "; ").join(found)
 
 
 def refusal(swap: Swap, model: PeftModel, new: str) -> str:
