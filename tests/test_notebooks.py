@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from exercises import assert_is_svg
 
+from hotswap_lab.figures.palette import OFF
+
 FOLDER = Path(__file__).parent.parent / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 #: these, their solutions, and those beside them
@@ -77,6 +79,8 @@ def test_outputs_are_stored_and_clean(notebook):
             assert not re.search(r"/(home|root|tmp|usr|work)/", text), cell.source
             if "image/svg+xml" in output.get("data", {}):  # JupyterLab shows only PNG in a fresh clone
                 assert_is_png(output.data["image/png"], output.metadata["image/png"])
+                if OFF in output.data["image/svg+xml"]:  # padding has not become the color of the card
+                    assert bytes.fromhex(OFF[1:]) in base64.b64decode(output.data["image/png"])
             if "image/svg+xml" in output.get("data", {}) and cell.source not in OTHER_PICTURES:
                 assert_is_svg(output.data["image/svg+xml"], output.data["text/plain"])
     assert any(cell.get("outputs") for cell in notebook.cells)
