@@ -104,7 +104,8 @@ def add_pngs(notebook: nbformat.NotebookNode, former: nbformat.NotebookNode) -> 
         known |= _drawn(sorted(missing))
     for each in _pictures(notebook):
         each.data[PNG], size = known[each.data[SVG]]
-        each.metadata = {PNG: size}
+        # nbconvert's classic template makes the text form the image's `alt`; JupyterLab 4.6 has no way to set one
+        each.metadata = {PNG: {**size, "alt": each.data["text/plain"]}}
 
 
 def _drawn(svgs: list[str]) -> dict[str, tuple[str, dict[str, int]]]:

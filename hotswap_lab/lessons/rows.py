@@ -48,12 +48,12 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
 # --- rows that come and go: hotswap_lab.generating.Reader -------------------------------------------------------------
 
 
-def timetable(steps: Sequence[Sequence[tuple[int, str] | None]], title: str = "") -> Figure:
+def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str = "") -> Figure:
     """Draw which request had which row of the batch, with a column for each call of the model.
 
     Parameters
     ----------
-    steps:
+    calls:
         For each call, for each row, the number of the request and its adapter; None for a free row.
 
     Examples
@@ -62,11 +62,11 @@ def timetable(steps: Sequence[Sequence[tuple[int, str] | None]], title: str = ""
     Two rows: 2 calls of the model. Row 0: request 0 (sort). Row 1: requests 1 (shout), 2 (sort)
     """
     # columns of few calls are not stretched, so that two pictures can be compared
-    left, top, width, height = 60, 74, min(580 / len(steps), 64), 26
-    adapters = dict.fromkeys(each[1] for step in steps for each in step if each)
-    rows = list(zip(*steps, strict=True))
+    left, top, width, height = 60, 74, min(580 / len(calls), 64), 26
+    adapters = dict.fromkeys(each[1] for call in calls for each in call if each)
+    rows = list(zip(*calls, strict=True))
     canvas = Canvas(660, top + height * len(rows) + 10)
-    title = f"{title}: {len(steps)} calls of the model".removeprefix(": ")
+    title = f"{title}: {len(calls)} calls of the model".removeprefix(": ")
     canvas.text(330, 26, title, size=15)
     for number, adapter in enumerate(adapters):
         canvas.box(left + 116 * number, 42, 16, 16, light(adapter))
@@ -75,7 +75,7 @@ def timetable(steps: Sequence[Sequence[tuple[int, str] | None]], title: str = ""
     for number, row in enumerate(rows):
         y, start, served = top + height * number, 0, []
         canvas.text(left - 10, y + 18, f"row {number}", size=12, anchor="end", color=MUTED)
-        canvas.box(left, y + 2, width * len(steps), height - 4, OFF, dashed=True)
+        canvas.box(left, y + 2, width * len(calls), height - 4, OFF, dashed=True)
         for request, run in itertools.groupby(row):
             length = len(list(run))
             if request is not None:
