@@ -33,6 +33,7 @@ from .core.errors import HotswapError, listing, refuse
 from .core.host import Host, carriers
 from .core.journal import Journal
 from .core.prepare import changes_to_prepare
+from .core.report import readable_bytes
 from .core.slot import room_of
 from .engine import ENGINE
 from .pools.batch import PART
@@ -135,7 +136,7 @@ def aoti_compile(
         bound, seconds = sum(len(each["tensors"]) for each in graphs), time.monotonic() - start
         print(
             f"{path.name}: exported in {exported:.0f} s, compiled in {seconds - exported:.0f} s, "
-            f"{path.stat().st_size / 1e6:.1f} MB without weights, {bound} tensors to bind"
+            f"{readable_bytes(path.stat().st_size)} without weights, {bound} tensors to bind"
         )
     return path
 

@@ -22,7 +22,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
+from PIL import Image
+
+from hotswap_lab.figures import palette
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
@@ -100,12 +104,12 @@ def add_pngs(notebook: nbformat.NotebookNode, former: nbformat.NotebookNode) -> 
         known |= _drawn(sorted(missing))
     for each in _pictures(notebook):
         each.data[PNG], size = known[each.data[SVG]]
-        each.metadata = {PNG: size}
+        # nbconvert's classic template makes the text form the image's `alt`; JupyterLab 4.6 has no way to set one
+        each.metadata = {PNG: {**size, "alt": each.data["text/plain"]}}
 
 
 def _drawn(svgs: list[str]) -> dict[str, tuple[str, dict[str, int]]]:
     """For each SVG, its PNG with 256 colors, and the width and height in a notebook."""
-    from PIL import Image
     from playwright.sync_api import sync_playwright
 
     drawn = {}
@@ -118,10 +122,23 @@ def _drawn(svgs: list[str]) -> dict[str, tuple[str, dict[str, int]]]:
             page.set_content(f"<body style='margin: 0'>{svg}</body>")
             shot = page.locator("svg").first.screenshot(omit_background=True)
             image, data = Image.open(io.BytesIO(shot)), io.BytesIO()
-            image.quantize(256, Image.Quantize.FASTOCTREE).save(data, "PNG", optimize=True)
+            _with_few_colors(image).save(data, "PNG", optimize=True)
             size = dict(zip(("width", "height"), (each // SCALE for each in image.size), strict=True))
             drawn[svg] = base64.b64encode(data.getvalue()).decode() + "\n", size
     return drawn
+
+
+def _with_few_colors(image):
+    """An image with at most 256 colors. An octree would draw padding in the color of the card, so both are kept."""
+    few, pixels = image.quantize(253, Image.Quantize.FASTOCTREE), np.asarray(image)
+    index, colors = np.array(few), few.getpalette("RGBA")
+    for color in (palette.CARD, palette.OFF, palette.WHITE):
+        rgba = [*bytes.fromhex(color[1:]), 255]
+        index[(pixels == rgba).all(-1)] = len(colors) // 4
+        colors += rgba
+    few = Image.fromarray(index, "P")
+    few.putpalette(colors, "RGBA")
+    return few
 
 
 def refresh(path: Path, *, run: bool = True) -> None:

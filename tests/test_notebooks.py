@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import re
+import runpy
 from pathlib import Path
 
 import nbformat
 import pytest
 from exercises import assert_is_svg
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from hotswap_lab.figures.palette import OFF
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
@@ -77,9 +81,21 @@ def test_outputs_are_stored_and_clean(notebook):
             assert not re.search(r"/(home|root|tmp|usr|work)/", text), cell.source
             if "image/svg+xml" in output.get("data", {}):  # JupyterLab shows only PNG in a fresh clone
                 assert_is_png(output.data["image/png"], output.metadata["image/png"])
+                if OFF in output.data["image/svg+xml"]:  # padding has not become the color of the card
+                    assert bytes.fromhex(OFF[1:]) in base64.b64decode(output.data["image/png"])
             if "image/svg+xml" in output.get("data", {}) and cell.source not in OTHER_PICTURES:
                 assert_is_svg(output.data["image/svg+xml"], output.data["text/plain"])
     assert any(cell.get("outputs") for cell in notebook.cells)
+
+
+def test_a_png_has_the_text_form_as_its_alternative():
+    data = {"image/svg+xml": "<svg/>", "text/plain": "a picture"}
+    former = new_notebook(cells=[new_code_cell(outputs=[new_output("display_data", {**data, "image/png": "a"})])])
+    former.cells[0].outputs[0].metadata = {"image/png": {"width": 2, "height": 1}}
+    again = new_notebook(cells=[new_code_cell(outputs=[new_output("display_data", data)])])
+    runpy.run_path(str(FOLDER / "refresh.py"))["add_pngs"](again, former)
+    assert again.cells[0].outputs[0].data["image/png"] == "a"
+    assert again.cells[0].outputs[0].metadata == {"image/png": {"width": 2, "height": 1, "alt": "a picture"}}
 
 
 def test_the_first_code_cell_is_for_colab_and_does_nothing_elsewhere(notebook):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.report import readable_bytes
 from ..figures import Figure, counts
 from .settings import Settings
 from .timing import Timing
@@ -59,8 +60,8 @@ class Size:
     packed_nbytes: int
 
     def __str__(self) -> str:
-        own, packed = self.nbytes / 1e6, self.packed_nbytes / 1e6
-        return f"rank {self.rank}: {self.tensors} tensors, {own:.3g} MB per adapter, {packed:.3g} MB packed"
+        own, packed = map(readable_bytes, (self.nbytes, self.packed_nbytes))
+        return f"rank {self.rank}: {self.tensors} tensors, {own} per adapter, {packed} packed"
 
 
 @dataclass(frozen=True)

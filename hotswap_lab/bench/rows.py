@@ -7,6 +7,7 @@ import itertools
 import torch
 from peft import PeftModel
 
+from ..core.report import readable_bytes
 from ..engine import AdapterPool
 from ..watch import pick_backend
 from .report import Extra
@@ -86,7 +87,8 @@ def _assigning(scene: Scene, pool: AdapterPool) -> Extra:
     timings = in_rounds({name: waiting(run, scene.settings.device) for name, run in runs.items()}, scene.settings.n)
     ratio = timings["assign"].median / timings["memcpy"].median
     text = (
-        f"rows, assigning {ROWS} adapters, {size / 1e6:.3g} MB: {ratio:.2f} times as long as copying the same bytes: "
+        f"rows, assigning {ROWS} adapters, {readable_bytes(size)}: "
+        f"{ratio:.2f} times as long as copying the same bytes: "
         f"{timings['assign'].full}; {timings['memcpy'].full}"
     )
     return Extra("assigning", scene.rank, text, {"nbytes": size, "ratio": ratio, "timings": timings})

@@ -24,7 +24,7 @@ from .errors import HotswapError, Refusal, refusal
 from .host import Config
 from .journal import Journal
 from .prepared import mark, rank_before, write_settings
-from .report import html_table
+from .report import html_table, readable_bytes
 from .shadow import attach
 from .slot import Slot, SlotLayer, change_of, room_left_by
 from .tensors import PADDED_ATTRIBUTE, LayerSettings, is_prepared
@@ -244,7 +244,7 @@ class Plan:
         """Whether the swap is possible, in a few words."""
         if self.refusals:
             return f"refused, {len(self.refusals)} reason{'s' if len(self.refusals) > 1 else ''}; nothing is written"
-        return f"possible, {self.nbytes:,} bytes to write"
+        return f"possible, {readable_bytes(self.nbytes)} to write"
 
     def __str__(self) -> str:
         table = [("action", "layers", "rank", "scaling"), *self.rows] if self.layers else ()

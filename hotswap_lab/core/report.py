@@ -6,6 +6,18 @@ import html
 from collections.abc import Iterable, Sequence
 
 
+def readable_bytes(count: int) -> str:
+    """A size in the unit that fits.
+
+    >>> readable_bytes(144), readable_bytes(18_432), readable_bytes(999_999)
+    ('144 bytes', '18.4 kB', '1 MB')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
 def html_table(
     title: str,
     header: Sequence[str],

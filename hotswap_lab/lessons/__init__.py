@@ -8,14 +8,22 @@ to 10 and ``beside`` to the comparison with PEFT.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import logging
+import textwrap
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from .. import figures
 
-__all__ = ["begin", "figures"]
+__all__ = ["begin", "figures", "source"]
+
+#: lines of code that fit on a page, and in a head
+LONGEST = 25
 
 
 def begin() -> None:
@@ -34,3 +42,33 @@ def begin() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The code of a function. A notebook shows it as Markdown, whose code every front end highlights in its theme."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_markdown_(self) -> str:
+        return f"```python\n{self.text}\n```"
+
+
+def source(function: Callable) -> Source:
+    """Return the code of a function or class, without its docstring.
+
+    >>> source(begin)  # doctest: +ELLIPSIS
+    def begin() -> None:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    ...
+    """
+    text = textwrap.dedent(inspect.getsource(function))
+    lines, node = text.splitlines(), ast.parse(text).body[0]
+    if ast.get_docstring(node) is not None:
+        del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
+    if len(lines) > LONGEST:
+        raise ValueError(f"{function.__qualname__} has {len(lines)} lines, too many to read in one go")
+    return Source("\n".join(lines).strip())

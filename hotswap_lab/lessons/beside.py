@@ -13,6 +13,7 @@ import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+from ..figures.palette import BASE, INK, WHITE, WRONG, mix
 from ..verify import verify_hotswap
 from .beyond import ATTENTION, disturb
 
@@ -114,6 +115,27 @@ def changed(model: nn.Module, before: dict[str, torch.Tensor], part: str = "") -
 
 Swap = Callable[[PeftModel, str], object]
 
+#: how verdicts begin that say what a user wants; all others are wrong, unless nothing was done
+RIGHT = ("equals a fresh load", "untouched", "only read", "0 recompiles", "16 tensors saved")
+RIGHT += ("weights of rank 4, config of rank 4", "the adapter of rank 4 says that it has rank 4")
+TINTS = {"✓": "", "✗": BASE, "≠": mix(WRONG, 0.25, WHITE)}
+
+
+def signed(verdicts: str, *, tinted: bool = False) -> str:
+    """Put a sign before each verdict: ✓ right, ✗ refused and untouched, ≠ wrong.
+
+    ``tinted``: with a background for all that is not right, in HTML.
+
+    >>> signed("KeyError, untouched; refused, half swapped; equals a fresh load")
+    '✗ KeyError, untouched; ≠ refused, half swapped; ✓ equals a fresh load'
+    """
+    found = []
+    for verdict in verdicts.split("; "):
+        sign = "✓" if verdict.startswith(RIGHT) else "✗" if verdict.endswith(", untouched") else "≠"
+        head = f'<span style="background-color:{TINTS[sign]};color:{INK}">' if tinted and TINTS[sign] else ""
+        found.append(f"{head}{sign} {verdict}{'</span>' if head else ''}")
+    return ("<br>" if tinted else "; ").join(found)
+
 
 def refusal(swap: Swap, model: PeftModel, new: str) -> str:
     """What a swap raised and what that left of the model, in words; nothing where nothing was raised."""
@@ -209,11 +231,13 @@ class Beside:
         """Adds a row: what ``attempt`` returns for each of the two ways, or of two other functions."""
         row = case, attempt(theirs or self.theirs), attempt(ours or self.ours)
         self.rows.append(row)
-        print(f"PEFT         {row[1]}\nhotswap_lab  {row[2]}")
+        print(f"PEFT         {signed(row[1])}\nhotswap_lab  {signed(row[2])}")
 
     def __repr__(self) -> str:
         return f"{len(self.rows)} cases beside PEFT's hotswap"
 
     def _repr_markdown_(self) -> str:
         lines = ["| case | `peft.utils.hotswap` | hotswap_lab |", "| --- | --- | --- |"]
-        return "\n".join(lines + [f"| {' | '.join(row)} |" for row in self.rows])
+        for case, *verdicts in self.rows:
+            lines.append(" | ".join(["| " + case, *(signed(each, tinted=True) for each in verdicts)]) + " |")
+        return "\n".join(lines)

@@ -1,66 +1,17 @@
-"""The notebook that reads the engine: its functions, shown, and a method of the reader's own."""
+"""The notebook that reads the engine: a method of the reader's own."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import html
-import inspect
-import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from pygments.lexers import PythonLexer
-from pygments.token import Comment, Keyword, String
 
 from .. import demo
 from ..core.change import Change
 from ..core.plan import Plan
 from ..engine import ENGINE, resolve_slot
 from .exercise import Exercise
-
-#: what fits on a page, and in a head
-LONGEST = 25
-
-
-#: how words of a kind look, on a light and on a dark page
-LOOKS = {Keyword: "font-weight:bold", Comment: "color:#7a8794;font-style:italic", String: "color:#2f8f5b"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """The code of a function. Shows itself highlighted in a notebook."""
-
-    text: str
-
-    def __repr__(self) -> str:
-        return self.text
-
-    def _repr_html_(self) -> str:
-        spans = []
-        for kind, word in PythonLexer().get_tokens(self.text):
-            look = next((look for known, look in LOOKS.items() if kind in known), None)
-            escaped = html.escape(word, quote=False)
-            spans.append(f'<span style="{look}">{escaped}</span>' if look else escaped)
-        return f'<pre style="font-family:monospace;line-height:1.4">{"".join(spans).strip()}</pre>'
-
-
-def source(function: Callable) -> Source:
-    """The code of one of the package's functions, without its docstring.
-
-    >>> source(has_gains)
-    def has_gains(draft: Plan) -> bool:
-        return bool(gains_of(draft))
-    """
-    text = textwrap.dedent(inspect.getsource(function))
-    lines, node = text.splitlines(), ast.parse(text).body[0]
-    if ast.get_docstring(node) is not None:
-        del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
-    if len(lines) > LONGEST:
-        raise ValueError(f"{function.__qualname__} has {len(lines)} lines, too many to read in one go")
-    return Source("\n".join(lines).strip())
-
 
 #: the key of a gain in a file: the layer's path, and this
 GAIN = ".gain"

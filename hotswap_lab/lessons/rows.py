@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ..figures import Canvas, Figure
-from ..figures.palette import MUTED, light
+from ..figures.palette import MUTED, OFF, light
 from .exercise import Exercise
 
 # --- adapters that are active together ---------------------------------------------------------------------------
@@ -48,30 +48,34 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
 # --- rows that come and go: hotswap_lab.generating.Reader -------------------------------------------------------------
 
 
-def timetable(steps: Sequence[Sequence[tuple[int, str] | None]]) -> Figure:
-    """Who had which row of the batch when.
+def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str = "") -> Figure:
+    """Draw which request had which row of the batch, with a column for each call of the model.
 
     Parameters
     ----------
-    steps:
-        For each step, for each row, the number of the request and its adapter; None for a row that nobody has.
+    calls:
+        For each call, for each row, the number of the request and its adapter; None for a free row.
 
     Examples
     --------
-    >>> print(timetable([[(0, "sort"), (1, "shout")], [(0, "sort"), (2, "sort")]]))
-    2 rows, 2 steps. Row 0: request 0 (sort). Row 1: requests 1 (shout), 2 (sort)
+    >>> print(timetable([[(0, "sort"), (1, "shout")], [(0, "sort"), (2, "sort")]], "Two rows"))
+    Two rows: 2 calls of the model. Row 0: request 0 (sort). Row 1: requests 1 (shout), 2 (sort)
     """
-    left, top, width, height = 60, 46, 580 / len(steps), 26
-    adapters = dict.fromkeys(each[1] for step in steps for each in step if each)
-    rows = list(zip(*steps, strict=True))
-    canvas = Canvas(660, top + height * len(rows) + 30)
+    # columns of few calls are not stretched, so that two pictures can be compared
+    left, top, width, height = 60, 74, min(580 / len(calls), 64), 26
+    adapters = dict.fromkeys(each[1] for call in calls for each in call if each)
+    rows = list(zip(*calls, strict=True))
+    canvas = Canvas(660, top + height * len(rows) + 10)
+    title = f"{title}: {len(calls)} calls of the model".removeprefix(": ")
+    canvas.text(330, 26, title, size=15)
     for number, adapter in enumerate(adapters):
-        canvas.box(left + 116 * number, 14, 16, 16, light(adapter))
-        canvas.text(left + 116 * number + 22, 27, adapter, anchor="start")
+        canvas.box(left + 116 * number, 42, 16, 16, light(adapter))
+        canvas.text(left + 116 * number + 22, 55, adapter, anchor="start")
     told = []
     for number, row in enumerate(rows):
         y, start, served = top + height * number, 0, []
         canvas.text(left - 10, y + 18, f"row {number}", size=12, anchor="end", color=MUTED)
+        canvas.box(left, y + 2, width * len(calls), height - 4, OFF, dashed=True)
         for request, run in itertools.groupby(row):
             length = len(list(run))
             if request is not None:
@@ -79,9 +83,8 @@ def timetable(steps: Sequence[Sequence[tuple[int, str] | None]]) -> Figure:
                 canvas.text(left + width * (start + length / 2), y + 18, str(request[0]), size=12)
                 served.append(f"{request[0]} ({request[1]})")
             start += length
-        told.append(f"Row {number}: request{'s' * (len(served) > 1)} {', '.join(served) or 'none'}")
-    canvas.text(left, top + height * len(rows) + 20, f"{len(steps)} steps", size=12, anchor="start", color=MUTED)
-    return canvas.figure(f"{len(rows)} rows, {len(steps)} steps. {'. '.join(told)}")
+        told.append(f"Row {number}: " + (f"request{'s' * (len(served) > 1)} {', '.join(served)}" if served else "free"))
+    return canvas.figure(f"{title}. {'. '.join(told)}")
 
 
 # --- exercise: a layer in which each row has its own -------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from ..core.errors import refuse
 from ..core.host import canonical_path
 from ..core.plan import Action, LayerPlan, Plan
-from ..core.report import bare_html_table, text_table
+from ..core.report import bare_html_table, readable_bytes, text_table
 from ..core.shadow import adaptable
 from ..engine import plan_hotswap
 from .view import FITS, View, escape, wrapping_row
@@ -40,10 +40,11 @@ class PlanRow:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        return self.layer, self.action, self.rank, self.scaling, "-" if self.nbytes is None else f"{self.nbytes:,}"
+        written = "-" if self.nbytes is None else readable_bytes(self.nbytes)
+        return self.layer, self.action, self.rank, self.scaling, written
 
 
-COLUMNS = ("layer", "action", "rank", "scaling", "bytes written")
+COLUMNS = ("layer", "action", "rank", "scaling", "written")
 
 
 class PlanView(View):
@@ -126,21 +127,25 @@ class PlanView(View):
         return [*(f"note: {note}" for note in self.plan.notes), *map(str, self.plan.refusals)]
 
     def _shown(self) -> tuple[list[tuple[str, ...]], list[str]]:
-        """The first lines, and if there are more of them, a note that says how many."""
+        """The first lines, and a note if there are more of them, or none."""
         rows = self.rows
+        if not rows:
+            kind = f" and has the action {self.action}" if self.action != EVERYTHING else ""
+            return [], [f"no layer matches {self.search!r}{kind}"] if self._all else []
         more = [f"... and {len(rows) - SHOWN} more layers: search for them"] if len(rows) > SHOWN else []
         return [row.cells for row in rows[:SHOWN]], more
 
     def __str__(self) -> str:
         rows, more = self._shown()
-        return "\n".join([self.summary, *self._reasons, *text_table(COLUMNS, rows), *more])
+        table = text_table(COLUMNS, rows) if rows else []
+        return "\n".join([self.summary, *self._reasons, *table, *more])
 
     def _inside(self) -> str:
         rows, more = self._shown()
         reasons = "".join(
             f'<pre style="white-space:pre-wrap;margin:4px 0">{escape(each)}</pre>' for each in self._reasons
         )
-        table = f'<div class="hotswap-scroll" tabindex="0">{bare_html_table(COLUMNS, rows)}</div>'
+        table = f'<div class="hotswap-scroll" tabindex="0">{bare_html_table(COLUMNS, rows)}</div>' if rows else ""
         return reasons + table + "".join(f"<div>{escape(line)}</div>" for line in more)
 
     def _controls(self) -> list[ipywidgets.Widget]:

@@ -11,6 +11,7 @@ from .. import demo
 from ..core import lora
 from ..core.errors import refuse
 from ..core.host import canonical_path
+from ..core.report import readable_bytes
 from ..engine import prepare_model_for_compiled_hotswap
 from ..figures import Canvas, Figure
 from ..figures.palette import ADAPTER, BASE, MUTED, OFF
@@ -145,8 +146,8 @@ class RankPaddingView(View):
         of_w = 2 * a.shape[1] * b.shape[0]
         return [
             ("rank", str(self.own_rank), str(self._target)),
-            ("memory of this layer", *(f"{each:,} bytes" for each in self.nbytes)),
-            ("memory of the whole adapter", *(f"{each:,} bytes" for each in self._count(NBYTES, *self._pairs))),
+            ("memory of this layer", *map(readable_bytes, self.nbytes)),
+            ("memory of the whole adapter", *map(readable_bytes, self._count(NBYTES, *self._pairs))),
             ("flops per token, this layer", *(f"{each:,}" for each in self.flops)),
             ("beside those of W", *(f"{each / of_w:.1%}" for each in self.flops)),
         ]
@@ -165,23 +166,28 @@ class RankPaddingView(View):
     def figure(self) -> Figure:
         """A picture of padded A and B, their product, and their memory and flops."""
         a, b = self._pairs[self._layer]
-        side, longest, top = 130, 150, 58  # pixels: B's and A's side that is not the rank; the slider's whole range
-        room, own = longest * self._target / self.highest, longest * self.own_rank / self.highest
+        longest, top = 150, 58
+        scale = longest / max(*a.shape, *b.shape, self.highest)
+        # a rank too thin to be seen is drawn larger
+        is_true = scale * self.own_rank >= 2
+        room, own = ((scale if is_true else longest / self.highest) * rank for rank in (self._target, self.own_rank))
+        outputs, inputs = scale * b.shape[0], scale * a.shape[1]
+        product = f"B · A, {'unchanged' if self.unchanged else 'CHANGED'}"
         canvas = Canvas(660, 400)
         canvas.text(330, 26, f"B and A of {self._layer}, in room for rank {self._target}", size=14)
         for name, left, whole, filled, color, shape in (
-            ("B", 30, (room, side), (own, side), ADAPTER, f"{b.shape[0]} × {self._target}"),
-            ("A", 230, (side, room), (side, own), ADAPTER, f"{self._target} × {a.shape[1]}"),
-            ("B · A", 460, (side, side), (side, side), BASE, f"{b.shape[0]} × {a.shape[1]}"),
+            ("B", 30, (room, outputs), (own, outputs), ADAPTER, f"{b.shape[0]} × {self._target}"),
+            ("A", 230, (inputs, room), (inputs, own), ADAPTER, f"{self._target} × {a.shape[1]}"),
+            (product, 460, (inputs, outputs), (inputs, outputs), BASE, f"{b.shape[0]} × {a.shape[1]}"),
         ):
             canvas.box(left, top, *whole, OFF, dashed=True)
             canvas.box(left, top, *filled, color)
             canvas.text(left, top - 8, name, size=14, anchor="start")
             canvas.text(left, top + longest + 18, shape, size=12, anchor="start", color=MUTED)
-        canvas.text(204, top + side / 2 + 6, "·", size=20)
-        canvas.text(422, top + side / 2 + 6, "=", size=20)
-        canvas.text(460 + side / 2, top + side / 2 + 6, "unchanged" if self.unchanged else "CHANGED")
-        legend = f"Filled: the adapter's own rank, {self.own_rank}. Dashed: zeros up to rank {self._target}."
+        canvas.text(204, top + longest / 2, "·", size=20)
+        canvas.text(422, top + longest / 2, "=", size=20)
+        legend = f"Filled: the adapter's own rank, {self.own_rank}. Dashed: zeros up to rank {self._target}. "
+        legend += "Drawn to scale." if is_true else "Ranks are not to scale."
         canvas.text(30, top + longest + 50, legend, size=12, anchor="start", color=MUTED)
         for number, (what, own, padded) in enumerate(self._table[1:], start=1):
             y = top + longest + 50 + 26 * number

@@ -11,7 +11,7 @@ from exercises import assert_tells_right_from_wrong
 
 from hotswap_lab.core.change import Change
 from hotswap_lab.core.room import build_room
-from hotswap_lab.lessons import engine
+from hotswap_lab.lessons import engine, source
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "engine.ipynb"
 
@@ -54,13 +54,19 @@ def test_right_and_wrong_solutions(capsys):
 
 def test_what_is_longer_than_a_page_is_not_shown():
     with pytest.raises(ValueError, match="too many to read"):
-        engine.source(build_room)
+        source(build_room)
+
+
+def test_code_is_shown_in_a_fence_without_its_docstring():
+    code = source(engine.has_gains)
+    assert code._repr_markdown_() == f"```python\n{code}\n```"
+    assert str(code) == "def has_gains(draft: Plan) -> bool:\n    return bool(gains_of(draft))"
 
 
 def test_every_hop_has_one_sentence_and_its_code():
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     assert len(cells) <= 45
-    shown = [index for index, cell in enumerate(cells) if cell.source.startswith("engine.source(")]
+    shown = [index for index, cell in enumerate(cells) if cell.source.startswith("source(")]
     assert len(shown) >= 12
     sentences = [re.findall(r"\*\*(.+?)\*\*", cells[index - 1].source) for index in shown]
     # the second of two functions that belong together needs none of its own

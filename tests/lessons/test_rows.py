@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exercises import assert_tells_right_from_wrong, logits_of, some_ids
+from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong, logits_of, some_ids
 
 from hotswap_lab import demo
+from hotswap_lab.figures import palette
 from hotswap_lab.generating import Reader
 from hotswap_lab.lessons import rows
 
@@ -50,6 +51,18 @@ def test_a_row_that_is_given_on_leaves_no_trace_and_disturbs_nobody(model):
     logits = read_all(reader, [second, other[6:]], sizes=(4, 2))
     assert torch.allclose(logits[0], logits_of(model, second), atol=1e-4)
     assert torch.allclose(logits[1], logits_of(model, other), atol=1e-4)
+
+
+def test_a_timetable_draws_free_rows_and_columns_of_one_width():
+    calls = [[(0, "sort"), (1, "shout"), None], [(2, "sort"), None, None]]
+    figure = rows.timetable(calls, "One <and> many")
+    root = assert_is_svg_with_a_text_form(figure)
+    assert figure.text.startswith("One <and> many: 2 calls of the model. Row 0: requests 0 (sort), 2 (sort). ")
+    assert figure.text.endswith("Row 2: free")
+    boxes = [(each.get("fill"), float(each.get("width"))) for each in root.iter() if each.get("height") == "22"]
+    sort, shout, free = palette.light("sort"), palette.light("shout"), palette.OFF
+    assert boxes == [(free, 128), (sort, 64), (sort, 64), (free, 128), (shout, 64), (free, 128)]
+    assert rows.timetable(calls).text.startswith("2 calls of the model. Row 0")
 
 
 def own_adapters(base, x, a, b, scaling):

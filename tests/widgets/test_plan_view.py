@@ -29,6 +29,12 @@ def test_it_shows_what_the_plan_says(view):
     assert view.summary.startswith(str(view.plan).splitlines()[0])
 
 
+def test_sizes_have_a_unit(view):
+    view.search = "layers.0 down"
+    assert view.rows[0].cells[-1] == "4.61 kB"
+    assert "written" in view.to_html()
+
+
 def test_search_and_action(view):
     view.search = "LAYERS.0 proj"
     assert len(view.rows) == 7
@@ -37,6 +43,11 @@ def test_search_and_action(view):
     assert len(view.rows) == 3
     view.search = "nothing of the kind"
     assert view.rows == []
+    for form in (str(view), view.to_html().replace("&#x27;", "'")):
+        assert "no layer matches 'nothing of the kind' and has the action off" in form
+        assert "scaling" not in form  # no table
+    view.action = "all"
+    assert str(view).endswith("no layer matches 'nothing of the kind'")
     with pytest.raises(ValueError, match="must be one of all, resize, off"):
         view.action = "explode"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -55,11 +57,26 @@ def test_the_controls_follow_and_lead():
     view._refresh()
     view._slider.value = 40
     assert view.target_rank == 40
-    assert "92,160 bytes" in view._body.value
+    assert "92.2 kB" in view._body.value
     view.target_rank = 8
     assert view._slider.value == 8
     view._menu.value = view.layers[4]
     assert view.layer == view.layers[4]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "inputs", "is_true"), [({"a": 8}, 128, True), ({"a": 8}, 448, True), ({"a": 8}, 4096, False)]
+)
+def test_the_picture_is_to_scale_or_says_that_it_is_not(ranks, inputs, is_true):
+    figure = RankPaddingView(adapter_of(ranks, inputs=(inputs,)), target_rank=32).figure()
+    boxes = [each for each in ElementTree.fromstring(figure.svg).iter() if each.get("rx") == "4"]
+    found = [(float(each.get("width")), float(each.get("height"))) for each in boxes]
+    shapes = [(32, 8), (8, 8), (inputs, 32), (inputs, 8), (inputs, 8), (inputs, 8)]
+    scale = 150 / inputs
+    expected = [(scale * width, scale * height) for width, height in shapes]
+    assert (found == [pytest.approx(each, rel=1e-4) for each in expected]) == is_true
+    assert ("Drawn to scale." in figure.svg, "Ranks are not to scale." in figure.svg) == (is_true, not is_true)
+    assert all(0 < length <= 150 for each in found for length in each)
 
 
 def test_layers_of_other_ranks_move_the_slider():
