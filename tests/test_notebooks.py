@@ -21,7 +21,7 @@ NOTEBOOKS = sorted(path for path in FOLDER.rglob("*.ipynb") if ".ipynb_checkpoin
 #: the sections of every chapter, in this order; others may stand between them
 SECTIONS = ["Predict", "Run", "Read the result", "Check", "Exercise", "Take away", "Next"]
 #: cells that show a widget, whose picture has another text
-OTHER_PICTURES = ("meter", "race")
+OTHER_PICTURES = ("meter",)
 #: the share of cells whose output may differ from run to run
 MAX_IGNORED = 0.15
 

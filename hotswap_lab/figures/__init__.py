@@ -112,9 +112,9 @@ def bars(title: str, values: Mapping[str, float], unit: str, *, limit: float = 0
     Parameters
     ----------
     limit:
-        A lower limit of the values. That share of each bar is grey.
+        A lower limit of the values. That share of each bar is gray.
     base:
-        Labels of what the others are compared with; their bars are grey.
+        Labels of what the others are compared with; their bars are gray.
     """
     left, right, row, top = 220, 90, 34, 48
     canvas = Canvas(660, top + row * len(values) + 14)

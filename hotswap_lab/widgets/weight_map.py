@@ -61,7 +61,7 @@ class Counts:
 
 
 class WeightMap(WorkingView):
-    """A tile for each layer, in the adapter's color where it changes the weight, in grey where it does not.
+    """A tile for each layer, in the adapter's color where it changes the weight, in gray where it does not.
 
     A row of tiles is a block of the model, a column a kind of layer. A tile shows what the adapter adds to the weight:
     scaling times B A, the root mean square in 14 by 14 parts of it. Models with many layers have one tint for each.
@@ -89,7 +89,7 @@ class WeightMap(WorkingView):
     hotswap → otswaphay
     base: 963,968 numbers, 0 of them changed | adapter: 131,072 numbers, all new, and 92,160 of padding
 
-    How to read it: the darkest cell is where the adapter changes a weight most. Grey is the base model alone.
+    How to read it: the darkest cell is where the adapter changes a weight most. Gray is the base model alone.
     """
 
     def __init__(
