@@ -100,6 +100,8 @@ def test_a_png_has_the_text_form_as_its_alternative():
 
 def test_the_first_code_cell_is_for_colab_and_does_nothing_elsewhere(notebook):
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    install = r'if "google.colab" in (sys.modules|str\(get_ipython\(\)\)):\n    %pip install -q "git\+https://github.com/'
+    install = (
+        r'if "google.colab" in (sys.modules|str\(get_ipython\(\)\)):\n    %pip install -q "git\+https://github.com/'
+    )
     assert re.search(install, first.source)
     assert first.outputs == []
