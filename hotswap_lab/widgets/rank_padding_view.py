@@ -149,7 +149,7 @@ class RankPaddingView(View):
             ("memory of this layer", *map(readable_bytes, self.nbytes)),
             ("memory of the whole adapter", *map(readable_bytes, self._count(NBYTES, *self._pairs))),
             ("flops per token, this layer", *(f"{each:,}" for each in self.flops)),
-            ("beside those of W", *(f"{each / of_w:.1%}" for each in self.flops)),
+            ("compared with W's own", *(f"{each / of_w:.1%}" for each in self.flops)),
         ]
 
     # ---- text, picture and controls

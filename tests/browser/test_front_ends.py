@@ -270,7 +270,7 @@ STEPS = {
         ("combobox", "action", "select_option", "off", "3 of 28 layers"),
     ],
     "padding": [
-        ("slider", "target rank", "press", "ArrowRight", "18,432 bytes→ 39,168 bytes"),
+        ("slider", "target rank", "press", "ArrowRight", "18.4 kB→ 39.2 kB"),
         ("combobox", "layer", "select_option", "model.layers.0.self_attn.q_proj", "in room for rank 17"),
     ],
     "meter": [
@@ -278,7 +278,7 @@ STEPS = {
         ("combobox", "adapter", "select_option", "double", "1 compiled"),
         ("button", "Swap and call", "press", "Enter", "8 calls, 1 swap, 1 compiled, 1 recompile"),
     ],
-    "race": [("button", "Run the race", "press", "Enter", "done, 100%")],
+    "map": [("button", "Swap the next adapter in", "press", "Enter", "hotswap → HOTSWAP!")],
 }
 
 
