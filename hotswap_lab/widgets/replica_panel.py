@@ -72,11 +72,8 @@ class ReplicaPanel(WorkingView):
         self.replicas = {**self.replicas, **now}
         self.lost = set(self.replicas) - set(now)
 
-    def start(self) -> None:
-        """Update the states until :meth:`stop`, in a thread of its own, as the button does."""
-        self._start(self._watch)
-
-    def _watch(self) -> None:
+    def _work(self) -> None:
+        """Update the states until :meth:`stop`."""
         while True:
             self._check()
             try:

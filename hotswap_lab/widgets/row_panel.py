@@ -24,7 +24,8 @@ WORDS = ("hotswap", "notebook", "adapter", "kernel")
 BASE = ("base", "")
 #: the headings of the columns
 HEAD = ("adapter", "request", "answer")
-LARGE = '<div style="font-size:17px;line-height:1.5">{}</div>'
+#: around an answer, with room for a line before there is one, so that nothing moves when it comes
+LARGE = '<div style="font-size:17px;line-height:26px;min-height:26px">{}</div>'
 
 
 class RowPanel(WorkingView):
@@ -151,14 +152,11 @@ class RowPanel(WorkingView):
 
     def _refresh(self) -> None:
         super()._refresh()
-        options = [BASE, *((name, name) for name in self.pool)]
-        for number, run in enumerate(self.runs or [None] * len(self.prompts)):
-            menu = self._menus[number]
-            if menu.options != tuple(options):
-                menu.options = options
-            menu.value, self._boxes[number].value = self.adapters[number] or BASE[1], self.prompts[number]
-            # with the same height before there is an answer, so that nothing moves when it comes
-            shown = _chip(run) + LARGE.format(run.shown) if run else LARGE.format("&nbsp;")
+        for number, run in enumerate(self.runs or self._requests()):
+            menu, box = self._menus[number], self._boxes[number]
+            menu.options = [BASE, *((name, name) for name in self.pool)]
+            menu.value, box.value = self.adapters[number] or BASE[1], self.prompts[number]
+            shown = _chip(run) + LARGE.format(run.shown)
             self._answers[number].value = f'<div style="display:flex;gap:8px;align-items:center">{shown}</div>'
 
     def _refresh_body(self) -> None:

@@ -29,7 +29,8 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MARK = "● "
 #: characters of an answer on a button and in the text form
 SHOWN = 24
-STYLE = f"""<style>.hotswap-live .hotswap-cell {{ font-size: 12px; white-space: pre }}
+STYLE = f"""<style>
+.hotswap-live .hotswap-cell {{ min-width: 0; padding: 0 4px; font-size: 12px; white-space: pre; overflow: hidden }}
 .hotswap-live .hotswap-cell[style*=background] {{ color: {INK} }}</style>"""
 
 
@@ -83,6 +84,7 @@ class StrengthLattice(SwapPanel):
     ):
         super().__init__(pool_or_model, generate, prompt=prompt, run_on_swap=False, **options)
         self.strengths: list[float] = sorted({0.0, *(round(float(each), 6) for each in strengths)})
+        self._columns = [f"{strength:g}" for strength in self.strengths]
         #: the prompt of the answers
         self.asked: str = prompt
         #: the answers by adapter and strength
@@ -140,7 +142,8 @@ class StrengthLattice(SwapPanel):
         for strength in self.strengths if can_set else [1.0]:
             if can_set:
                 self._change("strength", strength)
-            self.prompt = self.asked  # one prompt for all, even if the user types meanwhile
+            self.doing = f"asking {name} at strength {strength:g}"
+            self.prompt = self.asked  # one for all, even if the user types meanwhile
             with in_use(self.model):
                 self._answer()
             self.runs[name][strength] = self.after
@@ -165,10 +168,6 @@ class StrengthLattice(SwapPanel):
             shown[name].append((short, html, light(name) if differs else None))
         return shown
 
-    @property
-    def _columns(self) -> list[str]:
-        return [f"{strength:g}" for strength in self.strengths]
-
     def _lines(self) -> list[str]:
         rows = [[name, *(text for text, _, _ in cells)] for name, cells in self._grid().items()]
         return text_table([self.asked, *self._columns], rows)
@@ -183,7 +182,9 @@ class StrengthLattice(SwapPanel):
         *_, ask = super()._controls()
         self._run_button.description, self._run_button.tooltip = "Fill", "ask all adapters at all strengths"
         columns = f"max-content repeat({len(self.strengths)}, minmax(64px, 1fr))"
-        self._buttons.layout = w.Layout(display="grid", grid_template_columns=columns, overflow="auto")
+        self._buttons.layout = w.Layout(
+            display="grid", grid_template_columns=columns, overflow="auto", align_items="center"
+        )
         return [w.HTML(STYLE, layout=w.Layout(display="none")), ask, self._buttons]
 
     def _refresh_buttons(self) -> None:
@@ -200,9 +201,5 @@ class StrengthLattice(SwapPanel):
             button.layout.border = "2px solid" if text.startswith(MARK) else "2px solid transparent"
 
     def _cell(self, name: str, strength: float) -> ipywidgets.Button:
-        import ipywidgets as w
-
-        layout = w.Layout(min_width="0", padding="0 4px", overflow="hidden")
         act = partial(self._come, "cell", (name, strength))
-        button = self._button("", f"swap {name} in at strength {strength:g}", act, layout=layout)
-        return button.add_class("hotswap-cell")
+        return self._button("", f"swap {name} in at strength {strength:g}", act).add_class("hotswap-cell")
