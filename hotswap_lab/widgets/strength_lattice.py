@@ -30,7 +30,7 @@ MARK = "● "
 #: characters of an answer on a button and in the text form
 SHOWN = 24
 STYLE = f"""<style>
-.hotswap-live .hotswap-cell {{ min-width: 0; padding: 0 4px; font-size: 12px; white-space: pre; overflow: hidden }}
+.hotswap-live .hotswap-cell.jupyter-button {{ min-width: 0; padding: 0 2px; font-size: 12px; white-space: pre }}
 .hotswap-live .hotswap-cell[style*=background] {{ color: {INK} }}</style>"""
 
 
@@ -162,7 +162,7 @@ class StrengthLattice(SwapPanel):
             run, mark = self.runs.get(name, {}).get(strength), MARK * ((name, strength) == here)
             differs = run is not None and base is not None and run.result != base.result
             text = mark + (" ".join(run.text.split()) if run else "-")
-            style = f"display:flex;padding:2px 6px;border-radius:4px;{tint(name) if differs else ''}"
+            style = f"display:flex;gap:4px;padding:2px 6px;border-radius:4px;{tint(name) if differs else ''}"
             html = f'<div style="{style}">{mark}{run.shown if run else "-"}</div>'
             short = text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
             shown[name].append((short, html, light(name) if differs else None))
