@@ -13,8 +13,8 @@ CELL = "padding:4px 10px;text-align:left;border:1px solid rgba(128,128,128,.4)"
 def tint(name: str | None) -> str:
     """The style of dark text on an adapter's light color, in a light and in a dark theme.
 
-    >>> tint("reverse")
-    'color:#1f2933;background:#ebb6be'
+    >>> tint("reverse") == f"color:{INK};background:{light('reverse')}"
+    True
     """
     return f"color:{INK};background:{light(name)}"
 
@@ -22,7 +22,7 @@ def tint(name: str | None) -> str:
 def chip(name: str | None, label: str | None = None) -> str:
     """An adapter or one of its versions on its color, with another ``label`` if there is one. None: the base model.
 
-    >>> "background:#ebb6be" in chip("reverse@2"), chip(None).endswith(">base</span>")
+    >>> light("reverse") in chip("reverse@2"), chip(None).endswith(">base</span>")
     (True, True)
     """
     style = f"display:inline-block;margin:1px;padding:0 8px;border-radius:4px;{tint(name)}"
