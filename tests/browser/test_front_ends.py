@@ -327,6 +327,7 @@ def test_a_phone(widgets):
         for name in WIDGETS:
             too_wide = widgets[name].evaluate(
                 "box => [...box.querySelectorAll('button, input, textarea, select, .hotswap-answer')]"
+                ".filter(each => !each.matches('.hotswap-cell'))"  # these are in a table that scrolls
                 ".filter(each => each.getBoundingClientRect().right > box.getBoundingClientRect().right + 1).length"
             )
             assert too_wide == 0, name
