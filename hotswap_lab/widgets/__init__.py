@@ -18,7 +18,8 @@ click on), else when the cell has ended; the last one counts. In ``with in_use(p
 
 Files: ``view`` (the base class), ``work`` (the base class of widgets with long work, which can be stopped), ``clicks``
 (the order of clicks), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers that grow token by token),
-``results`` (an answer as text and HTML), and one file for each widget.
+``results`` (an answer as text and HTML), ``tables`` (tables and chips of adapters as HTML), and one file for each
+widget.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .rank_padding_view import RankPaddingView
 from .recompile_meter import RecompileMeter
 from .replica_panel import ReplicaPanel
 from .row_panel import RowPanel
+from .strength_lattice import StrengthLattice
 from .swap_panel import SwapPanel
 from .view import View
 from .weight_map import WeightMap
@@ -38,6 +40,7 @@ __all__ = [
     "RecompileMeter",
     "ReplicaPanel",
     "RowPanel",
+    "StrengthLattice",
     "SwapPanel",
     "View",
     "WeightMap",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .tables import chip, table
 from .view import counted, escape, wrapping_row
 from .work import WorkingView
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 #: the headings of the columns
 HEAD = ("replica", "rows of its last batch", "in memory", "waiting", "requests", "tokens", "swaps")
-CELL = "padding:2px 10px;text-align:left;border:1px solid rgba(128,128,128,.4)"
 
 
 class ReplicaPanel(WorkingView):
@@ -73,11 +72,8 @@ class ReplicaPanel(WorkingView):
         self.replicas = {**self.replicas, **now}
         self.lost = set(self.replicas) - set(now)
 
-    def start(self) -> None:
-        """Update the states until :meth:`stop`, in a thread of its own, as the button does."""
-        self._start(self._watch)
-
-    def _watch(self) -> None:
+    def _work(self) -> None:
+        """Update the states until :meth:`stop`."""
         while True:
             self._check()
             try:
@@ -104,26 +100,14 @@ class ReplicaPanel(WorkingView):
         return f"rows {rows}; in memory {held}; " + ", ".join(f"{state[what]} {what}" for what in HEAD[3:])
 
     def _inside(self) -> str:
-        lines = [f"<tr>{''.join(f'<th scope=col style={CELL!r}>{each}</th>' for each in HEAD)}</tr>"]
-        for name, state in self.replicas.items():
-            is_lost = name in self.lost
-            versions = ("".join(map(_chip, state[what])) for what in ("rows", "held"))
-            cells = [escape(name) + " (lost)" * is_lost, *versions, *(escape(state[what]) for what in HEAD[3:])]
-            dim = ' style="opacity:.5"' if is_lost else ""
-            lines.append(f"<tr{dim}>{''.join(f'<td style={CELL!r}>{each}</td>' for each in cells)}</tr>")
-        table = f'<table style="border-collapse:collapse">{"".join(lines)}</table>'
-        return f'<div style="overflow-x:auto;margin:4px 0">{table}</div>'
+        return table(HEAD, [self._cells(name, name in self.lost) for name in self.replicas])
+
+    def _cells(self, name: str, is_lost: bool) -> list[str]:
+        state = self.replicas[name]
+        versions = ("".join(map(chip, state[what])) for what in ("rows", "held"))
+        cells = [escape(name) + " (lost)" * is_lost, *versions, *(escape(state[what]) for what in HEAD[3:])]
+        return [f'<div style="opacity:.5">{each}</div>' for each in cells] if is_lost else cells
 
     def _controls(self) -> list[ipywidgets.Widget]:
         start = self._button("Watch", "look again and again", self.start, button_style="primary")
         return [wrapping_row(*self._with_stop(start))]
-
-
-def _chip(version: str | None) -> str:
-    """A version as HTML, in a color that depends on its adapter's name."""
-    name = version or "base"
-    hue = zlib.crc32(name.partition("@")[0].encode()) % 360
-    style = (
-        f"display:inline-block;margin:1px;padding:0 4px;border-radius:3px;color:#1f2933;background:hsl({hue},60%,82%)"
-    )
-    return f'<span style="{style}">{escape(name)}</span>'

@@ -11,6 +11,7 @@ from .. import demo
 from ..core.errors import refuse
 from ..engine import AdapterPool
 from .results import Run, answering
+from .tables import chip, table
 from .view import counted, escape, speaking, wrapping_row
 from .work import WorkingView
 
@@ -22,7 +23,9 @@ WORDS = ("hotswap", "notebook", "adapter", "kernel")
 #: the menu's entry for no adapter; its value can't be None, which means that nothing is selected
 BASE = ("base", "")
 #: the headings of the columns
-HEAD = ("request", "adapter", "answer")
+HEAD = ("adapter", "request", "answer")
+#: around an answer, with room for a line before there is one, so that nothing moves when it comes
+LARGE = '<div style="font-size:17px;line-height:26px;min-height:26px">{}</div>'
 
 
 class RowPanel(WorkingView):
@@ -128,10 +131,8 @@ class RowPanel(WorkingView):
 
     def _inside(self) -> str:
         # without times, which would make a stored notebook differ from run to run
-        cell = '<td style="padding:4px 12px;text-align:left;border:1px solid rgba(128,128,128,.4)">'
-        parts = [(escape(run.prompt), escape(run.label), run.shown) for run in self.runs or self._requests()]
-        lines = ["<tr>" + "".join(f"{cell}{part}</td>" for part in line) + "</tr>" for line in [HEAD, *parts]]
-        return f'<table style="border-collapse:collapse;margin:4px 0">{"".join(lines)}</table>'
+        runs = self.runs or self._requests()
+        return table(HEAD, [(_chip(run), escape(run.prompt), LARGE.format(run.shown)) for run in runs])
 
     def _controls(self) -> list[ipywidgets.Widget]:
         import ipywidgets as w
@@ -151,14 +152,16 @@ class RowPanel(WorkingView):
 
     def _refresh(self) -> None:
         super()._refresh()
-        options = [BASE, *((name, name) for name in self.pool)]
-        for number, run in enumerate(self.runs or [None] * len(self.prompts)):
-            menu = self._menus[number]
-            if menu.options != tuple(options):
-                menu.options = options
-            menu.value, self._boxes[number].value = self.adapters[number] or BASE[1], self.prompts[number]
-            label = f'<div class="hotswap-muted">{escape(run.label)}</div>' if run else ""
-            self._answers[number].value = label + run.shown if run else ""
+        for number, run in enumerate(self.runs or self._requests()):
+            menu, box = self._menus[number], self._boxes[number]
+            menu.options = [BASE, *((name, name) for name in self.pool)]
+            menu.value, box.value = self.adapters[number] or BASE[1], self.prompts[number]
+            shown = _chip(run) + LARGE.format(run.shown)
+            self._answers[number].value = f'<div style="display:flex;gap:8px;align-items:center">{shown}</div>'
 
     def _refresh_body(self) -> None:
         """Do nothing, since the live form shows each answer in its row."""
+
+
+def _chip(run: Run) -> str:
+    return chip(None if run.where == "off" else run.where, run.label)

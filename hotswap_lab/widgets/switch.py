@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft import PeftConfig
@@ -10,8 +12,9 @@ from peft import PeftConfig
 from ..beyond.configs import not_scaled
 from ..core.errors import refuse
 from ..core.host import find_host, name_in
-from ..engine import AdapterPool, get_strength, hotswap_adapter, set_strength
+from ..engine import ENGINE, AdapterPool, get_strength, hotswap_adapter, save_adapter, set_strength
 from ..pools.members import check_named
+from ..threads import bases_of, held, put_back
 
 
 class ModelSwitch:
@@ -51,11 +54,34 @@ class ModelSwitch:
     def strength(self, value: float) -> None:
         set_strength(self.model, value, self.adapter_name)
 
-    def swap(self, name: str) -> None:
+    def swap(self, name: str, strength: float = 1.0) -> None:
         if name not in self.adapters:
             raise refuse("no_adapter_of_this_name", name=name, adapters=", ".join(map(repr, self.adapters)))
-        hotswap_adapter(self.model, self.adapters[name], self.adapter_name, add_layers=True)
-        self._last = name, config_of(self)
+        # before the swap, since the model must be as it was after an error
+        if strength != 1 and (found := not_scaled(ENGINE.read(self.adapters[name], only_config=True).config)):
+            raise refuse("no_strength", adapter_name=name, found=found)
+        with held(*bases_of(self.model), computing=True):  # no swap by another thread before the strength is set
+            hotswap_adapter(self.model, self.adapters[name], self.adapter_name, add_layers=True)
+            self._last = name, config_of(self)
+            if strength != 1:
+                self.strength = strength
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Put an adapter in for the length of a block, and the former one back at its end, after errors too."""
+        with held(*bases_of(self.model), computing=True), tempfile.TemporaryDirectory() as folder:
+            last, config = self._last, config_of(self)
+            former = last[0] if last[1] is config else None
+            strength = 1.0 if not_scaled(config) else self.strength
+            # from a file, since it may be none of these adapters, or may have been trained since
+            save_adapter(self.model, folder, self.adapter_name)
+            back = ModelSwitch(self.model, {former: folder}, self.adapter_name)
+            self.swap(name)
+            try:
+                yield
+            finally:
+                put_back(lambda: back.swap(former, strength), f"leaves {name!r} in the model")
+                self._last = back._last
 
     def off(self) -> None:
         self.strength = 0

@@ -54,13 +54,14 @@ meter = RecompileMeter(
 meter""",
     "map": "map = WeightMap.demo()\nmap",
     "rows": "rows = RowPanel.demo(['hotswap', 'notebook', 'adapter'])\nrows",
+    "lattice": "lattice = StrengthLattice.demo(strengths=(0, 0.5, 1))\nlattice",
 }
 SETUP = """import warnings
 
 warnings.filterwarnings("ignore")  # remarks of PEFT and transformers on their own affairs
 from hotswap_lab import demo
 from hotswap_lab.lessons import begin
-from hotswap_lab.widgets import PlanView, RankPaddingView, RecompileMeter, RowPanel, SwapPanel, WeightMap
+from hotswap_lab.widgets import *
 
 begin()"""
 
@@ -265,6 +266,12 @@ STEPS = {
         ("combobox", "0", "select_option", "base", "eeklnr"),  # beside what it came from
         ("button", "Answer all", "press", "Enter", "kernel"),
     ],
+    "lattice": [
+        ("button", "Fill", "press", "Enter", "hooppp"),
+        ("textbox", "prompt", "fill", "notebook", "hooppp"),
+        ("button", "ahopstw", "press", "Enter", "sort is active at strength 1"),
+        ("button", "Fill", "press", "Enter", "● beknooot"),
+    ],
     "plan": [
         ("textbox", "search", "fill", "layers.0", "7 of 28 layers"),
         ("combobox", "action", "select_option", "off", "3 of 28 layers"),
@@ -280,6 +287,16 @@ STEPS = {
     ],
     "map": [("button", "Swap the next adapter in", "press", "Enter", "hotswap → HOTSWAP!")],
 }
+
+
+@pytest.mark.long
+def test_no_control_moves_when_an_answer_comes(widgets):
+    rows = widgets["rows"]
+    tops = "all => all.map(each => each.getBoundingClientRect().top - all[0].getBoundingClientRect().top)"
+    before = rows.locator("select, input, button").evaluate_all(tops)
+    rows.get_by_role("button", name="Answer all").click()
+    expect(rows).to_contain_text("notebook")  # the text of an answer, but not of a box
+    assert rows.locator("select, input, button").evaluate_all(tops) == before
 
 
 @pytest.mark.long
@@ -310,6 +327,7 @@ def test_a_phone(widgets):
         for name in WIDGETS:
             too_wide = widgets[name].evaluate(
                 "box => [...box.querySelectorAll('button, input, textarea, select, .hotswap-answer')]"
+                ".filter(each => !each.matches('.hotswap-cell'))"  # these are in a table that scrolls
                 ".filter(each => each.getBoundingClientRect().right > box.getBoundingClientRect().right + 1).length"
             )
             assert too_wide == 0, name

@@ -7,7 +7,7 @@ import torch
 from refusals import refused
 
 from hotswap_lab import AdapterPool, HotswapError, demo, plan_hotswap
-from hotswap_lab.widgets import PlanView, RecompileMeter, SwapPanel
+from hotswap_lab.widgets import PlanView, RecompileMeter, StrengthLattice, SwapPanel
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,12 @@ def pool(loaded):
     return AdapterPool(demo.load("reverse")[0], adapters=FOLDERS, progress=False)
 
 
-def test_a_panel_needs_something_that_answers(loaded):
+@pytest.mark.parametrize("widget", [SwapPanel, StrengthLattice])
+def test_a_panel_needs_something_that_answers(widget, loaded):
     model, tokenizer = loaded
-    refused("how to run a prompt", SwapPanel, model, adapters=FOLDERS)
-    refused("can't swap in this", SwapPanel, model, str)
-    refused("pass a tokenizer as tokenizer=", SwapPanel, model, tokenizer, adapters=FOLDERS)
+    refused("how to run a prompt", widget, model, adapters=FOLDERS)
+    refused("can't swap in this", widget, model, str)
+    refused("pass a tokenizer as tokenizer=", widget, model, tokenizer, adapters=FOLDERS)
 
 
 @pytest.mark.parametrize("adapters", [list(FOLDERS.values()), FOLDERS["sort"]])

@@ -10,6 +10,7 @@ import urllib.error
 
 import pytest
 
+from hotswap_lab.figures.palette import light
 from hotswap_lab.widgets import ReplicaPanel
 
 
@@ -70,8 +71,7 @@ def test_one_adapter_has_one_colour_and_names_are_escaped():
     panel.look()
     html = panel.to_html()
     assert "<b>@" not in html
-    first, second, other = re.findall(r"hsl\((\d+)", html)
-    assert first == second != other
+    assert re.findall(r"background:(#\w+)", html) == [light("<b>"), light("<b>"), light("sort")]
 
 
 def test_it_watches_until_it_is_stopped(replicas):

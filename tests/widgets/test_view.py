@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from hotswap_lab.widgets import PlanView, RankPaddingView, RowPanel, SwapPanel, View, WeightMap
+from hotswap_lab.widgets import PlanView, RankPaddingView, RowPanel, StrengthLattice, SwapPanel, View, WeightMap
 from hotswap_lab.widgets.view import WIDGET_MIME
 from hotswap_lab.widgets.work import WorkingView
 
@@ -38,7 +38,7 @@ def test_two_outputs_the_static_one_first(monkeypatch):
 
 
 def test_every_widget_has_a_deterministic_static_form():
-    for make in (SwapPanel.demo, RowPanel.demo, RankPaddingView, WeightMap.demo):
+    for make in (SwapPanel.demo, RowPanel.demo, StrengthLattice.demo, RankPaddingView, WeightMap.demo):
         assert make()._static() == make()._static()
     assert PlanView.__doc__
 

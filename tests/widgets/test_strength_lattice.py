@@ -1,0 +1,265 @@
+"""StrengthLattice: its answers are a fresh load's, a click swaps, and a run leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+
+import pytest
+import torch
+from oracle import observe
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from refusals import refused
+
+from hotswap_lab import Adapter, AdapterPool, demo, get_strength, hotswap_adapter, in_use, set_strength, verify_hotswap
+from hotswap_lab.figures.palette import light
+from hotswap_lab.widgets import StrengthLattice
+
+WORD = "hotswap"
+NAMES = ("no_vowels", "pig_latin")
+STRENGTHS = (0, 0.5, 1)
+FOLDERS = {name: demo.adapter_path(name) for name in NAMES}
+
+
+def expected(name, strength):
+    """What a model answers that has loaded only this adapter."""
+    model, tokenizer = demo.load(name)
+    set_strength(model, strength)
+    return demo.ask(model, tokenizer, WORD)
+
+
+@pytest.fixture(scope="module")
+def right():
+    return {name: {strength: expected(name, strength) for strength in STRENGTHS} for name in NAMES}
+
+
+def lattice_of(kind, generate=None, loaded="reverse"):
+    """With a pool or a model in which ``loaded`` is, which is none of these."""
+    model, tokenizer = demo.load(loaded)
+    ask = generate or (lambda word: demo.ask(model, tokenizer, word))
+    if kind == "pool":
+        return StrengthLattice(
+            AdapterPool(model, adapters=FOLDERS, target_rank=32, progress=False), ask, strengths=STRENGTHS
+        )
+    return StrengthLattice(model, ask, adapters=FOLDERS, strengths=STRENGTHS)
+
+
+@pytest.fixture(params=["pool", "model"])
+def kind(request):
+    return request.param
+
+
+def test_answers_are_those_of_a_fresh_load(kind, right):
+    lattice = lattice_of(kind)
+    assert lattice.run() == lattice.answers == right
+    assert right["no_vowels"] == {0: WORD, 0.5: "hotsw*p", 1: "h*tsw*p"}
+    assert lattice.base.result == demo.ask(demo.load_base(), demo.load_tokenizer(), WORD) == WORD
+
+
+def test_all_of_the_demo():
+    lattice = StrengthLattice.demo()
+    answers = lattice.run()
+    assert [*answers] == demo.adapter_names()
+    assert {name: row[1] for name, row in answers.items()} == {
+        name: demo.ask(*demo.load(name), WORD) for name in answers
+    }
+    assert {row[0] for row in answers.values()} == {WORD}
+
+
+class OddError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("loaded", "strength"), [("reverse", 0.3), ("no_vowels", 1), ("pig_latin", 0)])
+@pytest.mark.parametrize("end", ["done", "error", "stop", "interrupt"])
+def test_the_model_has_afterwards_what_it_had(kind, loaded, strength, end):
+    def generate(word):
+        if next(calls) == 4:
+            if end == "error":
+                raise OddError
+            if end == "interrupt":
+                raise KeyboardInterrupt
+            if end == "stop":
+                lattice.stop()
+        return word
+
+    lattice, calls = lattice_of(kind, generate, loaded), itertools.count(5)
+    model = lattice.model
+    if kind == "model":  # has its layers from now on, turned off where the adapter lacks them
+        lattice.run()
+    set_strength(model, strength)
+    before, cell = state_of(model), lattice.cell
+    calls = itertools.count()
+    if end in ("error", "interrupt"):
+        with pytest.raises(OddError if end == "error" else KeyboardInterrupt):
+            lattice.run()
+    else:
+        assert (lattice.run() is None) is (end == "stop")
+    after = state_of(model)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert (lattice.cell, get_strength(model)) == (cell, strength)
+    assert len(lattice.answers["pig_latin"]) == (3 if end == "done" else 1)
+    assert not lattice.busy
+    set_strength(model, 1)
+    assert verify_hotswap(model, demo.adapter_path(loaded))
+
+
+def state_of(model):
+    """All tensors, and the scalings of layers that do something."""
+    scalings = {
+        f"{path}.scaling": torch.as_tensor(layer.scaling["default"]).clone()
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and layer.lora_B["default"].weight.any()
+    }
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()} | scalings
+
+
+def test_what_was_trained_comes_back():
+    lattice = lattice_of("model")
+    lattice.choose("no_vowels")
+    weight = next(each for name, each in lattice.model.named_parameters() if "lora_B" in name and each.any())
+    with torch.no_grad():
+        weight.mul_(2)
+    before = demo.ask(lattice.model, demo.load_tokenizer(), WORD), weight.clone()
+    lattice.run()
+    assert lattice.cell == ("no_vowels", 1)
+    assert demo.ask(lattice.model, demo.load_tokenizer(), WORD) == before[0]
+    assert torch.equal(next(each for each in lattice.model.parameters() if each is weight), before[1])
+
+
+def cell_of(lattice, name, strength):
+    lattice.box  # noqa: B018 - makes the controls
+    lattice._refresh()
+    return lattice._cells[lattice.names.index(name)][lattice.strengths.index(strength)]
+
+
+def click(lattice, name, strength):
+    cell_of(lattice, name, strength).click()
+    assert lattice.wait(60)
+
+
+def marked(lattice):
+    return [button.description for row in lattice._cells for button in row if "●" in button.description]
+
+
+def test_clicks(kind):
+    lattice = lattice_of(kind)
+    click(lattice, "pig_latin", 0.5)
+    assert (lattice.active, lattice.strength, lattice.cell) == ("pig_latin", 0.5, ("pig_latin", 0.5))
+    assert marked(lattice) == ["● -"]
+    assert demo.ask(lattice.model, demo.load_tokenizer(), WORD) == "otswap"
+    lattice._run_button.click()
+    assert lattice.wait(60)
+    assert marked(lattice) == ["● otswap"]
+    assert "otswap" in lattice._cards[1].value
+    click(lattice, "no_vowels", 0)
+    assert (lattice.active, lattice.strength, lattice.cell) == (None, 0, ("no_vowels", 0))
+    assert marked(lattice) == ["● hotswap"]
+    click(lattice, "no_vowels", 1)
+    assert verify_hotswap(lattice.model, FOLDERS["no_vowels"])
+    assert lattice.choose("pig_latin", 1) == "otswaphay"
+    hotswap_adapter(lattice.model, demo.adapter_path("reverse"), "default")
+    lattice._refresh()
+    assert (lattice.cell[0], marked(lattice)) == (None, [])
+
+
+def test_a_click_while_it_fills_comes_next():
+    def generate(word):
+        if lattice.answers == {"no_vowels": {}}:
+            cell_of(lattice, "pig_latin", 0.5).click()
+        return word
+
+    lattice = lattice_of("model", generate)
+    lattice.start()
+    assert lattice.wait(60)
+    assert len(lattice.answers["pig_latin"]) == 3
+    assert lattice.cell == ("pig_latin", 0.5)
+
+
+def test_it_waits_for_who_computes_and_the_wait_can_be_stopped(kind):
+    lattice = lattice_of(kind)
+    with in_use(lattice.model):
+        lattice.start()
+        assert not lattice.wait(timeout=0.7)  # longer than it waits at a time
+        lattice.stop()
+        assert lattice.wait(30)
+    assert (lattice.answers, lattice.error) == ({}, None)
+
+
+def test_one_prompt_for_all_and_colors_where_it_differs():
+    def generate(word):
+        lattice.prompt = "typed"  # meanwhile
+        return word.upper() if lattice.cell == ("pig_latin", 1) else word
+
+    lattice = lattice_of("model", generate)
+    lattice.run()
+    assert lattice.answers["pig_latin"] == {0: WORD, 0.5: WORD, 1: WORD.upper()}
+    colors = [cell_of(lattice, *cell).style.button_color for cell in itertools.product(NAMES, STRENGTHS)]
+    assert colors == [None] * 5 + [light("pig_latin")]
+    assert lattice.to_html().count(f"background:{light('pig_latin')}") == 2  # the row's name, and one cell
+
+
+def test_the_static_form(kind):
+    lattice = lattice_of(kind)
+    assert str(lattice).splitlines()[1:] == ["hotswap    0  0.5  1", "no_vowels  -  -    -", "pig_latin  -  -    -"]
+    lattice.run()
+    lattice.choose("no_vowels", 0.5)
+    assert str(lattice).splitlines() == [
+        "StrengthLattice: 2 adapters, no_vowels is active at strength 0.5",
+        "hotswap    0        0.5        1",
+        "no_vowels  hotswap  ● hotsw*p  h*tsw*p",
+        "pig_latin  hotswap  otswap     otswaphay",
+    ]
+    html = lattice.to_html()
+    assert re.findall("● ?<div.*?>(.*?)<", html) == ["hotsw*p"]
+    assert lattice._static() == lattice._static()
+    lattice.generate, lattice.prompt = (lambda word: f"<i>\n{word}" * 9), "<b>"
+    lattice.run()
+    html = lattice.to_html()
+    assert "<b>" not in html
+    assert "<i>" not in html
+    assert "<i> <b><i> <b><i> <b><i…" in str(lattice)
+
+
+def test_strengths():
+    lattice = StrengthLattice(demo.load("reverse")[0], str, adapters=FOLDERS, strengths=[1.5, 1 / 3, -1])
+    assert lattice.strengths == [-1, 0, 0.333333, 1.5]
+    assert [*lattice.run()["pig_latin"]] == lattice.strengths
+    with pytest.raises(ValueError, match="could not convert"):
+        StrengthLattice(demo.load("reverse")[0], str, adapters=FOLDERS, strengths=["high"])
+
+
+def test_dora_has_one_answer():
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    options = dict(r=2, target_modules=["0"], init_lora_weights=False)
+    lora, dora = (get_peft_model(copy.deepcopy(base), LoraConfig(use_dora=each, **options)) for each in (False, True))
+    adapters = {
+        name: Adapter.from_state_dict(get_peft_model_state_dict(model), model.peft_config["default"])
+        for name, model in (("lora", lora), ("dora", dora))
+    }
+    lattice = StrengthLattice(lora, str, adapters=adapters, strengths=STRENGTHS, prompt="x")
+    lattice.choose("dora")
+    assert lattice.cell == ("dora", 1)
+    assert lattice.run() == {"lora": {0: "x", 0.5: "x", 1: "x"}, "dora": {1: "x"}}
+    assert str(lattice).splitlines()[-1] == "dora  -  -    ● x"
+    assert lattice.cell == ("dora", 1)  # put back
+    lattice.choose("lora")
+    before = observe(lattice.model)
+    refused("full strength", lattice.choose, "dora", 0.5)
+    assert lattice.cell == ("lora", 1)
+    assert observe(lattice.model).keys() == before.keys()
+
+
+def test_errors(kind):
+    lattice = lattice_of(kind)
+    refused("nobody", lattice.choose, "nobody")
+    refused("not a number", lattice.choose, "no_vowels", float("nan"))
+    refused("know how to run a prompt", StrengthLattice, lattice.model, adapters=FOLDERS)
+    empty = AdapterPool(demo.load("reverse")[0], progress=False)
+    refused("None", StrengthLattice(empty, str).run)
+    with pytest.raises(TypeError, match="run_on_swap"):
+        StrengthLattice(empty, str, run_on_swap=True)
