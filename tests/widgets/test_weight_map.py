@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from hotswap_lab import AdapterPool, demo, hotswap_adapter, prepare_model_for_compiled_hotswap, set_strength
 from hotswap_lab.demo import digits
+from hotswap_lab.figures.tiles import CELLS, Counts, split
 from hotswap_lab.widgets import WeightMap
-from hotswap_lab.widgets.weight_map import CELLS, Counts, _split
 
 
 def expected(name, path):
@@ -182,6 +182,6 @@ def test_large_models_are_small_pictures(layers, rows):
 
 
 def test_blocks_and_columns():
-    assert _split("lm_head") == ("", "lm_head")
-    assert _split("encoder.block.0.layer.1.DenseReluDense.wi_0") == ("encoder.block.0.layer.1", "DenseReluDense.wi_0")
-    assert _split("down.0.attn.1.to_out.0") == ("down.0.attn.1", "to_out.0")
+    assert split("lm_head") == ("", "lm_head")
+    assert split("encoder.block.0.layer.1.DenseReluDense.wi_0") == ("encoder.block.0.layer.1", "DenseReluDense.wi_0")
+    assert split("down.0.attn.1.to_out.0") == ("down.0.attn.1", "to_out.0")
