@@ -1,0 +1,112 @@
+"""The last project: an adapter of the reader's own, from training to a package, and a rubric that checks itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from .. import demo
+from ..ahead import aoti_load
+from ..demo import sample_words
+from ..engine import AdapterPool
+from ..verify import verify_hotswap
+from ..watch import RecompileWatch
+
+#: words that training never uses
+WORDS = sample_words(40, seed=7, held_out=True)
+#: the adapter's name in the pool
+MINE = "mine"
+
+Trick = Callable[[str], str]
+
+
+def a_new_trick(trick: Trick) -> tuple[bool, str]:
+    known = [name for name, task in demo.TASKS.items() if all(trick(word) == task(word) for word in WORDS)]
+    return not known, f"hotswap -> {trick('hotswap')}" + (f", as {known[0]} does" if known else "")
+
+
+def trained(trick: Trick, adapter: str) -> tuple[bool, str]:
+    right = sum(said == trick(word) for said, word in zip(_asked(_fresh(adapter)), WORDS, strict=True))
+    return right >= 0.9 * len(WORDS), f"{right} of {len(WORDS)} new words right, at least 36 are needed"
+
+
+def swapped_in_while_it_trained(trick: Trick, adapter: str, live: Any, seen: Sequence[str]) -> tuple[bool, str]:
+    is_swapped = bool(verify_hotswap(live, adapter, base=demo.load_base))
+    learned = len(seen) > 2 and seen[0] != trick("hotswap") == seen[-1]
+    return is_swapped and learned, f"{' -> '.join(seen)}; the live model matches a fresh load: {is_swapped}"
+
+
+def in_a_pool_with_rows(adapter: str, pool: AdapterPool) -> tuple[bool, str]:
+    names, words = [MINE, "reverse", None, MINE], WORDS[:4]
+    with pool.assigned(names):
+        said = demo.ask_all(pool.model, demo.load_tokenizer(), words)
+    models = {MINE: _fresh(adapter), "reverse": demo.load("reverse")[0], None: demo.load_base()}
+    expected = [_asked(models[name], [word])[0] for name, word in zip(names, words, strict=True)]
+    return said == expected, f"{', '.join(said)}; expected {', '.join(expected)}"
+
+
+def compiled_once(adapter: str, pool: AdapterPool, compiled: Any) -> tuple[bool, str]:
+    with RecompileWatch() as watch:
+        same = [_agrees(compiled, _fresh(adapter) if name == MINE else demo.load(name)[0], pool, name) for name in pool]
+    return watch.recompiles == 0 and all(same), f"{sum(same)} of {len(same)} adapters right, {watch.summary}"
+
+
+def packaged(adapter: str, pool: AdapterPool, package: str) -> tuple[bool, str]:
+    ahead = aoti_load(package, pool)
+    same = _agrees(ahead, _fresh(adapter), pool, MINE)
+    return same, f"the package computes as a fresh load does: {same}"
+
+
+STEPS = (a_new_trick, trained, swapped_in_while_it_trained, in_a_pool_with_rows, compiled_once, packaged)
+
+
+def rubric(**made: Any) -> bool:
+    """Print for each step of the project whether it is done, and how one knows. Returns whether all are.
+
+    Parameters
+    ----------
+    **made:
+        What there is so far: ``trick``, ``adapter`` (its folder), ``live`` (the model that it was swapped into),
+        ``seen`` (the live model's answers to "hotswap" during training), ``pool``, ``compiled``, and ``package`` (the
+        file).
+
+    >>> rubric(trick=lambda word: word.upper() + "!")  # doctest: +ELLIPSIS
+    ✗ a new trick: hotswap -> HOTSWAP!, as shout does
+    - trained: needs adapter
+    ...
+    False
+    """
+    results = []
+    for step in STEPS:
+        needs = [name for name in inspect.signature(step).parameters if made.get(name) is None]
+        try:
+            done, says = (None, f"needs {', '.join(needs)}") if needs else _run(step, made)
+        except Exception as error:  # what the reader made may be anything
+            done, says = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        results.append(done)
+        print(f"{'-' if done is None else '✓' if done else '✗'} {step.__name__.replace('_', ' ')}: {says}")
+    return all(results)
+
+
+@torch.no_grad()
+def _run(step: Callable[..., tuple[bool, str]], made: dict[str, Any]) -> tuple[bool, str]:
+    return step(**{name: made[name] for name in inspect.signature(step).parameters})
+
+
+def _fresh(adapter: str) -> torch.nn.Module:
+    return PeftModel.from_pretrained(demo.load_base(), adapter).eval()
+
+
+def _asked(model: torch.nn.Module, words: Sequence[str] = WORDS) -> list[str]:
+    return demo.ask_all(model, demo.load_tokenizer(), list(words))
+
+
+def _agrees(model: Callable[..., Any], fresh: torch.nn.Module, pool: AdapterPool, name: str) -> bool:
+    """Whether ``model`` computes with one of the pool's adapters as a fresh load does."""
+    pool.swap(name)
+    inputs = dict(demo.load_tokenizer()(WORDS[0] + ">", return_tensors="pt"), use_cache=False)
+    return torch.allclose(model(**inputs).logits, fresh(**inputs).logits, atol=1e-3)
