@@ -110,7 +110,7 @@ def one_filter(solution):
 @Exercise
 @torch.no_grad()
 def halfway(solution):
-    """Draw the first ``at`` steps with one adapter and the other steps with another. About 6 lines."""
+    """Draw the first ``at`` steps with one adapter and the other steps with another. About 4 lines."""
     model, scheduler = digits.load("only_3"), digits.load_scheduler()
     prepare_model_for_compiled_hotswap(model, adapters=[digits.path(name) for name in digits.names()])
     scheduler.set_timesteps(digits.STEPS)
