@@ -11,10 +11,11 @@ from typing import NamedTuple
 import peft
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from .. import demo
-from ..engine import plan_hotswap, resolve_slot
+from ..beyond.base_twin import make_base_twin
+from ..engine import resolve_slot
 from ..figures import Canvas, Figure
 from ..figures.palette import BASE, LESS, MORE, MUTED, WHITE, mix
 from ..files.reading import Adapter
@@ -258,12 +259,7 @@ def _shade(value: float, largest: float) -> str:
 @Exercise
 @torch.no_grad()
 def turn_off(solution):
-    """`layer` has an adapter called 'default', either DoRA or IA3. Write values, in place, with which it computes
-    what its base layer does. About 5 lines. Gradients are off.
-      IA3:  layer.ia3_l["default"]. A DoRA layer has no attribute ia3_l.
-      DoRA: layer.lora_B["default"].weight and layer.lora_magnitude_vector["default"].weight
-      both: layer.get_base_layer().weight, of shape (outputs, inputs)
-    """
+    """Write values with which a DoRA or an IA3 layer computes what its base layer does. About 5 lines."""
     for kind in ("DoRA", "IA3"):
         slot = resolve_slot(load(PAIRS[kind].old), "default")
         addresses, equal = slot.data_ptrs(), 0
@@ -276,36 +272,45 @@ def turn_off(solution):
         yield f"{kind}: the addresses stay the same", slot.data_ptrs() == addresses, True
 
 
-#: by what is swapped: the old and the new config
-CONSTANTS = {
-    "IA3 to IA3, just alike": (_ia3(), _ia3()),
-    "IA3 to IA3 with down_proj scaled at its outputs": (_ia3(), _ia3(inputs_of=())),
-    "LoHa to LoHa of another alpha": (_config("LoHa", r=4, alpha=8), _config("LoHa", r=4, alpha=16)),
-    "LoHa to LoHa of another rank": (_config("LoHa", r=4, alpha=8), _config("LoHa", r=8, alpha=16)),
-    "IA3 to IA3 on fewer layers": (_ia3(), _ia3(on=("k_proj", "down_proj"))),
-    "VeRA to VeRA of another rank": (_config("Vera", on=ATTENTION, r=4), _config("Vera", on=ATTENTION, r=8)),
-    "VeRA to VeRA with another d_initial": (
-        _config("Vera", on=ATTENTION, r=4),
-        _config("Vera", on=ATTENTION, r=4, d_initial=0.3),
-    ),
-    "prompt of 4 tokens to one of 7": (_prompt(4), _prompt(7)),
+def _vera(key: int) -> PeftConfig:
+    return _config("Vera", on=ATTENTION, r=4, projection_prng_key=key)
+
+
+#: by what differs between the two adapters: the old and the new config
+SAME_STRUCTURE = {
+    "values of parameters": (_ia3(), _ia3()),
+    "values of buffers, too": (_vera(0), _vera(7)),
+    "numbers, too": (_config("LoHa", r=4, alpha=8), _config("LoHa", r=4, alpha=16)),
 }
 
 
-def writes_values_only(old: PeftConfig, new: PeftConfig) -> bool:
-    """Whether a swap changes nothing but values of tensors, by planning it on the embedded model.
+def fresh_around(model: PeftModel, new: Adapter) -> PeftModel:
+    """A fresh load of an adapter around the memory of a model's base.
 
-    >>> writes_values_only(*CONSTANTS["IA3 to IA3, just alike"])
-    True
+    >>> model = load(_ia3())
+    >>> fresh = fresh_around(model, adapter(_ia3()))
+    >>> norms = [each.get_base_model().model.norm for each in (model, fresh)]
+    >>> norms[0] is norms[1], norms[0].weight.data_ptr() == norms[1].weight.data_ptr()
+    (False, True)
     """
-    return plan_hotswap(load(old), adapter(new)).writes_values_only
+    fresh = PeftModel(make_base_twin(model.get_base_model()).model, copy.deepcopy(new.config), "default").eval()
+    set_peft_model_state_dict(fresh, new.tensors, "default")
+    return fresh
 
 
 @Exercise
-def values_only(solution):
-    """`old` and `new` are configs of the same PEFT type, not LoRA. Return whether a swap from one to the other writes
-    values only, so that a compiled model could take it: True or False. The model is not prepared. About 3 lines.
-    All fields: vars(config). VeRA's d_initial says which values its training begins with.
-    """
-    for what, (old, new) in CONSTANTS.items():
-        yield what, solution(copy.deepcopy(old), copy.deepcopy(new)), writes_values_only(old, new)
+@torch.no_grad()
+def make_equal(solution):
+    """Make ``live`` compute what ``fresh`` does, in place, whatever the method is. About 6 lines."""
+    for what, (old, new) in SAME_STRUCTURE.items():
+        live = load(old)
+        inputs = live.get_base_model().dummy_inputs
+        fresh, addresses = fresh_around(live, adapter(new)), resolve_slot(live, "default").data_ptrs()
+        before = live.get_base_model().model.norm.weight.clone()
+        expected = fresh(**inputs).logits
+        solution(live, fresh)
+        yield f"equal: {what}", torch.allclose(live(**inputs).logits, expected, atol=1e-4), True
+        kept = resolve_slot(live, "default").data_ptrs() == addresses and torch.equal(
+            live.get_base_model().model.norm.weight, before
+        )
+        yield f"addresses and base kept: {what}", kept, True

@@ -1,25 +1,29 @@
-"""Chapter 06: pictures of pictures, an adapter written by hand, and a large pipeline."""
+"""Chapter 06: pictures of pictures, exercises, and a large pipeline."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+import torch.nn.functional as F
 
 from ..core.slot import SlotLayer
 from ..demo import digits
-from ..engine import hotswap_pipeline, plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap, resolve_slot
+from ..engine import (
+    hotswap_pipeline,
+    plan_pipeline_hotswap,
+    prepare_model_for_compiled_hotswap,
+    prepare_pipeline_for_compiled_hotswap,
+    resolve_slot,
+)
 from ..figures import Canvas, Figure
 from ..figures.palette import BLACK, WHITE, mix
 from ..figures.png import address, png
-from ..files.reading import Adapter
 from ..pipelines.lora_files import read_pipeline_lora
+from ..verify import verify_hotswap
 from ..watch import RecompileWatch
-from .beyond import adapter_of, disturb
 from .exercise import Exercise
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -59,11 +63,14 @@ def grid(rows: Mapping[str, torch.Tensor], columns: Sequence[str] = ()) -> Figur
     return canvas.figure(f"{count} pictures in each row: {', '.join(rows)}{above}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Drawn:
     """Drawn digits side by side, as an image that Jupyter and a panel show."""
 
     images: torch.Tensor
+
+    def __repr__(self) -> str:
+        return f"{len(self.images)} drawn digits"
 
     def _repr_png_(self) -> bytes:
         return _png(self.images, scale=3)
@@ -77,43 +84,44 @@ def _png(images: torch.Tensor, scale: int = 1) -> bytes:
     return png(shades.tolist(), [mix(WHITE, shade / 15, BLACK) for shade in range(16)])
 
 
-# --- exercise: the negative, by hand ---------------------------------------------------------------------------------
-
-
-def blank(*layers: str) -> torch.nn.Module:
-    """The model with an adapter of rank 9 on these layers, that does nothing yet.
-
-    >>> from hotswap_lab.demo import digits
-    >>> layer = blank("conv_in").get_base_model().conv_in
-    >>> tuple(layer.lora_A["default"].weight.shape), tuple(layer.lora_B["default"].weight.shape)
-    ((9, 1, 3, 3), (16, 9, 1, 1))
-    """
-    return get_peft_model(digits.load_base(), LoraConfig(r=9, lora_alpha=18, target_modules=[*layers])).eval()
+# --- exercises -------------------------------------------------------------------------------------------------------
 
 
 @Exercise
 @torch.no_grad()
-def negative(solution):
-    """`layer` is a 3 x 3 convolution with one input channel and a LoRA of rank 9 called 'default'. Write values, in
-    place, with which layer(x) is what its base layer gives for -x. About 4 lines. Gradients are off.
-      layer.get_base_layer().weight  W, of shape (16, 1, 3, 3)
-      layer.lora_A["default"].weight  A, of shape (9, 1, 3, 3)
-      layer.lora_B["default"].weight  B, of shape (16, 9, 1, 1)
-      layer.scaling["default"]        a number: what is added to the output is scaling * B(A(x))
-    """
-    model = blank("conv_in")
-    slot, layer = resolve_slot(model, "default"), model.get_base_model().conv_in
-    base, picture = layer.get_base_layer(), digits.noise(2)
-    addresses, weight = slot.data_ptrs(), base.weight.clone()
-    bias = base.bias.view(-1, 1, 1)
-    its = base(picture) - bias
-    solution(layer)
-    yours = layer(picture) - bias
-    yield "how many times the base's output (bias aside)", round(float((yours / its).median()), 2), -1.0
-    same = torch.allclose(layer(picture), base(-picture), atol=1e-4)
-    yield "sees a picture as the base sees its negative", same, True
-    yield "the base's weight is untouched", torch.equal(base.weight, weight), True
-    yield "the addresses stay the same", slot.data_ptrs() == addresses, True
+def one_filter(solution):
+    """Return the weight of the one convolution that does what A, B and the scaling do together. About 2 lines."""
+    layers = resolve_slot(digits.load("slanted"), "default").layers
+    modules = [layer.module for layer in layers if isinstance(layer.module.get_base_layer(), torch.nn.Conv2d)]
+    equal = 0
+    for module in modules:
+        base = module.get_base_layer()
+        a, b = (each["default"].weight.clone() for each in (module.lora_A, module.lora_B))
+        yours = torch.as_tensor(solution(a, b, module.scaling["default"]))
+        if module is modules[0]:
+            yield "the shape of the first filter", tuple(yours.shape), tuple(base.weight.shape)
+        if yours.shape == base.weight.shape:
+            picture = torch.randn(1, base.in_channels, 6, 6, generator=torch.Generator().manual_seed(0))
+            added = F.conv2d(picture, yours, None, base.stride, base.padding, base.dilation, base.groups)
+            equal += torch.allclose(module(picture), base(picture) + added, atol=1e-4)
+    yield "layers that one filter computes", equal, len(modules)
+
+
+@Exercise
+@torch.no_grad()
+def halfway(solution):
+    """Draw the first ``at`` steps with one adapter and the other steps with another. About 4 lines."""
+    model, scheduler = digits.load("only_3"), digits.load_scheduler()
+    prepare_model_for_compiled_hotswap(model, adapters=[digits.path(name) for name in digits.names()])
+    scheduler.set_timesteps(digits.STEPS)
+    for first, second, at in (("only_7", "bold", 0), ("bold", "only_0", digits.STEPS), ("only_3", "slanted", 4)):
+        expected, yours = digits.noise(2), solution(model, scheduler, digits.noise(2), first, second, at)
+        fresh = [digits.load(first)] * at + [digits.load(second)] * (digits.STEPS - at)
+        for drawing, when in zip(fresh, scheduler.timesteps, strict=True):
+            expected = scheduler.step(drawing(expected, when).sample, when, expected).prev_sample
+        yield f"{first}, from step {at} on {second}", torch.allclose(yours, expected, atol=1e-3), True
+    verdict = verify_hotswap(model, digits.path("slanted"), inputs=digits.inputs(), base=digits.load_base)
+    yield "the last adapter is in the model afterwards", bool(verdict), True
 
 
 # --- what is in the model --------------------------------------------------------------------------------------------
@@ -128,54 +136,6 @@ def shapes(layer: SlotLayer) -> str:
     """
     a, b = (tuple(tensor.parameter.shape) for tensor in layer.tensors)
     return f"{layer.path}: A {a}, B {b}, room for rank {layer.tensors[0].capacity}"
-
-
-# --- a diffusers model -----------------------------------------------------------------------------------------------
-
-UNET_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-
-#: adapters for :func:`unet`; ``conv1`` is a convolution
-UNET_CONFIGS: dict[str, PeftConfig] = {
-    "style": LoraConfig(r=4, lora_alpha=6, target_modules=[*UNET_ATTENTION, "conv1"]),
-    "face": LoraConfig(r=8, lora_alpha=5, target_modules=UNET_ATTENTION, use_rslora=True),
-    "line art": LoraConfig(r=2, lora_alpha=9, target_modules=["conv1"], use_dora=True),
-}
-
-
-def unet(config: PeftConfig, seed: int = 1) -> torch.nn.Module:
-    """A tiny UNet as at the heart of Stable Diffusion, with random weights and a random adapter."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = UNet2DConditionModel(
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=8,
-            attention_head_dim=4,
-        ).eval()
-        torch.manual_seed(seed)
-        model.add_adapter(copy.deepcopy(config), "default")
-        disturb(model)
-    return model
-
-
-def unet_adapter(config: PeftConfig, seed: int = 1) -> Adapter:
-    """A random adapter for :func:`unet`."""
-    return adapter_of(unet(config, seed))
-
-
-def unet_inputs() -> dict[str, torch.Tensor]:
-    """A noisy picture, a time step and an encoded prompt, all of them random."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "sample": torch.randn(1, 4, 8, 8, generator=generator),
-        "timestep": torch.tensor([3]),
-        "encoder_hidden_states": torch.randn(1, 5, 8, generator=generator),
-    }
 
 
 # --- a large pipeline ------------------------------------------------------------------------------------------------

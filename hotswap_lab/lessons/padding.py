@@ -30,9 +30,7 @@ def padded(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
 
 @Exercise
 def pad(solution):
-    """From `a` (own rank x inputs), `b` (outputs x own rank) and a rank at least as high, return A and B of that
-    rank: `a` and `b` first, zeros in the rest of both, the same dtype. About 3 lines.
-    """
+    """Return A and B of a higher rank: the adapter's own values first, zeros in the rest. About 3 lines."""
     dtypes = set()
     # inputs and outputs of different number, so that a mixed-up axis shows
     for inputs, outputs, own, rank in ((3, 4, 2, 4), (5, 2, 1, 3)):
@@ -49,10 +47,7 @@ def pad(solution):
 
 @Exercise
 def bytes_held(solution):
-    """From the tensors of an adapter's file (a dict of '....lora_A.weight' and '....lora_B.weight') and a target
-    rank, return two numbers: the bytes of these tensors, and those that they take in a model prepared for that
-    rank. About 5 lines.
-    """
+    """Return the bytes of an adapter's tensors, own and in a model prepared for a rank. About 5 lines."""
     # `sort` has three ranks, so one factor for the whole adapter does not do
     for name, rank in (("double", 32), ("reverse", 8), ("sort", 64)):
         model, _ = demo.load(name)

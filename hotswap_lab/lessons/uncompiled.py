@@ -17,9 +17,7 @@ WORD = "notebook"
 
 @Exercise
 def swap_by_hand(solution):
-    """Copy each tensor of the dict into the parameter of the model that it belongs to, in place. About 3 lines.
-    The file calls it '....lora_A.weight', the model '....lora_A.default.weight'.
-    """
+    """Copy each tensor of the dict into the parameter of the model that it belongs to, in place. About 3 lines."""
     model, tokenizer = demo.load("reverse")
     slot = resolve_slot(model, "default")
     addresses = slot.data_ptrs()
@@ -43,9 +41,7 @@ def reference_swap(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) 
 
 @Exercise
 def layers_to_turn_off(solution):
-    """From the tensors of the old and the new adapter, return the set of layers (such as
-    'model.layers.0.mlp.up_proj') that only the old one has. About 3 lines.
-    """
+    """Return the set of layers that only the old adapter has. About 3 lines."""
     for old, new in (("reverse", "shout"), ("reverse", "caesar"), ("caesar", "pig_latin"), ("shout", "shout")):
         plan = plan_hotswap(demo.load(old)[0], demo.adapter_path(new))
         expected = {layer.path for layer in plan.layers if layer.action is Action.OFF}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from exercises import assert_tells_right_from_wrong
-from lengths import few_of
 
 from hotswap_lab.lessons import beyond
 
@@ -52,29 +51,39 @@ def new_memory(layer):
             parameter.data = parameter.data.clone()
 
 
-def values_only(old, new):
-    return all(getattr(old, field) == getattr(new, field) for field in vars(old).keys() - {"d_initial"})
+def make_equal(live, fresh):
+    parameters_and_buffers(live, fresh)
+    for module, other in zip(live.modules(), fresh.modules(), strict=True):
+        if isinstance(getattr(other, "scaling", None), dict):
+            module.scaling.update(other.scaling)
+
+
+def parameters_only(live, fresh):
+    for name, parameter in fresh.named_parameters():
+        live.get_parameter(name).copy_(parameter)
+
+
+def parameters_and_buffers(live, fresh):
+    tensors = dict(live.named_parameters()) | dict(live.named_buffers())
+    for name, tensor in [*fresh.named_parameters(), *fresh.named_buffers()]:
+        tensors[name].copy_(tensor)
+
+
+def modules_of_the_fresh_one(live, fresh):
+    """Right outputs, new addresses."""
+    live.base_model = fresh.base_model
 
 
 SOLUTIONS = {
     "turn_off": (beyond.turn_off, turn_off, [lambda layer: None, all_zeros, lengths_of_the_columns, new_memory]),
-    "values_only": (
-        beyond.values_only,
-        values_only,
-        [
-            lambda old, new: None,
-            lambda old, new: True,
-            lambda old, new: vars(old) == vars(new),
-            lambda old, new: old.peft_type == "VERA" or old == new,
-            lambda old, new: all(
-                getattr(old, field) == getattr(new, field)
-                for field in vars(old).keys() - {"d_initial", "target_modules"}
-            ),
-        ],
+    "make_equal": (
+        beyond.make_equal,
+        make_equal,
+        [lambda live, fresh: None, parameters_only, parameters_and_buffers, modules_of_the_fresh_one],
     ),
 }
 
 
-@pytest.mark.parametrize("name", few_of(SOLUTIONS, SOLUTIONS.keys() - {"values_only"}))
+@pytest.mark.parametrize("name", SOLUTIONS)
 def test_right_and_wrong_solutions(name, capsys):
     assert_tells_right_from_wrong(*SOLUTIONS[name], capsys)

@@ -1,6 +1,6 @@
-"""Chapter 06: its pictures are true, its exercise tells right from wrong, its large example runs.
+"""Chapter 06: its pictures are true, its exercises tell right from wrong, its large example runs.
 
-Its adapters for the UNet, and the shapes of layers, are compared in the chapter itself.
+The shapes of layers are compared in the chapter itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_pipeline import KINDS, lora
 
+from hotswap_lab import hotswap_adapter
+from hotswap_lab.demo import digits
 from hotswap_lab.lessons import diffusion
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -48,37 +50,49 @@ def test_a_grid_shows_its_pictures_in_their_places():
     assert str(figure) == "3 pictures in each row: one, two, from left to right a, b, c"
 
 
-# ---- exercise
+def test_drawn_digits_have_a_short_text_form():
+    assert repr(diffusion.Drawn(torch.zeros(3, 16, 16))) == "3 drawn digits"
 
 
-def negative(layer):
-    weight = layer.get_base_layer().weight
-    layer.lora_A["default"].weight.copy_(torch.eye(9).view(9, 1, 3, 3))
-    layer.lora_B["default"].weight.copy_(-2 / layer.scaling["default"] * weight.view(16, 9, 1, 1))
+# ---- exercises
 
 
-def forgot_the_scaling(layer):
-    negative(layer)
-    layer.lora_B["default"].weight.mul_(layer.scaling["default"])
+def one_filter(a, b, scaling):
+    return scaling * torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
 
 
-def once_only(layer):
-    negative(layer)
-    layer.lora_B["default"].weight.div_(2)
+def flipped(a, b, scaling):
+    return one_filter(a, b, scaling).flip(-1)
 
 
-def changed_the_base(layer):
-    layer.get_base_layer().weight.neg_()
+def halfway(model, scheduler, picture, first, second, at):
+    for step, when in enumerate(scheduler.timesteps):
+        hotswap_adapter(model, digits.path(first if step < at else second), "default")
+        picture = scheduler.step(model(picture, when).sample, when, picture).prev_sample
+    return picture
 
 
-def new_memory(layer):
-    negative(layer)
-    layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.clone()
+def one_step_late(model, scheduler, picture, first, second, at):
+    return halfway(model, scheduler, picture, first, second, at + 1)
 
 
-def test_right_and_wrong_solutions(capsys):
-    wrong = [lambda layer: None, forgot_the_scaling, once_only, changed_the_base, new_memory]
-    assert_tells_right_from_wrong(diffusion.negative, negative, wrong, capsys)
+def twice_over(model, scheduler, picture, first, second, at):
+    return halfway(model, scheduler, halfway(model, scheduler, picture, first, first, at), second, second, at)
+
+
+SOLUTIONS = {
+    "one_filter": (
+        diffusion.one_filter,
+        one_filter,
+        [lambda a, b, scaling: a, lambda a, b, scaling: one_filter(a, b, 1), flipped],
+    ),
+    "halfway": (diffusion.halfway, halfway, [lambda *arguments: arguments[2], one_step_late, twice_over]),
+}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_right_and_wrong_solutions(name, capsys):
+    assert_tells_right_from_wrong(*SOLUTIONS[name], capsys)
 
 
 # ---- a large pipeline, small
