@@ -48,14 +48,7 @@ def elsewhere(path: object) -> None:
 
 @Exercise
 def unreached(solution):
-    """A file was compiled ahead of time and bound to a model. Given are
-      constants   the names that the code reads from memory, a list
-      bound       for each of them, the tensor whose memory it was bound to, a dict
-      swapped     the tensors that a swap writes to, by name, a dict
-    Return the names in `swapped` that the code will not follow: those it does not read at all, and those that are in
-    other memory than what was bound. Sorted. Two tensors share memory if their `data_ptr()` is the same.
-    About 3 lines.
-    """
+    """Return the names in `swapped` that code bound to `bound` will not follow, sorted. About 3 lines."""
     a, b, scaling, moved = (torch.zeros(2, 2) for _ in range(4))
     names = {"lora_A": a, "lora_B": b, "scaling": scaling}
     same = {name: each.view(4).view(2, 2) for name, each in names.items()}  # other objects, the same memory

@@ -70,10 +70,7 @@ def measure_steps(
 
 @Exercise
 def pack(solution):
-    """`pairs` is a list of (A, B), one pair for each layer, of shapes (rank, inputs) and (outputs, rank). Return the
-    rows of the whole adapter: row j holds row j of the first A, column j of the first B, then those of the next
-    layer. There are as many rows as the highest rank; a layer of lower rank has zeros in the others. About 5 lines.
-    """
+    """Return the rows of a whole adapter, rank-major, from the `(A, B)` of its layers. About 5 lines."""
     # inputs, outputs and rank of each layer
     for what, layers in (("one layer", [(3, 2, 2)]), ("two layers", [(3, 2, 1), (2, 4, 3)])):
         pairs = [
@@ -117,9 +114,7 @@ def _demo_pool() -> AdapterPool:
 
 @Exercise
 def swap_bytes(solution):
-    """One row of the matrix has `row` bytes. An adapter of rank `new` takes the place of one of rank `old`, on the
-    same layers. Return two numbers: the bytes that are copied, and the bytes that are zeroed. About 2 lines.
-    """
+    """Return the bytes that a swap from rank `old` to rank `new` copies, and those it zeroes. About 2 lines."""
     pool, ranks = _demo_pool(), {"double": 2, "pig_latin": 32}
     a = resolve_slot(pool.model, "default").tensors[0].parameter
     row = a.stride(0) * a.element_size()

@@ -110,6 +110,17 @@ class Chat:
         """Starts anew. What the caches hold need not be erased: no token looks at a place that isn't filled yet."""
         self.length = 0
 
+    def save(self) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+        """Return a copy of everything that the caches hold."""
+        return self.length, [(cache.keys.clone(), cache.values.clone()) for cache in self._caches]
+
+    def restore(self, saved: tuple[int, list[tuple[Tensor, Tensor]]]) -> None:
+        """Put the caches back to what :meth:`save` has returned. They stay in the same memory."""
+        self.length, copies = saved
+        for cache, (keys, values) in zip(self._caches, copies, strict=True):
+            cache.keys.copy_(keys)
+            cache.values.copy_(values)
+
     def read(self, ids: Tensor) -> Tensor:
         """Reads further tokens, of shape ``(tokens,)``; gives the logits for the one after them, ``(vocabulary,)``."""
         if self.length + len(ids) > self.room:
@@ -202,32 +213,45 @@ def same_base(model: PeftModel) -> torch.nn.Module:
     return base.eval()
 
 
-# --- exercise: change the voice in the middle --------------------------------------------------------------------
+# --- exercise: two voices in one conversation ------------------------------------------------------------------------
 
-OLD_VOICE, NEW_VOICE, WORD = "reverse", "pig_latin", "hotswap"
+#: who answers which prompt, and how many tokens must be read for it. The last prompt begins another conversation.
+TURNS = (
+    ("reverse", "hot>toh", 7),
+    ("pig_latin", "hot>tohswap>", 12),
+    ("reverse", "hot>tohswap>apsway", 11),
+    ("pig_latin", "kernel>matrix>voice", 19),
+    ("pig_latin", "kernel>matrix>voicedoor", 4),
+)
+
+
+class _CountingChat(Chat):
+    """Counts the tokens that it reads."""
+
+    count = 0
+
+    def step(self, ids: Tensor) -> Tensor:
+        self.count += len(ids)
+        return super().step(ids)
 
 
 @Exercise
-def change_voice(solution):
-    """`chat` has read the prompt `ids` with one adapter. Put the adapter `name` of the `pool` in, and return the
-    logits for the first token of its answer, as if that adapter had been there from the start. About 3 lines.
-    You have pool.swap(name), chat.read(ids), which returns logits, and chat.forget().
-    """
-    model, tokenizer = demo.load(OLD_VOICE)
-    family = {name: demo.adapter_path(name) for name in (OLD_VOICE, NEW_VOICE)}
-    pool = AdapterPool(model, adapters=family, progress=False)
-    chat = Chat(model, tokenizer, chunk=8, room=32)
-    ids = tokenizer(WORD + demo.SEPARATOR, return_tensors="pt")["input_ids"][0]
-    chat.read(ids)  # the old voice was about to answer
-    logits = solution(chat, pool, NEW_VOICE, ids)
-    if not isinstance(logits, Tensor):
-        yield "what you return", type(logits).__name__, "Tensor"
-        return
-    fresh, _ = demo.load(NEW_VOICE)
-    with torch.no_grad():
-        expected = fresh(input_ids=ids[None]).logits[0, -1]
-    letters = [tokenizer.decode(each.argmax(-1, keepdim=True)) for each in (logits, expected)]
-    yield "the adapter in the model", pool.active, NEW_VOICE
-    yield "tokens in the caches", chat.length, len(ids)
-    yield "the next letter", *letters
-    yield "logits equal a fresh load's", torch.allclose(logits, expected, atol=1e-3), True
+def take_turns(solution):
+    """Answer with the adapter `name`, and read only what that adapter has not read before. About 8 lines."""
+    model, tokenizer = demo.load("reverse")
+    pool = AdapterPool(
+        model, adapters={name: demo.adapter_path(name) for name in ("reverse", "pig_latin")}, progress=False
+    )
+    fresh = {name: demo.load(name)[0] for name in pool}
+    chat, kept = _CountingChat(model, tokenizer, chunk=8, room=96), {}
+    for number, (name, text, count) in enumerate(TURNS, 1):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+        chat.count = 0
+        logits = solution(chat, pool, kept, name, ids)
+        if not isinstance(logits, Tensor):
+            yield "what you return", type(logits).__name__, "Tensor"
+            return
+        with torch.no_grad():
+            expected = fresh[name](input_ids=ids[None]).logits[0, -1]
+        yield f"turn {number}: logits equal a fresh load's", torch.allclose(logits, expected, atol=1e-3), True
+        yield f"turn {number}: tokens read", chat.count, count

@@ -10,7 +10,7 @@ import torch
 from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
 from lengths import few_of
 
-from hotswap_lab import RecompileWatch, prepare_model_for_compiled_hotswap
+from hotswap_lab import RecompileWatch, demo, hotswap_adapter, prepare_model_for_compiled_hotswap
 from hotswap_lab.lessons import compiling
 from hotswap_lab.watch import Call, Compilation
 
@@ -72,6 +72,135 @@ SOLUTIONS = {
         [lambda model, family: None, forgets_to_compile, prepares_too_late, makes_room_but_no_layers],
     ),
 }
+
+
+def prepared(model, folders):
+    prepare_model_for_compiled_hotswap(model, adapters=folders)
+    return torch.compile(model, backend="eager", dynamic=False)
+
+
+def ranks(model, folders, x):
+    yield from compiling.answers(prepared(model, folders), folders, x)
+
+
+def warm_up(model, folders, x):
+    compiled = prepared(model, folders)
+    compiled(x)
+    yield from compiling.answers(compiled, folders, x)
+
+
+def temperatures(model, folders, x, number=torch.tensor):
+    prepare_model_for_compiled_hotswap(model, adapters=folders)
+    soften = torch.compile(lambda x, by: model(x) / by, backend="eager", dynamic=False)
+    for by, folder in enumerate(folders, 1):
+        hotswap_adapter(model, folder, "default")
+        yield soften(x, number(by))
+
+
+MENDED = {
+    "ranks": ranks,
+    "warm_up": warm_up,
+    "temperatures": temperatures,
+    # mended, these two are the program that does nothing special
+    "names": ranks,
+    "gradients": ranks,
+}
+
+
+def broken_ranks(model, folders, x):
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    yield from compiling.answers(compiled, folders, x)
+
+
+def broken_warm_up(model, folders, x):
+    compiled = prepared(model, folders)
+    compiled(x[:, :2])
+    yield from compiling.answers(compiled, folders, x)
+
+
+def broken_temperatures(model, folders, x):
+    yield from temperatures(model, folders, x, number=int)
+
+
+def broken_names(model, folders, x):
+    compiled = prepared(model, folders)
+    for name, folder in zip("abc", folders, strict=True):
+        model.load_adapter(folder, name)
+        model.set_adapter(name)
+        yield compiled(x)
+
+
+def broken_gradients(model, folders, x):
+    compiled = prepared(model, folders)
+    with torch.enable_grad():
+        compiled(x)
+    yield from compiling.answers(compiled, folders, x)
+
+
+#: the programs of the chapter, and what the watch says of each
+BROKEN = {
+    "ranks": (broken_ranks, "a tensor has another shape: base_model.model.0.lora_A.default.weight"),
+    "warm_up": (broken_warm_up, "a tensor has another shape: args[0]"),
+    "temperatures": (broken_temperatures, "a Python number in the graph has changed: by"),
+    "names": (broken_names, "active_adapter"),
+    "gradients": (broken_gradients, "grad_mode"),
+}
+
+
+def named(program, name):
+    def run(*arguments):
+        return program(*arguments)
+
+    run.__name__ = name
+    return run
+
+
+def never_compiles(model, folders, x):
+    yield from compiling.answers(model, folders, x)
+
+
+def never_swaps(model, folders, x):
+    compiled = prepared(model, folders)
+    for _ in folders:
+        yield compiled(x)
+
+
+def stops_early(model, folders, x):
+    yield from compiling.answers(prepared(model, folders), folders[:2], x)
+
+
+def test_mended_programs_pass_and_broken_ones_do_not(capsys):
+    right = [named(program, name) for name, program in MENDED.items()]
+    wrong = [[ranks, program] for program in (never_compiles, never_swaps, stops_early)]
+    wrong.append([named(ranks, "temperatures")])  # without its temperatures
+    assert_tells_right_from_wrong(compiling.debug, right, wrong, capsys)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_watch_names_the_mistake_of_each_program(name, capsys):
+    compiling.debug.check([named(BROKEN[name][0], name)])
+    said = capsys.readouterr().out
+    assert said.startswith(f"Not yet.\n  {name}\n")
+    assert BROKEN[name][1] in said
+    assert "more that differ" not in said  # the answers are right
+
+
+@pytest.mark.long
+def test_a_fresh_load_judges_swaps_in_a_compiled_model():
+    def compiled():
+        model, _ = demo.load("reverse")
+        return torch.compile(model, backend="eager", dynamic=False)
+
+    def refuses(model, path, name):
+        raise ValueError("Configs are incompatible: for use_rslora, False != True")
+
+    assert compiling.judged(hotswap_adapter, compiled(), ["vowels_up", "shout"]) == (
+        "right: vowels_up, shout\n1 recompile"
+    )
+    assert compiling.judged(lambda *_: None, compiled(), ["vowels_up", "reverse"]) == (
+        "wrong, no error: vowels_up\nright: reverse\n0 recompiles"
+    )
+    assert compiling.judged(refuses, compiled(), ["vowels_up"]) == "refused (use_rslora): vowels_up\n0 recompiles"
 
 
 @pytest.mark.parametrize("name", few_of(SOLUTIONS, SOLUTIONS.keys() - {"will_recompile", "make_ready"}))

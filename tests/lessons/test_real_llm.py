@@ -158,42 +158,83 @@ def test_the_base_that_shares_its_weights_is_the_base():
     )
 
 
-def change_voice(chat, pool, name, ids):
+def test_what_was_saved_is_restored_in_the_same_memory(chat, model):
+    ids = some_ids(11)
+    chat.read(ids[:7])
+    memory = [cache.keys.data_ptr() for cache in chat._caches]
+    saved = chat.save()
+    chat.forget()
+    chat.read(some_ids(9))
+    chat.restore(saved)
+    assert chat.length == 7
+    assert torch.allclose(chat.read(ids[7:]), logits_of(model, ids), atol=1e-4)
+    assert [cache.keys.data_ptr() for cache in chat._caches] == memory
+    chat.restore(saved)  # reading on has not changed the copy
+    assert torch.allclose(chat.read(ids[7:]), logits_of(model, ids), atol=1e-4)
+
+
+def take_turns(chat, pool, kept, name, ids):
+    pool.swap(name)
+    chat.forget()
+    read, saved = kept.get(name, (ids[:0], chat.save()))
+    if torch.equal(ids[: len(read)], read):
+        chat.restore(saved)
+    logits = chat.read(ids[chat.length :])
+    kept[name] = ids, chat.save()
+    return logits
+
+
+def reads_all_again(chat, pool, kept, name, ids):
     pool.swap(name)
     chat.forget()
     return chat.read(ids)
 
 
-def without_the_swap(chat, pool, name, ids):
+def one_memory_for_both(chat, pool, kept, name, ids):
+    pool.swap(name)
+    return chat.read(ids[chat.length :])
+
+
+def takes_any_prompt_for_the_same(chat, pool, kept, name, ids):
+    pool.swap(name)
+    chat.forget()
+    if name in kept:
+        chat.restore(kept[name])
+    logits = chat.read(ids[chat.length :])
+    kept[name] = chat.save()
+    return logits
+
+
+def keeps_only_the_length(chat, pool, kept, name, ids):
+    pool.swap(name)
+    chat.length = kept.get(name, 0)
+    logits = chat.read(ids[chat.length :])
+    kept[name] = chat.length
+    return logits
+
+
+def without_the_swap(chat, pool, kept, name, ids):
     chat.forget()
     return chat.read(ids)
 
 
-def on_top_of_the_old(chat, pool, name, ids):
-    pool.swap(name)
-    return chat.read(ids)
-
-
-def with_old_memories(chat, pool, name, ids):
-    pool.swap(name)
-    chat.length -= 1
-    return chat.read(ids[-1:])
-
-
-def too_late(chat, pool, name, ids):
-    chat.forget()
-    logits = chat.read(ids)
+def too_late(chat, pool, kept, name, ids):
+    logits = take_turns(chat, pool, kept, pool.active, ids)
     pool.swap(name)
     return logits
 
 
 def test_right_and_wrong_solutions(capsys):
     wrong = [
-        lambda chat, pool, name, ids: chat.read(ids),
-        lambda chat, pool, name, ids: None,
+        lambda chat, pool, kept, name, ids: None,
+        lambda chat, pool, kept, name, ids: chat.read(ids),
+        reads_all_again,
+        one_memory_for_both,
+        takes_any_prompt_for_the_same,
+        keeps_only_the_length,
         without_the_swap,
-        on_top_of_the_old,
-        with_old_memories,
-        too_late,
     ]
-    assert_tells_right_from_wrong(real_llm.change_voice, change_voice, wrong, capsys)
+    assert_tells_right_from_wrong(real_llm.take_turns, take_turns, wrong, capsys)
+    # it may find no token left to read
+    real_llm.take_turns.check(too_late)
+    assert capsys.readouterr().out.startswith("Not yet.")
