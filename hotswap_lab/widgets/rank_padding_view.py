@@ -170,10 +170,12 @@ class RankPaddingView(View):
         scale = longest / max(*a.shape, *b.shape, self.highest)
         # a rank too thin to be seen is drawn larger
         is_true = scale * self.own_rank >= 2
-        room, own = ((scale if is_true else longest / self.highest) * rank for rank in (self._target, self.own_rank))
+        thick = scale if is_true else longest / self.highest
+        room, own, most = (thick * rank for rank in (self._target, self.own_rank, self.highest))
         outputs, inputs = scale * b.shape[0], scale * a.shape[1]
         product = f"B · A, {'unchanged' if self.unchanged else 'CHANGED'}"
-        canvas = Canvas(660, 400)
+        low = top + max(outputs, most)
+        canvas = Canvas(660, int(low) + 192)
         canvas.text(330, 26, f"B and A of {self._layer}, in room for rank {self._target}", size=14)
         for name, left, whole, filled, color, shape in (
             ("B", 30, (room, outputs), (own, outputs), ADAPTER, f"{b.shape[0]} × {self._target}"),
@@ -183,14 +185,14 @@ class RankPaddingView(View):
             canvas.box(left, top, *whole, OFF, dashed=True)
             canvas.box(left, top, *filled, color)
             canvas.text(left, top - 8, name, size=14, anchor="start")
-            canvas.text(left, top + longest + 18, shape, size=12, anchor="start", color=MUTED)
-        canvas.text(204, top + longest / 2, "·", size=20)
-        canvas.text(422, top + longest / 2, "=", size=20)
+            canvas.text(left, low + 18, shape, size=12, anchor="start", color=MUTED)
+        canvas.text(204, (top + low) / 2, "·", size=20)
+        canvas.text(422, (top + low) / 2, "=", size=20)
         legend = f"Filled: the adapter's own rank, {self.own_rank}. Dashed: zeros up to rank {self._target}. "
         legend += "Drawn to scale." if is_true else "Ranks are not to scale."
-        canvas.text(30, top + longest + 50, legend, size=12, anchor="start", color=MUTED)
+        canvas.text(30, low + 50, legend, size=12, anchor="start", color=MUTED)
         for number, (what, own, padded) in enumerate(self._table[1:], start=1):
-            y = top + longest + 50 + 26 * number
+            y = low + 50 + 26 * number
             canvas.text(30, y, what, anchor="start")
             canvas.text(400, y, own, anchor="end", color=MUTED)
             canvas.text(410, y, f"→  {padded}", anchor="start")
