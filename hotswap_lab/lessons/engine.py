@@ -61,16 +61,7 @@ def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solutio
 
 @Exercise
 def gains(solution):
-    """`draft` is a plan for an adapter of gains: for each layer one number, `<path>.gain`, which says how
-    many times as strong LoRA is there. Return `engine.as_plan(draft, change)`, where `change` has a step
-    for each gain, which sets the layer's scaling to what it is now times the gain. About 8 lines. You have
-      engine.gains_of(draft)               the gains, by path
-      draft.slot.layers                    each has a `path` and a `module`
-      module.scaling["default"]            the scaling, in a dict
-      journal.set_item(dict, key, value)   writes into a dict in such a way that it can be undone
-      draft.refuse("not_in_pool", name=path, found="...")   for a layer that the model lacks; any
-                                           refusal will do
-    """
+    """Return a plan whose change multiplies the scaling of each layer by its gain. About 8 lines."""
     model, _ = demo.load("reverse")
     layers = resolve_slot(model, "default").layers
     tensors = {f"{layer.path}{GAIN}": torch.tensor(0.0 if index < 14 else 2.0) for index, layer in enumerate(layers)}

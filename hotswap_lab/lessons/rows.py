@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 
 from ..figures import Canvas, Figure
 from ..figures.palette import MUTED, OFF, light
+from . import Source
 from .exercise import Exercise
 
 # --- adapters that are active together ---------------------------------------------------------------------------
@@ -46,6 +49,18 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
 
 
 # --- rows that come and go: hotswap_lab.generating.Reader -------------------------------------------------------------
+
+
+def excerpt(function: Callable, first: str, last: str) -> Source:
+    """Return the lines of a function from the one that starts with ``first`` to the one that starts with ``last``.
+
+    >>> excerpt(together, "first, *others", "model =")
+    first, *others = weights
+    model = PeftModel.from_pretrained(base, folders[first], adapter_name=first)
+    """
+    lines = textwrap.dedent(inspect.getsource(function)).splitlines()
+    start, end = (next(n for n, line in enumerate(lines) if line.strip().startswith(each)) for each in (first, last))
+    return Source(textwrap.dedent("\n".join(lines[start : end + 1])))
 
 
 def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str = "") -> Figure:
@@ -92,13 +107,7 @@ def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str = ""
 
 @Exercise
 def own_adapters(solution):
-    """`x` is a batch of shape (batch, tokens, inputs), and `base` a layer. There is room for more rows than the batch
-    has; the first of them are the batch's:
-      a        (rows, rank, inputs)
-      b        (rows, rank, outputs)
-      scaling  (rows,)
-    Return base(x) plus what each row's own adapter adds to it, without a loop. About 5 lines.
-    """
+    """Return base(x) plus what each row's own adapter adds to it, without a loop. About 5 lines."""
     generator = torch.Generator().manual_seed(0)
     for what, rows, batch, tokens in (("three rows", 3, 3, 1), ("two of four rows, two tokens", 4, 2, 2)):
         # whole numbers: they are added up exactly, in whatever order

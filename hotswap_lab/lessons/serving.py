@@ -130,11 +130,7 @@ def _choose(name: str, replicas: Sequence[Mapping[str, Any]], most: int) -> int:
 
 @Exercise
 def choose_replica(solution):
-    """A request wants the adapter `name`. Each of the `replicas` says which adapters it has in memory, and how many
-    requests wait: {"held": {"sort", "shout"}, "waiting": 2}. Return the number of the one that gets the request:
-    of those that have the adapter and fewer than `most` waiting, the one with the fewest; if there is none, the one
-    with the fewest of all. If several are equal, the first. About 3 lines.
-    """
+    """Return the index of the replica that gets a request for the adapter `name`. About 3 lines."""
     for what, waiting in {"nobody waits": (0, 0, 0), "two have it": (0, 2, 1), "all are busy": (5, 3, 4)}.items():
         held = ({"sort"}, {"shout"}, {"shout", "sort"})
         replicas = [{"held": set(h), "waiting": w} for h, w in zip(held, waiting, strict=True)]
