@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -71,6 +72,13 @@ def test_stored_form(notebook):
     assert pngs < 300_000
     ignored = [cell for cell in code if "nbval-ignore-output" in cell.metadata.get("tags", [])]
     assert len(ignored) <= MAX_IGNORED * len(code)
+
+
+def test_tasks_are_text_which_stays_when_outputs_are_cleared(notebook):
+    for before, cell in itertools.pairwise(notebook.cells):
+        stub = re.search(r"# about \d+ lines?|# your line goes here|# your code", cell.source)
+        if cell.cell_type == "code" and stub:
+            assert before.cell_type == "markdown", cell.source
 
 
 def test_outputs_are_stored_and_clean(notebook):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import linecache
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,19 +14,16 @@ class Exercise:
     Parameters
     ----------
     run:
-        Its docstring is the task. It is called with the reader's function and yields what it checks: what it is,
-        what came out, what should have.
+        Called with the reader's function. It yields what it checks: what it is, what came out, and what should have
+        come out. The task itself is in the notebook.
 
     Examples
     --------
     >>> @Exercise
     ... def double(solution):
-    ...     '''Return twice the number.'''
     ...     yield "double of 1", solution(1), 2
     ...     yield "double of 3", solution(3), 6
     ...     yield "double of 4", solution(4), 8
-    >>> double.spec
-    'Return twice the number.'
     >>> double.check(lambda number: number + 1)
     Not yet.
       double of 3
@@ -39,7 +35,6 @@ class Exercise:
     """
 
     def __init__(self, run: Callable[[Callable[..., Any]], Iterator[tuple[str, object, object]]]):
-        self.spec: str | None = inspect.getdoc(run)
         self._run = run
 
     def show(self, solution: Callable[..., Any]) -> None:
