@@ -243,6 +243,7 @@ def debug(programs):
         for folder, options in zip(folders, TRIO, strict=True):
             get_peft_model(_two_layers(), _config({**options, "init_lora_weights": False})).save_pretrained(folder)
             fresh.append(PeftModel.from_pretrained(_two_layers(), folder)(x))
+        yield "programs", len(programs), 5
         for program in programs:
             # a graph of the program before must be neither found nor counted
             torch.compiler.reset()

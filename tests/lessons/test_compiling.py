@@ -172,13 +172,14 @@ def stops_early(model, folders, x):
 def test_mended_programs_pass_and_broken_ones_do_not(capsys):
     right = [named(program, name) for name, program in MENDED.items()]
     wrong = [[ranks, program] for program in (never_compiles, never_swaps, stops_early)]
-    wrong.append([named(ranks, "temperatures")])  # without its temperatures
+    wrong.append([named(ranks, "temperatures") if program.__name__ == "temperatures" else program for program in right])
+    wrong.append(right[:4])
     assert_tells_right_from_wrong(compiling.debug, right, wrong, capsys)
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_watch_names_the_mistake_of_each_program(name, capsys):
-    compiling.debug.check([named(BROKEN[name][0], name)])
+    compiling.debug.check([named(BROKEN[name][0] if each == name else MENDED[each], each) for each in MENDED])
     said = capsys.readouterr().out
     assert said.startswith(f"Not yet.\n  {name}\n")
     assert BROKEN[name][1] in said
