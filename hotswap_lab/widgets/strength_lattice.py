@@ -121,8 +121,8 @@ class StrengthLattice(SwapPanel):
     def _change(self, what: str, value: object) -> None:
         if what != "cell":
             return super()._change(what, value)
-        self.doing = f"swapping {value[0]} in, as soon as no other thread computes with the model"
-        self.swap_seconds = self._when_free(lambda: self._switch.swap(*value))
+        self.doing: str = f"swapping {value[0]} in, as soon as no other thread computes with the model"
+        self.swap_seconds: float | None = self._when_free(lambda: self._switch.swap(*value))
         self._row = value[0]
 
     def _work(self) -> dict[str, dict[float, object]]:
@@ -143,7 +143,7 @@ class StrengthLattice(SwapPanel):
             if can_set:
                 self._change("strength", strength)
             self.doing = f"asking {name} at strength {strength:g}"
-            self.prompt = self.asked  # one for all, even if the user types meanwhile
+            self.prompt: str = self.asked  # one for all, even if the user types meanwhile
             with in_use(self.model):
                 self._answer()
             self.runs[name][strength] = self.after

@@ -114,7 +114,9 @@ class WeightMap(WorkingView):
         at = names.index(self._switch.active) if self._switch.active in names else -1
         if self._compares:
             self.before = self._copy()
-        self.swap_seconds = self._when_free(lambda: self._switch.swap(name or names[(at + 1) % len(names)]))
+        self.swap_seconds: float | None = self._when_free(
+            lambda: self._switch.swap(name or names[(at + 1) % len(names)])
+        )
         self.look()
 
     def _copy(self) -> dict[str, torch.Tensor]:
