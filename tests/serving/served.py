@@ -74,14 +74,16 @@ def save_random_adapter(folder: Path, seed: int, rank: int = 4) -> str:
 
 @contextlib.contextmanager
 def logged():
-    """The messages of the server's log. pytest's own `caplog` hears none, once a cluster has run in this process."""
+    """The messages of the server's log, which chapter 09's quiet Ray turns off for the rest of the process."""
     logger, messages, handler = logging.getLogger("ray.serve"), [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    level = logger.level
+    former = logger.level, logger.disabled
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.disabled = False
     try:
         yield messages
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(former[0])
+        logger.disabled = former[1]
