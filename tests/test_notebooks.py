@@ -74,6 +74,13 @@ def test_stored_form(notebook):
     assert len(ignored) <= MAX_IGNORED * len(code)
 
 
+def test_texts_cite_no_measurements(notebook):
+    """They are in outputs, next to the machine that they were measured on, and can't contradict a text."""
+    texts = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    texts = texts.replace("about 3 GB of memory", "")  # what chapter 09 needs
+    assert not re.findall(r"\d\s?(?:ms|µs|kB|MB|GB|tokens/s|%)(?!\w)", texts)
+
+
 def test_tasks_are_text_which_stays_when_outputs_are_cleared(notebook):
     for before, cell in itertools.pairwise(notebook.cells):
         stub = re.search(r"# about \d+ lines?|# your line goes here|# your code", cell.source)
