@@ -95,7 +95,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(served):
         await asyncio.gather(*long, *short)
 
     asyncio.run(ask_all())
-    assert order[:3] == ["python", "tensor", "voice"]
+    assert {*order[:3]} == {"python", "tensor", "voice"}  # in whichever order they came to the replica
 
 
 def test_one_row_answers_one_request_at_a_time(monkeypatch):
