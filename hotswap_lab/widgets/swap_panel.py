@@ -331,7 +331,8 @@ class SwapPanel(WorkingView):
         now = whereabouts(self._switch), strength_of(self._switch)
         if self._looked == now:
             return False
-        self.map.look()
+        if "map" in vars(self):  # a new map has looked
+            self.map.look()
         self._looked = now
         return True
 

@@ -56,6 +56,12 @@ class WeightMap(WorkingView):
     How to read it: the darkest cell is where the adapter changes a weight most. Gray is the base model alone.
     """
 
+    #: what was read at the last look; ``shown`` is the text below the tiles
+    tiles: list[Tile]
+    counts: Counts
+    strength: float
+    shown: str
+
     def __init__(
         self,
         pool_or_model: AdapterPool | torch.nn.Module,
@@ -92,14 +98,13 @@ class WeightMap(WorkingView):
     def look(self) -> None:
         """Read the model's numbers, and ask for the answer, again."""
         slot = resolve_slot(self.model, self.adapter_name)
-        masks = [_in_use(layer) for layer in slot.layers]
-        self.tiles: list[Tile] = _tiles(slot, masks)
-        self.counts: Counts = _count(slot, masks, self.model, self.before)
-        self.strength: float = 1.0
+        masks, strength = [_in_use(layer) for layer in slot.layers], 1.0
         with contextlib.suppress(ValueError):  # layers of different strengths, or a method that has none
-            self.strength = get_strength(self.model, self.adapter_name)
-        #: the text below the tiles
-        self.shown: str = str((self.answer() if callable(self.answer) else self.answer) or "")
+            strength = get_strength(self.model, self.adapter_name)
+        shown = str((self.answer() if callable(self.answer) else self.answer) or "")
+        counts = _count(slot, masks, self.model, self.before)
+        # all at once: each attribute that is set by itself paints the live form anew
+        vars(self).update(tiles=_tiles(slot, masks), counts=counts, strength=strength, shown=shown)
         self._changed()
 
     def swap(self, name: str | None = None) -> None:

@@ -185,3 +185,14 @@ def test_blocks_and_columns():
     assert split("lm_head") == ("", "lm_head")
     assert split("encoder.block.0.layer.1.DenseReluDense.wi_0") == ("encoder.block.0.layer.1", "DenseReluDense.wi_0")
     assert split("down.0.attn.1.to_out.0") == ("down.0.attn.1", "to_out.0")
+
+
+def test_a_look_paints_once():
+    map = WeightMap.demo()
+    map.box  # noqa: B018
+    painted = []
+    map._body.observe(lambda change: painted.append(change["new"]), "value")
+    map._switch.swap("shout")
+    map.look()
+    assert len(painted) == 1
+    assert "shout is in the model" in painted[0]
