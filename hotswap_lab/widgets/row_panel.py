@@ -11,6 +11,7 @@ from .. import demo
 from ..core.errors import refuse
 from ..engine import AdapterPool
 from .results import Run, answering
+from .switch import demo_pool
 from .tables import chip, table
 from .view import counted, escape, speaking, wrapping_row
 from .work import WorkingView
@@ -79,10 +80,8 @@ class RowPanel(WorkingView):
         >>> RowPanel.demo(["hotswap"]).run()
         ['hotswap']
         """
-        model, tokenizer = demo.load("reverse")
-        folders = {name: demo.adapter_path(name) for name in demo.adapter_names()}
-        pool = AdapterPool(model, adapters=folders, rows=max(len(prompts), 2), progress=False)
-        return cls(pool, partial(demo.ask_all, model, tokenizer), prompts=prompts)
+        pool, tokenizer = demo_pool(rows=max(len(prompts), 2))
+        return cls(pool, partial(demo.ask_all, pool.model, tokenizer), prompts=prompts)
 
     # ---- actions
 

@@ -16,7 +16,7 @@ from ..figures.png import address
 from ..threads import in_use
 from ..watch import readable
 from .results import Run, answering
-from .switch import strength_of, switch_for, whereabouts
+from .switch import demo_pool, strength_of, switch_for, whereabouts
 from .text import text_stream
 from .view import CARD, CHIP, CHOSEN, FITS, counted, escape, speaking, wrapping_row
 from .weight_map import WeightMap
@@ -120,9 +120,7 @@ class SwapPanel(WorkingView):
         >>> SwapPanel.demo().choose("pig_latin")
         'otswaphay'
         """
-        model, tokenizer = demo.load("reverse")
-        folders = {name: demo.adapter_path(name) for name in demo.adapter_names()}
-        pool = AdapterPool(model, adapters=folders, progress=False)
+        pool, tokenizer = demo_pool()
         return cls(pool, tokenizer=tokenizer, template="{}" + demo.SEPARATOR, prompt=prompt, **options)
 
     # ---- state

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from peft import PeftConfig
 
+from .. import demo
 from ..beyond.configs import not_scaled
 from ..core.errors import refuse
 from ..core.host import find_host, name_in
@@ -85,6 +87,18 @@ class ModelSwitch:
 
     def off(self) -> None:
         self.strength = 0
+
+
+def demo_pool(**options: Any) -> tuple[AdapterPool, Any]:
+    """A pool of the embedded model with all of its adapters, and the tokenizer.
+
+    >>> pool, _ = demo_pool(rows=2)
+    >>> len(pool), pool.active
+    (8, 'reverse')
+    """
+    model, tokenizer = demo.load("reverse")
+    folders = {name: demo.adapter_path(name) for name in demo.adapter_names()}
+    return AdapterPool(model, adapters=folders, progress=False, **options), tokenizer
 
 
 def switch_for(

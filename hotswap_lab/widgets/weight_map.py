@@ -15,7 +15,7 @@ from ..core.slot import Slot, SlotLayer
 from ..core.tensors import SlotTensor
 from ..engine import AdapterPool, get_strength, resolve_slot
 from ..figures.tiles import CELLS, LARGE, Counts, Tile, drawn, split
-from .switch import switch_for, whereabouts
+from .switch import demo_pool, switch_for, whereabouts
 from .work import WorkingView
 
 if TYPE_CHECKING:
@@ -87,11 +87,8 @@ class WeightMap(WorkingView):
         >>> WeightMap.demo().shown
         'hotswap → pawstoh'
         """
-        model, tokenizer = demo.load("reverse")
-        folders = {name: demo.adapter_path(name) for name in demo.adapter_names()}
-        pool = AdapterPool(model, adapters=folders, progress=False)
-        pool.swap("reverse")
-        return cls(pool, lambda: f"{prompt} → {demo.ask(model, tokenizer, prompt)}", before=True)
+        pool, tokenizer = demo_pool()
+        return cls(pool, lambda: f"{prompt} → {demo.ask(pool.model, tokenizer, prompt)}", before=True)
 
     # ---- actions
 
