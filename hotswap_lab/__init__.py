@@ -15,6 +15,7 @@ From tensors in memory    ``hotswap_adapter_from_state_dict``; ``Adapter.load`` 
 A compiled model          ``prepare_model_for_compiled_hotswap`` first; ``RecompileWatch`` counts, ``pick_backend``
 Without a compiler        ``aoti_compile`` writes a prepared model to a file, ``aoti_load`` binds it in any process
 Many adapters             ``AdapterPool``; ``set_strength``, ``get_strength``; threads: ``in_use``, ``waiting_at_most``
+Code that calls PEFT      ``patch_peft`` makes it, diffusers and transformers swap with this engine
 Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``
 Files                     ``save_adapter``, ``find_adapters`` (the Hub's search)
 Many users                ``hotswap_lab.serving``: OpenAI's API in front, Ray Serve around it
@@ -38,6 +39,7 @@ from .engine import get_strength as get_strength
 from .engine import hotswap_adapter as hotswap_adapter
 from .engine import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
 from .engine import hotswap_pipeline as hotswap_pipeline
+from .engine import patch_peft as patch_peft
 from .engine import plan_hotswap as plan_hotswap
 from .engine import plan_pipeline_hotswap as plan_pipeline_hotswap
 from .engine import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap

@@ -13,7 +13,7 @@ from .beyond.prepare import prepare_in_place
 from .core import planner, prepare, slot, strength, swap
 from .core.engine import Engine
 from .files import reading, saving, state_dicts
-from .pipelines import pipeline
+from .pipelines import patching, pipeline
 from .pools import adapter_pool
 from .threads import TurnLock
 
@@ -32,6 +32,7 @@ class Hotswap(Engine):
     hotswap_pipeline = pipeline.hotswap_pipeline
     plan_pipeline_hotswap = pipeline.plan_pipeline_hotswap
     prepare_pipeline_for_compiled_hotswap = pipeline.prepare_pipeline_for_compiled_hotswap
+    patch_peft = patching.patch_peft
 
 
 ENGINE: Hotswap = Hotswap(
@@ -84,6 +85,7 @@ save_adapter = ENGINE.save_adapter
 hotswap_pipeline = ENGINE.hotswap_pipeline
 plan_pipeline_hotswap = ENGINE.plan_pipeline_hotswap
 prepare_pipeline_for_compiled_hotswap = ENGINE.prepare_pipeline_for_compiled_hotswap
+patch_peft = ENGINE.patch_peft
 
 
 class AdapterPool(adapter_pool.AdapterPool):

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from peft import PeftModel
-from peft.utils import hotswap as peft_hotswap
 
 from ..engine import hotswap_adapter, hotswap_adapter_from_state_dict
+from ..pipelines.patching import PEFT
 from .report import MEMCPY, PEFT_STATE_DICT, Row
 from .scene import Scene, Way
 from .timing import in_rounds
@@ -42,7 +42,7 @@ def disk_way(
 
 
 def peft_hotswap_way(scene: Scene, name: str = "PEFT hotswap, disk", model: PeftModel | None = None) -> Way:
-    swap, device = peft_hotswap.hotswap_adapter, scene.settings.device
+    swap, device = PEFT["hotswap_adapter"], scene.settings.device
     return disk_way(scene, name, model or scene.load(), swap, torch_device=device)
 
 
@@ -57,7 +57,7 @@ def state_dict_way(scene: Scene, name: str, model: PeftModel, swap: Callable[...
 
 
 def peft_state_dict_way(scene: Scene) -> Way:
-    return state_dict_way(scene, PEFT_STATE_DICT, scene.load(), peft_hotswap.hotswap_adapter_from_state_dict)
+    return state_dict_way(scene, PEFT_STATE_DICT, scene.load(), PEFT["hotswap_adapter_from_state_dict"])
 
 
 def pool_way(scene: Scene) -> Way:
