@@ -2,6 +2,8 @@
 
 python -m hotswap_lab
 python -m hotswap_lab --word banana --repeats 50
+
+More commands: python -m hotswap_lab.bench (a full measurement), python -m hotswap_lab.serving (OpenAI's API in front).
 """
 
 from __future__ import annotations

@@ -98,12 +98,13 @@ def aoti_compile(
     --------
     >>> from hotswap_lab import AdapterPool, aoti_compile, aoti_load, demo
     >>> model, tokenizer = demo.load("reverse")
-    >>> pool = AdapterPool(model, adapters={name: demo.adapter_path(name) for name in demo.adapter_names()})
-    >>> inputs = tokenizer("hotswap>", return_tensors="pt")
-    >>> path = aoti_compile(pool, "demo.pt2", kwargs=dict(**inputs, use_cache=False))  # doctest: +SKIP
+    >>> family = {name: demo.adapter_path(name) for name in demo.adapter_names()}
+    >>> pool = AdapterPool(model, adapters=family, progress=False)
+    >>> inputs = dict(tokenizer("hotswap>", return_tensors="pt"), use_cache=False)
+    >>> path = aoti_compile(pool, "demo.pt2", kwargs=inputs, progress=False)  # doctest: +SKIP
     >>> ahead = aoti_load(path, pool)  # here, or in a process with no compiler  # doctest: +SKIP
     >>> pool.swap("shout")  # what `ahead` computes with from now on
-    >>> logits = ahead(**inputs, use_cache=False).logits  # doctest: +SKIP
+    >>> logits = ahead(**inputs).logits  # doctest: +SKIP
 
     Notes
     -----
@@ -161,6 +162,10 @@ def aoti_load(path: str | os.PathLike[str], model: Any) -> AheadModel:
     ------
     HotswapError
         If the file was compiled by another version of PyTorch, for another processor, or for another model.
+
+    Examples
+    --------
+    See :func:`aoti_compile`, which makes the file.
     """
     notes, values = _read(path)
     hosts, name = _hosts(model), notes["name"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import itertools
 import json
 import os
@@ -45,6 +47,16 @@ FAMILY = [
 def ids(rows: int = 2, tokens: int = 9) -> dict:
     generator = torch.Generator().manual_seed(rows + 10 * tokens)
     return dict(input_ids=torch.randint(0, 40, (rows, tokens), generator=generator), use_cache=False)
+
+
+@pytest.mark.long
+def test_the_example_runs(tmp_path, monkeypatch):
+    """The lines that compile are left out of the other examples' run, since they take long and need a compiler."""
+    monkeypatch.chdir(tmp_path)
+    text = inspect.getdoc(aoti_compile).replace("# doctest: +SKIP", "")
+    test = doctest.DocTestParser().get_doctest(text, {}, "aoti_compile", None, None)
+    assert doctest.DocTestRunner().run(test) == (0, len(test.examples))
+    assert (tmp_path / "demo.pt2").exists()
 
 
 @pytest.fixture(scope="module")

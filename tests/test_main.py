@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import pydoc
+import re
 import subprocess
 import sys
 
@@ -68,3 +70,29 @@ def test_help_is_a_tour_of_one_page():
     for name in ("hotswap_adapter", "AdapterPool", "HotswapError", "hotswap_pipeline"):
         assert name in text
         assert name in dir(hotswap_lab)
+
+
+PUBLIC = sorted(name for name, value in vars(hotswap_lab).items() if name[0] != "_" and not inspect.ismodule(value))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_public_name_has_an_example(name):
+    """It runs with the other examples; some refer to the one of a function that belongs with it."""
+    text = inspect.getdoc(getattr(hotswap_lab, name))
+    referred = re.search(r"See :\w+:`\.?(\w+)`", text)
+    if referred:
+        text = inspect.getdoc(getattr(hotswap_lab, referred[1], getattr(hotswap_lab.Adapter, referred[1], None)))
+    assert ">>> " in text
+
+
+def test_help_says_that_pools_take_mixes():
+    for method in (hotswap_lab.AdapterPool.swap, hotswap_lab.AdapterPool.using):
+        text = pydoc.render_doc(method, renderer=pydoc.plaintext)
+        assert "Mapping[str, float]" in text
+        assert "mix" in text
+
+
+def test_the_commands_say_what_they_take():
+    done = subprocess.run([sys.executable, "-m", "hotswap_lab", "--help"], capture_output=True, text=True, check=True)
+    for what in ("--word", "--repeats", "python -m hotswap_lab.bench", "python -m hotswap_lab.serving"):
+        assert what in done.stdout

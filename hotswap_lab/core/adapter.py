@@ -32,6 +32,10 @@ class Adapter:
         The commit of the Hub repository that it was read from. None if it came from elsewhere.
     is_folder:
         Whether it was read from a local folder.
+
+    Examples
+    --------
+    See :meth:`from_state_dict`.
     """
 
     config: Config

@@ -340,9 +340,14 @@ class AdapterPool:
     # ---- adapters in and out of the model
 
     def swap(self, name: str | Mapping[str, float], strength: float = 1.0) -> None:
-        """Put an adapter into the model. ``strength`` as in :func:`hotswap_lab.set_strength`.
+        """Put an adapter, or a mix of several, into the model.
 
-        ``name`` may be a mix such as ``{"pirate": 0.7, "haiku": 0.3}``, as in :meth:`assign`.
+        Parameters
+        ----------
+        name:
+            A name, or a mix such as ``{"pirate": 0.7, "haiku": 0.3}``: the sum of these, each times its weight.
+        strength:
+            As in :func:`hotswap_lab.set_strength`: 0 is the base model, 1 as trained.
 
         Raises
         ------
@@ -451,6 +456,11 @@ class AdapterPool:
         thread, and the event loop goes on meanwhile. Swaps of tasks that don't wait are refused. If the task is
         cancelled, the former adapter is put back. An adapter that ``max_bytes`` has dropped is read in the event loop's
         own thread, unless :meth:`prefetch` has read it before.
+
+        Parameters
+        ----------
+        name, strength:
+            As for :meth:`swap`: a name or a mix, and 0 to 1 or more.
 
         Examples
         --------
