@@ -1,0 +1,135 @@
+"""Sphinx: the notebooks with their stored outputs, parts of README, and a page for each public name.
+
+    sphinx-build -W --keep-going docs docs/_build/html
+
+Sphinx reads only what is in this folder, so the notebooks are copied into it and the pages of the API are written to
+it, both when this file is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import shutil
+from collections.abc import Iterable
+from importlib.metadata import metadata
+from operator import methodcaller
+from pathlib import Path
+from types import ModuleType
+
+import hotswap_lab
+
+DOCS = Path(__file__).parent
+REPOSITORY = metadata("hotswap_lab")["Project-URL"].split(", ")[1]
+#: modules for users besides the package itself; a test looks for those that README and the recipes name
+MODULES = ["bench", "demo", "demo.digits", "demo.smollm2", "demo.tasks", "demo.voices", "generating", "serving", "widgets"]
+
+#: what public signatures and docstrings mention; Sphinx warns of what is missing here
+OTHERS = """
+    ahead.AheadModel bench.report.Extra bench.report.Size bench.report.Start bench.timing.Timing core.errors.Refusal
+    core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile files.search.FoundAdapter
+    files.search.FoundAdapters pools.adapter_pool.Block
+    pools.rows.Row serving.replica.Token serving.table.UnknownAdapterError watch.Call watch.Compilation
+    widgets.plan_view.PlanRow widgets.results.Run widgets.text.text_stream
+""".split()
+#: parts of the engine, which notebooks/engine.ipynb explains
+INTERNAL = r"hotswap_lab\.(core\.(change|engine|host|journal|slot|tensors)\..*|watch\.T|.*\.P_co)"
+
+project = "hotswap_lab"
+release = hotswap_lab.__version__
+copyright = "the authors of hotswap_lab, Apache-2.0"  # noqa: A001
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"hotswap_lab {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+
+nb_execution_mode = "off"
+myst_heading_anchors = 3
+#: links between notebooks have JupyterLab's anchors
+myst_heading_slug_func = methodcaller("replace", " ", "-")
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autosummary_generate = False
+napoleon_google_docstring = False
+python_maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", rf"(?!hotswap_lab).*|{INTERNAL}")]
+
+
+def public(module: ModuleType) -> dict[str, object]:
+    """A module's public functions and classes by name: ``__all__``, or those it defines; the package has imported its own."""
+    defined = [
+        name
+        for name, value in vars(module).items()
+        if name[0] != "_" and callable(value) and (module is hotswap_lab or value.__module__ == module.__name__)
+    ]
+    return {name: getattr(module, name) for name in getattr(module, "__all__", defined)}
+
+
+def directive(module: str, name: str, value: object) -> str:
+    """The directive that documents a function or class."""
+    if not inspect.isclass(value):
+        return f".. autofunction:: {module}.{name}\n\n"
+    kind = "exception" if issubclass(value, Exception) else "class"
+    members = "   :members:\n   :inherited-members: Module, Exception, ValueError, RuntimeError, AssertionError\n"
+    return f".. auto{kind}:: {module}.{name}\n{members}\n"
+
+
+def titled(title: str, text: str) -> str:
+    return f"{title}\n{'=' * len(title)}\n\n{text}"
+
+
+def pages() -> dict[str, str]:
+    """The pages of the API by the names of their files: one for each public name, one for each module, and a list."""
+    names = public(hotswap_lab)
+    found = {name: titled(name, directive("hotswap_lab", name, value)) for name, value in names.items()}
+    for each in MODULES:
+        module = importlib.import_module(f"hotswap_lab.{each}")
+        members = "".join(directive(module.__name__, *item) for item in public(module).items() if callable(item[1]))
+        found[each] = titled(module.__name__, f".. automodule:: {module.__name__}\n\n{members}")
+    parts = (f"hotswap_lab.{each}".rpartition(".") for each in OTHERS)
+    others = [directive(path, name, getattr(importlib.import_module(path), name)) for path, _, name in parts]
+    found["others"] = titled("Other names", "What the functions and classes of the other pages take or return.\n\n" + "".join(others))
+    rows = {"": ["hotswap_lab." + name for name in names], "Modules": [f"hotswap_lab.{each}" for each in MODULES]}
+    tables = [f".. rubric:: {title}\n\n" * bool(title) + listing(".. autosummary::", each) for title, each in rows.items()]
+    toc = listing(".. toctree::\n   :hidden:", found)
+    return {**found, "index": titled("API", toc + "".join(tables))}
+
+
+def listing(head: str, names: Iterable[str]) -> str:
+    return f"{head}\n\n" + "".join(f"   {name}\n" for name in names) + "\n"
+
+
+def write_sources() -> None:
+    for folder in ("api", "notebooks"):
+        shutil.rmtree(DOCS / folder, ignore_errors=True)
+    shutil.copytree(DOCS.parent / "notebooks", DOCS / "notebooks", ignore=shutil.ignore_patterns("*.py", ".*", "__*"))
+    (DOCS / "api").mkdir()
+    for name, text in pages().items():
+        (DOCS / "api" / f"{name}.rst").write_text(text, encoding="utf-8")
+
+
+def adapt(app, docname: str, source: list[str]) -> None:
+    """Name the language of cells, which have magics, and turn links to files that the site lacks into links to GitHub."""
+    if docname.startswith("notebooks/"):
+        source[0] = source[0].replace('"name": "python"\n', '"name": "python",\n"pygments_lexer": "ipython3"\n')
+        source[0] = source[0].replace("](../hotswap_lab/", f"]({REPOSITORY}/blob/HEAD/hotswap_lab/")
+
+
+def resolve(app, env, node, content):
+    """Link a public class where a signature has the base class that it has in the package."""
+    name = "hotswap_lab." + node.get("reftarget", "").rpartition(".")[2]
+    if node.get("refdomain") == "py":
+        return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, node["reftype"], name, node, content)
+
+
+def setup(app) -> None:
+    write_sources()
+    app.connect("source-read", adapt)
+    app.connect("missing-reference", resolve)
