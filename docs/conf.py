@@ -21,23 +21,22 @@ import hotswap_lab
 
 DOCS = Path(__file__).parent
 REPOSITORY = metadata("hotswap_lab")["Project-URL"].split(", ")[1]
-#: modules for users besides the package itself; a test looks for those that README and the recipes name
-MODULES = ["bench", "demo", "demo.digits", "demo.smollm2", "demo.tasks", "demo.voices", "generating", "serving", "widgets"]
-
-#: what public signatures and docstrings mention; Sphinx warns of what is missing here
+#: modules for users, next to the package itself; a test looks here for those that README and the recipes name
+MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.voices generating serving widgets"
+#: other names in the signatures and docstrings of these. Sphinx warns of each one that is missing here
 OTHERS = """
     ahead.AheadModel bench.report.Extra bench.report.Size bench.report.Start bench.timing.Timing core.errors.Refusal
     core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile files.search.FoundAdapter
-    files.search.FoundAdapters pools.adapter_pool.Block
-    pools.rows.Row serving.replica.Token serving.table.UnknownAdapterError watch.Call watch.Compilation
-    widgets.plan_view.PlanRow widgets.results.Run widgets.text.text_stream
-""".split()
+    files.search.FoundAdapters pools.adapter_pool.Block pools.rows.Row serving.replica.Token
+    serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.plan_view.PlanRow widgets.results.Run
+    widgets.text.text_stream
+"""
 #: parts of the engine, which notebooks/engine.ipynb explains
 INTERNAL = r"hotswap_lab\.(core\.(change|engine|host|journal|slot|tensors)\..*|watch\.T|.*\.P_co)"
 
 project = "hotswap_lab"
 release = hotswap_lab.__version__
-copyright = "the authors of hotswap_lab, Apache-2.0"  # noqa: A001
+copyright = "the authors of hotswap_lab, Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 
@@ -45,6 +44,7 @@ html_theme = "furo"
 html_title = f"hotswap_lab {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+pygments_dark_style = "github-dark"
 html_copy_source = False
 
 nb_execution_mode = "off"
@@ -62,48 +62,49 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", rf"(?!hotswap_lab).*|{INTERNAL}")]
 
 
-def public(module: ModuleType) -> dict[str, object]:
-    """A module's public functions and classes by name: ``__all__``, or those it defines; the package has imported its own."""
-    defined = [
-        name
-        for name, value in vars(module).items()
-        if name[0] != "_" and callable(value) and (module is hotswap_lab or value.__module__ == module.__name__)
-    ]
-    return {name: getattr(module, name) for name in getattr(module, "__all__", defined)}
+def public(module: ModuleType) -> list[str]:
+    """A module's public functions and classes: those in ``__all__``, or those it defines, or the package imports."""
+    names = getattr(module, "__all__", [name for name in vars(module) if name[0] != "_"])
+    objects = [(name, getattr(module, name)) for name in names if callable(getattr(module, name))]
+    is_api = module is hotswap_lab or hasattr(module, "__all__")
+    return [name for name, each in objects if is_api or each.__module__ == module.__name__]
 
 
-def directive(module: str, name: str, value: object) -> str:
+def described(module: str, name: str) -> str:
     """The directive that documents a function or class."""
-    if not inspect.isclass(value):
+    described = getattr(importlib.import_module(module), name)
+    if not inspect.isclass(described):
         return f".. autofunction:: {module}.{name}\n\n"
-    kind = "exception" if issubclass(value, Exception) else "class"
+    kind = "exception" if issubclass(described, Exception) else "class"
     members = "   :members:\n   :inherited-members: Module, Exception, ValueError, RuntimeError, AssertionError\n"
     return f".. auto{kind}:: {module}.{name}\n{members}\n"
 
 
-def titled(title: str, text: str) -> str:
-    return f"{title}\n{'=' * len(title)}\n\n{text}"
-
-
-def pages() -> dict[str, str]:
-    """The pages of the API by the names of their files: one for each public name, one for each module, and a list."""
-    names = public(hotswap_lab)
-    found = {name: titled(name, directive("hotswap_lab", name, value)) for name, value in names.items()}
-    for each in MODULES:
-        module = importlib.import_module(f"hotswap_lab.{each}")
-        members = "".join(directive(module.__name__, *item) for item in public(module).items() if callable(item[1]))
-        found[each] = titled(module.__name__, f".. automodule:: {module.__name__}\n\n{members}")
-    parts = (f"hotswap_lab.{each}".rpartition(".") for each in OTHERS)
-    others = [directive(path, name, getattr(importlib.import_module(path), name)) for path, _, name in parts]
-    found["others"] = titled("Other names", "What the functions and classes of the other pages take or return.\n\n" + "".join(others))
-    rows = {"": ["hotswap_lab." + name for name in names], "Modules": [f"hotswap_lab.{each}" for each in MODULES]}
-    tables = [f".. rubric:: {title}\n\n" * bool(title) + listing(".. autosummary::", each) for title, each in rows.items()]
-    toc = listing(".. toctree::\n   :hidden:", found)
-    return {**found, "index": titled("API", toc + "".join(tables))}
+def titled(title: str, *parts: str) -> str:
+    return "\n\n".join([f"{title}\n{'=' * len(title)}", *parts])
 
 
 def listing(head: str, names: Iterable[str]) -> str:
-    return f"{head}\n\n" + "".join(f"   {name}\n" for name in names) + "\n"
+    return f"{head}\n\n" + "".join(f"   {name}\n" for name in names)
+
+
+def pages() -> dict[str, str]:
+    """The pages of the API by the names of their files: one for each public name, for each module, and a list."""
+    names = public(hotswap_lab)
+    found = {name: titled(name, described("hotswap_lab", name)) for name in names}
+    for path in MODULES.split():
+        module = importlib.import_module(f"hotswap_lab.{path}")
+        head = f".. automodule:: {module.__name__}"
+        found[path] = titled(module.__name__, head, *(described(module.__name__, name) for name in public(module)))
+    others = [f"hotswap_lab.{each}".rpartition(".") for each in OTHERS.split()]
+    found["others"] = titled("Other names", *(described(module, name) for module, _, name in others))
+    tables = [
+        listing(".. autosummary::", [f"hotswap_lab.{name}" for name in names]),
+        ".. rubric:: Modules",
+        listing(".. autosummary::", [f"hotswap_lab.{path}" for path in MODULES.split()]),
+        "The classes that these return or take are on a :doc:`page of their own <others>`.",
+    ]
+    return {**found, "index": titled("API", listing(".. toctree::\n   :hidden:", found), *tables)}
 
 
 def write_sources() -> None:
@@ -116,7 +117,7 @@ def write_sources() -> None:
 
 
 def adapt(app, docname: str, source: list[str]) -> None:
-    """Name the language of cells, which have magics, and turn links to files that the site lacks into links to GitHub."""
+    """Name the language of cells, which have magics; link to GitHub where the site lacks a file."""
     if docname.startswith("notebooks/"):
         source[0] = source[0].replace('"name": "python"\n', '"name": "python",\n"pygments_lexer": "ipython3"\n')
         source[0] = source[0].replace("](../hotswap_lab/", f"]({REPOSITORY}/blob/HEAD/hotswap_lab/")
