@@ -22,7 +22,7 @@ import hotswap_lab
 DOCS = Path(__file__).parent
 REPOSITORY = metadata("hotswap_lab")["Project-URL"].split(", ")[1]
 #: modules for users, next to the package itself; a test looks here for those that README and the recipes name
-MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.voices generating serving widgets"
+MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.train demo.voices generating serving widgets"
 #: other names in the signatures and docstrings of these. Sphinx warns of each one that is missing here
 OTHERS = """
     ahead.AheadModel bench.report.Extra bench.report.Size bench.report.Start bench.timing.Timing core.errors.Refusal
@@ -33,6 +33,7 @@ OTHERS = """
 """
 #: parts of the engine, which notebooks/engine.ipynb explains
 INTERNAL = r"hotswap_lab\.(core\.(change|engine|host|journal|slot|tensors)\..*|watch\.T|.*\.P_co)"
+SUMMARY = ".. autosummary::\n   :nosignatures:"
 
 project = "hotswap_lab"
 release = hotswap_lab.__version__
@@ -44,7 +45,6 @@ html_theme = "furo"
 html_title = f"hotswap_lab {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-pygments_dark_style = "github-dark"
 html_copy_source = False
 
 nb_execution_mode = "off"
@@ -52,12 +52,15 @@ myst_heading_anchors = 3
 #: links between notebooks have JupyterLab's anchors
 myst_heading_slug_func = methodcaller("replace", " ", "-")
 
+autodoc_default_options = {"exclude-members": "engine"}  # whose value is as long as a page
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autosummary_generate = False
 napoleon_google_docstring = False
+napoleon_use_param = False  # which would repeat a text for each of several parameters
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", rf"(?!hotswap_lab).*|{INTERNAL}")]
 
@@ -76,7 +79,8 @@ def described(module: str, name: str) -> str:
     if not inspect.isclass(described):
         return f".. autofunction:: {module}.{name}\n\n"
     kind = "exception" if issubclass(described, Exception) else "class"
-    members = "   :members:\n   :inherited-members: Module, Exception, ValueError, RuntimeError, AssertionError\n"
+    inherited = "list, tuple, Module, BaseException, Exception, ValueError, RuntimeError, AssertionError"
+    members = f"   :members:\n   :inherited-members: {inherited}\n"
     return f".. auto{kind}:: {module}.{name}\n{members}\n"
 
 
@@ -90,7 +94,7 @@ def listing(head: str, names: Iterable[str]) -> str:
 
 def pages() -> dict[str, str]:
     """The pages of the API by the names of their files: one for each public name, for each module, and a list."""
-    names = public(hotswap_lab)
+    names = sorted(public(hotswap_lab), key=str.lower)
     found = {name: titled(name, described("hotswap_lab", name)) for name in names}
     for path in MODULES.split():
         module = importlib.import_module(f"hotswap_lab.{path}")
@@ -99,9 +103,9 @@ def pages() -> dict[str, str]:
     others = [f"hotswap_lab.{each}".rpartition(".") for each in OTHERS.split()]
     found["others"] = titled("Other names", *(described(module, name) for module, _, name in others))
     tables = [
-        listing(".. autosummary::", [f"hotswap_lab.{name}" for name in names]),
+        listing(SUMMARY, [f"~hotswap_lab.{name}" for name in names]),
         ".. rubric:: Modules",
-        listing(".. autosummary::", [f"hotswap_lab.{path}" for path in MODULES.split()]),
+        listing(SUMMARY, [f"hotswap_lab.{path}" for path in MODULES.split()]),
         "The classes that these return or take are on a :doc:`page of their own <others>`.",
     ]
     return {**found, "index": titled("API", listing(".. toctree::\n   :hidden:", found), *tables)}
@@ -130,7 +134,14 @@ def resolve(app, env, node, content):
         return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, node["reftype"], name, node, content)
 
 
+def keep_colon(app, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Begin a property's text with an empty comment, since napoleon takes what is before a colon for its type."""
+    if what in ("property", "attribute"):
+        lines[:0] = ["..", ""]
+
+
 def setup(app) -> None:
     write_sources()
     app.connect("source-read", adapt)
+    app.connect("autodoc-process-docstring", keep_colon, priority=400)
     app.connect("missing-reference", resolve)
