@@ -20,7 +20,7 @@ from types import ModuleType
 import hotswap_lab
 
 DOCS = Path(__file__).parent
-REPOSITORY = metadata("hotswap_lab")["Project-URL"].split(", ")[1]
+REPOSITORY = dict(each.split(", ") for each in metadata("hotswap_lab").get_all("Project-URL"))["Repository"]
 #: modules for users, next to the package itself; a test looks here for those that README and the recipes name
 MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.train demo.voices generating serving widgets"
 #: other names in the signatures and docstrings of these. Sphinx warns of each one that is missing here
@@ -43,6 +43,7 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"hotswap_lab {release}"
+html_theme_options = {"footer_icons": [{"name": "GitHub", "url": REPOSITORY, "html": "GitHub", "class": ""}]}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
