@@ -57,6 +57,7 @@ autodoc_default_options = {"exclude-members": "engine"}  # whose value is as lon
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autosummary_generate = False
+napoleon_attr_annotations = False
 napoleon_google_docstring = False
 napoleon_use_param = False  # which would repeat a text for each of several parameters
 python_maximum_signature_line_length = 80
