@@ -2,8 +2,7 @@
 
     sphinx-build -W --keep-going docs docs/_build/html
 
-Sphinx reads only what is in this folder, so the notebooks are copied into it and the pages of the API are written to
-it, both when this file is loaded.
+Sphinx reads only this folder, so each build first copies the notebooks into it and writes the pages of the API to it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ DOCS = Path(__file__).parent
 REPOSITORY = dict(each.split(", ") for each in metadata("hotswap_lab").get_all("Project-URL"))["Repository"]
 #: modules for users, next to the package itself; a test looks here for those that README and the recipes name
 MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.train demo.voices generating serving widgets"
-#: other names in the signatures and docstrings of these. Sphinx warns of each one that is missing here
+#: other names in the signatures and docstrings of these; Sphinx warns if one is missing here
 OTHERS = """
     ahead.AheadModel bench.report.Extra bench.report.Size bench.report.Start bench.timing.Timing core.errors.Refusal
     core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile files.search.FoundAdapter
@@ -142,8 +141,17 @@ def keep_colon(app, what: str, name: str, value: object, options: object, lines:
         lines[:0] = ["..", ""]
 
 
+def describe_pictures(app, doctree) -> None:
+    """Give each picture of a notebook its text form as alternative text."""
+    for bundle in doctree.findall(lambda node: getattr(node, "attributes", {}).get("nb_element") == "mime_bundle"):
+        texts = {each["mime_type"]: each.astext() for each in bundle.children}
+        for image in bundle.findall(lambda node: node.tagname == "image"):
+            image["alt"] = texts.get("text/plain", "")
+
+
 def setup(app) -> None:
     write_sources()
     app.connect("source-read", adapt)
+    app.connect("doctree-read", describe_pictures)
     app.connect("autodoc-process-docstring", keep_colon, priority=400)
     app.connect("missing-reference", resolve)
