@@ -1,9 +1,11 @@
 """A benchmark of adapter swaps: each way of swapping, in one run on one machine.
 
-python -m hotswap_lab.bench
-python -m hotswap_lab.bench --model tiny --rank 4 --n 5
-python -m hotswap_lab.bench --rank 64 --compiled --rows --json bench.json --plot bench.svg
-python -m hotswap_lab.bench --cold
+On the command line::
+
+    python -m hotswap_lab.bench
+    python -m hotswap_lab.bench --model tiny --rank 4 --n 5
+    python -m hotswap_lab.bench --rank 64 --compiled --rows --json bench.json --plot bench.svg
+    python -m hotswap_lab.bench --cold
 
 The weights are random, since their values don't affect the time of a swap. The ways take turns, a few calls each, so
 other load on the machine affects all of them alike. Each way swaps back and forth between two adapters, and its outputs

@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     default = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m hotswap_lab.bench",
-        description=description,
+        description=description.replace("::", ":"),  # the site needs two
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

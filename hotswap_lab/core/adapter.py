@@ -80,6 +80,7 @@ class Adapter:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def check_tensors(self, allow_nonfinite: bool) -> None:
+        """Refuse an adapter with no tensors, with something else in their place, or with NaN and infinity."""
         # other methods may save indices, too, which are integers
         only_weights = self.config.peft_type == PeftType.LORA
         for key, tensor in self.tensors.items():

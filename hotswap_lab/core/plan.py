@@ -147,6 +147,7 @@ class Plan:
         self.refusals.append(refusal(which, **values))
 
     def targets(self, layer: LayerPlan) -> bool:
+        """Whether the config after the swap names this layer as a target."""
         return lora.targets(self.config, layer.layer.path)
 
     @cached_property

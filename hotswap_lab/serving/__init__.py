@@ -24,11 +24,8 @@ def app(args: dict[str, Any]) -> Any:
         ``base``: a folder or a Hub id; by default the embedded model. ``adapters``: a folder of adapters, or
         ``name=path,name=path``, or (in a file) a mapping; by default none, but for the embedded model. ``replicas``:
         the number of replicas, 1 by default. ``token``: the token of admin calls; by default the environment's
-        ``HOTSWAP_ADMIN_TOKEN``, and without one there are no admin calls.
-
-    All others are those of :class:`Options`. Each argument may be text, as from a command line. With ``held``, requests
-    for an adapter go to the replicas that have it in memory. With four replicas or more there are two fronts.
-    ``/healthz``, ``/docs`` and ``/openapi.json`` are public.
+        ``HOTSWAP_ADMIN_TOKEN``, and without one there are no admin calls. All others are those of :class:`Options`.
+        Each argument may be text, as from a command line.
 
     Raises
     ------
@@ -40,6 +37,11 @@ def app(args: dict[str, Any]) -> Any:
     --------
     >>> application = app({"replicas": 2, "rows": 4})  # doctest: +SKIP
     >>> handle = serve.run(application)  # doctest: +SKIP
+
+    Notes
+    -----
+    With ``held``, requests for an adapter go to the replicas that have it in memory. With four replicas or more there
+    are two fronts. ``/healthz``, ``/docs`` and ``/openapi.json`` are public.
     """
     try:
         from .cluster import build

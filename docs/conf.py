@@ -1,0 +1,157 @@
+"""Sphinx: the notebooks with their stored outputs, parts of README, and a page for each public name.
+
+    sphinx-build -W --keep-going docs docs/_build/html
+
+Sphinx reads only this folder, so each build first copies the notebooks into it and writes the pages of the API to it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import shutil
+from collections.abc import Iterable
+from importlib.metadata import metadata
+from operator import methodcaller
+from pathlib import Path
+from types import ModuleType
+
+import hotswap_lab
+
+DOCS = Path(__file__).parent
+REPOSITORY = dict(each.split(", ") for each in metadata("hotswap_lab").get_all("Project-URL"))["Repository"]
+#: modules for users, next to the package itself; a test looks here for those that README and the recipes name
+MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.train demo.voices generating serving widgets"
+#: other names in the signatures and docstrings of these; Sphinx warns if one is missing here
+OTHERS = """
+    ahead.AheadModel bench.report.Extra bench.report.Size bench.report.Start bench.timing.Timing core.errors.Refusal
+    core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile files.search.FoundAdapter
+    files.search.FoundAdapters pools.adapter_pool.Block pools.rows.Row serving.replica.Token
+    serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.plan_view.PlanRow widgets.results.Run
+    widgets.text.text_stream
+"""
+#: parts of the engine, which notebooks/engine.ipynb explains
+INTERNAL = r"hotswap_lab\.(core\.(change|engine|host|journal|slot|tensors)\..*|watch\.T|.*\.P_co)"
+SUMMARY = ".. autosummary::\n   :nosignatures:"
+
+project = "hotswap_lab"
+release = hotswap_lab.__version__
+copyright = "the authors of hotswap_lab, Apache-2.0"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"hotswap_lab {release}"
+html_theme_options = {"footer_icons": [{"name": "GitHub", "url": REPOSITORY, "html": "GitHub", "class": ""}]}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+
+nb_execution_mode = "off"
+myst_heading_anchors = 3
+#: links between notebooks have JupyterLab's anchors
+myst_heading_slug_func = methodcaller("replace", " ", "-")
+
+autodoc_default_options = {"exclude-members": "engine"}  # whose value is as long as a page
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autosummary_generate = False
+napoleon_attr_annotations = False
+napoleon_google_docstring = False
+napoleon_use_param = False  # which would repeat a text for each of several parameters
+python_maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", rf"(?!hotswap_lab).*|{INTERNAL}")]
+
+
+def public(module: ModuleType) -> list[str]:
+    """A module's public functions and classes: those in ``__all__``, or those it defines, or the package imports."""
+    names = getattr(module, "__all__", [name for name in vars(module) if name[0] != "_"])
+    objects = [(name, getattr(module, name)) for name in names if callable(getattr(module, name))]
+    is_api = module is hotswap_lab or hasattr(module, "__all__")
+    return [name for name, each in objects if is_api or each.__module__ == module.__name__]
+
+
+def described(module: str, name: str) -> str:
+    """The directive that documents a function or class."""
+    described = getattr(importlib.import_module(module), name)
+    if not inspect.isclass(described):
+        return f".. autofunction:: {module}.{name}\n\n"
+    kind = "exception" if issubclass(described, Exception) else "class"
+    inherited = "list, tuple, Module, BaseException, Exception, ValueError, RuntimeError, AssertionError"
+    members = f"   :members:\n   :inherited-members: {inherited}\n"
+    return f".. auto{kind}:: {module}.{name}\n{members}\n"
+
+
+def titled(title: str, *parts: str) -> str:
+    return "\n\n".join([f"{title}\n{'=' * len(title)}", *parts])
+
+
+def listing(head: str, names: Iterable[str]) -> str:
+    return f"{head}\n\n" + "".join(f"   {name}\n" for name in names)
+
+
+def pages() -> dict[str, str]:
+    """The pages of the API by the names of their files: one for each public name, for each module, and a list."""
+    names = sorted(public(hotswap_lab), key=str.lower)
+    found = {name: titled(name, described("hotswap_lab", name)) for name in names}
+    for path in MODULES.split():
+        module = importlib.import_module(f"hotswap_lab.{path}")
+        head = f".. automodule:: {module.__name__}"
+        found[path] = titled(module.__name__, head, *(described(module.__name__, name) for name in public(module)))
+    others = [f"hotswap_lab.{each}".rpartition(".") for each in OTHERS.split()]
+    found["others"] = titled("Other names", *(described(module, name) for module, _, name in others))
+    tables = [
+        listing(SUMMARY, [f"~hotswap_lab.{name}" for name in names]),
+        ".. rubric:: Modules",
+        listing(SUMMARY, [f"hotswap_lab.{path}" for path in MODULES.split()]),
+        "The classes that these return or take are on a :doc:`page of their own <others>`.",
+    ]
+    return {**found, "index": titled("API", listing(".. toctree::\n   :hidden:", found), *tables)}
+
+
+def write_sources() -> None:
+    for folder in ("api", "notebooks"):
+        shutil.rmtree(DOCS / folder, ignore_errors=True)
+    shutil.copytree(DOCS.parent / "notebooks", DOCS / "notebooks", ignore=shutil.ignore_patterns("*.py", ".*", "__*"))
+    (DOCS / "api").mkdir()
+    for name, text in pages().items():
+        (DOCS / "api" / f"{name}.rst").write_text(text, encoding="utf-8")
+
+
+def adapt(app, docname: str, source: list[str]) -> None:
+    """Name the language of cells, which have magics; link to GitHub where the site lacks a file."""
+    if docname.startswith("notebooks/"):
+        source[0] = source[0].replace('"name": "python"\n', '"name": "python",\n"pygments_lexer": "ipython3"\n')
+        source[0] = source[0].replace("](../hotswap_lab/", f"]({REPOSITORY}/blob/HEAD/hotswap_lab/")
+
+
+def resolve(app, env, node, content):
+    """Link a public class where a signature has the base class that it has in the package."""
+    name = "hotswap_lab." + node.get("reftarget", "").rpartition(".")[2]
+    if node.get("refdomain") == "py":
+        return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, node["reftype"], name, node, content)
+
+
+def keep_colon(app, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Begin a property's text with an empty comment, since napoleon takes what is before a colon for its type."""
+    if what in ("property", "attribute"):
+        lines[:0] = ["..", ""]
+
+
+def describe_pictures(app, doctree) -> None:
+    """Give each picture of a notebook its text form as alternative text."""
+    for bundle in doctree.findall(lambda node: getattr(node, "attributes", {}).get("nb_element") == "mime_bundle"):
+        texts = {each["mime_type"]: each.astext() for each in bundle.children}
+        for image in bundle.findall(lambda node: node.tagname == "image"):
+            image["alt"] = texts.get("text/plain", "")
+
+
+def setup(app) -> None:
+    write_sources()
+    app.connect("source-read", adapt)
+    app.connect("doctree-read", describe_pictures)
+    app.connect("autodoc-process-docstring", keep_colon, priority=400)
+    app.connect("missing-reference", resolve)

@@ -1,0 +1,89 @@
+"""The site has every notebook and every public name. CI, which has Sphinx, checks that it builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import hotswap_lab
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def load(name: str):
+    """A file of ``docs`` as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def conf():
+    return load("conf")
+
+
+def test_every_public_name_has_a_page(conf):
+    bound = set(
+        re.findall(r"^from .* import \w+ as (\w+)$", (ROOT / "hotswap_lab/__init__.py").read_text(), re.MULTILINE)
+    )
+    assert len(bound) > 20
+    pages = conf.pages()
+    assert bound <= set(pages)
+    assert all(f"   {name}\n" in pages["index"] for name in pages.keys() - {"index"})
+    assert ".. autoexception:: hotswap_lab.HotswapError" in pages["HotswapError"]
+
+
+def test_modules_that_users_are_told_of_have_a_page(conf):
+    recipes = nbformat.read(ROOT / "notebooks" / "recipes.ipynb", as_version=4)
+    text = "\n".join([(ROOT / "README.md").read_text(), hotswap_lab.__doc__, *(cell.source for cell in recipes.cells)])
+    named = set(re.findall(r"\bhotswap_lab\.(\w+)\b(?!\.\w+/)", text)) | set(
+        re.findall(r"from hotswap_lab\.([\w.]+)", text)
+    )
+    modules = {name for name in named if importlib.util.find_spec(f"hotswap_lab.{name}")}
+    # these are for readers of the code, and for the chapters
+    assert {"serving", "widgets"} <= modules - {"core", "lessons"} <= set(conf.MODULES.split())
+
+
+def test_members_of_public_classes_have_docstrings(conf):
+    for name in conf.public(hotswap_lab):
+        value = getattr(hotswap_lab, name)
+        assert value.__doc__, name
+        for member, function in vars(value).items() if isinstance(value, type) else ():
+            is_public = member[0] != "_" and (callable(function) or isinstance(function, property))
+            assert not is_public or function.__doc__, f"{name}.{member}"
+
+
+def test_every_page_is_in_a_contents_list():
+    lists = "\n".join(re.findall(r"```{toctree}\n(.*?)```", "".join(map(Path.read_text, DOCS.glob("*.md"))), re.DOTALL))
+    patterns = [line for line in lists.splitlines() if line and not line.startswith(":")]
+    notebooks = [path.relative_to(ROOT) for path in (ROOT / "notebooks").rglob("*.ipynb") if path.parts[-2][0] != "."]
+    pages = [*notebooks, *(path.relative_to(DOCS) for path in DOCS.glob("*.md") if path.stem != "index")]
+    assert len(pages) > 30
+    for page in pages:
+        assert any(fnmatch(page.with_suffix("").as_posix(), pattern) for pattern in patterns), page
+
+
+def test_the_parts_of_readme_are_found():
+    """A title that changes there has to change here."""
+    readme = (ROOT / "README.md").read_text()
+    markers = re.findall(
+        r'^:(?:start-after|end-before): "(.+)"$', "".join(map(Path.read_text, DOCS.glob("*.md"))), re.MULTILINE
+    )
+    assert len(markers) >= 5
+    assert all(readme.count(marker) == 1 for marker in markers)
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<p id="here"><a href="b.html#there">1</a><a href="#here">2</a><a href="http://x">3</a>'
+    )
+    (tmp_path / "b.html").write_text('<a href="a.html#here">1</a><a href="a.html#gone">2</a><img src="c.png">')
+    broken = load("check_links").broken(tmp_path)
+    assert broken == ["a.html: b.html#there", "b.html: a.html#gone", "b.html: c.png"]
