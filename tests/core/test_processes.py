@@ -68,6 +68,7 @@ def test_a_swap_is_seen_by_a_process_that_was_forked(tmp_path, method, shared):
             assert torch.equal(ask(), call(LLAMA.base(), LLAMA.inputs()))
 
 
+@pytest.mark.long
 def test_a_pool_goes_on_and_is_seen_by_a_process_that_was_spawned_and_has_compiled(model, pool, sources):
     pool.swap("b")
     model.share_memory()

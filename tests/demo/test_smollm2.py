@@ -295,6 +295,7 @@ def test_the_slower_of_two_waits_and_takes_what_is_there(gguf_file, in_this_proc
     assert found[0] == found[1]
 
 
+@pytest.mark.long
 def test_a_damaged_file_is_refused(gguf_file, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(gguf_file[0].read_bytes()[:1000])

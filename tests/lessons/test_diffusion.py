@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
+from lengths import few_of
 from PIL import Image
 from safetensors.torch import save_file
 from test_pipeline import KINDS, lora
@@ -90,7 +91,7 @@ SOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", SOLUTIONS)
+@pytest.mark.parametrize("name", few_of(SOLUTIONS, SOLUTIONS.keys() - {"halfway"}))
 def test_right_and_wrong_solutions(name, capsys):
     assert_tells_right_from_wrong(*SOLUTIONS[name], capsys)
 

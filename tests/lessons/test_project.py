@@ -23,6 +23,7 @@ def test_nothing_yet(capsys):
     assert found["packaged"][1] == "needs adapter, pool, package"
 
 
+@pytest.mark.long
 def test_each_step_can_say_yes_and_no(capsys):
     """With an adapter that ships with the package, which does all but be new."""
     path, words = demo.adapter_path("sort"), ["hotswap", "hotsaw", "ahopstw"]

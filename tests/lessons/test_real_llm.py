@@ -224,6 +224,7 @@ def too_late(chat, pool, kept, name, ids):
     return logits
 
 
+@pytest.mark.long
 def test_right_and_wrong_solutions(capsys):
     wrong = [
         lambda chat, pool, kept, name, ids: None,

@@ -48,7 +48,7 @@ class Scene:
 
 
 @pytest.fixture(
-    scope="module", params=[[None], ["aot_eager"], long(["inductor"])], ids=["eager", "aot_eager", "inductor"]
+    scope="module", params=[[None], long(["aot_eager"]), long(["inductor"])], ids=["eager", "aot_eager", "inductor"]
 )
 def scene(request, tmp_path_factory):
     yield Scene(tmp_path_factory.mktemp("family"), *request.param)

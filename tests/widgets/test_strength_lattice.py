@@ -59,6 +59,7 @@ def test_answers_are_those_of_a_fresh_load(kind, right):
     assert lattice.base.result == demo.ask(demo.load_base(), demo.load_tokenizer(), WORD) == WORD
 
 
+@pytest.mark.long
 def test_all_of_the_demo():
     lattice = StrengthLattice.demo()
     answers = lattice.run()
