@@ -78,7 +78,7 @@ def test_the_repository_stands_in_one_place():
 
 
 def test_the_index_page_has_no_relative_link():
-    """README as the package's metadata has it. tests/test_readme.py checks that relative links lead somewhere."""
+    """README as the package's metadata has it. That its links lead somewhere, test_readme.py checks."""
     hook = TOOLS["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     assert hook["fragments"] == [{"path": "README.md"}]
     text = README

@@ -41,7 +41,9 @@ def test_the_contents_have_every_section():
     assert [" ".join(title.split()) for title in linked] == titles
 
 
-@pytest.mark.parametrize("page", [README, CONTRIBUTING, *OTHERS, *NOTEBOOKS], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [README, CONTRIBUTING, *OTHERS, *NOTEBOOKS], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!http)([^)]+)\)", text_of(page))
     assert links or page in OTHERS or page.parent.name == "solutions"
