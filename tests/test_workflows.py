@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,12 +47,23 @@ def test_a_workflow_has_few_rights_and_ends(workflow):
         assert set(command.split()) <= set(stages())
 
 
-def test_a_release_finds_its_version():
+def test_a_release_checks_its_version(tmp_path):
+    """The tag is the version, and the changelog has it with a date."""
     check = next(each for each in commands(ROOT / ".github/workflows/release.yml") if "version=" in each)
-    init, log = (ROOT / "hotswap_lab/__init__.py").read_text(), (ROOT / "CHANGELOG.md").read_text()
-    for line in (f'__version__ = "{hotswap_lab.__version__}"', f"## [{hotswap_lab.__version__}]"):
-        assert line in [each for text in (init, log) for each in text.splitlines()]
-        assert line.replace('"', '\\"').replace(hotswap_lab.__version__, "$version") in check
+    version, log = hotswap_lab.__version__, (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## [{version}]" in log
+    (tmp_path / "hotswap_lab").mkdir()
+    shutil.copy(ROOT / "hotswap_lab" / "__init__.py", tmp_path / "hotswap_lab")
+
+    def is_released(tag: str, log: str) -> bool:
+        (tmp_path / "CHANGELOG.md").write_text(log)
+        env = os.environ | {"GITHUB_REF_NAME": tag}
+        return not subprocess.run(["bash", "-ec", check], cwd=tmp_path, env=env, check=False).returncode
+
+    dated = re.sub(r"(?m)^## \[(\d.*?)\].*$", r"## [\1] - 2030-01-31", log)
+    assert is_released(f"v{version}", dated)
+    assert not is_released("v999.0", dated + "## [999.0] - 2030-01-31\n")
+    assert not is_released(f"v{version}", dated.replace("2030-01-31", "soon"))
 
 
 def test_the_nightly_run_looks_at_a_test_that_exists():
