@@ -17,7 +17,8 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -25,6 +26,18 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch"}
 #: what conda environments have beside the packages of pyproject.toml
 CONDA_ONLY = {"python", "pip", "cxx-compiler"}
+
+
+def pip_packages(extra: str) -> dict[str, str]:
+    """What an installation with this extra brings: the extras that it names itself are included."""
+    packages, entries = {}, PROJECT["dependencies"] + PROJECT["optional-dependencies"][extra]
+    for requirement in map(Requirement, entries):
+        if requirement.name == PROJECT["name"]:
+            for other in requirement.extras:
+                packages |= pip_packages(other)
+        else:
+            packages[requirement.name] = str(requirement.specifier)
+    return packages
 
 
 def conda_packages(file: str) -> dict[str, str]:
@@ -39,8 +52,7 @@ def conda_packages(file: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("file", ["environment.yml", "binder/environment.yml"])
 def test_the_environments_agree_with_pyproject(file):
-    requirements = map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["lab"])
-    assert conda_packages(file) == {each.name: str(each.specifier) for each in requirements}
+    assert conda_packages(file) == pip_packages("lab")
 
 
 def test_binder_has_what_it_needs():
@@ -55,11 +67,34 @@ def test_binder_has_what_it_needs():
 def test_the_repository_stands_in_one_place():
     """README's badges and the notebooks' first cells are made from pyproject.toml by notebooks/refresh.py."""
     address = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
-    pattern = r"(?:github\.com/|mybinder\.org/v2/gh/|google\.com/github/)([\w-]+/hotswap[\w-]*)"
-    files = [ROOT / "README.md", *(ROOT / "notebooks").rglob("*.ipynb")]
+    pattern = r"(?:github\.com/|githubusercontent\.com/|mybinder\.org/v2/gh/|google\.com/github/)([\w-]+/hotswap[\w-]*)"
+    pages = [ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff")]
+    files = [*pages, ROOT / "pyproject.toml", *(ROOT / "notebooks").rglob("*.ipynb")]
     found = {file.name: re.findall(pattern, file.read_text()) for file in files}
     assert len(found["README.md"]) >= 2
     assert all(each == address for addresses in found.values() for each in addresses)
+    owner, name = address.split("/")
+    assert PROJECT["urls"]["Documentation"] == f"https://{owner}.github.io/{name}/"
+
+
+def test_the_index_page_has_no_relative_link():
+    """README as the package's metadata has it. That its links lead somewhere, test_readme.py checks."""
+    hook = TOOLS["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    assert hook["fragments"] == [{"path": "README.md"}]
+    text = README
+    for each in hook["substitutions"]:
+        text = re.sub(each["pattern"], each["replacement"], text)
+    links = [re.findall(r"(!\[[^\]]*)?\]\(([^)]*)\)", page) for page in (README, text)]
+    assert len(links[0]) == len(links[1]) > 28
+    address = PROJECT["urls"]["Repository"]
+    at_tag = f"{address}/blob/v$HFPR_VERSION/"
+    raw = f"{address}/v$HFPR_VERSION/".replace("github.com", "raw.githubusercontent.com")
+    for (picture, link), (_, absolute) in zip(*links, strict=True):
+        if link.startswith("https://"):
+            assert absolute == link
+        else:
+            page = "README.md" if link.startswith("#") else ""
+            assert absolute == (raw if picture else at_tag) + page + link
 
 
 def readme_commands() -> list[str]:
@@ -76,7 +111,7 @@ def test_readme_has_two_commands_of_one_line():
 
 def of_ci(function: str) -> str:
     """What a function of the CI script prints."""
-    script = f"source <(sed -n '/^{function}()/,/^}}/p' {ROOT / '.ci' / 'run'}); {function}"
+    script = f"eval \"$(sed -n '/^{function}()/,/^}}/p' .ci/run)\"; {function}"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 

@@ -72,7 +72,7 @@ def in_rounds(runs: Mapping[str, Callable[[], object]], n: int) -> dict[str, Tim
 def machine() -> str:
     """One line with the machine and the versions, to be printed with a measurement."""
     threads, cpuinfo = torch.get_num_threads(), Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
     processor = found[1] if found else platform.processor() or platform.machine()
     return (
         f"{processor}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {platform.system()}, "

@@ -6,6 +6,7 @@ import html
 import threading
 from collections.abc import Callable
 from functools import cached_property
+from importlib.util import find_spec
 from string import Template
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
     import ipywidgets
 
     from ..figures import Figure
+
+# checked on import, so that the error comes before anything is loaded for a widget; the import itself waits
+if find_spec("ipywidgets") is None:
+    raise ImportError(
+        "hotswap_lab.widgets needs ipywidgets 7.7 or newer, below 9, and found none: "
+        'pip install "hotswap_lab[widgets]"',
+        name="ipywidgets",
+    )
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page minus the margins that ipywidgets puts around a control

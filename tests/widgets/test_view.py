@@ -64,6 +64,19 @@ import hotswap_lab.widgets; print('ipywidgets' in sys.modules, 'hotswap_lab.benc
     assert found.split() == ["False"] * 4
 
 
+def test_without_ipywidgets_the_import_says_what_to_install():
+    code = """
+import importlib.util, hotswap_lab
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "ipywidgets" else find_spec(name)
+try:
+    import hotswap_lab.widgets
+except ImportError as error:
+    print(error)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(': pip install "hotswap_lab[widgets]"\n')
+
+
 def test_work_has_the_modes_of_who_started_it():
     modes, work = [], WorkingView()
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
