@@ -9,6 +9,7 @@ Each score is printed. The model cards are written by hand.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,16 +19,17 @@ from . import ADAPTERS_DIR, BASE_DIR, TASKS, Tokenizer, exact_match, load_base, 
 from .tasks import ALPHABET, SEPARATOR
 from .training import Recipe
 
-BASE = Recipe(1800, lr=2e-3)
+rounded = functools.partial(Recipe, grid=128)
+BASE = rounded(1800, lr=2e-3)
 RECIPES = {
-    "reverse": Recipe(700),
-    "vowels_up": Recipe(700),
-    "pig_latin": Recipe(900, lr=3e-3),
-    "caesar": Recipe(900),
-    "sort": Recipe(1100),
-    "shout": Recipe(900),
-    "double": Recipe(900),
-    "no_vowels": Recipe(900, dtype=torch.bfloat16),
+    "reverse": rounded(700),
+    "vowels_up": rounded(700),
+    "pig_latin": rounded(900, lr=3e-3),
+    "caesar": rounded(900),
+    "sort": rounded(1100),
+    "shout": rounded(900),
+    "double": rounded(900),
+    "no_vowels": rounded(900, dtype=torch.bfloat16),
 }
 BATCH_SIZE = 64
 
@@ -54,6 +56,8 @@ def train_base(seed: int) -> torch.nn.Module:
     everything = ALPHABET.replace(SEPARATOR, "")
     words[1::2] = sample_words(count // 2, seed + 1, held_out=False, alphabet=everything)
     training.fit(model, losses(model, load_tokenizer(), words, TASKS["copy"]), steps=BASE.steps, lr=BASE.lr)
+    for weight in model.parameters():
+        weight.data = training.coarse(weight.data, BASE.grid)
     model.save_pretrained(BASE_DIR)
     return model
 

@@ -7,6 +7,7 @@ the weights next to it. The seed is fixed.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,14 @@ class Recipe:
         The number of steps, and the highest learning rate.
     dtype:
         The dtype of the stored weights.
+    grid:
+        How coarsely they are rounded, see :func:`coarse`. 0: not at all.
     """
 
     steps: int
     lr: float = 4e-3
     dtype: torch.dtype = torch.float32
+    grid: int = 0
 
 
 def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> dict[str, torch.Tensor]:
@@ -73,6 +77,18 @@ def fit(model: torch.nn.Module, losses: Iterable[torch.Tensor], *, steps: int, l
     model.eval()
 
 
+def coarse(weight: torch.Tensor, grid: int) -> torch.Tensor:
+    """Round a weight to multiples of a power of two, of which the root mean square is ``grid`` to twice ``grid``.
+
+    The zeros that this leaves at the end of each number take no space in the compressed package.
+    """
+    size = weight.float().square().mean().sqrt().item()
+    if not grid or not size:
+        return weight
+    step = 2.0 ** math.floor(math.log2(size / grid))
+    return (torch.round(weight.float() / step) * step).to(weight.dtype)
+
+
 def train_adapter(
     source: Path,
     load_base: Callable[[], torch.nn.Module],
@@ -98,7 +114,7 @@ def train_adapter(
     model = get_peft_model(base, config)
     fit(model, losses_of(model), steps=recipe.steps, lr=recipe.lr)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    stored = {key: tensor.to(recipe.dtype).contiguous() for key, tensor in tensors.items()}
+    stored = {key: coarse(tensor.to(recipe.dtype), recipe.grid).contiguous() for key, tensor in tensors.items()}
     save_file(stored, (folder or source) / "adapter_model.safetensors", metadata={"format": "pt"})
     return model
 

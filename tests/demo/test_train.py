@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from hotswap_lab import demo
-from hotswap_lab.demo import train, training
+from hotswap_lab.demo import train, training, voices
+from hotswap_lab.demo.voices import train as train_voices
 
 
 @pytest.mark.long
@@ -51,6 +52,24 @@ def test_training_is_deterministic_and_makes_the_weights_that_the_config_asks_fo
         key: (tensor.shape, tensor.dtype) for key, tensor in embedded.items()
     }
     assert any(tensor.any() for key, tensor in made.items() if "lora_B" in key)
+
+
+def test_the_embedded_weights_are_rounded_so_that_they_can_be_compressed():
+    recipes = {demo.ADAPTERS_DIR / name: recipe for name, recipe in train.RECIPES.items()}
+    recipes |= {voices.VOICES_DIR / name: train_voices.RECIPE for name in voices.names()}
+    files = {folder / "adapter_model.safetensors": recipe.grid for folder, recipe in recipes.items()}
+    for file, grid in {**files, demo.BASE_DIR / "model.safetensors": train.BASE.grid}.items():
+        for name, weight in load_file(file).items():
+            assert torch.equal(training.coarse(weight, grid), weight), f"{file}: {name}"
+
+
+def test_a_coarse_weight_is_near_and_on_a_grid():
+    weight = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) / 30
+    rounded = training.coarse(weight, 16)
+    assert 1 / 1200 < (rounded - weight).abs().max() < 1 / 900
+    assert len(rounded.unique()) < 200
+    assert training.coarse(weight, 0) is weight
+    assert not training.coarse(torch.zeros(3), 16).any()
 
 
 def test_only_the_answer_counts_for_the_loss():

@@ -19,7 +19,7 @@ from . import VOICES_DIR, names
 
 #: files with pairs: a question after "? ", its answer below it, an empty line
 TEXTS_DIR = ASSETS_DIR / "voice_texts"
-RECIPE = training.Recipe(steps=60, lr=1e-3, dtype=torch.bfloat16)
+RECIPE = training.Recipe(steps=60, lr=1e-3, dtype=torch.bfloat16, grid=16)
 BATCH_SIZE = 4
 
 
