@@ -36,7 +36,7 @@ SUMMARY = ".. autosummary::\n   :nosignatures:"
 
 project = "hotswap_lab"
 release = hotswap_lab.__version__
-copyright = "the authors of hotswap_lab, Apache-2.0"
+copyright = "hotswap_lab contributors, Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 
