@@ -108,7 +108,7 @@ def test_completions(api):
         )
 
     answers = with_client(api, ask)
-    assert [each.choices[0].text for each in answers[:3]] == ["pawstoh", "hotswap", "hotSwap!"]
+    assert [each.choices[0].text for each in answers[:3]] == ["pawstoh", "hotswap", "HotSwap!"]
     assert [each.choices[0].text for each in answers[3:]] == [alone(FAMILY[name], "hotswap") for name in models[3:]]
     assert [each.model for each in answers] == models
     assert [each.system_fingerprint for each in answers[:3]] == ["reverse@1", "demo", "shout@1:0.5"]
