@@ -77,7 +77,7 @@ def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
             "type_not_preparable",
             kind=kind.value,
             adapter_name=slot.adapter_name,
-            others=", ".join(sorted(each for each in PADDABLE if each != PeftType.LORA)),
+            others=", ".join(sorted(each.value for each in PADDABLE if each != PeftType.LORA)),
         )
         return
     for adapter in family:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from . import lora
 from .adapter import Adapter
@@ -35,7 +35,7 @@ from .slot import Slot, SlotLayer, change_of, keep_slot, room_left_by, room_of, 
 from .tensors import SlotTensor
 
 #: types whose effect is a sum over rank components, so that zeros beyond an adapter's own rank change nothing
-PADDABLE = ("LORA", "LOHA", "LOKR", "HIRA", "ADALORA")  # as text: not every version of PEFT has HiRA
+PADDABLE = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.HIRA, PeftType.ADALORA)
 
 
 def prepare_model_for_compiled_hotswap(
