@@ -52,7 +52,9 @@ def test_same_files_as_pefts_own_save_after_a_fresh_load(kind, tmp_path):
     fresh.save_pretrained(tmp_path / "fresh", save_embedding_layers=False)
     ours, theirs = (PeftConfig.from_pretrained(tmp_path / each).to_dict() for each in ("ours", "fresh"))
     assert ours == theirs
-    assert ours["base_model_name_or_path"] == "my/base"
+    # older transformers gives a new model the name "", and PEFT has saved that one
+    named = PeftConfig.from_pretrained(new).base_model_name_or_path
+    assert ours["base_model_name_or_path"] == ("my/base" if named is None else named)
     # PEFT 0.20 saves a shared block once per path, PEFT 0.21 once
     theirs = {key: each for key, each in tensors_of(tmp_path / "fresh").items() if "base_model.model.late." not in key}
     assert_same_tensors(tensors_of(tmp_path / "ours"), theirs)
