@@ -35,7 +35,7 @@ NAMES = {
     "is_group_offload_enabled": "diffusers.hooks.group_offloading:_is_group_offload_enabled",
 }
 #: the versions that have them
-KNOWN = {"torch": "2.8 to 2.15", "peft": "0.20 and 0.21", "diffusers": "0.35 to 0.42"}
+KNOWN = {"torch": "2.8 to 2.15", "peft": "0.20 and 0.21", "diffusers": "0.36 to 0.42"}
 
 
 def __getattr__(name: str) -> Any:
