@@ -37,7 +37,7 @@ NAMES = {
 #: attributes of transformers' models after ``enable_peft_hotswap``: whether it was called, and its arguments
 HOTSWAP_ENABLED, HOTSWAP_SETTINGS = "_hotswap_enabled", "_prepare_peft_hotswap_kwargs"
 #: the versions that have them
-KNOWN = {"torch": "2.8 to 2.15", "peft": "0.20 and 0.21", "diffusers": "0.36 to 0.40"}
+KNOWN = {"torch": "2.8 to 2.15", "peft": "0.20 and 0.21", "diffusers": "0.36 to 0.42"}
 
 
 def __getattr__(name: str) -> Any:

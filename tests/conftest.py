@@ -2,10 +2,12 @@
 
 import functools
 import os
+import platform
 import signal
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from importlib.util import find_spec
+from typing import Any
 
 # two workers, with as many threads as there are cores each, wait for one another: most tests took five times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -87,6 +89,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     except HotswapError as error:
         for item in items:
             item.add_marker(pytest.mark.skip(reason=str(error).replace("\n", " ")))
+
+
+#: the columns of CONTRIBUTING's table of versions, between Python's own and the numbers of tests
+VERSIONS = ("torch", "peft", "transformers", "huggingface_hub", "diffusers", "safetensors", "ipywidgets")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the run's row for CONTRIBUTING's table, and append it to the file that VERSIONS_FILE names."""
+    installed = (next((found.version for found in distributions(name=each)), "none") for each in VERSIONS)
+    stats = terminalreporter.stats
+    results = (f"{len(stats[each])} {each}" for each in ("passed", "failed", "error", "skipped") if stats.get(each))
+    row = f"| {' | '.join([platform.python_version(), *installed, ', '.join(results)])} |"
+    terminalreporter.write_line(row)
+    if file := os.environ.get("VERSIONS_FILE"):
+        with open(file, "a") as rows:
+            print(row, file=rows)
 
 
 @pytest.fixture(params=few_of(KINDS, ("linear", "conv", "embedding", "gpt2")))

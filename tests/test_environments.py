@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
+
+from hotswap_lab.compat import KNOWN
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,6 +22,7 @@ else:
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
+LAB = [*PROJECT["optional-dependencies"]["widgets"], *PROJECT["optional-dependencies"]["lab"]]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -123,6 +127,36 @@ def test_ci_runs_the_very_test_commands_of_readme_and_contributing():
     assert of_ci("long_command") == long
     assert readme_commands()[1].endswith(long.removesuffix(" -m long"))
     assert script.count('eval "$(readme_command)"') == script.count('eval "$(long_command)"') == 1
+
+
+def test_ci_installs_every_floor():
+    """``constraints`` in .ci/run pins what ``package`` installs; one of a package with extras is of no use to it."""
+    extras = [each for name, extra in PROJECT["optional-dependencies"].items() if name != "serve" for each in extra]
+    requirements = [each for each in map(Requirement, PROJECT["dependencies"] + extras) if not each.extras]
+    pinned = [Requirement(line) for line in of_ci("constraints").splitlines()]
+    assert {each.name: str(each.specifier) for each in pinned} == {
+        each.name: f"=={floor_of(each)}" for each in requirements
+    }
+
+
+def floor_of(requirement: Requirement) -> str:
+    (floor,) = (each.version for each in requirement.specifier if each.operator == ">=")
+    return floor
+
+
+def test_the_table_of_versions_goes_from_the_floors_to_the_newest_known():
+    """conftest.py prints its rows. The first has the floors, and the last the newest versions that compat.py knows."""
+    table = re.search(r"^\| Python \| torch .*\n(?:\|.*\n)+", README + CONTRIBUTING, re.MULTILINE).group()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    names, _, oldest, *_, newest = (row[:-1] for row in rows)
+    oldest, newest = (dict(zip(names, map(Version, row), strict=True)) for row in (oldest, newest))
+    floors = {each.name: Version(floor_of(each)) for each in map(Requirement, PROJECT["dependencies"] + LAB)}
+    python = Version(PROJECT["requires-python"].removeprefix(">="))
+    assert {name: oldest[name] for name in names[1:]} == {name: floors[name] for name in names[1:]}
+    assert oldest["Python"].release[:2] == python.release
+    for name, known in KNOWN.items():
+        first, last = map(Version, re.findall(r"[\d.]+", known))
+        assert (first, last.release) == (floors[name], newest[name].release[:2])
 
 
 def test_readme_names_every_notebook_and_only_those():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from multiprocessing.context import get_spawning_popen
 from typing import Any, SupportsIndex
 
@@ -100,17 +100,18 @@ class _Prepared(_ALayer):
     """A mixin for the class of a prepared layer."""
 
     hotswap_original: type
+    scaling: ScalingTable
 
-    @property
-    def scaling(self) -> ScalingTable:
-        if "scaling" not in self.__dict__:  # some methods have none
-            raise AttributeError("scaling")
-        return self.__dict__["scaling"]
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A new table of scalings becomes new values in the old one.
 
-    @scaling.setter
-    def scaling(self, values: Mapping[str, float | torch.Tensor]) -> None:
-        for name, value in values.items():
-            self.__dict__["scaling"][name] = value
+        A property would do, were it not for PyTorch before 2.10, whose compiler takes a property that reads the
+        instance's own entry of the same name for a call of itself.
+        """
+        if name == "scaling":
+            self.scaling.update(value)
+        else:
+            super().__setattr__(name, value)
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> nn.Module:
         """Move scalings to another device or into shared memory, as by ``model.to(...)``, but keep their precision."""

@@ -153,6 +153,12 @@ CONFIGS: dict[str, list[PeftConfig]] = {
 
 
 CONFIGS = {name: configs for name, configs in CONFIGS.items() if None not in configs}
+#: the types that can't compute here: PEFT's PVeRA gives ``randn_like`` a generator, which older PyTorch doesn't take
+BROKEN = []
+try:
+    torch.randn_like(torch.zeros(1), generator=torch.Generator())
+except TypeError:
+    BROKEN = [CONFIGS.pop("PVeRA")[0].peft_type]
 
 
 def kind_for(name: str) -> Kind:

@@ -215,14 +215,14 @@ def peft_keys(component: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha
 def diffusers_keys(component: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
     infix = "lora_linear_layer" if component.startswith("text") else "lora"
     if component == "text_encoder":
-        path = f"text_model.{path}"  # as before transformers 5
+        path = f"text_model.{path.removeprefix('text_model.')}"  # as before a version 5 of transformers
     return {f"{component}.{path}.{infix}.down.weight": a, f"{component}.{path}.{infix}.up.weight": b}
 
 
 def kohya_keys(component: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     if component == "text_encoder":
-        path = f"text_model.{path}"
+        path = f"text_model.{path.removeprefix('text_model.')}"
     name = f"{prefixes[component]}_{path.replace('.', '_')}"
     keys = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
     return keys if alpha is None else {**keys, f"{name}.alpha": torch.tensor(alpha)}
@@ -279,7 +279,9 @@ def assert_like_fresh(pipe, fresh, kind: Kind, name: str = "style") -> None:
     scale = expected.abs().max().item()
     assert (expected - without).abs().max() > 1e-2 * scale, "the LoRA changes next to nothing"
     torch.testing.assert_close(latents(pipe), expected, rtol=0, atol=1e-5 * scale)
-    assert pipe.get_active_adapters() == fresh.get_active_adapters()
+    # older diffusers looks at the denoiser alone, in which a fresh load of a text encoder's LoRA has nothing
+    if active := fresh.get_active_adapters():
+        assert pipe.get_active_adapters() == active
     for component, model in components_of(fresh).items():
         assert_same_component(getattr(pipe, component), model, name)
 
