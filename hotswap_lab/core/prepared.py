@@ -105,7 +105,7 @@ class _Prepared(_ALayer):
     def __setattr__(self, name: str, value: Any) -> None:
         """A new table of scalings becomes new values in the old one.
 
-        A property would do, were it not for PyTorch before 2.10, whose compiler takes a property that reads the
+        A property would do, were it not for PyTorch 2.8 and 2.9, whose compiler takes a property that reads the
         instance's own entry of the same name for a call of itself.
         """
         if name == "scaling":
