@@ -91,12 +91,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=str(error).replace("\n", " ")))
 
 
-#: the columns of CONTRIBUTING's table of versions, between Python's own and the numbers of tests
+#: the columns of README's table of versions, between Python's own and the numbers of tests
 VERSIONS = ("torch", "peft", "transformers", "huggingface_hub", "diffusers", "safetensors", "ipywidgets")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the run's row for CONTRIBUTING's table, and append it to the file that VERSIONS_FILE names."""
+    """Print the run's row for README's table, and append it to the file that VERSIONS_FILE names."""
     installed = (next((found.version for found in distributions(name=each)), "none") for each in VERSIONS)
     stats = terminalreporter.stats
     results = (f"{len(stats[each])} {each}" for each in ("passed", "failed", "error", "skipped") if stats.get(each))

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -279,9 +280,9 @@ def assert_like_fresh(pipe, fresh, kind: Kind, name: str = "style") -> None:
     scale = expected.abs().max().item()
     assert (expected - without).abs().max() > 1e-2 * scale, "the LoRA changes next to nothing"
     torch.testing.assert_close(latents(pipe), expected, rtol=0, atol=1e-5 * scale)
-    # older diffusers looks at the denoiser alone, in which a fresh load of a text encoder's LoRA has nothing
-    if active := fresh.get_active_adapters():
-        assert pipe.get_active_adapters() == active
+    live, active = pipe.get_active_adapters(), fresh.get_active_adapters()
+    # diffusers 0.36 looks at the denoiser alone, in which a fresh load of a text encoder's LoRA has nothing
+    assert live == active or (version("diffusers").startswith("0.36.") and (live, active) == ([name], []))
     for component, model in components_of(fresh).items():
         assert_same_component(getattr(pipe, component), model, name)
 
