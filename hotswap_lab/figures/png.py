@@ -26,10 +26,10 @@ def png(rows: Sequence[Sequence[int]], colors: Sequence[str]) -> bytes:
     )
 
 
-def address(data: bytes, kind: str = "image/png") -> str:
-    """An image as an address that holds all of it.
+def address(data: bytes) -> str:
+    """A PNG as an address that holds all of it.
 
     >>> address(b"...")
     'data:image/png;base64,Li4u'
     """
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"

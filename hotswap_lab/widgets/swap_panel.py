@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import torch
 
 from .. import demo
 from ..core.errors import refuse
 from ..engine import AdapterPool
-from ..figures.png import address
 from ..threads import in_use
 from ..watch import readable
 from .results import Run, answering
@@ -255,8 +255,8 @@ class SwapPanel(WorkingView):
         answers = f'<table style="border-collapse:collapse;margin:4px 0"><tr>{"".join(cards)}</tr></table>'
         self._look()
         # an image, since JupyterLab leaves out drawings in the HTML of a notebook that it does not trust
-        image = address(self.map.figure().svg.encode(), "image/svg+xml")
-        picture = f'<img alt="{escape(self.map)}" src="{image}">' if self.map.tiles else ""
+        image = quote(self.map.figure().svg, safe=" '=:/;+,()")
+        picture = f'<img alt="{escape(self.map)}" src="data:image/svg+xml,{image}">' if self.map.tiles else ""
         return f"<div>{chips}</div>{prompt}{picture}{answers if cards else ''}"
 
     def _build(self) -> list[ipywidgets.Widget]:
