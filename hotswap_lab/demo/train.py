@@ -19,7 +19,7 @@ from . import ADAPTERS_DIR, BASE_DIR, TASKS, Tokenizer, exact_match, load_base, 
 from .tasks import ALPHABET, SEPARATOR
 from .training import Recipe
 
-rounded = functools.partial(Recipe, grid=128)
+rounded: functools.partial[Recipe] = functools.partial(Recipe, grid=128)
 BASE = rounded(1800, lr=2e-3)
 RECIPES = {
     "reverse": rounded(700),
