@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from .. import compat
-from ..pipelines.patching import PEFT
 from ..watch import RecompileWatch, pick_backend
 from .report import Extra
 from .scene import Scene, Way, waiting
 from .timing import in_rounds, measure
-from .ways import disk_way, peft_hotswap_way, peft_load_way, pool_way
+from .ways import PEFT, disk_way, peft_hotswap_way, peft_load_way, pool_way
 
 #: how often a recompile is timed: it takes seconds to minutes
 RECOMPILES = 3
@@ -22,7 +21,7 @@ def measure_compiled(scene: Scene) -> list[Extra]:
     The ways are measured one after the other, since each begins with nothing compiled. The setting of Inductor's cache
     on disk isn't changed. If it is on, a recompile may find the code of an equal graph there and take less time.
     """
-    by_peft = scene.load_prepared(PEFT["prepare_model_for_compiled_hotswap"])
+    by_peft = scene.load_prepared(PEFT.prepare_model_for_compiled_hotswap)
     ways = (
         pool_way(scene),
         disk_way(scene, "hotswap_lab, disk, prepared", scene.load_prepared()),

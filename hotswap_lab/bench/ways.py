@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec, module_from_spec
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from ..engine import hotswap_adapter, hotswap_adapter_from_state_dict
-from ..pipelines.patching import PEFT
 from .report import MEMCPY, PEFT_STATE_DICT, Row
 from .scene import Scene, Way
 from .timing import in_rounds
+
+# a module of its own, whose functions call one another also while ``patch_peft`` has replaced PEFT's
+_SPEC: Any = find_spec("peft.utils.hotswap")
+PEFT: Any = module_from_spec(_SPEC)
+_SPEC.loader.exec_module(PEFT)
 
 
 def peft_load_way(scene: Scene) -> Way:
@@ -42,7 +48,7 @@ def disk_way(
 
 
 def peft_hotswap_way(scene: Scene, name: str = "PEFT hotswap, disk", model: PeftModel | None = None) -> Way:
-    swap, device = PEFT["hotswap_adapter"], scene.settings.device
+    swap, device = PEFT.hotswap_adapter, scene.settings.device
     return disk_way(scene, name, model or scene.load(), swap, torch_device=device)
 
 
@@ -57,7 +63,7 @@ def state_dict_way(scene: Scene, name: str, model: PeftModel, swap: Callable[...
 
 
 def peft_state_dict_way(scene: Scene) -> Way:
-    return state_dict_way(scene, PEFT_STATE_DICT, scene.load(), PEFT["hotswap_adapter_from_state_dict"])
+    return state_dict_way(scene, PEFT_STATE_DICT, scene.load(), PEFT.hotswap_adapter_from_state_dict)
 
 
 def pool_way(scene: Scene) -> Way:

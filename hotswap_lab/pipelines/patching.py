@@ -16,8 +16,8 @@ from .. import compat
 from ..core import prepare, swap
 from ..core.engine import Engine
 
-#: PEFT's own functions, whether or not they are replaced at the moment
-PEFT: Mapping[str, Callable[..., Any]] = {
+# PEFT's and transformers' own, whether or not they are replaced at the moment
+THEIRS: Mapping[str, Callable[..., Any]] = {
     name: getattr(peft_hotswap, name)
     for name in (
         "hotswap_adapter",
@@ -83,14 +83,14 @@ def patch_peft(engine: Engine) -> Patch:
     """
     patch = Patch()
     ours: dict[Callable[..., Any], Callable[..., Any]] = {
-        PEFT["hotswap_adapter"]: MethodType(swap.hotswap_adapter, engine),
-        PEFT["hotswap_adapter_from_state_dict"]: MethodType(swap.hotswap_adapter_from_state_dict, engine),
-        PEFT["prepare_model_for_compiled_hotswap"]: MethodType(prepare.prepare_model_for_compiled_hotswap, engine),
-        PEFT["check_hotswap_configs_compatible"]: check_hotswap_configs_compatible,
+        THEIRS["hotswap_adapter"]: MethodType(swap.hotswap_adapter, engine),
+        THEIRS["hotswap_adapter_from_state_dict"]: MethodType(swap.hotswap_adapter_from_state_dict, engine),
+        THEIRS["prepare_model_for_compiled_hotswap"]: MethodType(prepare.prepare_model_for_compiled_hotswap, engine),
+        THEIRS["check_hotswap_configs_compatible"]: check_hotswap_configs_compatible,
     }
     by_id = {id(theirs): function for theirs, function in ours.items()}
     for name, module in list(sys.modules.items()):
-        # the package itself keeps PEFT's functions, to measure them
+        # the package itself keeps them
         if name.partition(".")[0] != __name__.partition(".")[0]:
             for attribute, value in list(getattr(module, "__dict__", {}).items()):
                 if id(value) in by_id:

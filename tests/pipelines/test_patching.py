@@ -29,8 +29,7 @@ from transformers.integrations import PeftAdapterMixin
 
 import hotswap_lab
 from hotswap_lab import HotswapError, RecompileWatch, patch_peft
-from hotswap_lab.bench import ways
-from hotswap_lab.pipelines.patching import PEFT
+from hotswap_lab.bench.compare import compare
 
 LLAMA = KINDS["llama"]
 FUNCTIONS = ("hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap")
@@ -91,12 +90,15 @@ def test_the_inner_one_leaves_the_outer_one_in_place():
         with pytest.raises(ZeroDivisionError), patch_peft():
             raise ZeroDivisionError
         assert peft.utils.hotswap.hotswap_adapter == hotswap_lab.hotswap_adapter
-    assert peft.utils.hotswap.hotswap_adapter is PEFT["hotswap_adapter"]
+    assert peft.utils.hotswap.hotswap_adapter.__module__ == "peft.utils.hotswap"
 
 
 def test_measurements_still_measure_peft():
+    """PEFT's function calls others of its module, which are replaced: it would not refuse anything then."""
     with patch_peft():
-        assert ways.PEFT["hotswap_adapter"].__module__ == "peft.utils.hotswap"
+        _, (ours, theirs, _) = compare("sort", "cab", 2)
+    assert (ours.state, theirs.state) == ("right", "refused")
+    assert theirs.note.startswith("Configs are incompatible")
 
 
 def test_a_swap_through_pefts_name(family):
