@@ -22,7 +22,6 @@ else:
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
-LAB = [*PROJECT["optional-dependencies"]["widgets"], *PROJECT["optional-dependencies"]["lab"]]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -150,7 +149,8 @@ def test_the_table_of_versions_goes_from_the_floors_to_the_newest_known():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     names, _, oldest, *_, newest = (row[:-1] for row in rows)
     oldest, newest = (dict(zip(names, map(Version, row), strict=True)) for row in (oldest, newest))
-    floors = {each.name: Version(floor_of(each)) for each in map(Requirement, PROJECT["dependencies"] + LAB)}
+    lab = map(Requirement, (f"{name}{specifier}" for name, specifier in pip_packages("lab").items()))
+    floors = {each.name: Version(floor_of(each)) for each in lab}
     python = Version(PROJECT["requires-python"].removeprefix(">="))
     assert {name: oldest[name] for name in names[1:]} == {name: floors[name] for name in names[1:]}
     assert oldest["Python"].release[:2] == python.release
