@@ -16,16 +16,19 @@ from .. import compat
 from ..core import prepare, swap
 from ..core.engine import Engine
 
-# PEFT's and transformers' own, whether or not they are replaced at the moment
-THEIRS: Mapping[str, Callable[..., Any]] = {
-    name: getattr(peft_hotswap, name)
-    for name in (
-        "hotswap_adapter",
-        "hotswap_adapter_from_state_dict",
-        "prepare_model_for_compiled_hotswap",
-        "check_hotswap_configs_compatible",
-    )
+
+def check_hotswap_configs_compatible(engine: Engine, config0: object, config1: object) -> None:
+    """Accept any two configs: whether a swap can be right is decided by its plan, which sees the tensors too."""
+
+
+OURS: Mapping[str, Callable[..., Any]] = {
+    "hotswap_adapter": swap.hotswap_adapter,
+    "hotswap_adapter_from_state_dict": swap.hotswap_adapter_from_state_dict,
+    "prepare_model_for_compiled_hotswap": prepare.prepare_model_for_compiled_hotswap,
+    "check_hotswap_configs_compatible": check_hotswap_configs_compatible,
 }
+# read on import, since they are replaced later
+THEIRS: Mapping[str, Callable[..., Any]] = {name: getattr(peft_hotswap, name) for name in OURS}
 LOAD_ADAPTER: Callable[..., Any] = PeftAdapterMixin.load_adapter
 
 
@@ -82,13 +85,7 @@ def patch_peft(engine: Engine) -> Patch:
     itself; :func:`hotswap_lab.hotswap_pipeline` swaps them.
     """
     patch = Patch()
-    ours: dict[Callable[..., Any], Callable[..., Any]] = {
-        THEIRS["hotswap_adapter"]: MethodType(swap.hotswap_adapter, engine),
-        THEIRS["hotswap_adapter_from_state_dict"]: MethodType(swap.hotswap_adapter_from_state_dict, engine),
-        THEIRS["prepare_model_for_compiled_hotswap"]: MethodType(prepare.prepare_model_for_compiled_hotswap, engine),
-        THEIRS["check_hotswap_configs_compatible"]: check_hotswap_configs_compatible,
-    }
-    by_id = {id(theirs): function for theirs, function in ours.items()}
+    by_id = {id(THEIRS[name]): MethodType(function, engine) for name, function in OURS.items()}
     for name, module in list(sys.modules.items()):
         # the package itself keeps them
         if name.partition(".")[0] != __name__.partition(".")[0]:
@@ -98,10 +95,6 @@ def patch_peft(engine: Engine) -> Patch:
     if PeftAdapterMixin.load_adapter is LOAD_ADAPTER:
         patch.replace(PeftAdapterMixin, "load_adapter", _load_adapter(engine))
     return patch
-
-
-def check_hotswap_configs_compatible(config0: object, config1: object) -> None:
-    """Accept any two configs: whether a swap can be right is decided by its plan, which sees the tensors too."""
 
 
 def _load_adapter(engine: Engine) -> Callable[..., Any]:
