@@ -25,7 +25,7 @@ from ..core.prepared import is_padded
 from ..core.slot import change_of
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
-from .base_values import LOST, ORIGINALS, change_base_values, given_up, kept_originals, lost_originals
+from .base_values import LOST, ORIGINALS, change_base_values, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
@@ -87,7 +87,7 @@ def take_base_weights(plan: Plan) -> None:
 def plan_another_form(plan: Plan) -> Plan | None:
     """Plan the swap with a fresh load if layers get other tensors, or if the adapter is removed from layers."""
     is_free = not plan.compiled and not plan.is_prepared and not plan.refusals
-    if changes_form(plan) or (is_free and given_up(plan)):
+    if changes_form(plan):
         return plan_with_fresh_load(_afresh(plan))
     if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(_afresh(plan))).ok:
         return other

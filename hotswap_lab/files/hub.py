@@ -76,7 +76,7 @@ def _cause(error: Exception) -> Exception:
 
 def _advice(error: Exception) -> str | None:
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return "check `subfolder`; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline"
+        return "check `subfolder`"
     if constants.HF_HUB_OFFLINE and isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return "unset HF_HUB_OFFLINE and restart, so that it can be downloaded, or pass a folder that has it"
     return None
