@@ -148,30 +148,41 @@ def test_a_proof_holds_for_one_kind_of_input(tmp_path):
     ("proven", "mixed"),
     [((True,), (False,)), (("apart",), ("mixed",)), ((None,), ("mixed",)), ((), ("mixed",)), ((None,), (False,))],
 )
-def test_a_proof_holds_for_one_value_of_a_flag(tmp_path, ways, proven, mixed):
+def test_a_proof_holds_for_one_value_of_a_flag(tmp_path, proven, mixed):
     """A flag, a string, or None may choose another path through a model."""
     kind = Kind(Moody, lambda: torch.randn(4, 4, 6), ("first", "last"))
     pool, folders = pool_for(kind, tmp_path)
-    truth = Truth(kind, folders, kind.inputs())
-    pool.assign(["a", "b", None, "a"])
-    compute = ways(pool.model)
+    truth, wanted = Truth(kind, folders, kind.inputs()), ["a", "b", None, "a"]
+    pool.assign(wanted)
     with torch.no_grad():
         for _ in range(2):
-            truth.check(compute(truth.inputs, *proven), ["a", "b", None, "a"])
-            truth.check(compute(truth.inputs, *proven, is_mixed=False), ["a", "b", None, "a"])
-            refused("different adapters at", compute, truth.inputs, *mixed)
-            refused("different adapters at", compute, truth.inputs, *proven, is_mixed=True)
+            truth.check(pool.model(truth.inputs, *proven), wanted)
+            truth.check(pool.model(truth.inputs, *proven, is_mixed=False), wanted)
+            refused("different adapters at", pool.model, truth.inputs, *mixed)
+            refused("different adapters at", pool.model, truth.inputs, *proven, is_mixed=True)
 
 
-def test_a_proof_holds_for_one_number_of_axes(tmp_path, ways):
+def test_a_graph_knows_the_flags_of_its_proof(tmp_path, fresh_compiler):
+    kind = Kind(Moody, lambda: torch.randn(4, 4, 6), ("first", "last"))
+    pool, folders = pool_for(kind, tmp_path)
+    truth, wanted = Truth(kind, folders, kind.inputs()), ["a", "b", None, "a"]
+    pool.assign(wanted)
+    compiled = torch.compile(pool.model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        refused("different adapters at", compiled, truth.inputs, is_mixed=True)
+        truth.check(compiled(truth.inputs, is_mixed=False), wanted)
+        truth.check(pool.model(truth.inputs, None), wanted)
+        refused("different adapters at", compiled, truth.inputs, "mixed")
+
+
+def test_a_proof_holds_for_one_number_of_axes(tmp_path):
     kind = Kind(Moody, lambda: torch.randn(4, 4, 6), ("first", "last"))
     pool, folders = pool_for(kind, tmp_path)
     truth = Truth(kind, folders, kind.inputs())
     pool.assign(["a", "b", None, "a"])
-    compute = ways(pool.model)
     for _ in range(2):
-        truth.check(call(compute, truth.inputs), ["a", "b", None, "a"])
-        refused("different adapters at", call, compute, truth.inputs[:, 0])
+        truth.check(call(pool.model, truth.inputs), ["a", "b", None, "a"])
+        refused("different adapters at", call, pool.model, truth.inputs[:, 0])
 
 
 def lengths_as(form: str, lengths: list[int], longest: int) -> torch.Tensor:
