@@ -71,9 +71,9 @@ class Request:
     """A prompt, or the messages of a chat; the share of each adapter, none for the base model; and how to answer.
 
     ``temperature`` 0 takes the most probable token each time. Otherwise one is drawn from the most probable tokens that
-    together have the probability ``top_p`` (at least one), with the random numbers of ``seed``. The answer ends before the first of
-    the ``stop`` strings. ``logprobs`` asks for the log probability of each token, and for that many of the most
-    probable ones at its place. An answer that is not streamed is one piece.
+    together have the probability ``top_p``, at least from one, with the random numbers of ``seed``. The answer ends
+    before the first of the ``stop`` strings. ``logprobs`` asks for the log probability of each token, and for that many
+    of the most probable ones at its place. An answer that is not streamed is one piece.
     """
 
     prompt: str | Sequence[Mapping[str, str]]

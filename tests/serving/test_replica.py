@@ -294,6 +294,7 @@ LONG_ROPE = dict(
         ("Phi3", LONG_ROPE | dict(original_max_position_embeddings=32), False),
         ("Llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)), True),
         ("Mamba", dict(state_size=8), False),
+        ("Rwkv", {}, False),  # which would read the padding of a batch
     ],
 )
 def test_models_of_ones_own(tmp_path, kind, more, in_rows):
@@ -386,7 +387,7 @@ def test_a_row_without_numbers_fails_alone_and_leaves_none_behind(served):
 
 @pytest.mark.parametrize("has_gone", [False, True])
 def test_no_trace_of_a_row_without_numbers_in_a_shorter_request_next_to_a_longer_one(served, monkeypatch, has_gone):
-    """NaN at places after its end, where it looks with a weight of 0; also if the client had gone before it was seen."""
+    """NaN at places after its end, which it reads with weight 0; also if the client had gone before it was noticed."""
     replica = served.replicas[0]
     shares, take = {served.table.versions["shout"]: 1e30}, replica._take
 
