@@ -327,6 +327,26 @@ def test_models_of_ones_own(tmp_path, kind, more, in_rows):
         refused("can't be compiled for rows", Replica, model, replica.tokenizer, versions, Options(compile=True))
 
 
+def test_a_long_prompt_changes_no_angles_of_a_short_one(tmp_path):
+    load, versions, replica = little("Phi3", tmp_path, **LONG_ROPE, original_max_position_embeddings=32)
+    model = PeftModel.from_pretrained(load(), versions[0].path)
+
+    def expected(word):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([replica.tokenizer(word)["input_ids"]])).logits[0, -1]
+        return pytest.approx(float(logits.log_softmax(-1).max()), abs=1e-5)
+
+    async def logprob(word):
+        request = Request(word, {versions[0]: 1.0}, max_tokens=1, logprobs=0)
+        return [piece.tokens[0].logprob async for piece in replica.answer(request)][0]
+
+    async def ask_both():
+        return await asyncio.gather(logprob("hotswapadapters>"), logprob("notebook" * 6))
+
+    assert asyncio.run(logprob("hotswapadapters>")) == expected("hotswapadapters>")
+    assert asyncio.run(ask_both()) == [expected("hotswapadapters>"), expected("notebook" * 6)]
+
+
 def test_who_goes_away_stops_the_computing(served):
     replica = served.replicas[0]
     before = replica.counts["tokens"]
