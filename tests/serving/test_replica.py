@@ -338,7 +338,8 @@ def test_a_long_prompt_changes_no_angles_of_a_short_one(tmp_path):
 
     async def logprob(word):
         request = Request(word, {versions[0]: 1.0}, max_tokens=1, logprobs=0)
-        return [piece.tokens[0].logprob async for piece in replica.answer(request)][0]
+        (piece,) = [piece async for piece in replica.answer(request)]
+        return piece.tokens[0].logprob
 
     async def ask_both():
         return await asyncio.gather(logprob("hotswapadapters>"), logprob("notebook" * 6))
