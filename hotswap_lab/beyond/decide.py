@@ -244,7 +244,7 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
     graft.base = change_base_values(plan, fresh.base_values, live)
     paths = [path for path in live if path.endswith("bias") or path in fresh.base_values]
     changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]
-    graft.requires_grad = [(live[path], twins[path].requires_grad) for path in changed]
+    graft.requires_grad += [(live[path], twins[path].requires_grad) for path in changed]
     return graft, None if plan.refusals else find_targets(slot, adapter, fresh, graft)
 
 
