@@ -364,7 +364,7 @@ class _Comparison:
                 self._put_new(table, key, fresh, path)
         elif isinstance(live, torch.Tensor) and live.ndim == 0 and isinstance(fresh, (int, float)):
             if float(live) != fresh:
-                self.graft.copies.append((live, torch.tensor(fresh, dtype=torch.float64)))
+                self.graft.copies.append((live, torch.tensor(fresh, dtype=torch.float64, device="cpu")))
         elif not self._are_equal(live, fresh):
             self._put(table, key, fresh, path)
 
