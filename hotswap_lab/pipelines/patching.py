@@ -139,8 +139,8 @@ def patch_peft(engine: Engine) -> Patch:
     -----
     transformers 5 has its own hotswap, which refuses another rank, keeps the old scaling, and never makes the room that
     ``enable_peft_hotswap`` asks for: ``load_adapter`` of its models is replaced as well. If that room is too small, the
-    error comes after the first adapter was loaded, and it stays loaded. diffusers refuses LoRAs of text encoders by
-    itself; :func:`hotswap_lab.hotswap_pipeline` swaps them.
+    error comes after the first adapter was loaded, and it stays loaded. In diffusers, a file with a text encoder's LoRA
+    is swapped too, unless weights are offloaded.
     """
     patch = Patch(engine)
     _active.append(patch)
