@@ -59,7 +59,8 @@ class WorkingView(View):
 
     :meth:`_run` runs a job in the caller's thread, so that Jupyter's interrupt stops it. :meth:`_start` runs it in a
     thread of its own, so that the next cell doesn't wait for it. A job calls :meth:`_check` now and then, which raises
-    :class:`Stopped` if :meth:`stop` was called. A widget's main job is its ``_work``.
+    :class:`Stopped` if :meth:`stop` was called. A widget's main job is its ``_work``. Clicks start jobs by
+    :meth:`_come`. These compute in the modes (gradients, inference) of the cell that made the widget.
 
     >>> view = WorkingView()
     >>> view._run(lambda: 1 + 1)
@@ -81,7 +82,12 @@ class WorkingView(View):
     def __new__(cls, *args: object, **options: object) -> WorkingView:
         self = super().__new__(cls)
         self._lock = threading.Lock()
+        # A compiled model recompiles for other modes. Each thread has its own, and a click may come in any thread.
+        self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self._stopped = False
+        #: the click that is being carried out, and a click that waits, with its job
+        self._present: str | None = None
+        self._next: tuple[str, Callable[[], object]] | None = None
         #: the thread of the last job that was started
         self._thread: threading.Thread | None = None
         self._shown = 0.0
@@ -112,14 +118,15 @@ class WorkingView(View):
         return self._run(self._work)
 
     def start(self) -> None:
-        """Start the widget's main job in a thread of its own, as its button does."""
-        self._start(self._work)
+        """Start the widget's main job in a thread of its own, as its button does. It waits for a running one to end."""
+        self._come("run", self._work)
 
     def _work(self) -> object:
         raise NotImplementedError
 
     def stop(self) -> None:
-        """End the running job as soon as possible. The answer so far is kept."""
+        """End the running job as soon as possible, and cancel a click that waits. The answer so far is kept."""
+        self._next = None
         self._stopped = True
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -148,8 +155,7 @@ class WorkingView(View):
 
     def _start(self, job: Callable[[], object]) -> bool:
         """Start a job in a thread of its own, unless one is running. Returns whether it was started."""
-        # grad mode is set for each thread, and a compiled model would be recompiled for another mode
-        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        grad, inference = self._modes
 
         def in_the_same_modes() -> None:
             try:
@@ -189,8 +195,27 @@ class WorkingView(View):
         return result
 
     def _ended(self) -> None:
-        """Update the live form after each job."""
-        self._changed()
+        """Go on with the click that waits, or update the live form."""
+        self._present = None
+        if self._next is None or not self._start(self._carry_out):
+            self._changed()
+
+    def _come(self, what: str, job: Callable[[], object]) -> None:
+        """Carry out a click, now or when the running job has ended. ``what`` describes it in the status line.
+
+        If several wait, the last one counts. Controls that call this stay enabled and in place meanwhile. Otherwise a
+        click would be lost if they changed between pressing and releasing the mouse, and so would the keyboard's focus.
+        """
+        self._next = what, job
+        if not self._start(self._carry_out):
+            if what == self._present:  # a double click
+                self._next = None
+            self._changed()
+
+    def _carry_out(self) -> None:
+        if (waiting := self._next) is not None:
+            self._present, self._next = waiting[0], None
+            waiting[1]()
 
     # ---- for jobs
 
@@ -246,7 +271,8 @@ class WorkingView(View):
 
     def _state(self) -> str:
         """The text of the status line."""
-        return f"busy: {self.doing}" if self.busy else "ready"
+        waiting = self._next
+        return (f"busy: {self.doing}" + (f"; then {waiting[0]}" if waiting else "")) if self.busy else "ready"
 
     def _refresh(self) -> None:
         super()._refresh()

@@ -199,8 +199,10 @@ def test_one_prompt_for_all_and_colors_where_it_differs():
     lattice = lattice_of("model", generate)
     lattice.run()
     assert lattice.answers["pig_latin"] == {0: WORD, 0.5: WORD, 1: WORD.upper()}
-    colors = [cell_of(lattice, *cell).style.button_color for cell in itertools.product(NAMES, STRENGTHS)]
-    assert colors == [None] * 5 + [light("pig_latin")]
+    color = f"hotswap-{light('pig_latin')[1:]}"
+    colors = [cell_of(lattice, *cell)._dom_classes[1:] for cell in itertools.product(NAMES, STRENGTHS)]
+    assert colors == [()] * 5 + [(color,)]
+    assert f".{color} {{ background: {light('pig_latin')}" in lattice._colors.value
     assert lattice.to_html().count(f"background:{light('pig_latin')}") == 2  # the row's name, and one cell
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -77,10 +79,18 @@ except ImportError as error:
     assert done.stdout.endswith(': pip install "hotswap_lab[widgets]"\n')
 
 
-def test_work_has_the_modes_of_who_started_it():
-    modes, work = [], WorkingView()
-    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        with mode():
-            work._start(lambda: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
-            work.wait(30)
-    assert modes == [(False, False), (False, True), (True, False)]
+@pytest.mark.parametrize("modes", [(False, False), (False, True), (True, False)])
+def test_a_click_has_the_modes_of_the_cell_that_made_the_widget(modes):
+    """A kernel may deliver a click in any thread, where gradients are on, and a compiled model would recompile."""
+    grad, inference = modes
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        work = WorkingView()
+    found = []
+    click = partial(work._start, lambda: found.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
+    for turn_off in (torch.enable_grad, torch.no_grad):
+        with turn_off(), ThreadPoolExecutor(1) as subshell:
+            click()
+            assert work.wait(30)
+            subshell.submit(click).result()
+            assert work.wait(30)
+    assert found == [modes] * 4
