@@ -13,6 +13,7 @@ import torch
 from ..core.compiled import compiled_in
 from ..core.errors import refuse
 from ..engine import AdapterPool
+from ..figures.latency import timeline
 from ..threads import in_use
 from ..watch import RecompileWatch
 from .switch import switch_for, whereabouts
@@ -145,8 +146,6 @@ class RecompileMeter(WorkingView):
 
     def figure(self) -> Figure | None:
         """A picture of the last calls' latency, on a logarithmic scale. Its text form has the numbers."""
-        from ..lessons.compiling import timeline
-
         if not self.watch.calls:
             return None
         last = SimpleNamespace(calls=self.watch.calls[-SHOWN:], summary=self.watch.summary)

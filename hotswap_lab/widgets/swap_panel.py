@@ -13,8 +13,8 @@ import torch
 from .. import demo
 from ..core.errors import refuse
 from ..engine import AdapterPool
+from ..figures.latency import readable
 from ..threads import in_use
-from ..watch import readable
 from .results import Run, answering
 from .switch import demo_pool, strength_of, switch_for, whereabouts
 from .text import text_stream

@@ -15,8 +15,8 @@ import torch
 
 from ..core.errors import refuse
 from ..core.journal import interrupts_held
+from ..figures.latency import readable
 from ..threads import ModelInUseError, waiting_at_most
-from ..watch import readable
 from .clicks import Clicks, keep_apart_from_cells
 from .view import View, escape
 
