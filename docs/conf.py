@@ -27,7 +27,7 @@ OTHERS = """
     ahead.AheadModel bench.report.Extra bench.report.Size bench.report.Start bench.timing.Timing core.errors.Refusal
     core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile files.search.FoundAdapter
     files.search.FoundAdapters pipelines.patching.Patch pools.adapter_pool.Block pools.rows.Row serving.replica.Token
-    serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.plan_view.PlanRow widgets.results.Run
+    serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.results.Run
     widgets.text.text_stream
 """
 #: parts of the engine, which notebooks/engine.ipynb explains

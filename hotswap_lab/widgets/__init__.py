@@ -24,7 +24,6 @@ widget.
 
 from __future__ import annotations
 
-from .plan_view import PlanView
 from .rank_padding_view import RankPaddingView
 from .recompile_meter import RecompileMeter
 from .replica_panel import ReplicaPanel
@@ -35,7 +34,6 @@ from .view import View
 from .weight_map import WeightMap
 
 __all__ = [
-    "PlanView",
     "RankPaddingView",
     "RecompileMeter",
     "ReplicaPanel",

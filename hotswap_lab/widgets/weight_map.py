@@ -157,8 +157,9 @@ class WeightMap(WorkingView):
         return drawn(self.tiles, self.name, self.strength, self.shown, self.counts, str(self))
 
     def _controls(self) -> list[ipywidgets.Widget]:
-        swap = self._button("Swap the next adapter in", "and paint what it changes", self.start, button_style="primary")
-        self._with_stop()  # the button stays enabled
+        self._with_stop()  # of no other control, since the button stays enabled
+        label, tooltip = "Swap the next adapter in", "and paint what it changes"
+        swap = self._button(label, tooltip, self.start, each_counts=True, button_style="primary")
         return [swap] if self._switch else []
 
 

@@ -249,16 +249,18 @@ class WorkingView(View):
 
     # ---- the live form
 
-    def _button(self, label: str, tooltip: str, act: Callable[[], object], **options: object) -> ipywidgets.Button:
+    def _button(
+        self, label: str, tooltip: str, act: Callable[[], object], each_counts: bool = False, **options: object
+    ) -> ipywidgets.Button:
         import ipywidgets
 
         button = ipywidgets.Button(description=label, tooltip=tooltip, **options)
-        button.on_click(lambda _: self._clicked(act))
+        button.on_click(lambda _: self._clicked(act, each_counts))
         return button
 
-    def _clicked(self, act: Callable[[], object]) -> None:
+    def _clicked(self, act: Callable[[], object], each_counts: bool = False) -> None:
         """Handle a click by calling ``act``, which must be quick, unless a later click was handled before."""
-        if self._clicks.take(act):
+        if self._clicks.take(act, each_counts):
             keep_apart_from_cells(self.box)
         else:
             self._changed()  # moves a slider back

@@ -18,7 +18,6 @@ CELLS = {
     "from hotswap_lab.widgets import *\n\nbegin()",
     "swap_panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.choose('pig_latin')\npanel",
     "weight_map": "map = WeightMap.demo()\nmap.swap('pig_latin')\nmap",
-    "plan_view": "PlanView(demo.load('pig_latin')[0], demo.adapter_path('sort'))",
     "rank_padding_view": "RankPaddingView(target_rank=24)",
     "recompile_meter": "import torch, warnings\n\nwarnings.simplefilter('ignore')\nmodel, _ = demo.load('reverse')\n"
     "meter = RecompileMeter(torch.compile(model, backend='eager', dynamic=False), "

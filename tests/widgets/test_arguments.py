@@ -6,8 +6,8 @@ import pytest
 import torch
 from refusals import refused
 
-from hotswap_lab import AdapterPool, HotswapError, demo, plan_hotswap
-from hotswap_lab.widgets import PlanView, RecompileMeter, StrengthLattice, SwapPanel
+from hotswap_lab import AdapterPool, HotswapError, demo
+from hotswap_lab.widgets import RecompileMeter, StrengthLattice, SwapPanel
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +41,6 @@ def test_adapters_need_names(loaded, adapters):
 def test_a_pool_has_its_adapters(pool, loaded):
     refused("not both", SwapPanel, pool, tokenizer=loaded[1], adapters=FOLDERS)
     refused("not both", RecompileMeter, pool.model, pool=pool, adapters=FOLDERS)
-
-
-def test_a_plan_is_for_one_adapter(loaded):
-    plan = plan_hotswap(loaded[0], FOLDERS["sort"])
-    refused("for one adapter already", PlanView, plan, FOLDERS["reverse"])
-    refused("no plan to show", PlanView, loaded[0])
-    view = PlanView(plan)
-    view.search = None
-    assert len(view.rows) == len(plan.layers)
 
 
 def test_a_template_has_a_place_for_the_prompt(pool, loaded):

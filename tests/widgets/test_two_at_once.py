@@ -182,6 +182,9 @@ def test_a_click_that_comes_late_does_not_count(monkeypatch):
         monkeypatch.setattr("hotswap_lab.widgets.clicks._made", lambda s=second, w=what: (w[:5] == "other", moments[s]))
         assert clicks.take(lambda what=what: taken.append(what)) == (what != "late")
     assert taken == ["a", "b", "same moment", "other page", "cell"]
+    monkeypatch.setattr("hotswap_lab.widgets.clicks._made", lambda: (False, moments[2]))
+    assert clicks.take(lambda: taken.append("one of many"), each_counts=True)
+    assert taken[-1] == "one of many"
 
 
 # ---- a swap while something computes
