@@ -150,8 +150,7 @@ class WorkingView(View):
             return self._do(job)
         finally:
             if mine:
-                self._lock.release()
-                self._ended()
+                self._free()
 
     def _start(self, job: Callable[[], object]) -> bool:
         """Start a job in a thread of its own, unless one is running. Returns whether it was started."""
@@ -163,8 +162,7 @@ class WorkingView(View):
                 with torch.inference_mode(inference), torch.set_grad_enabled(grad), contextlib.suppress(Exception):
                     self._do(job)
             finally:
-                self._lock.release()
-                self._ended()
+                self._free()
 
         context = contextvars.copy_context()
         # a daemon thread, so that a job that hangs doesn't keep the kernel alive
@@ -194,9 +192,10 @@ class WorkingView(View):
         self.error = None
         return result
 
-    def _ended(self) -> None:
-        """Go on with the click that waits, or update the live form."""
-        self._present = None
+    def _free(self) -> None:
+        """Let the next job begin: that of the click that waits. If there is none, update the live form."""
+        self._present = None  # before the release, since another click may begin at once
+        self._lock.release()
         if self._next is None or not self._start(self._carry_out):
             self._changed()
 

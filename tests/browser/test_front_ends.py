@@ -435,12 +435,12 @@ def test_clicks_recompile_nothing_and_name_color_and_answer_belong_together(new_
             assert all(answer == answer_of(name) for answer in re.findall(f">{WORD} → ([^<]*)<", html))
     assert len({str(drawn) for drawn in tiles.values()}) == len(tiles) == 3
     answers = {
-        re.search(r"</strong>: (no adapter|\w+)<.*pre-wrap.>([^<]*)<", html).groups()
+        re.search(r'</strong>: (no adapter|\w+)<.*pre-wrap">([^<]*)<', html).groups()
         for html in noted["answer"]
         if "pre-wrap" in html
     }
     rows = {
-        re.search(r"background:(#\w+)\W+(no adapter|\w+)<.*pre-wrap\W+([^<]*)<", html).groups() for html in noted["row"]
+        re.search(r'background:(#\w+)">(no adapter|\w+)<.*pre-wrap">([^<]*)<', html).groups() for html in noted["row"]
     }
     assert all(answer_of(name).startswith(answer) for name, answer in answers)
     assert all(color == light(None if name == "no adapter" else name) for color, name, _ in rows)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+import time
 
 import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hotswap_lab import AdapterPool, demo, hotswap_adapter, prepare_model_for_compiled_hotswap, set_strength
+from hotswap_lab import AdapterPool, demo, hotswap_adapter, in_use, prepare_model_for_compiled_hotswap, set_strength
 from hotswap_lab.demo import digits
 from hotswap_lab.figures.palette import adapter_color
 from hotswap_lab.figures.tiles import CELLS, Counts, split
@@ -169,6 +170,34 @@ def test_other_methods(method):
         assert map.tiles[0].cells.square().mean() == pytest.approx(
             layer.get_delta_weight("default").square().mean().item(), rel=0.05
         )
+
+
+def test_a_click_between_two_jobs_counts():
+    """It begins at once, while the thread of the last job has not quite ended."""
+    map, entered, leave = WeightMap.demo(), threading.Event(), threading.Event()
+    names, lock, good = demo.adapter_names(), map._lock, map.answer
+    button, at = map.box.children[2], demo.adapter_names().index("reverse")
+
+    class ClickAtTheEnd:
+        acquire, locked = lock.acquire, lock.locked
+
+        def release(self):
+            map._lock = lock
+            lock.release()
+            button.click()
+            while map._present != names[(at + 2) % 8]:
+                time.sleep(0.01)
+
+    map._lock, map.answer = ClickAtTheEnd(), lambda: (entered.set(), leave.wait(60)) and good()
+    button.click()
+    assert entered.wait(60)
+    first = map._thread
+    with in_use(map.model):
+        leave.set()
+        first.join(60)
+        button.click()
+    assert map.wait(60)
+    assert map.name == names[(at + 3) % 8]
 
 
 def test_convolutions_and_many_layers():
