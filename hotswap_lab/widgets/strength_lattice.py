@@ -31,7 +31,7 @@ MARK = "● "
 SHOWN = 24
 STYLE = """.hotswap-live .hotswap-cell.jupyter-button { min-width: 0; padding: 0 2px; font-size: 12px; white-space: pre;
   border: 2px solid transparent }
-.hotswap-live .hotswap-cell.hotswap-here { border-color: currentColor }
+.hotswap-live .hotswap-cell.hotswap-here { border-color: var(--jp-ui-font-color1, currentColor) }
 """
 COLOR = ".hotswap-live .hotswap-cell.{} {{ background: {}; color: {} }}"
 
