@@ -25,9 +25,9 @@ MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.train demo.voices
 #: other names in the signatures and docstrings of these; Sphinx warns if one is missing here
 OTHERS = """
     ahead.AheadModel bench.report.Extra bench.report.Size bench.report.Start bench.timing.Timing core.errors.Refusal
-    core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile
-    pipelines.patching.Patch pools.adapter_pool.Block pools.rows.Row serving.replica.Token
-    serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.plan_view.PlanRow widgets.results.Run
+    core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile pipelines.patching.Patch
+    pools.adapter_pool.Block pools.rows.Row serving.replica.Token serving.table.UnknownAdapterError watch.Call
+    watch.Compilation widgets.results.Run
     widgets.text.text_stream
 """
 #: parts of the engine, which notebooks/engine.ipynb explains

@@ -232,15 +232,6 @@ def _readable(text: str) -> str:
     return re.sub(r"\b(?:self|L\['self'\])\.", "", text)
 
 
-def readable(seconds: float) -> str:
-    """A time in the unit that fits.
-
-    >>> readable(2.0), readable(0.0123), readable(0.0000456)
-    ('2 s', '12.3 ms', '0.0456 ms')
-    """
-    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
-
-
 # ---- which backend works
 
 

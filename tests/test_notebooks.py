@@ -13,6 +13,7 @@ import pytest
 from exercises import assert_is_svg
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from hotswap_lab import figures
 from hotswap_lab.figures.palette import OFF
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -23,6 +24,8 @@ NOTEBOOKS = sorted(path for path in FOLDER.rglob("*.ipynb") if ".ipynb_checkpoin
 SECTIONS = ["Predict", "Run", "Read the result", "Check", "Exercise", "Take away", "Next"]
 #: cells that show a widget, whose picture has another text
 OTHER_PICTURES = ("meter",)
+#: images in HTML, in two formats
+IMAGES = ("svg+xml,<svg fill='%23aaa'/>", "png;base64,abc", "png;base64,xyz")
 #: the share of cells whose output may differ from run to run
 MAX_IGNORED = 0.15
 
@@ -121,3 +124,23 @@ def test_the_first_code_cell_is_for_colab_and_does_nothing_elsewhere(notebook):
     )
     assert re.search(install, first.source)
     assert first.outputs == []
+
+
+def test_ignored_cells_have_a_structure():
+    """A stored picture may have other numbers than a new one, but not other shapes or colors."""
+    structure = runpy.run_path(str(FOLDER / "conftest.py"))["structure"]
+
+    def of(mime, content):
+        return structure([{"data": {mime: content, "text/plain": ""}}])
+
+    def bars(*values, **options):
+        return of("image/svg+xml", figures.bars("time", dict(zip("abcdef", values, strict=False)), "ms", **options).svg)
+
+    assert bars(1, 2) == bars(3.5, 200, 17)
+    assert bars(1, 2, limit=1) == bars(3, 4, 5, limit=2)
+    assert len({str(each) for each in (bars(1, 2), bars(1, 2, limit=1), bars(1, 2, base={"a"}))}) == 3
+    counted = [figures.counts("swaps", {"a": 1.0, "b": each}).svg for each in (0.3, 0.01)]
+    assert of("image/svg+xml", counted[0]) == of("image/svg+xml", counted[1])
+    svg, png, other = (of("text/html", f"<p>8</p><img src='data:image/{each}'>".replace("'", '"')) for each in IMAGES)
+    assert png == other != svg
+    assert png != of("text/html", "<p>8</p>")

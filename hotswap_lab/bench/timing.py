@@ -14,7 +14,7 @@ from pathlib import Path
 import peft
 import torch
 
-from ..watch import readable
+from ..figures.latency import readable
 
 #: calls of one function before the next function's turn
 PER_ROUND = 5

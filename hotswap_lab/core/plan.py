@@ -251,15 +251,13 @@ class Plan:
         table = [("action", "layers", "rank", "scaling"), *self.rows] if self.layers else ()
         rows = [f"  {action:8}{layers!s:>6}  {rank:14}{scaling}" for action, layers, rank, scaling in table]
         notes = [f"  note: {note}" for note in self.notes]
-        return "\n".join([f"{self.title}: {self.verdict}", *map(str.rstrip, rows), *notes, *map(str, self.refusals)])
+        return "\n".join([f"{self.title}: {self.verdict}", *map(str, self.refusals), *map(str.rstrip, rows), *notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        notes = [*self.notes, *map(str, self.refusals)]
-        return html_table(
-            self.title, ["action", "layers", "rank", "scaling"], self.rows, caption=self.verdict, notes=notes
-        )
+        head, above = ["action", "layers", "rank", "scaling"], map(str, self.refusals)
+        return html_table(self.title, head, self.rows, caption=self.verdict, above=above, notes=self.notes)
 
 
 # ---- what a plan writes, layer by layer

@@ -24,6 +24,7 @@ def html_table(
     rows: Iterable[Sequence[object]],
     *,
     caption: str = "",
+    above: Iterable[str] = (),
     notes: Iterable[str] = (),
 ) -> str:
     """A titled table; everything is escaped, so adapter names and paths can't inject markup.
@@ -31,23 +32,20 @@ def html_table(
     >>> "&lt;b&gt;" in html_table("t", ["name"], [["<b>"]])
     True
     """
-    foot = "".join(f'<pre style="margin:4px 0;white-space:pre-wrap">{html.escape(note)}</pre>' for note in notes)
-    return (
-        f"<div><strong>{html.escape(title)}</strong>: {html.escape(caption)}{bare_html_table(header, rows)}{foot}</div>"
-    )
-
-
-def bare_html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """An HTML table without title and notes."""
     cell = "padding:2px 10px;text-align:left;border-bottom:1px solid rgba(128,128,128,.4)"
     head = "".join(f'<th scope="col" style="{cell}">{html.escape(str(name))}</th>' for name in header)
     body = "".join(
         "<tr>" + "".join(f'<td style="{cell}">{html.escape(str(value))}</td>' for value in row) + "</tr>"
         for row in rows
     )
+    top, foot = (
+        "".join(f'<pre style="margin:4px 0;white-space:pre-wrap">{html.escape(note)}</pre>' for note in texts)
+        for texts in (above, notes)
+    )
     return (
+        f"<div><strong>{html.escape(title)}</strong>: {html.escape(caption)}{top}"
         f'<table style="border-collapse:collapse;margin:4px 0"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table>"
+        f"<tbody>{body}</tbody></table>{foot}</div>"
     )
 
 

@@ -15,6 +15,7 @@ after, shout: HOTSWAP!
 Tested in JupyterLab 4, Notebook 7 and Voila, by keyboard and at a phone's width, and with ipywidgets 7.7.1 and 8.
 While a cell computes, clicks act at once with JupyterLab 4.4 and ipykernel 7 or later (with its 7.4 from the second
 click on), else when the cell has ended; the last one counts. In ``with in_use(panel): ...``, swaps by clicks wait.
+Clicks compute in the modes of the cell that made the widget: turn gradients off before that.
 
 Files: ``view`` (the base class), ``work`` (the base class of widgets with long work, which can be stopped), ``clicks``
 (the order of clicks), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers that grow token by token),
@@ -24,10 +25,8 @@ widget.
 
 from __future__ import annotations
 
-from .plan_view import PlanView
 from .rank_padding_view import RankPaddingView
 from .recompile_meter import RecompileMeter
-from .replica_panel import ReplicaPanel
 from .row_panel import RowPanel
 from .strength_lattice import StrengthLattice
 from .swap_panel import SwapPanel
@@ -35,10 +34,8 @@ from .view import View
 from .weight_map import WeightMap
 
 __all__ = [
-    "PlanView",
     "RankPaddingView",
     "RecompileMeter",
-    "ReplicaPanel",
     "RowPanel",
     "StrengthLattice",
     "SwapPanel",

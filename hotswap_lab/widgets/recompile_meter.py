@@ -13,6 +13,7 @@ import torch
 from ..core.compiled import compiled_in
 from ..core.errors import refuse
 from ..engine import AdapterPool
+from ..figures.latency import timeline
 from ..threads import in_use
 from ..watch import RecompileWatch
 from .switch import switch_for, whereabouts
@@ -145,8 +146,6 @@ class RecompileMeter(WorkingView):
 
     def figure(self) -> Figure | None:
         """A picture of the last calls' latency, on a logarithmic scale. Its text form has the numbers."""
-        from ..lessons.compiling import timeline
-
         if not self.watch.calls:
             return None
         last = SimpleNamespace(calls=self.watch.calls[-SHOWN:], summary=self.watch.summary)
@@ -163,10 +162,13 @@ class RecompileMeter(WorkingView):
 
         starters = []
         if self.inputs is not None:
-            call = partial(self._start, partial(self._call, CALLS))
+            call = partial(self._come, f"{CALLS} calls", partial(self._call, CALLS))
             starters.append(self._button(f"Call {CALLS} times", "call the model with its inputs", call))
         if self.inputs is not None and self._switch is not None:
             menu = w.Dropdown(options=self._switch.names, description="adapter", layout=w.Layout(width="230px"))
-            visit = partial(self._start, lambda: self._visit((menu.value,), CALLS))
+
+            def visit() -> None:
+                self._come(f"{CALLS} calls of {menu.value}", partial(self._visit, (menu.value,), CALLS))
+
             starters += [menu, self._button("Swap and call", "swap this adapter in, then call the model", visit)]
         return [wrapping_row(*self._with_stop(*starters))]

@@ -75,8 +75,9 @@ class Run:
     def _png(self) -> bytes | None:
         """The result as PNG, if it or the first of a pipeline's images is something that Jupyter shows as one."""
         images = getattr(self.result, "images", self.result)
-        image = images[0] if isinstance(images, list) and images else images
-        return image._repr_png_() if hasattr(image, "_repr_png_") else None
+        first = images[:1] if isinstance(images, list) else []
+        image = next((each for each in (self.result, *first) if hasattr(each, "_repr_png_")), None)
+        return None if image is None else image._repr_png_()
 
 
 @contextlib.contextmanager

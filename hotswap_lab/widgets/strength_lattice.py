@@ -29,9 +29,11 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MARK = "● "
 #: characters of an answer on a button and in the text form
 SHOWN = 24
-STYLE = f"""<style>
-.hotswap-live .hotswap-cell.jupyter-button {{ min-width: 0; padding: 0 2px; font-size: 12px; white-space: pre }}
-.hotswap-live .hotswap-cell[style*=background] {{ color: {INK} }}</style>"""
+STYLE = """.hotswap-live .hotswap-cell.jupyter-button { min-width: 0; padding: 0 2px; font-size: 12px; white-space: pre;
+  border: 2px solid transparent }
+.hotswap-live .hotswap-cell.hotswap-here { border-color: var(--jp-ui-font-color1, currentColor) }
+"""
+COLOR = ".hotswap-live .hotswap-cell.{} {{ background: {}; color: {} }}"
 
 
 class StrengthLattice(SwapPanel):
@@ -156,7 +158,7 @@ class StrengthLattice(SwapPanel):
         return {"before": self.base, "after": self.runs.get(name, {}).get(strength)}
 
     def _grid(self) -> dict[str, list[tuple[str, str, str | None]]]:
-        """For each adapter its cells: as text, as HTML, and its color if the answer differs from the base model's."""
+        """For each adapter its cells: as text, as HTML, and its name if the answer differs from the base model's."""
         here, base, shown = self.cell, self.base, {name: [] for name in self.names}
         for name, strength in product(shown, self.strengths):
             run, mark = self.runs.get(name, {}).get(strength), MARK * ((name, strength) == here)
@@ -165,7 +167,7 @@ class StrengthLattice(SwapPanel):
             style = f"display:flex;gap:4px;padding:2px 6px;border-radius:4px;{tint(name) if differs else ''}"
             html = f'<div style="{style}">{mark}{run.shown if run else "-"}</div>'
             short = text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
-            shown[name].append((short, html, light(name) if differs else None))
+            shown[name].append((short, html, name if differs else None))
         return shown
 
     def _lines(self) -> list[str]:
@@ -185,7 +187,8 @@ class StrengthLattice(SwapPanel):
         self._buttons.layout = w.Layout(
             display="grid", grid_template_columns=columns, overflow="auto", align_items="center"
         )
-        return [w.HTML(STYLE, layout=w.Layout(display="none")), ask, self._buttons]
+        self._colors = w.HTML(layout=w.Layout(display="none"))
+        return [self._colors, ask, self._buttons]
 
     def _refresh_buttons(self) -> None:
         import ipywidgets as w
@@ -196,10 +199,19 @@ class StrengthLattice(SwapPanel):
             head = [w.HTML(f"<center>{each}</center>") for each in ["", *self._columns]]
             rows = [[w.HTML(chip(name)), *cells] for name, cells in zip(self.names, self._cells, strict=True)]
             self._buttons.children = [*head, *chain(*rows)]
-        for button, (text, _, color) in zip(chain(*self._cells), chain(*self._grid().values()), strict=True):
-            button.description, button.style.button_color = text, color
-            button.layout.border = "2px solid" if text.startswith(MARK) else "2px solid transparent"
+            colors = [COLOR.format(_of(name), light(name), INK) for name in self.names]
+            self._colors.value = f"<style>{STYLE}{''.join(colors)}</style>"
+        for button, (text, _, name) in zip(chain(*self._cells), chain(*self._grid().values()), strict=True):
+            classes = "hotswap-cell", "hotswap-here" if text.startswith(MARK) else "", _of(name) if name else ""
+            with button.hold_sync():  # one message, or for a moment a cell would have another answer's color
+                button.description, button._dom_classes = text, tuple(filter(None, classes))
 
     def _cell(self, name: str, strength: float) -> ipywidgets.Button:
-        act = partial(self._come, "cell", (name, strength))
-        return self._button("", f"swap {name} in at strength {strength:g}", act).add_class("hotswap-cell")
+        swap = partial(self._change_and_run, "cell", (name, strength))
+        act = partial(self._come, f"{name} at strength {strength:g}", swap)
+        return self._button("", f"swap {name} in at strength {strength:g}", act)
+
+
+def _of(name: str) -> str:
+    """The class of buttons in an adapter's color."""
+    return f"hotswap-{light(name)[1:]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -13,8 +13,8 @@ import torch
 from .. import demo
 from ..core.errors import refuse
 from ..engine import AdapterPool
+from ..figures.latency import readable
 from ..threads import in_use
-from ..watch import readable
 from .results import Run, answering
 from .switch import demo_pool, strength_of, switch_for, whereabouts
 from .text import text_stream
@@ -105,9 +105,6 @@ class SwapPanel(WorkingView):
         self._looked: tuple[object, ...] | None = None
         #: the text in the prompt box
         self.prompt = prompt
-        #: the click that is being carried out, and a click that waits: the name of the setting, and its new value
-        self._present: tuple[str, object] | None = None
-        self._next: tuple[str, object] | None = None
         #: the last answer, and an earlier one to the same prompt with another adapter or strength
         self.after: Run | None = None
         self.before: Run | None = None
@@ -164,32 +161,12 @@ class SwapPanel(WorkingView):
         """Swap (None: off) and, with ``run_on_swap``, run the prompt, as a click on an adapter's button does."""
         return self._run(lambda: self._change_and_run("adapter", name))
 
-    def stop(self) -> None:
-        """End a run at its next token or step. The answer so far is kept. A swap that waits is canceled."""
-        self._next = None
-        super().stop()
+    def start(self) -> None:
+        """Run the prompt in a thread of its own, as the button does. During another run, this waits for its end."""
+        self._come(f"run {self.prompt}", self._work)
 
-    def _come(self, what: str, value: object) -> None:
-        """Carry out a click on a button or a move of the slider, now or when the running job has ended.
-
-        If several wait, the last one counts. The buttons stay enabled and in place meanwhile. Otherwise a click would
-        be lost if they changed between pressing and releasing the mouse, and so would the keyboard's focus.
-        """
-        self._next = what, value
-        if not self._start(self._carry_out):
-            if self._next == self._present:  # a double click
-                self._next = None
-            self._changed()
-
-    def _carry_out(self) -> None:
-        self._present, self._next = self._next, None
-        if self._present is not None:
-            self._change_and_run(*self._present)
-
-    def _ended(self) -> None:
-        self._present = None
-        if self._next is None or not self._start(self._carry_out):
-            self._changed()
+    def _set_by_click(self, what: str, value: object) -> None:
+        self._come(f"{what} {'off' if value is None else value}", partial(self._change_and_run, what, value))
 
     def _change_and_run(self, what: str, value: object) -> object:
         self._change(what, value)
@@ -291,21 +268,18 @@ class SwapPanel(WorkingView):
 
     def _slid(self, value: float) -> None:
         if value != strength_of(self._switch):
-            self._clicked(lambda: self._come("strength", value))
+            self._clicked(lambda: self._set_by_click("strength", value))
         elif self._slider_waits:  # the slider was moved back before its change was made
             self._next = None
 
     @property
     def _slider_waits(self) -> bool:
-        return self._next is not None and self._next[0] == "strength"
+        return (waiting := self._next) is not None and waiting[0].startswith("strength ")
 
     def _state(self) -> str:
         state = super()._state()
         if self.after is not None and self.after.state != "running":
             state += f"; run: {readable(self.after.seconds)}"
-        if self.busy and self._next is not None:
-            what, value = self._next
-            state += f"; then {what} {'off' if value is None else value}"
         return state
 
     def _refresh(self) -> None:
@@ -330,7 +304,8 @@ class SwapPanel(WorkingView):
         if self._looked == now:
             return False
         if "map" in vars(self):  # a new map has looked
-            self.map.look()
+            # no turn is taken: a swap may wait for a thread that computes, and that thread for the end of this refresh
+            self.map._look()
         self._looked = now
         return True
 
@@ -354,7 +329,7 @@ class SwapPanel(WorkingView):
     def _choice(self, name: str | None) -> ipywidgets.Button:
         tooltip = "turn the adapter off: the base model answers" if name is None else f"swap {name} in"
         tooltip += ", and run the prompt" if self.run_on_swap else ""
-        return self._button("", tooltip, lambda: self._come("adapter", name))
+        return self._button("", tooltip, lambda: self._set_by_click("adapter", name))
 
 
 def _earlier(run: Run, before: Run | None, after: Run | None) -> Run | None:

@@ -46,7 +46,6 @@ STYLE = Template("""<style>
 .hotswap-live pre { white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; margin: 4px 0; padding: 6px 8px;
   color: inherit; background: rgba(128, 128, 128, .14); border-radius: 4px; font-size: 12px; line-height: 1.45 }
 .hotswap-live .hotswap-error pre { border-left: 4px solid $WRONG }
-.hotswap-live .hotswap-scroll { max-height: 360px; overflow: auto; font-size: 12px; white-space: nowrap }
 .hotswap-live .hotswap-muted { opacity: .8 }
 .hotswap-live .hotswap-cards .jupyter-widgets, .hotswap-live .hotswap-cards .widget-html-content { display: flex }
 .hotswap-live .hotswap-answer { border: 1px solid rgba(128, 128, 128, .45); border-radius: 6px; padding: 8px 12px;

@@ -15,6 +15,7 @@ from ..core.slot import Slot, SlotLayer
 from ..core.tensors import SlotTensor
 from ..engine import AdapterPool, get_strength, resolve_slot
 from ..figures.tiles import CELLS, LARGE, Counts, Tile, drawn, split
+from ..threads import in_use
 from .switch import demo_pool, switch_for, whereabouts
 from .work import WorkingView
 
@@ -56,7 +57,8 @@ class WeightMap(WorkingView):
     How to read it: the darkest cell is where the adapter changes a weight most. Gray is the base model alone.
     """
 
-    #: what was read at the last look; ``shown`` is the text below the tiles
+    #: what was read at the last look: the adapter in the model, or ``"off"``, and ``shown``, the text below the tiles
+    name: str
     tiles: list[Tile]
     counts: Counts
     strength: float
@@ -78,7 +80,7 @@ class WeightMap(WorkingView):
         self.answer = answer
         self._compares = before is True
         self.before: Mapping[str, torch.Tensor] | None = self._copy() if before is True else before or None
-        self.look()
+        self._look()
 
     @classmethod
     def demo(cls, prompt: str = "hotswap") -> WeightMap:
@@ -93,43 +95,53 @@ class WeightMap(WorkingView):
     # ---- actions
 
     def look(self) -> None:
-        """Read the model's numbers, and ask for the answer, again."""
+        """Read the model's numbers, and ask for the answer, again. Swaps by other threads wait meanwhile."""
+        with in_use(self.model):
+            self._look()
+
+    def _look(self) -> None:
         slot = resolve_slot(self.model, self.adapter_name)
         masks, strength = [_in_use(layer) for layer in slot.layers], 1.0
         with contextlib.suppress(ValueError):  # layers of different strengths, or a method that has none
             strength = get_strength(self.model, self.adapter_name)
         shown = str((self.answer() if callable(self.answer) else self.answer) or "")
         counts = _count(slot, masks, self.model, self.before)
-        # all at once: each attribute that is set by itself paints the live form anew
-        vars(self).update(tiles=_tiles(slot, masks), counts=counts, strength=strength, shown=shown)
+        name = self.adapter_name if self._switch is None else whereabouts(self._switch)
+        seen = dict(name=name, tiles=_tiles(slot, masks), counts=counts, strength=strength, shown=shown)
+        with self._refreshes:  # all at once, or a refresh would show one adapter's name with another one's tiles
+            vars(self).update(seen)
         self._changed()
 
     def swap(self, name: str | None = None) -> None:
         """Swap an adapter in (None: the next one), and look again."""
         self._run(lambda: self._swap(name))
 
+    def start(self) -> None:
+        """Swap the next adapter in, in a thread of its own, as the button does; one further for each call meanwhile."""
+        waiting = self._next
+        name = self._after(waiting[0] if waiting else self._present or self._switch.active)
+        self._come(name, partial(self._swap, name))
+
     def _work(self) -> None:
         self._swap(None)
 
-    def _swap(self, name: str | None) -> None:
+    def _after(self, name: str | None) -> str:
         names = [*self._switch.names]
-        at = names.index(self._switch.active) if self._switch.active in names else -1
+        return names[(names.index(name) + 1) % len(names) if name in names else 0]
+
+    def _swap(self, name: str | None) -> None:
+        name = name or self._after(self._switch.active)
+        self.doing: str = f"swapping {name} in, as soon as no other thread computes with the model"
         if self._compares:
             self.before = self._copy()
-        self.swap_seconds: float | None = self._when_free(
-            lambda: self._switch.swap(name or names[(at + 1) % len(names)])
-        )
+        self.swap_seconds: float | None = self._when_free(lambda: self._switch.swap(name))
+        self.doing = f"looking at {name}"
         self.look()
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
 
     # ---- text, picture and controls
-
-    @property
-    def name(self) -> str:
-        """The adapter in the model, or ``"off"``."""
-        return self.adapter_name if self._switch is None else whereabouts(self._switch)
 
     @property
     def summary(self) -> str:
@@ -145,9 +157,10 @@ class WeightMap(WorkingView):
         return drawn(self.tiles, self.name, self.strength, self.shown, self.counts, str(self))
 
     def _controls(self) -> list[ipywidgets.Widget]:
-        swap = self._button("Swap the next adapter in", "and paint what it changes", self.start, button_style="primary")
-        button, _ = self._with_stop(swap)
-        return [button] if self._switch else []
+        self._with_stop()  # of no other control, since the button stays enabled
+        label, tooltip = "Swap the next adapter in", "and paint what it changes"
+        swap = self._button(label, tooltip, self.start, each_counts=True, button_style="primary")
+        return [swap] if self._switch else []
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

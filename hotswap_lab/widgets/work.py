@@ -15,8 +15,8 @@ import torch
 
 from ..core.errors import refuse
 from ..core.journal import interrupts_held
+from ..figures.latency import readable
 from ..threads import ModelInUseError, waiting_at_most
-from ..watch import readable
 from .clicks import Clicks, keep_apart_from_cells
 from .view import View, escape
 
@@ -59,7 +59,8 @@ class WorkingView(View):
 
     :meth:`_run` runs a job in the caller's thread, so that Jupyter's interrupt stops it. :meth:`_start` runs it in a
     thread of its own, so that the next cell doesn't wait for it. A job calls :meth:`_check` now and then, which raises
-    :class:`Stopped` if :meth:`stop` was called. A widget's main job is its ``_work``.
+    :class:`Stopped` if :meth:`stop` was called. A widget's main job is its ``_work``. Clicks start jobs by
+    :meth:`_come`. These compute in the modes (gradients, inference) of the cell that made the widget.
 
     >>> view = WorkingView()
     >>> view._run(lambda: 1 + 1)
@@ -81,7 +82,12 @@ class WorkingView(View):
     def __new__(cls, *args: object, **options: object) -> WorkingView:
         self = super().__new__(cls)
         self._lock = threading.Lock()
+        # A compiled model recompiles for other modes. Each thread has its own, and a click may come in any thread.
+        self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self._stopped = False
+        #: the click that is being carried out, and a click that waits, with its job
+        self._present: str | None = None
+        self._next: tuple[str, Callable[[], object]] | None = None
         #: the thread of the last job that was started
         self._thread: threading.Thread | None = None
         self._shown = 0.0
@@ -112,14 +118,15 @@ class WorkingView(View):
         return self._run(self._work)
 
     def start(self) -> None:
-        """Start the widget's main job in a thread of its own, as its button does."""
-        self._start(self._work)
+        """Start the widget's main job in a thread of its own, as its button does. It waits for a running one to end."""
+        self._come("run", self._work)
 
     def _work(self) -> object:
         raise NotImplementedError
 
     def stop(self) -> None:
-        """End the running job as soon as possible. The answer so far is kept."""
+        """End the running job as soon as possible, and cancel a click that waits. The answer so far is kept."""
+        self._next = None
         self._stopped = True
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -143,13 +150,11 @@ class WorkingView(View):
             return self._do(job)
         finally:
             if mine:
-                self._lock.release()
-                self._ended()
+                self._free()
 
     def _start(self, job: Callable[[], object]) -> bool:
         """Start a job in a thread of its own, unless one is running. Returns whether it was started."""
-        # grad mode is set for each thread, and a compiled model would be recompiled for another mode
-        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        grad, inference = self._modes
 
         def in_the_same_modes() -> None:
             try:
@@ -157,8 +162,7 @@ class WorkingView(View):
                 with torch.inference_mode(inference), torch.set_grad_enabled(grad), contextlib.suppress(Exception):
                     self._do(job)
             finally:
-                self._lock.release()
-                self._ended()
+                self._free()
 
         context = contextvars.copy_context()
         # a daemon thread, so that a job that hangs doesn't keep the kernel alive
@@ -188,9 +192,29 @@ class WorkingView(View):
         self.error = None
         return result
 
-    def _ended(self) -> None:
-        """Update the live form after each job."""
-        self._changed()
+    def _free(self) -> None:
+        """Let the next job begin: that of the click that waits. If there is none, update the live form."""
+        self._present = None  # before the release, since another click may begin at once
+        self._lock.release()
+        if self._next is None or not self._start(self._carry_out):
+            self._changed()
+
+    def _come(self, what: str, job: Callable[[], object]) -> None:
+        """Carry out a click, now or when the running job has ended. ``what`` describes it in the status line.
+
+        If several wait, the last one counts. Controls that call this stay enabled and in place meanwhile. Otherwise a
+        click would be lost if they changed between pressing and releasing the mouse, and so would the keyboard's focus.
+        """
+        self._next = what, job
+        if not self._start(self._carry_out):
+            if what == self._present:  # a double click
+                self._next = None
+            self._changed()
+
+    def _carry_out(self) -> None:
+        if (waiting := self._next) is not None:
+            self._present, self._next = waiting[0], None
+            waiting[1]()
 
     # ---- for jobs
 
@@ -224,16 +248,18 @@ class WorkingView(View):
 
     # ---- the live form
 
-    def _button(self, label: str, tooltip: str, act: Callable[[], object], **options: object) -> ipywidgets.Button:
+    def _button(
+        self, label: str, tooltip: str, act: Callable[[], object], each_counts: bool = False, **options: object
+    ) -> ipywidgets.Button:
         import ipywidgets
 
         button = ipywidgets.Button(description=label, tooltip=tooltip, **options)
-        button.on_click(lambda _: self._clicked(act))
+        button.on_click(lambda _: self._clicked(act, each_counts))
         return button
 
-    def _clicked(self, act: Callable[[], object]) -> None:
+    def _clicked(self, act: Callable[[], object], each_counts: bool = False) -> None:
         """Handle a click by calling ``act``, which must be quick, unless a later click was handled before."""
-        if self._clicks.take(act):
+        if self._clicks.take(act, each_counts):
             keep_apart_from_cells(self.box)
         else:
             self._changed()  # moves a slider back
@@ -246,7 +272,8 @@ class WorkingView(View):
 
     def _state(self) -> str:
         """The text of the status line."""
-        return f"busy: {self.doing}" if self.busy else "ready"
+        waiting = self._next
+        return (f"busy: {self.doing}" + (f"; then {waiting[0]}" if waiting else "")) if self.busy else "ready"
 
     def _refresh(self) -> None:
         super()._refresh()

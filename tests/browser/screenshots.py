@@ -18,7 +18,6 @@ CELLS = {
     "from hotswap_lab.widgets import *\n\nbegin()",
     "swap_panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.choose('pig_latin')\npanel",
     "weight_map": "map = WeightMap.demo()\nmap.swap('pig_latin')\nmap",
-    "plan_view": "PlanView(demo.load('pig_latin')[0], demo.adapter_path('sort'))",
     "rank_padding_view": "RankPaddingView(target_rank=24)",
     "recompile_meter": "import torch, warnings\n\nwarnings.simplefilter('ignore')\nmodel, _ = demo.load('reverse')\n"
     "meter = RecompileMeter(torch.compile(model, backend='eager', dynamic=False), "
@@ -27,9 +26,6 @@ CELLS = {
     "meter.visit('vowels_up', 'double', 'sort')\nmeter",
     "row_panel": "panel = RowPanel.demo()\nfor row, name in enumerate(('shout', 'sort', None, 'pig_latin')):\n"
     "    panel.choose(row, name)\npanel.run()\npanel",
-    "replica_panel": "state = {'waiting': 0, 'requests': 12, 'tokens': 96, 'swaps': 9}\n"
-    "panel = ReplicaPanel(lambda: [{**state, 'replica': name, 'rows': ['sort@1', None], 'held': ['sort@1', 'shout@2']} "
-    "for name in names])\nnames = ['k3x9', 'q7m2']\npanel.look()\nnames = ['q7m2', 'z1b4']\npanel.look()\npanel",
     "strength_lattice": "lattice = StrengthLattice.demo()\nlattice.run()\nlattice.choose('pig_latin', 0.5)\nlattice",
 }
 LOOKS = {

@@ -249,6 +249,9 @@ def test_a_plan_lists_everything(model, new):
     plan = plan_hotswap(model, new)
     assert (len(plan.refusals), plan.ok) == (12, False)
     assert "refused, 12 reasons; nothing is written" in str(plan)
+    assert str(plan).splitlines()[1] == str(plan.refusals[0]).splitlines()[0]  # before the table
+    html = plan._repr_html_()
+    assert html.index("</pre>") < html.index("<table") < html.index("the config targets")
     refused("and 9 more", plan.raise_if_refused)
     edit_tensors(new, lambda tensors: [tensors.pop(key) for key in list(tensors)[1:]])
     assert "refused, 1 reason; nothing is written" in str(plan_hotswap(model, new))

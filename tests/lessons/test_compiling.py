@@ -1,21 +1,16 @@
-"""Chapter 03's exercises and its timeline."""
+"""Chapter 03's exercises."""
 
 from __future__ import annotations
 
-import itertools
-import xml.etree.ElementTree as ElementTree
-
 import pytest
 import torch
-from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
+from exercises import assert_tells_right_from_wrong
 from lengths import few_of
 
-from hotswap_lab import RecompileWatch, demo, hotswap_adapter, prepare_model_for_compiled_hotswap
+from hotswap_lab import demo, hotswap_adapter, prepare_model_for_compiled_hotswap
 from hotswap_lab.lessons import compiling
-from hotswap_lab.watch import Call, Compilation
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def scaling(config):
@@ -225,57 +220,3 @@ def test_the_scenarios_have_both_answers_and_are_independent_of_each_other():
     assert answers == [0, 1, 1, 0, 1, 0]
     # a graph that is left over from one try would hide the recompile of the next
     assert compiling.recompiles(config(compiling.OLD_CONFIG), config(compiling.SCENARIOS["r=4 alpha=16"])) == 1
-
-
-def a_watch(*calls):
-    """A watch as if it had noted calls: label, seconds, kind of compilation or None."""
-    watch = RecompileWatch()
-    for label, seconds, kind in calls:
-        compilations = [Compilation(kind, call=label)] if kind else []
-        watch.calls.append(Call(label, seconds, compilations))
-        watch.compilations += compilations
-    return watch
-
-
-SLOW = a_watch(("a", 5.0, "compile"), ("a", 0.001, None), ("b", 2.0, "recompile"), ("b", 0.003, None))
-FAST = a_watch(("a", 6.0, "compile"), ("a", 0.001, None), ("b", 0.002, None), ("b", 0.003, None))
-
-
-def test_the_timeline_in_words():
-    figure = compiling.timeline("Latency", {"not <prepared>": SLOW, "prepared": FAST})
-    assert repr(figure) == (
-        "Latency. not <prepared>: 4 calls, 1 swap, 1 compiled, 1 recompile, a 5 s with a compile, b 2 s with a "
-        "recompile, other calls 2 ms in the median. prepared: 4 calls, 1 swap, 1 compiled, 0 recompiles, a 6 s with "
-        "a compile, other calls 2 ms in the median."
-    )
-    assert ElementTree.fromstring(figure.svg)[0].text == figure.text
-
-
-def test_the_timeline_marks_each_call_by_shape_and_by_colour():
-    root = ElementTree.fromstring(compiling.timeline("Latency", {"not <prepared>": SLOW, "prepared": FAST}).svg)
-    marks = [each for each in root.iter() if each.get("class") in compiling.MARKS]
-    by_kind = {kind: [each for each in marks if each.get("class") == kind] for kind in compiling.MARKS}
-    # the calls, and one each in the legend
-    assert {kind: len(each) for kind, each in by_kind.items()} == {"call": 5 + 1, "compile": 2 + 1, "recompile": 1 + 1}
-    # what follows the place where it is
-    shapes = {kind: {each.get("d").partition(" m")[2] for each in marks} for kind, marks in by_kind.items()}
-    assert len(set.union(*shapes.values())) == 3
-    assert all(len(each) == 1 for each in shapes.values())
-    assert len({each[0].get("fill") for each in by_kind.values()}) == 3
-
-
-def test_the_timeline_is_logarithmic():
-    calls = [("a", seconds, None) for seconds in (0.001, 0.01, 0.1, 1.0)]
-    root = ElementTree.fromstring(compiling.timeline("Latency", {"all": a_watch(*calls)}).svg)
-    marks = [each for each in root.iter(f"{SVG}path") if each.get("class") == "call"]
-    heights = [float(each.get("d").split()[1]) for each in marks][: len(calls)]
-    steps = [below - above for below, above in itertools.pairwise(heights)]
-    assert steps == pytest.approx([steps[0]] * 3, abs=0.2)
-    assert steps[0] > 0
-
-
-def test_everything_in_the_timeline_is_inside_of_it():
-    root = assert_is_svg_with_a_text_form(compiling.timeline("Latency", {"slow": SLOW, "fast": FAST}))
-    width, height = float(root.get("width")), float(root.get("height"))
-    for x, y in (map(float, each.get("d")[1:].split()[:2]) for each in root.iter() if each.get("class")):
-        assert (0 <= x <= width, 0 <= y <= height) == (True, True)

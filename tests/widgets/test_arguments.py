@@ -6,81 +6,67 @@ import pytest
 import torch
 from refusals import refused
 
-from hotswap_lab import AdapterPool, HotswapError, demo, plan_hotswap
-from hotswap_lab.widgets import PlanView, RecompileMeter, StrengthLattice, SwapPanel
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return demo.load("reverse")
-
+from hotswap_lab import AdapterPool, demo
+from hotswap_lab.widgets import RecompileMeter, RowPanel, StrengthLattice, SwapPanel
 
 FOLDERS = {name: demo.adapter_path(name) for name in ("reverse", "sort")}
+PATHS = [*FOLDERS.values()]
 
 
 @pytest.fixture(scope="module")
-def pool(loaded):
-    return AdapterPool(demo.load("reverse")[0], adapters=FOLDERS, progress=False)
+def given():
+    """A model, its tokenizer, a pool with rows, and one without."""
+    model, tokenizer = demo.load("reverse")
+    rows, one = (AdapterPool(demo.load("reverse")[0], adapters=FOLDERS, rows=n, progress=False) for n in (3, 1))
+    return {"model": model, "tokenizer": tokenizer, "pool": rows, "one": one}
 
 
-@pytest.mark.parametrize("widget", [SwapPanel, StrengthLattice])
-def test_a_panel_needs_something_that_answers(widget, loaded):
-    model, tokenizer = loaded
-    refused("how to run a prompt", widget, model, adapters=FOLDERS)
-    refused("can't swap in this", widget, model, str)
-    refused("pass a tokenizer as tokenizer=", widget, model, tokenizer, adapters=FOLDERS)
+#: what is called with which of these and with which other arguments, and the words of the refusal
+REFUSED = [
+    *(
+        (widget, *rest)
+        for widget in (SwapPanel, StrengthLattice)
+        for rest in (
+            ("model", {"adapters": FOLDERS}, "how to run a prompt"),
+            ("model", {"generate": str}, "can't swap in this"),
+            ("model tokenizer", {"adapters": FOLDERS}, "pass a tokenizer as tokenizer="),
+        )
+    ),
+    *((SwapPanel, "model", {"tokenizer": ..., "adapters": unnamed}, "have no names") for unnamed in (PATHS, PATHS[1])),
+    *((AdapterPool, "model", {"adapters": unnamed}, "have no names") for unnamed in (PATHS, PATHS[1])),
+    (SwapPanel, "pool", {"tokenizer": ..., "adapters": FOLDERS}, "not both"),
+    (RecompileMeter, "model", {"pool": ..., "adapters": FOLDERS}, "not both"),
+    (SwapPanel, "pool", {"tokenizer": ..., "template": "x>"}, "no place for the prompt"),
+    (RecompileMeter, "", {"model": "model"}, "nothing to count"),
+    (RecompileMeter, "model", {"inputs": torch.zeros(1, 3, dtype=torch.long)}, "have no names"),
+    (RowPanel, "pool", {"generate": list, "prompts": ["word"] * 4}, "3 rows"),
+    (RowPanel, "pool", {"generate": list, "prompts": "word"}, "prompts: str"),
+    (RowPanel, "model", {"generate": list, "prompts": ["word"]}, "pool: PeftModel"),
+    (RowPanel, "one", {"generate": list, "prompts": ["word", "other"]}, "rows=1"),
+]
 
 
-@pytest.mark.parametrize("adapters", [list(FOLDERS.values()), FOLDERS["sort"]])
-def test_adapters_need_names(loaded, adapters):
-    model, tokenizer = loaded
-    refused("have no names", SwapPanel, model, tokenizer=tokenizer, adapters=adapters)
-    refused("have no names", AdapterPool, model, adapters=adapters)
+@pytest.mark.parametrize(("widget", "names", "options", "words"), REFUSED)
+def test_what_it_cannot_use_is_refused(given, widget, names, options, words):
+    options = {name: given[name] if value is ... else value for name, value in options.items()}
+    refused(words, widget, *(given[name] for name in names.split()), **options)
 
 
-def test_a_pool_has_its_adapters(pool, loaded):
-    refused("not both", SwapPanel, pool, tokenizer=loaded[1], adapters=FOLDERS)
-    refused("not both", RecompileMeter, pool.model, pool=pool, adapters=FOLDERS)
-
-
-def test_a_plan_is_for_one_adapter(loaded):
-    plan = plan_hotswap(loaded[0], FOLDERS["sort"])
-    refused("for one adapter already", PlanView, plan, FOLDERS["reverse"])
-    refused("no plan to show", PlanView, loaded[0])
-    view = PlanView(plan)
-    view.search = None
-    assert len(view.rows) == len(plan.layers)
-
-
-def test_a_template_has_a_place_for_the_prompt(pool, loaded):
-    refused("no place for the prompt", SwapPanel, pool, tokenizer=loaded[1], template="x>")
-
-
-def test_strength_and_prompt_of_a_panel(pool, loaded):
-    panel = SwapPanel(pool, tokenizer=loaded[1], template="{}>", prompt="abc")
-    with pytest.raises(HotswapError, match="The strength is not a number"):
-        panel.strength = "high"
+def test_what_it_cannot_do_is_refused(given):
+    model, pool = given["model"], given["pool"]
+    panel = SwapPanel(pool, tokenizer=given["tokenizer"], template="{}>", prompt="abc")
+    refused("The strength is not a number", setattr, panel, "strength", "high")
     assert panel.strength == 1
     panel.prompt, panel.generate = 5, repr
     assert panel.run() == "'5'"
-
-
-def test_a_meter_needs_something_to_call():
-    refused("nothing to count", RecompileMeter, "model")
-
-
-def test_a_meter_needs_named_inputs(loaded):
-    model, _ = loaded
-    refused("have no names", RecompileMeter, model, inputs=torch.zeros(1, 3, dtype=torch.long))
-    with RecompileMeter(model, adapters=FOLDERS) as meter, pytest.raises(HotswapError, match="pass inputs"):
-        meter.visit("sort")
-    with RecompileMeter(model) as meter, pytest.raises(HotswapError, match="nothing to swap in"):
-        meter.swap("sort")
-
-
-def test_a_meter_says_when_nothing_can_be_recompiled(loaded):
-    model, _ = loaded
+    refused("no adapter called 'nobody'", RowPanel(pool, list, prompts=["word"]).choose, 0, "nobody")
+    with RecompileMeter(model, adapters=FOLDERS) as meter:
+        refused("pass inputs", meter.visit, "sort")
     with RecompileMeter(model) as meter:
-        assert "the model is not compiled" in str(meter)
-    with RecompileMeter(torch.compile(model, backend="eager")) as meter:
-        assert "not compiled" not in str(meter)
+        refused("nothing to swap in", meter.swap, "sort")
+
+
+def test_a_meter_says_when_nothing_can_be_recompiled(given):
+    for model, is_said in ((given["model"], True), (torch.compile(given["model"], backend="eager"), False)):
+        with RecompileMeter(model) as meter:
+            assert ("the model is not compiled" in str(meter)) is is_said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from refusals import refused
 
-from hotswap_lab import AdapterPool, demo, in_use
+from hotswap_lab import AdapterPool, demo
 from hotswap_lab.widgets import RowPanel
 
 WORDS = ["hotswap", "notebook", "adapter"]
@@ -93,22 +93,6 @@ def test_answers_grow_and_can_be_stopped(pool):
     assert "ho (stopped)" in str(panel)
 
 
-def test_it_waits_for_who_computes_and_the_wait_can_be_stopped(panel, pool):
-    choose_all(panel)
-    with in_use(pool.model):
-        panel.start()
-        assert not panel.wait(timeout=0.1)
-        assert "as soon as no other thread computes" in panel._state()
-        panel.stop()
-        assert panel.wait(30)
-    assert (panel.runs, panel.error, pool.rows) == ([], None, [])
-    with in_use(pool.model):
-        panel.start()
-        assert not panel.wait(timeout=0.7)  # longer than it waits at a time
-    assert panel.wait(60)
-    assert [run.result for run in panel.runs] == ANSWERS
-
-
 def test_the_static_form(panel):
     panel.prompts[0] = "<b>"
     assert "<td" in panel.to_html()  # before a run: what is asked, and with which adapter
@@ -130,12 +114,3 @@ def test_the_static_form(panel):
     assert "ZeroDivisionError" in panel._status.value
     assert "error: ZeroDivisionError" in str(panel)
     assert [run.result for run in panel.runs] == former  # the last good ones
-
-
-def test_what_it_cannot_use_is_refused(pool):
-    refused("3 rows", RowPanel, pool, list, prompts=["word"] * 4)
-    refused("prompts: str", RowPanel, pool, list, prompts="word")
-    refused("pool: PeftModel", RowPanel, pool.model, list, prompts=["word"])
-    refused("no adapter called 'nobody'", panel_with(pool, list).choose, 0, "nobody")
-    one_at_a_time = AdapterPool(demo.load("reverse")[0], progress=False)
-    refused("rows=1", RowPanel, one_at_a_time, list, prompts=["word", "other"])

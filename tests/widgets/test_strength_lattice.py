@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from refusals import refused
 
-from hotswap_lab import Adapter, AdapterPool, demo, get_strength, hotswap_adapter, in_use, set_strength, verify_hotswap
+from hotswap_lab import Adapter, AdapterPool, demo, get_strength, hotswap_adapter, set_strength, verify_hotswap
 from hotswap_lab.figures.palette import light
 from hotswap_lab.widgets import StrengthLattice
 
@@ -181,16 +181,6 @@ def test_a_click_while_it_fills_comes_next():
     assert lattice.cell == ("pig_latin", 0.5)
 
 
-def test_it_waits_for_who_computes_and_the_wait_can_be_stopped(kind):
-    lattice = lattice_of(kind)
-    with in_use(lattice.model):
-        lattice.start()
-        assert not lattice.wait(timeout=0.7)  # longer than it waits at a time
-        lattice.stop()
-        assert lattice.wait(30)
-    assert (lattice.answers, lattice.error) == ({}, None)
-
-
 def test_one_prompt_for_all_and_colors_where_it_differs():
     def generate(word):
         lattice.prompt = "typed"  # meanwhile
@@ -199,8 +189,10 @@ def test_one_prompt_for_all_and_colors_where_it_differs():
     lattice = lattice_of("model", generate)
     lattice.run()
     assert lattice.answers["pig_latin"] == {0: WORD, 0.5: WORD, 1: WORD.upper()}
-    colors = [cell_of(lattice, *cell).style.button_color for cell in itertools.product(NAMES, STRENGTHS)]
-    assert colors == [None] * 5 + [light("pig_latin")]
+    color = f"hotswap-{light('pig_latin')[1:]}"
+    colors = [cell_of(lattice, *cell)._dom_classes[1:] for cell in itertools.product(NAMES, STRENGTHS)]
+    assert colors == [()] * 5 + [(color,)]
+    assert f".{color} {{ background: {light('pig_latin')}" in lattice._colors.value
     assert lattice.to_html().count(f"background:{light('pig_latin')}") == 2  # the row's name, and one cell
 
 

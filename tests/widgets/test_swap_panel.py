@@ -16,6 +16,7 @@ from refusals import refused
 
 from hotswap_lab import Adapter, AdapterPool, demo, get_strength, hotswap_adapter, verify_hotswap
 from hotswap_lab.demo import digits
+from hotswap_lab.lessons.diffusion import Drawn
 from hotswap_lab.widgets import SwapPanel
 from hotswap_lab.widgets.results import Run
 from hotswap_lab.widgets.text import text_stream
@@ -269,7 +270,10 @@ def test_images():
     assert "the image for “a &lt;red&gt; one” with sort" in html
     assert "an image (Image)" in str(panel)
     output = SimpleNamespace(images=[blue])  # as a pipeline of diffusers gives it
-    assert "data:image/png" in Run("p", "sort", result=output, state="done").to_html("after")
+    drawn = Drawn(torch.ones(2, 4, 4))  # its own `images` are a tensor
+    for result in (output, drawn, [blue]):
+        assert "data:image/png" in Run("p", "sort", result=result, state="done").to_html("after")
+    assert Run("p", "sort", result=drawn, state="done").text == "an image (Drawn)"
 
 
 def test_static_form(panel):

@@ -12,7 +12,7 @@ from faults import list_steps, run_with_fault
 from refusals import refused
 
 from hotswap_lab import AdapterPool, demo, in_use
-from hotswap_lab.widgets import RecompileMeter, SwapPanel, View
+from hotswap_lab.widgets import RecompileMeter, RowPanel, StrengthLattice, SwapPanel, View, WeightMap
 from hotswap_lab.widgets.clicks import Clicks
 
 WORD = "hotswap"
@@ -182,6 +182,9 @@ def test_a_click_that_comes_late_does_not_count(monkeypatch):
         monkeypatch.setattr("hotswap_lab.widgets.clicks._made", lambda s=second, w=what: (w[:5] == "other", moments[s]))
         assert clicks.take(lambda what=what: taken.append(what)) == (what != "late")
     assert taken == ["a", "b", "same moment", "other page", "cell"]
+    monkeypatch.setattr("hotswap_lab.widgets.clicks._made", lambda: (False, moments[2]))
+    assert clicks.take(lambda: taken.append("one of many"), each_counts=True)
+    assert taken[-1] == "one of many"
 
 
 # ---- a swap while something computes
@@ -216,6 +219,34 @@ def test_a_click_waits_for_a_thread_that_computes_and_says_so(kind, pure, is_cal
     assert panel.error is None
     assert panel.active == ("reverse" if is_called_off else "shout")
     assert fingerprint(panel) == pure[kind, panel.active]
+
+
+LONG = {
+    "rows": lambda: RowPanel.demo([WORD]),
+    "map": WeightMap.demo,
+    "lattice": lambda: StrengthLattice.demo(strengths=(0,)),
+    "lattice of a model": lambda: StrengthLattice(
+        demo.load("reverse")[0], str, adapters={name: demo.adapter_path(name) for name in NAMES}, strengths=(0,)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_long_work_waits_for_a_thread_that_computes_and_the_wait_can_be_stopped(what):
+    widget = LONG[what]()
+    model, former = (getattr(widget, "pool", None) or widget).model, str(widget)
+    with in_use(model):
+        widget.start()
+        assert not widget.wait(0.7)  # longer than it waits at a time
+        assert "no other thread computes" in widget._state()
+        widget.stop()
+        assert widget.wait(SOON)
+        assert (str(widget), widget.error) == (former, None)
+        widget.start()
+        assert not widget.wait(0.1)
+    assert widget.wait(SOON)
+    assert widget.error is None
+    assert str(widget) != former
 
 
 def test_inside_a_computation_the_panel_refuses_to_swap(pure):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
-from hotswap_lab.widgets import PlanView, RankPaddingView, RowPanel, StrengthLattice, SwapPanel, View, WeightMap
+from hotswap_lab.widgets import RankPaddingView, RowPanel, StrengthLattice, SwapPanel, View, WeightMap
 from hotswap_lab.widgets.view import WIDGET_MIME
 from hotswap_lab.widgets.work import WorkingView
 
@@ -40,7 +42,6 @@ def test_two_outputs_the_static_one_first(monkeypatch):
 def test_every_widget_has_a_deterministic_static_form():
     for make in (SwapPanel.demo, RowPanel.demo, StrengthLattice.demo, RankPaddingView, WeightMap.demo):
         assert make()._static() == make()._static()
-    assert PlanView.__doc__
 
 
 def test_nothing_is_refreshed_before_it_is_shown():
@@ -59,9 +60,10 @@ def test_nothing_is_refreshed_before_it_is_shown():
 def test_importing_is_light():
     code = """
 import hotswap_lab, sys; print('hotswap_lab.widgets' in sys.modules, 'diffusers' in sys.modules)
-import hotswap_lab.widgets; print('ipywidgets' in sys.modules, 'hotswap_lab.bench' in sys.modules)"""
+import hotswap_lab.widgets; print('ipywidgets' in sys.modules, 'hotswap_lab.bench' in sys.modules)
+print('hotswap_lab.lessons' in sys.modules)"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.split() == ["False"] * 4
+    assert found.split() == ["False"] * 5
 
 
 def test_without_ipywidgets_the_import_says_what_to_install():
@@ -77,10 +79,18 @@ except ImportError as error:
     assert done.stdout.endswith(': pip install "hotswap_lab[widgets]"\n')
 
 
-def test_work_has_the_modes_of_who_started_it():
-    modes, work = [], WorkingView()
-    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        with mode():
-            work._start(lambda: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
-            work.wait(30)
-    assert modes == [(False, False), (False, True), (True, False)]
+@pytest.mark.parametrize("modes", [(False, False), (False, True), (True, False)])
+def test_a_click_has_the_modes_of_the_cell_that_made_the_widget(modes):
+    """A kernel may deliver a click in any thread, where gradients are on, and a compiled model would recompile."""
+    grad, inference = modes
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        work = WorkingView()
+    found = []
+    click = partial(work._start, lambda: found.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
+    for turn_off in (torch.enable_grad, torch.no_grad):
+        with turn_off(), ThreadPoolExecutor(1) as subshell:
+            click()
+            assert work.wait(30)
+            subshell.submit(click).result()
+            assert work.wait(30)
+    assert found == [modes] * 4

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
+import time
 
 import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hotswap_lab import AdapterPool, demo, hotswap_adapter, prepare_model_for_compiled_hotswap, set_strength
+from hotswap_lab import AdapterPool, demo, hotswap_adapter, in_use, prepare_model_for_compiled_hotswap, set_strength
 from hotswap_lab.demo import digits
+from hotswap_lab.figures.palette import adapter_color
 from hotswap_lab.figures.tiles import CELLS, Counts, split
 from hotswap_lab.widgets import WeightMap
 
@@ -169,6 +172,34 @@ def test_other_methods(method):
         )
 
 
+def test_a_click_between_two_jobs_counts():
+    """It begins at once, while the thread of the last job has not quite ended."""
+    map, entered, leave = WeightMap.demo(), threading.Event(), threading.Event()
+    names, lock, good = demo.adapter_names(), map._lock, map.answer
+    button, at = map.box.children[2], demo.adapter_names().index("reverse")
+
+    class ClickAtTheEnd:
+        acquire, locked = lock.acquire, lock.locked
+
+        def release(self):
+            map._lock = lock
+            lock.release()
+            button.click()
+            while map._present != names[(at + 2) % 8]:
+                time.sleep(0.01)
+
+    map._lock, map.answer = ClickAtTheEnd(), lambda: (entered.set(), leave.wait(60)) and good()
+    button.click()
+    assert entered.wait(60)
+    first = map._thread
+    with in_use(map.model):
+        leave.set()
+        first.join(60)
+        button.click()
+    assert map.wait(60)
+    assert map.name == names[(at + 3) % 8]
+
+
 def test_convolutions_and_many_layers():
     model = digits.load("bold")
     map = WeightMap(model)
@@ -204,12 +235,68 @@ def test_blocks_and_columns():
     assert split("down.0.attn.1.to_out.0") == ("down.0.attn.1", "to_out.0")
 
 
-def test_a_look_paints_once():
-    map = WeightMap.demo()
+def test_each_picture_is_of_one_adapter():
+    """Its name, color, tiles and answer change at once, also while a swap goes on."""
+    map, answers = WeightMap.demo(), {}
     map.box  # noqa: B018
-    painted = []
-    map._body.observe(lambda change: painted.append(change["new"]), "value")
-    map._switch.swap("shout")
+    map._changed()
+    painted = [(map._title.value, map._body.value)]
+    map._body.observe(lambda change: painted.append((map._title.value, change["new"])), "value")
+    names = ("reverse", "shout", "sort", "shout")
+    for name in names[1:]:
+        map.swap(name)
+    map._switch.swap("double")  # elsewhere: painted at the next look
+    map._changed()
+    for name, (title, picture) in zip(names, painted, strict=True):
+        assert f"{name} is in" in title
+        assert f"{name} is in the model" in picture
+        assert adapter_color(name) in picture
+        assert f"hotswap → {demo.TASKS[name]('hotswap')}" in picture
+        assert answers.setdefault(name, re.findall("<image.*?>", picture)) == re.findall("<image.*?>", picture)
+    assert len({str(each) for each in answers.values()}) == 3
     map.look()
-    assert len(painted) == 1
-    assert "shout is in the model" in painted[0]
+    assert "double is in the model" in painted[-1][1]
+
+
+def test_a_look_keeps_other_swaps_waiting():
+    map = WeightMap.demo()
+    swaps, names = [], iter(["shout", "sort"])
+
+    def answer():
+        swaps.append(threading.Thread(target=map._switch.swap, args=(next(names),)))
+        swaps[-1].start()
+        swaps[-1].join(0.3)
+        return demo.ask(map.model, demo.load_tokenizer(), "hotswap")
+
+    map.answer = answer
+    map.look()
+    for swap in swaps:
+        swap.join(60)
+    assert (map.name, map.shown, map._switch.active) == ("reverse", "pawstoh", "shout")
+
+
+def test_no_click_is_lost():
+    """Each goes one adapter further; the status says which one comes next, and those on the way are skipped."""
+    map, entered, leave = WeightMap.demo(), threading.Event(), threading.Event()
+    names, good, asked = demo.adapter_names(), map.answer, []
+
+    def answer():
+        asked.append(map._switch.active)
+        entered.set()
+        assert leave.wait(60)
+        return good()
+
+    map.answer = answer
+    button = map.box.children[2]
+    at, count = names.index("reverse"), 10
+    button.click()
+    assert entered.wait(60)
+    for number in range(2, count + 1):
+        button.click()
+        waits = names[(at + number) % 8]
+        assert (f"then {waits}" in map._status.value) == (waits != asked[0])
+    assert not button.disabled
+    leave.set()
+    assert map.wait(60)
+    assert asked == [names[(at + 1) % 8], names[(at + count) % 8]]
+    assert map.name == names[(at + count) % 8]

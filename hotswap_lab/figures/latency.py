@@ -1,0 +1,100 @@
+"""A picture of calls over time: how long each took, and which of them compiled."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from . import Canvas, Figure
+from .palette import BASE, INK, MUTED, WHITE, WRONG
+
+#: what a call is drawn as: its name in the legend, its color, and a path around the point where it is
+MARKS = {
+    "call": ("a call", BASE, "m-4 0 a4 4 0 1 0 8 0 a4 4 0 1 0 -8 0 z"),
+    "compile": ("first compile", WHITE, "m-5 -5 h10 v10 h-10 z"),
+    "recompile": ("recompile", WRONG, "m0 -8 l8 14 h-16 z"),
+}
+
+
+def readable(seconds: float) -> str:
+    """A time in the unit that fits.
+
+    >>> readable(2.0), readable(0.0123), readable(0.0000456)
+    ('2 s', '12.3 ms', '0.0456 ms')
+    """
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
+
+
+def timeline(title: str, watches: Mapping[str, Any]) -> Figure:
+    """Draw the latency of every call that some watches noted, on one logarithmic scale, one panel below the other.
+
+    A new label among the calls of a watch is taken for a swap. First compiles and recompiles differ from other
+    calls in color and in shape.
+
+    Parameters
+    ----------
+    watches:
+        By the panels' names, each a ``RecompileWatch``, or anything else with its ``calls`` and ``summary``.
+
+    >>> from hotswap_lab import RecompileWatch
+    >>> with RecompileWatch() as watch:
+    ...     _ = watch.call("reverse", sum, [1, 2]), watch.call("sort", sum, [3, 4])
+    >>> print(timeline("Latency", {"prepared": watch}))  # doctest: +ELLIPSIS
+    Latency. prepared: 2 calls, 1 swap, 0 compiled, 0 recompiles, other calls ... ms in the median.
+    """
+    left, width, top, height, gap = 62, 578, 58, 130, 58
+    canvas = Canvas(660, top + len(watches) * (height + gap) - gap + 44)
+    canvas.text(330, 26, title, size=15)
+    exponents = [math.log10(call.seconds) for watch in watches.values() for call in watch.calls]
+    low, high = math.floor(min(exponents)), max(math.ceil(max(exponents)), math.floor(min(exponents)) + 1)
+    decade = height / (high - low)
+    for name, watch in watches.items():
+        canvas.text(left, top - 22, name, anchor="start")
+        for exponent in range(low, high + 1):
+            y = top + (high - exponent) * decade
+            canvas.line(left, y, left + width, y, BASE)
+            canvas.text(left - 8, y + 4, readable(10.0**exponent), size=11, anchor="end", color=MUTED)
+        x, step = left, width / len(watch.calls)
+        for label, group in itertools.groupby(watch.calls, lambda call: call.label):
+            if x > left:
+                canvas.line(x, top - 14, x, top + height, MUTED, dashed=True)
+            start = x
+            for call in group:
+                y, kind = top + (high - math.log10(call.seconds)) * decade, _kind(call)
+                _mark(canvas, x + step / 2, y, kind)
+                if kind != "call":
+                    canvas.text(x + step / 2 + 11, y + 5, readable(call.seconds), size=11, anchor="start")
+                x += step
+            canvas.text((start + x) / 2, top - 5, label, size=11, color=MUTED)
+        top += height + gap
+    for number, (kind, (text, _, _)) in enumerate(MARKS.items()):
+        _mark(canvas, left + 6 + number * 110, canvas.height - 22, kind)
+        canvas.text(left + 18 + number * 110, canvas.height - 18, text, size=11, anchor="start", color=MUTED)
+    canvas.text(left + 348, canvas.height - 18, "dashed line: a swap", size=11, anchor="start", color=MUTED)
+    return canvas.figure(" ".join([f"{title}.", *(f"{name}: {_summary(watch)}." for name, watch in watches.items())]))
+
+
+def _mark(canvas: Canvas, x: float, y: float, kind: str) -> None:
+    _, color, path = MARKS[kind]
+    canvas.shapes.append(f"<path class='{kind}' d='M{x:.1f} {y:.1f} {path}' fill='{color}' stroke='{INK}'/>")
+
+
+def _kind(call: Any) -> str:
+    if call.recompiles:
+        return "recompile"
+    return "compile" if call.compilations else "call"
+
+
+def _summary(watch: Any) -> str:
+    swaps = sum(call.label != before.label for before, call in itertools.pairwise(watch.calls))
+    parts = [f"{len(watch.calls)} calls", f"{swaps} swap{'' if swaps == 1 else 's'}", watch.summary]
+    parts += [
+        f"{call.label} {readable(call.seconds)} with a {_kind(call)}" for call in watch.calls if call.compilations
+    ]
+    others = [call.seconds for call in watch.calls if not call.compilations]
+    if others:
+        parts.append(f"other calls {statistics.median(others) * 1000:.2g} ms in the median")
+    return ", ".join(parts)
