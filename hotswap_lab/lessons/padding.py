@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import demo
-from ..bench import in_rounds
-from ..bench.timing import Timing
+from ..bench import Timing, in_rounds
 from ..engine import prepare_model_for_compiled_hotswap, resolve_slot
 from ..figures import Canvas, Figure
 from ..figures.palette import ADAPTER, BASE, INK, MUTED, OFF

@@ -11,8 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from .. import demo
-from ..bench import Settings, in_rounds, make_base
-from ..bench.timing import Timing
+from ..bench import Settings, Timing, in_rounds, make_base
 from ..engine import AdapterPool, resolve_slot, save_adapter
 from .exercise import Exercise
 from .padding import padded

@@ -29,7 +29,7 @@ from transformers.integrations import PeftAdapterMixin
 
 import hotswap_lab
 from hotswap_lab import HotswapError, RecompileWatch, patch_peft
-from hotswap_lab.bench.compare import compare
+from hotswap_lab.__main__ import compare
 
 LLAMA = KINDS["llama"]
 FUNCTIONS = ("hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap")
@@ -96,7 +96,7 @@ def test_the_inner_one_leaves_the_outer_one_in_place():
 def test_measurements_still_measure_peft():
     """PEFT's function calls others of its module, which are replaced: it would not refuse anything then."""
     with patch_peft():
-        _, (ours, theirs, _) = compare("sort", "cab", 2)
+        ours, theirs, _ = compare("sort", 2)
     assert (ours.state, theirs.state) == ("right", "refused")
     assert theirs.note.startswith("Configs are incompatible")
 
