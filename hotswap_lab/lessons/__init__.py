@@ -22,9 +22,6 @@ from .. import figures
 
 __all__ = ["begin", "figures", "source"]
 
-#: lines of code that fit on a page, and in a head
-LONGEST = 25
-
 
 def begin() -> None:
     """Sets a notebook up: one thread, so that figures can be compared, and no noise.
@@ -78,6 +75,4 @@ def source(function: Callable, first: str = "", last: str = "") -> Source:
             next(n for n, line in enumerate(lines) if line.strip().startswith(each)) for each in (first, last)
         )
         lines = lines[start : end + 1]
-    if len(lines) > LONGEST:
-        raise ValueError(f"{function.__qualname__} has {len(lines)} lines, too many to read in one go")
     return Source(textwrap.dedent("\n".join(lines)).strip())

@@ -140,14 +140,10 @@ def turn_off(solution):
         yield f"{kind}: the addresses stay the same", slot.data_ptrs() == addresses, True
 
 
-def _vera(key: int) -> PeftConfig:
-    return _config("Vera", on=ATTENTION, r=4, projection_prng_key=key)
-
-
 #: by what differs between the two adapters: the old and the new config
 SAME_STRUCTURE = {
     "values of parameters": (_ia3(), _ia3()),
-    "values of buffers, too": (_vera(0), _vera(7)),
+    "values of buffers, too": [_config("Vera", on=ATTENTION, r=4, projection_prng_key=key) for key in (0, 7)],
     "numbers, too": (_config("LoHa", r=4, alpha=8), _config("LoHa", r=4, alpha=16)),
 }
 

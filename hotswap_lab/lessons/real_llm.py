@@ -229,9 +229,8 @@ TURNS = (
 def take_turns(solution):
     """Answer with the adapter `name`, and read only what that adapter has not read before. About 8 lines."""
     model, tokenizer = demo.load("reverse")
-    pool = AdapterPool(
-        model, adapters={name: demo.adapter_path(name) for name in ("reverse", "pig_latin")}, progress=False
-    )
+    adapters = {name: demo.adapter_path(name) for name in ("reverse", "pig_latin")}
+    pool = AdapterPool(model, adapters=adapters, progress=False)
     fresh = {name: demo.load(name)[0] for name in pool}
     chat, kept, read = Chat(model, tokenizer, chunk=8, room=96), {}, []
     step = chat.step
