@@ -19,7 +19,6 @@ import torch
 from . import demo
 from .bench import Row, Scene, Settings, machine, ways_of
 from .engine import hotswap_adapter
-from .watch import readable
 
 #: the adapter that is loaded first: it has every layer, so every other adapter can replace it
 FIRST = "reverse"
@@ -35,7 +34,7 @@ def compare(name: str, repeats: int) -> list[Row]:
 
 def shown(row: Row) -> str:
     """The median, and what was wrong."""
-    time = readable(row.timing.median) if row.timing else ""
+    time = f"{1000 * row.timing.median:.3g} ms" if row.timing else ""
     return " ".join([time, *([] if row.state == "right" else [row.state])]).strip()
 
 
