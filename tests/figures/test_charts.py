@@ -1,8 +1,9 @@
-"""Charts: valid, with a text form, and as long as their values."""
+"""Charts and stored pictures: valid, with a text form; bars are as long as their values."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 from exercises import assert_is_svg_with_a_text_form
@@ -10,6 +11,7 @@ from exercises import assert_is_svg_with_a_text_form
 from hotswap_lab import figures
 from hotswap_lab.figures import palette
 
+PICTURES = sorted((Path(figures.__file__).parent / "pictures").glob("*.svg"))
 SVG = "{http://www.w3.org/2000/svg}"
 FIGURES = {
     "bars": figures.bars("Time & <space>", {"ours": 2.0, "PEFT": 14.5}, "ms"),
@@ -24,6 +26,11 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_valid_svg_with_a_text_form(name):
     assert_is_svg_with_a_text_form(FIGURES[name])
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
+def test_stored_pictures_are_valid_svg_with_a_text_form(path):
+    assert_is_svg_with_a_text_form(figures.drawing(path.stem))
 
 
 def widths(figure, *colors):
