@@ -37,7 +37,7 @@ from hotswap_lab.lessons.exercise import Exercise
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-SOLUTIONS = Path(__file__).parents[2] / "notebooks" / "solutions"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 MODULES = (ahead, beyond, compiling, diffusion, engine, padding, pools, real_llm, rows, serving, start, uncompiled)
 
 
@@ -50,23 +50,24 @@ class Answers(NamedTuple):
 TABLE: dict[str, Answers] = {}
 
 
-def solved() -> SimpleNamespace:
-    """The functions that the solutions' notebooks define; nothing else of these is run."""
+def defined_in(notebooks: str) -> SimpleNamespace:
+    """The functions that these notebooks define; nothing else of them is run."""
     found: dict[str, object] = {}
-    for path in sorted(SOLUTIONS.glob("[0-9]*.ipynb")):
+    for path in sorted(NOTEBOOKS.glob(notebooks)):
         names: dict[str, object] = {}
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code" and "google.colab" not in cell.source:
                 tree = ast.parse(cell.source)
-                tree.body = [
-                    each for each in tree.body if isinstance(each, ast.FunctionDef | ast.Import | ast.ImportFrom)
-                ]
+                kinds = (ast.FunctionDef, ast.Import, ast.ImportFrom)
+                tree.body = [each for each in tree.body if isinstance(each, kinds)]
                 exec(compile(tree, str(path), "exec"), names)
         found |= names
     return SimpleNamespace(**found)
 
 
-RIGHT = solved()
+RIGHT = defined_in("solutions/[0-9]*.ipynb")
+#: the programs that are to be mended
+BROKEN = defined_in("03_compiled_swap.ipynb")
 
 
 def answers(task: Exercise, right: Callable, *wrong: Callable) -> Callable:
@@ -199,39 +200,6 @@ def compiles_again_each_time(model, family):
     return torch.compile(model, backend="eager", dynamic=False)
 
 
-def broken_ranks(model, folders, x):
-    yield from compiling.answers(torch.compile(model, backend="eager", dynamic=False), folders, x)
-
-
-def broken_warm_up(model, folders, x):
-    compiled = make_ready(model, folders)
-    compiled(x[:, :2])
-    yield from compiling.answers(compiled, folders, x)
-
-
-def broken_temperatures(model, folders, x):
-    prepare_model_for_compiled_hotswap(model, adapters=folders)
-    soften = torch.compile(lambda x, by: model(x) / by, backend="eager", dynamic=False)
-    for by, folder in enumerate(folders, 1):
-        hotswap_adapter(model, folder, "default")
-        yield soften(x, by)
-
-
-def broken_names(model, folders, x):
-    compiled = make_ready(model, folders)
-    for name, folder in zip("abc", folders, strict=True):
-        model.load_adapter(folder, name)
-        model.set_adapter(name)
-        yield compiled(x)
-
-
-def broken_gradients(model, folders, x):
-    compiled = make_ready(model, folders)
-    with torch.enable_grad():
-        compiled(x)
-    yield from compiling.answers(compiled, folders, x)
-
-
 def never_compiles(model, folders, x):
     yield from compiling.answers(model, folders, x)
 
@@ -254,13 +222,13 @@ def named(program: Callable, name: str) -> Callable:
     return run
 
 
-#: the programs of the chapter: broken, and what the watch says of each
+#: the programs of the chapter, and what the watch says of each
 PROGRAMS = {
-    "ranks": (broken_ranks, "a tensor has another shape: base_model.model.0.lora_A.default.weight"),
-    "warm_up": (broken_warm_up, "a tensor has another shape: args[0]"),
-    "temperatures": (broken_temperatures, "a Python number in the graph has changed: by"),
-    "names": (broken_names, "active_adapter"),
-    "gradients": (broken_gradients, "grad_mode"),
+    "ranks": "a tensor has another shape: base_model.model.0.lora_A.default.weight",
+    "warm_up": "a tensor has another shape: args[0]",
+    "temperatures": "a Python number in the graph has changed: by",
+    "names": "active_adapter",
+    "gradients": "grad_mode",
 }
 MENDED = [getattr(RIGHT, name) for name in PROGRAMS]
 UNFIT = [[RIGHT.ranks, program] for program in (never_compiles, never_swaps, stops_early)]
@@ -270,12 +238,10 @@ answers(compiling.debug, MENDED, *UNFIT, WITHOUT_DIVISION, MENDED[:4])
 
 @pytest.mark.parametrize("name", few_of(PROGRAMS, ["ranks", "names"]))
 def test_the_watch_names_the_mistake_of_each_program(name, capsys):
-    broken, said_of_it = PROGRAMS[name]
-    programs = [named(broken, name) if mended.__name__ == name else mended for mended in MENDED]
-    compiling.debug.check(programs)
+    compiling.debug.check([getattr(BROKEN if each == name else RIGHT, each) for each in PROGRAMS])
     said = capsys.readouterr().out
     assert said.startswith(f"Not yet.\n  {name}\n")
-    assert said_of_it in said
+    assert PROGRAMS[name] in said
     assert "more that differ" not in said  # the answers are right
 
 
