@@ -24,9 +24,8 @@ REPOSITORY = dict(each.split(", ") for each in metadata("hotswap_lab").get_all("
 MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.voices generating serving widgets"
 #: other names in the signatures and docstrings of these; Sphinx warns if one is missing here
 OTHERS = """
-    ahead.AheadModel core.errors.Refusal
-    core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile files.search.FoundAdapter
-    files.search.FoundAdapters pipelines.patching.Patch pools.adapter_pool.Block pools.rows.Row serving.replica.Token
+    ahead.AheadModel core.errors.Refusal core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile
+    pipelines.patching.Patch pools.adapter_pool.Block pools.rows.Row serving.replica.Token
     serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.plan_view.PlanRow widgets.results.Run
     widgets.text.text_stream
 """

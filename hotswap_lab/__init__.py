@@ -17,7 +17,7 @@ Without a compiler        ``aoti_compile`` writes a prepared model to a file, ``
 Many adapters             ``AdapterPool``; ``set_strength``, ``get_strength``; threads: ``in_use``, ``waiting_at_most``
 Code that calls PEFT      ``patch_peft`` makes it, diffusers and transformers swap with this engine
 Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``
-Files                     ``save_adapter``, ``find_adapters`` (the Hub's search)
+Files                     ``save_adapter``
 Many users                ``hotswap_lab.serving``: OpenAI's API in front, Ray Serve around it
 
 ``help(hotswap_lab.hotswap_adapter)`` has the arguments, errors and an example, as has the help of each of these. The
@@ -48,7 +48,6 @@ from .engine import resolve_slot as resolve_slot
 from .engine import save_adapter as save_adapter
 from .engine import set_strength as set_strength
 from .files.reading import Adapter as Adapter
-from .files.search import find_adapters as find_adapters
 from .pipelines.lora_files import read_pipeline_lora as read_pipeline_lora
 from .pipelines.pipeline import PipelinePlan as PipelinePlan
 from .threads import ModelInUseError as ModelInUseError

@@ -58,7 +58,6 @@ ENGINE: Hotswap = Hotswap(
             planner.check_capacity,
             checks.check_containers,
             checks.check_base,
-            checks.resize_what_is_off,
             checks.correct_fan_in_fan_out,
             checks.note_missing_targets,
             base_values.check_embeddings,

@@ -116,10 +116,10 @@ class Reader(torch.nn.Module):
     def _file(self, folder: str | os.PathLike[str], width: int) -> Path:
         return Path(folder) / ("token.pt2" if width == 1 else "chunk.pt2")
 
-    def forget(self, row: int, *, erase: bool = False) -> None:
-        """Empties one row. Its old keys and values may stay in memory unless they are NaN: no token looks at them."""
+    def forget(self, row: int) -> None:
+        """Empties one row. Its keys and values are erased, since NaN among them would reach tokens that don't look."""
         self.lengths[row] = 0
-        for each in self.buffers(recurse=False) if erase else ():
+        for each in self.buffers(recurse=False):
             if each is not self.places:
                 each[row] = 0
 
@@ -169,6 +169,13 @@ class Reader(torch.nn.Module):
         window = getattr(config, "sliding_window", None)
         if window and window < self.room and getattr(config, "use_sliding_window", True):
             return False  # the mask here has no window
+        ropes = getattr(config, "rope_parameters", None) or {}
+        for rope in (ropes, *ropes.values()):  # some models have one for each type of layer
+            kind = rope.get("rope_type") if isinstance(rope, dict) else None
+            if kind not in ("longrope", "dynamic"):
+                continue
+            if self.room > rope.get("original_max_position_embeddings", config.max_position_embeddings):
+                return False  # from there on, the longest row changes the angles of all rows
         texts = torch.arange(4 * self.rows).view(self.rows, 4) % config.vocab_size
         ends = torch.arange(self.rows) % 2 + 2
         self.read([text[:2].tolist() for text in texts])

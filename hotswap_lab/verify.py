@@ -50,6 +50,9 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, tor
 #: how many times the tolerance the adapter's effect must be, if not 100: half precision leaves no room for more
 MARGIN = {torch.float16: 10, torch.bfloat16: 5}
 
+#: the same two for a model that is not deterministic: in multiples of the difference between two of its calls
+NOISE_TOLERANCE, NOISE_MARGIN = 2, 5
+
 #: how many mismatches a verdict shows
 SHOWN = 10
 #: the start of the names of config fields and of base weights, and the separator of a layer's path and its table's
@@ -73,6 +76,8 @@ class Verification:
         Other differences, in words: of the config, the scalars or the tensors.
     margin:
         How many times the tolerance the adapter's effect must be for the verdict to mean anything.
+    noise:
+        The largest difference between two calls of the fresh model; 0 if the model is deterministic.
 
     Examples
     --------
@@ -88,6 +93,7 @@ class Verification:
     tolerance: float
     mismatches: tuple[str, ...] = ()
     margin: float = 100
+    noise: float = 0.0
 
     @property
     def conclusive(self) -> bool:
@@ -101,6 +107,8 @@ class Verification:
         lines = [f"matches a fresh load: {bool(self)}"]
         if not self.conclusive:
             lines.append("inconclusive: on these inputs the adapter hardly changes the base model's outputs")
+        if self.noise > 0:
+            lines.append(f"the model is not deterministic: two calls of the fresh one differ by up to {self.noise:.3g}")
         if not self.difference <= self.tolerance:
             lines.append(f"outputs differ by up to {self.difference:.3g} (tolerance {self.tolerance:.3g})")
         lines += self.mismatches[:SHOWN]
@@ -178,14 +186,18 @@ def verify_hotswap(
         with compilers_kept(), random_numbers_kept():
             fresh = PeftModel.from_pretrained(fresh, folder, name, is_trainable=trainable).eval()
         fresh_outputs = _call(fresh, inputs)
+        noise = _difference(fresh_outputs, _call(fresh, inputs))
         mismatches = tuple(_mismatches(slot, fresh, with_base=base is not None))
     dtype, largest = fresh_outputs[0].dtype, max(float(output.abs().max()) for output in fresh_outputs)
+    allowed = (TOLERANCE[dtype] if tolerance is None else tolerance) * largest
+    is_noisy = NOISE_TOLERANCE * noise > allowed
     return Verification(
         difference=_difference(live_outputs, fresh_outputs),
         change=_difference(base_outputs, fresh_outputs),
-        tolerance=(TOLERANCE[dtype] if tolerance is None else tolerance) * largest,
+        tolerance=NOISE_TOLERANCE * noise if is_noisy else allowed,
         mismatches=mismatches,
-        margin=MARGIN.get(dtype, 100),
+        margin=NOISE_MARGIN if is_noisy else MARGIN.get(dtype, 100),
+        noise=noise,
     )
 
 
@@ -303,12 +315,17 @@ def _mismatches(slot: Slot, fresh: PeftModel, with_base: bool) -> Iterator[str]:
 
 
 def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mapping, adapter_name: str) -> dict:
-    """The config fields, PEFT's values in the tables of each layer, and the tensors of an adapter, by their names."""
+    """The config fields, PEFT's values for each layer, what is trained, and the tensors of an adapter, by name."""
     facts = {f"{CONFIG}{key}": _comparable(value) for key, value in config.to_dict().items() if key not in PROVENANCE}
     for path, module in carrier.named_modules():
         for table in getattr(module, "other_param_names", ()):
             with contextlib.suppress(AttributeError, LookupError, TypeError):  # not every layer has each of them
                 facts[f"{canonical_path(path)}{TABLE}{table}"] = attrgetter(table)(module)[adapter_name]
+        for table in getattr(module, "adapter_layer_names", ()) if not config.inference_mode else ():
+            with contextlib.suppress(AttributeError, LookupError, TypeError):
+                weights = attrgetter(table)(module)[adapter_name]
+                each = weights.parameters() if isinstance(weights, torch.nn.Module) else [weights]
+                facts[f"{canonical_path(path)}{TABLE}requires_grad in {table}"] = [one.requires_grad for one in each]
     return facts | {canonical_path(key): tensor for key, tensor in tensors.items()}
 
 

@@ -45,6 +45,9 @@ def test_a_row_that_is_given_on_leaves_no_trace_and_disturbs_nobody(model):
     reader = Reader(model, rows=2, chunk=CHUNK, room=ROOM)
     first, second, other = letters(7), letters(5), letters(12)
     read_all(reader, [first, other[:6]], sizes=(4, 1))
+    for name, each in reader.named_buffers(recurse=False):
+        if name != "places":
+            each[0] = torch.nan  # as an adapter that is far too strong leaves it
     reader.forget(0)
     logits = read_all(reader, [second, other[6:]], sizes=(4, 2))
     assert torch.allclose(logits[0], logits_of(model, second), atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lengths import long
 from models import ARCHITECTURES, KINDS, load, save_random_adapter
-from oracle import untouched
+from oracle import assert_equals_fresh_load, untouched
 from peft import LoraConfig, get_peft_model
 from refusals import refused
 
@@ -223,3 +224,58 @@ def test_an_adapter_that_acts_by_the_base_models_biases(tmp_path):
     hotswap_adapter(model, tmp_path / "biased", "default")
     verdict = verify_hotswap(model, tmp_path / "biased", inputs=bert.inputs())
     assert verdict, verdict
+
+
+class Noisy(torch.nn.Linear):
+    """A layer that never computes the same twice."""
+
+    noise = 0.01
+
+    def forward(self, x):
+        outputs = super().forward(x)
+        return outputs + self.noise * torch.rand(outputs.shape, generator=GENERATOR)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("noise", [0.001, 1.0])
+def test_a_model_that_is_not_deterministic(model, new, tmp_path, noise, monkeypatch):
+    """Noise is not taken for a wrong swap, nor a wrong swap for noise."""
+    monkeypatch.setattr(Noisy, "noise", noise)
+    other = save_random_adapter(KIND, tmp_path / "other", seed=4, r=6, lora_alpha=30)
+    model.get_base_model().blocks[0].get_base_layer().__class__ = Noisy
+    verdict, wrong = verify(model, new), verify(model, other)
+    assert bool(verdict) == (noise < 0.1)
+    assert verdict.conclusive == (noise < 0.1)
+    assert "not deterministic: two calls of the fresh one differ by up to" in str(verdict)
+    assert not wrong
+    assert wrong.difference > wrong.tolerance or noise > 0.1
+
+
+def mica() -> bool:
+    field = next(each for each in dataclasses.fields(LoraConfig) if each.name == "init_lora_weights")
+    return "mica" in field.metadata.get("lora_variants", ())
+
+
+@pytest.mark.skipif(not mica(), reason="this version of PEFT has no MiCA")
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_weights_that_peft_freezes(tmp_path, is_trainable):
+    """MiCA trains lora_A alone; the swap follows it, and the oracle compares it."""
+    folders = [
+        save_random_adapter(KIND, tmp_path / str(seed), seed=seed, r=4, target_modules=["first"], **arguments)
+        for seed, arguments in enumerate([{}, dict(init_lora_weights="mica"), {}])
+    ]
+    model = load(KIND, folders[0], is_trainable=is_trainable)
+    layer = model.get_base_model().first
+    for number in (1, 2, 1, 0):
+        hotswap_adapter(model, folders[number], "default")
+        trained = [getattr(layer, table)["default"].weight.requires_grad for table in ("lora_A", "lora_B")]
+        assert trained == [is_trainable, is_trainable and number != 1]
+        assert_equals_fresh_load(model, KIND, folders[number], is_trainable=is_trainable)
+        assert verify(model, folders[number])
+        layer.lora_B["default"].requires_grad_(is_trainable and number == 1)
+        verdict = verify(model, folders[number])
+        assert bool(verdict) != is_trainable
+        assert "requires_grad in lora_B" in str(verdict) or not is_trainable
+        layer.lora_B["default"].requires_grad_(is_trainable and number != 1)

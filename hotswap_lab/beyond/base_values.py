@@ -144,15 +144,6 @@ def embeddings_turned_off(plan: Plan) -> list[LayerPlan]:
     return [each for each in off if id(each.layer.module) in ids]
 
 
-def given_up(plan: Plan) -> bool:
-    """Whether to remove the adapter from a layer instead of turning it off.
-
-    PEFT saves the base weights of wrapped embeddings, and can't merge grouped convolutions.
-    """
-    off = [each.layer.tensors[0] for each in plan.layers if each.action is Action.OFF]
-    return bool(embeddings_turned_off(plan)) or any(tensor.rank_step > 1 for tensor in off)
-
-
 def check_embeddings(plan: Plan) -> None:
     """Refuse to turn embeddings off where the adapter's file may have replaced their base weights."""
     names = {f"{each.path}.weight" for each in embeddings_turned_off(plan)}

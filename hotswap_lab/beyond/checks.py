@@ -15,7 +15,7 @@ from ..core import lora
 from ..core.errors import listing
 from ..core.host import PEFT_PREFIX, Config
 from ..core.plan import Action, Plan
-from ..core.slot import Slot, expected_of
+from ..core.slot import Slot
 from .lora import reads_base
 
 #: layers that differ in ``fan_in_fan_out``: PEFT knows two ways to store their weights
@@ -53,31 +53,6 @@ def check_base(plan: Plan) -> None:
     around = [module for module in tuners if id(module.get_base_layer()) in off]
     if others := sorted({name for module in around for name in module.merged_adapters}):
         plan.refuse("merged_beside", adapter_name=plan.slot.adapter_name, others=listing(map(repr, others)))
-
-
-def resize_what_is_off(plan: Plan) -> None:
-    """Resize layers that are turned off, too, where the other layers of the adapter get a new rank.
-
-    PEFT's ``add_weighted_adapter`` combines adapters by the ranks in their configs, on every layer that has them.
-    """
-    if plan.refusals or Action.RESIZE not in [layer.action for layer in plan.layers]:
-        return
-    # in tensor parallelism, only some of the tensors are spread over processes
-    if True in [tensor.is_shard for tensor in plan.slot.tensors]:
-        return
-    ranks = {layer.settings.rank for layer in plan.layers if layer.settings}
-    # added layers come last
-    for layer, expected, fixed in zip(
-        plan.layers, plan.slot.once_for(plan.config, expected_of), plan.fixed, strict=False
-    ):
-        # a damaged config may ask for any other rank, however large
-        if layer.action is not Action.OFF or fixed or expected.settings.rank not in ranks:
-            continue
-        if expected.shapes is not None:
-            targets = zip(layer.layer.tensors, expected.shapes, strict=True)
-            # a single zero, repeated without taking memory
-            zero = layer.layer.tensors[0].parameter.detach().new_zeros(())
-            layer.sources = tuple([None if each.rank_axis is None else zero.expand(shape) for each, shape in targets])
 
 
 def check_arrow(plan: Plan) -> None:

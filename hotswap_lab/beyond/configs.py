@@ -26,6 +26,8 @@ MAX_DEPTH = 20
 MEGATRON = "megatron.core"
 #: values of ``init_lora_weights`` with which a fresh load changes the base weights
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+#: other names of initializations that PEFT knows; they, unlike "gaussian" and "mica", are in lower case only
+INITS = ("eva", "orthogonal", "lora_ga")
 #: config fields that add something besides B @ A, which no scaling applies to
 NOT_SCALED = ("modules_to_save", "trainable_token_indices", "bias", "layer_replication")
 #: config fields that add state beyond the tensors and scalars of a layer
@@ -91,6 +93,11 @@ def _are_indices(value: Any) -> bool:
     return value is None or all(type(each) is int for each in (value if isinstance(value, list) else [value]))
 
 
+def _is_init(name: str) -> bool:
+    lower = name.lower()
+    return name in INITS or lower in ("gaussian", "mica") or lower.startswith(BASE_CHANGING_INITS)
+
+
 #: fields of LoRA's config, a check that returns false or raises for wrong values, and the values that are expected
 RULES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (("r",), _is_rank, "a positive whole number"),
@@ -98,10 +105,11 @@ RULES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (("lora_dropout",), lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     (("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), _is_flag, "true or false"),
     (("bias",), ("none", "all", "lora_only").__contains__, "'none', 'all' or 'lora_only'"),
-    (("init_lora_weights",), lambda value: _is_flag(value) or isinstance(value, str), "true, false or a name"),
+    (("init_lora_weights",), lambda value: _is_flag(value) or _is_init(value), "true, false or a name that PEFT knows"),
     (("rank_pattern",), lambda value: _is_pattern(value, _is_rank), "names of layers with positive whole numbers"),
     (("alpha_pattern",), lambda value: _is_pattern(value, _is_number), "names of layers with numbers"),
     (("target_modules", "exclude_modules", "layers_pattern"), _is_selection, "a list of names or one expression"),
+    (("trainable_token_indices",), lambda value: value != [], "null, or at least one token"),
     (("layers_to_transform",), _are_indices, "a list of whole numbers, or one"),
 ]
 

@@ -5,6 +5,7 @@ PEFT loads the new adapter next to the model, and the two are compared. The swap
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -19,13 +20,14 @@ from ..core.change import Change, clear_gradients
 from ..core.errors import listing
 from ..core.host import canonical_path
 from ..core.journal import Journal
+from ..core.lora import HEADS
 from ..core.plan import Plan
 from ..core.planner import adaptable, check_compiled, misfits
 from ..core.prepared import is_padded
 from ..core.slot import change_of
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
-from .base_values import LOST, ORIGINALS, change_base_values, given_up, kept_originals, lost_originals
+from .base_values import LOST, ORIGINALS, change_base_values, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
@@ -48,6 +50,9 @@ def is_beyond(plan: Plan) -> bool:
     if isinstance(slot.method, General) or (plan.base_weights and slot.room is None):
         return True
     if extra_state(slot.config) or extra_state(plan.adapter.config):
+        return True
+    heads = HEADS.get(plan.adapter.config.task_type)
+    if heads and any(path.endswith(heads) for path, _ in slot.walk):
         return True
     # a special layer is always an obstacle, so the others need not be checked
     is_odd = any(is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
@@ -87,7 +92,7 @@ def take_base_weights(plan: Plan) -> None:
 def plan_another_form(plan: Plan) -> Plan | None:
     """Plan the swap with a fresh load if layers get other tensors, or if the adapter is removed from layers."""
     is_free = not plan.compiled and not plan.is_prepared and not plan.refusals
-    if changes_form(plan) or (is_free and given_up(plan)):
+    if changes_form(plan):
         return plan_with_fresh_load(_afresh(plan))
     if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(_afresh(plan))).ok:
         return other
@@ -223,8 +228,10 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
         return Graft(), None
     # a half-precision adapter was loaded with ``autocast_adapter_dtype=False``, so the new one is, too
     half_precision = any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
+    # PEFT makes tensors without naming a device
+    is_meta = torch.get_default_device().type == "meta"
     try:
-        with slot.write_mode():
+        with slot.write_mode(), torch.device("cpu") if is_meta else contextlib.nullcontext():
             fresh = load_fresh_adapter(host, config, adapter.tensors, name, half_precision=half_precision)
     except Exception as error:
         plan.cause = error
@@ -244,7 +251,7 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
     graft.base = change_base_values(plan, fresh.base_values, live)
     paths = [path for path in live if path.endswith("bias") or path in fresh.base_values]
     changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]
-    graft.requires_grad = [(live[path], twins[path].requires_grad) for path in changed]
+    graft.requires_grad += [(live[path], twins[path].requires_grad) for path in changed]
     return graft, None if plan.refusals else find_targets(slot, adapter, fresh, graft)
 
 

@@ -54,6 +54,8 @@ from .fresh_adapter import FreshAdapter
 BUDGET = "rankallocator"
 #: the ends of paths to tables that no forward reads
 BOOKKEEPING = tuple(f": {table}" for table in ("r", "alpha", "lora_alpha", "use_rslora", "lora_bias"))
+#: the names of the weights that PEFT freezes, by adapter name
+FROZEN = "frozen_peft_weight_names"
 #: types of attributes that are compared in an adapter's own modules; values of other types belong to one object
 PLAIN = (bool, int, float, str, type(None), tuple)
 
@@ -89,7 +91,7 @@ class Graft:
     in_place: dict[int, tuple[MutableMapping[str, Any], str, torch.Tensor]] = field(default_factory=dict)
     #: pairs of a table and its plain value under the adapter's name
     scalars: list[tuple[MutableMapping[str, Any], object]] = field(default_factory=list)
-    #: the writes to the base model's own weights, and the new ``requires_grad`` of those where it changes
+    #: the writes to the base model's own weights, and the new ``requires_grad`` of the parameters where it changes
     base: BaseChange = field(default_factory=BaseChange)
     requires_grad: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
 
@@ -261,6 +263,7 @@ class _Comparison:
             self.training = live.training
             if is_padded(live, self.name):
                 self._pad(live, fresh)
+            self._freeze(live, fresh)
         for attribute, value in fresh.__dict__.items():
             if attribute not in NOT_COMPARED:
                 (self._own_attribute if own else self._attribute)(live, attribute, value, path)
@@ -361,7 +364,7 @@ class _Comparison:
                 self._put_new(table, key, fresh, path)
         elif isinstance(live, torch.Tensor) and live.ndim == 0 and isinstance(fresh, (int, float)):
             if float(live) != fresh:
-                self.graft.copies.append((live, torch.tensor(fresh, dtype=torch.float64)))
+                self.graft.copies.append((live, torch.tensor(fresh, dtype=torch.float64, device="cpu")))
         elif not self._are_equal(live, fresh):
             self._put(table, key, fresh, path)
 
@@ -393,6 +396,15 @@ class _Comparison:
                 parameter.data = target.padded(parameter.detach(), target.capacity)
                 if source.size_attribute:
                     setattr(source.owner, source.size_attribute, target.capacity)
+
+    def _freeze(self, live: torch.nn.Module, fresh: torch.nn.Module) -> None:
+        """Follow PEFT, which freezes some weights of a few kinds of LoRA, such as MiCA's ``lora_B``."""
+        before, after = (set(getattr(each, FROZEN, {}).get(self.name, ())) for each in (live, fresh))
+        tensors = self.method.tensors_of(live, self.name) if before != after else None
+        trained = any(each.parameter.requires_grad for each in tensors or ())
+        for each in tensors or ():
+            if (name := each.key.partition(".")[0]) in before ^ after:
+                self.graft.requires_grad.append((each.parameter, trained and name not in after))
 
     def _are_equal(self, live: object, fresh: object) -> bool:
         if isinstance(live, (list, tuple)) and isinstance(fresh, (list, tuple)):
@@ -452,6 +464,9 @@ class _Comparison:
         if self.graft.parameters and not trained:  # PEFT leaves an adapter frozen while another one is active
             for each in self.own:
                 each.requires_grad_(False)
+        for module in self.kept:  # PEFT keeps tensors there that are part of a graph, which Python can't copy
+            tied = getattr(module, "kwargs", {}).get("tied_adapter") or {}
+            tied.update({key: each.detach() for key, each in tied.items()})
         for table, key, fresh in self.puts:
             values = copy.deepcopy(fresh, memo), None
             self.graft.steps += [

@@ -1,4 +1,4 @@
-"""Preparing without a room: for methods other than LoRA, and for LoRA with extra tensors (a classifier, tokens).
+"""Preparing without a room: for methods other than LoRA.
 
 The updates of these methods (LoHa, LoKr, HiRA, AdaLoRA) are sums over rank components, as LoRA's ``B @ A`` is. So each
 tensor gets room for the highest rank of a family, and scalings become tensors. The tensors share no memory: a swap
@@ -23,10 +23,7 @@ from ..core.prepare import PADDABLE
 from ..core.prepared import make_prepared, new_scalings, own_rank
 from ..core.slot import Slot, change_of
 from ..core.tensors import shared_as
-from .configs import extra_state, judge, pointless_rank
-
-#: extra state that LoRA may have; if all adapters have the same kinds, a swap changes only values, as a graph requires
-BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
+from .configs import pointless_rank
 
 
 def prepare_in_place(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
@@ -64,18 +61,10 @@ def rank_for(config: object, path: str) -> int:
 
 
 def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
-    kind = slot.config.peft_type
-    if kind == PeftType.LORA:
-        yield from judge(slot.config, "loaded")
-        if strange := set(extra_state(slot.config)) - BESIDE_LORA:
-            yield refusal(
-                "loaded_not_preparable", strange=", ".join(sorted(strange)), allowed=", ".join(sorted(BESIDE_LORA))
-            )
-            return
-    elif kind not in PADDABLE:
+    if slot.config.peft_type not in PADDABLE:
         yield refusal(
             "type_not_preparable",
-            kind=kind.value,
+            kind=slot.config.peft_type.value,
             adapter_name=slot.adapter_name,
             others=", ".join(sorted(each.value for each in PADDABLE if each != PeftType.LORA)),
         )

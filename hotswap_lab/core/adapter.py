@@ -11,10 +11,10 @@ import torch
 from peft import PeftConfig, PeftType
 
 from .errors import HotswapError, listing, refuse
-from .host import Config
+from .host import Config, kind_of
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """One adapter in memory: its config and its tensors by the names of its file.
 
@@ -68,6 +68,9 @@ class Adapter:
         adapter = cls(config, dict(state_dict), "a state dict")
         adapter.check_tensors(allow_nonfinite)
         return adapter
+
+    def __repr__(self) -> str:
+        return f"<{kind_of(self.config)} from {self.source}: {len(self.tensors)} tensors, {self.nbytes:,} bytes>"
 
     @property
     def label(self) -> str:

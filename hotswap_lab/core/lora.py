@@ -111,8 +111,14 @@ def fingerprint(config: Config) -> tuple[str, ...]:
     return tuple([repr(getattr(config, field)) for field in (*settings, *selections)])
 
 
+#: the modules that a PeftModel saves with an adapter for a task, as it says in the config even if the model has none
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
 def complete(config: Config, host: Host) -> Config:
     """Resolve the target modules of a config for a model, as a fresh load does."""
+    if host.is_peft_model and config.modules_to_save is None and config.task_type in HEADS:
+        config.modules_to_save = [*HEADS[config.task_type]]
     if config.target_modules is None:
         model_type = getattr(getattr(host.base, "config", None), "model_type", None)
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))

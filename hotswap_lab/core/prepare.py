@@ -23,7 +23,7 @@ from .adapter import Adapter
 from .change import Change, apply
 from .compiled import blind_spot, compiled_in
 from .engine import Engine
-from .errors import HotswapError, Refusal, refusal, refuse
+from .errors import HotswapError, Refusal, listing, refusal, refuse
 from .host import Config, canonical_path, carriers
 from .journal import Journal
 from .lora import Lora
@@ -34,6 +34,8 @@ from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, change_of, keep_slot, room_left_by, room_of, slot_in
 from .tensors import SlotTensor
 
+#: extra state that LoRA may have; if all adapters have the same of it, a swap changes only values, as a graph requires
+BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
 #: types whose effect is a sum over rank components, so that zeros beyond an adapter's own rank change nothing
 PADDABLE = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.HIRA, PeftType.ADALORA)
 
@@ -139,8 +141,7 @@ def changes_to_prepare(
     changes: list[Change] = []
     refusals: list[Refusal] = []
     for slot in _slots(engine, model, adapter_name):
-        is_lora_alone = isinstance(slot.method, Lora) and not slot.method.extra_state(slot.config)
-        if is_lora_alone or extra_tensors is not None or engine.prepare_in_place is None:
+        if isinstance(slot.method, Lora) or engine.prepare_in_place is None:
             extra = extra_tensors(slot) if extra_tensors else []
             change, reasons = _prepare(slot, target_rank, family, kind, extra, ranks or {})
         else:
@@ -213,7 +214,10 @@ def _prepare(
     refusals = [*slot.method.judge(slot.config, "loaded")]
     for layer, reason in slot.obstacles[:1]:
         refusals.append(refusal("layer_not_preparable", path=layer.path, reason=reason))
-    refusals = refusals or [each for adapter in family for each in misfits(slot, adapter, in_graph=True)]
+    if strange := set(slot.method.extra_state(slot.config)) - BESIDE_LORA:
+        allowed = ", ".join(sorted(BESIDE_LORA))
+        refusals.append(refusal("loaded_not_preparable", strange=", ".join(sorted(strange)), allowed=allowed))
+    refusals = refusals or [each for adapter in family for each in _misfits(slot, adapter)]
     if refusals:
         return Change(), refusals
     own = {layer.path: rank_before(layer.module, slot.adapter_name, layer.tensors[0]) or 0 for layer in slot.layers}
@@ -228,6 +232,22 @@ def _prepare(
         refusals += _make_room(room, ranks, target_rank, adapter.label)
     refusals = refusals or [*slot.method.no_room(slot, room)]
     return (Change(), refusals) if refusals else (_change_for(slot, room, kind, extra_tensors), [])
+
+
+def _misfits(slot: Slot, adapter: Adapter) -> Iterator[Refusal]:
+    """The reasons why an adapter can't share a graph with the loaded one."""
+    yield from (refusals := misfits(slot, adapter, in_graph=True))
+    forms = [_form_of_extra_state(slot, each) for each in (slot.config, adapter.config)]
+    if not refusals and forms[0] != forms[1]:
+        yield refusal("member_of_another_form", loaded=forms[0], new=forms[1], label=adapter.label)
+
+
+def _form_of_extra_state(slot: Slot, config: Config) -> str:
+    """Describe the modules that an adapter saves, and the tokens that it trains: a graph has both as constants."""
+    saved = tuple(getattr(config, "modules_to_save", None) or ["no module"])
+    tokens = getattr(config, "trainable_token_indices", None) or "no"
+    paths = listing([path for path, _ in slot.walk if path.endswith(saved)]) or "no modules"
+    return f"{paths} and {listing(tokens.values() if isinstance(tokens, dict) else [tokens])} tokens"
 
 
 def _make_room(

@@ -81,6 +81,9 @@ class ScalingTable(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return len(self.floats)
 
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
     def copy(self) -> dict[str, float]:
         """The current values as floats, which ``peft.helpers.rescale_adapter_scale`` puts back when it ends."""
         return {name: float(value) for name, value in self.items()}

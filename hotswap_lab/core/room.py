@@ -46,7 +46,8 @@ class State:
     def scalings(self) -> torch.Tensor:
         """The scaling of each layer as trained; 0 where it is off."""
         with torch.inference_mode(False):
-            return torch.tensor([each.scaling if each else 0.0 for each in self.settings], dtype=torch.float64)
+            values = [each.scaling if each else 0.0 for each in self.settings]
+            return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     @cached_property
     def acts(self) -> torch.Tensor:
@@ -234,7 +235,7 @@ class Room:
     def scalings_of(self, state: State, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The scalings of all layers in the room's layout; ``strength`` is one number, or one for each layer."""
         with torch.inference_mode(False):
-            scalings = torch.zeros((len(state.settings), SCALING_STEP), dtype=torch.float64)
+            scalings = torch.zeros((len(state.settings), SCALING_STEP), dtype=torch.float64, device="cpu")
             scalings[:, 0] = state.scalings * strength
         return scalings
 

@@ -66,7 +66,14 @@ def _build(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLay
     twins.__dict__.update({name: base.__dict__[name] for name in CHOOSES_CLASS & base.__dict__.keys()})
     config.target_modules, config.init_lora_weights = r"\d+", True
     config.rank_pattern = {str(number): rank for number, rank in enumerate(ranks.values())}
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    for field in (
+        "layers_to_transform",
+        "layers_pattern",
+        "exclude_modules",
+        "modules_to_save",
+        "trainable_token_indices",
+    ):
+        setattr(config, field, None)
     with slot.write_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # on the meta device, so that none of the user's random numbers are drawn

@@ -70,7 +70,7 @@ def _change_strength(slot: Slot, strength: float) -> Change:
     for layer in slot.layers:
         scaling, value = layer.module.scaling, strength * _trained(slot, layer)
         if is_prepared(layer.module, name):
-            change.copy(scaling[name], torch.tensor(value, dtype=torch.float64))
+            change.copy(scaling[name], torch.tensor(value, dtype=torch.float64, device="cpu"))
         else:
             change.steps.append(functools.partial(Journal.set_item, table=scaling, key=name, value=value))
     return change

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..core.errors import first_line, listing
@@ -31,7 +31,9 @@ class Repository(sources.Folder):
         try:
             folder = os.path.dirname(_fetch(self.name, CONFIG_NAME, self.arguments))
         except Exception as error:  # of many types: no such repository, no access, no network, no space, ...
-            found = f"{_not_here(self.name)}; and the Hub: {first_line(_cause(error))}"
+            found = _not_here(self.name)
+            if not isinstance(error, HFValidationError):  # a path, and no id of a repository
+                found += f"; and the Hub: {first_line(_cause(error))}"
             raise sources.no_config(self.name, found, _advice(error)) from error
         self.revision: str | None = commit_of(folder)
         return folder
@@ -76,7 +78,7 @@ def _cause(error: Exception) -> Exception:
 
 def _advice(error: Exception) -> str | None:
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return "check `subfolder`; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline"
+        return "check `subfolder`"
     if constants.HF_HUB_OFFLINE and isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return "unset HF_HUB_OFFLINE and restart, so that it can be downloaded, or pass a folder that has it"
     return None

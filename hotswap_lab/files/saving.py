@@ -81,6 +81,9 @@ def save_adapter(
     The format is that of ``PeftModel.save_pretrained``, which also works and leaves out the same layers. This function
     also takes models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
     """
+    for each in (Path(folder), *Path(folder).parents):
+        if each.exists() and not each.is_dir():
+            raise refuse("not_a_folder", folder=folder, file=each)
     adapter_name = name_in(model, adapter_name)
     resolve_slot(engine, model, adapter_name)  # raises if there is no such adapter
     with in_use(model):

@@ -10,7 +10,6 @@ import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from ..core.errors import HotswapError, refuse
 
@@ -46,7 +45,8 @@ Tensors = tuple[dict[str, torch.Tensor], Sequence[torch.Tensor] | None]
 
 def no_config(name: str, error: object, next_step: str | None = None) -> HotswapError:
     """The error for an adapter whose config can't be found or downloaded."""
-    next_step = _what_reads(name) or next_step or "check the path, the id, `subfolder`, `revision` and `token`"
+    next_step = next_step or "check the path, the id, `subfolder`, `revision` and `token`"
+    next_step += " (the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline)"
     return refuse("no_config_file", source=name, error=error, next_step=next_step)
 
 
@@ -85,30 +85,3 @@ def read_config(place: Folder) -> PeftConfig:
         raise
     except Exception as error:  # of any type, since PEFT doesn't check a config that it reads from a file
         raise refuse("config_unreadable", source=place.name, error=error) from error
-
-
-# ---- files of pipelines
-
-#: prefixes of keys in the LoRA files of pipelines: diffusers', kohya's, those of single-file checkpoints
-HEADS = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", "diffusion_model.")
-
-
-def _what_reads(name: str) -> str | None:
-    """The advice for a user who passed a pipeline's LoRA as an adapter of a single model; None if it isn't one."""
-    files = [name] if os.path.isfile(name) else []
-    if os.path.isdir(name):
-        files = [os.path.join(name, file) for file in sorted(os.listdir(name))]
-    for file in files:
-        if os.path.basename(file).startswith("pytorch_lora_weights.") or _has_heads(file):
-            return f"this is the LoRA of a diffusers pipeline: call hotswap_lab.hotswap_pipeline(pipe, {file!r}, name)"
-    return None
-
-
-def _has_heads(file: str) -> bool:
-    if not file.endswith(".safetensors"):
-        return False
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return any(key.startswith(HEADS) for key in tensors.keys())  # noqa: SIM118 - it is no dict
-    except (OSError, SafetensorError):
-        return False

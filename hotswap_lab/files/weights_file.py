@@ -79,7 +79,7 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
         return None
     first, end = layout.firsts[0], layout.firsts[-1]
     storage: Any = torch.UntypedStorage.from_file(os.fspath(path), shared=False, nbytes=size)
-    empty: Any = torch.empty(0, dtype=layout.dtype)
+    empty: Any = torch.empty(0, dtype=layout.dtype, device="cpu")  # whatever the default device is
     whole: torch.Tensor = empty.set_(storage, first, (end - first,))
     views = map(whole.as_strided, layout.shapes, layout.strides, layout.firsts)
     return Mapped(dict(zip(layout.names, views, strict=True)), whole)

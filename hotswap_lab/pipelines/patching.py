@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -15,43 +18,98 @@ from transformers.integrations import PeftAdapterMixin
 from .. import compat
 from ..core import prepare, swap
 from ..core.engine import Engine
+from ..core.errors import HotswapError, listing
+from .lora_files import components_of, read_pipeline_lora
+from .pipeline import IN_PIPELINES, advise, hotswap_pipeline, is_offloaded
+
+#: what the advice in a refusal has to be for users of transformers' ``load_adapter``
+IN_TRANSFORMERS = {"pass add_layers=True": "call hotswap_adapter(model, ..., add_layers=True)"}
+#: a list while diffusers loads a LoRA, for the error of the swap: if it got that error, it would delete the adapter
+_kept: ContextVar[list[Exception] | None] = ContextVar("kept", default=None)
 
 
 def check_hotswap_configs_compatible(engine: Engine, config0: object, config1: object) -> None:
     """Accept any two configs: whether a swap can be right is decided by its plan, which sees the tensors too."""
 
 
-OURS: Mapping[str, Callable[..., Any]] = {
+@functools.wraps(swap.hotswap_adapter_from_state_dict)
+def hotswap_adapter_from_state_dict(*arguments: Any, **keywords: Any) -> None:
+    try:
+        swap.hotswap_adapter_from_state_dict(*arguments, **keywords)
+    except Exception as error:
+        if (kept := _kept.get()) is None:
+            raise
+        kept.append(error)
+
+
+#: the functions that replace those of ``peft.utils.hotswap``, and the replaced ones
+OURS: dict[str, Callable[..., Any]] = {
     "hotswap_adapter": swap.hotswap_adapter,
-    "hotswap_adapter_from_state_dict": swap.hotswap_adapter_from_state_dict,
+    "hotswap_adapter_from_state_dict": hotswap_adapter_from_state_dict,
     "prepare_model_for_compiled_hotswap": prepare.prepare_model_for_compiled_hotswap,
     "check_hotswap_configs_compatible": check_hotswap_configs_compatible,
 }
-# read on import, since they are replaced later
-THEIRS: Mapping[str, Callable[..., Any]] = {name: getattr(peft_hotswap, name) for name in OURS}
-LOAD_ADAPTER: Callable[..., Any] = PeftAdapterMixin.load_adapter
+THEIRS: dict[str, Callable[..., Any]] = {name: getattr(peft_hotswap, name) for name in OURS}
+
+#: makes our method from an engine and the original method
+Maker = Callable[[Engine, Callable[..., Any]], Callable[..., Any]]
 
 
 class Patch:
     """What :func:`patch_peft` replaced. As a context manager, it puts everything back at the end of the block."""
 
-    def __init__(self) -> None:
-        self._replaced: list[tuple[Any, str, object]] = []
-
-    def replace(self, owner: Any, name: str, value: object) -> None:
-        self._replaced.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
+    def __init__(self, engine: Engine) -> None:
+        #: each original function, and the one that replaces it
+        self.pairs = [(THEIRS[name], MethodType(function, engine)) for name, function in OURS.items()]
+        self.pairs += [(theirs, make(engine, theirs)) for _, theirs, make in _methods()]
 
     def undo(self) -> None:
-        """Put back everything that was replaced. Models keep the adapters that were swapped in."""
-        while self._replaced:
-            setattr(*self._replaced.pop())
+        """Put back everything that was replaced. Models keep the adapters that were swapped in.
+
+        If another patch is still active, its functions stay.
+        """
+        if self in _active:
+            known = [*_active]
+            _active.remove(self)
+            _settle(known)
 
     def __enter__(self) -> Patch:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.undo()
+
+
+#: in the order in which they were made
+_active: list[Patch] = []
+
+
+def _settle(known: Iterable[Patch]) -> None:
+    """Put the functions of the last active patch, or the original ones, into each module that has one of ``known``."""
+    originals = {id(each): pair[0] for patch in known for pair in patch.pairs for each in pair}
+    wanted = {id(theirs): ours for theirs, ours in _active[-1].pairs} if _active else {}
+    # the package itself keeps the original ones
+    names = [name for name in sys.modules if name.partition(".")[0] != __name__.partition(".")[0]]
+    for owner in [*(sys.modules[name] for name in names), *(owner for owner, _, _ in _methods())]:
+        for attribute, value in list(getattr(owner, "__dict__", {}).items()):
+            if (theirs := originals.get(id(value))) is not None:
+                setattr(owner, attribute, wanted.get(id(theirs), theirs))
+
+
+@functools.cache
+def _methods() -> list[tuple[type, Callable[..., Any], Maker]]:
+    """The methods that load an adapter: the class, the method as it is before any patch, and the maker of ours."""
+    methods: list[tuple[type, Callable[..., Any], Maker]] = [
+        (PeftAdapterMixin, PeftAdapterMixin.load_adapter, _load_adapter)
+    ]
+    with contextlib.suppress(ImportError):  # diffusers is not installed
+        from diffusers.loaders import lora_pipeline, peft
+
+        methods.append((peft.PeftAdapterMixin, peft.PeftAdapterMixin.load_lora_adapter, _load_lora_adapter))
+        for each in vars(lora_pipeline).values():
+            if inspect.isclass(each) and "load_lora_weights" in vars(each):
+                methods.append((each, each.load_lora_weights, _load_lora_weights))
+    return methods
 
 
 def patch_peft(engine: Engine) -> Patch:
@@ -81,27 +139,68 @@ def patch_peft(engine: Engine) -> Patch:
     -----
     transformers 5 has its own hotswap, which refuses another rank, keeps the old scaling, and never makes the room that
     ``enable_peft_hotswap`` asks for: ``load_adapter`` of its models is replaced as well. If that room is too small, the
-    error comes after the first adapter was loaded, and it stays loaded. diffusers refuses LoRAs of text encoders by
-    itself; :func:`hotswap_lab.hotswap_pipeline` swaps them.
+    error comes after the first adapter was loaded, and it stays loaded. In diffusers, a file with a text encoder's LoRA
+    is swapped too, unless weights are offloaded.
     """
-    patch = Patch()
-    by_id = {id(THEIRS[name]): MethodType(function, engine) for name, function in OURS.items()}
-    for name, module in list(sys.modules.items()):
-        # the package itself keeps them
-        if name.partition(".")[0] != __name__.partition(".")[0]:
-            for attribute, value in list(getattr(module, "__dict__", {}).items()):
-                if id(value) in by_id:
-                    patch.replace(module, attribute, by_id[id(value)])
-    if PeftAdapterMixin.load_adapter is LOAD_ADAPTER:
-        patch.replace(PeftAdapterMixin, "load_adapter", _load_adapter(engine))
+    patch = Patch(engine)
+    _active.append(patch)
+    _settle(_active)
     return patch
 
 
-def _load_adapter(engine: Engine) -> Callable[..., Any]:
-    """``load_adapter`` of transformers' models, with this engine wherever it would hotswap."""
-    signature = inspect.signature(LOAD_ADAPTER)
+# ---- diffusers
 
-    @functools.wraps(LOAD_ADAPTER)
+
+def _load_lora_weights(engine: Engine, theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_lora_weights`` of pipelines, which swaps all components, or none."""
+    signature = inspect.signature(theirs)
+
+    @functools.wraps(theirs)
+    def load_lora_weights(self: Any, *arguments: Any, **keywords: Any) -> None:
+        given = signature.bind(self, *arguments, **keywords).arguments
+        name = given.get("adapter_name")
+        loaded = {key: model for key, model in components_of(self).items() if name in getattr(model, "peft_config", {})}
+        if not given.get("hotswap") or not loaded:  # diffusers says what is wrong with a hotswap into nothing
+            return theirs(self, *arguments, **keywords)
+        reading = {key: value for key, value in given.get("kwargs", {}).items() if key != "low_cpu_mem_usage"}
+        adapters = read_pipeline_lora(self, given["pretrained_model_name_or_path_or_dict"], **reading)
+        if len(adapters) == 1 and any(map(is_offloaded, loaded.values())):
+            # diffusers takes off the hooks that move weights, and puts them on again
+            return theirs(self, *arguments, **keywords)
+        hotswap_pipeline(engine, self, adapters, name, components=list(adapters))
+        if left := loaded.keys() - adapters.keys():
+            text = (
+                f"{listing(sorted(left))} keep the adapter {name!r} that they had, as the new LoRA has no tensors for "
+            )
+            warnings.warn(f"{text}them; hotswap_lab.hotswap_pipeline turns it off there", stacklevel=2)
+
+    return load_lora_weights
+
+
+def _load_lora_adapter(engine: Engine, theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_lora_adapter`` of diffusers' models, which raises the error of a swap after diffusers has ended."""
+
+    @functools.wraps(theirs)
+    def load_lora_adapter(self: Any, *arguments: Any, **keywords: Any) -> None:
+        token = _kept.set(kept := [])
+        try:
+            theirs(self, *arguments, **keywords)
+        finally:
+            _kept.reset(token)
+        for error in kept:
+            raise advise(error, IN_PIPELINES) if isinstance(error, HotswapError) else error
+
+    return load_lora_adapter
+
+
+# ---- transformers
+
+
+def _load_adapter(engine: Engine, theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_adapter`` of transformers' models, with this engine wherever it would hotswap."""
+    signature = inspect.signature(theirs)
+
+    @functools.wraps(theirs)
     def load_adapter(self: Any, *arguments: Any, **keywords: Any) -> Any:
         given: dict[str, Any] = {"kwargs": {}, **signature.bind(self, *arguments, **keywords).arguments}
         name, hotswap = given.get("adapter_name"), given.get("hotswap", "auto")
@@ -109,20 +208,23 @@ def _load_adapter(engine: Engine) -> Callable[..., Any]:
         if hotswap == "auto":
             hotswap = loaded and getattr(self, compat.HOTSWAP_ENABLED, False)
         if not hotswap or not loaded:  # transformers says what is wrong with a hotswap into nothing
-            result = LOAD_ADAPTER(self, *arguments, **keywords)
+            result = theirs(self, *arguments, **keywords)
             _prepare(engine, self)
             return result
-        source, tensors, config = (given.get(key) for key in ("peft_model_id", "adapter_state_dict", "peft_config"))
-        if tensors is None:
-            hub = {**(given["kwargs"].get("download_kwargs") or {}), **(given.get("adapter_kwargs") or {})}
-            if given.get("local_files_only"):
-                hub["local_files_only"] = True
-            if config is None:
-                swap.hotswap_adapter(engine, self, source, name, **hub)
-            else:
-                tensors = engine.read(source, **hub).tensors
-        if tensors is not None:
-            swap.hotswap_adapter_from_state_dict(engine, self, tensors, name, config)
+        try:
+            source, tensors, config = (given.get(key) for key in ("peft_model_id", "adapter_state_dict", "peft_config"))
+            if tensors is None:
+                hub = {**(given["kwargs"].get("download_kwargs") or {}), **(given.get("adapter_kwargs") or {})}
+                if given.get("local_files_only"):
+                    hub["local_files_only"] = True
+                if config is None:
+                    swap.hotswap_adapter(engine, self, source, name, **hub)
+                else:
+                    tensors = engine.read(source, **hub).tensors
+            if tensors is not None:
+                swap.hotswap_adapter_from_state_dict(engine, self, tensors, name, config)
+        except HotswapError as error:
+            raise advise(error, IN_TRANSFORMERS) from error.__cause__
         # what transformers returns: a report of the load, in which nothing is missing after a swap
         nothing = dict(missing_keys=set(), unexpected_keys=set(), mismatched_keys=set(), conversion_errors={})
         return SimpleNamespace(**nothing, error_msgs=[])

@@ -6,10 +6,11 @@ Each component has a plan of its own, as a single model has. All of them are wri
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -36,6 +37,21 @@ Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Mapping[str, Adap
 #: the name that ``load_lora_weights`` gives to the first adapter by default
 DEFAULT_NAME = "default_0"
 
+#: texts of refusals that name the functions for single models, and what they are for a pipeline
+IN_PIPELINES = {
+    "pass add_layers=True": "call hotswap_pipeline(..., add_layers=True)",
+    "prepare_model_for_compiled_hotswap": "prepare_pipeline_for_compiled_hotswap",
+}
+
+
+def advise(error: HotswapError, texts: Mapping[str, str]) -> HotswapError:
+    """The same error, with other words in its advice."""
+
+    def replaced(text: str) -> str:
+        return functools.reduce(lambda text, old: text.replace(old, texts[old]), texts, text)
+
+    return HotswapError(*(replace(each, next_step=replaced(each.next_step)) for each in error.refusals))
+
 
 @dataclass(frozen=True, eq=False)
 class PipelinePlan:
@@ -56,8 +72,9 @@ class PipelinePlan:
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """The reasons against the swap, each after its component's name; empty if it can be done."""
-        found = [(component, refusal) for component, plan in self.plans.items() for refusal in plan.refusals]
-        return tuple(replace(refusal, summary=f"{component}: {refusal.summary}") for component, refusal in found)
+        found = [(component, each) for component, plan in self.plans.items() for each in plan.refusals]
+        named = (replace(each, summary=f"{component}: {each.summary}") for component, each in found)
+        return advise(HotswapError(*named), IN_PIPELINES).refusals
 
     @property
     def ok(self) -> bool:
@@ -226,6 +243,7 @@ def prepare_pipeline_for_compiled_hotswap(
     adapter_name: str | None = None,
     target_rank: int | None = None,
     components: Sequence[str] | None = None,
+    check_compiled: Literal["error", "warn", "ignore"] = "error",
     **kwargs: object,
 ) -> None:
     """Prepare all components of a pipeline for swaps that never recompile it. Call it before compiling any of them.
@@ -246,6 +264,8 @@ def prepare_pipeline_for_compiled_hotswap(
         A rank that every layer gets room for, in addition to those of ``adapters``.
     components:
         The components to prepare. Default: all that have an adapter.
+    check_compiled:
+        What to do if a component is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
     **kwargs:
         Other arguments of ``load_lora_weights``, for reading the files.
 
@@ -286,7 +306,7 @@ def prepare_pipeline_for_compiled_hotswap(
             families[name].append(adapter)
     if refusals := [each for model in loaded.values() for each in _offloading(model)]:
         raise HotswapError(*refusals)
-    options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled="error")
+    options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled=check_compiled)
     # under one lock, so that no thread computes with a pipeline of which only some components are prepared
     with engine.lock.held(*bases_of(pipe)):
         changes = [changes_to_prepare(engine, model, families[name], **options) for name, model in loaded.items()]
@@ -368,6 +388,11 @@ def _noting_rounding(plan: Plan) -> Plan:
         there = f"the {listing(there)} that the first LoRA was loaded in"
         plan.notes.append(f"the file has {listing(finer)}, which is rounded to {there}")
     return plan
+
+
+def is_offloaded(model: torch.nn.Module) -> bool:
+    """Whether the weights of a component are elsewhere until a hook brings them."""
+    return compat.is_group_offload_enabled(model) or any(each.is_meta for each in model.parameters())
 
 
 def _offloading(model: torch.nn.Module) -> list[Refusal]:

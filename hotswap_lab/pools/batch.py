@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import threading
@@ -13,7 +14,7 @@ import torch
 
 from ..core.errors import HotswapError, refuse
 from ..core.journal import Journal
-from .proof import Given, Probe, batch_name, given_tensors, kind_of, prove, size_of
+from .proof import FLAG, Probe, batch_name, given_inputs, given_tensors, kind_of, prove, size_of
 
 #: the number in place of an entry's, where only a part of the model is called
 PART = -1
@@ -137,10 +138,14 @@ class Batch:
         return name in layer.active_adapters and not layer.disable_adapters
 
     def _check_proof(self, number: int, arguments: tuple[Any, ...], named: Mapping[str, Any], in_graph: bool) -> None:
-        kinds = [(name, kind) for name, each in (*enumerate(arguments), *named.items()) if (kind := kind_of(each))]
+        given = given_inputs(arguments, named)
+        kinds = {name: kind_of(each) for name, each in given.items()}
         # the kinds that a graph can tell apart
-        direct = (number, *[each for each in kinds if isinstance(each[1], str)])
-        key = direct if in_graph else (number, *kinds)
+        direct = (
+            number,
+            frozenset((name, kinds[name]) for name, each in given.items() if isinstance(each, (torch.Tensor, *FLAG))),
+        )
+        key = direct if in_graph else (number, frozenset(kinds.items()))
         proven = self.proven.get(key, frozenset())
         if self.acting <= proven:
             return
@@ -164,8 +169,9 @@ class Batch:
         self.total = given[name := batch_name(given)].shape[0]
         if torch.compiler.is_exporting():  # another process has another batch: it is checked where the code is called
             return None
+        flags = repr({name: each for name, each in given_inputs(arguments, named).items() if isinstance(each, FLAG)})
         checked = checked_inputs(
-            given[name], list(given.values()), ",".join(given), self.number, number, self.total, self.copies
+            given[name], list(given.values()), ",".join(given), flags, self.number, number, self.total, self.copies
         )
         if name.isdigit():
             position = int(name)
@@ -176,9 +182,9 @@ class Batch:
         """In a graph of a part of the model: ``scaling``, with a check that the layer's input is made of the rows."""
         if self.traced is not None or torch.compiler.is_exporting():
             return scaling
-        return checked_inputs(scaling, [], "", self.number, PART, length, self.copies)
+        return checked_inputs(scaling, [], "", "{}", self.number, PART, length, self.copies)
 
-    def check_in_graph(self, given: Given, number: int, total: int, copies: int) -> None:
+    def check_in_graph(self, given: dict[str, Any], number: int, total: int, copies: int) -> None:
         """Check at run time what a graph can't: it takes sizes for constants or leaves them open."""
         if not self._is_active:
             return
@@ -188,7 +194,9 @@ class Batch:
         if number == PART:
             self.check_part()
         elif self.differs:
-            arguments = tuple(each for name, each in given.items() if name.isdigit())
+            count = max((int(name) + 1 for name in given if name.isdigit()), default=0)
+            # a number, which a graph takes for a constant, is missing here: a model that needs it raises
+            arguments = tuple(given.get(str(position), ...) for position in range(count))
             named = {name: each for name, each in given.items() if not name.isdigit()}
             try:
                 self._check_proof(number, arguments, named, True)
@@ -200,11 +208,19 @@ class Batch:
 
 @torch.library.custom_op("hotswap_lab::checked_inputs", mutates_args=())
 def checked_inputs(
-    first: torch.Tensor, given: list[torch.Tensor], names: str, number: int, entry: int, total: int, copies: int
+    first: torch.Tensor,
+    given: list[torch.Tensor],
+    names: str,
+    flags: str,
+    number: int,
+    entry: int,
+    total: int,
+    copies: int,
 ) -> torch.Tensor:
     """Check that the batch is made of the assigned rows, and these are proven; return a copy of an input, ``first``."""
     if (batch := Batch.known.get(number)) is not None:
-        batch.check_in_graph(dict(zip(names.split(","), given, strict=False)), entry, total, copies)
+        inputs = dict(zip(names.split(","), given, strict=False)) | ast.literal_eval(flags)
+        batch.check_in_graph(inputs, entry, total, copies)
     return first.clone()
 
 
@@ -218,5 +234,5 @@ def _count_given(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
 
 
 checked_inputs.register_autograd(
-    lambda ctx, gradient: (gradient, [None] * ctx.given, *[None] * 5), setup_context=_count_given
+    lambda ctx, gradient: (gradient, [None] * ctx.given, *[None] * 6), setup_context=_count_given
 )

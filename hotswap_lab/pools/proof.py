@@ -5,7 +5,8 @@ of all rows one after the other. So the proof puts a strong random adapter into 
 all rows. Two forwards are the references: all rows have the adapter, or no row has it. Then there is one for each
 bit of a row's number, in which the rows with this bit set have it. Each row's output must equal the right reference. A
 row that got another row's adapter, anywhere, differs in at least one of these forwards. In total, the proof takes
-``2 + log2(rows)`` forwards, once for each kind of input.
+``2 + log2(rows)`` forwards, once for each kind of input; three times as many where the rows may have other lengths,
+which are then tried in both orders.
 """
 
 from __future__ import annotations
@@ -30,28 +31,34 @@ TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 DERIVED = re.compile("embeds|hidden|mask|outputs|position")
 #: arguments of a model whose size is the number of rows; these come before all others
 TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds")
+#: inputs whose values may choose another path through a model; a number is rather a size
+FLAG = (bool, str, type(None))
 Given = dict[str, torch.Tensor]
 
 
 # ---- what a model is called with
 
 
+def given_inputs(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that a model is called with, by its name or position."""
+    return {str(position): each for position, each in enumerate(arguments)} | dict(named)
+
+
 def given_tensors(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Given:
     """The tensors that a model is called with, by their names or positions."""
-    given = {str(position): each for position, each in enumerate(arguments)} | dict(named)
-    return {name: each for name, each in given.items() if isinstance(each, torch.Tensor)}
+    return {name: each for name, each in given_inputs(arguments, named).items() if isinstance(each, torch.Tensor)}
 
 
 def kind_of(value: Any) -> Any:
-    """The kind of an input, which a proof holds for: a tensor's dtype and number of axes, or a container's contents."""
+    """The kind of an input, which a proof holds for: a tensor's dtype and number of axes, a flag, or the contents."""
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {value.ndim}"
+        return str(value.dtype), value.ndim
     if isinstance(value, (list, tuple)):
         return tuple(map(kind_of, value))
     if isinstance(value, Mapping):
         return tuple((name, kind_of(each)) for name, each in value.items())
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return None
+    if isinstance(value, FLAG):
+        return value
     filled = False
     with contextlib.suppress(Exception):  # not a cache, or one of states only
         filled = bool(value.get_seq_length())
@@ -107,7 +114,8 @@ def prove(
     """Show that these layers keep the rows apart for these inputs. Returns whether it holds for all such inputs.
 
     It doesn't if other inputs than tokens feed one of the layers, as images may: the number of these for each row is
-    not the same in each batch. ``batch`` is the :class:`~hotswap_lab.pools.batch.Batch` of the rows, ``entry`` the
+    not the same in each batch. Nor does it if the rows are not kept apart where they have other lengths, as in a model
+    that sorts them by length. ``batch`` is the :class:`~hotswap_lab.pools.batch.Batch` of the rows, ``entry`` the
     module that is called.
 
     Raises
@@ -120,9 +128,11 @@ def prove(
     noise = "input_ids" in named
     has_more = noise and _has_other_content(given_tensors(arguments, named))
 
-    def outputs(mask: torch.Tensor, layers: Collection[int], seed: int = 0) -> tuple[Probe, list[torch.Tensor]]:
+    def outputs(
+        mask: torch.Tensor, layers: Collection[int], seed: int = 0, lengths: torch.Tensor | None = None
+    ) -> tuple[Probe, list[torch.Tensor]]:
         probe = Probe(mask, layers, has_more)
-        own = [_own(each) for each in arguments], {name: _own(each) for name, each in named.items()}
+        own = [_own(each, lengths) for each in arguments], {name: _own(each, lengths) for name, each in named.items()}
         with _as_it_was(kept), _noise(batch, base, seed) if noise else contextlib.nullcontext():
             batch.local.probe = probe
             try:
@@ -134,17 +144,24 @@ def prove(
         ]
         return probe, [_by_row(each, batch) for each in found if each.ndim and each.shape[0] == total]
 
-    def are_apart(layers: Collection[int], none: list[torch.Tensor]) -> bool:
+    def are_apart(layers: Collection[int], none: list[torch.Tensor], lengths: torch.Tensor | None = None) -> bool:
         try:
-            _, all_rows = outputs(torch.ones(batch.size), layers)
+            _, all_rows = outputs(torch.ones(batch.size), layers, lengths=lengths)
             for bit in range((batch.size - 1).bit_length()):
                 mask = torch.arange(batch.size) >> bit & 1
-                _, found = outputs(mask.double(), layers)
+                _, found = outputs(mask.double(), layers, lengths=lengths)
                 if not all(map(_are_as_expected, found, none, all_rows, [mask.bool()] * len(none))):
                     return False
         except RuntimeError:  # such as a HotswapError: an input that can't be split
             return False
         return True
+
+    def are_apart_at(lengths: torch.Tensor) -> bool:
+        try:
+            _, none = outputs(torch.zeros(batch.size), (), lengths=lengths)
+        except Exception:  # of any kind: the model doesn't take such lengths, which shows nothing
+            return False
+        return are_apart(layers, none, lengths)
 
     with random_numbers_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         first, none = outputs(torch.zeros(batch.size), ())
@@ -157,6 +174,11 @@ def prove(
             wrong = [indices[0] for indices in groups.values() if not are_apart(indices, none)] or sorted(layers)[:1]
             paths = listing([batch.room.slot.layers[index].path for index in wrong], 4)
             raise refuse("rows_not_in_layer", paths=paths, found="rows that get one another's adapter")
+        most = [_most_tokens(each, total) for each in compat.tree_leaves((arguments, named))]
+        if any(most):
+            shares = torch.linspace(0, 1, total)  # a sort by length moves rows in one of both orders at least
+            if 1 in most or not all(map(are_apart_at, (shares, shares.flip(0)))):
+                return False
         if not has_more:
             return True
         second, _ = outputs(torch.zeros(batch.size), (), seed=1)
@@ -188,13 +210,30 @@ def _are_as_expected(found: torch.Tensor, none: torch.Tensor, all_rows: torch.Te
     return bool(((found - expected).abs() <= tolerance).all())
 
 
-def _own(value: Any) -> Any:
-    """A copy of an input, since a forward may write to it: to a cache, or to a list of states."""
+def _own(value: Any, lengths: torch.Tensor | None = None) -> Any:
+    """A copy of an input, since a forward may write to it: to a cache, or to a list of states.
+
+    With ``lengths``, each row's share of the longest (``[total]``, from 0 to 1), rows get other numbers of tokens.
+    """
     if isinstance(value, torch.Tensor):
-        return value.clone()
+        if lengths is None or not (most := _most_tokens(value, len(lengths))):
+            return value.clone()
+        tokens = 1 + lengths.to(value.device) * (most - 1)
+        own = tokens if value.ndim == 1 else torch.arange(most, device=value.device) < tokens[:, None]
+        return own.to(value.dtype)
     if isinstance(value, dict):
-        return type(value)({key: _own(each) for key, each in value.items()})
-    return [_own(each) for each in value] if type(value) is list else copy.deepcopy(value)
+        return type(value)({key: _own(each, lengths) for key, each in value.items()})
+    return [_own(each, lengths) for each in value] if type(value) is list else copy.deepcopy(value)
+
+
+def _most_tokens(value: object, total: int) -> int:
+    """The largest length of a row that an input can say: a mask of its tokens, or their number; 0 if it is neither."""
+    if not isinstance(value, torch.Tensor) or value.shape[:1] != (total,):
+        return 0
+    if value.ndim == 1:
+        return 0 if value.is_floating_point() or value.dtype == torch.bool else max(int(value.max()), 0)
+    is_mask = value.ndim == 2 and (value.dtype == torch.bool or bool((value == value.bool()).all() and value.any()))
+    return value.shape[1] if is_mask else 0
 
 
 @contextlib.contextmanager

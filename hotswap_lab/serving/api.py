@@ -24,8 +24,6 @@ from .replica import BusyError, Piece, Request, Token
 from .table import UnknownAdapterError
 
 TEXT, CHAT = "text_completion", "chat.completion"
-#: below this temperature, the most probable token is taken each time
-COLDEST = 1e-3
 #: fields that would change the answer, but that replicas don't know. This value changes nothing, nor does an empty one.
 UNKNOWN: dict[str, Any] = {"best_of": 1, "modalities": ["text"], "response_format": {"type": "text"}, "top_k": -1}
 UNKNOWN |= dict.fromkeys(("audio", "bad_words", "echo", "frequency_penalty", "functions", "ignore_eos", "logit_bias"))
@@ -194,8 +192,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         versions = "+".join(f"{each}:{weight:g}" if weight != 1 else f"{each}" for each, weight in shares.items())
         frame = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": asked.model}
         frame["system_fingerprint"] = versions or base
-        heat = asked.temperature if asked.temperature and asked.temperature >= COLDEST else 0.0
-        how = (heat, asked.top_p or 1.0, asked.seed, stop, logprobs, bool(asked.stream))
+        how = (asked.temperature or 0.0, asked.top_p or 1.0, asked.seed, stop, logprobs, bool(asked.stream))
         requests = [Request(prompt, shares, most, *how)] * (asked.n or 1)
         if asked.seed is not None:
             requests = [replace(each, seed=asked.seed + index) for index, each in enumerate(requests)]

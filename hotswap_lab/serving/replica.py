@@ -24,6 +24,8 @@ from .table import Version
 GATHERING = 0.005
 #: how many tokens of a prompt are read at once
 CHUNK = 32
+#: below this temperature, the most probable token is taken each time
+COLDEST = 1e-3
 
 
 class BusyError(HotswapError):
@@ -69,9 +71,9 @@ class Request:
     """A prompt, or the messages of a chat; the share of each adapter, none for the base model; and how to answer.
 
     ``temperature`` 0 takes the most probable token each time. Otherwise one is drawn from the most probable tokens that
-    together have the probability ``top_p``, with the random numbers of ``seed``. The answer ends before the first of
-    the ``stop`` strings. ``logprobs`` asks for the log probability of each token, and for that many of the most
-    probable ones at its place. An answer that is not streamed is one piece.
+    together have the probability ``top_p``, at least from one, with the random numbers of ``seed``. The answer ends
+    before the first of the ``stop`` strings. ``logprobs`` asks for the log probability of each token, and for that many
+    of the most probable ones at its place. An answer that is not streamed is one piece.
     """
 
     prompt: str | Sequence[Mapping[str, str]]
@@ -110,7 +112,7 @@ class Replica:
 
     All rows read on together, a token at a time. A row whose answer ends, or whose client has gone, is given to the
     next request while the others are in the middle of theirs, and its prompt is read in chunks (:class:`Reader`).
-    Models for which that isn't right are answered by ``generate``, a batch at a time.
+    Models for which that isn't right are answered by ``generate``, one request at a time.
 
     Parameters
     ----------
@@ -139,7 +141,8 @@ class Replica:
     def __init__(self, model: Any, tokenizer: Any, versions: Sequence[Version], options: Options = Options()):
         self.options: Options = options.for_model(model.config)
         self.tokenizer: Any = tokenizer
-        ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+        ends = model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
         self.ends: list[int] = ends if isinstance(ends, list) else [ends]
         # not fewer than the rows need, of mixes too
         self.held: int = max(options.held or 2 * len(versions), 2 * options.rows)
@@ -157,13 +160,15 @@ class Replica:
         )
         self.pool.assign([None] * rows)
         self._reader: Reader | None = self._make_reader(rows)
+        if not self._reader:
+            self.pool.assign([None])
         self._lock = threading.Lock()
         self._waiting: deque[_Answer] = deque()
         self._worker: asyncio.Task | None = None
         self.counts: Counter[str] = Counter(requests=0, tokens=0, swaps=0, rows_in_use=0)
 
     def _make_reader(self, rows: int) -> Reader | None:
-        options, reason = self.options, "its logits differ"
+        options, reason = self.options, "logits of a row depend on how it is read, or on other rows"
         try:
             room = options.longest_prompt + options.longest_answer
             reader = Reader(self.pool.model, rows=rows, chunk=min(CHUNK, options.longest_prompt), room=room)
@@ -173,7 +178,7 @@ class Replica:
         if reader is None or not agrees:
             if options.compile or options.package:
                 raise refuse("not_read_in_rows", name=type(self.pool.model.get_base_model()).__name__, reason=reason)
-            text = "Rows can't come and go in this model (%s): it answers a batch at a time."
+            text = "Rows can't come and go in this model (%s): it answers one request at a time."
             logging.getLogger("ray.serve").warning(text, reason)
             return None
         if options.package:
@@ -242,7 +247,8 @@ class Replica:
             except Exception as error:  # a template may raise anything, such as "roles must alternate"
                 raise refuse("not_this_chat", error=error) from None
         ids = self.tokenizer(prompt, add_special_tokens=prompt is request.prompt, verbose=False)["input_ids"]
-        if not 0 < len(ids) <= options.longest_prompt or (request.max_tokens or 1) > options.longest_answer:
+        most = options.longest_answer if request.max_tokens is None else request.max_tokens
+        if not 0 < len(ids) <= options.longest_prompt or not 0 < most <= options.longest_answer:
             raise refuse("too_long", prompt=len(ids), answer=request.max_tokens, options=options)
         return ids
 
@@ -257,7 +263,7 @@ class Replica:
     async def _work(self) -> None:
         await asyncio.sleep(GATHERING)
         while self._waiting:
-            await asyncio.to_thread(self._answer_all if self._reader else self._answer_batch)
+            await asyncio.to_thread(self._answer_all if self._reader else self._answer_one)
         self.counts["rows_in_use"] = 0
 
     # ---- in a thread of its own
@@ -271,31 +277,28 @@ class Replica:
                 parts = [answer.next_part(reader.chunk) if answer else [] for answer in rows]
                 self._take(rows, reader.read(parts))
 
-    def _answer_batch(self) -> None:
-        """Answers as many requests as there are rows, with transformers' ``generate``."""
-        rows: list[_Answer | None] = [None] * len(self.pool.rows)
+    def _answer_one(self) -> None:
+        """Answers one request with transformers' ``generate``, so that no other one can change its answer."""
+        rows: list[_Answer | None] = [None]
         with _failing(rows):
             if not self._admit(rows):
                 return
-            parts = [answer.next_part(len(answer.ids)) if answer else self.ends[:1] for answer in rows]
-            inputs = self.tokenizer.pad({"input_ids": parts}, padding_side="left", return_tensors="pt")
+            answer: Any = rows[0]
+            ids = torch.tensor([answer.next_part(len(answer.ids))], device=self.pool.model.device)
 
-            def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-                tokens = torch.tensor(self._take(rows, scores), device=scores.device)[:, None]
-                return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+            def choose(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                tokens = torch.tensor(self._take(rows, scores), device=scores.device)
+                return torch.full_like(scores, -torch.inf).index_fill(1, tokens, 0.0)
 
-            def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-                return torch.tensor([each is None or each.is_over for each in rows], device=ids.device)
-
-            longest = self.options.longest_prompt + self.options.longest_answer
             self.pool.model.generate(
-                **inputs.to(self.pool.model.device),
-                max_new_tokens=longest - inputs["input_ids"].shape[1],
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.options.longest_answer,
                 do_sample=False,
                 logits_processor=[choose],
-                stopping_criteria=[stop],
+                stopping_criteria=[lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)],
             )
-            raise RuntimeError("the model came to an end before its answers did")  # seen by those that are not over
+            raise RuntimeError("the model came to an end before its answer did")  # seen by an answer that is not over
 
     def _admit(self, rows: list[_Answer | None]) -> bool:
         """Gives free rows to requests that wait, and their adapters to the rows. Whether a row is in use."""
@@ -338,13 +341,11 @@ class Replica:
         for row, answer in enumerate(rows):
             if answer is None or answer.is_over or answer.unread:
                 continue
-            if are_numbers[row]:
+            with _failing([answer]):
+                if not are_numbers[row]:
+                    raise refuse("no_numbers")
                 tokens[row] = answer.take(logits[row], tokens[row])
                 self.counts["tokens"] += 1
-            else:
-                answer.send(HotswapError(refusal("no_numbers")))
-                if self._reader:
-                    self._reader.forget(row, erase=True)
         return tokens
 
 
@@ -372,7 +373,8 @@ class _Answer:
         self.unread = ids
         self.tokens: list[int] = []
         self.described: list[Token] = []
-        self.sent = 0
+        #: text that is not sent yet, and how many letters are in it or sent
+        self.text, self.ready = "", 0
         #: the answer has ended, or its client has gone
         self.is_over = False
 
@@ -401,34 +403,35 @@ class _Answer:
         self.tokens.append(token)
         most = self.request.max_tokens or self.replica.options.longest_answer
         finish = "stop" if token in self.replica.ends else "length" if len(self.tokens) == most else None
-        stops = self.request.stop
-        if finish or stops or self.request.is_streamed:
-            text = self._decode(self.tokens)
-            found = [at for at in map(text.find, stops) if at >= 0]
-            finish, text = ("stop", text[: min(found)]) if found else (finish, text)
-            # text that may be the start of a stop string is held back
-            held = max((n for each in stops for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
-            ready = len(text) if finish else len(text) - held
-            # so is a letter that takes several tokens
-            if finish or (self.request.is_streamed and not text.endswith("\ufffd") and ready >= self.sent):
-                described = tuple(self.described)
-                self.send(Piece(text[self.sent : ready], finish, len(self.ids), len(self.tokens), described))
-                self.sent, self.described = ready, []
+        text, stops = self._decode(self.tokens), self.request.stop
+        found = [at for at in map(text.find, stops) if at >= 0]
+        finish, text = ("stop", text[: min(found)]) if found else (finish, text)
+        # text that may be the start of a stop string is held back
+        held = max((n for each in stops for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
+        ready = len(text) if finish else len(text) - held
+        # so is a letter that takes several tokens
+        if finish or (not text.endswith("\ufffd") and ready >= self.ready):
+            self.text += text[self.ready : ready]
+            self.ready = ready
+            # an answer that is not streamed is made of the same pieces, so that its text is the same
+            if finish or self.request.is_streamed:
+                self.send(Piece(self.text, finish, len(self.ids), len(self.tokens), tuple(self.described)))
+                self.text, self.described = "", []
         return token
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return self.replica.tokenizer.decode(tokens, skip_special_tokens=True)
+        # cleaning up spaces would change text that is sent already: "a ." becomes "a."
+        return self.replica.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _choose(self, logits: torch.Tensor, best: int) -> int:
         request = self.request
-        if request.temperature > 0:
+        if request.temperature >= COLDEST:
             ordered, order = (logits / request.temperature).softmax(-1).cpu().sort(descending=True)
-            ordered[ordered.cumsum(-1) - ordered >= request.top_p] = 0
+            ordered[1:][ordered.cumsum(-1)[:-1] >= request.top_p] = 0  # never the first one
             best = int(order[torch.multinomial(ordered, 1, generator=self.random)])
         if request.logprobs is not None:
             values = logits.log_softmax(-1)
-            top = [
-                (self._decode([each]), float(values[each])) for each in values.topk(request.logprobs).indices.tolist()
-            ]
+            best_ones = values.topk(min(request.logprobs, len(values))).indices.tolist()
+            top = [(self._decode([each]), float(values[each])) for each in best_ones]
             self.described.append(Token(self._decode([best]), float(values[best]), tuple(top)))
         return best

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
-from lora_kinds import LLAMA
-from models import load
+from lora_kinds import LLAMA, MODELS
+from models import load, save_random_adapter
 from oracle import assert_equals_fresh_load
 from peft import XLoraConfig
 from refusals import refused
 
-from hotswap_lab import Adapter, hotswap_adapter, hotswap_adapter_from_state_dict
+from hotswap_lab import Adapter, AdapterPool, hotswap_adapter, hotswap_adapter_from_state_dict
 from hotswap_lab.beyond.configs import judge
 
 #: what is changed in a config, and what the refusal names
@@ -26,6 +28,9 @@ MALFORMED = [
     ("LoRA", dict(target_modules=[1, 2]), "target_modules="),
     ("LoRA", dict(target_modules="(unclosed"), "unclosed"),
     ("LoRA", dict(alpha_pattern={"(unclosed": 2}), "unclosed"),
+    ("LoRA", dict(init_lora_weights="foo"), "init_lora_weights='foo'"),
+    ("LoRA", dict(init_lora_weights="EVA"), "init_lora_weights='EVA'"),
+    ("LoRA", dict(trainable_token_indices=[]), "trainable_token_indices="),
     ("LoRA", dict(init_lora_weights="pissa"), "changes the base model's own weights"),
     ("RandLora", dict(randlora_alpha=float("inf")), "randlora_alpha=inf"),
 ]
@@ -54,6 +59,30 @@ def test_the_loaded_adapter_is_not_asked_for_the_kind_of_its_values(adapters):
     assert_equals_fresh_load(model, LLAMA, adapter.source)
     model.peft_config["default"].init_lora_weights = "pissa"
     refused("changes the base model's own weights", hotswap_adapter, model, adapter, "default")
+
+
+@pytest.mark.parametrize("kind", ["llama", "classifier"])
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_the_heads_that_peft_adds_to_a_config_for_a_task(tmp_path, kind, task):
+    """It does so in any model; where there is a head of that name, it looks for it in the file."""
+    kind = MODELS[kind]
+    old, new = (save_random_adapter(kind, tmp_path / str(seed), seed, r=2 * seed) for seed in (1, 2))
+    file = Path(new, "adapter_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": task}))
+    model = load(kind, old)
+    if kind is not LLAMA and task != "QUESTION_ANS":
+        with pytest.raises(KeyError, match="score"):
+            load(kind, new)
+        refused("PEFT can't load this adapter", hotswap_adapter, model, new, "default")
+        return
+    assert load(kind, new).peft_config["default"].modules_to_save
+    for folder in (new, old, new):
+        hotswap_adapter(model, folder, "default")
+        assert_equals_fresh_load(model, kind, folder)
+    if kind is LLAMA:
+        pool = AdapterPool(load(kind, old), adapters={"new": new}, progress=False)
+        pool.swap("new")
+        assert_equals_fresh_load(pool.model, kind, new, prepared=True)
 
 
 @pytest.mark.parametrize("role", ["new", "loaded"])

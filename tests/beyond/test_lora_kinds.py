@@ -36,6 +36,25 @@ def test_parameters_whose_order_a_forward_has_changed(tmp_path):
         assert verify_hotswap(model, folder, inputs=kind.inputs())
 
 
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["q_proj", "embed_tokens"]])
+def test_an_adapter_that_is_tied_to_another_in_a_trainable_model(tmp_path, modules):
+    """PEFT keeps tensors of the tied one, with their graphs, which Python can't copy."""
+    kind = MODELS["tied"]
+    configs = [LoraConfig(target_modules=["q_proj"]), LoraConfig(target_modules=modules, ensure_weight_tying=True)]
+    plain, tied = (save_random_adapter_of(each, tmp_path / str(n), n, kind) for n, each in enumerate(configs))
+    model = load(kind, plain, is_trainable=True)
+    for folder in (tied, plain, tied):
+        hotswap_adapter(model, folder, "default", add_layers=True)
+        assert_equals_fresh_load(model, kind, folder, margin=10, is_trainable=True)
+        assert verify_hotswap(model, folder, inputs=kind.inputs())
+    base = model.get_base_model()
+    memory = [
+        each.untyped_storage().data_ptr()
+        for each in (base.lm_head.lora_A.default.weight, base.get_input_embeddings().lora_embedding_B.default)
+    ]
+    assert memory[0] == memory[1]
+
+
 class Unordered(torch.nn.Module):
     """Two parameters whose order only running the constructor shows."""
 

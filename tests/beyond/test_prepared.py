@@ -97,6 +97,21 @@ def test_ranks_grow_and_shrink_without_a_recompile(tmp_path, name):
     assert_same_outputs(model, load(kind, str(tmp_path / "saved")), kind, margin=10)
 
 
+@pytest.mark.parametrize("name", ["SEQ_CLS", "modules_to_save and DoRA", "trainable tokens"])
+def test_layers_that_only_other_members_have_are_reserved(tmp_path, name):
+    kind, folders = _folders(name, tmp_path)
+    model = load(kind, folders[2])  # on few layers
+    prepare_model_for_compiled_hotswap(model, adapters=folders)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    call(compiled, kind.inputs())
+    with RecompileWatch(allow=0):
+        for number in (1, 2, 3, 0, 2, 1):
+            hotswap_adapter(compiled, folders[number], "default")
+            assert_same_outputs(compiled, load(kind, folders[number]), kind, margin=10)
+            assert_equals_fresh_load(model, kind, folders[number], prepared=True, margin=10)
+
+
 @pytest.mark.parametrize("name", POOLABLE)
 def test_pools(tmp_path, name):
     kind, folders = _folders(name, tmp_path)
@@ -121,6 +136,7 @@ def test_higher_ranks_than_prepared_for_are_refused(tmp_path, name):
 
 
 HEAD = LoraConfig(r=4, target_modules=ALL, modules_to_save=["lm_head"])
+TOKENS = LoraConfig(r=4, target_modules=ALL, trainable_token_indices=[1, 2])
 LORA_CONFIG = LoraConfig(r=4, target_modules=ALL)
 LOHA, OFT = LoHaConfig(r=4, target_modules=ALL), OFTConfig(oft_block_size=4, target_modules=ALL)
 
@@ -130,6 +146,8 @@ LOHA, OFT = LoHaConfig(r=4, target_modules=ALL), OFTConfig(oft_block_size=4, tar
     [
         (LOHA, dict(target_rank=2), "the original rank is larger"),
         (LORA_CONFIG, dict(adapters=[HEAD]), "another kind than the loaded one"),
+        (HEAD, dict(adapters=[LoraConfig(target_modules=ALL, modules_to_save=["norm"])]), "saves other modules"),
+        (TOKENS, dict(adapters=[LoraConfig(target_modules=ALL, trainable_token_indices=[1, 3])]), "other tokens"),
         (LOHA, dict(adapters=[LoHaConfig(r=16, target_modules=ALL)], target_rank=8), "the original rank is larger"),
         (LOHA, dict(adapters=[LoraConfig(r=4, target_modules=ALL)]), "Incompatible PEFT types found: LOHA and LORA"),
         # zeros beyond the rank would change what it computes

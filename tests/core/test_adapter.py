@@ -15,7 +15,7 @@ from peft import LoraConfig
 from refusals import refused
 from safetensors.torch import load_file, save_file
 
-from hotswap_lab import Adapter, hotswap_adapter
+from hotswap_lab import Adapter, AdapterPool, hotswap_adapter, set_strength
 
 KIND = KINDS["linear"]
 
@@ -132,3 +132,21 @@ def test_what_is_no_tensor_is_named():
     ):
         match = f"{found}.*'first.lora_A.weight'"
         refused(match, Adapter.from_state_dict, {"first.lora_A.weight": value}, LoraConfig(r=1))
+
+
+def test_what_is_printed_is_short(folder):
+    adapter = Adapter.load(folder)
+    assert repr(adapter) == f"<LORA from {folder}: {len(adapter.tensors)} tensors, {adapter.nbytes:,} bytes>"
+
+
+def test_the_default_device_makes_no_difference(folder, model, tmp_path):
+    """Tensors of ours are on the CPU, or where the model is."""
+    dora = save_random_adapter(KIND, tmp_path / "dora", seed=3, r=3, use_dora=True)
+    with torch.device("meta"):
+        hotswap_adapter(model, dora, "default")
+        hotswap_adapter(model, folder, "default")
+        set_strength(model, 0.5, "default")
+        set_strength(model, 1.0, "default")
+        pool = AdapterPool(model, adapters={"new": folder}, progress=False)
+        pool.swap("new")
+    assert_equals_fresh_load(model, KIND, folder, prepared=True)

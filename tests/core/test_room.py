@@ -62,3 +62,7 @@ def test_copies_have_memory_of_their_own(model):
     assert not one & other
     assert type(lora_layers(twin)[0].r) is dict
     assert lora_layers(twin)[0].r == {"default": 6}
+
+
+def test_a_scaling_is_printed_as_a_number(model):
+    assert repr(lora_layers(model)[0].scaling) == "{'default': tensor(0.8333, dtype=torch.float64)}"

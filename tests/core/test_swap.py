@@ -452,15 +452,15 @@ COMING = {
     "embeddings": ("embedding", dict(r=4), dict(r=6)),
     "shared": ("shared", dict(r=4), dict(r=6)),
     "transposed": ("gpt2", dict(r=4), dict(r=6)),
-    "groups given up": ("conv", dict(r=4), dict(r=4, target_modules=["conv1d", "conv2d"])),
+    "same layers": ("linear", dict(r=8), dict(r=4, lora_alpha=3)),
     "biases": ("linear", dict(r=4, lora_bias=True), dict(r=4, lora_bias=True, target_modules=["first", "last"])),
     "biases given up": ("linear", dict(r=4, lora_bias=True), dict(r=4, target_modules=["first", "last"])),
 }
 
 
 def applies(operation: str, coming: str) -> bool:
-    """PEFT adds up adapters of plain LoRA on linear layers, and here one on all layers with one on few."""
-    return not operation.startswith("add") or coming == "rsLoRA"
+    """PEFT adds up adapters of plain LoRA on linear layers, with the rank of the config on each of them."""
+    return not operation.startswith("add") or coming == "same layers"
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 from hub_stand_in import Fault, StandInHub
-from huggingface_hub import close_session, constants, hf_api
+from huggingface_hub import HfApi, close_session, constants, hf_api
 from models import KINDS, load, save_random_adapter
 from oracle import assert_equals_fresh_load, untouched
 from refusals import refused
@@ -19,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from hotswap_lab import (
     Adapter,
     AdapterPool,
-    find_adapters,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
     read_pipeline_lora,
@@ -31,6 +32,7 @@ NAMES = ("old", "new", "second", "third", "secret")
 WEIGHTS = "adapter_model.safetensors"
 #: what is downloaded of one adapter
 BOTH = ["adapter_config.json", WEIGHTS]
+RECIPES = Path(__file__).parents[2] / "notebooks" / "recipes.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -327,86 +329,13 @@ def test_a_file_for_a_pipeline(hub, tmp_path, monkeypatch):
 BASE = "lab/base-model"
 
 
-@pytest.fixture
-def library(hub, folders):
-    """Repositories for a base, most of them with a LoRA adapter, and one for another base."""
-    names = ("tiny", "patterned", "private", "gated", "broken", "other-base", "ia3", "diffusion")
-    for number, name in enumerate(names):
+def test_the_recipe_lists_the_adapters_for_a_base(hub, folders, monkeypatch, capsys):
+    for number, (name, base) in enumerate((("tiny", "ours"), ("other", "theirs"), ("popular", "ours"))):
         hub.add(f"zoo/{name}", folders["new"])
-        hub.about[f"zoo/{name}"] = {
-            "tags": ["peft", f"base_model:{BASE}", f"base_model:adapter:{BASE}", "license:apache-2.0"],
-            "downloads": 1000 * (9 - number),
-            "lastModified": f"2025-06-0{number + 1}T12:00:00.000Z",
-        }
-    files = {name: hub.repositories[f"zoo/{name}"]["main"] for name in ("patterned", "broken", "ia3", "diffusion")}
-    config = files["patterned"]["adapter_config.json"]
-    files["patterned"]["adapter_config.json"] = config.replace(b'"rank_pattern": {}', b'"rank_pattern": {"a": 64}')
-    files["broken"]["adapter_config.json"] = b"<html>"
-    files["ia3"]["adapter_config.json"] = config.replace(b'"LORA"', b'"IA3"')
-    del files["diffusion"]["adapter_config.json"]
-    hub.about["zoo/other-base"]["tags"] = ["peft", "base_model:adapter:lab/other"]
-    hub.about["zoo/broken"]["tags"] = hub.about["zoo/broken"]["tags"][:-1]
-    hub.about["zoo/gated"]["gated"] = "manual"
-    hub.gated.add("zoo/gated")
-    hub.private["zoo/private"] = "hf_right"
-    return hub
-
-
-def test_adapters_for_a_base_are_listed(library, folders):
-    found = find_adapters(BASE)
-    size = (Path(folders["new"]) / WEIGHTS).stat().st_size
-    assert [(each.repo_id, each.rank, each.max_rank, each.nbytes, each.license) for each in found] == [
-        ("zoo/tiny", 3, 3, size, "apache-2.0"),
-        ("zoo/patterned", 3, 64, size, "apache-2.0"),
-        ("zoo/gated", None, None, size, "apache-2.0"),
-        ("zoo/broken", None, None, size, None),
-    ]
-    assert found.note == "4 of 6 repositories; left out: 1 of another kind, 1 without adapter_config.json"
-    assert found[0].revision == library.commit("zoo/tiny")
-    lines = str(found).splitlines()
-    assert lines[0] == f"LoRA adapters for {BASE}: {found.note}"
-    assert lines[1].split() == ["adapter", "rank", "size", "license", "downloads", "updated"]
-    assert lines[2].split() == ["zoo/tiny", "3", f"{size / 1000:.2f}kB", "apache-2.0", "9,000", "2025-06-01"]
-    assert "3, up to 64" in lines[3]
-    assert lines[4].startswith("zoo/gated (gated)  -")
-    assert len(lines) == 6
-    assert found._repr_html_().count("<tr>") == 5
-    # two questions for each that has a config, no weights
-    assert not [path for _, path in library.requests if "safetensors" in path]
-    assert len(library.requests) == 1 + 2 * 5 + 1
-
-
-def test_tokens_limits_and_orders(library):
-    assert ("zoo/private", 3) in [(each.repo_id, each.rank) for each in find_adapters(BASE, token="hf_right")]
-    assert [each.repo_id for each in find_adapters(BASE, limit=3)] == ["zoo/tiny", "zoo/patterned", "zoo/gated"]
-    latest = find_adapters(BASE, limit=4, sort="last_modified")
-    assert [each.repo_id for each in latest] == ["zoo/broken", "zoo/gated"]  # the other two are left out
-    library.faults["zoo/tiny"] = Fault(500)  # one that fails does not hide the others
-    assert [(each.repo_id, each.rank) for each in find_adapters(BASE)][:2] == [("zoo/tiny", None), ("zoo/patterned", 3)]
-    assert str(find_adapters("lab/another")) == "LoRA adapters for lab/another: 0 repositories"
-    with pytest.raises(ValueError, match="/home/me/base"):
-        find_adapters("/home/me/base")
-
-
-def assert_one_line(word: str) -> None:
-    found = find_adapters(BASE)
-    assert not found
-    assert "\n" not in str(found)
-    assert word in str(found)
-    assert word in found._repr_html_()
-
-
-def test_one_line_where_there_is_no_network(library, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert_one_line("ConnectError")
-    go_offline(monkeypatch)
-    assert_one_line("HF_HUB_OFFLINE")
-
-
-@pytest.mark.long
-def test_one_line_where_the_hub_cannot_be_asked(library, monkeypatch):
-    for kind, word in ((429, "429"), (500, "500"), (401, "401"), ("hang", "Timeout")):
-        library.faults = {"api/models": Fault(kind)}
-        start = time.perf_counter()
-        assert_one_line(word)
-        assert time.perf_counter() - start < 20
+        hub.about[f"zoo/{name}"] = {"tags": [f"base_model:adapter:lab/{base}"], "downloads": 1000 * (number + 1)}
+    cells = json.loads(RECIPES.read_text(encoding="utf-8"))["cells"]
+    (lines,) = (text for each in cells if "list_models(" in (text := "".join(each["source"])))
+    code = lines.split("```python\n")[1].split("```")[0]
+    monkeypatch.setattr(HfApi, "__init__", partialmethod(HfApi.__init__, endpoint=hub.url))
+    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "lab/ours"), {})
+    assert capsys.readouterr().out == "zoo/popular 3000\nzoo/tiny 1000\n"

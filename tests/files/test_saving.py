@@ -244,3 +244,13 @@ def test_links_of_others_in_the_folder_are_left_alone(tmp_path):
         files = {"adapter_config.json", "adapter_model.safetensors"}
         assert {path.name for path in target.iterdir()} == files | {"below"} | links.keys()
         assert_equals_fresh_load(load(MLP, str(target / "latest")), MLP, folder)
+
+
+@pytest.mark.parametrize("inner", ["", "below/it"])
+def test_a_file_in_place_of_the_folder(tmp_path, inner):
+    (folder,) = save_family(MLP, tmp_path, dict(r=4))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    error = refused("can't be saved to", save_adapter, load(MLP, folder), file / inner)
+    assert f"the file {file}" in str(error)
+    assert file.read_text() == "mine"

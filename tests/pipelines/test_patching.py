@@ -6,6 +6,7 @@ run here as they are, with the patch, and fail exactly where this package differ
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
@@ -13,12 +14,14 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import oracle
 import peft.utils.hotswap
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from models import KINDS, call, load, save_family
 from oracle import untouched
 from peft import LoraConfig
@@ -28,8 +31,15 @@ from test_pipeline import ATTENTION, SD, assert_same_latents, lora
 from transformers.integrations import PeftAdapterMixin
 
 import hotswap_lab
-from hotswap_lab import HotswapError, RecompileWatch, patch_peft
+from hotswap_lab import (
+    HotswapError,
+    RecompileWatch,
+    hotswap_pipeline,
+    patch_peft,
+    prepare_pipeline_for_compiled_hotswap,
+)
 from hotswap_lab.__main__ import compare
+from hotswap_lab.pipelines.lora_files import components_of
 
 LLAMA = KINDS["llama"]
 FUNCTIONS = ("hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap")
@@ -73,7 +83,8 @@ def test_the_functions_are_replaced_until_the_end():
     try:
         with patch_peft() as patch, patch_peft():  # the second one finds nothing to replace, and puts nothing back
             for name in FUNCTIONS:
-                assert getattr(through_its_package, name) == getattr(hotswap_lab, name)
+                replaced = getattr(through_its_package, name)
+                assert inspect.unwrap(replaced.__func__) is getattr(hotswap_lab, name).__func__
             assert importer.swap == hotswap_lab.hotswap_adapter
             assert PeftAdapterMixin.load_adapter is not method
         assert importer.swap is before["hotswap_adapter"]
@@ -91,6 +102,25 @@ def test_the_inner_one_leaves_the_outer_one_in_place():
             raise ZeroDivisionError
         assert peft.utils.hotswap.hotswap_adapter == hotswap_lab.hotswap_adapter
     assert peft.utils.hotswap.hotswap_adapter.__module__ == "peft.utils.hotswap"
+
+
+@pytest.mark.parametrize("first_undone", [0, 1])
+def test_two_patches_end_in_any_order(first_undone):
+    """What another module has imported in the meantime is put back, too."""
+    theirs, method = peft.utils.hotswap.hotswap_adapter, PeftAdapterMixin.load_adapter
+    importer = types.ModuleType("a_users_module")
+    sys.modules["a_users_module"] = importer
+    patches = [patch_peft(), patch_peft()]
+    try:
+        importer.swap = peft.utils.hotswap.hotswap_adapter
+        patches.pop(first_undone).undo()
+        assert importer.swap == peft.utils.hotswap.hotswap_adapter == hotswap_lab.hotswap_adapter
+        assert PeftAdapterMixin.load_adapter is not method
+    finally:
+        patches.pop().undo()
+        del sys.modules["a_users_module"]
+    assert importer.swap is peft.utils.hotswap.hotswap_adapter is theirs
+    assert PeftAdapterMixin.load_adapter is method
 
 
 def test_measurements_still_measure_peft():
@@ -172,7 +202,7 @@ def test_too_little_room_is_said_once(family):
 def test_what_is_refused(family):
     model = loaded(family[2])
     with patch_peft():
-        with pytest.raises(HotswapError, match="add_layers"), untouched(model):
+        with pytest.raises(HotswapError, match=r"call hotswap_adapter\(model, .*add_layers"), untouched(model):
             model.load_adapter(family[0], "default", hotswap=True)
         with pytest.raises(ValueError, match="already be an existing adapter"):
             model.load_adapter(family[0], "absent", hotswap=True)
@@ -210,6 +240,104 @@ def test_diffusers_compiled():
         with RecompileWatch(allow=0):
             pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
             assert_same_latents(pipe, SD.loaded(second))
+
+
+class AnotherError(Exception):
+    """An error that is not about the swap."""
+
+
+@contextlib.contextmanager
+def untouched_pipeline(pipe) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for model in components_of(pipe).values():
+            stack.enter_context(untouched(model))
+        yield
+
+
+def narrow_and_wide() -> list[dict]:
+    """The second one is on two projections that the first one lacks."""
+    return [lora(SD, seed=1, components={"unet": ATTENTION[:2]}), lora(SD, seed=2, components={"unet": ATTENTION})]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_diffusers_keeps_the_adapter_where_a_swap_is_refused(compiled):
+    """diffusers deletes an adapter after any error, and with a refusal the pipeline would be left without one."""
+    first, second = narrow_and_wide()
+    pipe = SD.loaded(first)
+    if compiled:
+        pipe.unet.compile(backend="eager")
+        assert_same_latents(pipe, SD.loaded(first))
+    advice = r"prepare_pipeline_for_compiled_hotswap" if compiled else r"call hotswap_pipeline\(.*add_layers=True\)"
+    with patch_peft(), untouched_pipeline(pipe), pytest.raises(HotswapError, match=advice):
+        pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
+    assert_same_latents(pipe, SD.loaded(first))
+    if compiled:  # what the advice says
+        pipe = SD.loaded(first)
+        prepare_pipeline_for_compiled_hotswap(pipe, [second])
+        pipe.unet.compile(backend="eager")
+        with patch_peft():
+            pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
+    else:
+        hotswap_pipeline(pipe, second, "style", add_layers=True)
+    assert_same_latents(pipe, SD.loaded(second))
+
+
+def test_a_component_alone_keeps_its_adapter(monkeypatch):
+    first, second = narrow_and_wide()
+    pipe = SD.loaded(first)
+    same = lora(SD, seed=3, components={"unet": ATTENTION[:2]})
+    given = dict(adapter_name="style", prefix="unet", hotswap=True)
+    with patch_peft():
+        with untouched_pipeline(pipe), pytest.raises(HotswapError, match="call hotswap_pipeline"):
+            pipe.unet.load_lora_adapter(second, **given)
+        monkeypatch.setattr("hotswap_lab.core.swap.apply", raising(AnotherError))
+        with untouched_pipeline(pipe), pytest.raises(AnotherError):
+            pipe.unet.load_lora_adapter(same, **given)
+        monkeypatch.undo()
+        pipe.unet.load_lora_adapter(same, **given)
+    assert_same_latents(pipe, SD.loaded(same))
+
+
+def raising(error: type[Exception]):
+    def function(*_: object) -> None:
+        raise error
+
+    return function
+
+
+def test_diffusers_swaps_all_components_or_none():
+    """By itself it swaps the UNet first, and then refuses the text encoder's part."""
+    first, second, unet_alone = (
+        lora(SD, seed=1),
+        lora(SD, seed=2, rank=3),
+        lora(SD, seed=3, components={"unet": ATTENTION}),
+    )
+    pipe = SD.loaded(first)
+    with patch_peft():
+        pipe.load_lora_weights(second, adapter_name="style", hotswap=True, low_cpu_mem_usage=True)
+        assert_same_latents(pipe, SD.loaded(second))
+        with pytest.warns(UserWarning, match="text_encoder keep the adapter 'style'"):
+            pipe.load_lora_weights(unet_alone, adapter_name="style", hotswap=True)
+        pipe = SD.loaded(unet_alone)
+        with untouched_pipeline(pipe), pytest.raises(HotswapError, match="components without an adapter"):
+            pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
+        with untouched_pipeline(pipe), pytest.raises(ValueError, match="no existing adapter by that name"):
+            pipe.load_lora_weights(unet_alone, adapter_name="absent", hotswap=True)
+
+
+def test_diffusers_swaps_what_is_offloaded_in_groups():
+    """It applies its hooks again, which :func:`hotswap_pipeline` doesn't: what can't be swapped so is refused."""
+    options = dict.fromkeys(("onload_device", "offload_device"), torch.device("cpu"))
+    first, second = (lora(SD, seed=seed, components={"unet": ATTENTION}) for seed in (1, 2))
+    pipe = SD.loaded(first)
+    apply_group_offloading(pipe.unet, offload_type="leaf_level", **options)
+    with patch_peft():
+        pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
+        assert_same_latents(pipe, SD.loaded(second))
+        pipe = SD.loaded(lora(SD))
+        apply_group_offloading(pipe.unet, offload_type="leaf_level", **options)
+        with untouched_pipeline(pipe), pytest.raises(HotswapError, match="offloaded in groups"):
+            pipe.load_lora_weights(lora(SD, seed=2), adapter_name="style", hotswap=True)
 
 
 # ---- the tests of others

@@ -39,6 +39,41 @@ class Flat(nn.Module):
         return self.last(torch.tanh(self.first(x)).flatten(0, 1)).view(x.shape)
 
 
+class Moody(nn.Module):
+    """Each row is computed in its own place, unless ``how`` is one of a few values, or ``x`` has fewer axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x, how=None, *, is_mixed=False):
+        x = torch.tanh(self.first(x))
+        if x.ndim == 2 or is_mixed or how in ("mixed", False):
+            x = x.roll(1, 0)
+        return self.last(x)
+
+
+class Sorting(nn.Module):
+    """Rows in the order of their lengths inside, as packed sequences are; ``sign`` is the order."""
+
+    def __init__(self, sign=-1):
+        super().__init__()
+        self.first, self.last, self.sign = nn.Linear(6, 8), nn.Linear(8, 6), sign
+
+    def forward(self, x, lengths):
+        counts = lengths if lengths.ndim == 1 else lengths.sum(1)
+        order = (self.sign * counts).argsort(stable=True)
+        return self.last(torch.tanh(self.first(x[order])))[order.argsort()]
+
+
+class Masked(Sorting):
+    """What a row has after its length doesn't count."""
+
+    def forward(self, x, lengths):
+        mask = lengths if lengths.ndim == 2 else torch.arange(x.shape[1]) < lengths[:, None]
+        return self.last(torch.tanh(self.first(x)) * mask[..., None])
+
+
 class Noisy(nn.Module):
     """Random numbers, a buffer, and a list that is written to: a forward leaves traces."""
 
@@ -109,6 +144,90 @@ def test_a_proof_holds_for_one_kind_of_input(tmp_path):
         model(TURNED.inputs())
 
 
+@pytest.mark.parametrize(
+    ("proven", "mixed"),
+    [((True,), (False,)), (("apart",), ("mixed",)), ((None,), ("mixed",)), ((), ("mixed",)), ((None,), (False,))],
+)
+def test_a_proof_holds_for_one_value_of_a_flag(tmp_path, proven, mixed):
+    """A flag, a string, or None may choose another path through a model."""
+    kind = Kind(Moody, lambda: torch.randn(4, 4, 6), ("first", "last"))
+    pool, folders = pool_for(kind, tmp_path)
+    truth, wanted = Truth(kind, folders, kind.inputs()), ["a", "b", None, "a"]
+    pool.assign(wanted)
+    with torch.no_grad():
+        for _ in range(2):
+            truth.check(pool.model(truth.inputs, *proven), wanted)
+            truth.check(pool.model(truth.inputs, *proven, is_mixed=False), wanted)
+            refused("different adapters at", pool.model, truth.inputs, *mixed)
+            refused("different adapters at", pool.model, truth.inputs, *proven, is_mixed=True)
+
+
+def test_a_graph_knows_the_flags_of_its_proof(tmp_path, fresh_compiler):
+    kind = Kind(Moody, lambda: torch.randn(4, 4, 6), ("first", "last"))
+    pool, folders = pool_for(kind, tmp_path)
+    truth, wanted = Truth(kind, folders, kind.inputs()), ["a", "b", None, "a"]
+    pool.assign(wanted)
+    compiled = torch.compile(pool.model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        refused("different adapters at", compiled, truth.inputs, is_mixed=True)
+        truth.check(compiled(truth.inputs, is_mixed=False), wanted)
+        truth.check(pool.model(truth.inputs, None), wanted)
+        refused("different adapters at", compiled, truth.inputs, "mixed")
+
+
+def test_a_proof_holds_for_one_number_of_axes(tmp_path):
+    kind = Kind(Moody, lambda: torch.randn(4, 4, 6), ("first", "last"))
+    pool, folders = pool_for(kind, tmp_path)
+    truth = Truth(kind, folders, kind.inputs())
+    pool.assign(["a", "b", None, "a"])
+    for _ in range(2):
+        truth.check(call(pool.model, truth.inputs), ["a", "b", None, "a"])
+        refused("different adapters at", call, pool.model, truth.inputs[:, 0])
+
+
+def lengths_as(form: str, lengths: list[int], longest: int) -> torch.Tensor:
+    counts = torch.tensor(lengths)
+    mask = torch.arange(longest) < counts[:, None]
+    return {"count": counts, "mask": mask.long(), "bool": mask, "float": mask.float(), "padding": ~mask}[form]
+
+
+@pytest.mark.parametrize("form", ["count", "mask", "bool", "float", "padding"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("equal", [3, 1])
+def test_rows_that_are_sorted_by_length(tmp_path, form, sign, equal):
+    """Where they are of one length, or in order already, each is at its own place: this proves nothing for others."""
+    kind = Kind(lambda: Sorting(sign), lambda: torch.randn(2, 3, 6), ("first", "last"))
+    pool, folders = pool_for(kind, tmp_path, rows=2)
+    pool.assign(["a", "b"])
+    x = torch.randn(2, 3, 6)
+    fresh = [load(kind, folder) for folder in folders.values()]
+    with torch.no_grad():
+        for lengths, is_right in (([equal] * 2, True), ([1, 3], sign > 0), ([3, 1], sign < 0), ([equal] * 2, True)):
+            given = x[:, : max(lengths)], lengths_as(form, lengths, max(lengths))
+            if is_right != (form == "padding" and lengths[0] != lengths[1]):
+                truth = torch.stack([model(*given)[row] for row, model in enumerate(fresh)])
+                assert_close(pool.model(*given), truth)
+            else:
+                refused("different adapters at first", pool.model, *given)
+
+
+@pytest.mark.parametrize("form", ["count", "mask", "bool"])
+def test_rows_of_other_lengths_are_proven_once(tmp_path, ways, form):
+    kind = Kind(Masked, lambda: torch.randn(4, 3, 6), ("first", "last"))
+    pool, folders = pool_for(kind, tmp_path)
+    pool.assign(["a", "b", None, "a"])
+    x, compute = kind.inputs(), ways(pool.model)
+    fresh = [load(kind, folders["a"]), load(kind, folders["b"]), kind.base(), load(kind, folders["a"])]
+    calls = calls_of(pool.model)
+    with torch.no_grad():
+        for number, lengths in enumerate(([3, 3, 3, 3], [1, 3, 2, 3], [3, 2, 2, 1])):
+            given = x, lengths_as(form, lengths, 3)
+            calls.clear()
+            assert_close(compute(*given), torch.stack([model(*given)[row] for row, model in enumerate(fresh)]))
+            if compute is pool.model:
+                assert len(calls) == (1 if number else 1 + 3 * (2 + 2))
+
+
 def test_what_it_costs(tmp_path):
     pool, _ = pool_for(LLAMA, tmp_path, rows=8)
     calls, inputs = calls_of(pool.model), {"input_ids": torch.randint(0, 40, (5, 7))}
@@ -124,7 +243,7 @@ def test_what_it_costs(tmp_path):
         assert len(calls) == forwards + 1
     calls.clear()
     call(pool.model, inputs | {"attention_mask": torch.ones(5, 7, dtype=torch.int64)})
-    assert len(calls) == 1 + 2 + 3
+    assert len(calls) == 1 + 3 * (2 + 3)  # other lengths are tried in both orders
 
 
 def test_flattened_tokens_are_blocks_of_a_row(tmp_path, ways):

@@ -1,4 +1,4 @@
-"""How many answers of mixed lengths a replica gives, with rows that come and go, in whole batches, and one at a time.
+"""How many answers of mixed lengths a replica gives, with rows that come and go, and one at a time.
 
 python tests/serving/server_load.py --requests 96 --threads 2
 """
@@ -75,9 +75,7 @@ def main() -> None:
     asked = [(chosen.choice(versions), min(chosen.choice(LENGTHS), longest)) for _ in range(given.requests)]
     tokens = sum(length for _, length in asked)
     print(f"{given.model}, {machine()}; {given.requests} requests, {tokens} tokens, {CLIENTS} clients")
-    for label in ("come and go", "one at a time", "whole batches"):
-        if label == "whole batches":
-            replica._reader = None
+    for label in ("come and go", "one at a time"):
         each, clients = (alone, 1) if label == "one at a time" else (replica, CLIENTS)
         asyncio.run(serve(each, asked[:8], clients))
         seconds, short = asyncio.run(serve(each, asked, clients))

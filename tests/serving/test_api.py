@@ -144,7 +144,7 @@ def test_chats_and_streams(api):
         (dict(model="nobody"), 404, "expected: one of demo, caesar, double"),
         (dict(model=FAMILY["shout"]), 404, "There is no such adapter"),
         (dict(prompt="a" * 40), 400, "a prompt of 1 to 24"),
-        (dict(max_tokens=25), 400, "answers of at most 24"),
+        (dict(max_tokens=25), 400, "an answer of 1 to 24"),
         (dict(prompt=""), 400, "no prompt"),
         (dict(prompt=[]), 400, "prompt.*at least 1 item"),
         (dict(prompt=["a", "b"]), 400, "prompt.*at most 1 item"),
@@ -170,6 +170,16 @@ def test_errors_are_openais(api, how, status, text):
         with_client(api, lambda client: client.completions.create(**asked))
     assert caught.value.status_code == status
     assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_numbers_that_are_0_in_float32_end_no_answer(api):
+    async def ask(client):
+        asked = [dict(temperature=1.0, top_p=1e-46), dict(temperature=1e-40, top_p=1e-46, seed=0), dict(temperature=0)]
+        return await asyncio.gather(
+            *(client.completions.create(model="shout", prompt="hotswap>", **how) for how in asked)
+        )
+
+    assert [each.choices[0].text for each in with_client(api, ask)] == ["HOTSWAP!"] * 3
 
 
 def test_too_many_requests(served):
@@ -201,7 +211,7 @@ def test_what_a_request_asks_for_reaches_the_replica():
     assert (first.prompt, first.stop, first.seed, first.top_p, first.max_tokens) == ("p", ("a", "b"), 7, 0.5, 3)
     assert (first.temperature, first.logprobs, first.is_streamed) == (1.5, 2, False)
     assert (second.prompt, second.stop, second.seed, second.top_p, second.max_tokens) == ("p", ("a",), None, 1, None)
-    assert (second.temperature, second.logprobs) == (0.0, None)
+    assert (second.temperature, second.logprobs) == (9e-4, None)
 
 
 def test_what_a_chat_asks_for_reaches_the_replica():
