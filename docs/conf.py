@@ -21,13 +21,12 @@ import hotswap_lab
 DOCS = Path(__file__).parent
 REPOSITORY = dict(each.split(", ") for each in metadata("hotswap_lab").get_all("Project-URL"))["Repository"]
 #: modules for users, next to the package itself; a test looks here for those that README and the recipes name
-MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.train demo.voices generating serving widgets"
+MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.voices generating serving widgets"
 #: other names in the signatures and docstrings of these; Sphinx warns if one is missing here
 OTHERS = """
-    ahead.AheadModel bench.report.Extra bench.report.Size bench.report.Start bench.timing.Timing core.errors.Refusal
-    core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile pipelines.patching.Patch
-    pools.adapter_pool.Block pools.rows.Row serving.replica.Token serving.table.UnknownAdapterError watch.Call
-    watch.Compilation widgets.results.Run
+    ahead.AheadModel core.errors.Refusal core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile
+    pipelines.patching.Patch pools.adapter_pool.Block pools.rows.Row serving.replica.Token
+    serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.results.Run
     widgets.text.text_stream
 """
 #: parts of the engine, which notebooks/engine.ipynb explains

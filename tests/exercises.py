@@ -1,31 +1,12 @@
-"""What every exercise of the chapters must do with right and wrong solutions, and what every picture must be."""
+"""What several tests of the chapters need: tokens, logits, and what every picture must be."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
 
 import torch
 
 from hotswap_lab.figures import Figure
-from hotswap_lab.lessons.exercise import Exercise
-
-
-def assert_tells_right_from_wrong(
-    task: Exercise, right: Callable, wrong: Sequence[Callable], capsys, *, may_fail: bool = False
-) -> None:
-    """``may_fail``: whether a wrong solution may be one that raises."""
-    task.check(right)
-    assert capsys.readouterr().out.startswith("Correct: ")
-    for solution in wrong:
-        task.check(solution)
-        out = capsys.readouterr().out
-        assert out.startswith("Not yet.\n")
-        assert "yours:" in out
-        assert "expected:" in out
-        assert may_fail or "your code runs" not in out  # a wrong answer is no error
-    task.show(right)
-    assert "yours" not in capsys.readouterr().out
 
 
 def some_ids(count: int) -> torch.Tensor:

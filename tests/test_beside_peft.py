@@ -1,4 +1,4 @@
-"""The table of ``notebooks/beside_peft.ipynb``: nbval makes its rows anew; this is about all that stands on it."""
+"""The table of ``notebooks/beside_peft.ipynb``: nbval makes its rows anew; this is about its judge, and README."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 ROW = re.compile(r"^\| (.+?) \| (.+?) \| (.+?) \|$", re.MULTILINE)
@@ -17,9 +18,13 @@ def section_of_readme(title: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def table() -> dict[str, tuple[str, str]]:
+def notebook() -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "notebooks" / "beside_peft.ipynb", as_version=4)
+
+
+@pytest.fixture(scope="module")
+def table(notebook) -> dict[str, tuple[str, str]]:
     """What the notebook shows at its end: by case, what PEFT does and what is done here."""
-    notebook = nbformat.read(ROOT / "notebooks" / "beside_peft.ipynb", as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
     (text,) = (output.data["text/markdown"] for output in outputs if "text/markdown" in output.data)
     plain = re.sub("<.*?>", "", text.replace("<br>", "; "))
@@ -40,3 +45,44 @@ def test_the_right_column_is_never_wrong_in_silence(table):
     others = table.keys() - {*equal, *refused}
     assert len(others) == 6, others  # no swaps: what is saved, what a config says, what a neighbour or a caller keeps
     assert all(table[case][1].startswith("✓") for case in others)
+
+
+@pytest.fixture
+def judge(notebook) -> dict:
+    """What the notebook's own cells define: models, adapters, the table and its judge."""
+    cells, found = {cell.id: cell.source for cell in notebook.cells}, {}
+    exec(cells["beside-02"].partition("\ntorch.")[0], found)
+    for name in ("models", "table", "verdicts", "signs"):
+        exec(cells[f"beside-{name}"], found)
+    return found
+
+
+def test_models_and_adapters_are_the_same_each_time_and_draw_no_random_numbers_of_others(judge):
+    before = torch.get_rng_state()
+    tables = [judge["Table"](None, None) for _ in range(2)]
+    folders = [table.save(judge["lora"](lora_alpha=8)) for table in tables]
+    first, second = judge["LLAMA"](), judge["LLAMA"]()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+    assert not judge["changed"](judge["load"](folders[0]), judge["values"](judge["load"](folders[1])))
+
+
+def test_a_verdict_is_wrong_unless_it_is_known_to_be_right(judge):
+    table = judge["Table"](None, None)
+    table.rows = [("a case", "something new; refused, untouched", "equals a fresh load")]
+    line = table._repr_markdown_().splitlines()[-1]
+    shown = re.sub("</?span.*?>", "", line)
+    assert shown == "| a case | ≠ something new<br>✗ refused, untouched | ✓ equals a fresh load |"
+    assert [line.count(f"background-color:{judge['TINTS'][sign]};") for sign in "≠✗"] == [1, 1]
+    assert line.count("<span") == line.count("</span>") == 2
+
+
+def test_an_error_that_is_no_refusal_is_named_and_nothing_done_is_wrong(judge):
+    def half(model, _):
+        next(value for key, value in model.named_parameters() if "lora_A" in key).data.zero_()
+        raise KeyError
+
+    table = judge["Table"](None, None)
+    folders = [table.save(judge["lora"](lora_alpha=alpha)) for alpha in (8, 3)]
+    assert judge["outcome"](half, *folders) == "KeyError, half swapped"
+    assert judge["outcome"](lambda model, new: None, *folders) == "other outputs, no error"

@@ -13,9 +13,8 @@ import pytest
 import hotswap_lab
 from hotswap_lab import __main__ as main_module
 from hotswap_lab import demo
-from hotswap_lab.bench.compare import compare
-from hotswap_lab.bench.report import Row
-from hotswap_lab.bench.timing import Timing
+from hotswap_lab.__main__ import compare
+from hotswap_lab.bench import Row, Timing
 
 
 @pytest.mark.long
@@ -35,10 +34,10 @@ def test_the_tour():
 
 
 def test_a_wrong_swap_ends_in_an_error(monkeypatch, capsys):
-    def wrong(name, word, repeats):
+    def wrong(name, repeats):
         time = Timing(0.002, 0.001, 3)
-        ours, theirs = Row(8, "ours", "wrong", time), Row(8, "PEFT", "refused", note="no")
-        return "?", [ours, theirs, Row(8, "PEFT load", "right", time)]
+        ours, theirs = Row("", "ours", "wrong", time), Row("", "PEFT", "refused", note="no")
+        return [ours, theirs, Row("", "PEFT load", "right", time)]
 
     monkeypatch.setattr(main_module, "compare", wrong)
     assert main_module.main(["--repeats", "1"]) == 1
@@ -57,11 +56,11 @@ def test_words_the_model_does_not_know_are_refused(capsys, word):
 
 def test_pefts_hotswap_is_judged_by_the_same_oracle():
     """shout lacks most layers of reverse: PEFT can do that. sort has patterns: PEFT refuses."""
-    _, (_, theirs, _) = compare("shout", "abc", 2)
+    _, theirs, _ = compare("shout", 2)
     assert theirs.state == "right"
-    answer, (ours, theirs, load_delete) = compare("sort", "cab", 2)
-    assert (answer, theirs.timing, ours.state, load_delete.state) == ("abc", None, "right", "right")
-    assert str(theirs) == "refused"
+    ours, theirs, load_delete = compare("sort", 2)
+    assert (theirs.timing, ours.state, load_delete.state) == (None, "right", "right")
+    assert main_module.shown(theirs) == "refused"
 
 
 def test_help_is_a_tour_of_one_page():

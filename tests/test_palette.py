@@ -9,10 +9,12 @@ import hotswap_lab
 from hotswap_lab import demo
 from hotswap_lab.demo import digits, voices
 from hotswap_lab.figures import palette
-from hotswap_lab.figures.palette import ADAPTERS, adapter_color, light
+from hotswap_lab.figures.palette import ADAPTERS, LESS, MORE, WHITE, adapter_color, light, mix
 
 FOLDER = Path(hotswap_lab.__file__).parent
 COLOR = r"#[0-9a-fA-F]{6}\b|#[0-9a-fA-F]{3}\b|rgb\(|hsl\("
+#: from white to a full color, for values below and above
+SHADES = {mix(color, step / 10_000, WHITE) for color in (LESS, MORE) for step in range(10_001)}
 NAMED = {value for name, value in vars(palette).items() if name.isupper() and isinstance(value, str)}
 
 
@@ -24,7 +26,7 @@ def test_no_other_file_names_a_color(path):
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.svg")), ids=lambda path: path.stem)
 def test_pictures_have_colors_of_the_palette(path):
     names = {*re.findall(r"\b(?:" + "|".join(demo.adapter_names()) + r")\b", path.read_text())}
-    assert {*re.findall(COLOR, path.read_text())} <= NAMED | {light(name) for name in names}
+    assert {*re.findall(COLOR, path.read_text())} <= NAMED | SHADES | {light(name) for name in names}
 
 
 def luminance(color):

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-OTHERS = [ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", ROOT / "training" / "README.md"]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 
 

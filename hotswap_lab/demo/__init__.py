@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import string
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ BASE_DIR = ASSETS_DIR / "base"
 ADAPTERS_DIR = ASSETS_DIR / "adapters"
 #: a tokenizer of transformers, which is imported only where it is needed
 Tokenizer = Any
+#: the label of tokens that the loss leaves out
+IGNORED = -100
 
 
 def names_in(directory: Path) -> list[str]:
@@ -147,3 +149,41 @@ def exact_match(model: Callable[..., Any], tokenizer: Tokenizer, task: str) -> f
     words = sample_words(500, 1234, held_out=True)
     answers = ask_all(model, tokenizer, words)
     return sum(answer == TASKS[task](word) for word, answer in zip(words, answers, strict=True)) / len(words)
+
+
+def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> dict[str, torch.Tensor]:
+    """Return the arguments of ``model(...)`` for a training step: token ids of prompts and answers, mask and labels.
+
+    Each tensor has the shape ``(pairs, tokens of the longest)``. Only an answer and its end token count for the loss.
+    """
+    end = tokenizer.eos_token_id
+    rows = [torch.tensor([*prompt, *tokenizer(answer)["input_ids"], end]) for prompt, answer in pairs]
+    labels = [row.clone() for row in rows]
+    for label, (prompt, _) in zip(labels, pairs, strict=True):
+        label[: len(prompt)] = IGNORED
+    return {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def make_batch(tokenizer: Tokenizer, words: Sequence[str], task: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    """Return the arguments of ``model(...)`` for a training step on words: token ids of ``word>answer<eos>``.
+
+    Parameters
+    ----------
+    words:
+        Words of 1 to 10 letters; :func:`.tasks.sample_words` draws some.
+    task:
+        A function from a word to its answer, one of ``TASKS`` or your own.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo
+    >>> model, tokenizer = demo.load("reverse")
+    >>> batch = demo.make_batch(tokenizer, ["abc", "hotswap"], demo.TASKS["reverse"])
+    >>> batch["input_ids"].shape, bool(model(**batch).loss < 0.01)
+    (torch.Size([2, 16]), True)
+    """
+    return batch_of(tokenizer, [(tokenizer(word + SEPARATOR)["input_ids"], task(word)) for word in words])

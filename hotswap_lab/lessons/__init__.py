@@ -3,7 +3,7 @@
 No swap logic is in here. ``figures`` draws, and shows the drawings in the folder ``pictures``; ``exercise`` is the
 frame of every exercise. ``start`` belongs to chapter 00, ``uncompiled`` to 01, ``padding`` to 02, ``compiling`` to 03,
 ``pools`` to 04, ``real_llm`` to 05, ``diffusion`` to 06, ``beyond`` to 07, ``rows`` to 08, ``serving`` to 09, ``ahead``
-to 10 and ``beside`` to the comparison with PEFT.
+to 10, ``engine`` to the engine, read, and ``project`` to the last project.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ import torch
 from .. import figures
 
 __all__ = ["begin", "figures", "source"]
-
-#: lines of code that fit on a page, and in a head
-LONGEST = 25
 
 
 def begin() -> None:
@@ -57,18 +54,25 @@ class Source:
         return f"```python\n{self.text}\n```"
 
 
-def source(function: Callable) -> Source:
-    """Return the code of a function or class, without its docstring.
+def source(function: Callable, first: str = "", last: str = "") -> Source:
+    """Return the code of a function or class without its docstring, or only some of its lines.
 
-    >>> source(begin)  # doctest: +ELLIPSIS
-    def begin() -> None:
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    ...
+    Parameters
+    ----------
+    first, last:
+        What the first and the last line begin with. Default: all lines.
+
+    >>> source(begin, "logging", "torch")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
     """
     text = textwrap.dedent(inspect.getsource(function))
     lines, node = text.splitlines(), ast.parse(text).body[0]
     if ast.get_docstring(node) is not None:
         del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
-    if len(lines) > LONGEST:
-        raise ValueError(f"{function.__qualname__} has {len(lines)} lines, too many to read in one go")
-    return Source("\n".join(lines).strip())
+    if first:
+        start, end = (
+            next(n for n, line in enumerate(lines) if line.strip().startswith(each)) for each in (first, last)
+        )
+        lines = lines[start : end + 1]
+    return Source(textwrap.dedent("\n".join(lines)).strip())

@@ -28,16 +28,6 @@ def gains_of(draft: Plan) -> dict[str, float]:
     return {key.removesuffix(GAIN): float(value) for key, value in tensors.items() if key.endswith(GAIN)}
 
 
-def has_gains(draft: Plan) -> bool:
-    """Whether the new adapter is one of gains.
-
-    >>> model, _ = demo.load("reverse")
-    >>> with_gains(model, {"model.layers.0.mlp.up_proj.gain": torch.tensor(0.5)}, lambda draft: print(has_gains(draft)))
-    True
-    """
-    return bool(gains_of(draft))
-
-
 def as_plan(draft: Plan, change: Change) -> Plan:
     """A plan that comes to this change, for the config that is in the model."""
     draft.config = draft.slot.config
@@ -49,7 +39,7 @@ def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solutio
     """Swaps gains in, decided by ``solution`` in an engine that has it as its first pass; None changes nothing."""
 
     def plan_gains(plan: Plan) -> Plan | None:
-        if not has_gains(plan):
+        if not gains_of(plan):
             return None
         plan.is_decided = True
         return solution(plan) or as_plan(plan, Change())

@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 
 class Exercise:
     """An exercise, made from a function that tries out the reader's.
@@ -64,6 +66,18 @@ class Exercise:
             # the reader's own mistake: the line of it helps more than a traceback through this module
             said = (str(error).splitlines() or [""])[0]
             return [("your code runs", f"{type(error).__name__}: {said}{_where(error, solution)}", "no error")]
+
+
+def compare(shape: str, values: str, yours: object, expected: torch.Tensor) -> Iterator[tuple[str, object, object]]:
+    """Check a tensor of the reader's: first its shape, or what it is instead; if that is right, its values.
+
+    >>> list(compare("the shape", "the numbers", 5, torch.zeros(2)))
+    [('the shape', 'int', (2,))]
+    """
+    found = tuple(yours.shape) if isinstance(yours, torch.Tensor) else type(yours).__name__
+    yield shape, found, tuple(expected.shape)
+    if found == tuple(expected.shape):
+        yield values, yours.tolist(), expected.tolist()
 
 
 def _where(error: Exception, solution: Callable) -> str:

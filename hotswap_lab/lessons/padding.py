@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 
 from .. import demo
-from ..bench import in_rounds
-from ..bench.timing import Timing
 from ..engine import prepare_model_for_compiled_hotswap, resolve_slot
-from ..figures import Canvas, Figure
-from ..figures.palette import ADAPTER, BASE, INK, MUTED, OFF
 from ..files.reading import Adapter
 from .exercise import Exercise
 
@@ -64,56 +58,3 @@ def nbytes(model: torch.nn.Module) -> int:
     352256
     """
     return sum(tensor.parameter.nbytes for tensor in resolve_slot(model, "default").tensors)
-
-
-def forward_times(models: Mapping[str, torch.nn.Module], *, words: int = 32, n: int = 25) -> dict[str, Timing]:
-    """How long a forward call takes in each of some demo models, over ``words`` words in one batch.
-
-    The models take turns, so that something else that the machine does in between hits all of them alike.
-
-    >>> times = forward_times({"reverse": demo.load("reverse")[0]}, words=1, n=5)
-    >>> times["reverse"].n, times["reverse"].minimum > 0
-    (5, True)
-    """
-    inputs = demo.load_tokenizer()(["hotswap>"] * words, return_tensors="pt")
-    calls = {name: lambda model=model: model(**inputs, use_cache=False) for name, model in models.items()}
-    with torch.inference_mode():
-        return in_rounds(calls, n)
-
-
-CELL = 34
-
-
-def picture(a: torch.Tensor, b: torch.Tensor, rank: int) -> Figure:
-    """Small matrices of whole numbers, padded to ``rank``, with their product."""
-    (own, inputs), outputs = a.shape, b.shape[0]
-    padded_a, padded_b = padded(a, b, rank)
-    height = CELL * max(rank, outputs)
-    canvas = Canvas(60 + CELL * (rank + 2 * inputs) + 120, height + 118)
-    middle, x = 50 + height / 2, 30.0
-    for name, matrix, (rows_own, columns_own), fill, sign in (
-        ("B", padded_b, b.shape, ADAPTER, "·"),
-        ("A", padded_a, a.shape, ADAPTER, "="),
-        ("B @ A", padded_b @ padded_a, (outputs, inputs), BASE, ""),
-    ):
-        rows, columns = matrix.shape
-        top = middle - rows * CELL / 2
-        canvas.text(x + columns * CELL / 2, top - 14, name, size=15)
-        for row, column in torch.ones_like(matrix).nonzero().tolist():
-            is_own = row < rows_own and column < columns_own
-            left, up = x + column * CELL, top + row * CELL
-            canvas.box(left, up, CELL, CELL, fill if is_own else OFF, dashed=not is_own)
-            number = str(matrix[row, column].item())
-            canvas.text(left + CELL / 2, up + CELL / 2 + 5, number, color=INK if is_own else MUTED)
-        canvas.text(x + columns * CELL / 2, top + rows * CELL + 20, f"{rows} × {columns}", size=12, color=MUTED)
-        x += columns * CELL + 60
-        if sign:
-            canvas.text(x - 30, middle + 6, sign, size=20)
-    for x, fill, text in ((30, ADAPTER, f"the adapter's own, rank {own}"), (230, OFF, f"padding up to rank {rank}")):
-        canvas.box(x, canvas.height - 30, 16, 16, fill, dashed=fill == OFF)
-        canvas.text(x + 24, canvas.height - 17, text, size=12, anchor="start", color=MUTED)
-    return canvas.figure(
-        f"Padding. B is {outputs} by {rank}: its first {own} columns are the adapter's own, the rest are zeros. "
-        f"A is {rank} by {inputs}: its first {own} rows are the adapter's own, the rest are zeros. "
-        f"B @ A is {outputs} by {inputs}, the same as without padding."
-    )

@@ -11,10 +11,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from .. import demo
-from ..bench import Settings, in_rounds, make_base
-from ..bench.timing import Timing
+from ..bench import Settings, Timing, in_rounds, make_base
 from ..engine import AdapterPool, resolve_slot, save_adapter
-from .exercise import Exercise
+from .exercise import Exercise, compare
 from .padding import padded
 
 # --- a model with as many tensors as a real one ------------------------------------------------------------------
@@ -73,20 +72,14 @@ def pack(solution):
     """Return the rows of a whole adapter, rank-major, from the `(A, B)` of its layers. About 5 lines."""
     # inputs, outputs and rank of each layer
     for what, layers in (("one layer", [(3, 2, 2)]), ("two layers", [(3, 2, 1), (2, 4, 3)])):
-        pairs = [
-            (
-                torch.arange(1, rank * inputs + 1).view(rank, inputs),
-                torch.arange(-outputs * rank, 0).view(outputs, rank),
-            )
-            for inputs, outputs, rank in layers
-        ]
-        highest = max(rank for _, _, rank in layers)
+        pairs, highest = [], max(rank for _, _, rank in layers)
+        for inputs, outputs, rank in layers:
+            a, b = torch.arange(1, rank * inputs + 1), torch.arange(-outputs * rank, 0)
+            pairs.append((a.view(rank, inputs), b.view(outputs, rank)))
         full = [padded(a, b, highest) for a, b in pairs]
         expected = torch.cat([share for a, b in full for share in (a, b.T)], dim=1)
         yours = solution([(a.clone(), b.clone()) for a, b in pairs])
-        yield f"the shape for {what}", tuple(yours.shape), tuple(expected.shape)
-        if yours.shape == expected.shape:
-            yield f"the rows of {what}", yours.tolist(), expected.tolist()
+        yield from compare(f"the shape for {what}", f"the rows of {what}", yours, expected)
 
 
 def written(pool: AdapterPool, old: str, new: str) -> tuple[int, int]:

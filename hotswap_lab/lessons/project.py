@@ -64,6 +64,7 @@ def packaged(adapter: str, pool: AdapterPool, package: str) -> tuple[bool, str]:
 STEPS = (a_new_trick, trained, swapped_in_while_it_trained, in_a_pool_with_rows, compiled_once, packaged)
 
 
+@torch.no_grad()
 def rubric(**made: Any) -> bool:
     """Print for each step of the project whether it is done, and how one knows. Returns whether all are.
 
@@ -82,19 +83,15 @@ def rubric(**made: Any) -> bool:
     """
     results = []
     for step in STEPS:
-        needs = [name for name in inspect.signature(step).parameters if made.get(name) is None]
+        given = {name: made.get(name) for name in inspect.signature(step).parameters}
+        needs = [name for name, value in given.items() if value is None]
         try:
-            done, says = (None, f"needs {', '.join(needs)}") if needs else _run(step, made)
+            done, says = (None, f"needs {', '.join(needs)}") if needs else step(**given)
         except Exception as error:  # what the reader made may be anything
             done, says = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         results.append(done)
         print(f"{'-' if done is None else '✓' if done else '✗'} {step.__name__.replace('_', ' ')}: {says}")
     return all(results)
-
-
-@torch.no_grad()
-def _run(step: Callable[..., tuple[bool, str]], made: dict[str, Any]) -> tuple[bool, str]:
-    return step(**{name: made[name] for name in inspect.signature(step).parameters})
 
 
 def _fresh(adapter: str) -> torch.nn.Module:

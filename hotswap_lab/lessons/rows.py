@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +12,7 @@ from peft.tuners.lora import LoraLayer
 
 from ..figures import Canvas, Figure
 from ..figures.palette import MUTED, OFF, light
-from . import Source
-from .exercise import Exercise
+from .exercise import Exercise, compare
 
 # --- adapters that are active together ---------------------------------------------------------------------------
 
@@ -48,19 +45,7 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
     return model.eval()
 
 
-# --- rows that come and go: hotswap_lab.generating.Reader -------------------------------------------------------------
-
-
-def excerpt(function: Callable, first: str, last: str) -> Source:
-    """Return the lines of a function from the one that starts with ``first`` to the one that starts with ``last``.
-
-    >>> excerpt(together, "first, *others", "model =")
-    first, *others = weights
-    model = PeftModel.from_pretrained(base, folders[first], adapter_name=first)
-    """
-    lines = textwrap.dedent(inspect.getsource(function)).splitlines()
-    start, end = (next(n for n, line in enumerate(lines) if line.strip().startswith(each)) for each in (first, last))
-    return Source(textwrap.dedent("\n".join(lines[start : end + 1])))
+# --- rows that come and go ------------------------------------------------------------------------------------------
 
 
 def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str = "") -> Figure:
@@ -121,8 +106,5 @@ def own_adapters(solution):
             return F.linear(x, weight)
 
         yours = solution(base, x, a, b, scaling)
-        shape = tuple(yours.shape) if isinstance(yours, torch.Tensor) else type(yours).__name__
-        yield f"the shape for {what}", shape, tuple(expected.shape)
-        if shape == tuple(expected.shape):
-            yield f"the outputs of {what}", yours.tolist(), expected.tolist()
+        yield from compare(f"the shape for {what}", f"the outputs of {what}", yours, expected)
         yield f"calls of the base layer for {what}", len(calls), 1

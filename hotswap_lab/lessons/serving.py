@@ -103,10 +103,8 @@ def columns(calls: Sequence[Sequence[Any]]) -> list[list[Any]]:
 
 # --- exercise: which replica gets a request ----------------------------------------------------------------------
 
-Rule = Callable[[str, Sequence[Mapping[str, Any]], int], int]
 
-
-def adapters_read(rule: Rule, count: int = 200, held: int = 4) -> int:
+def adapters_read(rule: Callable[[str, Sequence[Mapping[str, Any]], int], int], count: int = 200, held: int = 4) -> int:
     """How often one of two replicas reads an adapter from its files, if ``rule`` says which one gets a request."""
     replicas: list[dict[str, Any]] = [{"held": [], "waiting": 0} for _ in range(2)]
     read, choices = 0, random.Random(0)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
+import measure_digits as measure
 import pytest
 import torch
 from lengths import few_of
-from safetensors.torch import load_file
+from train_digits import STYLES, bold, inverted
 
-from hotswap_lab import hotswap_adapter, plan_hotswap, verify_hotswap
+from hotswap_lab import hotswap_adapter, verify_hotswap
 from hotswap_lab.demo import digits
-from hotswap_lab.demo.digits import data, judge, measure, train
+from hotswap_lab.demo.digits import data, judge
 
 NAMES = digits.names()
 #: what an adapter must reach at least, or at most, on its own statistic
@@ -60,18 +60,18 @@ def test_scores_on_fresh_noise(live, of_base, name):
 
 def test_the_classifier_reads_digits_that_it_was_not_trained_on():
     assert judge.held_out_accuracy() > 0.98
-    assert judge.held_out_accuracy(data.STYLES["slanted"]) > 0.98
-    assert judge.held_out_accuracy(data.STYLES["inverted"]) > 0.98
-    assert judge.held_out_accuracy(data.STYLES["bold"]) > 0.94
+    assert judge.held_out_accuracy(STYLES["slanted"]) > 0.98
+    assert judge.held_out_accuracy(STYLES["inverted"]) > 0.98
+    assert judge.held_out_accuracy(STYLES["bold"]) > 0.94
 
 
 def test_statistics_of_the_styles():
     images, _ = data.read("classifier")
-    assert judge.ink(data.bold(images)).mean() > 1.4 * judge.ink(images).mean()
+    assert judge.ink(bold(images)).mean() > 1.4 * judge.ink(images).mean()
     lean = judge.slant(data.slanted(images)) - judge.slant(images)
     assert lean.mean() == pytest.approx(0.4, abs=0.02)
-    assert torch.allclose(judge.slant(data.inverted(images)), judge.slant(images), atol=1e-5)
-    assert judge.background(data.inverted(images)).max() == 0
+    assert torch.allclose(judge.slant(inverted(images)), judge.slant(images), atol=1e-5)
+    assert judge.background(inverted(images)).max() == 0
     assert judge.background(images).min() == 1
 
 
@@ -116,39 +116,3 @@ def test_the_pipeline_draws_the_same():
 def test_the_noise_of_a_picture_does_not_depend_on_how_many_are_drawn():
     assert torch.equal(digits.noise(5)[:2], digits.noise(2))
     assert not torch.equal(digits.noise(2, seed=1), digits.noise(2))
-
-
-# ---- training
-
-
-@pytest.mark.long
-def test_training_gives_an_ordinary_folder(tmp_path):
-    """That it gives the same each time is what ``test_train.py`` shows."""
-    folder = tmp_path / "a"
-    shutil.copytree(digits.path("only_3"), folder)
-    train.train_adapter("only_3", seed=0, folder=folder, steps=4)
-    made, embedded = (load_file(f"{each}/adapter_model.safetensors") for each in (folder, digits.path("only_3")))
-    assert {key: (tensor.shape, tensor.dtype) for key, tensor in made.items()} == {
-        key: (tensor.shape, tensor.dtype) for key, tensor in embedded.items()
-    }
-    assert not all(torch.equal(tensor, embedded[key]) for key, tensor in made.items())
-    assert plan_hotswap(digits.load("only_3"), str(folder)).ok
-
-
-@pytest.mark.long
-def test_the_base_is_trained_into_a_pipeline_folder(tmp_path):
-    from diffusers import DDIMPipeline
-
-    train.train_base(seed=0, folder=tmp_path, steps=3)
-    pipe = DDIMPipeline.from_pretrained(tmp_path)
-    assert dict(pipe.unet.config) == {**digits.load_base().config, "_name_or_path": pipe.unet.config._name_or_path}
-    assert pipe.scheduler.config.prediction_type == digits.load_scheduler().config.prediction_type
-
-
-def test_the_table_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(measure, "names", lambda: ["inverted"])
-    measure.main(["--count", "3", "--threads", "1"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("3 pictures each")
-    assert [line.split()[0] for line in lines[-2:]] == ["base", "inverted"]
-    assert lines[-1].split()[-1] == f"{measure.measure(digits.load('inverted'), 3).background:.3f}"

@@ -1,18 +1,15 @@
 """The voices do what their cards say, on questions that they were not trained on. SmolLM2 is needed for most of it.
 
-The whole of the held-out questions is ``python -m hotswap_lab.demo.voices.measure``; here are a few, to be quick.
+The whole of the held-out questions is ``python training/measure_voices.py``; here are a few, to be quick.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 
 from hotswap_lab import AdapterPool, HotswapError, aoti_compile, aoti_load, hotswap_adapter
 from hotswap_lab.demo import smollm2, voices
-from hotswap_lab.demo.voices import measure, scores, train
 from hotswap_lab.generating import Reader
 
 NAMES = voices.names()
@@ -44,23 +41,6 @@ def live():
 
 def swap(model, name: str) -> None:
     hotswap_adapter(model, voices.path(name), adapter_name="default", add_layers=True)
-
-
-# --- the texts
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_texts_are_in_the_voice_and_in_no_other(name):
-    """What is taught is what is measured, with other questions."""
-    assert sorted(scores.TESTS) == NAMES == sorted(file.stem for file in train.TEXTS_DIR.iterdir())
-    pairs = train.pairs_of(name)
-    assert 25 <= len(pairs) <= 60
-    questions = {question for question, _ in pairs}
-    assert len(questions) == len(pairs)
-    assert questions.isdisjoint(voices.QUESTIONS)
-    for other in NAMES:
-        score = voices.score(other, [answer for _, answer in pairs])
-        assert score == 1 if other == name else score <= 0.1, other
 
 
 # --- the scores are fair
@@ -112,36 +92,6 @@ def test_an_answer_can_be_cut_short(live, tokenizer):
     swap(live, "pirate")
     answer = voices.ask(live, tokenizer, FEW[0], max_new_tokens=12)
     assert voices.ask(live, tokenizer, FEW[0], max_new_tokens=3) == tokenizer.decode(tokenizer(answer)["input_ids"][:3])
-
-
-@pytest.mark.long
-def test_the_table_is_printed(live, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "QUESTIONS", FEW)
-    measure.main(["socratic", "--show", "1", "--threads", "1"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{len(FEW)} held-out questions; base model from ")
-    assert lines[2].split() == ["socratic", "100.0%", "0.0%"]
-    assert lines[4] == FEW[0]
-    assert voices.score("socratic", ["\n".join(lines[5:]).strip()]) == 1
-
-
-# --- the training
-
-
-def test_only_the_answer_counts_for_the_loss(tokenizer):
-    pairs = train.pairs_of("haiku")[:2]
-    batch = train.make_batch(tokenizer, pairs)
-    for (_, answer), row in zip(pairs, batch["labels"], strict=True):
-        assert tokenizer.decode(row[row >= 0]) == answer + tokenizer.eos_token
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-
-
-def test_every_pair_comes_once_before_any_comes_again():
-    pairs = [(str(number), "") for number in range(10)]
-    first, again = (list(itertools.islice(train.batches(pairs, seed=0), 5)) for _ in range(2))
-    chosen = [pair for batch in first for pair in batch]
-    assert sorted(chosen[:10]) == sorted(chosen[10:]) == sorted(pairs)
-    assert first == again
 
 
 @pytest.mark.long

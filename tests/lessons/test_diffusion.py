@@ -1,4 +1,4 @@
-"""Chapter 06: its pictures are true, its exercises tell right from wrong, its large example runs.
+"""Chapter 06: its pictures are true, its large example runs.
 
 The shapes of layers are compared in the chapter itself.
 """
@@ -13,14 +13,11 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 import torch
-from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
-from lengths import few_of
+from exercises import assert_is_svg_with_a_text_form
 from PIL import Image
 from safetensors.torch import save_file
 from test_pipeline import KINDS, lora
 
-from hotswap_lab import hotswap_adapter
-from hotswap_lab.demo import digits
 from hotswap_lab.lessons import diffusion
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -53,47 +50,6 @@ def test_a_grid_shows_its_pictures_in_their_places():
 
 def test_drawn_digits_have_a_short_text_form():
     assert repr(diffusion.Drawn(torch.zeros(3, 16, 16))) == "3 drawn digits"
-
-
-# ---- exercises
-
-
-def one_filter(a, b, scaling):
-    return scaling * torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
-
-
-def flipped(a, b, scaling):
-    return one_filter(a, b, scaling).flip(-1)
-
-
-def halfway(model, scheduler, picture, first, second, at):
-    for step, when in enumerate(scheduler.timesteps):
-        hotswap_adapter(model, digits.path(first if step < at else second), "default")
-        picture = scheduler.step(model(picture, when).sample, when, picture).prev_sample
-    return picture
-
-
-def one_step_late(model, scheduler, picture, first, second, at):
-    return halfway(model, scheduler, picture, first, second, at + 1)
-
-
-def twice_over(model, scheduler, picture, first, second, at):
-    return halfway(model, scheduler, halfway(model, scheduler, picture, first, first, at), second, second, at)
-
-
-SOLUTIONS = {
-    "one_filter": (
-        diffusion.one_filter,
-        one_filter,
-        [lambda a, b, scaling: a, lambda a, b, scaling: one_filter(a, b, 1), flipped],
-    ),
-    "halfway": (diffusion.halfway, halfway, [lambda *arguments: arguments[2], one_step_late, twice_over]),
-}
-
-
-@pytest.mark.parametrize("name", few_of(SOLUTIONS, SOLUTIONS.keys() - {"halfway"}))
-def test_right_and_wrong_solutions(name, capsys):
-    assert_tells_right_from_wrong(*SOLUTIONS[name], capsys)
 
 
 # ---- a large pipeline, small

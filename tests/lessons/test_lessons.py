@@ -1,125 +1,189 @@
-"""Exercises and pictures: a right solution is accepted, a wrong one is told apart, everything has a text form."""
+"""What the chapters show beyond their exercises is true: measurements, pictures, code and the project's rubric."""
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
+import re
+from pathlib import Path
 
+import nbformat
 import pytest
-from exercises import assert_is_svg_with_a_text_form, assert_tells_right_from_wrong
+import torch
+from exercises import assert_is_svg_with_a_text_form
+from test_exercises import RIGHT
 
-from hotswap_lab import demo, hotswap_adapter
+from hotswap_lab import Adapter, AdapterPool, demo, prepare_model_for_compiled_hotswap, resolve_slot, verify_hotswap
+from hotswap_lab.core.slot import room_of
 from hotswap_lab.figures import palette
-from hotswap_lab.lessons import figures, start, uncompiled
+from hotswap_lab.lessons import begin, beyond, engine, padding, pools, project, rows, serving, source
 
-SVG = "{http://www.w3.org/2000/svg}"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "engine.ipynb"
 
-
-def by_hand(model, tensors):
-    for key, tensor in tensors.items():
-        model.get_parameter(key.replace(".weight", ".default.weight")).data.copy_(tensor)
+# --- 02, 04: padding and packing are what the engine does
 
 
-def new_tensors(model, tensors):
-    """Right values, new addresses."""
-    for key, tensor in tensors.items():
-        model.get_parameter(key.replace(".weight", ".default.weight")).data = tensor.clone()
+def test_the_exercise_asks_for_what_the_engine_does():
+    tensors = Adapter.load(demo.adapter_path("sort")).tensors
+    model, _ = demo.load("sort")
+    slot = resolve_slot(model, "default")
+    prepare_model_for_compiled_hotswap(model, target_rank=24)
+    for layer in slot.layers:
+        a, b = (tensors[f"base_model.model.{layer.path}.{tensor.key}"] for tensor in layer.tensors)
+        for expected, tensor in zip(padding.padded(a, b, 24), layer.tensors, strict=True):
+            assert torch.equal(tensor.parameter, expected)
 
 
-def difference(old, new):
-    paths = [{key.removeprefix("base_model.model.").partition(".lora_")[0] for key in each} for each in (old, new)]
-    return paths[0] - paths[1]
+def test_packing_is_what_the_engine_does():
+    """The rows of the exercise are those of the library, but for the gaps at the ends of cache lines."""
+    pool = pools._demo_pool()
+    pool.swap("double")
+    slot = resolve_slot(pool.model, "default")
+    room = room_of(slot.host.base, "default")
+    rows = room.components_for(room.state)[1]
+    part = next(band.memory[:taken] for band, taken in zip(room.bands, rows, strict=True) if taken)
+    tensors = Adapter.load(demo.adapter_path("double")).tensors
+    pairs = [
+        tuple(tensors[f"base_model.model.{layer.path}.{each.key}"] for each in layer.tensors) for layer in slot.layers
+    ]
+    # all sizes of the demo model are whole cache lines, so a row has a gap at its end only
+    rows = RIGHT.pack(pairs)
+    assert torch.equal(part[:, : rows.shape[1]], rows)
+    assert not part[:, rows.shape[1] :].any()
 
 
-def symmetric(old, new):
-    return difference(old, new) | difference(new, old)
+def test_the_bytes_that_are_measured_are_those_that_are_packed():
+    pool = pools._demo_pool()
+    copied = {
+        name: pools.written(pool, old, name)[0] for old, name in (("double", "pig_latin"), ("pig_latin", "double"))
+    }
+    scalings = 4 * 8 * len(resolve_slot(pool.model, "default").layers)  # SCALING_STEP numbers in float64
+    assert sum(copied.values()) + 2 * scalings == pool.nbytes
 
 
-def reload(model):
-    model.delete_adapter("default")
-    model.load_adapter(demo.adapter_path("shout"), "default")
-    model.set_adapter("default")
+def test_layers_of_the_large_model_share_base_weights_and_random_adapters_differ(tmp_path):
+    """Its sizes are compared in the chapter itself."""
+    model = pools.smol(layers=2)
+    one, two = (layer.mlp.up_proj for layer in model.get_base_model().model.layers)
+    assert one.base_layer.weight is two.base_layer.weight
+    assert one.lora_A["default"].weight is not two.lora_A["default"].weight
+    folders = pools.random_adapters(model, ["a", "b"], str(tmp_path))
+    assert verify_hotswap(model, folders["b"])
+    assert not verify_hotswap(model, folders["a"])
 
 
-SOLUTIONS = {
-    "make_it_shout": (
-        start.make_it_shout,
-        lambda model: hotswap_adapter(model, demo.adapter_path("shout"), "default"),
-        [lambda model: None, lambda model: hotswap_adapter(model, demo.adapter_path("sort"), "default"), reload],
-    ),
-    "swap_by_hand": (uncompiled.swap_by_hand, by_hand, [lambda model, tensors: None, new_tensors]),
-    "layers_to_turn_off": (
-        uncompiled.layers_to_turn_off,
-        difference,
-        [
-            lambda old, new: set(),
-            lambda old, new: difference(new, old),
-            lambda old, new: set(old) - set(new),
-            symmetric,
-        ],
-    ),
-}
+def test_steps_are_called_with_each_argument_in_turn():
+    calls = {"first": [], "second": []}
+    steps = {"first": (calls["first"].append, ["a", "b"]), "second": (calls["second"].append, ["c"])}
+    timings = pools.measure_steps(steps, n=6)
+    assert list(timings) == ["first", "second"]
+    assert all(0 < timing.minimum <= timing.median for timing in timings.values())
+    assert calls["first"] == ["a", "b"] * 6  # each timed call after one that doesn't count
+    assert set(calls["second"]) == {"c"}
+    assert {timing.n for timing in timings.values()} == {6}
 
 
-@pytest.mark.parametrize("name", SOLUTIONS)
-def test_right_and_wrong_solutions(name, capsys):
-    assert_tells_right_from_wrong(*SOLUTIONS[name], capsys)
+# --- 07, 08
 
 
-def test_a_failed_check_gives_one_answer_away_and_says_how_many_more_differ(capsys):
-    uncompiled.layers_to_turn_off.check(lambda old, new: set())
-    out = capsys.readouterr().out
-    assert out == (
-        "Not yet.\n  reverse to shout\n    yours:    0 layers\n    expected: 14 layers\n  and 2 more that differ\n"
-    )
+def test_random_adapters_leave_the_random_numbers_of_others_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    beyond.load(beyond.PAIRS["LoHa"].old)
+    beyond.adapter(beyond.PAIRS["VeRA"].new)
+    assert torch.equal(torch.rand(3), expected)
 
 
-def test_an_error_in_the_readers_code_is_one_line(capsys):
-    def broken(model):
-        raise KeyError("nope")
-
-    start.make_it_shout.check(broken)
-    assert "yours:    KeyError: 'nope' (line 2 of broken: raise KeyError(\"nope\"))" in capsys.readouterr().out
-
-
-FIGURES = {
-    "bars": figures.bars("Time & <space>", {"ours": 2.0, "PEFT": 14.5}, "ms"),
-    "bars, with a base": figures.bars("Time", {"not prepared": 2.0, "prepared": 3.0}, "ms", base={"not prepared"}),
-    "counts": figures.counts(
-        "Swaps", {"PEFT <load>": 1.0, "ours": 0.3, "copy": 0.0001}, base={"copy"}, note="here & now"
-    ),
-    "bars, limited": figures.bars("One swap", {"1 <slow>": 16.0, "2 fast": 0.8, "3 copy": 0.4}, "ms", limit=0.4),
-}
+def test_a_timetable_draws_free_rows_and_columns_of_one_width():
+    calls = [[(0, "sort"), (1, "shout"), None], [(2, "sort"), None, None]]
+    figure = rows.timetable(calls, "One <and> many")
+    root = assert_is_svg_with_a_text_form(figure)
+    assert figure.text.startswith("One <and> many: 2 calls of the model. Row 0: requests 0 (sort), 2 (sort). ")
+    assert figure.text.endswith("Row 2: free")
+    boxes = [(each.get("fill"), float(each.get("width"))) for each in root.iter() if each.get("height") == "22"]
+    sort, shout, free = palette.light("sort"), palette.light("shout"), palette.OFF
+    assert boxes == [(free, 128), (sort, 64), (sort, 64), (free, 128), (shout, 64), (free, 128)]
+    assert rows.timetable(calls).text.startswith("2 calls of the model. Row 0")
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_figures_are_valid_svg_with_a_text_form(name):
-    assert_is_svg_with_a_text_form(FIGURES[name])
+# --- 09
 
 
-def widths(figure, *colors):
-    bars = [each for each in ElementTree.fromstring(figure.svg).iter(f"{SVG}rect") if each.get("rx") == "4"]
-    return [float(bar.get("width")) for bar in bars if bar.get("fill") in colors]
+def test_adapters_that_gather_are_read_less_often():
+    gathered, spread = serving._choose, lambda name, replicas, most: min((0, 1), key=lambda n: replicas[n]["waiting"])
+    assert serving.adapters_read(gathered) < serving.adapters_read(spread) / 3
+    # all to one, with room for one: whenever it is another one than before
+    changes = serving.adapters_read(lambda *_: 0, count=200, held=1)
+    assert serving.adapters_read(lambda *_: 0, held=8) == 8 < changes < 200
 
 
-def test_bars_are_as_long_as_their_values():
-    first, second = widths(FIGURES["bars"], palette.OURS, palette.PEFT)
-    assert first / second == pytest.approx(2.0 / 14.5, rel=1e-3)
+# --- the engine, read
 
 
-def test_a_count_is_a_row_of_blocks():
-    assert repr(FIGURES["counts"]) == (
-        "Swaps, in the time of one PEFT <load> (1000.0 ms): PEFT <load> 1, ours 3, copy 10,000. here & now"
-    )
-    paths = list(ElementTree.fromstring(FIGURES["counts"].svg).iter(f"{SVG}path"))[1:]
-    assert [path.get("fill") for path in paths] == [palette.PEFT, palette.OURS, palette.BASE]
-    starts = [[float(each.split()[0]) for each in path.get("d").split("M")[1:]] for path in paths]
-    assert [len(each) for each in starts] == [1, 3, 1]  # blocks of less than a pixel are drawn as one
-    assert starts[1][1] - starts[1][0] == pytest.approx(0.3 * (660 - 220 - 90), rel=1e-3)
+def test_code_is_shown_in_a_fence_without_its_docstring_or_only_some_lines():
+    code = source(engine.gains_of)
+    assert code._repr_markdown_() == f"```python\n{code}\n```"
+    assert str(code).splitlines()[1] == "    tensors = draft.adapter.tensors"
+    assert len(str(code).splitlines()) == 3
+    assert str(source(begin, "torch.set", "torch.set")) == "torch.set_num_threads(1)"
 
 
-def test_a_limit_is_marked_in_every_bar():
-    figure = FIGURES["bars, limited"]
-    whole = widths(figure, palette.OURS)
-    assert [width / whole[0] for width in whole] == pytest.approx([1, 0.8 / 16, 0.4 / 16], rel=1e-3)
-    assert widths(figure, palette.BASE) == [whole[-1]] * 3
-    assert repr(figure) == "One swap: 1 <slow> 16 ms, 2 fast 0.8 ms, 3 copy 0.4 ms. 0.4 ms is the limit"
+def test_every_hop_has_one_sentence_and_its_code():
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    assert len(cells) <= 45
+    shown = [index for index, cell in enumerate(cells) if cell.source.startswith("source(")]
+    assert len(shown) >= 12
+    sentences = [re.findall(r"\*\*(.+?)\*\*", cells[index - 1].source) for index in shown]
+    # the second of two functions that belong together needs none of its own
+    assert sum(map(len, sentences)) >= 10
+    for each in sentences:
+        assert all(sentence.count(".") == 1 for sentence in each), each
+
+
+# --- the last project: its rubric says yes to the solution, which nbval runs, and no to what isn't right
+
+
+def lines(capsys, **made):
+    done = project.rubric(**made)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(project.STEPS)
+    return done, {line[2:].partition(":")[0]: (line[0], line.partition(": ")[2]) for line in printed}
+
+
+def test_nothing_yet(capsys):
+    done, found = lines(capsys)
+    assert not done
+    assert {mark for mark, _ in found.values()} == {"-"}
+    assert found["packaged"][1] == "needs adapter, pool, package"
+
+
+@pytest.mark.long
+def test_each_step_can_say_yes_and_no(capsys):
+    """With an adapter that ships with the package, which does all but be new."""
+    path, words = demo.adapter_path("sort"), ["hotswap", "hotsaw", "ahopstw"]
+    live, _ = demo.load("reverse")
+    pool = AdapterPool(live, adapters={"reverse": demo.adapter_path("reverse"), "mine": path}, rows=4, progress=False)
+    pool.swap("mine")
+    made = dict(trick=demo.TASKS["sort"], adapter=path, live=live, seen=words, pool=pool)
+    compiled = torch.compile(live, backend="eager", dynamic=False)
+    done, found = lines(capsys, **made, compiled=compiled)
+    assert not done
+    assert {name: mark for name, (mark, _) in found.items()} == {
+        "a new trick": "✗",
+        "trained": "✓",
+        "swapped in while it trained": "✓",
+        "in a pool with rows": "✓",
+        "compiled once": "✓",
+        "packaged": "-",
+    }
+    assert found["a new trick"][1] == "hotswap -> ahopstw, as sort does"
+    wrong = made | dict(adapter=demo.adapter_path("shout"), seen=words[:2])
+    pool.swap("mine")
+    _, found = lines(capsys, **wrong, compiled=lambda **inputs: demo.load_base()(**inputs), package="nowhere.pt2")
+    assert {mark for mark, _ in found.values()} == {"✗"}
+    assert found["trained"][1].startswith("0 of 40")
+    assert "Error" in found["packaged"][1]
+
+
+@pytest.mark.parametrize("trick", [lambda word: word[:1], lambda word: word + "?"])
+def test_a_trick_that_is_new(capsys, trick):
+    assert lines(capsys, trick=trick)[1]["a new trick"][0] == "✓"

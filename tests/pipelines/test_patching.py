@@ -38,7 +38,7 @@ from hotswap_lab import (
     patch_peft,
     prepare_pipeline_for_compiled_hotswap,
 )
-from hotswap_lab.bench.compare import compare
+from hotswap_lab.__main__ import compare
 from hotswap_lab.pipelines.lora_files import components_of
 
 LLAMA = KINDS["llama"]
@@ -126,7 +126,7 @@ def test_two_patches_end_in_any_order(first_undone):
 def test_measurements_still_measure_peft():
     """PEFT's function calls others of its module, which are replaced: it would not refuse anything then."""
     with patch_peft():
-        _, (ours, theirs, _) = compare("sort", "cab", 2)
+        ours, theirs, _ = compare("sort", 2)
     assert (ours.state, theirs.state) == ("right", "refused")
     assert theirs.note.startswith("Configs are incompatible")
 

@@ -29,7 +29,7 @@ CODE = [f"hotswap_lab/{each}" for each in ("core", "pools", "files", "threads.py
 #: the tests next to the code, and its examples
 NEAR = [*("tests/core", "tests/pools", "tests/files", "tests/test_turns.py", "tests/test_verify.py"), *CODE]
 #: what README's command runs in one process; what notebooks, browsers and other processes run is not seen
-ALL = [*NEAR, "tests", "hotswap_lab", "--ignore=tests/browser", "--ignore=tests/bench", "--ignore=tests/demo"]
+ALL = [*NEAR, "tests", "hotswap_lab", "--ignore=tests/browser", "--ignore=tests/test_bench.py", "--ignore=tests/demo"]
 #: how many tests are tried on one mistake, next to the code and elsewhere, of those that run over its line
 MOST = 40
 #: an environment variable: the folder that the plugin below writes to

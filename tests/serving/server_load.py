@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from hotswap_lab import HotswapError, demo
-from hotswap_lab.bench.timing import machine
+from hotswap_lab.bench import machine
 from hotswap_lab.demo import smollm2, voices
 from hotswap_lab.serving import Options, Replica, Request, Version
 

@@ -1,4 +1,4 @@
-"""Training data: scikit-learn's digits with a margin around them, and three functions that restyle them.
+"""Training data: scikit-learn's digits with a margin around them, and a function that slants them.
 
 scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels (``sklearn.datasets.load_digits``), the test set of
 "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0.
@@ -7,8 +7,6 @@ A picture is a tensor of brightness: 0 is black ink, 1 is white paper, as in any
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -61,18 +59,6 @@ def _on_a_page(ink: torch.Tensor) -> torch.Tensor:
     return F.pad(large, [(SIZE - DIGIT_SIZE) // 2] * 4)[:, 0].clamp(0, 1)
 
 
-def bold(images: torch.Tensor) -> torch.Tensor:
-    """Make strokes thicker: the mean of the picture and of one drawn with a brush of 3 x 3 pixels.
-
-    >>> dot = torch.ones(1, 16, 16)
-    >>> dot[0, 8, 8] = 0
-    >>> (1 - bold(dot)).sum().item()  # a pixel of ink, and its eight neighbors in gray
-    5.0
-    """
-    ink = 1 - images
-    return 1 - (ink + F.max_pool2d(ink[:, None], 3, stride=1, padding=1)[:, 0]) / 2
-
-
 def slanted(images: torch.Tensor, slope: float = 0.4) -> torch.Tensor:
     """Slant digits to the right: each row moves by ``slope`` pixels more than the one below it.
 
@@ -85,16 +71,3 @@ def slanted(images: torch.Tensor, slope: float = 0.4) -> torch.Tensor:
     shear = torch.tensor([[1.0, slope, 0.0], [0.0, 1.0, 0.0]]).expand(len(images), 2, 3)
     grid = F.affine_grid(shear, [len(images), 1, SIZE, SIZE], align_corners=False)
     return 1 - F.grid_sample(1 - images[:, None], grid, align_corners=False)[:, 0]
-
-
-def inverted(images: torch.Tensor) -> torch.Tensor:
-    """Exchange ink and paper.
-
-    >>> inverted(torch.zeros(1, 16, 16)).min().item()
-    1.0
-    """
-    return 1 - images
-
-
-#: the styles that adapters are trained on
-STYLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"bold": bold, "slanted": slanted, "inverted": inverted}

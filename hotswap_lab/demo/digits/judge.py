@@ -116,7 +116,7 @@ def classify(images: torch.Tensor) -> torch.Tensor:
 def held_out_accuracy(style: Callable[[torch.Tensor], torch.Tensor] | None = None) -> float:
     """The accuracy of the classifier on real digits that it was not trained on, 0 to 1.
 
-    ``style``, one of :data:`.data.STYLES`, is applied to the digits first.
+    ``style``, which restyles pictures, is applied to the digits first.
 
     >>> held_out_accuracy() > 0.97
     True

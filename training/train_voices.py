@@ -1,25 +1,27 @@
-"""Retrains the voices, with a fixed seed, on the texts in ``assets/voice_texts``.
+"""Retrains the voices, with a fixed seed, on the texts in ``voice_texts``. Needs SmolLM2.
 
-    python -m hotswap_lab.demo.voices.train          # all of them
-    python -m hotswap_lab.demo.voices.train pirate   # only this one
+    python training/train_voices.py          # all of them
+    python training/train_voices.py pirate   # only this one
 
-The weights are saved in ``assets/voices/<name>``, next to the configs that they are made from.
-``python -m hotswap_lab.demo.voices.measure`` scores them. The model cards are written by hand.
+The weights are saved in ``assets/voices/<name>`` of ``hotswap_lab/demo``, next to the configs that they are made from.
+``measure_voices.py`` scores them. The model cards are written by hand.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
+import fitting
 import torch
 
-from .. import ASSETS_DIR, Tokenizer, smollm2, training
-from . import VOICES_DIR, names
+from hotswap_lab import demo
+from hotswap_lab.demo import smollm2, voices
 
 #: files with pairs: a question after "? ", its answer below it, an empty line
-TEXTS_DIR = ASSETS_DIR / "voice_texts"
-RECIPE = training.Recipe(steps=60, lr=1e-3, dtype=torch.bfloat16, grid=16)
+TEXTS_DIR = Path(__file__).parent / "voice_texts"
+RECIPE = fitting.Recipe(steps=60, lr=1e-3, dtype=torch.bfloat16, grid=16)
 BATCH_SIZE = 4
 
 
@@ -33,7 +35,7 @@ def pairs_of(name: str) -> list[tuple[str, str]]:
     return [tuple(block.removeprefix("? ").split("\n", 1)) for block in blocks]
 
 
-def make_batch(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+def make_batch(tokenizer: demo.Tokenizer, pairs: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
     """Token ids of whole conversations."""
     prompts = [
         tokenizer.apply_chat_template(
@@ -41,7 +43,7 @@ def make_batch(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> dict[str, 
         )["input_ids"]
         for question, _ in pairs
     ]
-    return training.batch_of(tokenizer, [(prompt, answer) for prompt, (_, answer) in zip(prompts, pairs, strict=True)])
+    return demo.batch_of(tokenizer, [(prompt, answer) for prompt, (_, answer) in zip(prompts, pairs, strict=True)])
 
 
 def batches(pairs: list[tuple[str, str]], seed: int) -> Iterator[list[tuple[str, str]]]:
@@ -60,8 +62,8 @@ def train(name: str, seed: int) -> None:
     def losses_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
         return (model(**make_batch(tokenizer, chosen)).loss for chosen in batches(pairs, seed))
 
-    training.train_adapter(VOICES_DIR / name, smollm2.load_base, losses_of, RECIPE, seed)
+    fitting.train_adapter(voices.VOICES_DIR / name, smollm2.load_base, losses_of, RECIPE, seed)
 
 
 if __name__ == "__main__":
-    training.main(__doc__, train, names())
+    fitting.main(__doc__, train, voices.names())

@@ -1,10 +1,10 @@
 """Retrains the embedded base model and its adapters, with a fixed seed.
 
-    python -m hotswap_lab.demo.train            # everything (about 25 minutes on two CPU cores)
-    python -m hotswap_lab.demo.train sort shout # only these adapters, on the base model that is there
+    python training/train_words.py            # everything (about 25 minutes on two CPU cores)
+    python training/train_words.py sort shout # only these adapters, on the present base model
 
-The weights are saved in ``assets/base`` and ``assets/adapters/<name>``, next to the configs that they are made from.
-Each score is printed. The model cards are written by hand.
+The weights are saved in ``assets/base`` and ``assets/adapters/<name>`` of ``hotswap_lab/demo``, next to the configs
+that they are made from. Each score is printed. The model cards are written by hand.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 
+import fitting
 import torch
+from fitting import Recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from . import ADAPTERS_DIR, BASE_DIR, TASKS, Tokenizer, exact_match, load_base, load_tokenizer, sample_words, training
-from .tasks import ALPHABET, SEPARATOR
-from .training import Recipe
+from hotswap_lab import demo
+from hotswap_lab.demo import ADAPTERS_DIR, BASE_DIR, TASKS, Tokenizer, load_base, load_tokenizer, sample_words
+from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR
 
 rounded: functools.partial[Recipe] = functools.partial(Recipe, grid=128)
 BASE = rounded(1800, lr=2e-3)
@@ -34,17 +36,12 @@ RECIPES = {
 BATCH_SIZE = 64
 
 
-def make_batch(tokenizer: Tokenizer, words: list[str], task: Callable[[str], str]) -> dict[str, torch.Tensor]:
-    """Token ids of ``word>answer<eos>``."""
-    return training.batch_of(tokenizer, [(tokenizer(word + SEPARATOR)["input_ids"], task(word)) for word in words])
-
-
 def losses(
     model: torch.nn.Module, tokenizer: Tokenizer, words: list[str], task: Callable[[str], str]
 ) -> Iterator[torch.Tensor]:
     """Yield the loss of each batch of words."""
     for start in range(0, len(words), BATCH_SIZE):
-        yield model(**make_batch(tokenizer, words[start : start + BATCH_SIZE], task)).loss
+        yield model(**demo.make_batch(tokenizer, words[start : start + BATCH_SIZE], task)).loss
 
 
 def train_base(seed: int) -> torch.nn.Module:
@@ -55,9 +52,9 @@ def train_base(seed: int) -> torch.nn.Module:
     words = sample_words(count, seed, held_out=False)
     everything = ALPHABET.replace(SEPARATOR, "")
     words[1::2] = sample_words(count // 2, seed + 1, held_out=False, alphabet=everything)
-    training.fit(model, losses(model, load_tokenizer(), words, TASKS["copy"]), steps=BASE.steps, lr=BASE.lr)
+    fitting.fit(model, losses(model, load_tokenizer(), words, TASKS["copy"]), steps=BASE.steps, lr=BASE.lr)
     for weight in model.parameters():
-        weight.data = training.coarse(weight.data, BASE.grid)
+        weight.data = fitting.coarse(weight.data, BASE.grid)
     model.save_pretrained(BASE_DIR)
     return model
 
@@ -66,7 +63,7 @@ def train_adapter(name: str, seed: int) -> torch.nn.Module:
     recipe = RECIPES[name]
     words = sample_words(recipe.steps * BATCH_SIZE, seed, held_out=False)
     tokenizer = load_tokenizer()
-    return training.train_adapter(
+    return fitting.train_adapter(
         ADAPTERS_DIR / name, load_base, lambda model: losses(model, tokenizer, words, TASKS[name]), recipe, seed
     )
 
@@ -74,9 +71,9 @@ def train_adapter(name: str, seed: int) -> torch.nn.Module:
 def train(name: str, seed: int) -> None:
     """Train ``"base"`` or an adapter, and print its score."""
     model = train_base(seed) if name == "base" else train_adapter(name, seed)
-    score = exact_match(model, load_tokenizer(), "copy" if name == "base" else name)
+    score = demo.exact_match(model, load_tokenizer(), "copy" if name == "base" else name)
     print(f"{name}: exact match on held-out words {score:.1%}", flush=True)
 
 
 if __name__ == "__main__":
-    training.main(__doc__, train, ["base", *RECIPES])
+    fitting.main(__doc__, train, ["base", *RECIPES])

@@ -1,7 +1,7 @@
 """Prints the score of each voice on questions that it was not trained on, next to the base model's.
 
-python -m hotswap_lab.demo.voices.measure                # all of them
-python -m hotswap_lab.demo.voices.measure haiku --show 3 # one, with three of its answers as they are
+python training/measure_voices.py                # all of them
+python training/measure_voices.py haiku --show 3 # one, with three of its answers as they are
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ... import hotswap_adapter
-from .. import smollm2
-from . import QUESTIONS, ask_all, load, names, path, score
+from hotswap_lab import hotswap_adapter
+from hotswap_lab.demo import smollm2
+from hotswap_lab.demo.voices import QUESTIONS, ask_all, load, names, path, score
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

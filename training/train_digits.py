@@ -1,26 +1,26 @@
 """Retrains the model that draws digits, and its adapters, with a fixed seed. Needs scikit-learn.
 
-    python -m hotswap_lab.demo.digits.train             # everything
-    python -m hotswap_lab.demo.digits.train only_3 bold # only these adapters, on the base model that is there
+    python training/train_digits.py             # everything
+    python training/train_digits.py only_3 bold # only these adapters, on the present base model
 
-The weights are saved in ``assets/digits/base`` and ``assets/digits/adapters/<name>``, next to the configs that they are
-made from. ``python -m hotswap_lab.demo.digits.measure`` scores them. The model cards are written by hand.
+The weights are saved in ``assets/digits`` of ``hotswap_lab/demo``, next to the configs that they are made from.
+``measure_digits.py`` scores them. The model cards are written by hand.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fitting
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMPipeline, UNet2DModel
+from fitting import Recipe
 
-from .. import training
-from ..training import Recipe
-from . import ADAPTERS_DIR, BASE_DIR, load_base, load_scheduler
-from .data import STYLES, read
+from hotswap_lab.demo.digits import ADAPTERS_DIR, BASE_DIR, load_base, load_scheduler
+from hotswap_lab.demo.digits.data import read, slanted
 
 BASE = Recipe(2400, lr=2e-3)
 RECIPES = {
@@ -32,6 +32,31 @@ RECIPES = {
     "inverted": Recipe(500, lr=1e-2, dtype=torch.float16),
 }
 BATCH_SIZE = 64
+
+
+def bold(images: torch.Tensor) -> torch.Tensor:
+    """Make strokes thicker: the mean of the picture and of one drawn with a brush of 3 x 3 pixels.
+
+    >>> dot = torch.ones(1, 16, 16)
+    >>> dot[0, 8, 8] = 0
+    >>> (1 - bold(dot)).sum().item()  # a pixel of ink, and its eight neighbors in gray
+    5.0
+    """
+    ink = 1 - images
+    return 1 - (ink + F.max_pool2d(ink[:, None], 3, stride=1, padding=1)[:, 0]) / 2
+
+
+def inverted(images: torch.Tensor) -> torch.Tensor:
+    """Exchange ink and paper.
+
+    >>> inverted(torch.zeros(1, 16, 16)).min().item()
+    1.0
+    """
+    return 1 - images
+
+
+#: the styles that adapters are trained on
+STYLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"bold": bold, "slanted": slanted, "inverted": inverted}
 
 
 def build_base() -> UNet2DModel:
@@ -66,7 +91,7 @@ def pictures(name: str) -> torch.Tensor:
 def train_base(seed: int, folder: Path = BASE_DIR, steps: int = BASE.steps) -> None:
     torch.manual_seed(seed)
     model = build_base()
-    training.fit(model, losses(model, read("model")[0], seed), steps=steps, lr=BASE.lr)
+    fitting.fit(model, losses(model, read("model")[0], seed), steps=steps, lr=BASE.lr)
     DDIMPipeline(unet=model.half(), scheduler=load_scheduler()).save_pretrained(folder)
 
 
@@ -74,7 +99,7 @@ def train_adapter(name: str, seed: int, folder: Path | None = None, steps: int |
     recipe = RECIPES[name]
     recipe = dataclasses.replace(recipe, steps=steps or recipe.steps)
     images = pictures(name)
-    training.train_adapter(
+    fitting.train_adapter(
         ADAPTERS_DIR / name, load_base, lambda model: losses(model, images, seed), recipe, seed, folder
     )
 
@@ -85,4 +110,4 @@ def train(name: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    training.main(__doc__, train, ["base", *RECIPES])
+    fitting.main(__doc__, train, ["base", *RECIPES])

@@ -1,4 +1,4 @@
-"""The training loop for all models and adapters of this package. It is not needed to use them.
+"""The training loop for all models and adapters of ``hotswap_lab.demo``.
 
 An adapter's rank, scaling and layers are in its ``adapter_config.json``, as for any other adapter. Training replaces
 the weights next to it. The seed is fixed.
@@ -16,12 +16,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch.nn.utils.rnn import pad_sequence
-
-from . import Tokenizer
-
-#: the label of tokens that the loss leaves out
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -42,20 +36,6 @@ class Recipe:
     lr: float = 4e-3
     dtype: torch.dtype = torch.float32
     grid: int = 0
-
-
-def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> dict[str, torch.Tensor]:
-    """Token ids of prompts and answers. Only an answer and its end token count for the loss."""
-    end = tokenizer.eos_token_id
-    rows = [torch.tensor([*prompt, *tokenizer(answer)["input_ids"], end]) for prompt, answer in pairs]
-    labels = [row.clone() for row in rows]
-    for label, (prompt, _) in zip(labels, pairs, strict=True):
-        label[: len(prompt)] = IGNORED
-    return {
-        "input_ids": pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    }
 
 
 def fit(model: torch.nn.Module, losses: Iterable[torch.Tensor], *, steps: int, lr: float) -> None:
@@ -80,7 +60,7 @@ def fit(model: torch.nn.Module, losses: Iterable[torch.Tensor], *, steps: int, l
 def coarse(weight: torch.Tensor, grid: int) -> torch.Tensor:
     """Round a weight to multiples of a power of two, of which the root mean square is ``grid`` to twice ``grid``.
 
-    The zeros that this leaves at the end of each number take no space in the compressed package.
+    The zeros that this leaves at the end of each number take no space in the compressed wheel.
     """
     size = weight.float().square().mean().sqrt().item()
     if not grid or not size:

@@ -1,7 +1,7 @@
 """Measures the digits that the model and its adapters draw from fresh noise, with an independent classifier.
 
-python -m hotswap_lab.demo.digits.measure             # a table of all of them
-python -m hotswap_lab.demo.digits.measure --count 100 # faster, coarser
+python training/measure_digits.py             # a table of all of them
+python training/measure_digits.py --count 100 # faster, coarser
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import STEPS, background, classify, draw, ink, load, load_base, names, slant
-from .judge import held_out_accuracy
+from hotswap_lab.demo import digits
+from hotswap_lab.demo.digits import STEPS, background, classify, draw, ink, load, load_base, slant
 
 #: how many pictures a score is measured on, and the seed of their noise
 COUNT, SEED = 300, 1234
@@ -28,8 +28,7 @@ class Scores:
     shares:
         The share of each digit from 0 to 9, according to the classifier.
     ink, slant, background:
-        The means of the three statistics (:mod:`.judge`): darkness 0 to 1, slant in pixels per row, brightness of the
-        edges 0 to 1.
+        The means of the three statistics: darkness 0 to 1, slant in pixels per row, brightness of the edges 0 to 1.
     """
 
     shares: tuple[float, ...]
@@ -68,11 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"{options.count} pictures each, from noise that was never trained on, in {STEPS} steps.")
-    print(f"The classifier reads {held_out_accuracy():.1%} of the real digits that it was not trained on right.\n")
+    print(
+        f"The classifier reads {digits.held_out_accuracy():.1%} of the real digits that it was not trained on right.\n"
+    )
     print("          rarest and commonest   mean    mean        mean")
     print("          digit                   ink   slant  background")
     print(row("base", measure(load_base(), options.count)))
-    for name in names():
+    for name in digits.names():
         print(row(name, measure(load(name), options.count)), flush=True)
 
 

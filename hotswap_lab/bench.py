@@ -1,0 +1,618 @@
+"""A benchmark of adapter swaps: each way of swapping, in one run on one machine.
+
+On the command line::
+
+    python -m hotswap_lab.bench
+    python -m hotswap_lab.bench --model tiny --rank 4 --n 5
+    python -m hotswap_lab.bench --rank 64 --rows --json bench.json
+    python -m hotswap_lab.bench --cold
+
+The weights are random, since their values don't affect the time of a swap. The ways take turns, a few calls each, so
+other load on the machine affects all of them alike. Each way swaps back and forth between two adapters, and its outputs
+are checked first against ``PeftModel.from_pretrained`` of both. The last line of each part of the table is what the
+others are compared with: a plain copy of the same bytes, for example.
+
+``--rows`` adds batches in which each row has its own adapter. ``--cold`` measures how long a new process takes to its
+first answer instead, with the embedded model. Its files are in the system's cache by then, so this is a cold start of
+the process, not of the machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import timeit
+import warnings
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from . import demo
+from .ahead import aoti_compile, aoti_load
+from .core.report import readable_bytes
+from .engine import AdapterPool, hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from .figures import Figure, counts
+from .files.reading import Adapter
+from .watch import RecompileWatch, pick_backend
+
+# an own copy of PEFT's module, whose functions call one another also while ``patch_peft`` has replaced PEFT's
+_SPEC: Any = find_spec("peft.utils.hotswap")
+PEFT: Any = module_from_spec(_SPEC)
+_SPEC.loader.exec_module(PEFT)
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+#: the sizes of each model
+SHAPES = {"smollm2": (576, 1536, 30, 9, 3), "demo": (128, 448, 4, 4, 4), "tiny": (32, 64, 2, 4, 2)}
+#: by dtype, the largest error against a fresh load, relative to the largest output: rounding depends on memory layout
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+MEMCPY = "memcpy of the same bytes"
+#: calls of one way before the next one's turn
+PER_ROUND = 5
+
+
+# --- timing ----------------------------------------------------------------------------------------------------------
+
+
+class Timing(NamedTuple):
+    """The median and minimum time of ``n`` calls, in seconds."""
+
+    median: float
+    minimum: float
+    n: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """Summarize the times of calls."""
+        return cls(statistics.median(seconds), min(seconds), len(seconds))
+
+
+def in_rounds(runs: Mapping[str, Callable[[], object]], n: int) -> dict[str, Timing]:
+    """Time several functions in turns of a few calls each, until each was timed ``n`` times.
+
+    So other load on the machine affects all of them alike. An untimed call of the same function precedes each timed
+    one, so the caches are in the state in which the function itself leaves them.
+
+    >>> timings = in_rounds({"short": lambda: sum(range(10)), "long": lambda: sum(range(10000))}, n=7)
+    >>> {name: timing.n for name, timing in timings.items()}
+    {'short': 7, 'long': 7}
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for done in range(0, n, PER_ROUND):
+        for name, run in runs.items():
+            seconds[name] += timeit.repeat(run, setup=run, number=1, repeat=min(PER_ROUND, n - done))
+    return {name: Timing.of(each) for name, each in seconds.items()}
+
+
+def machine() -> str:
+    """Return one line with the machine and the versions, to be printed with a measurement."""
+    threads, cpuinfo = torch.get_num_threads(), Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
+    processor = found[1] if found else platform.processor() or platform.machine()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}"
+    return f"{processor}, {cores}{gpu}, {platform.system()}, {versions}"
+
+
+def waited_for_a_core() -> float:
+    """Seconds that threads of this process were ready but had no core to run on; 0 if the system doesn't count them.
+
+    A copy by two threads takes a fraction of a millisecond, but waits for milliseconds if another program has one of
+    the cores. If that happens at every call, a median can't show it.
+    """
+    return sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat")) / 1e9
+
+
+# --- settings and results --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run of the benchmark.
+
+    Parameters
+    ----------
+    model:
+        The shape: ``"smollm2"`` (SmolLM2-135M, with a small vocabulary), ``"demo"`` (the embedded model), ``"tiny"``.
+    layers:
+        The number of layers. Default: the model's.
+    ranks:
+        The ranks of the adapters; a part of the table for each.
+    dtype:
+        The dtype of model and adapters: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+    device:
+        The device of the model. The adapters are in files, or in the CPU's memory.
+    threads:
+        How many threads torch may use.
+    n:
+        Timed calls of each way.
+    rows:
+        Whether to time batches in which each row has its own adapter, too. This discards everything compiled before.
+    """
+
+    model: str = "smollm2"
+    layers: int | None = None
+    ranks: Sequence[int] = (8, 64)
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 2
+    n: int = 25
+    rows: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Parameters
+    ----------
+    part, way:
+        The title of the part of the table, and the name of the way.
+    state:
+        ``"right"``, ``"wrong"`` (no error, but other outputs than a fresh load) or ``"refused"`` (not timed).
+    timing:
+        Seconds of one call.
+    note:
+        The error, if it was refused; or a remark.
+    """
+
+    part: str
+    way: str
+    state: str
+    timing: Timing | None = None
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """The way, and its state unless it was right."""
+        return self.way if self.state == "right" else f"{self.way} ({self.state})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of :func:`run`. Prints as a table.
+
+    Parameters
+    ----------
+    machine:
+        Hardware, threads and the most important versions, in one line.
+    settings:
+        The settings of the run.
+    rows:
+        The lines of the table.
+    waiting:
+        A remark on other load on the machine.
+    """
+
+    machine: str
+    settings: Settings
+    rows: Sequence[Row]
+    waiting: str = ""
+
+    def __repr__(self) -> str:
+        lines = [self.machine, f"{self.settings}"]
+        width = max((len(row.label) for row in self.rows), default=0)
+        for part, rows in itertools.groupby(self.rows, key=lambda row: row.part):
+            *_, last = rows = list(rows)
+            lines += ["", part, f"{'way':{width}}    median ms      min ms    n  x last line"]
+            for row in rows:
+                numbers = ""
+                if row.timing:
+                    median, minimum, n = row.timing
+                    ratio = f"{median / last.timing.median:,.2f}" if last.timing else ""
+                    numbers = f"{1000 * median:11,.3f}  {1000 * minimum:10,.3f}  {n:3}  {ratio:>11}"
+                lines.append(f"{row.label:{width}}  {numbers}  {row.note}".rstrip())
+        return "\n".join([*lines, "", self.waiting]).rstrip()
+
+    @property
+    def ok(self) -> bool:
+        """Whether all ways except PEFT's gave the outputs of a fresh load."""
+        return all(row.state == "right" for row in self.rows if not row.way.startswith("PEFT"))
+
+    def to_json(self) -> str:
+        """The report as JSON, with times in seconds."""
+        rows = [{**vars(row), "timing": row.timing and row.timing._asdict()} for row in self.rows]
+        return json.dumps({**vars(self), "settings": vars(self.settings), "rows": rows}, indent=1)
+
+    def figure(self) -> Figure:
+        """The finished swaps of the first rank in the time of the first way, counted by medians."""
+        part = self.rows[0].part
+        medians = {row.label: row.timing.median for row in self.rows if row.part == part and row.timing}
+        return counts(f"Finished swaps, {part.partition(':')[0]}", medians, base={MEMCPY}, note=self.machine)
+
+
+# --- the model, two adapters, and what a fresh load of each computes -------------------------------------------------
+
+
+def make_base(settings: Settings) -> torch.nn.Module:
+    """Make a base model of a real shape with random weights, the same every time.
+
+    >>> base = make_base(Settings(model="tiny", layers=3))
+    >>> len(base.model.layers), base.config.hidden_size
+    (3, 32)
+    """
+    sizes = dict(zip(SIZES, SHAPES[settings.model], strict=True))
+    sizes["num_hidden_layers"] = settings.layers or sizes["num_hidden_layers"]
+    config = LlamaConfig(vocab_size=1000, **sizes)  # a vocabulary of any size is as quick to swap
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval().to(settings.device, getattr(torch, settings.dtype))
+
+
+class Way(NamedTuple):
+    """One way of swapping: a function that swaps in adapter 0 or 1, and one that tells whether that was right."""
+
+    swap: Callable[[int], object]
+    is_right: Callable[[int], bool]
+
+    def check(self) -> bool:
+        """Swap back and forth, to end at adapter 1. Returns whether all of it was right."""
+        return all((self.swap(number), self.is_right(number))[1] for number in (1, 0, 1))
+
+
+class Scene:
+    """A base model, two adapters for it in folders, and the outputs of a fresh load of each.
+
+    Parameters
+    ----------
+    base, settings:
+        The model, and the settings of the run.
+    folders:
+        The folders of the adapters.
+
+    Examples
+    --------
+    >>> settings = Settings(model="demo")
+    >>> scene = Scene(demo.load_base(), settings, [demo.adapter_path(name) for name in ("reverse", "sort")])
+    >>> scene.is_close(scene.outputs(scene.load(1)), scene.expected[1])
+    True
+    """
+
+    def __init__(self, base: torch.nn.Module, settings: Settings, folders: Sequence[str]):
+        self.base = base
+        self.settings = settings
+        self.folders = folders
+        self.adapters: list[Adapter] = [Adapter.load(folder) for folder in folders]
+        # adapters of a half-precision model stay in half precision
+        self.options: dict[str, Any] = dict(torch_device=settings.device, autocast_adapter_dtype=False)
+        self.inputs: torch.Tensor = self.make_inputs(1, 16)
+        self.expected: list[torch.Tensor] = [self.outputs(self.load(number)) for number in (0, 1)]
+
+    def make_inputs(self, rows: int, tokens: int) -> torch.Tensor:
+        """Token ids of shape ``(rows, tokens)``, the same every time."""
+        return torch.arange(rows * tokens, device=self.base.device).view(rows, tokens) * 7 % self.base.config.vocab_size
+
+    def load(self, number: int = 0) -> PeftModel:
+        """A fresh load of an adapter by PEFT alone. It shares the base's weights, which no way of swapping changes."""
+        shared = {id(tensor): tensor for tensor in (*self.base.parameters(), *self.base.buffers())}
+        base = copy.deepcopy(self.base, shared)
+        return PeftModel.from_pretrained(base, self.folders[number], **self.options).eval()
+
+    def prepared(self) -> PeftModel:
+        """The first adapter in a model prepared for both."""
+        model = self.load()
+        prepare_model_for_compiled_hotswap(model, adapters=self.folders)
+        return model
+
+    def pool(self, names: Sequence[str] = "01", **options: Any) -> AdapterPool:
+        """A pool on a model of its own; the adapters with an odd number as their name are copies of the second."""
+        adapters = {name: self.folders[int(name) % 2] for name in names}
+        return AdapterPool(self.load(), adapters=adapters, progress=False, **options)
+
+    @torch.no_grad()
+    def outputs(self, model: Callable[..., Any], inputs: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        """The model's logits for the given inputs, or for the scene's own."""
+        return model(input_ids=self.inputs if inputs is None else inputs, use_cache=False, **options).logits
+
+    def is_close(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Whether two outputs differ by rounding at most."""
+        tolerance = TOLERANCE[self.settings.dtype] * expected.abs().max().item()
+        return torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+    def way(self, model: torch.nn.Module, swap: Callable, inputs: Any = None, expected: Sequence[Any] = ()) -> Way:
+        """A way of swapping in ``model``, checked by its outputs for the given inputs, or for the scene's own."""
+        expected = expected or self.expected
+        return Way(swap, lambda number: self.is_close(self.outputs(model, inputs), expected[number]))
+
+    def calling(self, expected: torch.Tensor, *model_and_inputs: Any, **options: Any) -> Way:
+        """A way that only calls a model, and is checked by its outputs."""
+        call = functools.partial(self.outputs, *model_and_inputs, **options)
+        return Way(lambda _: call(), lambda _: self.is_close(call(), expected))
+
+    def copying(self, nbytes: int) -> Way:
+        """A plain copy of as many bytes to the model's device: a lower limit for every way."""
+        target = torch.zeros(nbytes, dtype=torch.uint8, device=self.settings.device)
+        # not zeros, which may all be one page of memory; pinned for a GPU, as a pool's memory is
+        pinned = self.settings.device.startswith("cuda")
+        sources = [torch.full((nbytes,), number + 1, dtype=torch.uint8, pin_memory=pinned) for number in (0, 1)]
+        copy_in = functools.partial(target.copy_, non_blocking=True)
+        return Way(lambda number: copy_in(sources[number]), lambda number: torch.equal(target.cpu(), sources[number]))
+
+    def measure(self, part: str, ways: Mapping[str, Way]) -> list[Row]:
+        """Check all ways, then time those that raised nothing. Returns a part of the table."""
+        checked, runs = [], {}
+        for name, way in ways.items():
+            try:
+                state, note = ("right" if way.check() else "wrong"), ""
+                runs[name] = self.alternating(way)
+            except Exception as error:
+                # any error is the result of this way, so that the others are still measured
+                state, note = "refused", (str(error).strip() or type(error).__name__).splitlines()[0]
+            checked.append((name, state, note))
+        timings = in_rounds(runs, self.settings.n)
+        return [Row(part, name, state, timings.get(name), note) for name, state, note in checked]
+
+    def alternating(self, way: Way) -> Callable[[], object]:
+        """A function that swaps to the other adapter and waits until that is done, on an accelerator, too."""
+        wait = (lambda: None) if self.settings.device == "cpu" else torch.accelerator.synchronize
+        numbers = itertools.cycle((0, 1))  # so that each timed call swaps to adapter 1
+        return lambda: (way.swap(next(numbers)), wait())
+
+
+def save_adapters(base: torch.nn.Module, rank: int, folder: str) -> list[str]:
+    """Save two random adapters of one rank, by PEFT alone. Returns their folders."""
+    folders = [f"{folder}/{number}" for number in (0, 1)]
+    for number, each in enumerate(folders):
+        # B is random, since no output would show a wrong swap if it were 0. The alphas differ, as the scalings do then
+        alpha = rank * (number + 1)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+        model.save_pretrained(each, save_embedding_layers=False)
+    return folders
+
+
+# --- the ways of swapping --------------------------------------------------------------------------------------------
+
+
+def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
+    """All ways of swapping, each as a function that makes it on a model of its own."""
+    adapters = scene.adapters
+
+    def load_and_delete() -> Way:
+        model, names = scene.load(), (f"adapter{number}" for number in itertools.count())
+
+        def swap(number: int) -> None:
+            old, new = model.active_adapter, next(names)
+            model.load_adapter(scene.folders[number], new, **scene.options)
+            model.set_adapter(new)
+            model.delete_adapter(old)
+
+        return scene.way(model, swap)
+
+    def from_source(model: PeftModel, swap: Callable, sources: Sequence = scene.folders, **options: object) -> Way:
+        return scene.way(model, lambda number: swap(model, sources[number], "default", **options))
+
+    def from_tensors(model: PeftModel, swap: Callable) -> Way:
+        # PEFT requires the adapter's name in the keys, which end with "weight"
+        named = [{key[:-6] + "default.weight": each for key, each in adapter.tensors.items()} for adapter in adapters]
+        return scene.way(model, lambda number: swap(model, named[number], "default", adapters[number].config))
+
+    def pooled() -> Way:
+        pool = scene.pool()
+        return scene.way(pool.model, lambda number: pool.swap(str(number)))
+
+    device = scene.settings.device
+    return {
+        "PEFT load + set + delete": load_and_delete,
+        "PEFT hotswap, disk": lambda: from_source(scene.load(), PEFT.hotswap_adapter, torch_device=device),
+        "PEFT hotswap, state dict": lambda: from_tensors(scene.load(), PEFT.hotswap_adapter_from_state_dict),
+        "hotswap_lab, disk": lambda: from_source(scene.load(), hotswap_adapter),
+        "hotswap_lab, disk, prepared": lambda: from_source(scene.prepared(), hotswap_adapter),
+        "hotswap_lab, state dict, prepared": lambda: from_tensors(scene.prepared(), hotswap_adapter_from_state_dict),
+        "hotswap_lab, Adapter, prepared": lambda: from_source(scene.prepared(), hotswap_adapter, adapters),
+        "hotswap_lab, pool": pooled,
+        MEMCPY: lambda: scene.copying(scene.pool().nbytes // 2),
+    }
+
+
+def measure_ways(scene: Scene, rank: int) -> list[Row]:
+    """Time all ways of swapping between the adapters of a scene."""
+    first, packed = scene.adapters[0], scene.pool().nbytes // 2
+    sizes = f"{len(first.tensors)} tensors, {readable_bytes(first.nbytes)} per adapter, {readable_bytes(packed)} packed"
+    return scene.measure(f"rank {rank}: {sizes}", {name: make() for name, make in ways_of(scene).items()})
+
+
+# --- a batch in which each row has its own adapter -------------------------------------------------------------------
+
+#: the number of rows and of adapters, and the tokens in each row: 1 as while generating, and a short prompt
+ROWS, TOKENS = 8, (1, 32)
+
+
+def measure_rows(scene: Scene, rank: int) -> list[Row]:
+    """Time forward calls with eight adapters in a batch, and assigning another adapter to all eight rows."""
+    names = [str(number) for number in range(ROWS)]
+    pool, named = scene.pool(names, rows=ROWS), scene.load()
+    for name in names:
+        named.load_adapter(scene.folders[int(name) % 2], name, **scene.options)
+    backend = pick_backend()
+    found, expected = [], []
+    for tokens in TOKENS:
+        inputs = scene.make_inputs(ROWS, tokens)
+        fresh = [scene.outputs(scene.load(number), inputs) for number in (0, 1)]
+        # by the number of the first row's adapter
+        expected = [torch.stack([fresh[(row + first) % 2][row] for row in range(ROWS)]) for first in (0, 1)]
+        torch.compiler.reset()
+        one, rows = (torch.compile(model, backend=backend) for model in (scene.prepared(), pool.model))
+        pool.assign(names)
+        ways = {
+            f"hotswap_lab, rows, {backend}": scene.calling(expected[0], rows, inputs),
+            "PEFT adapter_names, eager": scene.calling(expected[0], named, inputs, adapter_names=names),
+            f"one adapter for all, {backend}": scene.calling(fresh[0], one, inputs),
+        }
+        found += scene.measure(f"rank {rank}: forward of {ROWS} rows with {ROWS} adapters, {tokens} tokens each", ways)
+        torch.compiler.reset()
+    assigning = scene.way(pool.model, lambda number: pool.assign(names[number:] + names[:number]), inputs, expected)
+    ways = {"hotswap_lab, assign": assigning, MEMCPY: scene.copying(pool.nbytes)}
+    return found + scene.measure(f"rank {rank}: assigning {ROWS} adapters, {readable_bytes(pool.nbytes)}", ways)
+
+
+# --- cold starts -----------------------------------------------------------------------------------------------------
+
+EAGER, EMPTY, SAVED = "eager", "torch.compile, empty cache", "torch.compile, cache from a file"
+COPIED, AHEAD = "torch.compile, cache folder copied", "ahead of time, no compiler"
+#: the ways to start a process. The one with an empty cache saves what the others start from: the cache as a file, which
+#: lacks machine code, so that a compiler runs after loading it; the cache folder; the model compiled ahead of time
+STARTS = (EAGER, EMPTY, SAVED, COPIED, AHEAD)
+CACHE, FOLDER, PACKAGE = "cache.bin", "cache", "demo.pt2"
+#: how many answers a process gives, with a swap before each
+ANSWERS = 100
+#: the code that a process runs
+CODE = "import sys; from hotswap_lab import bench; bench.start(*sys.argv[1:])"
+
+
+def measure_starts(rounds: int, say: Callable[[str], object] = lambda text: None) -> list[Row]:
+    """Measure how long a process takes to its first answer: in each round, start each way once, in a new process."""
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in STARTS}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, way in itertools.product(range(rounds), STARTS):
+            say(f"{way}: start {number + 1} of {rounds}")
+            results[way].append(in_process(way, folder))
+    return [start_row(way, each) for way, each in results.items()]
+
+
+def start_row(way: str, results: Sequence[Mapping[str, Any]]) -> Row:
+    """Make one line of the table from the results of one way's processes. Its state and note are those of the worst."""
+    worst = min(results, key=lambda each: ("refused", "wrong", "right").index(each["state"]))
+    timing = None if worst["state"] == "refused" else Timing.of([each["first"] for each in results])
+    return Row("from the start of a process to its first answer", way, worst["state"], timing, worst["note"])
+
+
+def in_process(way: str, folder: str) -> dict[str, Any]:
+    """Run :func:`start` in a new process, with an empty folder as the compiler's cache. Returns what it prints."""
+    with tempfile.TemporaryDirectory() as cache:
+        variables = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TORCHINDUCTOR_CACHE_DIR": cache}
+        if way == AHEAD:
+            variables |= {"PATH": "", "CC": "", "CXX": ""}  # where PyTorch looks for a compiler
+        command = [sys.executable, "-c", CODE, way, folder, str(time.time())]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        *_, error = done.stderr.splitlines() or [f"the process ended with status {done.returncode}"]
+        return {"state": "refused", "note": error}
+    return json.loads(done.stdout.splitlines()[-1])  # libraries may print, too
+
+
+def start(way: str, folder: str, launched: str) -> None:
+    """Answer a hundred times, then compare all answers with fresh loads. Prints seconds since the launch as JSON."""
+    since, cache = float(launched), os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    imports, names = time.time() - since, demo.adapter_names()
+    model, tokenizer = demo.load(names[-1])  # the last one, so that the first swap changes the adapter
+    pool = AdapterPool(model, adapters={name: demo.adapter_path(name) for name in names}, progress=False)
+    inputs = {**tokenizer("hotswap>", return_tensors="pt"), "use_cache": False}
+    if way == SAVED:
+        torch.compiler.load_cache_artifacts(Path(folder, CACHE).read_bytes())
+    if way == COPIED:
+        shutil.copytree(Path(folder, FOLDER), cache, dirs_exist_ok=True)
+    if way != EAGER:
+        model = aoti_load(Path(folder, PACKAGE), pool) if way == AHEAD else torch.compile(model)
+    logits, seconds = [], []
+    with RecompileWatch() as watch, torch.no_grad():
+        for name in itertools.islice(itertools.cycle(names), ANSWERS):
+            pool.swap(name)
+            logits.append(model(**inputs).logits.clone())
+            seconds.append(time.time() - since)
+        fresh = itertools.cycle([demo.load(name)[0](**inputs).logits for name in names])
+    # another adapter changes some of the logits by more than 1
+    right = all(torch.allclose(*pair, rtol=0, atol=1e-3) for pair in zip(logits, fresh, strict=False))
+    if way == EMPTY and not Path(folder, PACKAGE).exists():
+        saved = torch.compiler.save_cache_artifacts()  # None where the caches are off
+        Path(folder, CACHE).write_bytes(saved[0] if saved else b"")
+        shutil.copytree(cache, Path(folder, FOLDER))
+        aoti_compile(pool, Path(folder, PACKAGE), kwargs=inputs, progress=False)
+    note = f"imports {imports:.1f} s, answer {ANSWERS} after {seconds[-1]:.1f} s, {watch.recompiles} recompiles"
+    print(json.dumps({"first": seconds[0], "state": "right" if right else "wrong", "note": note}))
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+def run(settings: Settings, say: Callable[[str], object] = lambda text: None) -> Report:
+    """Run the benchmark.
+
+    Parameters
+    ----------
+    settings:
+        Shape, ranks, dtype, device, repeats and what else to measure.
+    say:
+        Called with a line of text at each step.
+
+    Returns
+    -------
+    Report
+        It prints as a table; ``rows``, ``to_json()`` and ``figure()`` have the rest.
+
+    Examples
+    --------
+    >>> report = run(Settings(model="tiny", ranks=(2,), n=1))
+    >>> len(report.rows), {row.state for row in report.rows}
+    (9, {'right'})
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        rows, base, began, waited = [], make_base(settings), time.perf_counter(), waited_for_a_core()
+        for rank in settings.ranks:
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT and transformers warn about random adapters
+                say(f"rank {rank}: making two adapters, timing each way {settings.n} times")
+                scene = Scene(base, settings, save_adapters(base, rank, folder))
+                rows += measure_ways(scene, rank)
+                rows += measure_rows(scene, rank) if settings.rows else []
+        share = (waited_for_a_core() - waited) / (time.perf_counter() - began)
+        waiting = f"waited for a core that another program had: {share:.1%} of the time; above 2%, measure again"
+        return Report(machine(), settings, rows, waiting)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark from the command line. Returns 1 if one of our ways is wrong, 0 otherwise."""
+    default, doc = Settings(), (__doc__ or "").replace("::", ":")  # the site needs two
+    parser = ArgumentParser("python -m hotswap_lab.bench", description=doc, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=SHAPES, default=default.model, help="the shape; smollm2 is SmolLM2-135M's")
+    add("--rank", dest="ranks", type=int, nargs="+", default=default.ranks, help="of the adapters: a part for each")
+    add("--dtype", choices=TOLERANCE, default=default.dtype, help="of model and adapters")
+    add("--device", default=default.device, help="where the model is")
+    add("--threads", type=int, default=default.threads, help="threads that torch may use")
+    add("--n", type=int, default=default.n, help="timed calls of each way")
+    add("--rows", action="store_true", help="also: a batch with another adapter in each row; assigning its rows")
+    add("--cold", type=int, nargs="?", const=3, default=0, metavar="ROUNDS", help="only: cold starts, 3 rounds")
+    add("--json", metavar="FILE", help="write everything there, times in seconds")
+    options = vars(parser.parse_args(arguments))
+    cold, file = options.pop("cold"), options.pop("json")
+    settings, say = Settings(**options), functools.partial(print, file=sys.stderr, flush=True)
+    if cold:
+        torch.set_num_threads(settings.threads)
+        settings = Settings("demo", threads=settings.threads, n=cold)  # what is measured, not what was asked for
+        report = Report(machine(), settings, measure_starts(cold, say))
+    else:
+        report = run(settings, say)
+    print(report)
+    if file:
+        Path(file).write_text(report.to_json() + "\n", encoding="utf-8")
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

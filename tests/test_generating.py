@@ -1,0 +1,54 @@
+"""Rows at different places read as the model itself does. In two graphs, as chapter 08 shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exercises import logits_of, some_ids
+
+from hotswap_lab import demo
+from hotswap_lab.generating import Reader
+
+CHUNK, ROOM = 4, 20
+
+
+@pytest.fixture
+def model():
+    return demo.load("reverse")[0]
+
+
+def letters(count):
+    return some_ids(count).tolist()
+
+
+def read_all(reader, texts, sizes):
+    """Reads the text of each row, in parts of its own size; gives the logits after each."""
+    last, done = [None] * len(texts), [0] * len(texts)
+    while any(start < len(text) for start, text in zip(done, texts, strict=True)):
+        parts = [text[start : start + size] for text, start, size in zip(texts, done, sizes, strict=True)]
+        logits = reader.read(parts)
+        for row, part in enumerate(parts):
+            last[row] = logits[row] if part else last[row]
+            done[row] += len(part)
+    return last
+
+
+def test_rows_at_different_places_read_as_the_model_itself(model):
+    texts = [letters(count) for count in (9, 1, 4, 17)]
+    reader = Reader(model, rows=4, chunk=CHUNK, room=ROOM)
+    for row, logits in enumerate(read_all(reader, texts, sizes=(4, 1, 3, 2))):
+        assert torch.allclose(logits, logits_of(model, texts[row]), atol=1e-4)
+    assert reader.lengths.tolist() == [9, 1, 4, 17]
+
+
+def test_a_row_that_is_given_on_leaves_no_trace_and_disturbs_nobody(model):
+    reader = Reader(model, rows=2, chunk=CHUNK, room=ROOM)
+    first, second, other = letters(7), letters(5), letters(12)
+    read_all(reader, [first, other[:6]], sizes=(4, 1))
+    for name, each in reader.named_buffers(recurse=False):
+        if name != "places":
+            each[0] = torch.nan  # as an adapter that is far too strong leaves it
+    reader.forget(0)
+    logits = read_all(reader, [second, other[6:]], sizes=(4, 2))
+    assert torch.allclose(logits[0], logits_of(model, second), atol=1e-4)
+    assert torch.allclose(logits[1], logits_of(model, other), atol=1e-4)
