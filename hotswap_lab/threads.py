@@ -1,46 +1,53 @@
-"""Turns: locks by which threads that compute with a model, and threads that swap its adapter, take turns.
+"""Turns: blocks in which threads and tasks compute with a model, or swap its adapter, one after the other.
 
 A swap writes for a moment (milliseconds). A forward pass in another thread would then read some layers of the old
 adapter and some of the new one. A thread that computes while others may swap says so: ``with in_use(model): ...``. A
 swap then waits until no thread is inside, and a thread that comes later waits for the swap. Swaps take turns by
 themselves: all code that changes a model uses :func:`held`.
 
-Computing is cheap and swapping pays: each thread has its own lock for each model. Only a swap takes the locks of other
-threads, and it takes them all (the Linux kernel once called this a big-reader lock). ``in_use`` returns the bare lock,
-so entering and leaving the block are single steps in C, which Ctrl-C can't split.
+A turn belongs to its block, not to a thread, and any thread may end it: servers enter a block in one thread and leave
+it in another. Code is *inside* of a block if the frame that owns the block is on its stack. The owner is the innermost
+generator or task at the entry, since their frames go to sleep with the block open and others run meanwhile. Where there
+is none, the block belongs to the thread, as far as a context variable is passed on.
 
-The locks belong to threads, but the tasks of an event loop share a thread. So a turn notes its task, too: another task
-of the thread is refused, or it waits in :func:`awaited`, which lets the event loop go on.
+Each model has one lock, held for microseconds, and one queue in the order of arrival. Waiting never takes a thread from
+a task. Where nobody else can end the block in the way, an entry is refused at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import inspect
 import math
 import sys
 import threading
 import time
 import warnings
 import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from itertools import compress
-from operator import methodcaller
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Generic, TypeVar
 
 import torch
 
 from .core.errors import HotswapError, refusal, refuse
 from .core.host import carriers
 
-#: consumes an iterator and keeps nothing of it
-NOWHERE: deque[object] = deque(maxlen=0)
+T = TypeVar("T")
+#: the kinds of turns: several blocks may compute at once; one swaps, while others compute; one writes, alone
+COMPUTE, SWAP, WRITE = "compute", "swap", "write"
+#: frames that can go to sleep, and those of them that can be awaited
+AWAITING = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+SLEEPING = AWAITING | inspect.CO_GENERATOR
 #: how long to wait at a time, in seconds: on Windows, Ctrl-C works only between two waits
 NAP = 0.02
-#: the same for tasks, which have to poll for their turn
-TASK_NAP = 0.002
+#: how many seconds a thread waits for a block in a generator. All threads of a server may wait for one, and the
+#: generator needs a thread to go on
+STREAM_LIMIT = 30.0
 
 
 class ModelInUseError(HotswapError):
@@ -69,77 +76,234 @@ class ModelInUseError(HotswapError):
     """
 
 
-class Owner(NamedTuple):
-    """The task that has a turn, or None; and whether the end of its turn can wait for other tasks of the thread."""
-
-    task: weakref.ref[Any] | None
-    can_wait: bool
-
-
-class Turn:
-    """The locks of one base model, and the task whose turn it is."""
-
-    def __init__(self) -> None:
-        #: held by the thread that swaps, planning included
-        self.swap: threading.RLock = threading.RLock()
-        #: also held while it waits for the threads inside, and while it writes, so that no other thread enters
-        self.gate: threading.RLock = threading.RLock()
-        #: the lock of each thread that has computed with the model, by its number; held while the thread is inside
-        self.locks: dict[int, threading.RLock] = {}
-        #: the task of the thread that holds ``swap``; means nothing while that lock is free
-        self.owner: Owner = Owner(None, False)
-        #: for each thread with an event loop, by its number: the tasks that may be inside, and those in a queue
-        self.inside: dict[int, weakref.WeakSet[Any]] = {}
-        self.queues: dict[int, deque[Any]] = {}
-
-    @property
-    def lock(self) -> threading.RLock:
-        """This thread's own lock."""
-        return self.locks.setdefault(threading.get_ident(), threading.RLock())
-
-    @property
-    def is_of_this_task(self) -> bool:
-        """Whether the running task, or this thread where there are no tasks, has the turn already."""
-        return self.swap._is_owned() and self.owner.task == this_task()
-
-    @property
-    def is_of_another_task(self) -> bool:
-        """Whether another task of this thread has the turn."""
-        return self.swap._is_owned() and self.owner.task != this_task()
-
-    def ticket(self) -> threading.RLock:
-        """The lock with which a computing thread enters. A swap that is already waiting goes first."""
-        # first the lock, then the gate, so that a swap that closes the gate later finds the lock
-        lock, task, owner = self.lock, this_task(), self.owner
-        if owner.task is not None and not owner.can_wait and self.is_of_another_task:
-            raise refuse("another_task")  # the end of that task's block could not wait for this one
-        if not lock._is_owned():
-            with self.gate:
-                pass
-            self.inside.pop(threading.get_ident(), None)
-        if task is not None:
-            self.inside.setdefault(threading.get_ident(), weakref.WeakSet()).add(task())
-        return lock
-
-    def others(self) -> list[tuple[threading.RLock, int]]:
-        """The locks of all other threads that may be inside, and their numbers."""
-        return [(lock, thread) for thread, lock in list(self.locks.items()) if thread != threading.get_ident()]
-
-
-#: how many seconds to wait at most
+#: how many seconds to wait at most; infinite if the user has not said so
 _patience: ContextVar[float] = ContextVar("hotswap_lab_patience", default=math.inf)
+#: the open blocks that this context was made in. In a copy of it, too, nobody else can end them
+_around: ContextVar[tuple[Entry, ...]] = ContextVar("hotswap_lab_around", default=())
 #: the turn of each base model
 _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictionary()
 
 
-def this_task() -> weakref.ref[Any] | None:
-    """The task that is running in this thread; None outside of an event loop."""
-    running: Any = sys.modules.get("_asyncio")
-    if running is None or running._get_running_loop() is None:
-        return None
-    import asyncio
+class Entry:
+    """A block that is open, or waits for its turn."""
 
-    return None if (task := asyncio.current_task()) is None else weakref.ref(task)
+    def __init__(self, turn: Turn, kind: str, awaits: bool = False):
+        self.turn, self.kind, self.awaits = turn, kind, awaits
+        self.is_open = self.is_left = False
+        #: the open blocks that this one is nested in
+        self.inside: set[Entry] = set()
+        #: what its end has to put back, the last one first
+        self.back: list[Callable[[], object]] = []
+        self.since: float = math.inf
+        self.future: futures.Future[None] | None = None
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Make the code that calls this the owner."""
+        self.owner: FrameType | None = owner_of(sys._getframe(1))
+        self.thread: int = threading.get_ident()
+
+    @property
+    def is_in_generator(self) -> bool:
+        return self.owner is not None and bool(self.owner.f_code.co_flags & inspect.CO_GENERATOR)
+
+    def is_around(self, frame: FrameType | None) -> bool:
+        """Whether the code that runs in a frame is inside of this block."""
+        if self.owner is None:  # a thread of a pool may run other requests meanwhile, each in a context of its own
+            return self.thread == threading.get_ident() and self in _around.get()
+        while frame is not None and frame is not self.owner:
+            frame = frame.f_back
+        return frame is not None
+
+    def note(self) -> None:
+        """Note in this context that the block is open."""
+        _around.set((*[each for each in _around.get() if not each.is_left], self))
+
+    def enter(self) -> None:
+        """Wait for the turn."""
+        if self.kind == COMPUTE:
+            self.turn.pay()
+        patience, start = _patience.get(), time.monotonic()
+        self.turn.ask(self)
+        while not self.is_open:
+            try:
+                self.future.result(max(0, min(NAP, start + patience - time.monotonic())))
+            except futures.TimeoutError:
+                self.check_patience(patience, start)
+        self.note()
+        if self.kind == SWAP and self.turn.owed:
+            with _taken([self.turn], WRITE):
+                put_all_back(self.turn.owed)
+
+    async def enter_awaiting(self, to_the_end: bool = False) -> asyncio.CancelledError | None:
+        """:meth:`enter` for a task, which lets the event loop go on meanwhile.
+
+        ``to_the_end`` is for the end of a block. It waits however long that takes. A task that is cancelled meanwhile
+        goes on to the end of the block: the error is returned.
+        """
+        patience, start, cancelled = math.inf if to_the_end else _patience.get(), time.monotonic(), None
+        self.turn.ask(self)
+        while not self.is_open:
+            timeout = None if patience == math.inf else max(0, start + patience - time.monotonic())
+            try:
+                await asyncio.wait([asyncio.wrap_future(self.future)], timeout=timeout)
+            except asyncio.CancelledError as error:
+                if not to_the_end:
+                    raise
+                cancelled = error
+            if not self.is_open:
+                self.check_patience(patience, start)
+        self.note()
+        return cancelled
+
+    def check_patience(self, patience: float, start: float) -> None:
+        """Raise if this has waited too long."""
+        now, others = time.monotonic(), self.turn.all_in_the_way(self)
+        if self.kind == COMPUTE:  # swaps end by themselves
+            return
+        if now - start >= patience:
+            computing = {each.thread for each in others if each.kind == COMPUTE}
+            names = [each.name for each in threading.enumerate() if each.ident in computing]
+            found = f"a thread that computes with it: {names[0]}" if names else "another thread or task that swaps"
+            raise ModelInUseError(refusal("model_in_use", found=found, seconds=patience))
+        asleep = [each for each in others if each.is_in_generator or each.thread == self.thread]
+        if patience == math.inf and not self.awaits and any(now - max(start, e.since) > STREAM_LIMIT for e in asleep):
+            raise ModelInUseError(refusal("stream_in_use", seconds=STREAM_LIMIT))
+
+    def leave(self) -> None:
+        """End the block, in any thread. May be called again, if Ctrl-C has come between."""
+        self.turn.owed.extend(self.back)
+        self.back.clear()
+        self.is_left, self.owner = True, None
+        self.turn.settle()
+        if self.kind == COMPUTE and self.turn.owed:
+            with waiting_at_most(0):
+                self.turn.pay()
+
+
+class Turn:
+    """The blocks of one base model: those that are open, and those that wait, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.lock: threading.RLock = threading.RLock()
+        self.open: dict[Entry, None] = {}
+        self.queue: dict[Entry, None] = {}
+        #: what is to be put back before anything else, and could not be when its block ended
+        self.owed: list[Callable[[], object]] = []
+        #: the numbers of the threads that have computed with the model
+        self.threads: set[int] = set()
+        self.is_changed = False
+
+    def pay(self) -> None:
+        """Put back what is owed, unless that would have to wait for the code that calls this."""
+        if self.owed:
+            with contextlib.suppress(HotswapError), _taken([self], SWAP):
+                pass
+
+    def above(self, entry: Entry) -> list[Entry]:
+        """The blocks that were entered inside of an open one, and have not been left yet."""
+        with self.lock:
+            swapping = [each for each in self.open if each.kind == SWAP]
+            return swapping[swapping.index(entry) + 1 :] if entry in swapping else []
+
+    def all_in_the_way(self, entry: Entry) -> list[Entry]:
+        with self.lock:
+            return self.in_the_way(entry)
+
+    def in_the_way(self, entry: Entry) -> list[Entry]:
+        """The blocks that an entry has to wait for. The caller must hold the lock."""
+        kind = {COMPUTE: WRITE, SWAP: SWAP, WRITE: COMPUTE}[entry.kind]
+        found = [each for each in self.open if each.kind == kind and each not in entry.inside and each is not entry]
+        if entry.kind == COMPUTE and not any(each.kind == COMPUTE for each in entry.inside):
+            # a swap that waits goes first, unless it is a task's of this thread, which has to go on for that
+            found += [each for each in self.queue if each.kind == WRITE and each.thread != entry.thread]
+        return found
+
+    def ask(self, entry: Entry) -> None:
+        """Let an entry in, put it into the queue, or refuse it where nobody else can end the block in its way."""
+        if self.lock._is_owned():  # the garbage collector has called a finalizer in the middle of this module's work
+            raise refuse("thread_is_computing")
+        frame, around = sys._getframe(1), _around.get()
+        with self.lock:
+            near = [each for each in self.open if each.is_around(frame)]
+            computing = [each for each in self.open if each.kind == COMPUTE and (each in near or each in around)]
+            if entry.kind == COMPUTE:
+                self.threads.add(entry.thread)
+                # where this thread computes already, a swap waits in any case, perhaps for the end of this one
+                near += computing + [each for each in self.open if each.kind == COMPUTE and each.thread == entry.thread]
+            elif computing:
+                raise refuse("thread_is_computing")
+            entry.inside = set(near)
+            if others := self.in_the_way(entry):
+                if not set(others).isdisjoint(around):
+                    raise refuse("block_is_open")
+                if not entry.awaits and _is_in_loop() and any(self._is_held_up(entry, each) for each in others):
+                    raise refuse("another_task")
+                entry.future = futures.Future()
+                self.queue[entry] = None
+            elif entry.kind == COMPUTE and self.open and _is_in_loop() and self._would_hold_up(entry, around):
+                raise refuse("another_task")
+            else:
+                self.let_in(entry)
+        if self.is_changed:
+            self.settle()
+
+    @staticmethod
+    def _is_held_up(entry: Entry, other: Entry) -> bool:
+        """Whether a block can't go on while the event loop of this thread waits: of its tasks, or of a generator."""
+        return other.thread == entry.thread or other.is_in_generator
+
+    def _would_hold_up(self, entry: Entry, around: tuple[Entry, ...]) -> bool:
+        """Whether the end of a plain ``with`` in another task of this thread would have to wait for an entry."""
+        others = (each for each in self.open if each.kind == SWAP and not each.awaits and each.thread == entry.thread)
+        return any(each not in entry.inside and each not in around for each in others)
+
+    def let_in(self, entry: Entry) -> None:
+        self.open[entry] = None
+        entry.since, entry.is_open = time.monotonic(), True
+        if entry.future is not None:
+            with contextlib.suppress(futures.InvalidStateError):  # it was let in before, and Ctrl-C came between
+                entry.future.set_result(None)
+            self.queue.pop(entry, None)
+
+    def settle(self) -> None:
+        """Let in all entries whose turn it is.
+
+        The garbage collector may close a generator at any line, and its block ends in the middle of this: then the loop
+        goes on once more.
+        """
+        self.is_changed = True
+        while self.is_changed and not self.lock._is_owned():
+            with self.lock:
+                self.is_changed = False
+                for entry in [each for each in (*self.open, *self.queue) if each.is_left]:
+                    self.open.pop(entry, None)
+                    self.queue.pop(entry, None)
+                for entry in list(self.queue):
+                    if not self.in_the_way(entry):
+                        self.let_in(entry)
+
+
+def owner_of(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame of a generator, or of a task, on a stack; None if there is none.
+
+    Generators that contextlib runs don't count, since their block ends where it was entered. Of coroutines that await
+    one another, the outermost counts: all of them are the same task.
+    """
+    while frame is not None:
+        back = frame.f_back
+        if frame.f_code.co_flags & SLEEPING:
+            by_contextlib = any(each and each.f_globals.get("__name__") == "contextlib" for each in (frame, back))
+            awaited = frame.f_code.co_flags & inspect.CO_COROUTINE and back and back.f_code.co_flags & AWAITING
+            if not by_contextlib and not awaited:
+                return frame
+        frame = back
+    return None
+
+
+def _is_in_loop() -> bool:
+    """Whether this thread runs an event loop."""
+    return asyncio._get_running_loop() is not None
 
 
 def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
@@ -192,8 +356,7 @@ def in_use(model: object) -> AbstractContextManager[object]:
     handed from thread to thread. With asyncio, a task may ``await`` inside. Meanwhile, swaps in other tasks of its
     thread are refused; ``async with pool.using(name)`` waits.
     """
-    tickets = [turn.ticket() for turn in turns_of(bases_of(model))]
-    return tickets[0] if len(tickets) == 1 else _taken([(each, None) for each in tickets], math.inf)
+    return _taken(turns_of(bases_of(model)), COMPUTE)
 
 
 @contextlib.contextmanager
@@ -251,122 +414,140 @@ def held(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextMan
     ...     "decide, and write"
     'decide, and write'
     """
-    turns = turns_of(bases)
-    if any(turn.lock._is_owned() for turn in turns):
-        raise refuse("thread_is_computing")
-    if any(turn.is_of_another_task for turn in turns):
-        raise refuse("another_task")
-    return _taken(_locks(turns, computing), _patience.get())
-
-
-def _locks(turns: list[Turn], computing: bool, can_wait: bool = False) -> Iterator[tuple[threading.RLock, int | None]]:
-    for turn in turns:
-        is_nested = turn.is_of_this_task
-        yield turn.swap, None
-        if not is_nested:  # the lock is taken by the time the next one is requested
-            turn.owner = Owner(this_task(), can_wait)
-    if not computing:
-        yield from ((turn.gate, None) for turn in turns)
-        for turn in turns:
-            yield from turn.others()
+    return _taken(turns_of(bases), *([SWAP] if computing else [SWAP, WRITE]))
 
 
 @contextlib.contextmanager
-def _taken(locks: Iterable[tuple[threading.RLock, int | None]], patience: float) -> Iterator[None]:
-    # Taken and noted in one step in C, and released in one: Ctrl-C comes before or after these.
-    deadline = time.monotonic() + patience
-    held: list[threading.RLock] = []
-    releasing = map(methodcaller("release"), held)
+def _taken(turns: list[Turn], *kinds: str) -> Iterator[None]:
+    entries: list[Entry] = []
+    with _left(entries):
+        for kind in kinds:
+            for turn in turns:
+                entries.append(Entry(turn, kind))
+                entries[-1].enter()
+        yield
+
+
+@contextlib.contextmanager
+def _left(entries: list[Entry]) -> Iterator[None]:
+    """Leave blocks at the end of this one, the last one first."""
     try:
-        for number, (lock, thread) in enumerate(locks):
-            while len(held) == number:
-                acquiring = map(methodcaller("acquire", timeout=max(0, min(NAP, deadline - time.monotonic()))), (lock,))
-                held.extend(compress((lock,), acquiring))
-                if len(held) == number and time.monotonic() >= deadline:
-                    raise _busy(thread, patience)
         yield
     finally:
-        NOWHERE.extend(releasing)
-
-
-@contextlib.asynccontextmanager
-async def awaited(base: torch.nn.Module, *, computing: bool = False, to_the_end: bool = False) -> AsyncIterator[None]:
-    """:func:`held` for a task: it waits for other threads, and for other tasks of its thread, without blocking them.
-
-    ``to_the_end`` is for the end of a turn. It waits however long that takes, and a task that is cancelled meanwhile
-    goes on to the end of the block.
-    """
-    import asyncio  # here, so that a program without it doesn't pay for it
-
-    (turn,), thread, task = turns_of([base]), threading.get_ident(), this_task()
-    patience = math.inf if to_the_end else _patience.get()
-    deadline, cancelled = time.monotonic() + patience, None
-    if to_the_end:
-        pass_on(base)
-    elif turn.lock._is_owned() and task is not None and task() in turn.inside.get(thread, ()):
-        raise refuse("thread_is_computing")
-    held: list[threading.RLock] = []
-    releasing = map(methodcaller("release"), held)
-    queue = turn.queues.setdefault(thread, deque())
-    async with contextlib.nullcontext() if turn.is_of_this_task else _queued(queue, patience):
         try:
-            for number, (lock, holder) in enumerate(_locks([turn], computing, can_wait=True)):
-                while True:
-                    # the locks of this thread would let all of its tasks in
-                    is_free = not turn.is_of_another_task and (lock is turn.swap or not turn.lock._is_owned())
-                    acquiring = map(methodcaller("acquire", blocking=False), (lock,) if is_free else ())
-                    held.extend(compress((lock,), acquiring))
-                    if len(held) > number:
-                        break
-                    if time.monotonic() >= deadline:
-                        raise _busy(holder, patience)
-                    try:
-                        await asyncio.sleep(TASK_NAP)
-                    except asyncio.CancelledError as error:
-                        if not to_the_end:
-                            raise
-                        cancelled = error
-            yield
-        finally:
-            NOWHERE.extend(releasing)
-    if cancelled is not None:
-        raise cancelled
+            _leave(entries)
+        except BaseException:  # Ctrl-C, at any step of it
+            _leave(entries)
+            raise
 
 
-@contextlib.asynccontextmanager
-async def _queued(queue: deque[Any], patience: float) -> AsyncIterator[None]:
-    """Let the tasks of one thread in one after the other, in the order in which they came."""
-    import asyncio
-
-    mine = asyncio.get_running_loop().create_future()
-    queue.append(mine)
-    try:
-        if queue[0] is not mine:
-            await asyncio.wait([mine], timeout=None if patience == math.inf else patience)
-            if not mine.done():
-                raise _busy(None, patience)
-        yield
-    finally:
-        queue.remove(mine)
-        if queue and not queue[0].done():
-            queue[0].set_result(None)
+def _leave(entries: list[Entry]) -> None:
+    for each in reversed(entries):
+        each.leave()
 
 
-def pass_on(base: torch.nn.Module) -> None:
-    """Give the turn to the task that ends the block. An event loop closes an open block in a task of its own."""
-    (turn,) = turns_of([base])
-    turn.owner = turn.owner._replace(task=this_task())
+class Block(contextlib.ContextDecorator, Generic[T]):
+    """A block with its own adapter: ``with`` in a thread; ``async with`` in a task, which lets other tasks go on.
+
+    Parameters
+    ----------
+    begin:
+        Puts the adapter in and returns the value of the block. It gets a list, and adds what puts the former one back.
+    what:
+        Ends a warning: what a second Ctrl-C leaves as it is.
+    """
+
+    def __init__(self, base: torch.nn.Module, begin: Callable[[list[Callable[[], object]]], T], what: str):
+        self._made = base, begin, what
+        self._entry: Entry | None = None
+
+    def _recreate_cm(self) -> Block[T]:
+        return type(self)(*self._made)
+
+    def _begun(self, awaits: bool = False) -> Entry:
+        if self._entry is not None:
+            raise RuntimeError("a block can be entered once: make a new one")
+        self._entry = Entry(*turns_of([self._made[0]]), SWAP, awaits)
+        return self._entry
+
+    def __enter__(self) -> T:
+        entry = self._begun()
+        try:
+            entry.enter()
+            return self._made[1](entry.back)
+        except BaseException as error:
+            self.__exit__(type(error), error)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None = None, error: object = None, trace: object = None) -> None:
+        entry = self._entry
+        with _left([entry]):  # which notes what is still to be put back
+            entry.adopt()
+            entry.note()
+            if above := entry.turn.above(entry):
+                above[0].back[:0] = entry.back
+                entry.back.clear()
+                raise refuse("left_out_of_order")
+            if kind is GeneratorExit:  # any code may cause a generator to be closed, and doesn't expect to wait
+                with waiting_at_most(0):
+                    _put_back(entry)
+            elif entry.back:
+                try:
+                    put_back(lambda: _put_back(entry), self._made[2])
+                except KeyboardInterrupt:
+                    entry.back.clear()
+                    raise
+
+    async def __aenter__(self) -> T:
+        entry = self._begun(awaits=True)
+        writing = Entry(entry.turn, WRITE, awaits=True)
+        with _left([writing]):
+            try:
+                await entry.enter_awaiting()
+                await writing.enter_awaiting()
+                put_all_back(entry.turn.owed)
+                return self._made[1](entry.back)  # which has nothing to wait for
+            except BaseException as error:
+                self.__exit__(type(error), error)
+                raise
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        writing, cancelled = Entry(self._entry.turn, WRITE, awaits=True), None
+        with _left([writing]):
+            try:
+                if kind is not GeneratorExit:
+                    with contextlib.suppress(HotswapError):  # what is in the way can't end meanwhile
+                        cancelled = await writing.enter_awaiting(to_the_end=True)
+            finally:
+                self.__exit__(kind if writing.is_open else GeneratorExit)
+        if cancelled is not None:
+            raise cancelled
 
 
-def _busy(number: int | None, patience: float) -> ModelInUseError:
-    names = [thread.name for thread in threading.enumerate() if thread.ident == number]
-    found = f"a thread that computes with it: {names[0]}" if names else "another thread or task that swaps"
-    return ModelInUseError(refusal("model_in_use", found=found, seconds=patience))
+def _put_back(entry: Entry) -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_taken([entry.turn], WRITE))
+        except HotswapError:
+            return  # what is in the way can't end while this waits
+        put_all_back(entry.back)
+
+
+def put_all_back(backs: list[Callable[[], object]]) -> None:
+    """Run actions, the last one first. One that is interrupted stays in the list; one that is refused does not."""
+    while backs:
+        back = backs.pop()
+        try:
+            back()
+        except BaseException as error:
+            if not isinstance(error, HotswapError):
+                backs.append(back)
+            raise
 
 
 def is_shared(base: torch.nn.Module) -> bool:
     """Whether other threads have computed with the model, and may be doing so now."""
-    return any(turn.others() for turn in turns_of([base]))
+    return any(thread != threading.get_ident() for turn in turns_of([base]) for thread in turn.threads)
 
 
 def put_back(action: Callable[[], object], what: str) -> None:

@@ -294,8 +294,7 @@ def test_using_waits_to_put_back(model, folders, pool, presses):
     (turn,), leaving = turns_of(bases_of(pool)), []
 
     def press_and_leave(leave: threading.Event) -> None:
-        while turn.gate.acquire(blocking=False):  # till the end of the block waits
-            turn.gate.release()
+        while not turn.queue:  # till the end of the block waits
             time.sleep(MOMENT / 10)
         for _ in range(presses):
             time.sleep(MOMENT)
@@ -477,7 +476,8 @@ def test_models_can_still_be_copied_and_are_forgotten(model, folders):
         with reading(model):
             pass
     (turn,) = turns_of(bases_of(model))
-    assert len(turn.locks) < 25  # threads that are gone leave theirs to others
+    assert len(turn.threads) < 25  # threads that are gone leave their numbers to others
+    assert not {*turn.open, *turn.queue}
 
 
 # ---- what changes while a swap waits
@@ -570,7 +570,7 @@ def test_another_task_of_the_thread_is_refused(pool, folders, operation, way):
             REFUSED[operation](pool, folders)
         if way == "with":  # whose end could not wait for this
             with pytest.raises(HotswapError, match="Another task of this thread"):
-                in_use(pool)
+                enter(pool)
         else:
             with in_use(pool):
                 await asyncio.sleep(2 * MOMENT)
