@@ -25,7 +25,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent import futures
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -40,6 +40,8 @@ from .core.host import carriers
 T = TypeVar("T")
 #: the kinds of turns: several blocks may compute at once; one swaps, while others compute; one writes, alone
 COMPUTE, SWAP, WRITE = "compute", "swap", "write"
+#: the kind that each has to wait for
+EXCLUDED = {COMPUTE: WRITE, SWAP: SWAP, WRITE: COMPUTE}
 #: frames that can go to sleep, and those of them that can be awaited
 AWAITING = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 SLEEPING = AWAITING | inspect.CO_GENERATOR
@@ -87,15 +89,18 @@ _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictio
 class Entry:
     """A block that is open, or waits for its turn."""
 
+    is_open = is_left = False
+    #: the time at which it was let in
+    since: float = math.inf
+    #: done as soon as it is let in; None if it has never had to wait
+    future: futures.Future[None] | None = None
+    #: the open blocks that it is nested in
+    inside: Set[Entry] = frozenset()
+
     def __init__(self, turn: Turn, kind: str, awaits: bool = False):
         self.turn, self.kind, self.awaits = turn, kind, awaits
-        self.is_open = self.is_left = False
-        #: the open blocks that this one is nested in
-        self.inside: set[Entry] = set()
         #: what its end has to put back, the last one first
         self.back: list[Callable[[], object]] = []
-        self.since: float = math.inf
-        self.future: futures.Future[None] | None = None
         self.adopt()
 
     def adopt(self) -> None:
@@ -105,7 +110,8 @@ class Entry:
 
     @property
     def is_in_generator(self) -> bool:
-        return self.owner is not None and bool(self.owner.f_code.co_flags & inspect.CO_GENERATOR)
+        owner = self.owner
+        return owner is not None and bool(owner.f_code.co_flags & inspect.CO_GENERATOR)
 
     def is_around(self, frame: FrameType | None) -> bool:
         """Whether the code that runs in a frame is inside of this block."""
@@ -117,7 +123,8 @@ class Entry:
 
     def note(self) -> None:
         """Note in this context that the block is open."""
-        _around.set((*[each for each in _around.get() if not each.is_left], self))
+        around = _around.get()
+        _around.set((*[each for each in around if not each.is_left], self) if around else (self,))
 
     def enter(self) -> None:
         """Wait for the turn."""
@@ -158,7 +165,7 @@ class Entry:
 
     def check_patience(self, patience: float, start: float) -> None:
         """Raise if this has waited too long."""
-        now, others = time.monotonic(), self.turn.all_in_the_way(self)
+        now, others = time.monotonic(), self.turn.in_the_way(self)
         if self.kind == COMPUTE:  # swaps end by themselves
             return
         if now - start >= patience:
@@ -172,9 +179,10 @@ class Entry:
 
     def leave(self) -> None:
         """End the block, in any thread. May be called again, if Ctrl-C has come between."""
-        self.turn.owed.extend(self.back)
-        self.back.clear()
-        self.is_left, self.owner = True, None
+        if self.back:
+            self.turn.owed.extend(self.back)
+            self.back.clear()
+        self.is_left, self.owner, self.inside = True, None, frozenset()
         self.turn.settle()
         if self.kind == COMPUTE and self.turn.owed:
             with waiting_at_most(0):
@@ -202,61 +210,60 @@ class Turn:
 
     def above(self, entry: Entry) -> list[Entry]:
         """The blocks that were entered inside of an open one, and have not been left yet."""
-        with self.lock:
-            swapping = [each for each in self.open if each.kind == SWAP]
-            return swapping[swapping.index(entry) + 1 :] if entry in swapping else []
-
-    def all_in_the_way(self, entry: Entry) -> list[Entry]:
-        with self.lock:
-            return self.in_the_way(entry)
+        swapping = [each for each in list(self.open) if each.kind == SWAP]
+        return swapping[swapping.index(entry) + 1 :] if entry in swapping else []
 
     def in_the_way(self, entry: Entry) -> list[Entry]:
-        """The blocks that an entry has to wait for. The caller must hold the lock."""
-        kind = {COMPUTE: WRITE, SWAP: SWAP, WRITE: COMPUTE}[entry.kind]
-        found = [each for each in self.open if each.kind == kind and each not in entry.inside and each is not entry]
+        """The blocks that an entry has to wait for."""
+        if not self.open and not self.queue:
+            return []
+        kind, spared = EXCLUDED[entry.kind], {entry, *entry.inside}
+        found = [each for each in list(self.open) if each.kind == kind and each not in spared]
         if entry.kind == COMPUTE and not any(each.kind == COMPUTE for each in entry.inside):
             # a swap that waits goes first, unless it is a task's of this thread, which has to go on for that
-            found += [each for each in self.queue if each.kind == WRITE and each.thread != entry.thread]
+            found += [each for each in list(self.queue) if each.kind == WRITE and each.thread != entry.thread]
         return found
 
     def ask(self, entry: Entry) -> None:
         """Let an entry in, put it into the queue, or refuse it where nobody else can end the block in its way."""
         if self.lock._is_owned():  # the garbage collector has called a finalizer in the middle of this module's work
             raise refuse("thread_is_computing")
-        frame, around = sys._getframe(1), _around.get()
-        with self.lock:
-            near = [each for each in self.open if each.is_around(frame)]
-            computing = [each for each in self.open if each.kind == COMPUTE and (each in near or each in around)]
-            if entry.kind == COMPUTE:
-                self.threads.add(entry.thread)
-                # where this thread computes already, a swap waits in any case, perhaps for the end of this one
-                near += computing + [each for each in self.open if each.kind == COMPUTE and each.thread == entry.thread]
-            elif computing:
+        try:
+            with self.lock:
+                self._ask(entry, sys._getframe(1), _around.get())
+        finally:
+            if self.is_changed:
+                self.settle()
+
+    def _ask(self, entry: Entry, frame: FrameType, around: tuple[Entry, ...]) -> None:
+        if self.open:
+            entry.inside = {each for each in self.open if each.is_around(frame)}
+            computing = {each for each in self.open if each.kind == COMPUTE}
+            mine = {each for each in computing if each in entry.inside or each in around}
+            if mine and entry.kind != COMPUTE:
                 raise refuse("thread_is_computing")
-            entry.inside = set(near)
-            if others := self.in_the_way(entry):
-                if not set(others).isdisjoint(around):
-                    raise refuse("block_is_open")
-                if not entry.awaits and _is_in_loop() and any(self._is_held_up(entry, each) for each in others):
-                    raise refuse("another_task")
-                entry.future = futures.Future()
-                self.queue[entry] = None
-            elif entry.kind == COMPUTE and self.open and _is_in_loop() and self._would_hold_up(entry, around):
-                raise refuse("another_task")
-            else:
-                self.let_in(entry)
-        if self.is_changed:
-            self.settle()
+            if entry.kind == COMPUTE:
+                # where this thread computes already, a swap waits in any case, perhaps for the end of this one
+                entry.inside |= mine | {each for each in computing if each.thread == entry.thread}
+        if entry.kind == COMPUTE:
+            self.threads.add(entry.thread)
+        others = self.in_the_way(entry)
+        if not set(others).isdisjoint(around):
+            raise refuse("block_is_open")
+        if not entry.awaits and self.open and _is_in_loop() and self._hold_up(entry, others, around):
+            raise refuse("another_task")
+        if others:
+            entry.future = futures.Future()
+            self.queue[entry] = None
+        else:
+            self.let_in(entry)
 
-    @staticmethod
-    def _is_held_up(entry: Entry, other: Entry) -> bool:
-        """Whether a block can't go on while the event loop of this thread waits: of its tasks, or of a generator."""
-        return other.thread == entry.thread or other.is_in_generator
-
-    def _would_hold_up(self, entry: Entry, around: tuple[Entry, ...]) -> bool:
-        """Whether the end of a plain ``with`` in another task of this thread would have to wait for an entry."""
-        others = (each for each in self.open if each.kind == SWAP and not each.awaits and each.thread == entry.thread)
-        return any(each not in entry.inside and each not in around for each in others)
+    def _hold_up(self, entry: Entry, others: list[Entry], around: tuple[Entry, ...]) -> bool:
+        """Whether blocks can't end while the event loop of this thread waits, or could not wait for an entry."""
+        if entry.kind == COMPUTE:  # the end of a plain `with` in another task
+            others = [*others, *[each for each in self.open if each.kind == SWAP and not each.awaits]]
+            return any(e.thread == entry.thread and e not in entry.inside and e not in around for e in others)
+        return any(each.thread == entry.thread or each.is_in_generator for each in others)
 
     def let_in(self, entry: Entry) -> None:
         self.open[entry] = None
@@ -276,9 +283,9 @@ class Turn:
         while self.is_changed and not self.lock._is_owned():
             with self.lock:
                 self.is_changed = False
-                for entry in [each for each in (*self.open, *self.queue) if each.is_left]:
-                    self.open.pop(entry, None)
-                    self.queue.pop(entry, None)
+                for each in (self.open, self.queue):
+                    for entry in [entry for entry in each if entry.is_left]:
+                        del each[entry]
                 for entry in list(self.queue):
                     if not self.in_the_way(entry):
                         self.let_in(entry)
@@ -293,9 +300,11 @@ def owner_of(frame: FrameType | None) -> FrameType | None:
     while frame is not None:
         back = frame.f_back
         if frame.f_code.co_flags & SLEEPING:
-            by_contextlib = any(each and each.f_globals.get("__name__") == "contextlib" for each in (frame, back))
-            awaited = frame.f_code.co_flags & inspect.CO_COROUTINE and back and back.f_code.co_flags & AWAITING
-            if not by_contextlib and not awaited:
+            if back is None:
+                return frame
+            is_run = "contextlib" in (frame.f_globals.get("__name__"), back.f_globals.get("__name__"))
+            is_awaited = frame.f_code.co_flags & inspect.CO_COROUTINE and back.f_code.co_flags & AWAITING
+            if not is_run and not is_awaited:
                 return frame
         frame = back
     return None
@@ -418,20 +427,14 @@ def held(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextMan
 
 
 @contextlib.contextmanager
-def _taken(turns: list[Turn], *kinds: str) -> Iterator[None]:
-    entries: list[Entry] = []
-    with _left(entries):
+def _taken(turns: list[Turn], *kinds: str, taken: Iterable[Entry] = ()) -> Iterator[None]:
+    """Enter blocks, and leave these and those that are ``taken`` already at the end, the last one first."""
+    entries = list(taken)
+    try:
         for kind in kinds:
             for turn in turns:
                 entries.append(Entry(turn, kind))
                 entries[-1].enter()
-        yield
-
-
-@contextlib.contextmanager
-def _left(entries: list[Entry]) -> Iterator[None]:
-    """Leave blocks at the end of this one, the last one first."""
-    try:
         yield
     finally:
         try:
@@ -481,14 +484,14 @@ class Block(contextlib.ContextDecorator, Generic[T]):
 
     def __exit__(self, kind: type[BaseException] | None = None, error: object = None, trace: object = None) -> None:
         entry = self._entry
-        with _left([entry]):  # which notes what is still to be put back
+        try:
             entry.adopt()
             entry.note()
             if above := entry.turn.above(entry):
                 above[0].back[:0] = entry.back
                 entry.back.clear()
                 raise refuse("left_out_of_order")
-            if kind is GeneratorExit:  # any code may cause a generator to be closed, and doesn't expect to wait
+            if entry.back and kind is GeneratorExit:  # any code may close a generator, and doesn't expect to wait
                 with waiting_at_most(0):
                     _put_back(entry)
             elif entry.back:
@@ -497,11 +500,17 @@ class Block(contextlib.ContextDecorator, Generic[T]):
                 except KeyboardInterrupt:
                     entry.back.clear()
                     raise
+        finally:
+            try:
+                entry.leave()
+            except BaseException:
+                entry.leave()
+                raise
 
     async def __aenter__(self) -> T:
         entry = self._begun(awaits=True)
         writing = Entry(entry.turn, WRITE, awaits=True)
-        with _left([writing]):
+        with _taken([], taken=[writing]):
             try:
                 await entry.enter_awaiting()
                 await writing.enter_awaiting()
@@ -513,7 +522,7 @@ class Block(contextlib.ContextDecorator, Generic[T]):
 
     async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         writing, cancelled = Entry(self._entry.turn, WRITE, awaits=True), None
-        with _left([writing]):
+        with _taken([], taken=[writing]):
             try:
                 if kind is not GeneratorExit:
                     with contextlib.suppress(HotswapError):  # what is in the way can't end meanwhile
