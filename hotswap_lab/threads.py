@@ -324,9 +324,10 @@ def in_use(model: object) -> AbstractContextManager[object]:
     """Hold swaps back while this thread computes: ``with in_use(model): model(...)``.
 
     A swap from another thread, and every other change that this package makes to the adapter (strength, preparing, the
-    operations of a pool), waits until the block ends. Threads that compute don't wait for each other. Inside, the
-    thread itself can't swap: to compute with a certain adapter, use ``with pool.using(name):`` instead, which swaps and
-    keeps other threads from swapping. Needed only if threads share a model; it costs some microseconds.
+    operations of a pool), waits until the block ends. A thread that comes later lets the swap pass first. Threads that
+    compute don't wait for each other. Inside, the thread itself can't swap: to compute with a certain adapter, use
+    ``with pool.using(name):`` instead, which swaps and keeps other threads from swapping. Needed only if threads share
+    a model; it costs about 10 microseconds.
 
     Parameters
     ----------
@@ -341,7 +342,8 @@ def in_use(model: object) -> AbstractContextManager[object]:
     Raises
     ------
     HotswapError
-        If the model has no adapter, or another task of this thread is inside of a plain ``with pool.using(name):``.
+        If the model has no adapter; or on entering, if another task of this thread is inside of a plain
+        ``with pool.using(name):``.
 
     Examples
     --------
@@ -361,9 +363,9 @@ def in_use(model: object) -> AbstractContextManager[object]:
     -----
     On a GPU, queued work stays in order with the swap as long as both use the same stream. In a block that
     starts other threads and waits for them, let only the outer thread hold ``in_use``: a thread that comes while a swap
-    waits is let in only after it. The same thread must enter and leave, so a generator that yields inside must not be
-    handed from thread to thread. With asyncio, a task may ``await`` inside. Meanwhile, swaps in other tasks of its
-    thread are refused; ``async with pool.using(name)`` waits.
+    waits is let in only after it. The block may be left in another thread than it was entered in, so a generator may
+    yield inside. With asyncio, a task may ``await`` inside. Meanwhile, swaps in other tasks of its thread are refused;
+    ``async with pool.using(name)`` waits.
     """
     return _taken(turns_of(bases_of(model)), COMPUTE)
 
@@ -376,7 +378,9 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
     ----------
     seconds:
         The limit of each wait. 0 refuses a swap at once while another thread is inside ``with in_use(model)``. The swap
-        raises :class:`ModelInUseError`, which is a :class:`HotswapError`.
+        raises :class:`ModelInUseError`, which is a :class:`HotswapError`. Without this block, a swap waits as long as it
+        takes, except for a plain generator that yields inside of its block: a thread waits 30 seconds for one. A server
+        steps generators in a few threads, and the generator can't go on if all of these wait for it.
 
     Examples
     --------

@@ -431,10 +431,23 @@ class AdapterPool:
         cancelled, the former adapter is put back. An adapter that ``max_bytes`` has dropped is read in the event loop's
         own thread, unless :meth:`prefetch` has read it before.
 
+        Blocks may be nested. Any thread may end a block, so a generator may yield inside, and a server may step it in
+        several threads. While it sleeps, other code is outside of its block, also in the same thread: computing is
+        allowed there, and a swap waits. Where nobody else could end the block meanwhile, the swap is refused. This
+        includes the code that steps the generator, and a test whose pytest fixture yields inside. To stream from a
+        server, prefer an ``async def`` generator, which takes no thread to wait. A generator that is closed while
+        others compute doesn't wait: the next block puts the former adapter back before anything else.
+
         Parameters
         ----------
         name, strength:
             As for :meth:`swap`: a name or a mix, and 0 to 1 or more.
+
+        Raises
+        ------
+        HotswapError
+            As :meth:`swap`; if this would wait for a block that can't end meanwhile; or at the end, if a block inside of
+            this one is still open. The end of that one then puts back what was in the model before both.
 
         Examples
         --------
