@@ -37,13 +37,14 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     save_adapter,
     set_strength,
-    threads,
+    turns,
     verify_hotswap,
     waiting_at_most,
 )
 from hotswap_lab.core.engine import NoLock
 from hotswap_lab.engine import ENGINE
-from hotswap_lab.threads import Turn, bases_of, held, turns_of
+from hotswap_lab.threads import bases_of, held, turns_of
+from hotswap_lab.turns import Turn
 
 KIND = KINDS["linear"]
 #: long enough for a thread to get to where it has to wait
@@ -1088,7 +1089,7 @@ def test_a_plain_block_that_would_block_the_loop_that_a_stream_needs(pool):
 @pytest.mark.parametrize("way", ["stream", "dependency", "reader"])
 def test_forty_one_clients_and_forty_threads(pool, monkeypatch, way):
     """One client's stream needs a thread to go on, and the others wait in all of them: these are refused in time."""
-    monkeypatch.setattr(threads, "STREAM_LIMIT", 5 * MOMENT)
+    monkeypatch.setattr(turns, "STREAM_LIMIT", 5 * MOMENT)
 
     def in_a_worker(function: Callable, *arguments: object) -> Future:
         return workers.submit(contextvars.copy_context().run, function, *arguments)

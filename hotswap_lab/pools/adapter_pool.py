@@ -446,8 +446,8 @@ class AdapterPool:
         Raises
         ------
         HotswapError
-            As :meth:`swap`; if this would wait for a block that can't end meanwhile; or at the end, if a block inside of
-            this one is still open. The end of that one then puts back what was in the model before both.
+            As :meth:`swap`; if this would wait for a block that can't end meanwhile; or at the end, if a block inside
+            of this one is still open. The end of that one then puts back what was in the model before both.
 
         Examples
         --------

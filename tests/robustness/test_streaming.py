@@ -16,7 +16,7 @@ import pytest
 import torch
 from models import KINDS, call, load, save_random_adapter
 
-from hotswap_lab import AdapterPool, ModelInUseError, threads
+from hotswap_lab import AdapterPool, ModelInUseError, turns
 
 KIND = KINDS["linear"]
 NAMES = ("one", "two", "three")
@@ -26,7 +26,7 @@ REQUESTS, STEPS = 100, 3
 @pytest.fixture
 def pool(tmp_path, monkeypatch):
     """With a short limit for plain generators, which wait in all threads that a server has."""
-    monkeypatch.setattr(threads, "STREAM_LIMIT", 1.0)
+    monkeypatch.setattr(turns, "STREAM_LIMIT", 1.0)
     folders = {name: save_random_adapter(KIND, tmp_path / name, seed, r=2 + seed) for seed, name in enumerate(NAMES)}
     return AdapterPool(load(KIND, folders["one"]), adapters=folders, progress=False)
 
