@@ -1121,3 +1121,10 @@ def test_forty_one_clients_and_forty_threads(pool, monkeypatch, way):
     refused_text = str(next(filter(None, errors)))
     assert "async def" in refused_text
     assert "waiting_at_most" in refused_text
+
+
+def test_a_block_that_could_not_write_leaves_without_waiting(pool):
+    """It has nothing to put back."""
+    with reading(pool), waiting_at_most(0), pytest.raises(ModelInUseError):
+        pool.using("new").__enter__()
+    assert pool.active == "old"

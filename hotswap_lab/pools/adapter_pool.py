@@ -479,8 +479,11 @@ class AdapterPool:
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
             self._check_room()
             former, before = self._former(), self._before
-            back.append(lambda: None if self._before is before else self._put_back(former, before))
-            put_in()
+            try:
+                put_in()
+            finally:
+                if self._before is not before:
+                    back.append(lambda: self._put_back(former, before))
             return self
 
         return Block(self._room.slot.host.base, begin, what)
