@@ -1,145 +1,35 @@
-"""Turns: locks by which threads that compute with a model, and threads that swap its adapter, take turns.
+"""Blocks by which threads and tasks that compute with a model, and those that swap its adapter, take turns.
 
 A swap writes for a moment (milliseconds). A forward pass in another thread would then read some layers of the old
 adapter and some of the new one. A thread that computes while others may swap says so: ``with in_use(model): ...``. A
 swap then waits until no thread is inside, and a thread that comes later waits for the swap. Swaps take turns by
-themselves: all code that changes a model uses :func:`held`.
+themselves: all code that changes a model uses :func:`held`. :mod:`hotswap_lab.turns` decides who waits for whom.
 
-Computing is cheap and swapping pays: each thread has its own lock for each model. Only a swap takes the locks of other
-threads, and it takes them all (the Linux kernel once called this a big-reader lock). ``in_use`` returns the bare lock,
-so entering and leaving the block are single steps in C, which Ctrl-C can't split.
-
-The locks belong to threads, but the tasks of an event loop share a thread. So a turn notes its task, too: another task
-of the thread is refused, or it waits in :func:`awaited`, which lets the event loop go on.
+A turn belongs to its block, and any thread may end it: servers enter a block in one thread and leave it in another.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import threading
-import time
 import warnings
 import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
-from itertools import compress
-from operator import methodcaller
-from typing import Any, NamedTuple
+from typing import Generic, TypeVar
 
 import torch
 
-from .core.errors import HotswapError, refusal, refuse
+from .core.errors import HotswapError, refuse
 from .core.host import carriers
+from .turns import COMPUTE, SWAP, WRITE, Entry, ModelInUseError, Turn, _patience
 
-#: consumes an iterator and keeps nothing of it
-NOWHERE: deque[object] = deque(maxlen=0)
-#: how long to wait at a time, in seconds: on Windows, Ctrl-C works only between two waits
-NAP = 0.02
-#: the same for tasks, which have to poll for their turn
-TASK_NAP = 0.002
+__all__ = ["ModelInUseError", "in_use", "waiting_at_most"]
 
-
-class ModelInUseError(HotswapError):
-    """A swap would have had to wait longer than :func:`waiting_at_most` allows. It may succeed a moment later.
-
-    Examples
-    --------
-    >>> import threading
-    >>> from hotswap_lab import ModelInUseError, demo, hotswap_adapter, in_use, waiting_at_most
-    >>> model, _ = demo.load("reverse")
-    >>> entered, leave = threading.Event(), threading.Event()
-    >>> def compute():
-    ...     with in_use(model):
-    ...         entered.set(), leave.wait()
-    >>> thread = threading.Thread(target=compute)
-    >>> thread.start(), entered.wait()
-    (None, True)
-    >>> try:
-    ...     with waiting_at_most(0.01):
-    ...         hotswap_adapter(model, demo.adapter_path("shout"), "default")
-    ... except ModelInUseError:
-    ...     print("not now")
-    ... finally:
-    ...     leave.set()
-    not now
-    """
-
-
-class Owner(NamedTuple):
-    """The task that has a turn, or None; and whether the end of its turn can wait for other tasks of the thread."""
-
-    task: weakref.ref[Any] | None
-    can_wait: bool
-
-
-class Turn:
-    """The locks of one base model, and the task whose turn it is."""
-
-    def __init__(self) -> None:
-        #: held by the thread that swaps, planning included
-        self.swap: threading.RLock = threading.RLock()
-        #: also held while it waits for the threads inside, and while it writes, so that no other thread enters
-        self.gate: threading.RLock = threading.RLock()
-        #: the lock of each thread that has computed with the model, by its number; held while the thread is inside
-        self.locks: dict[int, threading.RLock] = {}
-        #: the task of the thread that holds ``swap``; means nothing while that lock is free
-        self.owner: Owner = Owner(None, False)
-        #: for each thread with an event loop, by its number: the tasks that may be inside, and those in a queue
-        self.inside: dict[int, weakref.WeakSet[Any]] = {}
-        self.queues: dict[int, deque[Any]] = {}
-
-    @property
-    def lock(self) -> threading.RLock:
-        """This thread's own lock."""
-        return self.locks.setdefault(threading.get_ident(), threading.RLock())
-
-    @property
-    def is_of_this_task(self) -> bool:
-        """Whether the running task, or this thread where there are no tasks, has the turn already."""
-        return self.swap._is_owned() and self.owner.task == this_task()
-
-    @property
-    def is_of_another_task(self) -> bool:
-        """Whether another task of this thread has the turn."""
-        return self.swap._is_owned() and self.owner.task != this_task()
-
-    def ticket(self) -> threading.RLock:
-        """The lock with which a computing thread enters. A swap that is already waiting goes first."""
-        # first the lock, then the gate, so that a swap that closes the gate later finds the lock
-        lock, task, owner = self.lock, this_task(), self.owner
-        if owner.task is not None and not owner.can_wait and self.is_of_another_task:
-            raise refuse("another_task")  # the end of that task's block could not wait for this one
-        if not lock._is_owned():
-            with self.gate:
-                pass
-            self.inside.pop(threading.get_ident(), None)
-        if task is not None:
-            self.inside.setdefault(threading.get_ident(), weakref.WeakSet()).add(task())
-        return lock
-
-    def others(self) -> list[tuple[threading.RLock, int]]:
-        """The locks of all other threads that may be inside, and their numbers."""
-        return [(lock, thread) for thread, lock in list(self.locks.items()) if thread != threading.get_ident()]
-
-
-#: how many seconds to wait at most
-_patience: ContextVar[float] = ContextVar("hotswap_lab_patience", default=math.inf)
+T = TypeVar("T")
 #: the turn of each base model
 _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictionary()
-
-
-def this_task() -> weakref.ref[Any] | None:
-    """The task that is running in this thread; None outside of an event loop."""
-    running: Any = sys.modules.get("_asyncio")
-    if running is None or running._get_running_loop() is None:
-        return None
-    import asyncio
-
-    return None if (task := asyncio.current_task()) is None else weakref.ref(task)
 
 
 def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
@@ -151,9 +41,10 @@ def in_use(model: object) -> AbstractContextManager[object]:
     """Hold swaps back while this thread computes: ``with in_use(model): model(...)``.
 
     A swap from another thread, and every other change that this package makes to the adapter (strength, preparing, the
-    operations of a pool), waits until the block ends. Threads that compute don't wait for each other. Inside, the
-    thread itself can't swap: to compute with a certain adapter, use ``with pool.using(name):`` instead, which swaps and
-    keeps other threads from swapping. Needed only if threads share a model; it costs some microseconds.
+    operations of a pool), waits until the block ends. A thread that comes later lets the swap pass first. Threads that
+    compute don't wait for each other. Inside, the thread itself can't swap: to compute with a certain adapter, use
+    ``with pool.using(name):`` instead, which swaps and keeps other threads from swapping. Needed only if threads share
+    a model; it costs about 10 microseconds.
 
     Parameters
     ----------
@@ -168,7 +59,8 @@ def in_use(model: object) -> AbstractContextManager[object]:
     Raises
     ------
     HotswapError
-        If the model has no adapter, or another task of this thread is inside of a plain ``with pool.using(name):``.
+        If the model has no adapter; or on entering, if another task of this thread is inside of a plain
+        ``with pool.using(name):``.
 
     Examples
     --------
@@ -188,12 +80,11 @@ def in_use(model: object) -> AbstractContextManager[object]:
     -----
     On a GPU, queued work stays in order with the swap as long as both use the same stream. In a block that
     starts other threads and waits for them, let only the outer thread hold ``in_use``: a thread that comes while a swap
-    waits is let in only after it. The same thread must enter and leave, so a generator that yields inside must not be
-    handed from thread to thread. With asyncio, a task may ``await`` inside. Meanwhile, swaps in other tasks of its
-    thread are refused; ``async with pool.using(name)`` waits.
+    waits is let in only after it. The block may be left in another thread than it was entered in, so a generator may
+    yield inside. With asyncio, a task may ``await`` inside. Meanwhile, swaps in other tasks of its thread are refused;
+    ``async with pool.using(name)`` waits.
     """
-    tickets = [turn.ticket() for turn in turns_of(bases_of(model))]
-    return tickets[0] if len(tickets) == 1 else _taken([(each, None) for each in tickets], math.inf)
+    return _taken(turns_of(bases_of(model)), COMPUTE)
 
 
 @contextlib.contextmanager
@@ -204,7 +95,9 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
     ----------
     seconds:
         The limit of each wait. 0 refuses a swap at once while another thread is inside ``with in_use(model)``. The swap
-        raises :class:`ModelInUseError`, which is a :class:`HotswapError`.
+        raises :class:`ModelInUseError`, which is a :class:`HotswapError`. Without this block, a swap waits as long as
+        it takes, but a thread waits at most 30 seconds for a plain generator that yields inside of its block. A server
+        steps generators in a few threads, and the generator can't go on while all of these wait for it.
 
     Examples
     --------
@@ -251,122 +144,160 @@ def held(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextMan
     ...     "decide, and write"
     'decide, and write'
     """
-    turns = turns_of(bases)
-    if any(turn.lock._is_owned() for turn in turns):
-        raise refuse("thread_is_computing")
-    if any(turn.is_of_another_task for turn in turns):
-        raise refuse("another_task")
-    return _taken(_locks(turns, computing), _patience.get())
-
-
-def _locks(turns: list[Turn], computing: bool, can_wait: bool = False) -> Iterator[tuple[threading.RLock, int | None]]:
-    for turn in turns:
-        is_nested = turn.is_of_this_task
-        yield turn.swap, None
-        if not is_nested:  # the lock is taken by the time the next one is requested
-            turn.owner = Owner(this_task(), can_wait)
-    if not computing:
-        yield from ((turn.gate, None) for turn in turns)
-        for turn in turns:
-            yield from turn.others()
+    return _taken(turns_of(bases), *([SWAP] if computing else [SWAP, WRITE]))
 
 
 @contextlib.contextmanager
-def _taken(locks: Iterable[tuple[threading.RLock, int | None]], patience: float) -> Iterator[None]:
-    # Taken and noted in one step in C, and released in one: Ctrl-C comes before or after these.
-    deadline = time.monotonic() + patience
-    held: list[threading.RLock] = []
-    releasing = map(methodcaller("release"), held)
+def _taken(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> Iterator[None]:
+    """Enter blocks, after what is owed is put back; leave these and ``entries`` at the end, the last one first."""
+    entries = list(entries)
     try:
-        for number, (lock, thread) in enumerate(locks):
-            while len(held) == number:
-                acquiring = map(methodcaller("acquire", timeout=max(0, min(NAP, deadline - time.monotonic()))), (lock,))
-                held.extend(compress((lock,), acquiring))
-                if len(held) == number and time.monotonic() >= deadline:
-                    raise _busy(thread, patience)
+        for kind in kinds:
+            for turn in turns:
+                if kind == COMPUTE:
+                    _pay(turn)
+                entries.append(Entry(turn, kind))
+                entries[-1].enter()
+                if kind == SWAP and turn.owed:
+                    with _taken([turn], WRITE):
+                        put_all_back(turn.owed)
         yield
     finally:
-        NOWHERE.extend(releasing)
-
-
-@contextlib.asynccontextmanager
-async def awaited(base: torch.nn.Module, *, computing: bool = False, to_the_end: bool = False) -> AsyncIterator[None]:
-    """:func:`held` for a task: it waits for other threads, and for other tasks of its thread, without blocking them.
-
-    ``to_the_end`` is for the end of a turn. It waits however long that takes, and a task that is cancelled meanwhile
-    goes on to the end of the block.
-    """
-    import asyncio  # here, so that a program without it doesn't pay for it
-
-    (turn,), thread, task = turns_of([base]), threading.get_ident(), this_task()
-    patience = math.inf if to_the_end else _patience.get()
-    deadline, cancelled = time.monotonic() + patience, None
-    if to_the_end:
-        pass_on(base)
-    elif turn.lock._is_owned() and task is not None and task() in turn.inside.get(thread, ()):
-        raise refuse("thread_is_computing")
-    held: list[threading.RLock] = []
-    releasing = map(methodcaller("release"), held)
-    queue = turn.queues.setdefault(thread, deque())
-    async with contextlib.nullcontext() if turn.is_of_this_task else _queued(queue, patience):
         try:
-            for number, (lock, holder) in enumerate(_locks([turn], computing, can_wait=True)):
-                while True:
-                    # the locks of this thread would let all of its tasks in
-                    is_free = not turn.is_of_another_task and (lock is turn.swap or not turn.lock._is_owned())
-                    acquiring = map(methodcaller("acquire", blocking=False), (lock,) if is_free else ())
-                    held.extend(compress((lock,), acquiring))
-                    if len(held) > number:
-                        break
-                    if time.monotonic() >= deadline:
-                        raise _busy(holder, patience)
-                    try:
-                        await asyncio.sleep(TASK_NAP)
-                    except asyncio.CancelledError as error:
-                        if not to_the_end:
-                            raise
-                        cancelled = error
-            yield
+            _leave(entries)
+        except BaseException:  # Ctrl-C, at any step of it
+            _leave(entries)
+            raise
+
+
+def _leave(entries: list[Entry]) -> None:
+    for each in reversed(entries):
+        each.leave()
+        if each.kind == COMPUTE and each.turn.owed:
+            with waiting_at_most(0):
+                _pay(each.turn)
+
+
+def _pay(turn: Turn) -> None:
+    """Put back what is owed, unless that would have to wait for the code that calls this."""
+    if turn.owed:
+        with contextlib.suppress(HotswapError), _taken([turn], SWAP):
+            pass
+
+
+class Block(contextlib.ContextDecorator, Generic[T]):
+    """A block with its own adapter: ``with`` in a thread; ``async with`` in a task, which lets other tasks go on.
+
+    Parameters
+    ----------
+    begin:
+        Puts the adapter in and returns the value of the block. It gets a list, and adds what puts the former one back.
+    what:
+        Ends a warning: what a second Ctrl-C leaves as it is.
+    """
+
+    def __init__(self, base: torch.nn.Module, begin: Callable[[list[Callable[[], object]]], T], what: str):
+        self._made = base, begin, what
+        self._entry: Entry | None = None
+
+    def _recreate_cm(self) -> Block[T]:
+        return type(self)(*self._made)
+
+    def _begun(self, awaits: bool = False) -> Entry:
+        if self._entry is not None:
+            raise RuntimeError("a block can be entered once: make a new one")
+        self._entry = Entry(*turns_of([self._made[0]]), SWAP, awaits)
+        return self._entry
+
+    def __enter__(self) -> T:
+        entry = self._begun()
+        try:
+            entry.enter()
+            if entry.turn.owed:
+                with _taken([entry.turn], SWAP):  # which puts it back first
+                    pass
+            return self._made[1](entry.back)
+        except BaseException as error:
+            self.__exit__(type(error), error)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None = None, error: object = None, trace: object = None) -> None:
+        entry = self._entry
+        try:
+            entry.adopt()
+            entry.note()
+            swapping = [each for each in list(entry.turn.open) if each.kind == SWAP]
+            if entry in swapping and entry is not swapping[-1]:
+                inner = swapping[swapping.index(entry) + 1]
+                inner.back[:0] = entry.back
+                entry.back.clear()
+                raise refuse("left_out_of_order")
+            if entry.back and kind is GeneratorExit:  # any code may close a generator, and doesn't expect to wait
+                with waiting_at_most(0):
+                    _put_back(entry)
+            elif entry.back:
+                try:
+                    put_back(lambda: _put_back(entry), self._made[2])
+                except KeyboardInterrupt:
+                    entry.back.clear()
+                    raise
         finally:
-            NOWHERE.extend(releasing)
-    if cancelled is not None:
-        raise cancelled
+            try:
+                entry.leave()
+            except BaseException:
+                entry.leave()
+                raise
+
+    async def __aenter__(self) -> T:
+        entry = self._begun(awaits=True)
+        writing = Entry(entry.turn, WRITE, awaits=True)
+        with _taken([], entries=[writing]):
+            try:
+                await entry.enter_awaiting()
+                await writing.enter_awaiting()
+                put_all_back(entry.turn.owed)
+                return self._made[1](entry.back)  # which has nothing to wait for
+            except BaseException as error:
+                self.__exit__(type(error), error)
+                raise
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        writing, cancelled = Entry(self._entry.turn, WRITE, awaits=True), None
+        with _taken([], entries=[writing]):
+            try:
+                if kind is not GeneratorExit:
+                    with contextlib.suppress(HotswapError):  # what is in the way can't end meanwhile
+                        cancelled = await writing.enter_awaiting(to_the_end=True)
+            finally:
+                self.__exit__(kind if writing.is_open else GeneratorExit)
+        if cancelled is not None:
+            raise cancelled
 
 
-@contextlib.asynccontextmanager
-async def _queued(queue: deque[Any], patience: float) -> AsyncIterator[None]:
-    """Let the tasks of one thread in one after the other, in the order in which they came."""
-    import asyncio
-
-    mine = asyncio.get_running_loop().create_future()
-    queue.append(mine)
-    try:
-        if queue[0] is not mine:
-            await asyncio.wait([mine], timeout=None if patience == math.inf else patience)
-            if not mine.done():
-                raise _busy(None, patience)
-        yield
-    finally:
-        queue.remove(mine)
-        if queue and not queue[0].done():
-            queue[0].set_result(None)
+def _put_back(entry: Entry) -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_taken([entry.turn], WRITE))
+        except HotswapError:
+            return  # what is in the way can't end while this waits
+        put_all_back(entry.back)
 
 
-def pass_on(base: torch.nn.Module) -> None:
-    """Give the turn to the task that ends the block. An event loop closes an open block in a task of its own."""
-    (turn,) = turns_of([base])
-    turn.owner = turn.owner._replace(task=this_task())
-
-
-def _busy(number: int | None, patience: float) -> ModelInUseError:
-    names = [thread.name for thread in threading.enumerate() if thread.ident == number]
-    found = f"a thread that computes with it: {names[0]}" if names else "another thread or task that swaps"
-    return ModelInUseError(refusal("model_in_use", found=found, seconds=patience))
+def put_all_back(backs: list[Callable[[], object]]) -> None:
+    """Run actions, the last one first. One that is interrupted stays in the list; one that is refused does not."""
+    while backs:
+        back = backs.pop()
+        try:
+            back()
+        except BaseException as error:
+            if not isinstance(error, HotswapError):
+                backs.append(back)
+            raise
 
 
 def is_shared(base: torch.nn.Module) -> bool:
     """Whether other threads have computed with the model, and may be doing so now."""
-    return any(turn.others() for turn in turns_of([base]))
+    return any(thread != threading.get_ident() for turn in turns_of([base]) for thread in turn.threads)
 
 
 def put_back(action: Callable[[], object], what: str) -> None:

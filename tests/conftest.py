@@ -36,8 +36,13 @@ torch.set_num_threads(THREADS)
 NEEDS_SMOLLM2 = "notebooks/05_real_llm.ipynb"
 #: the notebook that shows what one version of PEFT does
 NEEDS_PEFT = "notebooks/beside_peft.ipynb", "0.21."
-#: what the notebook on serving needs, and cells of others that have the tag
-RAY, NEEDS_RAY, NEEDS_RAY_TAG = ("ray", "openai"), "notebooks/09_beyond_one_machine.ipynb", "needs-ray"
+#: what the notebook on serving needs
+NEEDS_RAY = "notebooks/09_beyond_one_machine.ipynb"
+#: what cells with a tag need, and how to get it
+NEEDS = {
+    "needs-ray": (("ray", "openai"), 'needs pip install "ray[serve]" openai'),
+    "needs-gradio": (("gradio",), "needs pip install gradio"),
+}
 #: a program that can't even be looked into without it
 collect_ignore = [] if find_spec("ray") else ["serving/replica_faults.py"]
 #: what the short form leaves out: solutions, which tests/lessons has too, and what is about PEFT's own hotswap
@@ -76,8 +81,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.as_posix().endswith(NEEDS_PEFT[0]) and not version("peft").startswith(NEEDS_PEFT[1]):
             item.add_marker(pytest.mark.skip(reason=f"shows what PEFT {NEEDS_PEFT[1]} does; another one is installed"))
         tags = item.cell.metadata.get("tags", []) if hasattr(item, "cell") else []
-        if (item.path.as_posix().endswith(NEEDS_RAY) or NEEDS_RAY_TAG in tags) and not all(map(find_spec, RAY)):
-            item.add_marker(pytest.mark.skip(reason='needs pip install "ray[serve]" openai'))
+        if item.path.as_posix().endswith(NEEDS_RAY):
+            tags = [*tags, "needs-ray"]
+        for modules, reason in [NEEDS[tag] for tag in tags if tag in NEEDS]:
+            if not all(map(find_spec, modules)):
+                item.add_marker(pytest.mark.skip(reason=reason))
     items = [item for item in items if item.path.as_posix().endswith(NEEDS_SMOLLM2)]
     if not items:
         return

@@ -28,7 +28,6 @@ from types import CodeType
 import torch
 
 import hotswap_lab
-from hotswap_lab.threads import NOWHERE
 
 PACKAGE = str(Path(hotswap_lab.__file__).parent)
 TESTS = str(Path(__file__).parent)
@@ -52,8 +51,8 @@ UNFAILING |= {"_pop_torch_function_stack"}
 #: by which contextlib enters and leaves blocks; what they run may fail, and is looked at by itself
 UNFAILING |= {"next", "generator.throw", "generator.close"}
 
-#: closes the file even where it returns an error; and gives turns back, which takes no memory
-UNFAILING_FUNCTIONS = (os.close, NOWHERE.extend)
+#: closes the file even where it returns an error
+UNFAILING_FUNCTIONS = (os.close,)
 #: Python 3.13 frees the arguments of ``f(*arguments)`` twice if a profiler raises there: what follows is chance
 FREED_TWICE = {dis.opmap["CALL_FUNCTION_EX"]} if sys.version_info >= (3, 13) else set()
 

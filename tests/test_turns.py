@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import copy
 import dataclasses
+import gc
 import inspect
 import itertools
 import os
@@ -15,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,12 +37,14 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     save_adapter,
     set_strength,
+    turns,
     verify_hotswap,
     waiting_at_most,
 )
 from hotswap_lab.core.engine import NoLock
 from hotswap_lab.engine import ENGINE
 from hotswap_lab.threads import bases_of, held, turns_of
+from hotswap_lab.turns import Turn
 
 KIND = KINDS["linear"]
 #: long enough for a thread to get to where it has to wait
@@ -294,8 +298,7 @@ def test_using_waits_to_put_back(model, folders, pool, presses):
     (turn,), leaving = turns_of(bases_of(pool)), []
 
     def press_and_leave(leave: threading.Event) -> None:
-        while turn.gate.acquire(blocking=False):  # till the end of the block waits
-            turn.gate.release()
+        while not turn.queue:  # till the end of the block waits
             time.sleep(MOMENT / 10)
         for _ in range(presses):
             time.sleep(MOMENT)
@@ -477,7 +480,8 @@ def test_models_can_still_be_copied_and_are_forgotten(model, folders):
         with reading(model):
             pass
     (turn,) = turns_of(bases_of(model))
-    assert len(turn.locks) < 25  # threads that are gone leave theirs to others
+    assert len(turn.threads) < 25  # threads that are gone leave their numbers to others
+    assert not {*turn.open, *turn.queue}
 
 
 # ---- what changes while a swap waits
@@ -570,7 +574,7 @@ def test_another_task_of_the_thread_is_refused(pool, folders, operation, way):
             REFUSED[operation](pool, folders)
         if way == "with":  # whose end could not wait for this
             with pytest.raises(HotswapError, match="Another task of this thread"):
-                in_use(pool)
+                enter(pool)
         else:
             with in_use(pool):
                 await asyncio.sleep(2 * MOMENT)
@@ -711,3 +715,416 @@ def test_rows_for_a_task(model, folders):
 
     asyncio.run(everything())
     assert pool.rows == []
+
+
+# ---- blocks that are not left in the order in which they were entered
+
+
+def stream(pool: AdapterPool, name: str, steps: int = 3) -> Iterator[bool]:
+    """Whether the model computes with the adapter, at each step."""
+    with pool.using(name):
+        for _ in range(steps):
+            yield pool.active == name
+
+
+async def stream_awaiting(pool: AdapterPool, name: str, steps: int = 3):
+    async with pool.using(name):
+        for _ in range(steps):
+            await asyncio.sleep(0)
+            yield pool.active == name
+
+
+class Wrapped:
+    """A class of the user's around a block."""
+
+    def __init__(self, pool: AdapterPool, name: str):
+        self.block = pool.using(name)
+
+    def __enter__(self):
+        return self.block.__enter__()
+
+    def __exit__(self, *error):
+        return self.block.__exit__(*error)
+
+
+@contextlib.contextmanager
+def wrapped(pool: AdapterPool, name: str):
+    with pool.using(name) as entered:
+        yield entered
+
+
+@contextlib.contextmanager
+def stacked(pool: AdapterPool, name: str):
+    """Entered by a helper that returns."""
+    with contextlib.ExitStack() as stack:
+        enter_on = lambda: stack.enter_context(pool.using(name))  # noqa: E731
+        yield enter_on()
+
+
+WAYS = {"using": AdapterPool.using, "contextmanager": wrapped, "ExitStack": stacked, "class": Wrapped}
+
+
+@pytest.mark.parametrize("outer", WAYS)
+@pytest.mark.parametrize("inner", WAYS)
+def test_nested_blocks_however_they_are_wrapped(pool, outer, inner):
+    def nested() -> Iterator[str | None]:
+        with waiting_at_most(0), WAYS[outer](pool, "new"):
+            with WAYS[inner](pool, "third"), in_use(pool):
+                yield pool.active
+            with pytest.raises(KeyError), WAYS[inner](pool, "old"):
+                raise KeyError
+            pool.swap("third")
+            yield pool.active
+
+    with WAYS[outer](pool, "third"):
+        assert list(nested()) == ["third", "third"]
+    assert pool.active == "old"
+    assert list(nested()) == ["third", "third"]
+    assert pool.active == "old"
+
+
+@pytest.mark.parametrize("way", ["using", "class"])
+def test_two_generators_in_one_thread(pool, folders, way):
+    """The second one is refused at once; the first one goes on with its own adapter."""
+
+    def streaming(name: str) -> Iterator[bool]:
+        with WAYS[way](pool, name):
+            for _ in range(3):
+                yield computes(pool.model, folders[name])
+
+    first, second = streaming("new"), streaming("third")
+    assert next(first)
+    refused("open block around this code, or in a generator", next, second)
+    refused("finish or close its generator", pool.swap, "third")
+    with in_use(pool):  # computing is no swap
+        assert computes(pool.model, folders["new"])
+    assert list(first) == [True, True]
+    assert pool.active == "old"
+    assert list(streaming("third")) == [True] * 3
+    assert pool.active == "old"
+
+
+def test_generators_that_are_stepped_in_any_thread(pool):
+    """As Starlette does: each step in a thread of a pool, in a copy of the context of its request."""
+
+    def request(number: int) -> list[bool]:
+        steps, found = stream(pool, ("new", "third")[number % 2]), []
+        context = contextvars.copy_context()
+        while (step := workers.submit(context.copy().run, next, steps, None).result(30)) is not None:
+            found.append(step)
+        return found
+
+    with ThreadPoolExecutor(8) as workers, ThreadPoolExecutor(5) as clients:
+        assert list(clients.map(request, range(20))) == [[True] * 3] * 20
+    assert pool.active == "old"
+
+
+def test_a_block_that_is_entered_and_left_in_threads_of_a_pool(pool):
+    """As FastAPI does with a dependency that yields: the thread may get another request before the block ends."""
+
+    def in_a_worker(function: Callable, *arguments: object) -> object:
+        return worker.submit(contextvars.copy_context().run, function, *arguments)
+
+    with ThreadPoolExecutor(1) as worker, ThreadPoolExecutor(1) as other:
+        first, second = wrapped(pool, "new"), wrapped(pool, "third")
+        in_a_worker(first.__enter__).result(30)
+        entering = in_a_worker(second.__enter__)
+        time.sleep(MOMENT)
+        assert not entering.done()
+        assert pool.active == "new"
+        other.submit(first.__exit__, None, None, None).result(30)
+        entering.result(30)
+        assert pool.active == "third"
+        other.submit(second.__exit__, None, None, None).result(30)
+    assert pool.active == "old"
+
+
+def test_a_fixture_that_yields_around_another_block_is_refused(pool):
+    """The test runs while the fixture sleeps, so nothing shows that it is nested. Computing and ending are fine."""
+
+    def fixture() -> Iterator[AdapterPool]:
+        with pool.using("new"):
+            yield pool
+
+    steps = fixture()
+    with in_use(next(steps)):
+        assert pool.active == "new"
+    refused("in a pytest fixture", pool.swap, "third")
+    assert next(steps, None) is None
+    assert pool.active == "old"
+
+
+@pytest.mark.parametrize("what", ["using", "in_use"])
+def test_a_block_is_left_in_another_thread(pool, folders, what):
+    block = pool.using("new") if what == "using" else in_use(pool)
+    block.__enter__()
+    swap = start(pool.swap, "third")
+    assert not swap.done()
+    start(block.__exit__, None, None, None).result(30)
+    swap.result(30)
+    assert computes(pool.model, folders["third"])
+
+
+def test_a_block_left_out_of_order_is_an_error_and_the_former_adapter_comes_back(pool, folders):
+    outer, inner = pool.using("new"), pool.using("third")
+    outer.__enter__(), inner.__enter__()
+    refused("left before one that was entered inside", outer.__exit__, None, None, None)
+    assert computes(pool.model, folders["third"])
+    inner.__exit__(None, None, None)
+    assert computes(pool.model, folders["old"])
+    with waiting_at_most(0):
+        start(pool.swap, "third").result(30)
+
+
+def test_a_generator_inside_of_a_block_that_ends_first(pool, folders):
+    with pytest.raises(HotswapError, match="left before one"), pool.using("new"):  # noqa: PT012
+        steps = stream(pool, "third")
+        assert next(steps)
+        refused("nobody else would end it", pool.swap, "old")
+    assert next(steps)
+    steps.close()
+    assert computes(pool.model, folders["old"])
+
+
+# ---- generators that are collected
+
+
+@pytest.mark.parametrize("after", ["the block", "an entry", "a swap"])
+def test_a_generator_collected_while_its_thread_computes_is_put_back_later(pool, folders, after):
+    steps = stream(pool, "new")
+    next(steps)
+    with in_use(pool):
+        del steps
+        gc.collect()
+        assert computes(pool.model, folders["new"])  # what is being computed goes on with it
+        if after == "an entry":
+            other = start(compute_inside, pool, folders["old"])
+            assert not other.done()
+    if after == "an entry":
+        assert other.result(30)
+    if after == "a swap":
+        pool.swap("third")
+        pool.undo()
+    assert computes(pool.model, folders["old"])
+    assert pool.active == "old"
+
+
+def test_the_next_entry_puts_back_first_if_the_block_could_not(pool, folders):
+    steps = stream(pool, "new")
+    next(steps)
+    with reading(pool) as leave:
+        steps.close()  # without waiting for the reader
+        assert pool.active == "new"
+        swap = start(pool.swap, "third")
+        assert not swap.done()
+        leave.set()
+        swap.result(30)
+    pool.undo()
+    assert computes(pool.model, folders["old"])
+
+
+@pytest.mark.parametrize("line", range(4))
+def test_a_generator_collected_in_the_middle_of_an_entry(pool, folders, monkeypatch, line):
+    """Wherever the collector runs: nothing waits for itself, no turn is lost, and the former adapter is back."""
+    (turn,) = turns_of(bases_of(pool))
+    steps = [stream(pool, "new")]
+    next(steps[0])
+    waiting = start(pool.swap, "third")
+    assert not waiting.done()
+    name = ("in_the_way", "_ask", "settle", "let_in")[line]
+    original = getattr(Turn, name)
+
+    def collecting(*given):
+        steps.clear()
+        try:
+            return original(*given)
+        finally:
+            gc.collect()
+
+    monkeypatch.setattr(Turn, name, collecting)
+    enter(pool)
+    steps.clear()
+    monkeypatch.undo()
+    waiting.result(30)
+    assert not {*turn.open, *turn.queue}
+    assert computes(pool.model, folders["third"])
+    pool.undo()
+    assert computes(pool.model, folders["old"])
+
+
+# ---- event loops
+
+
+def test_nested_blocks_of_a_task(pool):
+    async def enter_and_return(stack: contextlib.AsyncExitStack, name: str) -> None:
+        await stack.enter_async_context(pool.using(name))
+
+    async def inner(name: str) -> bool:
+        async with pool.using(name):
+            pool.swap("old")
+            return pool.active == "old"
+
+    async def task() -> list:
+        async with pool.using("third"), contextlib.AsyncExitStack() as stack:
+            await enter_and_return(stack, "new")
+            found = [pool.active, await inner("third"), pool.active]
+            with pool.using("third"):
+                return [*found, pool.active, [each async for each in stream_awaiting(pool, "new")]]
+
+    async def everything() -> list:
+        with waiting_at_most(30):
+            return await asyncio.gather(task(), task())
+
+    assert asyncio.run(everything()) == [["new", True, "new", "third", [True] * 3]] * 2
+    assert pool.active == "old"
+    with pool.using("new"):  # around an event loop
+        asyncio.run(everything())
+        assert pool.active == "new"
+    assert pool.active == "old"
+
+
+def test_a_hundred_tasks_and_five_threads(pool, folders):
+    """In the order of arrival, and without a thread of the default executor to wait in."""
+    inside, overlaps = [], []
+
+    def compute(name: str) -> None:
+        inside.append(name)
+        overlaps.append(len(inside) > 1 or pool.active != name)
+        time.sleep(0.001)
+        inside.remove(name)
+
+    async def task(name: str) -> str:
+        async with pool.using(name):
+            await asyncio.to_thread(compute, name)
+            return name
+
+    async def everything() -> list:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        tasks = [asyncio.create_task(task(("new", "third")[number % 2])) for number in range(100)]
+        await asyncio.sleep(MOMENT)
+        for each in tasks[::7]:
+            each.cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    def thread() -> None:
+        for name in ("new", "third") * 10:
+            with pool.using(name):
+                compute(name)
+
+    threads = [start(thread) for _ in range(5)]
+    done = asyncio.run(asyncio.wait_for(everything(), 120))
+    for each in threads:
+        each.result(60)
+    assert sum(isinstance(each, str) for each in done) >= 85
+    assert len(overlaps) >= 185
+    assert not any(overlaps)
+    assert pool.active == "old"
+
+
+def test_two_async_generators_in_one_task_and_in_two(pool):
+    async def collect(name: str) -> list[bool]:
+        return [each async for each in stream_awaiting(pool, name)]
+
+    async def alternating() -> None:
+        first, second = stream_awaiting(pool, "new"), stream_awaiting(pool, "third")
+        assert await anext(first)
+        with pytest.raises(HotswapError, match="nobody else would end it"):
+            await anext(second)
+        assert await anext(first)
+        await first.aclose()
+        assert pool.active == "old"
+
+    async def both() -> list:
+        return await asyncio.gather(collect("new"), collect("third"))
+
+    assert asyncio.run(both()) == [[True] * 3] * 2
+    asyncio.run(alternating())
+    assert pool.active == "old"
+
+
+@pytest.mark.parametrize("child", ["a task", "a thread", "a thread that computes"])
+def test_what_a_block_waits_for_is_refused_rather_than_waited_for(pool, folders, child):
+    def swap() -> None:
+        pool.swap("third")
+
+    async def swapping() -> None:
+        async with pool.using("third"):
+            pass
+
+    async def parent() -> None:
+        async with pool.using("new"):
+            if child == "a thread that computes":
+                assert await asyncio.to_thread(compute_inside, pool, folders["new"])
+                return
+            with pytest.raises(HotswapError, match="nobody else would end it"):
+                await (asyncio.create_task(swapping()) if child == "a task" else asyncio.to_thread(swap))
+
+    asyncio.run(asyncio.wait_for(parent(), 30))
+    assert pool.active == "old"
+
+
+def test_a_plain_block_that_would_block_the_loop_that_a_stream_needs(pool):
+    """The stream is stepped in other threads, but the event loop asks for each step."""
+
+    async def streaming() -> list[bool]:
+        steps, found = stream(pool, "new"), []
+        while (step := await asyncio.to_thread(next, steps, None)) is not None:
+            found.append(step)
+            await asyncio.sleep(MOMENT)
+        return found
+
+    async def everything() -> None:
+        task = asyncio.create_task(streaming())
+        await asyncio.sleep(MOMENT)
+        with pytest.raises(HotswapError, match=r"Another task(.|\n)*async with"):
+            pool.swap("third")
+        async with pool.using("third"):
+            assert pool.active == "third"
+        assert await task == [True] * 3
+
+    asyncio.run(asyncio.wait_for(everything(), 60))
+    assert pool.active == "old"
+
+
+@pytest.mark.parametrize("way", ["stream", "dependency", "reader"])
+def test_forty_one_clients_and_forty_threads(pool, monkeypatch, way):
+    """One client's stream needs a thread to go on, and the others wait in all of them: these are refused in time."""
+    monkeypatch.setattr(turns, "STREAM_LIMIT", 5 * MOMENT)
+
+    def in_a_worker(function: Callable, *arguments: object) -> Future:
+        return workers.submit(contextvars.copy_context().run, function, *arguments)
+
+    def computing() -> Iterator[bool]:
+        with in_use(pool):
+            yield True
+            yield True
+
+    with ThreadPoolExecutor(40) as workers:
+        if way == "dependency":
+            block = wrapped(pool, "new")
+            in_a_worker(block.__enter__).result(30)
+            go_on = block.__exit__, None, None, None
+        else:
+            steps = stream(pool, "new") if way == "stream" else computing()
+            assert in_a_worker(next, steps).result(30)
+            go_on = next, steps
+        waiting = [in_a_worker(pool.swap, "third") for _ in range(40)]
+        time.sleep(MOMENT)
+        step = in_a_worker(*go_on)
+        assert not step.done()
+        step.result(30)
+        if way != "dependency":
+            assert in_a_worker(list, steps).result(30) == [True] * (way == "stream")
+        errors = [each.exception(30) for each in waiting]
+    assert {type(each) for each in errors} <= {ModelInUseError, type(None)}
+    assert any(errors)
+    refused_text = str(next(filter(None, errors)))
+    assert "async def" in refused_text
+    assert "waiting_at_most" in refused_text
+
+
+def test_a_block_that_could_not_write_leaves_without_waiting(pool):
+    """It has nothing to put back."""
+    with reading(pool), waiting_at_most(0), pytest.raises(ModelInUseError):
+        pool.using("new").__enter__()
+    assert pool.active == "old"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from peft import PeftConfig
@@ -27,43 +27,17 @@ from ..core.slot import Slot, change_of, room_of, slot_for
 from ..core.strength import check_strength, get_strength
 from ..core.swap import warn_of
 from ..core.tensors import SlotTensor
-from ..threads import awaited, held, pass_on, put_back
+from ..threads import Block, held, put_back
 from .former import PackedRows, packed_now, strengths_of, without_weights
 from .members import Member, Members, check_named
 from .mixes import Mix, mixed
 from .modules import module_tensors, taken_apart
 from .rows import Row, RowRoom
 
-P_co = TypeVar("P_co", covariant=True)
 #: a name, None for no adapter, or a mix: weights by name
 Wanted = str | Mapping[str, float] | None
 #: the extra state of a LoRA adapter, besides its layers, that a pool can pack
 PACKED_TOO = ("modules_to_save",)
-
-
-class Block(contextlib._GeneratorContextManager[P_co]):  # pyright: ignore[reportPrivateUsage]
-    """A block with its own adapter: ``with`` in a thread; ``async with`` in a task, which lets other tasks go on."""
-
-    _awaited: contextlib.AbstractAsyncContextManager[P_co]
-
-    async def __aenter__(self) -> P_co:
-        self._awaited = self._while_awaited()
-        return await self._awaited.__aenter__()
-
-    async def __aexit__(self, *error: Any) -> bool | None:
-        return await self._awaited.__aexit__(*error)
-
-    @contextlib.asynccontextmanager
-    async def _while_awaited(self) -> AsyncIterator[P_co]:
-        base = self.func.__self__._room.slot.host.base
-        async with awaited(base, computing=True):
-            async with awaited(base):  # so that both ends of the block have nothing to wait for
-                pool = self.__enter__()
-            try:
-                yield pool
-            finally:
-                async with awaited(base, to_the_end=True):
-                    self.__exit__(None, None, None)
 
 
 class AdapterPool:
@@ -457,10 +431,23 @@ class AdapterPool:
         cancelled, the former adapter is put back. An adapter that ``max_bytes`` has dropped is read in the event loop's
         own thread, unless :meth:`prefetch` has read it before.
 
+        Blocks may be nested. Any thread may end a block, so a generator may yield inside, and a server may step it in
+        several threads. While it sleeps, other code is outside of its block, also in the same thread: computing is
+        allowed there, and a swap waits. Where nobody else could end the block meanwhile, the swap is refused. This
+        includes the code that steps the generator, and a test whose pytest fixture yields inside. To stream from a
+        server, prefer an ``async def`` generator, which takes no thread to wait. A generator that is closed while
+        others compute doesn't wait: the next block puts the former adapter back before anything else.
+
         Parameters
         ----------
         name, strength:
             As for :meth:`swap`: a name or a mix, and 0 to 1 or more.
+
+        Raises
+        ------
+        HotswapError
+            As :meth:`swap`; if this would wait for a block that can't end meanwhile; or at the end, if a block inside
+            of this one is still open. The end of that one then puts back what was in the model before both.
 
         Examples
         --------
@@ -477,31 +464,29 @@ class AdapterPool:
         >>> asyncio.run(both())
         ['HOTSWAP!', 'ahopstw']
         """
-        return Block(self._for_a_while, (lambda: self.swap(name, strength), f"leaves {name!r} in the model"), {})
+        return self._block(lambda: self.swap(name, strength), f"leaves {name!r} in the model")
 
     def assigned(
         self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1
-    ) -> Block[Any]:
+    ) -> Block[AdapterPool]:
         """:meth:`assign` for the length of a block, ``with`` or ``async with``; then the former ones are back."""
         put_in = lambda: self.assign(adapters, strengths, copies=copies)  # noqa: E731
-        return Block(self._for_a_while, (put_in, f"leaves {adapters!r} in the model"), {})
+        return self._block(put_in, f"leaves {adapters!r} in the model")
 
-    def _for_a_while(self, put_in: Callable[[], None], what: str) -> Iterator[AdapterPool]:
-        """Put an adapter in, and at the end of the block what was in the model before."""
-        with self._turn():
+    def _block(self, put_in: Callable[[], None], what: str) -> Block[AdapterPool]:
+        """A block that puts an adapter in, and at its end what was in the model before."""
+
+        def begin(back: list[Callable[[], object]]) -> AdapterPool:
             self._check_room()
             former, before = self._former(), self._before
             try:
                 put_in()
-                yield self
             finally:
-                # the block is left for good: its adapter must not stay
                 if self._before is not before:
-                    put_back(lambda: self._leave(former, before), what)
+                    back.append(lambda: self._put_back(former, before))
+            return self
 
-    def _leave(self, former: Packed, before: Packed | None) -> None:
-        pass_on(self._room.slot.host.base)
-        self._put_back(former, before)
+        return Block(self._room.slot.host.base, begin, what)
 
     def undo(self) -> None:
         """Take back the last swap, :meth:`off` or change of strength. One step only: the one before it is not kept.

@@ -17,6 +17,7 @@ from ..core.errors import refuse
 from ..core.journal import interrupts_held
 from ..figures.latency import readable
 from ..threads import ModelInUseError, waiting_at_most
+from ..turns import AROUND
 from .clicks import Clicks, keep_apart_from_cells
 from .view import View, escape
 
@@ -165,6 +166,7 @@ class WorkingView(View):
                 self._free()
 
         context = contextvars.copy_context()
+        context.run(AROUND.set, ())  # a block that this code is in doesn't wait for the job
         # a daemon thread, so that a job that hangs doesn't keep the kernel alive
         thread = threading.Thread(target=context.run, args=(in_the_same_modes,), name="hotswap-work", daemon=True)
         with interrupts_held():

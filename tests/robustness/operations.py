@@ -67,8 +67,8 @@ def held(locks: tuple) -> list[str]:
     """The locks that this thread still holds: whoever comes next, from another thread, would wait for ever."""
     found = [f"{lock}" for lock in locks if lock._is_owned()]
     for base, turn in list(turns._turns.items()):
-        named = {"swap": turn.swap, "gate": turn.gate, **turn.locks}
-        found += [f"{name} of {type(base).__name__}" for name, lock in named.items() if lock._is_owned()]
+        found += [f"a block of {type(base).__name__} to {each.kind}" for each in (*turn.open, *turn.queue)]
+        found += [f"the lock of {type(base).__name__}"] * turn.lock._is_owned()
     return found + ["the exchange of files"] * saving._exchanging.locked()
 
 

@@ -1,0 +1,277 @@
+"""The turns of one model: who computes, who swaps, who waits for whom, and who is refused rather than wait.
+
+A turn belongs to a block, not to a thread. Code is *inside* of a block if the frame that owns the block is on its
+stack. The owner is the innermost generator or task at the entry, since their frames go to sleep with the block open,
+and others run meanwhile. Where there is none, the block belongs to the thread, as far as a context variable is passed
+on: a thread of a pool runs other requests meanwhile.
+
+Each model has one lock, held for microseconds, and one queue in the order of arrival. Waiting never takes a thread from
+a task. Where nobody else can end the block in the way, an entry is refused at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Set
+from concurrent import futures
+from contextvars import ContextVar
+from types import FrameType
+
+from .core.errors import HotswapError, refusal, refuse
+
+#: the kinds of turns: several blocks may compute at once; one swaps, while others compute; one writes, alone
+COMPUTE, SWAP, WRITE = "compute", "swap", "write"
+#: the kind that each has to wait for
+EXCLUDED = {COMPUTE: WRITE, SWAP: SWAP, WRITE: COMPUTE}
+#: frames that can go to sleep, and those of them that can be awaited
+AWAITING = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+SLEEPING = AWAITING | inspect.CO_GENERATOR
+#: how long to wait at a time, in seconds: on Windows, Ctrl-C works only between two waits
+NAP = 0.02
+#: how many seconds a thread waits for a block in a generator. All threads of a server may wait for one, and the
+#: generator needs a thread to go on
+STREAM_LIMIT = 30.0
+
+
+class ModelInUseError(HotswapError):
+    """A swap would have had to wait longer than :func:`waiting_at_most` allows. It may succeed a moment later.
+
+    Examples
+    --------
+    >>> import threading
+    >>> from hotswap_lab import ModelInUseError, demo, hotswap_adapter, in_use, waiting_at_most
+    >>> model, _ = demo.load("reverse")
+    >>> entered, leave = threading.Event(), threading.Event()
+    >>> def compute():
+    ...     with in_use(model):
+    ...         entered.set(), leave.wait()
+    >>> thread = threading.Thread(target=compute)
+    >>> thread.start(), entered.wait()
+    (None, True)
+    >>> try:
+    ...     with waiting_at_most(0.01):
+    ...         hotswap_adapter(model, demo.adapter_path("shout"), "default")
+    ... except ModelInUseError:
+    ...     print("not now")
+    ... finally:
+    ...     leave.set()
+    not now
+    """
+
+
+#: how many seconds to wait at most; infinite if the user has not said so
+_patience: ContextVar[float] = ContextVar("hotswap_lab_patience", default=math.inf)
+#: the open blocks that this context was made in. In a copy of it, too, nobody else can end them
+AROUND: ContextVar[tuple[Entry, ...]] = ContextVar("hotswap_lab_around", default=())
+
+
+class Entry:
+    """A block that is open, or waits for its turn."""
+
+    is_open = is_left = False
+    #: the time at which it was let in
+    since: float = math.inf
+    #: done as soon as it is let in; None if it has never had to wait
+    future: futures.Future[None] | None = None
+    #: the open blocks that it is nested in
+    inside: Set[Entry] = frozenset()
+
+    def __init__(self, turn: Turn, kind: str, awaits: bool = False):
+        self.turn, self.kind, self.awaits = turn, kind, awaits
+        #: what its end has to put back, the last one first
+        self.back: list[Callable[[], object]] = []
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Make the code that calls this the owner."""
+        self.owner: FrameType | None = owner_of(sys._getframe(1))
+        self.thread: int = threading.get_ident()
+
+    @property
+    def is_in_generator(self) -> bool:
+        owner = self.owner
+        return owner is not None and bool(owner.f_code.co_flags & inspect.CO_GENERATOR)
+
+    def is_around(self, frame: FrameType | None) -> bool:
+        """Whether the code that runs in a frame is inside of this block."""
+        if self.owner is None:  # a thread of a pool may run other requests meanwhile, each in a context of its own
+            return self.thread == threading.get_ident() and self in AROUND.get()
+        while frame is not None and frame is not self.owner:
+            frame = frame.f_back
+        return frame is not None
+
+    def note(self) -> None:
+        """Note in this context that the block is open."""
+        around = AROUND.get()
+        AROUND.set((*[each for each in around if not each.is_left], self) if around else (self,))
+
+    def enter(self) -> None:
+        """Wait for the turn."""
+        patience, start = _patience.get(), time.monotonic()
+        self.turn.ask(self)
+        while not self.is_open:
+            try:
+                self.future.result(max(0, min(NAP, start + patience - time.monotonic())))
+            except futures.TimeoutError:
+                self.check_patience(patience, start)
+        self.note()
+
+    async def enter_awaiting(self, to_the_end: bool = False) -> asyncio.CancelledError | None:
+        """:meth:`enter` for a task, which lets the event loop go on meanwhile.
+
+        ``to_the_end`` is for the end of a block. It waits however long that takes. A task that is cancelled meanwhile
+        goes on to the end of the block: the error is returned.
+        """
+        patience, start, cancelled = math.inf if to_the_end else _patience.get(), time.monotonic(), None
+        self.turn.ask(self)
+        while not self.is_open:
+            timeout = None if patience == math.inf else max(0, start + patience - time.monotonic())
+            try:
+                await asyncio.wait([asyncio.wrap_future(self.future)], timeout=timeout)
+            except asyncio.CancelledError as error:
+                if not to_the_end:
+                    raise
+                cancelled = error
+            if not self.is_open:
+                self.check_patience(patience, start)
+        self.note()
+        return cancelled
+
+    def check_patience(self, patience: float, start: float) -> None:
+        """Raise if this has waited too long."""
+        now, others = time.monotonic(), self.turn.in_the_way(self)
+        if self.kind == COMPUTE:  # swaps end by themselves
+            return
+        if now - start >= patience:
+            computing = {each.thread for each in others if each.kind == COMPUTE}
+            names = [each.name for each in threading.enumerate() if each.ident in computing]
+            found = f"a thread that computes with it: {names[0]}" if names else "another thread or task that swaps"
+            raise ModelInUseError(refusal("model_in_use", found=found, seconds=patience))
+        asleep = [each for each in others if each.is_in_generator or each.thread == self.thread]
+        if patience == math.inf and not self.awaits and any(now - max(start, e.since) > STREAM_LIMIT for e in asleep):
+            raise ModelInUseError(refusal("stream_in_use", seconds=STREAM_LIMIT))
+
+    def leave(self) -> None:
+        """End the block, in any thread. May be called again, if Ctrl-C has come between."""
+        if self.back:
+            self.turn.owed.extend(self.back)
+            self.back.clear()
+        self.is_left, self.owner, self.inside = True, None, frozenset()
+        self.turn.settle()
+
+
+class Turn:
+    """The blocks of one base model: those that are open, and those that wait, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.lock: threading.RLock = threading.RLock()
+        self.open: dict[Entry, None] = {}
+        self.queue: dict[Entry, None] = {}
+        #: what is to be put back before anything else, and could not be when its block ended
+        self.owed: list[Callable[[], object]] = []
+        #: the numbers of the threads that have computed with the model
+        self.threads: set[int] = set()
+        self.is_changed = False
+
+    def in_the_way(self, entry: Entry) -> list[Entry]:
+        """The blocks that an entry has to wait for."""
+        if not self.open and not self.queue:
+            return []
+        kind, spared = EXCLUDED[entry.kind], {entry, *entry.inside}
+        found = [each for each in list(self.open) if each.kind == kind and each not in spared]
+        if entry.kind == COMPUTE and not any(each.kind == COMPUTE for each in entry.inside):
+            # a swap that waits goes first, unless it is a task's of this thread, which has to go on for that
+            found += [each for each in list(self.queue) if each.kind == WRITE and each.thread != entry.thread]
+        return found
+
+    def ask(self, entry: Entry) -> None:
+        """Let an entry in, put it into the queue, or refuse it where nobody else can end the block in its way."""
+        if self.lock._is_owned():  # the garbage collector has called a finalizer in the middle of this module's work
+            raise refuse("thread_is_computing")
+        try:
+            with self.lock:
+                self._ask(entry, sys._getframe(1), AROUND.get())
+        finally:
+            if self.is_changed:
+                self.settle()
+
+    def _ask(self, entry: Entry, frame: FrameType, around: tuple[Entry, ...]) -> None:
+        if self.open:
+            entry.inside = {each for each in self.open if each.is_around(frame)}
+            computing = {each for each in self.open if each.kind == COMPUTE}
+            mine = {each for each in computing if each in entry.inside or each in around}
+            if mine and entry.kind != COMPUTE:
+                raise refuse("thread_is_computing")
+            if entry.kind == COMPUTE:
+                # where this thread computes already, a swap waits in any case, perhaps for the end of this one
+                entry.inside |= mine | {each for each in computing if each.thread == entry.thread}
+        if entry.kind == COMPUTE:
+            self.threads.add(entry.thread)
+        others = self.in_the_way(entry)
+        if not set(others).isdisjoint(around):
+            raise refuse("block_is_open")
+        is_in_loop = self.open and not entry.awaits and asyncio._get_running_loop() is not None
+        if is_in_loop and self._hold_up(entry, others, around):
+            raise refuse("another_task")
+        if others:
+            entry.future = futures.Future()
+            self.queue[entry] = None
+        else:
+            self.let_in(entry)
+
+    def _hold_up(self, entry: Entry, others: list[Entry], around: tuple[Entry, ...]) -> bool:
+        """Whether blocks can't end while the event loop of this thread waits, or could not wait for an entry."""
+        if entry.kind == COMPUTE:  # the end of a plain `with` in another task
+            others = [*others, *[each for each in self.open if each.kind == SWAP and not each.awaits]]
+            return any(e.thread == entry.thread and e not in entry.inside and e not in around for e in others)
+        return any(each.thread == entry.thread or each.is_in_generator for each in others)
+
+    def let_in(self, entry: Entry) -> None:
+        self.open[entry] = None
+        entry.since, entry.is_open = time.monotonic(), True
+        if entry.future is not None:
+            with contextlib.suppress(futures.InvalidStateError):  # it was let in before, and Ctrl-C came between
+                entry.future.set_result(None)
+            self.queue.pop(entry, None)
+
+    def settle(self) -> None:
+        """Let in all entries whose turn it is.
+
+        The garbage collector may close a generator at any line, and its block ends in the middle of this: then the loop
+        goes on once more.
+        """
+        self.is_changed = True
+        while self.is_changed and not self.lock._is_owned():
+            with self.lock:
+                self.is_changed = False
+                for each in (self.open, self.queue):
+                    for entry in [entry for entry in each if entry.is_left]:
+                        del each[entry]
+                for entry in list(self.queue):
+                    if not self.in_the_way(entry):
+                        self.let_in(entry)
+
+
+def owner_of(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame of a generator, or of a task, on a stack; None if there is none.
+
+    Generators that contextlib runs don't count, since their block ends where it was entered. Of coroutines that await
+    one another, the outermost counts: all of them are the same task.
+    """
+    while frame is not None:
+        back = frame.f_back
+        if frame.f_code.co_flags & SLEEPING:
+            if back is None:
+                return frame
+            is_run = "contextlib" in (frame.f_globals.get("__name__"), back.f_globals.get("__name__"))
+            is_awaited = frame.f_code.co_flags & inspect.CO_COROUTINE and back.f_code.co_flags & AWAITING
+            if not is_run and not is_awaited:
+                return frame
+        frame = back
+    return None
