@@ -221,7 +221,7 @@ class AheadModel:
         self._pointers: list[int] = [table[key].data_ptr() for table, key in self._places]
         links = [(each._modules, key, child) for each in self._top.modules() for key, child in each._modules.items()]
         self._links: tuple[tuple[Any, ...], ...] = tuple(zip(*links, strict=True))
-        self._run: Callable[..., Any] = bound[""] if "" in bound else AROUND(self._top, bound)
+        self._run: Callable[..., Any] = bound[""] if "" in bound else _around(self._top, bound)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the base model's output. The inputs have the form that was compiled; dynamic sizes may differ."""
@@ -551,7 +551,7 @@ class _Block(torch.nn.Module):
         return self._bound(*args, **kwargs)
 
 
-def AROUND(base: torch.nn.Module, bound: Mapping[str, _Bound]) -> torch.nn.Module:
+def _around(base: torch.nn.Module, bound: Mapping[str, _Bound]) -> torch.nn.Module:
     """The base model once more, with compiled layers: its own modules but for those on the way to them."""
     copies = {"": _copy_of(base)}
     for path, each in bound.items():

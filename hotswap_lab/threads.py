@@ -194,10 +194,18 @@ class Block(contextlib.ContextDecorator, Generic[T]):
         Puts the adapter in and returns the value of the block. It gets a list, and adds what puts the former one back.
     what:
         Ends a warning: what a second Ctrl-C leaves as it is.
+    slow:
+        What should be done before ``begin``, in other threads, so that an event loop goes on.
     """
 
-    def __init__(self, base: torch.nn.Module, begin: Callable[[list[Callable[[], object]]], T], what: str):
-        self._made = base, begin, what
+    def __init__(
+        self,
+        base: torch.nn.Module,
+        begin: Callable[[list[Callable[[], object]]], T],
+        what: str,
+        slow: Callable[[], Iterable[Callable[[], object]]] = tuple,
+    ):
+        self._made = base, begin, what, slow
         self._entry: Entry | None = None
 
     def _recreate_cm(self) -> Block[T]:
@@ -254,6 +262,8 @@ class Block(contextlib.ContextDecorator, Generic[T]):
         with _taken([], entries=[writing]):
             try:
                 await entry.enter_awaiting()
+                for each in self._made[3]():
+                    await asyncio.to_thread(each)
                 await writing.enter_awaiting()
                 put_all_back(entry.turn.owed)
                 return self._made[1](entry.back)  # which has nothing to wait for

@@ -86,11 +86,11 @@ def _texts() -> configparser.ConfigParser:
 def refusal(which: str, /, **values: object) -> Refusal:
     """The refusal of this name, with these values in its text. An error among the values is shown by its first line.
 
-    >>> print(refusal("nothing_to_undo"))
-    There is nothing to undo.
-      found:    a pool that has swapped nothing yet, or everything is taken back
-      expected: an earlier swap
-      next:     swap first
+    >>> print(refusal("adapter_in_use", name="haiku"))
+    The adapter 'haiku' is the one that the model computes with.
+      found:    the active adapter
+      expected: one that isn't
+      next:     swap to another one first
     """
     text = _texts()[which]
     values = {key: first_line(each) if isinstance(each, BaseException) else each for key, each in values.items()}

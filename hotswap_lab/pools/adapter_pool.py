@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -13,7 +14,7 @@ from peft import PeftConfig
 from tqdm.auto import tqdm
 
 from ..core.adapter import Adapter
-from ..core.change import Change, apply
+from ..core.change import Change, Step, apply
 from ..core.engine import Engine
 from ..core.errors import HotswapError, refuse
 from ..core.host import Config, find_host, kind_of, name_in
@@ -28,7 +29,7 @@ from ..core.strength import check_strength, get_strength
 from ..core.swap import warn_of
 from ..core.tensors import SlotTensor
 from ..threads import Block, held, put_back
-from .former import PackedRows, packed_now, strengths_of, without_weights
+from .former import PackedRows, packed_now, strengths_of
 from .members import Member, Members, check_named
 from .mixes import Mix, mixed
 from .modules import module_tensors, taken_apart
@@ -120,8 +121,6 @@ class AdapterPool:
         self.model = model
         self.adapter_name: str = name_in(model, adapter_name)
         self._members = Members(self.engine, hub, self._pack, max_bytes)
-        #: the adapter that was in the model before the last write; a new object after each
-        self._before: Packed | None = None
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
         base = self._check_kind(slot_for(self.engine, find_host(model, self.adapter_name), self.adapter_name)).host.base
         with held(base, computing=True):
@@ -224,7 +223,7 @@ class AdapterPool:
     def strength(self, value: float) -> None:
         with self._turn(), self._writing():
             check_strength(value, self._room.slot)
-            self._apply(self._room.change_strength(value))
+            apply([self._room.change_strength(value)])
 
     def version(self, name: str) -> int:
         """The version of an adapter's weights: 1 at first, one more with each :meth:`update`."""
@@ -248,13 +247,6 @@ class AdapterPool:
             if self._uses(self._members.named(name)):
                 raise refuse("adapter_in_use", name=name)
             del self._members[name]
-
-    def prefetch(self, *names: str) -> None:
-        """Read and pack adapters that were dropped, in the background. A swap to one of them waits for it.
-
-        Until they are used, the pool's table shows them as in their files, and they don't count for ``max_bytes``.
-        """
-        self._members.prefetch(names)
 
     def update(self, name: str, state_dict: Mapping[str, torch.Tensor], config: PeftConfig | None = None) -> None:
         """Give an adapter new weights. If the model computes with it, it gets them at once.
@@ -328,13 +320,18 @@ class AdapterPool:
         HotswapError
             If there is no such adapter, its files can't be read any more, or the model was moved or merged.
         """
+        self._swap(name, strength)
+
+    def _swap(self, name: str | Mapping[str, float], strength: float, *steps: Step) -> None:
         with self._turn():
             self._packed(name)  # which may take long
             with self._writing():
                 if strength != 1:
                     check_strength(strength, self._room.slot)
                 # looked up again: another adapter may have this name by now
-                self._apply(self._room.change_to(self._packed(name), strength))
+                change = self._room.change_to(self._packed(name), strength)
+                change.steps += steps
+                apply([change])
 
     def off(self) -> None:
         """Turn the adapter off: the model computes like the base model until the next swap."""
@@ -377,6 +374,9 @@ class AdapterPool:
         >>> demo.ask_all(model, tokenizer, ["hotswap"] * 3)
         ['HOTSWAP!', 'ahopstw', 'hotswap']
         """
+        self._assign(adapters, strengths, copies)
+
+    def _assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None, copies: int, *steps: Step) -> None:
         if isinstance(adapters, (str, Mapping)):
             raise TypeError(f"assign() takes a list, an adapter or a mix for each row: got {adapters!r}")
         strengths = [1.0] * len(adapters) if strengths is None else strengths
@@ -394,7 +394,9 @@ class AdapterPool:
                     check_strength(strength, room.slot)
                 packed = self._all_packed(adapters)
                 rows = [each and room.at_strength(each, by) for each, by in zip(packed, strengths, strict=True)]
-                self._apply(room.change_rows(rows, copies))
+                change = room.change_rows(rows, copies)
+                change.steps += steps
+                apply([change])
 
     def _all_packed(self, adapters: Sequence[Wanted]) -> list[Packed | None]:
         return [None if each is None else self._packed(each) for each in adapters]
@@ -428,8 +430,7 @@ class AdapterPool:
         ``with pool.using(name):`` waits for other threads that swap or compute, and swaps from other threads wait for
         the end of the block. With asyncio, ``async with pool.using(name):`` also waits for other tasks of the same
         thread, and the event loop goes on meanwhile. Swaps of tasks that don't wait are refused. If the task is
-        cancelled, the former adapter is put back. An adapter that ``max_bytes`` has dropped is read in the event loop's
-        own thread, unless :meth:`prefetch` has read it before.
+        cancelled, the former adapter is put back. An adapter that ``max_bytes`` has dropped is read in another thread.
 
         Blocks may be nested. Any thread may end a block, so a generator may yield inside, and a server may step it in
         several threads. While it sleeps, other code is outside of its block, also in the same thread: computing is
@@ -464,57 +465,35 @@ class AdapterPool:
         >>> asyncio.run(both())
         ['HOTSWAP!', 'ahopstw']
         """
-        return self._block(lambda: self.swap(name, strength), f"leaves {name!r} in the model")
+        return self._block([name], lambda step: self._swap(name, strength, step), f"leaves {name!r} in the model")
 
     def assigned(
         self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1
     ) -> Block[AdapterPool]:
         """:meth:`assign` for the length of a block, ``with`` or ``async with``; then the former ones are back."""
-        put_in = lambda: self.assign(adapters, strengths, copies=copies)  # noqa: E731
-        return self._block(put_in, f"leaves {adapters!r} in the model")
+        put_in = lambda step: self._assign(adapters, strengths, copies, step)  # noqa: E731
+        return self._block(adapters, put_in, f"leaves {adapters!r} in the model")
 
-    def _block(self, put_in: Callable[[], None], what: str) -> Block[AdapterPool]:
-        """A block that puts an adapter in, and at its end what was in the model before."""
+    def _block(self, adapters: Sequence[Wanted], put_in: Callable[[Step], None], what: str) -> Block[AdapterPool]:
+        """A block that puts adapters in, and at its end what was in the model before."""
 
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
             self._check_room()
-            former, before = self._former(), self._before
-            try:
-                put_in()
-            finally:
-                if self._before is not before:
-                    back.append(lambda: self._put_back(former, before))
+            former = self._former()
+            put_in(lambda journal: back.append(lambda: self._put_back(former)))
             return self
 
-        return Block(self._room.slot.host.base, begin, what)
+        def dropped() -> list[Callable[[], object]]:
+            names = [name for each in adapters for name in ([each] if isinstance(each, str) else each or ())]
+            members = filter(None, map(self._members.get, names))
+            return [partial(self._members.packed, each) for each in members if each.packed is None]
 
-    def undo(self) -> None:
-        """Take back the last swap, :meth:`off` or change of strength. One step only: the one before it is not kept.
+        return Block(self._room.slot.host.base, begin, what, dropped)
 
-        An adapter that was updated since comes back as it is now; one that was removed, as it was.
-
-        Raises
-        ------
-        HotswapError
-            If there is nothing to take back.
-        """
-        with self._turn():
-            if self._before is None:
-                raise refuse("nothing_to_undo")
-            self._put_back(self._before, None)
-
-    def _put_back(self, former: Packed, before: Packed | None) -> None:
+    def _put_back(self, former: Packed) -> None:
         packed = self._as_now(former)
         with self._writing():
-            change = self._change_to(packed)
-            change.steps.append(lambda journal: journal.set_attribute(self, "_before", before))
-            apply([change])
-
-    def _apply(self, change: Change) -> None:
-        """Apply a change, and remember what was in the model before."""
-        before = without_weights(self._former())
-        change.steps.append(lambda journal: journal.set_attribute(self, "_before", before))
-        apply([change])
+            apply([self._change_to(packed)])
 
     def _former(self) -> Packed:
         """The present adapters of the model, with their strengths, to be put back later."""
@@ -539,12 +518,12 @@ class AdapterPool:
             return replace(former, rows=tuple([each and self._as_now(each, updated) for each in former.rows]))
         owner = former.state.owner
         is_dropped = isinstance(owner, Member) and owner not in updated and owner.packed is None
-        if owner is None or (is_dropped and former.bands):  # the pool has dropped it, but `former` has it
+        if owner is None or is_dropped:  # `former` has its weights
             return former
         try:
             packed = self._packed_of(owner, updated)
         except HotswapError:  # a share of a mix that can't be had any more, or has no room
-            if updated or not former.bands:
+            if updated:
                 raise
             return former
         return replace(packed, scalings=self._room.scalings_of(packed.state, strengths_of(former)))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ..core.room import Packed, Room, new_band
-from .members import Member
-from .mixes import Mix
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +31,3 @@ def strengths_of(packed: Packed) -> torch.Tensor:
     now, trained = packed.scalings[:, 0].cpu().double(), packed.state.scalings
     on = trained != 0
     return torch.where(on, now / trained, (now / trained)[on].median() if on.any() else 1.0)
-
-
-def without_weights(former: Packed) -> Packed:
-    """A snapshot without the weights that a pool has, or that can be read or mixed again."""
-    if isinstance(former, PackedRows):
-        return replace(former, rows=tuple([each and without_weights(each) for each in former.rows]))
-    return replace(former, bands=()) if isinstance(former.state.owner, (Mix, Member)) else former

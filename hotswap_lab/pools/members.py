@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..core.adapter import Adapter
@@ -35,7 +34,6 @@ class Member:
     nbytes: int = 0
     #: counts up with each use; the lowest is dropped first
     used: int = 0
-    loading: Future[Packed] | None = field(default=None, repr=False)
 
     @property
     def is_in_files(self) -> bool:
@@ -79,7 +77,6 @@ class Members(dict[str, Member]):
         #: guards the table. It is taken after a turn at the model: a thread that holds it never waits for a turn
         self.lock: threading.RLock = threading.RLock()
         self._uses = 0
-        self._background: ThreadPoolExecutor | None = None
 
     def named(self, name: str) -> Member:
         """The member of this name; refuses an unknown name."""
@@ -119,9 +116,9 @@ class Members(dict[str, Member]):
 
     def packed(self, member: Member) -> Packed:
         """A member's weights, read again if they were dropped."""
-        packed, loading, member.loading = member.packed, member.loading, None
+        packed = member.packed
         if packed is None:
-            packed = loading.result() if loading is not None else self._read_again(member)
+            packed = self._read_again(member)
             with self.lock:
                 self.make_space(member, packed)
                 member.packed = packed
@@ -147,15 +144,6 @@ class Members(dict[str, Member]):
             if total > self.max_bytes:
                 each.packed = None
                 total -= each.nbytes
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Read members that were dropped, in the background."""
-        with self.lock:
-            for member in map(self.named, names):
-                if member.packed is None and member.loading is None:
-                    if self._background is None:
-                        self._background = ThreadPoolExecutor(1, thread_name_prefix="hotswap-prefetch")
-                    member.loading = self._background.submit(self._read_again, member)
 
 
 def check_named(adapters: object) -> None:
