@@ -10,6 +10,7 @@ A turn belongs to its block, and any thread may end it: servers enter a block in
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import threading

@@ -130,7 +130,6 @@ OPERATIONS = {
     "swap": lambda pool, folders: pool.swap("new"),
     "strength": lambda pool, folders: setattr(pool, "strength", 0.5),
     "off": lambda pool, folders: pool.off(),
-    "undo": lambda pool, folders: pool.undo(),
     "update of the one in use": lambda pool, folders: pool.update("old", twice(folders["old"])),
 }
 
@@ -289,6 +288,12 @@ def compute_inside(pool: AdapterPool, folder: str) -> bool:
 def enter(model: object) -> None:
     with in_use(model):
         pass
+
+
+def use(pool: AdapterPool, name: str) -> None:
+    """Puts an adapter in for a block: what is back afterwards is what the block found."""
+    with pool.using(name):
+        assert pool.active == name
 
 
 @pytest.mark.usefixtures("python_sigint")
@@ -536,7 +541,6 @@ def test_adding_to_a_pool_holds_nobody_up(model, folders, monkeypatch):
     with waiting_at_most(5):
         pool.swap("old")
         pool.off()
-        pool.undo()
     with in_use(pool):
         call(model, KIND.inputs())
     go_on.set()
@@ -903,8 +907,8 @@ def test_a_generator_collected_while_its_thread_computes_is_put_back_later(pool,
     if after == "an entry":
         assert other.result(30)
     if after == "a swap":
-        pool.swap("third")
-        pool.undo()
+        with pool.using("third"):
+            assert computes(pool.model, folders["third"])
     assert computes(pool.model, folders["old"])
     assert pool.active == "old"
 
@@ -915,11 +919,10 @@ def test_the_next_entry_puts_back_first_if_the_block_could_not(pool, folders):
     with reading(pool) as leave:
         steps.close()  # without waiting for the reader
         assert pool.active == "new"
-        swap = start(pool.swap, "third")
+        swap = start(use, pool, "third")
         assert not swap.done()
         leave.set()
         swap.result(30)
-    pool.undo()
     assert computes(pool.model, folders["old"])
 
 
@@ -929,7 +932,7 @@ def test_a_generator_collected_in_the_middle_of_an_entry(pool, folders, monkeypa
     (turn,) = turns_of(bases_of(pool))
     steps = [stream(pool, "new")]
     next(steps[0])
-    waiting = start(pool.swap, "third")
+    waiting = start(use, pool, "third")
     assert not waiting.done()
     name = ("in_the_way", "_ask", "settle", "let_in")[line]
     original = getattr(Turn, name)
@@ -947,8 +950,6 @@ def test_a_generator_collected_in_the_middle_of_an_entry(pool, folders, monkeypa
     monkeypatch.undo()
     waiting.result(30)
     assert not {*turn.open, *turn.queue}
-    assert computes(pool.model, folders["third"])
-    pool.undo()
     assert computes(pool.model, folders["old"])
 
 

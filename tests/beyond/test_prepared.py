@@ -123,7 +123,7 @@ def test_pools(tmp_path, name):
         assert_equals_fresh_load(model, kind, folders[number], prepared=True, margin=10)
     with pool.using("2"):
         assert_equals_fresh_load(model, kind, folders[2], prepared=True, margin=10)
-    pool.undo()
+    pool.swap("1")
     assert_equals_fresh_load(model, kind, folders[1], prepared=True, margin=10)
 
 

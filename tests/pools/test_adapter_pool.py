@@ -6,6 +6,7 @@ each in ``robustness/test_faults.py``; threads in ``robustness/test_threads.py``
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 import random
@@ -93,7 +94,7 @@ def test_the_loaded_adapter_is_recognised_and_the_only_one_needs_no_name(sources
     pool.swap("b")
     set_strength(model, 0.5)
     assert pool_of(model, sources).active is None, "not at its trained strength"
-    pool.undo()
+    pool.swap("a")
     assert pool.active == "a"
     assert pool_of(model, {"b": sources["b"]}).active is None
     model.load_adapter(sources["c"], "other")
@@ -219,8 +220,8 @@ def test_strength_and_off(model, pool):
     pool.off()
     assert torch.equal(call(model, LLAMA.inputs()), call(LLAMA.base(), LLAMA.inputs()))
     set_strength(model, 0.5)  # behind the pool's back
-    pool.swap("c")
-    pool.undo()
+    with pool.using("c"):
+        assert pool.strength == 1
     assert (pool.active, pool.strength) == ("b", 0.5)
 
 
@@ -236,10 +237,6 @@ def test_strengths_that_are_set_by_peft(model, pool, sources):
     assert "active" in str(pool)
     refused("different strengths", lambda: pool.strength)
     before = call(model, LLAMA.inputs())
-    pool.swap("a")
-    assert_is(model, sources["a"])
-    pool.undo()
-    assert torch.equal(call(model, LLAMA.inputs()), before)
     with pool.using("c"):
         assert_is(model, sources["c"])
     pool.update("b", Adapter.load(sources["b"]).tensors)
@@ -292,11 +289,9 @@ def test_update(model, pool, sources):
     before = call(model, LLAMA.inputs())
     for tensor in given.values():
         tensor.zero_()  # the pool has only read them
-    pool.swap("a")
-    with untouched(model):  # an adapter that is not in use changes nothing
+    with pool.using("a"), untouched(model):  # an adapter that is not in use changes nothing
         pool.update("d", Adapter.load(sources["d"]).tensors)
         refused("NaN", pool.update, "d", times(float("nan"), sources["d"]))
-    pool.undo()
     assert not torch.equal(call(model, LLAMA.inputs()), before)
     assert_is(model, sources["d"])
     assert pool.version("d") == 4
@@ -442,10 +437,8 @@ def test_trained_weights_come_back_and_gradients_do_not(sources):
         assert_is(model, sources["b"], is_trainable=True)
     assert torch.equal(call(model, LLAMA.inputs()), before)
     loss = loss_of(model)
-    pool.swap("c")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pool.using("c"), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    pool.undo()
     assert torch.equal(call(model, LLAMA.inputs()), before)
     loss_of(model).backward()
     pool.swap("c")
@@ -546,35 +539,28 @@ def test_of_two_adapters_that_come_under_one_name_the_first_stays(model, pool, s
     assert_is(model, sources["c"])
 
 
-# ---- undo
+# ---- what a block puts back
 
 
-def test_undo_goes_one_step_back(pool):
-    refused("nothing to undo", pool.undo)
+def test_a_block_puts_back_what_was_there_whatever_was_done_inside(pool):
     pool.swap("c")
     pool.strength = 0.5
-    pool.off()
-    assert pool.active is None
-    pool.undo()
+    with pool.using("b"):
+        pool.swap("a")
+        pool.off()
+        assert pool.active is None
     assert (pool.active, pool.strength) == ("c", 0.5)
-    refused("nothing to undo", pool.undo)
+
+
+def test_a_block_puts_back_an_adapter_whose_name_has_another_one_by_now(model, pool, sources):
     pool.swap("b")
     with pool.using("c"):
-        pool.off()
-    pool.undo()  # the block left nothing to take back
-    assert (pool.active, pool.strength) == ("c", 0.5)
-
-
-def test_undo_after_removing_and_adding(model, pool, sources):
-    pool.swap("b")
-    pool.swap("c")
-    pool.remove("b")
-    pool.add("b", sources["e"])
-    pool.undo()
+        pool.remove("b")
+        pool.add("b", sources["e"])
     assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
 
 
-# ---- memory limit, prefetching
+# ---- memory limit
 
 
 def limited_pool(model, sources, *names: str) -> AdapterPool:
@@ -639,38 +625,18 @@ def test_adapters_from_memory_are_never_dropped(model, sources):
     assert "too much" not in pool
 
 
-def test_prefetching(model, sources):
-    pool, dropped = small_pool(model, sources)
-    pool.prefetch(dropped)
-    pool._members[dropped].loading.result()
-    pool.swap(dropped)
-    assert_same_outputs(model, load(LLAMA, sources[dropped]), LLAMA)
-    for _ in range(5):  # waits for it, behind the others in the queue
-        pool.prefetch(*sources)
-        name = in_files(pool)[-1]
-        pool.swap(name)
-        assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
-
-
 def thrice(folder: str) -> Adapter:
     return Adapter.from_state_dict(times(3, folder), Adapter.load(folder).config)
 
 
-@pytest.mark.parametrize("first", ["dropped", "prefetched"])
-def test_an_update_counts_whatever_was_read_before(model, sources, first):
+def test_an_update_counts_whatever_was_read_before(model, sources):
     pool, dropped = small_pool(model, sources)
     pool.swap(dropped)
     pool._members[dropped].packed = None  # as if others had taken its place
-    if first == "prefetched":
-        pool.swap("b")
-        pool.prefetch(dropped)
-        pool._members[dropped].loading.result()
     new = thrice(sources[dropped])
     pool.update(dropped, new.tensors, new.config)
     assert pool.nbytes > 0
     pool.table  # noqa: B018 - looking must not change it
-    if first == "prefetched":
-        pool.swap(dropped)
     assert (pool.active, pool.version(dropped)) == (dropped, 2)
     assert verify_hotswap(model, new, inputs=LLAMA.inputs())
     assert not verify_hotswap(model, sources[dropped], inputs=LLAMA.inputs())
@@ -750,26 +716,31 @@ def test_a_tensor_of_a_head_that_was_replaced_is_noticed(tmp_path, table):
     refused("pool", pool.swap, "b")
 
 
-def test_what_is_removed_while_it_is_read_comes_back_on_undo(model, sources):
+def test_what_is_removed_while_it_is_dropped_comes_back_after_a_block(model, sources):
     pool, dropped = small_pool(model, sources)
     pool.swap(dropped)
-    pool.swap("b")
-    pool._members[dropped].packed = None
-    is_free = threading.Event()
-    pool.prefetch(*[name for name in in_files(pool) if name != dropped])
-    pool._members._background.submit(is_free.wait)  # the one thread in the background is busy
-    pool.prefetch(dropped)
-    pool.remove(dropped)
-    is_free.set()
-    pool.undo()
+    with pool.using("b"):
+        pool._members[dropped].packed = None
+        pool.remove(dropped)
     assert_is(model, sources[dropped])
 
 
-def test_an_error_while_prefetching_is_told_by_the_swap(model, sources):
+def test_a_task_reads_a_dropped_adapter_in_another_thread(model, sources, monkeypatch):
     pool, dropped = small_pool(model, sources)
-    shutil.rmtree(sources[dropped])
-    pool.prefetch(dropped)
-    refused(r"changed|Can't find", pool.swap, dropped)
+    readers = []
+    read = pool._members._read_again
+    monkeypatch.setattr(
+        pool._members, "_read_again", lambda member: readers.append(threading.get_ident()) or read(member)
+    )
+
+    async def use(name):
+        async with pool.using(name):
+            assert_is(model, sources[dropped])
+
+    asyncio.run(use(dropped))
+    assert len(readers) == 1
+    assert readers[0] != threading.get_ident()
+    refused("nobody", asyncio.run, use("nobody"))
 
 
 def test_adapters_that_just_fit_stay(model, sources):

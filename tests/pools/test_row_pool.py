@@ -73,12 +73,10 @@ def test_labels_and_blocks(pool, truth):
     assert pool.rows == []
     pool.assign(["a", None, {"a": 0.5, "c": 2}])
     assert pool.active is None
-    pool.swap("b")
-    assert (pool.active, pool.rows) == ("b", [])
-    pool.undo()
+    with pool.using("b"):
+        assert (pool.active, pool.rows) == ("b", [])
     pool.off()
     assert [row.strength for row in pool.rows] == [0, 0, 0]
-    pool.undo()
     pool.assign(["a", None, {"a": 0.5, "c": 2}])
     with contextlib.suppress(ZeroDivisionError), pool.assigned([None, "c"], [1, 3]):
         assert_rows(pool, truth, [None, "c"], [1, 3])
@@ -95,8 +93,9 @@ def test_strength_is_of_all_rows_beside_their_own(pool, model, truth):
     assert_rows(pool, truth, [None, "b", "c"], [1, 1, 0.5])
     set_strength(model, 2)
     assert_rows(pool, truth, [None, "b", "c"], [1, 4, 2])
-    pool.undo()
-    assert_rows(pool, truth, [None, "b", "c"], [1, 2, 1])
+    with pool.assigned(["a", "b", "a"]):
+        assert_rows(pool, truth, ["a", "b", "a"])
+    assert_rows(pool, truth, [None, "b", "c"], [1, 4, 2])
     pool.strength = 3
     pool.assign(["b", "b"])
     assert (pool.strength, get_strength(model)) == (1, 1)
@@ -138,14 +137,6 @@ def test_a_mix_that_is_there_already_gets_another_strength(pool, truth):
         assert_rows(pool, truth, [mix, mix], strengths)
     pool.swap(mix)
     assert_rows(pool, truth, [mix, mix])
-
-
-def test_undo_holds_no_weights_that_can_be_had_again(pool, truth):
-    for weight in range(5):
-        pool.assign([{"a": 1.0, "b": float(weight)}, "c"])
-    assert not any(each.bands for each in pool._before.rows)
-    pool.undo()
-    assert_rows(pool, truth, [{"a": 1.0, "b": 3.0}, "c"])
 
 
 def test_what_a_row_or_a_mix_has_can_not_be_removed(pool):
@@ -209,8 +200,8 @@ def test_without_rows_nothing_can_be_assigned_but_mixes_can_be_swapped(model, fo
     pool = AdapterPool(model, adapters=folders, target_rank=12, progress=False)
     refused(r"There is no room for 1 rows(.|\n)*rows=2", pool.assign, ["a"])
     pool.swap({"a": 0.7, "b": -1})
-    pool.swap("c")
-    pool.undo()
+    with pool.using("c"):
+        assert_close(call(model, truth.inputs), truth.of("c"))
     assert_close(call(model, truth.inputs), truth.of({"a": 0.7, "b": -1}))
     refused("in the model", pool.remove, "b")
 

@@ -398,7 +398,6 @@ POOL: dict[str, tuple] = {
     "pool.swap of a dropped adapter": (lambda pool, new: pool.swap("dropped"), "dropped"),
     "pool.strength": (lambda pool, new: setattr(pool, "strength", 0.5), "a", 0.5),
     "pool.off": (lambda pool, new: pool.off(), None),
-    "pool.undo": (lambda pool, new: pool.undo(), "b"),
     "pool.add": (lambda pool, new: pool.add("new", new.source), "a"),
     "pool.add with eviction": (lambda pool, new: pool.add("new", new.source), "a"),
     "pool.remove": (lambda pool, new: pool.remove("b"), "a"),
@@ -422,7 +421,6 @@ ROW_POOL: dict[str, tuple] = {
         lambda pool, new: _in_block(pool, pool.assigned(WANTED, STRENGTHS)),
         *(BEFORE, [1.0, 0.5, 1.0], lambda pool, new: pool.assign(WANTED, STRENGTHS)),
     ),
-    "pool.undo of rows": (lambda pool, new: pool.undo(), "b"),
     "pool.off with rows": (lambda pool, new: pool.off(), None),
     "pool.swap of a mix": (lambda pool, new: pool.swap(MIX), MIX),
     "pool.update of a row": (

@@ -53,9 +53,6 @@ class Use(NamedTuple):
 class Marathon(Case):
     """One model with one family of adapters, and operations without end."""
 
-    def prefetch(self) -> None:
-        self.pool.prefetch(self.draw.choice([*self.members]))
-
     def refused(self) -> None:
         with pytest.raises(HotswapError, match="nobody"):
             self.pool.swap("nobody")
@@ -73,7 +70,7 @@ class Marathon(Case):
 
     def in_pool(self, rows: int, count: int) -> None:
         assert self.make_pool(rows)
-        operations = [*self.operations(rows), self.prefetch, self.refused]
+        operations = [*self.operations(rows), self.refused]
 
         def step(number: int) -> None:
             self.draw.choice(operations)()

@@ -21,7 +21,6 @@ from models import KINDS, load, save_random_adapter
 from hotswap_lab import (
     Adapter,
     AdapterPool,
-    HotswapError,
     RecompileWatch,
     hotswap_adapter,
     in_use,
@@ -71,12 +70,6 @@ def all_of_a_pool(model, folders, rows=1):
                 pass
         elif step == 2:
             whole(other)
-            try:
-                pool.undo()
-            except HotswapError as error:
-                # another thread has just gone back, and there is one step only
-                if "nothing to undo" not in str(error):
-                    raise
         whole(wanted)
 
     return put
