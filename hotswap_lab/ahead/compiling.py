@@ -106,13 +106,12 @@ def aoti_compile(
             programs = {("",): _export(top, given, _shapes(given, dynamic_shapes))}
     path, exported = Path(path), time.monotonic() - start
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # the file is moved to its place when it is complete
+        places = {paths: places_in(top.get_submodule(paths[0]), room) for paths in programs}
         for paths, program in programs.items():  # conditions that can't be checked later are refused before it is built
-            _notes_on(program, paths, places_in(top.get_submodule(paths[0]), room))
+            _notes_on(program, paths, places[paths])
         built = _build(programs, os.path.join(folder, "built.pt2"))
         # compiling adds conditions
-        graphs = [
-            _notes_on(each, paths, places_in(top.get_submodule(paths[0]), room)) for paths, each in programs.items()
-        ]
+        graphs = [_notes_on(program, paths, places[paths]) for paths, program in programs.items()]
         ranks = {layer.path: layer.tensors[0].capacity for layer in room.slot.layers}
         notes = dict(torch=torch.__version__, base=type(top).__name__, name=name, ranks=ranks, graphs=graphs)
         notes["rows"] = (room.rows, room.batch.copies) if hasattr(room, "batch") else None
@@ -132,9 +131,8 @@ def aoti_compile(
         )
         if dynamic_shapes is not None:
             where = " of a block" if repeated_blocks else ""
-            print(
-                f"  sizes{where}: {Sizes(graphs[0]['symbols'], graphs[0]['conditions'])}; all others are those of now"
-            )
+            sizes = Sizes(graphs[0]["symbols"], graphs[0]["conditions"])
+            print(f"  sizes{where}: {sizes}; all others as now")
     return path
 
 
@@ -152,6 +150,11 @@ def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torc
         each.clone(memory_format=torch.contiguous_format) if isinstance(each, torch.Tensor) else each for each in leaves
     ]
     given = compat.tree_unflatten(copies, form)
+    parameters = inspect.signature(module.forward).parameters
+    for parameter in parameters.values() if shapes else ():
+        if parameter.kind is parameter.VAR_KEYWORD:  # an export wants the shapes of these by themselves
+            extra = {name: shapes.pop(name) for name in [*shapes] if name not in parameters}
+            shapes |= {parameter.name: extra} if extra else {}
     try:
         with kept(module):  # an export leaves copies where an attribute is a dict, such as PEFT's configs
             return torch.export.export(module, (), given, dynamic_shapes=shapes, strict=False)
@@ -170,7 +173,7 @@ def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bo
     paths, seen = {block: path for path, block in blocks.items()}, {}
 
     def note(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.setdefault(paths[block], _named(inspect.signature(block.forward), args, kwargs))
+        seen.setdefault(paths[block], named(inspect.signature(block.forward), args, kwargs))
 
     hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks.values()]
     try:

@@ -39,8 +39,8 @@ LABELS = {
 }
 LABELS |= {"finetuning_task", "task_specific_params", "name_or_path", "transformers_version", "training"}
 LABELS |= {"gradient_checkpointing", "generation_config"}
-#: token ids that generating reads, and no forward but a classifier's or that of an encoder with a decoder
-ENDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+#: token ids that generating reads, and the forward of other models than causal ones
+ENDS = {"bos_token_id", "eos_token_id", "pad_token_id", "padding_idx"}
 #: hooks that transformers adds when it computes, which do nothing unless it asks for their output
 QUIET_HOOKS = "transformers.utils.output_capturing"
 #: whether adapters are disabled, which ones are merged, and which are active
@@ -154,18 +154,18 @@ def facts_of(top: torch.nn.Module, paths: Sequence[str]) -> dict[str, dict[str, 
     found: dict[str, dict[str, str]] = {}
     config = getattr(top, "config", None)
     seen = {id(config)}
-    ends = any("Classification" in type(each).__name__ for each in top.modules())
+    labels = LABELS
+    if any(type(each).__name__.endswith(("ForCausalLM", "LMHeadModel")) for each in top.modules()):
+        labels = labels | ENDS
 
     def walk(path: str, module: torch.nn.Module) -> None:
         settings = {"type": type(module).__name__}
         for name, value in module.__dict__.items():
             if name == "config" and id(value) not in seen:
                 seen.add(id(value))
-                settings |= _config(value, ends)
-            elif (text := _plain(value)) is not None and not (name.startswith("_") or name in LABELS):
+                settings |= _config(value, labels)
+            elif (text := _plain(value)) is not None and not (name.startswith("_") or name in labels):
                 settings[name] = text
-        if isinstance(module, torch.nn.Embedding):  # an index without a gradient; a forward looks it up like any other
-            settings.pop("padding_idx", None)
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if hooks := [str(_plain(hook)) for hook in hooks if is_loud(hook)]:
             settings["hooks"] = listing(hooks)
@@ -177,10 +177,10 @@ def facts_of(top: torch.nn.Module, paths: Sequence[str]) -> dict[str, dict[str, 
 
     for path in paths:
         walk(path, top.get_submodule(path))
-    return found | {"config": _config(config, ends)}
+    return found | {"config": _config(config, labels)}
 
 
-def _config(value: Any, ends: bool, before: str = "config") -> dict[str, str]:
+def _config(value: Any, labels: set[str], before: str = "config") -> dict[str, str]:
     """The settings of a config, those of the configs in it too: ``{"config.rope_theta": "10000.0"}``."""
     if callable(getattr(value, "to_dict", None)):
         value = value.to_dict()
@@ -189,13 +189,12 @@ def _config(value: Any, ends: bool, before: str = "config") -> dict[str, str]:
     found: dict[str, str] = {}
     if not isinstance(value, Mapping):
         return found
-    ends = ends or bool(value.get("is_encoder_decoder"))
     for name, each in value.items():
         name = str(name)
-        if name.startswith("_") or name in LABELS or (name in ENDS and not ends):
+        if name.startswith("_") or name in labels:
             continue
         if isinstance(each, Mapping):
-            found |= _config(each, ends, f"{before}.{name}")
+            found |= _config(each, labels, f"{before}.{name}")
         elif (text := _plain(each)) is not None:
             found[f"{before}.{name}"] = text
     return found
@@ -216,6 +215,10 @@ def _plain(value: object) -> str | None:
 
 def is_loud(hook: Any) -> bool:
     return getattr(hook, "__module__", None) != QUIET_HOOKS
+
+
+#: how a model is described whose tensors or modules are others
+MOVED = "tensors or modules that were moved, replaced or resized since"
 
 
 class Watched:
@@ -259,15 +262,15 @@ class Watched:
 
     def check(self) -> None:
         """Refuse a model that has changed since then."""
-        if self.base.training or list(map(TUNER_STATE, self._layers)) != self._states:
-            if reason := unfit(self.base, self.layers, self.name):
-                raise refuse("ahead_state", found=reason, name=self.name)
+        differs = self.base.training or list(map(TUNER_STATE, self._layers)) != self._states
+        if differs and (reason := unfit(self.base, self.layers, self.name)):
+            raise refuse("ahead_state", found=reason, name=self.name)
         found = None
         try:
             if self._addresses_now() != self._addresses or self._links != self._linked:
-                found = "tensors or modules that were moved, replaced or resized since"
-        except (KeyError, TypeError):
-            found = "tensors that are gone"
+                found = MOVED
+        except (KeyError, TypeError):  # one is gone
+            found = MOVED
         if self._forwards_now() != self._forwards:
             found = "a module with a forward of its own"
         if self._next != RemovableHandle.next_id or list(map(len, self._some)) != self._sizes:
