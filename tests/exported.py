@@ -49,7 +49,7 @@ class Graph(torch.nn.Module):
     def get_constant_fqns(self) -> list[str]:
         signature, lifted = self.program.graph_signature, compiling._lifted(self.program)
         used = {*signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values(), *lifted}
-        return [each for each in used]
+        return list(used)
 
     def load_constants(self, tensors: dict, **_: object) -> None:
         for name, tensor in tensors.items():

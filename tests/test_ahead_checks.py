@@ -93,8 +93,7 @@ def test_conditions_on_sizes(tmp_path, which):
         try:
             torch.testing.assert_close(ahead(x), call(model, x))
             answers["right"] += 1
-        except HotswapError as error:
-            assert "shape" in str(error)
+        except HotswapError:
             answers["refused"] += 1
     assert answers["right"] > 3
     assert bool(answers["refused"]) is (which != "none")
@@ -259,10 +258,7 @@ def test_a_server_s_folder_of_another_model(tmp_path):
     """:class:`Reader` is what ``package=`` compiles."""
 
     def reader(**config: object) -> Reader:
-        base = LLAMA.base
-        kind = Kind(
-            lambda: type(base())(base().config.__class__(**base().config.to_dict() | config)), ids, LLAMA.modules
-        )
+        kind = Kind(partial(granite, **config), LLAMA.make_inputs, LLAMA.modules)
         return Reader(prepared(kind, tmp_path), rows=2, chunk=3, room=6)
 
     with not_compiled():
@@ -294,11 +290,16 @@ def replace_forward(model):
     mlp.forward = lambda x: 2 * type(mlp).forward(mlp, x)
 
 
+def replace_weight(model):
+    model.get_base_model().model.norm.weight = nn.Parameter(torch.full((16,), 2.0))
+
+
 CHANGES = {
     "a hook": (add_hook, "a forward hook that was added"),
     "a hook before": (add_hook_before, "a forward hook that was added"),
     "a hook in an adapter": (add_hook_in_an_adapter, "a forward hook that was added"),
     "a forward": (replace_forward, "a module with a forward of its own"),
+    "a weight": (replace_weight, "moved, replaced"),
     "a module": (other_function, "modules that were moved, replaced"),
 }
 
@@ -313,6 +314,17 @@ def test_a_model_that_has_changed_since(granites, change):
     action(model)
     assert (call(model, ids()) - before).abs().max() > 1e-3
     refused(match, lambda _: ahead(**ids()), model)
+
+
+def test_a_scaling_of_the_same_value_elsewhere(granites):
+    """Two tensors of one element can be equal; one of them is not the one that the code reads."""
+    make, path = granites
+    model = make()
+    ahead = bind(path, model)
+    buffers = model.get_base_model().model.layers[0].mlp.up_proj._buffers
+    (name,) = [name for name, each in buffers.items() if each is not None]
+    buffers[name] = buffers[name].clone()
+    refused("moved, replaced", lambda _: ahead(**ids()), model)
 
 
 def test_hooks_of_transformers_do_nothing(granites):

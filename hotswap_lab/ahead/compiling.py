@@ -150,13 +150,19 @@ def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torc
         each.clone(memory_format=torch.contiguous_format) if isinstance(each, torch.Tensor) else each for each in leaves
     ]
     given = compat.tree_unflatten(copies, form)
-    parameters = inspect.signature(module.forward).parameters
-    for parameter in parameters.values() if shapes else ():
-        if parameter.kind is parameter.VAR_KEYWORD:  # an export wants the shapes of these by themselves
-            extra = {name: shapes.pop(name) for name in [*shapes] if name not in parameters}
-            shapes |= {parameter.name: extra} if extra else {}
+
+    live = module.forward
+
+    def forward(**arguments: Any) -> Any:
+        return live(**arguments)
+
+    # torch.export can't give sizes to what is passed in a forward's **kwargs
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in given]
+    forward.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     try:
         with kept(module):  # an export leaves copies where an attribute is a dict, such as PEFT's configs
+            if not given.keys() <= inspect.signature(live).parameters.keys():
+                module.forward = forward
             return torch.export.export(module, (), given, dynamic_shapes=shapes, strict=False)
     except HotswapError:
         raise

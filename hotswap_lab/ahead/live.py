@@ -230,7 +230,12 @@ class Watched:
     def __init__(self, top: torch.nn.Module, base: torch.nn.Module, name: str, blocks: Mapping[str, Any]):
         self.base, self.name, self.layers = base, name, tuner_layers(base)
         places: list[Place] = [each for block in blocks.values() for each in block.places]
-        self._tables, self._keys = zip(*places, strict=True) if places else ((), ())
+        #: a dict compares its entries by identity first; only two equal tensors of one element would pass for one
+        self._tables: list[dict[str, Any]] = list({id(table): table for table, _ in places}.values())
+        self._entries: list[dict[str, Any]] = [dict(each) for each in self._tables]
+        self._tensors: list[torch.Tensor] = [table[key] for table, key in places]
+        single = [(table, key, table[key]) for table, key in places if table[key].numel() == 1]
+        self._single: tuple[Any, ...] = tuple(zip(*single, strict=True)) or ((), (), ())
         self._addresses: list[int] = self._addresses_now()
         modules = list(top.modules())
         self._links: list[dict[str, Any]] = [each._modules for each in modules if each._modules]
@@ -246,7 +251,14 @@ class Watched:
         self._look_at_hooks()
 
     def _addresses_now(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, map(dict.__getitem__, self._tables, self._keys)))
+        return list(map(torch.Tensor.data_ptr, self._tensors))
+
+    def _is_replaced(self) -> bool:
+        tables, keys, tensors = self._single
+        try:
+            return self._tables != self._entries or not all(map(operator.is_, map(dict.get, tables, keys), tensors))
+        except RuntimeError:  # two tensors were compared
+            return True
 
     def _forwards_now(self) -> int:
         return sum(map(dict.__contains__, self._attributes, itertools.repeat("forward")))
@@ -266,10 +278,7 @@ class Watched:
         if differs and (reason := unfit(self.base, self.layers, self.name)):
             raise refuse("ahead_state", found=reason, name=self.name)
         found = None
-        try:
-            if self._addresses_now() != self._addresses or self._links != self._linked:
-                found = MOVED
-        except (KeyError, TypeError):  # one is gone
+        if self._addresses_now() != self._addresses or self._links != self._linked or self._is_replaced():
             found = MOVED
         if self._forwards_now() != self._forwards:
             found = "a module with a forward of its own"
