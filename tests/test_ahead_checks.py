@@ -300,7 +300,7 @@ CHANGES = {
     "a hook in an adapter": (add_hook_in_an_adapter, "a forward hook that was added"),
     "a forward": (replace_forward, "a module with a forward of its own"),
     "a weight": (replace_weight, "moved, replaced"),
-    "a module": (other_function, "modules that were moved, replaced"),
+    "a module": (other_function, "a module that was replaced"),
 }
 
 

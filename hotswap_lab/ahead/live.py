@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import functools
@@ -217,10 +218,6 @@ def is_loud(hook: Any) -> bool:
     return getattr(hook, "__module__", None) != QUIET_HOOKS
 
 
-#: how a model is described whose tensors or modules are others
-MOVED = "tensors or modules that were moved, replaced or resized since"
-
-
 class Watched:
     """The state of a live model when code was bound to it. What differs later, the code can't notice.
 
@@ -243,7 +240,7 @@ class Watched:
         self._attributes = [each.__dict__ for each in modules if not isinstance(each, CONTAINERS)]
         self._forwards: int = self._forwards_now()
         self._layers = [each.__dict__ for each in self.layers]
-        self._states = [(off, [*merged], active) for off, merged, active in map(TUNER_STATE, self._layers)]
+        self._states = [tuple(map(copy.copy, TUNER_STATE(each))) for each in self._layers]
         # around repeated blocks, hooks do what they always do
         compiled = [each for path in blocks for each in top.get_submodule(path).modules()]
         self._hooks = [table for each in compiled for table in (each._forward_hooks, each._forward_pre_hooks)]
@@ -277,9 +274,12 @@ class Watched:
         differs = self.base.training or list(map(TUNER_STATE, self._layers)) != self._states
         if differs and (reason := unfit(self.base, self.layers, self.name)):
             raise refuse("ahead_state", found=reason, name=self.name)
+        if self._addresses_now() != self._addresses or self._is_replaced():
+            expected = "the memory that the compiled code reads"
+            raise refuse("ahead_moved", found="tensors that were moved, replaced or resized since", expected=expected)
         found = None
-        if self._addresses_now() != self._addresses or self._links != self._linked or self._is_replaced():
-            found = MOVED
+        if self._links != self._linked:
+            found = "a module that was replaced or removed since"
         if self._forwards_now() != self._forwards:
             found = "a module with a forward of its own"
         if self._next != RemovableHandle.next_id or list(map(len, self._some)) != self._sizes:
@@ -288,4 +288,4 @@ class Watched:
             else:
                 self._look_at_hooks()
         if found:
-            raise refuse("ahead_moved", found=found)
+            raise refuse("ahead_moved", found=found, expected="the modules that were compiled")
