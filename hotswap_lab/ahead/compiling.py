@@ -43,7 +43,7 @@ def aoti_compile(
 ) -> Path:
     """Compiles a prepared model ahead of time, to a file that :func:`aoti_load` binds to a model in any process.
 
-    Adapters are swapped there as ever: the file has no weights in it, and none of the numbers that a swap changes.
+    Adapters are swapped there as usual: the file has no weights in it, and none of the numbers that a swap changes.
 
     Parameters
     ----------
