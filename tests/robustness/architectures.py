@@ -602,14 +602,15 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     report, start, minutes = Report(), time.monotonic(), 0.0
-    for name, check in itertools.product(arguments.only, arguments.checks) if arguments.once else ():
-        Case(name, check, arguments.seed, report).run()
-    for seed in () if arguments.once else itertools.count(arguments.seed):
-        if minutes > arguments.minutes if arguments.cases is None else seed == arguments.seed + arguments.cases:
-            break
-        draw = random.Random(seed)
-        Case(draw.choice(arguments.only), draw.choice(arguments.checks), seed, report).run()
-        minutes = (time.monotonic() - start) / 60
+    with contextlib.suppress(KeyboardInterrupt):  # what was found until then is printed
+        for name, check in itertools.product(arguments.only, arguments.checks) if arguments.once else ():
+            Case(name, check, arguments.seed, report).run()
+        for seed in () if arguments.once else itertools.count(arguments.seed):
+            if minutes > arguments.minutes if arguments.cases is None else seed == arguments.seed + arguments.cases:
+                break
+            draw = random.Random(seed)
+            Case(draw.choice(arguments.only), draw.choice(arguments.checks), seed, report).run()
+            minutes = (time.monotonic() - start) / 60
     print(f"{report}\n{(time.monotonic() - start) / 60:.1f} minutes")
     sys.exit(bool(report.failures))
 
