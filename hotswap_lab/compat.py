@@ -15,6 +15,7 @@ NAMES = {
     "tree_leaves": "torch.utils._pytree:tree_leaves",
     "tree_flatten": "torch.utils._pytree:tree_flatten",
     "tree_unflatten": "torch.utils._pytree:tree_unflatten",
+    "treespec_dumps": "torch.utils._pytree:treespec_dumps",
     "treespec_loads": "torch.utils._pytree:treespec_loads",
     "aot_compile": "torch._inductor:aot_compile",
     "package_aoti": "torch._inductor.package:package_aoti",
@@ -36,6 +37,8 @@ NAMES = {
 }
 #: attributes of transformers' models after ``enable_peft_hotswap``: whether it was called, and its arguments
 HOTSWAP_ENABLED, HOTSWAP_SETTINGS = "_hotswap_enabled", "_prepare_peft_hotswap_kwargs"
+#: attributes of PEFT's layers, whose properties are too slow for a look at each call
+ADAPTER_STATE = ("_disable_adapters", "merged_adapters", "_active_adapter")
 #: the versions that have them
 KNOWN = {"torch": "2.8 to 2.15", "peft": "0.20 and 0.21", "diffusers": "0.36 to 0.42"}
 

@@ -35,7 +35,7 @@ class RowCache:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         all_keys, all_values = self.keys[layer_idx], self.values[layer_idx]
-        rows = torch.arange(len(keys), device=keys.device)[:, None]
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
         all_keys[rows, :, self.positions] = keys.transpose(1, 2)
         all_values[rows, :, self.positions] = values.transpose(1, 2)
         return all_keys[:, :, : self.length], all_values[:, :, : self.length]
@@ -102,8 +102,10 @@ class Reader(torch.nn.Module):
     def compile_ahead(self, folder: str | os.PathLike[str], progress: bool = True) -> None:
         """Compiles both shapes ahead of time, to a file each (:func:`hotswap_lab.aoti_compile`)."""
         for width in (self.chunk, 1):
-            ids = torch.zeros((self.rows, width), dtype=torch.long, device=self._lm.device)
-            aoti_compile(self, self._file(folder, width), kwargs=dict(ids=ids, positions=ids), progress=progress)
+            # tokens that differ, since the code is proven on them
+            ids = torch.arange(self.rows * width, device=self._lm.device).view(self.rows, width)
+            inputs = dict(ids=ids % self._lm.config.get_text_config().vocab_size, positions=ids % width)
+            aoti_compile(self, self._file(folder, width), kwargs=inputs, progress=progress)
 
     def load_ahead(self, folder: str | os.PathLike[str]) -> None:
         """Uses the files of :meth:`compile_ahead`, of this process or another (:func:`hotswap_lab.aoti_load`)."""

@@ -143,7 +143,8 @@ class RowEmbedding(RowVariant):
     looks_up: ClassVar[bool] = True
 
     def times_a(self, module: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        rows = torch.arange(len(x), device=x.device).view(-1, *[1] * (x.ndim - 1))
+        # an export takes len(x) for a constant
+        rows = torch.arange(x.shape[0], device=x.device).view(-1, *[1] * (x.ndim - 1))
         return a.transpose(1, 2)[rows, x]
 
     def like_result(self, module: Any, delta: torch.Tensor, result: torch.Tensor) -> torch.Tensor:

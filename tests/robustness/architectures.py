@@ -35,6 +35,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import compiled_ahead
 import torch
 import transformers
 from models import call, load
@@ -147,6 +148,14 @@ RIGHT_REFUSALS: dict[str, Callable[[Case], bool]] = {
         (case.base_weights is None or case.check == "prepared") and case.has_base_weights
     ),
 }
+AHEAD = (
+    r".* can't be exported",
+    r"These inputs can't be compiled ahead of time",
+    r".* has no layers that are known to be repeated",
+    r"This file was not compiled for such inputs",
+    r"This file was compiled for a model with other settings",
+)
+RIGHT_REFUSALS |= dict.fromkeys(AHEAD, lambda case: case.check == "ahead")
 #: what differs from one refusal to another of its kind
 NAMES = r"'[^']*'|[^ ]+[.][^ ]+[.][^ ]+|[0-9]+"
 COMMAND = "python tests/robustness/architectures.py"
@@ -576,7 +585,7 @@ def forked(action: Callable[[], torch.Tensor]) -> Iterator[Callable[[], torch.Te
 CHECKS: dict[str, Callable[[Case], None]] = {
     each.__name__: each
     for each in (Case.swaps, Case.prepared, Case.half, Case.shared, Case.pools, Case.rows, Case.generate, Case.tasks)
-}
+} | {"ahead": compiled_ahead.ahead}
 
 
 def main() -> None:
@@ -586,17 +595,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first case's; each further one's is one more")
     parser.add_argument("--only", nargs="+", choices=ARCHITECTURES, default=[*ARCHITECTURES], metavar="ARCHITECTURE")
     parser.add_argument("--checks", nargs="+", choices=CHECKS, default=[*CHECKS])
+    parser.add_argument("--once", action="store_true", help="each architecture once by each check, with this seed")
+    parser.add_argument("--compiled", action="store_true", help="ahead of time: with AOTInductor, a minute for each")
     arguments = parser.parse_args()
+    compiled_ahead.COMPILED = arguments.compiled
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     report, start, minutes = Report(), time.monotonic(), 0.0
-    for seed in itertools.count(arguments.seed):
-        if minutes > arguments.minutes if arguments.cases is None else seed == arguments.seed + arguments.cases:
-            break
-        draw = random.Random(seed)
-        Case(draw.choice(arguments.only), draw.choice(arguments.checks), seed, report).run()
-        minutes = (time.monotonic() - start) / 60
-    print(f"{report}\n{minutes:.1f} minutes")
+    with contextlib.suppress(KeyboardInterrupt):  # what was found until then is printed
+        for name, check in itertools.product(arguments.only, arguments.checks) if arguments.once else ():
+            Case(name, check, arguments.seed, report).run()
+        for seed in () if arguments.once else itertools.count(arguments.seed):
+            if minutes > arguments.minutes if arguments.cases is None else seed == arguments.seed + arguments.cases:
+                break
+            draw = random.Random(seed)
+            Case(draw.choice(arguments.only), draw.choice(arguments.checks), seed, report).run()
+            minutes = (time.monotonic() - start) / 60
+    print(f"{report}\n{(time.monotonic() - start) / 60:.1f} minutes")
     sys.exit(bool(report.failures))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compiled_ahead
 import pytest
 import transformers
 from architectures import CHECKS, Case, Report
@@ -59,6 +60,14 @@ def test_found_once(case):
 @pytest.mark.parametrize("name", few_of(ARCHITECTURES, ("deberta", "hubert")))
 def test_each_architecture(name):
     run(*[(name, check, 1) for check in CHECKS])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gemma", "bert", "convnext"])
+def test_compiled_ahead(name, monkeypatch):
+    """With AOTInductor; all architectures: ``architectures.py --checks ahead --once --compiled``."""
+    monkeypatch.setattr(compiled_ahead, "COMPILED", True)
+    run((name, "ahead", 1))
 
 
 @pytest.mark.long

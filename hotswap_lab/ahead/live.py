@@ -1,0 +1,291 @@
+"""What compiled code depends on in a live model: its modules and their settings, its tensors, its state."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import enum
+import functools
+import inspect
+import itertools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils.hooks import RemovableHandle
+
+from ..beyond.guards import random_numbers_kept
+from ..compat import ADAPTER_STATE
+from ..core.compiled import unwrap_compiled
+from ..core.errors import listing, refuse
+from ..core.host import Host, carriers
+from ..core.slot import room_of
+from ..pools.layers import READ
+
+#: a table of a module, and a name in it: where a tensor is found each time
+Place = tuple[dict[str, Any], str]
+#: settings that no forward computes with; a dtype is compared tensor by tensor
+LABELS = {
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "tokenizer_class",
+}
+LABELS |= {"finetuning_task", "task_specific_params", "name_or_path", "transformers_version", "training"}
+LABELS |= {"gradient_checkpointing", "generation_config"}
+#: token ids that generating reads, and the forward of other models than causal ones
+ENDS = {"bos_token_id", "eos_token_id", "pad_token_id", "padding_idx"}
+#: hooks that transformers adds when it computes, which do nothing unless it asks for their output
+QUIET_HOOKS = "transformers.utils.output_capturing"
+#: whether adapters are disabled, which ones are merged, and which are active
+TUNER_STATE = operator.itemgetter(*ADAPTER_STATE)
+CONTAINERS = (torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.ParameterList)
+
+
+def hosts_in(model: Any) -> list[Host]:
+    """The carriers of adapters in a model, or in a pool's."""
+    root = model if isinstance(model, torch.nn.Module) else model.model
+    return [host for host in carriers(root) if host.configs]
+
+
+def top_of(host: Host) -> torch.nn.Module:
+    """The module to compile: the base model, or the module that the user has put around the adapter's model."""
+    root = unwrap_compiled(host.root)
+    return host.base if root is host.carrier else root
+
+
+def prepared(model: Any) -> tuple[Host, str, torch.nn.Module]:
+    """The model that carries the prepared adapter, the adapter's name, and the module to compile."""
+    hosts = hosts_in(model)
+    found = [(host, name) for host in hosts for name in host.configs if room_of(host.base, name) is not None]
+    if len(found) != 1:
+        raise refuse("ahead_not_prepared", found=listing(repr(name) for _, name in found) or "none")
+    ((host, name),) = found
+    if reason := unfit(host.base, tuner_layers(host.base), name):
+        raise refuse("ahead_state", found=reason, name=name)
+    return host, name, top_of(host)
+
+
+def tuner_layers(base: torch.nn.Module) -> list[Any]:
+    return [each for each in base.modules() if isinstance(each, BaseTunerLayer)]
+
+
+def unfit(base: torch.nn.Module, layers: Sequence[Any], name: str) -> str | None:
+    """Describe a state of the model that the compiled code would compute wrongly, or None."""
+    if base.training:
+        return "training mode"
+    for layer in layers:
+        if layer.disable_adapters:
+            return "adapters that are disabled"
+        if layer.merged_adapters:
+            return f"an adapter that is merged, {layer.merged_adapters[0]!r}"
+        if layer.active_adapters != [name]:
+            return f"the active adapters {layer.active_adapters}"
+    return None
+
+
+def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, the defaults of those that are not passed included."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = bound.arguments
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(parameter.name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(parameter.name, ()):
+            raise refuse("ahead_arguments", found=f"arguments without a name, in *{parameter.name}")
+    return arguments
+
+
+# ---- tensors
+
+
+def form_of(tensor: torch.Tensor) -> list[Any]:
+    """The properties of a tensor that compiled code relies on."""
+    return [list(tensor.shape), list(tensor.stride()), str(tensor.dtype), tensor.device.type]
+
+
+def places_in(module: torch.nn.Module, room: Any) -> dict[str, Place]:
+    """All tensors that code may be bound to, by their names in an export; tied ones by each of their names."""
+    found: dict[str, Place] = {}
+    for path, each in module.named_modules(remove_duplicate=False):
+        before = f"{path}." if path else ""
+        for table in (each._parameters, each._buffers):
+            found |= {before + name: (table, name) for name, tensor in table.items() if tensor is not None}
+        own = each.__dict__.get("lora_variant", {}).get(room.slot.adapter_name) if hasattr(room, "batch") else None
+        if own is not None:
+            found |= {before + buffer: (own.__dict__, name) for name, buffer in READ.items()}
+    return found
+
+
+@contextlib.contextmanager
+def kept(module: torch.nn.Module) -> Iterator[None]:
+    """Put back the attributes and buffers of all modules after a block that computes or exports, and random numbers."""
+    tables = [each.__dict__ for each in module.modules()]
+    tables += [each._buffers for each in module.modules() if each._buffers]
+    before = [(table, dict(table)) for table in tables]
+    values = [(each, each.clone()) for each in module.buffers() if each.device.type != "meta"]
+    try:
+        with random_numbers_kept():
+            yield
+    finally:
+        for table, entries in before:
+            table.clear()
+            table.update(entries)
+        for buffer, value in values:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+# ---- modules and their settings
+
+
+def facts_of(top: torch.nn.Module, paths: Sequence[str]) -> dict[str, dict[str, str]]:
+    """By module path: the types and plain settings that a forward may compute with, as text.
+
+    Of the adapters' own modules there is none: a swap changes their settings, and which tensors they have is compared.
+    """
+    found: dict[str, dict[str, str]] = {}
+    config = getattr(top, "config", None)
+    seen = {id(config)}
+    labels = LABELS
+    if any(type(each).__name__.endswith(("ForCausalLM", "LMHeadModel")) for each in top.modules()):
+        labels = labels | ENDS
+
+    def walk(path: str, module: torch.nn.Module) -> None:
+        settings = {"type": type(module).__name__}
+        for name, value in module.__dict__.items():
+            if name == "config" and id(value) not in seen:
+                seen.add(id(value))
+                settings |= _config(value, labels)
+            elif (text := _plain(value)) is not None and not (name.startswith("_") or name in labels):
+                settings[name] = text
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if hooks := [str(_plain(hook)) for hook in hooks if is_loud(hook)]:
+            settings["hooks"] = listing(hooks)
+        found[path] = settings
+        below = {"base_layer": module.base_layer} if isinstance(module, BaseTunerLayer) else module._modules
+        for name, child in below.items():
+            if isinstance(child, torch.nn.Module):
+                walk(f"{path}.{name}" if path else name, child)
+
+    for path in paths:
+        walk(path, top.get_submodule(path))
+    return found | {"config": _config(config, labels)}
+
+
+def _config(value: Any, labels: set[str], before: str = "config") -> dict[str, str]:
+    """The settings of a config, those of the configs in it too: ``{"config.rope_theta": "10000.0"}``."""
+    if callable(getattr(value, "to_dict", None)):
+        value = value.to_dict()
+    elif dataclasses.is_dataclass(value):
+        value = vars(value)
+    found: dict[str, str] = {}
+    if not isinstance(value, Mapping):
+        return found
+    for name, each in value.items():
+        name = str(name)
+        if name.startswith("_") or name in labels:
+            continue
+        if isinstance(each, Mapping):
+            found |= _config(each, labels, f"{before}.{name}")
+        elif (text := _plain(each)) is not None:
+            found[f"{before}.{name}"] = text
+    return found
+
+
+def _plain(value: object) -> str | None:
+    """A number, a name, a function, or a list of such as text; None for anything else."""
+    if isinstance(value, (list, tuple)):
+        parts = [_plain(each) for each in value]
+        return None if None in parts else f"[{', '.join(map(str, parts))}]"
+    if isinstance(value, functools.partial):
+        return _plain(value.func)
+    if inspect.isroutine(value) or isinstance(value, type):
+        return value.__qualname__
+    is_plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype, enum.Enum))
+    return repr(value) if is_plain else None
+
+
+def is_loud(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) != QUIET_HOOKS
+
+
+class Watched:
+    """The state of a live model when code was bound to it. What differs later, the code can't notice.
+
+    All of it is compared before each call, in loops that run in C: a large model has thousands of modules.
+    """
+
+    def __init__(self, top: torch.nn.Module, base: torch.nn.Module, name: str, blocks: Mapping[str, Any]):
+        self.base, self.name, self.layers = base, name, tuner_layers(base)
+        places: list[Place] = [each for block in blocks.values() for each in block.places]
+        #: a dict compares its entries by identity first; only two equal tensors of one element would pass for one
+        self._tables: list[dict[str, Any]] = list({id(table): table for table, _ in places}.values())
+        self._entries: list[dict[str, Any]] = [dict(each) for each in self._tables]
+        self._tensors: list[torch.Tensor] = [table[key] for table, key in places]
+        single = [(table, key, table[key]) for table, key in places if table[key].numel() == 1]
+        self._single: tuple[Any, ...] = tuple(zip(*single, strict=True)) or ((), (), ())
+        self._addresses: list[int] = self._addresses_now()
+        modules = list(top.modules())
+        self._links: list[dict[str, Any]] = [each._modules for each in modules if each._modules]
+        self._linked: list[dict[str, Any]] = [dict(each) for each in self._links]
+        self._attributes = [each.__dict__ for each in modules if not isinstance(each, CONTAINERS)]
+        self._forwards: int = self._forwards_now()
+        self._layers = [each.__dict__ for each in self.layers]
+        self._states = [tuple(map(copy.copy, TUNER_STATE(each))) for each in self._layers]
+        # around repeated blocks, hooks do what they always do
+        compiled = [each for path in blocks for each in top.get_submodule(path).modules()]
+        self._hooks = [table for each in compiled for table in (each._forward_hooks, each._forward_pre_hooks)]
+        self._hooked: list[list[Any]] = self._hooks_now()
+        self._look_at_hooks()
+
+    def _addresses_now(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self._tensors))
+
+    def _is_replaced(self) -> bool:
+        tables, keys, tensors = self._single
+        try:
+            return self._tables != self._entries or not all(map(operator.is_, map(dict.get, tables, keys), tensors))
+        except RuntimeError:  # two tensors were compared
+            return True
+
+    def _forwards_now(self) -> int:
+        return sum(map(dict.__contains__, self._attributes, itertools.repeat("forward")))
+
+    def _hooks_now(self) -> list[list[Any]]:
+        return [list(filter(is_loud, each.values())) if each else [] for each in self._hooks]
+
+    def _look_at_hooks(self) -> None:
+        #: each hook that is added anywhere has the next number, so no module has to be asked for new ones
+        self._next: int = RemovableHandle.next_id
+        self._some = [each for each in self._hooks if each]
+        self._sizes: list[int] = list(map(len, self._some))
+
+    def check(self) -> None:
+        """Refuse a model that has changed since then."""
+        differs = self.base.training or list(map(TUNER_STATE, self._layers)) != self._states
+        if differs and (reason := unfit(self.base, self.layers, self.name)):
+            raise refuse("ahead_state", found=reason, name=self.name)
+        if self._addresses_now() != self._addresses or self._is_replaced():
+            expected = "the memory that the compiled code reads"
+            raise refuse("ahead_moved", found="tensors that were moved, replaced or resized since", expected=expected)
+        found = None
+        if self._links != self._linked:
+            found = "a module that was replaced or removed since"
+        if self._forwards_now() != self._forwards:
+            found = "a module with a forward of its own"
+        if self._next != RemovableHandle.next_id or list(map(len, self._some)) != self._sizes:
+            if self._hooks_now() != self._hooked:
+                found = "a forward hook that was added or removed since"
+            else:
+                self._look_at_hooks()
+        if found:
+            raise refuse("ahead_moved", found=found, expected="the modules that were compiled")

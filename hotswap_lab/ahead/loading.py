@@ -1,0 +1,257 @@
+"""Binds compiled code to the memory of a live model, and calls it as the model is called."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .. import compat
+from ..core.change import apply
+from ..core.errors import listing, refuse
+from ..core.host import Host
+from ..core.journal import Journal
+from ..core.prepare import changes_to_prepare
+from ..core.slot import room_of
+from ..engine import ENGINE
+from ..pools.batch import PART
+from ..pools.proof import size_of
+from ..threads import held
+from .file import Tensors, inputs_in, read
+from .live import Place, Watched, facts_of, form_of, hosts_in, named, places_in, prepared, top_of
+from .proof import prove as prove_code
+from .sizes import Sizes
+
+Notes = Mapping[str, Any]
+
+
+def aoti_load(path: str | os.PathLike[str], model: Any, *, prove: bool = True) -> AheadModel:
+    """Binds a file of :func:`aoti_compile` to the memory of a model. Needs no compiler, and copies no weights.
+
+    Parameters
+    ----------
+    path:
+        The file.
+    model:
+        A model of the same form and settings, with an adapter loaded, or a pool. It may have other weights. If it is
+        not prepared yet, it is prepared for the ranks that the file was compiled with: no family of adapters has to be
+        at hand.
+    prove:
+        Calls the model and the code once, with the inputs of :func:`aoti_compile`, and compares what they compute. That
+        takes the time of two calls, and memory for a copy of the model's buffers. Nothing is proven of a model that
+        draws random numbers, or where the inputs could not be written to the file, such as a cache. Without the proof,
+        types and settings of modules are compared all the same.
+
+    Returns
+    -------
+    AheadModel
+        To be called as the base model is called.
+
+    Raises
+    ------
+    HotswapError
+        If the file is damaged, or was compiled by another version of PyTorch, for another processor, for a model with
+        other settings, or computes otherwise than the model.
+
+    Examples
+    --------
+    See :func:`aoti_compile`, which makes the file.
+    """
+    notes, values = read(path)
+    hosts, name = hosts_in(model), notes["name"]
+    host = next((each for each in hosts if name in each.configs), None)
+    if host is None or type(top_of(host)).__name__ != notes["base"]:
+        found = listing(f"{type(top_of(each)).__name__} with {', '.join(each.configs)}" for each in hosts)
+        raise refuse("ahead_other_model", found=found or "no adapter", expected=f"{notes['base']} with {name!r}")
+    journal = Journal()
+    with held(host.base):
+        try:
+            if room_of(host.base, name) is None:
+                apply(changes_to_prepare(ENGINE, host.root, [], adapter_name=name, ranks=notes["ranks"]), journal)
+            prepared(model)
+            return AheadModel(
+                os.fspath(path), host, notes, values, inputs_in(notes["given"], values) if prove else None
+            )
+        except BaseException:
+            journal.roll_back()
+            raise
+
+
+class AheadModel:
+    """A model that was compiled ahead of time, and computes with the weights and the adapter of a live model.
+
+    It is called like the base model and returns the same, without gradients. Each call first checks that the model is
+    still the one that was bound, and that the inputs have the form that was compiled. AOTInductor checks neither: it
+    would read freed memory, or take numbers for others.
+
+    Parameters
+    ----------
+    path, host, notes, values:
+        The file, its contents, and the model.
+    given:
+        Inputs for which the code must compute what the model does; None: without this proof.
+    """
+
+    def __init__(self, path: str, host: Host, notes: Notes, values: Tensors, given: Mapping[str, Any] | None = None):
+        #: the model whose memory this reads
+        self.base: torch.nn.Module = host.base
+        self._top: torch.nn.Module = top_of(host)
+        name: str = notes["name"]
+        room = room_of(host.base, name)
+        self._signature: inspect.Signature = inspect.signature(self._top.forward)
+        #: how the rows of a batch are checked, where each may have an adapter of its own
+        self._batch: Any = getattr(room, "batch", None)
+        self._copies: int = notes["rows"][1] if notes["rows"] else 1
+        if notes["rows"] and (self._batch is None or self._batch.rows != notes["rows"][0]):
+            found = f"{self._batch.rows} rows" if self._batch else "no pool with rows"
+            raise refuse("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
+        paths = [at for graph in notes["graphs"] for at in graph["paths"]]
+        _check_facts(facts_of(self._top, paths), notes["facts"])
+        bound: dict[str, Bound] = {}
+        for number, graph in enumerate(notes["graphs"]):
+            for at in graph["paths"]:
+                bound[at] = Bound(path, number, graph, self._top.get_submodule(at), room, values)
+        if given is not None:
+            prove_code(self._top, bound, given)
+        self._watched: Watched = Watched(self._top, self.base, name, bound)
+        self._run: Callable[..., Any] = bound[""] if "" in bound else _around(self._top, bound)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the base model's output. The inputs have the form that was compiled; dynamic sizes may differ."""
+        self.check()
+        rows: Any = contextlib.nullcontext()
+        if self._batch is not None and self._top is self.base:
+            rows = self._batch.entered((), named(self._signature, args, kwargs))
+        elif self._batch is not None:  # the layers are called from around the model, which a hook there does not see
+            total = size_of((), named(self._signature, args, kwargs))
+            self._batch.check_in_graph({}, PART, total, self._copies)
+        with torch.no_grad(), rows:
+            return self._run(*args, **kwargs)
+
+    def check(self) -> None:
+        """Refuses a model that has changed since it was bound, in a way that the compiled code can't notice.
+
+        It looks for moved or replaced tensors and modules, hooks, another ``forward``, another state of the adapters.
+        Settings of modules, such as an ``eps``, are compared when a file is loaded, not here.
+        """
+        self._watched.check()
+        if self._batch is not None and self._batch.copies != self._copies:
+            found = f"a batch that has each row {self._batch.copies} times"
+            raise refuse("ahead_inputs", found=found, expected=f"each row {self._copies} times")
+
+
+def _check_facts(found: Mapping[str, Mapping[str, str]], expected: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse a model with other settings than the one that was compiled: code has them in it as constants."""
+    for path in dict.fromkeys(["config", *expected, *found]):
+        own, other = found.get(path, {}), expected.get(path, {})
+        for key in dict.fromkeys([*other, *own]):
+            if own.get(key) != other.get(key):
+                key_path = key if key.startswith("config.") else f"{path}.{key}".lstrip(".")
+                raise refuse("ahead_other_settings", key=key_path, found=own.get(key), expected=other.get(key))
+
+
+class Bound:
+    """One compiled graph, bound to the tensors of one module."""
+
+    def __init__(self, path: str, number: int, notes: Notes, module: torch.nn.Module, room: Any, values: Tensors):
+        forms, places = notes["tensors"], places_in(module, room)
+        tensors = {key: places[key][0][places[key][1]] for key in forms if key in places}
+        for key, form in forms.items():
+            found = form_of(tensors[key]) if key in tensors else None
+            if found != form:
+                raise refuse("ahead_other_tensor", key=key, found=found or "no such tensor", expected=form)
+        self.names, self.inputs = notes["names"], notes["inputs"]
+        self.sizes: Sizes = Sizes(notes["symbols"], notes["conditions"])
+        self.places: list[Place] = [places[key] for key in forms]
+        #: kept, since the code has nothing but their addresses
+        self.tensors: Tensors = {key: tensors[key].detach() for key in forms}
+        self.tensors |= {key.partition(":")[2]: each for key, each in values.items() if key.startswith(f"{number}:")}
+        # torch's own load_package runs a compiler first, to find out what the processor can do
+        self.code: Any = compat.AOTICompiledModel(compat.AOTIModelPackageLoader(path, str(number), False, 1, -1))
+        wanted = self.code.get_constant_fqns()
+        self.code.load_constants({key: self.tensors[key] for key in wanted}, check_full_update=True, user_managed=True)
+        self.signature: inspect.Signature = inspect.signature(module.forward)
+        specs = [compat.treespec_loads(each) for each in self.code.loader.get_call_spec()]
+        self.input_form, self.output_form = specs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = named(self.signature, args, kwargs)
+        if given.keys() != set(self.names):
+            raise refuse("ahead_inputs", found=f"{listing(given)}", expected=f"the inputs {listing(self.names)}")
+        given = {name: given[name] for name in self.names}
+        leaves, form = compat.tree_flatten(((), given))
+        if form != self.input_form:
+            raise refuse("ahead_inputs", found=form, expected=self.input_form)
+        self._check(leaves, given)
+        run = self.code.loader.boxed_run if hasattr(self.code.loader, "boxed_run") else self.code.loader.run
+        outputs = run([each.contiguous() for each in leaves if isinstance(each, torch.Tensor)])
+        return compat.tree_unflatten(outputs, self.output_form)
+
+    def _check(self, leaves: Sequence[Any], given: Mapping[str, Any]) -> None:
+        """Refuses inputs of another form than those that were compiled."""
+        sizes: dict[str, int] = {}
+
+        def allowed(size: int, own: int | str) -> bool:
+            return size == (own if isinstance(own, int) else sizes.setdefault(own, size))
+
+        for number, (value, expected) in enumerate(zip(leaves, self.inputs, strict=True)):
+            found = input_form(value)
+            fits = found == expected
+            if not fits and isinstance(found, list) and isinstance(expected, list):
+                fits = found[1:] == expected[1:] and len(found[0]) == len(expected[0])
+                fits = fits and all(map(allowed, found[0], expected[0]))
+            if not fits:
+                name = [name for name in given for _ in compat.tree_flatten(given[name])[0]][number]
+                raise refuse("ahead_inputs", found=f"{name}: {found}", expected=f"{name}: {expected}")
+        values = [sizes[symbol] for symbol in self.sizes.symbols]
+        if not self.sizes.fit(*values):
+            found = listing(f"{name} = {size}" for name, size in zip(self.sizes.symbols.values(), values, strict=True))
+            raise refuse("ahead_inputs", found=found, expected=self.sizes.broken(*values))
+
+
+def input_form(value: object) -> Any:
+    """The form of an input: sizes, dtype and device of a tensor; the value itself of anything else."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    sizes = [str(each) for each in value.shape]  # an export's size may be a symbol, and that a number
+    grad = ["requires gradients"] if value.requires_grad else []
+    return [[int(each) if each.isdecimal() else each for each in sizes], str(value.dtype), value.device.type, *grad]
+
+
+class _Block(torch.nn.Module):
+    """Takes the place of a repeated layer, and has all of its attributes."""
+
+    def __init__(self, block: torch.nn.Module, bound: Bound):
+        super().__init__()
+        self.__dict__["_live"], self.__dict__["_bound"] = block, bound
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_live"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._bound(*args, **kwargs)
+
+
+def _around(base: torch.nn.Module, bound: Mapping[str, Bound]) -> torch.nn.Module:
+    """The base model once more, with compiled layers: its own modules but for those on the way to them."""
+    copies = {"": _copy_of(base)}
+    for path, each in bound.items():
+        *way, last = path.split(".")
+        for depth, step in enumerate(way, 1):
+            above, at = ".".join(way[: depth - 1]), ".".join(way[:depth])
+            if at not in copies:
+                copies[at] = copies[above]._modules[step] = _copy_of(copies[above]._modules[step])
+        parent = copies[".".join(way)]
+        parent._modules[last] = _Block(parent._modules[last], each)
+    return copies[""]
+
+
+def _copy_of(module: Any) -> Any:
+    """A module that shares all but its table of modules."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(module.__dict__, _modules=dict(module._modules))
+    return twin

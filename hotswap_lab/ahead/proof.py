@@ -1,0 +1,101 @@
+"""A proof by experiment that compiled code computes what a live model does, on the inputs that it was compiled with.
+
+The live model is called once, and each of its compiled modules notes what it is called with and returns. Then the
+code of each gets the same. So it takes the time of two forwards. What a comparison of settings can't see, it sees: a
+forward that was written anew, an adapter of another kind, layers that are alike in all but what they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .. import compat
+from ..core.errors import refuse
+from .live import kept
+
+Call = tuple[str, Any, Any]
+
+
+def prove(top: torch.nn.Module, compiled: Mapping[str, Callable[..., Any]], given: Mapping[str, Any]) -> None:
+    """Refuse code that computes otherwise than the modules at its paths. The model is as before, its buffers too.
+
+    Outputs, and buffers that are written, are compared by their largest and their mean difference, relative to the
+    output: half of the digits of its dtype must agree. A model that draws random numbers can't be compared.
+    """
+    inference = torch.is_inference_mode_enabled() or any(each.is_inference() for each in top.buffers())
+    with torch.no_grad(), torch.inference_mode(inference):
+        calls = _calls(top, compiled, given)
+        for path, (arguments, named), expected in calls:
+            module = top.get_submodule(path)
+            with kept(module):
+                actual = compiled[path](*arguments, **named), [*module.buffers()]
+                off = _difference(actual, expected)
+            if off and not _is_random(calls, _calls(top, compiled, given, seed=1)):
+                raise refuse("ahead_not_proven", path=path or type(top).__name__, off=off)
+
+
+def _calls(
+    top: torch.nn.Module, paths: Mapping[str, Any], given: Mapping[str, Any], seed: int | None = None
+) -> list[Call]:
+    """Each call of one of the modules in a forward of the live model: its path, its inputs, and what came of it."""
+    calls: list[Call] = []
+    begun: list[Any] = []
+
+    def end(path: str, module: torch.nn.Module, _: object, output: Any) -> None:
+        calls.append((path, begun.pop(), _copied((output, [*module.buffers()]))))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kept(top))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if seed is not None:
+            torch.manual_seed(seed)
+        for path in paths:
+            module = top.get_submodule(path)
+            before = module.register_forward_pre_hook(lambda _, *given: begun.append(_copied(given)), with_kwargs=True)
+            after = module.register_forward_hook(functools.partial(end, path))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        top(**given)
+    return calls
+
+
+def _copied(values: Any) -> Any:
+    leaves, form = compat.tree_flatten(values)
+    return compat.tree_unflatten([each.clone() if isinstance(each, torch.Tensor) else each for each in leaves], form)
+
+
+def _difference(actual: Any, expected: Any) -> str | None:
+    """Describe the first difference that is not rounding, or None."""
+    pairs = [compat.tree_flatten(each)[0] for each in (actual, expected)]
+    if len(pairs[0]) != len(pairs[1]):
+        return "another number of outputs"
+    for one, other in zip(*pairs, strict=True):
+        if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+            if type(one) is not type(other):
+                return f"a {type(one).__name__} where the model has a {type(other).__name__}"
+            continue
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return f"{one.dtype} {list(one.shape)} where the model has {other.dtype} {list(other.shape)}"
+        if torch.equal(one, other) or not other.numel():
+            continue
+        exact = not (other.is_floating_point() or other.is_complex())
+        tolerance = 0.0 if exact else torch.finfo(other.dtype).eps ** 0.5
+        # where both are infinite or no number, they agree
+        size, off = (
+            each.abs().double() for each in (other, one.to(torch.promote_types(one.dtype, torch.float32)) - other)
+        )
+        off[(one == other) | (one.isnan() & other.isnan())] = 0
+        size = size[size.isfinite()]
+        for measure in (torch.amax, torch.mean) if size.numel() else ():
+            if not measure(off) <= tolerance * measure(size):
+                return f"off by {measure(off):.3g}, of {measure(size):.3g}"
+    return None
+
+
+def _is_random(calls: list[Call], again: list[Call]) -> bool:
+    return any(_difference(one[2], other[2]) for one, other in zip(calls, again, strict=True))
