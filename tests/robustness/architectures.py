@@ -127,7 +127,6 @@ RIGHT_REFUSALS: dict[str, Callable[[Case], bool]] = {
     r"The rows of a batch can't have different adapters at": lambda case: case.has_no_rows,
     r"The adapter .* can't be another one in each row": lambda case: case.structure != "plain",
     r"A pool is for LoRA alone": lambda case: case.structure in ("bias", "tokens", "any"),
-    r"There is nothing to undo": lambda case: not case.history,
     r"The adapter .* is in the model": lambda case: case.removed in case.now.members,
     r"The adapter .* does not fit into the pool's memory": lambda case: "max_bytes" in case.options,
     r"The mix of .* needs more rank": lambda case: case.options["target_rank"] is None,
@@ -195,7 +194,6 @@ class Case:
         self.name, self.check, self.seed, self.report = name, check, seed, report
         self.draw = random.Random(f"{seed}/{name}/{check}")
         self.kind = ARCHITECTURES[name]
-        self.history: list[Now] = []
         self.options: dict = {}
         self.removed = self.base_weights = self.result = None
         self.was_moved, self.is_right, self.foreign = False, True, 0
@@ -430,7 +428,7 @@ class Case:
             self.move()
 
     def operations(self, rows: int) -> list[Callable[[], None]]:
-        found = [self.swap, self.swap, self.strength, self.off, self.update, self.update, self.undo, self.undo]
+        found = [self.swap, self.swap, self.strength, self.off, self.update, self.update]
         found += [self.using, self.remove, self.add, self.hotswap, self.hotswap]
         return found + ([self.assign, self.assign, self.assign, self.assigned] if rows > 1 else [])
 
@@ -469,10 +467,6 @@ class Case:
 
     # ---- operations
 
-    def put(self, now: Now) -> None:
-        self.history = [self.now]
-        self.now = now
-
     def draw_wanted(self) -> tuple[Row, str | dict[str, float]]:
         names = [*self.members]
         if self.structure != "plain" or self.draw.random() < 0.75:
@@ -492,16 +486,16 @@ class Case:
     def swap(self) -> None:
         (row, wanted), strength = self.draw_wanted(), self.draw_strength()
         if self.done("swap", self.pool.swap, wanted, strength):
-            self.put(Now((row,), strength))
+            self.now = Now((row,), strength)
 
     def strength(self) -> None:
         strength = self.draw.choice([0.5, 1.0, -2.0, 0.0])
         if self.done("strength", setattr, self.pool, "strength", strength):
-            self.put(replace(self.now, strength=strength))
+            self.now = replace(self.now, strength=strength)
 
     def off(self) -> None:
         if self.done("off", self.pool.off):
-            self.put(replace(self.now, strength=0.0))
+            self.now = replace(self.now, strength=0.0)
 
     def update(self) -> None:
         """New weights, mostly of one that is in use."""
@@ -512,10 +506,6 @@ class Case:
         if self.done("update", self.pool.update, name, new.tensors, new.config):
             self.members[name].label = label
 
-    def undo(self) -> None:
-        if self.done("undo", self.pool.undo):
-            self.now = self.history.pop()
-
     def assign(self) -> None:
         now, wanted = self.draw_rows(self.draw.randint(1, ROWS))
         strengths = [self.draw_strength()] * len(wanted)
@@ -523,7 +513,7 @@ class Case:
             strengths = [self.draw_strength() for _ in wanted]
         if self.done("assign", self.pool.assign, wanted, strengths):
             rows = tuple(replace(row, strength=by) for row, by in zip(now.rows, strengths, strict=True))
-            self.put(replace(now, rows=rows))
+            self.now = replace(now, rows=rows)
 
     def using(self) -> None:
         (row, wanted), strength = self.draw_wanted(), self.draw_strength()
