@@ -52,6 +52,7 @@ TOGETHER = (
     "/test_bad_files.py",
     "/test_ahead.py",
     "/test_bench.py",
+    "/test_crossings.py",
 )
 
 
