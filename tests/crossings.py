@@ -311,7 +311,8 @@ class Compiled(Feature):
 class Ahead(Feature):
     def begin(self, cell):
         path = cell.world.ahead(ROWS if cell.has("rows") else 1, cell.copies)
-        cell.computes["ahead"] = lambda inputs, run=aoti_load(path, cell.pool or cell.model): run(**inputs)
+        ahead = aoti_load(path, cell.pool or cell.model)
+        cell.computes["ahead"] = lambda inputs: ahead(**inputs)
 
     def disturb(self, cell):
         """Two sizes that were one in the export: the code would read beyond the smaller input."""
