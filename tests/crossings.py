@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Kind, Mlp, call, copied, load, save_random_adapter
+from models import COPIES, Kind, Mlp, call, copied, load, save_random_adapter
 from oracle import active, assert_equals
 from peft import LoHaConfig, get_peft_model
 from row_truth import Truth, assert_close
@@ -343,14 +343,18 @@ class Disabled(Feature):
 class Merged(Feature):
     def disturb(self, cell):
         if cell.has("rows"):
-            with pytest.raises(HotswapError, match="can't be merged"):
-                cell.model.merge_adapter()
+            for merge in (cell.model.merge_adapter, cell.model.merge_and_unload):
+                with pytest.raises(HotswapError, match="can't be merged"):
+                    merge()
             return
         cell.tolerance *= 5 if cell.has("half") else 10  # for the base weights are rounded
         cell.model.merge_adapter()
         with cell.now(refusing=("ahead",), wanted=cell.wanted), pytest.raises(HotswapError, match="merged"):
             cell.put("c")
         cell.model.unmerge_adapter()
+        twin = copied(cell.model, "deepcopy").merge_and_unload()
+        expected = cell.world.truth.of(cell.wanted[0], cell.strength)
+        assert_close(call(twin, cell.inputs), expected, cell.tolerance)
 
 
 class Saved(Feature):
@@ -375,12 +379,13 @@ class Copied(Feature):
     """A copy of the model goes its own way; it has the first row's adapter in all rows."""
 
     def disturb(self, cell):
-        twin, truth = copied(cell.model, "deepcopy"), cell.world.truth
+        twins, truth = [copied(cell.model, way) for way in COPIES], cell.world.truth
         expected = truth.of(cell.wanted[0], cell.strength)
         cell.put("c")
-        assert_close(call(twin, truth.inputs), expected, cell.tolerance)
-        hotswap_adapter(twin, cell.world.folders["big"], "default")
-        assert_close(call(twin, truth.inputs), truth.of("big"), cell.tolerance)
+        for twin in twins:
+            assert_close(call(twin, truth.inputs), expected, cell.tolerance)
+            hotswap_adapter(twin, cell.world.folders["big"], "default")
+            assert_close(call(twin, truth.inputs), truth.of("big"), cell.tolerance)
 
 
 #: in the order in which they are set up
