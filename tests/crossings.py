@@ -48,12 +48,13 @@ def _inputs() -> dict[str, torch.Tensor]:
 
 
 KIND = Kind(Shifted, _inputs, ("first", "blocks.0", "blocks.1", "last"))
-#: other ranks, scalings and layers: ``abc`` and ``big`` have all layers, ``bc`` has fewer, ``c`` one
+#: other ranks, scalings and layers: ``abc`` and ``big`` have all, ``bc`` fewer, ``a`` and ``c`` one each
 FAMILY = {
     "abc": dict(r=4, lora_alpha=6),
     "bc": dict(r=6, lora_alpha=5, use_rslora=True, target_modules=["blocks.0", "blocks.1", "last"]),
     "c": dict(r=2, lora_alpha=4, target_modules=["last"]),
-    "big": dict(r=7, lora_alpha=9, rank_pattern={"first": 9}, alpha_pattern={"last": 20}, lora_dropout=0.1),
+    "a": dict(r=2, lora_alpha=12, target_modules=["first"]),
+    "big": dict(r=5, lora_alpha=9, rank_pattern={"blocks.1": 3}, alpha_pattern={"last": 20}, lora_dropout=0.1),
 }
 
 
@@ -88,12 +89,11 @@ class World:
             for other in outputs[:number]:
                 assert (one - other).abs().max() > 5 * self.tolerance * one.abs().max()
 
-    def load(self) -> torch.nn.Module:
-        return load(self.kind, self.folders["abc"], **self.options)
+    def load(self, name: str = "abc", trained: bool = False) -> torch.nn.Module:
+        return load(self.kind, self.folders[name], is_trainable=trained, **self.options)
 
     def load_other(self, model) -> None:
         model.load_adapter(self.folders["abc"], "other", **self.options)
-        model.requires_grad_(False)
 
     def prepare(self, model) -> None:
         options = dict(target_rank=TARGET_RANK, adapter_name="default")
@@ -122,7 +122,7 @@ class Cell:
     def __init__(self, features: Sequence[str], world: World, folder: Path):
         self.features, self.world, self.folder, self.tolerance = features, world, folder, world.tolerance
         #: the model, and what swaps are asked of
-        self.model = self.live = world.load()
+        self.model = self.live = world.load(trained=self.has("trained"))
         self.pool: AdapterPool | None = None
         self.computes: dict[str, Callable] = {"eager": lambda inputs: call(self.model, inputs)}
         #: the adapter of each row, its strength, how often a batch has each row, and the ways that refuse to compute
@@ -143,13 +143,13 @@ class Cell:
             feature.disturb(self)
             self.check()
         with RecompileWatch(allow=0 if self.has("compiled") else None):
-            for name in ("c", "abc", "big"):
+            for name in ("c", "a", "big", "abc"):
                 self.put(name)
         if self.has("merged"):  # which has rounded the base weights
             return
         self.pool.swap("big") if self.pool else hotswap_adapter(self.live, self.world.folders["big"], "default")
         prepared = self.has("prepared", "pool")
-        fresh = load(self.world.kind, self.world.folders["big"], **self.world.options)
+        fresh = self.world.load("big", self.has("trained"))
         if self.has("several"):
             self.world.load_other(fresh)
         assert_equals(self.model, fresh, self.world.kind, prepared=prepared, tolerance=self.tolerance, margin=3)
@@ -220,6 +220,18 @@ class Half(Feature):
 
     def disturb(self, cell):
         cell.model.to(torch.bfloat16)
+
+
+class Trained(Feature):
+    """Weights that are trained between two swaps: nothing of that outlives the next one."""
+
+    def disturb(self, cell):
+        parameters = [each for each in cell.model.parameters() if each.requires_grad]
+        optimizer = torch.optim.SGD(parameters, 1.0)
+        cell.model(**cell.inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cell.put("bc")
 
 
 class Several(Feature):
@@ -334,7 +346,8 @@ class Disabled(Feature):
     def disturb(self, cell):
         with cell.model.disable_adapter(), cell.now(wanted=[None] * ROWS, refusing=("ahead",)):
             hotswap_adapter(cell.live, cell.world.folders["c"], "default")
-        cell.model.requires_grad_(False)  # PEFT lets be trained what it enables
+        if not cell.has("trained"):
+            cell.model.requires_grad_(False)  # PEFT lets be trained what it enables
         with cell.now_for("c"):
             pass
         cell.put("bc")
@@ -393,6 +406,7 @@ FEATURES: dict[str, Feature] = {
     "half": Half(),
     "DoRA": Feature(),
     "LoHa": Feature(),
+    "trained": Trained(),
     "several": Several(),
     "prepared": Prepared(),
     "pool": Pool(),

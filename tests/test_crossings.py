@@ -19,11 +19,12 @@ from hotswap_lab import HotswapError
 CELLS = {
     " x ".join(dict.fromkeys(pair)): pair
     for pair in itertools.combinations_with_replacement(FEATURES, 2)
-    if pair != METHODS  # an adapter is of one method
+    if pair not in (METHODS, ("trained", "inference"))  # an adapter is of one method; inference mode trains nothing
 }
 CELLS["plain"] = ()
 #: what the whole program is refused with
 REFUSED = {
+    ("trained", "rows"): "is being trained",
     ("DoRA", "rows"): "nothing but a lora_A and a lora_B",
     ("DoRA", "mixes"): "whose magnitude would stay at full strength",
     ("DoRA", "strength"): "whose magnitude would stay at full strength",
