@@ -143,13 +143,13 @@ class Cell:
             feature.disturb(self)
             self.check()
         with RecompileWatch(allow=0 if self.has("compiled") else None):
-            for name in ("c", "a", "big", "abc"):
+            for name in ("a", "big", "abc", "c"):
                 self.put(name)
         if self.has("merged"):  # which has rounded the base weights
             return
-        self.pool.swap("big") if self.pool else hotswap_adapter(self.live, self.world.folders["big"], "default")
+        self.pool.swap("a") if self.pool else hotswap_adapter(self.live, self.world.folders["a"], "default")
         prepared = self.has("prepared", "pool")
-        fresh = self.world.load("big", self.has("trained"))
+        fresh = self.world.load("a", self.has("trained"))
         if self.has("several"):
             self.world.load_other(fresh)
         assert_equals(self.model, fresh, self.world.kind, prepared=prepared, tolerance=self.tolerance, margin=3)
