@@ -356,19 +356,6 @@ def test_a_writer_inside_a_writer_keeps_everybody_out(model):
     computing.result(30)
 
 
-def test_two_models_are_taken_in_one_order(folders):
-    """Two threads that want the same two models, named in different orders, don't wait for each other."""
-    bases = [bases_of(load(KIND, folders["old"]))[0] for _ in range(2)]
-
-    def take(order) -> None:
-        for _ in range(200):
-            with held(*order, computing=True), held(*order):
-                pass
-
-    for each in [start(take, order) for order in (bases, bases[::-1])]:
-        each.result(60)
-
-
 def test_a_swap_that_begins_at_any_line_of_entering_keeps_the_thread_out_or_waits_for_it(folders):
     tried = (enter_while_another_begins_to_write(load(KIND, folders["old"]), step) for step in itertools.count(1))
     outcomes = list(itertools.takewhile(lambda both: both is not None, tried))
