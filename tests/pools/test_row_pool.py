@@ -137,6 +137,16 @@ def test_a_mix_that_is_there_already_gets_another_strength(pool, truth):
     assert_rows(pool, truth, [mix, mix])
 
 
+def test_rows_with_the_same_mix_are_equal(pool, truth):
+    """They need no proof, so that models that don't keep rows apart can compute them, too."""
+    mix = {"a": 0.5, "c": 2}
+    pool.assign([mix, dict(mix)])
+    assert not pool._room.batch.differs
+    assert_rows(pool, truth, [mix, mix])
+    pool.assign([mix, {"a": 0.5, "c": 1}])
+    assert pool._room.batch.differs
+
+
 def test_what_a_row_or_a_mix_has_can_not_be_removed(pool):
     pool.assign(["a", {"a": 0.5, "b": 1}, None])
     for name in "ab":
