@@ -44,7 +44,7 @@ from hotswap_lab import (
 from hotswap_lab.core.engine import NoLock
 from hotswap_lab.engine import ENGINE
 from hotswap_lab.threads import bases_of, held, turns_of
-from hotswap_lab.turns import Turn
+from hotswap_lab.threads.turns import Turn
 
 KIND = KINDS["linear"]
 #: long enough for a thread to get to where it has to wait

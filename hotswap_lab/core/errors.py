@@ -79,8 +79,7 @@ class HotswapError(ValueError, RuntimeError):
 @functools.cache
 def _texts() -> configparser.ConfigParser:
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
-    package = Path(__file__).parents[1]
-    parser.read([package / "refusals.ini", *sorted(package.glob("*/refusals.ini"))], encoding="utf-8")
+    parser.read(sorted(Path(__file__).parents[1].glob("*/refusals.ini")), encoding="utf-8")
     return parser
 
 

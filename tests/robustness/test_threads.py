@@ -205,7 +205,7 @@ def test_without_taking_turns_outputs_are_torn(folders):
 
 def is_waiting(thread: threading.Thread) -> bool:
     frames = traceback.extract_stack(sys._current_frames().get(thread.ident))
-    return any(frame.filename.endswith("threads.py") for frame in frames)
+    return any(Path(frame.filename).name == "turns.py" for frame in frames)
 
 
 def test_two_models_are_taken_in_one_order(folders):
