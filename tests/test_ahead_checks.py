@@ -163,6 +163,16 @@ def test_layers_that_look_alike(tmp_path, which, dynamic):
         torch.testing.assert_close(ahead(**given).logits, call(model, given), rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_that_requires_gradients(tmp_path):
+    """One that could be trained further: neither a call nor the proof of its blocks computes gradients."""
+    model = prepared(LLAMA, tmp_path)
+    model.requires_grad_(True)
+    ahead = bind(file_of(model, tmp_path, repeated_blocks=True), model)
+    output = ahead(**ids()).logits
+    assert not output.requires_grad
+    torch.testing.assert_close(output, call(model, ids()), rtol=1e-4, atol=1e-5)
+
+
 # ---- models with other settings
 
 

@@ -28,7 +28,7 @@ def prove(top: torch.nn.Module, compiled: Mapping[str, Callable[..., Any]], give
     output: half of the digits of its dtype must agree. A model that draws random numbers can't be compared.
     """
     inference = torch.is_inference_mode_enabled() or any(each.is_inference() for each in top.buffers())
-    with torch.no_grad(), torch.inference_mode(inference):
+    with torch.inference_mode(inference), torch.no_grad():  # the former turns gradients on where it is off
         calls = _calls(top, compiled, given)
         for path, (arguments, named), expected in calls:
             module = top.get_submodule(path)
