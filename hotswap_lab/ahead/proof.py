@@ -24,7 +24,8 @@ def prove(top: torch.nn.Module, compiled: Mapping[str, Callable[..., Any]], give
     """Refuse code that computes otherwise than the modules at its paths. The model is as before, its buffers too.
 
     Outputs, and buffers that are written, are compared by their largest and their mean difference, relative to the
-    output: half of the digits of its dtype must agree, of float32 at most. A model that draws random numbers can't be compared.
+    output: half of the digits of its dtype must agree, of float32 at most. A model that draws random numbers can't be
+    compared.
     """
     inference = torch.is_inference_mode_enabled() or any(each.is_inference() for each in top.buffers())
     with torch.inference_mode(inference), torch.no_grad():  # the former turns gradients on where it is off
