@@ -220,7 +220,7 @@ CHANGES = {
     "moved": (move, "moved, replaced or resized"),
     "replaced": (replace, "moved, replaced or resized"),
     "half precision": (lambda model: model.half(), "moved, replaced or resized"),
-    "unloaded": (lambda model: model.unload(), "a module that was replaced or removed"),
+    "unloaded": (lambda model: model.unload(), "modules that were moved, replaced"),
 }
 
 

@@ -136,7 +136,8 @@ def cohere2() -> nn.Module:
 
 def gpt2_scaled() -> nn.Module:
     sizes = dict(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True))
+    scaled = dict(scale_attn_by_inverse_layer_idx=True, attn_implementation="eager")  # older sdpa has no scale there
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **scaled))
     for block in model.transformer.h:
         block.attn.c_attn.weight.data *= 20  # so that attention looks somewhere
     return model
@@ -161,6 +162,52 @@ def test_layers_that_look_alike(tmp_path, which, dynamic):
     ahead = bind(path, model)
     for given in [ids(), *([ids(3, 12)] if dynamic else [])]:
         torch.testing.assert_close(ahead(**given).logits, call(model, given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_requires_gradients(tmp_path):
+    """One that could be trained further: neither a call nor the proof of its blocks computes gradients."""
+    model = prepared(LLAMA, tmp_path)
+    model.requires_grad_(True)
+    ahead = bind(file_of(model, tmp_path, repeated_blocks=True), model)
+    output = ahead(**ids()).logits
+    assert not output.requires_grad
+    torch.testing.assert_close(output, call(model, ids()), rtol=1e-4, atol=1e-5)
+
+
+class Part(nn.Linear):
+    pass
+
+
+class Whole(nn.Module):
+    """A repeated layer that has repeated layers in it."""
+
+    _no_split_modules = ("Part", "Half")
+
+    def __init__(self):
+        super().__init__()
+        self.halves = nn.ModuleList([Half(), Half()])
+
+    def forward(self, x):
+        for each in self.halves:
+            x = each(x)
+        return x
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.part = nn.Linear(12, 12), Part(12, 12)
+
+    def forward(self, x):
+        return self.part(self.first(x).tanh())
+
+
+def test_repeated_layers_in_repeated_layers(tmp_path):
+    kind = Kind(Whole, lambda: torch.randn(3, 12), ("first",))
+    model = prepared(kind, tmp_path)
+    path = file_of(model, tmp_path, kwargs=dict(x=kind.inputs()), repeated_blocks=True)
+    assert [each["paths"] for each in read(path)[0]["graphs"]] == [["halves.0", "halves.1"]]
+    torch.testing.assert_close(bind(path, model)(kind.inputs()), call(model, kind.inputs()))
 
 
 # ---- models with other settings
@@ -295,12 +342,12 @@ def replace_weight(model):
 
 
 CHANGES = {
-    "a hook": (add_hook, "a forward hook that was added"),
-    "a hook before": (add_hook_before, "a forward hook that was added"),
-    "a hook in an adapter": (add_hook_in_an_adapter, "a forward hook that was added"),
-    "a forward": (replace_forward, "a module with a forward of its own"),
-    "a weight": (replace_weight, "moved, replaced"),
-    "a module": (other_function, "a module that was replaced"),
+    "a hook": (add_hook, "a forward or a hook"),
+    "a hook before": (add_hook_before, "a forward or a hook"),
+    "a hook in an adapter": (add_hook_in_an_adapter, "a forward or a hook"),
+    "a forward": (replace_forward, "a forward or a hook"),
+    "a weight": (replace_weight, "tensors or modules"),
+    "a module": (other_function, "modules that were moved, replaced"),
 }
 
 
@@ -325,6 +372,48 @@ def test_a_scaling_of_the_same_value_elsewhere(granites):
     (name,) = [name for name, each in buffers.items() if each is not None]
     buffers[name] = buffers[name].clone()
     refused("moved, replaced", lambda _: ahead(**ids()), model)
+
+
+def test_a_file_is_made_and_bound_before_hidden_states_are_asked_for(tmp_path):
+    """transformers adds its hooks the first time, and must know later whether it did."""
+    model, given = prepared(LLAMA, tmp_path), ids() | dict(output_hidden_states=True)
+    for by_blocks in (False, True):
+        bind(file_of(model, tmp_path, kwargs=given, repeated_blocks=by_blocks), model)
+    assert len(model(**given).hidden_states) == 3
+
+
+def test_a_forward_that_is_its_class_s(granites):
+    """Older transformers leave it in a module's table; a later one that is not is noticed all the same."""
+    make, path = granites
+    model = make()
+    ahead, mlp = bind(path, model), model.get_base_model().model.layers[0].mlp
+    mlp.forward = mlp.forward
+    torch.testing.assert_close(ahead(**ids()).logits, call(model, ids()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bind(path, model)(**ids()).logits, call(model, ids()), rtol=1e-4, atol=1e-5)
+    replace_forward(model)
+    refused("a forward or a hook", lambda _: ahead(**ids()), model)
+
+
+def test_float64_that_is_rounded_on_the_way(tmp_path, monkeypatch):
+    """As in norms that compute in float32; compiled code rounds otherwise."""
+    kind = Kind(Rounded, lambda: torch.randn(3, 12), ("first",))
+    model = load(kind, save_random_adapter(kind, tmp_path / "adapter", 1)).double()
+    prepare(model, target_rank=8)
+    given = dict(x=torch.randn(3, 12, dtype=torch.float64))
+    path = file_of(model, tmp_path, kwargs=given)
+    monkeypatch.setattr(Rounded, "forward", lambda self, x: self.first(x).float().tanh().double())
+    bind(path, model)
+    monkeypatch.setattr(Rounded, "forward", lambda self, x: 1.01 * self.first(x).tanh())
+    refused("does not compute", lambda model: bind(path, model), model)
+
+
+class Rounded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.first(x).tanh()
 
 
 def test_hooks_of_transformers_do_nothing(granites):

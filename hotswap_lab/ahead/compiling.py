@@ -173,7 +173,10 @@ def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torc
 def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bool) -> dict[tuple[str, ...], Any]:
     """One exported program for each kind of repeated layer, by the paths of all layers of that kind."""
     kinds = {*(getattr(base, "_repeated_blocks", None) or getattr(base, "_no_split_modules", None) or ())}
-    blocks = {path: each for path, each in base.named_modules() if type(each).__name__ in kinds}
+    blocks: dict[str, torch.nn.Module] = {}
+    for path, each in base.named_modules():  # a block in a block is compiled with it
+        if type(each).__name__ in kinds and not any(path.startswith(f"{outer}.") for outer in blocks):
+            blocks[path] = each
     if not blocks:
         raise refuse("ahead_no_blocks", name=type(base).__name__)
     paths, seen = {block: path for path, block in blocks.items()}, {}
@@ -181,12 +184,10 @@ def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bo
     def note(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.setdefault(paths[block], named(inspect.signature(block.forward), args, kwargs))
 
-    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks.values()]
-    try:
+    with kept(base):  # which removes the hooks
+        for block in blocks.values():
+            block.register_forward_pre_hook(note, with_kwargs=True)
         base(**given)
-    finally:
-        for hook in hooks:
-            hook.remove()
     # layers of one class may compute in different ways, so each is exported, and compared with the others
     alike: dict[str, tuple[list[str], torch.export.ExportedProgram]] = {}
     for path, inputs in seen.items():

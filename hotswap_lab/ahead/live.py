@@ -10,7 +10,9 @@ import functools
 import inspect
 import itertools
 import operator
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -127,9 +129,13 @@ def places_in(module: torch.nn.Module, room: Any) -> dict[str, Place]:
 
 @contextlib.contextmanager
 def kept(module: torch.nn.Module) -> Iterator[None]:
-    """Put back the attributes and buffers of all modules after a block that computes or exports, and random numbers."""
-    tables = [each.__dict__ for each in module.modules()]
-    tables += [each._buffers for each in module.modules() if each._buffers]
+    """Put back the attributes, buffers and hooks of all modules after a block that computes or exports.
+
+    And random numbers. transformers adds hooks when it is first asked for hidden states, and notes that in an
+    attribute. If only that were put back, it would add them once more, and return each state twice.
+    """
+    tables: list[dict[str, Any]] = [each.__dict__ for each in module.modules()]
+    tables += [value for table in tables for value in table.values() if type(value) in (dict, OrderedDict)]
     before = [(table, dict(table)) for table in tables]
     values = [(each, each.clone()) for each in module.buffers() if each.device.type != "meta"]
     try:
@@ -165,10 +171,12 @@ def facts_of(top: torch.nn.Module, paths: Sequence[str]) -> dict[str, dict[str, 
             if name == "config" and id(value) not in seen:
                 seen.add(id(value))
                 settings |= _config(value, labels)
-            elif (text := _plain(value)) is not None and not (name.startswith("_") or name in labels):
+            elif name.startswith("_") or name in labels or (name == "forward" and not _is_own(module, value)):
+                continue
+            elif (text := _plain(value)) is not None:
                 settings[name] = text
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if hooks := [str(_plain(hook)) for hook in hooks if is_loud(hook)]:
+        if hooks := [str(_plain(hook)) for hook in hooks if _is_loud(hook)]:
             settings["hooks"] = listing(hooks)
         found[path] = settings
         below = {"base_layer": module.base_layer} if isinstance(module, BaseTunerLayer) else module._modules
@@ -214,8 +222,13 @@ def _plain(value: object) -> str | None:
     return repr(value) if is_plain else None
 
 
-def is_loud(hook: Any) -> bool:
+def _is_loud(hook: Any) -> bool:
     return getattr(hook, "__module__", None) != QUIET_HOOKS
+
+
+def _is_own(module: torch.nn.Module, forward: Any) -> bool:
+    """Whether a module's ``forward`` is another one than its class's, which older transformers put into its table."""
+    return forward is not None and forward != MethodType(type(module).forward, module)
 
 
 class Watched:
@@ -227,25 +240,24 @@ class Watched:
     def __init__(self, top: torch.nn.Module, base: torch.nn.Module, name: str, blocks: Mapping[str, Any]):
         self.base, self.name, self.layers = base, name, tuner_layers(base)
         places: list[Place] = [each for block in blocks.values() for each in block.places]
-        #: a dict compares its entries by identity first; only two equal tensors of one element would pass for one
+        self._modules: list[torch.nn.Module] = [*top.modules()]
+        #: of tensors and of modules. A dict compares its entries by identity first, so only two equal tensors of one
+        #: element would pass for one
         self._tables: list[dict[str, Any]] = list({id(table): table for table, _ in places}.values())
+        self._tables += [each._modules for each in self._modules if each._modules]
         self._entries: list[dict[str, Any]] = [dict(each) for each in self._tables]
-        self._tensors: list[torch.Tensor] = [table[key] for table, key in places]
         single = [(table, key, table[key]) for table, key in places if table[key].numel() == 1]
         self._single: tuple[Any, ...] = tuple(zip(*single, strict=True)) or ((), (), ())
+        self._tensors: list[torch.Tensor] = [table[key] for table, key in places]
         self._addresses: list[int] = self._addresses_now()
-        modules = list(top.modules())
-        self._links: list[dict[str, Any]] = [each._modules for each in modules if each._modules]
-        self._linked: list[dict[str, Any]] = [dict(each) for each in self._links]
-        self._attributes = [each.__dict__ for each in modules if not isinstance(each, CONTAINERS)]
-        self._forwards: int = self._forwards_now()
         self._layers = [each.__dict__ for each in self.layers]
         self._states = [tuple(map(copy.copy, TUNER_STATE(each))) for each in self._layers]
+        self._attributes = [each.__dict__ for each in self._modules if not isinstance(each, CONTAINERS)]
         # around repeated blocks, hooks do what they always do
         compiled = [each for path in blocks for each in top.get_submodule(path).modules()]
         self._hooks = [table for each in compiled for table in (each._forward_hooks, each._forward_pre_hooks)]
-        self._hooked: list[list[Any]] = self._hooks_now()
-        self._look_at_hooks()
+        self._code: list[list[Any]] = self._code_now()
+        self._look()
 
     def _addresses_now(self) -> list[int]:
         return list(map(torch.Tensor.data_ptr, self._tensors))
@@ -257,17 +269,22 @@ class Watched:
         except RuntimeError:  # two tensors were compared
             return True
 
-    def _forwards_now(self) -> int:
-        return sum(map(dict.__contains__, self._attributes, itertools.repeat("forward")))
+    def _code_now(self) -> list[list[Any]]:
+        """What computes beside the forwards of classes."""
+        forwards = [each.__dict__.get("forward") for each in self._modules]
+        hooks = [list(filter(_is_loud, each.values())) if each else [] for each in self._hooks]
+        return [[own for each, own in zip(self._modules, forwards, strict=True) if _is_own(each, own)], *hooks]
 
-    def _hooks_now(self) -> list[list[Any]]:
-        return [list(filter(is_loud, each.values())) if each else [] for each in self._hooks]
+    def _look(self) -> None:
+        self._hooked = [each for each in self._hooks if each]
+        self._forwards = [each for each in self._attributes if "forward" in each]
+        self._signs: list[Any] = self._signs_now()
 
-    def _look_at_hooks(self) -> None:
-        #: each hook that is added anywhere has the next number, so no module has to be asked for new ones
-        self._next: int = RemovableHandle.next_id
-        self._some = [each for each in self._hooks if each]
-        self._sizes: list[int] = list(map(len, self._some))
+    def _signs_now(self) -> list[Any]:
+        """What differs if :meth:`_code_now` does: each hook that is added, anywhere, has the next number."""
+        number = sum(map(dict.__contains__, self._attributes, itertools.repeat("forward")))
+        own = map(dict.get, self._forwards, itertools.repeat("forward"))
+        return [RemovableHandle.next_id, number, *own, *map(len, self._hooked)]
 
     def check(self) -> None:
         """Refuse a model that has changed since then."""
@@ -275,17 +292,8 @@ class Watched:
         if differs and (reason := unfit(self.base, self.layers, self.name)):
             raise refuse("ahead_state", found=reason, name=self.name)
         if self._addresses_now() != self._addresses or self._is_replaced():
-            expected = "the memory that the compiled code reads"
-            raise refuse("ahead_moved", found="tensors that were moved, replaced or resized since", expected=expected)
-        found = None
-        if self._links != self._linked:
-            found = "a module that was replaced or removed since"
-        if self._forwards_now() != self._forwards:
-            found = "a module with a forward of its own"
-        if self._next != RemovableHandle.next_id or list(map(len, self._some)) != self._sizes:
-            if self._hooks_now() != self._hooked:
-                found = "a forward hook that was added or removed since"
-            else:
-                self._look_at_hooks()
-        if found:
-            raise refuse("ahead_moved", found=found, expected="the modules that were compiled")
+            raise refuse("ahead_moved", found="tensors or modules that were moved, replaced or resized since")
+        if self._signs_now() != self._signs:
+            if self._code_now() != self._code:
+                raise refuse("ahead_moved", found="a forward or a hook that was added or removed since")
+            self._look()

@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -591,10 +592,16 @@ def main() -> None:
     compiled_ahead.COMPILED = arguments.compiled
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    # a run that is interrupted or out of time prints what it found; a shell makes its background jobs ignore the first
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     report, start, minutes = Report(), time.monotonic(), 0.0
-    with contextlib.suppress(KeyboardInterrupt):  # what was found until then is printed
+    with contextlib.suppress(KeyboardInterrupt):
         for name, check in itertools.product(arguments.only, arguments.checks) if arguments.once else ():
+            before = report.failures.keys() | set()
             Case(name, check, arguments.seed, report).run()
+            found = "; ".join(report.failures.keys() - before) or "no new failure"
+            print(f"{(time.monotonic() - start) / 60:5.1f} min  {name}, {check}: {found}", flush=True)
         for seed in () if arguments.once else itertools.count(arguments.seed):
             if minutes > arguments.minutes if arguments.cases is None else seed == arguments.seed + arguments.cases:
                 break

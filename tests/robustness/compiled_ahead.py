@@ -36,6 +36,8 @@ def ahead(case: Case) -> None:
 
 def _one_way(case: Case, by_blocks: bool) -> None:
     way = "by blocks" if by_blocks else "whole"
+    # compiled code rounds otherwise where a model computes in float32
+    same = partial(case.same, tolerance=1e-5) if COMPILED else case.same
     given = _inputs(case, 2, 4)
     sizes = {key: {axis: torch.export.Dim.AUTO for axis, size in enumerate(each.shape) if size > 1}
              for key, each in given.items() if isinstance(each, torch.Tensor)}  # fmt: skip
@@ -57,14 +59,14 @@ def _one_way(case: Case, by_blocks: bool) -> None:
             continue
         if case.done("a call", partial(answer, code), inputs):
             case.report.figures["calls compared"] += 1
-            case.same(f"{way}: a call", case.result, expected)
+            same(f"{way}: a call", case.result, expected)
     other, setting = _other(case)
     if other is None:
         return
     if case.done("binding another model", aoti_load, path, other, prove=False):
         bound = case.result
         if case.done("a call", partial(answer, bound), given):
-            case.same(f"{way}: another {setting}", case.result, call(other, given))
+            same(f"{way}: another {setting}", case.result, call(other, given))
 
 
 def _inputs(case: Case, rows: int, tokens: int) -> dict:
@@ -96,7 +98,10 @@ def _other(case: Case) -> tuple[nn.Module | None, str]:
     name = case.draw.choice(numbers)
     changed = type(base.config).from_dict(base.config.to_dict() | {name: getattr(base.config, name) * 1.5 + 0.1})
     twin = type(base)(changed).to(case.kind.dtype).eval()
-    twin.load_state_dict(case.kind.base().state_dict(), strict=False)
+    try:
+        twin.load_state_dict(case.kind.base().state_dict(), strict=False)
+    except RuntimeError:  # a number of which sizes are made
+        return None, ""
     return load(_Kind(twin), case.folders["a"]), name
 
 
