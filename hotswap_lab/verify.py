@@ -57,6 +57,7 @@ NOISE_TOLERANCE, NOISE_MARGIN = 2, 5
 SHOWN = 10
 #: the start of the names of config fields and of base weights, and the separator of a layer's path and its table's
 CONFIG, BASE, TABLE = "config.", "the base model's ", ": "
+TRAINED = f"{TABLE}requires_grad in "
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,9 @@ def _mismatches(slot: Slot, fresh: PeftModel, with_base: bool) -> Iterator[str]:
     found = _facts(slot.config, LoadedAlone(slot), saved_tensors(slot), name)
     tensors = get_peft_model_state_dict(fresh, adapter_name=name, save_embedding_layers=False)
     expected = _facts(fresh.peft_config[name], fresh, tensors, name)
+    # an adapter that is frozen as a whole, as for inference, is not compared in what is trained
+    if not any(True in value for key, value in found.items() if TRAINED in key):
+        found, expected = ({k: v for k, v in facts.items() if TRAINED not in k} for facts in (found, expected))
     if with_base:
         found |= _base_tensors(host.base)
         expected |= _base_tensors(find_host(fresh, name).base)
@@ -325,7 +329,7 @@ def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mappin
             with contextlib.suppress(AttributeError, LookupError, TypeError):
                 weights = attrgetter(table)(module)[adapter_name]
                 each = weights.parameters() if isinstance(weights, torch.nn.Module) else [weights]
-                facts[f"{canonical_path(path)}{TABLE}requires_grad in {table}"] = [one.requires_grad for one in each]
+                facts[f"{canonical_path(path)}{TRAINED}{table}"] = [one.requires_grad for one in each]
     return facts | {canonical_path(key): tensor for key, tensor in tensors.items()}
 
 

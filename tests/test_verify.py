@@ -282,3 +282,5 @@ def test_weights_that_peft_freezes(tmp_path, is_trainable):
         assert bool(verdict) != is_trainable
         assert "requires_grad in lora_B" in str(verdict) or not is_trainable
         layer.lora_B["default"].requires_grad_(is_trainable and number != 1)
+    model.requires_grad_(False)  # for inference
+    assert verify(model, folders[0])
