@@ -57,6 +57,7 @@ TOGETHER = (
     "/test_bad_files.py",
     "/test_ahead.py",
     "/test_bench.py",
+    "/test_crossings.py",
 )
 
 

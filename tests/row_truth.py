@@ -36,8 +36,8 @@ Wanted = str | Mapping[str, float] | None
 class Truth:
     """A batch as fresh loads compute it, each with one adapter, or one mix, for all rows."""
 
-    def __init__(self, kind: Kind, folders: Mapping[str, str], inputs: object, call: Callable = call):
-        self.kind, self.folders, self.inputs, self.call = kind, folders, inputs, call
+    def __init__(self, kind: Kind, folders: Mapping[str, str], inputs: object, call: Callable = call, **options):
+        self.kind, self.folders, self.inputs, self.call, self.options = kind, folders, inputs, call, options
         self.base: torch.Tensor = call(kind.base(), inputs)
         outputs = [self.base, *(self.of(name) for name in folders)]
         for number, one in enumerate(outputs):
@@ -61,9 +61,9 @@ class Truth:
     def model(self, weights: tuple[tuple[str, float], ...], strength: float = 1.0) -> torch.nn.Module:
         """A fresh load of these adapters, active together."""
         (first, _), *others = weights
-        model = load(self.kind, self.folders[first], first)
+        model = load(self.kind, self.folders[first], first, **self.options)
         for name, _ in others:
-            model.load_adapter(self.folders[name], name)
+            model.load_adapter(self.folders[name], name, **self.options)
         model.base_model.set_adapter([name for name, _ in weights])
         for layer in model.modules():
             if isinstance(layer, LoraLayer):

@@ -70,9 +70,11 @@ def test_stored_form(notebook):
     # nbval compares only cells that have a number; these do not depend on who ran what in which order
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
-    pngs = sum(len(output.data.get("image/png", "")) for output in outputs if "data" in output)
-    assert len(nbformat.writes(notebook)) - pngs < 100_000
-    assert pngs < 300_000
+    stored = [output.data for output in outputs if "data" in output]
+    pictures = [data.get("image/png", "") for data in stored]
+    pictures += [each for data in stored for each in re.findall(r'src="(data:image/[^"]*)', data.get("text/html", ""))]
+    assert len(nbformat.writes(notebook)) - sum(map(len, pictures)) < 100_000
+    assert sum(map(len, pictures)) < 300_000
     ignored = [cell for cell in code if "nbval-ignore-output" in cell.metadata.get("tags", [])]
     assert len(ignored) <= MAX_IGNORED * len(code)
 

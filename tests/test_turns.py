@@ -44,7 +44,7 @@ from hotswap_lab import (
 from hotswap_lab.core.engine import NoLock
 from hotswap_lab.engine import ENGINE
 from hotswap_lab.threads import bases_of, held, turns_of
-from hotswap_lab.turns import Turn
+from hotswap_lab.threads.turns import Turn
 
 KIND = KINDS["linear"]
 #: long enough for a thread to get to where it has to wait
@@ -354,19 +354,6 @@ def test_a_writer_inside_a_writer_keeps_everybody_out(model):
         computing = start(enter, model)
         assert not computing.done()
     computing.result(30)
-
-
-def test_two_models_are_taken_in_one_order(folders):
-    """Two threads that want the same two models, named in different orders, don't wait for each other."""
-    bases = [bases_of(load(KIND, folders["old"]))[0] for _ in range(2)]
-
-    def take(order) -> None:
-        for _ in range(200):
-            with held(*order, computing=True), held(*order):
-                pass
-
-    for each in [start(take, order) for order in (bases, bases[::-1])]:
-        each.result(60)
 
 
 def test_a_swap_that_begins_at_any_line_of_entering_keeps_the_thread_out_or_waits_for_it(folders):

@@ -179,6 +179,9 @@ def test_what_can_not_be_verified(model, new):
     model.set_adapter("default")
     model.base_model.disable_adapter_layers()
     refused("disabled: True", verify, model, new)
+    model.base_model.enable_adapter_layers()
+    model.merge_adapter(adapter_names=["default"])
+    refused(r"disabled: False, merged: \['default'\]", verify, model, new)
 
 
 def test_training_mode_is_put_back(model, new):

@@ -86,11 +86,11 @@ def _texts() -> configparser.ConfigParser:
 def refusal(which: str, /, **values: object) -> Refusal:
     """The refusal of this name, with these values in its text. An error among the values is shown by its first line.
 
-    >>> print(refusal("adapter_in_use", name="haiku"))
-    The adapter 'haiku' is the one that the model computes with.
-      found:    the active adapter
-      expected: one that isn't
-      next:     swap to another one first
+    >>> print(refusal("merged", adapter_name="default"))
+    Cannot hot-swap adapter 'default' because it is currently merged into the base weights.
+      found:    base weights that contain the old adapter
+      expected: an unmerged adapter: unmerging after a swap would subtract the wrong weights
+      next:     call model.unmerge_adapter() (diffusers: unfuse_lora()) first
     """
     text = _texts()[which]
     values = {key: first_line(each) if isinstance(each, BaseException) else each for key, each in values.items()}

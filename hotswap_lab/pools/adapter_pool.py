@@ -281,7 +281,7 @@ class AdapterPool:
 
     def _pack(self, member: Member, adapter: Adapter, check_targets: bool) -> Packed:
         self._check_room()
-        slot, sources = self._room.slot, []
+        slot, sources, task_type = self._room.slot, [], adapter.config.task_type
         if slot.config.modules_to_save:
             slot, adapter, sources = taken_apart(self._room, adapter, member.name)
         plan = make_plan(slot, adapter, check_targets=check_targets)
@@ -299,7 +299,7 @@ class AdapterPool:
         ]
         if slot is not self._room.slot:
             # like after loading: PEFT adds a classifier's names to the given ones
-            plan.config.modules_to_save = list(self._room.slot.config.modules_to_save)
+            plan.config.modules_to_save, plan.config.task_type = [*self._room.slot.config.modules_to_save], task_type
         state = State(tuple([layer.settings for layer in plan.layers]), plan.config, member)
         return self._room.pack(state, sources)
 
@@ -399,7 +399,13 @@ class AdapterPool:
                 apply([change])
 
     def _all_packed(self, adapters: Sequence[Wanted]) -> list[Packed | None]:
-        return [None if each is None else self._packed(each) for each in adapters]
+        names = [tuple(each.items()) if isinstance(each, Mapping) else each for each in adapters]
+        # each mix once: rows with the same one are equal, which any model can compute
+        packed = {
+            name: None if each is None else self._packed(each)
+            for name, each in dict(zip(names, adapters, strict=True)).items()
+        }
+        return [packed[name] for name in names]
 
     def _packed(self, name: str | Mapping[str, float]) -> Packed:
         """An adapter or a mix, ready to be written."""

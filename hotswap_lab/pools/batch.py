@@ -120,7 +120,12 @@ class Batch:
 
     @contextlib.contextmanager
     def entered(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
-        """A block around a call of the model that no hook sees, since its code was compiled ahead of time."""
+        """A block around a call of the model that no hook sees, since its code was compiled ahead of time.
+
+        In that code, ``copies`` is a constant, so that it would take other rows for those of a smaller batch.
+        """
+        if self.size and (total := size_of(arguments, named)) != self.size * self.copies:
+            self._refuse_batch(total, self.copies)
         self._enter(0, self.entries[0], arguments, named)
         try:
             yield

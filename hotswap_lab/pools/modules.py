@@ -70,5 +70,6 @@ def taken_apart(
 
 def _without_modules(config: Config) -> Config:
     config = copy.deepcopy(config)
-    config.modules_to_save = None
+    # PEFT adds a classifier's names to the config of an adapter for its task
+    config.modules_to_save = config.task_type = None
     return config

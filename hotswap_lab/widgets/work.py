@@ -17,7 +17,7 @@ from ..core.errors import refuse
 from ..core.journal import interrupts_held
 from ..figures.latency import readable
 from ..threads import ModelInUseError, waiting_at_most
-from ..turns import AROUND
+from ..threads.turns import AROUND
 from .clicks import Clicks, keep_apart_from_cells
 from .view import View, escape
 

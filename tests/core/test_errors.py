@@ -20,7 +20,7 @@ PACKAGE = Path(hotswap_lab.__file__).parent
 def test_it_is_what_code_for_peft_catches():
     for kind in (ValueError, RuntimeError):
         with pytest.raises(kind):
-            raise refuse("nothing_to_undo")
+            raise refuse("merged", adapter_name="default")
 
 
 def test_it_survives_pickling():

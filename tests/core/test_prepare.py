@@ -132,19 +132,6 @@ def test_the_family_in_any_form(tmp_path):
         assert_same_outputs(model, load(LINEAR, second), LINEAR)
 
 
-@pytest.mark.parametrize("way", COPIES)
-def test_copies_of_a_prepared_model_are_prepared(kind, family, way):
-    model = load(kind, family[0])
-    prepare_model_for_compiled_hotswap(model, target_rank=16)
-    twin = copied(model, way)
-    with untouched(model):
-        hotswap_adapter(twin, family[2], "default")
-        assert_equals_fresh_load(twin, kind, family[2], prepared=True)
-    addresses = resolve_slot(twin, "default").data_ptrs()
-    hotswap_adapter(twin, family[1], "default")
-    assert resolve_slot(twin, "default").data_ptrs() == addresses
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("way", COPIES)
 def test_copies_after_an_adapter_that_peft_has_loaded_beside_the_model(tmp_path, way):
@@ -211,18 +198,6 @@ def test_other_adapters_come_and_go_on_a_prepared_model(tmp_path):
 
 
 # ---- other models
-
-
-@pytest.mark.parametrize("kind", [KINDS[name] for name in ("linear", "embedding", "gpt2")])
-def test_merging_a_prepared_model(kind, family):
-    model = load(kind, family[0])
-    prepare_model_for_compiled_hotswap(model, target_rank=16)
-    hotswap_adapter(model, family[1], "default")
-    model.merge_adapter()
-    assert_same_outputs(model, load(kind, family[1]), kind, tolerance=1e-4, margin=1)
-    model.unmerge_adapter()
-    hotswap_adapter(model, family[2], "default")
-    assert_same_outputs(model.merge_and_unload(), load(kind, family[2]), kind, tolerance=1e-4, margin=1)
 
 
 def test_half_precision_and_conversions(tmp_path):

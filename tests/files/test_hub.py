@@ -142,6 +142,14 @@ def test_what_is_not_there_or_not_allowed_is_refused(hub, model, folders):
         assert str(error).count("found:") == str(error).count("next:") == 1
 
 
+def test_keys_without_a_prefix_are_refused_as_those_of_a_folder_are(hub, model, folders, tmp_path):
+    """From memory they are taken; a fresh load of files would ignore them."""
+    tensors = Adapter.load(folders["new"]).tensors
+    save_file({key.removeprefix("base_model.model."): each for key, each in tensors.items()}, tmp_path / WEIGHTS)
+    hub.repositories["team/adapter"]["main"][WEIGHTS] = (tmp_path / WEIGHTS).read_bytes()
+    refused("without the prefix", hotswap_adapter, model, "team/adapter", "default")
+
+
 def test_what_is_cached_takes_one_question_and_offline_none(hub, model, swaps_in, monkeypatch):
     swaps_in("new")
     hub.log.clear()

@@ -460,26 +460,6 @@ def test_a_checkpoint_of_another_rank_or_other_layers_is_refused(sources):
     assert_is(model, sources["d"])
 
 
-# ---- several adapters, merging, copies
-
-
-def test_between_merging_and_other_adapters(model, pool, sources):
-    pool.swap("b")
-    model.merge_adapter()
-    refused("currently merged", pool.swap, "c")
-    model.unmerge_adapter()  # which rounds the base weights
-    model.load_adapter(sources["e"], "other")
-    for name in "ca":
-        pool.swap(name)
-        assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
-        model.set_adapter("other")
-        assert_same_outputs(model, load(LLAMA, sources["e"]), LLAMA)
-        model.set_adapter("default")
-    model.delete_adapter("other")
-    hotswap_adapter(model, sources["c"], "default")
-    assert pool.active is None
-
-
 # ---- how it looks
 
 

@@ -67,7 +67,7 @@ class Reference(Truth):
     """Fresh loads of mixes, each kept as a model."""
 
     def __init__(self, kind: Architecture, folders: dict[str, str]):
-        self.kind, self.folders = kind, folders
+        self.kind, self.folders, self.options = kind, folders, {}
         self.models: dict[tuple, nn.Module] = {}
 
     def loaded(self, row: Row, strength: float = 1.0) -> nn.Module:

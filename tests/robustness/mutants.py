@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CODE = [f"hotswap_lab/{each}" for each in ("core", "pools", "files", "threads.py", "turns.py", "verify.py")]
+CODE = [f"hotswap_lab/{each}" for each in ("core", "pools", "files", "threads", "verify.py")]
 #: the tests next to the code, and its examples
 NEAR = [*("tests/core", "tests/pools", "tests/files", "tests/test_turns.py", "tests/test_verify.py"), *CODE]
 #: what README's command runs in one process; what notebooks, browsers and other processes run is not seen

@@ -35,7 +35,6 @@ from hotswap_lab import (
 )
 from hotswap_lab import threads as turns
 from hotswap_lab.files import saving
-from hotswap_lab.pools.mixes import Mix
 from hotswap_lab.pools.rows import RowRoom
 from hotswap_lab.threads import _patience as patience
 
@@ -335,22 +334,14 @@ def pool_state(pool: AdapterPool) -> dict:
         name: (each.version, each.source, of(each.packed) if each.source is None else None, each.stamp)
         for name, each in pool._members.items()
     }
-    former = pool._before and (of(pool._before), [*map(_owner, [pool._before, *getattr(pool._before, "rows", ())])])
     rows = [plain(room._all(band.memory)) for room in [pool._room] if isinstance(room, RowRoom) for band in room.bands]
     labels = [str(row) for row in pool.rows]
     return dict(
         entries=entries,
-        former=former,
         rows=(rows, labels),
         active=pool.active,
         strength=round(pool.strength, 4),
     )
-
-
-def _owner(packed) -> str | None:
-    """Whose weights these are: those of an adapter, or of a mix of them."""
-    owner = packed and packed.state.owner
-    return str(owner.weights) if isinstance(owner, Mix) else getattr(owner, "name", None)
 
 
 @operation("AdapterPool()", 1, 0)

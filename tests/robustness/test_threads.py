@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +24,19 @@ from models import KINDS, load, save_random_adapter
 from hotswap_lab import (
     Adapter,
     AdapterPool,
+    HotswapError,
+    ModelInUseError,
+    Plan,
     RecompileWatch,
+    commit,
     hotswap_adapter,
     in_use,
+    plan_hotswap,
     prepare_model_for_compiled_hotswap,
     set_strength,
+    waiting_at_most,
 )
+from hotswap_lab.threads import held
 
 #: of different ranks, scalings and layers, so that a mixture of any two is far from both
 FAMILY = {
@@ -189,3 +199,45 @@ def test_without_taking_turns_outputs_are_torn(folders):
     """What all of this is for, and the proof that the storm would notice."""
     no_turns = contextlib.nullcontext
     assert storm(folders, swapping_in_a_pool, 100_000, swapping=1, use=no_turns, until_torn=True)["torn"]
+
+
+# ---- two models at once
+
+
+def is_waiting(thread: threading.Thread) -> bool:
+    frames = traceback.extract_stack(sys._current_frames().get(thread.ident))
+    return any(Path(frame.filename).name == "turns.py" for frame in frames)
+
+
+def test_two_models_are_taken_in_one_order(folders):
+    """Whichever is named first: or two threads would wait for each other, each with one of the models."""
+    models = [load(KIND, folders["a"]) for _ in range(2)]
+    plans = {model: plan_hotswap(model, Adapter.load(folders["b"])) for model in models}
+
+    def swap_both(*plans: Plan) -> None:
+        with contextlib.suppress(HotswapError):  # the second time, the models are no longer as planned
+            commit(*plans)
+
+    def is_taken(other: torch.nn.Module, kept: torch.nn.Module, order: list) -> bool:
+        """Whether a thread that waits for one model has the other one already."""
+        thread = threading.Thread(target=swap_both, args=[plans[model] for model in order])
+        with held(kept.get_base_model(), computing=True):
+            thread.start()
+            for _ in range(2):  # it is there, and has had the time to take what is free
+                while not is_waiting(thread):
+                    time.sleep(0.01)
+                time.sleep(0.1)
+            try:
+                with waiting_at_most(0):
+                    set_strength(other, 1.0)
+            except ModelInUseError:
+                taken = True
+            else:
+                taken = False
+        thread.join(60)
+        assert not thread.is_alive()
+        return taken
+
+    orders = [models, models[::-1]]
+    found = [[is_taken(*pair, order) for pair in orders] for order in orders]
+    assert found[0] == found[1]

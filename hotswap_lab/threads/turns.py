@@ -23,7 +23,7 @@ from concurrent import futures
 from contextvars import ContextVar
 from types import FrameType
 
-from .core.errors import HotswapError, refusal, refuse
+from ..core.errors import HotswapError, refusal, refuse
 
 #: the kinds of turns: several blocks may compute at once; one swaps, while others compute; one writes, alone
 COMPUTE, SWAP, WRITE = "compute", "swap", "write"

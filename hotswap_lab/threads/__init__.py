@@ -22,8 +22,8 @@ from typing import Generic, TypeVar
 
 import torch
 
-from .core.errors import HotswapError, refuse
-from .core.host import carriers
+from ..core.errors import HotswapError, refuse
+from ..core.host import carriers
 from .turns import COMPUTE, SWAP, WRITE, Entry, ModelInUseError, Turn, _patience
 
 __all__ = ["ModelInUseError", "in_use", "waiting_at_most"]
