@@ -22,7 +22,7 @@ from ..core.report import readable_bytes
 from ..core.slot import room_of
 from ..threads import held
 from . import file
-from .live import Place, facts_of, form_of, kept, named, places_in, prepared
+from .live import Place, copied, facts_of, form_of, kept, named, places_in, prepared
 from .loading import AheadModel, input_form
 from .sizes import Sizes, conditions_of
 
@@ -145,12 +145,7 @@ def _shapes(given: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict
 def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torch.export.ExportedProgram:
     # An export takes one tensor that is passed twice for one input. And the code reads inputs as they lie in memory
     # here, so they are made contiguous, here and in each call.
-    leaves, form = compat.tree_flatten(given)
-    copies = [
-        each.clone(memory_format=torch.contiguous_format) if isinstance(each, torch.Tensor) else each for each in leaves
-    ]
-    given = compat.tree_unflatten(copies, form)
-
+    given = copied(given)
     live = module.forward
 
     def forward(**arguments: Any) -> Any:

@@ -19,6 +19,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.hooks import RemovableHandle
 
+from .. import compat
 from ..beyond.guards import random_numbers_kept
 from ..compat import ADAPTER_STATE
 from ..core.compiled import unwrap_compiled
@@ -125,6 +126,13 @@ def places_in(module: torch.nn.Module, room: Any) -> dict[str, Place]:
         if own is not None:
             found |= {before + buffer: (own.__dict__, name) for name, buffer in READ.items()}
     return found
+
+
+def copied(values: Any) -> Any:
+    """Contiguous copies of all tensors in nested lists, tuples and dicts."""
+    leaves, form = compat.tree_flatten(values)
+    copies = [each.clone(memory_format=torch.contiguous_format) if torch.is_tensor(each) else each for each in leaves]
+    return compat.tree_unflatten(copies, form)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 
 from .. import compat
 from ..core.errors import refuse
-from .live import kept
+from .live import copied, kept
 
 Call = tuple[str, Any, Any]
 
@@ -47,22 +47,17 @@ def _calls(
     begun: list[Any] = []
 
     def end(path: str, module: torch.nn.Module, _: object, output: Any) -> None:
-        calls.append((path, begun.pop(), _copied((output, [*module.buffers()]))))
+        calls.append((path, begun.pop(), copied((output, [*module.buffers()]))))
 
     with kept(top), torch.compiler.set_stance("force_eager"):  # the first removes the hooks
         if seed is not None:
             torch.manual_seed(seed)
         for path in paths:
             module = top.get_submodule(path)
-            module.register_forward_pre_hook(lambda _, *given: begun.append(_copied(given)), with_kwargs=True)
+            module.register_forward_pre_hook(lambda _, *given: begun.append(copied(given)), with_kwargs=True)
             module.register_forward_hook(functools.partial(end, path))
         top(**given)
     return calls
-
-
-def _copied(values: Any) -> Any:
-    leaves, form = compat.tree_flatten(values)
-    return compat.tree_unflatten([each.clone() if isinstance(each, torch.Tensor) else each for each in leaves], form)
 
 
 def _difference(actual: Any, expected: Any) -> str | None:
