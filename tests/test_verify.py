@@ -92,7 +92,17 @@ def test_base_weights_that_no_output_depends_on(tmp_path):
 
 #: what of the package may run in the oracle: what finds an adapter, reads names, and guards against side effects
 ASKED = {
-    *("verify", "compat", "threads", "turns", "core.engine", "core.host", "core.compiled", "core.journal", "core.slot"),
+    *(
+        "verify",
+        "compat",
+        "threads",
+        "threads.turns",
+        "core.engine",
+        "core.host",
+        "core.compiled",
+        "core.journal",
+        "core.slot",
+    ),
     *("core.tensors", "core.wrappers", "core.prepared", "core.lora", "beyond.lora", "beyond.shards", "beyond.guards"),
     *("beyond.base_twin", "files.reading", "files.sources", "files.hub", "files.saving", "files.state_dicts"),
 }
