@@ -485,7 +485,9 @@ def test_after_a_restart_the_static_form_is_there(widgets):
 
 def pictures_in(path: Path) -> int:
     outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
-    return sum("image/svg+xml" in output.get("data", {}) for output in outputs)
+    stored = [output.get("data", {}) for output in outputs]
+    drawn = sum(data.get("text/html", "").count('src="data:image/png') for data in stored)  # by a panel
+    return drawn + sum("image/svg+xml" in data for data in stored)
 
 
 @pytest.mark.parametrize("name", few_of(CHAPTERS, CHAPTERS[:1]))
