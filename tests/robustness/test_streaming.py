@@ -16,7 +16,8 @@ import pytest
 import torch
 from models import KINDS, call, load, save_random_adapter
 
-from hotswap_lab import AdapterPool, ModelInUseError, turns
+from hotswap_lab import AdapterPool, ModelInUseError
+from hotswap_lab.threads import turns
 
 KIND = KINDS["linear"]
 NAMES = ("one", "two", "three")
