@@ -246,7 +246,9 @@ class Watched:
     """
 
     def __init__(self, top: torch.nn.Module, base: torch.nn.Module, name: str, blocks: Mapping[str, Any]):
-        self.base, self.name, self.layers = base, name, tuner_layers(base)
+        self.base: torch.nn.Module = base
+        self.name: str = name
+        self.layers: list[Any] = tuner_layers(base)
         places: list[Place] = [each for block in blocks.values() for each in block.places]
         self._modules: list[torch.nn.Module] = [*top.modules()]
         #: of tensors and of modules. A dict compares its entries by identity first, so only two equal tensors of one

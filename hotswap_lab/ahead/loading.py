@@ -164,7 +164,8 @@ class Bound:
             found = form_of(tensors[key]) if key in tensors else None
             if found != form:
                 raise refuse("ahead_other_tensor", key=key, found=found or "no such tensor", expected=form)
-        self.names, self.inputs = notes["names"], notes["inputs"]
+        self.names: list[str] = notes["names"]
+        self.inputs: list[Any] = notes["inputs"]
         self.sizes: Sizes = Sizes(notes["symbols"], notes["conditions"])
         self.places: list[Place] = [places[key] for key in forms]
         #: kept, since the code has nothing but their addresses
@@ -176,7 +177,8 @@ class Bound:
         self.code.load_constants({key: self.tensors[key] for key in wanted}, check_full_update=True, user_managed=True)
         self.signature: inspect.Signature = inspect.signature(module.forward)
         specs = [compat.treespec_loads(each) for each in self.code.loader.get_call_spec()]
-        self.input_form, self.output_form = specs
+        self.input_form: Any = specs[0]
+        self.output_form: Any = specs[1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = named(self.signature, args, kwargs)

@@ -10,7 +10,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Sizes:
         self.conditions: Sequence[str] = conditions
         self._decide = self._compiled(" and ".join(f"({each})" for each in conditions) or "True")
         #: whether these sizes fulfill all conditions; texts have many lengths, but each of them many times
-        self.fit = functools.lru_cache(4096)(self._fit)
+        self.fit: Callable[..., bool] = functools.lru_cache(4096)(self._fit)
 
     def _compiled(self, condition: str) -> Any:
         return eval(f"lambda {', '.join(self.symbols)}: {condition}", dict(NAMES))

@@ -112,7 +112,11 @@ def fingerprint(config: Config) -> tuple[str, ...]:
 
 
 #: the modules that a PeftModel saves with an adapter for a task, as it says in the config even if the model has none
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def complete(config: Config, host: Host) -> Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -141,7 +141,7 @@ def turn_off(solution):
 
 
 #: by what differs between the two adapters: the old and the new config
-SAME_STRUCTURE = {
+SAME_STRUCTURE: dict[str, Any] = {
     "values of parameters": (_ia3(), _ia3()),
     "values of buffers, too": [_config("Vera", on=ATTENTION, r=4, projection_prng_key=key) for key in (0, 7)],
     "numbers, too": (_config("LoHa", r=4, alpha=8), _config("LoHa", r=4, alpha=16)),

@@ -60,7 +60,9 @@ class Patch:
 
     def __init__(self, engine: Engine) -> None:
         #: each original function, and the one that replaces it
-        self.pairs = [(THEIRS[name], MethodType(function, engine)) for name, function in OURS.items()]
+        self.pairs: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
+            (THEIRS[name], MethodType(function, engine)) for name, function in OURS.items()
+        ]
         self.pairs += [(theirs, make(engine, theirs)) for _, theirs, make in _methods()]
 
     def undo(self) -> None:

@@ -74,7 +74,8 @@ AROUND: ContextVar[tuple[Entry, ...]] = ContextVar("hotswap_lab_around", default
 class Entry:
     """A block that is open, or waits for its turn."""
 
-    is_open = is_left = False
+    is_open: bool = False
+    is_left: bool = False
     #: the time at which it was let in
     since: float = math.inf
     #: done as soon as it is let in; None if it has never had to wait
@@ -83,7 +84,9 @@ class Entry:
     inside: Set[Entry] = frozenset()
 
     def __init__(self, turn: Turn, kind: str, awaits: bool = False):
-        self.turn, self.kind, self.awaits = turn, kind, awaits
+        self.turn: Turn = turn
+        self.kind: str = kind
+        self.awaits: bool = awaits
         #: what its end has to put back, the last one first
         self.back: list[Callable[[], object]] = []
         self.adopt()
@@ -177,7 +180,7 @@ class Turn:
         self.owed: list[Callable[[], object]] = []
         #: the numbers of the threads that have computed with the model
         self.threads: set[int] = set()
-        self.is_changed = False
+        self.is_changed: bool = False
 
     def in_the_way(self, entry: Entry) -> list[Entry]:
         """The blocks that an entry has to wait for."""
