@@ -37,13 +37,12 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     save_adapter,
     set_strength,
-    turns,
     verify_hotswap,
     waiting_at_most,
 )
 from hotswap_lab.core.engine import NoLock
 from hotswap_lab.engine import ENGINE
-from hotswap_lab.threads import bases_of, held, turns_of
+from hotswap_lab.threads import bases_of, held, turns, turns_of
 from hotswap_lab.threads.turns import Turn
 
 KIND = KINDS["linear"]
