@@ -135,7 +135,8 @@ def read_safetensors(folder: str, device: str, key_mapping: dict[str, str] | Non
     if for_one_swap and is_on_cpu and not key_mapping:
         mapped = map_weights(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
     if mapped is None:
-        tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
+        with torch.device("cpu"):  # older safetensors makes tensors on the default device
+            tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
         if is_on_cpu and not for_one_swap:  # cloned, since they are the file itself
             tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         return tensors, None
