@@ -520,19 +520,29 @@ class AdapterPool:
 
     def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
         """``former`` with the present weights of its adapters; where these can't be had, with the former ones."""
-        if isinstance(former, PackedRows):
-            return replace(former, rows=tuple([each and self._as_now(each, updated) for each in former.rows]))
+        each_row = former.rows if isinstance(former, PackedRows) else (former,)
+        # rows that have the same weights go on having the same
+        distinct = {id(row.bands): row for row in each_row if row}
+        now = {key: self._present(row, updated) for key, row in distinct.items()}
+        rows = [row and self._at_strength_of(row, now[id(row.bands)]) for row in each_row]
+        return replace(former, rows=tuple(rows)) if isinstance(former, PackedRows) else cast(Packed, rows[0])
+
+    def _at_strength_of(self, former: Packed, packed: Packed) -> Packed:
+        if packed.bands is former.bands:
+            return former
+        return replace(packed, scalings=self._room.scalings_of(packed.state, strengths_of(former)))
+
+    def _present(self, former: Packed, updated: Mapping[Member, Packed]) -> Packed:
         owner = former.state.owner
         is_dropped = isinstance(owner, Member) and owner not in updated and owner.packed is None
         if owner is None or is_dropped:  # `former` has its weights
             return former
         try:
-            packed = self._packed_of(owner, updated)
+            return self._packed_of(owner, updated)
         except HotswapError:  # a share of a mix that can't be had any more, or has no room
             if updated:
                 raise
             return former
-        return replace(packed, scalings=self._room.scalings_of(packed.state, strengths_of(former)))
 
     def _change_to_updated(self, member: Member, packed: Packed) -> Change:
         """The change to new weights of an adapter that the model computes with, at its present strength."""

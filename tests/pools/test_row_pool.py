@@ -143,6 +143,12 @@ def test_rows_with_the_same_mix_are_equal(pool, truth):
     pool.assign([mix, dict(mix)])
     assert not pool._room.batch.differs
     assert_rows(pool, truth, [mix, mix])
+    with pool.assigned(["a", "b"]):
+        assert pool._room.batch.differs
+    assert not pool._room.batch.differs
+    pool.update("a", Adapter.load(truth.folders["a"]).tensors)
+    assert not pool._room.batch.differs
+    assert_rows(pool, truth, [mix, mix])
     pool.assign([mix, {"a": 0.5, "c": 1}])
     assert pool._room.batch.differs
 
