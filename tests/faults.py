@@ -177,9 +177,11 @@ def _is_ours(frame) -> bool:
 
 
 def _may_be_closing(frame) -> bool:
-    """Whether a generator may be going on only to be closed: Python doesn't look for signals then."""
-    if not frame.f_code.co_flags & inspect.CO_GENERATOR or frame.f_back.f_code.co_filename == contextlib.__file__:
+    """Whether a generator may be going on only to be closed, or with an error: Python looks for no signals then."""
+    if not frame.f_code.co_flags & inspect.CO_GENERATOR:
         return False
+    if frame.f_back.f_code.co_filename == contextlib.__file__:  # which throws the error of a block into it
+        return frame.f_back.f_locals.get("typ") is not None
     return frame.f_lasti >= _first_yield(frame.f_code)
 
 
