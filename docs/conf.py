@@ -25,7 +25,7 @@ MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.voices generating
 #: other names in the signatures and docstrings of these; Sphinx warns if one is missing here
 OTHERS = """
     ahead.AheadModel core.errors.Refusal core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile
-    pipelines.patching.Patch pools.adapter_pool.Block pools.rows.Row serving.replica.Token
+    pipelines.patching.Patch threads.Block pools.rows.Row serving.replica.Token
     serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.results.Run
     widgets.text.text_stream
 """
