@@ -125,7 +125,9 @@ def test_ci_runs_the_very_test_commands_of_readme_and_contributing():
     (long,) = re.findall(r"^(\.venv/bin/pytest .*)$", CONTRIBUTING, re.MULTILINE)
     assert of_ci("long_command") == long
     assert readme_commands()[1].endswith(long.removesuffix(" -m long"))
-    assert script.count('eval "$(readme_command)"') == script.count('eval "$(long_command)"') == 1
+    assert script.count('eval "$(long_command)"') == 1
+    # with the system's own Python, or in the stage after that where there is no other
+    assert script.count('eval "$(readme_command)"') == 2
 
 
 def test_ci_installs_every_floor():
