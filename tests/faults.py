@@ -38,9 +38,8 @@ STRANGERS = f"{os.sep}tqdm{os.sep}"
 SPARED = frozenset({"roll_back", "_restore", "_cleared_away", "cleanup"})
 #: what enters and leaves blocks, and takes and gives back locks: no line of it can fail
 BLOCKS = frozenset({"_taken", "waiting_at_most", "put_back", "_opened", "_locked", "__enter__", "__exit__"})
-BLOCKS |= {"_leave", "leave", "settle"}
 #: of these, what Ctrl-C may come to at any of its steps
-TURNS = frozenset({"_taken", "_leave", "leave", "settle"})
+TURNS = frozenset({"_taken"})
 #: nor can a line fail here; but Ctrl-C may come at any of its steps
 HOLDING = "interrupts_held"
 #: C functions that can't fail: they take no memory, and ask no disk and no device

@@ -251,14 +251,17 @@ class Turn:
         """
         self.is_changed = True
         while self.is_changed and not self.lock._is_owned():
-            with self.lock:
-                self.is_changed = False
-                for each in (self.open, self.queue):
-                    for entry in [entry for entry in each if entry.is_left]:
-                        del each[entry]
-                for entry in list(self.queue):
-                    if not self.in_the_way(entry):
-                        self.let_in(entry)
+            with self.lock:  # a call alone: in Python 3.13, Ctrl-C at the end of a loop in here would keep the lock
+                self._settle()
+
+    def _settle(self) -> None:
+        self.is_changed = False
+        for each in (self.open, self.queue):
+            for entry in [entry for entry in each if entry.is_left]:
+                del each[entry]
+        for entry in list(self.queue):
+            if not self.in_the_way(entry):
+                self.let_in(entry)
 
 
 def owner_of(frame: FrameType | None) -> FrameType | None:
