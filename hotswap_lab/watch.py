@@ -162,12 +162,12 @@ class RecompileWatch:
         """Run ``function(*args, **kwargs)`` and note under ``label`` its time and, in the block, what it compiled."""
         self._listen()
         self._current = Call(label)
-        self.calls.append(self._current)
         start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
             self._current.seconds = time.perf_counter() - start
+            self.calls.append(self._current)  # not before: another thread may draw them
             self._current = None
 
     def _on_start(self, args: Any) -> None:

@@ -130,3 +130,10 @@ def test_a_call_that_fails_is_noted_and_its_error_let_through():
 )  # fmt: skip
 def test_guards_in_words(guard, words):
     assert explain(guard) == words
+
+
+def test_a_call_is_noted_at_its_end():
+    """A widget may draw the calls in another thread meanwhile, on an axis without a place for 0 seconds."""
+    watch = RecompileWatch()
+    assert watch.call("now", lambda: len(watch.calls)) == 0
+    assert len(watch.calls) == 1 and watch.calls[0].seconds > 0

@@ -89,6 +89,23 @@ def in_use(model: object) -> AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
+def in_use_now(model: object) -> Iterator[bool]:
+    """:func:`in_use` for code that must not wait: the value says whether no swap is writing or waiting.
+
+    >>> from hotswap_lab import demo
+    >>> model, _ = demo.load("reverse")
+    >>> with in_use_now(model) as is_mine:
+    ...     is_mine
+    True
+    """
+    entries = [Entry(turn, COMPUTE) for turn in turns_of(bases_of(model))]
+    try:
+        yield all([each.turn.let_in_now(each) for each in entries])
+    finally:
+        _leave(entries)
+
+
+@contextlib.contextmanager
 def waiting_at_most(seconds: float) -> Iterator[None]:
     """Refuse swaps in this block that would have to wait longer for threads that compute, or that swap.
 

@@ -228,6 +228,18 @@ class Turn:
         else:
             self.let_in(entry)
 
+    def let_in_now(self, entry: Entry) -> bool:
+        """Let an entry in if it doesn't have to wait. Returns whether it is."""
+        with self.lock:
+            self._let_in_now(entry)
+        return entry.is_open
+
+    def _let_in_now(self, entry: Entry) -> None:
+        entry.inside = {each for each in self.open if each.kind == COMPUTE and each.thread == entry.thread}
+        if not self.in_the_way(entry):
+            self.threads.add(entry.thread)
+            self.let_in(entry)
+
     def _hold_up(self, entry: Entry, others: list[Entry], around: tuple[Entry, ...]) -> bool:
         """Whether blocks can't end while the event loop of this thread waits, or could not wait for an entry."""
         if entry.kind == COMPUTE:  # the end of a plain `with` in another task

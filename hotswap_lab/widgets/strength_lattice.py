@@ -124,7 +124,7 @@ class StrengthLattice(SwapPanel):
         if what != "cell":
             return super()._change(what, value)
         self.doing: str = f"swapping {value[0]} in, as soon as no other thread computes with the model"
-        self.swap_seconds: float | None = self._when_free(lambda: self._switch.swap(*value))
+        self.swap_seconds: float | None = self._carried_out(lambda: self._switch.swap(*value))
         self._row = value[0]
 
     def _work(self) -> dict[str, dict[float, object]]:

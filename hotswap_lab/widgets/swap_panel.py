@@ -14,7 +14,7 @@ from .. import demo
 from ..core.errors import refuse
 from ..engine import AdapterPool
 from ..figures.latency import readable
-from ..threads import in_use
+from ..threads import in_use, in_use_now
 from .results import Run, answering
 from .switch import demo_pool, strength_of, switch_for, whereabouts
 from .text import text_stream
@@ -103,6 +103,7 @@ class SwapPanel(WorkingView):
         self.run_on_swap = run_on_swap
         self._multiline = multiline
         self._looked: tuple[object, ...] | None = None
+        self._painted: tuple[object, ...] | None = None
         #: the text in the prompt box
         self.prompt = prompt
         #: the last answer, and an earlier one to the same prompt with another adapter or strength
@@ -181,9 +182,16 @@ class SwapPanel(WorkingView):
         else:
             doing, change = f"swapping {value} in", lambda: self._switch.swap(value)
         self.doing: str = f"{doing}, as soon as no other thread computes with the model"
-        seconds = self._when_free(change)
-        self._looked = None
+        seconds = self._carried_out(change)
         self.swap_seconds: float | None = seconds if what == "adapter" else self.swap_seconds
+
+    def _carried_out(self, change: Callable[[], object]) -> float:
+        """Make a change, and look at the model. Returns the seconds that the change took."""
+        seconds = self._when_free(change)
+        with in_use(self.model):  # waits, as no refresh may
+            self._looked = None
+            self._look()
+        return seconds
 
     def _work(self) -> object:
         """Run the prompt."""
@@ -286,7 +294,9 @@ class SwapPanel(WorkingView):
         strength = strength_of(self._switch)
         super()._refresh()
         self._refresh_buttons()
-        if self._look() or not self._picture.value:
+        self._look()
+        if self._painted is not self._looked:
+            self._painted = self._looked
             self._picture.value = self.map._inside() if self.map.tiles else ""
         self._slider.disabled = strength is None
         if strength is not None and not self.busy and not self._slider_waits:
@@ -295,19 +305,21 @@ class SwapPanel(WorkingView):
             self._slider.value = strength
         self._box.value = str(self.prompt)
 
-    def _look(self) -> bool:
-        """Look at the model's numbers again, if another adapter or strength is in it. Returns whether it is.
+    def _look(self) -> None:
+        """Look at the model's numbers again, if another adapter or strength is in it.
 
         It takes a while in a large model, and a growing answer is shown ten times a second.
         """
-        now = whereabouts(self._switch), strength_of(self._switch)
-        if self._looked == now:
-            return False
-        if "map" in vars(self):  # a new map has looked
-            # no turn is taken: a swap may wait for a thread that computes, and that thread for the end of this refresh
-            self.map._look()
-        self._looked = now
-        return True
+        if self._looked == (whereabouts(self._switch), strength_of(self._switch)):
+            return
+        # a swap may wait for a thread that computes, and that thread for the end of this refresh
+        with in_use_now(self.model) as is_mine:
+            if is_mine:
+                self._looked = whereabouts(self._switch), strength_of(self._switch)
+                if "map" in vars(self):  # a new map has looked
+                    self.map._look()
+                else:
+                    _ = self.map
 
     def _refresh_body(self) -> None:
         for card, (title, run) in zip(self._cards, self._answers.items(), strict=True):

@@ -79,8 +79,9 @@ class WeightMap(WorkingView):
         self.adapter_name: str = name_in(self.model, adapter_name) if alone else self._switch.adapter_name
         self.answer = answer
         self._compares = before is True
-        self.before: Mapping[str, torch.Tensor] | None = self._copy() if before is True else before or None
-        self._look()
+        with in_use(self.model):
+            self.before: Mapping[str, torch.Tensor] | None = self._copy() if before is True else before or None
+            self._look()
 
     @classmethod
     def demo(cls, prompt: str = "hotswap") -> WeightMap:
@@ -133,7 +134,8 @@ class WeightMap(WorkingView):
         name = name or self._after(self._switch.active)
         self.doing: str = f"swapping {name} in, as soon as no other thread computes with the model"
         if self._compares:
-            self.before = self._copy()
+            with in_use(self.model):
+                self.before = self._copy()
         self.swap_seconds: float | None = self._when_free(lambda: self._switch.swap(name))
         self.doing = f"looking at {name}"
         self.look()

@@ -12,6 +12,7 @@ from faults import list_steps, run_with_fault
 from refusals import refused
 
 from hotswap_lab import AdapterPool, demo, in_use
+from hotswap_lab.threads import held
 from hotswap_lab.widgets import RecompileMeter, RowPanel, StrengthLattice, SwapPanel, View, WeightMap
 from hotswap_lab.widgets.clicks import Clicks
 
@@ -200,6 +201,46 @@ def test_a_swap_from_elsewhere_waits_for_the_run(running, pure):
     assert panel.wait(SOON)
     swap.join(SOON)
     assert fingerprint(panel) == pure["pool", "shout"]
+
+
+def test_a_refresh_neither_waits_for_a_swap_nor_looks_at_a_half_written_model():
+    panel = make()
+    panel.choose("reverse")
+    picture, pool = panel._picture.value, panel._switch
+    entered, leave, waits = threading.Event(), threading.Event(), threading.Event()
+
+    def swap():
+        with held(pool._room.slot.host.base):
+            pool._room.bands[0].memory.zero_()
+            entered.set()
+            assert leave.wait(SOON)
+            pool.swap("sort")
+
+    writing = threading.Thread(target=swap)
+    writing.start()
+    assert entered.wait(SOON)
+    panel._looked = None
+    panel._refresh()
+    assert panel._picture.value == picture and "reverse is in the model" in picture
+    leave.set()
+    writing.join(SOON)
+    panel._refresh()
+    assert "sort is in the model" in panel._picture.value != picture
+
+    def also_swap():
+        waits.set()
+        pool.swap("shout")
+
+    with in_use(panel.model):
+        waiting = threading.Thread(target=also_swap)
+        waiting.start()
+        assert waits.wait(SOON)
+        panel._looked = None
+        panel._refresh()  # the thread that computes: a swap that waits can't be halfway
+        assert "sort is in the model" in panel._picture.value
+    waiting.join(SOON)
+    panel.choose("sort")  # the job itself waits for its turn to look
+    assert "sort is in the model" in panel._picture.value
 
 
 @pytest.mark.parametrize("is_called_off", [False, True])
