@@ -100,7 +100,7 @@ def in_use_now(model: object) -> Iterator[bool]:
     """
     entries = [Entry(turn, COMPUTE) for turn in turns_of(bases_of(model))]
     try:
-        yield all([each.turn.let_in_now(each) for each in entries])
+        yield all(each.turn.let_in_now(each) for each in entries)
     finally:
         _leave(entries)
 

@@ -221,7 +221,8 @@ def test_a_refresh_neither_waits_for_a_swap_nor_looks_at_a_half_written_model():
     assert entered.wait(SOON)
     panel._looked = None
     panel._refresh()
-    assert panel._picture.value == picture and "reverse is in the model" in picture
+    assert panel._picture.value == picture
+    assert "reverse is in the model" in picture
     leave.set()
     writing.join(SOON)
     panel._refresh()
