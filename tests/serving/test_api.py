@@ -10,9 +10,9 @@ from dataclasses import replace
 import httpx2
 import openai
 import pytest
-from hostile import BODIES
 from refusals import refused
 from served import FAMILY, SHORT, WORDS, Served, alone, logged
+from test_hostile import BODIES
 
 from hotswap_lab.core.errors import refusal
 from hotswap_lab.serving import BusyError, Piece, Register, Table, Version
