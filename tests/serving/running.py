@@ -42,8 +42,8 @@ def running(**args: Any) -> Iterator[str]:
 
 
 def states(address: str) -> list[dict]:
-    """The states of all replicas."""
-    return httpx2.get(f"{address}/healthz", timeout=30).json()["replicas"]
+    """The states of all replicas; none if there is none that answers."""
+    return httpx2.get(f"{address}/healthz", timeout=30).json().get("replicas", [])
 
 
 def change(address: str, adapters: Mapping[str, str | None]) -> httpx2.Response:
