@@ -574,10 +574,14 @@ def test_a_control_lora_is_refused():
     refused(pipe, {**lora(kind), **norm}, "can't be loaded into this FluxPipeline.*\n.*base weights")
 
 
+def offload_in_groups(model) -> None:
+    cpu = torch.device("cpu")
+    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
 def test_group_offloading_is_refused():
     pipe = SD.loaded(lora(SD))
-    options = dict.fromkeys(("onload_device", "offload_device"), torch.device("cpu"))
-    apply_group_offloading(pipe.unet, offload_type="leaf_level", **options)
+    offload_in_groups(pipe.unet)
     refused(pipe, lora(SD, seed=2), "offloaded in groups")
 
 
