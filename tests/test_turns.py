@@ -255,9 +255,10 @@ def test_threads_compute_side_by_side_and_may_nest(model):
         each.result(30)
 
 
-def test_a_swap_that_would_wait_too_long_is_refused(model, folders):
+def test_a_swap_that_would_wait_too_long_is_refused(model, folders, pool):
     began = time.monotonic()
     with reading(model), waiting_at_most(0):
+        refused("The model is in use", pool.using("new").__enter__)  # and has nothing to put back
         error = refused("computes with it: the reader", hotswap_adapter, model, folders["new"], "default")
         assert isinstance(error, ModelInUseError)
         with waiting_at_most(MOMENT):
@@ -265,24 +266,13 @@ def test_a_swap_that_would_wait_too_long_is_refused(model, folders):
     assert time.monotonic() - began < 10
     with waiting_at_most(30):
         hotswap_adapter(model, folders["new"], "default")
-    assert_equals_fresh_load(model, KIND, folders["new"])
+    assert_equals_fresh_load(model, KIND, folders["new"], prepared=True)
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), "soon", True, None])
 def test_what_is_no_time(seconds):
     with pytest.raises(HotswapError, match="not a time to wait"), waiting_at_most(seconds):
         pass
-
-
-def test_using_keeps_other_swaps_out_and_lets_others_compute(pool, folders):
-    with pool.using("new"):
-        swap = start(pool.swap, "third")
-        with in_use(pool):
-            assert start(compute_inside, pool, folders["new"]).result(30)
-        assert not swap.done()
-        assert pool.active == "new"
-    swap.result(30)
-    assert pool.active == "third"
 
 
 def use(pool: AdapterPool, name: str) -> None:
@@ -745,21 +735,6 @@ def test_two_generators_in_one_thread(pool, folders):
     assert pool.active == "old"
 
 
-def test_generators_that_are_stepped_in_any_thread(pool):
-    """As Starlette does: each step in a thread of a pool, in a copy of the context of its request."""
-
-    def request(number: int) -> list[bool]:
-        steps, found = stream(pool, ("new", "third")[number % 2]), []
-        context = contextvars.copy_context()
-        while (step := workers.submit(context.copy().run, next, steps, None).result(30)) is not None:
-            found.append(step)
-        return found
-
-    with ThreadPoolExecutor(8) as workers, ThreadPoolExecutor(5) as clients:
-        assert list(clients.map(request, range(20))) == [[True] * 3] * 20
-    assert pool.active == "old"
-
-
 def test_a_block_that_is_entered_and_left_in_threads_of_a_pool(pool):
     """As FastAPI does with a dependency that yields: the thread may get another request before the block ends."""
 
@@ -1054,10 +1029,3 @@ def test_forty_one_clients_and_forty_threads(pool, monkeypatch, way):
     refused_text = str(next(filter(None, errors)))
     assert "async def" in refused_text
     assert "waiting_at_most" in refused_text
-
-
-def test_a_block_that_could_not_write_leaves_without_waiting(pool):
-    """It has nothing to put back."""
-    with reading(pool), waiting_at_most(0), pytest.raises(ModelInUseError):
-        pool.using("new").__enter__()
-    assert pool.active == "old"

@@ -180,15 +180,7 @@ def keys_of(key_format: str, component: str, path: str) -> tuple[str, str, str]:
     return f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
 
 
-def lora(
-    kind: Kind,
-    key_format: str = "peft",
-    *,
-    rank: int = 4,
-    seed: int = 1,
-    alpha: float | None = None,
-    components: dict[str, tuple[str, ...]] | None = None,
-) -> dict[str, torch.Tensor]:
+def lora(kind: Kind, key_format="peft", *, rank=4, seed=1, alpha=None, components=None) -> dict[str, torch.Tensor]:
     """A LoRA as a state dict. Alphas are for kohya's format; every second layer has another one."""
     pipe, tensors = kind(), {}
     for component, ends in (kind.components if components is None else components).items():
