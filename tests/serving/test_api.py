@@ -132,18 +132,16 @@ def test_chats_and_streams(api):
     assert {chunk.system_fingerprint for chunk in chunks} == {"reverse@1"}
 
 
-def test_too_many_requests(served):
+def test_too_many_requests(served, monkeypatch):
+    monkeypatch.setattr("hotswap_lab.serving.replica.GATHERING", 1.0)  # till all have come
+    monkeypatch.setattr(served.replicas[0], "options", replace(SHORT, queue=3))
     api = openai_api(served, "demo")
-    served.replicas[0].options = replace(SHORT, queue=3)
 
     async def ask(client):
         asked = [client.completions.create(model="shout", prompt=f"{word}>") for word in WORDS]
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    try:
-        said = with_client(api, ask)
-    finally:
-        served.replicas[0].options = SHORT
+    said = with_client(api, ask)
     refused = [each for each in said if isinstance(each, openai.APIStatusError)]
     assert len(refused) == 5
     assert {(each.status_code, each.response.headers["retry-after"]) for each in refused} == {(503, "1")}
