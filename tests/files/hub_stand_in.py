@@ -52,11 +52,10 @@ class StandInHub:
             def log_message(self, *_: object) -> None:
                 pass
 
-            def do_HEAD(self) -> None:
-                hub._answer(self)
-
             def do_GET(self) -> None:
                 hub._answer(self)
+
+            do_HEAD = do_GET  # noqa: N815
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         port = self._server.server_address[1]
@@ -81,14 +80,12 @@ class StandInHub:
 
     def add(self, repository: str, folder: str, *, revision: str = "main", subfolder: str = "") -> None:
         files = self.repositories.setdefault(repository, {}).setdefault(revision, {})
-        for path in Path(folder).iterdir():
-            files[f"{subfolder}/{path.name}" if subfolder else path.name] = path.read_bytes()
+        files |= {str(Path(subfolder, path.name)): path.read_bytes() for path in Path(folder).iterdir()}
 
     def commit(self, repository: str, revision: str = "main") -> str:
         """The commit that a revision is at: another one as soon as any file is another one."""
         files = self.repositories[repository][revision]
-        listing = [repository, *sorted((name, hashlib.sha1(body).hexdigest()) for name, body in files.items())]
-        commit = hashlib.sha1(json.dumps(listing).encode()).hexdigest()
+        commit = _sha1(json.dumps([repository, *sorted((name, _sha1(body)) for name, body in files.items())]).encode())
         self._commits[commit] = dict(files)
         return commit
 
@@ -115,90 +112,71 @@ class StandInHub:
         if kind == "hang":
             self._released.wait(120)
             handler.close_connection = True
-        elif isinstance(kind, int):
-            self._send(handler, kind, {"Retry-After": "0"})
-        elif request.path == "api/models":
-            self._list(handler, request)
-        elif request.path.startswith("api/models/"):
-            repository, _, revision = request.path.removeprefix("api/models/").partition("/revision/")
-            if (commit := self._find(handler, request, repository, revision or "main")) is not None:
-                self._send(handler, 200, {}, json.dumps(self._info(repository, commit)).encode())
-        elif request.path.startswith("storage/"):
-            _, digest, name = request.path.split("/", 2)
-            bodies = (files[name] for files in self._commits.values() if name in files)
-            body = next(body for body in bodies if _sha256(body) == digest)
-            self._send(handler, 200, {}, body, shown=0 if kind == "cut" else len(body))
-        else:
-            self._resolve(handler, request)
+            return
+        status, headers, body = (kind, {"Retry-After": "0"}, b"") if isinstance(kind, int) else self._found(request)
+        handler.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        is_cut = kind == "cut" and request.path.startswith("storage/")
+        if handler.command == "GET" and not is_cut:
+            handler.wfile.write(body)
+        handler.close_connection = handler.close_connection or is_cut
         if self.on_request:
             self.on_request(request)
 
-    def _find(self, handler: BaseHTTPRequestHandler, request: Request, repository: str, revision: str) -> str | None:
-        """The commit of a revision; None if an answer was sent instead."""
-        if not self._is_visible(repository, request):
-            # for who may not see it, a private repository looks like one that isn't there
-            return self._send(handler, 401, {"X-Error-Code": "RepoNotFound"})
-        if repository in self.gated and "/resolve/" in request.path:
-            return self._send(handler, 403, {"X-Error-Code": "GatedRepo"})
-        if revision in self.repositories[repository]:
-            return self.commit(repository, revision)
-        if revision in self._commits:
-            return revision
-        return self._send(handler, 404, {"X-Error-Code": "RevisionNotFound"})
-
-    def _is_visible(self, repository: str, request: Request) -> bool:
+    def _found(self, request: Request) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of an answer."""
+        kind, _, rest = request.path.partition("/")
+        if request.path == "api/models":
+            infos = [self._info(name, self.commit(name)) for name in self.repositories if name not in self.private]
+            infos = [info for info in infos if {*request.query.get("filter", ())} <= {*info["tags"]}]
+            (order,) = request.query.get("sort", ["id"])
+            infos.sort(key=lambda info: info[order], reverse=order != "id")
+            return 200, {}, json.dumps(infos).encode()
+        if kind == "storage":
+            digest, _, name = rest.partition("/")
+            bodies = [files[name] for files in self._commits.values() if name in files]
+            return 200, {}, next(body for body in bodies if _sha256(body) == digest)
+        repository, revision, name = request.path.removeprefix("api/models/"), "main", ""
+        if "/resolve/" in repository:
+            repository, _, rest = repository.partition("/resolve/")
+            revision, _, name = rest.partition("/")
+        elif "/revision/" in repository:
+            repository, _, revision = repository.partition("/revision/")
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        return repository in self.repositories and self.private.get(repository) in (None, token)
-
-    def _resolve(self, handler: BaseHTTPRequestHandler, request: Request) -> None:
-        repository, _, rest = request.path.partition("/resolve/")
-        revision, _, name = rest.partition("/")
-        if (commit := self._find(handler, request, repository, revision)) is None:
-            return
-        headers = {"X-Repo-Commit": commit}
+        if repository not in self.repositories or self.private.get(repository) not in (None, token):
+            # for who may not see it, a private repository looks like one that isn't there
+            return 401, {"X-Error-Code": "RepoNotFound"}, b""
+        if repository in self.gated and name:
+            return 403, {"X-Error-Code": "GatedRepo"}, b""
+        commit = self.commit(repository, revision) if revision in self.repositories[repository] else revision
+        if commit not in self._commits:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        if not name:
+            return 200, {}, json.dumps(self._info(repository, commit)).encode()
         if name not in self._commits[commit]:
-            self._send(handler, 404, {**headers, "X-Error-Code": "EntryNotFound"})
-        elif name.endswith(LARGE):
-            body = self._commits[commit][name]
-            headers["X-Linked-Size"], headers["X-Linked-ETag"] = str(len(body)), f'"{_sha256(body)}"'
-            headers["Location"] = f"{self._storage}/storage/{_sha256(body)}/{name}"
-            self._send(handler, 302, headers)
-        else:
-            body = self._commits[commit][name]
-            self._send(handler, 200, {**headers, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}, body)
-
-    def _list(self, handler: BaseHTTPRequestHandler, request: Request) -> None:
-        def value(key: str, default: object) -> str:
-            return request.query.get(key, [str(default)])[0]
-
-        tags = set(request.query.get("filter", []))
-        found = [self._info(name, self.commit(name)) for name in self.repositories if self._is_visible(name, request)]
-        found = [info for info in found if tags <= set(info["tags"])]
-        found.sort(key=lambda info: info.get(value("sort", "id")), reverse="sort" in request.query)
-        page = found[: int(value("limit", 1000))]
-        for info in page:  # sizes are told of one repository only
-            info["siblings"] = [{"rfilename": file["rfilename"]} for file in info["siblings"]]
-        self._send(handler, 200, {}, json.dumps(page).encode())
+            return 404, {"X-Repo-Commit": commit, "X-Error-Code": "EntryNotFound"}, b""
+        body = self._commits[commit][name]
+        if not name.endswith(LARGE):
+            return 200, {"X-Repo-Commit": commit, "ETag": f'"{_sha1(body)}"'}, body
+        linked = {"X-Linked-Size": str(len(body)), "X-Linked-ETag": f'"{_sha256(body)}"'}
+        location = f"{self._storage}/storage/{_sha256(body)}/{name}"
+        return 302, {"X-Repo-Commit": commit, **linked, "Location": location}, b""
 
     def _info(self, repository: str, commit: str) -> dict:
         siblings = []
         for name, body in self._commits[commit].items():
-            file = {"rfilename": name, "size": len(body), "blobId": hashlib.sha1(body).hexdigest()}
+            file = {"rfilename": name, "size": len(body), "blobId": _sha1(body)}
             if name.endswith(LARGE):
                 file["lfs"] = {"sha256": _sha256(body), "size": len(body), "pointerSize": 132}
             siblings.append(file)
         return {**ABOUT, **self.about.get(repository, {}), "id": repository, "sha": commit, "siblings": siblings}
 
-    def _send(self, handler, status: int, headers: Mapping[str, str], body: bytes = b"", shown: int | None = None):
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        if handler.command == "GET":
-            handler.wfile.write(body[:shown])
-            handler.close_connection = shown is not None and shown < len(body)
-
 
 def _sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
+
+
+def _sha1(body: bytes) -> str:
+    return hashlib.sha1(body).hexdigest()

@@ -1,16 +1,20 @@
-"""A path with a typing error in it: what is there instead comes first, then what the Hub has to say."""
+"""What is found in a folder; and of a path with a typing error in it, what is there instead, then what the Hub says."""
 
 from __future__ import annotations
 
-import pytest
+import os
 
-from hotswap_lab import Adapter, HotswapError
+import torch
+from models import KINDS, load, save_family
+from oracle import assert_equals_fresh_load
+from refusals import refused
+from safetensors.torch import load_file
+
+from hotswap_lab import Adapter, hotswap_adapter
 
 
 def found(source: object) -> str:
-    with pytest.raises(HotswapError, match=r"Can't find 'adapter_config\.json'") as error:
-        Adapter.load(source)
-    return error.value.refusals[0].found
+    return refused(r"Can't find 'adapter_config\.json'", Adapter.load, source).refusals[0].found
 
 
 def test_what_is_in_the_nearest_folder(tmp_path, monkeypatch):
@@ -22,14 +26,25 @@ def test_what_is_in_the_nearest_folder(tmp_path, monkeypatch):
         assert text.startswith(f"{here}; and the Hub: ") if source == "adapters/pirat" else text == here
     assert found("adapter").startswith(f"no folder 'adapter' here (in {tmp_path}: 'adapters'); and the Hub: ")
 
-
-def test_a_hub_id_is_no_path(tmp_path, monkeypatch):
-    (tmp_path / "private").touch()
-    monkeypatch.chdir(tmp_path)
+    # a Hub id is no path, and a file is no folder
     assert found("team/adapter").startswith("no folder 'team/adapter' here; and the Hub: OfflineModeIsEnabled")
-
-
-def test_a_file_is_no_folder(tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     path.touch()
     assert found(path).startswith(f"{path} is a file")
+
+
+def test_bin_files_are_read_where_there_are_no_safetensors(tmp_path):
+    """What is in a pickle is never run: see ``robustness/test_bad_files.py``."""
+    kind = KINDS["linear"]
+    old, new = save_family(kind, tmp_path, dict(r=4), dict(r=6))
+    tensors = load_file(f"{new}/adapter_model.safetensors")
+    torch.save({"not": "read"}, f"{new}/adapter_model.bin")
+    model = load(kind, old)
+    hotswap_adapter(model, new, "default")
+    assert_equals_fresh_load(model, kind, new)
+    os.remove(f"{new}/adapter_model.safetensors")
+    refused("str under 'not'", hotswap_adapter, model, new, "default")
+    torch.save(tensors, f"{new}/adapter_model.bin")
+    hotswap_adapter(model, old, "default")
+    hotswap_adapter(model, new, "default")
+    assert_equals_fresh_load(model, kind, new)

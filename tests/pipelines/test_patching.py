@@ -14,20 +14,19 @@ import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import oracle
 import peft.utils.hotswap
 import pytest
 import torch
-from diffusers.hooks import apply_group_offloading
 from models import KINDS, call, load, save_family
 from oracle import untouched
 from peft import LoraConfig
 from peft.utils import hotswap as through_its_package
 from safetensors.torch import load_file
-from test_pipeline import ATTENTION, SD, assert_same_latents, lora
+from test_pipeline import ATTENTION, SD, assert_same_latents, lora, offload_in_groups
 from transformers.integrations import PeftAdapterMixin
 
 import hotswap_lab
@@ -74,53 +73,39 @@ def assert_is(model, folder: str) -> None:
 # ---- what is replaced, and that it is put back
 
 
-def test_the_functions_are_replaced_until_the_end():
+@pytest.mark.parametrize("first_undone", [0, 1])
+def test_two_patches_end_in_any_order(first_undone):
+    """What other modules have imported before, and in the meantime, is put back, too."""
+    theirs, method = {name: getattr(peft.utils.hotswap, name) for name in FUNCTIONS}, PeftAdapterMixin.load_adapter
     importer = types.ModuleType("a_users_module")
-    importer.swap = peft.utils.hotswap.hotswap_adapter
+    importer.early = theirs["hotswap_adapter"]
     sys.modules["a_users_module"] = importer
-    before = {name: getattr(peft.utils.hotswap, name) for name in FUNCTIONS}
-    method = PeftAdapterMixin.load_adapter
+    patches = [patch_peft(), patch_peft()]
     try:
-        with patch_peft() as patch, patch_peft():  # the second one finds nothing to replace, and puts nothing back
+        importer.late = peft.utils.hotswap.hotswap_adapter
+        for number in (None, first_undone):
+            if number is not None:
+                patches.pop(number).undo()
             for name in FUNCTIONS:
                 replaced = getattr(through_its_package, name)
                 assert inspect.unwrap(replaced.__func__) is getattr(hotswap_lab, name).__func__
-            assert importer.swap == hotswap_lab.hotswap_adapter
+            assert importer.early == importer.late == hotswap_lab.hotswap_adapter
             assert PeftAdapterMixin.load_adapter is not method
-        assert importer.swap is before["hotswap_adapter"]
+        patches[0].undo()
+        assert importer.early is importer.late is theirs["hotswap_adapter"]
     finally:
         del sys.modules["a_users_module"]
-    assert {name: getattr(peft.utils.hotswap, name) for name in FUNCTIONS} == before
-    assert PeftAdapterMixin.load_adapter is method
-    patch.undo()  # once more does nothing
+        patches[0].undo()  # once more does nothing
+    assert {name: getattr(peft.utils.hotswap, name) for name in FUNCTIONS} == theirs
     assert PeftAdapterMixin.load_adapter is method
 
 
-def test_the_inner_one_leaves_the_outer_one_in_place():
+def test_an_error_ends_a_patch_and_no_other():
     with patch_peft():
         with pytest.raises(ZeroDivisionError), patch_peft():
             raise ZeroDivisionError
         assert peft.utils.hotswap.hotswap_adapter == hotswap_lab.hotswap_adapter
     assert peft.utils.hotswap.hotswap_adapter.__module__ == "peft.utils.hotswap"
-
-
-@pytest.mark.parametrize("first_undone", [0, 1])
-def test_two_patches_end_in_any_order(first_undone):
-    """What another module has imported in the meantime is put back, too."""
-    theirs, method = peft.utils.hotswap.hotswap_adapter, PeftAdapterMixin.load_adapter
-    importer = types.ModuleType("a_users_module")
-    sys.modules["a_users_module"] = importer
-    patches = [patch_peft(), patch_peft()]
-    try:
-        importer.swap = peft.utils.hotswap.hotswap_adapter
-        patches.pop(first_undone).undo()
-        assert importer.swap == peft.utils.hotswap.hotswap_adapter == hotswap_lab.hotswap_adapter
-        assert PeftAdapterMixin.load_adapter is not method
-    finally:
-        patches.pop().undo()
-        del sys.modules["a_users_module"]
-    assert importer.swap is peft.utils.hotswap.hotswap_adapter is theirs
-    assert PeftAdapterMixin.load_adapter is method
 
 
 def test_measurements_still_measure_peft():
@@ -220,124 +205,112 @@ def test_every_argument_of_transformers_is_known():
 # ---- diffusers
 
 
+def on_unet(*seeds: int, ends: tuple[str, ...] = ATTENTION) -> list[dict]:
+    """LoRAs for the UNet alone, of other ranks."""
+    return [lora(SD, seed=seed, rank=seed + 1, components={"unet": ends}) for seed in seeds]
+
+
+def load_with_patch(pipe, source: dict, name: str = "style", **options) -> None:
+    with patch_peft():
+        pipe.load_lora_weights(source, adapter_name=name, hotswap=True, **options)
+
+
 def test_diffusers_swaps_what_peft_refuses_or_gets_wrong():
-    first, second = lora(SD, components={"unet": ATTENTION}), lora(SD, seed=2, rank=7, components={"unet": ATTENTION})
+    first, second = on_unet(1, 2)
     second = {key: tensor for key, tensor in second.items() if "mid_block" not in key}  # fewer layers as well
     pipe = SD.loaded(first)
-    with patch_peft():
-        pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
+    load_with_patch(pipe, second)
     assert_same_latents(pipe, SD.loaded(second))
 
 
 def test_diffusers_compiled():
-    first, second = (lora(SD, seed=seed, rank=seed + 1, components={"unet": ATTENTION}) for seed in (1, 2))
+    first, second = on_unet(1, 2)
     pipe = SD()
     with patch_peft():
         pipe.enable_lora_hotswap(target_rank=8)
         pipe.load_lora_weights(first, adapter_name="style")
-        pipe.unet.compile(backend="eager")
-        assert_same_latents(pipe, SD.loaded(first))
-        with RecompileWatch(allow=0):
-            pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
-            assert_same_latents(pipe, SD.loaded(second))
+    pipe.unet.compile(backend="eager")
+    assert_same_latents(pipe, SD.loaded(first))
+    with RecompileWatch(allow=0):
+        load_with_patch(pipe, second)
+        assert_same_latents(pipe, SD.loaded(second))
 
 
 class AnotherError(Exception):
     """An error that is not about the swap."""
 
 
-@contextlib.contextmanager
-def untouched_pipeline(pipe) -> Iterator[None]:
+def refused(pipe, error: type[Exception], match: str, method: str, source: dict, **options: object) -> None:
+    """The swap is refused, and no component is touched."""
     with contextlib.ExitStack() as stack:
         for model in components_of(pipe).values():
             stack.enter_context(untouched(model))
-        yield
-
-
-def narrow_and_wide() -> list[dict]:
-    """The second one is on two projections that the first one lacks."""
-    return [lora(SD, seed=1, components={"unet": ATTENTION[:2]}), lora(SD, seed=2, components={"unet": ATTENTION})]
+        with patch_peft(), pytest.raises(error, match=match):
+            attrgetter(method)(pipe)(source, adapter_name="style", hotswap=True, **options)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_diffusers_keeps_the_adapter_where_a_swap_is_refused(compiled):
     """diffusers deletes an adapter after any error, and with a refusal the pipeline would be left without one."""
-    first, second = narrow_and_wide()
+    (first,), (second,) = on_unet(1, ends=ATTENTION[:2]), on_unet(2)  # on two more projections
     pipe = SD.loaded(first)
     if compiled:
         pipe.unet.compile(backend="eager")
         assert_same_latents(pipe, SD.loaded(first))
     advice = r"prepare_pipeline_for_compiled_hotswap" if compiled else r"call hotswap_pipeline\(.*add_layers=True\)"
-    with patch_peft(), untouched_pipeline(pipe), pytest.raises(HotswapError, match=advice):
-        pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
+    refused(pipe, HotswapError, advice, "load_lora_weights", second)
     assert_same_latents(pipe, SD.loaded(first))
     if compiled:  # what the advice says
         pipe = SD.loaded(first)
         prepare_pipeline_for_compiled_hotswap(pipe, [second])
         pipe.unet.compile(backend="eager")
-        with patch_peft():
-            pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
+        load_with_patch(pipe, second)
     else:
         hotswap_pipeline(pipe, second, "style", add_layers=True)
     assert_same_latents(pipe, SD.loaded(second))
 
 
 def test_a_component_alone_keeps_its_adapter(monkeypatch):
-    first, second = narrow_and_wide()
+    (first, same), (second,) = on_unet(1, 3, ends=ATTENTION[:2]), on_unet(2)
     pipe = SD.loaded(first)
-    same = lora(SD, seed=3, components={"unet": ATTENTION[:2]})
-    given = dict(adapter_name="style", prefix="unet", hotswap=True)
+    refused(pipe, HotswapError, "call hotswap_pipeline", "unet.load_lora_adapter", second, prefix="unet")
+
+    def fails(*_: object) -> None:
+        raise AnotherError
+
+    monkeypatch.setattr("hotswap_lab.core.swap.apply", fails)
+    refused(pipe, AnotherError, "", "unet.load_lora_adapter", same, prefix="unet")
+    monkeypatch.undo()
     with patch_peft():
-        with untouched_pipeline(pipe), pytest.raises(HotswapError, match="call hotswap_pipeline"):
-            pipe.unet.load_lora_adapter(second, **given)
-        monkeypatch.setattr("hotswap_lab.core.swap.apply", raising(AnotherError))
-        with untouched_pipeline(pipe), pytest.raises(AnotherError):
-            pipe.unet.load_lora_adapter(same, **given)
-        monkeypatch.undo()
-        pipe.unet.load_lora_adapter(same, **given)
+        pipe.unet.load_lora_adapter(same, adapter_name="style", hotswap=True, prefix="unet")
     assert_same_latents(pipe, SD.loaded(same))
-
-
-def raising(error: type[Exception]):
-    def function(*_: object) -> None:
-        raise error
-
-    return function
 
 
 def test_diffusers_swaps_all_components_or_none():
     """By itself it swaps the UNet first, and then refuses the text encoder's part."""
-    first, second, unet_alone = (
-        lora(SD, seed=1),
-        lora(SD, seed=2, rank=3),
-        lora(SD, seed=3, components={"unet": ATTENTION}),
-    )
+    first, second, (unet_alone,) = lora(SD, seed=1), lora(SD, seed=2, rank=3), on_unet(3)
     pipe = SD.loaded(first)
-    with patch_peft():
-        pipe.load_lora_weights(second, adapter_name="style", hotswap=True, low_cpu_mem_usage=True)
-        assert_same_latents(pipe, SD.loaded(second))
-        with pytest.warns(UserWarning, match="text_encoder keep the adapter 'style'"):
-            pipe.load_lora_weights(unet_alone, adapter_name="style", hotswap=True)
-        pipe = SD.loaded(unet_alone)
-        with untouched_pipeline(pipe), pytest.raises(HotswapError, match="components without an adapter"):
-            pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
-        with untouched_pipeline(pipe), pytest.raises(ValueError, match="no existing adapter by that name"):
-            pipe.load_lora_weights(unet_alone, adapter_name="absent", hotswap=True)
+    load_with_patch(pipe, second, low_cpu_mem_usage=True)
+    assert_same_latents(pipe, SD.loaded(second))
+    with pytest.warns(UserWarning, match="text_encoder keep the adapter 'style'"):
+        load_with_patch(pipe, unet_alone)
+    pipe = SD.loaded(unet_alone)
+    refused(pipe, HotswapError, "components without an adapter", "load_lora_weights", second)
+    with pytest.raises(ValueError, match="no existing adapter by that name"):
+        load_with_patch(pipe, unet_alone, "absent")
 
 
 def test_diffusers_swaps_what_is_offloaded_in_groups():
     """It applies its hooks again, which :func:`hotswap_pipeline` doesn't: what can't be swapped so is refused."""
-    options = dict.fromkeys(("onload_device", "offload_device"), torch.device("cpu"))
-    first, second = (lora(SD, seed=seed, components={"unet": ATTENTION}) for seed in (1, 2))
-    pipe = SD.loaded(first)
-    apply_group_offloading(pipe.unet, offload_type="leaf_level", **options)
-    with patch_peft():
-        pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
-        assert_same_latents(pipe, SD.loaded(second))
-        pipe = SD.loaded(lora(SD))
-        apply_group_offloading(pipe.unet, offload_type="leaf_level", **options)
-        with untouched_pipeline(pipe), pytest.raises(HotswapError, match="offloaded in groups"):
-            pipe.load_lora_weights(lora(SD, seed=2), adapter_name="style", hotswap=True)
+    first, second = on_unet(1, 2)
+    for old, new in ((first, second), (lora(SD), lora(SD, seed=2))):
+        pipe = SD.loaded(old)
+        offload_in_groups(pipe.unet)
+        if new is second:
+            load_with_patch(pipe, new)
+            assert_same_latents(pipe, SD.loaded(new))
+        else:
+            refused(pipe, HotswapError, "offloaded in groups", "load_lora_weights", new)
 
 
 # ---- the tests of others

@@ -60,20 +60,9 @@ TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 def text_encoder(cls: type = CLIPTextModel):
     # with a smaller range, adapters hardly change the outputs
-    config = CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        projection_dim=16,
-        initializer_factor=5.0,
-        bos_token_id=52,
-        eos_token_id=53,
-        pad_token_id=53,
-    )
-    return cls(config)
+    sizes = dict(vocab_size=54, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    special = dict(bos_token_id=52, eos_token_id=53, pad_token_id=53, max_position_embeddings=8)
+    return cls(CLIPTextConfig(**sizes, **special, projection_dim=16, initializer_factor=5.0))
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -83,62 +72,32 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def unet(**config) -> UNet2DConditionModel:
-    small = dict(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    )
-    return UNet2DConditionModel(**(small | config))
+    sizes = dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16))
+    sizes |= dict(norm_num_groups=4, attention_head_dim=4)
+    blocks = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"))
+    blocks |= dict(up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    return UNet2DConditionModel(**(sizes | blocks | config))
 
 
 def stable_diffusion() -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
-        vae=None,
-        text_encoder=text_encoder(),
-        tokenizer=tokenizer(),
-        unet=unet(cross_attention_dim=16),
-        scheduler=DDIMScheduler(clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = dict(vae=None, text_encoder=text_encoder(), tokenizer=tokenizer(), unet=unet(cross_attention_dim=16))
+    no_checker = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(**parts, **no_checker, scheduler=DDIMScheduler(clip_sample=False))
 
 
 def stable_diffusion_xl() -> StableDiffusionXLPipeline:
-    return StableDiffusionXLPipeline(
-        vae=None,
-        text_encoder=text_encoder(),
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
-        unet=unet(
-            cross_attention_dim=32,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 16,
-        ),
-        scheduler=DDIMScheduler(clip_sample=False),
-        add_watermarker=False,
-    )
+    added = dict(addition_embed_type="text_time", addition_time_embed_dim=8)
+    added |= dict(projection_class_embeddings_input_dim=6 * 8 + 16)
+    parts = dict(vae=None, text_encoder=text_encoder(), tokenizer=tokenizer())
+    parts |= dict(text_encoder_2=text_encoder(CLIPTextModelWithProjection), tokenizer_2=tokenizer())
+    parts |= dict(unet=unet(cross_attention_dim=32, **added), scheduler=DDIMScheduler(clip_sample=False))
+    return StableDiffusionXLPipeline(**parts, add_watermarker=False)
 
 
 def flux() -> FluxPipeline:
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(2, 2, 4),
-    )
+    sizes = dict(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2)
+    sizes |= dict(joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4))
+    transformer = FluxTransformer2DModel(**sizes)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # its gates start at zero
     return FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, text_encoder(), tokenizer(), None, None, transformer)
@@ -154,10 +113,8 @@ def latents(pipe, prompt: str = "a cat", **kwargs) -> torch.Tensor:
     else:
         kwargs["prompt"] = prompt
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(7)
-    return pipe(
-        height=64, width=64, num_inference_steps=2, generator=generator, output_type="latent", **kwargs
-    ).images.clone()
+    kwargs |= dict(height=64, width=64, num_inference_steps=2, generator=torch.Generator().manual_seed(7))
+    return pipe(output_type="latent", **kwargs).images.clone()
 
 
 @dataclass(frozen=True)
@@ -209,50 +166,35 @@ def matrices(model, ends: tuple[str, ...], rank: int, seed: int) -> dict[str, tu
     return found
 
 
-def peft_keys(component: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
-    return {f"{component}.{path}.lora_A.weight": a, f"{component}.{path}.lora_B.weight": b}
-
-
-def diffusers_keys(component: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
-    infix = "lora_linear_layer" if component.startswith("text") else "lora"
+def keys_of(key_format: str, component: str, path: str) -> tuple[str, str, str]:
+    """The names of A, of B and of alpha in a file."""
+    if key_format == "peft":
+        return f"{component}.{path}.lora_A.weight", f"{component}.{path}.lora_B.weight", ""
     if component == "text_encoder":
         path = f"text_model.{path.removeprefix('text_model.')}"  # as before a version 5 of transformers
-    return {f"{component}.{path}.{infix}.down.weight": a, f"{component}.{path}.{infix}.up.weight": b}
+    if key_format == "diffusers":
+        infix = "lora_linear_layer" if component.startswith("text") else "lora"
+        return f"{component}.{path}.{infix}.down.weight", f"{component}.{path}.{infix}.up.weight", ""
+    prefix = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[component]
+    name = f"{prefix}_{path.replace('.', '_')}"
+    return f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
 
 
-def kohya_keys(component: str, path: str, a: torch.Tensor, b: torch.Tensor, alpha: float | None) -> dict:
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-    if component == "text_encoder":
-        path = f"text_model.{path.removeprefix('text_model.')}"
-    name = f"{prefixes[component]}_{path.replace('.', '_')}"
-    keys = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
-    return keys if alpha is None else {**keys, f"{name}.alpha": torch.tensor(alpha)}
-
-
-FORMATS = {"peft": peft_keys, "diffusers": diffusers_keys, "kohya": kohya_keys}
-
-
-def lora(
-    kind: Kind,
-    key_format: str = "peft",
-    *,
-    rank: int = 4,
-    seed: int = 1,
-    alpha: float | None = None,
-    components: dict[str, tuple[str, ...]] | None = None,
-) -> dict[str, torch.Tensor]:
+def lora(kind: Kind, key_format="peft", *, rank=4, seed=1, alpha=None, components=None) -> dict[str, torch.Tensor]:
     """A LoRA as a state dict. Alphas are for kohya's format; every second layer has another one."""
     pipe, tensors = kind(), {}
     for component, ends in (kind.components if components is None else components).items():
         for number, (path, pair) in enumerate(matrices(getattr(pipe, component), ends, rank, seed).items()):
-            own = None if alpha is None else alpha + number % 2
-            tensors |= FORMATS[key_format](component, path, *pair, own)
+            *names, own = keys_of(key_format, component, path)
+            tensors |= dict(zip(names, pair, strict=True))
+            if own and alpha is not None:
+                tensors[own] = torch.tensor(alpha + number % 2)
     return tensors
 
 
 def file_with_metadata(kind: Kind, folder: Path, configs: dict[str, LoraConfig], seed: int) -> str:
     """What diffusers' training scripts write: adapters added, (not) trained, and saved with their configs."""
-    pipe, layers = kind(), {}
+    pipe = kind()
     for component, config in configs.items():
         model = getattr(pipe, component)
         inject_adapter_in_model(config, model)
@@ -260,11 +202,7 @@ def file_with_metadata(kind: Kind, folder: Path, configs: dict[str, LoraConfig],
         for key, parameter in model.named_parameters():
             if "lora_" in key:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-        layers |= {
-            f"{component}_lora_layers": get_peft_model_state_dict(model),
-            f"{component}_lora_adapter_metadata": model.peft_config["default"].to_dict(),
-        }
-    pipe.save_lora_weights(folder, **layers)
+    pipe.save_lora_weights(folder, **layers_of(pipe, "default"))
     return str(folder)
 
 
@@ -302,17 +240,21 @@ def assert_same_component(model, fresh, name: str) -> None:
 
 def saved(pipe, folder: Path, name: str = "style") -> tuple[dict, dict]:
     """The tensors and the metadata of what the pipeline saves."""
+    pipe.save_lora_weights(folder, **layers_of(pipe, name))
+    path = Path(folder, "pytorch_lora_weights.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    return load_file(path), {key: sorted(each) if isinstance(each, list) else each for key, each in metadata.items()}
+
+
+def layers_of(pipe, name: str) -> dict:
+    """What ``save_lora_weights`` is given."""
     layers = {}
     for component, model in components_of(pipe).items():
         if name in getattr(model, "peft_config", {}):
             layers[f"{component}_lora_layers"] = get_peft_model_state_dict(model, adapter_name=name)
             layers[f"{component}_lora_adapter_metadata"] = model.peft_config[name].to_dict()
-    pipe.save_lora_weights(folder, **layers)
-    path = Path(folder, "pytorch_lora_weights.safetensors")
-    with safe_open(path, "pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    sets = {key: sorted(value) if isinstance(value, list) else value for key, value in metadata.items()}
-    return load_file(path), sets
+    return layers
 
 
 def assert_saved_alike(pipe, fresh, folder: Path) -> None:
@@ -343,10 +285,17 @@ def test_formats(tmp_path, kind_name, old, new, ranks):
     path = tmp_path / "new.safetensors"
     save_file(second, path)
     pipe, copies = kind.loaded(first), {key: tensor.clone() for key, tensor in second.items()}
+    read = read_pipeline_lora(pipe, second)
+    assert all(isinstance(adapter, Adapter) for adapter in read.values())
+    with pytest.raises(TypeError, match="already read"):
+        hotswap_pipeline(pipe, read, "style", weight_name="x")
     # a file has its tensors in another order, and of alphas that are equally frequent diffusers takes the first
-    for source in (str(path), second):
+    sources = [(str(path), str(path)), (second, second)]
+    if (kind_name, old) == ("sd", "peft"):
+        sources += [(first, first), (read, second)]
+    for source, told in sources:
         hotswap_pipeline(pipe, source, "style")
-        fresh = kind.loaded(source)
+        fresh = kind.loaded(told)
         assert_like_fresh(pipe, fresh, kind)
     assert_same_tensors(second, copies)
     if kind_name != "flux":
@@ -434,20 +383,6 @@ def test_layers_that_the_loaded_one_lacks():
     assert_like_fresh(pipe, SD.loaded(large), SD)
 
 
-@pytest.mark.long
-def test_adapters_that_are_read_already():
-    """For swapping back and forth. A pool of them on one component is in ``pools/test_row_pictures.py``."""
-    sources = [lora(SD, "kohya", rank=rank, seed=rank, alpha=2.0) for rank in (2, 3)]
-    pipe = SD.loaded(lora(SD))
-    adapters = [read_pipeline_lora(pipe, source) for source in sources]
-    assert all(isinstance(adapter, Adapter) for adapter in adapters[0].values())
-    for number in (0, 1, 0):
-        hotswap_pipeline(pipe, adapters[number], "style")
-        assert_like_fresh(pipe, SD.loaded(sources[number]), SD)
-    with pytest.raises(TypeError, match="already read"):
-        hotswap_pipeline(pipe, adapters[0], "style", weight_name="x")
-
-
 def test_components():
     """Only some components: the others keep what they have."""
     new = lora(SD, seed=2, rank=2)
@@ -455,8 +390,6 @@ def test_components():
     with untouched(pipe.text_encoder):
         hotswap_pipeline(pipe, new, "style", components=["unet"])
     assert_same_component(pipe.unet, SD.loaded(new).unet, "style")
-    for unknown in (["vae"], ["unet", "vae"]):
-        refused(pipe, new, f"Adapter style not found in {', '.join(unknown)}", components=unknown)
 
 
 @pytest.mark.long
@@ -569,41 +502,57 @@ def test_fused_is_refused():
     assert_same_latents(pipe, SD.loaded(new))
 
 
-@pytest.mark.long
-def test_what_is_wrong_with_the_file(tmp_path):
-    pipe, good = SD.loaded(lora(SD)), lora(SD, seed=2)
-    key = next(key for key in good if key.startswith("text_encoder") and "lora_A" in key)
-    refused(pipe, {**good, key: good[key][:, :-1]}, "text_encoder: The adapter does not fit the base model")
-    refused(pipe, {**good, key: good[key] * float("nan")}, "damaged")
-    refused(pipe, {each: tensor for each, tensor in good.items() if each != key}, "text_encoder: .* incomplete")
-    refused(pipe, {**good, key: good[key].long()}, "damaged")
-    refused(pipe, {**good, "unet.nowhere.lora_A.weight": torch.ones(2, 2)}, "unet: .* unexpected keys")
-    kohya, damaged = lora(SD, "kohya", alpha=2.0), tmp_path / "damaged.safetensors"
-    lokr = {**kohya, "lora_unet_x.lokr_w1": torch.ones(2)}
-    del kohya[next(each for each in kohya if "lora_up" in each)]
+def wrong_files(folder: Path) -> dict[str, tuple]:
+    """What can be wrong: a source, the words of the refusal, and options."""
+    good, kohya, damaged = lora(SD, seed=2), lora(SD, "kohya", alpha=2.0), folder / "damaged.safetensors"
     damaged.write_bytes(b"nonsense" * 100)
-    for source in ({}, {"unet.conv_in.weight": torch.ones(2, 2)}, lokr, kohya, damaged, tmp_path / "missing"):
-        refused(pipe, source, UNFIT)
-    refused(pipe, tmp_path, UNFIT, weight_name="other.safetensors")
+    key = next(key for key in good if key.startswith("text_encoder") and "lora_A" in key)
+    xl, no_up = KINDS["sdxl"], {each: tensor for each, tensor in kohya.items() if "lora_up" not in each}
+    return {
+        "a shape": ({**good, key: good[key][:, :-1]}, "text_encoder: The adapter does not fit the base model"),
+        "no numbers": ({**good, key: good[key] * float("nan")}, "damaged"),
+        "whole numbers": ({**good, key: good[key].long()}, "damaged"),
+        "half a pair": ({each: good[each] for each in good if each != key}, "text_encoder: .* incomplete"),
+        "no such layer": ({**good, "unet.nowhere.lora_A.weight": torch.ones(2, 2)}, "unet: .* unexpected keys"),
+        "nothing": ({}, UNFIT),
+        "no LoRA": ({"unet.conv_in.weight": torch.ones(2, 2)}, UNFIT),
+        "LoKr": ({**kohya, "lora_unet_x.lokr_w1": torch.ones(2)}, UNFIT),
+        "half of kohya's pairs": (no_up, UNFIT),
+        "damaged": (damaged, UNFIT),
+        "missing": (folder / "missing", UNFIT),
+        "another name": (folder, UNFIT, dict(weight_name="other.safetensors")),
+        "XL's": (lora(xl), f"{UNFIT}(.|\\n)*text_encoder_2"),
+        "XL's, read": (read_pipeline_lora(xl(), lora(xl)), "components without an adapter(.|\\n)*text_encoder_2"),
+        "Flux's": (lora(KINDS["flux"], components={"transformer": ("to_q",)}), UNFIT),
+        "nobody": (good, "Adapter nobody not found(.|\\n)*unet: 'style'; text_encoder: 'style'", dict(name="nobody")),
+        "the VAE": (good, "Adapter style not found in vae", dict(components=["vae"])),
+        "the VAE, too": (good, "Adapter style not found in unet, vae", dict(components=["unet", "vae"])),
+    }
+
+
+def test_what_is_wrong_with_the_file(tmp_path):
+    pipe = SD.loaded(lora(SD))
+    for source, match, *options in wrong_files(tmp_path).values():
+        refused(pipe, source, match, **dict(*options))
     with pytest.raises(TypeError, match="hotswap"):
-        hotswap_pipeline(pipe, good, "style", hotswap=True)
-
-
-UNET_ONLY = {"unet": ATTENTION}
-
-
-def test_wrong_pipelines_and_names():
-    pipe, xl = SD.loaded(lora(SD)), KINDS["sdxl"]
-    assert "text_encoder_2" in str(refused(pipe, lora(xl), UNFIT))
-    assert "text_encoder_2" in str(refused(pipe, read_pipeline_lora(xl(), lora(xl)), "components without an adapter"))
-    refused(pipe, lora(KINDS["flux"], components={"transformer": ("to_q",)}), UNFIT)
-    error = refused(pipe, lora(SD), "Adapter nobody not found", name="nobody")
-    assert "unet: 'style'; text_encoder: 'style'" in str(error)
+        hotswap_pipeline(pipe, lora(SD), "style", hotswap=True)
     for other in (pipe.unet, object()):
         with pytest.raises(HotswapError, match="no pipeline that LoRA"):
             hotswap_pipeline(other, lora(SD), "style")
     with pytest.raises(HotswapError, match="hotswap_pipeline"):
         hotswap_adapter(pipe, "somewhere", "style")
+
+
+@pytest.mark.parametrize("way", ["file", "folder"])
+def test_a_file_for_a_pipeline_is_refused_by_what_swaps_one_model(tmp_path, way):
+    unet, file = SD.loaded(lora(SD)).unet, tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(lora(SD, seed=2), file)
+    advice = r"Can't find 'adapter_config\.json'(.|\n)*next: .*hotswap_lab\.hotswap_pipeline"
+    with untouched(unet), pytest.raises(HotswapError, match=advice):
+        hotswap_adapter(unet, file if way == "file" else tmp_path, "style")
+
+
+UNET_ONLY = {"unet": ATTENTION}
 
 
 def test_a_component_without_the_adapter_is_refused():
@@ -629,10 +578,14 @@ def test_a_control_lora_is_refused():
     refused(pipe, {**lora(kind), **norm}, "can't be loaded into this FluxPipeline.*\n.*base weights")
 
 
+def offload_in_groups(model) -> None:
+    cpu = torch.device("cpu")
+    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
 def test_group_offloading_is_refused():
     pipe = SD.loaded(lora(SD))
-    options = dict.fromkeys(("onload_device", "offload_device"), torch.device("cpu"))
-    apply_group_offloading(pipe.unet, offload_type="leaf_level", **options)
+    offload_in_groups(pipe.unet)
     refused(pipe, lora(SD, seed=2), "offloaded in groups")
 
 

@@ -1,6 +1,6 @@
 """Replicas are killed and adapters get new weights while clients ask: no answer is lost, wrong, or of two versions.
 
-python tests/serving/replica_faults.py --requests 2000 --kill-every 200
+python tests/serving/replica_faults.py --requests 2000
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import httpx2
 import openai
-from running import TOKEN, running
+from running import change, running, states
 from served import FAMILY, alone
 
 from hotswap_lab.demo.tasks import sample_words
@@ -35,20 +35,17 @@ ADAPTERS = dict(zip(NAMES, FAMILY.values(), strict=False))
 class Trial:
     """Clients that know what each version of each adapter says by itself, and who makes trouble for them."""
 
-    def __init__(self, address: str, seed: int = 0):
-        self.address = address
-        self.random = random.Random(seed)
+    def __init__(self, address: str):
+        self.address, self.random = address, random.Random(0)
         #: for each version, the folder that its weights are from
-        numbers = self.change(ADAPTERS).json()
+        numbers = change(address, ADAPTERS).json()
         self.folders = {(name, numbers[name]): folder for name, folder in ADAPTERS.items()}
         self.counts: Counter[str] = Counter(asked=0, retried=0, wrong=0, lost=0, kills=0, updates=0)
-        self.seconds: list[float] = []
-        self.lock = threading.Lock()
-        self.is_over = threading.Event()
+        self.lock, self.is_over = threading.Lock(), threading.Event()
 
-    def change(self, adapters: dict[str, str]) -> httpx2.Response:
-        header = {"Authorization": f"Bearer {TOKEN}"}
-        return httpx2.post(f"{self.address}/admin/adapters", json=adapters, headers=header, timeout=60)
+    def note(self, what: str) -> None:
+        with self.lock:
+            self.counts[what] += 1
 
     def client(self, number: int, count: int) -> None:
         """Asks so often, one after the other, and looks at what comes."""
@@ -56,7 +53,6 @@ class Trial:
         client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="-", max_retries=0, timeout=120)
         for _ in range(count):
             name, word, is_streamed = choose.choice(NAMES), choose.choice(WORDS), choose.random() < 0.3
-            start = time.perf_counter()
             for attempt in range(20):
                 try:
                     said, versions = _ask(client, name, word, is_streamed)
@@ -67,16 +63,11 @@ class Trial:
             else:
                 self.note("lost")
                 continue
-            self.seconds.append(time.perf_counter() - start)
             self.note("asked")
             (version,) = versions  # of all pieces the same
-            number = int(version.removeprefix(f"{name}@"))
-            if said != alone(self.folders[name, number], word):
+            folder = self.folders[name, int(version.removeprefix(f"{name}@"))]
+            if said != alone(folder, word):
                 self.note("wrong")
-
-    def note(self, what: str) -> None:
-        with self.lock:
-            self.counts[what] += 1
 
     def kill_every(self, requests: int) -> None:
         """One replica, whichever there is."""
@@ -85,8 +76,7 @@ class Trial:
             if self.counts["asked"] >= due:
                 due += requests
                 with contextlib.suppress(Exception):
-                    replicas = httpx2.get(f"{self.address}/healthz", timeout=5).json()["replicas"]
-                    lose(self.random.choice(replicas)["replica"])
+                    lose(self.random.choice(states(self.address))["replica"])
                     self.note("kills")
 
     def update_every(self, seconds: float) -> None:
@@ -97,13 +87,13 @@ class Trial:
             if self.folders[name, newest] == folder:
                 continue
             self.folders[name, newest + 1] = folder  # before anybody can get it
-            sent = self.change({name: folder})
-            if sent.status_code == 200:
-                assert sent.json()[name] == newest + 1
+            answer = change(self.address, {name: folder})
+            if answer.status_code == 200:
+                assert answer.json()[name] == newest + 1
                 self.note("updates")
             else:  # 503: there was no replica at that moment
                 del self.folders[name, newest + 1]
-                self.note(f"updates_{sent.status_code}")
+                self.note(f"updates_{answer.status_code}")
 
 
 def _ask(client: openai.OpenAI, name: str, word: str, is_streamed: bool) -> tuple[str, set[str]]:
@@ -115,36 +105,28 @@ def _ask(client: openai.OpenAI, name: str, word: str, is_streamed: bool) -> tupl
 
 
 def trial(address: str, requests: int, clients: int = 8, kill_every: int = 0, update_every: float = 0) -> dict:
-    """The figures of one trial."""
+    """How many requests of one trial went how."""
     for folder in FAMILY.values():  # the truth, beforehand
         for word in WORDS:
             alone(folder, word)
     each = Trial(address)
-    troubles = [(each.kill_every, kill_every), (each.update_every, update_every)]
-    threads = [threading.Thread(target=make, args=(often,)) for make, often in troubles if often]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    with ThreadPoolExecutor(clients) as pool:
+    with ThreadPoolExecutor(clients + 2) as pool:
+        troubles = [(each.kill_every, kill_every), (each.update_every, update_every)]
+        making = [pool.submit(make, often) for make, often in troubles if often]
         done = [pool.submit(each.client, number, requests // clients) for number in range(clients)]
-        for one in done:
+        try:
+            for one in done:
+                one.result()
+        finally:
+            each.is_over.set()
+        for one in making:
             one.result()
-    seconds = time.perf_counter() - start
-    each.is_over.set()
-    for thread in threads:
-        thread.join()
-    ordered = sorted(each.seconds)
-    times = {f"p{n}_ms": round(1000 * ordered[int(len(ordered) * n / 100)]) for n in (50, 99)}
-    return {**each.counts, **times, "per_second": round(len(ordered) / seconds, 1)}
+    return dict(each.counts)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--kill-every", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=8, help="of a batch: 1 answers one request after the other")
-    parser.add_argument("--update-every", type=float, default=2.0, help="in seconds")
-    given = parser.parse_args()
-    with running(replicas=2, adapters=ADAPTERS, rows=given.rows) as address:
-        print("without kills", json.dumps(trial(address, given.requests // 4)))
-        print("with kills", json.dumps(trial(address, given.requests, 8, given.kill_every, given.update_every)))
+    requests = parser.parse_args().requests
+    with running(replicas=2, adapters=ADAPTERS) as address:
+        print(json.dumps(trial(address, requests, kill_every=200, update_every=2)))

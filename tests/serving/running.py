@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import httpx2
 
 from hotswap_lab.lessons.serving import QUIET, start_ray
 
@@ -36,3 +39,22 @@ def running(**args: Any) -> Iterator[str]:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def states(address: str) -> list[dict]:
+    """The states of all replicas; none if there is none that answers."""
+    return httpx2.get(f"{address}/healthz", timeout=30).json().get("replicas", [])
+
+
+def change(address: str, adapters: Mapping[str, str | None]) -> httpx2.Response:
+    """The answer to an admin call that changes adapters."""
+    header = {"Authorization": f"Bearer {TOKEN}"}
+    return httpx2.post(f"{address}/admin/adapters", json=adapters, headers=header, timeout=60)
+
+
+def eventually(is_so: Callable[[], Any], seconds: float = 120) -> Any:
+    """What ``is_so`` gives as soon as that is true; asked once more at the end."""
+    deadline = time.monotonic() + seconds
+    while not (found := is_so()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return found

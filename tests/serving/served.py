@@ -14,17 +14,20 @@ import torch
 from peft import PeftModel
 
 from hotswap_lab import demo
-from hotswap_lab.serving import Options, Register, Replica, Request, Version
+from hotswap_lab.serving import Options, Piece, Register, Replica, Request, Version
 
 WORDS = ["hotswap", "adapter", "notebook", "kernel", "matrix", "python", "tensor", "voice"]
 FAMILY = {name: demo.adapter_path(name) for name in demo.adapter_names()}
 #: the embedded model has room for 64 tokens
 SHORT = Options(longest_prompt=24, longest_answer=24, target_rank=48)
 
+TEMPLATE = "{% if messages[0].role == 'tool' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+TEMPLATE += "{{ messages[-1]['content'] }}>"
+
 
 def replica_of(paths: Mapping[str, str], options: Options = SHORT) -> Replica:
     tokenizer = demo.load_tokenizer()
-    tokenizer.chat_template = "{{ messages[-1]['content'] }}>"
+    tokenizer.chat_template = TEMPLATE
     versions = [Version.of(name, path) for name, path in paths.items()]
     model = PeftModel.from_pretrained(demo.load_base(), versions[0].path)
     return Replica(model, tokenizer, versions, options)
@@ -46,13 +49,23 @@ class Served(Register):
     async def states(self) -> list[dict]:
         return [replica.state for replica in self.replicas]
 
-    async def ask(self, model: str, word: str, replica: int = 0, **how: object) -> str:
+    async def pieces(self, model: str, word: str, replica: int = 0, **how: object) -> list[Piece]:
         request = Request(f"{word}>", self.table.shares(model, "demo"), **how)
-        return "".join([piece.text async for piece in self.replicas[replica].answer(request)])
+        return [piece async for piece in self.replicas[replica].answer(request)]
+
+    async def ask(self, model: str, word: str, replica: int = 0, **how: object) -> str:
+        return "".join(piece.text for piece in await self.pieces(model, word, replica, **how))
 
     async def ask_all(self, models: Sequence[str], words: Sequence[str] = WORDS, **how: object) -> list[str]:
         """All at once, so that they share batches."""
         return await asyncio.gather(*(self.ask(each, word, **how) for each, word in zip(models, words, strict=False)))
+
+    def assert_right(self, models: Sequence[str], words: Sequence[str] = WORDS, most: int | None = None) -> list[str]:
+        """Each answer to requests at once, up to so many letters, is what a fresh load says."""
+        said = asyncio.run(self.ask_all(models, words, max_tokens=most))
+        paths = {name: version.path for name, version in self.table.versions.items()}
+        assert said == [alone(paths.get(each), word)[:most] for each, word in zip(models, words, strict=False)]
+        return said
 
 
 @functools.cache

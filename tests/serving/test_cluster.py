@@ -17,13 +17,14 @@ import pytest
 pytest.importorskip("ray")
 
 from replica_faults import ADAPTERS, NAMES, trial
-from running import TOKEN, running
+from running import TOKEN, change, eventually, running, states
 from served import FAMILY, WORDS, alone
 
 from hotswap_lab.lessons.serving import lose
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 HEADER = {"Authorization": f"Bearer {TOKEN}"}
+LOCAL = "http://127.0.0.1:8123"
 CONFIG = Path(__file__).parents[2] / "hotswap_lab/serving/serve.yaml"
 
 
@@ -36,14 +37,6 @@ def address():
 @pytest.fixture
 def client(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0)
-
-
-def states(address):
-    return httpx2.get(f"{address}/healthz", timeout=30).json()["replicas"]
-
-
-def change(address, adapters):
-    return httpx2.post(f"{address}/admin/adapters", json=adapters, headers=HEADER, timeout=60)
 
 
 def test_the_real_client(client):
@@ -89,10 +82,8 @@ def test_new_weights_for_all_and_for_who_comes_later(client, address):
     assert refused.status_code == 400
     assert "Can't find 'adapter_config.json'" in refused.json()["error"]["message"]
     lose(states(address)[0]["replica"])
-    deadline, replicas = time.monotonic() + 120, []
-    while len(replicas) < 2 and time.monotonic() < deadline:
-        time.sleep(1)
-        replicas = states(address)
+    assert eventually(lambda: len(states(address)) == 2)
+    replicas = states(address)
     assert all(f"one@{version}" in each["held"] for each in replicas)
     before = [each["requests"] for each in replicas]
     for _ in range(3):
@@ -112,9 +103,7 @@ def test_a_register_that_is_lost_starts_with_what_was_in_force(client, address):
     (register,) = [name for name in names if name.startswith("SERVE_REPLICA::default#Register#")]
     ray.kill(ray.get_actor(register, namespace="serve"))
     assert client.completions.create(model="six", prompt="hotswap>").system_fingerprint == version
-    deadline = time.monotonic() + 60
-    while change(address, {"five": FAMILY["shout"]}).status_code != 200 and time.monotonic() < deadline:
-        time.sleep(1)
+    assert eventually(lambda: change(address, {"five": FAMILY["shout"]}).status_code == 200, 60)
     assert client.completions.create(model="six", prompt="hotswap>").system_fingerprint == version
     assert client.completions.create(model="five", prompt="hotswap>").choices[0].text == "HOTSWAP!"
     assert serve.status().applications["default"].status == "RUNNING"
@@ -150,9 +139,7 @@ def test_all_adapters_removed_and_the_only_replica_lost():
         start = time.monotonic()
         assert httpx2.get(f"{address}/healthz", timeout=30).status_code == 503
         assert time.monotonic() - start < 6
-        deadline = time.monotonic() + 120
-        while httpx2.get(f"{address}/healthz", timeout=30).status_code == 503 and time.monotonic() < deadline:
-            time.sleep(0.5)
+        assert eventually(lambda: states(address))
         assert client.completions.create(model="demo", prompt="hotswap>").choices[0].text == "hotswap"
         assert change(address, {"shout": FAMILY["shout"]}).json() == {"shout": 2}
         answer = client.completions.create(model="shout", prompt="hotswap>")
@@ -182,17 +169,19 @@ def test_a_config_file(tmp_path):
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([serve, "run", first], env=env, stdout=log, stderr=log, start_new_session=True)
     try:
-        assert _said_by(8123, "reverse@1") == "pawstoh", (tmp_path / "log").read_text()
-        assert _metrics() >= {f"ray_hotswap_lab_{name}" for name in ("requests", "tokens", "swaps", "rows_in_use")}
-        replicas = states("http://127.0.0.1:8123")
+        assert _said_by("reverse@1") == "pawstoh", (tmp_path / "log").read_text()
+        assert eventually(_metrics, 60) >= {
+            f"ray_hotswap_lab_{name}" for name in ("requests", "tokens", "swaps", "rows_in_use")
+        }
+        replicas = states(LOCAL)
         subprocess.run([serve, "deploy", second], env=env, check=True, capture_output=True)
-        assert _said_by(8123, "reverse@2") == "HOTSWAP!"
+        assert _said_by("reverse@2") == "HOTSWAP!"
         subprocess.run([serve, "deploy", third], env=env, check=True, capture_output=True)
         time.sleep(5)
-        assert _said_by(8123, "reverse@2") == "HOTSWAP!"
-        assert [each["replica"] for each in states("http://127.0.0.1:8123")] == [each["replica"] for each in replicas]
+        assert _said_by("reverse@2") == "HOTSWAP!"
+        assert [each["replica"] for each in states(LOCAL)] == [each["replica"] for each in replicas]
         load = {"lora_name": "loud", "lora_path": FAMILY["shout"]}
-        loaded = httpx2.post("http://127.0.0.1:8123/v1/load_lora_adapter", json=load, headers=HEADER, timeout=60)
+        loaded = httpx2.post(f"{LOCAL}/v1/load_lora_adapter", json=load, headers=HEADER, timeout=60)
         assert loaded.json()["loud"] == 1
         time.sleep(2)
         log = (tmp_path / "log").read_text()
@@ -210,28 +199,25 @@ def test_a_config_file(tmp_path):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _said_by(port, version):
+def _said_by(version):
     """What the server says once this version is in force."""
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        time.sleep(0.5)
-        try:
+
+    def said():
+        with contextlib.suppress(httpx2.HTTPError):
             asked = {"model": "reverse", "prompt": "hotswap>"}
-            answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=30)
-        except httpx2.HTTPError:
-            continue
-        if answer.status_code == 200 and answer.json()["system_fingerprint"] == version:
-            return answer.json()["choices"][0]["text"]
-    return None
+            answer = httpx2.post(f"{LOCAL}/v1/completions", json=asked, timeout=30)
+            if answer.status_code == 200 and answer.json()["system_fingerprint"] == version:
+                return answer.json()["choices"][0]["text"]
+
+    return eventually(said, 180)
 
 
 def _metrics():
-    """The names of what Ray's agent gives to Prometheus, as soon as ours are among them."""
-    deadline, found = time.monotonic() + 60, set()
-    while not any("hotswap" in name for name in found) and time.monotonic() < deadline:
-        time.sleep(2)
-        services = json.loads(Path("/tmp/ray/prom_metrics_service_discovery.json").read_text())
-        for target in [target for each in services for target in each["targets"]]:
-            with contextlib.suppress(httpx2.HTTPError):
-                found |= {line.partition("{")[0] for line in httpx2.get(f"http://{target}/metrics").text.splitlines()}
-    return found
+    """The names of what Ray's agent gives to Prometheus, if ours are among them."""
+    services = json.loads(Path("/tmp/ray/prom_metrics_service_discovery.json").read_text())
+    found = set()
+    for target in [target for each in services for target in each["targets"]]:
+        with contextlib.suppress(httpx2.HTTPError):
+            lines = httpx2.get(f"http://{target}/metrics").text.splitlines()
+            found |= {line.partition("{")[0] for line in lines}
+    return found if any("hotswap" in name for name in found) else None
