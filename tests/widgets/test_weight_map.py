@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from shown import folders, live
 
 from hotswap_lab import AdapterPool, demo, hotswap_adapter, in_use, prepare_model_for_compiled_hotswap, set_strength
 from hotswap_lab.demo import digits
@@ -21,9 +22,7 @@ from hotswap_lab.widgets import WeightMap
 
 def expected(name, path):
     """The root mean square of a fresh load's change of a weight, part by part."""
-    layer = PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(name)).get_submodule(
-        f"base_model.model.{path}"
-    )
+    layer = fresh_load(name).get_submodule(f"base_model.model.{path}")
     if not hasattr(layer, "get_delta_weight"):
         return torch.zeros(CELLS, CELLS)
     parts = [rows.tensor_split(CELLS, 1) for rows in layer.get_delta_weight("default").detach().tensor_split(CELLS, 0)]
@@ -34,8 +33,7 @@ def tiles(map):
     return {tile.path: tile for tile in map.tiles}
 
 
-@pytest.mark.parametrize("name", ["pig_latin", "shout", "sort"])
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize(("name", "prepared"), [("pig_latin", False), ("shout", True), ("sort", True)])
 def test_tiles_are_what_a_fresh_load_adds(name, prepared):
     model, _ = demo.load("reverse")
     if prepared:
@@ -54,15 +52,18 @@ def test_tiles_are_what_a_fresh_load_adds(name, prepared):
 
 
 def test_hover_names_layer_rank_and_what_was_done():
-    pool = AdapterPool(demo.load("reverse")[0], adapters={each: demo.adapter_path(each) for each in ("sort", "shout")})
+    pool = AdapterPool(demo.load("reverse")[0], adapters=folders("sort", "shout"), progress=False)
     pool.swap("shout")
     says = {tile.path: tile.says for tile in WeightMap(pool).tiles}
     assert says["model.layers.1.mlp.gate_proj"] == "model.layers.1.mlp.gate_proj: rank 8, padded to 16"
     assert says["model.layers.0.mlp.gate_proj"] == "model.layers.0.mlp.gate_proj: the adapter is off here"
-    fresh = PeftModel.from_pretrained(demo.load_base(), demo.adapter_path("shout"))
-    says = {tile.path: tile.says for tile in WeightMap(fresh).tiles}
+    says = {tile.path: tile.says for tile in WeightMap(fresh_load("shout")).tiles}
     assert says["model.layers.1.mlp.gate_proj"] == "model.layers.1.mlp.gate_proj: rank 8"
     assert says["model.layers.0.mlp.gate_proj"] == "model.layers.0.mlp.gate_proj: the base model alone"
+
+
+def fresh_load(name):
+    return PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(name))
 
 
 def numbers(model):
@@ -72,10 +73,9 @@ def numbers(model):
 
 def new_numbers(model, name: str, former: str) -> int:
     """How many numbers of a fresh load differ from the former adapter's; all where that has not as many components."""
-    loaded = (PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(each)) for each in (name, former))
-    now, then = ({key: each for key, each in fresh.named_parameters() if "lora_" in key} for fresh in loaded)
+    now, then = (dict(fresh_load(each).named_parameters()) for each in (name, former))
     count = 0
-    for key, weight in now.items():
+    for key, weight in ((key, weight) for key, weight in now.items() if "lora_" in key):
         before = then.get(key, torch.empty(0))
         # one that fills the room is compared component by component
         if before.shape == model.get_parameter(key).shape:
@@ -91,44 +91,49 @@ def test_counts():
     assert WeightMap(model).counts == Counts(base, own, 0)
     assert WeightMap(model, before=before).counts == Counts(base, own, 0, (0, 0))
     hotswap_adapter(model, demo.adapter_path("vowels_up"), "default")
-    new = new_numbers(model, "vowels_up", former="reverse")
-    assert WeightMap(model, before=before).counts == Counts(base, own, 0, (0, new))
     with torch.no_grad():
         model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight[:2, :3] += 1
         model.get_base_model().model.norm.weight[0] += 1
-    assert WeightMap(model, before=before).counts.changed == (7, new)
+    new = new_numbers(model, "vowels_up", former="reverse")
+    assert WeightMap(model, before=before).counts == Counts(base, own, 0, (7, new))
     hotswap_adapter(model, demo.adapter_path("sort"), "default")  # another rank
-    counts = WeightMap(model, before=before).counts
-    assert counts == Counts(
-        base, numbers(PeftModel.from_pretrained(demo.load_base(), demo.adapter_path("sort")))[1], 0, (7, counts.adapter)
-    )
+    own = numbers(fresh_load("sort"))[1]
+    assert WeightMap(model, before=before).counts == Counts(base, own, 0, (7, own))
 
 
 def test_padding_is_counted_apart():
     map = WeightMap.demo()
     assert map.counts.changed == (0, 0)
-    names = (map.name, "double", "pig_latin", "reverse")
-    for former, name in itertools.pairwise(names):
+    for former, name in itertools.pairwise((map.name, "double", "pig_latin", "reverse")):
         map.swap(name)
-        fresh = PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(name))
-        base, own = numbers(fresh)
+        base, own = numbers(fresh_load(name))
         assert map.counts == Counts(base, own, numbers(map.model)[1] - own, (0, new_numbers(map.model, name, former)))
     assert "padding" in map.counts.lines[1]
 
 
-def test_the_button_swaps_the_next_one_in():
-    map = WeightMap.demo("kernel")
-    pictures = []
-    for name in [*demo.adapter_names()[5:], *demo.adapter_names()[:5]]:
+def test_the_button_swaps_the_next_one_in_and_each_picture_is_of_one_adapter():
+    """Its name, color, tiles and answer change at once, also while a swap goes on."""
+    map, names, tiles_of = live(WeightMap.demo("kernel")), demo.adapter_names(), {}
+    painted = []
+    map._body.observe(lambda change: painted.append((map._title.value, change["new"])), "value")
+    shown = [*names[names.index("reverse") + 1 :], names[0]]
+    for name in shown:
         map.box.children[2].click()
         assert map.wait(60)
         assert map.name == name
-        assert map.shown == f"kernel → {demo.TASKS[name]('kernel')}"
-        pictures.append(map._body.value)
-    assert len({*pictures}) == 8
-    map.swap("sort")
-    assert map.name == "sort"
+    map.swap("shout")
     assert (map.swap_seconds or 0) > 0
+    map._switch.swap("double")  # elsewhere: painted at the next look
+    map._changed()
+    for name, (title, picture) in zip([*shown, "shout"], painted, strict=True):
+        assert f"{name} is in" in title
+        assert f"{name} is in the model" in picture
+        assert adapter_color(name) in picture
+        assert f"kernel → {demo.TASKS[name]('kernel')}" in picture
+        assert tiles_of.setdefault(name, re.findall("<image.*?>", picture)) == re.findall("<image.*?>", picture)
+    assert len({str(each) for each in tiles_of.values()}) == len(shown)
+    map.look()
+    assert "double is in the model" in painted[-1][1]
 
 
 def test_a_model_alone_has_no_button():
@@ -233,46 +238,6 @@ def test_blocks_and_columns():
     assert split("lm_head") == ("", "lm_head")
     assert split("encoder.block.0.layer.1.DenseReluDense.wi_0") == ("encoder.block.0.layer.1", "DenseReluDense.wi_0")
     assert split("down.0.attn.1.to_out.0") == ("down.0.attn.1", "to_out.0")
-
-
-def test_each_picture_is_of_one_adapter():
-    """Its name, color, tiles and answer change at once, also while a swap goes on."""
-    map, answers = WeightMap.demo(), {}
-    map.box  # noqa: B018
-    map._changed()
-    painted = [(map._title.value, map._body.value)]
-    map._body.observe(lambda change: painted.append((map._title.value, change["new"])), "value")
-    names = ("reverse", "shout", "sort", "shout")
-    for name in names[1:]:
-        map.swap(name)
-    map._switch.swap("double")  # elsewhere: painted at the next look
-    map._changed()
-    for name, (title, picture) in zip(names, painted, strict=True):
-        assert f"{name} is in" in title
-        assert f"{name} is in the model" in picture
-        assert adapter_color(name) in picture
-        assert f"hotswap → {demo.TASKS[name]('hotswap')}" in picture
-        assert answers.setdefault(name, re.findall("<image.*?>", picture)) == re.findall("<image.*?>", picture)
-    assert len({str(each) for each in answers.values()}) == 3
-    map.look()
-    assert "double is in the model" in painted[-1][1]
-
-
-def test_a_look_keeps_other_swaps_waiting():
-    map = WeightMap.demo()
-    swaps, names = [], iter(["shout", "sort"])
-
-    def answer():
-        swaps.append(threading.Thread(target=map._switch.swap, args=(next(names),)))
-        swaps[-1].start()
-        swaps[-1].join(0.3)
-        return demo.ask(map.model, demo.load_tokenizer(), "hotswap")
-
-    map.answer = answer
-    map.look()
-    for swap in swaps:
-        swap.join(60)
-    assert (map.name, map.shown, map._switch.active) == ("reverse", "pawstoh", "shout")
 
 
 def test_no_click_is_lost():
