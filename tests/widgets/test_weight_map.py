@@ -20,34 +20,36 @@ from hotswap_lab.figures.tiles import CELLS, Counts, split
 from hotswap_lab.widgets import WeightMap
 
 
-def expected(name, path):
-    """The root mean square of a fresh load's change of a weight, part by part."""
-    layer = fresh_load(name).get_submodule(f"base_model.model.{path}")
+def fresh_load(name):
+    return PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(name))
+
+
+def expected(fresh, path, n):
+    """The root mean square of a fresh load's change of a weight, in n x n parts."""
+    layer = fresh.get_submodule(f"base_model.model.{path}")
     if not hasattr(layer, "get_delta_weight"):
-        return torch.zeros(CELLS, CELLS)
-    parts = [rows.tensor_split(CELLS, 1) for rows in layer.get_delta_weight("default").detach().tensor_split(CELLS, 0)]
+        return torch.zeros(n, n)
+    delta = layer.get_delta_weight("default").detach().flatten(1)
+    parts = [rows.tensor_split(n, 1) for rows in delta.tensor_split(n, 0)]
     return torch.tensor([[part.square().mean().sqrt() for part in row] for row in parts])
 
 
-def tiles(map):
-    return {tile.path: tile for tile in map.tiles}
-
-
-@pytest.mark.parametrize(("name", "prepared"), [("pig_latin", False), ("shout", True), ("sort", True)])
+@pytest.mark.parametrize(("name", "prepared"), [("pig_latin", False), ("shout", True), ("bold", False)])
 def test_tiles_are_what_a_fresh_load_adds(name, prepared):
-    model, _ = demo.load("reverse")
+    of_digits = name in digits.names()  # convolutions, in too many blocks for large tiles
+    model, fresh = [digits.load(name)] * 2 if of_digits else (demo.load("reverse")[0], fresh_load(name))
     if prepared:
         prepare_model_for_compiled_hotswap(model, adapters=[demo.adapter_path(each) for each in demo.adapter_names()])
-    hotswap_adapter(model, demo.adapter_path(name), "default")
-    map = WeightMap(model)
-    assert len(map.tiles) == 28
-    for path in ("model.layers.1.self_attn.q_proj", "model.layers.3.mlp.up_proj", "model.layers.0.mlp.down_proj"):
-        assert torch.allclose(tiles(map)[path].cells, expected(name, path), rtol=1e-4, atol=1e-7)
-    largest = max(tile.cells.max() for tile in map.tiles)
-    assert largest > 1e-3
+    if not of_digits:
+        hotswap_adapter(model, demo.adapter_path(name), "default")
+    map, n = WeightMap(model), 1 if of_digits else CELLS
+    before = [tile.cells for tile in map.tiles]
+    for tile in map.tiles:
+        torch.testing.assert_close(tile.cells, expected(fresh, tile.path, n), rtol=1e-4, atol=1e-7)
+    assert sum(bool(cells.any()) for cells in before) > 9
     set_strength(model, 0.25)
     map.look()
-    assert max(tile.cells.max() for tile in map.tiles) == pytest.approx(float(largest) / 4, rel=1e-5)
+    torch.testing.assert_close([4 * tile.cells for tile in map.tiles], before, rtol=1e-5, atol=1e-7)
     assert map.strength == 0.25
 
 
@@ -60,10 +62,6 @@ def test_hover_names_layer_rank_and_what_was_done():
     says = {tile.path: tile.says for tile in WeightMap(fresh_load("shout")).tiles}
     assert says["model.layers.1.mlp.gate_proj"] == "model.layers.1.mlp.gate_proj: rank 8"
     assert says["model.layers.0.mlp.gate_proj"] == "model.layers.0.mlp.gate_proj: the base model alone"
-
-
-def fresh_load(name):
-    return PeftModel.from_pretrained(demo.load_base(), demo.adapter_path(name))
 
 
 def numbers(model):
@@ -162,19 +160,15 @@ METHODS = {
 def test_other_methods(method):
     torch.manual_seed(0)
     model = get_peft_model(demo.load_base(), METHODS[method])
-    for name, each in model.named_parameters():
-        if "vera_lambda" in name:  # PEFT begins with zeros
-            torch.nn.init.normal_(each)
+    for each in (each for name, each in model.named_parameters() if "vera_lambda" in name):
+        torch.nn.init.normal_(each)  # PEFT begins with zeros
     map = WeightMap(model)
-    active = [tile.path for tile in map.tiles if tile.cells.any()]
-    assert len(active) == (1 if "embeddings" in method else 4)
+    assert sum(bool(tile.cells.any()) for tile in map.tiles) == (1 if "embeddings" in method else 4)
     assert map.counts.base == 963_968
     assert map.figure().svg.count("<title>") == len(map.tiles) + 1
     if method in ("dora", "loha", "lokr"):
-        layer = model.get_base_model().model.layers[0].self_attn.q_proj
-        assert map.tiles[0].cells.square().mean() == pytest.approx(
-            layer.get_delta_weight("default").square().mean().item(), rel=0.05
-        )
+        whole = model.get_base_model().model.layers[0].self_attn.q_proj.get_delta_weight("default")
+        torch.testing.assert_close(map.tiles[0].cells.square().mean(), whole.square().mean(), rtol=0.05, atol=0)
 
 
 def test_a_click_between_two_jobs_counts():
@@ -203,20 +197,6 @@ def test_a_click_between_two_jobs_counts():
         button.click()
     assert map.wait(60)
     assert map.name == names[(at + 3) % 8]
-
-
-def test_convolutions_and_many_layers():
-    model = digits.load("bold")
-    map = WeightMap(model)
-    assert map.tiles[0].cells.shape == (1, 1)  # too many blocks for large tiles
-    by_path = tiles(map)
-    layers = {path: each for path, each in model.get_base_model().named_modules() if hasattr(each, "get_delta_weight")}
-    assert len(layers) > 10
-    for path, layer in layers.items():
-        assert float(by_path[path].cells) == pytest.approx(
-            layer.get_delta_weight("default").square().mean().sqrt().item(), rel=1e-4
-        )
-    assert sum(bool(tile.cells.any()) for tile in map.tiles) == len(layers)
 
 
 @pytest.mark.parametrize(("layers", "rows"), [(30, 30), (100, 34)])
