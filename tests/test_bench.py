@@ -127,14 +127,6 @@ def test_half_precision_stays_half_precision(dtype, size):
     assert rows[0].part.startswith(f"rank 2: 14 tensors, {size} kB per adapter")
 
 
-def test_shapes_of_models():
-    with torch.device("meta"):
-        config = make_base(Settings(device="meta")).config
-    sizes = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
-    assert sizes == (576, 1536, 30)
-    assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
-
-
 # ---- rows
 
 

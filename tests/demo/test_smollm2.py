@@ -113,12 +113,9 @@ def test_where_it_is_looked_for(first, folder, monkeypatch, tmp_path):
     there = ORDER[ORDER.index(first.partition(",")[0]) :]
     if "variable" in there:
         monkeypatch.setenv(smollm2.PATH_VARIABLE, str(folder if first == "variable" else tmp_path / "nothing"))
-    cached = [
-        file.name for file in folder.iterdir() if "cache" in there or ("cache" in first and file.suffix == ".json")
-    ]
-    monkeypatch.setattr(
-        huggingface_hub, "try_to_load_from_cache", lambda _, name: str(folder / name) if name in cached else None
-    )
+    part = "*" if "cache" in there else "*.json" if "cache" in first else "nothing"
+    cached = {file.name: str(file) for file in folder.glob(part)}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, name: cached.get(name))
     where = package(monkeypatch, tmp_path / "site")
     found = smollm2.find(folder if first == "argument" else None)
     kind = {"argument": "path", "variable": "path", "cache": "hub"}.get(first, "gguf")
