@@ -86,6 +86,8 @@ def test_the_model_has_afterwards_what_it_had(kind, loaded, strength, end):
     model = lattice.model
     if kind == "model":  # has its layers from now on, turned off where the adapter lacks them
         lattice.run()
+        if loaded in NAMES:
+            lattice.choose(loaded)
         with torch.no_grad():  # as if it had been trained since
             next(each for name, each in model.named_parameters() if "lora_B" in name and each.any()).mul_(2)
     set_strength(model, strength)
