@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
-from models import KINDS, load, save_random_adapter
+from models import KINDS, load, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load
 from peft import PeftModel
 from refusals import refused
@@ -34,30 +34,19 @@ from hotswap_lab.widgets import RecompileMeter, RowPanel, SwapPanel
 from hotswap_lab.widgets.work import WorkingView
 
 #: what the names in the texts are
-NAMES = {
-    **{"pool": AdapterPool, "pipe": FluxPipeline, "meter": RecompileMeter, "Adapter": Adapter, "PeftModel": PeftModel},
-    **{
-        "hotswap_lab": hotswap_lab,
-        "hotswap_adapter": hotswap_adapter,
-        "RowPanel": RowPanel,
-        "AdapterPool": AdapterPool,
-        "aoti_load": aoti_load,
-    },
-}
+CALLABLE = (Adapter, AdapterPool, PeftModel, RowPanel, aoti_load, hotswap_adapter)
+NAMES = {each.__name__: each for each in CALLABLE}
+NAMES |= {"hotswap_lab": hotswap_lab, "pool": AdapterPool, "pipe": FluxPipeline, "meter": RecompileMeter}
 #: what is the user's own: any function will do
 OWN = {"generate"}
 #: which functions take an argument that is only named
 TAKEN_BY = {
-    "add_layers": (hotswap_adapter,),
-    "base_weights": (hotswap_adapter,),
-    "target_rank": (prepare_model_for_compiled_hotswap, AdapterPool),
-    "check_compiled": (prepare_model_for_compiled_hotswap, AdapterPool),
-    "adapters": (prepare_model_for_compiled_hotswap, AdapterPool),
+    **dict.fromkeys(("add_layers", "base_weights"), (hotswap_adapter,)),
+    **dict.fromkeys(("target_rank", "check_compiled", "adapters"), (prepare_model_for_compiled_hotswap, AdapterPool)),
+    **dict.fromkeys(("tokenizer", "template"), (SwapPanel,)),
     "rows": (AdapterPool,),
     "repeated_blocks": (aoti_compile,),
     "inputs": (verify_hotswap,),
-    "tokenizer": (SwapPanel,),
-    "template": (SwapPanel,),
     "is_trainable": (PeftModel.from_pretrained,),
 }
 CALL = re.compile(r"[\w.]*\w\([^()]*(?:\([^()]*\)[^()]*)*\)|\.\w+\(\)")
@@ -108,8 +97,7 @@ def test_what_is_advised_can_be_called(name, model):
 def test_advice_leads_somewhere_for_dora_in_a_model_prepared_for_lora(tmp_path):
     """It is not to prepare for it, which is refused in turn."""
     kind = KINDS["llama"]
-    old = save_random_adapter(kind, tmp_path / "old", 1, r=4)
-    dora = save_random_adapter(kind, tmp_path / "dora", 2, r=4, use_dora=True)
+    old, dora = save_family(kind, tmp_path, dict(r=4), dict(r=4, use_dora=True))
     model = load(kind, old)
     prepare_model_for_compiled_hotswap(model, target_rank=4)
     error = refused("in a model that is not prepared", hotswap_adapter, model, dora, "default")
@@ -127,16 +115,15 @@ def test_advice_of_a_pool_on_a_compiled_model_names_no_other_function():
     assert "was called" not in str(error)
 
 
-def test_a_plan_can_be_carried_out_without_its_folder(tmp_path, model):
+def test_a_plan_can_be_carried_out_without_its_folder(tmp_path):
     kind = KINDS["llama"]
-    folders = [
-        save_random_adapter(kind, tmp_path / name, seed, r=2) for seed, name in ((1, "old"), (2, "new"), (2, "same"))
-    ]
-    model = load(kind, folders[0])
-    plan = plan_hotswap(model, folders[1], "default")
-    shutil.rmtree(folders[1])
+    old, new, same = save_family(kind, tmp_path, dict(r=2), dict(r=2), dict(r=2))
+    model = load(kind, old)
+    plan = plan_hotswap(model, new, "default")
+    shutil.rmtree(same)
+    shutil.move(new, same)
     commit(plan)
-    assert_equals_fresh_load(model, kind, folders[2])
+    assert_equals_fresh_load(model, kind, same)
 
 
 def test_an_update_after_the_adapter_was_deleted_is_refused():
@@ -145,12 +132,3 @@ def test_an_update_after_the_adapter_was_deleted_is_refused():
     model.delete_adapter("default")
     adapter = Adapter.load(demo.adapter_path("double"))
     refused("no longer where the pool put it", pool.update, "sort", dict(adapter.tensors), adapter.config)
-
-
-def test_unexpected_keys_are_named_as_peft_names_them(tmp_path):
-    """With the adapter's name in them, so that what looks for PEFT's text finds it."""
-    kind = KINDS["llama"]
-    narrow = save_random_adapter(kind, tmp_path / "narrow", 1, r=2, target_modules=["q_proj"])
-    wide = save_random_adapter(kind, tmp_path / "wide", 2, r=2, target_modules=["q_proj", "v_proj"])
-    keys = r"unexpected keys found: base_model\.model\.\S*v_proj\.lora_A\.default\.weight"
-    refused(keys, hotswap_adapter, load(kind, narrow), wide, "default")

@@ -1,8 +1,10 @@
-"""pyproject.toml, the conda environments, README, the notebooks and CI say the same."""
+"""pyproject.toml, the conda environments, README, the notebooks, CI and the hosted workflows say the same."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import hotswap_lab
 from hotswap_lab.compat import KNOWN
 
 if sys.version_info >= (3, 11):
@@ -24,6 +27,10 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+SCRIPT = (ROOT / ".ci" / "run").read_text()
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+#: the stages that CI's script runs if it is given none
+STAGES = re.search(r"^ALL=\((.+)\)$", SCRIPT, re.MULTILINE).group(1).split()
 
 #: what the same package is called on conda-forge
 CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch"}
@@ -59,8 +66,7 @@ def test_the_environments_agree_with_pyproject(file):
 
 
 def test_binder_has_what_it_needs():
-    environment = (ROOT / "binder" / "environment.yml").read_text()
-    assert "cxx-compiler" in environment
+    assert "cxx-compiler" in (ROOT / "binder" / "environment.yml").read_text()
     post_build = ROOT / "binder" / "postBuild"
     assert post_build.stat().st_mode & 0o111
     assert subprocess.run(["bash", "-n", str(post_build)], check=False).returncode == 0
@@ -81,7 +87,7 @@ def test_the_repository_stands_in_one_place():
 
 
 def test_the_index_page_has_no_relative_link():
-    """README as the package's metadata has it. That its links lead somewhere, test_readme.py checks."""
+    """README as the package's metadata has it. That its links lead somewhere, test_site.py checks."""
     hook = TOOLS["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     assert hook["fragments"] == [{"path": "README.md"}]
     text = README
@@ -100,18 +106,6 @@ def test_the_index_page_has_no_relative_link():
             assert absolute == (raw if picture else at_tag) + page + link
 
 
-def readme_commands() -> list[str]:
-    return re.findall(r"^(python3 -m venv .*)$", README, re.MULTILINE)
-
-
-def test_readme_has_two_commands_of_one_line():
-    lab, test = readme_commands()
-    assert lab.endswith("jupyter lab notebooks/00_start_here.ipynb")
-    assert "&& .venv/bin/pytest" in test
-    assert '".[lab]"' in lab
-    assert '".[test]"' in test
-
-
 def of_ci(function: str) -> str:
     """What a function of the CI script prints."""
     script = f"eval \"$(sed -n '/^{function}()/,/^}}/p' .ci/run)\"; {function}"
@@ -120,14 +114,16 @@ def of_ci(function: str) -> str:
 
 
 def test_ci_runs_the_very_test_commands_of_readme_and_contributing():
-    script = (ROOT / ".ci" / "run").read_text()
-    assert of_ci("readme_command") == readme_commands()[1]
+    lab, test = re.findall(r"^(python3 -m venv .*)$", README, re.MULTILINE)
+    assert '".[lab]"' in lab
+    assert lab.endswith("jupyter lab notebooks/00_start_here.ipynb")
+    assert '".[test]"' in test
     (long,) = re.findall(r"^(\.venv/bin/pytest .*)$", CONTRIBUTING, re.MULTILINE)
-    assert of_ci("long_command") == long
-    assert readme_commands()[1].endswith(long.removesuffix(" -m long"))
-    assert script.count('eval "$(long_command)"') == 1
+    assert (of_ci("readme_command"), of_ci("long_command")) == (test, long)
+    assert test.endswith(f"&& {long.removesuffix(' -m long')}")
+    assert SCRIPT.count('eval "$(long_command)"') == 1
     # with the system's own Python, or in the stage after that where there is no other
-    assert script.count('eval "$(readme_command)"') == 2
+    assert SCRIPT.count('eval "$(readme_command)"') == 2
 
 
 def test_ci_installs_every_floor():
@@ -171,3 +167,53 @@ def test_ruff(arguments):
     """Lint and format, notebooks included."""
     done = subprocess.run([sys.executable, "-m", "ruff", *arguments, str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- the hosted workflows
+
+
+def test_hosted_ci_runs_every_stage_once():
+    """What runs on Linux is all that CI's script runs, and each stage is a function of it."""
+    linux = WORKFLOWS["ci"]["jobs"]["linux"]
+    assert sorted(" ".join(linux["strategy"]["matrix"]["stages"]).split()) == sorted(STAGES)
+    assert linux["steps"][-1]["run"] == ".ci/run ${{ matrix.stages }}"
+    assert set(STAGES) <= set(re.findall(r"^(\w+)\(\) \{", SCRIPT, re.MULTILINE))
+
+
+def commands(workflow: str) -> list[str]:
+    return [step["run"] for job in WORKFLOWS[workflow]["jobs"].values() for step in job["steps"] if "run" in step]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_has_few_rights_and_ends(name):
+    workflow = WORKFLOWS[name]
+    assert workflow["permissions"]["contents"] == "read"
+    assert "write" not in workflow["permissions"].values() or name == "nightly"
+    assert workflow["concurrency"]
+    assert all(job["timeout-minutes"] <= 90 for job in workflow["jobs"].values())
+    for command in re.findall(r"\.ci/run +([\w ]+)", "\n".join(commands(name))):
+        assert set(command.split()) <= set(STAGES)
+
+
+def test_a_release_checks_its_version(tmp_path):
+    """The tag is the version, and the changelog has it with a date."""
+    check = next(each for each in commands("release") if "version=" in each)
+    version, log = hotswap_lab.__version__, (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## [{version}]" in log
+    (tmp_path / "hotswap_lab").mkdir()
+    shutil.copy(ROOT / "hotswap_lab" / "__init__.py", tmp_path / "hotswap_lab")
+
+    def is_released(tag: str, log: str) -> bool:
+        (tmp_path / "CHANGELOG.md").write_text(log)
+        env = os.environ | {"GITHUB_REF_NAME": tag}
+        return not subprocess.run(["bash", "-ec", check], cwd=tmp_path, env=env, check=False).returncode
+
+    dated = re.sub(r"(?m)^## \[(\d.*?)\].*$", r"## [\1] - 2030-01-31", log)
+    assert is_released(f"v{version}", dated)
+    assert not is_released("v999.0", dated + "## [999.0] - 2030-01-31\n")
+    assert not is_released(f"v{version}", dated.replace("2030-01-31", "soon"))
+
+
+def test_the_nightly_run_looks_at_a_test_that_exists():
+    name, file = re.search(r"-k (\w+) (\S+\.py)", "\n".join(commands("nightly"))).groups()
+    assert f"def {name}" in (ROOT / file).read_text()

@@ -18,15 +18,12 @@ SHADES = {mix(color, step / 10_000, WHITE) for color in (LESS, MORE) for step in
 NAMED = {value for name, value in vars(palette).items() if name.isupper() and isinstance(value, str)}
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=lambda path: str(path.relative_to(FOLDER)))
-def test_no_other_file_names_a_color(path):
-    assert path.name == "palette.py" or not re.findall(COLOR, path.read_text())
-
-
-@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.svg")), ids=lambda path: path.stem)
-def test_pictures_have_colors_of_the_palette(path):
-    names = {*re.findall(r"\b(?:" + "|".join(demo.adapter_names()) + r")\b", path.read_text())}
-    assert {*re.findall(COLOR, path.read_text())} <= NAMED | SHADES | {light(name) for name in names}
+def test_only_the_palette_names_a_color_and_pictures_have_no_others():
+    for path in FOLDER.rglob("*.py"):
+        assert path.name == "palette.py" or not re.findall(COLOR, path.read_text()), path
+    for path in FOLDER.rglob("*.svg"):
+        names = {*re.findall(r"\b(?:" + "|".join(demo.adapter_names()) + r")\b", path.read_text())}
+        assert {*re.findall(COLOR, path.read_text())} <= NAMED | SHADES | {light(name) for name in names}, path
 
 
 def luminance(color):

@@ -74,33 +74,22 @@ def test_the_contents_name_every_recipe_in_its_order():
 
 
 @pytest.mark.parametrize("title", RECIPES)
-def test_it_is_short_and_shows_its_result(title):
+def test_it_is_short_stands_alone_shows_its_result_and_says_what_can_go_wrong(title):
     cells = code_of(title)
     for cell in cells:
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")]
         assert len(lines) <= MAX_LINES, cell.source
     assert any(cell.outputs for cell in cells)
-
-
-@pytest.mark.parametrize("title", RECIPES)
-def test_it_is_told_from_what_it_is_pasted_into(title):
-    cells = code_of(title)
+    # it is told from what it is pasted into
     place = recipe_in(cells)
     assert [cell.source.startswith(GIVEN) for cell in cells[: place + 1]] == [True] * place + [False]
-    imported_before = set().union(*(names_in(cell.source)[0] for cell in cells[:place]))
-    imported, _, used = names_in(cells[place].source)
-    assert (used - imported) & imported_before <= {"torch", "demo", "digits"}
-
-
-@pytest.mark.parametrize("title", RECIPES)
-def test_it_says_in_one_sentence_what_can_go_wrong(title):
+    found = [names_in(cell.source) for cell in cells]
+    imported, _, used = found[place]
+    assert (used - imported) & set().union(*(before for before, *_ in found[:place])) <= {"torch", "demo", "digits"}
+    # it takes no name from another recipe
+    imported, made, used = (set().union(*each) for each in zip(*found, strict=True))
+    assert used <= imported | made | set(dir(builtins))
+    # in one sentence
     start, last = "**What can go wrong.** ", SECTIONS[title][-1].source
     assert last.startswith(start)
     assert re.fullmatch(r"[^.]+(\.[^\s.][^.]*)*\.", last.removeprefix(start))
-
-
-@pytest.mark.parametrize("title", RECIPES)
-def test_it_takes_no_name_from_another_recipe(title):
-    found = [names_in(cell.source) for cell in code_of(title)]
-    imported, made, used = (set().union(*each) for each in zip(*found, strict=True))
-    assert used <= imported | made | set(dir(builtins))

@@ -1,4 +1,7 @@
-"""The site has every notebook and every public name. CI, which has Sphinx, checks that it builds without a warning."""
+"""The site has every notebook and every public name, README stays short, and every link leads somewhere.
+
+CI, which has Sphinx, checks that the site builds without a warning.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ import nbformat
 import pytest
 
 import hotswap_lab
+import hotswap_lab.widgets
 
 ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
+DOCS, README = ROOT / "docs", ROOT / "README.md"
+PAGES = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "training/README.md"))]
+NOTEBOOKS = [path for path in (ROOT / "notebooks").rglob("*.ipynb") if path.parts[-2][0] != "."]
 
 
 def load(name: str):
@@ -42,7 +48,7 @@ def test_every_public_name_has_a_page(conf):
 
 def test_modules_that_users_are_told_of_have_a_page(conf):
     recipes = nbformat.read(ROOT / "notebooks" / "recipes.ipynb", as_version=4)
-    text = "\n".join([(ROOT / "README.md").read_text(), hotswap_lab.__doc__, *(cell.source for cell in recipes.cells)])
+    text = "\n".join([README.read_text(), hotswap_lab.__doc__, *(cell.source for cell in recipes.cells)])
     named = set(re.findall(r"\bhotswap_lab\.(\w+)\b(?!\.\w+/)", text)) | set(
         re.findall(r"from hotswap_lab\.([\w.]+)", text)
     )
@@ -63,8 +69,10 @@ def test_members_of_public_classes_have_docstrings(conf):
 def test_every_page_is_in_a_contents_list():
     lists = "\n".join(re.findall(r"```{toctree}\n(.*?)```", "".join(map(Path.read_text, DOCS.glob("*.md"))), re.DOTALL))
     patterns = [line for line in lists.splitlines() if line and not line.startswith(":")]
-    notebooks = [path.relative_to(ROOT) for path in (ROOT / "notebooks").rglob("*.ipynb") if path.parts[-2][0] != "."]
-    pages = [*notebooks, *(path.relative_to(DOCS) for path in DOCS.glob("*.md") if path.stem != "index")]
+    pages = [
+        *(path.relative_to(ROOT) for path in NOTEBOOKS),
+        *(path.relative_to(DOCS) for path in DOCS.glob("*.md") if path.stem != "index"),
+    ]
     assert len(pages) > 30
     for page in pages:
         assert any(fnmatch(page.with_suffix("").as_posix(), pattern) for pattern in patterns), page
@@ -72,7 +80,7 @@ def test_every_page_is_in_a_contents_list():
 
 def test_the_parts_of_readme_are_found():
     """A title that changes there has to change here."""
-    readme = (ROOT / "README.md").read_text()
+    readme = README.read_text()
     markers = re.findall(
         r'^:(?:start-after|end-before): "(.+)"$', "".join(map(Path.read_text, DOCS.glob("*.md"))), re.MULTILINE
     )
@@ -87,3 +95,52 @@ def test_broken_links_are_found(tmp_path):
     (tmp_path / "b.html").write_text('<a href="a.html#here">1</a><a href="a.html#gone">2</a><img src="c.png">')
     broken = load("check_links").broken(tmp_path)
     assert broken == ["a.html: b.html#there", "b.html: a.html#gone", "b.html: c.png"]
+
+
+# --- README and the other pages
+
+
+def text_of(path: Path) -> str:
+    """What is prose in it: no code."""
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(path: Path) -> set[str]:
+    """What a link to this file may have after its #."""
+    titles = re.findall(r"^#+ (.+)$", text_of(path), re.MULTILINE)
+    if path.suffix == ".ipynb":  # as Jupyter makes them
+        return {title.strip().replace(" ", "-") for title in titles}
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 160
+
+
+def test_the_contents_have_every_section():
+    contents, _, rest = README.read_text().partition("\n## ")
+    titles = re.findall(r"^## (.+)$", "## " + rest, re.MULTILINE)
+    linked = re.findall(r"\[([^\]]+)\]\(#", contents)
+    assert [" ".join(title.split()) for title in linked] == titles
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, *NOTEBOOKS]:
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text_of(page)):
+            file, _, anchor = link.partition("#")
+            path = page.parent / file if file else page
+            assert path.exists(), (page, link)
+            assert not anchor or anchor in anchors_of(path), (page, link)
+
+
+def test_code_is_code():
+    """Whatever is shown compiles, and imports what there is."""
+    for page in PAGES[:2]:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            compile(block, page, "exec")
+            for module, names in re.findall(r"^from (hotswap_lab[\w.]*) import (.+)$", block, re.MULTILINE):
+                for name in names.split(", "):
+                    assert hasattr(hotswap_lab.widgets if module.endswith("widgets") else hotswap_lab, name), name

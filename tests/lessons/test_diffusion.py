@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
-import xml.etree.ElementTree as ElementTree
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,33 +23,21 @@ from hotswap_lab.lessons import diffusion
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def pixels(svg: ElementTree.Element) -> list[torch.Tensor]:
-    """What the embedded pictures of a figure show, 0 to 1."""
-    found = []
-    for image in svg.iter(f"{SVG}image"):
-        data = base64.b64decode(image.attrib["href"].removeprefix("data:image/png;base64,"))
-        found.append(torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("L"))) / 255)
-    return found
-
-
 def test_a_grid_shows_its_pictures_in_their_places():
     images = torch.linspace(0, 1, 16).view(1, 1, 16).expand(3, 16, 16).clone()
     images[1] = 0
-    figure = diffusion.grid({"one": images, "two": 1 - images}, columns=["a", "b", "c"])
+    rows = {"one": images, "two": 1 - images}
+    figure = diffusion.grid(rows, columns=["a", "b", "c"])
     root = assert_is_svg_with_a_text_form(figure)
-    one, two = pixels(root)
-    assert one.shape == (16, 48)
-    assert (one - torch.cat(list(images), dim=1)).abs().max() < 0.05
-    assert (two - torch.cat(list(1 - images), dim=1)).abs().max() < 0.05
-    rows = [float(image.attrib["y"]) for image in root.iter(f"{SVG}image")]
-    assert rows[1] - rows[0] >= diffusion.CELL
-    labels = [text.text for text in root.iter(f"{SVG}text")]
-    assert labels == ["a", "b", "c", "one", "two"]
+    drawn = list(root.iter(f"{SVG}image"))
+    for image, expected in zip(drawn, rows.values(), strict=True):
+        data = base64.b64decode(image.attrib["href"].removeprefix("data:image/png;base64,"))
+        pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("L"))) / 255
+        torch.testing.assert_close(pixels, torch.cat(list(expected), dim=1), rtol=0, atol=0.05)
+    assert float(drawn[1].attrib["y"]) - float(drawn[0].attrib["y"]) >= diffusion.CELL
+    assert [text.text for text in root.iter(f"{SVG}text")] == ["a", "b", "c", "one", "two"]
     assert str(figure) == "3 pictures in each row: one, two, from left to right a, b, c"
-
-
-def test_drawn_digits_have_a_short_text_form():
-    assert repr(diffusion.Drawn(torch.zeros(3, 16, 16))) == "3 drawn digits"
+    assert repr(diffusion.Drawn(images)) == "3 drawn digits"
 
 
 # ---- a large pipeline, small
@@ -81,17 +69,10 @@ def test_the_sdxl_example_on_a_tiny_sdxl(tmp_path, capsys, monkeypatch):
 
 
 def test_a_machine_without_a_gpu_or_without_the_hub_is_told_apart(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert diffusion.why_not_here() == "no GPU with 12 GB"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     large = type("Properties", (), {"total_memory": 80e9})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: large)
-    import huggingface_hub
-
-    def unreachable(*arguments, **options):
-        raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-    assert diffusion.why_not_here() == "the Hub is out of reach"
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *arguments, **options: object())
-    assert diffusion.why_not_here() is None
+    answers = {"no GPU with 12 GB": (False, None), "the Hub is out of reach": (True, OSError), None: (True, None)}
+    for expected, (has_gpu, error) in answers.items():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=error))
+        assert diffusion.why_not_here() == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import shutil
@@ -15,11 +16,12 @@ import torch
 import train_digits
 import train_voices
 import train_words
+from lengths import long
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import hotswap_lab
-from hotswap_lab import HotswapError, demo, plan_hotswap
+from hotswap_lab import HotswapError, demo
 from hotswap_lab.demo import digits, smollm2, voices
 from hotswap_lab.demo.voices import scores
 
@@ -37,49 +39,7 @@ def test_every_adapter_has_its_recipe_and_nothing_in_the_package_needs_one():
         assert not re.search(rf"^\s*(from|import) .*\b({modules})\b", file.read_text(), re.MULTILINE), file
 
 
-# --- the loop
-
-
-@pytest.mark.long
-def test_a_few_steps_of_training_lower_the_loss():
-    torch.manual_seed(0)
-    tokenizer, task = demo.load_tokenizer(), demo.TASKS["double"]
-    config = LoraConfig.from_pretrained(demo.adapter_path("double"))
-    config.inference_mode = False
-    model = get_peft_model(demo.load_base(), config)
-    batch = demo.make_batch(tokenizer, demo.sample_words(64, seed=5, held_out=True), task)
-    with torch.no_grad():
-        before = model(**batch).loss.item()
-    words = demo.sample_words(20 * 64, seed=0, held_out=False, alphabet="abcdefgh")
-    fitting.fit(model, train_words.losses(model, tokenizer, words, task), steps=15, lr=4e-3)
-    with torch.no_grad():
-        after = model(**batch).loss.item()
-    assert after < 0.7 * before
-
-
-@pytest.mark.parametrize("name", ["sort", "no_vowels"])
-def test_training_is_deterministic_and_makes_the_weights_that_the_config_asks_for(tmp_path, name):
-    """Beside the config, so what comes out has the names, shapes and dtypes of the embedded weights."""
-    source = demo.ADAPTERS_DIR / name
-    recipe = fitting.Recipe(steps=2, dtype=train_words.RECIPES[name].dtype)
-    words = demo.sample_words(4, seed=0, held_out=False)
-    tokenizer = demo.load_tokenizer()
-
-    def losses_of(model):
-        for start in (0, 2):
-            yield model(**demo.make_batch(tokenizer, words[start : start + 2], demo.TASKS[name])).loss
-
-    files = []
-    for part in "ab":
-        (tmp_path / part).mkdir()
-        fitting.train_adapter(source, demo.load_base, losses_of, recipe, seed=0, folder=tmp_path / part)
-        files.append(tmp_path / part / "adapter_model.safetensors")
-    assert files[0].read_bytes() == files[1].read_bytes()
-    made, embedded = load_file(files[0]), load_file(source / "adapter_model.safetensors")
-    assert {key: (tensor.shape, tensor.dtype) for key, tensor in made.items()} == {
-        key: (tensor.shape, tensor.dtype) for key, tensor in embedded.items()
-    }
-    assert any(tensor.any() for key, tensor in made.items() if "lora_B" in key)
+# --- what all share
 
 
 def test_the_embedded_weights_are_rounded_so_that_they_can_be_compressed():
@@ -87,24 +47,8 @@ def test_the_embedded_weights_are_rounded_so_that_they_can_be_compressed():
     for file, grid in {**files, demo.BASE_DIR / "model.safetensors": train_words.BASE.grid}.items():
         for name, weight in load_file(file).items():
             assert torch.equal(fitting.coarse(weight, grid), weight), f"{file}: {name}"
-
-
-def test_a_coarse_weight_is_near_and_on_a_grid():
-    weight = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) / 30
-    rounded = fitting.coarse(weight, 16)
-    assert 1 / 1200 < (rounded - weight).abs().max() < 1 / 900
-    assert len(rounded.unique()) < 200
-    assert fitting.coarse(weight, 0) is weight
-    assert not fitting.coarse(torch.zeros(3), 16).any()
-
-
-def test_only_the_answer_counts_for_the_loss():
-    tokenizer = demo.load_tokenizer()
-    batch = demo.make_batch(tokenizer, ["ab", "abcd"], demo.TASKS["reverse"])
-    texts = [tokenizer.decode([token for token in row if token >= 0]) for row in batch["labels"].tolist()]
-    assert texts == ["ba<eos>", "dcba<eos>"]
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-    assert batch["attention_mask"].sum(1).tolist() == [len("ab>ba") + 1, len("abcd>dcba") + 1]
+    fine = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) / 30
+    assert 1 / 1200 < (fitting.coarse(fine, 16) - fine).abs().max() < 1 / 900
 
 
 def test_the_command_trains_what_is_named_or_everything():
@@ -114,21 +58,82 @@ def test_the_command_trains_what_is_named_or_everything():
     assert done == [("sort", 5), ("base", 0), ("sort", 0)]
 
 
-# --- digits
+def test_only_the_answer_counts_for_the_loss():
+    """With a token at its end that says so; of a voice's conversation, too, where SmolLM2 is there."""
+    batches = [(demo.load_tokenizer(), demo.make_batch, (["ab", "abcd"], demo.TASKS["reverse"]), ["ba", "dcba"])]
+    with contextlib.suppress(HotswapError):
+        pairs = train_voices.pairs_of("haiku")[:2]
+        answers = [answer for _, answer in pairs]
+        batches.append((smollm2.load_tokenizer(), train_voices.make_batch, (pairs,), answers))
+    for tokenizer, make, given, answers in batches:
+        batch = make(tokenizer, *given)
+        texts = [tokenizer.decode(row[row >= 0]) for row in batch["labels"]]
+        assert texts == [answer + tokenizer.eos_token for answer in answers]
+        assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+        assert (batch["attention_mask"].sum(1) > (batch["labels"] >= 0).sum(1)).all()
+
+
+def test_every_pair_comes_once_before_any_comes_again():
+    pairs = [(str(number), "") for number in range(10)]
+    first, again = (list(itertools.islice(train_voices.batches(pairs, seed=0), 5)) for _ in range(2))
+    chosen = [pair for batch in first for pair in batch]
+    assert sorted(chosen[:10]) == sorted(chosen[10:]) == sorted(pairs)
+    assert first == again
+
+
+# --- the programs, for a few steps
 
 
 @pytest.mark.long
-def test_training_gives_an_ordinary_folder(tmp_path):
-    """That it gives the same each time is what the test above shows."""
-    folder = tmp_path / "a"
-    shutil.copytree(digits.path("only_3"), folder)
-    train_digits.train_adapter("only_3", seed=0, folder=folder, steps=4)
-    made, embedded = (load_file(f"{each}/adapter_model.safetensors") for each in (folder, digits.path("only_3")))
+def test_a_few_steps_of_training_lower_the_loss():
+    torch.manual_seed(0)
+    tokenizer, task = demo.load_tokenizer(), demo.TASKS["double"]
+    config = LoraConfig.from_pretrained(demo.adapter_path("double"))
+    config.inference_mode = False
+    model = get_peft_model(demo.load_base(), config)
+    words = demo.sample_words(20 * 64, seed=0, held_out=False, alphabet="abcdefgh")
+    batch = demo.make_batch(tokenizer, demo.sample_words(64, seed=5, held_out=True), task)
+    before = model(**batch).loss.item()
+    fitting.fit(model, train_words.losses(model, tokenizer, words, task), steps=15, lr=4e-3)
+    assert model(**batch).loss.item() < 0.7 * before
+
+
+def train_word_adapter(name, folder):
+    recipe = fitting.Recipe(steps=2, dtype=train_words.RECIPES[name].dtype)
+    words, tokenizer = demo.sample_words(4, seed=0, held_out=False), demo.load_tokenizer()
+
+    def losses_of(model):
+        for start in (0, 2):
+            yield model(**demo.make_batch(tokenizer, words[start : start + 2], demo.TASKS[name])).loss
+
+    fitting.train_adapter(demo.ADAPTERS_DIR / name, demo.load_base, losses_of, recipe, seed=0, folder=folder)
+
+
+def train_digit_adapter(name, folder):
+    train_digits.train_adapter(name, seed=0, folder=folder, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("train", "source"),
+    [
+        *((train_word_adapter, demo.ADAPTERS_DIR / name) for name in ("sort", "no_vowels")),
+        long(train_digit_adapter, digits.ADAPTERS_DIR / "only_3"),
+    ],
+)
+def test_training_is_deterministic_and_makes_the_weights_that_the_config_asks_for(tmp_path, train, source):
+    """So what comes out has the names, shapes and dtypes of the embedded weights."""
+    for part in "ab":
+        shutil.copytree(source, tmp_path / part)
+        train(source.name, tmp_path / part)
+    first, again, embedded = (
+        folder / "adapter_model.safetensors" for folder in (tmp_path / "a", tmp_path / "b", source)
+    )
+    assert first.read_bytes() == again.read_bytes() != embedded.read_bytes()
+    made, embedded = load_file(first), load_file(embedded)
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in made.items()} == {
         key: (tensor.shape, tensor.dtype) for key, tensor in embedded.items()
     }
-    assert not all(torch.equal(tensor, embedded[key]) for key, tensor in made.items())
-    assert plan_hotswap(digits.load("only_3"), str(folder)).ok
+    assert any(tensor.any() for key, tensor in made.items() if "lora_B" in key)
 
 
 @pytest.mark.long
@@ -141,23 +146,16 @@ def test_the_base_is_trained_into_a_pipeline_folder(tmp_path):
     assert pipe.scheduler.config.prediction_type == digits.load_scheduler().config.prediction_type
 
 
-def test_the_table_is_printed(monkeypatch, capsys):
+def test_the_table_of_digits_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(measure_digits.digits, "names", lambda: ["inverted"])
     measure_digits.main(["--count", "3", "--threads", "1"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("3 pictures each")
-    assert [line.split()[0] for line in lines[-2:]] == ["base", "inverted"]
-    assert lines[-1].split()[-1] == f"{measure_digits.measure(digits.load('inverted'), 3).background:.3f}"
+    *_, base, inverted = capsys.readouterr().out.splitlines()
+    assert base.startswith("base ")
+    assert inverted.startswith("inverted ")
+    assert inverted.endswith(f" {measure_digits.measure(digits.load('inverted'), 3).background:.3f}")
 
 
 # --- voices
-
-
-def need(load):
-    try:
-        return load()
-    except HotswapError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("name", voices.names())
@@ -165,10 +163,8 @@ def test_the_texts_are_in_the_voice_and_in_no_other(name):
     """What is taught is what is measured, with other questions."""
     assert sorted(scores.TESTS) == voices.names() == sorted(file.stem for file in train_voices.TEXTS_DIR.iterdir())
     pairs = train_voices.pairs_of(name)
-    assert 25 <= len(pairs) <= 60
-    questions = {question for question, _ in pairs}
-    assert len(questions) == len(pairs)
-    assert questions.isdisjoint(voices.QUESTIONS)
+    assert 25 <= len({question for question, _ in pairs}) == len(pairs) <= 60
+    assert {question for question, _ in pairs}.isdisjoint(voices.QUESTIONS)
     for other in voices.names():
         score = voices.score(other, [answer for _, answer in pairs])
         assert score == 1 if other == name else score <= 0.1, other
@@ -177,26 +173,11 @@ def test_the_texts_are_in_the_voice_and_in_no_other(name):
 @pytest.mark.long
 def test_the_table_of_voices_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(measure_voices, "QUESTIONS", voices.QUESTIONS[::8])
-    measure_voices.main(["socratic", "--show", "1", "--threads", "1"])
+    try:
+        measure_voices.main(["socratic", "--show", "1", "--threads", "1"])
+    except HotswapError as error:
+        pytest.skip(str(error))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{len(voices.QUESTIONS[::8])} held-out questions; base model from ")
     assert lines[2].split() == ["socratic", "100.0%", "0.0%"]
-    assert lines[4] == voices.QUESTIONS[::8][0]
+    assert lines[4] == voices.QUESTIONS[0]
     assert voices.score("socratic", ["\n".join(lines[5:]).strip()]) == 1
-
-
-def test_only_the_answer_of_a_conversation_counts_for_the_loss():
-    tokenizer = need(smollm2.load_tokenizer)
-    pairs = train_voices.pairs_of("haiku")[:2]
-    batch = train_voices.make_batch(tokenizer, pairs)
-    for (_, answer), row in zip(pairs, batch["labels"], strict=True):
-        assert tokenizer.decode(row[row >= 0]) == answer + tokenizer.eos_token
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-
-
-def test_every_pair_comes_once_before_any_comes_again():
-    pairs = [(str(number), "") for number in range(10)]
-    first, again = (list(itertools.islice(train_voices.batches(pairs, seed=0), 5)) for _ in range(2))
-    chosen = [pair for batch in first for pair in batch]
-    assert sorted(chosen[:10]) == sorted(chosen[10:]) == sorted(pairs)
-    assert first == again

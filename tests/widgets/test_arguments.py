@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from refusals import refused
+from shown import folders
 
 from hotswap_lab import AdapterPool, demo
 from hotswap_lab.widgets import RecompileMeter, RowPanel, StrengthLattice, SwapPanel
 
-FOLDERS = {name: demo.adapter_path(name) for name in ("reverse", "sort")}
+FOLDERS = folders("reverse", "sort")
 PATHS = [*FOLDERS.values()]
 
 
@@ -32,8 +33,8 @@ REFUSED = [
             ("model tokenizer", {"adapters": FOLDERS}, "pass a tokenizer as tokenizer="),
         )
     ),
-    *((SwapPanel, "model", {"tokenizer": ..., "adapters": unnamed}, "have no names") for unnamed in (PATHS, PATHS[1])),
     *((AdapterPool, "model", {"adapters": unnamed}, "have no names") for unnamed in (PATHS, PATHS[1])),
+    (SwapPanel, "model", {"tokenizer": ..., "adapters": PATHS}, "have no names"),
     (SwapPanel, "pool", {"tokenizer": ..., "adapters": FOLDERS}, "not both"),
     (RecompileMeter, "model", {"pool": ..., "adapters": FOLDERS}, "not both"),
     (SwapPanel, "pool", {"tokenizer": ..., "template": "x>"}, "no place for the prompt"),
@@ -41,6 +42,7 @@ REFUSED = [
     (RecompileMeter, "model", {"inputs": torch.zeros(1, 3, dtype=torch.long)}, "have no names"),
     (RowPanel, "pool", {"generate": list, "prompts": ["word"] * 4}, "3 rows"),
     (RowPanel, "pool", {"generate": list, "prompts": "word"}, "prompts: str"),
+    (RowPanel, "pool", {"generate": "list", "prompts": ["word"]}, "generate: str"),
     (RowPanel, "model", {"generate": list, "prompts": ["word"]}, "pool: PeftModel"),
     (RowPanel, "one", {"generate": list, "prompts": ["word", "other"]}, "rows=1"),
 ]
@@ -54,19 +56,18 @@ def test_what_it_cannot_use_is_refused(given, widget, names, options, words):
 
 def test_what_it_cannot_do_is_refused(given):
     model, pool = given["model"], given["pool"]
-    panel = SwapPanel(pool, tokenizer=given["tokenizer"], template="{}>", prompt="abc")
+    panel, lattice = SwapPanel(pool, repr, prompt=5), StrengthLattice(pool, str)
     refused("The strength is not a number", setattr, panel, "strength", "high")
-    assert panel.strength == 1
-    panel.prompt, panel.generate = 5, repr
-    assert panel.run() == "'5'"
+    assert (panel.strength, panel.run()) == (1, "'5'")
+    refused("not a number", lattice.choose, "sort", float("nan"))
     refused("no adapter called 'nobody'", RowPanel(pool, list, prompts=["word"]).choose, 0, "nobody")
+    empty = AdapterPool(demo.load("reverse")[0], progress=False)
+    refused("None", StrengthLattice(empty, str).run)
+    with pytest.raises(TypeError, match="run_on_swap"):
+        StrengthLattice(pool, str, run_on_swap=True)
     with RecompileMeter(model, adapters=FOLDERS) as meter:
         refused("pass inputs", meter.visit, "sort")
-    with RecompileMeter(model) as meter:
-        refused("nothing to swap in", meter.swap, "sort")
-
-
-def test_a_meter_says_when_nothing_can_be_recompiled(given):
-    for model, is_said in ((given["model"], True), (torch.compile(given["model"], backend="eager"), False)):
-        with RecompileMeter(model) as meter:
+    for given_model, is_said in ((model, True), (torch.compile(model, backend="eager"), False)):
+        with RecompileMeter(given_model) as meter:
             assert ("the model is not compiled" in str(meter)) is is_said
+            refused("nothing to swap in", meter.swap, "sort")

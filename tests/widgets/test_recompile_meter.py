@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
+from shown import folders, live
 
 from hotswap_lab import AdapterPool, demo
 from hotswap_lab.widgets import RecompileMeter
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch.compiler.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it may recompile is the question here
-        yield
-
-
-def folders(*names):
-    return {name: demo.adapter_path(name) for name in names}
-
-
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore")  # that it may recompile is the question here
 def test_reasons_are_listed_and_after_close_nothing_is_counted():
     function = torch.compile(lambda x, factor: x * factor, backend="eager", dynamic=False)
     with RecompileMeter(function) as meter:
-        meter.box  # noqa: B018
-        for factor in (2.0, 3.0):
+        assert "0 calls" in live(meter).to_html()
+        for factor in (2.0, *[3.0] * 49):
             meter(torch.ones(2), factor)
         assert "factor was 2.0" in meter._body.value
-        assert "factor was 2.0" in meter.to_html()
-    meter(torch.ones(2), 4.0)
-    assert (meter.calls, meter.watch.compiles, meter.watch.recompiles) == (3, 1, 1)
-
-
-def test_many_calls_are_shown_in_part():
-    with RecompileMeter(lambda: None) as meter:
-        assert "0 calls" in meter.to_html()
-        assert meter.figure() is None
-        for _ in range(50):
-            meter()
+    meter(torch.ones(2), 4.0)  # a call, but nothing is looked for any more
+    assert (meter.calls, meter.watch.compiles, meter.watch.recompiles) == (51, 1, 1)
     assert meter.figure().svg.count("class='call'") == 40 + 1  # and one in the legend
-    assert "the last 40 of 50 calls" in meter.figure().svg
+    assert "the last 40 of 51 calls" in meter.figure().svg
 
 
 def test_stop():
@@ -50,8 +30,7 @@ def test_stop():
     calls = []
     inputs = dict(input_ids=torch.zeros(1, 3, dtype=torch.long))
     with RecompileMeter(model, adapters=folders("reverse", "sort"), inputs=inputs) as meter:
-        meter.box  # noqa: B018
-        meter.model = lambda **inputs: (calls.append(1), meter.stop())
+        live(meter).model = lambda **inputs: (calls.append(1), meter.stop())
         meter.visit("reverse", calls=5)
         assert len(calls) == 1
         meter.stop()

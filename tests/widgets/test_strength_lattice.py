@@ -13,15 +13,15 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from refusals import refused
+from shown import WORD, folders, live
 
 from hotswap_lab import Adapter, AdapterPool, demo, get_strength, hotswap_adapter, set_strength, verify_hotswap
 from hotswap_lab.figures.palette import light
-from hotswap_lab.widgets import StrengthLattice
+from hotswap_lab.widgets import StrengthLattice, SwapPanel
 
-WORD = "hotswap"
 NAMES = ("no_vowels", "pig_latin")
 STRENGTHS = (0, 0.5, 1)
-FOLDERS = {name: demo.adapter_path(name) for name in NAMES}
+FOLDERS = folders(*NAMES)
 
 
 def expected(name, strength):
@@ -31,19 +31,13 @@ def expected(name, strength):
     return demo.ask(model, tokenizer, WORD)
 
 
-@pytest.fixture(scope="module")
-def right():
-    return {name: {strength: expected(name, strength) for strength in STRENGTHS} for name in NAMES}
-
-
 def lattice_of(kind, generate=None, loaded="reverse"):
     """With a pool or a model in which ``loaded`` is, which is none of these."""
     model, tokenizer = demo.load(loaded)
     ask = generate or (lambda word: demo.ask(model, tokenizer, word))
     if kind == "pool":
-        return StrengthLattice(
-            AdapterPool(model, adapters=FOLDERS, target_rank=32, progress=False), ask, strengths=STRENGTHS
-        )
+        pool = AdapterPool(model, adapters=FOLDERS, target_rank=32, progress=False)
+        return StrengthLattice(pool, ask, strengths=STRENGTHS)
     return StrengthLattice(model, ask, adapters=FOLDERS, strengths=STRENGTHS)
 
 
@@ -52,22 +46,23 @@ def kind(request):
     return request.param
 
 
-def test_answers_are_those_of_a_fresh_load(kind, right):
+def test_answers_are_those_of_a_fresh_load_and_shown_as_text_and_html(kind):
     lattice = lattice_of(kind)
+    assert str(lattice).splitlines()[1:] == ["hotswap    0  0.5  1", "no_vowels  -  -    -", "pig_latin  -  -    -"]
+    right = {name: {strength: expected(name, strength) for strength in STRENGTHS} for name in NAMES}
     assert lattice.run() == lattice.answers == right
-    assert right["no_vowels"] == {0: WORD, 0.5: "hotsw*p", 1: "h*tsw*p"}
-    assert lattice.base.result == demo.ask(demo.load_base(), demo.load_tokenizer(), WORD) == WORD
-
-
-@pytest.mark.long
-def test_all_of_the_demo():
-    lattice = StrengthLattice.demo()
-    answers = lattice.run()
-    assert [*answers] == demo.adapter_names()
-    assert {name: row[1] for name, row in answers.items()} == {
-        name: demo.ask(*demo.load(name), WORD) for name in answers
-    }
-    assert {row[0] for row in answers.values()} == {WORD}
+    assert lattice.base.result == WORD
+    lattice.choose("no_vowels", 0.5)
+    assert str(lattice).splitlines() == [
+        "StrengthLattice: 2 adapters, no_vowels is active at strength 0.5",
+        "hotswap    0        0.5        1",
+        "no_vowels  hotswap  ● hotsw*p  h*tsw*p",
+        "pig_latin  hotswap  otswap     otswaphay",
+    ]
+    assert re.findall("● ?<div.*?>(.*?)<", lattice.to_html()) == ["hotsw*p"]
+    lattice.generate, lattice.prompt = (lambda word: f"<i>\n{word}" * 9), "<b>"
+    lattice.run()
+    assert "<i> <b><i> <b><i> <b><i…" in str(lattice)
 
 
 class OddError(Exception):
@@ -91,6 +86,10 @@ def test_the_model_has_afterwards_what_it_had(kind, loaded, strength, end):
     model = lattice.model
     if kind == "model":  # has its layers from now on, turned off where the adapter lacks them
         lattice.run()
+        if loaded in NAMES:
+            lattice.choose(loaded)
+        with torch.no_grad():  # as if it had been trained since
+            next(each for name, each in model.named_parameters() if "lora_B" in name and each.any()).mul_(2)
     set_strength(model, strength)
     before, cell = state_of(model), lattice.cell
     calls = itertools.count()
@@ -106,7 +105,7 @@ def test_the_model_has_afterwards_what_it_had(kind, loaded, strength, end):
     assert len(lattice.answers["pig_latin"]) == (3 if end == "done" else 1)
     assert not lattice.busy
     set_strength(model, 1)
-    assert verify_hotswap(model, demo.adapter_path(loaded))
+    assert bool(verify_hotswap(model, demo.adapter_path(loaded))) is (kind == "pool")
 
 
 def state_of(model):
@@ -119,53 +118,35 @@ def state_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()} | scalings
 
 
-def test_what_was_trained_comes_back():
-    lattice = lattice_of("model")
-    lattice.choose("no_vowels")
-    weight = next(each for name, each in lattice.model.named_parameters() if "lora_B" in name and each.any())
-    with torch.no_grad():
-        weight.mul_(2)
-    before = demo.ask(lattice.model, demo.load_tokenizer(), WORD), weight.clone()
-    lattice.run()
-    assert lattice.cell == ("no_vowels", 1)
-    assert demo.ask(lattice.model, demo.load_tokenizer(), WORD) == before[0]
-    assert torch.equal(next(each for each in lattice.model.parameters() if each is weight), before[1])
-
-
 def cell_of(lattice, name, strength):
-    lattice.box  # noqa: B018 - makes the controls
-    lattice._refresh()
-    return lattice._cells[lattice.names.index(name)][lattice.strengths.index(strength)]
-
-
-def click(lattice, name, strength):
-    cell_of(lattice, name, strength).click()
-    assert lattice.wait(60)
+    return live(lattice)._cells[lattice.names.index(name)][lattice.strengths.index(strength)]
 
 
 def marked(lattice):
     return [button.description for row in lattice._cells for button in row if "●" in button.description]
 
 
+#: what is clicked, one after the other; then the active adapter, the chosen cell, and the answer on it
+CLICKS = [
+    (("pig_latin", 0.5), "pig_latin", ("pig_latin", 0.5), "-"),
+    (None, "pig_latin", ("pig_latin", 0.5), "otswap"),
+    (("no_vowels", 0), None, ("no_vowels", 0), "hotswap"),
+    (("no_vowels", 1), "no_vowels", ("no_vowels", 1), "h*tsw*p"),
+]
+
+
 def test_clicks(kind):
     lattice = lattice_of(kind)
-    click(lattice, "pig_latin", 0.5)
-    assert (lattice.active, lattice.strength, lattice.cell) == ("pig_latin", 0.5, ("pig_latin", 0.5))
-    assert marked(lattice) == ["● -"]
-    assert demo.ask(lattice.model, demo.load_tokenizer(), WORD) == "otswap"
-    lattice._run_button.click()
-    assert lattice.wait(60)
-    assert marked(lattice) == ["● otswap"]
-    assert "otswap" in lattice._cards[1].value
-    click(lattice, "no_vowels", 0)
-    assert (lattice.active, lattice.strength, lattice.cell) == (None, 0, ("no_vowels", 0))
-    assert marked(lattice) == ["● hotswap"]
-    click(lattice, "no_vowels", 1)
+    for where, active, cell, answer in CLICKS:
+        (cell_of(lattice, *where) if where else lattice._run_button).click()
+        assert lattice.wait(60)
+        assert (lattice.active, lattice.cell, lattice.strength) == (active, cell, cell[1])
+        assert marked(lattice) == [f"● {answer}"]
+        assert answer in lattice._cards[1].value
     assert verify_hotswap(lattice.model, FOLDERS["no_vowels"])
     assert lattice.choose("pig_latin", 1) == "otswaphay"
     hotswap_adapter(lattice.model, demo.adapter_path("reverse"), "default")
-    lattice._refresh()
-    assert (lattice.cell[0], marked(lattice)) == (None, [])
+    assert (live(lattice).cell[0], marked(lattice)) == (None, [])
 
 
 def test_a_click_while_it_fills_comes_next():
@@ -196,28 +177,6 @@ def test_one_prompt_for_all_and_colors_where_it_differs():
     assert lattice.to_html().count(f"background:{light('pig_latin')}") == 2  # the row's name, and one cell
 
 
-def test_the_static_form(kind):
-    lattice = lattice_of(kind)
-    assert str(lattice).splitlines()[1:] == ["hotswap    0  0.5  1", "no_vowels  -  -    -", "pig_latin  -  -    -"]
-    lattice.run()
-    lattice.choose("no_vowels", 0.5)
-    assert str(lattice).splitlines() == [
-        "StrengthLattice: 2 adapters, no_vowels is active at strength 0.5",
-        "hotswap    0        0.5        1",
-        "no_vowels  hotswap  ● hotsw*p  h*tsw*p",
-        "pig_latin  hotswap  otswap     otswaphay",
-    ]
-    html = lattice.to_html()
-    assert re.findall("● ?<div.*?>(.*?)<", html) == ["hotsw*p"]
-    assert lattice._static() == lattice._static()
-    lattice.generate, lattice.prompt = (lambda word: f"<i>\n{word}" * 9), "<b>"
-    lattice.run()
-    html = lattice.to_html()
-    assert "<b>" not in html
-    assert "<i>" not in html
-    assert "<i> <b><i> <b><i> <b><i…" in str(lattice)
-
-
 def test_strengths():
     lattice = StrengthLattice(demo.load("reverse")[0], str, adapters=FOLDERS, strengths=[1.5, 1 / 3, -1])
     assert lattice.strengths == [-1, 0, 0.333333, 1.5]
@@ -226,7 +185,7 @@ def test_strengths():
         StrengthLattice(demo.load("reverse")[0], str, adapters=FOLDERS, strengths=["high"])
 
 
-def test_dora_has_one_answer():
+def test_dora_has_one_answer_and_no_strength():
     base = torch.nn.Sequential(torch.nn.Linear(8, 8))
     options = dict(r=2, target_modules=["0"], init_lora_weights=False)
     lora, dora = (get_peft_model(copy.deepcopy(base), LoraConfig(use_dora=each, **options)) for each in (False, True))
@@ -234,9 +193,9 @@ def test_dora_has_one_answer():
         name: Adapter.from_state_dict(get_peft_model_state_dict(model), model.peft_config["default"])
         for name, model in (("lora", lora), ("dora", dora))
     }
+    assert live(SwapPanel(dora, str, adapters=adapters))._slider.disabled
     lattice = StrengthLattice(lora, str, adapters=adapters, strengths=STRENGTHS, prompt="x")
     lattice.choose("dora")
-    assert lattice.cell == ("dora", 1)
     assert lattice.run() == {"lora": {0: "x", 0.5: "x", 1: "x"}, "dora": {1: "x"}}
     assert str(lattice).splitlines()[-1] == "dora  -  -    ● x"
     assert lattice.cell == ("dora", 1)  # put back
@@ -245,14 +204,3 @@ def test_dora_has_one_answer():
     refused("full strength", lattice.choose, "dora", 0.5)
     assert lattice.cell == ("lora", 1)
     assert observe(lattice.model).keys() == before.keys()
-
-
-def test_errors(kind):
-    lattice = lattice_of(kind)
-    refused("nobody", lattice.choose, "nobody")
-    refused("not a number", lattice.choose, "no_vowels", float("nan"))
-    refused("know how to run a prompt", StrengthLattice, lattice.model, adapters=FOLDERS)
-    empty = AdapterPool(demo.load("reverse")[0], progress=False)
-    refused("None", StrengthLattice(empty, str).run)
-    with pytest.raises(TypeError, match="run_on_swap"):
-        StrengthLattice(empty, str, run_on_swap=True)

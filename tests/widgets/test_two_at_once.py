@@ -10,13 +10,13 @@ from datetime import datetime
 import pytest
 from faults import list_steps, run_with_fault
 from refusals import refused
+from shown import WORD, button, folders, live, panel_with
 
 from hotswap_lab import AdapterPool, demo, in_use
 from hotswap_lab.threads import held
 from hotswap_lab.widgets import RecompileMeter, RowPanel, StrengthLattice, SwapPanel, View, WeightMap
 from hotswap_lab.widgets.clicks import Clicks
 
-WORD = "hotswap"
 NAMES = ("reverse", "sort", "shout")
 #: seconds for what must happen; nothing takes as long
 SOON = 60
@@ -49,27 +49,19 @@ def fingerprint(panel) -> list[float]:
     return [*sums, *(float(each.scaling["default"]) for each in layers if each.lora_B["default"].weight.any())]
 
 
-def make(kind="pool", generate=str):
-    model, _ = demo.load("reverse")
-    folders = {name: demo.adapter_path(name) for name in NAMES}
-    if kind == "pool":
-        panel = SwapPanel(AdapterPool(model, adapters=folders, progress=False), generate, prompt=WORD)
-    else:
-        panel = SwapPanel(model, generate, adapters=folders, prompt=WORD)
-    panel.box  # noqa: B018 - makes the controls
-    panel._refresh()
-    return panel
+def make(kind="pool"):
+    if kind == "model":
+        return live(panel_with(str, *NAMES))
+    pool = AdapterPool(demo.load("reverse")[0], adapters=folders(*NAMES), progress=False)
+    return live(SwapPanel(pool, str, prompt=WORD))
 
 
 @pytest.fixture(scope="module")
 def pure():
-    """The fingerprint of each adapter, for pools and for models."""
-    found = {}
-    for kind in ("pool", "model"):
-        panel = make(kind)
-        for name in NAMES:
-            panel.active = name
-            found[kind, name] = fingerprint(panel)
+    """The fingerprint of each adapter."""
+    found, panel = {}, make()
+    for panel.active in NAMES:
+        found[panel.active] = fingerprint(panel)
     return found
 
 
@@ -84,10 +76,6 @@ def running():
     yield panel, gate
     gate.leave.set()
     assert panel.wait(SOON)
-
-
-def button(panel, name):
-    return next(each for each in panel._buttons.children if each.description[2:] == name)
 
 
 # ---- quick clicks
@@ -117,7 +105,7 @@ def test_the_last_click_during_a_run_comes_next(running, pure, what):
     (panel, gate), (click, said, runs) = running, CLICKS[what]
     click(panel)
     assert said in panel._status.value
-    assert fingerprint(panel) == pure["pool", "reverse"]
+    assert fingerprint(panel) == pure["reverse"]
     assert not panel._slider.disabled  # or the keyboard's focus would be gone
     gate.leave.set()
     assert panel.wait(SOON)
@@ -127,7 +115,7 @@ def test_the_last_click_during_a_run_comes_next(running, pure, what):
     if "stop" not in what:
         assert [run.result for run in (panel.before, panel.after) if run] == runs
     if what == "two buttons":
-        assert fingerprint(panel) == pure["pool", "sort"]
+        assert fingerprint(panel) == pure["sort"]
 
 
 def test_a_refresh_is_no_click(running, monkeypatch):
@@ -191,16 +179,106 @@ def test_a_click_that_comes_late_does_not_count(monkeypatch):
 # ---- a swap while something computes
 
 
-def test_a_swap_from_elsewhere_waits_for_the_run(running, pure):
-    panel, gate = running
-    swap = threading.Thread(target=panel._switch.swap, args=("shout",))
-    swap.start()
-    swap.join(0.3)
-    assert swap.is_alive()
-    gate.leave.set()
-    assert panel.wait(SOON)
-    swap.join(SOON)
-    assert fingerprint(panel) == pure["pool", "shout"]
+def look(pool, probe):
+    map = WeightMap(pool)
+    map.answer = probe
+    map.look()
+
+
+#: what computes with a pool's model, and calls a function meanwhile
+COMPUTING = {
+    "panel": lambda pool, probe: SwapPanel(pool, probe).run(),
+    "lattice": lambda pool, probe: StrengthLattice(pool, probe, strengths=(0,)).run(),
+    "map": look,
+    "meter": lambda pool, probe: RecompileMeter(probe, pool=pool)(),
+}
+
+
+@pytest.mark.parametrize("what", COMPUTING)
+def test_swaps_by_others_wait_while_it_computes(what):
+    pool, swaps = make()._switch, []
+
+    def probe(*_):
+        if not swaps:
+            swaps.append(threading.Thread(target=pool.swap, args=("shout",)))
+            swaps[0].start()
+            swaps[0].join(0.3)
+            assert swaps[0].is_alive()
+        return WORD
+
+    COMPUTING[what](pool, probe)
+    swaps[0].join(SOON)
+    assert pool.active == "shout"
+
+
+LONG = {
+    "panel": make,
+    "panel of a model": lambda: make("model"),
+    "rows": lambda: RowPanel.demo([WORD]),
+    "map": WeightMap.demo,
+    "lattice": lambda: StrengthLattice.demo(strengths=(0,)),
+    "lattice of a model": lambda: StrengthLattice(
+        demo.load("reverse")[0], str, adapters=folders(*NAMES), strengths=(0,)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_work_waits_for_a_thread_that_computes_and_the_wait_can_be_stopped(what):
+    widget = LONG[what]()
+    model, former = (getattr(widget, "pool", None) or widget).model, str(widget)
+    start = button(widget, "shout").click if "panel" in what else widget.start
+    with in_use(model):
+        start()
+        assert not widget.wait(0.7)  # longer than it waits at a time
+        assert "no other thread computes" in widget._state()
+        widget.stop()
+        assert widget.wait(SOON)
+        assert (str(widget), widget.error) == (former, None)
+        start()
+        assert not widget.wait(0.1)
+    assert widget.wait(SOON)
+    assert widget.error is None
+    assert str(widget) != former
+
+
+def test_inside_a_computation_the_panel_refuses_to_swap(pure):
+    panel = make()
+    panel.active = "reverse"
+    with in_use(panel.model):
+        refused("computing with the model", panel.choose, "shout")
+        assert panel.run() == WORD
+    assert fingerprint(panel) == pure["reverse"]
+    assert panel.choose("shout") == WORD
+
+
+# ---- Ctrl-C
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("python_sigint")
+def test_an_interrupt_at_any_step(pure):
+    """Of the panel's own code; the engine's steps have tests of their own."""
+    panel = make()
+    panel.active = "reverse"
+    places = list_steps(lambda: panel.choose("sort"), "signal")
+    steps = {place: step for step, place in enumerate(places, 1) if place.startswith("widgets/")}
+    came_to = set()
+    for step in steps.values():
+        panel.active = "reverse"
+        outcome = run_with_fault(lambda: panel.choose("sort"), step, unit="signal")
+        where = outcome.where
+        if not where:  # it draws itself once more the first time
+            continue
+        came_to.add(where)
+        assert isinstance(outcome.error, KeyboardInterrupt), where
+        assert outcome.handler_kept, where
+        assert not panel.busy, where
+        assert fingerprint(panel) in (pure["reverse"], pure["sort"]), where
+        assert panel.after is None or panel.after.state != "running", where
+        assert panel.choose("shout") == WORD, where
+        assert "; ready" in panel._status.value, where
+    assert len(came_to) > 10
 
 
 def test_a_refresh_neither_waits_for_a_swap_nor_looks_at_a_half_written_model():
@@ -242,105 +320,3 @@ def test_a_refresh_neither_waits_for_a_swap_nor_looks_at_a_half_written_model():
     waiting.join(SOON)
     panel.choose("sort")  # the job itself waits for its turn to look
     assert "sort is in the model" in panel._picture.value
-
-
-@pytest.mark.parametrize("is_called_off", [False, True])
-@pytest.mark.parametrize("kind", ["pool", "model"])
-def test_a_click_waits_for_a_thread_that_computes_and_says_so(kind, pure, is_called_off):
-    panel = make(kind)
-    panel.active = "reverse"
-    with in_use(panel.model):
-        button(panel, "shout").click()
-        assert not panel.wait(1.2)  # longer than it waits at a time
-        assert "swapping shout in, as soon as no other thread computes with the model" in panel._status.value
-        assert fingerprint(panel) == pure[kind, "reverse"]
-        if is_called_off:
-            panel._stop_button.click()
-            assert panel.wait(SOON)
-    assert panel.wait(SOON)
-    assert panel.error is None
-    assert panel.active == ("reverse" if is_called_off else "shout")
-    assert fingerprint(panel) == pure[kind, panel.active]
-
-
-LONG = {
-    "rows": lambda: RowPanel.demo([WORD]),
-    "map": WeightMap.demo,
-    "lattice": lambda: StrengthLattice.demo(strengths=(0,)),
-    "lattice of a model": lambda: StrengthLattice(
-        demo.load("reverse")[0], str, adapters={name: demo.adapter_path(name) for name in NAMES}, strengths=(0,)
-    ),
-}
-
-
-@pytest.mark.parametrize("what", LONG)
-def test_long_work_waits_for_a_thread_that_computes_and_the_wait_can_be_stopped(what):
-    widget = LONG[what]()
-    model, former = (getattr(widget, "pool", None) or widget).model, str(widget)
-    with in_use(model):
-        widget.start()
-        assert not widget.wait(0.7)  # longer than it waits at a time
-        assert "no other thread computes" in widget._state()
-        widget.stop()
-        assert widget.wait(SOON)
-        assert (str(widget), widget.error) == (former, None)
-        widget.start()
-        assert not widget.wait(0.1)
-    assert widget.wait(SOON)
-    assert widget.error is None
-    assert str(widget) != former
-
-
-def test_inside_a_computation_the_panel_refuses_to_swap(pure):
-    panel = make()
-    panel.active = "reverse"
-    with in_use(panel._switch.model):
-        refused("computing with the model", panel.choose, "shout")
-        assert panel.run() == WORD
-    assert fingerprint(panel) == pure["pool", "reverse"]
-    assert panel.choose("shout") == WORD
-
-
-def test_a_call_of_the_meter_holds_swaps_back():
-    model, _ = demo.load("reverse")
-    pool = AdapterPool(model, adapters={name: demo.adapter_path(name) for name in NAMES}, progress=False)
-    swap = threading.Thread(target=pool.swap, args=("shout",))
-
-    def call():
-        swap.start()
-        swap.join(0.3)
-        return swap.is_alive()
-
-    with RecompileMeter(call, pool=pool) as meter:
-        assert meter()
-    swap.join(SOON)
-    assert pool.active == "shout"
-
-
-# ---- Ctrl-C
-
-
-@pytest.mark.long
-@pytest.mark.usefixtures("python_sigint")
-def test_an_interrupt_at_any_step(pure):
-    """Of the panel's own code; the engine's steps have tests of their own."""
-    panel = make()
-    panel.active = "reverse"
-    places = list_steps(lambda: panel.choose("sort"), "signal")
-    steps = {place: step for step, place in enumerate(places, 1) if place.startswith("widgets/")}
-    came_to = set()
-    for step in steps.values():
-        panel.active = "reverse"
-        outcome = run_with_fault(lambda: panel.choose("sort"), step, unit="signal")
-        where = outcome.where
-        if not where:  # it draws itself once more the first time
-            continue
-        came_to.add(where)
-        assert isinstance(outcome.error, KeyboardInterrupt), where
-        assert outcome.handler_kept, where
-        assert not panel.busy, where
-        assert fingerprint(panel) in (pure["pool", "reverse"], pure["pool", "sort"]), where
-        assert panel.after is None or panel.after.state != "running", where
-        assert panel.choose("shout") == WORD, where
-        assert "; ready" in panel._status.value, where
-    assert len(came_to) > 10

@@ -1,18 +1,26 @@
-"""What all widgets share: two outputs, the static one first; light to import; work that never hangs a kernel."""
+"""What all widgets share: two outputs, the static one first; no markup; light to import; work in a click's modes."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
+import ipywidgets
+import nbformat
 import pytest
 import torch
+from shown import live
 
+from hotswap_lab import AdapterPool, demo, widgets
 from hotswap_lab.widgets import RankPaddingView, RowPanel, StrengthLattice, SwapPanel, View, WeightMap
 from hotswap_lab.widgets.view import WIDGET_MIME
 from hotswap_lab.widgets.work import WorkingView
+
+NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 
 
 class Hello(View):
@@ -30,18 +38,13 @@ def test_two_outputs_the_static_one_first(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
     Hello()._ipython_display_()
-    static, live = shown
+    static, now = shown
     assert static == {
         "text/html": "<div><strong>Hello</strong>: hello &lt;you&gt;</div>",
         "text/plain": "Hello: hello <you>",
     }
-    assert list(live) == [WIDGET_MIME]  # nothing else, so that a saved notebook can leave it out
-    assert live[WIDGET_MIME]["model_id"]
-
-
-def test_every_widget_has_a_deterministic_static_form():
-    for make in (SwapPanel.demo, RowPanel.demo, StrengthLattice.demo, RankPaddingView, WeightMap.demo):
-        assert make()._static() == make()._static()
+    assert list(now) == [WIDGET_MIME]  # nothing else, so that a saved notebook can leave it out
+    assert now[WIDGET_MIME]["model_id"]
 
 
 def test_nothing_is_refreshed_before_it_is_shown():
@@ -54,6 +57,30 @@ def test_nothing_is_refreshed_before_it_is_shown():
     view.summary = "bye"  # what is public shows at once
     assert view.refreshed == 2
     assert "bye" in view._title.value
+
+
+def test_every_widget_has_a_deterministic_static_form():
+    for make in (SwapPanel.demo, RowPanel.demo, StrengthLattice.demo, RankPaddingView, WeightMap.demo):
+        assert make()._static() == make()._static()
+
+
+@pytest.mark.parametrize("kind", [SwapPanel, StrengthLattice, RowPanel])
+def test_nothing_becomes_markup(kind):
+    name, prompt, options = "<i>x", "<b>", {"rows": 2} if kind is RowPanel else {}
+    pool = AdapterPool(demo.load("reverse")[0], adapters={name: demo.adapter_path("sort")}, progress=False, **options)
+    widget = live(RowPanel(pool, list, prompts=[prompt]) if kind is RowPanel else kind(pool, str, prompt=prompt))
+    widget.choose(*((0, name) if kind is RowPanel else (name,)))
+    widget.run()
+
+    def values(box):
+        yield from (each for part in getattr(box, "children", ()) for each in values(part))
+        if isinstance(box, ipywidgets.HTML):
+            yield box.value
+
+    shown = "".join([widget.to_html(), *values(widget.box)])
+    assert "<i>x" not in shown
+    assert "<b>" not in shown
+    assert all(shown.count(each) >= 2 for each in ("&lt;i&gt;x", "&lt;b&gt;"))
 
 
 @pytest.mark.long
@@ -94,3 +121,17 @@ def test_a_click_has_the_modes_of_the_cell_that_made_the_widget(modes):
             subshell.submit(click).result()
             assert work.wait(30)
     assert found == [modes] * 4
+
+
+def test_chapters_show_every_widget_and_store_its_static_form():
+    found = set()
+    for path in sorted(NOTEBOOKS.glob("0*.ipynb")):
+        shown = re.findall(r"from hotswap_lab.widgets import (\w+)", path.read_text())
+        cells = nbformat.read(path, as_version=4).cells
+        data = [output.data for cell in cells for output in cell.get("outputs", []) if "data" in output]
+        assert not any(WIDGET_MIME in each for each in data)
+        static = [each["text/plain"] for each in data if "text/html" in each or "image/svg+xml" in each]
+        for widget in shown:
+            assert any(text.startswith((widget, "Swap ")) for text in static), path
+        found.update(shown)
+    assert found == {*widgets.__all__} - {"View"}

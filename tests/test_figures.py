@@ -1,0 +1,115 @@
+"""Charts and stored pictures: valid, with a text form that has their numbers; as long and marked as their values."""
+
+from __future__ import annotations
+
+import itertools
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from exercises import assert_is_svg_with_a_text_form
+
+from hotswap_lab import RecompileWatch, figures
+from hotswap_lab.figures import palette
+from hotswap_lab.figures.latency import MARKS, timeline
+from hotswap_lab.watch import Call, Compilation
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def a_watch(*calls):
+    """A watch as if it had noted calls: label, seconds, kind of compilation or None."""
+    watch = RecompileWatch()
+    for label, seconds, kind in calls:
+        compilations = [Compilation(kind, call=label)] if kind else []
+        watch.calls.append(Call(label, seconds, compilations))
+        watch.compilations += compilations
+    return watch
+
+
+SLOW = a_watch(("a", 5.0, "compile"), ("a", 0.001, None), ("b", 2.0, "recompile"), ("b", 0.003, None))
+FAST = a_watch(("a", 6.0, "compile"), ("a", 0.001, None), ("b", 0.002, None), ("b", 0.003, None))
+#: each with its text form
+FIGURES = {
+    "bars": (
+        figures.bars("Time & <space>", {"ours": 2.0, "PEFT": 14.5}, "ms", base={"nothing"}),
+        "Time & <space>: ours 2 ms, PEFT 14.5 ms",
+    ),
+    "counts": (
+        figures.counts("Swaps", {"PEFT <load>": 1.0, "ours": 0.3, "copy": 0.0001}, base={"copy"}, note="here & now"),
+        "Swaps, in the time of one PEFT <load> (1000.0 ms): PEFT <load> 1, ours 3, copy 10,000. here & now",
+    ),
+    "limited": (
+        figures.bars("One swap", {"1 <slow>": 16.0, "2 fast": 0.8, "3 copy": 0.4}, "ms", limit=0.4),
+        "One swap: 1 <slow> 16 ms, 2 fast 0.8 ms, 3 copy 0.4 ms. 0.4 ms is the limit",
+    ),
+    "timeline": (
+        timeline("Latency", {"not <prepared>": SLOW, "prepared": FAST}),
+        "Latency. not <prepared>: 4 calls, 1 swap, 1 compiled, 1 recompile, a 5 s with a compile, b 2 s with a "
+        "recompile, other calls 2 ms in the median. prepared: 4 calls, 1 swap, 1 compiled, 0 recompiles, a 6 s with "
+        "a compile, other calls 2 ms in the median.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_valid_svg_with_a_text_form(name):
+    figure, text = FIGURES[name]
+    assert_is_svg_with_a_text_form(figure)
+    assert repr(figure) == text
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(figures.__file__).parent.glob("pictures/*.svg")), ids=lambda path: path.stem
+)
+def test_stored_pictures_are_valid_svg_with_a_text_form(path):
+    assert_is_svg_with_a_text_form(figures.drawing(path.stem))
+
+
+def parts(figure, kind):
+    return list(ElementTree.fromstring(figure.svg).iter(f"{SVG}{kind}"))
+
+
+def widths(name, *colors):
+    bars = [bar for bar in parts(FIGURES[name][0], "rect") if bar.get("rx") == "4"]
+    return [float(bar.get("width")) for bar in bars if bar.get("fill") in colors]
+
+
+def test_bars_are_as_long_as_their_values_and_a_limit_is_marked_in_each():
+    ours, theirs = widths("bars", palette.OURS, palette.PEFT)
+    assert ours / theirs == pytest.approx(2.0 / 14.5, rel=1e-3)
+    whole = widths("limited", palette.OURS)
+    assert [width / whole[0] for width in whole] == pytest.approx([1, 0.8 / 16, 0.4 / 16], rel=1e-3)
+    assert widths("limited", palette.BASE) == [whole[-1]] * 3
+
+
+def test_a_count_is_a_row_of_blocks():
+    paths = parts(FIGURES["counts"][0], "path")[1:]
+    assert [path.get("fill") for path in paths] == [palette.PEFT, palette.OURS, palette.BASE]
+    starts = [[float(each.split()[0]) for each in path.get("d").split("M")[1:]] for path in paths]
+    assert [len(each) for each in starts] == [1, 3, 1]  # blocks of less than a pixel are drawn as one
+    assert starts[1][1] - starts[1][0] == pytest.approx(0.3 * (660 - 220 - 90), rel=1e-3)
+
+
+def test_the_timeline_marks_each_call_by_shape_and_by_colour_inside_of_the_picture():
+    figure = FIGURES["timeline"][0]
+    marks = [each for each in parts(figure, "path") if each.get("class") in MARKS]
+    by_kind = {kind: [each for each in marks if each.get("class") == kind] for kind in MARKS}
+    # the calls, and one each in the legend
+    assert {kind: len(each) for kind, each in by_kind.items()} == {"call": 5 + 1, "compile": 2 + 1, "recompile": 1 + 1}
+    # what follows the place where it is
+    shapes = {(kind, each.get("d").partition(" m")[2]) for kind, marks in by_kind.items() for each in marks}
+    assert len(shapes) == len({shape for _, shape in shapes}) == 3
+    assert len({each[0].get("fill") for each in by_kind.values()}) == 3
+    root = ElementTree.fromstring(figure.svg)
+    for x, y in (map(float, each.get("d")[1:].split()[:2]) for each in marks):
+        assert 0 <= x <= float(root.get("width"))
+        assert 0 <= y <= float(root.get("height"))
+
+
+def test_the_timeline_is_logarithmic():
+    figure = timeline("Latency", {"all": a_watch(*(("a", seconds, None) for seconds in (0.001, 0.01, 0.1, 1.0)))})
+    heights = [float(each.get("d").split()[1]) for each in parts(figure, "path") if each.get("class") == "call"][:4]
+    steps = [below - above for below, above in itertools.pairwise(heights)]
+    assert steps == pytest.approx([steps[0]] * 3, abs=0.2)
+    assert steps[0] > 0
