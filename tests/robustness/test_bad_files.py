@@ -17,9 +17,11 @@ import torch
 from lengths import TIMES, long
 from mutations import (
     CANARY,
+    CONFIG,
     FORMS,
     KEY,
     TEXT,
+    WEIGHTS,
     Attack,
     M,
     Mutation,
@@ -33,8 +35,7 @@ from mutations import (
     with_config,
     with_tensors,
 )
-from seeds import CONFIG, SEEDS, WEIGHTS
-from trials import Laboratory, Trial
+from trials import SEEDS, Laboratory, Trial
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,13 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import torch
-from models import call, load
-from mutations import CANARY, Mutation
+from adapters import CONFIGS, kind_for, save_random_adapter_of
+from lora_kinds import FAMILIES
+from models import KINDS, Kind, call, load
+from mutations import BIN, CANARY, CONFIG, WEIGHTS, Mutation
 from oracle import (
     assert_same,
     assert_same_outputs,
@@ -34,9 +37,10 @@ from oracle import (
     config_of,
     snapshot,
 )
+from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
-from seeds import BIN, CONFIG, SEEDS, WEIGHTS, make_seeds
+from safetensors.torch import load_file
 
 from hotswap_lab import (
     AdapterPool,
@@ -81,6 +85,48 @@ STRICTER = {
     "pass add_layers=True": "layers are added only where a swap is asked to add them",
     "can't be done in a prepared model": "a prepared model has fixed room",
 }
+
+
+# ---- the good adapters that are damaged
+
+
+class Seed(NamedTuple):
+    """The adapter that is in the model, and the one to damage."""
+
+    kind: Kind
+    loaded: PeftConfig
+    new: PeftConfig
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How it can be swapped in: also into a prepared model, and so into a pool, if it is plain LoRA."""
+        is_plain = type(self.new) is LoraConfig and not self.new.use_dora and not self.new.modules_to_save
+        return ("hotswap", "plan", *(("pool", "prepare") if is_plain else ()))
+
+
+LINEAR, FEW = list(KINDS["linear"].modules), ["q_proj", "down_proj"]
+PATTERNS = dict(rank_pattern={"blocks.0": 5, "^last": 2}, alpha_pattern={r"blocks\.[01]": 12}, use_rslora=True)
+PLAIN = Seed(KINDS["linear"], LoraConfig(r=4, target_modules=LINEAR), LoraConfig(r=6, target_modules=LINEAR))
+SEEDS = {
+    "linear": PLAIN,
+    "bin": PLAIN,
+    "patterns": PLAIN._replace(new=LoraConfig(r=3, target_modules=r"first|blocks\.\d|last", **PATTERNS)),
+    "llama": Seed(
+        KINDS["llama"], *(LoraConfig(r=rank, lora_alpha=5 * rank - 7, target_modules=FEW) for rank in (2, 3))
+    ),
+    **{name: Seed(KINDS["llama"], *FAMILIES[name][1][:2]) for name in ("DoRA", "modules_to_save")},
+    **{name: Seed(kind_for(name), *CONFIGS[name][:2]) for name in ("IA3", "LoHa", "PromptTuning")},
+}
+
+
+def make_seeds(root: Path) -> None:
+    """Saves all of them with PEFT alone: ``<root>/<name>/new`` and ``<root>/<name>/loaded``."""
+    for name, seed in SEEDS.items():
+        for part, number in (("loaded", 1), ("new", 2)):
+            folder = save_random_adapter_of(getattr(seed, part), root / name / part, number, seed.kind)
+            if name == "bin":
+                torch.save(load_file(f"{folder}/{WEIGHTS}"), f"{folder}/{BIN}")
+                os.remove(f"{folder}/{WEIGHTS}")
 
 
 # ---- in the process
