@@ -33,9 +33,6 @@ FOUND = {
     "no row has an adapter, and one is refused to be removed": ("longformer", "rows", 20270),
 }
 
-#: what is done with a live model
-LIVE = [each for each in CHECKS if each != "ahead"]
-
 
 @pytest.fixture(autouse=True)
 def _quiet():
@@ -57,13 +54,17 @@ def test_found_once(tmp_path, case):
 
 @pytest.mark.parametrize("name", few_of(ARCHITECTURES, ("deberta", "hubert")))
 def test_each_architecture(tmp_path, name):
-    run(tmp_path, *[(name, check, 1) for check in LIVE])
+    run(tmp_path, *[(name, check, 1) for check in CHECKS])
+
+
+#: with AOTInductor, which takes a minute for each
+COMPILED = ("gemma", "bert", "convnext")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["gemma", "bert", "convnext"])
+@pytest.mark.parametrize("name", COMPILED if TIMES == 1 else ARCHITECTURES)
 def test_compiled_ahead(tmp_path, name):
-    Case(name, "ahead", 1, tmp_path).ahead(compiled=True)
+    Case(name, "ahead", 1, tmp_path).ahead(compiled=name in COMPILED)
 
 
 @pytest.mark.long
