@@ -1,7 +1,6 @@
 """What can be wrong with an adapter's folder: bytes, JSON, tensors, pickles. Each mutation damages a folder in place.
 
-A mutation is a function of the folder and of a ``random.Random`` that it takes its choices from. It returns a few
-words on what it did.
+A mutation is a function of the folder and of a ``random.Random`` that it takes its choices from.
 """
 
 from __future__ import annotations
@@ -26,26 +25,24 @@ CANARY = "canary_was_executed"
 M = "base_model.model."
 KEY = f"{M}first.lora_A.weight"
 
-Mutation = Callable[[Path, Random], str]
+Mutation = Callable[[Path, Random], None]
 
 # ---- any file
 
 
-def other_bytes(folder: Path, pick: Random) -> str:
+def other_bytes(folder: Path, pick: Random) -> None:
     """Some bits flipped, or cut off, or with zeros at the end."""
     path = pick.choice([each for each in (folder / CONFIG, folder / WEIGHTS, folder / BIN) if each.exists()])
     content = bytearray(path.read_bytes())
     size = len(content)
     if pick.random() < 0.5:
         for _ in range(pick.choice([1, 1, 1, 2, 8, 64])):
-            content[at := pick.randrange(size)] ^= 1 << pick.randrange(8)
+            content[pick.randrange(size)] ^= 1 << pick.randrange(8)
         path.write_bytes(content)
-        return f"{path.name}: a bit of byte {at}"
+        return
     data = min(8 + int.from_bytes(content[:8], "little"), size)  # where the data of safetensors starts
     lengths = [0, 2, 4, 8, 30, data - 1, data, data + 1, size - 22, size - 4, size - 1, size + 1, size + 4096]
-    length = max(0, pick.choice([*lengths, pick.randrange(size + 1)]))
-    os.truncate(path, length)
-    return f"{path.name}: {length} of {size} bytes"
+    os.truncate(path, max(0, pick.choice([*lengths, pick.randrange(size + 1)])))
 
 
 LINKS = {"passwd": "/etc/passwd", "nowhere": "nowhere", "zero": "/dev/zero", "null": "/dev/null"}
@@ -54,7 +51,7 @@ LINKS = {"passwd": "/etc/passwd", "nowhere": "nowhere", "zero": "/dev/zero", "nu
 def replaced(name: str, kind: str) -> Mutation:
     """Puts something else in the place of a file."""
 
-    def replace(folder: Path, pick: Random) -> str:
+    def replace(folder: Path, pick: Random) -> None:
         path, elsewhere = folder / name, folder / "elsewhere"
         path.rename(elsewhere)
         if kind == "folder":
@@ -65,7 +62,6 @@ def replaced(name: str, kind: str) -> Mutation:
             path.touch()
         else:
             path.symlink_to({**LINKS, "link": elsewhere, "itself": path.name}[kind])
-        return f"{name}: {kind}"
 
     return replace
 
@@ -95,22 +91,9 @@ NUMBERS += [1e-320, float("nan"), float("inf"), float("-inf"), None, True, "4", 
 #: broken ones, and others that nobody would write
 EXPRESSIONS = ["(", "[", "*", "(?P<x", r"\1", "(?i)FIRST", "x" * 10_000, "a{1000000}", "(a{1000}){1000}", "", "^", "$"]
 EXPRESSIONS += [".*", r"(.*\.)*last", r"first|last", "(?<=a)b", "\x00"]
-TEXTS = [
-    "",
-    "x",
-    "none",
-    "all",
-    "first",
-    "q_proj",
-    "all-linear",
-    "CAUSAL_LM",
-    "\ud800",
-    "a\x00b",
-    "é" * 300,
-    "y" * 10**5,
-]
-TEXTS += ["/etc/passwd", "../../../../etc", "/dev/zero", CANARY, "lora", *sorted(each.value for each in PeftType)]
-TEXTS += ["F64", "F16", "BF16", "F8_E4M3", "I64", "I32", "I8", "U8", "BOOL", "U64", "C64", "f32", *EXPRESSIONS]
+TEXTS = ["", "x", "none", "all", "first", "q_proj", "all-linear", "CAUSAL_LM", "\ud800", "a\x00b", "é" * 300]
+TEXTS += ["y" * 10**5, "/etc/passwd", "../../../../etc", "/dev/zero", CANARY, *sorted(each.value for each in PeftType)]
+TEXTS += ["lora", "F64", "F16", "BF16", "F8_E4M3", "I64", "I32", "I8", "U8", "BOOL", "U64", "C64", *EXPRESSIONS]
 LISTS = [[], ["first"], ["q_proj", "down_proj"], [1], [None], [[]], [1.5, "x"], ["x"] * 1000, [["first"]], [{}]]
 LISTS += [[2**20, 2**20], [2**40, 2**40], [2**63], [2**62, 4], [0, 2**62], [-1, 4], [-6, -12], [1] * 5000]
 TABLES = [{}, {"first": 2}, {"q_proj": 3}, {"a": {"b": []}}, {"first": "x"}, {"": 0}, {"r": 10**9}, {"format": "tf"}]
@@ -164,39 +147,31 @@ def odd_texts(text: bytes, pick: Random) -> list[bytes]:
     key = pick.choice([*re.finditer(rb'"\w+": ?', text)])
     start, end = text[: key.start()], text[key.start() :]
     odd = [b"7", b"[1]", b'"F16"', b"9" * 5000, b"1e400", b"NaN", b'"L\xffRA"', b'"\\ud800"', b'"l\\u0000ra"']
-    odd += [
-        one * depth + b"1" + two * depth for one, two in ((b"[", b"]"), (b'{"a":', b"}")) for depth in (5000, 10**5)
-    ]
+    odd += [one * 10**5 + b"1" + two * 10**5 for one, two in ((b"[", b"]"), (b'{"a":', b"}"))]
     # by a name of its own, and by one that occurs twice
     return texts + [start + name + value + b", " + end for name in (b'"x": ', key[0]) for value in odd]
 
 
-def odd_config(folder: Path, pick: Random) -> str:
-    return _rewritten(folder / CONFIG, (folder / CONFIG).read_bytes(), pick)
+def odd_config(folder: Path, pick: Random) -> None:
+    path = folder / CONFIG
+    path.write_bytes(odd_json(path.read_bytes(), pick))
 
 
-def odd_header(folder: Path, pick: Random) -> str:
+def odd_header(folder: Path, pick: Random) -> None:
     """Of safetensors: eight bytes with the length of the header, the header, the data of all tensors."""
-    content = (folder / WEIGHTS).read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    lengths = [0, 1, size - 1, size + 1, 2 * size, 10**8 + 1, 2**31, 2**63 - 1, 2**64 - 1]
-    length = pick.choice(lengths) if pick.random() < 0.1 else -1
-    return _rewritten(folder / WEIGHTS, content[8 : 8 + size], pick, content[8 + size :], length)
-
-
-def _rewritten(path: Path, old: bytes, pick: Random, data: bytes | None = None, length: int = -1) -> str:
-    new = odd_json(old, pick) if length < 0 else old
-    size = b"" if data is None else (len(new) if length < 0 else length).to_bytes(8, "little")
-    path.write_bytes(size + new + (data or b""))
-    at = next((at for at, (one, other) in enumerate(zip(old, new, strict=False)) if one != other), 0)
-    return f"{len(new)} bytes, {new[max(0, at - 40) : at + 60]!r}, length {length}"
+    path = folder / WEIGHTS
+    content = path.read_bytes()
+    stop = 8 + int.from_bytes(content[:8], "little")
+    header = odd_json(content[8:stop], pick)
+    lengths = [0, 1, stop - 9, stop - 7, 2 * stop, 10**8 + 1, 2**31, 2**63 - 1, 2**64 - 1]
+    length = pick.choice(lengths) if pick.random() < 0.1 else len(header)
+    path.write_bytes(length.to_bytes(8, "little") + header + content[stop:])
 
 
 def with_config(**changes: object) -> Mutation:
-    def change(folder: Path, pick: Random) -> str:
+    def change(folder: Path, pick: Random) -> None:
         config = json.loads((folder / CONFIG).read_text())
         (folder / CONFIG).write_text(json.dumps({**config, **changes}))
-        return str(changes)[:80]
 
     return change
 
@@ -233,13 +208,13 @@ HOOKS: list[dict] = [
 ]
 
 
-def hooks(folder: Path, pick: Random) -> str:
+def hooks(folder: Path, pick: Random) -> None:
     change = pick.choice(HOOKS)
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": [None, f"{CANARY}.Run"]}}
     if "tokenizer_name_or_path" in change:
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
         (folder / f"{CANARY}.py").write_text(f"open({str(folder / CANARY)!r}, 'w')")
-    return with_config(**json.loads(json.dumps(change).replace(FOLDER, str(folder))))(folder, pick)
+    with_config(**json.loads(json.dumps(change).replace(FOLDER, str(folder))))(folder, pick)
 
 
 # ---- tensors, in a file that is in order
@@ -248,62 +223,54 @@ def hooks(folder: Path, pick: Random) -> str:
 def with_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Mutation:
     """Changes the table of tensors in place."""
 
-    def mutate(folder: Path, pick: Random) -> str:
+    def mutate(folder: Path, pick: Random) -> None:
         path = folder / WEIGHTS
         if path.exists():
             tensors = safetensors.torch.load(path.read_bytes())
-            words = change(tensors)
+            change(tensors)
             copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
             path.write_bytes(safetensors.torch.save(copies, {"format": "pt"}))
         else:
             tensors = torch.load(folder / BIN, weights_only=True)
-            words = change(tensors)
+            change(tensors)
             torch.save(tensors, folder / BIN)
-        return str(words)
 
     return mutate
 
 
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]
 DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint64, torch.bool]
-#: whatever is finite in a shape that fits is fine
-CHANGES: list[list[Callable[[torch.Tensor], torch.Tensor]]] = [
-    [lambda one, dtype=dtype: one.to(dtype) for dtype in DTYPES],
-    [
-        *(lambda one: one.movedim(0, -1), lambda one: one[None], lambda one: one[..., None], torch.flatten),
-        *(lambda one: one.flatten()[0], lambda one: one[0], lambda one: one[:0], lambda one: one[:-1]),
-        *(lambda one: one[..., :1], lambda one: torch.cat([one, one]), lambda one: torch.cat([one, one[:1]])),
-    ],
-    [lambda one, value=value: torch.full_like(one, value) for value in (3e38, 1e-45, -0.0)],
-    [
-        lambda one, value=value: torch.where(one == one.max(), value, one)
-        for value in (torch.nan, torch.inf, -torch.inf)
-    ],
-]
+FILLS = [3e38, 1e-45, -0.0, torch.nan, torch.inf, -torch.inf]
 
 
-def odd_tensors(folder: Path, pick: Random) -> str:
+def other_tensors(one: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Of another dtype or shape, or with other numbers. Whatever is finite in a shape that fits is fine."""
+    shapes = [one.movedim(0, -1), one[None], one[..., None], one.flatten(), one.flatten()[0], one[0], one[:0], one[:-1]]
+    shapes += [one[..., :1], torch.cat([one, one]), torch.cat([one, one[:1]])]
+    some = [torch.where(one == one.max(), value, one) for value in FILLS]
+    return [[one.to(dtype) for dtype in DTYPES], shapes, [*some, *(torch.full_like(one, value) for value in FILLS)]]
+
+
+def odd_tensors(folder: Path, pick: Random) -> None:
     """One tensor, or all of them, with another dtype or shape, with other numbers, by another name, or gone."""
 
-    def change(tensors: dict[str, torch.Tensor]) -> str:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
         key, way = pick.choice(list(tensors)), pick.choice(["change", "change", "name", "gone"])
         if way == "change":
-            one = pick.choice(pick.choice(CHANGES))
-            keys = pick.choice([[key], [key], list(tensors)])
-            tensors.update({each: one(tensors[each]) for each in keys})
-            return f"{keys}: {tensors[key].dtype}, {list(tensors[key].shape)}"
-        if way == "gone":  # one, a layer, all of one kind, all
+            kind = pick.randrange(3)
+            number = pick.randrange(len(other_tensors(tensors[key])[kind]))
+            for each in pick.choice([[key], [key], list(tensors)]):
+                tensors[each] = other_tensors(tensors[each])[kind][number]
+        elif way == "gone":  # one, a layer, all of one kind, all
             part = pick.choice([key, key.partition(".lora_")[0], key.rsplit(".", 2)[-2], ""])
             for name in [each for each in tensors if part in each]:
                 del tensors[name]
-            return f"without {part!r}"
-        names = [key.removeprefix(M), key.replace(".weight", ".default.weight"), key.upper(), key + " ", M + key]
-        names += [key.replace(".lora_", ".default.lora_"), key.replace("lora_A", "lora_B"), *NAMES]
-        name, more = pick.choice(names), pick.random() < 0.5
-        tensors[name] = tensors[key] if more else tensors.pop(key)
-        return f"{key} is called {name[:60]!r}{', too' if more else ''}"
+        else:
+            names = [key.removeprefix(M), key.replace(".weight", ".default.weight"), key.upper(), key + " ", M + key]
+            names += [key.replace(".lora_", ".default.lora_"), key.replace("lora_A", "lora_B"), *NAMES]
+            tensors[pick.choice(names)] = tensors[key] if pick.random() < 0.5 else tensors.pop(key)
 
-    return with_tensors(change)(folder, pick)
+    with_tensors(change)(folder, pick)
 
 
 # ---- .bin: a zip file of a pickle and of the tensors' bytes
@@ -325,31 +292,29 @@ FORMS = ("zip", "legacy", "pickle", "protocol 0")
 def as_bin(content: object, form: str = "zip") -> Mutation:
     """Saves anything in one of the formats that torch.load reads."""
 
-    def save(folder: Path, pick: Random) -> str:
+    def save(folder: Path, pick: Random) -> None:
         with (folder / BIN).open("wb") as file:
             if form in ("zip", "legacy"):
                 torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
             else:
                 pickle.dump(content, file, protocol=0 if form == "protocol 0" else 2)
-        return form
 
     return save
 
 
-def attack(folder: Path, pick: Random) -> str:
+def attack(folder: Path, pick: Random) -> None:
     """A pickle that runs something, or names a function of a module that is not imported yet."""
     if pick.random() < 0.3:
         module = pick.choice([CANARY, f"{CANARY}.inner", "antigravity", "torch.utils.cpp_extension"])
         (folder / BIN).write_bytes(b"\x80\x02c" + module.encode() + b"\nrun\n)R.")
-        return module
+        return
     target = str(folder / CANARY)
     calls = [(os.mkdir, target), (os.system, f"touch {target}"), (exec, f"open({target!r}, 'w')")]
     calls += [(eval, f"__import__('os').mkdir({target!r})"), (getattr, os, "mkdir"), (torch.load, target)]
     function, *arguments = pick.choice(calls)
     call = Attack(function, *arguments)
     good = torch.load(folder / BIN, weights_only=True)
-    content = pick.choice([{**good, "x": call}, call, {"x": [call]}, {call: 1}])
-    return f"{function.__name__}, {as_bin(content, pick.choice(FORMS))(folder, pick)}"
+    as_bin(pick.choice([{**good, "x": call}, call, {"x": [call]}, {call: 1}]), pick.choice(FORMS))(folder, pick)
 
 
 def expanded(*size: int) -> torch.Tensor:
@@ -357,7 +322,7 @@ def expanded(*size: int) -> torch.Tensor:
     return torch.zeros(1).as_strided(size, (0,) * len(size))
 
 
-def deflated(folder: Path, pick: Random) -> str:
+def deflated(folder: Path, pick: Random) -> None:
     """160 MB in 160 kB."""
     torch.save({KEY: torch.zeros(40 * 2**20)}, folder / BIN)
     with zipfile.ZipFile(folder / BIN) as archive:
@@ -365,7 +330,6 @@ def deflated(folder: Path, pick: Random) -> str:
     with zipfile.ZipFile(folder / BIN, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, data in content.items():
             archive.writestr(name, data)
-    return "deflated"
 
 
 def odd(tensor: torch.Tensor) -> dict[str, object]:
@@ -390,7 +354,7 @@ def odd(tensor: torch.Tensor) -> dict[str, object]:
     }
 
 
-def odd_content(folder: Path, pick: Random) -> str:
+def odd_content(folder: Path, pick: Random) -> None:
     """Nothing dangerous, but no tensors by name, or tensors in other memory than usual."""
     good = torch.load(folder / BIN, weights_only=True)
     key, value = next(iter(good.items()))
@@ -407,34 +371,31 @@ def odd_content(folder: Path, pick: Random) -> str:
     }
     name = pick.choice(list(contents))
     form = "legacy" if name != "sparse CSR" and pick.random() < 0.3 else "zip"
-    return f"{name}, {as_bin(contents[name], form)(folder, pick)}"
+    as_bin(contents[name], form)(folder, pick)
 
 
 # ---- any folder
 
 
-def other_model(folder: Path, pick: Random) -> str:
+def other_model(folder: Path, pick: Random) -> None:
     """An adapter that was made for another model, or the weights of one with the config of another."""
     source = pick.choice(sorted(folder.parent.glob("seeds/*/new")))
-    names = pick.choice([[CONFIG, WEIGHTS, BIN], [CONFIG], [WEIGHTS, BIN]])
-    for name in names:
+    for name in pick.choice([[CONFIG, WEIGHTS, BIN], [CONFIG], [WEIGHTS, BIN]]):
         if (source / name).exists():
             (folder / name).unlink(missing_ok=True)
             shutil.copy(source / name, folder / name)
-    return f"{names[0]} of {source.parent.name!r}"
 
 
-def second_file(folder: Path, pick: Random) -> str:
+def second_file(folder: Path, pick: Random) -> None:
     """A .bin beside the safetensors file: nobody reads it."""
     if (folder / WEIGHTS).exists():
-        return as_bin(Attack(os.mkdir, str(folder / CANARY)), "pickle")(folder, pick)
-    (folder / WEIGHTS).write_bytes(b"\x08" + bytes(7) + b"{}      ")
-    return "safetensors come first"
+        as_bin(Attack(os.mkdir, str(folder / CANARY)), "pickle")(folder, pick)
+    else:
+        (folder / WEIGHTS).write_bytes(b"\x08" + bytes(7) + b"{}      ")
 
 
-def nothing(folder: Path, pick: Random) -> str:
+def nothing(folder: Path, pick: Random) -> None:
     """A good folder loads: the trials can tell good from bad."""
-    return "as it was"
 
 
 def mutations_for(seed: str) -> tuple[Mutation, ...]:
