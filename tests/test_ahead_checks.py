@@ -5,7 +5,6 @@ The graphs are exported, and not compiled (:mod:`exported`): no check depends on
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import zipfile
@@ -16,46 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from exported import not_compiled
-from lengths import few_of, long
-from models import KINDS, TINY, Kind, call, load, save_random_adapter
+from exported import FEW, assert_computes, bind, file_of, ids, not_compiled, prepared
+from lengths import few_of
+from models import KINDS, Kind, load, save_random_adapter
 from refusals import refused
 from torch import nn
 
-from hotswap_lab import AdapterPool, HotswapError, aoti_compile, aoti_load, demo
+from hotswap_lab import HotswapError, demo
 from hotswap_lab import prepare_model_for_compiled_hotswap as prepare
-from hotswap_lab.ahead.file import read, seal
+from hotswap_lab.ahead.file import seal
 from hotswap_lab.generating import Reader
 
 AUTO = torch.export.Dim.AUTO
-LENGTH = torch.export.Dim("length", min=2, max=9)
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
-FEW = TINY | dict(num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-
-
-def ids(rows: int = 2, tokens: int = 9) -> dict:
-    return dict(input_ids=torch.arange(rows * tokens).view(rows, tokens) % 37 + 3, use_cache=False)
-
-
-def prepared(kind: Kind, folder, seed: int = 1) -> nn.Module:
-    model = load(kind, save_random_adapter(kind, folder / f"adapter {seed}", seed))
-    prepare(model, target_rank=8)
-    return model
-
-
-def file_of(model: object, folder, **options: object):
-    options = dict(kwargs=ids(), progress=False) | options
-    with not_compiled():
-        return aoti_compile(model, folder / "model.pt2", **options)
-
-
-def bind(path: object, model: object, **options: object):
-    with not_compiled():
-        return aoti_load(path, model, **options)
-
-
-def assert_computes(code: Callable, model: nn.Module, given: dict) -> None:
-    torch.testing.assert_close(code(**given).logits, call(model, given), rtol=1e-4, atol=1e-5)
 
 
 def granite(**settings: object) -> nn.Module:
@@ -78,125 +50,7 @@ def granites(tmp_path_factory):
     return make, file_of(model, folder, dynamic_shapes={"input_ids": {0: AUTO, 1: AUTO}})
 
 
-# ---- conditions on sizes
-
-
-class Sized(nn.Module):
-    """A linear layer, and then what depends on sizes."""
-
-    def __init__(self, then: Callable):
-        super().__init__()
-        self.first, self.then = nn.Linear(12, 12), then
-
-    def forward(self, x):
-        return self.then(self.first(x), *x.shape[:2])
-
-
-def windows(x, rows, length):
-    if length % 4:
-        x = nn.functional.pad(x, (0, 0, 0, 4 - length % 4))
-    return x.view(rows, -1, 4, 12).sum(1)
-
-
-CONDITIONS = {
-    "windows": windows,
-    "a product": lambda x, rows, length: x + 1 if rows * length > 20 else x,
-    "one size": lambda x, rows, length: x + 1 if length == 9 else x,
-    "compared": lambda x, rows, length: x + 1 if rows < length - 4 else x,
-    "divided": lambda x, rows, length: x + 1 if length // 4 == 2 else x,
-    "none": lambda x, rows, length: x.softmax(1),
-}
-
-
-@pytest.mark.parametrize("which", few_of(CONDITIONS, ["windows", "divided"]))
-def test_conditions_on_sizes(tmp_path, which):
-    """Each size is computed as the model does, or refused."""
-    kind = Kind(partial(Sized, CONDITIONS[which]), lambda: torch.randn(3, 8, 12), ("first",))
-    model = prepared(kind, tmp_path)
-    ahead = bind(
-        file_of(model, tmp_path, kwargs=dict(x=kind.inputs()), dynamic_shapes={"x": {0: AUTO, 1: AUTO}}), model
-    )
-    answers = {"right": 0, "refused": 0}
-    for rows, length in itertools.product(range(2, 6), range(5, 14)):
-        x = torch.randn(rows, length, 12)
-        try:
-            torch.testing.assert_close(ahead(x), call(model, x))
-            answers["right"] += 1
-        except HotswapError:
-            answers["refused"] += 1
-    assert answers["right"] > 3
-    assert bool(answers["refused"]) is (which != "none")
-
-
-class Pair(nn.Module):
-    """Two inputs, of which one is twice as long as the other."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(12, 12)
-
-    def forward(self, x, y):
-        return self.first(x) + y.unflatten(0, (-1, 2)).sum(1)
-
-
-def test_sizes_that_depend_on_one_another(tmp_path):
-    def given(first: int, second: int) -> dict:
-        return dict(x=torch.randn(first, 12), y=torch.randn(second, 12))
-
-    model = prepared(Kind(Pair, lambda: given(3, 6), ("first",)), tmp_path)
-    shapes = {"x": {0: LENGTH}, "y": {0: 2 * LENGTH}}
-    ahead = bind(file_of(model, tmp_path, kwargs=given(3, 6), dynamic_shapes=shapes), model)
-    for inputs in (given(3, 6), given(5, 10)):
-        torch.testing.assert_close(ahead(**inputs), call(model, inputs))
-    refused("size|shape", lambda _: ahead(**given(3, 8)), model)
-
-
-def test_what_a_call_may_be_is_said_when_it_is_compiled(tmp_path, capsys):
-    model = prepared(LLAMA, tmp_path)
-    path = file_of(model, tmp_path, dynamic_shapes={"input_ids": {0: AUTO, 1: AUTO}}, progress=True)
-    assert "input_ids.shape[0] >= 2, input_ids.shape[1] >= 2" in capsys.readouterr().out
-    assert "can't be 1 later" in aoti_compile.__doc__
-    refused(r"input_ids.shape\[0\] >= 2", lambda model: bind(path, model)(**ids(1)), model)
-
-
-@pytest.mark.parametrize("repeated", [False, True])
-def test_rows_and_an_adapter_on_embeddings(tmp_path, repeated):
-    """The number of rows stays dynamic, and each row has its own embeddings."""
-    kind = Kind(LLAMA.make_random, LLAMA.make_inputs, ("embed_tokens", "q_proj"))
-    folders = {name: save_random_adapter(kind, tmp_path / name, seed) for seed, name in enumerate("ab", 1)}
-    pool = AdapterPool(load(kind, folders["a"]), adapters=folders, rows=4, progress=False)
-    options = dict(dynamic_shapes={"input_ids": {0: AUTO}}, repeated_blocks=repeated)
-    path = file_of(pool, tmp_path, **options)
-    ahead = bind(path, pool)
-    for rows in ("ab", "bab", "abba"):
-        pool.assign([*rows])
-        actual = ahead(**ids(len(rows))).logits
-        for name, given, row in zip(rows, ids(len(rows))["input_ids"], actual, strict=True):
-            expected = call(load(kind, folders[name]), dict(input_ids=given[None]))[0]
-            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
-    refused("not made of the rows", lambda _: ahead(**ids(3)), pool)
-    refused("AdapterPool", lambda model: bind(path, model), load(kind, folders["a"]))
-    with pytest.raises(HotswapError, match="exported by aoti_compile only"):
-        torch.export.export(pool.model, (), ids())
-
-
-def test_reading_in_rows(tmp_path):
-    """Eight words at once, each with an adapter of its own: chunks, then letter by letter."""
-    names = demo.adapter_names()
-    family = {name: demo.adapter_path(name) for name in names}
-    pool = AdapterPool(demo.load("reverse")[0], adapters=family, rows=8, progress=False)
-    readers = [Reader(pool.model, rows=8), Reader(pool.model, rows=8)]
-    pool.assign(names)
-    with not_compiled():
-        readers[0].compile_ahead(tmp_path, progress=False)
-        readers[1].load_ahead(tmp_path)
-    parts = [[number + 1] * (1 + number) for number in range(8)]
-    for _ in range(4):
-        plain, ahead = (reader.read(parts) for reader in readers)
-        torch.testing.assert_close(ahead, plain, rtol=1e-3, atol=1e-4)
-        parts = [[letter] for letter in plain.argmax(-1).tolist()]
-    letters = torch.ones((7, 1), dtype=torch.long)
-    refused("not made of the rows", lambda _: readers[1].compiled[1](letters, letters), pool)
+# ---- calls
 
 
 def test_arguments_by_position_and_by_default(granites):
@@ -246,94 +100,6 @@ UNFIT = [
 def test_what_can_not_be_compiled(tmp_path, make, options, match):
     refused(match, lambda model: file_of(model, tmp_path, **options), make(tmp_path))
     assert not list(tmp_path.glob("*.pt2"))
-
-
-# ---- layers that are alike
-
-
-def smollm3() -> nn.Module:
-    config = transformers.SmolLM3Config(**FEW, no_rope_layers=[1, 0])
-    return transformers.SmolLM3ForCausalLM(config)
-
-
-def cohere2() -> nn.Module:
-    layers = ["sliding_attention", "full_attention"]
-    return transformers.Cohere2ForCausalLM(transformers.Cohere2Config(**FEW, sliding_window=4, layer_types=layers))
-
-
-def gpt2_scaled() -> nn.Module:
-    sizes = dict(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
-    scaled = dict(scale_attn_by_inverse_layer_idx=True, attn_implementation="eager")  # older sdpa has no scale there
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **scaled))
-    for block in model.transformer.h:
-        block.attn.c_attn.weight.data *= 20  # so that attention looks somewhere
-    return model
-
-
-BLOCKS = {
-    "layers without positions": (smollm3, ("q_proj",), 2),
-    "sliding windows": (cohere2, ("q_proj",), 2),
-    "scaled by their number": (gpt2_scaled, ("c_attn",), 2),
-    "all alike": (LLAMA.make_random, ("q_proj",), 1),
-}
-
-
-@pytest.mark.parametrize("which", few_of(BLOCKS, ["scaled by their number", "all alike"]))
-@pytest.mark.parametrize("dynamic", [None, long({"input_ids": {0: AUTO, 1: AUTO}})], ids=["fixed", "dynamic"])
-def test_layers_that_look_alike(tmp_path, which, dynamic):
-    make, modules, kinds = BLOCKS[which]
-    kind = Kind(make, LLAMA.make_inputs, modules)
-    model = prepared(kind, tmp_path)
-    path = file_of(model, tmp_path, dynamic_shapes=dynamic, repeated_blocks=True)
-    assert len(read(path)[0]["graphs"]) == kinds
-    ahead = bind(path, model)
-    for given in [ids(), *([ids(3, 12)] if dynamic else [])]:
-        assert_computes(ahead, model, given)
-
-
-def test_a_model_that_requires_gradients(tmp_path):
-    """One that could be trained further: neither a call nor the proof of its blocks computes gradients."""
-    model = prepared(LLAMA, tmp_path)
-    model.requires_grad_(True)
-    ahead = bind(file_of(model, tmp_path, repeated_blocks=True), model)
-    assert not ahead(**ids()).logits.requires_grad
-    assert_computes(ahead, model, ids())
-
-
-class Part(nn.Linear):
-    pass
-
-
-class Whole(nn.Module):
-    """A repeated layer that has repeated layers in it."""
-
-    _no_split_modules = ("Part", "Half")
-
-    def __init__(self):
-        super().__init__()
-        self.halves = nn.ModuleList([Half(), Half()])
-
-    def forward(self, x):
-        for each in self.halves:
-            x = each(x)
-        return x
-
-
-class Half(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.part = nn.Linear(12, 12), Part(12, 12)
-
-    def forward(self, x):
-        return self.part(self.first(x).tanh())
-
-
-def test_repeated_layers_in_repeated_layers(tmp_path):
-    kind = Kind(Whole, lambda: torch.randn(3, 12), ("first",))
-    model = prepared(kind, tmp_path)
-    path = file_of(model, tmp_path, kwargs=dict(x=kind.inputs()), repeated_blocks=True)
-    assert [each["paths"] for each in read(path)[0]["graphs"]] == [["halves.0", "halves.1"]]
-    torch.testing.assert_close(bind(path, model)(kind.inputs()), call(model, kind.inputs()))
 
 
 # ---- other models, other files
@@ -453,14 +219,6 @@ def test_the_code_is_proven_when_it_is_bound(granites, monkeypatch):
     monkeypatch.undo()
     bind(path, model)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_wrong_block_is_not_compiled(tmp_path, monkeypatch):
-    """If two kinds of layers were ever taken for one, the proof refuses to write the file."""
-    monkeypatch.setattr("hotswap_lab.ahead.compiling._likeness", lambda *_: "the same")
-    model = prepared(Kind(gpt2_scaled, LLAMA.make_inputs, ("c_attn",)), tmp_path)
-    refused(r"transformer.h.1: off by", lambda model: file_of(model, tmp_path, repeated_blocks=True), model)
-    assert not (tmp_path / "model.pt2").exists()
 
 
 def test_a_server_s_folder_of_another_model(tmp_path):
