@@ -74,33 +74,24 @@ def test_the_contents_name_every_recipe_in_its_order():
 
 
 @pytest.mark.parametrize("title", RECIPES)
-def test_it_is_short_and_shows_its_result(title):
-    cells = code_of(title)
+def test_a_recipe(title):
+    cells, start, last = code_of(title), "**What can go wrong.** ", SECTIONS[title][-1].source
     for cell in cells:
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")]
         assert len(lines) <= MAX_LINES, cell.source
     assert any(cell.outputs for cell in cells)
-
-
-@pytest.mark.parametrize("title", RECIPES)
-def test_it_is_told_from_what_it_is_pasted_into(title):
-    cells = code_of(title)
-    place = recipe_in(cells)
-    assert [cell.source.startswith(GIVEN) for cell in cells[: place + 1]] == [True] * place + [False]
-    imported_before = set().union(*(names_in(cell.source)[0] for cell in cells[:place]))
-    imported, _, used = names_in(cells[place].source)
-    assert (used - imported) & imported_before <= {"torch", "demo", "digits"}
-
-
-@pytest.mark.parametrize("title", RECIPES)
-def test_it_says_in_one_sentence_what_can_go_wrong(title):
-    start, last = "**What can go wrong.** ", SECTIONS[title][-1].source
     assert last.startswith(start)
-    assert re.fullmatch(r"[^.]+(\.[^\s.][^.]*)*\.", last.removeprefix(start))
+    assert re.fullmatch(r"[^.]+(\.[^\s.][^.]*)*\.", last.removeprefix(start)), "one sentence"
 
 
 @pytest.mark.parametrize("title", RECIPES)
-def test_it_takes_no_name_from_another_recipe(title):
-    found = [names_in(cell.source) for cell in code_of(title)]
+def test_the_names_of_a_recipe(title):
+    """It is told from what it is pasted into, and takes no name from another recipe."""
+    cells = code_of(title)
+    place, found = recipe_in(cells), [names_in(cell.source) for cell in cells]
+    assert [cell.source.startswith(GIVEN) for cell in cells[: place + 1]] == [True] * place + [False]
+    imported_before = set().union(*(imported for imported, *_ in found[:place]))
+    imported, _, used = found[place]
+    assert (used - imported) & imported_before <= {"torch", "demo", "digits"}
     imported, made, used = (set().union(*each) for each in zip(*found, strict=True))
     assert used <= imported | made | set(dir(builtins))
