@@ -112,7 +112,7 @@ def other_value(value: object, pick: Random) -> object:
         near = [*LISTS, value[::-1], value[1:], [*value, 1], [1, *value], [each for each in value for _ in (1, 2)]]
     elif isinstance(value, dict):
         near = TABLES
-    return pick.choice(pick.choice([near, near, NUMBERS, TEXTS, LISTS, TABLES, DEEP]))
+    return pick.choice(pick.choice([near, near, near, NUMBERS, TEXTS, LISTS, TABLES, DEEP]))
 
 
 def entries(value: object) -> Iterator[tuple]:
@@ -144,11 +144,15 @@ def odd_texts(text: bytes, pick: Random) -> list[bytes]:
     texts = [b"", b"{}", b"[]", b"null", b"5", b"{", b'"peft_type"', text[:-1], text + b"}", text + b"{}"]
     texts += [text + b"\x00", b"\xef\xbb\xbf" + text, b" " + text, b"// x\n" + text, pick.randbytes(200)]
     texts += [text.decode().encode("utf-16")]
-    key = pick.choice([*re.finditer(rb'"\w+": ?', text)])
+    document = json.loads(text)
+    for _ in range(5):  # a name that occurs twice, with another's value the second time
+        one, other = pick.choices(list(document), k=2)
+        texts.append(text.rstrip()[:-1] + b", " + json.dumps({one: document[other]}).encode()[1:])
+    key = pick.choice([*re.finditer(rb'"[\w.]+": ?', text)])
     start, end = text[: key.start()], text[key.start() :]
     odd = [b"7", b"[1]", b'"F16"', b"9" * 5000, b"1e400", b"NaN", b'"L\xffRA"', b'"\\ud800"', b'"l\\u0000ra"']
     odd += [one * 10**5 + b"1" + two * 10**5 for one, two in ((b"[", b"]"), (b'{"a":', b"}"))]
-    # by a name of its own, and by one that occurs twice
+    # by a name of its own, and by one that comes again
     return texts + [start + name + value + b", " + end for name in (b'"x": ', key[0]) for value in odd]
 
 
@@ -400,7 +404,7 @@ def nothing(folder: Path, pick: Random) -> None:
 
 def mutations_for(seed: str) -> tuple[Mutation, ...]:
     """All that can be done to its folder."""
-    own = (attack, attack, odd_content) if seed == "bin" else (odd_header,) * 3
+    own = (attack, attack, odd_content) if seed == "bin" else (odd_header,) * 5
     return (
         *own,
         *(odd_config,) * 5,
