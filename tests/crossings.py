@@ -249,7 +249,18 @@ class Prepared(Feature):
     def begin(self, cell):
         cell.world.prepare(cell.model)
 
-    disturb = begin
+    def disturb(self, cell):
+        self.begin(cell)
+        if cell.has("rows", "LoHa"):
+            return
+        cell.put("abc")
+        # an old optimizer writes behind the components of a layer that was off and is on again
+        padding = cell.model.get_submodule("base_model.model.first").lora_B["default"].weight.data[:, -1]
+        padding.fill_(1)
+        with pytest.warns(UserWarning, match="padding .* is not zero"):
+            cell.model.state_dict()
+        padding.zero_()
+        cell.put("bc")
 
 
 class Pool(Feature):

@@ -10,13 +10,16 @@ import contextlib
 import inspect
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
+from models import TINY, Kind, call, load, save_random_adapter
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from hotswap_lab import compat
+from hotswap_lab import aoti_compile, aoti_load, compat
+from hotswap_lab import prepare_model_for_compiled_hotswap as prepare
 from hotswap_lab.ahead import compiling
 
 BUILT: dict[str, torch.export.ExportedProgram] = {}
@@ -85,3 +88,33 @@ def not_compiled() -> Iterator[None]:
         mock.patch.object(compat, "AOTICompiledModel", lambda graph: graph, create=True),
     ):
         yield
+
+
+# ---- what the tests do with them
+
+FEW = TINY | dict(num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+def ids(rows: int = 2, tokens: int = 9) -> dict:
+    return dict(input_ids=torch.arange(rows * tokens).view(rows, tokens) % 37 + 3, use_cache=False)
+
+
+def prepared(kind: Kind, folder, seed: int = 1) -> nn.Module:
+    model = load(kind, save_random_adapter(kind, folder / f"adapter {seed}", seed))
+    prepare(model, target_rank=8)
+    return model
+
+
+def file_of(model: object, folder, **options: object):
+    options = dict(kwargs=ids(), progress=False) | options
+    with not_compiled():
+        return aoti_compile(model, folder / "model.pt2", **options)
+
+
+def bind(path: object, model: object, **options: object):
+    with not_compiled():
+        return aoti_load(path, model, **options)
+
+
+def assert_computes(code: Callable, model: nn.Module, given: dict) -> None:
+    torch.testing.assert_close(code(**given).logits, call(model, given), rtol=1e-4, atol=1e-5)

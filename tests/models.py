@@ -12,6 +12,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,55 +91,24 @@ class SharedBlocks(nn.Module):
 TINY = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 
 
-def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _of_transformers(name: str, head: str = "ForCausalLM", **settings: object) -> nn.Module:
+    import transformers
 
-    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=1, tie_word_embeddings=False))
-
-
-def gpt2() -> nn.Module:
-    """GPT-2's layers are Conv1D: linear layers with transposed weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    return getattr(transformers, name + head)(getattr(transformers, f"{name}Config")(**settings))
 
 
-def bert() -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    return BertForMaskedLM(
-        # with a smaller range, its attention hardly looks anywhere and adapters do nothing
-        BertConfig(**TINY, max_position_embeddings=32, initializer_range=0.2)
-    )
-
-
-def opt() -> nn.Module:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=40,
-            hidden_size=16,
-            word_embed_proj_dim=16,
-            ffn_dim=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-        )
-    )
-
-
-def qwen() -> nn.Module:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    return Qwen2ForCausalLM(Qwen2Config(**TINY, num_key_value_heads=1))
-
-
-def mixtral() -> nn.Module:
-    """A mixture of experts. Its experts are parameters, not layers; LoRA goes on the attention."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    return MixtralForCausalLM(MixtralConfig(**TINY, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2))
+FEW = TINY | dict(num_key_value_heads=1)
+GPT2 = dict(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+OPT = dict(word_embed_proj_dim=16, ffn_dim=24, max_position_embeddings=32)
+llama = partial(_of_transformers, "Llama", **FEW, tie_word_embeddings=False)
+#: its layers are Conv1D: linear layers with transposed weights
+gpt2 = partial(_of_transformers, "GPT2", "LMHeadModel", **GPT2)
+#: with a smaller range, its attention hardly looks anywhere and adapters do nothing
+bert = partial(_of_transformers, "Bert", "ForMaskedLM", **TINY, max_position_embeddings=32, initializer_range=0.2)
+opt = partial(_of_transformers, "OPT", **TINY | OPT)
+qwen = partial(_of_transformers, "Qwen2", **FEW)
+#: a mixture of experts, which are parameters, not layers; LoRA goes on the attention
+mixtral = partial(_of_transformers, "Mixtral", **FEW, num_local_experts=4, num_experts_per_tok=2)
 
 
 @dataclass(frozen=True)

@@ -5,212 +5,29 @@ The graphs are exported, and not compiled (:mod:`exported`): no check depends on
 
 from __future__ import annotations
 
-import itertools
+import json
+import random
+import zipfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from exported import not_compiled
-from lengths import few_of, long
-from models import KINDS, TINY, Kind, call, load, save_random_adapter
+from exported import FEW, assert_computes, bind, file_of, ids, not_compiled, prepared
+from lengths import few_of
+from models import KINDS, Kind, load, save_random_adapter
 from refusals import refused
 from torch import nn
 
-from hotswap_lab import AdapterPool, HotswapError, aoti_compile, aoti_load
+from hotswap_lab import HotswapError, demo
 from hotswap_lab import prepare_model_for_compiled_hotswap as prepare
-from hotswap_lab.ahead.file import read
+from hotswap_lab.ahead.file import seal
 from hotswap_lab.generating import Reader
 
 AUTO = torch.export.Dim.AUTO
-LLAMA = KINDS["llama"]
-FEW = TINY | dict(num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-
-
-def ids(rows: int = 2, tokens: int = 9) -> dict:
-    return dict(input_ids=torch.arange(rows * tokens).view(rows, tokens) % 37 + 3, use_cache=False)
-
-
-def prepared(kind: Kind, folder, seed: int = 1) -> nn.Module:
-    model = load(kind, save_random_adapter(kind, folder / f"adapter {seed}", seed))
-    prepare(model, target_rank=8)
-    return model
-
-
-def file_of(model: object, folder, **options: object):
-    options = dict(kwargs=ids(), progress=False) | options
-    with not_compiled():
-        return aoti_compile(model, folder / "model.pt2", **options)
-
-
-def bind(path: object, model: object, **options: object):
-    with not_compiled():
-        return aoti_load(path, model, **options)
-
-
-# ---- conditions on sizes
-
-
-class Sized(nn.Module):
-    """A linear layer, and then what depends on sizes."""
-
-    def __init__(self, then: Callable):
-        super().__init__()
-        self.first, self.then = nn.Linear(12, 12), then
-
-    def forward(self, x):
-        return self.then(self.first(x), *x.shape[:2])
-
-
-def windows(x, rows, length):
-    if length % 4:
-        x = nn.functional.pad(x, (0, 0, 0, 4 - length % 4))
-    return x.view(rows, -1, 4, 12).sum(1)
-
-
-CONDITIONS = {
-    "windows": windows,
-    "a product": lambda x, rows, length: x + 1 if rows * length > 20 else x,
-    "one size": lambda x, rows, length: x + 1 if length == 9 else x,
-    "compared": lambda x, rows, length: x + 1 if rows < length - 4 else x,
-    "divided": lambda x, rows, length: x + 1 if length // 4 == 2 else x,
-    "none": lambda x, rows, length: x.softmax(1),
-}
-
-
-@pytest.mark.parametrize("which", few_of(CONDITIONS, ["windows", "divided"]))
-def test_conditions_on_sizes(tmp_path, which):
-    """Each size is computed as the model does, or refused."""
-    kind = Kind(partial(Sized, CONDITIONS[which]), lambda: torch.randn(3, 8, 12), ("first",))
-    model = prepared(kind, tmp_path)
-    ahead = bind(
-        file_of(model, tmp_path, kwargs=dict(x=kind.inputs()), dynamic_shapes={"x": {0: AUTO, 1: AUTO}}), model
-    )
-    answers = {"right": 0, "refused": 0}
-    for rows, length in itertools.product(range(2, 6), range(5, 14)):
-        x = torch.randn(rows, length, 12)
-        try:
-            torch.testing.assert_close(ahead(x), call(model, x))
-            answers["right"] += 1
-        except HotswapError:
-            answers["refused"] += 1
-    assert answers["right"] > 3
-    assert bool(answers["refused"]) is (which != "none")
-
-
-def test_what_a_call_may_be_is_said_when_it_is_compiled(tmp_path, capsys):
-    model = prepared(LLAMA, tmp_path)
-    path = file_of(model, tmp_path, dynamic_shapes={"input_ids": {0: AUTO, 1: AUTO}}, progress=True)
-    assert "input_ids.shape[0] >= 2, input_ids.shape[1] >= 2" in capsys.readouterr().out
-    assert "can't be 1 later" in aoti_compile.__doc__
-    refused(r"input_ids.shape\[0\] >= 2", lambda model: bind(path, model)(**ids(1)), model)
-
-
-def test_rows_and_an_adapter_on_embeddings(tmp_path):
-    """The number of rows stays dynamic, and each row has its own embeddings."""
-    kind = Kind(LLAMA.make_random, LLAMA.make_inputs, ("embed_tokens", "q_proj"))
-    folders = {name: save_random_adapter(kind, tmp_path / name, seed) for seed, name in enumerate("ab", 1)}
-    pool = AdapterPool(load(kind, folders["a"]), adapters=folders, rows=4, progress=False)
-    ahead = bind(file_of(pool, tmp_path, dynamic_shapes={"input_ids": {0: AUTO}}), pool)
-    for rows in ("ab", "bab", "abba"):
-        pool.assign([*rows])
-        actual = ahead(**ids(len(rows))).logits
-        for name, given, row in zip(rows, ids(len(rows))["input_ids"], actual, strict=True):
-            expected = call(load(kind, folders[name]), dict(input_ids=given[None]))[0]
-            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
-
-
-# ---- layers that are alike
-
-
-def smollm3() -> nn.Module:
-    config = transformers.SmolLM3Config(**FEW, no_rope_layers=[1, 0])
-    return transformers.SmolLM3ForCausalLM(config)
-
-
-def cohere2() -> nn.Module:
-    layers = ["sliding_attention", "full_attention"]
-    return transformers.Cohere2ForCausalLM(transformers.Cohere2Config(**FEW, sliding_window=4, layer_types=layers))
-
-
-def gpt2_scaled() -> nn.Module:
-    sizes = dict(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
-    scaled = dict(scale_attn_by_inverse_layer_idx=True, attn_implementation="eager")  # older sdpa has no scale there
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **scaled))
-    for block in model.transformer.h:
-        block.attn.c_attn.weight.data *= 20  # so that attention looks somewhere
-    return model
-
-
-BLOCKS = {
-    "layers without positions": (smollm3, ("q_proj",), 2),
-    "sliding windows": (cohere2, ("q_proj",), 2),
-    "scaled by their number": (gpt2_scaled, ("c_attn",), 2),
-    "all alike": (LLAMA.make_random, ("q_proj",), 1),
-}
-
-
-@pytest.mark.parametrize("which", few_of(BLOCKS, ["scaled by their number", "all alike"]))
-@pytest.mark.parametrize("dynamic", [None, long({"input_ids": {0: AUTO, 1: AUTO}})], ids=["fixed", "dynamic"])
-def test_layers_that_look_alike(tmp_path, which, dynamic):
-    make, modules, kinds = BLOCKS[which]
-    kind = Kind(make, LLAMA.make_inputs, modules)
-    model = prepared(kind, tmp_path)
-    path = file_of(model, tmp_path, dynamic_shapes=dynamic, repeated_blocks=True)
-    assert len(read(path)[0]["graphs"]) == kinds
-    ahead = bind(path, model)
-    for given in [ids(), *([ids(3, 12)] if dynamic else [])]:
-        torch.testing.assert_close(ahead(**given).logits, call(model, given), rtol=1e-4, atol=1e-5)
-
-
-def test_a_model_that_requires_gradients(tmp_path):
-    """One that could be trained further: neither a call nor the proof of its blocks computes gradients."""
-    model = prepared(LLAMA, tmp_path)
-    model.requires_grad_(True)
-    ahead = bind(file_of(model, tmp_path, repeated_blocks=True), model)
-    output = ahead(**ids()).logits
-    assert not output.requires_grad
-    torch.testing.assert_close(output, call(model, ids()), rtol=1e-4, atol=1e-5)
-
-
-class Part(nn.Linear):
-    pass
-
-
-class Whole(nn.Module):
-    """A repeated layer that has repeated layers in it."""
-
-    _no_split_modules = ("Part", "Half")
-
-    def __init__(self):
-        super().__init__()
-        self.halves = nn.ModuleList([Half(), Half()])
-
-    def forward(self, x):
-        for each in self.halves:
-            x = each(x)
-        return x
-
-
-class Half(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.part = nn.Linear(12, 12), Part(12, 12)
-
-    def forward(self, x):
-        return self.part(self.first(x).tanh())
-
-
-def test_repeated_layers_in_repeated_layers(tmp_path):
-    kind = Kind(Whole, lambda: torch.randn(3, 12), ("first",))
-    model = prepared(kind, tmp_path)
-    path = file_of(model, tmp_path, kwargs=dict(x=kind.inputs()), repeated_blocks=True)
-    assert [each["paths"] for each in read(path)[0]["graphs"]] == [["halves.0", "halves.1"]]
-    torch.testing.assert_close(bind(path, model)(kind.inputs()), call(model, kind.inputs()))
-
-
-# ---- models with other settings
+LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
 
 
 def granite(**settings: object) -> nn.Module:
@@ -218,37 +35,116 @@ def granite(**settings: object) -> nn.Module:
     return transformers.GraniteForCausalLM(transformers.GraniteConfig(**FEW | settings))
 
 
-SETTINGS = [
-    dict(logits_scaling=4.0),
-    dict(residual_multiplier=0.25),
-    dict(attention_multiplier=0.5),
-    dict(hidden_act="gelu"),
-    dict(rms_norm_eps=1e-3),
-]
-
-
 @pytest.fixture(scope="module")
 def granites(tmp_path_factory):
-    """A function that loads one with other settings, and the file of one."""
+    """A function that loads one with another adapter name, rank or settings, and the file of one."""
     folder = tmp_path_factory.mktemp("granite")
     kind = Kind(granite, LLAMA.make_inputs, LLAMA.modules)
-    adapter = save_random_adapter(kind, folder / "adapter", seed=1)
+    adapters = {rank: save_random_adapter(kind, folder / f"rank {rank}", seed=1, r=rank) for rank in (8, 40)}
 
-    def make(**settings: object) -> nn.Module:
-        return load(Kind(partial(granite, **settings), LLAMA.make_inputs, LLAMA.modules), adapter)
+    def make(name: str = "default", rank: int = 8, **settings: object) -> nn.Module:
+        return load(Kind(partial(granite, **settings), LLAMA.make_inputs, LLAMA.modules), adapters[rank], name)
 
     model = make()
     prepare(model, target_rank=8)
-    return make, file_of(model, folder)
+    return make, file_of(model, folder, dynamic_shapes={"input_ids": {0: AUTO, 1: AUTO}})
 
 
-@pytest.mark.parametrize("settings", few_of(SETTINGS, SETTINGS[:1]), ids=str)
-@pytest.mark.parametrize("prove", [True, long(False)])
-def test_a_model_with_other_settings(granites, settings, prove):
+# ---- calls
+
+
+def test_arguments_by_position_and_by_default(granites):
     make, path = granites
-    ((name, value),) = settings.items()
-    match = rf"config.{name} = {value!r}\n  expected: "
-    refused(match, lambda model: bind(path, model, prove=prove), make(**settings))
+    ahead, given = bind(path, model := make()), ids()
+    expected = ahead(**given)
+    assert type(expected) is type(model(**given))
+    for other in (ahead(given["input_ids"], use_cache=False), ahead(**given, attention_mask=None)):
+        assert torch.equal(other.logits, expected.logits)
+
+
+CALLS = [
+    ("None", dict(input_ids=ids()["input_ids"])),
+    ("int32", {**ids(), "input_ids": ids()["input_ids"].int()}),
+    ("[9]", {**ids(), "input_ids": ids()["input_ids"][0]}),
+    ("input_ids.shape[1] = 1", {**ids(), "input_ids": ids()["input_ids"][:, :1]}),
+    ("attention_mask: [[2, 9]", {**ids(), "attention_mask": torch.ones(2, 9)}),
+    ("the inputs input_ids", {**ids(), "color": 1}),
+    ("None", dict(use_cache=False)),
+    ("True", {**ids(), "use_cache": True}),
+]
+
+
+def test_inputs_of_another_form(granites):
+    """Compiled code takes what it gets for what it was compiled for, and would compute anything."""
+    make, path = granites
+    ahead = bind(path, model := make())
+    for words, inputs in CALLS:
+        error = refused("not compiled for such inputs", lambda _, inputs=inputs: ahead(**inputs), model)
+        assert words in str(error)
+
+
+UNFIT = [
+    (lambda folder: load(LLAMA, save_random_adapter(LLAMA, folder / "a", 1)), {}, "Only a prepared model"),
+    (lambda folder: prepared(LLAMA, folder).train(), {}, "training mode"),
+    (partial(prepared, LLAMA), dict(dynamic_shapes={"ids": {0: AUTO}}), "dynamic_shapes for ids"),
+    (partial(prepared, LLAMA), dict(kwargs=dict(input_ids="text")), "can't be exported"),
+    (
+        partial(prepared, LINEAR),
+        dict(kwargs=dict(x=torch.randn(5, 12)), repeated_blocks=True),
+        "no layers that are known to be repeated",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "match"), UNFIT, ids=[match for *_, match in UNFIT])
+def test_what_can_not_be_compiled(tmp_path, make, options, match):
+    refused(match, lambda model: file_of(model, tmp_path, **options), make(tmp_path))
+    assert not list(tmp_path.glob("*.pt2"))
+
+
+# ---- other models, other files
+
+
+def set_eps(model):
+    model.get_base_model().model.norm.variance_epsilon = 0.1
+    return model
+
+
+def other_function(model):
+    model.get_base_model().model.layers[1].mlp.act_fn = nn.Tanh()
+    return model
+
+
+def prepared_for(rank, model):
+    prepare(model, target_rank=rank)
+    return model
+
+
+SETTINGS = dict(logits_scaling=4.0, residual_multiplier=0.25, attention_multiplier=0.5, rms_norm_eps=1e-3)
+SETTINGS |= dict(hidden_act="gelu")
+#: by what it is: how it is made, and what it is refused with
+OTHERS = {
+    "another model": (lambda make: prepared_for(8, demo.load("reverse")[0]), "GraniteForCausalLM with 'default'"),
+    "another name": (lambda make: make("other"), "GraniteForCausalLM with other"),
+    "other ranks": (lambda make: prepared_for(32, make()), "was compiled for a model of another form"),
+    "a larger rank": (lambda make: make(rank=40), "was compiled for a model of another form"),
+    "another dtype": (lambda make: prepared_for(8, make().double()), "torch.float64"),
+    "no adapter": (lambda make: LLAMA.base(), "no adapter"),
+    "another number": (lambda make: set_eps(make()), "model.norm.variance_epsilon = 0.1"),
+    "another function": (lambda make: other_function(make()), "act_fn.type = Tanh"),
+    **{
+        name: (lambda make, name=name, value=value: make(**{name: value}), rf"config.{name} = {value!r}\n  expected: ")
+        for name, value in SETTINGS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("other", few_of(OTHERS, OTHERS.keys() - {*SETTINGS} | {"hidden_act"}))
+def test_a_model_of_another_form(granites, other):
+    (make, path), (make_other, match) = granites, OTHERS[other]
+    model = make_other(make)
+    for prove in (True, False):
+        refused(match, lambda model, prove=prove: bind(path, model, prove=prove), model)
 
 
 def test_settings_that_are_no_arithmetic(granites):
@@ -256,25 +152,57 @@ def test_settings_that_are_no_arithmetic(granites):
     model = make(pad_token_id=5, eos_token_id=[3, 4], name_or_path="other", id2label={0: "a"}, architectures=["x"])
     with torch.no_grad():
         model.get_base_model().lm_head.weight *= 2  # other weights
-    torch.testing.assert_close(bind(path, model)(**ids()).logits, call(model, ids()), rtol=1e-4, atol=1e-5)
+    assert_computes(bind(path, model), model, ids())
 
 
-def set_eps(model):
-    model.get_base_model().model.norm.variance_epsilon = 0.1
+def rewritten(package: Path, target: Path, change: Callable[[str, bytes], bytes], sealed: bool = True) -> Path:
+    """A file with other records."""
+    with zipfile.ZipFile(package) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(name.rpartition("/")[2], old.read(name)))
+    if sealed:
+        seal(target)
+    return target
 
 
-def other_function(model):
-    model.get_base_model().model.layers[1].mlp.act_fn = nn.Tanh()
+LACKING = getattr(torch.cpu, "get_capabilities", dict)().get("sse4a") is False
+NOTES = {
+    "torch 1.0": ("notes.json", dict(torch="1.0")),
+    r"AdapterPool\(..., rows=4\)": ("notes.json", dict(rows=[4, 1])),
+    **({"sse4a": ("_metadata.json", dict(AOTI_CPU_ISA="AVX2 SSE4A"))} if LACKING else {}),
+}
 
 
-@pytest.mark.parametrize(
-    ("change", "match"), [(set_eps, r"model.norm.variance_epsilon = 0.1"), (other_function, "act_fn.type = Tanh")]
-)
-def test_a_module_with_other_settings(granites, change, match):
-    make, path = granites
-    model = make()
-    change(model)
-    refused(match, lambda model: bind(path, model, prove=False), model)
+@pytest.mark.parametrize("match", NOTES)
+def test_files_that_are_not_for_here(granites, tmp_path, match):
+    (make, package), (record, more) = granites, NOTES[match]
+
+    def change(name: str, content: bytes) -> bytes:
+        return json.dumps(json.loads(content) | more).encode() if name == record else content
+
+    path = rewritten(package, tmp_path / "other.pt2", change)
+    refused(match, lambda model: bind(path, model), make())
+
+
+def test_a_damaged_file(granites, tmp_path):
+    """One byte anywhere: in a constant it would change an output, in machine code it would end the process."""
+    make, package = granites
+    content, damaged, model = package.read_bytes(), tmp_path / "damaged.pt2", make()
+    draw = random.Random(0)
+    with zipfile.ZipFile(package) as archive:  # in each record, in its header, and anywhere
+        starts = [each.header_offset for each in archive.infolist()]
+    wheres = [each + at for each in starts for at in (0, 20, 90)] + draw.choices(range(len(content)), k=60)
+    for where in wheres:
+        damaged.write_bytes(content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :])
+        with pytest.raises(HotswapError, match="no file of aoti_compile, or a damaged one"):
+            bind(damaged, model)
+    for record in ("notes.json", "values.safetensors", "_metadata.json"):
+        rewritten(package, damaged, lambda name, old, record=record: b"{}" if name == record else old, sealed=False)
+        refused("a damaged one", partial(bind, damaged), model)
+    for part in (content[: len(content) // 2], b"PK\x03\x04 and nothing else"):
+        damaged.write_bytes(part)
+        refused("a damaged one", partial(bind, damaged), model)
+    refused("no file of aoti_compile", partial(bind, tmp_path / "none.pt2"), model)
 
 
 def test_the_code_is_proven_when_it_is_bound(granites, monkeypatch):
@@ -291,14 +219,6 @@ def test_the_code_is_proven_when_it_is_bound(granites, monkeypatch):
     monkeypatch.undo()
     bind(path, model)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_wrong_block_is_not_compiled(tmp_path, monkeypatch):
-    """If two kinds of layers were ever taken for one, the proof refuses to write the file."""
-    monkeypatch.setattr("hotswap_lab.ahead.compiling._likeness", lambda *_: "the same")
-    model = prepared(Kind(gpt2_scaled, LLAMA.make_inputs, ("c_attn",)), tmp_path)
-    refused(r"transformer.h.1: off by", lambda model: file_of(model, tmp_path, repeated_blocks=True), model)
-    assert not (tmp_path / "model.pt2").exists()
 
 
 def test_a_server_s_folder_of_another_model(tmp_path):
@@ -319,59 +239,73 @@ def test_a_server_s_folder_of_another_model(tmp_path):
 # ---- changes after binding
 
 
-def add_hook(model):
-    model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda module, given, output: 2 * output)
-
-
-def add_hook_before(model):
-    model.get_base_model().model.norm.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
-
-
-def add_hook_in_an_adapter(model):
-    layer = model.get_base_model().model.layers[1].self_attn.q_proj
-    layer.lora_A["default"].register_forward_hook(lambda module, given, output: 2 * output)
+def parts(model) -> tuple:
+    base = model.get_base_model().model
+    return base.layers[0].mlp, base.layers[1].self_attn.q_proj, base.norm
 
 
 def replace_forward(model):
-    mlp = model.get_base_model().model.layers[0].mlp
+    mlp, *_ = parts(model)
     mlp.forward = lambda x: 2 * type(mlp).forward(mlp, x)
 
 
-def replace_weight(model):
-    model.get_base_model().model.norm.weight = nn.Parameter(torch.full((16,), 2.0))
+def double(module, given, output):
+    return 2 * output
+
+
+def move(model):
+    base_layer = parts(model)[1].base_layer
+    base_layer.weight.data = base_layer.weight.data.clone()
+
+
+def move_scaling(model):
+    """Two tensors of one element can be equal; one of them is not the one that the code reads."""
+    buffers = parts(model)[1]._buffers
+    (name,) = [name for name, each in buffers.items() if each is not None]
+    buffers[name] = buffers[name].clone()
+
+
+def add_another(model):
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+
+
+def load_again(model):
+    config = model.peft_config["default"]
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
 
 
 CHANGES = {
-    "a hook": (add_hook, "a forward or a hook"),
-    "a hook before": (add_hook_before, "a forward or a hook"),
-    "a hook in an adapter": (add_hook_in_an_adapter, "a forward or a hook"),
-    "a forward": (replace_forward, "a forward or a hook"),
-    "a weight": (replace_weight, "tensors or modules"),
+    "training": (lambda model: model.train(), "training mode"),
+    "disabled": (lambda model: model.base_model.disable_adapter_layers(), "adapters that are disabled"),
+    "merged": (lambda model: model.merge_adapter(), "an adapter that is merged, 'default'"),
+    "another adapter": (add_another, r"the active adapters \['other'\]"),
+    "loaded again": (load_again, "moved, replaced or resized"),
+    "moved": (move, "moved, replaced or resized"),
+    "a scaling": (move_scaling, "moved, replaced"),
+    "half precision": (lambda model: model.half(), "moved, replaced or resized"),
+    "unloaded": (lambda model: model.unload(), "modules that were moved, replaced"),
+    "a weight": (lambda model: setattr(parts(model)[2], "weight", nn.Parameter(torch.ones(16))), "tensors or modules"),
     "a module": (other_function, "modules that were moved, replaced"),
+    "a forward": (replace_forward, "a forward or a hook"),
+    "a hook": (lambda model: parts(model)[0].register_forward_hook(double), "a forward or a hook"),
+    "a hook before": (lambda model: parts(model)[2].register_forward_pre_hook(lambda *_: None), "a forward or a hook"),
+    "a hook in an adapter": (
+        lambda model: parts(model)[1].lora_A["default"].register_forward_hook(double),
+        "a forward or a hook",
+    ),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_has_changed_since(granites, change):
-    make, path = granites
-    model = make()
-    ahead, before = bind(path, model), call(model, ids())
+    (make, path), (action, match) = granites, CHANGES[change]
+    ahead = bind(path, model := make())
     ahead(**ids())
-    action, match = CHANGES[change]
     action(model)
-    assert (call(model, ids()) - before).abs().max() > 1e-3
     refused(match, lambda _: ahead(**ids()), model)
-
-
-def test_a_scaling_of_the_same_value_elsewhere(granites):
-    """Two tensors of one element can be equal; one of them is not the one that the code reads."""
-    make, path = granites
-    model = make()
-    ahead = bind(path, model)
-    buffers = model.get_base_model().model.layers[0].mlp.up_proj._buffers
-    (name,) = [name for name, each in buffers.items() if each is not None]
-    buffers[name] = buffers[name].clone()
-    refused("moved, replaced", lambda _: ahead(**ids()), model)
 
 
 def test_a_file_is_made_and_bound_before_hidden_states_are_asked_for(tmp_path):
@@ -386,10 +320,10 @@ def test_a_forward_that_is_its_class_s(granites):
     """Older transformers leave it in a module's table; a later one that is not is noticed all the same."""
     make, path = granites
     model = make()
-    ahead, mlp = bind(path, model), model.get_base_model().model.layers[0].mlp
+    ahead, (mlp, *_) = bind(path, model), parts(model)
     mlp.forward = mlp.forward
-    torch.testing.assert_close(ahead(**ids()).logits, call(model, ids()), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(bind(path, model)(**ids()).logits, call(model, ids()), rtol=1e-4, atol=1e-5)
+    for code in (ahead, bind(path, model)):
+        assert_computes(code, model, ids())
     replace_forward(model)
     refused("a forward or a hook", lambda _: ahead(**ids()), model)
 
@@ -423,4 +357,4 @@ def test_hooks_of_transformers_do_nothing(granites):
     model(**ids(), output_hidden_states=True, output_attentions=True)
     nn.Linear(1, 1).register_forward_hook(lambda *_: None)  # of another model
     assert torch.utils.hooks.RemovableHandle.next_id > before
-    torch.testing.assert_close(ahead(**ids()).logits, call(model, ids()), rtol=1e-4, atol=1e-5)
+    assert_computes(ahead, model, ids())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,17 +33,9 @@ LLAMA = KINDS["llama"]
 
 def llama() -> nn.Module:
     """Blocks of 64: what 4-bit kernels on the CPU can take."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-        )
-    )
+    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=False))
 
 
 def int8_weight_only(base: nn.Module) -> nn.Module:
@@ -104,7 +97,6 @@ def make_kind(make: Callable[[], nn.Module]) -> Kind:
 UNCAST = dict(autocast_adapter_dtype=False)
 BASES = {
     "bfloat16": Base(lambda: llama().bfloat16()),
-    "bfloat16, adapter too": Base(lambda: llama().bfloat16(), "Linear", torch.bfloat16, UNCAST),
     "float16": Base(lambda: llama().half()),
     "float16, adapter too": Base(lambda: llama().half(), "Linear", torch.float16, UNCAST),
     "torchao int8": Base(lambda: int8_weight_only(llama()), "TorchaoLoraLinear"),
@@ -130,15 +122,17 @@ FAMILY = {
 ORDER = ("same", "grown", "shrunk", "fewer", "first")
 
 
+def save(kind: Kind, folder: Path) -> dict[str, str]:
+    targets = dict(target_modules=list(LLAMA.modules))
+    return {
+        name: save_random_adapter(kind, folder / name, seed, **targets | lora)
+        for seed, (name, lora) in enumerate(FAMILY.items())
+    }
+
+
 @pytest.fixture(scope="module")
 def family(tmp_path_factory) -> dict[str, str]:
-    folder, kind = tmp_path_factory.mktemp("family"), make_kind(llama)
-    return {
-        name: save_random_adapter(
-            kind, folder / name, seed=number, **{"target_modules": list(LLAMA.modules), **FAMILY[name]}
-        )
-        for number, name in enumerate(FAMILY)
-    }
+    return save(make_kind(llama), tmp_path_factory.mktemp("family"))
 
 
 def assert_is_the_adapter(base: Base, model: nn.Module, folder: str) -> None:
@@ -151,13 +145,28 @@ def assert_is_the_adapter(base: Base, model: nn.Module, folder: str) -> None:
     assert_same_tensors(get_peft_model_state_dict(model), get_peft_model_state_dict(fresh))
 
 
-def test_a_swap_equals_a_fresh_load(base, family, tmp_path):
-    model = base.load(family["first"])
+def swapping(base: Base, family: dict[str, str], way: str) -> tuple[nn.Module, Callable[[str], object]]:
+    """A model, and what swaps in one of the family."""
+    model = base.load(family["first" if way == "a pool" else "fewer"])
+    if way == "a pool":
+        return model, AdapterPool(model, adapters=family, progress=False).swap
+    if way == "prepared":
+        prepare_model_for_compiled_hotswap(model, adapters=family)
+    return model, lambda name: hotswap_adapter(model, family[name], "default", add_layers=way == "plain")
+
+
+@pytest.mark.parametrize("way", ["plain", "prepared", "a pool"])
+def test_swaps(base, family, tmp_path, way):
+    model, swap = swapping(base, family, way)
+    addresses = resolve_slot(model, "default").data_ptrs()
     for name in ORDER:
-        hotswap_adapter(model, family[name], "default")
+        swap(name)
         assert_is_the_adapter(base, model, family[name])
-        assert_equals_fresh_load(model, base.kind, family[name], **base.arguments)
-    hotswap_adapter(model, family["fewer"], "default")
+        assert (resolve_slot(model, "default").data_ptrs() == addresses) == (way != "plain")
+    if way != "plain":
+        return
+    assert_equals_fresh_load(model, base.kind, family["first"], **base.arguments)
+    swap("fewer")
     save_adapter(model, tmp_path / "saved")
     assert_equals_fresh_load(model, base.kind, str(tmp_path / "saved"), **base.arguments)
     with model.disable_adapter():
@@ -166,31 +175,6 @@ def test_a_swap_equals_a_fresh_load(base, family, tmp_path):
         arguments = dict(inputs=base.kind.inputs(), base=base.kind.base, tolerance=1e-5)
         for name in ("fewer", "first"):
             assert bool(verify_hotswap(model, family[name], **arguments)) == (name == "fewer")
-
-
-def test_layers_are_added(base, family):
-    model = base.load(family["fewer"])
-    hotswap_adapter(model, family["grown"], "default", add_layers=True)
-    assert_is_the_adapter(base, model, family["grown"])
-    assert_equals_fresh_load(model, base.kind, family["grown"], **base.arguments)
-
-
-def test_a_prepared_model_with_layers_in_reserve(base, family):
-    model = base.load(family["fewer"])
-    prepare_model_for_compiled_hotswap(model, adapters=family)
-    addresses = resolve_slot(model, "default").data_ptrs()
-    for name in ORDER:
-        hotswap_adapter(model, family[name], "default")
-        assert_is_the_adapter(base, model, family[name])
-        assert resolve_slot(model, "default").data_ptrs() == addresses
-
-
-def test_a_pool(base, family):
-    model = base.load(family["first"])
-    pool = AdapterPool(model, adapters=family)
-    for name in ORDER:
-        pool.swap(name)
-        assert_is_the_adapter(base, model, family[name])
 
 
 def test_rows(base, family):
@@ -227,12 +211,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def adapters(tmp_path) -> dict[str, str]:
-    return {
-        name: save_random_adapter(LLAMA, tmp_path / name, seed=number, target_modules=list(LLAMA.modules), **lora)
-        for number, (name, lora) in enumerate(
-            {"first": dict(r=4, lora_alpha=8), "same": dict(r=4, lora_alpha=12), "grown": dict(r=8)}.items()
-        )
-    }
+    return save(LLAMA, tmp_path)
 
 
 def offload(model: nn.Module, where: str, folder) -> None:
@@ -243,20 +222,32 @@ def offload(model: nn.Module, where: str, folder) -> None:
         accelerate.disk_offload(model, str(folder), execution_device=CPU)
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_only_base_weights_are_offloaded(adapters, tmp_path, where):
-    model = load(LLAMA, adapters["first"])
-    for number, module in enumerate(model.modules()):
-        if "base_layer" in module._modules:
-            offload(module.base_layer, where, tmp_path / f"layer{number}")
-    for name in ("same", "grown", "prepare", "first", "grown"):
+MIXED = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+MIXED |= dict.fromkeys(("model.norm", "model.rotary_emb", "lm_head"), "cpu")
+#: by where all is: a device map
+ELSEWHERE = {"cpu": None, "disk": None, "all on one": {"": "cpu"}, "some on disk": MIXED}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_base_weights_that_are_elsewhere(adapters, tmp_path, where):
+    accelerate, device_map, kind = pytest.importorskip("accelerate"), ELSEWHERE[where], LLAMA
+    if device_map:
+        arguments = dict(offload_dir=str(tmp_path / "offloaded"), main_device="cpu", force_hooks=True)
+        kind = replace(kind, make_random=lambda: accelerate.dispatch_model(LLAMA.base(), device_map, **arguments))
+    model = load(kind, adapters["first"])
+    layers = [module.base_layer for module in model.modules() if "base_layer" in module._modules]
+    for number, layer in enumerate(layers if device_map is None else ()):
+        offload(layer, where, tmp_path / f"layer{number}")
+    before = [layer.weight.is_meta for layer in layers]
+    for name in ("same", "grown", "first", "prepare", "grown", "same"):
         if name == "prepare":
             prepare_model_for_compiled_hotswap(model, target_rank=8)
             continue
         hotswap_adapter(model, adapters[name], "default")
-        layers = [layer.module for layer in resolve_slot(model, "default").layers]
-        assert all(layer.base_layer.weight.is_meta for layer in layers)
-        assert_same_outputs(model, load(LLAMA, adapters[name]), LLAMA)
+        assert [layer.weight.is_meta for layer in layers] == before
+        assert_same_outputs(model, load(kind, adapters[name]), LLAMA)
+        if name == "first" and device_map:
+            assert_equals_fresh_load(model, kind, adapters[name])
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
@@ -264,15 +255,12 @@ def test_offloaded_adapter_weights_are_refused(adapters, tmp_path, where):
     hooks = pytest.importorskip("accelerate.hooks")
     model = load(LLAMA, adapters["first"])
     offload(model, where, tmp_path / "offloaded")
-    for action, arguments in (
-        *(
-            (hotswap_adapter, dict(model_name_or_path=adapters[each], adapter_name="default"))
-            for each in ("same", "grown")
-        ),
-        (prepare_model_for_compiled_hotswap, dict(target_rank=8)),
-        (AdapterPool, dict(adapters=adapters)),
+    for action in (
+        *(partial(hotswap_adapter, model_name_or_path=adapters[each], adapter_name="default") for each in adapters),
+        partial(prepare_model_for_compiled_hotswap, target_rank=8),
+        partial(AdapterPool, adapters=adapters),
     ):
-        error = refused("remove_hook_from_submodules", action, model, **arguments)
+        error = refused("remove_hook_from_submodules", action, model)
         assert "accelerate keeps elsewhere" in str(error)
     assert_same_outputs(model, load(LLAMA, adapters["first"]), LLAMA)
     # what the refusal says to do next
@@ -280,35 +268,3 @@ def test_offloaded_adapter_weights_are_refused(adapters, tmp_path, where):
     hotswap_adapter(model, adapters["grown"], "default")
     offload(model, where, tmp_path / "again")
     assert_same_outputs(model, load(LLAMA, adapters["grown"]), LLAMA)
-
-
-DEVICE_MAPS = {
-    "all on one": {"": "cpu"},
-    "some on disk": {
-        "model.embed_tokens": "cpu",
-        "model.layers.0": "disk",
-        "model.layers.1": "cpu",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "cpu",
-    },
-}
-
-
-@pytest.mark.parametrize("device_map", DEVICE_MAPS)
-def test_device_maps(adapters, tmp_path, device_map):
-    accelerate = pytest.importorskip("accelerate")
-
-    def dispatched() -> nn.Module:
-        arguments = dict(offload_dir=str(tmp_path / "offloaded"), main_device="cpu")
-        return accelerate.dispatch_model(LLAMA.base(), DEVICE_MAPS[device_map], force_hooks=True, **arguments)
-
-    kind = Kind(dispatched, LLAMA.make_inputs, LLAMA.modules)
-    model = load(kind, adapters["first"])
-    for name in ("same", "grown", "first"):
-        hotswap_adapter(model, adapters[name], "default")
-        assert_equals_fresh_load(model, kind, adapters[name])
-    prepare_model_for_compiled_hotswap(model, target_rank=8)
-    for name in ("grown", "same"):
-        hotswap_adapter(model, adapters[name], "default")
-        assert_same_outputs(model, load(kind, adapters[name]), LLAMA)

@@ -84,13 +84,6 @@ def test_each_public_name_has_an_example(name):
     assert ">>> " in text
 
 
-def test_help_says_that_pools_take_mixes():
-    for method in (hotswap_lab.AdapterPool.swap, hotswap_lab.AdapterPool.using):
-        text = pydoc.render_doc(method, renderer=pydoc.plaintext)
-        assert "Mapping[str, float]" in text
-        assert "mix" in text
-
-
 def test_the_commands_say_what_they_take():
     done = subprocess.run([sys.executable, "-m", "hotswap_lab", "--help"], capture_output=True, text=True, check=True)
     for what in ("--word", "--repeats", "python -m hotswap_lab.bench", "python -m hotswap_lab.serving"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from models import KINDS, load, save_random_adapter
+from models import KINDS, load, save_family
 from oracle import assert_same_outputs, assert_same_tensors
 from peft.utils import get_peft_model_state_dict
 
@@ -14,14 +14,9 @@ LLAMA = KINDS["llama"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    configs = (
-        dict(r=4),
-        dict(r=8, lora_alpha=3),
-        dict(r=2, target_modules=["q_proj", "k_proj"], use_rslora=True),
-        dict(r=4, lora_dropout=0.1, alpha_pattern={"q_proj": 32}),
-    )
-    return [save_random_adapter(LLAMA, root / str(i), seed=i, **config) for i, config in enumerate(configs)]
+    fewer = dict(r=2, target_modules=["q_proj", "k_proj"], use_rslora=True)
+    patterns = dict(r=4, lora_dropout=0.1, alpha_pattern={"q_proj": 32})
+    return save_family(LLAMA, tmp_path_factory.mktemp("adapters"), dict(r=4), dict(r=8, lora_alpha=3), fewer, patterns)
 
 
 def native(folder: str):

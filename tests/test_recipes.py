@@ -74,22 +74,24 @@ def test_the_contents_name_every_recipe_in_its_order():
 
 
 @pytest.mark.parametrize("title", RECIPES)
-def test_it_is_short_stands_alone_shows_its_result_and_says_what_can_go_wrong(title):
-    cells = code_of(title)
+def test_a_recipe(title):
+    cells, start, last = code_of(title), "**What can go wrong.** ", SECTIONS[title][-1].source
     for cell in cells:
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")]
         assert len(lines) <= MAX_LINES, cell.source
     assert any(cell.outputs for cell in cells)
-    # it is told from what it is pasted into
-    place = recipe_in(cells)
+    assert last.startswith(start)
+    assert re.fullmatch(r"[^.]+(\.[^\s.][^.]*)*\.", last.removeprefix(start)), "one sentence"
+
+
+@pytest.mark.parametrize("title", RECIPES)
+def test_the_names_of_a_recipe(title):
+    """It is told from what it is pasted into, and takes no name from another recipe."""
+    cells = code_of(title)
+    place, found = recipe_in(cells), [names_in(cell.source) for cell in cells]
     assert [cell.source.startswith(GIVEN) for cell in cells[: place + 1]] == [True] * place + [False]
-    found = [names_in(cell.source) for cell in cells]
+    imported_before = set().union(*(imported for imported, *_ in found[:place]))
     imported, _, used = found[place]
-    assert (used - imported) & set().union(*(before for before, *_ in found[:place])) <= {"torch", "demo", "digits"}
-    # it takes no name from another recipe
+    assert (used - imported) & imported_before <= {"torch", "demo", "digits"}
     imported, made, used = (set().union(*each) for each in zip(*found, strict=True))
     assert used <= imported | made | set(dir(builtins))
-    # in one sentence
-    start, last = "**What can go wrong.** ", SECTIONS[title][-1].source
-    assert last.startswith(start)
-    assert re.fullmatch(r"[^.]+(\.[^\s.][^.]*)*\.", last.removeprefix(start))

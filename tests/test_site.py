@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from fnmatch import fnmatch
 from pathlib import Path
 
 import nbformat
@@ -64,28 +63,6 @@ def test_members_of_public_classes_have_docstrings(conf):
         for member, function in vars(value).items() if isinstance(value, type) else ():
             is_public = member[0] != "_" and (callable(function) or isinstance(function, property))
             assert not is_public or function.__doc__, f"{name}.{member}"
-
-
-def test_every_page_is_in_a_contents_list():
-    lists = "\n".join(re.findall(r"```{toctree}\n(.*?)```", "".join(map(Path.read_text, DOCS.glob("*.md"))), re.DOTALL))
-    patterns = [line for line in lists.splitlines() if line and not line.startswith(":")]
-    pages = [
-        *(path.relative_to(ROOT) for path in NOTEBOOKS),
-        *(path.relative_to(DOCS) for path in DOCS.glob("*.md") if path.stem != "index"),
-    ]
-    assert len(pages) > 30
-    for page in pages:
-        assert any(fnmatch(page.with_suffix("").as_posix(), pattern) for pattern in patterns), page
-
-
-def test_the_parts_of_readme_are_found():
-    """A title that changes there has to change here."""
-    readme = README.read_text()
-    markers = re.findall(
-        r'^:(?:start-after|end-before): "(.+)"$', "".join(map(Path.read_text, DOCS.glob("*.md"))), re.MULTILINE
-    )
-    assert len(markers) >= 5
-    assert all(readme.count(marker) == 1 for marker in markers)
 
 
 def test_broken_links_are_found(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -47,15 +48,20 @@ def other_process(model: torch.nn.Module, method: str) -> Iterator[Callable[...,
     process.join(60)
 
 
-@pytest.mark.parametrize("shared", ["before", "after"])
-@pytest.mark.parametrize("method", [LoraConfig, LoHaConfig])
+@pytest.mark.parametrize(
+    ("method", "shared"),
+    [*itertools.product((LoraConfig, LoHaConfig), ("before", "after")), (LoraConfig, "before a pool")],
+)
 def test_a_swap_is_seen_by_a_process_that_was_forked(tmp_path, method, shared):
     configs = [method(r=rank, target_modules=["q_proj", "up_proj"]) for rank in (2, 5, 3)]
     folders = [save_random_adapter(LLAMA, tmp_path / str(config.r), config.r, config) for config in configs]
     model = load(LLAMA, folders[0])
-    if shared == "before":
+    if "before" in shared:
         model.share_memory()
-    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    if "pool" in shared:
+        AdapterPool(model, adapters={str(each): folder for each, folder in enumerate(folders)}, progress=False)
+    else:
+        prepare_model_for_compiled_hotswap(model, target_rank=6)
     if shared == "after":
         model.share_memory()
     assert {tensor.is_shared() for tensor in (*model.parameters(), *model.buffers())} == {True}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import compiled_ahead
+from pathlib import Path
+
 import pytest
 import transformers
-from architectures import CHECKS, Case, Report
-from lengths import few_of
+from architectures import CHECKS, Case
+from lengths import TIMES, few_of
 from tiny_models import ARCHITECTURES
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 #: by what was wrong: architecture, check, seed
 FOUND = {
     "the sequence comes first, and tokens have the adapters of other rows": ("xlnet", "rows", 1),
@@ -29,14 +31,7 @@ FOUND = {
     "BatchNorm in base_weights": ("resnet", "swaps", 0),
     "a saved module, hotswap_adapter, and the pool is lost": ("gpt2", "pools", 4),
     "no row has an adapter, and one is refused to be removed": ("longformer", "rows", 20270),
-    "two tasks of one thread": ("bert", "tasks", 0),
-    "shared memory, then prepared": ("bert", "shared", 0),
-    "shared memory, then a pool": ("bert", "shared", 2),
-    "prepared, then shared memory": ("bert", "shared", 5),
 }
-
-#: what is done with a live model: compiling each architecture ahead of time takes a quarter of an hour
-LIVE = [each for each in CHECKS if each != "ahead"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,34 +42,33 @@ def _quiet():
     transformers.logging.set_verbosity(before)
 
 
-def run(*cases: tuple[str, str, int]) -> Report:
-    report = Report()
-    for name, check, seed in cases:
-        Case(name, check, seed, report).run()
-    assert not report.failures, str(report)
-    return report
+def run(folder: Path, *cases: tuple[str, str, int]) -> None:
+    for number, case in enumerate(cases):
+        Case(*case, folder / str(number)).run()
 
 
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
-def test_found_once(case):
-    run(case)
+def test_found_once(tmp_path, case):
+    run(tmp_path, case)
 
 
 @pytest.mark.parametrize("name", few_of(ARCHITECTURES, ("deberta", "hubert")))
-def test_each_architecture(name):
-    run(*[(name, check, 1) for check in LIVE])
+def test_each_architecture(tmp_path, name):
+    run(tmp_path, *[(name, check, 1) for check in CHECKS])
+
+
+#: with AOTInductor, which takes a minute for each
+COMPILED = ("gemma", "bert", "convnext")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["gemma", "bert", "convnext"])
-def test_compiled_ahead(name, monkeypatch):
-    """With AOTInductor; all architectures: ``architectures.py --checks ahead --once --compiled``."""
-    monkeypatch.setattr(compiled_ahead, "COMPILED", True)
-    run((name, "ahead", 1))
+@pytest.mark.parametrize("name", COMPILED if TIMES == 1 else ARCHITECTURES)
+def test_compiled_ahead(tmp_path, name):
+    Case(name, "ahead", 1, tmp_path).ahead(compiled=name in COMPILED)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(100, 700, 50))
-def test_random_cases(seed):
-    names, checks = [*ARCHITECTURES], LIVE
-    run(*[(names[each % len(names)], checks[each % len(checks)], each) for each in range(seed, seed + 50)])
+@pytest.mark.parametrize("seed", range(100, 100 + 600 * TIMES, 50))
+def test_random_cases(tmp_path, seed):
+    names, checks = [*ARCHITECTURES], [*CHECKS]
+    run(tmp_path, *[(names[each % len(names)], checks[each % len(checks)], each) for each in range(seed, seed + 50)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -17,9 +18,11 @@ import torch
 from lengths import TIMES, long
 from mutations import (
     CANARY,
+    CONFIG,
     FORMS,
     KEY,
     TEXT,
+    WEIGHTS,
     Attack,
     M,
     Mutation,
@@ -33,8 +36,7 @@ from mutations import (
     with_config,
     with_tensors,
 )
-from seeds import CONFIG, SEEDS, WEIGHTS
-from trials import Laboratory, Trial
+from trials import SEEDS, Laboratory, Trial
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_mutations_in_turn(laboratory, count, seed):
     ],
 )
 def test_what_is_not_as_promised_is_noticed(ours, fresh, problem):
-    (found,) = Trial("linear", "hotswap", [], ours, fresh, size=2000).problems
+    (found,) = Trial(Path(), "hotswap", [], ours, fresh, size=2000).problems
     assert problem in found
 
 
@@ -123,6 +125,18 @@ def without_prefix(tensors: dict) -> None:
 
 def long_name(tensors: dict) -> None:
     tensors["\u202ea" * 50_000 + "\x1b[2J"] = tensors.popitem()[1]
+
+
+def in_header(pattern: bytes, new: bytes) -> Mutation:
+    """Other text in the header of a safetensors file."""
+
+    def change(folder: Path, pick: Random) -> None:
+        content = (folder / WEIGHTS).read_bytes()
+        stop = 8 + int.from_bytes(content[:8], "little")
+        header = re.sub(pattern, new, content[8:stop], count=1)
+        (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + content[stop:])
+
+    return change
 
 
 def attack(form: str) -> Mutation:
@@ -165,6 +179,13 @@ REFUSED: dict[str, tuple[str, Mutation, str] | tuple[str, Mutation, str, str]] =
     },
     "a million ranks, in a pool": ("linear", with_config(r=10**6), "", "pool"),
     "a billion virtual tokens": ("PromptTuning", with_config(num_virtual_tokens=HUGE), ""),
+    # Python takes the second one
+    "a field twice": ("linear", in_header(b'"dtype"', b'"dtype":"F16","dtype"'), "can't be read"),
+    "a wrong offset": (
+        "linear",
+        in_header(rb'"data_offsets":\[0,', b'"data_offsets":[4,'),
+        "can't be read",
+    ),
     # a text of 100,000 characters, and a name that upsets a terminal
     "a long name": ("linear", with_tensors(long_name), r"\A[^\u202e\x1b]+\Z"),
     # a fresh load ignores the tensor; it was swapped in

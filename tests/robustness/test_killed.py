@@ -146,18 +146,6 @@ def test_threads_that_save_to_one_folder(tmp_path):
     saves.found()
 
 
-def test_an_error_at_each_rename_leaves_the_old_adapter(tmp_path):
-    saves = Saves(tmp_path)
-    steps = list_steps(saves.writing(0), "call")
-    renames = [number for number, place in enumerate(steps, 1) if place.endswith(" replace")]
-    assert len(renames) == 4
-    for step in renames:
-        assert run_with_fault(saves.writing(1), step, lambda: OSError("pretended"), "call").error
-        assert saves.found() == 0
-    saves.save(1)
-    assert saves.found() == 1
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

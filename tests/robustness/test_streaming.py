@@ -7,9 +7,10 @@ be refused in time; an ``async def`` generator never is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -47,121 +48,90 @@ def answers(pool: AdapterPool) -> Callable[[], str]:
     return answer
 
 
-def streams(pool: AdapterPool) -> tuple[Callable[[str], Iterator[str]], Callable[[str], AsyncIterator[str]]]:
-    """A plain and an async generator, as in the recipes."""
+def stream(pool: AdapterPool, way: str) -> Callable:
+    """A plain or an async generator, as in the recipes, that yields all of its text so far."""
     answer = answers(pool)
 
-    def plain(name: str) -> Iterator[str]:
+    def plain(name: str):
         with pool.using(name):
+            text = ""
             for _ in range(STEPS):
-                yield answer()
+                yield (text := f"{text} {answer()}")
 
-    async def awaiting(name: str) -> AsyncIterator[str]:
+    async def awaiting(name: str):
         async with pool.using(name):
+            text = ""
             for _ in range(STEPS):
-                yield await asyncio.to_thread(answer)
+                yield (text := f"{text} {await asyncio.to_thread(answer)}")
 
-    return plain, awaiting
-
-
-def check(found: Counter, way: str, pool: AdapterPool) -> None:
-    assert found.total() == REQUESTS
-    assert not found["wrong"], found
-    assert found["right"] >= (REQUESTS if way == "async" else 1), found
-    pool.swap("two")
-    assert answers(pool)() == NAMES[-1]
+    return plain if way == "plain" else awaiting
 
 
-@pytest.mark.parametrize("clients", [30, 60])
-@pytest.mark.parametrize("way", ["plain", "async"])
-def test_fastapi(pool, way, clients):
-    httpx = pytest.importorskip("httpx")
+@contextlib.contextmanager
+def served_by_fastapi(stream: Callable, clients: int) -> Iterator[Callable[[str], str]]:
     fastapi = pytest.importorskip("fastapi")
     from fastapi.responses import StreamingResponse
+    from fastapi.testclient import TestClient
 
-    app, found = fastapi.FastAPI(), Counter()
-    plain, awaiting = streams(pool)
+    app = fastapi.FastAPI()
 
-    @app.get("/plain/{name}")
-    def plain_endpoint(name: str):
-        return StreamingResponse(f"{each} " for each in plain(name))
+    @app.get("/{name}")
+    def endpoint(name: str):
+        steps = stream(name)
+        lines = (
+            (f"{each}\n" async for each in steps) if hasattr(steps, "__aiter__") else (f"{each}\n" for each in steps)
+        )
+        return StreamingResponse(lines)
 
-    @app.get("/async/{name}")
-    async def async_endpoint(name: str):
-        return StreamingResponse(each + " " async for each in awaiting(name))
-
-    async def request(client, number: int) -> None:
-        name = NAMES[number % len(NAMES)]
-        try:
-            text = (await client.get(f"/{way}/{name}")).text
-        except ModelInUseError:
-            found["refused"] += 1
-        else:
-            found["right" if text.split() == [name] * STEPS else "wrong"] += 1
-
-    async def everything() -> None:
-        free = asyncio.Semaphore(clients)
-
-        async def one(number: int) -> None:
-            async with free:
-                await request(client, number)
-
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://test", timeout=None
-        ) as client:
-            await asyncio.gather(*map(one, range(REQUESTS)))
-
-    asyncio.run(asyncio.wait_for(everything(), 120))
-    check(found, way, pool)
+    with TestClient(app) as client:  # one event loop for all of them
+        yield lambda name: client.get(f"/{name}").text.splitlines()[-1]
 
 
-@pytest.mark.parametrize("clients", [30, 60])
-@pytest.mark.parametrize("way", ["plain", "async"])
-def test_gradio(pool, way, clients, monkeypatch):
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+@contextlib.contextmanager
+def served_by_gradio(stream: Callable, clients: int) -> Iterator[Callable[[str], str]]:
     gradio = pytest.importorskip("gradio")
     from gradio_client import Client
 
-    plain, awaiting = streams(pool)
-
-    def stream(name: str):
-        text = ""
-        for each in plain(name):
-            text += each + " "
-            yield text
-
-    async def stream_awaiting(name: str):
-        text = ""
-        async for each in awaiting(name):
-            text += each + " "
-            yield text
-
     with gradio.Blocks() as app:
         box, out = gradio.Textbox(), gradio.Textbox()
-        function = stream if way == "plain" else stream_awaiting
-        box.submit(function, box, out, api_name="stream", concurrency_limit=None)
+        box.submit(stream, box, out, api_name="stream", concurrency_limit=None)
     _, address, _ = app.queue(max_size=None).launch(
         prevent_thread_lock=True, quiet=True, show_error=True, server_name="127.0.0.1", max_threads=40
     )
-    found, free = Counter(), queue.SimpleQueue()
+    free = queue.SimpleQueue()
     for _ in range(clients):  # made before, since this takes a thread of the server, too
         free.put(Client(address, verbose=False, httpx_kwargs={"timeout": 120}))
 
-    def request(number: int) -> None:
-        name = NAMES[number % len(NAMES)]
+    def ask(name: str) -> str:
         client = free.get()
         try:
-            text = client.submit(name, api_name="/stream").result(timeout=120)
-            outcome = "right" if text.split() == [name] * STEPS else "wrong"
-        except Exception as error:
-            outcome = "refused" if "in use by a stream" in str(error) else repr(error)
-        free.put(client)
-        found[outcome] += 1
+            return client.submit(name, api_name="/stream").result(timeout=120)
+        finally:
+            free.put(client)
 
     try:
-        with ThreadPoolExecutor(clients) as workers:
-            list(workers.map(request, range(REQUESTS)))
+        yield ask
     finally:
         app.close()
-    assert found.keys() <= {"right", "wrong", "refused"}, found
-    check(found, way, pool)
+
+
+@pytest.mark.parametrize("clients", [30, 60])
+@pytest.mark.parametrize("way", ["plain", "async"])
+@pytest.mark.parametrize("served", [served_by_fastapi, served_by_gradio])
+def test_streams(pool, served, way, clients, monkeypatch):
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+
+    def request(number: int) -> str:
+        name = NAMES[number % len(NAMES)]
+        try:
+            return "right" if ask(name).split() == [name] * STEPS else "wrong"
+        except Exception as error:
+            is_refused = isinstance(error, ModelInUseError) or "in use by a stream" in str(error)
+            return "refused" if is_refused else repr(error)
+
+    with served(stream(pool, way), clients) as ask, ThreadPoolExecutor(clients) as workers:
+        found = Counter(workers.map(request, range(REQUESTS)))
+    assert found.keys() <= {"right", "refused"}, found
+    assert found["right"] >= (REQUESTS if way == "async" else 1), found
+    pool.swap("two")
+    assert answers(pool)() == NAMES[-1]

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,6 @@ def storm(
     distances = [float((one - two).abs().max()) for one, two in itertools.combinations(expected.values(), 2)]
     assert min(distances) > 0.1, "adapters that give the same outputs prove nothing"
     found: Counter = Counter()
-    errors: list[BaseException] = []
     done, counting = threading.Event(), threading.Lock()
 
     def compute() -> None:
@@ -147,26 +147,19 @@ def storm(
         for _ in range(swaps // swapping):
             put(draw.choice(list(folders)))
             time.sleep(0.0005)  # so that somebody gets to compute with it, on however busy a machine
-            if errors or (until_torn and found["torn"]):
+            if done.is_set() or (until_torn and found["torn"]):
                 break
 
-    def caught(action: Callable, *arguments: object) -> None:
+    with RecompileWatch() as watch, ThreadPoolExecutor(4 + swapping) as threads:
+        readers = [threads.submit(compute) for _ in range(4)]
+        swappers = [threads.submit(swap, number) for number in range(swapping)]
         try:
-            action(*arguments)
-        except BaseException as error:
-            errors.append(error)
-
-    with RecompileWatch() as watch:
-        readers = [threading.Thread(target=caught, args=(compute,)) for _ in range(4)]
-        swappers = [threading.Thread(target=caught, args=(swap, number)) for number in range(swapping)]
-        for thread in (*readers, *swappers):
-            thread.start()
-        for thread in swappers:
-            thread.join()
-        done.set()
-        for thread in readers:
-            thread.join()
-    assert not errors
+            for each in swappers:
+                each.result()
+        finally:
+            done.set()
+        for each in readers:
+            each.result()
     assert not (backend and watch.recompiles)
     output = call()
     assert any(torch.equal(output, each) for each in expected.values()), "a mixture was left behind"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from adapters import CONFIGS, kind_for, save_random_adapter_of
-from architectures import Case, Report
+from architectures import Case
 from lengths import TIMES, few_of
 from lora_kinds import FAMILIES, MODELS
 from models import Kind, call, load
@@ -56,7 +56,7 @@ class Walk(Case):
     refusals = RIGHT_REFUSALS
 
     def __init__(self, root: Path, place: str, seed: int):
-        self.root, self.place, self.seed, self.report = root / place.replace("/", " "), place, seed, Report()
+        self.root, self.place, self.seed = root / place.replace("/", " "), place, seed
         self.draw, self.labels = random.Random(seed), list(PLACES[place])
         self.kind: Kind = MODELS[place] if place in MODELS else kind_for(place)
         #: the adapters that are in the model now
@@ -83,9 +83,6 @@ class Walk(Case):
 
     def has_met(self, family: str) -> bool:
         return any(family in step for step in self.steps)
-
-    def wrong(self, what: str) -> None:
-        raise AssertionError(what)
 
     def go(self, length: int) -> None:
         """Random swaps, each compared with a fresh load; raises whatever is not as promised."""

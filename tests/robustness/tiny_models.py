@@ -86,6 +86,12 @@ LLAVA = dict(text_config=dict(model_type="llama", **TINY, **FEW), image_token_in
 LLAVA |= dict(vision_config=dict(model_type="clip_vision_model", **SEEING))
 BLIP = dict(text_config=dict(**TINY, encoder_hidden_size=16, projection_dim=16), image_text_hidden_size=16)
 BLIP |= dict(vision_config=dict(**SEEING, projection_dim=16), projection_dim=16)
+BLIP |= dict(takes="input_ids pixel_values", ways=())
+SHARED = EXPERTS | dict(shared_expert_intermediate_size=20)
+XLNET = dict(mixed="layer_", ways=(), d_head=8, max_position_embeddings="")
+CONVNEXT = STAGES | dict(num_stages=2, patch_size=2)
+LLAVA |= dict(takes="images", mixed="vision_tower|projector", ways=("greedy",), saved="linear_2")
+WHISPER = MELS | dict(saved="proj_out", takes="input_features decoder_input_ids")
 
 
 def tiny(config: str, head: str, modules: str, saved: str = "", takes="input_ids", mixed="^$", ways=None, **settings):
@@ -108,6 +114,7 @@ def tiny(config: str, head: str, modules: str, saved: str = "", takes="input_ids
 
 QKV = "q_proj k_proj v_proj"
 LLAMA, BART = f"{QKV} o_proj gate_proj up_proj down_proj", f"{QKV} out_proj fc1 fc2"
+DISTIL = "q_lin k_lin v_lin out_lin lin1 lin2"
 NEOX, BERT = "query_key_value dense dense_h_to_4h dense_4h_to_h", "query key value output.dense intermediate.dense"
 vision = partial(tiny, head="ImageClassification", takes="pixel_values", saved="classifier")
 
@@ -131,29 +138,21 @@ ARCHITECTURES: dict[str, Architecture] = {
     "rwkv": tiny("rwkv", "CausalLM", "key value receptance output", "head", ways=()),
     "mixtral": tiny("mixtral", "CausalLM", f"{QKV} o_proj", "lm_head", **EXPERTS),
     # and in its shared expert
-    "qwen2_moe": tiny(
-        "qwen2_moe", "CausalLM", f"{LLAMA} shared_expert_gate", "lm_head", **EXPERTS, shared_expert_intermediate_size=20
-    ),
+    "qwen2_moe": tiny("qwen2_moe", "CausalLM", f"{LLAMA} shared_expert_gate", "lm_head", **SHARED),
     # the sequence comes first
-    "xlnet": tiny(
-        "xlnet", "CausalLM", "layer_1 layer_2", "lm_loss", mixed="layer_", ways=(), d_head=8, max_position_embeddings=""
-    ),
+    "xlnet": tiny("xlnet", "CausalLM", "layer_1 layer_2", "lm_loss", **XLNET),
     "longformer": tiny("longformer", "MaskedLM", BERT, mixed="query|key|value", attention_window=4),
     "bert": tiny("bert", "MaskedLM", f"{BERT} word_embeddings", "transform"),
     "albert": tiny("albert", "MaskedLM", "query key value attention.dense ffn ffn_output"),
     "roberta": tiny("roberta", "MaskedLM", BERT, "lm_head"),
     "electra": tiny("electra", "MaskedLM", f"{BERT} embeddings_project", "generator_predictions"),
-    "distilbert": tiny(
-        "distilbert", "MaskedLM", "q_lin k_lin v_lin out_lin lin1 lin2", "vocab_transform", hidden_dim=24
-    ),
+    "distilbert": tiny("distilbert", "MaskedLM", DISTIL, "vocab_transform", hidden_dim=24),
     # a table of relative positions goes through some layers
     "deberta": tiny("deberta", "MaskedLM", "in_proj pos_proj pos_q_proj intermediate.dense", mixed="pos_", **RELATIVE),
     "t5": tiny("t5", "Seq2SeqLM", "q k v o wi wo", "lm_head", "input_ids decoder_input_ids"),
     "bart": tiny("bart", "Seq2SeqLM", BART, "lm_head", "input_ids decoder_input_ids"),
     "marian": tiny("marian", "Seq2SeqLM", BART, "lm_head", "input_ids decoder_input_ids"),
-    "whisper": tiny(
-        "whisper", "SpeechSeq2Seq", f"{BART} conv1", "proj_out", "input_features decoder_input_ids", **MELS
-    ),
+    "whisper": tiny("whisper", "SpeechSeq2Seq", f"{BART} conv1", **WHISPER),
     "wav2vec2": tiny("wav2vec2", "", f"{QKV} out_proj intermediate_dense projection", "", "input_values", **WAVES),
     "hubert": tiny("hubert", "", f"{QKV} output_dense conv_layers.1.conv", "", "input_values", **WAVES),
     "clip_text": tiny("clip_text_model", "", BART),
@@ -163,22 +162,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "swin": vision("swin", modules=f"{QKV} o_proj fc1 fc2 reduction", **SWIN),
     # BatchNorm in every layer; it has a buffer of integers
     "resnet": vision("resnet", modules="convolution", saved="classifier normalization", **STAGES, layer_type="basic"),
-    "convnext": vision(
-        "convnext", modules="pwconv1 pwconv2 dwconv patch_embeddings", **STAGES, num_stages=2, patch_size=2
-    ),
-    "llava": tiny(
-        "llava",
-        "ImageTextToText",
-        f"{LLAMA} vision_tower.*fc1 vision_tower.*fc2 linear_1",
-        "linear_2",
-        "images",
-        "vision_tower|projector",
-        ("greedy",),
-        **LLAVA,
-    ),
-    "blip": tiny(
-        "blip", "ImageTextToText", "query key value qkv fc1 fc2", "", "input_ids pixel_values", ways=(), **BLIP
-    ),
+    "convnext": vision("convnext", modules="pwconv1 pwconv2 dwconv patch_embeddings", **CONVNEXT),
+    "llava": tiny("llava", "ImageTextToText", f"{LLAMA} vision_tower.*fc1 vision_tower.*fc2 linear_1", **LLAVA),
+    "blip": tiny("blip", "ImageTextToText", "query key value qkv fc1 fc2", **BLIP),
 }
 
 

@@ -21,10 +21,13 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import torch
-from models import call, load
-from mutations import CANARY, Mutation
+from adapters import CONFIGS, kind_for, save_random_adapter_of
+from lora_kinds import FAMILIES
+from models import KINDS, Kind, call, load
+from mutations import BIN, CANARY, CONFIG, WEIGHTS, Mutation
 from oracle import (
     assert_same,
     assert_same_outputs,
@@ -34,9 +37,10 @@ from oracle import (
     config_of,
     snapshot,
 )
+from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
-from seeds import BIN, CONFIG, SEEDS, WEIGHTS, make_seeds
+from safetensors.torch import load_file
 
 from hotswap_lab import (
     AdapterPool,
@@ -81,6 +85,48 @@ STRICTER = {
     "pass add_layers=True": "layers are added only where a swap is asked to add them",
     "can't be done in a prepared model": "a prepared model has fixed room",
 }
+
+
+# ---- the good adapters that are damaged
+
+
+class Seed(NamedTuple):
+    """The adapter that is in the model, and the one to damage."""
+
+    kind: Kind
+    loaded: PeftConfig
+    new: PeftConfig
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How it can be swapped in: also into a prepared model, and so into a pool, if it is plain LoRA."""
+        is_plain = type(self.new) is LoraConfig and not self.new.use_dora and not self.new.modules_to_save
+        return ("hotswap", "plan", *(("pool", "prepare") if is_plain else ()))
+
+
+LINEAR, FEW = list(KINDS["linear"].modules), ["q_proj", "down_proj"]
+PATTERNS = dict(rank_pattern={"blocks.0": 5, "^last": 2}, alpha_pattern={r"blocks\.[01]": 12}, use_rslora=True)
+PLAIN = Seed(KINDS["linear"], LoraConfig(r=4, target_modules=LINEAR), LoraConfig(r=6, target_modules=LINEAR))
+SEEDS = {
+    "linear": PLAIN,
+    "bin": PLAIN,
+    "patterns": PLAIN._replace(new=LoraConfig(r=3, target_modules=r"first|blocks\.\d|last", **PATTERNS)),
+    "llama": Seed(
+        KINDS["llama"], *(LoraConfig(r=rank, lora_alpha=5 * rank - 7, target_modules=FEW) for rank in (2, 3))
+    ),
+    **{name: Seed(KINDS["llama"], *FAMILIES[name][1][:2]) for name in ("DoRA", "modules_to_save")},
+    **{name: Seed(kind_for(name), *CONFIGS[name][:2]) for name in ("IA3", "LoHa", "PromptTuning")},
+}
+
+
+def make_seeds(root: Path) -> None:
+    """Saves all of them with PEFT alone: ``<root>/<name>/new`` and ``<root>/<name>/loaded``."""
+    for name, seed in SEEDS.items():
+        for part, number in (("loaded", 1), ("new", 2)):
+            folder = save_random_adapter_of(getattr(seed, part), root / name / part, number, seed.kind)
+            if name == "bin":
+                torch.save(load_file(f"{folder}/{WEIGHTS}"), f"{folder}/{BIN}")
+                os.remove(f"{folder}/{WEIGHTS}")
 
 
 # ---- in the process
@@ -263,47 +309,45 @@ def assert_like(target, fresh, kind, expected: torch.Tensor, way: str, is_partia
 class Trial:
     """One damaged folder and what was made of it."""
 
-    seed: str
+    folder: Path
     way: str
-    done: list[str] = field(default_factory=list)
+    mutations: list[str]
     ours: dict = field(default_factory=dict)
     fresh: dict = field(default_factory=dict)
     size: int = 0
 
     @property
     def problems(self) -> list[str]:
-        """Whatever is not as promised."""
-        return list(_problems(self))
+        return list(self._problems())
 
     def __str__(self) -> str:
-        return f"{self.seed!r}, by {self.way}: {'; '.join(self.done)}: {self.problems}"
+        return f"{self.folder}, by {self.way}, {self.mutations}: {self.problems}"
 
-
-def _problems(trial: Trial) -> Iterator[str]:
-    ours, outcome, text = trial.ours, trial.ours["outcome"], trial.ours.get("text", "")
-    peft = trial.fresh.get("peft", "crashes")
-    if outcome not in ("accepted", "refused"):
-        yield f"{outcome}: {text}"
-    if "touched" in ours:
-        yield f"the model was changed: {ours['touched']}"
-    if ours.get("executed"):
-        yield "something was executed"
-    if ours.get("memory", 0) > ALLOWANCE + 4 * trial.size:
-        yield f"{ours['memory']:,} bytes for files of {trial.size:,}"
-    if outcome == "accepted" and trial.fresh.get("differs"):
-        yield f"differs from a fresh load: {trial.fresh['differs']}"
-    if outcome == "accepted" and peft != "loads":
-        yield f"PEFT refuses it: {peft}"
-    if outcome == "refused":
-        if not all(re.search(rf"^ +{part}: +\S", text, re.MULTILINE) for part in ("found", "expected", "next")):
-            yield f"no found, expected and next: {text[:500]}"
-        if len(text) > LONGEST:
-            yield f"a text of {len(text)} characters: {text[:200]}"
-        if re.search(r"allocate|MemoryError", text):
-            yield f"refused only for want of memory: {text}"
-        # a .bin of the format before 1.6 says how much memory it wants, and PyTorch believes it; none of it is filled
-        if trial.way != "prepare" and peft == "loads" and not any(re.search(each, text) for each in STRICTER):
-            yield f"PEFT loads it: {text}"
+    def _problems(self) -> Iterator[str]:
+        """Whatever is not as promised."""
+        ours, outcome, text = self.ours, self.ours["outcome"], self.ours.get("text", "")
+        peft = self.fresh.get("peft", "crashes")
+        if outcome not in ("accepted", "refused"):
+            yield f"{outcome}: {text}"
+        if "touched" in ours:
+            yield f"the model was changed: {ours['touched']}"
+        if ours.get("executed"):
+            yield "something was executed"
+        if ours.get("memory", 0) > ALLOWANCE + 4 * self.size:
+            yield f"{ours['memory']:,} bytes for files of {self.size:,}"
+        if outcome == "accepted" and self.fresh.get("differs"):
+            yield f"differs from a fresh load: {self.fresh['differs']}"
+        if outcome == "accepted" and peft != "loads":
+            yield f"PEFT refuses it: {peft}"
+        if outcome == "refused":
+            if not all(re.search(rf"^ +{part}: +\S", text, re.MULTILINE) for part in ("found", "expected", "next")):
+                yield f"no found, expected and next: {text[:500]}"
+            if len(text) > LONGEST:
+                yield f"a text of {len(text)} characters: {text[:200]}"
+            if re.search(r"allocate|MemoryError", text):
+                yield f"refused only for want of memory: {text}"
+            if self.way != "prepare" and peft == "loads" and not any(re.search(each, text) for each in STRICTER):
+                yield f"PEFT loads it: {text}"
 
 
 class Laboratory:
@@ -326,19 +370,15 @@ class Laboratory:
     def attempt(self, seed: str, mutations: list[tuple[Mutation, Random]], way: str = "hotswap") -> Trial:
         """Damages a copy of a seed's folder and tries to swap it in."""
         self.count += 1
-        folder = self.root / f"trial-{self.count}"
+        folder = self.root / f"{seed} {self.count}"
         shutil.copytree(self.root / "seeds" / seed / "new", folder)
-        trial = Trial(seed, way)
+        trial = Trial(folder, way, [mutation.__name__ for mutation, _ in mutations])
         for mutation, pick in mutations:
-            try:
-                trial.done.append(f"{mutation.__name__} ({mutation(folder, pick)})")
-            except Exception as error:  # an earlier mutation has left nothing to damage in this way
-                trial.done.append(f"{mutation.__name__} (impossible: {type(error).__name__})")
+            with contextlib.suppress(Exception):  # an earlier one has left nothing to damage in this way
+                mutation(folder, pick)
         trial.size = sum(path.lstat().st_size for path in folder.iterdir())
-        change = mutations[0][1].choice(CHANGES)
-        if way == "plan":
-            trial.done.append(f"then {change}")
-        self.connection.send(dict(seed=seed, way=way, folder=folder, change=change))
+        self.connection.send(dict(seed=seed, way=way, folder=folder, change=mutations[0][1].choice(CHANGES)))
         trial.ours, trial.fresh = self.connection.recv(), self.connection.recv()
-        shutil.rmtree(folder)
+        if not trial.problems:
+            shutil.rmtree(folder)
         return trial
