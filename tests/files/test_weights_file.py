@@ -9,15 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from models import KINDS, save_random_adapter
-from mutations import parts, write
+from mutations import WEIGHTS
 from oracle import assert_same_tensors
 from refusals import refused
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from seeds import WEIGHTS
 
 from hotswap_lab import Adapter, demo
 from hotswap_lab.files.weights_file import LONGEST, layout_of, map_weights
+
+
+def parts(folder: Path) -> tuple[dict, bytes]:
+    """Header and data."""
+    content = (folder / WEIGHTS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def write(folder: Path, text: bytes, data: bytes) -> None:
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 @pytest.fixture
@@ -142,3 +152,10 @@ def test_one_bad_number_among_many_is_found(path, value, for_one_swap):
         assert Adapter._load(folder, for_one_swap)
     else:
         refused(key, Adapter._load, folder, for_one_swap)
+
+
+@pytest.mark.parametrize("twice", ['"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},', ""])
+def test_a_name_that_is_there_twice_is_left_to_safetensors(twice):
+    """Which refuses it; json would take the last one."""
+    found = layout_of((f'{{{twice}"a":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}  ').ljust(64).encode())
+    assert (found is None) == bool(twice)
