@@ -157,5 +157,5 @@ def test_one_bad_number_among_many_is_found(path, value, for_one_swap):
 @pytest.mark.parametrize("twice", ['"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},', ""])
 def test_a_name_that_is_there_twice_is_left_to_safetensors(twice):
     """Which refuses it; json would take the last one."""
-    found = layout_of((f'{{{twice}"a":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}  ').ljust(64).encode())
+    found = layout_of((f'{{{twice}"a":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}  ').ljust(128).encode())
     assert (found is None) == bool(twice)
