@@ -304,9 +304,9 @@ class _Comparison:
         present, where = live.__dict__.get(attribute, MISSING), f"{path}: {attribute}"
         if isinstance(value, dict) and isinstance(present, MutableMapping):
             self._entry(present, value, where)
-        elif present is MISSING or attribute == BUDGET:
+        elif isinstance(value, dict) or attribute == BUDGET:
             self._put(live.__dict__, attribute, value, where)
-        elif not self._are_equal(present, value):
+        elif isinstance(value, (*PLAIN, torch.nn.Module)) and not self._are_equal(present, value):
             if any(not is_wrapper(live) or has_adapter(live, other) for other in self.others):
                 self._refuse(path, f"{attribute}={present!r}, which other adapters there use, and {value!r} wanted")
             else:
