@@ -283,8 +283,8 @@ class _Comparison:
                 self._pad(live, fresh)
             self._freeze(live, fresh)
         for attribute, value in fresh.__dict__.items():
-            if attribute not in NOT_COMPARED:
-                (self._own_attribute if own else self._attribute)(live, attribute, value, path)
+            if attribute not in NOT_COMPARED and (not own or isinstance(value, PLAIN)):
+                self._attribute(live, attribute, value, path, own)
         for attribute, value in fresh._modules.items():
             present = live._modules.get(attribute)
             if value is None or (not own and (attribute == skipped or id(value) in self.live_of)):
@@ -318,21 +318,17 @@ class _Comparison:
             # everything else that differs where an adapter is off has been compared
             self.graft.steps.append(lambda journal: mark(live, OFF_ATTRIBUTE, self.name, False, journal))
 
-    def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
+    def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str, own: bool) -> None:
         present, where = live.__dict__.get(attribute, MISSING), f"{path}: {attribute}"
         if isinstance(value, dict) and isinstance(present, MutableMapping):
             self._entry(present, value, where)
         elif isinstance(value, dict) or attribute == BUDGET:
             self._put(live.__dict__, attribute, value, where)
         elif isinstance(value, (*PLAIN, torch.nn.Module)) and not self._are_equal(present, value):
-            if any(not is_wrapper(live) or has_adapter(live, other) for other in self.others):
+            if not own and any(not is_wrapper(live) or has_adapter(live, other) for other in self.others):
                 self._refuse(path, f"{attribute}={present!r}, which other adapters there use, and {value!r} wanted")
             else:
                 self._put(live.__dict__, attribute, value, where)
-
-    def _own_attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
-        if isinstance(value, PLAIN) and not are_equal(live.__dict__.get(attribute, MISSING), value):
-            self._put(live.__dict__, attribute, value, f"{path}.{attribute}")
 
     def _table(self, live: torch.nn.Module, attribute: str, fresh: torch.nn.Module, path: str) -> None:
         present = live._modules[attribute]

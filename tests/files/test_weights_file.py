@@ -138,7 +138,7 @@ def test_one_bad_number_among_many_is_found(tmp_path, value, for_one_swap):
     key = sorted(tensors)[7]
     tensors[key].view(-1)[3] = value
     save_file(tensors, folder / "adapter_model.safetensors")
-    refused(key, Adapter._load, folder, for_one_swap)
+    refused(key, Adapter.load, folder, for_one_swap=for_one_swap)
 
 
 def test_large_but_finite_numbers_are_fine(tmp_path):
