@@ -67,6 +67,8 @@ BOOKKEEPING = tuple(f": {table}" for table in ("r", "alpha", "lora_alpha", "use_
 FROZEN = "frozen_peft_weight_names"
 #: types of attributes that are compared in an adapter's own modules; values of other types belong to one object
 PLAIN = (bool, int, float, str, type(None), tuple)
+#: and those that are compared in wrappers and tuners
+COMPARED = (*PLAIN, dict, torch.nn.Module)
 
 
 class Target(NamedTuple):
@@ -322,9 +324,9 @@ class _Comparison:
         present, where = live.__dict__.get(attribute, MISSING), f"{path}: {attribute}"
         if isinstance(value, dict) and isinstance(present, MutableMapping):
             self._entry(present, value, where)
-        elif isinstance(value, dict) or attribute == BUDGET:
+        elif attribute == BUDGET or (present is MISSING and isinstance(value, COMPARED)):
             self._put(live.__dict__, attribute, value, where)
-        elif isinstance(value, (*PLAIN, torch.nn.Module)) and not self._are_equal(present, value):
+        elif isinstance(value, COMPARED) and not self._are_equal(present, value):
             if not own and any(not is_wrapper(live) or has_adapter(live, other) for other in self.others):
                 self._refuse(path, f"{attribute}={present!r}, which other adapters there use, and {value!r} wanted")
             else:
