@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 import torch
-from adapters import CONFIGS, LLAMA, save_random_adapter_of
+from adapters import CONFIGS, LLAMA, save_all
 from lora_kinds import ATTENTION
 from models import call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs
@@ -58,7 +58,7 @@ RESHAPED = {
 @pytest.mark.parametrize("name", RESHAPED)
 def test_parameters_of_other_shapes_are_the_same_objects(tmp_path, name):
     """So an optimizer that was made before the swap trains the new adapter."""
-    old, new = (save_random_adapter_of(each, tmp_path / f"{n}", n) for n, each in enumerate(RESHAPED[name]))
+    old, new = save_all(tmp_path, *RESHAPED[name])
     model = load(LLAMA, old, is_trainable=True)
     before = dict(model.named_parameters())
     optimizer = torch.optim.SGD([each for each in before.values() if each.requires_grad], lr=0.1)
@@ -119,8 +119,7 @@ def test_each_attribute_that_is_not_compared_is_here():
 @pytest.mark.parametrize("attribute", LEFT)
 def test_state_of_no_adapter_stays_and_is_no_difference(tmp_path, attribute):
     config, happen = LEFT[attribute]
-    old = save_random_adapter_of(config, tmp_path / "old", 1)
-    new = save_random_adapter_of(dataclasses.replace(config, revision="later"), tmp_path / "new", 2)
+    old, new = save_all(tmp_path, config, dataclasses.replace(config, revision="later"))
     model = load(LLAMA, old)
     happen(model)
     before = [(each, vars(each)[attribute]) for each in model.modules() if attribute in vars(each)]
@@ -132,8 +131,7 @@ def test_state_of_no_adapter_stays_and_is_no_difference(tmp_path, attribute):
 
 
 def test_arguments_of_layers_stay_where_one_has_the_name_of_the_adapter(tmp_path):
-    everywhere, _, few = CONFIGS["VeRA"]
-    old, new = (save_random_adapter_of(each, tmp_path / f"{n}", n) for n, each in enumerate((everywhere, few)))
+    old, new = save_all(tmp_path, *CONFIGS["VeRA"][::2])
     model = load(LLAMA, old, "bias")
     model.load_adapter(old, "other")
     layers = [each for each in model.modules() if "bias" in getattr(each, "kwargs", ())]
