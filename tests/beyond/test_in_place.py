@@ -22,7 +22,6 @@ from hotswap_lab import (
     hotswap_adapter,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
-    set_strength,
 )
 
 LORA, DORA = (LoraConfig(r=4, target_modules=ATTENTION, use_dora=dora) for dora in (False, True))
@@ -78,18 +77,8 @@ def test_a_plan_says_the_ranks_of_other_methods(method_folders):
     assert (action, rank, scaling) == ("resize", "4 -> 2", "4.5")
 
 
-def test_a_merged_adapter_stays(method_folders):
-    old, new, _ = method_folders("LoHa")
-    model = load(LLAMA, old)
-    model.merge_adapter()
-    refused("'default' because it is currently merged into", hotswap_adapter, model, new, "default")
-
-
-def test_strengths_and_pools_are_for_lora(method_folders):
-    (loha, other, *_), (dora, *_) = method_folders("LoHa"), method_folders("DoRA")
-    model = load(LLAMA, loha)
-    refused("A pool is for adapters of type LORA", AdapterPool, model, adapters={"new": other}, progress=False)
-    refused("strength of 'default' can't be set", set_strength, model, 0.5)
+def test_pools_have_no_strength_for_dora_and_no_other_methods(method_folders):
+    (loha, *_), (dora, *_) = method_folders("LoHa"), method_folders("DoRA")
     pool = AdapterPool(load(LLAMA, dora), adapters={"dora": dora}, progress=False)
     refused("strength of 'default' can't be set", pool.swap, "dora", strength=0.5)
     refused("Incompatible PEFT types found: LORA and LOHA", pool.add, "loha", loha)
