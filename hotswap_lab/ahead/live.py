@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import itertools
 import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils.hooks import RemovableHandle
 
 from .. import compat
 from ..beyond.guards import random_numbers_kept
@@ -261,11 +263,12 @@ class Watched:
         self._addresses: list[int] = self._addresses_now()
         self._layers = [each.__dict__ for each in self.layers]
         self._states = [tuple(map(copy.copy, TUNER_STATE(each))) for each in self._layers]
-        self._attributes = [(each, each.__dict__) for each in self._modules if not isinstance(each, CONTAINERS)]
+        self._attributes = [each.__dict__ for each in self._modules if not isinstance(each, CONTAINERS)]
         # around repeated blocks, hooks do what they always do
         compiled = [each for path in blocks for each in top.get_submodule(path).modules()]
         self._hooks = [table for each in compiled for table in (each._forward_hooks, each._forward_pre_hooks)]
-        self._code: list[Any] = self._code_now()
+        self._code: list[list[Any]] = self._code_now()
+        self._look()
 
     def _addresses_now(self) -> list[int]:
         return list(map(torch.Tensor.data_ptr, self._tensors))
@@ -277,15 +280,22 @@ class Watched:
         except RuntimeError:  # two tensors were compared
             return True
 
-    def _code_now(self) -> list[Any]:
+    def _code_now(self) -> list[list[Any]]:
         """What computes beside the forwards of classes."""
-        forwards = [
-            table["forward"]
-            for module, table in self._attributes
-            if "forward" in table and _is_own(module, table["forward"])
-        ]
-        hooks = [(at, hook) for at, each in enumerate(self._hooks) if each for hook in each.values() if _is_loud(hook)]
-        return [*forwards, *hooks]
+        forwards = [each.__dict__.get("forward") for each in self._modules]
+        hooks = [list(filter(_is_loud, each.values())) if each else [] for each in self._hooks]
+        return [[own for each, own in zip(self._modules, forwards, strict=True) if _is_own(each, own)], *hooks]
+
+    def _look(self) -> None:
+        self._hooked = [each for each in self._hooks if each]
+        self._forwards = [each for each in self._attributes if "forward" in each]
+        self._signs: list[Any] = self._signs_now()
+
+    def _signs_now(self) -> list[Any]:
+        """What differs if :meth:`_code_now` does: each hook that is added, anywhere, has the next number."""
+        number = sum(map(dict.__contains__, self._attributes, itertools.repeat("forward")))
+        own = map(dict.get, self._forwards, itertools.repeat("forward"))
+        return [RemovableHandle.next_id, number, *own, *map(len, self._hooked)]
 
     def check(self) -> None:
         """Refuse a model that has changed since then."""
@@ -294,5 +304,7 @@ class Watched:
             raise refuse("ahead_state", found=reason, name=self.name)
         if self._addresses_now() != self._addresses or self._is_replaced():
             raise refuse("ahead_moved", found="tensors or modules that were moved, replaced or resized since")
-        if self._code_now() != self._code:
-            raise refuse("ahead_moved", found="a forward or a hook that was added or removed since")
+        if self._signs_now() != self._signs:
+            if self._code_now() != self._code:
+                raise refuse("ahead_moved", found="a forward or a hook that was added or removed since")
+            self._look()
