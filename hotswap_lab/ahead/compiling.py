@@ -20,6 +20,7 @@ from .. import compat
 from ..core.errors import HotswapError, listing, refuse
 from ..core.report import readable_bytes
 from ..core.slot import room_of
+from ..pools.rows import RowRoom
 from ..threads import held
 from . import file
 from .live import Place, copied, facts_of, form_of, kept, named, places_in, prepared
@@ -97,7 +98,7 @@ def aoti_compile(
     host, name, top = prepared(model)
     given = named(inspect.signature(top.forward), tuple(args), kwargs or {})
     room = room_of(host.base, name)
-    rows = room.exporting() if hasattr(room, "batch") else contextlib.nullcontext()
+    rows = room.exporting() if isinstance(room, RowRoom) else contextlib.nullcontext()
     # an export puts other tensors into the model while it runs
     with torch.no_grad(), held(host.base), rows:
         if repeated_blocks:
@@ -114,7 +115,7 @@ def aoti_compile(
         graphs = [_notes_on(program, paths, places[paths]) for paths, program in programs.items()]
         ranks = {layer.path: layer.tensors[0].capacity for layer in room.slot.layers}
         notes = dict(torch=torch.__version__, base=type(top).__name__, name=name, ranks=ranks, graphs=graphs)
-        notes["rows"] = (room.rows, room.batch.copies) if hasattr(room, "batch") else None
+        notes["rows"] = (room.rows, room.batch.copies) if isinstance(room, RowRoom) else None
         notes["facts"] = facts_of(top, [each for paths in programs for each in paths])
         notes["given"], values = file.noted(given)
         values |= {f"{n}:{k}": v for n, p in enumerate(programs.values()) for k, v in _lifted(p).items()}

@@ -27,6 +27,7 @@ from ..core.errors import listing, refuse
 from ..core.host import Host, carriers
 from ..core.slot import room_of
 from ..pools.layers import READ
+from ..pools.rows import RowRoom
 
 #: a table of a module, and a name in it: where a tensor is found each time
 Place = tuple[dict[str, Any], str]
@@ -122,7 +123,7 @@ def places_in(module: torch.nn.Module, room: Any) -> dict[str, Place]:
         before = f"{path}." if path else ""
         for table in (each._parameters, each._buffers):
             found |= {before + name: (table, name) for name, tensor in table.items() if tensor is not None}
-        own = each.__dict__.get("lora_variant", {}).get(room.slot.adapter_name) if hasattr(room, "batch") else None
+        own = each.__dict__.get("lora_variant", {}).get(room.slot.adapter_name) if isinstance(room, RowRoom) else None
         if own is not None:
             found |= {before + buffer: (own.__dict__, name) for name, buffer in READ.items()}
     return found

@@ -20,6 +20,7 @@ from ..core.slot import room_of
 from ..engine import ENGINE
 from ..pools.batch import PART
 from ..pools.proof import size_of
+from ..pools.rows import RowRoom
 from ..threads import held
 from .file import Tensors, inputs_in, read
 from .live import Place, Watched, facts_of, form_of, hosts_in, named, places_in, prepared, top_of
@@ -104,7 +105,7 @@ class AheadModel:
         room = room_of(host.base, name)
         self._signature: inspect.Signature = inspect.signature(self._top.forward)
         #: how the rows of a batch are checked, where each may have an adapter of its own
-        self._batch: Any = getattr(room, "batch", None)
+        self._batch: Any = room.batch if isinstance(room, RowRoom) else None
         self._copies: int = notes["rows"][1] if notes["rows"] else 1
         if notes["rows"] and (self._batch is None or self._batch.rows != notes["rows"][0]):
             found = f"{self._batch.rows} rows" if self._batch else "no pool with rows"

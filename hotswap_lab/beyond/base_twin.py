@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,16 +20,21 @@ from ..core.compiled import unwrap_compiled
 from ..core.wrappers import peel
 from ..files.state_dicts import forget_hooks
 
+#: the ``id()`` of a module, tensor or table, of the live model and of the fresh load (whose base model is a twin)
+LiveId: TypeAlias = int
+FreshId: TypeAlias = int
+
 
 @dataclass
 class BaseTwin:
-    """The twin, ``model``; ``live`` maps the ids of its modules and tensors to their counterparts in the live model."""
+    """The twin of a base model, and which of its modules and tensors is which in the live model."""
 
     model: torch.nn.Module = None
-    live: dict[int, Any] = field(default_factory=dict)
-    #: all twins of modules and of parameters, kept alive because the tables hold their ids
-    modules: dict[int, torch.nn.Module] = field(default_factory=dict)
-    twins: list[torch.nn.Parameter] = field(default_factory=list)
+    #: the live counterpart of each module, parameter and buffer of the twin
+    live_of: dict[FreshId, Any] = field(default_factory=dict)
+    #: the twin of each live module; with the parameters below, it keeps all those alive whose ids are in `live_of`
+    twin_of: dict[LiveId, torch.nn.Module] = field(default_factory=dict)
+    parameters: list[torch.nn.Parameter] = field(default_factory=list)
     #: parameters of special classes, which both models share, and their ``requires_grad``
     shared: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
     #: whether the live model's forward may have changed the order of a module's parameters
@@ -37,7 +42,7 @@ class BaseTwin:
 
     def was_changed(self) -> bool:
         """Whether PEFT replaced the memory of a base weight while it loaded an adapter."""
-        return any(twin.data_ptr() != self.live[id(twin)].data_ptr() for twin in self.twins)
+        return any(twin.data_ptr() != self.live_of[id(twin)].data_ptr() for twin in self.parameters)
 
 
 def make_base_twin(base: torch.nn.Module) -> BaseTwin:
@@ -51,20 +56,20 @@ def make_base_twin(base: torch.nn.Module) -> BaseTwin:
     True
     """
     made = BaseTwin()
-    modules, tensors = made.modules, {}
+    twin_of_tensor: dict[LiveId, torch.nn.Parameter] = {}
 
-    def twin_of(module: torch.nn.Module) -> torch.nn.Module:
+    def module_twin(module: torch.nn.Module) -> torch.nn.Module:
         wrappers, module = peel(module)
-        if id(module) not in modules:
+        if id(module) not in made.twin_of:
             twin = module.__class__.__new__(module.__class__)
-            modules[id(module)] = twin
-            made.live[id(twin)] = module
+            made.twin_of[id(module)] = twin
+            made.live_of[id(twin)] = module
             # with copies of the tables, hooks and attributes that PEFT sets stay in the twin
             twin.__dict__.update({key: _own(value) for key, value in module.__dict__.items()})
             twin.__dict__.pop("peft_config", None)
             forget_hooks(twin)
             twin.__dict__["_modules"] = {
-                name: None if child is None else twin_of(child) for name, child in module._modules.items()
+                name: None if child is None else module_twin(child) for name, child in module._modules.items()
             }
             order = in_defined_order(module)
             if order is None and any("parameter_name" in wrapper.__dict__ for wrapper in wrappers):
@@ -73,22 +78,22 @@ def make_base_twin(base: torch.nn.Module) -> BaseTwin:
                 name: None if module._parameters[name] is None else tensor_twin(module._parameters[name])
                 for name in dict.fromkeys([*(order or ()), *module._parameters])
             }
-            made.live |= {id(each): each for each in module._buffers.values() if each is not None}
-        return modules[id(module)]
+            made.live_of |= {id(each): each for each in module._buffers.values() if each is not None}
+        return made.twin_of[id(module)]
 
     def tensor_twin(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        if id(parameter) not in tensors:
+        if id(parameter) not in twin_of_tensor:
             if type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor:
                 twin = torch.nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-                made.twins.append(twin)
+                made.parameters.append(twin)
             else:
                 twin = parameter
                 made.shared.append((parameter, parameter.requires_grad))
-            tensors[id(parameter)] = twin
-            made.live[id(twin)] = parameter
-        return tensors[id(parameter)]
+            twin_of_tensor[id(parameter)] = twin
+            made.live_of[id(twin)] = parameter
+        return twin_of_tensor[id(parameter)]
 
-    made.model = twin_of(unwrap_compiled(base))
+    made.model = module_twin(unwrap_compiled(base))
     return made
 
 

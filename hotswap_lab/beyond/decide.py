@@ -247,7 +247,7 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
     if (added := [path for path in graft.added if path not in former]) and not plan.add_layers:
         plan.refuse("lacks_layers", count=len(added), added=listing(added, 3), name=name)
     twins = fresh.twins
-    live = {name: fresh.twin.live[id(twin)] for name, twin in twins.items()}
+    live = {name: fresh.twin.live_of[id(twin)] for name, twin in twins.items()}
     graft.base = change_base_values(plan, fresh.base_values, live)
     paths = [path for path in live if path.endswith("bias") or path in fresh.base_values]
     changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]

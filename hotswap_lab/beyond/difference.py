@@ -1,8 +1,15 @@
 """The difference between a live model and a freshly loaded one: the writes that make them equal.
 
-Both models are walked in parallel. An object in the live model that has a counterpart of the same form is kept, and
-gets new values. Everything else is copied from the fresh load, and these copies refer to the live model's own objects
-wherever the two models have counterparts. Entries of other adapters are never read.
+PEFT has loaded the new adapter onto a twin of the live base model, so both are trees around the same base modules.
+They are walked in parallel. An object of the fresh load that has a counterpart of the same form in the live model is
+not taken: the live one stays, and gets its values. Of any other object, the live model gets a copy that refers to the
+live model's own objects. What the fresh load lacks is removed. Entries of other adapters are never read.
+
+Say LoRA with r=4 on ``q_proj`` and ``v_proj`` is swapped for DoRA with r=6 on ``q_proj``. On ``q_proj``, ``lora_A`` and
+``lora_B`` stay the same parameters and are resized, so an optimizer still has them. ``r["default"]`` and
+``use_dora["default"]`` get new values. The live layer has no ``lora_magnitude_vector["default"]``, so it gets a copy.
+``v_proj`` has no wrapper in the fresh load: the live one is taken off, or only emptied if another adapter is on it.
+All of it is noted in a :class:`Graft`, and written later.
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ from ..core.slot import SlotLayer
 from ..core.tensors import OFF_ATTRIBUTE, are_interchangeable
 from ..core.wrappers import (
     NOT_COMPARED,
+    Table,
     are_alike,
     are_equal,
     entries_under,
@@ -47,6 +55,7 @@ from ..core.wrappers import (
     tables_of,
     wrappers_in,
 )
+from .base_twin import FreshId, LiveId
 from .base_values import BaseChange
 from .fresh_adapter import FreshAdapter
 
@@ -58,6 +67,16 @@ BOOKKEEPING = tuple(f": {table}" for table in ("r", "alpha", "lora_alpha", "use_
 FROZEN = "frozen_peft_weight_names"
 #: types of attributes that are compared in an adapter's own modules; values of other types belong to one object
 PLAIN = (bool, int, float, str, type(None), tuple)
+#: and those that are compared in wrappers and tuners
+COMPARED = (*PLAIN, dict, torch.nn.Module)
+
+
+class Target(NamedTuple):
+    """A tensor of the live model, and the table and key under which it is found."""
+
+    table: MutableMapping[str, Any]
+    key: str
+    tensor: torch.Tensor
 
 
 class WholeSettings(NamedTuple):
@@ -87,8 +106,8 @@ class Graft:
     differences: list[str] = field(default_factory=list)
     #: live parameters of the adapter
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
-    #: by ids of the fresh load's tensors: the table, the key and the live tensor that gets their values
-    in_place: dict[int, tuple[MutableMapping[str, Any], str, torch.Tensor]] = field(default_factory=dict)
+    #: the live tensor that gets the values of each of the fresh load's
+    target_of: dict[FreshId, Target] = field(default_factory=dict)
     #: pairs of a table and its plain value under the adapter's name
     scalars: list[tuple[MutableMapping[str, Any], object]] = field(default_factory=list)
     #: the writes to the base model's own weights, and the new ``requires_grad`` of the parameters where it changes
@@ -123,15 +142,16 @@ class _Comparison:
         self.others = set(host.configs) - {name}
         self.is_mixed = isinstance(host.tuner, MixedModel)  # layers of several methods may wrap one another
         model, self.active = fresh.model, activity_of(host)
-        #: by ids of the fresh load's modules and tensors, their counterparts in the live model
-        self.live_of: dict[int, object] = dict(fresh.twin.live)
-        #: ids of live objects that have a counterpart already, since some methods share modules between layers
-        self.taken: set[int] = set()
-        #: ids of the fresh load's objects that the live model gets a copy of
-        self.new: set[int] = set()
+        #: the live counterpart of each of the fresh load's modules and tensors: of the base at first, then of all kept
+        self.live_of: dict[FreshId, object] = dict(fresh.twin.live_of)
+        #: live objects that have a counterpart already, since some methods share modules between layers
+        self.taken: set[LiveId] = set()
+        #: the fresh load's objects that the live model gets a copy of
+        self.new: set[FreshId] = set()
         self.kept = [*model.modules()]  # keeps the modules alive, so that no other object gets one of their ids
         self.own = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in self.live_of]
-        self.puts: list[tuple] = []
+        #: a table, a key in it, and the fresh load's object of which a copy is put there
+        self.puts: list[tuple[Table, str, object]] = []
         #: live wrappers that the fresh load lacks; removed last, when all the tables that they share are known
         self.rest: list[tuple[torch.nn.Module, str]] = []
         #: whether the wrapper being compared is in training mode
@@ -265,8 +285,8 @@ class _Comparison:
                 self._pad(live, fresh)
             self._freeze(live, fresh)
         for attribute, value in fresh.__dict__.items():
-            if attribute not in NOT_COMPARED:
-                (self._own_attribute if own else self._attribute)(live, attribute, value, path)
+            if attribute not in NOT_COMPARED and (not own or isinstance(value, PLAIN)):
+                self._attribute(live, attribute, value, path, own)
         for attribute, value in fresh._modules.items():
             present = live._modules.get(attribute)
             if value is None or (not own and (attribute == skipped or id(value) in self.live_of)):
@@ -300,21 +320,17 @@ class _Comparison:
             # everything else that differs where an adapter is off has been compared
             self.graft.steps.append(lambda journal: mark(live, OFF_ATTRIBUTE, self.name, False, journal))
 
-    def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
+    def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str, own: bool) -> None:
         present, where = live.__dict__.get(attribute, MISSING), f"{path}: {attribute}"
         if isinstance(value, dict) and isinstance(present, MutableMapping):
             self._entry(present, value, where)
-        elif present is MISSING or attribute == BUDGET:
+        elif attribute == BUDGET or (present is MISSING and isinstance(value, COMPARED)):
             self._put(live.__dict__, attribute, value, where)
-        elif not self._are_equal(present, value):
-            if any(not is_wrapper(live) or has_adapter(live, other) for other in self.others):
+        elif isinstance(value, COMPARED) and not self._are_equal(present, value):
+            if not own and any(not is_wrapper(live) or has_adapter(live, other) for other in self.others):
                 self._refuse(path, f"{attribute}={present!r}, which other adapters there use, and {value!r} wanted")
             else:
                 self._put(live.__dict__, attribute, value, where)
-
-    def _own_attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str) -> None:
-        if isinstance(value, PLAIN) and not are_equal(live.__dict__.get(attribute, MISSING), value):
-            self._put(live.__dict__, attribute, value, f"{path}.{attribute}")
 
     def _table(self, live: torch.nn.Module, attribute: str, fresh: torch.nn.Module, path: str) -> None:
         present = live._modules[attribute]
@@ -345,7 +361,7 @@ class _Comparison:
 
     # ---- one entry of a table
 
-    def _part(self, table: object, key: str, fresh: object, path: str) -> None:
+    def _part(self, table: Table, key: str, fresh: object, path: str) -> None:
         live = stores_of(table)[0].get(key, MISSING)
         if isinstance(fresh, (torch.nn.Module, torch.Tensor)):
             if id(fresh) in self.live_of:
@@ -368,7 +384,7 @@ class _Comparison:
         elif not self._are_equal(live, fresh):
             self._put(table, key, fresh, path)
 
-    def _tensor(self, table: object, key: str, live: object, fresh: torch.Tensor, path: str) -> None:
+    def _tensor(self, table: Table, key: str, live: object, fresh: torch.Tensor, path: str) -> None:
         is_parameter, values = isinstance(live, torch.nn.Parameter), fresh.detach()
         if type(live) is not type(fresh) or (live.shape != fresh.shape and not is_parameter):
             self._put_new(table, key, fresh, path)
@@ -377,7 +393,7 @@ class _Comparison:
             self._refuse(path, "a tensor without data (on the meta device)")
             return
         self._note(live, fresh)
-        self.graft.in_place[id(fresh)] = stores_of(table)[0], key, live
+        self.graft.target_of[id(fresh)] = Target(stores_of(table)[0], key, live)
         if is_parameter:
             self.graft.parameters.append(live)
         if live.shape == fresh.shape:
@@ -413,13 +429,13 @@ class _Comparison:
 
     # ---- recording differences
 
-    def _put_new(self, table: object, key: str, fresh: torch.nn.Module | torch.Tensor, path: str) -> None:
+    def _put_new(self, table: Table, key: str, fresh: torch.nn.Module | torch.Tensor, path: str) -> None:
         self.new.add(id(fresh))
         for module in own_modules(fresh) if isinstance(fresh, torch.nn.Module) else ():
             module.training = self.training
         self._put(table, key, fresh, path)
 
-    def _put(self, table: object, key: str, fresh: object, path: str) -> None:
+    def _put(self, table: Table, key: str, fresh: object, path: str) -> None:
         self.puts.append((table, key, fresh))
         self.graft.differences.append(path)
 

@@ -7,11 +7,9 @@ and PEFT need not load that adapter.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from peft import PeftConfig, PeftType
 
 from ..core.adapter import Adapter
@@ -20,7 +18,7 @@ from ..core.plan import Action
 from ..core.slot import Slot, Uncopied
 from ..core.tensors import are_interchangeable
 from .base_values import BaseChange
-from .difference import Graft
+from .difference import Graft, Target
 from .fresh_adapter import FreshAdapter
 
 #: on a base model: the targets by adapter name
@@ -36,8 +34,8 @@ class Targets:
     #: the config as it was read, and as it is in the model
     given: Mapping[str, object]
     in_model: PeftConfig | None
-    #: for each key of the file, a table, a key in it, and the tensor found there
-    tensors: Mapping[str, tuple[MutableMapping[str, Any], str, torch.Tensor]]
+    #: by the keys of the file
+    tensors: Mapping[str, Target]
     #: the swap that found them, without the values that it wrote
     graft: Graft
 
@@ -59,7 +57,7 @@ class Targets:
         """A graft that writes only the adapter's tensors."""
         layers = [replace(each, action=Action.COPY, rank_before=each.rank_after) for each in self.graft.layers]
         graft = Graft(layers=layers, parameters=self.graft.parameters)
-        graft.copies = [(live, adapter.tensors[name].detach()) for name, (_, _, live) in self.tensors.items()]
+        graft.copies = [(target.tensor, adapter.tensors[name].detach()) for name, target in self.tensors.items()]
         return graft
 
     def completed(self, config: PeftConfig) -> PeftConfig:
@@ -92,13 +90,13 @@ def find_targets(slot: Slot, adapter: Adapter, fresh: FreshAdapter, graft: Graft
     tensors = {}
     for name, source in adapter.tensors.items():
         loaded = fresh.origins.get(name)
-        place = graft.in_place.get(id(loaded))
-        if place is None or not are_interchangeable(loaded.detach(), source.detach().to(loaded.device, loaded.dtype)):
+        target = graft.target_of.get(id(loaded))
+        if target is None or not are_interchangeable(loaded.detach(), source.detach().to(loaded.device, loaded.dtype)):
             return None
-        tensors[name] = place
-    if len({id(live) for _, _, live in tensors.values()}) < len(tensors):
+        tensors[name] = target
+    if len({id(target.tensor) for target in tensors.values()}) < len(tensors):
         return None
-    shown = replace(graft, copies=[], steps=[], in_place={}, base=BaseChange())  # don't keep the fresh load alive
+    shown = replace(graft, copies=[], steps=[], target_of={}, base=BaseChange())  # don't keep the fresh load alive
     return Targets(_what_it_is(adapter.config), None, tensors, shown)
 
 

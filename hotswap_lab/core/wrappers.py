@@ -16,7 +16,7 @@ from peft.utils.other import TrainableTokensWrapper
 
 from .. import compat
 from .compiled import unwrap_compiled
-from .tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, are_interchangeable
+from .tensors import are_interchangeable
 
 #: the methods by which PEFT asks a model for its embeddings
 EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
@@ -74,27 +74,19 @@ def own_modules(wrapper: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 # ---- tables
 
-#: attributes that a wrapper has whether or not the adapter in question is on it
+#: attributes with plain values or tables that belong to no adapter, so a swap leaves them as they are
 NOT_COMPARED = {
-    # of every module
+    # mode and tables of every module; the entries of these tables are compared one by one
     *torch.nn.Module().__dict__,
-    *("forward", "_hf_hook", "_old_forward"),
-    # the state that a model is in: which adapters are there, active, enabled, merged
-    *("_adapters", "_active_adapter", "active_adapter", "_disable_adapters", "_adapters_disabled", "_enabled"),
-    *("merged_adapters", "_cached_adapters", "modules_to_save"),
-    # configs, which are written as a whole, and what depends on the base model alone
-    *("peft_config", "_peft_config", "peft_type", "config", "device", "special_peft_forward_args"),
-    *("base_model_prepare_inputs_for_generation", "kwargs"),
-    # relations to other modules
-    *("_tied_adapter", "hook_handles", "_boundary_hook_handles", "_boundary_layers"),
-    *("targeted_module_names", "targeted_parameter_names"),
-    # state that lives for one forward
-    *("_caches", "_seed_shadow_state", "_shadow_past_out", "_should_pack_shadow_cache", "_deferred_shadow_seed"),
-    # marks of this package
-    *("hotswap_original", OFF_ATTRIBUTE, PADDED_ATTRIBUTE),
+    # which adapters compute, as the user has set it
+    *("active_adapter", "_active_adapter", "_adapters_disabled", "_disable_adapters"),
+    # configs, which a plan puts into the model itself
+    *("peft_config", "_peft_config"),
+    # the arguments of a layer's constructor by name, which may be the name of an adapter, too
+    "kwargs",
+    # what the last forward of a Shadow adapter has left; the next one begins by resetting it
+    *("_deferred_shadow_seed", "_seed_shadow_state", "_shadow_past_out", "_should_pack_shadow_cache"),
 }
-#: ``modules_to_save`` is an attribute of a model, but a table of a wrapper
-NO_TABLES = NOT_COMPARED - {"modules_to_save"}
 
 
 def is_table(value: object) -> bool:
@@ -119,7 +111,7 @@ def tables_of(wrapper: torch.nn.Module) -> Iterator[tuple[str, Table]]:
     """All tables of a wrapper, with the names of their attributes."""
     for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
         for attribute, value in (*module.__dict__.items(), *module._modules.items()):
-            if (isinstance(value, MutableMapping) or is_table(value)) and attribute not in NO_TABLES:
+            if (isinstance(value, MutableMapping) or is_table(value)) and attribute not in NOT_COMPARED:
                 yield attribute, value
 
 

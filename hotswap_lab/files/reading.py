@@ -29,6 +29,7 @@ class Adapter(core.Adapter):
         torch_device: str | torch.device | None = None,
         key_mapping: dict[str, str] | None = None,
         allow_nonfinite: bool = False,
+        for_one_swap: bool = False,
         **hub: Any,
     ) -> Adapter:
         """Read an adapter from a folder or from the Hugging Face Hub.
@@ -46,6 +47,9 @@ class Adapter(core.Adapter):
             Regular expressions and replacements for keys, as in ``PeftModel.from_pretrained``.
         allow_nonfinite:
             Whether weights may contain NaN and infinity.
+        for_one_swap:
+            Whether the tensors may be the file itself, mapped into memory, which is faster. Don't keep them: a process
+            that reads them after the file was shortened is ended.
         **hub:
             ``subfolder``, ``revision``, ``token``, ``cache_dir`` and other arguments of ``hf_hub_download``.
 
@@ -61,19 +65,6 @@ class Adapter(core.Adapter):
         >>> adapter.config.r, len(adapter.tensors)
         (2, 32)
         """
-        return cls._load(source, False, torch_device, key_mapping, allow_nonfinite, **hub)
-
-    @classmethod
-    def _load(
-        cls,
-        source: str | os.PathLike[str],
-        for_one_swap: bool = False,
-        torch_device: str | torch.device | None = None,
-        key_mapping: dict[str, str] | None = None,
-        allow_nonfinite: bool = False,
-        **hub: Any,
-    ) -> Adapter:
-        """Read as :meth:`load` does. ``for_one_swap`` is faster: the tensors may be the file, and mustn't be kept."""
         place = find_source(source, hub)
         config = read_config(place)
         tensors, pieces = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
@@ -124,8 +115,7 @@ def read(source: Any, *, only_config: bool = False, **arguments: Any) -> core.Ad
     if isinstance(source, tuple):
         return Adapter.from_state_dict(*source)
     if not only_config:
-        for_one_swap = arguments.pop("for_one_swap", False)
-        return Adapter._load(source, True, **arguments) if for_one_swap else Adapter.load(source, **arguments)
+        return Adapter.load(source, **arguments)
     if isinstance(source, PeftConfig):
         return Adapter(source, {}, "a config")
     place = find_source(source, arguments)

@@ -188,6 +188,12 @@ def save_random_adapter_of(config: PeftConfig, folder: Path, seed: int, kind: Ki
     return str(folder)
 
 
+def save_all(folder: Path, *configs: PeftConfig, kind: Kind = LLAMA) -> list[str]:
+    """An adapter of each config, with other weights each."""
+    first = len(list(folder.iterdir()))
+    return [save_random_adapter_of(each, folder / f"{n}", n + 1, kind) for n, each in enumerate(configs, first)]
+
+
 def with_other_base_weights(folder: str, target: Path) -> str:
     """The same adapter, in a file that changes what it has of the base model's own weights: embeddings."""
     shutil.copytree(folder, target)

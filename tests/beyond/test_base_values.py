@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters import save_random_adapter_of, with_other_base_weights
+from adapters import save_all, with_other_base_weights
 from lora_kinds import MODELS
 from models import ARCHITECTURES, Kind, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs
@@ -24,23 +24,19 @@ def test_a_bias_with_two_names(tmp_path):
     """BERT's head has one bias, which is that of its decoder, too."""
     base = BERT.base()
     assert base.cls.predictions.bias is base.cls.predictions.decoder.bias
-    folders = [
-        save_random_adapter_of(LoraConfig(r=4, target_modules=["key"], bias="all"), tmp_path / str(seed), seed, BERT)
-        for seed in (1, 2)
-    ]
-    model = load(BERT, folders[0])
-    for folder in (folders[0], folders[1], folders[0]):
+    configs = (LoraConfig(r=4, target_modules=["key"], bias=bias) for bias in ("all", "all", "none"))
+    first, second, plain = save_all(tmp_path, *configs, kind=BERT)
+    model = load(BERT, first)
+    for folder in (first, second, first):
         hotswap_adapter(model, folder, "default", base_weights=weights_of(BERT))
         assert_equals_fresh_load(model, BERT, folder, margin=10)
-    plain = save_random_adapter_of(LoraConfig(r=4, target_modules=["key"]), tmp_path / "plain", 3, BERT)
     hotswap_adapter(model, plain, "default")  # what was overwritten is remembered by now
     assert_equals_fresh_load(model, BERT, plain, margin=10)
 
 
 def test_embeddings_that_are_the_head_too(tmp_path):
-    config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
-    same = save_random_adapter_of(config, tmp_path / "same", 1, TIED)
-    plain = save_random_adapter_of(LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "plain", 3, TIED)
+    configs = (LoraConfig(r=4, target_modules=modules) for modules in (["embed_tokens", "q_proj"], ["q_proj"]))
+    same, plain = save_all(tmp_path, *configs, kind=TIED)
     model = load(TIED, with_other_base_weights(same, tmp_path / "changed"))
     assert (call(load(TIED, same), TIED.inputs()) - call(model, TIED.inputs())).abs().max() > 0.1
     for folder in (same, plain):
@@ -52,10 +48,8 @@ def test_a_base_whose_state_dict_has_more_than_weights(tmp_path):
     """A BatchNorm counts its batches in an integer. No swap needs that number, or anything else of another module."""
     layers = lambda: nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 6))  # noqa: E731
     kind = Kind(layers, lambda: torch.randn(5, 12), ("0", "2"))
-    biased, plain = (
-        save_random_adapter_of(LoraConfig(r=4, target_modules=["0", "2"], bias=bias), tmp_path / bias, 1, kind)
-        for bias in ("all", "none")
-    )
+    configs = (LoraConfig(r=4, target_modules=["0", "2"], bias=bias) for bias in ("all", "none"))
+    biased, plain = save_all(tmp_path, *configs, kind=kind)
     model = load(kind, biased)
     weights = weights_of(kind)
     assert weights["1.num_batches_tracked"].dtype == torch.int64
@@ -67,10 +61,8 @@ def test_a_base_whose_state_dict_has_more_than_weights(tmp_path):
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_what_of_a_bias_goes_with_its_adapter(tmp_path, is_trainable):
     """Its gradient says nothing about another one's values; and whether it is trained, the new config says."""
-    every, other, plain = (
-        save_random_adapter_of(LoraConfig(r=4, target_modules=["query"], bias=bias), tmp_path / str(seed), seed, BERT)
-        for seed, bias in enumerate(("all", "all", "none"))
-    )
+    configs = (LoraConfig(r=4, target_modules=["query"], bias=bias) for bias in ("all", "all", "none"))
+    every, other, plain = save_all(tmp_path, *configs, kind=BERT)
     model = load(BERT, every, is_trainable=is_trainable)
     model(**BERT.inputs()).logits.sum().backward()
     assert any(each.grad is not None for name, each in model.named_parameters() if name.endswith("bias"))

@@ -1,14 +1,21 @@
-"""Layers and modules that a swap adds take on the state of those that are there."""
+"""What a swap by comparison keeps: state that belongs to no adapter, and parameters as objects."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
+
 import pytest
 import torch
-from adapters import LLAMA
+from adapters import CONFIGS, LLAMA, save_all
+from lora_kinds import ATTENTION
 from models import call, load
-from oracle import assert_same_outputs
+from oracle import assert_equals_fresh_load, assert_same_outputs
+from peft import LoraConfig, OFTConfig
 
-from hotswap_lab import hotswap_adapter
+from hotswap_lab import commit, hotswap_adapter, plan_hotswap
+from hotswap_lab.core.wrappers import NOT_COMPARED
 
 #: of these, an adapter on few layers, and one that needs more of them, or a module of its own
 GROWING = {"LoHa": (2, 0), "modules_to_save": (2, 0), "trainable tokens": (3, 0)}
@@ -37,3 +44,98 @@ def test_what_is_added_to_an_inactive_adapter_is_frozen(growing):
     before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     hotswap_adapter(model, more, "default", add_layers=True)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+
+
+#: by what must stay the same objects: the config of the loaded adapter, and of one that differs in the shapes alone
+RESHAPED = {
+    "DoRA with a head": [
+        LoraConfig(r=rank, target_modules=ATTENTION, use_dora=True, modules_to_save=["lm_head"]) for rank in (4, 6)
+    ],
+    "OFT": [OFTConfig(oft_block_size=size, target_modules=ATTENTION) for size in (4, 8)],
+}
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_parameters_of_other_shapes_are_the_same_objects(tmp_path, name):
+    """So an optimizer that was made before the swap trains the new adapter."""
+    old, new = save_all(tmp_path, *RESHAPED[name])
+    model = load(LLAMA, old, is_trainable=True)
+    before = dict(model.named_parameters())
+    optimizer = torch.optim.SGD([each for each in before.values() if each.requires_grad], lr=0.1)
+    hotswap_adapter(model, new, "default")
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert [key for key in before if after[key] is not before[key]] == []
+    assert_equals_fresh_load(model, LLAMA, new, is_trainable=True)
+    values = {key: each.detach().clone() for key, each in after.items() if each.requires_grad}
+    model(**LLAMA.inputs()).logits.square().mean().backward()
+    optimizer.step()
+    assert [key for key, value in values.items() if torch.equal(value, after[key])] == []
+
+
+# ---- what belongs to no adapter stays as it was
+
+
+def _a_forward_fails(model, **inputs) -> None:
+    """It fails after the last block, so the state of a forward is still there."""
+    handle = model.get_base_model().model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError, ValueError):
+        model(**inputs)
+    handle.remove()
+
+
+def _another_is_active(model) -> None:
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.set_adapter("other")
+
+
+def _disabled_in_a_block(model) -> None:
+    model.block = model.disable_adapter()  # kept, since the block ends with it
+    model.block.__enter__()
+
+
+HEAD = LoraConfig(r=4, target_modules=ATTENTION, modules_to_save=["lm_head"])
+LOHA, PROMPT, SHADOW = (CONFIGS[name][0] for name in ("LoHa", "PromptTuning", "Shadow"))
+#: by attribute: the config of two adapters, and what happens between the load of one and the swap to the other
+LEFT = {
+    "training": (HEAD, lambda model: model.train()),
+    "active_adapter": (HEAD, _another_is_active),
+    "_active_adapter": (HEAD, _another_is_active),
+    "_adapters_disabled": (HEAD, _disabled_in_a_block),
+    "_disable_adapters": (HEAD, lambda model: model.base_model.disable_adapter_layers()),
+    "peft_config": (LOHA, lambda model: None),
+    "_peft_config": (PROMPT, lambda model: None),
+    "_deferred_shadow_seed": (SHADOW, _a_forward_fails),
+    "_seed_shadow_state": (SHADOW, lambda model: call(model, LLAMA.inputs())),
+    "_shadow_past_out": (SHADOW, lambda model: _a_forward_fails(model, **LLAMA.inputs(), use_cache=True)),
+    "_should_pack_shadow_cache": (SHADOW, lambda model: _a_forward_fails(model, **LLAMA.inputs(), use_cache=True)),
+}
+
+
+def test_each_attribute_that_is_not_compared_is_here():
+    assert {*LEFT, "kwargs"} == (NOT_COMPARED - vars(torch.nn.Module()).keys()) | {"training"}
+
+
+@pytest.mark.parametrize("attribute", LEFT)
+def test_state_of_no_adapter_stays_and_is_no_difference(tmp_path, attribute):
+    config, happen = LEFT[attribute]
+    old, new = save_all(tmp_path, config, dataclasses.replace(config, revision="later"))
+    model = load(LLAMA, old)
+    happen(model)
+    before = [(each, vars(each)[attribute]) for each in model.modules() if attribute in vars(each)]
+    assert any(value is not None and value is not False for _, value in before)
+    plan = plan_hotswap(model, new)
+    assert plan.differences == []
+    commit(plan)
+    assert all(vars(each)[attribute] is value for each, value in before)
+
+
+def test_arguments_of_layers_stay_where_one_has_the_name_of_the_adapter(tmp_path):
+    old, new = save_all(tmp_path, *CONFIGS["VeRA"][::2])
+    model = load(LLAMA, old, "bias")
+    model.load_adapter(old, "other")
+    layers = [each for each in model.modules() if "bias" in getattr(each, "kwargs", ())]
+    assert layers
+    hotswap_adapter(model, new, "bias")
+    assert all(each.kwargs["bias"] is False for each in layers)
+    assert_same_outputs(model, load(LLAMA, new), LLAMA)

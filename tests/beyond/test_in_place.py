@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from adapters import METHODS, save_random_adapter_of
+from adapters import METHODS, save_all, save_random_adapter_of
 from lengths import few_of
 from lora_kinds import ATTENTION, LLAMA
 from models import call, load
@@ -22,7 +22,6 @@ from hotswap_lab import (
     hotswap_adapter,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
-    set_strength,
 )
 
 LORA, DORA = (LoraConfig(r=4, target_modules=ATTENTION, use_dora=dora) for dora in (False, True))
@@ -66,7 +65,7 @@ def test_in_a_compiled_model_values_change_and_nothing_else(method_folders, tmp_
 
 @pytest.mark.parametrize("new", [HEAD, DORA], ids=["a head", "DoRA"])
 def test_a_prepared_model_takes_plain_lora_only(tmp_path, new):
-    old, new = (save_random_adapter_of(each, tmp_path / str(n), n) for n, each in enumerate((LORA, new)))
+    old, new = save_all(tmp_path, LORA, new)
     model = load(LLAMA, old)
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     refused("can't be done in a prepared model", hotswap_adapter, model, new, "default")
@@ -78,18 +77,8 @@ def test_a_plan_says_the_ranks_of_other_methods(method_folders):
     assert (action, rank, scaling) == ("resize", "4 -> 2", "4.5")
 
 
-def test_a_merged_adapter_stays(method_folders):
-    old, new, _ = method_folders("LoHa")
-    model = load(LLAMA, old)
-    model.merge_adapter()
-    refused("'default' because it is currently merged into", hotswap_adapter, model, new, "default")
-
-
-def test_strengths_and_pools_are_for_lora(method_folders):
-    (loha, other, *_), (dora, *_) = method_folders("LoHa"), method_folders("DoRA")
-    model = load(LLAMA, loha)
-    refused("A pool is for adapters of type LORA", AdapterPool, model, adapters={"new": other}, progress=False)
-    refused("strength of 'default' can't be set", set_strength, model, 0.5)
+def test_pools_have_no_strength_for_dora_and_no_other_methods(method_folders):
+    (loha, *_), (dora, *_) = method_folders("LoHa"), method_folders("DoRA")
     pool = AdapterPool(load(LLAMA, dora), adapters={"dora": dora}, progress=False)
     refused("strength of 'default' can't be set", pool.swap, "dora", strength=0.5)
     refused("Incompatible PEFT types found: LORA and LOHA", pool.add, "loha", loha)
@@ -118,8 +107,7 @@ def test_injected_adapters(method_folders):
 def test_inactive_adapters_stay_inactive(tmp_path, more):
     """The wrappers of modules and of tokens have their own ideas of what is active."""
     few = LoraConfig(r=6, target_modules=["q_proj"], use_dora=True, **more)
-    old, new = (save_random_adapter_of(each, tmp_path / str(n), n) for n, each in enumerate((HEAD, few)))
-    active = save_random_adapter_of(LoraConfig(r=4, target_modules=["v_proj"]), tmp_path / "active", 5)
+    old, new, active = save_all(tmp_path, HEAD, few, LoraConfig(r=4, target_modules=["v_proj"]))
     model = load(LLAMA, active, "active")
     model.load_adapter(old, "default")
     hotswap_adapter(model, new, "default", add_layers=True)
@@ -137,16 +125,16 @@ def test_what_dora_has_cached_is_forgotten(tmp_path, monkeypatch, way):
     monkeypatch.setattr("peft.tuners.lora.dora.ENABLE_DORA_CACHING", True)
     head = dict(modules_to_save=["lm_head"]) if way == "with a head" else {}
     config = LoraConfig(r=4, target_modules=ATTENTION, use_dora=True, **head)
-    method_folders = [save_random_adapter_of(config, tmp_path / str(seed), seed) for seed in (1, 2)]
-    model = load(LLAMA, method_folders[0])
+    folders = save_all(tmp_path, config, config)
+    model = load(LLAMA, folders[0])
     if way == "prepared":
         prepare_model_for_compiled_hotswap(model, target_rank=8)
     if way == "pool":
-        pool = AdapterPool(model, adapters={"0": method_folders[0], "1": method_folders[1]}, progress=False)
+        pool = AdapterPool(model, adapters={"0": folders[0], "1": folders[1]}, progress=False)
     for number in (1, 0, 1):
         call(model, LLAMA.inputs())
         if way == "pool":
             pool.swap(str(number))
         else:
-            hotswap_adapter(model, method_folders[number], "default")
-        assert_same_outputs(model, load(LLAMA, method_folders[number]), LLAMA)
+            hotswap_adapter(model, folders[number], "default")
+        assert_same_outputs(model, load(LLAMA, folders[number]), LLAMA)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from adapters import save_random_adapter_of
+from adapters import save_all
 from lengths import long
 from lora_kinds import ATTENTION, LLAMA, MODELS, variant
 from models import Kind, call, load
@@ -24,7 +24,7 @@ def test_parameters_whose_order_a_forward_has_changed(tmp_path):
     """A forward puts the parameter that it adapts behind the others; PEFT nests and names its layers by their order."""
     kind = MODELS["mixtral"]
     configs = [LoraConfig(r=rank, target_parameters=EXPERTS[:rank], target_modules=["q_proj"]) for rank in (1, 2)]
-    first, both = (save_random_adapter_of(each, tmp_path / str(each.r), each.r, kind) for each in configs)
+    first, both = save_all(tmp_path, *configs, kind=kind)
     model = load(kind, first)
     call(model, kind.inputs())
     experts = model.get_base_model().model.layers[0].mlp.experts.get_base_layer()
@@ -41,7 +41,7 @@ def test_an_adapter_that_is_tied_to_another_in_a_trainable_model(tmp_path, modul
     """PEFT keeps tensors of the tied one, with their graphs, which Python can't copy."""
     kind = MODELS["tied"]
     configs = [LoraConfig(target_modules=["q_proj"]), LoraConfig(target_modules=modules, ensure_weight_tying=True)]
-    plain, tied = (save_random_adapter_of(each, tmp_path / str(n), n, kind) for n, each in enumerate(configs))
+    plain, tied = save_all(tmp_path, *configs, kind=kind)
     model = load(kind, plain, is_trainable=True)
     for folder in (tied, plain, tied):
         hotswap_adapter(model, folder, "default", add_layers=True)
@@ -71,7 +71,7 @@ def test_parameters_whose_order_nobody_knows_are_refused(tmp_path):
     kind = Kind(lambda: torch.nn.Sequential(Unordered()), lambda: torch.randn(5, 12), ())
     names = ["0.weight1", "0.weight2"]
     configs = [LoraConfig(r=rank, target_parameters=names[:rank], target_modules=[]) for rank in (1, 2)]
-    first, both = (save_random_adapter_of(each, tmp_path / str(each.r), each.r, kind) for each in configs)
+    first, both = save_all(tmp_path, *configs, kind=kind)
     match = "an order of parameters that the base model may have lost"
     refused(match, hotswap_adapter, load(kind, first), both, "default", add_layers=True)
 
@@ -115,7 +115,7 @@ REPLICATIONS = {
 
 def _replicated(tmp_path, name: str, **lora) -> str:
     config = LoraConfig(**{"r": 4, "target_modules": ATTENTION, "layer_replication": REPLICATIONS[name], **lora})
-    return save_random_adapter_of(config, tmp_path / f"{name} {len(list(tmp_path.iterdir()))}", seed=len(name))
+    return save_all(tmp_path, config)[0]
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,5 @@ REFUSED = {
 @pytest.mark.parametrize("what", [name for name in REFUSED if KASA is not None or "KaSA" not in name])
 def test_what_is_refused(tmp_path, what):
     *configs, match = REFUSED[what]
-    old, new = (
-        save_random_adapter_of(LoraConfig(**{"r": 4, "target_modules": ATTENTION, **each}), tmp_path / str(n), n)
-        for n, each in enumerate(configs)
-    )
+    old, new = save_all(tmp_path, *(LoraConfig(**{"r": 4, "target_modules": ATTENTION, **each}) for each in configs))
     refused(match, hotswap_adapter, load(LLAMA, old), new, "default")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from adapters import ALL, CONFIGS, LLAMA, save_random_adapter_of, with_other_base_weights
+from adapters import ALL, CONFIGS, LLAMA, save_all, with_other_base_weights
 from lora_kinds import ATTENTION, MODELS
 from models import ARCHITECTURES, KINDS, Kind, call, load
 from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
@@ -39,10 +39,6 @@ def _lora(**arguments) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": ATTENTION, **arguments})
 
 
-def _save(tmp_path, *configs, kind: Kind = LLAMA) -> list[str]:
-    return [save_random_adapter_of(each, tmp_path / f"{n}", n + 1, kind) for n, each in enumerate(configs)]
-
-
 def _two(kind: Kind, folder: str, other: str):
     """A model with another adapter next to the one that computes."""
     model = load(kind, folder)
@@ -58,7 +54,7 @@ def _refused(model, new: str, match: str, name: str = "default", **arguments) ->
 @pytest.mark.parametrize("mine", [dict(use_dora=True, modules_to_save=["lm_head"]), dict(bias="lora_only")])
 def test_saving_beside_trained_tokens_of_another_adapter(tmp_path, mine):
     """PEFT 0.21 looks for tokens of this one, too, and fails; ours has none."""
-    first, tokens, new = _save(tmp_path, _lora(r=2), _lora(trainable_token_indices=[1, 2]), _lora(**mine))
+    first, tokens, new = save_all(tmp_path, _lora(r=2), _lora(trainable_token_indices=[1, 2]), _lora(**mine))
     model = _two(LLAMA, first, tokens)
     hotswap_adapter(model, new, "default")
     save_adapter(model, tmp_path / "saved")
@@ -70,7 +66,7 @@ def test_saving_beside_trained_tokens_of_another_adapter(tmp_path, mine):
 def test_buffers_that_are_not_saved(tmp_path, name):
     """Also on layers where another adapter was and this one was not."""
     everywhere, _, few = CONFIGS[name]
-    first, other, new = _save(tmp_path, few, everywhere, everywhere)
+    first, other, new = save_all(tmp_path, few, everywhere, everywhere)
     model = _two(LLAMA, first, other)
     hotswap_adapter(model, new, "default", add_layers=True)
     assert_equals_fresh_load(model, LLAMA, new, margin=10)
@@ -79,7 +75,7 @@ def test_buffers_that_are_not_saved(tmp_path, name):
 @pytest.mark.parametrize(("mine", "other", "new"), [(1, 1, 0), (0, 0, 1)])
 def test_layers_that_fail_without_the_active_adapter(tmp_path, mine, other, new):
     """LN tuning looks for the active adapter wherever any adapter is; after the swap one would be missing there."""
-    folders = _save(tmp_path, *CONFIGS["LNTuning"][:2])
+    folders = save_all(tmp_path, *CONFIGS["LNTuning"][:2])
     model = _two(LLAMA, folders[mine], folders[other])
     _refused(
         model,
@@ -97,7 +93,7 @@ def test_layers_that_fail_without_the_active_adapter(tmp_path, mine, other, new)
 def test_layers_are_added_where_a_plain_adapter_is(tmp_path, more, is_prepared):
     """DoRA and biases are more than tensors: what makes the layer compute them comes with them."""
     bert = MODELS["bert"]
-    first, other, new = _save(
+    first, other, new = save_all(
         tmp_path,
         _lora(target_modules=["query"], **more),
         _lora(target_modules=["query", "value"]),
@@ -122,7 +118,7 @@ EMBEDDED = [_lora(target_modules=["q_proj"]), _lora(target_modules=["embed_token
 
 def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
     """They are turned off only where the adapter that PEFT loaded was not on them."""
-    plain, embedded = _save(tmp_path, *EMBEDDED)
+    plain, embedded = save_all(tmp_path, *EMBEDDED)
     changed, match = with_other_base_weights(embedded, tmp_path / "changed"), "came with base weights of its own"
     model = load(LLAMA, changed)
     prepare_model_for_compiled_hotswap(model, adapters=[plain, embedded])
@@ -141,7 +137,7 @@ def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
 @pytest.mark.parametrize("is_prepared", [False, True])
 def test_embeddings_that_no_file_has_overwritten(tmp_path, is_prepared):
     """An adapter on embeddings was swapped in, with the base's own weights: nothing is lost when it goes."""
-    plain, embedded, more = _save(tmp_path, *EMBEDDED, _lora(r=2, target_modules=["embed_tokens", "q_proj"]))
+    plain, embedded, more = save_all(tmp_path, *EMBEDDED, _lora(r=2, target_modules=["embed_tokens", "q_proj"]))
     model = load(LLAMA, plain)
     if is_prepared:
         prepare_model_for_compiled_hotswap(model, adapters=[plain, embedded])
@@ -156,7 +152,7 @@ DAMAGES = {"shape": lambda value: value[:1], "integers": torch.Tensor.int, "a li
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_base_weights_are_checked(tmp_path, damage):
     bert, configs = MODELS["bert"], [_lora(target_modules=["query"], bias=bias) for bias in ("all", "none")]
-    everything, plain = _save(tmp_path, *configs, kind=bert)
+    everything, plain = save_all(tmp_path, *configs, kind=bert)
     weights = {key: DAMAGES[damage](value) for key, value in bert.base().state_dict().items()}
     _refused(load(bert, everything), plain, "does not fit the base model", base_weights=weights)
 
@@ -183,7 +179,7 @@ SHARED = {
 def test_what_other_adapters_use_is_not_changed(tmp_path, what):
     """Some methods keep a flag or a table on the layer for all adapters; biases of the base are for all of them."""
     kind, *configs, match = SHARED[what]
-    first, second, new = _save(tmp_path, *configs, kind=kind)
+    first, second, new = save_all(tmp_path, *configs, kind=kind)
     model = load(kind, first, "x")
     model.load_adapter(second, "y")
     expected = call(model, kind.inputs())
@@ -219,7 +215,7 @@ FROM_BASE = {
 @pytest.mark.parametrize("name", FROM_BASE)
 def test_the_base_weights_contain_another_adapter(tmp_path, name):
     """Merged before the swap, or between a plan and its commit."""
-    old, new, other = _save(tmp_path, *FROM_BASE[name])
+    old, new, other = save_all(tmp_path, *FROM_BASE[name])
     model = _with_merged_neighbour(old, other)
     refused(MERGED, hotswap_adapter, model, new, "default")
     plan = plan_hotswap(_without(model), new)
@@ -239,7 +235,7 @@ def test_the_base_weights_contain_another_adapter(tmp_path, name):
     ],
 )
 def test_what_needs_no_base_weight_is_swapped_beside_a_merged_adapter(tmp_path, old, new):
-    old, new, other = _save(tmp_path, old, new, _lora())
+    old, new, other = save_all(tmp_path, old, new, _lora())
     model = _with_merged_neighbour(old, other)
     hotswap_adapter(model, new, "default")
     model = _without(model)
@@ -247,7 +243,7 @@ def test_what_needs_no_base_weight_is_swapped_beside_a_merged_adapter(tmp_path, 
 
 
 def test_a_room_while_another_adapter_is_merged(tmp_path):
-    old, few, same, other = _save(tmp_path, *FROM_BASE["DoRA"][:2], _lora(r=2, use_dora=True), _lora())
+    old, few, same, other = save_all(tmp_path, *FROM_BASE["DoRA"][:2], _lora(r=2, use_dora=True), _lora())
     model = _with_merged_neighbour(few, other)
     refused(MERGED, prepare_model_for_compiled_hotswap, model, adapters=[old], adapter_name="default")
     pool = AdapterPool(_without(model), adapters={"few": few, "old": old}, progress=False)
@@ -287,7 +283,7 @@ STALE = {
     [(name, change) for name in METHODS for change in STALE if (name, change) != ("LoHa", "in a pool")],
 )
 def test_a_plan_is_for_the_model_as_it_was(tmp_path, name, change):
-    folders = _save(tmp_path, *METHODS[name])
+    folders = save_all(tmp_path, *METHODS[name])
     model = load(LLAMA, folders[0], is_trainable=True)
     plan = plan_hotswap(model, folders[1])
     STALE[change](model, folders, plan)
@@ -299,7 +295,7 @@ def test_a_plan_is_for_the_model_as_it_was(tmp_path, name, change):
 
 
 def test_a_plan_of_another_method_compares_with_what_is_there_now(tmp_path):
-    folders = _save(tmp_path, *METHODS["LoHa"])
+    folders = save_all(tmp_path, *METHODS["LoHa"])
     model = load(LLAMA, folders[0], is_trainable=True)
     plan = plan_hotswap(model, folders[1])
     for each in model.parameters():
@@ -338,7 +334,7 @@ def test_a_plan_that_changes_wrappers_is_for_the_adapters_that_were_there(tmp_pa
     loaded, new = SWAPS[swap]
     other = copy.deepcopy(loaded)
     other.target_modules = ["k_proj"]
-    folders = _save(tmp_path, loaded, new, other)
+    folders = save_all(tmp_path, loaded, new, other)
     model = load(LLAMA, folders[0])
     model.load_adapter(folders[2], "second")
     plan = plan_hotswap(model, folders[1], add_layers=True)
@@ -356,7 +352,7 @@ def test_a_plan_that_changes_wrappers_is_for_the_adapters_that_were_there(tmp_pa
 
 
 def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
-    folders = _save(tmp_path, _lora(), _lora(r=2), _lora(r=6))
+    folders = save_all(tmp_path, _lora(), _lora(r=2), _lora(r=6))
     model = load(LLAMA, folders[0])
     plan = plan_hotswap(model, folders[1])
     model.load_adapter(folders[2], "other")
@@ -371,7 +367,7 @@ def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
 )
 def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
     """New parameters, or new shapes, would not be averaged any more."""
-    old, new = _save(tmp_path, loaded, new)
+    old, new = save_all(tmp_path, loaded, new)
     model = load(LLAMA, old, is_trainable=True)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -385,7 +381,7 @@ def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
 
 def test_the_budget_of_adalora_follows(tmp_path):
     configs = (AdaLoraConfig(init_r=6, target_r=each, total_step=20, target_modules=ALL) for each in (2, 4))
-    folders = _save(tmp_path, *configs)
+    folders = save_all(tmp_path, *configs)
     model, fresh = (load(LLAMA, folder, is_trainable=True) for folder in folders)
     hotswap_adapter(model, folders[1], "default")
     live, expected = model.base_model.rankallocator, fresh.base_model.rankallocator
@@ -396,7 +392,7 @@ def test_the_budget_of_adalora_follows(tmp_path):
 
 def test_a_prepared_model_takes_its_own_state_dict(tmp_path):
     """Where DoRA is off, its magnitude is the base's own norm, not zero."""
-    folders = _save(tmp_path, _lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"]))
+    folders = save_all(tmp_path, _lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"]))
     model = load(LLAMA, folders[0])
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     hotswap_adapter(model, folders[1], "default")
@@ -410,7 +406,7 @@ def test_a_prepared_model_takes_its_own_state_dict(tmp_path):
 def test_an_adapter_that_is_loaded_where_a_prepared_one_was_deleted(tmp_path, name):
     kind = MODELS["classifier"] if name == "SEQ_CLS" else LLAMA
     configs = CONFIGS[name][::2] if name in CONFIGS else [_lora(task_type="SEQ_CLS"), _lora(r=2, task_type="SEQ_CLS")]
-    folders = _save(tmp_path, *copy.deepcopy(configs), kind=kind)
+    folders = save_all(tmp_path, *copy.deepcopy(configs), kind=kind)
     model = load(kind, folders[0])
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     hotswap_adapter(model, folders[1], "default")
@@ -426,7 +422,7 @@ def test_an_adapter_that_is_loaded_where_a_prepared_one_was_deleted(tmp_path, na
 
 @pytest.mark.parametrize("name", ["PromptTuning", "PTuning", "AdaptionPrompt", "LoHa"])
 def test_models_loaded_in_inference_mode(tmp_path, name):
-    old, new = _save(tmp_path, *CONFIGS[name][:2])
+    old, new = save_all(tmp_path, *CONFIGS[name][:2])
     with torch.inference_mode():
         model = load(LLAMA, old)
         hotswap_adapter(model, new, "default", add_layers=True)
@@ -436,7 +432,7 @@ def test_models_loaded_in_inference_mode(tmp_path, name):
 def test_mixed_models(tmp_path):
     """A layer of another method may be put around one that is there, as PEFT does it."""
     kind = KINDS["linear"]
-    many, few = _save(
+    many, few = save_all(
         tmp_path,
         LoHaConfig(r=4, target_modules=list(kind.modules)),
         LoHaConfig(r=2, target_modules=["last"]),
@@ -469,7 +465,7 @@ def test_adapters_of_older_versions_of_transformers(tmp_path):
     """PEFT converts their names and shapes at a load, and so at a swap."""
     kind = ARCHITECTURES["mixtral"]
     first, second = (_older_mixtral(tmp_path / f"rank{rank}", rank, rank) for rank in (4, 8))
-    (plain,) = _save(tmp_path, _lora(), kind=kind)
+    (plain,) = save_all(tmp_path, _lora(), kind=kind)
     model = load(kind, plain)
     plan = plan_hotswap(model, first)
     assert (plan.ok, plan.add_layers) == (False, False)
@@ -481,7 +477,7 @@ def test_adapters_of_older_versions_of_transformers(tmp_path):
 def test_several_active_adapters(tmp_path):
     """Each is swapped while both compute."""
     configs = _lora(use_dora=True), _lora(r=2, target_modules=["v_proj", "o_proj"]), _lora(r=8), _lora(r=3)
-    folders = _save(tmp_path, *configs)
+    folders = save_all(tmp_path, *configs)
     model, fresh = (load(LLAMA, folders[first], "a") for first in (0, 2))
     model.load_adapter(folders[1], "b")
     fresh.load_adapter(folders[3], "b")
@@ -496,7 +492,7 @@ def test_several_active_adapters(tmp_path):
 @pytest.mark.parametrize("config", [_lora(), LoHaConfig(r=4, target_modules=ATTENTION)])
 def test_autograd_notices_a_swap(tmp_path, config):
     """Between a forward and its backward: the weights that were saved for it are gone."""
-    folders = _save(tmp_path, config, config)
+    folders = save_all(tmp_path, config, config)
     model = load(LLAMA, folders[0], is_trainable=True)
     loss = model(**LLAMA.inputs()).logits.square().sum()
     hotswap_adapter(model, folders[1], "default")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters import ALL, CONFIGS, FEW, save_random_adapter_of
+from adapters import ALL, CONFIGS, FEW, save_all, save_random_adapter_of
 from lengths import few_of
 from lora_kinds import MODELS
 from models import KINDS, Convolutions, Kind, call, load
@@ -14,7 +14,6 @@ from refusals import refused
 from torch import nn
 
 from hotswap_lab import (
-    AdapterPool,
     RecompileWatch,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
@@ -60,33 +59,26 @@ FAMILIES: dict[str, tuple[Kind, list[PeftConfig]]] = {
     "LoHa": (LLAMA, [LoHaConfig(r=r, alpha=3 * r - 4, target_modules=of) for r, of in ((4, ALL), (6, ALL), (2, FEW))]),
     **{name: (LLAMA, CONFIGS[name]) for name in ("HiRA", "AdaLoRA")},
 }
-LORA = ["DoRA", "DoRA on embeddings", "DoRA on convolutions", "lora_bias"]
-POOLABLE = [*LORA, "SEQ_CLS", "modules_to_save and DoRA"]
-OTHERS = [name for name in FAMILIES if name not in LORA]
+#: of these, layers that only other members have are not reserved
+NOT_RESERVED = ("LoKr", "LoHa", "HiRA", "AdaLoRA")
+#: for these, a higher rank than prepared for needs another way to prepare
+OTHERS = [name for name in FAMILIES if name not in ("DoRA", "DoRA on embeddings", "DoRA on convolutions", "lora_bias")]
 
 
-def _folders(name: str, tmp_path) -> tuple[Kind, list[str]]:
-    kind, configs = FAMILIES[name]
-    folders = [
-        save_random_adapter_of(config, tmp_path / str(number), number + 1, kind)
-        for number, config in enumerate(configs)
-    ]
-    return kind, folders
-
-
-@pytest.mark.parametrize("name", few_of(FAMILIES, ("lora_bias",)))
+@pytest.mark.parametrize("name", few_of(FAMILIES, ("lora_bias", "SEQ_CLS", "trainable tokens")))
 def test_ranks_grow_and_shrink_without_a_recompile(tmp_path, name):
-    kind, folders = _folders(name, tmp_path)
-    model = load(kind, folders[0])
+    """Also from an adapter on few layers: those that only the others have are reserved."""
+    (kind, configs), loaded = FAMILIES[name], 0 if name in NOT_RESERVED else 2
+    folders = save_all(tmp_path, *configs, kind=kind)
+    model = load(kind, folders[loaded])
     prepare_model_for_compiled_hotswap(model, adapters=folders)
-    assert_equals_fresh_load(model, kind, folders[0], prepared=True, margin=10)
+    assert_equals_fresh_load(model, kind, folders[loaded], prepared=True, margin=10)
     addresses = {key: each.data_ptr() for key, each in model.named_parameters()}
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     call(compiled, kind.inputs())
-    order = [*range(1, len(folders)), 0, 2, 1, 2, 0]
     with RecompileWatch(allow=0):
-        for number in order:
+        for number in (*range(1, len(folders)), 0, 2, 1, 2, 0):
             hotswap_adapter(compiled, folders[number], "default")
             assert_same_outputs(compiled, load(kind, folders[number]), kind, margin=10)
             assert_equals_fresh_load(model, kind, folders[number], prepared=True, margin=10)
@@ -97,42 +89,13 @@ def test_ranks_grow_and_shrink_without_a_recompile(tmp_path, name):
     assert_same_outputs(model, load(kind, str(tmp_path / "saved")), kind, margin=10)
 
 
-@pytest.mark.parametrize("name", ["SEQ_CLS", "modules_to_save and DoRA", "trainable tokens"])
-def test_layers_that_only_other_members_have_are_reserved(tmp_path, name):
-    kind, folders = _folders(name, tmp_path)
-    model = load(kind, folders[2])  # on few layers
-    prepare_model_for_compiled_hotswap(model, adapters=folders)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    call(compiled, kind.inputs())
-    with RecompileWatch(allow=0):
-        for number in (1, 2, 3, 0, 2, 1):
-            hotswap_adapter(compiled, folders[number], "default")
-            assert_same_outputs(compiled, load(kind, folders[number]), kind, margin=10)
-            assert_equals_fresh_load(model, kind, folders[number], prepared=True, margin=10)
-
-
-@pytest.mark.parametrize("name", POOLABLE)
-def test_pools(tmp_path, name):
-    kind, folders = _folders(name, tmp_path)
-    model = load(kind, folders[2])  # on few layers: the others are reserved
-    pool = AdapterPool(model, adapters={str(number): each for number, each in enumerate(folders)}, progress=False)
-    for number in (1, 2, 3, 0, 2, 1, 3):
-        pool.swap(str(number))
-        assert pool.active == str(number)
-        assert_equals_fresh_load(model, kind, folders[number], prepared=True, margin=10)
-    with pool.using("2"):
-        assert_equals_fresh_load(model, kind, folders[2], prepared=True, margin=10)
-    pool.swap("1")
-    assert_equals_fresh_load(model, kind, folders[1], prepared=True, margin=10)
-
-
 @pytest.mark.parametrize("name", OTHERS)
 def test_higher_ranks_than_prepared_for_are_refused(tmp_path, name):
-    kind, folders = _folders(name, tmp_path)
-    model = load(kind, folders[2])
+    kind, configs = FAMILIES[name]
+    _, high, low = save_all(tmp_path, *configs[:3], kind=kind)
+    model = load(kind, low)
     prepare_model_for_compiled_hotswap(model, target_rank=4 if name in CONFIGS and kind is LLAMA else 2)
-    refused("can't be done in a prepared model", hotswap_adapter, model, folders[1], "default", add_layers=True)
+    refused("can't be done in a prepared model", hotswap_adapter, model, high, "default", add_layers=True)
 
 
 HEAD = LoraConfig(r=4, target_modules=ALL, modules_to_save=["lm_head"])

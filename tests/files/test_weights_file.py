@@ -149,9 +149,9 @@ def test_one_bad_number_among_many_is_found(path, value, for_one_swap):
         tensors = {key: torch.full_like(each, value) for key, each in tensors.items()}
     save_file(tensors, path)
     if value == 3e38:
-        assert Adapter._load(folder, for_one_swap)
+        assert Adapter.load(folder, for_one_swap=for_one_swap)
     else:
-        refused(key, Adapter._load, folder, for_one_swap)
+        refused(key, Adapter.load, folder, for_one_swap=for_one_swap)
 
 
 @pytest.mark.parametrize("twice", ['"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},', ""])

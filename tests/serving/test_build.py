@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 
@@ -15,7 +14,6 @@ from served import FAMILY
 
 from hotswap_lab import demo
 from hotswap_lab.serving import Options, Table, app
-from hotswap_lab.serving.__main__ import arguments
 from hotswap_lab.serving.cluster import NUMBERS, build, load_replica
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -110,15 +108,13 @@ def test_a_replica_without_adapters(tmp_path):
     assert Table().shares("demo", "demo") == {}
 
 
-def test_help_lists_every_argument():
-    told = arguments()
-    assert set(told) == {"base", "adapters", "token", *NUMBERS, *(each.name for each in fields(Options))}
-    assert all(len(meaning) > 10 for meaning in told.values())
+def test_help_names_every_argument():
     code = "import sys; sys.modules['ray'] = None; sys.argv = ['-', '--help']; import runpy;"
     code += "runpy.run_module('hotswap_lab.serving', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "timeout         how many seconds a request waits for the next piece of its answer [120]" in done.stdout
-    assert "rows            how many requests at once [8]" in done.stdout
+    for name in ("base", "adapters", "token", *NUMBERS, "package"):
+        assert f"``{name}``" in done.stdout
+    assert "timeout=120" in done.stdout
 
 
 def test_no_line_for_each_call_of_a_replica_or_of_the_register():
