@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import contextvars
 import copy
-import dataclasses
 import gc
 import inspect
 import itertools
@@ -40,8 +39,6 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.core.engine import NoLock
-from hotswap_lab.engine import ENGINE
 from hotswap_lab.threads import bases_of, held, turns, turns_of
 from hotswap_lab.threads.turns import Turn
 
@@ -391,12 +388,6 @@ def enter_while_another_begins_to_write(model, step: int) -> bool | None:
     ends.set()
     reader.join(30)
     return both[0] if writer.ident else None
-
-
-def test_an_engine_without_a_lock_does_not_wait(model, folders):
-    with reading(model):
-        dataclasses.replace(ENGINE, lock=NoLock()).hotswap_adapter(model, folders["new"], "default")
-    assert_equals_fresh_load(model, KIND, folders["new"])
 
 
 def test_reading_and_other_models_are_not_held_up(model, folders, tmp_path):

@@ -97,7 +97,7 @@ ASKED = {
         "compat",
         "threads",
         "threads.turns",
-        "core.engine",
+        "swap",
         "core.host",
         "core.compiled",
         "core.journal",
@@ -113,7 +113,7 @@ COPYING = ("__deepcopy__", "__reduce__")
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_nothing_of_the_engine_decides_here(model, new, prepared):
+def test_nothing_that_decides_a_swap_runs_here(model, new, prepared):
     if prepared:
         prepare_model_for_compiled_hotswap(model, target_rank=8)
     ran = set()

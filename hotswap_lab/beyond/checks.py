@@ -1,4 +1,4 @@
-"""Passes of an engine for cases that few adapters meet: checks, notes, and corrections of a plan."""
+"""Passes of a plan for cases that few adapters meet: checks, notes, and corrections of a plan."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from ..core.journal import Journal
 from ..core.slot import Slot
 from ..core.tensors import SlotTensor
 from . import configs
-from .lora import not_scaled
+from .lora import follow, not_scaled
+from .prepare import prepare_in_place
 from .shards import spread
 
 #: the axis of the rank components, for methods whose update of a weight is a sum over rank components
@@ -32,7 +33,7 @@ TUCKER = ("hada_t1", "lokr_t2")
 
 
 class General:
-    """The :class:`~hotswap_lab.core.engine.Method` for all of PEFT's methods but LoRA."""
+    """The :class:`~hotswap_lab.core.method.Method` for all of PEFT's methods but LoRA."""
 
     def takes(self, config: Config) -> bool:
         return True
@@ -56,11 +57,16 @@ class General:
                 tensors.append(SlotTensor(name, named_key, table, adapter_name, axis))
         return spread(tensors)
 
+    prepare_in_place = staticmethod(prepare_in_place)
+
     def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
         return None
 
     def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
         pass
+
+    def follow(self, slot: Slot, config: Config, journal: Journal) -> None:
+        follow(slot, config, journal)
 
     def judge(self, config: Config, role: str, loaded: Config = None) -> Iterator[Refusal]:
         return configs.judge(config, role, loaded)

@@ -18,8 +18,9 @@ from ..core.journal import Journal
 from ..core.lora import Lora
 from ..core.slot import Slot
 from ..core.tensors import SlotTensor
+from ..files.state_dicts import look_after
 from . import configs
-from .base_values import kept_originals
+from .base_values import follow_config, kept_originals
 from .shards import spread
 
 # ---- grouped convolutions
@@ -157,7 +158,7 @@ def _repeats_values(tensor: torch.Tensor) -> bool:
 
 
 class FullLora(Lora):
-    """LoRA with everything that PEFT's configs can ask for, as a method of the engine."""
+    """LoRA with everything that PEFT's configs can ask for, as a :class:`~hotswap_lab.core.method.Method`."""
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
         # AdaLoRA's layers inherit from LoRA's, but have other tensors
@@ -186,6 +187,10 @@ class FullLora(Lora):
         # with lora_bias set, PEFT's merging fails on a base layer that has no bias, even if the adapter's is zero
         journal.set_item(layer.lora_bias, adapter_name, on and has_bias)
 
+    def follow(self, slot: Slot, config: Config, journal: Journal) -> None:
+        follow(slot, config, journal)
+        forget_norms(slot, config, journal)
+
     def judge(self, config: Config, role: str, loaded: Config = None) -> Iterator[Refusal]:
         return configs.judge(config, role, loaded)
 
@@ -210,6 +215,12 @@ class FullLora(Lora):
                 yield refusal(
                     "target_rank_not_for_groups", kind=kind, groups=groups, rank=rank, path=path, next_rank=next_rank
                 )
+
+
+def follow(slot: Slot, config: Config, journal: Journal) -> None:
+    """Prepare a model for the first marks on its layers, and a config for the model; for any method."""
+    follow_config(slot, config, journal)
+    look_after(slot, config, journal)
 
 
 def not_scaled(slot: Slot) -> str | None:

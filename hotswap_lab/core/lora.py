@@ -6,8 +6,8 @@ Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftType
@@ -25,7 +25,7 @@ from .tensors import LayerSettings, SlotTensor, is_prepared
 
 
 class Lora:
-    """LoRA on plain layers, as a :class:`~hotswap_lab.core.engine.Method`."""
+    """LoRA on plain layers, as a :class:`~hotswap_lab.core.method.Method`."""
 
     def takes(self, config: Config) -> bool:
         return config.peft_type == PeftType.LORA
@@ -60,6 +60,12 @@ class Lora:
         return None
 
     def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
+        pass
+
+    #: its slots get a room
+    prepare_in_place: ClassVar[Callable[..., Any] | None] = None
+
+    def follow(self, slot: Any, config: Config, journal: Journal) -> None:
         pass
 
     def judge(self, config: Config, role: str, loaded: Config = None) -> Iterable[Refusal]:

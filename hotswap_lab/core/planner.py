@@ -1,60 +1,35 @@
 """Planner: makes a plan from an adapter and a slot. It compares both and writes nothing.
 
-Most of its functions are passes of an engine: each gets the plan and adds what it finds. All reasons against a swap
-are collected, so that the user sees them at once.
+Most of its functions are passes: each gets the plan and adds what it finds, or returns another plan to go on with.
+Reasons against a swap are collected up to the next :func:`stop_if_refused`, so that the user sees them together.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import repeat
 
 import torch
 
 from . import lora
 from .adapter import Adapter
-from .compiled import blind_spot, compiled_in
+from .compiled import blind_spot
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import canonical_path, kind_of
-from .plan import Action, LayerPlan, Plan, change_layer_by_layer
+from .plan import Action, LayerPlan, Plan
 from .shadow import adaptable, build_shadow_layers
 from .slot import Expected, Slot, SlotLayer, expected_of, own_keys_of
 from .tensors import SlotTensor, are_interchangeable
 
+#: gets an unfinished plan. Adds to it and returns None, or returns another plan to go on with
+Pass = Callable[[Plan], Plan | None]
 
-def make_plan(
-    slot: Slot,
-    adapter: Adapter,
-    *,
-    add_layers: bool = False,
-    check_targets: bool = True,
-    base_weights: Mapping[str, torch.Tensor] | None = None,
-) -> Plan:
-    """Decide a swap. Reads the slot and the adapter, writes nothing, raises nothing: see ``Plan.refusals``.
 
-    Parameters
-    ----------
-    slot, adapter:
-        The place of the loaded adapter, and the adapter to put there. One without tensors turns off every layer.
-    add_layers:
-        Whether layers that the slot lacks are added (not possible in a compiled model) rather than refused.
-    check_targets:
-        Whether the adapter's config must name the layers that its tensors belong to, as a fresh load demands.
-    base_weights:
-        Original values of base weights that the loaded adapter has overwritten, by name.
-    """
-    compiled = compiled_in(slot.host.root, slot.modules)
-    plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, compiled, add_layers, check_targets, base_weights)
-    for group in slot.engine.passes:
-        for each in group:
-            plan = each(plan) or plan
-            if plan.is_decided:
-                return plan
-        if plan.refusals:
-            return plan
-    return plan
+def stop_if_refused(plan: Plan) -> None:
+    """Skip the passes that follow if one of those before has refused something."""
+    plan.is_decided = bool(plan.refusals)
 
 
 # ---- the configs

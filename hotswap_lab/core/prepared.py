@@ -19,10 +19,10 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 
-from .engine import Method
 from .host import TunerLayer
 from .journal import Journal
 from .lora import SCALAR_TABLES, EvalFreeDropout, write_dropout
+from .method import Method
 from .slot import Slot, SlotLayer
 from .tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SCALING, LayerSettings, SlotTensor, is_shared, shared_as
 

@@ -17,9 +17,9 @@ import torch
 
 from . import lora
 from .change import Change
-from .engine import Engine, Method
 from .host import Config, Host, TunerLayer, find_host, modules_in
 from .journal import Journal
+from .method import Method
 from .tensors import LayerSettings, SlotTensor
 
 T = TypeVar("T")
@@ -61,9 +61,9 @@ class Memory(Protocol):
 
 @dataclass(eq=False)
 class Slot:
-    """One adapter name on one model, as ``engine`` has found it."""
+    """One adapter name on one model, as one of ``methods`` has found it."""
 
-    engine: Engine
+    methods: Sequence[Method]
     adapter_name: str
     host: Host
     method: Method
@@ -139,7 +139,7 @@ class Slot:
         if all(map(operator.is_, map(dict.get, tables, names), held)):
             return True
         # another module may have been put into the model, or a wrapper around a part that was compiled since
-        now = slot_in(self.engine, self.host, self.adapter_name)
+        now = slot_in(self.methods, self.host, self.adapter_name)
         if now._by_module() != self._by_module():
             return False
         self.walk, self.modules = now.walk, now.modules
@@ -248,7 +248,7 @@ def change_of(slot: Slot, config: Config = None, slot_after: Slot | None = None)
     """
     change = Change(slot.is_inference)
     if config is not None:
-        change.steps += [partial(note, slot, config) for note in slot.engine.on_config]
+        change.steps.append(partial(slot.method.follow, slot, config))
         change.last_steps.append(partial(_put_config, slot, config, slot_after))
     return change
 
@@ -273,11 +273,11 @@ def kept_slot(base: torch.nn.Module, adapter_name: str) -> Slot | None:
     return slot if is_there else None
 
 
-def slot_for(engine: Engine, host: Host, adapter_name: str) -> Slot:
-    """Like :func:`resolve_slot`, without a walk if the last swap's slot is still valid; with its room if it has one."""
+def slot_for(methods: Sequence[Method], host: Host, adapter_name: str) -> Slot:
+    """Like :func:`slot_in`, without a walk if the last swap's slot is still valid; with its room if it has one."""
     slot = kept_slot(host.base, adapter_name)
-    if slot is None or slot.host.configs is not host.configs or slot.engine is not engine:
-        return slot_in(engine, host, adapter_name)
+    if slot is None or slot.host.configs is not host.configs or slot.methods is not methods:
+        return slot_in(methods, host, adapter_name)
     slot.host = host  # the user may pass a wrapper around the model now
     return slot
 
@@ -294,41 +294,11 @@ def room_left_by(slot: Slot) -> Any:
     return kept and kept.room
 
 
-def resolve_slot(engine: Engine, model: torch.nn.Module, adapter_name: str) -> Slot:
-    """Find everything in ``model`` that belongs to the adapter called ``adapter_name``.
-
-    Parameters
-    ----------
-    model:
-        A PEFT model, compiled or not, or a module that contains one.
-    adapter_name:
-        The name under which the adapter was loaded.
-
-    Returns
-    -------
-    Slot
-
-    Raises
-    ------
-    HotswapError
-        If there is no such adapter, or its PEFT method is not known to the engine.
-
-    Examples
-    --------
-    >>> from hotswap_lab import demo, resolve_slot
-    >>> model, _ = demo.load("caesar")
-    >>> slot = resolve_slot(model, "default")
-    >>> len(slot.layers), slot.layers[0].path
-    (12, 'model.layers.0.mlp.gate_proj')
-    """
-    return slot_in(engine, find_host(model, adapter_name), adapter_name)
-
-
-def slot_in(engine: Engine, host: Host, adapter_name: str) -> Slot:
-    """Like :func:`resolve_slot`, for a host that is known already."""
+def slot_in(methods: Sequence[Method], host: Host, adapter_name: str) -> Slot:
+    """Find everything in a model that belongs to an adapter. The first method that takes its config is used."""
     if adapter_name not in host.configs:
         find_host(host.root, adapter_name)  # raises
-    method = engine.method_for(host.configs[adapter_name])
+    method = next(each for each in methods if each.takes(host.configs[adapter_name]))
     found: dict[torch.nn.Module, tuple[list[SlotTensor], list[str]]] = {}
     for path, module in (walk := modules_in(host.base)):
         if module in found:
@@ -338,6 +308,6 @@ def slot_in(engine: Engine, host: Host, adapter_name: str) -> Slot:
     layers = [
         SlotLayer(paths[0], module, tuple(tensors), tuple(paths[1:])) for module, (tensors, paths) in found.items()
     ]
-    slot = Slot(engine, adapter_name, host, method, tuple(layers))
+    slot = Slot(methods, adapter_name, host, method, tuple(layers))
     slot.walk = walk
     return slot

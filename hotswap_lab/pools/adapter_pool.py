@@ -7,27 +7,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig
 from tqdm.auto import tqdm
 
+from ..beyond.passes import METHODS, make_plan
 from ..core.adapter import Adapter
 from ..core.change import Change, Step, apply
-from ..core.engine import Engine
 from ..core.errors import HotswapError, refuse
 from ..core.host import Config, find_host, kind_of, name_in
 from ..core.journal import Journal
 from ..core.lora import Lora
-from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
 from ..core.room import Packed, Room, State
 from ..core.slot import Slot, change_of, room_of, slot_for
-from ..core.strength import check_strength, get_strength
-from ..core.swap import warn_of
+from ..core.strength import check_strength
 from ..core.tensors import SlotTensor
+from ..files.reading import read
+from ..swap import get_strength, warn_of
 from ..threads import Block, held, put_back
 from .former import PackedRows, packed_now, strengths_of
 from .members import Member, Members, check_named
@@ -101,9 +101,6 @@ class AdapterPool:
     'hotswap'
     """
 
-    #: the engine that swaps its adapters
-    engine: ClassVar[Engine]
-
     def __init__(
         self,
         model: torch.nn.Module,
@@ -120,17 +117,17 @@ class AdapterPool:
         check_named(adapters)
         self.model = model
         self.adapter_name: str = name_in(model, adapter_name)
-        self._members = Members(self.engine, hub, self._pack, max_bytes)
+        self._members = Members(hub, self._pack, max_bytes)
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
-        base = self._check_kind(slot_for(self.engine, find_host(model, self.adapter_name), self.adapter_name)).host.base
+        base = self._check_kind(slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)).host.base
         with held(base, computing=True):
             way_back = Journal()
             try:
-                family = [self.engine.read(source, only_config=True, **hub) for source in adapters.values()]
+                family = [read(source, only_config=True, **hub) for source in adapters.values()]
                 with held(base):
                     needs: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
                     needs |= dict(adapter_name=self.adapter_name, extra_tensors=self._module_tensors, kind=kind)
-                    apply(changes_to_prepare(self.engine, model, family, **needs), way_back)
+                    apply(changes_to_prepare(METHODS, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
                 self._fill(adapters.items(), progress)
             except BaseException:
@@ -217,7 +214,7 @@ class AdapterPool:
     @property
     def strength(self) -> float:
         """The strength of the adapter: 1 as trained, 0 not at all. May be set at any time; a swap sets it to 1."""
-        return get_strength(self.engine, self.model, self.adapter_name)
+        return get_strength(self.model, self.adapter_name)
 
     @strength.setter
     def strength(self, value: float) -> None:

@@ -327,13 +327,3 @@ def put_back(action: Callable[[], object], what: str) -> None:
         raise
     finally:
         _patience.reset(token)
-
-
-class TurnLock:
-    """The lock of an engine (:class:`hotswap_lab.core.engine.Lock`) that lets threads take turns."""
-
-    def held(self, *bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
-        return held(*bases, computing=computing)
-
-    def is_shared(self, base: torch.nn.Module) -> bool:
-        return is_shared(base)

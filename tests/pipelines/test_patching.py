@@ -290,7 +290,7 @@ def test_a_component_alone_keeps_its_adapter(monkeypatch):
     with patch_peft():
         with untouched_pipeline(pipe), pytest.raises(HotswapError, match="call hotswap_pipeline"):
             pipe.unet.load_lora_adapter(second, **given)
-        monkeypatch.setattr("hotswap_lab.core.swap.apply", raising(AnotherError))
+        monkeypatch.setattr("hotswap_lab.swap.apply", raising(AnotherError))
         with untouched_pipeline(pipe), pytest.raises(AnotherError):
             pipe.unet.load_lora_adapter(same, **given)
         monkeypatch.undo()
