@@ -166,11 +166,7 @@ def changes_constants(layer: TunerLayer, adapter_name: str, settings: LayerSetti
 
 def write_dropout(layer: TunerLayer, adapter_name: str, p: float, journal: Journal) -> None:
     """Set the adapter's dropout to that of a fresh load."""
-    # attribute access on a module is slow, and slowest for attributes that it lacks
-    table: Any = layer._modules["lora_dropout"]
-    present = table._modules[adapter_name]
-    if present.__dict__.get("p", 0.0) == p:
-        return
+    present = layer.lora_dropout[adapter_name]
     if isinstance(present, EvalFreeDropout):
         journal.set_attribute(present, "p", p)
     else:

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -46,6 +47,11 @@ class SlotLayer:
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path, *self.aliases)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether its tensors are an A and a B, which are not trained while both are zero."""
+        return all(tensor.rank_axis is not None for tensor in self.tensors)
 
     @cached_property
     def keys(self) -> list[str]:
@@ -163,10 +169,11 @@ class Slot:
     @property
     def is_merged(self) -> bool:
         """Whether the adapter is merged into the base weights, on any layer."""
-        return any(self._merged) and True in [self.adapter_name in merged for merged in self._merged]
+        return self.adapter_name in chain.from_iterable(self.merged)
 
     @cached_property
-    def _merged(self) -> list[list[str]]:
+    def merged(self) -> list[list[str]]:
+        """For each layer, the names of the adapters that are merged into it."""
         # PEFT makes one list for each layer, and never replaces it
         return [layer.module.merged_adapters for layer in self.layers]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
@@ -224,7 +225,7 @@ class AdapterPool:
 
     def version(self, name: str) -> int:
         """The version of an adapter's weights: 1 at first, one more with each :meth:`update`."""
-        return self._members.named(name).version
+        return self._members[name].version
 
     # ---- adapters in and out of the pool
 
@@ -241,7 +242,7 @@ class AdapterPool:
     def remove(self, name: str) -> None:
         """Forget an adapter. The one that the model computes with can't be removed."""
         with self._members.lock:
-            if self._uses(self._members.named(name)):
+            if self._uses(self._members[name]):
                 raise refuse("adapter_in_use", name=name)
             del self._members[name]
 
@@ -259,7 +260,7 @@ class AdapterPool:
             Its config. Default: the one that the adapter has.
         """
         with self._turn():
-            member = self._members.named(name)
+            member = self._members[name]
             adapter = Adapter.from_state_dict(state_dict, config or self._members.packed(member).state.config)
             packed = self._pack(member, adapter, False)
 
@@ -320,13 +321,19 @@ class AdapterPool:
         self._swap(name, strength)
 
     def _swap(self, name: str | Mapping[str, float], strength: float, *steps: Step) -> None:
-        with self._turn():
-            self._packed(name)  # which may take long
-            with self._writing():
+        members, base = self._members, self._room.slot.host.base
+        member = members.get(name) if isinstance(name, str) else None
+        is_ready = member is not None and member.packed is not None
+        with contextlib.nullcontext() if is_ready else self._turn():
+            if not is_ready:
+                self._packed(name)  # which may take long
+            with held(base), members.lock:
+                self._check_room()
                 if strength != 1:
                     check_strength(strength, self._room.slot)
-                # looked up again: another adapter may have this name by now
-                change = self._room.change_to(self._packed(name), strength)
+                # looked up here: another adapter may have this name by now
+                packed = self._packed(name) if isinstance(name, Mapping) else members.packed(members[name])
+                change = self._room.change_to(packed, strength)
                 change.steps += steps
                 apply([change])
 
@@ -407,13 +414,13 @@ class AdapterPool:
     def _packed(self, name: str | Mapping[str, float]) -> Packed:
         """An adapter or a mix, ready to be written."""
         if not isinstance(name, Mapping):
-            return self._members.packed(self._members.named(name))
+            return self._members.packed(self._members[name])
         if not name:
             raise refuse("mix_of_nothing")
         self._check_room()
         for weight in name.values():
             check_strength(weight, self._room.slot)
-        shares = [(self._members.named(each), float(weight)) for each, weight in name.items()]
+        shares = [(self._members[each], float(weight)) for each, weight in name.items()]
         return self._packed_of(Mix(tuple(shares)), {})
 
     def _packed_of(self, owner: Any, updated: Mapping[Member, Packed]) -> Packed:
@@ -565,9 +572,12 @@ class AdapterPool:
             yield
 
     def _check_room(self) -> None:
-        if not self._room.is_intact() or any(each.parameter is not noted for each, noted in self._of_modules):
+        is_intact = self._room.is_intact()
+        for each, noted in self._of_modules:
+            is_intact = is_intact and each.parameter is noted
+        if not is_intact:
             raise refuse("pool_lost_its_place")
-        if self._room.slot.is_merged:
+        if self.adapter_name in chain.from_iterable(self._room.slot.merged):
             raise refuse("merged", adapter_name=self.adapter_name)
 
     # ---- display

@@ -76,11 +76,8 @@ class Members(dict[str, Member]):
         self.lock: threading.RLock = threading.RLock()
         self._uses = 0
 
-    def named(self, name: str) -> Member:
-        """The member of this name; refuses an unknown name."""
-        if name not in self:
-            raise refuse("not_in_pool", name=name, found=f"the names {', '.join(map(repr, self)) or '(none)'}")
-        return self[name]
+    def __missing__(self, name: str) -> Member:
+        raise refuse("not_in_pool", name=name, found=f"the names {', '.join(map(repr, self)) or '(none)'}")
 
     def add(self, name: str, source: object) -> None:
         """Read and pack an adapter; refuse a name that is taken."""
