@@ -92,11 +92,6 @@ class MagnitudeTensor(SlotTensor):
             return owner.get_weight_norm(weight, 0.0, 1.0).to(owner.weight.dtype).reshape(owner.weight.shape)
 
 
-def reads_base(slot: Slot) -> bool:
-    """Whether turning a layer off reads its base weights."""
-    return True in [tensor.reads_base for tensor in slot.tensors]
-
-
 def forget_norms(slot: Slot, config: Config, journal: Journal) -> None:
     """Clear DoRA's cache of values computed from the weights (``peft.tuners.lora.dora.ENABLE_DORA_CACHING``)."""
     host, adapter_name = slot.host, slot.adapter_name

@@ -82,7 +82,9 @@ def make_plan(
     compiled = compiled_in(slot.host.root, slot.modules)
     plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, compiled, add_layers, check_targets, base_weights)
     for each in passes:
-        plan = each(plan) or plan
+        applies = vars(each).get("only_for")
+        if applies is None or slot.once(applies):
+            plan = each(plan) or plan
         if plan.is_decided:
             break
     return plan

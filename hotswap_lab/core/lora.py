@@ -6,6 +6,7 @@ Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -88,6 +89,10 @@ class EvalFreeDropout(torch.nn.Dropout):
         return torch.nn.functional.dropout(input, self.p, True, self.inplace) if self.training and self.p else input
 
 
+#: the mark of a config that a swap put into a model, see :meth:`~hotswap_lab.core.method.Method.follow`
+NOTED = "_hotswap_lost"
+
+
 def settings_for(config: Config, path: str) -> LayerSettings:
     """The scalars that a fresh load gives to the layer at ``path``, patterns included."""
     rank_key = get_pattern_key(config.rank_pattern.keys(), path)
@@ -110,11 +115,18 @@ def settings_of(layer: TunerLayer, adapter_name: str) -> LayerSettings:
     )
 
 
-def fingerprint(config: Config) -> tuple[str, ...]:
-    """A key of a config. Equal keys mean that :func:`settings_for` and :func:`targets` agree on every layer."""
-    settings = ("r", "lora_alpha", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern")
-    selections = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    return tuple([repr(getattr(config, field)) for field in (*settings, *selections)])
+def fingerprint(config: Config) -> bytes | None:
+    """A key of a config. Equal keys mean equal fields, also in type; None for a config that has no key.
+
+    Whether the adapter is trained doesn't count.
+    """
+    fields = dict(vars(config))
+    for name in ("inference_mode", NOTED):
+        fields.pop(name, None)
+    try:
+        return pickle.dumps((type(config), fields))
+    except Exception:  # fields from a file or from the user may be of any type, and nested
+        return None
 
 
 #: the modules that a PeftModel saves with an adapter for a task, as it says in the config even if the model has none

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import compress, zip_longest
+from itertools import compress, repeat, zip_longest
 from typing import Any, cast
 
 import torch
@@ -55,6 +55,8 @@ class LayerPlan:
     rank_before: int | None
     settings: LayerSettings | None
     sources: tuple[torch.Tensor | None, ...]
+    #: whether the adapter's config names the layer
+    is_targeted: bool = True
 
     @property
     def path(self) -> str:
@@ -153,8 +155,10 @@ class Plan:
     @cached_property
     def fixed(self) -> list[bool]:
         """For each layer of the slot, whether it was prepared, and so keeps its shapes."""
-        name = self.slot.adapter_name
-        return [is_prepared(layer.module, name) for layer in self.slot.layers]
+        slot = self.slot
+        return (
+            [True] * len(slot.layers) if slot.room else list(map(is_prepared, slot.owners, repeat(slot.adapter_name)))
+        )
 
     @cached_property
     def ranks_before(self) -> list[int | None]:
@@ -162,7 +166,8 @@ class Plan:
         slot, name, room = self.slot, self.slot.adapter_name, cast(Any, self.slot.room)
         if room is not None:
             return room.state.ranks
-        return [rank_before(layer.module, name, layer.tensors[0]) for layer in slot.layers]
+        firsts = [layer.tensors[0] for layer in slot.layers]
+        return list(map(rank_before, slot.owners, repeat(name), firsts))
 
     @property
     def is_prepared(self) -> bool:

@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from itertools import repeat
+from operator import attrgetter
 
 import torch
 
@@ -17,7 +18,7 @@ from . import lora
 from .adapter import Adapter
 from .compiled import blind_spot
 from .errors import HotswapError, Refusal, listing, refusal
-from .host import canonical_path, kind_of
+from .host import Config, canonical_path, kind_of
 from .plan import Action, LayerPlan, Plan
 from .shadow import adaptable, build_shadow_layers
 from .slot import Expected, Slot, SlotLayer, expected_of, own_keys_of
@@ -25,6 +26,16 @@ from .tensors import SlotTensor, are_interchangeable
 
 #: gets an unfinished plan. Adds to it and returns None, or returns another plan to go on with
 Pass = Callable[[Plan], Plan | None]
+
+
+def only_for(applies: Callable[[Slot], bool]) -> Callable[[Pass], Pass]:
+    """A decorator of passes that find something only in some slots: each slot is asked once."""
+
+    def marked(of_plan: Pass) -> Pass:
+        vars(of_plan)["only_for"] = applies
+        return of_plan
+
+    return marked
 
 
 def stop_if_refused(plan: Plan) -> None:
@@ -46,7 +57,17 @@ def misfits(slot: Slot, adapter: Adapter, in_graph: bool = False) -> list[Refusa
 
 def check_configs(plan: Plan) -> None:
     """Refuse an adapter of another type than the loaded one, and configs that no fresh load accepts."""
-    plan.refusals += [*misfits(plan.slot, plan.adapter), *plan.slot.method.judge(plan.slot.config, "loaded")]
+    slot, loaded, new = plan.slot, plan.slot.config, plan.adapter.config
+    if loaded.peft_type != new.peft_type:
+        plan.refusals += misfits(slot, plan.adapter)
+    else:
+        plan.refusals += slot.once_for(new, _verdict)[0]
+    plan.refusals += slot.once_for(loaded, _verdict)[1]
+
+
+def _verdict(slot: Slot, config: Config) -> tuple[list[Refusal], list[Refusal]]:
+    """The refusals of a config as the new one, and as the loaded one."""
+    return [*slot.method.judge(config, "new")], [*slot.method.judge(config, "loaded")]
 
 
 def complete_config(plan: Plan) -> None:
@@ -113,7 +134,7 @@ def _plan_layer(
     else:
         plan.refusals.append(_what_is_wrong(plan, layer, shapes, expected))
         return
-    plan.layers.append(LayerPlan(layer, action, before, settings, sources))
+    plan.layers.append(LayerPlan(layer, action, before, settings, sources, expected.is_targeted))
 
 
 def _what_is_wrong(plan: Plan, layer: SlotLayer, shapes: list[torch.Size | None], expected: Expected) -> Refusal:
@@ -198,7 +219,8 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
 
 def check_capacity(plan: Plan) -> None:
     """Refuse ranks that a prepared layer has no room for, all of them in one refusal."""
-    padded = [layer for layer in plan.layers if layer.action is Action.PAD]
+    if not (padded := [layer for layer in plan.layers if layer.action is Action.PAD]):
+        return
     ranks = [(layer.rank_after or 0, layer.layer.tensors[0].capacity or 0, layer.path) for layer in padded]
     if lacking := [each for each in ranks if each[0] > each[1]]:
         highest, room, path = max(lacking)[0], max(room for _, room, _ in lacking), lacking[0][2]
@@ -225,6 +247,6 @@ def retarget_config(plan: Plan) -> None:
 
 def check_that_it_does_something(plan: Plan) -> None:
     """Refuse an adapter whose tensors are for no layer of the slot."""
-    if not plan.refusals and plan.adapter.tensors and not any(layer.settings for layer in plan.layers):
+    if not plan.refusals and plan.adapter.tensors and not any(map(attrgetter("settings"), plan.layers)):
         keys, paths = map(repr, plan.adapter.tensors), [repr(layer.path) for layer in plan.slot.layers]
         plan.refuse("nothing_for_any_layer", keys=listing(keys, 2), paths=listing(paths, 2))

@@ -23,15 +23,13 @@ from .change import Change, clear_gradients, copy_all
 from .errors import listing, refuse
 from .host import Config
 from .journal import Journal
-from .lora import SCALAR_TABLES, settings_of
+from .lora import NOTED, SCALAR_TABLES, settings_of
 from .prepared import is_marked_off, is_off, new_scalings, own_rank, write_settings
 from .slot import SLOTS, Slot, SlotLayer, change_of
 from .tensors import LayerSettings, SlotTensor, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
-#: the mark of a config that a swap put into a model, see :meth:`~hotswap_lab.core.method.Method.follow`
-NOTED = "_hotswap_lost"
 _requires_grad, _version, _address = attrgetter("requires_grad"), attrgetter("_version"), torch.Tensor.data_ptr
 
 
@@ -125,8 +123,6 @@ class Room:
         }
         #: how many components of each band may not be zero; a tail is written whole
         self.used: list[int] = [len(band.memory) for band in self.bands]
-        #: whether turning layers off computes something from the base weights
-        self._reads_base: bool = any(tensor.reads_base for tensor in self.spans)
         #: the views of a layer's tensors that an adapter of a rank fills
         self._own_views: dict[tuple[SlotLayer, int | None], list[torch.Tensor]] = {}
 
@@ -287,7 +283,7 @@ class Room:
         slot = self.slot
         change = Change(slot.is_inference)
         live = vars(slot.host.configs[slot.adapter_name])
-        if NOTED in live and not self._reads_base:
+        if NOTED in live and not slot.reads_base:
             vars(config)[NOTED] = live[NOTED]
         else:
             change.steps.append(functools.partial(slot.method.follow, slot, config))

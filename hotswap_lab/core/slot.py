@@ -28,7 +28,7 @@ T = TypeVar("T")
 #: the attribute of a base model with its slots as the last swaps left them, by adapter name
 SLOTS = "hotswap_slots"
 #: how many results a slot remembers for configs
-MOST_KNOWN = 128
+MOST_KNOWN = 512
 
 
 @dataclass(eq=False)
@@ -80,6 +80,8 @@ class Slot:
     _links: tuple[tuple[Any, ...], ...] = field(default=(), init=False, repr=False)
     #: the results of :meth:`once_for`
     _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+    #: the results of :meth:`once`
+    _facts: dict[Callable[[Slot], Any], Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def config(self) -> Config:
@@ -91,9 +93,19 @@ class Slot:
         return [tensor for layer in self.layers for tensor in layer.tensors]
 
     @cached_property
+    def owners(self) -> list[TunerLayer]:
+        """The module of each layer."""
+        return [layer.module for layer in self.layers]
+
+    @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
         """The parameters of the tensors at the time the slot was found."""
         return [tensor.owner._parameters[tensor.name] for tensor in self.tensors]
+
+    @cached_property
+    def reads_base(self) -> bool:
+        """Whether turning a layer off reads its base weights."""
+        return True in [tensor.reads_base for tensor in self.tensors]
 
     @cached_property
     def is_inference(self) -> bool:
@@ -179,12 +191,20 @@ class Slot:
 
     def once_for(self, config: Config, work_out: Callable[[Slot, Config], T]) -> T:
         """The result of ``work_out``, computed once for each config and remembered for some of them."""
-        key = work_out, lora.fingerprint(config)
+        if (fingerprint := lora.fingerprint(config)) is None:
+            return work_out(self, config)
+        key = work_out, fingerprint
         if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
             self._known[key] = work_out(self, config)
         return self._known[key]
+
+    def once(self, work_out: Callable[[Slot], T]) -> T:
+        """The result of ``work_out``, computed once: a fact about the layers."""
+        if work_out not in self._facts:
+            self._facts[work_out] = work_out(self)
+        return self._facts[work_out]
 
     def data_ptrs(self) -> list[int]:
         """The memory address of each tensor. A swap that keeps the ranks leaves them as they are.
@@ -255,7 +275,12 @@ def change_of(slot: Slot, config: Config = None, slot_after: Slot | None = None)
     """
     change = Change(slot.is_inference)
     if config is not None:
-        change.steps.append(partial(slot.method.follow, slot, config))
+        live = vars(slot.config)
+        # the method has seen this model before, and what it noted then still holds
+        if lora.NOTED in live and not slot.reads_base and slot.host.base.__dict__.get(SLOTS, {}).get(slot.adapter_name):
+            vars(config)[lora.NOTED] = live[lora.NOTED]
+        else:
+            change.steps.append(partial(slot.method.follow, slot, config))
         change.last_steps.append(partial(_put_config, slot, config, slot_after))
     return change
 

@@ -319,7 +319,8 @@ def put_all_back(backs: list[Callable[[], object]]) -> None:
 
 def is_shared(base: torch.nn.Module) -> bool:
     """Whether other threads have computed with the model, and may be doing so now."""
-    return any(thread != threading.get_ident() for turn in turns_of([base]) for thread in turn.threads)
+    (turn,) = turns_of([base])
+    return not turn.threads <= {threading.get_ident()}
 
 
 def put_back(action: Callable[[], object], what: str) -> None:
