@@ -124,6 +124,9 @@ def fingerprint(config: Config) -> bytes | None:
     for name in ("inference_mode", NOTED):
         fields.pop(name, None)
     try:
+        for name, value in [*fields.items()]:
+            if isinstance(value, set):  # equal ones may have other orders
+                fields[name] = [set, *sorted(value)]
         return pickle.dumps((type(config), fields))
     except Exception:  # fields from a file or from the user may be of any type, and nested
         return None

@@ -23,7 +23,7 @@ from .change import Change, clear_gradients
 from .errors import HotswapError, Refusal, refusal
 from .host import Config
 from .journal import Journal
-from .prepared import mark, rank_before, write_settings
+from .prepared import mark, ranks_before, write_settings
 from .report import html_table, readable_bytes
 from .shadow import attach
 from .slot import Slot, SlotLayer, change_of, room_left_by
@@ -163,11 +163,8 @@ class Plan:
     @cached_property
     def ranks_before(self) -> list[int | None]:
         """For each layer of the slot, the rank that the adapter has there now; None where it is off."""
-        slot, name, room = self.slot, self.slot.adapter_name, cast(Any, self.slot.room)
-        if room is not None:
-            return room.state.ranks
-        firsts = [layer.tensors[0] for layer in slot.layers]
-        return list(map(rank_before, slot.owners, repeat(name), firsts))
+        room = cast(Any, self.slot.room)
+        return ranks_before(self.slot) if room is None else room.state.ranks
 
     @property
     def is_prepared(self) -> bool:

@@ -6,7 +6,6 @@ Reasons against a swap are collected up to the next :func:`stop_if_refused`, so 
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Mapping
 from itertools import repeat
@@ -21,7 +20,7 @@ from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
 from .plan import Action, LayerPlan, Plan
 from .shadow import adaptable, build_shadow_layers
-from .slot import Expected, Slot, SlotLayer, expected_of, own_keys_of
+from .slot import Expected, Slot, SlotLayer, copy_of, expected_of, own_keys_of
 from .tensors import SlotTensor, are_interchangeable
 
 #: gets an unfinished plan. Adds to it and returns None, or returns another plan to go on with
@@ -72,7 +71,7 @@ def _verdict(slot: Slot, config: Config) -> tuple[list[Refusal], list[Refusal]]:
 
 def complete_config(plan: Plan) -> None:
     """Complete the config as a fresh load does."""
-    plan.config = lora.complete(copy.deepcopy(plan.adapter.config), plan.slot.host)
+    plan.config = lora.complete(copy_of(plan.adapter.config), plan.slot.host)
     plan.config.inference_mode = plan.slot.config.inference_mode
 
 
@@ -105,7 +104,8 @@ def _by_own_key(plan: Plan, named: Mapping[str, torch.Tensor], own_keys: Mapping
     """Tensors by their own keys in the base model. Two tensors for one key are refused unless they are equal."""
     tensors: Tensors = {}
     for key, tensor in named.items():
-        own = own_keys.get(short := canonical_path(key), short)
+        if (own := own_keys.get(key)) is None:
+            own = own_keys.get(short := canonical_path(key), short)
         if own in tensors and not are_interchangeable(tensor, tensors[own]):
             plan.refuse("two_values_for_one", key=key, own=own)
         tensors[own] = tensor
@@ -123,7 +123,7 @@ def _plan_layer(
 ) -> None:
     """Plan one layer and take its tensors out of ``tensors``; ``action`` overrides the one that the shapes imply."""
     sources = tuple(map(tensors.pop, layer.keys, repeat(None)))
-    shapes = [None if source is None else source.shape for source in sources]
+    shapes = list(map(getattr, sources, repeat("shape"), repeat(None)))
     settings = expected.settings
     if shapes == expected.shapes and (expected.is_targeted or not plan.check_targets):
         if action is None:

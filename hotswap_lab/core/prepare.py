@@ -27,7 +27,7 @@ from .host import Config, canonical_path, carriers
 from .journal import Journal
 from .method import Method
 from .planner import misfits
-from .prepared import make_prepared, rank_before, write_settings
+from .prepared import make_prepared, ranks_before, write_settings
 from .room import Room, build_room
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, change_of, keep_slot, room_left_by, room_of, slot_in
@@ -140,7 +140,7 @@ def _prepare(
     refusals = refusals or [each for adapter in family for each in _misfits(slot, adapter)]
     if refusals:
         return Change(), refusals
-    own = {layer.path: rank_before(layer.module, slot.adapter_name, layer.tensors[0]) or 0 for layer in slot.layers}
+    own = {layer.path: rank or 0 for layer, rank in zip(slot.layers, ranks_before(slot), strict=True)}
     #: the rank to make room for, by the path of a layer that the slot has or lacks
     room = {layer.path: layer.tensors[0].capacity or 0 for layer in slot.layers}
     refusals += _make_room(room, own, target_rank, "the loaded adapter")

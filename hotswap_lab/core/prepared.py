@@ -258,11 +258,16 @@ def own_rank(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
     return capacity
 
 
-def rank_before(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
-    """The :func:`own_rank` of the adapter; None where it is turned off."""
-    # is_marked_off() inlined, since every swap does this for each layer
-    off = adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
-    return None if off else own_rank(layer, adapter_name, tensor)
+def ranks_before(slot: Slot) -> list[int | None]:
+    """The :func:`own_rank` of the adapter on each layer; None where it is turned off."""
+    name, ranks = slot.adapter_name, []
+    for layer in slot.layers:
+        attributes = layer.module.__dict__
+        is_on = name not in attributes.get(OFF_ATTRIBUTE, ())
+        capacity = layer.tensors[0].capacity if is_on else None
+        is_padded = capacity is not None and name in attributes.get(PADDED_ATTRIBUTE, ())
+        ranks.append(min(layer.module.r[name], capacity) if is_padded else capacity)
+    return ranks
 
 
 def write_settings(

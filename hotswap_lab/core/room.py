@@ -6,7 +6,6 @@ each layer.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,7 +24,7 @@ from .host import Config
 from .journal import Journal
 from .lora import NOTED, SCALAR_TABLES, settings_of
 from .prepared import is_marked_off, is_off, new_scalings, own_rank, write_settings
-from .slot import SLOTS, Slot, SlotLayer, change_of
+from .slot import SLOTS, Slot, SlotLayer, change_of, copy_of
 from .tensors import LayerSettings, SlotTensor, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
@@ -243,7 +242,7 @@ class Room:
     def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
         """The change that puts a packed adapter in. The room must be intact."""
         taken = list(map(len, packed.bands))
-        change = self._change(packed.state, _copy_of(packed.state.config), taken, taken)
+        change = self._change(packed.state, copy_of(packed.state.config), taken, taken)
         for memory, own in zip(self._memories, packed.bands, strict=True):
             if len(own):
                 change.copies.append((memory[: len(own)], own))
@@ -314,15 +313,6 @@ class Room:
             if state.columns[field] != before.columns[field]:
                 on = list(compress(tables, state.on))
                 journal.set_items(on, slot.adapter_name, state.columns[field])
-
-
-def _copy_of(config: Config) -> Config:
-    """A copy for the model, where the user may change it: the next swap to the same adapter needs the original."""
-    config = copy.copy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, (dict, set, list)):
-            setattr(config, name, value.copy())
-    return config
 
 
 def new_band(memory: torch.Tensor, components: int) -> torch.Tensor:

@@ -62,7 +62,10 @@ class SlotTensor:
         if source is None:
             change.copy(parameter, self.off_value())
         elif source.shape == parameter.shape:
-            change.copy(parameter, source)
+            if source.dtype == parameter.dtype and source.device == parameter.device:
+                change.copies.append((parameter, source))
+            else:
+                change.copy(parameter, source)
         elif not fixed_size:
             # always a copy: a model that shared memory with the caller's state dict would change with it
             change.resize(parameter, source.detach())
