@@ -5,16 +5,13 @@ These swaps copy from a freshly loaded adapter, so this module needs to know onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from operator import attrgetter
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..core.errors import Refusal
-from ..core.host import Config, TunerLayer
-from ..core.journal import Journal
-from ..core.slot import Slot
+from ..core.method import Method
 from ..core.tensors import SlotTensor
 from . import configs
 from .lora import follow, not_scaled
@@ -32,11 +29,8 @@ RANK_AXES = {
 TUCKER = ("hada_t1", "lokr_t2")
 
 
-class General:
-    """The :class:`~hotswap_lab.core.method.Method` for all of PEFT's methods but LoRA."""
-
-    def takes(self, config: Config) -> bool:
-        return True
+class General(Method):
+    """All of PEFT's methods but LoRA."""
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
         """The parameters of one adapter on one layer, in PEFT's order."""
@@ -58,27 +52,9 @@ class General:
         return spread(tensors)
 
     prepare_in_place = staticmethod(prepare_in_place)
-
-    def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-        return None
-
-    def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
-        pass
-
-    def follow(self, slot: Slot, config: Config, journal: Journal) -> None:
-        follow(slot, config, journal)
-
-    def judge(self, config: Config, role: str, loaded: Config = None) -> Iterator[Refusal]:
-        return configs.judge(config, role, loaded)
-
-    def extra_state(self, config: Config) -> Sequence[str]:
-        return ()
-
-    def not_scaled(self, slot: Slot) -> str | None:
-        return not_scaled(slot)
-
-    def no_room(self, slot: Slot, room: Mapping[str, int]) -> Iterator[Refusal]:
-        return iter(())
+    follow = staticmethod(follow)
+    judge = staticmethod(configs.judge)
+    not_scaled = staticmethod(not_scaled)
 
 
 def _tables(layer: BaseTunerLayer, adapter_name: str) -> Iterator[tuple[str, object]]:

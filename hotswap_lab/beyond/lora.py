@@ -152,16 +152,33 @@ def _repeats_values(tensor: torch.Tensor) -> bool:
 # ---- the method
 
 
+def follow(slot: Slot, config: Config, journal: Journal) -> None:
+    """Note on a config what it leaves as it is, look after state dicts, and clear caches; for any method."""
+    follow_config(slot, config, journal)
+    look_after(slot, config, journal)
+    forget_norms(slot, config, journal)
+
+
+def not_scaled(slot: Slot) -> str | None:
+    """Describe an adapter of any method that can't be scaled completely; None if it can."""
+    kept = kept_originals(slot.host.base, slot.adapter_name)
+    with_base = "an adapter that came with base weights of its own, which would stay" if kept else None
+    return configs.not_scaled(slot.config) or with_base
+
+
 class FullLora(Lora):
-    """LoRA with everything that PEFT's configs can ask for, as a :class:`~hotswap_lab.core.method.Method`."""
+    """LoRA with everything that PEFT's configs can ask for."""
+
+    obstacle = staticmethod(_obstacle)
+    judge = staticmethod(configs.judge)
+    extra_state = staticmethod(configs.extra_state)
+    follow = staticmethod(follow)
+    not_scaled = staticmethod(not_scaled)
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
         # AdaLoRA's layers inherit from LoRA's, but have other tensors
         tensors = None if isinstance(layer, AdaLoraLayer) else super().tensors_of(layer, adapter_name)
         return None if tensors is None else spread(_rare_kinds(layer, adapter_name, tensors))
-
-    def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-        return _obstacle(layer, adapter_name, tensors)
 
     def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
         """Make a magnitude or bias trainable only where the adapter is on and its A or B is trainable.
@@ -182,19 +199,6 @@ class FullLora(Lora):
         # with lora_bias set, PEFT's merging fails on a base layer that has no bias, even if the adapter's is zero
         journal.set_item(layer.lora_bias, adapter_name, on and has_bias)
 
-    def follow(self, slot: Slot, config: Config, journal: Journal) -> None:
-        follow(slot, config, journal)
-        forget_norms(slot, config, journal)
-
-    def judge(self, config: Config, role: str, loaded: Config = None) -> Iterator[Refusal]:
-        return configs.judge(config, role, loaded)
-
-    def extra_state(self, config: Config) -> Sequence[str]:
-        return configs.extra_state(config)
-
-    def not_scaled(self, slot: Slot) -> str | None:
-        return not_scaled(slot)
-
     def no_room(self, slot: Slot, room: Mapping[str, int]) -> Iterator[Refusal]:
         own, base = {layer.path: layer for layer in slot.layers}, slot.host.base
         # turning DoRA off reads the norm of the base weights, so no other adapter may be merged into them
@@ -210,16 +214,3 @@ class FullLora(Lora):
                 yield refusal(
                     "target_rank_not_for_groups", kind=kind, groups=groups, rank=rank, path=path, next_rank=next_rank
                 )
-
-
-def follow(slot: Slot, config: Config, journal: Journal) -> None:
-    """Prepare a model for the first marks on its layers, and a config for the model; for any method."""
-    follow_config(slot, config, journal)
-    look_after(slot, config, journal)
-
-
-def not_scaled(slot: Slot) -> str | None:
-    """Describe an adapter of any method that can't be scaled completely; None if it can."""
-    kept = kept_originals(slot.host.base, slot.adapter_name)
-    with_base = "an adapter that came with base weights of its own, which would stay" if kept else None
-    return configs.not_scaled(slot.config) or with_base

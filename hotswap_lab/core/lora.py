@@ -7,8 +7,7 @@ Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftType
@@ -19,14 +18,14 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, MIN_TARGET_MOD
 from peft.utils.other import get_pattern_key
 
 from .. import compat
-from .errors import Refusal
 from .host import Config, Host, TunerLayer
 from .journal import Journal
+from .method import Method
 from .tensors import LayerSettings, SlotTensor, is_prepared
 
 
-class Lora:
-    """LoRA on plain layers, as a :class:`~hotswap_lab.core.method.Method`."""
+class Lora(Method):
+    """LoRA on plain layers."""
 
     def takes(self, config: Config) -> bool:
         return config.peft_type == PeftType.LORA
@@ -56,30 +55,6 @@ class Lora:
                     along, repeated = (axis, size) if is_weight else (None, None)
                     tensors.append(SlotTensor(key, named_key, owner, name, along, repeated))
         return tensors
-
-    def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-        return None
-
-    def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
-        pass
-
-    #: its slots get a room
-    prepare_in_place: ClassVar[Callable[..., Any] | None] = None
-
-    def follow(self, slot: Any, config: Config, journal: Journal) -> None:
-        pass
-
-    def judge(self, config: Config, role: str, loaded: Config = None) -> Iterable[Refusal]:
-        return ()
-
-    def extra_state(self, config: Config) -> Sequence[str]:
-        return ()
-
-    def not_scaled(self, slot: Any) -> str | None:
-        return None
-
-    def no_room(self, slot: Any, room: Mapping[str, int]) -> Iterable[Refusal]:
-        return ()
 
 
 class EvalFreeDropout(torch.nn.Dropout):

@@ -148,10 +148,6 @@ class Plan:
         """Add a reason against the swap."""
         self.refusals.append(refusal(which, **values))
 
-    def targets(self, layer: LayerPlan) -> bool:
-        """Whether the config after the swap names this layer as a target."""
-        return lora.targets(self.config, layer.layer.path)
-
     @cached_property
     def fixed(self) -> list[bool]:
         """For each layer of the slot, whether it was prepared, and so keeps its shapes."""
