@@ -40,7 +40,7 @@ def _containers_named(slot: Slot, config: Config) -> list[tuple[str, str]]:
         for path, module in slot.walk
         if path and ".base_layer" not in path and module._modules and not isinstance(module, adaptable)
     ]
-    return [each for each in containers if lora.targets(config, each[0])]
+    return [each for each in containers if lora.is_targeted(config, each[0])]
 
 
 def check_base(plan: Plan) -> None:

@@ -5,8 +5,9 @@ These swaps copy from a freshly loaded adapter, so this module needs to know onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -51,10 +52,10 @@ class General(Method):
                 tensors.append(SlotTensor(name, named_key, table, adapter_name, axis))
         return spread(tensors)
 
-    prepare_in_place = staticmethod(prepare_in_place)
-    follow = staticmethod(follow)
-    judge = staticmethod(configs.judge)
-    not_scaled = staticmethod(not_scaled)
+    prepare_in_place: ClassVar[Callable[..., Any]] = staticmethod(prepare_in_place)
+    follow: ClassVar[Callable[..., Any]] = staticmethod(follow)
+    judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
+    not_scaled: ClassVar[Callable[..., Any]] = staticmethod(not_scaled)
 
 
 def _tables(layer: BaseTunerLayer, adapter_name: str) -> Iterator[tuple[str, object]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.adalora import AdaLoraLayer
@@ -169,11 +169,11 @@ def not_scaled(slot: Slot) -> str | None:
 class FullLora(Lora):
     """LoRA with everything that PEFT's configs can ask for."""
 
-    obstacle = staticmethod(_obstacle)
-    judge = staticmethod(configs.judge)
-    extra_state = staticmethod(configs.extra_state)
-    follow = staticmethod(follow)
-    not_scaled = staticmethod(not_scaled)
+    obstacle: ClassVar[Callable[..., Any]] = staticmethod(_obstacle)
+    judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
+    extra_state: ClassVar[Callable[..., Any]] = staticmethod(configs.extra_state)
+    follow: ClassVar[Callable[..., Any]] = staticmethod(follow)
+    not_scaled: ClassVar[Callable[..., Any]] = staticmethod(not_scaled)
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
         # AdaLoRA's layers inherit from LoRA's, but have other tensors
@@ -199,13 +199,13 @@ class FullLora(Lora):
         # with lora_bias set, PEFT's merging fails on a base layer that has no bias, even if the adapter's is zero
         journal.set_item(layer.lora_bias, adapter_name, on and has_bias)
 
-    def no_room(self, slot: Slot, room: Mapping[str, int]) -> Iterator[Refusal]:
+    def no_room(self, slot: Slot, ranks: Mapping[str, int]) -> Iterator[Refusal]:
         own, base = {layer.path: layer for layer in slot.layers}, slot.host.base
         # turning DoRA off reads the norm of the base weights, so no other adapter may be merged into them
-        lacking = [base.get_submodule(path) for path in room if path not in own] if slot.config.use_dora else []
+        lacking = [base.get_submodule(path) for path in ranks if path not in own] if slot.config.use_dora else []
         if others := {name for module in lacking for name in getattr(module, "merged_adapters", ())}:
             yield refusal("merged_beside", adapter_name=slot.adapter_name, others=listing(map(repr, sorted(others))))
-        for path, rank in room.items():
+        for path, rank in ranks.items():
             if pointless := [*configs.pointless_rank(rank, path, base.get_submodule(path))]:
                 yield from pointless
                 return

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
+from itertools import chain
+from operator import attrgetter, itemgetter
 
 import torch
 
@@ -75,11 +76,8 @@ def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
     The undo steps are recorded in ``journal``: a caller that has more to do can roll it back later, but not the copies.
     """
     journal = Journal() if journal is None else journal
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-    inference = False
-    for change in changes:
-        copies += change.copies
-        inference |= change.inference
+    copies = list(chain.from_iterable(map(attrgetter("copies"), changes)))
+    inference = True in map(attrgetter("inference"), changes)
     with interrupts_held(), torch.inference_mode(inference), torch.no_grad():
         try:
             for change in changes:

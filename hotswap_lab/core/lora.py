@@ -137,7 +137,7 @@ def complete(config: Config, host: Host) -> Config:
     return config
 
 
-def targets(config: Config, path: str) -> bool:
+def is_targeted(config: Config, path: str) -> bool:
     """Whether a fresh load with this (resolved) config would put an adapter on the layer at ``path``."""
     return config.target_modules is not None and bool(check_target_module_exists(config, path))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,7 +19,7 @@ class Method:
 
     #: prepares a slot without common memory, tensor by tensor; None: the slot gets a room. Takes the slot, the rank to
     #: make room for (or None), and the family of adapters
-    prepare_in_place: Callable[..., tuple[Change, list[Refusal]]] | None = None
+    prepare_in_place: ClassVar[Callable[..., tuple[Change, list[Refusal]]] | None] = None
 
     def takes(self, config: Config) -> bool:
         """Whether adapters with this config use this method."""
@@ -52,6 +52,6 @@ class Method:
     def not_scaled(self, slot: Any) -> str | None:
         """Describe the part of an adapter that no scaling reaches, or None."""
 
-    def no_room(self, slot: Any, room: Mapping[str, int]) -> Iterable[Refusal]:
+    def no_room(self, slot: Any, ranks: Mapping[str, int]) -> Iterable[Refusal]:
         """The reasons why layers can't have room for these ranks, given by path; the slot may lack some of them."""
         return ()

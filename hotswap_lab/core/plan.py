@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import compress, repeat, zip_longest
+from itertools import compress, zip_longest
 from typing import Any, cast
 
 import torch
@@ -151,10 +151,8 @@ class Plan:
     @cached_property
     def fixed(self) -> list[bool]:
         """For each layer of the slot, whether it was prepared, and so keeps its shapes."""
-        slot = self.slot
-        return (
-            [True] * len(slot.layers) if slot.room else list(map(is_prepared, slot.owners, repeat(slot.adapter_name)))
-        )
+        name = self.slot.adapter_name
+        return [is_prepared(layer.module, name) for layer in self.slot.layers]
 
     @cached_property
     def ranks_before(self) -> list[int | None]:

@@ -107,7 +107,7 @@ def _check_target_rank(target_rank: object) -> None:
         raise refuse("target_rank_is_no_rank", target_rank=target_rank)
 
 
-def as_list(adapters: Any) -> list:
+def as_list(adapters: Any) -> list[Any]:
     if isinstance(adapters, (str, os.PathLike, Adapter, PeftConfig)):
         return [adapters]
     return list(adapters.values() if isinstance(adapters, Mapping) else adapters)
@@ -142,16 +142,16 @@ def _prepare(
         return Change(), refusals
     own = {layer.path: rank or 0 for layer, rank in zip(slot.layers, ranks_before(slot), strict=True)}
     #: the rank to make room for, by the path of a layer that the slot has or lacks
-    room = {layer.path: layer.tensors[0].capacity or 0 for layer in slot.layers}
-    refusals += _make_room(room, own, target_rank, "the loaded adapter")
-    refusals += _make_room(room, ranks, target_rank, "the ranks to make room for")
+    space = {layer.path: layer.tensors[0].capacity or 0 for layer in slot.layers}
+    refusals += _make_space(space, own, target_rank, "the loaded adapter")
+    refusals += _make_space(space, ranks, target_rank, "the ranks to make room for")
     for adapter in family:
         if not (ranks := _ranks_of(slot, adapter)):
             names = adapter.config.target_modules
             refusals.append(refusal("member_has_no_layer", label=adapter.label, target_modules=names))
-        refusals += _make_room(room, ranks, target_rank, adapter.label)
-    refusals = refusals or [*slot.method.no_room(slot, room)]
-    return (Change(), refusals) if refusals else (_change_for(slot, room, kind, extra_tensors), [])
+        refusals += _make_space(space, ranks, target_rank, adapter.label)
+    refusals = refusals or [*slot.method.no_room(slot, space)]
+    return (Change(), refusals) if refusals else (_change_for(slot, space, kind, extra_tensors), [])
 
 
 def _misfits(slot: Slot, adapter: Adapter) -> Iterator[Refusal]:
@@ -170,15 +170,15 @@ def _form_of_extra_state(slot: Slot, config: Config) -> str:
     return f"{paths} and {listing(tokens.values() if isinstance(tokens, dict) else [tokens])} tokens"
 
 
-def _make_room(
-    room: dict[str, int], ranks: Mapping[str, int], target_rank: int | None, label: str
+def _make_space(
+    space: dict[str, int], ranks: Mapping[str, int], target_rank: int | None, label: str
 ) -> Iterator[Refusal]:
-    """Raise ``room`` to the ranks of one adapter; refuse ranks above ``target_rank``."""
+    """Raise ``space`` to the ranks of one adapter; refuse ranks above ``target_rank``."""
     for path, rank in ranks.items():
         if target_rank is not None and target_rank < rank:
             yield refusal("target_rank_too_low", target_rank=target_rank, own=rank, path=path, label=label)
             return
-        room[path] = max(room.get(path, 0), rank, target_rank or 0)
+        space[path] = max(space.get(path, 0), rank, target_rank or 0)
 
 
 def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
@@ -186,23 +186,25 @@ def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
     base, config = slot.host.base, lora.complete(copy.deepcopy(adapter.config), slot.host)
     first_paths = {module: path for path, module in reversed(slot.walk)}.values()
     # modules inside a tuner layer belong to it
-    paths = {path for path in first_paths if path and ".base_layer" not in path and lora.targets(config, path)}
+    paths = {path for path in first_paths if path and ".base_layer" not in path and lora.is_targeted(config, path)}
     paths |= {path for key in adapter.tensors if (path := adaptable(base, canonical_path(key))) is not None}
     known = {path: layer.path for layer in slot.layers for path in layer.paths}
     return {path: lora.settings_for(config, path).rank for path in [known.get(path, path) for path in paths]}
 
 
-def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:
+def _change_for(slot: Slot, space: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:
     """Allocate a room next to the model. The change moves the slot in when it is carried out."""
-    capacity = {layer: room[layer.path] for layer in slot.layers}
-    lacking = room.keys() - {layer.path for layer in slot.layers}
+    capacity = {layer: space[layer.path] for layer in slot.layers}
+    lacking = space.keys() - {layer.path for layer in slot.layers}
     enough = all(layer.tensors[0].capacity == rank for layer, rank in capacity.items())
     present = room_of(slot.host.base, slot.adapter_name)
     kind = type(present) if present is not None and kind is Room else kind
     if enough and not lacking and type(present) is kind:
         return Change()
-    reserved = build_shadow_layers(slot, slot.config, {path: room[path] for path in sorted(lacking)}) if lacking else []
-    capacity |= {layer: room[layer.path] for layer in reserved}
+    reserved = (
+        build_shadow_layers(slot, slot.config, {path: space[path] for path in sorted(lacking)}) if lacking else []
+    )
+    capacity |= {layer: space[layer.path] for layer in reserved}
     with slot.write_mode(), torch.no_grad():
         memory = build_room(slot, capacity, reserved, kind, extra_tensors)
     left = room_left_by(slot)

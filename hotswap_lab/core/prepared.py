@@ -262,11 +262,8 @@ def ranks_before(slot: Slot) -> list[int | None]:
     """The :func:`own_rank` of the adapter on each layer; None where it is turned off."""
     name, ranks = slot.adapter_name, []
     for layer in slot.layers:
-        attributes = layer.module.__dict__
-        is_on = name not in attributes.get(OFF_ATTRIBUTE, ())
-        capacity = layer.tensors[0].capacity if is_on else None
-        is_padded = capacity is not None and name in attributes.get(PADDED_ATTRIBUTE, ())
-        ranks.append(min(layer.module.r[name], capacity) if is_padded else capacity)
+        off = name in layer.module.__dict__.get(OFF_ATTRIBUTE, ())
+        ranks.append(None if off else own_rank(layer.module, name, layer.tensors[0]))
     return ranks
 
 

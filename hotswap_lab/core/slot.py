@@ -94,11 +94,6 @@ class Slot:
         return [tensor for layer in self.layers for tensor in layer.tensors]
 
     @cached_property
-    def owners(self) -> list[TunerLayer]:
-        """The module of each layer."""
-        return [layer.module for layer in self.layers]
-
-    @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
         """The parameters of the tensors at the time the slot was found."""
         return [tensor.owner._parameters[tensor.name] for tensor in self.tensors]
@@ -154,8 +149,8 @@ class Slot:
 
     def is_in_place(self) -> bool:
         """Whether the parameters, and the modules on the way to them, are still those of the model."""
-        tables, names, held = self._links
-        if all(map(operator.is_, map(dict.get, tables, names), held)):
+        tables, names, entries = self._links
+        if all(map(operator.is_, map(dict.get, tables, names), entries)):
             return True
         # another module may have been put into the model, or a wrapper around a part that was compiled since
         now = slot_in(self.methods, self.host, self.adapter_name)
@@ -244,10 +239,10 @@ class Expected(NamedTuple):
 
 def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None = None) -> list[Expected]:
     """The :class:`Expected` of each layer for an adapter with this config."""
-    settings_for, targets, expected = lora.settings_for, lora.targets, []
+    settings_for, is_targeted, expected = lora.settings_for, lora.is_targeted, []
     alike = None if config.rank_pattern or config.alpha_pattern else settings_for(config, "")
     for layer in slot.layers if layers is None else layers:
-        targeted = targets(config, layer.path) or any(targets(config, path) for path in layer.aliases)
+        targeted = is_targeted(config, layer.path) or any(is_targeted(config, path) for path in layer.aliases)
         settings, tensors = alike or settings_for(config, layer.path), layer.tensors
         shapes = [tensor.shape_for(settings.rank) for tensor in tensors]
         expected.append(Expected(settings, targeted, None if settings.rank % tensors[0].rank_step else shapes))

@@ -321,18 +321,17 @@ class AdapterPool:
         self._swap(name, strength)
 
     def _swap(self, name: str | Mapping[str, float], strength: float, *steps: Step) -> None:
-        members, base = self._members, self._room.slot.host.base
-        member = members.get(name) if isinstance(name, str) else None
-        is_ready = member is not None and member.packed is not None
-        with contextlib.nullcontext() if is_ready else self._turn():
-            if not is_ready:
-                self._packed(name)  # which may take long
-            with held(base), members.lock:
+        members, is_mix = self._members, isinstance(name, Mapping)
+        is_slow = is_mix or members[name].packed is None
+        with self._turn() if is_slow else contextlib.nullcontext():
+            if is_slow:
+                self._packed(name)  # while others go on computing
+            with held(self._room.slot.host.base), members.lock:
                 self._check_room()
                 if strength != 1:
                     check_strength(strength, self._room.slot)
                 # looked up here: another adapter may have this name by now
-                packed = self._packed(name) if isinstance(name, Mapping) else members.packed(members[name])
+                packed = self._packed(name) if is_mix else members.packed(members[name])
                 change = self._room.change_to(packed, strength)
                 change.steps += steps
                 apply([change])
