@@ -145,7 +145,7 @@ def embeddings_turned_off(plan: Plan) -> list[LayerPlan]:
     return [each for each in off if id(each.layer.module) in ids]
 
 
-@only_for(lambda slot: not {layer.module for layer in slot.layers}.isdisjoint(embeddings_of(slot.host.base)))
+@only_for(lambda slot, _: not {layer.module for layer in slot.layers}.isdisjoint(embeddings_of(slot.host.base)))
 def check_embeddings(plan: Plan) -> None:
     """Refuse to turn embeddings off where the adapter's file may have replaced their base weights."""
     names = {f"{each.path}.weight" for each in embeddings_turned_off(plan)}

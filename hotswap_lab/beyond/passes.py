@@ -81,9 +81,10 @@ def make_plan(
     """
     compiled = compiled_in(slot.host.root, slot.modules)
     plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, compiled, add_layers, check_targets, base_weights)
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for each in passes:
         applies = vars(each).get("only_for")
-        if applies is None or slot.once(applies):
+        if applies is None or slot.once(applies, is_distributed):
             plan = each(plan) or plan
         if plan.is_decided:
             break

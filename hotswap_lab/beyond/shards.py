@@ -148,7 +148,7 @@ def check_parallel_training(plan: Plan, layers: int, found: str) -> None:
         plan.refuse("trained_in_parallel", layers=layers, found=found)
 
 
-@only_for(lambda slot: is_distributed())
+@only_for(lambda slot, is_distributed: is_distributed)
 def check_shards(plan: Plan) -> None:
     """Refuse changes that processes sharing the parameters can't make independently.
 

@@ -27,8 +27,11 @@ from .tensors import SlotTensor, are_interchangeable
 Pass = Callable[[Plan], Plan | None]
 
 
-def only_for(applies: Callable[[Slot], bool]) -> Callable[[Pass], Pass]:
-    """A decorator of passes that find something only in some slots: each slot is asked once."""
+def only_for(applies: Callable[[Slot, bool], bool]) -> Callable[[Pass], Pass]:
+    """A decorator of passes that find something only in some slots; ``applies`` is asked once for each slot.
+
+    Its second argument is whether this process is one of several, which may change.
+    """
 
     def marked(of_plan: Pass) -> Pass:
         vars(of_plan)["only_for"] = applies

@@ -82,7 +82,7 @@ class Slot:
     #: the results of :meth:`once_for`
     _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
     #: the results of :meth:`once`
-    _facts: dict[Callable[[Slot], Any], Any] = field(default_factory=dict, init=False, repr=False)
+    _facts: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def config(self) -> Config:
@@ -196,11 +196,12 @@ class Slot:
             self._known[key] = work_out(self, config)
         return self._known[key]
 
-    def once(self, work_out: Callable[[Slot], T]) -> T:
-        """The result of ``work_out``, computed once: a fact about the layers."""
-        if work_out not in self._facts:
-            self._facts[work_out] = work_out(self)
-        return self._facts[work_out]
+    def once(self, work_out: Callable[..., T], *arguments: object) -> T:
+        """The result of ``work_out(self, *arguments)``, computed once: a fact about the layers."""
+        key = work_out, arguments
+        if key not in self._facts:
+            self._facts[key] = work_out(self, *arguments)
+        return self._facts[key]
 
     def data_ptrs(self) -> list[int]:
         """The memory address of each tensor. A swap that keeps the ranks leaves them as they are.
@@ -222,9 +223,8 @@ def own_keys_of(layers: Sequence[SlotLayer]) -> dict[str, str]:
     for layer in layers:
         for tensor, key in zip(layer.tensors, layer.keys, strict=True):
             for path in layer.paths:
-                own_keys[f"{path}.{tensor.key}"] = own_keys[f"{path}.{tensor.named_key}"] = key
-                own_keys[f"{PEFT_PREFIX}{path}.{tensor.key}"] = key
-    return own_keys
+                own_keys[f"{path}.{tensor.named_key}"] = own_keys[f"{path}.{tensor.key}"] = key
+    return own_keys | {f"{PEFT_PREFIX}{name}": key for name, key in own_keys.items()}
 
 
 class Expected(NamedTuple):
