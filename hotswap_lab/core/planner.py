@@ -60,16 +60,16 @@ def misfits(slot: Slot, adapter: Adapter, in_graph: bool = False) -> list[Refusa
 def check_configs(plan: Plan) -> None:
     """Refuse an adapter of another type than the loaded one, and configs that no fresh load accepts."""
     slot, loaded, new = plan.slot, plan.slot.config, plan.adapter.config
-    if loaded.peft_type != new.peft_type:
+    # a refusal is not remembered: it may come from an error that has passed
+    if loaded.peft_type != new.peft_type or not slot.once_for(new, _is_accepted):
         plan.refusals += misfits(slot, plan.adapter)
-    else:
-        plan.refusals += slot.once_for(new, _verdict)[0]
-    plan.refusals += slot.once_for(loaded, _verdict)[1]
+    if not slot.once_for(loaded, _is_accepted):
+        plan.refusals += slot.method.judge(loaded, "loaded")
 
 
-def _verdict(slot: Slot, config: Config) -> tuple[list[Refusal], list[Refusal]]:
-    """The refusals of a config as the new one, and as the loaded one."""
-    return [*slot.method.judge(config, "new")], [*slot.method.judge(config, "loaded")]
+def _is_accepted(slot: Slot, config: Config) -> bool:
+    """Whether a config is refused neither as the new one nor as the loaded one."""
+    return not [*slot.method.judge(config, "new"), *slot.method.judge(config, "loaded")]
 
 
 def complete_config(plan: Plan) -> None:
