@@ -84,8 +84,8 @@ def test_the_functions_are_replaced_until_the_end():
         with patch_peft() as patch, patch_peft():  # the second one finds nothing to replace, and puts nothing back
             for name in FUNCTIONS:
                 replaced = getattr(through_its_package, name)
-                assert inspect.unwrap(replaced.__func__) is getattr(hotswap_lab, name).__func__
-            assert importer.swap == hotswap_lab.hotswap_adapter
+                assert inspect.unwrap(replaced) is getattr(hotswap_lab, name)
+            assert inspect.unwrap(importer.swap) is hotswap_lab.hotswap_adapter
             assert PeftAdapterMixin.load_adapter is not method
         assert importer.swap is before["hotswap_adapter"]
     finally:
@@ -100,7 +100,7 @@ def test_the_inner_one_leaves_the_outer_one_in_place():
     with patch_peft():
         with pytest.raises(ZeroDivisionError), patch_peft():
             raise ZeroDivisionError
-        assert peft.utils.hotswap.hotswap_adapter == hotswap_lab.hotswap_adapter
+        assert inspect.unwrap(peft.utils.hotswap.hotswap_adapter) is hotswap_lab.hotswap_adapter
     assert peft.utils.hotswap.hotswap_adapter.__module__ == "peft.utils.hotswap"
 
 
@@ -114,7 +114,8 @@ def test_two_patches_end_in_any_order(first_undone):
     try:
         importer.swap = peft.utils.hotswap.hotswap_adapter
         patches.pop(first_undone).undo()
-        assert importer.swap == peft.utils.hotswap.hotswap_adapter == hotswap_lab.hotswap_adapter
+        assert importer.swap is peft.utils.hotswap.hotswap_adapter
+        assert inspect.unwrap(importer.swap) is hotswap_lab.hotswap_adapter
         assert PeftAdapterMixin.load_adapter is not method
     finally:
         patches.pop().undo()
