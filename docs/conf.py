@@ -29,8 +29,8 @@ OTHERS = """
     serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.results.Run
     widgets.text.text_stream
 """
-#: parts of the engine, which notebooks/engine.ipynb explains
-INTERNAL = r"hotswap_lab\.(core\.(change|engine|host|journal|slot|tensors)\..*|watch\.T|.*\.P_co)"
+#: parts of core, which notebooks/engine.ipynb explains
+INTERNAL = r"hotswap_lab\.(core\.(change|host|journal|method|slot|tensors)\..*|watch\.T|.*\.P_co)"
 SUMMARY = ".. autosummary::\n   :nosignatures:"
 
 project = "hotswap_lab"
@@ -51,7 +51,6 @@ myst_heading_anchors = 3
 #: links between notebooks have JupyterLab's anchors
 myst_heading_slug_func = methodcaller("replace", " ", "-")
 
-autodoc_default_options = {"exclude-members": "engine"}  # whose value is as long as a page
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autosummary_generate = False

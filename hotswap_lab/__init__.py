@@ -15,7 +15,7 @@ From tensors in memory    ``hotswap_adapter_from_state_dict``; ``Adapter.load`` 
 A compiled model          ``prepare_model_for_compiled_hotswap`` first; ``RecompileWatch`` counts, ``pick_backend``
 Without a compiler        ``aoti_compile`` writes a prepared model to a file, ``aoti_load`` binds it in any process
 Many adapters             ``AdapterPool``; ``set_strength``, ``get_strength``; threads: ``in_use``, ``waiting_at_most``
-Code that calls PEFT      ``patch_peft`` makes it, diffusers and transformers swap with this engine
+Code that calls PEFT      ``patch_peft`` makes it, diffusers and transformers swap with this package
 Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``
 Files                     ``save_adapter``
 Many users                ``hotswap_lab.serving``: OpenAI's API in front, Ray Serve around it
@@ -33,23 +33,23 @@ from .ahead import aoti_compile as aoti_compile
 from .ahead import aoti_load as aoti_load
 from .core.errors import HotswapError as HotswapError
 from .core.plan import Plan as Plan
-from .core.swap import commit as commit
-from .engine import AdapterPool as AdapterPool
-from .engine import get_strength as get_strength
-from .engine import hotswap_adapter as hotswap_adapter
-from .engine import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
-from .engine import hotswap_pipeline as hotswap_pipeline
-from .engine import patch_peft as patch_peft
-from .engine import plan_hotswap as plan_hotswap
-from .engine import plan_pipeline_hotswap as plan_pipeline_hotswap
-from .engine import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
-from .engine import prepare_pipeline_for_compiled_hotswap as prepare_pipeline_for_compiled_hotswap
-from .engine import resolve_slot as resolve_slot
-from .engine import save_adapter as save_adapter
-from .engine import set_strength as set_strength
 from .files.reading import Adapter as Adapter
 from .pipelines.lora_files import read_pipeline_lora as read_pipeline_lora
+from .pipelines.patching import patch_peft as patch_peft
 from .pipelines.pipeline import PipelinePlan as PipelinePlan
+from .pipelines.pipeline import hotswap_pipeline as hotswap_pipeline
+from .pipelines.pipeline import plan_pipeline_hotswap as plan_pipeline_hotswap
+from .pipelines.pipeline import prepare_pipeline_for_compiled_hotswap as prepare_pipeline_for_compiled_hotswap
+from .pools.adapter_pool import AdapterPool as AdapterPool
+from .swap import commit as commit
+from .swap import get_strength as get_strength
+from .swap import hotswap_adapter as hotswap_adapter
+from .swap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+from .swap import plan_hotswap as plan_hotswap
+from .swap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+from .swap import resolve_slot as resolve_slot
+from .swap import save_adapter as save_adapter
+from .swap import set_strength as set_strength
 from .threads import ModelInUseError as ModelInUseError
 from .threads import in_use as in_use
 from .threads import waiting_at_most as waiting_at_most

@@ -18,7 +18,7 @@ import torch
 
 from . import demo
 from .bench import Row, Scene, Settings, machine, ways_of
-from .engine import hotswap_adapter
+from .swap import hotswap_adapter
 
 #: the adapter that is loaded first: it has every layer, so every other adapter can replace it
 FIRST = "reverse"

@@ -49,9 +49,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from . import demo
 from .ahead import aoti_compile, aoti_load
 from .core.report import readable_bytes
-from .engine import AdapterPool, hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from .figures import Figure, counts
 from .files.reading import Adapter
+from .pools.adapter_pool import AdapterPool
+from .swap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from .watch import RecompileWatch, pick_backend
 
 # an own copy of PEFT's module, whose functions call one another also while ``patch_peft`` has replaced PEFT's

@@ -36,9 +36,9 @@ from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
 from .core.journal import Journal, interrupts_held
 from .core.slot import Slot
 from .core.wrappers import has_adapter, inside, is_wrapper, peel
-from .engine import resolve_slot
 from .files.reading import find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
+from .swap import resolve_slot
 from .threads import in_use
 from .watch import RecompileError
 

@@ -94,10 +94,10 @@ def test_base_weights_that_no_output_depends_on(tmp_path):
 
 #: what of the package may run in the oracle: what finds an adapter, reads names, and guards against side effects
 ASKED = {
-    *(f"core.{each}" for each in ("engine", "host", "compiled", "journal", "slot", "tensors", "wrappers")),
+    *(f"core.{each}" for each in ("host", "compiled", "journal", "slot", "tensors", "wrappers")),
     *(f"beyond.{each}" for each in ("lora", "shards", "guards", "base_twin")),
     *(f"files.{each}" for each in ("reading", "sources", "hub", "saving", "state_dicts")),
-    *("core.prepared", "core.lora", "verify", "compat", "threads", "threads.turns"),
+    *("core.prepared", "core.lora", "verify", "compat", "threads", "threads.turns", "swap"),
 }
 
 
@@ -106,7 +106,7 @@ COPYING = ("__deepcopy__", "__reduce__")
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_nothing_of_the_engine_decides_here(model, new, prepared):
+def test_nothing_that_decides_a_swap_runs_here(model, new, prepared):
     if prepared:
         prepare_model_for_compiled_hotswap(model, target_rank=8)
     ran = set()

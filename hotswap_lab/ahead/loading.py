@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from .. import compat
+from ..beyond.passes import METHODS
 from ..core.change import apply
 from ..core.errors import listing, refuse
 from ..core.host import Host
 from ..core.journal import Journal
 from ..core.prepare import changes_to_prepare
 from ..core.slot import room_of
-from ..engine import ENGINE
 from ..pools.batch import PART
 from ..pools.proof import size_of
 from ..pools.rows import RowRoom
@@ -72,7 +72,7 @@ def aoti_load(path: str | os.PathLike[str], model: Any, *, prove: bool = True) -
     with held(host.base):
         try:
             if room_of(host.base, name) is None:
-                apply(changes_to_prepare(ENGINE, host.root, [], adapter_name=name, ranks=notes["ranks"]), journal)
+                apply(changes_to_prepare(METHODS, host.root, [], adapter_name=name, ranks=notes["ranks"]), journal)
             prepared(model)
             return AheadModel(
                 os.fspath(path), host, notes, values, inputs_in(notes["given"], values) if prove else None

@@ -19,6 +19,7 @@ from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
 from ..core.plan import Action, LayerPlan, Plan
+from ..core.planner import only_for
 from ..core.slot import Slot
 from ..core.tensors import have_same_values
 from ..core.wrappers import EMBEDDINGS, has_adapter
@@ -144,6 +145,7 @@ def embeddings_turned_off(plan: Plan) -> list[LayerPlan]:
     return [each for each in off if id(each.layer.module) in ids]
 
 
+@only_for(lambda slot, _: not {layer.module for layer in slot.layers}.isdisjoint(embeddings_of(slot.host.base)))
 def check_embeddings(plan: Plan) -> None:
     """Refuse to turn embeddings off where the adapter's file may have replaced their base weights."""
     names = {f"{each.path}.weight" for each in embeddings_turned_off(plan)}

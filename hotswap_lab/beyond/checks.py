@@ -1,10 +1,11 @@
-"""Passes of an engine for cases that few adapters meet: checks, notes, and corrections of a plan."""
+"""Passes of a plan for cases that few adapters meet: checks, notes, and corrections of a plan."""
 
 from __future__ import annotations
 
 import os
 import re
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,7 +17,6 @@ from ..core.errors import listing
 from ..core.host import PEFT_PREFIX, Config
 from ..core.plan import Action, Plan
 from ..core.slot import Slot
-from .lora import reads_base
 
 #: layers that differ in ``fan_in_fan_out``: PEFT knows two ways to store their weights
 STORED = (torch.nn.Linear, Conv1D)
@@ -40,12 +40,12 @@ def _containers_named(slot: Slot, config: Config) -> list[tuple[str, str]]:
         for path, module in slot.walk
         if path and ".base_layer" not in path and module._modules and not isinstance(module, adaptable)
     ]
-    return [each for each in containers if lora.targets(config, each[0])]
+    return [each for each in containers if lora.is_targeted(config, each[0])]
 
 
 def check_base(plan: Plan) -> None:
     """Refuse to turn DoRA off where another adapter is merged: the magnitude becomes the norm of the base weights."""
-    if not reads_base(plan.slot):
+    if not plan.slot.reads_base:
         return
     off = {id(layer.layer.module.get_base_layer()) for layer in plan.layers if layer.settings is None}
     # layers of other methods may wrap these
@@ -64,8 +64,8 @@ def check_arrow(plan: Plan) -> None:
 
 def correct_fan_in_fan_out(plan: Plan) -> None:
     """Set ``fan_in_fan_out`` as PEFT leaves it: true if the last layer that it puts LoRA on is a ``Conv1D``."""
-    on = [layer for layer in plan.layers if layer.settings is not None]
-    if plan.slot.once_for(plan.config, _has_conv1d):  # added layers come last, wherever they are in the model
+    on = list(filter(attrgetter("settings"), plan.layers))
+    if plan.slot.once(_has_conv1d):  # added layers come last, wherever they are in the model
         order = {path: number for number, (path, _) in enumerate(plan.slot.walk)}
         on.sort(key=lambda layer: order[layer.layer.path])
     for layer in reversed(on):
@@ -74,14 +74,14 @@ def correct_fan_in_fan_out(plan: Plan) -> None:
             return
 
 
-def _has_conv1d(slot: Slot, config: Config) -> bool:
+def _has_conv1d(slot: Slot) -> bool:
     return True in [isinstance(module, Conv1D) for module in slot.modules]
 
 
 def note_missing_targets(plan: Plan) -> None:
     """Add a note on the layers that an adapter's config targets but that its file has no tensors for."""
     off = [layer for layer in plan.layers if layer.action is Action.OFF] if plan.check_targets else []
-    if named := [layer.path for layer in off if plan.targets(layer)]:
+    if named := [layer.path for layer in off if layer.is_targeted]:
         plan.notes.append(
             f"the config targets {len(named)} layers that the file has no tensors for ({listing(named, 2)}); "
             "they are turned off"

@@ -24,7 +24,7 @@ from ..core.lora import HEADS
 from ..core.plan import Plan
 from ..core.planner import adaptable, check_compiled, misfits
 from ..core.prepared import is_padded
-from ..core.slot import change_of
+from ..core.slot import Slot, SlotLayer, change_of
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
 from .base_values import LOST, ORIGINALS, change_base_values, kept_originals, lost_originals
@@ -32,7 +32,7 @@ from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
 from .general import General
-from .lora import is_special, reads_base
+from .lora import is_special
 from .shards import check_parallel_training, holds_shards
 from .targets import Targets, find_targets, keep_targets, targets_of
 
@@ -46,27 +46,41 @@ IN_TIME = "before compiling, prepare the model with this adapter among `adapters
 
 def is_beyond(plan: Plan) -> bool:
     """Whether one of the two adapters has more than LoRA's own tensors, or is of another method."""
-    slot = plan.slot
-    if isinstance(slot.method, General) or (plan.base_weights and slot.room is None):
+    slot, originals = plan.slot, plan.slot.host.base.__dict__.get(ORIGINALS, {})
+    if (plan.base_weights and slot.room is None) or originals.get(slot.adapter_name):
         return True
-    if extra_state(slot.config) or extra_state(plan.adapter.config):
-        return True
-    heads = HEADS.get(plan.adapter.config.task_type)
+    loaded, new = slot.config, plan.adapter.config
+    has_more = slot.once_for(loaded, _has_extra_state) or slot.once_for(new, _has_extra_state)
+    return has_more or slot.once_for(new, _needs_more)
+
+
+def _has_extra_state(slot: Slot, config: PeftConfig) -> bool:
+    return isinstance(slot.method, General) or bool(extra_state(config))
+
+
+def _needs_more(slot: Slot, config: PeftConfig) -> bool:
+    """Whether an adapter with this config, which has no extra state, is more than LoRA in this model."""
+    heads = HEADS.get(config.task_type)
     if heads and any(path.endswith(heads) for path, _ in slot.walk):
         return True
     # a special layer is always an obstacle, so the others need not be checked
-    is_odd = any(is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
-    return is_odd or bool(kept_originals(slot.host.base, slot.adapter_name))
+    return any(is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
 
 
 def changes_form(plan: Plan) -> bool:
     """Whether the swap adds tensors to a layer or removes them: DoRA's magnitude, a bias."""
-    slot, (dora, bias) = plan.slot, form_for(plan.config)
-    same_kind = reads_base(slot) == dora
-    others = [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
-    names = map(canonical_path, plan.adapter.tensors) if others else ()
-    keys = {slot.own_keys.get(name, name) for name in names}
+    slot = plan.slot
+    if not (others := slot.once_for(plan.config, _layers_of_another_form)):
+        return False
+    keys = {slot.own_keys.get(name, name) for name in map(canonical_path, plan.adapter.tensors)}
     return any(layer.keys[0] in keys for layer in others)
+
+
+def _layers_of_another_form(slot: Slot, config: PeftConfig) -> list[SlotLayer]:
+    """The layers that have other tensors than an adapter with this config."""
+    dora, bias = form_for(config)
+    same_kind = slot.reads_base == dora
+    return [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
 
 
 def plan_beyond(plan: Plan) -> Plan | None:
@@ -76,7 +90,8 @@ def plan_beyond(plan: Plan) -> Plan | None:
 
 def take_base_weights(plan: Plan) -> None:
     """Accept base weights in the file that equal the live model's, since PEFT saves those of embeddings with a LoRA."""
-    tensors = plan.unknown
+    if not (tensors := plan.unknown):
+        return
     for key in [key for key in tensors if ".lora_" not in key]:
         if (weight := _base_weight(plan, key)) is None or weight.shape != tensors[key].shape:
             continue
@@ -91,9 +106,9 @@ def take_base_weights(plan: Plan) -> None:
 
 def plan_another_form(plan: Plan) -> Plan | None:
     """Plan the swap with a fresh load if layers get other tensors, or if the adapter is removed from layers."""
-    is_free = not plan.compiled and not plan.is_prepared and not plan.refusals
     if changes_form(plan):
         return plan_with_fresh_load(_afresh(plan))
+    is_free = plan.unknown and not plan.compiled and not plan.is_prepared and not plan.refusals
     if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(_afresh(plan))).ok:
         return other
     return None

@@ -5,19 +5,18 @@ These swaps copy from a freshly loaded adapter, so this module needs to know onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from operator import attrgetter
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..core.errors import Refusal
-from ..core.host import Config, TunerLayer
-from ..core.journal import Journal
-from ..core.slot import Slot
+from ..core.method import Method
 from ..core.tensors import SlotTensor
 from . import configs
-from .lora import not_scaled
+from .lora import follow, not_scaled
+from .prepare import prepare_in_place
 from .shards import spread
 
 #: the axis of the rank components, for methods whose update of a weight is a sum over rank components
@@ -31,11 +30,8 @@ RANK_AXES = {
 TUCKER = ("hada_t1", "lokr_t2")
 
 
-class General:
-    """The :class:`~hotswap_lab.core.engine.Method` for all of PEFT's methods but LoRA."""
-
-    def takes(self, config: Config) -> bool:
-        return True
+class General(Method):
+    """All of PEFT's methods but LoRA."""
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
         """The parameters of one adapter on one layer, in PEFT's order."""
@@ -56,23 +52,10 @@ class General:
                 tensors.append(SlotTensor(name, named_key, table, adapter_name, axis))
         return spread(tensors)
 
-    def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-        return None
-
-    def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
-        pass
-
-    def judge(self, config: Config, role: str, loaded: Config = None) -> Iterator[Refusal]:
-        return configs.judge(config, role, loaded)
-
-    def extra_state(self, config: Config) -> Sequence[str]:
-        return ()
-
-    def not_scaled(self, slot: Slot) -> str | None:
-        return not_scaled(slot)
-
-    def no_room(self, slot: Slot, room: Mapping[str, int]) -> Iterator[Refusal]:
-        return iter(())
+    prepare_in_place: ClassVar[Callable[..., Any]] = staticmethod(prepare_in_place)
+    follow: ClassVar[Callable[..., Any]] = staticmethod(follow)
+    judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
+    not_scaled: ClassVar[Callable[..., Any]] = staticmethod(not_scaled)
 
 
 def _tables(layer: BaseTunerLayer, adapter_name: str) -> Iterator[tuple[str, object]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.adalora import AdaLoraLayer
@@ -18,8 +18,9 @@ from ..core.journal import Journal
 from ..core.lora import Lora
 from ..core.slot import Slot
 from ..core.tensors import SlotTensor
+from ..files.state_dicts import look_after
 from . import configs
-from .base_values import kept_originals
+from .base_values import follow_config, kept_originals
 from .shards import spread
 
 # ---- grouped convolutions
@@ -91,11 +92,6 @@ class MagnitudeTensor(SlotTensor):
             return owner.get_weight_norm(weight, 0.0, 1.0).to(owner.weight.dtype).reshape(owner.weight.shape)
 
 
-def reads_base(slot: Slot) -> bool:
-    """Whether turning a layer off reads its base weights."""
-    return True in [tensor.reads_base for tensor in slot.tensors]
-
-
 def forget_norms(slot: Slot, config: Config, journal: Journal) -> None:
     """Clear DoRA's cache of values computed from the weights (``peft.tuners.lora.dora.ENABLE_DORA_CACHING``)."""
     host, adapter_name = slot.host, slot.adapter_name
@@ -156,16 +152,33 @@ def _repeats_values(tensor: torch.Tensor) -> bool:
 # ---- the method
 
 
+def follow(slot: Slot, config: Config, journal: Journal) -> None:
+    """Note on a config what it leaves as it is, look after state dicts, and clear caches; for any method."""
+    follow_config(slot, config, journal)
+    look_after(slot, config, journal)
+    forget_norms(slot, config, journal)
+
+
+def not_scaled(slot: Slot) -> str | None:
+    """Describe an adapter of any method that can't be scaled completely; None if it can."""
+    kept = kept_originals(slot.host.base, slot.adapter_name)
+    with_base = "an adapter that came with base weights of its own, which would stay" if kept else None
+    return configs.not_scaled(slot.config) or with_base
+
+
 class FullLora(Lora):
-    """LoRA with everything that PEFT's configs can ask for, as a method of the engine."""
+    """LoRA with everything that PEFT's configs can ask for."""
+
+    obstacle: ClassVar[Callable[..., Any]] = staticmethod(_obstacle)
+    judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
+    extra_state: ClassVar[Callable[..., Any]] = staticmethod(configs.extra_state)
+    follow: ClassVar[Callable[..., Any]] = staticmethod(follow)
+    not_scaled: ClassVar[Callable[..., Any]] = staticmethod(not_scaled)
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
         # AdaLoRA's layers inherit from LoRA's, but have other tensors
         tensors = None if isinstance(layer, AdaLoraLayer) else super().tensors_of(layer, adapter_name)
         return None if tensors is None else spread(_rare_kinds(layer, adapter_name, tensors))
-
-    def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-        return _obstacle(layer, adapter_name, tensors)
 
     def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
         """Make a magnitude or bias trainable only where the adapter is on and its A or B is trainable.
@@ -186,22 +199,13 @@ class FullLora(Lora):
         # with lora_bias set, PEFT's merging fails on a base layer that has no bias, even if the adapter's is zero
         journal.set_item(layer.lora_bias, adapter_name, on and has_bias)
 
-    def judge(self, config: Config, role: str, loaded: Config = None) -> Iterator[Refusal]:
-        return configs.judge(config, role, loaded)
-
-    def extra_state(self, config: Config) -> Sequence[str]:
-        return configs.extra_state(config)
-
-    def not_scaled(self, slot: Slot) -> str | None:
-        return not_scaled(slot)
-
-    def no_room(self, slot: Slot, room: Mapping[str, int]) -> Iterator[Refusal]:
+    def no_room(self, slot: Slot, ranks: Mapping[str, int]) -> Iterator[Refusal]:
         own, base = {layer.path: layer for layer in slot.layers}, slot.host.base
         # turning DoRA off reads the norm of the base weights, so no other adapter may be merged into them
-        lacking = [base.get_submodule(path) for path in room if path not in own] if slot.config.use_dora else []
+        lacking = [base.get_submodule(path) for path in ranks if path not in own] if slot.config.use_dora else []
         if others := {name for module in lacking for name in getattr(module, "merged_adapters", ())}:
             yield refusal("merged_beside", adapter_name=slot.adapter_name, others=listing(map(repr, sorted(others))))
-        for path, rank in room.items():
+        for path, rank in ranks.items():
             if pointless := [*configs.pointless_rank(rank, path, base.get_submodule(path))]:
                 yield from pointless
                 return
@@ -210,10 +214,3 @@ class FullLora(Lora):
                 yield refusal(
                     "target_rank_not_for_groups", kind=kind, groups=groups, rank=rank, path=path, next_rank=next_rank
                 )
-
-
-def not_scaled(slot: Slot) -> str | None:
-    """Describe an adapter of any method that can't be scaled completely; None if it can."""
-    kept = kept_originals(slot.host.base, slot.adapter_name)
-    with_base = "an adapter that came with base weights of its own, which would stay" if kept else None
-    return configs.not_scaled(slot.config) or with_base

@@ -26,6 +26,7 @@ import torch
 from ..core.change import Change, clear_gradients
 from ..core.journal import Journal
 from ..core.plan import Action, Plan
+from ..core.planner import only_for
 from ..core.tensors import SlotTensor
 
 if TYPE_CHECKING or torch.distributed.is_available():
@@ -147,14 +148,13 @@ def check_parallel_training(plan: Plan, layers: int, found: str) -> None:
         plan.refuse("trained_in_parallel", layers=layers, found=found)
 
 
+@only_for(lambda slot, is_distributed: is_distributed)
 def check_shards(plan: Plan) -> None:
     """Refuse changes that processes sharing the parameters can't make independently.
 
     These are new shapes where FSDP has recorded the old ones, magnitudes and biases that are frozen with their layer,
     and magnitudes that are turned off, since their values are computed from whole base weights.
     """
-    if not is_distributed():
-        return
     resized = [each for each in plan.layers if each.action is Action.RESIZE]
     changed = resized + [each for each in plan.layers if each.action is Action.ADD]
     if changed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from peft import PeftConfig, PeftType
 
 from .errors import HotswapError, listing, refuse
 from .host import Config, kind_of
+from .tensors import is_finite
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,17 +113,3 @@ def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
     if not is_plain or (only_weights and not tensor.is_floating_point()):
         return f"a tensor of {tensor.dtype}, {tensor.layout}, on the device {tensor.device}"
     return None
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite. Those of integer tensors, such as indices, always are.
-
-    A finite sum shows it. A sum of very large finite weights may overflow, so then each element is checked.
-    """
-    if not tensor.is_floating_point():
-        return True
-    tensor = tensor.detach()
-    if tensor.dtype.itemsize == 1:  # PyTorch can't sum 8-bit floats
-        tensor = tensor.float()
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return math.isfinite(tensor.sum(dtype=dtype).item()) or bool(tensor.isfinite().all())

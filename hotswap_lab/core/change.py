@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, itemgetter
 
 import torch
 
@@ -74,8 +76,8 @@ def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
     The undo steps are recorded in ``journal``: a caller that has more to do can roll it back later, but not the copies.
     """
     journal = Journal() if journal is None else journal
-    copies = [pair for change in changes for pair in change.copies]
-    inference = True in [change.inference for change in changes]
+    copies = list(chain.from_iterable(map(attrgetter("copies"), changes)))
+    inference = True in map(attrgetter("inference"), changes)
     with interrupts_held(), torch.inference_mode(inference), torch.no_grad():
         try:
             for change in changes:
@@ -89,8 +91,9 @@ def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
 def _write(change: Change, journal: Journal) -> None:
     """Make the resizes and run the steps of a change, so that the journal can undo them."""
     with torch.inference_mode(change.inference):
-        give_memory(change.resizes, journal)
-        for name in {attribute for _, attribute, _ in change.sizes}:
+        if change.resizes:
+            give_memory(change.resizes, journal)
+        for name in set(map(itemgetter(1), change.sizes)):
             sized = [(owner.__dict__, size) for owner, attribute, size in change.sizes if attribute == name]
             journal.set_items([table for table, _ in sized], name, [size for _, size in sized])
         for step in (*change.steps, *change.last_steps):

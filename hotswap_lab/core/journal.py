@@ -6,12 +6,15 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 #: marks an entry that did not exist
 MISSING = object()
 
 
+@dataclass(eq=False)
 class Journal:
     """Undo steps in the order of the changes. Each step may run twice without harm.
 
@@ -30,8 +33,7 @@ class Journal:
     {'a': 1, 'c': 3}
     """
 
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
+    _undo: list[Callable[[], object]] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
@@ -59,16 +61,17 @@ class Journal:
 
     def set_items(self, tables: Sequence[MutableMapping[Any, Any]], key: object, values: Sequence[object]) -> None:
         """Set ``table[key] = value`` in many tables that have this key, and record how to undo it."""
-        old = [table[key] for table in tables]
+        old = list(map(itemgetter(key), tables))
         if old == values:
             return
 
-        def put(values: Sequence[object]) -> None:
-            for table, value in zip(tables, values, strict=True):
+        def undo() -> None:
+            for table, value in zip(tables, old, strict=True):
                 table[key] = value
 
-        self.record(lambda: put(old))
-        put(values)
+        self.record(undo)
+        for table, value in zip(tables, values, strict=True):
+            table[key] = value
 
     def remove(self, table: MutableMapping[Any, Any], *keys: object) -> None:
         """Delete the keys that the table has, and record the undo step, which puts them back in their former places."""

@@ -6,7 +6,7 @@ Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import pickle
 from typing import Any
 
 import torch
@@ -18,14 +18,14 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, MIN_TARGET_MOD
 from peft.utils.other import get_pattern_key
 
 from .. import compat
-from .errors import Refusal
 from .host import Config, Host, TunerLayer
 from .journal import Journal
+from .method import Method
 from .tensors import LayerSettings, SlotTensor, is_prepared
 
 
-class Lora:
-    """LoRA on plain layers, as a :class:`~hotswap_lab.core.engine.Method`."""
+class Lora(Method):
+    """LoRA on plain layers."""
 
     def takes(self, config: Config) -> bool:
         return config.peft_type == PeftType.LORA
@@ -56,30 +56,16 @@ class Lora:
                     tensors.append(SlotTensor(key, named_key, owner, name, along, repeated))
         return tensors
 
-    def obstacle(self, layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-        return None
-
-    def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
-        pass
-
-    def judge(self, config: Config, role: str, loaded: Config = None) -> Iterable[Refusal]:
-        return ()
-
-    def extra_state(self, config: Config) -> Sequence[str]:
-        return ()
-
-    def not_scaled(self, slot: Any) -> str | None:
-        return None
-
-    def no_room(self, slot: Any, room: Mapping[str, int]) -> Iterable[Refusal]:
-        return ()
-
 
 class EvalFreeDropout(torch.nn.Dropout):
     """A dropout that reads ``p`` in training mode only, so that no graph of eval mode depends on it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(input, self.p, True, self.inplace) if self.training and self.p else input
+
+
+#: the mark of a config that a swap put into a model, see :meth:`~hotswap_lab.core.method.Method.follow`
+NOTED = "_hotswap_lost"
 
 
 def settings_for(config: Config, path: str) -> LayerSettings:
@@ -104,11 +90,21 @@ def settings_of(layer: TunerLayer, adapter_name: str) -> LayerSettings:
     )
 
 
-def fingerprint(config: Config) -> tuple[str, ...]:
-    """A key of a config. Equal keys mean that :func:`settings_for` and :func:`targets` agree on every layer."""
-    settings = ("r", "lora_alpha", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern")
-    selections = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    return tuple([repr(getattr(config, field)) for field in (*settings, *selections)])
+def fingerprint(config: Config) -> bytes | None:
+    """A key of a config. Equal keys mean equal fields, also in type; None for a config that has no key.
+
+    Whether the adapter is trained doesn't count.
+    """
+    fields = dict(vars(config))
+    for name in ("inference_mode", NOTED):
+        fields.pop(name, None)
+    try:
+        for name, value in [*fields.items()]:
+            if isinstance(value, set):  # equal ones may have other orders
+                fields[name] = [set, *sorted(value)]
+        return pickle.dumps((type(config), fields))
+    except Exception:  # fields from a file or from the user may be of any type, and nested
+        return None
 
 
 #: the modules that a PeftModel saves with an adapter for a task, as it says in the config even if the model has none
@@ -141,7 +137,7 @@ def complete(config: Config, host: Host) -> Config:
     return config
 
 
-def targets(config: Config, path: str) -> bool:
+def is_targeted(config: Config, path: str) -> bool:
     """Whether a fresh load with this (resolved) config would put an adapter on the layer at ``path``."""
     return config.target_modules is not None and bool(check_target_module_exists(config, path))
 
@@ -160,11 +156,7 @@ def changes_constants(layer: TunerLayer, adapter_name: str, settings: LayerSetti
 
 def write_dropout(layer: TunerLayer, adapter_name: str, p: float, journal: Journal) -> None:
     """Set the adapter's dropout to that of a fresh load."""
-    # attribute access on a module is slow, and slowest for attributes that it lacks
-    table: Any = layer._modules["lora_dropout"]
-    present = table._modules[adapter_name]
-    if present.__dict__.get("p", 0.0) == p:
-        return
+    present = layer.lora_dropout[adapter_name]
     if isinstance(present, EvalFreeDropout):
         journal.set_attribute(present, "p", p)
     else:

@@ -23,7 +23,7 @@ from .change import Change, clear_gradients
 from .errors import HotswapError, Refusal, refusal
 from .host import Config
 from .journal import Journal
-from .prepared import mark, rank_before, write_settings
+from .prepared import mark, ranks_before, write_settings
 from .report import html_table, readable_bytes
 from .shadow import attach
 from .slot import Slot, SlotLayer, change_of, room_left_by
@@ -55,6 +55,8 @@ class LayerPlan:
     rank_before: int | None
     settings: LayerSettings | None
     sources: tuple[torch.Tensor | None, ...]
+    #: whether the adapter's config names the layer
+    is_targeted: bool = True
 
     @property
     def path(self) -> str:
@@ -146,10 +148,6 @@ class Plan:
         """Add a reason against the swap."""
         self.refusals.append(refusal(which, **values))
 
-    def targets(self, layer: LayerPlan) -> bool:
-        """Whether the config after the swap names this layer as a target."""
-        return lora.targets(self.config, layer.layer.path)
-
     @cached_property
     def fixed(self) -> list[bool]:
         """For each layer of the slot, whether it was prepared, and so keeps its shapes."""
@@ -159,10 +157,8 @@ class Plan:
     @cached_property
     def ranks_before(self) -> list[int | None]:
         """For each layer of the slot, the rank that the adapter has there now; None where it is off."""
-        slot, name, room = self.slot, self.slot.adapter_name, cast(Any, self.slot.room)
-        if room is not None:
-            return room.state.ranks
-        return [rank_before(layer.module, name, layer.tensors[0]) for layer in slot.layers]
+        room = cast(Any, self.slot.room)
+        return ranks_before(self.slot) if room is None else room.state.ranks
 
     @property
     def is_prepared(self) -> bool:

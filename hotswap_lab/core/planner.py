@@ -1,60 +1,48 @@
 """Planner: makes a plan from an adapter and a slot. It compares both and writes nothing.
 
-Most of its functions are passes of an engine: each gets the plan and adds what it finds. All reasons against a swap
-are collected, so that the user sees them at once.
+Most of its functions are passes: each gets the plan and adds what it finds, or returns another plan to go on with.
+Reasons against a swap are collected up to the next :func:`stop_if_refused`, so that the user sees them together.
 """
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import repeat
+from operator import attrgetter
 
 import torch
 
 from . import lora
 from .adapter import Adapter
-from .compiled import blind_spot, compiled_in
+from .compiled import blind_spot
 from .errors import HotswapError, Refusal, listing, refusal
-from .host import canonical_path, kind_of
-from .plan import Action, LayerPlan, Plan, change_layer_by_layer
+from .host import Config, canonical_path, kind_of
+from .plan import Action, LayerPlan, Plan
 from .shadow import adaptable, build_shadow_layers
-from .slot import Expected, Slot, SlotLayer, expected_of, own_keys_of
+from .slot import Expected, Slot, SlotLayer, copy_of, expected_of, own_keys_of
 from .tensors import SlotTensor, are_interchangeable
 
+#: gets an unfinished plan. Adds to it and returns None, or returns another plan to go on with
+Pass = Callable[[Plan], Plan | None]
 
-def make_plan(
-    slot: Slot,
-    adapter: Adapter,
-    *,
-    add_layers: bool = False,
-    check_targets: bool = True,
-    base_weights: Mapping[str, torch.Tensor] | None = None,
-) -> Plan:
-    """Decide a swap. Reads the slot and the adapter, writes nothing, raises nothing: see ``Plan.refusals``.
 
-    Parameters
-    ----------
-    slot, adapter:
-        The place of the loaded adapter, and the adapter to put there. One without tensors turns off every layer.
-    add_layers:
-        Whether layers that the slot lacks are added (not possible in a compiled model) rather than refused.
-    check_targets:
-        Whether the adapter's config must name the layers that its tensors belong to, as a fresh load demands.
-    base_weights:
-        Original values of base weights that the loaded adapter has overwritten, by name.
+def only_for(applies: Callable[[Slot, bool], bool]) -> Callable[[Pass], Pass]:
+    """A decorator of passes that find something only in some slots; ``applies`` is asked once for each slot.
+
+    Its second argument is whether this process is one of several, which may change.
     """
-    compiled = compiled_in(slot.host.root, slot.modules)
-    plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, compiled, add_layers, check_targets, base_weights)
-    for group in slot.engine.passes:
-        for each in group:
-            plan = each(plan) or plan
-            if plan.is_decided:
-                return plan
-        if plan.refusals:
-            return plan
-    return plan
+
+    def marked(of_plan: Pass) -> Pass:
+        vars(of_plan)["only_for"] = applies
+        return of_plan
+
+    return marked
+
+
+def stop_if_refused(plan: Plan) -> None:
+    """Skip the passes that follow if one of those before has refused something."""
+    plan.is_decided = bool(plan.refusals)
 
 
 # ---- the configs
@@ -71,12 +59,22 @@ def misfits(slot: Slot, adapter: Adapter, in_graph: bool = False) -> list[Refusa
 
 def check_configs(plan: Plan) -> None:
     """Refuse an adapter of another type than the loaded one, and configs that no fresh load accepts."""
-    plan.refusals += [*misfits(plan.slot, plan.adapter), *plan.slot.method.judge(plan.slot.config, "loaded")]
+    slot, loaded, new = plan.slot, plan.slot.config, plan.adapter.config
+    # a refusal is not remembered: it may come from an error that has passed
+    if loaded.peft_type != new.peft_type or not slot.once_for(new, _is_accepted):
+        plan.refusals += misfits(slot, plan.adapter)
+    if not slot.once_for(loaded, _is_accepted):
+        plan.refusals += slot.method.judge(loaded, "loaded")
+
+
+def _is_accepted(slot: Slot, config: Config) -> bool:
+    """Whether a config is refused neither as the new one nor as the loaded one."""
+    return not [*slot.method.judge(config, "new"), *slot.method.judge(config, "loaded")]
 
 
 def complete_config(plan: Plan) -> None:
     """Complete the config as a fresh load does."""
-    plan.config = lora.complete(copy.deepcopy(plan.adapter.config), plan.slot.host)
+    plan.config = lora.complete(copy_of(plan.adapter.config), plan.slot.host)
     plan.config.inference_mode = plan.slot.config.inference_mode
 
 
@@ -109,7 +107,8 @@ def _by_own_key(plan: Plan, named: Mapping[str, torch.Tensor], own_keys: Mapping
     """Tensors by their own keys in the base model. Two tensors for one key are refused unless they are equal."""
     tensors: Tensors = {}
     for key, tensor in named.items():
-        own = own_keys.get(short := canonical_path(key), short)
+        if (own := own_keys.get(key)) is None:
+            own = own_keys.get(short := canonical_path(key), short)
         if own in tensors and not are_interchangeable(tensor, tensors[own]):
             plan.refuse("two_values_for_one", key=key, own=own)
         tensors[own] = tensor
@@ -127,7 +126,7 @@ def _plan_layer(
 ) -> None:
     """Plan one layer and take its tensors out of ``tensors``; ``action`` overrides the one that the shapes imply."""
     sources = tuple(map(tensors.pop, layer.keys, repeat(None)))
-    shapes = [None if source is None else source.shape for source in sources]
+    shapes = list(map(getattr, sources, repeat("shape"), repeat(None)))
     settings = expected.settings
     if shapes == expected.shapes and (expected.is_targeted or not plan.check_targets):
         if action is None:
@@ -138,7 +137,7 @@ def _plan_layer(
     else:
         plan.refusals.append(_what_is_wrong(plan, layer, shapes, expected))
         return
-    plan.layers.append(LayerPlan(layer, action, before, settings, sources))
+    plan.layers.append(LayerPlan(layer, action, before, settings, sources, expected.is_targeted))
 
 
 def _what_is_wrong(plan: Plan, layer: SlotLayer, shapes: list[torch.Size | None], expected: Expected) -> Refusal:
@@ -223,7 +222,8 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
 
 def check_capacity(plan: Plan) -> None:
     """Refuse ranks that a prepared layer has no room for, all of them in one refusal."""
-    padded = [layer for layer in plan.layers if layer.action is Action.PAD]
+    if not (padded := [layer for layer in plan.layers if layer.action is Action.PAD]):
+        return
     ranks = [(layer.rank_after or 0, layer.layer.tensors[0].capacity or 0, layer.path) for layer in padded]
     if lacking := [each for each in ranks if each[0] > each[1]]:
         highest, room, path = max(lacking)[0], max(room for _, room, _ in lacking), lacking[0][2]
@@ -243,13 +243,13 @@ def retarget_config(plan: Plan) -> None:
     if plan.check_targets:
         return
     config, on = plan.config, [layer for layer in plan.layers if layer.settings is not None]
-    if config.target_modules is None or [layer for layer in plan.layers if plan.targets(layer)] != on:
+    if config.target_modules is None or [layer for layer in plan.layers if lora.is_targeted(config, layer.path)] != on:
         config.target_modules = {layer.path for layer in on}
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
 
 
 def check_that_it_does_something(plan: Plan) -> None:
     """Refuse an adapter whose tensors are for no layer of the slot."""
-    if not plan.refusals and plan.adapter.tensors and not any(layer.settings for layer in plan.layers):
+    if not plan.refusals and plan.adapter.tensors and not any(map(attrgetter("settings"), plan.layers)):
         keys, paths = map(repr, plan.adapter.tensors), [repr(layer.path) for layer in plan.slot.layers]
         plan.refuse("nothing_for_any_layer", keys=listing(keys, 2), paths=listing(paths, 2))

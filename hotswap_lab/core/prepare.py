@@ -12,23 +12,22 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
 
 from . import lora
 from .adapter import Adapter
-from .change import Change, apply
+from .change import Change
 from .compiled import blind_spot, compiled_in
-from .engine import Engine
 from .errors import HotswapError, Refusal, listing, refusal, refuse
 from .host import Config, canonical_path, carriers
 from .journal import Journal
-from .lora import Lora
+from .method import Method
 from .planner import misfits
-from .prepared import make_prepared, rank_before, write_settings
+from .prepared import make_prepared, ranks_before, write_settings
 from .room import Room, build_room
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, change_of, keep_slot, room_left_by, room_of, slot_in
@@ -40,87 +39,8 @@ BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
 PADDABLE = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.HIRA, PeftType.ADALORA)
 
 
-def prepare_model_for_compiled_hotswap(
-    engine: Engine,
-    model: torch.nn.Module,
-    *,
-    target_rank: int | None = None,
-    config: Config | Mapping[str, PeftConfig] | None = None,
-    check_compiled: Literal["error", "warn", "ignore"] = "error",
-    adapters: Iterable[str | os.PathLike[str] | Adapter | PeftConfig] = (),
-    adapter_name: str | None = None,
-    **hub: Any,
-) -> None:
-    """Make a model ready for swaps that never recompile it. Call it after loading the first adapter, before compiling.
-
-    The outputs stay the same up to rounding: the added zeros make sums longer. ``save_adapter`` and
-    ``save_pretrained`` save the adapter with its own rank and scaling, as if nothing had been prepared. Two cases need
-    ``save_adapter``: if an embedding is reserved, ``save_pretrained`` adds its base weight to the file of an adapter
-    that is on another embedding; and with ``bias="all"``, it saves the bias of a layer that is off under a name that no
-    fresh load uses. Call it again before compiling anew to make more room. After an error the model is unchanged. Make
-    an optimizer only afterwards: the parameters stay the same objects but get other shapes.
-
-    The scaling of each layer becomes a buffer that is not part of ``state_dict()``. If the model is in shared memory
-    (``model.share_memory()``, before or after), or is passed to a new process, then all processes that compute with it
-    see a swap in one of them: its weights, ranks and scalings, but not its config, which stays as it was elsewhere.
-    No lock holds another process back, so it must be told when it may compute.
-
-    Parameters
-    ----------
-    model:
-        A model with at least one LoRA adapter. All of its LoRA adapters are prepared.
-    target_rank:
-        The rank to make room for in every layer: the highest of all adapters that will be swapped in.
-    config:
-        Configs whose ``r`` and ``rank_pattern`` are set to ``target_rank``, as PEFT does, for code that makes or
-        compares further adapters with them. The live configs in ``model.peft_config`` describe the loaded adapter and
-        are saved with it: these are never changed, even when they are passed here.
-    check_compiled:
-        What to do if the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
-    adapters:
-        The family: folders, Hub ids, :class:`Adapter` objects or configs. Each layer gets room for the highest rank in
-        the family, and layers that the loaded adapter lacks are reserved, so that any of these adapters can be swapped
-        in, in any order. For folders and Hub ids, only the configs are read.
-    adapter_name:
-        The name of the only adapter to prepare. Default: all that can be prepared.
-    **hub:
-        ``subfolder``, ``revision``, ``token`` and the other arguments of ``huggingface_hub.hf_hub_download``.
-
-    Raises
-    ------
-    HotswapError
-        If the model is compiled already, has no LoRA adapter, or can't be prepared for these ranks and layers.
-
-    Examples
-    --------
-    >>> from hotswap_lab import demo, hotswap_adapter, prepare_model_for_compiled_hotswap
-    >>> model, tokenizer = demo.load("caesar")                     # adapts the MLP only
-    >>> family = [demo.adapter_path(name) for name in demo.adapter_names()]
-    >>> prepare_model_for_compiled_hotswap(model, adapters=family)
-    >>> hotswap_adapter(model, demo.adapter_path("pig_latin"), "default")   # adapts the attention only
-    >>> demo.ask(model, tokenizer, "hotswap")
-    'otswaphay'
-
-    Notes
-    -----
-    Same call as ``peft.utils.hotswap.prepare_model_for_compiled_hotswap`` of PEFT 0.21, with its errors and
-    warnings; ``adapters`` and ``adapter_name`` are new here.
-    """
-    bases = [host.base for host in carriers(model)]
-    # PEFT's wording
-    found = "prepare_model_for_compiled_hotswap was called with a model that is already compiled, or has compiled parts"
-    _check_compiled(model, check_compiled, found)
-    family = [engine.read(each, only_config=True, **hub) for each in _as_list(adapters)]
-    with engine.lock.held(*bases):
-        changes = changes_to_prepare(engine, model, family, target_rank=target_rank, adapter_name=adapter_name)
-        if config and target_rank is not None:
-            given = config.values() if isinstance(config, Mapping) else [config]
-            changes[0].steps.append(functools.partial(_raise_ranks, model, given, target_rank))
-        apply(changes)
-
-
 def changes_to_prepare(
-    engine: Engine,
+    methods: Sequence[Method],
     model: torch.nn.Module,
     family: list[Adapter],
     *,
@@ -131,7 +51,7 @@ def changes_to_prepare(
     kind: type[Room] = Room,
     ranks: Mapping[str, int] | None = None,
 ) -> list[Change]:
-    """The changes that :func:`prepare_model_for_compiled_hotswap` writes, for adapters that are read already.
+    """The changes that prepare the adapters of a model for adapters that are read already.
 
     ``check_compiled`` says what to do if the model is compiled and something has to change. A pool, which needs a room,
     passes ``extra_tensors``: a function that finds the tensors of an adapter outside of its layers. ``ranks`` asks for
@@ -140,12 +60,12 @@ def changes_to_prepare(
     _check_target_rank(target_rank)
     changes: list[Change] = []
     refusals: list[Refusal] = []
-    for slot in _slots(engine, model, adapter_name):
-        if isinstance(slot.method, Lora) or engine.prepare_in_place is None:
+    for slot in _slots(methods, model, adapter_name):
+        if (prepare_in_place := slot.method.prepare_in_place) is None:
             extra = extra_tensors(slot) if extra_tensors else []
             change, reasons = _prepare(slot, target_rank, family, kind, extra, ranks or {})
         else:
-            change, reasons = engine.prepare_in_place(slot, target_rank, family)
+            change, reasons = prepare_in_place(slot, target_rank, family)
         changes.append(change)
         refusals += reasons
     if not changes:
@@ -153,11 +73,11 @@ def changes_to_prepare(
     if refusals:
         raise HotswapError(*refusals)
     if not all(change.is_empty for change in changes):
-        _check_compiled(model, check_compiled)
+        check_not_compiled(model, check_compiled)
     return changes
 
 
-def _raise_ranks(model: torch.nn.Module, given: Iterable[Config], target_rank: int, journal: Journal) -> None:
+def raise_ranks(model: torch.nn.Module, given: Iterable[Config], target_rank: int, journal: Journal) -> None:
     """Set the ranks of the given configs, as PEFT does; but not of the model's own, which describe its adapter."""
     live = [id(each) for host in carriers(model) for each in host.configs.values()]
     for each in given:
@@ -166,7 +86,7 @@ def _raise_ranks(model: torch.nn.Module, given: Iterable[Config], target_rank: i
             journal.set_attribute(each, "rank_pattern", dict.fromkeys(each.rank_pattern, target_rank))
 
 
-def _check_compiled(
+def check_not_compiled(
     model: torch.nn.Module, check_compiled: str, found: str = "a model that is compiled already, or has compiled parts"
 ) -> None:
     if check_compiled not in ("error", "warn", "ignore"):
@@ -187,18 +107,18 @@ def _check_target_rank(target_rank: object) -> None:
         raise refuse("target_rank_is_no_rank", target_rank=target_rank)
 
 
-def _as_list(adapters: Any) -> list:
+def as_list(adapters: Any) -> list[Any]:
     if isinstance(adapters, (str, os.PathLike, Adapter, PeftConfig)):
         return [adapters]
     return list(adapters.values() if isinstance(adapters, Mapping) else adapters)
 
 
-def _slots(engine: Engine, model: torch.nn.Module, adapter_name: str | None) -> Iterator[Slot]:
+def _slots(methods: Sequence[Method], model: torch.nn.Module, adapter_name: str | None) -> Iterator[Slot]:
     for host in carriers(model):
         for name, config in host.configs.items():
             # adapters that can't be prepared are skipped, unless they are asked for by name
             wanted = config.peft_type in PADDABLE if adapter_name is None else name == adapter_name
-            if wanted and (slot := slot_in(engine, host, name)).layers:
+            if wanted and (slot := slot_in(methods, host, name)).layers:
                 yield slot
 
 
@@ -220,18 +140,18 @@ def _prepare(
     refusals = refusals or [each for adapter in family for each in _misfits(slot, adapter)]
     if refusals:
         return Change(), refusals
-    own = {layer.path: rank_before(layer.module, slot.adapter_name, layer.tensors[0]) or 0 for layer in slot.layers}
+    own = {layer.path: rank or 0 for layer, rank in zip(slot.layers, ranks_before(slot), strict=True)}
     #: the rank to make room for, by the path of a layer that the slot has or lacks
-    room = {layer.path: layer.tensors[0].capacity or 0 for layer in slot.layers}
-    refusals += _make_room(room, own, target_rank, "the loaded adapter")
-    refusals += _make_room(room, ranks, target_rank, "the ranks to make room for")
+    space = {layer.path: layer.tensors[0].capacity or 0 for layer in slot.layers}
+    refusals += _make_space(space, own, target_rank, "the loaded adapter")
+    refusals += _make_space(space, ranks, target_rank, "the ranks to make room for")
     for adapter in family:
         if not (ranks := _ranks_of(slot, adapter)):
             names = adapter.config.target_modules
             refusals.append(refusal("member_has_no_layer", label=adapter.label, target_modules=names))
-        refusals += _make_room(room, ranks, target_rank, adapter.label)
-    refusals = refusals or [*slot.method.no_room(slot, room)]
-    return (Change(), refusals) if refusals else (_change_for(slot, room, kind, extra_tensors), [])
+        refusals += _make_space(space, ranks, target_rank, adapter.label)
+    refusals = refusals or [*slot.method.no_room(slot, space)]
+    return (Change(), refusals) if refusals else (_change_for(slot, space, kind, extra_tensors), [])
 
 
 def _misfits(slot: Slot, adapter: Adapter) -> Iterator[Refusal]:
@@ -250,15 +170,15 @@ def _form_of_extra_state(slot: Slot, config: Config) -> str:
     return f"{paths} and {listing(tokens.values() if isinstance(tokens, dict) else [tokens])} tokens"
 
 
-def _make_room(
-    room: dict[str, int], ranks: Mapping[str, int], target_rank: int | None, label: str
+def _make_space(
+    space: dict[str, int], ranks: Mapping[str, int], target_rank: int | None, label: str
 ) -> Iterator[Refusal]:
-    """Raise ``room`` to the ranks of one adapter; refuse ranks above ``target_rank``."""
+    """Raise ``space`` to the ranks of one adapter; refuse ranks above ``target_rank``."""
     for path, rank in ranks.items():
         if target_rank is not None and target_rank < rank:
             yield refusal("target_rank_too_low", target_rank=target_rank, own=rank, path=path, label=label)
             return
-        room[path] = max(room.get(path, 0), rank, target_rank or 0)
+        space[path] = max(space.get(path, 0), rank, target_rank or 0)
 
 
 def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
@@ -266,23 +186,25 @@ def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
     base, config = slot.host.base, lora.complete(copy.deepcopy(adapter.config), slot.host)
     first_paths = {module: path for path, module in reversed(slot.walk)}.values()
     # modules inside a tuner layer belong to it
-    paths = {path for path in first_paths if path and ".base_layer" not in path and lora.targets(config, path)}
+    paths = {path for path in first_paths if path and ".base_layer" not in path and lora.is_targeted(config, path)}
     paths |= {path for key in adapter.tensors if (path := adaptable(base, canonical_path(key))) is not None}
     known = {path: layer.path for layer in slot.layers for path in layer.paths}
     return {path: lora.settings_for(config, path).rank for path in [known.get(path, path) for path in paths]}
 
 
-def _change_for(slot: Slot, room: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:
+def _change_for(slot: Slot, space: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:
     """Allocate a room next to the model. The change moves the slot in when it is carried out."""
-    capacity = {layer: room[layer.path] for layer in slot.layers}
-    lacking = room.keys() - {layer.path for layer in slot.layers}
+    capacity = {layer: space[layer.path] for layer in slot.layers}
+    lacking = space.keys() - {layer.path for layer in slot.layers}
     enough = all(layer.tensors[0].capacity == rank for layer, rank in capacity.items())
     present = room_of(slot.host.base, slot.adapter_name)
     kind = type(present) if present is not None and kind is Room else kind
     if enough and not lacking and type(present) is kind:
         return Change()
-    reserved = build_shadow_layers(slot, slot.config, {path: room[path] for path in sorted(lacking)}) if lacking else []
-    capacity |= {layer: room[layer.path] for layer in reserved}
+    reserved = (
+        build_shadow_layers(slot, slot.config, {path: space[path] for path in sorted(lacking)}) if lacking else []
+    )
+    capacity |= {layer: space[layer.path] for layer in reserved}
     with slot.write_mode(), torch.no_grad():
         memory = build_room(slot, capacity, reserved, kind, extra_tensors)
     left = room_left_by(slot)

@@ -14,15 +14,16 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from multiprocessing.context import get_spawning_popen
+from operator import attrgetter, itemgetter
 from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
 
-from .engine import Method
 from .host import TunerLayer
 from .journal import Journal
 from .lora import SCALAR_TABLES, EvalFreeDropout, write_dropout
+from .method import Method
 from .slot import Slot, SlotLayer
 from .tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SCALING, LayerSettings, SlotTensor, is_shared, shared_as
 
@@ -257,24 +258,32 @@ def own_rank(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
     return capacity
 
 
-def rank_before(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
-    """The :func:`own_rank` of the adapter; None where it is turned off."""
-    # is_marked_off() inlined, since every swap does this for each layer
-    off = adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
-    return None if off else own_rank(layer, adapter_name, tensor)
+def ranks_before(slot: Slot) -> list[int | None]:
+    """The :func:`own_rank` of the adapter on each layer; None where it is turned off."""
+    name, ranks = slot.adapter_name, []
+    for layer in slot.layers:
+        off = name in layer.module.__dict__.get(OFF_ATTRIBUTE, ())
+        ranks.append(None if off else own_rank(layer.module, name, layer.tensors[0]))
+    return ranks
 
 
 def write_settings(
     slot: Slot, layers: Iterable[SlotLayer], settings: Iterable[LayerSettings | None], journal: Journal
 ) -> None:
     """Write the settings of an adapter to these layers, except for the scaling; None turns it off on a layer."""
-    name, method = slot.adapter_name, slot.method
-    on: list[tuple[torch.nn.Module, LayerSettings]] = []
-    for layer, wanted in zip(layers, settings, strict=True):
-        if wanted is None or name in layer.module.__dict__.get(OFF_ATTRIBUTE, ()):
-            set_off(method, layer.module, name, wanted is None, journal)
-        if wanted is not None:
-            on.append((layer.module, wanted))
-            write_dropout(layer.module, name, wanted.dropout, journal)
+    name, on, wanted = slot.adapter_name, [], []
+    # attribute access on a module is slow, so this reads its tables
+    for layer, each in zip(layers, settings, strict=True):
+        attributes: dict[str, Any] = layer.module.__dict__
+        marked = attributes.get(OFF_ATTRIBUTE, frozenset())
+        if (each is None) != (name in marked):
+            journal.set_item(attributes, OFF_ATTRIBUTE, marked ^ {name})
+        if (each is None or name in marked) and not layer.is_plain:
+            slot.method.turn(layer.module, name, each is not None, journal)
+        if each is not None:
+            on.append(attributes)
+            wanted.append(each)
+            if layer.module._modules["lora_dropout"]._modules[name].__dict__.get("p", 0.0) != each.dropout:
+                write_dropout(layer.module, name, each.dropout, journal)
     for table, field in SCALAR_TABLES.items():
-        journal.set_items([module.__dict__[table] for module, _ in on], name, [getattr(each, field) for _, each in on])
+        journal.set_items(list(map(itemgetter(table), on)), name, list(map(attrgetter(field), wanted)))

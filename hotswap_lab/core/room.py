@@ -6,13 +6,12 @@ each layer.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress
+from itertools import compress, repeat
 from operator import attrgetter
 from typing import Any
 
@@ -23,14 +22,14 @@ from .change import Change, clear_gradients, copy_all
 from .errors import listing, refuse
 from .host import Config
 from .journal import Journal
-from .lora import SCALAR_TABLES, settings_of
+from .lora import NOTED, SCALAR_TABLES, settings_of
 from .prepared import is_marked_off, is_off, new_scalings, own_rank, write_settings
-from .slot import SLOTS, Slot, SlotLayer, change_of
+from .slot import SLOTS, Slot, SlotLayer, change_of, copy_of
 from .tensors import LayerSettings, SlotTensor, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
-_requires_grad, _version = attrgetter("requires_grad"), attrgetter("_version")
+_requires_grad, _version, _address = attrgetter("requires_grad"), attrgetter("_version"), torch.Tensor.data_ptr
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +112,7 @@ class Room:
     def __init__(self, slot: Slot, bands: Sequence[Band], scalings: Sequence[torch.Tensor], state: State):
         self.slot: Slot = slot
         self.bands: tuple[Band, ...] = tuple(bands)
+        self._memories: list[torch.Tensor] = [band.memory for band in self.bands]
         self.scalings: tuple[torch.Tensor, ...] = tuple(scalings)
         self.state = state
         #: whether other code wrote to the weights and no version counter shows it
@@ -157,14 +157,14 @@ class Room:
             and kept.room is self
             and name in slot.host.configs
             and slot.is_in_place()
-            and list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses_now()
+            and list(map(_address, self._parameters)) == self._addresses_now()
         )
 
     def _addresses_now(self) -> list[int]:
         """The addresses that the parameters must have: ``share_memory`` moves the memory, with all views of it."""
-        bases = [band.memory.data_ptr() for band in self.bands]
+        bases = list(map(_address, self._memories))
         if bases != self._bases:
-            self._bases, self._addresses = bases, list(map(torch.Tensor.data_ptr, self._views))
+            self._bases, self._addresses = bases, list(map(_address, self._views))
         return self._addresses
 
     @property
@@ -178,7 +178,7 @@ class Room:
 
     def _note_write(self, journal: Journal) -> None:
         """Note the version counters, so that they show when other code writes from now on."""
-        journal.set_attribute(self, "was_touched", False)
+        journal.set_item(self.__dict__, "was_touched", False)
         journal.record(lambda: setattr(self, "_versions", self._versions_now()))
         if not self.slot.is_inference:  # autograd doesn't notice writes to the memory that a parameter is a view of
             torch.autograd.graph.increment_version(self._parameters)
@@ -241,13 +241,13 @@ class Room:
 
     def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
         """The change that puts a packed adapter in. The room must be intact."""
-        taken = [len(own) for own in packed.bands]
-        change = self._change(packed.state, _copy_of(packed.state.config), taken, taken)
-        change.copies += [
-            (band.memory[: len(own)], own) for band, own in zip(self.bands, packed.bands, strict=True) if len(own)
-        ]
+        taken = list(map(len, packed.bands))
+        change = self._change(packed.state, copy_of(packed.state.config), taken, taken)
+        for memory, own in zip(self._memories, packed.bands, strict=True):
+            if len(own):
+                change.copies.append((memory[: len(own)], own))
         scalings = packed.scalings if strength == 1 else self.scalings_of(packed.state, strength)
-        change.copies += [(target, scalings) for target in self.scalings]
+        change.copies += zip(self.scalings, repeat(scalings))
         return change
 
     def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
@@ -279,23 +279,31 @@ class Room:
 
     def _change(self, state: State, config: Config, filled: list[int], taken: list[int]) -> Change:
         """The change for a swap without the weights. It zeroes all components that the new weights may not cover."""
-        change = change_of(self.slot, config, self.slot)
-        change.steps.append(self._note_write)
-        self.was_touched = self.is_touched  # after this swap, the counters don't show earlier writes
+        slot = self.slot
+        change = Change(slot.is_inference)
+        live = vars(slot.host.configs[slot.adapter_name])
+        if NOTED in live and not slot.reads_base:
+            vars(config)[NOTED] = live[NOTED]
+        else:
+            change.steps.append(functools.partial(slot.method.follow, slot, config))
+        # after this swap, the counters don't show earlier writes
+        self.was_touched = self.was_touched or self._versions_now() != self._versions
         # other code that writes to the memory may write to any component
-        before = [len(band.memory) for band in self.bands] if self.was_touched else self.used
-        for band, start, stop in zip(self.bands, filled, before, strict=True):
+        before = list(map(len, self._memories)) if self.was_touched else self.used
+        for memory, start, stop in zip(self._memories, filled, before, strict=True):
             if start < stop:
-                change.zero(band.memory[start:stop])
-        change.steps.append(functools.partial(self._enter, state, taken))
+                change.copies.append((memory[start:stop], memory.new_zeros(()).expand_as(memory[start:stop])))
+        change.steps.append(functools.partial(self._enter, state, config, taken))
         return change
 
-    def _enter(self, state: State, used: list[int], journal: Journal) -> None:
+    def _enter(self, state: State, config: Config, used: list[int], journal: Journal) -> None:
         slot, before = self.slot, self.state
+        self._note_write(journal)
         if is_trained := True in map(_requires_grad, self._parameters):
             clear_gradients(self._parameters, journal)
-        journal.set_attribute(self, "state", state)
-        journal.set_attribute(self, "used", used)
+        journal.set_item(slot.host.configs, slot.adapter_name, config)
+        journal.set_item(self.__dict__, "state", state)
+        journal.set_item(self.__dict__, "used", used)
         # what is off must not be trained, even if the user has set `requires_grad` since
         keeps_on = state.on == before.on and not (is_trained and False in state.on)
         if not keeps_on or state.columns["dropout"] != before.columns["dropout"]:
@@ -305,15 +313,6 @@ class Room:
             if state.columns[field] != before.columns[field]:
                 on = list(compress(tables, state.on))
                 journal.set_items(on, slot.adapter_name, state.columns[field])
-
-
-def _copy_of(config: Config) -> Config:
-    """A copy for the model, where the user may change it: the next swap to the same adapter needs the original."""
-    config = copy.copy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, (dict, set, list)):
-            setattr(config, name, value.copy())
-    return config
 
 
 def new_band(memory: torch.Tensor, components: int) -> torch.Tensor:

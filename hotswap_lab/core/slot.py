@@ -7,19 +7,21 @@ adapters called ``a``, ``lora`` or ``default_0`` can't be mistaken for one anoth
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from . import lora
 from .change import Change
-from .engine import Engine, Method
-from .host import Config, Host, TunerLayer, find_host, modules_in
+from .host import PEFT_PREFIX, Config, Host, TunerLayer, find_host, modules_in
 from .journal import Journal
+from .method import Method
 from .tensors import LayerSettings, SlotTensor
 
 T = TypeVar("T")
@@ -27,7 +29,7 @@ T = TypeVar("T")
 #: the attribute of a base model with its slots as the last swaps left them, by adapter name
 SLOTS = "hotswap_slots"
 #: how many results a slot remembers for configs
-MOST_KNOWN = 128
+MOST_KNOWN = 512
 
 
 @dataclass(eq=False)
@@ -48,6 +50,11 @@ class SlotLayer:
         return (self.path, *self.aliases)
 
     @cached_property
+    def is_plain(self) -> bool:
+        """Whether its tensors are an A and a B, which are not trained while both are zero."""
+        return all(tensor.rank_axis is not None for tensor in self.tensors)
+
+    @cached_property
     def keys(self) -> list[str]:
         """The key of each tensor in an adapter file."""
         return [f"{self.path}.{tensor.key}" for tensor in self.tensors]
@@ -61,9 +68,9 @@ class Memory(Protocol):
 
 @dataclass(eq=False)
 class Slot:
-    """One adapter name on one model, as ``engine`` has found it."""
+    """One adapter name on one model, as one of ``methods`` has found it."""
 
-    engine: Engine
+    methods: Sequence[Method]
     adapter_name: str
     host: Host
     method: Method
@@ -74,6 +81,8 @@ class Slot:
     _links: tuple[tuple[Any, ...], ...] = field(default=(), init=False, repr=False)
     #: the results of :meth:`once_for`
     _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+    #: the results of :meth:`once`
+    _facts: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def config(self) -> Config:
@@ -88,6 +97,11 @@ class Slot:
     def parameters(self) -> list[torch.nn.Parameter]:
         """The parameters of the tensors at the time the slot was found."""
         return [tensor.owner._parameters[tensor.name] for tensor in self.tensors]
+
+    @cached_property
+    def reads_base(self) -> bool:
+        """Whether turning a layer off reads its base weights."""
+        return True in [tensor.reads_base for tensor in self.tensors]
 
     @cached_property
     def is_inference(self) -> bool:
@@ -135,11 +149,11 @@ class Slot:
 
     def is_in_place(self) -> bool:
         """Whether the parameters, and the modules on the way to them, are still those of the model."""
-        tables, names, held = self._links
-        if all(map(operator.is_, map(dict.get, tables, names), held)):
+        tables, names, entries = self._links
+        if all(map(operator.is_, map(dict.get, tables, names), entries)):
             return True
         # another module may have been put into the model, or a wrapper around a part that was compiled since
-        now = slot_in(self.engine, self.host, self.adapter_name)
+        now = slot_in(self.methods, self.host, self.adapter_name)
         if now._by_module() != self._by_module():
             return False
         self.walk, self.modules = now.walk, now.modules
@@ -163,21 +177,31 @@ class Slot:
     @property
     def is_merged(self) -> bool:
         """Whether the adapter is merged into the base weights, on any layer."""
-        return any(self._merged) and True in [self.adapter_name in merged for merged in self._merged]
+        return self.adapter_name in chain.from_iterable(self.merged)
 
     @cached_property
-    def _merged(self) -> list[list[str]]:
+    def merged(self) -> list[list[str]]:
+        """For each layer, the names of the adapters that are merged into it."""
         # PEFT makes one list for each layer, and never replaces it
         return [layer.module.merged_adapters for layer in self.layers]
 
     def once_for(self, config: Config, work_out: Callable[[Slot, Config], T]) -> T:
         """The result of ``work_out``, computed once for each config and remembered for some of them."""
-        key = work_out, lora.fingerprint(config)
+        if (fingerprint := lora.fingerprint(config)) is None:
+            return work_out(self, config)
+        key = work_out, fingerprint
         if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
             self._known[key] = work_out(self, config)
         return self._known[key]
+
+    def once(self, work_out: Callable[..., T], *arguments: object) -> T:
+        """The result of ``work_out(self, *arguments)``, computed once: a fact about the layers."""
+        key = work_out, arguments
+        if key not in self._facts:
+            self._facts[key] = work_out(self, *arguments)
+        return self._facts[key]
 
     def data_ptrs(self) -> list[int]:
         """The memory address of each tensor. A swap that keeps the ranks leaves them as they are.
@@ -194,14 +218,13 @@ class Slot:
 
 
 def own_keys_of(layers: Sequence[SlotLayer]) -> dict[str, str]:
-    """The key of each tensor, by the other names that files may use: with the adapter's name, or by an alias."""
+    """The key of each tensor, by all names in files: as PEFT saves it, with the adapter's name, by an alias."""
     own_keys = {}
     for layer in layers:
         for tensor, key in zip(layer.tensors, layer.keys, strict=True):
-            own_keys[f"{layer.path}.{tensor.named_key}"] = key
-            for path in layer.aliases:
-                own_keys[f"{path}.{tensor.key}"] = own_keys[f"{path}.{tensor.named_key}"] = key
-    return own_keys
+            for path in layer.paths:
+                own_keys[f"{path}.{tensor.named_key}"] = own_keys[f"{path}.{tensor.key}"] = key
+    return own_keys | {f"{PEFT_PREFIX}{name}": key for name, key in own_keys.items()}
 
 
 class Expected(NamedTuple):
@@ -216,10 +239,10 @@ class Expected(NamedTuple):
 
 def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None = None) -> list[Expected]:
     """The :class:`Expected` of each layer for an adapter with this config."""
-    settings_for, targets, expected = lora.settings_for, lora.targets, []
+    settings_for, is_targeted, expected = lora.settings_for, lora.is_targeted, []
     alike = None if config.rank_pattern or config.alpha_pattern else settings_for(config, "")
     for layer in slot.layers if layers is None else layers:
-        targeted = targets(config, layer.path) or any(targets(config, path) for path in layer.aliases)
+        targeted = is_targeted(config, layer.path) or any(is_targeted(config, path) for path in layer.aliases)
         settings, tensors = alike or settings_for(config, layer.path), layer.tensors
         shapes = [tensor.shape_for(settings.rank) for tensor in tensors]
         expected.append(Expected(settings, targeted, None if settings.rank % tensors[0].rank_step else shapes))
@@ -236,6 +259,17 @@ class Uncopied(dict[str, Any]):
         return type(self), ()
 
 
+def copy_of(config: Config) -> Config:
+    """A copy of a config, which shares no value that can be changed with it. ``deepcopy`` takes ten times as long."""
+    config = copy.copy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, set) or (isinstance(value, (list, dict)) and not value):
+            setattr(config, name, value.copy())
+        elif not isinstance(value, (str, int, float, type(None))):
+            setattr(config, name, copy.deepcopy(value))
+    return config
+
+
 def change_of(slot: Slot, config: Config = None, slot_after: Slot | None = None) -> Change:
     """A change of the adapter in a slot, with no tensor to write yet.
 
@@ -248,7 +282,12 @@ def change_of(slot: Slot, config: Config = None, slot_after: Slot | None = None)
     """
     change = Change(slot.is_inference)
     if config is not None:
-        change.steps += [partial(note, slot, config) for note in slot.engine.on_config]
+        live = vars(slot.config)
+        # the method has seen this model before, and what it noted then still holds
+        if lora.NOTED in live and not slot.reads_base and slot.host.base.__dict__.get(SLOTS, {}).get(slot.adapter_name):
+            vars(config)[lora.NOTED] = live[lora.NOTED]
+        else:
+            change.steps.append(partial(slot.method.follow, slot, config))
         change.last_steps.append(partial(_put_config, slot, config, slot_after))
     return change
 
@@ -273,11 +312,11 @@ def kept_slot(base: torch.nn.Module, adapter_name: str) -> Slot | None:
     return slot if is_there else None
 
 
-def slot_for(engine: Engine, host: Host, adapter_name: str) -> Slot:
-    """Like :func:`resolve_slot`, without a walk if the last swap's slot is still valid; with its room if it has one."""
+def slot_for(methods: Sequence[Method], host: Host, adapter_name: str) -> Slot:
+    """Like :func:`slot_in`, without a walk if the last swap's slot is still valid; with its room if it has one."""
     slot = kept_slot(host.base, adapter_name)
-    if slot is None or slot.host.configs is not host.configs or slot.engine is not engine:
-        return slot_in(engine, host, adapter_name)
+    if slot is None or slot.host.configs is not host.configs or slot.methods is not methods:
+        return slot_in(methods, host, adapter_name)
     slot.host = host  # the user may pass a wrapper around the model now
     return slot
 
@@ -294,41 +333,11 @@ def room_left_by(slot: Slot) -> Any:
     return kept and kept.room
 
 
-def resolve_slot(engine: Engine, model: torch.nn.Module, adapter_name: str) -> Slot:
-    """Find everything in ``model`` that belongs to the adapter called ``adapter_name``.
-
-    Parameters
-    ----------
-    model:
-        A PEFT model, compiled or not, or a module that contains one.
-    adapter_name:
-        The name under which the adapter was loaded.
-
-    Returns
-    -------
-    Slot
-
-    Raises
-    ------
-    HotswapError
-        If there is no such adapter, or its PEFT method is not known to the engine.
-
-    Examples
-    --------
-    >>> from hotswap_lab import demo, resolve_slot
-    >>> model, _ = demo.load("caesar")
-    >>> slot = resolve_slot(model, "default")
-    >>> len(slot.layers), slot.layers[0].path
-    (12, 'model.layers.0.mlp.gate_proj')
-    """
-    return slot_in(engine, find_host(model, adapter_name), adapter_name)
-
-
-def slot_in(engine: Engine, host: Host, adapter_name: str) -> Slot:
-    """Like :func:`resolve_slot`, for a host that is known already."""
+def slot_in(methods: Sequence[Method], host: Host, adapter_name: str) -> Slot:
+    """Find everything in a model that belongs to an adapter. The first method that takes its config is used."""
     if adapter_name not in host.configs:
         find_host(host.root, adapter_name)  # raises
-    method = engine.method_for(host.configs[adapter_name])
+    method = next(each for each in methods if each.takes(host.configs[adapter_name]))
     found: dict[torch.nn.Module, tuple[list[SlotTensor], list[str]]] = {}
     for path, module in (walk := modules_in(host.base)):
         if module in found:
@@ -338,6 +347,6 @@ def slot_in(engine: Engine, host: Host, adapter_name: str) -> Slot:
     layers = [
         SlotLayer(paths[0], module, tuple(tensors), tuple(paths[1:])) for module, (tensors, paths) in found.items()
     ]
-    slot = Slot(engine, adapter_name, host, method, tuple(layers))
+    slot = Slot(methods, adapter_name, host, method, tuple(layers))
     slot.walk = walk
     return slot

@@ -62,7 +62,10 @@ class SlotTensor:
         if source is None:
             change.copy(parameter, self.off_value())
         elif source.shape == parameter.shape:
-            change.copy(parameter, source)
+            if source.dtype == parameter.dtype and source.device == parameter.device:
+                change.copies.append((parameter, source))
+            else:
+                change.copy(parameter, source)
         elif not fixed_size:
             # always a copy: a model that shared memory with the caller's state dict would change with it
             change.resize(parameter, source.detach())
@@ -163,7 +166,7 @@ class LayerSettings:
         return self.alpha / math.sqrt(self.rank) if self.use_rslora else self.alpha / self.rank
 
 
-# ---- whether two tensors are equal
+# ---- the values of tensors
 
 
 def are_interchangeable(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -174,3 +177,17 @@ def are_interchangeable(one: torch.Tensor, other: torch.Tensor) -> bool:
 def have_same_values(live: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether writing ``other`` to ``live`` would change nothing."""
     return live.shape == other.shape and torch.equal(live.detach(), other.detach().to(live.device, live.dtype))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite. Those of integer tensors, such as indices, always are.
+
+    A finite sum shows it. A sum of very large finite weights may overflow, so then each element is checked.
+    """
+    if not tensor.is_floating_point():
+        return True
+    tensor = tensor.detach()
+    if tensor.dtype.itemsize == 1:  # PyTorch can't sum 8-bit floats
+        tensor = tensor.float()
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return math.isfinite(tensor.sum(dtype=dtype).item()) or bool(tensor.isfinite().all())

@@ -10,8 +10,8 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..core import adapter as core
-from ..core.adapter import is_finite
 from ..core.errors import refuse
+from ..core.tensors import is_finite
 from .bin_file import read_bin
 from .hub import find_repository
 from .sources import Folder, Tensors, check_file, read_config
@@ -79,8 +79,11 @@ def find_source(source: object, arguments: dict[str, Any]) -> Folder:
     if not isinstance(source, (str, os.PathLike)):
         raise refuse("no_adapter_to_read", found=f"a {type(source).__name__}: {source!r}"[:200])
     name = os.fspath(source)
+    is_folder = os.path.isdir(name)
+    if is_folder and not arguments:
+        return Folder(name)
     repository = find_repository(name, arguments)  # also for a folder, since it checks the arguments
-    return Folder(name, str(arguments.get("subfolder") or "")) if os.path.isdir(name) else repository
+    return Folder(name, str(arguments.get("subfolder") or "")) if is_folder else repository
 
 
 def read_tensors(

@@ -20,15 +20,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, get_p
 from safetensors.torch import save_file
 
 from ..core.compiled import COMPILED
-from ..core.engine import Engine
 from ..core.errors import refuse
-from ..core.host import name_in
 from ..core.journal import interrupts_held
 from ..core.lora import Lora
 from ..core.prepared import is_off
-from ..core.slot import Slot, resolve_slot, room_of
+from ..core.slot import Slot, room_of
 from ..core.wrappers import EMBEDDINGS, has_adapter, inside, is_table, is_wrapper
-from ..threads import in_use
 from .state_dicts import strange_padding
 
 #: the attributes of wrappers that have the wrapped module
@@ -40,58 +37,11 @@ PREFIX = ".hotswap-save-"
 _exchanging = threading.Lock()
 
 
-def save_adapter(
-    engine: Engine, model: torch.nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None
-) -> None:
-    """Save one adapter to a folder, with the same files as after a fresh load.
-
-    Layers that are turned off and the padding of a prepared model are left out. Both files are written next to those of
-    an older adapter and then replace them: after an error the folder has the old adapter. Other files in the folder are
-    left alone.
-
-    Parameters
-    ----------
-    model:
-        A model with the adapter, compiled or not.
-    folder:
-        The folder for ``adapter_config.json`` and ``adapter_model.safetensors``. Created if it doesn't exist.
-    adapter_name:
-        The adapter to save. Default: the only one in the model.
-
-    Raises
-    ------
-    HotswapError
-        If the model has no such adapter, if other code has written to its padding (in a prepared model), if the file
-        would contain base weights that an adapter is merged into, if some of the adapter isn't in the model, or if
-        rows of a batch may have different adapters.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from hotswap_lab import demo, hotswap_adapter, save_adapter, verify_hotswap
-    >>> model, _ = demo.load("reverse")
-    >>> hotswap_adapter(model, demo.adapter_path("double"), "default")
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_adapter(model, folder)
-    ...     bool(verify_hotswap(model, folder))
-    True
-
-    Notes
-    -----
-    The format is that of ``PeftModel.save_pretrained``, which also works and leaves out the same layers. This function
-    also takes models that aren't a ``PeftModel``, and never mixes several adapters in one folder.
-    """
-    for each in (Path(folder), *Path(folder).parents):
-        if each.exists() and not each.is_dir():
-            raise refuse("not_a_folder", folder=folder, file=each)
-    adapter_name = name_in(model, adapter_name)
-    resolve_slot(engine, model, adapter_name)  # raises if there is no such adapter
-    with in_use(model):
-        slot = resolve_slot(engine, model, adapter_name)  # again, since in_use may have waited for a swap
-        config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
-        _check(slot, tensors)
-    with interrupts_held():  # so that Ctrl-C leaves no temporary files behind
-        _save(Path(folder), config, tensors)
+def files_of(slot: Slot) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """The config and the tensors to save; refuses an adapter that would not be the one in the model."""
+    config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
+    _check(slot, tensors)
+    return config, tensors
 
 
 def _check(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
@@ -224,8 +174,20 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, tensors: d
     config.save_pretrained(folder)
 
 
-def _save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
+def check_folder(folder: Path) -> None:
+    """Refuse a path with a file in the place of a folder."""
+    for each in (folder, *folder.parents):
+        if each.exists() and not each.is_dir():
+            raise refuse("not_a_folder", folder=folder, file=each)
+
+
+def save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Write the adapter next to an older one in the same folder, then replace that one."""
+    with interrupts_held():  # so that Ctrl-C leaves no temporary files behind
+        _save(folder, config, tensors)
+
+
+def _save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     beside = folder / f"{PREFIX}{secrets.token_hex(4)}"
     new, old = beside / "new", beside / "old"
     with _cleared_away(beside, [each for each in (folder, *folder.parents) if not each.exists()]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from peft import PeftConfig
@@ -34,7 +35,7 @@ class Folder:
 
     def _with(self, lacking: Callable[[str, Exception], HotswapError], *names: str) -> str:
         folder = os.path.join(self.name, self.subfolder)
-        if not any(os.path.exists(os.path.join(folder, name)) for name in names):
+        if not any(map(os.path.exists, map(os.path.join, repeat(folder), names))):
             raise lacking(self.name, FileNotFoundError(f"no {' and no '.join(names)} in the folder {folder}"))
         return folder
 

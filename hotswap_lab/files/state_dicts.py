@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..core.engine import Method
 from ..core.errors import refuse
 from ..core.host import Config
 from ..core.journal import Journal
 from ..core.lora import Lora
+from ..core.method import Method
 from ..core.prepared import is_marked_off, is_off, is_padded, own_rank
 from ..core.slot import SLOTS, Slot
 from ..core.tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SlotTensor
 
-#: the methods of an engine
+#: all methods that a model may have adapters of
 Methods = Sequence[Method]
 
 
@@ -33,8 +33,8 @@ def look_after(slot: Slot, config: Config, journal: Journal) -> None:
     base = slot.host.base
     if not any(map(_is_ours, base._state_dict_hooks.values())):
         journal.record(lambda: forget_hooks(base))
-        base.register_state_dict_post_hook(partial(_show_own, slot.engine.methods))
-        base.register_load_state_dict_pre_hook(partial(_fill_up, slot.engine.methods))
+        base.register_state_dict_post_hook(partial(_show_own, slot.methods))
+        base.register_load_state_dict_pre_hook(partial(_fill_up, slot.methods))
 
 
 def _is_ours(hook: Any) -> bool:

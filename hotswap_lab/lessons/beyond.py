@@ -13,8 +13,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from .. import demo
 from ..beyond.base_twin import make_base_twin
-from ..engine import resolve_slot
 from ..files.reading import Adapter
+from ..swap import resolve_slot
 from .exercise import Exercise
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

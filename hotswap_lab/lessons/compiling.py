@@ -14,7 +14,7 @@ from peft.utils import get_peft_model_state_dict
 
 from .. import demo
 from ..core.compiled import compiled_in
-from ..engine import hotswap_adapter, hotswap_adapter_from_state_dict
+from ..swap import hotswap_adapter, hotswap_adapter_from_state_dict
 from ..verify import verify_hotswap
 from ..watch import RecompileWatch
 from .exercise import Exercise

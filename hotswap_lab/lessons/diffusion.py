@@ -11,17 +11,12 @@ import torch.nn.functional as F
 
 from ..core.slot import SlotLayer
 from ..demo import digits
-from ..engine import (
-    hotswap_pipeline,
-    plan_pipeline_hotswap,
-    prepare_model_for_compiled_hotswap,
-    prepare_pipeline_for_compiled_hotswap,
-    resolve_slot,
-)
 from ..figures import Canvas, Figure
 from ..figures.palette import BLACK, WHITE, mix
 from ..figures.png import address, png
 from ..pipelines.lora_files import read_pipeline_lora
+from ..pipelines.pipeline import hotswap_pipeline, plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap
+from ..swap import prepare_model_for_compiled_hotswap, resolve_slot
 from ..verify import verify_hotswap
 from ..watch import RecompileWatch
 from .exercise import Exercise

@@ -1,16 +1,17 @@
-"""The notebook that reads the engine: a method of the reader's own."""
+"""The notebook that reads the code: a method of the reader's own."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
 
 from .. import demo
+from ..beyond.passes import PASSES, make_plan
+from ..core.adapter import Adapter
 from ..core.change import Change
 from ..core.plan import Plan
-from ..engine import ENGINE, resolve_slot
+from ..swap import carry_out, resolve_slot
 from .exercise import Exercise
 
 #: the key of a gain in a file: the layer's path, and this
@@ -36,7 +37,7 @@ def as_plan(draft: Plan, change: Change) -> Plan:
 
 
 def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solution: Callable) -> None:
-    """Swaps gains in, decided by ``solution`` in an engine that has it as its first pass; None changes nothing."""
+    """Swaps gains in, decided by ``solution`` as the first pass; None changes nothing."""
 
     def plan_gains(plan: Plan) -> Plan | None:
         if not gains_of(plan):
@@ -44,9 +45,9 @@ def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solutio
         plan.is_decided = True
         return solution(plan) or as_plan(plan, Change())
 
-    own_engine = dataclasses.replace(ENGINE, passes=((plan_gains,), *ENGINE.passes))
-    config = resolve_slot(model, "default").config
-    own_engine.hotswap_adapter_from_state_dict(model, tensors, "default", config)
+    slot = resolve_slot(model, "default")
+    adapter = Adapter.from_state_dict(tensors, slot.config)
+    carry_out([make_plan(slot, adapter, passes=[plan_gains, *PASSES])])
 
 
 @Exercise

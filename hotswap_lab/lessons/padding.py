@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import demo
-from ..engine import prepare_model_for_compiled_hotswap, resolve_slot
 from ..files.reading import Adapter
+from ..swap import prepare_model_for_compiled_hotswap, resolve_slot
 from .exercise import Exercise
 
 

@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from .. import demo
 from ..bench import Settings, Timing, in_rounds, make_base
-from ..engine import AdapterPool, resolve_slot, save_adapter
+from ..pools.adapter_pool import AdapterPool
+from ..swap import resolve_slot, save_adapter
 from .exercise import Exercise, compare
 from .padding import padded
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from .. import demo
 from ..ahead import aoti_load
 from ..demo import sample_words
-from ..engine import AdapterPool
+from ..pools.adapter_pool import AdapterPool
 from ..verify import verify_hotswap
 from ..watch import RecompileWatch
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from .. import compat, demo
-from ..engine import AdapterPool
+from ..pools.adapter_pool import AdapterPool
 from .exercise import Exercise
 
 # --- generation in fixed shapes ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import demo
-from ..engine import AdapterPool
+from ..pools.adapter_pool import AdapterPool
 from .exercise import Exercise
 
 #: no messages in a notebook but what its cells print

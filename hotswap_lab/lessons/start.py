@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import demo
-from ..engine import resolve_slot
+from ..swap import resolve_slot
 from ..verify import verify_hotswap
 from .exercise import Exercise
 

@@ -8,8 +8,8 @@ import torch
 
 from .. import demo
 from ..core.plan import Action
-from ..engine import plan_hotswap, resolve_slot
 from ..files.reading import Adapter
+from ..swap import plan_hotswap, resolve_slot
 from .exercise import Exercise
 
 WORD = "notebook"

@@ -1,4 +1,4 @@
-"""Code that calls PEFT's hotswap, or passes ``hotswap=True`` to diffusers or transformers, uses this engine instead."""
+"""Code that calls PEFT's hotswap, or passes ``hotswap=True`` to diffusers or transformers, uses ours instead."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from peft.utils import hotswap as peft_hotswap
 from transformers.integrations import PeftAdapterMixin
 
-from .. import compat
-from ..core import prepare, swap
-from ..core.engine import Engine
+from .. import compat, swap
 from ..core.errors import HotswapError, listing
+from ..files.reading import read
 from .lora_files import components_of, read_pipeline_lora
 from .pipeline import IN_PIPELINES, advise, hotswap_pipeline, is_offloaded
 
@@ -28,7 +27,7 @@ IN_TRANSFORMERS = {"pass add_layers=True": "call hotswap_adapter(model, ..., add
 _kept: ContextVar[list[Exception] | None] = ContextVar("kept", default=None)
 
 
-def check_hotswap_configs_compatible(engine: Engine, config0: object, config1: object) -> None:
+def check_hotswap_configs_compatible(config0: object, config1: object) -> None:
     """Accept any two configs: whether a swap can be right is decided by its plan, which sees the tensors too."""
 
 
@@ -42,28 +41,38 @@ def hotswap_adapter_from_state_dict(*arguments: Any, **keywords: Any) -> None:
         kept.append(error)
 
 
+def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same as an object of its own: undoing a patch replaces it, but not what users import from this package."""
+
+    @functools.wraps(function)
+    def ours(*arguments: Any, **keywords: Any) -> Any:
+        return function(*arguments, **keywords)
+
+    return ours
+
+
 #: the functions that replace those of ``peft.utils.hotswap``, and the replaced ones
 OURS: dict[str, Callable[..., Any]] = {
-    "hotswap_adapter": swap.hotswap_adapter,
+    "hotswap_adapter": _apart(swap.hotswap_adapter),
     "hotswap_adapter_from_state_dict": hotswap_adapter_from_state_dict,
-    "prepare_model_for_compiled_hotswap": prepare.prepare_model_for_compiled_hotswap,
+    "prepare_model_for_compiled_hotswap": _apart(swap.prepare_model_for_compiled_hotswap),
     "check_hotswap_configs_compatible": check_hotswap_configs_compatible,
 }
 THEIRS: dict[str, Callable[..., Any]] = {name: getattr(peft_hotswap, name) for name in OURS}
 
-#: makes our method from an engine and the original method
-Maker = Callable[[Engine, Callable[..., Any]], Callable[..., Any]]
+#: makes our method from the original one
+Maker = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Patch:
     """What :func:`patch_peft` replaced. As a context manager, it puts everything back at the end of the block."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         #: each original function, and the one that replaces it
         self.pairs: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
-            (THEIRS[name], MethodType(function, engine)) for name, function in OURS.items()
+            (THEIRS[name], function) for name, function in OURS.items()
         ]
-        self.pairs += [(theirs, make(engine, theirs)) for _, theirs, make in _methods()]
+        self.pairs += [(theirs, make(theirs)) for _, theirs, make in _methods()]
 
     def undo(self) -> None:
         """Put back everything that was replaced. Models keep the adapters that were swapped in.
@@ -114,8 +123,8 @@ def _methods() -> list[tuple[type, Callable[..., Any], Maker]]:
     return methods
 
 
-def patch_peft(engine: Engine) -> Patch:
-    """Make existing code swap with this engine: replace the functions of ``peft.utils.hotswap`` in this process.
+def patch_peft() -> Patch:
+    """Make existing code swap with this package: replace the functions of ``peft.utils.hotswap`` in this process.
 
     Then ``pipe.load_lora_weights(..., hotswap=True)`` and ``enable_lora_hotswap`` of diffusers, and
     ``model.load_adapter(..., hotswap=True)`` and ``enable_peft_hotswap`` of transformers, use it too. Their arguments
@@ -144,7 +153,7 @@ def patch_peft(engine: Engine) -> Patch:
     error comes after the first adapter was loaded, and it stays loaded. In diffusers, a file with a text encoder's LoRA
     is swapped too, unless weights are offloaded.
     """
-    patch = Patch(engine)
+    patch = Patch()
     _active.append(patch)
     _settle(_active)
     return patch
@@ -153,7 +162,7 @@ def patch_peft(engine: Engine) -> Patch:
 # ---- diffusers
 
 
-def _load_lora_weights(engine: Engine, theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _load_lora_weights(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """``load_lora_weights`` of pipelines, which swaps all components, or none."""
     signature = inspect.signature(theirs)
 
@@ -169,7 +178,7 @@ def _load_lora_weights(engine: Engine, theirs: Callable[..., Any]) -> Callable[.
         if len(adapters) == 1 and any(map(is_offloaded, loaded.values())):
             # diffusers takes off the hooks that move weights, and puts them on again
             return theirs(self, *arguments, **keywords)
-        hotswap_pipeline(engine, self, adapters, name, components=list(adapters))
+        hotswap_pipeline(self, adapters, name, components=list(adapters))
         if left := loaded.keys() - adapters.keys():
             text = (
                 f"{listing(sorted(left))} keep the adapter {name!r} that they had, as the new LoRA has no tensors for "
@@ -179,7 +188,7 @@ def _load_lora_weights(engine: Engine, theirs: Callable[..., Any]) -> Callable[.
     return load_lora_weights
 
 
-def _load_lora_adapter(engine: Engine, theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _load_lora_adapter(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """``load_lora_adapter`` of diffusers' models, which raises the error of a swap after diffusers has ended."""
 
     @functools.wraps(theirs)
@@ -198,8 +207,8 @@ def _load_lora_adapter(engine: Engine, theirs: Callable[..., Any]) -> Callable[.
 # ---- transformers
 
 
-def _load_adapter(engine: Engine, theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_adapter`` of transformers' models, with this engine wherever it would hotswap."""
+def _load_adapter(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_adapter`` of transformers' models, with this package wherever it would hotswap."""
     signature = inspect.signature(theirs)
 
     @functools.wraps(theirs)
@@ -211,7 +220,7 @@ def _load_adapter(engine: Engine, theirs: Callable[..., Any]) -> Callable[..., A
             hotswap = loaded and getattr(self, compat.HOTSWAP_ENABLED, False)
         if not hotswap or not loaded:  # transformers says what is wrong with a hotswap into nothing
             result = theirs(self, *arguments, **keywords)
-            _prepare(engine, self)
+            _prepare(self)
             return result
         try:
             source, tensors, config = (given.get(key) for key in ("peft_model_id", "adapter_state_dict", "peft_config"))
@@ -220,11 +229,11 @@ def _load_adapter(engine: Engine, theirs: Callable[..., Any]) -> Callable[..., A
                 if given.get("local_files_only"):
                     hub["local_files_only"] = True
                 if config is None:
-                    swap.hotswap_adapter(engine, self, source, name, **hub)
+                    swap.hotswap_adapter(self, source, name, **hub)
                 else:
-                    tensors = engine.read(source, **hub).tensors
+                    tensors = read(source, **hub).tensors
             if tensors is not None:
-                swap.hotswap_adapter_from_state_dict(engine, self, tensors, name, config)
+                swap.hotswap_adapter_from_state_dict(self, tensors, name, config)
         except HotswapError as error:
             raise advise(error, IN_TRANSFORMERS) from error.__cause__
         # what transformers returns: a report of the load, in which nothing is missing after a swap
@@ -234,9 +243,9 @@ def _load_adapter(engine: Engine, theirs: Callable[..., Any]) -> Callable[..., A
     return load_adapter
 
 
-def _prepare(engine: Engine, model: Any) -> None:
+def _prepare(model: Any) -> None:
     """Make the room that ``enable_peft_hotswap`` asked for, once, after the first adapter was loaded."""
     settings = getattr(model, compat.HOTSWAP_SETTINGS, None)
     if settings:
         setattr(model, compat.HOTSWAP_SETTINGS, None)
-        prepare.prepare_model_for_compiled_hotswap(engine, model, **settings)
+        swap.prepare_model_for_compiled_hotswap(model, **settings)

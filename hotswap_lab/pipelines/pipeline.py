@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from .. import compat
+from ..beyond.passes import METHODS, make_plan
 from ..core.change import apply
-from ..core.engine import Engine
 from ..core.errors import HotswapError, Refusal, listing, refusal, refuse
 from ..core.host import carriers, find_host
 from ..core.plan import Plan
-from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.slot import slot_for
-from ..core.swap import carry_out, commit
 from ..files.reading import Adapter
-from ..threads import bases_of
+from ..swap import carry_out, commit
+from ..threads import bases_of, held
 from .lora_files import check_pipeline, components_of, read_pipeline_lora
 
 if TYPE_CHECKING:
@@ -112,7 +111,6 @@ class PipelinePlan:
 
 
 def hotswap_pipeline(
-    engine: Engine,
     pipe: DiffusionPipeline,
     source: Source,
     adapter_name: str = DEFAULT_NAME,
@@ -175,14 +173,13 @@ def hotswap_pipeline(
     diffusers' own ``load_lora_weights(..., hotswap=True)`` refuses files with tensors for a text encoder.
     """
     adapters = _read(pipe, source, allow_nonfinite, kwargs)
-    with engine.lock.held(*bases_of(pipe)):
-        plan = _decide(engine, pipe, adapters, adapter_name, components, add_layers)
+    with held(*bases_of(pipe)):
+        plan = _decide(pipe, adapters, adapter_name, components, add_layers)
         plan.raise_if_refused()
         carry_out(list(plan.plans.values()))
 
 
 def plan_pipeline_hotswap(
-    engine: Engine,
     pipe: DiffusionPipeline,
     source: Source,
     adapter_name: str = DEFAULT_NAME,
@@ -231,12 +228,11 @@ def plan_pipeline_hotswap(
       resize       1  2 -> 3        1
     """
     adapters = _read(pipe, source, allow_nonfinite, kwargs)
-    plans = _decide(engine, pipe, adapters, adapter_name, components, add_layers).plans
+    plans = _decide(pipe, adapters, adapter_name, components, add_layers).plans
     return PipelinePlan({component: _noting_rounding(plan.kept()) for component, plan in plans.items()})
 
 
 def prepare_pipeline_for_compiled_hotswap(
-    engine: Engine,
     pipe: DiffusionPipeline,
     adapters: Iterable[Source] = (),
     *,
@@ -308,13 +304,12 @@ def prepare_pipeline_for_compiled_hotswap(
         raise HotswapError(*refusals)
     options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled=check_compiled)
     # under one lock, so that no thread computes with a pipeline of which only some components are prepared
-    with engine.lock.held(*bases_of(pipe)):
-        changes = [changes_to_prepare(engine, model, families[name], **options) for name, model in loaded.items()]
+    with held(*bases_of(pipe)):
+        changes = [changes_to_prepare(METHODS, model, families[name], **options) for name, model in loaded.items()]
         apply([change for of_one in changes for change in of_one])
 
 
 def _decide(
-    engine: Engine,
     pipe: DiffusionPipeline,
     adapters: Mapping[str, Adapter],
     adapter_name: str,
@@ -325,7 +320,7 @@ def _decide(
     adapters = _for_these(adapters, loaded, components)
     plans = {}
     for name, model in loaded.items():
-        slot = slot_for(engine, find_host(model, adapter_name), adapter_name)
+        slot = slot_for(METHODS, find_host(model, adapter_name), adapter_name)
         # A fresh load would create no adapter here. The old config is kept, so that later files still find a slot.
         nothing = Adapter(copy.deepcopy(slot.config), {}, next(iter(adapters.values())).source)
         plan = make_plan(

@@ -7,27 +7,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from itertools import chain
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig
 from tqdm.auto import tqdm
 
+from ..beyond.passes import METHODS, make_plan
 from ..core.adapter import Adapter
 from ..core.change import Change, Step, apply
-from ..core.engine import Engine
 from ..core.errors import HotswapError, refuse
 from ..core.host import Config, find_host, kind_of, name_in
 from ..core.journal import Journal
 from ..core.lora import Lora
-from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
 from ..core.room import Packed, Room, State
 from ..core.slot import Slot, change_of, room_of, slot_for
-from ..core.strength import check_strength, get_strength
-from ..core.swap import warn_of
+from ..core.strength import check_strength
 from ..core.tensors import SlotTensor
+from ..files.reading import read
+from ..swap import get_strength, warn_of
 from ..threads import Block, held, put_back
 from .former import PackedRows, packed_now, strengths_of
 from .members import Member, Members, check_named
@@ -101,9 +102,6 @@ class AdapterPool:
     'hotswap'
     """
 
-    #: the engine that swaps its adapters
-    engine: ClassVar[Engine]
-
     def __init__(
         self,
         model: torch.nn.Module,
@@ -120,17 +118,17 @@ class AdapterPool:
         check_named(adapters)
         self.model = model
         self.adapter_name: str = name_in(model, adapter_name)
-        self._members = Members(self.engine, hub, self._pack, max_bytes)
+        self._members = Members(hub, self._pack, max_bytes)
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
-        base = self._check_kind(slot_for(self.engine, find_host(model, self.adapter_name), self.adapter_name)).host.base
+        base = self._check_kind(slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)).host.base
         with held(base, computing=True):
             way_back = Journal()
             try:
-                family = [self.engine.read(source, only_config=True, **hub) for source in adapters.values()]
+                family = [read(source, only_config=True, **hub) for source in adapters.values()]
                 with held(base):
                     needs: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
                     needs |= dict(adapter_name=self.adapter_name, extra_tensors=self._module_tensors, kind=kind)
-                    apply(changes_to_prepare(self.engine, model, family, **needs), way_back)
+                    apply(changes_to_prepare(METHODS, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
                 self._fill(adapters.items(), progress)
             except BaseException:
@@ -217,7 +215,7 @@ class AdapterPool:
     @property
     def strength(self) -> float:
         """The strength of the adapter: 1 as trained, 0 not at all. May be set at any time; a swap sets it to 1."""
-        return get_strength(self.engine, self.model, self.adapter_name)
+        return get_strength(self.model, self.adapter_name)
 
     @strength.setter
     def strength(self, value: float) -> None:
@@ -227,7 +225,7 @@ class AdapterPool:
 
     def version(self, name: str) -> int:
         """The version of an adapter's weights: 1 at first, one more with each :meth:`update`."""
-        return self._members.named(name).version
+        return self._members[name].version
 
     # ---- adapters in and out of the pool
 
@@ -244,7 +242,7 @@ class AdapterPool:
     def remove(self, name: str) -> None:
         """Forget an adapter. The one that the model computes with can't be removed."""
         with self._members.lock:
-            if self._uses(self._members.named(name)):
+            if self._uses(self._members[name]):
                 raise refuse("adapter_in_use", name=name)
             del self._members[name]
 
@@ -262,7 +260,7 @@ class AdapterPool:
             Its config. Default: the one that the adapter has.
         """
         with self._turn():
-            member = self._members.named(name)
+            member = self._members[name]
             adapter = Adapter.from_state_dict(state_dict, config or self._members.packed(member).state.config)
             packed = self._pack(member, adapter, False)
 
@@ -323,13 +321,18 @@ class AdapterPool:
         self._swap(name, strength)
 
     def _swap(self, name: str | Mapping[str, float], strength: float, *steps: Step) -> None:
-        with self._turn():
-            self._packed(name)  # which may take long
-            with self._writing():
+        members, is_mix = self._members, isinstance(name, Mapping)
+        is_slow = is_mix or members[name].packed is None
+        with self._turn() if is_slow else contextlib.nullcontext():
+            if is_slow:
+                self._packed(name)  # while others go on computing
+            with held(self._room.slot.host.base), members.lock:
+                self._check_room()
                 if strength != 1:
                     check_strength(strength, self._room.slot)
-                # looked up again: another adapter may have this name by now
-                change = self._room.change_to(self._packed(name), strength)
+                # looked up here: another adapter may have this name by now
+                packed = self._packed(name) if is_mix else members.packed(members[name])
+                change = self._room.change_to(packed, strength)
                 change.steps += steps
                 apply([change])
 
@@ -410,13 +413,13 @@ class AdapterPool:
     def _packed(self, name: str | Mapping[str, float]) -> Packed:
         """An adapter or a mix, ready to be written."""
         if not isinstance(name, Mapping):
-            return self._members.packed(self._members.named(name))
+            return self._members.packed(self._members[name])
         if not name:
             raise refuse("mix_of_nothing")
         self._check_room()
         for weight in name.values():
             check_strength(weight, self._room.slot)
-        shares = [(self._members.named(each), float(weight)) for each, weight in name.items()]
+        shares = [(self._members[each], float(weight)) for each, weight in name.items()]
         return self._packed_of(Mix(tuple(shares)), {})
 
     def _packed_of(self, owner: Any, updated: Mapping[Member, Packed]) -> Packed:
@@ -568,9 +571,12 @@ class AdapterPool:
             yield
 
     def _check_room(self) -> None:
-        if not self._room.is_intact() or any(each.parameter is not noted for each, noted in self._of_modules):
+        is_intact = self._room.is_intact()
+        for each, noted in self._of_modules:
+            is_intact = is_intact and each.parameter is noted
+        if not is_intact:
             raise refuse("pool_lost_its_place")
-        if self._room.slot.is_merged:
+        if self.adapter_name in chain.from_iterable(self._room.slot.merged):
             raise refuse("merged", adapter_name=self.adapter_name)
 
     # ---- display

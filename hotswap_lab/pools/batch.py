@@ -78,13 +78,13 @@ class Batch:
 
     def watch(self, entries: Sequence[torch.nn.Module], journal: Journal) -> None:
         """Add hooks that check the inputs of the entries."""
-        self.entries = list(entries)
+        self.entries, handles = list(entries), []
+        journal.record(lambda: [each.remove() for each in handles])
         for number, entry in enumerate(entries):
-            before = entry.register_forward_pre_hook(functools.partial(self._enter, number), with_kwargs=True)
-            journal.record(before.remove)
-            after = entry.register_forward_hook(functools.partial(self._leave, number), always_call=True)
-            journal.record(after.remove)
-            self.hooks.append((before.id, after.id))
+            enter, leave = functools.partial(self._enter, number), functools.partial(self._leave, number)
+            handles.append(entry.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(entry.register_forward_hook(leave, always_call=True))
+            self.hooks.append((handles[-2].id, handles[-1].id))
 
     def unwatch(self, journal: Journal) -> None:
         """Remove the hooks."""

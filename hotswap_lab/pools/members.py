@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.adapter import Adapter
-from ..core.engine import Engine
 from ..core.errors import refuse
 from ..core.room import Packed
+from ..files.reading import read
 
 
 @dataclass(eq=False)
@@ -54,8 +54,8 @@ class Members(dict[str, Member]):
 
     Parameters
     ----------
-    engine, hub:
-        The engine that reads adapters, and its arguments for the Hub.
+    hub:
+        The arguments for reading adapters from the Hub.
     pack:
         Packs an adapter for a member; its last argument says whether the config must name the adapter's layers.
     max_bytes:
@@ -64,13 +64,11 @@ class Members(dict[str, Member]):
 
     def __init__(
         self,
-        engine: Engine,
         hub: Mapping[str, Any],
         pack: Callable[[Member, Adapter, bool], Packed],
         max_bytes: int | None,
     ):
         super().__init__()
-        self.engine: Engine = engine
         self.hub: Mapping[str, Any] = hub
         self.pack: Callable[[Member, Adapter, bool], Packed] = pack
         self.max_bytes: int | None = max_bytes
@@ -78,11 +76,8 @@ class Members(dict[str, Member]):
         self.lock: threading.RLock = threading.RLock()
         self._uses = 0
 
-    def named(self, name: str) -> Member:
-        """The member of this name; refuses an unknown name."""
-        if name not in self:
-            raise refuse("not_in_pool", name=name, found=f"the names {', '.join(map(repr, self)) or '(none)'}")
-        return self[name]
+    def __missing__(self, name: str) -> Member:
+        raise refuse("not_in_pool", name=name, found=f"the names {', '.join(map(repr, self)) or '(none)'}")
 
     def add(self, name: str, source: object) -> None:
         """Read and pack an adapter; refuse a name that is taken."""
@@ -103,7 +98,7 @@ class Members(dict[str, Member]):
         path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
         stamp = _stamp_of(path)
         hub = {**self.hub, "revision": member.revision} if member.revision else self.hub
-        adapter = self.engine.read(source, **hub)
+        adapter = read(source, **hub)
         packed = self.pack(member, adapter, not isinstance(source, tuple))
         member.source, member.stamp, member.revision = path, stamp, adapter.revision
         member.nbytes = packed.nbytes

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..core.errors import HotswapError, refusal, refuse
-from ..engine import AdapterPool
 from ..generating import Reader
+from ..pools.adapter_pool import AdapterPool
 from .table import Version
 
 #: how long the first request waits for others, in seconds

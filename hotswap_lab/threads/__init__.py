@@ -24,18 +24,23 @@ import torch
 
 from ..core.errors import HotswapError, refuse
 from ..core.host import carriers
-from .turns import COMPUTE, SWAP, WRITE, Entry, ModelInUseError, Turn, _patience
+from .turns import COMPUTE, SWAP, WRITE, Entry, ModelInUseError, Turn, _patience, note
 
 __all__ = ["ModelInUseError", "in_use", "waiting_at_most"]
 
 T = TypeVar("T")
+#: what a swap takes: at first others may compute, until it writes
+BOTH = (SWAP, WRITE)
 #: the turn of each base model
 _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictionary()
 
 
 def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
     """The turns of some models, in the same order for every caller, so that no two wait for each other."""
-    return [_turns.get(base) or _turns.setdefault(base, Turn()) for base in sorted(set(bases), key=id)]
+    turns = []
+    for base in sorted(set(bases), key=id):
+        turns.append(_turns.get(base) or _turns.setdefault(base, Turn()))
+    return turns
 
 
 def in_use(model: object) -> AbstractContextManager[object]:
@@ -162,7 +167,7 @@ def held(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextMan
     ...     "decide, and write"
     'decide, and write'
     """
-    return _taken(turns_of(bases), *([SWAP] if computing else [SWAP, WRITE]))
+    return _taken(turns_of(bases), *([SWAP] if computing else BOTH))
 
 
 @contextlib.contextmanager
@@ -170,6 +175,12 @@ def _taken(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> Ite
     """Enter blocks, after what is owed is put back; leave these and ``entries`` at the end, the last one first."""
     entries = list(entries)
     try:
+        if kinds == BOTH and len(turns) == 1:
+            entries += Entry(turns[0], SWAP), Entry(turns[0], WRITE)
+            if turns[0].let_in_at_once(entries):
+                yield
+                return
+            entries.clear()
         for kind in kinds:
             for turn in turns:
                 if kind == COMPUTE:
@@ -251,7 +262,7 @@ class Block(contextlib.ContextDecorator, Generic[T]):
         entry = self._entry
         try:
             entry.adopt()
-            entry.note()
+            note(entry)
             swapping = [each for each in list(entry.turn.open) if each.kind == SWAP]
             if entry in swapping and entry is not swapping[-1]:
                 inner = swapping[swapping.index(entry) + 1]
@@ -325,7 +336,8 @@ def put_all_back(backs: list[Callable[[], object]]) -> None:
 
 def is_shared(base: torch.nn.Module) -> bool:
     """Whether other threads have computed with the model, and may be doing so now."""
-    return any(thread != threading.get_ident() for turn in turns_of([base]) for thread in turn.threads)
+    (turn,) = turns_of([base])
+    return not turn.threads <= {threading.get_ident()}
 
 
 def put_back(action: Callable[[], object], what: str) -> None:
@@ -344,13 +356,3 @@ def put_back(action: Callable[[], object], what: str) -> None:
         raise
     finally:
         _patience.reset(token)
-
-
-class TurnLock:
-    """The lock of an engine (:class:`hotswap_lab.core.engine.Lock`) that lets threads take turns."""
-
-    def held(self, *bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
-        return held(*bases, computing=computing)
-
-    def is_shared(self, base: torch.nn.Module) -> bool:
-        return is_shared(base)

@@ -18,9 +18,11 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from concurrent import futures
 from contextvars import ContextVar
+from itertools import filterfalse
+from operator import attrgetter
 from types import FrameType
 
 from ..core.errors import HotswapError, refusal, refuse
@@ -34,6 +36,7 @@ AWAITING = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 SLEEPING = AWAITING | inspect.CO_GENERATOR
 #: how long to wait at a time, in seconds: on Windows, Ctrl-C works only between two waits
 NAP = 0.02
+_is_left = attrgetter("is_left")
 #: how many seconds a thread waits for a block in a generator. All threads of a server may wait for one, and the
 #: generator needs a thread to go on
 STREAM_LIMIT = 30.0
@@ -89,12 +92,12 @@ class Entry:
         self.awaits: bool = awaits
         #: what its end has to put back, the last one first
         self.back: list[Callable[[], object]] = []
-        self.adopt()
+        self.owner: FrameType | None = owner_of(sys._getframe(1))
+        self.thread: int = threading.get_ident()
 
     def adopt(self) -> None:
         """Make the code that calls this the owner."""
-        self.owner: FrameType | None = owner_of(sys._getframe(1))
-        self.thread: int = threading.get_ident()
+        self.owner, self.thread = owner_of(sys._getframe(1)), threading.get_ident()
 
     @property
     def is_in_generator(self) -> bool:
@@ -109,11 +112,6 @@ class Entry:
             frame = frame.f_back
         return frame is not None
 
-    def note(self) -> None:
-        """Note in this context that the block is open."""
-        around = AROUND.get()
-        AROUND.set((*[each for each in around if not each.is_left], self) if around else (self,))
-
     def enter(self) -> None:
         """Wait for the turn."""
         patience, start = _patience.get(), time.monotonic()
@@ -123,7 +121,7 @@ class Entry:
                 self.future.result(max(0, min(NAP, start + patience - time.monotonic())))
             except futures.TimeoutError:
                 self.check_patience(patience, start)
-        self.note()
+        note(self)
 
     async def enter_awaiting(self, to_the_end: bool = False) -> asyncio.CancelledError | None:
         """:meth:`enter` for a task, which lets the event loop go on meanwhile.
@@ -143,7 +141,7 @@ class Entry:
                 cancelled = error
             if not self.is_open:
                 self.check_patience(patience, start)
-        self.note()
+        note(self)
         return cancelled
 
     def check_patience(self, patience: float, start: float) -> None:
@@ -203,6 +201,21 @@ class Turn:
         finally:
             if self.is_changed:
                 self.settle()
+
+    def let_in_at_once(self, entries: Sequence[Entry]) -> bool:
+        """Let in blocks that are nested in one another, if no other block is open or waits; return whether it did."""
+        if self.lock._is_owned() or self.open or self.queue or self.owed:
+            return False
+        now, inside = time.monotonic(), ()
+        for each in entries:
+            each.since, each.is_open, each.inside = now, True, frozenset(inside)
+            inside = (*inside, each)
+        with self.lock:
+            is_idle = not (self.open or self.queue or self.owed)
+            self.open.update(dict.fromkeys(entries if is_idle else ()))
+        if is_idle:
+            AROUND.set((*filterfalse(_is_left, AROUND.get()), *entries))
+        return is_idle
 
     def _ask(self, entry: Entry, frame: FrameType, around: tuple[Entry, ...]) -> None:
         if self.open:
@@ -269,11 +282,16 @@ class Turn:
     def _settle(self) -> None:
         self.is_changed = False
         for each in (self.open, self.queue):
-            for entry in [entry for entry in each if entry.is_left]:
+            for entry in filter(_is_left, list(each)):
                 del each[entry]
         for entry in list(self.queue):
             if not self.in_the_way(entry):
                 self.let_in(entry)
+
+
+def note(entry: Entry) -> None:
+    """Note in this context that a block is open."""
+    AROUND.set((*filterfalse(_is_left, AROUND.get()), entry))
 
 
 def owner_of(frame: FrameType | None) -> FrameType | None:

@@ -12,10 +12,10 @@ from ..core import lora
 from ..core.errors import refuse
 from ..core.host import canonical_path
 from ..core.report import readable_bytes
-from ..engine import prepare_model_for_compiled_hotswap
 from ..figures import Canvas, Figure
 from ..figures.palette import ADAPTER, BASE, MUTED, OFF
 from ..files.reading import Adapter
+from ..swap import prepare_model_for_compiled_hotswap
 from .view import FITS, View, wrapping_row
 
 if TYPE_CHECKING:

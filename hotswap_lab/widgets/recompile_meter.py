@@ -12,8 +12,8 @@ import torch
 
 from ..core.compiled import compiled_in
 from ..core.errors import refuse
-from ..engine import AdapterPool
 from ..figures.latency import timeline
+from ..pools.adapter_pool import AdapterPool
 from ..threads import in_use
 from ..watch import RecompileWatch
 from .switch import switch_for, whereabouts

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import demo
 from ..core.errors import refuse
-from ..engine import AdapterPool
+from ..pools.adapter_pool import AdapterPool
 from .results import Run, answering
 from .switch import demo_pool
 from .tables import chip, table

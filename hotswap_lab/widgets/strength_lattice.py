@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.report import text_table
-from ..engine import AdapterPool
 from ..figures.palette import INK, light
+from ..pools.adapter_pool import AdapterPool
 from ..threads import in_use
 from .results import Run
 from .swap_panel import SwapPanel

@@ -12,8 +12,8 @@ import torch
 
 from .. import demo
 from ..core.errors import refuse
-from ..engine import AdapterPool
 from ..figures.latency import readable
+from ..pools.adapter_pool import AdapterPool
 from ..threads import in_use, in_use_now
 from .results import Run, answering
 from .switch import demo_pool, strength_of, switch_for, whereabouts

@@ -14,8 +14,10 @@ from .. import demo
 from ..beyond.configs import not_scaled
 from ..core.errors import refuse
 from ..core.host import find_host, name_in
-from ..engine import ENGINE, AdapterPool, get_strength, hotswap_adapter, save_adapter, set_strength
+from ..files.reading import read
+from ..pools.adapter_pool import AdapterPool
 from ..pools.members import check_named
+from ..swap import get_strength, hotswap_adapter, save_adapter, set_strength
 from ..threads import bases_of, held, put_back
 
 
@@ -60,7 +62,7 @@ class ModelSwitch:
         if name not in self.adapters:
             raise refuse("no_adapter_of_this_name", name=name, adapters=", ".join(map(repr, self.adapters)))
         # before the swap, since the model must be as it was after an error
-        if strength != 1 and (found := not_scaled(ENGINE.read(self.adapters[name], only_config=True).config)):
+        if strength != 1 and (found := not_scaled(read(self.adapters[name], only_config=True).config)):
             raise refuse("no_strength", adapter_name=name, found=found)
         with held(*bases_of(self.model), computing=True):  # no swap by another thread before the strength is set
             hotswap_adapter(self.model, self.adapters[name], self.adapter_name, add_layers=True)

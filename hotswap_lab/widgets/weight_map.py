@@ -13,8 +13,9 @@ from .. import demo
 from ..core.host import name_in
 from ..core.slot import Slot, SlotLayer
 from ..core.tensors import SlotTensor
-from ..engine import AdapterPool, get_strength, resolve_slot
 from ..figures.tiles import CELLS, LARGE, Counts, Tile, drawn, split
+from ..pools.adapter_pool import AdapterPool
+from ..swap import get_strength, resolve_slot
 from ..threads import in_use
 from .switch import demo_pool, switch_for, whereabouts
 from .work import WorkingView

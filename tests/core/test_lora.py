@@ -12,6 +12,7 @@ from refusals import refused
 from torch import nn
 
 from hotswap_lab import hotswap_adapter, hotswap_adapter_from_state_dict
+from hotswap_lab.core import lora
 
 LLAMA = KINDS["llama"]
 
@@ -100,3 +101,18 @@ def test_a_change_of_one_field_is_noticed(tmp_path, field):
     for folder in (other, one, other):
         hotswap_adapter(model, folder, "default")
         assert_equals_fresh_load(model, LLAMA, folder)
+
+
+def test_configs_are_told_apart_by_every_field_and_its_type():
+    """Verdicts on them are remembered."""
+
+    def known(**fields) -> bytes | None:
+        return lora.fingerprint(LoraConfig(**{"r": 1, "target_modules": ["q_proj", "v_proj"], **fields}))
+
+    assert known() == known(target_modules=["v_proj", "q_proj"]) == known(inference_mode=True)
+    others = [dict(r=True), dict(r=2), dict(bias="all"), dict(modules_to_save=["x"]), dict(rank_pattern={"q": 1})]
+    assert len({known(), *(known(**each) for each in others)}) == 1 + len(others)
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    assert known(layer_replication=deep) is None

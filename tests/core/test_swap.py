@@ -34,7 +34,7 @@ from oracle import (
     observe,
     untouched,
 )
-from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
 from refusals import refused
 from torch import nn
 
@@ -256,6 +256,16 @@ def test_models_that_carry_adapters(tmp_path, wrapping):
         given = WRAPPINGS[wrapping](model)
     hotswap_adapter(given, new, "default")
     assert_same_outputs(model, load(LINEAR, new), LINEAR)
+
+
+def test_a_config_that_was_in_another_model(tmp_path):
+    """A swap notes on its config what it need not ask again: that holds in the model that it was in."""
+    old, new = save_family(LINEAR, tmp_path, NEWS["more layers"], NEWS["fewer layers"])
+    first = load(LINEAR, old)
+    hotswap_adapter(first, old, "default")
+    model = get_peft_model(LINEAR.base(), first.peft_config["default"]).eval()
+    hotswap_adapter(model, new, "default")
+    assert_equals_fresh_load(model, LINEAR, new)
 
 
 def test_a_model_with_another_method_is_judged_by_the_named_adapter(tmp_path):

@@ -88,8 +88,9 @@ def test_two_patches_end_in_any_order(first_undone):
                 patches.pop(number).undo()
             for name in FUNCTIONS:
                 replaced = getattr(through_its_package, name)
-                assert inspect.unwrap(replaced.__func__) is getattr(hotswap_lab, name).__func__
-            assert importer.early == importer.late == hotswap_lab.hotswap_adapter
+                assert inspect.unwrap(replaced) is getattr(hotswap_lab, name)
+            assert importer.early == importer.late
+            assert inspect.unwrap(importer.late) is hotswap_lab.hotswap_adapter
             assert PeftAdapterMixin.load_adapter is not method
         patches[0].undo()
         assert importer.early is importer.late is theirs["hotswap_adapter"]
@@ -104,7 +105,7 @@ def test_an_error_ends_a_patch_and_no_other():
     with patch_peft():
         with pytest.raises(ZeroDivisionError), patch_peft():
             raise ZeroDivisionError
-        assert peft.utils.hotswap.hotswap_adapter == hotswap_lab.hotswap_adapter
+        assert inspect.unwrap(peft.utils.hotswap.hotswap_adapter) is hotswap_lab.hotswap_adapter
     assert peft.utils.hotswap.hotswap_adapter.__module__ == "peft.utils.hotswap"
 
 
@@ -278,7 +279,7 @@ def test_a_component_alone_keeps_its_adapter(monkeypatch):
     def fails(*_: object) -> None:
         raise AnotherError
 
-    monkeypatch.setattr("hotswap_lab.core.swap.apply", fails)
+    monkeypatch.setattr("hotswap_lab.swap.apply", fails)
     refused(pipe, AnotherError, "", "unet.load_lora_adapter", same, prefix="unet")
     monkeypatch.undo()
     with patch_peft():
