@@ -256,3 +256,56 @@ def test_wrong_swaps_end_in_an_error(monkeypatch, capsys):
     wrong = Report("a machine", TINY, (Row("rank 4", "hotswap_lab, pool", "wrong"),))
     monkeypatch.setattr(bench, "run", lambda settings, say: wrong)
     assert main([]) == 1
+
+
+# ---- the picture
+
+PICTURES_FOLDER = Path(__file__).parents[1] / "notebooks" / "pictures"
+
+
+@pytest.fixture(scope="module")
+def measured() -> Report:
+    """The measurement that README shows."""
+    return Report.from_json((PICTURES_FOLDER / "bench.json").read_text())
+
+
+def test_the_picture_and_the_table_of_readme_are_one_measurement(measured):
+    assert measured.ok
+    for name, form in PICTURES.items():
+        assert (PICTURES_FOLDER / f"{name}.svg").read_text() == measured.figure(*form).svg + "\n", name
+    readme = (PICTURES_FOLDER.parents[1] / "README.md").read_text()
+    table = re.search(r"^\| one swap \|.*\n\|.*\n((?:\|.*\n)+)", readme, re.MULTILINE).group(1)
+    ways = ["PEFT load + set + delete", "PEFT hotswap, disk", "hotswap_lab, disk", "hotswap_lab, disk, prepared"]
+    for way, line in zip([*ways, "hotswap_lab, pool", MEMCPY], table.splitlines(), strict=True):
+        shown = re.findall(r"([\d.]+) ms", line)
+        medians = [1000 * row.timing.median for row in measured.rows if row.way == way]
+        decimals = [len(each.partition(".")[2]) for each in shown]
+        assert shown == [f"{each:.{places}f}" for each, places in zip(medians, decimals, strict=True)], way
+
+
+def test_the_picture_is_to_scale_and_counts_what_is_finished(measured):
+    medians = {row.way: row.timing.median for row in measured.rows if row.part == measured.rows[0].part}
+    for name, (width, is_dark) in PICTURES.items():
+        figure = measured.figure(width, is_dark)
+        root = ElementTree.fromstring(figure.svg)
+        whole = medians["PEFT load + set + delete"]
+        for way, label in IN_PICTURE.items():
+            count = int(whole / medians[way])
+            assert f"{label} {count:,}" in figure.text
+        starts = [
+            float(each)
+            for path in list(root.iter(f"{SVG}path"))[2:]
+            for each in re.findall(r"M([\d.]+) ", path.get("d"))
+        ]
+        assert len(starts) == sum(int(whole / medians[way]) for way in IN_PICTURE), name
+        sizes = {int(each.get("font-size")) for each in root.iter(f"{SVG}text")}
+        assert min(sizes) >= 12
+        assert ("#fbfcfd" in figure.svg) == (not is_dark)
+
+
+def test_the_answers_of_the_picture_are_the_models(measured):
+    model, tokenizer = demo.load("reverse")
+    texts = [each.text for each in ElementTree.fromstring(measured.figure(390).svg).iter(f"{SVG}text")]
+    for name in demo.adapter_names():
+        hotswap_adapter(model, demo.adapter_path(name), "default")
+        assert texts[texts.index(name) + 1] == demo.ask(model, tokenizer, "hotswap")
