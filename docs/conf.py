@@ -44,7 +44,10 @@ html_title = f"hotswap_lab {release}"
 html_theme_options = {"footer_icons": [{"name": "GitHub", "url": REPOSITORY, "html": "GitHub", "class": ""}]}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
 html_copy_source = False
+#: README's picture, at the address that README has for it
+html_extra_path = ["_build/extra"]
 
 nb_execution_mode = "off"
 myst_heading_anchors = 3
@@ -111,6 +114,8 @@ def pages() -> dict[str, str]:
 
 
 def write_sources() -> None:
+    pictures = DOCS / "_build" / "extra" / "notebooks" / "pictures"
+    shutil.copytree(DOCS.parent / "notebooks" / "pictures", pictures, dirs_exist_ok=True)
     for folder in ("api", "notebooks"):
         shutil.rmtree(DOCS / folder, ignore_errors=True)
     shutil.copytree(DOCS.parent / "notebooks", DOCS / "notebooks", ignore=shutil.ignore_patterns("*.py", ".*", "__*"))
@@ -147,9 +152,22 @@ def describe_pictures(app, doctree) -> None:
             image["alt"] = texts.get("text/plain", "")
 
 
+def leave_out_of_search(app, doctree) -> None:
+    """A search finds chapters, not their solutions."""
+    if app.env.docname.startswith("notebooks/solutions/"):
+        app.env.metadata[app.env.docname]["no-search"] = True
+
+
+def begin_at_the_first_chapter(app, pagename: str, template: str, context: dict, doctree) -> None:
+    if pagename == "notebooks/00_start_here":
+        context["prev"] = None
+
+
 def setup(app) -> None:
     write_sources()
     app.connect("source-read", adapt)
     app.connect("doctree-read", describe_pictures)
+    app.connect("doctree-read", leave_out_of_search)
+    app.connect("html-page-context", begin_at_the_first_chapter)
     app.connect("autodoc-process-docstring", keep_colon, priority=400)
     app.connect("missing-reference", resolve)

@@ -156,6 +156,13 @@ def refresh(path: Path, *, run: bool = True) -> None:
     print(f"{path.relative_to(ROOT)}: {len(text.encode()):,} bytes")
 
 
+def draw_race() -> None:
+    """The picture of README as PNG, for pages that show no SVG: the package index, and previews of links."""
+    svg, png = (FOLDER / "pictures" / f"race.{kind}" for kind in ("svg", "png"))
+    ((data, _),) = _drawn([svg.read_text()]).values()
+    png.write_bytes(base64.b64decode(data))
+
+
 def main(wanted: list[str]) -> None:
     readme = ROOT / "README.md"
     readme.write_text(with_address(readme.read_text()))
@@ -163,6 +170,8 @@ def main(wanted: list[str]) -> None:
     for path in notebooks():
         if not wanted or any(name in str(path) for name in wanted):
             refresh(path, run=run)
+    if not wanted:
+        draw_race()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -14,12 +16,27 @@ import pytest
 import torch
 from lengths import long
 
-from hotswap_lab import bench, demo
-from hotswap_lab.bench import MEMCPY, Report, Row, Scene, Settings, Timing, Way, main, make_base, run, ways_of
+from hotswap_lab import bench, demo, hotswap_adapter
+from hotswap_lab.bench import (
+    IN_PICTURE,
+    MEMCPY,
+    PICTURES,
+    Report,
+    Row,
+    Scene,
+    Settings,
+    Timing,
+    Way,
+    main,
+    make_base,
+    run,
+    ways_of,
+)
 
 SMALL = dict(model="tiny", layers=1, ranks=(2,), n=1, threads=1)
 PEFTS = ("PEFT load + set + delete", "PEFT hotswap, disk", "PEFT hotswap, state dict")
 PREPARED = ("hotswap_lab, disk, prepared", "hotswap_lab, state dict, prepared", "hotswap_lab, Adapter, prepared")
+SVG = "{http://www.w3.org/2000/svg}"
 WAYS = (*PEFTS, "hotswap_lab, disk", *PREPARED, "hotswap_lab, pool", MEMCPY)
 
 
@@ -58,8 +75,8 @@ def test_each_way_is_timed_for_each_rank_and_all_of_ours_are_right(tmp_path, cap
     report = Report(found["machine"], Settings(**SMALL), tuple(rows))
     assert report.ok
     assert json.loads(report.to_json())["rows"] == found["rows"]
-    texts = [element.text for element in ElementTree.fromstring(report.figure().svg).iter() if element.text]
-    assert {report.machine, *WAYS} <= {*texts}
+    assert Report.from_json(report.to_json()).figure() == report.figure()
+    assert all(f"{label} " in report.figure().text for label in IN_PICTURE.values())
 
 
 def test_wrong_and_refused_are_said(monkeypatch):
@@ -72,7 +89,7 @@ def test_wrong_and_refused_are_said(monkeypatch):
     assert Report("a machine", Settings(**SMALL), (rows[0], rows[2])).ok  # what PEFT refuses is no fault of ours
     assert str(report).splitlines()[5].split() == ["PEFT", "hotswap,", "disk", "(refused)", "no", "such", "thing"]
     assert "hotswap_lab, disk (wrong)" in str(report)
-    assert report.figure().text.endswith("hotswap_lab, disk (wrong) 1, memcpy of the same bytes 2. a machine")
+    assert "hotswap_lab, disk (wrong) 1, memcpy of the same bytes 2. A tiny" in report.figure().text
     monkeypatch.setattr(bench, "run", lambda settings, say: report)
     assert main([]) == 1
 
@@ -192,3 +209,56 @@ def test_cold_starts(capsys):
     for way, line in zip(bench.STARTS, lines[-len(bench.STARTS) :], strict=True):
         assert line.startswith(f"{way}  ")
         assert line.endswith(" 0 recompiles")
+
+
+# ---- the picture
+
+PICTURES_FOLDER = Path(__file__).parents[1] / "notebooks" / "pictures"
+
+
+@pytest.fixture(scope="module")
+def measured() -> Report:
+    """The measurement that README shows."""
+    return Report.from_json((PICTURES_FOLDER / "bench.json").read_text())
+
+
+def test_the_picture_and_the_table_of_readme_are_one_measurement(measured):
+    assert measured.ok
+    for name, form in PICTURES.items():
+        assert (PICTURES_FOLDER / f"{name}.svg").read_text() == measured.figure(*form).svg + "\n", name
+    readme = (PICTURES_FOLDER.parents[1] / "README.md").read_text()
+    table = re.search(r"^\| one swap \|.*\n\|.*\n((?:\|.*\n)+)", readme, re.MULTILINE).group(1)
+    ways = ["PEFT load + set + delete", "PEFT hotswap, disk", "hotswap_lab, disk", "hotswap_lab, disk, prepared"]
+    for way, line in zip([*ways, "hotswap_lab, pool", MEMCPY], table.splitlines(), strict=True):
+        shown = re.findall(r"([\d.]+) ms", line)
+        medians = [1000 * row.timing.median for row in measured.rows if row.way == way]
+        decimals = [len(each.partition(".")[2]) for each in shown]
+        assert shown == [f"{each:.{places}f}" for each, places in zip(medians, decimals, strict=True)], way
+
+
+def test_the_picture_is_to_scale_and_counts_what_is_finished(measured):
+    medians = {row.way: row.timing.median for row in measured.rows if row.part == measured.rows[0].part}
+    for name, (width, is_dark) in PICTURES.items():
+        figure = measured.figure(width, is_dark)
+        root = ElementTree.fromstring(figure.svg)
+        whole = medians["PEFT load + set + delete"]
+        for way, label in IN_PICTURE.items():
+            count = int(whole / medians[way])
+            assert f"{label} {count:,}" in figure.text
+        starts = [
+            float(each)
+            for path in list(root.iter(f"{SVG}path"))[2:]
+            for each in re.findall(r"M([\d.]+) ", path.get("d"))
+        ]
+        assert len(starts) == sum(int(whole / medians[way]) for way in IN_PICTURE), name
+        sizes = {int(each.get("font-size")) for each in root.iter(f"{SVG}text")}
+        assert min(sizes) >= 12
+        assert ("#fbfcfd" in figure.svg) == (not is_dark)
+
+
+def test_the_answers_of_the_picture_are_the_models(measured):
+    model, tokenizer = demo.load("reverse")
+    texts = [each.text for each in ElementTree.fromstring(measured.figure(390).svg).iter(f"{SVG}text")]
+    for name in demo.adapter_names():
+        hotswap_adapter(model, demo.adapter_path(name), "default")
+        assert texts[texts.index(name) + 1] == demo.ask(model, tokenizer, "hotswap")

@@ -35,10 +35,6 @@ FIGURES = {
         figures.bars("Time & <space>", {"ours": 2.0, "PEFT": 14.5}, "ms", base={"nothing"}),
         "Time & <space>: ours 2 ms, PEFT 14.5 ms",
     ),
-    "counts": (
-        figures.counts("Swaps", {"PEFT <load>": 1.0, "ours": 0.3, "copy": 0.0001}, base={"copy"}, note="here & now"),
-        "Swaps, in the time of one PEFT <load> (1000.0 ms): PEFT <load> 1, ours 3, copy 10,000. here & now",
-    ),
     "limited": (
         figures.bars("One swap", {"1 <slow>": 16.0, "2 fast": 0.8, "3 copy": 0.4}, "ms", limit=0.4),
         "One swap: 1 <slow> 16 ms, 2 fast 0.8 ms, 3 copy 0.4 ms. 0.4 ms is the limit",
@@ -81,14 +77,6 @@ def test_bars_are_as_long_as_their_values_and_a_limit_is_marked_in_each():
     whole = widths("limited", palette.OURS)
     assert [width / whole[0] for width in whole] == pytest.approx([1, 0.8 / 16, 0.4 / 16], rel=1e-3)
     assert widths("limited", palette.BASE) == [whole[-1]] * 3
-
-
-def test_a_count_is_a_row_of_blocks():
-    paths = parts(FIGURES["counts"][0], "path")[1:]
-    assert [path.get("fill") for path in paths] == [palette.PEFT, palette.OURS, palette.BASE]
-    starts = [[float(each.split()[0]) for each in path.get("d").split("M")[1:]] for path in paths]
-    assert [len(each) for each in starts] == [1, 3, 1]  # blocks of less than a pixel are drawn as one
-    assert starts[1][1] - starts[1][0] == pytest.approx(0.3 * (660 - 220 - 90), rel=1e-3)
 
 
 def test_the_timeline_marks_each_call_by_shape_and_by_colour_inside_of_the_picture():

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .palette import BASE, CARD, INK, MUTED, OURS, PEFT
+from .palette import BASE, CARD, INK, OURS, PEFT
 
 FONT = "font-family='Helvetica, Arial, sans-serif'"
 
@@ -70,8 +70,10 @@ class Canvas:
         anchor: str = "middle",
         color: str = INK,
         turned: int = 0,
+        bold: bool = False,
     ) -> None:
         turn = f" transform='rotate({turned} {x:g} {y:g})'" if turned else ""
+        turn += " font-weight='bold'" if bold else ""
         self.shapes.append(
             f"<text x='{x:g}' y='{y:g}' font-size='{size}' text-anchor='{anchor}' fill='{color}' {FONT}{turn}>"
             f"{html.escape(text)}</text>"
@@ -133,38 +135,3 @@ def bars(title: str, values: Mapping[str, float], unit: str, *, limit: float = 0
 
 def _side(label: str, base: Collection[str] = ()) -> str:
     return BASE if label in base else PEFT if label.startswith("PEFT") else OURS
-
-
-def counts(title: str, seconds: Mapping[str, float], *, base: Collection[str] = (), note: str = "") -> Figure:
-    """Draw how often each way is finished while the first is finished once: a block for each time, on a linear axis.
-
-    Parameters
-    ----------
-    seconds:
-        How long each way takes once. The first sets the axis.
-    base:
-        As for :func:`bars`.
-    note:
-        A line below the drawing: where it was measured, for example.
-
-    >>> print(counts("Finished swaps", {"PEFT load": 1.0, "from disk": 0.3}))
-    Finished swaps, in the time of one PEFT load (1000.0 ms): PEFT load 1, from disk 3
-    """
-    left, right, row, top, gap = 220, 90, 34, 48, 2
-    canvas = Canvas(660, top + row * len(seconds) + 30)
-    whole = next(iter(seconds.values()))
-    title += f", in the time of one {next(iter(seconds))} ({whole * 1000:.1f} ms)"
-    canvas.text(330, 28, title, size=15)
-    finished = {label: int(whole / each + 1e-9) for label, each in seconds.items()}
-    for number, (label, count) in enumerate(finished.items()):
-        y, width = top + row * number, (canvas.width - left - right) * seconds[label] / whole
-        canvas.text(left - 10, y + 18, label, anchor="end")
-        # blocks that are too narrow to be told apart are drawn as one
-        pieces, width = (count, width) if width > 1.5 else (1, width * count)
-        block = width - gap if width > 2 * gap else width * 0.6 if pieces > 1 else width
-        path = "".join(f"M{left + width * piece:.5g} {y + 4}h{block:.4g}v20h-{block:.4g}z" for piece in range(pieces))
-        canvas.shapes.append(f"<path fill='{_side(label, base)}' d='{path}'/>")
-        canvas.text(canvas.width - right + 8, y + 19, f"{count:,}", size=15, anchor="start")
-    canvas.text(left, canvas.height - 12, note, size=10, anchor="start", color=MUTED)
-    listed = ", ".join(f"{label} {count:,}" for label, count in finished.items())
-    return canvas.figure(f"{title}: {listed}{f'. {note}' if note else ''}")

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from front_ends import NotebookPage, jupyter, open_browser, write_notebook
 
-from hotswap_lab.widgets import WeightMap
-
 CELLS = {
     "": "from hotswap_lab import demo\nfrom hotswap_lab.lessons import begin\n"
     "from hotswap_lab.widgets import *\n\nbegin()",
@@ -38,7 +36,6 @@ LOOKS = {
 def main(target: Path) -> None:
     """Takes all pictures."""
     target.mkdir(parents=True, exist_ok=True)
-    before_and_after(target / "weight_map.png")
     for look, (theme, size) in LOOKS.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder, home = Path(temporary, "notebooks"), Path(temporary, "home")
@@ -57,23 +54,6 @@ def main(target: Path) -> None:
                     widget.screenshot(path=target / f"{name}_{look}.png")
                 page.locator(".hotswap-live").first.scroll_into_view_if_needed()
                 page.screenshot(path=target / f"page_{look}.png")
-
-
-def before_and_after(target: Path) -> None:
-    """Takes README's picture: the map of one model before a swap and after it."""
-    made = WeightMap.demo()
-    made.before = None
-    made.look()
-    figures = [made.figure()]
-    made.swap("pig_latin")
-    figures.append(made.figure())
-    arrow = "<span style='font: 40px sans-serif; color: #808080; padding: 12px'>&rarr;</span>"
-    with open_browser() as browser:
-        page = browser.new_page(device_scale_factor=2)
-        page.set_content(
-            f"<div style='display: inline-flex; align-items: center'>{arrow.join(f.svg for f in figures)}</div>"
-        )
-        page.locator("div").screenshot(path=target, omit_background=True)
 
 
 if __name__ == "__main__":

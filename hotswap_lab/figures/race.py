@@ -1,0 +1,123 @@
+"""The one picture: how many adapters one model has had in the time that one reload takes, on an axis to scale."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+
+from . import Canvas, Figure
+from .palette import BASE, CARD, INK, MUTED, OFF, PEFT, WHITE, adapter_color
+
+#: the colors of the picture in a dark theme
+DARK = {CARD: "#0d1117", INK: "#e6edf3", MUTED: "#9ba7b4", BASE: "#2b3440", OFF: "#2b3440"}
+#: below this width, labels are above their bars, and the adapters in two columns
+NARROW = 600
+
+
+def race(
+    seconds: Mapping[str, float],
+    answers: Mapping[str, str],
+    prompt: str,
+    note: str,
+    width: int = 830,
+    dark: bool = False,
+) -> Figure:
+    """Draw each way's finished swaps, one after the other, until the first way has finished its first.
+
+    Parameters
+    ----------
+    seconds:
+        How long each way takes once. The first is the axis. Ways that don't begin with "PEFT" are drawn in the colors
+        of the adapters, on a gray slab: one model object. The last one's first swaps are magnified.
+    answers:
+        What the model answers to ``prompt`` with each adapter.
+    note:
+        A line below: where it was measured.
+    width, dark:
+        In pixels, as for a phone below 600; and the theme.
+
+    >>> print(race({"PEFT load": 1.0, "pool": 0.25}, {"shout": "HOTSWAP!"}, "hotswap", "one machine"))
+    One live model. Another adapter 4 times, in the time of one reload. PEFT load 1, pool 4. one machine
+    """
+    whole, names, narrow = next(iter(seconds.values())), list(answers), width < NARROW
+    finished = {way: int(whole / each + 1e-9) for way, each in seconds.items()}
+    left, right, columns = (14, 14, 2) if narrow else (192, 30, 8)
+    row, cell, scale = 46 if narrow else 40, 60 if narrow else 62, (width - left - right) / whole
+    rows = -(-len(names) // columns)
+    axis = (86 if narrow else 56) + row * len(seconds)
+    top = axis + (50 if narrow else 56)
+    canvas = Canvas(width, 0)  # whose height is known at the end
+    head = f"One live model. Another adapter {list(finished.values())[-1]:,} times, in the time of one reload."
+    for number, line in enumerate(textwrap.wrap(head, 40 if narrow else 90)):
+        canvas.text(14, 30 + 20 * number, line, size=16 if narrow else 19, anchor="start", bold=True)
+
+    for number, (way, count) in enumerate(finished.items()):
+        y, each = axis - row * (len(seconds) - number), seconds[way] * scale
+        if narrow:
+            canvas.text(left, y + 2, f"{way}: {count:,}", anchor="start")
+        else:
+            canvas.text(left - 10, y + 23, f"{way}: {count:,}", anchor="end")
+        ours = not way.startswith("PEFT")
+        if ours:
+            canvas.shapes.append(
+                f"<rect x='{left}' y='{y + 5}' width='{whole * scale:.5g}' height='26' fill='{BASE}'/>"
+            )
+        # a stripe that is too narrow for a gap has the next adapter's color as its edge
+        block = each - 1.5 if each > 6 else each
+        for turn, color in enumerate(map(adapter_color, names) if ours else [PEFT]):
+            starts = range(turn, count, len(names) if ours else 1)
+            path = "".join(f"M{left + each * at:.5g} {y + 8}h{block:.4g}v20h-{block:.4g}z" for at in starts)
+            canvas.shapes.append(f"<path fill='{color}' d='{path}'/>")
+
+    step = next(
+        size for size in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1e9) if whole * 1000 / size < (5 if narrow else 9)
+    )
+    marks = [*range(0, int(whole * 1000 - step / 2), int(step)), whole * 1000]
+    for at in marks:
+        x = left + at / 1000 * scale
+        canvas.line(x, axis - 3, x, axis + 3, MUTED)
+        end = at is marks[-1]
+        anchor = "middle" if not (narrow and at in (0, marks[-1])) else "end" if end else "start"
+        canvas.text(x, axis + 17, f"{at:.0f} ms" if end or not at else f"{at}", size=12, anchor=anchor, color=MUTED)
+
+    # the first swaps of the last way, magnified
+    width_of = (width - left - right) / columns
+    reach, foot = left + min(len(names) * each, whole * scale), top + 34 * narrow
+    canvas.shapes.insert(
+        0, f"<path fill='{OFF}' d='M{left} {axis - 9}H{reach:.5g}L{width - right} {foot - 8}H{left}z'/>"
+    )
+    slab = width - left - right
+    canvas.shapes.append(f"<rect x='{left}' y='{foot - 8}' width='{slab}' height='{rows * cell + 34}' fill='{BASE}'/>")
+    if narrow:
+        canvas.text(left, top + 18, f"the first {len(names)}, and what “{prompt}” becomes:", anchor="start")
+    else:
+        canvas.text(left - 10, foot + 20, f"the first {len(names)}", anchor="end")
+        canvas.text(left - 10, foot + 46, f"“{prompt}” becomes", anchor="end")
+    for number, (name, answer) in enumerate(answers.items()):
+        x, y = left + width_of * (number % columns), foot + cell * (number // columns)
+        color = adapter_color(name)
+        canvas.shapes.append(
+            f"<rect x='{x + 3:.5g}' y='{y}' width='{width_of - 6:.5g}' height='30' rx='3' fill='{color}'/>"
+        )
+        canvas.text(x + width_of / 2, y + 20, name, size=12, color=WHITE)
+        half = len(answer) if len(answer) < 12 or narrow else -(-len(answer) // 2)
+        for line, part in enumerate(filter(None, (answer[:half], answer[half:]))):
+            canvas.text(x + width_of / 2, y + 45 + 13 * line, part, size=12)
+    same = "the same model object, the same memory, never reloaded; each equals a fresh load"
+    canvas.text(
+        left + slab / 2,
+        foot + rows * cell + 18,
+        "one model object; each equals a fresh load" if narrow else same,
+        size=12,
+    )
+    for number, line in enumerate(textwrap.wrap(note, 52 if narrow else 125)):
+        canvas.text(14, foot + rows * cell + 44 + 15 * number, line, size=12, anchor="start", color=MUTED)
+        canvas.height = foot + rows * cell + 60 + 15 * number
+    listed = ", ".join(f"{way} {count:,}" for way, count in finished.items())
+    figure = canvas.figure(f"{head} {listed}. {note}")
+    if not dark:
+        return figure
+    svg = figure.svg
+    for light, own in DARK.items():
+        svg = svg.replace(light, own)
+    return Figure(svg, figure.text)
