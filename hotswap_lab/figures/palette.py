@@ -23,6 +23,9 @@ WRONG = "#c8374a"
 #: buttons that were chosen, and the focus; white text on it can be read
 ACTIVE = "#1765a8"
 
+#: what these are in a picture for a dark theme
+DARK = {CARD: "#0d1117", INK: "#e6edf3", MUTED: "#9ba7b4", BASE: "#2b3440", OFF: "#2b3440"}
+
 #: adapters; all can be read as text on a card
 ADAPTERS = ("#4d7c0f", "#8a4b08", "#15803d", "#6d28d9", "#c2213b", "#b5179e", "#0f766e", "#1e3a8a")
 #: factors below and above 1

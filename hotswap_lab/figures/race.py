@@ -6,10 +6,8 @@ import textwrap
 from collections.abc import Mapping
 
 from . import Canvas, Figure
-from .palette import BASE, CARD, INK, MUTED, OFF, PEFT, WHITE, adapter_color
+from .palette import BASE, DARK, MUTED, OFF, PEFT, WHITE, adapter_color
 
-#: the colors of the picture in a dark theme
-DARK = {CARD: "#0d1117", INK: "#e6edf3", MUTED: "#9ba7b4", BASE: "#2b3440", OFF: "#2b3440"}
 #: below this width, labels are above their bars, and the adapters in two columns
 NARROW = 600
 
