@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
+from ..core.lora import NOTED
 from ..core.plan import Action, LayerPlan, Plan
 from ..core.planner import only_for
 from ..core.slot import Slot
@@ -28,7 +29,7 @@ from ..core.wrappers import EMBEDDINGS, has_adapter
 ORIGINALS = "hotswap_base_values"
 #: attribute of a config that a swap put into a model: the names of base weights whose originals are lost. A config that
 #: PEFT put there lacks it: the adapter's file may have overwritten any weight that the config names
-LOST = "_hotswap_lost"
+LOST = NOTED
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Passes of a plan for cases that few adapters meet: checks, notes, and corrections of a plan."""
+"""Passes for rare cases: they check, note and correct what other passes have planned."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ FROZEN = "frozen_peft_weight_names"
 #: types of attributes that are compared in an adapter's own modules; values of other types belong to one object
 PLAIN = (bool, int, float, str, type(None), tuple)
 #: and those that are compared in wrappers and tuners
-COMPARED = (*PLAIN, dict, torch.nn.Module)
+COMPARED = (*PLAIN, dict, torch.dtype, torch.nn.Module)
 
 
 class Target(NamedTuple):

@@ -81,7 +81,7 @@ def make_plan(
     """
     compiled = compiled_in(slot.host.root, slot.modules)
     plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, compiled, add_layers, check_targets, base_weights)
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    is_distributed = shards.is_distributed()
     for each in passes:
         applies = vars(each).get("only_for")
         if applies is None or slot.once(applies, is_distributed):

@@ -64,7 +64,7 @@ class EvalFreeDropout(torch.nn.Dropout):
         return torch.nn.functional.dropout(input, self.p, True, self.inplace) if self.training and self.p else input
 
 
-#: the mark of a config that a swap put into a model, see :meth:`~hotswap_lab.core.method.Method.follow`
+#: the mark of a config that a swap put into a model; its value belongs to ``beyond``, see ``base_values``
 NOTED = "_hotswap_lost"
 
 

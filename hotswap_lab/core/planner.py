@@ -60,7 +60,7 @@ def misfits(slot: Slot, adapter: Adapter, in_graph: bool = False) -> list[Refusa
 def check_configs(plan: Plan) -> None:
     """Refuse an adapter of another type than the loaded one, and configs that no fresh load accepts."""
     slot, loaded, new = plan.slot, plan.slot.config, plan.adapter.config
-    # a refusal is not remembered: it may come from an error that has passed
+    # a refusal is decided anew: it may come from an error that has passed
     if loaded.peft_type != new.peft_type or not slot.once_for(new, _is_accepted):
         plan.refusals += misfits(slot, plan.adapter)
     if not slot.once_for(loaded, _is_accepted):

@@ -157,6 +157,7 @@ class Slot:
         if now._by_module() != self._by_module():
             return False
         self.walk, self.modules = now.walk, now.modules
+        self._known, self._facts = {}, {}
         self.settle()
         return True
 
@@ -189,19 +190,20 @@ class Slot:
         """The result of ``work_out``, computed once for each config and remembered for some of them."""
         if (fingerprint := lora.fingerprint(config)) is None:
             return work_out(self, config)
-        key = work_out, fingerprint
-        if key not in self._known:
-            if len(self._known) >= MOST_KNOWN:
-                self._known.clear()
-            self._known[key] = work_out(self, config)
-        return self._known[key]
+        # plans are made without a lock, so another thread may replace the table meanwhile
+        key, known = (work_out, fingerprint), self._known
+        if key not in known:
+            if len(known) >= MOST_KNOWN:
+                self._known = known = {}
+            known[key] = work_out(self, config)
+        return known[key]
 
     def once(self, work_out: Callable[..., T], *arguments: object) -> T:
-        """The result of ``work_out(self, *arguments)``, computed once: a fact about the layers."""
-        key = work_out, arguments
-        if key not in self._facts:
-            self._facts[key] = work_out(self, *arguments)
-        return self._facts[key]
+        """The result of ``work_out(self, *arguments)``, computed once for these modules."""
+        key, facts = (work_out, arguments), self._facts
+        if key not in facts:
+            facts[key] = work_out(self, *arguments)
+        return facts[key]
 
     def data_ptrs(self) -> list[int]:
         """The memory address of each tensor. A swap that keeps the ranks leaves them as they are.

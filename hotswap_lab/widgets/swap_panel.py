@@ -315,11 +315,12 @@ class SwapPanel(WorkingView):
         # a swap may wait for a thread that computes, and that thread for the end of this refresh
         with in_use_now(self.model) as is_mine:
             if is_mine:
-                self._looked = whereabouts(self._switch), strength_of(self._switch)
+                now = whereabouts(self._switch), strength_of(self._switch)
                 if "map" in vars(self):  # a new map has looked
                     self.map._look()
                 else:
                     _ = self.map
+                self._looked = now
 
     def _refresh_body(self) -> None:
         for card, (title, run) in zip(self._cards, self._answers.items(), strict=True):

@@ -12,7 +12,7 @@ from adapters import CONFIGS, LLAMA, save_all
 from lora_kinds import ATTENTION
 from models import call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs
-from peft import LoraConfig, OFTConfig
+from peft import LoraConfig, OFTConfig, PeftModel
 
 from hotswap_lab import commit, hotswap_adapter, plan_hotswap
 from hotswap_lab.core.wrappers import NOT_COMPARED
@@ -139,3 +139,15 @@ def test_arguments_of_layers_stay_where_one_has_the_name_of_the_adapter(tmp_path
     hotswap_adapter(model, new, "bias")
     assert all(each.kwargs["bias"] is False for each in layers)
     assert_same_outputs(model, load(LLAMA, new), LLAMA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_layer_that_notes_its_dtype_has_that_of_the_model(method_folders, dtype):
+    """AdaMSS casts to it."""
+    old, new = method_folders("Adamss")[:2]
+    model = load(LLAMA, old).to(dtype)
+    hotswap_adapter(model, new, "default")
+    fresh = PeftModel.from_pretrained(LLAMA.base().to(dtype), new).eval()
+    layers = [[each for each in one.modules() if hasattr(each, "adamss_A")] for one in (model, fresh)]
+    assert [each.dtype for each in layers[0]] == [each.dtype for each in layers[1]]
+    torch.testing.assert_close(call(model, LLAMA.inputs()), call(fresh, LLAMA.inputs()))

@@ -300,3 +300,18 @@ def test_what_compiles_again(tmp_path, change):
         with warnings.catch_warnings(record=True) as caught:
             hotswap_adapter(each, new, "default")
         assert ["prepare_model" in str(warning.message) for warning in caught] == [True] * warns
+
+
+def test_what_is_known_of_a_model_is_asked_anew_when_its_modules_change(tmp_path):
+    """A fresh load would take the new head for the adapter's, and miss its tensors."""
+    kind = KINDS["linear"]
+    plain, classifies = (save_random_adapter(kind, tmp_path / name, seed=1, r=4) for name in "ab")
+    config = json.loads(Path(classifies, "adapter_config.json").read_text())
+    Path(classifies, "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
+    base = kind.base()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=list(kind.modules))).eval()
+    for _ in range(3):
+        hotswap_adapter(model, plain, "default")
+    assert plan_hotswap(model, classifies, "default").ok
+    base.score, base.blocks = torch.nn.Linear(6, 2), torch.nn.ModuleList(base.blocks)
+    refused("score", hotswap_adapter, model, classifies, "default")

@@ -251,7 +251,7 @@ def test_enter_runs_the_prompt_of_one_line(panel):
     assert type(live(SwapPanel.demo(WORD, multiline=True))._box).__name__ == "Textarea"
 
 
-def test_the_map_follows(panel):
+def test_the_map_follows(panel, monkeypatch):
     seen = [live(panel)._picture.value]
     for name, strength in (("shout", 1), ("shout", 0.5), (None, 0)):
         panel.choose(name)
@@ -261,4 +261,8 @@ def test_the_map_follows(panel):
     assert "shout is in the model" in seen[1]
     assert "the adapter is off" in seen[3]
     hotswap_adapter(panel.model, demo.adapter_path("sort"), "default")
+    with monkeypatch.context() as patched:
+        patched.setattr(panel.map, "_look", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            panel._refresh()
     assert "another adapter is in the model" in live(panel)._picture.value
