@@ -118,7 +118,11 @@ def write_sources() -> None:
     shutil.copytree(DOCS.parent / "notebooks" / "pictures", pictures, dirs_exist_ok=True)
     for folder in ("api", "notebooks"):
         shutil.rmtree(DOCS / folder, ignore_errors=True)
-    shutil.copytree(DOCS.parent / "notebooks", DOCS / "notebooks", ignore=shutil.ignore_patterns("refresh.py", "conftest.py", ".*", "__*"))
+    shutil.copytree(
+        DOCS.parent / "notebooks",
+        DOCS / "notebooks",
+        ignore=shutil.ignore_patterns("refresh.py", "conftest.py", ".*", "__*"),
+    )
     (DOCS / "api").mkdir()
     for name, text in pages().items():
         (DOCS / "api" / f"{name}.rst").write_text(text, encoding="utf-8")

@@ -70,7 +70,8 @@ def race(
     step = next(
         size for size in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1e9) if whole * 1000 / size < (5 if narrow else 9)
     )
-    marks = [*range(0, int(whole * 1000 - step / 2), int(step)), whole * 1000]
+    last = 60 / scale  # the seconds beside the last mark
+    marks = [*range(0, max(int((whole - last) * 1000), 1), int(step)), whole * 1000]
     for at in marks:
         x = left + at / 1000 * scale
         canvas.line(x, axis - 3, x, axis + 3, MUTED)
