@@ -192,14 +192,18 @@ def _taken(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> Ite
                         put_all_back(turn.owed)
         yield
     finally:
-        try:
-            _leave(entries)
-        except BaseException:  # Ctrl-C, at any step of it
-            _leave(entries)
-            raise
+        _leave(entries)
 
 
 def _leave(entries: list[Entry]) -> None:
+    try:
+        _leave_each(entries)
+    except BaseException:  # Ctrl-C, at any step of it
+        _leave_each(entries)
+        raise
+
+
+def _leave_each(entries: list[Entry]) -> None:
     for each in reversed(entries):
         each.leave()
         if each.kind == COMPUTE and each.turn.owed:
