@@ -95,7 +95,8 @@ def _disabled_in_a_block(model) -> None:
 
 
 HEAD = LoraConfig(r=4, target_modules=ATTENTION, modules_to_save=["lm_head"])
-LOHA, PROMPT, SHADOW = (CONFIGS[name][0] for name in ("LoHa", "PromptTuning", "Shadow"))
+# older versions of PEFT have no Shadow
+LOHA, PROMPT, SHADOW = (CONFIGS.get(name, [None])[0] for name in ("LoHa", "PromptTuning", "Shadow"))
 #: by attribute: the config of two adapters, and what happens between the load of one and the swap to the other
 LEFT = {
     "training": (HEAD, lambda model: model.train()),
@@ -119,6 +120,8 @@ def test_each_attribute_that_is_not_compared_is_here():
 @pytest.mark.parametrize("attribute", LEFT)
 def test_state_of_no_adapter_stays_and_is_no_difference(tmp_path, attribute):
     config, happen = LEFT[attribute]
+    if config is None:
+        pytest.skip("this version of PEFT has no such method")
     old, new = save_all(tmp_path, config, dataclasses.replace(config, revision="later"))
     model = load(LLAMA, old)
     happen(model)
@@ -141,6 +144,7 @@ def test_arguments_of_layers_stay_where_one_has_the_name_of_the_adapter(tmp_path
     assert_same_outputs(model, load(LLAMA, new), LLAMA)
 
 
+@pytest.mark.skipif("Adamss" not in CONFIGS, reason="this version of PEFT has no AdaMSS")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_layer_that_notes_its_dtype_has_that_of_the_model(method_folders, dtype):
     """AdaMSS casts to it."""
