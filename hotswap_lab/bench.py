@@ -245,13 +245,6 @@ class Report:
         rows = [{**vars(row), "timing": row.timing and row.timing._asdict()} for row in self.rows]
         return json.dumps({**vars(self), "settings": vars(self.settings), "rows": rows}, indent=1)
 
-    @classmethod
-    def from_json(cls, text: str) -> Report:
-        """Read what :meth:`to_json` has written."""
-        found = json.loads(text)
-        rows = [Row(**{**row, "timing": row["timing"] and Timing(**row["timing"])}) for row in found["rows"]]
-        return cls(found["machine"], Settings(**found["settings"]), rows, found["waiting"])
-
     def figure(self, width: int = 830, dark: bool = False) -> Figure:
         """The finished swaps of the first rank in the time of one reload, by medians; and what the demo answers."""
         part, settings, word = self.rows[0].part, self.settings, "hotswap"

@@ -22,9 +22,9 @@ from .change import Change, clear_gradients, copy_all
 from .errors import listing, refuse
 from .host import Config
 from .journal import Journal
-from .lora import NOTED, SCALAR_TABLES, settings_of
+from .lora import SCALAR_TABLES, settings_of
 from .prepared import is_marked_off, is_off, new_scalings, own_rank, write_settings
-from .slot import SLOTS, Slot, SlotLayer, change_of, copy_of
+from .slot import SLOTS, Slot, SlotLayer, change_of, copy_of, follow
 from .tensors import LayerSettings, SlotTensor, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
@@ -281,11 +281,7 @@ class Room:
         """The change for a swap without the weights. It zeroes all components that the new weights may not cover."""
         slot = self.slot
         change = Change(slot.is_inference)
-        live = vars(slot.host.configs[slot.adapter_name])
-        if NOTED in live and not slot.reads_base:
-            vars(config)[NOTED] = live[NOTED]
-        else:
-            change.steps.append(functools.partial(slot.method.follow, slot, config))
+        follow(change, slot, config, is_kept=True)
         # after this swap, the counters don't show earlier writes
         self.was_touched = self.was_touched or self._versions_now() != self._versions
         # other code that writes to the memory may write to any component

@@ -284,14 +284,19 @@ def change_of(slot: Slot, config: Config = None, slot_after: Slot | None = None)
     """
     change = Change(slot.is_inference)
     if config is not None:
-        live = vars(slot.config)
-        # the method has seen this model before, and what it noted then still holds
-        if lora.NOTED in live and not slot.reads_base and slot.host.base.__dict__.get(SLOTS, {}).get(slot.adapter_name):
-            vars(config)[lora.NOTED] = live[lora.NOTED]
-        else:
-            change.steps.append(partial(slot.method.follow, slot, config))
+        follow(change, slot, config, bool(slot.host.base.__dict__.get(SLOTS, {}).get(slot.adapter_name)))
         change.last_steps.append(partial(_put_config, slot, config, slot_after))
     return change
+
+
+def follow(change: Change, slot: Slot, config: Config, is_kept: bool) -> None:
+    """Let the method note a config that comes in. ``is_kept``: whether the model has the slot of an earlier swap."""
+    live = vars(slot.host.configs[slot.adapter_name])
+    # the method has seen this model before, and what it noted then still holds
+    if is_kept and lora.NOTED in live and not slot.reads_base:
+        vars(config)[lora.NOTED] = live[lora.NOTED]
+    else:
+        change.steps.append(partial(slot.method.follow, slot, config))
 
 
 def _put_config(slot: Slot, config: Config, slot_after: Slot | None, journal: Journal) -> None:

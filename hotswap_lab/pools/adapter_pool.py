@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
@@ -576,7 +575,7 @@ class AdapterPool:
             is_intact = is_intact and each.parameter is noted
         if not is_intact:
             raise refuse("pool_lost_its_place")
-        if self.adapter_name in chain.from_iterable(self._room.slot.merged):
+        if self._room.slot.is_merged:
             raise refuse("merged", adapter_name=self.adapter_name)
 
     # ---- display

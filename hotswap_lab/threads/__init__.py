@@ -104,10 +104,8 @@ def in_use_now(model: object) -> Iterator[bool]:
     True
     """
     entries = [Entry(turn, COMPUTE) for turn in turns_of(bases_of(model))]
-    try:
+    with _taken([], entries=entries):
         yield all(each.turn.let_in_now(each) for each in entries)
-    finally:
-        _leave(entries)
 
 
 @contextlib.contextmanager
@@ -192,18 +190,14 @@ def _taken(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> Ite
                         put_all_back(turn.owed)
         yield
     finally:
-        _leave(entries)
+        try:
+            _leave(entries)
+        except BaseException:  # Ctrl-C, at any step of it
+            _leave(entries)
+            raise
 
 
 def _leave(entries: list[Entry]) -> None:
-    try:
-        _leave_each(entries)
-    except BaseException:  # Ctrl-C, at any step of it
-        _leave_each(entries)
-        raise
-
-
-def _leave_each(entries: list[Entry]) -> None:
     for each in reversed(entries):
         each.leave()
         if each.kind == COMPUTE and each.turn.owed:
