@@ -69,7 +69,8 @@ nitpick_ignore_regex = [("py:.*", rf"(?!hotswap_lab).*|{INTERNAL}")]
 
 def public(module: ModuleType) -> list[str]:
     """A module's public functions and classes: those in ``__all__``, or those it defines, or the package imports."""
-    names = getattr(module, "__all__", [name for name in vars(module) if name[0] != "_"])
+    given = dir(module) if module is hotswap_lab else vars(module)  # which imports a name when it is first used
+    names = getattr(module, "__all__", [name for name in given if name[0] != "_"])
     objects = [(name, getattr(module, name)) for name in names if callable(getattr(module, name))]
     is_api = module is hotswap_lab or hasattr(module, "__all__")
     return [name for name, each in objects if is_api or each.__module__ == module.__name__]

@@ -28,33 +28,71 @@ refused swap raises ``HotswapError``, which says what was found, what was expect
 # no __all__: with one, help(hotswap_lab) would print the help of every name in it
 __version__ = "0.1.0"
 
-from . import demo as demo
-from .ahead import aoti_compile as aoti_compile
-from .ahead import aoti_load as aoti_load
-from .core.errors import HotswapError as HotswapError
-from .core.plan import Plan as Plan
-from .files.reading import Adapter as Adapter
-from .pipelines.lora_files import read_pipeline_lora as read_pipeline_lora
-from .pipelines.patching import patch_peft as patch_peft
-from .pipelines.pipeline import PipelinePlan as PipelinePlan
-from .pipelines.pipeline import hotswap_pipeline as hotswap_pipeline
-from .pipelines.pipeline import plan_pipeline_hotswap as plan_pipeline_hotswap
-from .pipelines.pipeline import prepare_pipeline_for_compiled_hotswap as prepare_pipeline_for_compiled_hotswap
-from .pools.adapter_pool import AdapterPool as AdapterPool
-from .swap import commit as commit
-from .swap import get_strength as get_strength
-from .swap import hotswap_adapter as hotswap_adapter
-from .swap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
-from .swap import plan_hotswap as plan_hotswap
-from .swap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
-from .swap import resolve_slot as resolve_slot
-from .swap import save_adapter as save_adapter
-from .swap import set_strength as set_strength
-from .threads import ModelInUseError as ModelInUseError
-from .threads import in_use as in_use
-from .threads import waiting_at_most as waiting_at_most
-from .verify import Verification as Verification
-from .verify import verify_hotswap as verify_hotswap
-from .watch import RecompileError as RecompileError
-from .watch import RecompileWatch as RecompileWatch
-from .watch import pick_backend as pick_backend
+import importlib as _importlib
+import typing as _typing
+
+# What is public, by its module. A name is imported when it is first used: torch, transformers and PEFT take two seconds
+# to import, and `hotswap-lab show` doesn't need them. A test compares this with the imports below for type checkers.
+_PUBLIC = {
+    "ahead": "aoti_compile aoti_load",
+    "core.errors": "HotswapError",
+    "core.plan": "Plan",
+    "files.reading": "Adapter",
+    "pipelines.lora_files": "read_pipeline_lora",
+    "pipelines.patching": "patch_peft",
+    "pipelines.pipeline": "PipelinePlan hotswap_pipeline plan_pipeline_hotswap prepare_pipeline_for_compiled_hotswap",
+    "pools.adapter_pool": "AdapterPool",
+    "swap": "commit get_strength hotswap_adapter hotswap_adapter_from_state_dict plan_hotswap "
+    "prepare_model_for_compiled_hotswap resolve_slot save_adapter set_strength",
+    "threads": "ModelInUseError in_use waiting_at_most",
+    "verify": "Verification verify_hotswap",
+    "watch": "RecompileError RecompileWatch pick_backend",
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULE_OF:
+        value = getattr(_importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    if name == "demo":
+        return _importlib.import_module(f"{__name__}.demo")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF, "demo"})
+
+
+if _typing.TYPE_CHECKING:
+    from . import demo as demo
+    from .ahead import aoti_compile as aoti_compile
+    from .ahead import aoti_load as aoti_load
+    from .core.errors import HotswapError as HotswapError
+    from .core.plan import Plan as Plan
+    from .files.reading import Adapter as Adapter
+    from .pipelines.lora_files import read_pipeline_lora as read_pipeline_lora
+    from .pipelines.patching import patch_peft as patch_peft
+    from .pipelines.pipeline import PipelinePlan as PipelinePlan
+    from .pipelines.pipeline import hotswap_pipeline as hotswap_pipeline
+    from .pipelines.pipeline import plan_pipeline_hotswap as plan_pipeline_hotswap
+    from .pipelines.pipeline import prepare_pipeline_for_compiled_hotswap as prepare_pipeline_for_compiled_hotswap
+    from .pools.adapter_pool import AdapterPool as AdapterPool
+    from .swap import commit as commit
+    from .swap import get_strength as get_strength
+    from .swap import hotswap_adapter as hotswap_adapter
+    from .swap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+    from .swap import plan_hotswap as plan_hotswap
+    from .swap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+    from .swap import resolve_slot as resolve_slot
+    from .swap import save_adapter as save_adapter
+    from .swap import set_strength as set_strength
+    from .threads import ModelInUseError as ModelInUseError
+    from .threads import in_use as in_use
+    from .threads import waiting_at_most as waiting_at_most
+    from .verify import Verification as Verification
+    from .verify import verify_hotswap as verify_hotswap
+    from .watch import RecompileError as RecompileError
+    from .watch import RecompileWatch as RecompileWatch
+    from .watch import pick_backend as pick_backend

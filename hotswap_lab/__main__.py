@@ -1,82 +1,211 @@
-"""Swaps through the embedded adapters in a terminal, and shows that it works and how long it takes.
+"""Adapters from the command line.
 
-python -m hotswap_lab
-python -m hotswap_lab --word banana --repeats 50
+hotswap-lab                                a tour: the embedded adapters take turns in one model
+hotswap-lab show ADAPTER                   method, ranks, alphas, layers, size, base; also of a folder of adapters
+hotswap-lab plan BASE A B                  can B take A's place? The base's weights are not loaded
+hotswap-lab verify BASE A B                swap A for B, and compare with a fresh load of B
+hotswap-lab mix BASE A:0.7 B:0.3 --out C   save an exact mix as an adapter that PEFT alone loads
+hotswap-lab serve BASE FOLDER              OpenAI's API in front of a folder of adapters, in this process
+hotswap-lab bench                          times of each way of swapping
 
-More commands: python -m hotswap_lab.bench (a full measurement), python -m hotswap_lab.serving (OpenAI's API in front).
+BASE, ADAPTER, A and B are folders or Hub ids. With --json, what was found is printed as JSON, and all else to stderr.
+Exit codes: 0 fine; 1 refused, or different from a fresh load; 2 wrong use.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
+import json
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from . import demo
-from .bench import Row, Scene, Settings, machine, ways_of
-from .swap import hotswap_adapter
-
-#: the adapter that is loaded first: it has every layer, so every other adapter can replace it
-FIRST = "reverse"
-WAYS = ("hotswap_lab, disk", "PEFT hotswap, disk", "PEFT load + set + delete")
+# each command imports what it needs, since torch, transformers and PEFT take two seconds
 
 
-def compare(name: str, repeats: int) -> list[Row]:
-    """Time the swap from ``FIRST`` to another adapter in all three ways, each on a model of its own."""
-    folders = [demo.adapter_path(FIRST), demo.adapter_path(name)]
-    scene = Scene(demo.load_base(), Settings(model="demo", n=repeats), folders)
-    return scene.measure(f"{FIRST} to {name}", {way: ways_of(scene)[way]() for way in WAYS})
+class Told(dict[str, Any]):
+    """What a command found, for ``--json``, and as text. The exit code is 1 where ``ok`` is False."""
+
+    def __init__(self, text: object, **found: Any):
+        super().__init__(found)
+        self.text = str(text)
 
 
-def shown(row: Row) -> str:
-    """The median, and what was wrong."""
-    time = f"{1000 * row.timing.median:.3g} ms" if row.timing else ""
-    return " ".join([time, *([] if row.state == "right" else [row.state])]).strip()
+def show(adapter: str) -> Told:
+    """An adapter, or each of a folder of them."""
+    from .core.report import text_table
+    from .files.summary import summary_of
+
+    folder = Path(adapter)
+    inside = [] if (folder / "adapter_config.json").exists() else sorted(folder.glob("*/adapter_config.json"))
+    told = [summary_of(each.parent) for each in inside] or [summary_of(adapter)]
+    header = ("adapter", "method", "ranks", "alphas", "layers", "size", "base")
+    return Told("\n".join(text_table(header, [each.row for each in told])), adapters=[vars(each) for each in told])
+
+
+def plan(base: str, a: str, b: str) -> Told:
+    """A dry run on a base that has shapes and no values."""
+    import torch
+    from peft import get_peft_model
+
+    from .files.reading import read
+    from .swap import plan_hotswap
+
+    configs = [read(each, only_config=True).config for each in (a, b)]
+    for config in configs:
+        needs = [
+            each for each in ("modules_to_save", "trainable_token_indices", "use_dora") if getattr(config, each, None)
+        ]
+        if config.peft_type != "LORA" or needs or config.init_lora_weights not in (True, False, "gaussian"):
+            what = " with ".join([config.peft_type.value, *needs])
+            return Told(f"not decided without the base's weights: {what}; `hotswap-lab verify` loads them", ok=None)
+    with torch.device("meta"):
+        model = get_peft_model(_model(base, is_empty=True), configs[0])
+    for path, parameter in list(model.named_parameters()):
+        if "lora_" in path:  # an adapter needs memory to be planned for, though no values
+            owner, _, name = path.rpartition(".")
+            memory = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+            model.get_submodule(owner)._parameters[name] = memory
+    found = plan_hotswap(model, b)
+    reasons = [vars(each) for each in found.refusals]
+    return Told(found, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
+
+
+def verify(base: str, a: str, b: str) -> Told:
+    """A swap, compared with a fresh load on the same base."""
+    from peft import PeftModel
+
+    from .swap import hotswap_adapter
+    from .verify import verify_hotswap
+
+    model = PeftModel.from_pretrained(_model(base), a)
+    hotswap_adapter(model, b, "default")
+    verdict = verify_hotswap(model, b, base=lambda: _model(base))
+    return Told(verdict, ok=bool(verdict), **vars(verdict))
+
+
+def mix(base: str, adapters: list[tuple[str, float]], out: str) -> Told:
+    """The sum of adapters, each times its weight, as one adapter, whose rank is the sum of theirs."""
+    from peft import PeftModel
+
+    from .files.summary import summary_of
+    from .pools.adapter_pool import AdapterPool
+    from .swap import save_adapter
+
+    weights, rank = dict(adapters), sum(max(summary_of(path).ranks) for path, _ in adapters)
+    model = PeftModel.from_pretrained(_model(base), adapters[0][0])
+    AdapterPool(model, adapters={path: path for path in weights}, target_rank=rank, progress=False).swap(weights)
+    save_adapter(model, out)
+    return Told(f"{out}: rank {rank}", ok=True, out=out, rank=rank)
+
+
+def _model(base: str, is_empty: bool = False) -> Any:
+    """The base model, of the class that its config names; or only its modules, whatever torch's default device is."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(base)
+    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    return kind(config) if is_empty else kind.from_pretrained(base, dtype="auto").eval()
+
+
+def tour(word: str, repeats: int, threads: int) -> Told:
+    """The embedded adapters take turns in one model: each answer, and what each swap takes."""
+    from .lessons.tour import tour as run
+
+    return Told("", **run(word, repeats, threads))
+
+
+def serve(base: str | None, adapters: str, host: str, port: int, arguments: list[str]) -> Told:
+    """OpenAI's API in front of a folder of adapters, in this process, until Ctrl-C."""
+    import asyncio
+
+    from .serving.one_process import run
+
+    given = {"base": base, "adapters": adapters} if base else {}
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(run(given | dict(each.split("=", 1) for each in arguments), host, port))
+    return Told("", ok=True)
+
+
+def known(word: str) -> str:
+    """A word as the embedded model was trained on."""
+    if not (word.isascii() and word.isalpha() and word.islower() and len(word) <= 10):
+        raise argparse.ArgumentTypeError("must be 1 to 10 letters from a to z")
+    return word
+
+
+def weighted(text: str) -> tuple[str, float]:
+    path, _, weight = text.rpartition(":")
+    return path, float(weight)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("hotswap-lab", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(run: Callable[..., Told], *names: str) -> Callable[..., Any]:
+        added = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        added.set_defaults(run=run)
+        for name in names:
+            added.add_argument(name)
+        return added.add_argument
+
+    add = command(tour)
+    add("--word", type=known, default="hotswap", help="the word that the model is asked, 1 to 10 letters")
+    add("--repeats", type=int, default=15, help="swaps per figure")
+    add("--threads", type=int, default=1, help="threads that torch may use")
+    command(show, "adapter")
+    command(plan, "base", "a", "b")
+    command(verify, "base", "a", "b")
+    add = command(mix, "base")
+    add("adapters", type=weighted, nargs="+", metavar="ADAPTER:WEIGHT")
+    add("--out", required=True, help="the folder to save the mix in")
+    add = command(serve)
+    add("base", nargs="?", help="without it, the embedded model and its adapters")
+    add("adapters", nargs="?", default="", help="a folder of adapters, or name=path,name=path")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="arguments",
+        help="python -m hotswap_lab.serving --help",
+    )
+    commands.add_parser("bench", help="times of each way of swapping: hotswap-lab bench --help")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m hotswap_lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--word", default="hotswap", help="the word that the model is asked, 1 to 10 letters")
-    parser.add_argument("--repeats", type=int, default=15, help="swaps per figure")
-    parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
-    options = parser.parse_args(arguments)
-    if not (options.word.isascii() and options.word.isalpha() and options.word.islower() and len(options.word) <= 10):
-        parser.error("--word must be 1 to 10 letters from a to z: the embedded model was trained on no others")
-    torch.set_num_threads(options.threads)
+    """The command. Returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["bench"]:
+        from .bench import main as bench
 
-    width = max(len(options.word) * 2, 12) + 2
-    print(f"One live model, {len(demo.adapter_names())} adapters. Each takes the place of the loaded one.\n")
-    print(
-        f"{'adapter':11}{'answer':{width}}{'equals a fresh load':22}{'hotswap_lab':14}{'PEFT hotswap':20}"
-        "PEFT load+delete"
-    )
-    print(f"{'(base)':11}{demo.ask(demo.load_base(), demo.load_tokenizer(), options.word):{width}}")
-    states, refusals = [], {}
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        live, tokenizer = demo.load(FIRST)
-        for name in demo.adapter_names():
-            hotswap_adapter(live, demo.adapter_path(name), "default")
-            rows = compare(name, options.repeats)
-            ours, hotswap, load_delete = map(shown, rows)
-            states.append([row.state for row in rows])
-            if rows[1].note:
-                refusals[name] = rows[1].note
-            answer, equal = demo.ask(live, tokenizer, options.word), str(rows[0].state == "right")
-            print(f"{name:11}{answer:{width}}{equal:22}{ours:14}{hotswap:20}{load_delete}", flush=True)
-    print(f"\nTimes: from {FIRST} to this adapter, from disk, median of {options.repeats}")
-    if any("wrong" in each for each in states):
-        print("wrong: no error, but other outputs than a fresh load")
-    for name, refusal in refusals.items():
-        print(f"PEFT hotswap refuses {name}: {refusal}")
-    print(machine())
-    return 0 if all(ours == "right" for ours, *_ in states) else 1
+        return bench(given[1:])
+    if not given or (given[0].startswith("--") and given[0] != "--help"):
+        given = ["tour", *given]
+    as_json = "--json" in given
+    options = vars(_parser().parse_args([each for each in given if each != "--json"]))
+    run, _ = options.pop("run"), options.pop("command")
+    try:
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of its own code
+            told = run(**options)
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # a HotswapError is one; transformers raises an OSError for a base that isn't there
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(told, indent=2, default=str) if as_json else told.text)
+    return int(told.get("ok") is False)
 
 
 if __name__ == "__main__":

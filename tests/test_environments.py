@@ -122,13 +122,13 @@ def test_ci_runs_the_very_test_commands_of_readme_and_contributing():
     assert (of_ci("readme_command"), of_ci("long_command")) == (test, long)
     assert test.endswith(f"&& {long.removesuffix(' -m long')}")
     assert SCRIPT.count('eval "$(long_command)"') == 1
-    # with the system's own Python, or in the stage after that where there is no other
+    # with the system's own Python, or where there is no other
     assert SCRIPT.count('eval "$(readme_command)"') == 2
 
 
 def test_ci_installs_every_floor():
     """``constraints`` in .ci/run pins what ``package`` installs; one of a package with extras is of no use to it."""
-    extras = [each for name, extra in PROJECT["optional-dependencies"].items() if name != "serve" for each in extra]
+    extras = [each for name, extra in PROJECT["optional-dependencies"].items() if name != "ray" for each in extra]
     requirements = [each for each in map(Requirement, PROJECT["dependencies"] + extras) if not each.extras]
     pinned = [Requirement(line) for line in of_ci("constraints").splitlines()]
     assert {each.name: str(each.specifier) for each in pinned} == {

@@ -1,20 +1,30 @@
-"""The tour in the terminal, run as a user runs it."""
+"""The command, run as a user runs it."""
 
 from __future__ import annotations
 
+import ast
 import inspect
+import json
 import pydoc
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import models
 import pytest
+import torch
+from peft import IA3Config, PeftModel
+from safetensors.torch import load_file
 
 import hotswap_lab
-from hotswap_lab import __main__ as main_module
 from hotswap_lab import demo
-from hotswap_lab.__main__ import compare
+from hotswap_lab.__main__ import main
 from hotswap_lab.bench import Row, Timing
+from hotswap_lab.lessons import tour
+from hotswap_lab.lessons.tour import compare
+
+BASE = str(demo.BASE_DIR)
 
 
 @pytest.mark.long
@@ -29,7 +39,7 @@ def test_the_tour():
     lines = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
     for name in demo.adapter_names():
         assert lines[name][1:3] == [demo.TASKS[name]("banana"), "True"]
-        assert lines[name][4] == "ms"
+        assert float(lines[name][3]) > 0
     assert "PEFT hotswap refuses pig_latin: Configs are incompatible: for use_rslora" in done.stdout
 
 
@@ -39,19 +49,21 @@ def test_a_wrong_swap_ends_in_an_error(monkeypatch, capsys):
         ours, theirs = Row("", "ours", "wrong", time), Row("", "PEFT", "refused", note="no")
         return [ours, theirs, Row("", "PEFT load", "right", time)]
 
-    monkeypatch.setattr(main_module, "compare", wrong)
-    assert main_module.main(["--repeats", "1"]) == 1
+    monkeypatch.setattr(tour, "compare", wrong)
+    assert main(["--repeats", "1"]) == 1
     out = capsys.readouterr().out
     assert "False" in out
-    assert "2 ms wrong" in out
+    assert "2.00   1.0x" in out
+    assert max(map(len, out.split("\nTimes")[0].splitlines())) <= 80
     assert "PEFT hotswap refuses sort: no" in out
 
 
 @pytest.mark.parametrize("word", ["Hot swap", "understanding"])
 def test_words_the_model_does_not_know_are_refused(capsys, word):
-    with pytest.raises(SystemExit):
-        main_module.main(["--word", word])
-    assert "--word must be 1 to 10 letters from a to z" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["--word", word])
+    assert stop.value.code == 2
+    assert "--word: must be 1 to 10 letters from a to z" in capsys.readouterr().err
 
 
 def test_pefts_hotswap_is_judged_by_the_same_oracle():
@@ -60,18 +72,32 @@ def test_pefts_hotswap_is_judged_by_the_same_oracle():
     assert theirs.state == "right"
     ours, theirs, load_delete = compare("sort", 2)
     assert (theirs.timing, ours.state, load_delete.state) == (None, "right", "right")
-    assert main_module.shown(theirs) == "refused"
+    assert tour.shown(theirs, ours) == "refused"
 
 
 def test_help_is_a_tour_of_one_page():
     text = pydoc.render_doc(hotswap_lab, renderer=pydoc.plaintext)
-    assert len(text.splitlines()) < 60
+    assert len(text.splitlines()) < 65
     for name in ("hotswap_adapter", "AdapterPool", "HotswapError", "hotswap_pipeline"):
         assert name in text
         assert name in dir(hotswap_lab)
 
 
-PUBLIC = sorted(name for name, value in vars(hotswap_lab).items() if name[0] != "_" and not inspect.ismodule(value))
+PUBLIC = [name for name in dir(hotswap_lab) if name[0] != "_" and not inspect.ismodule(getattr(hotswap_lab, name))]
+
+
+def test_names_are_imported_when_they_are_used():
+    """What a type checker reads is what is imported then; nothing is before."""
+    tree = ast.parse(Path(hotswap_lab.__file__).read_text())
+    (block,) = [each for each in tree.body if isinstance(each, ast.If)]
+    imported = {alias.asname: each.module for each in block.body for alias in each.names}
+    assert imported.pop("demo") is None
+    assert imported == hotswap_lab._MODULE_OF
+    assert sorted(imported) == sorted(PUBLIC)
+    code = "import sys, hotswap_lab.files.summary; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hotswap_lab.nothing
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -84,7 +110,99 @@ def test_each_public_name_has_an_example(name):
     assert ">>> " in text
 
 
-def test_the_commands_say_what_they_take():
-    done = subprocess.run([sys.executable, "-m", "hotswap_lab", "--help"], capture_output=True, text=True, check=True)
-    for what in ("--word", "--repeats", "python -m hotswap_lab.bench", "python -m hotswap_lab.serving"):
-        assert what in done.stdout
+def told(capsys, *arguments):
+    """The exit code and what a command printed as JSON."""
+    code = main([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_commands_say_what_they_take(capsys):
+    for arguments, texts in (
+        (["--help"], ["show ADAPTER", "plan BASE A B", "mix BASE", "serve", "bench"]),
+        (["tour", "--help"], ["--word", "--repeats", "--threads"]),
+        (["serve", "--help"], ["--host", "--port", "python -m hotswap_lab.serving"]),
+        (["bench", "--help"], ["--rank", "--cold", "--picture"]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        assert [text for text in texts if text not in printed] == []
+    with pytest.raises(SystemExit) as stop:
+        main(["mix", BASE, "no weight", "--out", "folder"])
+    assert stop.value.code == 2
+
+
+def test_show(capsys):
+    assert main(["show", demo.adapter_path("sort")]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.split() == ["sort", "LORA", "6", "16", "24", "24", "32", "64", "28", "645", "kB", "-"]
+    code, found = told(capsys, "show", str(demo.ADAPTERS_DIR))
+    assert (code, [each["name"] for each in found["adapters"]]) == (0, demo.adapter_names())
+    assert found["adapters"][0]["ranks"] == [4]
+
+
+def test_show_other_methods_and_formats(capsys, tmp_path):
+    """A file that isn't PEFT's newest format is read by what reads it for a swap."""
+    kind = models.Kind(demo.load_base, dict, ("q_proj",))
+    folder = models.save_random_adapter(kind, tmp_path / "old", 0, r=4, lora_alpha=3)
+    torch.save(load_file(f"{folder}/adapter_model.safetensors"), f"{folder}/adapter_model.bin")
+    Path(folder, "adapter_model.safetensors").unlink()
+    for each, expected in ((folder, ["LORA", [4], [3], 4]), (ia3(tmp_path / "ia3"), ["IA3", [], [], 4])):
+        found = told(capsys, "show", each)[1]["adapters"][0]
+        assert [found[name] for name in ("method", "ranks", "alphas", "layers")] == expected
+
+
+def test_show_nothing(capsys):
+    assert main(["show", "/nowhere"]) == 1
+    assert "no folder '/nowhere' here" in capsys.readouterr().err
+
+
+def test_plan_needs_no_weights(capsys, tmp_path):
+    """A base with a config alone; the plan is the one that a loaded model gives."""
+    (tmp_path / "config.json").write_text((demo.BASE_DIR / "config.json").read_text())
+    for first, second in (("reverse", "pig_latin"), ("double", "caesar"), ("caesar", "sort")):
+        code, found = told(capsys, "plan", str(tmp_path), demo.adapter_path(first), demo.adapter_path(second))
+        expected = hotswap_lab.plan_hotswap(demo.load(first)[0], demo.adapter_path(second))
+        assert (code, found["ok"], found["layers"]) == (int(not expected.ok), expected.ok, expected.counts)
+        assert found["nbytes"] == expected.nbytes
+        assert [each["summary"] for each in found["refusals"]] == [each.summary for each in expected.refusals]
+
+
+def test_what_needs_weights_is_not_decided(capsys, tmp_path):
+    kind = models.Kind(demo.load_base, dict, ("q_proj",))
+    other = models.save_random_adapter(kind, tmp_path / "dora", 0, r=4, use_dora=True)
+    for each in (other, ia3(tmp_path / "ia3")):
+        code, found = told(capsys, "plan", BASE, demo.adapter_path("reverse"), each)
+        assert (code, found["ok"]) == (0, None)
+
+
+def ia3(folder):
+    model = models.get_peft_model(demo.load_base(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_verify(capsys):
+    first, second, fewer = (demo.adapter_path(name) for name in ("reverse", "pig_latin", "caesar"))
+    assert told(capsys, "verify", BASE, first, second)[1]["ok"] is True
+    assert main(["verify", BASE, fewer, second]) == 1
+    assert "add_layers=True" in capsys.readouterr().err
+
+
+def test_mix(capsys, tmp_path):
+    """The saved mix is the weighted sum of both, in a model with PEFT alone."""
+    parts = {demo.adapter_path("reverse"): 0.7, demo.adapter_path("pig_latin"): -0.3}
+    names = [f"{path}:{weight}" for path, weight in parts.items()]
+    assert told(capsys, "mix", BASE, *names, "--out", str(tmp_path / "mix")) == (
+        0,
+        {"ok": True, "out": str(tmp_path / "mix"), "rank": 40},
+    )
+    mixed = PeftModel.from_pretrained(demo.load_base(), tmp_path / "mix")
+    alone = [PeftModel.from_pretrained(demo.load_base(), path) for path in parts]
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.up_proj"):
+        layers = [model.get_base_model().get_submodule(path) for model in (mixed, *alone)]
+        found, *each = [layer.get_delta_weight("default") if hasattr(layer, "lora_A") else 0 for layer in layers]
+        expected = sum(weight * one for weight, one in zip(parts.values(), each, strict=True))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert found.abs().max() > 0.01

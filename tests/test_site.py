@@ -36,7 +36,7 @@ def conf():
 
 def test_every_public_name_has_a_page(conf):
     bound = set(
-        re.findall(r"^from .* import \w+ as (\w+)$", (ROOT / "hotswap_lab/__init__.py").read_text(), re.MULTILINE)
+        re.findall(r"^ +from .* import \w+ as (\w+)$", (ROOT / "hotswap_lab/__init__.py").read_text(), re.MULTILINE)
     )
     assert len(bound) > 20
     pages = conf.pages()

@@ -142,7 +142,8 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     @api.get("/healthz")
     async def healthz() -> Any:
         states = await backend.states()
-        return JSONResponse({"replicas": states}, 200 if states else 503)
+        status, code = ("ok", 200) if states else ("starting", 503)
+        return JSONResponse({"status": status, "replicas": states}, code)
 
     @api.get("/v1/models")
     async def models() -> Any:
@@ -187,6 +188,8 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
             json.dumps([prompt, stop], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise refuse("no_text", error=error) from None
+        if not backend.table.number:
+            raise BusyError(refusal("starting"))
         shares, most = backend.table.shares(asked.model, base), asked.max_completion_tokens or asked.max_tokens
         # OpenAI's field for the state of the server holds the versions that answer
         versions = "+".join(f"{each}:{weight:g}" if weight != 1 else f"{each}" for each, weight in shares.items())

@@ -6,43 +6,25 @@ Ray Serve routes, scales, restarts and counts. Ours is what it asks for: a class
 import asyncio
 import contextlib
 import logging
-import os
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.metrics import Gauge
-from transformers import AutoConfig, AutoTokenizer
 
-from .. import demo
-from ..core.errors import HotswapError, listing, refusal, refuse
-from ..files.reading import read
+from ..core.errors import HotswapError, refusal
 from .api import openai_api
-from .replica import BusyError, Options, Piece, Replica, Request
+from .arguments import Arguments, folders_of, load_replica
+from .replica import BusyError, LateError, Options, Piece, Request
 from .table import Register, Table, Version
 
 LOG = logging.getLogger("ray.serve")
 #: the names of the deployments, in a Serve config file too
 FRONT, REGISTER, REPLICA = "Front", "Register", "Replica"
-#: for the embedded model
-DEMO: dict[str, Any] = {"base": str(demo.BASE_DIR), "adapters": str(demo.ADAPTERS_DIR), "target_rank": 48}
-DEMO |= {"longest_prompt": 32, "longest_answer": 32}
-#: the numbers among the arguments, with their defaults; where that is not 0, the number must be positive
-NUMBERS: dict[str, int] = {"replicas": 1} | {
-    each.name: each.default for each in fields(Options) if isinstance(each.default, int)
-}
 #: the register is asked ten times a second, and a replica for each request that the front has logged already
 QUIET = {"enable_access_log": False}
-
-
-class LateError(BusyError):
-    """No answer within the time that a request may wait."""
 
 
 @contextlib.contextmanager
@@ -169,90 +151,20 @@ class Front:
         return self.table
 
     async def states(self) -> list[dict[str, Any]]:
-        with in_our_words():
+        states: list[Any] = []
+        with contextlib.suppress(BusyError), in_our_words():  # while the first replica is starting
             asked = self._replicas.broadcast("state")
             states = await asked.results_async(return_exceptions=True, timeout_s=min(5, self._options.timeout))
         return [each for each in states if isinstance(each, dict)]  # and not of one that has just been lost
 
 
-def load_replica(base: str, versions: Sequence[Version], options: Options) -> Replica:
-    """A replica of a language model in a folder or on the Hub."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if base == str(demo.BASE_DIR):
-        tokenizer.chat_template = "{{ messages[-1]['content'] }}" + demo.SEPARATOR
-    model = demo.load_quietly(base, "auto").to("cuda" if torch.cuda.is_available() else "cpu")
-    if versions:
-        model = PeftModel.from_pretrained(model, versions[0].path)
-    else:  # adapters that come later need layers to go into
-        model = get_peft_model(model, LoraConfig(r=options.target_rank or 8, target_modules="all-linear"))
-    return Replica(model, tokenizer, versions, options)
-
-
-def folders_of(adapters: str | Mapping[str, str]) -> dict[str, str]:
-    """Adapters by name, from a folder of them, or from ``name=path,name=path``."""
-    if not isinstance(adapters, str):
-        return {str(name): str(path) for name, path in adapters.items()}
-    if "=" in adapters:
-        return {name: path for name, _, path in (each.partition("=") for each in adapters.split(","))}
-    return {path.parent.name: str(path.parent) for path in sorted(Path(adapters).glob("*/adapter_config.json"))}
-
-
 def build(args: dict[str, Any]) -> Any:
-    """See :func:`hotswap_lab.serving.app`. One error lists everything that is wrong with the arguments."""
-    given = {"token": os.environ.get("HOTSWAP_ADMIN_TOKEN"), **({"adapters": ""} if "base" in args else DEMO), **args}
-    base, adapters, token = (given.pop(each) for each in ("base", "adapters", "token"))
-    name, wrong, known = base if "base" in args else "demo", [], [*NUMBERS, "package"]
-    if unknown := [each for each in given if each not in known]:
-        known = ["base", "adapters", "token", *known]
-        wrong.append(refusal("unknown_argument", found=listing(unknown), known=", ".join(known)))
-
-    def tried(check: Callable, *values: Any) -> Any:
-        try:
-            return check(*values)
-        except HotswapError as error:
-            wrong.extend(error.refusals)
-
-    numbers = {each: tried(_number, each, given.get(each, default)) for each, default in NUMBERS.items()}
-    replicas = numbers.pop("replicas")
-    options = Options(**numbers, package=str(given.get("package", "")))
-    if not wrong:
-        options = tried(_for_base, options, base)
-    folders = folders_of(adapters)
-    if adapters and not folders:
-        wrong.append(refusal("no_adapters", found=adapters))
-    for each, path in folders.items():
-        tried(_check_adapter, each, path, name, options.target_rank if options else 0)
-    if wrong:
-        raise HotswapError(*wrong)
-    ongoing, queued = 2 * options.rows, options.queue
+    """See :func:`hotswap_lab.serving.app`."""
+    given = Arguments.of(args)
+    options = given.options
     replica = ReplicaDeployment.options(
-        num_replicas=replicas, max_ongoing_requests=ongoing, max_queued_requests=queued
-    ).bind(base, options)
-    register = RegisterDeployment.options(user_config={"adapters": folders}).bind(name)
-    front = Front.options(num_replicas=2 if replicas >= 4 else 1)
-    return front.bind(name, str(token or ""), options, replica, register)
-
-
-def _number(name: str, value: object) -> int:
-    text, least = str(value).lower(), int(NUMBERS[name] > 0)
-    with contextlib.suppress(ValueError):
-        if (number := int({"true": "1", "false": "0"}.get(text, text))) >= least:
-            return number
-    raise refuse("bad_number", name=name, value=value, least=least)
-
-
-def _for_base(options: Options, base: str) -> Options:
-    try:
-        config, _ = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    except Exception as error:  # of any kind: transformers has no common one
-        raise refuse("no_base", base=base, error=error) from None
-    return options.for_model(config)
-
-
-def _check_adapter(name: str, path: str, base: str, target_rank: int) -> None:
-    Version.of(name, path, base)
-    config = read(path, only_config=True).config
-    rank = max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
-    if target_rank and rank > target_rank:
-        raise refuse("rank_above_target", name=name, rank=rank, target_rank=target_rank)
+        num_replicas=given.replicas, max_ongoing_requests=2 * options.rows, max_queued_requests=options.queue
+    ).bind(given.base, options)
+    register = RegisterDeployment.options(user_config={"adapters": given.adapters}).bind(given.name)
+    front = Front.options(num_replicas=2 if given.replicas >= 4 else 1)
+    return front.bind(given.name, given.token, options, replica, register)

@@ -32,6 +32,10 @@ class BusyError(HotswapError):
     """Not now. It may go well a moment later."""
 
 
+class LateError(BusyError):
+    """No answer within the time that a request may wait."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How a replica answers.

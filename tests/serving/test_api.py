@@ -33,7 +33,7 @@ class Fake:
     """
 
     def __init__(self, error=None, tokens=(), after=0, slow=False):
-        self.table = Table({"shout": Version("shout", "folder", "1f")})
+        self.table = Table({"shout": Version("shout", "folder", "1f")}, 1)
         self.requests, self.error, self.tokens, self.after, self.slow, self.closed = [], error, tokens, after, slow, 0
 
     async def answer(self, request):
@@ -417,7 +417,7 @@ def test_a_version_number_never_comes_twice():
 
 def test_health(api):
     answer = sent(openai_api(Fake(), "demo"), "/healthz")
-    assert (answer.status_code, answer.json()) == (503, {"replicas": []})
+    assert (answer.status_code, answer.json()) == (503, {"status": "starting", "replicas": []})
     first, second = sent(api, "/healthz").json()["replicas"]
     assert first["requests"] > 0 == second["requests"]
     assert {f"{name}@1" for name in FAMILY} <= set(second["held"])

@@ -14,7 +14,8 @@ from served import FAMILY
 
 from hotswap_lab import demo
 from hotswap_lab.serving import Options, Table, app
-from hotswap_lab.serving.cluster import NUMBERS, build, load_replica
+from hotswap_lab.serving.arguments import NUMBERS, load_replica
+from hotswap_lab.serving.cluster import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

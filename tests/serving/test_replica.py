@@ -506,7 +506,7 @@ def test_another_process_has_the_same_digests_and_none_of_the_servers_packages()
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["set()", digest]
-    assert 'Serving needs Ray Serve: pip install "hotswap_lab[serve]"' in done.stderr
+    assert 'Replicas need Ray Serve: pip install "hotswap_lab[ray]"' in done.stderr
 
 
 def test_the_digest_is_of_all_that_an_adapter_is(tmp_path):

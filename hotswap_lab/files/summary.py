@@ -1,0 +1,88 @@
+"""What an adapter is, read without torch: its config, and the header of its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.report import readable_bytes
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An adapter in a few words. ``layers`` counts the modules with tensors; ``ranks`` and ``alphas`` are sorted."""
+
+    name: str
+    method: str
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    layers: int
+    base: str | None
+    nbytes: int
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The columns of ``hotswap-lab show``."""
+        ranks, alphas = (" ".join(f"{each:g}" for each in numbers) or "-" for numbers in (self.ranks, self.alphas))
+        return self.name, self.method, ranks, alphas, str(self.layers), readable_bytes(self.nbytes), self.base or "-"
+
+
+def summary_of(source: str | Path) -> Summary:
+    """The summary of an adapter in a folder or on the Hub.
+
+    Raises
+    ------
+    HotswapError
+        If there is no adapter, or its files can't be read.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo
+    >>> summary = summary_of(demo.adapter_path("sort"))
+    >>> summary.method, summary.ranks, summary.layers
+    ('LORA', (6, 16, 24), 28)
+    """
+    name = str(source)
+    try:
+        config = json.loads(Path(source, "adapter_config.json").read_text(encoding="utf-8"))
+        shapes, nbytes = _header(Path(source, "adapter_model.safetensors"))
+        return _summary(name, config, shapes, nbytes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # on the Hub, an older format, or damaged
+        from .reading import Adapter
+
+        adapter = Adapter.load(name)
+        tensors = adapter.tensors.values()
+        shapes = ((key, tuple(each.shape)) for key, each in adapter.tensors.items())
+        return _summary(name, adapter.config.to_dict(), shapes, sum(each.nbytes for each in tensors))
+
+
+def _header(path: Path) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
+    """Each tensor's name and shape, and the bytes of all, from the first bytes of a safetensors file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, 100_000_000)))
+    header.pop("__metadata__", None)
+    return [(key, tuple(each["shape"])) for key, each in header.items()], path.stat().st_size - length - 8
+
+
+def _summary(name: str, config: dict[str, Any], tensors: Iterable[tuple[str, tuple[int, ...]]], nbytes: int) -> Summary:
+    shapes = dict(tensors)
+    parts = {key: key.partition(".lora_") for key in shapes}
+    ranks = {shapes[key][0] for key, (_, _, tensor) in parts.items() if tensor.split(".")[0] in ("A", "embedding_A")}
+    layers = {layer if found else key.rpartition(".")[0] for key, (layer, found, _) in parts.items()}
+    alphas = {config[each] for each in ("lora_alpha", "alpha") if config.get(each) is not None}
+    alphas |= set((config.get("alpha_pattern") or {}).values())
+    base, method = config.get("base_model_name_or_path"), config["peft_type"]
+    name = Path(name).name if Path(name).is_dir() else name
+    return Summary(
+        name,
+        str(getattr(method, "value", method)),
+        tuple(sorted(ranks)),
+        tuple(sorted(alphas)),
+        len(layers),
+        base,
+        nbytes,
+    )

@@ -1,0 +1,63 @@
+"""The tour of ``hotswap-lab``: the embedded adapters take turns in one model, and what each swap takes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .. import demo
+from ..bench import Row, Scene, Settings, machine, ways_of
+from ..swap import hotswap_adapter
+
+#: the adapter that is loaded first: it has every layer, so every other adapter can replace it
+FIRST = "reverse"
+WAYS = ("hotswap_lab, disk", "PEFT hotswap, disk", "PEFT load + set + delete")
+LINE = "{:10}{:21}{:6}{:>9}  {:>15}  {:>15}"
+
+
+def compare(name: str, repeats: int) -> list[Row]:
+    """Time the swap from ``FIRST`` to another adapter in all three ways, each on a model of its own."""
+    folders = [demo.adapter_path(FIRST), demo.adapter_path(name)]
+    scene = Scene(demo.load_base(), Settings(model="demo", n=repeats), folders)
+    return scene.measure(f"{FIRST} to {name}", {way: ways_of(scene)[way]() for way in WAYS})
+
+
+def shown(row: Row, ours: Row) -> str:
+    """The median in milliseconds, and how many times ours it is, or what was wrong."""
+    if row.timing is None or ours.timing is None:
+        return row.state
+    ratio = f"{row.timing.median / ours.timing.median:.1f}x" if row.state == "right" else row.state
+    return f"{1000 * row.timing.median:.2f}" if row is ours else f"{1000 * row.timing.median:.2f} {ratio:>6}"
+
+
+def tour(word: str = "hotswap", repeats: int = 15, threads: int = 1) -> dict[str, Any]:
+    """Print it line by line. Returns what it found; ``ok`` is whether each of our swaps was right."""
+    torch.set_num_threads(threads)
+    print(f"One live model, {len(demo.adapter_names())} adapters. Each takes the place of the loaded one.\n")
+    print(LINE.format("", "", "", "ms:", "PEFT's", "PEFT load,"))
+    print(LINE.format("adapter", "answer", "right", "ours", "hotswap", "set, delete"))
+    print(LINE.format("(base)", demo.ask(demo.load_base(), demo.load_tokenizer(), word), "", "", "", "").rstrip())
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        live, tokenizer = demo.load(FIRST)
+        for name in demo.adapter_names():
+            hotswap_adapter(live, demo.adapter_path(name), "default")
+            rows = compare(name, repeats)
+            answer, is_right = demo.ask(live, tokenizer, word), rows[0].state == "right"
+            found[name] = {"answer": answer, "rows": [asdict(each) for each in rows]}
+            print(LINE.format(name, answer, str(is_right), *(shown(each, rows[0]) for each in rows)), flush=True)
+    states = {name: [row["state"] for row in each["rows"]] for name, each in found.items()}
+    print(f"\nTimes: from {FIRST} to this adapter, from disk, median of {repeats}")
+    if any("wrong" in each for each in states.values()):
+        print("wrong: no error, but other outputs than a fresh load")
+    for name, each in found.items():
+        if each["rows"][1]["note"]:
+            print(f"PEFT hotswap refuses {name}: {each['rows'][1]['note']}")
+    print(machine())
+    return {"ok": all(each[0] == "right" for each in states.values()), "adapters": found}

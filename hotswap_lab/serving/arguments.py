@@ -1,0 +1,119 @@
+"""What a server is started with: checked before anything starts, and the same with Ray Serve and without."""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoTokenizer
+
+from .. import demo
+from ..core.errors import HotswapError, listing, refusal, refuse
+from ..files.reading import read
+from .replica import Options, Replica
+from .table import Version
+
+#: for the embedded model
+DEMO: dict[str, Any] = {"base": str(demo.BASE_DIR), "adapters": str(demo.ADAPTERS_DIR), "target_rank": 48}
+DEMO |= {"longest_prompt": 32, "longest_answer": 32}
+#: the numbers among the arguments, with their defaults; where that is not 0, the number must be positive
+NUMBERS: dict[str, int] = {"replicas": 1} | {
+    each.name: each.default for each in fields(Options) if isinstance(each.default, int)
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The checked arguments of a server: see :func:`hotswap_lab.serving.app`. ``name`` is the base model's."""
+
+    base: str
+    name: str
+    adapters: dict[str, str]
+    options: Options
+    token: str = ""
+    replicas: int = 1
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any]) -> "Arguments":
+        """One error lists everything that is wrong."""
+        given = {
+            "token": os.environ.get("HOTSWAP_ADMIN_TOKEN"),
+            **({"adapters": ""} if "base" in args else DEMO),
+            **args,
+        }
+        base, adapters, token = (given.pop(each) for each in ("base", "adapters", "token"))
+        name, wrong, known = base if "base" in args else "demo", [], [*NUMBERS, "package"]
+        if unknown := [each for each in given if each not in known]:
+            known = ["base", "adapters", "token", *known]
+            wrong.append(refusal("unknown_argument", found=listing(unknown), known=", ".join(known)))
+
+        def tried(check: Callable, *values: Any) -> Any:
+            try:
+                return check(*values)
+            except HotswapError as error:
+                wrong.extend(error.refusals)
+
+        numbers = {each: tried(_number, each, given.get(each, default)) for each, default in NUMBERS.items()}
+        replicas = numbers.pop("replicas")
+        options = Options(**numbers, package=str(given.get("package", "")))
+        if not wrong:
+            options = tried(_for_base, options, base)
+        folders = folders_of(adapters)
+        if adapters and not folders:
+            wrong.append(refusal("no_adapters", found=adapters))
+        for each, path in folders.items():
+            tried(_check_adapter, each, path, name, options.target_rank if options else 0)
+        if wrong:
+            raise HotswapError(*wrong)
+        return cls(base, name, folders, options, str(token or ""), replicas)
+
+
+def load_replica(base: str, versions: Sequence[Version], options: Options) -> Replica:
+    """A replica of a language model in a folder or on the Hub."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if base == str(demo.BASE_DIR):
+        tokenizer.chat_template = "{{ messages[-1]['content'] }}" + demo.SEPARATOR
+    model = demo.load_quietly(base, "auto").to("cuda" if torch.cuda.is_available() else "cpu")
+    if versions:
+        model = PeftModel.from_pretrained(model, versions[0].path)
+    else:  # adapters that come later need layers to go into
+        model = get_peft_model(model, LoraConfig(r=options.target_rank or 8, target_modules="all-linear"))
+    return Replica(model, tokenizer, versions, options)
+
+
+def folders_of(adapters: str | Mapping[str, str]) -> dict[str, str]:
+    """Adapters by name, from a folder of them, or from ``name=path,name=path``."""
+    if not isinstance(adapters, str):
+        return {str(name): str(path) for name, path in adapters.items()}
+    if "=" in adapters:
+        return {name: path for name, _, path in (each.partition("=") for each in adapters.split(","))}
+    return {path.parent.name: str(path.parent) for path in sorted(Path(adapters).glob("*/adapter_config.json"))}
+
+
+def _number(name: str, value: object) -> int:
+    text, least = str(value).lower(), int(NUMBERS[name] > 0)
+    with contextlib.suppress(ValueError):
+        if (number := int({"true": "1", "false": "0"}.get(text, text))) >= least:
+            return number
+    raise refuse("bad_number", name=name, value=value, least=least)
+
+
+def _for_base(options: Options, base: str) -> Options:
+    try:
+        config, _ = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    except Exception as error:  # of any kind: transformers has no common one
+        raise refuse("no_base", base=base, error=error) from None
+    return options.for_model(config)
+
+
+def _check_adapter(name: str, path: str, base: str, target_rank: int) -> None:
+    Version.of(name, path, base)
+    config = read(path, only_config=True).config
+    rank = max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
+    if target_rank and rank > target_rank:
+        raise refuse("rank_above_target", name=name, rank=rank, target_rank=target_rank)

@@ -1,0 +1,79 @@
+"""A server in one process: one replica and its register behind OpenAI's API, without Ray."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import uvicorn
+
+from ..core.errors import refusal
+from .api import openai_api
+from .arguments import Arguments, load_replica
+from .replica import BusyError, LateError, Piece, Replica, Request
+from .table import Register, Table, Version
+
+
+class OneProcess(Register):
+    """What answers behind the API: :meth:`start` reads the model, and until then all requests are refused as too early.
+
+    Parameters
+    ----------
+    arguments:
+        See :meth:`Arguments.of`. There is one replica, whatever their number of replicas is.
+    """
+
+    def __init__(self, arguments: Arguments):
+        super().__init__(arguments.name)
+        self.arguments: Arguments = arguments
+        self._started: Replica | None = None
+
+    async def start(self) -> None:
+        """Read the adapters and the model."""
+        given = self.arguments
+        versions = list((await super().change(given.adapters)).versions.values())
+        self._started = await asyncio.to_thread(load_replica, given.base, versions, given.options)
+
+    @property
+    def replica(self) -> Replica:
+        """The replica; raises :class:`BusyError` while it is starting."""
+        if self._started is None:
+            raise BusyError(refusal("starting"))
+        return self._started
+
+    async def change(self, paths: Mapping[str, str | None], is_all: bool = False) -> Table:
+        _ = self.replica  # what changes before the first table is there would be lost
+        return await super().change(paths, is_all)
+
+    async def load(self, versions: Sequence[Version]) -> None:
+        if self._started:
+            await asyncio.to_thread(self._started.load, versions)
+
+    async def answer(self, request: Request) -> AsyncGenerator[Piece, None]:
+        async with contextlib.aclosing(self.replica.answer(request)) as pieces:
+            try:
+                while piece := await asyncio.wait_for(anext(pieces, None), self.arguments.options.timeout):
+                    yield piece
+            except asyncio.TimeoutError:
+                raise LateError(refusal("too_late")) from None
+
+    async def states(self) -> list[dict[str, Any]]:
+        return [self._started.state] if self._started else []
+
+
+async def run(args: Mapping[str, Any], host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve until the process is interrupted. ``args`` are those of :func:`hotswap_lab.serving.app`."""
+    backend = OneProcess(Arguments.of(args))
+    given = backend.arguments
+    api = openai_api(backend, given.name, given.token, given.options.longest_prompt)
+    server = uvicorn.Server(uvicorn.Config(api, host=host, port=port))
+    serving = asyncio.create_task(server.serve())
+    try:
+        await backend.start()
+        if not server.should_exit:  # by Ctrl-C
+            print(f"Ready: {len(given.adapters)} adapters of {given.name}, http://{host}:{port}/docs", flush=True)
+    except BaseException:  # of a model that can't be read, or Ctrl-C: the port is free again before it is said
+        server.should_exit = True
+        await serving
+        raise
+    await serving
