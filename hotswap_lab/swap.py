@@ -173,7 +173,7 @@ def plan_hotswap(
     base_weights: Mapping[str, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> Plan:
-    """The dry run of :func:`hotswap_adapter`: a plan of what would be written, or of why nothing can be.
+    """The dry run of :func:`hotswap_adapter`: a plan of what would be written, or why the swap would be refused.
 
     Takes the same arguments and never changes the model. A swap that can't be done is reported in
     ``Plan.refusals``; only files that can't be read at all, or an unknown adapter name, raise an error.
@@ -201,7 +201,7 @@ def plan_hotswap(
     >>> plan.ok
     False
     >>> print(plan.refusals[0].next_step)
-    pass add_layers=True to add them, or load first the adapter that targets most layers
+    pass add_layers=True to add them, or load the adapter that targets the most layers first
     """
     adapter_name = name_in(model, adapter_name)
     host = find_host(model, adapter_name)

@@ -126,8 +126,14 @@ SETTINGS |= dict(hidden_act="gelu")
 OTHERS = {
     "another model": (lambda make: prepared_for(8, demo.load("reverse")[0]), "GraniteForCausalLM with 'default'"),
     "another name": (lambda make: make("other"), "GraniteForCausalLM with other"),
-    "other ranks": (lambda make: prepared_for(32, make()), "was compiled for a model of another form"),
-    "a larger rank": (lambda make: make(rank=40), "was compiled for a model of another form"),
+    "other ranks": (
+        lambda make: prepared_for(32, make()),
+        "was compiled for a model with different tensor shapes, strides, dtypes or devices",
+    ),
+    "a larger rank": (
+        lambda make: make(rank=40),
+        "was compiled for a model with different tensor shapes, strides, dtypes or devices",
+    ),
     "another dtype": (lambda make: prepared_for(8, make().double()), "torch.float64"),
     "no adapter": (lambda make: LLAMA.base(), "no adapter"),
     "another number": (lambda make: set_eps(make()), "model.norm.variance_epsilon = 0.1"),

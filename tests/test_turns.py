@@ -268,7 +268,7 @@ def test_a_swap_that_would_wait_too_long_is_refused(model, folders, pool):
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), "soon", True, None])
 def test_what_is_no_time(seconds):
-    with pytest.raises(HotswapError, match="not a time to wait"), waiting_at_most(seconds):
+    with pytest.raises(HotswapError, match="not a valid number of seconds"), waiting_at_most(seconds):
         pass
 
 

@@ -239,7 +239,7 @@ class AdapterPool:
         self._members.add(name, source)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. The one that the model computes with can't be removed."""
+        """Remove an adapter from the pool. One in use can't be removed."""
         with self._members.lock:
             if self._uses(self._members[name]):
                 raise refuse("adapter_in_use", name=name)
@@ -433,7 +433,7 @@ class AdapterPool:
     # ---- the adapter that was there before
 
     def using(self, name: str | Mapping[str, float], strength: float = 1.0) -> Block[AdapterPool]:
-        """Put an adapter in for the length of a block, and the former one back at its end, after errors too.
+        """Activate an adapter inside a block; restore the previous one on exit, even after an error.
 
         ``with pool.using(name):`` waits for other threads that swap or compute, and swaps from other threads wait for
         the end of the block. With asyncio, ``async with pool.using(name):`` also waits for other tasks of the same

@@ -29,7 +29,7 @@ COLDEST = 1e-3
 
 
 class BusyError(HotswapError):
-    """Not now. It may go well a moment later."""
+    """The replica is busy; retry shortly."""
 
 
 class LateError(BusyError):

@@ -72,7 +72,7 @@ class ModelSwitch:
 
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Put an adapter in for the length of a block, and the former one back at its end, after errors too."""
+        """Activate an adapter inside a block; restore the previous one on exit, even after an error."""
         with held(*bases_of(self.model), computing=True), tempfile.TemporaryDirectory() as folder:
             last, config = self._last, config_of(self)
             former = last[0] if last[1] is config else None

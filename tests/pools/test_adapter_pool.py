@@ -109,7 +109,7 @@ def test_more_room_in_a_compiled_model_costs_one_recompile(tmp_path, fresh_compi
     """As the refusals say, of swaps, of preparing and of pools."""
     folders = save_family(LINEAR, tmp_path, first, dict(r=8), dict(r=16))
     family = dict(zip(("old", "new", "third"), folders, strict=True))
-    advised = "check_compiled='ignore', at the price of one recompile"
+    advised = "check_compiled='ignore' (costs one recompile)"
 
     def swap_in_turn(swap: Callable[[str], object], *names: str) -> None:
         for name in names:
@@ -671,7 +671,7 @@ def test_a_head_with_buffers(tmp_path):
         assert_is(pool.model, folders[name], NORMED)
         assert norm.num_batches_tracked == batches
     without = save_random_adapter(NORMED, tmp_path / "without", seed=9, r=1)
-    refused("other whole modules than the loaded one", pool.add, "without", without)
+    refused("different modules_to_save from the loaded one", pool.add, "without", without)
     refused("can't be set", pool.off)
     new = Adapter.load(folders["c"])
     pool.update("a", new.tensors, new.config)

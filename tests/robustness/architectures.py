@@ -110,7 +110,7 @@ class Now:
 RIGHT_REFUSALS: dict[str, Callable[[Case], bool]] = {
     r"The layer .* can't have another adapter in each row": lambda case: case.has_no_rows,
     r"The rows of a batch can't have different adapters at": lambda case: case.has_no_rows,
-    r"The adapter .* can't be another one in each row": lambda case: case.structure != "plain",
+    r"The adapter .* can't vary between rows": lambda case: case.structure != "plain",
     r"A pool is for LoRA alone": lambda case: case.structure in ("bias", "tokens", "any"),
     r"The adapter .* is in the model": lambda case: case.removed in case.now.members,
     r"The adapter .* does not fit into the pool's memory": lambda case: "max_bytes" in case.options,

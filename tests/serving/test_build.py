@@ -53,7 +53,7 @@ def test_a_model_of_ones_own(tmp_path):
     adapters = f"loud={FAMILY['shout']},sort={FAMILY['sort']}"
     name, _, options, _, _ = options_of({"base": str(base), "adapters": adapters})
     assert (name, options.longest_prompt, options.longest_answer) == (str(base), 192, 64)
-    refused("1024 and 256|can't read that far", app, {"base": str(base), "longest_prompt": 1024, "longest_answer": 256})
+    refused("1024 and 256|don't fit the model", app, {"base": str(base), "longest_prompt": 1024, "longest_answer": 256})
     assert options_of({"base": str(base)})[2] == options  # and no adapters
 
 
@@ -69,7 +69,7 @@ def test_a_model_of_ones_own(tmp_path):
         ({"replicas": "0"}, "replicas='0'"),
         ({"timeout": 0}, "timeout=0"),
         ({"held": -1}, "held=-1.*\n.*at least 0"),
-        ({"longest_prompt": 40, "longest_answer": 40}, "can't read that far.*\n.*40.*40.*\n.*64"),
+        ({"longest_prompt": 40, "longest_answer": 40}, "don't fit the model.*\n.*40.*40.*\n.*64"),
         ({"base": "/nowhere"}, "base model can't be read.*\n.*found:    /nowhere"),
         ({"base": str(demo.BASE_DIR), "adapters": "/nowhere"}, "There are no adapters.*\n.*/nowhere"),
         ({"adapters": "one=/nowhere"}, "Can't find 'adapter_config.json'"),
