@@ -234,6 +234,12 @@ def test_the_picture_and_the_table_of_readme_are_one_measurement(measured):
     for name, form in PICTURES.items():
         assert (PICTURES_FOLDER / f"{name}.svg").read_text() == measured.figure(*form).svg + "\n", name
     readme = (PICTURES_FOLDER.parents[1] / "README.md").read_text()
+    medians = {row.way: 1000 * row.timing.median for row in reversed(measured.rows)}  # those of the first rank
+    ours, pool, theirs = (medians[way] for way in ("hotswap_lab, disk", "hotswap_lab, pool", "PEFT hotswap, disk"))
+    assert (
+        f"in {ours:.1f} ms from disk or {pool:.1f} ms from a pool in memory (PEFT's own hotswap takes {theirs:.0f}"
+        in readme
+    )
     table = re.search(r"^\| one swap \|.*\n\|.*\n((?:\|.*\n)+)", readme, re.MULTILINE).group(1)
     ways = ["PEFT load + set + delete", "PEFT hotswap, disk", "hotswap_lab, disk", "hotswap_lab, disk, prepared"]
     for way, line in zip([*ways, "hotswap_lab, pool", MEMCPY], table.splitlines(), strict=True):

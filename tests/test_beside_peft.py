@@ -31,7 +31,7 @@ def table(notebook) -> dict[str, tuple[str, str]]:
 
 
 def test_readme_has_seven_rows_of_the_table(table):
-    rows = ROW.findall(section_of_readme("Beside PEFT's hotswap"))[2:]
+    rows = ROW.findall(section_of_readme("Comparison with PEFT"))[2:]
     assert len(rows) == 7
     for case, theirs, ours in rows:
         assert table[case] == (theirs, ours)
