@@ -51,17 +51,20 @@ def plan(base: str, a: str, b: str) -> Told:
     import torch
     from peft import get_peft_model
 
+    from .beyond.configs import extra_state
+    from .core.errors import listing
     from .files.reading import read
     from .swap import plan_hotswap
 
     configs = [read(each, only_config=True).config for each in (a, b)]
     for config in configs:
-        needs = [
-            each for each in ("modules_to_save", "trainable_token_indices", "use_dora") if getattr(config, each, None)
-        ]
-        if config.peft_type != "LORA" or needs or config.init_lora_weights not in (True, False, "gaussian"):
-            what = " with ".join([config.peft_type.value, *needs])
-            return Told(f"not decided without the base's weights: {what}; `hotswap-lab verify` loads them", ok=None)
+        needs = [config.peft_type.value]
+        if config.peft_type == "LORA":
+            needs = [*extra_state(config), *(["use_dora"] if config.use_dora else [])]
+            needs += [] if config.init_lora_weights in (True, False, "gaussian") else ["init_lora_weights"]
+        if needs:
+            found = listing(needs)
+            return Told(f"not decided without the base's weights: {found}; `hotswap-lab verify` loads them", ok=None)
     with torch.device("meta"):
         model = get_peft_model(_model(base, is_empty=True), configs[0])
     for path, parameter in list(model.named_parameters()):
@@ -95,7 +98,7 @@ def mix(base: str, adapters: list[tuple[str, float]], out: str) -> Told:
     from .pools.adapter_pool import AdapterPool
     from .swap import save_adapter
 
-    weights, rank = dict(adapters), sum(max(summary_of(path).ranks) for path, _ in adapters)
+    weights, rank = dict(adapters), sum(max(summary_of(path).ranks, default=0) for path, _ in adapters)
     model = PeftModel.from_pretrained(_model(base), adapters[0][0])
     AdapterPool(model, adapters={path: path for path in weights}, target_rank=rank, progress=False).swap(weights)
     save_adapter(model, out)
@@ -108,7 +111,9 @@ def _model(base: str, is_empty: bool = False) -> Any:
 
     transformers.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(base)
-    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    name = (config.architectures or ["AutoModel"])[0]
+    if (kind := getattr(transformers, name, None)) is None:
+        raise ValueError(f"transformers has no class {name}, which the config of {base} names")
     return kind(config) if is_empty else kind.from_pretrained(base, dtype="auto").eval()
 
 

@@ -171,10 +171,20 @@ def test_plan_needs_no_weights(capsys, tmp_path):
 
 def test_what_needs_weights_is_not_decided(capsys, tmp_path):
     kind = models.Kind(demo.load_base, dict, ("q_proj",))
-    other = models.save_random_adapter(kind, tmp_path / "dora", 0, r=4, use_dora=True)
-    for each in (other, ia3(tmp_path / "ia3")):
-        code, found = told(capsys, "plan", BASE, demo.adapter_path("reverse"), each)
-        assert (code, found["ok"]) == (0, None)
+    others = {"IA3": ia3(tmp_path / "ia3")}
+    for name, value in (("use_dora", True), ("modules_to_save", ["lm_head"]), ("bias", "all")):
+        others[name] = models.save_random_adapter(kind, tmp_path / name, 0, r=4, **{name: value})
+    for name, each in others.items():
+        assert main(["plan", BASE, demo.adapter_path("reverse"), each]) == 0
+        assert f"weights: {name};" in capsys.readouterr().out
+        assert told(capsys, "plan", BASE, each, demo.adapter_path("reverse")) == (0, {"ok": None})
+
+
+def test_a_base_of_no_known_class(capsys, tmp_path):
+    config = json.loads((demo.BASE_DIR / "config.json").read_text()) | {"architectures": ["Unknown"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), *(demo.adapter_path(name) for name in ("reverse", "sort"))]) == 1
+    assert "no class Unknown" in capsys.readouterr().err
 
 
 def ia3(folder):
