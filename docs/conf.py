@@ -125,7 +125,8 @@ def write_sources() -> None:
         DOCS / "notebooks",
         ignore=shutil.ignore_patterns("refresh.py", "conftest.py", ".*", "__*"),
     )
-    (DOCS / "_build" / "alive.html").write_text(runpy.run_path(str(DOCS / "alive" / "make.py"))["fragment"]())
+    alive = runpy.run_path(str(DOCS / "alive" / "make.py"))["fragment"]()
+    (DOCS / "_build" / "alive.html").write_text(alive, encoding="utf-8")
     (DOCS / "api").mkdir()
     for name, text in pages().items():
         (DOCS / "api" / f"{name}.rst").write_text(text, encoding="utf-8")

@@ -53,6 +53,7 @@ LONG_NOTEBOOKS = "notebooks/solutions/", NEEDS_PEFT[0]
 TOGETHER = (
     ".ipynb",
     "/test_front_ends.py",
+    "/test_alive.py",
     "/test_distributed.py",
     "/test_bad_files.py",
     "/test_ahead.py",

@@ -28,7 +28,7 @@ PAGES = ["", *(["index.html", "notebooks/00_start_here.html"] if SITE != ROOT el
 SIZES = {"phone": {"width": 390, "height": 844}, "wide": {"width": 1280, "height": 900}}
 HEAD = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><body>'
 #: how far below the top of the part each of its elements begins and ends, and where they are from left to right
-PLACES = """box => [box, ...box.querySelectorAll('*')].map(each => {
+PLACES = """box => [box, ...box.querySelectorAll('*')].filter(each => each.getClientRects().length).map(each => {
     const {top, bottom, left, right} = each.getBoundingClientRect(), from = box.getBoundingClientRect().top
     return each.closest('.alive-answer') ? top - from : [top - from, bottom - from, left, right]
 })"""
