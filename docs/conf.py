@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
+import runpy
 import shutil
 from collections.abc import Iterable
 from importlib.metadata import metadata
@@ -124,16 +126,26 @@ def write_sources() -> None:
         DOCS / "notebooks",
         ignore=shutil.ignore_patterns("refresh.py", "conftest.py", ".*", "__*"),
     )
+    alive = runpy.run_path(str(DOCS / "alive" / "make.py"))["fragment"]()
+    (DOCS / "_build" / "alive.html").write_text(alive, encoding="utf-8")
     (DOCS / "api").mkdir()
     for name, text in pages().items():
         (DOCS / "api" / f"{name}.rst").write_text(text, encoding="utf-8")
 
 
 def adapt(app, docname: str, source: list[str]) -> None:
-    """Name the language of cells, which have magics; link to GitHub where the site lacks a file."""
+    """Name the language of cells, which have magics; link to GitHub where the site lacks a file.
+
+    Chapter 00 begins with the part that is alive without a kernel, which would be too large for the notebook itself.
+    """
     if docname.startswith("notebooks/"):
         source[0] = source[0].replace('"name": "python"\n', '"name": "python",\n"pygments_lexer": "ipython3"\n')
         source[0] = source[0].replace("](../hotswap_lab/", f"]({REPOSITORY}/blob/HEAD/hotswap_lab/")
+    if docname == "notebooks/00_start_here":
+        notebook = json.loads(source[0])
+        text = "```{raw} html\n:file: ../_build/alive.html\n```"
+        notebook["cells"].insert(1, {"cell_type": "markdown", "id": "alive", "metadata": {}, "source": text})
+        source[0] = json.dumps(notebook)
 
 
 def resolve(app, env, node, content):

@@ -6,14 +6,18 @@ CI, which has Sphinx, checks that the site builds without a warning.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+from peft.tuners.lora import LoraLayer
 
 import hotswap_lab
 import hotswap_lab.widgets
+from hotswap_lab import demo
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -72,6 +76,32 @@ def test_broken_links_are_found(tmp_path):
     (tmp_path / "b.html").write_text('<a href="a.html#here">1</a><a href="a.html#gone">2</a><img src="c.png">')
     broken = load("check_links").broken(tmp_path)
     assert broken == ["a.html: b.html#there", "b.html: a.html#gone", "b.html: c.png"]
+
+
+# --- the part that is alive without a kernel
+
+
+@pytest.mark.parametrize("name", demo.adapter_names())
+def test_its_answers_and_its_tiles_are_those_of_a_fresh_load(name):
+    make = load("alive/make")
+    data = json.loads((DOCS / "alive" / "data.json").read_text())
+    found, words = data["adapters"][name], data["words"]
+    model, tokenizer = demo.load(name)
+    assert data["layers"] == [path for path, _ in make.layers(model)]
+    levels = make.levels(model)
+    assert found["tiles"].keys() == levels.keys()
+    for path, expected in levels.items():
+        stored = torch.tensor([make.LEVELS.index(each) for each in found["tiles"][path]])
+        assert (stored - expected.flatten()).abs().max() < 0.501, path
+    assert len(found["answers"]) == len(data["strengths"])
+    for strength, answers in zip(data["strengths"], found["answers"], strict=True):
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.set_scale("default", strength)
+        assert answers == demo.ask_all(model, tokenizer, words), strength
+        task = {0: "copy", 1: name}.get(strength)
+        assert task is None or answers == [*map(demo.TASKS[task], words)]
+    assert all(data["measured"][what][name] > 0 for what in ("swap", "strength", "reload"))
 
 
 # --- README and the other pages

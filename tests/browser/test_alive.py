@@ -1,0 +1,166 @@
+"""The part of the site that is alive without a kernel, in Chromium: by mouse and keyboard, on a phone, light and dark.
+
+By itself, and, where ``SITE`` names the folder of the built site, on the pages that have it:
+``SITE=docs/_build/html pytest tests/browser/test_alive.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from front_ends import ROOT, chromium, open_browser
+from lengths import long
+from playwright.sync_api import expect
+
+from hotswap_lab import demo
+from hotswap_lab.figures.palette import adapter_color
+
+pytestmark = pytest.mark.skipif(chromium() is None, reason="there is no Chromium")
+
+DATA = json.loads((ROOT / "docs" / "alive" / "data.json").read_text())
+SITE = Path(os.environ.get("SITE") or ROOT).resolve()
+PAGES = ["", *(["index.html", "notebooks/00_start_here.html"] if SITE != ROOT else [])]
+SIZES = {"phone": {"width": 390, "height": 844}, "wide": {"width": 1280, "height": 900}}
+HEAD = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><body>'
+#: how far below the top of the part each of its elements begins and ends, and where they are from left to right
+PLACES = """box => [box, ...box.querySelectorAll('*')].filter(each => each.getClientRects().length).map(each => {
+    const {top, bottom, left, right} = each.getBoundingClientRect(), from = box.getBoundingClientRect().top
+    return each.closest('.alive-answer') ? top - from : [top - from, bottom - from, left, right]
+})"""
+#: whether the page, or a part of it, is wider than the window
+TOO_WIDE = "() => document.documentElement.scrollWidth > document.documentElement.clientWidth"
+CUT = """box => [...box.querySelectorAll('.alive-answer, pre, select, fieldset span')]
+    .filter(each => each.scrollWidth > each.clientWidth || each.scrollHeight > each.clientHeight).length"""
+#: for each layer, whether any pixel of its tile has a color
+PAINTED = """map => [...map.querySelectorAll('canvas')].map(each =>
+    each.getContext('2d').getImageData(0, 0, each.width, each.height).data.some(Boolean))"""
+#: the color of an answer, and of the card behind it
+COLORS = """answer => [answer, answer.closest('.alive')].map((each, at) => {
+    const brush = document.createElement('canvas').getContext('2d')
+    brush.fillStyle = getComputedStyle(each)[at ? 'backgroundColor' : 'color']
+    brush.fillRect(0, 0, 1, 1)
+    return [...brush.getImageData(0, 0, 1, 1).data].slice(0, 3)
+})"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(params=PAGES, ids=lambda path: path or "alone")
+def opened(request, browser, tmp_path):
+    """A function that opens a page and returns it, with the part that is alive."""
+    file = SITE / request.param
+    if not request.param:
+        file = tmp_path / "alive.html"
+        fragment = runpy.run_path(str(ROOT / "docs" / "alive" / "make.py"))["fragment"]()
+        file.write_text(HEAD + fragment, encoding="utf-8")
+    errors = []
+
+    def opened(size="wide", scheme="light"):
+        page = browser.new_page(viewport=SIZES[size], color_scheme=scheme)
+        page.on("pageerror", lambda error: errors.append(error))
+        page.goto(file.as_uri())
+        return page, page.locator(".alive")
+
+    yield opened
+    for context in browser.contexts:
+        context.close()
+    assert not errors
+
+
+def stored(name: str, strength: float, word: str) -> str:
+    return DATA["adapters"][name]["answers"][DATA["strengths"].index(strength)][DATA["words"].index(word)]
+
+
+def test_each_button_shows_its_adapter(opened):
+    _, part = opened()
+    answer, time = part.locator(".alive-answer output"), part.locator(".alive-time")
+    for name in reversed(demo.adapter_names()):
+        part.get_by_text(name, exact=True).click()
+        expect(part.get_by_role("radio", name=name)).to_be_checked()
+        expect(part.get_by_role("radio", checked=True)).to_have_count(1)
+        expect(answer).to_have_text(demo.TASKS[name]("hotswap"))
+        expect(answer).to_have_css("color", "rgb({}, {}, {})".format(*bytes.fromhex(adapter_color(name)[1:])))
+        expect(time).to_contain_text(f"took {DATA['measured']['swap'][name]:g} ms")
+        expect(part.locator("pre")).to_contain_text(f'pool.swap("{name}", strength=1)')
+        layers = DATA["adapters"][name]["tiles"]
+        assert part.locator(".alive-map").evaluate(PAINTED) == [path in layers for path in DATA["layers"]]
+        expect(part.get_by_role("img")).to_have_accessible_name(re.compile(f"{name} is in {len(layers)} of 28 layers"))
+
+
+def test_by_keyboard(opened):
+    page, part = opened()
+    answer, names = part.locator(".alive-answer output"), demo.adapter_names()
+    part.get_by_role("radio", checked=True).focus()
+    page.keyboard.press("ArrowRight")
+    following = names[names.index("reverse") + 1]
+    expect(part.get_by_role("group", name="adapter").get_by_role("radio", name=following)).to_be_focused()
+    expect(answer).to_have_text(demo.TASKS[following]("hotswap"))
+    page.keyboard.press("Tab")
+    slider = part.get_by_role("slider", name="strength", exact=True)
+    expect(slider).to_be_focused()
+    expect(slider).to_have_attribute("aria-valuetext", "1: as trained")
+    for strength in (0.75, 0.5):
+        page.keyboard.press("ArrowLeft")
+        expect(answer).to_have_text(stored(following, strength, "hotswap"))
+    expect(part.get_by_role("status").last).to_contain_text("change of strength took")
+    page.keyboard.press("Tab")
+    expect(part.get_by_role("combobox", name="word")).to_be_focused()
+    page.keyboard.press("ArrowDown")
+    expect(answer).to_have_text(stored(following, 0.5, DATA["words"][1]))
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Home")
+    expect(slider).to_have_attribute("aria-valuetext", "0: off")
+    expect(answer).to_have_text(DATA["words"][1])
+    assert not any(part.locator(".alive-map").evaluate(PAINTED))
+
+
+def luminance(color: list[int]) -> float:
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in (c / 255 for c in color)]
+    return sum(share * each for share, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "scheme"), [("phone", "dark"), ("wide", "light"), long("phone", "light"), long("wide", "dark")]
+)
+def test_nothing_moves_or_is_cut_and_all_can_be_read(opened, size, scheme):
+    page, part = opened(size, scheme)
+    answer = part.locator(".alive-answer output")
+    before = part.evaluate(PLACES)
+    for name in demo.adapter_names():
+        part.get_by_text(name, exact=True).click()
+        for strength, text in ((0, "hello"), (1, "elephant")):
+            part.get_by_role("slider").fill(str(strength))
+            part.get_by_role("combobox").select_option(text)
+            expect(answer).to_have_text(stored(name, strength, text))
+            assert part.evaluate(PLACES) == before, (name, text)
+            assert part.evaluate(CUT) == 0, (name, text)
+        low, high = sorted(map(luminance, answer.evaluate(COLORS)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, name
+    assert not page.evaluate(TOO_WIDE)
+
+
+def test_the_map_follows_the_theme(opened):
+    page, part = opened()
+    color = "canvas => [...canvas.getContext('2d').getImageData(0, 0, 1, 1).data].slice(0, 3)"
+    light = part.locator("canvas").first.evaluate(color)
+    page.evaluate("document.body.dataset.theme = 'dark'")
+    page.wait_for_function(f"before => String(({color})(document.querySelector('canvas'))) !== before", arg=str(light))
+    assert sum(part.locator("canvas").first.evaluate(color)) > sum(light)
+
+
+@pytest.mark.parametrize("opened", PAGES[-1:], indirect=True)
+def test_no_page_is_wider_than_a_phone(opened):
+    """What is too wide, such as a table, scrolls inside of itself."""
+    page, _ = opened("phone")
+    for path in sorted(SITE.rglob("*.html")) if SITE != ROOT else []:
+        page.goto(path.as_uri())
+        assert not page.evaluate(TOO_WIDE), path
