@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from lengths import few_of
 from peft.tuners.lora import LoraLayer
 
 import hotswap_lab
@@ -81,24 +82,28 @@ def test_broken_links_are_found(tmp_path):
 # --- the part that is alive without a kernel
 
 
+ALIVE = json.loads((DOCS / "alive" / "data.json").read_text())
+
+
 @pytest.mark.parametrize("name", demo.adapter_names())
-def test_its_answers_and_its_tiles_are_those_of_a_fresh_load(name):
-    make = load("alive/make")
-    data = json.loads((DOCS / "alive" / "data.json").read_text())
+@pytest.mark.parametrize("strengths", few_of([[0.5, 1], ALIVE["strengths"]], [[0.5, 1]]), ids=["some", "all"])
+def test_its_answers_and_its_tiles_are_those_of_a_fresh_load(name, strengths):
+    make, data = load("alive/make"), ALIVE
     found, words = data["adapters"][name], data["words"]
     model, tokenizer = demo.load(name)
     assert data["layers"] == [path for path, _ in make.layers(model)]
     levels = make.levels(model)
     assert found["tiles"].keys() == levels.keys()
     for path, expected in levels.items():
-        stored = torch.tensor([make.LEVELS.index(each) for each in found["tiles"][path]])
-        assert (stored - expected.flatten()).abs().max() < 0.501, path
-    assert len(found["answers"]) == len(data["strengths"])
-    for strength, answers in zip(data["strengths"], found["answers"], strict=True):
+        rounded = torch.tensor([make.LEVELS.index(each) for each in found["tiles"][path]])
+        assert (rounded - expected.flatten()).abs().max() < 0.501, path
+    stored = dict(zip(data["strengths"], found["answers"], strict=True))
+    for strength in strengths:
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 layer.set_scale("default", strength)
-        assert answers == demo.ask_all(model, tokenizer, words), strength
+        answers = demo.ask_all(model, tokenizer, words)
+        assert stored[strength] == answers, strength
         task = {0: "copy", 1: name}.get(strength)
         assert task is None or answers == [*map(demo.TASKS[task], words)]
     assert all(data["measured"][what][name] > 0 for what in ("swap", "strength", "reload"))
