@@ -135,10 +135,6 @@ class Plan:
     unknown: dict[str, torch.Tensor] = field(default_factory=dict)
     #: whether the remaining passes are skipped
     is_decided: bool = False
-    #: changes beyond the values of tensors, in words, if a fresh load has shown them; None: see ``layers``
-    differences: list[str] | None = None
-    #: the bytes that are written in that case
-    written: int = 0
     #: the error that caused a refusal
     cause: Exception | None = None
     #: the :attr:`answer` at the time the plan was made, if it is kept for a later commit
@@ -180,7 +176,7 @@ class Plan:
         """The report that the user saw, and the state that it is about, in a form that can be compared."""
         layers = [(each.path, each.action, each.rank_before, each.settings) for each in self.layers]
         writes = [] if self.slot.is_inference else [parameter._version for parameter in self.slot.parameters]
-        return str(self), layers, writes, self.config.to_dict(), self.differences
+        return str(self), layers, writes, self.config.to_dict()
 
     @property
     def ok(self) -> bool:
@@ -201,8 +197,6 @@ class Plan:
     @property
     def writes_values_only(self) -> bool:
         """Whether only values of tensors change, so that a compiled graph stays valid."""
-        if self.differences is not None:
-            return not self.differences
         changes, name = lora.changes_constants, self.slot.adapter_name
         if not {layer.action for layer in self.layers}.isdisjoint((Action.RESIZE, Action.ADD)):
             return False
@@ -214,8 +208,6 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """The number of bytes that the swap writes to the model's tensors."""
-        if self.differences is not None:
-            return self.written
         return sum(layer.nbytes for layer in self.layers)
 
     def raise_if_refused(self) -> None:
