@@ -24,7 +24,7 @@ from ..beyond.guards import random_numbers_kept
 from ..compat import ADAPTER_STATE
 from ..core.compiled import unwrap_compiled
 from ..core.errors import listing, refuse
-from ..core.host import Host, carriers
+from ..core.host import Host, hosts_in
 from ..core.slot import room_of
 from ..pools.layers import READ
 from ..pools.rows import RowRoom
@@ -51,12 +51,6 @@ QUIET_HOOKS = "transformers.utils.output_capturing"
 #: whether adapters are disabled, which ones are merged, and which are active
 TUNER_STATE = operator.itemgetter(*ADAPTER_STATE)
 CONTAINERS = (torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.ParameterList)
-
-
-def hosts_in(model: Any) -> list[Host]:
-    """The carriers of adapters in a model, or in a pool's."""
-    root = model if isinstance(model, torch.nn.Module) else model.model
-    return [host for host in carriers(root) if host.configs]
 
 
 def top_of(host: Host) -> torch.nn.Module:
