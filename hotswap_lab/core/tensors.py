@@ -17,6 +17,8 @@ SCALING = "hotswap_scaling_"
 OFF_ATTRIBUTE = "hotswap_off"
 #: and the one with the adapters whose own rank is ``layer.r``, regardless of the size of their tensors
 PADDED_ATTRIBUTE = "hotswap_padded"
+#: and the one with the adapters whose ``lora_variant`` belongs to a room: copies and other processes can't have it
+ROOM_ATTRIBUTE = "hotswap_in_room"
 
 
 @dataclass(eq=False)
