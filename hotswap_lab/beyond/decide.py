@@ -23,7 +23,6 @@ from ..core.journal import Journal
 from ..core.lora import HEADS
 from ..core.plan import Plan
 from ..core.planner import adaptable, check_compiled, misfits
-from ..core.prepared import is_padded
 from ..core.slot import Slot, SlotLayer, change_of
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
@@ -221,7 +220,7 @@ def plan_with_fresh_load(begun: Plan) -> FreshPlan:
         found = listing(graft.differences, 3)
         if plan.compiled:
             plan.refuse("compiled_other_kind", count=len(graft.differences), found=found)
-        elif any(is_padded(layer.module, name) or is_prepared(layer.module, name) for layer in slot.layers):
+        elif any(is_prepared(layer.module, name) for layer in slot.layers):
             # the advice that prepare_model_for_compiled_hotswap would give for this adapter
             apart = [] if isinstance(slot.method, General) else misfits(slot, plan.adapter, in_graph=True)
             plan.refuse(

@@ -28,7 +28,7 @@ from .method import Method
 from .slot import Slot, SlotLayer
 from .tensors import (
     OFF_ATTRIBUTE,
-    PADDED_ATTRIBUTE,
+    PREPARED_ATTRIBUTE,
     ROOM_ATTRIBUTE,
     SCALING,
     LayerSettings,
@@ -154,7 +154,7 @@ class _Prepared(_ALayer):
     def delete_adapter(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         super().delete_adapter(adapter_name, *args, **kwargs)
         # the marks of a deleted adapter don't apply to another one that is loaded under the same name
-        for attribute in (OFF_ATTRIBUTE, PADDED_ATTRIBUTE, ROOM_ATTRIBUTE):
+        for attribute in (OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, ROOM_ATTRIBUTE):
             mark(self, attribute, adapter_name, False, Journal())
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
@@ -203,7 +203,7 @@ def make_prepared(layer: TunerLayer, adapter_name: str, scaling: torch.Tensor | 
     buffer is not persistent, so that the state dict of a prepared model is that of a fresh load. Also, PEFT's
     ``save_pretrained`` would save any key with the adapter's name as a part of the adapter.
     """
-    mark(layer, PADDED_ATTRIBUTE, adapter_name, True, journal)
+    mark(layer, PREPARED_ATTRIBUTE, adapter_name, True, journal)
     if scaling is not None:
         key, hidden = SCALING + adapter_name, layer._non_persistent_buffers_set
         journal.set_attribute(layer, "_non_persistent_buffers_set", hidden | {key})
@@ -246,11 +246,6 @@ def is_marked_off(layer: Any, adapter_name: str) -> bool:
     return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
 
 
-def is_padded(layer: Any, adapter_name: str) -> bool:
-    """Whether the adapter's tensors on this layer may be larger than its own rank, ``layer.r[adapter_name]``."""
-    return adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ())
-
-
 def set_off(method: Method, layer: Any, adapter_name: str, off: bool, journal: Journal) -> None:
     """Mark the adapter as turned off on this layer, and so not trained there; or as on again."""
     mark(layer, OFF_ATTRIBUTE, adapter_name, off, journal)
@@ -260,7 +255,7 @@ def set_off(method: Method, layer: Any, adapter_name: str, off: bool, journal: J
 def own_rank(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
     """The rank of the adapter on this layer, which is that of its tensors unless they are padded."""
     capacity = tensor.capacity
-    if capacity is not None and adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ()):
+    if capacity is not None and adapter_name in layer.__dict__.get(PREPARED_ATTRIBUTE, ()):
         return min(layer.r[adapter_name], capacity)
     return capacity
 

@@ -290,8 +290,8 @@ class AdapterPool:
         member.notes = plan.notes
         sources += [
             (target, target.off_value() if source is None else source)
-            for layer in plan.layers
-            for target, source in zip(layer.layer.tensors, layer.sources, strict=True)
+            for each in plan.layers
+            for target, source in zip(each.layer.tensors, each.sources, strict=True)
             if source is not None or target.reads_base
         ]
         if slot is not self._room.slot:
