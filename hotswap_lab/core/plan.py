@@ -284,8 +284,8 @@ def _write_layers(plan: Plan, journal: Journal) -> None:
     # layers that are added come last, without an entry in `prepared`
     floats = [
         (each.layer.module.scaling, settings.scaling)
-        for each, is_prepared in zip_longest(plan.layers, plan.prepared)
-        if (settings := each.settings) and not is_prepared
+        for each, fixed in zip_longest(plan.layers, plan.prepared)
+        if (settings := each.settings) and not fixed
     ]
     journal.set_items([table for table, _ in floats], name, [scaling for _, scaling in floats])
     for each in plan.layers:

@@ -140,7 +140,7 @@ def shared_as(tensors: Iterable[torch.Tensor], fresh: torch.Tensor) -> torch.Ten
 
 
 def is_prepared(layer: torch.nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter's tensors on this layer must keep their sizes, since graphs read their values at each call."""
+    """Whether the adapter's tensors on this layer must keep their sizes: graphs read their values at each call."""
     if adapter_name in layer.__dict__.get(PREPARED_ATTRIBUTE, ()):
         return True
     scaling = layer.__dict__.get("scaling")  # a plain table: perhaps PEFT has prepared the layer

@@ -170,8 +170,8 @@ class Replica:
     def _make_reader(self, rows: int) -> Reader | None:
         options, reason = self.options, "logits of a row depend on how it is read, or on other rows"
         try:
-            room = options.longest_prompt + options.longest_answer
-            reader = Reader(self.pool.model, rows=rows, chunk=min(CHUNK, options.longest_prompt), room=room)
+            longest = options.longest_prompt + options.longest_answer
+            reader = Reader(self.pool.model, rows=rows, chunk=min(CHUNK, options.longest_prompt), longest=longest)
             agrees = reader.agrees()
         except Exception as error:  # of many kinds, since models use a cache in different ways
             reader, agrees, reason = None, False, f"{type(error).__name__}: {error}"
