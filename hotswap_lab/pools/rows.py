@@ -85,8 +85,6 @@ class RowRoom(Room):
                 raise refuse("rows_not_trained", adapter_name=slot.adapter_name, found=TRAINED)
         families = {cls.__module__.partition(".")[0] for cls in type(slot.host.base).__mro__}
         self.batch: Batch = Batch(self, is_tiled="diffusers" in families)
-        #: the adapter of each row, with its scalings; None: no adapter. Empty if all rows are like row 0
-        self.assigned: tuple[Packed | None, ...] = ()
 
     @classmethod
     def new_bands(cls, tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
