@@ -10,7 +10,7 @@ import copy
 import functools
 import json
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
@@ -173,7 +173,7 @@ def change_for(plan: FreshPlan) -> Change:
         functools.partial(_note, plan, originals),
     ]
     if stays and slot.room is not None:
-        change.steps.append(functools.partial(cast(Any, slot.room).note_swap, plan.config))
+        change.steps.append(functools.partial(slot.room.note_swap, plan.config))
     return change
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import compress, zip_longest
-from typing import Any, cast
 
 import torch
 
@@ -153,7 +152,7 @@ class Plan:
     @cached_property
     def ranks_before(self) -> list[int | None]:
         """For each layer of the slot, the rank that the adapter has there now; None where it is off."""
-        room = cast(Any, self.slot.room)
+        room = self.slot.room
         return ranks_before(self.slot) if room is None else room.state.ranks
 
     @property
@@ -253,7 +252,7 @@ class Plan:
 
 def change_layer_by_layer(plan: Plan) -> Change:
     """The change for a plan: in the room if all layers have one, or else tensor by tensor."""
-    slot, room = plan.slot, cast(Any, plan.slot.room)
+    slot, room = plan.slot, plan.slot.room
     adds = Action.ADD in [layer.action for layer in plan.layers]
     if room is not None and not adds:
         change = room.change_around([layer.settings for layer in plan.layers], plan.config)
