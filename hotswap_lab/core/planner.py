@@ -164,7 +164,8 @@ def plan_leftovers(plan: Plan) -> None:
     tensors = plan.unknown
     if not tensors:
         return
-    paths, name, adds = _layers_of(plan, tensors), plan.slot.adapter_name, plan.add_layers
+    base, name, adds = plan.slot.host.base, plan.slot.adapter_name, plan.add_layers
+    paths = sorted({path for key in tensors if (path := adaptable(base, key)) is not None})
     if paths and adds and not plan.compiled:
         _add_layers(plan, paths, tensors)
         paths = []
@@ -188,11 +189,6 @@ def _as_peft_names_it(key: str, adapter_name: str) -> str:
     if own is None or f"{own[0]}{adapter_name}." in f"{key}.":
         return key
     return f"{key[: own.end(1)]}.{adapter_name}{key[own.end(1) :]}"
-
-
-def _layers_of(plan: Plan, tensors: Tensors) -> list[str]:
-    """The paths of the layers of the base model that the tensors belong to."""
-    return sorted({path for key in tensors if (path := adaptable(plan.slot.host.base, key)) is not None})
 
 
 def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
