@@ -32,18 +32,9 @@ from ..pools.rows import RowRoom
 #: a table of a module, and a name in it: where a tensor is found each time
 Place = tuple[dict[str, Any], str]
 #: settings that no forward computes with; a dtype is compared tensor by tensor
-LABELS = {
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "tokenizer_class",
-}
+LABELS = {"architectures", "auto_map", "dtype", "torch_dtype", "id2label", "label2id", "problem_type"}
 LABELS |= {"finetuning_task", "task_specific_params", "name_or_path", "transformers_version", "training"}
-LABELS |= {"gradient_checkpointing", "generation_config"}
+LABELS |= {"gradient_checkpointing", "generation_config", "tokenizer_class"}
 #: token ids that generating reads, and the forward of other models than causal ones
 ENDS = {"bos_token_id", "eos_token_id", "pad_token_id", "padding_idx"}
 #: hooks that transformers adds when it computes, which do nothing unless it asks for their output
