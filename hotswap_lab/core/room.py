@@ -132,9 +132,11 @@ class Room:
     def settle(self, slot: Slot) -> None:
         """Note where everything is. Call this when the model's parameters have been moved in."""
         self.slot = dataclasses.replace(slot, room=self)
-        layers, tensors = [layer.module for layer in slot.layers], list(self.spans)
+        layers, tensors, own = [layer.module for layer in slot.layers], list(self.spans), set(slot.tensors)
         self._parameters = [tensor.parameter for tensor in tensors]
         self._views = [self.view(tensor) for tensor in tensors]
+        #: of modules that are saved with the adapter: moving a buffer puts another one in its place
+        self._extra = [(tensor, tensor.parameter) for tensor in tensors if tensor not in own]
         self._addresses, self._bases = [], []
         self.slot.settle()
         fields = SCALAR_TABLES.items()
@@ -160,6 +162,7 @@ class Room:
             and name in slot.host.configs
             and slot.is_in_place()
             and list(map(_address, self._parameters)) == self._addresses_now()
+            and all(tensor.parameter is noted for tensor, noted in self._extra)
         )
 
     def _addresses_now(self) -> list[int]:

@@ -24,7 +24,6 @@ from ..core.report import html_table, text_table
 from ..core.room import Packed, Room, State
 from ..core.slot import Slot, change_of, room_of, slot_for
 from ..core.strength import check_strength
-from ..core.tensors import SlotTensor
 from ..files.reading import read
 from ..swap import get_strength, warn_of
 from ..threads import Block, held, put_back
@@ -125,7 +124,7 @@ class AdapterPool:
                 family = [read(source, only_config=True, **hub) for source in adapters.values()]
                 with held(base):
                     needs: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
-                    needs |= dict(adapter_name=self.adapter_name, extra_tensors=self._module_tensors, kind=kind)
+                    needs |= dict(adapter_name=self.adapter_name, extra_tensors=module_tensors, kind=kind)
                     apply(changes_to_prepare(METHODS, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
                 self._fill(adapters.items(), progress)
@@ -142,12 +141,6 @@ class AdapterPool:
         if fields := [each for each in slot.method.extra_state(config) if each not in PACKED_TOO]:
             raise refuse("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
         return slot
-
-    def _module_tensors(self, slot: Slot) -> list[SlotTensor]:
-        tensors = module_tensors(slot)
-        #: each with its parameter when the pool is made: moving a buffer puts another one in its place
-        self._of_modules = [(each, each.parameter) for each in tensors]
-        return tensors
 
     def _fill(self, adapters: Iterable[tuple[str, object]], progress: bool) -> None:
         is_known = False
@@ -513,10 +506,7 @@ class AdapterPool:
             yield
 
     def _check_room(self) -> None:
-        is_intact = self._room.is_intact()
-        for each, noted in self._of_modules:
-            is_intact = is_intact and each.parameter is noted
-        if not is_intact:
+        if not self._room.is_intact():
             raise refuse("pool_lost_its_place")
         if self._room.slot.is_merged:
             raise refuse("merged", adapter_name=self.adapter_name)
