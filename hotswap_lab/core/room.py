@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ from .tensors import LayerSettings, SlotTensor, shared_as
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
 _requires_grad, _version, _address = attrgetter("requires_grad"), attrgetter("_version"), torch.Tensor.data_ptr
+_parameter = attrgetter("parameter")
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +138,8 @@ class Room:
         self._parameters = [tensor.parameter for tensor in tensors]
         self._views = [self.view(tensor) for tensor in tensors]
         #: of modules that are saved with the adapter: moving a buffer puts another one in its place
-        self._extra = [(tensor, tensor.parameter) for tensor in tensors if tensor not in own]
+        self._extra = [tensor for tensor in tensors if tensor not in own]
+        self._of_extra = list(map(_parameter, self._extra))
         self._addresses, self._bases = [], []
         self.slot.settle()
         fields = SCALAR_TABLES.items()
@@ -162,7 +165,7 @@ class Room:
             and name in slot.host.configs
             and slot.is_in_place()
             and list(map(_address, self._parameters)) == self._addresses_now()
-            and all(tensor.parameter is noted for tensor, noted in self._extra)
+            and all(map(operator.is_, map(_parameter, self._extra), self._of_extra))
         )
 
     def _addresses_now(self) -> list[int]:
