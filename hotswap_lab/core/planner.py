@@ -21,7 +21,7 @@ from .host import Config, canonical_path, kind_of
 from .plan import Action, LayerPlan, Plan
 from .shadow import adaptable, build_shadow_layers
 from .slot import Expected, Slot, SlotLayer, copy_of, expected_of, own_keys_of
-from .tensors import are_interchangeable
+from .tensors import SlotTensor, are_interchangeable
 
 #: gets an unfinished plan. Adds to it and returns None, or returns another plan to go on with
 Pass = Callable[[Plan], Plan | None]
@@ -150,10 +150,16 @@ def _what_is_wrong(plan: Plan, layer: SlotLayer, shapes: list[torch.Size | None]
     if plan.check_targets and not expected.is_targeted:
         return refusal("layer_not_targeted", path=path, target_modules=plan.adapter.config.target_modules)
     for target, shape in found:
-        if shape is not None and shape != (expected_shape := target.shape_for(rank)):
-            which, where = "rank_disagrees" if target.fits(shape) else "other_shape", f"{path}.{target.key}"
-            return refusal(which, path=path, where=where, shape=tuple(shape), expected=expected_shape, rank=rank)
+        if shape is not None and shape != target.shape_for(rank):
+            return _wrong_shape(layer, target, shape, rank)
     return refusal("rank_not_for_groups", path=path, rank=rank, step=layer.tensors[0].rank_step)
+
+
+def _wrong_shape(layer: SlotLayer, target: SlotTensor, shape: torch.Size, rank: int) -> Refusal:
+    path, where, found, expected = layer.path, f"{layer.path}.{target.key}", tuple(shape), target.shape_for(rank)
+    if target.fits(shape):
+        return refusal("rank_disagrees", path=path, where=where, shape=found, expected=expected, rank=rank)
+    return refusal("other_shape", path=path, where=where, shape=found, expected=expected, rank=rank)
 
 
 # ---- tensors that no layer of the slot took
