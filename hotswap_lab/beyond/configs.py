@@ -20,6 +20,8 @@ from ..core.host import kind_of
 
 #: ranks up to this one are allowed in any layer, however small
 POINTLESS = 1024
+#: how deep a config's values may be nested; PEFT writes three levels at most, and Python can't copy hundreds
+MAX_DEPTH = 20
 #: the only module that a config may make PEFT import
 MEGATRON = "megatron.core"
 #: values of ``init_lora_weights`` with which a fresh load changes the base weights
@@ -46,7 +48,7 @@ def judge(config: PeftConfig, role: str, loaded: PeftConfig | None = None) -> It
         The config of an adapter that must share a compiled graph with this one, if any.
     """
     is_lora = config.peft_type == PeftType.LORA
-    damages = [] if role == "loaded" else [*(_damaged_lora if is_lora else _damaged_other)(config)]
+    damages = [] if role == "loaded" else _damages(config)
     yield from damages or (_unsupported(config, role) if is_lora else ())
     if config.peft_type == PeftType.XLORA:
         yield refusal("method_refused", role=role)
@@ -110,6 +112,20 @@ RULES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (("trainable_token_indices",), lambda value: value != [], "null, or at least one token"),
     (("layers_to_transform",), _are_indices, "a list of whole numbers, or one"),
 ]
+
+
+def _damages(config: PeftConfig) -> list[Refusal]:
+    nested = {name: value for name, value in vars(config).items() if isinstance(value, (dict, list))}
+    if deep := [name for name, value in nested.items() if _is_deeper(value, MAX_DEPTH)]:
+        expected = f"lists or tables within one another, {MAX_DEPTH} deep at most"
+        return [refusal("config_damaged", name=name, value="what is nested deeper", expected=expected) for name in deep]
+    return [*(_damaged_lora(config) if config.peft_type == PeftType.LORA else _damaged_other(config))]
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether lists and dicts are nested more than ``levels`` deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
 
 
 def _damaged_lora(config: PeftConfig) -> Iterator[Refusal]:

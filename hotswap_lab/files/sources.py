@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,7 +80,6 @@ def read_config(place: Folder) -> PeftConfig:
         attributes = PeftConfig.from_json_file(path)
         if (peft_type := attributes["peft_type"]) not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise refuse("unknown_peft_type", source=place.name, peft_type=peft_type)
-        copy.deepcopy(attributes)  # which fails where values are nested too deep for whatever copies them later
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
         return config_class.from_peft_type(**config_class.check_kwargs(**attributes))
     except HotswapError:
