@@ -442,13 +442,6 @@ def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
     }
 
 
-def measure_ways(scene: Scene, rank: int) -> list[Row]:
-    """Time all ways of swapping between the adapters of a scene."""
-    first, packed = scene.adapters[0], scene.pool().nbytes // 2
-    sizes = f"{len(first.tensors)} tensors, {readable_bytes(first.nbytes)} per adapter, {readable_bytes(packed)} packed"
-    return scene.measure(f"rank {rank}: {sizes}", {name: make() for name, make in ways_of(scene).items()})
-
-
 # --- a batch in which each row has its own adapter -------------------------------------------------------------------
 
 #: the number of rows and of adapters, and the tokens in each row: 1 as while generating, and a short prompt
@@ -592,7 +585,9 @@ def run(settings: Settings, say: Callable[[str], object] = lambda text: None) ->
                 warnings.simplefilter("ignore")  # PEFT and transformers warn about random adapters
                 say(f"rank {rank}: making two adapters, timing each way {settings.n} times")
                 scene = Scene(base, settings, save_adapters(base, rank, folder))
-                rows += measure_ways(scene, rank)
+                first, packed = scene.adapters[0], readable_bytes(scene.pool().nbytes // 2)
+                sizes = f"{len(first.tensors)} tensors, {readable_bytes(first.nbytes)} per adapter, {packed} packed"
+                rows += scene.measure(f"rank {rank}: {sizes}", {name: make() for name, make in ways_of(scene).items()})
                 rows += measure_rows(scene, rank) if settings.rows else []
         share = (waited_for_a_core() - waited) / (time.perf_counter() - began)
         waiting = f"waited for a core that another program had: {share:.1%} of the time; above 2%, measure again"

@@ -51,27 +51,27 @@ class Reader(torch.nn.Module):
     ----------
     model:
         A causal language model of transformers, with or without PEFT around it.
-    rows, chunk, room:
-        How many rows there are, how many tokens of each are read at once, and how many each has room for.
+    rows, chunk, longest:
+        How many rows there are, how many tokens of each are read at once, and how many each can have.
 
     Examples
     --------
     >>> from hotswap_lab import demo
     >>> model, _ = demo.load("reverse")
-    >>> reader = Reader(model, rows=2, chunk=4, room=8)
+    >>> reader = Reader(model, rows=2, chunk=4, longest=8)
     >>> logits = reader.read([[5, 6, 7], [8]])  # a short part is filled up
     >>> logits = reader.read([[], [9]])
     >>> reader.lengths.tolist(), torch.allclose(logits[1], model(torch.tensor([[8, 9]])).logits[0, -1], atol=1e-4)
     ([3, 2], True)
     """
 
-    def __init__(self, model: torch.nn.Module, rows: int, *, chunk: int = 8, room: int = 40):
+    def __init__(self, model: torch.nn.Module, rows: int, *, chunk: int = 8, longest: int = 40):
         super().__init__()
         self.training = False
         self.model: torch.nn.Module = model
         self.rows: int = rows
         self.chunk: int = chunk
-        self.room: int = room
+        self.longest: int = longest
         named = inspect.signature(self._lm.forward).parameters
         # the name of the cache depends on the version of transformers
         self._cache: str = "cache" if "cache" in named else "past_key_values"
@@ -83,9 +83,9 @@ class Reader(torch.nn.Module):
             for which in ("keys", "values"):
                 each = getattr(layer, which)
                 # one place more than there are tokens: the filling of short parts is written there
-                memory = each.new_zeros((rows, each.shape[1], room + 1, each.shape[3]))
+                memory = each.new_zeros((rows, each.shape[1], longest + 1, each.shape[3]))
                 self.register_buffer(f"{which}_{number}", memory, persistent=False)
-        self.register_buffer("places", torch.arange(room + 1, device=device), persistent=False)
+        self.register_buffer("places", torch.arange(longest + 1, device=device), persistent=False)
         #: how many tokens of each row have been read
         self.lengths: Tensor = torch.zeros(rows, dtype=torch.long)
         #: the compiled steps, by their number of tokens
@@ -128,14 +128,14 @@ class Reader(torch.nn.Module):
     @torch.no_grad()
     def read(self, parts: Sequence[list[int]]) -> Tensor:
         """Reads up to a chunk in each row, or nothing; the logits after it, ``[rows, vocabulary]``."""
-        longest = max(1, *map(len, parts))
+        most = max(1, *map(len, parts))
         # compiled code has two shapes; otherwise a part has the length that it needs
-        width = self.chunk if self.compiled and longest > 1 else longest
+        width = self.chunk if self.compiled and most > 1 else most
         # the last tokens of all parts are in the last column
         ids = torch.tensor([[0] * (width - len(part)) + part for part in parts])
         counts = torch.tensor([len(part) for part in parts])
         places = torch.arange(width) - (width - counts)[:, None]
-        positions = torch.where(places < 0, self.room, self.lengths[:, None] + places)
+        positions = torch.where(places < 0, self.longest, self.lengths[:, None] + places)
         inputs = [each.to(self.places.device) for each in (ids, positions)]
         if step := self.compiled.get(width):
             try:
@@ -151,13 +151,13 @@ class Reader(torch.nn.Module):
 
     def step(self, ids: Tensor, positions: Tensor, length: int | None = None) -> Tensor:
         """The model itself, with all of its caches: ``[rows, tokens]`` to the logits ``[rows, 1, vocabulary]``."""
-        dtype, length = self._lm.dtype, length or self.room + 1
+        dtype, length = self._lm.dtype, length or self.longest + 1
         keys, values = ([getattr(self, f"{which}_{n}") for n in range(self.layers)] for which in ("keys", "values"))
         # each token sees itself, and all before it in its row
         visible = (self.places[:length] <= positions[..., None])[:, None]
         mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         cache = RowCache(keys, values, positions, length)
-        return self._call(ids, cache=cache, attention_mask=mask, position_ids=positions.clamp(max=self.room - 1))
+        return self._call(ids, cache=cache, attention_mask=mask, position_ids=positions.clamp(max=self.longest - 1))
 
     forward = step
 
@@ -169,14 +169,14 @@ class Reader(torch.nn.Module):
         """Whether two parts, one after the other, give the logits of the model itself, in rows of different lengths."""
         config = self._lm.config.get_text_config()
         window = getattr(config, "sliding_window", None)
-        if window and window < self.room and getattr(config, "use_sliding_window", True):
+        if window and window < self.longest and getattr(config, "use_sliding_window", True):
             return False  # the mask here has no window
         ropes = getattr(config, "rope_parameters", None) or {}
         for rope in (ropes, *ropes.values()):  # some models have one for each type of layer
             kind = rope.get("rope_type") if isinstance(rope, dict) else None
             if kind not in ("longrope", "dynamic"):
                 continue
-            if self.room > rope.get("original_max_position_embeddings", config.max_position_embeddings):
+            if self.longest > rope.get("original_max_position_embeddings", config.max_position_embeddings):
                 return False  # from there on, the longest row changes the angles of all rows
         texts = torch.arange(4 * self.rows).view(self.rows, 4) % config.vocab_size
         ends = torch.arange(self.rows) % 2 + 2

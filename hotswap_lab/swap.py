@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig
 
+from .beyond.configs import changes_while_computing
 from .beyond.passes import METHODS, make_plan
 from .core.adapter import Adapter
 from .core.change import apply
@@ -206,19 +207,9 @@ def plan_hotswap(
     adapter_name = name_in(model, adapter_name)
     host = find_host(model, adapter_name)
     adapter = _read(host, model_name_or_path, torch_device, kwargs)
-    with held(host.base) if _changes_while_computing(host) else contextlib.nullcontext():
+    with held(host.base) if any(map(changes_while_computing, host.configs.values())) else contextlib.nullcontext():
         slot = slot_for(METHODS, host, adapter_name)
         return make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights).kept()
-
-
-def _changes_while_computing(host: Host) -> bool:
-    """Whether a forward changes the data that a plan is made from, for a moment or for good.
-
-    Layers around single parameters (``target_parameters``) give the module another class while it computes, and move
-    its parameters; OFT with ``coft`` writes to its weights.
-    """
-    configs = host.configs.values()
-    return any(getattr(each, "target_parameters", None) or getattr(each, "coft", False) for each in configs)
 
 
 def _read(

@@ -33,14 +33,13 @@ from .beyond.guards import compilers_kept, random_numbers_kept
 from .core.adapter import Adapter
 from .core.errors import refuse
 from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
-from .core.journal import Journal, interrupts_held
+from .core.journal import Journal
 from .core.slot import Slot
 from .core.wrappers import has_adapter, inside, is_wrapper, peel
 from .files.reading import find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
 from .swap import resolve_slot
 from .threads import in_use
-from .watch import RecompileError
 
 #: config fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them
 PROVENANCE = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
@@ -163,8 +162,7 @@ def verify_hotswap(
     Raises
     ------
     HotswapError
-        If the adapter is missing, in the model or at ``adapter``; if it isn't the active one; if inputs are missing; or
-        if the default ones would recompile a compiled model inside of ``RecompileWatch(allow=...)``.
+        If the adapter is missing, in the model or at ``adapter``; if it isn't the active one; or if inputs are missing.
 
     Examples
     --------
@@ -180,7 +178,9 @@ def verify_hotswap(
         slot = resolve_slot(model, name := name_in(model, adapter_name))
         host = slot.host
         _check_active(host, name)
-        live_outputs, inputs = _live_outputs(model, host, inputs)
+        if inputs is None and (inputs := getattr(host.base, "dummy_inputs", None)) is None:
+            raise refuse("no_inputs", name=type(host.base).__name__)
+        live_outputs = _call(model, inputs)
         fresh = (bare_base(host) if base is None else base()).eval()
         base_outputs = _call(fresh, inputs)
         trainable = not host.configs[name].inference_mode
@@ -243,13 +243,9 @@ def _as_folder(adapter: str | os.PathLike[str] | Adapter) -> Iterator[str]:
         key if is_whole or key.startswith("base_model.") else PEFT_PREFIX + canonical_path(key): tensor.contiguous()
         for key, tensor in adapter.tensors.items()
     }
-    folder = tempfile.TemporaryDirectory()
-    try:
-        write_adapter(folder.name, adapter.config, tensors)
-        yield folder.name
-    finally:
-        with interrupts_held():  # or Python would clean up twice, and report that instead
-            folder.cleanup()
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(folder, adapter.config, tensors)
+        yield folder
 
 
 @contextlib.contextmanager
@@ -264,19 +260,6 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
     except BaseException:  # also for Ctrl-C during the line above
         journal.roll_back()
         raise
-
-
-def _live_outputs(model: torch.nn.Module, host: Host, inputs: object) -> tuple[list[torch.Tensor], object]:
-    """The outputs of the live model, and the inputs that it was called with."""
-    if inputs is not None:
-        return _call(model, inputs), inputs
-    if (inputs := getattr(host.base, "dummy_inputs", None)) is None:
-        raise refuse("no_inputs", name=type(host.base).__name__)
-    try:
-        return _call(model, inputs), inputs
-    except RecompileError as error:
-        shapes = [tuple(each.shape) for each in compat.tree_leaves(inputs) if isinstance(each, torch.Tensor)]
-        raise refuse("not_compiled_for", shapes=shapes, reason=error) from error
 
 
 def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:

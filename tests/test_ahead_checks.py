@@ -232,7 +232,7 @@ def test_a_server_s_folder_of_another_model(tmp_path):
 
     def reader(**config: object) -> Reader:
         kind = Kind(partial(granite, **config), LLAMA.make_inputs, LLAMA.modules)
-        return Reader(prepared(kind, tmp_path), rows=2, chunk=3, room=6)
+        return Reader(prepared(kind, tmp_path), rows=2, chunk=3, longest=6)
 
     with not_compiled():
         mine = reader()

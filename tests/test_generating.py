@@ -9,7 +9,7 @@ from exercises import logits_of, some_ids
 from hotswap_lab import demo
 from hotswap_lab.generating import Reader
 
-CHUNK, ROOM = 4, 20
+CHUNK, LONGEST = 4, 20
 
 
 @pytest.fixture
@@ -35,14 +35,14 @@ def read_all(reader, texts, sizes):
 
 def test_rows_at_different_places_read_as_the_model_itself(model):
     texts = [letters(count) for count in (9, 1, 4, 17)]
-    reader = Reader(model, rows=4, chunk=CHUNK, room=ROOM)
+    reader = Reader(model, rows=4, chunk=CHUNK, longest=LONGEST)
     for row, logits in enumerate(read_all(reader, texts, sizes=(4, 1, 3, 2))):
         assert torch.allclose(logits, logits_of(model, texts[row]), atol=1e-4)
     assert reader.lengths.tolist() == [9, 1, 4, 17]
 
 
 def test_a_row_that_is_given_on_leaves_no_trace_and_disturbs_nobody(model):
-    reader = Reader(model, rows=2, chunk=CHUNK, room=ROOM)
+    reader = Reader(model, rows=2, chunk=CHUNK, longest=LONGEST)
     first, second, other = letters(7), letters(5), letters(12)
     read_all(reader, [first, other[:6]], sizes=(4, 1))
     for name, each in reader.named_buffers(recurse=False):

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -427,11 +428,9 @@ def test_without_an_adapter_there_is_nothing_to_hold_back():
 
 
 def test_a_pipeline(folders):
-    class Pipeline:
-        components = {"one": load(KIND, folders["old"]), "two": load(KIND, folders["old"]), "other": object()}  # noqa: RUF012
-
-    models = list(Pipeline.components.values())[:2]
-    with reading(Pipeline()), waiting_at_most(0):
+    models = [load(KIND, folders["old"]), load(KIND, folders["old"])]
+    pipeline = SimpleNamespace(one=models[0], two=models[1], other=object())
+    with reading(pipeline), waiting_at_most(0):
         for each in models:
             refused("in use", hotswap_adapter, each, folders["new"], "default")
     for each in models:

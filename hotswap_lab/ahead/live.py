@@ -24,7 +24,7 @@ from ..beyond.guards import random_numbers_kept
 from ..compat import ADAPTER_STATE
 from ..core.compiled import unwrap_compiled
 from ..core.errors import listing, refuse
-from ..core.host import Host, carriers
+from ..core.host import Host, hosts_in
 from ..core.slot import room_of
 from ..pools.layers import READ
 from ..pools.rows import RowRoom
@@ -32,18 +32,9 @@ from ..pools.rows import RowRoom
 #: a table of a module, and a name in it: where a tensor is found each time
 Place = tuple[dict[str, Any], str]
 #: settings that no forward computes with; a dtype is compared tensor by tensor
-LABELS = {
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "tokenizer_class",
-}
+LABELS = {"architectures", "auto_map", "dtype", "torch_dtype", "id2label", "label2id", "problem_type"}
 LABELS |= {"finetuning_task", "task_specific_params", "name_or_path", "transformers_version", "training"}
-LABELS |= {"gradient_checkpointing", "generation_config"}
+LABELS |= {"gradient_checkpointing", "generation_config", "tokenizer_class"}
 #: token ids that generating reads, and the forward of other models than causal ones
 ENDS = {"bos_token_id", "eos_token_id", "pad_token_id", "padding_idx"}
 #: hooks that transformers adds when it computes, which do nothing unless it asks for their output
@@ -51,12 +42,6 @@ QUIET_HOOKS = "transformers.utils.output_capturing"
 #: whether adapters are disabled, which ones are merged, and which are active
 TUNER_STATE = operator.itemgetter(*ADAPTER_STATE)
 CONTAINERS = (torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.ParameterList)
-
-
-def hosts_in(model: Any) -> list[Host]:
-    """The carriers of adapters in a model, or in a pool's."""
-    root = model if isinstance(model, torch.nn.Module) else model.model
-    return [host for host in carriers(root) if host.configs]
 
 
 def top_of(host: Host) -> torch.nn.Module:

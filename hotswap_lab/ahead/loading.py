@@ -14,7 +14,7 @@ from .. import compat
 from ..beyond.passes import METHODS
 from ..core.change import apply
 from ..core.errors import listing, refuse
-from ..core.host import Host
+from ..core.host import Host, hosts_in
 from ..core.journal import Journal
 from ..core.prepare import changes_to_prepare
 from ..core.slot import room_of
@@ -23,7 +23,7 @@ from ..pools.proof import size_of
 from ..pools.rows import RowRoom
 from ..threads import held
 from .file import Tensors, inputs_in, read
-from .live import Place, Watched, facts_of, form_of, hosts_in, named, places_in, prepared, top_of
+from .live import Place, Watched, facts_of, form_of, named, places_in, prepared, top_of
 from .proof import prove as prove_code
 from .sizes import Sizes
 

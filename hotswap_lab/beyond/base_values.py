@@ -19,7 +19,7 @@ from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
 from ..core.lora import NOTED
-from ..core.plan import Action, LayerPlan, Plan
+from ..core.plan import Action, Plan
 from ..core.planner import only_for
 from ..core.slot import Slot
 from ..core.tensors import have_same_values
@@ -139,16 +139,11 @@ def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
     yield from (f"{path}.weight" for path, module in modules_in(host.base) if module in ones) if ones else ()
 
 
-def embeddings_turned_off(plan: Plan) -> list[LayerPlan]:
-    """The embedding layers that this swap turns off. They matter because PEFT saves their base weights, too."""
-    ids = set(map(id, embeddings_of(plan.slot.host.base)))
-    off = [each for each in plan.layers if each.action is Action.OFF and each.rank_before is not None]
-    return [each for each in off if id(each.layer.module) in ids]
-
-
 @only_for(lambda slot, _: not {layer.module for layer in slot.layers}.isdisjoint(embeddings_of(slot.host.base)))
 def check_embeddings(plan: Plan) -> None:
-    """Refuse to turn embeddings off where the adapter's file may have replaced their base weights."""
-    names = {f"{each.path}.weight" for each in embeddings_turned_off(plan)}
+    """Refuse to turn embeddings off where the adapter's file may have replaced their base weights, which PEFT saves."""
+    embeddings = embeddings_of(plan.slot.host.base)
+    off = [each for each in plan.layers if each.action is Action.OFF and each.rank_before is not None]
+    names = {f"{each.path}.weight" for each in off if each.layer.module in embeddings}
     if lost := sorted(names & lost_originals(plan.slot.host, plan.slot.adapter_name) if names else ()):
         plan.refuse("embeddings_lost", lost=listing(lost, 3))

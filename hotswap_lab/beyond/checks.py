@@ -47,7 +47,7 @@ def check_base(plan: Plan) -> None:
     """Refuse to turn DoRA off where another adapter is merged: the magnitude becomes the norm of the base weights."""
     if not plan.slot.reads_base:
         return
-    off = {id(layer.layer.module.get_base_layer()) for layer in plan.layers if layer.settings is None}
+    off = {id(each.layer.module.get_base_layer()) for each in plan.layers if each.settings is None}
     # layers of other methods may wrap these
     tuners = [module for module in plan.slot.host.base.modules() if isinstance(module, BaseTunerLayer)]
     around = [module for module in tuners if id(module.get_base_layer()) in off]
@@ -67,9 +67,9 @@ def correct_fan_in_fan_out(plan: Plan) -> None:
     on = list(filter(attrgetter("settings"), plan.layers))
     if plan.slot.once(_has_conv1d):  # added layers come last, wherever they are in the model
         order = {path: number for number, (path, _) in enumerate(plan.slot.walk)}
-        on.sort(key=lambda layer: order[layer.layer.path])
-    for layer in reversed(on):
-        if isinstance(base := layer.layer.module.get_base_layer(), STORED):
+        on.sort(key=lambda each: order[each.path])
+    for each in reversed(on):
+        if isinstance(base := each.layer.module.get_base_layer(), STORED):
             plan.config.fan_in_fan_out = isinstance(base, Conv1D)
             return
 

@@ -192,6 +192,15 @@ def extra_state(config: PeftConfig) -> list[str]:
     return found
 
 
+def changes_while_computing(config: PeftConfig) -> bool:
+    """Whether a forward changes the data that a plan is made from, for a moment or for good.
+
+    Layers around single parameters (``target_parameters``) give the module another class while it computes, and move
+    its parameters; OFT with ``coft`` writes to its weights.
+    """
+    return bool(getattr(config, "target_parameters", None) or getattr(config, "coft", False))
+
+
 def not_scaled(config: PeftConfig) -> str | None:
     """Describe an adapter that can't be scaled completely, because of its config; None if it can."""
     if config.peft_type != PeftType.LORA:

@@ -9,8 +9,8 @@ import contextlib
 import copy
 import functools
 import json
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
@@ -23,7 +23,6 @@ from ..core.journal import Journal
 from ..core.lora import HEADS
 from ..core.plan import Plan
 from ..core.planner import adaptable, check_compiled, misfits
-from ..core.prepared import is_padded
 from ..core.slot import Slot, SlotLayer, change_of
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
@@ -38,6 +37,8 @@ from .targets import Targets, find_targets, keep_targets, targets_of
 
 #: attribute of a base model: for each adapter, the paths of modules that had it before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
+#: what a plan was asked for, and what it has noted
+GIVEN = ("slot", "adapter", "compiled", "add_layers", "check_targets", "base_weights", "notes", "warnings")
 IN_TIME = "before compiling, prepare the model with this adapter among `adapters`; or swap before that"
 
 
@@ -107,16 +108,11 @@ def take_base_weights(plan: Plan) -> None:
 def plan_another_form(plan: Plan) -> Plan | None:
     """Plan the swap with a fresh load if layers get other tensors, or if the adapter is removed from layers."""
     if changes_form(plan):
-        return plan_with_fresh_load(_afresh(plan))
+        return plan_with_fresh_load(plan)
     is_free = plan.unknown and not plan.compiled and not plan.is_prepared and not plan.refusals
-    if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(_afresh(plan))).ok:
+    if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(plan)).ok:
         return other
     return None
-
-
-def _afresh(plan: Plan) -> Plan:
-    """The same plan before anything was decided, with its notes."""
-    return replace(plan, config=plan.adapter.config, layers=[], refusals=[], notes=[*plan.notes], unknown={})
 
 
 def has_strange_leftovers(plan: Plan) -> bool:
@@ -142,9 +138,27 @@ def _base_weight(plan: Plan, key: str) -> torch.Tensor | None:
 # ---- the plan and its change
 
 
-def change_for(plan: Plan, graft: Graft, targets: Targets | None) -> Change:
+@dataclass(eq=False)
+class FreshPlan(Plan):
+    """A plan that is decided by a comparison with a fresh load."""
+
+    #: everything to write
+    graft: Graft = field(default_factory=Graft)
+    #: the targets for later adapters with the same config
+    targets: Targets | None = None
+
+    @property
+    def writes_values_only(self) -> bool:
+        return self.graft.writes_values_only
+
+    @property
+    def nbytes(self) -> int:
+        return self.graft.nbytes
+
+
+def change_for(plan: FreshPlan) -> Change:
     """The change that writes a graft to the live model."""
-    slot = plan.slot
+    slot, graft = plan.slot, plan.graft
     stays = graft.writes_values_only and not isinstance(slot.method, General)
     change = change_of(slot, plan.config, slot if stays else None)
     for target, source in (*graft.copies, *graft.base.copies):
@@ -156,25 +170,23 @@ def change_for(plan: Plan, graft: Graft, targets: Targets | None) -> Change:
     change.steps += [
         functools.partial(clear_gradients, [*graft.parameters, *(target for target, _ in graft.base.copies)]),
         *graft.steps,
-        lambda journal: _note(plan, graft, targets, originals, journal),
+        functools.partial(_note, plan, originals),
     ]
     if stays and slot.room is not None:
-        change.steps.append(functools.partial(cast(Any, slot.room).note_swap, plan.config))
+        change.steps.append(functools.partial(slot.room.note_swap, plan.config))
     return change
 
 
-def _note(
-    plan: Plan, graft: Graft, targets: Targets | None, originals: dict[str, torch.Tensor], journal: Journal
-) -> None:
+def _note(plan: FreshPlan, originals: dict[str, torch.Tensor], journal: Journal) -> None:
     """Record on the model what the next swap needs: originals, targets, former layers and added layers."""
-    host, name = plan.slot.host, plan.slot.adapter_name
+    host, name, graft = plan.slot.host, plan.slot.adapter_name, plan.graft
     noted = host.base.__dict__
     clear_gradients([parameter for parameter, _ in graft.requires_grad], journal)
     for parameter, value in graft.requires_grad:
         journal.set_attribute(parameter, "requires_grad", value)
     journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: originals})
     plan.config.__dict__[LOST] = graft.base.lost
-    keep_targets(plan.slot, targets, plan.config, journal)
+    keep_targets(plan.slot, plan.targets, plan.config, journal)
     if graft.unwrapped:
         former = former_layers(host.base, name).union(graft.unwrapped)
         journal.set_item(noted, FORMER_LAYERS, {**noted.get(FORMER_LAYERS, {}), name: former})
@@ -188,29 +200,27 @@ def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
     return base.__dict__.get(FORMER_LAYERS, {}).get(adapter_name, frozenset())
 
 
-def plan_with_fresh_load(plan: Plan) -> Plan:
-    """Plan a swap by comparing the live model with a fresh load of the new adapter."""
+def plan_with_fresh_load(begun: Plan) -> FreshPlan:
+    """Plan a swap by comparing the live model with a fresh load of the new adapter, whatever was planned so far."""
+    given: dict[str, Any] = {name: getattr(begun, name) for name in GIVEN}
+    plan = FreshPlan(**given, config=copy.deepcopy(begun.adapter.config), make_change=change_for, is_decided=True)
     slot, name = plan.slot, plan.slot.adapter_name
-    plan.is_decided = True
     if holds_shards(slot.host.base):
         plan.refuse("sharded_beyond")
         return plan
-    plan.config = copy.deepcopy(plan.adapter.config)
     plan.config.inference_mode = slot.config.inference_mode
     if not plan.check_targets and getattr(plan.config, "target_modules", "") is None:
         plan.config.target_modules = copy.copy(slot.config.target_modules)
     in_base = {each for _, wrapper in wrappers_in(slot.host.base) for each in getattr(wrapper, "merged_adapters", ())}
     if name in in_base:
         plan.refuse("merged", adapter_name=name)
-    graft, targets = _decide(plan, in_base - {name})
-    plan.make_change = functools.partial(change_for, graft=graft, targets=targets)
-    plan.layers, plan.written = graft.layers, graft.nbytes
-    plan.differences = [] if graft.writes_values_only else graft.differences
+    plan.graft, plan.targets = _decide(plan, in_base - {name})
+    graft, plan.layers = plan.graft, plan.graft.layers
     if not graft.writes_values_only:
         found = listing(graft.differences, 3)
         if plan.compiled:
             plan.refuse("compiled_other_kind", count=len(graft.differences), found=found)
-        elif any(is_padded(layer.module, name) or is_prepared(layer.module, name) for layer in slot.layers):
+        elif any(is_prepared(layer.module, name) for layer in slot.layers):
             # the advice that prepare_model_for_compiled_hotswap would give for this adapter
             apart = [] if isinstance(slot.method, General) else misfits(slot, plan.adapter, in_graph=True)
             plan.refuse(

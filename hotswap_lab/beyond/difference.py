@@ -33,9 +33,9 @@ from ..core.host import Host
 from ..core.journal import MISSING
 from ..core.lora import EvalFreeDropout
 from ..core.plan import Action, LayerPlan, Plan
-from ..core.prepared import is_marked_off, is_off, is_padded, mark, set_off
+from ..core.prepared import is_marked_off, is_off, mark, set_off
 from ..core.slot import SlotLayer
-from ..core.tensors import OFF_ATTRIBUTE, are_interchangeable
+from ..core.tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, are_interchangeable, is_prepared
 from ..core.wrappers import (
     NOT_COMPARED,
     Table,
@@ -234,7 +234,7 @@ class _Comparison:
 
     def _stays(self, wrapper: torch.nn.Module) -> bool:
         """Whether a live wrapper stays without this adapter: for other adapters, or since prepared layers are kept."""
-        if not has_adapter(wrapper, self.name) or is_padded(wrapper, self.name):
+        if not has_adapter(wrapper, self.name) or is_prepared(wrapper, self.name):
             return True
         return any(has_adapter(wrapper, other) for other in self.others)
 
@@ -245,7 +245,7 @@ class _Comparison:
         was_off = is_off(wrapper, self.name, self.method.tensors_of(wrapper, self.name) or ())
         if not was_off:
             self._report(path, wrapper, Action.OFF, rank_of(wrapper, self.name))
-        if is_padded(wrapper, self.name):
+        if is_prepared(wrapper, self.name):
             if not was_off:
                 self._turn_off(wrapper)
         elif self._stays(wrapper):
@@ -281,7 +281,7 @@ class _Comparison:
         if not own:
             skipped = holder_of_inside(fresh)[1] if holder_of_inside(fresh)[0] is fresh else None
             self.training = live.training
-            if is_padded(live, self.name):
+            if is_prepared(live, self.name):
                 self._pad(live, fresh)
             self._freeze(live, fresh)
         for attribute, value in fresh.__dict__.items():
@@ -412,6 +412,7 @@ class _Comparison:
                 parameter.data = target.padded(parameter.detach(), target.capacity)
                 if source.size_attribute:
                     setattr(source.owner, source.size_attribute, target.capacity)
+        self.graft.steps.append(lambda journal: mark(live, PREPARED_ATTRIBUTE, self.name, True, journal))
 
     def _freeze(self, live: torch.nn.Module, fresh: torch.nn.Module) -> None:
         """Follow PEFT, which freezes some weights of a few kinds of LoRA, such as MiCA's ``lora_B``."""

@@ -17,7 +17,7 @@ from ..core.host import Config, TunerLayer, modules_in
 from ..core.journal import Journal
 from ..core.lora import Lora
 from ..core.slot import Slot
-from ..core.tensors import SlotTensor
+from ..core.tensors import ROOM_ATTRIBUTE, SlotTensor
 from ..files.state_dicts import look_after
 from . import configs
 from .base_values import follow_config, kept_originals
@@ -111,8 +111,8 @@ KNOWN_VARIANTS = type(None), DoraLinearVariant, DoraConv1dVariant, DoraConv2dVar
 
 def is_special(layer: TunerLayer, adapter_name: str) -> bool:
     """Whether a layer of LoRA has state that this module doesn't handle."""
-    variant = layer.lora_variant.get(adapter_name)
-    is_known = isinstance(variant, KNOWN_VARIANTS) or getattr(variant, "is_of_a_room", False)
+    is_known = isinstance(layer.lora_variant.get(adapter_name), KNOWN_VARIANTS)
+    is_known = is_known or adapter_name in layer.__dict__.get(ROOM_ATTRIBUTE, ())
     return isinstance(layer, (MultiheadAttention, ParamWrapper)) or not is_known
 
 

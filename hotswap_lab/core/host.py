@@ -85,6 +85,13 @@ def carriers(model: torch.nn.Module) -> Iterator[Host]:
             queue.extend(module.children())
 
 
+def hosts_in(owner: object) -> list[Host]:
+    """The carriers that have adapters, in a model or in an object that has models as attributes."""
+    models = [owner] if isinstance(owner, torch.nn.Module) else getattr(owner, "__dict__", {}).values()
+    found = [host for each in models if isinstance(each, torch.nn.Module) for host in carriers(each)]
+    return [host for host in found if host.configs]
+
+
 def name_in(model: torch.nn.Module, adapter_name: str | None) -> str:
     """``adapter_name``; if it is None, the name of the only adapter, or else ``"default"``.
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import compress, zip_longest
-from typing import Any, cast
 
 import torch
 
@@ -27,7 +26,7 @@ from .prepared import mark, ranks_before, write_settings
 from .report import html_table, readable_bytes
 from .shadow import attach
 from .slot import Slot, SlotLayer, change_of, room_left_by
-from .tensors import PADDED_ATTRIBUTE, LayerSettings, is_prepared
+from .tensors import PREPARED_ATTRIBUTE, LayerSettings, is_prepared
 
 
 class Action(enum.Enum):
@@ -135,10 +134,6 @@ class Plan:
     unknown: dict[str, torch.Tensor] = field(default_factory=dict)
     #: whether the remaining passes are skipped
     is_decided: bool = False
-    #: changes beyond the values of tensors, in words, if a fresh load has shown them; None: see ``layers``
-    differences: list[str] | None = None
-    #: the bytes that are written in that case
-    written: int = 0
     #: the error that caused a refusal
     cause: Exception | None = None
     #: the :attr:`answer` at the time the plan was made, if it is kept for a later commit
@@ -149,7 +144,7 @@ class Plan:
         self.refusals.append(refusal(which, **values))
 
     @cached_property
-    def fixed(self) -> list[bool]:
+    def prepared(self) -> list[bool]:
         """For each layer of the slot, whether it was prepared, and so keeps its shapes."""
         name = self.slot.adapter_name
         return [is_prepared(layer.module, name) for layer in self.slot.layers]
@@ -157,13 +152,13 @@ class Plan:
     @cached_property
     def ranks_before(self) -> list[int | None]:
         """For each layer of the slot, the rank that the adapter has there now; None where it is off."""
-        room = cast(Any, self.slot.room)
+        room = self.slot.room
         return ranks_before(self.slot) if room is None else room.state.ranks
 
     @property
     def is_prepared(self) -> bool:
         """Whether all layers keep their shapes, so that a compiled graph stays valid."""
-        return False not in self.fixed
+        return False not in self.prepared
 
     def kept(self) -> Plan:
         """This plan, with its answer noted. A later commit refuses it if the answer has changed by then."""
@@ -180,7 +175,7 @@ class Plan:
         """The report that the user saw, and the state that it is about, in a form that can be compared."""
         layers = [(each.path, each.action, each.rank_before, each.settings) for each in self.layers]
         writes = [] if self.slot.is_inference else [parameter._version for parameter in self.slot.parameters]
-        return str(self), layers, writes, self.config.to_dict(), self.differences
+        return str(self), layers, writes, self.config.to_dict()
 
     @property
     def ok(self) -> bool:
@@ -201,21 +196,17 @@ class Plan:
     @property
     def writes_values_only(self) -> bool:
         """Whether only values of tensors change, so that a compiled graph stays valid."""
-        if self.differences is not None:
-            return not self.differences
         changes, name = lora.changes_constants, self.slot.adapter_name
         if not {layer.action for layer in self.layers}.isdisjoint((Action.RESIZE, Action.ADD)):
             return False
         # in a room, no setting is a constant of a graph
         return self.slot.room is not None or not any(
-            changes(layer.layer.module, name, layer.settings) for layer in self.layers if layer.settings is not None
+            changes(each.layer.module, name, each.settings) for each in self.layers if each.settings is not None
         )
 
     @property
     def nbytes(self) -> int:
         """The number of bytes that the swap writes to the model's tensors."""
-        if self.differences is not None:
-            return self.written
         return sum(layer.nbytes for layer in self.layers)
 
     def raise_if_refused(self) -> None:
@@ -261,24 +252,24 @@ class Plan:
 
 def change_layer_by_layer(plan: Plan) -> Change:
     """The change for a plan: in the room if all layers have one, or else tensor by tensor."""
-    slot, room = plan.slot, cast(Any, plan.slot.room)
+    slot, room = plan.slot, plan.slot.room
     adds = Action.ADD in [layer.action for layer in plan.layers]
     if room is not None and not adds:
         change = room.change_around([layer.settings for layer in plan.layers], plan.config)
-        for layer in plan.layers:
-            room.write(layer.layer, layer.rank_after, layer.sources, change)
+        for each in plan.layers:
+            room.write(each.layer, each.rank_after, each.sources, change)
         return change
     # the slot lacks the layers that are added, so it has to be looked for again afterwards
     change = change_of(slot, plan.config, None if adds else slot)
     if (left := room_left_by(slot)) is not None:
         change.steps.append(partial(left.leave, is_lost=room is None))
-    for layer in plan.layers:
-        for target, source in zip(layer.layer.tensors, layer.sources, strict=True):
-            target.write(source, change, layer.action is Action.PAD)
-    for layer in compress(plan.layers, plan.fixed):
-        if layer.settings is not None:
-            scaling = layer.layer.module.scaling[slot.adapter_name]
-            change.copies.append((scaling, scaling.new_full((), layer.settings.scaling)))
+    for each in plan.layers:
+        for target, source in zip(each.layer.tensors, each.sources, strict=True):
+            target.write(source, change, each.action is Action.PAD)
+    for each in compress(plan.layers, plan.prepared):
+        if each.settings is not None:
+            scaling = each.layer.module.scaling[slot.adapter_name]
+            change.copies.append((scaling, scaling.new_full((), each.settings.scaling)))
     change.steps.append(lambda journal: _write_layers(plan, journal))
     return change
 
@@ -286,16 +277,16 @@ def change_layer_by_layer(plan: Plan) -> Change:
 def _write_layers(plan: Plan, journal: Journal) -> None:
     slot, name = plan.slot, plan.slot.adapter_name
     clear_gradients(slot.parameters, journal)
-    for layer in compress(plan.layers, plan.fixed):
-        mark(layer.layer.module, PADDED_ATTRIBUTE, name, True, journal)
+    for each in compress(plan.layers, plan.prepared):
+        mark(each.layer.module, PREPARED_ATTRIBUTE, name, True, journal)
     write_settings(slot, [each.layer for each in plan.layers], [each.settings for each in plan.layers], journal)
-    # layers that are added come last, without an entry in `fixed`: they are not prepared
+    # layers that are added come last, without an entry in `prepared`
     floats = [
         (each.layer.module.scaling, settings.scaling)
-        for each, fixed in zip_longest(plan.layers, plan.fixed)
+        for each, fixed in zip_longest(plan.layers, plan.prepared)
         if (settings := each.settings) and not fixed
     ]
     journal.set_items([table for table, _ in floats], name, [scaling for _, scaling in floats])
-    for layer in plan.layers:
-        if layer.action is Action.ADD:
-            attach(slot, layer.layer, journal)
+    for each in plan.layers:
+        if each.action is Action.ADD:
+            attach(slot, each.layer, journal)

@@ -98,7 +98,7 @@ def plan_layers(plan: Plan) -> None:
     """Plan all layers of the slot, and put the tensors that none of them takes into ``plan.unknown``."""
     slot, tensors = plan.slot, _by_own_key(plan, plan.adapter.tensors, plan.slot.own_keys)
     expected = slot.once_for(plan.config, expected_of)
-    for each in zip(slot.layers, expected, plan.ranks_before, plan.fixed, strict=True):
+    for each in zip(slot.layers, expected, plan.ranks_before, plan.prepared, strict=True):
         _plan_layer(plan, tensors, *each)
     plan.unknown = tensors
 
@@ -121,7 +121,7 @@ def _plan_layer(
     layer: SlotLayer,
     expected: Expected,
     before: int | None,
-    fixed: bool,
+    prepared: bool,
     action: Action | None = None,
 ) -> None:
     """Plan one layer and take its tensors out of ``tensors``; ``action`` overrides the one that the shapes imply."""
@@ -131,7 +131,7 @@ def _plan_layer(
     if shapes == expected.shapes and (expected.is_targeted or not plan.check_targets):
         if action is None:
             is_same = settings.rank == layer.tensors[0].capacity
-            action = Action.COPY if is_same else Action.PAD if fixed else Action.RESIZE
+            action = Action.COPY if is_same else Action.PAD if prepared else Action.RESIZE
     elif shapes == [None] * len(shapes):
         action, settings = Action.OFF, None
     else:
@@ -170,7 +170,8 @@ def plan_leftovers(plan: Plan) -> None:
     tensors = plan.unknown
     if not tensors:
         return
-    paths, name, adds = _layers_of(plan, tensors), plan.slot.adapter_name, plan.add_layers
+    base, name, adds = plan.slot.host.base, plan.slot.adapter_name, plan.add_layers
+    paths = sorted({path for key in tensors if (path := adaptable(base, key)) is not None})
     if paths and adds and not plan.compiled:
         _add_layers(plan, paths, tensors)
         paths = []
@@ -196,11 +197,6 @@ def _as_peft_names_it(key: str, adapter_name: str) -> str:
     return f"{key[: own.end(1)]}.{adapter_name}{key[own.end(1) :]}"
 
 
-def _layers_of(plan: Plan, tensors: Tensors) -> list[str]:
-    """The paths of the layers of the base model that the tensors belong to."""
-    return sorted({path for key in tensors if (path := adaptable(plan.slot.host.base, key)) is not None})
-
-
 def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
     slot = plan.slot
     try:
@@ -224,7 +220,7 @@ def check_capacity(plan: Plan) -> None:
     """Refuse ranks that a prepared layer has no room for, all of them in one refusal."""
     if not (padded := [layer for layer in plan.layers if layer.action is Action.PAD]):
         return
-    ranks = [(layer.rank_after or 0, layer.layer.tensors[0].capacity or 0, layer.path) for layer in padded]
+    ranks = [(each.rank_after or 0, each.layer.tensors[0].capacity or 0, each.path) for each in padded]
     if lacking := [each for each in ranks if each[0] > each[1]]:
         highest, room, path = max(lacking)[0], max(room for _, room, _ in lacking), lacking[0][2]
         plan.refuse("rank_above_room", count=len(lacking), highest=highest, path=path, room=room)

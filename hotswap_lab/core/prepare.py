@@ -57,7 +57,8 @@ def changes_to_prepare(
     passes ``extra_tensors``: a function that finds the tensors of an adapter outside of its layers. ``ranks`` asks for
     room by the paths of layers, like a further adapter of the family.
     """
-    _check_target_rank(target_rank)
+    if target_rank is not None and (type(target_rank) is not int or target_rank < 1):
+        raise refuse("target_rank_is_no_rank", target_rank=target_rank)
     changes: list[Change] = []
     refusals: list[Refusal] = []
     for slot in _slots(methods, model, adapter_name):
@@ -100,11 +101,6 @@ def check_not_compiled(
     if check_compiled == "error":
         raise error
     warnings.warn(str(error), stacklevel=3)
-
-
-def _check_target_rank(target_rank: object) -> None:
-    if target_rank is not None and (type(target_rank) is not int or target_rank < 1):
-        raise refuse("target_rank_is_no_rank", target_rank=target_rank)
 
 
 def as_list(adapters: Any) -> list[Any]:

@@ -20,12 +20,22 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 
+from .errors import refuse
 from .host import TunerLayer
 from .journal import Journal
 from .lora import SCALAR_TABLES, EvalFreeDropout, write_dropout
 from .method import Method
 from .slot import Slot, SlotLayer
-from .tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SCALING, LayerSettings, SlotTensor, is_shared, shared_as
+from .tensors import (
+    OFF_ATTRIBUTE,
+    PREPARED_ATTRIBUTE,
+    ROOM_ATTRIBUTE,
+    SCALING,
+    LayerSettings,
+    SlotTensor,
+    is_shared,
+    shared_as,
+)
 
 #: tables of dropouts on a layer
 DROPOUTS = {"lora_dropout", "hira_dropout"}
@@ -137,15 +147,14 @@ class _Prepared(_ALayer):
         return self
 
     def _check_sharing(self) -> None:
-        """Refuse sharing if a pool has rows on this layer: other processes don't know which rows are assigned."""
-        for each in self.__dict__.get("lora_variant", {}).values():
-            if getattr(each, "is_of_a_room", False):
-                each.refuse_sharing()
+        """Refuse sharing of a layer that computes with more than its own tensors: other processes lack the rest."""
+        if self.__dict__.get(ROOM_ATTRIBUTE):
+            raise refuse("not_shared")
 
     def delete_adapter(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         super().delete_adapter(adapter_name, *args, **kwargs)
         # the marks of a deleted adapter don't apply to another one that is loaded under the same name
-        for attribute in (OFF_ATTRIBUTE, PADDED_ATTRIBUTE):
+        for attribute in (OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, ROOM_ATTRIBUTE):
             mark(self, attribute, adapter_name, False, Journal())
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
@@ -161,10 +170,8 @@ class _Prepared(_ALayer):
             self._check_sharing()
         if isinstance(table := state.get("scaling"), ScalingTable):
             state["scaling"] = ScalingTable(table.floats, state["_buffers"])
-        if "lora_variant" in state:  # a copy has no room
-            state["lora_variant"] = {
-                name: each for name, each in state["lora_variant"].items() if not getattr(each, "is_of_a_room", False)
-            }
+        if of_room := state.pop(ROOM_ATTRIBUTE, None):  # a copy has none
+            state["lora_variant"] = {key: each for key, each in self.lora_variant.items() if key not in of_room}
         return _new_prepared, (type(self).hotswap_original,), state
 
 
@@ -196,7 +203,7 @@ def make_prepared(layer: TunerLayer, adapter_name: str, scaling: torch.Tensor | 
     buffer is not persistent, so that the state dict of a prepared model is that of a fresh load. Also, PEFT's
     ``save_pretrained`` would save any key with the adapter's name as a part of the adapter.
     """
-    mark(layer, PADDED_ATTRIBUTE, adapter_name, True, journal)
+    mark(layer, PREPARED_ATTRIBUTE, adapter_name, True, journal)
     if scaling is not None:
         key, hidden = SCALING + adapter_name, layer._non_persistent_buffers_set
         journal.set_attribute(layer, "_non_persistent_buffers_set", hidden | {key})
@@ -239,11 +246,6 @@ def is_marked_off(layer: Any, adapter_name: str) -> bool:
     return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
 
 
-def is_padded(layer: Any, adapter_name: str) -> bool:
-    """Whether the adapter's tensors on this layer may be larger than its own rank, ``layer.r[adapter_name]``."""
-    return adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ())
-
-
 def set_off(method: Method, layer: Any, adapter_name: str, off: bool, journal: Journal) -> None:
     """Mark the adapter as turned off on this layer, and so not trained there; or as on again."""
     mark(layer, OFF_ATTRIBUTE, adapter_name, off, journal)
@@ -253,7 +255,7 @@ def set_off(method: Method, layer: Any, adapter_name: str, off: bool, journal: J
 def own_rank(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:
     """The rank of the adapter on this layer, which is that of its tensors unless they are padded."""
     capacity = tensor.capacity
-    if capacity is not None and adapter_name in layer.__dict__.get(PADDED_ATTRIBUTE, ()):
+    if capacity is not None and adapter_name in layer.__dict__.get(PREPARED_ATTRIBUTE, ()):
         return min(layer.r[adapter_name], capacity)
     return capacity
 

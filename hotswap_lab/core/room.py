@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ from .tensors import LayerSettings, SlotTensor, shared_as
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
 _requires_grad, _version, _address = attrgetter("requires_grad"), attrgetter("_version"), torch.Tensor.data_ptr
+_parameter = attrgetter("parameter")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +103,8 @@ class Room:
         The state of the adapter in it.
     """
 
+    #: for subclasses: the adapter of each row of a batch, None for no adapter; empty if all rows have the same
+    assigned: tuple[Packed | None, ...] = ()
     #: the function that lays out its memory
     new_bands: Callable[..., list[Band]] = staticmethod(build_arena)
 
@@ -130,9 +134,12 @@ class Room:
     def settle(self, slot: Slot) -> None:
         """Note where everything is. Call this when the model's parameters have been moved in."""
         self.slot = dataclasses.replace(slot, room=self)
-        layers, tensors = [layer.module for layer in slot.layers], list(self.spans)
+        layers, tensors, own = [layer.module for layer in slot.layers], list(self.spans), set(slot.tensors)
         self._parameters = [tensor.parameter for tensor in tensors]
         self._views = [self.view(tensor) for tensor in tensors]
+        #: of modules that are saved with the adapter: moving a buffer puts another one in its place
+        self._extra = [tensor for tensor in tensors if tensor not in own]
+        self._of_extra = list(map(_parameter, self._extra))
         self._addresses, self._bases = [], []
         self.slot.settle()
         fields = SCALAR_TABLES.items()
@@ -158,6 +165,7 @@ class Room:
             and name in slot.host.configs
             and slot.is_in_place()
             and list(map(_address, self._parameters)) == self._addresses_now()
+            and all(map(operator.is_, map(_parameter, self._extra), self._of_extra))
         )
 
     def _addresses_now(self) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -60,12 +60,6 @@ class SlotLayer:
         return [f"{self.path}.{tensor.key}" for tensor in self.tensors]
 
 
-class Memory(Protocol):
-    """The part of a :class:`~hotswap_lab.core.room.Room` that its slot uses."""
-
-    def is_intact(self) -> bool: ...
-
-
 @dataclass(eq=False)
 class Slot:
     """One adapter name on one model, as one of ``methods`` has found it."""
@@ -75,8 +69,8 @@ class Slot:
     host: Host
     method: Method
     layers: tuple[SlotLayer, ...]
-    #: the memory that all tensors are views of, if the model was prepared
-    room: Memory | None = None
+    #: the :class:`~hotswap_lab.core.room.Room` that all tensors are views of, if the model was prepared
+    room: Any = None
     #: tables of modules and parameters, a name in each, and the entry there: see :meth:`settle`
     _links: tuple[tuple[Any, ...], ...] = field(default=(), init=False, repr=False)
     #: the results of :meth:`once_for`

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
 
 import torch
 
@@ -21,7 +20,7 @@ MOST = 1e30
 
 def change_strength(slot: Slot, strength: float) -> Change:
     """The change that sets the scaling of each layer to its trained value times ``strength``."""
-    name, room = slot.adapter_name, cast(Any, slot.room)
+    name, room = slot.adapter_name, slot.room
     if slot.is_merged:
         raise refuse("merged_no_strength", adapter_name=name)
     check_strength(strength, slot)

@@ -15,8 +15,10 @@ from .change import Change
 SCALING = "hotswap_scaling_"
 #: the attribute of a layer with the adapters that are turned off there
 OFF_ATTRIBUTE = "hotswap_off"
-#: and the one with the adapters whose own rank is ``layer.r``, regardless of the size of their tensors
-PADDED_ATTRIBUTE = "hotswap_padded"
+#: and the one with the adapters that are prepared there: their own rank is ``layer.r``, whatever their tensors' size
+PREPARED_ATTRIBUTE = "hotswap_prepared"
+#: and the one with the adapters whose ``lora_variant`` belongs to a room: copies and other processes can't have it
+ROOM_ATTRIBUTE = "hotswap_in_room"
 
 
 @dataclass(eq=False)
@@ -138,8 +140,8 @@ def shared_as(tensors: Iterable[torch.Tensor], fresh: torch.Tensor) -> torch.Ten
 
 
 def is_prepared(layer: torch.nn.Module, adapter_name: str) -> bool:
-    """Whether graphs read the adapter's scaling on this layer at each call, and its tensors must keep their sizes."""
-    if SCALING + adapter_name in layer._buffers:
+    """Whether the adapter's tensors on this layer must keep their sizes: graphs read their values at each call."""
+    if adapter_name in layer.__dict__.get(PREPARED_ATTRIBUTE, ()):
         return True
     scaling = layer.__dict__.get("scaling")  # a plain table: perhaps PEFT has prepared the layer
     return isinstance(scaling, dict) and isinstance(scaling.get(adapter_name), torch.Tensor)

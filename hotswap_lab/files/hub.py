@@ -17,7 +17,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..core.errors import first_line, listing
+from ..core.errors import first_line
 from . import sources
 
 
@@ -31,7 +31,7 @@ class Repository(sources.Folder):
         try:
             folder = os.path.dirname(_fetch(self.name, CONFIG_NAME, self.arguments))
         except Exception as error:  # of many types: no such repository, no access, no network, no space, ...
-            found = _not_here(self.name)
+            found = f"no folder {self.name!r} here"
             if not isinstance(error, HFValidationError):  # a path, and no id of a repository
                 found += f"; and the Hub: {first_line(_cause(error))}"
             raise sources.no_config(self.name, found, _advice(error)) from error
@@ -56,19 +56,6 @@ def find_repository(name: str, arguments: Mapping[str, object]) -> Repository:
         arguments.setdefault("token", arguments.pop("use_auth_token"))
     inspect.signature(hf_hub_download).bind("repository", "file", **arguments)
     return Repository(name, arguments=arguments)
-
-
-def _not_here(name: str) -> str:
-    """Describe the nearest existing folder of a path that may be mistyped."""
-    nearest = os.path.abspath(name)
-    while not os.path.exists(nearest):
-        nearest = os.path.dirname(nearest)
-    if os.path.isfile(nearest):
-        return f"{nearest} is a file"
-    # "a/b" where no folder "a" exists is most likely the id of a repository, so this folder isn't listed
-    is_on_the_way = (nearest != os.getcwd() or "/" not in name) and os.access(nearest, os.R_OK)
-    inside = listing(map(repr, sorted(os.listdir(nearest))), 8) if is_on_the_way else ""
-    return f"no folder {name!r} here" + (f" (in {nearest}: {inside})" if inside else "")
 
 
 def _cause(error: Exception) -> Exception:

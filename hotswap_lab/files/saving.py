@@ -46,7 +46,7 @@ def files_of(slot: Slot) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
 
 def _check(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
     """Refuse to save an adapter if the file would differ from the adapter in the model."""
-    if getattr(room_of(slot.host.base, slot.adapter_name), "assigned", ()):
+    if (room := room_of(slot.host.base, slot.adapter_name)) and room.assigned:
         raise refuse("rows_differ", adapter_name=slot.adapter_name)
     for layer in slot.layers:
         for tensor in layer.tensors:

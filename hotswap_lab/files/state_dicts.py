@@ -20,9 +20,9 @@ from ..core.host import Config
 from ..core.journal import Journal
 from ..core.lora import Lora
 from ..core.method import Method
-from ..core.prepared import is_marked_off, is_off, is_padded, own_rank
+from ..core.prepared import is_marked_off, is_off, own_rank
 from ..core.slot import SLOTS, Slot
-from ..core.tensors import OFF_ATTRIBUTE, PADDED_ATTRIBUTE, SlotTensor
+from ..core.tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, SlotTensor, is_prepared
 
 #: all methods that a model may have adapters of
 Methods = Sequence[Method]
@@ -63,7 +63,7 @@ class Marked(NamedTuple):
 
 def _marked(methods: Methods, base: torch.nn.Module, prefix: str) -> Iterator[Marked]:
     for path, layer in base.named_modules(remove_duplicate=False):
-        names = {*layer.__dict__.get(OFF_ATTRIBUTE, ()), *layer.__dict__.get(PADDED_ATTRIBUTE, ())}
+        names = {*layer.__dict__.get(OFF_ATTRIBUTE, ()), *layer.__dict__.get(PREPARED_ATTRIBUTE, ())}
         for name in sorted(names):
             known = ((method, method.tensors_of(layer, name)) for method in methods)
             method, tensors = next((each for each in known if each[1] is not None), (None, None))
@@ -109,7 +109,7 @@ def _fill_up(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix: 
 
 def _check(state_dict: dict, marked: Marked) -> None:
     key, layer, name, tensor, off, _ = marked
-    if (value := state_dict.get(key)) is None or not is_padded(layer, name):
+    if (value := state_dict.get(key)) is None or not is_prepared(layer, name):
         return
     expected = tensor.shape_for(own_rank(layer, name, tensor))
     if off:

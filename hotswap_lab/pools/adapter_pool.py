@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -15,9 +14,9 @@ from tqdm.auto import tqdm
 
 from ..beyond.passes import METHODS, make_plan
 from ..core.adapter import Adapter
-from ..core.change import Change, Step, apply
+from ..core.change import Step, apply
 from ..core.errors import HotswapError, refuse
-from ..core.host import Config, find_host, kind_of, name_in
+from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
 from ..core.lora import Lora
 from ..core.prepare import changes_to_prepare
@@ -25,13 +24,12 @@ from ..core.report import html_table, text_table
 from ..core.room import Packed, Room, State
 from ..core.slot import Slot, change_of, room_of, slot_for
 from ..core.strength import check_strength
-from ..core.tensors import SlotTensor
 from ..files.reading import read
 from ..swap import get_strength, warn_of
 from ..threads import Block, held, put_back
-from .former import PackedRows, packed_now, strengths_of
+from .former import as_now, change_to, is_in, snapshot, strengths_of, weights_of
 from .members import Member, Members, check_named
-from .mixes import Mix, mixed
+from .mixes import Mix
 from .modules import module_tensors, taken_apart
 from .rows import Row, RowRoom
 
@@ -126,7 +124,7 @@ class AdapterPool:
                 family = [read(source, only_config=True, **hub) for source in adapters.values()]
                 with held(base):
                     needs: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
-                    needs |= dict(adapter_name=self.adapter_name, extra_tensors=self._module_tensors, kind=kind)
+                    needs |= dict(adapter_name=self.adapter_name, extra_tensors=module_tensors, kind=kind)
                     apply(changes_to_prepare(METHODS, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
                 self._fill(adapters.items(), progress)
@@ -144,12 +142,6 @@ class AdapterPool:
             raise refuse("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
         return slot
 
-    def _module_tensors(self, slot: Slot) -> list[SlotTensor]:
-        tensors = module_tensors(slot)
-        #: each with its parameter when the pool is made: moving a buffer puts another one in its place
-        self._of_modules = [(each, each.parameter) for each in tensors]
-        return tensors
-
     def _fill(self, adapters: Iterable[tuple[str, object]], progress: bool) -> None:
         is_known = False
         # a bar takes a lock of its own even if it shows nothing, and Ctrl-C may come right after that
@@ -157,7 +149,7 @@ class AdapterPool:
             self.add(name, source)
             packed = self._members[name].packed
             # checked now, since the next adapters may cause this one to be dropped
-            if packed and not is_known and _is_in(self._room, packed):
+            if packed and not is_known and is_in(self._room, packed):
                 is_known, self._room.state = True, packed.state
 
     # ---- its contents
@@ -179,7 +171,7 @@ class AdapterPool:
     @property
     def active(self) -> str | None:
         """The name of the adapter that all rows compute with; None if there is none, or it is off."""
-        member = self._loaded if not self._assigned and self._room.is_intact() else None
+        member = self._loaded if not self._room.assigned and self._room.is_intact() else None
         if member is None:
             return None
         with contextlib.suppress(HotswapError):  # if the user has scaled only some of the layers
@@ -194,13 +186,9 @@ class AdapterPool:
         return member if member is owner and not self._room.is_touched else None
 
     @property
-    def _assigned(self) -> tuple[Packed | None, ...]:
-        return self._room.assigned if isinstance(self._room, RowRoom) else ()
-
-    @property
     def rows(self) -> list[Row]:
         """The adapter of each row of a batch, for labels on answers; empty if all rows have the same."""
-        return [self._row(each) for each in self._assigned]
+        return [self._row(each) for each in self._room.assigned]
 
     def _row(self, packed: Packed | None) -> Row:
         owner = packed.state.owner if packed else None
@@ -271,7 +259,11 @@ class AdapterPool:
             with self._writing() if in_model else self._members.lock:
                 if self._members.get(name) is not member:
                     raise refuse("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
-                change = self._change_to_updated(member, packed) if in_model else change_of(self._room.slot)
+                if in_model:  # at its present strength
+                    former = snapshot(self._room, self._loaded)
+                    change = change_to(self._room, as_now(self._room, self._members, former, {member: packed}))
+                else:
+                    change = change_of(self._room.slot)
                 self._members.make_space(member, packed, updated=True)
                 change.steps.append(put)
                 apply([change])
@@ -290,8 +282,8 @@ class AdapterPool:
         member.notes = plan.notes
         sources += [
             (target, target.off_value() if source is None else source)
-            for layer in plan.layers
-            for target, source in zip(layer.layer.tensors, layer.sources, strict=True)
+            for each in plan.layers
+            for target, source in zip(each.layer.tensors, each.sources, strict=True)
             if source is not None or target.reads_base
         ]
         if slot is not self._room.slot:
@@ -419,16 +411,7 @@ class AdapterPool:
         for weight in name.values():
             check_strength(weight, self._room.slot)
         shares = [(self._members[each], float(weight)) for each, weight in name.items()]
-        return self._packed_of(Mix(tuple(shares)), {})
-
-    def _packed_of(self, owner: Any, updated: Mapping[Member, Packed]) -> Packed:
-        """The weights of a member or a mix."""
-        if not isinstance(owner, Mix):
-            return updated.get(owner) or self._members.packed(owner)
-        for each in self._assigned if not updated else ():
-            if each and each.state.owner == owner:
-                return replace(each, scalings=self._room.scalings_of(each.state))
-        return mixed(self._room, owner, [self._packed_of(member, updated) for member, _ in owner.shares])
+        return weights_of(self._room, self._members, Mix(tuple(shares)))
 
     # ---- the adapter that was there before
 
@@ -487,7 +470,7 @@ class AdapterPool:
 
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
             self._check_room()
-            former = self._former()
+            former = snapshot(self._room, self._loaded)
             put_in(lambda journal: back.append(lambda: self._put_back(former)))
             return self
 
@@ -499,62 +482,15 @@ class AdapterPool:
         return Block(self._room.slot.host.base, begin, what, dropped)
 
     def _put_back(self, former: Packed) -> None:
-        packed = self._as_now(former)
+        packed = as_now(self._room, self._members, former)
         with self._writing():
-            apply([self._change_to(packed)])
-
-    def _former(self) -> Packed:
-        """The present adapters of the model, with their strengths, to be put back later."""
-        room, state, member = self._room, self._room.state, self._loaded
-        if isinstance(room, RowRoom) and room.assigned:
-            scalings = room.scalings[0].detach().clone()
-            return PackedRows(replace(state, owner=self), (), scalings, room.assigned, room.batch.copies)
-        former = packed_now(room, member.packed.bands if member and member.packed else ())
-        if member or (isinstance(state.owner, Mix) and not room.is_touched):
-            return former
-        # it may be an adapter of the pool that was trained since
-        return replace(former, state=replace(state, owner=None))
-
-    def _change_to(self, packed: Packed) -> Change:
-        if isinstance(packed, PackedRows):
-            return cast(RowRoom, self._room).change_rows(packed.rows, packed.copies, strengths_of(packed))
-        return self._room.change_to(packed)
-
-    def _as_now(self, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
-        """``former`` with the present weights of its adapters; where these can't be had, with the former ones."""
-        each_row = former.rows if isinstance(former, PackedRows) else (former,)
-        # rows that have the same weights go on having the same
-        distinct = {id(row.bands): row for row in each_row if row}
-        now = {key: self._present(row, updated) for key, row in distinct.items()}
-        rows = [row and self._at_strength_of(row, now[id(row.bands)]) for row in each_row]
-        return replace(former, rows=tuple(rows)) if isinstance(former, PackedRows) else cast(Packed, rows[0])
-
-    def _at_strength_of(self, former: Packed, packed: Packed) -> Packed:
-        if packed.bands is former.bands:
-            return former
-        return replace(packed, scalings=self._room.scalings_of(packed.state, strengths_of(former)))
-
-    def _present(self, former: Packed, updated: Mapping[Member, Packed]) -> Packed:
-        owner = former.state.owner
-        is_dropped = isinstance(owner, Member) and owner not in updated and owner.packed is None
-        if owner is None or is_dropped:  # `former` has its weights
-            return former
-        try:
-            return self._packed_of(owner, updated)
-        except HotswapError:  # a share of a mix that can't be had any more, or has no room
-            if updated:
-                raise
-            return former
-
-    def _change_to_updated(self, member: Member, packed: Packed) -> Change:
-        """The change to new weights of an adapter that the model computes with, at its present strength."""
-        return self._change_to(self._as_now(self._former(), {member: packed}))
+            apply([change_to(self._room, packed)])
 
     # ---- turns
 
     def _uses(self, member: Member) -> bool:
         """Whether the model computes with a member, in any row."""
-        rows = self._assigned or (self._room,)
+        rows = self._room.assigned or (self._room,)
         owners = [each.state.owner for each in rows if each is not None]
         return member in owners or member in [each for mix in owners if isinstance(mix, Mix) for each, _ in mix.shares]
 
@@ -570,10 +506,7 @@ class AdapterPool:
             yield
 
     def _check_room(self) -> None:
-        is_intact = self._room.is_intact()
-        for each, noted in self._of_modules:
-            is_intact = is_intact and each.parameter is noted
-        if not is_intact:
+        if not self._room.is_intact():
             raise refuse("pool_lost_its_place")
         if self._room.slot.is_merged:
             raise refuse("merged", adapter_name=self.adapter_name)
@@ -615,21 +548,3 @@ class AdapterPool:
 def _roll_back(journal: Journal, base: torch.nn.Module) -> None:
     with held(base):
         journal.roll_back()
-
-
-def _is_in(room: Room, packed: Packed) -> bool:
-    """Whether a room has just this adapter, at its trained strength."""
-    state = room.state
-    configs = [_with_sets(each.config) for each in (packed.state, state)]
-    if packed.state.settings != state.settings or configs[0] != configs[1]:
-        return False
-    pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, packed.bands, strict=True)]
-    # the scaling of a layer that is off doesn't matter
-    pairs += [(scalings[state.on], packed.scalings[state.on]) for scalings in room.scalings]
-    return all(torch.equal(one.detach(), other.to(one.device)) for one, other in pairs)
-
-
-def _with_sets(config: Config) -> dict[str, object]:
-    """A config's fields, with lists as sets: PEFT makes sets of some lists of names, also of empty ones."""
-    fields = config.to_dict()
-    return {name: {*each} if isinstance(each, (list, tuple, set)) else each for name, each in fields.items()}

@@ -1,12 +1,20 @@
-"""Snapshots of the adapters in a model before a swap, so that they can be put back."""
+"""The adapters in a model before a swap, and how they are put back, with the weights that they have by then."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
+from ..core.change import Change
+from ..core.errors import HotswapError
+from ..core.host import Config
 from ..core.room import Packed, Room, new_band
+from .members import Member, Members
+from .mixes import Mix, mixed
+from .rows import RowRoom
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,13 +25,64 @@ class PackedRows(Packed):
     copies: int
 
 
-def packed_now(room: Room, bands: tuple[torch.Tensor, ...]) -> Packed:
-    """The adapter in a room, with the scalings that its layers have now. ``bands`` are its weights, if known."""
+def snapshot(room: Room, loaded: Member | None) -> Packed:
+    """The present adapters of a room, with their strengths. ``loaded`` is the pool's adapter in it, if it is one."""
+    state, scalings = room.state, room.scalings[0].detach().clone()
+    if room.assigned:
+        return PackedRows(state, (), scalings, room.assigned, cast(RowRoom, room).batch.copies)
+    if not loaded and not (isinstance(state.owner, Mix) and not room.is_touched):
+        state = replace(state, owner=None)  # it may be an adapter of the pool that was trained since
+    if loaded and loaded.packed:
+        return Packed(state, loaded.packed.bands, scalings)
     with torch.inference_mode(False), torch.no_grad():
-        if not bands:
-            taken = zip(room.bands, room.components_for(room.state)[1], strict=True)
-            bands = tuple([new_band(band.memory, number).copy_(band.memory[:number]) for band, number in taken])
-        return Packed(room.state, bands, room.scalings[0].detach().clone())
+        taken = zip(room.bands, room.components_for(state)[1], strict=True)
+        bands = tuple([new_band(band.memory, number).copy_(band.memory[:number]) for band, number in taken])
+    return Packed(state, bands, scalings)
+
+
+def change_to(room: Room, packed: Packed) -> Change:
+    """The change that puts adapters in, one or one for each row."""
+    if isinstance(packed, PackedRows):
+        return cast(RowRoom, room).change_rows(packed.rows, packed.copies, strengths_of(packed))
+    return room.change_to(packed)
+
+
+def as_now(room: Room, members: Members, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
+    """``former`` with the present weights of its adapters; where these can't be had, with the former ones."""
+    each_row = former.rows if isinstance(former, PackedRows) else (former,)
+    # rows that have the same weights go on having the same
+    now = {id(row.bands): _present(room, members, row, updated) for row in each_row if row}
+    rows: list[Any] = []
+    for row in each_row:
+        packed = row and now[id(row.bands)]
+        if row and packed and packed.bands is not row.bands:
+            rows.append(replace(packed, scalings=room.scalings_of(packed.state, strengths_of(row))))
+        else:
+            rows.append(row)
+    return replace(former, rows=tuple(rows)) if isinstance(former, PackedRows) else rows[0]
+
+
+def _present(room: Room, members: Members, former: Packed, updated: Mapping[Member, Packed]) -> Packed:
+    owner = former.state.owner
+    is_dropped = isinstance(owner, Member) and owner not in updated and owner.packed is None
+    if owner is None or is_dropped:  # `former` has its weights
+        return former
+    try:
+        return weights_of(room, members, owner, updated)
+    except HotswapError:  # a share of a mix that can't be had any more, or has no room
+        if updated:
+            raise
+        return former
+
+
+def weights_of(room: Room, members: Members, owner: Any, updated: Mapping[Member, Packed] = {}) -> Packed:
+    """The weights of a member or a mix."""
+    if not isinstance(owner, Mix):
+        return updated.get(owner) or members.packed(owner)
+    for each in room.assigned if not updated else ():
+        if each and each.state.owner == owner:
+            return replace(each, scalings=room.scalings_of(each.state))
+    return mixed(room, owner, [weights_of(room, members, member, updated) for member, _ in owner.shares])
 
 
 def strengths_of(packed: Packed) -> torch.Tensor:
@@ -31,3 +90,21 @@ def strengths_of(packed: Packed) -> torch.Tensor:
     now, trained = packed.scalings[:, 0].cpu().double(), packed.state.scalings
     on = trained != 0
     return torch.where(on, now / trained, (now / trained)[on].median() if on.any() else 1.0)
+
+
+def is_in(room: Room, packed: Packed) -> bool:
+    """Whether a room has just this adapter, at its trained strength."""
+    state = room.state
+    configs = [_with_sets(each.config) for each in (packed.state, state)]
+    if packed.state.settings != state.settings or configs[0] != configs[1]:
+        return False
+    pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, packed.bands, strict=True)]
+    # the scaling of a layer that is off doesn't matter
+    pairs += [(scalings[state.on], packed.scalings[state.on]) for scalings in room.scalings]
+    return all(torch.equal(one.detach(), other.to(one.device)) for one, other in pairs)
+
+
+def _with_sets(config: Config) -> dict[str, object]:
+    """A config's fields, with lists as sets: PEFT makes sets of some lists of names, also of empty ones."""
+    fields = config.to_dict()
+    return {name: {*each} if isinstance(each, (list, tuple, set)) else each for name, each in fields.items()}

@@ -58,8 +58,6 @@ class RowVariant(LoraVariant):
     path: str
     is_gate: bool
 
-    #: copies of the layer drop such a variant, and compute with their own parameters
-    is_of_a_room: ClassVar[bool] = True
     #: whether the input is an index into ``a``, and not a factor of it
     looks_up: ClassVar[bool] = False
 
@@ -125,9 +123,6 @@ class RowVariant(LoraVariant):
     def like_result(self, module: Any, delta: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Turn ``[batch, ..., out]`` into the form of the layer's result."""
         return delta
-
-    def refuse_sharing(self) -> None:
-        raise refuse("rows_not_shared")
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> Any:

@@ -62,12 +62,7 @@ class Members(dict[str, Member]):
         How much memory all of them may take together; None: no limit.
     """
 
-    def __init__(
-        self,
-        hub: Mapping[str, Any],
-        pack: Callable[[Member, Adapter, bool], Packed],
-        max_bytes: int | None,
-    ):
+    def __init__(self, hub: Mapping[str, Any], pack: Callable[[Member, Adapter, bool], Packed], max_bytes: int | None):
         super().__init__()
         self.hub: Mapping[str, Any] = hub
         self.pack: Callable[[Member, Adapter, bool], Packed] = pack

@@ -21,10 +21,10 @@ from ..core.errors import refuse
 from ..core.host import Config
 from ..core.journal import Journal
 from ..core.lora import settings_of
-from ..core.prepared import new_scalings
+from ..core.prepared import mark, new_scalings
 from ..core.room import SCALING_STEP, Packed, Room, State
 from ..core.slot import Slot, SlotLayer, change_of
-from ..core.tensors import LayerSettings, SlotTensor, is_shared
+from ..core.tensors import ROOM_ATTRIBUTE, LayerSettings, SlotTensor, is_shared
 from .batch import Batch
 from .layers import READ, TRAINED, variant_for
 from .proof import name_of_like
@@ -78,15 +78,13 @@ class RowRoom(Room):
         super().__init__(slot, bands, *rest)
         for tensor in self.spans:
             if is_shared(tensor.parameter):
-                raise refuse("rows_not_shared")
+                raise refuse("not_shared")
             if tensor.rank_axis is None:
                 raise refuse("no_rows_for_kind", adapter_name=slot.adapter_name, key=tensor.key)
             if tensor.parameter.requires_grad:
                 raise refuse("rows_not_trained", adapter_name=slot.adapter_name, found=TRAINED)
         families = {cls.__module__.partition(".")[0] for cls in type(slot.host.base).__mro__}
         self.batch: Batch = Batch(self, is_tiled="diffusers" in families)
-        #: the adapter of each row, with its scalings; None: no adapter. Empty if all rows are like row 0
-        self.assigned: tuple[Packed | None, ...] = ()
 
     @classmethod
     def new_bands(cls, tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
@@ -122,6 +120,7 @@ class RowRoom(Room):
             scaled = scalings[1:2], scalings[2:]
             own = variant(*weights, *scaled, layer.tensors[:2], self.batch, index, layer.path, is_gate)
             journal.set_item(layer.module.lora_variant, slot.adapter_name, own)
+            mark(layer.module, ROOM_ATTRIBUTE, slot.adapter_name, True, journal)
         self.batch.watch(_entries(slot), journal)
 
     @contextlib.contextmanager
@@ -153,6 +152,7 @@ class RowRoom(Room):
             raise refuse("rows_differ", adapter_name=self.slot.adapter_name)
         for layer in self.slot.layers:
             journal.remove(layer.module.lora_variant, self.slot.adapter_name)
+            mark(layer.module, ROOM_ATTRIBUTE, self.slot.adapter_name, False, journal)
         self.batch.unwatch(journal)
 
     def check_rows(self) -> None:

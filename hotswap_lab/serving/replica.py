@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import re
 import threading
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import HotswapError, refusal, refuse
+from ..core.errors import HotswapError, Refusal, refusal, refuse
 from ..generating import Reader
 from ..pools.adapter_pool import AdapterPool
 from .table import Version
@@ -26,6 +27,8 @@ GATHERING = 0.005
 CHUNK = 32
 #: below this temperature, the most probable token is taken each time
 COLDEST = 1e-3
+#: the end of a version's key
+DIGEST = re.compile("@[0-9a-f]{64}")
 
 
 class BusyError(HotswapError):
@@ -174,8 +177,8 @@ class Replica:
     def _make_reader(self, rows: int) -> Reader | None:
         options, reason = self.options, "logits of a row depend on how it is read, or on other rows"
         try:
-            room = options.longest_prompt + options.longest_answer
-            reader = Reader(self.pool.model, rows=rows, chunk=min(CHUNK, options.longest_prompt), room=room)
+            longest = options.longest_prompt + options.longest_answer
+            reader = Reader(self.pool.model, rows=rows, chunk=min(CHUNK, options.longest_prompt), longest=longest)
             agrees = reader.agrees()
         except Exception as error:  # of many kinds, since models use a cache in different ways
             reader, agrees, reason = None, False, f"{type(error).__name__}: {error}"
@@ -329,14 +332,13 @@ class Replica:
         self.counts["rows_in_use"] = sum(each is not None for each in rows)
         return self.counts["rows_in_use"] > 0
 
-    def _in_our_names(self, error: Exception) -> Exception:
+    @staticmethod
+    def _in_our_names(error: Exception) -> Exception:
         """A refusal of the pool, which knows versions by their digests, with the names of the adapters."""
         if not isinstance(error, HotswapError):
             return error
-        texts = [replace(each) for each in error.refusals]
-        for key, version in self._held.items():
-            texts = [replace(t, **{n: getattr(t, n).replace(key, version.name) for n in t.__dict__}) for t in texts]
-        return HotswapError(*texts)
+        named = [{part: DIGEST.sub("", text) for part, text in vars(each).items()} for each in error.refusals]
+        return HotswapError(*(Refusal(**each) for each in named))
 
     def _take(self, rows: Sequence[_Answer | None], logits: torch.Tensor) -> list[int]:
         """The next token of each row. An answer whose prompt is read takes it."""

@@ -35,10 +35,7 @@ class Version:
         """The first version of an adapter, in a folder or on the Hub. It may not have the name of the base model."""
         if name in ("", base) or len(name) > LONGEST_NAME or not name.isprintable() or set(name) & set("+:"):
             raise refuse("no_name_for_mixes", name=name)
-        try:
-            return cls(name, path, digest_of(Adapter.load(path)))
-        except OSError as error:  # a path may also lead to something that is no folder and no file
-            raise refuse("weights_unreadable", source=path, error=error) from None
+        return cls(name, path, digest_of(Adapter.load(path)))
 
     def load(self) -> Adapter:
         """Reads the adapter. Refuses files that have changed since the version was made."""

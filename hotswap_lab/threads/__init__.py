@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 import torch
 
 from ..core.errors import HotswapError, refuse
-from ..core.host import carriers
+from ..core.host import hosts_in
 from .turns import COMPUTE, SWAP, WRITE, Entry, ModelInUseError, Turn, _patience, note
 
 __all__ = ["ModelInUseError", "in_use", "waiting_at_most"]
@@ -55,7 +55,8 @@ def in_use(model: object) -> AbstractContextManager[object]:
     Parameters
     ----------
     model:
-        A model with an adapter, compiled or not, an :class:`~hotswap_lab.AdapterPool`, or a diffusers pipeline.
+        A model with an adapter, compiled or not, or an object that has such models as attributes: an
+        :class:`~hotswap_lab.AdapterPool`, a diffusers pipeline.
 
     Returns
     -------
@@ -139,13 +140,7 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
 
 def bases_of(model: object) -> list[torch.nn.Module]:
     """The base models whose adapters a swap in ``model`` may change."""
-    if isinstance(model, torch.nn.Module):
-        found = [model]
-    elif isinstance(components := getattr(model, "components", None), dict):  # a pipeline's
-        found = [component for component in components.values() if isinstance(component, torch.nn.Module)]
-    else:
-        found = [getattr(model, "model", model)]  # a pool's
-    bases = [host.base for module in found for host in carriers(module) if host.configs]
+    bases = [host.base for host in hosts_in(model)]
     if not bases:
         raise refuse("nothing_to_hold_back", name=type(model).__name__)
     return bases

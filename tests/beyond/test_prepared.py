@@ -8,8 +8,8 @@ from adapters import ALL, CONFIGS, FEW, save_all, save_random_adapter_of
 from lengths import few_of
 from lora_kinds import MODELS
 from models import KINDS, Convolutions, Kind, call, load
-from oracle import assert_equals_fresh_load, assert_same_outputs
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
+from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model_state_dict
 from refusals import refused
 from torch import nn
 
@@ -17,6 +17,7 @@ from hotswap_lab import (
     RecompileWatch,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
+    resolve_slot,
     save_adapter,
     verify_hotswap,
 )
@@ -120,3 +121,22 @@ LOHA, OFT = LoHaConfig(r=4, target_modules=ALL), OFTConfig(oft_block_size=4, tar
 def test_families_that_can_not_be_had(tmp_path, loaded, arguments, match):
     model = load(LLAMA, save_random_adapter_of(loaded, tmp_path, 1))
     refused(match, prepare_model_for_compiled_hotswap, model, **arguments)
+
+
+def test_a_model_that_peft_prepared_keeps_its_sizes(tmp_path):
+    """With saved modules, too, where the new adapter is loaded next to the model."""
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap as pefts
+
+    first, *others = save_all(
+        tmp_path,
+        *(LoraConfig(r=r, lora_alpha=7, target_modules=ALL, modules_to_save=["lm_head"]) for r in (2, 5, 3)),
+    )
+    model = load(LLAMA, first)
+    pefts(model, target_rank=8)
+    model.eval()  # what it makes is in training
+    addresses = resolve_slot(model, "default").data_ptrs()
+    for folder in others:  # a higher rank and then a lower one, so that there is something to clear
+        hotswap_adapter(model, folder, "default")
+        assert_same_tensors(get_peft_model_state_dict(model), get_peft_model_state_dict(load(LLAMA, folder)))
+        assert verify_hotswap(model, folder, inputs=LLAMA.inputs())
+    assert resolve_slot(model, "default").data_ptrs() == addresses

@@ -201,7 +201,7 @@ REFUSED = [
         (ADMIN, {"loud": FAMILY["shout"], name: FAMILY["shout"]}, 400, "can't have the name")
         for name in ("", "a+b", "a:b", "demo", "a" * 201, "\ud800", "a\nb", "\u202e")
     ),
-    (ADMIN, {"loud": "/dev/null"}, 400, "Not a directory"),
+    (ADMIN, {"loud": "/dev/null"}, 400, "no folder '/dev/null' here"),
     (UNLOAD, {"lora_name": "new"}, 404, "There is no such adapter"),
     (LOAD, {"lora_name": "new"}, 400, "lora_path: Field required"),
 ]
