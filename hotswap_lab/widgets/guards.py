@@ -20,14 +20,10 @@ from .switch import switch_for
 from .view import counted
 from .work import WorkingView
 
-#: how many of the last calls the picture shows
-SHOWN = 40
 #: calls after each swap
 CALLS = 4
 #: in PyTorch's text of a graph's guards: the size of a layer's tensor, or its scaling if that is a number
-GUARD = re.compile(
-    r"_MATCH: (?:check_tensor\()?(\S*?['.](lora_\w+|scaling)['.\[][^,\s]*)(?:, .*size=\[(.*?)\]| == ([-\d.e]+))"
-)
+GUARD = re.compile(r"_MATCH: (\S*['.](lora_\w+|scaling)['.\[][^,\s]*)(?:, .*size=\[(.*?)\]| == ([-\d.e]+))")
 
 
 class Guards(WorkingView):
@@ -71,7 +67,6 @@ class Guards(WorkingView):
     def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Mapping):
         self.adapters = adapters
         self.columns: dict[str, Column] = {name: Column(each, adapters, inputs) for name, each in models.items()}
-        self.active: str | None = None
         self._run(self._visit)
 
     @classmethod
@@ -92,18 +87,14 @@ class Guards(WorkingView):
             if name:
                 self.swap_seconds: float | None = self._when_free(partial(column.switch.swap, name))
             column.visit(name or "the first", self._check)
-        self.active = name
+        self.active: str | None = name
+        self.summary: str = f"{name or 'the first adapter'} is in"
 
     # ---- text, picture and controls
 
-    @property
-    def summary(self) -> str:
-        """One line: the adapter."""
-        return f"{self.active or 'the first adapter'} is in"
-
     def _lines(self) -> list[str]:
-        lists = {title: column.checklist() for title, column in self.columns.items()}
-        return [line for title, lines in lists.items() for line in (title, *(f"  {text}" for text, _ in lines))]
+        lists = ([(title, True), *column.checklist()] for title, column in self.columns.items())
+        return [text if at == 0 else f"  {text}" for lines in lists for at, (text, _) in enumerate(lines)]
 
     def figure(self) -> Figure:
         """The checklists side by side, and below the time of each of the last calls."""
@@ -155,7 +146,7 @@ class Column:
             check()
             with in_use(self.switch.model), torch.no_grad(), self.watch:
                 self.watch.call(label, self._call)
-        del self.watch.calls[:-SHOWN]
+        del self.watch.calls[: -10 * CALLS]  # the picture has room for these
         graph = compat.cache_entries(self._code)[0]  # the one that ran last comes first
         guards = {path: (kind, _readable(*value)) for path, kind, *value in GUARD.findall(str(graph.guard_manager))}
         self.former, self.guards = self.guards or guards, guards

@@ -16,9 +16,8 @@ from ..threads import bases_of, held
 from .view import FITS
 from .work import WorkingView
 
-TINTS = 24
-#: cells along each side of the picture of B times A
-CELLS = 32
+#: tints of a color, and cells along each side of the picture of B times A
+TINTS, CELLS = 24, 32
 #: where the pictures of rows begin, and how high they are
 TOP, HIGH = 74, 192
 
@@ -92,26 +91,17 @@ class WriteScrubber(WorkingView):
                 _by_row(tensor)[:step] = new[:step]
             self._answers[step] = demo.ask(self.model, self._tokenizer, self.word)
             self._now = step, self._rows()
-        self._changed()
-
-    @property
-    def answer(self) -> str:
-        """The model's answer at this step."""
-        return self._answers[self.step]
+        #: the model's answer at this step
+        self.answer: str = self._answers[step]
+        self.summary: str = f"{' to '.join(self.names)}, step {step} of {self.steps}: {self.word} → {self.answer}"
 
     # ---- text, picture and controls
 
-    @property
-    def summary(self) -> str:
-        """One line: the step and the answer."""
-        return f"{' to '.join(self.names)}, step {self.step} of {self.steps}: {self.word} → {self.answer}"
-
     def _lines(self) -> list[str]:
         old, new = (int(end[0][0].any(1).sum()) for end in self._ends)
-        used, rows = max(old, new), len(self._ends[0][0][0])
-        done = min(self.step, used)
-        zeroed, is_zero, left = max(done - new, 0), rows - used, used - done
-        return [f"{min(done, new)} rows copied · {zeroed} zeroed · {is_zero} zero already · {left} to write"]
+        done, spare = min(self.step, max(old, new)), len(self._ends[0][0][0]) - max(old, new)
+        counts = min(done, new), max(done - new, 0), spare, max(old, new) - done
+        return ["{} rows copied · {} zeroed · {} zero already · {} to write".format(*counts)]
 
     def figure(self) -> Figure:
         """The rows of A and B with their places in memory, and B times A with the answer: before, now and after."""
@@ -132,7 +122,8 @@ class WriteScrubber(WorkingView):
         y = TOP + high * min(step, len(a))
         canvas.line(80, y, 408, y, INK, width=2)
         word(210, TOP + HIGH + 20, *self._lines())
-        products = [_pooled(each[1][0].T @ each[0][0] * each[0][1]) for each in (start, now, end)]
+        pooled = partial(torch.nn.functional.adaptive_avg_pool2d, output_size=CELLS)
+        products = [pooled((each[1][0].T @ each[0][0] * each[0][1]).abs()[None])[0] for each in (start, now, end)]
         texts = (self.names[0], old, start, 0), ("now", INK, now, step), (self.names[1], new, end, self.steps)
         for at, (name, color, rows, when) in enumerate(texts):
             word(83 + 127 * at, 314, f"{name}: {rows[0][1]:.3g} B A", color=color)
@@ -158,10 +149,6 @@ class WriteScrubber(WorkingView):
 def _by_row(tensor: SlotTensor) -> torch.Tensor:
     """The memory of a tensor, with its rank components as rows."""
     return tensor.memory.detach().movedim(tensor.rank_axis, 0)
-
-
-def _pooled(product: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.adaptive_avg_pool2d(product.abs()[None], CELLS)[0]
 
 
 def _paint(canvas: Canvas, x: float, y: float, width: float, high: float, values: torch.Tensor, color: str) -> None:
