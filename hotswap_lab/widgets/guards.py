@@ -108,7 +108,7 @@ class Guards(WorkingView):
             for row, (text, holds) in enumerate(lines):
                 canvas.text(left, 50 + 19 * row, text, anchor="start", color=RIGHT if holds else WRONG, bold=not row)
         canvas.shapes.append(below.svg.replace("<svg ", f"<svg y='{top}' ", 1))
-        return canvas.figure(f"{self}\n{below}")
+        return canvas.figure(str(self))
 
     def _controls(self) -> list:
         import ipywidgets as w
