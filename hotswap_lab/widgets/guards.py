@@ -17,7 +17,7 @@ from ..swap import prepare_model_for_compiled_hotswap
 from ..threads import in_use
 from ..watch import RecompileWatch
 from .switch import switch_for
-from .view import counted
+from .view import counted, wrapping_row
 from .work import WorkingView
 
 #: calls after each swap
@@ -117,7 +117,7 @@ class Guards(WorkingView):
         self._choices = w.ToggleButtons(options=[*self.adapters], value=None)
         self._choices.add_class("hotswap-choices")
         self._when_set(self._choices, lambda name: name and self._come(name, partial(self._visit, name)))
-        return [self._choices, self._stop_button]
+        return [wrapping_row(self._choices, self._stop_button)]
 
     def _refresh(self) -> None:
         super()._refresh()

@@ -143,7 +143,7 @@ class WriteScrubber(WorkingView):
     def _refresh(self) -> None:
         super()._refresh()
         self._address.value = f"lora_A is at <code>{self._slot.tensors[0].memory.data_ptr():#x}</code>"
-        self._slider.value = self.step
+        self._slider.value = self._slider.value if self.busy else self.step  # not back while the user moves it
 
 
 def _by_row(tensor: SlotTensor) -> torch.Tensor:

@@ -38,6 +38,8 @@ def test_the_slider_writes_in_its_turn_and_shows_what_the_model_answers():
     with in_use(view.model):  # a thread that computes with the model
         view._slider.value = 33
         assert not view.wait(0.3)
+        view._changed()
+        assert view._slider.value == 33  # where the user has moved it, and not back
     assert view.wait(60)
     assert "hotswaphotswap" in view._body.value
     view.step = 0
