@@ -24,6 +24,7 @@ NAMES = {
     "dynamo_config": "torch._dynamo:config",
     "DynamoContext": "torch._dynamo.eval_frame:_TorchDynamoContext",
     "eval_frame": "torch._dynamo:eval_frame",
+    "cache_entries": "torch._dynamo.eval_frame:_debug_get_cache_entry_list",
     "dynamo_callbacks": "torch._dynamo.callback:callback_handler",
     "dynamo_metrics": "torch._dynamo.utils:get_metrics_context",
     "inductor_config": "torch._inductor:config",

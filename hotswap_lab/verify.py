@@ -36,6 +36,7 @@ from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
 from .core.journal import Journal
 from .core.slot import Slot
 from .core.wrappers import has_adapter, inside, is_wrapper, peel
+from .figures.equality import Figure, Layer, equality
 from .files.reading import find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
 from .swap import resolve_slot
@@ -78,6 +79,9 @@ class Verification:
         How many times the tolerance the adapter's effect must be for the verdict to mean anything.
     noise:
         The largest difference between two calls of the fresh model; 0 if the model is deterministic.
+    layers:
+        For each layer with the adapter its path, by which share of their size its tensors differ from a fresh load's
+        (0 to 1), and the differences of its scalars, in words.
 
     Examples
     --------
@@ -86,6 +90,8 @@ class Verification:
     >>> verdict = verify_hotswap(model, demo.adapter_path("sort"))
     >>> bool(verdict), verdict.conclusive, verdict.mismatches
     (True, True, ())
+
+    A notebook shows the verdict, and if it is False, a picture: gray is equal, red is not. :meth:`figure` always draws.
     """
 
     difference: float
@@ -94,6 +100,7 @@ class Verification:
     mismatches: tuple[str, ...] = ()
     margin: float = 100
     noise: float = 0.0
+    layers: tuple[Layer, ...] = ()
 
     @property
     def conclusive(self) -> bool:
@@ -117,6 +124,13 @@ class Verification:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def figure(self) -> Figure:
+        """A tile for each layer, gray if it is equal, and what differs in the config and in scalars."""
+        return equality(self.layers, bool(self), self.mismatches, str(self))
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return {"text/plain": str(self)} if self or not self.layers else self.figure()._repr_mimebundle_()
 
 
 def verify_hotswap(
@@ -188,7 +202,7 @@ def verify_hotswap(
             fresh = PeftModel.from_pretrained(fresh, folder, name, is_trainable=trainable).eval()
         fresh_outputs = _call(fresh, inputs)
         noise = _difference(fresh_outputs, _call(fresh, inputs))
-        mismatches = tuple(_mismatches(slot, fresh, with_base=base is not None))
+        mismatches, layers = _compared(slot, fresh, with_base=base is not None)
     dtype, largest = fresh_outputs[0].dtype, max(float(output.abs().max()) for output in fresh_outputs)
     allowed = (TOLERANCE[dtype] if tolerance is None else tolerance) * largest
     is_noisy = NOISE_TOLERANCE * noise > allowed
@@ -199,6 +213,7 @@ def verify_hotswap(
         mismatches=mismatches,
         margin=NOISE_MARGIN if is_noisy else MARGIN.get(dtype, 100),
         noise=noise,
+        layers=layers,
     )
 
 
@@ -275,7 +290,8 @@ def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(first, second, strict=True))
 
 
-def _mismatches(slot: Slot, fresh: PeftModel, with_base: bool) -> Iterator[str]:
+def _compared(slot: Slot, fresh: PeftModel, with_base: bool) -> tuple[tuple[str, ...], tuple[Layer, ...]]:
+    """The differences, in words and by layer."""
     host, name = slot.host, slot.adapter_name
     found = _facts(slot.config, LoadedAlone(slot), saved_tensors(slot), name)
     tensors = get_peft_model_state_dict(fresh, adapter_name=name, save_embedding_layers=False)
@@ -286,11 +302,18 @@ def _mismatches(slot: Slot, fresh: PeftModel, with_base: bool) -> Iterator[str]:
     if with_base:
         found |= _base_tensors(host.base)
         expected |= _base_tensors(find_host(fresh, name).base)
-    wrong: dict[str, list[str]] = {}
+    wrong = {}
     for key in sorted(expected.keys() | {key for key in found if TABLE not in key}):  # layers that are off have tables
         live, loaded = found.get(key), expected.get(key)
-        if _are_equal(live, loaded) or (key.startswith(BASE) and _differ_by_rounding(live, loaded)):
-            continue
+        if not (_are_equal(live, loaded) or (key.startswith(BASE) and _differ_by_rounding(live, loaded))):
+            wrong[key] = live, loaded
+    paths = dict.fromkeys(key.partition(TABLE)[0] for key in (*found, *expected) if TABLE in key)
+    return tuple(_in_words(wrong)), tuple(_layer(path, wrong) for path in paths)
+
+
+def _in_words(differences: Mapping[str, tuple]) -> Iterator[str]:
+    wrong: dict[str, list[str]] = {}
+    for key, (live, loaded) in differences.items():
         if TABLE in key or key.startswith(CONFIG):
             live = float(live) if isinstance(live, torch.Tensor) and live.ndim == 0 else live
             yield f"{key} is {live!r}, fresh {loaded!r}"
@@ -299,6 +322,22 @@ def _mismatches(slot: Slot, fresh: PeftModel, with_base: bool) -> Iterator[str]:
             what = missing if live is None else lacks if loaded is None else "differ from a fresh load"
             wrong.setdefault(what, []).append(key)
     yield from (f"{len(keys)} tensors {what}, such as {keys[0]}" for what, keys in wrong.items())
+
+
+def _layer(path: str, differences: Mapping[str, tuple]) -> Layer:
+    own = {key: pair for key, pair in differences.items() if key.startswith((f"{path}.", f"{path}{TABLE}"))}
+    shares = [_share(*pair) for key, pair in own.items() if TABLE not in key]
+    words = [each.partition(TABLE)[2] for each in _in_words(own) if TABLE in each]
+    equal = ["zeros on one side only, or another dtype"] if shares and not any(shares) else []
+    return path, max([0.0, *shares]), [*words, *equal]
+
+
+def _share(live: torch.Tensor | None, loaded: torch.Tensor | None) -> float:
+    """The size of the difference of two tensors, as a share of the larger one's own size, 1 at most; None is zero."""
+    live, loaded = (torch.zeros(()) if each is None else each.cpu().double() for each in (live, loaded))
+    if live.ndim == loaded.ndim and live.shape != loaded.shape:
+        return 1.0
+    return min(float((live - loaded).norm() / max(live.norm(), loaded.norm(), 1e-30)), 1.0)
 
 
 def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mapping, adapter_name: str) -> dict:

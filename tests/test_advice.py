@@ -30,13 +30,13 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     verify_hotswap,
 )
-from hotswap_lab.widgets import RecompileMeter, RowPanel, SwapPanel
+from hotswap_lab.widgets import RowPanel, SwapPanel
 from hotswap_lab.widgets.work import WorkingView
 
 #: what the names in the texts are
 CALLABLE = (Adapter, AdapterPool, PeftModel, RowPanel, aoti_load, hotswap_adapter)
 NAMES = {each.__name__: each for each in CALLABLE}
-NAMES |= {"hotswap_lab": hotswap_lab, "pool": AdapterPool, "pipe": FluxPipeline, "meter": RecompileMeter}
+NAMES |= {"hotswap_lab": hotswap_lab, "pool": AdapterPool, "pipe": FluxPipeline}
 #: what is the user's own: any function will do
 OWN = {"generate"}
 #: which functions take an argument that is only named

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -54,6 +55,10 @@ def test_yes(model, new, training):
         assert str(verdict) == "matches a fresh load: True"
         assert verify(model, new, base=KIND.base)
         assert verify(model, Adapter.load(new))
+        # gray all over, drawn only on demand: a yes is one line
+        assert (len(verdict.layers), red_tiles(verdict.figure())) == (4, 0)
+        assert verdict._repr_mimebundle_() == {"text/plain": str(verdict)}
+        assert "≠" not in verdict.figure().svg
 
 
 DAMAGES = {
@@ -67,12 +72,32 @@ DAMAGES = {
 }
 
 
+#: how many tiles of the picture are red then, and what it says
+DRAWN = {
+    "a weight": (1, "Not equal"),
+    "a precision": (0, "≠ zeros on one side only, or another dtype (1 of 4 layers)"),
+    "a scaling": (0, "≠ scaling is "),
+    "a table": (0, "≠ r is 7, fresh 6 (1 of 4 layers)"),
+    "the config": (0, ">config.lora_alpha is 4"),
+    "the base": (0, "1 tensors differ from a fresh load, such as the base model"),
+    "a dead layer": (1, "Not equal"),
+}
+
+
+def red_tiles(figure) -> int:
+    return len(re.findall(r"<rect [^>]*fill='(?!#d5dde5)#\w+'><title>", figure.svg))
+
+
 @pytest.mark.parametrize("part", DAMAGES)
 def test_no(model, new, part):
     DAMAGES[part](model, model.get_base_model().first)
     verdict = verify(model, new, base=KIND.base if part == "the base" else None)
     assert not verdict
     assert str(verdict).startswith("matches a fresh load: False\n")
+    red, words = DRAWN[part]
+    assert verdict._repr_mimebundle_()["image/svg+xml"] == verdict.figure().svg
+    assert red_tiles(verdict.figure()) == red
+    assert words in verdict.figure().svg
 
 
 def test_base_weights_that_no_output_depends_on(tmp_path):

@@ -87,12 +87,6 @@ class Canvas:
             f"<line x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}' stroke='{color}' stroke-width='{width:g}'{dash}/>"
         )
 
-    def arrow(self, x1: float, y1: float, x2: float, y2: float) -> None:
-        self.shapes.append(
-            f"<line x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}' stroke='{INK}' stroke-width='1.5' "
-            "marker-end='url(#head)'/>"
-        )
-
     def figure(self, text: str) -> Figure:
         head = (
             "<defs><marker id='head' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' "

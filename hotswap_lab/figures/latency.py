@@ -74,6 +74,7 @@ def timeline(title: str, watches: Mapping[str, Any]) -> Figure:
         _mark(canvas, left + 6 + number * 110, canvas.height - 22, kind)
         canvas.text(left + 18 + number * 110, canvas.height - 18, text, size=11, anchor="start", color=MUTED)
     canvas.text(left + 348, canvas.height - 18, "dashed line: a swap", size=11, anchor="start", color=MUTED)
+    canvas.text(left + width, canvas.height - 18, "calls, in order →", size=11, anchor="end", color=MUTED)
     return canvas.figure(" ".join([f"{title}.", *(f"{name}: {_summary(watch)}." for name, watch in watches.items())]))
 
 

@@ -20,6 +20,8 @@ PEFT = "#f2b36f"
 ADAPTER = "#e8d66b"
 #: errors, recompiles, what differs
 WRONG = "#c8374a"
+#: what holds
+RIGHT = "#1a7f37"
 #: buttons that were chosen, and the focus; white text on it can be read
 ACTIVE = "#1765a8"
 

@@ -25,20 +25,20 @@ widget.
 
 from __future__ import annotations
 
-from .rank_padding_view import RankPaddingView
-from .recompile_meter import RecompileMeter
+from .guards import Guards
 from .row_panel import RowPanel
 from .strength_lattice import StrengthLattice
 from .swap_panel import SwapPanel
 from .view import View
 from .weight_map import WeightMap
+from .write_scrubber import WriteScrubber
 
 __all__ = [
-    "RankPaddingView",
-    "RecompileMeter",
+    "Guards",
     "RowPanel",
     "StrengthLattice",
     "SwapPanel",
     "View",
     "WeightMap",
+    "WriteScrubber",
 ]

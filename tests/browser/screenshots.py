@@ -16,12 +16,8 @@ CELLS = {
     "from hotswap_lab.widgets import *\n\nbegin()",
     "swap_panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.choose('pig_latin')\npanel",
     "weight_map": "map = WeightMap.demo()\nmap.swap('pig_latin')\nmap",
-    "rank_padding_view": "RankPaddingView(target_rank=24)",
-    "recompile_meter": "import torch, warnings\n\nwarnings.simplefilter('ignore')\nmodel, _ = demo.load('reverse')\n"
-    "meter = RecompileMeter(torch.compile(model, backend='eager', dynamic=False), "
-    "adapters={name: demo.adapter_path(name) for name in demo.adapter_names()}, "
-    "inputs=model.get_base_model().dummy_inputs)\n"
-    "meter.visit('vowels_up', 'double', 'sort')\nmeter",
+    "write_scrubber": "view = WriteScrubber()\nview.step = 16\nview",
+    "guards": "guards = Guards.demo()\nfor name in ('vowels_up', 'double', 'sort'):\n    guards.choose(name)\nguards",
     "row_panel": "panel = RowPanel.demo()\nfor row, name in enumerate(('shout', 'sort', None, 'pig_latin')):\n"
     "    panel.choose(row, name)\npanel.run()\npanel",
     "strength_lattice": "lattice = StrengthLattice.demo()\nlattice.run()\nlattice.choose('pig_latin', 0.5)\nlattice",

@@ -29,16 +29,8 @@ pytestmark = pytest.mark.skipif(chromium() is None, reason="there is no Chromium
 #: one cell for each widget, in the order in which they stand on the page
 WIDGETS = {
     "panel": "panel = SwapPanel.demo()\npanel",
-    "padding": "view = RankPaddingView(target_rank=16)\nview",
-    "meter": """import torch
-
-meter_model, _ = demo.load("reverse")
-meter = RecompileMeter(
-    torch.compile(meter_model, backend="eager", dynamic=False),
-    adapters={name: demo.adapter_path(name) for name in ("reverse", "double")},
-    inputs=meter_model.get_base_model().dummy_inputs,
-)
-meter""",
+    "scrubber": "view = WriteScrubber()\nview",
+    "guards": "guards = Guards.demo()\nguards",
     "map": "map = WeightMap.demo()\nmap",
     "rows": "rows = RowPanel.demo(['hotswap', 'notebook', 'adapter'])\nrows",
     "lattice": "lattice = StrengthLattice.demo(strengths=(0, 0.5, 1))\nlattice",
@@ -95,10 +87,9 @@ watch = RecompileWatch().__enter__()"""
 CLICKED = {
     "panel": f"SwapPanel(pool, say, prompt='{WORD}')",
     "map": f"WeightMap(pool, lambda: [f'{WORD} → {{answer}}' for answer in say('{WORD}')][-1])",
-    "meter": "RecompileMeter(compiled, pool=pool, inputs=inputs)",
     "rows": f"RowPanel(rows_pool, say_all, prompts=['{WORD}'] * 2)",
     "lattice": f"StrengthLattice(pool, say, prompt='{WORD}', strengths=(0, 1))",
-    "padding": "RankPaddingView(target_rank=16)",
+    "scrubber": "WriteScrubber()",
 }
 #: notes each state of what has to belong together: a picture, an answer with its adapter's name, a colored cell
 NOTES = """() => {
@@ -252,6 +243,25 @@ def test_clicks_while_a_cell_computes_tear_nothing_and_the_last_one_counts(widge
     expect(panel.locator(".hotswap-answer").nth(1)).to_contain_text("after: sort")
 
 
+# ---- WriteScrubber and Guards
+
+
+@pytest.mark.long
+def test_the_write_and_the_guards_by_keyboard_and_nothing_jumps(widgets):
+    page, scrubber, guards = (widgets[name] for name in ("page", "scrubber", "guards"))
+    before = [each.evaluate(PLACES) for each in (scrubber, guards)]
+    scrubber.get_by_role("slider", name="step").focus()
+    for key, answer in (("ArrowRight", "otswapay"), ("End", "hotswaphotswap"), ("Home", "otswaphay")):
+        page.keyboard.press(key)
+        expect(scrubber.locator("svg text[font-weight=bold]")).to_have_text(answer)
+    guards.get_by_text("shout", exact=True).first.focus()
+    page.keyboard.press("Enter")
+    expect(guards.locator("svg").first).to_contain_text("✗ scaling was 2, is 1: 14 layers")
+    expect(guards).not_to_contain_text("busy")
+    assert guards.locator("svg").first.inner_html().count("every guard holds") == 1
+    assert [each.evaluate(PLACES) for each in (scrubber, guards)] == before
+
+
 # ---- all widgets
 
 #: where each control is in its widget, and how large it is
@@ -333,14 +343,12 @@ def test_clicks_recompile_nothing_and_name_color_and_answer_belong_together(new_
     for number, name in enumerate(("shout", "sort", "off")):
         click("panel", f"○ {name}$")
         click("map", "Swap the next")
-        of["meter"].get_by_role("combobox").select_option(NAMES[number])
-        click("meter", "Swap and call")
         for row in "01":
             of["rows"].get_by_role("combobox", name=row).select_option(NAMES[number - int(row)])
         click("rows", "Answer all")
         click("lattice", "Fill" if number == 0 else {"sort": "SWAP", "off": "pawstoh"}[name])
-        of["padding"].get_by_role("slider").press("ArrowRight")
-    expect(of["padding"]).to_contain_text("in room for rank 19")
+        of["scrubber"].get_by_role("slider").press("ArrowRight")
+    expect(of["scrubber"]).to_contain_text("step 3 of 33")
     assert of["map"].locator("svg").inner_html().count("is in the model") == 1
     # clicks are handled one after the other: the slider's last one has come, so all have, and what they do is "busy"
     for widget in of.values():

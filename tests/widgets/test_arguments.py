@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from refusals import refused
 from shown import folders
 
 from hotswap_lab import AdapterPool, demo
-from hotswap_lab.widgets import RecompileMeter, RowPanel, StrengthLattice, SwapPanel
+from hotswap_lab.widgets import RowPanel, StrengthLattice, SwapPanel
 
 FOLDERS = folders("reverse", "sort")
 PATHS = [*FOLDERS.values()]
@@ -36,10 +35,7 @@ REFUSED = [
     *((AdapterPool, "model", {"adapters": unnamed}, "have no names") for unnamed in (PATHS, PATHS[1])),
     (SwapPanel, "model", {"tokenizer": ..., "adapters": PATHS}, "have no names"),
     (SwapPanel, "pool", {"tokenizer": ..., "adapters": FOLDERS}, "not both"),
-    (RecompileMeter, "model", {"pool": ..., "adapters": FOLDERS}, "not both"),
     (SwapPanel, "pool", {"tokenizer": ..., "template": "x>"}, "no place for the prompt"),
-    (RecompileMeter, "", {"model": "model"}, "nothing to count"),
-    (RecompileMeter, "model", {"inputs": torch.zeros(1, 3, dtype=torch.long)}, "have no names"),
     (RowPanel, "pool", {"generate": list, "prompts": ["word"] * 4}, "3 rows"),
     (RowPanel, "pool", {"generate": list, "prompts": "word"}, "prompts: str"),
     (RowPanel, "pool", {"generate": "list", "prompts": ["word"]}, "generate: str"),
@@ -55,7 +51,7 @@ def test_what_it_cannot_use_is_refused(given, widget, names, options, words):
 
 
 def test_what_it_cannot_do_is_refused(given):
-    model, pool = given["model"], given["pool"]
+    pool = given["pool"]
     panel, lattice = SwapPanel(pool, repr, prompt=5), StrengthLattice(pool, str)
     refused("The strength is not a number", setattr, panel, "strength", "high")
     assert (panel.strength, panel.run()) == (1, "'5'")
@@ -65,9 +61,3 @@ def test_what_it_cannot_do_is_refused(given):
     refused("None", StrengthLattice(empty, str).run)
     with pytest.raises(TypeError, match="run_on_swap"):
         StrengthLattice(pool, str, run_on_swap=True)
-    with RecompileMeter(model, adapters=FOLDERS) as meter:
-        refused("pass inputs", meter.visit, "sort")
-    for given_model, is_said in ((model, True), (torch.compile(model, backend="eager"), False)):
-        with RecompileMeter(given_model) as meter:
-            assert ("the model is not compiled" in str(meter)) is is_said
-            refused("nothing to swap in", meter.swap, "sort")

@@ -14,7 +14,7 @@ from shown import WORD, button, folders, live, panel_with
 
 from hotswap_lab import AdapterPool, demo, in_use
 from hotswap_lab.threads import held
-from hotswap_lab.widgets import RecompileMeter, RowPanel, StrengthLattice, SwapPanel, View, WeightMap
+from hotswap_lab.widgets import RowPanel, StrengthLattice, SwapPanel, View, WeightMap
 from hotswap_lab.widgets.clicks import Clicks
 
 NAMES = ("reverse", "sort", "shout")
@@ -190,7 +190,6 @@ COMPUTING = {
     "panel": lambda pool, probe: SwapPanel(pool, probe).run(),
     "lattice": lambda pool, probe: StrengthLattice(pool, probe, strengths=(0,)).run(),
     "map": look,
-    "meter": lambda pool, probe: RecompileMeter(probe, pool=pool)(),
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from shown import live
 
 from hotswap_lab import AdapterPool, demo, widgets
-from hotswap_lab.widgets import RankPaddingView, RowPanel, StrengthLattice, SwapPanel, View, WeightMap
+from hotswap_lab.widgets import RowPanel, StrengthLattice, SwapPanel, View, WeightMap, WriteScrubber
 from hotswap_lab.widgets.view import WIDGET_MIME
 from hotswap_lab.widgets.work import WorkingView
 
@@ -60,7 +60,7 @@ def test_nothing_is_refreshed_before_it_is_shown():
 
 
 def test_every_widget_has_a_deterministic_static_form():
-    for make in (SwapPanel.demo, RowPanel.demo, StrengthLattice.demo, RankPaddingView, WeightMap.demo):
+    for make in (SwapPanel.demo, RowPanel.demo, StrengthLattice.demo, WriteScrubber, WeightMap.demo):
         assert make()._static() == make()._static()
 
 

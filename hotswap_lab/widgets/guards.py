@@ -1,0 +1,171 @@
+"""Guards: what the graphs of compiled models assume of an adapter, and which of it a swap breaks."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from .. import compat, demo
+from ..figures import Canvas, Figure
+from ..figures.latency import readable, timeline
+from ..figures.palette import RIGHT, WRONG
+from ..swap import prepare_model_for_compiled_hotswap
+from ..threads import in_use
+from ..watch import RecompileWatch
+from .switch import switch_for
+from .view import counted, wrapping_row
+from .work import WorkingView
+
+#: calls after each swap
+CALLS = 4
+#: in PyTorch's text of a graph's guards: the size of a layer's tensor, or its scaling if that is a number
+GUARD = re.compile(r"_MATCH: (\S*['.](lora_\w+|scaling)['.\[][^,\s]*)(?:, .*size=\[(.*?)\]| == ([-\d.e]+))")
+
+
+class Guards(WorkingView):
+    """A checklist for each of some models: what its graph is guarded by, and which guards the last swap broke.
+
+    Each model is compiled with graphs of its own, and without generating code, since that guards alike. A click swaps
+    an adapter into all of them, and calls each a few times. The guards that no longer held are red, with the time of
+    the call that compiled again. Below is the time of each call.
+
+    Parameters
+    ----------
+    models:
+        By the columns' names, each a model with an adapter.
+    adapters:
+        As for :class:`SwapPanel`.
+    inputs:
+        Keyword arguments of a call.
+
+    Examples
+    --------
+    >>> from hotswap_lab.widgets import Guards
+    >>> guards = Guards.demo()
+    >>> guards.choose("shout")
+    >>> print(guards)  # doctest: +ELLIPSIS
+    Guards: shout is in
+    not prepared
+      compiled again
+      ✓ lora_A 8 × 128: 24 layers
+      ...
+      ✗ scaling was 2, is 1: 14 layers
+      ✓ scaling 2: 14 layers
+    prepared
+      every guard holds
+      ...
+
+    How to read it: a swap is free as long as it changes nothing that is on the list.
+    """
+
+    title = "Guards: what a graph was compiled for"
+
+    def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Mapping):
+        self.adapters = adapters
+        self.columns: dict[str, Column] = {name: Column(each, adapters, inputs) for name, each in models.items()}
+        self._run(self._visit)
+
+    @classmethod
+    def demo(cls) -> Guards:
+        """Make a checklist of two embedded models, one of them prepared for all of their adapters."""
+        folders = {name: demo.adapter_path(name) for name in demo.adapter_names()}
+        models = {name: demo.load("reverse")[0] for name in ("not prepared", "prepared")}
+        prepare_model_for_compiled_hotswap(models["prepared"], adapters=[*folders.values()])
+        return cls(models, folders, models["prepared"].get_base_model().dummy_inputs)
+
+    def choose(self, name: str) -> None:
+        """Swap an adapter into all models, and call each."""
+        self._run(partial(self._visit, name))
+
+    def _visit(self, name: str | None = None) -> None:
+        for title, column in self.columns.items():
+            self.doing: str = f"calling the model that is {title}"
+            if name:
+                self.swap_seconds: float | None = self._when_free(partial(column.switch.swap, name))
+            column.visit(name or "the first", self._check)
+        self.active: str | None = name
+        self.summary: str = f"{name or 'the first adapter'} is in"
+
+    # ---- text, picture and controls
+
+    def _lines(self) -> list[str]:
+        lists = ([(title, True), *column.checklist()] for title, column in self.columns.items())
+        return [text if at == 0 else f"  {text}" for lines in lists for at, (text, _) in enumerate(lines)]
+
+    def figure(self) -> Figure:
+        """The checklists side by side, and below the time of each of the last calls."""
+        lists = {title: column.checklist(timed=True) for title, column in self.columns.items()}
+        top = 64 + 19 * max(map(len, lists.values()))
+        below = timeline("Time of each call", {title: column.watch for title, column in self.columns.items()})
+        canvas = Canvas(660, top + int(re.search(r" height='(\d+)'", below.svg)[1]))
+        for at, (title, lines) in enumerate(lists.items()):
+            left = 20 + 640 / len(lists) * at
+            canvas.text(left, 28, title, size=15, anchor="start", bold=True)
+            for row, (text, holds) in enumerate(lines):
+                canvas.text(left, 50 + 19 * row, text, anchor="start", color=RIGHT if holds else WRONG, bold=not row)
+        canvas.shapes.append(below.svg.replace("<svg ", f"<svg y='{top}' ", 1))
+        return canvas.figure(str(self))
+
+    def _controls(self) -> list:
+        import ipywidgets as w
+
+        self._with_stop()
+        self._choices = w.ToggleButtons(options=[*self.adapters], value=None)
+        self._choices.add_class("hotswap-choices")
+        self._when_set(self._choices, lambda name: name and self._come(name, partial(self._visit, name)))
+        return [wrapping_row(self._choices, self._stop_button)]
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        if not self.busy:
+            self._choices.value = self.active
+
+
+class Column:
+    """A model, compiled for itself alone, and the guards of the graph that ran last and of the one before."""
+
+    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Mapping):
+        def call() -> None:
+            model(**inputs)
+
+        # PyTorch keeps graphs with the code, so a copy of the code has no graph of another model
+        self._code = call.__code__ = call.__code__.replace()
+        # a graph break, or too many graphs, would leave guards out; so it is an error
+        self._call = torch.compile(call, backend="eager", dynamic=False, fullgraph=True)
+        self.switch, self.watch = switch_for(model, adapters), RecompileWatch()
+        #: by a tensor's or scaling's path: its kind, and what the graph was compiled for
+        self.guards: dict[str, tuple[str, str]] = {}
+
+    def visit(self, label: str, check: Callable[[], None]) -> None:
+        """Call the model a few times, and note the guards of the graph that ran."""
+        for _ in range(CALLS):
+            check()
+            with in_use(self.switch.model), torch.no_grad(), self.watch:
+                self.watch.call(label, self._call)
+        del self.watch.calls[: -10 * CALLS]  # the picture has room for these
+        graph = compat.cache_entries(self._code)[0]  # the one that ran last comes first
+        guards = {path: (kind, _readable(*value)) for path, kind, *value in GUARD.findall(str(graph.guard_manager))}
+        self.former, self.guards = self.guards or guards, guards
+
+    def checklist(self, timed: bool = False) -> list[tuple[str, bool]]:
+        """A verdict, and a line for each kind of guard of the graph before; each with whether it holds now."""
+        counts = Counter((*was, self.guards.get(path, was)[1]) for path, was in self.former.items())
+        lines = []
+        for (kind, was, now), count in sorted(counts.items()):
+            text = f"✓ {kind} {was}" if was == now else f"✗ {kind} was {was}, is {now}"
+            lines.append((f"{text}: {counted(count, 'layer')}", was == now))
+        slow = [call for call in self.watch.calls[-CALLS:] if call.recompiles]
+        if slow and all(holds for _, holds in lines):  # for a reason that is not on the list
+            lines.append((f"✗ {self.watch.reasons[-1]}", False))
+        if all(holds for _, holds in lines):
+            return [("every guard holds", True), *lines]
+        again = "compiled again" + (f": {readable(slow[0].seconds)}" if timed and slow else "")
+        return [(again if slow else "an earlier graph fits", False), *lines]
+
+
+def _readable(size: str, number: str) -> str:
+    return f"{float(number):.3g}" if number else "a tensor" if size == "1, 1" else size.replace(", ", " × ")
