@@ -2,7 +2,7 @@
 
 The updates of these methods (LoHa, LoKr, HiRA, AdaLoRA) are sums over rank components, as LoRA's ``B @ A`` is. So each
 tensor gets room for the highest rank of a family, and scalings become tensors. The tensors share no memory: a swap
-loads the adapter afresh, and copies tensor by tensor.
+loads the adapter again, and copies tensor by tensor.
 """
 
 from __future__ import annotations
