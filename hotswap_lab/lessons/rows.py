@@ -32,10 +32,12 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
     >>> demo.ask(both, demo.load_tokenizer(), "hotswap")
     'hotswap'
     """
+    # a module of PyTorch can't be called "double"
+    weights = {f"own_{name}": weight for name, weight in weights.items()}
     first, *others = weights
-    model = PeftModel.from_pretrained(base, folders[first], adapter_name=first)
+    model = PeftModel.from_pretrained(base, folders[first.removeprefix("own_")], adapter_name=first)
     for name in others:
-        model.load_adapter(folders[name], name)
+        model.load_adapter(folders[name.removeprefix("own_")], name)
     model.base_model.set_adapter(list(weights))
     for layer in model.modules():
         if isinstance(layer, LoraLayer):

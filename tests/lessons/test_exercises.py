@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,8 +41,8 @@ def defined_in(notebooks: str) -> SimpleNamespace:
     for path in sorted(NOTEBOOKS.glob(notebooks)):
         names: dict[str, object] = {}
         for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code" and "google.colab" not in cell.source:
-                tree = ast.parse(cell.source)
+            if cell.cell_type == "code" and "google.colab" not in cell.source and not cell.source.startswith("%%"):
+                tree = ast.parse(re.sub(r"^%.*", "", cell.source, flags=re.MULTILINE))
                 kinds = (ast.FunctionDef, ast.Import, ast.ImportFrom)
                 tree.body = [each for each in tree.body if isinstance(each, kinds)]
                 exec(compile(tree, str(path), "exec"), names)
@@ -251,7 +252,6 @@ WRONG_PARTS = {
     "02": [
         ("whole = torch.zeros_like(room)", "whole = torch.zeros(room.shape)"),
         ("whole = torch.zeros_like(room)", "whole = room.clone()"),
-        ("if any(", "if False and any("),
         ("max(ranks.get(path, 0), len(a))", "len(a)"),
         ("max(ranks.get(path, 0), len(a))", "32"),
     ],
@@ -268,7 +268,10 @@ WRONG_PARTS = {
     ],
     "08": [
         ("padded(b * scaling", "padded(b"),
-        ("self.a[row], self.b[row] =", "self.a[row, : len(a)], self.b[row] ="),
+        (
+            "self.a[row], self.b[row] = padded(a, self.a[row]), padded(b * scaling, self.b[row])",
+            "self.a[row, : len(a)], self.b[row, :, : len(a)] = a, b * scaling",
+        ),
         ("self.a[row], self.b[row] =", "self.a[:], self.b[row] ="),
         ("(inputs @ self.a.mT @ self.b.mT)", "torch.stack([i @ a.T @ b.T for i, a, b in zip(inputs, self.a, self.b)])"),
     ],
