@@ -12,6 +12,7 @@ from peft.utils import set_peft_model_state_dict
 
 from .. import demo
 from ..ahead import aoti_load
+from ..core.errors import HotswapError
 from ..demo import sample_words
 from ..pools.adapter_pool import AdapterPool
 from ..verify import verify_hotswap
@@ -98,7 +99,9 @@ def rubric(**made: Any) -> bool:
         try:
             done, says = (None, f"needs {', '.join(needs)}") if needs else step(**given)
         except Exception as error:  # what the reader made may be anything
-            done, says = False, f"{type(error).__name__}: {error}"
+            said = str(error)  # a refusal says what to do next
+            said = said if isinstance(error, HotswapError) else said.partition("\n")[0]
+            done, says = False, f"{type(error).__name__}: {said}"
         results.append(done)
         print(f"{'-' if done is None else '✓' if done else '✗'} {step.__name__.replace('_', ' ')}: {says}")
     return all(results)
