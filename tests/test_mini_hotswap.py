@@ -15,7 +15,7 @@ from hotswap_lab import demo
 FOLDER = Path(__file__).parents[1] / "notebooks" / "solutions"
 sys.path.append(str(FOLDER))
 import mini_hotswap  # noqa: E402
-from mini_hotswap import Pool, Rows, layers_of, plan, prepare, read, write  # noqa: E402
+from mini_hotswap import Pool, Rows, layers_of, plan, prepare, read, scalings_as_tensors, write  # noqa: E402
 
 FOLDERS = {name: demo.adapter_path(name) for name in demo.adapter_names()}
 INPUTS = torch.arange(24).view(2, 12)
@@ -43,7 +43,7 @@ def assert_is(model, expected, name):
 
 @pytest.mark.parametrize("by", ["write", "pool"])
 def test_each_adapter_is_as_a_fresh_load_and_nothing_is_compiled_again(family, expected, by):
-    model = prepare(demo.load_base(), family.values())
+    model = scalings_as_tensors(prepare(demo.load_base(), family.values()))
     pool = Pool(model, family) if by == "pool" else None
     addresses = [each.data_ptr() for each in model.parameters()]
     counter = CompileCounter()

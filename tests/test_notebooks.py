@@ -40,7 +40,7 @@ def notebook(request):
 
 
 def test_there_are_solutions():
-    with_solutions = {path.name for path in CHAPTERS} | {"project.ipynb"}
+    with_solutions = {path.name for path in CHAPTERS} | {"engine.ipynb", "project.ipynb"}
     assert with_solutions == {path.name for path in NOTEBOOKS if path.parent != FOLDER}
 
 

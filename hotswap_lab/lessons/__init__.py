@@ -1,9 +1,10 @@
 """What the notebooks show and ask: one module of exercises per chapter, and the pictures they share.
 
 No swap logic is in here. ``figures`` draws, and shows the drawings in the folder ``pictures``; ``exercise`` is the
-frame of every exercise. ``start`` belongs to chapter 00, ``uncompiled`` to 01, ``padding`` to 02, ``compiling`` to 03,
-``pools`` to 04, ``real_llm`` to 05, ``diffusion`` to 06, ``beyond`` to 07, ``rows`` to 08, ``serving`` to 09, ``ahead``
-to 10, ``engine`` to the engine, read, and ``project`` to the last project.
+frame of every exercise. ``building`` has the checks of the file that the reader builds in 01, 02, 03, 04 and 08.
+``start`` belongs to chapter 00, ``compiling`` to 03, ``pools`` to 04, ``real_llm`` to 05, ``diffusion`` to 06,
+``beyond`` to 07, ``rows`` to 08, ``serving`` to 09, ``ahead`` to 10, ``engine`` to the engine, read, and ``project`` to
+the last project.
 """
 
 from __future__ import annotations

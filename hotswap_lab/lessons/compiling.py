@@ -9,13 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from .. import demo
-from ..core.compiled import compiled_in
-from ..swap import hotswap_adapter, hotswap_adapter_from_state_dict
-from ..verify import verify_hotswap
+from ..swap import hotswap_adapter
 from ..watch import RecompileWatch
 from .exercise import Exercise
 
@@ -59,85 +56,12 @@ def _judged(swap: Callable[..., object], compiled: torch.nn.Module, name: str, i
 
 # --- exercises -------------------------------------------------------------------------------------------------------
 
-OLD_CONFIG = dict(r=4, lora_alpha=8)
-
-#: what is swapped in where ``OLD_CONFIG`` was loaded
-SCENARIOS: dict[str, dict[str, Any]] = {
-    "r=4 alpha=8": dict(r=4, lora_alpha=8),
-    "r=4 alpha=16": dict(r=4, lora_alpha=16),
-    "r=8 alpha=16": dict(r=8, lora_alpha=16),
-    "r=4 alpha=4 rsLoRA": dict(r=4, lora_alpha=4, use_rslora=True),
-    "r=4 alpha=8 dropout=0.1": dict(r=4, lora_alpha=8, lora_dropout=0.1),
-    "r=4 alpha=8 on fewer layers": dict(r=4, lora_alpha=8, target_modules=["0"]),
-}
+#: the adapters that each of the five programs is given; the first is the one that is loaded
+TRIO = (dict(r=4, lora_alpha=8), dict(r=8, lora_alpha=16), dict(r=2, lora_alpha=4))
 
 
 def _config(options: Mapping[str, object]) -> LoraConfig:
-    return LoraConfig(**{"target_modules": ["0", "2"], **options})
-
-
-def recompiles(old: LoraConfig, new: LoraConfig) -> int:
-    """How often a small compiled model that isn't prepared is compiled again after a swap, by trying it.
-
-    >>> recompiles(_config(dict(r=4, lora_alpha=8)), _config(dict(r=4, lora_alpha=16)))
-    1
-    """
-    # a graph of an earlier try, of the same code, must not be found here
-    torch.compiler.reset()
-    model, other = (
-        inject_adapter_in_model(
-            config, torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
-        )
-        for config in (old, new)
-    )
-    compiled = torch.compile(model.eval(), backend="eager", dynamic=False)
-    inputs = torch.ones(2, 8)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it may recompile is the question here
-        compiled(inputs)
-        hotswap_adapter_from_state_dict(compiled, get_peft_model_state_dict(other), "default", new)
-        with RecompileWatch() as watch:
-            compiled(inputs)
-    return watch.recompiles
-
-
-@Exercise
-def will_recompile(solution):
-    """Return whether a swap from the config `old` to `new` recompiles a model that isn't prepared. About 3 lines."""
-    for what, options in SCENARIOS.items():
-        old, new = _config(OLD_CONFIG), _config(options)
-        yield f"to {what}", solution(old, new), recompiles(old, new) > 0
-
-
-FAMILY = ("double", "caesar", "pig_latin", "sort")
-SEQUENCE = ("sort", "caesar", "double", "pig_latin", "caesar")
-
-
-@Exercise
-def make_ready(solution):
-    """Return `model` compiled, so that all of `family` can be swapped in without a recompile. 2 lines."""
-    torch.compiler.reset()
-    model, _ = demo.load("double")
-    inputs = model.get_base_model().dummy_inputs
-    compiled = solution(model, [demo.adapter_path(name) for name in FAMILY])
-    if not isinstance(compiled, torch.nn.Module) or not compiled_in(compiled):
-        yield "what you return", type(compiled).__name__, "a compiled model"
-        return
-    equal = 0
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the check says it if it recompiles
-        compiled(**inputs)
-        with RecompileWatch() as watch:
-            for name in SEQUENCE:
-                hotswap_adapter(compiled, demo.adapter_path(name), "default")
-                compiled(**inputs)
-                equal += bool(verify_hotswap(compiled, demo.adapter_path(name), base=demo.load_base))
-    yield f"recompiles in {len(SEQUENCE)} swaps", watch.recompiles, 0
-    yield "swaps that equal a fresh load", equal, len(SEQUENCE)
-
-
-#: the adapters that each of the five programs is given; the first is the one that is loaded
-TRIO = (dict(r=4, lora_alpha=8), dict(r=8, lora_alpha=16), dict(r=2, lora_alpha=4))
+    return LoraConfig(target_modules=["0", "2"], init_lora_weights=False, **options)
 
 
 def _two_layers() -> torch.nn.Module:
@@ -160,7 +84,7 @@ def debug(programs):
         warnings.simplefilter("ignore")  # the check itself says what recompiles
         folders, fresh = [os.path.join(place, name) for name in "abc"], []
         for folder, options in zip(folders, TRIO, strict=True):
-            get_peft_model(_two_layers(), _config({**options, "init_lora_weights": False})).save_pretrained(folder)
+            get_peft_model(_two_layers(), _config(options)).save_pretrained(folder)
             fresh.append(PeftModel.from_pretrained(_two_layers(), folder)(x))
         yield "programs", len(programs), 5
         for program in programs:

@@ -1,10 +1,9 @@
-"""Chapter 06: pictures of pictures, exercises, and a large pipeline."""
+"""Chapter 06: pictures of pictures, and exercises."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +13,8 @@ from ..demo import digits
 from ..figures import Canvas, Figure
 from ..figures.palette import BLACK, WHITE, mix
 from ..figures.png import address, png
-from ..pipelines.lora_files import read_pipeline_lora
-from ..pipelines.pipeline import hotswap_pipeline, plan_pipeline_hotswap, prepare_pipeline_for_compiled_hotswap
 from ..swap import prepare_model_for_compiled_hotswap, resolve_slot
 from ..verify import verify_hotswap
-from ..watch import RecompileWatch
 from .exercise import Exercise
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -131,52 +127,3 @@ def shapes(layer: SlotLayer) -> str:
     """
     a, b = (tuple(tensor.parameter.shape) for tensor in layer.tensors)
     return f"{layer.path}: A {a}, B {b}, room for rank {layer.tensors[0].capacity}"
-
-
-# --- a large pipeline ------------------------------------------------------------------------------------------------
-
-#: a pipeline on the Hub, and two adapters for it: what `load_lora_weights` takes
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-PIXELS = ("nerijs/pixel-art-xl", "pixel-art-xl.safetensors")
-CEREAL = ("ostris/super-cereal-sdxl-lora", "cereal_box_sdxl_v1.safetensors")
-
-
-def swap_in_pipeline(pipe: Any, first: tuple[str, str], second: tuple[str, str], **call: Any) -> tuple[Any, Any]:
-    """Two pictures of the same noise, with one adapter and with the other, from a compiled pipeline."""
-    family = [read_pipeline_lora(pipe, folder, weight_name=file) for folder, file in (first, second)]
-
-    pipe.load_lora_weights(first[0], weight_name=first[1], adapter_name="style")
-    prepare_pipeline_for_compiled_hotswap(pipe, family, adapter_name="style")  # before compiling
-    pipe.unet.compile()
-    before = pipe(generator=torch.Generator().manual_seed(0), **call).images
-
-    print(plan_pipeline_hotswap(pipe, family[1], "style"))  # a table for each component
-    with RecompileWatch(allow=0):
-        hotswap_pipeline(pipe, family[1], "style")
-        after = pipe(generator=torch.Generator().manual_seed(0), **call).images
-    return before, after
-
-
-def sdxl(prompt: str = "a lighthouse in a storm, pixel art") -> tuple[Any, Any]:
-    """:func:`swap_in_pipeline` with Stable Diffusion XL. Needs a GPU and the Hub."""
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(SDXL, torch_dtype=torch.float16).to("cuda")
-    return swap_in_pipeline(pipe, PIXELS, CEREAL, prompt=prompt, num_inference_steps=25)
-
-
-def why_not_here(gigabytes: float = 12) -> str | None:
-    """Why a large pipeline can't be run on this machine, in a few words; None if it can.
-
-    >>> why_not_here(gigabytes=1e9)
-    'no GPU with 1000000000 GB'
-    """
-    if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < gigabytes * 1e9:
-        return f"no GPU with {gigabytes:.0f} GB"
-    try:
-        from huggingface_hub import HfApi
-
-        HfApi().model_info(SDXL, timeout=5)
-    except Exception:
-        return "the Hub is out of reach"
-    return None

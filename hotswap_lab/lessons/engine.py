@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -71,22 +72,15 @@ def gains(solution):
     with_gains(model, {f"{layers[0].path}{GAIN}": torch.tensor(1.0)}, solution)
     yield "a gain of one changes nothing", [layer.module.scaling["default"] for layer in layers], after
 
+    def spoiled(draft: Plan) -> Plan:
+        plan = solution(draft)
+        plan.make_change(plan).steps.append(lambda journal: 1 / 0)
+        return plan
 
-def reference_gains(draft: Plan) -> Plan:
-    """One answer to :data:`gains`.
-
-    >>> model, _ = demo.load("reverse")
-    >>> with_gains(model, {"model.layers.0.mlp.up_proj.gain": torch.tensor(0.5)}, reference_gains)
-    >>> model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").scaling
-    {'default': 1.0}
-    """
-    layers = {layer.path: layer.module for layer in draft.slot.layers}
-    name, change = draft.slot.adapter_name, Change()
-    for path, gain in gains_of(draft).items():
-        if path not in layers:
-            draft.refuse("not_in_pool", name=path, found=f"{len(layers)} layers of the model")
-            continue
-        table = layers[path].scaling
-        value = table[name] * gain
-        change.steps.append(lambda journal, table=table, value=value: journal.set_item(table, name, value))
-    return as_plan(draft, change)
+    with contextlib.suppress(ZeroDivisionError):
+        with_gains(model, tensors, spoiled)
+    yield (
+        "after an error in the last step, all is as before",
+        [each.module.scaling["default"] for each in layers],
+        after,
+    )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import linecache
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 
 class Exercise:
@@ -44,48 +45,98 @@ class Exercise:
         for what, yours, _ in self._results(solution):
             print(f"{what}: {yours!r}")
 
-    def check(self, solution: Callable[..., Any]) -> None:
+    def check(self, solution: Callable[..., Any] | str) -> None:
         """Says whether it is right; if not, prints yours and expected of the first that differs, and how many more do.
 
         One of them is enough to see what is wrong. All of them would be a table of the answers.
         """
+        self.is_right(solution)
+
+    def is_right(self, solution: Callable[..., Any] | str) -> bool:
+        """:meth:`check`, for a program."""
         results = self._results(solution)
         wrong = [result for result in results if result[1] != result[2]]
         if not wrong:
-            print(f"Correct: {', '.join(what for what, _, _ in results)}.")
-            return
+            print(f"Correct: {', '.join(dict.fromkeys(what for what, _, _ in results))}.")
+            return True
         what, yours, expected = wrong[0]
         print(f"Not yet.\n  {what}\n    yours:    {yours}\n    expected: {expected}")
         if more := len(wrong) - 1:
             print(f"  and {more} more that differ{'s' if more == 1 else ''}")
+        return False
 
-    def _results(self, solution: Callable) -> list[tuple[str, object, object]]:
+    def _results(self, solution: Any) -> list[tuple[str, object, object]]:
+        results: list[tuple[str, object, object]] = []
         try:
-            return list(self._run(solution))
+            results.extend(self._run(solution))
         except Exception as error:
             # the reader's own mistake: the line of it helps more than a traceback through this module
             said = (str(error).splitlines() or [""])[0]
-            return [("your code runs", f"{type(error).__name__}: {said}{_where(error, solution)}", "no error")]
+            results.append(("your code runs", f"{type(error).__name__}: {said}{_where(error, solution)}", "no error"))
+        return results
 
 
-def compare(shape: str, values: str, yours: object, expected: torch.Tensor) -> Iterator[tuple[str, object, object]]:
-    """Check a tensor of the reader's: first its shape, or what it is instead; if that is right, its values.
+def first_difference(yours: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[str, str]:
+    """Say what is yours and what is expected where tensors or numbers first differ; twice the same if none does.
 
-    >>> list(compare("the shape", "the numbers", 5, torch.zeros(2)))
-    [('the shape', 'int', (2,))]
+    >>> first_difference({"a": torch.tensor([[1.0, 2]])}, {"a": torch.tensor([[1.0, 3]])})
+    ('a[0, 1] is 2', 'a[0, 1] is 3')
+    >>> first_difference({"a": 1}, {"a": 1.0, "b": 2})
+    ('no b', 'b')
+    >>> first_difference({"a": 1}, {"a": 1.0})
+    ('equal', 'equal')
     """
-    found = tuple(yours.shape) if isinstance(yours, torch.Tensor) else type(yours).__name__
-    yield shape, found, tuple(expected.shape)
-    if found == tuple(expected.shape):
-        yield values, yours.tolist(), expected.tolist()
+    for name in dict.fromkeys([*expected, *yours]):
+        if name not in yours or name not in expected:
+            return (name, f"no {name}") if name in yours else (f"no {name}", name)
+        pair = torch.as_tensor(yours[name]), torch.as_tensor(expected[name])
+        if pair[0].shape != pair[1].shape:
+            one, other = (f"{name} of shape {(*each.shape,)}" for each in pair)
+            return one, other
+        far = ~torch.isclose(*(each.double() for each in pair), rtol=1e-4, atol=1e-4)
+        if far.any():
+            at = far.nonzero()[0].tolist()
+            one, other = (f"{name}{at or ''} is {each[(*at,)].item():.4g}" for each in pair)
+            return one, other
+    return "equal", "equal"
 
 
-def _where(error: Exception, solution: Callable) -> str:
-    """The line of the reader's function that the error came from, if it came from there."""
-    code = getattr(solution, "__code__", None)
-    frames = [(frame, number) for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code is code]
+def tensors_of(model: Any) -> dict[str, Any]:
+    """Copies of the tensors of a LoRA adapter called "default", and its scalings, by the paths of their layers."""
+    found: dict[str, Any] = {}
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            for key in ("lora_A", "lora_B"):
+                found[f"{path}.{key}"] = getattr(layer, key)["default"].weight.detach().clone()
+            found[f"{path}.scaling"] = float(layer.scaling["default"])
+    return found
+
+
+def same_as_fresh(model: Any, fresh: Any, ids: torch.Tensor, call: Callable | None = None) -> tuple[str, str]:
+    """:func:`first_difference` from a fresh load: tensors, scalings, outputs. Beyond what that has, there are zeros."""
+    yours, expected = tensors_of(model), tensors_of(fresh)
+    for name, value in yours.items():
+        if isinstance(value, float):  # where all is zero, any will do
+            expected.setdefault(name, value)
+        else:
+            own = expected.get(name, value[:0])
+            whole = torch.zeros_like(value)
+            if all(size <= most for size, most in zip(own.shape, value.shape, strict=True)):
+                whole[tuple(map(slice, own.shape))] = own
+                expected[name] = whole
+    call = model if call is None else call
+    yours["logits"], expected["logits"] = call(ids).logits, fresh(ids).logits
+    return first_difference(yours, expected)
+
+
+def _where(error: Exception, solution: object) -> str:
+    """The line of the reader's function, or of a part of their file, that the error came from, if it did."""
+    own = getattr(solution, "__code__", None)
+    frames = [(frame.f_code, number) for frame, number in traceback.walk_tb(error.__traceback__)]
+    frames = [each for each in frames if each[0] is own or each[0].co_filename.startswith("<part")]
     if not frames:
         return ""
-    number = frames[-1][1]
+    code, number = frames[-1]
     text = linecache.getline(code.co_filename, number).strip()
-    return f" (line {number - code.co_firstlineno + 1} of {code.co_name}{': ' + text if text else ''})"
+    name, first = (code.co_name, code.co_firstlineno) if code is own else (code.co_filename.strip("<>"), 1)
+    return f" (line {number - first + 1} of {name}{': ' + text if text else ''})"

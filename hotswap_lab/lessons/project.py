@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import set_peft_model_state_dict
 
 from .. import demo
 from ..ahead import aoti_load
+from ..core.errors import HotswapError
 from ..demo import sample_words
 from ..pools.adapter_pool import AdapterPool
 from ..verify import verify_hotswap
@@ -34,10 +36,19 @@ def trained(trick: Trick, adapter: str) -> tuple[bool, str]:
     return right >= 0.9 * len(WORDS), f"{right} of {len(WORDS)} new words right, at least 36 are needed"
 
 
-def swapped_in_while_it_trained(trick: Trick, adapter: str, live: Any, seen: Sequence[str]) -> tuple[bool, str]:
+def swapped_in_while_it_trained(
+    trick: Trick, adapter: str, live: Any, seen: Sequence[tuple[dict[str, torch.Tensor], str]]
+) -> tuple[bool, str]:
     is_swapped = bool(verify_hotswap(live, adapter, base=demo.load_base))
-    learned = len(seen) > 2 and seen[0] != trick("hotswap") == seen[-1]
-    return is_swapped and learned, f"{' -> '.join(seen)}; the live model matches a fresh load: {is_swapped}"
+    said, fresh, expected = [answer for _, answer in seen], _fresh(adapter), []
+    for tensors, _ in seen:
+        set_peft_model_state_dict(fresh, tensors)
+        expected += _asked(fresh, ["hotswap"])
+    learned = len(seen) > 2 and said == expected and said[0] != trick("hotswap") == said[-1]
+    return is_swapped and learned, (
+        f"{' -> '.join(said)}; a fresh load of these weights says {' -> '.join(expected)}; "
+        f"the live model matches a fresh load: {is_swapped}"
+    )
 
 
 def in_a_pool_with_rows(adapter: str, pool: AdapterPool) -> tuple[bool, str]:
@@ -72,8 +83,8 @@ def rubric(**made: Any) -> bool:
     ----------
     **made:
         What there is so far: ``trick``, ``adapter`` (its folder), ``live`` (the model that it was swapped into),
-        ``seen`` (the live model's answers to "hotswap" during training), ``pool``, ``compiled``, and ``package`` (the
-        file).
+        ``seen`` (from the training, pairs of the tensors that were swapped in and the live model's answer to
+        "hotswap"), ``pool``, ``compiled``, and ``package`` (the file).
 
     >>> rubric(trick=lambda word: word.upper() + "!")  # doctest: +ELLIPSIS
     ✗ a new trick: hotswap -> HOTSWAP!, as shout does
@@ -88,7 +99,9 @@ def rubric(**made: Any) -> bool:
         try:
             done, says = (None, f"needs {', '.join(needs)}") if needs else step(**given)
         except Exception as error:  # what the reader made may be anything
-            done, says = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            said = str(error)  # a refusal says what to do next
+            said = said if isinstance(error, HotswapError) else said.partition("\n")[0]
+            done, says = False, f"{type(error).__name__}: {said}"
         results.append(done)
         print(f"{'-' if done is None else '✓' if done else '✗'} {step.__name__.replace('_', ' ')}: {says}")
     return all(results)
@@ -105,5 +118,5 @@ def _asked(model: torch.nn.Module, words: Sequence[str] = WORDS) -> list[str]:
 def _agrees(model: Callable[..., Any], fresh: torch.nn.Module, pool: AdapterPool, name: str) -> bool:
     """Whether ``model`` computes with one of the pool's adapters as a fresh load does."""
     pool.swap(name)
-    inputs = dict(demo.load_tokenizer()(WORDS[0] + ">", return_tensors="pt"), use_cache=False)
+    inputs = dict(demo.load_tokenizer()("hotswap>", return_tensors="pt"), use_cache=False)
     return torch.allclose(model(**inputs).logits, fresh(**inputs).logits, atol=1e-3)

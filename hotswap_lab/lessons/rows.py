@@ -6,13 +6,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ..figures import Canvas, Figure
 from ..figures.palette import MUTED, OFF, light
-from .exercise import Exercise, compare
 
 # --- adapters that are active together ---------------------------------------------------------------------------
 
@@ -34,10 +32,12 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
     >>> demo.ask(both, demo.load_tokenizer(), "hotswap")
     'hotswap'
     """
+    # a module of PyTorch can't be called "double"
+    weights = {f"own_{name}": weight for name, weight in weights.items()}
     first, *others = weights
-    model = PeftModel.from_pretrained(base, folders[first], adapter_name=first)
+    model = PeftModel.from_pretrained(base, folders[first.removeprefix("own_")], adapter_name=first)
     for name in others:
-        model.load_adapter(folders[name], name)
+        model.load_adapter(folders[name.removeprefix("own_")], name)
     model.base_model.set_adapter(list(weights))
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -85,26 +85,3 @@ def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str = ""
             start += length
         told.append(f"Row {number}: " + (f"request{'s' * (len(served) > 1)} {', '.join(served)}" if served else "free"))
     return canvas.figure(f"{title}. {'. '.join(told)}")
-
-
-# --- exercise: a layer in which each row has its own -------------------------------------------------------------
-
-
-@Exercise
-def own_adapters(solution):
-    """Return base(x) plus what each row's own adapter adds to it, without a loop. About 5 lines."""
-    generator = torch.Generator().manual_seed(0)
-    for what, rows, batch, tokens in (("three rows", 3, 3, 1), ("two of four rows, two tokens", 4, 2, 2)):
-        # whole numbers: they are added up exactly, in whatever order
-        shapes = ((batch, tokens, 3), (rows, 2, 3), (rows, 2, 4), (4, 3), (rows,))
-        x, a, b, weight, scaling = (torch.randint(-3, 4, each, generator=generator).float() for each in shapes)
-        expected = torch.stack([F.linear(x[i], weight + scaling[i] * b[i].T @ a[i]) for i in range(batch)])
-        calls: list[torch.Tensor] = []
-
-        def base(x: torch.Tensor, calls: list = calls, weight: torch.Tensor = weight) -> torch.Tensor:
-            calls.append(x)
-            return F.linear(x, weight)
-
-        yours = solution(base, x, a, b, scaling)
-        yield from compare(f"the shape for {what}", f"the outputs of {what}", yours, expected)
-        yield f"calls of the base layer for {what}", len(calls), 1

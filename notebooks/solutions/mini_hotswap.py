@@ -1,7 +1,8 @@
 """The idea of hotswap_lab in one file: another LoRA adapter in the same memory of a live model.
 
     family = {name: read(folder) for name, folder in folders.items()}
-    model = prepare(base, family.values())           # room for each adapter: ranks, layers, scalings as tensors
+    model = prepare(base, family.values())           # room for each adapter: ranks and layers
+    model = scalings_as_tensors(model)
     compiled = torch.compile(model)
     write(plan(model, family["shout"]))              # no tensor moves, so nothing is compiled again
     pool = Pool(model, family); pool.swap("sort")    # the same as one copy
@@ -52,7 +53,8 @@ def plan(model: PeftModel, adapter: Adapter) -> list[tuple[dict, str, object]]:
     for path, layer in layers.items():
         tables = layer.lora_A[NAME]._parameters, layer.lora_B[NAME]._parameters
         room_a, room_b = (table["weight"] for table in tables)
-        a, b, scaling = adapter.get(path, (room_a[:0], room_b[:, :0], 0.0))  # a layer that it lacks is off
+        off = torch.zeros_like(room_a), torch.zeros_like(room_b), 0.0
+        a, b, scaling = adapter.get(path, off)
         values = padded(a, room_a), padded(b, room_b)
         writes += [(table, "weight", value) for table, value in zip(tables, values, strict=True)]
         writes.append((layer.scaling, NAME, scaling))
@@ -88,9 +90,16 @@ def prepare(base: torch.nn.Module, family: Iterable[Adapter]) -> PeftModel:
         for path, (a, _, _) in adapter.items():
             ranks[path] = max(ranks.get(path, 0), len(a))
     config = LoraConfig(target_modules=[*ranks], rank_pattern={f"^{re.escape(path)}$": r for path, r in ranks.items()})
-    model = get_peft_model(base, config, NAME).eval()
-    for layer in layers_of(model).values():  # 03: a number would be compiled into the code
-        layer.scaling[NAME] = torch.zeros((), device=layer.lora_A[NAME].weight.device)
+    return get_peft_model(base, config, NAME).eval()
+
+
+# ---- 03: scalings that compiled code reads
+
+
+def scalings_as_tensors(model: PeftModel) -> PeftModel:
+    """Turn each scaling into a tensor: a number would be compiled into the code."""
+    for layer in layers_of(model).values():
+        layer.scaling[NAME] = torch.tensor(float(layer.scaling[NAME]), device=layer.lora_A[NAME].weight.device)
     return model
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import functools
 import io
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import torch
 from exercises import assert_is_svg_with_a_text_form
 from PIL import Image
 from safetensors.torch import save_file
+from test_exercises import defined_in
 from test_pipeline import KINDS, lora
 
 from hotswap_lab.lessons import diffusion
@@ -56,7 +56,8 @@ def test_the_sdxl_example_on_a_tiny_sdxl(tmp_path, capsys, monkeypatch):
     call = dict(prompt="a cat", height=64, width=64, num_inference_steps=2, output_type="latent")
     torch.compiler.reset()
     try:
-        before, after = (images.clone() for images in diffusion.swap_in_pipeline(pipe, *files, **call))
+        swap_in_pipeline = defined_in("06_diffusion.ipynb").swap_in_pipeline
+        before, after = (images.clone() for images in swap_in_pipeline(pipe, *files, **call))
     finally:
         torch.compiler.reset()
     for images, (folder, file) in zip((before, after), files, strict=True):
@@ -66,13 +67,3 @@ def test_the_sdxl_example_on_a_tiny_sdxl(tmp_path, capsys, monkeypatch):
         torch.testing.assert_close(images, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
     assert (before - after).abs().max() > 0.01
     assert "possible" in capsys.readouterr().out
-
-
-def test_a_machine_without_a_gpu_or_without_the_hub_is_told_apart(monkeypatch):
-    large = type("Properties", (), {"total_memory": 80e9})()
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: large)
-    answers = {"no GPU with 12 GB": (False, None), "the Hub is out of reach": (True, OSError), None: (True, None)}
-    for expected, (has_gpu, error) in answers.items():
-        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
-        monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=error))
-        assert diffusion.why_not_here() == expected

@@ -1,0 +1,395 @@
+"""The file that the reader builds from chapter 01 to 08, ``my_hotswap.py``: a cell for each part, checked, then kept.
+
+A notebook begins with ``%load_ext hotswap_lab.lessons.building``. A cell that begins with ``%%part 02`` is the part of
+chapter 02: it is tried together with all parts before it. If it is right, it is kept in ``my_hotswap.py`` next to the
+notebook. Parts that aren't there, as on Colab, where each notebook is a new machine, are those of the solution.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import linecache
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import demo
+from ..swap import hotswap_adapter
+from ..watch import RecompileWatch
+from . import Source
+from .beyond import PAIRS, disturb
+from .exercise import Exercise, first_difference, same_as_fresh, tensors_of
+
+#: what the reader has built so far
+MINE = Path("my_hotswap.py")
+#: in a wheel next to this file, in a checkout next to the other solutions
+SOLUTION = next(filter(Path.exists, [
+    Path(__file__).with_name("mini_hotswap.py"),
+    Path(__file__).parents[2] / "notebooks" / "solutions" / "mini_hotswap.py",
+]))  # fmt: skip
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """Defines ``%%part``, for ``%load_ext``."""
+
+    def magic(chapter: str, text: str) -> None:
+        part(chapter, text)
+        with contextlib.suppress(Exception):  # the check has told it
+            ipython.push({"mini": built(chapter, text)})
+
+    ipython.register_magic_function(magic, "cell", "part")
+
+
+def part(chapter: str, text: str) -> None:
+    """Check a chapter's part; if it is right, keep it in :data:`MINE`."""
+    if PARTS[chapter].is_right(text):
+        parts = {name: each for name, each in parts_of_yours().items() if name != chapter} | {chapter: text}
+        MINE.write_text("\n\n".join(f"# ---- {name}\n\n{each.strip()}\n" for name, each in sorted(parts.items())))
+        print(f"It is in {MINE} now.")
+
+
+def parts_of(file: Path) -> dict[str, str]:
+    """The parts of a file by chapter; in front of the first one, by "", what all of them import."""
+    first, *others = re.split(r"^# ---- (\d*).*\n", file.read_text(), flags=re.MULTILINE)
+    return {"": first} | dict(zip(others[::2], others[1::2], strict=True))
+
+
+def parts_of_yours() -> dict[str, str]:
+    return {name: text for name, text in parts_of(MINE).items() if name} if MINE.exists() else {}
+
+
+def solution(chapter: str) -> Source:
+    """A chapter's part of ``mini_hotswap.py``.
+
+    >>> print(str(solution("03"))[:54])
+    def scalings_as_tensors(model: PeftModel) -> PeftModel
+    """
+    return Source(parts_of(SOLUTION)[chapter].strip())
+
+
+def of_equal_shape(values: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """The ``padded`` of chapter 01; that of 02 takes its place."""
+    if values.shape != room.shape:
+        raise ValueError(f"a tensor of shape {(*values.shape,)} has no place in {(*room.shape,)}")
+    return values
+
+
+def built(chapter: str, text: str | None = None) -> ModuleType:
+    """All parts up to a chapter's as a module: yours, or the solution's where you have none.
+
+    Parameters
+    ----------
+    text:
+        The part of this chapter, which is to be tried. Default: yours or the solution's, as for the others.
+
+    >>> len(built("01").read(demo.adapter_path("double")))
+    16
+    """
+    module = ModuleType("my_hotswap")
+    vars(module)["padded"] = of_equal_shape
+    parts = parts_of(SOLUTION) | parts_of_yours() | ({} if text is None else {chapter: text})
+    for name, each in sorted(parts.items()):
+        if name <= chapter:
+            file = f"<part {name}>"
+            linecache.cache[file] = len(each), None, each.splitlines(True), file  # for what is said of an error
+            exec(compile(each, file, "exec"), module.__dict__)
+    return module
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+FOLDERS = {name: demo.adapter_path(name) for name in demo.adapter_names()}
+IDS = torch.arange(96).view(8, 12) % 90 + 4
+
+
+@functools.cache
+def fresh(name: str) -> PeftModel:
+    return demo.load(name)[0]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations of PyTorch."""
+
+    count: int = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def calls(run: Callable[..., object], *arguments: object) -> int:
+    with Calls() as counted:
+        run(*arguments)
+    return counted.count
+
+
+def addresses(model: torch.nn.Module) -> list[int]:
+    return [each.data_ptr() for each in model.parameters()]
+
+
+def refused(swap: Callable[[], object]) -> str:
+    try:
+        swap()
+    except ValueError:
+        return "ValueError"
+    return "no error"
+
+
+def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | None = None) -> Iterator[tuple]:
+    """Swap each adapter in, forwards and backwards, and compare with fresh loads."""
+    before = addresses(model)
+    for name in [*FOLDERS, *reversed(FOLDERS)]:
+        swap(name)
+        yield name, *same_as_fresh(model, fresh(name), IDS, call)
+    yield "all tensors stay at their addresses", addresses(model) == before, True
+
+
+def compiled_visits(model: PeftModel, swap: Callable[[str], object]) -> Iterator[tuple]:
+    """The same in a compiled model."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    compiled(IDS)
+    with RecompileWatch() as watch:
+        yield from visits(model, swap, compiled)
+    yield "recompiles in sixteen swaps", watch.recompiles, 0
+
+
+@Exercise
+@torch.no_grad()
+def part_01(text):
+    """read, plan and write: a swap into a model that has the right shapes, or a refusal."""
+    mini = built("01", text)
+    for name, folder in FOLDERS.items():
+        expected = tensors_of(fresh(name))
+        yours = {
+            f"{path}.{key}": value
+            for path, values in mini.read(folder).items()
+            for key, value in zip(("lora_A", "lora_B", "scaling"), values, strict=True)
+        }
+        yield f"read {name}", *first_difference(yours, expected)
+    live = demo.load("reverse")[0]
+    for name in ("vowels_up", "shout", "reverse"):
+        before, places = tensors_of(live), addresses(live)
+        writes = mini.plan(live, mini.read(FOLDERS[name]))
+        yield f"planning {name} changes nothing", *first_difference(tensors_of(live), before)
+        mini.write(writes)
+        yield f"write {name}", *same_as_fresh(live, fresh(name), IDS)
+        yield "all tensors stay at their addresses", addresses(live) == places, True
+    new, before = mini.read(FOLDERS["vowels_up"]), tensors_of(live)
+    last = max(new)
+    more = new | {"model.lm_head": new[last]}
+    late = new | {last: (new[last][0][:3], new[last][1][:, :3], new[last][2])}
+    for what, new in (("another rank", late), ("a layer more", more)):
+        yield what, refused(lambda new=new: mini.write(mini.plan(live, new))), "ValueError"
+        yield f"after {what}, nothing is written", *first_difference(tensors_of(live), before)
+    tensor = torch.tensor(1.0)
+    mini.write([(table := {"default": tensor}, "default", 2.0)])
+    yield "a scaling that is a tensor is filled in place", (table["default"] is tensor, float(tensor)), (True, 2.0)
+
+
+def prepared(mini: ModuleType) -> tuple[PeftModel, dict]:
+    family = {name: mini.read(folder) for name, folder in FOLDERS.items()}
+    return mini.prepare(demo.load_base(), family.values()), family
+
+
+@Exercise
+@torch.no_grad()
+def part_02(text):
+    """padded and prepare: one memory for a family."""
+    mini = built("02", text)
+    values, room = torch.arange(1.0, 7).view(2, 3), torch.full((4, 5), 9.0, dtype=torch.half)
+    expected = torch.nn.functional.pad(values, (0, 2, 0, 2)).half()
+    yours = mini.padded(values, room)
+    yield "2 x 3 in 4 x 5", *first_difference({"padded": yours}, {"padded": expected})
+    yield "the dtype", yours.dtype, room.dtype
+    yield "5 x 4 has no place in 4 x 5", refused(lambda: mini.padded(torch.ones(5, 4), room)), "ValueError"
+    model, family = prepared(mini)
+    ranks: dict[str, int] = {}
+    for path, layer in ((path, each) for name in FOLDERS for path, each in mini.layers_of(fresh(name)).items()):
+        ranks[path] = max(ranks.get(path, 0), layer.r["default"])
+    rooms = {path: len(layer.lora_A["default"].weight) for path, layer in mini.layers_of(model).items()}
+    yield "the rank of each layer", *first_difference(rooms, ranks)
+    yield from visits(model, lambda name: mini.write(mini.plan(model, family[name])))
+
+
+@Exercise
+@torch.no_grad()
+def part_03(text):
+    """scalings_as_tensors, in a compiled model."""
+    mini = built("03", text)
+    model, family = prepared(mini)
+    mini.write(mini.plan(model, family["sort"]))
+    model = mini.scalings_as_tensors(model)
+    yield "what you return", type(model).__name__, "PeftModel"
+    yield "sort is still in the model", *same_as_fresh(model, fresh("sort"), IDS)
+    yield from compiled_visits(model, lambda name: mini.write(mini.plan(model, family[name])))
+
+
+@Exercise
+@torch.no_grad()
+def part_04(text):
+    """Pool: a swap is one copy."""
+    mini = built("04", text)
+    model, family = prepared(mini)
+    model = mini.scalings_as_tensors(model)
+    mini.write(mini.plan(model, family["sort"]))
+    pool = mini.Pool(model, family)
+    yield "making the pool changes nothing", *same_as_fresh(model, fresh("sort"), IDS)
+    yield from compiled_visits(model, pool.swap)
+    most = max(calls(pool.swap, name) for name in FOLDERS)
+    yield "calls of PyTorch in a swap", f"{most}" if most > 4 else "4 at most", "4 at most"
+
+
+@Exercise
+@torch.no_grad()
+def part_08(text):
+    """Rows: in each row of a batch its own adapter."""
+    mini = built("08", text)
+    base, adapters = demo.load_base(), {name: mini.read(folder) for name, folder in FOLDERS.items()}
+    used = {path: base.get_submodule(path) for each in adapters.values() for path in each}
+    layers = {path: mini.Rows(linear, 8, 32) for path, linear in used.items()}
+    for path, layer in layers.items():
+        base.set_submodule(path, layer)
+    expected = demo.load_base()(IDS).logits
+    yield "no row has an adapter yet", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
+    for row, name in [(0, "pig_latin"), *enumerate(FOLDERS)]:  # row 0 has had another one
+        for path, layer in layers.items():
+            if path in adapters[name]:
+                layer.assign(row, *adapters[name][path])
+            else:
+                layer.assign(row, torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0)
+        expected[row] = fresh(name)(IDS).logits[row]
+        yield f"{name} in row {row}", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
+    few, many = (calls(mini.Rows(used[path], rows, 4), torch.ones(rows, 2, used[path].in_features)) for rows in (2, 8))
+    yield "calls of PyTorch for eight rows, and for two", (many, few), (few, few)
+
+
+PARTS = {name.removeprefix("part_"): each for name, each in list(globals().items()) if isinstance(each, Exercise)}
+
+
+# --- the table: yours, ours, PEFT's ----------------------------------------------------------------------------------
+
+
+class RefusedError(Exception):
+    """A swap that raised an error."""
+
+
+class Way:
+    """One of three ways to swap: by what the reader has built, by PEFT's hotswap, or by this package."""
+
+    def __init__(self, mini: ModuleType | None = None, peft: ModuleType | None = None):
+        self.mini: ModuleType | None = mini
+        self.peft: ModuleType | None = peft
+
+    def ready(self, old: str, new: str) -> PeftModel:
+        """A model with the first adapter; yours has room for both."""
+        if self.mini is None:
+            return PeftModel.from_pretrained(demo.load_base(), old).eval()
+        family = self.mini.read(old), self.mini.read(new)
+        model = self.mini.scalings_as_tensors(self.mini.prepare(demo.load_base(), family))
+        self.mini.write(self.mini.plan(model, family[0]))
+        return model
+
+    def swap(self, model: PeftModel, folder: str) -> None:
+        try:
+            if self.mini:
+                self.mini.write(self.mini.plan(model, self.mini.read(folder)))
+            elif self.peft:
+                self.peft.hotswap_adapter(model, folder, "default", torch_device="cpu")
+            else:
+                hotswap_adapter(model, folder, "default", add_layers=True)
+        except Exception as error:
+            raise RefusedError from error
+
+
+def plainly(way: Way, old: str, new: str) -> PeftModel:
+    way.swap(model := way.ready(old, new), new)
+    return model
+
+
+def saved(way: Way, old: str, new: str) -> PeftModel:
+    with tempfile.TemporaryDirectory() as folder:
+        plainly(way, old, new).save_pretrained(folder)
+        return PeftModel.from_pretrained(demo.load_base(), folder)
+
+
+def neighbor(way: Way, old: str, new: str) -> PeftModel:
+    """The swap is of another adapter than the one that is looked at."""
+    model = way.ready(old, old)
+    model.load_adapter(new, "default_0")
+    way.swap(model, old)
+    model.set_adapter("default_0")
+    return model
+
+
+def merged(way: Way, old: str, new: str) -> PeftModel:
+    model = way.ready(old, new)
+    model.merge_adapter()
+    way.swap(model, new)
+    return model
+
+
+def made(folder: Path, config: LoraConfig) -> str:
+    """A random adapter in a folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(demo.load_base(), config)
+        disturb(model)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def torn(folder: Path) -> str:
+    """An adapter's files in which a row is missing."""
+    shutil.copytree(FOLDERS["shout"], folder)
+    tensors = load_file(file := folder / "adapter_model.safetensors")
+    first = min(tensors)
+    save_file({**tensors, first: tensors[first][1:].clone()}, file)
+    return str(folder)
+
+
+def verdict(way: Way, attempt: Callable, old: str, new: str) -> str:
+    """Whether what a swap left computes what a fresh load does; if one of the two can't even be loaded, it doesn't."""
+    try:
+        model = attempt(way, old, new)
+        expected = PeftModel.from_pretrained(demo.load_base(), new).eval()(IDS).logits
+        return "right" if torch.allclose(model(IDS).logits, expected, atol=1e-3) else "wrong"
+    except RefusedError:
+        return "refused"
+    except RuntimeError:
+        return "wrong"
+
+
+@torch.no_grad()
+def table(mini: ModuleType, peft: ModuleType) -> None:
+    """Print which swaps yours, this package's and PEFT's hotswap get right; where yours is wrong, what shows why."""
+    ways = Way(mini), Way(), Way(peft=peft)
+    rows: list[tuple] = [(name, plainly, FOLDERS["reverse"], folder, "") for name, folder in FOLDERS.items()]
+    with tempfile.TemporaryDirectory() as place:
+        pattern = {r"^model\.layers\.0\.self_attn\.q_proj": 64}
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alpha_pattern=pattern)
+        own = made(Path(place, "pattern"), config)
+        old, new = FOLDERS["reverse"], FOLDERS["double"]
+        rows += [
+            ("alpha_pattern with a full name", plainly, own, own, "02"),
+            ("another adapter, called default_0", neighbor, old, new, "04"),
+            ("saved and loaded again", saved, old, new, "01: the config is the old one"),
+            ("DoRA", plainly, old, made(Path(place, "dora"), PAIRS["DoRA"].new), "07: a magnitude"),
+            ("into a merged model (refuse it)", merged, old, new, "beside_peft"),
+            ("a damaged file (refuse it)", plainly, old, torn(Path(place, "torn")), "files/reading.py"),
+        ]
+        print(f"{'':36}{'yours':10}{'ours':10}PEFT's")
+        for name, attempt, old, new, shown in rows:
+            found = [verdict(way, attempt, old, new) for way in ways]
+            right = found[0] == ("refused" if "refuse it" in name else "right")
+            print(f"{name:36}{''.join(f'{each:10}' for each in found)}{'' if right else shown}".rstrip())
