@@ -3,7 +3,7 @@
 A swap writes for a moment (milliseconds). A forward pass in another thread would then read some layers of the old
 adapter and some of the new one. A thread that computes while others may swap says so: ``with in_use(model): ...``. A
 swap then waits until no thread is inside, and a thread that comes later waits for the swap. Swaps take turns by
-themselves: all code that changes a model uses :func:`held`. :mod:`hotswap_lab.threads.turns` decides who waits for whom.
+themselves: all code that changes a model uses :func:`held`, and :mod:`hotswap_lab.threads.turns` decides who waits.
 
 A turn belongs to its block, and any thread may end it: servers enter a block in one thread and leave it in another.
 """
