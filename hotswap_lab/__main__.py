@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import io
 import sys
+import textwrap
 import warnings
 
 import torch
@@ -32,10 +33,12 @@ def compare(name: str, repeats: int) -> list[Row]:
     return scene.measure(f"{FIRST} to {name}", {way: ways_of(scene)[way]() for way in WAYS})
 
 
-def shown(row: Row) -> str:
-    """The median, and what was wrong."""
+def shown(row: Row, ours: Row | None = None) -> str:
+    """The median, how many times ours that is, and what was wrong; right-aligned."""
     time = f"{1000 * row.timing.median:.3g} ms" if row.timing else ""
-    return " ".join([time, *([] if row.state == "right" else [row.state])]).strip()
+    ratio = f"{row.timing.median / ours.timing.median:.3g}x" if row.timing and ours and ours.timing else ""
+    state = "" if row.state == "right" else row.state
+    return f"{' '.join(filter(None, [time, state])):>10}" + (f"{ratio:>6}" if ours else "")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,13 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--word must be 1 to 10 letters from a to z: the embedded model was trained on no others")
     torch.set_num_threads(options.threads)
 
-    width = max(len(options.word) * 2, 12) + 2
+    width = max(len(options.word) * 2, 12)
     print(f"One live model, {len(demo.adapter_names())} adapters. Each takes the place of the loaded one.\n")
-    print(
-        f"{'adapter':11}{'answer':{width}}{'equals a fresh load':22}{'hotswap_lab':14}{'PEFT hotswap':20}"
-        "PEFT load+delete"
-    )
-    print(f"{'(base)':11}{demo.ask(demo.load_base(), demo.load_tokenizer(), options.word):{width}}")
+    print(f"{'adapter':10}{'answer':{width}} {'equal':5}{'this':>10}{'PEFT hotswap':>16}{'PEFT load':>16}")
+    print(f"{'(base)':10}{demo.ask(demo.load_base(), demo.load_tokenizer(), options.word)}")
     states, refusals = [], {}
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -64,18 +64,23 @@ def main(arguments: list[str] | None = None) -> int:
         for name in demo.adapter_names():
             hotswap_adapter(live, demo.adapter_path(name), "default")
             rows = compare(name, options.repeats)
-            ours, hotswap, load_delete = map(shown, rows)
+            ours = shown(rows[0]) + "".join(shown(row, rows[0]) for row in rows[1:])
             states.append([row.state for row in rows])
             if rows[1].note:
                 refusals[name] = rows[1].note
             answer, equal = demo.ask(live, tokenizer, options.word), str(rows[0].state == "right")
-            print(f"{name:11}{answer:{width}}{equal:22}{ours:14}{hotswap:20}{load_delete}", flush=True)
-    print(f"\nTimes: from {FIRST} to this adapter, from disk, median of {options.repeats}")
+            print(f"{name:10}{answer:{width}} {equal:5}{ours}".rstrip(), flush=True)
+    notes = [
+        "",
+        "equal: to a fresh load. this: hotswap_lab. PEFT load: load + set + delete.",
+        f"Times: from {FIRST} to this adapter, from disk, median of {options.repeats}",
+        *(f"PEFT hotswap refuses {name}: {refusal}" for name, refusal in refusals.items()),
+        machine(),
+    ]
     if any("wrong" in each for each in states):
-        print("wrong: no error, but other outputs than a fresh load")
-    for name, refusal in refusals.items():
-        print(f"PEFT hotswap refuses {name}: {refusal}")
-    print(machine())
+        notes.insert(2, "wrong: no error, but other outputs than a fresh load")
+    for note in notes:
+        print(textwrap.fill(note, 80, subsequent_indent="  ", break_long_words=False))
     return 0 if all(ours == "right" for ours, *_ in states) else 1
 
 

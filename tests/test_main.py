@@ -31,6 +31,7 @@ def test_the_tour():
         assert lines[name][1:3] == [demo.TASKS[name]("banana"), "True"]
         assert lines[name][4] == "ms"
     assert "PEFT hotswap refuses pig_latin: Configs are incompatible: for use_rslora" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_a_wrong_swap_ends_in_an_error(monkeypatch, capsys):
@@ -40,8 +41,13 @@ def test_a_wrong_swap_ends_in_an_error(monkeypatch, capsys):
         return [ours, theirs, Row("", "PEFT load", "right", time)]
 
     monkeypatch.setattr(main_module, "compare", wrong)
-    assert main_module.main(["--repeats", "1"]) == 1
+    assert main_module.main(["--repeats", "1", "--word", "abcdefghij"]) == 1
     out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    # right-aligned, with the ratio
+    assert [line[36:] for line in out.splitlines() if "wrong" in line[:50]] == [
+        f"2 ms wrong   refused{'2 ms    1x':>22}"
+    ] * 8
     assert "False" in out
     assert "2 ms wrong" in out
     assert "PEFT hotswap refuses sort: no" in out
@@ -60,7 +66,7 @@ def test_pefts_hotswap_is_judged_by_the_same_oracle():
     assert theirs.state == "right"
     ours, theirs, load_delete = compare("sort", 2)
     assert (theirs.timing, ours.state, load_delete.state) == (None, "right", "right")
-    assert main_module.shown(theirs) == "refused"
+    assert main_module.shown(theirs).strip() == "refused"
 
 
 def test_help_is_a_tour_of_one_page():
