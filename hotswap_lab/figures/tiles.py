@@ -18,8 +18,10 @@ from .png import address, png
 
 #: cells along each side of a large tile, from one tile to the next, and the pixels of a cell
 CELLS, PITCH, PIXELS = 14, 17, 2
-#: the most rows and columns of large tiles
-LARGE = (6, 10)
+#: the same of a small tile, which has one tint
+SMALL = (6, 7)
+#: the most rows and columns of large tiles, and the most tiles that say their numbers
+LARGE, FEW = (6, 10), 100
 #: the ends of the steps of the scale but the last one, which has none: shares of the weight's own size
 STEPS = (0.03, 0.1, 0.3, 1.0)
 #: padding: neither the base nor the adapter
@@ -71,16 +73,17 @@ def drawn(
     """
     color = INK if name == "off" else adapter_color(name)
     rows, columns = ([*dict.fromkeys(split(tile.path)[axis] for tile in tiles)] or [""] for axis in (0, 1))
-    is_large = bool(tiles) and len(tiles[0].cells) > 1
-    # cells of a tile and up to the next one, and pixels of a cell: small tiles touch one another
-    n, pitch = (CELLS, PITCH) if is_large else (1, 1)
-    side = PIXELS if is_large else min(18, 480 / len(columns), max(300 / len(rows), 6))
-    step, size, row_labels, column_labels = pitch * side, n * side, _short(rows), _short(columns)
+    # cells of a tile and up to the next one, and pixels from one tile to the next
+    n, pitch, step = CELLS, PITCH, PITCH * PIXELS
+    if not tiles or len(tiles[0].cells) == 1:
+        n, pitch, step = *SMALL, min(18, 480 / len(columns), max(300 / len(rows), 6))
+    size, row_labels, column_labels = n * step / pitch, _short(rows), _short(columns)
     longest = max(map(len, column_labels))
     turned = -60 if longest * 7 > step else 0
     left, top = max(20 + 7 * max(map(len, row_labels)), 46), 62 + (6 * longest if turned else 0)
     right, y = left + len(columns) * step, top + len(rows) * step
-    canvas = Canvas(max(int(right) + 12, 300), 0)  # whose height is known at the end
+    beyond = 4 * len(column_labels[-1]) if turned else 0
+    canvas = Canvas(max(int(right) + 12 + beyond, 300), 0)  # whose height is known at the end
     add, word = canvas.shapes.append, partial(canvas.text, size=12, anchor="start")
     add(HATCH)
     word(12, 22, title, size=14, color=color, bold=True)
@@ -109,9 +112,14 @@ def drawn(
             spots.append(f"<rect {area(2)} fill='none' stroke='{adapter_color(former[0])}' stroke-dasharray='3 2'/>")
     whole, image = _area(left, top, right - left, y - top), address(png(cells.tolist(), [*tints, CARD]))
     add(f"<image {whole} style='image-rendering:pixelated' href='{image}'/>")
-    canvas.shapes += spots if is_large else []
+    canvas.shapes += spots if len(tiles) <= FEW else []
     y, part, labels = y + 32, (canvas.width - 24) / len(tints), ["0", *(f"<{100 * each:g}%" for each in STEPS), "more"]
-    word(12, y, "share of the weight's own size" + f"; dashed: {former[0]}" * bool(former[1]), color=MUTED)
+    word(
+        12,
+        y,
+        "share of the weight's own size" + f"; dashed: {former[0]}" * (bool(former[1]) and len(tiles) <= FEW),
+        color=MUTED,
+    )
     for at, (tint, label) in enumerate(zip(tints, labels, strict=True)):
         add(f"<rect {_area(12 + at * part, y + 6, part - 2, 10)} fill='{tint}'/>")
         word(11 + (at + 0.5) * part, y + 29, label, anchor="middle", color=MUTED)

@@ -37,10 +37,10 @@ STYLE = f"<style>{Template((FOLDER / 'live.css').read_text('utf-8')).substitute(
 SCRIPT = '<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="{}">'.format(
     re.sub("//.*", "", (FOLDER / "live.js").read_text("utf-8"))
 )
-# Before the static form: hides JupyterLab's "Loading widget..." below it, in a saved notebook without a kernel.
-QUIET = """<style>.jp-OutputArea-child:has(.hotswap-quiet),
-.jp-OutputArea-child:has(.hotswap-quiet) + * + .jp-OutputArea-child:not(:has(.hotswap-live)) { display: none }</style>
-<i class="hotswap-quiet"></i>"""
+# before the static form: hides JupyterLab's "Loading widget..." below it, in a saved notebook without a kernel
+QUIET = """<i class="hotswap-quiet"></i><style>.jp-OutputArea-child:has(.hotswap-quiet),
+.jp-OutputArea-child:has(.hotswap-quiet) + * + .jp-OutputArea-child:not(:has(.hotswap-live, [data-mime-type]))
+{ display: none }</style>"""
 
 
 def escape(text: object) -> str:

@@ -14,8 +14,7 @@ from front_ends import NotebookPage, jupyter, open_browser, write_notebook
 CELLS = {
     "": "from hotswap_lab import demo\nfrom hotswap_lab.lessons import begin\n"
     "from hotswap_lab.widgets import *\n\nbegin()",
-    "swap_panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.choose('pig_latin')\npanel",
-    "weight_map": "map = WeightMap.demo()\nmap.swap('pig_latin')\nmap",
+    "swap_panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.pin()\npanel.choose('pig_latin')\npanel",
     "rank_padding_view": "RankPaddingView(target_rank=24)",
     "recompile_meter": "import torch, warnings\n\nwarnings.simplefilter('ignore')\nmodel, _ = demo.load('reverse')\n"
     "meter = RecompileMeter(torch.compile(model, backend='eager', dynamic=False), "
