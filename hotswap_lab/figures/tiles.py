@@ -21,7 +21,7 @@ CELLS, PITCH, PIXELS = 14, 17, 2
 #: the same of a small tile, which has one tint
 SMALL = (6, 7)
 #: the most rows and columns of large tiles, and the most tiles that say their numbers
-LARGE, FEW = (6, 10), 100
+LARGE, FEW = (6, 10), 60
 #: the ends of the steps of the scale but the last one, which has none: shares of the weight's own size
 STEPS = (0.03, 0.1, 0.3, 1.0)
 #: padding: neither the base nor the adapter

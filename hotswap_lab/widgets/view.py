@@ -131,7 +131,7 @@ class View:
         if figure is None:
             return ""
         width = int(re.search(r"width='(\d+)'", figure.svg)[1])  # as wide as there is room, but still readable
-        style = f"width:100%;min-width:{min(width, 480)}px;max-width:{1.4 * width:g}px;height:auto"
+        style = f"width:100%;min-width:{min(0.9 * width, 480):g}px;max-width:{1.4 * width:g}px;height:auto"
         shrinking = figure.svg.replace("<svg ", f"<svg style='{style}' ", 1)
         return f"<div class='hotswap-picture'>{shrinking}</div>"
 

@@ -41,10 +41,11 @@ class WeightMap(View):
     >>> model, _ = demo.load("pig_latin")
     >>> map = WeightMap(model)
     >>> print(map)
-    WeightMap: default is in 16 of 16 layers
+    WeightMap: default is in 16 of 28 layers
     >>> hotswap_adapter(model, demo.adapter_path("shout"), "default", add_layers=True)
     >>> map.look()
     >>> print(map)
+    WeightMap: default is in 14 of 28 layers
 
     How to read it: the darkest cell is where the adapter changes a weight most. Gray is the base model alone.
     """
