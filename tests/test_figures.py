@@ -39,6 +39,7 @@ FIGURES = {
         figures.bars("One swap", {"1 <slow>": 16.0, "2 fast": 0.8, "3 copy": 0.4}, "ms", limit=0.4),
         "One swap: 1 <slow> 16 ms, 2 fast 0.8 ms, 3 copy 0.4 ms. 0.4 ms is the limit",
     ),
+    "of one": (figures.bars("Read", {"a": 1, "b": 2.0}, "files"), "Read: a 1 file, b 2 files"),
     "timeline": (
         timeline("Latency", {"not <prepared>": SLOW, "prepared": FAST}),
         "Latency. not <prepared>: 4 calls, 1 swap, 1 compiled, 1 recompile, a 5 s with a compile, b 2 s with a "

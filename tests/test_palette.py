@@ -1,8 +1,11 @@
 """One meaning for each color: only the palette names one, pictures use no others, and text can be read on them."""
 
+import itertools
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import hotswap_lab
@@ -44,6 +47,62 @@ def test_text_can_be_read():
     assert contrast(palette.WHITE, palette.ACTIVE) >= 4.5
     fills = [palette.BASE, palette.OFF, palette.OURS, palette.PEFT, palette.ADAPTER]
     assert min(contrast(palette.INK, each) for each in [*fills, *map(light, demo.adapter_names())]) >= 4.5
+
+
+#: Machado, Oliveira and Fernandes (2009): what color-blind readers see, on linear RGB
+SEEN = {
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+}
+
+
+def lab(color, seen):
+    """CIE L*a*b* of a color, as it is seen."""
+    srgb = np.array([*bytes.fromhex(color[1:])]) / 255
+    linear = np.array(seen) @ np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    share = np.array(xyz) @ linear.clip(0, 1) / [0.95047, 1, 1.08883]
+    x, y, z = np.where(share > 216 / 24389, np.cbrt(share), (24389 / 27 * share + 16) / 116)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+def ciede2000(one, other):
+    """Sharma, Wu and Dalal (2005): how far apart two colors are; 1 can just be told."""
+    (l1, a1, b1), (l2, a2, b2) = one, other
+    chroma7 = ((math.hypot(a1, b1) + math.hypot(a2, b2)) / 2) ** 7
+    stretch = 1.5 - 0.5 * math.sqrt(chroma7 / (chroma7 + 25**7))
+    c1, c2 = math.hypot(stretch * a1, b1), math.hypot(stretch * a2, b2)
+    h1, h2 = (math.degrees(math.atan2(b, stretch * a)) % 360 for a, b in ((a1, b1), (a2, b2)))
+    turn = (h2 - h1 + 180) % 360 - 180 if c1 * c2 else 0
+    hue = 2 * math.sqrt(c1 * c2) * math.sin(math.radians(turn / 2))
+    light, chroma = (l1 + l2) / 2, (c1 + c2) / 2
+    mean = (h1 + h2) / 2 if abs(h1 - h2) <= 180 else (h1 + h2 + 360) / 2 % 360
+    mean = h1 + h2 if not c1 * c2 else mean
+    cosine = lambda share, times, less: share * math.cos(math.radians(times * mean - less))  # noqa: E731
+    t = 1 - cosine(0.17, 1, 30) + cosine(0.24, 2, 0) + cosine(0.32, 3, -6) - cosine(0.2, 4, 63)
+    s_l = 1 + 0.015 * (light - 50) ** 2 / math.sqrt(20 + (light - 50) ** 2)
+    of_c, of_h = (c2 - c1) / (1 + 0.045 * chroma), hue / (1 + 0.015 * chroma * t)
+    turned = 60 * math.exp(-(((mean - 275) / 25) ** 2))
+    rotation = -2 * math.sqrt(chroma**7 / (chroma**7 + 25**7)) * math.sin(math.radians(turned))
+    return math.sqrt(((l2 - l1) / s_l) ** 2 + of_c**2 + of_h**2 + rotation * of_c * of_h)
+
+
+def test_the_distance_is_that_of_the_paper():
+    pairs = [
+        ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
+        ((50, -1, 2), (50, 0, 0), 2.3669),
+        ((50, 2.49, -0.001), (50, -2.49, 0.0009), 7.1792),
+        ((22.7233, 20.0904, -46.6940), (23.0331, 14.9730, -42.5619), 2.0373),
+        ((90.8027, -2.0831, 1.4410), (91.1528, -1.6435, 0.0447), 1.4441),
+    ]
+    for one, other, distance in pairs:
+        assert ciede2000(one, other) == pytest.approx(distance, abs=1e-4)
+
+
+@pytest.mark.parametrize("how", [None, *SEEN])
+def test_adapters_can_be_told_apart_by_color_blind_readers(how):
+    seen = [lab(color, SEEN.get(how, np.eye(3))) for color in ADAPTERS]
+    assert min(ciede2000(*pair) for pair in itertools.combinations(seen, 2)) >= 10
 
 
 def test_each_adapter_of_a_family_has_its_own():

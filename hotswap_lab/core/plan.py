@@ -238,12 +238,18 @@ class Plan:
         table = [("action", "layers", "rank", "scaling"), *self.rows] if self.layers else ()
         rows = [f"  {action:8}{layers!s:>6}  {rank:14}{scaling}" for action, layers, rank, scaling in table]
         notes = [f"  note: {note}" for note in self.notes]
-        return "\n".join([f"{self.title}: {self.verdict}", *map(str, self.refusals), *map(str.rstrip, rows), *notes])
+        return "\n".join([f"{self.title}: {self.verdict}", *self._reasons, *map(str.rstrip, rows), *notes])
 
     __repr__ = __str__
 
+    @property
+    def _reasons(self) -> list[str]:
+        """The first reason for a refusal, and how many more there are."""
+        more = f"... and {len(self.refusals) - 1} more, all in the `refusals` of this plan"
+        return [*map(str, self.refusals[:1]), *([more] if len(self.refusals) > 1 else [])]
+
     def _repr_html_(self) -> str:
-        head, above = ["action", "layers", "rank", "scaling"], map(str, self.refusals)
+        head, above = ["action", "layers", "rank", "scaling"], self._reasons
         return html_table(self.title, head, self.rows, caption=self.verdict, above=above, notes=self.notes)
 
 

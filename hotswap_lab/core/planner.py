@@ -6,7 +6,6 @@ Reasons against a swap are collected up to the next :func:`stop_if_refused`, so 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from itertools import repeat
 from operator import attrgetter
@@ -178,23 +177,15 @@ def plan_leftovers(plan: Plan) -> None:
     if not tensors:
         return
     unknown = [key for key in plan.adapter.tensors if canonical_path(key) in tensors]
-    where, keys = listing(paths, 3), listing([_as_peft_names_it(key, name) for key in unknown], 4)
+    where, keys = listing(paths, 3), listing(unknown, 4)
     if not paths:
         plan.refuse("unexpected_keys", keys=keys, count=len(tensors), adapter_name=name)
     elif adds:
         plan.refuse("compiled_lacks_layers", count=len(paths), paths=where)
     elif plan.compiled:
-        plan.refuse("unexpected_layers_compiled", keys=keys, count=len(paths), paths=where, adapter_name=name)
+        plan.refuse("unexpected_layers_compiled", count=len(paths), paths=where, adapter_name=name)
     else:
-        plan.refuse("unexpected_layers", keys=keys, count=len(paths), paths=where, adapter_name=name)
-
-
-def _as_peft_names_it(key: str, adapter_name: str) -> str:
-    """A key with the adapter's name, as the errors of PEFT's ``hotswap_adapter`` show it."""
-    own = re.search(r"\.(lora_\w+)(\.|$)", key)
-    if own is None or f"{own[0]}{adapter_name}." in f"{key}.":
-        return key
-    return f"{key[: own.end(1)]}.{adapter_name}{key[own.end(1) :]}"
+        plan.refuse("unexpected_layers", count=len(paths), paths=where, adapter_name=name)
 
 
 def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:

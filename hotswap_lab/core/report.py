@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from ..figures.palette import WRONG
+
 
 def readable_bytes(count: int) -> str:
     """A size in the unit that fits.
@@ -27,7 +29,7 @@ def html_table(
     above: Iterable[str] = (),
     notes: Iterable[str] = (),
 ) -> str:
-    """A titled table; everything is escaped, so adapter names and paths can't inject markup.
+    """A titled table, with errors ``above``; everything is escaped, so names and paths can't inject markup.
 
     >>> "&lt;b&gt;" in html_table("t", ["name"], [["<b>"]])
     True
@@ -39,8 +41,8 @@ def html_table(
         for row in rows
     )
     top, foot = (
-        "".join(f'<pre style="margin:4px 0;white-space:pre-wrap">{html.escape(note)}</pre>' for note in texts)
-        for texts in (above, notes)
+        "".join(f'<pre style="margin:4px 0;white-space:pre-wrap{style}">{html.escape(note)}</pre>' for note in texts)
+        for texts, style in ((above, f";padding-left:8px;border-left:4px solid {WRONG}"), (notes, ""))
     )
     return (
         f"<div><strong>{html.escape(title)}</strong>: {html.escape(caption)}{top}"

@@ -122,9 +122,13 @@ def bars(title: str, values: Mapping[str, float], unit: str, *, limit: float = 0
         canvas.box(left, y + 3, max(value * scale, 1), 22, _side(label, base))
         if limit:
             canvas.box(left, y + 3, min(limit, value) * scale, 22, BASE)
-        canvas.text(left + value * scale + 8, y + 18, f"{value:.3g} {unit}", anchor="start")
-    listed = ", ".join(f"{label} {value:.3g} {unit}" for label, value in values.items())
-    return canvas.figure(f"{title}: {listed}" + (f". {limit:.3g} {unit} is the limit" if limit else ""))
+        canvas.text(left + value * scale + 8, y + 18, _with_unit(value, unit), anchor="start")
+    listed = ", ".join(f"{label} {_with_unit(value, unit)}" for label, value in values.items())
+    return canvas.figure(f"{title}: {listed}" + (f". {_with_unit(limit, unit)} is the limit" if limit else ""))
+
+
+def _with_unit(value: float, unit: str) -> str:
+    return f"{value:.3g} {unit.removesuffix('s') if value == 1 and len(unit) > 2 else unit}"
 
 
 def _side(label: str, base: Collection[str] = ()) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import Canvas, Figure
-from .palette import BASE, INK, MUTED, WHITE, WRONG
+from .palette import ACTIVE, BASE, INK, MUTED, WHITE, WRONG
 
 #: what a call is drawn as: its name in the legend, its color, and a path around the point where it is
 MARKS = {
@@ -26,6 +26,18 @@ def readable(seconds: float) -> str:
     ('2 s', '12.3 ms', '0.0456 ms')
     """
     return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
+
+
+def strip(what: str, seconds: Sequence[float]) -> str:
+    """The last of some times, and their median with a dot for each on a line from 0, as HTML.
+
+    >>> strip("swap", [0.001, 0.002]).partition("<svg")[0]
+    '<span>swap 2 ms, median of 2: 1.5 ms '
+    """
+    dots = "".join(f"<circle cx='{4 + 92 * each / max(seconds):.4g}' cy='7' r='3' opacity='.5'/>" for each in seconds)
+    line = f"<svg width='100' height='14' fill='{ACTIVE}'><path d='M4 7h92M4 3v8' stroke='{MUTED}'/>{dots}</svg>"
+    median = f", median of {len(seconds)}: {readable(statistics.median(seconds))}" if len(seconds) > 1 else ""
+    return f"<span>{what} {readable(seconds[-1])}{median} {line}</span>"
 
 
 def timeline(title: str, watches: Mapping[str, Any]) -> Figure:

@@ -28,10 +28,10 @@ ACTIVE = "#1765a8"
 #: what these are in a picture for a dark theme
 DARK = {CARD: "#0d1117", INK: "#e6edf3", MUTED: "#9ba7b4", BASE: "#2b3440", OFF: "#2b3440"}
 
-#: adapters; all can be read as text on a card
-ADAPTERS = ("#4d7c0f", "#8a4b08", "#15803d", "#6d28d9", "#c2213b", "#b5179e", "#0f766e", "#1e3a8a")
+#: adapters; all can be read as text on a card, and told apart by color-blind readers
+ADAPTERS = ("#008220", "#7d1b03", "#521061", "#5209ee", "#e90616", "#d01066", "#377d83", "#1c71d6")
 #: factors below and above 1
-LESS, MORE = ADAPTERS[1], ADAPTERS[6]
+LESS, MORE = "#8a4b08", "#0f766e"
 #: adapters that ship with the package, in the order of ADAPTERS
 _SHIPPED = (
     ("caesar", "double", "no_vowels", "pig_latin", "reverse", "shout", "sort", "vowels_up"),
@@ -45,7 +45,7 @@ def adapter_color(name: str | None) -> str:
     """The color of an adapter, or of one of its versions; None: the color of the base model.
 
     >>> adapter_color("reverse"), adapter_color("reverse@2"), adapter_color(None)
-    ('#c2213b', '#c2213b', '#d5dde5')
+    ('#e90616', '#e90616', '#d5dde5')
     """
     if not name:
         return BASE
@@ -67,6 +67,6 @@ def light(name: str | None) -> str:
     """A light form of an adapter's color, on which dark text can be read.
 
     >>> light("reverse")
-    '#ebb6be'
+    '#f8adb2'
     """
     return mix(adapter_color(name), 0.33, WHITE)

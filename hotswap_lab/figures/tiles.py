@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import struct
+import textwrap
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 
 import torch
 
-from . import Canvas, Figure
-from .palette import BASE, INK, MUTED, OFF, adapter_color, mix
+from . import FONT, Canvas, Figure
+from .palette import BASE, CARD, INK, MUTED, adapter_color, mix
 from .png import address, png
 
-#: cells along each side of a large tile, their pixels, and the pixels between two tiles
-CELLS, PIXELS, GAP = 14, 3, 6
-#: the most rows and columns of large tiles, and of any tiles
-LARGE, MOST = (6, 10), (36, 48)
-TINTS = 32
+#: cells along each side of a large tile, from one tile to the next, and the pixels of a cell
+CELLS, PITCH, PIXELS = 14, 17, 2
+#: the same of a small tile, which has one tint
+SMALL = (6, 7)
+#: the most rows and columns of large tiles, and the most tiles that say their numbers
+LARGE, FEW = (6, 10), 60
+#: the ends of the steps of the scale but the last one, which has none: shares of the weight's own size
+STEPS = (0.03, 0.1, 0.3, 1.0)
+#: padding: neither the base nor the adapter
+HATCH = (
+    "<defs><pattern id='hatch' width='5' height='5' patternUnits='userSpaceOnUse' patternTransform='rotate(45)'>"
+    f"<rect width='5' height='5' fill='{CARD}'/><rect width='2.5' height='5' fill='{MUTED}'/></pattern></defs>"
+)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One layer. ``cells`` is the root mean square of what the adapter adds there, in equal parts of the weight."""
+    """One layer. ``cells`` is the size of what the adapter adds there, in equal parts of the weight, as a share of it.
+
+    The size of numbers is their root mean square. ``says`` has the tile's own numbers.
+    """
 
     path: str
     cells: torch.Tensor
@@ -31,79 +45,113 @@ class Tile:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many numbers there are, and, if compared, how many of the base's and of the adapter's are new."""
+    """How many numbers there are."""
 
     base: int
     adapter: int
     padding: int
-    changed: tuple[int, int] | None = None
 
     @property
-    def lines(self) -> tuple[str, str]:
-        base, adapter = f"base: {self.base:,} numbers", f"adapter: {self.adapter:,} numbers"
-        if self.changed is not None:
-            new = "all" if self.changed[1] == self.adapter else f"{self.changed[1]:,} of them"
-            base, adapter = f"{base}, {self.changed[0]:,} of them changed", f"{adapter}, {new} new"
-        return base, adapter + (f", and {self.padding:,} of padding" if self.padding else "")
+    def lines(self) -> list[str]:
+        padding = [f"padding: {self.padding:,} zeros"] if self.padding else []
+        return [f"base: {self.base:,} numbers", f"adapter: {self.adapter:,} numbers", *padding]
 
 
-def drawn(tiles: Sequence[Tile], name: str, strength: float, answer: str, counts: Counts, text: str) -> Figure:
-    """Draw tiles in the color of the adapter ``name``, with the answer and a bar of all numbers below.
+def drawn(
+    tiles: Sequence[Tile],
+    name: str,
+    title: str,
+    counts: Counts,
+    former: tuple[str, Collection[str]] = ("", ()),
+    answers: Sequence[tuple[str, str, str, bytes | None]] = (),
+    text: str = "",
+) -> Figure:
+    """Draw tiles in the color of the adapter ``name``; below them the scale, answers, and a bar of all numbers.
 
-    The strongest color is that of the largest change at strength 1.
+    ``former`` is an adapter and the paths of its layers, which get an outline in its color. An answer has a label, its
+    adapter, and text, or a PNG.
     """
     color = INK if name == "off" else adapter_color(name)
-    rows, columns = (_Axis([split(tile.path)[axis] for tile in tiles], most) for axis, most in enumerate(MOST))
-    is_large = bool(tiles) and tiles[0].cells.numel() > 1
-    height, width = (
-        CELLS * PIXELS if is_large else min(30, px // len(axis.labels)) for px, axis in ((300, rows), (600, columns))
-    )
-    gap, turned = GAP if is_large else 2, 0
-    if columns.longest * 7 > width + gap:
-        turned = -60
-    left, top = 20 + 7 * rows.longest, 38 + (6 * columns.longest if turned else 18)
-    right, bottom = left + len(columns.labels) * (width + gap), top + len(rows.labels) * (height + gap)
-    canvas = Canvas(max(right + 14, 460), bottom + 34 * bool(answer) + 66)
-    canvas.text(
-        left,
-        24,
-        f"{name} is in the model" if name != "off" else "the adapter is off",
-        size=15,
-        anchor="start",
-        color=color,
-    )
-    for at, label in enumerate(columns.labels):
-        x = left + at * (width + gap) + width / 2
-        canvas.text(x, top - 6, label, size=12, anchor="start" if turned else "middle", color=MUTED, turned=turned)
-    for at, label in enumerate(rows.labels):
-        y = top + at * (height + gap) + height / 2 + 4
-        canvas.text(left - 8, y, label, size=min(12, height), anchor="end", color=MUTED)
-    groups: dict[tuple[int, int], list[Tile]] = {}
+    rows, columns = ([*dict.fromkeys(split(tile.path)[axis] for tile in tiles)] or [""] for axis in (0, 1))
+    # cells of a tile and up to the next one, and pixels from one tile to the next
+    n, pitch, step = CELLS, PITCH, PITCH * PIXELS
+    if not tiles or len(tiles[0].cells) == 1:
+        n, pitch, step = *SMALL, min(18, 480 / len(columns), max(300 / len(rows), 6))
+    size, row_labels, column_labels = n * step / pitch, _short(rows), _short(columns)
+    longest = max(map(len, column_labels))
+    turned = -60 if longest * 7 > step else 0
+    left, top = max(20 + 7 * max(map(len, row_labels)), 46), 62 + (6 * longest if turned else 0)
+    right, y = left + len(columns) * step, top + len(rows) * step
+    beyond = 4 * len(column_labels[-1]) if turned else 0
+    canvas = Canvas(max(int(right) + 12 + beyond, 300), 0)  # whose height is known at the end
+    add, word = canvas.shapes.append, partial(canvas.text, size=12, anchor="start")
+    add(HATCH)
+    word(12, 22, title, size=14, color=color, bold=True)
+    word(12, top - 6, "block", color=MUTED)
+    word((left + right) / 2, 40, "layer", anchor="middle", color=MUTED)
+    every = max(int(-(-12 // step)), 1)  # as many labels as there is room for
+    for at, label in [*enumerate(column_labels)][::every]:
+        anchor = "start" if turned else "middle"
+        word(left + at * step + size / 2, top - 6, label, anchor=anchor, color=MUTED, turned=turned)
+    for at, label in [*enumerate(row_labels)][::every]:
+        word(left - 8, top + at * step + size / 2 + 4, label, anchor="end", color=MUTED)
+    tints = [BASE, *(mix(color, (number + 1) / (len(STEPS) + 1)) for number in range(len(STEPS) + 1))]
+    cells, spots = torch.full((len(rows) * pitch, len(columns) * pitch), len(tints)), []
     for tile in tiles:
-        row, column = split(tile.path)
-        groups.setdefault((rows.at[row], columns.at[column]), []).append(tile)
-    largest = max((float(tile.cells.max()) for tile in tiles), default=0) / (abs(strength) or 1) or 1
-    tints = [BASE, *(mix(color, 0.2 + 0.8 * tint / TINTS) for tint in range(TINTS))]
-    for (row, column), group in groups.items():
-        cells = torch.stack([tile.cells for tile in group]).square().mean(0).sqrt()
-        pixels = ((cells / largest).sqrt() * TINTS).ceil().clamp(0, TINTS).int().tolist()
-        area = f"x='{left + column * (width + gap)}' y='{top + row * (height + gap)}' width='{width}' height='{height}'"
-        if is_large:
-            image = f"<image {area} style='image-rendering:pixelated' href='{address(png(pixels, tints))}'/>"
-            canvas.shapes.append(image)
-        fill = "none" if is_large else tints[pixels[0][0]]
-        says = escape("; ".join(tile.says for tile in group[:3])) + " ..." * (len(group) > 3)
-        canvas.shapes.append(f"<rect {area} fill='{fill}' pointer-events='all'><title>{says}</title></rect>")
-    if answer:
-        canvas.text(left, bottom + 26, answer, size=18, anchor="start", color=color)
-    y, x, sizes = canvas.height - 62, left, (counts.base, counts.adapter, counts.padding)
-    for size, fill in zip(sizes, (BASE, color, OFF), strict=True):
-        part = size * (canvas.width - left - 20) / max(sum(sizes), 1)
-        canvas.shapes.append(f"<rect x='{x:.5g}' y='{y}' width='{part:.5g}' height='12' fill='{fill}'/>")
+        row, column = (names.index(part) for names, part in zip((rows, columns), split(tile.path), strict=True))
+        shades = (tile.cells > 0).int() + torch.bucketize(tile.cells, torch.tensor(STEPS))
+        cells[row * pitch : row * pitch + n, column * pitch : column * pitch + n] = shades
+        area = partial(_area, left + column * step, top + row * step, size, size)
+        says, here = f"{tile.path}: {tile.says}", f"{column_labels[column]} in block {row_labels[row]}: {tile.says}"
+        spots.append(
+            f"<g class='hotswap-tile' tabindex='{-1 if spots else 0}' role='img' aria-label='{escape(says)}'>"
+            f"<title>{escape(says)}</title><rect {area()} fill='none' pointer-events='all'/><text x='12' "
+            f"y='{y + 12:g}' font-size='12' fill='{INK}' visibility='hidden' {FONT}>{escape(here)}</text></g>"
+        )
+        if tile.path in former[1]:
+            spots.append(f"<rect {area(2)} fill='none' stroke='{adapter_color(former[0])}' stroke-dasharray='3 2'/>")
+    whole, image = _area(left, top, right - left, y - top), address(png(cells.tolist(), [*tints, CARD]))
+    add(f"<image {whole} style='image-rendering:pixelated' href='{image}'/>")
+    canvas.shapes += spots if len(tiles) <= FEW else []
+    y, part, labels = y + 32, (canvas.width - 24) / len(tints), ["0", *(f"<{100 * each:g}%" for each in STEPS), "more"]
+    word(
+        12,
+        y,
+        "share of the weight's own size" + f"; dashed: {former[0]}" * (bool(former[1]) and len(tiles) <= FEW),
+        color=MUTED,
+    )
+    for at, (tint, label) in enumerate(zip(tints, labels, strict=True)):
+        add(f"<rect {_area(12 + at * part, y + 6, part - 2, 10)} fill='{tint}'/>")
+        word(11 + (at + 0.5) * part, y + 29, label, anchor="middle", color=MUTED)
+    y += 40
+    for label, where, said, image in answers:
+        word(12, y + 14, label, color=MUTED)
+        y += 18
+        if image:
+            pixels, lines = struct.unpack(">II", image[16:24])
+            shown = min(pixels, canvas.width - 24)
+            add(f"<image {_area(12, y + 4, shown, shown * lines / pixels)} href='{address(image)}'/>")
+            y += 8 + shown * lines // pixels
+        for line in [] if image else textwrap.wrap(said, canvas.width // 9, max_lines=8) or [""]:
+            word(12, y + 20, line, size=18, color=INK if where == "off" else adapter_color(where))
+            y += 24
+    sizes, x, fills = (counts.base, counts.adapter, counts.padding), 12.0, (BASE, color, "url(#hatch)")
+    for size, fill in zip(sizes, fills, strict=True):
+        part = size * (canvas.width - 24) / max(sum(sizes), 1)
+        add(f"<rect {_area(x, y + 12, part, 10)} fill='{fill}'/>")
         x += part
-    for number, (line, ink) in enumerate(zip(counts.lines, (INK, color), strict=True)):
-        canvas.text(left, y + 30 + 17 * number, line, size=12, anchor="start", color=ink)
-    return canvas.figure(text)
+    for line, fill in zip(counts.lines, fills, strict=False):
+        add(f"<rect {_area(12, y + 30, 10, 10)} fill='{fill}'/>")
+        word(28, y + 39, line)
+        y += 16
+    canvas.height = int(y) + 38
+    return canvas.figure(text or title)
+
+
+def _area(x: float, y: float, width: float, height: float, more: float = 0) -> str:
+    """The attributes of a rectangle, which is ``more`` pixels larger at each side."""
+    sizes = x - more, y - more, width + 2 * more, height + 2 * more
+    return " ".join(f"{name}='{size:.5g}'" for name, size in zip(("x", "y", "width", "height"), sizes, strict=True))
 
 
 def split(path: str) -> tuple[str, str]:
@@ -114,17 +162,6 @@ def split(path: str) -> tuple[str, str]:
     """
     block, column = re.fullmatch(r"((?:.*\.)?\d+(?=\.[^.]*[^.\d]))?\.?(.*)", path).groups()
     return block or "", column
-
-
-class _Axis:
-    """The rows, or the columns: each name's number, and labels. More than ``most`` are grouped with their neighbors."""
-
-    def __init__(self, names: Iterable[str], most: int):
-        names = [*dict.fromkeys(names)]
-        step = max(-(-len(names) // most), 1)
-        self.at = {name: number // step for number, name in enumerate(names)}
-        self.labels = _short(names)[::step] or [""]
-        self.longest = max(map(len, self.labels))
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -10,17 +10,17 @@ Each is one line in a notebook, and everything that a click does can be done fro
 'HOTSWAP!'
 >>> print(panel)
 SwapPanel: 8 adapters, shout is active at strength 1
-after, shout: HOTSWAP!
+shout: HOTSWAP!
 
 Tested in JupyterLab 4, Notebook 7 and Voila, by keyboard and at a phone's width, and with ipywidgets 7.7.1 and 8.
 While a cell computes, clicks act at once with JupyterLab 4.4 and ipykernel 7 or later (with its 7.4 from the second
 click on), else when the cell has ended; the last one counts. In ``with in_use(panel): ...``, swaps by clicks wait.
 Clicks compute in the modes of the cell that made the widget: turn gradients off before that.
 
-Files: ``view`` (the base class), ``work`` (the base class of widgets with long work, which can be stopped), ``clicks``
-(the order of clicks), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers that grow token by token),
-``results`` (an answer as text and HTML), ``tables`` (tables and chips of adapters as HTML), and one file for each
-widget.
+Files: ``view`` (the base class), ``work`` (the base class of widgets with long work, which can be stopped), ``asking``
+(that of widgets that swap and run a prompt), ``clicks`` (the order of clicks), ``switch`` (swaps by name, in a pool or
+in a model), ``text`` (answers that grow token by token), ``results`` (an answer as text and HTML), ``tables`` (tables
+and chips of adapters as HTML), ``live.css`` and ``live.js`` (for the page), and one file for each widget.
 """
 
 from __future__ import annotations

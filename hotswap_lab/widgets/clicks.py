@@ -35,14 +35,11 @@ class Clicks:
         #: for each session, the time of the latest accepted click
         self._latest: dict[str, datetime] = {}
 
-    def take(self, act: Callable[[], object], each_counts: bool = False) -> bool:
-        """Call ``act``, which must be quick, if the click being handled is accepted. Returns whether it is.
-
-        With ``each_counts``, that click is accepted in any order, as one of many that are the same.
-        """
+    def take(self, act: Callable[[], object]) -> bool:
+        """Call ``act``, which must be quick, if the click being handled is accepted. Returns whether it is."""
         with self._lock:
             session, moment = _made()
-            if moment is not None and not each_counts:
+            if moment is not None:
                 if moment < self._latest.get(session, moment):
                     return False
                 self._latest[session] = moment

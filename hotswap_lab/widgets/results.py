@@ -1,15 +1,13 @@
-"""The result of a run, text or an image, as text and HTML."""
+"""The result of a run, text, an image or whatever else Jupyter shows, as text and HTML."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..figures.png import address
+from .tables import chip
 from .view import escape
-from .work import Stopped
 
 
 @dataclass
@@ -22,18 +20,21 @@ class Run:
         The prompt, the adapter (``"off"`` for none), and its strength (None if it has none).
     result:
         The result of ``generate``, or its text so far.
-    seconds:
-        The time it took.
-    state:
-        ``"running"``, ``"done"`` or ``"stopped"``.
+    done:
+        Whether it is all of the answer: False while it grows, and after a stop or an error.
     """
 
     prompt: str
     where: str
     strength: float | None = 1.0
     result: object = ""
-    seconds: float = 0.0
-    state: str = "running"
+    done: bool = False
+
+    def growing(self, given: object) -> Iterator[None]:
+        """Take what ``generate`` gave as the result; if it yields, one text after the other, with a step for each."""
+        for self.result in given if isinstance(given, Iterator) else [given]:
+            yield
+        self.done = True
 
     @property
     def label(self) -> str:
@@ -46,60 +47,36 @@ class Run:
         return f"{'no adapter' if self.where == 'off' else self.where}{at}"
 
     @property
+    def chip(self) -> str:
+        """The label in the adapter's color, as HTML."""
+        return chip(None if self.where == "off" else self.where, self.label)
+
+    @property
     def text(self) -> str:
-        """The result as text.
+        """The result as text; one that is not all of it ends with an ellipsis.
 
-        >>> Run("hi", "shout", result="HI!", state="stopped").text
-        'HI! (stopped)'
+        >>> Run("hi", "shout", result="HI!").text
+        'HI! ...'
         """
-        text = str(self.result) if self._png is None else f"an image ({type(self.result).__name__})"
-        return text if self.state == "done" else f"{text} ({self.state})"
-
-    def to_html(self, title: str) -> str:
-        """A card with the title, the adapter and the answer, as HTML."""
-        return (
-            f"<div><strong>{escape(title)}</strong>: {escape(self.label)}</div>{self.shown}"
-            f'<div class="hotswap-muted">{escape(self.state)}</div>'
-        )
+        kind = None if isinstance(self.result, str) else type(self.result).__name__
+        text = f"an image ({kind})" if self.png else kind if self._html else str(self.result)
+        return text if self.done else f"{text} ..."
 
     @property
     def shown(self) -> str:
         """The result alone, as HTML."""
-        png = self._png
-        if png is None:
-            return f'<div class="hotswap-text" style="white-space:pre-wrap">{escape(self.result)}</div>'
-        alt = escape(f"the image for “{self.prompt}” with {self.label}")
-        return f'<img alt="{alt}" src="{address(png)}">'
+        if self.png:
+            return f'<img alt="{escape(f"the image for “{self.prompt}” with {self.label}")}" src="{address(self.png)}">'
+        return self._html or f'<div class="hotswap-text" style="white-space:pre-wrap">{escape(self.result)}</div>'
 
     @property
-    def _png(self) -> bytes | None:
+    def png(self) -> bytes | None:
         """The result as PNG, if it or the first of a pipeline's images is something that Jupyter shows as one."""
         images = getattr(self.result, "images", self.result)
         first = images[:1] if isinstance(images, list) else []
         image = next((each for each in (self.result, *first) if hasattr(each, "_repr_png_")), None)
         return None if image is None else image._repr_png_()
 
-
-@contextlib.contextmanager
-def answering(runs: Sequence[Run], forget: Callable[[], object]) -> Iterator[None]:
-    """A context that sets the state and time of runs at its end, and calls ``forget`` after an error (not a stop)."""
-    start, state = time.perf_counter(), "stopped"
-
-    def end() -> None:
-        for run in runs:
-            run.state, run.seconds = state, time.perf_counter() - start
-
-    try:
-        yield
-        state = "done"
-    except (Stopped, KeyboardInterrupt):
-        raise
-    except BaseException:
-        forget()
-        raise
-    finally:
-        try:
-            end()
-        except KeyboardInterrupt:
-            end()
-            raise
+    @property
+    def _html(self) -> str | None:
+        return self.result._repr_html_() if hasattr(self.result, "_repr_html_") else None

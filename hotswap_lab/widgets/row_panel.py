@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from .. import demo
 from ..core.errors import refuse
 from ..pools.adapter_pool import AdapterPool
-from .results import Run, answering
+from .results import Run
 from .switch import demo_pool
-from .tables import chip, table
+from .tables import table
 from .view import counted, escape, speaking, wrapping_row
 from .work import WorkingView
 
@@ -26,7 +26,7 @@ BASE = ("base", "")
 #: the headings of the columns
 HEAD = ("adapter", "request", "answer")
 #: around an answer, with room for a line before there is one, so that nothing moves when it comes
-LARGE = '<div style="font-size:17px;line-height:26px;min-height:26px">{}</div>'
+LARGE = '<div class="{}" style="display:flex;gap:8px;font-size:17px;line-height:26px;min-height:26px">{}</div>'
 
 
 class RowPanel(WorkingView):
@@ -57,6 +57,8 @@ class RowPanel(WorkingView):
     How to read it: next to each answer is the adapter that gave it, even if another one was chosen since. After a run,
     the model has the same adapter as before.
     """
+
+    title = "One batch, another adapter in each row"
 
     def __init__(self, pool: AdapterPool, generate: Callable[[list[str]], object], *, prompts: Sequence[str]):
         if not isinstance(pool, AdapterPool) or not callable(generate) or isinstance(prompts, str):
@@ -94,29 +96,27 @@ class RowPanel(WorkingView):
 
     def _work(self) -> list[object]:
         """Answer all rows."""
-        adapters, runs, former = list(self.adapters), self._requests(), self.runs
-        with answering(runs, lambda: setattr(self, "runs", former)), contextlib.ExitStack() as stack:
+        adapters, runs = list(self.adapters), self._requests()
+        with contextlib.ExitStack() as stack:
             self.doing: str = "giving each row its adapter, as soon as no other thread computes with the model"
             # a new context for each try, since one that timed out can't be entered again
-            enter = lambda: stack.enter_context(self.pool.assigned(adapters))  # noqa: E731
-            self.swap_seconds: float | None = self._when_free(enter)
+            self.swap_seconds = self._when_free(lambda: stack.enter_context(self.pool.assigned(adapters)))
             self.doing = "answering all rows in one call"
-            self.runs = runs
             given = self.generate([run.prompt for run in runs])
             for results in given if isinstance(given, Iterator) else [given]:
-                self._show(runs, list(results))
+                if len(answers := list(results)) != len(runs):
+                    raise refuse("answers_of_other_rows", answers=len(answers), rows=len(runs))
+                for run, answer in zip(runs, answers, strict=True):
+                    run.result = answer
+                self.runs = runs
+                self._progressed()
+                self._check()
+            for run in runs:
+                run.done = True
         return [run.result for run in runs]
 
     def _requests(self) -> list[Run]:
         return [Run(prompt, name or "off") for prompt, name in zip(self.prompts, self.adapters, strict=True)]
-
-    def _show(self, runs: list[Run], results: list[object]) -> None:
-        if len(results) != len(runs):
-            raise refuse("answers_of_other_rows", answers=len(results), rows=len(runs))
-        for run, result in zip(runs, results, strict=True):
-            run.result = result
-        self._progressed()
-        self._check()
 
     # ---- text, picture and controls
 
@@ -131,36 +131,36 @@ class RowPanel(WorkingView):
     def _inside(self) -> str:
         # without times, which would make a stored notebook differ from run to run
         runs = self.runs or self._requests()
-        return table(HEAD, [(_chip(run), escape(run.prompt), LARGE.format(run.shown)) for run in runs])
+        return table(HEAD, [(run.chip, escape(run.prompt), LARGE.format("", run.shown)) for run in runs])
 
     def _controls(self) -> list[ipywidgets.Widget]:
         import ipywidgets as w
 
-        slim, named = {"description_width": "16px"}, {"description_width": "40px"}
         narrow, wide = w.Layout(width="140px"), w.Layout(flex="1 1 160px", min_width="0", max_width="260px")
-        rest = w.Layout(flex="1 1 180px", min_width="0", margin="2px 8px")
-        self._menus = [w.Dropdown(description=str(row), style=slim, layout=narrow) for row in range(len(self.prompts))]
-        self._boxes = [w.Text(description="asked", style=named, layout=wide) for _ in self.prompts]
-        self._answers = [speaking(layout=rest) for _ in self.prompts]
-        for number, (menu, box) in enumerate(zip(self._menus, self._boxes, strict=True)):
-            self._when_set(menu, partial(self.choose, number))
-            self._when_set(box, partial(self.prompts.__setitem__, number))
-        rows = [wrapping_row(*each) for each in zip(self._menus, self._boxes, self._answers, strict=True)]
+        slim, named = {"description_width": "16px"}, {"description_width": "40px"}
+        self._rows, rest = [], w.Layout(flex="1 1 180px", min_width="0", margin="2px 8px")
+        for row in range(len(self.prompts)):
+            menu = w.Dropdown(description=str(row), style=slim, layout=narrow)
+            box = w.Text(description="asked", style=named, layout=wide)
+            self._when_set(menu, partial(self.choose, row))
+            self._when_set(box, partial(self._write, row))
+            self._rows.append((menu, box, speaking(layout=rest)))
         self._run_button = self._button("Answer all", "answer all rows in one call", self.start, button_style="primary")
-        return [*rows, wrapping_row(*self._with_stop(self._run_button))]
+        return [*(wrapping_row(*row) for row in self._rows), wrapping_row(*self._with_stop(self._run_button))]
+
+    def _write(self, row: int, prompt: str) -> None:
+        self.prompts[row] = prompt
+        self._changed()
 
     def _refresh(self) -> None:
         super()._refresh()
-        for number, run in enumerate(self.runs or self._requests()):
-            menu, box = self._menus[number], self._boxes[number]
+        requests = self._requests()
+        for (menu, box, answer), run, request in zip(self._rows, self.runs or requests, requests, strict=True):
             menu.options = [BASE, *((name, name) for name in self.pool)]
-            menu.value, box.value = self.adapters[number] or BASE[1], self.prompts[number]
-            shown = _chip(run) + LARGE.format(run.shown)
-            self._answers[number].value = f'<div style="display:flex;gap:8px;align-items:center">{shown}</div>'
+            menu.value, box.value = "" if request.where == "off" else request.where, request.prompt
+            # an answer to what is no longer asked
+            old = (run.where, run.prompt) != (request.where, request.prompt)
+            answer.value = LARGE.format("hotswap-old" if old else "", f"{run.chip} {run.shown}")
 
     def _refresh_body(self) -> None:
         """Do nothing, since the live form shows each answer in its row."""
-
-
-def _chip(run: Run) -> str:
-    return chip(None if run.where == "off" else run.where, run.label)

@@ -38,4 +38,4 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [("th scope=col", head), *(("td", row) for row in rows)]
     inside = [[f'<{tag} style="{CELL}">{cell}</{tag[:2]}>' for cell in row] for tag, row in lines]
     body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in inside)
-    return f'<div style="overflow-x:auto;margin:4px 0"><table style="border-collapse:collapse">{body}</table></div>'
+    return f'<div class="hotswap-scroll"><table style="border-collapse:collapse">{body}</table></div>'

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import re
 import threading
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
@@ -28,55 +30,17 @@ if find_spec("ipywidgets") is None:
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page minus the margins that ipywidgets puts around a control
 FITS = "calc(100% - 4px)"
-#: styles of the static forms: a button, the chosen one, and a card
-CHIP = "display:inline-block;padding:2px 10px;margin:2px;border:1px solid rgba(128,128,128,.4);border-radius:3px;"
-CHOSEN = f"background:{palette.ACTIVE};color:{palette.WHITE};"
-CARD = "padding:8px 14px;text-align:left;vertical-align:top;min-width:180px;border:1px solid rgba(128,128,128,.4)"
 
-# Colors come from the theme if there is one. The first rule hides the stored static form while the live one is shown.
-# Without a kernel, nothing has the class hotswap-live, so the static form is shown.
-STYLE = Template("""<style>
-.jp-OutputArea-child:has(+ .jp-OutputArea-child .hotswap-live) { display: none }
-.hotswap-live { color: var(--jp-ui-font-color1, inherit); max-width: 760px; overflow: visible }
-.hotswap-live .widget-html, .hotswap-live .widget-html-content, .hotswap-live .jupyter-widgets.widget-html
-  { height: auto; max-width: 100%; line-height: 1.45; overflow: visible; margin: 2px 0 }
-.hotswap-live .widget-html-content { width: 100%; white-space: normal; font-size: 13px }
-.hotswap-live .hotswap-picture { overflow-x: auto }
-.hotswap-live .hotswap-picture svg { min-width: 500px }
-.hotswap-live pre { white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; margin: 4px 0; padding: 6px 8px;
-  color: inherit; background: rgba(128, 128, 128, .14); border-radius: 4px; font-size: 12px; line-height: 1.45 }
-.hotswap-live .hotswap-error pre { border-left: 4px solid $WRONG }
-.hotswap-live .hotswap-muted { opacity: .8 }
-.hotswap-live .hotswap-cards .jupyter-widgets, .hotswap-live .hotswap-cards .widget-html-content { display: flex }
-.hotswap-live .hotswap-answer { border: 1px solid rgba(128, 128, 128, .45); border-radius: 6px; padding: 8px 12px;
-  box-sizing: border-box; min-height: 84px; overflow-wrap: anywhere; flex: 1; min-width: 0 }
-.hotswap-live .hotswap-answer .hotswap-text { font-size: 18px; white-space: pre-wrap; margin: 4px 0 }
-.hotswap-live .hotswap-answer img { max-width: 100%; height: auto }
-.hotswap-live .jupyter-button { width: auto; height: auto; min-height: 30px; padding: 2px 12px; line-height: 24px }
-.hotswap-live .jupyter-button.mod-info, .hotswap-live .jupyter-button.mod-primary
-  { background: $ACTIVE; color: $WHITE }
-.hotswap-live .hotswap-time { font-size: 22px }
-.hotswap-live select { background: linear-gradient(45deg, transparent 50%, currentColor 50%) right 10px center / 5px 5px
-  no-repeat, linear-gradient(-45deg, transparent 50%, currentColor 50%) right 5px center / 5px 5px no-repeat,
-  var(--jp-widgets-input-background-color, transparent) }
-.hotswap-live :focus-visible { outline: 3px solid $ACTIVE; outline-offset: 2px; box-shadow: 0 0 0 2px $WHITE }
-</style>""").substitute(vars(palette))
-
-# Attributes that ipywidgets can't set: a slider's handle and number get the label next to them as their name for screen
-# readers. Text that changes by itself is read out; the attribute is on a permanent element, since a widget's content is
-# replaced each time. The notebook leaves keys pressed in here to the controls, while Notebook 7 would use arrow keys.
-# Nothing is loaded: the picture is empty, and only starts the script when the widget is in the page.
-FOR_SCREEN_READERS = """<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="
-  setTimeout(() => {
-    const root = this.closest('.hotswap-live');
-    root?.querySelectorAll('.noUi-handle').forEach(handle => handle.setAttribute(
-      'aria-label', handle.closest('.jupyter-widgets').querySelector('label').textContent));
-    root?.querySelectorAll('.widget-readout').forEach(readout => readout.setAttribute(
-      'aria-label', readout.closest('.jupyter-widgets').querySelector('label').textContent + ', as a number'));
-    root?.addEventListener('focusin', ({target}) => target.matches('.noUi-handle, button, select') &&
-      target.setAttribute('data-lm-suppress-shortcuts', 'true'));
-    root?.querySelectorAll('.hotswap-says').forEach(each => each.setAttribute('aria-live', 'polite'));
-  }, 300)">"""
+FOLDER = Path(__file__).parent
+STYLE = f"<style>{Template((FOLDER / 'live.css').read_text('utf-8')).substitute(vars(palette))}</style>"
+# nothing is loaded: the picture is empty, and only starts the script when the widget is in the page
+SCRIPT = '<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="{}">'.format(
+    re.sub("//.*", "", (FOLDER / "live.js").read_text("utf-8"))
+)
+# before the static form: hides JupyterLab's "Loading widget..." below it, in a saved notebook without a kernel
+QUIET = """<i class="hotswap-quiet"></i><style>.jp-OutputArea-child:has(.hotswap-quiet),
+.jp-OutputArea-child:has(.hotswap-quiet) + * + .jp-OutputArea-child:not(:has(.hotswap-live, [data-mime-type]))
+{ display: none }</style>"""
 
 
 def escape(text: object) -> str:
@@ -128,6 +92,8 @@ class View:
 
     #: one line that describes the widget's state
     summary = ""
+    #: a title that says what the widget shows; without one, it is the class and the summary
+    title = ""
 
     def __new__(cls, *args: object, **options: object) -> View:
         self = super().__new__(cls)
@@ -157,13 +123,16 @@ class View:
         return f"<div>{self._head()}{self._inside()}</div>"
 
     def _head(self) -> str:
-        return f"<strong>{type(self).__name__}</strong>: {escape(self.summary)}"
+        text = f"<strong>{escape(self.title or type(self).__name__)}</strong>"
+        return text if self.title else f"{text}: {escape(self.summary)}"
 
     def _inside(self) -> str:
         figure = self.figure()
         if figure is None:
             return ""
-        shrinking = figure.svg.replace("<svg ", "<svg style='max-width:100%;height:auto' ", 1)
+        width = int(re.search(r"width='(\d+)'", figure.svg)[1])  # as wide as there is room, but still readable
+        style = f"width:100%;min-width:{min(0.9 * width, 480):g}px;max-width:{1.4 * width:g}px;height:auto"
+        shrinking = figure.svg.replace("<svg ", f"<svg style='{style}' ", 1)
         return f"<div class='hotswap-picture'>{shrinking}</div>"
 
     def _static(self) -> dict[str, str]:
@@ -181,7 +150,7 @@ class View:
         import ipywidgets
 
         hidden = ipywidgets.Layout(display="none")
-        box = ipywidgets.VBox([ipywidgets.HTML(STYLE + FOR_SCREEN_READERS, layout=hidden), *self._build()])
+        box = ipywidgets.VBox([ipywidgets.HTML(STYLE + SCRIPT, layout=hidden), *self._build()])
         box.add_class("hotswap-live")
         return box
 
@@ -217,6 +186,7 @@ class View:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
+        display({"text/html": QUIET, "text/plain": ""}, raw=True)
         display(self._static(), raw=True)
         self._refresh_box()
         live = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}

@@ -1,183 +1,124 @@
-"""WeightMap: what the adapter adds to each layer's weight, as a picture that a swap repaints."""
+"""WeightMap: what the adapter adds to each layer's weight, as a picture."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 
-from .. import demo
 from ..core.host import name_in
 from ..core.slot import Slot, SlotLayer
-from ..core.tensors import SlotTensor
+from ..figures import Figure
 from ..figures.tiles import CELLS, LARGE, Counts, Tile, drawn, split
 from ..pools.adapter_pool import AdapterPool
-from ..swap import get_strength, resolve_slot
-from ..threads import in_use
-from .switch import demo_pool, switch_for, whereabouts
-from .work import WorkingView
-
-if TYPE_CHECKING:
-    import ipywidgets
-
-    from ..figures import Figure
+from ..swap import resolve_slot
+from ..threads import in_use, in_use_now
+from .results import Run
+from .switch import ModelSwitch, strength_of, whereabouts
+from .view import View
 
 
-class WeightMap(WorkingView):
+class WeightMap(View):
     """A tile for each layer, in the adapter's color where it changes the weight, in gray where it does not.
 
     A row of tiles is a block of the model, a column a kind of layer. A tile shows what the adapter adds to the weight:
-    scaling times B A, the root mean square in 14 by 14 parts of it. Models with many layers have one tint for each.
+    scaling times B A, the root mean square in 14 by 14 parts of it, as a share of the weight's own. So all adapters of
+    all models have the same scale. Models with many layers have one tint for each. Tiles where the former adapter was
+    have an outline in its color.
 
     Parameters
     ----------
     pool_or_model:
-        An :class:`AdapterPool`, or a model with an adapter. With a pool, or with ``adapters``, the live form has a
-        button that swaps the next adapter in.
-    answer:
-        A text to show below, or a function without parameters that gives it, called after each swap.
-    before:
-        A copy of ``model.state_dict()`` from before a swap: the numbers that have changed since are counted. True: take
-        one now, and before each swap by the button. It takes as much memory as the model. Default: nothing is compared.
-    adapters, adapter_name:
-        For a model, as for :class:`SwapPanel`.
+        An :class:`AdapterPool`, or a model with an adapter.
+    adapter_name:
+        For a model with several adapters: the one to show.
 
     Examples
     --------
+    >>> from hotswap_lab import demo, hotswap_adapter
     >>> from hotswap_lab.widgets import WeightMap
-    >>> map = WeightMap.demo()
-    >>> map.swap("pig_latin")
+    >>> model, _ = demo.load("pig_latin")
+    >>> map = WeightMap(model)
     >>> print(map)
-    WeightMap: pig_latin is in 16 of 28 layers
-    hotswap → otswaphay
-    base: 963,968 numbers, 0 of them changed | adapter: 131,072 numbers, all new, and 92,160 of padding
+    WeightMap: default is in 16 of 28 layers
+    >>> hotswap_adapter(model, demo.adapter_path("shout"), "default", add_layers=True)
+    >>> map.look()
+    >>> print(map)
+    WeightMap: default is in 14 of 28 layers
 
     How to read it: the darkest cell is where the adapter changes a weight most. Gray is the base model alone.
     """
 
-    #: what was read at the last look: the adapter in the model, or ``"off"``, and ``shown``, the text below the tiles
-    name: str
+    title = "What the adapter adds to each layer"
+    #: what was read at the last look: the adapter in the model, or ``"off"``, its tiles, and the numbers of both
+    name: str = ""
     tiles: list[Tile]
     counts: Counts
-    strength: float
-    shown: str
+    #: the adapter before this one, and the layers where it was
+    former: tuple[str, frozenset[str]] = ("", frozenset())
 
-    def __init__(
-        self,
-        pool_or_model: AdapterPool | torch.nn.Module,
-        answer: str | Callable[[], str] | None = None,
-        before: Mapping[str, torch.Tensor] | bool | None = None,
-        *,
-        adapters: Mapping[str, object] | None = None,
-        adapter_name: str | None = None,
-    ):
-        alone = isinstance(pool_or_model, torch.nn.Module) and not adapters
-        self._switch = None if alone else switch_for(pool_or_model, adapters, adapter_name)
-        self.model: torch.nn.Module = pool_or_model if alone else self._switch.model
-        self.adapter_name: str = name_in(self.model, adapter_name) if alone else self._switch.adapter_name
-        self.answer = answer
-        self._compares = before is True
-        with in_use(self.model):
-            self.before: Mapping[str, torch.Tensor] | None = self._copy() if before is True else before or None
-            self._look()
-
-    @classmethod
-    def demo(cls, prompt: str = "hotswap") -> WeightMap:
-        """Make a map of the embedded model, with all of its adapters.
-
-        >>> WeightMap.demo().shown
-        'hotswap → pawstoh'
-        """
-        pool, tokenizer = demo_pool()
-        return cls(pool, lambda: f"{prompt} → {demo.ask(pool.model, tokenizer, prompt)}", before=True)
-
-    # ---- actions
+    def __init__(self, pool_or_model: AdapterPool | ModelSwitch | torch.nn.Module, adapter_name: str | None = None):
+        is_model = isinstance(pool_or_model, torch.nn.Module)
+        self._switch = ModelSwitch(pool_or_model, {}, adapter_name) if is_model else pool_or_model
+        self.model: torch.nn.Module = self._switch.model
+        self.adapter_name: str = name_in(self.model, self._switch.adapter_name)
+        #: the size of each layer's own weight
+        self._sizes: dict[str, float | None] = {}
+        self.look()
 
     def look(self) -> None:
-        """Read the model's numbers, and ask for the answer, again. Swaps by other threads wait meanwhile."""
+        """Read the model's numbers again. Swaps by other threads wait meanwhile."""
         with in_use(self.model):
             self._look()
+
+    def look_now(self) -> None:
+        """Look if there is another adapter or strength in the model, unless a swap is writing, or waits."""
+        if (self.name, self._strength) != (self._where, strength_of(self._switch)):
+            # a swap may wait for a thread that computes, and that thread for the end of a refresh
+            with in_use_now(self.model) as is_mine:
+                if is_mine:
+                    self._look()
 
     def _look(self) -> None:
         slot = resolve_slot(self.model, self.adapter_name)
-        masks, strength = [_in_use(layer) for layer in slot.layers], 1.0
-        with contextlib.suppress(ValueError):  # layers of different strengths, or a method that has none
-            strength = get_strength(self.model, self.adapter_name)
-        shown = str((self.answer() if callable(self.answer) else self.answer) or "")
-        counts = _count(slot, masks, self.model, self.before)
-        name = self.adapter_name if self._switch is None else whereabouts(self._switch)
-        seen = dict(name=name, tiles=_tiles(slot, masks), counts=counts, strength=strength, shown=shown)
+        masks = [_in_use(layer) for layer in slot.layers]
+        tiles, name = _tiles(slot, masks, self._sizes), self._where
+        seen = dict(name=name, tiles=tiles, counts=_count(slot, masks), _strength=strength_of(self._switch))
+        if name != self.name and self.name:
+            seen["former"] = self.name, frozenset(each.path for each in self.tiles if each.cells.any())
         with self._refreshes:  # all at once, or a refresh would show one adapter's name with another one's tiles
             vars(self).update(seen)
         self._changed()
 
-    def swap(self, name: str | None = None) -> None:
-        """Swap an adapter in (None: the next one), and look again."""
-        self._run(lambda: self._swap(name))
-
-    def start(self) -> None:
-        """Swap the next adapter in, in a thread of its own, as the button does; one further for each call meanwhile."""
-        waiting = self._next
-        name = self._after(waiting[0] if waiting else self._present or self._switch.active)
-        self._come(name, partial(self._swap, name))
-
-    def _work(self) -> None:
-        self._swap(None)
-
-    def _after(self, name: str | None) -> str:
-        names = [*self._switch.names]
-        return names[(names.index(name) + 1) % len(names) if name in names else 0]
-
-    def _swap(self, name: str | None) -> None:
-        name = name or self._after(self._switch.active)
-        self.doing: str = f"swapping {name} in, as soon as no other thread computes with the model"
-        if self._compares:
-            with in_use(self.model):
-                self.before = self._copy()
-        self.swap_seconds: float | None = self._when_free(lambda: self._switch.swap(name))
-        self.doing = f"looking at {name}"
-        self.look()
-
-    def _copy(self) -> dict[str, torch.Tensor]:
-        return {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
-
-    # ---- text, picture and controls
+    @property
+    def _where(self) -> str:
+        return whereabouts(self._switch) if self._switch.names else self.adapter_name
 
     @property
     def summary(self) -> str:
         """One line: the adapter, and in how many of the layers it is."""
         active = sum(bool(tile.cells.any()) for tile in self.tiles)
-        return f"{self.name} is in {active} of {len(self.tiles)} layers"
+        return "the adapter is off" if self.name == "off" else f"{self.name} is in {active} of {len(self.tiles)} layers"
 
-    def _lines(self) -> list[str]:
-        return [*filter(None, [self.shown]), " | ".join(self.counts.lines)]
-
-    def figure(self) -> Figure:
-        """The tiles, the answer, and a bar with the numbers of the base and of the adapter."""
-        return drawn(self.tiles, self.name, self.strength, self.shown, self.counts, str(self))
-
-    def _controls(self) -> list[ipywidgets.Widget]:
-        self._with_stop()  # of no other control, since the button stays enabled
-        label, tooltip = "Swap the next adapter in", "and paint what it changes"
-        swap = self._button(label, tooltip, self.start, each_counts=True, button_style="primary")
-        return [swap] if self._switch else []
+    def figure(self, said: Sequence[tuple[str, Run]] = (), text: str = "") -> Figure:
+        """The tiles, and a bar with the numbers of the base and of the adapter; below them, what was ``said``."""
+        answers = [(label, run.where, run.text, run.png) for label, run in said]
+        return drawn(self.tiles, self.name, self.summary, self.counts, self.former, answers, text or str(self))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _tiles(slot: Slot, masks: Sequence[torch.Tensor]) -> list[Tile]:
+def _tiles(slot: Slot, masks: Sequence[torch.Tensor], sizes: dict[str, float | None]) -> list[Tile]:
     """A tile for each layer of the model's blocks, with the adapter or without, in the model's order."""
     having = {layer.path: each for each in zip(slot.layers, masks, strict=True) for layer in each[:1]}
     paths = [path for path, module in slot.walk if path in having or _has_weight(module)]
     paths = [path for path in dict.fromkeys([*paths, *having]) if path in having or split(path)[0]]
-    sizes = (len({split(path)[axis] for path in paths}) for axis in (0, 1))
-    n = CELLS if all(size <= most for size, most in zip(sizes, LARGE, strict=True)) else 1
-    return [_tile(slot, path, n, *having.get(path, (None, None))) for path in paths]
+    counts = (len({split(path)[axis] for path in paths}) for axis in (0, 1))
+    n = CELLS if all(count <= most for count, most in zip(counts, LARGE, strict=True)) else 1
+    return [_tile(slot, path, n, sizes, *having.get(path, (None, None))) for path in paths]
 
 
 def _has_weight(module: torch.nn.Module) -> bool:
@@ -186,14 +127,39 @@ def _has_weight(module: torch.nn.Module) -> bool:
     return weight is not None and (weight.dim() > 1 or not weight.is_floating_point())
 
 
-def _tile(slot: Slot, path: str, n: int, layer: SlotLayer | None, mask: torch.Tensor | None) -> Tile:
+def _tile(
+    slot: Slot,
+    path: str,
+    n: int,
+    sizes: dict[str, float | None],
+    layer: SlotLayer | None,
+    mask: torch.Tensor | None,
+) -> Tile:
     if layer is None or mask is None:
-        return Tile(path, torch.zeros(n, n), f"{path}: the base model alone")
-    cells = _rms(slot, layer, n).nan_to_num().cpu()
+        return Tile(path, torch.zeros(n, n), "the base model alone")
+    cells = _rms(slot, layer, n)
+    if cells is not None and path not in sizes:
+        sizes[path] = _size(layer.module)
+    size = None if cells is None else sizes[path]
+    if size is None:  # IA3, for example, multiplies: one tint
+        return Tile(path, torch.full((n, n), float(any(each.memory.any() for each in layer.tensors))), "")
+    cells = (cells / size).nan_to_num().cpu()
     if not cells.any():
-        return Tile(path, cells, f"{path}: the adapter is off here")
+        return Tile(path, cells, "the adapter is off here")
     rank, room = int(mask.sum()), len(mask)
-    return Tile(path, cells, path + (f": rank {rank}{f', padded to {room}' if rank < room else ''}" if room else ""))
+    ranked = f", rank {rank}{f', padded to {room}' if rank < room else ''}" if room else ""
+    return Tile(path, cells, f"{100 * _root_mean_square(cells):.3g} % of the weight's size{ranked}")
+
+
+def _size(module: torch.nn.Module) -> float | None:
+    """The root mean square of a layer's own weight, or None if it has none in memory."""
+    base = getattr(module, "base_layer", module)
+    weight = base._parameters.get("weight")
+    return None if weight is None or weight.is_meta else _root_mean_square(dequantize_module_weight(base))
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    return values.detach().float().square().mean().sqrt().item()
 
 
 def _in_use(layer: SlotLayer) -> torch.Tensor:
@@ -204,15 +170,8 @@ def _in_use(layer: SlotLayer) -> torch.Tensor:
     return torch.stack(masks).any(0) if masks else torch.zeros(0, dtype=torch.bool)
 
 
-def _without_padding(tensor: SlotTensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    if tensor.rank_axis is None:
-        return values
-    components = values.movedim(tensor.rank_axis, 0)
-    return components[mask.to(values.device)] if len(components) == len(mask) else components
-
-
-def _rms(slot: Slot, layer: SlotLayer, n: int) -> torch.Tensor:
-    """The root mean square of what the adapter adds to the weight, in n x n parts of it.
+def _rms(slot: Slot, layer: SlotLayer, n: int) -> torch.Tensor | None:
+    """The root mean square of what the adapter adds to the weight, in n x n parts of it; None if it doesn't add.
 
     That of a part of B A needs only the products of B's rows with one another, and of A's columns. These matrices are
     r x r, so the weight itself is never computed.
@@ -226,31 +185,20 @@ def _rms(slot: Slot, layer: SlotLayer, n: int) -> torch.Tensor:
         scaling = getattr(layer.module, "scaling", {}).get(slot.adapter_name, 1.0)
         return (of_b @ of_a.T).clamp(min=0).sqrt() * abs(float(scaling))
     delta = getattr(layer.module, "get_delta_weight", None)
-    if delta is None:  # IA3, for example, multiplies: one tint
-        return torch.full((n, n), float(any(tensor.memory.any() for tensor in layer.tensors)))
+    if delta is None:
+        return None
     squares = delta(slot.adapter_name).detach().float().flatten(1).square()
     return torch.nn.functional.adaptive_avg_pool2d(squares[None], n)[0].sqrt()
 
 
-def _count(
-    slot: Slot, masks: Sequence[torch.Tensor], model: torch.nn.Module, before: Mapping[str, torch.Tensor] | None
-) -> Counts:
-    owned = [(tensor, mask) for layer, mask in zip(slot.layers, masks, strict=True) for tensor in layer.tensors]
-    adapter = {id(tensor.parameter): partial(_without_padding, tensor, mask=mask) for tensor, mask in owned}
+def _count(slot: Slot, masks: Sequence[torch.Tensor]) -> Counts:
+    held, used = 0, 0
+    for layer, mask in zip(slot.layers, masks, strict=True):
+        for memory, axis in ((each.memory, each.rank_axis) for each in layer.tensors):
+            size, length = memory.numel(), -1 if axis is None else memory.shape[axis]
+            held += size
+            used += size // length * int(mask.sum()) if length == len(mask) else size
+    own = {id(tensor.parameter) for layer in slot.layers for tensor in layer.tensors}
     modules = (getattr(module, "base_layer", module) for _, module in slot.walk)
-    base = {id(each): each for module in modules for each in module._parameters.values() if each is not None}
-    base = {key: each for key, each in base.items() if key not in adapter}
-    used = sum(adapter[id(tensor.parameter)](tensor.memory).numel() for tensor, _ in owned)
-    sizes = sum(each.numel() for each in base.values()), used, sum(tensor.memory.numel() for tensor, _ in owned) - used
-    if before is None:
-        return Counts(*sizes)
-    changed = [0, 0]
-    for key, tensor in model.named_parameters():
-        if id(tensor) in base or id(tensor) in adapter:
-            # of a prepared model, a state dict has the tensors without their padding
-            own = adapter.get(id(tensor), lambda values: values)
-            now, then = own(tensor.detach()), before.get(key)
-            then = None if then is None else own(then.to(now.device))
-            is_new = then is None or then.shape != now.shape
-            changed[id(tensor) in adapter] += now.numel() if is_new else int((now != then).sum())
-    return Counts(*sizes, (changed[0], changed[1]))
+    base = {id(each): each.numel() for module in modules for each in module._parameters.values() if each is not None}
+    return Counts(sum(size for key, size in base.items() if key not in own), used, held - used)

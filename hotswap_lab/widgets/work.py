@@ -8,6 +8,7 @@ import math
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 
 from ..core.errors import refuse
 from ..core.journal import interrupts_held
-from ..figures.latency import readable
+from ..figures.latency import strip
 from ..threads import ModelInUseError, waiting_at_most
 from ..threads.turns import AROUND
 from .clicks import Clicks, keep_apart_from_cells
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 PATIENCE = 0.5
 #: seconds between updates of the live form while a job runs
 SHOW_EVERY = 0.1
+#: the swaps whose times are shown
+SWAPS = 20
 
 
 class Stopped(BaseException):
@@ -58,17 +61,16 @@ def error_html(error: BaseException, trace: bool = False) -> str:
 class WorkingView(View):
     """The base class of widgets with jobs: it runs one at a time, and shows errors.
 
-    :meth:`_run` runs a job in the caller's thread, so that Jupyter's interrupt stops it. :meth:`_start` runs it in a
-    thread of its own, so that the next cell doesn't wait for it. A job calls :meth:`_check` now and then, which raises
-    :class:`Stopped` if :meth:`stop` was called. A widget's main job is its ``_work``. Clicks start jobs by
-    :meth:`_come`. These compute in the modes (gradients, inference) of the cell that made the widget.
+    :meth:`_run` runs a job in the caller's thread, so that Jupyter's interrupt stops it. :meth:`_come` runs it in a
+    thread of its own, as clicks do, so that the next cell doesn't wait for it; it computes in the modes (gradients,
+    inference) of the cell that made the widget. A job calls :meth:`_check` now and then, which raises :class:`Stopped`
+    if :meth:`stop` was called. A widget's main job is its ``_work``.
 
     >>> view = WorkingView()
     >>> view._run(lambda: 1 + 1)
     2
     >>> results = []
-    >>> view._start(lambda: results.append(3))
-    True
+    >>> view._come("three", lambda: results.append(3))
     >>> view.wait(timeout=10), results
     (True, [3])
     """
@@ -77,8 +79,6 @@ class WorkingView(View):
     error: BaseException | None = None
     #: a description of the running job
     doing: str = ""
-    #: the time of the last swap
-    swap_seconds: float | None = None
 
     def __new__(cls, *args: object, **options: object) -> WorkingView:
         self = super().__new__(cls)
@@ -86,8 +86,8 @@ class WorkingView(View):
         # A compiled model recompiles for other modes. Each thread has its own, and a click may come in any thread.
         self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self._stopped = False
-        #: the click that is being carried out, and a click that waits, with its job
-        self._present: str | None = None
+        self._swaps: deque[float] = deque(maxlen=SWAPS)
+        #: the click that waits, with its job
         self._next: tuple[str, Callable[[], object]] | None = None
         #: the thread of the last job that was started
         self._thread: threading.Thread | None = None
@@ -110,6 +110,15 @@ class WorkingView(View):
     def busy(self) -> bool:
         """Whether a job is running."""
         return self._lock.locked()
+
+    @property
+    def swap_seconds(self) -> float | None:
+        """The time of the last swap. Setting it adds one to the times that are shown."""
+        return self._swaps[-1] if self._swaps else None
+
+    @swap_seconds.setter
+    def swap_seconds(self, seconds: float) -> None:
+        self._swaps.append(seconds)
 
     def run(self) -> Any:
         """Run the widget's main job and return its result; None if :meth:`stop` ended it.
@@ -153,28 +162,35 @@ class WorkingView(View):
             if mine:
                 self._free()
 
-    def _start(self, job: Callable[[], object]) -> bool:
-        """Start a job in a thread of its own, unless one is running. Returns whether it was started."""
-        grad, inference = self._modes
+    def _come(self, what: str, job: Callable[[], object]) -> None:
+        """Carry out a click, now or when the running job has ended. ``what`` describes it in the status line.
 
-        def in_the_same_modes() -> None:
-            try:
-                # the widget shows the error, since this thread has no caller to raise it to
-                with torch.inference_mode(inference), torch.set_grad_enabled(grad), contextlib.suppress(Exception):
-                    self._do(job)
-            finally:
-                self._free()
+        If several wait, the last one counts. Controls that call this stay enabled and in place meanwhile. Otherwise a
+        click would be lost if they changed between pressing and releasing the mouse, and so would the keyboard's focus.
+        """
+        self._next = what, job
+        self._carry_on()
 
+    def _carry_on(self) -> None:
+        """Start the job of the click that waits, in a thread of its own. If another one runs, that one does it."""
         context = contextvars.copy_context()
         context.run(AROUND.set, ())  # a block that this code is in doesn't wait for the job
         # a daemon thread, so that a job that hangs doesn't keep the kernel alive
-        thread = threading.Thread(target=context.run, args=(in_the_same_modes,), name="hotswap-work", daemon=True)
+        thread = threading.Thread(target=context.run, args=(self._job,), name="hotswap-work", daemon=True)
         with interrupts_held():
-            if not self._begin():
-                return False
-            self._thread = thread
-            thread.start()
-        return True
+            if self._next is not None and self._begin():
+                self._thread = thread
+                return thread.start()
+        self._changed()
+
+    def _job(self) -> None:
+        (grad, inference), waiting, self._next = self._modes, self._next, None
+        try:
+            # the widget shows the error, since this thread has no caller to raise it to
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad), contextlib.suppress(Exception):
+                self._do(waiting[1] if waiting else lambda: None)
+        finally:
+            self._free()
 
     def _begin(self) -> bool:
         if not self._lock.acquire(blocking=False):
@@ -195,28 +211,8 @@ class WorkingView(View):
         return result
 
     def _free(self) -> None:
-        """Let the next job begin: that of the click that waits. If there is none, update the live form."""
-        self._present = None  # before the release, since another click may begin at once
         self._lock.release()
-        if self._next is None or not self._start(self._carry_out):
-            self._changed()
-
-    def _come(self, what: str, job: Callable[[], object]) -> None:
-        """Carry out a click, now or when the running job has ended. ``what`` describes it in the status line.
-
-        If several wait, the last one counts. Controls that call this stay enabled and in place meanwhile. Otherwise a
-        click would be lost if they changed between pressing and releasing the mouse, and so would the keyboard's focus.
-        """
-        self._next = what, job
-        if not self._start(self._carry_out):
-            if what == self._present:  # a double click
-                self._next = None
-            self._changed()
-
-    def _carry_out(self) -> None:
-        if (waiting := self._next) is not None:
-            self._present, self._next = waiting[0], None
-            waiting[1]()
+        self._carry_on()
 
     # ---- for jobs
 
@@ -250,21 +246,35 @@ class WorkingView(View):
 
     # ---- the live form
 
-    def _button(
-        self, label: str, tooltip: str, act: Callable[[], object], each_counts: bool = False, **options: object
-    ) -> ipywidgets.Button:
+    def _build(self) -> list[ipywidgets.Widget]:
+        import ipywidgets
+
+        self._problem = ipywidgets.HTML()  # comes last, since its height changes
+        return [*super()._build(), self._problem]
+
+    def _button(self, label: str, tooltip: str, act: Callable[[], object], **options: object) -> ipywidgets.Button:
         import ipywidgets
 
         button = ipywidgets.Button(description=label, tooltip=tooltip, **options)
-        button.on_click(lambda _: self._clicked(act, each_counts))
+        button.on_click(lambda _: self._clicked(act))
         return button
 
-    def _clicked(self, act: Callable[[], object], each_counts: bool = False) -> None:
+    def _clicked(self, act: Callable[[], object]) -> None:
         """Handle a click by calling ``act``, which must be quick, unless a later click was handled before."""
-        if self._clicks.take(act, each_counts):
+        if self._clicks.take(act):
             keep_apart_from_cells(self.box)
         else:
             self._changed()  # moves a slider back
+
+    def _chooser(self, act: Callable[[str], object]) -> ipywidgets.Widget:
+        """A hidden text by which ``live.js`` hands over clicks on HTML. ``act`` gets its ``data-choose``."""
+        import ipywidgets
+
+        box = ipywidgets.Text(layout=ipywidgets.Layout(display="none"))
+        box.add_class("hotswap-chooser")
+        # each has a number in front, or two clicks on the same would be one
+        self._when_set(box, lambda text: self._clicked(lambda: act(text.partition(" ")[2])))
+        return box
 
     def _with_stop(self, *starters: ipywidgets.Widget) -> list[ipywidgets.Widget]:
         """Add a stop button to controls that start jobs."""
@@ -273,15 +283,15 @@ class WorkingView(View):
         return [*starters, self._stop_button]
 
     def _state(self) -> str:
-        """The text of the status line."""
+        """The text of the status line: nothing, or why the widget is busy."""
         waiting = self._next
-        return (f"busy: {self.doing}" + (f"; then {waiting[0]}" if waiting else "")) if self.busy else "ready"
+        return (f"busy: {self.doing}" + (f"; then {waiting[0]}" if waiting else "")) if self.busy else ""
 
     def _refresh(self) -> None:
         super()._refresh()
         for control in self._starters:
             control.disabled = self.busy
         self._stop_button.disabled = not self.busy
-        swap = "" if self.swap_seconds is None else readable(self.swap_seconds)
-        time = f'<span class="hotswap-time">{swap}</span> for the swap; ' if swap else ""
-        self._status.value = time + escape(self._state()) + (error_html(self.error, trace=True) if self.error else "")
+        times = strip("swap", [*self._swaps]) if self._swaps else ""
+        self._status.value = f'<div class="hotswap-status">{times}<span>{escape(self._state())}</span></div>'
+        self._problem.value = error_html(self.error, trace=True) if self.error else ""

@@ -14,8 +14,7 @@ from front_ends import NotebookPage, jupyter, open_browser, write_notebook
 CELLS = {
     "": "from hotswap_lab import demo\nfrom hotswap_lab.lessons import begin\n"
     "from hotswap_lab.widgets import *\n\nbegin()",
-    "swap_panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.choose('pig_latin')\npanel",
-    "weight_map": "map = WeightMap.demo()\nmap.swap('pig_latin')\nmap",
+    "swap_panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.pin()\npanel.choose('pig_latin')\npanel",
     "write_scrubber": "view = WriteScrubber()\nview.step = 16\nview",
     "guards": "guards = Guards.demo()\nfor name in ('vowels_up', 'double', 'sort'):\n    guards.choose(name)\nguards",
     "row_panel": "panel = RowPanel.demo()\nfor row, name in enumerate(('shout', 'sort', None, 'pig_latin')):\n"

@@ -21,6 +21,7 @@ from hotswap_lab import (
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
 )
+from hotswap_lab.figures.palette import WRONG
 
 LLAMA, CONV, SHARED = KINDS["llama"], KINDS["conv"], KINDS["shared"]
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -108,7 +109,7 @@ DAMAGE = {
     "integers": (_set("lora_A", torch.Tensor.long), r"is damaged"),
     "NaN": (_nan, r"NaN or infinity in 'base_model"),
     "infinity": (_set("lora_B", _fill((-1, -1), float("-inf"))), r"NaN or infinity in 'base_model"),
-    "unknown layer": (_unknown, rf"unexpected keys found: {Q.replace('0', '7')}.lora_A.default.weight"),
+    "unknown layer": (_unknown, rf"unexpected keys found: 2(?s:.*){Q.replace('0', '7')}.lora_A.default.weight"),
     # of a file, a fresh load ignores the second name
     "named twice": (
         lambda tensors: tensors.update(
@@ -249,9 +250,10 @@ def test_a_plan_lists_everything(model, new):
     plan = plan_hotswap(model, new)
     assert (len(plan.refusals), plan.ok) == (12, False)
     assert "refused, 12 reasons; nothing is written" in str(plan)
-    assert str(plan).splitlines()[1] == str(plan.refusals[0]).splitlines()[0]  # before the table
+    # one reason in front, in red, before the table
+    assert str(plan).splitlines()[1:6] == [*str(plan.refusals[0]).splitlines(), plan._reasons[1]]
     html = plan._repr_html_()
-    assert html.index("</pre>") < html.index("<table") < html.index("the config targets")
+    assert html.index(WRONG) < html.index("... and 11 more") < html.index("<table") < html.index("the config targets")
     refused("and 9 more", plan.raise_if_refused)
     edit_tensors(new, lambda tensors: [tensors.pop(key) for key in list(tensors)[1:]])
     assert "refused, 1 reason; nothing is written" in str(plan_hotswap(model, new))

@@ -23,10 +23,6 @@ def live(widget: View) -> View:
     return widget
 
 
-def button(panel: SwapPanel, name: str):
-    return next(each for each in panel._buttons.children if each.description[2:] == name)
-
-
 def click(panel: SwapPanel, name: str) -> None:
-    button(live(panel), name).click()
+    live(panel)._radios.value = name
     assert panel.wait(60)

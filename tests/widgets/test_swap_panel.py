@@ -9,41 +9,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from IPython.display import Audio
 from PIL import Image
 from refusals import refused
 from shown import WORD, click, folders, live, panel_with
 
 from hotswap_lab import AdapterPool, demo, hotswap_adapter, verify_hotswap
 from hotswap_lab.demo import digits
+from hotswap_lab.figures.latency import strip
 from hotswap_lab.lessons.diffusion import Drawn
 from hotswap_lab.widgets import SwapPanel
 from hotswap_lab.widgets.results import Run
 from hotswap_lab.widgets.text import text_stream
 
-HALF = ["before, no_vowels: h*tsw*p", "after, no_vowels at strength 0.5: hotsw*p"]
-#: what is done, one after the other; then what is said to be active, and the answers
+#: what is done, one after the other; then what is said to be active, and the answer
 WALK = [
-    ("adapter", "shout", "shout is active at strength 1", ["after, shout: HOTSWAP!"]),
-    (
-        "adapter",
-        "no_vowels",
-        "no_vowels is active at strength 1",
-        ["before, shout: HOTSWAP!", "after, no_vowels: h*tsw*p"],
-    ),
-    ("prompt", "notebook", "no_vowels is active at strength 1", ["after, no_vowels: n*t*b**k"]),
-    ("prompt", WORD, "no_vowels is active at strength 1", [HALF[0].replace("before", "after")]),
-    # the same again has nothing new to be compared with
-    ("prompt", WORD, "no_vowels is active at strength 1", [HALF[0].replace("before", "after")]),
-    ("strength", 0.5, "no_vowels is active at strength 0.5", HALF),
+    ("adapter", "shout", "shout is active at strength 1", "shout: HOTSWAP!"),
+    ("adapter", "no_vowels", "no_vowels is active at strength 1", "no_vowels: h*tsw*p"),
+    ("prompt", "notebook", "no_vowels is active at strength 1", "no_vowels: n*t*b**k"),
+    ("prompt", WORD, "no_vowels is active at strength 1", "no_vowels: h*tsw*p"),
+    ("strength", 0.5, "no_vowels is active at strength 0.5", "no_vowels at strength 0.5: hotsw*p"),
     # a swap sets the strength to 1
-    (
-        "adapter",
-        "shout",
-        "shout is active at strength 1",
-        [HALF[1].replace("after", "before"), "after, shout: HOTSWAP!"],
-    ),
-    ("adapter", None, "the adapter is off", ["before, shout: HOTSWAP!", "after, no adapter: hotswap"]),
-    ("adapter", "shout", "shout is active at strength 1", ["before, no adapter: hotswap", "after, shout: HOTSWAP!"]),
+    ("adapter", "shout", "shout is active at strength 1", "shout: HOTSWAP!"),
+    ("adapter", None, "the adapter is off", "no adapter: hotswap"),
+    ("adapter", "shout", "shout is active at strength 1", "shout: HOTSWAP!"),
 ]
 
 
@@ -85,44 +74,64 @@ def by_clicks(panel, what, value):
         panel._box.value = value
         panel._run_button.click()
     assert panel.wait(60)
-    marked = [each.description for each in panel._buttons.children if each.description.startswith("●")]
-    assert marked == [f"● {panel.active or 'off'}"]
+    assert panel._radios.value == (panel.active or "off")
     assert (panel._slider.value, panel._box.value) == (panel.strength, panel.prompt)
-    for run, card in zip((panel.before, panel.after), panel._cards, strict=True):
-        assert run is None or f">{run.result}<" in card.value
-    assert re.match(r"<span.*ms</span> for the swap; ready; run: ", panel._status.value)
+    assert f">{panel.answer.result}<" in panel._answer.value
+    assert re.search(r"<span>swap .* m?s.*</span><span></span>", panel._status.value)  # and is not busy
 
 
 @pytest.mark.parametrize("do", [by_python, by_clicks])
 def test_a_walk(either, do):
-    for what, value, active, answers in WALK:
+    for what, value, active, answer in WALK:
         do(either, what, value)
-        assert str(either).splitlines() == [f"SwapPanel: 3 adapters, {active}", *answers]
-        assert f"● {either.active or 'off'}" in either.to_html()
-        assert all(line.partition(": ")[2] in either.to_html() for line in answers)
-        assert min(either.swap_seconds, either.after.seconds) > 0
+        assert str(either).splitlines() == [f"SwapPanel: 3 adapters, {active}", answer]
+        assert answer.rpartition(": ")[2] in either.to_html()
+        assert either.swap_seconds > 0
     assert verify_hotswap(either.model, demo.adapter_path("shout"))
     hotswap_adapter(either.model, demo.adapter_path("vowels_up"), "default")
     assert "another adapter is active at strength 1" in str(either)
-    either.active, result = "no_vowels", either.after.result
+    either.active, result = "no_vowels", either.answer.result
     either.strength = 0.75
     live(either)
     assert either._slider.value == 0.75
-    assert either.after.result == result  # neither runs
+    assert either.answer.result == result  # neither runs
     either.active = None
     assert either.active is None
+
+
+def test_an_answer_is_compared_with_the_one_that_was_pinned(panel):
+    """Not with that of the last click."""
+    assert live(panel)._pin_button.disabled
+    for name in ("sort", "shout"):
+        panel.choose(name)
+        if name == "sort":
+            panel._pin_button.click()
+    panel.prompt = "notebook"
+    panel.choose("double")
+    assert str(panel).splitlines()[1:] == ["double: notebooknotebook", "compared with sort: ahopstw"]
+    assert "asked <code>hotswap</code>" in panel._kept.value
+    assert all(each in panel.figure().svg for each in ("notebooknotebook", "ahopstw", "compared with sort, asked"))
+
+
+def test_times_are_the_last_twenty_and_their_median():
+    assert "swap 3 ms, median of 3: 2 ms" in strip("swap", [0.001, 0.002, 0.003])
+    panel = panel_with(str, "sort")
+    for number in range(30):
+        panel.swap_seconds = number / 1000
+    assert "swap 29 ms, median of 20: 19.5 ms" in live(panel)._status.value
+    assert panel._status.value.count("<circle") == 20
 
 
 def test_a_click_without_running():
     panel = SwapPanel.demo(WORD, run_on_swap=False)
     click(panel, "shout")
-    assert (panel.active, panel.after) == ("shout", None)
+    assert (panel.active, panel.answer) == ("shout", None)
 
 
 def test_the_answer_grows(panel, monkeypatch):
     monkeypatch.setattr("hotswap_lab.widgets.work.SHOW_EVERY", -1.0)
     seen = []
-    live(panel)._cards[1].observe(lambda change: seen.extend(re.findall(r'pre-wrap">(.*?)<', change["new"])), "value")
+    live(panel)._answer.observe(lambda change: seen.extend(re.findall(r'pre-wrap">(.*?)<', change["new"])), "value")
     panel.choose("shout")
     growing = ["HOTSWAP!"[:length] for length in range(1, 9)]
     assert [each for each in dict.fromkeys(seen) if each] == growing
@@ -150,12 +159,12 @@ def test_a_long_run_can_be_stopped_and_does_not_block():
     assert not panel.wait(timeout=0.01)
     assert panel._run_button.disabled
     assert not panel._stop_button.disabled
-    assert not any(button.disabled for button in panel._buttons.children)  # a click on one of them comes next
+    assert not panel._radios.disabled  # a click on one of them comes next
     refused("busy", setattr, panel, "active", "sort")
     panel._stop_button.click()
     assert panel.wait(30)
-    assert (panel.after.state, panel.error) == ("stopped", None)
-    assert panel.after.result.startswith(WORD)
+    assert (panel.answer.done, panel.error) == (False, None)
+    assert panel.answer.result.startswith(WORD)
     assert not panel._run_button.disabled
     panel.active, panel.generate = "sort", str.upper
     assert panel.run() == WORD.upper()
@@ -177,7 +186,7 @@ def test_a_run_in_a_cell_can_be_stopped_too(way):
     else:
         with pytest.raises(KeyboardInterrupt):
             panel.run()
-    assert (panel.after.result, panel.after.state) == ("more" if way == "stop" else "so far", "stopped")
+    assert panel.answer.text == ("more ..." if way == "stop" else "so far ...")
     assert not panel.busy
 
 
@@ -195,13 +204,13 @@ def test_errors_are_shown_in_full_and_break_nothing(either):
     assert either.wait(30)
     # the message, the traceback, and for screen readers
     for part in ("RuntimeError: no &lt;b&gt;luck&lt;/b&gt;\nsecond line", "in bad", 'role="alert"'):
-        assert part in either._status.value
+        assert part in either._problem.value
     assert "error: RuntimeError" in str(either)
-    assert (either.before, either.after) == (None, None)  # no old answer next to a prompt that has none
+    assert either.answer.result == ""  # no old answer next to a prompt that has none
     either.generate = good
     assert either.choose("shout") == "HOTSWAP!"
     assert either.error is None
-    assert "alert" not in either._status.value
+    assert either._problem.value == ""
 
 
 def test_a_refused_swap_leaves_model_and_panel_as_they_were():
@@ -209,30 +218,36 @@ def test_a_refused_swap_leaves_model_and_panel_as_they_were():
     panel._switch.adapters["a picture's"] = digits.path("inverted")
     panel.choose("pig_latin")
     click(panel, "a picture's")
-    assert "expected: tensors only for layers of the loaded adapter" in panel._status.value
+    assert "expected: tensors only for layers of the loaded adapter" in panel._problem.value
     refused(None, setattr, panel, "active", "a picture's")
     refused("no adapter called", setattr, panel, "active", "nobody")
     assert panel.active == "pig_latin"
 
 
-def test_images():
+def test_whatever_jupyter_shows_can_be_an_answer():
     red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     panel = panel_with(lambda prompt: red, "sort", prompt="a <red> one")
     panel.choose("sort")
-    assert 'src="data:image/png;base64,' in panel.to_html()
-    assert "the image for “a &lt;red&gt; one” with sort" in panel.to_html()
+    assert 'src="data:image/png;base64,' in live(panel)._answer.value
+    assert "the image for “a &lt;red&gt; one” with sort" in panel._answer.value
+    assert "href='data:image/png" in panel.figure().svg.partition("asked “a &lt;red&gt; one”")[2]
     assert "an image (Image)" in str(panel)
     output = SimpleNamespace(images=[blue])  # as a pipeline of diffusers gives it
     drawn = Drawn(torch.ones(2, 4, 4))  # its own `images` are a tensor
     for result in (output, drawn, [blue]):
-        assert "data:image/png" in Run("p", "sort", result=result, state="done").to_html("after")
+        assert "data:image/png" in Run("p", "sort", result=result, done=True).shown
+    panel.generate = lambda prompt: Audio([0.0, 0.5] * 50, rate=8000)
+    panel.run()
+    assert "<audio" in panel._answer.value
+    assert str(panel).endswith("sort: Audio")
 
 
 def test_the_pool_may_grow(panel):
-    count = len(live(panel)._buttons.children)
+    count = len(live(panel)._radios.options)
     panel._switch.add("again", demo.adapter_path("sort"))
+    live(panel)
     click(panel, "again")
-    assert (len(panel._buttons.children), panel.active) == (count + 1, "again")
+    assert (len(panel._radios.options), panel.active) == (count + 1, "again")
 
 
 @pytest.mark.parametrize(("prompt", "word"), [("", "empty"), ("é", "does not know all")])
@@ -240,15 +255,14 @@ def test_a_prompt_that_cannot_be_answered(panel, prompt, word):
     panel.choose("sort")
     panel.prompt = prompt
     refused(word, panel.run)
-    assert (panel.before, panel.after) == (None, None)
+    assert panel.answer.result == ""
 
 
 def test_enter_runs_the_prompt_of_one_line(panel):
     live(panel)._box.value = "widget"
     panel._box._handle_string_msg(None, {"event": "submit"}, [])
     assert panel.wait(60)
-    assert panel.after.prompt == "widget"
-    assert type(live(SwapPanel.demo(WORD, multiline=True))._box).__name__ == "Textarea"
+    assert panel.answer.prompt == "widget"
 
 
 def test_the_map_follows(panel, monkeypatch):
@@ -258,11 +272,11 @@ def test_the_map_follows(panel, monkeypatch):
         panel.strength = strength
         seen.append(panel._picture.value)
     assert len({*seen}) == 4
-    assert "shout is in the model" in seen[1]
+    assert "shout is in 14 of 28 layers" in seen[1]
     assert "the adapter is off" in seen[3]
     hotswap_adapter(panel.model, demo.adapter_path("sort"), "default")
     with monkeypatch.context() as patched:
         patched.setattr(panel.map, "_look", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            panel._refresh()
-    assert "another adapter is in the model" in live(panel)._picture.value
+            panel._changed()
+    assert "another adapter is in 28" in live(panel)._picture.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,11 @@ from datetime import datetime
 import pytest
 from faults import list_steps, run_with_fault
 from refusals import refused
-from shown import WORD, button, folders, live, panel_with
+from shown import WORD, folders, live, panel_with
 
 from hotswap_lab import AdapterPool, demo, in_use
 from hotswap_lab.threads import held
-from hotswap_lab.widgets import RowPanel, StrengthLattice, SwapPanel, View, WeightMap
+from hotswap_lab.widgets import RowPanel, StrengthLattice, SwapPanel, View
 from hotswap_lab.widgets.clicks import Clicks
 
 NAMES = ("reverse", "sort", "shout")
@@ -71,7 +72,7 @@ def running():
     panel = make()
     panel.active = "reverse"
     gate = panel.generate = Gate(panel)
-    button(panel, "reverse").click()
+    panel.start()
     assert gate.entered.wait(SOON)
     yield panel, gate
     gate.leave.set()
@@ -81,22 +82,22 @@ def running():
 # ---- quick clicks
 
 
-def _slide(panel, *values):
-    for value in values:
-        panel._slider.value = value
+def choose(panel, *names):
+    for panel._radios.value in names:
+        pass
+
+
+def slide(panel, *values):
+    for panel._slider.value in values:
+        pass
 
 
 #: what is clicked during a run, what is said to come next, and what was run in the end
 CLICKS = {
-    "two buttons": (
-        lambda panel: (button(panel, "shout").click(), button(panel, "sort").click()),
-        "then adapter sort",
-        ["reverse at 1", "sort at 1"],
-    ),
-    "the same one": (lambda panel: button(panel, "reverse").click(), "busy", ["reverse at 1"]),
-    "the slider": (lambda panel: _slide(panel, 0.4, 0.5), "then strength 0.5", ["reverse at 1", "reverse at 0.5"]),
-    "the slider, and back": (lambda panel: _slide(panel, 0.5, 1.0), "busy", ["reverse at 1"]),
-    "the slider, and stop": (lambda panel: (_slide(panel, 0.5), panel._stop_button.click()), "busy", ["reverse at 1"]),
+    "two adapters": (lambda panel: choose(panel, "shout", "sort"), "then adapter sort", ["reverse at 1", "sort at 1"]),
+    "the slider": (lambda panel: slide(panel, 0.4, 0.5), "then strength 0.5", ["reverse at 1", "reverse at 0.5"]),
+    "the slider, and back": (lambda panel: slide(panel, 0.5, 1.0), "then strength 1.0", ["reverse at 1"] * 2),
+    "the slider, and stop": (lambda panel: (slide(panel, 0.5), panel._stop_button.click()), "busy", ["reverse at 1"]),
 }
 
 
@@ -110,11 +111,11 @@ def test_the_last_click_during_a_run_comes_next(running, pure, what):
     gate.leave.set()
     assert panel.wait(SOON)
     assert gate.calls == runs
-    assert panel.strength == panel._slider.value
-    assert "; ready" in panel._status.value
+    assert (panel.strength, panel.active) == (panel._slider.value, panel._radios.value)
+    assert "busy" not in panel._status.value
     if "stop" not in what:
-        assert [run.result for run in (panel.before, panel.after) if run] == runs
-    if what == "two buttons":
+        assert panel.answer.result == runs[-1]
+    if what == "two adapters":
         assert fingerprint(panel) == pure["sort"]
 
 
@@ -125,7 +126,7 @@ def test_a_refresh_is_no_click(running, monkeypatch):
     assert panel.wait(SOON)
     pool = panel._switch
     pool.strength = 0.5
-    monkeypatch.setattr(panel, "_refresh_buttons", lambda: setattr(pool, "strength", 1.0))
+    monkeypatch.setattr(panel.map, "look_now", lambda: setattr(pool, "strength", 1.0))
     panel._changed()
     assert panel._slider.value == 0.5  # until the refresh of whoever changed the strength
     assert not panel.busy
@@ -171,25 +172,15 @@ def test_a_click_that_comes_late_does_not_count(monkeypatch):
         monkeypatch.setattr("hotswap_lab.widgets.clicks._made", lambda s=second, w=what: (w[:5] == "other", moments[s]))
         assert clicks.take(lambda what=what: taken.append(what)) == (what != "late")
     assert taken == ["a", "b", "same moment", "other page", "cell"]
-    monkeypatch.setattr("hotswap_lab.widgets.clicks._made", lambda: (False, moments[2]))
-    assert clicks.take(lambda: taken.append("one of many"), each_counts=True)
-    assert taken[-1] == "one of many"
 
 
 # ---- a swap while something computes
-
-
-def look(pool, probe):
-    map = WeightMap(pool)
-    map.answer = probe
-    map.look()
 
 
 #: what computes with a pool's model, and calls a function meanwhile
 COMPUTING = {
     "panel": lambda pool, probe: SwapPanel(pool, probe).run(),
     "lattice": lambda pool, probe: StrengthLattice(pool, probe, strengths=(0,)).run(),
-    "map": look,
 }
 
 
@@ -214,7 +205,6 @@ LONG = {
     "panel": make,
     "panel of a model": lambda: make("model"),
     "rows": lambda: RowPanel.demo([WORD]),
-    "map": WeightMap.demo,
     "lattice": lambda: StrengthLattice.demo(strengths=(0,)),
     "lattice of a model": lambda: StrengthLattice(
         demo.load("reverse")[0], str, adapters=folders(*NAMES), strengths=(0,)
@@ -226,7 +216,8 @@ LONG = {
 def test_work_waits_for_a_thread_that_computes_and_the_wait_can_be_stopped(what):
     widget = LONG[what]()
     model, former = (getattr(widget, "pool", None) or widget).model, str(widget)
-    start = button(widget, "shout").click if "panel" in what else widget.start
+    numbers = itertools.cycle((0.5, 0.25))
+    start = (lambda: slide(widget, next(numbers))) if "panel" in what else widget.start
     with in_use(model):
         start()
         assert not widget.wait(0.7)  # longer than it waits at a time
@@ -274,9 +265,8 @@ def test_an_interrupt_at_any_step(pure):
         assert outcome.handler_kept, where
         assert not panel.busy, where
         assert fingerprint(panel) in (pure["reverse"], pure["sort"]), where
-        assert panel.after is None or panel.after.state != "running", where
         assert panel.choose("shout") == WORD, where
-        assert "; ready" in panel._status.value, where
+        assert "busy" not in panel._status.value, where
     assert len(came_to) > 10
 
 
@@ -296,14 +286,14 @@ def test_a_refresh_neither_waits_for_a_swap_nor_looks_at_a_half_written_model():
     writing = threading.Thread(target=swap)
     writing.start()
     assert entered.wait(SOON)
-    panel._looked = None
-    panel._refresh()
+    panel.map.name = ""
+    panel._changed()
     assert panel._picture.value == picture
-    assert "reverse is in the model" in picture
+    assert "reverse is in" in picture
     leave.set()
     writing.join(SOON)
-    panel._refresh()
-    assert "sort is in the model" in panel._picture.value != picture
+    panel._changed()
+    assert "sort is in" in panel._picture.value != picture
 
     def also_swap():
         waits.set()
@@ -313,9 +303,9 @@ def test_a_refresh_neither_waits_for_a_swap_nor_looks_at_a_half_written_model():
         waiting = threading.Thread(target=also_swap)
         waiting.start()
         assert waits.wait(SOON)
-        panel._looked = None
-        panel._refresh()  # the thread that computes: a swap that waits can't be halfway
-        assert "sort is in the model" in panel._picture.value
+        panel.map.name = ""
+        panel._changed()  # the thread that computes: a swap that waits can't be halfway
+        assert "sort is in" in panel._picture.value
     waiting.join(SOON)
     panel.choose("sort")  # the job itself waits for its turn to look
-    assert "sort is in the model" in panel._picture.value
+    assert "sort is in" in panel._picture.value
