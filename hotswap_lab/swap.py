@@ -42,7 +42,7 @@ _said: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDic
 def hotswap_adapter(
     model: torch.nn.Module,
     model_name_or_path: str | os.PathLike[str] | Adapter,
-    adapter_name: str,
+    adapter_name: str | None = None,
     torch_device: str | torch.device | None = None,
     *,
     add_layers: bool = False,
@@ -65,7 +65,7 @@ def hotswap_adapter(
         A folder with the new adapter, the id of a Hub repository, or an :class:`Adapter` read before.
     adapter_name:
         The name of the loaded adapter to replace, such as ``"default"``. It may be active, inactive or
-        disabled, but not merged.
+        disabled, but not merged. Default: the only adapter in the model, or of several the one named ``"default"``.
     torch_device:
         The device to read the file to. Default: CPU; the tensors are copied to the model's devices anyway.
     add_layers:
@@ -98,6 +98,8 @@ def hotswap_adapter(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter`` of PEFT 0.21, which this replaces.
     """
+    if adapter_name is None:
+        adapter_name = name_in(model, None)
     host = find_host(model, adapter_name)
     # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
     for_one_swap = not is_shared(host.base)

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from html import unescape
 
 import pytest
 import torch
@@ -97,7 +98,9 @@ def test_no(model, new, part):
     red, words = DRAWN[part]
     assert verdict._repr_mimebundle_()["image/svg+xml"] == verdict.figure().svg
     assert red_tiles(verdict.figure()) == red
-    assert words in verdict.figure().svg
+    svg = verdict.figure().svg
+    assert words in svg
+    assert max(map(len, re.findall(r"<text[^>]*>([^<]*)<", unescape(svg)))) <= 64, "it is cut off at the right"
 
 
 def test_base_weights_that_no_output_depends_on(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -25,7 +26,8 @@ def equality(layers: Sequence[Layer], is_equal: bool, mismatches: Sequence[str],
     top = {name: 64 + high * at for at, name in enumerate(rows)}
     counts, bottom = Counter(tag for *_, tags in layers for tag in tags), 88 + high * len(rows)
     lines = [line for line in mismatches if line.startswith("config.") or ": " not in line]
-    lines = [*lines, *(f"≠ {tag} ({count} of {len(layers)} layers)" for tag, count in counts.items())][:10]
+    lines = [*lines, *(f"≠ {tag} ({count} of {len(layers)} layers)" for tag, count in counts.items())]
+    lines = [part for line in lines for part in textwrap.wrap(line, 64, subsequent_indent="  ")][:10]
     canvas = Canvas(max(66 + wide * len(columns), 440), bottom + 18 * len(lines))
     verdict, color = ("Equal", RIGHT) if is_equal else ("Not equal", WRONG)
     canvas.text(20, 26, f"{verdict} to a fresh load", size=15, anchor="start", color=color, bold=True)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from .. import demo
 from ..swap import hotswap_adapter
@@ -117,12 +117,12 @@ def fresh(name: str) -> PeftModel:
     return demo.load(name)[0]
 
 
-class Calls(TorchDispatchMode):
-    """Counts the operations of PyTorch."""
+class Calls(TorchFunctionMode):
+    """Counts the calls of PyTorch's functions."""
 
     count: int = 0
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         return operation(*args, **(kwargs or {}))
 

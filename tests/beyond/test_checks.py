@@ -82,7 +82,8 @@ def test_the_only_adapter_needs_no_name(tmp_path):
     folders = [adapter_for(None, tmp_path / str(seed), seed) for seed in (1, 2)]
     model = PeftModel.from_pretrained(KIND.base(), folders[0], adapter_name="mine")
     assert plan_hotswap(model, folders[1]).ok
-    hotswap_adapter(model, folders[1], "mine")
+    hotswap_adapter(model, folders[1])
+    assert verify_hotswap(model, folders[1])
     set_strength(model, 0.5)
     assert get_strength(model) == 0.5
     set_strength(model, 1)
