@@ -177,6 +177,8 @@ def plan_leftovers(plan: Plan) -> None:
     if not tensors:
         return
     unknown = [key for key in plan.adapter.tensors if canonical_path(key) in tensors]
+    there = {layer.path for layer in plan.slot.layers}
+    paths = [path for path in paths if path not in there]  # of the others, a tensor is unknown
     where, keys = listing(paths, 3), listing(unknown, 4)
     if not paths:
         plan.refuse("unexpected_keys", keys=keys, count=len(tensors), adapter_name=name)

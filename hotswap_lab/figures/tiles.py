@@ -12,7 +12,7 @@ from html import escape
 
 import torch
 
-from . import FONT, Canvas, Figure
+from . import Canvas, Figure
 from .palette import BASE, CARD, INK, MUTED, adapter_color, mix
 from .png import address, png
 
@@ -103,10 +103,11 @@ def drawn(
         cells[row * pitch : row * pitch + n, column * pitch : column * pitch + n] = shades
         area = partial(_area, left + column * step, top + row * step, size, size)
         says, here = f"{tile.path}: {tile.says}", f"{column_labels[column]} in block {row_labels[row]}: {tile.says}"
+        # the text has its font where it is shown, by widgets/live.css
         spots.append(
-            f"<g class='hotswap-tile' tabindex='{-1 if spots else 0}' role='img' aria-label='{escape(says)}'>"
-            f"<title>{escape(says)}</title><rect {area()} fill='none' pointer-events='all'/><text x='12' "
-            f"y='{y + 12:g}' font-size='12' fill='{INK}' visibility='hidden' {FONT}>{escape(here)}</text></g>"
+            f"<g class='hotswap-tile' tabindex='{-1 if spots else 0}' role='img'><title>{escape(says)}</title>"
+            f"<rect {area()} fill='none' pointer-events='all'/>"
+            f"<text x='12' y='{y + 12:g}' fill='{INK}' visibility='hidden'>{escape(here)}</text></g>"
         )
         if tile.path in former[1]:
             spots.append(f"<rect {area(2)} fill='none' stroke='{adapter_color(former[0])}' stroke-dasharray='3 2'/>")

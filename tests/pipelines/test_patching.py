@@ -37,7 +37,7 @@ from hotswap_lab import (
     patch_peft,
     prepare_pipeline_for_compiled_hotswap,
 )
-from hotswap_lab.__main__ import compare
+from hotswap_lab.lessons.tour import compare
 from hotswap_lab.pipelines.lora_files import components_of
 
 LLAMA = KINDS["llama"]

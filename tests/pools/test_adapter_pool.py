@@ -109,7 +109,7 @@ def test_more_room_in_a_compiled_model_costs_one_recompile(tmp_path, fresh_compi
     """As the refusals say, of swaps, of preparing and of pools."""
     folders = save_family(LINEAR, tmp_path, first, dict(r=8), dict(r=16))
     family = dict(zip(("old", "new", "third"), folders, strict=True))
-    advised = "check_compiled='ignore' (costs one recompile)"
+    advised = r"check_compiled='ignore' \(costs one recompile\)"
 
     def swap_in_turn(swap: Callable[[str], object], *names: str) -> None:
         for name in names:
