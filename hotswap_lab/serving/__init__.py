@@ -1,9 +1,9 @@
-"""The pool behind a server: OpenAI's API in front, Ray Serve around it.
+"""The pool behind a server: OpenAI's API in front, in one process or with Ray Serve around it.
 
 A *replica* is one model with one pool, and answers many requests at once, each with its own adapter in its own row. A
-*register* knows which version of each adapter is in force. Both work by themselves, in one process. ``app`` puts them
-behind Ray Serve: many replicas, on one machine or on many. ``serve run hotswap_lab.serving:app`` serves the embedded
-model on port 8000.
+*register* knows which version of each adapter is live. ``hotswap-lab serve`` has one of each in one process. ``app``
+puts them behind Ray Serve: many replicas, on one machine or on many. ``serve run hotswap_lab.serving:app`` serves the
+embedded model on port 8000.
 """
 
 from typing import Any
