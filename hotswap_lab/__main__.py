@@ -31,7 +31,7 @@ class Told(dict[str, Any]):
 
     def __init__(self, text: object, **found: Any):
         super().__init__(found)
-        self.text = str(text)
+        self.text: str = str(text)
 
 
 def show(adapter: str) -> Told:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, itemgetter
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from .. import compat
 from .journal import Journal, interrupts_held
 
 Step = Callable[[Journal], object]
+#: a key that is in a table of parameters for a moment
+RESIZED = "hotswap_resized"
 
 
 @dataclass(eq=False)
@@ -33,6 +36,8 @@ class Change:
         Pairs of a target and a source, of the same shape, dtype and device.
     resizes:
         Pairs of a parameter and its new memory, of any shape.
+    tables:
+        The tables of the modules that have these parameters.
     sizes:
         Triples: a module, an attribute that repeats a parameter's size (``out_features`` of a ``lora_A``), its value.
     steps:
@@ -44,6 +49,7 @@ class Change:
     inference: bool = False
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     resizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
     sizes: list[tuple[torch.nn.Module, str, int | None]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     last_steps: list[Step] = field(default_factory=list)
@@ -93,6 +99,7 @@ def _write(change: Change, journal: Journal) -> None:
     with torch.inference_mode(change.inference):
         if change.resizes:
             give_memory(change.resizes, journal)
+            mark_changed(change.tables, journal)
         for name in set(map(itemgetter(1), change.sizes)):
             sized = [(owner.__dict__, size) for owner, attribute, size in change.sizes if attribute == name]
             journal.set_items([table for table, _ in sized], name, [size for _, size in sized])
@@ -119,6 +126,14 @@ def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journa
         parameter.data = fresh
         # autograd doesn't notice a write through .data by itself
         torch.autograd.graph.increment_version(parameter)
+
+
+def mark_changed(tables: Sequence[dict[str, Any]], journal: Journal) -> None:
+    """Change tables of parameters and change them back: PyTorch 2.8 checks no sizes where no table has changed."""
+    journal.record(lambda: [table.pop(RESIZED, None) for table in tables])
+    for table in tables:
+        table[RESIZED] = None
+        del table[RESIZED]
 
 
 def clear_gradients(parameters: Iterable[torch.nn.Parameter], journal: Journal) -> None:

@@ -71,6 +71,7 @@ class SlotTensor:
         elif not fixed_size:
             # always a copy: a model that shared memory with the caller's state dict would change with it
             change.resize(parameter, source.detach())
+            change.tables.append(self.owner._parameters)
             if self.size_attribute:
                 change.sizes.append((self.owner, self.size_attribute, self.rank_of(source.shape)))
         else:

@@ -145,7 +145,9 @@ def refused(swap: Callable[[], object]) -> str:
     return "no error"
 
 
-def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | None = None) -> Iterator[tuple]:
+def visits(
+    model: PeftModel, swap: Callable[[str], object], call: Callable[..., Any] | None = None
+) -> Iterator[tuple[Any, ...]]:
     """Swap each adapter in, forwards and backwards, and compare with fresh loads."""
     before = addresses(model)
     for name in [*FOLDERS, *reversed(FOLDERS)]:
@@ -154,7 +156,7 @@ def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | Non
     yield "all tensors stay at their addresses", addresses(model) == before, True
 
 
-def compiled_visits(model: PeftModel, swap: Callable[[str], object]) -> Iterator[tuple]:
+def compiled_visits(model: PeftModel, swap: Callable[[str], object]) -> Iterator[tuple[Any, ...]]:
     """The same in a compiled model."""
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", dynamic=False)
@@ -197,7 +199,7 @@ def part_01(text):
     yield "a scaling that is a tensor is filled in place", (table["default"] is tensor, float(tensor)), (True, 2.0)
 
 
-def prepared(mini: ModuleType) -> tuple[PeftModel, dict]:
+def prepared(mini: ModuleType) -> tuple[PeftModel, dict[str, Any]]:
     family = {name: mini.read(folder) for name, folder in FOLDERS.items()}
     return mini.prepare(demo.load_base(), family.values()), family
 

@@ -121,7 +121,7 @@ class AskingView(WorkingView):
 
     def _make(self, doing: str, change: Callable[[], object]) -> float:
         """Make a change. The status shows if it waits for threads that compute. Returns the seconds that it took."""
-        self.doing = f"{doing}, as soon as no other thread computes with the model"
+        self.doing: str = f"{doing}, as soon as no other thread computes with the model"
         return self._when_free(change)
 
     def _ask(self, prompt: object, begin: Callable[[Run], object] = lambda run: None) -> Run:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,10 +14,11 @@ from .. import compat, demo
 from ..figures import Canvas, Figure
 from ..figures.latency import readable, timeline
 from ..figures.palette import RIGHT, WRONG
+from ..pools.adapter_pool import AdapterPool
 from ..swap import prepare_model_for_compiled_hotswap
 from ..threads import in_use
 from ..watch import RecompileWatch
-from .switch import switch_for
+from .switch import ModelSwitch, switch_for
 from .view import counted, wrapping_row
 from .work import WorkingView
 
@@ -64,8 +66,10 @@ class Guards(WorkingView):
 
     title = "Guards: what a graph was compiled for"
 
-    def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Mapping):
-        self.adapters = adapters
+    def __init__(
+        self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Mapping[str, Any]
+    ):
+        self.adapters: Mapping[str, object] = adapters
         self.columns: dict[str, Column] = {name: Column(each, adapters, inputs) for name, each in models.items()}
         self._run(self._visit)
 
@@ -128,7 +132,7 @@ class Guards(WorkingView):
 class Column:
     """A model, compiled for itself alone, and the guards of the graph that ran last and of the one before."""
 
-    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Mapping):
+    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Mapping[str, Any]):
         def call() -> None:
             model(**inputs)
 
@@ -136,9 +140,11 @@ class Column:
         self._code = call.__code__ = call.__code__.replace()
         # a graph break, or too many graphs, would leave guards out; so it is an error
         self._call = torch.compile(call, backend="eager", dynamic=False, fullgraph=True)
-        self.switch, self.watch = switch_for(model, adapters), RecompileWatch()
+        self.switch: AdapterPool | ModelSwitch = switch_for(model, adapters)
+        self.watch: RecompileWatch = RecompileWatch()
         #: by a tensor's or scaling's path: its kind, and what the graph was compiled for
         self.guards: dict[str, tuple[str, str]] = {}
+        self.former: dict[str, tuple[str, str]] = {}
 
     def visit(self, label: str, check: Callable[[], None]) -> None:
         """Call the model a few times, and note the guards of the graph that ran."""

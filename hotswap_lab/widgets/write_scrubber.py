@@ -55,6 +55,7 @@ class WriteScrubber(WorkingView):
     def __init__(self, before: str = "pig_latin", after: str = "double", word: str = "hotswap"):
         self.names: tuple[str, str] = before, after
         self.word = word
+        self.model: torch.nn.Module
         self.model, self._tokenizer = demo.load(before)
         prepare_model_for_compiled_hotswap(self.model, adapters=[*map(demo.adapter_path, demo.adapter_names())])
         self._slot = resolve_slot(self.model, "default")

@@ -260,6 +260,21 @@ def test_an_unprepared_compiled_model_says_once_that_it_recompiles(folders):
         hotswap_adapter(compiled, folders[2], "default")
 
 
+def test_another_rank_alone_recompiles_an_unprepared_model(tmp_path):
+    """PyTorch 2.8 checks the size of a parameter again only where something in its module has changed."""
+    folders = save_family(LINEAR, tmp_path, dict(r=4, lora_alpha=8), dict(r=8, lora_alpha=16))
+    model = load(LINEAR, folders[0]).eval()
+    compiled = torch.compile(model, dynamic=False)
+    for _ in range(3):
+        call(compiled, LINEAR.inputs())
+    with RecompileWatch() as watch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hotswap_adapter(compiled, folders[1], "default")
+        assert_same_outputs(compiled, load(LINEAR, folders[1]), LINEAR)
+    assert watch.recompiles == 1
+    assert all("hotswap_resized" not in module._parameters for module in model.modules())
+
+
 def test_layers_that_were_not_reserved_are_refused(folders):
     model = load(LLAMA, folders[2])
     prepare_model_for_compiled_hotswap(model, target_rank=8)
