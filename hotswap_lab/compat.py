@@ -28,6 +28,7 @@ NAMES = {
     "dynamo_callbacks": "torch._dynamo.callback:callback_handler",
     "dynamo_metrics": "torch._dynamo.utils:get_metrics_context",
     "inductor_config": "torch._inductor:config",
+    "fresh_inductor_cache": "torch._inductor.utils:fresh_inductor_cache",
     "BufferDict": "peft.tuners._buffer_dict:BufferDict",
     "AdaptedAttention": "peft.tuners.adaption_prompt.layer:_BaseAdaptedAttention",
     "find_minimal_target_modules": "peft.tuners.tuners_utils:_find_minimal_target_modules",

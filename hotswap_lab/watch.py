@@ -263,6 +263,18 @@ def pick_backend() -> str:
 @functools.cache
 def _why_not_inductor() -> str | None:
     """The reason why inductor doesn't work here, or None. Only compiling something shows it."""
+    if (reason := _try_inductor()) is None:
+        return None
+    # an interrupted build stays in the compiler's cache, broken, so the compiler gets a second try with a fresh cache
+    try:
+        fresh_cache = compat.fresh_inductor_cache
+    except ImportError:
+        return reason
+    with fresh_cache():
+        return reason if _try_inductor() else None
+
+
+def _try_inductor() -> str | None:
     try:
         torch.compile(lambda x: x + 1, backend="inductor", dynamic=False)(torch.zeros(8))
     except Exception as error:
