@@ -86,9 +86,12 @@ def carriers(model: torch.nn.Module) -> Iterator[Host]:
 
 
 def hosts_in(owner: object) -> list[Host]:
-    """The carriers that have adapters, in a model or in an object that has models as attributes."""
-    models = [owner] if isinstance(owner, torch.nn.Module) else getattr(owner, "__dict__", {}).values()
-    found = [host for each in models if isinstance(each, torch.nn.Module) for host in carriers(each)]
+    """The carriers that have adapters, in a model, or in an object that has models as attributes."""
+    models = [owner]
+    if not isinstance(owner, torch.nn.Module):
+        models = [*getattr(owner, "__dict__", {}).values(), getattr(owner, "model", None)]  # a panel's is found
+    modules = dict.fromkeys(each for each in models if isinstance(each, torch.nn.Module))
+    found = [host for module in modules for host in carriers(module)]
     return [host for host in found if host.configs]
 
 

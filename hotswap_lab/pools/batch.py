@@ -20,6 +20,16 @@ from .proof import FLAG, Probe, batch_name, given_inputs, given_tensors, kind_of
 PART = -1
 
 
+#: a module's tables of hooks
+HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_always_called")
+
+
+def _put_back(tables: Sequence[dict[int, Any]], former: Sequence[dict[int, Any]]) -> None:
+    for table, items in zip(tables, former, strict=True):
+        table.clear()
+        table.update(items)
+
+
 class Batch:
     """The division of a model's batch into rows.
 
@@ -78,13 +88,14 @@ class Batch:
 
     def watch(self, entries: Sequence[torch.nn.Module], journal: Journal) -> None:
         """Add hooks that check the inputs of the entries."""
-        self.entries, handles = list(entries), []
-        journal.record(lambda: [each.remove() for each in handles])
+        self.entries = list(entries)
         for number, entry in enumerate(entries):
             enter, leave = functools.partial(self._enter, number), functools.partial(self._leave, number)
-            handles.append(entry.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(entry.register_forward_hook(leave, always_call=True))
-            self.hooks.append((handles[-2].id, handles[-1].id))
+            tables = [getattr(entry, name) for name in HOOKS]
+            journal.record(functools.partial(_put_back, tables, [dict(each) for each in tables]))
+            before = entry.register_forward_pre_hook(enter, with_kwargs=True)
+            after = entry.register_forward_hook(leave, always_call=True)
+            self.hooks.append((before.id, after.id))
 
     def unwatch(self, journal: Journal) -> None:
         """Remove the hooks."""

@@ -45,6 +45,7 @@ FUNCTIONS = ("hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_mode
 #: PEFT's and diffusers' own tests that fail with the patch, and why
 DIFFERENT = {
     "test_hotswap_wrong_peft_types_raises": "adapters of another type than LoRA are swapped, not refused",
+    "test_hotswap_extra_key_raises": "the first line says how many layers are missing; the names come after it",
     "test_hotswap_missing_key_works": "a file with a lora_B but no lora_A is damaged: PEFT turns that layer off",
     "test_prepare_model_for_compiled_hotswap_scalings_update_config": "the live config is that of the loaded adapter",
 }

@@ -14,7 +14,7 @@ from refusals import refused
 from shown import WORD, folders, live, panel_with
 
 from hotswap_lab import AdapterPool, demo, in_use
-from hotswap_lab.threads import held
+from hotswap_lab.threads import bases_of, held
 from hotswap_lab.widgets import RowPanel, StrengthLattice, SwapPanel, View
 from hotswap_lab.widgets.clicks import Clicks
 
@@ -309,3 +309,9 @@ def test_a_refresh_neither_waits_for_a_swap_nor_looks_at_a_half_written_model():
     waiting.join(SOON)
     panel.choose("sort")  # the job itself waits for its turn to look
     assert "sort is in" in panel._picture.value
+
+
+def test_a_panel_is_in_use_as_its_model_is():
+    panel = SwapPanel.demo()
+    (of_panel,), (of_model,) = bases_of(panel), bases_of(panel.model)
+    assert of_panel is of_model
