@@ -98,7 +98,10 @@ def mix(base: str, adapters: list[tuple[str, float]], out: str) -> Told:
     from .pools.adapter_pool import AdapterPool
     from .swap import save_adapter
 
-    weights, rank = dict(adapters), sum(max(summary_of(path).ranks, default=0) for path, _ in adapters)
+    weights: dict[str, float] = {}
+    for path, weight in adapters:
+        weights[path] = weights.get(path, 0.0) + weight
+    rank = sum(max(summary_of(path).ranks, default=0) for path in weights)
     model = PeftModel.from_pretrained(_model(base), adapters[0][0])
     AdapterPool(model, adapters={path: path for path in weights}, target_rank=rank, progress=False).swap(weights)
     save_adapter(model, out)
@@ -203,10 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of its own code
             told = run(**options)
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # a HotswapError is one; transformers raises an OSError for a base that isn't there
+    # a HotswapError is a ValueError; for a base that isn't there, transformers raises an OSError
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(json.dumps(told, indent=2, default=str) if as_json else told.text)

@@ -205,6 +205,7 @@ def test_mix(capsys, tmp_path):
     """The saved mix is the weighted sum of both, in a model with PEFT alone."""
     parts = {demo.adapter_path("reverse"): 0.7, demo.adapter_path("pig_latin"): -0.3}
     names = [f"{path}:{weight}" for path, weight in parts.items()]
+    names[:1] = [f"{demo.adapter_path('reverse')}:{weight}" for weight in (0.5, 0.2)]  # named twice, it counts twice
     assert told(capsys, "mix", BASE, *names, "--out", str(tmp_path / "mix")) == (
         0,
         {"ok": True, "out": str(tmp_path / "mix"), "rank": 40},
