@@ -61,7 +61,7 @@ def test_a_model_of_ones_own(tmp_path):
     ("args", "text"),
     [
         ({"row": 8}, r"found:    row\n  expected: some of base, adapters, token, replicas, rows"),
-        ({"rows": 0}, "rows is not.*\n.*found:    rows=0\n.*at least 1"),
+        ({"rows": 0}, "rows has an invalid value.*\n.*found:    rows=0\n.*at least 1"),
         ({"rows": "eight"}, "rows='eight'"),
         ({"rows": 2.5}, r"rows=2\.5"),
         ({"rows": None}, "rows=None"),
