@@ -204,6 +204,13 @@ def prepared(mini: ModuleType) -> tuple[PeftModel, dict[str, Any]]:
     return mini.prepare(demo.load_base(), family.values()), family
 
 
+def with_sort(mini: ModuleType) -> tuple[PeftModel, dict[str, Any]]:
+    """A prepared model with an adapter in it, and its scalings as tensors."""
+    model, family = prepared(mini)
+    mini.write(mini.plan(model, family["sort"]))
+    return mini.scalings_as_tensors(model), family
+
+
 @Exercise
 @torch.no_grad()
 def part_02(text):
@@ -229,9 +236,7 @@ def part_02(text):
 def part_03(text):
     """scalings_as_tensors, in a compiled model."""
     mini = built("03", text)
-    model, family = prepared(mini)
-    mini.write(mini.plan(model, family["sort"]))
-    model = mini.scalings_as_tensors(model)
+    model, family = with_sort(mini)
     yield "what you return", type(model).__name__, "PeftModel"
     yield "sort is still in the model", *same_as_fresh(model, fresh("sort"), IDS)
     yield from compiled_visits(model, lambda name: mini.write(mini.plan(model, family[name])))
@@ -242,9 +247,7 @@ def part_03(text):
 def part_04(text):
     """Pool: a swap is one copy."""
     mini = built("04", text)
-    model, family = prepared(mini)
-    model = mini.scalings_as_tensors(model)
-    mini.write(mini.plan(model, family["sort"]))
+    model, family = with_sort(mini)
     pool = mini.Pool(model, family)
     yield "making the pool changes nothing", *same_as_fresh(model, fresh("sort"), IDS)
     yield from compiled_visits(model, pool.swap)
