@@ -17,6 +17,7 @@ Without a compiler        ``aoti_compile`` writes a prepared model to a file, ``
 Many adapters             ``AdapterPool``; ``set_strength``, ``get_strength``; threads: ``in_use``, ``waiting_at_most``
 Code that calls PEFT      ``patch_peft`` makes it, diffusers and transformers swap with this package
 Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``
+What is in a model now    ``loaded``; each swap and refusal is a record of ``logging.getLogger("hotswap_lab")``
 Files                     ``save_adapter``
 Many users                ``hotswap_lab.serving``: OpenAI's API in front, Ray Serve around it
 
@@ -42,7 +43,7 @@ _PUBLIC = {
     "pipelines.patching": "patch_peft",
     "pipelines.pipeline": "PipelinePlan hotswap_pipeline plan_pipeline_hotswap prepare_pipeline_for_compiled_hotswap",
     "pools.adapter_pool": "AdapterPool",
-    "swap": "commit get_strength hotswap_adapter hotswap_adapter_from_state_dict plan_hotswap "
+    "swap": "commit get_strength hotswap_adapter hotswap_adapter_from_state_dict loaded plan_hotswap "
     "prepare_model_for_compiled_hotswap resolve_slot save_adapter set_strength",
     "threads": "ModelInUseError in_use waiting_at_most",
     "verify": "Verification verify_hotswap",
@@ -83,6 +84,7 @@ if _typing.TYPE_CHECKING:
     from .swap import get_strength as get_strength
     from .swap import hotswap_adapter as hotswap_adapter
     from .swap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+    from .swap import loaded as loaded
     from .swap import plan_hotswap as plan_hotswap
     from .swap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from .swap import resolve_slot as resolve_slot

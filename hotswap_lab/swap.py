@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,10 @@ from .beyond.passes import METHODS, make_plan
 from .core.adapter import Adapter
 from .core.change import apply
 from .core.errors import HotswapError, refusal
-from .core.host import Config, Host, carriers, find_host, name_in
+from .core.host import Config, Host, carriers, find_host, hosts_in, name_in
+from .core.loaded import LOG, LoadedList, loaded_of, tell
 from .core.plan import Plan
-from .core.prepare import as_list, changes_to_prepare, check_not_compiled, raise_ranks
+from .core.prepare import as_list, changes_to_prepare, check_not_compiled, raise_ranks, slots_to_prepare
 from .core.slot import Slot, slot_for, slot_in
 from .core.strength import change_strength, strength_of
 from .files.reading import read
@@ -100,13 +102,14 @@ def hotswap_adapter(
     """
     if adapter_name is None:
         adapter_name = name_in(model, None)
-    host = find_host(model, adapter_name)
-    # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
-    for_one_swap = not is_shared(host.base)
-    adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
-    with held(host.base):
-        slot = slot_for(METHODS, host, adapter_name)
-        carry_out([make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights)])
+    with refusals_told(model, adapter_name):
+        host = find_host(model, adapter_name)
+        # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
+        for_one_swap = not is_shared(host.base)
+        adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
+        with held(host.base):
+            slot = slot_for(METHODS, host, adapter_name)
+            carry_out([make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights)])
 
 
 def hotswap_adapter_from_state_dict(
@@ -159,11 +162,13 @@ def hotswap_adapter_from_state_dict(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter_from_state_dict`` of PEFT 0.21.
     """
-    host = find_host(model, adapter_name)
-    adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
-    with held(host.base):
-        slot = slot_for(METHODS, host, adapter_name)
-        carry_out([make_plan(slot, adapter, add_layers=add_layers, check_targets=False, base_weights=base_weights)])
+    with refusals_told(model, adapter_name):
+        host = find_host(model, adapter_name)
+        adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
+        with held(host.base):
+            slot = slot_for(METHODS, host, adapter_name)
+            how: dict[str, Any] = dict(check_targets=False, base_weights=base_weights)
+            carry_out([make_plan(slot, adapter, add_layers=add_layers, **how)])
 
 
 def plan_hotswap(
@@ -258,8 +263,9 @@ def commit(*plans: Plan) -> None:
     for plan in plans:
         if not isinstance(plan, Plan):
             raise TypeError(f"commit() takes what plan_hotswap gives, a Plan: got a {type(plan).__name__}")
-        plan.raise_if_refused()
-    if plans:
+    with refusals_told(plans[0].slot.host.root, plans[0].slot.adapter_name) if plans else contextlib.nullcontext():
+        for plan in plans:
+            plan.raise_if_refused()
         with held(*(plan.slot.host.base for plan in plans)):
             carry_out([_decided_again(plan) for plan in plans])
 
@@ -282,6 +288,27 @@ def carry_out(plans: Sequence[Plan]) -> None:
         plan.raise_if_refused()
         warn_of(plan)
     apply([plan.change() for plan in plans])
+    if LOG.isEnabledFor(logging.INFO):
+        tell("swap", [plan.slot for plan in plans])
+
+
+def tell_refusal(error: HotswapError, model: torch.nn.Module, adapter_name: str | None) -> None:
+    """Log a refusal, once, with what is in the model, which is what was in it before."""
+    if LOG.hasHandlers() and not vars(error).get("is_told"):
+        vars(error)["is_told"], slot = True, None
+        with contextlib.suppress(Exception):  # the model may have no such adapter
+            slot = resolve_slot(model, name_in(model, adapter_name))
+        tell("refusal", [slot], error)
+
+
+@contextlib.contextmanager
+def refusals_told(model: torch.nn.Module, adapter_name: str | None) -> Iterator[None]:
+    """Log the refusal that ends this block."""
+    try:
+        yield
+    except HotswapError as error:
+        tell_refusal(error, model, adapter_name)
+        raise
 
 
 def warn_of(plan: Plan) -> None:
@@ -361,17 +388,19 @@ def prepare_model_for_compiled_hotswap(
     Same call as ``peft.utils.hotswap.prepare_model_for_compiled_hotswap`` of PEFT 0.21, with its errors and
     warnings; ``adapters`` and ``adapter_name`` are new here.
     """
-    bases = [host.base for host in carriers(model)]
     # PEFT's wording
     found = "prepare_model_for_compiled_hotswap was called with a model that is already compiled, or has compiled parts"
-    check_not_compiled(model, check_compiled, found)
-    family = [read(each, only_config=True, **hub) for each in as_list(adapters)]
-    with held(*bases):
-        changes = changes_to_prepare(METHODS, model, family, target_rank=target_rank, adapter_name=adapter_name)
-        if config and target_rank is not None:
-            given = config.values() if isinstance(config, Mapping) else [config]
-            changes[0].steps.append(functools.partial(raise_ranks, model, given, target_rank))
-        apply(changes)
+    with refusals_told(model, adapter_name):
+        bases = [host.base for host in carriers(model)]
+        check_not_compiled(model, check_compiled, found)
+        family = [read(each, only_config=True, **hub) for each in as_list(adapters)]
+        with held(*bases):
+            changes = changes_to_prepare(METHODS, model, family, target_rank=target_rank, adapter_name=adapter_name)
+            if config and target_rank is not None:
+                given = config.values() if isinstance(config, Mapping) else [config]
+                changes[0].steps.append(functools.partial(raise_ranks, model, given, target_rank))
+            apply(changes)
+            tell("prepare", slots_to_prepare(METHODS, model, adapter_name))
 
 
 # ---- around a swap
@@ -440,9 +469,10 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str | No
     'pawstoh'
     """
     adapter_name = name_in(model, adapter_name)
-    host = find_host(model, adapter_name)
-    with held(host.base):
-        apply([change_strength(slot_for(METHODS, host, adapter_name), strength)])
+    with refusals_told(model, adapter_name), held((host := find_host(model, adapter_name)).base):
+        slot = slot_for(METHODS, host, adapter_name)
+        apply([change_strength(slot, strength)])
+        tell("strength", [slot])
 
 
 def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> float:
@@ -463,6 +493,43 @@ def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> flo
     """
     adapter_name = name_in(model, adapter_name)
     return strength_of(slot_for(METHODS, find_host(model, adapter_name), adapter_name))
+
+
+def loaded(model: object) -> LoadedList:
+    """Say what is in a model now: a :class:`~hotswap_lab.core.loaded.Loaded` for each adapter.
+
+    Parameters
+    ----------
+    model:
+        A model with adapters, compiled or not, or an object that has such models as attributes: an
+        :class:`~hotswap_lab.AdapterPool`, a diffusers pipeline.
+
+    Returns
+    -------
+    list
+        Prints as one line for each adapter, and as a table in a notebook. Each has its fields as attributes (name,
+        method, ranks, strength, mix, source, revision, when), ``sha256``, which reads the adapter's file when it is
+        asked for, and ``as_dict()``.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo, hotswap_adapter, loaded
+    >>> model, _ = demo.load("reverse")
+    >>> loaded(model)  # PEFT doesn't note where it loaded an adapter from
+    default: LORA of rank 8, strength 1, from unknown, since -
+    >>> hotswap_adapter(model, demo.adapter_path("sort"))
+    >>> now = loaded(model)[0]
+    >>> now.ranks, now.source == demo.adapter_path("sort"), len(now.sha256)
+    ((6, 16, 24), True, 64)
+
+    Notes
+    -----
+    A swap notes only a source and a time, on the adapter's config in the model, and never in a file. Each swap,
+    refusal and preparation is also a record of ``logging.getLogger("hotswap_lab")`` with the same fields as attributes,
+    and ``event`` and ``error``: swaps at level INFO, refusals at WARNING. So a handler is a history.
+    """
+    slots = [slot_for(METHODS, host, name) for host in hosts_in(model) for name in host.configs]
+    return LoadedList(map(loaded_of, slots))
 
 
 def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:

@@ -13,7 +13,8 @@ A prepared model
     ``prepared`` (layers whose scaling is no constant of a graph, and marks on layers), ``arena`` and ``room`` (its
     memory), ``prepare``.
 Others
-    ``strength``; ``wrappers`` (the modules that PEFT puts around others); ``report`` (tables).
+    ``strength``; ``wrappers`` (the modules that PEFT puts around others); ``report`` (tables); ``loaded`` (what is in
+    a model now, and the log).
 
 Core imports only ``hotswap_lab.compat`` from the rest of the package.
 """

@@ -13,6 +13,9 @@ from .errors import HotswapError, listing, refuse
 from .host import Config, kind_of
 from .tensors import is_finite
 
+#: attributes of a config in a model: its adapter's source, revision and file; and when a swap put it in
+ORIGIN, WHEN = "_hotswap_origin", "_hotswap_when"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
@@ -32,6 +35,8 @@ class Adapter:
         The commit of the Hub repository that it was read from. None if it came from elsewhere.
     is_folder:
         Whether it was read from a local folder.
+    file:
+        The path of its weights, and the file's inode, size and time when it was read. None if it came from memory.
 
     Examples
     --------
@@ -43,6 +48,7 @@ class Adapter:
     source: str
     revision: str | None = None
     is_folder: bool = False
+    file: tuple[str, int, int, int] | None = None
 
     @classmethod
     def from_state_dict(

@@ -18,6 +18,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, MIN_TARGET_MOD
 from peft.utils.other import get_pattern_key
 
 from .. import compat
+from .adapter import ORIGIN, WHEN
 from .host import Config, Host, TunerLayer
 from .journal import Journal
 from .method import Method
@@ -96,7 +97,7 @@ def fingerprint(config: Config) -> bytes | None:
     Whether the adapter is trained doesn't count.
     """
     fields = dict(vars(config))
-    for name in ("inference_mode", NOTED):
+    for name in ("inference_mode", NOTED, ORIGIN, WHEN):
         fields.pop(name, None)
     try:
         for name, value in [*fields.items()]:

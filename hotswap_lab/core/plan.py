@@ -8,6 +8,7 @@ out, it is turned into a :class:`~hotswap_lab.core.change.Change`.
 from __future__ import annotations
 
 import enum
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from itertools import compress, zip_longest
 import torch
 
 from . import lora
-from .adapter import Adapter
+from .adapter import ORIGIN, WHEN, Adapter
 from .change import Change, clear_gradients
 from .errors import HotswapError, Refusal, refusal
 from .host import Config
@@ -167,6 +168,8 @@ class Plan:
 
     def change(self) -> Change:
         """The change to write, allocated next to the model."""
+        adapter, noted = self.adapter, vars(self.config)
+        noted[ORIGIN], noted[WHEN] = (adapter.source, adapter.revision, adapter.file), time.time()
         with self.slot.write_mode(), torch.no_grad():
             return self.make_change(self)
 

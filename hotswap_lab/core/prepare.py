@@ -61,7 +61,7 @@ def changes_to_prepare(
         raise refuse("target_rank_is_no_rank", target_rank=target_rank)
     changes: list[Change] = []
     refusals: list[Refusal] = []
-    for slot in _slots(methods, model, adapter_name):
+    for slot in slots_to_prepare(methods, model, adapter_name):
         if (prepare_in_place := slot.method.prepare_in_place) is None:
             extra = extra_tensors(slot) if extra_tensors else []
             change, reasons = _prepare(slot, target_rank, family, kind, extra, ranks or {})
@@ -109,7 +109,8 @@ def as_list(adapters: Any) -> list[Any]:
     return list(adapters.values() if isinstance(adapters, Mapping) else adapters)
 
 
-def _slots(methods: Sequence[Method], model: torch.nn.Module, adapter_name: str | None) -> Iterator[Slot]:
+def slots_to_prepare(methods: Sequence[Method], model: torch.nn.Module, adapter_name: str | None) -> Iterator[Slot]:
+    """The slots that are prepared: of one adapter, or of all that can be."""
     for host in carriers(model):
         for name, config in host.configs.items():
             # adapters that can't be prepared are skipped, unless they are asked for by name

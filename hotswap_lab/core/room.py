@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .adapter import WHEN
 from .arena import Band, Span, build_arena
 from .change import Change, clear_gradients, copy_all
 from .errors import listing, refuse
@@ -250,7 +252,8 @@ class Room:
     def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
         """The change that puts a packed adapter in. The room must be intact."""
         taken = list(map(len, packed.bands))
-        change = self._change(packed.state, copy_of(packed.state.config), taken, taken)
+        vars(config := copy_of(packed.state.config))[WHEN] = time.time()
+        change = self._change(packed.state, config, taken, taken)
         for memory, own in zip(self._memories, packed.bands, strict=True):
             if len(own):
                 change.copies.append((memory[: len(own)], own))

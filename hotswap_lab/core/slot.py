@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from . import lora
+from .adapter import ORIGIN
 from .change import Change
 from .host import PEFT_PREFIX, Config, Host, TunerLayer, find_host, modules_in
 from .journal import Journal
@@ -261,7 +262,7 @@ def copy_of(config: Config) -> Config:
     for name, value in vars(config).items():
         if isinstance(value, set) or (isinstance(value, (list, dict)) and not value):
             setattr(config, name, value.copy())
-        elif not isinstance(value, (str, int, float, type(None))):
+        elif name != ORIGIN and not isinstance(value, (str, int, float, type(None))):
             setattr(config, name, copy.deepcopy(value))
     return config
 

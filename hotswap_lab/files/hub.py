@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..core.errors import first_line
@@ -31,9 +31,8 @@ class Repository(sources.Folder):
         try:
             folder = os.path.dirname(_fetch(self.name, CONFIG_NAME, self.arguments))
         except Exception as error:  # of many types: no such repository, no access, no network, no space, ...
-            found = f"no folder {self.name!r} here"
-            if not isinstance(error, HFValidationError):  # a path, and no id of a repository
-                found += f"; and the Hub: {first_line(_cause(error))}"
+            found = f"no folder {self.name!r} here{sources.adapters_in(os.path.dirname(self.name))}"
+            found += f"; and the Hub: {first_line(_cause(error))}"
             raise sources.no_config(self.name, found, _advice(error)) from error
         self.revision: str | None = commit_of(folder)
         return folder

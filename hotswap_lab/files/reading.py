@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from .bin_file import read_bin
 from .hub import find_repository
 from .sources import Folder, Tensors, check_file, read_config
 from .weights_file import read_safetensors
+
+#: an id on the Hub; all else is a path
+REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Adapter(core.Adapter):
@@ -67,8 +71,8 @@ class Adapter(core.Adapter):
         """
         place = find_source(source, hub)
         config = read_config(place)
-        tensors, pieces = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
-        adapter = cls(config, tensors, place.name, place.revision, os.path.isdir(place.name))
+        file, (tensors, pieces) = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
+        adapter = cls(config, tensors, place.name, place.revision, os.path.isdir(place.name), file)
         if pieces is None or not all(map(is_finite, pieces)):
             adapter.check_tensors(allow_nonfinite)
         return adapter
@@ -79,24 +83,23 @@ def find_source(source: object, arguments: dict[str, Any]) -> Folder:
     if not isinstance(source, (str, os.PathLike)):
         raise refuse("no_adapter_to_read", found=f"a {type(source).__name__}: {source!r}"[:200])
     name = os.fspath(source)
-    is_folder = os.path.isdir(name)
-    if is_folder and not arguments:
+    is_path = os.path.isdir(name) or not isinstance(source, str) or not REPOSITORY.fullmatch(name)
+    if is_path and not arguments:
         return Folder(name)
     repository = find_repository(name, arguments)  # also for a folder, since it checks the arguments
-    return Folder(name, str(arguments.get("subfolder") or "")) if is_folder else repository
+    return Folder(name, str(arguments.get("subfolder") or "")) if is_path else repository
 
 
 def read_tensors(
     place: Folder, device: str | torch.device, key_mapping: dict[str, str] | None, for_one_swap: bool
-) -> Tensors:
-    """The tensors of an adapter by the keys of its file. With ``for_one_swap``, they may be the file itself."""
+) -> tuple[tuple[str, int, int, int], Tensors]:
+    """The file of an adapter's weights, and its tensors by its keys: with ``for_one_swap``, maybe the file itself."""
     folder, read = place.folder_with_weights(), read_safetensors
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.exists(path):
         path, read = os.path.join(folder, WEIGHTS_NAME), read_bin
     try:
-        check_file(path)
-        return read(folder, str(device), key_mapping, for_one_swap)
+        return check_file(path), read(folder, str(device), key_mapping, for_one_swap)
     except Exception as error:  # a damaged file may cause an error of any type
         raise refuse("weights_unreadable", source=place.name, error=error) from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -12,7 +14,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..core.errors import HotswapError, refuse
+from ..core.errors import HotswapError, listing, refuse
 
 
 @dataclass
@@ -33,11 +35,20 @@ class Folder:
         """The local folder that has the weights, of the same version as the config."""
         return self._with(no_weights, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
-    def _with(self, lacking: Callable[[str, Exception], HotswapError], *names: str) -> str:
+    def _with(self, lacking: Callable[[str, str], HotswapError], *names: str) -> str:
         folder = os.path.join(self.name, self.subfolder)
         if not any(map(os.path.exists, map(os.path.join, repeat(folder), names))):
-            raise lacking(self.name, FileNotFoundError(f"no {' and no '.join(names)} in the folder {folder}"))
+            is_there = os.path.isdir(folder)
+            found = f"no {' and no '.join(names)} in the folder {folder}" if is_there else f"no folder {folder!r}"
+            raise lacking(self.name, found + adapters_in(folder if is_there else os.path.dirname(folder)))
         return folder
+
+
+def adapters_in(folder: str) -> str:
+    """For messages: the adapters in a folder, if there are any."""
+    configs = glob.glob(os.path.join(glob.escape(folder or "."), "*", CONFIG_NAME))
+    names = sorted(repr(os.path.basename(os.path.dirname(each))) for each in configs)
+    return f"; {folder or 'this folder'} has the adapters {listing(names)}: pass the path of one" if names else ""
 
 
 #: tensors by name; and pieces that together cover the memory of all of them, or None
@@ -60,16 +71,20 @@ def no_weights(name: str, error: object, next_step: str | None = None) -> Hotswa
 # ---- reading the files
 
 
-def check_file(path: str | os.PathLike[str]) -> None:
+def check_file(path: str) -> tuple[str, int, int, int]:
     """Refuse a path that is not a regular file: opening a pipe may wait forever, and a device may have no end.
+
+    Returns the absolute path, and the file's inode, size and time, which another file or another version differs in.
 
     Raises
     ------
     OSError
         If ``path`` is not a regular file, or doesn't exist.
     """
-    if not os.path.isfile(path):
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{os.path.basename(path)} is a folder, a pipe or a device, and no file")
+    return os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_config(place: Folder) -> PeftConfig:

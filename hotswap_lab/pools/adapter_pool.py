@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -13,11 +14,12 @@ from peft import PeftConfig
 from tqdm.auto import tqdm
 
 from ..beyond.passes import METHODS, make_plan
-from ..core.adapter import Adapter
+from ..core.adapter import ORIGIN, Adapter
 from ..core.change import Step, apply
 from ..core.errors import HotswapError, refuse
 from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
+from ..core.loaded import LOG, tell
 from ..core.lora import Lora
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
@@ -25,7 +27,7 @@ from ..core.room import Packed, Room, State
 from ..core.slot import Slot, change_of, room_of, slot_for
 from ..core.strength import check_strength
 from ..files.reading import read
-from ..swap import get_strength, warn_of
+from ..swap import get_strength, refusals_told, tell_refusal, warn_of
 from ..threads import Block, held, put_back
 from .former import as_now, change_to, is_in, snapshot, strengths_of, weights_of
 from .members import Member, Members, check_named
@@ -118,7 +120,7 @@ class AdapterPool:
         self._members = Members(hub, self._pack, max_bytes)
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
         base = self._check_kind(slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)).host.base
-        with held(base, computing=True):
+        with self._told(), held(base, computing=True):
             way_back = Journal()
             try:
                 family = [read(source, only_config=True, **hub) for source in adapters.values()]
@@ -128,6 +130,7 @@ class AdapterPool:
                     apply(changes_to_prepare(METHODS, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
                 self._fill(adapters.items(), progress)
+                tell("prepare", [self._room.slot])
             except BaseException:
                 if not way_back.is_empty:
                     put_back(lambda: _roll_back(way_back, base), "leaves the model prepared")
@@ -171,19 +174,28 @@ class AdapterPool:
     @property
     def active(self) -> str | None:
         """The name of the adapter that all rows compute with; None if there is none, or it is off."""
-        member = self._loaded if not self._room.assigned and self._room.is_intact() else None
-        if member is None:
-            return None
-        with contextlib.suppress(HotswapError):  # if the user has scaled only some of the layers
-            return None if self.strength == 0 else member.name
-        return member.name
+        return now.name if isinstance(now := self._now, Member) else None
 
     @property
-    def _loaded(self) -> Member | None:
-        """The adapter in the room, if it is one of this pool."""
+    def mix(self) -> dict[str, float] | None:
+        """The weights of the mix that all rows compute with, by name; None if there is no mix, or it is off."""
+        return now.weights if isinstance(now := self._now, Mix) else None
+
+    @property
+    def _now(self) -> Member | Mix | None:
+        """What all rows compute with; None if it is off, or not of this pool."""
+        owner = self._loaded if not self._room.assigned and self._room.is_intact() else None
+        with contextlib.suppress(HotswapError):  # if the user has scaled only some of the layers
+            return None if owner is None or self.strength == 0 else owner
+        return owner
+
+    @property
+    def _loaded(self) -> Member | Mix | None:
+        """The adapter or the mix in the room, if it is of this pool."""
         owner = self._room.state.owner
-        member = self._members.get(owner.name) if isinstance(owner, Member) else None
-        return member if member is owner and not self._room.is_touched else None
+        shares = owner.shares if isinstance(owner, Mix) else [(owner, 1.0)]
+        is_own = all(isinstance(each, Member) and self._members.get(each.name) is each for each, _ in shares)
+        return owner if is_own and not self._room.is_touched else None
 
     @property
     def rows(self) -> list[Row]:
@@ -206,9 +218,10 @@ class AdapterPool:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        with self._turn(), self._writing():
+        with self._told(), self._turn(), self._writing():
             check_strength(value, self._room.slot)
             apply([self._room.change_strength(value)])
+            tell("strength", [self._room.slot])
 
     def version(self, name: str) -> int:
         """The version of an adapter's weights: 1 at first, one more with each :meth:`update`."""
@@ -224,7 +237,8 @@ class AdapterPool:
         HotswapError
             If the name is taken, or the adapter can't be read or doesn't fit the room that was prepared.
         """
-        self._members.add(name, source)
+        with self._told():
+            self._members.add(name, source)
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the pool. One in use can't be removed."""
@@ -246,7 +260,7 @@ class AdapterPool:
         config:
             Its config. Default: the one that the adapter has.
         """
-        with self._turn():
+        with self._told(), self._turn():
             member = self._members[name]
             adapter = Adapter.from_state_dict(state_dict, config or self._members.packed(member).state.config)
             packed = self._pack(member, adapter, False)
@@ -267,10 +281,13 @@ class AdapterPool:
                 self._members.make_space(member, packed, updated=True)
                 change.steps.append(put)
                 apply([change])
+                if in_model:
+                    tell("swap", [self._room.slot])
 
     def _pack(self, member: Member, adapter: Adapter, check_targets: bool) -> Packed:
         self._check_room()
         slot, sources, task_type = self._room.slot, [], adapter.config.task_type
+        origin = adapter.source, adapter.revision, adapter.file
         if slot.config.modules_to_save:
             slot, adapter, sources = taken_apart(self._room, adapter, member.name)
         plan = make_plan(slot, adapter, check_targets=check_targets)
@@ -289,6 +306,7 @@ class AdapterPool:
         if slot is not self._room.slot:
             # like after loading: PEFT adds a classifier's names to the given ones
             plan.config.modules_to_save, plan.config.task_type = [*self._room.slot.config.modules_to_save], task_type
+        vars(plan.config)[ORIGIN] = origin
         state = State(tuple([layer.settings for layer in plan.layers]), plan.config, member)
         return self._room.pack(state, sources)
 
@@ -313,19 +331,25 @@ class AdapterPool:
 
     def _swap(self, name: str | Mapping[str, float], strength: float, *steps: Step) -> None:
         members, is_mix = self._members, isinstance(name, Mapping)
-        is_slow = is_mix or members[name].packed is None
-        with self._turn() if is_slow else contextlib.nullcontext():
-            if is_slow:
-                self._packed(name)  # while others go on computing
-            with held(self._room.slot.host.base), members.lock:
-                self._check_room()
-                if strength != 1:
-                    check_strength(strength, self._room.slot)
-                # looked up here: another adapter may have this name by now
-                packed = self._packed(name) if is_mix else members.packed(members[name])
-                change = self._room.change_to(packed, strength)
-                change.steps += steps
-                apply([change])
+        try:
+            is_slow = is_mix or members[name].packed is None
+            with self._turn() if is_slow else contextlib.nullcontext():
+                if is_slow:
+                    self._packed(name)  # while others go on computing
+                with held(self._room.slot.host.base), members.lock:
+                    self._check_room()
+                    if strength != 1:
+                        check_strength(strength, self._room.slot)
+                    # looked up here: another adapter may have this name by now
+                    packed = self._packed(name) if is_mix else members.packed(members[name])
+                    change = self._room.change_to(packed, strength)
+                    change.steps += steps
+                    apply([change])
+                    if LOG.isEnabledFor(logging.INFO):
+                        tell("swap", [self._room.slot])
+        except HotswapError as error:
+            tell_refusal(error, self.model, self.adapter_name)
+            raise
 
     def off(self) -> None:
         """Turn the adapter off: the model computes like the base model until the next swap."""
@@ -381,7 +405,7 @@ class AdapterPool:
             raise refuse("copies_is_no_number", copies=copies)
         if len(strengths) != count:
             raise refuse("strengths_of_others", strengths=len(strengths), rows=count)
-        with self._turn():
+        with self._told(), self._turn():
             self._all_packed(adapters)  # which may take long
             with self._writing():
                 for strength in strengths:
@@ -391,6 +415,7 @@ class AdapterPool:
                 change = room.change_rows(rows, copies)
                 change.steps += steps
                 apply([change])
+                tell("swap", [room.slot])
 
     def _all_packed(self, adapters: Sequence[Wanted]) -> list[Packed | None]:
         names = [tuple(each.items()) if isinstance(each, Mapping) else each for each in adapters]
@@ -485,6 +510,7 @@ class AdapterPool:
         packed = as_now(self._room, self._members, former)
         with self._writing():
             apply([change_to(self._room, packed)])
+            tell("swap", [self._room.slot])
 
     # ---- turns
 
@@ -497,6 +523,10 @@ class AdapterPool:
     def _turn(self) -> AbstractContextManager:
         """Keep other threads from swapping; they may go on computing."""
         return held(self._room.slot.host.base, computing=True)
+
+    def _told(self) -> AbstractContextManager:
+        """Log the refusal that ends a block."""
+        return refusals_told(self.model, self.adapter_name)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -522,9 +552,12 @@ class AdapterPool:
 
     @property
     def table(self) -> list[tuple[str, ...]]:
-        """One line for each adapter: name, rank, alpha, layers, bytes, and whether it is the active one."""
-        active = self.active
-        return [(*each.row, "active" if each.name == active else "") for each in list(self._members.values())]
+        """One line for each adapter: name, rank, alpha, layers, bytes, and whether it is active, or its weight."""
+        now = self._now
+        notes = {now.name: "active"} if isinstance(now, Member) else {}
+        if isinstance(now, Mix):
+            notes = {name: f"{weight:g} of the mix" for name, weight in now.weights.items()}
+        return [(*each.row, notes.get(each.name, "")) for each in list(self._members.values())]
 
     @property
     def summary(self) -> str:

@@ -25,14 +25,14 @@ class PackedRows(Packed):
     copies: int
 
 
-def snapshot(room: Room, loaded: Member | None) -> Packed:
-    """The present adapters of a room, with their strengths. ``loaded`` is the pool's adapter in it, if it is one."""
+def snapshot(room: Room, loaded: Member | Mix | None) -> Packed:
+    """The present adapters of a room, with their strengths. ``loaded`` is what is in it, if it is of the pool."""
     state, scalings = room.state, room.scalings[0].detach().clone()
     if room.assigned:
         return PackedRows(state, (), scalings, room.assigned, cast(RowRoom, room).batch.copies)
-    if not loaded and not (isinstance(state.owner, Mix) and not room.is_touched):
+    if not loaded:
         state = replace(state, owner=None)  # it may be an adapter of the pool that was trained since
-    if loaded and loaded.packed:
+    if isinstance(loaded, Member) and loaded.packed:
         return Packed(state, loaded.packed.bands, scalings)
     with torch.inference_mode(False), torch.no_grad():
         taken = zip(room.bands, room.components_for(state)[1], strict=True)

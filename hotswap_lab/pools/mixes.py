@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.adapter import ORIGIN
 from ..core.errors import refuse
 from ..core.host import Config
 from ..core.room import Packed, Room, State
@@ -66,6 +67,7 @@ def _config_of(layers: Sequence[SlotLayer], settings: Sequence[LayerSettings | N
     """The config that a mix is saved with."""
     ranks = {layer.path: each.rank for layer, each in zip(layers, settings, strict=True) if each is not None}
     config = copy.deepcopy(like)
+    vars(config)[ORIGIN] = "a mix", None, None
     config.r = config.lora_alpha = max(ranks.values(), default=like.r)
     config.rank_pattern = {path: rank for path, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = dict(config.rank_pattern)

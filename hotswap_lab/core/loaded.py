@@ -1,0 +1,160 @@
+"""Loaded: what is in a model now, and the log of what was done to it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from .adapter import ORIGIN, WHEN
+from .errors import HotswapError
+from .host import kind_of
+from .prepared import ranks_before
+from .report import html_table
+from .slot import Slot, slot_for
+from .strength import strength_of
+
+LOG = logging.getLogger("hotswap_lab")
+#: the columns of a table
+HEADER = ("adapter", "now", "method", "rank", "strength", "source", "since")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One adapter in a model, as it was when this was made.
+
+    Parameters
+    ----------
+    model:
+        The class of the base model.
+    adapter_name:
+        The adapter's name in the model, such as ``"default"``.
+    method:
+        The PEFT type, such as ``"LORA"``.
+    ranks:
+        The ranks of all layers, each once; empty for methods without ranks.
+    strength:
+        1 as trained, 0 off; None for different ones in different layers, and for adapters that have no strength.
+    member, mix, rows:
+        Of a pool: the adapter's name there; the weights of a mix by name; or one of these for each row of a batch.
+    source, revision:
+        The folder or Hub id that it was read from, and the commit on the Hub; ``"a state dict"`` for tensors from
+        memory, and ``"unknown"`` for an adapter that PEFT loaded. Training since then doesn't change them.
+    when:
+        When a swap put it in; None if PEFT loaded it.
+    file:
+        The path of its weights, and the file's inode, size and time when it was read.
+    """
+
+    model: str
+    adapter_name: str
+    method: str
+    ranks: tuple[int, ...]
+    strength: float | None
+    member: str | None
+    mix: dict[str, float] | None
+    rows: tuple[str | dict[str, float] | None, ...]
+    source: str
+    revision: str | None
+    when: datetime | None
+    file: tuple[str, int, int, int] | None = dataclasses.field(repr=False)
+
+    @property
+    def sha256(self) -> str | None:
+        """The hash of the adapter's file, which is read now; None if it was changed since, or there is none."""
+        path, *stamp = self.file or [""]
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            if stamp == [found.st_ino, found.st_size, found.st_mtime_ns]:
+                return hashlib.sha256(file.read()).hexdigest()
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON; with the hash."""
+        when = self.when and self.when.isoformat(timespec="seconds")
+        return dataclasses.asdict(self) | {"when": when, "file": self.file and self.file[0], "sha256": self.sha256}
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The columns of a table."""
+        ranks = " ".join(map(str, self.ranks)) or "-"
+        strength = "-" if self.strength is None else f"{self.strength:g}"
+        source = f"{self.source} @ {self.revision[:8]}" if self.revision else self.source
+        when = f"{self.when:%Y-%m-%d %H:%M:%S}" if self.when else "-"
+        now = " | ".join(map(_shown, self.rows or [self.mix or self.member]))
+        return self.adapter_name, now, self.method, ranks, strength, source, when
+
+    def __str__(self) -> str:
+        name, now, method, ranks, strength, source, when = self.row
+        now = "" if now == "-" else f"{now}, "
+        return f"{name}: {now}{method} of rank {ranks}, strength {strength}, from {source}, since {when}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self.model, HEADER, [self.row])
+
+
+class LoadedList(list[Loaded]):
+    """A :class:`Loaded` for each adapter in a model, which prints as a line each, and as a table in a notebook."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self)) or "no adapters"
+
+    def _repr_html_(self) -> str:
+        return html_table(" and ".join({each.model: 0 for each in self}), HEADER, [each.row for each in self])
+
+
+def _shown(owner: object) -> str:
+    """A pool's name for weights, as text.
+
+    >>> _shown({"shout": 0.7, "sort": 0.3}), _shown(None)
+    ('0.7 shout + 0.3 sort', '-')
+    """
+    weights = [f"{weight:g} {name}" for name, weight in owner.items()] if isinstance(owner, dict) else [owner or "-"]
+    return " + ".join(map(str, weights))
+
+
+def loaded_of(slot: Slot) -> Loaded:
+    """The :class:`Loaded` of a slot that was just found."""
+    room, noted, rows, owner = slot.room, vars(slot.config), (), None
+    origin, when = noted.get(ORIGIN, ("unknown", None, None)), noted.get(WHEN)
+    if room is not None and room.assigned:
+        rows = tuple([_named(each and each.state.owner) for each in room.assigned])
+        origin, when = ("the rows of a pool", None, None), None
+    elif room is not None:
+        owner = None if room.is_touched else _named(room.state.owner)
+        # of a pool's adapter that PEFT loaded, only the pool knows the source
+        origin = noted.get(ORIGIN, vars(room.state.config).get(ORIGIN, origin))
+    mix, member = (owner, None) if isinstance(owner, dict) else (None, owner)
+    strength = None
+    with contextlib.suppress(HotswapError):  # it is of another method, or has different ones
+        strength = strength_of(slot)
+    ranks = tuple(sorted({rank for rank in ranks_before(slot) if rank}))
+    model, method, when = type(slot.host.base).__name__, kind_of(slot.config), when and datetime.fromtimestamp(when)
+    source, revision, file = origin
+    names = model, slot.adapter_name, method
+    return Loaded(*names, ranks, strength, member, mix, rows, source, revision, when and when.astimezone(), file)
+
+
+def _named(owner: Any) -> Any:
+    """A pool's name for the owner of weights: a member has a name, and a mix has weights."""
+    return getattr(owner, "weights", None) or getattr(owner, "name", None)
+
+
+def tell(event: str, slots: Iterable[Slot | None], error: HotswapError | None = None) -> None:
+    """Log an event in each slot: the attributes of the record are the fields of :class:`Loaded` after it."""
+    level = logging.WARNING if error else logging.INFO
+    # without handlers, Python would print a warning
+    for slot in slots if LOG.hasHandlers() and LOG.isEnabledFor(level) else ():
+        now = None
+        with contextlib.suppress(Exception):  # the log must not fail a swap that is done
+            now = slot and loaded_of(slot_for(slot.methods, slot.host, slot.adapter_name))
+        fields = {each.name: getattr(now, each.name, None) for each in dataclasses.fields(Loaded)}
+        LOG.log(level, "%s: %s", event, error or now, extra=fields | {"event": event, "error": error})
