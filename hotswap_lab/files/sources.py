@@ -36,11 +36,12 @@ class Folder:
         return self._with(no_weights, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
     def _with(self, lacking: Callable[[str, str], HotswapError], *names: str) -> str:
-        folder = os.path.join(self.name, self.subfolder)
+        folder = os.path.join(self.name, self.subfolder) if self.subfolder else self.name
         if not any(map(os.path.exists, map(os.path.join, repeat(folder), names))):
-            is_there = os.path.isdir(folder)
-            found = f"no {' and no '.join(names)} in the folder {folder}" if is_there else f"no folder {folder!r}"
-            raise lacking(self.name, found + adapters_in(folder if is_there else os.path.dirname(folder)))
+            found, above = f"no {' and no '.join(names)} in the folder {folder}", folder
+            if not os.path.isdir(folder):
+                found, above = f"no folder {folder!r} here", os.path.dirname(os.path.normpath(folder))
+            raise lacking(self.name, found + adapters_in(above))
         return folder
 
 

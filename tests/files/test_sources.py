@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from models import KINDS, load, save_family
@@ -23,6 +24,19 @@ def test_neither_a_folder_nor_on_the_hub(tmp_path):
         text, here = found(source), f"no folder {str(source)!r} here"
         is_id = source == "team/adapter"
         assert text.startswith(f"{here}; and the Hub: OfflineModeIsEnabled") if is_id else text == here
+
+
+def test_a_folder_of_adapters_and_a_name_that_is_not_in_it(tmp_path, monkeypatch):
+    save_family(KINDS["linear"], tmp_path / "family", dict(r=4), dict(r=6))
+    monkeypatch.chdir(tmp_path)
+    names = sorted(each.name for each in (tmp_path / "family").iterdir())
+    known = f"family has the adapters {', '.join(map(repr, names))}: pass the path of one"
+    assert found("family") == f"no adapter_config.json in the folder family; {known}"
+    for way in (str, Path):  # of two words, a string may be an id, and a path can't
+        text = found(way("family/nobody"))
+        assert text.startswith(f"no folder 'family/nobody' here; {known}")
+        assert ("; and the Hub: " in text) is (way is str)
+    assert found("./nobody") == "no folder './nobody' here"
 
 
 def test_bin_files_are_read_where_there_are_no_safetensors(tmp_path):

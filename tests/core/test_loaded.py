@@ -1,0 +1,158 @@
+"""loaded(model), and the log: one record for each swap, refusal and preparation."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from refusals import refused
+
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    demo,
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    loaded,
+    prepare_model_for_compiled_hotswap,
+    save_adapter,
+    set_strength,
+)
+
+SORT, SHOUT = (demo.adapter_path(name) for name in ("sort", "shout"))
+WEIGHTS = "adapter_model.safetensors"
+HASHES = {each: hashlib.sha256(Path(each, WEIGHTS).read_bytes()).hexdigest() for each in (SORT, SHOUT)}
+
+
+def the(model):
+    (now,) = loaded(model)
+    return now
+
+
+def model_with(*adapters: str, **how):
+    model, _ = demo.load("reverse")
+    return model, AdapterPool(model, adapters={Path(each).name: each for each in adapters}, progress=False, **how)
+
+
+@pytest.mark.parametrize("way", ["plain", "prepared", "from memory", "pool"])
+def test_a_swap_says_what_it_put_in(way, tmp_path):
+    model, _ = demo.load("reverse")
+    before = the(model)
+    assert (before.source, before.when, before.sha256, before.ranks) == ("unknown", None, None, (8,))
+    if way == "prepared":
+        prepare_model_for_compiled_hotswap(model, adapters=[SORT])
+        assert the(model) == before
+    if way == "from memory":
+        adapter = Adapter.load(SORT)
+        hotswap_adapter_from_state_dict(model, adapter.tensors, "default", adapter.config)
+    elif way == "pool":
+        AdapterPool(model, adapters={"sort": SORT}, progress=False).swap("sort")
+    else:
+        hotswap_adapter(model, SORT)
+    now, source = the(model), "a state dict" if way == "from memory" else SORT
+    assert (now.adapter_name, now.method, now.ranks, now.strength) == ("default", "LORA", (6, 16, 24), 1)
+    assert (now.source, now.sha256) == (source, HASHES.get(source))
+    assert now.member == ("sort" if way == "pool" else None)
+    assert json.loads(json.dumps(now.as_dict()))["when"][:19] == f"{now.when:%Y-%m-%dT%H:%M:%S}"
+    assert source in repr(loaded(model))
+    assert source in loaded(model)._repr_html_()
+    assert source in now._repr_html_()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert (the(again).source, the(again).when) == (source, now.when)
+    save_adapter(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "pefts")
+    for each in ("ours", "pefts"):
+        assert "_hotswap" not in (tmp_path / each / "adapter_config.json").read_text()
+
+
+def test_of_a_pool(tmp_path):
+    model, pool = model_with(SORT, SHOUT, target_rank=32, rows=3)
+    pool.swap("shout", strength=0.5)
+    assert (the(pool).member, the(model).source, the(model).strength, pool.mix) == ("shout", SHOUT, 0.5, None)
+    weights = {"shout": 0.75, "sort": 0.25}
+    pool.swap(weights)
+    assert (pool.active, pool.mix, the(model).mix, the(model).sha256) == (None, weights, weights, None)
+    assert [line[-1] for line in pool.table] == ["0.25 of the mix", "0.75 of the mix"]
+    assert "0.25 of the mix" in str(pool)
+    assert "0.75 shout + 0.25 sort" in str(loaded(model))
+    pool.off()
+    assert (pool.mix, the(model).strength) == (None, 0)
+    pool.assign(["sort", None, weights])
+    assert the(model).rows == ("sort", None, weights)
+    assert the(model).member is the(model).mix is pool.mix is None
+    with pool.using("sort"):
+        assert the(model).member == "sort"
+        assert the(model).sha256 == HASHES[SORT]
+    assert the(model).rows == ("sort", None, weights)
+    pool.swap("shout")
+    adapter = Adapter.load(SHOUT)
+    pool.update("shout", adapter.tensors)
+    assert (the(model).member, the(model).source) == ("shout", "a state dict")
+
+
+def test_a_refused_swap_changes_nothing(tmp_path):
+    model, _ = demo.load("reverse")
+    hotswap_adapter(model, SORT)
+    before = the(model)
+    refused("no folder", hotswap_adapter, model, tmp_path / "nowhere")
+    refused("strength", set_strength, model, "much")
+    assert the(model) == before
+
+
+def test_another_file_has_no_hash_of_the_loaded_one(tmp_path):
+    model, _ = demo.load("reverse")
+    folder = shutil.copytree(SORT, tmp_path / "adapter")
+    hotswap_adapter(model, folder)
+    assert the(model).sha256 == HASHES[SORT]
+    (folder / WEIGHTS).rename(folder / "kept")
+    assert the(model).sha256 is None
+    shutil.copyfile(Path(SHOUT, WEIGHTS), folder / WEIGHTS)
+    assert the(model).sha256 is None
+    (folder / "kept").rename(folder / WEIGHTS)
+    assert the(model).sha256 == HASHES[SORT]
+
+
+def test_the_log_is_a_history(caplog, tmp_path):
+    caplog.set_level(logging.INFO, logger="hotswap_lab")
+    model, pool = model_with(SORT, SHOUT, target_rank=32)
+    pool.swap("shout")
+    hotswap_adapter(model, SORT)
+    refused("no folder", hotswap_adapter, model, tmp_path / "nowhere")
+    refused("no adapter called", pool.swap, "nobody")
+    pool.swap({"shout": 0.5, "sort": 0.5})
+    pool.strength = 0.25
+    with pool.using("sort"):
+        pass
+    refused("Adapter other", hotswap_adapter, model, SORT, "other")
+    told = [(each.event, each.levelname, each.member or each.mix, each.strength) for each in caplog.records]
+    mix = {"shout": 0.5, "sort": 0.5}
+    assert told == [
+        ("prepare", "INFO", None, 1),
+        ("swap", "INFO", "shout", 1),
+        ("swap", "INFO", None, 1),
+        ("refusal", "WARNING", None, 1),
+        ("refusal", "WARNING", None, 1),
+        ("swap", "INFO", mix, 1),
+        ("strength", "INFO", mix, 0.25),
+        ("swap", "INFO", "sort", 1),
+        ("swap", "INFO", mix, 0.25),
+        ("refusal", "WARNING", None, None),
+    ]
+    assert caplog.records[2].source == SORT
+    assert "no folder" in caplog.records[3].getMessage()
+    assert caplog.records[3].error.refusals
+
+
+def test_nothing_is_printed_by_default():
+    code = "from hotswap_lab import demo, hotswap_adapter\nmodel, _ = demo.load('reverse')\n"
+    code += f"hotswap_adapter(model, {SORT!r})\ntry: hotswap_adapter(model, './no')\nexcept ValueError: pass"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
