@@ -41,7 +41,7 @@ NEEDS_RAY = "notebooks/09_beyond_one_machine.ipynb"
 #: what cells with a tag need, and how to get it
 NEEDS = {
     "needs-ray": (("ray", "openai"), 'needs pip install "ray[serve]" openai'),
-    "needs-gradio": (("gradio",), "needs pip install gradio"),
+    **{f"needs-{each}": ((each,), f"needs pip install {each}") for each in ("gradio", "torchao", "bitsandbytes")},
 }
 #: a program that can't even be looked into without it
 collect_ignore = [] if find_spec("ray") else ["serving/replica_faults.py"]

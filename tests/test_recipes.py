@@ -10,7 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-NOTEBOOK = nbformat.read(Path(__file__).parent.parent / "notebooks" / "recipes.ipynb", as_version=4)
+#: by task, by framework, ...
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("recipes*.ipynb"))
 MAX_LINES = 6
 #: the first line of each cell before the one that is to be pasted
 GIVEN = "# You have this already\n"
@@ -18,10 +19,10 @@ GIVEN = "# You have this already\n"
 CONTENTS, NEXT = "Contents", "Next"
 
 
-def sections() -> dict[str, list[nbformat.NotebookNode]]:
+def sections(path: Path) -> dict[str, list[nbformat.NotebookNode]]:
     """The cells below each heading, the one with the heading first."""
     found: dict[str, list[nbformat.NotebookNode]] = {}
-    for cell in NOTEBOOK.cells:
+    for cell in nbformat.read(path, as_version=4).cells:
         if heading := re.match(r"## (.+)", cell.source):
             assert heading[1] not in found
             cells = found[heading[1]] = []
@@ -30,12 +31,18 @@ def sections() -> dict[str, list[nbformat.NotebookNode]]:
     return found
 
 
-SECTIONS = sections()
-RECIPES = [title for title in SECTIONS if title not in (CONTENTS, NEXT)]
+SECTIONS = {path.name: sections(path) for path in NOTEBOOKS}
+RECIPES = {(name, title): cells for name, found in SECTIONS.items() for title, cells in found.items()}
+RECIPES = {each: cells for each, cells in RECIPES.items() if each[1] not in (CONTENTS, NEXT)}
 
 
-def code_of(title: str) -> list[nbformat.NotebookNode]:
-    return [cell for cell in SECTIONS[title] if cell.cell_type == "code"]
+@pytest.fixture(params=RECIPES, ids=" ".join)
+def cells(request) -> list[nbformat.NotebookNode]:
+    return RECIPES[request.param]
+
+
+def code_of(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    return [cell for cell in cells if cell.cell_type == "code"]
 
 
 def recipe_in(cells: list[nbformat.NotebookNode]) -> int:
@@ -67,15 +74,16 @@ def anchor(title: str) -> str:
     return title.replace(" ", "-")
 
 
-def test_the_contents_name_every_recipe_in_its_order():
-    links = re.findall(r"\[([^]]+)\]\(#([^)]+)\)", SECTIONS[CONTENTS][0].source)
-    assert len(RECIPES) > 20
-    assert links == [(title, anchor(title)) for title in RECIPES]
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_contents_name_every_recipe_in_its_order(name):
+    links = re.findall(r"\[([^]]+)\]\(#([^)]+)\)", SECTIONS[name][CONTENTS][0].source)
+    assert len(links) > 3
+    assert links == [(title, anchor(title)) for where, title in RECIPES if where == name]
 
 
-@pytest.mark.parametrize("title", RECIPES)
-def test_a_recipe(title):
-    cells, start, last = code_of(title), "**What can go wrong.** ", SECTIONS[title][-1].source
+def test_a_recipe(cells):
+    start, last = "**What can go wrong.** ", cells[-1].source
+    cells = code_of(cells)
     for cell in cells:
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")]
         assert len(lines) <= MAX_LINES, cell.source
@@ -84,10 +92,9 @@ def test_a_recipe(title):
     assert re.fullmatch(r"[^.]+(\.[^\s.][^.]*)*\.", last.removeprefix(start)), "one sentence"
 
 
-@pytest.mark.parametrize("title", RECIPES)
-def test_the_names_of_a_recipe(title):
+def test_the_names_of_a_recipe(cells):
     """It is told from what it is pasted into, and takes no name from another recipe."""
-    cells = code_of(title)
+    cells = code_of(cells)
     place, found = recipe_in(cells), [names_in(cell.source) for cell in cells]
     assert [cell.source.startswith(GIVEN) for cell in cells[: place + 1]] == [True] * place + [False]
     imported_before = set().union(*(imported for imported, *_ in found[:place]))

@@ -51,8 +51,9 @@ def test_every_public_name_has_a_page(conf):
 
 
 def test_modules_that_users_are_told_of_have_a_page(conf):
-    recipes = nbformat.read(ROOT / "notebooks" / "recipes.ipynb", as_version=4)
-    text = "\n".join([README.read_text(), hotswap_lab.__doc__, *(cell.source for cell in recipes.cells)])
+    recipes = [nbformat.read(path, as_version=4) for path in (ROOT / "notebooks").glob("recipes*.ipynb")]
+    sources = [cell.source for each in recipes for cell in each.cells]
+    text = "\n".join([README.read_text(), hotswap_lab.__doc__, *sources])
     named = set(re.findall(r"\bhotswap_lab\.(\w+)\b(?!\.\w+/)", text)) | set(
         re.findall(r"from hotswap_lab\.([\w.]+)", text)
     )
