@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import warnings
 import weakref
@@ -24,7 +23,7 @@ from .core.adapter import Adapter
 from .core.change import apply
 from .core.errors import HotswapError, refusal
 from .core.host import Config, Host, carriers, find_host, hosts_in, name_in
-from .core.loaded import LOG, LoadedList, loaded_of, tell
+from .core.loaded import LoadedList, loaded_of, tell
 from .core.plan import Plan
 from .core.prepare import as_list, changes_to_prepare, check_not_compiled, raise_ranks, slots_to_prepare
 from .core.slot import Slot, slot_for, slot_in
@@ -287,27 +286,19 @@ def carry_out(plans: Sequence[Plan]) -> None:
     for plan in plans:
         plan.raise_if_refused()
         warn_of(plan)
-    apply([plan.change() for plan in plans])
-    if LOG.isEnabledFor(logging.INFO):
-        tell("swap", [plan.slot for plan in plans])
-
-
-def tell_refusal(error: HotswapError, model: torch.nn.Module, adapter_name: str | None) -> None:
-    """Log a refusal, once, with what is in the model, which is what was in it before."""
-    if LOG.hasHandlers() and not vars(error).get("is_told"):
-        vars(error)["is_told"], slot = True, None
-        with contextlib.suppress(Exception):  # the model may have no such adapter
-            slot = resolve_slot(model, name_in(model, adapter_name))
-        tell("refusal", [slot], error)
+    apply([plan.change() for plan in plans], tell=lambda: tell("swap", [plan.slot for plan in plans]))
 
 
 @contextlib.contextmanager
-def refusals_told(model: torch.nn.Module, adapter_name: str | None) -> Iterator[None]:
-    """Log the refusal that ends this block."""
+def refusals_told(model: Any, adapter_name: str | None) -> Iterator[None]:
+    """Log the refusal that ends this block, with what is in the model, which is what was in it before."""
     try:
         yield
     except HotswapError as error:
-        tell_refusal(error, model, adapter_name)
+        slot = None
+        with contextlib.suppress(Exception):  # the model may have no such adapter
+            slot = resolve_slot(model, name_in(model, adapter_name))
+        tell("refusal", [slot], error)
         raise
 
 
@@ -399,8 +390,7 @@ def prepare_model_for_compiled_hotswap(
             if config and target_rank is not None:
                 given = config.values() if isinstance(config, Mapping) else [config]
                 changes[0].steps.append(functools.partial(raise_ranks, model, given, target_rank))
-            apply(changes)
-            tell("prepare", slots_to_prepare(METHODS, model, adapter_name))
+            apply(changes, tell=lambda: tell("prepare", slots_to_prepare(METHODS, model, adapter_name)))
 
 
 # ---- around a swap
@@ -471,8 +461,7 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str | No
     adapter_name = name_in(model, adapter_name)
     with refusals_told(model, adapter_name), held((host := find_host(model, adapter_name)).base):
         slot = slot_for(METHODS, host, adapter_name)
-        apply([change_strength(slot, strength)])
-        tell("strength", [slot])
+        apply([change_strength(slot, strength)], tell=lambda: tell("strength", [slot]))
 
 
 def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> float:

@@ -8,6 +8,7 @@ taken back.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,6 +20,7 @@ import torch
 from .. import compat
 from .journal import Journal, interrupts_held
 
+LOG = logging.getLogger("hotswap_lab")
 Step = Callable[[Journal], object]
 #: a key that is in a table of parameters for a moment
 RESIZED = "hotswap_resized"
@@ -76,10 +78,11 @@ class Change:
         self.resizes.append((parameter, fresh.contiguous()))
 
 
-def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
+def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Callable[[], object] | None = None) -> None:
     """Carry out changes of any number of models, all of them or none. No other thread may use the models meanwhile.
 
     The undo steps are recorded in ``journal``: a caller that has more to do can roll it back later, but not the copies.
+    At the end, ``tell`` is called if the log is on: see :func:`hotswap_lab.core.loaded.tell`.
     """
     journal = Journal() if journal is None else journal
     copies = list(chain.from_iterable(map(attrgetter("copies"), changes)))
@@ -92,6 +95,8 @@ def apply(changes: Sequence[Change], journal: Journal | None = None) -> None:
         except BaseException:
             journal.roll_back()
             raise
+    if tell is not None and LOG.isEnabledFor(logging.INFO):
+        tell()
 
 
 def _write(change: Change, journal: Journal) -> None:

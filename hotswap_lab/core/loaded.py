@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from .adapter import ORIGIN, WHEN
+from .change import LOG
 from .errors import HotswapError
 from .host import kind_of
 from .prepared import ranks_before
@@ -20,7 +21,6 @@ from .report import html_table
 from .slot import Slot, slot_for
 from .strength import strength_of
 
-LOG = logging.getLogger("hotswap_lab")
 #: the columns of a table
 HEADER = ("adapter", "now", "method", "rank", "strength", "source", "since")
 
@@ -63,7 +63,7 @@ class Loaded:
     source: str
     revision: str | None
     when: datetime | None
-    file: tuple[str, int, int, int] | None = dataclasses.field(repr=False)
+    file: tuple[str, int, int, int] | None
 
     @property
     def sha256(self) -> str | None:
@@ -96,9 +96,6 @@ class Loaded:
         return f"{name}: {now}{method} of rank {ranks}, strength {strength}, from {source}, since {when}"
 
     __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html_table(self.model, HEADER, [self.row])
 
 
 class LoadedList(list[Loaded]):

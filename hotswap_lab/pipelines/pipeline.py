@@ -19,11 +19,12 @@ from ..beyond.passes import METHODS, make_plan
 from ..core.change import apply
 from ..core.errors import HotswapError, Refusal, listing, refusal, refuse
 from ..core.host import carriers, find_host
+from ..core.loaded import tell
 from ..core.plan import Plan
-from ..core.prepare import changes_to_prepare
+from ..core.prepare import changes_to_prepare, slots_to_prepare
 from ..core.slot import slot_for
 from ..files.reading import Adapter
-from ..swap import carry_out, commit
+from ..swap import carry_out, commit, refusals_told
 from ..threads import bases_of, held
 from .lora_files import check_pipeline, components_of, read_pipeline_lora
 
@@ -172,11 +173,12 @@ def hotswap_pipeline(
     -----
     diffusers' own ``load_lora_weights(..., hotswap=True)`` refuses files with tensors for a text encoder.
     """
-    adapters = _read(pipe, source, allow_nonfinite, kwargs)
-    with held(*bases_of(pipe)):
-        plan = _decide(pipe, adapters, adapter_name, components, add_layers)
-        plan.raise_if_refused()
-        carry_out(list(plan.plans.values()))
+    with refusals_told(pipe, adapter_name):
+        adapters = _read(pipe, source, allow_nonfinite, kwargs)
+        with held(*bases_of(pipe)):
+            plan = _decide(pipe, adapters, adapter_name, components, add_layers)
+            plan.raise_if_refused()
+            carry_out(list(plan.plans.values()))
 
 
 def plan_pipeline_hotswap(
@@ -306,7 +308,8 @@ def prepare_pipeline_for_compiled_hotswap(
     # under one lock, so that no thread computes with a pipeline of which only some components are prepared
     with held(*bases_of(pipe)):
         changes = [changes_to_prepare(METHODS, model, families[name], **options) for name, model in loaded.items()]
-        apply([change for of_one in changes for change in of_one])
+        slots = (slot for model in loaded.values() for slot in slots_to_prepare(METHODS, model, adapter_name))
+        apply([change for of_one in changes for change in of_one], tell=lambda: tell("prepare", slots))
 
 
 def _decide(

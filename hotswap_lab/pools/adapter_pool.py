@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -19,7 +18,7 @@ from ..core.change import Step, apply
 from ..core.errors import HotswapError, refuse
 from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
-from ..core.loaded import LOG, tell
+from ..core.loaded import tell
 from ..core.lora import Lora
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
@@ -27,9 +26,9 @@ from ..core.room import Packed, Room, State
 from ..core.slot import Slot, change_of, room_of, slot_for
 from ..core.strength import check_strength
 from ..files.reading import read
-from ..swap import get_strength, refusals_told, tell_refusal, warn_of
+from ..swap import get_strength, refusals_told, warn_of
 from ..threads import Block, held, put_back
-from .former import as_now, change_to, is_in, snapshot, strengths_of, weights_of
+from .former import as_now, change_to, is_in, owner_in, snapshot, strengths_of, weights_of
 from .members import Member, Members, check_named
 from .mixes import Mix
 from .modules import module_tensors, taken_apart
@@ -118,6 +117,7 @@ class AdapterPool:
         self.model = model
         self.adapter_name: str = name_in(model, adapter_name)
         self._members = Members(hub, self._pack, max_bytes)
+        self._told = partial(refusals_told, model, self.adapter_name)
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
         base = self._check_kind(slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)).host.base
         with self._told(), held(base, computing=True):
@@ -130,6 +130,7 @@ class AdapterPool:
                     apply(changes_to_prepare(METHODS, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
                 self._fill(adapters.items(), progress)
+                self._tell = partial(tell, "swap", [self._room.slot])
                 tell("prepare", [self._room.slot])
             except BaseException:
                 if not way_back.is_empty:
@@ -149,7 +150,7 @@ class AdapterPool:
         is_known = False
         # a bar takes a lock of its own even if it shows nothing, and Ctrl-C may come right after that
         for name, source in tqdm(adapters, desc="packing", unit="adapter") if progress else adapters:
-            self.add(name, source)
+            self._members.add(name, source)
             packed = self._members[name].packed
             # checked now, since the next adapters may cause this one to be dropped
             if packed and not is_known and is_in(self._room, packed):
@@ -184,18 +185,11 @@ class AdapterPool:
     @property
     def _now(self) -> Member | Mix | None:
         """What all rows compute with; None if it is off, or not of this pool."""
-        owner = self._loaded if not self._room.assigned and self._room.is_intact() else None
+        room = self._room
+        owner = owner_in(room, self._members) if not room.assigned and room.is_intact() else None
         with contextlib.suppress(HotswapError):  # if the user has scaled only some of the layers
             return None if owner is None or self.strength == 0 else owner
         return owner
-
-    @property
-    def _loaded(self) -> Member | Mix | None:
-        """The adapter or the mix in the room, if it is of this pool."""
-        owner = self._room.state.owner
-        shares = owner.shares if isinstance(owner, Mix) else [(owner, 1.0)]
-        is_own = all(isinstance(each, Member) and self._members.get(each.name) is each for each, _ in shares)
-        return owner if is_own and not self._room.is_touched else None
 
     @property
     def rows(self) -> list[Row]:
@@ -220,8 +214,7 @@ class AdapterPool:
     def strength(self, value: float) -> None:
         with self._told(), self._turn(), self._writing():
             check_strength(value, self._room.slot)
-            apply([self._room.change_strength(value)])
-            tell("strength", [self._room.slot])
+            apply([self._room.change_strength(value)], tell=lambda: tell("strength", [self._room.slot]))
 
     def version(self, name: str) -> int:
         """The version of an adapter's weights: 1 at first, one more with each :meth:`update`."""
@@ -274,15 +267,13 @@ class AdapterPool:
                 if self._members.get(name) is not member:
                     raise refuse("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
                 if in_model:  # at its present strength
-                    former = snapshot(self._room, self._loaded)
+                    former = snapshot(self._room, self._members)
                     change = change_to(self._room, as_now(self._room, self._members, former, {member: packed}))
                 else:
                     change = change_of(self._room.slot)
                 self._members.make_space(member, packed, updated=True)
                 change.steps.append(put)
-                apply([change])
-                if in_model:
-                    tell("swap", [self._room.slot])
+                apply([change], tell=self._tell if in_model else None)
 
     def _pack(self, member: Member, adapter: Adapter, check_targets: bool) -> Packed:
         self._check_room()
@@ -344,12 +335,10 @@ class AdapterPool:
                     packed = self._packed(name) if is_mix else members.packed(members[name])
                     change = self._room.change_to(packed, strength)
                     change.steps += steps
-                    apply([change])
-                    if LOG.isEnabledFor(logging.INFO):
-                        tell("swap", [self._room.slot])
-        except HotswapError as error:
-            tell_refusal(error, self.model, self.adapter_name)
-            raise
+                    apply([change], tell=self._tell)
+        except HotswapError:
+            with self._told():  # only here, since entering it takes time
+                raise
 
     def off(self) -> None:
         """Turn the adapter off: the model computes like the base model until the next swap."""
@@ -414,8 +403,7 @@ class AdapterPool:
                 rows = [each and room.at_strength(each, by) for each, by in zip(packed, strengths, strict=True)]
                 change = room.change_rows(rows, copies)
                 change.steps += steps
-                apply([change])
-                tell("swap", [room.slot])
+                apply([change], tell=self._tell)
 
     def _all_packed(self, adapters: Sequence[Wanted]) -> list[Packed | None]:
         names = [tuple(each.items()) if isinstance(each, Mapping) else each for each in adapters]
@@ -495,7 +483,7 @@ class AdapterPool:
 
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
             self._check_room()
-            former = snapshot(self._room, self._loaded)
+            former = snapshot(self._room, self._members)
             put_in(lambda journal: back.append(lambda: self._put_back(former)))
             return self
 
@@ -509,8 +497,7 @@ class AdapterPool:
     def _put_back(self, former: Packed) -> None:
         packed = as_now(self._room, self._members, former)
         with self._writing():
-            apply([change_to(self._room, packed)])
-            tell("swap", [self._room.slot])
+            apply([change_to(self._room, packed)], tell=self._tell)
 
     # ---- turns
 
@@ -523,10 +510,6 @@ class AdapterPool:
     def _turn(self) -> AbstractContextManager:
         """Keep other threads from swapping; they may go on computing."""
         return held(self._room.slot.host.base, computing=True)
-
-    def _told(self) -> AbstractContextManager:
-        """Log the refusal that ends a block."""
-        return refusals_told(self.model, self.adapter_name)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -553,17 +536,13 @@ class AdapterPool:
     @property
     def table(self) -> list[tuple[str, ...]]:
         """One line for each adapter: name, rank, alpha, layers, bytes, and whether it is active, or its weight."""
-        now = self._now
-        notes = {now.name: "active"} if isinstance(now, Member) else {}
-        if isinstance(now, Mix):
-            notes = {name: f"{weight:g} of the mix" for name, weight in now.weights.items()}
+        notes = {name: f"{weight:g} of the mix" for name, weight in (self.mix or {}).items()} or {self.active: "active"}
         return [(*each.row, notes.get(each.name, "")) for each in list(self._members.values())]
 
     @property
     def summary(self) -> str:
         """One line: the number of adapters, and the memory that they take."""
-        plural = "" if len(self) == 1 else "s"
-        return f"{len(self)} adapter{plural}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
+        return f"{len(self)} adapter{'s' * (len(self) != 1)}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
 
     def __str__(self) -> str:
         return "\n".join([f"AdapterPool: {self.summary}", *text_table(self.COLUMNS, self.table), *self._notes])

@@ -25,12 +25,19 @@ class PackedRows(Packed):
     copies: int
 
 
-def snapshot(room: Room, loaded: Member | Mix | None) -> Packed:
-    """The present adapters of a room, with their strengths. ``loaded`` is what is in it, if it is of the pool."""
+def owner_in(room: Room, members: Members) -> Member | Mix | None:
+    """The adapter or the mix whose weights are in the room, if it is of a pool with these members."""
+    owner = None if room.is_touched else room.state.owner
+    shares = owner.shares if isinstance(owner, Mix) else [(owner, 1.0)]
+    return owner if all(isinstance(each, Member) and members.get(each.name) is each for each, _ in shares) else None
+
+
+def snapshot(room: Room, members: Members) -> Packed:
+    """The present adapters of a room, with their strengths."""
     state, scalings = room.state, room.scalings[0].detach().clone()
     if room.assigned:
         return PackedRows(state, (), scalings, room.assigned, cast(RowRoom, room).batch.copies)
-    if not loaded:
+    if not (loaded := owner_in(room, members)):
         state = replace(state, owner=None)  # it may be an adapter of the pool that was trained since
     if isinstance(loaded, Member) and loaded.packed:
         return Packed(state, loaded.packed.bands, scalings)
