@@ -10,9 +10,10 @@ from typing import Any
 
 from ..core.errors import refuse
 from .replica import BusyError, Options, Piece, Replica, Request
+from .sampling import Sampling
 from .table import Register, Table, Version
 
-__all__ = ["BusyError", "Options", "Piece", "Register", "Replica", "Request", "Table", "Version", "app"]
+__all__ = ["BusyError", "Options", "Piece", "Register", "Replica", "Request", "Sampling", "Table", "Version", "app"]
 
 
 def app(args: dict[str, Any]) -> Any:

@@ -7,14 +7,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import models
 import pytest
 import tokenizers
 import torch
 import transformers
 from peft import PeftModel
 from refusals import refused
-from served import FAMILY, SHORT, WORDS, Served, alone, fresh, logged, replica_of, save_random_adapter
+from served import FAMILY, SHORT, WORDS, Served, alone, fresh, little, logged, replica_of, save_random_adapter
 
 from hotswap_lab import HotswapError, RecompileWatch, demo
 from hotswap_lab.lessons import rows
@@ -227,25 +226,6 @@ def test_log_probabilities_are_those_of_a_fresh_load(served):
 
 
 # ---- models of one's own
-
-
-LITTLE = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-LITTLE |= dict(num_key_value_heads=2, max_position_embeddings=96, pad_token_id=0, bos_token_id=None, eos_token_id=98)
-
-
-def little(kind, folder, **more):
-    """A random model of some kind in a folder, with two adapters, and a replica of it."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**LITTLE | more)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.save_pretrained(folder / "base")
-    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder / "base")  # noqa: E731
-    names = sorted({name.split(".")[-1] for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)})
-    made = models.Kind(load, dict, tuple(names[:2]))
-    paths = {f"r{n}": models.save_random_adapter(made, folder / f"r{n}", n, r=4, lora_alpha=16) for n in range(2)}
-    versions = [Version.of(name, path) for name, path in paths.items()]
-    replica = Replica(PeftModel.from_pretrained(load(), paths["r0"]), demo.load_tokenizer(), versions)
-    return load, versions, replica
 
 
 #: other angles for all rows, from that length on
