@@ -29,7 +29,9 @@ TEXT, CHAT = "text_completion", "chat.completion"
 #: fields that would change the answer, but that replicas don't know. This value changes nothing, nor does an empty one.
 UNKNOWN: dict[str, Any] = {"best_of": 1, "modalities": ["text"], "response_format": {"type": "text"}}
 UNKNOWN |= dict.fromkeys(("audio", "bad_words", "echo", "functions", "ignore_eos", "min_tokens"))
-UNKNOWN |= dict.fromkeys(("stop_token_ids", "structured_outputs", "suffix", "tools", "use_beam_search", "web_search_options"))
+UNKNOWN |= dict.fromkeys(
+    ("stop_token_ids", "structured_outputs", "suffix", "tools", "use_beam_search", "web_search_options")
+)
 #: the fields that a request to a replica has, too
 SAMPLING = {each.name for each in fields(Sampling)}
 
@@ -229,7 +231,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         async with contextlib.aclosing(backend.answer(request)) as pieces:
             async for piece in pieces:
                 if piece.finish:
-                    metrics.note(piece)
+                    metrics.first.observe(piece.first_token)
                 yield replace(piece, text=prompt + piece.text)
                 prompt = ""
 

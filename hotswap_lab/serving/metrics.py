@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from .table import Table
@@ -15,8 +15,9 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 #: the requests that are measured
 PATHS = ("/v1/completions", "/v1/chat/completions")
 #: what is told of each replica, by the names in its state
-GAUGES = {"rows_in_use": "Rows with an answer", "waiting": "Requests in the queue"}
-COUNTERS = {"requests": "Answers begun", "tokens": "Tokens chosen", "swaps": "Adapters written into a row"}
+GAUGES = {"rows_in_use": "Rows with a request", "waiting": "Requests in the queue"}
+COUNTERS = {"requests": "Answers begun", "prompt_tokens": "Tokens of prompts", "tokens": "Tokens of answers"}
+COUNTERS |= {"swaps": "Adapters written into a row"}
 
 
 class Metrics:
@@ -25,18 +26,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry: CollectorRegistry = CollectorRegistry()
         self.state: list[Metric] = []
-        own: dict[str, Any] = dict(namespace="hotswap_lab", registry=self.registry)
-        timed = dict(own, unit="seconds", buckets=BUCKETS)
-        self.whole: Histogram = Histogram("request", "Until the whole answer is sent", ("path", "status"), **timed)
-        self.first: Histogram = Histogram("first_token", "From a replica's queue to the first token", **timed)
-        self.answered: Counter = Counter("answered_tokens", "Tokens of whole answers", ("kind",), **own)
+        own: dict[str, Any] = dict(namespace="hotswap_lab", registry=self.registry, unit="seconds", buckets=BUCKETS)
+        self.whole: Histogram = Histogram("request", "From the request to the answer's end", ("path", "status"), **own)
+        self.first: Histogram = Histogram("first_token", "From the request to the first token", **own)
         self.registry.register(self)
-
-    def note(self, end: Any) -> None:
-        """Counts an answer by its last piece."""
-        self.first.observe(end.first_token)
-        self.answered.labels("prompt").inc(end.prompt_tokens)
-        self.answered.labels("completion").inc(end.completion_tokens)
 
     def collect(self) -> Iterator[Metric]:
         """The state, as a registry wants it."""

@@ -189,7 +189,7 @@ class Replica:
         self._lock = threading.Lock()
         self._waiting: deque[_Answer] = deque()
         self._worker: asyncio.Task | None = None
-        self.counts: Counter[str] = Counter(requests=0, tokens=0, swaps=0, rows_in_use=0)
+        self.counts: Counter[str] = Counter(requests=0, prompt_tokens=0, tokens=0, swaps=0, rows_in_use=0)
 
     def _make_reader(self, rows: int) -> Reader | None:
         options, reason = self.options, "logits of a row depend on how it is read, or on other rows"
@@ -349,6 +349,7 @@ class Replica:
             rows[row] = answer
             self.counts["swaps"] += there[row] != answer.adapter
             self.counts["requests"] += 1
+            self.counts["prompt_tokens"] += len(answer.ids)
         self.counts["rows_in_use"] = sum(each is not None for each in rows)
         return self.counts["rows_in_use"] > 0
 

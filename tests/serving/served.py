@@ -48,7 +48,7 @@ class Served(Register):
             await asyncio.to_thread(replica.load, versions)
 
     async def states(self) -> list[dict]:
-        return [replica.state for replica in self.replicas]
+        return [{"replica": str(n), **replica.state} for n, replica in enumerate(self.replicas)]
 
     async def pieces(self, model: str, word: str, replica: int = 0, **how: object) -> list[Piece]:
         request = Request(f"{word}>", self.table.shares(model, "demo"), **how)
