@@ -10,9 +10,10 @@ from typing import Any
 
 from ..core.errors import refuse
 from .replica import BusyError, Options, Piece, Replica, Request
+from .sampling import Sampling
 from .table import Register, Table, Version
 
-__all__ = ["BusyError", "Options", "Piece", "Register", "Replica", "Request", "Table", "Version", "app"]
+__all__ = ["BusyError", "Options", "Piece", "Register", "Replica", "Request", "Sampling", "Table", "Version", "app"]
 
 
 def app(args: dict[str, Any]) -> Any:
@@ -41,7 +42,13 @@ def app(args: dict[str, Any]) -> Any:
     Notes
     -----
     With ``held``, requests for an adapter go to the replicas that have it in memory. With four replicas or more there
-    are two fronts. ``/healthz``, ``/docs`` and ``/openapi.json`` are public.
+    are two fronts. ``/healthz``, ``/metrics``, ``/docs`` and ``/openapi.json`` are public.
+
+    ``/metrics`` is for Prometheus: for each replica the rows in use, the requests in the queue, and the numbers of
+    requests, tokens of prompts and of answers, and swaps so far; the version of each adapter, and the number of
+    changes; and as histograms the time to the first token, and of whole requests by path and status
+    (``hotswap_lab_request_seconds``). A front measures the times of its own requests, so where there are two, take
+    those from Ray's metrics (``serve_*``).
     """
     try:
         from .cluster import build

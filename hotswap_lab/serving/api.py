@@ -8,27 +8,32 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, Depends, FastAPI, Header, HTTPException
 from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field, PositiveInt, StringConstraints
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from ..core.errors import HotswapError, refusal, refuse
+from .metrics import Measured, Metrics
 from .replica import BusyError, Piece, Request, Token
+from .sampling import Sampling
 from .table import UnknownAdapterError
 
 TEXT, CHAT = "text_completion", "chat.completion"
 #: fields that would change the answer, but that replicas don't know. This value changes nothing, nor does an empty one.
-UNKNOWN: dict[str, Any] = {"best_of": 1, "modalities": ["text"], "response_format": {"type": "text"}, "top_k": -1}
-UNKNOWN |= dict.fromkeys(("audio", "bad_words", "echo", "frequency_penalty", "functions", "ignore_eos", "logit_bias"))
-UNKNOWN |= dict.fromkeys(("min_p", "min_tokens", "presence_penalty", "stop_token_ids", "structured_outputs", "suffix"))
-UNKNOWN |= dict.fromkeys(("tools", "use_beam_search", "web_search_options")) | {"repetition_penalty": 1}
+UNKNOWN: dict[str, Any] = {"best_of": 1, "modalities": ["text"], "response_format": {"type": "text"}}
+UNKNOWN |= dict.fromkeys(("audio", "bad_words", "echo", "functions", "ignore_eos", "min_tokens"))
+UNKNOWN |= dict.fromkeys(
+    ("stop_token_ids", "structured_outputs", "suffix", "tools", "use_beam_search", "web_search_options")
+)
+#: the fields that a request to a replica has, too
+SAMPLING = {each.name for each in fields(Sampling)}
 
 
 class TokenError(HotswapError):
@@ -39,16 +44,40 @@ class TokenError(HotswapError):
 STATUS: dict[type, int] = {TokenError: 401, UnknownAdapterError: 404, BusyError: 503}
 
 Stop = Annotated[str, StringConstraints(min_length=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Asked(BaseModel, extra="allow"):
-    """The fields that completions and chats share. Other fields are ignored, except those in ``UNKNOWN``."""
+    """The fields that completions and chats share.
+
+    ``model``: an adapter, the base model, or a mix such as ``pirate:0.7+haiku:0.3``: weights from 0 to 100.
+    ``max_tokens``, ``max_completion_tokens``: the longest answer, by default what the server allows.
+    ``temperature``: 0 takes the most probable token each time; above that, tokens are drawn. ``top_k``: draw from that
+    many of the most probable tokens; 0 or -1 is all. ``top_p``: of these, from the most probable ones that together
+    have this probability. ``min_p``: of these, from those that are at least this many times as probable as the first.
+    ``repetition_penalty``: above 1, tokens of the prompt and the answer become less probable, as in transformers.
+    Where a request leaves out one of these five, the model's ``generation_config`` decides, as in vLLM; without its
+    ``do_sample``, the temperature is 0.
+    ``frequency_penalty``, ``presence_penalty``: subtracted from a token's logit as often as the answer has it, or once.
+    ``logit_bias``: numbers to add to the logits of tokens, by their ids, from -100 to 100.
+    ``seed``: the same one draws the same tokens again, in any batch; without effect at the temperature 0.
+    ``stop``: strings that end the answer, which is without them.
+    ``n``: how many answers; their seeds are ``seed``, ``seed + 1`` and so on.
+    ``stream``: send the answer as server-sent events. ``stream_options``: ``{"include_usage": true}`` ends a stream
+    with the number of tokens.
+    """
 
     model: str
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
     temperature: float | None = Field(None, ge=0, le=2)
+    top_k: int | None = Field(None, ge=-1)
     top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     n: int | None = Field(None, ge=1, le=8)
@@ -57,10 +86,16 @@ class Asked(BaseModel, extra="allow"):
 
 
 class AskedText(Asked):
-    """A completion."""
+    """A completion.
+
+    ``prompt``: the text to go on with. ``echo``: begin the answer with it. ``logprobs``: the log probability of each
+    token, and of that many of the most probable ones at its place, before temperature, penalties and bias; not with
+    ``echo``.
+    """
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool | None = None
 
 
 class Part(BaseModel):
@@ -79,7 +114,12 @@ class Message(BaseModel):
 
 
 class AskedChat(Asked):
-    """A chat."""
+    """A chat.
+
+    ``messages``: what was said, for the model's chat template: ``role``, and ``content`` as text or parts of text.
+    ``logprobs``: whether to send the log probability of each token, as for completions; ``top_logprobs``: and of how
+    many others.
+    """
 
     messages: list[Message]
     logprobs: bool | None = None
@@ -124,6 +164,8 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     """
     api = FastAPI(title="hotswap_lab")
     api.add_middleware(Limited, most=64 * (longest_prompt or 1024) + 2**16)
+    metrics = Metrics()
+    api.add_middleware(Measured, metrics=metrics)
 
     @api.exception_handler(HotswapError)
     @api.exception_handler(RequestValidationError)
@@ -144,6 +186,11 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         states = await backend.states()
         status, code = ("ok", 200) if states else ("starting", 503)
         return JSONResponse({"status": status, "replicas": states}, code)
+
+    @api.get("/metrics")
+    async def numbers() -> Any:
+        text = metrics.text(await backend.states(), backend.table)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @api.get("/v1/models")
     async def models() -> Any:
@@ -170,14 +217,27 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
 
     @api.post("/v1/completions")
     async def completions(asked: AskedText) -> Any:
-        return await answered(asked, "".join(asked.prompt), TEXT, asked.logprobs)  # also a list of one
+        if asked.echo and asked.logprobs is not None:
+            raise refuse("echo_with_logprobs", logprobs=asked.logprobs)
+        return await answered(asked, "".join(asked.prompt), TEXT, asked.logprobs, asked.echo)  # also a list of one
 
     @api.post("/v1/chat/completions")
     async def chat_completions(asked: AskedChat) -> Any:
         prompt = [message.written() for message in asked.messages]
         return await answered(asked, prompt, CHAT, (asked.top_logprobs or 0) if asked.logprobs else None)
 
-    async def answered(asked: Asked, prompt: Any, kind: str, logprobs: int | None) -> Any:
+    async def noted(request: Request, prompt: str) -> AsyncGenerator[Piece, None]:
+        """The pieces of one answer, counted, and with a prompt before the first."""
+        async with contextlib.aclosing(backend.answer(request)) as pieces:
+            async for piece in pieces:
+                if piece.finish:
+                    metrics.first.observe(piece.first_token)
+                yield replace(piece, text=prompt + piece.text)
+                prompt = ""
+
+    async def answered(
+        asked: Asked, prompt: Any, kind: str, logprobs: int | None, has_echo: bool | None = False
+    ) -> Any:
         if not prompt:
             raise refuse("no_prompt", field="prompt" if kind == TEXT else "messages")
         for name, value in (asked.model_extra or {}).items():
@@ -195,11 +255,11 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         versions = "+".join(f"{each}:{weight:g}" if weight != 1 else f"{each}" for each, weight in shares.items())
         frame = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": asked.model}
         frame["system_fingerprint"] = versions or base
-        how = (asked.temperature or 0.0, asked.top_p or 1.0, asked.seed, stop, logprobs, bool(asked.stream))
-        requests = [Request(prompt, shares, most, *how)] * (asked.n or 1)
+        how = asked.model_dump(include=SAMPLING, exclude_none=True)
+        requests = [Request(prompt, shares, most, stop, logprobs, bool(asked.stream), **how)] * (asked.n or 1)
         if asked.seed is not None:
             requests = [replace(each, seed=asked.seed + index) for index, each in enumerate(requests)]
-        pieces = _merged([backend.answer(each) for each in requests])
+        pieces = _merged([noted(each, prompt if has_echo else "") for each in requests])
         if asked.stream:
             has_usage = bool((asked.stream_options or {}).get("include_usage"))
             first = await anext(pieces)  # until here, an error has a status of its own

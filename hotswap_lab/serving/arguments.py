@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from .. import demo
 from ..core.errors import HotswapError, listing, refusal, refuse
 from ..files.reading import read
-from .replica import Options, Replica
+from .replica import Options, Replica, check_rank
 from .table import Version
 
 #: for the embedded model
@@ -113,7 +113,5 @@ def _for_base(options: Options, base: str) -> Options:
 
 def _check_adapter(name: str, path: str, base: str, target_rank: int) -> None:
     Version.of(name, path, base)
-    config = read(path, only_config=True).config
-    rank = max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
-    if target_rank and rank > target_rank:
-        raise refuse("rank_above_target", name=name, rank=rank, target_rank=target_rank)
+    if target_rank:
+        check_rank(name, read(path, only_config=True).config, target_rank)

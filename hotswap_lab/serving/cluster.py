@@ -12,7 +12,6 @@ from typing import Any
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.metrics import Gauge
 
 from ..core.errors import HotswapError, refusal
 from .api import openai_api
@@ -72,7 +71,6 @@ class ReplicaDeployment:
     async def __init__(self, base: str, options: Options):
         table = await serve.get_deployment_handle(REGISTER).adopt.remote()
         self._replica = await asyncio.to_thread(load_replica, base, list(table.versions.values()), options)
-        self._gauges = {name: Gauge(f"hotswap_lab_{name}") for name in self._replica.counts}
 
         @serve.multiplexed(max_num_models_per_replica=self._replica.held)
         async def note(key: str) -> str:
@@ -87,8 +85,6 @@ class ReplicaDeployment:
         async with contextlib.aclosing(self._replica.answer(request)) as pieces:
             async for piece in pieces:
                 yield piece
-        for name, gauge in self._gauges.items():
-            gauge.set(self._replica.counts[name])
 
     async def load(self, versions: Sequence[Version]) -> None:
         await asyncio.to_thread(self._replica.load, versions)

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import re
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,14 +20,13 @@ import torch
 from ..core.errors import HotswapError, Refusal, refusal, refuse
 from ..generating import Reader
 from ..pools.adapter_pool import AdapterPool
+from .sampling import Sampler, Sampling
 from .table import Version
 
 #: how long the first request waits for others, in seconds
 GATHERING = 0.005
 #: how many tokens of a prompt are read at once
 CHUNK = 32
-#: below this temperature, the most probable token is taken each time
-COLDEST = 1e-3
 #: the end of a version's key
 DIGEST = re.compile("@[0-9a-f]{64}")
 
@@ -74,24 +74,31 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Sampling):
     """A prompt, or the messages of a chat; the share of each adapter, none for the base model; and how to answer.
 
-    ``temperature`` 0 takes the most probable token each time. Otherwise one is drawn from the most probable tokens that
-    together have the probability ``top_p``, at least from one, with the random numbers of ``seed``. The answer ends
-    before the first of the ``stop`` strings. ``logprobs`` asks for the log probability of each token, and for that many
-    of the most probable ones at its place. An answer that is not streamed is one piece.
+    The answer ends before the first of the ``stop`` strings. ``logprobs`` asks for the log probability of each token,
+    before all that :class:`Sampling` does, and for that many of the most probable ones at its place. An answer that is
+    not streamed is one piece. For the other fields, see :class:`Sampling`.
     """
 
     prompt: str | Sequence[Mapping[str, str]]
     shares: Mapping[Version, float] = field(default_factory=dict)
     max_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     is_streamed: bool = False
+
+
+def highest_rank(config: Any) -> int:
+    """The highest rank of an adapter in any layer; 0 for one of a method that has none."""
+    return max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
+
+
+def check_rank(name: str, config: Any, target_rank: int) -> None:
+    """Refuses an adapter that a server with room for a rank has no room for."""
+    if (rank := highest_rank(config)) > target_rank:
+        raise refuse("rank_above_target", name=name, rank=rank, target_rank=target_rank)
 
 
 @dataclass(frozen=True)
@@ -105,13 +112,17 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer. The last one says why it ends: at a ``stop``, or at the ``length`` that was allowed."""
+    """A part of an answer. The last one says why it ends: at a ``stop``, or at the ``length`` that was allowed.
+
+    ``first_token`` is the time from the request to the first token, in seconds.
+    """
 
     text: str
     finish: str | None
     prompt_tokens: int
     completion_tokens: int
     tokens: tuple[Token, ...] = ()
+    first_token: float = 0.0
 
 
 class Replica:
@@ -148,7 +159,10 @@ class Replica:
     def __init__(self, model: Any, tokenizer: Any, versions: Sequence[Version], options: Options = Options()):
         self.options: Options = options.for_model(model.config)
         self.tokenizer: Any = tokenizer
-        ends = model.generation_config.eos_token_id
+        #: what decides where a request doesn't say how its tokens are chosen
+        self.defaults: Any = model.generation_config
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+        ends = self.defaults.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self.ends: list[int] = ends if isinstance(ends, list) else [ends]
         # not fewer than the rows need, of mixes too
@@ -156,13 +170,16 @@ class Replica:
         #: by their names in the pool, the one used least recently first
         self._held = {version.key: version for version in versions[: self.held]}
         adapters = {key: version.load() for key, version in self._held.items()}
-        ranks = sorted(max(each.config.r, *each.config.rank_pattern.values(), 1) for each in adapters.values())
+        ranks = sorted(highest_rank(each.config) for each in adapters.values())
+        loaded = highest_rank(next(iter(model.peft_config.values())))
+        #: the highest rank that there is room for
+        self.target_rank: int = max(options.target_rank or sum(ranks[-2:]), loaded)
         rows = max(options.rows, 2)  # a pool has no fewer
         self.pool: AdapterPool = AdapterPool(
             model.requires_grad_(False),
             adapters=adapters,
             rows=rows,
-            target_rank=options.target_rank or sum(ranks[-2:]) or None,
+            target_rank=self.target_rank,
             progress=False,
         )
         self.pool.assign([None] * rows)
@@ -172,7 +189,7 @@ class Replica:
         self._lock = threading.Lock()
         self._waiting: deque[_Answer] = deque()
         self._worker: asyncio.Task | None = None
-        self.counts: Counter[str] = Counter(requests=0, tokens=0, swaps=0, rows_in_use=0)
+        self.counts: Counter[str] = Counter(requests=0, prompt_tokens=0, tokens=0, swaps=0, rows_in_use=0)
 
     def _make_reader(self, rows: int) -> Reader | None:
         options, reason = self.options, "logits of a row depend on how it is read, or on other rows"
@@ -208,7 +225,9 @@ class Replica:
         with self._lock:
             for version in versions:
                 if version.key not in self._held:
-                    self.pool.add(version.key, version.load())
+                    adapter = version.load()
+                    check_rank(version.name, adapter.config, self.target_rank)
+                    self.pool.add(version.key, adapter)
                 self._held[version.key] = self._held.pop(version.key, version)
                 for key in list(self._held)[: -self.held]:
                     with contextlib.suppress(HotswapError):  # it is in use
@@ -302,6 +321,7 @@ class Replica:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.options.longest_answer,
                 do_sample=False,
+                repetition_penalty=1.0,  # the answer's sampler has the model's own
                 logits_processor=[choose],
                 stopping_criteria=[lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)],
             )
@@ -329,6 +349,7 @@ class Replica:
             rows[row] = answer
             self.counts["swaps"] += there[row] != answer.adapter
             self.counts["requests"] += 1
+            self.counts["prompt_tokens"] += len(answer.ids)
         self.counts["rows_in_use"] = sum(each is not None for each in rows)
         return self.counts["rows_in_use"] > 0
 
@@ -373,11 +394,11 @@ class _Answer:
         self.request, self.ids, self.replica = request, ids, replica
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self.random = torch.Generator()
-        self.random.seed() if request.seed is None else self.random.manual_seed(request.seed)
+        self.sampler = Sampler(request, ids, replica.defaults, replica.vocabulary)
         #: the end of the prompt, which the model has not read yet
         self.unread = ids
         self.tokens: list[int] = []
+        self.start, self.first_token = time.perf_counter(), 0.0
         self.described: list[Token] = []
         #: text that is not sent yet, and how many letters are in it or sent
         self.text, self.ready = "", 0
@@ -407,6 +428,7 @@ class _Answer:
         """Chooses the next token, and sends the new part of the text."""
         token = self._choose(logits.float(), best)
         self.tokens.append(token)
+        self.first_token = self.first_token or time.perf_counter() - self.start
         most = self.request.max_tokens or self.replica.options.longest_answer
         finish = "stop" if token in self.replica.ends else "length" if len(self.tokens) == most else None
         text, stops = self._decode(self.tokens), self.request.stop
@@ -421,7 +443,8 @@ class _Answer:
             self.ready = ready
             # an answer that is not streamed is made of the same pieces, so that its text is the same
             if finish or self.request.is_streamed:
-                self.send(Piece(self.text, finish, len(self.ids), len(self.tokens), tuple(self.described)))
+                counts = len(self.ids), len(self.tokens)
+                self.send(Piece(self.text, finish, *counts, tuple(self.described), self.first_token))
                 self.text, self.described = "", []
         return token
 
@@ -430,14 +453,10 @@ class _Answer:
         return self.replica.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _choose(self, logits: torch.Tensor, best: int) -> int:
-        request = self.request
-        if request.temperature >= COLDEST:
-            ordered, order = (logits / request.temperature).softmax(-1).cpu().sort(descending=True)
-            ordered[1:][ordered.cumsum(-1)[:-1] >= request.top_p] = 0  # never the first one
-            best = int(order[torch.multinomial(ordered, 1, generator=self.random)])
-        if request.logprobs is not None:
+        best, most = self.sampler.choose(logits, best, self.tokens), self.request.logprobs
+        if most is not None:
             values = logits.log_softmax(-1)
-            best_ones = values.topk(min(request.logprobs, len(values))).indices.tolist()
+            best_ones = values.topk(min(most, len(values))).indices.tolist()
             top = [(self._decode([each]), float(values[each])) for each in best_ones]
             self.described.append(Token(self._decode([best]), float(values[best]), tuple(top)))
         return best

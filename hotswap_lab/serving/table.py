@@ -15,6 +15,8 @@ from ..files.reading import Adapter
 
 #: the most characters of a request's ``model``, adapters in it, and weight of one; characters of an adapter's name
 MOST_CHARACTERS, MOST_ADAPTERS, MOST_WEIGHT, LONGEST_NAME = 1000, 8, 100, 200
+#: removed adapters whose numbers are remembered: a policy may have a new name at each of its steps
+MOST_REMEMBERED = 1000
 
 
 class UnknownAdapterError(HotswapError):
@@ -64,12 +66,15 @@ def digest_of(adapter: Adapter) -> str:
 class Table:
     """The version of each adapter that is in force; ``number`` counts the tables.
 
-    ``highest`` is the highest number of each name so far, of removed adapters too, so that no number comes twice.
+    ``highest`` is the highest number of each name so far, of removed adapters too, so that no number comes twice. The
+    names that were removed first are forgotten: ``forgotten`` is the highest number of theirs, and new names begin
+    after it.
     """
 
     versions: Mapping[str, Version] = field(default_factory=dict)
     number: int = 0
     highest: Mapping[str, int] = field(default_factory=dict)
+    forgotten: int = 0
 
     def or_later(self, table: Table) -> Table:
         """The later one of both."""
@@ -139,20 +144,22 @@ class Register:
                 versions = {} if is_all else dict(before.versions)
                 highest = dict(before.highest)
                 for name, path in paths.items():
-                    former = before.versions.get(name)
-                    versions.pop(name, None)
+                    former = versions.pop(name, before.versions.get(name))
+                    # put at the end, as what was changed last
+                    highest[name] = max(highest.pop(name, before.forgotten), former.number if former else 0)
                     if path is not None:
                         version = await asyncio.to_thread(Version.of, name, path, self.base)
-                        number = former.number if former else 0
                         if not former or version.digest != former.digest:
-                            number = max(number, highest.get(name, 0)) + 1
-                        highest[name] = max(number, highest.get(name, 0))
-                        versions[name] = replace(version, number=number)
+                            former = replace(version, number=highest[name] + 1)
+                        versions[name] = replace(version, number=former.number)
+                        highest[name] = max(highest[name], former.number)
                     elif former is None:
                         raise before.unknown(name, self.base)
+                removed = [name for name in highest if name not in versions][:-MOST_REMEMBERED]
+                forgotten = max([before.forgotten, *map(highest.pop, removed)])
                 await self.load([each for name, each in versions.items() if each != before.versions.get(name)])
                 if self.table is before:  # or adopt() has brought a later table, which is then changed instead
-                    self.table = Table(versions, before.number + 1, highest)
+                    self.table = Table(versions, before.number + 1, highest, forgotten)
                     return self.table
 
     async def adopt(self, table: Table = Table()) -> Table:

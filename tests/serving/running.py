@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import httpx2
+from prometheus_client.parser import text_string_to_metric_families
 
 from hotswap_lab.lessons.serving import QUIET, start_ray
 
@@ -58,3 +59,9 @@ def eventually(is_so: Callable[[], Any], seconds: float = 120) -> Any:
     while not (found := is_so()) and time.monotonic() < deadline:
         time.sleep(0.5)
     return found
+
+
+def numbers(text: str) -> dict[tuple[str, ...], float]:
+    """What ``/metrics`` says: the values by their names and labels."""
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {(each.name.removeprefix("hotswap_lab_"), *each.labels.values()): each.value for each in samples}

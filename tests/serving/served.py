@@ -11,6 +11,7 @@ from pathlib import Path
 
 import models
 import torch
+import transformers
 from peft import PeftModel
 
 from hotswap_lab import demo
@@ -47,7 +48,7 @@ class Served(Register):
             await asyncio.to_thread(replica.load, versions)
 
     async def states(self) -> list[dict]:
-        return [replica.state for replica in self.replicas]
+        return [{"replica": str(n), **replica.state} for n, replica in enumerate(self.replicas)]
 
     async def pieces(self, model: str, word: str, replica: int = 0, **how: object) -> list[Piece]:
         request = Request(f"{word}>", self.table.shares(model, "demo"), **how)
@@ -83,6 +84,25 @@ def save_random_adapter(folder: Path, seed: int, rank: int = 4) -> str:
     """An adapter that changes what the embedded model says to something of its own."""
     kind = models.Kind(demo.load_base, dict, ("q_proj", "up_proj"))
     return models.save_random_adapter(kind, folder, seed, r=rank, lora_alpha=2 * rank)
+
+
+LITTLE = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+LITTLE |= dict(num_key_value_heads=2, max_position_embeddings=96, pad_token_id=0, bos_token_id=None, eos_token_id=98)
+
+
+def little(kind, folder, **more):
+    """A random model of some kind in a folder, with two adapters, and a replica of it."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**LITTLE | more)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder / "base")
+    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder / "base")  # noqa: E731
+    names = sorted({name.split(".")[-1] for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)})
+    made = models.Kind(load, dict, tuple(names[:2]))
+    paths = {f"r{n}": models.save_random_adapter(made, folder / f"r{n}", n, r=4, lora_alpha=16) for n in range(2)}
+    versions = [Version.of(name, path) for name, path in paths.items()]
+    replica = Replica(PeftModel.from_pretrained(load(), paths["r0"]), demo.load_tokenizer(), versions)
+    return load, versions, replica
 
 
 @contextlib.contextmanager

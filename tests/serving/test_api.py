@@ -11,12 +11,14 @@ import httpx2
 import openai
 import pytest
 from refusals import refused
+from running import numbers
 from served import FAMILY, SHORT, WORDS, Served, alone, logged
 from test_hostile import BODIES
 
 from hotswap_lab.core.errors import refusal
-from hotswap_lab.serving import BusyError, Piece, Register, Table, Version
+from hotswap_lab.serving import BusyError, Piece, Register, Sampling, Table, Version
 from hotswap_lab.serving.api import openai_api
+from hotswap_lab.serving.metrics import COUNTERS, GAUGES
 from hotswap_lab.serving.replica import Token
 
 SERVER = "http://served"
@@ -151,19 +153,15 @@ def test_too_many_requests(served, monkeypatch):
 
 #: fields that would change the answer: a value that doesn't, and one that does
 FIELDS = {
-    "presence_penalty": (0.0, 0.5),
-    "frequency_penalty": (0, -1),
-    "logit_bias": ({}, {"5": 100}),
-    "echo": (False, True),
     "suffix": ("", "x"),
     "best_of": (1, 2),
-    "top_k": (-1, 5),
     "tools": ([], [{"type": "function"}]),
     "response_format": ({"type": "text"}, {"type": "json_object"}),
-    "repetition_penalty": (1.0, 1.1),
 }
 PICTURE = [{"type": "image_url", "image_url": {"url": "http://x"}}]
-NO_NUMBERS = itertools.product((b"temperature", b"top_p"), (b"NaN", b"Infinity", b"1e999", b"-1e-40"))
+NO_NUMBERS = itertools.product(
+    (b"temperature", b"top_p", b"min_p", b"repetition_penalty"), (b"NaN", b"Infinity", b"1e999", b"-1e-40")
+)
 #: a path, what is sent, the status of the answer, and what it says
 REFUSED = [
     (TEXT, dict(model="nobody"), 404, "expected: one of demo, caesar, double"),
@@ -184,6 +182,15 @@ REFUSED = [
     (TEXT, dict(top_p=1.1), 400, "top_p: Input should be less"),
     (TEXT, dict(temperature=2.1), 400, "temperature: Input should be less"),
     (TEXT, dict(temperature=-1), 400, "temperature: Input should be greater"),
+    (TEXT, dict(top_k=-2), 400, "top_k: Input should be greater"),
+    (TEXT, dict(min_p=1.1), 400, "min_p: Input should be less"),
+    (TEXT, dict(frequency_penalty=2.1), 400, "frequency_penalty: Input should be less"),
+    (TEXT, dict(presence_penalty=-2.1), 400, "presence_penalty: Input should be greater"),
+    (TEXT, dict(logit_bias={"5": 101}), 400, r"logit_bias\.5: Input should be less"),
+    (TEXT, dict(logit_bias={"hotswap": 1}), 400, r"logit_bias\.hotswap.*valid integer"),
+    (TEXT, dict(logit_bias={"98": 1}), 400, r"doesn't have\.\n.*\[98\]\n.*from 0 to 97"),
+    (TEXT, dict(echo=True, logprobs=0), 400, "An echo has no log probabilities"),
+    (CHATS, dict(messages=[CHAT], echo=True), 400, "echo' would change the answer"),
     (TEXT, dict(seed=2**64), 400, "seed: Input should be less"),
     (TEXT, dict(max_tokens=0), 400, "max_tokens: Input should be greater"),
     (TEXT, dict(model="caesar+pig_latin+sort"), 400, "needs more rank"),
@@ -272,6 +279,9 @@ def test_bodies_are_limited_also_without_a_length(is_chunked):
 
 
 HOW = dict(stop=["a", "b"], seed=7, top_p=0.5, max_tokens=3, temperature=1.5, logprobs=2, user="me")
+HOW |= dict(frequency_penalty=-2, presence_penalty=0.5, logit_bias={"5": -100})
+#: fields that the client doesn't know, and one that nobody knows
+MORE = dict(top_k=7, min_p=0.5, repetition_penalty=1.5)
 MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "o"}, {"type": "text", "text": "ne"}]}, CHAT]
 
 
@@ -280,13 +290,13 @@ MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "o"}, {"type":
     [
         (
             "completions",
-            HOW | dict(extra_body={"nobody_knows": 1}),
-            dict(prompt="p", stop=("a", "b"), seed=7, top_p=0.5, max_tokens=3, temperature=1.5, logprobs=2),
+            HOW | dict(extra_body=MORE | {"nobody_knows": 1}),
+            HOW | MORE | dict(prompt="p", stop=("a", "b"), logit_bias={5: -100}),
         ),
         (
             "completions",
             dict(prompt=["p"], stop="a", temperature=9e-4),
-            dict(prompt="p", stop=("a",), seed=None, top_p=1, max_tokens=None, temperature=9e-4, logprobs=None),
+            dict(prompt="p", stop=("a",), seed=None, top_p=None, max_tokens=None, temperature=9e-4, logprobs=None),
         ),
         (
             "chat",
@@ -303,7 +313,23 @@ def test_what_is_asked_for_reaches_the_replica(kind, how, expected):
     fake = Fake()
     asked_of(fake, kind, **how)
     (request,) = fake.requests
-    assert expected.items() <= vars(request).items()
+    assert {name: value for name, value in expected.items() if name != "user"}.items() <= vars(request).items()
+
+
+@pytest.mark.parametrize("how", [{}, dict(extra_body={"temperature": None, "logit_bias": None, "top_k": None})])
+def test_what_is_not_asked_for_is_left_to_the_model(how):
+    fake = Fake()
+    asked_of(fake, **how)
+    assert vars(fake.requests[0]).items() >= vars(Sampling()).items()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_is_before_each_answer(stream):
+    answer = asked_of(Fake(), prompt="hotswap>", n=2, seed=99, stream=stream, echo=True)
+    texts = ["", ""]
+    for choice in [each.choices[0] for each in answer] if stream else answer.choices:
+        texts[choice.index] += choice.text
+    assert texts == ["hotswap>99", "hotswap>100"]
 
 
 def test_several_choices():
@@ -422,3 +448,24 @@ def test_health(api):
     assert first["requests"] > 0 == second["requests"]
     assert {f"{name}@1" for name in FAMILY} <= set(second["held"])
     assert (second["rows"], second["waiting"], second["rows_in_use"]) == ([None] * 8, 0, 0)
+
+
+def test_metrics(served):
+    """Of one application, also where there are two in a process."""
+    api, other = (openai_api(served, "demo") for _ in range(2))
+    before = numbers(sent(api, "/metrics").text)
+    for how in (dict(stream=True), dict(n=2), dict(model="nobody"), dict(max_tokens=0)):
+        sent(api, TEXT, {"model": "shout", "prompt": "hotswap>", **how})
+    sent(api, CHATS, {"model": "shout", "messages": [CHAT | {"content": "hotswap"}]})
+    sent(other, TEXT, {"model": "sort", "prompt": "hotswap>"})
+    told, state = numbers(sent(api, "/metrics").text), asyncio.run(served.states())[0]
+    counts = {name[1:]: value for name, value in told.items() if name[0] == "request_seconds_count"}
+    assert counts == {(TEXT, "200"): 2, (TEXT, "404"): 1, (TEXT, "400"): 1, (CHATS, "200"): 1}
+    assert told["first_token_seconds_count",] == 4
+    assert 0 < told["first_token_seconds_sum",] < 4 * told["request_seconds_sum", TEXT, "200"]
+    assert told["adapter_version", "shout"] == served.table.versions["shout"].number
+    assert told["changes_total",] == served.table.number
+    more = {name: told[f"{name}_total", "0"] - before[f"{name}_total", "0"] for name in COUNTERS}
+    assert more["swaps"] > 0
+    assert more == dict(requests=5, prompt_tokens=5 * 8, tokens=4 * 9 + 8, swaps=more["swaps"])
+    assert all(told[name, "0"] == state[name] == 0 for name in GAUGES)

@@ -24,6 +24,7 @@ MODELS = ["shout", "demo", "shout:1e30", "shout:nan", "shout:0+sort:100", "shout
 MODELS += ["caesar+pig_latin+sort", "double:0.5+reverse:0.5", "shout:" + "9" * 999, "9" * 100_000]
 FIELDS = ["max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "logprobs"]
 FIELDS += ["top_logprobs", "stream_options", "user", "tools", "logit_bias", "echo", "response_format", "best_of"]
+FIELDS += ["top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"]
 PATHS = ["/v1/completions"] * 3 + ["/v1/chat/completions"] * 3
 PATHS += ["/admin/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models", "/healthz", "/nowhere"]
 BODIES = [b"", b"{", b"[" * 9_000, b"\xff\xfe", b"null", b"[]", b'"a"', b'{"n": ' + b"9" * 5_000 + b"}", b"a" * 200_000]
@@ -38,7 +39,7 @@ class Hostile:
         self.statuses: Counter[int] = Counter()
 
     def value(self, depth: int = 0) -> Any:
-        kind = self.random.choice([TEXTS, NUMBERS, [True, False, None]])
+        kind = self.random.choice([TEXTS, NUMBERS, [True, False, None], [{"5": 100}, {"97": -1.5}, {"98": 1}]])
         if depth < 2 and self.random.random() < 0.4:
             several = [self.value(depth + 1) for _ in range(self.random.randint(0, 5))]
             return self.random.choice([several, several, dict(zip(TEXTS, several, strict=False))])

@@ -10,11 +10,12 @@ import subprocess
 import sys
 
 import httpx2
-import openai
 import pytest
+from both_kinds import BothKinds
 from refusals import refused
-from running import TOKEN, change, eventually, states
-from served import FAMILY, SHORT, WORDS, alone, save_random_adapter
+from replica_faults import ADAPTERS
+from running import TOKEN, eventually
+from served import FAMILY, SHORT
 
 from hotswap_lab.serving import BusyError, Request
 from hotswap_lab.serving.arguments import Arguments
@@ -27,17 +28,8 @@ def address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "hotswap_lab",
-        "serve",
-        "--port",
-        f"{port}",
-        "--set",
-        f"token={TOKEN}",
-        "timeout=30",
-    ]
+    arguments = [f"token={TOKEN}", "timeout=30", "adapters=" + ",".join(map("=".join, ADAPTERS.items()))]
+    command = [sys.executable, "-m", "hotswap_lab", "serve", "--port", f"{port}", "--set", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         address = f"http://127.0.0.1:{port}"
         try:
@@ -46,7 +38,7 @@ def address():
         finally:
             server.send_signal(signal.SIGINT)
             said = server.communicate(timeout=30)[0]
-    assert f"Ready: {len(FAMILY)} adapters of demo" in said, said
+    assert f"Ready: {len(ADAPTERS)} adapters of demo" in said, said
     assert "Traceback" not in said, said
 
 
@@ -60,21 +52,8 @@ def is_ready(address):
     return health.status_code == 200
 
 
-def test_every_adapter_and_a_stream_through_the_real_client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-        assert [each.id for each in client.models.list()] == ["demo", *FAMILY]
-        for name, word in zip(FAMILY, WORDS, strict=True):
-            said = client.completions.create(model=name, prompt=f"{word}>", stream=True)
-            assert "".join(each.choices[0].text for each in said) == alone(FAMILY[name], word)
-
-
-def test_new_weights(address, tmp_path):
-    new = save_random_adapter(tmp_path, seed=1)
-    assert change(address, {"late": new}).json()["late"] == 1
-    body = {"model": "late", "prompt": "hotswap>", "max_tokens": 8}
-    answer = httpx2.post(f"{address}/v1/completions", json=body, timeout=30).json()
-    assert answer["choices"][0]["text"] == alone(new, "hotswap")[:8]
-    assert "late@1" in states(address)[0]["held"]
+class TestOneProcess(BothKinds):
+    pass
 
 
 def test_before_the_start_all_is_refused(tmp_path):

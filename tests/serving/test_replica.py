@@ -1,20 +1,23 @@
 """A replica in this process: each answer is what a fresh load of its adapter says, whatever its neighbours get."""
 
 import asyncio
+import gc
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
-import models
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
+from lengths import TIMES, long
 from peft import PeftModel
 from refusals import refused
-from served import FAMILY, SHORT, WORDS, Served, alone, fresh, logged, replica_of, save_random_adapter
+from served import FAMILY, SHORT, WORDS, Served, alone, fresh, little, logged, replica_of, save_random_adapter
 
 from hotswap_lab import HotswapError, RecompileWatch, demo
 from hotswap_lab.lessons import rows
@@ -227,25 +230,6 @@ def test_log_probabilities_are_those_of_a_fresh_load(served):
 
 
 # ---- models of one's own
-
-
-LITTLE = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-LITTLE |= dict(num_key_value_heads=2, max_position_embeddings=96, pad_token_id=0, bos_token_id=None, eos_token_id=98)
-
-
-def little(kind, folder, **more):
-    """A random model of some kind in a folder, with two adapters, and a replica of it."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**LITTLE | more)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.save_pretrained(folder / "base")
-    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder / "base")  # noqa: E731
-    names = sorted({name.split(".")[-1] for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)})
-    made = models.Kind(load, dict, tuple(names[:2]))
-    paths = {f"r{n}": models.save_random_adapter(made, folder / f"r{n}", n, r=4, lora_alpha=16) for n in range(2)}
-    versions = [Version.of(name, path) for name, path in paths.items()]
-    replica = Replica(PeftModel.from_pretrained(load(), paths["r0"]), demo.load_tokenizer(), versions)
-    return load, versions, replica
 
 
 #: other angles for all rows, from that length on
@@ -474,6 +458,46 @@ def test_a_change_is_made_to_what_is_in_force_also_where_the_register_learns_of_
     assert table is register.table
     assert table.number == 10
     assert table.versions.keys() == {*late.versions, "other"}
+
+
+@pytest.mark.parametrize("steps", [300, long(4000 * TIMES)])
+def test_a_policy_that_learns_leaves_memory_as_it_was(steps, tmp_path, monkeypatch):
+    """At each step it gets new weights, and one more adapter comes and goes. ``TIMES=10`` makes 40,000 steps."""
+    monkeypatch.setattr("hotswap_lab.serving.table.MOST_REMEMBERED", 50)
+    path = save_random_adapter(tmp_path / "policy", 1)
+    served = Served({"policy": path}, replace(SHORT, rows=2))
+    weights = safetensors.torch.load_file(f"{path}/adapter_model.safetensors")
+    numbers = {}
+
+    async def run(first, end):
+        for step in range(first, end):
+            next(iter(weights.values())).view(-1)[0] = step
+            safetensors.torch.save_file(weights, f"{path}/adapter_model.safetensors", {"format": "pt"})
+            table = await served.change({"policy": path, f"step-{step}": path})
+            numbers[step] = table.versions[f"step-{step}"].number
+            await served.change({f"step-{step}": None})
+        return table.versions["policy"].number
+
+    def used():
+        """Python's blocks of memory, tensors, their bytes, and the process' pages, in bytes."""
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+        pages = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if sys.platform == "linux" else 0
+        return sys.getallocatedblocks(), len(tensors), sum(storages.values()), pages
+
+    asyncio.run(run(0, 100))
+    before = used()
+    assert asyncio.run(run(100, steps)) == steps + 1
+    blocks, tensors, size, pages = (now - then for now, then in zip(used(), before, strict=True))
+    assert blocks < 2000
+    assert (tensors, size) == (0, 0)
+    assert pages < 2e8
+    # a name that comes again doesn't have the number that it had, although it is forgotten
+    assert len(served.table.highest) <= 52
+    for step in (0, 99):
+        versions = asyncio.run(served.change({f"step-{step}": path})).versions
+        assert versions[f"step-{step}"].number > numbers[step]
 
 
 # ---- what it is made of

@@ -1,0 +1,100 @@
+"""How the tokens of an answer are chosen: transformers' own logits processors, each request with its own values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..core.errors import refuse
+
+#: below this temperature, the most probable token is taken each time
+COLDEST = 1e-3
+#: the values that change nothing
+NEUTRAL: dict[str, float] = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a request wants its tokens chosen. Where a field is None, the model's ``generation_config`` decides.
+
+    ``temperature`` 0 takes the most probable token each time, as does a model whose ``generation_config`` has no
+    ``do_sample``. Otherwise a token is drawn with the random numbers of ``seed``: from the ``top_k`` most probable ones
+    (all of them if it is 0 or less), of these from the most probable ones that together have the probability ``top_p``,
+    and of these from those that are at least ``min_p`` times as probable as the first. ``repetition_penalty`` divides
+    the logits of all tokens of the prompt and the answer, or multiplies negative ones. ``frequency_penalty`` is
+    subtracted from a token's logit as often as the answer has it, and ``presence_penalty`` once. ``logit_bias`` is
+    added to the logits of these tokens.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+
+class Sampler:
+    """Chooses the tokens of one answer to ``prompt``, from logits of the length ``vocabulary``.
+
+    As in vLLM, a field that the request leaves out is taken from ``config``, the model's ``generation_config``, and
+    the two penalties of OpenAI's count the tokens of the answer, not those of the prompt. The order of the steps is
+    that of transformers' ``generate``.
+    """
+
+    def __init__(self, how: Sampling, prompt: Sequence[int], config: Any, vocabulary: int):
+        if unknown := [token for token in how.logit_bias if not 0 <= token < vocabulary]:
+            raise refuse("no_such_token", tokens=unknown[:8], last=vocabulary - 1)
+        self.how: Sampling = how
+        self.prompt: Sequence[int] = prompt
+        self.random: torch.Generator = torch.Generator()
+        self.random.seed() if how.seed is None else self.random.manual_seed(how.seed)
+
+        def value(name: str) -> float:
+            values = getattr(how, name), getattr(config, name, None), NEUTRAL[name]
+            return next(each for each in values if each is not None)
+
+        heat, top_k, top_p, min_p, repetition = map(value, NEUTRAL)
+        self.is_drawn: bool = heat >= COLDEST and bool(how.temperature is not None or config.do_sample)
+        self.steps: list[Callable[..., Tensor]] = []
+        if how.logit_bias:
+            bias = [[[token], float(added)] for token, added in how.logit_bias.items()]
+            self.steps.append(SequenceBiasLogitsProcessor(bias))
+        if repetition != 1:
+            self.steps.append(RepetitionPenaltyLogitsProcessor(float(repetition)))
+        if how.frequency_penalty or how.presence_penalty:
+            self.steps.append(self._penalize)
+        if self.is_drawn:
+            self.steps.append(TemperatureLogitsWarper(float(heat)))
+            self.steps += [TopKLogitsWarper(int(top_k))] if top_k > 0 else []
+            self.steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+            self.steps += [MinPLogitsWarper(min_p)] if min_p > 0 else []
+
+    def _penalize(self, ids: Tensor, scores: Tensor) -> Tensor:
+        counts = torch.bincount(ids[0, len(self.prompt) :], minlength=scores.shape[-1])
+        return scores - self.how.frequency_penalty * counts - self.how.presence_penalty * (counts > 0)
+
+    def choose(self, logits: Tensor, best: int, answer: Sequence[int]) -> int:
+        """The next token after those of the answer; ``best`` is the most probable one, for requests without steps."""
+        if not self.steps:
+            return best
+        ids, scores = torch.tensor([[*self.prompt, *answer]]), logits.cpu()[None]
+        for step in self.steps:
+            scores = step(ids, scores)
+        drawn = torch.multinomial(scores.softmax(-1), 1, generator=self.random) if self.is_drawn else scores.argmax()
+        return int(drawn)

@@ -1,0 +1,92 @@
+"""Tests of a server from outside, the same for one process and for Ray Serve: each kind has its own ``address``.
+
+The server has the adapters of ``replica_faults.ADAPTERS``, and the token of ``running``.
+"""
+
+from __future__ import annotations
+
+import time
+
+import httpx2
+import openai
+import pytest
+from replica_faults import ADAPTERS, NAMES, trial
+from running import TOKEN, change, numbers, states
+from served import FAMILY, WORDS, alone
+
+from hotswap_lab import demo
+from hotswap_lab.serving.metrics import COUNTERS, GAUGES
+
+
+class BothKinds:
+    @pytest.fixture
+    def client(self, address):
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0) as client:
+            yield client
+
+    def test_the_real_client(self, client):
+        assert [model.id for model in client.models.list().data] == ["demo", *NAMES]
+        for name, word in zip([*NAMES, "demo"], WORDS, strict=False):
+            pieces = list(client.completions.create(model=name, prompt=f"{word}>", stream=True))
+            assert "".join(each.choices[0].text for each in pieces) == alone(ADAPTERS.get(name), word)
+            whole = client.completions.create(model=name, prompt=f"{word}>", echo=True)
+            assert whole.choices[0].text == f"{word}>" + alone(ADAPTERS.get(name), word)
+            assert {each.system_fingerprint for each in [*pieces, whole]} == {f"{name}@1" if name in NAMES else name}
+        mix = client.completions.create(model="five:0.5+six:0.5", prompt="hotswap>")
+        assert mix.system_fingerprint == "five@1:0.5+six@1:0.5"
+        messages = [{"role": "user", "content": "notebook"}]
+        chunks = list(client.chat.completions.create(model="two", messages=messages, stream=True))
+        assert len(chunks) == 17
+        assert "".join(chunk.choices[0].delta.content for chunk in chunks) == "notebooknotebook"
+        for how, status in (({"model": "nobody"}, 404), ({"max_tokens": 99}, 400), ({"model": "+".join(NAMES)}, 400)):
+            with pytest.raises(openai.APIStatusError) as caught:
+                client.completions.create(**{"model": "one", "prompt": "hotswap>", **how})
+            assert caught.value.status_code == status
+            assert "Traceback" not in caught.value.message
+
+    def test_fields_of_sampling(self, client):
+        letter = demo.load_tokenizer()("z")["input_ids"][0]
+        for how in (dict(temperature=0), dict(temperature=2, extra_body=dict(top_k=1)), dict(seed=3)):
+            asked = dict(model="one", prompt="hotswap>", max_tokens=3, logit_bias={letter: 100}, **how)
+            assert client.completions.create(**asked).choices[0].text == "zzz"
+
+    def test_who_goes_away_stops_the_computing(self, client, address):
+        before = sum(each["tokens"] for each in states(address))
+        with client.completions.create(model="two", prompt="notebooks>", stream=True) as stream:
+            next(iter(stream))
+        time.sleep(2)
+        assert 0 < sum(each["tokens"] for each in states(address)) - before < 19
+
+    def test_metrics(self, client, address):
+        before = numbers(httpx2.get(f"{address}/metrics").text)
+        client.completions.create(model="two", prompt="hotswap>")
+        told = numbers(httpx2.get(f"{address}/metrics").text)
+        count = "request_seconds_count", "/v1/completions", "200"
+        assert told[count] == before.get(count, 0) + 1
+        assert told["first_token_seconds_count",] == before["first_token_seconds_count",] + 1
+        for replica in states(address):
+            label = replica.get("replica", "")
+            assert all(told[f"{name}_total", label] == replica[name] for name in COUNTERS)
+            assert all(told[name, label] == 0 for name in GAUGES)
+        assert {each[1] for each in told if each[0] == "adapter_version"} == {*NAMES}
+
+    def test_new_weights(self, client, address):
+        version = change(address, {"one": FAMILY["shout"]}).json()["one"]
+        refused = change(address, {"one": FAMILY["sort"], "two": "/nowhere"})
+        assert refused.status_code == 400
+        assert "Can't find 'adapter_config.json'" in refused.json()["error"]["message"]
+        answer = client.completions.create(model="one", prompt="hotswap>")
+        assert (answer.choices[0].text, answer.system_fingerprint) == ("HOTSWAP!", f"one@{version}")
+        assert all(f"one@{version}" in each["held"] for each in states(address))
+        load = {"lora_name": "late", "lora_path": FAMILY["shout"]}
+        header = {"Authorization": f"Bearer {TOKEN}"}
+        assert httpx2.post(f"{address}/v1/load_lora_adapter", json=load, headers=header, timeout=60).json()["late"] == 1
+        assert client.completions.create(model="late", prompt="hotswap>").choices[0].text == "HOTSWAP!"
+        change(address, {"one": ADAPTERS["one"], "late": None})
+
+    def test_a_policy_that_learns_while_it_answers(self, address):
+        """Clients, some of which stream, know what each version of an adapter says; each answer is of one version."""
+        told = trial(address, 240, update_every=0.02)
+        change(address, ADAPTERS)
+        assert (told["asked"], told["retried"], told["wrong"], told["lost"]) == (240, 0, 0, 0)
+        assert told["updates"] >= 40

@@ -1,0 +1,109 @@
+"""Each row's tokens are those that transformers' ``generate`` chooses for it alone, with the same random numbers."""
+
+import asyncio
+
+import pytest
+import torch
+import transformers
+from refusals import refused
+from served import FAMILY, SHORT, WORDS, Served, alone, fresh, little, replica_of
+
+from hotswap_lab.serving import Request
+
+HOT = dict(temperature=4.0)
+#: the fields of requests that share batches
+ASKED = [
+    dict(HOT, seed=1),
+    dict(HOT, seed=2, top_k=3),
+    dict(HOT, seed=3, top_p=0.8),
+    dict(HOT, seed=4, min_p=0.2),
+    dict(HOT, seed=5, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.7),
+    dict(HOT, seed=6, logit_bias={7: 9.0}, repetition_penalty=0.5),
+    dict(HOT, seed=7, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0),
+    dict(HOT, seed=8, frequency_penalty=1.5, presence_penalty=0.5, repetition_penalty=1.2),
+    {},
+    dict(seed=3),
+    dict(temperature=0, repetition_penalty=1.9),
+    dict(repetition_penalty=5.0, logit_bias={5: 100, 9: -100.0}),
+    dict(frequency_penalty=2.0, logit_bias={5: 20}),
+    dict(presence_penalty=2.0, logit_bias={5: 20, 6: 19}),
+    dict(presence_penalty=-2.0, frequency_penalty=-1),
+]
+
+
+def generated(model, ids, asked):
+    """What ``generate`` chooses. OpenAI's two penalties are computed here, token by token."""
+    how, after = dict(asked), []
+    frequency, presence = how.pop("frequency_penalty", 0), how.pop("presence_penalty", 0)
+
+    def penalize(said, scores):
+        answer = said[0, len(ids) :].tolist()
+        for token in set(answer):
+            scores[0, token] -= frequency * answer.count(token) + presence
+        return scores
+
+    torch.manual_seed(how.pop("seed", 0))
+    if how.get("temperature"):
+        how = {"top_k": 0, **how, "do_sample": True}
+        # what is given comes after what generate makes itself
+        after = [transformers.TemperatureLogitsWarper(how.pop("temperature"))] if frequency or presence else []
+    if bias := how.pop("logit_bias", None):
+        how["sequence_bias"] = [[[token], float(by)] for token, by in bias.items()]
+    said = model.generate(torch.tensor([ids]), max_new_tokens=12, logits_processor=[penalize, *after], **how)
+    return said[0, len(ids) :].tolist()
+
+
+def said_by(replica, requests):
+    """The answers to requests that come at once."""
+
+    async def ask(request):
+        return "".join([piece.text async for piece in replica.answer(request)])
+
+    async def ask_all():
+        return await asyncio.gather(*map(ask, requests))
+
+    return asyncio.run(ask_all())
+
+
+#: a model's own values; where a request leaves a field out, it has them, one by one
+DEFAULTS = dict(do_sample=True, temperature=5.0, top_k=4, repetition_penalty=1.5)
+
+
+@pytest.mark.parametrize("defaults", [{}, DEFAULTS, DEFAULTS | dict(do_sample=False)])
+def test_rows_with_values_of_their_own(defaults):
+    served = Served(FAMILY)
+    (replica,) = served.replicas
+    replica.defaults.update(**defaults)
+    own = {name: value for name, value in defaults.items() if name != "do_sample"}
+    if not defaults.get("do_sample"):
+        own["temperature"] = 0
+    requests, expected, plain = [], [], []
+    for number, asked in enumerate(ASKED):
+        name, word, how = [*FAMILY, "demo"][number % 9], WORDS[number % 8], dict(seed=0) | asked
+        requests.append(Request(f"{word}>", served.table.shares(name, "demo"), max_tokens=12, **how))
+        ids = generated(fresh(FAMILY.get(name)), replica.tokenizer(f"{word}>")["input_ids"], own | how)
+        expected.append(replica.tokenizer.decode(ids, skip_special_tokens=True))
+        plain.append(alone(FAMILY.get(name), word)[:12])
+    assert said_by(replica, requests) == expected
+    assert [said_by(replica, [each]) for each in requests] == [[each] for each in expected]
+    assert sum(a != b for a, b in zip(expected, plain, strict=True)) >= 10
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Rwkv"])
+def test_a_models_own_penalty_counts_once(tmp_path, kind):
+    """Also where ``generate`` answers, which knows it as well."""
+    load, _, replica = little(kind, tmp_path)
+    replica.defaults.update(repetition_penalty=0.5)
+    ids = replica.tokenizer("hotswap>")["input_ids"]
+    expected, twice, never = (generated(load(), ids, dict(repetition_penalty=by)) for by in (0.5, 0.25, 1.0))
+    assert expected not in (twice, never)
+    said = replica.tokenizer.decode(expected, skip_special_tokens=True)
+    assert said_by(replica, [Request("hotswap>", max_tokens=12)]) == [said]
+
+
+def test_tokens_that_are_not_there():
+    replica = replica_of({"shout": FAMILY["shout"]}, SHORT)
+    for token in (-1, replica.vocabulary):
+        asked = [Request("hotswap>", logit_bias={token: 1.0})]
+        refused(rf"logit_bias.*\n.*\[{token}\]\n.*from 0 to {replica.vocabulary - 1}", said_by, replica, asked)
+    assert said_by(replica, [Request("hotswap>", logit_bias={replica.vocabulary - 1: 0.0})]) == ["hotswap"]
