@@ -526,16 +526,6 @@ def the_caller_keeps_its_tensors(world):
 
 
 @case
-def an_adapter_of_another_model_is_refused(world):
-    for spread in (parallel, shard_fully):
-        model = spread(world, world.load())
-        adapter = Adapter.load(world.adapter("same"))
-        wide = {key: torch.cat([value, value], -1) for key, value in adapter.tensors.items()}
-        with refusal(world, model, "does not fit the base model|disagree about the rank"):
-            hotswap_adapter(model, Adapter.from_state_dict(wide, adapter.config), "default")
-
-
-@case
 def an_error_while_writing_is_taken_back(world):
     """New shapes, gradients, tables: all of it is written when the last step fails."""
 

@@ -105,7 +105,7 @@ def test_kinds_of_layers_and_architectures(name, tmp_path):
     family = [dict(r=4, lora_alpha=6), dict(r=8, lora_alpha=5), dict(r=12, use_rslora=True)]
     family += [dict(r=4, target_modules=[kind.modules[place]]) for place in (0, -1) if len(kind.modules) > 1]
     folders = save_family(kind, tmp_path, *family)
-    compiled = torch.compile(prepared(kind, folders), backend="aot_eager")
+    compiled = torch.compile(prepared(kind, folders), backend="eager")
     assert_swaps_without_recompiling(kind, compiled, folders, [*range(1, len(folders)), 0, *range(len(folders))[::-1]])
 
 
