@@ -22,13 +22,14 @@ import torch
 import transformers
 from exported import FEW, assert_computes, bind, file_of, ids, not_compiled, prepared
 from lengths import few_of, long
-from models import KINDS, Kind, call, load, save_family, save_random_adapter
+from models import KINDS, Kind, answer, call, load, save_family, save_random_adapter
 from oracle import untouched
 from refusals import refused
+from row_truth import family
 from torch import nn
 
 import hotswap_lab
-from hotswap_lab import AdapterPool, HotswapError, aoti_compile, aoti_load, demo, hotswap_adapter
+from hotswap_lab import AdapterPool, HotswapError, aoti_compile, aoti_load, hotswap_adapter
 from hotswap_lab import prepare_model_for_compiled_hotswap as prepare
 from hotswap_lab.ahead.file import read
 from hotswap_lab.generating import Reader
@@ -36,16 +37,6 @@ from hotswap_lab.generating import Reader
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
 AUTO = torch.export.Dim.AUTO
 LENGTH = torch.export.Dim("length", min=2, max=9)
-#: ten that have little in common
-FAMILY = [
-    *(dict(r=rank, lora_alpha=alpha) for rank, alpha in ((4, 6), (1, 3), (16, 8))),
-    *(dict(r=2, use_rslora=True, target_modules=[name]) for name in ("q_proj", "down_proj")),
-    dict(r=3, target_modules=["o_proj", "up_proj"], layers_to_transform=[1]),
-    dict(r=5, rank_pattern={"k_proj": 9}, alpha_pattern={"v_proj": 2}),
-    dict(r=8, lora_alpha=5, lora_dropout=0.3),
-    dict(r=4, use_rslora=True, alpha_pattern={"gate_proj": 1}),
-    dict(r=6, target_modules=["k_proj", "gate_proj"], layers_to_transform=[0]),
-]
 
 
 @pytest.mark.long
@@ -58,39 +49,40 @@ def test_the_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "demo.pt2").exists()
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return save_family(LLAMA, tmp_path_factory.mktemp("family"), *FAMILY)
+def inputs_of(kind: str, rows: int = 2, tokens: int = 9) -> dict:
+    return ids(rows, tokens) if kind == "llama" else dict(x=torch.randn(rows, 12))
 
 
-@pytest.fixture(scope="module")
-def package(folders, tmp_path_factory):
-    """A tiny Llama that was prepared for the family, in a file."""
-    model = load(LLAMA, folders[0])
+@pytest.fixture(scope="module", params=few_of(("linear", "llama"), ("linear",)))
+def package(request, tmp_path_factory):
+    """A tiny model, prepared for adapters that have little in common: its kind, its file, and the adapters."""
+    kind, folder = KINDS[request.param], tmp_path_factory.mktemp("ahead")
+    folders = [*family(kind, folder).values()]
+    model, given = load(kind, folders[0]), inputs_of(request.param)
     prepare(model, adapters=folders)
-    path = tmp_path_factory.mktemp("ahead") / "llama.pt2"
+    shapes = {name: dict.fromkeys(range(1 if name == "x" else 2), AUTO) for name in given if name != "use_cache"}
     with untouched(model):
-        options = dict(dynamic_shapes={"input_ids": {0: AUTO, 1: AUTO}}, progress=False)
-        return aoti_compile(model, path, kwargs=ids(), **options)
+        options = dict(kwargs=given, dynamic_shapes=shapes, progress=False)
+        return request.param, str(aoti_compile(model, folder / "model.pt2", **options)), folders
 
 
 def assert_reached(ahead, model, fresh, *inputs: dict) -> None:
     """That the compiled code computes what a fresh load does, and that this is not what the base model does."""
-    for each in inputs or (ids(), ids(3, 4)):
+    for each in inputs:
         expected = call(fresh, each)
         with fresh.disable_adapter():
             change = (call(fresh, each) - expected).abs().max()
         assert change > 1e-3
-        torch.testing.assert_close(ahead(**each).logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(answer(ahead, each), expected, rtol=1e-4, atol=1e-5)
 
 
-def swap_in_turn(package: str, folders: list[str], swaps: int) -> None:
+def swap_in_turn(kind: str, package: str, folders: list[str], swaps: int) -> None:
     """What :func:`test_a_process_without_a_compiler` runs there: the model has one adapter, and is not prepared."""
-    model, draw = load(LLAMA, folders[3]), random.Random(0)
-    ahead, fresh = aoti_load(package, model), [load(LLAMA, folder) for folder in folders]
+    model, draw = load(KINDS[kind], folders[3]), random.Random(0)
+    ahead, fresh = aoti_load(package, model), [load(KINDS[kind], folder) for folder in folders]
     for number in [*range(len(folders)), *draw.choices(range(len(folders)), k=swaps)]:
         hotswap_adapter(model, folders[number], "default")
-        assert_reached(ahead, model, fresh[number], ids(draw.randint(2, 5), draw.randint(2, 12)))
+        assert_reached(ahead, model, fresh[number], inputs_of(kind, draw.randint(2, 5), draw.randint(2, 12)))
     print("all reached")
 
 
@@ -102,17 +94,18 @@ def in_a_process_without_a_compiler(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_process_without_a_compiler(package, folders):
-    """Ten unlike adapters, and 200 swaps, into a model that the file itself says how to prepare."""
-    code = f"import test_ahead\ntest_ahead.swap_in_turn({str(package)!r}, {folders!r}, 200)"
+def test_a_process_without_a_compiler(package):
+    """Unlike adapters, and 200 swaps, into a model that the file itself says how to prepare."""
+    code = f"import test_ahead\ntest_ahead.swap_in_turn(*{package!r}, 200)"
     assert in_a_process_without_a_compiler(code) == "all reached"
 
 
-def test_inputs_that_lie_otherwise_in_memory(package, folders):
-    ahead, given = aoti_load(package, load(LLAMA, folders[0])), ids()
-    turned = given["input_ids"].t().contiguous().t()
+def test_inputs_that_lie_otherwise_in_memory(package):
+    kind, path, folders = package
+    ahead, given = aoti_load(path, load(KINDS[kind], folders[0])), inputs_of(kind)
+    (turned,) = (each.t().contiguous().t() for each in given.values() if isinstance(each, torch.Tensor))
     assert not turned.is_contiguous()
-    assert torch.equal(ahead(turned, use_cache=False).logits, ahead(**given).logits)
+    assert torch.equal(answer(ahead, {**given, next(iter(given)): turned}), answer(ahead, given))
 
 
 # ---- conditions on sizes
@@ -196,7 +189,7 @@ def test_what_a_call_may_be_is_said_when_it_is_compiled(tmp_path, capsys):
     refused(r"input_ids.shape\[0\] >= 2", lambda model: bind(path, model)(**ids(1)), model)
 
 
-@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("repeated", [long(False), True])
 def test_rows_and_an_adapter_on_embeddings(tmp_path, repeated):
     """The number of rows stays dynamic, and each row has its own embeddings."""
     kind = Kind(LLAMA.make_random, LLAMA.make_inputs, ("embed_tokens", "q_proj"))
@@ -218,22 +211,21 @@ def test_rows_and_an_adapter_on_embeddings(tmp_path, repeated):
 
 
 def test_reading_in_rows(tmp_path):
-    """Eight words at once, each with an adapter of its own: chunks, then letter by letter."""
-    names = demo.adapter_names()
-    family = {name: demo.adapter_path(name) for name in names}
-    pool = AdapterPool(demo.load("reverse")[0], adapters=family, rows=8, progress=False)
-    readers = [Reader(pool.model, rows=8), Reader(pool.model, rows=8)]
-    pool.assign(names)
+    """Three texts at once, each with an adapter of its own: chunks, then token by token."""
+    folders = {name: save_random_adapter(LLAMA, tmp_path / name, seed) for seed, name in enumerate("abc")}
+    pool = AdapterPool(load(LLAMA, folders["a"]), adapters=folders, rows=3, progress=False)
+    readers = [Reader(pool.model, rows=3, chunk=4, longest=12) for _ in range(2)]
+    pool.assign([*folders])
     with not_compiled():
         readers[0].compile_ahead(tmp_path, progress=False)
         readers[1].load_ahead(tmp_path)
-    parts = [[number + 1] * (1 + number) for number in range(8)]
+    parts = [[number + 1] * (1 + number) for number in range(3)]
     for _ in range(4):
         plain, ahead = (reader.read(parts) for reader in readers)
         torch.testing.assert_close(ahead, plain, rtol=1e-3, atol=1e-4)
-        parts = [[letter] for letter in plain.argmax(-1).tolist()]
-    letters = torch.ones((7, 1), dtype=torch.long)
-    refused("not made of the rows", lambda _: readers[1].compiled[1](letters, letters), pool)
+        parts = [[token] for token in plain.argmax(-1).tolist()]
+    tokens = torch.ones((2, 1), dtype=torch.long)
+    refused("not made of the rows", lambda _: readers[1].compiled[1](tokens, tokens), pool)
 
 
 # ---- layers that are alike
@@ -359,11 +351,13 @@ def test_small_tensors_are_read_from_memory(tmp_path):
 
 
 @pytest.mark.long
-def test_layers_one_by_one(folders, tmp_path):
+def test_layers_one_by_one(tmp_path):
     """Each kind of repeated layer is compiled once. Here there are two kinds: the family's ranks differ by layer.
 
     Only the length may differ; a block's other sizes are found to be fixed while it is exported.
     """
+    second = save_random_adapter(LLAMA, tmp_path / "second", 9, r=9, layers_to_transform=[1])
+    folders = [*family(LLAMA, tmp_path).values(), second]
     model = load(LLAMA, folders[0])
     prepare(model, adapters=folders)
     options = dict(dynamic_shapes={"input_ids": {1: AUTO}}, repeated_blocks=True, progress=False)

@@ -777,6 +777,7 @@ def test_a_block_left_out_of_order_is_an_error_and_the_former_adapter_comes_back
 # ---- generators that are collected
 
 
+@pytest.mark.usefixtures("without_garbage")
 @pytest.mark.parametrize("after", ["the block", "an entry", "a swap"])
 def test_a_generator_collected_while_its_thread_computes_is_put_back_later(pool, folders, after):
     steps = stream(pool, "new")
@@ -810,6 +811,7 @@ def test_the_next_entry_puts_back_first_if_the_block_could_not(pool, folders):
     assert computes(pool.model, folders["old"])
 
 
+@pytest.mark.usefixtures("without_garbage")
 @pytest.mark.parametrize("line", range(4))
 def test_a_generator_collected_in_the_middle_of_an_entry(pool, folders, monkeypatch, line):
     """Wherever the collector runs: nothing waits for itself, no turn is lost, and the former adapter is back."""

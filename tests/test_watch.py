@@ -11,7 +11,7 @@ from hotswap_lab import RecompileError, RecompileWatch
 from hotswap_lab.watch import explain
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-BACKENDS = ["eager", "aot_eager", long("inductor")]
+BACKENDS = ["eager", long("aot_eager"), long("inductor")]
 
 
 class Scaled(torch.nn.Module):

@@ -510,18 +510,6 @@ def what_is_spread_is_not_prepared(world):
 
 
 @case
-def a_gradient_of_the_old_adapter_is_an_error(world):
-    """As for any other parameter: an output of the old weights can't be differentiated with the new ones."""
-    model = placed(Shard(0))(world, world.load())
-    (_, b), *_ = (layer.tensors for layer in resolve_slot(model, "default").layers)
-    inputs = distribute_tensor(torch.ones(5, 4), world.mesh, [Replicate()]).requires_grad_()
-    output = (inputs @ b.parameter.t()).sum()
-    swap(model, world.adapter("same"))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.backward()
-
-
-@case
 def the_caller_keeps_its_tensors(world):
     """A replicated weight is whole in each process, so it could have been taken over."""
     model = placed(Replicate())(world, world.load())
@@ -535,16 +523,6 @@ def the_caller_keeps_its_tensors(world):
 
 
 # ---- all or nothing, and in all processes alike
-
-
-@case
-def an_adapter_of_another_model_is_refused(world):
-    for spread in (parallel, shard_fully):
-        model = spread(world, world.load())
-        adapter = Adapter.load(world.adapter("same"))
-        wide = {key: torch.cat([value, value], -1) for key, value in adapter.tensors.items()}
-        with refusal(world, model, "does not fit the base model|disagree about the rank"):
-            hotswap_adapter(model, Adapter.from_state_dict(wide, adapter.config), "default")
 
 
 @case

@@ -16,9 +16,6 @@ from front_ends import FRONT_ENDS, ROOT, NotebookPage, chromium, jupyter, open_b
 from lengths import few_of
 from playwright.sync_api import expect
 
-from hotswap_lab import demo
-from hotswap_lab.figures.palette import adapter_color, light
-
 CHAPTERS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 #: what shows that a chapter has any
 IMPORTS_WIDGETS = "from hotswap_lab.widgets import"
@@ -53,55 +50,6 @@ while panel.answer and panel.active != "sort" and time.monotonic() < end:
         answers.add(list(panel.generate("hotswap"))[-1])
 print(panel.active, answers <= {demo.TASKS[name]("hotswap") for name in panel.names} | {"hotswap"})"""
 
-#: a page on which all widgets compute with one compiled model, and a model for rows
-NAMES, WORD = ("reverse", "shout", "sort"), "hotswap"
-COMPUTING = f"""import torch
-
-from hotswap_lab import AdapterPool, RecompileWatch
-from hotswap_lab.widgets.text import text_stream
-
-torch.set_grad_enabled(False)
-family = {{name: demo.adapter_path(name) for name in {NAMES}}}
-(model, tokenizer), (rows_model, _) = demo.load("reverse"), demo.load("reverse")
-pool = AdapterPool(model, adapters=family, progress=False)
-rows_pool = AdapterPool(rows_model, adapters=family, rows=2, progress=False)
-compiled, compiled_rows = (torch.compile(each, backend="eager", dynamic=False) for each in (model, rows_model))
-inputs, stream = model.get_base_model().dummy_inputs, text_stream(model, tokenizer, template="{{}}>")
-
-
-def say(word):
-    compiled(**inputs)
-    yield from stream(word)
-
-
-def say_all(words):
-    compiled_rows(torch.ones(2, 3, dtype=torch.long))
-    return demo.ask_all(rows_model, tokenizer, words)
-
-
-list(say("{WORD}"))
-with rows_pool.assigned([None, None]):
-    say_all(["{WORD}"] * 2)
-watch = RecompileWatch().__enter__()"""
-CLICKED = {
-    "panel": f"SwapPanel(pool, say, prompt='{WORD}')",
-    "rows": f"RowPanel(rows_pool, say_all, prompts=['{WORD}'] * 2)",
-    "lattice": f"StrengthLattice(pool, say, prompt='{WORD}', strengths=(0, 1))",
-    "scrubber": "WriteScrubber()",
-}
-#: notes each state of what has to belong together: a picture, an answer with its adapter's name, a colored cell
-NOTES = """() => {
-    window.noted = {picture: new Set(), answer: new Set(), row: new Set(), cell: new Set()}
-    const html = each => each.outerHTML
-    const parts = {picture: ['.hotswap-picture', html], answer: ['.hotswap-answer', html],
-        row: ['.hotswap-says div[style*=flex]', html],
-        cell: ['[data-choose]', each => [each.title, each.innerText, each.style.background].join('|')]}
-    const note = () => Object.entries(parts).forEach(([kind, [selector, read]]) =>
-        document.querySelectorAll('.hotswap-live ' + selector).forEach(each => window.noted[kind].add(read(each))))
-    note()
-    new MutationObserver(note).observe(document.body, {subtree: true, childList: true, attributes: true})
-}"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -123,7 +71,6 @@ def folder(tmp_path_factory) -> Path:
     for front_end in FRONT_ENDS:
         write_notebook(folder / f"{front_end}.ipynb", cells)
     write_notebook(folder / "voila.ipynb", cells[:2])
-    write_notebook(folder / "clicked.ipynb", (SETUP, COMPUTING, *CLICKED.values(), "print(pool.active, watch.summary)"))
     return folder
 
 
@@ -339,77 +286,6 @@ def test_a_phone(widgets):
             assert too_wide == 0, name
     finally:
         page.set_viewport_size(before)
-
-
-def answer_of(name: str) -> str:
-    return WORD if name in ("no adapter", "off") else demo.TASKS[name](WORD)
-
-
-def css(color: str) -> str:
-    return "rgb({}, {}, {})".format(*bytes.fromhex(color[1:]))
-
-
-@pytest.mark.long
-def test_clicks_recompile_nothing_and_name_color_and_answer_belong_together(new_page, address):
-    """At every change of the page; and of ten fast clicks, each counts."""
-    expect.set_options(timeout=60_000)
-    page = new_page(viewport={"width": 1200, "height": 900})
-    notebook = NotebookPage(page, address, "lab", "clicked.ipynb")
-    notebook.run_all()
-    live = page.locator(".hotswap-live")
-    expect(live).to_have_count(len(CLICKED))
-    of = {name: live.nth(place) for place, name in enumerate(CLICKED)}
-    page.evaluate(NOTES)
-
-    def click(widget: str, button: str) -> None:
-        of[widget].get_by_role("button", name=re.compile(button)).first.click()
-        expect(of[widget]).not_to_contain_text("busy", timeout=60_000)
-
-    for number, name in enumerate(("shout", "sort", "off")):
-        of["panel"].get_by_role("radio", name=name, exact=False).click()
-        expect(of["panel"].locator(".hotswap-text").first).to_have_text(answer_of(name))
-        for row in "01":
-            of["rows"].get_by_role("combobox", name=row).select_option(NAMES[number - int(row)])
-        click("rows", "Answer all")
-        click("lattice", "Fill" if number == 0 else {"sort": "SWAP", "off": "pawstoh"}[name])
-        of["scrubber"].get_by_role("slider").press("ArrowRight")
-    expect(of["scrubber"]).to_contain_text("step 3 of 33")
-    # clicks are handled one after the other: the slider's last one has come, so all have, and what they do is "busy"
-    for widget in of.values():
-        expect(widget).not_to_contain_text("busy")
-    noted = page.evaluate("() => Object.fromEntries(Object.entries(noted).map(([kind, seen]) => [kind, [...seen]]))")
-    notebook.run_cell(len(CLICKED) + 2)
-    assert notebook.outputs()[-1]["text"].endswith(" 0 compiled, 0 recompiles\n")
-    notebook.shut_down()
-
-    tiles = {}
-    for html in noted["picture"]:
-        if found := re.search(r'fill="(#\w+)"[^>]*>(\w+) is in \d+ of', html):
-            color, name = found.groups()
-            assert color == adapter_color(name)
-            drawn = re.findall("<image[^>]*>", html)
-            assert tiles.setdefault((name, len(re.findall("stroke-dasharray", html))), drawn) == drawn
-    assert len({name for name, _ in tiles}) == 3
-    answers = {
-        re.search(r'background:(#\w+)">(no adapter|\w+).*?<.*pre-wrap">([^<]*)<', html).groups()[1:]
-        for html in noted["answer"]
-        if "pre-wrap" in html
-    }
-    rows = {
-        re.search(r'background:(#\w+)">(no adapter|\w+)<.*pre-wrap">([^<]*)<', html).groups() for html in noted["row"]
-    }
-    assert all(answer_of(name).startswith(answer) for name, answer in answers)
-    assert all(color == light(None if name == "no adapter" else name) for color, name, _ in rows)
-    assert all(answer in ("", answer_of(name)) for _, name, answer in rows)
-    assert {name for name, _ in answers} >= {"shout", "sort", "no adapter"}
-    assert len({name for _, name, _ in rows}) > 2
-    for cell in noted["cell"]:
-        title, text, color = cell.split("|")
-        name, strength = re.search(r"swap (\w+) in at strength (\d)", title).groups()
-        answer, is_off = text.removeprefix("● ").strip(), strength == "0"
-        assert answer in ("-", WORD if is_off else answer_of(name))
-        assert (color == css(light(name))) == (answer not in ("-", WORD)), cell
-    assert len(noted["cell"]) > 12
 
 
 # ---- without a kernel; these come last, since they end the kernel

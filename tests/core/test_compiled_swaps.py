@@ -105,7 +105,7 @@ def test_kinds_of_layers_and_architectures(name, tmp_path):
     family = [dict(r=4, lora_alpha=6), dict(r=8, lora_alpha=5), dict(r=12, use_rslora=True)]
     family += [dict(r=4, target_modules=[kind.modules[place]]) for place in (0, -1) if len(kind.modules) > 1]
     folders = save_family(kind, tmp_path, *family)
-    compiled = torch.compile(prepared(kind, folders), backend="aot_eager")
+    compiled = torch.compile(prepared(kind, folders), backend="eager")
     assert_swaps_without_recompiling(kind, compiled, folders, [*range(1, len(folders)), 0, *range(len(folders))[::-1]])
 
 
@@ -264,7 +264,7 @@ def test_another_rank_alone_recompiles_an_unprepared_model(tmp_path):
     """PyTorch 2.8 checks the size of a parameter again only where something in its module has changed."""
     folders = save_family(LINEAR, tmp_path, dict(r=4, lora_alpha=8), dict(r=8, lora_alpha=16))
     model = load(LINEAR, folders[0]).eval()
-    compiled = torch.compile(model, dynamic=False)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
     for _ in range(3):
         call(compiled, LINEAR.inputs())
     with RecompileWatch() as watch, warnings.catch_warnings():

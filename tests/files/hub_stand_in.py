@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face Hub on this machine: real HTTP, real huggingface_hub, no network.
 
 Serves ``repositories[id][revision][file] -> bytes`` the way the Hub does as far as huggingface_hub looks: commits,
-small files directly, weights by a redirect to another host, private and gated repositories, the list of models. And
+small files directly, weights by a redirect to another host, private and gated repositories. And
 fails the way networks and servers do, where :attr:`faults` says so.
 """
 
@@ -14,12 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
 #: what the Hub keeps in its large file storage, and serves from there
 LARGE = (".safetensors", ".bin")
-#: the names of the Hub's API for what is in ``StandInHub.about``, with what it says where nothing is said
-ABOUT = {"downloads": 0, "gated": False, "lastModified": "2025-01-31T12:00:00.000Z", "tags": []}
 
 
 @dataclass
@@ -34,7 +32,6 @@ class Fault:
 class Request:
     command: str
     path: str
-    query: Mapping[str, list[str]]
     headers: Mapping[str, str]
 
 
@@ -66,8 +63,6 @@ class StandInHub:
     def reset(self) -> None:
         """Forgets everything."""
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
-        #: what the API says of a repository, beside its files
-        self.about: dict[str, dict] = {}
         #: who has this token sees the repository
         self.private: dict[str, str] = {}
         self.gated: set[str] = set()
@@ -103,9 +98,9 @@ class StandInHub:
         self._server.server_close()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
-        path, _, query = handler.path.partition("?")
+        path = handler.path.partition("?")[0]
         headers = {name.lower(): value for name, value in handler.headers.items()}
-        request = Request(handler.command, unquote(path).strip("/"), parse_qs(query), headers)
+        request = Request(handler.command, unquote(path).strip("/"), headers)
         self.log.append(request)
         due = [each for part, each in self.faults.items() if part in request.path and request.command in each.commands]
         kind = due[0].kind if due else None
@@ -128,12 +123,6 @@ class StandInHub:
     def _found(self, request: Request) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of an answer."""
         kind, _, rest = request.path.partition("/")
-        if request.path == "api/models":
-            infos = [self._info(name, self.commit(name)) for name in self.repositories if name not in self.private]
-            infos = [info for info in infos if {*request.query.get("filter", ())} <= {*info["tags"]}]
-            (order,) = request.query.get("sort", ["id"])
-            infos.sort(key=lambda info: info[order], reverse=order != "id")
-            return 200, {}, json.dumps(infos).encode()
         if kind == "storage":
             digest, _, name = rest.partition("/")
             bodies = [files[name] for files in self._commits.values() if name in files]
@@ -171,7 +160,7 @@ class StandInHub:
             if name.endswith(LARGE):
                 file["lfs"] = {"sha256": _sha256(body), "size": len(body), "pointerSize": 132}
             siblings.append(file)
-        return {**ABOUT, **self.about.get(repository, {}), "id": repository, "sha": commit, "siblings": siblings}
+        return {"id": repository, "sha": commit, "siblings": siblings}
 
 
 def _sha256(body: bytes) -> str:

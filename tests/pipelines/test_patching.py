@@ -21,6 +21,7 @@ import oracle
 import peft.utils.hotswap
 import pytest
 import torch
+from lengths import long
 from models import KINDS, call, load, save_family
 from oracle import untouched
 from peft import LoraConfig
@@ -225,16 +226,18 @@ def test_diffusers_swaps_what_peft_refuses_or_gets_wrong():
     assert_same_latents(pipe, SD.loaded(second))
 
 
-def test_diffusers_compiled():
+@pytest.mark.parametrize("way", ["patched", long("hotswap_pipeline")])
+def test_diffusers_compiled(way):
+    """diffusers prepares with PEFT's function when it loads the first adapter; later ones are swapped by us."""
     first, second = on_unet(1, 2)
     pipe = SD()
-    with patch_peft():
+    with patch_peft() if way == "patched" else contextlib.nullcontext():
         pipe.enable_lora_hotswap(target_rank=8)
         pipe.load_lora_weights(first, adapter_name="style")
     pipe.unet.compile(backend="eager")
     assert_same_latents(pipe, SD.loaded(first))
     with RecompileWatch(allow=0):
-        load_with_patch(pipe, second)
+        load_with_patch(pipe, second) if way == "patched" else hotswap_pipeline(pipe, second, "style")
         assert_same_latents(pipe, SD.loaded(second))
 
 

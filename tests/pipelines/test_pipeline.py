@@ -636,20 +636,6 @@ def test_compiled_swaps():
         assert_same_tensors(live, get_peft_model_state_dict(model, adapter_name="style"))
 
 
-@pytest.mark.long
-def test_the_way_of_enable_lora_hotswap():
-    """diffusers prepares with PEFT's function when it loads the first adapter; later ones are swapped by us."""
-    first, second = (lora(SD, seed=seed, rank=seed + 1, components={"unet": ATTENTION}) for seed in (1, 2))
-    pipe = SD()
-    pipe.unet.enable_lora_hotswap(target_rank=8)
-    pipe.load_lora_weights(first, adapter_name="style")
-    pipe.unet.compile(backend="aot_eager")
-    assert_same_latents(pipe, SD.loaded(first))
-    with RecompileWatch(allow=0):
-        hotswap_pipeline(pipe, second, "style")
-        assert_same_latents(pipe, SD.loaded(second))
-
-
 # ---- around it
 
 

@@ -345,7 +345,8 @@ def test_a_model_that_was_moved_is_noticed(model, pool, sources, move):
     pool.swap("b")
     change(model)
     swaps = (pool.swap, "a"), (pool.swap, "b", 0.5), (pool.swap, {"a": 0.5, "b": 0.5})
-    for action, *arguments in (*swaps, (pool.off,), (setattr, pool, "strength", 0.5)):
+    update = pool.update, "b", Adapter.load(sources["b"]).tensors
+    for action, *arguments in (*swaps, update, (pool.off,), (setattr, pool, "strength", 0.5)):
         refused(r"no longer where the pool put it|not found|No adapter layers", action, *arguments)
     if can_be_swapped:
         precision = dict(tolerance=1e-2, margin=5) if model.dtype == torch.bfloat16 else {}

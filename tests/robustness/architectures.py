@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import itertools
 import random
 import re
@@ -20,8 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import not_compiled
-from models import answer, call, load
+from models import call, load
 from oracle import assert_equals, assert_untouched, snapshot
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -34,8 +32,6 @@ from hotswap_lab import (
     Adapter,
     AdapterPool,
     HotswapError,
-    aoti_compile,
-    aoti_load,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
     set_strength,
@@ -132,14 +128,6 @@ RIGHT_REFUSALS: dict[str, Callable[[Case], bool]] = {
         (case.base_weights is None or case.check == "prepared") and case.has_base_weights
     ),
 }
-AHEAD = (
-    r".* can't be exported",
-    r"These inputs can't be compiled ahead of time",
-    r".* has no layers that are known to be repeated",
-    r"This file was not compiled for such inputs",
-    r"This file was compiled for a model with other settings",
-)
-RIGHT_REFUSALS |= dict.fromkeys(AHEAD, lambda case: case.check == "ahead")
 
 
 class Case:
@@ -283,50 +271,6 @@ class Case:
                 models = self.model, load(self.kind, folder, **loading)
                 actual, expected = (call(model, self.kind.inputs()).double() for model in models)
                 self.same("a swap", actual, expected, 0.05 if self.structure == "dora" else 0)
-
-    def ahead(self, compiled: bool = False) -> None:
-        """Compiled ahead of time, whole and by blocks: each call computes what a fresh load does, or is refused.
-
-        Unless ``compiled``, graphs are exported only: AOTInductor takes a minute for each.
-        """
-        self.load_family(("plain", "plain", "dora"))
-        if self.done("preparing", prepare, self.model, adapters=self.folders.values()):
-            for by_blocks in (False, True):
-                with contextlib.nullcontext() if compiled else not_compiled():
-                    # compiled code rounds otherwise where a model computes in float32
-                    self.ahead_in_one_way(by_blocks, ROUNDED if compiled else TOLERANCE)
-
-    def ahead_in_one_way(self, by_blocks: bool, tolerance: float) -> None:
-        given, path = self.draw_inputs(2, 4), f"{self.folder}/{by_blocks}.pt2"
-        shapes = {
-            key: {axis: torch.export.Dim.AUTO for axis, size in enumerate(each.shape) if size > 1}
-            for key, each in given.items()
-            if isinstance(each, torch.Tensor)
-        }
-        options = dict(kwargs=given, dynamic_shapes=shapes, repeated_blocks=by_blocks, progress=False)
-        if not self.done("compiling", aoti_compile, self.model, path, **options):
-            return
-        if not self.done("binding", aoti_load, path, self.model):
-            return
-        code = self.result
-        for number, folder in enumerate(self.draw.choices([*self.folders.values()], k=6)):
-            hotswap_adapter(self.model, folder, "default")
-            inputs = self.draw_inputs(self.draw.randint(1, 4), self.draw.choice([4, 5, 7]) if number else 4)
-            try:
-                expected = call(load(self.kind, folder), inputs)
-            except Exception:  # sizes that the model doesn't take
-                continue
-            if self.done("a call", partial(answer, code), inputs):
-                self.same("a call", self.result, expected, tolerance)
-
-    def draw_inputs(self, rows: int, tokens: int) -> dict:
-        given = self.kind.of(rows, tokens).inputs()
-        if self.kind.takes == "pixel_values" and tokens > 4:
-            size = self.draw.choice([16, 17, 20])
-            given["pixel_values"] = torch.randn(rows, 3, size, size, dtype=self.kind.dtype)
-        if "use_cache" in inspect.signature(self.model.get_base_model().forward).parameters:
-            given["use_cache"] = False
-        return given
 
     # ---- pools and rows
 

@@ -147,14 +147,6 @@ def _some(items: list, count: int) -> list:
     return items[:: -(-len(items) // count)] if items else []
 
 
-@pytest.fixture
-def without_garbage():
-    """Each fault is followed by a look for garbage, which isn't in what other tests have left."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.usefixtures("python_sigint", "without_garbage")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(

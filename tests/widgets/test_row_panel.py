@@ -7,6 +7,7 @@ from refusals import refused
 from shown import folders, live
 
 from hotswap_lab import AdapterPool, demo
+from hotswap_lab.figures.palette import light
 from hotswap_lab.widgets import RowPanel
 
 WORDS = ["hotswap", "notebook", "adapter"]
@@ -58,7 +59,7 @@ def test_clicks(panel):
     panel._run_button.click()
     assert panel.wait(60)
     assert [run.result for run in panel.runs] == ["hOtswAp", "NOTEBOOK!", "kernel"]
-    for part in ("shout", "NOTEBOOK!"):
+    for part in ("shout", "NOTEBOOK!", light("shout")):
         assert part in panel._rows[1][2].value
         assert part in panel.to_html()
     panel._rows[0][0].value = "shout"

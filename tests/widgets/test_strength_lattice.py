@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from lengths import few_of
 from oracle import observe
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -69,9 +70,15 @@ class OddError(Exception):
     pass
 
 
-@pytest.mark.parametrize(("loaded", "strength"), [("reverse", 0.3), ("no_vowels", 1), ("pig_latin", 0)])
-@pytest.mark.parametrize("end", ["done", "error", "stop", "interrupt"])
-def test_the_model_has_afterwards_what_it_had(kind, loaded, strength, end):
+LOADED, ENDS = {"reverse": 0.3, "no_vowels": 1, "pig_latin": 0}, ("done", "error", "stop", "interrupt")
+#: in the short form, each end with another adapter loaded
+SOME = [*zip([*LOADED, "reverse"], ENDS, strict=True)]
+
+
+@pytest.mark.parametrize("case", few_of(itertools.product(LOADED, ENDS), SOME), ids=", ".join)
+def test_the_model_has_afterwards_what_it_had(kind, case):
+    (loaded, end), strength = case, LOADED[case[0]]
+
     def generate(word):
         if next(calls) == 4:
             if end == "error":

@@ -14,9 +14,10 @@ from PIL import Image
 from refusals import refused
 from shown import WORD, click, folders, live, panel_with
 
-from hotswap_lab import AdapterPool, demo, hotswap_adapter, verify_hotswap
+from hotswap_lab import AdapterPool, RecompileWatch, demo, hotswap_adapter, verify_hotswap
 from hotswap_lab.demo import digits
 from hotswap_lab.figures.latency import strip
+from hotswap_lab.figures.palette import light
 from hotswap_lab.lessons.diffusion import Drawn
 from hotswap_lab.widgets import SwapPanel
 from hotswap_lab.widgets.results import Run
@@ -34,6 +35,10 @@ WALK = [
     ("adapter", None, "the adapter is off", "no adapter: hotswap"),
     ("adapter", "shout", "shout is active at strength 1", "shout: HOTSWAP!"),
 ]
+
+
+#: the color, the name and the text of an answer
+SHOWN = re.compile(r'background:(#\w+)">(no adapter|\w+)<.*pre-wrap">([^<]*)<')
 
 
 @pytest.fixture
@@ -128,13 +133,31 @@ def test_a_click_without_running():
     assert (panel.active, panel.answer) == ("shout", None)
 
 
-def test_the_answer_grows(panel, monkeypatch):
+def test_the_answer_grows_and_belongs_to_its_name_and_color_all_the_time(panel, monkeypatch):
     monkeypatch.setattr("hotswap_lab.widgets.work.SHOW_EVERY", -1.0)
-    seen = []
-    live(panel)._answer.observe(lambda change: seen.extend(re.findall(r'pre-wrap">(.*?)<', change["new"])), "value")
-    panel.choose("shout")
-    growing = ["HOTSWAP!"[:length] for length in range(1, 9)]
-    assert [each for each in dict.fromkeys(seen) if each] == growing
+    seen, answers = [], {"shout": "HOTSWAP!", "sort": "ahopstw", "no adapter": WORD}
+    live(panel)._answer.observe(lambda change: seen.extend(SHOWN.findall(change["new"])), "value")
+    for name in ("shout", "sort", "off"):
+        click(panel, name)
+    for color, name, answer in seen:
+        assert color == light(None if name == "no adapter" else name)
+        assert answers[name].startswith(answer)
+    growing = [answer for _, name, answer in dict.fromkeys(seen) if name == "shout" and answer]
+    assert growing == ["HOTSWAP!"[:length] for length in range(1, 9)]
+
+
+def test_clicks_recompile_nothing(fresh_compiler):
+    model, tokenizer = demo.load("reverse")
+    pool = AdapterPool(model, adapters=folders("reverse", "shout", "sort"), progress=False)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    inputs = model.get_base_model().dummy_inputs
+    panel = SwapPanel(pool, lambda word: compiled(**inputs) and demo.ask(model, tokenizer, word), prompt=WORD)
+    panel.run()
+    with RecompileWatch(allow=0) as watch:
+        for name in ("shout", "sort", "off", "shout"):
+            click(panel, name)
+    assert watch.compiles == 0
+    assert panel.answer.result == "HOTSWAP!"
 
 
 def test_the_stream_says_what_ask_says_up_to_its_limit():
