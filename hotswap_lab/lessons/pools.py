@@ -1,19 +1,16 @@
-"""Chapter 04: many adapters in memory, and from a loop over all tensors to one copy."""
+"""Chapters 04 and 08: a model with as many tensors as a real one, and adapters for it."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from ..bench import Settings, Timing, in_rounds, make_base
+from ..bench import Settings, make_base
 from ..swap import resolve_slot, save_adapter
-
-# --- a model with as many tensors as a real one ------------------------------------------------------------------
 
 
 def smol(layers: int = 30, rank: int = 8) -> PeftModel:
@@ -48,14 +45,3 @@ def random_adapters(model: torch.nn.Module, names: Sequence[str], folder: str) -
             tensor.parameter.data.normal_(std=0.02, generator=generator)
         save_adapter(model, path)
     return folders
-
-
-def measure_steps(
-    steps: Mapping[str, tuple[Callable[..., object], Iterable[object]]], n: int = 15
-) -> dict[str, Timing]:
-    """Times every step; each is a function and the arguments that it is called with in turn. They take turns."""
-    runs = {}
-    for label, (function, arguments) in steps.items():
-        following = itertools.cycle(arguments)
-        runs[label] = lambda function=function, following=following: function(next(following))
-    return in_rounds(runs, n)

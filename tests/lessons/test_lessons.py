@@ -29,13 +29,6 @@ def test_layers_of_the_large_model_share_base_weights_and_random_adapters_differ
     assert not verify_hotswap(model, folders["a"])
 
 
-def test_steps_are_called_with_each_argument_in_turn():
-    calls = []
-    timings = pools.measure_steps({"first": (calls.append, ["a", "b"]), "second": (len, ["c"])}, n=6)
-    assert calls == ["a", "b"] * 6  # each timed call after one that doesn't count
-    assert {name: timing.n for name, timing in timings.items()} == {"first": 6, "second": 6}
-
-
 # --- 07, 08
 
 
