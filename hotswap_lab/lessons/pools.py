@@ -13,23 +13,23 @@ from ..bench import Settings, make_base
 from ..swap import resolve_slot, save_adapter
 
 
-def smol(layers: int = 30, rank: int = 8) -> PeftModel:
-    """A model with the layers of SmolLM2-135M, and a LoRA adapter on all of them, in little memory.
+def smol(blocks: int = 30, rank: int = 8) -> PeftModel:
+    """A model with the blocks of SmolLM2-135M, and a LoRA adapter on all of them, in little memory.
 
-    A swap doesn't look at the base weights, so they are random, and all layers share those of the first one. The
+    A swap doesn't look at the base weights, so they are random, and all blocks share those of the first one. The
     adapter's tensors have the sizes of the real model's, and every layer has its own.
 
-    >>> model = smol(layers=2)
+    >>> model = smol(blocks=2)
     >>> [tuple(tensor.parameter.shape) for tensor in resolve_slot(model, "default").layers[-1].tensors]
     [(8, 1536), (576, 8)]
     """
     base = make_base(Settings(model="smollm2", layers=1))
     first = base.model.layers[0]
-    for number in range(1, layers):
+    for number in range(1, blocks):
         layer = copy.deepcopy(first, memo={id(parameter): parameter for parameter in first.parameters()})
         layer.self_attn.layer_idx = number
         base.model.layers.append(layer)
-    base.config.num_hidden_layers = layers
+    base.config.num_hidden_layers = blocks
     return get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")).eval()
 
 
