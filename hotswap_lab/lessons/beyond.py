@@ -50,10 +50,6 @@ def _oft(block: int) -> PeftConfig:
     return _config("OFT", oft_block_size=block, use_cayley_neumann=False)
 
 
-def _prompt(tokens: int) -> PeftConfig:
-    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
-
-
 #: by the name of the kind: swaps from one adapter of it to another
 PAIRS: dict[str, Pair] = {
     "LoRA": Pair("rank 4 to 16, on fewer layers", _lora(4), _lora(16, on=ATTENTION)),
@@ -84,7 +80,10 @@ PAIRS: dict[str, Pair] = {
         _config("LNTuning", on=["input_layernorm", "norm"]),
         _config("LNTuning", on=["input_layernorm", "post_attention_layernorm", "norm"]),
     ),
-    "Prompt tuning": Pair("4 virtual tokens to 7", _prompt(4), _prompt(7)),
+    "Prompt tuning": Pair(
+        "4 virtual tokens to 7",
+        *(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=count) for count in (4, 7)),
+    ),
 }
 
 
@@ -148,20 +147,6 @@ SAME_STRUCTURE: dict[str, Any] = {
 }
 
 
-def fresh_around(model: PeftModel, new: Adapter) -> PeftModel:
-    """A fresh load of an adapter around the memory of a model's base.
-
-    >>> model = load(_ia3())
-    >>> fresh = fresh_around(model, adapter(_ia3()))
-    >>> norms = [each.get_base_model().model.norm for each in (model, fresh)]
-    >>> norms[0] is norms[1], norms[0].weight.data_ptr() == norms[1].weight.data_ptr()
-    (False, True)
-    """
-    fresh = PeftModel(make_base_twin(model.get_base_model()).model, copy.deepcopy(new.config), "default").eval()
-    set_peft_model_state_dict(fresh, new.tensors, "default")
-    return fresh
-
-
 @Exercise
 @torch.no_grad()
 def make_equal(solution):
@@ -169,7 +154,10 @@ def make_equal(solution):
     for what, (old, new) in SAME_STRUCTURE.items():
         live = load(old)
         inputs = live.get_base_model().dummy_inputs
-        fresh, addresses = fresh_around(live, adapter(new)), resolve_slot(live, "default").data_ptrs()
+        # a fresh load around the memory of the same base
+        fresh = PeftModel(make_base_twin(live.get_base_model()).model, copy.deepcopy(new), "default").eval()
+        set_peft_model_state_dict(fresh, adapter(new).tensors, "default")
+        addresses = resolve_slot(live, "default").data_ptrs()
         before = live.get_base_model().model.norm.weight.clone()
         expected = fresh(**inputs).logits
         solution(live, fresh)

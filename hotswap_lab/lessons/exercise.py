@@ -119,8 +119,7 @@ def same_as_fresh(model: Any, fresh: Any, ids: torch.Tensor, call: Callable | No
         if isinstance(value, float):  # where all is zero, any will do
             expected.setdefault(name, value)
         else:
-            own = expected.get(name, value[:0])
-            whole = torch.zeros_like(value)
+            own, whole = expected.get(name, value[:0]), torch.zeros_like(value)
             if all(size <= most for size, most in zip(own.shape, value.shape, strict=True)):
                 whole[tuple(map(slice, own.shape))] = own
                 expected[name] = whole

@@ -13,7 +13,7 @@ from ..bench import Settings, make_base
 from ..swap import resolve_slot, save_adapter
 
 
-def smol(blocks: int = 30, rank: int = 8) -> PeftModel:
+def smol(blocks: int = 30) -> PeftModel:
     """A model with the blocks of SmolLM2-135M, and a LoRA adapter on all of them, in little memory.
 
     A swap doesn't look at the base weights, so they are random, and all blocks share those of the first one. The
@@ -30,7 +30,7 @@ def smol(blocks: int = 30, rank: int = 8) -> PeftModel:
         layer.self_attn.layer_idx = number
         base.model.layers.append(layer)
     base.config.num_hidden_layers = blocks
-    return get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")).eval()
+    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).eval()
 
 
 def random_adapters(model: torch.nn.Module, names: Sequence[str], folder: str) -> dict[str, str]:

@@ -8,8 +8,6 @@ from ..swap import resolve_slot
 from ..verify import verify_hotswap
 from .exercise import Exercise
 
-WORD = "hotswap"
-
 
 @Exercise
 def make_it_shout(solution):
@@ -18,7 +16,7 @@ def make_it_shout(solution):
     parameters = [each.parameter for each in resolve_slot(model, "default").tensors]
     solution(model)
     after = {id(each) for each in model.parameters()}
-    yield f"the answer to {WORD}", demo.ask(model, tokenizer, WORD), demo.TASKS["shout"](WORD)
+    yield "the answer to hotswap", demo.ask(model, tokenizer, "hotswap"), "HOTSWAP!"
     try:
         same = bool(verify_hotswap(model, demo.adapter_path("shout"), base=demo.load_base))
     except HotswapError:  # another adapter is active
