@@ -39,10 +39,8 @@ def _lora(r: int = 4, **options: object) -> PeftConfig:
     return _config("Lora", r=r, lora_alpha=8, **options)
 
 
-def _ia3(
-    on: Sequence[str] = ("k_proj", "v_proj", "down_proj"), inputs_of: Sequence[str] = ("down_proj",)
-) -> PeftConfig:
-    return _config("IA3", on=on, feedforward_modules=list(inputs_of))
+def _ia3(*inputs_of: str) -> PeftConfig:
+    return _config("IA3", on=["k_proj", "v_proj", *inputs_of], feedforward_modules=list(inputs_of))
 
 
 def _oft(block: int) -> PeftConfig:
@@ -68,7 +66,7 @@ PAIRS: dict[str, Pair] = {
         _config("LoKr", r=2, alpha=4),
         _config("LoKr", r=4, alpha=2, decompose_both=True, decompose_factor=4),
     ),
-    "IA3": Pair("on the attention only", _ia3(), _ia3(on=("k_proj", "v_proj"), inputs_of=())),
+    "IA3": Pair("on the attention only", _ia3("down_proj"), _ia3()),
     "OFT": Pair("blocks of 4 to blocks of 8", _oft(4), _oft(8)),
     "VeRA": Pair(
         "rank 4 to 8, other random matrices",
@@ -141,7 +139,7 @@ def turn_off(solution):
 
 #: by what differs between the two adapters: the old and the new config
 SAME_STRUCTURE: dict[str, Any] = {
-    "values of parameters": (_ia3(), _ia3()),
+    "values of parameters": (_ia3("down_proj"), _ia3("down_proj")),
     "values of buffers, too": [_config("Vera", on=ATTENTION, r=4, projection_prng_key=key) for key in (0, 7)],
     "numbers, too": (_config("LoHa", r=4, alpha=8), _config("LoHa", r=4, alpha=16)),
 }
