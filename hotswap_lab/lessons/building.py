@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .. import demo
 from ..watch import RecompileWatch
 from . import Source
-from .exercise import Exercise, first_difference, same_as_fresh, tensors_of
+from .exercise import Exercise, first_difference, refused, same_as_fresh, tensors_of
 
 #: what the reader has built so far
 MINE = Path("my_hotswap.py")
@@ -130,14 +130,6 @@ def calls(run: Callable[..., object], *arguments: object) -> int:
 
 def addresses(model: torch.nn.Module) -> list[int]:
     return [each.data_ptr() for each in model.parameters()]
-
-
-def refused(swap: Callable[[], object]) -> str:
-    try:
-        swap()
-    except ValueError:
-        return "ValueError"
-    return "no error"
 
 
 def visits(

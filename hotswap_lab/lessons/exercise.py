@@ -128,6 +128,15 @@ def same_as_fresh(model: Any, fresh: Any, ids: torch.Tensor, call: Callable | No
     return first_difference(yours, expected)
 
 
+def refused(swap: Callable[[], object]) -> str:
+    """Whether a swap raises a ``ValueError``, as a refusal is."""
+    try:
+        swap()
+    except ValueError:
+        return "ValueError"
+    return "no error"
+
+
 def _where(error: Exception, solution: object) -> str:
     """The line of the reader's function, or of a part of their file, that the error came from, if it did."""
     own = getattr(solution, "__code__", None)
