@@ -35,10 +35,6 @@ FIGURES = {
         figures.bars("Time & <space>", {"ours": 2.0, "PEFT": 14.5}, "ms", base={"nothing"}),
         "Time & <space>: ours 2 ms, PEFT 14.5 ms",
     ),
-    "limited": (
-        figures.bars("One swap", {"1 <slow>": 16.0, "2 fast": 0.8, "3 copy": 0.4}, "ms", limit=0.4),
-        "One swap: 1 <slow> 16 ms, 2 fast 0.8 ms, 3 copy 0.4 ms. 0.4 ms is the limit",
-    ),
     "of one": (figures.bars("Read", {"a": 1, "b": 2.0}, "files"), "Read: a 1 file, b 2 files"),
     "timeline": (
         timeline("Latency", {"not <prepared>": SLOW, "prepared": FAST}),
@@ -72,12 +68,9 @@ def widths(name, *colors):
     return [float(bar.get("width")) for bar in bars if bar.get("fill") in colors]
 
 
-def test_bars_are_as_long_as_their_values_and_a_limit_is_marked_in_each():
+def test_bars_are_as_long_as_their_values():
     ours, theirs = widths("bars", palette.OURS, palette.PEFT)
     assert ours / theirs == pytest.approx(2.0 / 14.5, rel=1e-3)
-    whole = widths("limited", palette.OURS)
-    assert [width / whole[0] for width in whole] == pytest.approx([1, 0.8 / 16, 0.4 / 16], rel=1e-3)
-    assert widths("limited", palette.BASE) == [whole[-1]] * 3
 
 
 def test_the_timeline_marks_each_call_by_shape_and_by_colour_inside_of_the_picture():

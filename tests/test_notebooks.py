@@ -123,8 +123,7 @@ def test_ignored_cells_have_a_structure():
         return of("image/svg+xml", figures.bars("time", dict(zip("abcdef", values, strict=False)), "ms", **options).svg)
 
     assert bars(1, 2) == bars(3.5, 200, 17)
-    assert bars(1, 2, limit=1) == bars(3, 4, 5, limit=2)
-    assert len({str(each) for each in (bars(1, 2), bars(1, 2, limit=1), bars(1, 2, base={"a"}))}) == 3
+    assert bars(1, 2) != bars(1, 2, base={"a"})
     svg, png, other = (of("text/html", f"<p>8</p><img src='data:image/{each}'>".replace("'", '"')) for each in IMAGES)
     assert png == other != svg
     assert png != of("text/html", "<p>8</p>")

@@ -88,27 +88,27 @@ class Canvas:
         )
 
     def figure(self, text: str) -> Figure:
-        head = (
-            "<defs><marker id='head' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' "
-            f"orient='auto'><path d='M0 0 L8 4 L0 8 z' fill='{INK}'/></marker></defs>"
-        )
         svg = (
             f"<svg xmlns='http://www.w3.org/2000/svg' width='{self.width}' height='{self.height}' "
-            f"viewBox='0 0 {self.width} {self.height}' role='img'><title>{html.escape(text)}</title>{head}"
+            f"viewBox='0 0 {self.width} {self.height}' role='img'><title>{html.escape(text)}</title>"
             f"<rect width='{self.width}' height='{self.height}' rx='8' fill='{CARD}'/>{''.join(self.shapes)}</svg>"
         )
         return Figure(svg, text)
 
 
-def bars(title: str, values: Mapping[str, float], unit: str, *, limit: float = 0, base: Collection[str] = ()) -> Figure:
+def area(x: float, y: float, width: float, height: float, more: float = 0) -> str:
+    """The attributes of a rectangle, which is ``more`` pixels larger at each side."""
+    sizes = x - more, y - more, width + 2 * more, height + 2 * more
+    return " ".join(f"{name}='{size:.5g}'" for name, size in zip(("x", "y", "width", "height"), sizes, strict=True))
+
+
+def bars(title: str, values: Mapping[str, float], unit: str, base: Collection[str] = ()) -> Figure:
     """Draw a bar chart of a few values, with the number next to each bar.
 
     Labels that begin with "PEFT" have PEFT's color.
 
     Parameters
     ----------
-    limit:
-        A lower limit of the values. That share of each bar is gray.
     base:
         Labels of what the others are compared with; their bars are gray.
     """
@@ -119,17 +119,12 @@ def bars(title: str, values: Mapping[str, float], unit: str, *, limit: float = 0
     for number, (label, value) in enumerate(values.items()):
         y = top + row * number
         canvas.text(left - 10, y + 18, label, anchor="end")
-        canvas.box(left, y + 3, max(value * scale, 1), 22, _side(label, base))
-        if limit:
-            canvas.box(left, y + 3, min(limit, value) * scale, 22, BASE)
+        fill = BASE if label in base else PEFT if label.startswith("PEFT") else OURS
+        canvas.box(left, y + 3, max(value * scale, 1), 22, fill)
         canvas.text(left + value * scale + 8, y + 18, _with_unit(value, unit), anchor="start")
     listed = ", ".join(f"{label} {_with_unit(value, unit)}" for label, value in values.items())
-    return canvas.figure(f"{title}: {listed}" + (f". {_with_unit(limit, unit)} is the limit" if limit else ""))
+    return canvas.figure(f"{title}: {listed}")
 
 
 def _with_unit(value: float, unit: str) -> str:
     return f"{value:.3g} {unit.removesuffix('s') if value == 1 and len(unit) > 2 else unit}"
-
-
-def _side(label: str, base: Collection[str] = ()) -> str:
-    return BASE if label in base else PEFT if label.startswith("PEFT") else OURS

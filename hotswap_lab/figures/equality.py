@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-from . import Canvas, Figure
+from . import Canvas, Figure, area
 from .palette import BASE, MUTED, RIGHT, WHITE, WRONG, mix
 from .tiles import split
 
@@ -41,8 +41,8 @@ def equality(layers: Sequence[Layer], is_equal: bool, mismatches: Sequence[str],
             f"{path}: tensors differ by {share:.2g} of their size",
             mix(WRONG, 0.3 + 0.7 * share) if share else BASE,
         )
-        area = f"x='{x}' y='{y}' width='{wide - 2}' height='{high - 2}' fill='{fill}'"
-        canvas.shapes.append(f"<rect {area}><title>{escape('; '.join([says, *tags]))}</title></rect>")
+        place = area(x, y, wide - 2, high - 2)
+        canvas.shapes.append(f"<rect {place} fill='{fill}'><title>{escape('; '.join([says, *tags]))}</title></rect>")
         if tags:
             canvas.text(x + wide / 2 - 1, y + high / 2 + 4, "≠", color=WHITE if share else WRONG)
     for at, line in enumerate(lines):

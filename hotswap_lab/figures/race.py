@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
-from . import Canvas, Figure
+from . import Canvas, Figure, area
 from .palette import BASE, DARK, MUTED, OFF, PEFT, WHITE, adapter_color
 
 #: below this width, labels are above their bars, and the adapters in two columns
@@ -57,9 +57,7 @@ def race(
             canvas.text(left - 10, y + 23, f"{way}: {count:,}", anchor="end")
         ours = not way.startswith("PEFT")
         if ours:
-            canvas.shapes.append(
-                f"<rect x='{left}' y='{y + 5}' width='{whole * scale:.5g}' height='26' fill='{BASE}'/>"
-            )
+            canvas.shapes.append(f"<rect {area(left, y + 5, whole * scale, 26)} fill='{BASE}'/>")
         # a stripe that is too narrow for a gap has the next adapter's color as its edge
         block = each - 1.5 if each > 6 else each
         for turn, color in enumerate(map(adapter_color, names) if ours else [PEFT]):
@@ -86,7 +84,7 @@ def race(
         0, f"<path fill='{OFF}' d='M{left} {axis - 9}H{reach:.5g}L{width - right} {foot - 8}H{left}z'/>"
     )
     slab = width - left - right
-    canvas.shapes.append(f"<rect x='{left}' y='{foot - 8}' width='{slab}' height='{rows * cell + 34}' fill='{BASE}'/>")
+    canvas.shapes.append(f"<rect {area(left, foot - 8, slab, rows * cell + 34)} fill='{BASE}'/>")
     if narrow:
         canvas.text(left, top + 18, f"the first {len(names)}, and what “{prompt}” becomes:", anchor="start")
     else:
@@ -95,9 +93,7 @@ def race(
     for number, (name, answer) in enumerate(answers.items()):
         x, y = left + width_of * (number % columns), foot + cell * (number // columns)
         color = adapter_color(name)
-        canvas.shapes.append(
-            f"<rect x='{x + 3:.5g}' y='{y}' width='{width_of - 6:.5g}' height='30' rx='3' fill='{color}'/>"
-        )
+        canvas.shapes.append(f"<rect {area(x + 3, y, width_of - 6, 30)} rx='3' fill='{color}'/>")
         canvas.text(x + width_of / 2, y + 20, name, size=12, color=WHITE)
         half = len(answer) if len(answer) < 12 or narrow else -(-len(answer) // 2)
         for line, part in enumerate(filter(None, (answer[:half], answer[half:]))):

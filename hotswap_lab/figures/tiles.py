@@ -12,7 +12,7 @@ from html import escape
 
 import torch
 
-from . import Canvas, Figure
+from . import Canvas, Figure, area
 from .palette import BASE, CARD, INK, MUTED, adapter_color, mix
 from .png import address, png
 
@@ -101,17 +101,17 @@ def drawn(
         row, column = (names.index(part) for names, part in zip((rows, columns), split(tile.path), strict=True))
         shades = (tile.cells > 0).int() + torch.bucketize(tile.cells, torch.tensor(STEPS))
         cells[row * pitch : row * pitch + n, column * pitch : column * pitch + n] = shades
-        area = partial(_area, left + column * step, top + row * step, size, size)
+        place = partial(area, left + column * step, top + row * step, size, size)
         says, here = f"{tile.path}: {tile.says}", f"{column_labels[column]} in block {row_labels[row]}: {tile.says}"
         # the text has its font where it is shown, by widgets/live.css
         spots.append(
             f"<g class='hotswap-tile' tabindex='{-1 if spots else 0}' role='img'><title>{escape(says)}</title>"
-            f"<rect {area()} fill='none' pointer-events='all'/>"
+            f"<rect {place()} fill='none' pointer-events='all'/>"
             f"<text x='12' y='{y + 12:g}' fill='{INK}' visibility='hidden'>{escape(here)}</text></g>"
         )
         if tile.path in former[1]:
-            spots.append(f"<rect {area(2)} fill='none' stroke='{adapter_color(former[0])}' stroke-dasharray='3 2'/>")
-    whole, image = _area(left, top, right - left, y - top), address(png(cells.tolist(), [*tints, CARD]))
+            spots.append(f"<rect {place(2)} fill='none' stroke='{adapter_color(former[0])}' stroke-dasharray='3 2'/>")
+    whole, image = area(left, top, right - left, y - top), address(png(cells.tolist(), [*tints, CARD]))
     add(f"<image {whole} style='image-rendering:pixelated' href='{image}'/>")
     canvas.shapes += spots if len(tiles) <= FEW else []
     y, part, labels = y + 32, (canvas.width - 24) / len(tints), ["0", *(f"<{100 * each:g}%" for each in STEPS), "more"]
@@ -122,7 +122,7 @@ def drawn(
         color=MUTED,
     )
     for at, (tint, label) in enumerate(zip(tints, labels, strict=True)):
-        add(f"<rect {_area(12 + at * part, y + 6, part - 2, 10)} fill='{tint}'/>")
+        add(f"<rect {area(12 + at * part, y + 6, part - 2, 10)} fill='{tint}'/>")
         word(11 + (at + 0.5) * part, y + 29, label, anchor="middle", color=MUTED)
     y += 40
     for label, where, said, image in answers:
@@ -131,7 +131,7 @@ def drawn(
         if image:
             pixels, lines = struct.unpack(">II", image[16:24])
             shown = min(pixels, canvas.width - 24)
-            add(f"<image {_area(12, y + 4, shown, shown * lines / pixels)} href='{address(image)}'/>")
+            add(f"<image {area(12, y + 4, shown, shown * lines / pixels)} href='{address(image)}'/>")
             y += 8 + shown * lines // pixels
         for line in [] if image else textwrap.wrap(said, canvas.width // 9, max_lines=8) or [""]:
             word(12, y + 20, line, size=18, color=INK if where == "off" else adapter_color(where))
@@ -139,20 +139,14 @@ def drawn(
     sizes, x, fills = (counts.base, counts.adapter, counts.padding), 12.0, (BASE, color, "url(#hatch)")
     for size, fill in zip(sizes, fills, strict=True):
         part = size * (canvas.width - 24) / max(sum(sizes), 1)
-        add(f"<rect {_area(x, y + 12, part, 10)} fill='{fill}'/>")
+        add(f"<rect {area(x, y + 12, part, 10)} fill='{fill}'/>")
         x += part
     for line, fill in zip(counts.lines, fills, strict=False):
-        add(f"<rect {_area(12, y + 30, 10, 10)} fill='{fill}'/>")
+        add(f"<rect {area(12, y + 30, 10, 10)} fill='{fill}'/>")
         word(28, y + 39, line)
         y += 16
     canvas.height = int(y) + 38
     return canvas.figure(text or title)
-
-
-def _area(x: float, y: float, width: float, height: float, more: float = 0) -> str:
-    """The attributes of a rectangle, which is ``more`` pixels larger at each side."""
-    sizes = x - more, y - more, width + 2 * more, height + 2 * more
-    return " ".join(f"{name}='{size:.5g}'" for name, size in zip(("x", "y", "width", "height"), sizes, strict=True))
 
 
 def split(path: str) -> tuple[str, str]:

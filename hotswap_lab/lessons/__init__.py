@@ -55,25 +55,15 @@ class Source:
         return f"```python\n{self.text}\n```"
 
 
-def source(function: Callable, first: str = "", last: str = "") -> Source:
-    """Return the code of a function or class without its docstring, or only some of its lines.
+def source(function: Callable) -> Source:
+    """Return the code of a function or class without its docstring.
 
-    Parameters
-    ----------
-    first, last:
-        What the first and the last line begin with. Default: all lines.
-
-    >>> source(begin, "logging", "torch")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    >>> source(begin)  # doctest: +ELLIPSIS
+    def begin() -> None:
+        warnings.filterwarnings(...
     """
     text = textwrap.dedent(inspect.getsource(function))
     lines, node = text.splitlines(), ast.parse(text).body[0]
     if ast.get_docstring(node) is not None:
         del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
-    if first:
-        start, end = (
-            next(n for n, line in enumerate(lines) if line.strip().startswith(each)) for each in (first, last)
-        )
-        lines = lines[start : end + 1]
-    return Source(textwrap.dedent("\n".join(lines)).strip())
+    return Source("\n".join(lines))

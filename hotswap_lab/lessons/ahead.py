@@ -1,24 +1,10 @@
-"""Chapter 10: what of a compiled model is in its code, what is in memory, and which swaps can reach it."""
+"""Chapter 10: which swaps reach compiled code."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import torch
 
 from .exercise import Exercise
-
-
-def elsewhere(program: str, path: object) -> None:
-    """Runs a program in a new process that finds no compiler, since its ``PATH`` is empty."""
-    env = {**os.environ, "PATH": "", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program, str(path)], env=env, capture_output=True, text=True)
-    print(done.stdout.rstrip() if done.returncode == 0 else done.stderr[-800:])
-
-
-# --- exercise: does a swap reach it? -----------------------------------------------------------------------------
 
 
 @Exercise

@@ -39,19 +39,13 @@ def _lora(r: int = 4, **options: object) -> PeftConfig:
     return _config("Lora", r=r, lora_alpha=8, **options)
 
 
-def _ia3(
-    on: Sequence[str] = ("k_proj", "v_proj", "down_proj"), inputs_of: Sequence[str] = ("down_proj",)
-) -> PeftConfig:
-    return _config("IA3", on=on, feedforward_modules=list(inputs_of))
+def _ia3(*inputs_of: str) -> PeftConfig:
+    return _config("IA3", on=["k_proj", "v_proj", *inputs_of], feedforward_modules=list(inputs_of))
 
 
 def _oft(block: int) -> PeftConfig:
     # exact rotations: the fast approximation of them holds near zero only, and random weights are not
     return _config("OFT", oft_block_size=block, use_cayley_neumann=False)
-
-
-def _prompt(tokens: int) -> PeftConfig:
-    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
 
 
 #: by the name of the kind: swaps from one adapter of it to another
@@ -72,7 +66,7 @@ PAIRS: dict[str, Pair] = {
         _config("LoKr", r=2, alpha=4),
         _config("LoKr", r=4, alpha=2, decompose_both=True, decompose_factor=4),
     ),
-    "IA3": Pair("on the attention only", _ia3(), _ia3(on=("k_proj", "v_proj"), inputs_of=())),
+    "IA3": Pair("on the attention only", _ia3("down_proj"), _ia3()),
     "OFT": Pair("blocks of 4 to blocks of 8", _oft(4), _oft(8)),
     "VeRA": Pair(
         "rank 4 to 8, other random matrices",
@@ -84,7 +78,10 @@ PAIRS: dict[str, Pair] = {
         _config("LNTuning", on=["input_layernorm", "norm"]),
         _config("LNTuning", on=["input_layernorm", "post_attention_layernorm", "norm"]),
     ),
-    "Prompt tuning": Pair("4 virtual tokens to 7", _prompt(4), _prompt(7)),
+    "Prompt tuning": Pair(
+        "4 virtual tokens to 7",
+        *(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=count) for count in (4, 7)),
+    ),
 }
 
 
@@ -142,24 +139,10 @@ def turn_off(solution):
 
 #: by what differs between the two adapters: the old and the new config
 SAME_STRUCTURE: dict[str, Any] = {
-    "values of parameters": (_ia3(), _ia3()),
+    "values of parameters": (_ia3("down_proj"), _ia3("down_proj")),
     "values of buffers, too": [_config("Vera", on=ATTENTION, r=4, projection_prng_key=key) for key in (0, 7)],
     "numbers, too": (_config("LoHa", r=4, alpha=8), _config("LoHa", r=4, alpha=16)),
 }
-
-
-def fresh_around(model: PeftModel, new: Adapter) -> PeftModel:
-    """A fresh load of an adapter around the memory of a model's base.
-
-    >>> model = load(_ia3())
-    >>> fresh = fresh_around(model, adapter(_ia3()))
-    >>> norms = [each.get_base_model().model.norm for each in (model, fresh)]
-    >>> norms[0] is norms[1], norms[0].weight.data_ptr() == norms[1].weight.data_ptr()
-    (False, True)
-    """
-    fresh = PeftModel(make_base_twin(model.get_base_model()).model, copy.deepcopy(new.config), "default").eval()
-    set_peft_model_state_dict(fresh, new.tensors, "default")
-    return fresh
 
 
 @Exercise
@@ -169,7 +152,10 @@ def make_equal(solution):
     for what, (old, new) in SAME_STRUCTURE.items():
         live = load(old)
         inputs = live.get_base_model().dummy_inputs
-        fresh, addresses = fresh_around(live, adapter(new)), resolve_slot(live, "default").data_ptrs()
+        # a fresh load around the memory of the same base
+        fresh = PeftModel(make_base_twin(live.get_base_model()).model, copy.deepcopy(new), "default").eval()
+        set_peft_model_state_dict(fresh, adapter(new).tensors, "default")
+        addresses = resolve_slot(live, "default").data_ptrs()
         before = live.get_base_model().model.norm.weight.clone()
         expected = fresh(**inputs).logits
         solution(live, fresh)

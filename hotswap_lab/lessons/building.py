@@ -11,24 +11,19 @@ import contextlib
 import functools
 import linecache
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
 from torch.overrides import TorchFunctionMode
 
 from .. import demo
-from ..swap import hotswap_adapter
 from ..watch import RecompileWatch
 from . import Source
-from .beyond import PAIRS, disturb
-from .exercise import Exercise, first_difference, same_as_fresh, tensors_of
+from .exercise import Exercise, first_difference, refused, same_as_fresh, tensors_of
 
 #: what the reader has built so far
 MINE = Path("my_hotswap.py")
@@ -135,14 +130,6 @@ def calls(run: Callable[..., object], *arguments: object) -> int:
 
 def addresses(model: torch.nn.Module) -> list[int]:
     return [each.data_ptr() for each in model.parameters()]
-
-
-def refused(swap: Callable[[], object]) -> str:
-    try:
-        swap()
-    except ValueError:
-        return "ValueError"
-    return "no error"
 
 
 def visits(
@@ -280,121 +267,3 @@ def part_08(text):
 
 
 PARTS = {name.removeprefix("part_"): each for name, each in list(globals().items()) if isinstance(each, Exercise)}
-
-
-# --- the table: yours, ours, PEFT's ----------------------------------------------------------------------------------
-
-
-class RefusedError(Exception):
-    """A swap that raised an error."""
-
-
-class Way:
-    """One of three ways to swap: by what the reader has built, by PEFT's hotswap, or by this package."""
-
-    def __init__(self, mini: ModuleType | None = None, peft: ModuleType | None = None):
-        self.mini: ModuleType | None = mini
-        self.peft: ModuleType | None = peft
-
-    def ready(self, old: str, new: str) -> PeftModel:
-        """A model with the first adapter; yours has room for both."""
-        if self.mini is None:
-            return PeftModel.from_pretrained(demo.load_base(), old).eval()
-        family = self.mini.read(old), self.mini.read(new)
-        model = self.mini.scalings_as_tensors(self.mini.prepare(demo.load_base(), family))
-        self.mini.write(self.mini.plan(model, family[0]))
-        return model
-
-    def swap(self, model: PeftModel, folder: str) -> None:
-        try:
-            if self.mini:
-                self.mini.write(self.mini.plan(model, self.mini.read(folder)))
-            elif self.peft:
-                self.peft.hotswap_adapter(model, folder, "default", torch_device="cpu")
-            else:
-                hotswap_adapter(model, folder, "default", add_layers=True)
-        except Exception as error:
-            raise RefusedError from error
-
-
-def plainly(way: Way, old: str, new: str) -> PeftModel:
-    way.swap(model := way.ready(old, new), new)
-    return model
-
-
-def saved(way: Way, old: str, new: str) -> PeftModel:
-    with tempfile.TemporaryDirectory() as folder:
-        plainly(way, old, new).save_pretrained(folder)
-        return PeftModel.from_pretrained(demo.load_base(), folder)
-
-
-def neighbor(way: Way, old: str, new: str) -> PeftModel:
-    """The swap is of another adapter than the one that is looked at."""
-    model = way.ready(old, old)
-    model.load_adapter(new, "default_0")
-    way.swap(model, old)
-    model.set_adapter("default_0")
-    return model
-
-
-def merged(way: Way, old: str, new: str) -> PeftModel:
-    model = way.ready(old, new)
-    model.merge_adapter()
-    way.swap(model, new)
-    return model
-
-
-def made(folder: Path, config: LoraConfig) -> str:
-    """A random adapter in a folder."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = get_peft_model(demo.load_base(), config)
-        disturb(model)
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def torn(folder: Path) -> str:
-    """An adapter's files in which a row is missing."""
-    shutil.copytree(FOLDERS["shout"], folder)
-    tensors = load_file(file := folder / "adapter_model.safetensors")
-    first = min(tensors)
-    save_file({**tensors, first: tensors[first][1:].clone()}, file)
-    return str(folder)
-
-
-def verdict(way: Way, attempt: Callable, old: str, new: str) -> str:
-    """Whether what a swap left computes what a fresh load does; if one of the two can't even be loaded, it doesn't."""
-    try:
-        model = attempt(way, old, new)
-        expected = PeftModel.from_pretrained(demo.load_base(), new).eval()(IDS).logits
-        return "right" if torch.allclose(model(IDS).logits, expected, atol=1e-3) else "wrong"
-    except RefusedError:
-        return "refused"
-    except RuntimeError:
-        return "wrong"
-
-
-@torch.no_grad()
-def table(mini: ModuleType, peft: ModuleType) -> None:
-    """Print which swaps yours, this package's and PEFT's hotswap get right; where yours is wrong, what shows why."""
-    ways = Way(mini), Way(), Way(peft=peft)
-    rows: list[tuple] = [(name, plainly, FOLDERS["reverse"], folder, "") for name, folder in FOLDERS.items()]
-    with tempfile.TemporaryDirectory() as place:
-        pattern = {r"^model\.layers\.0\.self_attn\.q_proj": 64}
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alpha_pattern=pattern)
-        own = made(Path(place, "pattern"), config)
-        old, new = FOLDERS["reverse"], FOLDERS["double"]
-        rows += [
-            ("alpha_pattern with a full name", plainly, own, own, "02"),
-            ("another adapter, called default_0", neighbor, old, new, "04"),
-            ("saved and loaded again", saved, old, new, "01: the config is the old one"),
-            ("DoRA", plainly, old, made(Path(place, "dora"), PAIRS["DoRA"].new), "07: a magnitude"),
-            ("into a merged model (refuse it)", merged, old, new, "beside_peft"),
-            ("a damaged file (refuse it)", plainly, old, torn(Path(place, "torn")), "files/reading.py"),
-        ]
-        print(f"{'':36}{'yours':10}{'ours':10}PEFT's")
-        for name, attempt, old, new, shown in rows:
-            found = [verdict(way, attempt, old, new) for way in ways]
-            right = found[0] == ("refused" if "refuse it" in name else "right")
-            print(f"{name:36}{''.join(f'{each:10}' for each in found)}{'' if right else shown}".rstrip())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..core.slot import SlotLayer
 from ..demo import digits
 from ..figures import Canvas, Figure
 from ..figures.palette import BLACK, WHITE, mix
@@ -113,17 +112,3 @@ def halfway(solution):
         yield f"{first}, from step {at} on {second}", torch.allclose(yours, expected, atol=1e-3), True
     verdict = verify_hotswap(model, digits.path("slanted"), inputs=digits.inputs(), base=digits.load_base)
     yield "the last adapter is in the model afterwards", bool(verdict), True
-
-
-# --- what is in the model --------------------------------------------------------------------------------------------
-
-
-def shapes(layer: SlotLayer) -> str:
-    """The tensors that an adapter has on one layer, and the rank there is room for.
-
-    >>> from hotswap_lab.demo import digits
-    >>> print(shapes(resolve_slot(digits.load("inverted"), "default").layers[0]))
-    conv_in: A (9, 1, 3, 3), B (16, 9, 1, 1), room for rank 9
-    """
-    a, b = (tuple(tensor.parameter.shape) for tensor in layer.tensors)
-    return f"{layer.path}: A {a}, B {b}, room for rank {layer.tensors[0].capacity}"

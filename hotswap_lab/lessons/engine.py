@@ -13,7 +13,7 @@ from ..core.adapter import Adapter
 from ..core.change import Change
 from ..core.plan import Plan
 from ..swap import carry_out, resolve_slot
-from .exercise import Exercise
+from .exercise import Exercise, refused
 
 #: the key of a gain in a file: the layer's path, and this
 GAIN = ".gain"
@@ -57,20 +57,20 @@ def gains(solution):
     model, _ = demo.load("reverse")
     layers = resolve_slot(model, "default").layers
     tensors = {f"{layer.path}{GAIN}": torch.tensor(0.0 if index < 14 else 2.0) for index, layer in enumerate(layers)}
-    before = [layer.module.scaling["default"] for layer in layers]
+
+    def scalings() -> list[float]:
+        return [layer.module.scaling["default"] for layer in layers]
+
+    before = scalings()
     with_gains(model, tensors, solution)
-    after = [layer.module.scaling["default"] for layer in layers]
+    after = scalings()
     yield "14 layers off", after[:14], [0.0] * 14
     yield "14 layers twice as strong", after[14:], [2 * each for each in before[14:]]
-    try:
-        with_gains(model, {**tensors, f"model.layers.9.mlp.up_proj{GAIN}": torch.tensor(1.0)}, solution)
-        refused = False
-    except ValueError:
-        refused = True
-    yield "a layer that is not there is refused", refused, True
-    yield "and nothing is written then", [layer.module.scaling["default"] for layer in layers], after
+    more = {**tensors, f"model.layers.9.mlp.up_proj{GAIN}": torch.tensor(1.0)}
+    yield "a layer that is not there is refused", refused(lambda: with_gains(model, more, solution)), "ValueError"
+    yield "and nothing is written then", scalings(), after
     with_gains(model, {f"{layers[0].path}{GAIN}": torch.tensor(1.0)}, solution)
-    yield "a gain of one changes nothing", [layer.module.scaling["default"] for layer in layers], after
+    yield "a gain of one changes nothing", scalings(), after
 
     def spoiled(draft: Plan) -> Plan:
         plan = solution(draft)
@@ -79,8 +79,4 @@ def gains(solution):
 
     with contextlib.suppress(ZeroDivisionError):
         with_gains(model, tensors, spoiled)
-    yield (
-        "after an error in the last step, all is as before",
-        [each.module.scaling["default"] for each in layers],
-        after,
-    )
+    yield "after an error in the last step, all is as before", scalings(), after

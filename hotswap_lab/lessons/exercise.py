@@ -119,14 +119,22 @@ def same_as_fresh(model: Any, fresh: Any, ids: torch.Tensor, call: Callable | No
         if isinstance(value, float):  # where all is zero, any will do
             expected.setdefault(name, value)
         else:
-            own = expected.get(name, value[:0])
-            whole = torch.zeros_like(value)
+            own, whole = expected.get(name, value[:0]), torch.zeros_like(value)
             if all(size <= most for size, most in zip(own.shape, value.shape, strict=True)):
                 whole[tuple(map(slice, own.shape))] = own
                 expected[name] = whole
     call = model if call is None else call
     yours["logits"], expected["logits"] = call(ids).logits, fresh(ids).logits
     return first_difference(yours, expected)
+
+
+def refused(swap: Callable[[], object]) -> str:
+    """Whether a swap raises a ``ValueError``, as a refusal is."""
+    try:
+        swap()
+    except ValueError:
+        return "ValueError"
+    return "no error"
 
 
 def _where(error: Exception, solution: object) -> str:

@@ -1,39 +1,36 @@
-"""Chapter 04: many adapters in memory, and from a loop over all tensors to one copy."""
+"""Chapters 04 and 08: a model with as many tensors as a real one, and adapters for it."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from ..bench import Settings, Timing, in_rounds, make_base
+from ..bench import Settings, make_base
 from ..swap import resolve_slot, save_adapter
 
-# --- a model with as many tensors as a real one ------------------------------------------------------------------
 
+def smol(blocks: int = 30) -> PeftModel:
+    """A model with the blocks of SmolLM2-135M, and a LoRA adapter on all of them, in little memory.
 
-def smol(layers: int = 30, rank: int = 8) -> PeftModel:
-    """A model with the layers of SmolLM2-135M, and a LoRA adapter on all of them, in little memory.
-
-    A swap doesn't look at the base weights, so they are random, and all layers share those of the first one. The
+    A swap doesn't look at the base weights, so they are random, and all blocks share those of the first one. The
     adapter's tensors have the sizes of the real model's, and every layer has its own.
 
-    >>> model = smol(layers=2)
+    >>> model = smol(blocks=2)
     >>> [tuple(tensor.parameter.shape) for tensor in resolve_slot(model, "default").layers[-1].tensors]
     [(8, 1536), (576, 8)]
     """
     base = make_base(Settings(model="smollm2", layers=1))
     first = base.model.layers[0]
-    for number in range(1, layers):
+    for number in range(1, blocks):
         layer = copy.deepcopy(first, memo={id(parameter): parameter for parameter in first.parameters()})
         layer.self_attn.layer_idx = number
         base.model.layers.append(layer)
-    base.config.num_hidden_layers = layers
-    return get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")).eval()
+    base.config.num_hidden_layers = blocks
+    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).eval()
 
 
 def random_adapters(model: torch.nn.Module, names: Sequence[str], folder: str) -> dict[str, str]:
@@ -48,14 +45,3 @@ def random_adapters(model: torch.nn.Module, names: Sequence[str], folder: str) -
             tensor.parameter.data.normal_(std=0.02, generator=generator)
         save_adapter(model, path)
     return folders
-
-
-def measure_steps(
-    steps: Mapping[str, tuple[Callable[..., object], Iterable[object]]], n: int = 15
-) -> dict[str, Timing]:
-    """Times every step; each is a function and the arguments that it is called with in turn. They take turns."""
-    runs = {}
-    for label, (function, arguments) in steps.items():
-        following = itertools.cycle(arguments)
-        runs[label] = lambda function=function, following=following: function(next(following))
-    return in_rounds(runs, n)

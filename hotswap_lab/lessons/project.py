@@ -23,21 +23,19 @@ WORDS = sample_words(40, seed=7, held_out=True)
 #: the adapter's name in the pool
 MINE = "mine"
 
-Trick = Callable[[str], str]
 
-
-def a_new_trick(trick: Trick) -> tuple[bool, str]:
+def a_new_trick(trick: Callable[[str], str]) -> tuple[bool, str]:
     known = [name for name, task in demo.TASKS.items() if all(trick(word) == task(word) for word in WORDS)]
     return not known, f"hotswap -> {trick('hotswap')}" + (f", as {known[0]} does" if known else "")
 
 
-def trained(trick: Trick, adapter: str) -> tuple[bool, str]:
+def trained(trick: Callable[[str], str], adapter: str) -> tuple[bool, str]:
     right = sum(said == trick(word) for said, word in zip(_asked(_fresh(adapter)), WORDS, strict=True))
     return right >= 0.9 * len(WORDS), f"{right} of {len(WORDS)} new words right, at least 36 are needed"
 
 
 def swapped_in_while_it_trained(
-    trick: Trick, adapter: str, live: Any, seen: Sequence[tuple[dict[str, torch.Tensor], str]]
+    trick: Callable[[str], str], adapter: str, live: Any, seen: Sequence[tuple[dict[str, torch.Tensor], str]]
 ) -> tuple[bool, str]:
     is_swapped = bool(verify_hotswap(live, adapter, base=demo.load_base))
     said, fresh, expected = [answer for _, answer in seen], _fresh(adapter), []

@@ -98,12 +98,6 @@ class Chat:
         for layer in self._llama.layers:
             layer.compile(backend=backend, dynamic=False)
 
-    def uncompile(self) -> None:
-        """Takes :meth:`compile` back, and forgets all graphs of this process."""
-        for layer in self._llama.layers:
-            layer._compiled_call_impl = None
-        torch.compiler.reset()
-
     # ---- tokens
 
     def forget(self) -> None:
@@ -172,10 +166,7 @@ class Chat:
 
     def ask(self, messages: str | Sequence[dict[str, str]], max_new_tokens: int = 48) -> str:
         """The whole answer."""
-        text = ""
-        for text in self.stream(messages, max_new_tokens):  # noqa: B007
-            pass
-        return text.strip()
+        return ["", *self.stream(messages, max_new_tokens)][-1].strip()
 
     def say(self, messages: str | Sequence[dict[str, str]], max_new_tokens: int = 48) -> str:
         """Prints the answer while it is made, and returns it."""

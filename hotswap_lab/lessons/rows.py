@@ -48,7 +48,7 @@ def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping
 # --- rows that come and go ------------------------------------------------------------------------------------------
 
 
-def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str = "") -> Figure:
+def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str) -> Figure:
     """Draw which request had which row of the batch, with a column for each call of the model.
 
     Parameters
@@ -66,7 +66,7 @@ def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str = ""
     adapters = dict.fromkeys(each[1] for call in calls for each in call if each)
     rows = list(zip(*calls, strict=True))
     canvas = Canvas(660, top + height * len(rows) + 10)
-    title = f"{title}: {len(calls)} calls of the model".removeprefix(": ")
+    title += f": {len(calls)} calls of the model"
     canvas.text(330, 26, title, size=15)
     for number, adapter in enumerate(adapters):
         canvas.box(left + 116 * number, 42, 16, 16, light(adapter))

@@ -96,11 +96,6 @@ def split_by_adapter(desk: type) -> type:
     return SplitDesk
 
 
-def columns(calls: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Calls for :func:`rows.timetable`, each of which fills eight rows."""
-    return [[*call, *[None] * (8 - len(call))] for call in calls]
-
-
 # --- exercise: which replica gets a request ----------------------------------------------------------------------
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from .. import demo
 from ..core.errors import HotswapError
 from ..swap import resolve_slot
 from ..verify import verify_hotswap
 from .exercise import Exercise
-
-WORD = "hotswap"
 
 
 @Exercise
@@ -18,10 +18,9 @@ def make_it_shout(solution):
     parameters = [each.parameter for each in resolve_slot(model, "default").tensors]
     solution(model)
     after = {id(each) for each in model.parameters()}
-    yield f"the answer to {WORD}", demo.ask(model, tokenizer, WORD), demo.TASKS["shout"](WORD)
-    try:
+    yield "the answer to hotswap", demo.ask(model, tokenizer, "hotswap"), "HOTSWAP!"
+    same = False
+    with contextlib.suppress(HotswapError):  # another adapter is active
         same = bool(verify_hotswap(model, demo.adapter_path("shout"), base=demo.load_base))
-    except HotswapError:  # another adapter is active
-        same = False
     yield "equals a fresh load", same, True
     yield "the parameters are the same objects", all(id(each) in after for each in parameters), True

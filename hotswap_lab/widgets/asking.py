@@ -114,7 +114,7 @@ class AskingView(WorkingView):
     def _swap(self, name: str | None, strength: float = 1.0) -> None:
         doing = "turning the adapter off" if name is None else f"swapping {name} in"
         change = self._switch.off if name is None else partial(self._switch.swap, name, strength)
-        self.swap_seconds = self._make(doing, change)
+        self.swaps.append(self._make(doing, change))
 
     def _set_strength(self, value: float) -> None:
         self._make(f"setting the strength to {value}", lambda: setattr(self._switch, "strength", value))

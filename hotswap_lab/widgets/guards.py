@@ -89,7 +89,7 @@ class Guards(WorkingView):
         for title, column in self.columns.items():
             self.doing: str = f"calling the model that is {title}"
             if name:
-                self.swap_seconds: float | None = self._when_free(partial(column.switch.swap, name))
+                self.swaps.append(self._when_free(partial(column.switch.swap, name)))
             column.visit(name or "the first", self._check)
         self.active: str | None = name
         self.summary: str = f"{name or 'the first adapter'} is in"

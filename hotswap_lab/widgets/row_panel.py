@@ -100,7 +100,7 @@ class RowPanel(WorkingView):
         with contextlib.ExitStack() as stack:
             self.doing: str = "giving each row its adapter, as soon as no other thread computes with the model"
             # a new context for each try, since one that timed out can't be entered again
-            self.swap_seconds = self._when_free(lambda: stack.enter_context(self.pool.assigned(adapters)))
+            self.swaps.append(self._when_free(lambda: stack.enter_context(self.pool.assigned(adapters))))
             self.doing = "answering all rows in one call"
             given = self.generate([run.prompt for run in runs])
             for results in given if isinstance(given, Iterator) else [given]:

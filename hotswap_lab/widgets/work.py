@@ -86,7 +86,8 @@ class WorkingView(View):
         # A compiled model recompiles for other modes. Each thread has its own, and a click may come in any thread.
         self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self._stopped = False
-        self._swaps: deque[float] = deque(maxlen=SWAPS)
+        #: the times of the last swaps, in seconds
+        self.swaps: deque[float] = deque(maxlen=SWAPS)
         #: the click that waits, with its job
         self._next: tuple[str, Callable[[], object]] | None = None
         #: the thread of the last job that was started
@@ -110,15 +111,6 @@ class WorkingView(View):
     def busy(self) -> bool:
         """Whether a job is running."""
         return self._lock.locked()
-
-    @property
-    def swap_seconds(self) -> float | None:
-        """The time of the last swap. Setting it adds one to the times that are shown."""
-        return self._swaps[-1] if self._swaps else None
-
-    @swap_seconds.setter
-    def swap_seconds(self, seconds: float) -> None:
-        self._swaps.append(seconds)
 
     def run(self) -> Any:
         """Run the widget's main job and return its result; None if :meth:`stop` ended it.
@@ -292,6 +284,6 @@ class WorkingView(View):
         for control in self._starters:
             control.disabled = self.busy
         self._stop_button.disabled = not self.busy
-        times = strip("swap", [*self._swaps]) if self._swaps else ""
+        times = strip("swap", [*self.swaps]) if self.swaps else ""
         self._status.value = f'<div class="hotswap-status">{times}<span>{escape(self._state())}</span></div>'
         self._problem.value = error_html(self.error, trace=True) if self.error else ""

@@ -20,7 +20,7 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "engine.ipynb"
 
 def test_layers_of_the_large_model_share_base_weights_and_random_adapters_differ(tmp_path):
     """Its sizes are compared in the chapter itself."""
-    model = pools.smol(layers=2)
+    model = pools.smol(blocks=2)
     one, two = (layer.mlp.up_proj for layer in model.get_base_model().model.layers)
     assert one.base_layer.weight is two.base_layer.weight
     assert one.lora_A["default"].weight is not two.lora_A["default"].weight

@@ -35,7 +35,7 @@ def test_each_row_is_answered_with_its_adapter_in_one_call_and_the_model_has_aft
     assert panel.run() == ANSWERS
     assert calls == [(WORDS, NAMES)]
     assert [(run.label, run.done) for run in panel.runs] == [(name or "no adapter", True) for name in NAMES]
-    assert panel.swap_seconds > 0
+    assert panel.swaps[-1] > 0
     assert (pool.active, pool.rows) == ("reverse", [])
     panel.choose(0, "shout")
     panel.prompts[0] = "other"

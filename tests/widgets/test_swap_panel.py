@@ -91,7 +91,7 @@ def test_a_walk(either, do):
         do(either, what, value)
         assert str(either).splitlines() == [f"SwapPanel: 3 adapters, {active}", answer]
         assert answer.rpartition(": ")[2] in either.to_html()
-        assert either.swap_seconds > 0
+        assert either.swaps[-1] > 0
     assert verify_hotswap(either.model, demo.adapter_path("shout"))
     hotswap_adapter(either.model, demo.adapter_path("vowels_up"), "default")
     assert "another adapter is active at strength 1" in str(either)
@@ -122,7 +122,7 @@ def test_times_are_the_last_twenty_and_their_median():
     assert "swap 3 ms, median of 3: 2 ms" in strip("swap", [0.001, 0.002, 0.003])
     panel = panel_with(str, "sort")
     for number in range(30):
-        panel.swap_seconds = number / 1000
+        panel.swaps.append(number / 1000)
     assert "swap 29 ms, median of 20: 19.5 ms" in live(panel)._status.value
     assert panel._status.value.count("<circle") == 20
 
