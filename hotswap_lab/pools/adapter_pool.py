@@ -273,19 +273,17 @@ class AdapterPool:
                 change.steps.append(put)
                 apply([change])
 
-    def _new_weights(
-        self, member: Member, given: Mapping[str, torch.Tensor] | torch.nn.Module, config: PeftConfig | None
-    ) -> tuple[Packed, Learned | None]:
+    def _new_weights(self, member: Member, given: Any, config: PeftConfig | None) -> tuple[Packed, Learned | None]:
         """Pack new weights for a member; for those of a learner, also note how, for the next time."""
         present, slot = self._members.packed(member), None
         if isinstance(given, torch.nn.Module):
-            slot = slot_of(given, member.name)
-            if config is None and (learned := member.learned) and (again := learned.packed_again(slot, present)):
-                self._check_room()
-                return again, learned
+            self._check_room()
+            slot, known = slot_of(given, member.name), member.learned
+            if known and config is None and (again := known.packed_again(slot, present)):
+                return again, known
             config, given = config or slot.config, saved_tensors(slot)
         packed = self._pack(member, Adapter.from_state_dict(given, config or present.state.config), False)
-        return packed, slot and Learned.of(slot, self._room, packed)
+        return packed, slot and Learned.of(slot, given, self._room, packed)
 
     def _pack(self, member: Member, adapter: Adapter, check_targets: bool) -> Packed:
         self._check_room()
