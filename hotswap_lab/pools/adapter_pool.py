@@ -26,9 +26,11 @@ from ..core.room import Packed, Room, State
 from ..core.slot import Slot, change_of, room_of, slot_for
 from ..core.strength import check_strength
 from ..files.reading import read
+from ..files.saving import saved_tensors
 from ..swap import get_strength, refusals_told, warn_of
 from ..threads import Block, held, put_back
 from .former import as_now, change_to, is_in, owner_in, snapshot, strengths_of, weights_of
+from .learners import Learned, slot_of
 from .members import Member, Members, check_named
 from .mixes import Mix
 from .modules import module_tensors, taken_apart
@@ -240,7 +242,9 @@ class AdapterPool:
                 raise refuse("adapter_in_use", name=name)
             del self._members[name]
 
-    def update(self, name: str, state_dict: Mapping[str, torch.Tensor], config: PeftConfig | None = None) -> None:
+    def update(
+        self, name: str, state_dict: Mapping[str, torch.Tensor] | torch.nn.Module, config: PeftConfig | None = None
+    ) -> None:
         """Give an adapter new weights. If the model computes with it, it gets them at once.
 
         For training loops that produce new weights at every step. ``pool.version(name)`` is a new number as soon
@@ -249,18 +253,19 @@ class AdapterPool:
         Parameters
         ----------
         state_dict:
-            ``lora_A`` of shape ``(rank, in_features)`` and ``lora_B`` of shape ``(out_features, rank)`` per layer.
+            ``lora_A`` of shape ``(rank, in_features)`` and ``lora_B`` of shape ``(out_features, rank)`` per layer. Or
+            the learner: a model whose adapter of this name, or only adapter, is copied as it is now.
         config:
-            Its config. Default: the one that the adapter has.
+            Its config. Default: the learner's, or the one that the adapter has.
         """
         with self._told(), self._turn():
             member = self._members[name]
-            adapter = Adapter.from_state_dict(state_dict, config or self._members.packed(member).state.config)
-            packed = self._pack(member, adapter, False)
+            packed, learned = self._new_weights(member, state_dict, config)
 
             def put(journal: Journal) -> None:
                 journal.set_attribute(member, "packed", packed)
                 journal.set_attribute(member, "version", member.version + 1)
+                journal.set_attribute(member, "learned", learned)
 
             in_model = self._uses(member)
             with self._writing() if in_model else self._members.lock:
@@ -274,6 +279,18 @@ class AdapterPool:
                 self._members.make_space(member, packed, updated=True)
                 change.steps.append(put)
                 apply([change], tell=self._tell if in_model else None)
+
+    def _new_weights(self, member: Member, given: Any, config: PeftConfig | None) -> tuple[Packed, Learned | None]:
+        """Pack new weights for a member; for those of a learner, also note how, for the next time."""
+        present, slot = self._members.packed(member), None
+        if isinstance(given, torch.nn.Module):
+            self._check_room()
+            slot, known = slot_of(given, member.name), member.learned
+            if known and config is None and (again := known.packed_again(slot, present)):
+                return again, known
+            config, given = config or slot.config, saved_tensors(slot)
+        packed = self._pack(member, Adapter.from_state_dict(given, config or present.state.config), False)
+        return packed, slot and Learned.of(slot, given, self._room, packed)
 
     def _pack(self, member: Member, adapter: Adapter, check_targets: bool) -> Packed:
         self._check_room()

@@ -12,6 +12,7 @@ from ..core.adapter import Adapter
 from ..core.errors import refuse
 from ..core.room import Packed
 from ..files.reading import read
+from .learners import Learned
 
 
 @dataclass(eq=False)
@@ -32,6 +33,8 @@ class Member:
     revision: str | None = None
     #: the bytes that it takes when it is packed
     nbytes: int = 0
+    #: how the last update was packed, if it came from a learner
+    learned: Learned | None = None
     #: counts up with each use; the lowest is dropped first
     used: int = 0
 

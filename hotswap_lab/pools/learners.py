@@ -1,0 +1,84 @@
+"""Learners: models that are being trained, whose adapter a pool gets at every step.
+
+The first update from a learner is planned like an adapter that is read from a file, and leaves a note of where each
+tensor went. As long as the learner keeps its layers, shapes and config, the next updates are copies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..beyond.passes import METHODS
+from ..core.change import copy_all
+from ..core.host import carriers, find_host, name_in
+from ..core.journal import Journal
+from ..core.lora import fingerprint
+from ..core.room import Packed, Room, new_band
+from ..core.slot import Slot, keep_slot, slot_for
+from ..core.tensors import is_finite
+
+
+def slot_of(learner: torch.nn.Module, name: str) -> Slot:
+    """The slot of the adapter that a learner trains: the one called ``name``, or else its only one."""
+    own = name if any(name in host.configs for host in carriers(learner)) else name_in(learner, None)
+    return slot_for(METHODS, find_host(learner, own), own)
+
+
+def _state_of(slot: Slot) -> tuple[bytes | None, list[torch.Size]]:
+    return fingerprint(slot.config), [each.shape for each in slot.parameters]
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """How a learner's adapter was packed. The learner may be deleted meanwhile, so it is not held."""
+
+    slot: weakref.ref[Slot]
+    state: tuple[bytes | None, list[torch.Size]]
+    #: the memory that the pool uses, and that for the next update, with the view of each tensor; they take turns
+    sides: list[tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]]
+
+    @classmethod
+    def of(cls, slot: Slot, tensors: Mapping[str, torch.Tensor], room: Room, packed: Packed) -> Learned | None:
+        """A note of how a learner was packed; None if copies of its parameters would not come to the same."""
+        places = {key: each for layer in room.slot.layers for key, each in zip(layer.keys, layer.tensors, strict=True)}
+        keys, (key_of_config, shapes) = [key for layer in slot.layers for key in layer.keys], _state_of(slot)
+        is_whole = sorted(each.shape for each in tensors.values()) == sorted(shapes)  # no layer is off or padded
+        if not is_whole or key_of_config is None or not places.keys() >= {*keys}:
+            return None
+
+        def side(bands: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
+            own, targets = dict(zip(room.bands, bands, strict=True)), []
+            for place, shape in zip([places[key] for key in keys], shapes, strict=True):
+                band, span = room.spans[place]
+                targets.append(place.own(span.view(own[band]), place.rank_of(shape)))
+            return tuple(bands), targets
+
+        spare = [new_band(band.memory, len(own)) for band, own in zip(room.bands, packed.bands, strict=True)]
+        learned = cls(weakref.ref(slot), (key_of_config, shapes), [side(packed.bands), side(spare)])
+        if shapes != [each.shape for each in learned.sides[0][1]]:  # split by groups
+            return None
+        again = learned.packed_again(slot, packed)
+        if again is None or not all(map(torch.equal, again.bands, packed.bands)):
+            return None
+        if not slot._links:  # the learner keeps it, so that the next update needs no search
+            keep_slot(slot, slot, Journal())
+        return learned
+
+    def packed_again(self, slot: Slot, packed: Packed) -> Packed | None:
+        """``packed`` with the learner's present weights; None if it has to be planned again."""
+        in_use, spare = sorted(self.sides, key=lambda side: side[0][0] is not packed.bands[0])
+        if slot is not self.slot() or in_use[0][0] is not packed.bands[0] or _state_of(slot) != self.state:
+            return None
+        bands, targets = spare
+        # a GPU may still read this memory for an earlier update, and must have written it before it is checked
+        wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+        with torch.inference_mode(False), torch.no_grad():
+            wait()
+            copy_all(list(zip(targets, [each.detach() for each in slot.parameters], strict=True)))
+            wait()
+        # a tuple of its own: rows with the same one are not written again
+        return replace(packed, bands=(*bands,)) if all(map(is_finite, bands)) else None

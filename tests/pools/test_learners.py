@@ -1,0 +1,172 @@
+"""``pool.update(name, learner)``: the oracle is a fresh load of the adapter that the learner saves."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from lengths import long
+from models import KINDS, call, load, save_random_adapter
+from oracle import assert_equals_fresh_load, assert_same_outputs, untouched
+from pool_sources import LLAMA
+from refusals import refused
+from test_long_runs import Use
+
+from hotswap_lab import Adapter, AdapterPool, hotswap_adapter, save_adapter
+from hotswap_lab.pools import adapter_pool
+
+
+def step(learner, seed):
+    """As an optimizer does it: in place, and far."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for each in learner.parameters():
+            if each.requires_grad:
+                each.add_(torch.randn(each.shape, generator=generator), alpha=0.1)
+
+
+def learner_of(source, kind=LLAMA):
+    learner = load(kind, source, is_trainable=True)
+    step(learner, 0)
+    return learner
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """How often an adapter is planned."""
+    made, plan = [], adapter_pool.make_plan
+    monkeypatch.setattr(adapter_pool, "make_plan", lambda *args, **named: made.append(1) or plan(*args, **named))
+    return made
+
+
+def assert_is_of(model, learner, folder, kind=LLAMA):
+    save_adapter(learner, folder)
+    assert_equals_fresh_load(model, kind, folder, prepared=True)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
+def test_each_update_is_a_fresh_load_of_what_the_learner_saves(model, pool, sources, tmp_path, plans, name):
+    """All but the first are copies, for other ranks, patterns and layers too."""
+    learner = learner_of(sources[name])
+    pool.swap(name)
+    for number in range(3):
+        step(learner, number)
+        pool.update(name, learner)
+        assert_is_of(model, learner, tmp_path / str(number))
+    assert (len(plans), pool.version(name)) == (1, 4)
+
+
+@pytest.mark.parametrize("kind", ["conv", "embedding", "gpt2", "shared"])
+def test_other_layers(tmp_path, kind):
+    kind = KINDS[kind]
+    source = save_random_adapter(kind, tmp_path / "source", seed=1, r=4)
+    model, learner = load(kind, source), learner_of(source, kind)
+    pool = AdapterPool(model, adapters={"policy": source}, progress=False)
+    pool.swap("policy")
+    for number in range(3):
+        step(learner, number)
+        pool.update("policy", learner)
+        save_adapter(learner, tmp_path / str(number))
+        assert_same_outputs(model, load(kind, tmp_path / str(number)), kind)
+
+
+def test_the_adapter_of_this_name_is_taken_before_any_other(model, pool, sources, tmp_path):
+    learner = load(LLAMA, sources["a"], "b", is_trainable=True)
+    learner.load_adapter(sources["e"], "default")
+    pool.swap("b")
+    pool.update("b", learner)
+    assert_equals_fresh_load(model, LLAMA, sources["a"], prepared=True)
+
+
+def test_what_has_changed_in_the_learner_is_planned_anew(model, pool, sources, tmp_path):
+    """Another rank and other layers by a swap, another scaling in its config, another learner, a state dict between."""
+    learner = learner_of(sources["b"])
+    pool.swap("b")
+    pool.update("b", learner)
+    changes = {
+        "swapped to fewer layers": lambda: hotswap_adapter(learner, sources["c"], "default"),
+        "swapped to other ranks": lambda: hotswap_adapter(learner, sources["e"], "default"),
+        "trained again": lambda: step(learner, 1),
+        "alpha": lambda: vars(learner.peft_config["default"]).update(lora_alpha=99),
+        "state dict": lambda: pool.update("b", Adapter.load(sources["a"]).tensors, Adapter.load(sources["a"]).config),
+    }
+    for number, change in enumerate(changes.values()):
+        change()
+        pool.update("b", learner)
+        assert_is_of(model, learner, tmp_path / str(number))
+    learner = learner_of(sources["b"])
+    pool.update("b", learner)
+    assert_is_of(model, learner, tmp_path / "other")
+
+
+def test_a_learner_that_does_not_fit_changes_nothing(model, pool, sources, tmp_path):
+    """Checked dry: too high a rank, NaN after an update that was right, no adapter at all."""
+    learner = learner_of(sources["b"])
+    pool.swap("b")
+    pool.update("b", learner)
+    large = learner_of(save_random_adapter(LLAMA, tmp_path / "large", seed=9, r=16))
+    before = call(model, LLAMA.inputs())
+    with untouched(model):
+        refused("target_rank=16", pool.update, "b", large)
+        refused("without any adapter", pool.update, "b", torch.nn.Linear(2, 2))
+        next(each for each in learner.parameters() if each.requires_grad).data[0, 0] = float("nan")
+        refused("NaN", pool.update, "b", learner)
+    pool.swap("a")
+    pool.swap("b")
+    torch.testing.assert_close(call(model, LLAMA.inputs()), before)
+    assert pool.version("b") == 2
+
+
+def test_a_block_puts_back_the_newest_weights(model, pool, sources, tmp_path):
+    """Two updates in a block: the memory that it found in use is written again by the second."""
+    learner = learner_of(sources["b"])
+    pool.update("b", learner)
+    pool.swap("b")
+    with pool.using("a"):
+        for number in range(2):
+            step(learner, number)
+            pool.update("b", learner)
+        assert_equals_fresh_load(model, LLAMA, sources["a"], prepared=True)
+    assert_is_of(model, learner, tmp_path / "last")
+
+
+def test_rows_follow(sources, tmp_path):
+    model = load(LLAMA, sources["a"])
+    pool, learner = AdapterPool(model, adapters=sources, rows=2, progress=False), learner_of(sources["b"])
+    inputs = {key: value[:1].repeat(2, 1) for key, value in LLAMA.inputs().items()}
+    pool.assign(["b", "c"])
+    for number in range(3):
+        step(learner, number)
+        pool.update("b", learner)
+        save_adapter(learner, tmp_path / str(number))
+        for row, source in enumerate((tmp_path / str(number), sources["c"])):
+            torch.testing.assert_close(call(model, inputs)[row], call(load(LLAMA, source), inputs)[row])
+
+
+def test_the_pool_does_not_keep_a_learner(pool, sources):
+    learner = learner_of(sources["b"])
+    pool.update("b", learner)
+    alive = weakref.ref(learner)
+    del learner
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("count", [2_000, long(40_000)])
+def test_updates_and_adapters_that_come_and_go_leave_memory_as_it_was(model, pool, sources, count):
+    """An adapter for each step, of which each is removed, is what servers collect."""
+    learner, passing = learner_of(sources["b"]), Adapter.load(sources["c"])
+    pool.swap("b")
+    uses = []
+    for half in (range(count // 2), range(count // 2, count)):
+        for number in half:
+            pool.update("b", learner)
+            pool.add(f"step {number}", passing)
+            pool.remove(f"step {number}")
+        uses.append(Use.now())
+    warm, use = uses
+    assert (use[2:], pool.version("b")) == (warm[2:], 1 + count)
+    assert use.memory - warm.memory < 8, uses
+    assert use.tensors <= warm.tensors + 20, uses
