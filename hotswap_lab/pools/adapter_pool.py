@@ -559,8 +559,8 @@ class AdapterPool:
     @property
     def summary(self) -> str:
         """One line: the number of adapters, and the memory that they take."""
-        count = f"{len(self)} adapter{'s' * (len(self) != 1)}"
-        return f"{count}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
+        names = f"{len(self)} adapter{'s' * (len(self) != 1)}"
+        return f"{names}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
 
     def __str__(self) -> str:
         return "\n".join([f"AdapterPool: {self.summary}", *text_table(self.COLUMNS, self.table), *self._notes])

@@ -280,7 +280,7 @@ def test_a_component_alone_keeps_its_adapter(monkeypatch):
     pipe = SD.loaded(first)
     refused(pipe, HotswapError, "call hotswap_pipeline", "unet.load_lora_adapter", second, prefix="unet")
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise AnotherError
 
     monkeypatch.setattr("hotswap_lab.swap.apply", fails)
