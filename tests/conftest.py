@@ -42,6 +42,7 @@ NEEDS_RAY = "notebooks/09_beyond_one_machine.ipynb"
 NEEDS = {
     "needs-ray": (("ray", "openai"), 'needs pip install "ray[serve]" openai'),
     "needs-gradio": (("gradio",), "needs pip install gradio"),
+    "needs-trl": (("trl",), "needs pip install trl"),
 }
 #: a program that can't even be looked into without it
 collect_ignore = [] if find_spec("ray") else ["serving/replica_faults.py"]
