@@ -42,7 +42,9 @@ NEEDS_RAY = "notebooks/09_beyond_one_machine.ipynb"
 #: what cells with a tag need, and how to get it
 NEEDS = {
     "needs-ray": (("ray", "openai"), 'needs pip install "ray[serve]" openai'),
-    **{f"needs-{each}": ((each,), f"needs pip install {each}") for each in ("gradio", "torchao", "bitsandbytes")},
+    **{
+        f"needs-{each}": ((each,), f"needs pip install {each}") for each in ("gradio", "torchao", "bitsandbytes", "trl")
+    },
 }
 #: a program that can't even be looked into without it
 collect_ignore = [] if find_spec("ray") else ["serving/replica_faults.py"]

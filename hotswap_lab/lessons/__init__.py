@@ -3,8 +3,8 @@
 No swap logic is in here. ``figures`` draws, and shows the drawings in the folder ``pictures``; ``exercise`` is the
 frame of every exercise. ``building`` has the checks of the file that the reader builds in 01, 02, 03, 04 and 08.
 ``start`` belongs to chapter 00, ``compiling`` to 03, ``pools`` to 04, ``real_llm`` to 05, ``diffusion`` to 06,
-``beyond`` to 07, ``rows`` to 08, ``serving`` to 09, ``ahead`` to 10, ``engine`` to the engine, read, and ``project`` to
-the last project.
+``beyond`` to 07, ``rows`` to 08, ``serving`` to 09, ``ahead`` to 10, ``policy`` to 11, ``engine`` to the engine, read,
+and ``project`` to the last project.
 """
 
 from __future__ import annotations

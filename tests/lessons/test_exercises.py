@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from hotswap_lab.lessons import (
     compiling,
     diffusion,
     engine,
+    policy,
     real_llm,
     serving,
     start,
@@ -143,6 +145,17 @@ def last_of_equals(name, replicas, most):
     return min(having or numbers, key=lambda n: replicas[n]["waiting"])
 
 
+def two_tricks(rows, prompts, texts, rewards, now, by_prompt=False, one_reward=False, old_in_mean=False):
+    groups, found = {}, []
+    for row, prompt, text in zip(rows, prompts, texts, strict=True):
+        reward = rewards["shout" if one_reward else row.adapter](text)
+        group = groups.setdefault(prompt if by_prompt else (row.adapter, prompt), [])
+        is_now = row.version == now[row.adapter]
+        group += [reward] if is_now or old_in_mean else []
+        found.append((is_now, reward, group))
+    return [reward - sum(group) / len(group) if is_now else 0.0 for is_now, reward, group in found]
+
+
 def gains(draft, sets=False, takes_all=False, no_journal=False):
     layers = {layer.path: layer.module for layer in draft.slot.layers}
     change = Change()
@@ -220,6 +233,12 @@ WRONG = {
         lambda constants, bound, swapped: sorted(swapped.keys() - set(constants)),
         lambda constants, bound, swapped: sorted(name for name in swapped if swapped[name] is not bound.get(name)),
         lambda constants, bound, swapped: [n for n in swapped if n in RIGHT.unreached(constants, bound, swapped)],
+    ],
+    policy.two_tricks: [
+        lambda *given: two_tricks(*given, by_prompt=True),
+        lambda *given: two_tricks(*given, one_reward=True),
+        lambda *given: two_tricks(*given, old_in_mean=True),
+        lambda rows, *given: two_tricks([replace(each, version=5) for each in rows], *given),
     ],
     engine.gains: [
         lambda draft: gains(draft, sets=True),
