@@ -26,7 +26,8 @@ REPOSITORY = dict(each.split(", ") for each in metadata("hotswap_lab").get_all("
 MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.voices generating serving widgets"
 #: other names in the signatures and docstrings of these; Sphinx warns if one is missing here
 OTHERS = """
-    ahead.AheadModel core.errors.Refusal core.plan.Action core.plan.LayerPlan figures.Figure figures.tiles.Tile
+    ahead.AheadModel core.errors.Refusal core.loaded.Loaded core.loaded.LoadedList core.plan.Action core.plan.LayerPlan
+    figures.Figure figures.tiles.Tile
     pipelines.patching.Patch threads.Block pools.rows.Row serving.replica.Token
     serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.results.Run
     widgets.text.text_stream
