@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 import runpy
 import shutil
 from collections.abc import Iterable
@@ -98,6 +99,34 @@ def listing(head: str, names: Iterable[str]) -> str:
     return f"{head}\n\n" + "".join(f"   {name}\n" for name in names)
 
 
+def limits_of(schema: dict) -> str:
+    """A JSON schema in words: ``number, minimum 0, maximum 2``."""
+    kinds = [each for each in schema.get("anyOf", [schema]) if each.get("type") != "null"]
+    words = []
+    for kind in kinds:
+        inner = kind.get("items") or kind.get("additionalProperties")
+        name = kind.get("$ref", kind.get("type", "")).rpartition("/")[2]
+        limits = [f"{key} {value}" for key, value in kind.items() if re.match("(exclusive)?(min|max)", key, re.I)]
+        of = f" of {limits_of(inner)}" if isinstance(inner, dict) else ""
+        words.append(", ".join([name + of, *limits]))
+    return " or ".join(words)
+
+
+def fields() -> str:
+    """The fields of a request, as the models of the server's API have them."""
+    from hotswap_lab.serving import api
+
+    parts, known = ["POST /v1/completions and POST /v1/chat/completions"], set()
+    for model in (api.Asked, api.AskedText, api.AskedChat):
+        own = {name: each for name, each in model.model_json_schema()["properties"].items() if name not in known}
+        known |= {*own} if model is api.Asked else set()
+        table = [f'"``{name}``", "{limits_of(schema)}"' for name, schema in own.items()]
+        parts += [inspect.getdoc(model), listing(".. csv-table::\n   :header: field, type", table)]
+    refused = ", ".join(f"``{name}``" for name in sorted(api.UNKNOWN))
+    parts.append(f"These are refused where they would change the answer: {refused}. All others are ignored.")
+    return titled("The fields of a request", *parts)
+
+
 def pages() -> dict[str, str]:
     """The pages of the API by the names of their files: one for each public name, for each module, and a list."""
     names = sorted(public(hotswap_lab), key=str.lower)
@@ -107,11 +136,13 @@ def pages() -> dict[str, str]:
         head = f".. automodule:: {module.__name__}"
         found[path] = titled(module.__name__, head, *(described(module.__name__, name) for name in public(module)))
     others = [f"hotswap_lab.{each}".rpartition(".") for each in OTHERS.split()]
+    found["fields"] = fields()
     found["others"] = titled("Other names", *(described(module, name) for module, _, name in others))
     tables = [
         listing(SUMMARY, [f"~hotswap_lab.{name}" for name in names]),
         ".. rubric:: Modules",
         listing(SUMMARY, [f"hotswap_lab.{path}" for path in MODULES.split()]),
+        "The fields of a request to a server are on a :doc:`page of their own <fields>`.",
         "The classes that these return or take are on a :doc:`page of their own <others>`.",
     ]
     return {**found, "index": titled("API", listing(".. toctree::\n   :hidden:", found), *tables)}

@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 import hotswap_lab
 import hotswap_lab.widgets
 from hotswap_lab import demo
+from hotswap_lab.serving import api
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -48,6 +49,10 @@ def test_every_public_name_has_a_page(conf):
     assert bound <= set(pages)
     assert all(f"   {name}\n" in pages["index"] for name in pages.keys() - {"index"})
     assert ".. autoexception:: hotswap_lab.HotswapError" in pages["HotswapError"]
+    for model in (api.AskedText, api.AskedChat):
+        for name in model.model_fields:  # described, and with its type
+            assert pages["fields"].count(f"``{name}``") >= 2
+    assert '"``temperature``", "number, maximum 2, minimum 0"' in pages["fields"]
 
 
 def test_modules_that_users_are_told_of_have_a_page(conf):

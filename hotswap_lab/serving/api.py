@@ -50,21 +50,25 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 class Asked(BaseModel, extra="allow"):
     """The fields that completions and chats share.
 
-    ``model``: an adapter, the base model, or a mix such as ``pirate:0.7+haiku:0.3``: weights from 0 to 100.
-    ``max_tokens``, ``max_completion_tokens``: the longest answer, by default what the server allows.
-    ``temperature``: 0 takes the most probable token each time; above that, tokens are drawn. ``top_k``: draw from that
-    many of the most probable tokens; 0 or -1 is all. ``top_p``: of these, from the most probable ones that together
-    have this probability. ``min_p``: of these, from those that are at least this many times as probable as the first.
-    ``repetition_penalty``: above 1, tokens of the prompt and the answer become less probable, as in transformers.
-    Where a request leaves out one of these five, the model's ``generation_config`` decides, as in vLLM; without its
-    ``do_sample``, the temperature is 0.
-    ``frequency_penalty``, ``presence_penalty``: subtracted from a token's logit as often as the answer has it, or once.
-    ``logit_bias``: numbers to add to the logits of tokens, by their ids, from -100 to 100.
-    ``seed``: the same one draws the same tokens again, in any batch; without effect at the temperature 0.
-    ``stop``: strings that end the answer, which is without them.
-    ``n``: how many answers; their seeds are ``seed``, ``seed + 1`` and so on.
-    ``stream``: send the answer as server-sent events. ``stream_options``: ``{"include_usage": true}`` ends a stream
-    with the number of tokens.
+    - ``model``: an adapter, the base model, or a mix such as ``pirate:0.7+haiku:0.3``, with weights from 0 to 100.
+    - ``max_tokens`` and ``max_completion_tokens``: the longest answer. Default: the longest that the server allows.
+    - ``temperature``: 0 takes the most probable token each time; above that, tokens are drawn.
+    - ``top_k``: draw from that many of the most probable tokens; 0 or -1 is all.
+    - ``top_p``: of these, draw from the most probable ones that together have this probability.
+    - ``min_p``: of these, draw from those that are at least this many times as probable as the first.
+    - ``repetition_penalty``: above 1, tokens of the prompt and of the answer become less probable, as in transformers.
+    - ``frequency_penalty``: is subtracted from a token's logit as often as the answer has it.
+    - ``presence_penalty``: is subtracted once from the logit of each token of the answer.
+    - ``logit_bias``: numbers to add to the logits of tokens, by the tokens' ids.
+    - ``seed``: the same one draws the same tokens again, in any batch.
+    - ``stop``: strings that end the answer, which doesn't contain them.
+    - ``n``: how many answers. Their seeds are ``seed``, ``seed + 1`` and so on.
+    - ``stream``: send the answer as server-sent events, a token at a time.
+    - ``stream_options``: ``{"include_usage": true}`` ends a stream with the number of tokens.
+
+    Where a request leaves out ``temperature``, ``top_k``, ``top_p``, ``min_p`` or ``repetition_penalty``, the model's
+    ``generation_config`` decides, as in vLLM. If that has no ``do_sample``, the temperature is 0, and a ``seed`` alone
+    has no effect.
     """
 
     model: str
@@ -86,11 +90,12 @@ class Asked(BaseModel, extra="allow"):
 
 
 class AskedText(Asked):
-    """A completion.
+    """More fields of a completion.
 
-    ``prompt``: the text to go on with. ``echo``: begin the answer with it. ``logprobs``: the log probability of each
-    token, and of that many of the most probable ones at its place, before temperature, penalties and bias; not with
-    ``echo``.
+    - ``prompt``: the text to go on with.
+    - ``logprobs``: send the log probability of each token, and of that many of the most probable ones at its place,
+      before temperature, penalties and bias.
+    - ``echo``: begin the answer with the prompt. Not with ``logprobs``.
     """
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
@@ -114,11 +119,11 @@ class Message(BaseModel):
 
 
 class AskedChat(Asked):
-    """A chat.
+    """More fields of a chat.
 
-    ``messages``: what was said, for the model's chat template: ``role``, and ``content`` as text or parts of text.
-    ``logprobs``: whether to send the log probability of each token, as for completions; ``top_logprobs``: and of how
-    many others.
+    - ``messages``: for the model's chat template. Each has a ``role`` and a ``content``: a text, or parts of one.
+    - ``logprobs``: whether to send the log probability of each token, as for completions.
+    - ``top_logprobs``: and of that many of the most probable ones at its place.
     """
 
     messages: list[Message]

@@ -1,9 +1,13 @@
-"""A server in Ray processes of its own."""
+"""A server in processes of its own: with Ray, or as ``hotswap-lab serve``."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -42,6 +46,37 @@ def running(**args: Any) -> Iterator[str]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def one_process(**args: Any) -> Iterator[str]:
+    """The address of ``hotswap-lab serve``, as a user starts it, once it answers; at the end it is interrupted."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    adapters = {"adapters": ",".join(map("=".join, args.pop("adapters").items()))}
+    given = [f"{name}={value}" for name, value in {"token": TOKEN, **adapters, **args}.items()]
+    command = [sys.executable, "-m", "hotswap_lab", "serve", "--port", f"{port}", "--set", *given]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        address = f"http://127.0.0.1:{port}"
+        try:
+            assert eventually(lambda: _is_ready(address), 60), "it did not start"
+            yield address
+        finally:
+            server.send_signal(signal.SIGINT)
+            said = server.communicate(timeout=30)[0]
+    assert f"Ready: {adapters['adapters'].count('=')} adapters of " in said, said
+    assert "Traceback" not in said, said
+
+
+def _is_ready(address: str) -> bool:
+    """A request before the start is refused as too early, and ``/healthz`` says so."""
+    try:
+        health = httpx2.get(f"{address}/healthz", timeout=30)
+    except httpx2.ConnectError:  # the port isn't open yet
+        return False
+    assert (health.status_code, health.json()["status"]) in ((200, "ok"), (503, "starting"))
+    return health.status_code == 200
+
+
 def states(address: str) -> list[dict]:
     """The states of all replicas; none if there is none that answers."""
     return httpx2.get(f"{address}/healthz", timeout=30).json().get("replicas", [])
@@ -57,7 +92,7 @@ def eventually(is_so: Callable[[], Any], seconds: float = 120) -> Any:
     """What ``is_so`` gives as soon as that is true; asked once more at the end."""
     deadline = time.monotonic() + seconds
     while not (found := is_so()) and time.monotonic() < deadline:
-        time.sleep(0.5)
+        time.sleep(0.1)
     return found
 
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import socket
-import subprocess
-import sys
 
-import httpx2
 import pytest
 from both_kinds import BothKinds
 from refusals import refused
 from replica_faults import ADAPTERS
-from running import TOKEN, eventually
+from running import one_process
 from served import FAMILY, SHORT
 
 from hotswap_lab.serving import BusyError, Request
@@ -25,31 +20,8 @@ from hotswap_lab.serving.replica import LateError
 
 @pytest.fixture(scope="module")
 def address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [f"token={TOKEN}", "timeout=30", "adapters=" + ",".join(map("=".join, ADAPTERS.items()))]
-    command = [sys.executable, "-m", "hotswap_lab", "serve", "--port", f"{port}", "--set", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
-        address = f"http://127.0.0.1:{port}"
-        try:
-            assert eventually(lambda: is_ready(address), 60), "it did not start"
-            yield address
-        finally:
-            server.send_signal(signal.SIGINT)
-            said = server.communicate(timeout=30)[0]
-    assert f"Ready: {len(ADAPTERS)} adapters of demo" in said, said
-    assert "Traceback" not in said, said
-
-
-def is_ready(address):
-    """A request before the start is refused as too early, and ``/healthz`` says so."""
-    try:
-        health = httpx2.get(f"{address}/healthz", timeout=30)
-    except httpx2.ConnectError:  # the port isn't open yet
-        return False
-    assert (health.status_code, health.json()["status"]) in ((200, "ok"), (503, "starting"))
-    return health.status_code == 200
+    with one_process(adapters=ADAPTERS, timeout=30) as address:
+        yield address
 
 
 class TestOneProcess(BothKinds):
