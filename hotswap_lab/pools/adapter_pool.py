@@ -26,11 +26,10 @@ from ..core.room import Packed, Room, State
 from ..core.slot import Slot, change_of, room_of, slot_for
 from ..core.strength import check_strength
 from ..files.reading import read
-from ..files.saving import saved_tensors
 from ..swap import get_strength, refusals_told, warn_of
 from ..threads import Block, held, put_back
 from .former import as_now, change_to, is_in, owner_in, snapshot, strengths_of, weights_of
-from .learners import Learned, slot_of
+from .learners import of_learner
 from .members import Member, Members, check_named
 from .mixes import Mix
 from .modules import module_tensors, taken_apart
@@ -260,7 +259,12 @@ class AdapterPool:
         """
         with self._told(), self._turn():
             member = self._members[name]
-            packed, learned = self._new_weights(member, state_dict, config)
+            present = self._members.packed(member)
+            if isinstance(state_dict, torch.nn.Module):
+                packed, learned = of_learner(state_dict, config, member, present, self._room, self._pack)
+            else:
+                adapter = Adapter.from_state_dict(state_dict, config or present.state.config)
+                packed, learned = self._pack(member, adapter, False), None
 
             def put(journal: Journal) -> None:
                 journal.set_attribute(member, "packed", packed)
@@ -279,18 +283,6 @@ class AdapterPool:
                 self._members.make_space(member, packed, updated=True)
                 change.steps.append(put)
                 apply([change], tell=self._tell if in_model else None)
-
-    def _new_weights(self, member: Member, given: Any, config: PeftConfig | None) -> tuple[Packed, Learned | None]:
-        """Pack new weights for a member; for those of a learner, also note how, for the next time."""
-        present, slot = self._members.packed(member), None
-        if isinstance(given, torch.nn.Module):
-            self._check_room()
-            slot, known = slot_of(given, member.name), member.learned
-            if known and config is None and (again := known.packed_again(slot, present)):
-                return again, known
-            config, given = config or slot.config, saved_tensors(slot)
-        packed = self._pack(member, Adapter.from_state_dict(given, config or present.state.config), False)
-        return packed, slot and Learned.of(slot, given, self._room, packed)
 
     def _pack(self, member: Member, adapter: Adapter, check_targets: bool) -> Packed:
         self._check_room()

@@ -7,25 +7,43 @@ tensor went. As long as the learner keeps its layers, shapes and config, the nex
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ..beyond.passes import METHODS
+from ..core.adapter import Adapter
 from ..core.change import copy_all
-from ..core.host import carriers, find_host, name_in
+from ..core.host import Config, carriers, find_host, name_in
 from ..core.journal import Journal
 from ..core.lora import fingerprint
 from ..core.room import Packed, Room, new_band
 from ..core.slot import Slot, keep_slot, slot_for
 from ..core.tensors import is_finite
+from ..files.saving import saved_tensors
+
+#: packs an adapter for a member of a pool
+Pack = Callable[[Any, Adapter, bool], Packed]
 
 
 def slot_of(learner: torch.nn.Module, name: str) -> Slot:
     """The slot of the adapter that a learner trains: the one called ``name``, or else its only one."""
     own = name if any(name in host.configs for host in carriers(learner)) else name_in(learner, None)
     return slot_for(METHODS, find_host(learner, own), own)
+
+
+def of_learner(
+    learner: torch.nn.Module, config: Config | None, member: Any, present: Packed, room: Room, pack: Pack
+) -> tuple[Packed, Learned | None]:
+    """A learner's adapter, packed for a member of a pool, and a note of how, for the next time."""
+    slot, known = slot_of(learner, member.name), member.learned
+    if known and config is None and (again := known.packed_again(slot, present)):
+        return again, known
+    tensors = saved_tensors(slot)
+    packed = pack(member, Adapter.from_state_dict(tensors, config or slot.config), False)
+    return packed, None if config else Learned.of(slot, tensors, room, packed)
 
 
 def _state_of(slot: Slot) -> tuple[bytes | None, list[torch.Size]]:

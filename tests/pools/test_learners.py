@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -31,6 +32,12 @@ def learner_of(source, kind=LLAMA):
     learner = load(kind, source, is_trainable=True)
     step(learner, 0)
     return learner
+
+
+def with_alpha(learner, alpha):
+    config = copy.deepcopy(learner.peft_config["default"])
+    config.lora_alpha = alpha
+    return config
 
 
 @pytest.fixture
@@ -88,8 +95,9 @@ def test_what_has_changed_in_the_learner_is_planned_anew(model, pool, sources, t
     changes = {
         "swapped to fewer layers": lambda: hotswap_adapter(learner, sources["c"], "default"),
         "swapped to other ranks": lambda: hotswap_adapter(learner, sources["e"], "default"),
+        "a config of its own": lambda: pool.update("b", learner, with_alpha(learner, 77)),
         "trained again": lambda: step(learner, 1),
-        "alpha": lambda: vars(learner.peft_config["default"]).update(lora_alpha=99),
+        "alpha": lambda: learner.peft_config.update(default=with_alpha(learner, 99)),
         "state dict": lambda: pool.update("b", Adapter.load(sources["a"]).tensors, Adapter.load(sources["a"]).config),
     }
     for number, change in enumerate(changes.values()):
