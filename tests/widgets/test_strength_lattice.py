@@ -128,7 +128,7 @@ def state_of(model):
 def click(lattice, name, strength):
     """As ``live.js`` does."""
     box = live(lattice).box.children[3]
-    box.value = f"{len(lattice._swaps)} {name}@{strength}"
+    box.value = f"{len(lattice.swaps)} {name}@{strength}"
 
 
 def marked(lattice):
@@ -148,12 +148,12 @@ CLICKS = [
 def test_clicks(kind):
     lattice = lattice_of(kind)
     for where, active, cell, answers in CLICKS:
-        count = len(lattice._swaps)
+        count = len(lattice.swaps)
         click(lattice, *where) if where else live(lattice)._run_button.click()
         assert lattice.wait(60)
         assert (lattice.active, lattice.cell, lattice.strength) == (active, cell, cell[1])
         assert marked(lattice) == answers
-        assert len(lattice._swaps) > count
+        assert len(lattice.swaps) > count
     assert verify_hotswap(lattice.model, FOLDERS["no_vowels"])
     assert lattice.choose("pig_latin", 1) == "otswaphay"
     hotswap_adapter(lattice.model, demo.adapter_path("reverse"), "default")
