@@ -16,13 +16,7 @@ from peft.utils import set_peft_model_state_dict
 from refusals import refused
 from safetensors.torch import load_file
 
-from hotswap_lab import (
-    AdapterPool,
-    RecompileWatch,
-    hotswap_adapter,
-    plan_hotswap,
-    prepare_model_for_compiled_hotswap,
-)
+from hotswap_lab import AdapterPool, RecompileWatch, hotswap_adapter, plan_hotswap, prepare_model_for_compiled_hotswap
 
 LORA, DORA = (LoraConfig(r=4, target_modules=ATTENTION, use_dora=dora) for dora in (False, True))
 HEAD = LoraConfig(r=4, target_modules=ATTENTION, modules_to_save=["lm_head"])

@@ -10,15 +10,7 @@ from adapters import ALL, CONFIGS, LLAMA, save_all, with_other_base_weights
 from lora_kinds import ATTENTION, MODELS
 from models import ARCHITECTURES, KINDS, Kind, call, load
 from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
-from peft import (
-    AdaLoraConfig,
-    AdaptionPromptConfig,
-    IA3Config,
-    LoHaConfig,
-    LoraConfig,
-    PeftMixedModel,
-    RandLoraConfig,
-)
+from peft import AdaLoraConfig, AdaptionPromptConfig, IA3Config, LoHaConfig, LoraConfig, PeftMixedModel, RandLoraConfig
 from refusals import refused
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel

@@ -32,16 +32,9 @@ LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
 
 
 @pytest.fixture
-def folders(tmp_path):
+def folders(sources):
     """Other rank, other alpha, other layers, other dropout, rsLoRA."""
-    return save_family(
-        LLAMA,
-        tmp_path,
-        dict(r=4, lora_alpha=6),
-        dict(r=8, lora_alpha=5, lora_dropout=0.3),
-        dict(r=2, use_rslora=True, target_modules=["q_proj", "up_proj"]),
-        dict(r=3, target_modules=["down_proj"]),
-    )
+    return [*sources.values()]
 
 
 def prepared(kind: Kind, folders: list[str], first: int = 0):

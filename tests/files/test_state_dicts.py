@@ -14,12 +14,7 @@ from oracle import assert_same_outputs, assert_same_tensors, assert_untouched, s
 from peft import LoHaConfig, LoraConfig
 from refusals import refused
 
-from hotswap_lab import (
-    AdapterPool,
-    hotswap_adapter,
-    prepare_model_for_compiled_hotswap,
-    save_adapter,
-)
+from hotswap_lab import AdapterPool, hotswap_adapter, prepare_model_for_compiled_hotswap, save_adapter
 
 LLAMA = KINDS["llama"]
 

@@ -20,17 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from lengths import few_of
-from models import (
-    ARCHITECTURES,
-    KINDS,
-    Kind,
-    call,
-    load,
-    lora_layers,
-    randomize,
-    save_family,
-    save_random_adapter,
-)
+from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, randomize, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same, assert_same_outputs, observe, untouched
 from peft import LoraConfig, get_peft_model
 from refusals import refused

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 from lengths import TIMES, long
-from models import KINDS, load, save_random_adapter
+from models import KINDS, load
+from pool_sources import save_sources
 
 from hotswap_lab import (
     Adapter,
@@ -39,23 +40,15 @@ from hotswap_lab import (
 )
 from hotswap_lab.threads import held
 
-#: of different ranks, scalings and layers, so that a mixture of any two is far from both
-FAMILY = {
-    "a": dict(r=4, lora_alpha=8),
-    "b": dict(r=6, lora_alpha=3, target_modules=["q_proj", "down_proj"]),
-    "c": dict(r=2, lora_alpha=16, use_rslora=True),
-}
-OTHER = {"a": "b", "b": "c", "c": "a"}
+OTHER = {"a": "b", "b": "d", "d": "a"}
 KIND = KINDS["llama"]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("family")
-    return {
-        name: save_random_adapter(KIND, root / name, seed=number, **settings)
-        for number, (name, settings) in enumerate(FAMILY.items())
-    }
+    """Of different ranks, scalings and layers, so that a mixture of any two is far from both."""
+    sources = save_sources(tmp_path_factory.mktemp("family"))
+    return {name: sources[name] for name in OTHER}
 
 
 # ---- ways of swapping: each takes the model and the folders, and returns what puts an adapter in by its name
