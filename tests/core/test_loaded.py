@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from refusals import refused
 
 from hotswap_lab import (
@@ -70,6 +71,25 @@ def test_a_swap_says_what_it_put_in(way, tmp_path):
     model.save_pretrained(tmp_path / "pefts")
     for each in ("ours", "pefts"):
         assert "_hotswap" not in (tmp_path / each / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(use_dora=True, target_modules=["q_proj"]),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_of_other_methods(config, tmp_path):
+    model = get_peft_model(demo.load_base(), config)
+    model.save_pretrained(tmp_path)
+    hotswap_adapter(model, tmp_path)
+    now, is_lora = the(model), config.peft_type == "LORA"
+    assert (now.method, now.source) == (config.peft_type.value, str(tmp_path))
+    assert (now.ranks, now.strength) == (((8,), 1) if is_lora else ((), None))
+    assert now.sha256 == hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
 
 
 def test_of_a_pool(tmp_path):
