@@ -168,8 +168,9 @@ class Reader(torch.nn.Module):
     def agrees(self) -> bool:
         """Whether two parts, one after the other, give the logits of the model itself, in rows of different lengths."""
         config = self._lm.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        if window and window < self.longest and getattr(config, "use_sliding_window", True):
+        windows = [getattr(config, each, None) for each in ("sliding_window", "attention_chunk_size", "window_size")]
+        is_windowed = any(isinstance(each, int) and 0 < each < self.longest for each in windows)
+        if is_windowed and getattr(config, "use_sliding_window", True):
             return False  # the mask here has no window
         ropes = getattr(config, "rope_parameters", None) or {}
         for rope in (ropes, *ropes.values()):  # some models have one for each type of layer

@@ -46,7 +46,7 @@ def app(args: dict[str, Any]) -> Any:
 
     ``/metrics`` is for Prometheus: for each replica the rows in use, the requests in the queue, and the numbers of
     requests, tokens of prompts and of answers, and swaps so far; the version of each adapter, and the number of
-    changes; and as histograms the time to the first token, and of whole requests by path and status
+    changes; and as histograms the time to the first token of streams, and of whole requests by path and status
     (``hotswap_lab_request_seconds``). A front measures the times of its own requests, so where there are two, take
     those from Ray's metrics (``serve_*``).
     """

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, PositiveInt, StringConstraints
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from ..core.errors import HotswapError, refusal, refuse
-from .metrics import Measured, Metrics
+from .metrics import PATHS, Metrics
 from .replica import BusyError, Piece, Request, Token
 from .sampling import Sampling
 from .table import UnknownAdapterError
@@ -131,15 +131,16 @@ class AskedChat(Asked):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
 
-class Limited:
-    """ASGI middleware that refuses a request with a longer body, also one that doesn't tell its length."""
+class Watched:
+    """ASGI middleware that refuses a request with a longer body, also without a length, and measures answers."""
 
-    def __init__(self, app: Any, most: int):
+    def __init__(self, app: Any, most: int, metrics: Metrics):
         self.app: Any = app
         self.most: int = most
+        self.metrics: Metrics = metrics
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        size = 0
+        start, size, status = time.perf_counter(), 0, "500"
 
         async def counted() -> Any:
             nonlocal size
@@ -149,7 +150,16 @@ class Limited:
                 raise HTTPException(413, str(refusal("long_body", most=self.most)))
             return message
 
-        await self.app(scope, counted, send)
+        async def noted(message: Any) -> None:
+            nonlocal status
+            status = str(message.get("status", status))
+            await send(message)
+
+        try:
+            await self.app(scope, counted, noted)
+        finally:
+            if scope.get("path") in PATHS:
+                self.metrics.whole.labels(scope["path"], status).observe(time.perf_counter() - start)
 
 
 def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt: int = 0) -> FastAPI:
@@ -168,9 +178,8 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         In tokens; 0 is 1024. A body may have 64 bytes for each of them, and 64 KiB.
     """
     api = FastAPI(title="hotswap_lab")
-    api.add_middleware(Limited, most=64 * (longest_prompt or 1024) + 2**16)
     metrics = Metrics()
-    api.add_middleware(Measured, metrics=metrics)
+    api.add_middleware(Watched, most=64 * (longest_prompt or 1024) + 2**16, metrics=metrics)
 
     @api.exception_handler(HotswapError)
     @api.exception_handler(RequestValidationError)
@@ -224,25 +233,25 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     async def completions(asked: AskedText) -> Any:
         if asked.echo and asked.logprobs is not None:
             raise refuse("echo_with_logprobs", logprobs=asked.logprobs)
-        return await answered(asked, "".join(asked.prompt), TEXT, asked.logprobs, asked.echo)  # also a list of one
+        prompt = "".join(asked.prompt)  # also a list of one
+        return await answered(asked, prompt, TEXT, asked.logprobs, prompt if asked.echo else "")
 
     @api.post("/v1/chat/completions")
     async def chat_completions(asked: AskedChat) -> Any:
         prompt = [message.written() for message in asked.messages]
         return await answered(asked, prompt, CHAT, (asked.top_logprobs or 0) if asked.logprobs else None)
 
-    async def noted(request: Request, prompt: str) -> AsyncGenerator[Piece, None]:
-        """The pieces of one answer, counted, and with a prompt before the first."""
+    async def begun(request: Request, prompt: str) -> AsyncGenerator[Piece, None]:
+        """The pieces of one answer, the first of them after a prompt, and timed if it is one of several."""
+        start, has_begun = time.perf_counter(), not request.is_streamed
         async with contextlib.aclosing(backend.answer(request)) as pieces:
             async for piece in pieces:
-                if piece.finish:
-                    metrics.first.observe(piece.first_token)
+                if not has_begun:
+                    metrics.first.observe(time.perf_counter() - start)
                 yield replace(piece, text=prompt + piece.text)
-                prompt = ""
+                prompt, has_begun = "", True
 
-    async def answered(
-        asked: Asked, prompt: Any, kind: str, logprobs: int | None, has_echo: bool | None = False
-    ) -> Any:
+    async def answered(asked: Asked, prompt: Any, kind: str, logprobs: int | None, echo: str = "") -> Any:
         if not prompt:
             raise refuse("no_prompt", field="prompt" if kind == TEXT else "messages")
         for name, value in (asked.model_extra or {}).items():
@@ -264,7 +273,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         requests = [Request(prompt, shares, most, stop, logprobs, bool(asked.stream), **how)] * (asked.n or 1)
         if asked.seed is not None:
             requests = [replace(each, seed=asked.seed + index) for index, each in enumerate(requests)]
-        pieces = _merged([noted(each, prompt if has_echo else "") for each in requests])
+        pieces = _merged([begun(each, echo) for each in requests])
         if asked.stream:
             has_usage = bool((asked.stream_options or {}).get("include_usage"))
             first = await anext(pieces)  # until here, an error has a status of its own

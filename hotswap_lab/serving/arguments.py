@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoTokenizer
 from .. import demo
 from ..core.errors import HotswapError, listing, refusal, refuse
 from ..files.reading import read
-from .replica import Options, Replica, check_rank
-from .table import Version
+from .replica import Options, Replica
+from .table import Version, check_rank
 
 #: for the embedded model
 DEMO: dict[str, Any] = {"base": str(demo.BASE_DIR), "adapters": str(demo.ADAPTERS_DIR), "target_rank": 48}

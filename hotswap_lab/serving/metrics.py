@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ class Metrics:
         self.state: list[Metric] = []
         own: dict[str, Any] = dict(namespace="hotswap_lab", registry=self.registry, unit="seconds", buckets=BUCKETS)
         self.whole: Histogram = Histogram("request", "From the request to the answer's end", ("path", "status"), **own)
-        self.first: Histogram = Histogram("first_token", "From the request to the first token", **own)
+        self.first: Histogram = Histogram("first_token", "From the request to the first token, of streams", **own)
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
@@ -49,25 +48,3 @@ class Metrics:
                     family.add_metric([state.get("replica", "")], state[name])
                 self.state.append(family)
         return generate_latest(self.registry)
-
-
-class Measured:
-    """ASGI middleware that measures requests for answers."""
-
-    def __init__(self, app: Any, metrics: Metrics):
-        self.app: Any = app
-        self.metrics: Metrics = metrics
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        start, status = time.perf_counter(), "500"
-
-        async def noted(message: Any) -> None:
-            nonlocal status
-            status = str(message.get("status", status))
-            await send(message)
-
-        try:
-            await self.app(scope, receive, noted)
-        finally:
-            if scope.get("path") in PATHS:
-                self.metrics.whole.labels(scope["path"], status).observe(time.perf_counter() - start)

@@ -8,7 +8,6 @@ import ctypes
 import logging
 import re
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from ..core.errors import HotswapError, Refusal, refusal, refuse
 from ..generating import Reader
 from ..pools.adapter_pool import AdapterPool
 from .sampling import Sampler, Sampling
-from .table import Version
+from .table import Version, check_rank, highest_rank
 
 #: how long the first request waits for others, in seconds
 GATHERING = 0.005
@@ -90,17 +89,6 @@ class Request(Sampling):
     is_streamed: bool = False
 
 
-def highest_rank(config: Any) -> int:
-    """The highest rank of an adapter in any layer; 0 for one of a method that has none."""
-    return max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
-
-
-def check_rank(name: str, config: Any, target_rank: int) -> None:
-    """Refuses an adapter that a server with room for a rank has no room for."""
-    if (rank := highest_rank(config)) > target_rank:
-        raise refuse("rank_above_target", name=name, rank=rank, target_rank=target_rank)
-
-
 @dataclass(frozen=True)
 class Token:
     """The text and the log probability of a token, and of the most probable ones at its place."""
@@ -112,17 +100,13 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer. The last one says why it ends: at a ``stop``, or at the ``length`` that was allowed.
-
-    ``first_token`` is the time from the request to the first token, in seconds.
-    """
+    """A part of an answer. The last one says why it ends: at a ``stop``, or at the ``length`` that was allowed."""
 
     text: str
     finish: str | None
     prompt_tokens: int
     completion_tokens: int
     tokens: tuple[Token, ...] = ()
-    first_token: float = 0.0
 
 
 class Replica:
@@ -398,7 +382,6 @@ class _Answer:
         #: the end of the prompt, which the model has not read yet
         self.unread = ids
         self.tokens: list[int] = []
-        self.start, self.first_token = time.perf_counter(), 0.0
         self.described: list[Token] = []
         #: text that is not sent yet, and how many letters are in it or sent
         self.text, self.ready = "", 0
@@ -428,7 +411,6 @@ class _Answer:
         """Chooses the next token, and sends the new part of the text."""
         token = self._choose(logits.float(), best)
         self.tokens.append(token)
-        self.first_token = self.first_token or time.perf_counter() - self.start
         most = self.request.max_tokens or self.replica.options.longest_answer
         finish = "stop" if token in self.replica.ends else "length" if len(self.tokens) == most else None
         text, stops = self._decode(self.tokens), self.request.stop
@@ -443,8 +425,7 @@ class _Answer:
             self.ready = ready
             # an answer that is not streamed is made of the same pieces, so that its text is the same
             if finish or self.request.is_streamed:
-                counts = len(self.ids), len(self.tokens)
-                self.send(Piece(self.text, finish, *counts, tuple(self.described), self.first_token))
+                self.send(Piece(self.text, finish, len(self.ids), len(self.tokens), tuple(self.described)))
                 self.text, self.described = "", []
         return token
 

@@ -7,15 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from ..core.errors import refuse
 
@@ -74,16 +67,16 @@ class Sampler:
         self.steps: list[Callable[..., Tensor]] = []
         if how.logit_bias:
             bias = [[[token], float(added)] for token, added in how.logit_bias.items()]
-            self.steps.append(SequenceBiasLogitsProcessor(bias))
+            self.steps.append(transformers.SequenceBiasLogitsProcessor(bias))
         if repetition != 1:
-            self.steps.append(RepetitionPenaltyLogitsProcessor(float(repetition)))
+            self.steps.append(transformers.RepetitionPenaltyLogitsProcessor(float(repetition)))
         if how.frequency_penalty or how.presence_penalty:
             self.steps.append(self._penalize)
         if self.is_drawn:
-            self.steps.append(TemperatureLogitsWarper(float(heat)))
-            self.steps += [TopKLogitsWarper(int(top_k))] if top_k > 0 else []
-            self.steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-            self.steps += [MinPLogitsWarper(min_p)] if min_p > 0 else []
+            self.steps.append(transformers.TemperatureLogitsWarper(float(heat)))
+            self.steps += [transformers.TopKLogitsWarper(int(top_k))] if top_k > 0 else []
+            self.steps += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+            self.steps += [transformers.MinPLogitsWarper(min_p)] if min_p > 0 else []
 
     def _penalize(self, ids: Tensor, scores: Tensor) -> Tensor:
         counts = torch.bincount(ids[0, len(self.prompt) :], minlength=scores.shape[-1])

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from safetensors.torch import save
 
@@ -60,6 +61,17 @@ def digest_of(adapter: Adapter) -> str:
     config = json.dumps(adapter.config.to_dict(), sort_keys=True, default=sorted)
     tensors = save({key: tensor.clone() for key, tensor in adapter.tensors.items()})
     return hashlib.sha256(config.encode() + tensors).hexdigest()
+
+
+def highest_rank(config: Any) -> int:
+    """The highest rank of an adapter in any layer; 0 for one of a method that has none."""
+    return max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
+
+
+def check_rank(name: str, config: Any, target_rank: int) -> None:
+    """Refuses an adapter that a server with room for a rank has no room for."""
+    if (rank := highest_rank(config)) > target_rank:
+        raise refuse("rank_above_target", name=name, rank=rank, target_rank=target_rank)
 
 
 @dataclass(frozen=True)

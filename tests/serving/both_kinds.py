@@ -59,7 +59,7 @@ class BothKinds:
 
     def test_metrics(self, client, address):
         before = numbers(httpx2.get(f"{address}/metrics").text)
-        client.completions.create(model="two", prompt="hotswap>")
+        list(client.completions.create(model="two", prompt="hotswap>", stream=True))
         told = numbers(httpx2.get(f"{address}/metrics").text)
         count = "request_seconds_count", "/v1/completions", "200"
         assert told[count] == before.get(count, 0) + 1

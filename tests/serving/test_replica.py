@@ -247,6 +247,8 @@ LONG_ROPE = dict(
         ("Gemma", dict(head_dim=8), True),
         ("Gemma3Text", dict(head_dim=8, sliding_window=128), True),
         ("Mistral", dict(sliding_window=16), False),
+        ("Llama4Text", dict(head_dim=8, num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=16), False),
+        ("GPTNeo", dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16), False),
         ("Phi3", LONG_ROPE | dict(original_max_position_embeddings=96), True),
         ("Phi3", LONG_ROPE | dict(original_max_position_embeddings=32), False),
         ("Llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)), True),
