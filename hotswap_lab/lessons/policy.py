@@ -11,7 +11,7 @@ from ..pools.rows import Row
 from .exercise import Exercise
 
 #: the height of one panel of curves, and where its drawing begins and ends
-HEIGHT, LEFT, RIGHT = 92, 150, 580
+HEIGHT, LEFT, RIGHT = 92, 80, 540
 
 
 def curves(title: str, panels: Mapping[str, Mapping[str, Sequence[float]]], strip: Mapping[str, str] = {}) -> Figure:

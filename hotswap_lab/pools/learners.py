@@ -88,15 +88,13 @@ class Learned:
 
     def packed_again(self, slot: Slot, packed: Packed) -> Packed | None:
         """``packed`` with the learner's present weights; None if it has to be planned again."""
-        in_use, spare = sorted(self.sides, key=lambda side: side[0][0] is not packed.bands[0])
-        if slot is not self.slot() or in_use[0][0] is not packed.bands[0] or _state_of(slot) != self.state:
+        if slot is not self.slot() or _state_of(slot) != self.state:
             return None
-        bands, targets = spare
+        bands, targets = next(each for each in self.sides if each[0][0] is not packed.bands[0])
         # a GPU may still read this memory for an earlier update, and must have written it before it is checked
         wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
         with torch.inference_mode(False), torch.no_grad():
             wait()
             copy_all(list(zip(targets, [each.detach() for each in slot.parameters], strict=True)))
             wait()
-        # a tuple of its own: rows with the same one are not written again
-        return replace(packed, bands=(*bands,)) if all(map(is_finite, bands)) else None
+        return replace(packed, bands=bands) if all(map(is_finite, bands)) else None
