@@ -61,7 +61,6 @@ def texts():
 
 
 ADVICE = {name: text for name, text in texts() if CALL.search(text) or NAMED.search(text)}
-del ADVICE["no_adapters"]  # a command for the shell
 
 
 @pytest.fixture(scope="module")
