@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import configparser
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PARTS = ("found:", "expected:", "next:")
@@ -106,6 +106,15 @@ def first_line(error: BaseException) -> str:
 def refuse(which: str, /, **values: object) -> HotswapError:
     """An error with this single :func:`refusal`, ready to raise."""
     return HotswapError(refusal(which, **values))
+
+
+def advise(error: HotswapError, texts: Mapping[str, str]) -> HotswapError:
+    """The same error, with other words in its advice."""
+
+    def replaced(text: str) -> str:
+        return functools.reduce(lambda text, old: text.replace(old, texts[old]), texts, text)
+
+    return HotswapError(*(replace(each, next_step=replaced(each.next_step)) for each in error.refusals))
 
 
 def listing(names: Iterable[object], limit: int = 5) -> str:
