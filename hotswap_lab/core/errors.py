@@ -62,14 +62,16 @@ class HotswapError(ValueError, RuntimeError):
     True
     """
 
-    #: how many refusals the text shows in full
+    #: how many refusals the text shows in full; if there are more, one for each next step
     SHOWN = 3
 
     def __init__(self, *refusals: Refusal):
         self.refusals = refusals
-        lines = [str(refusal) for refusal in refusals[: self.SHOWN]]
+        lines = list(map(str, refusals))
         if len(refusals) > self.SHOWN:
-            lines.append(f"... and {len(refusals) - self.SHOWN} more, all in the `refusals` of this error")
+            first = {each.next_step: each for each in reversed(refusals)}
+            lines = [str(each) for each in refusals if each is first[each.next_step]][: self.SHOWN]
+            lines.append(f"... and {len(refusals) - len(lines)} more, all in the `refusals` of this error")
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type, tuple[Refusal, ...]]:
