@@ -24,7 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# each command imports what it needs, since torch, transformers and PEFT take two seconds
+from .core.errors import HotswapError, advise, listing, refuse
+
+# each command imports what else it needs, since torch, transformers and PEFT take two seconds
 
 #: the advice of refusals that no command has an argument for, and what to do instead
 IN_COMMANDS = {"pass add_layers=True to add them, or load the adapter": "swap A and B: name the adapter"}
@@ -56,7 +58,6 @@ def plan(base: str, a: str, b: str) -> Told:
     from peft import get_peft_model
 
     from .beyond.configs import extra_state
-    from .core.errors import HotswapError, advise, listing
     from .files.reading import read
     from .swap import plan_hotswap
 
@@ -116,8 +117,6 @@ def mix(base: str, adapters: list[tuple[str, float]], out: str) -> Told:
 def _model(base: str, is_empty: bool = False) -> Any:
     """The base model, of the class that its config names; or only its modules, whatever torch's default device is."""
     import transformers
-
-    from .core.errors import refuse
 
     transformers.logging.disable_progress_bar()
     try:
@@ -227,8 +226,6 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
         return 0
     except (ValueError, OSError) as error:  # a HotswapError is a ValueError
-        from .core.errors import HotswapError, advise
-
         print(advise(error, IN_COMMANDS) if isinstance(error, HotswapError) else error, file=sys.stderr)
         return 1
     return int(told.get("ok") is False)

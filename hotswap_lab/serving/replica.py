@@ -27,10 +27,7 @@ GATHERING = 0.005
 #: how many tokens of a prompt are read at once
 CHUNK = 32
 #: the advice of refusals that a server has no argument for, and what to do instead
-IN_SERVERS = {
-    "pass add_layers=True to add them, or load the adapter that targets the most layers first": "start the server with "
-    "an adapter that has these layers"
-}
+IN_SERVERS = {"pass add_layers=True to add them, or load": "start the server with this adapter, or with"}
 #: the end of a version's key
 DIGEST = re.compile("@[0-9a-f]{64}")
 
