@@ -8,7 +8,7 @@ hotswap-lab mix BASE A:0.7 B:0.3 --out C   save an exact mix as an adapter that 
 hotswap-lab serve BASE FOLDER              OpenAI's API in front of a folder of adapters, in this process
 hotswap-lab bench                          times of each way of swapping
 
-BASE, ADAPTER, A and B are folders or Hub ids. With --json, what was found is printed as JSON, and all else to stderr.
+BASE, ADAPTER, A and B are folders or Hub ids. Each takes --json: what was found is printed as JSON, all else to stderr.
 Exit codes: 0 fine; 1 refused, or different from a fresh load; 2 wrong use.
 """
 
@@ -17,13 +17,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# each command imports what it needs, since torch, transformers and PEFT take two seconds
+from .core.errors import HotswapError, advise, listing, refuse
+
+# each command imports what else it needs, since torch, transformers and PEFT take two seconds
+
+#: the advice of refusals that no command has an argument for, and what to do instead
+IN_COMMANDS = {"pass add_layers=True to add them, or load the adapter": "swap A and B: name the adapter"}
 
 
 class Told(dict[str, Any]):
@@ -52,7 +58,6 @@ def plan(base: str, a: str, b: str) -> Told:
     from peft import get_peft_model
 
     from .beyond.configs import extra_state
-    from .core.errors import listing
     from .files.reading import read
     from .swap import plan_hotswap
 
@@ -73,6 +78,7 @@ def plan(base: str, a: str, b: str) -> Told:
             memory = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
             model.get_submodule(owner)._parameters[name] = memory
     found = plan_hotswap(model, b)
+    found.refusals[:] = advise(HotswapError(*found.refusals), IN_COMMANDS).refusals
     reasons = [vars(each) for each in found.refusals]
     return Told(found, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
 
@@ -113,11 +119,12 @@ def _model(base: str, is_empty: bool = False) -> Any:
     import transformers
 
     transformers.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(base)
-    name = (config.architectures or ["AutoModel"])[0]
-    if (kind := getattr(transformers, name, None)) is None:
-        raise ValueError(f"transformers has no class {name}, which the config of {base} names")
-    return kind(config) if is_empty else kind.from_pretrained(base, dtype="auto").eval()
+    try:
+        config = transformers.AutoConfig.from_pretrained(base)
+        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        return kind(config) if is_empty else kind.from_pretrained(base, dtype="auto").eval()
+    except Exception as error:  # of any kind: transformers has no common one
+        raise refuse("no_base", base=base, error=error) from error
 
 
 def tour(word: str, repeats: int, threads: int) -> Told:
@@ -146,6 +153,13 @@ def known(word: str) -> str:
     return word
 
 
+def unused(folder: str) -> str:
+    """A folder to save in: nothing that is there already is replaced."""
+    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise argparse.ArgumentTypeError(f"{folder} exists already: must be a new or an empty folder")
+    return folder
+
+
 def weighted(text: str) -> tuple[str, float]:
     path, _, weight = text.rpartition(":")
     return path, float(weight)
@@ -161,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         for name in names:
             added.add_argument(name)
+        added.add_argument("--json", action="store_true", help="print what was found as JSON, all else to stderr")
         return added.add_argument
 
     add = command(tour)
@@ -172,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     command(verify, "base", "a", "b")
     add = command(mix, "base")
     add("adapters", type=weighted, nargs="+", metavar="ADAPTER:WEIGHT")
-    add("--out", required=True, help="the folder to save the mix in")
+    add("--out", required=True, type=unused, help="the folder to save the mix in: a new or an empty one")
     add = command(serve)
     add("base", nargs="?", help="without it, the embedded model and its adapters")
     add("adapters", nargs="?", default="", help="a folder of adapters, or name=path,name=path")
@@ -197,20 +212,22 @@ def main(arguments: list[str] | None = None) -> int:
         from .bench import main as bench
 
         return bench(given[1:])
+    given = sorted(given, key="--json".__eq__)  # last, since it may stand before the command
     if not given or (given[0].startswith("--") and given[0] != "--help"):
         given = ["tour", *given]
-    as_json = "--json" in given
-    options = vars(_parser().parse_args([each for each in given if each != "--json"]))
-    run, _ = options.pop("run"), options.pop("command")
+    options = vars(_parser().parse_args(given))
+    run, as_json, _ = (options.pop(each) for each in ("run", "json", "command"))
     try:
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of its own code
             told = run(**options)
-    # a HotswapError is a ValueError; for a base that isn't there, transformers raises an OSError
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(json.dumps(told, indent=2, default=str) if as_json else told.text, flush=True)
+    except BrokenPipeError:  # such as `head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        return 0
+    except (ValueError, OSError) as error:  # a HotswapError is a ValueError
+        print(advise(error, IN_COMMANDS) if isinstance(error, HotswapError) else error, file=sys.stderr)
         return 1
-    print(json.dumps(told, indent=2, default=str) if as_json else told.text)
     return int(told.get("ok") is False)
 
 

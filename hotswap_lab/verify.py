@@ -192,9 +192,14 @@ def verify_hotswap(
         slot = resolve_slot(model, name := name_in(model, adapter_name))
         host = slot.host
         _check_active(host, name)
-        if inputs is None and (inputs := getattr(host.base, "dummy_inputs", None)) is None:
-            raise refuse("no_inputs", name=type(host.base).__name__)
-        live_outputs = _call(model, inputs)
+        if is_example := inputs is None:
+            inputs = getattr(host.base, "dummy_inputs", ())
+        try:
+            live_outputs = _call(model, inputs)
+        except (AttributeError, TypeError, ValueError) as error:  # of a model that needs other inputs, as Whisper
+            if not is_example:
+                raise
+            raise refuse("no_inputs", name=type(host.base).__name__, error=error) from error
         fresh = (bare_base(host) if base is None else base()).eval()
         base_outputs = _call(fresh, inputs)
         trainable = not host.configs[name].inference_mode

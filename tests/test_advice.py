@@ -61,7 +61,6 @@ def texts():
 
 
 ADVICE = {name: text for name, text in texts() if CALL.search(text) or NAMED.search(text)}
-del ADVICE["no_adapters"]  # a command for the shell
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +91,13 @@ def test_what_is_advised_can_be_called(name, model):
         for function in TAKEN_BY[argument]:
             parameters = inspect.signature(function).parameters
             assert argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def test_the_advice_for_a_folder_of_adapters_is_a_line_to_paste():
+    error = refused("have no names", AdapterPool, demo.load("reverse")[0], adapters=str(demo.ADAPTERS_DIR))
+    line = error.refusals[0].next_step.partition("adapters=")[2]
+    named = eval(line, {"Path": Path, "folder": demo.ADAPTERS_DIR})
+    assert named == {name: demo.adapter_path(name) for name in demo.adapter_names()}
 
 
 def test_advice_leads_somewhere_for_dora_in_a_model_prepared_for_lora(tmp_path):

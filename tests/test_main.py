@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import pydoc
 import re
 import subprocess
@@ -113,7 +114,7 @@ def test_each_public_name_has_an_example(name):
 
 def told(capsys, *arguments):
     """The exit code and what a command printed as JSON."""
-    code = main([*arguments, "--json"])
+    code = main(["--json", *arguments])
     return code, json.loads(capsys.readouterr().out)
 
 
@@ -121,7 +122,8 @@ def test_the_commands_say_what_they_take(capsys):
     for arguments, texts in (
         (["--help"], ["show ADAPTER", "plan BASE A B", "mix BASE", "serve", "bench"]),
         (["tour", "--help"], ["--word", "--repeats", "--threads"]),
-        (["serve", "--help"], ["--host", "--port", "python -m hotswap_lab.serving"]),
+        (["serve", "--help"], ["--host", "--port", "--json", "python -m hotswap_lab.serving"]),
+        (["plan", "--help"], ["--json"]),
         (["bench", "--help"], ["--rank", "--cold", "--picture"]),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -141,6 +143,8 @@ def test_show(capsys):
     code, found = told(capsys, "show", str(demo.ADAPTERS_DIR))
     assert (code, [each["name"] for each in found["adapters"]]) == (0, demo.adapter_names())
     assert found["adapters"][0]["ranks"] == [4]
+    assert main(["show", str(demo.ADAPTERS_DIR), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
 
 
 def test_show_other_methods_and_formats(capsys, tmp_path):
@@ -168,6 +172,7 @@ def test_plan_needs_no_weights(capsys, tmp_path):
         assert (code, found["ok"], found["layers"]) == (int(not expected.ok), expected.ok, expected.counts)
         assert found["nbytes"] == expected.nbytes
         assert [each["summary"] for each in found["refusals"]] == [each.summary for each in expected.refusals]
+        assert ["swap A and B: name" in each["next_step"] for each in found["refusals"]] == [True] * code
 
 
 def test_what_needs_weights_is_not_decided(capsys, tmp_path):
@@ -181,11 +186,23 @@ def test_what_needs_weights_is_not_decided(capsys, tmp_path):
         assert told(capsys, "plan", BASE, each, demo.adapter_path("reverse")) == (0, {"ok": None})
 
 
-def test_a_base_of_no_known_class(capsys, tmp_path):
+def test_a_base_that_is_no_model(capsys, tmp_path):
     config = json.loads((demo.BASE_DIR / "config.json").read_text()) | {"architectures": ["Unknown"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main(["plan", str(tmp_path), *(demo.adapter_path(name) for name in ("reverse", "sort"))]) == 1
-    assert "no class Unknown" in capsys.readouterr().err
+    for base, reason in ((tmp_path, "no attribute Unknown"), (demo.ADAPTERS_DIR, "Unrecognized model")):
+        assert main(["plan", str(base), *(demo.adapter_path(name) for name in ("reverse", "sort"))]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert [each.split()[0] for each in lines] == ["The", "found:", "expected:", "next:"]
+        assert reason in lines[1]
+
+
+def test_a_reader_that_has_read_enough():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as writer:
+        command = [sys.executable, "-m", "hotswap_lab", "show", demo.adapter_path("sort")]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def ia3(folder):
@@ -198,7 +215,7 @@ def test_verify(capsys):
     first, second, fewer = (demo.adapter_path(name) for name in ("reverse", "pig_latin", "caesar"))
     assert told(capsys, "verify", BASE, first, second)[1]["ok"] is True
     assert main(["verify", BASE, fewer, second]) == 1
-    assert "add_layers=True" in capsys.readouterr().err
+    assert "next:     swap A and B: name the adapter that targets the most layers" in capsys.readouterr().err
 
 
 def test_mix(capsys, tmp_path):
@@ -210,6 +227,9 @@ def test_mix(capsys, tmp_path):
         0,
         {"ok": True, "out": str(tmp_path / "mix"), "rank": 40},
     )
+    with pytest.raises(SystemExit) as stop:
+        main(["mix", BASE, *names, "--out", str(tmp_path / "mix")])
+    assert (stop.value.code, "must be a new or an empty folder" in capsys.readouterr().err) == (2, True)
     mixed = PeftModel.from_pretrained(demo.load_base(), tmp_path / "mix")
     alone = [PeftModel.from_pretrained(demo.load_base(), path) for path in parts]
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.up_proj"):

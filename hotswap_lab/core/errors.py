@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import configparser
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PARTS = ("found:", "expected:", "next:")
@@ -62,14 +62,16 @@ class HotswapError(ValueError, RuntimeError):
     True
     """
 
-    #: how many refusals the text shows in full
+    #: how many refusals the text shows in full; if there are more, one for each next step
     SHOWN = 3
 
     def __init__(self, *refusals: Refusal):
         self.refusals = refusals
-        lines = [str(refusal) for refusal in refusals[: self.SHOWN]]
+        lines = list(map(str, refusals))
         if len(refusals) > self.SHOWN:
-            lines.append(f"... and {len(refusals) - self.SHOWN} more, all in the `refusals` of this error")
+            first = {each.next_step: each for each in reversed(refusals)}
+            lines = [str(each) for each in refusals if each is first[each.next_step]][: self.SHOWN]
+            lines.append(f"... and {len(refusals) - len(lines)} more, all in the `refusals` of this error")
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type, tuple[Refusal, ...]]:
@@ -106,6 +108,15 @@ def first_line(error: BaseException) -> str:
 def refuse(which: str, /, **values: object) -> HotswapError:
     """An error with this single :func:`refusal`, ready to raise."""
     return HotswapError(refusal(which, **values))
+
+
+def advise(error: HotswapError, texts: Mapping[str, str]) -> HotswapError:
+    """The same error, with other words in its advice."""
+
+    def replaced(text: str) -> str:
+        return functools.reduce(lambda text, old: text.replace(old, texts[old]), texts, text)
+
+    return HotswapError(*(replace(each, next_step=replaced(each.next_step)) for each in error.refusals))
 
 
 def listing(names: Iterable[object], limit: int = 5) -> str:

@@ -17,12 +17,12 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..core.errors import first_line
-from . import sources
+from ..core.errors import first_line, refuse
+from .sources import Folder, instead
 
 
 @dataclass
-class Repository(sources.Folder):
+class Repository(Folder):
     """A repository on the Hub; its ``revision`` is the commit that the config was read from."""
 
     arguments: Mapping[str, object] = field(default_factory=dict)
@@ -31,9 +31,10 @@ class Repository(sources.Folder):
         try:
             folder = os.path.dirname(_fetch(self.name, CONFIG_NAME, self.arguments))
         except Exception as error:  # of many types: no such repository, no access, no network, no space, ...
-            found = f"no folder {self.name!r} here{sources.adapters_in(os.path.dirname(self.name))}"
+            next_step = _advice(error) or "check the path, the id, `subfolder`, `revision` and `token`"
+            found, next_step = instead(self.name, next_step=next_step)
             found += f"; and the Hub: {first_line(_cause(error))}"
-            raise sources.no_config(self.name, found, _advice(error)) from error
+            raise refuse("no_config_file", source=self.name, error=found, next_step=next_step) from error
         self.revision: str | None = commit_of(folder)
         return folder
 
@@ -45,7 +46,8 @@ class Repository(sources.Folder):
             except (EntryNotFoundError, OfflineModeIsEnabled):
                 return os.path.dirname(_fetch(self.name, WEIGHTS_NAME, hub))
         except Exception as error:
-            raise sources.no_weights(self.name, _cause(error), _advice(error)) from error
+            next_step = _advice(error) or "check the repository, and get a complete copy of it"
+            raise refuse("no_weights_file", source=self.name, error=_cause(error), next_step=next_step) from error
 
 
 def find_repository(name: str, arguments: Mapping[str, object]) -> Repository:
@@ -64,7 +66,7 @@ def _cause(error: Exception) -> Exception:
 
 def _advice(error: Exception) -> str | None:
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return "check `subfolder`"
+        return "check `subfolder`; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline"
     if constants.HF_HUB_OFFLINE and isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return "unset HF_HUB_OFFLINE and restart, so that it can be downloaded, or pass a folder that has it"
     return None

@@ -83,7 +83,7 @@ def find_source(source: object, arguments: dict[str, Any]) -> Folder:
     if not isinstance(source, (str, os.PathLike)):
         raise refuse("no_adapter_to_read", found=f"a {type(source).__name__}: {source!r}"[:200])
     name = os.fspath(source)
-    is_path = os.path.isdir(name) or not isinstance(source, str) or not REPOSITORY.fullmatch(name)
+    is_path = os.path.exists(name) or not isinstance(source, str) or not REPOSITORY.fullmatch(name)
     if is_path and not arguments:
         return Folder(name)
     repository = find_repository(name, arguments)  # also for a folder, since it checks the arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -29,44 +29,40 @@ class Folder:
 
     def folder_with_config(self) -> str:
         """The local folder that has the config."""
-        return self._with(no_config, CONFIG_NAME)
+        return self._with("no_config_file", CONFIG_NAME)
 
     def folder_with_weights(self) -> str:
         """The local folder that has the weights, of the same version as the config."""
-        return self._with(no_weights, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+        return self._with("no_weights_file", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
-    def _with(self, lacking: Callable[[str, str], HotswapError], *names: str) -> str:
+    def _with(self, lacking: str, *names: str) -> str:
         folder = os.path.join(self.name, self.subfolder) if self.subfolder else self.name
         if not any(map(os.path.exists, map(os.path.join, repeat(folder), names))):
-            found, above = f"no {' and no '.join(names)} in the folder {folder}", folder
-            if not os.path.isdir(folder):
-                found, above = f"no folder {folder!r} here", os.path.dirname(os.path.normpath(folder))
-            raise lacking(self.name, found + adapters_in(above))
+            found, next_step = instead(folder, names)
+            raise refuse(lacking, source=self.name, error=found, next_step=next_step)
         return folder
 
 
-def adapters_in(folder: str) -> str:
-    """For messages: the adapters in a folder, if there are any."""
-    configs = glob.glob(os.path.join(glob.escape(folder or "."), "*", CONFIG_NAME))
-    names = sorted(repr(os.path.basename(os.path.dirname(each))) for each in configs)
-    return f"; {folder or 'this folder'} has the adapters {listing(names)}: pass the path of one" if names else ""
+def instead(path: str, names: Sequence[str] = (), next_step: str = "check the path") -> tuple[str, str]:
+    """For messages: what is at a path instead of an adapter's files of these names, and what to do about it."""
+    found, folder = f"no folder {path!r} here", os.path.dirname(os.path.normpath(path))
+    if is_file := os.path.isfile(path):
+        found, next_step = f"the file {path!r}", "pass its folder"
+    elif os.path.isdir(path):
+        found, folder = f"no {' and no '.join(names)} in the folder {path}", path
+        next_step = "check the path, or get a complete copy of the adapter"
+    within = os.path.join(glob.escape(folder), "")
+    if glob.glob(f"{within}pytorch_lora_weights.*") or (is_file and not glob.glob(within + CONFIG_NAME)):
+        next_step += "; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline"
+    if folders := sorted(map(os.path.dirname, glob.glob(f"{within}*/{CONFIG_NAME}"))):
+        names = [repr(os.path.basename(each)) for each in folders]
+        found += f"; {folder or 'this folder'} has the adapters {listing(names)}"
+        next_step = f"pass one of them, such as {folders[0]!r}; all: AdapterPool(model, adapters={{name: folder}})"
+    return found, next_step
 
 
 #: tensors by name; and pieces that together cover the memory of all of them, or None
 Tensors = tuple[dict[str, torch.Tensor], Sequence[torch.Tensor] | None]
-
-
-def no_config(name: str, error: object, next_step: str | None = None) -> HotswapError:
-    """The error for an adapter whose config can't be found or downloaded."""
-    next_step = next_step or "check the path, the id, `subfolder`, `revision` and `token`"
-    next_step += " (the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline)"
-    return refuse("no_config_file", source=name, error=error, next_step=next_step)
-
-
-def no_weights(name: str, error: object, next_step: str | None = None) -> HotswapError:
-    """The error for an adapter whose weights can't be found or downloaded."""
-    next_step = next_step or "check the folder or repository, and get a complete copy of it"
-    return refuse("no_weights_file", source=name, error=error, next_step=next_step)
 
 
 # ---- reading the files

@@ -16,10 +16,10 @@ from peft.utils import hotswap as peft_hotswap
 from transformers.integrations import PeftAdapterMixin
 
 from .. import compat, swap
-from ..core.errors import HotswapError, listing
+from ..core.errors import HotswapError, advise, listing
 from ..files.reading import read
 from .lora_files import components_of, read_pipeline_lora
-from .pipeline import IN_PIPELINES, advise, hotswap_pipeline, is_offloaded
+from .pipeline import IN_PIPELINES, hotswap_pipeline, is_offloaded
 
 #: what the advice in a refusal has to be for users of transformers' ``load_adapter``
 IN_TRANSFORMERS = {"pass add_layers=True": "call hotswap_adapter(model, ..., add_layers=True)"}

@@ -6,7 +6,6 @@ Each component has a plan of its own, as a single model has. All of them are wri
 from __future__ import annotations
 
 import copy
-import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from .. import compat
 from ..beyond.passes import METHODS, make_plan
 from ..core.change import apply
-from ..core.errors import HotswapError, Refusal, listing, refusal, refuse
+from ..core.errors import HotswapError, Refusal, advise, listing, refusal, refuse
 from ..core.host import carriers, find_host
 from ..core.loaded import tell
 from ..core.plan import Plan
@@ -42,15 +41,6 @@ IN_PIPELINES = {
     "pass add_layers=True": "call hotswap_pipeline(..., add_layers=True)",
     "prepare_model_for_compiled_hotswap": "prepare_pipeline_for_compiled_hotswap",
 }
-
-
-def advise(error: HotswapError, texts: Mapping[str, str]) -> HotswapError:
-    """The same error, with other words in its advice."""
-
-    def replaced(text: str) -> str:
-        return functools.reduce(lambda text, old: text.replace(old, texts[old]), texts, text)
-
-    return HotswapError(*(replace(each, next_step=replaced(each.next_step)) for each in error.refusals))
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,8 @@ def folders_of(adapters: str | Mapping[str, str]) -> dict[str, str]:
         return {str(name): str(path) for name, path in adapters.items()}
     if "=" in adapters:
         return {name: path for name, _, path in (each.partition("=") for each in adapters.split(","))}
-    return {path.parent.name: str(path.parent) for path in sorted(Path(adapters).glob("*/adapter_config.json"))}
+    configs = Path(adapters).glob("*/adapter_config.json") if adapters else ()
+    return {path.parent.name: str(path.parent) for path in sorted(configs)}
 
 
 def _number(name: str, value: object) -> int:

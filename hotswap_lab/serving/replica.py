@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import HotswapError, Refusal, refusal, refuse
+from ..core.errors import HotswapError, Refusal, advise, refusal, refuse
 from ..generating import Reader
 from ..pools.adapter_pool import AdapterPool
 from .sampling import Sampler, Sampling
@@ -26,6 +26,8 @@ from .table import Version, check_rank, highest_rank
 GATHERING = 0.005
 #: how many tokens of a prompt are read at once
 CHUNK = 32
+#: the advice of refusals that a server has no argument for, and what to do instead
+IN_SERVERS = {"pass add_layers=True to add them, or load": "start the server with this adapter, or with"}
 #: the end of a version's key
 DIGEST = re.compile("@[0-9a-f]{64}")
 
@@ -211,7 +213,10 @@ class Replica:
                 if version.key not in self._held:
                     adapter = version.load()
                     check_rank(version.name, adapter.config, self.target_rank)
-                    self.pool.add(version.key, adapter)
+                    try:
+                        self.pool.add(version.key, adapter)
+                    except HotswapError as error:
+                        raise self._in_our_words(error) from None
                 self._held[version.key] = self._held.pop(version.key, version)
                 for key in list(self._held)[: -self.held]:
                     with contextlib.suppress(HotswapError):  # it is in use
@@ -326,7 +331,7 @@ class Replica:
                 self.load(list(answer.request.shares))
                 self.pool.assign([*there[:row], answer.adapter, *there[row + 1 :]])
             except Exception as error:  # the other requests go on
-                answer.send(self._in_our_names(error))
+                answer.send(self._in_our_words(error) if isinstance(error, HotswapError) else error)
                 continue
             if self._reader:
                 self._reader.forget(row)
@@ -338,12 +343,10 @@ class Replica:
         return self.counts["rows_in_use"] > 0
 
     @staticmethod
-    def _in_our_names(error: Exception) -> Exception:
-        """A refusal of the pool, which knows versions by their digests, with the names of the adapters."""
-        if not isinstance(error, HotswapError):
-            return error
+    def _in_our_words(error: HotswapError) -> HotswapError:
+        """A refusal of the pool, which knows versions by their digests, as one of the server."""
         named = [{part: DIGEST.sub("", text) for part, text in vars(each).items()} for each in error.refusals]
-        return HotswapError(*(Refusal(**each) for each in named))
+        return advise(HotswapError(*(Refusal(**each) for each in named)), IN_SERVERS)
 
     def _take(self, rows: Sequence[_Answer | None], logits: torch.Tensor) -> list[int]:
         """The next token of each row. An answer whose prompt is read takes it."""

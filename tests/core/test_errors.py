@@ -25,11 +25,19 @@ def test_it_is_what_code_for_peft_catches():
 
 
 def test_it_survives_pickling():
-    error = HotswapError(*[Refusal(f"s{number}", "f", "e", "n") for number in range(5)])
+    error = HotswapError(*[Refusal(f"s{number}", "f", "e", f"n{number}") for number in range(5)])
     twin = pickle.loads(pickle.dumps(error))
     assert str(error).endswith("... and 2 more, all in the `refusals` of this error")
     assert str(twin) == str(error)
     assert twin.refusals == error.refusals
+
+
+def test_the_same_for_many_layers_is_shown_once():
+    layers = [Refusal(f"layer {number}", "f", "e", "pass the config") for number in range(16)]
+    other = Refusal("other", "f", "e", "n")
+    shown = re.findall("^layer|^other|and .. more", str(HotswapError(*layers, other)), re.M)
+    assert shown == ["layer", "other", "and 15 more"]
+    assert str(HotswapError(*layers[:3])).count("layer") == 3
 
 
 def test_listing():

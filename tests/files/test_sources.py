@@ -30,13 +30,32 @@ def test_a_folder_of_adapters_and_a_name_that_is_not_in_it(tmp_path, monkeypatch
     save_family(KINDS["linear"], tmp_path / "family", dict(r=4), dict(r=6))
     monkeypatch.chdir(tmp_path)
     names = sorted(each.name for each in (tmp_path / "family").iterdir())
-    known = f"family has the adapters {', '.join(map(repr, names))}: pass the path of one"
+    known = f"family has the adapters {', '.join(map(repr, names))}"
     assert found("family") == f"no adapter_config.json in the folder family; {known}"
     for way in (str, Path):  # of two words, a string may be an id, and a path can't
         text = found(way("family/nobody"))
         assert text.startswith(f"no folder 'family/nobody' here; {known}")
         assert ("; and the Hub: " in text) is (way is str)
     assert found("./nobody") == "no folder './nobody' here"
+
+
+def test_the_next_step_is_for_what_is_found(tmp_path, monkeypatch):
+    names = [Path(each).name for each in save_family(KINDS["linear"], tmp_path / "family", dict(r=4), dict(r=6))]
+    monkeypatch.chdir(tmp_path)
+    one_of = f"pass one of them, such as 'family/{min(names)}'; all: AdapterPool(model, adapters={{name: folder}})"
+    incomplete = "check the path, or get a complete copy of the adapter"
+    for source, next_step in (
+        (f"family/{names[0]}/adapter_model.safetensors", "pass its folder"),
+        ("family", one_of),
+        ("family/nobody", one_of),
+        ("a/b/c", "check the path"),
+        (Path("nobody"), "check the path"),
+    ):
+        error = refused(r"Can't find 'adapter_config\.json'", Adapter.load, source)
+        assert error.refusals[0].next_step == next_step
+    (tmp_path / "family" / names[0] / "adapter_model.safetensors").unlink()
+    error = refused("Can't find weights", Adapter.load, tmp_path / "family" / names[0])
+    assert error.refusals[0].next_step == incomplete
 
 
 def test_bin_files_are_read_where_there_are_no_safetensors(tmp_path):

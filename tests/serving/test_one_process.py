@@ -12,6 +12,7 @@ from replica_faults import ADAPTERS
 from running import one_process
 from served import FAMILY, SHORT
 
+from hotswap_lab import demo
 from hotswap_lab.serving import BusyError, Request
 from hotswap_lab.serving.arguments import Arguments
 from hotswap_lab.serving.one_process import OneProcess
@@ -67,4 +68,11 @@ def test_what_is_wrong_is_said_before_anything_starts(capsys):
 
     assert main(["serve", "--set", "rows=0"]) == 1
     assert "rows='0'" in capsys.readouterr().err
+    assert main(["serve", str(demo.BASE_DIR), "/nowhere"]) == 1
+    assert "next:     check the path, or leave it out" in capsys.readouterr().err
     refused("no such argument", Arguments.of, {"row": 1})
+
+
+def test_a_base_alone_has_no_adapters_not_those_of_the_current_folder(monkeypatch):
+    monkeypatch.chdir(demo.ADAPTERS_DIR)
+    assert Arguments.of({"base": str(demo.BASE_DIR)}).adapters == {}

@@ -417,6 +417,13 @@ def test_what_one_replica_cannot_load_none_has(tmp_path):
     assert said("shout") == ["pawstoh"] * 2
 
 
+def test_layers_that_no_adapter_had_at_the_start():
+    replica = replica_of({"caesar": FAMILY["caesar"]})
+    error = refused("layers are missing", replica.load, [Version.of("late", FAMILY["pig_latin"])])
+    assert error.refusals[0].next_step.startswith("start the server with this adapter, or with the")
+    assert "@" not in str(error)
+
+
 def test_files_that_have_changed_since_they_were_checked(tmp_path):
     path = save_random_adapter(tmp_path / "voice", 1)
     version = Version.of("voice", path)
