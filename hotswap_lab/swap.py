@@ -496,9 +496,9 @@ def loaded(model: object) -> LoadedList:
     Returns
     -------
     list
-        Prints as one line for each adapter, and as a table in a notebook. Each has its fields as attributes (name,
-        method, ranks, strength, mix, source, revision, when), ``sha256``, which reads the adapter's file when it is
-        asked for, and ``as_dict()``.
+        Prints as one line for each adapter, and as a table in a notebook. Each has ``adapter_name``, ``method``,
+        ``ranks``, ``strength``, ``source``, ``revision``, ``when`` and, in a pool, ``member``, ``mix`` or ``rows``;
+        ``sha256``, which reads the adapter's file when it is asked for; and ``as_dict()``.
 
     Examples
     --------

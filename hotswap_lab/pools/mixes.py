@@ -11,6 +11,7 @@ import torch
 from ..core.adapter import ORIGIN
 from ..core.errors import refuse
 from ..core.host import Config
+from ..core.lora import complete
 from ..core.room import Packed, Room, State
 from ..core.slot import SlotLayer
 from ..core.tensors import LayerSettings, SlotTensor
@@ -53,7 +54,7 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
             sources.append((a, torch.cat([_own(room, a, packed, own.rank) for packed, own, _ in on], a.rank_axis or 0)))
             scaled = [_own(room, b, packed, own.rank) * (own.scaling * weight) for packed, own, weight in on]
             sources.append((b, torch.cat(scaled, b.rank_axis or 0)))
-    config = _config_of(room.slot.layers, settings, members[0].state.config)
+    config = complete(_config_of(room.slot.layers, settings, members[0].state.config), room.slot.host)
     return room.pack(State(tuple(settings), config, mix), sources)
 
 

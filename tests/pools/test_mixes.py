@@ -6,7 +6,7 @@ import pytest
 from models import KINDS, load, save_random_adapter
 from oracle import assert_same_outputs
 
-from hotswap_lab import AdapterPool, save_adapter
+from hotswap_lab import AdapterPool, demo, save_adapter, verify_hotswap
 
 LLAMA = KINDS["llama"]
 Q = dict(r=4, target_modules=["q_proj", "k_proj"])
@@ -30,3 +30,12 @@ def test_a_mix_is_saved_with_all_of_its_layers(tmp_path, first):
     pool.swap({"first": 0.7, "second": 0.4})
     save_adapter(model, tmp_path / "saved")
     assert_same_outputs(load(LLAMA, str(tmp_path / "saved")), model, LLAMA)
+
+
+def test_a_saved_mix_of_many_layers_is_what_the_model_has(tmp_path):
+    """A fresh load shortens twenty names of layers or more."""
+    model, _ = demo.load("reverse")
+    adapters = {name: demo.adapter_path(name) for name in ("shout", "sort")}
+    AdapterPool(model, adapters=adapters, target_rank=64, progress=False).swap({"shout": 0.7, "sort": 0.3})
+    save_adapter(model, tmp_path / "saved")
+    assert verify_hotswap(model, tmp_path / "saved", base=demo.load_base)
