@@ -286,20 +286,21 @@ def prepare_pipeline_for_compiled_hotswap(
     ``pipe.set_adapters`` makes a text encoder's weights trainable, which recompiles a graph once: call it before
     compiling, too, or use :func:`hotswap_lab.set_strength` on the components.
     """
-    check_pipeline(pipe)
-    loaded = _with_adapter(pipe, adapter_name, components)
-    families: dict[str, list[Adapter]] = {name: [] for name in loaded}
-    for source in adapters:
-        for name, adapter in _for_these(_read(pipe, source, False, kwargs), loaded, components).items():
-            families[name].append(adapter)
-    if refusals := [each for model in loaded.values() for each in _offloading(model)]:
-        raise HotswapError(*refusals)
     options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled=check_compiled)
-    # under one lock, so that no thread computes with a pipeline of which only some components are prepared
-    with held(*bases_of(pipe)):
-        changes = [changes_to_prepare(METHODS, model, families[name], **options) for name, model in loaded.items()]
-        slots = (slot for model in loaded.values() for slot in slots_to_prepare(METHODS, model, adapter_name))
-        apply([change for of_one in changes for change in of_one], tell=lambda: tell("prepare", slots))
+    with refusals_told(pipe, adapter_name):
+        check_pipeline(pipe)
+        loaded = _with_adapter(pipe, adapter_name, components)
+        families: dict[str, list[Adapter]] = {name: [] for name in loaded}
+        for source in adapters:
+            for name, adapter in _for_these(_read(pipe, source, False, kwargs), loaded, components).items():
+                families[name].append(adapter)
+        if refusals := [each for model in loaded.values() for each in _offloading(model)]:
+            raise HotswapError(*refusals)
+        # under one lock, so that no thread computes with a pipeline of which only some components are prepared
+        with held(*bases_of(pipe)):
+            changes = [changes_to_prepare(METHODS, model, families[name], **options) for name, model in loaded.items()]
+            slots = (slot for model in loaded.values() for slot in slots_to_prepare(METHODS, model, adapter_name))
+            apply([change for of_one in changes for change in of_one], tell=lambda: tell("prepare", slots))
 
 
 def _decide(

@@ -236,7 +236,7 @@ class AdapterPool:
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the pool. One in use can't be removed."""
-        with self._members.lock:
+        with self._told(), self._members.lock:
             if self._uses(self._members[name]):
                 raise refuse("adapter_in_use", name=name)
             del self._members[name]

@@ -24,6 +24,7 @@ from hotswap_lab import (
     hotswap_adapter_from_state_dict,
     loaded,
     prepare_model_for_compiled_hotswap,
+    prepare_pipeline_for_compiled_hotswap,
     save_adapter,
     set_strength,
 )
@@ -150,7 +151,9 @@ def test_the_log_is_a_history(caplog, tmp_path):
     pool.strength = 0.25
     with pool.using("sort"):
         pass
+    refused("is in the model", pool.remove, "sort")
     refused("Adapter other", hotswap_adapter, model, SORT, "other")
+    refused("pipeline", prepare_pipeline_for_compiled_hotswap, model)
     told = [(each.event, each.levelname, each.member or each.mix, each.strength) for each in caplog.records]
     mix = {"shout": 0.5, "sort": 0.5}
     assert told == [
@@ -163,7 +166,9 @@ def test_the_log_is_a_history(caplog, tmp_path):
         ("strength", "INFO", mix, 0.25),
         ("swap", "INFO", "sort", 1),
         ("swap", "INFO", mix, 0.25),
+        ("refusal", "WARNING", mix, 0.25),
         ("refusal", "WARNING", None, None),
+        ("refusal", "WARNING", mix, 0.25),
     ]
     assert caplog.records[2].source == SORT
     assert "no folder" in caplog.records[3].getMessage()
