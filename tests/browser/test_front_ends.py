@@ -118,9 +118,11 @@ def widgets(request, browser, address):
 
 
 #: those with widgets: of the others, there is no more to see in a browser than nbval compares. Chapter 05 has a panel
-#: like chapter 00's, with a model that takes minutes
+#: like chapter 00's, with a model that takes minutes, and chapter 11 only pictures of maps
 WITH_WIDGETS = [
-    path for path in CHAPTERS if path[:2] != "05" and IMPORTS_WIDGETS in (ROOT / "notebooks" / path).read_text()
+    path
+    for path in CHAPTERS
+    if path[:2] not in ("05", "11") and IMPORTS_WIDGETS in (ROOT / "notebooks" / path).read_text()
 ]
 NEEDS_RAY = "09_beyond_one_machine.ipynb"
 #: in JupyterLab; Notebook 7 has the same engine, so it runs the first chapter and the page with every widget
