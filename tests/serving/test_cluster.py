@@ -161,11 +161,11 @@ def test_a_config_file(tmp_path):
         assert "POST /v1/completions 200" in log
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(180)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # else the next test asks this server
-                os.killpg(process.pid, signal.SIGKILL)
+        # under load, Ray may not end its processes; this test isn't about that, but the next must not ask this server
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _said_by(version):
