@@ -106,7 +106,7 @@ def limits_of(schema: dict) -> str:
     for kind in kinds:
         inner = kind.get("items") or kind.get("additionalProperties")
         name = kind.get("$ref", kind.get("type", "")).rpartition("/")[2]
-        limits = [f"{key} {value}" for key, value in kind.items() if re.match("(exclusive)?(min|max)", key, re.I)]
+        limits = [f"{key} {value:g}" for key, value in kind.items() if re.match("(exclusive)?(min|max)", key, re.I)]
         of = f" of {limits_of(inner)}" if isinstance(inner, dict) else ""
         words.append(", ".join([name + of, *limits]))
     return " or ".join(words)
