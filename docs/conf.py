@@ -150,7 +150,8 @@ def pages() -> dict[str, str]:
 
 def write_sources() -> None:
     pictures = DOCS / "_build" / "extra" / "notebooks" / "pictures"
-    shutil.copytree(DOCS.parent / "notebooks" / "pictures", pictures, dirs_exist_ok=True)
+    drawings = shutil.ignore_patterns("*.py", "__pycache__")
+    shutil.copytree(DOCS.parent / "notebooks" / "pictures", pictures, ignore=drawings, dirs_exist_ok=True)
     for folder in ("api", "notebooks"):
         shutil.rmtree(DOCS / folder, ignore_errors=True)
     shutil.copytree(

@@ -129,7 +129,7 @@ def _model(base: str, is_empty: bool = False) -> Any:
 
 def tour(word: str, repeats: int, threads: int) -> Told:
     """The embedded adapters take turns in one model: each answer, and what each swap takes."""
-    from .lessons.tour import tour as run
+    from .tour import tour as run
 
     return Told("", **run(word, repeats, threads))
 

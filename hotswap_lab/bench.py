@@ -5,7 +5,6 @@ On the command line::
     python -m hotswap_lab.bench
     python -m hotswap_lab.bench --model tiny --rank 4 --n 5
     python -m hotswap_lab.bench --rank 64 --rows --json bench.json
-    python -m hotswap_lab.bench --rank 8 --picture .
     python -m hotswap_lab.bench --cold
 
 The weights are random, since their values don't affect the time of a swap. The ways take turns, a few calls each, so
@@ -50,8 +49,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from . import demo
 from .ahead import aoti_compile, aoti_load
 from .core.report import readable_bytes
-from .figures import Figure
-from .figures.race import race
 from .files.reading import Adapter
 from .pools.adapter_pool import AdapterPool
 from .swap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
@@ -68,15 +65,6 @@ SHAPES = {"smollm2": (576, 1536, 30, 9, 3), "demo": (128, 448, 4, 4, 4), "tiny":
 #: by dtype, the largest error against a fresh load, relative to the largest output: rounding depends on memory layout
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 MEMCPY = "memcpy of the same bytes"
-#: the ways in the picture, and what they are called there
-IN_PICTURE = {
-    "PEFT load + set + delete": "PEFT: load, set, delete",
-    "PEFT hotswap, disk": "PEFT hotswap",
-    "hotswap_lab, disk": "hotswap_lab, from disk",
-    "hotswap_lab, pool": "hotswap_lab, pool",
-}
-#: the files of the picture: the width, and whether it is dark
-PICTURES = {"race": (830, False), "race-dark": (830, True), "race-phone": (390, False), "race-phone-dark": (390, True)}
 #: calls of one way before the next one's turn
 PER_ROUND = 5
 
@@ -244,16 +232,6 @@ class Report:
         """The report as JSON, with times in seconds."""
         rows = [{**vars(row), "timing": row.timing and row.timing._asdict()} for row in self.rows]
         return json.dumps({**vars(self), "settings": vars(self.settings), "rows": rows}, indent=1)
-
-    def figure(self, width: int = 830, dark: bool = False) -> Figure:
-        """The finished swaps of the first rank in the time of one reload, by medians; and what the demo answers."""
-        part, settings, word = self.rows[0].part, self.settings, "hotswap"
-        medians = {row.label: row.timing.median for row in self.rows if row.part == part and row.timing}
-        shown = {label: medians[way] for way, label in IN_PICTURE.items() if way in medians} or medians
-        answers = {name: demo.TASKS[name](word) for name in demo.adapter_names()}
-        what = {"smollm2": "SmolLM2-135M's shape", "demo": "The demo's shape"}.get(settings.model, "A tiny model")
-        note = f"{what}, {part.partition(':')[0]}, medians of {settings.n}. {self.machine}. Answers: the embedded demo."
-        return race(shown, answers, word, note, width, dark)
 
 
 # --- the model, two adapters, and what a fresh load of each computes -------------------------------------------------
@@ -568,7 +546,7 @@ def run(settings: Settings, say: Callable[[str], object] = lambda text: None) ->
     Returns
     -------
     Report
-        It prints as a table; ``rows``, ``to_json()`` and ``figure()`` have the rest.
+        It prints as a table; ``rows`` and ``to_json()`` have the rest.
 
     Examples
     --------
@@ -610,9 +588,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--rows", action="store_true", help="also: a batch with another adapter in each row; assigning its rows")
     add("--cold", type=int, nargs="?", const=3, default=0, metavar="ROUNDS", help="only: cold starts, 3 rounds")
     add("--json", metavar="FILE", help="write everything there, times in seconds")
-    add("--picture", metavar="FOLDER", help="draw the first rank there, light and dark, for a page and for a phone")
     options = vars(parser.parse_args(arguments))
-    cold, file, folder = (options.pop(each) for each in ("cold", "json", "picture"))
+    cold, file = options.pop("cold"), options.pop("json")
     settings, say = Settings(**options), functools.partial(print, file=sys.stderr, flush=True)
     if cold:
         torch.set_num_threads(settings.threads)
@@ -623,8 +600,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(report)
     if file:
         Path(file).write_text(report.to_json() + "\n", encoding="utf-8")
-    for name, form in PICTURES.items() if folder else ():
-        (Path(folder) / f"{name}.svg").write_text(report.figure(*form).svg + "\n", encoding="utf-8")
     return 0 if report.ok else 1
 
 

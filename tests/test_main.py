@@ -19,11 +19,10 @@ from peft import IA3Config, PeftModel
 from safetensors.torch import load_file
 
 import hotswap_lab
-from hotswap_lab import demo
+from hotswap_lab import demo, tour
 from hotswap_lab.__main__ import main
 from hotswap_lab.bench import Row, Timing
-from hotswap_lab.lessons import tour
-from hotswap_lab.lessons.tour import compare
+from hotswap_lab.tour import compare
 
 BASE = str(demo.BASE_DIR)
 
@@ -124,7 +123,7 @@ def test_the_commands_say_what_they_take(capsys):
         (["tour", "--help"], ["--word", "--repeats", "--threads"]),
         (["serve", "--help"], ["--host", "--port", "--json", "python -m hotswap_lab.serving"]),
         (["plan", "--help"], ["--json"]),
-        (["bench", "--help"], ["--rank", "--cold", "--picture"]),
+        (["bench", "--help"], ["--rank", "--cold", "--json"]),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

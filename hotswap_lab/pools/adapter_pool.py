@@ -28,7 +28,7 @@ from ..core.strength import check_strength
 from ..files.reading import read
 from ..swap import get_strength, refusals_told, warn_of
 from ..threads import Block, held, put_back
-from .former import as_now, change_to, is_in, owner_in, snapshot, strengths_of, weights_of
+from .former import as_now, change_to, is_in, is_used, owner_in, row_of, snapshot, weights_of
 from .learners import of_learner
 from .members import Member, Members, check_named
 from .mixes import Mix
@@ -195,16 +195,8 @@ class AdapterPool:
     @property
     def rows(self) -> list[Row]:
         """The adapter of each row of a batch, for labels on answers; empty if all rows have the same."""
-        return [self._row(each) for each in self._room.assigned]
-
-    def _row(self, packed: Packed | None) -> Row:
-        owner = packed.state.owner if packed else None
-        if packed is None or owner is None:
-            return Row(None, None, 0.0)
-        strength = round(float(strengths_of(packed).median()) * self.strength, 6)
-        if isinstance(owner, Mix):
-            return Row(owner.weights, {member.name: member.version for member, _ in owner.shares}, strength)
-        return Row(owner.name, owner.version, strength)
+        strength = self.strength if self._room.assigned else 1.0
+        return [row_of(each, strength) for each in self._room.assigned]
 
     @property
     def strength(self) -> float:
@@ -237,7 +229,7 @@ class AdapterPool:
     def remove(self, name: str) -> None:
         """Remove an adapter from the pool. One in use can't be removed."""
         with self._told(), self._members.lock:
-            if self._uses(self._members[name]):
+            if is_used(self._room, self._members[name]):
                 raise refuse("adapter_in_use", name=name)
             del self._members[name]
 
@@ -271,7 +263,7 @@ class AdapterPool:
                 journal.set_attribute(member, "version", member.version + 1)
                 journal.set_attribute(member, "learned", learned)
 
-            in_model = self._uses(member)
+            in_model = is_used(self._room, member)
             with self._writing() if in_model else self._members.lock:
                 if self._members.get(name) is not member:
                     raise refuse("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
@@ -509,12 +501,6 @@ class AdapterPool:
             apply([change_to(self._room, packed)], tell=self._tell)
 
     # ---- turns
-
-    def _uses(self, member: Member) -> bool:
-        """Whether the model computes with a member, in any row."""
-        rows = self._room.assigned or (self._room,)
-        owners = [each.state.owner for each in rows if each is not None]
-        return member in owners or member in [each for mix in owners if isinstance(mix, Mix) for each, _ in mix.shares]
 
     def _turn(self) -> AbstractContextManager:
         """Keep other threads from swapping; they may go on computing."""

@@ -14,7 +14,7 @@ from ..core.host import Config
 from ..core.room import Packed, Room, new_band
 from .members import Member, Members
 from .mixes import Mix, mixed
-from .rows import RowRoom
+from .rows import Row, RowRoom
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,23 @@ def owner_in(room: Room, members: Members) -> Member | Mix | None:
     owner = None if room.is_touched else room.state.owner
     shares = owner.shares if isinstance(owner, Mix) else [(owner, 1.0)]
     return owner if all(isinstance(each, Member) and members.get(each.name) is each for each, _ in shares) else None
+
+
+def is_used(room: Room, member: Member) -> bool:
+    """Whether the model computes with a member, in any row."""
+    owners = [each.state.owner for each in (room.assigned or (room,)) if each is not None]
+    return member in owners or member in [each for mix in owners if isinstance(mix, Mix) for each, _ in mix.shares]
+
+
+def row_of(packed: Packed | None, strength: float) -> Row:
+    """What a row computes with, where all rows have this strength besides their own."""
+    owner = packed.state.owner if packed else None
+    if packed is None or owner is None:
+        return Row(None, None, 0.0)
+    strength = round(float(strengths_of(packed).median()) * strength, 6)
+    if isinstance(owner, Mix):
+        return Row(owner.weights, {member.name: member.version for member, _ in owner.shares}, strength)
+    return Row(owner.name, owner.version, strength)
 
 
 def snapshot(room: Room, members: Members) -> Packed:

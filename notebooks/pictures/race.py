@@ -1,13 +1,32 @@
-"""The one picture: how many adapters one model has had in the time that one reload takes, on an axis to scale."""
+"""README's picture: how many adapters one model has had in the time that one reload takes, on an axis to scale.
+
+hotswap-lab bench --json notebooks/pictures/bench.json
+python notebooks/pictures/race.py    # draws that measurement: light and dark, for a page and for a phone
+python notebooks/refresh.py --pictures  # and the PNG, for pages that show no SVG
+"""
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from . import Canvas, Figure, area
-from .palette import BASE, DARK, MUTED, OFF, PEFT, WHITE, adapter_color
+from hotswap_lab import demo
+from hotswap_lab.figures import Canvas, Figure, area
+from hotswap_lab.figures.palette import BASE, DARK, MUTED, OFF, PEFT, WHITE, adapter_color
 
+FOLDER = Path(__file__).parent
+#: the ways of swapping that are drawn, and what they are called there
+WAYS = {
+    "PEFT load + set + delete": "PEFT: load, set, delete",
+    "PEFT hotswap, disk": "PEFT hotswap",
+    "hotswap_lab, disk": "hotswap_lab, from disk",
+    "hotswap_lab, pool": "hotswap_lab, pool",
+}
+#: the files: the width, and whether it is dark
+FORMS = {"race": (830, False), "race-dark": (830, True), "race-phone": (390, False), "race-phone-dark": (390, True)}
 #: below this width, labels are above their bars, and the adapters in two columns
 NARROW = 600
 
@@ -116,3 +135,19 @@ def race(
     for light, own in DARK.items():
         svg = svg.replace(light, own)
     return Figure(svg, figure.text)
+
+
+def drawn(measured: Mapping[str, Any], width: int = 830, dark: bool = False) -> Figure:
+    """The picture of a benchmark's JSON: the medians of the first rank, and what the demo answers."""
+    part, settings, word = measured["rows"][0]["part"], measured["settings"], "hotswap"
+    medians = {row["way"]: row["timing"]["median"] for row in measured["rows"] if row["part"] == part}
+    answers = {name: demo.TASKS[name](word) for name in demo.adapter_names()}
+    note = f"SmolLM2-135M's shape, {part.partition(':')[0]}, medians of {settings['n']}. {measured['machine']}."
+    shown = {label: medians[way] for way, label in WAYS.items()}
+    return race(shown, answers, word, f"{note} Answers: the embedded demo.", width, dark)
+
+
+if __name__ == "__main__":
+    measured = json.loads((FOLDER / "bench.json").read_text())
+    for name, form in FORMS.items():
+        (FOLDER / f"{name}.svg").write_text(drawn(measured, *form).svg + "\n", encoding="utf-8")
