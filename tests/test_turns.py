@@ -811,6 +811,13 @@ def test_the_next_entry_puts_back_first_if_the_block_could_not(pool, folders):
     assert computes(pool.model, folders["old"])
 
 
+def test_a_swap_by_a_finalizer_in_the_middle_of_an_entry_is_refused(pool):
+    (turn,) = turns_of(bases_of(pool))
+    with turn.lock:
+        refused("This thread is computing", pool.swap, "new")
+        refused("This thread is computing", in_use(pool).__enter__)
+
+
 @pytest.mark.usefixtures("without_garbage")
 @pytest.mark.parametrize("line", range(4))
 def test_a_generator_collected_in_the_middle_of_an_entry(pool, folders, monkeypatch, line):

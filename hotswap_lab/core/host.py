@@ -44,7 +44,15 @@ class Host:
 
 
 def kind_of(config: Config) -> str:
-    """The name of a config's PEFT type."""
+    """The name of a config's PEFT type.
+
+    >>> from peft import LoraConfig
+    >>> config = LoraConfig()
+    >>> name = kind_of(config)
+    >>> config.peft_type = "LORA"  # as code that doesn't use PEFT's enum may leave it
+    >>> name, kind_of(config)
+    ('LORA', 'LORA')
+    """
     return getattr(config.peft_type, "value", config.peft_type)
 
 

@@ -186,6 +186,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite. Those of integer tensors, such as indices, always are.
 
     A finite sum shows it. A sum of very large finite weights may overflow, so then each element is checked.
+
+    >>> is_finite(torch.tensor([3e38, 3e38])), is_finite(torch.tensor([3e38, torch.inf]))
+    (True, False)
+    >>> is_finite(torch.ones(2, dtype=torch.float8_e5m2)), is_finite(torch.tensor([torch.nan]).to(torch.float8_e5m2))
+    (True, False)
     """
     if not tensor.is_floating_point():
         return True

@@ -128,6 +128,12 @@ def has_adapter(wrapper: torch.nn.Module, adapter_name: str) -> bool:
 
 
 def rank_of(wrapper: torch.nn.Module, adapter_name: str) -> int | None:
+    """The rank of an adapter on a wrapper of any method; None if it has none.
+
+    >>> from hotswap_lab import demo, resolve_slot
+    >>> rank_of(resolve_slot(demo.load("reverse")[0], "default").layers[0].module, "default")
+    8
+    """
     entries = entries_under(wrapper, adapter_name)
     ranks = (table[adapter_name] for attribute, table in entries if attribute == "r" or attribute.endswith("_r"))
     return next((rank for rank in ranks if type(rank) is int), None)

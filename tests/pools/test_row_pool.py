@@ -100,6 +100,20 @@ def test_strength_is_of_all_rows_beside_their_own(pool, model, truth):
     assert_rows(pool, truth, ["b", "b"])
 
 
+def test_a_call_that_no_hook_sees_is_checked_as_one_and_ends_as_one(pool, truth):
+    """That of code compiled ahead of time. The next call of the model is checked again."""
+    pool.assign(["a", "b", "c"])
+    inputs, batch = truth.inputs[:3], pool._room.batch
+    with batch.entered((inputs,), {}):
+        pass
+    assert batch.shown  # the rows differ, so there was a proof
+    with pytest.raises(HotswapError, match="a batch of 2"), batch.entered((inputs[:2],), {}):
+        pass
+    with pytest.raises(HotswapError, match="a batch of 4"):
+        call(pool.model, truth.inputs)
+    assert_rows(pool, truth, ["a", "b", "c"])
+
+
 @pytest.mark.parametrize("wanted", [["c", "b"], [None, "b", "a"], ["a"] * 4])
 def test_pefts_ways_to_scale_reach_all_rows(pool, model, truth, wanted):
     pool.assign(wanted)
