@@ -82,7 +82,13 @@ def test_compiled(pool, fresh_compiler):
         for wanted in (WANTED, WANTED[::-1], ["c"] * 6):
             pool.assign(wanted)
             assert_close(draw(compiled, given), expected(given, wanted), 1e-4)
+
+
+@pytest.mark.long
+def test_each_row_twice_in_a_graph(pool, fresh_compiler):
+    given = inputs(6)
     pool.assign(WANTED[:3], copies=2)
+    compiled = torch.compile(pool.model, fullgraph=True, backend="eager")
     assert_close(draw(compiled, given), expected(given, WANTED[:3] * 2), 1e-4)
 
 
