@@ -11,7 +11,8 @@ from oracle import assert_equals_fresh_load
 from refusals import refused
 from safetensors.torch import load_file
 
-from hotswap_lab import Adapter, hotswap_adapter
+from hotswap_lab import Adapter, demo, hotswap_adapter
+from hotswap_lab.files.summary import summary_of
 
 
 def found(source: object) -> str:
@@ -73,3 +74,9 @@ def test_bin_files_are_read_where_there_are_no_safetensors(tmp_path):
     hotswap_adapter(model, old, "default")
     hotswap_adapter(model, new, "default")
     assert_equals_fresh_load(model, kind, new)
+
+
+def test_a_summary_needs_the_head_of_the_file_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(Adapter, "load", None)
+    summary = summary_of(demo.adapter_path("pig_latin"))
+    assert (summary.name, summary.ranks, summary.layers) == ("pig_latin", (32,), 16)
