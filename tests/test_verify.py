@@ -45,6 +45,14 @@ def verify(model, new, **kwargs):
     return verify_hotswap(model, new, inputs=KIND.inputs(), **kwargs)
 
 
+def test_what_peft_fills_in_when_it_saves_is_no_difference(tmp_path):
+    """For a model without a task, the class that it has."""
+    model = load(KIND, save_random_adapter(KIND, tmp_path / "old", seed=1, r=4))
+    model.peft_config["default"].auto_mapping = None
+    model.save_pretrained(tmp_path / "saved")
+    assert verify(model, str(tmp_path / "saved"))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_yes(model, new, training):
     model.train(training)

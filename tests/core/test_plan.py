@@ -57,7 +57,7 @@ def test_the_dry_run_writes_nothing_and_says_what_the_swap_will_do(model, new, t
         assert plan.layers[0].path == "model.layers.0.self_attn.q_proj"
         assert {(each.rank_before, each.rank_after, each.settings.scaling) for each in plan.layers} == {(4, 6, 0.5)}
         assert plan.nbytes == sum(tensor.nbytes for tensor in Adapter.load(new).tensors.values())
-        assert "resize      14  4 -> 6        0.5" in str(plan)
+        assert "action  layers  rank          scaling\n  resize      14  4 -> 6        0.5" in str(plan)
         assert "possible" in plan._repr_html_()
         assert "4 -&gt; 6" in plan._repr_html_()
         mixed = dict(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2})

@@ -207,6 +207,7 @@ def test_an_error_while_saving_leaves_what_was_there(tmp_path, monkeypatch, olde
     before = files_in(tmp_path)
 
     def disk_full(tensors, file, metadata):
+        assert Path(file).parts[-3].startswith(".hotswap-save-")  # as README says
         Path(file).write_bytes(b"half")
         raise OSError("No space left on device (pretended)")
 

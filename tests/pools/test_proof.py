@@ -66,6 +66,22 @@ class Sorting(nn.Module):
         return self.last(torch.tanh(self.first(x[order])))[order.argsort()]
 
 
+class ByContent(nn.Module):
+    """Rows in an order of what they say inside; those that say the same are at their own places."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.first, self.last = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids):
+        x = self.embedding(input_ids)
+        order = x.sum((1, 2)).argsort(stable=True)
+        return self.last(torch.tanh(self.first(x[order])))[order.argsort()]
+
+
 class Masked(Sorting):
     """What a row has after its length doesn't count."""
 
@@ -209,6 +225,13 @@ def test_rows_that_are_sorted_by_length(tmp_path, form, sign, equal):
                 assert_close(pool.model(*given), truth)
             else:
                 refused("different adapters at first", pool.model, *given)
+
+
+def test_rows_that_say_the_same_prove_nothing_for_others(tmp_path):
+    kind = Kind(ByContent, lambda: {"input_ids": torch.ones(4, 3, dtype=torch.int64)}, ("first", "last"))
+    pool, _ = pool_for(kind, tmp_path)
+    pool.assign(["a", "b", None, "a"])
+    refused("different adapters at first", call, pool.model, kind.inputs())
 
 
 @pytest.mark.parametrize("form", ["count", "mask", "bool"])
