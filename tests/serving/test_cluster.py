@@ -160,12 +160,12 @@ def test_a_config_file(tmp_path):
         assert not [line for line in log.splitlines() if "CALL" in line and "Front" not in line]
         assert "POST /v1/completions 200" in log
     finally:
-        os.killpg(process.pid, signal.SIGINT)
-        # under load, Ray may not end its processes; this test isn't about that, but the next must not ask this server
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGINT)  # to all of the group, its end would wait for processes that are gone
+        try:
+            process.wait(120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # else the next test asks this server
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _said_by(version):
