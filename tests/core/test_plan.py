@@ -297,6 +297,8 @@ CHANGES = {
 def test_what_compiles_again(tmp_path, change):
     """As the plan says, and a warning."""
     config, (other, compiles_again) = dict(r=4, lora_alpha=8, lora_dropout=0.1), CHANGES[change]
+    if change == "weights":
+        del config["lora_dropout"]  # then PEFT has another module in its place
     old, new = save_family(LLAMA, tmp_path, config, config | other)
     model = load(LLAMA, old)
     compiled = torch.compile(model, backend="eager")

@@ -329,6 +329,7 @@ def test_layers_that_are_added(folders, truth):
     hotswap_adapter(model, folders["a"], "default", add_layers=True)
     assert_equals_fresh_load(model, LINEAR, folders["a"], prepared=True)
     assert not model.get_base_model()._forward_pre_hooks
+    model.share_memory()  # which a model with rows refuses
     refused("no longer where", pool.assign, ["c"])
 
 
