@@ -40,7 +40,7 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.threads import bases_of, held, turns, turns_of
+from hotswap_lab.threads import bases_of, held, is_shared, turns, turns_of
 from hotswap_lab.threads.turns import Turn
 
 KIND = KINDS["linear"]
@@ -809,6 +809,14 @@ def test_the_next_entry_puts_back_first_if_the_block_could_not(pool, folders):
         leave.set()
         swap.result(30)
     assert computes(pool.model, folders["old"])
+
+
+def test_a_model_is_shared_once_another_thread_has_computed_with_it(pool, folders):
+    (base,) = bases_of(pool)
+    compute_inside(pool, folders["old"])
+    assert not is_shared(base)
+    start(compute_inside, pool, folders["old"]).result(30)
+    assert is_shared(base)
 
 
 def test_a_swap_by_a_finalizer_in_the_middle_of_an_entry_is_refused(pool):

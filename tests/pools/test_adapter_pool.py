@@ -14,6 +14,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,6 +202,16 @@ def test_ctrl_c_ends_a_long_download_at_once(model, sources, monkeypatch, way):
             action(*given, source)
     assert time.monotonic() - start < 30
     action(*given, source)
+
+
+def test_an_adapter_that_is_removed_while_it_is_updated(pool, sources):
+    class Removing(UserDict):
+        def keys(self):
+            pool.remove("b")  # as another thread may
+            return super().keys()
+
+    refused("another thread has removed or replaced it", pool.update, "b", Removing(times(2, sources["b"])))
+    assert pool.names == ["a", "c"]
 
 
 def test_strength_and_off(model, pool):

@@ -24,6 +24,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: the code, and the tests next to it
 NEAR = {
+    "hotswap_lab/core/wrappers.py": "tests/beyond",  # which they are for
     "hotswap_lab/core": "tests/core",
     "hotswap_lab/pools": "tests/pools",
     "hotswap_lab/files": "tests/files",
