@@ -70,7 +70,7 @@ def _lines(verdict: Any, width: int) -> list[str]:
     lines = [line for line in verdict.mismatches if line.startswith("config.") or ": " not in line]
     lines = [re.sub(", such as (?!the base).*", "", line) for line in lines]
     lines += (f"≠ {tag} ({count} of {len(verdict.layers)} layers)" for tag, count in counts.items())
-    return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")][:12]
+    return [part for line in lines for part in textwrap.wrap(line, width)][:12]
 
 
 def _last(name: str) -> str:

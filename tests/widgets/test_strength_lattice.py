@@ -60,7 +60,7 @@ def test_answers_are_those_of_a_fresh_load_and_shown_as_text_and_html(kind):
         "no_vowels  hotswap  ● hotsw*p  h*tsw*p",
         "pig_latin  hotswap  otswap     otswaphay",
     ]
-    assert re.findall(">● (.*?)<", lattice.to_html()) == ["hotsw*p"]
+    assert re.findall(">●\xa0(.*?)<", lattice.to_html()) == ["hotsw*p"]
     lattice.generate, lattice.prompt = (lambda word: f"<i>\n{word}" * 9), "<b>"
     lattice.run()
     assert "<i> <b><i> <b><i> <b><i…" in str(lattice)
@@ -132,7 +132,7 @@ def click(lattice, name, strength):
 
 
 def marked(lattice):
-    return re.findall(">● (.*?)<", live(lattice)._body.value)
+    return re.findall(">●\xa0(.*?)<", live(lattice)._body.value)
 
 
 #: what is clicked, one after the other; then the active adapter, the chosen cell, and the answers in cells like it
