@@ -55,6 +55,8 @@ class AskingView(WorkingView):
         adapter_name: str | None = None,
     ):
         self._switch = switch_for(pool_or_model, adapters, adapter_name)
+        #: the model that answers; changes by clicks wait for the end of a block ``with in_use(panel):`` in a cell
+        self.model: torch.nn.Module = self._switch.model
         # a tokenizer is callable, too, so one passed as generate is recognized by its decode
         usable = tokenizer is not None if generate is None else callable(generate) and not hasattr(generate, "decode")
         if not usable:
@@ -77,11 +79,6 @@ class AskingView(WorkingView):
         return cls(pool, tokenizer=tokenizer, template="{}" + demo.SEPARATOR, prompt=prompt, **options)
 
     # ---- state
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The model that answers. Changes by clicks wait for the end of a block ``with in_use(panel):`` in a cell."""
-        return self._switch.model
 
     @property
     def names(self) -> list[str]:

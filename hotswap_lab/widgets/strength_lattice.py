@@ -89,11 +89,6 @@ class StrengthLattice(AskingView):
         return {name: {at: run.result for at, run in row.copy().items()} for name, row in rows.items()}
 
     @property
-    def base(self) -> Run | None:
-        """The base model's answer."""
-        return next((row[0.0] for row in self.runs.copy().values() if 0.0 in row), None)
-
-    @property
     def cell(self) -> tuple[str | None, float]:
         """The adapter and the strength that the model has now; the adapter is None if it is off, or another one."""
         strength = strength_of(self._switch)
@@ -139,7 +134,8 @@ class StrengthLattice(AskingView):
 
     def _grid(self) -> dict[str, list[tuple[str, str | None]]]:
         """For each adapter its cells: the answer, and the adapter's name if it differs from the base model's."""
-        here, base, shown = self.cell, self.base, {name: [] for name in self.names}
+        here, shown = self.cell, {name: [] for name in self.names}
+        base = next((row[0.0] for row in self.runs.copy().values() if 0.0 in row), None)
         for name, strength in product(shown, self.strengths):
             # at strength 0, all rows are the base model
             run, mark = self.runs.get(name, {}).get(strength), MARK * ((name if strength else None, strength) == here)

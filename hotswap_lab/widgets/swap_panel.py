@@ -80,10 +80,6 @@ class SwapPanel(AskingView):
         """Keep the answer, to compare later ones with it."""
         self.pinned = self.answer
 
-    def start(self) -> None:
-        """Run the prompt in a thread of its own, as the button does. During another run, this waits for its end."""
-        self._come(f"run {self.prompt}", self._work)
-
     def _then_run(self, change: Callable[[object], object], value: object) -> object:
         change(value)
         return self._work() if self.run_on_swap else None

@@ -52,7 +52,7 @@ def test_answers_are_those_of_a_fresh_load_and_shown_as_text_and_html(kind):
     assert str(lattice).splitlines()[1:] == ["hotswap    0  0.5  1", "no_vowels  -  -    -", "pig_latin  -  -    -"]
     right = {name: {strength: expected(name, strength) for strength in STRENGTHS} for name in NAMES}
     assert lattice.run() == lattice.answers == right
-    assert lattice.base.result == WORD
+    assert lattice.runs[NAMES[0]][0.0].result == WORD
     lattice.choose("no_vowels", 0.5)
     assert str(lattice).splitlines() == [
         "StrengthLattice: 2 adapters, no_vowels is active at strength 0.5",
