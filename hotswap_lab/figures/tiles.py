@@ -123,11 +123,12 @@ def drawn(
         for line in [] if image else textwrap.wrap(said, canvas.width // 9, max_lines=8) or [""]:
             word(12, y + 20, line, size=18, color=INK if where == "off" else adapter_color(where))
             y += 24
-    x, bar = 12.0, y + 12
-    for (kind, size), fill in zip(counts.items(), (BASE, color, "url(#hatch)"), strict=True):
+    x, kinds = 12.0, [*zip(counts.items(), (BASE, color, "url(#hatch)"), strict=True)]
+    for (_, size), fill in kinds:
         part = size * (canvas.width - 24) / max(sum(counts.values()), 1)
-        add(f"<rect {area(x, bar, part, 10)} fill='{fill}'/>")
+        add(f"<rect {area(x, y + 12, part, 10)} fill='{fill}'/>")
         x += part
+    for (kind, size), fill in kinds:
         if size or kind != "padding":
             add(f"<rect {area(12, y + 30, 10, 10)} fill='{fill}'/>")
             word(28, y + 39, f"{kind}: {size:,} {'zeros' if kind == 'padding' else 'numbers'}")
