@@ -26,7 +26,7 @@ from hotswap_lab import (
     verify_hotswap,
 )
 from hotswap_lab.figures.equality import equality
-from hotswap_lab.figures.palette import BASE
+from hotswap_lab.figures.palette import BASE, INK, WHITE
 
 KIND = KINDS["linear"]
 
@@ -121,6 +121,9 @@ def test_verdicts_next_to_each_other(model, new):
     assert len({each[:2] for each in tiles}) == 12
     assert [sum(fill != BASE for _, _, fill, _ in column) for column in columns] == [1, 1, 0]
     assert all(f">{title}</text>" in figure.svg for title in (*verdicts, "Not equal to a fresh load"))
+    marks = re.findall(r"fill='(#\w+)' [^>]*>≠<", figure.svg)
+    assert marks
+    assert {*marks} <= {INK, WHITE}, "it can't be read on gray"
     width = int(re.search(r"width='(\d+)'", figure.svg)[1])
     texts = re.findall(r"<text x='([\d.]+)' y='[\d.]+' font-size='(\d+)' text-anchor='start'[^>]*>([^<]*)<", figure.svg)
     assert "≠ scaling is " in "".join(text for *_, text in texts)
