@@ -127,7 +127,7 @@ class Verification:
 
     def figure(self) -> Figure:
         """A tile for each layer, gray if it is equal, and what differs in the config and in scalars."""
-        return equality(self.layers, bool(self), self.mismatches, str(self))
+        return equality({"": self})
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {"text/plain": str(self)} if self or not self.layers else self.figure()._repr_mimebundle_()

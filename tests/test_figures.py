@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from exercises import assert_is_svg_with_a_text_form
+from test_palette import contrast
 
 from hotswap_lab import RecompileWatch, figures
 from hotswap_lab.figures import palette
 from hotswap_lab.figures.latency import MARKS, timeline
+from hotswap_lab.lessons.policy import curves
+from hotswap_lab.lessons.rows import timetable
 from hotswap_lab.watch import Call, Compilation
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -95,3 +98,23 @@ def test_the_timeline_is_logarithmic():
     steps = [below - above for below, above in itertools.pairwise(heights)]
     assert steps == pytest.approx([steps[0]] * 3, abs=0.2)
     assert steps[0] > 0
+
+
+def test_a_timetable_cuts_no_name():
+    """Where there is no room for a request's adapter, its number stands alone."""
+    for calls, shown in (
+        ([[(13, "reverse")], [(4, "shout")]], "13 reverse"),
+        ([[(n, "sort")] for n in range(20)], "13"),
+    ):
+        texts = [each.text for each in parts(timetable(calls, "Rows"), "text")]
+        assert shown in texts
+        whole = {text for ((number, name),) in calls for text in (f"{number} {name}", str(number))}
+        assert {text for text in texts if text[0].isdigit()} <= whole
+
+
+def test_curves_have_a_zero_and_can_be_seen():
+    figure = curves("A run", {"reward": {"": [0.5, 1.0], "lost": [0.5, 0.4]}})
+    assert {"0", "steps →"} <= {each.text for each in parts(figure, "text")}
+    strokes = {each.get("stroke") for each in parts(figure, "line")}
+    assert len(strokes) == 2
+    assert min(contrast(each, palette.OFF) for each in strokes) >= 3

@@ -25,6 +25,8 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     verify_hotswap,
 )
+from hotswap_lab.figures.equality import equality
+from hotswap_lab.figures.palette import BASE, INK, WHITE
 
 KIND = KINDS["linear"]
 
@@ -109,6 +111,31 @@ def test_no(model, new, part):
     svg = verdict.figure().svg
     assert words in svg
     assert max(map(len, re.findall(r"<text[^>]*>([^<]*)<", unescape(svg)))) <= 64, "it is cut off at the right"
+
+
+def test_verdicts_next_to_each_other(model, new):
+    """The same layers at the same heights, each column with its title and verdict, and no text beyond the picture."""
+    right = verify(model, new)
+    DAMAGES["the config"](model, None)
+    DAMAGES["a scaling"](model, layer := model.get_base_model().first)
+    DAMAGES["a weight"](model, layer)
+    verdicts = {"by hand": verify(model, new), "by PEFT": verify(model, new), "by us": right}
+    figure = equality(verdicts)
+    wrong = "Not equal to a fresh load"
+    assert str(figure) == f"by hand: {wrong}. by PEFT: {wrong}. by us: Equal to a fresh load"
+    tiles = re.findall(r"<rect x='([\d.]+)' y='([\d.]+)' [^>]*fill='(#\w+)'><title>(\w+)", figure.svg)
+    columns = [tiles[start : start + 4] for start in (0, 4, 8)]
+    assert [[each[1::2] for each in column] for column in columns] == [[each[1::2] for each in columns[0]]] * 3
+    assert len({each[:2] for each in tiles}) == 12
+    assert [sum(fill != BASE for _, _, fill, _ in column) for column in columns] == [1, 1, 0]
+    assert all(f">{title}</text>" in figure.svg for title in (*verdicts, "Not equal to a fresh load"))
+    marks = re.findall(r"fill='(#\w+)' [^>]*>≠<", figure.svg)
+    assert marks
+    assert {*marks} <= {INK, WHITE}, "it can't be read on gray"
+    width = int(re.search(r"width='(\d+)'", figure.svg)[1])
+    texts = re.findall(r"<text x='([\d.]+)' y='[\d.]+' font-size='(\d+)' text-anchor='start'[^>]*>([^<]*)<", figure.svg)
+    assert "≠ scaling is " in "".join(text for *_, text in texts)
+    assert all(float(x) + 0.5 * int(size) * len(unescape(text)) <= width for x, size, text in texts)
 
 
 def test_base_weights_that_no_output_depends_on(tmp_path):

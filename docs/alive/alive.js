@@ -1,12 +1,13 @@
 // Shows what the embedded model answered, without a kernel: make.py computed all of it beforehand.
 for (const page of document.querySelectorAll(".alive")) {
-  const { words, strengths, layers, adapters, measured, LEVELS, PER_ROOT } =
+  const { words, strengths, layers, adapters, measured, LEVELS, PER_ROOT, STEPS } =
     JSON.parse(page.querySelector("script").textContent)
   const find = selector => page.querySelector(selector)
   const form = find("form").elements
   const tiles = [...page.querySelectorAll("canvas")]
 
-  // One pixel for each part of the weight: over the base's gray, the more opaque the more the adapter adds there.
+  // One pixel for each part of the weight: over the base's gray, the more opaque the more the adapter adds there, in
+  // the steps of the widgets' map.
   function paint(canvas, levels, strength) {
     const brush = canvas.getContext("2d"), { width, height } = canvas
     brush.clearRect(0, 0, width, height)
@@ -15,7 +16,8 @@ for (const page of document.querySelectorAll(".alive")) {
     for (let at = 0; at < levels.length; at++) {
       const root = (LEVELS.indexOf(levels[at]) / PER_ROOT) * Math.sqrt(strength)
       squares += root ** 4 / levels.length
-      brush.globalAlpha = Math.min(root / 2, 1) // the root is 2 where the adapter adds 4 times the weight's own size
+      const passed = STEPS.filter(end => root ** 2 > end).length
+      brush.globalAlpha = root && (passed + 1) / (STEPS.length + 1)
       brush.fillRect(at % width, Math.floor(at / width), 1, 1)
     }
     return Math.sqrt(squares)

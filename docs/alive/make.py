@@ -26,7 +26,7 @@ from peft.tuners.lora import LoraLayer
 from hotswap_lab import AdapterPool, demo
 from hotswap_lab.bench import machine
 from hotswap_lab.figures.palette import BASE, CARD, DARK, INK, MUTED, adapter_color
-from hotswap_lab.figures.tiles import CELLS
+from hotswap_lab.figures.tiles import CELLS, STEPS
 
 FOLDER = Path(__file__).parent
 WORDS = ["hotswap", "adapter", "notebook", "kernel", "weights", "gradient"]
@@ -35,7 +35,7 @@ STRENGTHS = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
 #: the adapter that is chosen at first
 FIRST = "reverse"
 #: A part of a weight is stored as one of 64 characters, its level: 28 times the square root of what the adapter adds
-#: there, in units of the weight's own size (root mean squares). The color is full at 4 such units, which is level 56.
+#: there, in units of the weight's own size (root mean squares).
 LEVELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 PER_ROOT = 28
 #: how often each time is measured
@@ -131,8 +131,9 @@ def fragment() -> str:
         "MOST": str(data["strengths"][-1]),
         "STEP": str(data["strengths"][1]),
         "GRID": grid,
+        "LEGEND": "".join(f"<i></i>{each}" for each in ("0", *(f"&lt;{100 * end:g}%" for end in STEPS), "more")),
         "MACHINE": escape(data["measured"]["machine"]),
-        "DATA": json.dumps({**data, "LEVELS": LEVELS, "PER_ROOT": PER_ROOT}, separators=(",", ":")),
+        "DATA": json.dumps({**data, "LEVELS": LEVELS, "PER_ROOT": PER_ROOT, "STEPS": STEPS}, separators=(",", ":")),
     }
     html = (FOLDER / "alive.html").read_text(encoding="utf-8")
     for name, text in parts.items():

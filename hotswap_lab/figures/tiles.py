@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -43,31 +43,18 @@ class Tile:
     says: str
 
 
-@dataclass(frozen=True)
-class Counts:
-    """How many numbers there are."""
-
-    base: int
-    adapter: int
-    padding: int
-
-    @property
-    def lines(self) -> list[str]:
-        padding = [f"padding: {self.padding:,} zeros"] if self.padding else []
-        return [f"base: {self.base:,} numbers", f"adapter: {self.adapter:,} numbers", *padding]
-
-
 def drawn(
     tiles: Sequence[Tile],
     name: str,
     title: str,
-    counts: Counts,
+    counts: Mapping[str, int],
     former: tuple[str, Collection[str]] = ("", ()),
     answers: Sequence[tuple[str, str, str, bytes | None]] = (),
     text: str = "",
 ) -> Figure:
     """Draw tiles in the color of the adapter ``name``; below them the scale, answers, and a bar of all numbers.
 
+    ``counts`` says how many numbers there are of each kind: of the base, of the adapter, and of padding.
     ``former`` is an adapter and the paths of its layers, which get an outline in its color. An answer has a label, its
     adapter, and text, or a PNG.
     """
@@ -136,15 +123,16 @@ def drawn(
         for line in [] if image else textwrap.wrap(said, canvas.width // 9, max_lines=8) or [""]:
             word(12, y + 20, line, size=18, color=INK if where == "off" else adapter_color(where))
             y += 24
-    sizes, x, fills = (counts.base, counts.adapter, counts.padding), 12.0, (BASE, color, "url(#hatch)")
-    for size, fill in zip(sizes, fills, strict=True):
-        part = size * (canvas.width - 24) / max(sum(sizes), 1)
+    x, kinds = 12.0, [*zip(counts.items(), (BASE, color, "url(#hatch)"), strict=True)]
+    for (_, size), fill in kinds:
+        part = size * (canvas.width - 24) / max(sum(counts.values()), 1)
         add(f"<rect {area(x, y + 12, part, 10)} fill='{fill}'/>")
         x += part
-    for line, fill in zip(counts.lines, fills, strict=False):
-        add(f"<rect {area(12, y + 30, 10, 10)} fill='{fill}'/>")
-        word(28, y + 39, line)
-        y += 16
+    for (kind, size), fill in kinds:
+        if size or kind != "padding":
+            add(f"<rect {area(12, y + 30, 10, 10)} fill='{fill}'/>")
+            word(28, y + 39, f"{kind}: {size:,} {'zeros' if kind == 'padding' else 'numbers'}")
+            y += 16
     canvas.height = int(y) + 38
     return canvas.figure(text or title)
 

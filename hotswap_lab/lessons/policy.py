@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from ..figures import Canvas, Figure
-from ..figures.palette import INK, MUTED, OFF, OURS, WRONG
+from ..figures.palette import ACTIVE, INK, MUTED, OFF, WRONG
 from ..pools.rows import Row
 from .exercise import Exercise
 
@@ -34,7 +34,8 @@ def curves(title: str, panels: Mapping[str, Mapping[str, Sequence[float]]], stri
         most = max(max(map(max, named.values())), 1e-9)
         canvas.box(LEFT, top, RIGHT - LEFT, bottom - top, OFF)
         canvas.text(LEFT - 10, top + 42, what, anchor="end")
-        for (name, values), color in zip(named.items(), (OURS, WRONG), strict=False):
+        canvas.text(LEFT - 10, bottom, "0", size=11, anchor="end", color=MUTED)
+        for (name, values), color in zip(named.items(), (ACTIVE, WRONG), strict=False):
             width = (RIGHT - LEFT) / max(len(values) - 1, 1)
             points = [(LEFT + width * n, bottom - (bottom - top) * each / most) for n, each in enumerate(values)]
             for one, other in itertools.pairwise(points):
@@ -42,6 +43,7 @@ def curves(title: str, panels: Mapping[str, Mapping[str, Sequence[float]]], stri
             text = f"{values[-1]:.2g} {name}".strip()
             canvas.text(RIGHT + 6, points[-1][1] + 5, text, anchor="start", color=INK, size=12)
             told.append(f"{what} {name}".strip() + f" from {values[0]:.2g} to {values[-1]:.2g}")
+    canvas.text((LEFT + RIGHT) / 2, bottom + 13, "steps →", size=11, color=MUTED)
     for number, (label, word) in enumerate(strip.items()):
         x, y = 30 + 600 * (number + 0.5) / len(strip), 46 + HEIGHT * len(panels) + 16
         canvas.text(x, y, word, bold=True)

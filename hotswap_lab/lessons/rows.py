@@ -80,9 +80,9 @@ def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str) -> 
             length = len(list(run))
             if request is not None:
                 canvas.box(left + width * start, y + 2, width * length, height - 4, light(request[1]))
-                # as much of the name as there is room for
-                named = f"{request[0]} {request[1]}"[: max(int(width * length / 6.5), len(str(request[0])))]
-                canvas.text(left + width * (start + length / 2), y + 18, named, size=12)
+                named = f"{request[0]} {request[1]}"
+                shown = named if 6.2 * len(named) <= width * length else str(request[0])
+                canvas.text(left + width * (start + length / 2), y + 18, shown, size=12)
                 served.append(f"{request[0]} ({request[1]})")
             start += length
         told.append(f"Row {number}: " + (f"request{'s' * (len(served) > 1)} {', '.join(served)}" if served else "free"))

@@ -2,7 +2,7 @@
 
 Each is one line in a notebook, and everything that a click does can be done from Python. Each has a static form,
 ``str(...)`` and ``to_html()``, which a saved notebook stores and which needs no kernel. They need ipywidgets, which
-``pip install "hotswap_lab[widgets]"`` brings, and which is imported only when a widget is shown.
+``pip install "hotswap_lab[widgets]"`` brings.
 
 >>> from hotswap_lab.widgets import SwapPanel
 >>> panel = SwapPanel.demo()
@@ -33,12 +33,4 @@ from .view import View
 from .weight_map import WeightMap
 from .write_scrubber import WriteScrubber
 
-__all__ = [
-    "Guards",
-    "RowPanel",
-    "StrengthLattice",
-    "SwapPanel",
-    "View",
-    "WeightMap",
-    "WriteScrubber",
-]
+__all__ = ["Guards", "RowPanel", "StrengthLattice", "SwapPanel", "View", "WeightMap", "WriteScrubber"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,11 +16,8 @@ from ..threads import in_use
 from .results import Run
 from .switch import demo_pool, strength_of, switch_for, whereabouts
 from .text import text_stream
-from .view import FITS, counted, wrapping_row
+from .view import FITS, counted, w, wrapping_row
 from .work import WorkingView
-
-if TYPE_CHECKING:
-    import ipywidgets
 
 
 class AskingView(WorkingView):
@@ -58,6 +55,8 @@ class AskingView(WorkingView):
         adapter_name: str | None = None,
     ):
         self._switch = switch_for(pool_or_model, adapters, adapter_name)
+        #: the model that answers; changes by clicks wait for the end of a block ``with in_use(panel):`` in a cell
+        self.model: torch.nn.Module = self._switch.model
         # a tokenizer is callable, too, so one passed as generate is recognized by its decode
         usable = tokenizer is not None if generate is None else callable(generate) and not hasattr(generate, "decode")
         if not usable:
@@ -80,11 +79,6 @@ class AskingView(WorkingView):
         return cls(pool, tokenizer=tokenizer, template="{}" + demo.SEPARATOR, prompt=prompt, **options)
 
     # ---- state
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The model that answers. Changes by clicks wait for the end of a block ``with in_use(panel):`` in a cell."""
-        return self._switch.model
 
     @property
     def names(self) -> list[str]:
@@ -145,10 +139,8 @@ class AskingView(WorkingView):
         at = "" if where == "off" or strength is None else f" at strength {strength:g}"
         return f"{counted(len(self.names), 'adapter')}, {active}{at}"
 
-    def _prompt_box(self, label: str, tooltip: str) -> ipywidgets.Widget:
+    def _prompt_box(self, label: str, tooltip: str) -> w.Widget:
         """The prompt, the button that runs it, and the one that stops."""
-        import ipywidgets as w
-
         self._box = w.Text(description="prompt", layout=w.Layout(width="320px", max_width=FITS))
         with warnings.catch_warnings():
             # what ipywidgets 8 recommends instead would run the prompt when the box loses the focus, too

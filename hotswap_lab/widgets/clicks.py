@@ -11,10 +11,8 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import ipywidgets
+from .view import w
 
 
 class Clicks:
@@ -47,7 +45,7 @@ class Clicks:
         return True
 
 
-def keep_apart_from_cells(widget: ipywidgets.Widget) -> None:
+def keep_apart_from_cells(widget: w.Widget) -> None:
     """Send something to each control in ``widget``, so that ipykernel 7.4 delivers later clicks to this thread.
 
     Call it where a click is handled.

@@ -19,7 +19,7 @@ from ..swap import prepare_model_for_compiled_hotswap
 from ..threads import in_use
 from ..watch import RecompileWatch
 from .switch import ModelSwitch, switch_for
-from .view import counted, wrapping_row
+from .view import counted, w, wrapping_row
 from .work import WorkingView
 
 #: calls after each swap
@@ -115,8 +115,6 @@ class Guards(WorkingView):
         return canvas.figure(str(self))
 
     def _controls(self) -> list:
-        import ipywidgets as w
-
         self._with_stop()
         self._choices = w.ToggleButtons(options=[*self.adapters], value=None)
         self._choices.add_class("hotswap-choices")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from .. import demo
 from ..core.errors import refuse
@@ -13,11 +12,8 @@ from ..pools.adapter_pool import AdapterPool
 from .results import Run
 from .switch import demo_pool
 from .tables import table
-from .view import counted, escape, speaking, wrapping_row
+from .view import counted, escape, speaking, w, wrapping_row
 from .work import WorkingView
-
-if TYPE_CHECKING:
-    import ipywidgets
 
 #: the prompts of the demo
 WORDS = ("hotswap", "notebook", "adapter", "kernel")
@@ -133,9 +129,7 @@ class RowPanel(WorkingView):
         runs = self.runs or self._requests()
         return table(HEAD, [(run.chip, escape(run.prompt), LARGE.format("", run.shown)) for run in runs])
 
-    def _controls(self) -> list[ipywidgets.Widget]:
-        import ipywidgets as w
-
+    def _controls(self) -> list[w.Widget]:
         narrow, wide = w.Layout(width="140px"), w.Layout(flex="1 1 160px", min_width="0", max_width="260px")
         slim, named = {"description_width": "16px"}, {"description_width": "40px"}
         self._rows, rest = [], w.Layout(flex="1 1 180px", min_width="0", margin="2px 8px")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,10 +14,7 @@ from .asking import AskingView
 from .results import Run
 from .switch import strength_of
 from .tables import chip, table, tint
-from .view import escape
-
-if TYPE_CHECKING:
-    import ipywidgets
+from .view import escape, w
 
 #: the columns; 1 is the trained strength
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -26,6 +22,8 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MARK = "● "
 #: characters of an answer on a button and in the text form
 SHOWN = 24
+#: a space at which a cell's text is not broken into lines
+NO_BREAK = "\N{NO-BREAK SPACE}"
 #: the style of a cell with the base model's answer
 UNTINTED = "color:inherit;background:none"
 
@@ -91,11 +89,6 @@ class StrengthLattice(AskingView):
         return {name: {at: run.result for at, run in row.copy().items()} for name, row in rows.items()}
 
     @property
-    def base(self) -> Run | None:
-        """The base model's answer."""
-        return next((row[0.0] for row in self.runs.copy().values() if 0.0 in row), None)
-
-    @property
     def cell(self) -> tuple[str | None, float]:
         """The adapter and the strength that the model has now; the adapter is None if it is off, or another one."""
         strength = strength_of(self._switch)
@@ -141,7 +134,8 @@ class StrengthLattice(AskingView):
 
     def _grid(self) -> dict[str, list[tuple[str, str | None]]]:
         """For each adapter its cells: the answer, and the adapter's name if it differs from the base model's."""
-        here, base, shown = self.cell, self.base, {name: [] for name in self.names}
+        here, shown = self.cell, {name: [] for name in self.names}
+        base = next((row[0.0] for row in self.runs.copy().values() if 0.0 in row), None)
         for name, strength in product(shown, self.strengths):
             # at strength 0, all rows are the base model
             run, mark = self.runs.get(name, {}).get(strength), MARK * ((name if strength else None, strength) == here)
@@ -159,16 +153,16 @@ class StrengthLattice(AskingView):
         for name, cells in self._grid().items():
             row = [chip(name)]
             for strength, (text, colored) in zip(self.strengths, cells, strict=True):
-                style = f"border:0;padding:2px 6px;border-radius:4px;{tint(colored) if colored else UNTINTED}"
+                style = f"border:0;padding:2px 4px;border-radius:4px;{tint(colored) if colored else UNTINTED}"
                 at = f'title="swap {escape(name)} in at strength {strength:g}" data-choose="{escape(name)}@{strength}"'
-                row.append(f'<{tag} {at} style="{style}">{escape(text)}</{tag}>')
+                row.append(f'<{tag} {at} style="{style}">{escape(text.replace(" ", NO_BREAK))}</{tag}>')
             rows.append(row)
         return table([f"<code>{escape(self.asked)}</code>", *self._columns], rows)
 
     def _refresh_body(self) -> None:
         self._body.value = self._inside("button")
 
-    def _controls(self) -> list[ipywidgets.Widget]:
+    def _controls(self) -> list[w.Widget]:
         return [self._prompt_box("Fill", "ask all adapters at all strengths"), self._chooser(self._chosen)]
 
     def _chosen(self, cell: str) -> None:

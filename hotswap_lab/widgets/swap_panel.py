@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import torch
@@ -15,11 +14,8 @@ from ..pools.adapter_pool import AdapterPool
 from .asking import AskingView
 from .results import Run
 from .switch import strength_of, whereabouts
-from .view import FITS, counted, escape, speaking, wrapping_row
+from .view import FITS, counted, escape, speaking, w, wrapping_row
 from .weight_map import WeightMap
-
-if TYPE_CHECKING:
-    import ipywidgets
 
 #: the slider's range; 1 is the trained strength
 STRENGTHS = (0.0, 1.5)
@@ -84,10 +80,6 @@ class SwapPanel(AskingView):
         """Keep the answer, to compare later ones with it."""
         self.pinned = self.answer
 
-    def start(self) -> None:
-        """Run the prompt in a thread of its own, as the button does. During another run, this waits for its end."""
-        self._come(f"run {self.prompt}", self._work)
-
     def _then_run(self, change: Callable[[object], object], value: object) -> object:
         change(value)
         return self._work() if self.run_on_swap else None
@@ -122,13 +114,11 @@ class SwapPanel(AskingView):
         said = [(f"{what}{run.label}, asked “{run.prompt}”", run) for what, run in self._said.items()]
         return self.map.figure(said, str(self))
 
-    def _build(self) -> list[ipywidgets.Widget]:
+    def _build(self) -> list[w.Widget]:
         title, columns, *_, problem = super()._build()
         return [title, columns, problem]
 
-    def _controls(self) -> list[ipywidgets.Widget]:
-        import ipywidgets as w
-
+    def _controls(self) -> list[w.Widget]:
         self._radios, self._style = w.ToggleButtons(), w.HTML(layout=w.Layout(display="none"))
         self._radios.add_class("hotswap-choices")
         self._when_clicked(self._radios, "adapter", lambda label: self._swap(None if label == "off" else label))
@@ -145,7 +135,7 @@ class SwapPanel(AskingView):
         right = w.VBox(shown, layout=w.Layout(flex="1 1 320px", min_width="0"))
         return [w.HBox([left, right], layout=w.Layout(flex_flow="row wrap", align_items="flex-start"))]
 
-    def _when_clicked(self, control: ipywidgets.Widget, what: str, change: Callable[[object], object]) -> None:
+    def _when_clicked(self, control: w.Widget, what: str, change: Callable[[object], object]) -> None:
         """Make a change, and run the prompt, when a control is set: at once, or when the running job has ended."""
 
         def clicked(value: object) -> None:

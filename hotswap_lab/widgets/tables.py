@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from ..figures.palette import INK, light
 from .view import escape
 
-CELL = "padding:4px 10px;text-align:left;border:1px solid rgba(128,128,128,.4)"
+CELL = "padding:4px 6px;font-size:12px;text-align:left;border:1px solid rgba(128,128,128,.4)"
 
 
 def tint(name: str | None) -> str:

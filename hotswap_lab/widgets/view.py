@@ -7,25 +7,19 @@ import re
 import threading
 from collections.abc import Callable
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
-from ..figures import palette
+from ..figures import Figure, palette
 
-if TYPE_CHECKING:
-    import ipywidgets
-
-    from ..figures import Figure
-
-# checked on import, so that the error comes before anything is loaded for a widget; the import itself waits
-if find_spec("ipywidgets") is None:
+try:
+    import ipywidgets as w
+except ModuleNotFoundError as error:
     raise ImportError(
         "hotswap_lab.widgets needs ipywidgets 7.7 or newer, below 9, and found none: "
         'pip install "hotswap_lab[widgets]"',
         name="ipywidgets",
-    )
+    ) from error
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page minus the margins that ipywidgets puts around a control
@@ -61,18 +55,14 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def wrapping_row(*children: ipywidgets.Widget) -> ipywidgets.HBox:
+def wrapping_row(*children: w.Widget) -> w.HBox:
     """A row of controls that wraps on a narrow page."""
-    import ipywidgets
-
-    return ipywidgets.HBox(list(children), layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"))
+    return w.HBox(list(children), layout=w.Layout(flex_flow="row wrap", align_items="center"))
 
 
-def speaking(**options: object) -> ipywidgets.HTML:
+def speaking(**options: object) -> w.HTML:
     """A text widget that a screen reader reads out when it changes."""
-    import ipywidgets
-
-    widget = ipywidgets.HTML(**options)
+    widget = w.HTML(**options)
     widget.add_class("hotswap-says")
     return widget
 
@@ -145,23 +135,19 @@ class View:
     # ---- the live form
 
     @cached_property
-    def box(self) -> ipywidgets.VBox:
+    def box(self) -> w.VBox:
         """The live form, an ipywidgets ``VBox``, which can be put into another layout."""
-        import ipywidgets
-
-        hidden = ipywidgets.Layout(display="none")
-        box = ipywidgets.VBox([ipywidgets.HTML(STYLE + SCRIPT, layout=hidden), *self._build()])
+        hidden = w.Layout(display="none")
+        box = w.VBox([w.HTML(STYLE + SCRIPT, layout=hidden), *self._build()])
         box.add_class("hotswap-live")
         return box
 
-    def _build(self) -> list[ipywidgets.Widget]:
+    def _build(self) -> list[w.Widget]:
         """Create the live form's widgets, once."""
-        import ipywidgets
-
-        self._title, self._status, self._body = speaking(), speaking(), ipywidgets.HTML()
+        self._title, self._status, self._body = speaking(), speaking(), w.HTML()
         return [self._title, *self._controls(), self._status, self._body]
 
-    def _controls(self) -> list[ipywidgets.Widget]:
+    def _controls(self) -> list[w.Widget]:
         """Create the controls, once."""
         return []
 
@@ -192,7 +178,7 @@ class View:
         live = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
         display({WIDGET_MIME: live}, raw=True)
 
-    def _when_set(self, control: ipywidgets.Widget, act: Callable[[object], object]) -> None:
+    def _when_set(self, control: w.Widget, act: Callable[[object], object]) -> None:
         """Call ``act`` with a control's value when the user sets it, but not when a refresh does.
 
         Another thread may have changed the state since the refresh read it, and that change would be lost.

@@ -10,7 +10,7 @@ from peft.utils.integrations import dequantize_module_weight
 from ..core.host import name_in
 from ..core.slot import Slot, SlotLayer
 from ..figures import Figure
-from ..figures.tiles import CELLS, LARGE, Counts, Tile, drawn, split
+from ..figures.tiles import CELLS, LARGE, Tile, drawn, split
 from ..pools.adapter_pool import AdapterPool
 from ..swap import resolve_slot
 from ..threads import in_use, in_use_now
@@ -54,7 +54,7 @@ class WeightMap(View):
     #: what was read at the last look: the adapter in the model, or ``"off"``, its tiles, and the numbers of both
     name: str = ""
     tiles: list[Tile]
-    counts: Counts
+    counts: dict[str, int]
     #: the adapter before this one, and the layers where it was
     former: tuple[str, frozenset[str]] = ("", frozenset())
 
@@ -128,12 +128,7 @@ def _has_weight(module: torch.nn.Module) -> bool:
 
 
 def _tile(
-    slot: Slot,
-    path: str,
-    n: int,
-    sizes: dict[str, float | None],
-    layer: SlotLayer | None,
-    mask: torch.Tensor | None,
+    slot: Slot, path: str, n: int, sizes: dict[str, float | None], layer: SlotLayer | None, mask: torch.Tensor | None
 ) -> Tile:
     if layer is None or mask is None:
         return Tile(path, torch.zeros(n, n), "the base model alone")
@@ -191,7 +186,7 @@ def _rms(slot: Slot, layer: SlotLayer, n: int) -> torch.Tensor | None:
     return torch.nn.functional.adaptive_avg_pool2d(squares[None], n)[0].sqrt()
 
 
-def _count(slot: Slot, masks: Sequence[torch.Tensor]) -> Counts:
+def _count(slot: Slot, masks: Sequence[torch.Tensor]) -> dict[str, int]:
     held, used = 0, 0
     for layer, mask in zip(slot.layers, masks, strict=True):
         for memory, axis in ((each.memory, each.rank_axis) for each in layer.tensors):
@@ -201,4 +196,5 @@ def _count(slot: Slot, masks: Sequence[torch.Tensor]) -> Counts:
     own = {id(tensor.parameter) for layer in slot.layers for tensor in layer.tensors}
     modules = (getattr(module, "base_layer", module) for _, module in slot.walk)
     base = {id(each): each.numel() for module in modules for each in module._parameters.values() if each is not None}
-    return Counts(sum(size for key, size in base.items() if key not in own), used, held - used)
+    unused = held - used
+    return {"base": sum(size for key, size in base.items() if key not in own), "adapter": used, "padding": unused}

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,10 +20,7 @@ from ..figures.latency import strip
 from ..threads import ModelInUseError, waiting_at_most
 from ..threads.turns import AROUND
 from .clicks import Clicks, keep_apart_from_cells
-from .view import View, escape
-
-if TYPE_CHECKING:
-    import ipywidgets
+from .view import View, escape, w
 
 #: seconds that a swap waits before it checks whether it was stopped
 PATIENCE = 0.5
@@ -238,16 +235,12 @@ class WorkingView(View):
 
     # ---- the live form
 
-    def _build(self) -> list[ipywidgets.Widget]:
-        import ipywidgets
-
-        self._problem = ipywidgets.HTML()  # comes last, since its height changes
+    def _build(self) -> list[w.Widget]:
+        self._problem = w.HTML()  # comes last, since its height changes
         return [*super()._build(), self._problem]
 
-    def _button(self, label: str, tooltip: str, act: Callable[[], object], **options: object) -> ipywidgets.Button:
-        import ipywidgets
-
-        button = ipywidgets.Button(description=label, tooltip=tooltip, **options)
+    def _button(self, label: str, tooltip: str, act: Callable[[], object], **options: object) -> w.Button:
+        button = w.Button(description=label, tooltip=tooltip, **options)
         button.on_click(lambda _: self._clicked(act))
         return button
 
@@ -258,17 +251,15 @@ class WorkingView(View):
         else:
             self._changed()  # moves a slider back
 
-    def _chooser(self, act: Callable[[str], object]) -> ipywidgets.Widget:
+    def _chooser(self, act: Callable[[str], object]) -> w.Widget:
         """A hidden text by which ``live.js`` hands over clicks on HTML. ``act`` gets its ``data-choose``."""
-        import ipywidgets
-
-        box = ipywidgets.Text(layout=ipywidgets.Layout(display="none"))
+        box = w.Text(layout=w.Layout(display="none"))
         box.add_class("hotswap-chooser")
         # each has a number in front, or two clicks on the same would be one
         self._when_set(box, lambda text: self._clicked(lambda: act(text.partition(" ")[2])))
         return box
 
-    def _with_stop(self, *starters: ipywidgets.Widget) -> list[ipywidgets.Widget]:
+    def _with_stop(self, *starters: w.Widget) -> list[w.Widget]:
         """Add a stop button to controls that start jobs."""
         self._starters = starters
         self._stop_button = self._button("Stop", "end what runs; the answer so far stays", self.stop)

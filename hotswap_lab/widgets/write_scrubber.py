@@ -13,7 +13,7 @@ from ..figures.palette import INK, MUTED, OFF, adapter_color, mix
 from ..figures.png import address, png
 from ..swap import hotswap_adapter, prepare_model_for_compiled_hotswap, resolve_slot
 from ..threads import bases_of, held
-from .view import FITS
+from .view import FITS, w
 from .work import WorkingView
 
 #: tints of a color, and cells along each side of the picture of B times A
@@ -113,13 +113,13 @@ class WriteScrubber(WorkingView):
         columns = (84, "lora_A", 0), (254, "lora_B, its columns", b.data_ptr() - a.data_ptr())
         for (left, title, offset), (rows, _) in zip(columns, now[:2], strict=True):
             word(left, TOP - 24, title, size=13, anchor="start")
-            note(left, TOP - 8, f"at lora_A's address + {offset}")
+            note(left, TOP - 8, f"at lora_A's address + {offset} B")
             values, high = rows.abs() / rows.abs().max(), HIGH / len(rows)
             _paint(canvas, left, TOP, 150, high, values[:step], new)
             _paint(canvas, left, TOP + high * step, 150, high, values[step:], old)
             canvas.box(left, TOP, 150, HIGH, "none", dashed=True)
         for row in range(0, len(a), 8):
-            note(78, TOP + high * row + 11, f"+ {row * a.stride(0) * a.element_size():,}", anchor="end")
+            note(78, TOP + high * row + 11, f"+ {row * a.stride(0) * a.element_size():,} B", anchor="end")
         y = TOP + high * min(step, len(a))
         canvas.line(80, y, 408, y, INK, width=2)
         word(210, TOP + HIGH + 20, *self._lines())
@@ -133,8 +133,6 @@ class WriteScrubber(WorkingView):
         return canvas.figure(str(self))
 
     def _controls(self) -> list:
-        import ipywidgets as w
-
         self._with_stop()  # of no control: the slider stays enabled
         self._address = w.HTML()
         self._slider = w.IntSlider(max=self.steps, description="step", layout=w.Layout(width="420px", max_width=FITS))

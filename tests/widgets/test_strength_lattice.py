@@ -52,7 +52,7 @@ def test_answers_are_those_of_a_fresh_load_and_shown_as_text_and_html(kind):
     assert str(lattice).splitlines()[1:] == ["hotswap    0  0.5  1", "no_vowels  -  -    -", "pig_latin  -  -    -"]
     right = {name: {strength: expected(name, strength) for strength in STRENGTHS} for name in NAMES}
     assert lattice.run() == lattice.answers == right
-    assert lattice.base.result == WORD
+    assert lattice.runs[NAMES[0]][0.0].result == WORD
     lattice.choose("no_vowels", 0.5)
     assert str(lattice).splitlines() == [
         "StrengthLattice: 2 adapters, no_vowels is active at strength 0.5",
@@ -60,7 +60,7 @@ def test_answers_are_those_of_a_fresh_load_and_shown_as_text_and_html(kind):
         "no_vowels  hotswap  ● hotsw*p  h*tsw*p",
         "pig_latin  hotswap  otswap     otswaphay",
     ]
-    assert re.findall(">● (.*?)<", lattice.to_html()) == ["hotsw*p"]
+    assert re.findall(">●\xa0(.*?)<", lattice.to_html()) == ["hotsw*p"]
     lattice.generate, lattice.prompt = (lambda word: f"<i>\n{word}" * 9), "<b>"
     lattice.run()
     assert "<i> <b><i> <b><i> <b><i…" in str(lattice)
@@ -132,7 +132,7 @@ def click(lattice, name, strength):
 
 
 def marked(lattice):
-    return re.findall(">● (.*?)<", live(lattice)._body.value)
+    return re.findall(">●\xa0(.*?)<", live(lattice)._body.value)
 
 
 #: what is clicked, one after the other; then the active adapter, the chosen cell, and the answers in cells like it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import subprocess
 import sys
@@ -83,16 +83,14 @@ def test_nothing_becomes_markup(kind):
 @pytest.mark.long
 def test_importing_is_light():
     code = """
-import hotswap_lab, sys; print('hotswap_lab.widgets' in sys.modules, 'diffusers' in sys.modules)
-import hotswap_lab.widgets; print('ipywidgets' in sys.modules, 'hotswap_lab.bench' in sys.modules)
-print('hotswap_lab.lessons' in sys.modules)"""
+import hotswap_lab, sys; print(*(each in sys.modules for each in ('hotswap_lab.widgets', 'ipywidgets', 'diffusers')))
+import hotswap_lab.widgets; print('hotswap_lab.bench' in sys.modules, 'hotswap_lab.lessons' in sys.modules)"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.split() == ["False"] * 5
 
 
 def test_without_ipywidgets_the_import_says_what_to_install(monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipywidgets" else find_spec(name))
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
     for name in [name for name in sys.modules if name.startswith("hotswap_lab.widgets")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r': pip install "hotswap_lab\[widgets\]"$'):
