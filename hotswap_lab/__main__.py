@@ -28,8 +28,8 @@ from .core.errors import HotswapError, advise, listing, refuse
 
 # each command imports what else it needs, since torch, transformers and PEFT take two seconds
 
-#: the advice of refusals that no command has an argument for, and what to do instead
-IN_COMMANDS = {"pass add_layers=True to add them, or load the adapter": "swap A and B: name the adapter"}
+#: the advice of refusals, and what it is in a terminal
+IN_COMMANDS = {"pass add_layers=True": "pass --add-layers"}
 
 
 class Told(dict[str, Any]):
@@ -47,12 +47,20 @@ def show(adapter: str) -> Told:
 
     folder = Path(adapter)
     inside = [] if (folder / "adapter_config.json").exists() else sorted(folder.glob("*/adapter_config.json"))
-    told = [summary_of(each.parent) for each in inside] or [summary_of(adapter)]
+    told, damaged = [], []
+    for each in [file.parent for file in inside] or [adapter]:
+        try:
+            told.append(summary_of(each))
+        except HotswapError as error:
+            if not inside:
+                raise
+            damaged.append(str(error))
     header = ("adapter", "method", "ranks", "alphas", "layers", "size", "base")
-    return Told("\n".join(text_table(header, [each.row for each in told])), adapters=[vars(each) for each in told])
+    text = "\n".join([*text_table(header, [each.row for each in told]), *damaged])
+    return Told(text, ok=not damaged, adapters=[vars(each) for each in told], damaged=damaged)
 
 
-def plan(base: str, a: str, b: str) -> Told:
+def plan(base: str, a: str, b: str, add_layers: bool) -> Told:
     """A dry run on a base that has shapes and no values."""
     import torch
     from peft import get_peft_model
@@ -77,13 +85,13 @@ def plan(base: str, a: str, b: str) -> Told:
             owner, _, name = path.rpartition(".")
             memory = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
             model.get_submodule(owner)._parameters[name] = memory
-    found = plan_hotswap(model, b)
+    found = plan_hotswap(model, b, add_layers=add_layers)
     found.refusals[:] = advise(HotswapError(*found.refusals), IN_COMMANDS).refusals
     reasons = [vars(each) for each in found.refusals]
     return Told(found, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
 
 
-def verify(base: str, a: str, b: str) -> Told:
+def verify(base: str, a: str, b: str, add_layers: bool) -> Told:
     """A swap, compared with a fresh load on the same base."""
     from peft import PeftModel
 
@@ -91,7 +99,7 @@ def verify(base: str, a: str, b: str) -> Told:
     from .verify import verify_hotswap
 
     model = PeftModel.from_pretrained(_model(base), a)
-    hotswap_adapter(model, b, "default")
+    hotswap_adapter(model, b, "default", add_layers=add_layers)
     verdict = verify_hotswap(model, b, base=lambda: _model(base))
     return Told(verdict, ok=bool(verdict), **vars(verdict))
 
@@ -121,7 +129,9 @@ def _model(base: str, is_empty: bool = False) -> Any:
     transformers.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(base)
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        if not config.architectures:
+            raise ValueError("its config.json names no class under `architectures`")
+        kind = getattr(transformers, config.architectures[0])
         return kind(config) if is_empty else kind.from_pretrained(base, dtype="auto").eval()
     except Exception as error:  # of any kind: transformers has no common one
         raise refuse("no_base", base=base, error=error) from error
@@ -183,8 +193,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=15, help="swaps per figure")
     add("--threads", type=int, default=1, help="threads that torch may use")
     command(show, "adapter")
-    command(plan, "base", "a", "b")
-    command(verify, "base", "a", "b")
+    for each in (plan, verify):
+        command(each, "base", "a", "b")("--add-layers", action="store_true", help="add layers that A lacks")
     add = command(mix, "base")
     add("adapters", type=weighted, nargs="+", metavar="ADAPTER:WEIGHT")
     add("--out", required=True, type=unused, help="the folder to save the mix in: a new or an empty one")
@@ -193,14 +203,8 @@ def _parser() -> argparse.ArgumentParser:
     add("adapters", nargs="?", default="", help="a folder of adapters, or name=path,name=path")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
-    add(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="arguments",
-        help="python -m hotswap_lab.serving --help",
-    )
+    how = "python -m hotswap_lab.serving --help"
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="arguments", help=how)
     commands.add_parser("bench", help="times of each way of swapping: hotswap-lab bench --help")
     return parser
 
@@ -208,16 +212,16 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["bench"]:
-        from .bench import main as bench
-
-        return bench(given[1:])
-    given = sorted(given, key="--json".__eq__)  # last, since it may stand before the command
-    if not given or (given[0].startswith("--") and given[0] != "--help"):
-        given = ["tour", *given]
-    options = vars(_parser().parse_args(given))
-    run, as_json, _ = (options.pop(each) for each in ("run", "json", "command"))
     try:
+        if given[:1] == ["bench"]:
+            from .bench import main as bench
+
+            return bench(given[1:])
+        given = sorted(given, key="--json".__eq__)  # last, since it may stand before the command
+        if not given or (given[0].startswith("--") and given[0] != "--help"):
+            given = ["tour", *given]
+        options = vars(_parser().parse_args(given))
+        run, as_json, _ = (options.pop(each) for each in ("run", "json", "command"))
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of its own code
             told = run(**options)

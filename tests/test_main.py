@@ -8,6 +8,7 @@ import json
 import os
 import pydoc
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,20 @@ def test_show_nothing(capsys):
     assert "no folder '/nowhere' here" in capsys.readouterr().err
 
 
+def test_show_a_part_of_a_file(capsys, tmp_path):
+    """Of a folder of adapters, the others are shown."""
+    for name in ("sort", "shout"):
+        shutil.copytree(demo.adapter_path(name), tmp_path / name)
+    with open(tmp_path / "sort" / "adapter_model.safetensors", "r+b") as file:
+        file.truncate(20_000)
+    assert main(["show", str(tmp_path / "sort")]) == 1
+    assert "not fully covered" in capsys.readouterr().err
+    code, found = told(capsys, "show", str(tmp_path))
+    assert (code, [each["name"] for each in found["adapters"]], len(found["damaged"])) == (1, ["shout"], 1)
+    assert main(["show", str(tmp_path)]) == 1
+    assert "not fully covered" in capsys.readouterr().out
+
+
 def test_plan_needs_no_weights(capsys, tmp_path):
     """A base with a config alone; the plan is the one that a loaded model gives."""
     (tmp_path / "config.json").write_text((demo.BASE_DIR / "config.json").read_text())
@@ -172,7 +187,7 @@ def test_plan_needs_no_weights(capsys, tmp_path):
         assert (code, found["ok"], found["layers"]) == (int(not expected.ok), expected.ok, expected.counts)
         assert found["nbytes"] == expected.nbytes
         assert [each["summary"] for each in found["refusals"]] == [each.summary for each in expected.refusals]
-        assert ["swap A and B: name" in each["next_step"] for each in found["refusals"]] == [True] * code
+        assert ["pass --add-layers to add" in each["next_step"] for each in found["refusals"]] == [True] * code
 
 
 def test_what_needs_weights_is_not_decided(capsys, tmp_path):
@@ -189,18 +204,22 @@ def test_what_needs_weights_is_not_decided(capsys, tmp_path):
 def test_a_base_that_is_no_model(capsys, tmp_path):
     config = json.loads((demo.BASE_DIR / "config.json").read_text()) | {"architectures": ["Unknown"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for base, reason in ((tmp_path, "no attribute Unknown"), (demo.ADAPTERS_DIR, "Unrecognized model")):
+    (tmp_path / "alone").mkdir()  # as a config's own save_pretrained writes it
+    (tmp_path / "alone" / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    no_class, unknown = (tmp_path / "alone", "names no class"), (demo.ADAPTERS_DIR, "Unrecognized model")
+    for base, reason in ((tmp_path, "no attribute Unknown"), no_class, unknown):
         assert main(["plan", str(base), *(demo.adapter_path(name) for name in ("reverse", "sort"))]) == 1
         lines = capsys.readouterr().err.splitlines()
         assert [each.split()[0] for each in lines] == ["The", "found:", "expected:", "next:"]
         assert reason in lines[1]
 
 
-def test_a_reader_that_has_read_enough():
+@pytest.mark.parametrize("command", [["show", demo.adapter_path("sort")], ["bench", "--model", "demo", "--n", "1"]])
+def test_a_reader_that_has_read_enough(command):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as writer:
-        command = [sys.executable, "-m", "hotswap_lab", "show", demo.adapter_path("sort")]
+        command = [sys.executable, "-m", "hotswap_lab", *command]
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -215,7 +234,9 @@ def test_verify(capsys):
     first, second, fewer = (demo.adapter_path(name) for name in ("reverse", "pig_latin", "caesar"))
     assert told(capsys, "verify", BASE, first, second)[1]["ok"] is True
     assert main(["verify", BASE, fewer, second]) == 1
-    assert "next:     swap A and B: name the adapter that targets the most layers" in capsys.readouterr().err
+    assert "next:     pass --add-layers to add them, or load the adapter that" in capsys.readouterr().err
+    for command in ("plan", "verify"):  # neither order would do: their layers don't overlap
+        assert told(capsys, command, BASE, fewer, second, "--add-layers")[1]["ok"] is True
 
 
 def test_mix(capsys, tmp_path):

@@ -566,6 +566,30 @@ def train(model) -> None:
     optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_with_the_state_of_another_rank_is_stopped(tmp_path, fused):
+    """A fused one would read and write beyond the end of its state, and crash, or worse, not crash."""
+    folders = save_family(LINEAR, tmp_path, dict(r=2), dict(r=64))
+    model = load(LINEAR, folders[0], is_trainable=True)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, fused=fused)
+
+    def step() -> None:
+        model(LINEAR.inputs()).sum().backward()
+        optimizer.step()
+
+    step()
+    hotswap_adapter(model, folders[1], "default")
+    before = [each.clone() for each in trained]
+    with pytest.raises(RuntimeError, match=r"optimizer\.state\.clear\(\)" if fused else "must match the size"):
+        step()
+    assert all(map(torch.equal, before, trained))
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    step()
+    assert not any(map(torch.equal, before, trained))
+
+
 def merge(model) -> None:
     model.merge_adapter()
 
