@@ -17,6 +17,7 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import compat
 from .errors import refuse
@@ -138,7 +139,7 @@ def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journa
 
 @functools.cache
 def _watch_optimizers() -> None:
-    torch.optim.optimizer.register_optimizer_step_pre_hook(check_state)
+    register_optimizer_step_pre_hook(check_state)
 
 
 def check_state(optimizer: torch.optim.Optimizer, *_: object) -> None:
