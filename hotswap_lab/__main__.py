@@ -29,7 +29,7 @@ from .core.errors import HotswapError, advise, listing, refuse
 # each command imports what else it needs, since torch, transformers and PEFT take two seconds
 
 #: the advice of refusals, and what it is in a terminal
-IN_COMMANDS = {"pass add_layers=True": "pass --add-layers"}
+IN_COMMANDS = {"pass add_layers=True to add": "pass --add-layers to `hotswap-lab verify` to add"}
 
 
 class Told(dict[str, Any]):
@@ -60,7 +60,7 @@ def show(adapter: str) -> Told:
     return Told(text, ok=not damaged, adapters=[vars(each) for each in told], damaged=damaged)
 
 
-def plan(base: str, a: str, b: str, add_layers: bool) -> Told:
+def plan(base: str, a: str, b: str) -> Told:
     """A dry run on a base that has shapes and no values."""
     import torch
     from peft import get_peft_model
@@ -85,7 +85,7 @@ def plan(base: str, a: str, b: str, add_layers: bool) -> Told:
             owner, _, name = path.rpartition(".")
             memory = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
             model.get_submodule(owner)._parameters[name] = memory
-    found = plan_hotswap(model, b, add_layers=add_layers)
+    found = plan_hotswap(model, b)
     found.refusals[:] = advise(HotswapError(*found.refusals), IN_COMMANDS).refusals
     reasons = [vars(each) for each in found.refusals]
     return Told(found, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
@@ -193,8 +193,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=15, help="swaps per figure")
     add("--threads", type=int, default=1, help="threads that torch may use")
     command(show, "adapter")
-    for each in (plan, verify):
-        command(each, "base", "a", "b")("--add-layers", action="store_true", help="add layers that A lacks")
+    command(plan, "base", "a", "b")
+    command(verify, "base", "a", "b")("--add-layers", action="store_true", help="add the layers that A lacks")
     add = command(mix, "base")
     add("adapters", type=weighted, nargs="+", metavar="ADAPTER:WEIGHT")
     add("--out", required=True, type=unused, help="the folder to save the mix in: a new or an empty one")

@@ -187,7 +187,9 @@ def test_plan_needs_no_weights(capsys, tmp_path):
         assert (code, found["ok"], found["layers"]) == (int(not expected.ok), expected.ok, expected.counts)
         assert found["nbytes"] == expected.nbytes
         assert [each["summary"] for each in found["refusals"]] == [each.summary for each in expected.refusals]
-        assert ["pass --add-layers to add" in each["next_step"] for each in found["refusals"]] == [True] * code
+        assert ["pass --add-layers to `hotswap-lab verify`" in each["next_step"] for each in found["refusals"]] == [
+            True
+        ] * code
 
 
 def test_what_needs_weights_is_not_decided(capsys, tmp_path):
@@ -221,7 +223,8 @@ def test_a_reader_that_has_read_enough(command):
     with open(writer, "w") as writer:
         command = [sys.executable, "-m", "hotswap_lab", *command]
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    progress = [line for line in done.stderr.splitlines() if line.startswith("rank ")]
+    assert (done.returncode, done.stderr.splitlines()) == (0, progress)
 
 
 def ia3(folder):
@@ -234,9 +237,8 @@ def test_verify(capsys):
     first, second, fewer = (demo.adapter_path(name) for name in ("reverse", "pig_latin", "caesar"))
     assert told(capsys, "verify", BASE, first, second)[1]["ok"] is True
     assert main(["verify", BASE, fewer, second]) == 1
-    assert "next:     pass --add-layers to add them, or load the adapter that" in capsys.readouterr().err
-    for command in ("plan", "verify"):  # neither order would do: their layers don't overlap
-        assert told(capsys, command, BASE, fewer, second, "--add-layers")[1]["ok"] is True
+    assert "next:     pass --add-layers to `hotswap-lab verify` to add them" in capsys.readouterr().err
+    assert told(capsys, "verify", BASE, fewer, second, "--add-layers")[1]["ok"] is True
 
 
 def test_mix(capsys, tmp_path):

@@ -41,6 +41,7 @@ from torch import nn
 import hotswap_lab
 from hotswap_lab import (
     Adapter,
+    HotswapError,
     commit,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
@@ -566,13 +567,12 @@ def train(model) -> None:
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_an_optimizer_with_the_state_of_another_rank_is_stopped(tmp_path, fused):
-    """A fused one would read and write beyond the end of its state, and crash, or worse, not crash."""
+def test_a_fused_optimizer_with_the_state_of_another_rank_is_stopped(tmp_path):
+    """It would read and write beyond the end of its state, and crash, or not crash. Others notice by themselves."""
     folders = save_family(LINEAR, tmp_path, dict(r=2), dict(r=64))
     model = load(LINEAR, folders[0], is_trainable=True)
     trained = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.1, fused=fused)
+    optimizer = torch.optim.AdamW(trained, lr=0.1, fused=True)
 
     def step() -> None:
         model(LINEAR.inputs()).sum().backward()
@@ -581,7 +581,7 @@ def test_an_optimizer_with_the_state_of_another_rank_is_stopped(tmp_path, fused)
     step()
     hotswap_adapter(model, folders[1], "default")
     before = [each.clone() for each in trained]
-    with pytest.raises(RuntimeError, match=r"optimizer\.state\.clear\(\)" if fused else "must match the size"):
+    with pytest.raises(HotswapError, match=r"optimizer\.state\.clear\(\)"):
         step()
     assert all(map(torch.equal, before, trained))
     optimizer.zero_grad()
