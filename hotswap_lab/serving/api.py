@@ -29,10 +29,8 @@ from .table import UnknownAdapterError
 TEXT, CHAT = "text_completion", "chat.completion"
 #: fields that would change the answer, but that replicas don't know. This value changes nothing, nor does an empty one.
 UNKNOWN: dict[str, Any] = {"best_of": 1, "modalities": ["text"], "response_format": {"type": "text"}}
-UNKNOWN |= dict.fromkeys(("audio", "bad_words", "echo", "functions", "ignore_eos", "min_tokens"))
-UNKNOWN |= dict.fromkeys(
-    ("stop_token_ids", "structured_outputs", "suffix", "tools", "use_beam_search", "web_search_options")
-)
+UNKNOWN |= dict.fromkeys(["audio", "bad_words", "echo", "functions", "ignore_eos", "min_tokens", "stop_token_ids"])
+UNKNOWN |= dict.fromkeys(["structured_outputs", "suffix", "tools", "use_beam_search", "web_search_options"])
 #: the fields that a request to a replica has, too
 SAMPLING = {each.name for each in fields(Sampling)}
 

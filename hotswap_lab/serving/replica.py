@@ -162,11 +162,7 @@ class Replica:
         self.target_rank: int = max(options.target_rank or sum(ranks[-2:]), loaded)
         rows = max(options.rows, 2)  # a pool has no fewer
         self.pool: AdapterPool = AdapterPool(
-            model.requires_grad_(False),
-            adapters=adapters,
-            rows=rows,
-            target_rank=self.target_rank,
-            progress=False,
+            model.requires_grad_(False), adapters=adapters, rows=rows, target_rank=self.target_rank, progress=False
         )
         self.pool.assign([None] * rows)
         self._reader: Reader | None = self._make_reader(rows)

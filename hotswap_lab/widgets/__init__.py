@@ -33,12 +33,4 @@ from .view import View
 from .weight_map import WeightMap
 from .write_scrubber import WriteScrubber
 
-__all__ = [
-    "Guards",
-    "RowPanel",
-    "StrengthLattice",
-    "SwapPanel",
-    "View",
-    "WeightMap",
-    "WriteScrubber",
-]
+__all__ = ["Guards", "RowPanel", "StrengthLattice", "SwapPanel", "View", "WeightMap", "WriteScrubber"]

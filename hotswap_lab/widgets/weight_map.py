@@ -128,12 +128,7 @@ def _has_weight(module: torch.nn.Module) -> bool:
 
 
 def _tile(
-    slot: Slot,
-    path: str,
-    n: int,
-    sizes: dict[str, float | None],
-    layer: SlotLayer | None,
-    mask: torch.Tensor | None,
+    slot: Slot, path: str, n: int, sizes: dict[str, float | None], layer: SlotLayer | None, mask: torch.Tensor | None
 ) -> Tile:
     if layer is None or mask is None:
         return Tile(path, torch.zeros(n, n), "the base model alone")
