@@ -79,7 +79,7 @@ def plan(base: str, a: str, b: str) -> Told:
             found = listing(needs)
             return Told(f"not decided without the base's weights: {found}; `hotswap-lab verify` loads them", ok=None)
     with torch.device("meta"):
-        model = get_peft_model(_model(base, is_empty=True), configs[0])
+        model = _with_adapter(_model(base, is_empty=True), a, lambda model, _: get_peft_model(model, configs[0]))
     for path, parameter in list(model.named_parameters()):
         if "lora_" in path:  # an adapter needs memory to be planned for, though no values
             owner, _, name = path.rpartition(".")
@@ -98,7 +98,7 @@ def verify(base: str, a: str, b: str, add_layers: bool) -> Told:
     from .swap import hotswap_adapter
     from .verify import verify_hotswap
 
-    model = PeftModel.from_pretrained(_model(base), a)
+    model = _with_adapter(_model(base), a, PeftModel.from_pretrained)
     hotswap_adapter(model, b, "default", add_layers=add_layers)
     verdict = verify_hotswap(model, b, base=lambda: _model(base))
     return Told(verdict, ok=bool(verdict), **vars(verdict))
@@ -116,7 +116,7 @@ def mix(base: str, adapters: list[tuple[str, float]], out: str) -> Told:
     for path, weight in adapters:
         weights[path] = weights.get(path, 0.0) + weight
     rank = sum(max(summary_of(path).ranks, default=0) for path in weights)
-    model = PeftModel.from_pretrained(_model(base), adapters[0][0])
+    model = _with_adapter(_model(base), adapters[0][0], PeftModel.from_pretrained)
     AdapterPool(model, adapters={path: path for path in weights}, target_rank=rank, progress=False).swap(weights)
     save_adapter(model, out)
     return Told(f"{out}: rank {rank}", ok=True, out=out, rank=rank)
@@ -135,6 +135,13 @@ def _model(base: str, is_empty: bool = False) -> Any:
         return kind(config) if is_empty else kind.from_pretrained(base, dtype="auto").eval()
     except Exception as error:  # of any kind: transformers has no common one
         raise refuse("no_base", base=base, error=error) from error
+
+
+def _with_adapter(model: Any, adapter: str, load: Callable[[Any, str], Any]) -> Any:
+    try:
+        return load(model, adapter)
+    except Exception as error:  # of any kind: the adapter of another base fails anywhere in PEFT, or is damaged
+        raise refuse("not_for_base", adapter=adapter, kind=type(model).__name__, error=error) from error
 
 
 def tour(word: str, repeats: int, threads: int) -> Told:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from peft import IA3Config, PeftModel
 from safetensors.torch import load_file
+from transformers import ViTConfig, ViTForImageClassification
 
 import hotswap_lab
 from hotswap_lab import demo
@@ -212,6 +213,22 @@ def test_a_base_that_is_no_model(capsys, tmp_path):
         lines = capsys.readouterr().err.splitlines()
         assert [each.split()[0] for each in lines] == ["The", "found:", "expected:", "next:"]
         assert reason in lines[1]
+
+
+@pytest.mark.parametrize("command", ["plan", "verify", "mix"])
+def test_an_adapter_that_does_not_fit_the_base(capsys, tmp_path, command):
+    """PEFT raises an AttributeError for the one, and safetensors an error of its own for the other."""
+    reverse, damaged = demo.adapter_path("reverse"), str(shutil.copytree(demo.adapter_path("sort"), tmp_path / "sort"))
+    os.truncate(f"{damaged}/adapter_model.safetensors", 20_000)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
+    more = [f"{reverse}:1", "--out", str(tmp_path / "mix")] if command == "mix" else [reverse]
+    for base, adapter, found in ((str(tmp_path / "vit"), reverse, "no attribute"), (BASE, damaged, "incomplete")):
+        if command != "plan" or base != BASE:  # a plan reads no weights of the first adapter
+            assert main([command, base, *([f"{adapter}:1"] if command == "mix" else [adapter]), *more]) == 1
+            error = capsys.readouterr().err
+            assert found in error
+            assert "next: " in error
 
 
 @pytest.mark.parametrize("command", [["show", demo.adapter_path("sort")], ["bench", "--model", "demo", "--n", "1"]])
