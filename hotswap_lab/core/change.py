@@ -151,8 +151,8 @@ def check_state(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for parameter in group["params"] if group.get("fused") else ():
             for name, each in optimizer.state.get(parameter, {}).items():
                 if isinstance(each, torch.Tensor) and each.dim() and each.shape != parameter.shape:
-                    shapes = dict(state=tuple(each.shape), parameter=tuple(parameter.shape))
-                    raise refuse("optimizer_of_another_shape", name=name, **shapes)
+                    state, shape = tuple(each.shape), tuple(parameter.shape)
+                    raise refuse("optimizer_of_another_shape", name=name, state=state, shape=shape)
 
 
 def mark_changed(tables: Sequence[dict[str, Any]], journal: Journal) -> None:
