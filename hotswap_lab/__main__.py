@@ -28,8 +28,8 @@ from .core.errors import HotswapError, advise, listing, refuse
 
 # each command imports what else it needs, since torch, transformers and PEFT take two seconds
 
-#: the advice of refusals that no command has an argument for, and what to do instead
-IN_COMMANDS = {"pass add_layers=True to add them, or load the adapter": "swap A and B: name the adapter"}
+#: the advice of refusals, and what it is in a terminal
+IN_COMMANDS = {"pass add_layers=True to add": "pass --add-layers to `hotswap-lab verify` to add"}
 
 
 class Told(dict[str, Any]):
@@ -47,9 +47,17 @@ def show(adapter: str) -> Told:
 
     folder = Path(adapter)
     inside = [] if (folder / "adapter_config.json").exists() else sorted(folder.glob("*/adapter_config.json"))
-    told = [summary_of(each.parent) for each in inside] or [summary_of(adapter)]
+    told, damaged = [], []
+    for each in [file.parent for file in inside] or [adapter]:
+        try:
+            told.append(summary_of(each))
+        except HotswapError as error:
+            if not inside:
+                raise
+            damaged.append(str(error))
     header = ("adapter", "method", "ranks", "alphas", "layers", "size", "base")
-    return Told("\n".join(text_table(header, [each.row for each in told])), adapters=[vars(each) for each in told])
+    text = "\n".join([*text_table(header, [each.row for each in told]), *damaged])
+    return Told(text, ok=not damaged, adapters=[vars(each) for each in told], damaged=damaged)
 
 
 def plan(base: str, a: str, b: str) -> Told:
@@ -71,7 +79,7 @@ def plan(base: str, a: str, b: str) -> Told:
             found = listing(needs)
             return Told(f"not decided without the base's weights: {found}; `hotswap-lab verify` loads them", ok=None)
     with torch.device("meta"):
-        model = get_peft_model(_model(base, is_empty=True), configs[0])
+        model = _with_adapter(_model(base, is_empty=True), a, lambda model, _: get_peft_model(model, configs[0]))
     for path, parameter in list(model.named_parameters()):
         if "lora_" in path:  # an adapter needs memory to be planned for, though no values
             owner, _, name = path.rpartition(".")
@@ -83,15 +91,15 @@ def plan(base: str, a: str, b: str) -> Told:
     return Told(found, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
 
 
-def verify(base: str, a: str, b: str) -> Told:
+def verify(base: str, a: str, b: str, add_layers: bool) -> Told:
     """A swap, compared with a fresh load on the same base."""
     from peft import PeftModel
 
     from .swap import hotswap_adapter
     from .verify import verify_hotswap
 
-    model = PeftModel.from_pretrained(_model(base), a)
-    hotswap_adapter(model, b, "default")
+    model = _with_adapter(_model(base), a, PeftModel.from_pretrained)
+    hotswap_adapter(model, b, "default", add_layers=add_layers)
     verdict = verify_hotswap(model, b, base=lambda: _model(base))
     return Told(verdict, ok=bool(verdict), **vars(verdict))
 
@@ -108,7 +116,7 @@ def mix(base: str, adapters: list[tuple[str, float]], out: str) -> Told:
     for path, weight in adapters:
         weights[path] = weights.get(path, 0.0) + weight
     rank = sum(max(summary_of(path).ranks, default=0) for path in weights)
-    model = PeftModel.from_pretrained(_model(base), adapters[0][0])
+    model = _with_adapter(_model(base), adapters[0][0], PeftModel.from_pretrained)
     AdapterPool(model, adapters={path: path for path in weights}, target_rank=rank, progress=False).swap(weights)
     save_adapter(model, out)
     return Told(f"{out}: rank {rank}", ok=True, out=out, rank=rank)
@@ -121,10 +129,19 @@ def _model(base: str, is_empty: bool = False) -> Any:
     transformers.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(base)
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        if not config.architectures:
+            raise ValueError("its config.json names no class under `architectures`")
+        kind = getattr(transformers, config.architectures[0])
         return kind(config) if is_empty else kind.from_pretrained(base, dtype="auto").eval()
     except Exception as error:  # of any kind: transformers has no common one
         raise refuse("no_base", base=base, error=error) from error
+
+
+def _with_adapter(model: Any, adapter: str, load: Callable[[Any, str], Any]) -> Any:
+    try:
+        return load(model, adapter)
+    except Exception as error:  # of any kind: the adapter of another base fails anywhere in PEFT, or is damaged
+        raise refuse("not_for_base", adapter=adapter, kind=type(model).__name__, error=error) from error
 
 
 def tour(word: str, repeats: int, threads: int) -> Told:
@@ -184,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="threads that torch may use")
     command(show, "adapter")
     command(plan, "base", "a", "b")
-    command(verify, "base", "a", "b")
+    command(verify, "base", "a", "b")("--add-layers", action="store_true", help="add the layers that A lacks")
     add = command(mix, "base")
     add("adapters", type=weighted, nargs="+", metavar="ADAPTER:WEIGHT")
     add("--out", required=True, type=unused, help="the folder to save the mix in: a new or an empty one")
@@ -193,14 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     add("adapters", nargs="?", default="", help="a folder of adapters, or name=path,name=path")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
-    add(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="arguments",
-        help="python -m hotswap_lab.serving --help",
-    )
+    how = "python -m hotswap_lab.serving --help"
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="arguments", help=how)
     commands.add_parser("bench", help="times of each way of swapping: hotswap-lab bench --help")
     return parser
 
@@ -208,16 +219,16 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["bench"]:
-        from .bench import main as bench
-
-        return bench(given[1:])
-    given = sorted(given, key="--json".__eq__)  # last, since it may stand before the command
-    if not given or (given[0].startswith("--") and given[0] != "--help"):
-        given = ["tour", *given]
-    options = vars(_parser().parse_args(given))
-    run, as_json, _ = (options.pop(each) for each in ("run", "json", "command"))
     try:
+        if given[:1] == ["bench"]:
+            from .bench import main as bench
+
+            return bench(given[1:])
+        given = sorted(given, key="--json".__eq__)  # last, since it may stand before the command
+        if not given or (given[0].startswith("--") and given[0] != "--help"):
+            given = ["tour", *given]
+        options = vars(_parser().parse_args(given))
+        run, as_json, _ = (options.pop(each) for each in ("run", "json", "command"))
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of its own code
             told = run(**options)

@@ -56,7 +56,8 @@ def hotswap_adapter(
     the new adapter: same outputs, config, scalings and saved files. Ranks, alphas, rsLoRA and the patterns of both may
     differ. Layers that the new adapter lacks are turned off. If the rank stays the same, so do the memory addresses; in
     a prepared model they always do. A scale that was set before (``set_scale``, ``scale_layer``) is reset, as after a
-    fresh load: set it again if you still want it.
+    fresh load: set it again if you still want it. If the model is trained, call ``optimizer.state.clear()`` after a
+    swap: the state is of the old weights, and with another rank, of another shape.
 
     Parameters
     ----------

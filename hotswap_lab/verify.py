@@ -47,6 +47,7 @@ PROVENANCE = {"base_model_name_or_path", "revision", "auto_mapping", "peft_versi
 
 #: how far outputs may differ, relative to the largest output, by the precision they were computed in
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+HALF = (torch.float16, torch.bfloat16)
 #: how many times the tolerance the adapter's effect must be, if not 100: half precision leaves no room for more
 MARGIN = {torch.float16: 10, torch.bfloat16: 5}
 
@@ -146,7 +147,8 @@ def verify_hotswap(
 
     With ``base=``, the verdict is about the whole model. Without it, the reference is made on a copy of the live base
     model, so the verdict is about the adapter alone: if something has changed the base weights, both models have the
-    change.
+    change. If the live adapter has weights in half precision, the reference is loaded with
+    ``autocast_adapter_dtype=False``, as the live one was.
 
     Parameters
     ----------
@@ -202,9 +204,10 @@ def verify_hotswap(
             raise refuse("no_inputs", name=type(host.base).__name__, error=error) from error
         fresh = (bare_base(host) if base is None else base()).eval()
         base_outputs = _call(fresh, inputs)
-        trainable = not host.configs[name].inference_mode
+        how = dict(is_trainable=not host.configs[name].inference_mode)
+        how["autocast_adapter_dtype"] = not any(each.parameter.dtype in HALF for each in slot.tensors)
         with compilers_kept(), random_numbers_kept():
-            fresh = PeftModel.from_pretrained(fresh, folder, name, is_trainable=trainable).eval()
+            fresh = PeftModel.from_pretrained(fresh, folder, name, **how).eval()
         fresh_outputs = _call(fresh, inputs)
         noise = _difference(fresh_outputs, _call(fresh, inputs))
         mismatches, layers = _compared(slot, fresh, with_base=base is not None)

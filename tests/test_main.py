@@ -8,6 +8,7 @@ import json
 import os
 import pydoc
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from peft import IA3Config, PeftModel
 from safetensors.torch import load_file
+from transformers import ViTConfig, ViTForImageClassification
 
 import hotswap_lab
 from hotswap_lab import demo, tour
@@ -162,6 +164,20 @@ def test_show_nothing(capsys):
     assert "no folder '/nowhere' here" in capsys.readouterr().err
 
 
+def test_show_a_part_of_a_file(capsys, tmp_path):
+    """Of a folder of adapters, the others are shown."""
+    for name in ("sort", "shout"):
+        shutil.copytree(demo.adapter_path(name), tmp_path / name)
+    with open(tmp_path / "sort" / "adapter_model.safetensors", "r+b") as file:
+        file.truncate(20_000)
+    assert main(["show", str(tmp_path / "sort")]) == 1
+    assert "not fully covered" in capsys.readouterr().err
+    code, found = told(capsys, "show", str(tmp_path))
+    assert (code, [each["name"] for each in found["adapters"]], len(found["damaged"])) == (1, ["shout"], 1)
+    assert main(["show", str(tmp_path)]) == 1
+    assert "not fully covered" in capsys.readouterr().out
+
+
 def test_plan_needs_no_weights(capsys, tmp_path):
     """A base with a config alone; the plan is the one that a loaded model gives."""
     (tmp_path / "config.json").write_text((demo.BASE_DIR / "config.json").read_text())
@@ -171,7 +187,7 @@ def test_plan_needs_no_weights(capsys, tmp_path):
         assert (code, found["ok"], found["layers"]) == (int(not expected.ok), expected.ok, expected.counts)
         assert found["nbytes"] == expected.nbytes
         assert [each["summary"] for each in found["refusals"]] == [each.summary for each in expected.refusals]
-        assert ["swap A and B: name" in each["next_step"] for each in found["refusals"]] == [True] * code
+        assert ["to `hotswap-lab verify`" in each["next_step"] for each in found["refusals"]] == [True] * code
 
 
 def test_what_needs_weights_is_not_decided(capsys, tmp_path):
@@ -188,20 +204,41 @@ def test_what_needs_weights_is_not_decided(capsys, tmp_path):
 def test_a_base_that_is_no_model(capsys, tmp_path):
     config = json.loads((demo.BASE_DIR / "config.json").read_text()) | {"architectures": ["Unknown"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for base, reason in ((tmp_path, "no attribute Unknown"), (demo.ADAPTERS_DIR, "Unrecognized model")):
+    (tmp_path / "alone").mkdir()  # as a config's own save_pretrained writes it
+    (tmp_path / "alone" / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    no_class, unknown = (tmp_path / "alone", "names no class"), (demo.ADAPTERS_DIR, "Unrecognized model")
+    for base, reason in ((tmp_path, "no attribute Unknown"), no_class, unknown):
         assert main(["plan", str(base), *(demo.adapter_path(name) for name in ("reverse", "sort"))]) == 1
         lines = capsys.readouterr().err.splitlines()
         assert [each.split()[0] for each in lines] == ["The", "found:", "expected:", "next:"]
         assert reason in lines[1]
 
 
-def test_a_reader_that_has_read_enough():
+@pytest.mark.parametrize("command", ["plan", "verify", "mix"])
+def test_an_adapter_that_does_not_fit_the_base(capsys, tmp_path, command):
+    """PEFT raises an AttributeError for the one, and safetensors an error of its own for the other."""
+    reverse, damaged = demo.adapter_path("reverse"), str(shutil.copytree(demo.adapter_path("sort"), tmp_path / "sort"))
+    os.truncate(f"{damaged}/adapter_model.safetensors", 20_000)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
+    more = [f"{reverse}:1", "--out", str(tmp_path / "mix")] if command == "mix" else [reverse]
+    for base, adapter, found in ((str(tmp_path / "vit"), reverse, "no attribute"), (BASE, damaged, "incomplete")):
+        if command != "plan" or base != BASE:  # a plan reads no weights of the first adapter
+            assert main([command, base, *([f"{adapter}:1"] if command == "mix" else [adapter]), *more]) == 1
+            error = capsys.readouterr().err
+            assert found in error
+            assert "next: " in error
+
+
+@pytest.mark.parametrize("command", [["show", demo.adapter_path("sort")], ["bench", "--model", "demo", "--n", "1"]])
+def test_a_reader_that_has_read_enough(command):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as writer:
-        command = [sys.executable, "-m", "hotswap_lab", "show", demo.adapter_path("sort")]
+        command = [sys.executable, "-m", "hotswap_lab", *command]
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    progress = [line for line in done.stderr.splitlines() if line.startswith("rank ")]
+    assert (done.returncode, done.stderr.splitlines()) == (0, progress)
 
 
 def ia3(folder):
@@ -214,7 +251,8 @@ def test_verify(capsys):
     first, second, fewer = (demo.adapter_path(name) for name in ("reverse", "pig_latin", "caesar"))
     assert told(capsys, "verify", BASE, first, second)[1]["ok"] is True
     assert main(["verify", BASE, fewer, second]) == 1
-    assert "next:     swap A and B: name the adapter that targets the most layers" in capsys.readouterr().err
+    assert "next:     pass --add-layers to `hotswap-lab verify` to add them" in capsys.readouterr().err
+    assert told(capsys, "verify", BASE, fewer, second, "--add-layers")[1]["ok"] is True
 
 
 def test_mix(capsys, tmp_path):

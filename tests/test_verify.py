@@ -262,6 +262,17 @@ def test_other_precisions(tmp_path, new, dtype):
     assert verify_hotswap(model, new, inputs=KIND.inputs().to(dtype)).difference == 0
 
 
+def test_an_adapter_that_was_loaded_in_half_precision(tmp_path, new):
+    old = save_random_adapter(KIND, tmp_path / "older", seed=3, r=2)
+    half = replace(KIND, make_random=lambda: KIND.make_random().bfloat16())
+    model = load(half, old, autocast_adapter_dtype=False)
+    hotswap_adapter(model, new, "default")
+    verdict = verify_hotswap(model, new, inputs=KIND.inputs().bfloat16())
+    assert (verdict.difference, verdict.mismatches) == (0, ())
+    next(each for each in model.modules() if hasattr(each, "lora_A")).lora_A["default"].weight.data.mul_(2)
+    assert "tensors differ" in verify_hotswap(model, new, inputs=KIND.inputs().bfloat16()).mismatches[0]
+
+
 def test_a_long_list_of_mismatches_is_cut_short():
     verdict = Verification(difference=0.0, change=1.0, tolerance=1e-5, mismatches=tuple(map(str, range(72))))
     assert str(verdict).splitlines() == ["matches a fresh load: False", *"0123456789", "and 62 more, see `mismatches`"]

@@ -8,6 +8,7 @@ taken back.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import compat
+from .errors import refuse
 from .journal import Journal, interrupts_held
 
 LOG = logging.getLogger("hotswap_lab")
@@ -123,6 +126,7 @@ def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journa
             parameter.data = memory
 
     journal.record(undo)
+    _watch_optimizers()
     for parameter, fresh in pairs:
         # A graph over the old shape may still be alive, and with it the parameter's gradient accumulator, which would
         # refuse gradients of the new shape. PyTorch gives a parameter a new one only when its dtype or device changes.
@@ -131,6 +135,24 @@ def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journa
         parameter.data = fresh
         # autograd doesn't notice a write through .data by itself
         torch.autograd.graph.increment_version(parameter)
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(check_state)
+
+
+def check_state(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Refuse a step of a fused optimizer with state of another shape: its kernel would read and write beyond its end.
+
+    The other optimizers raise an error of their own.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            for name, each in optimizer.state.get(parameter, {}).items():
+                if isinstance(each, torch.Tensor) and each.dim() and each.shape != parameter.shape:
+                    state, shape = tuple(each.shape), tuple(parameter.shape)
+                    raise refuse("optimizer_of_another_shape", name=name, state=state, shape=shape)
 
 
 def mark_changed(tables: Sequence[dict[str, Any]], journal: Journal) -> None:

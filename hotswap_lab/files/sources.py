@@ -54,7 +54,7 @@ def instead(path: str, names: Sequence[str] = (), next_step: str = "check the pa
     within = os.path.join(glob.escape(folder), "")
     if glob.glob(f"{within}pytorch_lora_weights.*") or (is_file and not glob.glob(within + CONFIG_NAME)):
         next_step += "; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline"
-    if folders := sorted(map(os.path.dirname, glob.glob(f"{within}*/{CONFIG_NAME}"))):
+    if not is_file and (folders := sorted(map(os.path.dirname, glob.glob(f"{within}*/{CONFIG_NAME}")))):
         names = [repr(os.path.basename(each)) for each in folders]
         found += f"; {folder or 'this folder'} has the adapters {listing(names)}"
         next_step = f"pass one of them, such as {folders[0]!r}; all: AdapterPool(model, adapters={{name: folder}})"

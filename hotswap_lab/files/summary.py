@@ -65,7 +65,10 @@ def _header(path: Path) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, 100_000_000)))
     header.pop("__metadata__", None)
-    return [(key, tuple(each["shape"])) for key, each in header.items()], path.stat().st_size - length - 8
+    nbytes = path.stat().st_size - length - 8
+    if max((each["data_offsets"][1] for each in header.values()), default=0) != nbytes:
+        raise ValueError("a part of a file")
+    return [(key, tuple(each["shape"])) for key, each in header.items()], nbytes
 
 
 def _summary(name: str, config: dict[str, Any], tensors: Iterable[tuple[str, tuple[int, ...]]], nbytes: int) -> Summary:
@@ -77,12 +80,5 @@ def _summary(name: str, config: dict[str, Any], tensors: Iterable[tuple[str, tup
     alphas |= set((config.get("alpha_pattern") or {}).values())
     base, method = config.get("base_model_name_or_path"), config["peft_type"]
     name = Path(name).name if Path(name).is_dir() else name
-    return Summary(
-        name,
-        str(getattr(method, "value", method)),
-        tuple(sorted(ranks)),
-        tuple(sorted(alphas)),
-        len(layers),
-        base,
-        nbytes,
-    )
+    method = str(getattr(method, "value", method))
+    return Summary(name, method, tuple(sorted(ranks)), tuple(sorted(alphas)), len(layers), base, nbytes)

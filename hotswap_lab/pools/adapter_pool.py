@@ -39,6 +39,8 @@ from .rows import Row, RowRoom
 Wanted = str | Mapping[str, float] | None
 #: the extra state of a LoRA adapter, besides its layers, that a pool can pack
 PACKED_TOO = ("modules_to_save",)
+#: how many adapters a pool prints
+SHOWN = 20
 
 
 class AdapterPool:
@@ -493,7 +495,7 @@ class AdapterPool:
             members = filter(None, map(self._members.get, names))
             return [partial(self._members.packed, each) for each in members if each.packed is None]
 
-        return Block(self._room.slot.host.base, begin, what, dropped)
+        return Block(self._room.slot.host.base, begin, what, dropped, self._told)
 
     def _put_back(self, former: Packed) -> None:
         packed = as_now(self._room, self._members, former)
@@ -540,17 +542,24 @@ class AdapterPool:
         names = f"{len(self)} adapter{'s' * (len(self) != 1)}"
         return f"{names}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
 
-    def __str__(self) -> str:
-        return "\n".join([f"AdapterPool: {self.summary}", *text_table(self.COLUMNS, self.table), *self._notes])
+    def _shown(self) -> tuple[list[tuple[str, ...]], list[str]]:
+        """The lines to print, and what is noted below them: of many adapters, those in use and the first ones."""
+        table = self.table
+        notes = [f"{member.name}: {note}" for member in list(self._members.values()) for note in member.notes]
+        if (more := len(table) - SHOWN) > 0:
+            table = sorted(table, key=lambda line: not line[-1])[:SHOWN]
+            notes = [f"and {more} more, see `table`", *notes[:SHOWN]]
+        return table, notes
 
-    @property
-    def _notes(self) -> list[str]:
-        return [f"{member.name}: {note}" for member in list(self._members.values()) for note in member.notes]
+    def __str__(self) -> str:
+        table, notes = self._shown()
+        return "\n".join([f"AdapterPool: {self.summary}", *text_table(self.COLUMNS, table), *notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table("AdapterPool", list(self.COLUMNS), self.table, caption=self.summary, notes=self._notes)
+        table, notes = self._shown()
+        return html_table("AdapterPool", self.COLUMNS, table, caption=self.summary, notes=notes)
 
 
 def _roll_back(journal: Journal, base: torch.nn.Module) -> None:

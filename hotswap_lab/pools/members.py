@@ -6,10 +6,11 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from ..core.adapter import Adapter
-from ..core.errors import refuse
+from ..core.errors import listing, refuse
 from ..core.room import Packed
 from ..files.reading import read
 from .learners import Learned
@@ -75,7 +76,9 @@ class Members(dict[str, Member]):
         self._uses = 0
 
     def __missing__(self, name: str) -> Member:
-        raise refuse("not_in_pool", name=name, found=f"the names {', '.join(map(repr, self)) or '(none)'}")
+        near = get_close_matches(str(name), self)
+        names = map(repr, [*near, *(each for each in self if each not in near)])
+        raise refuse("not_in_pool", name=name, found=f"the names {listing(names) or '(none)'}")
 
     def add(self, name: str, source: object) -> None:
         """Read and pack an adapter; refuse a name that is taken."""

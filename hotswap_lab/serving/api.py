@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
@@ -28,10 +29,8 @@ from .table import UnknownAdapterError
 TEXT, CHAT = "text_completion", "chat.completion"
 #: fields that would change the answer, but that replicas don't know. This value changes nothing, nor does an empty one.
 UNKNOWN: dict[str, Any] = {"best_of": 1, "modalities": ["text"], "response_format": {"type": "text"}}
-UNKNOWN |= dict.fromkeys(("audio", "bad_words", "echo", "functions", "ignore_eos", "min_tokens"))
-UNKNOWN |= dict.fromkeys(
-    ("stop_token_ids", "structured_outputs", "suffix", "tools", "use_beam_search", "web_search_options")
-)
+UNKNOWN |= dict.fromkeys(["audio", "bad_words", "echo", "functions", "ignore_eos", "min_tokens", "stop_token_ids"])
+UNKNOWN |= dict.fromkeys(["structured_outputs", "suffix", "tools", "use_beam_search", "web_search_options"])
 #: the fields that a request to a replica has, too
 SAMPLING = {each.name for each in fields(Sampling)}
 
@@ -68,7 +67,8 @@ class Asked(BaseModel, extra="allow"):
 
     Where a request leaves out ``temperature``, ``top_k``, ``top_p``, ``min_p`` or ``repetition_penalty``, the model's
     ``generation_config`` decides, as in vLLM. If that has no ``do_sample``, the temperature is 0, and a ``seed`` alone
-    has no effect.
+    has no effect. Other fields are ignored, as in vLLM, with two exceptions that have the status 400: fields of OpenAI
+    and vLLM that would change the answer, and names that are nearly one of those here, such as ``temprature``.
     """
 
     model: str
@@ -254,9 +254,14 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     async def answered(asked: Asked, prompt: Any, kind: str, logprobs: int | None, echo: str = "") -> Any:
         if not prompt:
             raise refuse("no_prompt", field="prompt" if kind == TEXT else "messages")
-        for name, value in (asked.model_extra or {}).items():
+        extra = asked.model_extra or {}
+        for name, value in extra.items():
             if value and name in UNKNOWN and value != UNKNOWN[name]:
                 raise refuse("unknown_field", field=name, value=value, nothing=UNKNOWN[name])
+        for name in [*extra][:50]:  # not thousands, which would take seconds
+            # 0.85, since no field of another server is that close to one of ours
+            if meant := get_close_matches(name.lower(), type(asked).model_fields, 1, 0.85):
+                raise refuse("misspelled_field", field=name, meant=meant[0])
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         try:
             json.dumps([prompt, stop], ensure_ascii=False).encode()

@@ -218,6 +218,8 @@ class Block(contextlib.ContextDecorator, Generic[T]):
         Ends a warning: what a second Ctrl-C leaves as it is.
     slow:
         What should be done before ``begin``, in other threads, so that an event loop goes on.
+    told:
+        A block that logs the refusal it ends with: around a wait that was refused.
     """
 
     def __init__(
@@ -226,8 +228,9 @@ class Block(contextlib.ContextDecorator, Generic[T]):
         begin: Callable[[list[Callable[[], object]]], T],
         what: str,
         slow: Callable[[], Iterable[Callable[[], object]]] = tuple,
+        told: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ):
-        self._made = base, begin, what, slow
+        self._made = base, begin, what, slow, told
         self._entry: Entry | None = None
 
     def _recreate_cm(self) -> Block[T]:
@@ -242,7 +245,11 @@ class Block(contextlib.ContextDecorator, Generic[T]):
     def __enter__(self) -> T:
         entry = self._begun()
         try:
-            entry.enter()
+            try:
+                entry.enter()
+            except HotswapError:
+                with self._made[4]():
+                    raise
             if entry.turn.owed:
                 with _taken([entry.turn], SWAP):  # which puts it back first
                     pass
@@ -283,10 +290,14 @@ class Block(contextlib.ContextDecorator, Generic[T]):
         writing = Entry(entry.turn, WRITE, awaits=True)
         with _taken([], entries=[writing]):
             try:
-                await entry.enter_awaiting()
-                for each in self._made[3]():
-                    await asyncio.to_thread(each)
-                await writing.enter_awaiting()
+                try:
+                    await entry.enter_awaiting()
+                    for each in self._made[3]():
+                        await asyncio.to_thread(each)
+                    await writing.enter_awaiting()
+                except HotswapError:
+                    with self._made[4]():
+                        raise
                 put_all_back(entry.turn.owed)
                 return self._made[1](entry.back)  # which has nothing to wait for
             except BaseException as error:

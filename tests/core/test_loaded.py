@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import hashlib
 import json
@@ -10,6 +12,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from refusals import refused
 from hotswap_lab import (
     Adapter,
     AdapterPool,
+    ModelInUseError,
     demo,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
@@ -27,6 +31,7 @@ from hotswap_lab import (
     prepare_pipeline_for_compiled_hotswap,
     save_adapter,
     set_strength,
+    waiting_at_most,
 )
 
 SORT, SHOUT = (demo.adapter_path(name) for name in ("sort", "shout"))
@@ -173,6 +178,27 @@ def test_the_log_is_a_history(caplog, tmp_path):
     assert caplog.records[2].source == SORT
     assert "no folder" in caplog.records[3].getMessage()
     assert caplog.records[3].error.refusals
+
+
+@pytest.mark.parametrize("way", ["swap", "with", "async with"])
+def test_a_wait_that_is_refused_is_told_once(caplog, way):
+    _, pool = model_with(SORT, SHOUT)
+
+    async def with_async() -> None:
+        async with pool.using("shout"):
+            pass
+
+    def put_in() -> None:
+        with waiting_at_most(0):
+            if way == "async with":
+                asyncio.run(with_async())
+            else:
+                with pool.using("shout") if way == "with" else contextlib.nullcontext(pool.swap("shout")):
+                    pass
+
+    with ThreadPoolExecutor(1) as thread, pool.using("sort"), pytest.raises(ModelInUseError):
+        thread.submit(put_in).result(30)
+    assert [(each.event, each.member) for each in caplog.records] == [("refusal", "sort")]
 
 
 def test_nothing_is_printed_by_default():

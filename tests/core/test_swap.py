@@ -41,6 +41,7 @@ from torch import nn
 import hotswap_lab
 from hotswap_lab import (
     Adapter,
+    HotswapError,
     commit,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
@@ -564,6 +565,29 @@ def train(model) -> None:
     model(LINEAR.inputs()).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def test_a_fused_optimizer_with_the_state_of_another_rank_is_stopped(tmp_path):
+    """It would read and write beyond the end of its state, and crash, or not crash. Others notice by themselves."""
+    folders = save_family(LINEAR, tmp_path, dict(r=2), dict(r=64))
+    model = load(LINEAR, folders[0], is_trainable=True)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, fused=True)
+
+    def step() -> None:
+        model(LINEAR.inputs()).sum().backward()
+        optimizer.step()
+
+    step()
+    hotswap_adapter(model, folders[1], "default")
+    before = [each.clone() for each in trained]
+    with pytest.raises(HotswapError, match=r"optimizer\.state\.clear\(\)"):
+        step()
+    assert all(map(torch.equal, before, trained))
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    step()
+    assert not any(map(torch.equal, before, trained))
 
 
 def merge(model) -> None:

@@ -43,10 +43,15 @@ def test_a_folder_of_adapters_and_a_name_that_is_not_in_it(tmp_path, monkeypatch
 def test_the_next_step_is_for_what_is_found(tmp_path, monkeypatch):
     names = [Path(each).name for each in save_family(KINDS["linear"], tmp_path / "family", dict(r=4), dict(r=6))]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "family" / "x.safetensors").touch()
     one_of = f"pass one of them, such as 'family/{min(names)}'; all: AdapterPool(model, adapters={{name: folder}})"
     incomplete = "check the path, or get a complete copy of the adapter"
     for source, next_step in (
         (f"family/{names[0]}/adapter_model.safetensors", "pass its folder"),
+        (
+            "family/x.safetensors",
+            "pass its folder; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline",
+        ),
         ("family", one_of),
         ("family/nobody", one_of),
         ("a/b/c", "check the path"),

@@ -482,6 +482,18 @@ def test_text_and_html_and_a_progress_bar_unless_unwanted(model, sources, capsys
     assert "4 to 7" in html
 
 
+def test_many_adapters_are_printed_in_a_few_lines(model, sources):
+    pool = pool_of(model, {f"user {number}": sources["b"] for number in range(200)})
+    pool.swap("user 150")
+    lines = str(pool).splitlines()
+    assert (len(lines), lines[2].split()[:2], lines[2].endswith("active")) == (23, ["user", "150"], True)
+    assert (lines[3].split()[1], lines[-1]) == ("0", "and 180 more, see `table`")
+    assert pool._repr_html_().count("<tr>") == 21
+    assert len(pool.table) == 200
+    error = refused("no adapter called 'usr 77'", pool.swap, "usr 77")
+    assert error.refusals[0].found == "the names 'user 77', 'user 177', 'user 7', 'user 0', 'user 1' and 195 more"
+
+
 # ---- what is in use
 
 

@@ -316,6 +316,24 @@ def test_what_is_asked_for_reaches_the_replica(kind, how, expected):
     assert {name: value for name, value in expected.items() if name != "user"}.items() <= vars(request).items()
 
 
+@pytest.mark.parametrize("field", ["temprature", "topk", "top_K", "repitition_penalty", "maxTokens"])
+def test_a_misspelled_field_is_refused(field):
+    fake = Fake()
+    with pytest.raises(openai.BadRequestError, match=f"no field '{field}'(.|\n)*or leave {field} out"):
+        asked_of(fake, extra_body={field: 1})
+    assert not fake.requests
+
+
+def test_the_fields_of_other_servers_are_not_taken_for_misspelled_ones():
+    others = "user metadata store tool_choice reasoning_effort service_tier length_penalty prompt_logprobs priority"
+    others += " skip_special_tokens add_generation_prompt chat_template_kwargs max_new_tokens repeat_penalty top_a"
+    for kind in ("completions", "chat"):
+        asked_of(Fake(), kind, extra_body=dict.fromkeys(others.split(), 1))
+    start = time.perf_counter()
+    asked_of(Fake(), extra_body={f"temp{number}": 1 for number in range(4000)})
+    assert time.perf_counter() - start < 2
+
+
 @pytest.mark.parametrize("how", [{}, dict(extra_body={"temperature": None, "logit_bias": None, "top_k": None})])
 def test_what_is_not_asked_for_is_left_to_the_model(how):
     fake = Fake()
