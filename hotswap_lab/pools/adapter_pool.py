@@ -30,7 +30,7 @@ from ..swap import get_strength, refusals_told, warn_of
 from ..threads import Block, held, put_back
 from .former import as_now, change_to, is_in, is_used, owner_in, row_of, snapshot, weights_of
 from .learners import of_learner
-from .members import Member, Members, check_named
+from .members import Member, Members, check_named, shown_of
 from .mixes import Mix
 from .modules import module_tensors, taken_apart
 from .rows import Row, RowRoom
@@ -39,8 +39,6 @@ from .rows import Row, RowRoom
 Wanted = str | Mapping[str, float] | None
 #: the extra state of a LoRA adapter, besides its layers, that a pool can pack
 PACKED_TOO = ("modules_to_save",)
-#: how many adapters a pool prints
-SHOWN = 20
 
 
 class AdapterPool:
@@ -542,23 +540,14 @@ class AdapterPool:
         names = f"{len(self)} adapter{'s' * (len(self) != 1)}"
         return f"{names}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
 
-    def _shown(self) -> tuple[list[tuple[str, ...]], list[str]]:
-        """The lines to print, and what is noted below them: of many adapters, those in use and the first ones."""
-        table = self.table
-        notes = [f"{member.name}: {note}" for member in list(self._members.values()) for note in member.notes]
-        if (more := len(table) - SHOWN) > 0:
-            table = sorted(table, key=lambda line: not line[-1])[:SHOWN]
-            notes = [f"and {more} more, see `table`", *notes[:SHOWN]]
-        return table, notes
-
     def __str__(self) -> str:
-        table, notes = self._shown()
+        table, notes = shown_of(self.table, self._members)
         return "\n".join([f"AdapterPool: {self.summary}", *text_table(self.COLUMNS, table), *notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        table, notes = self._shown()
+        table, notes = shown_of(self.table, self._members)
         return html_table("AdapterPool", self.COLUMNS, table, caption=self.summary, notes=notes)
 
 

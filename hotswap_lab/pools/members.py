@@ -15,6 +15,9 @@ from ..core.room import Packed
 from ..files.reading import read
 from .learners import Learned
 
+#: how many adapters a pool prints
+SHOWN = 20
+
 
 @dataclass(eq=False)
 class Member:
@@ -149,6 +152,15 @@ def check_named(adapters: object) -> None:
     """
     if adapters is not None and not isinstance(adapters, Mapping):
         raise refuse("adapters_without_names", kind=type(adapters).__name__)
+
+
+def shown_of(table: list[tuple[str, ...]], members: Members) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The lines to print, and what is noted below them: of many adapters, those in use and the first ones."""
+    notes = [f"{member.name}: {note}" for member in list(members.values()) for note in member.notes]
+    if (more := len(table) - SHOWN) > 0:
+        table = sorted(table, key=lambda line: not line[-1])[:SHOWN]
+        notes = [f"and {more} more, see `table`", *notes[:SHOWN]]
+    return table, notes
 
 
 def _span(values: Sequence[float]) -> str:
