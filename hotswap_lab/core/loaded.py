@@ -151,7 +151,8 @@ def tell(event: str, slots: Iterable[Slot | None], error: HotswapError | None = 
     # without handlers, Python would print a warning
     for slot in slots if LOG.hasHandlers() and LOG.isEnabledFor(level) else ():
         now = None
-        with contextlib.suppress(Exception):  # the log must not fail a swap that is done
+        with contextlib.suppress(Exception):
             now = slot and loaded_of(slot_for(slot.methods, slot.host, slot.adapter_name))
         fields = {each.name: getattr(now, each.name, None) for each in dataclasses.fields(Loaded)}
-        LOG.log(level, "%s: %s", event, error or now, extra=fields | {"event": event, "error": error})
+        with contextlib.suppress(Exception):  # a handler must not fail a swap that is done, nor hide a refusal
+            LOG.log(level, "%s: %s", event, error or now, extra=fields | {"event": event, "error": error})
