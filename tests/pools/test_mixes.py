@@ -60,3 +60,21 @@ def test_a_saved_mix_of_many_layers_is_what_the_model_has(tmp_path):
     AdapterPool(model, adapters=adapters, target_rank=64, progress=False).swap({"shout": 0.7, "sort": 0.3})
     save_adapter(model, tmp_path / "saved")
     assert verify_hotswap(model, tmp_path / "saved", base=demo.load_base)
+
+
+def test_a_mix_that_is_put_back_follows_its_members_although_one_was_removed(tmp_path):
+    """A block had left the mix out when the pool lost one of its members."""
+    first, second, new = (save_random_adapter(LLAMA, tmp_path / str(n), seed=n, **Q) for n in range(3))
+    model, twin = load(LLAMA, first), load(LLAMA, first)
+    pool, other = (
+        AdapterPool(each, adapters={"first": first, "second": by}, target_rank=8, progress=False)
+        for each, by in ((model, second), (twin, new))
+    )
+    mix = {"first": 0.7, "second": 0.4}
+    pool.swap(mix)
+    with pool.using("second"):
+        pool.remove("first")
+    pool.update("second", Adapter.load(new).tensors)
+    other.swap(mix)
+    assert_same_outputs(model, twin, LLAMA)
+    assert pool.mix == mix
