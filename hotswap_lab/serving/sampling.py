@@ -65,7 +65,7 @@ class Sampler:
 
         config = copy.deepcopy(defaults)
         given = {name: value for name in OF_MODEL if (value := getattr(how, name)) is not None}
-        config.update(**given | dict.fromkeys(BEYOND))
+        vars(config).update(given | dict.fromkeys(BEYOND))  # generate would warn of values that it does not use
         heat = 1.0 if config.temperature is None else config.temperature
         self.is_drawn: bool = heat >= COLDEST and bool(how.temperature is not None or config.do_sample)
         config.do_sample, config.top_k = self.is_drawn, max(config.top_k or 0, 0)
