@@ -152,9 +152,6 @@ class Replica:
         ends = self.defaults.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self.ends: list[int] = ends if isinstance(ends, list) else [ends]
-        # samplers do all the rest, also where `generate` answers
-        plain = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.defaults.pad_token_id)
-        model.get_base_model().generation_config = plain
         if unused := [name for name in BEYOND if getattr(self.defaults, name, None) not in (None, 1)]:
             _log.warning("The server does nothing of what the model's generation_config says of %s.", ", ".join(unused))
         # not fewer than the rows need, of mixes too
@@ -311,14 +308,20 @@ class Replica:
                 tokens = torch.tensor(self._take(rows, scores), device=scores.device)
                 return torch.full_like(scores, -torch.inf).index_fill(1, tokens, 0.0)
 
-            self.pool.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.options.longest_answer,
-                do_sample=False,
-                logits_processor=[choose],
-                stopping_criteria=[lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)],
-            )
+            base = self.pool.model.get_base_model()
+            # the answer's sampler does all the rest
+            base.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.defaults.pad_token_id)
+            try:
+                self.pool.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=self.options.longest_answer,
+                    do_sample=False,
+                    logits_processor=[choose],
+                    stopping_criteria=[lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)],
+                )
+            finally:
+                base.generation_config = self.defaults
             raise RuntimeError("the model came to an end before its answer did")  # seen by an answer that is not over
 
     def _admit(self, rows: list[_Answer | None]) -> bool:

@@ -17,7 +17,7 @@ from ..core.errors import refuse
 #: below this temperature, the most probable token is taken each time
 COLDEST = 1e-3
 #: the fields that may come from the model
-OF_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+OF_MODEL: dict[str, type] = dict(temperature=float, top_k=int, top_p=float, min_p=float, repetition_penalty=float)
 #: what a ``generation_config`` may want of ``generate`` besides choosing one token after the other
 BEYOND = ("num_beams", "guidance_scale", "forced_eos_token_id", "stop_strings", "max_time", "penalty_alpha")
 
@@ -64,8 +64,10 @@ class Sampler:
         self.random.seed() if how.seed is None else self.random.manual_seed(how.seed)
 
         config = copy.deepcopy(defaults)
-        given = {name: value for name in OF_MODEL if (value := getattr(how, name)) is not None}
-        vars(config).update(given | dict.fromkeys(BEYOND))  # generate would warn of values that it does not use
+        vars(config).update(dict.fromkeys(BEYOND))
+        for name, kind in OF_MODEL.items():
+            values = getattr(how, name), getattr(config, name, None)
+            setattr(config, name, next((kind(each) for each in values if each is not None), None))
         heat = 1.0 if config.temperature is None else config.temperature
         self.is_drawn: bool = heat >= COLDEST and bool(how.temperature is not None or config.do_sample)
         config.do_sample, config.top_k = self.is_drawn, max(config.top_k or 0, 0)
