@@ -38,6 +38,9 @@ NAMES = {
 }
 #: attributes of transformers' models after ``enable_peft_hotswap``: whether it was called, and its arguments
 HOTSWAP_ENABLED, HOTSWAP_SETTINGS = "_hotswap_enabled", "_prepare_peft_hotswap_kwargs"
+#: the method of transformers' models that makes the steps of ``generate`` from a ``generation_config``, and what it
+#: needs there: the tokens that end an answer
+LOGITS_PROCESSOR, ENDS = "_get_logits_processor", "_eos_token_tensor"
 #: attributes of PEFT's layers, whose properties are too slow for a look at each call
 ADAPTER_STATE = ("_disable_adapters", "merged_adapters", "_active_adapter")
 #: the versions that have them

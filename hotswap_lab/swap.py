@@ -514,6 +514,7 @@ def loaded(model: object) -> LoadedList:
 
     Notes
     -----
+    If other threads swap, call it inside of ``with in_use(model):``; it shows a swap half done otherwise.
     A swap notes only a source and a time, on the adapter's config in the model, and never in a file. Each swap,
     refusal and preparation is also a record of ``logging.getLogger("hotswap_lab")`` with the same fields as attributes,
     and ``event`` and ``error``: swaps at level INFO, refusals at WARNING. So a handler is a history.

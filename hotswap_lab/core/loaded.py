@@ -18,7 +18,7 @@ from .errors import HotswapError
 from .host import kind_of
 from .prepared import ranks_before
 from .report import html_table
-from .slot import Slot, slot_for
+from .slot import SLOTS, Slot, slot_for
 from .strength import strength_of
 
 #: the columns of a table
@@ -120,7 +120,9 @@ def _shown(owner: object) -> str:
 
 def loaded_of(slot: Slot) -> Loaded:
     """The :class:`Loaded` of a slot that was just found."""
-    room, noted, rows, owner = slot.room, vars(slot.config), (), None
+    # in a model without any swap yet, the config may come from another model
+    noted = vars(slot.config) if SLOTS in slot.host.base.__dict__ else {}
+    room, rows, owner = slot.room, (), None
     origin, when = noted.get(ORIGIN, ("unknown", None, None)), noted.get(WHEN)
     if room is not None and room.assigned:
         rows = tuple([_named(each and each.state.owner) for each in room.assigned])
@@ -151,7 +153,8 @@ def tell(event: str, slots: Iterable[Slot | None], error: HotswapError | None = 
     # without handlers, Python would print a warning
     for slot in slots if LOG.hasHandlers() and LOG.isEnabledFor(level) else ():
         now = None
-        with contextlib.suppress(Exception):  # the log must not fail a swap that is done
+        with contextlib.suppress(Exception):
             now = slot and loaded_of(slot_for(slot.methods, slot.host, slot.adapter_name))
         fields = {each.name: getattr(now, each.name, None) for each in dataclasses.fields(Loaded)}
-        LOG.log(level, "%s: %s", event, error or now, extra=fields | {"event": event, "error": error})
+        with contextlib.suppress(Exception):  # a handler must not fail a swap that is done, nor hide a refusal
+            LOG.log(level, "%s: %s", event, error or now, extra=fields | {"event": event, "error": error})

@@ -7,6 +7,8 @@ Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and
 from __future__ import annotations
 
 import pickle
+import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from peft.utils.other import get_pattern_key
 
 from .. import compat
 from .adapter import ORIGIN, WHEN
-from .host import Config, Host, TunerLayer
+from .host import Config, Host, TunerLayer, modules_in
 from .journal import Journal
 from .method import Method
 from .tensors import LayerSettings, SlotTensor, is_prepared
@@ -141,6 +143,16 @@ def complete(config: Config, host: Host) -> Config:
 def is_targeted(config: Config, path: str) -> bool:
     """Whether a fresh load with this (resolved) config would put an adapter on the layer at ``path``."""
     return config.target_modules is not None and bool(check_target_module_exists(config, path))
+
+
+def retarget(config: Config, paths: Collection[str], base: torch.nn.Module) -> None:
+    """Make a config name exactly these layers of a base model."""
+    config.target_modules = {*paths}
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    # a path may be the end of another one, which PEFT takes for targeted too
+    ends = tuple([f".{path}" for path in paths])
+    if any(path.endswith(ends) for path, _ in modules_in(base) if path not in config.target_modules):
+        config.target_modules = "|".join(map(re.escape, sorted(paths)))
 
 
 #: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each

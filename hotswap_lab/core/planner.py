@@ -233,8 +233,7 @@ def retarget_config(plan: Plan) -> None:
         return
     config, on = plan.config, [layer for layer in plan.layers if layer.settings is not None]
     if config.target_modules is None or [layer for layer in plan.layers if lora.is_targeted(config, layer.path)] != on:
-        config.target_modules = {layer.path for layer in on}
-        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+        lora.retarget(config, [layer.path for layer in on], plan.slot.host.base)
 
 
 def check_that_it_does_something(plan: Plan) -> None:

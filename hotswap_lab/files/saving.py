@@ -40,12 +40,12 @@ _exchanging = threading.Lock()
 def files_of(slot: Slot) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     """The config and the tensors to save; refuses an adapter that would not be the one in the model."""
     config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
-    _check(slot, tensors)
+    check_saved(slot, tensors)
     return config, tensors
 
 
-def _check(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse to save an adapter if the file would differ from the adapter in the model."""
+def check_saved(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that were read from a model to be saved if they differ from the adapter in it."""
     if (room := room_of(slot.host.base, slot.adapter_name)) and room.assigned:
         raise refuse("rows_differ", adapter_name=slot.adapter_name)
     for layer in slot.layers:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..core.errors import refuse
+from ..core.errors import listing, refuse
 from ..core.host import Config
 from ..core.journal import Journal
 from ..core.lora import Lora
@@ -75,6 +75,10 @@ def _marked(methods: Methods, base: torch.nn.Module, prefix: str) -> Iterator[Ma
 
 
 def _show_own(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
+    kept = base.__dict__.get(SLOTS, {}).items()
+    if names := [name for name, slot in kept if slot and slot.room and slot.room.assigned]:
+        text = "may have different adapters, which are not what is saved: swap to one first"
+        warnings.warn(f"The rows of {listing(names)} {text}", stacklevel=2)
     for key, layer, name, tensor, off, reason in _marked(methods, base, prefix):
         if (value := state_dict.get(key)) is None:
             continue

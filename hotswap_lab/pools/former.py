@@ -26,10 +26,10 @@ class PackedRows(Packed):
 
 
 def owner_in(room: Room, members: Members) -> Member | Mix | None:
-    """The adapter or the mix whose weights are in the room, if it is of a pool with these members."""
+    """The adapter, or the mix, whose weights are in the room, if it is, or has, one of these members."""
     owner = None if room.is_touched else room.state.owner
     shares = owner.shares if isinstance(owner, Mix) else [(owner, 1.0)]
-    return owner if all(isinstance(each, Member) and members.get(each.name) is each for each, _ in shares) else None
+    return owner if any(isinstance(each, Member) and members.get(each.name) is each for each, _ in shares) else None
 
 
 def is_used(room: Room, member: Member) -> bool:

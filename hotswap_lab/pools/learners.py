@@ -22,7 +22,7 @@ from ..core.lora import fingerprint
 from ..core.room import Packed, Room, new_band
 from ..core.slot import Slot, keep_slot, slot_for
 from ..core.tensors import is_finite
-from ..files.saving import saved_tensors
+from ..files.saving import check_saved, saved_tensors
 
 #: packs an adapter for a member of a pool
 Pack = Callable[[Any, Adapter, bool], Packed]
@@ -42,12 +42,14 @@ def of_learner(
     if known and config is None and (again := known.packed_again(slot, present)):
         return again, known
     tensors = saved_tensors(slot)
+    check_saved(slot, tensors)
     packed = pack(member, Adapter.from_state_dict(tensors, config or slot.config), False)
     return packed, None if config else Learned.of(slot, tensors, room, packed)
 
 
 def _state_of(slot: Slot) -> tuple[bytes | None, list[torch.Size]]:
-    return fingerprint(slot.config), [each.shape for each in slot.parameters]
+    has_rows = slot.room is not None and slot.room.assigned  # its parameters are those of one row
+    return None if has_rows else fingerprint(slot.config), [each.shape for each in slot.parameters]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ import torch
 from ..core.adapter import ORIGIN
 from ..core.errors import refuse
 from ..core.host import Config
-from ..core.lora import complete
+from ..core.lora import complete, retarget
 from ..core.room import Packed, Room, State
-from ..core.slot import SlotLayer
+from ..core.slot import Slot
 from ..core.tensors import LayerSettings, SlotTensor
 from .members import Member
 
@@ -54,7 +54,7 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
             sources.append((a, torch.cat([_own(room, a, packed, own.rank) for packed, own, _ in on], a.rank_axis or 0)))
             scaled = [_own(room, b, packed, own.rank) * (own.scaling * weight) for packed, own, weight in on]
             sources.append((b, torch.cat(scaled, b.rank_axis or 0)))
-    config = complete(_config_of(room.slot.layers, settings, members[0].state.config), room.slot.host)
+    config = complete(_config_of(room.slot, settings, members[0].state.config), room.slot.host)
     return room.pack(State(tuple(settings), config, mix), sources)
 
 
@@ -64,15 +64,14 @@ def _own(room: Room, tensor: SlotTensor, packed: Packed, rank: int) -> torch.Ten
     return tensor.own(span.view(packed.bands[room.bands.index(band)]), rank)
 
 
-def _config_of(layers: Sequence[SlotLayer], settings: Sequence[LayerSettings | None], like: Config) -> Config:
+def _config_of(slot: Slot, settings: Sequence[LayerSettings | None], like: Config) -> Config:
     """The config that a mix is saved with."""
-    ranks = {layer.path: each.rank for layer, each in zip(layers, settings, strict=True) if each is not None}
+    ranks = {layer.path: each.rank for layer, each in zip(slot.layers, settings, strict=True) if each is not None}
     config = copy.deepcopy(like)
     vars(config)[ORIGIN] = "a mix", None, None
     config.r = config.lora_alpha = max(ranks.values(), default=like.r)
-    config.rank_pattern = {path: rank for path, rank in ranks.items() if rank != config.r}
+    config.rank_pattern = {f"^{path}": rank for path, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora, config.lora_dropout = False, 0.0
-    config.target_modules = set(ranks)
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    retarget(config, ranks, slot.host.base)
     return config

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from ..core.errors import HotswapError, Refusal, advise, refusal, refuse
 from ..generating import Reader
 from ..pools.adapter_pool import AdapterPool
-from .sampling import Sampler, Sampling
+from .sampling import BEYOND, Sampler, Sampling
 from .table import Version, check_rank, highest_rank
 
+_log = logging.getLogger("ray.serve")
 #: how long the first request waits for others, in seconds
 GATHERING = 0.005
 #: how many tokens of a prompt are read at once
@@ -147,10 +149,11 @@ class Replica:
         self.tokenizer: Any = tokenizer
         #: what decides where a request doesn't say how its tokens are chosen
         self.defaults: Any = model.generation_config
-        self.vocabulary: int = model.config.get_text_config().vocab_size
         ends = self.defaults.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self.ends: list[int] = ends if isinstance(ends, list) else [ends]
+        if unused := [name for name in BEYOND if getattr(self.defaults, name, None) not in (None, 1)]:
+            _log.warning("The server does nothing of what the model's generation_config says of %s.", ", ".join(unused))
         # not fewer than the rows need, of mixes too
         self.held: int = max(options.held or 2 * len(versions), 2 * options.rows)
         #: by their names in the pool, the one used least recently first
@@ -185,7 +188,7 @@ class Replica:
             if options.compile or options.package:
                 raise refuse("not_read_in_rows", name=type(self.pool.model.get_base_model()).__name__, reason=reason)
             text = "Rows can't come and go in this model (%s): it answers one request at a time."
-            logging.getLogger("ray.serve").warning(text, reason)
+            _log.warning(text, reason)
             return None
         if options.package:
             if not reader.is_compiled_in(options.package):
@@ -301,15 +304,20 @@ class Replica:
                 tokens = torch.tensor(self._take(rows, scores), device=scores.device)
                 return torch.full_like(scores, -torch.inf).index_fill(1, tokens, 0.0)
 
-            self.pool.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.options.longest_answer,
-                do_sample=False,
-                repetition_penalty=1.0,  # the answer's sampler has the model's own
-                logits_processor=[choose],
-                stopping_criteria=[lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)],
-            )
+            base = self.pool.model.get_base_model()
+            # the answer's sampler does all the rest
+            base.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.defaults.pad_token_id)
+            try:
+                self.pool.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=self.options.longest_answer,
+                    do_sample=False,
+                    logits_processor=[choose],
+                    stopping_criteria=[lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)],
+                )
+            finally:
+                base.generation_config = self.defaults
             raise RuntimeError("the model came to an end before its answer did")  # seen by an answer that is not over
 
     def _admit(self, rows: list[_Answer | None]) -> bool:
@@ -377,7 +385,7 @@ class _Answer:
         self.request, self.ids, self.replica = request, ids, replica
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self.sampler = Sampler(request, ids, replica.defaults, replica.vocabulary)
+        self.sampler = Sampler(request, ids, replica.pool.model, replica.defaults, replica.ends)
         #: the end of the prompt, which the model has not read yet
         self.unread = ids
         self.tokens: list[int] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 import transformers
 from torch import Tensor
 
+from .. import compat
 from ..core.errors import refuse
 
 #: below this temperature, the most probable token is taken each time
 COLDEST = 1e-3
-#: the values that change nothing
-NEUTRAL: dict[str, float] = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+#: the fields that may come from the model
+OF_MODEL: dict[str, type] = dict(temperature=float, top_k=int, top_p=float, min_p=float, repetition_penalty=float)
+#: what a ``generation_config`` may want of ``generate`` besides choosing one token after the other
+BEYOND = ("num_beams", "guidance_scale", "forced_eos_token_id", "stop_strings", "max_time", "penalty_alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +49,13 @@ class Sampling:
 class Sampler:
     """Chooses the tokens of one answer to ``prompt``, from logits of the length ``vocabulary``.
 
-    As in vLLM, a field that the request leaves out is taken from ``config``, the model's ``generation_config``, and
-    the two penalties of OpenAI's count the tokens of the answer, not those of the prompt. The order of the steps is
-    that of transformers' ``generate``.
+    As in vLLM, a field that the request leaves out is taken from ``defaults``, the model's ``generation_config``, and
+    the two penalties of OpenAI's count the tokens of the answer, not those of the prompt. The steps and their order are
+    those of the model's ``generate``, also for what no request can ask for, such as ``no_repeat_ngram_size``.
     """
 
-    def __init__(self, how: Sampling, prompt: Sequence[int], config: Any, vocabulary: int):
+    def __init__(self, how: Sampling, prompt: Sequence[int], model: Any, defaults: Any, ends: Sequence[int]):
+        vocabulary = model.config.get_text_config().vocab_size
         if unknown := [token for token in how.logit_bias if not 0 <= token < vocabulary]:
             raise refuse("no_such_token", tokens=unknown[:8], last=vocabulary - 1)
         self.how: Sampling = how
@@ -58,25 +63,20 @@ class Sampler:
         self.random: torch.Generator = torch.Generator()
         self.random.seed() if how.seed is None else self.random.manual_seed(how.seed)
 
-        def value(name: str) -> float:
-            values = getattr(how, name), getattr(config, name, None), NEUTRAL[name]
-            return next(each for each in values if each is not None)
-
-        heat, top_k, top_p, min_p, repetition = map(value, NEUTRAL)
+        config = copy.deepcopy(defaults)
+        vars(config).update(dict.fromkeys(BEYOND))
+        for name, kind in OF_MODEL.items():
+            values = getattr(how, name), getattr(config, name, None)
+            setattr(config, name, next((kind(each) for each in values if each is not None), None))
+        heat = 1.0 if config.temperature is None else config.temperature
         self.is_drawn: bool = heat >= COLDEST and bool(how.temperature is not None or config.do_sample)
-        self.steps: list[Callable[..., Tensor]] = []
-        if how.logit_bias:
-            bias = [[[token], float(added)] for token, added in how.logit_bias.items()]
-            self.steps.append(transformers.SequenceBiasLogitsProcessor(bias))
-        if repetition != 1:
-            self.steps.append(transformers.RepetitionPenaltyLogitsProcessor(float(repetition)))
-        if how.frequency_penalty or how.presence_penalty:
-            self.steps.append(self._penalize)
-        if self.is_drawn:
-            self.steps.append(transformers.TemperatureLogitsWarper(float(heat)))
-            self.steps += [transformers.TopKLogitsWarper(int(top_k))] if top_k > 0 else []
-            self.steps += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
-            self.steps += [transformers.MinPLogitsWarper(min_p)] if min_p > 0 else []
+        config.do_sample, config.top_k = self.is_drawn, max(config.top_k or 0, 0)
+        setattr(config, compat.ENDS, torch.tensor(ends))
+        bias = [[[token], float(added)] for token, added in how.logit_bias.items()]
+        self.steps: list[Any] = [transformers.SequenceBiasLogitsProcessor(bias)] if bias else []
+        penalties = [self._penalize] if how.frequency_penalty or how.presence_penalty else []
+        more: dict[str, Any] = dict(encoder_input_ids=torch.tensor([prompt]), logits_processor=penalties, device="cpu")
+        self.steps += getattr(model, compat.LOGITS_PROCESSOR)(config, len(prompt), **more)
 
     def _penalize(self, ids: Tensor, scores: Tensor) -> Tensor:
         counts = torch.bincount(ids[0, len(self.prompt) :], minlength=scores.shape[-1])

@@ -9,9 +9,10 @@ from lora_kinds import MODELS
 from models import ARCHITECTURES, Kind, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs
 from peft import LoraConfig
+from refusals import refused
 from torch import nn
 
-from hotswap_lab import hotswap_adapter
+from hotswap_lab import hotswap_adapter, loaded
 
 BERT, TIED = ARCHITECTURES["bert"], MODELS["tied"]
 
@@ -32,6 +33,18 @@ def test_a_bias_with_two_names(tmp_path):
         assert_equals_fresh_load(model, BERT, folder, margin=10)
     hotswap_adapter(model, plain, "default")  # what was overwritten is remembered by now
     assert_equals_fresh_load(model, BERT, plain, margin=10)
+
+
+def test_a_config_from_another_model_knows_nothing_of_this_one(tmp_path):
+    """A swap notes on a config what it has overwritten, and the source. A user may load with that config again."""
+    configs = (LoraConfig(r=4, target_modules=["key"], bias=bias) for bias in ("all", "none"))
+    biased, plain = save_all(tmp_path, *configs, kind=BERT)
+    other = load(BERT, plain)
+    hotswap_adapter(other, biased)
+    model = load(BERT, biased, config=other.peft_config["default"])
+    assert loaded(model)[0].source == "unknown"
+    refused("base weights of its own", hotswap_adapter, model, plain)
+    assert_same_outputs(model, load(BERT, biased), BERT, margin=10)
 
 
 def test_embeddings_that_are_the_head_too(tmp_path):

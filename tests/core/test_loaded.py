@@ -201,6 +201,23 @@ def test_a_wait_that_is_refused_is_told_once(caplog, way):
     assert [(each.event, each.member) for each in caplog.records] == [("refusal", "sort")]
 
 
+def test_a_handler_that_fails_fails_no_swap(tmp_path, monkeypatch, caplog):
+    """The swap is done by then: an error would say that it isn't, and hide why another one was refused."""
+
+    class Broken(logging.Handler):
+        def emit(self, record):
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(logging.getLogger("hotswap_lab"), "handlers", [Broken()])
+    caplog.set_level(logging.INFO, logger="hotswap_lab")
+    model, pool = model_with(SORT, SHOUT)
+    hotswap_adapter(model, SORT)
+    refused("no folder", hotswap_adapter, model, tmp_path / "nowhere")
+    with pool.using("shout"):
+        assert the(model).source == SHOUT
+    assert the(model).source == SORT
+
+
 def test_nothing_is_printed_by_default():
     code = "from hotswap_lab import demo, hotswap_adapter\nmodel, _ = demo.load('reverse')\n"
     code += f"hotswap_adapter(model, {SORT!r})\ntry: hotswap_adapter(model, './no')\nexcept ValueError: pass"

@@ -9,13 +9,13 @@ import weakref
 import pytest
 import torch
 from lengths import long
-from models import KINDS, call, load, save_random_adapter
+from models import KINDS, call, load, lora_layers, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, untouched
 from pool_sources import LLAMA
 from refusals import refused
 from test_long_runs import Use
 
-from hotswap_lab import Adapter, AdapterPool, hotswap_adapter, save_adapter
+from hotswap_lab import Adapter, AdapterPool, hotswap_adapter, prepare_model_for_compiled_hotswap, save_adapter
 from hotswap_lab.pools import adapter_pool
 
 
@@ -151,6 +151,21 @@ def test_rows_follow(sources, tmp_path):
         save_adapter(learner, tmp_path / str(number))
         for row, source in enumerate((tmp_path / str(number), sources["c"])):
             torch.testing.assert_close(call(model, inputs)[row], call(load(LLAMA, source), inputs)[row])
+
+
+def test_rows_and_written_padding_are_no_learner(sources):
+    """Neither has one adapter to take, before an update that was right or after it."""
+    model, prepared = load(LLAMA, sources["a"]), learner_of(sources["c"])
+    pool = AdapterPool(model, adapters=sources, rows=2, progress=False)
+    for _ in range(2):
+        pool.assign([None, "b"])
+        with untouched(model):
+            refused("rows of 'default' may have different adapters", pool.update, "c", model)
+        pool.swap("b")
+        pool.update("c", model)
+    prepare_model_for_compiled_hotswap(prepared, target_rank=4)
+    lora_layers(prepared)[0].lora_B["default"].weight.data += 1
+    refused("padding", pool.update, "c", prepared)
 
 
 def test_the_pool_does_not_keep_a_learner(pool, sources):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from models import KINDS, load, save_random_adapter
-from oracle import assert_same_outputs
+import torch
+from models import KINDS, Kind, load, save_random_adapter
+from oracle import assert_equals_fresh_load, assert_same_outputs
+from torch import nn
 
-from hotswap_lab import AdapterPool, demo, save_adapter, verify_hotswap
+from hotswap_lab import Adapter, AdapterPool, demo, hotswap_adapter_from_state_dict, save_adapter, verify_hotswap
 
 LLAMA = KINDS["llama"]
 Q = dict(r=4, target_modules=["q_proj", "k_proj"])
@@ -32,6 +34,25 @@ def test_a_mix_is_saved_with_all_of_its_layers(tmp_path, first):
     assert_same_outputs(load(LLAMA, str(tmp_path / "saved")), model, LLAMA)
 
 
+def test_paths_that_are_ends_of_other_paths(tmp_path):
+    """``1`` is in the mix at another rank than ``0.1``; and alone in a state dict."""
+    nested = lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), nn.Linear(6, 6))  # noqa: E731
+    kind = Kind(nested, lambda: torch.randn(3, 6), ("0.1", "1"))
+    sources = {
+        "all": save_random_adapter(kind, tmp_path / "all", seed=1, r=4),
+        "inner": save_random_adapter(kind, tmp_path / "inner", seed=2, r=2, target_modules=["0.1"]),
+    }
+    model = load(kind, sources["all"])
+    AdapterPool(model, adapters=sources, target_rank=8, progress=False).swap({"all": 0.7, "inner": 0.4})
+    save_adapter(model, tmp_path / "mix")
+    assert_equals_fresh_load(model, kind, tmp_path / "mix", prepared=True)
+    new = Adapter.load(sources["all"])
+    tensors = {key: tensor for key, tensor in new.tensors.items() if ".0.1." not in key}
+    hotswap_adapter_from_state_dict(model, tensors, "default", new.config)
+    save_adapter(model, tmp_path / "outer")
+    assert_equals_fresh_load(model, kind, tmp_path / "outer", prepared=True)
+
+
 def test_a_saved_mix_of_many_layers_is_what_the_model_has(tmp_path):
     """A fresh load shortens twenty names of layers or more."""
     model, _ = demo.load("reverse")
@@ -39,3 +60,21 @@ def test_a_saved_mix_of_many_layers_is_what_the_model_has(tmp_path):
     AdapterPool(model, adapters=adapters, target_rank=64, progress=False).swap({"shout": 0.7, "sort": 0.3})
     save_adapter(model, tmp_path / "saved")
     assert verify_hotswap(model, tmp_path / "saved", base=demo.load_base)
+
+
+def test_a_mix_that_is_put_back_follows_its_members_although_one_was_removed(tmp_path):
+    """A block had left the mix out when the pool lost one of its members."""
+    first, second, new = (save_random_adapter(LLAMA, tmp_path / str(n), seed=n, **Q) for n in range(3))
+    model, twin = load(LLAMA, first), load(LLAMA, first)
+    pool, other = (
+        AdapterPool(each, adapters={"first": first, "second": by}, target_rank=8, progress=False)
+        for each, by in ((model, second), (twin, new))
+    )
+    mix = {"first": 0.7, "second": 0.4}
+    pool.swap(mix)
+    with pool.using("second"):
+        pool.remove("first")
+    pool.update("second", Adapter.load(new).tensors)
+    other.swap(mix)
+    assert_same_outputs(model, twin, LLAMA)
+    assert pool.mix == mix

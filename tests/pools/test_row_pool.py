@@ -21,6 +21,7 @@ from hotswap_lab import (
     hotswap_adapter,
     in_use,
     prepare_model_for_compiled_hotswap,
+    save_adapter,
     set_strength,
 )
 from hotswap_lab.pools.rows import LONG
@@ -310,6 +311,14 @@ def test_preparing_again(pool, model, folders, truth):
     again = AdapterPool(model, adapters=folders, rows=2, progress=False)
     again.assign(["c", "b"])
     assert_rows(again, truth, ["c", "b"])
+
+
+def test_saving_says_that_rows_are_not_saved(pool, model, tmp_path):
+    """PEFT saves what is in the place of row 0, also if that row has no adapter."""
+    pool.assign([None, "a"])
+    with pytest.warns(UserWarning, match="rows of default may have different adapters"):
+        model.save_pretrained(tmp_path)
+    refused("may have different adapters", save_adapter, model, tmp_path)
 
 
 def test_hooks_of_the_rows_come_and_go_with_them(pool, model, folders):

@@ -380,6 +380,11 @@ def _in_block(pool, block):
         call(pool.model, LINEAR.inputs()[:3])
 
 
+@functools.cache
+def _learner(folder):
+    return load(LINEAR, folder)
+
+
 MIX = {"a": 0.5, "b": 1.0}
 BEFORE, WANTED, STRENGTHS = ["a", "b", "a"], ["b", None, MIX], [1.0, 1.0, 2.0]
 #: what is done, what the rows of a batch have afterwards, how strongly, and another whole state on the way
@@ -394,6 +399,11 @@ POOL: dict[str, tuple] = {
     "pool.remove": (lambda pool, new: pool.remove("b"), "a"),
     "pool.update": (lambda pool, new: pool.update("b", new.tensors, new.config), "a"),
     "pool.update of the active one": (lambda pool, new: pool.update("a", new.tensors, new.config), "new"),
+    "pool.update from a learner": (lambda pool, new: pool.update("a", _learner(new.source)), "new"),
+    "pool.update from a learner again": (
+        lambda pool, new: [pool.update("a", _learner(new.source)) for _ in range(2)],
+        *("new", 1.0, lambda pool, new: pool.update("a", _learner(new.source))),
+    ),
     "pool.using": (
         lambda pool, new: _in_block(pool, pool.using("b", 0.5)),
         *("a", 1.0, lambda pool, new: pool.swap("b", 0.5)),

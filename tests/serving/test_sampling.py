@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 from refusals import refused
-from served import FAMILY, SHORT, WORDS, Served, alone, fresh, little, replica_of
+from served import FAMILY, SHORT, WORDS, Served, alone, fresh, little, logged, replica_of
 
-from hotswap_lab.serving import Request
+from hotswap_lab import demo
+from hotswap_lab.serving import Replica, Request, Version
 
 HOT = dict(temperature=4.0)
 #: the fields of requests that share batches
@@ -89,21 +90,48 @@ def test_rows_with_values_of_their_own(defaults):
     assert sum(a != b for a, b in zip(expected, plain, strict=True)) >= 10
 
 
+DRAWN = dict(HOT, do_sample=True, top_k=0)
+#: what only a model's own ``generation_config`` can ask for, and a value that it and a request share
+OWN = [
+    dict(repetition_penalty=0.5),
+    dict(encoder_repetition_penalty=1.5, no_repeat_ngram_size=2),
+    dict(exponential_decay_length_penalty=(2, 1.5), min_new_tokens=3),
+    dict(suppress_tokens=[*range(5, 60)], begin_suppress_tokens=[60], bad_words_ids=[[61], [62]]),
+    dict(sequence_bias=[[[7], 3.0]], renormalize_logits=True),
+    DRAWN | dict(typical_p=0.3),
+    DRAWN | dict(top_h=0.3),
+]
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Rwkv"])
-def test_a_models_own_penalty_counts_once(tmp_path, kind):
-    """Also where ``generate`` answers, which knows it as well."""
+def test_what_a_model_asks_for_itself_counts_once(tmp_path, kind):
+    """Also where ``generate`` answers, which would do it again."""
     load, _, replica = little(kind, tmp_path)
-    replica.defaults.update(repetition_penalty=0.5)
-    ids = replica.tokenizer("hotswap>")["input_ids"]
-    expected, twice, never = (generated(load(), ids, dict(repetition_penalty=by)) for by in (0.5, 0.25, 1.0))
-    assert expected not in (twice, never)
-    said = replica.tokenizer.decode(expected, skip_special_tokens=True)
-    assert said_by(replica, [Request("hotswap>", max_tokens=12)]) == [said]
+    ids, before = replica.tokenizer("hotswap>")["input_ids"], replica.defaults.to_dict()
+    plain = [generated(load(), ids, how) for how in ({}, DRAWN)]
+    for own in OWN:
+        vars(replica.defaults).update(before | own)
+        model = load()
+        vars(model.generation_config).update(own)
+        expected = generated(model, ids, {})
+        assert expected not in plain, own
+        said = replica.tokenizer.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert said_by(replica, [Request("hotswap>", max_tokens=12, seed=0)]) == [said], own
+
+
+def test_what_no_sampler_can_do_is_said(tmp_path):
+    model, tokenizer = demo.load("shout")
+    model.generation_config.num_beams = 3
+    with logged() as messages:
+        replica = Replica(model, tokenizer, [Version.of("shout", FAMILY["shout"])], SHORT)
+    assert "num_beams" in messages[0]
+    assert said_by(replica, [Request("hotswap>")]) == ["hotswap"]
 
 
 def test_tokens_that_are_not_there():
     replica = replica_of({"shout": FAMILY["shout"]}, SHORT)
-    for token in (-1, replica.vocabulary):
+    last = replica.pool.model.config.vocab_size - 1
+    for token in (-1, last + 1):
         asked = [Request("hotswap>", logit_bias={token: 1.0})]
-        refused(rf"logit_bias.*\n.*\[{token}\]\n.*from 0 to {replica.vocabulary - 1}", said_by, replica, asked)
-    assert said_by(replica, [Request("hotswap>", logit_bias={replica.vocabulary - 1: 0.0})]) == ["hotswap"]
+        refused(rf"logit_bias.*\n.*\[{token}\]\n.*from 0 to {last}", said_by, replica, asked)
+    assert said_by(replica, [Request("hotswap>", logit_bias={last: 0.0})]) == ["hotswap"]
