@@ -29,7 +29,7 @@ MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.voices generating
 OTHERS = """
     ahead.AheadModel core.errors.Refusal core.loaded.Loaded core.loaded.LoadedList core.plan.Action core.plan.LayerPlan
     figures.Figure figures.tiles.Tile
-    pipelines.patching.Patch threads.Block pools.rows.Row serving.replica.Token
+    pipelines.patching.Patch threads.Block pools.rows.Row serving.answers.Token
     serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.results.Run
     widgets.text.text_stream
 """

@@ -9,7 +9,8 @@ embedded model on port 8000.
 from typing import Any
 
 from ..core.errors import refuse
-from .replica import BusyError, Options, Piece, Replica, Request
+from .answers import Piece, Request
+from .replica import BusyError, Options, Replica
 from .sampling import Sampling
 from .table import Register, Table, Version
 

@@ -21,8 +21,9 @@ from pydantic import BaseModel, Field, PositiveInt, StringConstraints
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from ..core.errors import HotswapError, refusal, refuse
+from .answers import Piece, Request, Token
 from .metrics import PATHS, Metrics
-from .replica import BusyError, Piece, Request, Token
+from .replica import BusyError
 from .sampling import Sampling
 from .table import UnknownAdapterError
 

@@ -14,9 +14,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from ..core.errors import HotswapError, refusal
+from .answers import Piece, Request
 from .api import openai_api
 from .arguments import Arguments, folders_of, load_replica
-from .replica import BusyError, LateError, Options, Piece, Request
+from .replica import BusyError, LateError, Options
 from .table import Register, Table, Version
 
 LOG = logging.getLogger("ray.serve")

@@ -8,9 +8,10 @@ from typing import Any
 import uvicorn
 
 from ..core.errors import refusal
+from .answers import Piece, Request
 from .api import openai_api
 from .arguments import Arguments, load_replica
-from .replica import BusyError, LateError, Piece, Replica, Request
+from .replica import BusyError, LateError, Replica
 from .table import Register, Table, Version
 
 

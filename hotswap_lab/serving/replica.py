@@ -9,8 +9,8 @@ import logging
 import re
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from transformers import GenerationConfig
 from ..core.errors import HotswapError, Refusal, advise, refusal, refuse
 from ..generating import Reader
 from ..pools.adapter_pool import AdapterPool
-from .sampling import BEYOND, Sampler, Sampling
+from .answers import Answer, Piece, Request
+from .sampling import BEYOND
 from .table import Version, check_rank, highest_rank
 
 _log = logging.getLogger("ray.serve")
@@ -74,43 +75,6 @@ class Options:
         if prompt < 1 or answer < 1 or prompt + answer > positions:
             raise refuse("too_long_for_model", prompt=prompt, answer=answer, positions=positions)
         return replace(self, longest_prompt=prompt, longest_answer=answer)
-
-
-@dataclass(frozen=True)
-class Request(Sampling):
-    """A prompt, or the messages of a chat; the share of each adapter, none for the base model; and how to answer.
-
-    The answer ends before the first of the ``stop`` strings. ``logprobs`` asks for the log probability of each token,
-    before all that :class:`Sampling` does, and for that many of the most probable ones at its place. An answer that is
-    not streamed is one piece. For the other fields, see :class:`Sampling`.
-    """
-
-    prompt: str | Sequence[Mapping[str, str]]
-    shares: Mapping[Version, float] = field(default_factory=dict)
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    is_streamed: bool = False
-
-
-@dataclass(frozen=True)
-class Token:
-    """The text and the log probability of a token, and of the most probable ones at its place."""
-
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer. The last one says why it ends: at a ``stop``, or at the ``length`` that was allowed."""
-
-    text: str
-    finish: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    tokens: tuple[Token, ...] = ()
 
 
 class Replica:
@@ -172,7 +136,7 @@ class Replica:
         if not self._reader:
             self.pool.assign([None])
         self._lock = threading.Lock()
-        self._waiting: deque[_Answer] = deque()
+        self._waiting: deque[Answer] = deque()
         self._worker: asyncio.Task | None = None
         self.counts: Counter[str] = Counter(requests=0, prompt_tokens=0, tokens=0, swaps=0, rows_in_use=0)
 
@@ -235,7 +199,7 @@ class Replica:
         HotswapError
             If the prompt or the answer would be too long, or an adapter or a mix doesn't fit.
         """
-        answer = _Answer(request, await asyncio.to_thread(self._ids_of, request), self)
+        answer = Answer(request, await asyncio.to_thread(self._ids_of, request), self)
         await asyncio.to_thread(self.load, list(request.shares))
         if len(self._waiting) >= self.options.queue:
             raise BusyError(refusal("too_many_wait"))
@@ -285,7 +249,7 @@ class Replica:
     def _answer_all(self) -> None:
         """Answers until no request waits and no row is in use."""
         reader: Any = self._reader
-        rows: list[_Answer | None] = [None] * reader.rows
+        rows: list[Answer | None] = [None] * reader.rows
         with _failing(rows):
             while self._admit(rows):
                 parts = [answer.next_part(reader.chunk) if answer else [] for answer in rows]
@@ -293,7 +257,7 @@ class Replica:
 
     def _answer_one(self) -> None:
         """Answers one request with transformers' ``generate``, so that no other one can change its answer."""
-        rows: list[_Answer | None] = [None]
+        rows: list[Answer | None] = [None]
         with _failing(rows):
             if not self._admit(rows):
                 return
@@ -320,7 +284,7 @@ class Replica:
                 base.generation_config = self.defaults
             raise RuntimeError("the model came to an end before its answer did")  # seen by an answer that is not over
 
-    def _admit(self, rows: list[_Answer | None]) -> bool:
+    def _admit(self, rows: list[Answer | None]) -> bool:
         """Gives free rows to requests that wait, and their adapters to the rows. Whether a row is in use."""
         for row, answer in enumerate(rows):
             rows[row] = None if answer and answer.is_over else answer
@@ -352,7 +316,7 @@ class Replica:
         named = [{part: DIGEST.sub("", text) for part, text in vars(each).items()} for each in error.refusals]
         return advise(HotswapError(*(Refusal(**each) for each in named)), IN_SERVERS)
 
-    def _take(self, rows: Sequence[_Answer | None], logits: torch.Tensor) -> list[int]:
+    def _take(self, rows: Sequence[Answer | None], logits: torch.Tensor) -> list[int]:
         """The next token of each row. An answer whose prompt is read takes it."""
         highest, best = logits.max(-1)
         tokens, are_numbers = best.tolist(), highest.isfinite().tolist()
@@ -368,7 +332,7 @@ class Replica:
 
 
 @contextlib.contextmanager
-def _failing(rows: Sequence[_Answer | None]) -> Iterator[None]:
+def _failing(rows: Sequence[Answer | None]) -> Iterator[None]:
     """Sends an error to all rows that wait for an answer."""
     try:
         yield
@@ -376,75 +340,3 @@ def _failing(rows: Sequence[_Answer | None]) -> Iterator[None]:
         for answer in rows:
             if answer and not answer.is_over:
                 answer.send(error)
-
-
-class _Answer:
-    """A request on its way: computed in one thread, listened to in another one's event loop."""
-
-    def __init__(self, request: Request, ids: list[int], replica: Replica):
-        self.request, self.ids, self.replica = request, ids, replica
-        self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self.sampler = Sampler(request, ids, replica.pool.model, replica.defaults, replica.ends)
-        #: the end of the prompt, which the model has not read yet
-        self.unread = ids
-        self.tokens: list[int] = []
-        self.described: list[Token] = []
-        #: text that is not sent yet, and how many letters are in it or sent
-        self.text, self.ready = "", 0
-        #: the answer has ended, or its client has gone
-        self.is_over = False
-
-    @property
-    def adapter(self) -> str | dict[str, float] | None:
-        """The adapter or mix of this request, in the form that a pool takes for a row."""
-        shares = {version.key: weight for version, weight in self.request.shares.items()}
-        return next(iter(shares)) if list(shares.values()) == [1.0] else shares or None
-
-    def next_part(self, most: int) -> list[int]:
-        """The tokens that the model reads next: a part of the prompt, or else the last token of the answer."""
-        if not self.unread:
-            return self.tokens[-1:]
-        part, self.unread = self.unread[:most], self.unread[most:]
-        return part
-
-    def send(self, piece: Piece | Exception) -> None:
-        if isinstance(piece, Exception) or piece.finish:  # and never back to False: the client may have gone meanwhile
-            self.is_over = True
-        with contextlib.suppress(RuntimeError):  # the event loop is closed, so the client has gone
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
-
-    def take(self, logits: torch.Tensor, best: int) -> int:
-        """Chooses the next token, and sends the new part of the text."""
-        token = self._choose(logits.float(), best)
-        self.tokens.append(token)
-        most = self.request.max_tokens or self.replica.options.longest_answer
-        finish = "stop" if token in self.replica.ends else "length" if len(self.tokens) == most else None
-        text, stops = self._decode(self.tokens), self.request.stop
-        found = [at for at in map(text.find, stops) if at >= 0]
-        finish, text = ("stop", text[: min(found)]) if found else (finish, text)
-        # text that may be the start of a stop string is held back
-        held = max((n for each in stops for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
-        ready = len(text) if finish else len(text) - held
-        # so is a letter that takes several tokens
-        if finish or (not text.endswith("\ufffd") and ready >= self.ready):
-            self.text += text[self.ready : ready]
-            self.ready = ready
-            # an answer that is not streamed is made of the same pieces, so that its text is the same
-            if finish or self.request.is_streamed:
-                self.send(Piece(self.text, finish, len(self.ids), len(self.tokens), tuple(self.described)))
-                self.text, self.described = "", []
-        return token
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        # cleaning up spaces would change text that is sent already: "a ." becomes "a."
-        return self.replica.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _choose(self, logits: torch.Tensor, best: int) -> int:
-        best, most = self.sampler.choose(logits, best, self.tokens), self.request.logprobs
-        if most is not None:
-            values = logits.log_softmax(-1)
-            best_ones = values.topk(min(most, len(values))).indices.tolist()
-            top = [(self._decode([each]), float(values[each])) for each in best_ones]
-            self.described.append(Token(self._decode([best]), float(values[best]), tuple(top)))
-        return best

@@ -17,9 +17,9 @@ from test_hostile import BODIES
 
 from hotswap_lab.core.errors import refusal
 from hotswap_lab.serving import BusyError, Piece, Register, Sampling, Table, Version
+from hotswap_lab.serving.answers import Token
 from hotswap_lab.serving.api import openai_api
 from hotswap_lab.serving.metrics import COUNTERS, GAUGES
-from hotswap_lab.serving.replica import Token
 
 SERVER = "http://served"
 TEXT, CHATS, ADMIN = "/v1/completions", "/v1/chat/completions", "/admin/adapters"
