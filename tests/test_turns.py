@@ -819,6 +819,17 @@ def test_a_model_is_shared_once_another_thread_has_computed_with_it(pool, folder
     assert is_shared(base)
 
 
+def test_a_task_that_still_computes_at_the_end_of_its_block_gets_the_former_adapter_later(pool, folders):
+    async def run() -> None:
+        with contextlib.ExitStack() as left_later:
+            async with pool.using("new"):
+                left_later.enter_context(in_use(pool))
+            assert computes(pool.model, folders["new"])  # what is being computed goes on with it
+        assert computes(pool.model, folders["old"])
+
+    asyncio.run(run())
+
+
 def test_a_swap_by_a_finalizer_in_the_middle_of_an_entry_is_refused(pool):
     (turn,) = turns_of(bases_of(pool))
     with turn.lock:

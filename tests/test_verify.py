@@ -47,6 +47,18 @@ def verify(model, new, **kwargs):
     return verify_hotswap(model, new, inputs=KIND.inputs(), **kwargs)
 
 
+def test_merging_and_unmerging_rounds_base_weights(model, new):
+    weight = model.get_base_model().first.base_layer.weight
+    before = weight.detach().clone()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert not torch.equal(weight, before)
+    assert verify(model, new, base=KIND.base)
+    with torch.no_grad():
+        weight.mul_(1.001)
+    assert not verify(model, new, base=KIND.base)
+
+
 def test_what_peft_fills_in_when_it_saves_is_no_difference(tmp_path):
     """For a model without a task, the class that it has."""
     model = load(KIND, save_random_adapter(KIND, tmp_path / "old", seed=1, r=4))

@@ -51,6 +51,15 @@ def test_layers_have_the_settings_of_what_is_in(model, tmp_path):
     assert "p=0.2" in repr(layer.lora_dropout["default"])
 
 
+def test_a_swap_that_writes_saved_modules_too_is_noted(tmp_path):
+    saved = dict(modules_to_save=["lm_head"], target_modules=["q_proj"])
+    old, new = (save_random_adapter(LLAMA, tmp_path / str(r), seed=r, r=r, **saved) for r in (3, 5))
+    prepare_model_for_compiled_hotswap(model := load(LLAMA, old), target_rank=8)
+    hotswap_adapter(model, new, "default")
+    room = resolve_slot(model, "default").host.base.hotswap_slots["default"].room
+    assert room.state.ranks == [5] * len(lora_layers(model))
+
+
 def test_a_pickle_does_not_hold_the_memory_once_per_tensor(model):
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     assert len(pickle.dumps(model)) < 3 * parameters + 300_000

@@ -82,6 +82,22 @@ class ByContent(nn.Module):
         return self.last(torch.tanh(self.first(x[order])))[order.argsort()]
 
 
+class Seeing(nn.Module):
+    """With images beside the tokens, which feed the first layer; or nothing, if it is ``blind``."""
+
+    def __init__(self, blind=False):
+        super().__init__()
+        self.embedding, self.first, self.last, self.blind = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6), blind
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, pixel_values):
+        x = self.embedding(input_ids)
+        seen = x if self.blind else pixel_values[:, 0]
+        return self.last(torch.tanh(x + self.first(seen)))
+
+
 class Masked(Sorting):
     """What a row has after its length doesn't count."""
 
@@ -232,6 +248,21 @@ def test_rows_that_say_the_same_prove_nothing_for_others(tmp_path):
     pool, _ = pool_for(kind, tmp_path)
     pool.assign(["a", "b", None, "a"])
     refused("different adapters at first", call, pool.model, kind.inputs())
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_images_that_feed_a_layer_are_proven_in_each_batch(tmp_path, blind):
+    """How many of them a row has may differ from batch to batch."""
+    given = {"input_ids": torch.arange(12).view(4, 3) % 9, "pixel_values": torch.randn(4, 1, 3, 6)}
+    kind = Kind(lambda: Seeing(blind), lambda: given, ("first", "last"))
+    pool, folders = pool_for(kind, tmp_path)
+    truth, wanted, calls = Truth(kind, folders, given), ["a", "b", None, "a"], calls_of(pool.model)
+    pool.assign(wanted)
+    proof = 2 + 2 + 1  # two references, two bits for four rows, and once more with other tokens
+    for forwards in (proof + 1, 1 if blind else proof + 1):
+        calls.clear()
+        truth.check(call(pool.model, given), wanted)
+        assert len(calls) == forwards
 
 
 @pytest.mark.parametrize("form", ["count", "mask", "bool"])
