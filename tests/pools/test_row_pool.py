@@ -108,6 +108,7 @@ def test_a_call_that_no_hook_sees_is_checked_as_one_and_ends_as_one(pool, truth)
     with batch.entered((inputs,), {}):
         pass
     assert batch.shown  # the rows differ, so there was a proof
+    assert batch.local.outer is None  # it has ended
     with pytest.raises(HotswapError, match="a batch of 2"), batch.entered((inputs[:2],), {}):
         pass
     with pytest.raises(HotswapError, match="a batch of 4"):
