@@ -23,8 +23,7 @@ Many users                ``hotswap_lab.serving``: OpenAI's API in front, Ray Se
 
 ``help(hotswap_lab.hotswap_adapter)`` has the arguments, errors and an example, as has the help of each of these. The
 notebooks teach all of it from the start, and ``hotswap_lab.core`` says in which order to read the engine's code. A
-refused swap raises ``HotswapError``, which says what was found, what was expected, and what to do next. Names are
-imported when they are first used, so import them by name: ``from hotswap_lab import *`` finds none.
+refused swap raises ``HotswapError``, which says what was found, what was expected, and what to do next.
 """
 
 # no __all__: with one, help(hotswap_lab) would print the help of every name in it

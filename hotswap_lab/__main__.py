@@ -146,7 +146,7 @@ def _with_adapter(model: Any, adapter: str, load: Callable[[Any, str], Any]) -> 
 
 def tour(word: str, repeats: int, threads: int) -> Told:
     """The embedded adapters take turns in one model: each answer, and what each swap takes."""
-    from .tour import tour as run
+    from .lessons.tour import tour as run
 
     return Told("", **run(word, repeats, threads))
 

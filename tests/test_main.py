@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification
 
 import hotswap_lab
-from hotswap_lab import demo, tour
+from hotswap_lab import demo
 from hotswap_lab.__main__ import main
 from hotswap_lab.bench import Row, Timing
-from hotswap_lab.tour import compare
+from hotswap_lab.lessons import tour
+from hotswap_lab.lessons.tour import compare
 
 BASE = str(demo.BASE_DIR)
 

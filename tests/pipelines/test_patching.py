@@ -38,8 +38,8 @@ from hotswap_lab import (
     patch_peft,
     prepare_pipeline_for_compiled_hotswap,
 )
+from hotswap_lab.lessons.tour import compare
 from hotswap_lab.pipelines.lora_files import components_of
-from hotswap_lab.tour import compare
 
 LLAMA = KINDS["llama"]
 FUNCTIONS = ("hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap")

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from . import demo
-from .bench import Row, Scene, Settings, machine, ways_of
-from .swap import hotswap_adapter
+from .. import demo
+from ..bench import Row, Scene, Settings, machine, ways_of
+from ..swap import hotswap_adapter
 
 #: the adapter that is loaded first: it has every layer, so every other adapter can replace it
 FIRST = "reverse"
