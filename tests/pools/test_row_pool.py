@@ -101,6 +101,15 @@ def test_strength_is_of_all_rows_beside_their_own(pool, model, truth):
     assert_rows(pool, truth, ["b", "b"])
 
 
+def test_a_pool_that_can_not_be_made_leaves_no_hooks(model, folders):
+    good = Adapter.load(folders["b"])
+    bad = {key: each[:-1] for key, each in good.tensors.items()}, good.config
+    adapters = {"a": folders["a"], "bad": bad}
+    refused("disagree|does not fit", AdapterPool, model, adapters=adapters, rows=4, progress=False)
+    base = model.get_base_model()
+    assert not [each for each in base.modules() if each._forward_pre_hooks or each._forward_hooks]
+
+
 def test_a_call_that_no_hook_sees_is_checked_as_one_and_ends_as_one(pool, truth):
     """That of code compiled ahead of time. The next call of the model is checked again."""
     pool.assign(["a", "b", "c"])
