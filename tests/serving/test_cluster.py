@@ -129,6 +129,7 @@ def test_both_fronts_know_a_change_when_it_is_answered():
                 assert answer["system_fingerprint"] == f"reverse@{number}"
 
 
+@pytest.mark.usefixtures("python_sigint")  # which the server inherits
 def test_a_config_file(tmp_path):
     """As from a terminal: with new weights by deploying the file again, and an adapter that nobody can read."""
     serve = Path(sys.executable).with_name("serve")
@@ -160,7 +161,7 @@ def test_a_config_file(tmp_path):
         assert not [line for line in log.splitlines() if "CALL" in line and "Front" not in line]
         assert "POST /v1/completions 200" in log
     finally:
-        process.send_signal(signal.SIGINT)  # to all of the group, its end would wait for processes that are gone
+        os.killpg(process.pid, signal.SIGINT)
         try:
             process.wait(120)
         finally:
