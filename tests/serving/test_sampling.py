@@ -93,7 +93,7 @@ def test_rows_with_values_of_their_own(defaults):
 DRAWN = dict(HOT, do_sample=True, top_k=0)
 #: what only a model's own ``generation_config`` can ask for, and a value that it and a request share
 OWN = [
-    dict(repetition_penalty=0.5),
+    dict(repetition_penalty=5.0),
     dict(encoder_repetition_penalty=1.5, no_repeat_ngram_size=2),
     dict(exponential_decay_length_penalty=(2, 1.5), min_new_tokens=3),
     dict(suppress_tokens=[*range(5, 60)], begin_suppress_tokens=[60], bad_words_ids=[[61], [62]]),
