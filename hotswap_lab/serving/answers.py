@@ -55,18 +55,21 @@ class Answer:
     """A request on its way: computed in one thread, listened to in another one's event loop."""
 
     def __init__(self, request: Request, ids: list[int], replica: Any):
-        self.request, self.ids, self.replica = request, ids, replica
+        self.request: Request = request
+        self.ids: list[int] = ids
+        self.replica: Any = replica
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self.sampler = Sampler(request, ids, replica.pool.model, replica.defaults, replica.ends)
+        self.sampler: Sampler = Sampler(request, ids, replica.pool.model, replica.defaults, replica.ends)
         #: the end of the prompt, which the model has not read yet
-        self.unread = ids
+        self.unread: list[int] = ids
         self.tokens: list[int] = []
         self.described: list[Token] = []
         #: text that is not sent yet, and how many letters are in it or sent
-        self.text, self.ready = "", 0
+        self.text: str = ""
+        self.ready: int = 0
         #: the answer has ended, or its client has gone
-        self.is_over = False
+        self.is_over: bool = False
 
     @property
     def adapter(self) -> str | dict[str, float] | None:

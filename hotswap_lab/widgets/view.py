@@ -14,12 +14,12 @@ from ..figures import Figure, palette
 
 try:
     import ipywidgets as w
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ImportError(
         "hotswap_lab.widgets needs ipywidgets 7.7 or newer, below 9, and found none: "
         'pip install "hotswap_lab[widgets]"',
         name="ipywidgets",
-    ) from error
+    ) from _error
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page minus the margins that ipywidgets puts around a control
