@@ -91,9 +91,8 @@ def test_rows_with_values_of_their_own(defaults):
 
 
 DRAWN = dict(HOT, do_sample=True, top_k=0)
-#: what only a model's own ``generation_config`` can ask for, and a value that it and a request share
+#: what only a model's own ``generation_config`` can ask for
 OWN = [
-    dict(repetition_penalty=5.0),
     dict(encoder_repetition_penalty=1.5, no_repeat_ngram_size=2),
     dict(exponential_decay_length_penalty=(2, 1.5), min_new_tokens=3),
     dict(suppress_tokens=[*range(5, 60)], begin_suppress_tokens=[60], bad_words_ids=[[61], [62]]),
@@ -103,13 +102,13 @@ OWN = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Rwkv"])
-def test_what_a_model_asks_for_itself_counts_once(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "penalty"), [("Llama", 0.5), ("Rwkv", 1.2)], ids=["Llama", "Rwkv"])
+def test_what_a_model_asks_for_itself_counts_once(tmp_path, kind, penalty):
     """Also where ``generate`` answers, which would do it again."""
     load, _, replica = little(kind, tmp_path)
     ids, before = replica.tokenizer("hotswap>")["input_ids"], replica.defaults.to_dict()
-    plain = [generated(load(), ids, how) for how in ({}, DRAWN)]
-    for own in OWN:
+    plain = [generated(load(), ids, how) for how in ({}, DRAWN, dict(repetition_penalty=penalty**2))]
+    for own in (dict(repetition_penalty=penalty), *OWN):
         vars(replica.defaults).update(before | own)
         model = load()
         vars(model.generation_config).update(own)
