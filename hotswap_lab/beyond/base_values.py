@@ -21,7 +21,7 @@ from ..core.journal import Journal
 from ..core.lora import NOTED
 from ..core.plan import Action, Plan
 from ..core.planner import only_for
-from ..core.slot import SLOTS, Slot
+from ..core.slot import Slot, has_been_swapped
 from ..core.tensors import have_same_values
 from ..core.wrappers import EMBEDDINGS, has_adapter
 
@@ -54,8 +54,7 @@ def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
     They include those of adapted embeddings, which are in most files. Most are unchanged, but that can't be checked.
     """
     config = host.configs[adapter_name]
-    # in a model without any swap yet, the config may come from another model
-    if (lost := config.__dict__.get(LOST)) is None or SLOTS not in host.base.__dict__:
+    if (lost := config.__dict__.get(LOST)) is None or not has_been_swapped(host.base, adapter_name):
         lost = frozenset((*overwritten_by_config(host, config), *_embeddings(host, adapter_name)))
     return lost - kept_originals(host.base, adapter_name).keys()
 

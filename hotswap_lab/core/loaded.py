@@ -18,7 +18,7 @@ from .errors import HotswapError
 from .host import kind_of
 from .prepared import ranks_before
 from .report import html_table
-from .slot import SLOTS, Slot, slot_for
+from .slot import Slot, has_been_swapped, slot_for
 from .strength import strength_of
 
 #: the columns of a table
@@ -120,8 +120,7 @@ def _shown(owner: object) -> str:
 
 def loaded_of(slot: Slot) -> Loaded:
     """The :class:`Loaded` of a slot that was just found."""
-    # in a model without any swap yet, the config may come from another model
-    noted = vars(slot.config) if SLOTS in slot.host.base.__dict__ else {}
+    noted = vars(slot.config) if has_been_swapped(slot.host.base, slot.adapter_name) else {}
     room, rows, owner = slot.room, (), None
     origin, when = noted.get(ORIGIN, ("unknown", None, None)), noted.get(WHEN)
     if room is not None and room.assigned:

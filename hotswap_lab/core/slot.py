@@ -247,13 +247,13 @@ def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None =
 
 
 class Uncopied(dict[str, Any]):
-    """A dict whose copies and pickles are empty, so that a copied or saved model starts without its entries."""
+    """A dict whose copies and pickles have its keys alone: a copied or saved model starts without the values."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Uncopied:
-        return type(self)()
+        return type(self)(dict.fromkeys(self))
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
+    def __reduce__(self) -> tuple[type, tuple[dict[str, None]]]:
+        return type(self), (dict.fromkeys(self),)
 
 
 def copy_of(config: Config) -> Config:
@@ -305,6 +305,11 @@ def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:
         after.settle()
     noted = slot.host.base.__dict__
     journal.set_item(noted, SLOTS, Uncopied({**noted.get(SLOTS, {}), slot.adapter_name: after}))
+
+
+def has_been_swapped(base: torch.nn.Module, adapter_name: str) -> bool:
+    """Whether a swap or a preparation has noted on this adapter's config; if not, another model's may have."""
+    return adapter_name in base.__dict__.get(SLOTS, {})
 
 
 def kept_slot(base: torch.nn.Module, adapter_name: str) -> Slot | None:

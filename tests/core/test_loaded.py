@@ -77,6 +77,10 @@ def test_a_swap_says_what_it_put_in(way, tmp_path):
     model.save_pretrained(tmp_path / "pefts")
     for each in ("ours", "pefts"):
         assert "_hotswap" not in (tmp_path / each / "adapter_config.json").read_text()
+    other = demo.load("reverse")[0]
+    hotswap_adapter(other, SHOUT)
+    model.add_adapter("other", other.peft_config["default"])  # what another model's swap noted holds there alone
+    assert [each.source for each in loaded(model)] == [source, "unknown"]
 
 
 @pytest.mark.parametrize(
