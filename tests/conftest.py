@@ -48,8 +48,8 @@ NEEDS = {
 }
 #: a program that can't even be looked into without it
 collect_ignore = [] if find_spec("ray") else ["serving/replica_faults.py"]
-#: what the short form leaves out: solutions, which tests/lessons has too, and what is about PEFT's own hotswap
-LONG_NOTEBOOKS = "notebooks/solutions/", NEEDS_PEFT[0]
+#: what the short form leaves out: solutions, which tests/lessons has too; what is about PEFT's own hotswap; recipes
+LONG_NOTEBOOKS = "notebooks/solutions/", NEEDS_PEFT[0], "notebooks/recipes"
 
 
 #: files whose tests share what takes long to make: a kernel, a browser, processes, a file of compiled code
