@@ -356,7 +356,7 @@ class Laboratory:
     def __init__(self, root: Path):
         self.root, self.count = root, 0
         make_seeds(root / "seeds")
-        processes = get_context("spawn")
+        processes = get_context("fork")  # it need not import everything again
         self.connection, theirs = processes.Pipe()
         self.process = processes.Process(target=serve, args=(root / "seeds", theirs))
         self.process.start()
