@@ -40,7 +40,7 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.threads import bases_of, held, is_shared, turns, turns_of
+from hotswap_lab.threads import bases_of, held, turns, turns_of
 from hotswap_lab.threads.turns import Turn
 
 KIND = KINDS["linear"]
@@ -644,19 +644,6 @@ async def stream_awaiting(pool: AdapterPool, name: str, steps: int = 3):
             yield pool.active == name
 
 
-class Wrapped:
-    """A class of the user's around a block."""
-
-    def __init__(self, pool: AdapterPool, name: str):
-        self.block = pool.using(name)
-
-    def __enter__(self):
-        return self.block.__enter__()
-
-    def __exit__(self, *error):
-        return self.block.__exit__(*error)
-
-
 @contextlib.contextmanager
 def wrapped(pool: AdapterPool, name: str):
     with pool.using(name) as entered:
@@ -671,7 +658,7 @@ def stacked(pool: AdapterPool, name: str):
         yield enter_on()
 
 
-WAYS = {"using": AdapterPool.using, "contextmanager": wrapped, "ExitStack": stacked, "class": Wrapped}
+WAYS = {"using": AdapterPool.using, "contextmanager": wrapped, "ExitStack": stacked}
 
 
 @pytest.mark.parametrize("outer", WAYS)
@@ -790,14 +777,6 @@ def test_the_next_entry_puts_back_first_if_the_block_could_not(pool, folders):
         leave.set()
         swap.result(30)
     assert computes(pool.model, folders["old"])
-
-
-def test_a_model_is_shared_once_another_thread_has_computed_with_it(pool, folders):
-    (base,) = bases_of(pool)
-    compute_inside(pool, folders["old"])
-    assert not is_shared(base)
-    start(compute_inside, pool, folders["old"]).result(30)
-    assert is_shared(base)
 
 
 def test_a_task_that_still_computes_at_the_end_of_its_block_gets_the_former_adapter_later(pool, folders):

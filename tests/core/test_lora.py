@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lora_kinds import Attention
 from models import KINDS, randomize
 from oracle import assert_same_tensors
 from peft import LoHaConfig, LoraConfig, PeftMixedModel, get_peft_model
@@ -31,15 +32,6 @@ def test_the_config_says_what_peft_makes_of_it(targets):
     assert config.target_modules == given
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lin, self.mha = nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
-
-    def forward(self, x):
-        return self.mha(x, x, x)[0]
-
-
 def ones(**layers: tuple[int, int]) -> dict[str, torch.Tensor]:
     """An adapter of rank 2 for linear layers of these sizes."""
     a = {f"{name}.lora_A.weight": torch.ones(2, inputs) for name, (inputs, _) in layers.items()}
@@ -47,7 +39,10 @@ def ones(**layers: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 def test_multihead_attention_is_not_added_either():
-    model, tensors = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["lin"])), ones(lin=(8, 8), mha=(8, 24))
+    model, tensors = (
+        get_peft_model(Attention(), LoraConfig(r=2, target_modules=["head"])),
+        ones(head=(8, 4), attention=(8, 24)),
+    )
     swap = hotswap_adapter_from_state_dict
     refused("a MultiheadAttention", swap, model, tensors, "default", LoraConfig(r=2), add_layers=True)
 
@@ -61,13 +56,13 @@ def test_layers_of_another_peft_method_are_not_added_to():
 
 def test_multihead_attention_from_a_state_dict():
     """Its config may leave out which layers it is for: those of the loaded one."""
-    other = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["mha"]))
+    other = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["attention"]))
     randomize(other, "default", seed=1)
     tensors = get_peft_model_state_dict(other)
-    model = get_peft_model(Attention(), LoraConfig(r=4, target_modules=["mha"]))
+    model = get_peft_model(Attention(), LoraConfig(r=4, target_modules=["attention"]))
     hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig(r=2))
     assert_same_tensors(get_peft_model_state_dict(model), tensors)
-    assert model.get_base_model().mha.scaling["default"] == 4
+    assert model.get_base_model().attention.scaling["default"] == 4
 
 
 def test_tensors_whose_values_share_memory_are_refused():

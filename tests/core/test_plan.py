@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import KINDS, Kind, load, save_family, save_random_adapter
-from oracle import assert_equals_fresh_load, untouched
+from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, untouched
 from peft import LoraConfig, get_peft_model
 from refusals import refused
 from safetensors.torch import load_file, save_file
@@ -20,10 +20,12 @@ from hotswap_lab import (
     hotswap_adapter_from_state_dict,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
+    save_adapter,
 )
 from hotswap_lab.figures.palette import WRONG
 
 LLAMA, CONV, SHARED = KINDS["llama"], KINDS["conv"], KINDS["shared"]
+EMBED = ("embed_tokens",)
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -305,3 +307,36 @@ def test_what_is_known_of_a_model_is_asked_anew_when_its_modules_change(tmp_path
     assert plan_hotswap(model, classifies, "default").ok
     base.score, base.blocks = torch.nn.Linear(6, 2), torch.nn.ModuleList(base.blocks)
     refused("score", hotswap_adapter, model, classifies, "default")
+
+
+Q_AND_K = {"target_modules": ["q_proj", "k_proj"]}
+#: each leaves out a layer that the tensors are for
+SELECTIONS = {
+    "targets": dict(target_modules=["q_proj"]),
+    "no targets": dict(target_modules=None),
+    "excluded": dict(Q_AND_K, exclude_modules=["k_proj"]),
+    "one layer": dict(Q_AND_K, layers_to_transform=[0]),
+    "one layer by its pattern": dict(Q_AND_K, layers_to_transform=[0], layers_pattern="layers"),
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_what_is_saved_is_loaded_as_what_it_is(model, tmp_path, selection):
+    new = save_random_adapter(LLAMA, tmp_path / "new", seed=2, r=4, **Q_AND_K)
+    config = LoraConfig(r=4, **SELECTIONS[selection])
+    hotswap_adapter_from_state_dict(model, Adapter.load(new).tensors, "default", config)
+    save_adapter(model, tmp_path / "saved")
+    assert_same_outputs(load(LLAMA, str(tmp_path / "saved")), load(LLAMA, new), LLAMA)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_base_weights_of_higher_precision_that_are_the_models_own(tmp_path, dtype):
+    """They are what the model has, rounded: nothing speaks against a swap to an adapter without them, and back."""
+    half = Kind(lambda: LLAMA.make_random().to(dtype), LLAMA.make_inputs, LLAMA.modules)
+    embedded, plain = save_family(LLAMA, tmp_path, *(dict(target_modules=[*more, "q_proj"]) for more in (EMBED, ())))
+    model = load(half, plain)
+    model.load_adapter(plain, "neighbor")  # whose base weights must stay as they are
+    for folder in (embedded, plain, embedded):
+        hotswap_adapter(model, folder, "default", add_layers=True)
+        fresh = load(half, folder).requires_grad_(False)  # PEFT leaves an embedding that it converts trainable
+        assert_equals(model, fresh, half, margin=10)

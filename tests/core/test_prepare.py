@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from models import COPIES, KINDS, call, copied, load, lora_layers, save_family
@@ -148,6 +150,25 @@ def test_reserved_embeddings_are_not_saved(tmp_path):
     saved, expected = (load_file(f"{folder}/adapter_model.safetensors") for folder in (tmp_path / "saved", on_one))
     assert_same_tensors(saved, expected)
     assert verify_hotswap(model, on_one, inputs=LLAMA.inputs(), base=LLAMA.base)
+
+
+def test_row_j_of_one_memory_holds_rank_component_j_of_each_parameter(tmp_path):
+    model = load(LLAMA, *save_family(LLAMA, tmp_path, dict(r=3, rank_pattern={"q_proj": 6})))
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    parameters = [(each.parameter, each.rank_axis) for each in resolve_slot(model, "default").tensors]
+    (memory,) = {each.untyped_storage().data_ptr(): each.untyped_storage() for each, _ in parameters}.values()
+    (pitch,) = {each.stride(axis) for each, axis in parameters}
+    assert pitch * 4 // 64 % 2 == 1, "an odd number of cache lines"
+    assert memory.nbytes() >= 8 * pitch * 4
+    columns = []
+    for each, _ in parameters:
+        assert each.data_ptr() % 64 == 0
+        start = (each.data_ptr() - memory.data_ptr()) // 4
+        columns += range(start, start + each.numel() // 8)
+    assert len(columns) == len(set(columns)), "no two tensors share an element"
+    assert max(columns) < pitch
+    # and a pickle does not have the memory once for each of them
+    assert len(pickle.dumps(model)) < 3 * sum(each.nbytes for each in model.parameters()) + 300_000
 
 
 # ---- several adapters
