@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from models import KINDS, load, save_random_adapter
@@ -64,54 +59,6 @@ def test_unknown_arguments_and_a_missing_config(folder, model):
     with pytest.raises(TypeError, match="revison"):
         hotswap_adapter(model, folder, "default", revison="main")
     refused("config is missing", Adapter.from_state_dict, Adapter.load(folder).tensors, None)
-
-
-def truncated(size: int):
-    def change(folder: Path) -> None:
-        file = folder / "adapter_model.safetensors"
-        os.truncate(file, size if size >= 0 else file.stat().st_size + size)
-
-    return change
-
-
-def with_text(text: str):
-    return lambda folder: (folder / "adapter_config.json").write_text(text)
-
-
-def with_fields(**fields):
-    def change(folder: Path) -> None:
-        file = folder / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-
-    return change
-
-
-BROKEN = {
-    **{f"weights cut at {size}": (truncated(size), "can't be read") for size in (0, 4, 8, 100, -1)},
-    **{f"the config is {text!r}": (with_text(text), "can't be read") for text in ("", "{", "[]", "null", '{"r": 4}')},
-    **{
-        f"the config is {text!r}": (with_text(text), "^The adapter from .* is of an unknown kind")
-        for text in ('{"peft_type": "NEW"}', '{"peft_type": 3}')
-    },
-    **{
-        f"the config says {fields}": (with_fields(**fields), None)
-        for fields in (
-            *(dict(r=rank) for rank in (-1, 0, 4.5, None, "x")),
-            dict(lora_alpha="8"),
-            dict(rank_pattern=[1]),
-        )
-    },
-    "no weights": (lambda folder: os.remove(folder / "adapter_model.safetensors"), "Can't find weights for"),
-    "no config": (lambda folder: os.remove(folder / "adapter_config.json"), r"Can't find 'adapter_config\.json' at"),
-    "no folder": (shutil.rmtree, r"Can't find 'adapter_config\.json' at"),
-}
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_what_is_broken_is_refused(folder, model, what):
-    change, match = BROKEN[what]
-    change(Path(folder))
-    refused(match, hotswap_adapter, model, folder, "default")
 
 
 def test_the_default_device_makes_no_difference(folder, model, tmp_path):

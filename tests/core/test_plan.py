@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 import warnings
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from models import KINDS, Kind, load, save_family, save_random_adapter
+from mutations import CONFIG, WEIGHTS, Mutation, with_config, with_tensors
 from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, untouched
 from peft import LoraConfig, get_peft_model
 from refusals import refused
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hotswap_lab import (
     Adapter,
@@ -39,16 +42,12 @@ def new(tmp_path):
     return save_random_adapter(LLAMA, tmp_path / "new", seed=2, r=6, lora_alpha=3)
 
 
-def edit_tensors(folder: str, change) -> None:
-    file = f"{folder}/adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
+def edit(folder: str, mutation: Mutation) -> None:
+    mutation(Path(folder), Random())
 
 
-def edit_config(folder: str, **changes) -> None:
-    file = Path(folder, "adapter_config.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+def cut(name: str, size: int) -> Mutation:
+    return lambda folder, _: os.truncate(folder / name, size)
 
 
 def test_the_dry_run_writes_nothing_and_says_what_the_swap_will_do(model, new, tmp_path):
@@ -129,44 +128,49 @@ def test_damaged_tensors_are_refused_before_any_write(model, new, damage):
     adapter = Adapter.load(new)
     tensors = dict(adapter.tensors)
     change(tensors)
-    edit_tensors(new, change)
+    edit(new, with_tensors(change))
     refused(message, hotswap_adapter, model, new, "default")
     refused(message, hotswap_adapter_from_state_dict, model, tensors, "default", adapter.config)
 
 
 def test_nonfinite_weights_can_be_let_through(model, new):
-    edit_tensors(new, _nan)
+    edit(new, with_tensors(_nan))
     hotswap_adapter(model, new, "default", allow_nonfinite=True)
     assert model.get_submodule(Q).lora_A["default"].weight.isnan().sum() == 1
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("damage", "message"),
     [
-        (dict(r=5), "disagree about the rank"),
-        (dict(rank_pattern={"q_proj": 3}), "disagree about the rank"),
-        (dict(target_modules=["k_proj"]), "does not target model.layers.0.self_attn.q_proj"),
-        (dict(use_dora=True), "incomplete"),
-        (dict(lora_bias=True), "incomplete"),
-        (dict(modules_to_save=["lm_head"]), "PEFT can't load this adapter on the base model"),
-        (dict(trainable_token_indices=[1, 2]), "PEFT can't load this adapter on the base model"),
-        (dict(target_parameters=["down_proj.weight"]), "PEFT can't load this adapter on the base model"),
-        (dict(layer_replication=[[0, 2], [0, 2]]), "for other layers of the base model"),
-        *(
-            (dict(init_lora_weights=each), "changes the base model's own weights")
-            for each in ("pissa_niter_4", "olora")
-        ),
-        (dict(peft_type="NEW_METHOD"), "unknown kind"),
+        (with_config(r=5), "disagree about the rank"),
+        (with_config(rank_pattern={"q_proj": 3}), "disagree about the rank"),
+        (with_config(target_modules=["k_proj"]), "does not target model.layers.0.self_attn.q_proj"),
+        (with_config(use_dora=True), "incomplete"),
+        (with_config(lora_bias=True), "incomplete"),
+        (with_config(modules_to_save=["lm_head"]), "PEFT can't load this adapter on the base model"),
+        (with_config(trainable_token_indices=[1, 2]), "PEFT can't load this adapter on the base model"),
+        (with_config(target_parameters=["down_proj.weight"]), "PEFT can't load this adapter on the base model"),
+        (with_config(layer_replication=[[0, 2], [0, 2]]), "for other layers of the base model"),
+        (with_config(init_lora_weights="pissa_niter_4"), "changes the base model's own weights"),
+        (with_config(init_lora_weights="olora"), "changes the base model's own weights"),
+        (with_config(peft_type="NEW_METHOD"), "^The adapter from .* is of an unknown kind"),
+        *((with_config(**each), None) for each in (dict(r=-1), dict(r=4.5), dict(r=None), dict(rank_pattern=[1]))),
+        *((cut(WEIGHTS, size), "can't be read") for size in (0, 4, 8, 100, 10_000)),
+        *((cut(CONFIG, size), "can't be read") for size in (0, 1, 100)),
+        (lambda folder, _: (folder / CONFIG).write_text('{"r": 4}'), "can't be read"),
+        (lambda folder, _: os.remove(folder / WEIGHTS), "Can't find weights for"),
+        (lambda folder, _: os.remove(folder / CONFIG), r"Can't find 'adapter_config\.json' at"),
+        (lambda folder, _: shutil.rmtree(folder), r"Can't find 'adapter_config\.json' at"),
     ],
 )
-def test_configs_that_can_not_be_right_are_refused(model, new, changes, message):
-    edit_config(new, **changes)
+def test_a_damaged_folder_is_refused(model, new, damage, message):
+    edit(new, damage)
     refused(message, hotswap_adapter, model, new, "default")
 
 
 def test_inits_that_leave_the_base_alone_are_fine(model, new):
     for init in (True, False, "gaussian", "orthogonal"):
-        edit_config(new, init_lora_weights=init)
+        edit(new, with_config(init_lora_weights=init))
         hotswap_adapter(model, new, "default")
         assert_equals_fresh_load(model, LLAMA, new)
 
@@ -213,7 +217,7 @@ def test_base_weights_saved_beside_an_embedding_adapter(tmp_path):
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     assert key in load_file(f"{new}/adapter_model.safetensors")
     model = load(kind, old)
-    edit_tensors(old, lambda tensors: tensors[key][0, 0].add_(1))
+    edit(old, with_tensors(lambda tensors: tensors[key][0, 0].add_(1)))
     for folder in (new, old, new, old, old, new):
         hotswap_adapter(model, folder, "default")
         assert_equals_fresh_load(model, kind, folder)
@@ -229,7 +233,7 @@ def test_shared_blocks_must_agree(tmp_path, change):
     model = load(SHARED, save_random_adapter(SHARED, tmp_path / "old", seed=1, r=4))
     new = save_random_adapter(SHARED, tmp_path / "new", seed=2, r=4)
     early, late = (f"base_model.model.{block}.0.lora_A.weight" for block in ("early", "late"))
-    edit_tensors(new, lambda tensors: tensors.update({late: change(tensors[early])}))
+    edit(new, with_tensors(lambda tensors: tensors.update({late: change(tensors[early])})))
     if change is torch.clone:
         hotswap_adapter(model, new, "default")
         assert_equals_fresh_load(model, SHARED, new)
@@ -239,11 +243,11 @@ def test_shared_blocks_must_agree(tmp_path, change):
 
 def test_a_plan_lists_everything(model, new):
     """Layers that the config targets and the file lacks are noted; a refusal has all reasons, and prints three."""
-    edit_tensors(new, lambda tensors: [tensors.pop(key) for key in list(tensors) if "v_proj" in key])
+    edit(new, with_tensors(lambda tensors: [tensors.pop(key) for key in list(tensors) if "v_proj" in key]))
     plan = plan_hotswap(model, new)
     assert plan.ok
     assert plan.notes[0].startswith("the config targets 2 layers that the file has no tensors for")
-    edit_tensors(new, lambda tensors: [tensors.pop(key) for key in list(tensors) if "lora_B" in key])
+    edit(new, with_tensors(lambda tensors: [tensors.pop(key) for key in list(tensors) if "lora_B" in key]))
     plan = plan_hotswap(model, new)
     assert (len(plan.refusals), plan.ok) == (12, False)
     assert "refused, 12 reasons; nothing is written" in str(plan)
@@ -252,7 +256,7 @@ def test_a_plan_lists_everything(model, new):
     html = plan._repr_html_()
     assert html.index(WRONG) < html.index("... and 11 more") < html.index("<table") < html.index("the config targets")
     refused("and 11 more", plan.raise_if_refused)
-    edit_tensors(new, lambda tensors: [tensors.pop(key) for key in list(tensors)[1:]])
+    edit(new, with_tensors(lambda tensors: [tensors.pop(key) for key in list(tensors)[1:]]))
     assert "refused, 1 reason; nothing is written" in str(plan_hotswap(model, new))
 
 
@@ -260,7 +264,7 @@ def test_a_plan_lists_everything(model, new):
 def test_a_config_that_names_more_than_layers(model, tmp_path, target_modules):
     """The file's layers are right, but no fresh load takes its config, nor what would be saved with it."""
     new = save_random_adapter(LLAMA, tmp_path / "new", seed=2, r=4, target_modules=["q_proj"])
-    edit_config(new, target_modules=target_modules)
+    edit(new, with_config(target_modules=target_modules))
     with pytest.raises(ValueError, match=r"^Target module Llama"):
         load(LLAMA, new)
     refused(r"^Target module model", hotswap_adapter, model, new, "default")
@@ -298,8 +302,7 @@ def test_what_is_known_of_a_model_is_asked_anew_when_its_modules_change(tmp_path
     """A fresh load would take the new head for the adapter's, and miss its tensors."""
     kind = KINDS["linear"]
     plain, classifies = (save_random_adapter(kind, tmp_path / name, seed=1, r=4) for name in "ab")
-    config = json.loads(Path(classifies, "adapter_config.json").read_text())
-    Path(classifies, "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
+    edit(classifies, with_config(task_type="SEQ_CLS"))
     base = kind.base()
     model = get_peft_model(base, LoraConfig(r=4, target_modules=list(kind.modules))).eval()
     for _ in range(3):

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 import peft.utils.hotswap as peft_hotswap
 import pytest
@@ -23,7 +23,7 @@ import torch
 from adapters import save_random_adapter_of
 from lengths import few_of
 from models import ARCHITECTURES, KINDS, call, load, lora_layers, randomize, save_family
-from mutations import KEY, odd
+from mutations import KEY, odd, with_config
 from oracle import (
     assert_equals,
     assert_equals_fresh_load,
@@ -501,8 +501,7 @@ def test_the_engine_never_calls_pefts_hotswap():
 def test_a_regular_expression_that_takes_for_ever_can_be_ended(tmp_path):
     """It holds the interpreter, so that no other thread could press anything; the signal comes all the same."""
     old, new = save_family(KINDS["llama"], tmp_path, dict(r=4), dict(r=4))
-    config = json.loads(Path(new, "adapter_config.json").read_text())
-    Path(new, "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {r"([\w.]+)+!": 2}}))
+    with_config(rank_pattern={r"([\w.]+)+!": 2})(Path(new), Random())
     model = load(KINDS["llama"], old)
     handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
