@@ -25,7 +25,6 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     resolve_slot,
     save_adapter,
-    verify_hotswap,
 )
 
 LLAMA = KINDS["llama"]
@@ -171,10 +170,6 @@ def test_swaps(base, family, tmp_path, way):
     assert_equals_fresh_load(model, base.kind, str(tmp_path / "saved"), **base.arguments)
     with model.disable_adapter():
         assert torch.equal(call(model, base.kind.inputs()), call(base.kind.base(), base.kind.inputs()))
-    if not base.arguments:  # the oracle of the package loads as PEFT does by default
-        arguments = dict(inputs=base.kind.inputs(), base=base.kind.base, tolerance=1e-5)
-        for name in ("fewer", "first"):
-            assert bool(verify_hotswap(model, family[name], **arguments)) == (name == "fewer")
 
 
 def test_rows(base, family):
@@ -252,8 +247,7 @@ def test_offloaded_adapter_weights_are_refused(adapters, tmp_path, where):
         partial(prepare_model_for_compiled_hotswap, target_rank=8),
         partial(AdapterPool, adapters=adapters),
     ):
-        error = refused("remove_hook_from_submodules", action, model)
-        assert "accelerate keeps elsewhere" in str(error)
+        refused(r"(?s)accelerate keeps elsewhere.*remove_hook_from_submodules", action, model)
     assert_same_outputs(model, load(LLAMA, adapters["first"]), LLAMA)
     # what the refusal says to do next
     hooks.remove_hook_from_submodules(model)
