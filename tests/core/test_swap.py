@@ -104,7 +104,6 @@ CONFIGS = (
     dict(target_modules=None),  # the model's default
     dict(target_modules=["model.layers.1.self_attn.o_proj"]),
 )
-#: What is known of one config's layers is kept for the next adapter, as long as no field that differs changes it.
 ONE_FIELD = (
     *(dict(r=2), dict(lora_alpha=3), dict(use_rslora=True), dict(lora_dropout=0.3), dict(rank_pattern={"q_proj": 2})),
     *(dict(alpha_pattern={"q_proj": 2}), dict(target_modules=["q_proj"]), dict(exclude_modules=["k_proj"])),
@@ -113,13 +112,23 @@ ONE_FIELD = (
 
 
 def test_configs_of_all_forms(tmp_path):
-    two, one = dict(r=6, lora_alpha=5), dict(target_modules=["q_proj", "k_proj"])
-    configs = (*CONFIGS, one, *(one | each for each in ONE_FIELD))
-    every, *forms = save_family(LLAMA, tmp_path, dict(r=4), *(two | each for each in configs))
-    model, one = load(LLAMA, every), forms[len(CONFIGS)]
-    for folder in (*forms[: len(CONFIGS)], *(each for other in forms[len(CONFIGS) :] for each in (other, one)), every):
+    every, *forms = save_family(LLAMA, tmp_path, dict(r=4), *(dict(r=6, lora_alpha=5) | each for each in CONFIGS))
+    model = load(LLAMA, every)
+    for folder in (*forms, every):
         hotswap_adapter(model, folder, "default", add_layers=True)
         assert_equals_fresh_load(model, LLAMA, folder)
+
+
+def test_a_change_of_one_field_is_noticed(tmp_path):
+    """What is known of one config's layers is kept for the next adapter, unless it depends on a field that differs."""
+    config = dict(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj"])
+    every = dict(r=4, target_modules=["q_proj", "k_proj", "v_proj"])
+    every, one, *others = save_family(LLAMA, tmp_path, every, config, *(config | each for each in ONE_FIELD))
+    for other in others:
+        model = load(LLAMA, every)
+        for folder in (other, one, other):
+            hotswap_adapter(model, folder, "default")
+            assert_equals_fresh_load(model, LLAMA, folder)
 
 
 # ---- from any state of the model
