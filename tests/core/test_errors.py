@@ -14,6 +14,7 @@ import hotswap_lab.serving
 import hotswap_lab.widgets
 from hotswap_lab import HotswapError
 from hotswap_lab.core.errors import Refusal, listing, refuse
+from hotswap_lab.core.report import html_table
 
 PACKAGE = Path(hotswap_lab.__file__).parent
 
@@ -76,3 +77,10 @@ def test_every_refusal_has_a_text_with_all_of_its_values_and_every_text_a_refusa
         used.add(name)
     assert used == texts.keys()
     assert len(used) > 60
+
+
+def test_everything_in_a_table_is_escaped():
+    evil = "<script>alert(1)</script>"
+    html = html_table(evil, [evil], [[evil]], caption=evil, above=[evil], notes=[evil])
+    assert "<script>" not in html
+    assert html.count("&lt;script&gt;") == 6

@@ -23,7 +23,7 @@ import torch
 from adapters import save_random_adapter_of
 from lengths import few_of
 from models import ARCHITECTURES, KINDS, call, load, lora_layers, randomize, save_family
-from mutations import KEY, odd, with_config
+from mutations import KEY, odd, with_config, with_tensors
 from oracle import (
     assert_equals,
     assert_equals_fresh_load,
@@ -41,6 +41,7 @@ from torch import nn
 import hotswap_lab
 from hotswap_lab import (
     Adapter,
+    AdapterPool,
     HotswapError,
     commit,
     hotswap_adapter,
@@ -48,6 +49,7 @@ from hotswap_lab import (
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
     resolve_slot,
+    set_strength,
 )
 from hotswap_lab.core.journal import Journal
 
@@ -302,6 +304,59 @@ def test_parameters_stay_the_same_objects(tmp_path, rank):
     assert all(before is after for before, after in zip(parameters, now, strict=True))
     assert all(type(parameter) is torch.nn.Parameter for parameter in now)
     assert (slot.data_ptrs() == addresses) == (rank == 4)
+
+
+def test_a_subfolder(tmp_path):
+    old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=2))
+    model = load(LINEAR, old)
+    hotswap_adapter(model, tmp_path, "default", subfolder=Path(new).name)
+    assert_equals_fresh_load(model, LINEAR, new)
+    with pytest.raises(TypeError, match="revison"):
+        hotswap_adapter(model, new, "default", revison="main")
+
+
+@pytest.mark.parametrize("of_the_model", [False, True])
+def test_key_mapping(tmp_path, of_the_model):
+    """An adapter for older code of the model, whose layers had other names; some transformers models know these."""
+    old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=6))
+    model, mapping = load(LINEAR, old), {r"old_blocks\.layer_": "blocks."}
+
+    def rename(tensors: dict) -> None:
+        for key in list(tensors):
+            tensors[key.replace("blocks.", "old_blocks.layer_")] = tensors.pop(key)
+
+    with_tensors(rename)(Path(new), Random())
+    refused("unexpected keys found", hotswap_adapter, model, new, "default")
+    if of_the_model:
+        model.get_base_model()._checkpoint_conversion_mapping = mapping
+    hotswap_adapter(model, new, "default", **({} if of_the_model else {"key_mapping": mapping}))
+    assert_equals_fresh_load(model, LINEAR, new, key_mapping=mapping)
+
+
+def test_an_adapter_read_once_can_be_swapped_often(tmp_path):
+    old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=6))
+    model, read, tensors = load(LINEAR, old), Adapter.load(new), dict(Adapter.load(old).tensors)
+    second = Adapter.from_state_dict(tensors, Adapter.load(old).config)
+    tensors.popitem()  # which changes nothing of the adapter that was made of them
+    for adapter, source in ((read, new), (second, old), (read, new)):
+        hotswap_adapter(model, adapter, "default")
+        assert_equals_fresh_load(model, LINEAR, source)
+    with pytest.raises(TypeError, match="already read"):
+        hotswap_adapter(model, read, "default", revision="main")
+    refused("config is missing", Adapter.from_state_dict, tensors, None)
+
+
+def test_the_default_device_makes_no_difference(tmp_path):
+    """Tensors of ours are on the CPU, or where the model is."""
+    old, dora, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=3, use_dora=True), dict(r=6))
+    model = load(LINEAR, old)
+    with torch.device("meta"):
+        hotswap_adapter(model, dora, "default")
+        hotswap_adapter(model, new, "default")
+        set_strength(model, 0.5, "default")
+        set_strength(model, 1.0, "default")
+        AdapterPool(model, adapters={"new": new}, progress=False).swap("new")
+    assert_equals_fresh_load(model, LINEAR, new, prepared=True)
 
 
 # ---- state dicts

@@ -60,7 +60,7 @@ def run_trials(laboratory: Laboratory, count: int, seed: int) -> list[Trial]:
     return trials
 
 
-@pytest.mark.parametrize(("count", "seed"), [(8, 4), long(120 * TIMES, 2)])
+@pytest.mark.parametrize(("count", "seed"), [(8, 5), long(120 * TIMES, 2)])
 def test_mutations_in_turn(laboratory, count, seed):
     trials = run_trials(laboratory, count, seed)
     failures = [str(each) for each in trials if each.problems]
