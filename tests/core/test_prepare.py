@@ -171,6 +171,15 @@ def test_row_j_of_one_memory_holds_rank_component_j_of_each_parameter(tmp_path):
     assert len(pickle.dumps(model)) < 3 * sum(each.nbytes for each in model.parameters()) + 300_000
 
 
+def test_a_swap_that_writes_saved_modules_too_is_noted(tmp_path):
+    saved = dict(modules_to_save=["lm_head"], target_modules=["q_proj"])
+    old, new = save_family(LLAMA, tmp_path, dict(r=3) | saved, dict(r=5) | saved)
+    prepare_model_for_compiled_hotswap(model := load(LLAMA, old), target_rank=8)
+    hotswap_adapter(model, new, "default")
+    room = resolve_slot(model, "default").host.base.hotswap_slots["default"].room
+    assert room.state.ranks == [5] * len(lora_layers(model))
+
+
 # ---- several adapters
 
 
