@@ -41,9 +41,7 @@ from trials import SEEDS, Laboratory, Trial
 
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory):
-    laboratory = Laboratory(tmp_path_factory.mktemp("laboratory"))
-    yield laboratory
-    laboratory.close()
+    return Laboratory(tmp_path_factory.mktemp("laboratory"))
 
 
 def run_trials(laboratory: Laboratory, count: int, seed: int) -> list[Trial]:
