@@ -109,7 +109,7 @@ def run_with_fault(
 
     handler, error = signal.getsignal(signal.SIGINT), None
     try:
-        _watch(action, unit, at_step)
+        watch_steps(action, unit, at_step)
     except BaseException as raised:
         if not where:
             raise
@@ -123,11 +123,11 @@ def run_with_fault(
 def list_steps(action: Callable[[], object], unit: str = "line") -> list[str]:
     """The places of all steps of ``action``, in turn."""
     places: list[str] = []
-    _watch(action, unit, places.append)
+    watch_steps(action, unit, places.append)
     return places
 
 
-def _watch(action: Callable[[], object], unit: str, at_step: Callable[[str], None]) -> None:
+def watch_steps(action: Callable[[], object], unit: str, at_step: Callable[[str], None]) -> None:
     """Calls ``at_step`` before each step; what it raises comes out of the step."""
 
     def trace(frame, event, argument):

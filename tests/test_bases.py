@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lengths import few_of
+from lengths import few_of, long
 from models import KINDS, Kind, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors
 from peft import PeftModel
@@ -25,7 +25,6 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     resolve_slot,
     save_adapter,
-    verify_hotswap,
 )
 
 LLAMA = KINDS["llama"]
@@ -171,10 +170,6 @@ def test_swaps(base, family, tmp_path, way):
     assert_equals_fresh_load(model, base.kind, str(tmp_path / "saved"), **base.arguments)
     with model.disable_adapter():
         assert torch.equal(call(model, base.kind.inputs()), call(base.kind.base(), base.kind.inputs()))
-    if not base.arguments:  # the oracle of the package loads as PEFT does by default
-        arguments = dict(inputs=base.kind.inputs(), base=base.kind.base, tolerance=1e-5)
-        for name in ("fewer", "first"):
-            assert bool(verify_hotswap(model, family[name], **arguments)) == (name == "fewer")
 
 
 def test_rows(base, family):
@@ -194,14 +189,6 @@ def test_rows(base, family):
     for row in range(2):
         assert (rows[row] - fresh[row][row]).abs().max() < tolerance
         assert (rows[row] - fresh[1 - row][row]).abs().max() > 10 * tolerance
-
-
-def test_a_refusal_leaves_everything_as_it_was(base, family, tmp_path):
-    narrow = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=128, num_hidden_layers=2)
-    other = save_random_adapter(make_kind(lambda: LlamaForCausalLM(narrow)), tmp_path / "other", seed=9, r=4)
-    model = base.load(family["first"])
-    refused("does not fit the base model", hotswap_adapter, model, other, "default")
-    assert_is_the_adapter(base, model, family["first"])
 
 
 # ---- weights that accelerate keeps elsewhere between calls
@@ -228,7 +215,7 @@ MIXED |= dict.fromkeys(("model.norm", "model.rotary_emb", "lm_head"), "cpu")
 ELSEWHERE = {"cpu": None, "disk": None, "all on one": {"": "cpu"}, "some on disk": MIXED}
 
 
-@pytest.mark.parametrize("where", ELSEWHERE)
+@pytest.mark.parametrize("where", few_of(ELSEWHERE, ("disk", "some on disk")))
 def test_base_weights_that_are_elsewhere(adapters, tmp_path, where):
     accelerate, device_map, kind = pytest.importorskip("accelerate"), ELSEWHERE[where], LLAMA
     if device_map:
@@ -250,7 +237,7 @@ def test_base_weights_that_are_elsewhere(adapters, tmp_path, where):
             assert_equals_fresh_load(model, kind, adapters[name])
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("where", ["disk", long("cpu")])
 def test_offloaded_adapter_weights_are_refused(adapters, tmp_path, where):
     hooks = pytest.importorskip("accelerate.hooks")
     model = load(LLAMA, adapters["first"])
@@ -260,8 +247,7 @@ def test_offloaded_adapter_weights_are_refused(adapters, tmp_path, where):
         partial(prepare_model_for_compiled_hotswap, target_rank=8),
         partial(AdapterPool, adapters=adapters),
     ):
-        error = refused("remove_hook_from_submodules", action, model)
-        assert "accelerate keeps elsewhere" in str(error)
+        refused(r"(?s)accelerate keeps elsewhere.*remove_hook_from_submodules", action, model)
     assert_same_outputs(model, load(LLAMA, adapters["first"]), LLAMA)
     # what the refusal says to do next
     hooks.remove_hook_from_submodules(model)

@@ -83,26 +83,6 @@ def test_the_repository_stands_in_one_place():
     assert PROJECT["urls"]["Documentation"] == f"https://{owner}.github.io/{name}/"
 
 
-def test_the_index_page_has_no_relative_link():
-    """README as the package's metadata has it. That its links lead somewhere, test_site.py checks."""
-    hook = TOOLS["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
-    assert hook["fragments"] == [{"path": "README.md"}]
-    text = README
-    for each in hook["substitutions"]:
-        text = re.sub(each["pattern"], each["replacement"], text)
-    links = [re.findall(r"(!\[[^\]]*)?\]\(([^)]*)\)", page) for page in (README, text)]
-    assert len(links[0]) == len(links[1]) > 28
-    address = PROJECT["urls"]["Repository"]
-    at_tag = f"{address}/blob/v$HFPR_VERSION/"
-    raw = f"{address}/v$HFPR_VERSION/".replace("github.com", "raw.githubusercontent.com")
-    for (picture, link), (_, absolute) in zip(*links, strict=True):
-        if link.startswith("https://"):
-            assert absolute == link
-        else:
-            page = "README.md" if link.startswith("#") else ""
-            assert absolute == (raw if picture else at_tag) + page + link
-
-
 def of_ci(function: str) -> str:
     """What a function of the CI script prints."""
     script = f"eval \"$(sed -n '/^{function}()/,/^}}/p' .ci/run)\"; {function}"

@@ -40,7 +40,7 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.threads import bases_of, held, is_shared, turns, turns_of
+from hotswap_lab.threads import bases_of, held, turns, turns_of
 from hotswap_lab.threads.turns import Turn
 
 KIND = KINDS["linear"]
@@ -191,14 +191,13 @@ def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path, op
             call(model, kind.inputs())
 
     experts = model.get_base_model().model.layers[0].mlp.experts
-    handle = experts.get_base_layer().register_forward_pre_hook(hold)
-    computing = start(compute)
-    assert entered.wait(30)
-    swap = start(operation, model, new, "default")
-    leave.set()
-    for each in (computing, swap):
-        each.result(30)
-    handle.remove()
+    with experts.get_base_layer().register_forward_pre_hook(hold):
+        computing = start(compute)
+        assert entered.wait(30)
+        swap = start(operation, model, new, "default")
+        leave.set()
+        for each in (computing, swap):
+            each.result(30)
     assert_equals_fresh_load(model, kind, new, margin=10)
 
 
@@ -218,7 +217,8 @@ def test_who_samples_inside_gets_no_random_number_twice(tmp_path, monkeypatch, o
             return torch.rand(1).item()
 
     def sample_while_others_do(*arguments, **more):
-        sampling.append(start(sample))
+        if len(sampling) < 3:
+            sampling.append(start(sample))
         return original(*arguments, **more)
 
     monkeypatch.setattr(torch.nn.init, "calculate_gain", sample_while_others_do)
@@ -253,9 +253,13 @@ def test_threads_compute_side_by_side_and_may_nest(model):
         each.result(30)
 
 
-def test_a_swap_that_would_wait_too_long_is_refused(model, folders, pool):
-    began = time.monotonic()
+def test_a_swap_that_would_wait_too_long_is_refused_and_nothing_else_is_held_up(model, folders, pool, tmp_path):
+    began, other = time.monotonic(), load(KIND, folders["old"])
     with reading(model), waiting_at_most(0):
+        assert plan_hotswap(model, folders["third"]).ok
+        save_adapter(model, tmp_path / "saved")
+        assert verify_hotswap(model, folders["old"], inputs=KIND.inputs())
+        hotswap_adapter(other, folders["third"], "default")
         refused("The model is in use", pool.using("new").__enter__)  # and has nothing to put back
         error = refused("computes with it: the reader", hotswap_adapter, model, folders["new"], "default")
         assert isinstance(error, ModelInUseError)
@@ -280,7 +284,7 @@ def use(pool: AdapterPool, name: str) -> None:
 
 
 @pytest.mark.usefixtures("python_sigint")
-@pytest.mark.parametrize("presses", [0, 1, 2])
+@pytest.mark.parametrize("presses", [1, 2])
 def test_using_waits_to_put_back(model, folders, pool, presses):
     """However long it may wait otherwise. The first Ctrl-C has it wait on, and says so; the second one ends it."""
     (turn,), leaving = turns_of(bases_of(pool)), []
@@ -291,14 +295,12 @@ def test_using_waits_to_put_back(model, folders, pool, presses):
         for _ in range(presses):
             time.sleep(MOMENT)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5 * MOMENT)
+            time.sleep(2 * MOMENT)
         leave.set()
 
-    with contextlib.ExitStack() as readers, contextlib.ExitStack() as stack:
-        if presses:
-            stack.enter_context(pytest.warns(UserWarning, match="Ctrl-C once more"))
-            stack.enter_context(pytest.raises(KeyboardInterrupt))
-        with waiting_at_most(0), pool.using("new"):
+    with contextlib.ExitStack() as readers:
+        said = pytest.warns(UserWarning, match="Ctrl-C once more")
+        with said, pytest.raises(KeyboardInterrupt), waiting_at_most(0), pool.using("new"):
             leaving.append(start(press_and_leave, readers.enter_context(reading(pool))))
     leaving[0].result(30)
     assert pool.active == ("new" if presses == 2 else "old")
@@ -322,10 +324,8 @@ def test_ctrl_c_ends_the_waiting_unless_a_handler_goes_on(model, folders, goes_o
         assert_equals_fresh_load(model, KIND, folders["new"])
     else:
         assert_untouched(model, before)
-    # nothing of it is left: all threads can swap and compute
-    for name in ("new", "third"):
-        start(hotswap_adapter, model, folders[name], "default").result(30)
-        assert_equals_fresh_load(model, KIND, folders[name])
+    start(hotswap_adapter, model, folders["third"], "default").result(30)  # nothing of it is left
+    assert_equals_fresh_load(model, KIND, folders["third"])
 
 
 def test_a_writer_inside_a_writer_keeps_everybody_out(model):
@@ -360,7 +360,7 @@ def enter_while_another_begins_to_write(model, step: int) -> bool | None:
     def trace(frame, event, _):
         if event == "line" and frame.f_code.co_filename == inspect.getfile(in_use) and next(lines) == step:
             writer.start()
-            writing.wait(MOMENT)
+            writing.wait(MOMENT / 4)
         return trace
 
     def compute() -> None:
@@ -371,38 +371,22 @@ def enter_while_another_begins_to_write(model, step: int) -> bool | None:
 
     writer, reader = threading.Thread(target=write), threading.Thread(target=compute)
     reader.start()
-    reader.join(MOMENT)
+    reader.join(MOMENT / 4)
     ends.set()
     reader.join(30)
     return both[0] if writer.ident else None
 
 
-def test_reading_and_other_models_are_not_held_up(model, folders, tmp_path):
-    other = load(KIND, folders["old"])
-    with reading(model):
-        assert plan_hotswap(model, folders["new"]).ok
-        save_adapter(model, tmp_path / "saved")
-        assert verify_hotswap(model, folders["old"], inputs=KIND.inputs())
-        hotswap_adapter(other, folders["new"], "default")
-    assert_equals_fresh_load(other, KIND, folders["new"])
-
-
-#: what computes or reads, and where it can be stopped
-READING = {
-    "saving": ("register_state_dict_pre_hook", lambda model, _, target: save_adapter(model, target)),
-    "verifying": (
-        "register_forward_pre_hook",
-        lambda model, folder, _: verify_hotswap(model, folder, inputs=KIND.inputs()),
-    ),
-}
-
-
-@pytest.mark.parametrize("what", READING)
-def test_saving_and_verifying_hold_swaps_back(model, folders, tmp_path, what):
+@pytest.mark.parametrize("verifies", [False, True])
+def test_saving_and_verifying_hold_swaps_back(model, folders, tmp_path, verifies):
     """What is saved, and what is compared, is one adapter, however many swaps there are meanwhile."""
-    (register, read), leave = READING[what], threading.Event()
-    getattr(model.get_base_model().first, register)(lambda *_: leave.wait(30) and None)
-    reading = start(read, model, folders["old"], tmp_path / "saved")
+    layer, leave = model.get_base_model().first, threading.Event()
+    register = layer.register_forward_pre_hook if verifies else layer.register_state_dict_pre_hook
+    register(lambda *_: leave.wait(30) and None)
+    if verifies:
+        reading = start(lambda: verify_hotswap(model, folders["old"], inputs=KIND.inputs()))
+    else:
+        reading = start(save_adapter, model, tmp_path / "saved")
     assert not reading.done()
     with waiting_at_most(0), pytest.raises(ModelInUseError):
         hotswap_adapter(model, folders["new"], "default")
@@ -421,10 +405,6 @@ def test_what_is_saved_is_what_is_there_when_the_saver_gets_in(tmp_path):
     for each in (swap, saver):
         each.result(30)
     assert computes(load(KIND, str(tmp_path / "saved")), other)
-
-
-def test_without_an_adapter_there_is_nothing_to_hold_back():
-    refused("without any adapter", in_use, KIND.base())
 
 
 def test_a_pipeline(folders):
@@ -513,37 +493,37 @@ def test_adding_to_a_pool_holds_nobody_up(model, folders, monkeypatch):
 # ---- tasks of an event loop
 
 #: what another task of the thread must not do while one is inside of ``using``
-REFUSED = {
-    "using": lambda pool, folders: pool.using("third").__enter__(),
-    "swap": lambda pool, folders: pool.swap("third"),
-    "update": lambda pool, folders: pool.update("new", Adapter.load(folders["new"]).tensors),
-    "hotswap_adapter": lambda pool, folders: hotswap_adapter(pool.model, folders["third"], "default"),
-}
+REFUSED = (
+    lambda pool, folders: pool.using("third").__enter__(),
+    lambda pool, folders: pool.swap("third"),
+    lambda pool, folders: pool.update("new", Adapter.load(folders["new"]).tensors),
+    lambda pool, folders: hotswap_adapter(pool.model, folders["third"], "default"),
+)
 
 
 @pytest.mark.parametrize("way", ["with", "async with"])
-@pytest.mark.parametrize("operation", REFUSED)
-def test_another_task_of_the_thread_is_refused(pool, folders, operation, way):
+def test_another_task_of_the_thread_is_refused(pool, folders, way):
     async def compute() -> bool:
         async with contextlib.AsyncExitStack() as stack:
             if way == "async with":
                 await stack.enter_async_context(pool.using("new"))
             else:
                 stack.enter_context(pool.using("new"))
-            await asyncio.sleep(MOMENT)
+            await asyncio.sleep(2 * MOMENT)
             return computes(pool.model, folders["new"])
 
     async def everything() -> bool:
         computing = asyncio.create_task(compute())
         await asyncio.sleep(MOMENT / 2)
-        with pytest.raises(HotswapError, match=r"Another task of this thread(.|\n)*async with"):
-            REFUSED[operation](pool, folders)
+        for operation in REFUSED:
+            with pytest.raises(HotswapError, match=r"Another task of this thread(.|\n)*async with"):
+                operation(pool, folders)
         if way == "with":  # whose end could not wait for this
             with pytest.raises(HotswapError, match="Another task of this thread"):
                 enter(pool)
         else:
             with in_use(pool):
-                await asyncio.sleep(2 * MOMENT)
+                await asyncio.sleep(3 * MOMENT)
                 assert not computing.done()
         return await computing
 
@@ -613,12 +593,8 @@ def test_a_task_waits_no_longer_than_it_is_let(pool):
 def test_a_stream_that_is_dropped_puts_back(pool):
     """The event loop closes what is left of an async generator, in a task of its own."""
 
-    async def stream():
-        async with pool.using("new"):
-            yield 1
-
     async def take_one() -> None:
-        async for _ in stream():
+        async for _ in stream_awaiting(pool, "new"):
             break
 
     async def everything() -> None:
@@ -662,19 +638,6 @@ async def stream_awaiting(pool: AdapterPool, name: str, steps: int = 3):
             yield pool.active == name
 
 
-class Wrapped:
-    """A class of the user's around a block."""
-
-    def __init__(self, pool: AdapterPool, name: str):
-        self.block = pool.using(name)
-
-    def __enter__(self):
-        return self.block.__enter__()
-
-    def __exit__(self, *error):
-        return self.block.__exit__(*error)
-
-
 @contextlib.contextmanager
 def wrapped(pool: AdapterPool, name: str):
     with pool.using(name) as entered:
@@ -689,7 +652,7 @@ def stacked(pool: AdapterPool, name: str):
         yield enter_on()
 
 
-WAYS = {"using": AdapterPool.using, "contextmanager": wrapped, "ExitStack": stacked, "class": Wrapped}
+WAYS = {"using": AdapterPool.using, "contextmanager": wrapped, "ExitStack": stacked}
 
 
 @pytest.mark.parametrize("outer", WAYS)
@@ -748,9 +711,8 @@ def test_a_block_that_is_entered_and_left_in_threads_of_a_pool(pool):
     assert pool.active == "old"
 
 
-@pytest.mark.parametrize("what", ["using", "in_use"])
-def test_a_block_is_left_in_another_thread(pool, folders, what):
-    block = pool.using("new") if what == "using" else in_use(pool)
+def test_a_block_is_left_in_another_thread(pool, folders):
+    block = in_use(pool)
     block.__enter__()
     swap = start(pool.swap, "third")
     assert not swap.done()
@@ -809,14 +771,6 @@ def test_the_next_entry_puts_back_first_if_the_block_could_not(pool, folders):
         leave.set()
         swap.result(30)
     assert computes(pool.model, folders["old"])
-
-
-def test_a_model_is_shared_once_another_thread_has_computed_with_it(pool, folders):
-    (base,) = bases_of(pool)
-    compute_inside(pool, folders["old"])
-    assert not is_shared(base)
-    start(compute_inside, pool, folders["old"]).result(30)
-    assert is_shared(base)
 
 
 def test_a_task_that_still_computes_at_the_end_of_its_block_gets_the_former_adapter_later(pool, folders):
@@ -896,7 +850,7 @@ def test_nested_blocks_of_a_task(pool):
     assert pool.active == "old"
 
 
-def test_a_hundred_tasks_and_five_threads(pool, folders):
+def test_forty_tasks_and_five_threads(pool, folders):
     """In the order of arrival, and without a thread of the default executor to wait in."""
     inside, overlaps, order = [], [], []
 
@@ -925,14 +879,14 @@ def test_a_hundred_tasks_and_five_threads(pool, folders):
 
     async def everything() -> list:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
-        tasks = [asyncio.create_task(each) for each in (without_waiting(), *map(task, range(100)))]
+        tasks = [asyncio.create_task(each) for each in (without_waiting(), *map(task, range(40)))]
         await asyncio.sleep(MOMENT)
         for each in tasks[1::7]:
             each.cancel()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     def thread() -> None:
-        for name in ("new", "third") * 10:
+        for name in ("new", "third") * 5:
             with pool.using(name):
                 compute(name)
             enter(pool)
@@ -943,17 +897,14 @@ def test_a_hundred_tasks_and_five_threads(pool, folders):
         each.result(60)
     errors = [each for each in done if isinstance(each, BaseException)]
     assert {type(each) for each in errors} <= {asyncio.CancelledError}
-    assert len(errors) <= 15
+    assert len(errors) <= 6
     assert order == sorted(order)  # first come, first served
-    assert len(overlaps) >= 185
+    assert len(overlaps) >= 84
     assert not any(overlaps)
     assert pool.active == "old"
 
 
-def test_two_async_generators_in_one_task_and_in_two(pool):
-    async def collect(name: str) -> list[bool]:
-        return [each async for each in stream_awaiting(pool, name)]
-
+def test_two_async_generators_in_one_task(pool):
     async def alternating() -> None:
         first, second = stream_awaiting(pool, "new"), stream_awaiting(pool, "third")
         assert await anext(first)
@@ -963,12 +914,7 @@ def test_two_async_generators_in_one_task_and_in_two(pool):
         await first.aclose()
         assert pool.active == "old"
 
-    async def both() -> list:
-        return await asyncio.gather(collect("new"), collect("third"))
-
-    assert asyncio.run(both()) == [[True] * 3] * 2
     asyncio.run(alternating())
-    assert pool.active == "old"
 
 
 @pytest.mark.parametrize("child", ["a task", "a thread", "a thread that computes"])
@@ -1015,10 +961,10 @@ def test_a_plain_block_that_would_block_the_loop_that_a_stream_needs(pool):
     assert pool.active == "old"
 
 
-@pytest.mark.parametrize("way", ["stream", "dependency", "reader"])
+@pytest.mark.parametrize("way", ["stream", "reader"])
 def test_forty_one_clients_and_forty_threads(pool, monkeypatch, way):
     """One client's stream needs a thread to go on, and the others wait in all of them: these are refused in time."""
-    monkeypatch.setattr(turns, "STREAM_LIMIT", 5 * MOMENT)
+    monkeypatch.setattr(turns, "STREAM_LIMIT", 3 * MOMENT)
 
     def in_a_worker(function: Callable, *arguments: object) -> Future:
         return workers.submit(contextvars.copy_context().run, function, *arguments)
@@ -1029,21 +975,14 @@ def test_forty_one_clients_and_forty_threads(pool, monkeypatch, way):
             yield True
 
     with ThreadPoolExecutor(40) as workers:
-        if way == "dependency":
-            block = wrapped(pool, "new")
-            in_a_worker(block.__enter__).result(30)
-            go_on = block.__exit__, None, None, None
-        else:
-            steps = stream(pool, "new") if way == "stream" else computing()
-            assert in_a_worker(next, steps).result(30)
-            go_on = next, steps
+        steps = stream(pool, "new") if way == "stream" else computing()
+        assert in_a_worker(next, steps).result(30)
         waiting = [in_a_worker(pool.swap, "third") for _ in range(40)]
         time.sleep(MOMENT)
-        step = in_a_worker(*go_on)
+        step = in_a_worker(next, steps)
         assert not step.done()
         step.result(30)
-        if way != "dependency":
-            assert in_a_worker(list, steps).result(30) == [True] * (way == "stream")
+        assert in_a_worker(list, steps).result(30) == [True] * (way == "stream")
         errors = [each.exception(30) for each in waiting]
     assert {type(each) for each in errors} <= {ModelInUseError, type(None)}
     assert any(errors)

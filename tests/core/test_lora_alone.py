@@ -31,31 +31,19 @@ def swap(model, folder):
     carry_out([make_plan(slot, Adapter.load(folder), passes=PASSES)])
 
 
-@pytest.fixture
-def folders(tmp_path):
-    return [save_random_adapter(KIND, tmp_path / str(rank), rank, r=rank) for rank in (4, 2)]
-
-
-def test_it_swaps(folders):
-    model = load(KIND, folders[0])
-    swap(model, folders[1])
-    assert_equals_fresh_load(model, KIND, folders[1])
-    hotswap_adapter(model, folders[0], "default")
-    assert slot_for(METHODS, find_host(model, "default"), "default").methods is METHODS
-    assert_equals_fresh_load(model, KIND, folders[0])
-
-
-def test_it_prepares(folders):
-    model = load(KIND, folders[0])
-    apply(changes_to_prepare(LORA, model, [*map(Adapter.load, folders)]))
-    swap(model, folders[1])
-    assert_same_outputs(model, load(KIND, folders[1]), KIND)  # state dicts are looked after by another part
-    prepare_model_for_compiled_hotswap(model, adapters=folders)
-
-
-def test_it_knows_nothing_else(folders, tmp_path):
+def test_it_swaps_and_prepares_and_knows_nothing_else(tmp_path):
+    folders = [save_random_adapter(KIND, tmp_path / str(rank), rank, r=rank) for rank in (4, 2)]
     dora = save_random_adapter(KIND, tmp_path / "dora", 2, r=4, use_dora=True)
     model = load(KIND, folders[0])
     with pytest.raises(HotswapError, match="lora_magnitude_vector"):
         swap(model, dora)
     assert_equals_fresh_load(model, KIND, folders[0])
+    swap(model, folders[1])
+    assert_equals_fresh_load(model, KIND, folders[1])
+    hotswap_adapter(model, folders[0], "default")
+    assert slot_for(METHODS, find_host(model, "default"), "default").methods is METHODS
+    assert_equals_fresh_load(model, KIND, folders[0])
+    apply(changes_to_prepare(LORA, model, [*map(Adapter.load, folders)]))
+    swap(model, folders[1])
+    assert_same_outputs(model, load(KIND, folders[1]), KIND)  # state dicts are looked after by another part
+    prepare_model_for_compiled_hotswap(model, adapters=folders)

@@ -48,16 +48,6 @@ def test_every_strength(model, tmp_path, strength):
         assert torch.equal(call(model, LINEAR.inputs()), call(LINEAR.base(), LINEAR.inputs()))
 
 
-def test_scaling_up_and_down_a_thousand_times_ends_where_it_started(model):
-    """diffusers scales before and after each call."""
-    layer = lora_layers(model)[0]
-    trained = float(layer.scaling["default"])
-    for scale in (0.7, 0.3, 1.9) * 333:
-        layer.scale_layer(scale)
-        layer.unscale_layer(scale)
-    assert float(layer.scaling["default"]) == pytest.approx(trained, rel=1e-6)
-
-
 def test_a_swap_ends_it_and_saving_ignores_it(model, tmp_path):
     """Layers that are off have none."""
     set_strength(model, 0.5)

@@ -38,8 +38,8 @@ from hotswap_lab import (
 )
 from hotswap_lab import prepare_model_for_compiled_hotswap as prepare
 
-#: of the largest output: what sums in another order may change, and what numbers that were float32 on the way change
-TOLERANCE, ROUNDED = 1e-10, 1e-5
+#: of the largest output, what sums in another order may change
+TOLERANCE = 1e-10
 ROWS = 4
 
 
@@ -157,7 +157,7 @@ class Case:
             error.add_note(f"({self.name!r}, {self.check!r}, {self.seed})")
             raise
 
-    def load_family(self, structures: tuple[str, ...], count: int = 3, **loading: object) -> None:
+    def load_family(self, structures: tuple[str, ...], count: int = 3) -> None:
         """Makes random adapters, and loads the first one."""
         self.structure, modules = self.draw.choice(structures), self.kind.modules
         common = draw_structure(self.draw, self.kind, self.structure)
@@ -175,7 +175,7 @@ class Case:
         if any(LoraConfig.from_pretrained(each).target_parameters for each in self.folders.values()):
             self.structure = "any"
         self.reference = Reference(self.kind, self.folders)
-        self.computing = self.model = load(self.kind, self.folders["a"], **loading).requires_grad_(False)
+        self.computing = self.model = load(self.kind, self.folders["a"]).requires_grad_(False)
         self.members = {name: Member(name) for name in self.folders}
         self.now = self.all_have("a")
 
@@ -260,17 +260,6 @@ class Case:
             if self.structure == "plain" and self.done("a strength", set_strength, self.model, strength):
                 expected = call(self.reference.loaded(self.now.rows[0], strength), self.kind.inputs())
                 self.same("a strength", call(self.model, self.kind.inputs()), expected)
-
-    def half(self) -> None:
-        """Bit for bit, since the same numbers go through the same operations; but a DoRA that is off is rounded."""
-        self.kind = replace(self.kind, dtype=self.draw.choice([torch.bfloat16, torch.float16]))
-        loading = dict(autocast_adapter_dtype=self.draw.random() < 0.5)
-        self.load_family(("plain", "plain", "dora"), **loading)
-        for folder in self.draw.choices([*self.folders.values()], k=3):
-            if self.done("a swap", hotswap_adapter, self.model, folder, "default", add_layers=True):
-                models = self.model, load(self.kind, folder, **loading)
-                actual, expected = (call(model, self.kind.inputs()).double() for model in models)
-                self.same("a swap", actual, expected, 0.05 if self.structure == "dora" else 0)
 
     # ---- pools and rows
 
@@ -443,5 +432,5 @@ class Case:
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {
-    each.__name__: each for each in (Case.swaps, Case.prepared, Case.half, Case.pools, Case.rows, Case.generate)
+    each.__name__: each for each in (Case.swaps, Case.prepared, Case.pools, Case.rows, Case.generate)
 }

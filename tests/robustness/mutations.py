@@ -327,8 +327,8 @@ def expanded(*size: int) -> torch.Tensor:
 
 
 def deflated(folder: Path, pick: Random) -> None:
-    """160 MB in 160 kB."""
-    torch.save({KEY: torch.zeros(40 * 2**20)}, folder / BIN)
+    """80 MB in 80 kB."""
+    torch.save({KEY: torch.zeros(20 * 2**20)}, folder / BIN)
     with zipfile.ZipFile(folder / BIN) as archive:
         content = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(folder / BIN, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
@@ -390,14 +390,6 @@ def other_model(folder: Path, pick: Random) -> None:
             shutil.copy(source / name, folder / name)
 
 
-def second_file(folder: Path, pick: Random) -> None:
-    """A .bin beside the safetensors file: nobody reads it."""
-    if (folder / WEIGHTS).exists():
-        as_bin(Attack(os.mkdir, str(folder / CANARY)), "pickle")(folder, pick)
-    else:
-        (folder / WEIGHTS).write_bytes(b"\x08" + bytes(7) + b"{}      ")
-
-
 def nothing(folder: Path, pick: Random) -> None:
     """A good folder loads: the trials can tell good from bad."""
 
@@ -409,5 +401,5 @@ def mutations_for(seed: str) -> tuple[Mutation, ...]:
         *own,
         *(odd_config,) * 5,
         *(odd_tensors,) * 5,
-        *(other_bytes, other_bytes, hooks, other_model, second_file, nothing),
+        *(other_bytes, other_bytes, hooks, other_model, nothing),
     )

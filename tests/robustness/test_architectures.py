@@ -48,12 +48,12 @@ def run(folder: Path, *cases: tuple[str, str, int]) -> None:
         Case(*case, folder / str(number)).run()
 
 
-@pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
-def test_found_once(tmp_path, case):
-    run(tmp_path, case)
+@pytest.mark.parametrize("found", few_of(FOUND, [each for each in FOUND if "lost" in each or "equal rows" in each]))
+def test_found_once(tmp_path, found):
+    run(tmp_path, FOUND[found])
 
 
-@pytest.mark.parametrize("name", few_of(ARCHITECTURES, ("deberta", "hubert")))
+@pytest.mark.parametrize("name", few_of(ARCHITECTURES, ("hubert",)))
 def test_each_architecture(tmp_path, name):
     run(tmp_path, *[(name, check, 1) for check in CHECKS])
 

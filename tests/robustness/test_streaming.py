@@ -22,7 +22,8 @@ from hotswap_lab.threads import turns
 
 KIND = KINDS["linear"]
 NAMES = ("one", "two", "three")
-REQUESTS, STEPS = 100, 3
+#: more clients than a server has threads, which are 40
+CLIENTS, REQUESTS, STEPS = 60, 80, 3
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def stream(pool: AdapterPool, way: str) -> Callable:
 
 
 @contextlib.contextmanager
-def served_by_fastapi(stream: Callable, clients: int) -> Iterator[Callable[[str], str]]:
+def served_by_fastapi(stream: Callable) -> Iterator[Callable[[str], str]]:
     fastapi = pytest.importorskip("fastapi")
     from fastapi.responses import StreamingResponse
     from fastapi.testclient import TestClient
@@ -88,7 +89,7 @@ def served_by_fastapi(stream: Callable, clients: int) -> Iterator[Callable[[str]
 
 
 @contextlib.contextmanager
-def served_by_gradio(stream: Callable, clients: int) -> Iterator[Callable[[str], str]]:
+def served_by_gradio(stream: Callable) -> Iterator[Callable[[str], str]]:
     gradio = pytest.importorskip("gradio")
     from gradio_client import Client
 
@@ -99,7 +100,7 @@ def served_by_gradio(stream: Callable, clients: int) -> Iterator[Callable[[str],
         prevent_thread_lock=True, quiet=True, show_error=True, server_name="127.0.0.1", max_threads=40
     )
     free = queue.SimpleQueue()
-    for _ in range(clients):  # made before, since this takes a thread of the server, too
+    for _ in range(CLIENTS):  # made before, since this takes a thread of the server, too
         free.put(Client(address, verbose=False, httpx_kwargs={"timeout": 120}))
 
     def ask(name: str) -> str:
@@ -115,10 +116,9 @@ def served_by_gradio(stream: Callable, clients: int) -> Iterator[Callable[[str],
         app.close()
 
 
-@pytest.mark.parametrize("clients", [30, 60])
 @pytest.mark.parametrize("way", ["plain", "async"])
 @pytest.mark.parametrize("served", [served_by_fastapi, served_by_gradio])
-def test_streams(pool, served, way, clients, monkeypatch):
+def test_streams(pool, served, way, monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
 
     def request(number: int) -> str:
@@ -129,7 +129,7 @@ def test_streams(pool, served, way, clients, monkeypatch):
             is_refused = isinstance(error, ModelInUseError) or "in use by a stream" in str(error)
             return "refused" if is_refused else repr(error)
 
-    with served(stream(pool, way), clients) as ask, ThreadPoolExecutor(clients) as workers:
+    with served(stream(pool, way)) as ask, ThreadPoolExecutor(CLIENTS) as workers:
         found = Counter(workers.map(request, range(REQUESTS)))
     assert found.keys() <= {"right", "refused"}, found
     assert found["right"] >= (REQUESTS if way == "async" else 1), found

@@ -176,7 +176,7 @@ SHORT = (swapping_in_a_pool, 2), (from_disk, 1)
     ],
 )
 def test_no_output_is_torn(folders, way, swapping, backend):
-    found = storm(folders, way, TIMES * (60 if way is from_disk else 200), swapping, backend)
+    found = storm(folders, way, TIMES * (60 if way is from_disk else 100), swapping, backend)
     assert not found["torn"]
     assert sum(count > 0 for count in found.values()) > 1, "nobody computed between two swaps"
 

@@ -114,25 +114,18 @@ def tiny(config: str, head: str, modules: str, saved: str = "", takes="input_ids
 
 QKV = "q_proj k_proj v_proj"
 LLAMA, BART = f"{QKV} o_proj gate_proj up_proj down_proj", f"{QKV} out_proj fc1 fc2"
-DISTIL = "q_lin k_lin v_lin out_lin lin1 lin2"
 NEOX, BERT = "query_key_value dense dense_h_to_4h dense_4h_to_h", "query key value output.dense intermediate.dense"
 vision = partial(tiny, head="ImageClassification", takes="pixel_values", saved="classifier")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": tiny("llama", "CausalLM", f"{LLAMA} embed_tokens", "lm_head", **FEW),
-    "mistral": tiny("mistral", "CausalLM", LLAMA, "lm_head", **FEW),
     "qwen2": tiny("qwen2", "CausalLM", LLAMA, "lm_head", **FEW),
-    "gemma": tiny("gemma", "CausalLM", LLAMA, head_dim=8, **FEW),
-    "stablelm": tiny("stablelm", "CausalLM", LLAMA, "lm_head", num_key_value_heads=2),
     # positions are embedded once for all rows
     "gpt2": tiny("gpt2", "CausalLM", "c_attn attn.c_proj c_fc mlp.c_proj wpe", "ln_f", mixed="wpe"),
     "gpt_neox": tiny("gpt_neox", "CausalLM", NEOX, "lm_head"),
-    "gptj": tiny("gptj", "CausalLM", f"{QKV} out_proj fc_in fc_out", "lm_head", rotary_dim=4),
     # its tokens are flattened in fc1 and fc2
     "opt": tiny("opt", "CausalLM", BART, "final_layer_norm", word_embed_proj_dim=16, ffn_dim=24),
-    "phi": tiny("phi", "CausalLM", f"{QKV} dense fc1 fc2", "lm_head"),
     "bloom": tiny("bloom", "CausalLM", NEOX, "ln_f"),
-    "falcon": tiny("falcon", "CausalLM", NEOX, "ln_f"),
     "mamba": tiny("mamba", "CausalLM", "in_proj x_proj out_proj", state_size=4, time_step_rank=2),
     # where it has a cache, transformers 5.24 mixes the rows of a batch by itself
     "rwkv": tiny("rwkv", "CausalLM", "key value receptance output", "head", ways=()),
@@ -145,17 +138,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": tiny("bert", "MaskedLM", f"{BERT} word_embeddings", "transform"),
     "albert": tiny("albert", "MaskedLM", "query key value attention.dense ffn ffn_output"),
     "roberta": tiny("roberta", "MaskedLM", BERT, "lm_head"),
-    "electra": tiny("electra", "MaskedLM", f"{BERT} embeddings_project", "generator_predictions"),
-    "distilbert": tiny("distilbert", "MaskedLM", DISTIL, "vocab_transform", hidden_dim=24),
     # a table of relative positions goes through some layers
     "deberta": tiny("deberta", "MaskedLM", "in_proj pos_proj pos_q_proj intermediate.dense", mixed="pos_", **RELATIVE),
     "t5": tiny("t5", "Seq2SeqLM", "q k v o wi wo", "lm_head", "input_ids decoder_input_ids"),
     "bart": tiny("bart", "Seq2SeqLM", BART, "lm_head", "input_ids decoder_input_ids"),
-    "marian": tiny("marian", "Seq2SeqLM", BART, "lm_head", "input_ids decoder_input_ids"),
     "whisper": tiny("whisper", "SpeechSeq2Seq", f"{BART} conv1", **WHISPER),
     "wav2vec2": tiny("wav2vec2", "", f"{QKV} out_proj intermediate_dense projection", "", "input_values", **WAVES),
     "hubert": tiny("hubert", "", f"{QKV} output_dense conv_layers.1.conv", "", "input_values", **WAVES),
-    "clip_text": tiny("clip_text_model", "", BART),
     "clip_vision": tiny("clip_vision_model", "", f"{BART} patch_embedding", "", "pixel_values"),
     "vit": vision("vit", modules=f"{QKV} o_proj fc1 fc2 projection"),
     # windows of an image are flattened

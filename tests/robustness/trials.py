@@ -1,7 +1,7 @@
 """Tries damaged adapters, each in a process of its own, and judges what came of it.
 
-A clean process has a model, and a pool, for each seed. For each trial it forks: a crash, a hang, a blow-up or something
-that is executed is seen, harms nobody else, and the next trial finds good models.
+There is a model, and a pool, for each seed. Each trial is a fork: a crash, a hang, a blow-up or something that is
+executed is seen, harms nobody else, and the next trial finds good models.
 """
 
 from __future__ import annotations
@@ -156,37 +156,9 @@ def memory(entry: str) -> int:
     return 1024 * int(re.search(rf"^{entry}:\s+(\d+)", status, re.MULTILINE)[1])
 
 
-def serve(root: Path, connection: Connection) -> None:
-    """Answers each request, a dict, with two: what this package did, then what PEFT's own fresh load did."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    models = {}
-    for name, seed in SEEDS.items():
-        # what is imported at the first use does not count as an adapter's memory
-        hotswap_adapter(load(seed.kind, str(root / name / "loaded")), root / name / "new", "default")
-        for way in seed.ways:
-            model = load(seed.kind, str(root / name / "loaded"))
-            good = {"good": root / name / "new"}
-            models[name, way] = AdapterPool(model, adapters=good, progress=False) if way == "pool" else model
-    processes = get_context("fork")
-    with contextlib.suppress(EOFError):
-        while request := connection.recv():
-            answers, give = processes.Pipe(duplex=False)
-            target = models[request["seed"], request["way"]]
-            process = processes.Process(target=examine, args=(target, request, root, give))
-            process.start()
-            give.close()
-            for _ in range(2):
-                try:
-                    answer = answers.recv() if answers.poll(PATIENCE) else {"outcome": "hung"}
-                except EOFError:
-                    answer = {"outcome": "died"}
-                connection.send(answer)
-            process.kill()
-            process.join()
-
-
 def examine(target: torch.nn.Module | AdapterPool, request: dict, root: Path, give: Connection) -> None:
+    """Give two answers: what this package did, then what PEFT's own fresh load did."""
+    warnings.simplefilter("ignore")
     size = memory("VmSize") + MORE_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     ours = try_out(target, **request)
@@ -351,21 +323,20 @@ class Trial:
 
 
 class Laboratory:
-    """A folder with the seeds, which has to be empty, and a process to try damaged copies of them in."""
+    """A folder with the seeds, which has to be empty, and for each way in a model, or a pool, to fork with."""
 
     def __init__(self, root: Path):
-        self.root, self.count = root, 0
+        self.root, self.count, self.targets = root, 0, {}
         make_seeds(root / "seeds")
-        processes = get_context("spawn")
-        self.connection, theirs = processes.Pipe()
-        self.process = processes.Process(target=serve, args=(root / "seeds", theirs))
-        self.process.start()
-        theirs.close()
-
-    def close(self) -> None:
-        self.process.kill()  # without this process, it would end by itself, but first clean up
-        self.process.join()
-        self.connection.close()
+        for name, seed in SEEDS.items():
+            loaded, new = (root / "seeds" / name / part for part in ("loaded", "new"))
+            # what is imported at the first use does not count as an adapter's memory
+            hotswap_adapter(load(seed.kind, str(loaded)), new, "default")
+            for way in seed.ways:
+                model = load(seed.kind, str(loaded))
+                is_pool = way == "pool"
+                target = AdapterPool(model, adapters={"good": new}, progress=False) if is_pool else model
+                self.targets[name, way] = target
 
     def attempt(self, seed: str, mutations: list[tuple[Mutation, Random]], way: str = "hotswap") -> Trial:
         """Damages a copy of a seed's folder and tries to swap it in."""
@@ -377,8 +348,25 @@ class Laboratory:
             with contextlib.suppress(Exception):  # an earlier one has left nothing to damage in this way
                 mutation(folder, pick)
         trial.size = sum(path.lstat().st_size for path in folder.iterdir())
-        self.connection.send(dict(seed=seed, way=way, folder=folder, change=mutations[0][1].choice(CHANGES)))
-        trial.ours, trial.fresh = self.connection.recv(), self.connection.recv()
+        change = mutations[0][1].choice(CHANGES)
+        trial.ours, trial.fresh = self._answers(dict(seed=seed, way=way, folder=folder, change=change))
         if not trial.problems:
             shutil.rmtree(folder)
         return trial
+
+    def _answers(self, request: dict) -> list[dict]:
+        processes, found = get_context("fork"), []
+        answers, give = processes.Pipe(duplex=False)
+        target = self.targets[request["seed"], request["way"]]
+        process = processes.Process(target=examine, args=(target, request, self.root / "seeds", give))
+        process.start()
+        give.close()
+        for _ in range(2):
+            try:
+                found.append(answers.recv() if answers.poll(PATIENCE) else {"outcome": "hung"})
+            except EOFError:
+                found.append({"outcome": "died"})
+        process.kill()
+        process.join()
+        answers.close()
+        return found
