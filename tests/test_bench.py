@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import time
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 import race
 import torch
 from lengths import long
 
-from hotswap_lab import bench, demo, hotswap_adapter
+from hotswap_lab import bench, demo
 from hotswap_lab.bench import (
     MEMCPY,
     Report,
@@ -34,7 +33,6 @@ from hotswap_lab.bench import (
 SMALL = dict(model="tiny", layers=1, ranks=(2,), n=1, threads=1)
 PEFTS = ("PEFT load + set + delete", "PEFT hotswap, disk", "PEFT hotswap, state dict")
 PREPARED = ("hotswap_lab, disk, prepared", "hotswap_lab, state dict, prepared", "hotswap_lab, Adapter, prepared")
-SVG = "{http://www.w3.org/2000/svg}"
 WAYS = (*PEFTS, "hotswap_lab, disk", *PREPARED, "hotswap_lab, pool", MEMCPY)
 
 
@@ -50,30 +48,24 @@ def test_each_way_is_timed_for_each_rank_and_all_of_ours_are_right(tmp_path, cap
     """And text and JSON hold everything."""
     file = tmp_path / "bench.json"
     before = torch.get_num_threads()
-    options = f"--model tiny --rank 2 4 --n 3 --threads {before + 1} --json {file}".split()
+    options = f"--model tiny --rank 2 4 --n 2 --threads {before + 1} --json {file}".split()
     assert main(options) == 0
     assert torch.get_num_threads() == before
-    printed, found = capsys.readouterr(), json.loads(file.read_text())
-    assert printed.err.splitlines()[0] == "rank 2: making two adapters, timing each way 3 times"
+    printed, found = capsys.readouterr().out, json.loads(file.read_text())
     rows = rows_of(found)
     assert [(row.part.partition(":")[0], row.way) for row in rows] == [
         (f"rank {rank}", way) for rank in (2, 4) for way in WAYS
     ]
-    # hidden 32, intermediate 64, 2 of 4 heads for keys and values, 2 layers, float32
-    nbytes = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64)) * 2 * 4
-    assert f": 28 tensors, {nbytes / 1000:.3g} kB per adapter, " in rows[0].part
-    lines = printed.out.splitlines()
+    lines = printed.splitlines()
     assert lines[0] == found["machine"]
-    assert all(word in lines[0] for word in ("cores", f"{before + 1} thread", "Python", "torch", "peft"))
-    assert "model='tiny'" in lines[1]
-    assert lines[-1].startswith("waited for a core ")
+    assert f"{before + 1} thread" in lines[0]
     for row in rows:
         assert row.state == "right" or (row.way in PEFTS and row.state == "refused"), row
         (copy,) = (each.timing for each in rows if (each.part, each.way) == (row.part, MEMCPY))
         (line,) = (each for each in lines[lines.index(row.part) :][: len(WAYS) + 2] if each.startswith(f"{row.way} "))
         median, minimum, _ = row.timing
         assert 0 < minimum <= median
-        numbers = [f"{1000 * median:,.3f}", f"{1000 * minimum:,.3f}", "3", f"{median / copy.median:,.2f}"]
+        numbers = [f"{1000 * median:,.3f}", f"{1000 * minimum:,.3f}", "2", f"{median / copy.median:,.2f}"]
         assert line.removeprefix(row.way).split() == numbers
     report = Report(found["machine"], Settings(**SMALL), tuple(rows))
     assert report.ok
@@ -137,7 +129,7 @@ def test_the_ways_take_turns_and_only_the_timed_calls_count():
 # ---- settings
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", "4.1"), ("bfloat16", "2.05"), long("float16", "2.05")])
+@pytest.mark.parametrize(("dtype", "size"), [long("float32", "4.1"), ("bfloat16", "2.05"), long("float16", "2.05")])
 def test_half_precision_stays_half_precision(dtype, size):
     rows = run(Settings(**SMALL, dtype=dtype)).rows
     assert {row.state for row in rows} == {"right"}
@@ -153,6 +145,7 @@ def test_rows_that_are_wrong_are_said(monkeypatch, rotated):
     assign = bench.AdapterPool.assign
     if rotated:
         monkeypatch.setattr(bench.AdapterPool, "assign", lambda pool, names: assign(pool, [*names[1:], *names[:1]]))
+        monkeypatch.setattr(torch, "compile", lambda model, backend: model)
     monkeypatch.setattr(bench, "pick_backend", lambda: "eager")
     rows = run(Settings(**SMALL, rows=True)).rows[len(WAYS) :]
     ours = ["hotswap_lab, rows, eager", "PEFT adapter_names, eager", "one adapter for all, eager"]
@@ -214,13 +207,8 @@ def test_cold_starts(capsys):
 # ---- the picture
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict:
-    """The measurement that README shows."""
-    return json.loads((race.FOLDER / "bench.json").read_text())
-
-
-def test_the_picture_and_the_table_of_readme_are_one_measurement(measured):
+def test_the_picture_and_the_table_of_readme_are_one_measurement():
+    measured = json.loads((race.FOLDER / "bench.json").read_text())
     rows = rows_of(measured)
     assert {row.state for row in rows} == {"right"}
     for name, form in race.FORMS.items():
@@ -239,32 +227,3 @@ def test_the_picture_and_the_table_of_readme_are_one_measurement(measured):
         medians = [1000 * row.timing.median for row in rows if row.way == way]
         decimals = [len(each.partition(".")[2]) for each in shown]
         assert shown == [f"{each:.{places}f}" for each, places in zip(medians, decimals, strict=True)], way
-
-
-def test_the_picture_is_to_scale_and_counts_what_is_finished(measured):
-    rows = rows_of(measured)
-    medians = {row.way: row.timing.median for row in rows if row.part == rows[0].part}
-    for name, (width, is_dark) in race.FORMS.items():
-        figure = race.drawn(measured, width, is_dark)
-        root = ElementTree.fromstring(figure.svg)
-        whole = medians["PEFT load + set + delete"]
-        for way, label in race.WAYS.items():
-            count = int(whole / medians[way])
-            assert f"{label} {count:,}" in figure.text
-        starts = [
-            float(each)
-            for path in list(root.iter(f"{SVG}path"))[1:]  # the first is behind the magnified ones
-            for each in re.findall(r"M([\d.]+) ", path.get("d"))
-        ]
-        assert len(starts) == sum(int(whole / medians[way]) for way in race.WAYS), name
-        sizes = {int(each.get("font-size")) for each in root.iter(f"{SVG}text")}
-        assert min(sizes) >= 12
-        assert ("#fbfcfd" in figure.svg) == (not is_dark)
-
-
-def test_the_answers_of_the_picture_are_the_models(measured):
-    model, tokenizer = demo.load("reverse")
-    texts = [each.text for each in ElementTree.fromstring(race.drawn(measured, 390).svg).iter(f"{SVG}text")]
-    for name in demo.adapter_names():
-        hotswap_adapter(model, demo.adapter_path(name), "default")
-        assert texts[texts.index(name) + 1] == demo.ask(model, tokenizer, "hotswap")

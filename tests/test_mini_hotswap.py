@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lengths import long
 from peft import PeftModel
 from torch._dynamo.testing import CompileCounter
 
@@ -44,7 +45,7 @@ def assert_is(model, expected, name):
     torch.testing.assert_close(model(INPUTS).logits.detach(), expected[name], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("by", ["write", "pool"])
+@pytest.mark.parametrize("by", [long("write"), "pool"])
 def test_each_adapter_is_as_a_fresh_load_and_nothing_is_compiled_again(family, expected, by):
     model = scalings_as_tensors(prepare(demo.load_base(), family.values()))
     pool = Pool(model, family) if by == "pool" else None

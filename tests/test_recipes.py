@@ -64,17 +64,11 @@ def names_in(code: str) -> tuple[set[str], set[str], set[str]]:
     return imported, made, used
 
 
-def anchor(title: str) -> str:
-    """What Jupyter makes of a heading. Anything but letters and spaces it treats differently from place to place."""
-    assert re.fullmatch(r"[A-Za-z ]+", title)
-    return title.replace(" ", "-")
-
-
 @pytest.mark.parametrize("name", SECTIONS)
 def test_the_contents_name_every_recipe_in_its_order(name):
     links = re.findall(r"\[([^]]+)\]\(#([^)]+)\)", SECTIONS[name][CONTENTS][0].source)
     assert len(links) > 3
-    assert links == [(title, anchor(title)) for where, title in RECIPES if where == name]
+    assert links == [(title, title.replace(" ", "-")) for where, title in RECIPES if where == name]
 
 
 @pytest.mark.parametrize("where", RECIPES, ids=" ".join)
@@ -87,12 +81,7 @@ def test_a_recipe(where):
     assert any(cell.outputs for cell in cells)
     assert last.startswith(start)
     assert re.fullmatch(r"[^.]+(\.[^\s.][^.]*)*\.", last.removeprefix(start)), "one sentence"
-
-
-@pytest.mark.parametrize("where", RECIPES, ids=" ".join)
-def test_the_names_of_a_recipe(where):
-    """It is told from what it is pasted into, and takes no name from another recipe."""
-    cells = code_of(RECIPES[where])
+    # it is told from what it is pasted into, and takes no name from another recipe
     place, found = recipe_in(cells), [names_in(cell.source) for cell in cells]
     assert [bool(GIVEN.match(cell.source)) for cell in cells[: place + 1]] == [True] * place + [False]
     imported_before = set().union(*(imported for imported, *_ in found[:place]))

@@ -55,18 +55,6 @@ def test_every_public_name_has_a_page(conf):
     assert '"``temperature``", "number, maximum 2, minimum 0"' in pages["fields"]
 
 
-def test_modules_that_users_are_told_of_have_a_page(conf):
-    recipes = [nbformat.read(path, as_version=4) for path in (ROOT / "notebooks").glob("recipes*.ipynb")]
-    sources = [cell.source for each in recipes for cell in each.cells]
-    text = "\n".join([README.read_text(), hotswap_lab.__doc__, *sources])
-    named = set(re.findall(r"\bhotswap_lab\.(\w+)\b(?!\.\w+/)", text)) | set(
-        re.findall(r"from hotswap_lab\.([\w.]+)", text)
-    )
-    modules = {name for name in named if importlib.util.find_spec(f"hotswap_lab.{name}")}
-    # these are for readers of the code, and for the chapters
-    assert {"serving", "widgets"} <= modules - {"core", "lessons"} <= set(conf.MODULES.split())
-
-
 def test_members_of_public_classes_have_docstrings(conf):
     for name in conf.public(hotswap_lab):
         value = getattr(hotswap_lab, name)
@@ -76,25 +64,12 @@ def test_members_of_public_classes_have_docstrings(conf):
             assert not is_public or function.__doc__, f"{name}.{member}"
 
 
-def test_broken_links_are_found(tmp_path):
-    (tmp_path / "a.html").write_text(
-        '<p id="here"><a href="b.html#there">1</a><a href="#here">2</a><a href="http://x">3</a>'
-    )
-    (tmp_path / "b.html").write_text('<a href="a.html#here">1</a><a href="a.html#gone">2</a><img src="c.png">')
-    broken = load("check_links").broken(tmp_path)
-    assert broken == ["a.html: b.html#there", "b.html: a.html#gone", "b.html: c.png"]
-
-
 # --- the part that is alive without a kernel
 
 
-ALIVE = json.loads((DOCS / "alive" / "data.json").read_text())
-
-
-@pytest.mark.parametrize("name", demo.adapter_names())
-@pytest.mark.parametrize("strengths", few_of([[0.5, 1], ALIVE["strengths"]], [[0.5, 1]]), ids=["some", "all"])
-def test_its_answers_and_its_tiles_are_those_of_a_fresh_load(name, strengths):
-    make, data = load("alive/make"), ALIVE
+@pytest.mark.parametrize("name", few_of(demo.adapter_names(), ["reverse", "shout"]))
+def test_its_answers_and_its_tiles_are_those_of_a_fresh_load(name):
+    make, data = load("alive/make"), json.loads((DOCS / "alive" / "data.json").read_text())
     found, words = data["adapters"][name], data["words"]
     model, tokenizer = demo.load(name)
     assert data["layers"] == [path for path, _ in make.layers(model)]
@@ -104,7 +79,7 @@ def test_its_answers_and_its_tiles_are_those_of_a_fresh_load(name, strengths):
         rounded = torch.tensor([make.LEVELS.index(each) for each in found["tiles"][path]])
         assert (rounded - expected.flatten()).abs().max() < 0.501, path
     stored = dict(zip(data["strengths"], found["answers"], strict=True))
-    for strength in strengths:
+    for strength in data["strengths"]:
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 layer.set_scale("default", strength)

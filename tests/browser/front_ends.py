@@ -30,6 +30,24 @@ SETTINGS = {
 }
 
 
+#: one cell for each widget, in the order in which they stand on the page
+WIDGETS = {
+    "panel": "panel = SwapPanel.demo()\npanel",
+    "scrubber": "view = WriteScrubber()\nview",
+    "guards": "guards = Guards.demo()\nguards",
+    "rows": "rows = RowPanel.demo(['hotswap', 'notebook', 'adapter'])\nrows",
+    "lattice": "lattice = StrengthLattice.demo(strengths=(0, 0.5, 1))\nlattice",
+}
+SETUP = """import warnings
+
+warnings.filterwarnings("ignore")  # remarks of PEFT and transformers on their own affairs
+from hotswap_lab import demo
+from hotswap_lab.lessons import begin
+from hotswap_lab.widgets import *
+
+begin()"""
+
+
 def chromium() -> str | None:
     """Where Debian's Chromium, or another one, is."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -137,23 +155,26 @@ class NotebookPage:
         """Begins to run one cell, counted from 0."""
         self.page.evaluate(
             """place => {
-                const content = window.jupyterapp.shell.currentWidget.content
-                content.activeCellIndex = place
-                content.deselectAll()
-                window.ran = false
-                window.jupyterapp.commands.execute('notebook:run-cell').then(() => { window.ran = true })
+                window.jupyterapp.shell.currentWidget.content.activeCellIndex = place
+                window.jupyterapp.shell.currentWidget.content.deselectAll()
             }""",
             place,
+        )
+        self.start("run-cell")
+
+    def start(self, command: str) -> None:
+        """Begins what a menu of the notebook does."""
+        self.page.evaluate(
+            """command => {
+                window.ran = false
+                window.jupyterapp.commands.execute(`notebook:${command}`).then(() => { window.ran = true })
+            }""",
+            command,
         )
 
     def run_all(self, timeout: float = 120) -> None:
         """Runs all cells, as the menu does, and waits for the last one."""
-        self.page.evaluate(
-            """() => {
-                window.ran = false
-                window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true })
-            }"""
-        )
+        self.start("run-all-cells")
         self.finish(timeout)
 
     def finish(self, timeout: float = 120) -> None:

@@ -9,17 +9,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from front_ends import NotebookPage, jupyter, open_browser, write_notebook
+from front_ends import SETUP, WIDGETS, NotebookPage, jupyter, open_browser, write_notebook
 
-CELLS = {
-    "": "from hotswap_lab import demo\nfrom hotswap_lab.lessons import begin\n"
-    "from hotswap_lab.widgets import *\n\nbegin()",
-    "swap_panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.pin()\npanel.choose('pig_latin')\npanel",
-    "write_scrubber": "view = WriteScrubber()\nview.step = 16\nview",
-    "guards": "guards = Guards.demo()\nfor name in ('vowels_up', 'double', 'sort'):\n    guards.choose(name)\nguards",
-    "row_panel": "panel = RowPanel.demo()\nfor row, name in enumerate(('shout', 'sort', None, 'pig_latin')):\n"
-    "    panel.choose(row, name)\npanel.run()\npanel",
-    "strength_lattice": "lattice = StrengthLattice.demo()\nlattice.run()\nlattice.choose('pig_latin', 0.5)\nlattice",
+CELLS = WIDGETS | {
+    "panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.pin()\npanel.choose('pig_latin')\npanel",
+    "scrubber": "view = WriteScrubber()\nview.step = 16\nview",
+    "lattice": "lattice = StrengthLattice.demo()\nlattice.run()\nlattice.choose('pig_latin', 0.5)\nlattice",
 }
 LOOKS = {
     "light": ("JupyterLab Light", {"width": 1200, "height": 900}),
@@ -36,13 +31,13 @@ def main(target: Path) -> None:
             folder, home = Path(temporary, "notebooks"), Path(temporary, "home")
             folder.mkdir()
             home.mkdir()
-            write_notebook(folder / "widgets.ipynb", CELLS.values())
+            write_notebook(folder / "widgets.ipynb", [SETUP, *CELLS.values()])
             with open_browser() as browser, jupyter(folder, home, theme) as address:
                 page = browser.new_page(viewport=size)
                 opened = NotebookPage(page, address, "lab", "widgets.ipynb")
                 page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
                 opened.run_all()
-                for place, name in enumerate(list(CELLS)[1:]):
+                for place, name in enumerate(CELLS):
                     widget = page.locator(".hotswap-live").nth(place)
                     widget.scroll_into_view_if_needed()
                     page.wait_for_timeout(400)

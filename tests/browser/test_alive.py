@@ -126,7 +126,7 @@ def test_by_keyboard(opened):
 
 
 @pytest.mark.parametrize(
-    ("size", "scheme"), [("phone", "dark"), ("wide", "light"), long("phone", "light"), long("wide", "dark")]
+    ("size", "scheme"), [("phone", "dark"), long("wide", "light"), long("phone", "light"), long("wide", "dark")]
 )
 def test_nothing_moves_or_is_cut_and_all_can_be_read(opened, size, scheme):
     page, part = opened(size, scheme)

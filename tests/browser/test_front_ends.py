@@ -7,38 +7,16 @@ from __future__ import annotations
 
 import re
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
 import pytest
-from front_ends import FRONT_ENDS, ROOT, NotebookPage, chromium, jupyter, open_browser, write_notebook
-from lengths import few_of
+from front_ends import FRONT_ENDS, ROOT, SETUP, WIDGETS, NotebookPage, chromium, jupyter, open_browser, write_notebook
 from playwright.sync_api import expect
 
 CHAPTERS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
-#: what shows that a chapter has any
-IMPORTS_WIDGETS = "from hotswap_lab.widgets import"
-WIDGET = "application/vnd.jupyter.widget-view+json"
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="there is no Chromium")
-
-#: one cell for each widget, in the order in which they stand on the page
-WIDGETS = {
-    "panel": "panel = SwapPanel.demo()\npanel",
-    "scrubber": "view = WriteScrubber()\nview",
-    "guards": "guards = Guards.demo()\nguards",
-    "rows": "rows = RowPanel.demo(['hotswap', 'notebook', 'adapter'])\nrows",
-    "lattice": "lattice = StrengthLattice.demo(strengths=(0, 0.5, 1))\nlattice",
-}
-SETUP = """import warnings
-
-warnings.filterwarnings("ignore")  # remarks of PEFT and transformers on their own affairs
-from hotswap_lab import demo
-from hotswap_lab.lessons import begin
-from hotswap_lab.widgets import *
-
-begin()"""
 
 BUSY = """import time
 
@@ -53,22 +31,11 @@ print(panel.active, answers <= {demo.TASKS[name]("hotswap") for name in panel.na
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A copy of the notebooks, and one more with every widget."""
-    folder = tmp_path_factory.mktemp("notebooks")
-    for front_end in FRONT_ENDS:
-        # a folder for each: two pages with the same file would share a kernel
-        shutil.copytree(
-            ROOT / "notebooks", folder / front_end, ignore=shutil.ignore_patterns("solutions", ".*", "*.py")
-        )
-    stored = folder / "stored"
-    shutil.copytree(ROOT / "notebooks", stored, ignore=shutil.ignore_patterns("solutions", ".*", "*.py"))
-    for path in set(folder.rglob("*.ipynb")) - set(stored.iterdir()):
-        notebook = nbformat.read(path, as_version=4)
-        # what takes minutes, and is stored
-        notebook.cells = [cell for cell in notebook.cells if "nbval-skip" not in cell.metadata.get("tags", [])]
-        nbformat.write(notebook, path)
+    """A copy of the notebooks for each front end, since two pages with the same file would share a kernel, and more."""
+    folder, ignored = tmp_path_factory.mktemp("notebooks"), shutil.ignore_patterns("solutions", ".*", "*.py")
     cells = (SETUP, *WIDGETS.values(), "panel.active, panel.strength", BUSY)
     for front_end in FRONT_ENDS:
+        shutil.copytree(ROOT / "notebooks", folder / front_end, ignore=ignored)
         write_notebook(folder / f"{front_end}.ipynb", cells)
     write_notebook(folder / "voila.ipynb", cells[:2])
     return folder
@@ -117,32 +84,45 @@ def widgets(request, browser, address):
     page.close()
 
 
-#: those with widgets: of the others, there is no more to see in a browser than nbval compares. Chapter 05 has a panel
-#: like chapter 00's, with a model that takes minutes, and chapter 11 only pictures of maps
+#: those that run: of the others, there is no more to see in a browser than nbval compares. Chapters 03 and 05 have
+#: widgets like those of the page with every widget, and models that take minutes; chapter 11 has only pictures of maps
 WITH_WIDGETS = [
-    path
-    for path in CHAPTERS
-    if path[:2] not in ("05", "11") and IMPORTS_WIDGETS in (ROOT / "notebooks" / path).read_text()
+    name
+    for name in CHAPTERS
+    if name[:2] not in ("03", "05", "11") and "hotswap_lab.widgets import" in (ROOT / "notebooks" / name).read_text()
 ]
-NEEDS_RAY = "09_beyond_one_machine.ipynb"
 #: in JupyterLab; Notebook 7 has the same engine, so it runs the first chapter and the page with every widget
-RUNS = [*((name, "lab") for name in WITH_WIDGETS), ("00_start_here.ipynb", "notebook")]
+RUNS = [*((name, "lab") for name in CHAPTERS), ("00_start_here.ipynb", "notebook")]
 
 
-@pytest.mark.parametrize("run", few_of(RUNS, [("00_start_here.ipynb", "lab")]), ids="-".join)
-def test_a_chapter_runs_without_an_error(run, new_page, address):
+def pictures_in(notebook: nbformat.NotebookNode) -> int:
+    stored = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    drawn = sum(data.get("text/html", "").count('src="data:image/png') for data in stored)  # by a panel
+    return drawn + sum("image/svg+xml" in data for data in stored)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("run", RUNS, ids="-".join)
+def test_a_chapter_shows_its_pictures_without_trust_and_runs_without_an_error(run, new_page, address, folder):
+    """As in a fresh clone, which JupyterLab doesn't trust."""
     name, front_end = run
-    if name == NEEDS_RAY and not (find_spec("ray") and find_spec("openai")):
-        pytest.skip('needs pip install "ray[serve]" openai')
-    page = new_page()
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    # what takes minutes, and is stored
+    notebook.cells = [cell for cell in notebook.cells if "nbval-skip" not in cell.metadata.get("tags", [])]
+    nbformat.write(notebook, folder / front_end / name)
+    page, count = new_page(), pictures_in(notebook)
     notebook = NotebookPage(page, address, front_end, f"{front_end}/{name}")
-    notebook.run_all(timeout=300)
-    outputs, live = notebook.outputs(), page.locator(".hotswap-live")
-    assert [output for output in outputs if output["output_type"] == "error"] == []
-    assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
-    if any(WIDGET in output.get("data", {}) for output in outputs):
-        live.first.wait_for(state="attached")
-    assert live.count() > 0
+    cells = "[...window.jupyterapp.shell.currentWidget.content.model.cells].filter(cell => cell.type === 'code')"
+    assert not page.evaluate(f"() => {cells}.some(cell => cell.trusted && cell.outputs.length)")
+    images = page.locator(".jp-OutputArea-output img[src^='data:image/png']")
+    expect(images).to_have_count(count)
+    is_drawn = "images => images.map(image => image.complete && image.naturalWidth > 100)"
+    assert all(page.evaluate(is_drawn, images.element_handles()))
+    if name in WITH_WIDGETS:
+        notebook.run_all(timeout=300)
+        outputs = notebook.outputs()
+        assert [each for each in outputs if each["output_type"] == "error" or each.get("name") == "stderr"] == []
+        page.locator(".hotswap-live").first.wait_for(state="attached")
     notebook.shut_down()
 
 
@@ -262,17 +242,7 @@ def test_no_control_moves_when_another_adapter_becomes_active_or_an_answer_comes
 
 
 @pytest.mark.long
-def test_every_control_has_a_name(widgets):
-    for name in WIDGETS:
-        snapshot = widgets[name].aria_snapshot()
-        nameless = re.findall(
-            r"^\s*- (?:button|radio|slider|textbox|combobox)(?!.* \"|.*\").*$", snapshot, re.MULTILINE
-        )
-        assert nameless == [], name
-
-
-@pytest.mark.long
-def test_a_phone(widgets):
+def test_on_a_phone_nothing_is_too_wide_and_every_control_has_a_name(widgets):
     page = widgets["page"]
     before = page.viewport_size
     page.set_viewport_size({"width": 390, "height": 844})
@@ -286,6 +256,8 @@ def test_a_phone(widgets):
                 ".filter(each => each.getBoundingClientRect().right > box.getBoundingClientRect().right + 1).length"
             )
             assert too_wide == 0, name
+            controls = r"^\s*- (?:button|radio|slider|textbox|combobox)(?!.* \"|.*\").*$"
+            assert re.findall(controls, widgets[name].aria_snapshot(), re.MULTILINE) == [], name
     finally:
         page.set_viewport_size(before)
 
@@ -311,47 +283,24 @@ def test_the_static_form_is_hidden_while_it_is_live_and_there_after_a_restart(wi
     expect(shown.filter(has_text="Loading widget")).to_have_count(0)
 
 
-# ---- a fresh clone, which JupyterLab doesn't trust
-
-
-def pictures_in(path: Path) -> int:
-    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
-    stored = [output.get("data", {}) for output in outputs]
-    drawn = sum(data.get("text/html", "").count('src="data:image/png') for data in stored)  # by a panel
-    return drawn + sum("image/svg+xml" in data for data in stored)
-
-
-@pytest.mark.parametrize("name", few_of(CHAPTERS, CHAPTERS[:1]))
-def test_stored_pictures_are_shown_without_trust(address, browser, name):
-    page = browser.new_page()
-    NotebookPage(page, address, "lab", f"stored/{name}").shut_down()
-    cells = "[...window.jupyterapp.shell.currentWidget.content.model.cells].filter(cell => cell.type === 'code')"
-    assert not page.evaluate(f"() => {cells}.some(cell => cell.trusted && cell.outputs.length)")
-    images = page.locator(".jp-OutputArea-output img[src^='data:image/png']")
-    expect(images).to_have_count(pictures_in(ROOT / "notebooks" / name))
-    is_drawn = "images => images.map(image => image.complete && image.naturalWidth > 100)"
-    assert all(page.evaluate(is_drawn, images.element_handles()))
-    page.close()
-
-
-# ---- in Voila, which runs a notebook and shows what it puts out
+# ---- one panel, also in Voila, which runs a notebook and shows what it puts out
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("has_kernel", [True, False])
-def test_voila(address, new_page, has_kernel):
+@pytest.mark.parametrize("where", ["JupyterLab", "Voila", "Voila without a kernel"])
+def test_a_panel_is_live(address, new_page, where):
     page = new_page(viewport={"width": 1100, "height": 900})
-    if not has_kernel:
-        page.route_web_socket("**/channels*", lambda socket: socket.close())
-    page.goto(address.format(path="voila/render/voila.ipynb"), timeout=120_000)
-    static, panel = (
-        page.locator(".jp-OutputArea-output img, .jp-OutputArea-output > svg"),
-        page.locator(".hotswap-live"),
-    )
-    if not has_kernel:
-        expect(static.first).to_be_visible()
+    panel = page.locator(".hotswap-live")
+    if where == "JupyterLab":
+        NotebookPage(page, address, "lab", "voila.ipynb").run_all()
+    else:
+        if "without" in where:
+            page.route_web_socket("**/channels*", lambda socket: socket.close())
+        page.goto(address.format(path="voila/render/voila.ipynb"), timeout=120_000)
+    if "without" in where:
+        expect(page.locator(".jp-OutputArea-output img, .jp-OutputArea-output > svg").first).to_be_visible()
         assert panel.count() == 0
-        return
-    panel.get_by_role("radio", name="shout").click(timeout=60_000)
-    expect(panel.locator(".hotswap-answer")).to_contain_text("HOTSWAP!")
-    expect(panel.get_by_role("radio", name="shout")).to_be_checked()
+    else:
+        panel.get_by_role("radio", name="shout").click(timeout=60_000)
+        expect(panel.locator(".hotswap-answer")).to_contain_text("HOTSWAP!")
+        expect(panel.get_by_role("radio", name="shout")).to_be_checked()

@@ -6,11 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from lengths import few_of
 from refusals import refused
 
-from hotswap_lab import demo, hotswap_adapter, verify_hotswap
+from hotswap_lab import demo, hotswap_adapter
 from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR, is_held_out
 
 NAMES = demo.adapter_names()
@@ -32,15 +30,6 @@ def test_exact_match_on_held_out_words(live, name):
     card = (Path(demo.adapter_path(name)) / "README.md").read_text()
     claimed = float(re.search(r"never trained on: ([\d.]+)%", card).group(1)) / 100
     assert score == pytest.approx(claimed, abs=0.005)
-
-
-@pytest.mark.parametrize("name", few_of(NAMES, ("pig_latin", "caesar")))
-def test_every_adapter_equals_a_fresh_load_after_every_other(live, name):
-    model, _ = live
-    for before in NAMES:
-        hotswap_adapter(model, demo.adapter_path(before), "default")
-        hotswap_adapter(model, demo.adapter_path(name), "default")
-        assert verify_hotswap(model, demo.adapter_path(name), base=demo.load_base)
 
 
 def test_no_word_is_both_trained_on_and_held_out():
@@ -67,12 +56,6 @@ def test_generate_gives_the_same_answers_as_ask():
     ids = model.generate(**batch, max_new_tokens=20, do_sample=False)
     texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert demo.ask_all(model, tokenizer, words) == texts == [demo.TASKS["pig_latin"](word) for word in words]
-
-
-@pytest.mark.long
-def test_ask_works_through_a_compiled_wrapper():
-    model, tokenizer = demo.load("reverse")
-    assert demo.ask(torch.compile(model, backend="eager"), tokenizer, "abc") == "cba"
 
 
 def test_unknown_names_are_refused():

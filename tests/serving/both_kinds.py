@@ -5,16 +5,14 @@ The server has the adapters of ``replica_faults.ADAPTERS``, and the token of ``r
 
 from __future__ import annotations
 
-import time
-
 import httpx2
 import openai
 import pytest
+from lengths import long
 from replica_faults import ADAPTERS, NAMES, trial
-from running import TOKEN, change, numbers, states
+from running import change, numbers, states
 from served import FAMILY, WORDS, alone
 
-from hotswap_lab import demo
 from hotswap_lab.serving.metrics import COUNTERS, GAUGES
 
 
@@ -32,6 +30,8 @@ class BothKinds:
             whole = client.completions.create(model=name, prompt=f"{word}>", echo=True)
             assert whole.choices[0].text == f"{word}>" + alone(ADAPTERS.get(name), word)
             assert {each.system_fingerprint for each in [*pieces, whole]} == {f"{name}@1" if name in NAMES else name}
+        assert {whole.choices[0].finish_reason, pieces[-1].choices[0].finish_reason} == {"stop"}
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(word) + 1, len(word) + 1)
         mix = client.completions.create(model="five:0.5+six:0.5", prompt="hotswap>")
         assert mix.system_fingerprint == "five@1:0.5+six@1:0.5"
         messages = [{"role": "user", "content": "notebook"}]
@@ -44,26 +44,18 @@ class BothKinds:
             assert caught.value.status_code == status
             assert "Traceback" not in caught.value.message
 
-    def test_fields_of_sampling(self, client):
-        letter = demo.load_tokenizer()("z")["input_ids"][0]
-        for how in (dict(temperature=0), dict(temperature=2, extra_body=dict(top_k=1)), dict(seed=3)):
-            asked = dict(model="one", prompt="hotswap>", max_tokens=3, logit_bias={letter: 100}, **how)
-            assert client.completions.create(**asked).choices[0].text == "zzz"
-
     def test_who_goes_away_stops_the_computing(self, client, address):
         before = sum(each["tokens"] for each in states(address))
         with client.completions.create(model="two", prompt="notebooks>", stream=True) as stream:
             next(iter(stream))
-        time.sleep(2)
-        assert 0 < sum(each["tokens"] for each in states(address)) - before < 19
+        # one more that takes as long as the first would have
+        client.completions.create(model="two", prompt="notebooks>")
+        assert 19 < sum(each["tokens"] for each in states(address)) - before < 2 * 19
 
     def test_metrics(self, client, address):
-        before = numbers(httpx2.get(f"{address}/metrics").text)
         list(client.completions.create(model="two", prompt="hotswap>", stream=True))
         told = numbers(httpx2.get(f"{address}/metrics").text)
-        count = "request_seconds_count", "/v1/completions", "200"
-        assert told[count] == before.get(count, 0) + 1
-        assert told["first_token_seconds_count",] == before["first_token_seconds_count",] + 1
+        assert 0 < told["first_token_seconds_count",] <= told["request_seconds_count", "/v1/completions", "200"]
         for replica in states(address):
             label = replica.get("replica", "")
             assert all(told[f"{name}_total", label] == replica[name] for name in COUNTERS)
@@ -71,22 +63,21 @@ class BothKinds:
         assert {each[1] for each in told if each[0] == "adapter_version"} == {*NAMES}
 
     def test_new_weights(self, client, address):
-        version = change(address, {"one": FAMILY["shout"]}).json()["one"]
-        refused = change(address, {"one": FAMILY["sort"], "two": "/nowhere"})
+        told = change(address, {"one": FAMILY["shout"], "two": None, "late": FAMILY["shout"]}).json()
+        assert told.keys() == {*NAMES, "late"} - {"two"}
+        version = told["one"]
+        refused = change(address, {"one": FAMILY["sort"], "three": "/nowhere"})
         assert refused.status_code == 400
         assert "Can't find 'adapter_config.json'" in refused.json()["error"]["message"]
         answer = client.completions.create(model="one", prompt="hotswap>")
         assert (answer.choices[0].text, answer.system_fingerprint) == ("HOTSWAP!", f"one@{version}")
         assert all(f"one@{version}" in each["held"] for each in states(address))
-        load = {"lora_name": "late", "lora_path": FAMILY["shout"]}
-        header = {"Authorization": f"Bearer {TOKEN}"}
-        assert httpx2.post(f"{address}/v1/load_lora_adapter", json=load, headers=header, timeout=60).json()["late"] == 1
-        assert client.completions.create(model="late", prompt="hotswap>").choices[0].text == "HOTSWAP!"
-        change(address, {"one": ADAPTERS["one"], "late": None})
+        change(address, {**ADAPTERS, "late": None})
 
-    def test_a_policy_that_learns_while_it_answers(self, address):
+    @pytest.mark.parametrize("requests", [24, long(240)])
+    def test_a_policy_that_learns_while_it_answers(self, address, requests):
         """Clients, some of which stream, know what each version of an adapter says; each answer is of one version."""
-        told = trial(address, 240, update_every=0.02)
+        told = trial(address, requests, update_every=0.02)
         change(address, ADAPTERS)
-        assert (told["asked"], told["retried"], told["wrong"], told["lost"]) == (240, 0, 0, 0)
-        assert told["updates"] >= 40
+        assert (told["asked"], told["retried"], told["wrong"], told["lost"]) == (requests, 0, 0, 0)
+        assert told["updates"] >= requests / 6

@@ -27,7 +27,7 @@ from served import FAMILY, alone
 from hotswap_lab.demo.tasks import sample_words
 from hotswap_lab.lessons.serving import lose
 
-WORDS = sample_words(12, seed=0, held_out=True)
+WORDS = sample_words(4, seed=0, held_out=True)
 NAMES = ["one", "two", "three", "four", "five", "six"]
 ADAPTERS = dict(zip(NAMES, FAMILY.values(), strict=False))
 

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterable, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import models
 import torch
@@ -32,6 +33,11 @@ def replica_of(paths: Mapping[str, str], options: Options = SHORT) -> Replica:
     versions = [Version.of(name, path) for name, path in paths.items()]
     model = PeftModel.from_pretrained(demo.load_base(), versions[0].path)
     return Replica(model, tokenizer, versions, options)
+
+
+async def text_of(pieces: AsyncIterable[Piece]) -> str:
+    """The text of an answer, or of what is left of it."""
+    return "".join([piece.text async for piece in pieces])
 
 
 class Served(Register):
@@ -110,13 +116,5 @@ def logged():
     """The messages of the server's log, which chapter 09's quiet Ray turns off for the rest of the process."""
     logger, messages, handler = logging.getLogger("ray.serve"), [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    former = logger.level, logger.disabled
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.disabled = False
-    try:
+    with mock.patch.multiple(logger, handlers=[handler], disabled=False, isEnabledFor=lambda level: True):
         yield messages
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(former[0])
-        logger.disabled = former[1]

@@ -12,11 +12,10 @@ import openai
 import pytest
 from refusals import refused
 from running import numbers
-from served import FAMILY, SHORT, WORDS, Served, alone, logged
-from test_hostile import BODIES
+from served import FAMILY, SHORT, WORDS, Served, logged
 
 from hotswap_lab.core.errors import refusal
-from hotswap_lab.serving import BusyError, Piece, Register, Sampling, Table, Version
+from hotswap_lab.serving import BusyError, Piece, Sampling, Table, Version
 from hotswap_lab.serving.answers import Token
 from hotswap_lab.serving.api import openai_api
 from hotswap_lab.serving.metrics import COUNTERS, GAUGES
@@ -51,7 +50,7 @@ class Fake:
                 yield Piece(letter, None, 3, count, self.tokens)
             if self.error and count <= self.after:
                 raise self.error
-            yield Piece("" if count else text, "stop", 3, len(text) + 1, () if count else self.tokens)
+            yield Piece("" if count else text, "length", 3, len(text) + 1, () if count else self.tokens)
         finally:
             self.closed += 1
 
@@ -103,39 +102,8 @@ def sent(api, path, body=None, authorization="Bearer secret"):
     return with_client(api, lambda client: client._client.request(**how))
 
 
-def test_models(api):
-    assert [model.id for model in with_client(api, lambda client: client.models.list()).data] == ["demo", *FAMILY]
-
-
-def test_completions(api):
-    models = ["reverse", "demo", "shout:0.5", *FAMILY][:8]
-
-    async def ask(client):
-        asked = (client.completions.create(model=name, prompt="hotswap>", temperature=0) for name in models)
-        return await asyncio.gather(*asked)
-
-    answers = with_client(api, ask)
-    assert [each.choices[0].text for each in answers[:3]] == ["pawstoh", "hotswap", "HotSwap!"]
-    assert [each.choices[0].text for each in answers[3:]] == [alone(FAMILY[name], "hotswap") for name in models[3:]]
-    assert [each.model for each in answers] == models
-    assert [each.system_fingerprint for each in answers[:3]] == ["reverse@1", "demo", "shout@1:0.5"]
-    assert {each.choices[0].finish_reason for each in answers} == {"stop"}
-    usage = answers[0].usage
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (8, 8, 16)
-
-
-def test_chats_and_streams(api):
-    messages = dict(model="reverse", messages=[{"role": "user", "content": "notebook"}])
-    whole = asked(api, "chat", **messages, max_completion_tokens=4).choices[0]
-    assert (whole.message.content, whole.message.role, whole.finish_reason) == ("koob", "assistant", "length")
-    chunks = asked(api, "chat", **messages, stream=True)
-    assert [chunk.choices[0].delta.content for chunk in chunks] == [*"koobeton", ""]
-    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 8 + ["stop"]
-    assert {chunk.system_fingerprint for chunk in chunks} == {"reverse@1"}
-
-
 def test_too_many_requests(served, monkeypatch):
-    monkeypatch.setattr("hotswap_lab.serving.replica.GATHERING", 1.0)  # till all have come
+    monkeypatch.setattr("hotswap_lab.serving.replica.GATHERING", 0.3)  # till all have come
     monkeypatch.setattr(served.replicas[0], "options", replace(SHORT, queue=3))
     api = openai_api(served, "demo")
 
@@ -162,6 +130,7 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "http://x"}}]
 NO_NUMBERS = itertools.product(
     (b"temperature", b"top_p", b"min_p", b"repetition_penalty"), (b"NaN", b"Infinity", b"1e999", b"-1e-40")
 )
+BODIES = [b"", b"{", b"[" * 9_000, b"\xff\xfe", b"null", b"[]", b'"a"', b'{"n": ' + b"9" * 5_000 + b"}", b"a" * 200_000]
 #: a path, what is sent, the status of the answer, and what it says
 REFUSED = [
     (TEXT, dict(model="nobody"), 404, "expected: one of demo, caesar, double"),
@@ -307,6 +276,8 @@ MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "o"}, {"type":
         ("chat", dict(logprobs=False, top_logprobs=4), dict(logprobs=None)),
         *(("completions", dict(extra_body={field: none}), {}) for field, (none, _) in FIELDS.items()),
         *(("completions", dict(extra_body={field: None}), {}) for field in FIELDS),
+        ("completions", {}, vars(Sampling())),
+        ("completions", dict(extra_body={"temperature": None, "logit_bias": None, "top_k": None}), vars(Sampling())),
     ],
 )
 def test_what_is_asked_for_reaches_the_replica(kind, how, expected):
@@ -334,13 +305,6 @@ def test_the_fields_of_other_servers_are_not_taken_for_misspelled_ones():
     assert time.perf_counter() - start < 2
 
 
-@pytest.mark.parametrize("how", [{}, dict(extra_body={"temperature": None, "logit_bias": None, "top_k": None})])
-def test_what_is_not_asked_for_is_left_to_the_model(how):
-    fake = Fake()
-    asked_of(fake, **how)
-    assert vars(fake.requests[0]).items() >= vars(Sampling()).items()
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_echo_is_before_each_answer(stream):
     answer = asked_of(Fake(), prompt="hotswap>", n=2, seed=99, stream=stream, echo=True)
@@ -356,7 +320,8 @@ def test_several_choices():
     assert [(each.index, each.text) for each in answer.choices] == [(0, "8"), (1, "9"), (2, "10")]
     assert [request.seed for request in fake.requests] == [8, 9, 10]
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (3, 7, 10)
-    assert [each.message.content for each in asked_of(Fake(), "chat", n=2).choices] == ["None"] * 2
+    said = [(each.message.content, each.message.role) for each in asked_of(Fake(), "chat", n=2).choices]
+    assert said == [("None", "assistant")] * 2
 
 
 @pytest.mark.parametrize("kind", ["completions", "chat"])
@@ -369,7 +334,7 @@ def test_several_choices_in_one_stream(kind):
         ends[choice.index] = choice.finish_reason
         order.append(choice.index)
         assert chunk.usage is None
-    assert (texts, ends) == (["99", "100"], ["stop", "stop"])
+    assert (texts, ends) == (["99", "100"], ["length", "length"])
     assert order != sorted(order)  # as they come
     assert (last.choices, last.usage.total_tokens) == ([], 3 + 3 + 4)
     assert len({chunk.id for chunk in [*chunks, last]}) == 1
@@ -384,14 +349,6 @@ def test_one_choice_that_fails_ends_the_others_at_once(is_streamed, after):
     assert isinstance(caught.value, openai.InternalServerError) == (after == 0)  # before the first piece: a status
     assert fake.closed == len(fake.requests) == 3
     assert time.monotonic() - start < 30
-
-
-def test_an_error_after_the_first_piece_ends_the_stream_with_an_event():
-    fake = Fake(BusyError(refusal("too_many_wait")), after=2)
-    body = {"model": "shout", "prompt": "p", "seed": 12345, "stream": True}
-    *pieces, error, rest = sent(openai_api(fake, "demo"), TEXT, body).text.split("\n\n")
-    assert (len(pieces), rest) == (2, "")
-    assert "server_error" in error
 
 
 def test_logprobs_of_completions():
@@ -417,22 +374,6 @@ def test_logprobs_of_chats(stream):
 # ---- for administrators
 
 
-def test_new_weights_for_all(served, api, tmp_path):
-    try:
-        good = sent(api, ADMIN, {"shout": FAMILY["sort"], "loud": FAMILY["shout"], "double": None})
-        said = asked(api, prompt="hotswap>")
-        bad = sent(api, ADMIN, {"shout": FAMILY["shout"], "reverse": str(tmp_path)})
-        still = asked(api, prompt="hotswap>")
-    finally:
-        table = asyncio.run(served.change(FAMILY, is_all=True))
-    assert [*table.versions] == [*FAMILY]
-    assert good.json() == {name: 1 for name in FAMILY if name != "double"} | {"shout": 2, "loud": 1}
-    assert said.choices[0].text == still.choices[0].text == "ahopstw"
-    assert said.system_fingerprint == still.system_fingerprint == "shout@2"
-    assert bad.status_code == 400
-    assert "Can't find 'adapter_config.json'" in bad.json()["error"]["message"]
-
-
 def test_what_vllms_clients_call(served, api):
     with logged() as messages:
         loaded = sent(api, LOAD, {"lora_name": "new", "lora_path": FAMILY["shout"], "load_inplace": True})
@@ -441,22 +382,6 @@ def test_what_vllms_clients_call(served, api):
     assert (said.choices[0].text, loaded.status_code, unloaded.status_code) == ("HOTSWAP!", 200, 200)
     assert messages == ["/v1/load_lora_adapter: new@1", "/v1/unload_lora_adapter: new removed"]
     assert [*served.table.versions] == [*FAMILY]
-
-
-def test_a_version_number_never_comes_twice():
-    register = Register("demo")
-
-    async def change_all():
-        for path in (FAMILY["sort"], FAMILY["shout"], None, FAMILY["sort"]):
-            await register.change({"sort": path})
-        other = Register("demo")  # one that starts anew
-        await other.change({"sort": FAMILY["reverse"]})
-        await other.adopt(register.table)
-        await other.change({"sort": None})
-        return await other.change({"sort": FAMILY["shout"]})
-
-    assert str(asyncio.run(change_all()).versions["sort"]) == "sort@4"
-    assert str(register.table.versions["sort"]) == "sort@3"
 
 
 def test_health(api):

@@ -7,7 +7,6 @@ import os
 
 import pytest
 from both_kinds import BothKinds
-from refusals import refused
 from replica_faults import ADAPTERS
 from running import one_process
 from served import FAMILY, SHORT
@@ -70,9 +69,3 @@ def test_what_is_wrong_is_said_before_anything_starts(capsys):
     assert "rows='0'" in capsys.readouterr().err
     assert main(["serve", str(demo.BASE_DIR), "/nowhere"]) == 1
     assert "next:     check the path, or leave it out" in capsys.readouterr().err
-    refused("no such argument", Arguments.of, {"row": 1})
-
-
-def test_a_base_alone_has_no_adapters_not_those_of_the_current_folder(monkeypatch):
-    monkeypatch.chdir(demo.ADAPTERS_DIR)
-    assert Arguments.of({"base": str(demo.BASE_DIR)}).adapters == {}

@@ -18,7 +18,7 @@ import transformers
 from lengths import TIMES, long
 from peft import PeftModel
 from refusals import refused
-from served import FAMILY, SHORT, WORDS, Served, alone, fresh, little, logged, replica_of, save_random_adapter
+from served import FAMILY, SHORT, WORDS, Served, alone, fresh, little, logged, replica_of, save_random_adapter, text_of
 
 from hotswap_lab import HotswapError, RecompileWatch, demo
 from hotswap_lab.lessons import rows
@@ -59,10 +59,11 @@ def test_more_requests_than_rows_are_several_batches(served):
 
 
 @pytest.mark.parametrize("count", [8, 1])
-def test_adapters_with_random_weights(random_adapters, count):
-    Served(random_adapters, replace(SHORT, rows=count)).assert_right(
-        [*random_adapters, "demo", *random_adapters], most=12
-    )
+def test_adapters_with_random_weights(random_adapters, monkeypatch, count):
+    served = Served(random_adapters, replace(SHORT, rows=count))
+    widths = watched_reads(served, monkeypatch)
+    served.assert_right([*random_adapters, "demo", *random_adapters], most=12)
+    assert max(sum(map(bool, each)) for each in widths) <= count
     assert len({alone(path, "hotswap")[:12] for path in [*random_adapters.values(), None]}) == 4
 
 
@@ -93,13 +94,6 @@ def test_a_short_answer_does_not_wait_for_a_long_one(served):
     assert order[:3] == ["python", "tensor", "voice"]
 
 
-def test_one_row_answers_one_request_at_a_time(monkeypatch):
-    served = Served({"shout": FAMILY["shout"]}, replace(SHORT, rows=1))
-    widths = watched_reads(served, monkeypatch)
-    served.assert_right(["shout"] * 3)
-    assert {sum(map(bool, each)) for each in widths} == {1}
-
-
 def test_a_long_prompt_is_read_between_the_tokens_of_others(served, monkeypatch):
     monkeypatch.setattr(served.replicas[0]._reader, "chunk", 4)
     widths = watched_reads(served, monkeypatch)
@@ -122,21 +116,15 @@ def test_streamed_pieces_are_the_answer(served):
     assert (cut.text, cut.finish) == ("note", "length")
 
 
-@pytest.mark.parametrize(
-    ("stop", "text"),
-    [
-        (("kno",), "noteboo"),
-        (("zz", "book"), "note"),
-        (("n",), ""),
-        (("kx",), "notebooknotebook"),
-        (("k", "b"), "note"),
-    ],
-)
+STOPS = {("kno",): "noteboo", ("zz", "book"): "note", ("n",): "", ("kx",): "notebooknotebook", ("k", "b"): "note"}
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_an_answer_ends_before_a_stop(served, stop, text, is_streamed):
-    pieces = asyncio.run(served.pieces("double", "notebook", stop=stop, is_streamed=is_streamed))
-    assert ("".join(piece.text for piece in pieces), pieces[-1].finish) == (text, "stop")
-    assert is_streamed or len(pieces) == 1
+def test_an_answer_ends_before_a_stop(served, is_streamed):
+    for stop, text in STOPS.items():
+        pieces = asyncio.run(served.pieces("double", "notebook", stop=stop, is_streamed=is_streamed))
+        assert ("".join(piece.text for piece in pieces), pieces[-1].finish) == (text, "stop")
+        assert is_streamed or len(pieces) == 1
 
 
 HOT = dict(temperature=30.0, max_tokens=12)
@@ -151,9 +139,9 @@ def test_the_same_seed_is_the_same_answer_in_any_batch(served):
         others = [served.ask(name, "kernel", **heat) for name, heat in zip(FAMILY, heats, strict=False)]
         return await asyncio.gather(served.ask("demo", "hotswap", seed=seed, **hot), *others)
 
-    expected = [asyncio.run(served.ask("demo", "hotswap", seed=seed, **hot)) for seed in range(4)]
-    assert len(set(expected)) > 2
-    several = [asyncio.run(among_others(seed)) for seed in range(4)]
+    expected = [asyncio.run(served.ask("demo", "hotswap", seed=seed, **hot)) for seed in range(2)]
+    assert len(set(expected)) == 2
+    several = [asyncio.run(among_others(seed)) for seed in range(2)]
     assert [each[0] for each in several] == expected
     assert {each[1] for each in several} == {alone(next(iter(FAMILY.values())), "kernel")}
     assert len({each[2] for each in several}) > 1
@@ -180,7 +168,7 @@ def test_the_same_seed_is_the_same_answer_in_any_batch(served):
 def test_what_fails_for_a_row_fails_that_row_alone(served, model, how, said):
     async def ask_both():
         odd = Request(**{"prompt": "hotswap>", "shares": shares, **how})
-        asked = served.ask("double", "notebook"), _text_of(served.answer(odd)), served.ask("sort", "python")
+        asked = served.ask("double", "notebook"), text_of(served.answer(odd)), served.ask("sort", "python")
         return await asyncio.gather(*asked, return_exceptions=True)
 
     strong = model == "too strong"  # stronger than anybody may ask for, so that its logits are NaN
@@ -239,24 +227,24 @@ LONG_ROPE = dict(
 )
 
 
-@pytest.mark.parametrize(
-    ("kind", "more", "in_rows"),
-    [
-        ("Llama", {}, True),
-        ("Qwen3", dict(head_dim=8), True),
-        ("Mistral", dict(sliding_window=None), True),
-        ("Gemma", dict(head_dim=8), True),
-        ("Gemma3Text", dict(head_dim=8, sliding_window=128), True),
-        ("Mistral", dict(sliding_window=16), False),
-        ("Llama4Text", dict(head_dim=8, num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=16), False),
-        ("GPTNeo", dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16), False),
-        ("Phi3", LONG_ROPE | dict(original_max_position_embeddings=96), True),
-        ("Phi3", LONG_ROPE | dict(original_max_position_embeddings=32), False),
-        ("Llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)), True),
-        ("Mamba", dict(state_size=8), False),
-        ("Rwkv", {}, False),  # which would read the padding of a batch
-    ],
-)
+MODELS = [
+    ("Llama", {}, True),
+    ("Gemma3Text", dict(head_dim=8, sliding_window=128), True),
+    ("Mistral", dict(sliding_window=16), False),
+    ("Phi3", LONG_ROPE | dict(original_max_position_embeddings=96), True),
+    ("Rwkv", {}, False),  # which would read the padding of a batch
+    long("Qwen3", dict(head_dim=8), True),
+    long("Mistral", dict(sliding_window=None), True),
+    long("Gemma", dict(head_dim=8), True),
+    long("Llama4Text", dict(head_dim=8, num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=16), False),
+    long("GPTNeo", dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16), False),
+    long("Phi3", LONG_ROPE | dict(original_max_position_embeddings=32), False),
+    long("Llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)), True),
+    long("Mamba", dict(state_size=8), False),
+]
+
+
+@pytest.mark.parametrize(("kind", "more", "in_rows"), MODELS)
 def test_models_of_ones_own(tmp_path, kind, more, in_rows):
     with logged() as messages:
         load, versions, replica = little(kind, tmp_path, **more)
@@ -357,7 +345,7 @@ def test_no_trace_of_a_row_without_numbers_in_a_shorter_request_next_to_a_longer
 
     async def ask_strong():
         nonlocal asking
-        asking = asyncio.ensure_future(_text_of(replica.answer(Request("hotswapadaptersinalive>", shares))))
+        asking = asyncio.ensure_future(text_of(replica.answer(Request("hotswapadaptersinalive>", shares))))
         await asyncio.gather(asking, return_exceptions=True)
         await replica._worker
 
@@ -383,7 +371,7 @@ def test_new_weights_while_an_answer_runs(served):
         pieces = served.answer(Request("notebook>", served.table.shares("double", "demo"), is_streamed=True))
         text = (await anext(pieces)).text
         table = await served.change({"double": FAMILY["caesar"]})
-        rest, said = await asyncio.gather(_text_of(pieces), served.ask("double", "hotswap"))
+        rest, said = await asyncio.gather(text_of(pieces), served.ask("double", "hotswap"))
         return text + rest, said, table.versions["double"].number
 
     try:
@@ -392,10 +380,6 @@ def test_new_weights_while_an_answer_runs(served):
         asyncio.run(served.change({"double": FAMILY["double"]}))
     assert served.table.versions["double"].number == 3
     served.assert_right(["double"])
-
-
-async def _text_of(pieces):
-    return "".join([piece.text async for piece in pieces])
 
 
 def test_what_one_replica_cannot_load_none_has(tmp_path):
@@ -443,17 +427,21 @@ def test_few_are_held_and_all_are_answered():
     assert served.replicas[0].state["held"][-1] == "shout@1"
 
 
-def test_a_register_that_starts_anew_is_told_what_it_was(served):
+def test_a_register_that_starts_anew_is_told_what_it_was_and_no_number_comes_twice():
     async def restart():
-        register = Register()
-        first = await register.change(dict(FAMILY, sort=FAMILY["shout"]), is_all=True)
-        same = await register.change(dict(FAMILY, sort=FAMILY["shout"]))  # the same files are the same versions
-        assert (same.versions, same.number) == (first.versions, first.number + 1)
-        assert await register.adopt(Table()) == register.table
-        late = Table(served.table.versions, 9)
-        return await register.adopt(late) is late, (await register.change({})).number
+        register, anew = Register(), Register()
+        await register.change({"other": FAMILY["sort"]})
+        for path in (FAMILY["sort"], FAMILY["shout"], FAMILY["shout"]):  # the same files are the same version
+            before = await register.change({"sort": path}, is_all=True)
+        assert await register.adopt(Table()) == before
+        await anew.change({"sort": FAMILY["reverse"]})
+        assert await anew.adopt(before) is before
+        await anew.change({"sort": None})
+        return before, await anew.change({"sort": FAMILY["reverse"]})
 
-    assert asyncio.run(restart()) == (True, 10)
+    before, after = asyncio.run(restart())
+    assert [[*map(str, each.versions.values())] for each in (before, after)] == [["sort@2"], ["sort@3"]]
+    assert after.number == before.number + 2
 
 
 def test_a_change_is_made_to_what_is_in_force_also_where_the_register_learns_of_that_meanwhile(served):
@@ -470,7 +458,7 @@ def test_a_change_is_made_to_what_is_in_force_also_where_the_register_learns_of_
     assert table.versions.keys() == {*late.versions, "other"}
 
 
-@pytest.mark.parametrize("steps", [300, long(4000 * TIMES)])
+@pytest.mark.parametrize("steps", [120, long(4000 * TIMES)])
 def test_a_policy_that_learns_leaves_memory_as_it_was(steps, tmp_path, monkeypatch):
     """At each step it gets new weights, and one more adapter comes and goes. ``TIMES=10`` makes 40,000 steps."""
     monkeypatch.setattr("hotswap_lab.serving.table.MOST_REMEMBERED", 50)
@@ -497,16 +485,16 @@ def test_a_policy_that_learns_leaves_memory_as_it_was(steps, tmp_path, monkeypat
         pages = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if sys.platform == "linux" else 0
         return sys.getallocatedblocks(), len(tensors), sum(storages.values()), pages
 
-    asyncio.run(run(0, 100))
+    asyncio.run(run(0, 60))
     before = used()
-    assert asyncio.run(run(100, steps)) == steps + 1
+    assert asyncio.run(run(60, steps)) == steps + 1
     blocks, tensors, size, pages = (now - then for now, then in zip(used(), before, strict=True))
     assert blocks < 2000
     assert (tensors, size) == (0, 0)
     assert pages < 2e8
     # a name that comes again doesn't have the number that it had, although it is forgotten
     assert len(served.table.highest) <= 52
-    for step in (0, 99):
+    for step in (0, 59):
         versions = asyncio.run(served.change({f"step-{step}": path})).versions
         assert versions[f"step-{step}"].number > numbers[step]
 
@@ -532,6 +520,7 @@ def test_compiled_once(random_adapters, tmp_path, how):
         assert str(watch) == "0 compiled, 0 recompiles"
 
 
+@pytest.mark.long
 def test_another_process_has_the_same_digests_and_none_of_the_servers_packages():
     digest = Version.of("shout", FAMILY["shout"]).digest
     code = (

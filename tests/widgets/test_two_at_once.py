@@ -10,6 +10,7 @@ from datetime import datetime
 
 import pytest
 from faults import list_steps, run_with_fault
+from lengths import few_of
 from refusals import refused
 from shown import WORD, folders, live, panel_with
 
@@ -119,19 +120,15 @@ def test_the_last_click_during_a_run_comes_next(running, pure, what):
         assert fingerprint(panel) == pure["sort"]
 
 
-def test_a_refresh_is_no_click(running, monkeypatch):
+def test_a_refresh_is_no_click(monkeypatch):
     """Not even if another thread changes the strength just when the slider is about to show it."""
-    panel, gate = running
-    gate.leave.set()
-    assert panel.wait(SOON)
-    pool = panel._switch
+    panel = make()
+    panel.active, pool = "reverse", panel._switch
     pool.strength = 0.5
     monkeypatch.setattr(panel.map, "look_now", lambda: setattr(pool, "strength", 1.0))
     panel._changed()
     assert panel._slider.value == 0.5  # until the refresh of whoever changed the strength
-    assert not panel.busy
-    assert pool.strength == 1
-    assert gate.calls == ["reverse at 1"]
+    assert (panel.busy, panel.answer, pool.strength) == (False, None, 1)
     monkeypatch.undo()
     panel._changed()
     assert panel._slider.value == 1
@@ -212,7 +209,7 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("what", LONG)
+@pytest.mark.parametrize("what", few_of(LONG, ["panel", "lattice of a model"]))
 def test_work_waits_for_a_thread_that_computes_and_the_wait_can_be_stopped(what):
     widget = LONG[what]()
     model, former = (getattr(widget, "pool", None) or widget).model, str(widget)

@@ -15,8 +15,8 @@ from shown import folders, live
 
 from hotswap_lab import AdapterPool, demo, hotswap_adapter, prepare_model_for_compiled_hotswap, set_strength
 from hotswap_lab.demo import digits
-from hotswap_lab.figures.palette import BASE, CARD, MUTED, adapter_color, mix
-from hotswap_lab.figures.tiles import CELLS, SMALL, Tile, drawn, split
+from hotswap_lab.figures.palette import BASE, adapter_color, mix
+from hotswap_lab.figures.tiles import CELLS, SMALL, Tile, drawn
 from hotswap_lab.widgets import SwapPanel, WeightMap
 
 
@@ -95,16 +95,6 @@ def test_the_former_adapter_is_outlined_and_padding_hatched():
     map.look()
     assert map.figure().svg.count(f"stroke='{adapter_color('double')}'") == 16
     assert "dashed: double" in map.figure().svg
-    hatch = {*re.findall(r"<pattern.*?fill='(#\w+)'.*?fill='(#\w+)'", map.figure().svg)[0]}
-    assert hatch == {CARD, MUTED}  # whose contrast is that of text
-
-
-def test_it_can_be_read_at_300_pixels():
-    svg = WeightMap(demo.load("reverse")[0]).figure().svg
-    assert int(re.search(r"width='(\d+)'", svg)[1]) == 300
-    assert min(map(int, re.findall(r"font-size='(\d+)'", svg))) >= 12
-    for x, text in re.findall(r"<text x='([\d.]+)'[^>]*text-anchor='start'[^>]*>([^<]*)<", svg):
-        assert float(x) + 6.5 * len(text) < 310, text
 
 
 def numbers(model):
@@ -113,19 +103,15 @@ def numbers(model):
 
 
 def test_numbers_are_counted_and_padding_apart():
-    model, _ = demo.load("reverse")
-    assert [*WeightMap(model).counts.values()] == [*numbers(model), 0]
     panel = SwapPanel.demo()
     for name in ("double", "pig_latin", "reverse"):
         panel.choose(name)
         base, own = numbers(fresh_load(name))
         assert [*panel.map.counts.values()] == [base, own, numbers(panel.model)[1] - own]
     assert f">padding: {numbers(panel.model)[1] - own:,} zeros<" in panel.map.figure().svg
-
-
-def test_a_model_alone():
-    model, _ = demo.load("reverse")
+    model = fresh_load("reverse")
     map = live(WeightMap(model))
+    assert [*map.counts.values()] == [*numbers(model), 0]
     assert map.summary == "default is in 28 of 28 layers"
     set_strength(model, 0)
     map.look()
@@ -160,9 +146,8 @@ def test_other_methods(method):
         torch.testing.assert_close(map.tiles[0].cells.square().mean(), whole.square().mean() / own, rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("layers", [30, 100])
-def test_large_models_are_small_pictures(layers):
-    model = torch.nn.Module()
+def test_large_models_are_small_pictures():
+    model, layers = torch.nn.Module(), 100
     model.blocks = torch.nn.ModuleList(
         torch.nn.ModuleDict({name: torch.nn.Linear(16, 16, bias=False) for name in "qkvogud"}) for _ in range(layers)
     )
@@ -172,9 +157,3 @@ def test_large_models_are_small_pictures(layers):
     assert len(svg) < 12_000
     assert len(map.tiles) == 7 * layers
     assert len(pixels_of(map.figure())) == layers
-
-
-def test_blocks_and_columns():
-    assert split("lm_head") == ("", "lm_head")
-    assert split("encoder.block.0.layer.1.DenseReluDense.wi_0") == ("encoder.block.0.layer.1", "DenseReluDense.wi_0")
-    assert split("down.0.attn.1.to_out.0") == ("down.0.attn.1", "to_out.0")
