@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +14,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
+from hub_stand_in import StandInHub
 from lengths import long
 from refusals import refused
 from safetensors.torch import load_file
@@ -163,16 +166,33 @@ def test_a_wrong_path_is_refused_and_nothing_else_is_tried(by, make, monkeypatch
     assert smollm2.PATH_VARIABLE in error.refusals[0].next_step
 
 
-# --- the Hub
+# --- the Hub, with its real client in a process of its own
+
+FIND = """
+from hotswap_lab.demo import smollm2
+smollm2.GGUF_MODULE = "no_such_package_here"
+found = smollm2.find()
+print(found.kind, sorted(file.name for file in found.location.iterdir()))
+"""
 
 
-def test_from_the_hub(folder, monkeypatch):
-    there = [Mock(rfilename=name) for name in ("model.safetensors", "config.json", "README.md")]
-    download = Mock(side_effect=lambda _, name: str(folder / name))
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: Mock(siblings=there))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert smollm2.find() == smollm2.Source("hub", folder)
-    assert {call.args[1] for call in download.call_args_list} == {"model.safetensors", "config.json"}
+def find_with(url: str, home: Path) -> str:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HOTSWAP_LAB_"))}
+    environment = {**clean, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": url, "HF_HOME": str(home)}
+    done = subprocess.run([sys.executable, "-c", FIND], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.long
+def test_from_the_hub_and_then_from_its_cache(folder, tmp_path):
+    with StandInHub() as hub:
+        hub.add(smollm2.MODEL_ID, str(folder))
+        first = find_with(hub.url, tmp_path / "home")
+    assert first.startswith("hub [")
+    assert "model.safetensors" in first
+    # nobody is there any more, and nobody is asked
+    assert find_with(hub.url, tmp_path / "home") == first
 
 
 def test_offline_with_an_empty_cache(monkeypatch):
