@@ -95,8 +95,8 @@ def in_a_process_without_a_compiler(code: str) -> str:
 
 
 def test_a_process_without_a_compiler(package):
-    """Unlike adapters, and 200 swaps, into a model that the file itself says how to prepare."""
-    code = f"import test_ahead\ntest_ahead.swap_in_turn(*{package!r}, 200)"
+    """Unlike adapters, and 50 swaps, into a model that the file itself says how to prepare."""
+    code = f"import test_ahead\ntest_ahead.swap_in_turn(*{package!r}, 50)"
     assert in_a_process_without_a_compiler(code) == "all reached"
 
 
@@ -143,9 +143,8 @@ def test_conditions_on_sizes(tmp_path, which):
     """Each size is computed as the model does, or refused."""
     kind = Kind(partial(Sized, CONDITIONS[which]), lambda: torch.randn(3, 8, 12), ("first",))
     model = prepared(kind, tmp_path)
-    ahead = bind(
-        file_of(model, tmp_path, kwargs=dict(x=kind.inputs()), dynamic_shapes={"x": {0: AUTO, 1: AUTO}}), model
-    )
+    options = dict(kwargs=dict(x=kind.inputs()), dynamic_shapes={"x": {0: AUTO, 1: AUTO}})
+    ahead = bind(file_of(model, tmp_path, **options), model)
     answers = {"right": 0, "refused": 0}
     for rows, length in itertools.product(range(2, 6), range(5, 14)):
         x = torch.randn(rows, length, 12)
@@ -211,21 +210,28 @@ def test_rows_and_an_adapter_on_embeddings(tmp_path, repeated):
 
 
 def test_reading_in_rows(tmp_path):
-    """Three texts at once, each with an adapter of its own: chunks, then token by token."""
+    """Three texts at once, each with an adapter of its own: chunks, then token by token. As servers do it."""
     folders = {name: save_random_adapter(LLAMA, tmp_path / name, seed) for seed, name in enumerate("abc")}
-    pool = AdapterPool(load(LLAMA, folders["a"]), adapters=folders, rows=3, progress=False)
-    readers = [Reader(pool.model, rows=3, chunk=4, longest=12) for _ in range(2)]
-    pool.assign([*folders])
+
+    def reader(**config: object) -> tuple[AdapterPool, Reader]:
+        kind = Kind(partial(LLAMA.make_random, **config), LLAMA.make_inputs, LLAMA.modules)
+        pool = AdapterPool(load(kind, folders["a"]), adapters=folders, rows=3, progress=False)
+        pool.assign([*folders])
+        return pool, Reader(pool.model, rows=3, chunk=4, longest=12)
+
+    (pool, compiled), (_, plain), (_, other) = reader(), reader(), reader(rms_norm_eps=0.1)
     with not_compiled():
-        readers[0].compile_ahead(tmp_path, progress=False)
-        readers[1].load_ahead(tmp_path)
+        compiled.compile_ahead(tmp_path, progress=False)
+        compiled.load_ahead(tmp_path)
+        assert not any(each.any() for name, each in compiled.named_buffers() if "keys_" in name)
+        refused("config.rms_norm_eps = 0.1", lambda _: other.load_ahead(tmp_path), other)
     parts = [[number + 1] * (1 + number) for number in range(3)]
     for _ in range(4):
-        plain, ahead = (reader.read(parts) for reader in readers)
-        torch.testing.assert_close(ahead, plain, rtol=1e-3, atol=1e-4)
-        parts = [[token] for token in plain.argmax(-1).tolist()]
+        expected = plain.read(parts)
+        torch.testing.assert_close(compiled.read(parts), expected, rtol=1e-3, atol=1e-4)
+        parts = [[token] for token in expected.argmax(-1).tolist()]
     tokens = torch.ones((2, 1), dtype=torch.long)
-    refused("not made of the rows", lambda _: readers[1].compiled[1](tokens, tokens), pool)
+    refused("not made of the rows", lambda _: compiled.compiled[1](tokens, tokens), pool)
 
 
 # ---- layers that are alike
@@ -261,23 +267,16 @@ BLOCKS = {
 @pytest.mark.parametrize("which", few_of(BLOCKS, ["scaled by their number", "all alike"]))
 @pytest.mark.parametrize("dynamic", [None, long({"input_ids": {0: AUTO, 1: AUTO}})], ids=["fixed", "dynamic"])
 def test_layers_that_look_alike(tmp_path, which, dynamic):
+    """Of a model that could be trained further: neither a call nor the proof of its blocks computes gradients."""
     make, modules, kinds = BLOCKS[which]
     kind = Kind(make, LLAMA.make_inputs, modules)
-    model = prepared(kind, tmp_path)
+    model = prepared(kind, tmp_path).requires_grad_(True)
     path = file_of(model, tmp_path, dynamic_shapes=dynamic, repeated_blocks=True)
     assert len(read(path)[0]["graphs"]) == kinds
     ahead = bind(path, model)
     for given in [ids(), *([ids(3, 12)] if dynamic else [])]:
+        assert not ahead(**given).logits.requires_grad
         assert_computes(ahead, model, given)
-
-
-def test_a_model_that_requires_gradients(tmp_path):
-    """One that could be trained further: neither a call nor the proof of its blocks computes gradients."""
-    model = prepared(LLAMA, tmp_path)
-    model.requires_grad_(True)
-    ahead = bind(file_of(model, tmp_path, repeated_blocks=True), model)
-    assert not ahead(**ids()).logits.requires_grad
-    assert_computes(ahead, model, ids())
 
 
 class Part(nn.Linear):
@@ -369,11 +368,10 @@ def test_layers_one_by_one(tmp_path):
 
 @pytest.mark.long
 def test_a_diffusion_model(tmp_path):
-    digits = pytest.importorskip("hotswap_lab.demo.digits")
-    pytest.importorskip("diffusers")
-    pool = AdapterPool(
-        digits.load("bold"), adapters={name: digits.path(name) for name in digits.names()}, progress=False
-    )
+    from hotswap_lab.demo import digits
+
+    folders = {name: digits.path(name) for name in digits.names()}
+    pool = AdapterPool(digits.load("bold"), adapters=folders, progress=False)
     given = dict(sample=digits.noise(4)[:2], timestep=torch.tensor(500))
     ahead = aoti_load(aoti_compile(pool, tmp_path / "unet.pt2", kwargs=given, progress=False), pool)
     for name in digits.names():

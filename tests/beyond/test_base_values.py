@@ -57,20 +57,6 @@ def test_embeddings_that_are_the_head_too(tmp_path):
         assert_same_outputs(model, load(TIED, folder), TIED, margin=10)
 
 
-def test_a_base_whose_state_dict_has_more_than_weights(tmp_path):
-    """A BatchNorm counts its batches in an integer. No swap needs that number, or anything else of another module."""
-    layers = lambda: nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 6))  # noqa: E731
-    kind = Kind(layers, lambda: torch.randn(5, 12), ("0", "2"))
-    configs = (LoraConfig(r=4, target_modules=["0", "2"], bias=bias) for bias in ("all", "none"))
-    biased, plain = save_all(tmp_path, *configs, kind=kind)
-    model = load(kind, biased)
-    weights = weights_of(kind)
-    assert weights["1.num_batches_tracked"].dtype == torch.int64
-    for folder in (plain, biased, plain):
-        hotswap_adapter(model, folder, "default", base_weights={**weights, "1.running_mean": None})
-        assert_equals_fresh_load(model, kind, folder, margin=10)
-
-
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_what_of_a_bias_goes_with_its_adapter(tmp_path, is_trainable):
     """Its gradient says nothing about another one's values; and whether it is trained, the new config says."""

@@ -270,13 +270,6 @@ def fsdp_base_layers(world: World, model) -> PeftModel:
     return model
 
 
-def gathered(world: World, model) -> PeftModel:
-    """The root's weights stay gathered after a forward."""
-    model = fully_shard(model, mesh=world.mesh)
-    call(model, LLAMA.inputs())
-    return model
-
-
 def parallel(world: World, model) -> PeftModel:
     """A along its rank and B along its outputs, or both along what is summed over."""
     styles = {}
@@ -388,7 +381,6 @@ REFUSED: dict[str, tuple[Callable, str, str, str]] = {
     "FSDP: a lower rank": (shard_fully, "first", "odd", "can't be changed while FSDP shards it"),
     "FSDP: another kind of LoRA": (shard_fully, "first", "dora", "spread over processes"),
     "in parallel: another kind of LoRA": (parallel, "first", "dora", "spread over processes"),
-    "gathered: another kind of LoRA": (gathered, "first", "dora", "gathered by FSDP|spread over processes"),
     # what means off there is the length of the base weight's rows, of which each process has some
     "a magnitude that is turned off": (shard_fully, "dora", "dora on fewer", "spread over processes"),
     "partial sums": (partial_sums, "first", "same", "spread over processes as"),
@@ -449,6 +441,8 @@ def fsdp_weights_that_are_gathered_are_not_written(world):
     assert not plan_hotswap(model, world.adapter("first"), "default").ok
     with refusal(world, model, r"gathered by FSDP .* call reshard\(\)"):
         hotswap_adapter(model, world.adapter("first"), "default")
+    with refusal(world, model, "gathered by FSDP|spread over processes"):
+        hotswap_adapter(model, world.adapter("dora"), "default")
     # below the module that was sharded, nothing tells but the parameters
     with refusal(world, model, r"gathered by FSDP .* call reshard\(\)"):
         hotswap_adapter(model.base_model.model, world.adapter("first"), "default")

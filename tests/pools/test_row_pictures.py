@@ -84,14 +84,6 @@ def test_compiled(pool, fresh_compiler):
             assert_close(draw(compiled, given), expected(given, wanted), 1e-4)
 
 
-@pytest.mark.long
-def test_each_row_twice_in_a_graph(pool, fresh_compiler):
-    given = inputs(6)
-    pool.assign(WANTED[:3], copies=2)
-    compiled = torch.compile(pool.model, fullgraph=True, backend="eager")
-    assert_close(draw(compiled, given), expected(given, WANTED[:3] * 2), 1e-4)
-
-
 def test_a_pipeline_with_guidance():
     """As six calls with one adapter each; the text encoder is left as it is."""
     prompts = ["a cat", "a dog", "a cow", "an owl"]
