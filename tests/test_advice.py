@@ -6,7 +6,6 @@ import ast
 import configparser
 import inspect
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,8 @@ from hotswap_lab import (
     AdapterPool,
     aoti_compile,
     aoti_load,
-    commit,
     demo,
     hotswap_adapter,
-    plan_hotswap,
     prepare_model_for_compiled_hotswap,
     verify_hotswap,
 )
@@ -119,4 +116,3 @@ def test_advice_of_a_pool_on_a_compiled_model_names_no_other_function():
     compiled, family = torch.compile(model, backend="eager"), {"sort": demo.adapter_path("sort")}
     error = refused("compiled already", AdapterPool, compiled, adapters=family, progress=False)
     assert "was called" not in str(error)
-

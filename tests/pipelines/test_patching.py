@@ -17,12 +17,11 @@ import types
 from operator import attrgetter
 from pathlib import Path
 
-import oracle
 import peft.utils.hotswap
 import pytest
 import torch
 from lengths import long
-from models import KINDS, call, load, save_family
+from models import KINDS, call, save_family
 from oracle import untouched
 from peft import LoraConfig
 from peft.utils import hotswap as through_its_package

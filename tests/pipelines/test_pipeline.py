@@ -26,7 +26,6 @@ from oracle import assert_same_tables, assert_same_tensors, config_of, untouched
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from row_truth import assert_close
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 import shutil
 from pathlib import Path
 
 import fitting
 import measure_digits
-import measure_voices
 import pytest
 import torch
 import train_digits
 import train_voices
 import train_words
 from lengths import long
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import hotswap_lab
@@ -146,4 +143,3 @@ def test_the_texts_are_in_the_voice_and_in_no_other(name):
     for other in voices.names():
         score = voices.score(other, [answer for _, answer in pairs])
         assert score == 1 if other == name else score <= 0.1, other
-
