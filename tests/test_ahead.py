@@ -366,4 +366,3 @@ def test_layers_one_by_one(tmp_path):
     for folder in folders:
         hotswap_adapter(model, folder, "default")
         assert_reached(ahead, model, load(LLAMA, folder), ids(), ids(2, 4))
-

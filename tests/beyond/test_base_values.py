@@ -6,11 +6,10 @@ import pytest
 import torch
 from adapters import save_all, with_other_base_weights
 from lora_kinds import MODELS
-from models import ARCHITECTURES, Kind, call, load
+from models import ARCHITECTURES, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs
 from peft import LoraConfig
 from refusals import refused
-from torch import nn
 
 from hotswap_lab import hotswap_adapter, loaded
 

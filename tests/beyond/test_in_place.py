@@ -103,16 +103,12 @@ def test_what_dora_has_cached_is_forgotten(tmp_path, monkeypatch, way):
     monkeypatch.setattr("peft.tuners.lora.dora.ENABLE_DORA_CACHING", True)
     head = dict(modules_to_save=["lm_head"]) if way == "with a head" else {}
     config = LoraConfig(r=4, target_modules=ATTENTION, use_dora=True, **head)
-    folders = save_all(tmp_path, config, config)
-    model = load(LLAMA, folders[0])
+    folders = dict(zip("ab", save_all(tmp_path, config, config), strict=True))
+    model = load(LLAMA, folders["a"])
     if way == "prepared":
         prepare_model_for_compiled_hotswap(model, target_rank=8)
-    if way == "pool":
-        pool = AdapterPool(model, adapters={"0": folders[0], "1": folders[1]}, progress=False)
-    for number in (1, 0, 1):
+    pool = AdapterPool(model, adapters=folders, progress=False) if way == "pool" else None
+    for name in "bab":
         call(model, LLAMA.inputs())
-        if way == "pool":
-            pool.swap(str(number))
-        else:
-            hotswap_adapter(model, folders[number], "default")
-        assert_same_outputs(model, load(LLAMA, folders[number]), LLAMA)
+        pool.swap(name) if pool else hotswap_adapter(model, folders[name], "default")
+        assert_same_outputs(model, load(LLAMA, folders[name]), LLAMA)

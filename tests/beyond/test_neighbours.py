@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from adapters import ALL, CONFIGS, LLAMA, save_all, with_other_base_weights
-from lengths import few_of, long
+from lengths import few_of
 from lora_kinds import ATTENTION, MODELS
 from models import ARCHITECTURES, KINDS, Kind, call, load
 from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
@@ -32,10 +32,10 @@ def _lora(**arguments) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": ATTENTION, **arguments})
 
 
-def _two(kind: Kind, folder: str, other: str):
+def _two(kind: Kind, folder: str, other: str, name: str = "other"):
     """A model with another adapter next to the one that computes."""
     model = load(kind, folder)
-    model.load_adapter(other, "other")
+    model.load_adapter(other, name)
     model.set_adapter("default")
     return model.requires_grad_(False)
 
@@ -234,62 +234,18 @@ def test_a_room_while_another_adapter_is_merged(tmp_path):
     torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
 
 
-#: the same method twice, in other ranks
-METHODS = {
-    "LoRA": [_lora(r=rank) for rank in (4, 6, 2)],
-    "same rank": [_lora() for _ in range(3)],
-    "DoRA": [_lora(r=rank, use_dora=True) for rank in (4, 6, 2)],
-    "LoHa": [LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6, 2)],
-}
-#: what is done to the model between a plan and its commit
-STALE = {
-    "swapped": lambda model, folders, plan: hotswap_adapter(model, folders[2], "default"),
-    "committed already": lambda model, folders, plan: commit(plan),
-    "merged": lambda model, folders, plan: model.merge_adapter(),
-    "unloaded": lambda model, folders, plan: model.unload(),
-    "prepared": lambda model, folders, plan: prepare_model_for_compiled_hotswap(model, target_rank=8),
-    "in a pool": lambda model, folders, plan: AdapterPool(model, adapters={"new": folders[1]}, progress=False),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        (name, change) if name in ("same rank", "LoHa") else long(name, change)
-        for name in METHODS
-        for change in STALE
-        if (name, change) != ("LoHa", "in a pool")
-    ],
-)
-def test_a_plan_is_for_the_model_as_it_was(tmp_path, name, change):
-    folders = save_all(tmp_path, *METHODS[name])
-    model = load(LLAMA, folders[0], is_trainable=True)
-    plan = plan_hotswap(model, folders[1])
-    STALE[change](model, folders, plan)
-    refused("The model has changed since this swap was planned", commit, plan)
-    if change in ("prepared", "in a pool"):
-        for folder in (folders[1], folders[0]):
-            hotswap_adapter(model, folder, "default")
-        assert_equals_fresh_load(model, LLAMA, folders[0], margin=10, prepared=True, is_trainable=True)
-
-
-def test_a_plan_of_another_method_compares_with_what_is_there_now(tmp_path):
-    folders = save_all(tmp_path, *METHODS["LoHa"])
-    model = load(LLAMA, folders[0], is_trainable=True)
-    plan = plan_hotswap(model, folders[1])
-    for each in model.parameters():
-        each.data.add_(0.1) if each.requires_grad else None
-    commit(plan)
-    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, is_trainable=True)
-
-
+LOHA = [LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6)]
 #: by what a swap does: the loaded adapter and the new one
 SWAPS = {
+    "values": (_lora(), _lora()),
+    "ranks": (_lora(), _lora(r=6)),
+    "ranks of DoRA": (_lora(use_dora=True), _lora(r=6, use_dora=True)),
+    "ranks of LoHa": LOHA,
     "wraps": (_lora(), _lora(modules_to_save=["lm_head"])),
     "unwraps": (_lora(modules_to_save=["lm_head"]), _lora()),
     "adds tables": (_lora(target_modules=["q_proj"]), _lora(use_dora=True)),
     "adds layers": (_lora(target_modules=["q_proj"]), _lora(r=2)),
-    "adds other layers": (LoHaConfig(r=4, target_modules=["q_proj"]), LoHaConfig(r=4, target_modules=ATTENTION)),
+    "adds other layers": (LoHaConfig(r=4, target_modules=["q_proj"]), LOHA[0]),
 }
 
 
@@ -298,36 +254,53 @@ def _load_again(model, folder: str) -> None:
     model.load_adapter(folder, "second")
 
 
+#: what is done between a plan and its commit, to the model, with the folder of its second adapter or with the plan
 NEIGHBOURS = {
     "another is loaded": lambda model, folder: model.load_adapter(folder, "other"),
     "another is deleted": lambda model, folder: model.delete_adapter("second"),
     "another is loaded anew": _load_again,
     "another is active": lambda model, folder: model.set_adapter("second"),
-    "all are unloaded": lambda model, folder: model.unload(),
+}
+STALE = {
+    "committed already": lambda model, plan: commit(plan),
+    "merged": lambda model, plan: model.merge_adapter(),
+    "unloaded": lambda model, plan: model.unload(),
+    "prepared": lambda model, plan: prepare_model_for_compiled_hotswap(model, target_rank=8),
 }
 
 
-@pytest.mark.parametrize("change", NEIGHBOURS)
-@pytest.mark.parametrize("swap", few_of(SWAPS, ("wraps", "adds layers")))
-def test_a_plan_that_changes_wrappers_is_for_the_adapters_that_were_there(tmp_path, swap, change):
+@pytest.mark.parametrize("change", [*NEIGHBOURS, *STALE])
+@pytest.mark.parametrize("swap", few_of(SWAPS, ("values", "ranks of LoHa", "wraps", "adds layers")))
+def test_a_plan_is_for_the_model_as_it_was(tmp_path, swap, change):
+    """A plan that changes wrappers is for the adapters that were there, too."""
     loaded, new = SWAPS[swap]
     other = copy.deepcopy(loaded)
     other.target_modules = ["k_proj"]
     folders = save_all(tmp_path, loaded, new, other)
-    model = load(LLAMA, folders[0])
-    model.load_adapter(folders[2], "second")
+    model = _two(LLAMA, folders[0], folders[2], "second")
     plan = plan_hotswap(model, folders[1], add_layers=True)
     assert plan.ok
-    NEIGHBOURS[change](model, folders[2])
+    (NEIGHBOURS | STALE)[change](model, folders[2] if change in NEIGHBOURS else plan)
     before = snapshot(model)
     try:
         commit(plan)
+        assert change not in STALE
     except HotswapError:
         assert_untouched(model, before)
         refused("The model has changed since this swap was planned", commit, plan)
         return
     model.set_adapter("default")
     assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, activated=True)
+
+
+def test_a_plan_of_another_method_compares_with_what_is_there_now(tmp_path):
+    folders = save_all(tmp_path, *LOHA)
+    model = load(LLAMA, folders[0], is_trainable=True)
+    plan = plan_hotswap(model, folders[1])
+    for each in model.parameters():
+        each.data.add_(0.1) if each.requires_grad else None
+    commit(plan)
+    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, is_trainable=True)
 
 
 def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
@@ -342,7 +315,7 @@ def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loaded", "new"), [METHODS["LoHa"][:2], (_lora(), _lora(modules_to_save=["lm_head"])), (_lora(), _lora(r=8))]
+    ("loaded", "new"), [LOHA, (_lora(), _lora(modules_to_save=["lm_head"])), (_lora(), _lora(r=8))]
 )
 def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
     """New parameters, or new shapes, would not be averaged any more."""

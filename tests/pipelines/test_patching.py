@@ -20,7 +20,6 @@ from pathlib import Path
 import peft.utils.hotswap
 import pytest
 import torch
-from lengths import long
 from models import KINDS, call, save_family
 from oracle import untouched
 from peft import LoraConfig
@@ -35,7 +34,6 @@ from hotswap_lab import (
     RecompileWatch,
     hotswap_pipeline,
     patch_peft,
-    prepare_pipeline_for_compiled_hotswap,
 )
 from hotswap_lab.lessons.tour import compare
 from hotswap_lab.pipelines.lora_files import components_of
@@ -214,21 +212,6 @@ def test_diffusers_swaps_what_peft_refuses_or_gets_wrong():
     assert_same_latents(pipe, SD.loaded(second))
 
 
-@pytest.mark.parametrize("way", ["patched", long("hotswap_pipeline")])
-def test_diffusers_compiled(way):
-    """diffusers prepares with PEFT's function when it loads the first adapter; later ones are swapped by us."""
-    first, second = on_unet(1, 2)
-    pipe = SD()
-    with patch_peft() if way == "patched" else contextlib.nullcontext():
-        pipe.enable_lora_hotswap(target_rank=8)
-        pipe.load_lora_weights(first, adapter_name="style")
-    pipe.unet.compile(backend="eager")
-    assert_same_latents(pipe, SD.loaded(first))
-    with RecompileWatch(allow=0):
-        load_with_patch(pipe, second) if way == "patched" else hotswap_pipeline(pipe, second, "style")
-        assert_same_latents(pipe, SD.loaded(second))
-
-
 class AnotherError(Exception):
     """An error that is not about the swap."""
 
@@ -242,24 +225,13 @@ def refused(pipe, error: type[Exception], match: str, method: str, source: dict,
             attrgetter(method)(pipe)(source, adapter_name="style", hotswap=True, **options)
 
 
-@pytest.mark.parametrize("compiled", [False, long(True)])
-def test_diffusers_keeps_the_adapter_where_a_swap_is_refused(compiled):
+def test_diffusers_keeps_the_adapter_where_a_swap_is_refused():
     """diffusers deletes an adapter after any error, and with a refusal the pipeline would be left without one."""
     (first,), (second,) = on_unet(1, ends=ATTENTION[:2]), on_unet(2)  # on two more projections
     pipe = SD.loaded(first)
-    if compiled:
-        pipe.unet.compile(backend="eager")
-        assert_same_latents(pipe, SD.loaded(first))
-    advice = r"prepare_pipeline_for_compiled_hotswap" if compiled else r"call hotswap_pipeline\(.*add_layers=True\)"
-    refused(pipe, HotswapError, advice, "load_lora_weights", second)
+    refused(pipe, HotswapError, r"call hotswap_pipeline\(.*add_layers=True\)", "load_lora_weights", second)
     assert_same_latents(pipe, SD.loaded(first))
-    if compiled:  # what the advice says
-        pipe = SD.loaded(first)
-        prepare_pipeline_for_compiled_hotswap(pipe, [second])
-        pipe.unet.compile(backend="eager")
-        load_with_patch(pipe, second)
-    else:
-        hotswap_pipeline(pipe, second, "style", add_layers=True)
+    hotswap_pipeline(pipe, second, "style", add_layers=True)
     assert_same_latents(pipe, SD.loaded(second))
 
 

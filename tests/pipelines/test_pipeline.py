@@ -550,6 +550,8 @@ def test_preparing_is_all_or_nothing():
     pipe.text_encoder.compile(backend="eager")
     with untouched(pipe.unet, pipe.text_encoder), pytest.raises(HotswapError, match="before\\* compiling"):
         prepare_pipeline_for_compiled_hotswap(pipe, target_rank=8)
+    more_layers = lora(SD, components={"text_encoder": (*TEXT, "fc2")})
+    refused(pipe, more_layers, "prepare_pipeline_for_compiled_hotswap")
 
 
 # ---- compiled

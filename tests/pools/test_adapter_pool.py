@@ -37,7 +37,6 @@ from hotswap_lab import (
     set_strength,
     verify_hotswap,
 )
-from hotswap_lab.core.slot import SLOTS
 
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
 
@@ -250,18 +249,6 @@ def test_add_and_remove(model, sources, tmp_path):
     pool.remove("read already")
     assert pool.names == ["a", "b", "c", "from memory"]
     refused("no adapter called 'read already'", pool.swap, "read already")
-
-
-def test_a_pool_that_can_not_be_made_leaves_the_model_as_it_was(model, sources, tmp_path):
-    broken = Path(shutil.copytree(sources["b"], tmp_path / "broken"))
-    weights = broken / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    refused("can't be read", pool_of, model, {"a": sources["a"], "b": broken})
-    bad = {key: each[:-1] for key, each in times(1, sources["b"]).items()}, Adapter.load(sources["b"]).config
-    refused("disagree|does not fit", pool_of, model, {"a": sources["a"], "bad": bad}, rows=4)
-    assert not model.get_base_model().__dict__.get(SLOTS)
-    hotswap_adapter(model, sources["b"], "default")
-    assert_equals_fresh_load(model, LLAMA, sources["b"])
 
 
 def test_update(model, pool, sources):
