@@ -22,7 +22,7 @@ import torch
 import transformers
 from exported import FEW, assert_computes, bind, file_of, ids, not_compiled, prepared
 from lengths import few_of, long
-from models import KINDS, Kind, answer, call, load, save_family, save_random_adapter
+from models import KINDS, Kind, answer, call, gpt2, load, save_family, save_random_adapter
 from oracle import untouched
 from refusals import refused
 from row_truth import family
@@ -183,11 +183,11 @@ def test_sizes_that_depend_on_one_another(tmp_path):
 
 
 def test_what_a_call_may_be_is_said_when_it_is_compiled(tmp_path, capsys):
-    model = prepared(LLAMA, tmp_path)
-    path = file_of(model, tmp_path, dynamic_shapes={"input_ids": {0: AUTO, 1: AUTO}}, progress=True)
-    assert "input_ids.shape[0] >= 2, input_ids.shape[1] >= 2" in capsys.readouterr().out
+    model, given = prepared(LINEAR, tmp_path), dict(x=torch.randn(2, 12))
+    path = file_of(model, tmp_path, kwargs=given, dynamic_shapes={"x": {0: AUTO}}, progress=True)
+    assert "x.shape[0] >= 2" in capsys.readouterr().out
     assert "can't be 1 later" in aoti_compile.__doc__
-    refused(r"input_ids.shape\[0\] >= 2", lambda model: bind(path, model)(**ids(1)), model)
+    refused(r"x.shape\[0\] >= 2", lambda model: bind(path, model)(torch.randn(1, 12)), model)
 
 
 @pytest.mark.parametrize("repeated", [long(False), True])
@@ -250,9 +250,8 @@ def cohere2() -> nn.Module:
 
 
 def gpt2_scaled() -> nn.Module:
-    sizes = dict(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
-    scaled = dict(scale_attn_by_inverse_layer_idx=True, attn_implementation="eager")  # older sdpa has no scale there
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **scaled))
+    # older sdpa has no scale there
+    model = gpt2(scale_attn_by_inverse_layer_idx=True, attn_implementation="eager")
     for block in model.transformer.h:
         block.attn.c_attn.weight.data *= 20  # so that attention looks somewhere
     return model
@@ -281,40 +280,12 @@ def test_layers_that_look_alike(tmp_path, which, dynamic):
         assert_computes(ahead, model, given)
 
 
-class Part(nn.Linear):
-    pass
-
-
-class Whole(nn.Module):
-    """A repeated layer that has repeated layers in it."""
-
-    _no_split_modules = ("Part", "Half")
-
-    def __init__(self):
-        super().__init__()
-        self.halves = nn.ModuleList([Half(), Half()])
-
-    def forward(self, x):
-        for each in self.halves:
-            x = each(x)
-        return x
-
-
-class Half(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.part = nn.Linear(12, 12), Part(12, 12)
-
-    def forward(self, x):
-        return self.part(self.first(x).tanh())
-
-
 def test_repeated_layers_in_repeated_layers(tmp_path):
-    kind = Kind(Whole, lambda: torch.randn(3, 12), ("first",))
-    model = prepared(kind, tmp_path)
-    path = file_of(model, tmp_path, kwargs=dict(x=kind.inputs()), repeated_blocks=True)
-    assert [each["paths"] for each in read(path)[0]["graphs"]] == [["halves.0", "halves.1"]]
-    torch.testing.assert_close(bind(path, model)(kind.inputs()), call(model, kind.inputs()))
+    model = prepared(LLAMA, tmp_path)
+    model.get_base_model()._no_split_modules = ["LlamaMLP", "LlamaDecoderLayer"]
+    path = file_of(model, tmp_path, repeated_blocks=True)
+    assert [each["paths"] for each in read(path)[0]["graphs"]] == [["model.layers.0", "model.layers.1"]]
+    assert_computes(bind(path, model), model, ids())
 
 
 def test_a_wrong_block_is_not_compiled(tmp_path, monkeypatch):

@@ -11,12 +11,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from models import KINDS, TINY, Kind, call, load, save_random_adapter
+from models import KINDS, Kind, call, llama, load, save_random_adapter
 from oracle import assert_same_outputs, assert_same_tables, assert_same_tensors, config_of, tables_of
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -54,13 +55,7 @@ PROCESSES = 2
 PATIENCE = datetime.timedelta(seconds=30)
 
 
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2, tie_word_embeddings=False))
-
-
-LLAMA = Kind(llama, KINDS["llama"].make_inputs, KINDS["llama"].modules)
+LLAMA = Kind(partial(llama, num_key_value_heads=2), KINDS["llama"].make_inputs, KINDS["llama"].modules)
 ALL = list(LLAMA.modules)
 #: by the rank: the same, uneven over two processes, higher, so low that one of two processes has nothing, fewer layers
 FAMILY = {

@@ -150,6 +150,7 @@ def test_transformers_load_adapter(family, new, how):
     assert not any([report.missing_keys, report.unexpected_keys, report.mismatched_keys, report.error_msgs])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_compiler")
 def test_transformers_compiled(family):
     """``enable_peft_hotswap`` makes room, and later loads of the same name swap without being told to."""

@@ -283,7 +283,6 @@ def test_what_it_costs(tmp_path):
     assert len(calls) == 1 + 3 * (2 + 3)  # other lengths are tried in both orders
 
 
-@pytest.mark.parametrize("ways", [False, True], ids=["eager", "compiled"], indirect=True)
 def test_flattened_tokens_are_blocks_of_a_row(tmp_path, ways):
     """And four tokens of one row look like four rows."""
     pool, folders = pool_for(FLAT, tmp_path, rows=4)

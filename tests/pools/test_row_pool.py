@@ -83,6 +83,8 @@ def test_labels_and_blocks(pool, truth):
         assert pool._room.batch.copies == 1
         raise ZeroDivisionError
     assert_rows(pool, truth, ["a", None, {"a": 0.5, "c": 2}])
+    pool.update("a", Adapter.load(truth.folders["a"]).tensors)
+    assert [pool.rows[number].version for number in (0, 2)] == [2, {"a": 2, "c": 1}]
 
 
 def test_strength_is_of_all_rows_beside_their_own(pool, model, truth):
@@ -129,22 +131,6 @@ def test_pefts_ways_to_scale_reach_all_rows(pool, model, truth, wanted):
     assert_rows(pool, truth, wanted, [1.5] * len(wanted))
 
 
-def test_update_reaches_all_rows_and_mixes_at_once(pool, folders, truth):
-    new = {key: value * 2 for key, value in Adapter.load(folders["b"]).tensors.items()}
-    wanted = ["b", "a", {"a": 1.0, "b": -0.5}, "b"]
-    pool.assign(wanted, strengths=[1, 1, 1, 0.5])
-    before = call(pool.model, truth.inputs)
-    pool.update("b", new)  # twice A and twice B
-    now = call(pool.model, truth.inputs)
-    assert torch.equal(now[1], before[1])
-    truth.check(now, ["b", "a", {"a": 1.0, "b": -2.0}, "b"], [4, 1, 1, 2])
-    assert [row.version for row in pool.rows] == [2, 1, {"a": 1, "b": 2}, 2]
-    pool.update("c", {key: value * 0 for key, value in Adapter.load(folders["c"]).tensors.items()})
-    assert torch.equal(call(pool.model, truth.inputs), now)
-    pool.swap("b")
-    assert_rows(pool, truth, ["b"] * 4, [4] * 4)
-
-
 def test_a_mix_that_is_there_already_gets_another_strength(pool, truth):
     mix = {"a": 1.0, "b": -0.5}
     for strengths in ([0.5, 1], [1, 1], [1, -2]):
@@ -168,17 +154,6 @@ def test_rows_with_the_same_mix_are_equal(pool, truth):
     assert_rows(pool, truth, [mix, mix])
     pool.assign([mix, {"a": 0.5, "c": 1}])
     assert pool._room.batch.differs
-
-
-def test_what_a_row_or_a_mix_has_can_not_be_removed(pool):
-    pool.assign(["a", {"a": 0.5, "b": 1}, None])
-    for name in "ab":
-        with pytest.raises(HotswapError, match="in the model"):
-            pool.remove(name)
-    pool.remove("c")
-    pool.swap("a")
-    pool.remove("b")
-    assert pool.names == ["a"]
 
 
 def test_only_rows_that_change_are_written(pool, monkeypatch):
@@ -248,7 +223,6 @@ def test_an_arrangement_is_refused_inside_a_computation(pool, model):
 # ---- batches
 
 
-@pytest.mark.parametrize("compute", [False, True], ids=["eager", "compiled"], indirect=True)
 def test_other_batches_are_refused_with_both_numbers(pool, model, truth, compute):
     """What is compiled is told how often a batch has each row; else that is found out."""
     pool.assign(["a", "b", None])
