@@ -213,11 +213,11 @@ def test_a_family_on_the_hub_is_prepared_for_from_its_configs(hub, model):
 
 #: by the repository that fails: how, where the message begins, and what it says of the reason
 FAILING = {
-    "cut": (Fault("cut"), "Can't find weights", "RemoteProtocolError"),
     "error": (Fault(500, ("HEAD", "GET")), "Can't find 'adapter_config.json'", "500"),
     "busy": (Fault(429, ("HEAD", "GET")), "Can't find 'adapter_config.json'", "429"),
     "hanging": (Fault("hang", ("HEAD", "GET")), "Can't find 'adapter_config.json'", "Timeout"),
     "stuck": (Fault("hang", ("GET",)), "Can't find 'adapter_config.json'", "Timeout"),
+    "cut": (Fault("cut"), "Can't find weights", "RemoteProtocolError"),
 }
 
 
@@ -226,7 +226,7 @@ def test_what_fails_for_good_is_refused_and_works_when_the_hub_does(hub, swaps_i
     """All at once, since huggingface_hub repeats most requests for some seconds."""
     for name, (fault, _, _) in FAILING.items():
         hub.add(f"faulty/{name}", folders["new"])
-        hub.faults[f"faulty/{name}/" + ("resolve/main/adapter_model" if name == "cut" else "")] = fault
+        hub.faults[f"faulty/{name}/" if name != "cut" else WEIGHTS] = fault
 
     def attempt(name: str) -> tuple[str, float]:
         start, model = time.perf_counter(), load(KIND, folders["old"])
