@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from exported import FEW, assert_computes, bind, file_of, ids, prepared
-from lengths import few_of
+from lengths import few_of, long
 from models import KINDS, Kind, load, save_random_adapter
 from refusals import refused
 from torch import nn
@@ -293,11 +293,11 @@ def test_a_model_that_has_changed_since(granites, change):
     refused(match, lambda _: ahead(**ids()), model)
 
 
-def test_a_file_is_made_and_bound_before_hidden_states_are_asked_for(tmp_path):
+@pytest.mark.parametrize("by_blocks", [long(False), True])
+def test_a_file_is_made_and_bound_before_hidden_states_are_asked_for(tmp_path, by_blocks):
     """transformers adds its hooks the first time, and must know later whether it did."""
     model, given = prepared(LLAMA, tmp_path), ids() | dict(output_hidden_states=True)
-    for by_blocks in (False, True):
-        bind(file_of(model, tmp_path, kwargs=given, repeated_blocks=by_blocks), model)
+    bind(file_of(model, tmp_path, kwargs=given, repeated_blocks=by_blocks), model)
     assert len(model(**given).hidden_states) == 3
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from adapters import ALL, CONFIGS, LLAMA, save_all, with_other_base_weights
-from lengths import few_of
+from lengths import few_of, long
 from lora_kinds import ATTENTION, MODELS
 from models import ARCHITECTURES, KINDS, Kind, call, load
 from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
@@ -68,7 +68,7 @@ def test_layers_that_fail_without_the_active_adapter(tmp_path, mine, other, new)
 
 
 @pytest.mark.parametrize("is_prepared", [False, True])
-@pytest.mark.parametrize("more", [dict(use_dora=True), dict(lora_bias=True)])
+@pytest.mark.parametrize("more", [dict(use_dora=True), long(dict(lora_bias=True))])
 def test_layers_are_added_where_a_plain_adapter_is(tmp_path, more, is_prepared):
     """DoRA and biases are more than tensors: what makes the layer compute them comes with them."""
     bert = MODELS["bert"]
@@ -113,7 +113,7 @@ def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
     assert_same_outputs(model, load(LLAMA, str(tmp_path / "again")), LLAMA)
 
 
-@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("is_prepared", [long(False), True])
 def test_embeddings_that_no_file_has_overwritten(tmp_path, is_prepared):
     """An adapter on embeddings was swapped in, with the base's own weights: nothing is lost when it goes."""
     plain, embedded, more = save_all(tmp_path, *EMBEDDED, _lora(r=2, target_modules=["embed_tokens", "q_proj"]))
@@ -187,7 +187,7 @@ FROM_BASE = {
 }
 
 
-@pytest.mark.parametrize("name", FROM_BASE)
+@pytest.mark.parametrize("name", few_of(FROM_BASE, ("DoRA", "Adamss")))
 def test_the_base_weights_contain_another_adapter(tmp_path, name):
     """Merged before the swap, or between a plan and its commit."""
     old, new, other = save_all(tmp_path, *FROM_BASE[name])
@@ -270,7 +270,7 @@ STALE = {
 
 
 @pytest.mark.parametrize("change", [*NEIGHBOURS, *STALE])
-@pytest.mark.parametrize("swap", few_of(SWAPS, ("values", "ranks of LoHa", "wraps", "adds layers")))
+@pytest.mark.parametrize("swap", few_of(SWAPS, ("values", "wraps")))
 def test_a_plan_is_for_the_model_as_it_was(tmp_path, swap, change):
     """A plan that changes wrappers is for the adapters that were there, too."""
     loaded, new = SWAPS[swap]
@@ -355,7 +355,7 @@ def test_a_prepared_model_takes_its_own_state_dict(tmp_path):
     assert_equals_fresh_load(model, LLAMA, folders[1], prepared=True, margin=10)
 
 
-@pytest.mark.parametrize("name", ["LoHa", "HiRA", "AdaLoRA", "SEQ_CLS"])
+@pytest.mark.parametrize("name", ["LoHa", long("HiRA"), long("AdaLoRA"), "SEQ_CLS"])
 def test_an_adapter_that_is_loaded_where_a_prepared_one_was_deleted(tmp_path, name):
     kind = MODELS["classifier"] if name == "SEQ_CLS" else LLAMA
     configs = CONFIGS[name][::2] if name in CONFIGS else [_lora(task_type="SEQ_CLS"), _lora(r=2, task_type="SEQ_CLS")]
