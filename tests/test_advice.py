@@ -6,7 +6,6 @@ import ast
 import configparser
 import inspect
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,8 @@ from hotswap_lab import (
     AdapterPool,
     aoti_compile,
     aoti_load,
-    commit,
     demo,
     hotswap_adapter,
-    plan_hotswap,
     prepare_model_for_compiled_hotswap,
     verify_hotswap,
 )
@@ -119,14 +116,3 @@ def test_advice_of_a_pool_on_a_compiled_model_names_no_other_function():
     compiled, family = torch.compile(model, backend="eager"), {"sort": demo.adapter_path("sort")}
     error = refused("compiled already", AdapterPool, compiled, adapters=family, progress=False)
     assert "was called" not in str(error)
-
-
-def test_a_plan_can_be_carried_out_without_its_folder(tmp_path):
-    kind = KINDS["llama"]
-    old, new, same = save_family(kind, tmp_path, dict(r=2), dict(r=2), dict(r=2))
-    model = load(kind, old)
-    plan = plan_hotswap(model, new, "default")
-    shutil.rmtree(same)
-    shutil.move(new, same)
-    commit(plan)
-    assert_equals_fresh_load(model, kind, same)

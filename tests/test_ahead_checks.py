@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from exported import FEW, assert_computes, bind, file_of, ids, not_compiled, prepared
-from lengths import few_of
+from exported import FEW, assert_computes, bind, file_of, ids, prepared
+from lengths import few_of, long
 from models import KINDS, Kind, load, save_random_adapter
 from refusals import refused
 from torch import nn
@@ -24,7 +24,6 @@ from torch import nn
 from hotswap_lab import HotswapError, demo
 from hotswap_lab import prepare_model_for_compiled_hotswap as prepare
 from hotswap_lab.ahead.file import seal
-from hotswap_lab.generating import Reader
 
 AUTO = torch.export.Dim.AUTO
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
@@ -122,18 +121,13 @@ def prepared_for(rank, model):
 
 SETTINGS = dict(logits_scaling=4.0, residual_multiplier=0.25, attention_multiplier=0.5, rms_norm_eps=1e-3)
 SETTINGS |= dict(hidden_act="gelu")
+OTHER_SHAPES = "was compiled for a model with different tensor shapes, strides, dtypes or devices"
 #: by what it is: how it is made, and what it is refused with
 OTHERS = {
     "another model": (lambda make: prepared_for(8, demo.load("reverse")[0]), "GraniteForCausalLM with 'default'"),
     "another name": (lambda make: make("other"), "GraniteForCausalLM with other"),
-    "other ranks": (
-        lambda make: prepared_for(32, make()),
-        "was compiled for a model with different tensor shapes, strides, dtypes or devices",
-    ),
-    "a larger rank": (
-        lambda make: make(rank=40),
-        "was compiled for a model with different tensor shapes, strides, dtypes or devices",
-    ),
+    "other ranks": (lambda make: prepared_for(32, make()), OTHER_SHAPES),
+    "a larger rank": (lambda make: make(rank=40), OTHER_SHAPES),
     "another dtype": (lambda make: prepared_for(8, make().double()), "torch.float64"),
     "no adapter": (lambda make: LLAMA.base(), "no adapter"),
     "another number": (lambda make: set_eps(make()), "model.norm.variance_epsilon = 0.1"),
@@ -227,21 +221,6 @@ def test_the_code_is_proven_when_it_is_bound(granites, monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_server_s_folder_of_another_model(tmp_path):
-    """:class:`Reader` is what ``package=`` compiles."""
-
-    def reader(**config: object) -> Reader:
-        kind = Kind(partial(granite, **config), LLAMA.make_inputs, LLAMA.modules)
-        return Reader(prepared(kind, tmp_path), rows=2, chunk=3, longest=6)
-
-    with not_compiled():
-        mine = reader()
-        mine.compile_ahead(tmp_path, progress=False)
-        mine.load_ahead(tmp_path)
-        assert not any(each.any() for name, each in mine.named_buffers() if "keys_" in name)
-        refused("config.rms_norm_eps = 0.1", lambda model: reader(rms_norm_eps=0.1).load_ahead(tmp_path), mine)
-
-
 # ---- changes after binding
 
 
@@ -314,11 +293,11 @@ def test_a_model_that_has_changed_since(granites, change):
     refused(match, lambda _: ahead(**ids()), model)
 
 
-def test_a_file_is_made_and_bound_before_hidden_states_are_asked_for(tmp_path):
+@pytest.mark.parametrize("by_blocks", [long(False), True])
+def test_a_file_is_made_and_bound_before_hidden_states_are_asked_for(tmp_path, by_blocks):
     """transformers adds its hooks the first time, and must know later whether it did."""
     model, given = prepared(LLAMA, tmp_path), ids() | dict(output_hidden_states=True)
-    for by_blocks in (False, True):
-        bind(file_of(model, tmp_path, kwargs=given, repeated_blocks=by_blocks), model)
+    bind(file_of(model, tmp_path, kwargs=given, repeated_blocks=by_blocks), model)
     assert len(model(**given).hidden_states) == 3
 
 

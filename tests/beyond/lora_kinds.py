@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 from models import ARCHITECTURES, KINDS, TINY, Kind, llama
@@ -13,12 +14,6 @@ from torch import nn
 LLAMA = KINDS["llama"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EMBED, MHA = "embed_tokens", ["attention", "head"]
-
-
-def tied_llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=1, tie_word_embeddings=True))
 
 
 def classifier() -> nn.Module:
@@ -63,7 +58,7 @@ def _invocation():
 MODELS: dict[str, Kind] = {
     "llama": LLAMA,
     "invoked": Kind(llama, _invocation, LLAMA.modules),
-    "tied": Kind(tied_llama, _ids, LLAMA.modules),
+    "tied": Kind(partial(llama, tie_word_embeddings=True), _ids, LLAMA.modules),
     "classifier": Kind(classifier, _ids, LLAMA.modules),
     "bert": Kind(biased_bert, _ids, ("query", "key", "value", "dense")),
     "mixtral": ARCHITECTURES["mixtral"],

@@ -6,11 +6,10 @@ import pytest
 import torch
 from adapters import save_all, with_other_base_weights
 from lora_kinds import MODELS
-from models import ARCHITECTURES, Kind, call, load
+from models import ARCHITECTURES, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs
 from peft import LoraConfig
 from refusals import refused
-from torch import nn
 
 from hotswap_lab import hotswap_adapter, loaded
 
@@ -55,20 +54,6 @@ def test_embeddings_that_are_the_head_too(tmp_path):
     for folder in (same, plain):
         hotswap_adapter(model, folder, "default", base_weights=weights_of(TIED))
         assert_same_outputs(model, load(TIED, folder), TIED, margin=10)
-
-
-def test_a_base_whose_state_dict_has_more_than_weights(tmp_path):
-    """A BatchNorm counts its batches in an integer. No swap needs that number, or anything else of another module."""
-    layers = lambda: nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 6))  # noqa: E731
-    kind = Kind(layers, lambda: torch.randn(5, 12), ("0", "2"))
-    configs = (LoraConfig(r=4, target_modules=["0", "2"], bias=bias) for bias in ("all", "none"))
-    biased, plain = save_all(tmp_path, *configs, kind=kind)
-    model = load(kind, biased)
-    weights = weights_of(kind)
-    assert weights["1.num_batches_tracked"].dtype == torch.int64
-    for folder in (plain, biased, plain):
-        hotswap_adapter(model, folder, "default", base_weights={**weights, "1.running_mean": None})
-        assert_equals_fresh_load(model, kind, folder, margin=10)
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
-from models import KINDS, Kind, load, save_random_adapter
+from models import KINDS, Kind, gpt2, load, save_random_adapter
 from oracle import assert_equals_fresh_load
 from peft import PeftModel
 from peft.tuners.lora import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
 from refusals import refused
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from hotswap_lab import (
     AdapterPool,
@@ -93,12 +93,7 @@ def test_the_only_adapter_needs_no_name(tmp_path):
     refused("default", set_strength, model, 0.5)
 
 
-def untied_gpt2():
-    shape = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=40, n_positions=32, bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(GPT2Config(**shape, tie_word_embeddings=False))
-
-
-UNTIED = Kind(untied_gpt2, KINDS["gpt2"].make_inputs, ("c_attn",))
+UNTIED = Kind(partial(gpt2, tie_word_embeddings=False), KINDS["gpt2"].make_inputs, ("c_attn",))
 
 
 @pytest.mark.parametrize("new", [["c_attn", "lm_head"], ["lm_head"], ["c_attn"]], ids="-".join)

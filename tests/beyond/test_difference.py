@@ -9,6 +9,7 @@ import dataclasses
 import pytest
 import torch
 from adapters import CONFIGS, LLAMA, save_all
+from lengths import long
 from lora_kinds import ATTENTION
 from models import call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs
@@ -145,7 +146,7 @@ def test_arguments_of_layers_stay_where_one_has_the_name_of_the_adapter(tmp_path
 
 
 @pytest.mark.skipif("Adamss" not in CONFIGS, reason="this version of PEFT has no AdaMSS")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [long(torch.float64), torch.bfloat16])
 def test_a_layer_that_notes_its_dtype_has_that_of_the_model(method_folders, dtype):
     """AdaMSS casts to it."""
     old, new = method_folders("Adamss")[:2]

@@ -11,12 +11,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from models import KINDS, TINY, Kind, call, load, save_random_adapter
+from models import KINDS, Kind, call, llama, load, save_random_adapter
 from oracle import assert_same_outputs, assert_same_tables, assert_same_tensors, config_of, tables_of
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -54,13 +55,7 @@ PROCESSES = 2
 PATIENCE = datetime.timedelta(seconds=30)
 
 
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2, tie_word_embeddings=False))
-
-
-LLAMA = Kind(llama, KINDS["llama"].make_inputs, KINDS["llama"].modules)
+LLAMA = Kind(partial(llama, num_key_value_heads=2), KINDS["llama"].make_inputs, KINDS["llama"].modules)
 ALL = list(LLAMA.modules)
 #: by the rank: the same, uneven over two processes, higher, so low that one of two processes has nothing, fewer layers
 FAMILY = {
@@ -270,13 +265,6 @@ def fsdp_base_layers(world: World, model) -> PeftModel:
     return model
 
 
-def gathered(world: World, model) -> PeftModel:
-    """The root's weights stay gathered after a forward."""
-    model = fully_shard(model, mesh=world.mesh)
-    call(model, LLAMA.inputs())
-    return model
-
-
 def parallel(world: World, model) -> PeftModel:
     """A along its rank and B along its outputs, or both along what is summed over."""
     styles = {}
@@ -388,7 +376,6 @@ REFUSED: dict[str, tuple[Callable, str, str, str]] = {
     "FSDP: a lower rank": (shard_fully, "first", "odd", "can't be changed while FSDP shards it"),
     "FSDP: another kind of LoRA": (shard_fully, "first", "dora", "spread over processes"),
     "in parallel: another kind of LoRA": (parallel, "first", "dora", "spread over processes"),
-    "gathered: another kind of LoRA": (gathered, "first", "dora", "gathered by FSDP|spread over processes"),
     # what means off there is the length of the base weight's rows, of which each process has some
     "a magnitude that is turned off": (shard_fully, "dora", "dora on fewer", "spread over processes"),
     "partial sums": (partial_sums, "first", "same", "spread over processes as"),
@@ -449,6 +436,8 @@ def fsdp_weights_that_are_gathered_are_not_written(world):
     assert not plan_hotswap(model, world.adapter("first"), "default").ok
     with refusal(world, model, r"gathered by FSDP .* call reshard\(\)"):
         hotswap_adapter(model, world.adapter("first"), "default")
+    with refusal(world, model, "gathered by FSDP|spread over processes"):
+        hotswap_adapter(model, world.adapter("dora"), "default")
     # below the module that was sharded, nothing tells but the parameters
     with refusal(world, model, r"gathered by FSDP .* call reshard\(\)"):
         hotswap_adapter(model.base_model.model, world.adapter("first"), "default")

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from hotswap_lab import AdapterPool, RecompileWatch, hotswap_adapter, plan_hotswap, prepare_model_for_compiled_hotswap
 
-LORA, DORA = (LoraConfig(r=4, target_modules=ATTENTION, use_dora=dora) for dora in (False, True))
 HEAD = LoraConfig(r=4, target_modules=ATTENTION, modules_to_save=["lm_head"])
 
 
@@ -57,25 +56,10 @@ def test_in_a_compiled_model_values_change_and_nothing_else(method_folders, tmp_
     refused("can't be done in a compiled model", hotswap_adapter, model, other, "default", add_layers=True)
 
 
-@pytest.mark.parametrize("new", [HEAD, DORA], ids=["a head", "DoRA"])
-def test_a_prepared_model_takes_plain_lora_only(tmp_path, new):
-    old, new = save_all(tmp_path, LORA, new)
-    model = load(LLAMA, old)
-    prepare_model_for_compiled_hotswap(model, target_rank=8)
-    refused("can't be done in a prepared model", hotswap_adapter, model, new, "default")
-
-
 def test_a_plan_says_the_ranks_of_other_methods(method_folders):
     old, new, _ = method_folders("LoHa")
     (action, _, rank, scaling), *_ = plan_hotswap(load(LLAMA, old), new).rows
     assert (action, rank, scaling) == ("resize", "4 -> 2", "4.5")
-
-
-def test_pools_have_no_strength_for_dora_and_no_other_methods(method_folders):
-    (loha, *_), (dora, *_) = method_folders("LoHa"), method_folders("DoRA")
-    pool = AdapterPool(load(LLAMA, dora), adapters={"dora": dora}, progress=False)
-    refused("strength of 'default' can't be set", pool.swap, "dora", strength=0.5)
-    refused("Incompatible PEFT types found: LORA and LOHA", pool.add, "loha", loha)
 
 
 def test_injected_adapters(method_folders):
@@ -119,16 +103,12 @@ def test_what_dora_has_cached_is_forgotten(tmp_path, monkeypatch, way):
     monkeypatch.setattr("peft.tuners.lora.dora.ENABLE_DORA_CACHING", True)
     head = dict(modules_to_save=["lm_head"]) if way == "with a head" else {}
     config = LoraConfig(r=4, target_modules=ATTENTION, use_dora=True, **head)
-    folders = save_all(tmp_path, config, config)
-    model = load(LLAMA, folders[0])
+    folders = dict(zip("ab", save_all(tmp_path, config, config), strict=True))
+    model = load(LLAMA, folders["a"])
     if way == "prepared":
         prepare_model_for_compiled_hotswap(model, target_rank=8)
-    if way == "pool":
-        pool = AdapterPool(model, adapters={"0": folders[0], "1": folders[1]}, progress=False)
-    for number in (1, 0, 1):
+    pool = AdapterPool(model, adapters=folders, progress=False) if way == "pool" else None
+    for name in "bab":
         call(model, LLAMA.inputs())
-        if way == "pool":
-            pool.swap(str(number))
-        else:
-            hotswap_adapter(model, folders[number], "default")
-        assert_same_outputs(model, load(LLAMA, folders[number]), LLAMA)
+        pool.swap(name) if pool else hotswap_adapter(model, folders[name], "default")
+        assert_same_outputs(model, load(LLAMA, folders[name]), LLAMA)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from adapters import ALL, CONFIGS, LLAMA, save_all, with_other_base_weights
+from lengths import few_of, long
 from lora_kinds import ATTENTION, MODELS
 from models import ARCHITECTURES, KINDS, Kind, call, load
 from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
@@ -31,10 +32,10 @@ def _lora(**arguments) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": ATTENTION, **arguments})
 
 
-def _two(kind: Kind, folder: str, other: str):
+def _two(kind: Kind, folder: str, other: str, name: str = "other"):
     """A model with another adapter next to the one that computes."""
     model = load(kind, folder)
-    model.load_adapter(other, "other")
+    model.load_adapter(other, name)
     model.set_adapter("default")
     return model.requires_grad_(False)
 
@@ -54,34 +55,20 @@ def test_saving_beside_trained_tokens_of_another_adapter(tmp_path, mine):
     assert verify_hotswap(model, new, inputs=LLAMA.inputs(), base=LLAMA.base)
 
 
-@pytest.mark.parametrize("name", ["OSF", "PSOFT"])
-def test_buffers_that_are_not_saved(tmp_path, name):
-    """Also on layers where another adapter was and this one was not."""
-    everywhere, _, few = CONFIGS[name]
-    first, other, new = save_all(tmp_path, few, everywhere, everywhere)
-    model = _two(LLAMA, first, other)
-    hotswap_adapter(model, new, "default", add_layers=True)
-    assert_equals_fresh_load(model, LLAMA, new, margin=10)
-
-
 @pytest.mark.parametrize(("mine", "other", "new"), [(1, 1, 0), (0, 0, 1)])
 def test_layers_that_fail_without_the_active_adapter(tmp_path, mine, other, new):
     """LN tuning looks for the active adapter wherever any adapter is; after the swap one would be missing there."""
     folders = save_all(tmp_path, *CONFIGS["LNTuning"][:2])
     model = _two(LLAMA, folders[mine], folders[other])
-    _refused(
-        model,
-        folders[new],
-        "a layer that fails, unlike a fresh one, where the active adapter is not on it",
-        add_layers=True,
-    )
+    match = "a layer that fails, unlike a fresh one, where the active adapter is not on it"
+    _refused(model, folders[new], match, add_layers=True)
     model.delete_adapter("other")
     hotswap_adapter(model, folders[new], "default", add_layers=True)
     assert_equals_fresh_load(model, LLAMA, folders[new], margin=10)
 
 
 @pytest.mark.parametrize("is_prepared", [False, True])
-@pytest.mark.parametrize("more", [dict(use_dora=True), dict(lora_bias=True)])
+@pytest.mark.parametrize("more", [dict(use_dora=True), long(dict(lora_bias=True))])
 def test_layers_are_added_where_a_plain_adapter_is(tmp_path, more, is_prepared):
     """DoRA and biases are more than tensors: what makes the layer compute them comes with them."""
     bert = MODELS["bert"]
@@ -126,7 +113,7 @@ def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
     assert_same_outputs(model, load(LLAMA, str(tmp_path / "again")), LLAMA)
 
 
-@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("is_prepared", [long(False), True])
 def test_embeddings_that_no_file_has_overwritten(tmp_path, is_prepared):
     """An adapter on embeddings was swapped in, with the base's own weights: nothing is lost when it goes."""
     plain, embedded, more = save_all(tmp_path, *EMBEDDED, _lora(r=2, target_modules=["embed_tokens", "q_proj"]))
@@ -179,12 +166,8 @@ def test_what_other_adapters_use_is_not_changed(tmp_path, what):
     assert torch.equal(call(model, kind.inputs()), expected)
 
 
-def _with_merged_neighbour(folder: str, other: str):
-    """A model with two adapters, and the base weights contain the other one."""
-    return _merged(_two(LLAMA, folder, other))
-
-
 def _merged(model):
+    """The base weights contain the other adapter."""
     model.set_adapter("other")
     model.merge_adapter(["other"])
     return model
@@ -204,11 +187,11 @@ FROM_BASE = {
 }
 
 
-@pytest.mark.parametrize("name", FROM_BASE)
+@pytest.mark.parametrize("name", few_of(FROM_BASE, ("DoRA", "Adamss")))
 def test_the_base_weights_contain_another_adapter(tmp_path, name):
     """Merged before the swap, or between a plan and its commit."""
     old, new, other = save_all(tmp_path, *FROM_BASE[name])
-    model = _with_merged_neighbour(old, other)
+    model = _merged(_two(LLAMA, old, other))
     refused(MERGED, hotswap_adapter, model, new, "default")
     plan = plan_hotswap(_without(model), new)
     _merged(model)
@@ -228,15 +211,14 @@ def test_the_base_weights_contain_another_adapter(tmp_path, name):
 )
 def test_what_needs_no_base_weight_is_swapped_beside_a_merged_adapter(tmp_path, old, new):
     old, new, other = save_all(tmp_path, old, new, _lora())
-    model = _with_merged_neighbour(old, other)
+    model = _merged(_two(LLAMA, old, other))
     hotswap_adapter(model, new, "default")
-    model = _without(model)
-    torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, new), LLAMA.inputs()))
+    torch.testing.assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, new), LLAMA.inputs()))
 
 
 def test_a_room_while_another_adapter_is_merged(tmp_path):
     old, few, same, other = save_all(tmp_path, *FROM_BASE["DoRA"][:2], _lora(r=2, use_dora=True), _lora())
-    model = _with_merged_neighbour(few, other)
+    model = _merged(_two(LLAMA, few, other))
     refused(MERGED, prepare_model_for_compiled_hotswap, model, adapters=[old], adapter_name="default")
     pool = AdapterPool(_without(model), adapters={"few": few, "old": old}, progress=False)
     pool.swap("old")
@@ -252,57 +234,18 @@ def test_a_room_while_another_adapter_is_merged(tmp_path):
     torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
 
 
-#: the same method twice, in other ranks
-METHODS = {
-    "LoRA": [_lora(r=rank) for rank in (4, 6, 2)],
-    "same rank": [_lora() for _ in range(3)],
-    "DoRA": [_lora(r=rank, use_dora=True) for rank in (4, 6, 2)],
-    "LoHa": [LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6, 2)],
-}
-#: what is done to the model between a plan and its commit
-STALE = {
-    "swapped": lambda model, folders, plan: hotswap_adapter(model, folders[2], "default"),
-    "committed already": lambda model, folders, plan: commit(plan),
-    "merged": lambda model, folders, plan: model.merge_adapter(),
-    "unloaded": lambda model, folders, plan: model.unload(),
-    "prepared": lambda model, folders, plan: prepare_model_for_compiled_hotswap(model, target_rank=8),
-    "in a pool": lambda model, folders, plan: AdapterPool(model, adapters={"new": folders[1]}, progress=False),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [(name, change) for name in METHODS for change in STALE if (name, change) != ("LoHa", "in a pool")],
-)
-def test_a_plan_is_for_the_model_as_it_was(tmp_path, name, change):
-    folders = save_all(tmp_path, *METHODS[name])
-    model = load(LLAMA, folders[0], is_trainable=True)
-    plan = plan_hotswap(model, folders[1])
-    STALE[change](model, folders, plan)
-    refused("The model has changed since this swap was planned", commit, plan)
-    if change in ("prepared", "in a pool"):
-        for folder in (folders[1], folders[0]):
-            hotswap_adapter(model, folder, "default")
-        assert_equals_fresh_load(model, LLAMA, folders[0], margin=10, prepared=True, is_trainable=True)
-
-
-def test_a_plan_of_another_method_compares_with_what_is_there_now(tmp_path):
-    folders = save_all(tmp_path, *METHODS["LoHa"])
-    model = load(LLAMA, folders[0], is_trainable=True)
-    plan = plan_hotswap(model, folders[1])
-    for each in model.parameters():
-        each.data.add_(0.1) if each.requires_grad else None
-    commit(plan)
-    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, is_trainable=True)
-
-
+LOHA = [LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6)]
 #: by what a swap does: the loaded adapter and the new one
 SWAPS = {
+    "values": (_lora(), _lora()),
+    "ranks": (_lora(), _lora(r=6)),
+    "ranks of DoRA": (_lora(use_dora=True), _lora(r=6, use_dora=True)),
+    "ranks of LoHa": LOHA,
     "wraps": (_lora(), _lora(modules_to_save=["lm_head"])),
     "unwraps": (_lora(modules_to_save=["lm_head"]), _lora()),
     "adds tables": (_lora(target_modules=["q_proj"]), _lora(use_dora=True)),
     "adds layers": (_lora(target_modules=["q_proj"]), _lora(r=2)),
-    "adds other layers": (LoHaConfig(r=4, target_modules=["q_proj"]), LoHaConfig(r=4, target_modules=ATTENTION)),
+    "adds other layers": (LoHaConfig(r=4, target_modules=["q_proj"]), LOHA[0]),
 }
 
 
@@ -311,36 +254,53 @@ def _load_again(model, folder: str) -> None:
     model.load_adapter(folder, "second")
 
 
+#: what is done between a plan and its commit, to the model, with the folder of its second adapter or with the plan
 NEIGHBOURS = {
     "another is loaded": lambda model, folder: model.load_adapter(folder, "other"),
     "another is deleted": lambda model, folder: model.delete_adapter("second"),
     "another is loaded anew": _load_again,
     "another is active": lambda model, folder: model.set_adapter("second"),
-    "all are unloaded": lambda model, folder: model.unload(),
+}
+STALE = {
+    "committed already": lambda model, plan: commit(plan),
+    "merged": lambda model, plan: model.merge_adapter(),
+    "unloaded": lambda model, plan: model.unload(),
+    "prepared": lambda model, plan: prepare_model_for_compiled_hotswap(model, target_rank=8),
 }
 
 
-@pytest.mark.parametrize("change", NEIGHBOURS)
-@pytest.mark.parametrize("swap", SWAPS)
-def test_a_plan_that_changes_wrappers_is_for_the_adapters_that_were_there(tmp_path, swap, change):
+@pytest.mark.parametrize("change", [*NEIGHBOURS, *STALE])
+@pytest.mark.parametrize("swap", few_of(SWAPS, ("values", "wraps")))
+def test_a_plan_is_for_the_model_as_it_was(tmp_path, swap, change):
+    """A plan that changes wrappers is for the adapters that were there, too."""
     loaded, new = SWAPS[swap]
     other = copy.deepcopy(loaded)
     other.target_modules = ["k_proj"]
     folders = save_all(tmp_path, loaded, new, other)
-    model = load(LLAMA, folders[0])
-    model.load_adapter(folders[2], "second")
+    model = _two(LLAMA, folders[0], folders[2], "second")
     plan = plan_hotswap(model, folders[1], add_layers=True)
     assert plan.ok
-    NEIGHBOURS[change](model, folders[2])
+    (NEIGHBOURS | STALE)[change](model, folders[2] if change in NEIGHBOURS else plan)
     before = snapshot(model)
     try:
         commit(plan)
+        assert change not in STALE
     except HotswapError:
         assert_untouched(model, before)
         refused("The model has changed since this swap was planned", commit, plan)
         return
     model.set_adapter("default")
     assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, activated=True)
+
+
+def test_a_plan_of_another_method_compares_with_what_is_there_now(tmp_path):
+    folders = save_all(tmp_path, *LOHA)
+    model = load(LLAMA, folders[0], is_trainable=True)
+    plan = plan_hotswap(model, folders[1])
+    for each in model.parameters():
+        each.data.add_(0.1) if each.requires_grad else None
+    commit(plan)
+    assert_equals_fresh_load(model, LLAMA, folders[1], margin=10, is_trainable=True)
 
 
 def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
@@ -355,7 +315,7 @@ def test_a_plan_for_values_and_ranks_does_not_mind_other_adapters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loaded", "new"), [METHODS["LoHa"][:2], (_lora(), _lora(modules_to_save=["lm_head"])), (_lora(), _lora(r=8))]
+    ("loaded", "new"), [LOHA, (_lora(), _lora(modules_to_save=["lm_head"])), (_lora(), _lora(r=8))]
 )
 def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
     """New parameters, or new shapes, would not be averaged any more."""
@@ -395,7 +355,7 @@ def test_a_prepared_model_takes_its_own_state_dict(tmp_path):
     assert_equals_fresh_load(model, LLAMA, folders[1], prepared=True, margin=10)
 
 
-@pytest.mark.parametrize("name", ["LoHa", "HiRA", "AdaLoRA", "SEQ_CLS"])
+@pytest.mark.parametrize("name", ["LoHa", long("HiRA"), long("AdaLoRA"), "SEQ_CLS"])
 def test_an_adapter_that_is_loaded_where_a_prepared_one_was_deleted(tmp_path, name):
     kind = MODELS["classifier"] if name == "SEQ_CLS" else LLAMA
     configs = CONFIGS[name][::2] if name in CONFIGS else [_lora(task_type="SEQ_CLS"), _lora(r=2, task_type="SEQ_CLS")]
@@ -413,7 +373,7 @@ def test_an_adapter_that_is_loaded_where_a_prepared_one_was_deleted(tmp_path, na
     assert_same_outputs(model, load(kind, folders[1]), kind, margin=10)
 
 
-@pytest.mark.parametrize("name", ["PromptTuning", "PTuning", "AdaptionPrompt", "LoHa"])
+@pytest.mark.parametrize("name", ["PromptTuning", "PTuning", "AdaptionPrompt"])
 def test_models_loaded_in_inference_mode(tmp_path, name):
     old, new = save_all(tmp_path, *CONFIGS[name][:2])
     with torch.inference_mode():
@@ -425,12 +385,8 @@ def test_models_loaded_in_inference_mode(tmp_path, name):
 def test_mixed_models(tmp_path):
     """A layer of another method may be put around one that is there, as PEFT does it."""
     kind = KINDS["linear"]
-    many, few = save_all(
-        tmp_path,
-        LoHaConfig(r=4, target_modules=list(kind.modules)),
-        LoHaConfig(r=2, target_modules=["last"]),
-        kind=kind,
-    )
+    configs = [LoHaConfig(r=4, target_modules=list(kind.modules)), LoHaConfig(r=2, target_modules=["last"])]
+    many, few = save_all(tmp_path, *configs, kind=kind)
     model = PeftMixedModel(kind.base(), LoraConfig(target_modules=["first"], r=2), "lora")
     model.load_adapter(many, "loha")
     for folder in (few, many, few):

@@ -1,8 +1,7 @@
 """A stand-in for the Hugging Face Hub on this machine: real HTTP, real huggingface_hub, no network.
 
 Serves ``repositories[id][revision][file] -> bytes`` the way the Hub does as far as huggingface_hub looks: commits,
-small files directly, weights by a redirect to another host, private and gated repositories. And
-fails the way networks and servers do, where :attr:`faults` says so.
+private and gated repositories. And fails the way networks and servers do, where :attr:`faults` says so.
 """
 
 from __future__ import annotations
@@ -10,29 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
-#: what the Hub keeps in its large file storage, and serves from there
-LARGE = (".safetensors", ".bin")
-
 
 @dataclass
 class Fault:
-    """``kind``: a status, ``"hang"``, or ``"cut"``: nothing of a large file comes."""
+    """``kind``: a status, ``"hang"``, or ``"cut"``: nothing of a file comes."""
 
     kind: int | str
     commands: tuple[str, ...] = ("GET",)
-
-
-@dataclass(frozen=True)
-class Request:
-    command: str
-    path: str
-    headers: Mapping[str, str]
 
 
 class StandInHub:
@@ -55,10 +44,7 @@ class StandInHub:
             do_HEAD = do_GET  # noqa: N815
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{port}"
-        # another host, as far as names go: tokens must not be sent there
-        self._storage = f"http://localhost:{port}"
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -68,10 +54,11 @@ class StandInHub:
         self.gated: set[str] = set()
         #: by a part of the path
         self.faults: dict[str, Fault] = {}
-        self.log: list[Request] = []
+        #: the command and the path of each request
+        self.log: list[tuple[str, str]] = []
         self._commits: dict[str, dict[str, bytes]] = {}
-        #: called with each request, after it was answered
-        self.on_request: Callable[[Request], object] | None = None
+        #: called with the path of each request, after it was answered
+        self.on_request: Callable[[str], object] | None = None
 
     def add(self, repository: str, folder: str, *, revision: str = "main", subfolder: str = "") -> None:
         files = self.repositories.setdefault(repository, {}).setdefault(revision, {})
@@ -84,10 +71,6 @@ class StandInHub:
         self._commits[commit] = dict(files)
         return commit
 
-    @property
-    def requests(self) -> list[tuple[str, str]]:
-        return [(request.command, request.path) for request in self.log]
-
     def __enter__(self) -> StandInHub:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
@@ -98,43 +81,36 @@ class StandInHub:
         self._server.server_close()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
-        path = handler.path.partition("?")[0]
-        headers = {name.lower(): value for name, value in handler.headers.items()}
-        request = Request(handler.command, unquote(path).strip("/"), headers)
-        self.log.append(request)
-        due = [each for part, each in self.faults.items() if part in request.path and request.command in each.commands]
+        path, token = unquote(handler.path.partition("?")[0]).strip("/"), handler.headers.get("Authorization", "")
+        self.log.append((handler.command, path))
+        due = [each for part, each in self.faults.items() if part in path and handler.command in each.commands]
         kind = due[0].kind if due else None
         if kind == "hang":
             self._released.wait(120)
             handler.close_connection = True
             return
-        status, headers, body = (kind, {"Retry-After": "0"}, b"") if isinstance(kind, int) else self._found(request)
+        found = (kind, {"Retry-After": "0"}, b"") if isinstance(kind, int) else self._found(path, token)
+        status, headers, body = found
         handler.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             handler.send_header(name, value)
         handler.end_headers()
-        is_cut = kind == "cut" and request.path.startswith("storage/")
-        if handler.command == "GET" and not is_cut:
+        if handler.command == "GET" and kind != "cut":
             handler.wfile.write(body)
-        handler.close_connection = handler.close_connection or is_cut
+        handler.close_connection = handler.close_connection or kind == "cut"
         if self.on_request:
-            self.on_request(request)
+            self.on_request(path)
 
-    def _found(self, request: Request) -> tuple[int, dict[str, str], bytes]:
+    def _found(self, path: str, token: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of an answer."""
-        kind, _, rest = request.path.partition("/")
-        if kind == "storage":
-            digest, _, name = rest.partition("/")
-            bodies = [files[name] for files in self._commits.values() if name in files]
-            return 200, {}, next(body for body in bodies if _sha256(body) == digest)
-        repository, revision, name = request.path.removeprefix("api/models/"), "main", ""
+        repository, revision, name = path.removeprefix("api/models/"), "main", ""
         if "/resolve/" in repository:
             repository, _, rest = repository.partition("/resolve/")
             revision, _, name = rest.partition("/")
         elif "/revision/" in repository:
             repository, _, revision = repository.partition("/revision/")
-        token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if repository not in self.repositories or self.private.get(repository) not in (None, token):
+        is_public = repository in self.repositories and repository not in self.private
+        if not is_public and token != f"Bearer {self.private.get(repository)}":
             # for who may not see it, a private repository looks like one that isn't there
             return 401, {"X-Error-Code": "RepoNotFound"}, b""
         if repository in self.gated and name:
@@ -143,28 +119,12 @@ class StandInHub:
         if commit not in self._commits:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         if not name:
-            return 200, {}, json.dumps(self._info(repository, commit)).encode()
+            files = [{"rfilename": each} for each in self._commits[commit]]
+            return 200, {}, json.dumps({"id": repository, "sha": commit, "siblings": files}).encode()
         if name not in self._commits[commit]:
             return 404, {"X-Repo-Commit": commit, "X-Error-Code": "EntryNotFound"}, b""
         body = self._commits[commit][name]
-        if not name.endswith(LARGE):
-            return 200, {"X-Repo-Commit": commit, "ETag": f'"{_sha1(body)}"'}, body
-        linked = {"X-Linked-Size": str(len(body)), "X-Linked-ETag": f'"{_sha256(body)}"'}
-        location = f"{self._storage}/storage/{_sha256(body)}/{name}"
-        return 302, {"X-Repo-Commit": commit, **linked, "Location": location}, b""
-
-    def _info(self, repository: str, commit: str) -> dict:
-        siblings = []
-        for name, body in self._commits[commit].items():
-            file = {"rfilename": name, "size": len(body), "blobId": _sha1(body)}
-            if name.endswith(LARGE):
-                file["lfs"] = {"sha256": _sha256(body), "size": len(body), "pointerSize": 132}
-            siblings.append(file)
-        return {"id": repository, "sha": commit, "siblings": siblings}
-
-
-def _sha256(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()
+        return 200, {"X-Repo-Commit": commit, "ETag": f'"{_sha1(body)}"'}, body
 
 
 def _sha1(body: bytes) -> str:

@@ -15,51 +15,35 @@ from hotswap_lab import Adapter, demo, hotswap_adapter
 from hotswap_lab.files.summary import summary_of
 
 
-def found(source: object) -> str:
-    return refused(r"Can't find 'adapter_config\.json'", Adapter.load, source).refusals[0].found
-
-
-def test_neither_a_folder_nor_on_the_hub(tmp_path):
-    # the Hub has something to say of the first alone: the others can't be ids
-    for source in ("team/adapter", tmp_path / "adapter", "a/b/c", "./adapter"):
-        text, here = found(source), f"no folder {str(source)!r} here"
-        is_id = source == "team/adapter"
-        assert text.startswith(f"{here}; and the Hub: OfflineModeIsEnabled") if is_id else text == here
-
-
-def test_a_folder_of_adapters_and_a_name_that_is_not_in_it(tmp_path, monkeypatch):
-    save_family(KINDS["linear"], tmp_path / "family", dict(r=4), dict(r=6))
+def test_what_is_found_and_what_to_do_next(tmp_path, monkeypatch):
+    """Of two words, a string may be an id on the Hub, which has something to say then; a path can't."""
+    names = sorted(Path(each).name for each in save_family(KINDS["linear"], tmp_path / "family", dict(r=4), dict(r=6)))
     monkeypatch.chdir(tmp_path)
-    names = sorted(each.name for each in (tmp_path / "family").iterdir())
+    (tmp_path / "style").mkdir()
+    for file in ("family/x.safetensors", "style/pytorch_lora_weights.safetensors"):
+        Path(file).touch()
     known = f"family has the adapters {', '.join(map(repr, names))}"
-    assert found("family") == f"no adapter_config.json in the folder family; {known}"
-    for way in (str, Path):  # of two words, a string may be an id, and a path can't
-        text = found(way("family/nobody"))
-        assert text.startswith(f"no folder 'family/nobody' here; {known}")
-        assert ("; and the Hub: " in text) is (way is str)
-    assert found("./nobody") == "no folder './nobody' here"
-
-
-def test_the_next_step_is_for_what_is_found(tmp_path, monkeypatch):
-    names = [Path(each).name for each in save_family(KINDS["linear"], tmp_path / "family", dict(r=4), dict(r=6))]
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "family" / "x.safetensors").touch()
-    one_of = f"pass one of them, such as 'family/{min(names)}'; all: AdapterPool(model, adapters={{name: folder}})"
+    one_of = f"pass one of them, such as 'family/{names[0]}'; all: AdapterPool(model, adapters={{name: folder}})"
     incomplete = "check the path, or get a complete copy of the adapter"
-    for source, next_step in (
-        (f"family/{names[0]}/adapter_model.safetensors", "pass its folder"),
-        (
-            "family/x.safetensors",
-            "pass its folder; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline",
-        ),
-        ("family", one_of),
-        ("family/nobody", one_of),
-        ("a/b/c", "check the path"),
-        (Path("nobody"), "check the path"),
+    pipeline = "; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline"
+    lacks, hub, weights = "no adapter_config.json in the folder", "; and the Hub: ", "adapter_model.safetensors"
+    for source, found, next_step in (
+        ("team/adapter", f"no folder 'team/adapter' here{hub}", None),
+        (tmp_path / "adapter", f"no folder {str(tmp_path / 'adapter')!r} here", "check the path"),
+        ("a/b/c", "no folder 'a/b/c' here", "check the path"),
+        ("./adapter", "no folder './adapter' here", "check the path"),
+        (Path("nobody"), "no folder 'nobody' here", "check the path"),
+        ("family", f"{lacks} family; {known}", one_of),
+        ("family/nobody", f"no folder 'family/nobody' here; {known}{hub}", one_of),
+        (Path("family/nobody"), f"no folder 'family/nobody' here; {known}", one_of),
+        (f"family/{names[0]}/{weights}", f"the file 'family/{names[0]}/{weights}'", "pass its folder"),
+        ("family/x.safetensors", "the file 'family/x.safetensors'", f"pass its folder{pipeline}"),
+        ("style", f"{lacks} style", incomplete + pipeline),
     ):
-        error = refused(r"Can't find 'adapter_config\.json'", Adapter.load, source)
-        assert error.refusals[0].next_step == next_step
-    (tmp_path / "family" / names[0] / "adapter_model.safetensors").unlink()
+        refusal = refused(r"Can't find 'adapter_config\.json'", Adapter.load, source).refusals[0]
+        assert refusal.found.partition(hub)[:2] == found.partition(hub)[:2]
+        assert next_step in (None, refusal.next_step)
+    os.remove(f"family/{names[0]}/{weights}")
     error = refused("Can't find weights", Adapter.load, tmp_path / "family" / names[0])
     assert error.refusals[0].next_step == incomplete
 

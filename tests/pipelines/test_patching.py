@@ -17,12 +17,10 @@ import types
 from operator import attrgetter
 from pathlib import Path
 
-import oracle
 import peft.utils.hotswap
 import pytest
 import torch
-from lengths import long
-from models import KINDS, call, load, save_family
+from models import KINDS, call, save_family
 from oracle import untouched
 from peft import LoraConfig
 from peft.utils import hotswap as through_its_package
@@ -36,7 +34,6 @@ from hotswap_lab import (
     RecompileWatch,
     hotswap_pipeline,
     patch_peft,
-    prepare_pipeline_for_compiled_hotswap,
 )
 from hotswap_lab.lessons.tour import compare
 from hotswap_lab.pipelines.lora_files import components_of
@@ -119,13 +116,6 @@ def test_measurements_still_measure_peft():
     assert theirs.note.startswith("Configs are incompatible")
 
 
-def test_a_swap_through_pefts_name(family):
-    model = load(LLAMA, family[0])
-    with patch_peft():
-        peft.utils.hotswap.hotswap_adapter(model, family[2], "default")
-    oracle.assert_equals_fresh_load(model, LLAMA, family[2])
-
-
 # ---- transformers
 
 
@@ -160,6 +150,7 @@ def test_transformers_load_adapter(family, new, how):
     assert not any([report.missing_keys, report.unexpected_keys, report.mismatched_keys, report.error_msgs])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_compiler")
 def test_transformers_compiled(family):
     """``enable_peft_hotswap`` makes room, and later loads of the same name swap without being told to."""
@@ -177,16 +168,6 @@ def test_transformers_compiled(family):
         assert set(model.peft_config) == {"default", "other"}
 
 
-def test_too_little_room_is_said_once(family):
-    model = LLAMA.base()
-    with patch_peft():
-        model.enable_peft_hotswap(target_rank=2)
-        with pytest.raises(HotswapError, match="rank"):
-            model.load_adapter(family[0], "default")
-        assert_is(model, family[0])
-        model.load_adapter(family[1], "other")
-
-
 def test_what_is_refused(family):
     model = loaded(family[2])
     with patch_peft():
@@ -196,6 +177,12 @@ def test_what_is_refused(family):
             model.load_adapter(family[0], "absent", hotswap=True)
         with pytest.raises(ValueError, match="already exists"):
             model.load_adapter(family[0], "default")
+        model = LLAMA.base()
+        model.enable_peft_hotswap(target_rank=2)
+        with pytest.raises(HotswapError, match="rank"):  # which is said once
+            model.load_adapter(family[0], "default")
+        assert_is(model, family[0])
+        model.load_adapter(family[1], "other")
 
 
 def test_every_argument_of_transformers_is_known():
@@ -226,21 +213,6 @@ def test_diffusers_swaps_what_peft_refuses_or_gets_wrong():
     assert_same_latents(pipe, SD.loaded(second))
 
 
-@pytest.mark.parametrize("way", ["patched", long("hotswap_pipeline")])
-def test_diffusers_compiled(way):
-    """diffusers prepares with PEFT's function when it loads the first adapter; later ones are swapped by us."""
-    first, second = on_unet(1, 2)
-    pipe = SD()
-    with patch_peft() if way == "patched" else contextlib.nullcontext():
-        pipe.enable_lora_hotswap(target_rank=8)
-        pipe.load_lora_weights(first, adapter_name="style")
-    pipe.unet.compile(backend="eager")
-    assert_same_latents(pipe, SD.loaded(first))
-    with RecompileWatch(allow=0):
-        load_with_patch(pipe, second) if way == "patched" else hotswap_pipeline(pipe, second, "style")
-        assert_same_latents(pipe, SD.loaded(second))
-
-
 class AnotherError(Exception):
     """An error that is not about the swap."""
 
@@ -254,24 +226,13 @@ def refused(pipe, error: type[Exception], match: str, method: str, source: dict,
             attrgetter(method)(pipe)(source, adapter_name="style", hotswap=True, **options)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_diffusers_keeps_the_adapter_where_a_swap_is_refused(compiled):
+def test_diffusers_keeps_the_adapter_where_a_swap_is_refused():
     """diffusers deletes an adapter after any error, and with a refusal the pipeline would be left without one."""
     (first,), (second,) = on_unet(1, ends=ATTENTION[:2]), on_unet(2)  # on two more projections
     pipe = SD.loaded(first)
-    if compiled:
-        pipe.unet.compile(backend="eager")
-        assert_same_latents(pipe, SD.loaded(first))
-    advice = r"prepare_pipeline_for_compiled_hotswap" if compiled else r"call hotswap_pipeline\(.*add_layers=True\)"
-    refused(pipe, HotswapError, advice, "load_lora_weights", second)
+    refused(pipe, HotswapError, r"call hotswap_pipeline\(.*add_layers=True\)", "load_lora_weights", second)
     assert_same_latents(pipe, SD.loaded(first))
-    if compiled:  # what the advice says
-        pipe = SD.loaded(first)
-        prepare_pipeline_for_compiled_hotswap(pipe, [second])
-        pipe.unet.compile(backend="eager")
-        load_with_patch(pipe, second)
-    else:
-        hotswap_pipeline(pipe, second, "style", add_layers=True)
+    hotswap_pipeline(pipe, second, "style", add_layers=True)
     assert_same_latents(pipe, SD.loaded(second))
 
 

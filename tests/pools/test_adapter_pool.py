@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lengths import few_of
+from lengths import few_of, long
 from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, randomize, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same, assert_same_outputs, observe, untouched
 from peft import LoraConfig, get_peft_model
@@ -30,7 +30,6 @@ from hotswap_lab import (
     Adapter,
     AdapterPool,
     RecompileWatch,
-    get_strength,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
     resolve_slot,
@@ -38,7 +37,6 @@ from hotswap_lab import (
     set_strength,
     verify_hotswap,
 )
-from hotswap_lab.core.slot import SLOTS
 
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
 
@@ -55,7 +53,7 @@ def times(factor: float, folder: str) -> dict[str, torch.Tensor]:
     return {key: factor * tensor for key, tensor in Adapter.load(folder).tensors.items()}
 
 
-@pytest.mark.parametrize("name", few_of({**KINDS, **ARCHITECTURES}, ("linear", "conv", "embedding", "gpt2")))
+@pytest.mark.parametrize("name", few_of({**KINDS, **ARCHITECTURES}, ("conv", "embedding", "gpt2")))
 def test_every_kind_of_layer_and_architecture(name, tmp_path):
     kind = KINDS.get(name) or ARCHITECTURES[name]
     family = [dict(r=rank, lora_alpha=rank + 3, lora_dropout=0.1) for rank in (4, 12, 8)]
@@ -64,7 +62,7 @@ def test_every_kind_of_layer_and_architecture(name, tmp_path):
     model = load(kind, sources["12"])
     pool = pool_of(model, sources)
     addresses = resolve_slot(model, "default").data_ptrs()
-    for each in ("4", "one", "12", "8", "one", "8", "4"):
+    for each in ("4", "one", "12", "8", "one"):
         pool.swap(each)
         assert pool.active == each
         assert_is(model, sources[each], kind)
@@ -95,7 +93,9 @@ def test_the_loaded_adapter_is_recognised_and_the_only_one_needs_no_name(sources
 # ---- compiled
 
 
-@pytest.mark.parametrize("first", [dict(r=4), dict(r=4, target_modules=["first"])], ids=["other rank", "fewer layers"])
+@pytest.mark.parametrize(
+    "first", [dict(r=4), long(dict(r=4, target_modules=["first"]))], ids=["other rank", "fewer layers"]
+)
 def test_more_room_in_a_compiled_model_costs_one_recompile(tmp_path, fresh_compiler, first):
     """As the refusals say, of swaps, of preparing and of pools."""
     folders = save_family(LINEAR, tmp_path, first, dict(r=8), dict(r=16))
@@ -171,19 +171,14 @@ def test_using_gives_the_former_adapter_back(sources, former):
     with pool.using("c") as same, pool.using("d", strength=2):
         assert same is pool
         assert (pool.active, pool.strength) == ("d", 2)
+        pool.swap("b")
+        pool.off()
+        assert pool.active is None
     with pytest.raises(ZeroDivisionError), pool.using("c"):
         _ = 1 / 0
     assert (pool.active, pool.strength) == state
     assert_same(observe(model), before)
     assert torch.equal(call(model, LLAMA.inputs()), output)
-
-
-def test_using_gives_back_what_was_updated_meanwhile(model, pool, sources):
-    pool.swap("b")
-    output = call(model, LLAMA.inputs())
-    with pool.using("a"):
-        pool.update("b", times(2, sources["b"]))
-    assert not torch.allclose(call(model, LLAMA.inputs()), output)
 
 
 @pytest.mark.usefixtures("python_sigint")
@@ -212,18 +207,6 @@ def test_an_adapter_that_is_removed_while_it_is_updated(pool, sources):
 
     refused("another thread has removed or replaced it", pool.update, "b", Removing(times(2, sources["b"])))
     assert "b" not in pool
-
-
-def test_strength_and_off(model, pool):
-    pool.swap("b")
-    pool.strength = 0.25
-    assert pool.strength == get_strength(model) == 0.25
-    pool.off()
-    assert torch.equal(call(model, LLAMA.inputs()), call(LLAMA.base(), LLAMA.inputs()))
-    set_strength(model, 0.5)  # behind the pool's back
-    with pool.using("c"):
-        assert pool.strength == 1
-    assert (pool.active, pool.strength) == ("b", 0.5)
 
 
 def test_strengths_that_are_set_by_peft(model, pool, sources):
@@ -268,34 +251,18 @@ def test_add_and_remove(model, sources, tmp_path):
     refused("no adapter called 'read already'", pool.swap, "read already")
 
 
-def test_a_pool_that_can_not_be_made_leaves_the_model_as_it_was(model, sources, tmp_path):
-    broken = Path(shutil.copytree(sources["b"], tmp_path / "broken"))
-    weights = broken / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with untouched(model):
-        refused("can't be read", pool_of, model, {"a": sources["a"], "b": broken})
-    assert not model.get_base_model().__dict__.get(SLOTS)
-    hotswap_adapter(model, sources["b"], "default")
-    assert_equals_fresh_load(model, LLAMA, sources["b"])
-
-
 def test_update(model, pool, sources):
-    config = Adapter.load(sources["d"]).config
     pool.swap("d")
-    for version in (2, 3):
-        given = times(version, sources["d"])
-        pool.update("d", given)
-        assert pool.version("d") == version
-        assert verify_hotswap(model, Adapter.from_state_dict(given, config), inputs=LLAMA.inputs())
-    before = call(model, LLAMA.inputs())
+    twice = Adapter.from_state_dict(times(2, sources["d"]), Adapter.load(sources["d"]).config)
+    pool.update("d", twice.tensors)
+    assert verify_hotswap(model, twice, inputs=LLAMA.inputs())
+    with pool.using("a"), untouched(model):  # an adapter that is not in use changes nothing
+        pool.update("d", given := times(1, sources["d"]))
+        refused("NaN", pool.update, "d", times(float("nan"), sources["d"]))
     for tensor in given.values():
         tensor.zero_()  # the pool has only read them
-    with pool.using("a"), untouched(model):  # an adapter that is not in use changes nothing
-        pool.update("d", Adapter.load(sources["d"]).tensors)
-        refused("NaN", pool.update, "d", times(float("nan"), sources["d"]))
-    assert not torch.equal(call(model, LLAMA.inputs()), before)
     assert_is(model, sources["d"])
-    assert pool.version("d") == 4
+    assert pool.version("d") == 3
 
 
 # ---- a model that is not where it was
@@ -465,31 +432,21 @@ def test_a_checkpoint_of_another_rank_or_other_layers_is_refused(sources):
 # ---- how it looks
 
 
-def test_text_and_html_and_a_progress_bar_unless_unwanted(model, sources, capsys):
-    pool = AdapterPool(model, adapters=sources)
-    assert "packing" in capsys.readouterr().err
+def test_it_is_printed_in_a_few_lines_after_a_progress_bar_unless_unwanted(model, sources, capsys):
+    family = {f"user {number}": sources["e"] for number in range(200)}
     pool_of(model, sources)
     assert capsys.readouterr().err == ""
-    pool.swap("e")
-    lines = str(pool).splitlines()
-    assert lines[0].startswith("AdapterPool: 5 adapters, ")
-    assert lines[1].split() == ["adapter", "rank", "alpha", "layers", "bytes"]
-    assert [line.split()[0] for line in lines[2:]] == list("abcde")
-    assert "4 to 7" in lines[6]
-    assert [line.endswith("active") for line in lines[2:]] == [False] * 4 + [True]
-    html = pool._repr_html_()
-    assert "<table" in html
-    assert "4 to 7" in html
-
-
-def test_many_adapters_are_printed_in_a_few_lines(model, sources):
-    pool = pool_of(model, {f"user {number}": sources["b"] for number in range(200)})
+    pool = AdapterPool(model, adapters=family)
+    assert "packing" in capsys.readouterr().err
     pool.swap("user 150")
     lines = str(pool).splitlines()
+    assert lines[0].startswith("AdapterPool: 200 adapters, ")
+    assert lines[1].split() == ["adapter", "rank", "alpha", "layers", "bytes"]
     assert (len(lines), lines[2].split()[:2], lines[2].endswith("active")) == (23, ["user", "150"], True)
-    assert (lines[3].split()[1], lines[-1]) == ("0", "and 180 more, see `table`")
-    assert pool._repr_html_().count("<tr>") == 21
-    assert len(pool.table) == 200
+    assert (lines[3].split()[1], lines[3].endswith("active"), lines[-1]) == ("0", False, "and 180 more, see `table`")
+    assert (pool._repr_html_().count("<tr>"), len(pool.table)) == (21, 200)
+    for text in (lines[2], pool._repr_html_()):
+        assert "4 to 7" in text
     error = refused("no adapter called 'usr 77'", pool.swap, "usr 77")
     assert error.refusals[0].found == "the names 'user 77', 'user 177', 'user 7', 'user 0', 'user 1' and 195 more"
 
@@ -533,27 +490,6 @@ def test_of_two_adapters_that_come_under_one_name_the_first_stays(model, pool, s
     assert_is(model, sources["c"])
 
 
-# ---- what a block puts back
-
-
-def test_a_block_puts_back_what_was_there_whatever_was_done_inside(pool):
-    pool.swap("c")
-    pool.strength = 0.5
-    with pool.using("b"):
-        pool.swap("a")
-        pool.off()
-        assert pool.active is None
-    assert (pool.active, pool.strength) == ("c", 0.5)
-
-
-def test_a_block_puts_back_an_adapter_whose_name_has_another_one_by_now(model, pool, sources):
-    pool.swap("b")
-    with pool.using("c"):
-        pool.remove("b")
-        pool.add("b", sources["e"])
-    assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
-
-
 # ---- memory limit
 
 
@@ -577,7 +513,7 @@ def in_files(pool: AdapterPool) -> list[str]:
 def test_the_least_recently_used_adapter_is_dropped_and_read_again(model, sources):
     pool = limited_pool(model, sources, *"abe")
     generator, seen, before = random.Random(2), set(), "a"
-    for _ in range(40):
+    for _ in range(15):
         name = generator.choice(list(sources))
         pool.swap(name)
         assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
@@ -619,29 +555,17 @@ def test_adapters_from_memory_are_never_dropped(model, sources):
     assert "too much" not in pool
 
 
-def thrice(folder: str) -> Adapter:
-    return Adapter.from_state_dict(times(3, folder), Adapter.load(folder).config)
-
-
 def test_an_update_counts_whatever_was_read_before(model, sources):
     pool, dropped = small_pool(model, sources)
     pool.swap(dropped)
     pool._members[dropped].packed = None  # as if others had taken its place
-    new = thrice(sources[dropped])
+    new = Adapter.from_state_dict(times(3, sources[dropped]), Adapter.load(sources[dropped]).config)
     pool.update(dropped, new.tensors, new.config)
     assert pool.nbytes > 0
     pool.table  # noqa: B018 - looking must not change it
     assert (pool.active, pool.version(dropped)) == (dropped, 2)
     assert verify_hotswap(model, new, inputs=LLAMA.inputs())
     assert not verify_hotswap(model, sources[dropped], inputs=LLAMA.inputs())
-
-
-def test_an_update_of_the_loaded_adapter_that_was_dropped_while_the_pool_was_filled(model, sources):
-    pool = limited_pool(model, sources, "b", "e")
-    assert (pool.active, pool._members["a"].packed) == ("a", None)
-    new = thrice(sources["a"])
-    pool.update("a", new.tensors, new.config)
-    assert verify_hotswap(model, new, inputs=LLAMA.inputs(), base=LLAMA.base)
 
 
 class WithHead(torch.nn.Module):
@@ -671,14 +595,10 @@ def save_with_head(folder: Path, seed: int) -> str:
     return str(folder)
 
 
-def pool_with_heads(folder: Path) -> tuple[AdapterPool, torch.nn.Module, dict[str, str]]:
-    folders = {name: save_with_head(folder / name, seed) for seed, name in enumerate("abc", start=1)}
-    pool = pool_of(load(NORMED, folders["a"]), folders)
-    return pool, pool.model.get_base_model().head.modules_to_save["default"][0], folders
-
-
 def test_a_head_with_buffers(tmp_path):
-    pool, norm, folders = pool_with_heads(tmp_path)
+    folders = {name: save_with_head(tmp_path / name, seed) for seed, name in enumerate("abc", start=1)}
+    pool = pool_of(load(NORMED, folders["a"]), folders)
+    norm = pool.model.get_base_model().head.modules_to_save["default"][0]
     assert pool.active == "a"
     for name, batches in (("b", 2), ("c", 3), ("a", 1)):
         pool.swap(name)
@@ -701,24 +621,22 @@ def test_a_head_with_buffers(tmp_path):
     assert norm.num_batches_tracked == 4
     pool.swap("a")
     assert verify_hotswap(pool.model, folders["c"], inputs=NORMED.inputs(), base=NORMED.base)
-
-
-@pytest.mark.parametrize("table", ["_buffers", "_parameters"])
-def test_a_tensor_of_a_head_that_was_replaced_is_noticed(tmp_path, table):
-    pool, norm, _ = pool_with_heads(tmp_path)
-    entries = getattr(norm, table)
-    name = next(iter(entries))
-    entries[name] = copy.deepcopy(entries[name])
-    refused("pool", pool.swap, "b")
+    for table in (norm._buffers, norm._parameters):  # one of its tensors was replaced
+        name, tensor = next(iter(table.items()))
+        table[name] = copy.deepcopy(tensor)
+        refused("no longer where the pool put it", pool.swap, "b")
+        table[name] = tensor
 
 
 def test_what_is_removed_while_it_is_dropped_comes_back_after_a_block(model, sources):
+    """Though another adapter has its name by now."""
     pool, dropped = small_pool(model, sources)
     pool.swap(dropped)
     with pool.using("b"):
         pool._members[dropped].packed = None
         pool.remove(dropped)
-    assert_is(model, sources[dropped])
+        pool.add(dropped, sources["e"])
+    assert_same_outputs(model, load(LLAMA, sources[dropped]), LLAMA)
 
 
 def test_a_task_reads_a_dropped_adapter_in_another_thread(model, sources, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lengths import long
 from models import KINDS, call, load, lora_layers, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_same_outputs, untouched
+from oracle import assert_equals_fresh_load, untouched
 from pool_sources import LLAMA
 from refusals import refused
 from test_long_runs import Use
@@ -53,30 +53,22 @@ def assert_is_of(model, learner, folder, kind=LLAMA):
     assert_equals_fresh_load(model, kind, folder, prepared=True)
 
 
-@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
-def test_each_update_is_a_fresh_load_of_what_the_learner_saves(model, pool, sources, tmp_path, plans, name):
-    """All but the first are copies, for other ranks, patterns and layers too."""
-    learner = learner_of(sources[name])
+@pytest.mark.parametrize("name", [*"bce", "conv", "embedding", *map(long, ("a", "d", "gpt2", "shared"))])
+def test_each_update_is_a_fresh_load_of_what_the_learner_saves(sources, tmp_path, plans, name):
+    """All but the first are copies, for other ranks, patterns and kinds of layers too."""
+    kind = KINDS.get(name, LLAMA)
+    if kind is not LLAMA:
+        sources = {name: save_random_adapter(kind, tmp_path / "source", seed=1, r=4)}
+    learner = learner_of(sources[name], kind)
+    pool = AdapterPool(load(kind, next(iter(sources.values()))), adapters=sources, progress=False)
     pool.swap(name)
+    plans.clear()
     for number in range(3):
         step(learner, number)
         pool.update(name, learner)
-        assert_is_of(model, learner, tmp_path / str(number))
-    assert (len(plans), pool.version(name)) == (1, 4)
-
-
-@pytest.mark.parametrize("kind", ["conv", "embedding", "gpt2", "shared"])
-def test_other_layers(tmp_path, kind):
-    kind = KINDS[kind]
-    source = save_random_adapter(kind, tmp_path / "source", seed=1, r=4)
-    model, learner = load(kind, source), learner_of(source, kind)
-    pool = AdapterPool(model, adapters={"policy": source}, progress=False)
-    pool.swap("policy")
-    for number in range(3):
-        step(learner, number)
-        pool.update("policy", learner)
-        save_adapter(learner, tmp_path / str(number))
-        assert_same_outputs(model, load(kind, tmp_path / str(number)), kind)
+        assert_is_of(pool.model, learner, tmp_path / str(number), kind)
+    assert pool.version(name) == 4
+    assert len(plans) == 1 or name == "conv"  # grouped convolutions are planned each time
 
 
 def test_the_adapter_of_this_name_is_taken_before_any_other(model, pool, sources, tmp_path):
@@ -177,7 +169,7 @@ def test_the_pool_does_not_keep_a_learner(pool, sources):
     assert alive() is None
 
 
-@pytest.mark.parametrize("count", [2_000, long(40_000)])
+@pytest.mark.parametrize("count", [500, long(40_000)])
 def test_updates_and_adapters_that_come_and_go_leave_memory_as_it_was(model, pool, sources, count):
     """An adapter for each step, of which each is removed, is what servers collect."""
     learner, passing = learner_of(sources["b"]), Adapter.load(sources["c"])

@@ -9,7 +9,7 @@ from models import KINDS, Kind, call, load
 from row_truth import Truth, assert_close, family
 from torch import nn
 
-from hotswap_lab import AdapterPool
+from hotswap_lab import AdapterPool, RecompileWatch
 
 ROWS = 6
 
@@ -32,6 +32,17 @@ def clip() -> nn.Module:
     return text_encoder()
 
 
+def unet() -> nn.Module:
+    from test_pipeline import SD
+
+    return SD().unet
+
+
+def _pictures():
+    steps = torch.full((ROWS,), 3)
+    return dict(sample=torch.randn(ROWS, 4, 8, 8), timestep=steps, encoder_hidden_states=torch.randn(ROWS, 5, 16))
+
+
 def _ids(high: int = 40):
     return {"input_ids": torch.randint(0, high, (ROWS, 5))}
 
@@ -44,6 +55,7 @@ ROW_KINDS: dict[str, Kind] = {
         KINDS["embedding"].make_random, lambda: torch.randint(0, 20, (ROWS, 7)), KINDS["embedding"].modules
     ),
     "gpt2": Kind(KINDS["gpt2"].make_random, _ids, KINDS["gpt2"].modules),
+    "unet": Kind(unet, _pictures, ("to_q", "to_v", "conv1", "conv_shortcut", "time_emb_proj")),
     "clip": Kind(clip, lambda: _ids(high=52), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
 }
 
@@ -73,6 +85,20 @@ def test_each_row_is_as_a_fresh_load(name, tmp_path):
     assert_close(call(model, truth.inputs), truth.of("d"))
     pool.swap({"a": 0.7, "b": 0.3})
     assert_close(call(model, truth.inputs), truth.of({"a": 0.7, "b": 0.3}))
+
+
+@pytest.mark.long
+def test_pictures_from_one_graph(tmp_path, fresh_compiler):
+    kind = ROW_KINDS["unet"]
+    folders = family(kind, tmp_path)
+    truth, model = Truth(kind, folders, kind.inputs()), load(kind, folders["a"])
+    pool = AdapterPool(model, adapters=folders, rows=ROWS, progress=False)
+    pool.assign(["a"] * ROWS)
+    call(compiled := torch.compile(model, fullgraph=True), truth.inputs)
+    with RecompileWatch(allow=0):
+        for wanted in (["a", "b", "c", None, "b", "a"], ["a", "b", None, "c", "d", "e"], ["c"] * ROWS):
+            pool.assign(wanted)
+            truth.check(call(compiled, truth.inputs), wanted, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, long(torch.float16)])

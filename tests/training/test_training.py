@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 import shutil
 from pathlib import Path
 
 import fitting
 import measure_digits
-import measure_voices
 import pytest
 import torch
 import train_digits
 import train_voices
 import train_words
 from lengths import long
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import hotswap_lab
@@ -73,29 +70,7 @@ def test_only_the_answer_counts_for_the_loss():
         assert (batch["attention_mask"].sum(1) > (batch["labels"] >= 0).sum(1)).all()
 
 
-def test_every_pair_comes_once_before_any_comes_again():
-    pairs = [(str(number), "") for number in range(10)]
-    first, again = (list(itertools.islice(train_voices.batches(pairs, seed=0), 5)) for _ in range(2))
-    chosen = [pair for batch in first for pair in batch]
-    assert sorted(chosen[:10]) == sorted(chosen[10:]) == sorted(pairs)
-    assert first == again
-
-
 # --- the programs, for a few steps
-
-
-@pytest.mark.long
-def test_a_few_steps_of_training_lower_the_loss():
-    torch.manual_seed(0)
-    tokenizer, task = demo.load_tokenizer(), demo.TASKS["double"]
-    config = LoraConfig.from_pretrained(demo.adapter_path("double"))
-    config.inference_mode = False
-    model = get_peft_model(demo.load_base(), config)
-    words = demo.sample_words(20 * 64, seed=0, held_out=False, alphabet="abcdefgh")
-    batch = demo.make_batch(tokenizer, demo.sample_words(64, seed=5, held_out=True), task)
-    before = model(**batch).loss.item()
-    fitting.fit(model, train_words.losses(model, tokenizer, words, task), steps=15, lr=4e-3)
-    assert model(**batch).loss.item() < 0.7 * before
 
 
 def train_word_adapter(name, folder):
@@ -168,16 +143,3 @@ def test_the_texts_are_in_the_voice_and_in_no_other(name):
     for other in voices.names():
         score = voices.score(other, [answer for _, answer in pairs])
         assert score == 1 if other == name else score <= 0.1, other
-
-
-@pytest.mark.long
-def test_the_table_of_voices_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(measure_voices, "QUESTIONS", voices.QUESTIONS[::8])
-    try:
-        measure_voices.main(["socratic", "--show", "1", "--threads", "1"])
-    except HotswapError as error:
-        pytest.skip(str(error))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split() == ["socratic", "100.0%", "0.0%"]
-    assert lines[4] == voices.QUESTIONS[0]
-    assert voices.score("socratic", ["\n".join(lines[5:]).strip()]) == 1
