@@ -46,8 +46,11 @@ class Guards(WorkingView):
 
     Examples
     --------
+    >>> from hotswap_lab import demo
     >>> from hotswap_lab.widgets import Guards
-    >>> guards = Guards.demo()
+    >>> model, _ = demo.load("reverse")
+    >>> folders = {"shout": demo.adapter_path("shout")}
+    >>> guards = Guards({"not prepared": model}, folders, model.get_base_model().dummy_inputs)
     >>> guards.choose("shout")
     >>> print(guards)  # doctest: +ELLIPSIS
     Guards: shout is in
@@ -57,9 +60,6 @@ class Guards(WorkingView):
       ...
       ✗ scaling was 2, is 1: 14 layers
       ✓ scaling 2: 14 layers
-    prepared
-      every guard holds
-      ...
 
     How to read it: a swap is free as long as it changes nothing that is on the list.
     """
