@@ -156,7 +156,7 @@ def test_nonfinite_weights_can_be_let_through(model, new):
         (with_config(layer_replication=[[0, 2], [0, 2]]), "for other layers of the base model"),
         (with_config(init_lora_weights="pissa_niter_4"), "changes the base model's own weights"),
         (with_config(init_lora_weights="olora"), "changes the base model's own weights"),
-        (with_config(peft_type="NEW_METHOD"), "^The adapter from .* is of an unknown kind"),
+        (with_config(peft_type="NEW"), r"^The adapter from .* is of an unknown kind\.\n.*peft_type='NEW'"),
         *((with_config(**each), None) for each in (dict(r=-1), dict(r=4.5), dict(r=None), dict(rank_pattern=[1]))),
         *((cut(WEIGHTS, size), "can't be read") for size in (0, 4, 8, 100, 10_000)),
         *((cut(CONFIG, size), "can't be read") for size in (0, 1, 100)),
