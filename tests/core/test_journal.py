@@ -1,4 +1,4 @@
-"""Ctrl-C waits while a model is written, and nowhere else."""
+"""All is put back, in its place; and Ctrl-C waits while a model is written, and nowhere else."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from hotswap_lab.core.journal import interrupts_held
+from hotswap_lab.core.journal import Journal, interrupts_held
 
 HEARD: list[int] = []
 pytestmark = pytest.mark.usefixtures("python_sigint")
@@ -25,6 +26,18 @@ def _given_back(python_sigint):
 def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.02)
+
+
+def test_what_is_rolled_back_is_as_it_was():
+    journal, table, thing = Journal(), {"a": 1, "b": 2}, SimpleNamespace(x=1)
+    journal.set_item(table, "a", 5)
+    journal.set_item(table, "c", 3)
+    journal.remove(table, "b", "d")
+    journal.set_items([table], "a", [7])
+    journal.set_attribute(thing, "x", 2)
+    assert (table, thing.x) == ({"a": 7, "c": 3}, 2)
+    journal.roll_back()
+    assert ([*table.items()], thing.x) == ([("a", 1), ("b", 2)], 1)
 
 
 def test_held_and_then_let_through():

@@ -80,6 +80,8 @@ def test_a_swap_says_what_it_put_in(way, tmp_path):
     hotswap_adapter(other, SHOUT)
     model.add_adapter("other", other.peft_config["default"])  # what another model's swap noted holds there alone
     assert [each.source for each in loaded(model)] == [source, "unknown"]
+    hotswap_adapter(model, SHOUT, "other", add_layers=True)
+    assert [each.source for each in loaded(model)] == [source, SHOUT]
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def downloads(hub: StandInHub) -> list[str]:
 # ---- one adapter
 
 
-def test_repository_revision_subfolder_token_and_cache(hub, swaps_in, tmp_path):
+def test_repository_revision_subfolder_token_cache_and_endpoint(hub, swaps_in, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     swaps_in("new")
     swaps_in("second", revision="v2")
@@ -112,9 +112,14 @@ def test_repository_revision_subfolder_token_and_cache(hub, swaps_in, tmp_path):
     swaps_in("secret", "team/secret", token="hf_right", cache_dir=cache)
     swaps_in("secret", "team/secret", use_auth_token="hf_right")
     swaps_in("second", revision=hub.commit("team/adapter", "v2"))
+    nobody = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hf_api.api, "endpoint", nobody)
+    swaps_in("new", endpoint=hub.url, cache_dir=tmp_path / "another")
     assert list(cache.glob(f"models--team--secret/snapshots/*/{WEIGHTS}"))
     # each file once, and nothing else of the repository
-    assert downloads(hub) == sorted(5 * BOTH)
+    assert downloads(hub) == sorted(6 * BOTH)
 
 
 def test_what_is_not_there_or_not_allowed_is_refused(hub, model, folders):

@@ -204,7 +204,7 @@ def test_a_mix_above_the_room_says_which_rank_to_prepare_for(model, folders):
 
 def test_without_rows_nothing_can_be_assigned(model, folders):
     pool = AdapterPool(model, adapters=folders, progress=False)
-    refused(r"There is no room for 1 rows(.|\n)*rows=2", pool.assign, ["a"])
+    refused(r"There is no room for 1 rows(.|\n)*rows=1\n(.|\n)*rows=2", pool.assign, ["a"])
 
 
 @pytest.mark.parametrize(("kind", "lora"), [(LINEAR, dict(lora_bias=True)), (CONV, dict(target_modules=["grouped2d"]))])
