@@ -157,8 +157,8 @@ def are_alike(live: torch.nn.Module, fresh: torch.nn.Module) -> bool:
 def are_equal(first: Any, second: Any) -> bool:
     """Whether two plain values are the same. Objects are if they are of one class and have the same attributes.
 
-    >>> are_equal([1, {"a": 2.0}], [1, {"a": 2}]), are_equal((1,), (1, 2))
-    (True, False)
+    >>> are_equal([1, {"a": 2.0}], [1, {"a": 2}]), are_equal((1,), (1, 2)), are_equal(1, 2.0)
+    (True, False, False)
     """
     if first is second:
         return True

@@ -251,6 +251,18 @@ def test_add_and_remove(model, sources, tmp_path):
     refused("no adapter called 'read already'", pool.swap, "read already")
 
 
+def test_an_adapter_with_the_same_config_and_other_weights_is_not_the_one_in_the_model(model, sources, tmp_path):
+    save_adapter(model, tmp_path)
+    (second,) = (
+        each for each in model.state_dict() if each.endswith("layers.1.self_attn.q_proj.lora_B.default.weight")
+    )
+    with torch.no_grad():
+        model.get_parameter(second).add_(1)
+    assert pool_of(model, {"before": str(tmp_path)}).active is None
+    save_adapter(model, tmp_path)
+    assert pool_of(model, {"now": str(tmp_path)}).active == "now"
+
+
 def test_update(model, pool, sources):
     pool.swap("d")
     twice = Adapter.from_state_dict(times(2, sources["d"]), Adapter.load(sources["d"]).config)
