@@ -121,8 +121,7 @@ DAMAGE = {
         r"two different values for one tensor|without the prefix",
     ),
     "one dimension": (_set("lora_A", lambda each: torch.ones(6)), r"does not fit"),
-    # of a file without any, older safetensors says that it is damaged
-    "no tensors": (dict.clear, r"no tensors at all|can't be read"),
+    "no tensors": (dict.clear, r"no tensors at all"),
 }
 
 
@@ -139,6 +138,7 @@ def test_damaged_tensors_are_refused_before_any_write(model, new, damage):
 
 def test_nonfinite_weights_can_be_let_through(model, new):
     edit(new, with_tensors(_nan))
+    refused("NaN", Adapter.load, new)
     hotswap_adapter(model, new, "default", allow_nonfinite=True)
     assert model.get_submodule(Q).lora_A["default"].weight.isnan().sum() == 1
 

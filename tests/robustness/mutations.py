@@ -233,7 +233,8 @@ def with_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Mutatio
             tensors = safetensors.torch.load(path.read_bytes())
             change(tensors)
             copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-            path.write_bytes(safetensors.torch.save(copies, {"format": "pt"}))
+            # older safetensors reads no file that has metadata and no tensors
+            path.write_bytes(safetensors.torch.save(copies, {"format": "pt"} if copies else None))
         else:
             tensors = torch.load(folder / BIN, weights_only=True)
             change(tensors)
