@@ -105,6 +105,16 @@ def test_ci_runs_the_very_test_commands_of_readme_and_contributing():
     assert SCRIPT.count('eval "$(readme_command)"') == 2
 
 
+def test_the_files_that_commands_name_are_there():
+    """With xdist, pytest says only that it ran no tests where a file is missing."""
+    text = SCRIPT + CONTRIBUTING + "\n".join(map(str, map(commands, WORKFLOWS)))
+    named = re.findall(r"(?<!\S)`?((?:tests|notebooks)/[\w{*][^\s`]*)", text)
+    names = sorted({each for each in named if "$" not in each and "NAME" not in each})
+    assert len(names) > 30
+    done = subprocess.run(["bash", "-c", f"ls -d {' '.join(names)}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_ci_installs_every_floor():
     """``constraints`` in .ci/run pins what ``package`` installs; one of a package with extras is of no use to it."""
     extras = [each for name, extra in PROJECT["optional-dependencies"].items() if name != "ray" for each in extra]
