@@ -159,6 +159,30 @@ def test_conditions_on_sizes(tmp_path, which):
     assert bool(answers["refused"]) is (which != "none")
 
 
+@pytest.mark.parametrize("kind", [KINDS["conv"]], ids=["convolutions"])
+def test_layers_with_other_strides(tmp_path, kind):
+    model = prepared(kind, tmp_path)
+    ahead = bind(file_of(model, tmp_path, kwargs=dict(x=kind.inputs())), model)
+    (new,) = save_family(kind, tmp_path / "more", dict(r=8))
+    hotswap_adapter(model, new, "default")
+    x = kind.inputs()
+    torch.testing.assert_close(ahead(x), call(load(kind, new), x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.long
+def test_a_diffusion_model(tmp_path):
+    digits = pytest.importorskip("hotswap_lab.demo.digits")
+    pool = AdapterPool(
+        digits.load("bold"), adapters={name: digits.path(name) for name in digits.names()[:2]}, progress=False
+    )
+    given = dict(sample=digits.noise(4)[:2], timestep=torch.tensor(500))
+    ahead = aoti_load(aoti_compile(pool, tmp_path / "unet.pt2", kwargs=given, progress=False), pool)
+    for name in digits.names()[:2]:
+        pool.swap(name)
+        expected = digits.load(name)(**given).sample
+        torch.testing.assert_close(ahead(**given).sample, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
 class Pair(nn.Module):
     """Two inputs, of which one is twice as long as the other."""
 

@@ -25,6 +25,7 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     resolve_slot,
     save_adapter,
+    verify_hotswap,
 )
 
 LLAMA = KINDS["llama"]
@@ -170,6 +171,10 @@ def test_swaps(base, family, tmp_path, way):
     assert_equals_fresh_load(model, base.kind, str(tmp_path / "saved"), **base.arguments)
     with model.disable_adapter():
         assert torch.equal(call(model, base.kind.inputs()), call(base.kind.base(), base.kind.inputs()))
+    if not base.arguments:  # the oracle of the package loads as PEFT does by default
+        arguments = dict(inputs=base.kind.inputs(), base=base.kind.base, tolerance=1e-5)
+        for name in ("fewer", "first"):
+            assert bool(verify_hotswap(model, family[name], **arguments)) == (name == "fewer")
 
 
 def test_rows(base, family):

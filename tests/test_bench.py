@@ -58,7 +58,8 @@ def test_each_way_is_timed_for_each_rank_and_all_of_ours_are_right(tmp_path, cap
     ]
     lines = printed.splitlines()
     assert lines[0] == found["machine"]
-    assert f"{before + 1} thread" in lines[0]
+    assert all(word in lines[0] for word in ("cores", f"{before + 1} thread", "Python", "torch", "peft"))
+    assert lines[-1].startswith("waited for a core ")
     for row in rows:
         assert row.state == "right" or (row.way in PEFTS and row.state == "refused"), row
         (copy,) = (each.timing for each in rows if (each.part, each.way) == (row.part, MEMCPY))

@@ -11,6 +11,7 @@ from exercises import assert_is_svg_with_a_text_form
 from hotswap_lab import RecompileWatch, figures
 from hotswap_lab.figures import palette
 from hotswap_lab.figures.latency import MARKS, timeline
+from hotswap_lab.lessons.rows import timetable
 from hotswap_lab.watch import Call, Compilation
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -67,6 +68,10 @@ def test_the_timeline_marks_each_call_by_shape_and_by_colour_inside_of_the_pictu
     by_kind = {kind: [each for each in marks if each.get("class") == kind] for kind in MARKS}
     # the calls, and one each in the legend
     assert {kind: len(each) for kind, each in by_kind.items()} == {"call": 5 + 1, "compile": 2 + 1, "recompile": 1 + 1}
+    root = ElementTree.fromstring(figure.svg)
+    for x, y in (map(float, each.get("d")[1:].split()[:2]) for each in marks):
+        assert 0 <= x <= float(root.get("width"))
+        assert 0 <= y <= float(root.get("height"))
     # what follows the place where it is
     shapes = {(kind, each.get("d").partition(" m")[2]) for kind, marks in by_kind.items() for each in marks}
     assert len(shapes) == len({shape for _, shape in shapes}) == 3
@@ -79,3 +84,9 @@ def test_the_timeline_is_logarithmic():
     steps = [below - above for below, above in itertools.pairwise(heights)]
     assert steps == pytest.approx([steps[0]] * 3, abs=0.2)
     assert steps[0] > 0
+
+
+def test_a_timetable_cuts_no_name():
+    """Where there is no room for a request's adapter, its number stands alone."""
+    assert ">13 reverse<" in timetable([[(13, "reverse")], [(4, "shout")]], "Rows").svg
+    assert ">13<" in timetable([[(n, "sort")] for n in range(20)], "Rows").svg

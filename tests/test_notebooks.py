@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import itertools
 import re
+import runpy
 from pathlib import Path
 
 import nbformat
 import pytest
 from exercises import assert_is_svg
 
+from hotswap_lab import figures
 from hotswap_lab.figures.palette import OFF
 from hotswap_lab.widgets.view import WIDGET_MIME
 
@@ -98,3 +100,15 @@ def test_outputs_are_stored_and_clean(notebook):
             assert OFF not in svg or bytes.fromhex(OFF[1:]) in png
             if cell.source not in OTHER_PICTURES:
                 assert_is_svg(svg, output.data["text/plain"])
+
+
+def test_ignored_cells_have_a_structure():
+    """Numbers may differ, colors may not."""
+    structure = runpy.run_path(str(FOLDER / "conftest.py"))["structure"]
+
+    def of(base, *values):
+        figure = figures.bars("Times", dict(zip("abc", values, strict=False)), "ms", base=base)
+        return structure([{"data": {"image/svg+xml": figure.svg}}])
+
+    assert of({"c"}, 1, 2) == of({"c"}, 3.5, 200) != of({"a"}, 1, 2)
+    assert structure([{"data": {"text/html": "<b>1</b>"}}]) == ["b"]

@@ -64,6 +64,19 @@ def test_members_of_public_classes_have_docstrings(conf):
             assert not is_public or function.__doc__, f"{name}.{member}"
 
 
+def test_modules_that_users_are_told_of_have_a_page(conf):
+    told = README.read_text() + "".join(path.read_text() for path in NOTEBOOKS if path.stem.startswith("recipes"))
+    modules = set(re.findall(r"from hotswap_lab\.([\w.]+) import", told))
+    # for readers of the code, and for the chapters
+    assert {"serving", "widgets"} <= modules - {"core", "lessons"} <= {*conf.MODULES.split()}
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "a.html").write_text('<p id="here"><a href="b.html#there"><a href="#here"><a href="http://x">')
+    (tmp_path / "b.html").write_text('<a href="a.html#here"><a href="a.html#gone"><img src="c.png">')
+    assert load("check_links").broken(tmp_path) == ["a.html: b.html#there", "b.html: a.html#gone", "b.html: c.png"]
+
+
 # --- the part that is alive without a kernel
 
 

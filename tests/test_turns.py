@@ -40,7 +40,7 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.threads import bases_of, held, turns, turns_of
+from hotswap_lab.threads import bases_of, held, is_shared, turns, turns_of
 from hotswap_lab.threads.turns import Turn
 
 KIND = KINDS["linear"]
@@ -464,6 +464,8 @@ def test_an_adapter_is_removed_or_another_has_its_name(pool, folders, is_there):
 def test_a_file_is_written_over(model, folders):
     """What was read and checked is what is swapped in."""
     expected = outputs_of(folders["new"])
+    compute_inside(model, folders["old"])
+    assert not any(map(is_shared, bases_of(model)))  # then nothing would be copied
     with reading(model):
         swap = start(hotswap_adapter, model, folders["new"], "default")
         with open(f"{folders['new']}/adapter_model.safetensors", "r+b") as file:
@@ -709,6 +711,19 @@ def test_a_block_that_is_entered_and_left_in_threads_of_a_pool(pool):
         assert pool.active == "third"
         other.submit(second.__exit__, None, None, None).result(30)
     assert pool.active == "old"
+
+
+def test_a_swap_does_not_wait_for_a_block_that_its_own_thread_has_to_end(pool, monkeypatch):
+    """A dependency of FastAPI's is entered in a thread of the server's, which the swap would keep from ending it."""
+    monkeypatch.setattr(turns, "STREAM_LIMIT", MOMENT)
+    with ThreadPoolExecutor(1) as worker:
+        block = wrapped(pool, "new")
+        worker.submit(contextvars.copy_context().run, block.__enter__).result(30)
+        waiting = worker.submit(contextvars.copy_context().run, pool.swap, "third")
+        try:
+            assert isinstance(waiting.exception(20), ModelInUseError)
+        finally:
+            start(block.__exit__, None, None, None).result(30)
 
 
 def test_a_block_is_left_in_another_thread(pool, folders):

@@ -263,6 +263,8 @@ def test_other_precisions(tmp_path, new, dtype, autocast):
     hotswap_adapter(model, new, "default")
     verdict = verify_hotswap(model, new, inputs=KIND.inputs().to(dtype))
     assert (verdict.difference, verdict.mismatches) == (0, ())
+    fresh = load(kind, new, autocast_adapter_dtype=autocast)
+    assert [each.dtype for each in model.parameters()] == [each.dtype for each in fresh.parameters()]
     next(each for each in model.modules() if hasattr(each, "lora_A")).lora_A["default"].weight.data.mul_(2)
     assert "tensors differ" in verify_hotswap(model, new, inputs=KIND.inputs().to(dtype)).mismatches[0]
 

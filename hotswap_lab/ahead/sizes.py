@@ -58,8 +58,8 @@ class Sizes:
     Examples
     --------
     >>> sizes = Sizes({"s27": "x.shape[1]"}, ["s27 > 2", "Eq(Mod(s27, 4), 0)"])
-    >>> sizes.fit(8), sizes.fit(9), sizes.broken(9)
-    (True, False, 'Eq(Mod(x.shape[1], 4), 0)')
+    >>> sizes.fit(8), sizes.fit(9), sizes.broken(9), str(sizes)
+    (True, False, 'Eq(Mod(x.shape[1], 4), 0)', 'x.shape[1] > 2, Eq(Mod(x.shape[1], 4), 0)')
     """
 
     def __init__(self, symbols: Mapping[str, str], conditions: Sequence[str]):

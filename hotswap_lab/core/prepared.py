@@ -55,7 +55,7 @@ class ScalingTable(MutableMapping[str, Any]):
     >>> table = ScalingTable({"default": 2.0, "other": 1.0}, layer._buffers)
     >>> layer._buffers["hotswap_scaling_default"] = torch.tensor([[2.0]])
     >>> table["default"] = 0.5
-    >>> dict(table), layer.hotswap_scaling_default
+    >>> table, layer.hotswap_scaling_default
     ({'default': tensor(0.5000), 'other': 1.0}, tensor([[0.5000]]))
     """
 

@@ -140,8 +140,8 @@ def drawn(
 def split(path: str) -> tuple[str, str]:
     """A layer's block, and its path in the block.
 
-    >>> split("model.layers.0.self_attn.q_proj"), split("blocks.1.to_out.0")
-    (('model.layers.0', 'self_attn.q_proj'), ('blocks.1', 'to_out.0'))
+    >>> split("model.layers.0.self_attn.q_proj"), split("down.0.attn.1.to_out.0")
+    (('model.layers.0', 'self_attn.q_proj'), ('down.0.attn.1', 'to_out.0'))
     """
     block, column = re.fullmatch(r"((?:.*\.)?\d+(?=\.[^.]*[^.\d]))?\.?(.*)", path).groups()
     return block or "", column

@@ -55,6 +55,15 @@ def test_saving_beside_trained_tokens_of_another_adapter(tmp_path, mine):
     assert verify_hotswap(model, new, inputs=LLAMA.inputs(), base=LLAMA.base)
 
 
+def test_buffers_that_are_not_saved(tmp_path):
+    """Also on layers where another adapter was and this one was not."""
+    everywhere, _, few = CONFIGS["PSOFT"]
+    first, other, new = save_all(tmp_path, few, everywhere, everywhere)
+    model = _two(LLAMA, first, other)
+    hotswap_adapter(model, new, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+
+
 @pytest.mark.parametrize(("mine", "other", "new"), [(1, 1, 0), (0, 0, 1)])
 def test_layers_that_fail_without_the_active_adapter(tmp_path, mine, other, new):
     """LN tuning looks for the active adapter wherever any adapter is; after the swap one would be missing there."""

@@ -62,6 +62,10 @@ def _calls():
                 yield f"{path.name}:{node.lineno}", node.args[0].value, {each.arg for each in node.keywords}
 
 
+#: with PEFT's own wording
+LONG = {"target_rank_not_for_groups", "nothing_to_prepare", "target_rank_too_low"}
+
+
 def test_every_refusal_has_a_text_with_all_of_its_values_and_every_text_a_refusal():
     texts = list(_texts())
     assert len(dict(texts)) == len(texts), "two texts of one name"
@@ -70,6 +74,9 @@ def test_every_refusal_has_a_text_with_all_of_its_values_and_every_text_a_refusa
     for where, name, values in _calls():
         text = texts[name]
         assert list(text) == ["summary", "found", "expected", "next"], where
+        # the first line has the reason, in a hundred characters, and lists come after it
+        assert name in LONG or len(re.sub(r"\{[^}]*\}", "pig_latin", text["summary"])) <= 100, name
+        assert not {"{keys}", "{missing}"} & {*re.findall(r"\{\w+\}", text["summary"])}, name
         fields = {
             field.split(".")[0] for part in text.values() for _, field, _, _ in string.Formatter().parse(part) if field
         }

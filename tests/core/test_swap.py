@@ -34,7 +34,7 @@ from oracle import (
     observe,
     untouched,
 )
-from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
 from refusals import refused
 from torch import nn
 
@@ -266,6 +266,8 @@ def test_a_model_with_another_method_is_judged_by_the_named_adapter(tmp_path):
     model.set_adapter("lora")
     assert_same_outputs(model, load(LINEAR, new), LINEAR)
     refused("^Incompatible PEFT types found: LOHA and LORA", hotswap_adapter, model, new, "loha")
+    get_peft_model(LINEAR.base(), LoKrConfig(target_modules=["first"], r=2)).save_pretrained(lokr := tmp_path / "lokr")
+    refused("^Incompatible PEFT types found: LOHA and LOKR", hotswap_adapter, model, lokr, "loha", add_layers=True)
 
 
 NAMES = ["1", "11", "default", "default_0", "lora_A", "weight"]
@@ -346,6 +348,7 @@ def test_an_adapter_read_once_can_be_swapped_often(tmp_path):
     with pytest.raises(TypeError, match="already read"):
         hotswap_adapter(model, read, "default", revision="main")
     refused("config is missing", Adapter.from_state_dict, tensors, None)
+    assert repr(read) == f"<LORA from {new}: {len(read.tensors)} tensors, {read.nbytes:,} bytes>"
 
 
 def test_the_default_device_makes_no_difference(tmp_path):
@@ -452,6 +455,7 @@ def test_odd_entries_and_what_is_no_table(tmp_path):
     model, adapter, swap = load(LINEAR, folder), Adapter.load(folder), hotswap_adapter_from_state_dict
     for entry in ODD:
         refused("found:", swap, model, {**adapter.tensors, **entry}, "default", adapter.config)
+    refused(f"list under '{KEY}'", swap, model, {**adapter.tensors, KEY: [1.0]}, "default", adapter.config)
     for table in (None, 5, [], "weights", [("a", torch.ones(2))], torch.ones(2)):
         with untouched(model), pytest.raises((TypeError, ValueError)):
             swap(model, table, "default", adapter.config)

@@ -12,7 +12,7 @@ from train_digits import STYLES
 
 from hotswap_lab import hotswap_adapter
 from hotswap_lab.demo import digits
-from hotswap_lab.demo.digits import judge
+from hotswap_lab.demo.digits import data, judge
 
 NAMES = digits.names()
 #: pictures for each score: fewer than for the cards, for a test must not take long
@@ -47,6 +47,13 @@ def test_the_classifier_reads_digits_that_it_was_not_trained_on():
     least = {None: 0.98, **dict.fromkeys(STYLES, 0.98), "bold": 0.94}
     for style, share in least.items():
         assert judge.held_out_accuracy(*([STYLES[style]] if style else [])) > share, style
+
+
+def test_the_slant_is_that_of_the_ink_on_white_and_on_black_paper():
+    images, _ = data.read("classifier")
+    slant = judge.slant(images)
+    torch.testing.assert_close(judge.slant(1 - images), slant, atol=1e-5, rtol=0)
+    assert (judge.slant(data.slanted(images)) - slant).mean() == pytest.approx(0.4, abs=0.02)
 
 
 def test_pictures_of_another_size_are_refused():

@@ -273,6 +273,8 @@ def test_update(model, pool, sources):
         refused("NaN", pool.update, "d", times(float("nan"), sources["d"]))
     for tensor in given.values():
         tensor.zero_()  # the pool has only read them
+    pool.swap("a")
+    pool.swap("d")
     assert_is(model, sources["d"])
     assert pool.version("d") == 3
 

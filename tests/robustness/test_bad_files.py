@@ -68,6 +68,26 @@ def test_mutations_in_turn(laboratory, count, seed):
     assert outcomes.count("accepted") > count // 8, "a fuzzer that only ever sees refusals tests little"
 
 
+@pytest.mark.parametrize(
+    ("ours", "fresh", "problem"),
+    [
+        ({"outcome": "hung"}, {}, "hung"),
+        ({"outcome": "died"}, {}, "died"),
+        ({"outcome": "raised", "text": "KeyError: 1"}, {}, "KeyError"),
+        ({"outcome": "accepted"}, {"peft": "loads", "differs": "outputs"}, "differs"),
+        ({"outcome": "accepted"}, {"peft": "ValueError: x"}, "PEFT refuses it"),
+        ({"outcome": "refused", "text": "no"}, {"peft": "ValueError: x"}, "no found, expected and next"),
+        ({"outcome": "refused", "text": "x\n found: a\n expected: b\n next: c"}, {"peft": "loads"}, "PEFT loads it"),
+        ({"outcome": "accepted", "executed": True}, {"peft": "loads"}, "executed"),
+        ({"outcome": "accepted", "memory": 10**9}, {"peft": "loads"}, "bytes for files of"),
+        ({"outcome": "accepted", "touched": "x"}, {"peft": "loads"}, "changed"),
+    ],
+)
+def test_what_is_not_as_promised_is_noticed(ours, fresh, problem):
+    (found,) = Trial(Path(), "hotswap", [], ours, fresh, size=2000).problems
+    assert problem in found
+
+
 # ---- found by the long form: each of these was no HotswapError, or did worse
 
 
@@ -92,6 +112,8 @@ def test_good_folders(laboratory, seed, way):
         ("linear", with_config(auto_mapping={"base_model_class": "run", "parent_library": CANARY})),
         ("linear", with_config(base_model_name_or_path="/etc", revision="../../x")),
         ("PromptTuning", with_config(**TEXT, tokenizer_name_or_path="/dev/zero")),
+        # only the safetensors file is read
+        ("linear", as_bin(None, "pickle")),
         # RuntimeError, from looking for NaN in nothing
         ("IA3", with_tensors(lambda tensors: tensors.update({key: each.int() for key, each in tensors.items()}))),
     ],

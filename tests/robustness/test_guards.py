@@ -18,7 +18,11 @@ from hotswap_lab.beyond.guards import MemoryGuard, TooLargeError, memory_guard, 
 
 
 def test_large_ones_are_refused_and_many_small_ones_add_up():
-    for make in (torch.empty, torch.arange, lambda size: torch.nn.Linear(size, 1), torch.ones(4).repeat):
+    for make in (
+        *(torch.empty, torch.arange, lambda size: torch.nn.Linear(size, 1), torch.ones(4).repeat),
+        *(lambda _: torch.eye(10**6), torch.ones(1).new_zeros, lambda size: torch.full((size,), 1.0)),
+        torch.randn,
+    ):
         with MemoryGuard(1_000_000), pytest.raises(TooLargeError):
             make(10**12)
     with MemoryGuard(100_000), pytest.raises(TooLargeError):

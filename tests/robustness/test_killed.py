@@ -50,7 +50,7 @@ def test_killed_while_saving(models, expected, tmp_path, unit):
     def look(place: str) -> None:
         files = files_in(target)
         if None in files:  # a reader finds no adapter
-            (old,) = target.glob(f"{saving.PREFIX}*/old")
+            (old,) = target.glob(".hotswap-save-*/old")
             files = [kept or each for kept, each in zip(files_in(old), files, strict=True)]
         found.append(files)
 

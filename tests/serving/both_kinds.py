@@ -29,6 +29,7 @@ class BothKinds:
             assert "".join(each.choices[0].text for each in pieces) == alone(ADAPTERS.get(name), word)
             whole = client.completions.create(model=name, prompt=f"{word}>", echo=True)
             assert whole.choices[0].text == f"{word}>" + alone(ADAPTERS.get(name), word)
+            assert {each.model for each in [*pieces, whole]} == {name}
             assert {each.system_fingerprint for each in [*pieces, whole]} == {f"{name}@1" if name in NAMES else name}
         assert {whole.choices[0].finish_reason, pieces[-1].choices[0].finish_reason} == {"stop"}
         assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(word) + 1, len(word) + 1)

@@ -116,5 +116,7 @@ def logged():
     """The messages of the server's log, which chapter 09's quiet Ray turns off for the rest of the process."""
     logger, messages, handler = logging.getLogger("ray.serve"), [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    with mock.patch.multiple(logger, handlers=[handler], disabled=False, isEnabledFor=lambda level: True):
+    with mock.patch.multiple(
+        logger, handlers=[handler], disabled=False, isEnabledFor=lambda level: level >= logging.INFO
+    ):
         yield messages

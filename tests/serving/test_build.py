@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import runpy
 import shutil
 
 import pytest
@@ -10,7 +11,6 @@ from served import FAMILY, text_of
 
 from hotswap_lab import demo
 from hotswap_lab.serving import Options, Request, Table, Version, app
-from hotswap_lab.serving.__main__ import main as print_help
 from hotswap_lab.serving.arguments import NUMBERS, Arguments, load_replica
 
 TEXT = {"rows": "4", "compile": "true", "replicas": "4", "package": "folder", "timeout": 7, "token": 5}
@@ -85,7 +85,7 @@ def test_a_replica_without_adapters():
 
 
 def test_help_names_every_argument(capsys):
-    print_help()
+    runpy.run_module("hotswap_lab.serving", run_name="__main__")
     printed = capsys.readouterr().out
     assert [each for each in ("base", "adapters", "token", *NUMBERS, "package") if f"``{each}``" not in printed] == []
     assert "timeout=120" in printed

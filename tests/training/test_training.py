@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import shutil
 from pathlib import Path
 
 import fitting
 import measure_digits
+import measure_voices
 import pytest
 import torch
 import train_digits
@@ -143,3 +145,23 @@ def test_the_texts_are_in_the_voice_and_in_no_other(name):
     for other in voices.names():
         score = voices.score(other, [answer for _, answer in pairs])
         assert score == 1 if other == name else score <= 0.1, other
+
+
+def test_every_pair_comes_once_before_any_comes_again():
+    pairs = [(str(number), "") for number in range(10)]
+    first, again = ([*itertools.islice(train_voices.batches(pairs, seed=0), 5)] for _ in range(2))
+    chosen = [pair for batch in first for pair in batch]
+    assert sorted(chosen[:10]) == sorted(chosen[10:]) == sorted(pairs)
+    assert first == again
+
+
+@pytest.mark.long
+def test_the_table_of_voices_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(measure_voices, "QUESTIONS", voices.QUESTIONS[::8])
+    try:
+        measure_voices.main(["socratic", "--show", "1", "--threads", "1"])
+    except HotswapError as error:
+        pytest.skip(str(error))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["socratic", "100.0%", "0.0%"]
+    assert voices.score("socratic", ["\n".join(lines[5:]).strip()]) == 1

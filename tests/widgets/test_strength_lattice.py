@@ -150,6 +150,9 @@ def test_clicks_and_answers_which_are_those_of_a_fresh_load(kind):
     assert lattice.choose("pig_latin", 1) == "otswaphay"
     hotswap_adapter(lattice.model, demo.adapter_path("reverse"), "default")
     assert (lattice.cell[0], marked(lattice)) == (None, [])
+    lattice.generate = lambda word: f"<i>\n{word}" * 9
+    lattice.run()
+    assert "<i> hotswap<i> hotswap<…" in str(lattice)
 
 
 def test_a_click_while_it_fills_comes_next():

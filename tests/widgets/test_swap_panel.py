@@ -241,6 +241,12 @@ def test_the_pool_may_grow_and_a_prompt_be_impossible(panel):
     panel.run_on_swap = False
     click(panel, "shout")
     assert (panel.active, panel.answer.label) == ("shout", "again")
+    panel = panel_with(str, "sort", run_on_swap=False)
+    click(panel, "sort")
+    assert (panel.active, panel.answer) == ("sort", None)
+    panel.swaps.extend(number / 1000 for number in range(30))
+    assert "swap 29 ms, median of 20: 19.5 ms" in live(panel)._status.value
+    assert panel._status.value.count("<circle") == 20
 
 
 def test_the_map_follows(panel, monkeypatch):
