@@ -40,7 +40,7 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.threads import bases_of, held, is_shared, turns, turns_of
+from hotswap_lab.threads import bases_of, held, in_use_now, is_shared, turns, turns_of
 from hotswap_lab.threads.turns import Turn
 
 KIND = KINDS["linear"]
@@ -429,6 +429,16 @@ def test_models_can_still_be_copied_and_are_forgotten(model, folders):
     (turn,) = turns_of(bases_of(model))
     assert len(turn.threads) < 25  # threads that are gone leave their numbers to others
     assert not {*turn.open, *turn.queue}
+
+
+def test_what_must_not_wait_is_let_in_where_its_own_thread_computes(model, folders):
+    """As a panel's refresh; the swap waits for that thread, and so would the refresh for the swap."""
+    for block, is_let_in in ((in_use, True), (reading, False)):
+        with block(model):
+            swap = start(hotswap_adapter, model, folders["new"], "default")
+            with in_use_now(model) as is_mine:
+                assert (is_mine, swap.done()) == (is_let_in, False)
+        swap.result(30)
 
 
 # ---- what changes while a swap waits
