@@ -175,6 +175,10 @@ def test_swaps(base, family, tmp_path, way):
         arguments = dict(inputs=base.kind.inputs(), base=base.kind.base, tolerance=1e-5)
         for name in ("fewer", "first"):
             assert bool(verify_hotswap(model, family[name], **arguments)) == (name == "fewer")
+        parts = (each.scale for each in model.parameters() if hasattr(each, "__tensor_flatten__"))
+        if (scale := next(parts, None)) is not None:  # one of the parts of a quantized weight
+            scale.mul_(2)
+            assert "tensors differ" in str(verify_hotswap(model, family["fewer"], **arguments))
 
 
 def test_rows(base, family):
