@@ -502,6 +502,29 @@ def test_adding_to_a_pool_holds_nobody_up(model, folders, monkeypatch):
     assert pool.names == ["old", "new"]
 
 
+def test_reading_an_adapter_again_holds_nobody_up(model, folders, monkeypatch):
+    """One that a pool had dropped."""
+    whole = AdapterPool(model, adapters=folders, target_rank=8, progress=False).nbytes
+    pool = AdapterPool(model, adapters=folders, target_rank=8, max_bytes=0.7 * whole, progress=False)
+    dropped, *_ = (row[0] for row in pool.table if row[4] == "in its files")
+    go_on, read = threading.Event(), Adapter.load
+    monkeypatch.setattr(Adapter, "load", lambda *given, **named: go_on.wait(30) and read(*given, **named))
+    swap = start(pool.swap, dropped)
+    start(enter, model).result(10)
+    assert not swap.done()
+    go_on.set()
+    swap.result(30)
+    assert computes(model, folders[dropped])
+
+
+def test_a_decorated_function_is_a_block_each_time(pool, folders):
+    @pool.using("new")
+    def answer() -> bool:
+        return computes(pool.model, folders["new"])
+
+    assert [answer(), answer(), pool.active] == [True, True, "old"]
+
+
 # ---- tasks of an event loop
 
 #: what another task of the thread must not do while one is inside of ``using``

@@ -209,6 +209,7 @@ def test_from_any_state_of_the_model(tmp_path, start, new):
             assert all(module.training for module in each.modules())
             each.eval()
     assert_equals(model, fresh, LINEAR, margin=given.margin)
+    assert {*fresh.base_model.targeted_module_names} <= {*model.base_model.targeted_module_names}
     if not given.margin:
         for each in (model, fresh):
             each.base_model.enable_adapter_layers()

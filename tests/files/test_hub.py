@@ -111,6 +111,8 @@ def test_repository_revision_subfolder_token_cache_and_endpoint(hub, swaps_in, t
     swaps_in("third", subfolder="inner")
     swaps_in("secret", "team/secret", token="hf_right", cache_dir=cache)
     swaps_in("secret", "team/secret", use_auth_token="hf_right")
+    right = {"Authorization": "Bearer hf_right"}
+    swaps_in("secret", "team/secret", token=False, headers=right, cache_dir=tmp_path / "again")
     swaps_in("second", revision=hub.commit("team/adapter", "v2"))
     nobody = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "ENDPOINT", nobody)
@@ -119,7 +121,7 @@ def test_repository_revision_subfolder_token_cache_and_endpoint(hub, swaps_in, t
     swaps_in("new", endpoint=hub.url, cache_dir=tmp_path / "another")
     assert list(cache.glob(f"models--team--secret/snapshots/*/{WEIGHTS}"))
     # each file once, and nothing else of the repository
-    assert downloads(hub) == sorted(6 * BOTH)
+    assert downloads(hub) == sorted(7 * BOTH)
 
 
 def test_what_is_not_there_or_not_allowed_is_refused(hub, model, folders):
