@@ -48,6 +48,16 @@ def test_every_strength(model, tmp_path, strength):
         assert torch.equal(call(model, LINEAR.inputs()), call(LINEAR.base(), LINEAR.inputs()))
 
 
+def test_it_is_as_exact_as_a_float(model):
+    """Also in a prepared model whose parameters were moved out of their room."""
+    scaling = model.base_model.model.first.scaling
+    full = float(scaling["default"])
+    for _ in range(2):
+        set_strength(model, 0.3)
+        assert float(scaling["default"]) == 0.3 * full
+        model.double().float()
+
+
 def test_a_swap_ends_it_and_saving_ignores_it(model, tmp_path):
     """Layers that are off have none."""
     set_strength(model, 0.5)
