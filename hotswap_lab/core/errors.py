@@ -122,8 +122,8 @@ def advise(error: HotswapError, texts: Mapping[str, str]) -> HotswapError:
 def listing(names: Iterable[object], limit: int = 5) -> str:
     """The first few of many names, and how many more there are.
 
-    >>> listing(["a", "b", "c"], limit=2)
-    'a, b and 1 more'
+    >>> listing(["a", "b", "c"], limit=2), listing(["a", "b"], limit=2)
+    ('a, b and 1 more', 'a, b')
     """
     names = list(names)
     shown = ", ".join(map(str, names[:limit]))

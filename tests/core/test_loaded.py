@@ -69,7 +69,7 @@ def test_a_swap_says_what_it_put_in(way, tmp_path):
     assert (now.source, now.sha256) == (source, HASHES.get(source))
     assert now.member == ("sort" if way == "pool" else None)
     assert json.loads(json.dumps(now.as_dict()))["when"][:19] == f"{now.when:%Y-%m-%dT%H:%M:%S}"
-    assert f"{source}, since {now.when:%Y-%m-%d %H:%M:%S}" in repr(loaded(SimpleNamespace(unet=model)))
+    assert f"strength 1, from {source}, since {now.when:%Y-%m-%d %H:%M:%S}" in repr(loaded(SimpleNamespace(unet=model)))
     assert source in loaded(model)._repr_html_()
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert (the(again).source, the(again).when) == (source, now.when)
