@@ -108,7 +108,7 @@ def test_ci_runs_the_very_test_commands_of_readme_and_contributing():
 def test_the_files_that_commands_name_are_there():
     """With xdist, pytest says only that it ran no tests where a file is missing."""
     text = "\n".join([SCRIPT, CONTRIBUTING, *(command for name in WORKFLOWS for command in commands(name))])
-    named = re.findall(r"(?<!\S)`?((?:tests|notebooks)/[\w{*][^\s`]*)", text)
+    named = re.findall(r"(?<![\w./])((?:tests|notebooks)/[\w{*][^\s`)]*)", text)
     names = sorted({each for each in named if "$" not in each and "NAME" not in each})
     assert len(names) > 30
     done = subprocess.run(["bash", "-c", f"ls -d {' '.join(names)}"], cwd=ROOT, capture_output=True, text=True)

@@ -84,6 +84,11 @@ def start(function: Callable, *arguments: object) -> Future:
     return done
 
 
+def in_a_worker(workers: ThreadPoolExecutor, function: Callable, *arguments: object) -> Future:
+    """As Starlette runs what is not ``async``: in any of its threads, in a copy of the context."""
+    return workers.submit(contextvars.copy_context().run, function, *arguments)
+
+
 @contextlib.contextmanager
 def reading(model: object) -> Iterator[threading.Event]:
     """A thread is inside ``in_use`` until the event that this gives is set, or the block is left."""
@@ -728,14 +733,10 @@ def test_two_generators_in_one_thread(pool, folders):
 
 def test_a_block_that_is_entered_and_left_in_threads_of_a_pool(pool):
     """As FastAPI does with a dependency that yields: the thread may get another request before the block ends."""
-
-    def in_a_worker(function: Callable, *arguments: object) -> object:
-        return worker.submit(contextvars.copy_context().run, function, *arguments)
-
     with ThreadPoolExecutor(1) as worker, ThreadPoolExecutor(1) as other:
         first, second = wrapped(pool, "new"), wrapped(pool, "third")
-        in_a_worker(first.__enter__).result(30)
-        entering = in_a_worker(second.__enter__)
+        in_a_worker(worker, first.__enter__).result(30)
+        entering = in_a_worker(worker, second.__enter__)
         time.sleep(MOMENT)
         assert not entering.done()
         assert pool.active == "new"
@@ -751,8 +752,8 @@ def test_a_swap_does_not_wait_for_a_block_that_its_own_thread_has_to_end(pool, m
     monkeypatch.setattr(turns, "STREAM_LIMIT", MOMENT)
     with ThreadPoolExecutor(1) as worker:
         block = wrapped(pool, "new")
-        worker.submit(contextvars.copy_context().run, block.__enter__).result(30)
-        waiting = worker.submit(contextvars.copy_context().run, pool.swap, "third")
+        in_a_worker(worker, block.__enter__).result(30)
+        waiting = in_a_worker(worker, pool.swap, "third")
         try:
             assert isinstance(waiting.exception(20), ModelInUseError)
         finally:
@@ -1014,9 +1015,6 @@ def test_forty_one_clients_and_forty_threads(pool, monkeypatch, way):
     """One client's stream needs a thread to go on, and the others wait in all of them: these are refused in time."""
     monkeypatch.setattr(turns, "STREAM_LIMIT", 3 * MOMENT)
 
-    def in_a_worker(function: Callable, *arguments: object) -> Future:
-        return workers.submit(contextvars.copy_context().run, function, *arguments)
-
     def computing() -> Iterator[bool]:
         with in_use(pool):
             yield True
@@ -1024,13 +1022,13 @@ def test_forty_one_clients_and_forty_threads(pool, monkeypatch, way):
 
     with ThreadPoolExecutor(40) as workers:
         steps = stream(pool, "new") if way == "stream" else computing()
-        assert in_a_worker(next, steps).result(30)
-        waiting = [in_a_worker(pool.swap, "third") for _ in range(40)]
+        assert in_a_worker(workers, next, steps).result(30)
+        waiting = [in_a_worker(workers, pool.swap, "third") for _ in range(40)]
         time.sleep(MOMENT)
-        step = in_a_worker(next, steps)
+        step = in_a_worker(workers, next, steps)
         assert not step.done()
         step.result(30)
-        assert in_a_worker(list, steps).result(30) == [True] * (way == "stream")
+        assert in_a_worker(workers, list, steps).result(30) == [True] * (way == "stream")
         errors = [each.exception(30) for each in waiting]
     assert {type(each) for each in errors} <= {ModelInUseError, type(None)}
     assert any(errors)

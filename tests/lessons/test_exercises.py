@@ -103,6 +103,7 @@ WRONG = {
     "10 unreached": [
         ("sorted([*in_code, *elsewhere])", "sorted(in_code)"),
         ("swapped[name].data_ptr() != bound[name].data_ptr()", "swapped[name] is not bound[name]"),
+        ("sorted([*in_code, *elsewhere])", "sorted([*in_code, *elsewhere])[::-1]"),
         ("sorted([*in_code, *elsewhere])", "[each for each in swapped if each in {*in_code, *elsewhere}]"),
     ],
     "11 two_tricks": [
