@@ -392,6 +392,7 @@ def test_what_vllms_clients_call(served, api):
 def test_health(api):
     answer = sent(openai_api(Fake(), "demo"), "/healthz")
     assert (answer.status_code, answer.json()) == (503, {"status": "starting", "replicas": []})
+    asked(api, prompt="hotswap>")
     first, second = sent(api, "/healthz").json()["replicas"]
     assert first["requests"] > 0 == second["requests"]
     assert {f"{name}@1" for name in FAMILY} <= set(second["held"])
