@@ -18,13 +18,14 @@ import torch
 from peft import PeftConfig
 
 from .beyond.configs import changes_while_computing
-from .beyond.passes import METHODS, make_plan
+from .beyond.passes import METHODS, PASSES
 from .core.adapter import Adapter
 from .core.change import apply
 from .core.errors import HotswapError, refusal
 from .core.host import Config, Host, carriers, find_host, hosts_in, name_in
 from .core.loaded import LoadedList, loaded_of, tell
 from .core.plan import Plan
+from .core.planner import make_plan
 from .core.prepare import as_list, changes_to_prepare, check_not_compiled, raise_ranks, slots_to_prepare
 from .core.slot import Slot, slot_for, slot_in
 from .core.strength import change_strength, strength_of
@@ -109,7 +110,7 @@ def hotswap_adapter(
         adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
         with held(host.base):
             slot = slot_for(METHODS, host, adapter_name)
-            carry_out([make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights)])
+            carry_out([make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, base_weights=base_weights)])
 
 
 def hotswap_adapter_from_state_dict(
@@ -168,7 +169,7 @@ def hotswap_adapter_from_state_dict(
         with held(host.base):
             slot = slot_for(METHODS, host, adapter_name)
             how: dict[str, Any] = dict(check_targets=False, base_weights=base_weights)
-            carry_out([make_plan(slot, adapter, add_layers=add_layers, **how)])
+            carry_out([make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, **how)])
 
 
 def plan_hotswap(
@@ -216,7 +217,7 @@ def plan_hotswap(
     adapter = _read(host, model_name_or_path, torch_device, kwargs)
     with held(host.base) if any(map(changes_while_computing, host.configs.values())) else contextlib.nullcontext():
         slot = slot_for(METHODS, host, adapter_name)
-        return make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights).kept()
+        return make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, base_weights=base_weights).kept()
 
 
 def _read(
@@ -273,9 +274,8 @@ def commit(*plans: Plan) -> None:
 def _decided_again(plan: Plan) -> Plan:
     name = plan.slot.adapter_name
     slot = slot_for(METHODS, find_host(plan.slot.host.root, name), name)
-    now = make_plan(
-        slot, plan.adapter, add_layers=plan.add_layers, check_targets=plan.check_targets, base_weights=plan.base_weights
-    )
+    how: dict[str, Any] = {each: getattr(plan, each) for each in ("add_layers", "check_targets", "base_weights")}
+    now = make_plan(slot, plan.adapter, passes=PASSES, **how)
     if plan.told not in (None, now.answer):
         changed = refusal("model_changed_since_plan", adapter_name=name, verdict=now.verdict)
         raise HotswapError(changed, *now.refusals)

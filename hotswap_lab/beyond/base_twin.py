@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 import torch
 
 from ..core.compiled import unwrap_compiled
+from ..core.state_dict_hooks import forget_hooks
 from ..core.wrappers import peel
-from ..files.state_dicts import forget_hooks
 
 #: the ``id()`` of a module, tensor or table, of the live model and of the fresh load (whose base model is a twin)
 LiveId: TypeAlias = int

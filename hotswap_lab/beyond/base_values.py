@@ -7,7 +7,6 @@ caller must pass them.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -23,7 +22,7 @@ from ..core.plan import Action, Plan
 from ..core.planner import only_for
 from ..core.slot import Slot, has_been_swapped
 from ..core.tensors import have_same_values
-from ..core.wrappers import EMBEDDINGS, has_adapter
+from ..core.wrappers import embeddings_of, has_adapter
 
 #: attribute of a base model: for each adapter, the originals of the weights that it overwrote, by weight name
 ORIGINALS = "hotswap_base_values"
@@ -117,16 +116,6 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
     if lost := sorted(unknown - new.keys()):
         plan.refuse("base_weights_lost", count=len(lost), lost=listing(lost, 3))
     return change
-
-
-def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
-    """The input and output embeddings of a transformers model."""
-    found = []
-    for name in EMBEDDINGS:
-        # not every model has these
-        with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
-            found.append(getattr(base, name)())
-    return found
 
 
 def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:

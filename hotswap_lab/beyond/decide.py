@@ -31,7 +31,6 @@ from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
 from .general import General
-from .lora import is_special
 from .shards import check_parallel_training, holds_shards
 from .targets import Targets, find_targets, keep_targets, targets_of
 
@@ -65,7 +64,7 @@ def _needs_more(slot: Slot, config: PeftConfig) -> bool:
     if heads and any(path.endswith(heads) for path, _ in slot.walk):
         return True
     # a special layer is always an obstacle, so the others need not be checked
-    return any(is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
+    return any(slot.method.is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
 
 
 def changes_form(plan: Plan) -> bool:

@@ -1,4 +1,4 @@
-"""Everything in LoRA besides plain A and B: grouped convolutions, DoRA's magnitudes, biases, tensors to refuse."""
+"""Everything in LoRA besides plain A and B: grouped convolutions, DoRA's magnitudes, biases."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 
 from ..core.errors import Refusal, listing, refusal
 from ..core.host import Config, TunerLayer, modules_in
 from ..core.journal import Journal
-from ..core.lora import Lora
+from ..core.lora_method import Lora
 from ..core.slot import Slot
-from ..core.tensors import ROOM_ATTRIBUTE, SlotTensor
-from ..files.state_dicts import look_after
+from ..core.state_dict_hooks import look_after
+from ..core.tensors import SlotTensor
 from . import configs
 from .base_values import follow_config, kept_originals
 from .shards import spread
@@ -103,52 +102,6 @@ def forget_norms(slot: Slot, config: Config, journal: Journal) -> None:
             journal.remove(cache, *cache)
 
 
-# ---- layers that can't be written to
-
-#: variants whose tensors this module handles
-KNOWN_VARIANTS = type(None), DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
-
-
-def is_special(layer: TunerLayer, adapter_name: str) -> bool:
-    """Whether a layer of LoRA has state that this module doesn't handle."""
-    is_known = isinstance(layer.lora_variant.get(adapter_name), KNOWN_VARIANTS)
-    is_known = is_known or adapter_name in layer.__dict__.get(ROOM_ATTRIBUTE, ())
-    return isinstance(layer, (MultiheadAttention, ParamWrapper)) or not is_known
-
-
-def _obstacle(layer: TunerLayer, adapter_name: str, tensors: Sequence[SlotTensor]) -> str | None:
-    """The reason why this layer of LoRA can't be written to, or None."""
-    if is_special(layer, adapter_name):
-        return f"a {type(layer.lora_variant.get(adapter_name, layer)).__name__}"
-    if not tensors:
-        return "a lora_A and a lora_B that are no parameters, as FullyShardedDataParallel (FSDP1) leaves them"
-    for tensor in tensors:
-        parameter = tensor.owner._parameters.get(tensor.name)
-        if parameter is None:
-            return f"a parametrized or replaced {tensor.named_key}"
-        if parameter.is_meta:
-            if hasattr(tensor.owner, "_hf_hook"):
-                # the weight is in the hook's own store; a write to it there would not be noticed
-                return (
-                    f"a {tensor.named_key} that accelerate keeps elsewhere between calls: swap after "
-                    "accelerate.hooks.remove_hook_from_submodules(model), then offload the model again"
-                )
-            return f"a {tensor.named_key} without data (on the meta device)"
-        if tensor.is_shard and (reason := tensor.obstacle()):
-            return f"a {tensor.named_key} {reason}"
-        plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
-        if not plain and not tensor.is_shard:
-            return f"a {tensor.named_key} of type {type(parameter.data).__name__}"
-        if not parameter.is_contiguous() and _repeats_values(tensor.memory):
-            return f"an expanded {tensor.named_key}, whose values share memory"
-    return None
-
-
-def _repeats_values(tensor: torch.Tensor) -> bool:
-    """Whether several elements share memory, as in an expanded tensor."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 # ---- the method
 
 
@@ -169,8 +122,10 @@ def not_scaled(slot: Slot) -> str | None:
 class FullLora(Lora):
     """LoRA with everything that PEFT's configs can ask for."""
 
-    obstacle: ClassVar[Callable[..., Any]] = staticmethod(_obstacle)
+    #: variants whose tensors this module handles
+    variants = type(None), DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
     judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
+    unknown: ClassVar[Callable[..., Any]] = staticmethod(configs.unknown)
     extra_state: ClassVar[Callable[..., Any]] = staticmethod(configs.extra_state)
     follow: ClassVar[Callable[..., Any]] = staticmethod(follow)
     not_scaled: ClassVar[Callable[..., Any]] = staticmethod(not_scaled)

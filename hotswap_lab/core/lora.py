@@ -1,7 +1,6 @@
-"""LoRA: the tensors and scalars of a layer, and what a config says about them.
+"""LoRA as PEFT loads it: the layers that a config targets, and what is set on them.
 
-Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` for the rank and alpha of a layer,
-``LoraLayer.update_layer`` for everything that is set on it.
+Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` and ``LoraLayer.update_layer``.
 """
 
 from __future__ import annotations
@@ -9,55 +8,18 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Collection
-from typing import Any
 
 import torch
-from peft import PeftType
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, MIN_TARGET_MODULES_FOR_OPTIMIZATION
-from peft.utils.other import get_pattern_key
 
 from .. import compat
 from .adapter import ORIGIN, WHEN
 from .host import Config, Host, TunerLayer, modules_in
 from .journal import Journal
-from .method import Method
-from .tensors import LayerSettings, SlotTensor, is_prepared
-
-
-class Lora(Method):
-    """LoRA on plain layers."""
-
-    def takes(self, config: Config) -> bool:
-        return config.peft_type == PeftType.LORA
-
-    def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
-        """The tensors of one adapter on one layer, A before B.
-
-        Shapes, with rank r: Linear and GPT-2's Conv1D ``(r, in)`` and ``(out, r)``; Embedding ``(r, vocabulary)``
-        and ``(dimension, r)``; convolutions ``(r, in, *kernel)`` and ``(out, r / groups, 1, ...)``.
-        """
-        if not isinstance(layer, LoraLayer):
-            return None
-        # attribute access on a module is slow
-        tables: dict[str, Any] = layer._modules
-        tensors: list[SlotTensor] = []
-        if adapter_name in tables["lora_embedding_A"]:
-            for axis, table in enumerate(("lora_embedding_A", "lora_embedding_B")):
-                tensors.append(SlotTensor(table, f"{table}.{adapter_name}", tables[table], adapter_name, axis))
-        elif adapter_name not in tables["lora_A"]:
-            return None
-        for axis, table in enumerate(("lora_A", "lora_B")) if adapter_name in tables["lora_A"] else ():
-            owner = tables[table][adapter_name]
-            size = f"{'in' if axis else 'out'}_{'channels' if 'kernel_size' in owner.__dict__ else 'features'}"
-            for name, parameter in owner._parameters.items():
-                if parameter is not None:
-                    key, named_key, is_weight = f"{table}.{name}", f"{table}.{adapter_name}.{name}", name == "weight"
-                    along, repeated = (axis, size) if is_weight else (None, None)
-                    tensors.append(SlotTensor(key, named_key, owner, name, along, repeated))
-        return tensors
+from .settings import LayerSettings
+from .tensors import is_prepared
 
 
 class EvalFreeDropout(torch.nn.Dropout):
@@ -69,28 +31,6 @@ class EvalFreeDropout(torch.nn.Dropout):
 
 #: the mark of a config that a swap put into a model; its value belongs to ``beyond``, see ``base_values``
 NOTED = "_hotswap_lost"
-
-
-def settings_for(config: Config, path: str) -> LayerSettings:
-    """The scalars that a fresh load gives to the layer at ``path``, patterns included."""
-    rank_key = get_pattern_key(config.rank_pattern.keys(), path)
-    alpha_key = get_pattern_key(config.alpha_pattern.keys(), path)
-    return LayerSettings(
-        rank=config.rank_pattern.get(rank_key, config.r),
-        alpha=config.alpha_pattern.get(alpha_key, config.lora_alpha),
-        use_rslora=config.use_rslora,
-        dropout=config.lora_dropout,
-    )
-
-
-def settings_of(layer: TunerLayer, adapter_name: str) -> LayerSettings:
-    """The current scalars of an adapter on a layer."""
-    return LayerSettings(
-        rank=layer.r[adapter_name],
-        alpha=layer.lora_alpha[adapter_name],
-        use_rslora=layer.use_rslora.get(adapter_name, False),
-        dropout=getattr(layer.lora_dropout[adapter_name], "p", 0.0),
-    )
 
 
 def fingerprint(config: Config) -> bytes | None:
@@ -153,10 +93,6 @@ def retarget(config: Config, paths: Collection[str], base: torch.nn.Module) -> N
     ends = tuple([f".{path}" for path in paths])
     if any(path.endswith(ends) for path, _ in modules_in(base) if path not in config.target_modules):
         config.target_modules = "|".join(map(re.escape, sorted(paths)))
-
-
-#: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
-SCALAR_TABLES = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
 
 
 def changes_constants(layer: TunerLayer, adapter_name: str, settings: LayerSettings) -> bool:

@@ -21,6 +21,9 @@ class Method:
     #: make room for (or None), and the family of adapters
     prepare_in_place: ClassVar[Callable[..., tuple[Change, list[Refusal]]] | None] = None
 
+    #: whether its update of a weight is B @ A, so that a layer is off if A and B are zero
+    is_lora: ClassVar[bool] = False
+
     def takes(self, config: Config) -> bool:
         """Whether adapters with this config use this method."""
         return True
@@ -43,6 +46,10 @@ class Method:
 
         With ``loaded``, these include why it can't share a compiled graph with an adapter of that config.
         """
+        return ()
+
+    def unknown(self, config: Config) -> Sequence[str]:
+        """The fields of a config that this method doesn't know, as those that a later PEFT brings."""
         return ()
 
     def extra_state(self, config: Config) -> Sequence[str]:

@@ -25,9 +25,10 @@ from .host import Config
 from .journal import Journal
 from .prepared import mark, ranks_before, write_settings
 from .report import html_table, readable_bytes
+from .settings import LayerSettings
 from .shadow import attach
 from .slot import Slot, SlotLayer, change_of, room_left_by
-from .tensors import PREPARED_ATTRIBUTE, LayerSettings, is_prepared
+from .tensors import PREPARED_ATTRIBUTE, is_prepared
 
 
 class Action(enum.Enum):

@@ -6,21 +6,26 @@ Reasons against a swap are collected up to the next :func:`stop_if_refused`, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
 from operator import attrgetter
+from typing import Any
 
 import torch
 
 from . import lora
 from .adapter import Adapter
-from .compiled import blind_spot
+from .compiled import blind_spot, compiled_in
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
-from .plan import Action, LayerPlan, Plan
+from .lora_method import Lora
+from .method import Method
+from .plan import Action, LayerPlan, Plan, change_layer_by_layer
+from .settings import settings_for
 from .shadow import adaptable, build_shadow_layers
 from .slot import Expected, Slot, SlotLayer, copy_of, expected_of, own_keys_of
 from .tensors import SlotTensor, are_interchangeable
+from .wrappers import embeddings_of
 
 #: gets an unfinished plan. Adds to it and returns None, or returns another plan to go on with
 Pass = Callable[[Plan], Plan | None]
@@ -32,8 +37,8 @@ def only_for(applies: Callable[[Slot, bool], bool]) -> Callable[[Pass], Pass]:
     Its second argument is whether this process is one of several, which may change.
     """
 
-    def marked(of_plan: Pass) -> Pass:
-        vars(of_plan)["only_for"] = applies
+    def marked(of_plan: Any) -> Pass:
+        of_plan.only_for = applies
         return of_plan
 
     return marked
@@ -85,6 +90,16 @@ def check_slot(plan: Plan) -> None:
         plan.refuse("layer_not_plain", path=layer.path, reason=reason)
     if plan.check_targets and plan.config.target_modules is None:
         plan.refuse("no_target_modules")
+
+
+def check_that_it_is_plain(plan: Plan) -> None:
+    """Refuse layers of which plain LoRA doesn't know enough: PEFT saves the base weights of embeddings with them."""
+    embeddings = embeddings_of(plan.slot.host.base)
+    for layer in plan.slot.layers:
+        if layer.module in embeddings:
+            plan.refuse("more_than_core", role="loaded", fields=f"{layer.path}, an embedding")
+        if getattr(layer.module.get_base_layer(), "groups", 1) > 1:
+            plan.refuse("more_than_core", role="loaded", fields=f"{layer.path}, a convolution in groups")
 
 
 # ---- layer by layer
@@ -193,7 +208,7 @@ def plan_leftovers(plan: Plan) -> None:
 def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
     slot = plan.slot
     try:
-        ranks = {path: lora.settings_for(plan.config, path).rank for path in paths}
+        ranks = {path: settings_for(plan.config, path).rank for path in paths}
         shadows = build_shadow_layers(slot, plan.config, ranks)
     except HotswapError as error:
         plan.refusals += error.refusals
@@ -241,3 +256,61 @@ def check_that_it_does_something(plan: Plan) -> None:
     if not plan.refusals and plan.adapter.tensors and not any(map(attrgetter("settings"), plan.layers)):
         keys, paths = map(repr, plan.adapter.tensors), [repr(layer.path) for layer in plan.slot.layers]
         plan.refuse("nothing_for_any_layer", keys=listing(keys, 2), paths=listing(paths, 2))
+
+
+# ---- all of it
+
+#: the methods of models whose adapters are plain LoRA
+LORA: tuple[Method, ...] = (Lora(),)
+#: the passes that decide a swap of plain LoRA, in the order in which they run
+LORA_PASSES: tuple[Pass, ...] = (
+    check_configs,
+    stop_if_refused,
+    complete_config,
+    check_slot,
+    check_that_it_is_plain,
+    stop_if_refused,
+    plan_layers,
+    plan_leftovers,
+    check_capacity,
+    check_compiled,
+    retarget_config,
+    check_that_it_does_something,
+)
+
+
+def make_plan(
+    slot: Slot,
+    adapter: Adapter,
+    *,
+    passes: Iterable[Pass],
+    add_layers: bool = False,
+    check_targets: bool = True,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
+) -> Plan:
+    """Decide a swap. Reads the slot and the adapter, writes nothing, raises nothing: see ``Plan.refusals``.
+
+    Parameters
+    ----------
+    slot, adapter:
+        The place of the loaded adapter, and the adapter to put there. One without tensors turns off every layer.
+    passes:
+        The steps that decide it, in this order: those of the methods that the slot was found with, such as
+        :data:`LORA_PASSES`, or all of :mod:`hotswap_lab.beyond.passes`.
+    add_layers:
+        Whether layers that the slot lacks are added (not possible in a compiled model) rather than refused.
+    check_targets:
+        Whether the adapter's config must name the layers that its tensors belong to, as a fresh load demands.
+    base_weights:
+        Original values of base weights that the loaded adapter has overwritten, by name.
+    """
+    compiled = compiled_in(slot.host.root, slot.modules)
+    plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, compiled, add_layers, check_targets, base_weights)
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    for each in passes:
+        applies = getattr(each, "only_for", None)
+        if applies is None or slot.once(applies, is_distributed):
+            plan = each(plan) or plan
+        if plan.is_decided:
+            break
+    return plan

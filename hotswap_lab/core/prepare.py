@@ -29,6 +29,7 @@ from .method import Method
 from .planner import misfits
 from .prepared import make_prepared, ranks_before, write_settings
 from .room import Room, build_room
+from .settings import settings_for
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, change_of, keep_slot, room_left_by, room_of, slot_in
 from .tensors import SlotTensor
@@ -186,7 +187,7 @@ def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
     paths = {path for path in first_paths if path and ".base_layer" not in path and lora.is_targeted(config, path)}
     paths |= {path for key in adapter.tensors if (path := adaptable(base, canonical_path(key))) is not None}
     known = {path: layer.path for layer in slot.layers for path in layer.paths}
-    return {path: lora.settings_for(config, path).rank for path in [known.get(path, path) for path in paths]}
+    return {path: settings_for(config, path).rank for path in [known.get(path, path) for path in paths]}
 
 
 def _change_for(slot: Slot, space: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:

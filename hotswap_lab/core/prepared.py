@@ -23,15 +23,15 @@ from torch import nn
 from .errors import refuse
 from .host import TunerLayer
 from .journal import Journal
-from .lora import SCALAR_TABLES, EvalFreeDropout, write_dropout
+from .lora import EvalFreeDropout, write_dropout
 from .method import Method
+from .settings import SCALAR_TABLES, LayerSettings
 from .slot import Slot, SlotLayer
 from .tensors import (
     OFF_ATTRIBUTE,
     PREPARED_ATTRIBUTE,
     ROOM_ATTRIBUTE,
     SCALING,
-    LayerSettings,
     SlotTensor,
     is_shared,
     shared_as,

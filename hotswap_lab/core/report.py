@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from ..figures.palette import WRONG
-
 
 def readable_bytes(count: int) -> str:
     """A size in the unit that fits.
@@ -40,9 +38,10 @@ def html_table(
         "<tr>" + "".join(f'<td style="{cell}">{html.escape(str(value))}</td>' for value in row) + "</tr>"
         for row in rows
     )
+    # in the color of the text, which any theme makes readable
     top, foot = (
         "".join(f'<pre style="margin:4px 0;white-space:pre-wrap{style}">{html.escape(note)}</pre>' for note in texts)
-        for texts, style in ((above, f";padding-left:8px;border-left:4px solid {WRONG}"), (notes, ""))
+        for texts, style in ((above, ";padding-left:8px;border-left:4px solid currentColor"), (notes, ""))
     )
     return (
         f"<div><strong>{html.escape(title)}</strong>: {html.escape(caption)}{top}"

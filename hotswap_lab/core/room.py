@@ -25,10 +25,10 @@ from .change import Change, clear_gradients, copy_all
 from .errors import listing, refuse
 from .host import Config
 from .journal import Journal
-from .lora import SCALAR_TABLES, settings_of
 from .prepared import is_marked_off, is_off, new_scalings, own_rank, write_settings
+from .settings import SCALAR_TABLES, LayerSettings, settings_of
 from .slot import SLOTS, Slot, SlotLayer, change_of, copy_of, follow
-from .tensors import LayerSettings, SlotTensor, shared_as
+from .tensors import SlotTensor, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4

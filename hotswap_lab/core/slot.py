@@ -23,7 +23,8 @@ from .change import Change
 from .host import PEFT_PREFIX, Config, Host, TunerLayer, find_host, modules_in
 from .journal import Journal
 from .method import Method
-from .tensors import LayerSettings, SlotTensor
+from .settings import PATTERNS, LayerSettings, settings_for
+from .tensors import SlotTensor
 
 T = TypeVar("T")
 
@@ -236,8 +237,8 @@ class Expected(NamedTuple):
 
 def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None = None) -> list[Expected]:
     """The :class:`Expected` of each layer for an adapter with this config."""
-    settings_for, is_targeted, expected = lora.settings_for, lora.is_targeted, []
-    alike = None if config.rank_pattern or config.alpha_pattern else settings_for(config, "")
+    is_targeted, expected = lora.is_targeted, []
+    alike = None if any(getattr(config, pattern) for pattern in PATTERNS) else settings_for(config, "")
     for layer in slot.layers if layers is None else layers:
         targeted = is_targeted(config, layer.path) or any(is_targeted(config, path) for path in layer.aliases)
         settings, tensors = alike or settings_for(config, layer.path), layer.tensors

@@ -9,8 +9,8 @@ import torch
 from .change import Change
 from .errors import listing, refuse
 from .journal import Journal
-from .lora import Lora, settings_of
 from .prepared import is_off
+from .settings import settings_of
 from .slot import Slot, SlotLayer, change_of
 from .tensors import is_prepared
 
@@ -51,7 +51,7 @@ def check_strength(strength: object, slot: Slot) -> None:
 
 def strength_of(slot: Slot) -> float:
     """The strength that all layers have; refuses layers with different ones."""
-    if not isinstance(slot.method, Lora):
+    if not slot.method.is_lora or slot.method.unknown(slot.config):
         check_scalable(slot)
     name = slot.adapter_name
     strengths = {

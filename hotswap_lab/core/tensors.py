@@ -1,4 +1,4 @@
-"""The units of a swap: one tensor of one adapter, and the scalars of one layer."""
+"""The unit of a swap: one tensor of one adapter."""
 
 from __future__ import annotations
 
@@ -103,6 +103,9 @@ class SlotTensor:
         shape, axis = self.owner._parameters[self.name].shape, self.rank_axis
         return tuple(shape) if axis is None or rank is None else (*shape[:axis], rank, *shape[axis + 1 :])
 
+    def obstacle(self) -> str | None:
+        """The reason why a write to :attr:`memory` would not be enough, or None."""
+
     def own(self, padded: torch.Tensor, rank: int | None) -> torch.Tensor:
         """The view of ``padded`` that an adapter of this rank fills, laid out as :meth:`split` lays it out."""
         return self._narrow(padded, 0, rank)
@@ -146,27 +149,6 @@ def is_prepared(layer: torch.nn.Module, adapter_name: str) -> bool:
         return True
     scaling = layer.__dict__.get("scaling")  # a plain table: perhaps PEFT has prepared the layer
     return isinstance(scaling, dict) and isinstance(scaling.get(adapter_name), torch.Tensor)
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """The scalars of one LoRA layer, as its config gives them.
-
-    >>> LayerSettings(rank=4, alpha=8, use_rslora=False, dropout=0.0).scaling
-    2.0
-    >>> LayerSettings(rank=4, alpha=8, use_rslora=True, dropout=0.0).scaling
-    4.0
-    """
-
-    rank: int
-    alpha: float
-    use_rslora: bool
-    dropout: float
-
-    @property
-    def scaling(self) -> float:
-        """The factor of ``B @ A``: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
-        return self.alpha / math.sqrt(self.rank) if self.use_rslora else self.alpha / self.rank
 
 
 # ---- the values of tensors

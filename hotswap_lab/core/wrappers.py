@@ -6,6 +6,7 @@ an adapter in tables under its name: ``ModuleDict``, ``ParameterDict``, ``Buffer
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -20,6 +21,16 @@ from .tensors import are_interchangeable
 
 #: the methods by which PEFT asks a model for its embeddings
 EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
+
+
+def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
+    """The input and output embeddings of a transformers model."""
+    found = []
+    for name in EMBEDDINGS:
+        # not every model has these
+        with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
+            found.append(getattr(base, name)())
+    return found
 
 
 def is_wrapper(module: object) -> bool:

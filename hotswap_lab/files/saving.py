@@ -22,11 +22,10 @@ from safetensors.torch import save_file
 from ..core.compiled import COMPILED
 from ..core.errors import refuse
 from ..core.journal import interrupts_held
-from ..core.lora import Lora
 from ..core.prepared import is_off
 from ..core.slot import Slot, room_of
+from ..core.state_dict_hooks import strange_padding
 from ..core.wrappers import EMBEDDINGS, has_adapter, inside, is_table, is_wrapper
-from .state_dicts import strange_padding
 
 #: the attributes of wrappers that have the wrapped module
 INSIDE = ("base_layer", "original_module")
@@ -50,7 +49,7 @@ def check_saved(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
         raise refuse("rows_differ", adapter_name=slot.adapter_name)
     for layer in slot.layers:
         for tensor in layer.tensors:
-            of_lora = layer.tensors if isinstance(slot.method, Lora) else ()
+            of_lora = layer.tensors if slot.method.is_lora else ()
             if reason := strange_padding(layer.module, slot.adapter_name, tensor, of_lora):
                 raise refuse("saved_with_padding", adapter_name=slot.adapter_name, reason=reason)
     # merging LN tuning exchanges its module and the base model's

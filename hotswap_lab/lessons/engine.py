@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 
 from .. import demo
-from ..beyond.passes import PASSES, make_plan
+from ..beyond.passes import PASSES
 from ..core.adapter import Adapter
 from ..core.change import Change
 from ..core.plan import Plan
+from ..core.planner import make_plan
 from ..swap import carry_out, resolve_slot
 from .exercise import Exercise, refused
 

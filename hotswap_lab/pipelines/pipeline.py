@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from .. import compat
-from ..beyond.passes import METHODS, make_plan
+from ..beyond.passes import METHODS, PASSES
 from ..core.change import apply
 from ..core.errors import HotswapError, Refusal, advise, listing, refusal, refuse
 from ..core.host import carriers, find_host
 from ..core.loaded import tell
 from ..core.plan import Plan
+from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare, slots_to_prepare
 from ..core.slot import slot_for
 from ..files.reading import Adapter
@@ -320,6 +321,7 @@ def _decide(
         plan = make_plan(
             slot,
             adapters.get(name, nothing),
+            passes=PASSES,
             add_layers=add_layers,
             # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
             check_targets=not hasattr(type(slot.host.base), "load_lora_adapter"),

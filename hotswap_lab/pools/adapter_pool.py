@@ -12,14 +12,14 @@ import torch
 from peft import PeftConfig
 from tqdm.auto import tqdm
 
-from ..beyond.passes import METHODS, make_plan
+from ..beyond.passes import METHODS, PASSES
 from ..core.adapter import ORIGIN, Adapter
 from ..core.change import Step, apply
 from ..core.errors import HotswapError, refuse
 from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
 from ..core.loaded import tell
-from ..core.lora import Lora
+from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
 from ..core.room import Packed, Room, State
@@ -141,7 +141,7 @@ class AdapterPool:
     def _check_kind(self, slot: Slot) -> Slot:
         """Refuse a slot whose adapters can't be packed: of another method, or with extra state that is not packed."""
         name, config = slot.adapter_name, slot.config
-        if not isinstance(slot.method, Lora):
+        if not slot.method.is_lora:
             raise refuse("pool_needs_lora", adapter_name=name, kind=kind_of(config))
         if fields := [each for each in slot.method.extra_state(config) if each not in PACKED_TOO]:
             raise refuse("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
@@ -282,7 +282,7 @@ class AdapterPool:
         origin = adapter.source, adapter.revision, adapter.file
         if slot.config.modules_to_save:
             slot, adapter, sources = taken_apart(self._room, adapter, member.name)
-        plan = make_plan(slot, adapter, check_targets=check_targets)
+        plan = make_plan(slot, adapter, passes=PASSES, check_targets=check_targets)
         plan.raise_if_refused()
         if plan.is_decided:  # by a fresh load, which found only values that differ
             fields = ", ".join(slot.method.extra_state(adapter.config))

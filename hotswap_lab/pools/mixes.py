@@ -13,8 +13,9 @@ from ..core.errors import refuse
 from ..core.host import Config
 from ..core.lora import complete, retarget
 from ..core.room import Packed, Room, State
+from ..core.settings import LayerSettings
 from ..core.slot import Slot
-from ..core.tensors import LayerSettings, SlotTensor
+from ..core.tensors import SlotTensor
 from .members import Member
 
 
@@ -44,7 +45,7 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
             if (own := packed.state.settings[index]) is not None
         ]
         rank = sum(own.rank for _, own, _ in on)
-        settings.append(LayerSettings(rank, rank, False, 0.0) if on else None)
+        settings.append(LayerSettings(rank=rank, alpha=rank, use_rslora=False, dropout=0.0) if on else None)
         a, b, *more = layer.tensors
         if more or a.rank_step > 1:
             raise refuse("no_mix_on_layer", names=list(mix.weights), path=layer.path)

@@ -20,11 +20,11 @@ from ..core.change import Change
 from ..core.errors import refuse
 from ..core.host import Config
 from ..core.journal import Journal
-from ..core.lora import settings_of
 from ..core.prepared import mark, new_scalings
 from ..core.room import SCALING_STEP, Packed, Room, State
+from ..core.settings import LayerSettings, settings_of
 from ..core.slot import Slot, SlotLayer, change_of
-from ..core.tensors import ROOM_ATTRIBUTE, LayerSettings, SlotTensor, is_shared
+from ..core.tensors import ROOM_ATTRIBUTE, SlotTensor, is_shared
 from .batch import Batch
 from .layers import READ, TRAINED, variant_for
 from .proof import name_of_like

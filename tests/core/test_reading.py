@@ -10,7 +10,7 @@ FOLDER = Path(hotswap_lab.core.__file__).parent
 
 
 #: what core imports from outside of itself
-OTHERS = {"from .. import compat", "from ..figures.palette import WRONG"}
+OTHERS = {"from .. import compat"}
 
 
 def test_core_imports_nothing_else_of_the_package():

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..core.errors import listing, refuse
-from ..core.host import Config
-from ..core.journal import Journal
-from ..core.lora import Lora
-from ..core.method import Method
-from ..core.prepared import is_marked_off, is_off, own_rank
-from ..core.slot import SLOTS, Slot
-from ..core.tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, SlotTensor, is_prepared
+from .errors import listing, refuse
+from .host import Config
+from .journal import Journal
+from .method import Method
+from .prepared import is_marked_off, is_off, own_rank
+from .slot import SLOTS, Slot
+from .tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, SlotTensor, is_prepared
 
 #: all methods that a model may have adapters of
 Methods = Sequence[Method]
@@ -68,9 +67,9 @@ def _marked(methods: Methods, base: torch.nn.Module, prefix: str) -> Iterator[Ma
             known = ((method, method.tensors_of(layer, name)) for method in methods)
             method, tensors = next((each for each in known if each[1] is not None), (None, None))
             if tensors is not None:
-                off, is_lora = is_off(layer, name, tensors), isinstance(method, Lora)
+                off = is_off(layer, name, tensors)
                 for tensor in tensors:
-                    reason = strange_padding(layer, name, tensor, tensors if is_lora else ())
+                    reason = strange_padding(layer, name, tensor, tensors if method.is_lora else ())
                     yield Marked(f"{prefix}{path}.{tensor.named_key}", layer, name, tensor, off, reason)
 
 

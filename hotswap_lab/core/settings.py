@@ -1,0 +1,214 @@
+"""Settings: what a LoRA config says, each field declared once.
+
+A new setting of a layer is one line in :class:`LayerSettings`: reading it from a config and from a layer, writing it,
+checking its value and packing it follow from there. A field that is declared nowhere is one that a later PEFT brings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from peft.utils.other import get_pattern_key
+
+from .errors import Refusal, refusal
+from .host import Config, TunerLayer
+
+#: how deep a config's values may be nested; PEFT writes three levels at most, and Python can't copy hundreds
+MAX_DEPTH = 20
+
+
+class Rule(NamedTuple):
+    """The values that a field of a config may have: a check, which may raise for wrong ones, and its description."""
+
+    is_right: Callable[[Any], bool]
+    expected: str
+
+
+def is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_pattern(value: Any, is_value: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and is_value(each) for key, each in value.items())
+
+
+def _is_selection(value: Any) -> bool:
+    return value is None or isinstance(value, str) or all(isinstance(each, str) for each in value)
+
+
+def _are_indices(value: Any) -> bool:
+    return value is None or all(type(each) is int for each in (value if isinstance(value, list) else [value]))
+
+
+# ---- settings of a layer
+
+
+def _setting(field: str, rule: Rule, pattern: str | None = None, table: str | None = None) -> Any:
+    return dataclasses.field(metadata={"field": field, "rule": rule, "pattern": pattern, "table": table})
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """The scalars of one LoRA layer, as its config gives them.
+
+    Each is declared with its field in the config, the values it may have, the field with its exceptions by layer, and
+    the layer's table of it. Dropouts have no such table: they are modules.
+
+    >>> LayerSettings(rank=4, alpha=8, use_rslora=False, dropout=0.0).scaling
+    2.0
+    >>> LayerSettings(rank=4, alpha=8, use_rslora=True, dropout=0.0).scaling
+    4.0
+    """
+
+    rank: int = _setting("r", Rule(is_rank, "a positive integer"), "rank_pattern", "r")
+    alpha: float = _setting("lora_alpha", Rule(_is_number, "a number"), "alpha_pattern", "lora_alpha")
+    use_rslora: bool = _setting("use_rslora", Rule(is_flag, "true or false"), None, "use_rslora")
+    dropout: float = _setting("lora_dropout", Rule(lambda p: _is_number(p) and 0 <= p <= 1, "a number from 0 to 1"))
+
+    @property
+    def scaling(self) -> float:
+        """The factor of ``B @ A``: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
+        return self.alpha / math.sqrt(self.rank) if self.use_rslora else self.alpha / self.rank
+
+
+class Setting(NamedTuple):
+    """A setting of a layer: its name in :class:`LayerSettings`, and what was declared of it there."""
+
+    name: str
+    field: str
+    rule: Rule
+    pattern: str | None
+    table: str | None
+
+
+SETTINGS = tuple(Setting(each.name, **each.metadata) for each in dataclasses.fields(LayerSettings))
+#: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
+SCALAR_TABLES = {each.table: each.name for each in SETTINGS if each.table}
+#: and the settings that may differ between layers, by the field that says so
+PATTERNS = {each.pattern: each for each in SETTINGS if each.pattern}
+
+
+def settings_for(config: Config, path: str) -> LayerSettings:
+    """The settings that a fresh load gives to the layer at ``path``, patterns included."""
+    values = {}
+    for each in SETTINGS:
+        value = getattr(config, each.field)
+        if each.pattern and (pattern := getattr(config, each.pattern)):
+            value = pattern.get(get_pattern_key(pattern.keys(), path), value)
+        values[each.name] = value
+    return LayerSettings(**values)
+
+
+def settings_of(layer: TunerLayer, adapter_name: str) -> LayerSettings:
+    """The current settings of an adapter on a layer."""
+    values = {setting: getattr(layer, table).get(adapter_name, False) for table, setting in SCALAR_TABLES.items()}
+    return LayerSettings(**values, dropout=getattr(layer.lora_dropout[adapter_name], "p", 0.0))
+
+
+# ---- all other fields of a config
+
+_SELECTION = Rule(_is_selection, "a list of names or one expression")
+#: fields of LoRA's config that choose its layers or initialize them, and the values that they may have
+CHOICES = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _SELECTION),
+    "layers_to_transform": Rule(_are_indices, "a list of integers, or one"),
+    "fan_in_fan_out": Rule(is_flag, "true or false"),
+    "init_lora_weights": Rule(lambda value: is_flag(value) or _is_init(value), "true, false or a name that PEFT knows"),
+    **{
+        pattern: Rule(partial(_is_pattern, is_value=rule.is_right), f"names of layers, each with {rule.expected}")
+        for pattern, (_, _, rule, _, _) in PATTERNS.items()
+    },
+}
+#: the fields without an effect on an adapter that was loaded: where it comes from, how it was initialized and trained
+#: (``task_type`` is looked at with the model's heads; ``qalora_group_size`` and ``megatron_core`` need another field)
+NO_EFFECT = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+    *("qalora_group_size", "megatron_core"),
+}
+#: the rule of each field that LoRA alone needs
+RULES = {each.field: each.rule for each in SETTINGS} | CHOICES
+#: names of initializations of which nothing is left after loading; "gaussian" may have capitals
+INITS = ("eva", "orthogonal", "lora_ga", "gaussian")
+#: the beginnings of those with which a fresh load changes the base weights
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+
+
+def _is_init(name: str) -> bool:
+    lower = name.lower()
+    return name in INITS or lower in ("gaussian", "mica") or lower.startswith(BASE_CHANGING_INITS)
+
+
+def unusual(config: Config) -> list[str]:
+    """The fields that are not at their defaults and that plain LoRA doesn't have, sorted by name.
+
+    >>> from peft import LoraConfig
+    >>> unusual(LoraConfig(r=4, bias="none", use_rslora=True)), unusual(LoraConfig(use_dora=True, bias="all"))
+    ([], ['bias', 'use_dora'])
+    """
+    fields = [each for each in dataclasses.fields(config) if each.name not in RULES and each.name not in NO_EFFECT]
+    found = [each.name for each in fields if not _is_default(each, getattr(config, each.name, None))]
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in INITS:
+        found.append("init_lora_weights")
+    return sorted(found)
+
+
+def _is_default(field: dataclasses.Field, value: object) -> bool:
+    """Whether a field has its default, or an empty list or table in place of none."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    is_empty = value is None or value is False or (isinstance(value, (list, tuple, dict, set)) and not value)
+    return value == default or (is_empty and default in (None, False))
+
+
+# ---- values of the wrong type: PEFT reads a config from a file without checking it
+
+
+def damages(config: Config, rules: dict[str, Rule] = RULES) -> list[Refusal]:
+    """The refusals of values that no fresh load can work with; ``rules`` are those of the fields to check."""
+    nested = {name: value for name, value in vars(config).items() if isinstance(value, (dict, list))}
+    if deep := [name for name, value in nested.items() if _is_deeper(value, MAX_DEPTH)]:
+        expected = f"lists or tables within one another, {MAX_DEPTH} deep at most"
+        return [refusal("config_damaged", name=name, value="what is nested deeper", expected=expected) for name in deep]
+    found = []
+    for name, (is_right, expected) in rules.items():
+        value = getattr(config, name)
+        with contextlib.suppress(Exception):  # a check may raise any error for a value of the wrong type
+            if is_right(value):
+                continue
+        found.append(refusal("config_damaged", name=name, value=value, expected=expected))
+    return [*found, *(_broken_expressions(config) if rules else ())]
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether lists and dicts are nested more than ``levels`` deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
+
+
+def _broken_expressions(config: Config) -> Iterator[Refusal]:
+    whole = ("target_modules", "exclude_modules")
+    for name in (*whole, "layers_pattern", "modules_to_save", *PATTERNS):
+        value: Any = getattr(config, name)
+        several = isinstance(value, (list, tuple, set, dict)) and name not in whole
+        expressions: Iterable[Any] = value if several else [value]
+        for expression in expressions:
+            try:
+                re.compile(expression if isinstance(expression, str) else "")
+            except Exception as error:  # too many parentheses or repetitions raise other errors than re.error
+                yield refusal("broken_expression", expression=expression, error=error)
