@@ -1,4 +1,6 @@
-"""LoRA adapters in a live model, and how they are swapped. Read its modules in this order.
+"""The engine: swaps of LoRA adapters in a live model, which may be prepared and compiled.
+
+Read its modules in this order.
 
 Foundations
     ``errors`` (one exception; its texts are in ``refusals.ini``), ``compiled`` (finds compiled code in a model),
@@ -18,7 +20,7 @@ Others
     ``strength``; ``wrappers`` (the modules that PEFT puts around others); ``report`` (tables); ``loaded`` (what is in
     a model now, and the log).
 
-Core imports only ``hotswap_lab.compat`` from the rest of the package, and works without it: for adapters from memory
+Core imports only ``hotswap_lab.compat`` from the rest of the package, and stands alone: it swaps adapters from memory
 that are plain LoRA. It refuses all others, which ``hotswap_lab.beyond`` takes up.
 
 >>> from hotswap_lab import Adapter, demo
