@@ -24,6 +24,7 @@ from ..core.lora import HEADS
 from ..core.plan import Plan
 from ..core.planner import adaptable, check_compiled, misfits
 from ..core.slot import Slot, SlotLayer, change_of
+from ..core.telling import write_scalings
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
 from .base_values import LOST, ORIGINALS, change_base_values, kept_originals, lost_originals
@@ -162,6 +163,8 @@ def change_for(plan: FreshPlan) -> Change:
     change = change_of(slot, plan.config, slot if stays else None)
     for target, source in (*graft.copies, *graft.base.copies):
         change.copy(target, source)
+    tables, values = [table for table, _ in graft.scalings], [value for _, value in graft.scalings]
+    write_scalings(change, tables, slot.adapter_name, values)
     for parameter, source in graft.resizes:
         change.resize(parameter, source)
     # cloned, since the change overwrites the base model's values

@@ -110,6 +110,8 @@ class Graft:
     target_of: dict[FreshId, Target] = field(default_factory=dict)
     #: pairs of a table and its plain value under the adapter's name
     scalars: list[tuple[MutableMapping[str, Any], object]] = field(default_factory=list)
+    #: of the scalars, the scalings: a table and its value
+    scalings: list[tuple[MutableMapping[str, Any], float]] = field(default_factory=list)
     #: the writes to the base model's own weights, and the new ``requires_grad`` of the parameters where it changes
     base: BaseChange = field(default_factory=BaseChange)
     requires_grad: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
@@ -323,7 +325,10 @@ class _Comparison:
     def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str, own: bool) -> None:
         present, where = live.__dict__.get(attribute, MISSING), f"{path}: {attribute}"
         if isinstance(value, dict) and isinstance(present, MutableMapping):
-            self._entry(present, value, where)
+            if attribute == "scaling" and isinstance(value.get(self.name), (int, float)):
+                self._scaling(present, value[self.name], where)
+            else:
+                self._entry(present, value, where)
         elif attribute == BUDGET or (present is MISSING and isinstance(value, COMPARED)):
             self._put(live.__dict__, attribute, value, where)
         elif isinstance(value, COMPARED) and not self._are_equal(present, value):
@@ -331,6 +336,13 @@ class _Comparison:
                 self._refuse(path, f"{attribute}={present!r}, which other adapters there use, and {value!r} wanted")
             else:
                 self._put(live.__dict__, attribute, value, where)
+
+    def _scaling(self, table: MutableMapping[str, Any], value: float, path: str) -> None:
+        self.graft.scalars.append((table, value))
+        present = table.get(self.name)
+        if not isinstance(present, torch.Tensor) and present != value:
+            self.graft.differences.append(path)
+        self.graft.scalings.append((table, value))
 
     def _table(self, live: torch.nn.Module, attribute: str, fresh: torch.nn.Module, path: str) -> None:
         present = live._modules[attribute]
@@ -378,9 +390,6 @@ class _Comparison:
                 self._pair(live, fresh, path, own=True)
             else:
                 self._put_new(table, key, fresh, path)
-        elif isinstance(live, torch.Tensor) and live.ndim == 0 and isinstance(fresh, (int, float)):
-            if float(live) != fresh:
-                self.graft.copies.append((live, torch.tensor(fresh, dtype=torch.float64, device="cpu")))
         elif not self._are_equal(live, fresh):
             self._put(table, key, fresh, path)
 

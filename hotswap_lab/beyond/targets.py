@@ -96,7 +96,8 @@ def find_targets(slot: Slot, adapter: Adapter, fresh: FreshAdapter, graft: Graft
         tensors[name] = target
     if len({id(target.tensor) for target in tensors.values()}) < len(tensors):
         return None
-    shown = replace(graft, copies=[], steps=[], target_of={}, base=BaseChange())  # don't keep the fresh load alive
+    # without what would keep the fresh load alive
+    shown = replace(graft, copies=[], steps=[], scalings=[], target_of={}, base=BaseChange())
     return Targets(_what_it_is(adapter.config), None, tensors, shown)
 
 

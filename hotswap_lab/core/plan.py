@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import compress, zip_longest
 
 import torch
 
@@ -23,11 +22,12 @@ from .change import Change, clear_gradients
 from .errors import HotswapError, Refusal, refusal
 from .host import Config
 from .journal import Journal
-from .prepared import mark, ranks_before, write_settings
+from .prepared import mark, ranks_before
 from .report import html_table, readable_bytes
 from .settings import LayerSettings
 from .shadow import attach
 from .slot import Slot, SlotLayer, change_of, room_left_by
+from .telling import write_scalings, write_settings
 from .tensors import PREPARED_ATTRIBUTE, is_prepared
 
 
@@ -276,27 +276,18 @@ def change_layer_by_layer(plan: Plan) -> Change:
     for each in plan.layers:
         for target, source in zip(each.layer.tensors, each.sources, strict=True):
             target.write(source, change, each.action is Action.PAD)
-    for each in compress(plan.layers, plan.prepared):
-        if each.settings is not None:
-            scaling = each.layer.module.scaling[slot.adapter_name]
-            change.copies.append((scaling, scaling.new_full((), each.settings.scaling)))
-    change.steps.append(lambda journal: _write_layers(plan, journal))
+    on = [(each.layer.module.scaling, each.settings.scaling) for each in plan.layers if each.settings is not None]
+    change.steps.append(partial(_write_layers, plan))
+    write_scalings(change, [table for table, _ in on], slot.adapter_name, [scaling for _, scaling in on])
+    change.steps += [partial(attach, slot, each.layer) for each in plan.layers if each.action is Action.ADD]
     return change
 
 
 def _write_layers(plan: Plan, journal: Journal) -> None:
-    slot, name = plan.slot, plan.slot.adapter_name
+    slot, layers = plan.slot, [each.layer for each in plan.layers]
     clear_gradients(slot.parameters, journal)
-    for each in compress(plan.layers, plan.prepared):
-        mark(each.layer.module, PREPARED_ATTRIBUTE, name, True, journal)
-    write_settings(slot, [each.layer for each in plan.layers], [each.settings for each in plan.layers], journal)
     # layers that are added come last, without an entry in `prepared`
-    floats = [
-        (each.layer.module.scaling, settings.scaling)
-        for each, fixed in zip_longest(plan.layers, plan.prepared)
-        if (settings := each.settings) and not fixed
-    ]
-    journal.set_items([table for table, _ in floats], name, [scaling for _, scaling in floats])
-    for each in plan.layers:
-        if each.action is Action.ADD:
-            attach(slot, each.layer, journal)
+    for layer, is_fixed in zip(layers, plan.prepared, strict=False):
+        if is_fixed:
+            mark(layer.module, PREPARED_ATTRIBUTE, slot.adapter_name, True, journal)
+    write_settings(slot, layers, [each.settings for each in plan.layers], journal)

@@ -27,11 +27,12 @@ from .host import Config, canonical_path, carriers
 from .journal import Journal
 from .method import Method
 from .planner import misfits
-from .prepared import make_prepared, ranks_before, write_settings
+from .prepared import make_prepared, ranks_before
 from .room import Room, build_room
 from .settings import settings_for
 from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, change_of, keep_slot, room_left_by, room_of, slot_in
+from .telling import write_settings
 from .tensors import SlotTensor
 
 #: extra state that LoRA may have; if all adapters have the same of it, a swap changes only values, as a graph requires

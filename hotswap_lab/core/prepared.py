@@ -14,7 +14,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from multiprocessing.context import get_spawning_popen
-from operator import attrgetter, itemgetter
 from typing import Any, SupportsIndex
 
 import torch
@@ -23,10 +22,9 @@ from torch import nn
 from .errors import refuse
 from .host import TunerLayer
 from .journal import Journal
-from .lora import EvalFreeDropout, write_dropout
+from .lora import EvalFreeDropout
 from .method import Method
-from .settings import SCALAR_TABLES, LayerSettings
-from .slot import Slot, SlotLayer
+from .slot import Slot
 from .tensors import (
     OFF_ATTRIBUTE,
     PREPARED_ATTRIBUTE,
@@ -267,25 +265,3 @@ def ranks_before(slot: Slot) -> list[int | None]:
         off = name in layer.module.__dict__.get(OFF_ATTRIBUTE, ())
         ranks.append(None if off else own_rank(layer.module, name, layer.tensors[0]))
     return ranks
-
-
-def write_settings(
-    slot: Slot, layers: Iterable[SlotLayer], settings: Iterable[LayerSettings | None], journal: Journal
-) -> None:
-    """Write the settings of an adapter to these layers, except for the scaling; None turns it off on a layer."""
-    name, on, wanted = slot.adapter_name, [], []
-    # attribute access on a module is slow, so this reads its tables
-    for layer, each in zip(layers, settings, strict=True):
-        attributes: dict[str, Any] = layer.module.__dict__
-        marked = attributes.get(OFF_ATTRIBUTE, frozenset())
-        if (each is None) != (name in marked):
-            journal.set_item(attributes, OFF_ATTRIBUTE, marked ^ {name})
-        if (each is None or name in marked) and not layer.is_plain:
-            slot.method.turn(layer.module, name, each is not None, journal)
-        if each is not None:
-            on.append(attributes)
-            wanted.append(each)
-            if layer.module._modules["lora_dropout"]._modules[name].__dict__.get("p", 0.0) != each.dropout:
-                write_dropout(layer.module, name, each.dropout, journal)
-    for table, field in SCALAR_TABLES.items():
-        journal.set_items(list(map(itemgetter(table), on)), name, list(map(attrgetter(field), wanted)))

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress, repeat
 from operator import attrgetter
 from typing import Any
 
@@ -25,9 +24,10 @@ from .change import Change, clear_gradients, copy_all
 from .errors import listing, refuse
 from .host import Config
 from .journal import Journal
-from .prepared import is_marked_off, is_off, new_scalings, own_rank, write_settings
-from .settings import SCALAR_TABLES, LayerSettings, settings_of
+from .prepared import is_marked_off, is_off, new_scalings, own_rank
+from .settings import LayerSettings, settings_of
 from .slot import SLOTS, Slot, SlotLayer, change_of, copy_of, follow
+from .telling import write_scalings, write_settings
 from .tensors import SlotTensor, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
@@ -136,7 +136,7 @@ class Room:
     def settle(self, slot: Slot) -> None:
         """Note where everything is. Call this when the model's parameters have been moved in."""
         self.slot = dataclasses.replace(slot, room=self)
-        layers, tensors, own = [layer.module for layer in slot.layers], list(self.spans), set(slot.tensors)
+        tensors, own = list(self.spans), set(slot.tensors)
         self._parameters = [tensor.parameter for tensor in tensors]
         self._views = [self.view(tensor) for tensor in tensors]
         #: of modules that are saved with the adapter: moving a buffer puts another one in its place
@@ -144,8 +144,6 @@ class Room:
         self._of_extra = list(map(_parameter, self._extra))
         self._addresses, self._bases = [], []
         self.slot.settle()
-        fields = SCALAR_TABLES.items()
-        self._scalar_tables = [(field, [getattr(layer, table) for layer in layers]) for table, field in fields]
         self._versions = self._versions_now()
 
     def enter(self, slot: Slot, journal: Journal) -> None:
@@ -252,20 +250,19 @@ class Room:
     def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
         """The change that puts a packed adapter in. The room must be intact."""
         taken = list(map(len, packed.bands))
-        vars(config := copy_of(packed.state.config))[WHEN] = time.time()
-        change = self._change(packed.state, config, taken, taken)
+        change = self._change(packed.state, None, taken, taken)
         for memory, own in zip(self._memories, packed.bands, strict=True):
             if len(own):
                 change.copies.append((memory[: len(own)], own))
         scalings = packed.scalings if strength == 1 else self.scalings_of(packed.state, strength)
-        change.copies += zip(self.scalings, repeat(scalings))
+        write_scalings(change, self.scalings, self.slot.adapter_name, scalings)
         return change
 
     def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
         """The change for a swap without the weights, which :meth:`write` then adds layer by layer."""
         state = State(tuple(settings), config)
         change = self._change(state, config, *self.components_for(state))
-        change.copies += [(target, self.scalings_of(state)) for target in self.scalings]
+        write_scalings(change, self.scalings, self.slot.adapter_name, self.scalings_of(state))
         return change
 
     def write(self, layer: SlotLayer, rank: int | None, sources: Sequence[torch.Tensor | None], change: Change) -> None:
@@ -283,14 +280,18 @@ class Room:
 
     def change_strength(self, strength: float) -> Change:
         """The change that sets the scalings of all layers to their trained values times ``strength``."""
-        scalings = self.scalings_of(self.state, strength)
         change = change_of(self.slot)
-        change.copies += [(target, scalings) for target in self.scalings]
+        write_scalings(change, self.scalings, self.slot.adapter_name, self.scalings_of(self.state, strength))
         return change
 
-    def _change(self, state: State, config: Config, filled: list[int], taken: list[int]) -> Change:
-        """The change for a swap without the weights. It zeroes all components that the new weights may not cover."""
+    def _change(self, state: State, config: Config | None, filled: list[int], taken: list[int]) -> Change:
+        """The change for a swap without the weights. It zeroes all components that the new weights may not cover.
+
+        ``config`` is that of the model afterwards; None: a copy of that of ``state``.
+        """
         slot = self.slot
+        if config is None:
+            vars(config := copy_of(state.config))[WHEN] = time.time()
         change = Change(slot.is_inference)
         follow(change, slot, config, is_kept=True)
         # after this swap, the counters don't show earlier writes
@@ -311,15 +312,15 @@ class Room:
         journal.set_item(slot.host.configs, slot.adapter_name, config)
         journal.set_item(self.__dict__, "state", state)
         journal.set_item(self.__dict__, "used", used)
+        fields = []
+        for field, values in state.columns.items():
+            if values != before.columns[field]:
+                fields.append(field)
         # what is off must not be trained, even if the user has set `requires_grad` since
         keeps_on = state.on == before.on and not (is_trained and False in state.on)
-        if not keeps_on or state.columns["dropout"] != before.columns["dropout"]:
-            write_settings(slot, slot.layers, state.settings, journal)
-            return
-        for field, tables in self._scalar_tables:
-            if state.columns[field] != before.columns[field]:
-                on = list(compress(tables, state.on))
-                journal.set_items(on, slot.adapter_name, state.columns[field])
+        write_settings(
+            slot, slot.layers, state.settings, journal, fields if keeps_on and "dropout" not in fields else None
+        )
 
 
 def new_band(memory: torch.Tensor, components: int) -> torch.Tensor:

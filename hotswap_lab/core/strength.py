@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
-import torch
-
 from .change import Change
 from .errors import listing, refuse
-from .journal import Journal
 from .prepared import is_off
 from .settings import settings_of
 from .slot import Slot, SlotLayer, change_of
-from .tensors import is_prepared
+from .telling import write_scalings
 
 #: the highest strength; times a scaling, it is still finite in float32
 MOST = 1e30
@@ -27,12 +22,8 @@ def change_strength(slot: Slot, strength: float) -> Change:
     if room is not None:
         return room.change_strength(strength)
     change = change_of(slot)
-    for layer in slot.layers:
-        scaling, value = layer.module.scaling, strength * _trained(slot, layer)
-        if is_prepared(layer.module, name):
-            change.copy(scaling[name], torch.tensor(value, dtype=torch.float64, device="cpu"))
-        else:
-            change.steps.append(functools.partial(Journal.set_item, table=scaling, key=name, value=value))
+    values = [strength * _trained(slot, layer) for layer in slot.layers]
+    write_scalings(change, [layer.module.scaling for layer in slot.layers], name, values)
     return change
 
 

@@ -24,6 +24,7 @@ from ..core.prepared import mark, new_scalings
 from ..core.room import SCALING_STEP, Packed, Room, State
 from ..core.settings import LayerSettings, settings_of
 from ..core.slot import Slot, SlotLayer, change_of
+from ..core.telling import write_scalings
 from ..core.tensors import ROOM_ATTRIBUTE, SlotTensor, is_shared
 from .batch import Batch
 from .layers import READ, TRAINED, variant_for
@@ -190,18 +191,24 @@ class RowRoom(Room):
     # ---- one adapter for all rows
 
     def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
-        return self._for_all(super().change_to(packed, strength), packed.state)
+        change = super().change_to(packed, strength)
+        for band, own in zip(self.bands, packed.bands, strict=True):
+            others = self._all(band.memory)[1:]
+            change.copies.append((others, own.expand(others.shape)))
+        return self._for_all(change, packed.state)
 
     def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
-        return self._for_all(super().change_around(settings, config), State(tuple(settings), config))
+        change = super().change_around(settings, config)
+        for band in self.bands:
+            change.zero(self._all(band.memory)[1:])
+        return self._for_all(change, State(tuple(settings), config))
 
     def _for_all(self, change: Change, state: State) -> Change:
-        """Extend a change of row 0 to all other rows."""
-        copies = [(self._all(target)[1:], source) for target, source in change.copies if target.dim() == 1]
-        trained = self.scalings_of(state)
+        """Extend a change of row 0's scalings to all other rows."""
+        trained, name = self.scalings_of(state), self.slot.adapter_name
         for each in map(self._all, self.scalings):
-            copies += [(each[1], trained), (each[2:], trained * state.acts)]
-        change.copies += [(target, source.expand(target.shape)) for target, source in copies]
+            write_scalings(change, [each[1]], name, trained)
+            write_scalings(change, [each[2:]], name, trained * state.acts)
         return self._noting(change, ())
 
     def write(self, layer: SlotLayer, rank: int | None, sources: Sequence[torch.Tensor | None], change: Change) -> None:
@@ -224,16 +231,18 @@ class RowRoom(Room):
         state = self.state if first is None else first.state
         now, trained = self.scalings_of(state, strength), self.scalings_of(state)
         if first is not None and 0 in changed:
-            change = super().change_to(replace(first, scalings=now))
+            taken = list(map(len, first.bands))
+            change = self._change(state, None, taken, taken)
         else:
             change = change_of(self.slot)
             change.steps.append(self._note_write)
         for number in changed:
-            if number > 0 and (own := bands[number]) is not None:
+            if (own := bands[number]) is not None:
                 change.copies += zip([self._all(band.memory)[number] for band in self.bands], own, strict=True)
         acting = [torch.zeros_like(trained) if each is None else each.scalings * each.state.acts for each in rows]
         scalings = torch.stack([now, trained, *acting])
-        change.copies += [(self._all(each)[: len(scalings)], scalings) for each in self.scalings]
+        targets = [self._all(each)[: len(scalings)] for each in self.scalings]
+        write_scalings(change, targets, self.slot.adapter_name, scalings)
         return self._noting(change, tuple(rows), copies)
 
     def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: int = 1) -> Change:

@@ -1,0 +1,78 @@
+"""Telling: the only code that writes what a layer is told about an adapter besides its weights.
+
+These are its scaling, and its settings: rank, alpha, flags and dropout. Whatever the slot is, and whoever plans the
+swap, a wrong scaling after a swap comes from here, or from the values that were passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from .change import Change
+from .journal import Journal
+from .lora import write_dropout
+from .settings import SCALAR_TABLES, LayerSettings
+from .slot import Slot, SlotLayer
+from .tensors import OFF_ATTRIBUTE
+
+
+def write_scalings(change: Change, targets: Sequence[Any], name: str, values: Sequence[float] | torch.Tensor) -> None:
+    """Have ``change`` write scalings.
+
+    ``targets`` are layers' tables of scalings, with an entry for the adapter ``name`` or without, and ``values`` has a
+    number for each; or they are memory that holds the scalings of several layers, and all get the tensor ``values``.
+    """
+    if isinstance(values, torch.Tensor):
+        for target in targets:
+            change.copies.append((target, values.expand(target.shape)))
+        return
+    tables, numbers = [], []
+    for target, value in zip(targets, values, strict=True):
+        present = target.get(name)
+        if isinstance(present, torch.Tensor):  # a prepared layer's
+            change.copies.append((present, present.new_full((), value)))
+        elif present is None:
+            change.steps.append(partial(Journal.set_item, table=target, key=name, value=value))
+        else:
+            tables.append(target)
+            numbers.append(value)
+    if tables:
+        change.steps.append(partial(Journal.set_items, tables=tables, key=name, values=numbers))
+
+
+def write_settings(
+    slot: Slot,
+    layers: Sequence[SlotLayer],
+    settings: Sequence[LayerSettings | None],
+    journal: Journal,
+    fields: Collection[str] | None = None,
+) -> None:
+    """Write the settings of an adapter to these layers; None turns it off on a layer.
+
+    ``fields`` names the settings that may differ from those that the layers have; by default, all may.
+    """
+    name, on = slot.adapter_name, []
+    for layer, each in zip(layers, settings, strict=True):
+        # attribute access on a module is slow, so this reads its tables
+        attributes: dict[str, Any] = layer.module.__dict__
+        marked = attributes.get(OFF_ATTRIBUTE, frozenset()) if fields is None else ()
+        if fields is None and (each is None) != (name in marked):
+            journal.set_item(attributes, OFF_ATTRIBUTE, marked ^ {name})
+        if fields is None and (each is None or name in marked) and not layer.is_plain:
+            slot.method.turn(layer.module, name, each is not None, journal)
+        if each is not None:
+            on.append((layer.module, each))
+            dropout = layer.module._modules["lora_dropout"]._modules[name]
+            if fields is None and dropout.__dict__.get("p", 0.0) != each.dropout:
+                write_dropout(layer.module, name, each.dropout, journal)
+    for table, field in SCALAR_TABLES.items():
+        if fields is None or field in fields:
+            tables, values = [], []
+            for module, each in on:
+                tables.append(module.__dict__[table])
+                values.append(getattr(each, field))
+            journal.set_items(tables, name, values)
