@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from hotswap_lab import _PUBLIC as PUBLIC
 from hotswap_lab.figures import Canvas
 from hotswap_lab.figures.palette import BASE, OURS, WHITE
@@ -173,11 +175,8 @@ def swaps() -> None:
     assert len(compiles) == 1, compiles
     save_adapter(model, f"{folders[0]}-saved")
     same(model, f"{folders[0]}-saved")
-    try:
+    with pytest.raises(HotswapError, match="other"):
         hotswap_adapter(compiled, folders[0], adapter_name="other")
-        raise AssertionError("not refused")
-    except HotswapError as error:
-        assert "no adapter" in str(error) or "other" in str(error)
 
 
 def core_alone() -> None:
@@ -214,11 +213,8 @@ def core_alone() -> None:
         same(compiled, folder)
     assert len(compiles) == 1, compiles
     adapters[1].config.use_dora = True
-    try:
+    with pytest.raises(HotswapError, match="use_dora"):
         swap(compiled, adapters[1])
-        raise AssertionError("not refused")
-    except HotswapError as error:
-        assert "use_dora" in str(error)
 
 
 def _family():
@@ -268,7 +264,7 @@ def _compiled(model):
 
 
 def stops_without(room: str, failed: list[str]) -> str:
-    """What stops where a room is taken away: the public names in it, and the other rooms that fail, or parts of them."""
+    """What stops where a room is taken away: the public names in it, the rooms that fail, and those that do in part."""
     whole, parts = [], []
     for other in (each for each in by_floor() if each not in (room, "__init__")):
         modules = [each for each in failed if each.partition(".")[0] == other]
@@ -277,7 +273,9 @@ def stops_without(room: str, failed: list[str]) -> str:
             whole.append(f"`{other}`")
         elif modules or later:
             parts.append(f"`{other}`")
-    public = [f"`{name}`" for module, names in PUBLIC.items() if module.partition(".")[0] == room for name in names.split()]
+    public = [
+        f"`{name}`" for module, names in PUBLIC.items() if module.partition(".")[0] == room for name in names.split()
+    ]
     text = ", ".join([*public, *whole])
     return "; ".join(each for each in (text, f"parts of {', '.join(parts)}" if parts else "") if each) or "nothing else"
 
@@ -299,7 +297,10 @@ def size_of(room: str) -> str:
 
 
 def table(found: dict[str, dict]) -> str:
-    lines = ["| room | lines | what it is for | stands on | without it, these stop |", "| --- | ---: | --- | --- | --- |"]
+    lines = [
+        "| room | lines | what it is for | stands on | without it, these stop |",
+        "| --- | ---: | --- | --- | --- |",
+    ]
     for room in by_floor():
         below = ", ".join(f"`{each}`" for each in by_floor() if each in imported_by(room)) or "nothing"
         stops = "all" if room in STAY else stops_without(room, found[room]["failed"])

@@ -37,8 +37,6 @@ def test_the_page_shows_the_table(found):
     assert page == rooms.on_page(page, rooms.table(found)), "python tests/rooms.py writes it"
 
 
-
-
 NAMED = re.compile(r'(?:refuse|refusal)\(\s*"(\w+)"')
 
 
