@@ -1,4 +1,4 @@
-"""Generating: the loop that answers greedily, and a language model that reads on in fixed shapes, in all rows of a batch.
+"""Generating: the loop that answers greedily, and a reader in fixed shapes, for rows of a batch at different places.
 
 ``torch.compile`` makes code for each shape that it meets, so a growing text would be compiled at each token. Here there
 are two shapes: a chunk of a prompt for each row, or one new token for each. The memory for the keys and values of all
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,14 @@ def stream(
         yield ""
 
 
+@dataclass
 class LayerCache:
-    """Memory for the keys and values of one layer, with rows at different places: ``positions`` is ``[rows, tokens]``."""
+    """The keys and values of one layer, with rows at different places: ``positions`` is ``[rows, tokens]``."""
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, length: int):
-        self.keys: Tensor = keys
-        self.values: Tensor = values
-        self.positions: Tensor = positions
-        self.length: int = length
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    length: int
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new tokens. A layer calls this, and gets those of all places."""
@@ -65,11 +66,11 @@ class LayerCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
+@dataclass
 class RowCache:
     """The caches of all layers, in the form that the models of transformers take."""
 
-    def __init__(self, layers: Sequence[LayerCache]):
-        self.layers: Sequence[LayerCache] = layers
+    layers: Sequence[LayerCache]
 
     def get_seq_length(self, *_: Any) -> int:
         return self.layers[0].length
