@@ -21,6 +21,14 @@ from transformers import DynamicCache
 from .core.errors import HotswapError
 
 
+def prompt_of(tokenizer: Any, messages: str | Sequence[dict[str, str]]) -> Tensor:
+    """The token ids, ``[tokens]``, of a question or of a whole conversation, up to where the answer begins."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    return tokenizer.apply_chat_template(messages, **options)["input_ids"][0]
+
+
 def stream(
     read: Callable[[Tensor], Tensor], ids: Tensor, most: int, model: torch.nn.Module, tokenizer: Any
 ) -> Iterator[str]:

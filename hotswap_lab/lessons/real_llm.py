@@ -100,9 +100,9 @@ class Chat:
 
     def read(self, ids: Tensor) -> Tensor:
         """Reads further tokens, of shape ``(tokens,)``; gives the logits for the one after them, ``(vocabulary,)``."""
-        if self.length + len(ids) > self.reader.longest:
-            text = f"no room for {len(ids)} more tokens: {self.length} of {self.reader.longest} are taken"
-            raise ValueError(text)
+        length, room = self.length, self.reader.longest
+        if length + len(ids) > room:
+            raise ValueError(f"no room for {len(ids)} more tokens: {length} of {room} are taken")
         for part in ids.split(self.reader.chunk):
             logits = self.reader.read([part.tolist()])
         return logits[0]
@@ -111,10 +111,7 @@ class Chat:
 
     def ids(self, messages: str | Sequence[dict[str, str]]) -> Tensor:
         """The tokens of a question, or of a whole conversation, up to where the answer begins."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        return self.tokenizer.apply_chat_template(messages, **options)["input_ids"][0]
+        return generating.prompt_of(self.tokenizer, messages)
 
     def stream(self, messages: str | Sequence[dict[str, str]], max_new_tokens: int = 48) -> Iterator[str]:
         """Answers greedily, and yields the answer as it grows, first token first. Starts with empty caches."""

@@ -48,13 +48,10 @@ def text_stream(
         if tokenizer.unk_token_id in known:
             raise refuse("unknown_prompt", prompt=prompt, read=tokenizer.decode(known))
         if template is None and getattr(tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": prompt}]
-            read = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
+            ids = generating.prompt_of(tokenizer, prompt)
         else:
-            read = tokenizer((template or "{}").replace("{}", prompt), return_tensors="pt")
-        ids = read["input_ids"][0].to(next(model.parameters()).device)
+            ids = tokenizer((template or "{}").replace("{}", prompt), return_tensors="pt")["input_ids"][0]
+        ids = ids.to(next(model.parameters()).device)
         room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         limit = max_new_tokens if room is None else min(max_new_tokens, room - len(ids))
         past = {}
