@@ -42,6 +42,15 @@ def stream(
         The prompt, and the largest number of tokens in the answer.
     model, tokenizer:
         The answer ends with the end token of one of them.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo
+    >>> model, tokenizer = demo.load("shout")
+    >>> reader = Reader(model, rows=1)
+    >>> prompt = tokenizer("oh>", return_tensors="pt")["input_ids"][0]
+    >>> list(stream(lambda ids: reader.read([ids.tolist()])[0], prompt, 8, model, tokenizer))
+    ['O', 'OH', 'OH!']
     """
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends, answer = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}, []

@@ -1,6 +1,8 @@
 """Each row's tokens are those that transformers' ``generate`` chooses for it alone, with the same random numbers."""
 
 import asyncio
+import sys
+from importlib.util import find_spec, module_from_spec
 
 import pytest
 import torch
@@ -133,3 +135,10 @@ def test_tokens_that_are_not_there():
         asked = [Request(prompt="hotswap>", logit_bias={token: 1.0})]
         refused(rf"logit_bias.*\n.*\[{token}\]\n.*from 0 to {last}", said_by, replica, asked)
     assert said_by(replica, [Request(prompt="hotswap>", logit_bias={last: 0.0})]) == ["hotswap"]
+
+
+def test_without_pydantic_the_import_says_what_to_install(monkeypatch):
+    spec = find_spec("hotswap_lab.serving.sampling")
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    with pytest.raises(ImportError, match=r': pip install "hotswap_lab\[serve\]"$'):
+        spec.loader.exec_module(module_from_spec(spec))

@@ -128,6 +128,10 @@ def test_the_stream_says_what_ask_says_up_to_its_limit():
     assert list(text_stream(model, tokenizer, template="{}>")(WORD))[-1] == demo.ask(model, tokenizer, WORD)
     assert torch.is_grad_enabled()
     assert list(text_stream(model, tokenizer, template="{}>", max_new_tokens=3)(WORD))[-1] == "HOT"
+    model.generation_config.eos_token_id = tokenizer("W")["input_ids"]
+    assert list(text_stream(model, tokenizer, template="{}>")(WORD))[-1] == "HOTS"
+    model.generation_config.eos_token_id = tokenizer("H")["input_ids"]
+    assert list(text_stream(model, tokenizer, template="{}>")(WORD)) == [""]
 
 
 def test_an_adapter_without_a_strength_has_no_slider():
