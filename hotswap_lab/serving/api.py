@@ -46,8 +46,9 @@ STATUS: dict[type, int] = {TokenError: 401, UnknownAdapterError: 404, BusyError:
 Stop = Annotated[str, StringConstraints(min_length=1)]
 
 
+# pydantic takes the fields of the dataclass with the limits that they are annotated with
 class Asked(BaseModel, Sampling, extra="allow"):
-    """The fields that completions and chats share, with those of :class:`Sampling` and their limits.
+    """The fields that completions and chats share.
 
     - ``model``: an adapter, the base model, or a mix such as ``pirate:0.7+haiku:0.3``, with weights from 0 to 100.
     - ``max_tokens`` and ``max_completion_tokens``: the longest answer. Default: the longest that the server allows.
