@@ -32,7 +32,7 @@ def prompt_of(tokenizer: Any, messages: str | Sequence[dict[str, str]]) -> Tenso
 def stream(
     read: Callable[[Tensor], Tensor], ids: Tensor, most: int, model: torch.nn.Module, tokenizer: Any
 ) -> Iterator[str]:
-    """Answer greedily, and yield the answer so far after each token; an answer without a token is one empty text.
+    """Answer greedily, and yield the answer so far after each token; at least one text, which may be empty.
 
     Parameters
     ----------
@@ -53,16 +53,18 @@ def stream(
     ['O', 'OH', 'OH!']
     """
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends, answer = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}, []
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    answer, text = [], None
     for _ in range(most):
         ids = read(ids).argmax(-1, keepdim=True)
         if ids.item() in ends:
             break
         answer.append(ids.item())
-        text = tokenizer.decode(answer, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # the first half of a letter
+        longer = tokenizer.decode(answer, skip_special_tokens=True)
+        if not longer.endswith("\ufffd"):  # the first half of a letter
+            text = longer
             yield text
-    if not answer:
+    if text is None:
         yield ""
 
 

@@ -62,6 +62,8 @@ def test_half_a_letter_is_not_shown(chat, monkeypatch):
     shown = iter(["\ufffd", "ñ", "ña", "ña"])
     monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, skip_special_tokens: next(shown))
     assert list(chat.stream("abc")) == ["ñ", "ña"]
+    monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, skip_special_tokens: "\ufffd")
+    assert chat.ask("abc") == ""
 
 
 def test_an_answer_ends_at_its_limit_and_with_the_room(chat):
