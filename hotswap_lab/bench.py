@@ -260,7 +260,11 @@ class Way(NamedTuple):
 
     def check(self) -> bool:
         """Swap back and forth, to end at adapter 1. Returns whether all of it was right."""
-        return all((self.swap(number), self.is_right(number))[1] for number in (1, 0, 1))
+        for number in (1, 0, 1):
+            self.swap(number)
+            if not self.is_right(number):
+                return False
+        return True
 
 
 class Scene:

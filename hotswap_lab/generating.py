@@ -1,4 +1,4 @@
-"""Generating in fixed shapes: a language model that reads on in all rows of a batch, each row at its own place.
+"""Generating: the loop that answers greedily, and a reader in fixed shapes, for rows of a batch at different places.
 
 ``torch.compile`` makes code for each shape that it meets, so a growing text would be compiled at each token. Here there
 are two shapes: a chunk of a prompt for each row, or one new token for each. The memory for the keys and values of all
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,84 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .ahead import aoti_compile, aoti_load
 from .core.errors import HotswapError
 
 
-class RowCache:
-    """A cache for the models of transformers, with rows at different places: ``positions`` is ``[rows, tokens]``."""
+def prompt_of(tokenizer: Any, messages: str | Sequence[dict[str, str]]) -> Tensor:
+    """The token ids, ``[tokens]``, of a question or of a whole conversation, up to where the answer begins."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    return tokenizer.apply_chat_template(messages, **options)["input_ids"][0]
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], positions: Tensor, length: int):
-        self.keys: Sequence[Tensor] = keys
-        self.values: Sequence[Tensor] = values
-        self.positions: Tensor = positions
-        self.length: int = length
+
+def stream(
+    read: Callable[[Tensor], Tensor], ids: Tensor, most: int, model: torch.nn.Module, tokenizer: Any
+) -> Iterator[str]:
+    """Answer greedily, and yield the answer so far after each token; at least one text, which may be empty.
+
+    Parameters
+    ----------
+    read:
+        A function that reads further token ids, ``[tokens]``, and returns the logits after them, ``[vocabulary]``.
+    ids, most:
+        The prompt, and the largest number of tokens in the answer.
+    model, tokenizer:
+        The answer ends with the end token of one of them.
+
+    Examples
+    --------
+    >>> from hotswap_lab import demo
+    >>> model, tokenizer = demo.load("shout")
+    >>> reader = Reader(model, rows=1)
+    >>> prompt = tokenizer("oh>", return_tensors="pt")["input_ids"][0]
+    >>> list(stream(lambda ids: reader.read([ids.tolist()])[0], prompt, 8, model, tokenizer))
+    ['O', 'OH', 'OH!']
+    """
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    answer, text = [], None
+    for _ in range(most):
+        ids = read(ids).argmax(-1, keepdim=True)
+        if ids.item() in ends:
+            break
+        answer.append(ids.item())
+        longer = tokenizer.decode(answer, skip_special_tokens=True)
+        if not longer.endswith("\ufffd"):  # the first half of a letter
+            text = longer
+            yield text
+    if text is None:
+        yield ""
+
+
+@dataclass
+class LayerCache:
+    """The keys and values of one layer, with rows at different places: ``positions`` is ``[rows, tokens]``."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    length: int
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of new tokens. A layer calls this, and gets those of all places."""
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        self.keys[rows, :, self.positions] = keys.transpose(1, 2)
+        self.values[rows, :, self.positions] = values.transpose(1, 2)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+@dataclass
+class RowCache:
+    """The caches of all layers, in the form that the models of transformers take."""
+
+    layers: Sequence[LayerCache]
 
     def get_seq_length(self, *_: Any) -> int:
-        return self.length
+        return self.layers[0].length
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        all_keys, all_values = self.keys[layer_idx], self.values[layer_idx]
-        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-        all_keys[rows, :, self.positions] = keys.transpose(1, 2)
-        all_values[rows, :, self.positions] = values.transpose(1, 2)
-        return all_keys[:, :, : self.length], all_values[:, :, : self.length]
+        return self.layers[layer_idx].update(keys, values)
 
 
 class Reader(torch.nn.Module):
@@ -101,6 +158,8 @@ class Reader(torch.nn.Module):
 
     def compile_ahead(self, folder: str | os.PathLike[str], progress: bool = True) -> None:
         """Compiles both shapes ahead of time, to a file each (:func:`hotswap_lab.aoti_compile`)."""
+        from .ahead import aoti_compile  # here, so that all else works without that folder
+
         for width in (self.chunk, 1):
             # tokens that differ, since the code is proven on them
             ids = torch.arange(self.rows * width, device=self._lm.device).view(self.rows, width)
@@ -109,6 +168,8 @@ class Reader(torch.nn.Module):
 
     def load_ahead(self, folder: str | os.PathLike[str]) -> None:
         """Uses the files of :meth:`compile_ahead`, of this process or another (:func:`hotswap_lab.aoti_load`)."""
+        from .ahead import aoti_load
+
         self.compiled = {width: aoti_load(self._file(folder, width), self) for width in (self.chunk, 1)}
 
     def is_compiled_in(self, folder: str | os.PathLike[str]) -> bool:
@@ -152,11 +213,11 @@ class Reader(torch.nn.Module):
     def step(self, ids: Tensor, positions: Tensor, length: int | None = None) -> Tensor:
         """The model itself, with all of its caches: ``[rows, tokens]`` to the logits ``[rows, 1, vocabulary]``."""
         dtype, length = self._lm.dtype, length or self.longest + 1
-        keys, values = ([getattr(self, f"{which}_{n}") for n in range(self.layers)] for which in ("keys", "values"))
         # each token sees itself, and all before it in its row
         visible = (self.places[:length] <= positions[..., None])[:, None]
         mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-        cache = RowCache(keys, values, positions, length)
+        memories = ((getattr(self, f"keys_{n}"), getattr(self, f"values_{n}")) for n in range(self.layers))
+        cache = RowCache([LayerCache(*memory, positions, length) for memory in memories])
         return self._call(ids, cache=cache, attention_mask=mask, position_ids=positions.clamp(max=self.longest - 1))
 
     forward = step

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec, module_from_spec
+
 import pytest
 import torch
 from exercises import logits_of, some_ids
@@ -52,3 +55,12 @@ def test_a_row_that_is_given_on_leaves_no_trace_and_disturbs_nobody(model):
     logits = read_all(reader, [second, other[6:]], sizes=(4, 2))
     assert torch.allclose(logits[0], logits_of(model, second), atol=1e-4)
     assert torch.allclose(logits[1], logits_of(model, other), atol=1e-4)
+
+
+def test_reading_needs_nothing_of_ahead(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hotswap_lab.ahead", None)
+    spec = find_spec("hotswap_lab.generating")
+    alone = module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    text = letters(5)
+    assert torch.allclose(alone.Reader(model, rows=1).read([text])[0], logits_of(model, text), atol=1e-4)

@@ -28,10 +28,9 @@ from .exercise import Exercise, first_difference, refused, same_as_fresh, tensor
 #: what the reader has built so far
 MINE = Path("my_hotswap.py")
 #: in a wheel next to this file, in a checkout next to the other solutions
-SOLUTION = next(filter(Path.exists, [
-    Path(__file__).with_name("mini_hotswap.py"),
-    Path(__file__).parents[2] / "notebooks" / "solutions" / "mini_hotswap.py",
-]))  # fmt: skip
+SOLUTION = Path(__file__).with_name("mini_hotswap.py")
+if not SOLUTION.exists():
+    SOLUTION = Path(__file__).parents[2] / "notebooks" / "solutions" / "mini_hotswap.py"
 
 
 def load_ipython_extension(ipython: Any) -> None:

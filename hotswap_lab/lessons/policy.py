@@ -27,7 +27,7 @@ def curves(title: str, panels: Mapping[str, Mapping[str, Sequence[float]]], stri
     >>> curves("A run", {"reward": {"": [0.5, 1.0]}}, {"step 0": "up", "step 1": "UP"})
     A run. reward from 0.5 to 1. step 0: up. step 1: UP
     """
-    canvas, told = Canvas(660, 50 + HEIGHT * len(panels) + 46 * bool(strip)), [title]
+    canvas, told = Canvas(660, 50 + HEIGHT * len(panels) + (46 if strip else 0)), [title]
     canvas.text(330, 28, title, size=15)
     for number, (what, named) in enumerate(panels.items()):
         top, bottom = 46 + HEIGHT * number, 46 + HEIGHT * number + HEIGHT - 16

@@ -85,5 +85,6 @@ def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str) -> 
                 canvas.text(left + width * (start + length / 2), y + 18, shown, size=12)
                 served.append(f"{request[0]} ({request[1]})")
             start += length
-        told.append(f"Row {number}: " + (f"request{'s' * (len(served) > 1)} {', '.join(served)}" if served else "free"))
+        what = "request" if len(served) == 1 else "requests"
+        told.append(f"Row {number}: {f'{what} ' + ', '.join(served) if served else 'free'}")
     return canvas.figure(f"{title}. {'. '.join(told)}")

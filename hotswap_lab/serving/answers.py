@@ -14,7 +14,7 @@ from .sampling import Sampler, Sampling
 from .table import Version
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request(Sampling):
     """A prompt, or the messages of a chat; the share of each adapter, none for the base model; and how to answer.
 

@@ -44,10 +44,10 @@ class TokenError(HotswapError):
 STATUS: dict[type, int] = {TokenError: 401, UnknownAdapterError: 404, BusyError: 503}
 
 Stop = Annotated[str, StringConstraints(min_length=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Asked(BaseModel, extra="allow"):
+# pydantic takes the fields of the dataclass with the limits that they are annotated with
+class Asked(BaseModel, Sampling, extra="allow"):
     """The fields that completions and chats share.
 
     - ``model``: an adapter, the base model, or a mix such as ``pirate:0.7+haiku:0.3``, with weights from 0 to 100.
@@ -75,15 +75,6 @@ class Asked(BaseModel, extra="allow"):
     model: str
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_k: int | None = Field(None, ge=-1)
-    top_p: float | None = Field(None, gt=0, le=1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     n: int | None = Field(None, ge=1, le=8)
     stream: bool | None = None
@@ -275,8 +266,9 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         versions = "+".join(f"{each}:{weight:g}" if weight != 1 else f"{each}" for each, weight in shares.items())
         frame = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": asked.model}
         frame["system_fingerprint"] = versions or base
-        how = asked.model_dump(include=SAMPLING, exclude_none=True)
-        requests = [Request(prompt, shares, most, stop, logprobs, bool(asked.stream), **how)] * (asked.n or 1)
+        how = asked.model_dump(include=SAMPLING)
+        how |= dict(prompt=prompt, shares=shares, max_tokens=most, stop=stop, logprobs=logprobs)
+        requests = [Request(**how, is_streamed=bool(asked.stream))] * (asked.n or 1)
         if asked.seed is not None:
             requests = [replace(each, seed=asked.seed + index) for index, each in enumerate(requests)]
         pieces = _merged([begun(each, echo) for each in requests])

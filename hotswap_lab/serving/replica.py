@@ -101,7 +101,7 @@ class Replica:
     >>> versions = [Version.of(name, demo.adapter_path(name)) for name in ("reverse", "sort")]
     >>> replica = Replica(*demo.load("reverse"), versions, Options(longest_prompt=16, longest_answer=16))
     >>> async def ask(shares):
-    ...     return "".join([piece.text async for piece in replica.answer(Request("hotswap>", shares))])
+    ...     return "".join([piece.text async for piece in replica.answer(Request(prompt="hotswap>", shares=shares))])
     >>> async def ask_all(*all_shares):
     ...     return await asyncio.gather(*map(ask, all_shares))  # in one batch
     >>> asyncio.run(ask_all({versions[0]: 1.0}, {versions[1]: 1.0}, {}))

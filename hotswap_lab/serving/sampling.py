@@ -1,11 +1,9 @@
 """How the tokens of an answer are chosen: transformers' own logits processors, each request with its own values."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -13,6 +11,11 @@ from torch import Tensor
 
 from .. import compat
 from ..core.errors import refuse
+
+try:
+    from pydantic import Field
+except ModuleNotFoundError as _error:
+    raise ImportError(f'{_error}: pip install "hotswap_lab[serve]"', name="pydantic") from _error
 
 #: below this temperature, the most probable token is taken each time
 COLDEST = 1e-3
@@ -32,18 +35,18 @@ class Sampling:
     and of these from those that are at least ``min_p`` times as probable as the first. ``repetition_penalty`` divides
     the logits of all tokens of the prompt and the answer, or multiplies negative ones. ``frequency_penalty`` is
     subtracted from a token's logit as often as the answer has it, and ``presence_penalty`` once. ``logit_bias`` is
-    added to the logits of these tokens.
+    added to the logits of these tokens. The limits are checked where a request comes in over HTTP.
     """
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_k: Annotated[int | None, Field(ge=-1)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
 
 
 class Sampler:
@@ -56,7 +59,8 @@ class Sampler:
 
     def __init__(self, how: Sampling, prompt: Sequence[int], model: Any, defaults: Any, ends: Sequence[int]):
         vocabulary = model.config.get_text_config().vocab_size
-        if unknown := [token for token in how.logit_bias if not 0 <= token < vocabulary]:
+        biases = how.logit_bias or {}
+        if unknown := [token for token in biases if not 0 <= token < vocabulary]:
             raise refuse("no_such_token", tokens=unknown[:8], last=vocabulary - 1)
         self.how: Sampling = how
         self.prompt: Sequence[int] = prompt
@@ -72,7 +76,7 @@ class Sampler:
         self.is_drawn: bool = heat >= COLDEST and bool(how.temperature is not None or config.do_sample)
         config.do_sample, config.top_k = self.is_drawn, max(config.top_k or 0, 0)
         setattr(config, compat.ENDS, torch.tensor(ends))
-        bias = [[[token], float(added)] for token, added in how.logit_bias.items()]
+        bias = [[[token], float(added)] for token, added in biases.items()]
         self.steps: list[Any] = [transformers.SequenceBiasLogitsProcessor(bias)] if bias else []
         penalties = [self._penalize] if how.frequency_penalty or how.presence_penalty else []
         more: dict[str, Any] = dict(encoder_input_ids=torch.tensor([prompt]), logits_processor=penalties, device="cpu")
@@ -80,7 +84,8 @@ class Sampler:
 
     def _penalize(self, ids: Tensor, scores: Tensor) -> Tensor:
         counts = torch.bincount(ids[0, len(self.prompt) :], minlength=scores.shape[-1])
-        return scores - self.how.frequency_penalty * counts - self.how.presence_penalty * (counts > 0)
+        frequency, presence = self.how.frequency_penalty or 0, self.how.presence_penalty or 0
+        return scores - frequency * counts - presence * (counts > 0)
 
     def choose(self, logits: Tensor, best: int, answer: Sequence[int]) -> int:
         """The next token after those of the answer; ``best`` is the most probable one, for requests without steps."""

@@ -17,20 +17,19 @@ While a cell computes, clicks act at once with JupyterLab 4.4 and ipykernel 7 or
 click on), else when the cell has ended; the last one counts. In ``with in_use(panel): ...``, swaps by clicks wait.
 Clicks compute in the modes of the cell that made the widget: turn gradients off before that.
 
-Files: ``view`` (the base class), ``work`` (the base class of widgets with long work, which can be stopped), ``asking``
-(that of widgets that swap and run a prompt), ``clicks`` (the order of clicks), ``switch`` (swaps by name, in a pool or
-in a model), ``text`` (answers that grow token by token), ``results`` (an answer as text and HTML), ``tables`` (tables
-and chips of adapters as HTML), ``live.css`` and ``live.js`` (for the page), and one file for each widget.
+Files: ``view`` (the base class), ``work`` (the base class of widgets with long work, which can be stopped), ``clicks``
+(the order of clicks), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers that grow token by token),
+``results`` (an answer as text and HTML), ``tables`` (tables and chips of adapters as HTML), ``live.css`` and
+``live.js`` (for the page), and one file for each widget.
 """
 
 from __future__ import annotations
 
 from .guards import Guards
 from .row_panel import RowPanel
-from .strength_lattice import StrengthLattice
 from .swap_panel import SwapPanel
 from .view import View
 from .weight_map import WeightMap
 from .write_scrubber import WriteScrubber
 
-__all__ = ["Guards", "RowPanel", "StrengthLattice", "SwapPanel", "View", "WeightMap", "WriteScrubber"]
+__all__ = ["Guards", "RowPanel", "SwapPanel", "View", "WeightMap", "WriteScrubber"]

@@ -25,19 +25,6 @@ setTimeout(() => {
   });
   mark();
   new MutationObserver(mark).observe(root, {subtree: true, childList: true, attributeFilter: ['class']});
-  // clicks on HTML go to the kernel through a hidden text; what was clicked keeps the focus when it is drawn anew
-  const chooser = root.querySelector('.hotswap-chooser input');
-  let clicks = 0, last = null;
-  root.addEventListener('click', ({target}) => {
-    const choice = target.closest('[data-choose]');
-    if (!choice || !chooser) return;
-    last = choice.dataset.choose;
-    chooser.value = `${++clicks} ${last}`;
-    ['input', 'change'].forEach(kind => chooser.dispatchEvent(new Event(kind, {bubbles: true})));
-  });
-  new MutationObserver(() => document.activeElement === document.body && last !== null &&
-    all('[data-choose]').find(each => each.dataset.choose === last)?.focus()
-  ).observe(root, {subtree: true, childList: true});
   // arrow keys choose among radios, and go from tile to tile
   root.addEventListener('keydown', event => {
     const step = {ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1}[event.key];

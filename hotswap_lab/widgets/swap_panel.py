@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 from urllib.parse import quote
 
 import torch
 
+from .. import demo
+from ..core.errors import refuse
 from ..figures import Figure
 from ..figures.palette import INK, WHITE, adapter_color, light
 from ..pools.adapter_pool import AdapterPool
-from .asking import AskingView
+from ..threads import in_use
 from .results import Run
-from .switch import strength_of, whereabouts
+from .switch import demo_pool, strength_of, switch_for, whereabouts
+from .text import text_stream
 from .view import FITS, counted, escape, speaking, w, wrapping_row
 from .weight_map import WeightMap
+from .work import WorkingView
 
 #: the slider's range; 1 is the trained strength
 STRENGTHS = (0.0, 1.5)
@@ -23,15 +29,28 @@ STRENGTHS = (0.0, 1.5)
 RADIO = '.hotswap-live .hotswap-choices button[data-value="{}"]{} {{ background: {}; color: {} }}'
 
 
-class SwapPanel(AskingView):
+class SwapPanel(WorkingView):
     """The adapters, a strength, a prompt; and next to them the answer, and a map of what the adapter adds.
 
     Parameters
     ----------
+    pool_or_model:
+        An :class:`AdapterPool`, or a model, together with ``adapters``.
+    generate:
+        A function that takes the prompt, and returns text or anything that Jupyter shows as an image or as HTML, such
+        as audio. Or it yields its text so far, which is shown as it grows. Default: the model's greedy answer, which
+        needs ``tokenizer``. It runs inside ``with in_use(model)``, so swaps by other threads wait for its end, and it
+        can't swap.
     run_on_swap:
         Whether a click on an adapter, or a move of the slider, runs the prompt as well.
-
-    The others are those of :class:`~hotswap_lab.widgets.asking.AskingView`.
+    prompt:
+        The first text in the prompt box.
+    tokenizer, template, max_new_tokens:
+        For the default ``generate``, see :func:`hotswap_lab.widgets.text.text_stream`.
+    adapters:
+        For a model: a dict of names and sources for :func:`hotswap_adapter`.
+    adapter_name:
+        For a model: the adapter to swap.
 
     Examples
     --------
@@ -61,14 +80,66 @@ class SwapPanel(AskingView):
         generate: Callable[[str], object] | None = None,
         *,
         run_on_swap: bool = True,
-        **options: object,
+        prompt: str = "",
+        tokenizer: object = None,
+        template: str | None = None,
+        max_new_tokens: int = 64,
+        adapters: Mapping[str, object] | None = None,
+        adapter_name: str | None = None,
     ):
-        super().__init__(pool_or_model, generate, **options)
+        self._switch = switch_for(pool_or_model, adapters, adapter_name)
+        #: the model that answers; changes by clicks wait for the end of a block ``with in_use(panel):`` in a cell
+        self.model: torch.nn.Module = self._switch.model
+        # a tokenizer is callable, too, so one passed as generate is recognized by its decode
+        usable = tokenizer is not None if generate is None else callable(generate) and not hasattr(generate, "decode")
+        if not usable:
+            raise refuse("panel_cannot_run", generate=type(generate).__name__, tokenizer=type(tokenizer).__name__)
+        self.generate: Callable[[str], object] = generate or text_stream(
+            self.model, tokenizer, template=template, max_new_tokens=max_new_tokens
+        )
+        #: the text in the prompt box
+        self.prompt = prompt
         self.run_on_swap = run_on_swap
         #: the last answer, and the one to compare it with
         self.answer: Run | None = None
         self.pinned: Run | None = None
         self.map: WeightMap = WeightMap(self._switch)
+
+    @classmethod
+    def demo(cls, prompt: str = "hotswap", **options: object) -> Any:
+        """Make a panel with the embedded model and all of its adapters.
+
+        >>> from hotswap_lab.widgets import SwapPanel
+        >>> SwapPanel.demo().choose("pig_latin")
+        'otswaphay'
+        """
+        pool, tokenizer = demo_pool()
+        return cls(pool, tokenizer=tokenizer, template="{}" + demo.SEPARATOR, prompt=prompt, **options)
+
+    # ---- state
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the adapters."""
+        return self._switch.names
+
+    @property
+    def active(self) -> str | None:
+        """The active adapter; None if it is off, or not one of the panel's. Setting it swaps."""
+        return self._switch.active
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        self._run(lambda: self._swap(name))
+
+    @property
+    def strength(self) -> float:
+        """The strength of the adapter: 1 as trained, 0 for no effect. Can be set."""
+        return self._switch.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._run(lambda: self._set_strength(value))
 
     # ---- actions
 
@@ -84,17 +155,40 @@ class SwapPanel(AskingView):
         change(value)
         return self._work() if self.run_on_swap else None
 
+    def _swap(self, name: str | None) -> None:
+        doing = "turning the adapter off" if name is None else f"swapping {name} in"
+        self.swaps.append(self._make(doing, self._switch.off if name is None else partial(self._switch.swap, name)))
+
+    def _set_strength(self, value: float) -> None:
+        self._make(f"setting the strength to {value}", lambda: setattr(self._switch, "strength", value))
+
     def _make(self, doing: str, change: Callable[[], object]) -> float:
-        seconds = super()._make(doing, change)
+        """Make a change. The status shows if it waits for threads that compute. Returns the seconds that it took."""
+        self.doing: str = f"{doing}, as soon as no other thread computes with the model"
+        seconds = self._when_free(change)
         self.map.look()  # waits, as no refresh may
         return seconds
 
     def _work(self) -> object:
         """Run the prompt."""
-        self.doing: str = "running the prompt"
-        return self._ask(self.prompt, lambda run: setattr(self, "answer", run)).result
+        self.doing = "running the prompt"
+        # swaps by other threads wait, so that an answer comes from one adapter and has its name
+        with in_use(self.model):
+            run = self.answer = Run(str(self.prompt), whereabouts(self._switch), strength_of(self._switch))
+            for _ in run.growing(self.generate(run.prompt)):
+                self._progressed()
+                self._check()
+        return run.result
 
     # ---- text, picture and controls
+
+    @property
+    def summary(self) -> str:
+        """One line: the number of adapters, the active one, and its strength."""
+        where, strength = whereabouts(self._switch), strength_of(self._switch)
+        active = "the adapter is off" if where == "off" else f"{where} is active"
+        at = "" if where == "off" or strength is None else f" at strength {strength:g}"
+        return f"{counted(len(self.names), 'adapter')}, {active}{at}"
 
     @property
     def title(self) -> str:
@@ -126,7 +220,14 @@ class SwapPanel(AskingView):
         self._slider = w.FloatSlider(step=0.05, description="strength", layout=wide)
         self._slider.add_class("hotswap-strength")
         self._when_clicked(self._slider, "strength", self._set_strength)
-        asking = self._prompt_box("Run", "run the prompt")
+        self._box = w.Text(description="prompt", layout=w.Layout(width="320px", max_width=FITS))
+        with warnings.catch_warnings():
+            # what ipywidgets 8 recommends instead would run the prompt when the box loses the focus, too
+            warnings.simplefilter("ignore")
+            self._box.on_submit(lambda _: self._clicked(self.start))
+        self._when_set(self._box, lambda text: vars(self).update(prompt=text))  # with no refresh while the user types
+        self._run_button = self._button("Run", "run the prompt", self.start, button_style="primary")
+        asking = wrapping_row(self._box, *self._with_stop(self._run_button))
         left = [self._style, self._radios, self._slider, asking, self._status]
         left = w.VBox(left, layout=w.Layout(flex="1 1 340px", min_width="0"))
         self._pin_button = self._button("Compare with this", "keep this answer next to later ones", self.pin)
@@ -146,6 +247,7 @@ class SwapPanel(AskingView):
     def _refresh(self) -> None:
         strength, where, labels = strength_of(self._switch), whereabouts(self._switch), (*self.names, "off")
         super()._refresh()
+        self._box.value = str(self.prompt)
         self.map.look_now()
         if self._painted is not self.map.tiles:  # drawing takes a while, and a growing answer is shown often
             self._painted, self._picture.value = self.map.tiles, self.map._inside() if self.map.tiles else ""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +12,10 @@ from .. import demo
 from ..beyond.configs import not_scaled
 from ..core.errors import refuse
 from ..core.host import find_host, name_in
-from ..files.reading import read
 from ..pools.adapter_pool import AdapterPool
 from ..pools.members import check_named
-from ..swap import get_strength, hotswap_adapter, save_adapter, set_strength
-from ..threads import bases_of, held, put_back
+from ..swap import get_strength, hotswap_adapter, set_strength
+from ..threads import bases_of, held
 
 
 class ModelSwitch:
@@ -58,34 +55,12 @@ class ModelSwitch:
     def strength(self, value: float) -> None:
         set_strength(self.model, value, self.adapter_name)
 
-    def swap(self, name: str, strength: float = 1.0) -> None:
+    def swap(self, name: str) -> None:
         if name not in self.adapters:
             raise refuse("no_adapter_of_this_name", name=name, adapters=", ".join(map(repr, self.adapters)))
-        # before the swap, since the model must be as it was after an error
-        if strength != 1 and (found := not_scaled(read(self.adapters[name], only_config=True).config)):
-            raise refuse("no_strength", adapter_name=name, found=found)
-        with held(*bases_of(self.model), computing=True):  # no swap by another thread before the strength is set
+        with held(*bases_of(self.model), computing=True):  # no swap by another thread before the config is read
             hotswap_adapter(self.model, self.adapters[name], self.adapter_name, add_layers=True)
             self._last = name, config_of(self)
-            if strength != 1:
-                self.strength = strength
-
-    @contextlib.contextmanager
-    def using(self, name: str) -> Iterator[None]:
-        """Activate an adapter inside a block; restore the previous one on exit, even after an error."""
-        with held(*bases_of(self.model), computing=True), tempfile.TemporaryDirectory() as folder:
-            last, config = self._last, config_of(self)
-            former = last[0] if last[1] is config else None
-            strength = 1.0 if not_scaled(config) else self.strength
-            # from a file, since it may be none of these adapters, or may have been trained since
-            save_adapter(self.model, folder, self.adapter_name)
-            back = ModelSwitch(self.model, {former: folder}, self.adapter_name)
-            self.swap(name)
-            try:
-                yield
-            finally:
-                put_back(lambda: back.swap(former, strength), f"leaves {name!r} in the model")
-                self._last = back._last
 
     def off(self) -> None:
         self.strength = 0

@@ -10,22 +10,14 @@ from .view import escape
 CELL = "padding:4px 6px;font-size:12px;text-align:left;border:1px solid rgba(128,128,128,.4)"
 
 
-def tint(name: str | None) -> str:
-    """The style of dark text on an adapter's light color, in a light and in a dark theme.
-
-    >>> tint("reverse") == f"color:{INK};background:{light('reverse')}"
-    True
-    """
-    return f"color:{INK};background:{light(name)}"
-
-
 def chip(name: str | None, label: str | None = None) -> str:
     """An adapter or one of its versions on its color, with another ``label`` if there is one. None: the base model.
 
     >>> light("reverse") in chip("reverse@2"), chip(None).endswith(">base</span>")
     (True, True)
     """
-    style = f"display:inline-block;margin:1px;padding:0 8px;border-radius:4px;{tint(name)}"
+    # dark text on a light color can be read in a light and in a dark theme
+    style = f"display:inline-block;margin:1px;padding:0 8px;border-radius:4px;color:{INK};background:{light(name)}"
     return f'<span style="{style}">{escape(label or name or "base")}</span>'
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from .. import generating
 from ..core.errors import refuse
 
 
@@ -46,32 +47,24 @@ def text_stream(
             raise refuse("empty_prompt")
         if tokenizer.unk_token_id in known:
             raise refuse("unknown_prompt", prompt=prompt, read=tokenizer.decode(known))
-        chat = template is None and getattr(tokenizer, "chat_template", None)
-        text = (template or "{}").replace("{}", prompt)
-        if chat:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+        if template is None and getattr(tokenizer, "chat_template", None):
+            ids = generating.prompt_of(tokenizer, prompt)
+        else:
+            ids = tokenizer((template or "{}").replace("{}", prompt), return_tensors="pt")["input_ids"][0]
         ids = ids.to(next(model.parameters()).device)
         room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        limit = max_new_tokens if room is None else min(max_new_tokens, room - ids.shape[1])
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        past, answer = {}, []
-        for _ in range(limit):
-            # inside the loop, since a generator must not turn its caller's gradients off between two tokens
-            with torch.no_grad():
-                output = model(input_ids=ids, **past, use_cache=True)
+        limit = max_new_tokens if room is None else min(max_new_tokens, room - len(ids))
+        past = {}
+
+        # for each call, since a generator must not turn its caller's gradients off between two tokens
+        @torch.no_grad()
+        def logits_after(ids: torch.Tensor) -> torch.Tensor:
+            output = model(input_ids=ids[None], **past, use_cache=True)
             # the keys and values have the same name in a model's outputs and inputs: newer versions call it `cache`
             name = "cache" if "cache" in output else "past_key_values"
-            past = {name: output[name]}
-            ids = output.logits[:, -1:].argmax(-1)
-            if ids.item() in ends:
-                break
-            answer.append(ids.item())
-            yield tokenizer.decode(answer, skip_special_tokens=True)
-        if not answer:
-            yield ""
+            past[name] = output[name]
+            return output.logits[0, -1]
+
+        yield from generating.stream(logits_after, ids, limit, model, tokenizer)
 
     return stream

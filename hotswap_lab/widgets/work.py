@@ -251,14 +251,6 @@ class WorkingView(View):
         else:
             self._changed()  # moves a slider back
 
-    def _chooser(self, act: Callable[[str], object]) -> w.Widget:
-        """A hidden text by which ``live.js`` hands over clicks on HTML. ``act`` gets its ``data-choose``."""
-        box = w.Text(layout=w.Layout(display="none"))
-        box.add_class("hotswap-chooser")
-        # each has a number in front, or two clicks on the same would be one
-        self._when_set(box, lambda text: self._clicked(lambda: act(text.partition(" ")[2])))
-        return box
-
     def _with_stop(self, *starters: w.Widget) -> list[w.Widget]:
         """Add a stop button to controls that start jobs."""
         self._starters = starters

@@ -153,6 +153,8 @@ def _by_row(tensor: SlotTensor) -> torch.Tensor:
 def _paint(canvas: Canvas, x: float, y: float, width: float, high: float, values: torch.Tensor, color: str) -> None:
     """Draw rows of numbers between 0 and 1 as rows of cells, each ``high`` pixels high."""
     pixels = values.nan_to_num().sqrt().mul(TINTS).ceil().int().tolist()
-    data = png(pixels, [OFF, *(mix(color, 0.2 + 0.8 * tint / TINTS) for tint in range(TINTS))]) if pixels else b""
+    if not pixels:
+        return
+    data = png(pixels, [OFF, *(mix(color, 0.2 + 0.8 * tint / TINTS) for tint in range(TINTS))])
     area = f"x='{x:g}' y='{y:g}' width='{width}' height='{high * len(pixels):g}' preserveAspectRatio='none'"
-    canvas.shapes.append(f"<image {area} style='image-rendering:pixelated' href='{address(data)}'/>" * bool(pixels))
+    canvas.shapes.append(f"<image {area} style='image-rendering:pixelated' href='{address(data)}'/>")

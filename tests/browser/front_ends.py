@@ -36,7 +36,6 @@ WIDGETS = {
     "scrubber": "view = WriteScrubber()\nview",
     "guards": "guards = Guards.demo()\nguards",
     "rows": "rows = RowPanel.demo(['hotswap', 'notebook', 'adapter'])\nrows",
-    "lattice": "lattice = StrengthLattice.demo(strengths=(0, 0.5, 1))\nlattice",
 }
 SETUP = """import warnings
 

@@ -14,7 +14,6 @@ from front_ends import SETUP, WIDGETS, NotebookPage, jupyter, open_browser, writ
 CELLS = WIDGETS | {
     "panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.pin()\npanel.choose('pig_latin')\npanel",
     "scrubber": "view = WriteScrubber()\nview.step = 16\nview",
-    "lattice": "lattice = StrengthLattice.demo()\nlattice.run()\nlattice.choose('pig_latin', 0.5)\nlattice",
 }
 LOOKS = {
     "light": ("JupyterLab Light", {"width": 1200, "height": 900}),

@@ -162,20 +162,6 @@ def test_the_panel_by_keyboard(widgets):
 
 
 @pytest.mark.long
-def test_the_lattice_by_click_and_by_keyboard(widgets):
-    lattice = widgets["lattice"]
-    lattice.get_by_role("button", name="Fill").click()
-    cell = lattice.locator("[data-choose='shout@1.0']")
-    expect(cell).to_have_text("HOTSWAP!", timeout=60_000)
-    expect(lattice).not_to_contain_text("busy", timeout=60_000)
-    cell.click()
-    expect(cell).to_have_text("● HOTSWAP!")
-    expect(cell).to_be_focused()  # though the table was drawn anew
-    lattice.locator("[data-choose='sort@1.0']").press("Enter")
-    expect(lattice.locator("[data-choose='sort@1.0']")).to_have_text("● ahopstw")
-
-
-@pytest.mark.long
 def test_clicks_while_a_cell_computes_tear_nothing_and_the_last_one_counts(widgets):
     """They come at once, in a thread of the kernel: JupyterLab 4.4 and later don't wait for the end of the cell."""
     panel, notebook = widgets["panel"], widgets["notebook"]

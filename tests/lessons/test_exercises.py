@@ -6,6 +6,7 @@ That it accepts a right one, the solutions' notebooks show, from which the right
 from __future__ import annotations
 
 import ast
+import importlib.util
 import pkgutil
 import re
 from importlib import import_module
@@ -195,6 +196,16 @@ def test_a_part_is_kept_once_it_is_right_and_the_next_ones_are_built_on_it(tmp_p
     assert "KeyError: 'nope' (line 4 of part 01: raise KeyError('nope'))" in capsys.readouterr().out
     building.part("01", str(building.solution("01")))
     assert building.parts_of_yours().keys() == {"01", "02"}
+
+
+def test_without_the_solution_the_import_works_and_its_use_says_which_file_is_missing(monkeypatch):
+    """As in a copy of the package without the notebooks."""
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    alone = importlib.util.module_from_spec(building.__spec__)
+    building.__spec__.loader.exec_module(alone)
+    monkeypatch.setattr(alone, "SOLUTION", Path("nowhere/mini_hotswap.py"))
+    with pytest.raises(FileNotFoundError, match="mini_hotswap"):
+        alone.built("01")
 
 
 def test_each_exercise_has_wrong_answers():

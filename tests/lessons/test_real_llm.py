@@ -29,7 +29,7 @@ def chat():
 
 @pytest.fixture
 def model(chat):
-    return chat.model
+    return chat.reader.model
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,8 @@ def test_half_a_letter_is_not_shown(chat, monkeypatch):
     shown = iter(["\ufffd", "ñ", "ña", "ña"])
     monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, skip_special_tokens: next(shown))
     assert list(chat.stream("abc")) == ["ñ", "ña"]
+    monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, skip_special_tokens: "\ufffd")
+    assert chat.ask("abc") == ""
 
 
 def test_an_answer_ends_at_its_limit_and_with_the_room(chat):
@@ -89,13 +91,13 @@ def test_the_base_that_shares_its_weights_is_the_base():
 def test_what_was_saved_is_restored_in_the_same_memory(chat, model):
     ids = some_ids(11)
     chat.read(ids[:7])
-    memory = [cache.keys.data_ptr() for cache in chat._caches]
+    memory = [each.data_ptr() for each in chat.reader.buffers(recurse=False)]
     saved = chat.save()
     chat.forget()
     chat.read(some_ids(9))
     chat.restore(saved)
     assert chat.length == 7
     assert torch.allclose(chat.read(ids[7:]), logits_of(model, ids), atol=1e-4)
-    assert [cache.keys.data_ptr() for cache in chat._caches] == memory
+    assert [each.data_ptr() for each in chat.reader.buffers(recurse=False)] == memory
     chat.restore(saved)  # reading on has not changed the copy
     assert torch.allclose(chat.read(ids[7:]), logits_of(model, ids), atol=1e-4)

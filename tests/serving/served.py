@@ -57,7 +57,7 @@ class Served(Register):
         return [{"replica": str(n), **replica.state} for n, replica in enumerate(self.replicas)]
 
     async def pieces(self, model: str, word: str, replica: int = 0, **how: object) -> list[Piece]:
-        request = Request(f"{word}>", self.table.shares(model, "demo"), **how)
+        request = Request(prompt=f"{word}>", shares=self.table.shares(model, "demo"), **how)
         return [piece async for piece in self.replicas[replica].answer(request)]
 
     async def ask(self, model: str, word: str, replica: int = 0, **how: object) -> str:

@@ -42,7 +42,9 @@ def ask_replica(model: str, rows: int) -> Ask:
     base = str(demo.BASE_DIR) if model == "demo" else tokenizer.name_or_path
     replica = load_replica(base, list(versions.values()), options)
     how = dict(logit_bias={tokenizer.eos_token_id: -100.0}, is_streamed=True)
-    return lambda name, length: replica.answer(Request(PROMPT, {versions[name]: 1.0}, max_tokens=length, **how))
+    return lambda name, length: replica.answer(
+        Request(prompt=PROMPT, shares={versions[name]: 1.0}, max_tokens=length, **how)
+    )
 
 
 class Way:

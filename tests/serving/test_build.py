@@ -77,9 +77,9 @@ def test_a_replica_without_adapters():
     for rank, added in ((0, "double"), (4, "double"), (48, "pig_latin")):
         options = Options(longest_prompt=16, longest_answer=16, target_rank=rank)
         replica, version = load_replica(str(demo.BASE_DIR), [], options), Version.of("late", FAMILY[added])
-        assert asyncio.run(text_of(replica.answer(Request("hotswap>")))) == "hotswap"
+        assert asyncio.run(text_of(replica.answer(Request(prompt="hotswap>")))) == "hotswap"
         replica.load([version])
-        said = asyncio.run(text_of(replica.answer(Request("hotswap>", {version: 1.0}))))
+        said = asyncio.run(text_of(replica.answer(Request(prompt="hotswap>", shares={version: 1.0}))))
         assert said == demo.ask(*demo.load(added), "hotswap")
     assert Table().shares("demo", "demo") == {}
 

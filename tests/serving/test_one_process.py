@@ -34,11 +34,11 @@ def test_before_the_start_all_is_refused(tmp_path):
     async def ask_and_change():
         assert await backend.states() == []
         with pytest.raises(BusyError, match="server is starting"):
-            await anext(backend.answer(Request("hotswap>")))
+            await anext(backend.answer(Request(prompt="hotswap>")))
         with pytest.raises(BusyError, match="server is starting"):
             await backend.change({"late": FAMILY["sort"]})
         await backend.start()
-        assert (await anext(backend.answer(Request("hotswap>")))).text == "hotswap"
+        assert (await anext(backend.answer(Request(prompt="hotswap>")))).text == "hotswap"
 
     asyncio.run(ask_and_change())
     assert list(backend.table.versions) == list(FAMILY)
@@ -57,7 +57,7 @@ def test_an_answer_that_comes_too_late():
 
     async def ask():
         with pytest.raises(LateError):
-            await anext(backend.answer(Request("hotswap>")))
+            await anext(backend.answer(Request(prompt="hotswap>")))
 
     asyncio.run(asyncio.wait_for(ask(), 30))
 

@@ -255,7 +255,7 @@ def test_models_of_ones_own(tmp_path, kind, more, in_rows):
     words = ["notebook" * 6, *WORDS]  # some models compute short prompts in another way next to a long one
 
     async def answer_to(word, share):
-        asked = Request(f"{word}>", share, max_tokens=10, logprobs=0)
+        asked = Request(prompt=f"{word}>", shares=share, max_tokens=10, logprobs=0)
         pieces = [piece async for piece in replica.answer(asked)]
         return "".join(piece.text for piece in pieces), [token.logprob for piece in pieces for token in piece.tokens]
 
@@ -291,7 +291,9 @@ def test_who_goes_away_stops_the_computing(served):
     counts = served.replicas[0].counts
 
     async def leave_and_ask():
-        pieces = served.answer(Request("notebook>", served.table.shares("double", "demo"), is_streamed=True))
+        pieces = served.answer(
+            Request(prompt="notebook>", shares=served.table.shares("double", "demo"), is_streamed=True)
+        )
         asking = asyncio.ensure_future(served.ask("double", "notebook"))
         for _ in range(2):
             await anext(pieces)
@@ -345,7 +347,9 @@ def test_no_trace_of_a_row_without_numbers_in_a_shorter_request_next_to_a_longer
 
     async def ask_strong():
         nonlocal asking
-        asking = asyncio.ensure_future(text_of(replica.answer(Request("hotswapadaptersinalive>", shares))))
+        asking = asyncio.ensure_future(
+            text_of(replica.answer(Request(prompt="hotswapadaptersinalive>", shares=shares)))
+        )
         await asyncio.gather(asking, return_exceptions=True)
         await replica._worker
 
@@ -368,7 +372,9 @@ def test_no_trace_of_a_row_without_numbers_in_a_shorter_request_next_to_a_longer
 
 def test_new_weights_while_an_answer_runs(served):
     async def swap_in_the_middle():
-        pieces = served.answer(Request("notebook>", served.table.shares("double", "demo"), is_streamed=True))
+        pieces = served.answer(
+            Request(prompt="notebook>", shares=served.table.shares("double", "demo"), is_streamed=True)
+        )
         text = (await anext(pieces)).text
         table = await served.change({"double": FAMILY["caesar"]})
         rest, said = await asyncio.gather(text_of(pieces), served.ask("double", "hotswap"))

@@ -1,6 +1,8 @@
 """Each row's tokens are those that transformers' ``generate`` chooses for it alone, with the same random numbers."""
 
 import asyncio
+import sys
+from importlib.util import find_spec, module_from_spec
 
 import pytest
 import torch
@@ -79,7 +81,7 @@ def test_rows_with_values_of_their_own(defaults):
     requests, expected, plain = [], [], []
     for number, asked in enumerate(ASKED):
         name, word, how = [*FAMILY, "demo"][number % 9], WORDS[number % 8], dict(seed=0) | asked
-        requests.append(Request(f"{word}>", served.table.shares(name, "demo"), max_tokens=12, **how))
+        requests.append(Request(prompt=f"{word}>", shares=served.table.shares(name, "demo"), max_tokens=12, **how))
         ids = generated(fresh(FAMILY.get(name)), replica.tokenizer(f"{word}>")["input_ids"], own | how)
         expected.append(replica.tokenizer.decode(ids, skip_special_tokens=True))
         plain.append(alone(FAMILY.get(name), word)[:12])
@@ -114,7 +116,7 @@ def test_what_a_model_asks_for_itself_counts_once(tmp_path, kind, penalty):
         expected = generated(model, ids, {})
         assert expected not in plain, own
         said = replica.tokenizer.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert said_by(replica, [Request("hotswap>", max_tokens=12, seed=0)]) == [said], own
+        assert said_by(replica, [Request(prompt="hotswap>", max_tokens=12, seed=0)]) == [said], own
 
 
 def test_what_no_sampler_can_do_is_said(tmp_path):
@@ -123,13 +125,20 @@ def test_what_no_sampler_can_do_is_said(tmp_path):
     with logged() as messages:
         replica = Replica(model, tokenizer, [Version.of("shout", FAMILY["shout"])], SHORT)
     assert "num_beams" in messages[0]
-    assert said_by(replica, [Request("hotswap>")]) == ["hotswap"]
+    assert said_by(replica, [Request(prompt="hotswap>")]) == ["hotswap"]
 
 
 def test_tokens_that_are_not_there():
     replica = replica_of({"shout": FAMILY["shout"]}, SHORT)
     last = replica.pool.model.config.vocab_size - 1
     for token in (-1, last + 1):
-        asked = [Request("hotswap>", logit_bias={token: 1.0})]
+        asked = [Request(prompt="hotswap>", logit_bias={token: 1.0})]
         refused(rf"logit_bias.*\n.*\[{token}\]\n.*from 0 to {last}", said_by, replica, asked)
-    assert said_by(replica, [Request("hotswap>", logit_bias={last: 0.0})]) == ["hotswap"]
+    assert said_by(replica, [Request(prompt="hotswap>", logit_bias={last: 0.0})]) == ["hotswap"]
+
+
+def test_without_pydantic_the_import_says_what_to_install(monkeypatch):
+    spec = find_spec("hotswap_lab.serving.sampling")
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    with pytest.raises(ImportError, match=r': pip install "hotswap_lab\[serve\]"$'):
+        spec.loader.exec_module(module_from_spec(spec))

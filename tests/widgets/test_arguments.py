@@ -7,7 +7,7 @@ from refusals import refused
 from shown import folders
 
 from hotswap_lab import AdapterPool, demo
-from hotswap_lab.widgets import RowPanel, StrengthLattice, SwapPanel
+from hotswap_lab.widgets import RowPanel, SwapPanel
 
 FOLDERS = folders("reverse", "sort")
 PATHS = [*FOLDERS.values()]
@@ -23,15 +23,9 @@ def given():
 
 #: what is called with which of these and with which other arguments, and the words of the refusal
 REFUSED = [
-    *(
-        (widget, *rest)
-        for widget in (SwapPanel, StrengthLattice)
-        for rest in (
-            ("model", {"adapters": FOLDERS}, "how to run a prompt"),
-            ("model", {"generate": str}, "can't swap in this"),
-            ("model tokenizer", {"adapters": FOLDERS}, "pass a tokenizer as tokenizer="),
-        )
-    ),
+    (SwapPanel, "model", {"adapters": FOLDERS}, "how to run a prompt"),
+    (SwapPanel, "model", {"generate": str}, "can't swap in this"),
+    (SwapPanel, "model tokenizer", {"adapters": FOLDERS}, "pass a tokenizer as tokenizer="),
     *((AdapterPool, "model", {"adapters": unnamed}, "have no names") for unnamed in (PATHS, PATHS[1])),
     (SwapPanel, "model", {"tokenizer": ..., "adapters": PATHS}, "have no names"),
     (SwapPanel, "pool", {"tokenizer": ..., "adapters": FOLDERS}, "not both"),
@@ -52,12 +46,10 @@ def test_what_it_cannot_use_is_refused(given, widget, names, options, words):
 
 def test_what_it_cannot_do_is_refused(given):
     pool = given["pool"]
-    panel, lattice = SwapPanel(pool, repr, prompt=5), StrengthLattice(pool, str)
+    panel = SwapPanel(pool, repr, prompt=5)
     refused("The strength is not a number", setattr, panel, "strength", "high")
     assert (panel.strength, panel.run()) == (1, "'5'")
-    refused("not a number", lattice.choose, "sort", float("nan"))
+    refused("not a number", setattr, panel, "strength", float("nan"))
     refused("no adapter called 'nobody'", RowPanel(pool, list, prompts=["word"]).choose, 0, "nobody")
-    empty = AdapterPool(demo.load("reverse")[0], progress=False)
-    refused("None", StrengthLattice(empty, str).run)
-    with pytest.raises(TypeError, match="run_on_swap"):
-        StrengthLattice(pool, str, run_on_swap=True)
+    with pytest.raises(TypeError, match="strengths"):
+        SwapPanel(pool, str, strengths=[0, 1])

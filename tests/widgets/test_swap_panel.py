@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from IPython.display import Audio
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from refusals import refused
 from shown import WORD, click, folders, live, panel_with
 
-from hotswap_lab import AdapterPool, demo, hotswap_adapter, verify_hotswap
+from hotswap_lab import Adapter, AdapterPool, demo, hotswap_adapter, verify_hotswap
 from hotswap_lab.demo import digits
 from hotswap_lab.figures.palette import light
 from hotswap_lab.lessons.diffusion import Drawn
@@ -126,6 +128,19 @@ def test_the_stream_says_what_ask_says_up_to_its_limit():
     assert list(text_stream(model, tokenizer, template="{}>")(WORD))[-1] == demo.ask(model, tokenizer, WORD)
     assert torch.is_grad_enabled()
     assert list(text_stream(model, tokenizer, template="{}>", max_new_tokens=3)(WORD))[-1] == "HOT"
+    model.generation_config.eos_token_id = tokenizer("W")["input_ids"]
+    assert list(text_stream(model, tokenizer, template="{}>")(WORD))[-1] == "HOTS"
+    model.generation_config.eos_token_id = tokenizer("H")["input_ids"]
+    assert list(text_stream(model, tokenizer, template="{}>")(WORD)) == [""]
+
+
+def test_an_adapter_without_a_strength_has_no_slider():
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(use_dora=True, target_modules=["0"]))
+    adapter = Adapter.from_state_dict(get_peft_model_state_dict(model), model.peft_config["default"])
+    panel = live(SwapPanel(model, str, adapters={"dora": adapter}))
+    assert panel._slider.disabled
+    click(panel, "dora")
+    assert str(panel).splitlines()[0] == "SwapPanel: 1 adapter, dora is active"
 
 
 def test_a_long_run_can_be_stopped_and_does_not_block():

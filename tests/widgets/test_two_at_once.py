@@ -16,7 +16,7 @@ from shown import WORD, folders, live, panel_with
 
 from hotswap_lab import AdapterPool, demo, in_use
 from hotswap_lab.threads import bases_of, held
-from hotswap_lab.widgets import RowPanel, StrengthLattice, SwapPanel, View
+from hotswap_lab.widgets import RowPanel, SwapPanel, View
 from hotswap_lab.widgets.clicks import Clicks
 
 NAMES = ("reverse", "sort", "shout")
@@ -174,15 +174,7 @@ def test_a_click_that_comes_late_does_not_count(monkeypatch):
 # ---- a swap while something computes
 
 
-#: what computes with a pool's model, and calls a function meanwhile
-COMPUTING = {
-    "panel": lambda pool, probe: SwapPanel(pool, probe).run(),
-    "lattice": lambda pool, probe: StrengthLattice(pool, probe, strengths=(0,)).run(),
-}
-
-
-@pytest.mark.parametrize("what", COMPUTING)
-def test_swaps_by_others_wait_while_it_computes(what):
+def test_swaps_by_others_wait_while_it_computes():
     pool, swaps = make()._switch, []
 
     def probe(*_):
@@ -193,7 +185,7 @@ def test_swaps_by_others_wait_while_it_computes(what):
             assert swaps[0].is_alive()
         return WORD
 
-    COMPUTING[what](pool, probe)
+    SwapPanel(pool, probe).run()
     swaps[0].join(SOON)
     assert pool.active == "shout"
 
@@ -202,14 +194,10 @@ LONG = {
     "panel": make,
     "panel of a model": lambda: make("model"),
     "rows": lambda: RowPanel.demo([WORD]),
-    "lattice": lambda: StrengthLattice.demo(strengths=(0,)),
-    "lattice of a model": lambda: StrengthLattice(
-        demo.load("reverse")[0], str, adapters=folders(*NAMES), strengths=(0,)
-    ),
 }
 
 
-@pytest.mark.parametrize("what", few_of(LONG, ["panel", "lattice of a model"]))
+@pytest.mark.parametrize("what", few_of(LONG, ["panel", "rows"]))
 def test_work_waits_for_a_thread_that_computes_and_the_wait_can_be_stopped(what):
     widget = LONG[what]()
     model, former = (getattr(widget, "pool", None) or widget).model, str(widget)

@@ -13,7 +13,7 @@ import torch
 from shown import live
 
 from hotswap_lab import AdapterPool, demo
-from hotswap_lab.widgets import RowPanel, StrengthLattice, SwapPanel, View
+from hotswap_lab.widgets import RowPanel, SwapPanel, View
 from hotswap_lab.widgets.view import WIDGET_MIME
 from hotswap_lab.widgets.work import WorkingView
 
@@ -55,7 +55,7 @@ def test_nothing_is_refreshed_before_it_is_shown():
     assert "bye" in view._title.value
 
 
-@pytest.mark.parametrize("kind", [SwapPanel, StrengthLattice, RowPanel])
+@pytest.mark.parametrize("kind", [SwapPanel, RowPanel])
 def test_nothing_becomes_markup(kind):
     name, prompt, options = "<i>x", "<b>", {"rows": 2} if kind is RowPanel else {}
     pool = AdapterPool(demo.load("reverse")[0], adapters={name: demo.adapter_path("sort")}, progress=False, **options)
