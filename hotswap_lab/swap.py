@@ -57,7 +57,8 @@ def hotswap_adapter(
     differ. Layers that the new adapter lacks are turned off. If the rank stays the same, so do the memory addresses; in
     a prepared model they always do. A scale that was set before (``set_scale``, ``scale_layer``) is reset, as after a
     fresh load: set it again if you still want it. If the model is trained, call ``optimizer.state.clear()`` after a
-    swap: the state is of the old weights, and with another rank, of another shape.
+    swap: without it, an optimizer goes on with the moments of the old weights. With another rank these have another
+    shape; with the same rank nothing shows it.
 
     Parameters
     ----------
@@ -499,7 +500,8 @@ def loaded(model: object) -> LoadedList:
     list
         Prints as one line for each adapter, and as a table in a notebook. Each has ``adapter_name``, ``method``,
         ``ranks``, ``strength``, ``source``, ``revision``, ``when`` and, in a pool, ``member``, ``mix`` or ``rows``;
-        ``sha256``, which reads the adapter's file when it is asked for; and ``as_dict()``.
+        ``note``, if it was made for another base model; ``sha256``, which reads the adapter's file when it is asked
+        for; and ``as_dict()``.
 
     Examples
     --------
