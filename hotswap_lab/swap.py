@@ -36,6 +36,10 @@ RECOMPILES = (
     "this changes shapes or numbers that the model was compiled for, and its next call compiles again; to swap without "
     "recompiling, call prepare_model_for_compiled_hotswap after loading the first adapter and before compiling"
 )
+TRAINED = (
+    "the adapter requires gradients: if it is trained, call optimizer.state.clear() after the swap, since an optimizer "
+    "goes on with the moments of the old weights, and nothing shows it"
+)
 #: the warnings that were shown already, by base model
 _said: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
@@ -217,7 +221,10 @@ def plan_hotswap(
     adapter = _read(host, model_name_or_path, torch_device, kwargs)
     with held(host.base) if any(map(changes_while_computing, host.configs.values())) else contextlib.nullcontext():
         slot = slot_for(METHODS, host, adapter_name)
-        return make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights).kept()
+        plan = make_plan(slot, adapter, add_layers=add_layers, base_weights=base_weights).kept()
+    if any(each.requires_grad for each in slot.parameters):
+        plan.notes.append(TRAINED)
+    return plan
 
 
 def _read(

@@ -164,11 +164,6 @@ class Plan:
     def kept(self) -> Plan:
         """This plan, with its answer noted. A later commit refuses it if the answer has changed by then."""
         self.told = self.answer
-        if any(each.requires_grad for each in self.slot.parameters):
-            self.notes.append(
-                "the adapter is trained: call optimizer.state.clear() after the swap, since nothing stops an optimizer "
-                "from going on with the state of the old weights"
-            )
         return self
 
     def change(self) -> Change:

@@ -306,14 +306,16 @@ def test_copies_of_rows_are_refused(pool, model, truth, wanted, way):
     assert_close(call(copied(model, way), truth.inputs), truth.of("b"))
 
 
-@pytest.mark.parametrize("first", ["plain", "next"])
-def test_unloading_takes_the_rows_with_it(pool, model, folders, truth, first):
+@pytest.mark.parametrize("first", ["plain", "compiled", "next"])
+def test_unloading_takes_the_rows_with_it(pool, model, folders, truth, first, fresh_compiler):
     pool.assign(["a", "b"])
     assert_rows(pool, truth, ["a", "b"])
     base = model.unload()
     if first == "plain":
         assert_close(call(base, truth.inputs[:3]), truth.base[:3])
         assert not any(getattr(base, name) for name in HOOKS)
+    elif first == "compiled":
+        assert_close(call(torch.compile(base, backend="eager"), truth.inputs[:3]), truth.base[:3])
     again = PeftModel.from_pretrained(base, folders["c"]).eval()
     assert_close(call(again, truth.inputs[:3]), truth.of("c")[:3])
     pool = AdapterPool(again, adapters=folders, rows=3, progress=False)
