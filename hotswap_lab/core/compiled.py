@@ -93,7 +93,7 @@ def blind_spot(compiled: list[object], prepared: bool) -> str | None:
         return "the model was compiled with freezing, which copies the weights into the compiled graph"
     if prepared:
         return None
-    if guards_are_skipped():
+    if getattr(compat.eval_frame._stance, "skip_guard_eval_unsafe", False):
         return "torch.compiler.set_stance(skip_guard_eval_unsafe=True) is on, so guards are not evaluated"
     # torch 2.8 stores the hooks in what the context calls
     hooks = [
@@ -106,8 +106,10 @@ def blind_spot(compiled: list[object], prepared: bool) -> str | None:
 
 def guards_are_skipped() -> bool:
     """Whether compiled code runs without a look at its guards: a setting of the process, not of a model."""
-    # to turn it on imports the compiler, which takes seconds
-    return "torch._dynamo" in sys.modules and getattr(compat.eval_frame._stance, "skip_guard_eval_unsafe", False)
+    try:  # turning it on imports the compiler, which takes seconds
+        return "torch._dynamo" in sys.modules and getattr(compat.eval_frame._stance, "skip_guard_eval_unsafe", False)
+    except ImportError:  # a swap of plain LoRA needs no private name
+        return False
 
 
 def _context_of(each: Any) -> object | None:
