@@ -37,6 +37,10 @@ RECOMPILES = (
     "this changes shapes or numbers that the model was compiled for, and its next call compiles again; to swap without "
     "recompiling, call prepare_model_for_compiled_hotswap after loading the first adapter and before compiling"
 )
+TRAINED = (
+    "the adapter requires gradients: if it is trained, call optimizer.state.clear() after the swap, since an optimizer "
+    "goes on with the moments of the old weights, and nothing shows it"
+)
 #: the warnings that were shown already, by base model
 _said: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
@@ -58,7 +62,8 @@ def hotswap_adapter(
     differ. Layers that the new adapter lacks are turned off. If the rank stays the same, so do the memory addresses; in
     a prepared model they always do. A scale that was set before (``set_scale``, ``scale_layer``) is reset, as after a
     fresh load: set it again if you still want it. If the model is trained, call ``optimizer.state.clear()`` after a
-    swap: the state is of the old weights, and with another rank, of another shape.
+    swap: without it, an optimizer goes on with the moments of the old weights. With another rank these have another
+    shape; with the same rank nothing shows it.
 
     Parameters
     ----------
@@ -217,7 +222,10 @@ def plan_hotswap(
     adapter = _read(host, model_name_or_path, torch_device, kwargs)
     with held(host.base) if any(map(changes_while_computing, host.configs.values())) else contextlib.nullcontext():
         slot = slot_for(METHODS, host, adapter_name)
-        return make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, base_weights=base_weights).kept()
+        plan = make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, base_weights=base_weights).kept()
+    if any(each.requires_grad for each in slot.parameters):
+        plan.notes.append(TRAINED)
+    return plan
 
 
 def _read(
@@ -499,7 +507,8 @@ def loaded(model: object) -> LoadedList:
     list
         Prints as one line for each adapter, and as a table in a notebook. Each has ``adapter_name``, ``method``,
         ``ranks``, ``strength``, ``source``, ``revision``, ``when`` and, in a pool, ``member``, ``mix`` or ``rows``;
-        ``sha256``, which reads the adapter's file when it is asked for; and ``as_dict()``.
+        ``note``, if it was made for another base model; ``sha256``, which reads the adapter's file when it is asked
+        for; and ``as_dict()``.
 
     Examples
     --------

@@ -45,7 +45,8 @@ NEEDS_RAY = "notebooks/09_beyond_one_machine.ipynb"
 NEEDS = {
     "needs-ray": (("ray", "openai"), 'needs pip install "ray[serve]" openai'),
     **{
-        f"needs-{each}": ((each,), f"needs pip install {each}") for each in ("gradio", "torchao", "bitsandbytes", "trl")
+        f"needs-{each}": ((each,), f"needs pip install {each}")
+        for each in ("gradio", "torchao", "bitsandbytes", "trl", "sentence_transformers")
     },
 }
 #: a program that can't even be looked into without it

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import replace
 from operator import attrgetter
 
@@ -15,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core import lora
 from ..core.errors import listing
 from ..core.host import PEFT_PREFIX, Config
+from ..core.loaded import other_base
 from ..core.plan import Action, Plan
 from ..core.slot import Slot
 
@@ -92,23 +91,12 @@ def note_other_base(plan: Plan) -> None:
     """Add a note if the adapter's config names another base model than the live one.
 
     It is not a refusal, since a fine-tune or a copy may fit, too. It is also a warning if both names are ids of Hub
-    repositories; a folder may be a copy of any of them.
+    repositories.
     """
-    made_for, name = plan.adapter.config.base_model_name_or_path, getattr(plan.slot.host.base, "name_or_path", None)
-    if not _is_hub_id(name):
-        name = plan.slot.config.base_model_name_or_path or name
-    if not (isinstance(made_for, str) and isinstance(name, str) and made_for and name):
-        return
-    on_hub = _is_hub_id(made_for) and _is_hub_id(name)
-    if made_for == name or (not on_hub and os.path.basename(made_for) == os.path.basename(name)):
-        return
-    text = f"the adapter was made for {made_for}, and the model is {name}; that the shapes fit does not make it right"
-    plan.notes.append(text)
-    plan.warnings += [text] * on_hub
-
-
-def _is_hub_id(name: object) -> bool:
-    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.isdir(name)
+    if found := plan.slot.once_for(plan.adapter.config, other_base):
+        text, on_hub = found
+        plan.notes.append(text)
+        plan.warnings += [text] * on_hub
 
 
 def check_prefixes(plan: Plan) -> None:

@@ -13,8 +13,9 @@ from .errors import HotswapError, listing, refuse
 from .host import Config, kind_of
 from .tensors import is_finite
 
-#: attributes of a config in a model: its adapter's source, revision and file; and when a swap put it in
-ORIGIN, WHEN = "_hotswap_origin", "_hotswap_when"
+#: attributes of a config in a model: its adapter's source, revision and file; when a swap put it in; and the base model
+#: that the config of the first adapter names, before any swap
+ORIGIN, WHEN, BASE = "_hotswap_origin", "_hotswap_when", "_hotswap_base"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

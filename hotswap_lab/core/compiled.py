@@ -7,6 +7,7 @@ this: freezing copies weights into the graph, and without its guards a graph goe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def blind_spot(compiled: list[object], prepared: bool) -> str | None:
     prepared:
         Whether the swap changes only the values of tensors, so that no guard is needed.
     """
-    if not compiled and not prepared:
+    if not compiled and not prepared and not guards_are_skipped():
         return None
     # this imports the compiler, if nothing else has
     if compat.inductor_config.freezing:
@@ -101,6 +102,14 @@ def blind_spot(compiled: list[object], prepared: bool) -> str | None:
     if any(getattr(each, "guard_filter_fn", None) is not None for each in hooks):
         return "the model was compiled with a guard_filter_fn, so guards may be missing"
     return None
+
+
+def guards_are_skipped() -> bool:
+    """Whether compiled code runs without a look at its guards: a setting of the process, not of a model."""
+    try:  # turning it on imports the compiler, which takes seconds
+        return "torch._dynamo" in sys.modules and getattr(compat.eval_frame._stance, "skip_guard_eval_unsafe", False)
+    except ImportError:  # a swap of plain LoRA needs no private name
+        return False
 
 
 def _context_of(each: Any) -> object | None:

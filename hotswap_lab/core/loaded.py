@@ -7,15 +7,16 @@ import dataclasses
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from .adapter import ORIGIN, WHEN
+from .adapter import BASE, ORIGIN, WHEN
 from .change import LOG
 from .errors import HotswapError
-from .host import kind_of
+from .host import Config, kind_of
 from .prepared import ranks_before
 from .report import html_table
 from .slot import Slot, has_been_swapped, slot_for
@@ -50,6 +51,8 @@ class Loaded:
         When a swap put it in; None if PEFT loaded it.
     file:
         The path of its weights, and the file's inode, size and time when it was read.
+    note:
+        That it was made for another base model, if its config says so.
     """
 
     model: str
@@ -64,6 +67,7 @@ class Loaded:
     revision: str | None
     when: datetime | None
     file: tuple[str, int, int, int] | None
+    note: str | None
 
     @property
     def sha256(self) -> str | None:
@@ -93,7 +97,8 @@ class Loaded:
     def __str__(self) -> str:
         name, now, method, ranks, strength, source, when = self.row
         now = "" if now == "-" else f"{now}, "
-        return f"{name}: {now}{method} of rank {ranks}, strength {strength}, from {source}, since {when}"
+        note = f"; note: {self.note}" if self.note else ""
+        return f"{name}: {now}{method} of rank {ranks}, strength {strength}, from {source}, since {when}{note}"
 
     __repr__ = __str__
 
@@ -105,7 +110,9 @@ class LoadedList(list[Loaded]):
         return "\n".join(map(str, self)) or "no adapters"
 
     def _repr_html_(self) -> str:
-        return html_table(" and ".join({each.model: 0 for each in self}), HEADER, [each.row for each in self])
+        notes = [f"{each.adapter_name}: {each.note}" for each in self if each.note]
+        title = " and ".join({each.model: 0 for each in self})
+        return html_table(title, HEADER, [each.row for each in self], notes=notes)
 
 
 def _shown(owner: object) -> str:
@@ -135,10 +142,33 @@ def loaded_of(slot: Slot) -> Loaded:
     with contextlib.suppress(HotswapError):  # it is of another method, or has different ones
         strength = strength_of(slot)
     ranks = tuple(sorted({rank for rank in ranks_before(slot) if rank}))
-    model, method, when = type(slot.host.base).__name__, kind_of(slot.config), when and datetime.fromtimestamp(when)
+    model, method = type(slot.host.base).__name__, kind_of(slot.config)
+    when = when and datetime.fromtimestamp(when).astimezone()
     source, revision, file = origin
+    configs = [each.state.config for each in room.assigned if each] if rows else [slot.config]
+    notes = dict.fromkeys(found[0] for each in configs if (found := other_base(slot, each)))
     names = model, slot.adapter_name, method
-    return Loaded(*names, ranks, strength, member, mix, rows, source, revision, when and when.astimezone(), file)
+    note = "; ".join(notes) or None
+    return Loaded(*names, ranks, strength, member, mix, rows, source, revision, when, file, note)
+
+
+def other_base(slot: Slot, config: Config) -> tuple[str, bool] | None:
+    """A note that a config names another base model than the live one, and whether both names are ids on the Hub."""
+    made_for, name = config.base_model_name_or_path, getattr(slot.host.base, "name_or_path", None)
+    if not _is_hub_id(name):
+        name = vars(slot.config).get(BASE, slot.config.base_model_name_or_path) or name
+    if not (isinstance(made_for, str) and isinstance(name, str) and made_for and name):
+        return None
+    on_hub = _is_hub_id(made_for) and _is_hub_id(name)
+    # a folder may be a copy of any repository
+    if made_for == name or (not on_hub and os.path.basename(made_for) == os.path.basename(name)):
+        return None
+    both = f"the adapter was made for {made_for}, and the model is {name}"
+    return f"{both}; that the shapes fit does not make it right", on_hub
+
+
+def _is_hub_id(name: object) -> bool:
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.isdir(name)
 
 
 def _named(owner: Any) -> Any:

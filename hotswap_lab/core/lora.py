@@ -15,7 +15,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, MIN_TARGET_MODULES_FOR_OPTIMIZATION
 
 from .. import compat
-from .adapter import ORIGIN, WHEN
+from .adapter import BASE, ORIGIN, WHEN
 from .host import Config, Host, TunerLayer, modules_in
 from .journal import Journal
 from .settings import LayerSettings
@@ -39,7 +39,7 @@ def fingerprint(config: Config) -> bytes | None:
     Whether the adapter is trained doesn't count.
     """
     fields = dict(vars(config))
-    for name in ("inference_mode", NOTED, ORIGIN, WHEN):
+    for name in ("inference_mode", NOTED, ORIGIN, WHEN, BASE):
         fields.pop(name, None)
     try:
         for name, value in [*fields.items()]:

@@ -169,6 +169,8 @@ class _Prepared(_ALayer):
         if isinstance(table := state.get("scaling"), ScalingTable):
             state["scaling"] = ScalingTable(table.floats, state["_buffers"])
         if of_room := state.pop(ROOM_ATTRIBUTE, None):  # a copy has none
+            for name in of_room:
+                self.lora_variant[name].check_copying(name)
             state["lora_variant"] = {key: each for key, each in self.lora_variant.items() if key not in of_room}
         return _new_prepared, (type(self).hotswap_original,), state
 

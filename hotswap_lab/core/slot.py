@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from . import lora
-from .adapter import ORIGIN
+from .adapter import BASE, ORIGIN
 from .change import Change
 from .host import PEFT_PREFIX, Config, Host, TunerLayer, find_host, modules_in
 from .journal import Journal
@@ -288,6 +288,8 @@ def change_of(slot: Slot, config: Config = None, slot_after: Slot | None = None)
 def follow(change: Change, slot: Slot, config: Config, is_kept: bool) -> None:
     """Let the method note a config that comes in. ``is_kept``: whether the model has the slot of an earlier swap."""
     live = vars(slot.host.configs[slot.adapter_name])
+    if live is not vars(config):  # later adapters are compared with the first one's base model, not with this one's
+        vars(config)[BASE] = live.get(BASE, live["base_model_name_or_path"])
     # the method has seen this model before, and what it noted then still holds
     if is_kept and lora.NOTED in live and not slot.reads_base:
         vars(config)[lora.NOTED] = live[lora.NOTED]

@@ -352,7 +352,7 @@ class AdapterPool:
         differ: ``2 + log2(rows)`` forwards, with a random adapter in some of the rows, show that the model keeps rows
         apart. If a layer does not, the forward refuses it by name. If other inputs than tokens feed a layer with an
         adapter, as images do, each batch is proven. The proof changes nothing, but its forwards call the user's own
-        hooks.
+        hooks. Call the model itself, with the whole batch: a library that sorts it gives the rows to other inputs.
 
         Parameters
         ----------
@@ -452,8 +452,9 @@ class AdapterPool:
         Raises
         ------
         HotswapError
-            As :meth:`swap`; if this would wait for a block that can't end meanwhile; or at the end, if a block inside
-            of this one is still open. The end of that one then puts back what was in the model before both.
+            As :meth:`swap`; if the model is in shared memory, since no other process would wait for the block; if this
+            would wait for a block that can't end meanwhile; or at the end, if a block inside of this one is still open.
+            The end of that one then puts back what was in the model before both.
 
         Examples
         --------
@@ -483,6 +484,9 @@ class AdapterPool:
         """A block that puts adapters in, and at its end what was in the model before."""
 
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
+            if self._room.is_shared:
+                with self._told():
+                    raise refuse("block_in_shared_memory")
             self._check_room()
             former = snapshot(self._room, self._members)
             put_in(lambda journal: back.append(lambda: self._put_back(former)))

@@ -54,6 +54,8 @@ class Batch:
         #: the modules at which a model is called, and the ids of the hooks there
         self.entries: list[torch.nn.Module] = []
         self.hooks: list[tuple[int, int]] = []
+        #: the table of modules with the first layer, and its name there
+        self.place: tuple[dict[str, Any], str] = {}, ""
         #: the layers that were proven, for each entry and kind of input
         self.proven: dict[tuple[Any, ...], frozenset[int]] = {}
         #: all layers for which there is a proof
@@ -89,6 +91,10 @@ class Batch:
     def watch(self, entries: Sequence[torch.nn.Module], journal: Journal) -> None:
         """Add hooks that check the inputs of the entries."""
         self.entries = list(entries)
+        slot = self.room.slot
+        tables = [module._modules for module in slot.modules]
+        first = slot.layers[0].module
+        self.place = next((table, name) for table in tables for name, child in table.items() if child is first)
         for number, entry in enumerate(entries):
             enter, leave = functools.partial(self._enter, number), functools.partial(self._leave, number)
             tables = [getattr(entry, name) for name in HOOKS]
@@ -111,7 +117,9 @@ class Batch:
                 return None
             self.traced = number
             return self._trace(number, arguments, named)
-        if self.probe is None and getattr(self.local, "outer", None) in (None, number):
+        if self._is_gone:
+            self.unwatch(Journal())
+        elif self.probe is None and getattr(self.local, "outer", None) in (None, number):
             self.local.outer = number
             if self.size and self._is_active:
                 self.total = size_of(arguments, named)
@@ -137,8 +145,8 @@ class Batch:
         """
         if self.size and (total := size_of(arguments, named)) != self.size * self.copies:
             self._refuse_batch(total, self.copies)
-        self._enter(0, self.entries[0], arguments, named)
         try:
+            self._enter(0, self.entries[0], arguments, named)
             yield
         finally:
             self._leave(0)
@@ -149,9 +157,19 @@ class Batch:
             raise refuse("rows_not_in_layer", paths="a part of the model", found="no proof for this part")
 
     @property
+    def _is_gone(self) -> bool:
+        """Whether PEFT has taken the layers or the adapter out of the model: ``unload``, ``delete_adapter``."""
+        if self.room is None:
+            return False
+        (table, place), layer = self.place, self.room.slot.layers[0].module
+        now, variant = table.get(place), layer.lora_variant.get(self.room.slot.adapter_name)
+        is_there = now is layer or (now is not None and layer in now.modules())  # as it is, or compiled since
+        return not is_there or getattr(variant, "batch", None) is not self
+
+    @property
     def _is_active(self) -> bool:
         layer, name = self.room.slot.layers[0].module, self.room.slot.adapter_name
-        return name in layer.active_adapters and not layer.disable_adapters
+        return not self._is_gone and name in layer.active_adapters and not layer.disable_adapters
 
     def _check_proof(self, number: int, arguments: tuple[Any, ...], named: Mapping[str, Any], in_graph: bool) -> None:
         given = given_inputs(arguments, named)

@@ -116,6 +116,11 @@ class RowVariant(LoraVariant):
         rows = slice(batch.size)
         return (self.a[rows], self.b[rows], self.own[rows] * strength) if self.index in batch.acting else None
 
+    def check_copying(self, adapter_name: str) -> None:
+        """Refuse a copy while rows are assigned: it has the parameters alone, which are row 0, and no rows."""
+        if self.batch.size:
+            raise refuse("rows_differ", adapter_name=adapter_name)
+
     def times_a(self, module: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """``[rows, copies, ..., in]`` times A: ``[rows, copies, ..., rank]``."""
         return times(x.flatten(1, -2), a.transpose(1, 2)).view(*x.shape[:-1], a.shape[1])

@@ -11,6 +11,7 @@ import torch
 from ..core.adapter import ORIGIN
 from ..core.errors import refuse
 from ..core.host import Config
+from ..core.loaded import other_base
 from ..core.lora import complete, retarget
 from ..core.room import Packed, Room, State
 from ..core.settings import LayerSettings
@@ -55,7 +56,7 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
             sources.append((a, torch.cat([_own(room, a, packed, own.rank) for packed, own, _ in on], a.rank_axis or 0)))
             scaled = [_own(room, b, packed, own.rank) * (own.scaling * weight) for packed, own, weight in on]
             sources.append((b, torch.cat(scaled, b.rank_axis or 0)))
-    config = complete(_config_of(room.slot, settings, members[0].state.config), room.slot.host)
+    config = complete(_config_of(room.slot, settings, [each.state.config for each in members]), room.slot.host)
     return room.pack(State(tuple(settings), config, mix), sources)
 
 
@@ -65,10 +66,14 @@ def _own(room: Room, tensor: SlotTensor, packed: Packed, rank: int) -> torch.Ten
     return tensor.own(span.view(packed.bands[room.bands.index(band)]), rank)
 
 
-def _config_of(slot: Slot, settings: Sequence[LayerSettings | None], like: Config) -> Config:
-    """The config that a mix is saved with."""
+def _config_of(slot: Slot, settings: Sequence[LayerSettings | None], configs: Sequence[Config]) -> Config:
+    """The config that a mix of adapters with these configs is saved with."""
+    like = configs[0]
     ranks = {layer.path: each.rank for layer, each in zip(slot.layers, settings, strict=True) if each is not None}
     config = copy.deepcopy(like)
+    for each in configs:
+        if other_base(slot, each):  # what is noted of a share is noted of the mix
+            config.base_model_name_or_path = each.base_model_name_or_path
     vars(config)[ORIGIN] = "a mix", None, None
     config.r = config.lora_alpha = max(ranks.values(), default=like.r)
     config.rank_pattern = {f"^{path}": rank for path, rank in ranks.items() if rank != config.r}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
-from models import KINDS, Kind, gpt2, load, save_random_adapter
+from models import KINDS, Kind, copied, gpt2, load, save_random_adapter
 from oracle import assert_equals_fresh_load
 from peft import PeftModel
 from peft.tuners.lora import create_arrow_model
@@ -19,6 +20,7 @@ from hotswap_lab import (
     AdapterPool,
     get_strength,
     hotswap_adapter,
+    loaded,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
     save_adapter,
@@ -39,7 +41,7 @@ def adapter_for(base: str | None, folder: Path, seed: int) -> str:
 @pytest.mark.parametrize(
     ("old", "new", "noted", "warned"),
     [
-        ("team/base", "team/other", 1, 2),  # once there, and once back
+        ("team/base", "team/other", 1, 1),  # once there, and not on the way back
         ("team/base", "team/base", 0, 0),
         ("team/base", None, 0, 0),
         (None, "team/base", 0, 0),
@@ -60,6 +62,40 @@ def test_an_adapter_of_another_base_model_is_noted_and_warned_of_once_for_each_p
     messages = [str(each.message) for each in caught if "was made for" in str(each.message)]
     assert len(messages) == warned
     assert not warned or text in messages[0]
+
+
+@pytest.mark.parametrize("way", ["plain", "copied", "pool", "mix", "rows"])
+def test_what_a_swap_put_in_does_not_say_what_the_base_model_is(tmp_path, way, caplog):
+    """The note would be of the right adapter, and none of the wrong one."""
+    names = {"right": "team/base", "wrong": "other/base", "again": "team/base"}
+    folders = {each: adapter_for(names[each], tmp_path / each, seed) for seed, each in enumerate(names)}
+    note = "the adapter was made for other/base, and the model is team/base; that the shapes fit does not make it right"
+    model = load(KIND, folders["right"])
+    model.get_base_model().name_or_path = str(tmp_path)  # a folder may have any name
+    assert loaded(model)[0].note is None
+    assert plan_hotswap(model, folders["wrong"]).notes == [note]
+    caplog.set_level(logging.INFO, logger="hotswap_lab")
+    if way in ("plain", "copied"):
+        hotswap_adapter(model, folders["wrong"])
+        model = copied(model, "pickle") if way == "copied" else model
+    else:
+        how = dict(rows=2) if way == "rows" else dict(target_rank=8)
+        pool = AdapterPool(
+            model, adapters={"right": folders["right"], "wrong": folders["wrong"]}, progress=False, **how
+        )
+        if way == "rows":
+            pool.assign(["right", "wrong"])
+        else:
+            pool.swap("wrong" if way == "pool" else {"right": 0.5, "wrong": 0.5})
+    (now,) = loaded(model)
+    assert now.note == caplog.records[-1].note == note
+    assert all(note in text for text in (str(now), loaded(model)._repr_html_(), caplog.text))
+    if way == "rows":
+        pool.swap("wrong")
+    assert plan_hotswap(model, folders["again"]).notes == []
+    assert plan_hotswap(model, folders["wrong"]).notes == [note]
+    hotswap_adapter(model, folders["again"])
+    assert loaded(model)[0].note is caplog.records[-1].note is None
 
 
 def test_an_expert_of_an_arrow_router_is_refused(tmp_path):

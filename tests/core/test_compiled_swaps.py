@@ -221,6 +221,24 @@ def test_missing_guards_are_refused_unless_only_values_change(folders, way):
     assert_same_outputs(ready, load(LLAMA, folders[1]), LLAMA)
 
 
+def test_missing_guards_are_refused_where_compiled_code_is_around_the_model(tmp_path):
+    """It leaves no trace in the model, but the setting is one of the process."""
+    settings = dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=16), dict(r=4, lora_alpha=8)
+    old, new, alike = save_family(LINEAR, tmp_path, *settings)
+    model = load(LINEAR, old)
+    around = torch.compile(lambda x: model(x), backend="eager")
+    call(around, LINEAR.inputs())
+    torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+    try:
+        refused("guards are not evaluated", hotswap_adapter, model, new, "default")
+        hotswap_adapter(model, alike, "default")  # only values
+        assert_same_outputs(around, load(LINEAR, alike), LINEAR)
+    finally:
+        torch.compiler.set_stance("default")
+    hotswap_adapter(model, new, "default")
+    assert_same_outputs(around, load(LINEAR, new), LINEAR)
+
+
 def test_an_unprepared_compiled_model_says_once_that_it_recompiles(folders):
     compiled = torch.compile(load(LLAMA, folders[0]), backend="eager")
     with pytest.warns(UserWarning, match="call prepare_model_for_compiled_hotswap") as caught:

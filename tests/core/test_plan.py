@@ -22,6 +22,7 @@ from torch import nn
 
 from hotswap_lab import (
     Adapter,
+    commit,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
     plan_hotswap,
@@ -133,6 +134,14 @@ def test_damaged_tensors_are_refused_before_any_write(model, new, damage):
     edit(new, with_tensors(change))
     refused(message, hotswap_adapter, model, new, "default")
     refused(message, hotswap_adapter_from_state_dict, model, tensors, "default", adapter.config)
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_plan_for_an_adapter_that_is_trained_names_its_optimizer(model, new, is_trained):
+    model.requires_grad_(is_trained)
+    plan = plan_hotswap(model, new)
+    assert ["optimizer.state.clear()" in note for note in plan.notes] == [True] * is_trained
+    commit(plan)
 
 
 def test_nonfinite_weights_can_be_let_through(model, new):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import itertools
@@ -16,7 +17,14 @@ from peft import LoHaConfig, LoraConfig
 from peft.utils import get_peft_model_state_dict
 from refusals import refused
 
-from hotswap_lab import AdapterPool, HotswapError, hotswap_adapter, prepare_model_for_compiled_hotswap, set_strength
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    HotswapError,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    set_strength,
+)
 
 LLAMA = KINDS["llama"]
 
@@ -107,6 +115,27 @@ def test_a_copy_of_a_shared_model_is_its_own(model, sources):
     copied = copy.deepcopy(model)
     hotswap_adapter(model, sources["b"], "default")
     assert_same_outputs(copied, load(LLAMA, sources["a"]), LLAMA)
+
+
+@pytest.mark.parametrize("way", ["with", "async with"])
+def test_a_block_is_refused_where_other_processes_would_not_wait_for_it(model, pool, sources, way, caplog):
+    async def in_a_task(_: torch.nn.Module) -> None:
+        async with pool.using("c"):
+            pass
+
+    def enter(_: torch.nn.Module) -> None:
+        with pool.using("c"):
+            pass
+
+    enter(model)
+    model.share_memory()
+    pool.swap("b")
+    enter = enter if way == "with" else lambda model: asyncio.run(in_a_task(model))
+    error = refused("memory that other processes see", enter, model)
+    assert "under a lock" in error.refusals[0].next_step
+    assert [each.error for each in caplog.records] == [error]
+    pool.update("b", Adapter.load(sources["b"]).tensors)
+    assert_same_outputs(model, load(LLAMA, sources["b"]), LLAMA)
 
 
 def test_rows_are_of_one_process(model, sources):

@@ -7,8 +7,9 @@ import contextlib
 import pytest
 import torch
 from lengths import long
-from models import KINDS, Kind, call, load, lora_layers, save_random_adapter
+from models import COPIES, KINDS, Kind, call, copied, load, lora_layers, save_random_adapter
 from oracle import assert_equals_fresh_load
+from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from refusals import refused
 from row_truth import Truth, assert_close
@@ -25,6 +26,7 @@ from hotswap_lab import (
     save_adapter,
     set_strength,
 )
+from hotswap_lab.pools.batch import HOOKS
 from hotswap_lab.pools.rows import LONG
 
 LINEAR, CONV = KINDS["linear"], KINDS["conv"]
@@ -117,6 +119,12 @@ def test_a_call_that_no_hook_sees_is_checked_as_one_and_ends_as_one(pool, truth)
     with pytest.raises(HotswapError, match="a batch of 4"):
         call(pool.model, truth.inputs)
     assert_rows(pool, truth, ["a", "b", "c"])
+    with torch.no_grad():
+        lora_layers(pool.model)[0].lora_A["default"].weight.mul_(2)  # which is that of row 0 alone
+    for _ in range(2):
+        with pytest.raises(HotswapError, match="knows of one row only"), batch.entered((inputs,), {}):
+            pass
+        assert batch.local.outer is None  # a part that is called next is no part of this call
 
 
 @pytest.mark.parametrize("wanted", [["c", "b"], [None, "b", "a"], ["a"] * 4])
@@ -228,7 +236,7 @@ def test_other_batches_are_refused_with_both_numbers(pool, model, truth, compute
     pool.assign(["a", "b", None])
     truth.check(call(compute, truth.inputs[:3]), ["a", "b", None])
     for size in (2, 4):
-        refused(rf"a batch of {size}(.|\n)*3 rows", call, compute, truth.inputs[:size])
+        refused(rf"a batch of {size}(.|\n)*3 rows(.|\n)*sorts or splits", call, compute, truth.inputs[:size])
     if compute is model:
         refused(r"a batch of 7(.|\n)*3 rows", call, compute, torch.randn(7, 12))
     else:
@@ -283,6 +291,37 @@ def test_saving_says_that_rows_are_not_saved(pool, model, tmp_path):
     with pytest.warns(UserWarning, match="rows of default may have different adapters"):
         model.save_pretrained(tmp_path)
     refused("may have different adapters", save_adapter, model, tmp_path)
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("wanted", [["a", "b"], [None, None]])
+def test_copies_of_rows_are_refused(pool, model, truth, wanted, way):
+    """A copy has the parameters alone: it would compute all rows with those of row 0."""
+    pool.assign(wanted)
+    advice = r"may have different adapters(.|\n)*pool.swap"
+    refused(advice, copied, model, way)
+    refused(advice, copied, model.get_base_model().first, way)
+    assert_rows(pool, truth, wanted)
+    pool.swap("b")
+    assert_close(call(copied(model, way), truth.inputs), truth.of("b"))
+
+
+@pytest.mark.parametrize("first", ["plain", "compiled", "next"])
+def test_unloading_takes_the_rows_with_it(pool, model, folders, truth, first, fresh_compiler):
+    pool.assign(["a", "b"])
+    assert_rows(pool, truth, ["a", "b"])
+    base = model.unload()
+    if first == "plain":
+        assert_close(call(base, truth.inputs[:3]), truth.base[:3])
+        assert not any(getattr(base, name) for name in HOOKS)
+    elif first == "compiled":
+        assert_close(call(torch.compile(base, backend="eager"), truth.inputs[:3]), truth.base[:3])
+    again = PeftModel.from_pretrained(base, folders["c"]).eval()
+    assert_close(call(again, truth.inputs[:3]), truth.of("c")[:3])
+    pool = AdapterPool(again, adapters=folders, rows=3, progress=False)
+    pool.assign(["b", None, "a"])
+    assert_rows(pool, truth, ["b", None, "a"])
+    refused("a batch of 2", call, again, truth.inputs[:2])
 
 
 def test_layers_that_are_added(folders, truth):
@@ -360,7 +399,7 @@ def test_deleted(pool, model, folders, truth):
     refused("no longer where", pool.assign, ["a"])
     model.load_adapter(folders["a"], "default")
     model.set_adapter("default")
-    assert_close(call(model, truth.inputs), truth.of("a"))
+    assert_close(call(model, truth.inputs[:3]), truth.of("a")[:3])
 
 
 def test_two_pools_with_rows_on_one_model(model, folders, truth):
