@@ -82,11 +82,6 @@ def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
                 yield f"{canonical_path(path)}.bias"
 
 
-def may_restore(plan: Plan) -> bool:
-    """Whether base weights were passed while the originals of some may be lost."""
-    return bool(plan.base_weights) and bool(lost_originals(plan.slot.host, plan.slot.adapter_name))
-
-
 def base_weight(base: torch.nn.Module, key: str) -> torch.Tensor | None:
     """The base weight for a key of a file, whether or not its layer has an adapter, here or in the file; or None."""
     path, _, name = key.rpartition(".")

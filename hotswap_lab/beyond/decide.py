@@ -25,7 +25,7 @@ from ..core.planner import adaptable, check_compiled, misfits
 from ..core.slot import Slot, SlotLayer, change_of
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
-from .base_values import LOST, ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals, may_restore
+from .base_values import LOST, ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
@@ -47,7 +47,7 @@ IN_TIME = "before compiling, prepare the model with this adapter among `adapters
 def is_beyond(plan: Plan) -> bool:
     """Whether one of the two adapters has more than LoRA's own tensors, or is of another method."""
     slot, originals = plan.slot, plan.slot.host.base.__dict__.get(ORIGINALS, {})
-    if may_restore(plan) or originals.get(slot.adapter_name):
+    if originals.get(slot.adapter_name) or (plan.base_weights and lost_originals(slot.host, slot.adapter_name)):
         return True
     loaded, new = slot.config, plan.adapter.config
     has_more = slot.once_for(loaded, _has_extra_state) or slot.once_for(new, _has_extra_state)
@@ -229,7 +229,8 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
         plan.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
         return Graft(), None
     known = targets_of(slot)
-    if known and not may_restore(plan) and not kept_originals(host.base, name) and known.fit(slot, adapter):
+    may_restore = plan.base_weights and lost_originals(host, name)
+    if known and not may_restore and not kept_originals(host.base, name) and known.fit(slot, adapter):
         plan.config = known.completed(config)
         graft = known.graft_of(adapter)
         graft.base.lost = lost_originals(host, name)
