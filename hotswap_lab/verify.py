@@ -27,8 +27,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
 from . import compat
-from .beyond.base_twin import make_base_twin
-from .beyond.base_values import ORIGINALS, base_tensors
+from .beyond.base_twin import base_tensors, make_base_twin
+from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, random_numbers_kept
 from .core.adapter import Adapter
 from .core.errors import refuse

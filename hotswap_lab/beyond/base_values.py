@@ -3,36 +3,40 @@
 Such weights belong to the base model, so the next adapter needs the originals back. A swap keeps the originals of the
 weights that it overwrites. The originals of weights that PEFT overwrote when it loaded an adapter are lost, so the
 caller must pass them. A file may have any base weight, and nothing in the model says which ones PEFT has loaded, so all
-weights that the caller passes are compared with the model's, until a swap has had the chance to.
+weights that the caller passes for the first time are compared with the model's.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..core.adapter import Adapter
+from ..core.change import Change, clear_gradients, copy_all
 from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
 from ..core.lora import NOTED
-from ..core.plan import Action, Plan
+from ..core.plan import Action, Plan, change_layer_by_layer
 from ..core.planner import only_for
-from ..core.slot import Slot, has_been_swapped
+from ..core.slot import Slot, change_of, has_been_swapped
 from ..core.tensors import have_same_values
-from ..core.wrappers import EMBEDDINGS, has_adapter, peel
+from ..core.wrappers import EMBEDDINGS, has_adapter
+from .base_twin import base_tensors
 
 #: attribute of a base model: for each adapter, the originals of the weights that it overwrote, by weight name
 ORIGINALS = "hotswap_base_values"
 #: attribute of a config that a swap put into a model: the names of base weights whose originals are lost. A config that
 #: PEFT put there lacks it: the adapter's file may have overwritten any weight that the config names
 LOST = NOTED
-#: among the names of weights whose originals are lost: any weight, since nothing has compared the base with its own
+#: among the names of weights whose originals are lost: any weight, since the caller has not passed the originals
 ANY = "*"
 
 
@@ -56,7 +60,7 @@ def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
     """Names of base weights that the loaded adapter has or may have overwritten, and whose originals are lost.
 
     They include those of adapted embeddings, which are in most files. Most are unchanged, but that can't be checked.
-    ``ANY`` is among them until the caller has passed all base weights once.
+    ``ANY`` is among them until the caller has passed base weights once.
     """
     config = host.configs[adapter_name]
     if (lost := config.__dict__.get(LOST)) is None or not has_been_swapped(host.base, adapter_name):
@@ -93,25 +97,16 @@ def base_weight(base: torch.nn.Module, key: str) -> torch.Tensor | None:
     return module._parameters.get(name, module._buffers.get(name))
 
 
+def base_weights_in(base: torch.nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The base weights that are also in an adapter's file, by name, with the values that the model has now."""
+    keys = [key for key in map(canonical_path, adapter.tensors) if ".lora_" not in key]
+    found = {key.replace(".base_layer.", "."): base_weight(base, key) for key in keys}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
 def copies_for(base: torch.nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Copies of the base weights that are also in an adapter's file, by name: the originals, if PEFT loads it next."""
-    found = {}
-    for key in map(canonical_path, adapter.tensors):
-        if (weight := base_weight(base, key)) is not None:
-            found[key.replace(".base_layer.", ".")] = weight.detach().clone()
-    return found
-
-
-def base_tensors(base: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All weights and buffers of a base model by their names, without those of PEFT's wrappers."""
-    tensors, paths = {}, [("", peel(base)[1])]
-    while paths:
-        path, module = paths.pop()
-        own = (*module._parameters.items(), *module._buffers.items())
-        tensors |= {f"{path}{name}": tensor for name, tensor in own if tensor is not None}
-        children = ((name, child) for name, child in module._modules.items() if child is not None)
-        paths += [(f"{path}{name}.", peel(child)[1]) for name, child in children]
-    return tensors
+    """Copies of the weights that this base model loses if PEFT loads this adapter, to pass as ``base_weights``."""
+    return {name: weight.detach().clone() for name, weight in base_weights_in(base, adapter).items()}
 
 
 def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> BaseChange:
@@ -152,8 +147,8 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
     kept |= {name: given[name] for name in compared if not have_same_values(live[name], given[name])}
     kept |= {name: given[name] for name in unknown & given.keys()}
     unknown -= given.keys()
-    are_all = given.keys() >= {first[name] for name, each in live.items() if isinstance(each, torch.nn.Parameter)}
-    change = BaseChange(lost=frozenset(unknown) | (set() if are_all else lost & {ANY}))
+    # weights that are not among the given ones count as the base model's own
+    change = BaseChange(lost=frozenset(unknown) | (lost & {ANY} if plan.base_weights is None else set()))
     for name, value in {**kept, **new}.items():
         original = kept.get(name, live[name])
         if name in new and name not in unknown and not have_same_values(original, value):
@@ -164,6 +159,38 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
         plan.refuse("base_values_shared", count=len(change.copies), adapters=len(host.configs))
     if missing := sorted(unknown - new.keys()):
         plan.refuse("base_weights_lost", count=len(missing), lost=listing(missing, 3))
+    return change
+
+
+def change_to_originals(
+    slot: Slot, given: Mapping[str, torch.Tensor], if_any: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> Change:
+    """The change that gives base weights their original values; it can be taken back, unlike a swap that is done.
+
+    Parameters
+    ----------
+    given:
+        The originals by name.
+    if_any:
+        More pairs of a target and a source, which are copied only if a base weight has other values than its original.
+    """
+    host, name = slot.host, slot.adapter_name
+    plan = Plan(slot, Adapter(slot.config, {}, ""), slot.config, change_layer_by_layer, [], base_weights=given)
+    found = change_base_values(plan, {}, base_tensors(host.base))
+    plan.raise_if_refused()
+    pairs = [*found.copies, *if_any] if found.copies else []
+
+    def put_back(journal: Journal) -> None:
+        former = [(target, target.detach().clone()) for target, _ in pairs]
+        journal.record(torch.no_grad()(lambda: copy_all(former)))
+        copy_all(pairs)
+        clear_gradients([target for target, _ in found.copies], journal)
+        journal.set_item(vars(slot.config), LOST, found.lost)
+        noted = host.base.__dict__
+        journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: {}})
+
+    change = change_of(slot)
+    change.steps.append(put_back)
     return change
 
 
@@ -200,3 +227,35 @@ def check_embeddings(plan: Plan) -> None:
     names = {f"{each.path}.weight" for each in off if each.layer.module in embeddings}
     if lost := sorted(names & lost_originals(plan.slot.host, plan.slot.adapter_name) if names else ()):
         plan.refuse("embeddings_lost", lost=listing(lost, 3))
+
+
+def _vocabulary(slot: Slot, _: bool) -> str | None:
+    """The file that says that the base model had another vocabulary; None if none here does. Never asks the network."""
+    source, config = getattr(slot.config, "base_model_name_or_path", None), getattr(slot.host.base, "config", None)
+    with contextlib.suppress(Exception):  # no such file, or one of another kind of model
+        if not os.path.exists(file := os.path.join(source, "config.json")):
+            file = try_to_load_from_cache(source, "config.json")
+        # as PEFT finds out, when it saves an adapter, whether the embeddings are saved with it
+        if type(config).from_pretrained(file).vocab_size != config.vocab_size:
+            return file
+    return None
+
+
+@only_for(_vocabulary)
+def note_vocabulary(plan: Plan) -> None:
+    """Add a note and a warning if PEFT has probably put embeddings into the model that the new adapter doesn't bring.
+
+    PEFT saves the embeddings with each adapter of a model whose vocabulary was resized, and loads them into the base.
+    """
+    slot = plan.slot
+    if plan.base_weights or ANY not in lost_originals(slot.host, slot.adapter_name):
+        return
+    embeddings = {id(each.weight) for each in embeddings_of(slot.host.base) if hasattr(each, "weight")}
+    if embeddings.isdisjoint(map(id, base_weights_in(slot.host.base, plan.adapter).values())):
+        text = (
+            f"the model's vocabulary is not the one of {slot.once(_vocabulary, False)}, so the file of the adapter "
+            "that PEFT loaded has embeddings, which stay in the model: pass base_weights={name: tensor}, a copy of the "
+            "state_dict() of the base model before loading"
+        )
+        plan.notes.append(text)
+        plan.warnings.append(text)
