@@ -236,7 +236,7 @@ def _vocabulary(slot: Slot, _: bool) -> str | None:
         if not os.path.exists(file := os.path.join(source, "config.json")):
             file = try_to_load_from_cache(source, "config.json")
         # as PEFT finds out, when it saves an adapter, whether the embeddings are saved with it
-        if type(config).from_pretrained(file).vocab_size != config.vocab_size:
+        if isinstance(file, str) and type(config).from_pretrained(file).vocab_size != config.vocab_size:
             return file
     return None
 
@@ -248,7 +248,7 @@ def note_vocabulary(plan: Plan) -> None:
     PEFT saves the embeddings with each adapter of a model whose vocabulary was resized, and loads them into the base.
     """
     slot = plan.slot
-    if plan.base_weights or ANY not in lost_originals(slot.host, slot.adapter_name):
+    if plan.base_weights is not None or ANY not in lost_originals(slot.host, slot.adapter_name):
         return
     embeddings = {id(each.weight) for each in embeddings_of(slot.host.base) if hasattr(each, "weight")}
     if embeddings.isdisjoint(map(id, base_weights_in(slot.host.base, plan.adapter).values())):
