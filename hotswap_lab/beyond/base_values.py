@@ -132,13 +132,13 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
     # once nothing is lost any more, a state dict is not even looked at
     compared = {name for name in given.keys() - kept.keys() if ANY in lost and _is_comparable(live[name])}
     for name in sorted(compared | (unknown & given.keys())):
-        value, shape = given[name], live[name].shape
-        if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == shape):
-            kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
-        elif _is_comparable(live[name]) and value.data_ptr() == live[name].data_ptr() and value.numel():
+        value, shape, is_tensor = given[name], live[name].shape, isinstance(given[name], torch.Tensor)
+        if is_tensor and value.is_floating_point() and value.shape == shape and not value.is_meta:
+            if not _is_comparable(live[name]) or value.data_ptr() != live[name].data_ptr() or not value.numel():
+                continue
             kind = "the live model's own memory, which PEFT may have overwritten"
         else:
-            continue
+            kind = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}" if is_tensor else type(value)
         plan.refuse("given_base_weights", name=name, kind=kind, shape=tuple(shape))
         return BaseChange()
     if ANY in lost and plan.base_weights and not given:
@@ -170,13 +170,16 @@ def change_to_originals(
     Parameters
     ----------
     given:
-        The originals by name.
+        The originals by name. Weights that are not among them count as the base model's own.
     if_any:
         More pairs of a target and a source, which are copied only if a base weight has other values than its original.
     """
     host, name = slot.host, slot.adapter_name
-    plan = Plan(slot, Adapter(slot.config, {}, ""), slot.config, change_layer_by_layer, [], base_weights=given)
-    found = change_base_values(plan, {}, base_tensors(host.base))
+    live = base_tensors(host.base)
+    vouched = {each: live[each].detach().clone() for each in lost_originals(host, name) & live.keys() - given.keys()}
+    plan = Plan(slot, Adapter(slot.config, {}, ""), slot.config, change_layer_by_layer, [])
+    plan.base_weights = {**vouched, **given}
+    found = change_base_values(plan, {}, live)
     plan.raise_if_refused()
     pairs = [*found.copies, *if_any] if found.copies else []
 

@@ -137,7 +137,7 @@ def test_a_chain_of_adapters_that_all_have_base_weights(tmp_path):
         assert verify_hotswap(model, folder, base=LLAMA.base)
 
 
-@pytest.mark.parametrize("damage", ["own memory", "other names", "other shape"])
+@pytest.mark.parametrize("damage", ["own memory", "other names", "other shape", "no values"])
 def test_weights_that_are_not_the_originals(tmp_path, damage):
     """The state dict of the model itself has the overwritten values; one of a wrapper has other names."""
     first, plain, _ = family(tmp_path, LLAMA, "model.norm.weight")
@@ -147,6 +147,8 @@ def test_weights_that_are_not_the_originals(tmp_path, damage):
         weights = {f"base_model.model.{key}": value for key, value in weights_of(LLAMA).items()}
     if damage == "other shape":
         weights = weights_of(LLAMA) | {"lm_head.weight": torch.ones(45, 16)}
+    if damage == "no values":
+        weights = {key: value.to("meta") for key, value in weights.items()}
     model = PeftModel.from_pretrained(base, first).eval()
     refused("does not fit the base model", hotswap_adapter, model, plain, base_weights=weights)
     assert not plan_hotswap(model, plain, base_weights=weights).ok
@@ -182,11 +184,12 @@ def test_a_pool_on_embeddings_that_nothing_has_overwritten(tmp_path):
     folders = save_family(LLAMA, tmp_path, *(dict(r=4, target_modules=["embed_tokens", "q_proj"]) for _ in range(2)))
     model, adapters = load(LLAMA, folders[0]), dict(zip("ab", folders, strict=True))
     refused("found:    model.embed_tokens.weight in the file", AdapterPool, model, adapters=adapters, progress=False)
-    pool = AdapterPool(model, adapters=adapters, progress=False, base_weights=weights_of(LLAMA))
-    assert pool.active == "a"
-    for name, folder in adapters.items():
-        pool.swap(name)
-        assert_same_outputs(model, load(LLAMA, folder), LLAMA, margin=10)
+    for given in (weights_of(LLAMA), {}):
+        pool = AdapterPool(load(LLAMA, folders[0]), adapters=adapters, progress=False, base_weights=given)
+        assert pool.active == "a"
+        for name, folder in adapters.items():
+            pool.swap(name)
+            assert_same_outputs(pool.model, load(LLAMA, folder), LLAMA, margin=10)
 
 
 def resized(name: str) -> Kind:
