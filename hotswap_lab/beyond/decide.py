@@ -47,7 +47,10 @@ IN_TIME = "before compiling, prepare the model with this adapter among `adapters
 def is_beyond(plan: Plan) -> bool:
     """Whether one of the two adapters has more than LoRA's own tensors, or is of another method."""
     slot, originals = plan.slot, plan.slot.host.base.__dict__.get(ORIGINALS, {})
-    if originals.get(slot.adapter_name) or (plan.base_weights and lost_originals(slot.host, slot.adapter_name)):
+    if originals.get(slot.adapter_name):
+        return True
+    # in a model that is not prepared, this also unwraps embeddings that are turned off, which PEFT would save
+    if plan.base_weights and (slot.room is None or lost_originals(slot.host, slot.adapter_name)):
         return True
     loaded, new = slot.config, plan.adapter.config
     has_more = slot.once_for(loaded, _has_extra_state) or slot.once_for(new, _has_extra_state)
