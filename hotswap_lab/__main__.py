@@ -65,21 +65,26 @@ def plan(base: str, a: str, b: str) -> Told:
     import torch
     from peft import get_peft_model
 
+    from .beyond.base_values import base_weights_in
     from .beyond.configs import extra_state
     from .files.reading import read
     from .swap import plan_hotswap
 
-    configs = [read(each, only_config=True).config for each in (a, b)]
-    for config in configs:
+    adapters = [read(each, for_one_swap=True) for each in (a, b)]
+    configs = [each.config for each in adapters]
+    with torch.device("meta"):
+        model = _model(base, is_empty=True)
+    for config, adapter in zip(configs, adapters, strict=True):
         needs = [config.peft_type.value]
         if config.peft_type == "LORA":
             needs = [*extra_state(config), *(["use_dora"] if config.use_dora else [])]
             needs += [] if config.init_lora_weights in (True, False, "gaussian") else ["init_lora_weights"]
+            needs = needs or [*base_weights_in(model, adapter)]  # a file may have others than the base model
         if needs:
             found = listing(needs)
             return Told(f"not decided without the base's weights: {found}; `hotswap-lab verify` loads them", ok=None)
     with torch.device("meta"):
-        model = _with_adapter(_model(base, is_empty=True), a, lambda model, _: get_peft_model(model, configs[0]))
+        model = _with_adapter(model, a, lambda model, _: get_peft_model(model, configs[0]))
     for path, parameter in list(model.named_parameters()):
         if "lora_" in path:  # an adapter needs memory to be planned for, though no values
             owner, _, name = path.rpartition(".")
@@ -93,21 +98,17 @@ def plan(base: str, a: str, b: str) -> Told:
 
 def verify(base: str, a: str, b: str, add_layers: bool) -> Told:
     """A swap, compared with a fresh load on the same base."""
-    from peft import PeftModel
-
     from .swap import hotswap_adapter
     from .verify import verify_hotswap
 
-    model = _with_adapter(_model(base), a, PeftModel.from_pretrained)
-    hotswap_adapter(model, b, "default", add_layers=add_layers)
+    model, originals = _loaded(base, a)
+    hotswap_adapter(model, b, "default", add_layers=add_layers, base_weights=originals)
     verdict = verify_hotswap(model, b, base=lambda: _model(base))
     return Told(verdict, ok=bool(verdict), **vars(verdict))
 
 
 def mix(base: str, adapters: list[tuple[str, float]], out: str) -> Told:
     """The sum of adapters, each times its weight, as one adapter, whose rank is the sum of theirs."""
-    from peft import PeftModel
-
     from .files.summary import summary_of
     from .pools.adapter_pool import AdapterPool
     from .swap import save_adapter
@@ -116,8 +117,9 @@ def mix(base: str, adapters: list[tuple[str, float]], out: str) -> Told:
     for path, weight in adapters:
         weights[path] = weights.get(path, 0.0) + weight
     rank = sum(max(summary_of(path).ranks, default=0) for path in weights)
-    model = _with_adapter(_model(base), adapters[0][0], PeftModel.from_pretrained)
-    AdapterPool(model, adapters={path: path for path in weights}, target_rank=rank, progress=False).swap(weights)
+    model, originals = _loaded(base, adapters[0][0])
+    how: dict[str, Any] = dict(target_rank=rank, progress=False, base_weights=originals)
+    AdapterPool(model, adapters={path: path for path in weights}, **how).swap(weights)
     save_adapter(model, out)
     return Told(f"{out}: rank {rank}", ok=True, out=out, rank=rank)
 
@@ -135,6 +137,18 @@ def _model(base: str, is_empty: bool = False) -> Any:
         return kind(config) if is_empty else kind.from_pretrained(base, dtype="auto").eval()
     except Exception as error:  # of any kind: transformers has no common one
         raise refuse("no_base", base=base, error=error) from error
+
+
+def _loaded(base: str, adapter: str) -> tuple[Any, Any]:
+    """The base model with an adapter that PEFT loads, and the base weights that the adapter's file overwrites."""
+    from peft import PeftModel
+
+    from .beyond.base_values import copies_for
+    from .files.reading import read
+
+    model = _model(base)
+    originals = copies_for(model, read(adapter, for_one_swap=True))
+    return _with_adapter(model, adapter, PeftModel.from_pretrained), originals
 
 
 def _with_adapter(model: Any, adapter: str, load: Callable[[Any, str], Any]) -> Any:

@@ -79,10 +79,13 @@ def hotswap_adapter(
     add_layers:
         Whether layers that the loaded adapter lacks are added. Not possible in a compiled model.
     base_weights:
-        The base model's own values by name, such as its ``state_dict()`` from before. Only needed if PEFT overwrote
-        weights of the base model when it loaded an adapter, and the new one doesn't: with ``bias="all"`` or
-        ``"lora_only"``, and for embeddings that the adapter is on, since its file has their weights, changed or not.
-        Values that a swap overwrites are remembered.
+        The base model's own values by name, such as a copy of its ``state_dict()`` from before an adapter was loaded;
+        weights that are not among them count as the base model's own. Only needed for the first swap, and only if PEFT
+        overwrote weights of the base model when it loaded an adapter. It does that with all base weights in the
+        adapter's file: biases with ``bias="all"`` or ``"lora_only"``, embeddings that the adapter is on (changed or
+        not), embeddings of a vocabulary that was resized, and whatever else was saved there. The first two are
+        refused without ``base_weights``; nothing in a model tells of the others. Values that a swap overwrites are
+        remembered.
     **kwargs:
         ``key_mapping`` and ``allow_nonfinite`` of :meth:`Adapter.load`; ``subfolder``, ``revision``, ``token``,
         ``cache_dir`` and the other arguments of ``huggingface_hub.hf_hub_download``.

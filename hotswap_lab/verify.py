@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
 from . import compat
-from .beyond.base_twin import make_base_twin
+from .beyond.base_twin import base_tensors, make_base_twin
 from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, random_numbers_kept
 from .core.adapter import Adapter
@@ -35,7 +35,7 @@ from .core.errors import refuse
 from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
 from .core.journal import Journal
 from .core.slot import Slot
-from .core.wrappers import has_adapter, inside, is_wrapper, peel
+from .core.wrappers import has_adapter, inside, is_wrapper
 from .figures.equality import Figure, Layer, equality
 from .files.reading import find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
@@ -308,8 +308,8 @@ def _compared(slot: Slot, fresh: PeftModel, with_base: bool) -> tuple[tuple[str,
     if not any(True in value for key, value in found.items() if TRAINED in key):
         found, expected = ({k: v for k, v in facts.items() if TRAINED not in k} for facts in (found, expected))
     if with_base:
-        found |= _base_tensors(host.base)
-        expected |= _base_tensors(find_host(fresh, name).base)
+        found |= {f"{BASE}{key}": each for key, each in base_tensors(host.base).items()}
+        expected |= {f"{BASE}{key}": each for key, each in base_tensors(find_host(fresh, name).base).items()}
     wrong = {}
     for key in sorted(expected.keys() | {key for key in found if TABLE not in key}):  # layers that are off have tables
         live, loaded = found.get(key), expected.get(key)
@@ -361,18 +361,6 @@ def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mappin
                 each = weights.parameters() if isinstance(weights, torch.nn.Module) else [weights]
                 facts[f"{canonical_path(path)}{TRAINED}{table}"] = [one.requires_grad for one in each]
     return facts | {canonical_path(key): tensor for key, tensor in tensors.items()}
-
-
-def _base_tensors(base: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All weights and buffers of a base model by their names, without those of PEFT's wrappers."""
-    tensors, paths = {}, [(BASE, peel(base)[1])]
-    while paths:
-        path, module = paths.pop()
-        own = (*module._parameters.items(), *module._buffers.items())
-        tensors |= {f"{path}{name}": tensor for name, tensor in own if tensor is not None}
-        children = ((name, child) for name, child in module._modules.items() if child is not None)
-        paths += [(f"{path}{name}.", peel(child)[1]) for name, child in children]
-    return tensors
 
 
 def _comparable(value: object) -> object:

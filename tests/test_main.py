@@ -15,6 +15,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from adapters import with_base_weights
 from lengths import long
 from peft import IA3Config, PeftModel
 from safetensors.torch import load_file
@@ -172,6 +173,19 @@ def test_what_needs_weights_is_not_decided(capsys, tmp_path):
         assert told(capsys, "plan", BASE, each, demo.adapter_path("reverse")) == (0, {"ok": None})
 
 
+def test_base_weights_in_a_file(capsys, tmp_path):
+    """A plan needs the base's weights if there are some in either file; a swap gives them back."""
+    reverse, kind = demo.adapter_path("reverse"), models.Kind(demo.load_base, dict, ("q_proj",))
+    changed = with_base_weights(reverse, tmp_path / "changed", kind, "model.norm.weight")
+    for first, second in ((changed, reverse), (reverse, changed)):
+        assert told(capsys, "plan", BASE, first, second) == (0, {"ok": None})
+        assert told(capsys, "verify", BASE, first, second)[1]["ok"] is True
+    assert main(["plan", BASE, changed, reverse]) == 0
+    assert "weights: model.norm.weight;" in capsys.readouterr().out
+    assert main(["mix", BASE, f"{changed}:1", f"{reverse}:1", "--out", str(tmp_path / "mix")]) == 1
+    assert "comes with other base weights" in capsys.readouterr().err
+
+
 def test_a_base_that_is_no_model(capsys, tmp_path):
     config = json.loads((demo.BASE_DIR / "config.json").read_text()) | {"architectures": ["Unknown"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -194,11 +208,10 @@ def test_an_adapter_that_does_not_fit_the_base(capsys, tmp_path, command):
     ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
     more = [f"{reverse}:1", "--out", str(tmp_path / "mix")] if command == "mix" else [reverse]
     for base, adapter, found in ((str(tmp_path / "vit"), reverse, "no attribute"), (BASE, damaged, "incomplete")):
-        if command != "plan" or base != BASE:  # a plan reads no weights of the first adapter
-            assert main([command, base, *([f"{adapter}:1"] if command == "mix" else [adapter]), *more]) == 1
-            error = capsys.readouterr().err
-            assert found in error
-            assert "next: " in error
+        assert main([command, base, *([f"{adapter}:1"] if command == "mix" else [adapter]), *more]) == 1
+        error = capsys.readouterr().err
+        assert found in error
+        assert "next: " in error
 
 
 @pytest.mark.parametrize("command", [f"show {demo.adapter_path('sort')}", long("bench --model demo --n 1")])

@@ -97,6 +97,18 @@ def make_base_twin(base: torch.nn.Module) -> BaseTwin:
     return made
 
 
+def base_tensors(base: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights and buffers of a base model by their names, without those of PEFT's wrappers."""
+    tensors, paths = {}, [("", peel(base)[1])]
+    while paths:
+        path, module = paths.pop()
+        own = (*module._parameters.items(), *module._buffers.items())
+        tensors |= {f"{path}{name}": tensor for name, tensor in own if tensor is not None}
+        children = ((name, child) for name, child in module._modules.items() if child is not None)
+        paths += [(f"{path}{name}.", peel(child)[1]) for name, child in children]
+    return tensors
+
+
 def _own(value: object) -> object:
     """Copy a table, so that entries that PEFT adds stay in the twin."""
     if type(value) in (dict, OrderedDict):

@@ -2,33 +2,41 @@
 
 Such weights belong to the base model, so the next adapter needs the originals back. A swap keeps the originals of the
 weights that it overwrites. The originals of weights that PEFT overwrote when it loaded an adapter are lost, so the
-caller must pass them.
+caller must pass them. A file may have any base weight, and nothing in the model says which ones PEFT has loaded, so all
+weights that the caller passes for the first time are compared with the model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from ..core.adapter import Adapter
+from ..core.change import Change, clear_gradients, copy_all
 from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
 from ..core.lora import NOTED
-from ..core.plan import Action, Plan
+from ..core.plan import Action, Plan, change_layer_by_layer
 from ..core.planner import only_for
-from ..core.slot import Slot, has_been_swapped
+from ..core.slot import Slot, change_of, has_been_swapped
 from ..core.tensors import have_same_values
 from ..core.wrappers import embeddings_of, has_adapter
+from .base_twin import base_tensors
 
 #: attribute of a base model: for each adapter, the originals of the weights that it overwrote, by weight name
 ORIGINALS = "hotswap_base_values"
 #: attribute of a config that a swap put into a model: the names of base weights whose originals are lost. A config that
 #: PEFT put there lacks it: the adapter's file may have overwritten any weight that the config names
 LOST = NOTED
+#: among the names of weights whose originals are lost: any weight, since the caller has not passed the originals
+ANY = "*"
 
 
 @dataclass
@@ -51,10 +59,11 @@ def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
     """Names of base weights that the loaded adapter has or may have overwritten, and whose originals are lost.
 
     They include those of adapted embeddings, which are in most files. Most are unchanged, but that can't be checked.
+    ``ANY`` is among them until the caller has passed base weights once.
     """
     config = host.configs[adapter_name]
     if (lost := config.__dict__.get(LOST)) is None or not has_been_swapped(host.base, adapter_name):
-        lost = frozenset((*overwritten_by_config(host, config), *_embeddings(host, adapter_name)))
+        lost = frozenset((ANY, *overwritten_by_config(host, config), *_embeddings(host, adapter_name)))
     return lost - kept_originals(host.base, adapter_name).keys()
 
 
@@ -76,6 +85,29 @@ def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
                 yield f"{canonical_path(path)}.bias"
 
 
+def base_weight(base: torch.nn.Module, key: str) -> torch.Tensor | None:
+    """The base weight for a key of a file, whether or not its layer has an adapter, here or in the file; or None."""
+    path, _, name = key.rpartition(".")
+    try:
+        module = base.get_submodule(path.removesuffix(".base_layer"))
+    except AttributeError:
+        return None
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return module._parameters.get(name, module._buffers.get(name))
+
+
+def base_weights_in(base: torch.nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The base weights that are also in an adapter's file, by name, with the values that the model has now."""
+    keys = [key for key in map(canonical_path, adapter.tensors) if ".lora_" not in key]
+    found = {key.replace(".base_layer.", "."): base_weight(base, key) for key in keys}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
+def copies_for(base: torch.nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Copies of the weights that this base model loses if PEFT loads this adapter, to pass as ``base_weights``."""
+    return {name: weight.detach().clone() for name, weight in base_weights_in(base, adapter).items()}
+
+
 def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> BaseChange:
     """Decide which base weights to write.
 
@@ -94,17 +126,28 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
         {first[name]: value for name, value in values.items() if name in first}
         for values in (given, new, kept_originals(host.base, adapter_name))
     )
-    unknown = {first[name] for name in lost_originals(host, adapter_name) & live.keys()} - kept.keys()
-    # only the given weights that are needed are checked: a state dict has many more
-    for name in sorted(unknown & given.keys()):
-        value = given[name]
-        if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == live[name].shape):
-            kind = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
-            plan.refuse("given_base_weights", name=name, kind=kind, shape=tuple(live[name].shape))
-            return BaseChange()
+    lost = lost_originals(host, adapter_name)
+    unknown = {first[name] for name in lost & live.keys()} - kept.keys()
+    # once nothing is lost any more, a state dict is not even looked at
+    compared = {name for name in given.keys() - kept.keys() if ANY in lost and _is_comparable(live[name])}
+    for name in sorted(compared | (unknown & given.keys())):
+        value, shape, is_tensor = given[name], live[name].shape, isinstance(given[name], torch.Tensor)
+        if is_tensor and value.is_floating_point() and value.shape == shape and not value.is_meta:
+            if not _is_comparable(live[name]) or value.data_ptr() != live[name].data_ptr() or not value.numel():
+                continue
+            kind = "the live model's own memory, which PEFT may have overwritten"
+        else:
+            kind = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}" if is_tensor else type(value)
+        plan.refuse("given_base_weights", name=name, kind=kind, shape=tuple(shape))
+        return BaseChange()
+    if ANY in lost and plan.base_weights and not given:
+        plan.refuse("given_base_weights", name=next(iter(plan.base_weights)), kind="no such weight", shape="as it has")
+        return BaseChange()
+    kept |= {name: given[name] for name in compared if not have_same_values(live[name], given[name])}
     kept |= {name: given[name] for name in unknown & given.keys()}
     unknown -= given.keys()
-    change = BaseChange(lost=frozenset(unknown))
+    # weights that are not among the given ones count as the base model's own
+    change = BaseChange(lost=frozenset(unknown) | (lost & {ANY} if plan.base_weights is None else set()))
     for name, value in {**kept, **new}.items():
         original = kept.get(name, live[name])
         if name in new and name not in unknown and not have_same_values(original, value):
@@ -113,9 +156,49 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
             change.copies.append((live[name], value))
     if change.copies and len(host.configs) > 1:
         plan.refuse("base_values_shared", count=len(change.copies), adapters=len(host.configs))
-    if lost := sorted(unknown - new.keys()):
-        plan.refuse("base_weights_lost", count=len(lost), lost=listing(lost, 3))
+    if missing := sorted(unknown - new.keys()):
+        plan.refuse("base_weights_lost", count=len(missing), lost=listing(missing, 3))
     return change
+
+
+def change_to_originals(
+    slot: Slot, given: Mapping[str, torch.Tensor], if_any: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> Change:
+    """The change that gives base weights their original values; it can be taken back, unlike a swap that is done.
+
+    Parameters
+    ----------
+    given:
+        The originals by name. Weights that are not among them count as the base model's own.
+    if_any:
+        More pairs of a target and a source, which are copied only if a base weight has other values than its original.
+    """
+    host, name = slot.host, slot.adapter_name
+    live = base_tensors(host.base)
+    vouched = {each: live[each].detach().clone() for each in lost_originals(host, name) & live.keys() - given.keys()}
+    plan = Plan(slot, Adapter(slot.config, {}, ""), slot.config, change_layer_by_layer, [])
+    plan.base_weights = {**vouched, **given}
+    found = change_base_values(plan, {}, live)
+    plan.raise_if_refused()
+    pairs = [*found.copies, *if_any] if found.copies else []
+
+    def put_back(journal: Journal) -> None:
+        former = [(target, target.detach().clone()) for target, _ in pairs]
+        journal.record(torch.no_grad()(lambda: copy_all(former)))
+        copy_all(pairs)
+        clear_gradients([target for target, _ in found.copies], journal)
+        journal.set_item(vars(slot.config), LOST, found.lost)
+        noted = host.base.__dict__
+        journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: {}})
+
+    change = change_of(slot)
+    change.steps.append(put_back)
+    return change
+
+
+def _is_comparable(weight: torch.Tensor) -> bool:
+    """Whether a base weight has values that can be compared: not integers, quantized, or kept elsewhere."""
+    return weight.is_floating_point() and type(weight.data) is torch.Tensor and not weight.is_meta
 
 
 def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
@@ -136,3 +219,35 @@ def check_embeddings(plan: Plan) -> None:
     names = {f"{each.path}.weight" for each in off if each.layer.module in embeddings}
     if lost := sorted(names & lost_originals(plan.slot.host, plan.slot.adapter_name) if names else ()):
         plan.refuse("embeddings_lost", lost=listing(lost, 3))
+
+
+def _vocabulary(slot: Slot, _: bool) -> str | None:
+    """The file that says that the base model had another vocabulary; None if none here does. Never asks the network."""
+    source, config = getattr(slot.config, "base_model_name_or_path", None), getattr(slot.host.base, "config", None)
+    with contextlib.suppress(Exception):  # no such file, or one of another kind of model
+        if not os.path.exists(file := os.path.join(source, "config.json")):
+            file = try_to_load_from_cache(source, "config.json")
+        # as PEFT finds out, when it saves an adapter, whether the embeddings are saved with it
+        if isinstance(file, str) and type(config).from_pretrained(file).vocab_size != config.vocab_size:
+            return file
+    return None
+
+
+@only_for(_vocabulary)
+def note_vocabulary(plan: Plan) -> None:
+    """Add a note and a warning if PEFT has probably put embeddings into the model that the new adapter doesn't bring.
+
+    PEFT saves the embeddings with each adapter of a model whose vocabulary was resized, and loads them into the base.
+    """
+    slot = plan.slot
+    if plan.base_weights is not None or ANY not in lost_originals(slot.host, slot.adapter_name):
+        return
+    embeddings = {id(each.weight) for each in embeddings_of(slot.host.base) if hasattr(each, "weight")}
+    if embeddings.isdisjoint(map(id, base_weights_in(slot.host.base, plan.adapter).values())):
+        text = (
+            f"the model's vocabulary is not the one of {slot.once(_vocabulary, False)}, so the file of the adapter "
+            "that PEFT loaded has embeddings, which stay in the model: pass base_weights={name: tensor}, a copy of the "
+            "state_dict() of the base model before loading"
+        )
+        plan.notes.append(text)
+        plan.warnings.append(text)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..core.change import Change, clear_gradients
 from ..core.errors import listing
@@ -27,7 +26,7 @@ from ..core.slot import Slot, SlotLayer, change_of
 from ..core.telling import write_scalings
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
-from .base_values import LOST, ORIGINALS, change_base_values, kept_originals, lost_originals
+from .base_values import LOST, ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
@@ -48,7 +47,10 @@ IN_TIME = "before compiling, prepare the model with this adapter among `adapters
 def is_beyond(plan: Plan) -> bool:
     """Whether one of the two adapters has more than LoRA's own tensors, or is of another method."""
     slot, originals = plan.slot, plan.slot.host.base.__dict__.get(ORIGINALS, {})
-    if (plan.base_weights and slot.room is None) or originals.get(slot.adapter_name):
+    if originals.get(slot.adapter_name):
+        return True
+    # in a model that is not prepared, this also unwraps embeddings that are turned off, which PEFT would save
+    if plan.base_weights and (slot.room is None or lost_originals(slot.host, slot.adapter_name)):
         return True
     loaded, new = slot.config, plan.adapter.config
     has_more = slot.once_for(loaded, _has_extra_state) or slot.once_for(new, _has_extra_state)
@@ -94,7 +96,7 @@ def take_base_weights(plan: Plan) -> None:
     if not (tensors := plan.unknown):
         return
     for key in [key for key in tensors if ".lora_" not in key]:
-        if (weight := _base_weight(plan, key)) is None or weight.shape != tensors[key].shape:
+        if (weight := base_weight(plan.slot.host.base, key)) is None or weight.shape != tensors[key].shape:
             continue
         if not have_same_values(weight, tensors.pop(key)):
             plan.refuse("other_base_weights", key=key)
@@ -119,20 +121,8 @@ def has_strange_leftovers(plan: Plan) -> bool:
     """Whether PEFT may know keys that no layer took: names of older models, base weights with other values."""
     base = plan.slot.host.base
     strange = {key: value for key, value in plan.unknown.items() if adaptable(base, key) is None}
-    weights = {key: _base_weight(plan, key) for key in strange}
+    weights = {key: base_weight(base, key) for key in strange}
     return any(weights[key] is None or not have_same_values(weights[key], value) for key, value in strange.items())
-
-
-def _base_weight(plan: Plan, key: str) -> torch.Tensor | None:
-    """The base weight for a key of a file, whether or not its layer has an adapter, here or in the file; or None."""
-    path, _, name = key.rpartition(".")
-    path = path.removesuffix(".base_layer")
-    try:
-        module = plan.slot.host.base.get_submodule(path)
-    except AttributeError:
-        return None
-    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return module._parameters.get(name, module._buffers.get(name))
 
 
 # ---- the plan and its change
@@ -244,7 +234,8 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
         plan.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
         return Graft(), None
     known = targets_of(slot)
-    if known and not plan.base_weights and not kept_originals(host.base, name) and known.fit(slot, adapter):
+    may_restore = plan.base_weights and lost_originals(host, name)
+    if known and not may_restore and not kept_originals(host.base, name) and known.fit(slot, adapter):
         plan.config = known.completed(config)
         graft = known.graft_of(adapter)
         graft.base.lost = lost_originals(host, name)

@@ -24,6 +24,7 @@ PASSES: tuple[Pass, ...] = (
     checks.keep_apart,
     checks.check_arrow,
     checks.note_other_base,
+    base_values.note_vocabulary,
     stop_if_refused,
     # other methods, and LoRA with more than its layers: PEFT loads the adapter next to the model
     decide.plan_beyond,

@@ -12,10 +12,11 @@ import torch
 from peft import PeftConfig
 from tqdm.auto import tqdm
 
+from ..beyond.base_values import ANY, base_weights_in, change_to_originals, lost_originals
 from ..beyond.passes import METHODS, PASSES
 from ..core.adapter import ORIGIN, Adapter
 from ..core.change import Step, apply
-from ..core.errors import HotswapError, refuse
+from ..core.errors import HotswapError, listing, refuse
 from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
 from ..core.loaded import tell
@@ -75,6 +76,10 @@ class AdapterPool:
         call compiles once more then.
     progress:
         Whether to show a progress bar while adapters are read.
+    base_weights:
+        The base model's own values by name, as for :func:`hotswap_lab.hotswap_adapter`. Needed if the file of an
+        adapter has base weights, such as embeddings, since PEFT may have overwritten the model's with them; ``{}`` if
+        it has not. If the model's differ from these, they are restored, and the loaded adapter is turned off.
     **hub:
         ``revision``, ``token`` and the other arguments of ``huggingface_hub.hf_hub_download``.
 
@@ -112,6 +117,7 @@ class AdapterPool:
         rows: int = 1,
         check_compiled: Literal["error", "warn", "ignore"] = "error",
         progress: bool = True,
+        base_weights: Mapping[str, torch.Tensor] | None = None,
         **hub: Any,
     ):
         check_named(adapters)
@@ -130,6 +136,10 @@ class AdapterPool:
                     needs |= dict(adapter_name=self.adapter_name, extra_tensors=module_tensors, kind=kind)
                     apply(changes_to_prepare(METHODS, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
+                if base_weights is not None:
+                    off = self._room.change_strength(0).copies
+                    with held(base):
+                        apply([change_to_originals(self._room.slot, base_weights, off)], way_back)
                 self._fill(adapters.items(), progress)
                 self._tell = partial(tell, "swap", [self._room.slot])
                 tell("prepare", [self._room.slot])
@@ -282,6 +292,7 @@ class AdapterPool:
         origin = adapter.source, adapter.revision, adapter.file
         if slot.config.modules_to_save:
             slot, adapter, sources = taken_apart(self._room, adapter, member.name)
+        self._check_base_weights(adapter, member.name)
         plan = make_plan(slot, adapter, passes=PASSES, check_targets=check_targets)
         plan.raise_if_refused()
         if plan.is_decided:  # by a fresh load, which found only values that differ
@@ -301,6 +312,15 @@ class AdapterPool:
         vars(plan.config)[ORIGIN] = origin
         state = State(tuple([layer.settings for layer in plan.layers]), plan.config, member)
         return self._room.pack(state, sources)
+
+    def _check_base_weights(self, adapter: Adapter, name: str) -> None:
+        """Refuse an adapter with base weights in its file while these may be what PEFT has put into the model.
+
+        The base model, which is what ``off`` and a row without an adapter mean, and all other adapters would have them.
+        """
+        host = self._room.slot.host
+        if (found := base_weights_in(host.base, adapter)) and ANY in lost_originals(host, self.adapter_name):
+            raise refuse("base_weights_unknown", name=name, found=listing(sorted(found), 3))
 
     # ---- adapters in and out of the model
 

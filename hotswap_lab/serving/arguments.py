@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer
 
 from .. import demo
+from ..beyond.base_values import copies_for
 from ..core.errors import HotswapError, listing, refusal, refuse
 from ..files.reading import read
 from .replica import Options, Replica
@@ -79,11 +80,13 @@ def load_replica(base: str, versions: Sequence[Version], options: Options) -> Re
     if base == str(demo.BASE_DIR):
         tokenizer.chat_template = "{{ messages[-1]['content'] }}" + demo.SEPARATOR
     model = demo.load_quietly(base, "auto").to("cuda" if torch.cuda.is_available() else "cpu")
+    originals = {}
     if versions:
+        originals = copies_for(model, versions[0].load())
         model = PeftModel.from_pretrained(model, versions[0].path)
     else:  # adapters that come later need layers to go into
         model = get_peft_model(model, LoraConfig(r=options.target_rank or 8, target_modules="all-linear"))
-    return Replica(model, tokenizer, versions, options)
+    return Replica(model, tokenizer, versions, options, originals)
 
 
 def folders_of(adapters: str | Mapping[str, str]) -> dict[str, str]:

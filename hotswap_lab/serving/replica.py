@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ class Replica:
         The adapters that it starts with.
     options:
         See :class:`Options`.
+    base_weights:
+        As for :class:`AdapterPool`.
 
     Examples
     --------
@@ -108,7 +110,14 @@ class Replica:
     ['pawstoh', 'ahopstw', 'hotswap']
     """
 
-    def __init__(self, model: Any, tokenizer: Any, versions: Sequence[Version], options: Options = Options()):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        versions: Sequence[Version],
+        options: Options = Options(),
+        base_weights: Mapping[str, torch.Tensor] | None = None,
+    ):
         self.options: Options = options.for_model(model.config)
         self.tokenizer: Any = tokenizer
         #: what decides where a request doesn't say how its tokens are chosen
@@ -128,9 +137,8 @@ class Replica:
         #: the highest rank that there is room for
         self.target_rank: int = max(options.target_rank or sum(ranks[-2:]), loaded)
         rows = max(options.rows, 2)  # a pool has no fewer
-        self.pool: AdapterPool = AdapterPool(
-            model.requires_grad_(False), adapters=adapters, rows=rows, target_rank=self.target_rank, progress=False
-        )
+        how: dict[str, Any] = dict(target_rank=self.target_rank, progress=False, base_weights=base_weights)
+        self.pool: AdapterPool = AdapterPool(model.requires_grad_(False), adapters=adapters, rows=rows, **how)
         self.pool.assign([None] * rows)
         self._reader: Reader | None = self._make_reader(rows)
         if not self._reader:

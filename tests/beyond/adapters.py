@@ -194,6 +194,18 @@ def save_all(folder: Path, *configs: PeftConfig, kind: Kind = LLAMA) -> list[str
     return [save_random_adapter_of(each, folder / f"{n}", n + 1, kind) for n, each in enumerate(configs, first)]
 
 
+def with_base_weights(folder: str, target: Path, kind: Kind, *names: str) -> str:
+    """The same adapter, in a file that also has these weights of the base model, with other values."""
+    shutil.copytree(folder, target)
+    tensors, weights = load_file(f"{folder}/adapter_model.safetensors"), kind.base().state_dict()
+    for number, name in enumerate(names):
+        weight = weights[name.replace(".base_layer", "")]
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+        tensors[f"base_model.model.{name}"] = weight + 0.5 * noise
+    save_file(tensors, f"{target}/adapter_model.safetensors", metadata={"format": "pt"})
+    return str(target)
+
+
 def with_other_base_weights(folder: str, target: Path) -> str:
     """The same adapter, in a file that changes what it has of the base model's own weights: embeddings."""
     shutil.copytree(folder, target)

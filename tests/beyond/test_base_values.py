@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import socket
+import warnings
+
 import pytest
 import torch
-from adapters import save_all, with_other_base_weights
+from adapters import save_all, with_base_weights, with_other_base_weights
+from lengths import few_of
 from lora_kinds import MODELS
-from models import ARCHITECTURES, call, load
+from models import ARCHITECTURES, Kind, call, llama, load, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from refusals import refused
 
-from hotswap_lab import hotswap_adapter, loaded
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    commit,
+    hotswap_adapter,
+    loaded,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+    verify_hotswap,
+)
+from hotswap_lab.beyond import base_values
 
-BERT, TIED = ARCHITECTURES["bert"], MODELS["tied"]
+BERT, TIED, LLAMA = ARCHITECTURES["bert"], MODELS["tied"], ARCHITECTURES["llama"]
+EMBED = "base_model.model.model.embed_tokens.weight"
+#: base weights that no config tells of: a norm, the embeddings, the base of an adapted layer, a bias, tied embeddings
+ANY_WEIGHT = {
+    "norm": (LLAMA, "model.norm.weight"),
+    "embeddings": (LLAMA, "model.embed_tokens.weight"),
+    "head": (LLAMA, "lm_head.weight"),
+    "adapted": (LLAMA, "model.layers.0.self_attn.v_proj.base_layer.weight"),
+    "bias": (BERT, "bert.embeddings.LayerNorm.bias"),
+    "tied": (TIED, "model.embed_tokens.weight"),
+}
 
 
 def weights_of(kind) -> dict[str, torch.Tensor]:
@@ -71,3 +95,135 @@ def test_what_of_a_bias_goes_with_its_adapter(tmp_path, is_trainable):
         live, expected = ({name: p.requires_grad for name, p in each.named_parameters()} for each in (model, fresh))
         assert live == expected
         model(**BERT.inputs()).logits.sum().backward() if any(live.values()) else None
+
+
+def family(tmp_path, kind, *names: str) -> list[str]:
+    """Three adapters, of which the first has these base weights in its file."""
+    layers = list(kind.modules[:3])
+    first, *others = save_family(kind, tmp_path, *(dict(r=rank, target_modules=layers) for rank in (4, 6, 2)))
+    changed = with_base_weights(first, tmp_path / "with base weights", kind, *names)
+    outputs = [call(load(kind, each), kind.inputs()) for each in (first, changed)]
+    assert (outputs[0] - outputs[1]).abs().max() > 0.05
+    return [changed, *others]
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("case", few_of(ANY_WEIGHT, ("norm", "adapted", "tied")))
+def test_any_base_weight_that_peft_overwrote_comes_back(tmp_path, monkeypatch, case, is_prepared):
+    """All weights are compared, once; after that swap, what is lost is known."""
+    kind, name = ANY_WEIGHT[case]
+    weights, (changed, *others) = weights_of(kind), family(tmp_path, kind, name)
+    model = load(kind, changed)
+    if is_prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    commit(plan_hotswap(model, others[0], base_weights=weights))
+    assert_equals_fresh_load(model, kind, others[0], margin=10, prepared=is_prepared)
+    assert verify_hotswap(model, others[0], base=kind.base)
+    seen = []
+    monkeypatch.setattr(base_values, "have_same_values", lambda *values: seen.append(values))
+    hotswap_adapter(model, others[1], base_weights=weights)
+    assert not seen
+    assert_equals_fresh_load(model, kind, others[1], margin=10, prepared=is_prepared)
+
+
+def test_a_chain_of_adapters_that_all_have_base_weights(tmp_path):
+    """The original is the one that was passed, not what was there when a swap overwrote the weight once more."""
+    (first, second, plain), name = family(tmp_path, LLAMA, "model.norm.weight"), "lm_head.weight"
+    second = with_base_weights(second, tmp_path / "second", LLAMA, "model.norm.weight", name)
+    model = load(LLAMA, first)
+    hotswap_adapter(model, second, base_weights=weights_of(LLAMA))
+    for folder in (plain, first, plain, second, first, plain):
+        hotswap_adapter(model, folder)
+        assert_equals_fresh_load(model, LLAMA, folder, margin=10)
+        assert verify_hotswap(model, folder, base=LLAMA.base)
+
+
+@pytest.mark.parametrize("damage", ["own memory", "other names", "other shape", "no values"])
+def test_weights_that_are_not_the_originals(tmp_path, damage):
+    """The state dict of the model itself has the overwritten values; one of a wrapper has other names."""
+    first, plain, _ = family(tmp_path, LLAMA, "model.norm.weight")
+    base = LLAMA.base()
+    weights = base.state_dict()
+    if damage != "own memory":
+        weights = {f"base_model.model.{key}": value for key, value in weights_of(LLAMA).items()}
+    if damage == "other shape":
+        weights = weights_of(LLAMA) | {"lm_head.weight": torch.ones(45, 16)}
+    if damage == "no values":
+        weights = {key: value.to("meta") for key, value in weights.items()}
+    model = PeftModel.from_pretrained(base, first).eval()
+    refused("does not fit the base model", hotswap_adapter, model, plain, base_weights=weights)
+    assert not plan_hotswap(model, plain, base_weights=weights).ok
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_pool_that_has_the_adapter_among_its_members(tmp_path, rows):
+    """Without the originals it can't know what its base is; with them, the base and the others are right."""
+    first, second, third = family(tmp_path, LLAMA, "model.norm.weight", "lm_head.weight")
+    model, base = load(LLAMA, first), call(LLAMA.base(), LLAMA.inputs())
+    given = dict(rows=rows, progress=False)
+    refused("next:     pass base_weights=", AdapterPool, model, adapters={"first": first, "second": second}, **given)
+    weights, name = weights_of(LLAMA), "comes with other base weights"
+    refused(name, AdapterPool, model, adapters={"second": second, "first": first}, base_weights=weights, **given)
+    pool = AdapterPool(model, adapters={"second": second}, target_rank=8, base_weights=weights, **given)
+    assert torch.equal(call(model, LLAMA.inputs()), base)
+    refused(name, pool.add, "first", first)
+    pool.add("third", third)
+    for each, folder in (("second", second), ("third", third)):
+        pool.swap(each)
+        assert_same_outputs(model, load(LLAMA, folder), LLAMA, margin=10)
+        pool.off()
+        assert torch.equal(call(model, LLAMA.inputs()), base)
+    if rows > 1:
+        pool.assign([None, "second"])
+        outputs = call(model, LLAMA.inputs())
+        torch.testing.assert_close(outputs[0], base[0])
+        torch.testing.assert_close(outputs[1], call(load(LLAMA, second), LLAMA.inputs())[1])
+
+
+def test_a_pool_on_embeddings_that_nothing_has_overwritten(tmp_path):
+    """PEFT saves these with each adapter that is on them, changed or not."""
+    folders = save_family(LLAMA, tmp_path, *(dict(r=4, target_modules=["embed_tokens", "q_proj"]) for _ in range(2)))
+    model, adapters = load(LLAMA, folders[0]), dict(zip("ab", folders, strict=True))
+    refused("found:    model.embed_tokens.weight in the file", AdapterPool, model, adapters=adapters, progress=False)
+    for given in (weights_of(LLAMA), {}):
+        pool = AdapterPool(load(LLAMA, folders[0]), adapters=adapters, progress=False, base_weights=given)
+        assert pool.active == "a"
+        for name, folder in adapters.items():
+            pool.swap(name)
+            assert_same_outputs(pool.model, load(LLAMA, folder), LLAMA, margin=10)
+
+
+def resized(name: str) -> Kind:
+    """A model that its user gave five more tokens; ``name``: where it came from."""
+
+    def make():
+        model = llama(vocab_size=45)
+        model.name_or_path = name
+        return model
+
+    return Kind(make, LLAMA.make_inputs, LLAMA.modules)
+
+
+def test_a_vocabulary_that_was_resized(tmp_path, monkeypatch):
+    """PEFT saves the embeddings then. What the base was is read from its folder, and the network is never asked."""
+    folder, kind = str(tmp_path / "base"), resized("")
+    LLAMA.base().save_pretrained(folder)
+    first = save_random_adapter(resized(folder), tmp_path / "first", 1, target_modules=["q_proj"])
+    assert {"base_model.model.lm_head.weight", EMBED} <= Adapter.load(first).tensors.keys()
+    changed = with_other_base_weights(first, tmp_path / "changed")
+    plain = save_random_adapter(kind, tmp_path / "plain", 2, r=4, target_modules=["q_proj"])
+    monkeypatch.setattr(socket, "create_connection", None)
+    for name, is_told in ((folder, True), ("nobody/nothing", False), (None, False)):
+        model = load(kind, changed)
+        model.peft_config["default"].base_model_name_or_path = name
+        notes = [each for each in plan_hotswap(model, plain).notes if "vocabulary" in each]
+        assert len(notes) == is_told
+        assert not plan_hotswap(model, plain, base_weights=weights_of(kind)).notes
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for each in (plain, changed, plain):
+                hotswap_adapter(model, each)
+        assert len([each for each in caught if "pass base_weights=" in str(each.message)]) == is_told
+        assert "the base model's lm_head.weight" in str(verify_hotswap(model, plain, base=kind.base))
+        hotswap_adapter(model, plain, base_weights=weights_of(kind))
+        assert_equals_fresh_load(model, kind, plain, margin=10)

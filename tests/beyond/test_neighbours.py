@@ -111,6 +111,8 @@ def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
     model = load(LLAMA, changed)
     prepare_model_for_compiled_hotswap(model, adapters=[plain, embedded])
     _refused(model, plain, match)
+    hotswap_adapter(model, plain, "default", base_weights=LLAMA.base().state_dict())
+    assert_equals_fresh_load(model, LLAMA, plain, margin=10, prepared=True)
     model = load(LLAMA, changed)
     refused(match, AdapterPool(load(LLAMA, changed), progress=False).add, "plain", plain)
     _refused(model, plain, match, add_layers=True)

@@ -6,6 +6,9 @@ import runpy
 import shutil
 
 import pytest
+import torch
+from adapters import with_base_weights
+from models import Kind, load, save_random_adapter
 from refusals import refused
 from served import FAMILY, text_of
 
@@ -82,6 +85,24 @@ def test_a_replica_without_adapters():
         said = asyncio.run(text_of(replica.answer(Request(prompt="hotswap>", shares={version: 1.0}))))
         assert said == demo.ask(*demo.load(added), "hotswap")
     assert Table().shares("demo", "demo") == {}
+
+
+def test_a_first_adapter_with_base_weights_in_its_file(tmp_path):
+    """PEFT loads them into the base, which other requests get: other ones are refused, and its own may come first."""
+    kind, options = Kind(demo.load_base, dict, ("q_proj",)), Options(longest_prompt=16, longest_answer=16)
+    on_embeddings = save_random_adapter(kind, tmp_path / "own", 1, target_modules=["embed_tokens", "q_proj"])
+    changed = with_base_weights(FAMILY["shout"], tmp_path / "changed", kind, "model.norm.weight")
+    with torch.no_grad():
+        answers = [load(kind, each)(**kind.base().dummy_inputs).logits for each in (FAMILY["shout"], changed)]
+    assert (answers[0] - answers[1]).abs().max() > 1
+    versions = {name: Version.of(name, path) for name, path in {"own": on_embeddings, "changed": changed}.items()}
+    sort = Version.of("sort", FAMILY["sort"])
+    error = "comes with other base weights(.*\n)*.*load it into a model of its own"
+    refused(error, load_replica, str(demo.BASE_DIR), [versions["changed"], sort], options)
+    replica = load_replica(str(demo.BASE_DIR), [versions["own"], sort], options)
+    for shares, expected in (({}, "hotswap"), ({sort: 1.0}, "ahopstw")):
+        assert asyncio.run(text_of(replica.answer(Request("hotswap>", shares)))) == expected
+    refused(error, replica.load, [versions["changed"]])
 
 
 def test_help_names_every_argument(capsys):
