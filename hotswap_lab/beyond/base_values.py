@@ -8,6 +8,7 @@ weights that the caller passes for the first time are compared with the model's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
