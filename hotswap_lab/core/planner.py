@@ -14,7 +14,7 @@ import torch
 
 from . import lora
 from .adapter import Adapter
-from .compiled import blind_spot
+from .compiled import blind_spot, frozen
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
 from .plan import Action, LayerPlan, Plan
@@ -221,9 +221,10 @@ def check_capacity(plan: Plan) -> None:
 
 def check_compiled(plan: Plan) -> None:
     """Refuse a swap that a compiled graph would not notice."""
-    if not plan.compiled and not plan.is_prepared:
+    if not plan.compiled and not plan.is_prepared and not frozen:
         return
-    if reason := blind_spot(plan.compiled, plan.is_prepared and plan.writes_values_only):
+    base = plan.slot.host.base
+    if reason := blind_spot(base, plan.compiled, plan.is_prepared and plan.writes_values_only):
         plan.refuse("compiled_would_not_notice", reason=reason)
 
 
