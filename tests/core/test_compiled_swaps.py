@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from peft.helpers import rescale_adapter_scale
 from refusals import refused
 
 from hotswap_lab import (
+    AdapterPool,
     HotswapError,
     RecompileWatch,
     hotswap_adapter,
@@ -23,6 +25,7 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     resolve_slot,
 )
+from hotswap_lab.core.compiled import frozen, watch_freezing
 from hotswap_lab.files.reading import Adapter
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -178,22 +181,62 @@ def test_pefts_own_ways_to_set_a_strength_do_not_recompile(folders):
 # ---- what a compiled graph would not notice
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("how", ["options", "config"])
-def test_freezing_keeps_the_old_adapter_and_is_refused(tmp_path, how):
-    """If PyTorch ever changes the reason for it, the refusal can go."""
-    match = r"would go on with the old adapter(.|\n)*freezing"
+@pytest.mark.parametrize("how", ["options", long("config")])
+def test_freezing_is_refused(tmp_path, how):
     old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
     model = prepared(LINEAR, [old, new])
     with torch._inductor.config.patch(freezing=how == "config"):
         compiled = torch.compile(model, options={"freezing": True} if how == "options" else None)
+        refused(r"would go on with the old adapter(.|\n)*freezing", hotswap_adapter, compiled, new, "default")
+    refused("compiled with freezing", hotswap_adapter, compiled, new, "default")
+
+
+#: what is compiled, and called while freezing is on
+FROZEN = {
+    "the model": torch.compile,
+    "a layer": lambda model, **how: model.base_model.model.last.compile(**how) or model,
+    "a forward": lambda model, **how: setattr(model, "forward", torch.compile(model.forward, **how)) or model,
+    "a function": lambda model, **how: torch.compile(lambda inputs: model(inputs), **how),
+}
+
+
+@pytest.mark.parametrize("ready", few_of(("as it is", "prepared", "a pool", "rows"), ("prepared", "a pool")))
+@pytest.mark.parametrize("form", few_of(FROZEN, ("the model",)))
+def test_freezing_that_was_on_only_while_compiling(tmp_path, form, ready):
+    """No setting of the model or of the compiler shows it afterwards."""
+    old, new = save_family(LINEAR, tmp_path, dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=16))
+    watch_freezing()  # as on import: to start anew, as in the fixture here, ends it
+    model, other, inputs = load(LINEAR, old), torch.compile(load(LINEAR, old), backend="eager"), LINEAR.inputs()[:2]
+    swap, given = partial(hotswap_adapter, model, new, "default"), model
+    if ready == "prepared":
+        prepare_model_for_compiled_hotswap(model)
+    elif ready != "as it is":
+        pool = AdapterPool(model, adapters={"new": new}, rows=2 if ready == "rows" else 1, progress=False)
+        swap = partial(pool.assign, ["new", "new"]) if ready == "rows" else partial(pool.swap, "new")
+    compiled = FROZEN[form](model, backend="eager")
+    with torch._inductor.config.patch(freezing=True):
+        before = call(compiled, inputs)
+    refused("was on, which copies the weights", lambda _: swap(), given)
+    if form != "a function":  # which may be of any model
+        hotswap_adapter(other, new, "default")
+    torch.compiler.reset()
+    swap()
+    torch.testing.assert_close(call(compiled, inputs), call(load(LINEAR, new), inputs))
+    assert not torch.allclose(call(compiled, inputs), before, atol=1e-2)
+
+
+@pytest.mark.long
+def test_freezing_keeps_the_old_adapter(tmp_path):
+    """If PyTorch ever changes that, the refusals can go."""
+    old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
+    model = prepared(LINEAR, [old, new])
+    compiled = torch.compile(model)
+    with torch._inductor.config.patch(freezing=True):
         before = call(compiled, LINEAR.inputs())
-        refused(match, hotswap_adapter, compiled, new, "default")
-    if how == "config":
-        refused("compiled with freezing", hotswap_adapter, compiled, new, "default")
-        hotswap_adapter(model, new, "default")  # the original does not know that it was compiled
-        assert torch.equal(call(compiled, LINEAR.inputs()), before)
-        assert not torch.allclose(call(model, LINEAR.inputs()), before)
+    frozen.clear()  # as if it had not been seen
+    hotswap_adapter(compiled, new, "default")
+    assert torch.equal(call(compiled, LINEAR.inputs()), before)
+    assert not torch.allclose(call(model, LINEAR.inputs()), before)
 
 
 @pytest.mark.parametrize("ready", [False, True])
