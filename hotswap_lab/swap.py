@@ -57,8 +57,8 @@ def hotswap_adapter(
     differ. Layers that the new adapter lacks are turned off. If the rank stays the same, so do the memory addresses; in
     a prepared model they always do. A scale that was set before (``set_scale``, ``scale_layer``) is reset, as after a
     fresh load: set it again if you still want it. If the model is trained, call ``optimizer.state.clear()`` after a
-    swap: the state is of the old weights, and with another rank, of another shape. PEFT's LoRA-FA has read the old
-    scalings, too: make a new one.
+    swap: the state is of the old weights, and with another rank, of another shape. PEFT's LoRA-FA has also read
+    the old scalings, so make a new one.
 
     Parameters
     ----------

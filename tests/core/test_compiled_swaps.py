@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+import torch.multiprocessing
 from lengths import few_of, long
 from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, save_family
 from oracle import assert_same_outputs
@@ -102,8 +105,14 @@ def test_kinds_of_layers_and_architectures(name, tmp_path):
 
 def compiled_regions(model):
     """Each block for itself: shorter to compile, and the blocks share graphs."""
-    for block in model.get_base_model().model.layers:
+    base = model.get_base_model()
+    for block in getattr(base, "blocks", None) or base.model.layers:
         block.compile(backend="inductor")
+    return model
+
+
+def compiled_forward(model):
+    model.forward = torch.compile(model.forward)
     return model
 
 
@@ -114,6 +123,9 @@ FORMS = {
     "fullgraph": lambda model: torch.compile(model, fullgraph=True),
     "regions": compiled_regions,
     "in place": lambda model: model.compile(backend="aot_eager") or model,
+    "dynamic": lambda model: torch.compile(model, dynamic=True),
+    "forward": compiled_forward,
+    "inference mode": lambda model: torch.inference_mode()(torch.compile(model)),
 }
 
 
@@ -121,6 +133,72 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_compiling(folders, form):
     assert_swaps_without_recompiling(LLAMA, FORMS[form](prepared(LLAMA, folders)), folders, (1, 2, 3, 0, 3, 2, 1))
+
+
+#: other ranks, alphas and layers
+ABC = {
+    "a": dict(r=4, lora_alpha=8),
+    "b": dict(r=8, lora_alpha=6, target_modules=["first", "blocks.0"]),
+    "c": dict(r=2, use_rslora=True, target_modules=["blocks.1", "last"]),
+}
+
+
+@pytest.fixture(scope="module")
+def abc(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("abc")
+    folders = dict(zip(ABC, save_family(LINEAR, folder, *ABC.values()), strict=True))
+    return folders, {name: call(load(LINEAR, each), LINEAR.inputs()) for name, each in folders.items()}
+
+
+def swap_by(ready: str, model, folders: dict[str, str]) -> Callable[[str], object]:
+    """Make a model that has ``a`` ready, and return what swaps another one in."""
+    if ready in ("as it is", "prepared"):
+        if ready == "prepared":
+            prepare_model_for_compiled_hotswap(model, adapters=list(folders.values()))
+        return lambda name: hotswap_adapter(model, folders[name], "default")
+    pool = AdapterPool(model, adapters=folders, rows=5 if ready == "rows" else 1, progress=False)
+    # the first row is the one to look at, the others have other adapters
+    return pool.swap if ready == "a pool" else lambda name: pool.assign([name, "a", "b", "c", "a"])
+
+
+def assert_follows(swap: Callable[[str], object], compiled, abc) -> None:
+    expected = abc[1]
+    for name in "abcac":
+        swap(name)
+        torch.testing.assert_close(call(compiled, LINEAR.inputs())[:1], expected[name][:1], rtol=0, atol=1e-5)
+    assert min((expected[one] - expected[other]).abs().max() for one, other in ("ab", "bc", "ac")) > 0.1
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:Swap:UserWarning")
+@pytest.mark.parametrize("ready", ["as it is", "prepared", "a pool", "rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_compiling_in_every_state(abc, form, ready):
+    model = load(LINEAR, abc[0]["a"])
+    swap = swap_by(ready, model, abc[0])
+    assert_follows(swap, FORMS[form](model), abc)
+
+
+def follow_elsewhere(ready: str, abc, cache: str, queue) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    torch.set_num_threads(1)
+    model = load(LINEAR, abc[0]["a"])
+    swap = swap_by(ready, model, abc[0])
+    try:
+        assert_follows(swap, torch.compile(model), abc)
+        queue.put("right")
+    except BaseException as error:
+        queue.put(repr(error))
+
+
+@pytest.mark.long
+def test_processes_that_share_a_cache_of_compiled_code(abc, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    for ready in ("as it is", "prepared", "rows"):
+        context.Process(target=follow_elsewhere, args=(ready, abc, str(tmp_path), queue), daemon=True).start()
+    assert [queue.get(timeout=240) for _ in range(3)] == ["right"] * 3
+    assert list(tmp_path.iterdir())
 
 
 @pytest.mark.long
