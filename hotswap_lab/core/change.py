@@ -163,8 +163,8 @@ def check_fused(optimizer: torch.optim.Optimizer, *_: object) -> None:
                 if not isinstance(each, torch.Tensor) or not each.dim() or each.is_sparse:
                     continue
                 if each.shape != shape:
-                    found = dict(state=tuple(each.shape), shape=tuple(shape))
-                    raise refuse("optimizer_of_another_shape", name=name, **found)
+                    state, shape = tuple(each.shape), tuple(shape)
+                    raise refuse("optimizer_of_another_shape", name=name, state=state, shape=shape)
                 if not (is_contiguous and each.is_contiguous()) and _strides(each) != _strides(parameter):
                     raise _misfit(optimizer, f"{name} of a parameter with strides {_strides(parameter)},", each)
 
@@ -179,8 +179,8 @@ def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _misfit(optimizer: torch.optim.Optimizer, what: str, tensor: torch.Tensor) -> HotswapError:
-    named = dict(optimizer=type(optimizer).__name__, what=what, shape=tuple(tensor.shape), strides=_strides(tensor))
-    return refuse("fused_optimizer", **named)
+    name, shape, strides = type(optimizer).__name__, tuple(tensor.shape), _strides(tensor)
+    return refuse("fused_optimizer", optimizer=name, what=what, shape=shape, strides=strides)
 
 
 def mark_changed(tables: Sequence[dict[str, Any]], journal: Journal) -> None:

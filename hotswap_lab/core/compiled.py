@@ -80,8 +80,9 @@ FREEZING = "which copies the weights into the compiled graph"
 
 
 def watch_freezing() -> None:
-    """Note from now on what is compiled while freezing is on. What was compiled before isn't seen.
+    """Note from now on what is compiled while freezing is on.
 
+    Preparing calls this, and each plan for a compiled model. What was compiled before isn't seen.
     ``torch.compiler.reset()`` drops all compiled code and all listeners, so then the notes are dropped as well.
     """
     with contextlib.suppress(ImportError):
@@ -161,7 +162,3 @@ def _context_of(each: Any) -> object | None:
         if compat.is_a(content, "DynamoContext"):
             return content
     return None
-
-
-if "torch._dynamo" in sys.modules:  # PEFT imports it; a model may be compiled and called before the first swap
-    watch_freezing()

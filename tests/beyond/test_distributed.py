@@ -410,7 +410,7 @@ def _training_goes_on(world: World, spread: Callable, new: str) -> None:
     del still_alive
     own, expected = sharded(model), [tensor.parameter for tensor in resolve_slot(alone, "default").tensors]
     for parameters in (own, expected):  # fused, which looks at each process's part alone
-        torch.optim.SGD(parameters, lr=0.1, fused=True).step()
+        torch.optim.AdamW(parameters, lr=0.1, eps=1.0, fused=True).step()
     for parameter, after in zip(own, expected, strict=True):
         torch.testing.assert_close(parameter.full_tensor(), after.detach(), rtol=1e-4, atol=1e-6)
 

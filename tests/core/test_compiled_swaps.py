@@ -283,7 +283,7 @@ FROZEN = {
 def test_freezing_that_was_on_only_while_compiling(tmp_path, form, ready):
     """No setting of the model or of the compiler shows it afterwards."""
     old, new = save_family(LINEAR, tmp_path, dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=16))
-    watch_freezing()  # as on import: to start anew, as in the fixture here, ends it
+    watch_freezing()  # as any plan for a compiled model does
     model, other, inputs = load(LINEAR, old), torch.compile(load(LINEAR, old), backend="eager"), LINEAR.inputs()[:2]
     swap, given = partial(hotswap_adapter, model, new, "default"), model
     if ready == "prepared":
