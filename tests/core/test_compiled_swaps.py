@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import warnings
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.multiprocessing
 from lengths import few_of, long
 from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, save_family
 from oracle import assert_same_outputs
@@ -177,28 +175,6 @@ def test_forms_of_compiling_in_every_state(abc, form, ready):
     model = load(LINEAR, abc[0]["a"])
     swap = swap_by(ready, model, abc[0])
     assert_follows(swap, FORMS[form](model), abc)
-
-
-def follow_elsewhere(ready: str, abc, cache: str, queue) -> None:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-    torch.set_num_threads(1)
-    model = load(LINEAR, abc[0]["a"])
-    swap = swap_by(ready, model, abc[0])
-    try:
-        assert_follows(swap, torch.compile(model), abc)
-        queue.put("right")
-    except BaseException as error:
-        queue.put(repr(error))
-
-
-@pytest.mark.long
-def test_processes_that_share_a_cache_of_compiled_code(abc, tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    for ready in ("as it is", "prepared", "rows"):
-        context.Process(target=follow_elsewhere, args=(ready, abc, str(tmp_path), queue), daemon=True).start()
-    assert [queue.get(timeout=240) for _ in range(3)] == ["right"] * 3
-    assert list(tmp_path.iterdir())
 
 
 @pytest.mark.long
