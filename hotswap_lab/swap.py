@@ -63,7 +63,7 @@ def hotswap_adapter(
     a prepared model they always do. A scale that was set before (``set_scale``, ``scale_layer``) is reset, as after a
     fresh load: set it again if you still want it. If the model is trained, call ``optimizer.state.clear()`` after a
     swap: without it, an optimizer goes on with the moments of the old weights. With another rank these have another
-    shape; with the same rank nothing shows it.
+    shape; with the same rank nothing shows it. PEFT's LoRA-FA has also read the old scalings, so make a new one.
 
     Parameters
     ----------
@@ -344,6 +344,11 @@ def prepare_model_for_compiled_hotswap(
     that is on another embedding; and with ``bias="all"``, it saves the bias of a layer that is off under a name that no
     fresh load uses. Call it again before compiling anew to make more room. After an error the model is unchanged. Make
     an optimizer only afterwards: the parameters stay the same objects but get other shapes.
+
+    To train a prepared model, make the optimizer with ``foreach=True`` (``optim="adamw_torch"`` in a ``Trainer``): the
+    parameters are views of one memory, which a fused optimizer can't write to. Its first step is refused. Adafactor and
+    Muon also look at the zeros beyond the adapter's rank, so their steps differ from those in an unprepared model.
+    FSDP2's ``fully_shard`` refuses such views: shard a model that isn't prepared.
 
     The scaling of each layer becomes a buffer that is not part of ``state_dict()``. If the model is in shared memory
     (``model.share_memory()``, before or after), or is passed to a new process, then all processes that compute with it

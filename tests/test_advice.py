@@ -15,6 +15,7 @@ from models import KINDS, load, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load
 from peft import PeftModel
 from refusals import refused
+from transformers import TrainingArguments
 
 import hotswap_lab
 from hotswap_lab import (
@@ -45,6 +46,8 @@ TAKEN_BY = {
     "repeated_blocks": (aoti_compile,),
     "inputs": (verify_hotswap,),
     "is_trainable": (PeftModel.from_pretrained,),
+    "foreach": (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad),
+    "optim": (TrainingArguments,),
 }
 CALL = re.compile(r"[\w.]*\w\([^()]*(?:\([^()]*\)[^()]*)*\)|\.\w+\(\)")
 NAMED = re.compile(r"\b(\w+)=(?=\S)")

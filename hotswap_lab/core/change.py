@@ -20,7 +20,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import compat
-from .errors import refuse
+from .errors import HotswapError, refuse
 from .journal import Journal, interrupts_held
 
 LOG = logging.getLogger("hotswap_lab")
@@ -98,6 +98,7 @@ def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Calla
         except BaseException:
             journal.roll_back()
             raise
+        torch.clear_autocast_cache()  # it has casts of the former values, until the outermost autocast block ends
     if tell is not None and LOG.isEnabledFor(logging.INFO):
         tell()
 
@@ -126,7 +127,7 @@ def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journa
             parameter.data = memory
 
     journal.record(undo)
-    _watch_optimizers()
+    watch_optimizers()
     for parameter, fresh in pairs:
         # A graph over the old shape may still be alive, and with it the parameter's gradient accumulator, which would
         # refuse gradients of the new shape. PyTorch gives a parameter a new one only when its dtype or device changes.
@@ -138,21 +139,48 @@ def give_memory(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], journa
 
 
 @functools.cache
-def _watch_optimizers() -> None:
-    register_optimizer_step_pre_hook(check_state)
+def watch_optimizers() -> None:
+    """Have :func:`check_fused` look at each step of any optimizer in this process."""
+    register_optimizer_step_pre_hook(check_fused)
 
 
-def check_state(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Refuse a step of a fused optimizer with state of another shape: its kernel would read and write beyond its end.
+def check_fused(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Refuse a step of a fused optimizer whose tensors are not laid out alike, before it writes anything.
 
-    The other optimizers raise an error of their own.
+    Its kernel takes each tensor for one piece of memory. On the CPU it checks neither shapes nor strides: with state of
+    another shape it reads and writes beyond its end; in a room it would write to the weights of other layers. The other
+    optimizers compute with any strides, and raise an error of their own for another shape.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group.get("fused") else ():
-            for name, each in optimizer.state.get(parameter, {}).items():
-                if isinstance(each, torch.Tensor) and each.dim() and each.shape != parameter.shape:
-                    state, shape = tuple(each.shape), tuple(parameter.shape)
+            if not parameter.requires_grad:
+                continue
+            is_contiguous, shape = parameter.is_contiguous(), parameter.shape
+            # a tensor like it has the same strides if these leave no gaps
+            if not is_contiguous and _strides(parameter) != torch.empty_like(_local(parameter), device="meta").stride():
+                raise _misfit(optimizer, "a parameter", parameter)
+            for name, each in [("gradient", parameter.grad), *optimizer.state.get(parameter, {}).items()]:
+                if not isinstance(each, torch.Tensor) or not each.dim() or each.is_sparse:
+                    continue
+                if each.shape != shape:
+                    state, shape = tuple(each.shape), tuple(shape)
                     raise refuse("optimizer_of_another_shape", name=name, state=state, shape=shape)
+                if not (is_contiguous and each.is_contiguous()) and _strides(each) != _strides(parameter):
+                    raise _misfit(optimizer, f"{name} of a parameter with strides {_strides(parameter)},", each)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    return _local(tensor).stride()
+
+
+def _misfit(optimizer: torch.optim.Optimizer, what: str, tensor: torch.Tensor) -> HotswapError:
+    name, shape, strides = type(optimizer).__name__, tuple(tensor.shape), _strides(tensor)
+    return refuse("fused_optimizer", optimizer=name, what=what, shape=shape, strides=strides)
 
 
 def mark_changed(tables: Sequence[dict[str, Any]], journal: Journal) -> None:

@@ -7,7 +7,9 @@ this: freezing copies weights into the graph, and without its guards a graph goe
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,26 +73,69 @@ def compiled_in(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()) -
     return compiled
 
 
-def blind_spot(compiled: list[object], prepared: bool) -> str | None:
+#: the modules that were being called while something was compiled with freezing on; None for a function, which may use
+#: any model
+frozen: list[weakref.ref[torch.nn.Module] | None] = []
+FREEZING = "which copies the weights into the compiled graph"
+
+
+def watch_freezing() -> None:
+    """Note from now on what is compiled while freezing is on.
+
+    Preparing calls this, and each plan for a compiled model. What was compiled before isn't seen.
+    ``torch.compiler.reset()`` drops all compiled code and all listeners, so then the notes are dropped as well.
+    """
+    with contextlib.suppress(ImportError):
+        if _note_freezing not in compat.dynamo_callbacks.start_callbacks:
+            frozen.clear()
+            compat.dynamo_callbacks.register_start_callback(_note_freezing)
+
+
+def _note_freezing(_: object) -> None:
+    if not compat.inductor_config.freezing:
+        return
+    frame: Any = sys._getframe()
+    called: list[object] = []
+    while frame is not None:
+        called.append(frame.f_locals.get("self"))
+        frame = frame.f_back
+    frozen.extend([weakref.ref(each) for each in called if isinstance(each, torch.nn.Module)] or [None])
+
+
+def frozen_in(base: torch.nn.Module) -> str | None:
+    """The reason why code that was compiled with freezing on may keep an old adapter of this base; None if none was."""
+    watch_freezing()
+    modules = [module for each in frozen if each and (module := each()) is not None]
+    if None in frozen or any(base in module.modules() or module in base.modules() for module in modules):
+        setting = "torch._inductor.config.freezing was on"
+        return f"it was compiled while {setting}, {FREEZING}; torch.compiler.reset() drops such graphs"
+    return None
+
+
+def blind_spot(base: torch.nn.Module, compiled: list[object], prepared: bool) -> str | None:
     """The reason why compiled graphs might keep using the old adapter after a swap; None if there is none.
 
     Freezing copies weights into the graph, and without its guards a graph runs on with old numbers.
 
     Parameters
     ----------
+    base:
+        The model, or its base.
     compiled:
         The :func:`compiled_in` of the object that the user calls, wrapper included.
     prepared:
         Whether the swap changes only the values of tensors, so that no guard is needed.
     """
+    if reason := frozen_in(base):
+        return reason
     if not compiled and not prepared and not guards_are_skipped():
         return None
     # this imports the compiler, if nothing else has
     if compat.inductor_config.freezing:
-        return "torch._inductor.config.freezing is on, which copies the weights into the compiled graph"
+        return f"torch._inductor.config.freezing is on, {FREEZING}"
     contexts = [_context_of(each) for each in compiled]
     if any((getattr(context, "compiler_config", None) or {}).get("freezing") for context in contexts):
-        return "the model was compiled with freezing, which copies the weights into the compiled graph"
+        return f"the model was compiled with freezing, {FREEZING}"
     if prepared:
         return None
     if getattr(compat.eval_frame._stance, "skip_guard_eval_unsafe", False):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
+import torch
+
 #: marks an entry that did not exist
 MISSING = object()
 
@@ -99,6 +101,7 @@ class Journal:
             while self._undo:
                 self._undo[-1]()
                 self._undo.pop()
+            torch.clear_autocast_cache()  # it may have casts of values that are gone again
 
 
 @contextlib.contextmanager

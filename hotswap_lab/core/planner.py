@@ -15,7 +15,7 @@ import torch
 
 from . import lora
 from .adapter import Adapter
-from .compiled import blind_spot, compiled_in, guards_are_skipped
+from .compiled import blind_spot, compiled_in, frozen, guards_are_skipped
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
 from .lora_method import Lora
@@ -237,10 +237,11 @@ def check_capacity(plan: Plan) -> None:
 def check_compiled(plan: Plan) -> None:
     """Refuse a swap that a compiled graph would not notice."""
     # a compiled function around the model leaves no trace in it
-    may_go_unnoticed = guards_are_skipped() and not plan.writes_values_only
+    may_go_unnoticed = frozen or (guards_are_skipped() and not plan.writes_values_only)
     if not plan.compiled and not plan.is_prepared and not may_go_unnoticed:
         return
-    if reason := blind_spot(plan.compiled, plan.is_prepared and plan.writes_values_only):
+    base = plan.slot.host.base
+    if reason := blind_spot(base, plan.compiled, plan.is_prepared and plan.writes_values_only):
         plan.refuse("compiled_would_not_notice", reason=reason)
 
 

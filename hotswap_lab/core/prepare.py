@@ -95,7 +95,7 @@ def check_not_compiled(
     if check_compiled not in ("error", "warn", "ignore"):
         raise refuse("unknown_check_compiled", check_compiled=check_compiled)
     compiled = compiled_in(model)
-    if reason := blind_spot(compiled, prepared=True):
+    if reason := blind_spot(model, compiled, prepared=True):
         raise refuse("graph_would_not_notice", reason=reason)
     if check_compiled == "ignore" or not compiled:
         return

@@ -19,6 +19,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 
+from .change import watch_optimizers
 from .errors import refuse
 from .host import TunerLayer
 from .journal import Journal
@@ -192,6 +193,7 @@ def prepared_class(original: type) -> type:
 
 
 def _new_prepared(original: type) -> nn.Module:
+    watch_optimizers()  # in a new process, the layer's parameters still share one memory
     cls: Any = prepared_class(original)
     return cls.__new__(cls)
 

@@ -135,12 +135,13 @@ class Slot:
         links: list[tuple[Any, ...]] = [
             (table, name, child) for table in tables for name, child in table.items() if child in known
         ]
+        parameters = iter(self.parameters)  # worked out now, since code such as pruning may take one out of its table
         for layer in self.layers:
             for tensor in layer.tensors:
                 table: Any = layer.module._modules[tensor.named_key.partition(".")[0]]
                 if table is not tensor.owner:
                     links.append((table._modules, self.adapter_name, tensor.owner))
-                links.append((tensor.owner._parameters, tensor.name, tensor.parameter))
+                links.append((tensor.owner._parameters, tensor.name, next(parameters)))
         self._links = tuple(zip(*links, strict=True))
 
     def is_in_place(self) -> bool:
@@ -157,10 +158,10 @@ class Slot:
         self.settle()
         return True
 
-    def _by_module(self) -> dict[torch.nn.Module, list[int]]:
-        """The ids of each layer's parameters. A dict, since reserved layers are last, wherever they are."""
+    def _by_module(self) -> dict[torch.nn.Module, list[tuple[str, int]]]:
+        """Each layer's parameters: names and ids. A dict, since reserved layers are last, wherever they are."""
         ids = map(id, self.parameters)
-        return {layer.module: [next(ids) for _ in layer.tensors] for layer in self.layers}
+        return {layer.module: [(tensor.named_key, next(ids)) for tensor in layer.tensors] for layer in self.layers}
 
     # ---- facts about its layers, valid as long as everything is in place
 

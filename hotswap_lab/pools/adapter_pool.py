@@ -16,6 +16,7 @@ from ..beyond.base_values import ANY, base_weights_in, change_to_originals, lost
 from ..beyond.passes import METHODS, PASSES
 from ..core.adapter import ORIGIN, Adapter
 from ..core.change import Step, apply
+from ..core.compiled import frozen, frozen_in
 from ..core.errors import HotswapError, listing, refuse
 from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
@@ -542,6 +543,8 @@ class AdapterPool:
             raise refuse("pool_lost_its_place")
         if self._room.slot.is_merged:
             raise refuse("merged", adapter_name=self.adapter_name)
+        if frozen and (reason := frozen_in(self._room.slot.host.base)):
+            raise refuse("compiled_would_not_notice", reason=reason)
 
     # ---- display
 

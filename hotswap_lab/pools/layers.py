@@ -64,6 +64,9 @@ class RowVariant(LoraVariant):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
+        # pruning, for one, takes parameters out of their tables; a graph reads the pool's memory alone
+        if not torch.compiler.is_compiling() and any(each.name not in each.owner._parameters for each in self.tensors):
+            raise refuse("rows_lost_their_place", adapter_name=active_adapter)
         if torch.is_grad_enabled() and self.tensors[0].parameter.requires_grad:
             raise refuse("rows_not_trained", adapter_name=active_adapter, found=TRAINED)
         own = self.exported(module) if torch.compiler.is_exporting() else self

@@ -42,6 +42,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 try:
@@ -407,12 +408,41 @@ def _training_goes_on(world: World, spread: Callable, new: str) -> None:
     for parameter, gradient in zip(sharded(model), expected, strict=True):
         torch.testing.assert_close(parameter.grad.full_tensor(), gradient, rtol=1e-4, atol=1e-6)
     del still_alive
+    own, expected = sharded(model), [tensor.parameter for tensor in resolve_slot(alone, "default").tensors]
+    for parameters in (own, expected):  # fused, which looks at each process's part alone
+        torch.optim.AdamW(parameters, lr=0.1, eps=1.0, fused=True).step()
+    for parameter, after in zip(own, expected, strict=True):
+        torch.testing.assert_close(parameter.full_tensor(), after.detach(), rtol=1e-4, atol=1e-6)
+
+
+def _steps_in_parallel(world: World, is_prepared: bool) -> None:
+    """DDP: all processes swap, and then take steps with the mean of their gradients."""
+    model = load(LLAMA, world.adapter("first"), is_trainable=True)
+    if is_prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    parallel = DistributedDataParallel(model)
+    alone = load(LLAMA, world.adapter("same"), is_trainable=True)
+    swap(model, world.adapter("same"))
+    ids = LLAMA.inputs()["input_ids"]
+    for each, own in ((parallel, ids[world.rank : world.rank + 1]), (alone, ids)):
+        optimizer = torch.optim.SGD([one for one in each.parameters() if one.requires_grad], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            each(input_ids=own, labels=own).loss.backward()
+            optimizer.step()
+    before = load(LLAMA, world.adapter("same"))
+    slots = (resolve_slot(each, "default").tensors for each in (model, alone, before))
+    for tensor, expected, was in zip(*slots, strict=True):
+        parameter = tensor.own(tensor.parameter, expected.rank_of(expected.parameter.shape))
+        torch.testing.assert_close(parameter, expected.parameter, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(expected.parameter, was.parameter)
 
 
 if DistributedConfig is None:
     del SWAPS["tensor parallelism of transformers"]
 CASES |= {name: (_swaps, *arguments) for name, arguments in SWAPS.items()}
 CASES |= {f"refused: {name}": (_is_refused, *arguments) for name, arguments in REFUSED.items()}
+CASES |= {f"steps with DDP, prepared: {each}": (_steps_in_parallel, each) for each in (False, True)}
 CASES["training with FSDP"] = _training_goes_on, shard_fully, "same"
 CASES["training in parallel, with another rank"] = _training_goes_on, parallel, "grown"
 

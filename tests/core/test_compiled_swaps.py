@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from peft.helpers import rescale_adapter_scale
 from refusals import refused
 
 from hotswap_lab import (
+    AdapterPool,
     HotswapError,
     RecompileWatch,
     hotswap_adapter,
@@ -23,6 +26,7 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     resolve_slot,
 )
+from hotswap_lab.core.compiled import frozen, watch_freezing
 from hotswap_lab.files.reading import Adapter
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -99,8 +103,14 @@ def test_kinds_of_layers_and_architectures(name, tmp_path):
 
 def compiled_regions(model):
     """Each block for itself: shorter to compile, and the blocks share graphs."""
-    for block in model.get_base_model().model.layers:
+    base = model.get_base_model()
+    for block in getattr(base, "blocks", None) or base.model.layers:
         block.compile(backend="inductor")
+    return model
+
+
+def compiled_forward(model):
+    model.forward = torch.compile(model.forward)
     return model
 
 
@@ -111,6 +121,9 @@ FORMS = {
     "fullgraph": lambda model: torch.compile(model, fullgraph=True),
     "regions": compiled_regions,
     "in place": lambda model: model.compile(backend="aot_eager") or model,
+    "dynamic": lambda model: torch.compile(model, dynamic=True),
+    "forward": compiled_forward,
+    "inference mode": lambda model: torch.inference_mode()(torch.compile(model)),
 }
 
 
@@ -118,6 +131,50 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_compiling(folders, form):
     assert_swaps_without_recompiling(LLAMA, FORMS[form](prepared(LLAMA, folders)), folders, (1, 2, 3, 0, 3, 2, 1))
+
+
+#: other ranks, alphas and layers
+ABC = {
+    "a": dict(r=4, lora_alpha=8),
+    "b": dict(r=8, lora_alpha=6, target_modules=["first", "blocks.0"]),
+    "c": dict(r=2, use_rslora=True, target_modules=["blocks.1", "last"]),
+}
+
+
+@pytest.fixture(scope="module")
+def abc(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("abc")
+    folders = dict(zip(ABC, save_family(LINEAR, folder, *ABC.values()), strict=True))
+    return folders, {name: call(load(LINEAR, each), LINEAR.inputs()) for name, each in folders.items()}
+
+
+def swap_by(ready: str, model, folders: dict[str, str]) -> Callable[[str], object]:
+    """Make a model that has ``a`` ready, and return what swaps another one in."""
+    if ready in ("as it is", "prepared"):
+        if ready == "prepared":
+            prepare_model_for_compiled_hotswap(model, adapters=list(folders.values()))
+        return lambda name: hotswap_adapter(model, folders[name], "default")
+    pool = AdapterPool(model, adapters=folders, rows=5 if ready == "rows" else 1, progress=False)
+    # the first row is the one to look at, the others have other adapters
+    return pool.swap if ready == "a pool" else lambda name: pool.assign([name, "a", "b", "c", "a"])
+
+
+def assert_follows(swap: Callable[[str], object], compiled, abc) -> None:
+    expected = abc[1]
+    for name in "abcac":
+        swap(name)
+        torch.testing.assert_close(call(compiled, LINEAR.inputs())[:1], expected[name][:1], rtol=0, atol=1e-5)
+    assert min((expected[one] - expected[other]).abs().max() for one, other in ("ab", "bc", "ac")) > 0.1
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:Swap:UserWarning")
+@pytest.mark.parametrize("ready", ["as it is", "prepared", "a pool", "rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_compiling_in_every_state(abc, form, ready):
+    model = load(LINEAR, abc[0]["a"])
+    swap = swap_by(ready, model, abc[0])
+    assert_follows(swap, FORMS[form](model), abc)
 
 
 @pytest.mark.long
@@ -178,22 +235,62 @@ def test_pefts_own_ways_to_set_a_strength_do_not_recompile(folders):
 # ---- what a compiled graph would not notice
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("how", ["options", "config"])
-def test_freezing_keeps_the_old_adapter_and_is_refused(tmp_path, how):
-    """If PyTorch ever changes the reason for it, the refusal can go."""
-    match = r"would go on with the old adapter(.|\n)*freezing"
+@pytest.mark.parametrize("how", ["options", long("config")])
+def test_freezing_is_refused(tmp_path, how):
     old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
     model = prepared(LINEAR, [old, new])
     with torch._inductor.config.patch(freezing=how == "config"):
         compiled = torch.compile(model, options={"freezing": True} if how == "options" else None)
+        refused(r"would go on with the old adapter(.|\n)*freezing", hotswap_adapter, compiled, new, "default")
+    refused("compiled with freezing", hotswap_adapter, compiled, new, "default")
+
+
+#: what is compiled, and called while freezing is on
+FROZEN = {
+    "the model": torch.compile,
+    "a layer": lambda model, **how: model.base_model.model.last.compile(**how) or model,
+    "a forward": lambda model, **how: setattr(model, "forward", torch.compile(model.forward, **how)) or model,
+    "a function": lambda model, **how: torch.compile(lambda inputs: model(inputs), **how),
+}
+
+
+@pytest.mark.parametrize("ready", few_of(("as it is", "prepared", "a pool", "rows"), ("prepared", "a pool")))
+@pytest.mark.parametrize("form", few_of(FROZEN, ("the model",)))
+def test_freezing_that_was_on_only_while_compiling(tmp_path, form, ready):
+    """No setting of the model or of the compiler shows it afterwards."""
+    old, new = save_family(LINEAR, tmp_path, dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=16))
+    watch_freezing()  # as any plan for a compiled model does
+    model, other, inputs = load(LINEAR, old), torch.compile(load(LINEAR, old), backend="eager"), LINEAR.inputs()[:2]
+    swap, given = partial(hotswap_adapter, model, new, "default"), model
+    if ready == "prepared":
+        prepare_model_for_compiled_hotswap(model)
+    elif ready != "as it is":
+        pool = AdapterPool(model, adapters={"new": new}, rows=2 if ready == "rows" else 1, progress=False)
+        swap = partial(pool.assign, ["new", "new"]) if ready == "rows" else partial(pool.swap, "new")
+    compiled = FROZEN[form](model, backend="eager")
+    with torch._inductor.config.patch(freezing=True):
+        before = call(compiled, inputs)
+    refused("was on, which copies the weights", lambda _: swap(), given)
+    if form != "a function":  # which may be of any model
+        hotswap_adapter(other, new, "default")
+    torch.compiler.reset()
+    swap()
+    torch.testing.assert_close(call(compiled, inputs), call(load(LINEAR, new), inputs))
+    assert not torch.allclose(call(compiled, inputs), before, atol=1e-2)
+
+
+@pytest.mark.long
+def test_freezing_keeps_the_old_adapter(tmp_path):
+    """If PyTorch ever changes that, the refusals can go."""
+    old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
+    model = prepared(LINEAR, [old, new])
+    compiled = torch.compile(model)
+    with torch._inductor.config.patch(freezing=True):
         before = call(compiled, LINEAR.inputs())
-        refused(match, hotswap_adapter, compiled, new, "default")
-    if how == "config":
-        refused("compiled with freezing", hotswap_adapter, compiled, new, "default")
-        hotswap_adapter(model, new, "default")  # the original does not know that it was compiled
-        assert torch.equal(call(compiled, LINEAR.inputs()), before)
-        assert not torch.allclose(call(model, LINEAR.inputs()), before)
+    frozen.clear()  # as if it had not been seen
+    hotswap_adapter(compiled, new, "default")
+    assert torch.equal(call(compiled, LINEAR.inputs()), before)
+    assert not torch.allclose(call(model, LINEAR.inputs()), before)
 
 
 @pytest.mark.parametrize("ready", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from refusals import refused
 from safetensors.torch import load_file
+from torch.nn.utils import prune
 
 from hotswap_lab import (
     Adapter,
@@ -411,3 +413,34 @@ def test_what_is_prepared_is_as_exact_as_the_model(tmp_path, rows):
     for layer in lora_layers(fresh):
         layer.scaling["default"] *= 0.3
     assert_same_outputs(model, fresh, LLAMA, tolerance=1e-14)
+
+
+def as_a_pool(model, folders, **how):
+    pool = AdapterPool(model, adapters={"new": folders[1]}, progress=False, **how)
+    return {"swap": lambda: pool.swap("new"), **({"assign": lambda: pool.assign(["new"])} if how else {})}
+
+
+#: how a model is made ready, and what a pool then does
+READY = {
+    "as it is": lambda model, folders: {},
+    "swapped": lambda model, folders: hotswap_adapter(model, folders[0], "default") or {},
+    "prepared": lambda model, folders: prepare_model_for_compiled_hotswap(model, target_rank=8) or {},
+    "a pool": as_a_pool,
+    "rows": partial(as_a_pool, rows=2),
+}
+
+
+@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("ready", READY)
+def test_a_parameter_that_pruning_took_out_of_its_table(tmp_path, ready, which):
+    """It is there under another name, so its address alone says that all is well."""
+    folders = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
+    model = load(LINEAR, folders[0])
+    of_pool = READY[ready](model, folders)
+    prune.identity(getattr(model.base_model.model.first, which)["default"], "weight")
+    refused(f"no {which}.weight_orig", hotswap_adapter, model, folders[1], "default")
+    assert not plan_hotswap(model, folders[1]).ok
+    for action in of_pool.values():
+        refused("under other names: moved, converted, pruned", lambda _, action=action: action(), model)
+    if ready == "rows":
+        refused("under other names: the model was moved", lambda _: model(LINEAR.inputs()), model)

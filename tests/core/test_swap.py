@@ -14,6 +14,7 @@ import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -36,6 +37,7 @@ from oracle import (
 )
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
 from refusals import refused
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hotswap_lab
@@ -51,6 +53,7 @@ from hotswap_lab import (
     resolve_slot,
     set_strength,
 )
+from hotswap_lab.core.change import apply
 from hotswap_lab.core.journal import Journal
 
 LINEAR, LLAMA = KINDS["linear"], KINDS["llama"]
@@ -623,6 +626,53 @@ def test_a_fused_optimizer_with_the_state_of_another_rank_is_stopped(tmp_path):
     optimizer.state.clear()
     step()
     assert not any(map(torch.equal, before, trained))
+
+
+#: ways to swap the second adapter into a model that has the first, made before a region of autocast
+AUTOCAST = {
+    "as it is": lambda model, folder: lambda: hotswap_adapter(model, folder, "default"),
+    "prepared": lambda model, folder: (
+        prepare_model_for_compiled_hotswap(model, target_rank=8) or (lambda: hotswap_adapter(model, folder, "default"))
+    ),
+    "a pool": lambda model, folder: partial(AdapterPool(model, adapters={"new": folder}, progress=False).swap, "new"),
+}
+
+
+@pytest.mark.parametrize("way", AUTOCAST)
+@pytest.mark.parametrize("form", [{}, dict(modules_to_save=["last"], target_modules=["first"])], ids=["LoRA", "saved"])
+def test_a_swap_in_a_region_of_autocast(tmp_path, way, form):
+    """It keeps the casts of trainable weights until the outermost region ends, whatever is written meanwhile."""
+    folders = save_family(LINEAR, tmp_path, dict(r=4) | form, dict(r=4, lora_alpha=16) | form)
+    if form:
+        file = f"{folders[1]}/adapter_model.safetensors"
+        save_file({key: -each if ".last." in key else each for key, each in load_file(file).items()}, file)
+    model, fresh = (load(LINEAR, folder, is_trainable=True) for folder in folders)
+    swap, inputs = AUTOCAST[way](model, folders[1]), LINEAR.inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before, expected = model(inputs), fresh(inputs)
+        swap()
+        torch.testing.assert_close(model(inputs), expected, rtol=0, atol=0.05)
+    assert (expected - before).abs().max() > 0.5
+
+
+def test_a_swap_that_is_taken_back_in_a_region_of_autocast(tmp_path):
+    """Each weight is cast for the first time while it is another one, as by a forward in another thread."""
+    folders = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
+    model, inputs = load(LINEAR, folders[0], is_trainable=True), LINEAR.inputs()
+
+    def fail(journal) -> None:
+        model(inputs)
+        raise OSError
+
+    region = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    with region():
+        before = model(inputs)
+    with region():
+        planned = plan_hotswap(model, folders[1]).change()
+        planned.last_steps.append(fail)
+        with pytest.raises(OSError):  # noqa: PT011
+            apply([planned])
+        assert torch.equal(model(inputs), before)
 
 
 def merge(model) -> None:
