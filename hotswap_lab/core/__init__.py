@@ -5,7 +5,8 @@ Foundations
     ``host`` (finds the model that carries the adapters), ``journal`` (undo after an error, and Ctrl-C that waits),
     ``change`` (a list of writes, and the one function that makes them), ``tensors`` (one tensor of an adapter).
 An adapter and its place
-    ``adapter``, ``method`` (what differs between PEFT's methods), ``lora`` (PEFT's data for LoRA on a layer), ``slot``.
+    ``adapter``, ``method`` (what differs between PEFT's methods), ``lora`` (PEFT's data for LoRA on a layer), ``slot``,
+    ``memory`` (tensors that share memory, and the two invariants about them that plans are checked for).
 A swap
     ``plan`` (what will be written), ``planner`` (makes plans), ``shadow`` (layers that a model lacks).
     :mod:`hotswap_lab.beyond.passes` lists all passes, and :mod:`hotswap_lab.swap` has the public functions.

@@ -7,6 +7,7 @@ Reasons against a swap are collected up to the next :func:`stop_if_refused`, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import repeat
 from operator import attrgetter
 
@@ -17,6 +18,7 @@ from .adapter import Adapter
 from .compiled import blind_spot
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
+from .memory import disagreeing, overlaps_in, overwritten, own_tensors
 from .plan import Action, LayerPlan, Plan
 from .shadow import adaptable, build_shadow_layers
 from .slot import Expected, Slot, SlotLayer, copy_of, expected_of, own_keys_of
@@ -85,6 +87,17 @@ def check_slot(plan: Plan) -> None:
         plan.refuse("layer_not_plain", path=layer.path, reason=reason)
     if plan.check_targets and plan.config.target_modules is None:
         plan.refuse("no_target_modules")
+
+
+def keep_sources_apart(plan: Plan) -> None:
+    """Copy the adapter's tensors that are in the model's memory. Refuse those that an earlier swap has overwritten."""
+    adapter, slot = plan.adapter, plan.slot
+    if adapter.is_folder or not (own := own_tensors(slot, adapter.tensors)):
+        return
+    if keys := overwritten(slot, own):
+        plan.refuse("source_overwritten", count=len(keys), key=keys[0], adapter_name=slot.adapter_name)
+    copies = {key: each.detach().clone() for key, each in own.items()}
+    plan.adapter = replace(adapter, tensors={**adapter.tensors, **copies})
 
 
 # ---- layer by layer
@@ -207,6 +220,27 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
 
 
 # ---- when the action of each layer is known
+
+
+@only_for(overlaps_in)
+def keep_targets_apart(plan: Plan) -> None:
+    """Refuse different values for tensors that overlap in the model."""
+    planned = {tensor: each for each in plan.layers for tensor in each.layer.tensors}
+    for group in overlaps_in(plan.slot):
+        values: dict[torch.nn.Parameter, torch.Tensor] = {}
+        differ = False
+        for tensor in filter(planned.get, group):
+            each = planned[tensor]
+            source = each.sources[each.layer.tensors.index(tensor)]
+            value = tensor.off_value() if source is None else source
+            if each.action is Action.PAD:
+                value = tensor.padded(value, tensor.capacity)
+            differ |= not are_interchangeable(values.setdefault(tensor.parameter, value), value)
+        # a parameter that changes its shape gets memory of its own
+        stay = [(target, value) for target, value in values.items() if target.shape == value.shape]
+        if differ or disagreeing(stay):
+            paths = listing(dict.fromkeys(planned[tensor].path for tensor in group if tensor in planned), 3)
+            plan.refuse("targets_overlap", paths=paths, adapter_name=plan.slot.adapter_name)
 
 
 def check_capacity(plan: Plan) -> None:
