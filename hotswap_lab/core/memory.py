@@ -121,7 +121,7 @@ def disagreeing(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[int]
 
 def own_tensors(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those of ``tensors`` that are in a memory of the slot's adapter."""
-    memory = {_storage(each) for each in _parameters(slot)} - {None}
+    memory = {_storage(each) for each in _tensors_of_adapter(slot)} - {None}
     return {key: each for key, each in tensors.items() if _storage(each) in memory}
 
 
@@ -130,13 +130,26 @@ def overwritten(slot: Slot, own: Mapping[str, torch.Tensor]) -> list[str]:
     # a room has moved the parameters away from the caller's tensors
     if slot.room is not None or WHEN not in vars(slot.config):
         return []
-    live = {_name(slot, key): each for key, each in slot.host.base.named_parameters(remove_duplicate=False)}
-    targets = {key: live.get(_name(slot, key)) for key in own}
-    return [key for key, target in targets.items() if target is not None and _is_same_view(own[key], target)]
+    live = {_name(slot, key): each for key, each in _named_tensors(slot)}
+    found = []
+    for key, source in own.items():
+        # prompts have other names in a file
+        targets = [live[name]] if (name := _name(slot, key)) in live else live.values()
+        if True in [_is_same_view(source, target) for target in targets]:
+            found.append(key)
+    return found
 
 
-def _parameters(slot: Slot) -> Iterator[torch.Tensor]:
-    """The parameters of an adapter, with those of its saved modules and trained tokens."""
+def _named_tensors(slot: Slot) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from slot.host.carrier.named_parameters(remove_duplicate=False)
+    yield from slot.host.carrier.named_buffers(remove_duplicate=False)
+
+
+def _tensors_of_adapter(slot: Slot) -> Iterator[torch.Tensor]:
+    """The tensors of an adapter, with its saved modules and trained tokens; of other methods, all that the model has."""
+    if not isinstance(slot.method, Lora):
+        yield from (each for _, each in _named_tensors(slot))
+        return
     yield from slot.parameters
     for module in slot.modules:
         if isinstance(module, AuxiliaryTrainingWrapper):
