@@ -121,7 +121,7 @@ def disagreeing(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[int]
 
 def own_tensors(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those of ``tensors`` that are in a memory of the slot's adapter."""
-    memory = {_storage(each) for each in _tensors_of_adapter(slot)} - {None}
+    memory = {_storage(each) for _, each in _named_tensors(slot)} - {None}
     return {key: each for key, each in tensors.items() if _storage(each) in memory}
 
 
@@ -130,38 +130,35 @@ def overwritten(slot: Slot, own: Mapping[str, torch.Tensor]) -> list[str]:
     # a room has moved the parameters away from the caller's tensors
     if slot.room is not None or WHEN not in vars(slot.config):
         return []
-    live = {_name(slot, key): each for key, each in _named_tensors(slot)}
+    live = {_plain_name(slot, key): each for key, each in _named_tensors(slot)}
     found = []
     for key, source in own.items():
         # prompts have other names in a file
-        targets = [live[name]] if (name := _name(slot, key)) in live else live.values()
+        targets = [live[name]] if (name := _plain_name(slot, key)) in live else live.values()
         if True in [_is_same_view(source, target) for target in targets]:
             found.append(key)
     return found
 
 
 def _named_tensors(slot: Slot) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from slot.host.carrier.named_parameters(remove_duplicate=False)
-    yield from slot.host.carrier.named_buffers(remove_duplicate=False)
-
-
-def _tensors_of_adapter(slot: Slot) -> Iterator[torch.Tensor]:
-    """The tensors of an adapter, with its saved modules and trained tokens; of other methods, all that the model has."""
-    if not isinstance(slot.method, Lora):
-        yield from (each for _, each in _named_tensors(slot))
+    """The tensors of an adapter, with its saved modules and trained tokens; of another method, all that there are."""
+    if not isinstance(slot.method, Lora):  # some keep their tensors in no layer
+        yield from slot.host.carrier.named_parameters(remove_duplicate=False)
+        yield from slot.host.carrier.named_buffers(remove_duplicate=False)
         return
-    yield from slot.parameters
-    for module in slot.modules:
+    for layer in slot.layers:
+        yield from zip(layer.keys, [tensor.parameter for tensor in layer.tensors], strict=True)
+    for path, module in slot.walk:
         if isinstance(module, AuxiliaryTrainingWrapper):
-            for _, table in entries_under(module, slot.adapter_name):
+            for attribute, table in entries_under(module, slot.adapter_name):
                 entry = table[slot.adapter_name]
-                yield from entry.parameters() if isinstance(entry, torch.nn.Module) else ()
-                yield from [entry] if isinstance(entry, torch.Tensor) else ()
+                named = entry.named_parameters() if isinstance(entry, torch.nn.Module) else [(attribute, entry)]
+                yield from ((f"{path}.{name}", each) for name, each in named if isinstance(each, torch.Tensor))
 
 
-def _name(slot: Slot, key: str) -> str:
-    """The name of a tensor in an adapter's file, without a prefix, from its key there or its name in the model."""
-    left_out = slot.adapter_name, "modules_to_save"
+def _plain_name(slot: Slot, key: str) -> str:
+    """One name for a tensor, from its key in a file or its name in a model."""
+    left_out = slot.adapter_name, "modules_to_save", "token_adapter"
     return ".".join(part for part in canonical_path(key).split(".") if part not in left_out)
 
 
