@@ -18,6 +18,7 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 
 from .adapter import WHEN
+from .errors import Refusal, refusal
 from .host import canonical_path
 from .lora import Lora
 from .slot import Slot
@@ -125,10 +126,10 @@ def own_tensors(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> dict[str, to
     return {key: each for key, each in tensors.items() if _storage(each) in memory}
 
 
-def overwritten(slot: Slot, own: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of tensors that are their own targets, and that a swap has written to."""
+def overwritten(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> list[Refusal]:
+    """The refusal of tensors that are their own targets, if a swap has written to them: they hold another adapter."""
     # a room has moved the parameters away from the caller's tensors
-    if slot.room is not None or WHEN not in vars(slot.config):
+    if slot.room is not None or WHEN not in vars(slot.config) or not (own := own_tensors(slot, tensors)):
         return []
     live = {_plain_name(slot, key): each for key, each in _named_tensors(slot)}
     found = []
@@ -137,7 +138,8 @@ def overwritten(slot: Slot, own: Mapping[str, torch.Tensor]) -> list[str]:
         targets = [live[name]] if (name := _plain_name(slot, key)) in live else live.values()
         if True in [_is_same_view(source, target) for target in targets]:
             found.append(key)
-    return found
+    where = slot.adapter_name
+    return [refusal("source_overwritten", count=len(found), key=key, adapter_name=where) for key in found[:1]]
 
 
 def _named_tensors(slot: Slot) -> Iterator[tuple[str, torch.Tensor]]:

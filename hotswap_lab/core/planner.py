@@ -94,8 +94,7 @@ def keep_sources_apart(plan: Plan) -> None:
     adapter, slot = plan.adapter, plan.slot
     if adapter.is_folder or not (own := own_tensors(slot, adapter.tensors)):
         return
-    if keys := overwritten(slot, own):
-        plan.refuse("source_overwritten", count=len(keys), key=keys[0], adapter_name=slot.adapter_name)
+    plan.refusals += overwritten(slot, own)
     copies = {key: each.detach().clone() for key, each in own.items()}
     plan.adapter = replace(adapter, tensors={**adapter.tensors, **copies})
 
