@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from operator import attrgetter
 
 import torch
@@ -107,20 +106,3 @@ def check_prefixes(plan: Plan) -> None:
         return
     if bare := [key for key in adapter.tensors if not key.startswith("base_model.")]:
         plan.refuse("keys_without_prefix", keys=listing(bare, 4), count=len(bare), prefix=PEFT_PREFIX)
-
-
-def keep_apart(plan: Plan) -> None:
-    """Copy the adapter's tensors that share memory with the model: a swap would read them while it writes them."""
-    adapter = plan.adapter
-    if adapter.is_folder:
-        return
-    memory = {_storage(parameter) for parameter in plan.slot.parameters} - {None}
-    own = {key: each.detach().clone() for key, each in adapter.tensors.items() if _storage(each) in memory}
-    if own:
-        plan.adapter = replace(adapter, tensors={**adapter.tensors, **own})
-
-
-def _storage(tensor: torch.Tensor) -> int | None:
-    """The address of a tensor's storage; None for tensors that have none, or several."""
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
-    return tensor.untyped_storage().data_ptr() if plain else None

@@ -20,6 +20,7 @@ from ..core.errors import listing
 from ..core.host import canonical_path
 from ..core.journal import Journal
 from ..core.lora import HEADS
+from ..core.memory import overlaps_in
 from ..core.plan import Plan
 from ..core.planner import adaptable, check_compiled, misfits
 from ..core.slot import Slot, SlotLayer, change_of
@@ -234,8 +235,9 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
         plan.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
         return Graft(), None
     known = targets_of(slot)
+    is_usual = not (kept_originals(host.base, name) or slot.once(overlaps_in))
     may_restore = plan.base_weights and lost_originals(host, name)
-    if known and not may_restore and not kept_originals(host.base, name) and known.fit(slot, adapter):
+    if known and is_usual and not may_restore and known.fit(slot, adapter):
         plan.config = known.completed(config)
         graft = known.graft_of(adapter)
         graft.base.lost = lost_originals(host, name)

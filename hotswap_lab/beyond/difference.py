@@ -32,6 +32,7 @@ from ..core.errors import listing
 from ..core.host import Host
 from ..core.journal import MISSING
 from ..core.lora import EvalFreeDropout
+from ..core.memory import disagreeing, overlapping
 from ..core.plan import Action, LayerPlan, Plan
 from ..core.prepared import is_marked_off, is_off, mark, set_off
 from ..core.slot import SlotLayer
@@ -46,6 +47,7 @@ from ..core.wrappers import (
     have_same_form,
     holder_of_inside,
     is_table,
+    is_tied,
     is_wrapper,
     own_modules,
     peel,
@@ -156,6 +158,8 @@ class _Comparison:
         self.puts: list[tuple[Table, str, object]] = []
         #: live wrappers that the fresh load lacks; removed last, when all the tables that they share are known
         self.rest: list[tuple[torch.nn.Module, str]] = []
+        #: live tensors that keep their shapes, their values after the swap, and where they are
+        self.values: list[tuple[torch.Tensor, torch.Tensor, str]] = []
         #: whether the wrapper being compared is in training mode
         self.training = host.base.training
 
@@ -229,7 +233,7 @@ class _Comparison:
 
     def _check_place(self, path: str, new: list[torch.nn.Module], staying: list[torch.nn.Module]) -> None:
         if new and staying and not (self.is_mixed and isinstance(staying[0], BaseTunerLayer)):
-            kinds = [type(each[0]).__name__ for each in (staying, new)]
+            kinds = [f"{'tied ' if is_tied(each[0]) else ''}{type(each[0]).__name__}" for each in (staying, new)]
             self._refuse(path, f"a {kinds[0]} that stays there, where a {kinds[1]} would have to be put")
         if self.others and any(isinstance(each, LNTuningLayer) for each in (*new, *staying)):
             self._refuse(path, "a layer that fails, unlike a fresh one, where the active adapter is not on it")
@@ -406,6 +410,7 @@ class _Comparison:
         if is_parameter:
             self.graft.parameters.append(live)
         if live.shape == fresh.shape:
+            self.values.append((live, values, path))
             if not are_interchangeable(live, values):
                 self.graft.copies.append((live, values))
         else:
@@ -436,6 +441,17 @@ class _Comparison:
         if isinstance(live, (list, tuple)) and isinstance(fresh, (list, tuple)):
             live, fresh = list(live), [self.live_of.get(id(each), each) for each in fresh]
         return are_equal(live, self.live_of.get(id(fresh), fresh))
+
+    def _part_memory(self) -> None:
+        """Give memory of their own to tensors that share it with others, as in tied layers, and need other values."""
+        is_apart = self.plan.slot.room is not None
+        for group in [] if is_apart else overlapping([live for live, *_ in self.values]):
+            found = [self.values[number] for number in group]
+            for number in disagreeing([each[:2] for each in found]):
+                live, values, path = found[number]
+                self.graft.copies = [each for each in self.graft.copies if each[0] is not live]
+                self.graft.resizes.append((live, values))
+                self.graft.differences.append(f"{path} shares memory with another tensor, unlike a fresh one")
 
     # ---- recording differences
 
@@ -484,6 +500,7 @@ class _Comparison:
         """Remove the adapter from wrappers that the fresh load lacks, and make the steps that copy its objects."""
         for each in self.rest:
             self._remove(*each)
+        self._part_memory()
         live = (*self.host.base.modules(), *self.host.base.parameters())
         memo = {id(each): each for each in (*live, *self.own, self.fresh.config)} | self.live_of
         trained = any(parameter.requires_grad for parameter in self.graft.parameters)

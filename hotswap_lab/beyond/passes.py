@@ -21,7 +21,7 @@ PASSES: tuple[Pass, ...] = (
     # checks of the configs and files, before any tensor is compared
     planner.check_configs,
     checks.check_prefixes,
-    checks.keep_apart,
+    planner.keep_sources_apart,
     checks.check_arrow,
     checks.note_other_base,
     base_values.note_vocabulary,
@@ -36,6 +36,7 @@ PASSES: tuple[Pass, ...] = (
     decide.plan_another_form,
     decide.take_base_weights,
     planner.plan_leftovers,
+    planner.keep_targets_apart,
     planner.check_capacity,
     checks.check_containers,
     checks.check_base,

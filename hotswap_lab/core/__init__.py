@@ -8,7 +8,9 @@ Foundations
     ``change`` (a list of writes, and the one function that makes them), ``tensors`` (one tensor of an adapter).
 An adapter and its place
     ``adapter``, ``settings`` (the fields of a config, each declared once), ``method`` (what differs between PEFT's
-    methods), ``lora`` and ``lora_method`` (LoRA as PEFT loads it, and as a method), ``slot``.
+    methods), ``lora`` and ``lora_method`` (LoRA as PEFT loads it, and as a method), ``slot``, ``memory`` (tensors that
+    share memory, and the two invariants about them that plans are checked for), ``telling`` (the writer of scalings and
+    settings).
 A swap
     ``plan`` (what will be written), ``planner`` (makes plans), ``shadow`` (layers that a model lacks),
     ``state_dict_hooks`` (state dicts without padding). :mod:`hotswap_lab.beyond.passes` lists all passes, and

@@ -7,6 +7,7 @@ Reasons against a swap are collected up to the next :func:`stop_if_refused`, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import repeat
 from operator import attrgetter
 from typing import Any
@@ -19,6 +20,7 @@ from .compiled import blind_spot, compiled_in, frozen, guards_are_skipped
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
 from .lora_method import Lora
+from .memory import disagreeing, overlaps_in, overwritten, own_tensors
 from .method import Method
 from .plan import Action, LayerPlan, Plan, change_layer_by_layer
 from .settings import settings_for
@@ -100,6 +102,16 @@ def check_that_it_is_plain(plan: Plan) -> None:
             plan.refuse("more_than_core", role="loaded", fields=f"{layer.path}, an embedding")
         if getattr(layer.module.get_base_layer(), "groups", 1) > 1:
             plan.refuse("more_than_core", role="loaded", fields=f"{layer.path}, a convolution in groups")
+
+
+def keep_sources_apart(plan: Plan) -> None:
+    """Copy the adapter's tensors that are in the model's memory. Refuse those that an earlier swap has overwritten."""
+    adapter, slot = plan.adapter, plan.slot
+    if adapter.is_folder or not (own := own_tensors(slot, adapter.tensors)):
+        return
+    plan.refusals += overwritten(slot, own)
+    copies = {key: each.detach().clone() for key, each in own.items()}
+    plan.adapter = replace(adapter, tensors={**adapter.tensors, **copies})
 
 
 # ---- layer by layer
@@ -224,6 +236,27 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
 # ---- when the action of each layer is known
 
 
+@only_for(overlaps_in)
+def keep_targets_apart(plan: Plan) -> None:
+    """Refuse different values for tensors that overlap in the model."""
+    planned = {tensor: each for each in plan.layers for tensor in each.layer.tensors}
+    for group in overlaps_in(plan.slot):
+        values: dict[torch.nn.Parameter, torch.Tensor] = {}
+        differ = False
+        for tensor in filter(planned.get, group):
+            each = planned[tensor]
+            source = each.sources[each.layer.tensors.index(tensor)]
+            value = tensor.off_value() if source is None else source
+            if each.action is Action.PAD:
+                value = tensor.padded(value, tensor.capacity)
+            differ |= not are_interchangeable(values.setdefault(tensor.parameter, value), value)
+        # a parameter that changes its shape gets memory of its own
+        stay = [(target, value) for target, value in values.items() if target.shape == value.shape]
+        if differ or disagreeing(stay):
+            paths = listing(dict.fromkeys(planned[tensor].path for tensor in group if tensor in planned), 3)
+            plan.refuse("targets_overlap", paths=paths, adapter_name=plan.slot.adapter_name)
+
+
 def check_capacity(plan: Plan) -> None:
     """Refuse ranks that a prepared layer has no room for, all of them in one refusal."""
     if not (padded := [layer for layer in plan.layers if layer.action is Action.PAD]):
@@ -268,6 +301,7 @@ LORA: tuple[Method, ...] = (Lora(),)
 #: the passes that decide a swap of plain LoRA, in the order in which they run
 LORA_PASSES: tuple[Pass, ...] = (
     check_configs,
+    keep_sources_apart,
     stop_if_refused,
     complete_config,
     check_slot,
@@ -275,6 +309,7 @@ LORA_PASSES: tuple[Pass, ...] = (
     stop_if_refused,
     plan_layers,
     plan_leftovers,
+    keep_targets_apart,
     check_capacity,
     check_compiled,
     retarget_config,

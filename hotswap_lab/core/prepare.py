@@ -25,6 +25,7 @@ from .compiled import blind_spot, compiled_in
 from .errors import HotswapError, Refusal, listing, refusal, refuse
 from .host import Config, canonical_path, carriers
 from .journal import Journal
+from .memory import overwritten
 from .method import Method
 from .planner import misfits
 from .prepared import make_prepared, ranks_before
@@ -71,6 +72,8 @@ def changes_to_prepare(
             change, reasons = prepare_in_place(slot, target_rank, family)
         changes.append(change)
         refusals += reasons
+        # in a room, the parameters would no longer be the caller's tensors, and nothing would show it
+        refusals += [each for adapter in family for each in overwritten(slot, adapter.tensors)]
     if not changes:
         raise refuse("nothing_to_prepare", name=type(model).__name__)
     if refusals:

@@ -77,8 +77,9 @@ class Slot:
     _links: tuple[tuple[Any, ...], ...] = field(default=(), init=False, repr=False)
     #: the results of :meth:`once_for`
     _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
-    #: the results of :meth:`once`
+    #: the results of :meth:`once`, and the addresses of the parameters at that time
     _facts: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+    _addresses: list[int] = field(default_factory=list, init=False, repr=False)
 
     @property
     def config(self) -> Config:
@@ -148,6 +149,11 @@ class Slot:
         """Whether the parameters, and the modules on the way to them, are still those of the model."""
         tables, names, entries = self._links
         if all(map(operator.is_, map(dict.get, tables, names), entries)):
+            if (
+                self.room is None
+                and (addresses := list(map(torch.Tensor.data_ptr, self.parameters))) != self._addresses
+            ):
+                self._facts, self._addresses = {}, addresses
             return True
         # another module may have been put into the model, or a wrapper around a part that was compiled since
         now = slot_in(self.methods, self.host, self.adapter_name)
@@ -196,7 +202,7 @@ class Slot:
         return known[key]
 
     def once(self, work_out: Callable[..., T], *arguments: object) -> T:
-        """The result of ``work_out(self, *arguments)``, computed once for these modules."""
+        """The result of ``work_out(self, *arguments)``, computed once for these modules and addresses."""
         key, facts = (work_out, arguments), self._facts
         if key not in facts:
             facts[key] = work_out(self, *arguments)
@@ -305,8 +311,12 @@ def _put_config(slot: Slot, config: Config, slot_after: Slot | None, journal: Jo
 
 def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:
     """Note on the base model the slot after a swap; None if it has to be looked for again."""
-    if after is not None and not after._links:
-        after.settle()
+    if after is not None:
+        if not after._links:
+            after.settle()
+        # memory that a swap gives to a parameter is its own, so what was known of it still holds
+        if after.room is None:
+            after._addresses = list(map(torch.Tensor.data_ptr, after.parameters))
     noted = slot.host.base.__dict__
     journal.set_item(noted, SLOTS, Uncopied({**noted.get(SLOTS, {}), slot.adapter_name: after}))
 

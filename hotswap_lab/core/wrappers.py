@@ -159,10 +159,16 @@ def scaling_of(wrapper: torch.nn.Module, adapter_name: str) -> float | None:
 
 
 def are_alike(live: torch.nn.Module, fresh: torch.nn.Module) -> bool:
-    """Whether two wrappers are of one kind, and around the same parameter if they are around a single one."""
+    """Whether two wrappers are of one kind, around the same parameter if around a single one, and both tied or not."""
     live_class = getattr(type(live), "hotswap_original", type(live))
     parameter_name = "parameter_name"  # several ParamWrappers may be around one module, each for another parameter
-    return live_class is type(fresh) and live.__dict__.get(parameter_name) == fresh.__dict__.get(parameter_name)
+    is_around_same = live.__dict__.get(parameter_name) == fresh.__dict__.get(parameter_name)
+    return live_class is type(fresh) and is_around_same and is_tied(live) == is_tied(fresh)
+
+
+def is_tied(wrapper: torch.nn.Module) -> bool:
+    """Whether trained tokens have no tables of their own: they read, and don't save, those of another module."""
+    return getattr(holder_of_inside(wrapper)[0], "tied_adapter", None) is not None
 
 
 def are_equal(first: Any, second: Any) -> bool:

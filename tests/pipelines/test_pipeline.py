@@ -133,8 +133,13 @@ class Kind:
         return pipe
 
     def loaded(self, source, name: str = "style", **kwargs):
-        """The truth: a fresh pipeline with diffusers' own loading."""
+        """The truth: a fresh pipeline with diffusers' own loading.
+
+        Of a dict it gets clones: diffusers makes the tensors the model's own, and swaps would overwrite the dict.
+        """
         pipe = self()
+        if isinstance(source, dict):
+            source = {key: tensor.clone() for key, tensor in source.items()}
         pipe.load_lora_weights(source, adapter_name=name, **kwargs)
         return pipe
 
@@ -375,6 +380,18 @@ def test_one_of_several_adapters():
     assert_like_fresh(pipe, SD.loaded(new, None), SD, "default_0")
 
 
+def test_a_dict_that_a_swap_has_overwritten_is_refused():
+    """diffusers makes the tensors of the dict the model's own."""
+    old, new = lora(SD, seed=1), lora(SD, seed=2)
+    clones, pipe = {key: tensor.clone() for key, tensor in old.items()}, SD()
+    pipe.load_lora_weights(old, adapter_name="style")
+    hotswap_pipeline(pipe, new, "style")
+    assert not any(torch.equal(old[key], clones[key]) for key in old)
+    refused(pipe, old, r"unet: [\s\S]*an earlier swap has overwritten them[\s\S]*read its file again")
+    hotswap_pipeline(pipe, clones, "style")
+    assert_like_fresh(pipe, SD.loaded(clones), SD)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, long(torch.float16)])
 def test_half_precision(dtype):
     """The pipeline's components and both files in it; then a file in float32, which is rounded, and said so."""
@@ -417,7 +434,7 @@ def test_adapter_weights(prepared):
         prepare_pipeline_for_compiled_hotswap(pipe, [new])
     pipe.set_adapters(["style"], [0.5])
     hotswap_pipeline(pipe, new, "style")
-    fresh = SD.loaded(dict(new))
+    fresh = SD.loaded(new)
     assert [get_strength(model, "style") for model in components_of(pipe).values()] == [1, 1]
     assert_like_fresh(pipe, fresh, SD)
     for weights in (0.5, {"unet": 0.3, "text_encoder": 0.0}, {"unet": {"down": 2.0, "up": 0.2}}, 1.0):
@@ -434,7 +451,7 @@ def test_adapter_weights(prepared):
     hotswap_pipeline(pipe, new, "style")
     assert_same_latents(pipe, SD())
     pipe.enable_lora()
-    assert_like_fresh(pipe, SD.loaded(dict(new)), SD)
+    assert_like_fresh(pipe, SD.loaded(new), SD)
 
 
 # ---- refusals
@@ -580,7 +597,7 @@ def test_compiled_swaps():
             plan = plan_pipeline_hotswap(pipe, sources[number], "style")
             assert not plan.will_recompile
             plan.commit()
-            fresh = SD.loaded(dict(sources[number]))
+            fresh = SD.loaded(sources[number])
             assert_same_latents(pipe, fresh)
         for weight in (0.5, 0.0, 2.0, 1.0):
             for each in (pipe, fresh):
@@ -618,6 +635,6 @@ def test_native_adapters_of_one_model():
     pipe = SD.loaded(lora(SD))
     adapter = read_pipeline_lora(pipe, new)["unet"]
     hotswap_adapter(pipe.unet, adapter, "style")
-    assert_same_component(pipe.unet, SD.loaded(dict(new)).unet, "style")
+    assert_same_component(pipe.unet, SD.loaded(new).unet, "style")
     inputs = dict(sample=torch.randn(1, 4, 8, 8), timestep=torch.tensor(3), encoder_hidden_states=torch.randn(1, 5, 16))
     assert verify_hotswap(pipe.unet, adapter, "style", inputs=inputs)

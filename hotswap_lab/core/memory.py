@@ -1,0 +1,174 @@
+"""Memory that tensors share, and the two invariants of a swap about it. Plans are checked for both.
+
+**No two targets overlap in memory, unless they get the same values.** Otherwise the last write stays in both. Layers
+that were tied, by ``ensure_weight_tying`` or by the user, would all compute with the weights of one of them. A
+parameter that PEFT gives to several layers, as VB-LoRA does, is one target. Which targets overlap is found once for a
+slot, and again where addresses have changed; their values are compared for each plan.
+
+**No source overlaps a target.** Otherwise a copy reads what another copy of the same swap has written. If PEFT made the
+tensors of the caller's dict the model's parameters (``low_cpu_mem_usage``, diffusers), every swap writes to that dict,
+and a swap back to adapter A from it would silently be adapter B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+
+from .adapter import WHEN
+from .errors import Refusal, refusal
+from .host import canonical_path
+from .slot import Slot
+from .tensors import SlotTensor, have_same_values
+from .wrappers import entries_under
+
+# ---- targets
+
+
+def overlaps_in(slot: Slot, *_: object) -> list[list[SlotTensor]]:
+    """The tensors of a slot that overlap in memory, in groups. The spans of a room never do."""
+    if slot.room is not None:
+        return []
+    tensors = slot.tensors
+    if not slot.method.is_lora:  # in LoRA, one parameter in two layers is the user's doing
+        tensors = list(dict(zip(slot.parameters, tensors, strict=True)).values())
+    return [[tensors[number] for number in group] for group in overlapping([each.parameter for each in tensors])]
+
+
+def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """The numbers of tensors that may overlap in memory, in groups. Tensors without memory are in none.
+
+    >>> one, other = torch.zeros(4, 6), torch.zeros(2, 2)
+    >>> overlapping([one, other, one.t(), one[:2], one[2:]]), overlapping([one[:, :3], other, one[:, 3:]])
+    ([[0, 2, 3, 4]], [])
+    """
+    spans = []
+    for number, tensor in enumerate(tensors):
+        if start := tensor.data_ptr():
+            # most are contiguous, and _span is slow
+            is_dense, size = tensor.is_contiguous(), tensor.nbytes
+            spans.append((*((start, start + size, size, size) if is_dense else _span(tensor)), number))
+    groups = []
+    for group in _touching(spans):
+        # views side by side in one memory, such as those that a room has left, overlap only if their columns do
+        first, _, pitch, *_ = group[0]
+        columns = [((start - first) % pitch, width, number) for start, _, _, width, number in group]
+        if {each[2] for each in group} == {pitch} and all(left + width <= pitch for left, width, _ in columns):
+            groups += _touching([(left, left + width, number) for left, width, number in columns])
+        else:
+            groups.append(group)
+    return [sorted(number for *_, number in group) for group in groups]
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """The first address of a tensor, the one behind its last, its longest stride, and the width that this repeats."""
+    size, start = tensor.element_size(), tensor.data_ptr()
+    strides = zip(tensor.stride(), tensor.shape, strict=True)
+    *others, (pitch, times) = [
+        (size, 1),
+        *sorted((each * size, count) for each, count in strides if each and count > 1),
+    ]
+    width = size + sum(stride * (count - 1) for stride, count in others)
+    return start, start + width + pitch * (times - 1), pitch, width
+
+
+def _touching(spans: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """The spans that overlap others, in groups; each begins with its first address and the one behind its last."""
+    groups: list[list[tuple[int, ...]]] = []
+    end = 0
+    for span in sorted(spans):
+        if groups and span[0] < end:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+            end = 0
+        end = max(end, span[1])
+    return [group for group in groups if len(group) > 1]
+
+
+def disagreeing(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
+    """The numbers of the targets that can't have their values, in the memory that they share with earlier ones.
+
+    >>> one = torch.zeros(2, 3)
+    >>> disagreeing([(one, torch.ones(2, 3)), (one.t(), torch.ones(3, 2)), (one[1:], torch.zeros(1, 3))])
+    [2]
+    """
+    targets = [target.detach() for target, _ in pairs]
+    start = min((target.data_ptr() for target in targets), default=0)
+    size = max((_span(target)[1] for target in targets), default=0) - start
+    scratch = torch.zeros(size, dtype=torch.uint8, device=targets[0].device if targets else None)
+
+    def there(target: torch.Tensor) -> torch.Tensor:
+        offset = (target.data_ptr() - start) // target.element_size()
+        empty = torch.empty(0, dtype=target.dtype, device=target.device)
+        return empty.set_(scratch.untyped_storage(), offset, target.shape, target.stride())
+
+    agreed: list[int] = []
+    for number, (target, value) in enumerate(pairs):
+        before = scratch.clone()
+        there(target).copy_(value)
+        if all(have_same_values(there(targets[each]), pairs[each][1]) for each in (*agreed, number)):
+            agreed.append(number)
+        else:
+            scratch.copy_(before)
+    return [number for number in range(len(pairs)) if number not in agreed]
+
+
+# ---- sources
+
+
+def own_tensors(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of ``tensors`` that are in a memory of the slot's adapter."""
+    memory = {_storage(each) for _, each in _named_tensors(slot)} - {None}
+    return {key: each for key, each in tensors.items() if _storage(each) in memory}
+
+
+def overwritten(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> list[Refusal]:
+    """The refusal of tensors that are their own targets, if a swap has written to them: they hold another adapter."""
+    # a room has moved the parameters away from the caller's tensors
+    if slot.room is not None or WHEN not in vars(slot.config) or not (own := own_tensors(slot, tensors)):
+        return []
+    live = {_plain_name(slot, key): each for key, each in _named_tensors(slot)}
+    found = []
+    for key, source in own.items():
+        # prompts have other names in a file
+        targets = [live[name]] if (name := _plain_name(slot, key)) in live else live.values()
+        if True in [_is_same_view(source, target) for target in targets]:
+            found.append(key)
+    where = slot.adapter_name
+    return [refusal("source_overwritten", count=len(found), key=key, adapter_name=where) for key in found[:1]]
+
+
+def _named_tensors(slot: Slot) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an adapter, with its saved modules and trained tokens; of another method, all that there are."""
+    if not slot.method.is_lora:  # some keep their tensors in no layer
+        yield from slot.host.carrier.named_parameters(remove_duplicate=False)
+        yield from slot.host.carrier.named_buffers(remove_duplicate=False)
+        return
+    for layer in slot.layers:
+        yield from zip(layer.keys, [tensor.parameter for tensor in layer.tensors], strict=True)
+    for path, module in slot.walk:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for attribute, table in entries_under(module, slot.adapter_name):
+                entry = table[slot.adapter_name]
+                named = entry.named_parameters() if isinstance(entry, torch.nn.Module) else [(attribute, entry)]
+                yield from ((f"{path}.{name}", each) for name, each in named if isinstance(each, torch.Tensor))
+
+
+def _plain_name(slot: Slot, key: str) -> str:
+    """One name for a tensor, from its key in a file or its name in a model."""
+    left_out = slot.adapter_name, "modules_to_save", "token_adapter"
+    return ".".join(part for part in canonical_path(key).split(".") if part not in left_out)
+
+
+def _is_same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
+    views = [(each.data_ptr(), each.shape, each.stride()) for each in (one, other)]
+    return views[0] == views[1]
+
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    """The address of a tensor's storage; None for tensors that have none, or several."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+    return tensor.untyped_storage().data_ptr() if plain else None
