@@ -158,8 +158,8 @@ def test_base_weights_that_no_output_depends_on(tmp_path):
 ASKED = {
     *(f"core.{each}" for each in ("host", "compiled", "journal", "slot", "tensors", "wrappers")),
     *(f"beyond.{each}" for each in ("lora", "shards", "guards", "base_twin")),
-    *(f"files.{each}" for each in ("reading", "sources", "hub", "saving", "state_dicts")),
-    *("core.prepared", "core.lora", "verify", "compat", "threads", "threads.turns", "swap"),
+    *(f"files.{each}" for each in ("reading", "sources", "hub", "saving")),
+    *("core.prepared", "core.lora", "core.lora_method", "core.state_dict_hooks", "verify", "compat", "threads", "threads.turns", "swap"),
 }
 
 
