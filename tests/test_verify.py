@@ -159,7 +159,17 @@ ASKED = {
     *(f"core.{each}" for each in ("host", "compiled", "journal", "slot", "tensors", "wrappers")),
     *(f"beyond.{each}" for each in ("lora", "shards", "guards", "base_twin")),
     *(f"files.{each}" for each in ("reading", "sources", "hub", "saving")),
-    *("core.prepared", "core.lora", "core.lora_method", "core.state_dict_hooks", "verify", "compat", "threads", "threads.turns", "swap"),
+    *(
+        "core.prepared",
+        "core.lora",
+        "core.lora_method",
+        "core.state_dict_hooks",
+        "verify",
+        "compat",
+        "threads",
+        "threads.turns",
+        "swap",
+    ),
 }
 
 

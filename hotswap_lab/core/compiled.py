@@ -82,8 +82,8 @@ FREEZING = "which copies the weights into the compiled graph"
 def watch_freezing() -> None:
     """Note from now on what is compiled while freezing is on.
 
-    Preparing calls this, and each plan for a compiled model. What was compiled before isn't seen.
-    ``torch.compiler.reset()`` drops all compiled code and all listeners, so then the notes are dropped as well.
+    Importing this module calls it, as do preparing and each plan for a compiled model: ``torch.compiler.reset()`` drops
+    all compiled code and all listeners, and then the notes are dropped as well. What was compiled before isn't seen.
     """
     with contextlib.suppress(ImportError):
         if _note_freezing not in compat.dynamo_callbacks.start_callbacks:
@@ -170,3 +170,7 @@ def _context_of(each: Any) -> object | None:
         if compat.is_a(content, "DynamoContext"):
             return content
     return None
+
+
+if "torch._dynamo" in sys.modules:  # PEFT has imported it; if not, importing it would take seconds
+    watch_freezing()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -277,6 +279,30 @@ def test_freezing_that_was_on_only_while_compiling(tmp_path, form, ready):
     swap()
     torch.testing.assert_close(call(compiled, inputs), call(load(LINEAR, new), inputs))
     assert not torch.allclose(call(compiled, inputs), before, atol=1e-2)
+
+
+#: a process whose first plan comes after compiling
+FIRST_PLAN = """
+import sys, torch
+from peft import PeftModel
+from hotswap_lab import HotswapError, hotswap_adapter
+model = PeftModel.from_pretrained(torch.nn.Sequential(torch.nn.Linear(8, 8)), sys.argv[1]).eval()
+compiled = torch.compile(model, backend="eager")
+with torch._inductor.config.patch(freezing=True), torch.no_grad():
+    compiled(torch.ones(2, 8))
+try:
+    hotswap_adapter(compiled, sys.argv[2])
+except HotswapError as error:
+    print("freezing was on" in str(error))
+"""
+
+
+@pytest.mark.long
+def test_freezing_before_the_first_plan_of_a_process(tmp_path):
+    kind = Kind(lambda: torch.nn.Sequential(torch.nn.Linear(8, 8)), lambda: torch.ones(2, 8), ("0",))
+    folders = save_family(kind, tmp_path, dict(r=4), dict(r=4))
+    run = subprocess.run([sys.executable, "-c", FIRST_PLAN, *folders], capture_output=True, text=True, timeout=300)
+    assert run.stdout == "True\n", run.stderr
 
 
 @pytest.mark.long
