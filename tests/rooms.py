@@ -141,6 +141,8 @@ def tried_without(gone: list[str], script: Callable[[], None]) -> dict[str, obje
 
 def _tried(package: Path, script: Callable[[], None]) -> dict[str, object]:
     failed, error = [], None
+    for name in [each for each in sys.modules if each.partition(".")[0] == "hotswap_lab"]:
+        del sys.modules[name]  # what this file has imported is of the whole package
     for path in sorted(package.rglob("*.py")):
         parts = [each for each in path.relative_to(package).with_suffix("").parts if each != "__init__"]
         if "__main__" in parts and len(parts) > 1:
