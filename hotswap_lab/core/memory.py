@@ -20,7 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from .adapter import WHEN
 from .errors import Refusal, refusal
 from .host import canonical_path
-from .slot import Slot
+from .slot import Slot, has_been_swapped
 from .tensors import SlotTensor, have_same_values
 from .wrappers import entries_under
 
@@ -127,8 +127,9 @@ def own_tensors(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> dict[str, to
 
 def overwritten(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> list[Refusal]:
     """The refusal of tensors that are their own targets, if a swap has written to them: they hold another adapter."""
-    # a room has moved the parameters away from the caller's tensors
-    if slot.room is not None or WHEN not in vars(slot.config) or not (own := own_tensors(slot, tensors)):
+    # another model may have been swapped with this config
+    is_swapped = WHEN in vars(slot.config) and has_been_swapped(slot.host.base, slot.adapter_name)
+    if not is_swapped or not (own := own_tensors(slot, tensors)):
         return []
     live = {_plain_name(slot, key): each for key, each in _named_tensors(slot)}
     found = []
