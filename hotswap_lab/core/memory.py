@@ -13,6 +13,7 @@ and a swap back to adapter A from it would silently be adapter B.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
@@ -28,13 +29,20 @@ from .wrappers import entries_under
 
 
 def overlaps_in(slot: Slot, *_: object) -> list[list[SlotTensor]]:
-    """The tensors of a slot that overlap in memory, in groups. The spans of a room never do."""
+    """The tensors of a slot that overlap in memory, in groups, of LoRA with those of the layers' other adapters.
+
+    The spans of a room never do.
+    """
     if slot.room is not None:
         return []
-    tensors = slot.tensors
-    if not slot.method.is_lora:  # in LoRA, one parameter in two layers is the user's doing
+    tensors, others = slot.tensors, slot.host.configs.keys() - {slot.adapter_name}
+    if slot.method.is_lora:
+        found = [slot.method.tensors_of(layer.module, name) for layer in slot.layers for name in others]
+        tensors = [*tensors, *chain.from_iterable(filter(None, found))]
+    else:  # in LoRA, one parameter in two layers is the user's doing
         tensors = list(dict(zip(slot.parameters, tensors, strict=True)).values())
-    return [[tensors[number] for number in group] for group in overlapping([each.parameter for each in tensors])]
+    parameters = [each.owner._parameters[each.name] for each in tensors]  # a property would be a call for each
+    return [[tensors[number] for number in group] for group in overlapping(parameters)]
 
 
 def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:

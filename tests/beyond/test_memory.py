@@ -284,6 +284,21 @@ def test_a_dict_that_was_loaded_without_a_copy(family, loaded_from):
     refused(match, hotswap_adapter_from_state_dict, model, tensors, "default", config)
 
 
+def test_two_adapters_that_were_loaded_from_one_dict(family, loaded_from):
+    """A swap of one would be a swap of both, but for another rank, which takes new memory."""
+    first, second, smaller, _ = family
+    model = loaded_from(tensors := dict(Adapter.load(first).tensors))
+    model.load_adapter(first, "other")
+    set_peft_model_state_dict(model, tensors, "other", low_cpu_mem_usage=True)
+    hotswap_adapter(model, first, "default")
+    refused("in that of another adapter, on blocks.0", hotswap_adapter, model, second, "default")
+    for folder in (smaller, second):
+        hotswap_adapter(model, folder, "default")
+        assert_same_outputs(model, load(MLP, folder), MLP)
+    model.set_adapter("other")
+    assert_same_outputs(model, load(MLP, first), MLP)
+
+
 def test_the_models_own_tensors_for_other_layers(family, loaded_from):
     """Two layers exchange their tensors: all are read before the first is written, after swaps too."""
     config = Adapter.load(family[0]).config
