@@ -291,7 +291,7 @@ def test_two_adapters_that_were_loaded_from_one_dict(family, loaded_from):
     model.load_adapter(first, "other")
     set_peft_model_state_dict(model, tensors, "other", low_cpu_mem_usage=True)
     hotswap_adapter(model, first, "default")
-    refused("in that of another adapter, on blocks.0", hotswap_adapter, model, second, "default")
+    refused("in that of another adapter, on", hotswap_adapter, model, second, "default")
     for folder in (smaller, second):
         hotswap_adapter(model, folder, "default")
         assert_same_outputs(model, load(MLP, folder), MLP)
