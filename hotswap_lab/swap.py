@@ -142,7 +142,8 @@ def hotswap_adapter_from_state_dict(
         ``lora_A`` of shape ``(rank, in_features)`` and ``lora_B`` of shape ``(out_features, rank)`` for each
         layer. Keys with or without the adapter's name, with or without ``base_model.model.``. It is only read. But if
         it is the dict that the model was loaded from without a copy (by diffusers, or with ``low_cpu_mem_usage=True``),
-        its tensors are the model's own, and every swap writes to them: clone them before the first swap.
+        its tensors are the model's own, and every swap writes to them, also where another model was loaded from it:
+        clone them before the first swap.
     adapter_name:
         The name of the loaded adapter to replace.
     config:

@@ -99,9 +99,14 @@ def base_weight(base: torch.nn.Module, key: str) -> torch.Tensor | None:
 
 def base_weights_in(base: torch.nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
     """The base weights that are also in an adapter's file, by name, with the values that the model has now."""
-    keys = [key for key in map(canonical_path, adapter.tensors) if ".lora_" not in key]
-    found = {key.replace(".base_layer.", "."): base_weight(base, key) for key in keys}
+    keys = [key for key in adapter.tensors if ".lora_" not in key]
+    found = {_own_name(key): base_weight(base, canonical_path(key)) for key in keys}
     return {name: weight for name, weight in found.items() if weight is not None}
+
+
+def _own_name(key: str) -> str:
+    """The name of a base weight in the base model, from its name in a file or in a model around it."""
+    return canonical_path(key).replace(".base_layer.", ".")
 
 
 def copies_for(base: torch.nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -119,7 +124,9 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
     live:
         The base weights of the live model, by the same names.
     """
-    host, adapter_name, given = plan.slot.host, plan.slot.adapter_name, plan.base_weights or {}
+    host, adapter_name = plan.slot.host, plan.slot.adapter_name
+    # a model with an adapter, or with compiled layers, has longer names for them
+    given = {_own_name(key): value for key, value in (plan.base_weights or {}).items()}
     # tied weights have several names, of which the first is used for all
     ids = {id(tensor): name for name, tensor in reversed(live.items())}
     first = {name: ids[id(tensor)] for name, tensor in live.items()}
@@ -163,22 +170,24 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
 
 
 def change_to_originals(
-    slot: Slot, given: Mapping[str, torch.Tensor], if_any: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    slot: Slot, given: Mapping[str, torch.Tensor] | None, if_any: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> Change:
     """The change that gives base weights their original values; it can be taken back, unlike a swap that is done.
 
     Parameters
     ----------
     given:
-        The originals by name. Weights that are not among them count as the base model's own.
+        The originals by name, and weights that are not among them count as the base model's own. None: those that swaps
+        have kept.
     if_any:
         More pairs of a target and a source, which are copied only if a base weight has other values than its original.
     """
     host, name = slot.host, slot.adapter_name
     live = base_tensors(host.base)
-    vouched = {each: live[each].detach().clone() for each in lost_originals(host, name) & live.keys() - given.keys()}
     plan = Plan(slot, Adapter(slot.config, {}, ""), slot.config, change_layer_by_layer, [])
-    plan.base_weights = {**vouched, **given}
+    if given is not None:
+        ours = lost_originals(host, name) & live.keys() - given.keys()
+        plan.base_weights = {**{each: live[each].detach().clone() for each in ours}, **given}
     found = change_base_values(plan, {}, live)
     plan.raise_if_refused()
     pairs = [*found.copies, *if_any] if found.copies else []

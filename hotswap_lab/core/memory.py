@@ -13,6 +13,7 @@ and a swap back to adapter A from it would silently be adapter B.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
@@ -20,7 +21,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from .adapter import WHEN
 from .errors import Refusal, refusal
 from .host import canonical_path
-from .slot import Slot
+from .slot import Slot, has_been_swapped
 from .tensors import SlotTensor, have_same_values
 from .wrappers import entries_under
 
@@ -28,13 +29,20 @@ from .wrappers import entries_under
 
 
 def overlaps_in(slot: Slot, *_: object) -> list[list[SlotTensor]]:
-    """The tensors of a slot that overlap in memory, in groups. The spans of a room never do."""
+    """The tensors of a slot that overlap in memory, in groups, of LoRA with those of the layers' other adapters.
+
+    The spans of a room never do.
+    """
     if slot.room is not None:
         return []
-    tensors = slot.tensors
-    if not slot.method.is_lora:  # in LoRA, one parameter in two layers is the user's doing
+    tensors, others = slot.tensors, slot.host.configs.keys() - {slot.adapter_name}
+    if slot.method.is_lora:
+        found = [slot.method.tensors_of(layer.module, name) for layer in slot.layers for name in others]
+        tensors = [*tensors, *chain.from_iterable(filter(None, found))]
+    else:  # in LoRA, one parameter in two layers is the user's doing
         tensors = list(dict(zip(slot.parameters, tensors, strict=True)).values())
-    return [[tensors[number] for number in group] for group in overlapping([each.parameter for each in tensors])]
+    parameters = [each.owner._parameters[each.name] for each in tensors]  # a property would be a call for each
+    return [[tensors[number] for number in group] for group in overlapping(parameters)]
 
 
 def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
@@ -127,8 +135,9 @@ def own_tensors(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> dict[str, to
 
 def overwritten(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> list[Refusal]:
     """The refusal of tensors that are their own targets, if a swap has written to them: they hold another adapter."""
-    # a room has moved the parameters away from the caller's tensors
-    if slot.room is not None or WHEN not in vars(slot.config) or not (own := own_tensors(slot, tensors)):
+    # another model may have been swapped with this config
+    is_swapped = WHEN in vars(slot.config) and has_been_swapped(slot.host.base, slot.adapter_name)
+    if not is_swapped or not (own := own_tensors(slot, tensors)):
         return []
     live = {_plain_name(slot, key): each for key, each in _named_tensors(slot)}
     found = []

@@ -243,12 +243,13 @@ def keep_targets_apart(plan: Plan) -> None:
     for group in overlaps_in(plan.slot):
         values: dict[torch.nn.Parameter, torch.Tensor] = {}
         differ = False
-        for tensor in filter(planned.get, group):
-            each = planned[tensor]
-            source = each.sources[each.layer.tensors.index(tensor)]
-            value = tensor.off_value() if source is None else source
-            if each.action is Action.PAD:
-                value = tensor.padded(value, tensor.capacity)
+        for tensor in group:
+            value = tensor.parameter.detach()  # another adapter's, which two that were loaded from one dict share
+            if each := planned.get(tensor):
+                source = each.sources[each.layer.tensors.index(tensor)]
+                value = tensor.off_value() if source is None else source
+                if each.action is Action.PAD:
+                    value = tensor.padded(value, tensor.capacity)
             differ |= not are_interchangeable(values.setdefault(tensor.parameter, value), value)
         # a parameter that changes its shape gets memory of its own
         stay = [(target, value) for target, value in values.items() if target.shape == value.shape]

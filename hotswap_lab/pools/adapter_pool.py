@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig
 from tqdm.auto import tqdm
 
-from ..beyond.base_values import ANY, base_weights_in, change_to_originals, lost_originals
+from ..beyond.base_values import ANY, base_weights_in, change_to_originals, kept_originals, lost_originals
 from ..beyond.passes import METHODS, PASSES
 from ..core.adapter import ORIGIN, Adapter
 from ..core.change import Step, apply
@@ -137,7 +137,7 @@ class AdapterPool:
                     needs |= dict(adapter_name=self.adapter_name, extra_tensors=module_tensors, kind=kind)
                     apply(changes_to_prepare(METHODS, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
-                if base_weights is not None:
+                if base_weights is not None or kept_originals(base, self.adapter_name):
                     off = self._room.change_strength(0).copies
                     with held(base):
                         apply([change_to_originals(self._room.slot, base_weights, off)], way_back)

@@ -40,8 +40,8 @@ ANY_WEIGHT = {
 }
 
 
-def weights_of(kind) -> dict[str, torch.Tensor]:
-    return {key: tensor.clone() for key, tensor in kind.base().state_dict().items()}
+def weights_of(kind, model=None) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in (model or kind.base()).state_dict().items()}
 
 
 def test_a_bias_with_two_names(tmp_path):
@@ -110,9 +110,10 @@ def family(tmp_path, kind, *names: str) -> list[str]:
 @pytest.mark.parametrize("is_prepared", [False, True])
 @pytest.mark.parametrize("case", few_of(ANY_WEIGHT, ("norm", "adapted", "tied")))
 def test_any_base_weight_that_peft_overwrote_comes_back(tmp_path, monkeypatch, case, is_prepared):
-    """All weights are compared, once; after that swap, what is lost is known."""
+    """All weights are compared, once; after that swap, what is lost is known. Names may be those of a PeftModel."""
     kind, name = ANY_WEIGHT[case]
-    weights, (changed, *others) = weights_of(kind), family(tmp_path, kind, name)
+    changed, *others = family(tmp_path, kind, name)
+    weights = weights_of(kind, load(kind, others[0]) if is_prepared else None)
     model = load(kind, changed)
     if is_prepared:
         prepare_model_for_compiled_hotswap(model, target_rank=8)
@@ -140,12 +141,12 @@ def test_a_chain_of_adapters_that_all_have_base_weights(tmp_path):
 
 @pytest.mark.parametrize("damage", ["own memory", "other names", "other shape", "no values"])
 def test_weights_that_are_not_the_originals(tmp_path, damage):
-    """The state dict of the model itself has the overwritten values; one of a wrapper has other names."""
+    """The state dict of the model itself has the overwritten values; one of another wrapper has other names."""
     first, plain, _ = family(tmp_path, LLAMA, "model.norm.weight")
     base = LLAMA.base()
     weights = base.state_dict()
     if damage != "own memory":
-        weights = {f"base_model.model.{key}": value for key, value in weights_of(LLAMA).items()}
+        weights = {f"module.{key}": value for key, value in weights_of(LLAMA).items()}
     if damage == "other shape":
         weights = weights_of(LLAMA) | {"lm_head.weight": torch.ones(45, 16)}
     if damage == "no values":
@@ -178,6 +179,10 @@ def test_a_pool_that_has_the_adapter_among_its_members(tmp_path, rows):
         outputs = call(model, LLAMA.inputs())
         torch.testing.assert_close(outputs[0], base[0])
         torch.testing.assert_close(outputs[1], call(load(LLAMA, second), LLAMA.inputs())[1])
+    # a swap keeps the originals of what it overwrites
+    hotswap_adapter(model := load(LLAMA, third), first)
+    AdapterPool(model, adapters={"second": second}, **given)
+    assert torch.equal(call(model, LLAMA.inputs()), base)
 
 
 def test_a_pool_on_embeddings_that_nothing_has_overwritten(tmp_path):

@@ -12,7 +12,7 @@ from lengths import few_of
 from lora_kinds import FAMILIES, MODELS
 from models import KINDS, load, save_family
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors, untouched
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from refusals import refused
 
@@ -272,6 +272,31 @@ def test_a_dict_that_was_loaded_without_a_copy(family, loaded_from):
     refused(match, AdapterPool, model, adapters={"first": Adapter.from_state_dict(tensors, config)}, progress=False)
     hotswap_adapter_from_state_dict(model, clones, "default", config)
     assert_equals_fresh_load(model, MLP, first)
+    # a config knows of swaps in another model
+    model = PeftModel(MLP.base(), model.peft_config["default"]).eval()
+    set_peft_model_state_dict(model, clones, low_cpu_mem_usage=True)
+    hotswap_adapter_from_state_dict(model, clones, "default", config)
+    assert_same_outputs(model, load(MLP, first), MLP)
+    # the model's own parameters in a room, which of rank 1 are also in its state dict
+    prepare_model_for_compiled_hotswap(model := load(MLP, first), target_rank=4)
+    tensors = {key: each for key, each in model.named_parameters() if "lora_" in key}
+    hotswap_adapter(model, second)
+    refused(match, hotswap_adapter_from_state_dict, model, tensors, "default", config)
+
+
+def test_two_adapters_that_were_loaded_from_one_dict(family, loaded_from):
+    """A swap of one would be a swap of both, but for another rank, which takes new memory."""
+    first, second, smaller, _ = family
+    model = loaded_from(tensors := dict(Adapter.load(first).tensors))
+    model.load_adapter(first, "other")
+    set_peft_model_state_dict(model, tensors, "other", low_cpu_mem_usage=True)
+    hotswap_adapter(model, first, "default")
+    refused("in that of another adapter, on", hotswap_adapter, model, second, "default")
+    for folder in (smaller, second):
+        hotswap_adapter(model, folder, "default")
+        assert_same_outputs(model, load(MLP, folder), MLP)
+    model.set_adapter("other")
+    assert_same_outputs(model, load(MLP, first), MLP)
 
 
 def test_the_models_own_tensors_for_other_layers(family, loaded_from):
