@@ -35,6 +35,7 @@ from ..core.lora import EvalFreeDropout
 from ..core.memory import disagreeing, overlapping
 from ..core.plan import Action, LayerPlan, Plan
 from ..core.prepared import is_marked_off, is_off, mark, set_off
+from ..core.settings import SCALAR_TABLES
 from ..core.slot import SlotLayer
 from ..core.tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, are_interchangeable, is_prepared
 from ..core.wrappers import (
@@ -64,7 +65,7 @@ from .fresh_adapter import FreshAdapter
 #: an object that belongs to one adapter although it isn't stored under its name: AdaLoRA's budget of ranks
 BUDGET = "rankallocator"
 #: the ends of paths to tables that no forward reads
-BOOKKEEPING = tuple(f": {table}" for table in ("r", "alpha", "lora_alpha", "use_rslora", "lora_bias"))
+BOOKKEEPING = tuple(f": {table}" for table in (*SCALAR_TABLES, "alpha", "lora_bias"))
 #: the names of the weights that PEFT freezes, by adapter name
 FROZEN = "frozen_peft_weight_names"
 #: types of attributes that are compared in an adapter's own modules; values of other types belong to one object
