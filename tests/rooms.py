@@ -320,7 +320,7 @@ def picture() -> str:
         for number, room in enumerate(members):
             fill = OURS if room in STAY else BASE if room in NEEDED else WHITE
             canvas.box(12 + wide * number + 3, y + 3, wide - 6, high - 6, fill)
-            label = f"{room}, {size_of(room)} lines" if room != "__main__" else f"the command, {size_of(room)} lines"
+            label = f"{room}, {size_of(room)} lines" if room != "__main__" else f"command, {size_of(room)} lines"
             canvas.text(12 + wide * (number + 0.5), y + 28, label, bold=room == "core")
     return canvas.figure("The rooms of the package, each above those that it imports").svg + "\n"
 
