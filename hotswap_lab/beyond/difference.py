@@ -148,14 +148,14 @@ class _Comparison:
     head, as ``ensure_weight_tying`` makes it, and the live model has ``A`` and ``B``, one for each:
 
     1. At the embedding, ``W`` is met for the first time: ``A`` gets its values, ``live_of[W] = A``, ``A`` is taken.
-    2. At the head, ``W`` is in ``live_of``, and the live object is ``B``: ``A`` is put in the place of ``B``.
+    2. At the head, ``W`` is in ``live_of``, and the live object is ``B``: ``A`` replaces it.
 
     On the way back, the live model has ``A`` twice, and the fresh load ``V`` and ``W``. At the embedding ``A`` gets the
     values of ``V``. At the head it would get those of ``W``, too, and the last write would stay in both. But ``A`` is
     taken, so ``W`` is new, and the head gets a copy of it (``tests/beyond/test_memory.py``,
     ``test_pairs_on_a_tied_base``, from "saved, tied" to "saved").
 
-    The tables go by ``id()`` since tensors compare by value, and since ``live_of`` is the memo of ``copy.deepcopy`` in
+    The keys are ids since tensors compare by value, and since ``live_of`` is the memo of ``copy.deepcopy`` in
     :meth:`finish`: a copy then refers to the live objects. ``kept`` holds all objects, so that no id is given twice.
     """
 

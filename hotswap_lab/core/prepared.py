@@ -122,8 +122,8 @@ class _Prepared(_ALayer):
     A class made at run time can't be found by its name, so a pickle is told how to make it again. ``__reduce_ex__``
     asks for what the pickle is made. A new process (``spawn``) must get the same memory: with a copy, it would answer
     with the old adapter after a swap here (``tests/core/test_processes.py``,
-    ``test_a_pool_goes_on_and_is_seen_by_a_process_that_was_spawned_and_has_compiled``). A file must not: all tensors are
-    views of one memory, which a pickle would have once for each of them, 24 MB in place of 4 for the demo's model
+    ``test_a_pool_goes_on_and_is_seen_by_a_process_that_was_spawned_and_has_compiled``). A file must not: all tensors
+    are views of one memory, which a pickle would have once for each of them, 24 MB instead of 4 for the demo's model
     (``tests/core/test_prepare.py``, ``test_row_j_of_one_memory_holds_rank_component_j_of_each_parameter``).
     """
 

@@ -98,11 +98,10 @@ def mistakes(number: int) -> dict[str, Any]:
 
     scaling, scalings_of = LayerSettings.scaling.fget, room.Room.scalings_of
     write, read = room.write_scalings, ScalingTable.__getitem__
-    in_room, in_writer = lambda *given: doubled(scalings_of(*given)), lambda *given: write(*given[:3], doubled(given[3]))
     return {
         "settings": patch.object(LayerSettings, "scaling", property(lambda self: 2 * scaling(self))),
-        "room": patch.object(room.Room, "scalings_of", in_room),
-        "telling": patch.object(room, "write_scalings", in_writer),
+        "room": patch.object(room.Room, "scalings_of", lambda *given: doubled(scalings_of(*given))),
+        "telling": patch.object(room, "write_scalings", lambda *given: write(*given[:3], doubled(given[3]))),
         "prepared": patch.object(ScalingTable, "__getitem__", lambda *given: 2 * read(*given)),
     }
 
