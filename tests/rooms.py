@@ -140,6 +140,8 @@ def tried_without(gone: list[str], script: Callable[[], None]) -> dict[str, obje
 
 
 def _tried(package: Path, script: Callable[[], None]) -> dict[str, object]:
+    for name in [each for each in sys.modules if each.partition(".")[0] == "hotswap_lab"]:
+        del sys.modules[name]  # this file has imported the whole package, which would answer for its copy
     failed, error = [], None
     for path in sorted(package.rglob("*.py")):
         parts = [each for each in path.relative_to(package).with_suffix("").parts if each != "__init__"]
