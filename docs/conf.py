@@ -34,7 +34,7 @@ OTHERS = """
     widgets.text.text_stream
 """
 #: parts of core, which notebooks/engine.ipynb explains
-INTERNAL = r"hotswap_lab\.(core\.(change|host|journal|method|slot|tensors)\..*|watch\.T|.*\.P_co)"
+INTERNAL = r"hotswap_lab\.(core\.(change|host|journal|method|settings|slot|tensors)\..*|watch\.T|.*\.P_co)"
 SUMMARY = ".. autosummary::\n   :nosignatures:"
 
 project = "hotswap_lab"

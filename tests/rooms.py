@@ -140,6 +140,8 @@ def tried_without(gone: list[str], script: Callable[[], None]) -> dict[str, obje
 
 
 def _tried(package: Path, script: Callable[[], None]) -> dict[str, object]:
+    for name in [each for each in sys.modules if each.partition(".")[0] == "hotswap_lab"]:
+        del sys.modules[name]  # this file has imported the whole package, which would answer for its copy
     failed, error = [], None
     for name in [each for each in sys.modules if each.partition(".")[0] == "hotswap_lab"]:
         del sys.modules[name]  # what this file has imported is of the whole package
@@ -322,7 +324,7 @@ def picture() -> str:
         for number, room in enumerate(members):
             fill = OURS if room in STAY else BASE if room in NEEDED else WHITE
             canvas.box(12 + wide * number + 3, y + 3, wide - 6, high - 6, fill)
-            label = f"{room}, {size_of(room)} lines" if room != "__main__" else f"the command, {size_of(room)} lines"
+            label = f"{room}, {size_of(room)} lines" if room != "__main__" else f"command, {size_of(room)} lines"
             canvas.text(12 + wide * (number + 0.5), y + 28, label, bold=room == "core")
     return canvas.figure("The rooms of the package, each above those that it imports").svg + "\n"
 

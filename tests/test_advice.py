@@ -35,8 +35,8 @@ from hotswap_lab.widgets.work import WorkingView
 CALLABLE = (Adapter, AdapterPool, PeftModel, RowPanel, aoti_load, hotswap_adapter)
 NAMES = {each.__name__: each for each in CALLABLE}
 NAMES |= {"hotswap_lab": hotswap_lab, "pool": AdapterPool, "pipe": FluxPipeline}
-#: what is the user's own, or of an optimizer: any function will do
-OWN = {"generate", "clear"}
+#: what is the user's own, or of PyTorch: any function will do
+OWN = {"generate", "clear", "Parameter"}
 #: which functions take an argument that is only named
 TAKEN_BY = {
     **dict.fromkeys(("add_layers", "base_weights"), (hotswap_adapter,)),

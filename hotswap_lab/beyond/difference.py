@@ -35,6 +35,7 @@ from ..core.lora import EvalFreeDropout
 from ..core.memory import disagreeing, overlapping
 from ..core.plan import Action, LayerPlan, Plan
 from ..core.prepared import is_marked_off, is_off, mark, set_off
+from ..core.settings import SCALAR_TABLES
 from ..core.slot import SlotLayer
 from ..core.tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, are_interchangeable, is_prepared
 from ..core.wrappers import (
@@ -64,7 +65,7 @@ from .fresh_adapter import FreshAdapter
 #: an object that belongs to one adapter although it isn't stored under its name: AdaLoRA's budget of ranks
 BUDGET = "rankallocator"
 #: the ends of paths to tables that no forward reads
-BOOKKEEPING = tuple(f": {table}" for table in ("r", "alpha", "lora_alpha", "use_rslora", "lora_bias"))
+BOOKKEEPING = tuple(f": {table}" for table in (*SCALAR_TABLES, "alpha", "lora_bias"))
 #: the names of the weights that PEFT freezes, by adapter name
 FROZEN = "frozen_peft_weight_names"
 #: types of attributes that are compared in an adapter's own modules; values of other types belong to one object
@@ -139,6 +140,25 @@ def difference(plan: Plan, fresh: FreshAdapter) -> Graft:
 
 
 class _Comparison:
+    """The walk over both trees, and what it knows by then of each object, by its ``id()``.
+
+    Three tables decide what becomes of an object of the fresh load. If it is in ``live_of``, it has a live counterpart
+    already. If its would-be counterpart is in ``taken``, that one is another object's. If it is in ``new``, the live
+    model gets a copy of it, the same copy in each place. Say the fresh load has one ``W`` for an embedding and the
+    head, as ``ensure_weight_tying`` makes it, and the live model has ``A`` and ``B``, one for each:
+
+    1. At the embedding, ``W`` is met for the first time: ``A`` gets its values, ``live_of[W] = A``, ``A`` is taken.
+    2. At the head, ``W`` is in ``live_of``, and the live object is ``B``: ``A`` replaces it.
+
+    On the way back, the live model has ``A`` twice, and the fresh load ``V`` and ``W``. At the embedding ``A`` gets the
+    values of ``V``. At the head it would get those of ``W``, too, and the last write would stay in both. But ``A`` is
+    taken, so ``W`` is new, and the head gets a copy of it (``tests/beyond/test_memory.py``,
+    ``test_pairs_on_a_tied_base``, from "saved, tied" to "saved").
+
+    The keys are ids since tensors compare by value, and since ``live_of`` is the memo of ``copy.deepcopy`` in
+    :meth:`finish`: a copy then refers to the live objects. ``kept`` holds all objects, so that no id is given twice.
+    """
+
     def __init__(self, plan: Plan, fresh: FreshAdapter):
         self.plan, self.fresh, self.graft = plan, fresh, Graft()
         self.host, self.name = host, name = plan.slot.host, plan.slot.adapter_name

@@ -176,8 +176,19 @@ def check_shards(plan: Plan) -> None:
 def _fsdp_keeper(owner: torch.nn.Module, name: str) -> object | None:
     """FSDP2's record of a parameter, which has the sharded parameter even while it is gathered; None without FSDP2.
 
-    FSDP has no public way to get it, least of all from a module below the one that was sharded. But FSDP registers a
-    hook on every owner of a parameter, to be called after a state dict was loaded, and the hook refers to the record.
+    During a forward, FSDP2 replaces each sharded parameter of a module by one that holds the whole weight, and puts the
+    sharded one back afterwards. The root's weights stay gathered until the next backward, or until ``reshard()``::
+
+        model = fully_shard(PeftModel.from_pretrained(base, "first"))
+        model(**inputs)                         # lora_A.weight is the whole weight now, and no DTensor
+        hotswap_adapter(model, "second")        # refused; without the record, it would write to the whole weight
+        model(**inputs)                         # and the next reshard would discard it: the answer of "first", no error
+
+    FSDP has no public way to get from a parameter to its record, least of all from a module below the one that was
+    sharded. But FSDP registers a hook on every owner of a parameter, to be called after a state dict was loaded. The
+    hook is a closure, and one of its cells holds the record, whose class is found by its name, ``FSDPParam``, since
+    that class is private. If PyTorch renames it, ``fsdp weights that are gathered are not written`` in
+    ``tests/beyond/test_distributed.py`` fails, as it does if this returns None.
     """
     for hook in owner._load_state_dict_post_hooks.values():
         for cell in getattr(hook, "__closure__", None) or ():

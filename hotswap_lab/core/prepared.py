@@ -110,7 +110,22 @@ def new_scalings(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 class _Prepared(_ALayer):
-    """A mixin for the class of a prepared layer."""
+    """A mixin for the class of a prepared layer, which :func:`make_prepared` gives to the layer at run time.
+
+    Say PEFT's ``rescale_adapter_scale(model, 0.5)`` comes to a prepared ``Linear`` of LoRA, compiled before. It assigns
+    ``layer.scaling = {"default": 1.0}`` when it ends. A plain layer would then have a new table, of Python floats: the
+    model is compiled again, and later swaps write to memory that no layer reads. Here, the memory gets the value 1.0
+    (``test_pefts_own_ways_to_set_a_strength_do_not_recompile`` in ``tests/core/test_compiled_swaps.py``). PEFT has made
+    the layer already, and it has to stay the same object, so only another class reaches an assignment, a move and a
+    pickle of it.
+
+    A class made at run time can't be found by its name, so a pickle is told how to make it again. ``__reduce_ex__``
+    asks for what the pickle is made. A new process (``spawn``) must get the same memory: with a copy, it would answer
+    with the old adapter after a swap here (``tests/core/test_processes.py``,
+    ``test_a_pool_goes_on_and_is_seen_by_a_process_that_was_spawned_and_has_compiled``). A file must not: all tensors
+    are views of one memory, which a pickle would have once for each of them, 24 MB instead of 4 for the demo's model
+    (``tests/core/test_prepare.py``, ``test_row_j_of_one_memory_holds_rank_component_j_of_each_parameter``).
+    """
 
     hotswap_original: type
     scaling: ScalingTable

@@ -1,19 +1,24 @@
-"""The notebook that reads the code: a method of the reader's own."""
+"""The notebook that reads the code: a method of the reader's own, and a search for a mistake."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from .. import demo
 from ..beyond.passes import PASSES
+from ..core import room
 from ..core.adapter import Adapter
 from ..core.change import Change
 from ..core.plan import Plan
 from ..core.planner import make_plan
-from ..swap import carry_out, resolve_slot
+from ..core.prepared import ScalingTable
+from ..core.settings import LayerSettings
+from ..swap import carry_out, prepare_model_for_compiled_hotswap, resolve_slot
 from .exercise import Exercise, refused
 
 #: the key of a gain in a file: the layer's path, and this
@@ -81,3 +86,41 @@ def gains(solution):
     with contextlib.suppress(ZeroDivisionError):
         with_gains(model, tensors, spoiled)
     yield "after an error in the last step, all is as before", scalings(), after
+
+
+def mistakes(number: int) -> dict[str, Any]:
+    """By the name of a file of core, a block in which that file doubles the scaling of a layer on its way."""
+
+    def doubled(values: torch.Tensor) -> torch.Tensor:
+        factors = torch.ones_like(values)
+        factors[number] = 2
+        return values * factors
+
+    scaling, scalings_of = LayerSettings.scaling.fget, room.Room.scalings_of
+    write, read = room.write_scalings, ScalingTable.__getitem__
+    return {
+        "settings": patch.object(LayerSettings, "scaling", property(lambda self: 2 * scaling(self))),
+        "room": patch.object(room.Room, "scalings_of", lambda *given: doubled(scalings_of(*given))),
+        "telling": patch.object(room, "write_scalings", lambda *given: write(*given[:3], doubled(given[3]))),
+        "prepared": patch.object(ScalingTable, "__getitem__", lambda *given: 2 * read(*given)),
+    }
+
+
+@Exercise
+def search(solution):
+    """Swap an adapter in, and return a layer's scaling as each of four files has it. About 8 lines."""
+    model, _ = demo.load("reverse")
+    right, path = 1.0, "model.layers.1.mlp.up_proj"  # alpha 8, rank 8
+    folder = demo.adapter_path("shout")
+    prepare_model_for_compiled_hotswap(model, adapters=[folder])
+    number = [layer.path for layer in resolve_slot(model, "default").layers].index(path)
+    files = mistakes(number)
+
+    def found() -> dict[str, float]:
+        return {file: float(value) for file, value in solution(model, folder, path).items()}
+
+    yield "without a mistake, all four are right", found(), dict.fromkeys(files, right)
+    for file, mistake in files.items():
+        with mistake:
+            wrong = [each for each, value in found().items() if value != right]
+        yield f"a mistake in {file} is found there", [each for each in files if each in wrong][:1], [file]

@@ -14,7 +14,7 @@ from ..core.host import Config
 from ..core.loaded import other_base
 from ..core.lora import complete, retarget
 from ..core.room import Packed, Room, State
-from ..core.settings import LayerSettings
+from ..core.settings import SETTINGS, LayerSettings
 from ..core.slot import Slot
 from ..core.tensors import SlotTensor
 from .members import Member
@@ -46,7 +46,7 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
             if (own := packed.state.settings[index]) is not None
         ]
         rank = sum(own.rank for _, own, _ in on)
-        settings.append(LayerSettings(rank=rank, alpha=rank, use_rslora=False, dropout=0.0) if on else None)
+        settings.append(_of_mix(rank) if on else None)
         a, b, *more = layer.tensors
         if more or a.rank_step > 1:
             raise refuse("no_mix_on_layer", names=list(mix.weights), path=layer.path)
@@ -58,6 +58,11 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
             sources.append((b, torch.cat(scaled, b.rank_axis or 0)))
     config = complete(_config_of(room.slot, settings, [each.state.config for each in members]), room.slot.host)
     return room.pack(State(tuple(settings), config, mix), sources)
+
+
+def _of_mix(rank: int) -> LayerSettings:
+    """The settings of a mix: a scaling of one, since those of its shares are in its weights."""
+    return LayerSettings(rank=rank, alpha=rank, use_rslora=False, dropout=0.0)
 
 
 def _own(room: Room, tensor: SlotTensor, packed: Packed, rank: int) -> torch.Tensor:
@@ -75,9 +80,10 @@ def _config_of(slot: Slot, settings: Sequence[LayerSettings | None], configs: Se
         if other_base(slot, each):  # what is noted of a share is noted of the mix
             config.base_model_name_or_path = each.base_model_name_or_path
     vars(config)[ORIGIN] = "a mix", None, None
-    config.r = config.lora_alpha = max(ranks.values(), default=like.r)
+    whole = _of_mix(max(ranks.values(), default=like.r))
+    for setting in SETTINGS:
+        setattr(config, setting.field, getattr(whole, setting.name))
     config.rank_pattern = {f"^{path}": rank for path, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = dict(config.rank_pattern)
-    config.use_rslora, config.lora_dropout = False, 0.0
     retarget(config, ranks, slot.host.base)
     return config

@@ -104,19 +104,19 @@ class RowRoom(Room):
     def enter(self, slot: Slot, journal: Journal) -> None:
         """Fill the other rows like the first one, and make the layers compute row by row."""
         for band in self.bands:
-            self._all(band.memory)[1:] = band.memory
+            self._rows_of(band)[1:] = band.memory
         trained = self.scalings_of(self.state)
-        for each in self.scalings:
-            self._all(each)[1] = trained
-            self._all(each)[2:] = trained * self.state.acts
+        for each in self._all_scalings():
+            each[1] = trained
+            each[2:] = trained * self.state.acts
         self._note_write(journal)
         gates: dict[str, int] = {}
         for index, layer in enumerate(slot.layers):
             is_gate = gates.setdefault(name_of_like(layer.path), index) == index
             variant = variant_for(layer.module, layer.path)
             (band, a), (_, b) = (self.spans[tensor] for tensor in layer.tensors[:2])
-            memory = self._all(band.memory)
-            scalings = next(self._all(each) for each in self.scalings if each.device == memory.device)[:, index, 0]
+            memory = self._rows_of(band)
+            scalings = next(each for each in self._all_scalings() if each.device == memory.device)[:, index, 0]
             weights = a.of_rows(memory), b.of_rows(memory).flatten(2)
             scaled = scalings[1:2], scalings[2:]
             own = variant(*weights, *scaled, layer.tensors[:2], self.batch, index, layer.path, is_gate)
@@ -142,10 +142,13 @@ class RowRoom(Room):
             own = layer.module.lora_variant[self.slot.adapter_name]
             yield layer.module._buffers, {buffer: getattr(own, name) for name, buffer in READ.items()}
 
-    def _all(self, first: torch.Tensor) -> torch.Tensor:
-        """The memory of all rows, given that of the first."""
-        rows = self.rows if first.dim() == 1 else self.rows + 2
-        return first.as_strided((rows, *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+    def _rows_of(self, band: Band) -> torch.Tensor:
+        """The memory of a band, ``[rows, numbers]``."""
+        return _repeated(band.memory, self.rows)
+
+    def _all_scalings(self) -> list[torch.Tensor]:
+        """All scalings on each device, ``[2 + rows, layers, SCALING_STEP]``: the slot's, at strength 1, of each row."""
+        return [_repeated(each, self.rows + 2) for each in self.scalings]
 
     def leave(self, journal: Journal, is_lost: bool = False) -> None:
         """Make the layers compute with their own parameters again."""
@@ -166,7 +169,7 @@ class RowRoom(Room):
         if not self.is_touched:
             return
         row = self.assigned[0] if self.assigned else None
-        bands = row.bands if row else () if self.assigned else [self._all(band.memory)[1] for band in self.bands]
+        bands = row.bands if row else () if self.assigned else [self._rows_of(band)[1] for band in self.bands]
         pairs = zip(self.bands, bands, strict=False)
         if not all(torch.equal(band.memory, part.to(band.memory.device)) for band, part in pairs):
             raise refuse("rows_written_by_others", adapter_name=self.slot.adapter_name)
@@ -193,20 +196,20 @@ class RowRoom(Room):
     def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
         change = super().change_to(packed, strength)
         for band, own in zip(self.bands, packed.bands, strict=True):
-            others = self._all(band.memory)[1:]
+            others = self._rows_of(band)[1:]
             change.copies.append((others, own.expand(others.shape)))
         return self._for_all(change, packed.state)
 
     def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
         change = super().change_around(settings, config)
         for band in self.bands:
-            change.zero(self._all(band.memory)[1:])
+            change.zero(self._rows_of(band)[1:])
         return self._for_all(change, State(tuple(settings), config))
 
     def _for_all(self, change: Change, state: State) -> Change:
         """Extend a change of row 0's scalings to all other rows."""
         trained, name = self.scalings_of(state), self.slot.adapter_name
-        for each in map(self._all, self.scalings):
+        for each in self._all_scalings():
             write_scalings(change, [each[1]], name, trained)
             write_scalings(change, [each[2:]], name, trained * state.acts)
         return self._noting(change, ())
@@ -215,7 +218,7 @@ class RowRoom(Room):
         for tensor, source in zip(layer.tensors, sources, strict=True):
             if source is not None:
                 band, span = self.spans[tensor]
-                own = span.of_rows(self._all(band.memory))[:, :rank]
+                own = span.of_rows(self._rows_of(band))[:, :rank]
                 change.copy(own, source.movedim(tensor.rank_axis or 0, 0).expand_as(own))
 
     # ---- one adapter for each row
@@ -238,10 +241,10 @@ class RowRoom(Room):
             change.steps.append(self._note_write)
         for number in changed:
             if (own := bands[number]) is not None:
-                change.copies += zip([self._all(band.memory)[number] for band in self.bands], own, strict=True)
+                change.copies += zip([self._rows_of(band)[number] for band in self.bands], own, strict=True)
         acting = [torch.zeros_like(trained) if each is None else each.scalings * each.state.acts for each in rows]
         scalings = torch.stack([now, trained, *acting])
-        targets = [self._all(each)[: len(scalings)] for each in self.scalings]
+        targets = [each[: len(scalings)] for each in self._all_scalings()]
         write_scalings(change, targets, self.slot.adapter_name, scalings)
         return self._noting(change, tuple(rows), copies)
 
@@ -262,6 +265,11 @@ class RowRoom(Room):
 
         change.steps.append(note)
         return change
+
+
+def _repeated(first: torch.Tensor, times: int) -> torch.Tensor:
+    """The whole of a larger memory, given the first of its ``times`` parts, which :class:`RowRoom` allocated."""
+    return first.as_strided((times, *first.shape), (first.numel(), *first.stride()), first.storage_offset())
 
 
 def _are_the_same(one: Packed | None, other: Packed | None) -> bool:

@@ -1,12 +1,32 @@
 """The turns of one model: who computes, who swaps, who waits for whom, and who is refused rather than wait.
 
+Each model has one lock, held for microseconds, and one queue in the order of arrival. Waiting never takes a thread from
+a task. Where nobody else can end the block in the way, an entry is refused at once.
+
 A turn belongs to a block, not to a thread. Code is *inside* of a block if the frame that owns the block is on its
 stack. The owner is the innermost generator or task at the entry, since their frames go to sleep with the block open,
 and others run meanwhile. Where there is none, the block belongs to the thread, as far as a context variable is passed
-on: a thread of a pool runs other requests meanwhile.
+on: a thread of a pool runs other requests meanwhile. Say one thread sends two answers, a token of each in turn::
 
-Each model has one lock, held for microseconds, and one queue in the order of arrival. Waiting never takes a thread from
-a task. Where nobody else can end the block in the way, an entry is refused at once.
+    def answer(name):
+        with pool.using(name):
+            yield from tokens_of_the_answer()
+
+    first, second = answer("pirate"), answer("haiku")
+    next(first), next(second)
+
+``next(first)`` opens a block and returns with the block open: its owner is the frame of ``first``, which
+:func:`owner_of` finds by the flag of generators in its ``co_flags``. That frame is not on the stack of
+``next(second)``, so ``second`` is not inside, and is refused: this thread would wait for itself. If the block belonged
+to the thread, ``second`` would be let in as nested, and ``first`` would go on with haiku's weights, without an error
+(``test_two_generators_in_one_thread`` in ``tests/test_turns.py``).
+
+The garbage collector may close such a generator at any line, those of this module included. Its block then ends on a
+thread that holds the lock, and the lock of a thread lets that thread in again. So :meth:`Turn.ask` and
+:meth:`Turn.settle` look first whether this thread is at work here already (``lock._is_owned()``). Without that look, an
+entry would wait for a turn that only its own thread can give
+(``test_a_swap_by_a_finalizer_in_the_middle_of_an_entry_is_refused``), and blocks would be let in or taken out while
+another line looks through them (``test_a_generator_collected_in_the_middle_of_an_entry``).
 """
 
 from __future__ import annotations

@@ -122,6 +122,13 @@ WRONG = {
         ('journal.set_item(table, "default", value)', "table.update(default=value)"),
         ("        change.steps.append(", '        table["default"] = value\n        change.steps.append('),
     ],
+    "engine my_search": [
+        ("    change.apply([plan.change()])\n", ""),
+        ("room=of_room", "room=settings[number].scaling"),
+        ("telling=of_memory", "telling=of_room"),
+        ('prepared=table["default"]', "prepared=of_memory"),
+        ("the_room.scalings[0][number, 0]", "the_room.scalings[0][0, 0]"),
+    ],
 }  # fmt: skip
 MODULES = [import_module(f"hotswap_lab.lessons.{each.name}") for each in pkgutil.iter_modules(lessons.__path__)]
 #: these compile, or take long
