@@ -143,8 +143,6 @@ def _tried(package: Path, script: Callable[[], None]) -> dict[str, object]:
     for name in [each for each in sys.modules if each.partition(".")[0] == "hotswap_lab"]:
         del sys.modules[name]  # this file has imported the whole package, which would answer for its copy
     failed, error = [], None
-    for name in [each for each in sys.modules if each.partition(".")[0] == "hotswap_lab"]:
-        del sys.modules[name]  # what this file has imported is of the whole package
     for path in sorted(package.rglob("*.py")):
         parts = [each for each in path.relative_to(package).with_suffix("").parts if each != "__init__"]
         if "__main__" in parts and len(parts) > 1:
