@@ -101,8 +101,10 @@ class WriteScrubber(WorkingView):
         """The first lora_A and lora_B at their places in memory: a bar for each row, in the color of its adapter."""
         canvas, (a, b), step = Canvas(420, 336), map(_by_row, self._slot.tensors[:2]), self._step
         word, note = partial(canvas.text, size=12), partial(canvas.text, size=12, anchor="start", color=MUTED)
-        word(210, 24, f"{self._slot.layers[0].path}, step {step} of {self.steps}", size=14)
         high, (old, new) = HIGH / len(a), map(adapter_color, self.names)
+        for name, color, x, anchor in zip(self.names, (old, new), (226, 254), ("end", "start"), strict=True):
+            word(x, 24, name, size=14, anchor=anchor, color=color, bold=True)
+        word(240, 24, "→", size=14)
         for at, (left, title) in enumerate({84: "lora_A", 254: "lora_B, its columns"}.items()):
             word(left, TOP - 24, title, size=13, anchor="start")
             note(left, TOP - 8, f"at lora_A's address + {at * (b.data_ptr() - a.data_ptr())} B")
@@ -110,9 +112,8 @@ class WriteScrubber(WorkingView):
             for row, used in enumerate(map(torch.any, rows)):
                 color = OFF if not used else new if row < step else old
                 canvas.shapes.append(f"<rect {area(left, TOP + high * row, 150, high - 1)} fill='{color}'/>")
-        for row in range(0, len(a), 8):
-            note(78, TOP + high * row + 11, f"+ {row * a.stride(0) * a.element_size():,} B", anchor="end")
         y = TOP + high * min(step, len(a)) - 0.5
+        note(76, y + 4, f"step {step}", anchor="end")
         canvas.line(80, y, 408, y, INK, width=2)
         word(210, TOP + HIGH + 20, *self._lines())
         word(210, TOP + HIGH + 52, f"{self.word} → {self.answer}", size=18, bold=True)
