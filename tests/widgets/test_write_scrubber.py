@@ -33,7 +33,7 @@ def test_each_step_writes_one_row_of_every_layer():
         assert torch.equal(rows[:3], new[:3])
         assert torch.equal(rows[3:], old[3:])
     assert "3 rows copied · 0 zeroed · 24 zero already · 5 to write" in str(view)
-    colors = [view.figure().svg.count(f"fill='{color}'") for color in (*map(adapter_color, view.names[::-1]), OFF)]
+    colors = [view.figure().svg.count(f"fill='{color}'/>") for color in (*map(adapter_color, view.names[::-1]), OFF)]
     assert colors == [2 * 3, 2 * 5, 2 * 24]  # a bar for each row of lora_A and of lora_B
 
 
