@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ...generating import prompt_of
 from .. import ASSETS_DIR, Tokenizer, folder_in, names_in, smollm2
 from .scores import score
 
@@ -70,6 +69,7 @@ def ask(model: Any, tokenizer: Tokenizer, question: str, max_new_tokens: int = M
     max_new_tokens:
         The limit of an answer's length. The voices usually end long before.
     """
-    ids = prompt_of(tokenizer, question)[None]
-    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
-    return tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    asked, options = [{"role": "user", "content": question}], dict(return_dict=True, return_tensors="pt")
+    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
+    answer = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
