@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 from models import Kind, call, load, save_random_adapter
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+
+from hotswap_lab import demo
 
 #: of the largest output, how far off a row may be; and how far the adapters must be from the base model and each other
 TOLERANCE, MARGIN = 1e-5, 100
@@ -28,6 +31,21 @@ def family(kind: Kind, folder: Path) -> dict[str, str]:
         name: save_random_adapter(kind, folder / name, seed=number, **lora)
         for number, (name, lora) in enumerate(settings.items())
     }
+
+
+def together(folders: Mapping[str, str], weights: Mapping[str, float]) -> PeftModel:
+    """The embedded model with all of these adapters active, each times its weight."""
+    # a module of PyTorch can't be called "double"
+    weights = {f"own_{name}": weight for name, weight in weights.items()}
+    first, *others = weights
+    model = PeftModel.from_pretrained(demo.load_base(), folders[first.removeprefix("own_")], adapter_name=first)
+    for name in others:
+        model.load_adapter(folders[name.removeprefix("own_")], name)
+    model.base_model.set_adapter(list(weights))
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling.update({name: weights[name] * own for name, own in layer.scaling.items()})
+    return model.eval()
 
 
 Wanted = str | Mapping[str, float] | None

@@ -18,6 +18,7 @@ import torch
 from adapters import with_base_weights
 from lengths import long
 from peft import IA3Config, PeftModel
+from row_truth import together
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -25,7 +26,7 @@ import hotswap_lab
 from hotswap_lab import demo
 from hotswap_lab.__main__ import main
 from hotswap_lab.bench import Row, Timing
-from hotswap_lab.lessons import rows, tour
+from hotswap_lab.lessons import tour
 
 BASE = str(demo.BASE_DIR)
 
@@ -249,7 +250,7 @@ def test_mix(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main(asked)
     assert "must be a new or an empty folder" in capsys.readouterr().err
-    base, truth = demo.load_base(), rows.together(demo.load_base(), folders, weights)
+    base, truth = demo.load_base(), together(folders, weights)
     expected, before = (model(**base.dummy_inputs).logits for model in (truth, base))
     assert (expected - before).abs().max() > 1
     mixed = PeftModel.from_pretrained(base, out)

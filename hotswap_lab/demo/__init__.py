@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from ..core.errors import refuse
-from .tasks import MAX_WORD_LENGTH, SEPARATOR, TASKS, sample_words
+from .tasks import MAX_WORD_LENGTH, SEPARATOR
+from .tasks import TASKS as TASKS
+from .tasks import sample_words as sample_words
 
 ASSETS_DIR = Path(__file__).parent / "assets"
 BASE_DIR = ASSETS_DIR / "base"
@@ -142,13 +144,6 @@ def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
             stacklevel=2,
         )
     return ask_all(model, tokenizer, [word])[0]
-
-
-def exact_match(model: Callable[..., Any], tokenizer: Tokenizer, task: str) -> float:
-    """The share of 500 held-out words that the model answers exactly as ``task`` does (0 to 1)."""
-    words = sample_words(500, 1234, held_out=True)
-    answers = ask_all(model, tokenizer, words)
-    return sum(answer == TASKS[task](word) for word, answer in zip(words, answers, strict=True)) / len(words)
 
 
 def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> dict[str, torch.Tensor]:

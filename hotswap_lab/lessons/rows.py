@@ -1,51 +1,12 @@
-"""Chapter 08: another adapter in each row of a batch, and rows that are given on while others go on."""
+"""Chapter 08: which request had which row of a batch."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-
-import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from collections.abc import Sequence
 
 from ..figures import Canvas, Figure
 from ..figures.palette import MUTED, OFF, light
-
-# --- adapters that are active together ---------------------------------------------------------------------------
-
-
-def together(base: torch.nn.Module, folders: Mapping[str, str], weights: Mapping[str, float]) -> PeftModel:
-    """What a mix has to equal: PEFT's own model with all of these adapters active, each times its weight.
-
-    Parameters
-    ----------
-    base:
-        A fresh base model, into which the adapters are loaded.
-    folders, weights:
-        By name, where each adapter is, and how much of it is wanted.
-
-    Examples
-    --------
-    >>> from hotswap_lab import demo
-    >>> both = together(demo.load_base(), {"sort": demo.adapter_path("sort")}, {"sort": 0.0})
-    >>> demo.ask(both, demo.load_tokenizer(), "hotswap")
-    'hotswap'
-    """
-    # a module of PyTorch can't be called "double"
-    weights = {f"own_{name}": weight for name, weight in weights.items()}
-    first, *others = weights
-    model = PeftModel.from_pretrained(base, folders[first.removeprefix("own_")], adapter_name=first)
-    for name in others:
-        model.load_adapter(folders[name.removeprefix("own_")], name)
-    model.base_model.set_adapter(list(weights))
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.scaling.update({name: weights[name] * own for name, own in layer.scaling.items()})
-    return model.eval()
-
-
-# --- rows that come and go ------------------------------------------------------------------------------------------
 
 
 def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str) -> Figure:

@@ -1,16 +1,13 @@
-"""Chapter 09: a quiet Ray, a replica to try batches with, one that is lost, and which replica gets a request."""
+"""Chapter 09: a quiet Ray, a replica that is lost, and which replica gets a request."""
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import demo
-from ..pools.adapter_pool import AdapterPool
 from .exercise import Exercise
 
 #: no messages in a notebook but what its cells print
@@ -47,73 +44,7 @@ def lose(replica: str) -> None:
     ray.kill(ray.get_actor(f"SERVE_REPLICA::default#Replica#{replica}", namespace="serve"))
 
 
-class Desk:
-    """A model, and a pool with eight rows. Its ``calls`` are the requests of each batch that it has answered.
-
-    Examples
-    --------
-    >>> desk = Desk()
-    >>> desk.pool.assign(["shout", "sort"])
-    >>> desk.answer([(0, "shout", "hotswap"), (1, "sort", "hotswap")])
-    ['HOTSWAP!', 'ahopstw']
-    >>> desk.calls
-    [[(0, 'shout'), (1, 'sort')]]
-    """
-
-    def __init__(self) -> None:
-        self.model: Any
-        self.tokenizer: Any
-        self.model, self.tokenizer = demo.load("reverse")
-        family = {name: demo.adapter_path(name) for name in demo.adapter_names()}
-        self.pool: AdapterPool = AdapterPool(self.model, adapters=family, rows=8, progress=False)
-        self.calls: list[list[tuple[int, str]]] = []
-
-    def answer(self, requests: Sequence[tuple[int, str, str]]) -> list[str]:
-        """One call of the model. A request is its number, its adapter and its word."""
-        self.calls.append([(number, name) for number, name, _ in requests])
-        return demo.ask_all(self.model, self.tokenizer, [word for _, _, word in requests])
-
-    async def past_calls(self) -> list[list[tuple[int, str]]]:
-        """The calls since it was last asked."""
-        calls, self.calls = self.calls, []
-        return calls
-
-
-def split_by_adapter(desk: type) -> type:
-    """The class with another method, ``one_adapter(requests)``: batches as Serve makes them, one adapter in each."""
-    from ray import serve
-
-    class SplitDesk(desk):
-        @serve.multiplexed(max_num_models_per_replica=8)
-        async def find(self, name: str) -> str:
-            return name
-
-        @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.1)
-        async def one_adapter(self, requests: list[Any]) -> list[str]:
-            self.pool.swap(await self.find(serve.get_multiplexed_model_id()))
-            return self.answer(requests)
-
-    return SplitDesk
-
-
 # --- exercise: which replica gets a request ----------------------------------------------------------------------
-
-
-def adapters_read(rule: Callable[[str, Sequence[Mapping[str, Any]], int], int], count: int = 200, held: int = 4) -> str:
-    """Say how often two replicas read an adapter from its files if ``rule`` chooses, and how many requests waited."""
-    replicas: list[dict[str, Any]] = [{"held": [], "waiting": 0} for _ in range(2)]
-    read, longest, choices = 0, 0, random.Random(0)
-    for number in range(count):
-        name = choices.choice(demo.adapter_names())
-        chosen = replicas[rule(name, [{**each, "held": set(each["held"])} for each in replicas], 3)]
-        chosen["waiting"] += 1
-        longest = max(longest, chosen["waiting"])
-        read += name not in chosen["held"]
-        chosen["held"] = [*(each for each in chosen["held"] if each != name), name][-held:]
-        if number % 2:  # in the time of two requests, each replica answers one
-            for replica in replicas:
-                replica["waiting"] = max(replica["waiting"] - 1, 0)
-    return f"{read} reads, at most {longest} waiting"
 
 
 def _choose(name: str, replicas: Sequence[Mapping[str, Any]], most: int) -> int:
@@ -125,9 +56,8 @@ def _choose(name: str, replicas: Sequence[Mapping[str, Any]], most: int) -> int:
 @Exercise
 def choose_replica(solution):
     """Return the index of the replica that gets a request for the adapter `name`. About 3 lines."""
-    for what, waiting in {"nobody waits": (0, 0, 0), "two have it": (0, 2, 1), "all are busy": (5, 3, 4)}.items():
+    for what, waiting in {"nobody waits": (0, 0, 0), "two have it": (0, 2, 1), "who has it is busy": (2, 3, 4)}.items():
         held = ({"sort"}, {"shout"}, {"shout", "sort"})
         replicas = [{"held": set(h), "waiting": w} for h, w in zip(held, waiting, strict=True)]
         for name in ("shout", "double"):
             yield f"{name}, {what}", solution(name, replicas, 3), _choose(name, replicas, 3)
-    yield "200 requests", adapters_read(solution), adapters_read(_choose)

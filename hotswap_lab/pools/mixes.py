@@ -51,7 +51,10 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
         if more or a.rank_step > 1:
             raise refuse("no_mix_on_layer", names=list(mix.weights), path=layer.path)
         if rank > (capacity := a.capacity or 0):
-            raise refuse("mix_above_room", names=list(mix.weights), rank=rank, path=layer.path, room=capacity)
+            ranks = zip(*([own.rank if own else 0 for own in packed.state.settings] for packed in members), strict=True)
+            rooms = (each.tensors[0].capacity or 0 for each in room.slot.layers)
+            most = max(*map(sum, ranks), *rooms)  # a lower target_rank would be refused for another layer
+            raise refuse("mix_above_room", names=[*mix.weights], rank=rank, path=layer.path, room=capacity, most=most)
         if on:
             sources.append((a, torch.cat([_own(room, a, packed, own.rank) for packed, own, _ in on], a.rank_axis or 0)))
             scaled = [_own(room, b, packed, own.rank) * (own.scaling * weight) for packed, own, weight in on]

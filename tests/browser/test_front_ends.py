@@ -84,12 +84,12 @@ def widgets(request, browser, address):
     page.close()
 
 
-#: those that run: of the others, there is no more to see in a browser than nbval compares. Chapters 03 and 05 have
-#: widgets like those of the page with every widget, and models that take minutes; chapter 11 has only pictures of maps
+#: those that run: of the others, there is no more to see in a browser than nbval compares. Chapters 03 to 05 have
+#: widgets like those of the page with every widget, and models that take minutes
 WITH_WIDGETS = [
     name
     for name in CHAPTERS
-    if name[:2] not in ("03", "05", "11") and "hotswap_lab.widgets import" in (ROOT / "notebooks" / name).read_text()
+    if name[:2] not in ("03", "04", "05") and "hotswap_lab.widgets import" in (ROOT / "notebooks" / name).read_text()
 ]
 #: in JupyterLab; Notebook 7 has the same engine, so it runs the first chapter and the page with every widget
 RUNS = [*((name, "lab") for name in CHAPTERS), ("00_start_here.ipynb", "notebook")]

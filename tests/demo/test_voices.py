@@ -5,6 +5,7 @@ The whole of the held-out questions is ``python training/measure_voices.py``; he
 
 from __future__ import annotations
 
+import measure_voices
 import pytest
 
 from hotswap_lab import HotswapError, hotswap_adapter
@@ -59,14 +60,14 @@ def test_what_is_not_in_the_voice_does_not_count(name, answer):
 
 @pytest.fixture(scope="module")
 def base_answers(live):
-    return voices.ask_all(need(smollm2.load_base), live[1], FEW)
+    return measure_voices.ask_all(need(smollm2.load_base), live[1], FEW)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_held_out_questions(live, base_answers, name):
     hotswap_adapter(live[0], voices.path(name), adapter_name="default", add_layers=True)
-    answers = voices.ask_all(*live, FEW)
+    answers = measure_voices.ask_all(*live, FEW)
     assert voices.score(name, answers) >= (0.5 if name == "haiku" else 1), answers
     assert voices.score(name, base_answers) == 0, base_answers
     few, short = live[1](answers[0])["input_ids"][:3], voices.ask(*live, FEW[0], max_new_tokens=3)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from models import KINDS, Kind, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs
 from torch import nn
 
-from hotswap_lab import Adapter, AdapterPool, demo, hotswap_adapter_from_state_dict, save_adapter, verify_hotswap
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    HotswapError,
+    demo,
+    hotswap_adapter_from_state_dict,
+    save_adapter,
+    verify_hotswap,
+)
 
 LLAMA = KINDS["llama"]
 Q = dict(r=4, target_modules=["q_proj", "k_proj"])
@@ -78,3 +88,13 @@ def test_a_mix_that_is_put_back_follows_its_members_although_one_was_removed(tmp
     other.swap(mix)
     assert_same_outputs(model, twin, LLAMA)
     assert pool.mix == mix
+
+
+@pytest.mark.parametrize("names", [("vowels_up", "shout"), ("sort", "pig_latin")])
+def test_a_refused_mix_names_a_rank_that_is_enough(names):
+    """For each of its layers, and for the pool's other adapters."""
+    adapters, mix = {name: demo.adapter_path(name) for name in demo.adapter_names()}, dict.fromkeys(names, 0.5)
+    with pytest.raises(HotswapError) as refusal:
+        AdapterPool(demo.load("reverse")[0], adapters=adapters, progress=False).swap(mix)
+    rank = int(re.search(r"target_rank=(\d+)", str(refusal.value))[1])
+    AdapterPool(demo.load("reverse")[0], adapters=adapters, target_rank=rank, progress=False).swap(mix)

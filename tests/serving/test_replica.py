@@ -18,10 +18,10 @@ import transformers
 from lengths import TIMES, long
 from peft import PeftModel
 from refusals import refused
+from row_truth import together
 from served import FAMILY, SHORT, WORDS, Served, alone, fresh, little, logged, replica_of, save_random_adapter, text_of
 
 from hotswap_lab import HotswapError, RecompileWatch, demo
-from hotswap_lab.lessons import rows
 from hotswap_lab.serving import Options, Register, Replica, Request, Table, Version
 
 
@@ -71,7 +71,7 @@ def test_adapters_with_random_weights(random_adapters, monkeypatch, count):
 def test_a_mix_is_what_peft_makes_of_both(weights):
     """By default there is room for any two."""
     served = Served(FAMILY, replace(SHORT, target_rank=0))
-    expected = demo.ask_all(rows.together(demo.load_base(), FAMILY, weights), demo.load_tokenizer(), WORDS)
+    expected = demo.ask_all(together(FAMILY, weights), demo.load_tokenizer(), WORDS)
     assert asyncio.run(served.ask_all(["+".join(f"{name}:{each}" for name, each in weights.items())] * 8)) == expected
     assert expected != [alone(FAMILY[next(iter(weights))], word) for word in WORDS]
 

@@ -11,7 +11,6 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +18,12 @@ import torch
 from .. import ASSETS_DIR, Tokenizer, folder_in, names_in, smollm2
 from .scores import score
 
-__all__ = ["QUESTIONS", "VOICES_DIR", "ask", "ask_all", "load", "names", "path", "score"]
+__all__ = ["QUESTIONS", "VOICES_DIR", "ask", "load", "names", "path", "score"]
 
 VOICES_DIR = ASSETS_DIR / "voices"
 #: held-out questions: none of them shares its topic with a training question
 QUESTIONS = (ASSETS_DIR / "held_out_questions.txt").read_text(encoding="utf-8").splitlines()
 MAX_NEW_TOKENS = 80
-BATCH_SIZE = 12
 
 
 def names() -> list[str]:
@@ -60,6 +58,7 @@ def load(name: str) -> tuple[torch.nn.Module, object]:
     return PeftModel.from_pretrained(smollm2.load_base(), folder), smollm2.load_tokenizer()
 
 
+@torch.inference_mode()
 def ask(model: Any, tokenizer: Tokenizer, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
     """The model's answer to a question, decoded greedily, so that it is the same every time.
 
@@ -70,32 +69,7 @@ def ask(model: Any, tokenizer: Tokenizer, question: str, max_new_tokens: int = M
     max_new_tokens:
         The limit of an answer's length. The voices usually end long before.
     """
-    return ask_all(model, tokenizer, [question], max_new_tokens)[0]
-
-
-@torch.inference_mode()
-def ask_all(
-    model: Any, tokenizer: Tokenizer, questions: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS
-) -> list[str]:
-    """The answers to many questions, in batches. Because of rounding they may differ from those of :func:`ask`."""
-    answers = []
-    for start in range(0, len(questions), BATCH_SIZE):
-        inputs = _prompt(tokenizer, list(questions[start : start + BATCH_SIZE]))
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
-
-
-def _prompt(tokenizer, questions: list[str]) -> dict[str, torch.Tensor]:
-    """Token ids of each question in the chat template, padded on the left, as generation needs it."""
-    conversations = [[{"role": "user", "content": question}] for question in questions]
-    return dict(
-        tokenizer.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-            padding=True,
-            tokenizer_kwargs={"padding_side": "left"},
-        )
-    )
+    asked, options = [{"role": "user", "content": question}], dict(return_dict=True, return_tensors="pt")
+    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
+    answer = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
