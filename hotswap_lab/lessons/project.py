@@ -65,7 +65,9 @@ def compiled_once(adapter: str, pool: AdapterPool, compiled: Any) -> tuple[bool,
     torch.compiler.reset()  # graphs of a try before, or of another model of the same code, don't count
     with RecompileWatch() as watch:
         same = [_agrees(compiled, _fresh(adapter) if name == MINE else demo.load(name)[0], pool, name) for name in pool]
-    return watch.compiles == 1 and not watch.recompiles and all(same), f"{sum(same)} of {len(same)} adapters right, {watch.summary}"
+    return watch.compiles == 1 and not watch.recompiles and all(
+        same
+    ), f"{sum(same)} of {len(same)} adapters right, {watch.summary}"
 
 
 def packaged(adapter: str, pool: AdapterPool, package: str) -> tuple[bool, str]:

@@ -163,7 +163,7 @@ def same_base(model: PeftModel) -> torch.nn.Module:
 
 # --- exercise: two voices in one conversation ------------------------------------------------------------------------
 
-#: who answers which prompt, and how many tokens must be read for it. The fourth prompt and the last begin another conversation.
+#: who answers which prompt, and how many tokens must be read for it. The fourth and the last begin a conversation.
 TURNS = (
     ("reverse", "hot>toh", 7),
     ("pig_latin", "hot>tohswap>", 12),

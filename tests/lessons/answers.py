@@ -5,6 +5,8 @@ were thought up from the notebooks' texts alone. An answer is either code that t
 functions of the same names, or a tuple: what is replaced in the solution, and by what, in turn.
 """
 
+# ruff: noqa: E501
+# fmt: off
 from __future__ import annotations
 
 #: the programs of chapter 03, and what the watch says of each that isn't mended
@@ -23,7 +25,7 @@ OFF, LENGTHS = 'layer.lora_B["default"].weight', "layer.get_base_layer().weight.
 FILTER = 'scaling * torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)'
 SAME = "torch.equal(ids[: len(read)], read)"
 STEP = "first if step < at else second"
-ENDS = '(alphas or [config.lora_alpha])[0]'
+ENDS = "(alphas or [config.lora_alpha])[0]"
 MATCHES = 're.fullmatch(rf"(.*\\.)?({end})", path)'
 WRITE = "table[key].copy_(torch.as_tensor(value))"
 SPACE = "whole = torch.zeros_like(room)"
@@ -126,13 +128,11 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (COPY, "[a.copy_(b) for a, b in zip(self.memory, self.packed[name])]"),
         (PACKED, f"{PACKED} * 1.001"),
         (PACKED, f"self.memory.copy_({PACKED})"),  # all of them the same memory, with the last adapter in it
-        (PACKED, f"{PACKED}[: sum(a.numel() + b.numel() for a, b, _ in family[name].values())]")
-        + (COPY, "self.memory[: len(self.packed[name])] = self.packed[name]"),
+        (PACKED, f"{PACKED}[: sum(a.numel() + b.numel() for a, b, _ in family[name].values())]", COPY, "self.memory[: len(self.packed[name])] = self.packed[name]"),
         (COPY, "write(plan(self.model, self.family[name]))", "        plans", "        self.model, self.family = model, family\n        plans"),
         (PACKED, f"{PACKED}.flip(0)"),
         ("self.memory = torch.cat(", "self.memory = torch.zeros_like(torch.cat(", "for each in targets])\n", "for each in targets]))\n"),
-        ("for _, _, value in writes]", "for _, key, value in writes if key == 'weight']")
-        + ("for table, key, _ in next(iter(plans.values()))]", "for table, key, _ in next(iter(plans.values())) if key == 'weight']"),
+        ("for _, _, value in writes]", "for _, key, value in writes if key == 'weight']", "for table, key, _ in next(iter(plans.values()))]", "for table, key, _ in next(iter(plans.values())) if key == 'weight']"),
         (COPY, f"{COPY}\n        self.packed = dict.fromkeys(self.packed, self.packed[name])"),
     ],
     "05 take_turns": [
@@ -500,8 +500,7 @@ def halfway(model, scheduler, picture, first, second, at):
         (".fill_(1)", "[:] = 1.0"),
         (LENGTHS, "layer.get_base_layer().weight.square().sum(1).sqrt()"),
         (f"{OFF}.zero_()", 'layer.lora_A["default"].weight.zero_()'),
-        (f"{OFF}.zero_()", f"{OFF}.mul_(0)", "    if hasattr", "    from torch.linalg import vector_norm\n    if hasattr")
-        + (LENGTHS, "vector_norm(layer.base_layer.weight, dim=-1)"),
+        (f"{OFF}.zero_()", f"{OFF}.mul_(0)", "    if hasattr", "    from torch.linalg import vector_norm\n    if hasattr", LENGTHS, "vector_norm(layer.base_layer.weight, dim=-1)"),
         ("copy_(layer", "__setitem__(slice(None), layer"),
     ],
     "07 make_equal": [

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 from answers import PROGRAMS, RIGHT, WRONG
-from lengths import few_of, long
+from lengths import long
 
 from hotswap_lab import lessons
 from hotswap_lab.lessons import building, compiling, start
@@ -47,6 +47,7 @@ def defined_in(notebooks: str, answer: str | tuple[str, ...] = ()) -> SimpleName
 
 
 MODULES = [import_module(f"hotswap_lab.lessons.{each.name}") for each in pkgutil.iter_modules(lessons.__path__)]
+
 
 def test_a_part_is_kept_once_it_is_right_and_the_next_ones_are_built_on_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -90,7 +91,9 @@ def tried(which, answer, capsys):
     if name[:5] == "part_":
         task, answer = building.PARTS[place], edited(str(building.solution(place)), answer)
     else:
-        (task,) = {getattr(each, name.removeprefix("my_")) for each in MODULES if hasattr(each, name.removeprefix("my_"))}
+        (task,) = {
+            getattr(each, name.removeprefix("my_")) for each in MODULES if hasattr(each, name.removeprefix("my_"))
+        }
         made = vars(defined_in(f"solutions/{place}*.ipynb", answer))
         answer = [made[each] for each in PROGRAMS if each in made] if name == "debug" else made[name]
     task.check(answer)
@@ -109,7 +112,8 @@ def test_wrong_answers_are_refused_and_right_ones_are_not(which, count, capsys):
         assert "your code runs" not in out, (answer, out)  # a wrong answer is no error
 
 
-@pytest.mark.parametrize("name", few_of(PROGRAMS, ["ranks"]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_the_watch_names_the_mistake_of_each_program(name, capsys):
     right, broken = defined_in("solutions/03*.ipynb"), defined_in("03*.ipynb")
     compiling.debug.check([getattr(broken if each == name else right, each) for each in PROGRAMS])
