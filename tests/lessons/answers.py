@@ -125,7 +125,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
     "04 part_04": [
         (COPY, "self.memory = self.packed[name]"),
         (VIEW, f"{VIEW}.clone()"),
-        (COPY, "[a.copy_(b) for a, b in zip(self.memory, self.packed[name])]"),
+        (COPY, "[a.copy_(b) for a, b in zip(self.memory.split(9999), self.packed[name].split(9999))]"),
         (PACKED, f"{PACKED} * 1.001"),
         (PACKED, f"self.memory.copy_({PACKED})"),  # all of them the same memory, with the last adapter in it
         (PACKED, f"{PACKED}[: sum(a.numel() + b.numel() for a, b, _ in family[name].values())]", COPY, "self.memory[: len(self.packed[name])] = self.packed[name]"),
