@@ -11,13 +11,16 @@ import contextlib
 import functools
 import linecache
 import re
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from .. import demo
@@ -160,14 +163,20 @@ def compiled_visits(model: PeftModel, swap: Callable[[str], object]) -> Iterator
 def part_01(text):
     """read, plan and write: a swap into a model that has the right shapes, or a refusal."""
     mini = built("01", text)
-    for name, folder in FOLDERS.items():
-        expected = tensors_of(fresh(name))
-        yours = {
-            f"{path}.{key}": value
-            for path, values in mini.read(folder).items()
-            for key, value in zip(("lora_A", "lora_B", "scaling"), values, strict=True)
-        }
-        yield f"read {name}", *first_difference(yours, expected)
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # two of the keys match nothing, on purpose
+        # by these keys, "ends in", "is in" and "the last that matches" are wrong
+        alphas = {"p_proj": 3, "mlp": 5, r"layers\.[12]\..*_proj": 7, "layers.1.mlp.up_proj": 9, "q_proj|down_proj": 11}
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, alpha_pattern=alphas)
+        get_peft_model(demo.load_base(), config).save_pretrained(place)
+        for name, folder in {**FOLDERS, "patterns": place}.items():
+            truth = fresh(name) if name in FOLDERS else PeftModel.from_pretrained(demo.load_base(), place)
+            yours = {
+                f"{path}.{key}": value
+                for path, values in mini.read(folder).items()
+                for key, value in zip(("lora_A", "lora_B", "scaling"), values, strict=True)
+            }
+            yield f"read {name}", *first_difference(yours, tensors_of(truth))
     live = demo.load("reverse")[0]
     for name in ("vowels_up", "shout", "reverse"):
         before, places = tensors_of(live), addresses(live)
@@ -190,7 +199,7 @@ def part_01(text):
 
 def prepared(mini: ModuleType) -> tuple[PeftModel, dict[str, Any]]:
     family = {name: mini.read(folder) for name, folder in FOLDERS.items()}
-    return mini.prepare(demo.load_base(), family.values()), family
+    return mini.prepare(demo.load_base(), [*family.values()]), family
 
 
 def with_sort(mini: ModuleType) -> tuple[PeftModel, dict[str, Any]]:
@@ -210,13 +219,21 @@ def part_02(text):
     yours = mini.padded(values, room)
     yield "2 x 3 in 4 x 5", *first_difference({"padded": yours}, {"padded": expected})
     yield "the dtype", yours.dtype, room.dtype
-    yield "5 x 4 has no place in 4 x 5", refused(lambda: mini.padded(torch.ones(5, 4), room)), "ValueError"
+    yield "a new tensor, also where all is full", mini.padded(room, room).data_ptr() == room.data_ptr(), False
+    for rows, columns in ((5, 4), (4, 6)):
+        no_place = refused(lambda rows=rows, columns=columns: mini.padded(torch.ones(rows, columns), room))
+        yield f"{rows} x {columns} has no place in 4 x 5", no_place, "ValueError"
     model, family = prepared(mini)
-    ranks: dict[str, int] = {}
-    for path, layer in ((path, each) for name in FOLDERS for path, each in mini.layers_of(fresh(name)).items()):
-        ranks[path] = max(ranks.get(path, 0), layer.r["default"])
-    rooms = {path: len(layer.lora_A["default"].weight) for path, layer in mini.layers_of(model).items()}
-    yield "the rank of each layer", *first_difference(rooms, ranks)
+    yield "training", model.training, False
+    # two adapters with other ranks in each layer, the higher one now here, now there; every third layer is left out
+    ranks = {path: (n + 1, 16 - n) for n, path in enumerate(family["pig_latin"]) if n % 3}
+    whole = family["pig_latin"]
+    two = [
+        {path: (whole[path][0][: r[i]], whole[path][1][:, : r[i]], 1.0) for path, r in ranks.items()} for i in (0, 1)
+    ]
+    layers = mini.layers_of(mini.prepare(demo.load_base(), two))
+    rooms = {path: len(layer.lora_A["default"].weight) for path, layer in layers.items()}
+    yield "the rank of each layer", *first_difference(rooms, {path: max(each) for path, each in ranks.items()})
     yield from visits(model, lambda name: mini.write(mini.plan(model, family[name])))
 
 
@@ -229,6 +246,10 @@ def part_03(text):
     yield "what you return", type(model).__name__, "PeftModel"
     yield "sort is still in the model", *same_as_fresh(model, fresh("sort"), IDS)
     yield from compiled_visits(model, lambda name: mini.write(mini.plan(model, family[name])))
+    on_meta = mini.scalings_as_tensors(prepared(mini)[0].to("meta"))
+    scalings = [torch.as_tensor(each.scaling["default"]) for each in mini.layers_of(on_meta).values()]
+    kinds = {(each.dim(), str(each.device)) for each in scalings}
+    yield "axes and device of each scaling", kinds, {(0, "meta")}
 
 
 @Exercise
@@ -256,7 +277,12 @@ def part_08(text):
         base.set_submodule(path, layer)
     expected = demo.load_base()(IDS).logits
     yield "no row has an adapter yet", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
-    for row, name in [(0, "pig_latin"), *enumerate(FOLDERS)]:  # row 0 has had another one
+    one = layers[min(adapters["pig_latin"])]
+    x = torch.randn(8, 2, one.linear.in_features)
+    graph = make_fx(one)(x)
+    # row 0 has one adapter after the other: with the same layers, with others, larger, smaller, the same again
+    before = ["pig_latin", "double", "caesar", "pig_latin", "pig_latin", "caesar", "double"]
+    for row, name in [*((0, name) for name in before), *enumerate(FOLDERS)]:
         for path, layer in layers.items():
             if path in adapters[name]:
                 layer.assign(row, *adapters[name][path])
@@ -264,7 +290,9 @@ def part_08(text):
                 layer.assign(row, torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0)
         expected[row] = fresh(name)(IDS).logits[row]
         yield f"{name} in row {row}", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
-    few, many = (calls(mini.Rows(used[path], rows, 4), torch.ones(rows, 2, used[path].in_features)) for rows in (2, 8))
+    yield "x of shape (rows, inputs)", *first_difference({"y": one(x[:, 0])}, {"y": one(x)[:, 0]})
+    yield "a graph from before reads the same memory", *first_difference({"y": graph(x)}, {"y": one(x)})
+    few, many = (calls(mini.Rows(one.linear, rows, 4), x[:rows]) for rows in (2, 8))
     yield "calls of PyTorch for eight rows, and for two", (many, few), (few, few)
 
 

@@ -129,11 +129,11 @@ def same_as_fresh(model: Any, fresh: Any, ids: torch.Tensor, call: Callable | No
 
 
 def refused(swap: Callable[[], object]) -> str:
-    """Whether a swap raises a ``ValueError``, as a refusal is."""
+    """The error that a swap raises: a ``ValueError``, as a refusal is, or which other."""
     try:
         swap()
-    except ValueError:
-        return "ValueError"
+    except Exception as error:
+        return "ValueError" if isinstance(error, ValueError) else type(error).__name__
     return "no error"
 
 

@@ -17,6 +17,6 @@ def two_tricks(solution):
         ("a reward for each policy", [quiet] * 2, ["ab", "ab"], ["AB", "a"], [-0.5, 0.5]),
         ("two policies, one prompt", [loud, quiet] * 2, ["a"] * 4, ["A", "A", "a", "aaa"], [0.5, 1, -0.5, -1]),
         ("an answer of an older version", [loud, old, loud], ["a"] * 3, ["A", "A", "a"], [0.5, 0, -0.5]),
-        ("no answer that counts", [old], ["a"], ["A"], [0]),
+        ("no answer that counts", [old, old], ["a"] * 2, ["A", "a"], [0, 0]),
     ):
         yield what, [float(each) for each in solution(rows, prompts, texts, rewards, now)], [float(e) for e in expected]

@@ -163,13 +163,14 @@ def same_base(model: PeftModel) -> torch.nn.Module:
 
 # --- exercise: two voices in one conversation ------------------------------------------------------------------------
 
-#: who answers which prompt, and how many tokens must be read for it. The last prompt begins another conversation.
+#: who answers which prompt, and how many tokens must be read for it. The fourth and the last begin a conversation.
 TURNS = (
     ("reverse", "hot>toh", 7),
     ("pig_latin", "hot>tohswap>", 12),
     ("reverse", "hot>tohswap>apsway", 11),
     ("pig_latin", "kernel>matrix>voice", 19),
     ("pig_latin", "kernel>matrix>voicedoor", 4),
+    ("pig_latin", "kernel", 6),
 )
 
 

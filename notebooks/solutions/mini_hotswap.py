@@ -34,7 +34,7 @@ def read(folder: str) -> Adapter:
     for key in tensors:
         if match := re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key):
             path, a, b = match[1], tensors[key], tensors[key.replace("lora_A", "lora_B")]
-            alphas = [alpha for end, alpha in config.alpha_pattern.items() if re.fullmatch(rf"(.*\.)?{end}", path)]
+            alphas = [alpha for end, alpha in config.alpha_pattern.items() if re.fullmatch(rf"(.*\.)?({end})", path)]
             divisor = len(a) ** 0.5 if config.use_rslora else len(a)
             adapter[path] = a, b, (alphas or [config.lora_alpha])[0] / divisor
     return adapter
