@@ -645,6 +645,6 @@ def two_tricks(rows, prompts, texts, rewards, now):
         ("[each.path for each in plan.layers].index(path)", "next(n for n, each in enumerate(plan.layers) if each.path == path)"),
         ("change.apply([plan.change()])", "__import__('hotswap_lab.swap', fromlist=['carry_out']).carry_out([plan])"),
         ("[number, 0]\n    change", "[number][0]\n    change", "the_room.scalings[0][number, 0]", "the_room.scalings[0][number][0]"),
-        ('table["default"])', 'table.buffers["hotswap_scaling_default"][0, 0])'),
+        ('table["default"])', 'table.get("default"))'),
     ],
 }
