@@ -31,7 +31,7 @@ from .beyond.base_twin import base_tensors, make_base_twin
 from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, random_numbers_kept
 from .core.adapter import Adapter
-from .core.errors import refuse
+from .core.errors import refused
 from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
 from .core.journal import Journal
 from .core.slot import Slot
@@ -201,7 +201,7 @@ def verify_hotswap(
         except (AttributeError, TypeError, ValueError) as error:  # of a model that needs other inputs, as Whisper
             if not is_example:
                 raise
-            raise refuse("no_inputs", name=type(host.base).__name__, error=error) from error
+            raise refused("no_inputs", name=type(host.base).__name__, error=error) from error
         fresh = (bare_base(host) if base is None else base()).eval()
         base_outputs = _call(fresh, inputs)
         how = dict(is_trainable=not host.configs[name].inference_mode)
@@ -249,7 +249,7 @@ def _check_active(host: Host, name: str) -> None:
         active, merged = list(part.active_adapters), part.merged_adapters if layers else []
         disabled = part.disable_adapters if layers else getattr(part, "_adapters_disabled", False)
         if active != [name] or disabled or merged:
-            raise refuse(
+            raise refused(
                 "not_what_it_computes_with", adapter_name=name, active=active, disabled=disabled, merged=merged
             )
 

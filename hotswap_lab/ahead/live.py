@@ -23,7 +23,7 @@ from .. import compat
 from ..beyond.guards import random_numbers_kept
 from ..compat import ADAPTER_STATE
 from ..core.compiled import unwrap_compiled
-from ..core.errors import listing, refuse
+from ..core.errors import listing, refused
 from ..core.host import Host, hosts_in
 from ..core.slot import room_of
 from ..pools.layers import READ
@@ -55,10 +55,10 @@ def prepared(model: Any) -> tuple[Host, str, torch.nn.Module]:
     hosts = hosts_in(model)
     found = [(host, name) for host in hosts for name in host.configs if room_of(host.base, name) is not None]
     if len(found) != 1:
-        raise refuse("ahead_not_prepared", found=listing(repr(name) for _, name in found) or "none")
+        raise refused("ahead_not_prepared", found=listing(repr(name) for _, name in found) or "none")
     ((host, name),) = found
     if reason := unfit(host.base, tuner_layers(host.base), name):
-        raise refuse("ahead_state", found=reason, name=name)
+        raise refused("ahead_state", found=reason, name=name)
     return host, name, top_of(host)
 
 
@@ -89,7 +89,7 @@ def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[s
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(parameter.name, {})
         elif parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(parameter.name, ()):
-            raise refuse("ahead_arguments", found=f"arguments without a name, in *{parameter.name}")
+            raise refused("ahead_arguments", found=f"arguments without a name, in *{parameter.name}")
     return arguments
 
 
@@ -286,10 +286,10 @@ class Watched:
         """Refuse a model that has changed since then."""
         differs = self.base.training or list(map(TUNER_STATE, self._layers)) != self._states
         if differs and (reason := unfit(self.base, self.layers, self.name)):
-            raise refuse("ahead_state", found=reason, name=self.name)
+            raise refused("ahead_state", found=reason, name=self.name)
         if self._addresses_now() != self._addresses or self._is_replaced():
-            raise refuse("ahead_moved", found="tensors or modules that were moved, replaced or resized since")
+            raise refused("ahead_moved", found="tensors or modules that were moved, replaced or resized since")
         if self._signs_now() != self._signs:
             if self._code_now() != self._code:
-                raise refuse("ahead_moved", found="a forward or a hook that was added or removed since")
+                raise refused("ahead_moved", found="a forward or a hook that was added or removed since")
             self._look()

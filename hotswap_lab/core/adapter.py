@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftConfig, PeftType
 
-from .errors import HotswapError, listing, refuse
+from .errors import HotswapError, listing, refused
 from .host import Config, kind_of
 from .tensors import is_finite
 
@@ -69,9 +69,9 @@ class Adapter:
         2
         """
         if not isinstance(config, PeftConfig):
-            raise refuse("no_config", config=config)
+            raise refused("no_config", config=config)
         if not isinstance(state_dict, Mapping):
-            raise refuse("no_state_dict", kind=type(state_dict).__name__)
+            raise refused("no_state_dict", kind=type(state_dict).__name__)
         adapter = cls(config, dict(state_dict), "a state dict")
         adapter.check_tensors(allow_nonfinite)
         return adapter
@@ -109,7 +109,7 @@ class Adapter:
             )
 
     def _damaged(self, found: str, expected: str, next_step: str = "get an undamaged copy of it") -> HotswapError:
-        return refuse("adapter_damaged", source=self.source, found=found, expected=expected, next_step=next_step)
+        return refused("adapter_damaged", source=self.source, found=found, expected=expected, next_step=next_step)
 
 
 def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:

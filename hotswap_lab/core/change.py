@@ -20,7 +20,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import compat
-from .errors import HotswapError, refuse
+from .errors import HotswapError, refused
 from .journal import Journal, interrupts_held
 
 LOG = logging.getLogger("hotswap_lab")
@@ -164,7 +164,7 @@ def check_fused(optimizer: torch.optim.Optimizer, *_: object) -> None:
                     continue
                 if each.shape != shape:
                     state, shape = tuple(each.shape), tuple(shape)
-                    raise refuse("optimizer_of_another_shape", name=name, state=state, shape=shape)
+                    raise refused("optimizer_of_another_shape", name=name, state=state, shape=shape)
                 if not (is_contiguous and each.is_contiguous()) and _strides(each) != _strides(parameter):
                     raise _misfit(optimizer, f"{name} of a parameter with strides {_strides(parameter)},", each)
 
@@ -180,7 +180,7 @@ def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def _misfit(optimizer: torch.optim.Optimizer, what: str, tensor: torch.Tensor) -> HotswapError:
     name, shape, strides = type(optimizer).__name__, tuple(tensor.shape), _strides(tensor)
-    return refuse("fused_optimizer", optimizer=name, what=what, shape=shape, strides=strides)
+    return refused("fused_optimizer", optimizer=name, what=what, shape=shape, strides=strides)
 
 
 def mark_changed(tables: Sequence[dict[str, Any]], journal: Journal) -> None:

@@ -22,7 +22,7 @@ from . import lora
 from .adapter import Adapter
 from .change import Change
 from .compiled import blind_spot, compiled_in
-from .errors import HotswapError, Refusal, listing, refusal, refuse
+from .errors import HotswapError, Refusal, listing, refusal, refused
 from .host import Config, canonical_path, carriers
 from .journal import Journal
 from .memory import overwritten
@@ -61,7 +61,7 @@ def changes_to_prepare(
     room by the paths of layers, like a further adapter of the family.
     """
     if target_rank is not None and (type(target_rank) is not int or target_rank < 1):
-        raise refuse("target_rank_is_no_rank", target_rank=target_rank)
+        raise refused("target_rank_is_no_rank", target_rank=target_rank)
     changes: list[Change] = []
     refusals: list[Refusal] = []
     for slot in slots_to_prepare(methods, model, adapter_name):
@@ -75,7 +75,7 @@ def changes_to_prepare(
         # in a room, the parameters would no longer be the caller's tensors, and nothing would show it
         refusals += [each for adapter in family for each in overwritten(slot, adapter.tensors)]
     if not changes:
-        raise refuse("nothing_to_prepare", name=type(model).__name__)
+        raise refused("nothing_to_prepare", name=type(model).__name__)
     if refusals:
         raise HotswapError(*refusals)
     if not all(change.is_empty for change in changes):
@@ -96,13 +96,13 @@ def check_not_compiled(
     model: torch.nn.Module, check_compiled: str, found: str = "a model that is compiled already, or has compiled parts"
 ) -> None:
     if check_compiled not in ("error", "warn", "ignore"):
-        raise refuse("unknown_check_compiled", check_compiled=check_compiled)
+        raise refused("unknown_check_compiled", check_compiled=check_compiled)
     compiled = compiled_in(model)
     if reason := blind_spot(model, compiled, prepared=True):
-        raise refuse("graph_would_not_notice", reason=reason)
+        raise refused("graph_would_not_notice", reason=reason)
     if check_compiled == "ignore" or not compiled:
         return
-    error = refuse("prepare_before_compiling", found=found)
+    error = refused("prepare_before_compiling", found=found)
     if check_compiled == "error":
         raise error
     warnings.warn(str(error), stacklevel=3)

@@ -21,7 +21,7 @@ import torch
 from .adapter import WHEN
 from .arena import Band, Span, build_arena
 from .change import Change, clear_gradients, copy_all
-from .errors import listing, refuse
+from .errors import listing, refused
 from .host import Config
 from .journal import Journal
 from .prepared import is_marked_off, is_off, new_scalings, own_rank
@@ -349,7 +349,7 @@ def build_room(
     name = slot.adapter_name
     sharded = [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]
     if sharded:
-        raise refuse("sharded_not_preparable", paths=listing(dict.fromkeys(sharded), 3))
+        raise refused("sharded_not_preparable", paths=listing(dict.fromkeys(sharded), 3))
     groups: dict[tuple, list[tuple[SlotTensor, tuple[int, ...]]]] = {}
     ranks = {tensor: rank for layer, rank in capacity.items() for tensor in layer.tensors}
     for tensor in (*ranks, *extra_tensors):

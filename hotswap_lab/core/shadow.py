@@ -17,7 +17,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .errors import listing, refuse
+from .errors import listing, refused
 from .host import Config
 from .journal import Journal
 from .slot import Slot, SlotLayer
@@ -53,10 +53,10 @@ def build_shadow_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) ->
     try:
         layers = _build(slot, config, ranks)
     except Exception as error:
-        raise refuse("layers_not_addable", error=error, paths=listing(ranks, 3)) from error
+        raise refused("layers_not_addable", error=error, paths=listing(ranks, 3)) from error
     for layer in layers:
         if reason := slot.method.obstacle(layer.module, slot.adapter_name, layer.tensors):
-            raise refuse("layer_not_plain", path=layer.path, reason=reason)
+            raise refused("layer_not_plain", path=layer.path, reason=reason)
     return layers
 
 

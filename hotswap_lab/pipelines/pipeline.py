@@ -16,7 +16,7 @@ import torch
 from .. import compat
 from ..beyond.passes import METHODS, PASSES
 from ..core.change import apply
-from ..core.errors import HotswapError, Refusal, advise, listing, refusal, refuse
+from ..core.errors import HotswapError, Refusal, advise, listing, refusal, refused
 from ..core.host import carriers, find_host
 from ..core.loaded import tell
 from ..core.plan import Plan
@@ -340,7 +340,7 @@ def _with_adapter(
     names = {key: sorted({name for host in carriers(model) for name in host.configs}) for key, model in models.items()}
     loaded = {key: models[key] for key in chosen if names.get(key) and adapter_name in (None, *names[key])}
     if not loaded or set(chosen) - models.keys():
-        raise refuse(
+        raise refused(
             "not_in_pipeline",
             adapter_name=adapter_name,
             chosen=listing(chosen),
@@ -355,7 +355,7 @@ def _for_these(
     """The adapters for the chosen components; refuses those for components that have no adapter yet."""
     wanted = {name: each for name, each in adapters.items() if components is None or name in components}
     if not wanted or wanted.keys() - loaded.keys():
-        raise refuse("components_without_adapter", found=listing(adapters) or "no component", loaded=listing(loaded))
+        raise refused("components_without_adapter", found=listing(adapters) or "no component", loaded=listing(loaded))
     return wanted
 
 

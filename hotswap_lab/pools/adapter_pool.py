@@ -17,7 +17,7 @@ from ..beyond.passes import METHODS, PASSES
 from ..core.adapter import ORIGIN, Adapter
 from ..core.change import Step, apply
 from ..core.compiled import frozen, frozen_in
-from ..core.errors import HotswapError, listing, refuse
+from ..core.errors import HotswapError, listing, refused
 from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
 from ..core.loaded import tell
@@ -153,9 +153,9 @@ class AdapterPool:
         """Refuse a slot whose adapters can't be packed: of another method, or with extra state that is not packed."""
         name, config = slot.adapter_name, slot.config
         if not slot.method.is_lora:
-            raise refuse("pool_needs_lora", adapter_name=name, kind=kind_of(config))
+            raise refused("pool_needs_lora", adapter_name=name, kind=kind_of(config))
         if fields := [each for each in slot.method.extra_state(config) if each not in PACKED_TOO]:
-            raise refuse("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
+            raise refused("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
         return slot
 
     def _fill(self, adapters: Iterable[tuple[str, object]], progress: bool) -> None:
@@ -241,7 +241,7 @@ class AdapterPool:
         """Remove an adapter from the pool. One in use can't be removed."""
         with self._told(), self._members.lock:
             if is_used(self._room, self._members[name]):
-                raise refuse("adapter_in_use", name=name)
+                raise refused("adapter_in_use", name=name)
             del self._members[name]
 
     def update(
@@ -277,7 +277,7 @@ class AdapterPool:
             in_model = is_used(self._room, member)
             with self._writing() if in_model else self._members.lock:
                 if self._members.get(name) is not member:
-                    raise refuse("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
+                    raise refused("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
                 if in_model:  # at its present strength
                     former = snapshot(self._room, self._members)
                     change = change_to(self._room, as_now(self._room, self._members, former, {member: packed}))
@@ -298,7 +298,7 @@ class AdapterPool:
         plan.raise_if_refused()
         if plan.is_decided:  # by a fresh load, which found only values that differ
             fields = ", ".join(slot.method.extra_state(adapter.config))
-            raise refuse("pool_needs_lora_alone", adapter_name=member.name, fields=fields)
+            raise refused("pool_needs_lora_alone", adapter_name=member.name, fields=fields)
         warn_of(plan)
         member.notes = plan.notes
         sources += [
@@ -321,7 +321,7 @@ class AdapterPool:
         """
         host = self._room.slot.host
         if (found := base_weights_in(host.base, adapter)) and ANY in lost_originals(host, self.adapter_name):
-            raise refuse("base_weights_unknown", name=name, found=listing(sorted(found), 3))
+            raise refused("base_weights_unknown", name=name, found=listing(sorted(found), 3))
 
     # ---- adapters in and out of the model
 
@@ -411,11 +411,11 @@ class AdapterPool:
         strengths = [1.0] * len(adapters) if strengths is None else strengths
         room, count = self._room, len(adapters)
         if not isinstance(room, RowRoom) or not 0 < count <= room.rows:
-            raise refuse("no_room_for_rows", count=count, rows=getattr(room, "rows", 1), wanted=max(count, 2))
+            raise refused("no_room_for_rows", count=count, rows=getattr(room, "rows", 1), wanted=max(count, 2))
         if not isinstance(copies, int) or copies < 1:
-            raise refuse("copies_is_no_number", copies=copies)
+            raise refused("copies_is_no_number", copies=copies)
         if len(strengths) != count:
-            raise refuse("strengths_of_others", strengths=len(strengths), rows=count)
+            raise refused("strengths_of_others", strengths=len(strengths), rows=count)
         with self._told(), self._turn():
             self._all_packed(adapters)  # which may take long
             with self._writing():
@@ -441,7 +441,7 @@ class AdapterPool:
         if not isinstance(name, Mapping):
             return self._members.packed(self._members[name])
         if not name:
-            raise refuse("mix_of_nothing")
+            raise refused("mix_of_nothing")
         self._check_room()
         for weight in name.values():
             check_strength(weight, self._room.slot)
@@ -507,7 +507,7 @@ class AdapterPool:
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
             if self._room.is_shared:
                 with self._told():
-                    raise refuse("block_in_shared_memory")
+                    raise refused("block_in_shared_memory")
             self._check_room()
             former = snapshot(self._room, self._members)
             put_in(lambda journal: back.append(lambda: self._put_back(former)))
@@ -540,11 +540,11 @@ class AdapterPool:
 
     def _check_room(self) -> None:
         if not self._room.is_intact():
-            raise refuse("pool_lost_its_place")
+            raise refused("pool_lost_its_place")
         if self._room.slot.is_merged:
-            raise refuse("merged", adapter_name=self.adapter_name)
+            raise refused("merged", adapter_name=self.adapter_name)
         if frozen and (reason := frozen_in(self._room.slot.host.base)):
-            raise refuse("compiled_would_not_notice", reason=reason)
+            raise refused("compiled_would_not_notice", reason=reason)
 
     # ---- display
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.adapter import ORIGIN
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..core.host import Config
 from ..core.loaded import other_base
 from ..core.lora import complete, retarget
@@ -49,9 +49,9 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
         settings.append(LayerSettings(rank=rank, alpha=rank, use_rslora=False, dropout=0.0) if on else None)
         a, b, *more = layer.tensors
         if more or a.rank_step > 1:
-            raise refuse("no_mix_on_layer", names=list(mix.weights), path=layer.path)
+            raise refused("no_mix_on_layer", names=list(mix.weights), path=layer.path)
         if rank > (capacity := a.capacity or 0):
-            raise refuse("mix_above_room", names=list(mix.weights), rank=rank, path=layer.path, room=capacity)
+            raise refused("mix_above_room", names=list(mix.weights), rank=rank, path=layer.path, room=capacity)
         if on:
             sources.append((a, torch.cat([_own(room, a, packed, own.rank) for packed, own, _ in on], a.rank_axis or 0)))
             scaled = [_own(room, b, packed, own.rank) * (own.scaling * weight) for packed, own, weight in on]

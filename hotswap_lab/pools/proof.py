@@ -23,7 +23,7 @@ import torch
 
 from .. import compat
 from ..beyond.guards import random_numbers_kept
-from ..core.errors import listing, refuse
+from ..core.errors import listing, refused
 
 #: how far off a row may be, relative to the adapter's largest effect on an output, by the precision of the output
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -166,14 +166,14 @@ def prove(
     with random_numbers_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         first, none = outputs(torch.zeros(batch.size), ())
         if not none:
-            raise refuse("rows_not_in_layer", paths="of the output", found="no output whose first axis is the batch")
+            raise refused("rows_not_in_layer", paths="of the output", found="no output whose first axis is the batch")
         if not are_apart(layers, none):
             groups: dict[str, list[int]] = {}
             for index in sorted(layers):
                 groups.setdefault(name_of_like(batch.room.slot.layers[index].path), []).append(index)
             wrong = [indices[0] for indices in groups.values() if not are_apart(indices, none)] or sorted(layers)[:1]
             paths = listing([batch.room.slot.layers[index].path for index in wrong], 4)
-            raise refuse("rows_not_in_layer", paths=paths, found="rows that get one another's adapter")
+            raise refused("rows_not_in_layer", paths=paths, found="rows that get one another's adapter")
         most = [_most_tokens(each, total) for each in compat.tree_leaves((arguments, named))]
         if any(most):
             shares = torch.linspace(0, 1, total)  # a sort by length moves rows in one of both orders at least

@@ -17,7 +17,7 @@ import torch
 
 from ..core.arena import CACHE_LINE, Band, Span
 from ..core.change import Change
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..core.host import Config
 from ..core.journal import Journal
 from ..core.prepared import mark, new_scalings
@@ -79,11 +79,11 @@ class RowRoom(Room):
         super().__init__(slot, bands, *rest)
         for tensor in self.spans:
             if is_shared(tensor.parameter):
-                raise refuse("not_shared")
+                raise refused("not_shared")
             if tensor.rank_axis is None:
-                raise refuse("no_rows_for_kind", adapter_name=slot.adapter_name, key=tensor.key)
+                raise refused("no_rows_for_kind", adapter_name=slot.adapter_name, key=tensor.key)
             if tensor.parameter.requires_grad:
-                raise refuse("rows_not_trained", adapter_name=slot.adapter_name, found=TRAINED)
+                raise refused("rows_not_trained", adapter_name=slot.adapter_name, found=TRAINED)
         families = {cls.__module__.partition(".")[0] for cls in type(slot.host.base).__mro__}
         self.batch: Batch = Batch(self, is_tiled="diffusers" in families)
 
@@ -150,7 +150,7 @@ class RowRoom(Room):
     def leave(self, journal: Journal, is_lost: bool = False) -> None:
         """Make the layers compute with their own parameters again."""
         if self.assigned and not is_lost:
-            raise refuse("rows_differ", adapter_name=self.slot.adapter_name)
+            raise refused("rows_differ", adapter_name=self.slot.adapter_name)
         for layer in self.slot.layers:
             journal.remove(layer.module.lora_variant, self.slot.adapter_name)
             mark(layer.module, ROOM_ATTRIBUTE, self.slot.adapter_name, False, journal)
@@ -159,17 +159,17 @@ class RowRoom(Room):
     def check_rows(self) -> None:
         """Refuse writes and moves by other code, which reach row 0 only; and dropout in training mode."""
         if self._parameters[0].data_ptr() != self._addresses_now()[0]:
-            raise refuse("rows_lost_their_place", adapter_name=self.slot.adapter_name)
+            raise refused("rows_lost_their_place", adapter_name=self.slot.adapter_name)
         states = [each.state for each in self.assigned if each] if self.slot.host.base.training else []
         if any(dropout for state in states for dropout in state.columns["dropout"]):
-            raise refuse("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
+            raise refused("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
         if not self.is_touched:
             return
         row = self.assigned[0] if self.assigned else None
         bands = row.bands if row else () if self.assigned else [self._all(band.memory)[1] for band in self.bands]
         pairs = zip(self.bands, bands, strict=False)
         if not all(torch.equal(band.memory, part.to(band.memory.device)) for band, part in pairs):
-            raise refuse("rows_written_by_others", adapter_name=self.slot.adapter_name)
+            raise refused("rows_written_by_others", adapter_name=self.slot.adapter_name)
         self._versions = self._versions_now()  # the same values were written again, or restored
 
     # ---- scalings

@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ..core.errors import HotswapError, refuse
+from ..core.errors import HotswapError, refused
 from ..core.host import hosts_in
 from .turns import COMPUTE, SWAP, WRITE, Entry, ModelInUseError, Turn, _patience, note
 
@@ -130,7 +130,7 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
     ...     pool.swap("shout")
     """
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
-        raise refuse("no_time_to_wait", seconds=seconds)
+        raise refused("no_time_to_wait", seconds=seconds)
     token = _patience.set(float(seconds))
     try:
         yield
@@ -142,7 +142,7 @@ def bases_of(model: object) -> list[torch.nn.Module]:
     """The base models whose adapters a swap in ``model`` may change."""
     bases = [host.base for host in hosts_in(model)]
     if not bases:
-        raise refuse("nothing_to_hold_back", name=type(model).__name__)
+        raise refused("nothing_to_hold_back", name=type(model).__name__)
     return bases
 
 
@@ -268,7 +268,7 @@ class Block(contextlib.ContextDecorator, Generic[T]):
                 inner = swapping[swapping.index(entry) + 1]
                 inner.back[:0] = entry.back
                 entry.back.clear()
-                raise refuse("left_out_of_order")
+                raise refused("left_out_of_order")
             if entry.back and kind is GeneratorExit:  # any code may close a generator, and doesn't expect to wait
                 with waiting_at_most(0):
                     _put_back(entry)
