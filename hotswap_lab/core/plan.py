@@ -18,6 +18,7 @@ import torch
 
 from . import lora
 from .adapter import ORIGIN, WHEN, Adapter
+from .added_layers import attach
 from .change import Change, clear_gradients
 from .errors import HotswapError, Refusal, refusal
 from .host import Config
@@ -25,7 +26,6 @@ from .journal import Journal
 from .prepared import mark, ranks_before
 from .report import html_table, readable_bytes
 from .settings import LayerSettings
-from .shadow import attach
 from .slot import Slot, SlotLayer, change_of, room_left_by
 from .telling import write_scalings, write_settings
 from .tensors import PREPARED_ATTRIBUTE, is_prepared

@@ -16,6 +16,7 @@ import torch
 
 from . import lora
 from .adapter import Adapter
+from .added_layers import adaptable, build_added_layers
 from .compiled import blind_spot, compiled_in, frozen, guards_are_skipped
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
@@ -24,7 +25,6 @@ from .memory import disagreeing, overlaps_in, overwritten, own_tensors
 from .method import Method
 from .plan import Action, LayerPlan, Plan, change_layer_by_layer
 from .settings import settings_for
-from .shadow import adaptable, build_shadow_layers
 from .slot import Expected, Slot, SlotLayer, copy_of, expected_of, own_keys_of
 from .tensors import SlotTensor, are_interchangeable
 from .wrappers import embeddings_of
@@ -221,15 +221,15 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
     slot = plan.slot
     try:
         ranks = {path: settings_for(plan.config, path).rank for path in paths}
-        shadows = build_shadow_layers(slot, plan.config, ranks)
+        added = build_added_layers(slot, plan.config, ranks)
     except HotswapError as error:
         plan.refusals += error.refusals
         tensors.clear()  # they are refused already
         return
-    own = _by_own_key(plan, tensors, own_keys_of(shadows))
+    own = _by_own_key(plan, tensors, own_keys_of(added))
     tensors.clear()
     tensors.update(own)
-    for layer, expected in zip(shadows, expected_of(slot, plan.config, shadows), strict=True):
+    for layer, expected in zip(added, expected_of(slot, plan.config, added), strict=True):
         _plan_layer(plan, tensors, layer, expected, None, False, Action.ADD)
 
 

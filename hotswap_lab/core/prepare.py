@@ -20,6 +20,7 @@ from peft import PeftConfig, PeftType
 
 from . import lora
 from .adapter import Adapter
+from .added_layers import adaptable, attach, build_added_layers
 from .change import Change
 from .compiled import blind_spot, compiled_in
 from .errors import HotswapError, Refusal, listing, refusal, refused
@@ -31,7 +32,6 @@ from .planner import misfits
 from .prepared import make_prepared, ranks_before
 from .room import Room, build_room
 from .settings import settings_for
-from .shadow import adaptable, attach, build_shadow_layers
 from .slot import Slot, SlotLayer, change_of, keep_slot, room_left_by, room_of, slot_in
 from .telling import write_settings
 from .tensors import SlotTensor
@@ -203,9 +203,7 @@ def _change_for(slot: Slot, space: dict[str, int], kind: type[Room], extra_tenso
     kind = type(present) if present is not None and kind is Room else kind
     if enough and not lacking and type(present) is kind:
         return Change()
-    reserved = (
-        build_shadow_layers(slot, slot.config, {path: space[path] for path in sorted(lacking)}) if lacking else []
-    )
+    reserved = build_added_layers(slot, slot.config, {path: space[path] for path in sorted(lacking)}) if lacking else []
     capacity |= {layer: space[layer.path] for layer in reserved}
     with slot.write_mode(), torch.no_grad():
         memory = build_room(slot, capacity, reserved, kind, extra_tensors)

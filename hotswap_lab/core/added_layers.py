@@ -42,7 +42,7 @@ def adaptable(base: torch.nn.Module, key: str) -> str | None:
     return path
 
 
-def build_shadow_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLayer]:
+def build_added_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLayer]:
     """New LoRA layers for the slot's adapter name and ``config``, not attached; ``ranks`` are by their paths.
 
     Raises
@@ -115,13 +115,13 @@ def _finished(slot: Slot, path: str, module: Any, base_layer: torch.nn.Module) -
     return SlotLayer(path, module, tensors)
 
 
-def _join(present: Any, shadow: Any, name: str, journal: Journal) -> None:
-    """Add the shadow's entries under the adapter's name to the tables of a layer."""
+def _join(present: Any, added: Any, name: str, journal: Journal) -> None:
+    """Add the new layer's entries under the adapter's name to the tables of a layer."""
     # a variant of LoRA adds its tables to the lists of the layer that it is on, so both layers' lists are joined
     for listed in ("adapter_layer_names", "other_param_names"):
-        names = dict.fromkeys((*getattr(present, listed), *getattr(shadow, listed)))
+        names = dict.fromkeys((*getattr(present, listed), *getattr(added, listed)))
         journal.set_item(present.__dict__, listed, tuple(names))
-    tables: list[tuple[str, Any]] = [*shadow.__dict__.items(), *shadow._modules.items()]
+    tables: list[tuple[str, Any]] = [*added.__dict__.items(), *added._modules.items()]
     for attribute, table in tables:
         if attribute.startswith("_") or not hasattr(table, "keys") or name not in table:
             continue
@@ -131,22 +131,22 @@ def _join(present: Any, shadow: Any, name: str, journal: Journal) -> None:
 
 
 def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> Any:
-    """Put a shadow layer into the model, in the state of the slot's other layers.
+    """Put a new layer into the model, in the state of the slot's other layers.
 
-    Returns the layer that now has the adapter: an existing layer of other adapters, or the shadow.
+    Returns the layer that now has the adapter: an existing layer of other adapters, or the new one.
     """
-    name, shadow, sibling = slot.adapter_name, layer.module, slot.layers[0].module
+    name, added, sibling = slot.adapter_name, layer.module, slot.layers[0].module
     parent_path, _, child_name = layer.path.rpartition(".")
     parent = slot.host.base.get_submodule(parent_path)
     present: Any = parent._modules[child_name]
     if isinstance(present, BaseTunerLayer):
-        _join(present, shadow, name, journal)
+        _join(present, added, name, journal)
     else:
-        shadow._active_adapter = copy.copy(sibling._active_adapter)
-        shadow._disable_adapters = sibling._disable_adapters
-        shadow.train(present.training)
-        journal.set_item(parent._modules, child_name, shadow)
+        added._active_adapter = copy.copy(sibling._active_adapter)
+        added._disable_adapters = sibling._disable_adapters
+        added.train(present.training)
+        journal.set_item(parent._modules, child_name, added)
     names = getattr(slot.host.tuner, "targeted_module_names", None)
     if names is not None and layer.path not in names:
         journal.set_attribute(slot.host.tuner, "targeted_module_names", [*names, layer.path])
-    return present if isinstance(present, BaseTunerLayer) else shadow
+    return present if isinstance(present, BaseTunerLayer) else added
