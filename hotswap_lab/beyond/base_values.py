@@ -26,7 +26,7 @@ from ..core.journal import Journal
 from ..core.lora import NOTED
 from ..core.plan import Action, Plan, change_layer_by_layer
 from ..core.planner import only_for
-from ..core.slot import Slot, change_of, has_been_swapped
+from ..core.slot import Slot, begin_change, has_been_swapped
 from ..core.tensors import have_same_values
 from ..core.wrappers import embeddings_of, has_adapter
 from .base_twin import base_tensors
@@ -192,7 +192,7 @@ def change_to_originals(
         noted = host.base.__dict__
         journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: {}})
 
-    change = change_of(slot)
+    change = begin_change(slot)
     change.steps.append(put_back)
     return change
 

@@ -23,7 +23,7 @@ from ..core.lora import HEADS
 from ..core.memory import overlaps_in
 from ..core.plan import Plan
 from ..core.planner import adaptable, check_compiled, misfits
-from ..core.slot import Slot, SlotLayer, change_of
+from ..core.slot import Slot, SlotLayer, begin_change
 from ..core.telling import write_scalings
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
@@ -151,7 +151,7 @@ def change_for(plan: FreshPlan) -> Change:
     """The change that writes a graft to the live model."""
     slot, graft = plan.slot, plan.graft
     stays = graft.writes_values_only and not isinstance(slot.method, General)
-    change = change_of(slot, plan.config, slot if stays else None)
+    change = begin_change(slot, plan.config, slot if stays else None)
     for target, source in (*graft.copies, *graft.base.copies):
         change.copy(target, source)
     tables, values = [table for table, _ in graft.scalings], [value for _, value in graft.scalings]

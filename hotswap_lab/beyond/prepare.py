@@ -21,14 +21,14 @@ from ..core.journal import Journal
 from ..core.planner import misfits
 from ..core.prepare import PADDABLE
 from ..core.prepared import make_prepared, new_scalings, own_rank
-from ..core.slot import Slot, change_of
+from ..core.slot import Slot, begin_change
 from ..core.tensors import shared_as
 from .configs import pointless_rank
 
 
 def prepare_in_place(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
     """Allocate room for the family without changing the model yet. Returns the change, and the reasons against it."""
-    change, name = change_of(slot, slot.config), slot.adapter_name
+    change, name = begin_change(slot, slot.config), slot.adapter_name
     family = list(family)
     if refusals := list(_check_family(slot, family)):
         return change, refusals

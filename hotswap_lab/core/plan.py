@@ -26,7 +26,7 @@ from .journal import Journal
 from .prepared import mark, ranks_before
 from .report import html_table, readable_bytes
 from .settings import LayerSettings
-from .slot import Slot, SlotLayer, change_of, room_left_by
+from .slot import Slot, SlotLayer, begin_change, room_left_by
 from .telling import write_scalings, write_settings
 from .tensors import PREPARED_ATTRIBUTE, is_prepared
 
@@ -270,7 +270,7 @@ def change_layer_by_layer(plan: Plan) -> Change:
             room.write(each.layer, each.rank_after, each.sources, change)
         return change
     # the slot lacks the layers that are added, so it has to be looked for again afterwards
-    change = change_of(slot, plan.config, None if adds else slot)
+    change = begin_change(slot, plan.config, None if adds else slot)
     if (left := room_left_by(slot)) is not None:
         change.steps.append(partial(left.leave, is_lost=room is None))
     for each in plan.layers:

@@ -32,7 +32,7 @@ from .planner import misfits
 from .prepared import make_prepared, ranks_before
 from .room import Room, build_room
 from .settings import settings_for
-from .slot import Slot, SlotLayer, change_of, keep_slot, room_left_by, room_of, slot_in
+from .slot import Slot, SlotLayer, begin_change, keep_slot, room_left_by, room_of, slot_in
 from .telling import write_settings
 from .tensors import SlotTensor
 
@@ -208,7 +208,7 @@ def _change_for(slot: Slot, space: dict[str, int], kind: type[Room], extra_tenso
     with slot.write_mode(), torch.no_grad():
         memory = build_room(slot, capacity, reserved, kind, extra_tensors)
     left = room_left_by(slot)
-    change = change_of(slot, slot.config)
+    change = begin_change(slot, slot.config)
     if left is not None:
         change.steps.append(functools.partial(left.leave, is_lost=present is None))
     # the parameters become views of the room's memory, and stay the same objects

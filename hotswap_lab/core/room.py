@@ -26,7 +26,7 @@ from .host import Config
 from .journal import Journal
 from .prepared import is_marked_off, is_off, new_scalings, own_rank
 from .settings import LayerSettings, settings_of
-from .slot import SLOTS, Slot, SlotLayer, change_of, copy_of, follow
+from .slot import SLOTS, Slot, SlotLayer, begin_change, copy_of, follow
 from .telling import write_scalings, write_settings
 from .tensors import SlotTensor, is_shared, shared_as
 
@@ -285,7 +285,7 @@ class Room:
 
     def change_strength(self, strength: float) -> Change:
         """The change that sets the scalings of all layers to their trained values times ``strength``."""
-        change = change_of(self.slot)
+        change = begin_change(self.slot)
         write_scalings(change, self.scalings, self.slot.adapter_name, self.scalings_of(self.state, strength))
         return change
 

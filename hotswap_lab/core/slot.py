@@ -275,7 +275,7 @@ def copy_of(config: Config) -> Config:
     return config
 
 
-def change_of(slot: Slot, config: Config = None, slot_after: Slot | None = None) -> Change:
+def begin_change(slot: Slot, config: Config = None, slot_after: Slot | None = None) -> Change:
     """A change of the adapter in a slot, with no tensor to write yet.
 
     Parameters

@@ -6,7 +6,7 @@ from .change import Change
 from .errors import listing, refused
 from .prepared import is_off
 from .settings import settings_of
-from .slot import Slot, SlotLayer, change_of
+from .slot import Slot, SlotLayer, begin_change
 from .telling import write_scalings
 
 #: the highest strength; times a scaling, it is still finite in float32
@@ -21,7 +21,7 @@ def change_strength(slot: Slot, strength: float) -> Change:
     check_strength(strength, slot)
     if room is not None:
         return room.change_strength(strength)
-    change = change_of(slot)
+    change = begin_change(slot)
     values = [strength * _trained(slot, layer) for layer in slot.layers]
     write_scalings(change, [layer.module.scaling for layer in slot.layers], name, values)
     return change

@@ -25,7 +25,7 @@ from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
 from ..core.room import Packed, Room, State
-from ..core.slot import Slot, change_of, room_of, slot_for
+from ..core.slot import Slot, begin_change, room_of, slot_for
 from ..core.strength import check_strength
 from ..files.reading import read
 from ..swap import get_strength, refusals_told, warn_of
@@ -282,7 +282,7 @@ class AdapterPool:
                     former = snapshot(self._room, self._members)
                     change = change_to(self._room, as_now(self._room, self._members, former, {member: packed}))
                 else:
-                    change = change_of(self._room.slot)
+                    change = begin_change(self._room.slot)
                 self._members.make_space(member, packed, updated=True)
                 change.steps.append(put)
                 apply([change], tell=self._tell if in_model else None)

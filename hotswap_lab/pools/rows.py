@@ -23,7 +23,7 @@ from ..core.journal import Journal
 from ..core.prepared import mark, new_scalings
 from ..core.room import SCALING_STEP, Packed, Room, State
 from ..core.settings import LayerSettings, settings_of
-from ..core.slot import Slot, SlotLayer, change_of
+from ..core.slot import Slot, SlotLayer, begin_change
 from ..core.telling import write_scalings
 from ..core.tensors import ROOM_ATTRIBUTE, SlotTensor, is_shared
 from .batch import Batch
@@ -234,7 +234,7 @@ class RowRoom(Room):
             taken = list(map(len, first.bands))
             change = self._change(state, None, taken, taken)
         else:
-            change = change_of(self.slot)
+            change = begin_change(self.slot)
             change.steps.append(self._note_write)
         for number in changed:
             if (own := bands[number]) is not None:
