@@ -147,7 +147,7 @@ class FreshPlan(Plan):
         return self.graft.nbytes
 
 
-def change_for(plan: FreshPlan) -> Change:
+def change_from_graft(plan: FreshPlan) -> Change:
     """The change that writes a graft to the live model."""
     slot, graft = plan.slot, plan.graft
     stays = graft.writes_values_only and not isinstance(slot.method, General)
@@ -196,7 +196,9 @@ def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
 def plan_with_fresh_load(begun: Plan) -> FreshPlan:
     """Plan a swap by comparing the live model with a fresh load of the new adapter, whatever was planned so far."""
     given: dict[str, Any] = {name: getattr(begun, name) for name in GIVEN}
-    plan = FreshPlan(**given, config=copy.deepcopy(begun.adapter.config), make_change=change_for, is_decided=True)
+    plan = FreshPlan(
+        **given, config=copy.deepcopy(begun.adapter.config), make_change=change_from_graft, is_decided=True
+    )
     slot, name = plan.slot, plan.slot.adapter_name
     if holds_shards(slot.host.base):
         plan.refuse("sharded_beyond")
