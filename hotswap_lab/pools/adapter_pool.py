@@ -30,7 +30,7 @@ from ..core.strength import check_strength
 from ..files.reading import read
 from ..swap import get_strength, refusals_told, warn_of
 from ..threads import Block, held, put_back
-from .former import as_now, change_to, is_in, is_used, owner_in, row_of, snapshot, weights_of
+from .former import as_now, change_to_snapshot, is_in, is_used, owner_in, row_of, snapshot, weights_of
 from .learners import of_learner
 from .members import Member, Members, check_named, shown_of
 from .mixes import Mix
@@ -280,7 +280,7 @@ class AdapterPool:
                     raise refused("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
                 if in_model:  # at its present strength
                     former = snapshot(self._room, self._members)
-                    change = change_to(self._room, as_now(self._room, self._members, former, {member: packed}))
+                    change = change_to_snapshot(self._room, as_now(self._room, self._members, former, {member: packed}))
                 else:
                     change = begin_change(self._room.slot)
                 self._members.make_space(member, packed, updated=True)
@@ -523,7 +523,7 @@ class AdapterPool:
     def _put_back(self, former: Packed) -> None:
         packed = as_now(self._room, self._members, former)
         with self._writing():
-            apply([change_to(self._room, packed)], tell=self._tell)
+            apply([change_to_snapshot(self._room, packed)], tell=self._tell)
 
     # ---- turns
 
