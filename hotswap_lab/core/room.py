@@ -252,7 +252,7 @@ class Room:
             scalings[:, 0] = state.scalings * strength
         return scalings
 
-    def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
+    def change_to_packed(self, packed: Packed, strength: float = 1.0) -> Change:
         """The change that puts a packed adapter in. The room must be intact."""
         taken = list(map(len, packed.bands))
         change = self._change(packed.state, None, taken, taken)

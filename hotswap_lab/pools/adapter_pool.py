@@ -355,7 +355,7 @@ class AdapterPool:
                         check_strength(strength, self._room.slot)
                     # looked up here: another adapter may have this name by now
                     packed = self._packed(name) if is_mix else members.packed(members[name])
-                    change = self._room.change_to(packed, strength)
+                    change = self._room.change_to_packed(packed, strength)
                     change.steps += steps
                     apply([change], tell=self._tell)
         except HotswapError:

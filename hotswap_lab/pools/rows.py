@@ -190,8 +190,8 @@ class RowRoom(Room):
 
     # ---- one adapter for all rows
 
-    def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
-        change = super().change_to(packed, strength)
+    def change_to_packed(self, packed: Packed, strength: float = 1.0) -> Change:
+        change = super().change_to_packed(packed, strength)
         for band, own in zip(self.bands, packed.bands, strict=True):
             others = self._all(band.memory)[1:]
             change.copies.append((others, own.expand(others.shape)))
