@@ -265,7 +265,7 @@ def change_layer_by_layer(plan: Plan) -> Change:
     slot, room = plan.slot, plan.slot.room
     adds = Action.ADD in [layer.action for layer in plan.layers]
     if room is not None and not adds:
-        change = room.change_around([layer.settings for layer in plan.layers], plan.config)
+        change = room.change_without_weights([layer.settings for layer in plan.layers], plan.config)
         for each in plan.layers:
             room.write(each.layer, each.rank_after, each.sources, change)
         return change

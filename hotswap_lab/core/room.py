@@ -263,7 +263,7 @@ class Room:
         write_scalings(change, self.scalings, self.slot.adapter_name, scalings)
         return change
 
-    def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
+    def change_without_weights(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
         """The change for a swap without the weights, which :meth:`write` then adds layer by layer."""
         state = State(tuple(settings), config)
         change = self._change(state, config, *self.components_for(state))

@@ -197,8 +197,8 @@ class RowRoom(Room):
             change.copies.append((others, own.expand(others.shape)))
         return self._for_all(change, packed.state)
 
-    def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
-        change = super().change_around(settings, config)
+    def change_without_weights(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
+        change = super().change_without_weights(settings, config)
         for band in self.bands:
             change.zero(self._all(band.memory)[1:])
         return self._for_all(change, State(tuple(settings), config))
