@@ -197,7 +197,7 @@ def plan_with_fresh_load(begun: Plan) -> FreshPlan:
     """Plan a swap by comparing the live model with a fresh load of the new adapter, whatever was planned so far."""
     given: dict[str, Any] = {name: getattr(begun, name) for name in GIVEN}
     plan = FreshPlan(
-        **given, config=copy.deepcopy(begun.adapter.config), make_change=change_from_graft, is_decided=True
+        **given, config=copy.deepcopy(begun.adapter.config), change_maker=change_from_graft, is_decided=True
     )
     slot, name = plan.slot, plan.slot.adapter_name
     if holds_shards(slot.host.base):

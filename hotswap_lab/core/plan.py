@@ -120,7 +120,7 @@ class Plan:
     adapter: Adapter
     config: Config
     #: makes the change to write; called only if nothing was refused
-    make_change: Callable[[Plan], Change]
+    change_maker: Callable[[Plan], Change]
     #: the compiled modules and functions in the model
     compiled: list[object]
     add_layers: bool = False
@@ -172,7 +172,7 @@ class Plan:
         adapter, noted = self.adapter, vars(self.config)
         noted[ORIGIN], noted[WHEN] = (adapter.source, adapter.revision, adapter.file), time.time()
         with self.slot.write_mode(), torch.no_grad():
-            return self.make_change(self)
+            return self.change_maker(self)
 
     @property
     def answer(self) -> tuple[object, ...]:
