@@ -123,7 +123,7 @@ class AskedChat(Asked):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
 
-class Watched:
+class Middleware:
     """ASGI middleware that refuses a request with a longer body, also without a length, and measures answers."""
 
     def __init__(self, app: Any, most: int, metrics: Metrics):
@@ -171,7 +171,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     """
     api = FastAPI(title="hotswap_lab")
     metrics = Metrics()
-    api.add_middleware(Watched, most=64 * (longest_prompt or 1024) + 2**16, metrics=metrics)
+    api.add_middleware(Middleware, most=64 * (longest_prompt or 1024) + 2**16, metrics=metrics)
 
     @api.exception_handler(HotswapError)
     @api.exception_handler(RequestValidationError)
