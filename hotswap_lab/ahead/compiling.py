@@ -21,7 +21,7 @@ from ..core.errors import HotswapError, listing, refused
 from ..core.report import readable_bytes
 from ..core.slot import room_of
 from ..pools.rows import RowRoom
-from ..threads import held
+from ..threads import locked
 from . import file
 from .live import Place, copied, facts_of, form_of, kept, named, places_in, prepared
 from .loading import AheadModel, input_form
@@ -100,7 +100,7 @@ def aoti_compile(
     room = room_of(host.base, name)
     rows = room.exporting() if isinstance(room, RowRoom) else contextlib.nullcontext()
     # an export puts other tensors into the model while it runs
-    with torch.no_grad(), held(host.base), rows:
+    with torch.no_grad(), locked(host.base), rows:
         if repeated_blocks:
             programs = _blocks(top, room, given, dynamic_shapes is not None)
         else:
@@ -121,7 +121,7 @@ def aoti_compile(
         values |= {f"{n}:{k}": v for n, p in enumerate(programs.values()) for k, v in _lifted(p).items()}
         file.add(built, notes, values)
         compiled, proving = time.monotonic() - start - exported, time.monotonic()
-        with held(host.base):
+        with locked(host.base):
             AheadModel(built, host, notes, values, given)
         os.replace(built, path)
     if progress:

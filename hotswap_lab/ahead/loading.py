@@ -21,7 +21,7 @@ from ..core.slot import room_of
 from ..pools.batch import PART
 from ..pools.proof import size_of
 from ..pools.rows import RowRoom
-from ..threads import held
+from ..threads import locked
 from .file import Tensors, inputs_in, read
 from .live import Place, Watched, facts_of, form_of, named, places_in, prepared, top_of
 from .proof import prove as prove_code
@@ -69,7 +69,7 @@ def aoti_load(path: str | os.PathLike[str], model: Any, *, prove: bool = True) -
         found = listing(f"{type(top_of(each)).__name__} with {', '.join(each.configs)}" for each in hosts)
         raise refused("ahead_other_model", found=found or "no adapter", expected=f"{notes['base']} with {name!r}")
     journal = Journal()
-    with held(host.base):
+    with locked(host.base):
         try:
             if room_of(host.base, name) is None:
                 apply(changes_to_prepare(METHODS, host.root, [], adapter_name=name, ranks=notes["ranks"]), journal)

@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from ..core.host import PEFT_PREFIX, Host, canonical_path
 from ..core.journal import interrupts_held
 from ..core.tensors import are_interchangeable
-from ..threads import held
+from ..threads import locked
 from .base_twin import BaseTwin, make_base_twin
 from .guards import compilers_kept, memory_guard, random_numbers_kept, take_out
 
@@ -76,7 +76,7 @@ def load_fresh_adapter(
     taken_out = take_out(config)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     # quantized weights have no twins, so PEFT sets `requires_grad` of the live ones, while no other thread may compute
-    with held(host.base) if twin.shared else contextlib.nullcontext(), warnings.catch_warnings():
+    with locked(host.base) if twin.shared else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         memory = memory_guard(host.base, tensors.values())
         try:

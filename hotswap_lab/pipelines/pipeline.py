@@ -25,7 +25,7 @@ from ..core.prepare import changes_to_prepare, slots_to_prepare
 from ..core.slot import slot_for
 from ..files.reading import Adapter
 from ..swap import carry_out, commit, refusals_told
-from ..threads import bases_of, held
+from ..threads import bases_of, locked
 from .lora_files import check_pipeline, components_of, read_pipeline_lora
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def hotswap_pipeline(
     """
     with refusals_told(pipe, adapter_name):
         adapters = _read(pipe, source, allow_nonfinite, kwargs)
-        with held(*bases_of(pipe)):
+        with locked(*bases_of(pipe)):
             plan = _decide(pipe, adapters, adapter_name, components, add_layers)
             plan.raise_if_refused()
             carry_out(list(plan.plans.values()))
@@ -298,7 +298,7 @@ def prepare_pipeline_for_compiled_hotswap(
         if refusals := [each for model in loaded.values() for each in _offloading(model)]:
             raise HotswapError(*refusals)
         # under one lock, so that no thread computes with a pipeline of which only some components are prepared
-        with held(*bases_of(pipe)):
+        with locked(*bases_of(pipe)):
             changes = [changes_to_prepare(METHODS, model, families[name], **options) for name, model in loaded.items()]
             slots = (slot for model in loaded.values() for slot in slots_to_prepare(METHODS, model, adapter_name))
             apply([change for of_one in changes for change in of_one], tell=lambda: tell("prepare", slots))

@@ -29,7 +29,7 @@ from ..core.slot import Slot, begin_change, room_of, slot_for
 from ..core.strength import check_strength
 from ..files.reading import read
 from ..swap import get_strength, refusals_told, warn_of
-from ..threads import Block, held, put_back
+from ..threads import Block, locked, put_back
 from .former import as_now, change_to_snapshot, is_in, is_used, owner_in, row_of, snapshot, weights_of
 from .learners import of_learner
 from .members import Member, Members, check_named, shown_of
@@ -128,18 +128,18 @@ class AdapterPool:
         self._told = partial(refusals_told, model, self.adapter_name)
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
         base = self._check_kind(slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)).host.base
-        with self._told(), held(base, computing=True):
+        with self._told(), locked(base, computing=True):
             way_back = Journal()
             try:
                 family = [read(source, only_config=True, **hub) for source in adapters.values()]
-                with held(base):
+                with locked(base):
                     needs: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
                     needs |= dict(adapter_name=self.adapter_name, extra_tensors=module_tensors, kind=kind)
                     apply(changes_to_prepare(METHODS, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
                 if base_weights is not None:
                     off = self._room.change_strength(0).copies
-                    with held(base):
+                    with locked(base):
                         apply([change_to_originals(self._room.slot, base_weights, off)], way_back)
                 self._fill(adapters.items(), progress)
                 self._tell = partial(tell, "swap", [self._room.slot])
@@ -349,7 +349,7 @@ class AdapterPool:
             with self._turn() if is_slow else contextlib.nullcontext():
                 if is_slow:
                     self._packed(name)  # while others go on computing
-                with held(self._room.slot.host.base), members.lock:
+                with locked(self._room.slot.host.base), members.lock:
                     self._check_room()
                     if strength != 1:
                         check_strength(strength, self._room.slot)
@@ -529,12 +529,12 @@ class AdapterPool:
 
     def _turn(self) -> AbstractContextManager:
         """Keep other threads from swapping; they may go on computing."""
-        return held(self._room.slot.host.base, computing=True)
+        return locked(self._room.slot.host.base, computing=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Keep other threads from computing and from changing the pool. Not for work that takes long."""
-        with held(self._room.slot.host.base), self._members.lock:
+        with locked(self._room.slot.host.base), self._members.lock:
             self._check_room()
             yield
 
@@ -579,5 +579,5 @@ class AdapterPool:
 
 
 def _roll_back(journal: Journal, base: torch.nn.Module) -> None:
-    with held(base):
+    with locked(base):
         journal.roll_back()

@@ -3,7 +3,7 @@
 A swap writes for a moment (milliseconds). A forward pass in another thread would then read some layers of the old
 adapter and some of the new one. A thread that computes while others may swap says so: ``with in_use(model): ...``. A
 swap then waits until no thread is inside, and a thread that comes later waits for the swap. Swaps take turns by
-themselves: all code that changes a model uses :func:`held`, and :mod:`hotswap_lab.threads.turns` decides who waits.
+themselves: all code that changes a model uses :func:`locked`, and :mod:`hotswap_lab.threads.turns` decides who waits.
 
 A turn belongs to its block, and any thread may end it: servers enter a block in one thread and leave it in another.
 """
@@ -146,7 +146,7 @@ def bases_of(model: object) -> list[torch.nn.Module]:
     return bases
 
 
-def held(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
+def locked(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
     """Keep other threads out of base models for the length of a block, and wait for them first. May be nested.
 
     Parameters
@@ -156,7 +156,7 @@ def held(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextMan
 
     Examples
     --------
-    >>> with held(torch.nn.Linear(2, 2)):
+    >>> with locked(torch.nn.Linear(2, 2)):
     ...     "decide, and write"
     'decide, and write'
     """

@@ -15,7 +15,7 @@ from ..core.host import find_host, name_in
 from ..pools.adapter_pool import AdapterPool
 from ..pools.members import check_named
 from ..swap import get_strength, hotswap_adapter, set_strength
-from ..threads import bases_of, held
+from ..threads import bases_of, locked
 
 
 class ModelSwitch:
@@ -58,7 +58,7 @@ class ModelSwitch:
     def swap(self, name: str) -> None:
         if name not in self.adapters:
             raise refused("no_adapter_of_this_name", name=name, adapters=", ".join(map(repr, self.adapters)))
-        with held(*bases_of(self.model), computing=True):  # no swap by another thread before the config is read
+        with locked(*bases_of(self.model), computing=True):  # no swap by another thread before the config is read
             hotswap_adapter(self.model, self.adapters[name], self.adapter_name, add_layers=True)
             self._last = name, config_of(self)
 

@@ -12,7 +12,7 @@ from ..figures import Canvas, Figure
 from ..figures.palette import INK, MUTED, OFF, adapter_color, mix
 from ..figures.png import address, png
 from ..swap import hotswap_adapter, prepare_model_for_compiled_hotswap, resolve_slot
-from ..threads import bases_of, held
+from ..threads import bases_of, locked
 from .view import FITS, w
 from .work import WorkingView
 
@@ -85,7 +85,7 @@ class WriteScrubber(WorkingView):
         self._run(partial(self._go, step))
 
     def _go(self, step: int) -> None:
-        with held(*bases_of(self.model)), torch.no_grad():
+        with locked(*bases_of(self.model)), torch.no_grad():
             # the swap itself, or back to the start, and from there a part of the write
             hotswap_adapter(self.model, demo.adapter_path(self.names[step == self.steps]), "default")
             for tensor, (new, _) in zip(self._slot.tensors, self._ends[1], strict=True):
