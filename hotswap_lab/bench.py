@@ -482,7 +482,7 @@ def measure_starts(rounds: int, say: Callable[[str], object] = lambda text: None
     return [start_row(way, each) for way, each in results.items()]
 
 
-def start_row(way: str, results: Sequence[Mapping[str, Any]]) -> Row:
+def start_row(way: str, results: Sequence[Mapping[str, Any]]) -> Measured:
     """Make one line of the table from the results of one way's processes. Its state and note are those of the worst."""
     worst = min(results, key=lambda each: ("refused", "wrong", "right").index(each["state"]))
     timing = None if worst["state"] == "refused" else Timing.of([each["first"] for each in results])

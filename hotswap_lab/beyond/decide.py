@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftType
 
+from ..core.adapter import LOST_ORIGINALS
 from ..core.change import Change, clear_gradients
 from ..core.errors import listing
 from ..core.host import canonical_path
@@ -27,7 +28,7 @@ from ..core.slot import Slot, SlotLayer, begin_change
 from ..core.telling import write_scalings
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
-from .base_values import LOST, ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals
+from .base_values import ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
@@ -178,7 +179,7 @@ def _note(plan: FreshPlan, originals: dict[str, torch.Tensor], journal: Journal)
     for parameter, value in graft.requires_grad:
         journal.set_attribute(parameter, "requires_grad", value)
     journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: originals})
-    plan.config.__dict__[LOST] = graft.base.lost
+    plan.config.__dict__[LOST_ORIGINALS] = graft.base.lost
     keep_targets(plan.slot, plan.targets, plan.config, journal)
     if graft.unwrapped:
         former = former_layers(host.base, name).union(graft.unwrapped)

@@ -16,6 +16,9 @@ from .tensors import is_finite
 #: attributes of a config in a model: its adapter's source, revision and file; when a swap put it in; and the base model
 #: that the config of the first adapter names, before any swap
 ORIGIN, WHEN, BASE = "_hotswap_origin", "_hotswap_when", "_hotswap_base"
+#: attribute of a config that a swap put into a model: the names of base weights whose originals are lost, as
+#: ``beyond.base_values`` knows them. A config that PEFT put there lacks it: the file may have overwritten any weight
+LOST_ORIGINALS = "_hotswap_lost"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

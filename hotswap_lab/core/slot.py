@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from . import lora
-from .adapter import BASE, ORIGIN
+from .adapter import BASE, LOST_ORIGINALS, ORIGIN
 from .change import Change
 from .host import PEFT_PREFIX, Config, Host, TunerLayer, find_host, modules_in
 from .journal import Journal
@@ -298,8 +298,8 @@ def follow(change: Change, slot: Slot, config: Config, is_kept: bool) -> None:
     if live is not vars(config):  # later adapters are compared with the first one's base model, not with this one's
         vars(config)[BASE] = live.get(BASE, live["base_model_name_or_path"])
     # the method has seen this model before, and what it noted then still holds
-    if is_kept and lora.NOTED in live and not slot.reads_base:
-        vars(config)[lora.NOTED] = live[lora.NOTED]
+    if is_kept and LOST_ORIGINALS in live and not slot.reads_base:
+        vars(config)[LOST_ORIGINALS] = live[LOST_ORIGINALS]
     else:
         change.steps.append(partial(slot.method.follow, slot, config))
 
