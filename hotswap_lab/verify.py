@@ -34,6 +34,7 @@ from .core.adapter import Adapter
 from .core.errors import refused
 from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
 from .core.journal import Journal
+from .core.settings import PROVENANCE
 from .core.slot import Slot
 from .core.wrappers import has_adapter, inside, is_wrapper
 from .figures.equality import Figure, Layer, equality
@@ -41,9 +42,6 @@ from .files.reading import find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
 from .swap import resolve_slot
 from .threads import in_use
-
-#: config fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them
-PROVENANCE = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 
 #: how far outputs may differ, relative to the largest output, by the precision they were computed in
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
