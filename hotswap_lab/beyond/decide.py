@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..core.adapter import LOST_ORIGINALS
 from ..core.change import Change, clear_gradients
@@ -23,7 +24,7 @@ from ..core.journal import Journal
 from ..core.lora import HEADS
 from ..core.memory import overlaps_in
 from ..core.plan import Plan
-from ..core.planner import adaptable, check_compiled, misfits
+from ..core.planner import adaptable, check_compiled, misfits, only_for
 from ..core.slot import Slot, SlotLayer, begin_change
 from ..core.telling import write_scalings
 from ..core.tensors import have_same_values, is_prepared
@@ -309,3 +310,24 @@ def _check_complete(plan: Plan, fresh: FreshAdapter) -> None:
         plan.refuse("keys_ignored", keys=keys, count=count, targets=targets)
     if fresh.missing:
         plan.refuse("adapter_incomplete", missing=listing(fresh.missing, 3))
+
+
+# ---- checks
+
+
+@only_for(lambda slot, _: slot.reads_base)
+def check_base(plan: Plan) -> None:
+    """Refuse to turn DoRA off where another adapter is merged: the magnitude becomes the norm of the base weights."""
+    off = {id(each.layer.module.get_base_layer()) for each in plan.layers if each.settings is None}
+    # layers of other methods may wrap these
+    tuners = [module for module in plan.slot.host.base.modules() if isinstance(module, BaseTunerLayer)]
+    around = [module for module in tuners if id(module.get_base_layer()) in off]
+    if others := sorted({name for module in around for name in module.merged_adapters}):
+        plan.refuse("merged_beside", adapter_name=plan.slot.adapter_name, others=listing(map(repr, others)))
+
+
+def check_arrow(plan: Plan) -> None:
+    """Refuse to swap an expert of an Arrow router, which keeps the prototypes that it computed from the old expert."""
+    configs = plan.slot.host.configs
+    if routers := [name for name in configs if getattr(configs[name], "arrow_config", None)]:
+        plan.refuse("expert_of_arrow_router", adapter_name=plan.slot.adapter_name, routers=listing(map(repr, routers)))

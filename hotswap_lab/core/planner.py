@@ -17,6 +17,7 @@ import torch
 from . import lora
 from .adapter import Adapter
 from .added_layers import adaptable, build_added_layers
+from .checks import check_containers, check_prefixes, correct_fan_in_fan_out, note_missing_targets, note_other_base
 from .compiled import blind_spot, compiled_in, frozen, guards_are_skipped
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
@@ -301,7 +302,9 @@ LORA: tuple[Method, ...] = (Lora(),)
 #: the passes that decide a swap of plain LoRA, in the order in which they run
 LORA_PASSES: tuple[Pass, ...] = (
     check_configs,
+    check_prefixes,
     keep_sources_apart,
+    note_other_base,
     stop_if_refused,
     complete_config,
     check_slot,
@@ -311,6 +314,9 @@ LORA_PASSES: tuple[Pass, ...] = (
     plan_leftovers,
     keep_targets_apart,
     check_capacity,
+    check_containers,
+    correct_fan_in_fan_out,
+    note_missing_targets,
     check_compiled,
     retarget_config,
     check_that_it_does_something,
