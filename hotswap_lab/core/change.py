@@ -12,8 +12,6 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -88,8 +86,10 @@ def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Calla
     At the end, ``tell`` is called if the log is on: see :func:`hotswap_lab.core.loaded.tell`.
     """
     journal = Journal() if journal is None else journal
-    copies = list(chain.from_iterable(map(attrgetter("copies"), changes)))
-    inference = True in map(attrgetter("inference"), changes)
+    copies, inference = [], False
+    for change in changes:
+        copies += change.copies
+        inference = inference or change.inference
     with interrupts_held(), torch.inference_mode(inference), torch.no_grad():
         try:
             for change in changes:
@@ -109,8 +109,10 @@ def _write(change: Change, journal: Journal) -> None:
         if change.resizes:
             give_memory(change.resizes, journal)
             mark_changed(change.tables, journal)
-        for name in set(map(itemgetter(1), change.sizes)):
-            sized = [(owner.__dict__, size) for owner, attribute, size in change.sizes if attribute == name]
+        by_name: dict[str, list[tuple[dict[str, Any], int | None]]] = {}
+        for owner, attribute, size in change.sizes:
+            by_name.setdefault(attribute, []).append((owner.__dict__, size))
+        for name, sized in by_name.items():
             journal.set_items([table for table, _ in sized], name, [size for _, size in sized])
         for step in (*change.steps, *change.last_steps):
             step(journal)

@@ -41,12 +41,12 @@ def _containers_named(slot: Slot, config: Config) -> list[tuple[str, str]]:
 
 def correct_fan_in_fan_out(plan: Plan) -> None:
     """Set ``fan_in_fan_out`` as PEFT leaves it: true if the last layer that it puts LoRA on is a ``Conv1D``."""
-    on = [each for each in plan.layers if each.settings is not None]
+    layers = plan.layers
     if plan.slot.once(_has_conv1d):  # added layers come last, wherever they are in the model
         order = {path: number for number, (path, _) in enumerate(plan.slot.walk)}
-        on.sort(key=lambda each: order[each.path])
-    for each in reversed(on):
-        if isinstance(base := each.layer.module.get_base_layer(), STORED):
+        layers = sorted(layers, key=lambda each: order[each.path])
+    for each in reversed(layers):
+        if each.settings is not None and isinstance(base := each.layer.module.get_base_layer(), STORED):
             plan.config.fan_in_fan_out = isinstance(base, Conv1D)
             return
 

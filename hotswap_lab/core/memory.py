@@ -31,10 +31,10 @@ def overlaps_in(slot: Slot, *_: object) -> list[list[SlotTensor]]:
     """The tensors of a slot that overlap in memory, in groups. The spans of a room never do."""
     if slot.room is not None:
         return []
-    tensors = slot.tensors
+    found = list(zip(slot.parameters, slot.tensors, strict=True))
     if not slot.method.is_lora:  # in LoRA, one parameter in two layers is the user's doing
-        tensors = list(dict(zip(slot.parameters, tensors, strict=True)).values())
-    return [[tensors[number] for number in group] for group in overlapping([each.parameter for each in tensors])]
+        found = list(dict(found).items())
+    return [[found[number][1] for number in group] for group in overlapping([each for each, _ in found])]
 
 
 def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
@@ -130,12 +130,12 @@ def overwritten(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> list[Refusal
     # a room has moved the parameters away from the caller's tensors
     if slot.room is not None or WHEN not in vars(slot.config) or not (own := own_tensors(slot, tensors)):
         return []
-    live = {_plain_name(slot, key): each for key, each in _named_tensors(slot)}
+    live = {_plain_name(slot, key): _view(each) for key, each in _named_tensors(slot)}
     found = []
     for key, source in own.items():
         # prompts have other names in a file
         targets = [live[name]] if (name := _plain_name(slot, key)) in live else live.values()
-        if True in [_is_same_view(source, target) for target in targets]:
+        if _view(source) in targets:
             found.append(key)
     where = slot.adapter_name
     return [refusal("source_overwritten", count=len(found), key=key, adapter_name=where) for key in found[:1]]
@@ -163,9 +163,8 @@ def _plain_name(slot: Slot, key: str) -> str:
     return ".".join(part for part in canonical_path(key).split(".") if part not in left_out)
 
 
-def _is_same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
-    views = [(each.data_ptr(), each.shape, each.stride()) for each in (one, other)]
-    return views[0] == views[1]
+def _view(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _storage(tensor: torch.Tensor) -> int | None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import repeat
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -152,9 +150,11 @@ def _plan_layer(
     action: Action | None = None,
 ) -> None:
     """Plan one layer and take its tensors out of ``tensors``; ``action`` overrides the one that the shapes imply."""
-    sources = tuple(map(tensors.pop, layer.keys, repeat(None)))
-    shapes = list(map(getattr, sources, repeat("shape"), repeat(None)))
-    settings = expected.settings
+    settings, sources, shapes = expected.settings, [], []
+    for key in layer.keys:
+        source = tensors.pop(key, None)
+        sources.append(source)
+        shapes.append(None if source is None else source.shape)
     if shapes == expected.shapes and (expected.is_targeted or not plan.check_targets):
         if action is None:
             is_same = settings.rank == layer.tensors[0].capacity
@@ -164,7 +164,7 @@ def _plan_layer(
     else:
         plan.refusals.append(_what_is_wrong(plan, layer, shapes, expected))
         return
-    plan.layers.append(LayerPlan(layer, action, before, settings, sources, expected.is_targeted))
+    plan.layers.append(LayerPlan(layer, action, before, settings, tuple(sources), expected.is_targeted))
 
 
 def _what_is_wrong(plan: Plan, layer: SlotLayer, shapes: list[torch.Size | None], expected: Expected) -> Refusal:
@@ -290,8 +290,8 @@ def retarget_config(plan: Plan) -> None:
 
 def check_that_it_does_something(plan: Plan) -> None:
     """Refuse an adapter whose tensors are for no layer of the slot."""
-    if not plan.refusals and plan.adapter.tensors and not any(map(attrgetter("settings"), plan.layers)):
-        keys, paths = map(repr, plan.adapter.tensors), [repr(layer.path) for layer in plan.slot.layers]
+    if not plan.refusals and plan.adapter.tensors and not any(layer.settings for layer in plan.layers):
+        keys, paths = [repr(key) for key in plan.adapter.tensors], [repr(layer.path) for layer in plan.slot.layers]
         plan.refuse("nothing_for_any_layer", keys=listing(keys, 2), paths=listing(paths, 2))
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,8 +30,6 @@ from .tensors import SlotTensor, is_shared, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
-_requires_grad, _version, _address = attrgetter("requires_grad"), attrgetter("_version"), torch.Tensor.data_ptr
-_parameter = attrgetter("parameter")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +137,7 @@ class Room:
         self._views = [self.view(tensor) for tensor in tensors]
         #: of modules that are saved with the adapter: moving a buffer puts another one in its place
         self._extra = [tensor for tensor in tensors if tensor not in own]
-        self._of_extra = list(map(_parameter, self._extra))
+        self._of_extra = [tensor.parameter for tensor in self._extra]
         self._addresses, self._bases = [], []
         self.slot.settle()
         self._versions = self._versions_now()
@@ -159,26 +155,30 @@ class Room:
         """Whether the model's parameters are still views of this memory, on layers that are still in the model."""
         slot, name = self.slot, self.slot.adapter_name
         kept = slot.host.base.__dict__.get(SLOTS, {}).get(name)
-        return (
-            kept is not None
-            and kept.room is self
-            and name in slot.host.configs
-            and slot.is_in_place()
-            and list(map(_address, self._parameters)) == self._addresses_now()
-            and all(map(operator.is_, map(_parameter, self._extra), self._of_extra))
-        )
+        if kept is None or kept.room is not self or name not in slot.host.configs or not slot.is_in_place():
+            return False
+        for tensor, parameter in zip(self._extra, self._of_extra, strict=True):
+            if tensor.parameter is not parameter:
+                return False
+        # a generator would be called once for each tensor
+        for parameter, address in zip(self._parameters, self._addresses_now(), strict=True):
+            if parameter.data_ptr() != address:
+                return False
+        return True
 
     def _addresses_now(self) -> list[int]:
         """The addresses that the parameters must have: ``share_memory`` moves the memory, with all views of it."""
-        bases = list(map(_address, self._memories))
+        bases = []
+        for memory in self._memories:
+            bases.append(memory.data_ptr())
         if bases != self._bases:
-            self._bases, self._addresses = bases, list(map(_address, self._views))
+            self._bases, self._addresses = bases, [view.data_ptr() for view in self._views]
         return self._addresses
 
     @property
     def is_shared(self) -> bool:
         """Whether other processes may see what is written here."""
-        return any(map(is_shared, self._memories))
+        return any(is_shared(memory) for memory in self._memories)
 
     @property
     def is_touched(self) -> bool:
@@ -187,7 +187,10 @@ class Room:
 
     def _versions_now(self) -> int:
         """The sum of all version counters. It shows any write, since no counter ever decreases."""
-        return 0 if self.slot.is_inference else sum(map(_version, self._parameters))
+        total = 0
+        for parameter in () if self.slot.is_inference else self._parameters:
+            total += parameter._version
+        return total
 
     def _note_write(self, journal: Journal) -> None:
         """Note the version counters, so that they show when other code writes from now on."""
@@ -312,7 +315,10 @@ class Room:
     def _enter(self, state: State, config: Config, used: list[int], journal: Journal) -> None:
         slot, before = self.slot, self.state
         self._note_write(journal)
-        if is_trained := True in map(_requires_grad, self._parameters):
+        is_trained = False
+        for parameter in self._parameters:
+            is_trained = is_trained or parameter.requires_grad
+        if is_trained:
             clear_gradients(self._parameters, journal)
         journal.set_item(slot.host.configs, slot.adapter_name, config)
         journal.set_item(self.__dict__, "state", state)
