@@ -198,9 +198,8 @@ def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
 def plan_with_fresh_load(begun: Plan) -> FreshPlan:
     """Plan a swap by comparing the live model with a fresh load of the new adapter, whatever was planned so far."""
     given: dict[str, Any] = {name: getattr(begun, name) for name in GIVEN}
-    plan = FreshPlan(
-        **given, config=copy.deepcopy(begun.adapter.config), change_maker=change_from_graft, is_decided=True
-    )
+    config = copy.deepcopy(begun.adapter.config)
+    plan = FreshPlan(**given, config=config, change_maker=change_from_graft, is_decided=True)
     slot, name = plan.slot, plan.slot.adapter_name
     if holds_shards(slot.host.base):
         plan.refuse("sharded_beyond")
@@ -220,12 +219,8 @@ def plan_with_fresh_load(begun: Plan) -> FreshPlan:
         elif any(is_prepared(layer.module, name) for layer in slot.layers):
             # the advice that prepare_model_for_compiled_hotswap would give for this adapter
             apart = [] if isinstance(slot.method, General) else misfits(slot, plan.adapter, in_graph=True)
-            plan.refuse(
-                "prepared_other_kind",
-                count=len(graft.differences),
-                found=found,
-                next_step=apart[0].next_step if apart else IN_TIME,
-            )
+            next_step = apart[0].next_step if apart else IN_TIME
+            plan.refuse("prepared_other_kind", count=len(graft.differences), found=found, next_step=next_step)
         check_parallel_training(plan, len(graft.layers), "another shape at the model")
     check_compiled(plan)
     return plan

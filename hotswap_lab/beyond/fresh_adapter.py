@@ -94,14 +94,10 @@ def load_fresh_adapter(
     if twin.was_changed():
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
     vars(model.peft_config[adapter_name]).update(taken_out)
-    return FreshAdapter(
-        model.eval() if config.inference_mode else model,
-        twin,
-        base_values,
-        twins,
-        origins,
-        *_mismatches(model, tensors, file.keys(), adapter_name, result),
-    )
+    if config.inference_mode:
+        model.eval()
+    unexpected, missing = _mismatches(model, tensors, file.keys(), adapter_name, result)
+    return FreshAdapter(model, twin, base_values, twins, origins, unexpected, missing)
 
 
 def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, result) -> tuple[list[str], list[str]]:
@@ -140,9 +136,9 @@ def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: 
         base_values.update({base_keys[key]: state_dict.pop(key) for key in here})
         # a tensor that PEFT has converted is another object by now, and gets no origin
         now = dict(_named_tensors(model))
-        origins.update(
-            {keys[id(each)]: now[key] for key, each in state_dict.items() if id(each) in keys and key in now}
-        )
+        for key, each in state_dict.items():
+            if id(each) in keys and key in now:
+                origins[keys[id(each)]] = now[key]
 
     handle = model.register_load_state_dict_pre_hook(keep_apart)
     try:

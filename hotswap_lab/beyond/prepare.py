@@ -62,12 +62,9 @@ def rank_for(config: object, path: str) -> int:
 
 def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
     if slot.config.peft_type not in PADDABLE:
-        yield refusal(
-            "type_not_preparable",
-            kind=slot.config.peft_type.value,
-            adapter_name=slot.adapter_name,
-            others=", ".join(sorted(each.value for each in PADDABLE if each != PeftType.LORA)),
-        )
+        others = ", ".join(sorted(each.value for each in PADDABLE if each != PeftType.LORA))
+        kind = slot.config.peft_type.value
+        yield refusal("type_not_preparable", kind=kind, adapter_name=slot.adapter_name, others=others)
         return
     for adapter in family:
         yield from misfits(slot, adapter, in_graph=True)

@@ -24,6 +24,8 @@ from .slot import Slot, SlotLayer
 
 #: the attributes of a base model by which PEFT chooses the class of a LoRA layer
 CHOOSES_CLASS = {"is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized", "quantization_method", "hf_quantizer"}
+#: the fields of a config that are about other modules than those that get layers here
+ELSEWHERE = ("layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save", "trainable_token_indices")
 
 
 def adaptable(base: torch.nn.Module, key: str) -> str | None:
@@ -66,13 +68,7 @@ def _build(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLay
     twins.__dict__.update({name: base.__dict__[name] for name in CHOOSES_CLASS & base.__dict__.keys()})
     config.target_modules, config.init_lora_weights = r"\d+", True
     config.rank_pattern = {str(number): rank for number, rank in enumerate(ranks.values())}
-    for field in (
-        "layers_to_transform",
-        "layers_pattern",
-        "exclude_modules",
-        "modules_to_save",
-        "trainable_token_indices",
-    ):
+    for field in ELSEWHERE:
         setattr(config, field, None)
     with slot.write_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

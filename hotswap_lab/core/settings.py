@@ -48,7 +48,7 @@ def _is_pattern(value: Any, is_value: Callable[[Any], bool]) -> bool:
 
 
 def _is_selection(value: Any) -> bool:
-    return value is None or isinstance(value, str) or all(isinstance(each, str) for each in value)
+    return value is None or all(isinstance(each, str) for each in value)  # as is each character of a string
 
 
 def _are_indices(value: Any) -> bool:

@@ -108,13 +108,8 @@ def _given(path: str | os.PathLike[str]) -> Source:
     location = Path(path).expanduser()
     if (location / "config.json").is_file() or (location.is_file() and location.suffix == ".gguf"):
         return Source("path", location)
-    raise refused(
-        "no_smollm2",
-        path=str(path),
-        found="something else" if location.exists() else "nothing",
-        variable=PATH_VARIABLE,
-        ways=WAYS_TO_GET_IT,
-    )
+    found = "something else" if location.exists() else "nothing"
+    raise refused("no_smollm2", path=str(path), found=found, variable=PATH_VARIABLE, ways=WAYS_TO_GET_IT)
 
 
 def _download() -> Source:

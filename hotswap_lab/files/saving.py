@@ -182,14 +182,9 @@ def check_folder(folder: Path) -> None:
 
 def save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Write the adapter next to an older one in the same folder, then replace that one."""
-    with interrupts_held():  # so that Ctrl-C leaves no temporary files behind
-        _save(folder, config, tensors)
-
-
-def _save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     beside = folder / f"{PREFIX}{secrets.token_hex(4)}"
-    new, old = beside / "new", beside / "old"
-    with _cleared_away(beside, [each for each in (folder, *folder.parents) if not each.exists()]):
+    new, old, made = beside / "new", beside / "old", [each for each in (folder, *folder.parents) if not each.exists()]
+    with interrupts_held(), _cleared_away(beside, made):  # so that Ctrl-C leaves no temporary files behind
         for each in (new, old):
             each.mkdir(parents=True)
         write_adapter(new, config, tensors)
@@ -218,13 +213,9 @@ def _exchange(folder: Path, new: Path, old: Path) -> None:
         for name in names:
             os.replace(new / name, folder / name)
     except BaseException:
-        _restore(folder, new, old, names)
+        for name in names:
+            if os.path.lexists(old / name):
+                os.replace(old / name, folder / name)
+            elif not os.path.lexists(new / name):
+                (folder / name).unlink()
         raise
-
-
-def _restore(folder: Path, new: Path, old: Path, names: list[str]) -> None:
-    for name in names:
-        if os.path.lexists(old / name):
-            os.replace(old / name, folder / name)
-        elif not os.path.lexists(new / name):
-            (folder / name).unlink()

@@ -85,13 +85,8 @@ def read_pipeline_lora(
     try:
         handed = _handed_over(pipe, label if is_file else dict(source), arguments)
     except Exception as error:  # diffusers raises many types: no such file, another format, another model's layers
-        raise refused(
-            "pipeline_lora_unreadable",
-            label=label,
-            kind=type(pipe).__name__,
-            error=error,
-            components=listing(components_of(pipe), 9),
-        ) from error
+        kind, parts = type(pipe).__name__, listing(components_of(pipe), 9)
+        raise refused("pipeline_lora_unreadable", label=label, kind=kind, error=error, components=parts) from error
     adapters = {}
     for component, (config, tensors) in handed.items():
         adapter = Adapter.from_state_dict(tensors, config, allow_nonfinite=allow_nonfinite)

@@ -318,14 +318,10 @@ def _decide(
         slot = slot_for(METHODS, find_host(model, adapter_name), adapter_name)
         # A fresh load would create no adapter here. The old config is kept, so that later files still find a slot.
         nothing = Adapter(copy.deepcopy(slot.config), {}, next(iter(adapters.values())).source)
-        plan = make_plan(
-            slot,
-            adapters.get(name, nothing),
-            passes=PASSES,
-            add_layers=add_layers,
-            # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
-            check_targets=not hasattr(type(slot.host.base), "load_lora_adapter"),
-        )
+        adapter = adapters.get(name, nothing)
+        # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
+        checks = not hasattr(type(slot.host.base), "load_lora_adapter")
+        plan = make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, check_targets=checks)
         plan.refusals += _offloading(model)
         plans[name] = plan
     return PipelinePlan(plans)
@@ -340,12 +336,8 @@ def _with_adapter(
     names = {key: sorted({name for host in carriers(model) for name in host.configs}) for key, model in models.items()}
     loaded = {key: models[key] for key in chosen if names.get(key) and adapter_name in (None, *names[key])}
     if not loaded or set(chosen) - models.keys():
-        raise refused(
-            "not_in_pipeline",
-            adapter_name=adapter_name,
-            chosen=listing(chosen),
-            loaded="; ".join(f"{key}: {listing(map(repr, each)) or 'no adapter'}" for key, each in names.items()),
-        )
+        there = "; ".join(f"{key}: {listing(map(repr, each)) or 'no adapter'}" for key, each in names.items())
+        raise refused("not_in_pipeline", adapter_name=adapter_name, chosen=listing(chosen), loaded=there)
     return loaded
 
 

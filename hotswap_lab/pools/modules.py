@@ -60,11 +60,8 @@ def taken_apart(
             raise refused("module_differs", key=each.key, found=found, expected=tuple(each.parameter.shape))
         sources.append((each, tensor))
     host = dataclasses.replace(slot.host, configs={slot.adapter_name: _without_modules(slot.config)})
-    alone = dataclasses.replace(
-        adapter,
-        config=_without_modules(adapter.config),
-        tensors={key: tensor for key, tensor in adapter.tensors.items() if canonical_path(key) in tensors},
-    )
+    left = {key: tensor for key, tensor in adapter.tensors.items() if canonical_path(key) in tensors}
+    alone = dataclasses.replace(adapter, config=_without_modules(adapter.config), tensors=left)
     return dataclasses.replace(slot, host=host), alone, sources
 
 

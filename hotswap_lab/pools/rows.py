@@ -253,12 +253,9 @@ class RowRoom(Room):
 
         def note(journal: Journal) -> None:
             journal.set_attribute(self, "assigned", rows)
-            for name, value in {
-                "copies": copies,
-                "differs": differs,
-                "acting": frozenset(acting.nonzero().flatten().tolist()),
-            }.items():
-                journal.set_attribute(self.batch, name, value)
+            journal.set_attribute(self.batch, "copies", copies)
+            journal.set_attribute(self.batch, "differs", differs)
+            journal.set_attribute(self.batch, "acting", frozenset(acting.nonzero().flatten().tolist()))
 
         change.steps.append(note)
         return change

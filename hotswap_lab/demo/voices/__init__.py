@@ -89,13 +89,5 @@ def ask_all(
 def _prompt(tokenizer, questions: list[str]) -> dict[str, torch.Tensor]:
     """Token ids of each question in the chat template, padded on the left, as generation needs it."""
     conversations = [[{"role": "user", "content": question}] for question in questions]
-    return dict(
-        tokenizer.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-            padding=True,
-            tokenizer_kwargs={"padding_side": "left"},
-        )
-    )
+    how = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True)
+    return dict(tokenizer.apply_chat_template(conversations, **how, tokenizer_kwargs={"padding_side": "left"}))
