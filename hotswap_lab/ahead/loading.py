@@ -74,9 +74,8 @@ def aoti_load(path: str | os.PathLike[str], model: Any, *, prove: bool = True) -
             if room_of(host.base, name) is None:
                 apply(changes_to_prepare(METHODS, host.root, [], adapter_name=name, ranks=notes["ranks"]), journal)
             prepared(model)
-            return AheadModel(
-                os.fspath(path), host, notes, values, inputs_in(notes["given"], values) if prove else None
-            )
+            given = inputs_in(notes["given"], values) if prove else None
+            return AheadModel(os.fspath(path), host, notes, values, given)
         except BaseException:
             journal.roll_back()
             raise

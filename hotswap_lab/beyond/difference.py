@@ -215,9 +215,8 @@ class _Comparison:
 
     def _check_place(self, path: str, new: list[torch.nn.Module], staying: list[torch.nn.Module]) -> None:
         if new and staying and not (self.is_mixed and isinstance(staying[0], BaseTunerLayer)):
-            kinds = [
-                f"{'tied ' if wrappers.is_tied(each[0]) else ''}{type(each[0]).__name__}" for each in (staying, new)
-            ]
+            first = staying[0], new[0]
+            kinds = [f"{'tied ' if wrappers.is_tied(each) else ''}{type(each).__name__}" for each in first]
             self._refuse(path, f"a {kinds[0]} that stays there, where a {kinds[1]} would have to be put")
         if self.others and any(isinstance(each, LNTuningLayer) for each in (*new, *staying)):
             self._refuse(path, "a layer that fails, unlike a fresh one, where the active adapter is not on it")

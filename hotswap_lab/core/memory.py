@@ -66,10 +66,7 @@ def _span(tensor: torch.Tensor) -> tuple[int, int, int, int]:
     """The first address of a tensor, the one behind its last, its longest stride, and the width that this repeats."""
     size, start = tensor.element_size(), tensor.data_ptr()
     strides = zip(tensor.stride(), tensor.shape, strict=True)
-    *others, (pitch, times) = [
-        (size, 1),
-        *sorted((each * size, count) for each, count in strides if each and count > 1),
-    ]
+    *others, (pitch, times) = [(size, 1), *sorted((each * size, n) for each, n in strides if each and n > 1)]
     width = size + sum(stride * (count - 1) for stride, count in others)
     return start, start + width + pitch * (times - 1), pitch, width
 

@@ -214,6 +214,11 @@ class Room:
         band, span = self.spans[tensor]
         return span.view(band.memory)
 
+    def view_in(self, bands: Sequence[torch.Tensor], tensor: SlotTensor, rank: int | None) -> torch.Tensor:
+        """The tensor of an adapter of this rank in ``bands``, which are those of a :class:`Packed`."""
+        band, span = self.spans[tensor]
+        return tensor.own(span.view(bands[self.bands.index(band)]), rank)
+
     def scaling(self, index: int, device: torch.device) -> torch.Tensor:
         """The scaling of a layer on a device, of shape (1, 1)."""
         return next(each[index : index + 1, :1] for each in self.scalings if each.device == device)
@@ -238,15 +243,12 @@ class Room:
     def pack(self, state: State, sources: Sequence[tuple[SlotTensor, torch.Tensor]]) -> Packed:
         """Lay out an adapter like the room; ``sources`` are its tensors as in its file."""
         _, taken = self.components_for(state)
-        own = {band: new_band(band.memory, number) for band, number in zip(self.bands, taken, strict=True)}
-        pairs = []
-        for tensor, source in sources:
-            band, span = self.spans[tensor]
-            target = tensor.own(span.view(own[band]), tensor.rank_of(source.shape))
-            pairs.append((target, tensor.split(source.detach())))
+        own = tuple([new_band(band.memory, number) for band, number in zip(self.bands, taken, strict=True)])
+        targets = [self.view_in(own, tensor, tensor.rank_of(source.shape)) for tensor, source in sources]
+        values = [tensor.split(source.detach()) for tensor, source in sources]
         with torch.inference_mode(False), torch.no_grad():
-            copy_all(pairs)
-        return Packed(state, tuple(own.values()), self.scalings_of(state))
+            copy_all(list(zip(targets, values, strict=True)))
+        return Packed(state, own, self.scalings_of(state))
 
     def scalings_of(self, state: State, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The scalings of all layers in the room's layout; ``strength`` is one number, or one for each layer."""
@@ -329,9 +331,8 @@ class Room:
                 fields.append(field)
         # what is off must not be trained, even if the user has set `requires_grad` since
         keeps_on = state.on == before.on and not (is_trained and False in state.on)
-        write_settings(
-            slot, slot.layers, state.settings, journal, fields if keeps_on and "dropout" not in fields else None
-        )
+        may_differ = fields if keeps_on and "dropout" not in fields else None
+        write_settings(slot, slot.layers, state.settings, journal, may_differ)
 
 
 def new_band(memory: torch.Tensor, components: int) -> torch.Tensor:

@@ -171,11 +171,8 @@ class Slot:
 
     def _by_module(self) -> dict[torch.nn.Module, list[tuple[str, int]]]:
         """Each layer's parameters: names and ids. A dict, since reserved layers are last, wherever they are."""
-        parameters = iter(self.parameters)
-        return {
-            layer.module: [(tensor.named_key, id(next(parameters))) for tensor in layer.tensors]
-            for layer in self.layers
-        }
+        ids = iter([id(parameter) for parameter in self.parameters])
+        return {layer.module: [(tensor.named_key, next(ids)) for tensor in layer.tensors] for layer in self.layers}
 
     # ---- facts about its layers, valid as long as everything is in place
 

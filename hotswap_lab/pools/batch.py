@@ -175,10 +175,8 @@ class Batch:
         given = given_inputs(arguments, named)
         kinds = {name: kind_of(each) for name, each in given.items()}
         # the kinds that a graph can tell apart
-        direct = (
-            number,
-            frozenset((name, kinds[name]) for name, each in given.items() if isinstance(each, (torch.Tensor, *FLAG))),
-        )
+        told = [name for name, each in given.items() if isinstance(each, (torch.Tensor, *FLAG))]
+        direct = number, frozenset((name, kinds[name]) for name in told)
         key = direct if in_graph else (number, frozenset(kinds.items()))
         proven = self.proven.get(key, frozenset())
         if self.acting <= proven:

@@ -53,17 +53,12 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
         if rank > (capacity := a.capacity or 0):
             raise refused("mix_above_room", names=list(mix.weights), rank=rank, path=layer.path, room=capacity)
         if on:
-            sources.append((a, torch.cat([_own(room, a, packed, own.rank) for packed, own, _ in on], a.rank_axis or 0)))
-            scaled = [_own(room, b, packed, own.rank) * (own.scaling * weight) for packed, own, weight in on]
+            lines = [room.view_in(packed.bands, a, own.rank) for packed, own, _ in on]
+            sources.append((a, torch.cat(lines, a.rank_axis or 0)))
+            scaled = [room.view_in(packed.bands, b, own.rank) * (own.scaling * weight) for packed, own, weight in on]
             sources.append((b, torch.cat(scaled, b.rank_axis or 0)))
     config = complete(_config_of(room.slot, settings, [each.state.config for each in members]), room.slot.host)
     return room.pack(State(tuple(settings), config, mix), sources)
-
-
-def _own(room: Room, tensor: SlotTensor, packed: Packed, rank: int) -> torch.Tensor:
-    """One tensor of a packed adapter."""
-    band, span = room.spans[tensor]
-    return tensor.own(span.view(packed.bands[room.bands.index(band)]), rank)
 
 
 def _config_of(slot: Slot, settings: Sequence[LayerSettings | None], configs: Sequence[Config]) -> Config:

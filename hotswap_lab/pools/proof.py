@@ -139,9 +139,7 @@ def prove(
                 result = entry(*own[0], **own[1])
             finally:
                 batch.local.probe = None
-        found = [
-            each for each in compat.tree_leaves(result) if isinstance(each, torch.Tensor) and each.is_floating_point()
-        ]
+        found = [each for each in compat.tree_leaves(result) if torch.is_tensor(each) and each.is_floating_point()]
         return probe, [_by_row(each, batch) for each in found if each.ndim and each.shape[0] == total]
 
     def are_apart(layers: Collection[int], none: list[torch.Tensor], lengths: torch.Tensor | None = None) -> bool:

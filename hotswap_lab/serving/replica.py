@@ -276,18 +276,14 @@ class Replica:
                 tokens = torch.tensor(self._take(rows, scores), device=scores.device)
                 return torch.full_like(scores, -torch.inf).index_fill(1, tokens, 0.0)
 
+            over = lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)  # noqa: E731
+            how: dict[str, Any] = dict(max_new_tokens=self.options.longest_answer, stopping_criteria=[over])
+            how["logits_processor"] = [choose]
             base = self.pool.model.get_base_model()
             # the answer's sampler does all the rest
             base.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.defaults.pad_token_id)
             try:
-                self.pool.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self.options.longest_answer,
-                    do_sample=False,
-                    logits_processor=[choose],
-                    stopping_criteria=[lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)],
-                )
+                self.pool.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **how)
             finally:
                 base.generation_config = self.defaults
             raise RuntimeError("the model came to an end before its answer did")  # seen by an answer that is not over
