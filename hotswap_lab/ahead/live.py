@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.hooks import RemovableHandle
 
 from .. import compat
-from ..beyond.guards import random_numbers_kept
+from ..beyond.guards import state_kept
 from ..compat import ADAPTER_STATE
 from ..core.compiled import unwrap_compiled
 from ..core.errors import listing, refused
@@ -131,17 +131,13 @@ def kept(module: torch.nn.Module) -> Iterator[None]:
     tables: list[dict[str, Any]] = [each.__dict__ for each in module.modules()]
     tables += [value for table in tables for value in table.values() if type(value) in (dict, OrderedDict)]
     before = [(table, dict(table)) for table in tables]
-    values = [(each, each.clone()) for each in module.buffers() if each.device.type != "meta"]
     try:
-        with random_numbers_kept():
+        with state_kept(module):
             yield
     finally:
         for table, entries in before:
             table.clear()
             table.update(entries)
-        for buffer, value in values:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
 
 
 # ---- modules and their settings

@@ -268,7 +268,8 @@ class _Comparison:
         self._note(live, fresh)
         skipped = None
         if not own:
-            skipped = wrappers.holder_of_inside(fresh)[1] if wrappers.holder_of_inside(fresh)[0] is fresh else None
+            holder, name = wrappers.holder_of_inside(fresh)
+            skipped = name if holder is fresh else None
             self.training = live.training
             if is_prepared(live, self.name):
                 self._pad(live, fresh)
@@ -312,8 +313,11 @@ class _Comparison:
     def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str, own: bool) -> None:
         present, where = live.__dict__.get(attribute, MISSING), f"{path}: {attribute}"
         if isinstance(value, dict) and isinstance(present, MutableMapping):
-            if attribute == "scaling" and isinstance(value.get(self.name), (int, float)):
-                self._scaling(present, value[self.name], where)
+            if attribute == "scaling" and isinstance(scaling := value.get(self.name), (int, float)):
+                self.graft.scalars.append((present, scaling))
+                self.graft.scalings.append((present, scaling))
+                if not isinstance(now := present.get(self.name), torch.Tensor) and now != scaling:
+                    self.graft.differences.append(where)
             else:
                 self._entry(present, value, where)
         elif attribute == BUDGET or (present is MISSING and isinstance(value, COMPARED)):
@@ -323,13 +327,6 @@ class _Comparison:
                 self._refuse(path, f"{attribute}={present!r}, which other adapters there use, and {value!r} wanted")
             else:
                 self._put(live.__dict__, attribute, value, where)
-
-    def _scaling(self, table: MutableMapping[str, Any], value: float, path: str) -> None:
-        self.graft.scalars.append((table, value))
-        present = table.get(self.name)
-        if not isinstance(present, torch.Tensor) and present != value:
-            self.graft.differences.append(path)
-        self.graft.scalings.append((table, value))
 
     def _table(self, live: torch.nn.Module, attribute: str, fresh: torch.nn.Module, path: str) -> None:
         present = live._modules[attribute]
@@ -350,8 +347,9 @@ class _Comparison:
 
     def _entry(self, live: object, fresh: object, path: str) -> None:
         """Compare the entries of two tables under the adapter's name."""
-        if self.name in wrappers.stores_of(fresh)[0]:
-            value = wrappers.stores_of(fresh)[0][self.name]
+        wanted = wrappers.stores_of(fresh)[0]
+        if self.name in wanted:
+            value = wanted[self.name]
             if isinstance(value, (bool, int, float, str)):
                 self.graft.scalars.append((live, value))
             self._part(live, self.name, value, path)

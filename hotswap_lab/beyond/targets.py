@@ -76,11 +76,8 @@ def targets_of(slot: Slot) -> Targets | None:
 
 def keep_targets(slot: Slot, targets: Targets | None, config: PeftConfig, journal: Journal) -> None:
     """Store the targets of an adapter (None: unknown) on the base model; ``config`` is the one put into the model."""
-    known = {
-        **slot.host.base.__dict__.get(TARGETS, {}),
-        slot.adapter_name: targets and replace(targets, in_model=config),
-    }
-    journal.set_item(slot.host.base.__dict__, TARGETS, Uncopied(known))
+    noted, own = slot.host.base.__dict__, targets and replace(targets, in_model=config)
+    journal.set_item(noted, TARGETS, Uncopied({**noted.get(TARGETS, {}), slot.adapter_name: own}))
 
 
 def find_targets(slot: Slot, adapter: Adapter, fresh: FreshAdapter, graft: Graft) -> Targets | None:

@@ -105,11 +105,8 @@ class Adapter:
             raise self._damaged("no tensors at all", "at least one lora_A and one lora_B")
         bad = [] if allow_nonfinite else [key for key, tensor in self.tensors.items() if not is_finite(tensor)]
         if bad:
-            raise self._damaged(
-                f"NaN or infinity in {listing(map(repr, bad))}",
-                "finite weights",
-                "get an undamaged copy, or pass allow_nonfinite=True to Adapter.load if it is meant to be so",
-            )
+            next_step = "get an undamaged copy, or pass allow_nonfinite=True to Adapter.load if it is meant to be so"
+            raise self._damaged(f"NaN or infinity in {listing(map(repr, bad))}", "finite weights", next_step)
 
     def _damaged(self, found: str, expected: str, next_step: str = "get an undamaged copy of it") -> HotswapError:
         return refused("adapter_damaged", source=self.source, found=found, expected=expected, next_step=next_step)

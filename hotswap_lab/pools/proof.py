@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .. import compat
-from ..beyond.guards import random_numbers_kept
+from ..beyond.guards import random_numbers_kept, state_kept
 from ..core.errors import listing, refused
 
 #: how far off a row may be, relative to the adapter's largest effect on an output, by the precision of the output
@@ -124,7 +124,6 @@ def prove(
         If they are not kept apart. It names the layers whose input is not one block for each row.
     """
     base, total = batch.room.slot.host.base, size_of(arguments, named)
-    kept = [(buffer, buffer.clone()) for buffer in base.buffers()]
     noise = "input_ids" in named
     has_more = noise and _has_other_content(given_tensors(arguments, named))
 
@@ -133,7 +132,7 @@ def prove(
     ) -> tuple[Probe, list[torch.Tensor]]:
         probe = Probe(mask, layers, has_more)
         own = [_own(each, lengths) for each in arguments], {name: _own(each, lengths) for name, each in named.items()}
-        with _as_it_was(kept), _noise(batch, base, seed) if noise else contextlib.nullcontext():
+        with state_kept(base), _noise(batch, base, seed) if noise else contextlib.nullcontext():
             batch.local.probe = probe
             try:
                 result = entry(*own[0], **own[1])
@@ -232,18 +231,6 @@ def _most_tokens(value: object, total: int) -> int:
         return 0 if value.is_floating_point() or value.dtype == torch.bool else max(int(value.max()), 0)
     is_mask = value.ndim == 2 and (value.dtype == torch.bool or bool((value == value.bool()).all() and value.any()))
     return value.shape[1] if is_mask else 0
-
-
-@contextlib.contextmanager
-def _as_it_was(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Restore random numbers and buffers after the block."""
-    try:
-        with random_numbers_kept():
-            yield
-    finally:
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
 
 
 @contextlib.contextmanager
