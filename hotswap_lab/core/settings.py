@@ -183,7 +183,8 @@ def _is_default(field: dataclasses.Field, value: object) -> bool:
 
 def damages(config: Config, rules: dict[str, Rule] = RULES) -> list[Refusal]:
     """The refusals of values that no fresh load can work with; ``rules`` are those of the fields to check."""
-    if deep := [name for name, value in vars(config).items() if _is_deeper(value, MAX_DEPTH)]:
+    nested = {name: value for name, value in vars(config).items() if isinstance(value, (dict, list))}
+    if deep := [name for name, value in nested.items() if _is_deeper(value, MAX_DEPTH)]:
         expected = f"lists or tables within one another, {MAX_DEPTH} deep at most"
         return [refusal("config_damaged", name=name, value="what is nested deeper", expected=expected) for name in deep]
     found = []
