@@ -123,8 +123,8 @@ def plan_layers(plan: Plan) -> None:
     """Plan all layers of the slot, and put the tensors that none of them takes into ``plan.unknown``."""
     slot, tensors = plan.slot, _by_own_key(plan, plan.adapter.tensors, plan.slot.own_keys)
     expected = slot.once_for(plan.config, expected_of)
-    for each in zip(slot.layers, expected, plan.ranks_before, plan.prepared, strict=True):
-        _plan_layer(plan, tensors, *each)
+    for layer, each, before, prepared in zip(slot.layers, expected, plan.ranks_before, plan.prepared, strict=True):
+        _plan_layer(plan, tensors, layer, each, before, Action.PAD if prepared else Action.RESIZE)
     plan.unknown = tensors
 
 
@@ -141,24 +141,17 @@ def _by_own_key(plan: Plan, named: Mapping[str, torch.Tensor], own_keys: Mapping
 
 
 def _plan_layer(
-    plan: Plan,
-    tensors: Tensors,
-    layer: SlotLayer,
-    expected: Expected,
-    before: int | None,
-    prepared: bool,
-    action: Action | None = None,
+    plan: Plan, tensors: Tensors, layer: SlotLayer, expected: Expected, before: int | None, action: Action
 ) -> None:
-    """Plan one layer and take its tensors out of ``tensors``; ``action`` overrides the one that the shapes imply."""
+    """Plan one layer, and take its tensors out of ``tensors``; ``action`` is for an adapter of another rank."""
     settings, sources, shapes = expected.settings, [], []
     for key in layer.keys:
         source = tensors.pop(key, None)
         sources.append(source)
         shapes.append(None if source is None else source.shape)
     if shapes == expected.shapes and (expected.is_targeted or not plan.check_targets):
-        if action is None:
-            is_same = settings.rank == layer.tensors[0].capacity
-            action = Action.COPY if is_same else Action.PAD if prepared else Action.RESIZE
+        if settings.rank == layer.tensors[0].capacity and action is not Action.ADD:
+            action = Action.COPY
     elif shapes == [None] * len(shapes):
         action, settings = Action.OFF, None
     else:
@@ -231,7 +224,7 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
     tensors.clear()
     tensors.update(own)
     for layer, expected in zip(added, expected_of(slot, plan.config, added), strict=True):
-        _plan_layer(plan, tensors, layer, expected, None, False, Action.ADD)
+        _plan_layer(plan, tensors, layer, expected, None, Action.ADD)
 
 
 # ---- when the action of each layer is known

@@ -26,15 +26,7 @@ from .journal import Journal
 from .lora import EvalFreeDropout
 from .method import Method
 from .slot import Slot
-from .tensors import (
-    OFF_ATTRIBUTE,
-    PREPARED_ATTRIBUTE,
-    ROOM_ATTRIBUTE,
-    SCALING,
-    SlotTensor,
-    is_shared,
-    shared_as,
-)
+from .tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, ROOM_ATTRIBUTE, SCALING, SlotTensor, is_shared, shared_as
 
 #: tables of dropouts on a layer
 DROPOUTS = {"lora_dropout", "hira_dropout"}
