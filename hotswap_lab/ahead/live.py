@@ -8,7 +8,6 @@ import dataclasses
 import enum
 import functools
 import inspect
-import itertools
 import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -224,7 +223,7 @@ def _is_own(module: torch.nn.Module, forward: Any) -> bool:
 class Watched:
     """The state of a live model when code was bound to it. What differs later, the code can't notice.
 
-    All of it is compared before each call, in loops that run in C: a large model has thousands of modules.
+    All of it is compared before each call.
     """
 
     def __init__(self, top: torch.nn.Module, base: torch.nn.Module, name: str, blocks: Mapping[str, Any]):
@@ -238,8 +237,7 @@ class Watched:
         self._tables: list[dict[str, Any]] = list({id(table): table for table, _ in places}.values())
         self._tables += [each._modules for each in self._modules if each._modules]
         self._entries: list[dict[str, Any]] = [dict(each) for each in self._tables]
-        single = [(table, key, table[key]) for table, key in places if table[key].numel() == 1]
-        self._single: tuple[Any, ...] = tuple(zip(*single, strict=True)) or ((), (), ())
+        self._single: list[Any] = [(table, key, table[key]) for table, key in places if table[key].numel() == 1]
         self._tensors: list[torch.Tensor] = [table[key] for table, key in places]
         self._addresses: list[int] = self._addresses_now()
         self._layers = [each.__dict__ for each in self.layers]
@@ -252,14 +250,16 @@ class Watched:
         self._look()
 
     def _addresses_now(self) -> list[int]:
+        # a comprehension makes a check 8 % slower: 0.29 ms in place of 0.265, for 905 tensors and 2,497 modules
         return list(map(torch.Tensor.data_ptr, self._tensors))
 
     def _is_replaced(self) -> bool:
-        tables, keys, tensors = self._single
         try:
-            return self._tables != self._entries or not all(map(operator.is_, map(dict.get, tables, keys), tensors))
+            if self._tables != self._entries:
+                return True
         except RuntimeError:  # two tensors were compared
             return True
+        return any(table.get(key) is not tensor for table, key, tensor in self._single)
 
     def _code_now(self) -> list[list[Any]]:
         """What computes beside the forwards of classes."""
@@ -269,14 +269,12 @@ class Watched:
 
     def _look(self) -> None:
         self._hooked = [each for each in self._hooks if each]
-        self._forwards = [each for each in self._attributes if "forward" in each]
         self._signs: list[Any] = self._signs_now()
 
     def _signs_now(self) -> list[Any]:
         """What differs if :meth:`_code_now` does: each hook that is added, anywhere, has the next number."""
-        number = sum(map(dict.__contains__, self._attributes, itertools.repeat("forward")))
-        own = map(dict.get, self._forwards, itertools.repeat("forward"))
-        return [RemovableHandle.next_id, number, *own, *map(len, self._hooked)]
+        forwards = [each["forward"] for each in self._attributes if "forward" in each]
+        return [RemovableHandle.next_id, *forwards, *[len(each) for each in self._hooked]]
 
     def check(self) -> None:
         """Refuse a model that has changed since then."""

@@ -7,7 +7,6 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from peft import PeftConfig
@@ -37,7 +36,7 @@ class Folder:
 
     def _with(self, lacking: str, *names: str) -> str:
         folder = os.path.join(self.name, self.subfolder) if self.subfolder else self.name
-        if not any(map(os.path.exists, map(os.path.join, repeat(folder), names))):
+        if not any(os.path.exists(os.path.join(folder, name)) for name in names):
             found, next_step = instead(folder, names)
             raise refused(lacking, source=self.name, error=found, next_step=next_step)
         return folder
