@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .core.errors import HotswapError, advise, listing, refuse
+from .core.errors import HotswapError, advise, listing, refused
 
 # each command imports what else it needs, since torch, transformers and PEFT take two seconds
 
@@ -136,7 +136,7 @@ def _model(base: str, is_empty: bool = False) -> Any:
         kind = getattr(transformers, config.architectures[0])
         return kind(config) if is_empty else kind.from_pretrained(base, dtype="auto").eval()
     except Exception as error:  # of any kind: transformers has no common one
-        raise refuse("no_base", base=base, error=error) from error
+        raise refused("no_base", base=base, error=error) from error
 
 
 def _loaded(base: str, adapter: str) -> tuple[Any, Any]:
@@ -155,7 +155,7 @@ def _with_adapter(model: Any, adapter: str, load: Callable[[Any, str], Any]) -> 
     try:
         return load(model, adapter)
     except Exception as error:  # of any kind: the adapter of another base fails anywhere in PEFT, or is damaged
-        raise refuse("not_for_base", adapter=adapter, kind=type(model).__name__, error=error) from error
+        raise refused("not_for_base", adapter=adapter, kind=type(model).__name__, error=error) from error
 
 
 def tour(word: str, repeats: int, threads: int) -> Told:

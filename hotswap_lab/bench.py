@@ -160,7 +160,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     """A line of the table.
 
     Parameters
@@ -205,7 +205,7 @@ class Report:
 
     machine: str
     settings: Settings
-    rows: Sequence[Row]
+    rows: Sequence[Measured]
     waiting: str = ""
 
     def __repr__(self) -> str:
@@ -345,7 +345,7 @@ class Scene:
         copy_in = functools.partial(target.copy_, non_blocking=True)
         return Way(lambda number: copy_in(sources[number]), lambda number: torch.equal(target.cpu(), sources[number]))
 
-    def measure(self, part: str, ways: Mapping[str, Way]) -> list[Row]:
+    def measure(self, part: str, ways: Mapping[str, Way]) -> list[Measured]:
         """Check all ways, then time those that raised nothing. Returns a part of the table."""
         checked, runs = [], {}
         for name, way in ways.items():
@@ -357,7 +357,7 @@ class Scene:
                 state, note = "refused", (str(error).strip() or type(error).__name__).splitlines()[0]
             checked.append((name, state, note))
         timings = in_rounds(runs, self.settings.n)
-        return [Row(part, name, state, timings.get(name), note) for name, state, note in checked]
+        return [Measured(part, name, state, timings.get(name), note) for name, state, note in checked]
 
     def alternating(self, way: Way) -> Callable[[], object]:
         """A function that swaps to the other adapter and waits until that is done, on an accelerator, too."""
@@ -430,7 +430,7 @@ def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
 ROWS, TOKENS = 8, (1, 32)
 
 
-def measure_rows(scene: Scene, rank: int) -> list[Row]:
+def measure_rows(scene: Scene, rank: int) -> list[Measured]:
     """Time forward calls with eight adapters in a batch, and assigning another adapter to all eight rows."""
     names = [str(number) for number in range(ROWS)]
     pool, named = scene.pool(names, rows=ROWS), scene.load()
@@ -472,7 +472,7 @@ ANSWERS = 100
 CODE = "import sys; from hotswap_lab import bench; bench.start(*sys.argv[1:])"
 
 
-def measure_starts(rounds: int, say: Callable[[str], object] = lambda text: None) -> list[Row]:
+def measure_starts(rounds: int, say: Callable[[str], object] = lambda text: None) -> list[Measured]:
     """Measure how long a process takes to its first answer: in each round, start each way once, in a new process."""
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in STARTS}
     with tempfile.TemporaryDirectory() as folder:
@@ -482,11 +482,11 @@ def measure_starts(rounds: int, say: Callable[[str], object] = lambda text: None
     return [start_row(way, each) for way, each in results.items()]
 
 
-def start_row(way: str, results: Sequence[Mapping[str, Any]]) -> Row:
+def start_row(way: str, results: Sequence[Mapping[str, Any]]) -> Measured:
     """Make one line of the table from the results of one way's processes. Its state and note are those of the worst."""
     worst = min(results, key=lambda each: ("refused", "wrong", "right").index(each["state"]))
     timing = None if worst["state"] == "refused" else Timing.of([each["first"] for each in results])
-    return Row("from the start of a process to its first answer", way, worst["state"], timing, worst["note"])
+    return Measured("from the start of a process to its first answer", way, worst["state"], timing, worst["note"])
 
 
 def in_process(way: str, folder: str) -> dict[str, Any]:

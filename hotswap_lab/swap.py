@@ -31,7 +31,7 @@ from .core.slot import Slot, slot_for, slot_in
 from .core.strength import change_strength, strength_of
 from .files.reading import read
 from .files.saving import check_folder, files_of, save
-from .threads import held, in_use, is_shared
+from .threads import in_use, is_shared, locked
 
 RECOMPILES = (
     "this changes shapes or numbers that the model was compiled for, and its next call compiles again; to swap without "
@@ -116,7 +116,7 @@ def hotswap_adapter(
         # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
         for_one_swap = not is_shared(host.base)
         adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
-        with held(host.base):
+        with locked(host.base):
             slot = slot_for(METHODS, host, adapter_name)
             carry_out([make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, base_weights=base_weights)])
 
@@ -177,7 +177,7 @@ def hotswap_adapter_from_state_dict(
     with refusals_told(model, adapter_name):
         host = find_host(model, adapter_name)
         adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
-        with held(host.base):
+        with locked(host.base):
             slot = slot_for(METHODS, host, adapter_name)
             how: dict[str, Any] = dict(check_targets=False, base_weights=base_weights)
             carry_out([make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, **how)])
@@ -226,7 +226,7 @@ def plan_hotswap(
     adapter_name = name_in(model, adapter_name)
     host = find_host(model, adapter_name)
     adapter = _read(host, model_name_or_path, torch_device, kwargs)
-    with held(host.base) if any(map(changes_while_computing, host.configs.values())) else contextlib.nullcontext():
+    with locked(host.base) if any(map(changes_while_computing, host.configs.values())) else contextlib.nullcontext():
         slot = slot_for(METHODS, host, adapter_name)
         plan = make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, base_weights=base_weights).kept()
     if any(each.requires_grad for each in slot.parameters):
@@ -281,7 +281,7 @@ def commit(*plans: Plan) -> None:
     with refusals_told(plans[0].slot.host.root, plans[0].slot.adapter_name) if plans else contextlib.nullcontext():
         for plan in plans:
             plan.raise_if_refused()
-        with held(*(plan.slot.host.base for plan in plans)):
+        with locked(*(plan.slot.host.base for plan in plans)):
             carry_out([_decided_again(plan) for plan in plans])
 
 
@@ -405,7 +405,7 @@ def prepare_model_for_compiled_hotswap(
         bases = [host.base for host in carriers(model)]
         check_not_compiled(model, check_compiled, found)
         family = [read(each, only_config=True, **hub) for each in as_list(adapters)]
-        with held(*bases):
+        with locked(*bases):
             changes = changes_to_prepare(METHODS, model, family, target_rank=target_rank, adapter_name=adapter_name)
             if config and target_rank is not None:
                 given = config.values() if isinstance(config, Mapping) else [config]
@@ -479,7 +479,7 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str | No
     'pawstoh'
     """
     adapter_name = name_in(model, adapter_name)
-    with refusals_told(model, adapter_name), held((host := find_host(model, adapter_name)).base):
+    with refusals_told(model, adapter_name), locked((host := find_host(model, adapter_name)).base):
         slot = slot_for(METHODS, host, adapter_name)
         apply([change_strength(slot, strength)], tell=lambda: tell("strength", [slot]))
 

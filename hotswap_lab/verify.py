@@ -31,9 +31,10 @@ from .beyond.base_twin import base_tensors, make_base_twin
 from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, random_numbers_kept
 from .core.adapter import Adapter
-from .core.errors import refuse
+from .core.errors import refused
 from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
 from .core.journal import Journal
+from .core.settings import PROVENANCE
 from .core.slot import Slot
 from .core.wrappers import has_adapter, inside, is_wrapper
 from .figures.equality import Figure, Layer, equality
@@ -41,9 +42,6 @@ from .files.reading import find_source
 from .files.saving import LoadedAlone, saved_tensors, write_adapter
 from .swap import resolve_slot
 from .threads import in_use
-
-#: config fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them
-PROVENANCE = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 
 #: how far outputs may differ, relative to the largest output, by the precision they were computed in
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -201,7 +199,7 @@ def verify_hotswap(
         except (AttributeError, TypeError, ValueError) as error:  # of a model that needs other inputs, as Whisper
             if not is_example:
                 raise
-            raise refuse("no_inputs", name=type(host.base).__name__, error=error) from error
+            raise refused("no_inputs", name=type(host.base).__name__, error=error) from error
         fresh = (bare_base(host) if base is None else base()).eval()
         base_outputs = _call(fresh, inputs)
         how = dict(is_trainable=not host.configs[name].inference_mode)
@@ -249,7 +247,7 @@ def _check_active(host: Host, name: str) -> None:
         active, merged = list(part.active_adapters), part.merged_adapters if layers else []
         disabled = part.disable_adapters if layers else getattr(part, "_adapters_disabled", False)
         if active != [name] or disabled or merged:
-            raise refuse(
+            raise refused(
                 "not_what_it_computes_with", adapter_name=name, active=active, disabled=disabled, merged=merged
             )
 

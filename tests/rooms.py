@@ -131,6 +131,8 @@ def tried_without(gone: list[str], script: Callable[[], None]) -> dict[str, obje
         # a fork, since importing torch and transformers anew for each room takes longer than all that is tried here
         if (child := os.fork()) == 0:
             try:
+                for name in [each for each in sys.modules if each.partition(".")[0] == "hotswap_lab"]:
+                    del sys.modules[name]  # this module has imported a part of the whole package
                 sys.path.insert(0, folder)
                 answer.write_text(json.dumps(_tried(package, script)))
             finally:

@@ -18,8 +18,8 @@ from lengths import long
 from hotswap_lab import bench, demo
 from hotswap_lab.bench import (
     MEMCPY,
+    Measured,
     Report,
-    Row,
     Scene,
     Settings,
     Timing,
@@ -39,9 +39,9 @@ WAYS = (*PEFTS, "hotswap_lab, disk", *PREPARED, "hotswap_lab, pool", MEMCPY)
 # ---- the table, as a user asks for it
 
 
-def rows_of(found: dict) -> list[Row]:
+def rows_of(found: dict) -> list[Measured]:
     """The rows of a report from its JSON."""
-    return [Row(**{**row, "timing": row["timing"] and Timing(**row["timing"])}) for row in found["rows"]]
+    return [Measured(**{**row, "timing": row["timing"] and Timing(**row["timing"])}) for row in found["rows"]]
 
 
 def test_each_way_is_timed_for_each_rank_and_all_of_ours_are_right(tmp_path, capsys):
@@ -75,9 +75,9 @@ def test_each_way_is_timed_for_each_rank_and_all_of_ours_are_right(tmp_path, cap
 
 def test_wrong_and_refused_are_said(monkeypatch):
     rows = (
-        Row("rank 4", "PEFT hotswap, disk", "refused", note="no such thing"),
-        Row("rank 4", "hotswap_lab, disk", "wrong", Timing(0.002, 0.001, 3)),
-        Row("rank 4", MEMCPY, "right", Timing(0.001, 0.001, 3)),
+        Measured("rank 4", "PEFT hotswap, disk", "refused", note="no such thing"),
+        Measured("rank 4", "hotswap_lab, disk", "wrong", Timing(0.002, 0.001, 3)),
+        Measured("rank 4", MEMCPY, "right", Timing(0.001, 0.001, 3)),
     )
     report = Report("a machine", Settings(**SMALL), rows)
     assert Report("a machine", Settings(**SMALL), (rows[0], rows[2])).ok  # what PEFT refuses is no fault of ours

@@ -25,7 +25,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import hotswap_lab
 from hotswap_lab import demo
 from hotswap_lab.__main__ import main
-from hotswap_lab.bench import Row, Timing
+from hotswap_lab.bench import Measured, Timing
 from hotswap_lab.lessons import tour
 
 BASE = str(demo.BASE_DIR)
@@ -47,8 +47,8 @@ def test_the_tour():
 def test_a_wrong_swap_ends_in_an_error(monkeypatch, capsys):
     def wrong(name, repeats):
         time = Timing(0.002, 0.001, 3)
-        ours, theirs = Row("", "ours", "wrong", time), Row("", "PEFT", "refused", note="no")
-        return [ours, theirs, Row("", "PEFT load", "right", time)]
+        ours, theirs = Measured("", "ours", "wrong", time), Measured("", "PEFT", "refused", note="no")
+        return [ours, theirs, Measured("", "PEFT load", "right", time)]
 
     monkeypatch.setattr(tour, "compare", wrong)
     assert main(["--repeats", "1", "--word", "abcdefghij"]) == 1

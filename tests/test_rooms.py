@@ -37,7 +37,7 @@ def test_the_page_shows_the_table(found):
     assert page == rooms.on_page(page, rooms.table(found)), "python tests/rooms.py writes it"
 
 
-NAMED = re.compile(r'(?:refuse|refusal)\(\s*"(\w+)"')
+NAMED = re.compile(r'(?:refused?|refusal)\(\s*"(\w+)"')
 
 
 def test_a_room_refuses_in_its_own_words_or_in_those_of_a_room_that_it_stands_on():

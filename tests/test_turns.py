@@ -41,7 +41,7 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.threads import bases_of, held, in_use_now, is_shared, turns, turns_of
+from hotswap_lab.threads import bases_of, in_use_now, is_shared, locked, turns, turns_of
 
 KIND = KINDS["linear"]
 #: long enough for a thread to get to where it has to wait
@@ -336,8 +336,8 @@ def test_ctrl_c_ends_the_waiting_unless_a_handler_goes_on(model, folders, goes_o
 def test_a_writer_inside_a_writer_keeps_everybody_out(model):
     """A thread that is new, and that an outer writer knew nothing of, must not slip in when an inner one is done."""
     base = bases_of(model)[0]
-    with held(base):
-        with held(base):
+    with locked(base):
+        with locked(base):
             pass
         computing = start(enter, model)
         assert not computing.done()
@@ -357,7 +357,7 @@ def enter_while_another_begins_to_write(model, step: int) -> bool | None:
     writing, ends = threading.Event(), threading.Event()
 
     def write() -> None:
-        with held(base):
+        with locked(base):
             writing.set()
             ends.wait(30)
             writing.clear()

@@ -17,11 +17,11 @@ import safetensors.torch
 import torch
 
 from .. import compat
-from ..core.errors import HotswapError, listing, refuse
+from ..core.errors import HotswapError, listing, refused
 from ..core.report import readable_bytes
 from ..core.slot import room_of
 from ..pools.rows import RowRoom
-from ..threads import held
+from ..threads import locked
 from . import file
 from .live import Place, copied, facts_of, form_of, kept, named, places_in, prepared
 from .loading import AheadModel, input_form
@@ -100,7 +100,7 @@ def aoti_compile(
     room = room_of(host.base, name)
     rows = room.exporting() if isinstance(room, RowRoom) else contextlib.nullcontext()
     # an export puts other tensors into the model while it runs
-    with torch.no_grad(), held(host.base), rows:
+    with torch.no_grad(), locked(host.base), rows:
         if repeated_blocks:
             programs = _blocks(top, room, given, dynamic_shapes is not None)
         else:
@@ -121,7 +121,7 @@ def aoti_compile(
         values |= {f"{n}:{k}": v for n, p in enumerate(programs.values()) for k, v in _lifted(p).items()}
         file.add(built, notes, values)
         compiled, proving = time.monotonic() - start - exported, time.monotonic()
-        with held(host.base):
+        with locked(host.base):
             AheadModel(built, host, notes, values, given)
         os.replace(built, path)
     if progress:
@@ -139,7 +139,7 @@ def aoti_compile(
 
 def _shapes(given: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if dynamic is not None and (unknown := dynamic.keys() - given.keys()):
-        raise refuse("ahead_arguments", found=f"dynamic_shapes for {listing(sorted(unknown))}, which is no input")
+        raise refused("ahead_arguments", found=f"dynamic_shapes for {listing(sorted(unknown))}, which is no input")
     return None if dynamic is None else {name: dynamic.get(name) for name in given}
 
 
@@ -163,7 +163,7 @@ def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torc
     except HotswapError:
         raise
     except Exception as error:
-        raise refuse("ahead_not_exportable", error=error, name=type(module).__name__) from error
+        raise refused("ahead_not_exportable", error=error, name=type(module).__name__) from error
 
 
 def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bool) -> dict[tuple[str, ...], Any]:
@@ -174,7 +174,7 @@ def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bo
         if type(each).__name__ in kinds and not any(path.startswith(f"{outer}.") for outer in blocks):
             blocks[path] = each
     if not blocks:
-        raise refuse("ahead_no_blocks", name=type(base).__name__)
+        raise refused("ahead_no_blocks", name=type(base).__name__)
     paths, seen = {block: path for path, block in blocks.items()}, {}
 
     def note(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bo
     for path, inputs in seen.items():
         for argument, value in inputs.items():
             if not _is_plain(value):
-                raise refuse("ahead_arguments", found=f"a {type(value).__name__} for {argument!r} of a repeated block")
+                raise refused("ahead_arguments", found=f"a {type(value).__name__} for {argument!r} of a repeated block")
         shapes = {key: _all_dynamic(value) for key, value in inputs.items()} if dynamic else None
         program = _export(blocks[path], inputs, shapes)
         alike.setdefault(_likeness(program, places_in(blocks[path], room)), ([], program))[0].append(path)
@@ -233,7 +233,7 @@ def _build(programs: Mapping[tuple[str, ...], torch.export.ExportedProgram], pat
             files[str(number)] = compat.aot_compile(graph, args, kwargs, options=dict(OPTIONS))
         return compat.package_aoti(path, files)
     except Exception as error:
-        raise refuse("ahead_not_compilable", error=error) from error
+        raise refused("ahead_not_compilable", error=error) from error
 
 
 def _notes_on(program: Any, paths: tuple[str, ...], places: Mapping[str, Place]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from .. import compat
-from ..core.errors import listing, refuse
+from ..core.errors import listing, refused
 
 #: added to PyTorch's records: the description, and tensors that the code needs but no model has, with those of a call
 NOTES, VALUES = "hotswap_lab/notes.json", "hotswap_lab/values.safetensors"
@@ -56,13 +56,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensors]:
             notes, values = json.loads(archive.read(records[NOTES])), archive.read(records[VALUES])
             built = json.loads(archive.read(next(each for each in records.values() if each.endswith("_metadata.json"))))
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, StopIteration) as error:
-        raise refuse("ahead_no_package", path=os.fspath(path), error=error) from error
+        raise refused("ahead_no_package", path=os.fspath(path), error=error) from error
     if notes["torch"] != torch.__version__:
-        raise refuse("ahead_versions", found=f"torch {notes['torch']}", expected=f"torch {torch.__version__}")
+        raise refused("ahead_versions", found=f"torch {notes['torch']}", expected=f"torch {torch.__version__}")
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     needs = built.get("AOTI_CPU_ISA", "").lower().replace("avx512 ", "avx512_f ").split()
     if lacking := [each for each in needs if has.get(each) is False]:
-        raise refuse("ahead_versions", found=f"code that uses {listing(lacking)}", expected="what this processor has")
+        raise refused("ahead_versions", found=f"code that uses {listing(lacking)}", expected="what this processor has")
     return notes, safetensors.torch.load(values)
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import enum
 import functools
 import inspect
-import itertools
 import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.hooks import RemovableHandle
 
 from .. import compat
-from ..beyond.guards import random_numbers_kept
+from ..beyond.guards import state_kept
 from ..compat import ADAPTER_STATE
 from ..core.compiled import unwrap_compiled
-from ..core.errors import listing, refuse
+from ..core.errors import listing, refused
 from ..core.host import Host, hosts_in
 from ..core.slot import room_of
 from ..pools.layers import READ
@@ -55,10 +54,10 @@ def prepared(model: Any) -> tuple[Host, str, torch.nn.Module]:
     hosts = hosts_in(model)
     found = [(host, name) for host in hosts for name in host.configs if room_of(host.base, name) is not None]
     if len(found) != 1:
-        raise refuse("ahead_not_prepared", found=listing(repr(name) for _, name in found) or "none")
+        raise refused("ahead_not_prepared", found=listing(repr(name) for _, name in found) or "none")
     ((host, name),) = found
     if reason := unfit(host.base, tuner_layers(host.base), name):
-        raise refuse("ahead_state", found=reason, name=name)
+        raise refused("ahead_state", found=reason, name=name)
     return host, name, top_of(host)
 
 
@@ -89,7 +88,7 @@ def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[s
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(parameter.name, {})
         elif parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(parameter.name, ()):
-            raise refuse("ahead_arguments", found=f"arguments without a name, in *{parameter.name}")
+            raise refused("ahead_arguments", found=f"arguments without a name, in *{parameter.name}")
     return arguments
 
 
@@ -131,17 +130,13 @@ def kept(module: torch.nn.Module) -> Iterator[None]:
     tables: list[dict[str, Any]] = [each.__dict__ for each in module.modules()]
     tables += [value for table in tables for value in table.values() if type(value) in (dict, OrderedDict)]
     before = [(table, dict(table)) for table in tables]
-    values = [(each, each.clone()) for each in module.buffers() if each.device.type != "meta"]
     try:
-        with random_numbers_kept():
+        with state_kept(module):
             yield
     finally:
         for table, entries in before:
             table.clear()
             table.update(entries)
-        for buffer, value in values:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
 
 
 # ---- modules and their settings
@@ -228,7 +223,7 @@ def _is_own(module: torch.nn.Module, forward: Any) -> bool:
 class Watched:
     """The state of a live model when code was bound to it. What differs later, the code can't notice.
 
-    All of it is compared before each call, in loops that run in C: a large model has thousands of modules.
+    All of it is compared before each call.
     """
 
     def __init__(self, top: torch.nn.Module, base: torch.nn.Module, name: str, blocks: Mapping[str, Any]):
@@ -242,8 +237,7 @@ class Watched:
         self._tables: list[dict[str, Any]] = list({id(table): table for table, _ in places}.values())
         self._tables += [each._modules for each in self._modules if each._modules]
         self._entries: list[dict[str, Any]] = [dict(each) for each in self._tables]
-        single = [(table, key, table[key]) for table, key in places if table[key].numel() == 1]
-        self._single: tuple[Any, ...] = tuple(zip(*single, strict=True)) or ((), (), ())
+        self._single: list[Any] = [(table, key, table[key]) for table, key in places if table[key].numel() == 1]
         self._tensors: list[torch.Tensor] = [table[key] for table, key in places]
         self._addresses: list[int] = self._addresses_now()
         self._layers = [each.__dict__ for each in self.layers]
@@ -256,14 +250,16 @@ class Watched:
         self._look()
 
     def _addresses_now(self) -> list[int]:
+        # a comprehension makes a check 8 % slower: 0.29 ms in place of 0.265, for 905 tensors and 2,497 modules
         return list(map(torch.Tensor.data_ptr, self._tensors))
 
     def _is_replaced(self) -> bool:
-        tables, keys, tensors = self._single
         try:
-            return self._tables != self._entries or not all(map(operator.is_, map(dict.get, tables, keys), tensors))
+            if self._tables != self._entries:
+                return True
         except RuntimeError:  # two tensors were compared
             return True
+        return any(table.get(key) is not tensor for table, key, tensor in self._single)
 
     def _code_now(self) -> list[list[Any]]:
         """What computes beside the forwards of classes."""
@@ -273,23 +269,21 @@ class Watched:
 
     def _look(self) -> None:
         self._hooked = [each for each in self._hooks if each]
-        self._forwards = [each for each in self._attributes if "forward" in each]
         self._signs: list[Any] = self._signs_now()
 
     def _signs_now(self) -> list[Any]:
         """What differs if :meth:`_code_now` does: each hook that is added, anywhere, has the next number."""
-        number = sum(map(dict.__contains__, self._attributes, itertools.repeat("forward")))
-        own = map(dict.get, self._forwards, itertools.repeat("forward"))
-        return [RemovableHandle.next_id, number, *own, *map(len, self._hooked)]
+        forwards = [each["forward"] for each in self._attributes if "forward" in each]
+        return [RemovableHandle.next_id, *forwards, *[len(each) for each in self._hooked]]
 
     def check(self) -> None:
         """Refuse a model that has changed since then."""
         differs = self.base.training or list(map(TUNER_STATE, self._layers)) != self._states
         if differs and (reason := unfit(self.base, self.layers, self.name)):
-            raise refuse("ahead_state", found=reason, name=self.name)
+            raise refused("ahead_state", found=reason, name=self.name)
         if self._addresses_now() != self._addresses or self._is_replaced():
-            raise refuse("ahead_moved", found="tensors or modules that were moved, replaced or resized since")
+            raise refused("ahead_moved", found="tensors or modules that were moved, replaced or resized since")
         if self._signs_now() != self._signs:
             if self._code_now() != self._code:
-                raise refuse("ahead_moved", found="a forward or a hook that was added or removed since")
+                raise refused("ahead_moved", found="a forward or a hook that was added or removed since")
             self._look()

@@ -13,7 +13,7 @@ import torch
 from .. import compat
 from ..beyond.passes import METHODS
 from ..core.change import apply
-from ..core.errors import listing, refuse
+from ..core.errors import listing, refused
 from ..core.host import Host, hosts_in
 from ..core.journal import Journal
 from ..core.prepare import changes_to_prepare
@@ -21,7 +21,7 @@ from ..core.slot import room_of
 from ..pools.batch import PART
 from ..pools.proof import size_of
 from ..pools.rows import RowRoom
-from ..threads import held
+from ..threads import locked
 from .file import Tensors, inputs_in, read
 from .live import Place, Watched, facts_of, form_of, named, places_in, prepared, top_of
 from .proof import prove as prove_code
@@ -67,16 +67,15 @@ def aoti_load(path: str | os.PathLike[str], model: Any, *, prove: bool = True) -
     host = next((each for each in hosts if name in each.configs), None)
     if host is None or type(top_of(host)).__name__ != notes["base"]:
         found = listing(f"{type(top_of(each)).__name__} with {', '.join(each.configs)}" for each in hosts)
-        raise refuse("ahead_other_model", found=found or "no adapter", expected=f"{notes['base']} with {name!r}")
+        raise refused("ahead_other_model", found=found or "no adapter", expected=f"{notes['base']} with {name!r}")
     journal = Journal()
-    with held(host.base):
+    with locked(host.base):
         try:
             if room_of(host.base, name) is None:
                 apply(changes_to_prepare(METHODS, host.root, [], adapter_name=name, ranks=notes["ranks"]), journal)
             prepared(model)
-            return AheadModel(
-                os.fspath(path), host, notes, values, inputs_in(notes["given"], values) if prove else None
-            )
+            given = inputs_in(notes["given"], values) if prove else None
+            return AheadModel(os.fspath(path), host, notes, values, given)
         except BaseException:
             journal.roll_back()
             raise
@@ -109,7 +108,7 @@ class AheadModel:
         self._copies: int = notes["rows"][1] if notes["rows"] else 1
         if notes["rows"] and (self._batch is None or self._batch.rows != notes["rows"][0]):
             found = f"{self._batch.rows} rows" if self._batch else "no pool with rows"
-            raise refuse("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
+            raise refused("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
         paths = [at for graph in notes["graphs"] for at in graph["paths"]]
         _check_facts(facts_of(self._top, paths), notes["facts"])
         bound: dict[str, Bound] = {}
@@ -142,7 +141,7 @@ class AheadModel:
         self._watched.check()
         if self._batch is not None and self._batch.copies != self._copies:
             found = f"a batch that has each row {self._batch.copies} times"
-            raise refuse("ahead_inputs", found=found, expected=f"each row {self._copies} times")
+            raise refused("ahead_inputs", found=found, expected=f"each row {self._copies} times")
 
 
 def _check_facts(found: Mapping[str, Mapping[str, str]], expected: Mapping[str, Mapping[str, str]]) -> None:
@@ -152,7 +151,7 @@ def _check_facts(found: Mapping[str, Mapping[str, str]], expected: Mapping[str, 
         for key in dict.fromkeys([*other, *own]):
             if own.get(key) != other.get(key):
                 key_path = key if key.startswith("config.") else f"{path}.{key}".lstrip(".")
-                raise refuse("ahead_other_settings", key=key_path, found=own.get(key), expected=other.get(key))
+                raise refused("ahead_other_settings", key=key_path, found=own.get(key), expected=other.get(key))
 
 
 class Bound:
@@ -164,7 +163,7 @@ class Bound:
         for key, form in forms.items():
             found = form_of(tensors[key]) if key in tensors else None
             if found != form:
-                raise refuse("ahead_other_tensor", key=key, found=found or "no such tensor", expected=form)
+                raise refused("ahead_other_tensor", key=key, found=found or "no such tensor", expected=form)
         self.names: list[str] = notes["names"]
         self.inputs: list[Any] = notes["inputs"]
         self.sizes: Sizes = Sizes(notes["symbols"], notes["conditions"])
@@ -184,11 +183,11 @@ class Bound:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = named(self.signature, args, kwargs)
         if given.keys() != set(self.names):
-            raise refuse("ahead_inputs", found=f"{listing(given)}", expected=f"the inputs {listing(self.names)}")
+            raise refused("ahead_inputs", found=f"{listing(given)}", expected=f"the inputs {listing(self.names)}")
         given = {name: given[name] for name in self.names}
         leaves, form = compat.tree_flatten(((), given))
         if form != self.input_form:
-            raise refuse("ahead_inputs", found=form, expected=self.input_form)
+            raise refused("ahead_inputs", found=form, expected=self.input_form)
         self._check(leaves, given)
         run = self.code.loader.boxed_run if hasattr(self.code.loader, "boxed_run") else self.code.loader.run
         outputs = run([each.contiguous() for each in leaves if isinstance(each, torch.Tensor)])
@@ -209,11 +208,11 @@ class Bound:
                 fits = fits and all(map(allowed, found[0], expected[0]))
             if not fits:
                 name = [name for name in given for _ in compat.tree_flatten(given[name])[0]][number]
-                raise refuse("ahead_inputs", found=f"{name}: {found}", expected=f"{name}: {expected}")
+                raise refused("ahead_inputs", found=f"{name}: {found}", expected=f"{name}: {expected}")
         values = [sizes[symbol] for symbol in self.sizes.symbols]
         if not self.sizes.fit(*values):
             found = listing(f"{name} = {size}" for name, size in zip(self.sizes.symbols.values(), values, strict=True))
-            raise refuse("ahead_inputs", found=found, expected=self.sizes.broken(*values))
+            raise refused("ahead_inputs", found=found, expected=self.sizes.broken(*values))
 
 
 def input_form(value: object) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import compat
-from ..core.errors import refuse
+from ..core.errors import refused
 from .live import copied, kept
 
 Call = tuple[str, Any, Any]
@@ -36,7 +36,7 @@ def prove(top: torch.nn.Module, compiled: Mapping[str, Callable[..., Any]], give
                 actual = compiled[path](*arguments, **named), [*module.buffers()]
                 off = _difference(actual, expected)
             if off and not _is_random(calls, _calls(top, compiled, given, seed=1)):
-                raise refuse("ahead_not_proven", path=path or type(top).__name__, off=off)
+                raise refused("ahead_not_proven", path=path or type(top).__name__, off=off)
 
 
 def _calls(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import listing, refuse
+from ..core.errors import listing, refused
 
 #: the functions and constants in the text of an expression
 NAMES: dict[str, Any] = {
@@ -93,7 +93,7 @@ class Sizes:
             except Exception:
                 holds = False
             if not holds:
-                raise refuse("ahead_arguments", found=f"a condition on sizes that can't be checked later, {each}")
+                raise refused("ahead_arguments", found=f"a condition on sizes that can't be checked later, {each}")
 
     def __str__(self) -> str:
         return listing(map(self._in_words, self.conditions)) or "none is dynamic"

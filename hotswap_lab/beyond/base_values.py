@@ -18,24 +18,20 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..core.adapter import Adapter
+from ..core.adapter import LOST_ORIGINALS, Adapter
 from ..core.change import Change, clear_gradients, copy_all
 from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
-from ..core.lora import NOTED
 from ..core.plan import Action, Plan, change_layer_by_layer
 from ..core.planner import only_for
-from ..core.slot import Slot, change_of, has_been_swapped
+from ..core.slot import Slot, begin_change, has_been_swapped
 from ..core.tensors import have_same_values
 from ..core.wrappers import embeddings_of, has_adapter
 from .base_twin import base_tensors
 
 #: attribute of a base model: for each adapter, the originals of the weights that it overwrote, by weight name
 ORIGINALS = "hotswap_base_values"
-#: attribute of a config that a swap put into a model: the names of base weights whose originals are lost. A config that
-#: PEFT put there lacks it: the adapter's file may have overwritten any weight that the config names
-LOST = NOTED
 #: among the names of weights whose originals are lost: any weight, since the caller has not passed the originals
 ANY = "*"
 
@@ -63,14 +59,14 @@ def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
     ``ANY`` is among them until the caller has passed base weights once.
     """
     config = host.configs[adapter_name]
-    if (lost := config.__dict__.get(LOST)) is None or not has_been_swapped(host.base, adapter_name):
+    if (lost := config.__dict__.get(LOST_ORIGINALS)) is None or not has_been_swapped(host.base, adapter_name):
         lost = frozenset((ANY, *overwritten_by_config(host, config), *_embeddings(host, adapter_name)))
     return lost - kept_originals(host.base, adapter_name).keys()
 
 
 def follow_config(slot: Slot, config: PeftConfig, journal: Journal) -> None:
     """Mark a config that is about to be put into the model: this swap leaves the base weights as they are."""
-    config.__dict__[LOST] = lost_originals(slot.host, slot.adapter_name)
+    config.__dict__[LOST_ORIGINALS] = lost_originals(slot.host, slot.adapter_name)
 
 
 def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
@@ -197,11 +193,11 @@ def change_to_originals(
         journal.record(torch.no_grad()(lambda: copy_all(former)))
         copy_all(pairs)
         clear_gradients([target for target, _ in found.copies], journal)
-        journal.set_item(vars(slot.config), LOST, found.lost)
+        journal.set_item(vars(slot.config), LOST_ORIGINALS, found.lost)
         noted = host.base.__dict__
         journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: {}})
 
-    change = change_of(slot)
+    change = begin_change(slot)
     change.steps.append(put_back)
     return change
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from ..core.adapter import LOST_ORIGINALS
 from ..core.change import Change, clear_gradients
 from ..core.errors import listing
 from ..core.host import canonical_path
@@ -22,12 +24,12 @@ from ..core.journal import Journal
 from ..core.lora import HEADS
 from ..core.memory import overlaps_in
 from ..core.plan import Plan
-from ..core.planner import adaptable, check_compiled, misfits
-from ..core.slot import Slot, SlotLayer, change_of
+from ..core.planner import adaptable, check_compiled, misfits, only_for
+from ..core.slot import Slot, SlotLayer, begin_change
 from ..core.telling import write_scalings
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import wrappers_in
-from .base_values import LOST, ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals
+from .base_values import ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
@@ -147,11 +149,11 @@ class FreshPlan(Plan):
         return self.graft.nbytes
 
 
-def change_for(plan: FreshPlan) -> Change:
+def change_from_graft(plan: FreshPlan) -> Change:
     """The change that writes a graft to the live model."""
     slot, graft = plan.slot, plan.graft
     stays = graft.writes_values_only and not isinstance(slot.method, General)
-    change = change_of(slot, plan.config, slot if stays else None)
+    change = begin_change(slot, plan.config, slot if stays else None)
     for target, source in (*graft.copies, *graft.base.copies):
         change.copy(target, source)
     tables, values = [table for table, _ in graft.scalings], [value for _, value in graft.scalings]
@@ -178,7 +180,7 @@ def _note(plan: FreshPlan, originals: dict[str, torch.Tensor], journal: Journal)
     for parameter, value in graft.requires_grad:
         journal.set_attribute(parameter, "requires_grad", value)
     journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: originals})
-    plan.config.__dict__[LOST] = graft.base.lost
+    plan.config.__dict__[LOST_ORIGINALS] = graft.base.lost
     keep_targets(plan.slot, plan.targets, plan.config, journal)
     if graft.unwrapped:
         former = former_layers(host.base, name).union(graft.unwrapped)
@@ -196,7 +198,8 @@ def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
 def plan_with_fresh_load(begun: Plan) -> FreshPlan:
     """Plan a swap by comparing the live model with a fresh load of the new adapter, whatever was planned so far."""
     given: dict[str, Any] = {name: getattr(begun, name) for name in GIVEN}
-    plan = FreshPlan(**given, config=copy.deepcopy(begun.adapter.config), make_change=change_for, is_decided=True)
+    config = copy.deepcopy(begun.adapter.config)
+    plan = FreshPlan(**given, config=config, change_maker=change_from_graft, is_decided=True)
     slot, name = plan.slot, plan.slot.adapter_name
     if holds_shards(slot.host.base):
         plan.refuse("sharded_beyond")
@@ -216,12 +219,8 @@ def plan_with_fresh_load(begun: Plan) -> FreshPlan:
         elif any(is_prepared(layer.module, name) for layer in slot.layers):
             # the advice that prepare_model_for_compiled_hotswap would give for this adapter
             apart = [] if isinstance(slot.method, General) else misfits(slot, plan.adapter, in_graph=True)
-            plan.refuse(
-                "prepared_other_kind",
-                count=len(graft.differences),
-                found=found,
-                next_step=apart[0].next_step if apart else IN_TIME,
-            )
+            next_step = apart[0].next_step if apart else IN_TIME
+            plan.refuse("prepared_other_kind", count=len(graft.differences), found=found, next_step=next_step)
         check_parallel_training(plan, len(graft.layers), "another shape at the model")
     check_compiled(plan)
     return plan
@@ -306,3 +305,24 @@ def _check_complete(plan: Plan, fresh: FreshAdapter) -> None:
         plan.refuse("keys_ignored", keys=keys, count=count, targets=targets)
     if fresh.missing:
         plan.refuse("adapter_incomplete", missing=listing(fresh.missing, 3))
+
+
+# ---- checks
+
+
+@only_for(lambda slot, _: slot.reads_base)
+def check_base(plan: Plan) -> None:
+    """Refuse to turn DoRA off where another adapter is merged: the magnitude becomes the norm of the base weights."""
+    off = {id(each.layer.module.get_base_layer()) for each in plan.layers if each.settings is None}
+    # layers of other methods may wrap these
+    tuners = [module for module in plan.slot.host.base.modules() if isinstance(module, BaseTunerLayer)]
+    around = [module for module in tuners if id(module.get_base_layer()) in off]
+    if others := sorted({name for module in around for name in module.merged_adapters}):
+        plan.refuse("merged_beside", adapter_name=plan.slot.adapter_name, others=listing(map(repr, others)))
+
+
+def check_arrow(plan: Plan) -> None:
+    """Refuse to swap an expert of an Arrow router, which keeps the prototypes that it computed from the old expert."""
+    configs = plan.slot.host.configs
+    if routers := [name for name in configs if getattr(configs[name], "arrow_config", None)]:
+        plan.refuse("expert_of_arrow_router", adapter_name=plan.slot.adapter_name, routers=listing(map(repr, routers)))

@@ -26,6 +26,7 @@ from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 
+from ..core import wrappers
 from ..core.change import Step
 from ..core.compiled import unwrap_compiled
 from ..core.errors import listing
@@ -38,26 +39,7 @@ from ..core.prepared import is_marked_off, is_off, mark, set_off
 from ..core.settings import SCALAR_TABLES
 from ..core.slot import SlotLayer
 from ..core.tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, are_interchangeable, is_prepared
-from ..core.wrappers import (
-    NOT_COMPARED,
-    Table,
-    are_alike,
-    are_equal,
-    entries_under,
-    has_adapter,
-    have_same_form,
-    holder_of_inside,
-    is_table,
-    is_tied,
-    is_wrapper,
-    own_modules,
-    peel,
-    rank_of,
-    scaling_of,
-    stores_of,
-    tables_of,
-    wrappers_in,
-)
+from ..core.wrappers import Table, is_wrapper
 from .base_twin import FreshId, LiveId
 from .base_values import BaseChange
 from .fresh_adapter import FreshAdapter
@@ -212,17 +194,17 @@ class _Comparison:
 
     def _place(self, parent: torch.nn.Module, name: str, fresh: torch.nn.Module, path: str) -> None:
         """Compare one location in the base model: the wrappers around its module, then the module."""
-        present, core = peel(parent._modules[name])
-        around, fresh_core = peel(fresh)
+        present, core = wrappers.peel(parent._modules[name])
+        around, fresh_core = wrappers.peel(fresh)
         rest, new = list(present), []
         for wrapper in around:
-            match = next((each for each in rest if are_alike(each, wrapper)), None)
+            match = next((each for each in rest if wrappers.are_alike(each, wrapper)), None)
             if match is None:
                 new.append(wrapper)
             else:
                 rest.remove(match)
-                before, resizes = rank_of(match, self.name), len(self.graft.resizes)
-                action = Action.COPY if has_adapter(match, self.name) else Action.ADD
+                before, resizes = wrappers.rank_of(match, self.name), len(self.graft.resizes)
+                action = Action.COPY if wrappers.has_adapter(match, self.name) else Action.ADD
                 self._pair(match, wrapper, path)
                 if len(self.graft.resizes) > resizes:
                     action = Action.RESIZE
@@ -241,7 +223,7 @@ class _Comparison:
         if [each for each in chain if each in wanted] != wanted:
             # PEFT puts a wrapper that is loaded later around those that are there
             chain = wanted + staying if self.is_mixed else staying + wanted
-        holders = [(parent, name), *map(holder_of_inside, chain)]
+        holders = [(parent, name), *map(wrappers.holder_of_inside, chain)]
         for outer, (holder, key), module in zip([parent, *chain], holders, [*chain, core], strict=True):
             if id(outer) in self.new:
                 holder._modules[key] = module
@@ -253,29 +235,30 @@ class _Comparison:
 
     def _check_place(self, path: str, new: list[torch.nn.Module], staying: list[torch.nn.Module]) -> None:
         if new and staying and not (self.is_mixed and isinstance(staying[0], BaseTunerLayer)):
-            kinds = [f"{'tied ' if is_tied(each[0]) else ''}{type(each[0]).__name__}" for each in (staying, new)]
+            first = staying[0], new[0]
+            kinds = [f"{'tied ' if wrappers.is_tied(each) else ''}{type(each).__name__}" for each in first]
             self._refuse(path, f"a {kinds[0]} that stays there, where a {kinds[1]} would have to be put")
         if self.others and any(isinstance(each, LNTuningLayer) for each in (*new, *staying)):
             self._refuse(path, "a layer that fails, unlike a fresh one, where the active adapter is not on it")
 
     def _stays(self, wrapper: torch.nn.Module) -> bool:
         """Whether a live wrapper stays without this adapter: for other adapters, or since prepared layers are kept."""
-        if not has_adapter(wrapper, self.name) or is_prepared(wrapper, self.name):
+        if not wrappers.has_adapter(wrapper, self.name) or is_prepared(wrapper, self.name):
             return True
-        return any(has_adapter(wrapper, other) for other in self.others)
+        return any(wrappers.has_adapter(wrapper, other) for other in self.others)
 
     def _remove(self, wrapper: torch.nn.Module, path: str) -> None:
         """Remove the adapter from a live wrapper, or turn it off there."""
-        if not has_adapter(wrapper, self.name):
+        if not wrappers.has_adapter(wrapper, self.name):
             return
         was_off = is_off(wrapper, self.name, self.method.tensors_of(wrapper, self.name) or ())
         if not was_off:
-            self._report(path, wrapper, Action.OFF, rank_of(wrapper, self.name))
+            self._report(path, wrapper, Action.OFF, wrappers.rank_of(wrapper, self.name))
         if is_prepared(wrapper, self.name):
             if not was_off:
                 self._turn_off(wrapper)
         elif self._stays(wrapper):
-            for attribute, table in entries_under(wrapper, self.name):
+            for attribute, table in wrappers.entries_under(wrapper, self.name):
                 if id(table) not in self.taken:
                     self._delete(table, f"{path}: {attribute}")
             if isinstance(wrapper, AuxiliaryTrainingWrapper):
@@ -293,7 +276,7 @@ class _Comparison:
         self.graft.steps.append(lambda journal: set_off(self.method, wrapper, self.name, True, journal))
 
     def _report(self, path: str, module: torch.nn.Module, action: Action, before: int | None, after=None) -> None:
-        settings = after and WholeSettings(rank_of(after, self.name), scaling_of(after, self.name))
+        settings = after and WholeSettings(wrappers.rank_of(after, self.name), wrappers.scaling_of(after, self.name))
         self.graft.layers.append(LayerPlan(SlotLayer(path, module, ()), action, before, settings, ()))
 
     # ---- two modules of the same form
@@ -305,19 +288,20 @@ class _Comparison:
         self._note(live, fresh)
         skipped = None
         if not own:
-            skipped = holder_of_inside(fresh)[1] if holder_of_inside(fresh)[0] is fresh else None
+            holder, name = wrappers.holder_of_inside(fresh)
+            skipped = name if holder is fresh else None
             self.training = live.training
             if is_prepared(live, self.name):
                 self._pad(live, fresh)
             self._freeze(live, fresh)
         for attribute, value in fresh.__dict__.items():
-            if attribute not in NOT_COMPARED and (not own or isinstance(value, PLAIN)):
+            if attribute not in wrappers.NOT_COMPARED and (not own or isinstance(value, PLAIN)):
                 self._attribute(live, attribute, value, path, own)
         for attribute, value in fresh._modules.items():
             present = live._modules.get(attribute)
             if value is None or (not own and (attribute == skipped or id(value) in self.live_of)):
                 continue
-            if not own and is_table(value) and is_table(present):
+            if not own and wrappers.is_table(value) and wrappers.is_table(present):
                 self._table(live, attribute, value, f"{path}: {attribute}")
             elif not own and is_wrapper(value) and is_wrapper(present):
                 self._pair(present, value, path)
@@ -336,8 +320,8 @@ class _Comparison:
 
     def _presence(self, live: torch.nn.Module, fresh: torch.nn.Module, path: str) -> None:
         """Add the adapter to a wrapper's set of them, and remove it from tables that a fresh load lacks."""
-        known = {attribute for attribute, _ in tables_of(fresh)}
-        for attribute, table in entries_under(live, self.name):
+        known = {attribute for attribute, _ in wrappers.tables_of(fresh)}
+        for attribute, table in wrappers.entries_under(live, self.name):
             if attribute not in known:
                 self._delete(table, f"{path}: {attribute}")
         if isinstance(live, AuxiliaryTrainingWrapper) and self.name not in live._adapters:
@@ -349,28 +333,24 @@ class _Comparison:
     def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str, own: bool) -> None:
         present, where = live.__dict__.get(attribute, MISSING), f"{path}: {attribute}"
         if isinstance(value, dict) and isinstance(present, MutableMapping):
-            if attribute == "scaling" and isinstance(value.get(self.name), (int, float)):
-                self._scaling(present, value[self.name], where)
+            if attribute == "scaling" and isinstance(scaling := value.get(self.name), (int, float)):
+                self.graft.scalars.append((present, scaling))
+                self.graft.scalings.append((present, scaling))
+                if not isinstance(now := present.get(self.name), torch.Tensor) and now != scaling:
+                    self.graft.differences.append(where)
             else:
                 self._entry(present, value, where)
         elif attribute == BUDGET or (present is MISSING and isinstance(value, COMPARED)):
             self._put(live.__dict__, attribute, value, where)
         elif isinstance(value, COMPARED) and not self._are_equal(present, value):
-            if not own and any(not is_wrapper(live) or has_adapter(live, other) for other in self.others):
+            if not own and any(not is_wrapper(live) or wrappers.has_adapter(live, other) for other in self.others):
                 self._refuse(path, f"{attribute}={present!r}, which other adapters there use, and {value!r} wanted")
             else:
                 self._put(live.__dict__, attribute, value, where)
 
-    def _scaling(self, table: MutableMapping[str, Any], value: float, path: str) -> None:
-        self.graft.scalars.append((table, value))
-        present = table.get(self.name)
-        if not isinstance(present, torch.Tensor) and present != value:
-            self.graft.differences.append(path)
-        self.graft.scalings.append((table, value))
-
     def _table(self, live: torch.nn.Module, attribute: str, fresh: torch.nn.Module, path: str) -> None:
         present = live._modules[attribute]
-        mine, wanted = stores_of(present)[0], stores_of(fresh)[0]
+        mine, wanted = wrappers.stores_of(present)[0], wrappers.stores_of(fresh)[0]
         if {self.name, *self.others}.intersection(mine) or self.name in wanted:
             self._note(present, fresh)
             self._entry(present, fresh, path)
@@ -382,23 +362,24 @@ class _Comparison:
                 )
         elif not self.others:  # a table for all adapters, such as indices by kind of layer
             self._part(live._modules, attribute, fresh, path)
-        elif not all(are_equal(mine.get(key, MISSING), wanted[key]) for key in wanted):
+        elif not all(wrappers.are_equal(mine.get(key, MISSING), wanted[key]) for key in wanted):
             self._refuse(path, "something that it shares with the model's other adapters, and needs to be different")
 
     def _entry(self, live: object, fresh: object, path: str) -> None:
         """Compare the entries of two tables under the adapter's name."""
-        if self.name in stores_of(fresh)[0]:
-            value = stores_of(fresh)[0][self.name]
+        wanted = wrappers.stores_of(fresh)[0]
+        if self.name in wanted:
+            value = wanted[self.name]
             if isinstance(value, (bool, int, float, str)):
                 self.graft.scalars.append((live, value))
             self._part(live, self.name, value, path)
-        elif self.name in stores_of(live)[0]:
+        elif self.name in wrappers.stores_of(live)[0]:
             self._delete(live, path)
 
     # ---- one entry of a table
 
     def _part(self, table: Table, key: str, fresh: object, path: str) -> None:
-        live = stores_of(table)[0].get(key, MISSING)
+        live = wrappers.stores_of(table)[0].get(key, MISSING)
         if isinstance(fresh, (torch.nn.Module, torch.Tensor)):
             if id(fresh) in self.live_of:
                 if self.live_of[id(fresh)] is not live:
@@ -410,7 +391,7 @@ class _Comparison:
                 self._put_new(table, key, fresh, path)
             elif isinstance(fresh, torch.Tensor):
                 self._tensor(table, key, live, fresh, path)
-            elif isinstance(live, torch.nn.Module) and have_same_form(live, fresh):
+            elif isinstance(live, torch.nn.Module) and wrappers.have_same_form(live, fresh):
                 self._pair(live, fresh, path, own=True)
             else:
                 self._put_new(table, key, fresh, path)
@@ -426,7 +407,7 @@ class _Comparison:
             self._refuse(path, "a tensor without data (on the meta device)")
             return
         self._note(live, fresh)
-        self.graft.target_of[id(fresh)] = Target(stores_of(table)[0], key, live)
+        self.graft.target_of[id(fresh)] = Target(wrappers.stores_of(table)[0], key, live)
         if is_parameter:
             self.graft.parameters.append(live)
         if live.shape == fresh.shape:
@@ -460,7 +441,7 @@ class _Comparison:
     def _are_equal(self, live: object, fresh: object) -> bool:
         if isinstance(live, (list, tuple)) and isinstance(fresh, (list, tuple)):
             live, fresh = list(live), [self.live_of.get(id(each), each) for each in fresh]
-        return are_equal(live, self.live_of.get(id(fresh), fresh))
+        return wrappers.are_equal(live, self.live_of.get(id(fresh), fresh))
 
     def _part_memory(self) -> None:
         """Give memory of their own to tensors that share it with others, as in tied layers, and need other values."""
@@ -477,7 +458,7 @@ class _Comparison:
 
     def _put_new(self, table: Table, key: str, fresh: torch.nn.Module | torch.Tensor, path: str) -> None:
         self.new.add(id(fresh))
-        for module in own_modules(fresh) if isinstance(fresh, torch.nn.Module) else ():
+        for module in wrappers.own_modules(fresh) if isinstance(fresh, torch.nn.Module) else ():
             module.training = self.training
         self._put(table, key, fresh, path)
 
@@ -487,7 +468,7 @@ class _Comparison:
 
     def _delete(self, table: object, path: str) -> None:
         self.graft.steps += [
-            lambda journal, store=store: journal.remove(store, self.name) for store in stores_of(table)
+            lambda journal, store=store: journal.remove(store, self.name) for store in wrappers.stores_of(table)
         ]
         self.graft.differences.append(path)
 
@@ -496,7 +477,7 @@ class _Comparison:
         adapters = wrapper._adapters | {self.name} if present else wrapper._adapters - {self.name}
         self._put(wrapper.__dict__, "_adapters", adapters, f"{path}: _adapters")
         if self.name in self.active[0]:
-            for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
+            for module in dict.fromkeys((wrapper, wrappers.holder_of_inside(wrapper)[0])):
                 self._put(module.__dict__, "_active_adapter", self.name if present else [], f"{path}: active adapter")
 
     def _refuse(self, path: str, found: str) -> None:
@@ -505,9 +486,9 @@ class _Comparison:
     def _adopt_state(self, wrapper: torch.nn.Module, training: bool) -> None:
         """Give a wrapper that will be added the state of the live ones: active adapters, enabled, training."""
         active, disabled = self.active
-        for module in own_modules(wrapper):
+        for module in wrappers.own_modules(wrapper):
             module.training = training
-        for module in dict.fromkeys((wrapper, holder_of_inside(wrapper)[0])):
+        for module in dict.fromkeys((wrapper, wrappers.holder_of_inside(wrapper)[0])):
             if isinstance(wrapper, AuxiliaryTrainingWrapper):
                 # on these, only one adapter can be active, and it must be one that they have
                 module._active_adapter = self.name if self.name in active else []
@@ -534,13 +515,13 @@ class _Comparison:
             values = copy.deepcopy(fresh, memo), None
             self.graft.steps += [
                 lambda journal, store=store, key=key, value=value: journal.set_item(store, key, value)
-                for store, value in zip(stores_of(table), values, strict=False)
+                for store, value in zip(wrappers.stores_of(table), values, strict=False)
             ]
 
 
 def activity_of(host: Host) -> tuple[list[str], bool]:
     """The adapters that a model computes with, and whether they are disabled."""
-    for path, module in wrappers_in(host.base):
+    for path, module in wrappers.wrappers_in(host.base):
         # the layer inside a wrapper for trained tokens has active adapters of its own
         if isinstance(module, BaseTunerLayer) and not path.endswith(".token_adapter"):
             return list(getattr(host.tuner, "active_adapters", module.active_adapters)), module.disable_adapters

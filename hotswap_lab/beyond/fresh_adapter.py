@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from ..core.host import PEFT_PREFIX, Host, canonical_path
 from ..core.journal import interrupts_held
 from ..core.tensors import are_interchangeable
-from ..threads import held
+from ..threads import locked
 from .base_twin import BaseTwin, make_base_twin
 from .guards import compilers_kept, memory_guard, random_numbers_kept, take_out
 
@@ -76,7 +76,7 @@ def load_fresh_adapter(
     taken_out = take_out(config)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     # quantized weights have no twins, so PEFT sets `requires_grad` of the live ones, while no other thread may compute
-    with held(host.base) if twin.shared else contextlib.nullcontext(), warnings.catch_warnings():
+    with locked(host.base) if twin.shared else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         memory = memory_guard(host.base, tensors.values())
         try:
@@ -94,14 +94,10 @@ def load_fresh_adapter(
     if twin.was_changed():
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
     vars(model.peft_config[adapter_name]).update(taken_out)
-    return FreshAdapter(
-        model.eval() if config.inference_mode else model,
-        twin,
-        base_values,
-        twins,
-        origins,
-        *_mismatches(model, tensors, file.keys(), adapter_name, result),
-    )
+    if config.inference_mode:
+        model.eval()
+    unexpected, missing = _mismatches(model, tensors, file.keys(), adapter_name, result)
+    return FreshAdapter(model, twin, base_values, twins, origins, unexpected, missing)
 
 
 def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, result) -> tuple[list[str], list[str]]:
@@ -140,9 +136,9 @@ def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: 
         base_values.update({base_keys[key]: state_dict.pop(key) for key in here})
         # a tensor that PEFT has converted is another object by now, and gets no origin
         now = dict(_named_tensors(model))
-        origins.update(
-            {keys[id(each)]: now[key] for key, each in state_dict.items() if id(each) in keys and key in now}
-        )
+        for key, each in state_dict.items():
+            if id(each) in keys and key in now:
+                origins[keys[id(each)]] = now[key]
 
     handle = model.register_load_state_dict_pre_hook(keep_apart)
     try:

@@ -69,6 +69,19 @@ def random_numbers_kept() -> contextlib.AbstractContextManager[None]:
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
 
 
+@contextlib.contextmanager
+def state_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Restore the values of a module's buffers, and random numbers, after a block that computes with it."""
+    values = [(each, each.clone()) for each in module.buffers() if not each.is_meta]
+    try:
+        with random_numbers_kept():
+            yield
+    finally:
+        for buffer, value in values:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
 class TooLargeError(ValueError):
     """The error for an adapter whose config asks for far more memory than its tensors fill."""
 

@@ -7,10 +7,10 @@ others are about PEFT's other methods, and about cases that few adapters meet. S
 
 from __future__ import annotations
 
-from ..core import planner
+from ..core import checks, planner
 from ..core.method import Method
 from ..core.planner import Pass, stop_if_refused
-from . import base_values, checks, decide, shards
+from . import base_values, decide, shards
 from .general import General
 from .lora import FullLora
 
@@ -22,7 +22,7 @@ PASSES: tuple[Pass, ...] = (
     planner.check_configs,
     checks.check_prefixes,
     planner.keep_sources_apart,
-    checks.check_arrow,
+    decide.check_arrow,
     checks.note_other_base,
     base_values.note_vocabulary,
     stop_if_refused,
@@ -39,7 +39,7 @@ PASSES: tuple[Pass, ...] = (
     planner.keep_targets_apart,
     planner.check_capacity,
     checks.check_containers,
-    checks.check_base,
+    decide.check_base,
     checks.correct_fan_in_fan_out,
     checks.note_missing_targets,
     base_values.check_embeddings,

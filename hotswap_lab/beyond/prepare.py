@@ -21,14 +21,14 @@ from ..core.journal import Journal
 from ..core.planner import misfits
 from ..core.prepare import PADDABLE
 from ..core.prepared import make_prepared, new_scalings, own_rank
-from ..core.slot import Slot, change_of
+from ..core.slot import Slot, begin_change
 from ..core.tensors import shared_as
 from .configs import pointless_rank
 
 
 def prepare_in_place(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
     """Allocate room for the family without changing the model yet. Returns the change, and the reasons against it."""
-    change, name = change_of(slot, slot.config), slot.adapter_name
+    change, name = begin_change(slot, slot.config), slot.adapter_name
     family = list(family)
     if refusals := list(_check_family(slot, family)):
         return change, refusals
@@ -62,12 +62,9 @@ def rank_for(config: object, path: str) -> int:
 
 def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
     if slot.config.peft_type not in PADDABLE:
-        yield refusal(
-            "type_not_preparable",
-            kind=slot.config.peft_type.value,
-            adapter_name=slot.adapter_name,
-            others=", ".join(sorted(each.value for each in PADDABLE if each != PeftType.LORA)),
-        )
+        others = ", ".join(sorted(each.value for each in PADDABLE if each != PeftType.LORA))
+        kind = slot.config.peft_type.value
+        yield refusal("type_not_preparable", kind=kind, adapter_name=slot.adapter_name, others=others)
         return
     for adapter in family:
         yield from misfits(slot, adapter, in_graph=True)

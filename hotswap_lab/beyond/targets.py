@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftType
 from ..core.adapter import Adapter
 from ..core.journal import Journal
 from ..core.plan import Action
+from ..core.settings import PROVENANCE
 from ..core.slot import Slot, Uncopied
 from ..core.tensors import are_interchangeable
 from .base_values import BaseChange
@@ -23,8 +24,8 @@ from .fresh_adapter import FreshAdapter
 
 #: on a base model: the targets by adapter name
 TARGETS = "hotswap_targets"
-#: config fields that say where an adapter comes from and don't affect what it computes
-PROVENANCE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
+#: config fields that may differ between adapters with the same targets
+MAY_DIFFER = (*PROVENANCE, "inference_mode")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class Targets:
     def completed(self, config: PeftConfig) -> PeftConfig:
         """Another adapter's config, completed as PEFT would complete it."""
         completed = copy.deepcopy(self.in_model)
-        for name in PROVENANCE:
+        for name in MAY_DIFFER:
             setattr(completed, name, getattr(config, name, None))
         return completed
 
@@ -75,11 +76,8 @@ def targets_of(slot: Slot) -> Targets | None:
 
 def keep_targets(slot: Slot, targets: Targets | None, config: PeftConfig, journal: Journal) -> None:
     """Store the targets of an adapter (None: unknown) on the base model; ``config`` is the one put into the model."""
-    known = {
-        **slot.host.base.__dict__.get(TARGETS, {}),
-        slot.adapter_name: targets and replace(targets, in_model=config),
-    }
-    journal.set_item(slot.host.base.__dict__, TARGETS, Uncopied(known))
+    noted, own = slot.host.base.__dict__, targets and replace(targets, in_model=config)
+    journal.set_item(noted, TARGETS, Uncopied({**noted.get(TARGETS, {}), slot.adapter_name: own}))
 
 
 def find_targets(slot: Slot, adapter: Adapter, fresh: FreshAdapter, graft: Graft) -> Targets | None:
@@ -102,4 +100,4 @@ def find_targets(slot: Slot, adapter: Adapter, fresh: FreshAdapter, graft: Graft
 
 
 def _what_it_is(config: PeftConfig) -> dict[str, object]:
-    return {key: value for key, value in config.to_dict().items() if key not in PROVENANCE}
+    return {key: value for key, value in config.to_dict().items() if key not in MAY_DIFFER}

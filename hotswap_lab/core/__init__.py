@@ -12,9 +12,9 @@ An adapter and its place
     share memory, and the two invariants about them that plans are checked for), ``telling`` (the writer of scalings and
     settings).
 A swap
-    ``plan`` (what will be written), ``planner`` (makes plans), ``shadow`` (layers that a model lacks),
-    ``state_dict_hooks`` (state dicts without padding). :mod:`hotswap_lab.beyond.passes` lists all passes, and
-    :mod:`hotswap_lab.swap` has the public functions.
+    ``plan`` (what will be written), ``planner`` (makes plans), ``checks`` (its passes for rare cases),
+    ``added_layers`` (layers that a model lacks), ``state_dict_hooks`` (state dicts without padding).
+    :mod:`hotswap_lab.beyond.passes` lists all passes, and :mod:`hotswap_lab.swap` has the public functions.
 A prepared model
     ``prepared`` (layers whose scaling is no constant of a graph, and marks on layers), ``arena`` and ``room`` (its
     memory), ``prepare``.

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 import torch
 from peft import PeftConfig, PeftType
 
-from .errors import HotswapError, listing, refuse
+from .errors import HotswapError, listing, refused
 from .host import Config, kind_of
 from .tensors import is_finite
 
 #: attributes of a config in a model: its adapter's source, revision and file; when a swap put it in; and the base model
 #: that the config of the first adapter names, before any swap
 ORIGIN, WHEN, BASE = "_hotswap_origin", "_hotswap_when", "_hotswap_base"
+#: attribute of a config that a swap put into a model: the names of base weights whose originals are lost, as
+#: ``beyond.base_values`` knows them. A config that PEFT put there lacks it: the file may have overwritten any weight
+LOST_ORIGINALS = "_hotswap_lost"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,9 +72,9 @@ class Adapter:
         2
         """
         if not isinstance(config, PeftConfig):
-            raise refuse("no_config", config=config)
+            raise refused("no_config", config=config)
         if not isinstance(state_dict, Mapping):
-            raise refuse("no_state_dict", kind=type(state_dict).__name__)
+            raise refused("no_state_dict", kind=type(state_dict).__name__)
         adapter = cls(config, dict(state_dict), "a state dict")
         adapter.check_tensors(allow_nonfinite)
         return adapter
@@ -102,14 +105,11 @@ class Adapter:
             raise self._damaged("no tensors at all", "at least one lora_A and one lora_B")
         bad = [] if allow_nonfinite else [key for key, tensor in self.tensors.items() if not is_finite(tensor)]
         if bad:
-            raise self._damaged(
-                f"NaN or infinity in {listing(map(repr, bad))}",
-                "finite weights",
-                "get an undamaged copy, or pass allow_nonfinite=True to Adapter.load if it is meant to be so",
-            )
+            next_step = "get an undamaged copy, or pass allow_nonfinite=True to Adapter.load if it is meant to be so"
+            raise self._damaged(f"NaN or infinity in {listing(map(repr, bad))}", "finite weights", next_step)
 
     def _damaged(self, found: str, expected: str, next_step: str = "get an undamaged copy of it") -> HotswapError:
-        return refuse("adapter_damaged", source=self.source, found=found, expected=expected, next_step=next_step)
+        return refused("adapter_damaged", source=self.source, found=found, expected=expected, next_step=next_step)
 
 
 def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:

@@ -12,15 +12,13 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import compat
-from .errors import HotswapError, refuse
+from .errors import HotswapError, refused
 from .journal import Journal, interrupts_held
 
 LOG = logging.getLogger("hotswap_lab")
@@ -88,8 +86,10 @@ def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Calla
     At the end, ``tell`` is called if the log is on: see :func:`hotswap_lab.core.loaded.tell`.
     """
     journal = Journal() if journal is None else journal
-    copies = list(chain.from_iterable(map(attrgetter("copies"), changes)))
-    inference = True in map(attrgetter("inference"), changes)
+    copies, inference = [], False
+    for change in changes:
+        copies += change.copies
+        inference = inference or change.inference
     with interrupts_held(), torch.inference_mode(inference), torch.no_grad():
         try:
             for change in changes:
@@ -109,8 +109,10 @@ def _write(change: Change, journal: Journal) -> None:
         if change.resizes:
             give_memory(change.resizes, journal)
             mark_changed(change.tables, journal)
-        for name in set(map(itemgetter(1), change.sizes)):
-            sized = [(owner.__dict__, size) for owner, attribute, size in change.sizes if attribute == name]
+        by_name: dict[str, list[tuple[dict[str, Any], int | None]]] = {}
+        for owner, attribute, size in change.sizes:
+            by_name.setdefault(attribute, []).append((owner.__dict__, size))
+        for name, sized in by_name.items():
             journal.set_items([table for table, _ in sized], name, [size for _, size in sized])
         for step in (*change.steps, *change.last_steps):
             step(journal)
@@ -164,7 +166,7 @@ def check_fused(optimizer: torch.optim.Optimizer, *_: object) -> None:
                     continue
                 if each.shape != shape:
                     state, shape = tuple(each.shape), tuple(shape)
-                    raise refuse("optimizer_of_another_shape", name=name, state=state, shape=shape)
+                    raise refused("optimizer_of_another_shape", name=name, state=state, shape=shape)
                 if not (is_contiguous and each.is_contiguous()) and _strides(each) != _strides(parameter):
                     raise _misfit(optimizer, f"{name} of a parameter with strides {_strides(parameter)},", each)
 
@@ -180,7 +182,7 @@ def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def _misfit(optimizer: torch.optim.Optimizer, what: str, tensor: torch.Tensor) -> HotswapError:
     name, shape, strides = type(optimizer).__name__, tuple(tensor.shape), _strides(tensor)
-    return refuse("fused_optimizer", optimizer=name, what=what, shape=shape, strides=strides)
+    return refused("fused_optimizer", optimizer=name, what=what, shape=shape, strides=strides)
 
 
 def mark_changed(tables: Sequence[dict[str, Any]], journal: Journal) -> None:

@@ -105,7 +105,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 
-def refuse(which: str, /, **values: object) -> HotswapError:
+def refused(which: str, /, **values: object) -> HotswapError:
     """An error with this single :func:`refusal`, ready to raise."""
     return HotswapError(refusal(which, **values))
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from .compiled import COMPILED, unwrap_compiled
-from .errors import listing, refuse
+from .errors import listing, refused
 
 #: one of PEFT's layers: a module, with the tables of its method
 TunerLayer = Any
@@ -83,7 +83,7 @@ def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
 def carriers(model: torch.nn.Module) -> Iterator[Host]:
     """All modules that carry adapters, outermost first. Modules inside a carrier belong to it."""
     if not isinstance(model, torch.nn.Module):
-        raise refuse("not_a_model", name=type(model).__name__)
+        raise refused("not_a_model", name=type(model).__name__)
     queue = deque([model])
     while queue:
         module = unwrap_compiled(queue.popleft())
@@ -125,18 +125,18 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
         If nothing in ``model`` carries an adapter of that name, or if more than one module does.
     """
     if not isinstance(adapter_name, str):
-        raise refuse("no_name", kind=type(adapter_name).__name__)
+        raise refused("no_name", kind=type(adapter_name).__name__)
     hosts = list(carriers(model))
     if not hosts:
-        raise refuse("no_adapters_in_model", name=type(model).__name__)
+        raise refused("no_adapters_in_model", name=type(model).__name__)
     matching = [host for host in hosts if adapter_name in host.configs]
     if not matching:
         names = sorted({name for host in hosts for name in host.configs})
         found = f"the adapters {listing(map(repr, names))}" if names else "no adapter that is left"
-        raise refuse("no_such_adapter", adapter_name=adapter_name, found=found)
+        raise refused("no_such_adapter", adapter_name=adapter_name, found=found)
     if len(matching) > 1:
         kinds = listing(type(host.base).__name__ for host in matching)
-        raise refuse("several_such_adapters", adapter_name=adapter_name, matching=kinds)
+        raise refused("several_such_adapters", adapter_name=adapter_name, matching=kinds)
     return matching[0]
 
 

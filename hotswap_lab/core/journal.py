@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -63,7 +62,9 @@ class Journal:
 
     def set_items(self, tables: Sequence[MutableMapping[Any, Any]], key: object, values: Sequence[object]) -> None:
         """Set ``table[key] = value`` in many tables that have this key, and record how to undo it."""
-        old = list(map(itemgetter(key), tables))
+        old = []
+        for table in tables:
+            old.append(table[key])
         if old == values:
             return
 

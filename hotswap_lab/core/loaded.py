@@ -142,13 +142,11 @@ def loaded_of(slot: Slot) -> Loaded:
     with contextlib.suppress(HotswapError):  # it is of another method, or has different ones
         strength = strength_of(slot)
     ranks = tuple(sorted({rank for rank in ranks_before(slot) if rank}))
-    model, method = type(slot.host.base).__name__, kind_of(slot.config)
     when = when and datetime.fromtimestamp(when).astimezone()
     source, revision, file = origin
     configs = [each.state.config for each in room.assigned if each] if rows else [slot.config]
-    notes = dict.fromkeys(found[0] for each in configs if (found := other_base(slot, each)))
-    names = model, slot.adapter_name, method
-    note = "; ".join(notes) or None
+    note = "; ".join(dict.fromkeys(found[0] for each in configs if (found := other_base(slot, each)))) or None
+    names = type(slot.host.base).__name__, slot.adapter_name, kind_of(slot.config)
     return Loaded(*names, ranks, strength, member, mix, rows, source, revision, when, file, note)
 
 

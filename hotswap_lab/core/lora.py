@@ -15,7 +15,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, MIN_TARGET_MODULES_FOR_OPTIMIZATION
 
 from .. import compat
-from .adapter import BASE, ORIGIN, WHEN
+from .adapter import BASE, LOST_ORIGINALS, ORIGIN, WHEN
 from .host import Config, Host, TunerLayer, modules_in
 from .journal import Journal
 from .settings import LayerSettings
@@ -29,17 +29,13 @@ class EvalFreeDropout(torch.nn.Dropout):
         return torch.nn.functional.dropout(input, self.p, True, self.inplace) if self.training and self.p else input
 
 
-#: the mark of a config that a swap put into a model; its value belongs to ``beyond``, see ``base_values``
-NOTED = "_hotswap_lost"
-
-
 def fingerprint(config: Config) -> bytes | None:
     """A key of a config. Equal keys mean equal fields, also in type; None for a config that has no key.
 
     Whether the adapter is trained doesn't count.
     """
     fields = dict(vars(config))
-    for name in ("inference_mode", NOTED, ORIGIN, WHEN, BASE):
+    for name in ("inference_mode", LOST_ORIGINALS, ORIGIN, WHEN, BASE):
         fields.pop(name, None)
     try:
         for name, value in [*fields.items()]:

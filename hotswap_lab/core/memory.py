@@ -74,10 +74,7 @@ def _span(tensor: torch.Tensor) -> tuple[int, int, int, int]:
     """The first address of a tensor, the one behind its last, its longest stride, and the width that this repeats."""
     size, start = tensor.element_size(), tensor.data_ptr()
     strides = zip(tensor.stride(), tensor.shape, strict=True)
-    *others, (pitch, times) = [
-        (size, 1),
-        *sorted((each * size, count) for each, count in strides if each and count > 1),
-    ]
+    *others, (pitch, times) = [(size, 1), *sorted((each * size, n) for each, n in strides if each and n > 1)]
     width = size + sum(stride * (count - 1) for stride, count in others)
     return start, start + width + pitch * (times - 1), pitch, width
 
@@ -139,12 +136,12 @@ def overwritten(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> list[Refusal
     is_swapped = WHEN in vars(slot.config) and has_been_swapped(slot.host.base, slot.adapter_name)
     if not is_swapped or not (own := own_tensors(slot, tensors)):
         return []
-    live = {_plain_name(slot, key): each for key, each in _named_tensors(slot)}
+    live = {_plain_name(slot, key): _view(each) for key, each in _named_tensors(slot)}
     found = []
     for key, source in own.items():
         # prompts have other names in a file
         targets = [live[name]] if (name := _plain_name(slot, key)) in live else live.values()
-        if True in [_is_same_view(source, target) for target in targets]:
+        if _view(source) in targets:
             found.append(key)
     where = slot.adapter_name
     return [refusal("source_overwritten", count=len(found), key=key, adapter_name=where) for key in found[:1]]
@@ -172,9 +169,8 @@ def _plain_name(slot: Slot, key: str) -> str:
     return ".".join(part for part in canonical_path(key).split(".") if part not in left_out)
 
 
-def _is_same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
-    views = [(each.data_ptr(), each.shape, each.stride()) for each in (one, other)]
-    return views[0] == views[1]
+def _view(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _storage(tensor: torch.Tensor) -> int | None:

@@ -18,6 +18,7 @@ import torch
 
 from . import lora
 from .adapter import ORIGIN, WHEN, Adapter
+from .added_layers import attach
 from .change import Change, clear_gradients
 from .errors import HotswapError, Refusal, refusal
 from .host import Config
@@ -25,8 +26,7 @@ from .journal import Journal
 from .prepared import mark, ranks_before
 from .report import html_table, readable_bytes
 from .settings import LayerSettings
-from .shadow import attach
-from .slot import Slot, SlotLayer, change_of, room_left_by
+from .slot import Slot, SlotLayer, begin_change, room_left_by
 from .telling import write_scalings, write_settings
 from .tensors import PREPARED_ATTRIBUTE, is_prepared
 
@@ -120,7 +120,7 @@ class Plan:
     adapter: Adapter
     config: Config
     #: makes the change to write; called only if nothing was refused
-    make_change: Callable[[Plan], Change]
+    change_maker: Callable[[Plan], Change]
     #: the compiled modules and functions in the model
     compiled: list[object]
     add_layers: bool = False
@@ -172,7 +172,7 @@ class Plan:
         adapter, noted = self.adapter, vars(self.config)
         noted[ORIGIN], noted[WHEN] = (adapter.source, adapter.revision, adapter.file), time.time()
         with self.slot.write_mode(), torch.no_grad():
-            return self.make_change(self)
+            return self.change_maker(self)
 
     @property
     def answer(self) -> tuple[object, ...]:
@@ -265,12 +265,12 @@ def change_layer_by_layer(plan: Plan) -> Change:
     slot, room = plan.slot, plan.slot.room
     adds = Action.ADD in [layer.action for layer in plan.layers]
     if room is not None and not adds:
-        change = room.change_around([layer.settings for layer in plan.layers], plan.config)
+        change = room.change_without_weights([layer.settings for layer in plan.layers], plan.config)
         for each in plan.layers:
             room.write(each.layer, each.rank_after, each.sources, change)
         return change
     # the slot lacks the layers that are added, so it has to be looked for again afterwards
-    change = change_of(slot, plan.config, None if adds else slot)
+    change = begin_change(slot, plan.config, None if adds else slot)
     if (left := room_left_by(slot)) is not None:
         change.steps.append(partial(left.leave, is_lost=room is None))
     for each in plan.layers:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import repeat
-from operator import attrgetter
 from typing import Any
 
 import torch
 
 from . import lora
 from .adapter import Adapter
+from .added_layers import adaptable, build_added_layers
+from .checks import check_containers, check_prefixes, correct_fan_in_fan_out, note_missing_targets, note_other_base
 from .compiled import blind_spot, compiled_in, frozen, guards_are_skipped
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
@@ -24,7 +24,6 @@ from .memory import disagreeing, overlaps_in, overwritten, own_tensors
 from .method import Method
 from .plan import Action, LayerPlan, Plan, change_layer_by_layer
 from .settings import settings_for
-from .shadow import adaptable, build_shadow_layers
 from .slot import Expected, Slot, SlotLayer, copy_of, expected_of, own_keys_of
 from .tensors import SlotTensor, are_interchangeable
 from .wrappers import embeddings_of
@@ -124,8 +123,8 @@ def plan_layers(plan: Plan) -> None:
     """Plan all layers of the slot, and put the tensors that none of them takes into ``plan.unknown``."""
     slot, tensors = plan.slot, _by_own_key(plan, plan.adapter.tensors, plan.slot.own_keys)
     expected = slot.once_for(plan.config, expected_of)
-    for each in zip(slot.layers, expected, plan.ranks_before, plan.prepared, strict=True):
-        _plan_layer(plan, tensors, *each)
+    for layer, each, before, prepared in zip(slot.layers, expected, plan.ranks_before, plan.prepared, strict=True):
+        _plan_layer(plan, tensors, layer, each, before, Action.PAD if prepared else Action.RESIZE)
     plan.unknown = tensors
 
 
@@ -142,28 +141,23 @@ def _by_own_key(plan: Plan, named: Mapping[str, torch.Tensor], own_keys: Mapping
 
 
 def _plan_layer(
-    plan: Plan,
-    tensors: Tensors,
-    layer: SlotLayer,
-    expected: Expected,
-    before: int | None,
-    prepared: bool,
-    action: Action | None = None,
+    plan: Plan, tensors: Tensors, layer: SlotLayer, expected: Expected, before: int | None, action: Action
 ) -> None:
-    """Plan one layer and take its tensors out of ``tensors``; ``action`` overrides the one that the shapes imply."""
-    sources = tuple(map(tensors.pop, layer.keys, repeat(None)))
-    shapes = list(map(getattr, sources, repeat("shape"), repeat(None)))
-    settings = expected.settings
+    """Plan one layer, and take its tensors out of ``tensors``; ``action`` is for an adapter of another rank."""
+    settings, sources, shapes = expected.settings, [], []
+    for key in layer.keys:
+        source = tensors.pop(key, None)
+        sources.append(source)
+        shapes.append(None if source is None else source.shape)
     if shapes == expected.shapes and (expected.is_targeted or not plan.check_targets):
-        if action is None:
-            is_same = settings.rank == layer.tensors[0].capacity
-            action = Action.COPY if is_same else Action.PAD if prepared else Action.RESIZE
+        if settings.rank == layer.tensors[0].capacity and action is not Action.ADD:
+            action = Action.COPY
     elif shapes == [None] * len(shapes):
         action, settings = Action.OFF, None
     else:
         plan.refusals.append(_what_is_wrong(plan, layer, shapes, expected))
         return
-    plan.layers.append(LayerPlan(layer, action, before, settings, sources, expected.is_targeted))
+    plan.layers.append(LayerPlan(layer, action, before, settings, tuple(sources), expected.is_targeted))
 
 
 def _what_is_wrong(plan: Plan, layer: SlotLayer, shapes: list[torch.Size | None], expected: Expected) -> Refusal:
@@ -221,16 +215,16 @@ def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
     slot = plan.slot
     try:
         ranks = {path: settings_for(plan.config, path).rank for path in paths}
-        shadows = build_shadow_layers(slot, plan.config, ranks)
+        added = build_added_layers(slot, plan.config, ranks)
     except HotswapError as error:
         plan.refusals += error.refusals
         tensors.clear()  # they are refused already
         return
-    own = _by_own_key(plan, tensors, own_keys_of(shadows))
+    own = _by_own_key(plan, tensors, own_keys_of(added))
     tensors.clear()
     tensors.update(own)
-    for layer, expected in zip(shadows, expected_of(slot, plan.config, shadows), strict=True):
-        _plan_layer(plan, tensors, layer, expected, None, False, Action.ADD)
+    for layer, expected in zip(added, expected_of(slot, plan.config, added), strict=True):
+        _plan_layer(plan, tensors, layer, expected, None, Action.ADD)
 
 
 # ---- when the action of each layer is known
@@ -290,8 +284,11 @@ def retarget_config(plan: Plan) -> None:
 
 def check_that_it_does_something(plan: Plan) -> None:
     """Refuse an adapter whose tensors are for no layer of the slot."""
-    if not plan.refusals and plan.adapter.tensors and not any(map(attrgetter("settings"), plan.layers)):
-        keys, paths = map(repr, plan.adapter.tensors), [repr(layer.path) for layer in plan.slot.layers]
+    for layer in plan.layers:
+        if layer.settings is not None:
+            return
+    if plan.adapter.tensors and not plan.refusals:
+        keys, paths = [repr(key) for key in plan.adapter.tensors], [repr(layer.path) for layer in plan.slot.layers]
         plan.refuse("nothing_for_any_layer", keys=listing(keys, 2), paths=listing(paths, 2))
 
 
@@ -302,7 +299,9 @@ LORA: tuple[Method, ...] = (Lora(),)
 #: the passes that decide a swap of plain LoRA, in the order in which they run
 LORA_PASSES: tuple[Pass, ...] = (
     check_configs,
+    check_prefixes,
     keep_sources_apart,
+    note_other_base,
     stop_if_refused,
     complete_config,
     check_slot,
@@ -312,6 +311,9 @@ LORA_PASSES: tuple[Pass, ...] = (
     plan_leftovers,
     keep_targets_apart,
     check_capacity,
+    check_containers,
+    correct_fan_in_fan_out,
+    note_missing_targets,
     check_compiled,
     retarget_config,
     check_that_it_does_something,

@@ -20,9 +20,10 @@ from peft import PeftConfig, PeftType
 
 from . import lora
 from .adapter import Adapter
+from .added_layers import adaptable, attach, build_added_layers
 from .change import Change
 from .compiled import blind_spot, compiled_in
-from .errors import HotswapError, Refusal, listing, refusal, refuse
+from .errors import HotswapError, Refusal, listing, refusal, refused
 from .host import Config, canonical_path, carriers
 from .journal import Journal
 from .memory import overwritten
@@ -31,8 +32,7 @@ from .planner import misfits
 from .prepared import make_prepared, ranks_before
 from .room import Room, build_room
 from .settings import settings_for
-from .shadow import adaptable, attach, build_shadow_layers
-from .slot import Slot, SlotLayer, change_of, keep_slot, room_left_by, room_of, slot_in
+from .slot import Slot, SlotLayer, begin_change, keep_slot, room_left_by, room_of, slot_in
 from .telling import write_settings
 from .tensors import SlotTensor
 
@@ -61,7 +61,7 @@ def changes_to_prepare(
     room by the paths of layers, like a further adapter of the family.
     """
     if target_rank is not None and (type(target_rank) is not int or target_rank < 1):
-        raise refuse("target_rank_is_no_rank", target_rank=target_rank)
+        raise refused("target_rank_is_no_rank", target_rank=target_rank)
     changes: list[Change] = []
     refusals: list[Refusal] = []
     for slot in slots_to_prepare(methods, model, adapter_name):
@@ -75,7 +75,7 @@ def changes_to_prepare(
         # in a room, the parameters would no longer be the caller's tensors, and nothing would show it
         refusals += [each for adapter in family for each in overwritten(slot, adapter.tensors)]
     if not changes:
-        raise refuse("nothing_to_prepare", name=type(model).__name__)
+        raise refused("nothing_to_prepare", name=type(model).__name__)
     if refusals:
         raise HotswapError(*refusals)
     if not all(change.is_empty for change in changes):
@@ -96,13 +96,13 @@ def check_not_compiled(
     model: torch.nn.Module, check_compiled: str, found: str = "a model that is compiled already, or has compiled parts"
 ) -> None:
     if check_compiled not in ("error", "warn", "ignore"):
-        raise refuse("unknown_check_compiled", check_compiled=check_compiled)
+        raise refused("unknown_check_compiled", check_compiled=check_compiled)
     compiled = compiled_in(model)
     if reason := blind_spot(model, compiled, prepared=True):
-        raise refuse("graph_would_not_notice", reason=reason)
+        raise refused("graph_would_not_notice", reason=reason)
     if check_compiled == "ignore" or not compiled:
         return
-    error = refuse("prepare_before_compiling", found=found)
+    error = refused("prepare_before_compiling", found=found)
     if check_compiled == "error":
         raise error
     warnings.warn(str(error), stacklevel=3)
@@ -153,7 +153,7 @@ def _prepare(
             refusals.append(refusal("member_has_no_layer", label=adapter.label, target_modules=names))
         refusals += _make_space(space, ranks, target_rank, adapter.label)
     refusals = refusals or [*slot.method.no_room(slot, space)]
-    return (Change(), refusals) if refusals else (_change_for(slot, space, kind, extra_tensors), [])
+    return (Change(), refusals) if refusals else (_change_to_room(slot, space, kind, extra_tensors), [])
 
 
 def _misfits(slot: Slot, adapter: Adapter) -> Iterator[Refusal]:
@@ -194,7 +194,7 @@ def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
     return {path: settings_for(config, path).rank for path in [known.get(path, path) for path in paths]}
 
 
-def _change_for(slot: Slot, space: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:
+def _change_to_room(slot: Slot, space: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:
     """Allocate a room next to the model. The change moves the slot in when it is carried out."""
     capacity = {layer: space[layer.path] for layer in slot.layers}
     lacking = space.keys() - {layer.path for layer in slot.layers}
@@ -203,14 +203,12 @@ def _change_for(slot: Slot, space: dict[str, int], kind: type[Room], extra_tenso
     kind = type(present) if present is not None and kind is Room else kind
     if enough and not lacking and type(present) is kind:
         return Change()
-    reserved = (
-        build_shadow_layers(slot, slot.config, {path: space[path] for path in sorted(lacking)}) if lacking else []
-    )
+    reserved = build_added_layers(slot, slot.config, {path: space[path] for path in sorted(lacking)}) if lacking else []
     capacity |= {layer: space[layer.path] for layer in reserved}
     with slot.write_mode(), torch.no_grad():
         memory = build_room(slot, capacity, reserved, kind, extra_tensors)
     left = room_left_by(slot)
-    change = change_of(slot, slot.config)
+    change = begin_change(slot, slot.config)
     if left is not None:
         change.steps.append(functools.partial(left.leave, is_lost=present is None))
     # the parameters become views of the room's memory, and stay the same objects

@@ -20,21 +20,13 @@ import torch
 from torch import nn
 
 from .change import watch_optimizers
-from .errors import refuse
+from .errors import refused
 from .host import TunerLayer
 from .journal import Journal
 from .lora import EvalFreeDropout
 from .method import Method
 from .slot import Slot
-from .tensors import (
-    OFF_ATTRIBUTE,
-    PREPARED_ATTRIBUTE,
-    ROOM_ATTRIBUTE,
-    SCALING,
-    SlotTensor,
-    is_shared,
-    shared_as,
-)
+from .tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, ROOM_ATTRIBUTE, SCALING, SlotTensor, is_shared, shared_as
 
 #: tables of dropouts on a layer
 DROPOUTS = {"lora_dropout", "hira_dropout"}
@@ -163,7 +155,7 @@ class _Prepared(_ALayer):
     def _check_sharing(self) -> None:
         """Refuse sharing of a layer that computes with more than its own tensors: other processes lack the rest."""
         if self.__dict__.get(ROOM_ATTRIBUTE):
-            raise refuse("not_shared")
+            raise refused("not_shared")
 
     def delete_adapter(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         super().delete_adapter(adapter_name, *args, **kwargs)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,19 +19,17 @@ import torch
 from .adapter import WHEN
 from .arena import Band, Span, build_arena
 from .change import Change, clear_gradients, copy_all
-from .errors import listing, refuse
+from .errors import listing, refused
 from .host import Config
 from .journal import Journal
 from .prepared import is_marked_off, is_off, new_scalings, own_rank
 from .settings import LayerSettings, settings_of
-from .slot import SLOTS, Slot, SlotLayer, change_of, copy_of, follow
+from .slot import SLOTS, Slot, SlotLayer, begin_change, copy_of, follow
 from .telling import write_scalings, write_settings
 from .tensors import SlotTensor, is_shared, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
-_requires_grad, _version, _address = attrgetter("requires_grad"), attrgetter("_version"), torch.Tensor.data_ptr
-_parameter = attrgetter("parameter")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +137,7 @@ class Room:
         self._views = [self.view(tensor) for tensor in tensors]
         #: of modules that are saved with the adapter: moving a buffer puts another one in its place
         self._extra = [tensor for tensor in tensors if tensor not in own]
-        self._of_extra = list(map(_parameter, self._extra))
+        self._of_extra = [tensor.parameter for tensor in self._extra]
         self._addresses, self._bases = [], []
         self.slot.settle()
         self._versions = self._versions_now()
@@ -159,26 +155,30 @@ class Room:
         """Whether the model's parameters are still views of this memory, on layers that are still in the model."""
         slot, name = self.slot, self.slot.adapter_name
         kept = slot.host.base.__dict__.get(SLOTS, {}).get(name)
-        return (
-            kept is not None
-            and kept.room is self
-            and name in slot.host.configs
-            and slot.is_in_place()
-            and list(map(_address, self._parameters)) == self._addresses_now()
-            and all(map(operator.is_, map(_parameter, self._extra), self._of_extra))
-        )
+        if kept is None or kept.room is not self or name not in slot.host.configs or not slot.is_in_place():
+            return False
+        for tensor, parameter in zip(self._extra, self._of_extra, strict=True):
+            if tensor.parameter is not parameter:
+                return False
+        # a generator would be called once for each tensor
+        for parameter, address in zip(self._parameters, self._addresses_now(), strict=True):
+            if parameter.data_ptr() != address:
+                return False
+        return True
 
     def _addresses_now(self) -> list[int]:
         """The addresses that the parameters must have: ``share_memory`` moves the memory, with all views of it."""
-        bases = list(map(_address, self._memories))
+        bases = []
+        for memory in self._memories:
+            bases.append(memory.data_ptr())
         if bases != self._bases:
-            self._bases, self._addresses = bases, list(map(_address, self._views))
+            self._bases, self._addresses = bases, [view.data_ptr() for view in self._views]
         return self._addresses
 
     @property
     def is_shared(self) -> bool:
         """Whether other processes may see what is written here."""
-        return any(map(is_shared, self._memories))
+        return any(is_shared(memory) for memory in self._memories)
 
     @property
     def is_touched(self) -> bool:
@@ -187,7 +187,10 @@ class Room:
 
     def _versions_now(self) -> int:
         """The sum of all version counters. It shows any write, since no counter ever decreases."""
-        return 0 if self.slot.is_inference else sum(map(_version, self._parameters))
+        total = 0
+        for parameter in () if self.slot.is_inference else self._parameters:
+            total += parameter._version
+        return total
 
     def _note_write(self, journal: Journal) -> None:
         """Note the version counters, so that they show when other code writes from now on."""
@@ -210,6 +213,11 @@ class Room:
         """The whole tensor, padding included."""
         band, span = self.spans[tensor]
         return span.view(band.memory)
+
+    def view_in(self, bands: Sequence[torch.Tensor], tensor: SlotTensor, rank: int | None) -> torch.Tensor:
+        """The tensor of an adapter of this rank in ``bands``, which are those of a :class:`Packed`."""
+        band, span = self.spans[tensor]
+        return tensor.own(span.view(bands[self.bands.index(band)]), rank)
 
     def scaling(self, index: int, device: torch.device) -> torch.Tensor:
         """The scaling of a layer on a device, of shape (1, 1)."""
@@ -235,15 +243,12 @@ class Room:
     def pack(self, state: State, sources: Sequence[tuple[SlotTensor, torch.Tensor]]) -> Packed:
         """Lay out an adapter like the room; ``sources`` are its tensors as in its file."""
         _, taken = self.components_for(state)
-        own = {band: new_band(band.memory, number) for band, number in zip(self.bands, taken, strict=True)}
-        pairs = []
-        for tensor, source in sources:
-            band, span = self.spans[tensor]
-            target = tensor.own(span.view(own[band]), tensor.rank_of(source.shape))
-            pairs.append((target, tensor.split(source.detach())))
+        own = tuple([new_band(band.memory, number) for band, number in zip(self.bands, taken, strict=True)])
+        targets = [self.view_in(own, tensor, tensor.rank_of(source.shape)) for tensor, source in sources]
+        values = [tensor.split(source.detach()) for tensor, source in sources]
         with torch.inference_mode(False), torch.no_grad():
-            copy_all(pairs)
-        return Packed(state, tuple(own.values()), self.scalings_of(state))
+            copy_all(list(zip(targets, values, strict=True)))
+        return Packed(state, own, self.scalings_of(state))
 
     def scalings_of(self, state: State, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The scalings of all layers in the room's layout; ``strength`` is one number, or one for each layer."""
@@ -252,7 +257,7 @@ class Room:
             scalings[:, 0] = state.scalings * strength
         return scalings
 
-    def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
+    def change_to_packed(self, packed: Packed, strength: float = 1.0) -> Change:
         """The change that puts a packed adapter in. The room must be intact."""
         taken = list(map(len, packed.bands))
         change = self._change(packed.state, None, taken, taken)
@@ -263,7 +268,7 @@ class Room:
         write_scalings(change, self.scalings, self.slot.adapter_name, scalings)
         return change
 
-    def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
+    def change_without_weights(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
         """The change for a swap without the weights, which :meth:`write` then adds layer by layer."""
         state = State(tuple(settings), config)
         change = self._change(state, config, *self.components_for(state))
@@ -285,7 +290,7 @@ class Room:
 
     def change_strength(self, strength: float) -> Change:
         """The change that sets the scalings of all layers to their trained values times ``strength``."""
-        change = change_of(self.slot)
+        change = begin_change(self.slot)
         write_scalings(change, self.scalings, self.slot.adapter_name, self.scalings_of(self.state, strength))
         return change
 
@@ -312,7 +317,10 @@ class Room:
     def _enter(self, state: State, config: Config, used: list[int], journal: Journal) -> None:
         slot, before = self.slot, self.state
         self._note_write(journal)
-        if is_trained := True in map(_requires_grad, self._parameters):
+        is_trained = False
+        for parameter in self._parameters:
+            is_trained = is_trained or parameter.requires_grad
+        if is_trained:
             clear_gradients(self._parameters, journal)
         journal.set_item(slot.host.configs, slot.adapter_name, config)
         journal.set_item(self.__dict__, "state", state)
@@ -323,9 +331,8 @@ class Room:
                 fields.append(field)
         # what is off must not be trained, even if the user has set `requires_grad` since
         keeps_on = state.on == before.on and not (is_trained and False in state.on)
-        write_settings(
-            slot, slot.layers, state.settings, journal, fields if keeps_on and "dropout" not in fields else None
-        )
+        may_differ = fields if keeps_on and "dropout" not in fields else None
+        write_settings(slot, slot.layers, state.settings, journal, may_differ)
 
 
 def new_band(memory: torch.Tensor, components: int) -> torch.Tensor:
@@ -349,7 +356,7 @@ def build_room(
     name = slot.adapter_name
     sharded = [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]
     if sharded:
-        raise refuse("sharded_not_preparable", paths=listing(dict.fromkeys(sharded), 3))
+        raise refused("sharded_not_preparable", paths=listing(dict.fromkeys(sharded), 3))
     groups: dict[tuple, list[tuple[SlotTensor, tuple[int, ...]]]] = {}
     ranks = {tensor: rank for layer, rank in capacity.items() for tensor in layer.tensors}
     for tensor in (*ranks, *extra_tensors):

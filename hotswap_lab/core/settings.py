@@ -49,7 +49,7 @@ def _is_pattern(value: Any, is_value: Callable[[Any], bool]) -> bool:
 
 
 def _is_selection(value: Any) -> bool:
-    return value is None or isinstance(value, str) or all(isinstance(each, str) for each in value)
+    return value is None or all(isinstance(each, str) for each in value)  # as is each character of a string
 
 
 def _are_indices(value: Any) -> bool:
@@ -144,12 +144,14 @@ CHOICES = {
         for pattern, (_, _, rule, _, _) in PATTERNS.items()
     },
 }
+#: the fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them
+PROVENANCE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 #: the fields without an effect on an adapter that was loaded: where it comes from, how it was initialized and trained
 #: (``task_type`` is looked at with the model's heads; ``qalora_group_size`` and ``megatron_core`` need another field)
 NO_EFFECT = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
-    *("qalora_group_size", "megatron_core"),
+    *PROVENANCE,
+    *("peft_type", "task_type", "inference_mode", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("runtime_config", "qalora_group_size", "megatron_core"),
 }
 #: the rule of each field that LoRA alone needs
 RULES = {each.field: each.rule for each in SETTINGS} | CHOICES

@@ -8,7 +8,6 @@ adapters called ``a``, ``lora`` or ``default_0`` can't be mistaken for one anoth
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from . import lora
-from .adapter import BASE, ORIGIN
+from .adapter import BASE, LOST_ORIGINALS, ORIGIN
 from .change import Change
 from .host import PEFT_PREFIX, Config, Host, TunerLayer, find_host, modules_in
 from .journal import Journal
@@ -73,8 +72,8 @@ class Slot:
     layers: tuple[SlotLayer, ...]
     #: the :class:`~hotswap_lab.core.room.Room` that all tensors are views of, if the model was prepared
     room: Any = None
-    #: tables of modules and parameters, a name in each, and the entry there: see :meth:`settle`
-    _links: tuple[tuple[Any, ...], ...] = field(default=(), init=False, repr=False)
+    #: tables of modules and parameters, each with a name in it and the entry there: see :meth:`settle`
+    _links: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list, init=False, repr=False)
     #: the results of :meth:`once_for`
     _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
     #: the results of :meth:`once`, and the addresses of the parameters at that time
@@ -107,7 +106,7 @@ class Slot:
         Its tensors must then be written in inference mode. Tensors made in it would make any other model untrainable.
         """
         # prompts are in no layer; then the model's own weights decide
-        return True in map(torch.Tensor.is_inference, self.parameters or self.host.carrier.parameters())
+        return True in [each.is_inference() for each in self.parameters or self.host.carrier.parameters()]
 
     def write_mode(self) -> torch.inference_mode:
         """Inference mode if the adapter was loaded in it, and normal mode if not, regardless of the caller's mode."""
@@ -133,7 +132,7 @@ class Slot:
         """Note where everything is, for :meth:`is_in_place` to compare with."""
         # PEFT makes an adapter's own tables once for each layer; only their entries may change
         tables, known = [module._modules for module in self.modules], set(self.modules)
-        links: list[tuple[Any, ...]] = [
+        links: list[tuple[dict[str, Any], str, Any]] = [
             (table, name, child) for table in tables for name, child in table.items() if child in known
         ]
         parameters = iter(self.parameters)  # worked out now, since code such as pruning may take one out of its table
@@ -143,18 +142,24 @@ class Slot:
                 if table is not tensor.owner:
                     links.append((table._modules, self.adapter_name, tensor.owner))
                 links.append((tensor.owner._parameters, tensor.name, next(parameters)))
-        self._links = tuple(zip(*links, strict=True))
+        self._links = links
 
     def is_in_place(self) -> bool:
         """Whether the parameters, and the modules on the way to them, are still those of the model."""
-        tables, names, entries = self._links
-        if all(map(operator.is_, map(dict.get, tables, names), entries)):
-            if (
-                self.room is None
-                and (addresses := list(map(torch.Tensor.data_ptr, self.parameters))) != self._addresses
-            ):
-                self._facts, self._addresses = {}, addresses
-            return True
+        for table, name, entry in self._links:
+            if table.get(name) is not entry:
+                return self._is_elsewhere_in_place()
+        if self.room is None and (addresses := self._addresses_now()) != self._addresses:
+            self._facts, self._addresses = {}, addresses
+        return True
+
+    def _addresses_now(self) -> list[int]:
+        addresses = []
+        for parameter in self.parameters:
+            addresses.append(parameter.data_ptr())
+        return addresses
+
+    def _is_elsewhere_in_place(self) -> bool:
         # another module may have been put into the model, or a wrapper around a part that was compiled since
         now = slot_in(self.methods, self.host, self.adapter_name)
         if now._by_module() != self._by_module():
@@ -166,7 +171,7 @@ class Slot:
 
     def _by_module(self) -> dict[torch.nn.Module, list[tuple[str, int]]]:
         """Each layer's parameters: names and ids. A dict, since reserved layers are last, wherever they are."""
-        ids = map(id, self.parameters)
+        ids = iter([id(parameter) for parameter in self.parameters])
         return {layer.module: [(tensor.named_key, next(ids)) for tensor in layer.tensors] for layer in self.layers}
 
     # ---- facts about its layers, valid as long as everything is in place
@@ -275,7 +280,7 @@ def copy_of(config: Config) -> Config:
     return config
 
 
-def change_of(slot: Slot, config: Config = None, slot_after: Slot | None = None) -> Change:
+def begin_change(slot: Slot, config: Config = None, slot_after: Slot | None = None) -> Change:
     """A change of the adapter in a slot, with no tensor to write yet.
 
     Parameters
@@ -298,8 +303,8 @@ def follow(change: Change, slot: Slot, config: Config, is_kept: bool) -> None:
     if live is not vars(config):  # later adapters are compared with the first one's base model, not with this one's
         vars(config)[BASE] = live.get(BASE, live["base_model_name_or_path"])
     # the method has seen this model before, and what it noted then still holds
-    if is_kept and lora.NOTED in live and not slot.reads_base:
-        vars(config)[lora.NOTED] = live[lora.NOTED]
+    if is_kept and LOST_ORIGINALS in live and not slot.reads_base:
+        vars(config)[LOST_ORIGINALS] = live[LOST_ORIGINALS]
     else:
         change.steps.append(partial(slot.method.follow, slot, config))
 
@@ -316,7 +321,7 @@ def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:
             after.settle()
         # memory that a swap gives to a parameter is its own, so what was known of it still holds
         if after.room is None:
-            after._addresses = list(map(torch.Tensor.data_ptr, after.parameters))
+            after._addresses = after._addresses_now()
     noted = slot.host.base.__dict__
     journal.set_item(noted, SLOTS, Uncopied({**noted.get(SLOTS, {}), slot.adapter_name: after}))
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import listing, refuse
+from .errors import listing, refused
 from .host import Config
 from .journal import Journal
 from .method import Method
@@ -122,7 +122,7 @@ def _check(state_dict: dict, marked: Marked) -> None:
         fits, text = tuple(value.shape) == expected, f"shape {expected}, the adapter's own rank"
     if not fits:
         shape = tuple(value.shape)
-        raise refuse("state_dict_of_another", key=key, shape=shape, expected=text, adapter_name=name)
+        raise refused("state_dict_of_another", key=key, shape=shape, expected=text, adapter_name=name)
 
 
 # ---- does the live model compute the same as the saved adapter?

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .change import Change
-from .errors import listing, refuse
+from .errors import listing, refused
 from .prepared import is_off
 from .settings import settings_of
-from .slot import Slot, SlotLayer, change_of
+from .slot import Slot, SlotLayer, begin_change
 from .telling import write_scalings
 
 #: the highest strength; times a scaling, it is still finite in float32
@@ -17,11 +17,11 @@ def change_strength(slot: Slot, strength: float) -> Change:
     """The change that sets the scaling of each layer to its trained value times ``strength``."""
     name, room = slot.adapter_name, slot.room
     if slot.is_merged:
-        raise refuse("merged_no_strength", adapter_name=name)
+        raise refused("merged_no_strength", adapter_name=name)
     check_strength(strength, slot)
     if room is not None:
         return room.change_strength(strength)
-    change = change_of(slot)
+    change = begin_change(slot)
     values = [strength * _trained(slot, layer) for layer in slot.layers]
     write_scalings(change, [layer.module.scaling for layer in slot.layers], name, values)
     return change
@@ -30,13 +30,13 @@ def change_strength(slot: Slot, strength: float) -> Change:
 def check_scalable(slot: Slot) -> None:
     """Refuse adapters whose effect is not proportional to a scaling."""
     if found := slot.method.not_scaled(slot):
-        raise refuse("no_strength", adapter_name=slot.adapter_name, found=found)
+        raise refused("no_strength", adapter_name=slot.adapter_name, found=found)
 
 
 def check_strength(strength: object, slot: Slot) -> None:
     """Refuse values that are no strength, and adapters that can't have one."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= MOST:
-        raise refuse("strength_is_no_number", strength=strength)
+        raise refused("strength_is_no_number", strength=strength)
     check_scalable(slot)
 
 
@@ -51,7 +51,7 @@ def strength_of(slot: Slot) -> float:
         if not is_off(layer.module, name, layer.tensors) and _trained(slot, layer)
     }
     if len(strengths) > 1:
-        raise refuse("different_strengths", adapter_name=name, strengths=listing(sorted(strengths)))
+        raise refused("different_strengths", adapter_name=name, strengths=listing(sorted(strengths)))
     return strengths.pop() if strengths else 1.0
 
 

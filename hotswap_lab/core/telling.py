@@ -1,7 +1,7 @@
 """Telling: the only code that writes what a layer is told about an adapter besides its weights.
 
-These are its scaling, and its settings: rank, alpha, flags and dropout. Whatever the slot is, and whoever plans the
-swap, a wrong scaling after a swap comes from here, or from the values that were passed.
+These are its scaling, and its settings: rank, alpha, flags and dropout. Whatever the slot is, and whichever code plans
+the swap, a wrong scaling after a swap comes from here, or from the values that were passed.
 """
 
 from __future__ import annotations

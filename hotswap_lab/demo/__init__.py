@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import refuse
+from ..core.errors import refused
 from .tasks import MAX_WORD_LENGTH, SEPARATOR
 from .tasks import TASKS as TASKS
 from .tasks import sample_words as sample_words
@@ -136,7 +136,7 @@ def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
     'beknooot'
     """
     if not isinstance(word, str) or not word or not set(word) <= set(string.ascii_lowercase):
-        raise refuse("unknown_word", word=repr(word), longest=MAX_WORD_LENGTH)
+        raise refused("unknown_word", word=repr(word), longest=MAX_WORD_LENGTH)
     if len(word) > MAX_WORD_LENGTH:
         warnings.warn(
             f"{word!r} has {len(word)} letters. The embedded model was trained on words of up to {MAX_WORD_LENGTH}: "

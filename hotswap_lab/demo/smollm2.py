@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import refuse
+from ..core.errors import refused
 from . import Tokenizer, load_quietly
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -108,13 +108,8 @@ def _given(path: str | os.PathLike[str]) -> Source:
     location = Path(path).expanduser()
     if (location / "config.json").is_file() or (location.is_file() and location.suffix == ".gguf"):
         return Source("path", location)
-    raise refuse(
-        "no_smollm2",
-        path=str(path),
-        found="something else" if location.exists() else "nothing",
-        variable=PATH_VARIABLE,
-        ways=WAYS_TO_GET_IT,
-    )
+    found = "something else" if location.exists() else "nothing"
+    raise refused("no_smollm2", path=str(path), found=found, variable=PATH_VARIABLE, ways=WAYS_TO_GET_IT)
 
 
 def _download() -> Source:
@@ -126,7 +121,7 @@ def _download() -> Source:
         paths = [hf_hub_download(MODEL_ID, name) for name in FILES if name in there]
         return Source("hub", Path(paths[0]).parent)
     except Exception as error:  # the Hub's client passes on errors of its HTTP library, which differs by version
-        raise refuse(
+        raise refused(
             "smollm2_not_fetched",
             model=MODEL_ID,
             found=str(error) or type(error).__name__,
@@ -208,7 +203,7 @@ def convert(file: Path, folder: Path) -> None:
         text=True,
     )
     if done.returncode:
-        raise refuse(
+        raise refused(
             "gguf_not_converted", name=file.name, error=done.stderr.strip().rpartition("\n")[2], ways=WAYS_TO_GET_IT
         )
 

@@ -102,12 +102,8 @@ def drawn(
     add(f"<image {whole} style='image-rendering:pixelated' href='{image}'/>")
     canvas.shapes += spots if len(tiles) <= FEW else []
     y, part, labels = y + 32, (canvas.width - 24) / len(tints), ["0", *(f"<{100 * each:g}%" for each in STEPS), "more"]
-    word(
-        12,
-        y,
-        "share of the weight's own size" + f"; dashed: {former[0]}" * (bool(former[1]) and len(tiles) <= FEW),
-        color=MUTED,
-    )
+    dashed = f"; dashed: {former[0]}" if former[1] and len(tiles) <= FEW else ""
+    word(12, y, f"share of the weight's own size{dashed}", color=MUTED)
     for at, (tint, label) in enumerate(zip(tints, labels, strict=True)):
         add(f"<rect {area(12 + at * part, y + 6, part - 2, 10)} fill='{tint}'/>")
         word(11 + (at + 0.5) * part, y + 29, label, anchor="middle", color=MUTED)

@@ -17,7 +17,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..core.errors import first_line, refuse
+from ..core.errors import first_line, refused
 from .sources import Folder, instead
 
 
@@ -34,7 +34,7 @@ class Repository(Folder):
             next_step = _advice(error) or "check the path, the id, `subfolder`, `revision` and `token`"
             found, next_step = instead(self.name, next_step=next_step)
             found += f"; and the Hub: {first_line(_cause(error))}"
-            raise refuse("no_config_file", source=self.name, error=found, next_step=next_step) from error
+            raise refused("no_config_file", source=self.name, error=found, next_step=next_step) from error
         self.revision: str | None = commit_of(folder)
         return folder
 
@@ -47,7 +47,7 @@ class Repository(Folder):
                 return os.path.dirname(_fetch(self.name, WEIGHTS_NAME, hub))
         except Exception as error:
             next_step = _advice(error) or "check the repository, and get a complete copy of it"
-            raise refuse("no_weights_file", source=self.name, error=_cause(error), next_step=next_step) from error
+            raise refused("no_weights_file", source=self.name, error=_cause(error), next_step=next_step) from error
 
 
 def find_repository(name: str, arguments: Mapping[str, object]) -> Repository:

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..core import adapter as core
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..core.tensors import is_finite
 from .bin_file import read_bin
 from .hub import find_repository
@@ -81,7 +81,7 @@ class Adapter(core.Adapter):
 def find_source(source: object, arguments: dict[str, Any]) -> Folder:
     """The folder or repository for a path or a name that a user passed."""
     if not isinstance(source, (str, os.PathLike)):
-        raise refuse("no_adapter_to_read", found=f"a {type(source).__name__}: {source!r}"[:200])
+        raise refused("no_adapter_to_read", found=f"a {type(source).__name__}: {source!r}"[:200])
     name = os.fspath(source)
     is_path = os.path.exists(name) or not isinstance(source, str) or not REPOSITORY.fullmatch(name)
     if is_path and not arguments:
@@ -101,7 +101,7 @@ def read_tensors(
     try:
         return check_file(path), read(folder, str(device), key_mapping, for_one_swap)
     except Exception as error:  # a damaged file may cause an error of any type
-        raise refuse("weights_unreadable", source=place.name, error=error) from error
+        raise refused("weights_unreadable", source=place.name, error=error) from error
 
 
 def read(source: Any, *, only_config: bool = False, **arguments: Any) -> core.Adapter:

@@ -20,7 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, get_p
 from safetensors.torch import save_file
 
 from ..core.compiled import COMPILED
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..core.journal import interrupts_held
 from ..core.prepared import is_off
 from ..core.slot import Slot, room_of
@@ -46,17 +46,17 @@ def files_of(slot: Slot) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
 def check_saved(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
     """Refuse tensors that were read from a model to be saved if they differ from the adapter in it."""
     if (room := room_of(slot.host.base, slot.adapter_name)) and room.assigned:
-        raise refuse("rows_differ", adapter_name=slot.adapter_name)
+        raise refused("rows_differ", adapter_name=slot.adapter_name)
     for layer in slot.layers:
         for tensor in layer.tensors:
             of_lora = layer.tensors if slot.method.is_lora else ()
             if reason := strange_padding(layer.module, slot.adapter_name, tensor, of_lora):
-                raise refuse("saved_with_padding", adapter_name=slot.adapter_name, reason=reason)
+                raise refused("saved_with_padding", adapter_name=slot.adapter_name, reason=reason)
     # merging LN tuning exchanges its module and the base model's
     with_base = slot.config.peft_type == PeftType.LN_TUNING or any(".base_layer." in key for key in tensors)
     tuners = (module for module in slot.host.base.modules() if isinstance(module, BaseTunerLayer))
     if with_base and (merged := {name for module in tuners for name in module.merged_adapters}):
-        raise refuse("saved_with_merged", adapter_name=slot.adapter_name, merged=", ".join(sorted(merged)))
+        raise refused("saved_with_merged", adapter_name=slot.adapter_name, merged=", ".join(sorted(merged)))
 
 
 # ---- the config and tensors that PEFT would write
@@ -177,19 +177,14 @@ def check_folder(folder: Path) -> None:
     """Refuse a path with a file in the place of a folder."""
     for each in (folder, *folder.parents):
         if each.exists() and not each.is_dir():
-            raise refuse("not_a_folder", folder=folder, file=each)
+            raise refused("not_a_folder", folder=folder, file=each)
 
 
 def save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Write the adapter next to an older one in the same folder, then replace that one."""
-    with interrupts_held():  # so that Ctrl-C leaves no temporary files behind
-        _save(folder, config, tensors)
-
-
-def _save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     beside = folder / f"{PREFIX}{secrets.token_hex(4)}"
-    new, old = beside / "new", beside / "old"
-    with _cleared_away(beside, [each for each in (folder, *folder.parents) if not each.exists()]):
+    new, old, made = beside / "new", beside / "old", [each for each in (folder, *folder.parents) if not each.exists()]
+    with interrupts_held(), _cleared_away(beside, made):  # so that Ctrl-C leaves no temporary files behind
         for each in (new, old):
             each.mkdir(parents=True)
         write_adapter(new, config, tensors)
@@ -218,13 +213,9 @@ def _exchange(folder: Path, new: Path, old: Path) -> None:
         for name in names:
             os.replace(new / name, folder / name)
     except BaseException:
-        _restore(folder, new, old, names)
+        for name in names:
+            if os.path.lexists(old / name):
+                os.replace(old / name, folder / name)
+            elif not os.path.lexists(new / name):
+                (folder / name).unlink()
         raise
-
-
-def _restore(folder: Path, new: Path, old: Path, names: list[str]) -> None:
-    for name in names:
-        if os.path.lexists(old / name):
-            os.replace(old / name, folder / name)
-        elif not os.path.lexists(new / name):
-            (folder / name).unlink()

@@ -7,14 +7,13 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..core.errors import HotswapError, listing, refuse
+from ..core.errors import HotswapError, listing, refused
 
 
 @dataclass
@@ -37,9 +36,9 @@ class Folder:
 
     def _with(self, lacking: str, *names: str) -> str:
         folder = os.path.join(self.name, self.subfolder) if self.subfolder else self.name
-        if not any(map(os.path.exists, map(os.path.join, repeat(folder), names))):
+        if not any(os.path.exists(os.path.join(folder, name)) for name in names):
             found, next_step = instead(folder, names)
-            raise refuse(lacking, source=self.name, error=found, next_step=next_step)
+            raise refused(lacking, source=self.name, error=found, next_step=next_step)
         return folder
 
 
@@ -91,10 +90,10 @@ def read_config(place: Folder) -> PeftConfig:
         check_file(path)
         attributes = PeftConfig.from_json_file(path)
         if (peft_type := attributes["peft_type"]) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            raise refuse("unknown_peft_type", source=place.name, peft_type=peft_type)
+            raise refused("unknown_peft_type", source=place.name, peft_type=peft_type)
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
         return config_class.from_peft_type(**config_class.check_kwargs(**attributes))
     except HotswapError:
         raise
     except Exception as error:  # of any type, since PEFT doesn't check a config that it reads from a file
-        raise refuse("config_unreadable", source=place.name, error=error) from error
+        raise refused("config_unreadable", source=place.name, error=error) from error

@@ -39,7 +39,7 @@ def gains_of(draft: Plan) -> dict[str, float]:
 def as_plan(draft: Plan, change: Change) -> Plan:
     """A plan that comes to this change, for the config that is in the model."""
     draft.config = draft.slot.config
-    draft.make_change = lambda plan: change
+    draft.change_maker = lambda plan: change
     return draft
 
 
@@ -80,7 +80,7 @@ def gains(solution):
 
     def spoiled(draft: Plan) -> Plan:
         plan = solution(draft)
-        plan.make_change(plan).steps.append(lambda journal: 1 / 0)
+        plan.change_maker(plan).steps.append(lambda journal: 1 / 0)
         return plan
 
     with contextlib.suppress(ZeroDivisionError):

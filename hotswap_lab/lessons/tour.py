@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import demo
-from ..bench import Row, Scene, Settings, machine, ways_of
+from ..bench import Measured, Scene, Settings, machine, ways_of
 from ..swap import hotswap_adapter
 
 #: the adapter that is loaded first: it has every layer, so every other adapter can replace it
@@ -21,14 +21,14 @@ WAYS = ("hotswap_lab, disk", "PEFT hotswap, disk", "PEFT load + set + delete")
 LINE = "{:10}{:21}{:6}{:>9}  {:>15}  {:>15}"
 
 
-def compare(name: str, repeats: int) -> list[Row]:
+def compare(name: str, repeats: int) -> list[Measured]:
     """Time the swap from ``FIRST`` to another adapter in all three ways, each on a model of its own."""
     folders = [demo.adapter_path(FIRST), demo.adapter_path(name)]
     scene = Scene(demo.load_base(), Settings(model="demo", n=repeats), folders)
     return scene.measure(f"{FIRST} to {name}", {way: ways_of(scene)[way]() for way in WAYS})
 
 
-def shown(row: Row, ours: Row) -> str:
+def shown(row: Measured, ours: Measured) -> str:
     """The median in milliseconds, and how many times ours it is, or what was wrong."""
     if row.timing is None or ours.timing is None:
         return row.state

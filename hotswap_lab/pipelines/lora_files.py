@@ -17,7 +17,7 @@ from peft import PeftConfig
 
 from .. import compat
 from ..beyond.base_twin import make_base_twin
-from ..core.errors import listing, refuse
+from ..core.errors import listing, refused
 from ..files.reading import Adapter
 
 if TYPE_CHECKING:
@@ -85,13 +85,8 @@ def read_pipeline_lora(
     try:
         handed = _handed_over(pipe, label if is_file else dict(source), arguments)
     except Exception as error:  # diffusers raises many types: no such file, another format, another model's layers
-        raise refuse(
-            "pipeline_lora_unreadable",
-            label=label,
-            kind=type(pipe).__name__,
-            error=error,
-            components=listing(components_of(pipe), 9),
-        ) from error
+        kind, parts = type(pipe).__name__, listing(components_of(pipe), 9)
+        raise refused("pipeline_lora_unreadable", label=label, kind=kind, error=error, components=parts) from error
     adapters = {}
     for component, (config, tensors) in handed.items():
         adapter = Adapter.from_state_dict(tensors, config, allow_nonfinite=allow_nonfinite)
@@ -102,7 +97,7 @@ def read_pipeline_lora(
 def check_pipeline(pipe: object) -> None:
     """Refuse an object that is not a pipeline that LoRA can be loaded into."""
     if not callable(getattr(pipe, "load_lora_weights", None)) or not hasattr(pipe, "_lora_loadable_modules"):
-        raise refuse("not_a_pipeline", name=type(pipe).__name__)
+        raise refused("not_a_pipeline", name=type(pipe).__name__)
 
 
 def components_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:

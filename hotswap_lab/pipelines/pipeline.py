@@ -16,7 +16,7 @@ import torch
 from .. import compat
 from ..beyond.passes import METHODS, PASSES
 from ..core.change import apply
-from ..core.errors import HotswapError, Refusal, advise, listing, refusal, refuse
+from ..core.errors import HotswapError, Refusal, advise, listing, refusal, refused
 from ..core.host import carriers, find_host
 from ..core.loaded import tell
 from ..core.plan import Plan
@@ -25,7 +25,7 @@ from ..core.prepare import changes_to_prepare, slots_to_prepare
 from ..core.slot import slot_for
 from ..files.reading import Adapter
 from ..swap import carry_out, commit, refusals_told
-from ..threads import bases_of, held
+from ..threads import bases_of, locked
 from .lora_files import check_pipeline, components_of, read_pipeline_lora
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def hotswap_pipeline(
     """
     with refusals_told(pipe, adapter_name):
         adapters = _read(pipe, source, allow_nonfinite, kwargs)
-        with held(*bases_of(pipe)):
+        with locked(*bases_of(pipe)):
             plan = _decide(pipe, adapters, adapter_name, components, add_layers)
             plan.raise_if_refused()
             carry_out(list(plan.plans.values()))
@@ -298,7 +298,7 @@ def prepare_pipeline_for_compiled_hotswap(
         if refusals := [each for model in loaded.values() for each in _offloading(model)]:
             raise HotswapError(*refusals)
         # under one lock, so that no thread computes with a pipeline of which only some components are prepared
-        with held(*bases_of(pipe)):
+        with locked(*bases_of(pipe)):
             changes = [changes_to_prepare(METHODS, model, families[name], **options) for name, model in loaded.items()]
             slots = (slot for model in loaded.values() for slot in slots_to_prepare(METHODS, model, adapter_name))
             apply([change for of_one in changes for change in of_one], tell=lambda: tell("prepare", slots))
@@ -318,14 +318,10 @@ def _decide(
         slot = slot_for(METHODS, find_host(model, adapter_name), adapter_name)
         # A fresh load would create no adapter here. The old config is kept, so that later files still find a slot.
         nothing = Adapter(copy.deepcopy(slot.config), {}, next(iter(adapters.values())).source)
-        plan = make_plan(
-            slot,
-            adapters.get(name, nothing),
-            passes=PASSES,
-            add_layers=add_layers,
-            # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
-            check_targets=not hasattr(type(slot.host.base), "load_lora_adapter"),
-        )
+        adapter = adapters.get(name, nothing)
+        # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
+        checks = not hasattr(type(slot.host.base), "load_lora_adapter")
+        plan = make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, check_targets=checks)
         plan.refusals += _offloading(model)
         plans[name] = plan
     return PipelinePlan(plans)
@@ -340,12 +336,8 @@ def _with_adapter(
     names = {key: sorted({name for host in carriers(model) for name in host.configs}) for key, model in models.items()}
     loaded = {key: models[key] for key in chosen if names.get(key) and adapter_name in (None, *names[key])}
     if not loaded or set(chosen) - models.keys():
-        raise refuse(
-            "not_in_pipeline",
-            adapter_name=adapter_name,
-            chosen=listing(chosen),
-            loaded="; ".join(f"{key}: {listing(map(repr, each)) or 'no adapter'}" for key, each in names.items()),
-        )
+        there = "; ".join(f"{key}: {listing(map(repr, each)) or 'no adapter'}" for key, each in names.items())
+        raise refused("not_in_pipeline", adapter_name=adapter_name, chosen=listing(chosen), loaded=there)
     return loaded
 
 
@@ -355,7 +347,7 @@ def _for_these(
     """The adapters for the chosen components; refuses those for components that have no adapter yet."""
     wanted = {name: each for name, each in adapters.items() if components is None or name in components}
     if not wanted or wanted.keys() - loaded.keys():
-        raise refuse("components_without_adapter", found=listing(adapters) or "no component", loaded=listing(loaded))
+        raise refused("components_without_adapter", found=listing(adapters) or "no component", loaded=listing(loaded))
     return wanted
 
 

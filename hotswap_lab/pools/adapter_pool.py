@@ -17,7 +17,7 @@ from ..beyond.passes import METHODS, PASSES
 from ..core.adapter import ORIGIN, Adapter
 from ..core.change import Step, apply
 from ..core.compiled import frozen, frozen_in
-from ..core.errors import HotswapError, listing, refuse
+from ..core.errors import HotswapError, listing, refused
 from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
 from ..core.loaded import tell
@@ -25,12 +25,12 @@ from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
 from ..core.room import Packed, Room, State
-from ..core.slot import Slot, change_of, room_of, slot_for
+from ..core.slot import Slot, begin_change, room_of, slot_for
 from ..core.strength import check_strength
 from ..files.reading import read
 from ..swap import get_strength, refusals_told, warn_of
-from ..threads import Block, held, put_back
-from .former import as_now, change_to, is_in, is_used, owner_in, row_of, snapshot, weights_of
+from ..threads import Block, locked, put_back
+from .former import as_now, change_to_snapshot, is_in, is_used, owner_in, row_of, snapshot, weights_of
 from .learners import of_learner
 from .members import Member, Members, check_named, shown_of
 from .mixes import Mix
@@ -128,18 +128,18 @@ class AdapterPool:
         self._told = partial(refusals_told, model, self.adapter_name)
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
         base = self._check_kind(slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)).host.base
-        with self._told(), held(base, computing=True):
+        with self._told(), locked(base, computing=True):
             way_back = Journal()
             try:
                 family = [read(source, only_config=True, **hub) for source in adapters.values()]
-                with held(base):
+                with locked(base):
                     needs: dict[str, Any] = dict(target_rank=target_rank, check_compiled=check_compiled)
                     needs |= dict(adapter_name=self.adapter_name, extra_tensors=module_tensors, kind=kind)
                     apply(changes_to_prepare(METHODS, model, family, **needs), way_back)
                 self._room = cast(Room, room_of(base, self.adapter_name))
                 if base_weights is not None or kept_originals(base, self.adapter_name):
                     off = self._room.change_strength(0).copies
-                    with held(base):
+                    with locked(base):
                         apply([change_to_originals(self._room.slot, base_weights, off)], way_back)
                 self._fill(adapters.items(), progress)
                 self._tell = partial(tell, "swap", [self._room.slot])
@@ -153,9 +153,9 @@ class AdapterPool:
         """Refuse a slot whose adapters can't be packed: of another method, or with extra state that is not packed."""
         name, config = slot.adapter_name, slot.config
         if not slot.method.is_lora:
-            raise refuse("pool_needs_lora", adapter_name=name, kind=kind_of(config))
+            raise refused("pool_needs_lora", adapter_name=name, kind=kind_of(config))
         if fields := [each for each in slot.method.extra_state(config) if each not in PACKED_TOO]:
-            raise refuse("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
+            raise refused("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
         return slot
 
     def _fill(self, adapters: Iterable[tuple[str, object]], progress: bool) -> None:
@@ -241,7 +241,7 @@ class AdapterPool:
         """Remove an adapter from the pool. One in use can't be removed."""
         with self._told(), self._members.lock:
             if is_used(self._room, self._members[name]):
-                raise refuse("adapter_in_use", name=name)
+                raise refused("adapter_in_use", name=name)
             del self._members[name]
 
     def update(
@@ -277,12 +277,12 @@ class AdapterPool:
             in_model = is_used(self._room, member)
             with self._writing() if in_model else self._members.lock:
                 if self._members.get(name) is not member:
-                    raise refuse("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
+                    raise refused("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
                 if in_model:  # at its present strength
                     former = snapshot(self._room, self._members)
-                    change = change_to(self._room, as_now(self._room, self._members, former, {member: packed}))
+                    change = change_to_snapshot(self._room, as_now(self._room, self._members, former, {member: packed}))
                 else:
-                    change = change_of(self._room.slot)
+                    change = begin_change(self._room.slot)
                 self._members.make_space(member, packed, updated=True)
                 change.steps.append(put)
                 apply([change], tell=self._tell if in_model else None)
@@ -298,7 +298,7 @@ class AdapterPool:
         plan.raise_if_refused()
         if plan.is_decided:  # by a fresh load, which found only values that differ
             fields = ", ".join(slot.method.extra_state(adapter.config))
-            raise refuse("pool_needs_lora_alone", adapter_name=member.name, fields=fields)
+            raise refused("pool_needs_lora_alone", adapter_name=member.name, fields=fields)
         warn_of(plan)
         member.notes = plan.notes
         sources += [
@@ -321,7 +321,7 @@ class AdapterPool:
         """
         host = self._room.slot.host
         if (found := base_weights_in(host.base, adapter)) and ANY in lost_originals(host, self.adapter_name):
-            raise refuse("base_weights_unknown", name=name, found=listing(sorted(found), 3))
+            raise refused("base_weights_unknown", name=name, found=listing(sorted(found), 3))
 
     # ---- adapters in and out of the model
 
@@ -349,13 +349,13 @@ class AdapterPool:
             with self._turn() if is_slow else contextlib.nullcontext():
                 if is_slow:
                     self._packed(name)  # while others go on computing
-                with held(self._room.slot.host.base), members.lock:
+                with locked(self._room.slot.host.base), members.lock:
                     self._check_room()
                     if strength != 1:
                         check_strength(strength, self._room.slot)
                     # looked up here: another adapter may have this name by now
                     packed = self._packed(name) if is_mix else members.packed(members[name])
-                    change = self._room.change_to(packed, strength)
+                    change = self._room.change_to_packed(packed, strength)
                     change.steps += steps
                     apply([change], tell=self._tell)
         except HotswapError:
@@ -411,11 +411,11 @@ class AdapterPool:
         strengths = [1.0] * len(adapters) if strengths is None else strengths
         room, count = self._room, len(adapters)
         if not isinstance(room, RowRoom) or not 0 < count <= room.rows:
-            raise refuse("no_room_for_rows", count=count, rows=getattr(room, "rows", 1), wanted=max(count, 2))
+            raise refused("no_room_for_rows", count=count, rows=getattr(room, "rows", 1), wanted=max(count, 2))
         if not isinstance(copies, int) or copies < 1:
-            raise refuse("copies_is_no_number", copies=copies)
+            raise refused("copies_is_no_number", copies=copies)
         if len(strengths) != count:
-            raise refuse("strengths_of_others", strengths=len(strengths), rows=count)
+            raise refused("strengths_of_others", strengths=len(strengths), rows=count)
         with self._told(), self._turn():
             self._all_packed(adapters)  # which may take long
             with self._writing():
@@ -441,7 +441,7 @@ class AdapterPool:
         if not isinstance(name, Mapping):
             return self._members.packed(self._members[name])
         if not name:
-            raise refuse("mix_of_nothing")
+            raise refused("mix_of_nothing")
         self._check_room()
         for weight in name.values():
             check_strength(weight, self._room.slot)
@@ -507,7 +507,7 @@ class AdapterPool:
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
             if self._room.is_shared:
                 with self._told():
-                    raise refuse("block_in_shared_memory")
+                    raise refused("block_in_shared_memory")
             self._check_room()
             former = snapshot(self._room, self._members)
             put_in(lambda journal: back.append(lambda: self._put_back(former)))
@@ -523,28 +523,28 @@ class AdapterPool:
     def _put_back(self, former: Packed) -> None:
         packed = as_now(self._room, self._members, former)
         with self._writing():
-            apply([change_to(self._room, packed)], tell=self._tell)
+            apply([change_to_snapshot(self._room, packed)], tell=self._tell)
 
     # ---- turns
 
     def _turn(self) -> AbstractContextManager:
         """Keep other threads from swapping; they may go on computing."""
-        return held(self._room.slot.host.base, computing=True)
+        return locked(self._room.slot.host.base, computing=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Keep other threads from computing and from changing the pool. Not for work that takes long."""
-        with held(self._room.slot.host.base), self._members.lock:
+        with locked(self._room.slot.host.base), self._members.lock:
             self._check_room()
             yield
 
     def _check_room(self) -> None:
         if not self._room.is_intact():
-            raise refuse("pool_lost_its_place")
+            raise refused("pool_lost_its_place")
         if self._room.slot.is_merged:
-            raise refuse("merged", adapter_name=self.adapter_name)
+            raise refused("merged", adapter_name=self.adapter_name)
         if frozen and (reason := frozen_in(self._room.slot.host.base)):
-            raise refuse("compiled_would_not_notice", reason=reason)
+            raise refused("compiled_would_not_notice", reason=reason)
 
     # ---- display
 
@@ -579,5 +579,5 @@ class AdapterPool:
 
 
 def _roll_back(journal: Journal, base: torch.nn.Module) -> None:
-    with held(base):
+    with locked(base):
         journal.roll_back()

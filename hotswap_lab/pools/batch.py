@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..core.errors import HotswapError, refuse
+from ..core.errors import HotswapError, refused
 from ..core.journal import Journal
 from .proof import FLAG, Probe, batch_name, given_inputs, given_tensors, kind_of, prove, size_of
 
@@ -154,7 +154,7 @@ class Batch:
     def check_part(self) -> None:
         """Refuse layers that are computed outside of a call of the model, if no such call has proven them."""
         if getattr(self.local, "outer", None) is None and not self.acting <= self.shown:
-            raise refuse("rows_not_in_layer", paths="a part of the model", found="no proof for this part")
+            raise refused("rows_not_in_layer", paths="a part of the model", found="no proof for this part")
 
     @property
     def _is_gone(self) -> bool:
@@ -175,10 +175,8 @@ class Batch:
         given = given_inputs(arguments, named)
         kinds = {name: kind_of(each) for name, each in given.items()}
         # the kinds that a graph can tell apart
-        direct = (
-            number,
-            frozenset((name, kinds[name]) for name, each in given.items() if isinstance(each, (torch.Tensor, *FLAG))),
-        )
+        told = [name for name, each in given.items() if isinstance(each, (torch.Tensor, *FLAG))]
+        direct = number, frozenset((name, kinds[name]) for name in told)
         key = direct if in_graph else (number, frozenset(kinds.items()))
         proven = self.proven.get(key, frozenset())
         if self.acting <= proven:
@@ -191,8 +189,8 @@ class Batch:
     def _refuse_batch(self, batch: int, copies: int) -> None:
         text = f", each of them {copies} times" if copies > 1 else ""
         if self.size:
-            raise refuse("batch_of_other_size", batch=batch, size=self.size, copies=text)
-        raise refuse("batch_above_rows", batch=batch, rows=self.rows, copies=text)
+            raise refused("batch_of_other_size", batch=batch, size=self.size, copies=text)
+        raise refused("batch_above_rows", batch=batch, rows=self.rows, copies=text)
 
     # ---- in a graph
 
@@ -237,7 +235,7 @@ class Batch:
             except HotswapError:
                 raise
             except Exception as error:
-                raise refuse("rows_not_proven_in_graph", error=error) from error
+                raise refused("rows_not_proven_in_graph", error=error) from error
 
 
 @torch.library.custom_op("hotswap_lab::checked_inputs", mutates_args=())

@@ -64,11 +64,11 @@ def snapshot(room: Room, members: Members) -> Packed:
     return Packed(state, bands, scalings)
 
 
-def change_to(room: Room, packed: Packed) -> Change:
+def change_to_snapshot(room: Room, packed: Packed) -> Change:
     """The change that puts adapters in, one or one for each row."""
     if isinstance(packed, PackedRows):
         return cast(RowRoom, room).change_rows(packed.rows, packed.copies, strengths_of(packed))
-    return room.change_to(packed)
+    return room.change_to_packed(packed)
 
 
 def as_now(room: Room, members: Members, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:

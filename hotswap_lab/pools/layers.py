@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import Conv2d, Embedding, Linear
 from peft.tuners.lora.layer import LoraVariant
 
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..core.tensors import SlotTensor
 from .batch import Batch
 
@@ -66,9 +66,9 @@ class RowVariant(LoraVariant):
     ) -> torch.Tensor:
         # pruning, for one, takes parameters out of their tables; a graph reads the pool's memory alone
         if not torch.compiler.is_compiling() and any(each.name not in each.owner._parameters for each in self.tensors):
-            raise refuse("rows_lost_their_place", adapter_name=active_adapter)
+            raise refused("rows_lost_their_place", adapter_name=active_adapter)
         if torch.is_grad_enabled() and self.tensors[0].parameter.requires_grad:
-            raise refuse("rows_not_trained", adapter_name=active_adapter, found=TRAINED)
+            raise refused("rows_not_trained", adapter_name=active_adapter, found=TRAINED)
         own = self.exported(module) if torch.compiler.is_exporting() else self
         strength = module.scaling[active_adapter] / own.trained
         if torch.compiler.is_compiling():
@@ -82,7 +82,7 @@ class RowVariant(LoraVariant):
             a, b, scaling = found
             count, block = len(scaling), x.shape[0] // len(scaling)
             if count * block != x.shape[0]:
-                raise refuse("rows_not_in_layer", paths=self.path, found=f"an input of shape {tuple(x.shape)}")
+                raise refused("rows_not_in_layer", paths=self.path, found=f"an input of shape {tuple(x.shape)}")
         else:
             return result
         if x.is_floating_point():
@@ -100,7 +100,7 @@ class RowVariant(LoraVariant):
     def exported(self, module: Any) -> SimpleNamespace:
         """The attributes that compiled code reads, as buffers that an export keeps; refuses an export without these."""
         if module._buffers.keys().isdisjoint(READ.values()):
-            raise refuse("rows_not_exportable")
+            raise refused("rows_not_exportable")
         return SimpleNamespace(**{name: module._buffers[buffer] for name, buffer in READ.items()})
 
     def _now(
@@ -111,7 +111,7 @@ class RowVariant(LoraVariant):
         if (probe := batch.probe) is not None:
             return (*probe.weights(self), probe.mask.to(x.device)) if probe.acts(self.index, x) else None
         if batch.size and first.data_ptr() != self.a.data_ptr():
-            raise refuse("rows_lost_their_place", adapter_name=active_adapter)
+            raise refused("rows_lost_their_place", adapter_name=active_adapter)
         if not batch.differs:  # PEFT's parameters are row 0, wherever they are
             a, b = (each.parameter.movedim(each.rank_axis or 0, 0)[None] for each in self.tensors)
             return a, b.flatten(2), self.own[:1] * strength
@@ -122,7 +122,7 @@ class RowVariant(LoraVariant):
     def check_copying(self, adapter_name: str) -> None:
         """Refuse a copy while rows are assigned: it has the parameters alone, which are row 0, and no rows."""
         if self.batch.size:
-            raise refuse("rows_differ", adapter_name=adapter_name)
+            raise refused("rows_differ", adapter_name=adapter_name)
 
     def times_a(self, module: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """``[rows, copies, ..., in]`` times A: ``[rows, copies, ..., rank]``."""
@@ -134,7 +134,7 @@ class RowVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> Any:
-        raise refuse("rows_not_mergeable", adapter_name=active_adapter)
+        raise refused("rows_not_mergeable", adapter_name=active_adapter)
 
     merge_unsafe: Any = merge_safe
     unmerge: Any = merge_safe
@@ -178,5 +178,5 @@ def variant_for(layer: Any, path: str) -> type[RowVariant]:
     plain = plain and set(getattr(base, "dilation", ())) <= {1} and not isinstance(getattr(base, "padding", 0), str)
     found = next((variant for kind, variant in KINDS.items() if isinstance(layer, kind)), None)
     if found is None or not plain or MIXED in path.split("."):
-        raise refuse("no_rows_on_layer", path=path, kind=type(layer).__name__)
+        raise refused("no_rows_on_layer", path=path, kind=type(layer).__name__)
     return found

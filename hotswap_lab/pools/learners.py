@@ -71,11 +71,8 @@ class Learned:
             return None
 
         def side(bands: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
-            own, targets = dict(zip(room.bands, bands, strict=True)), []
-            for place, shape in zip([places[key] for key in keys], shapes, strict=True):
-                band, span = room.spans[place]
-                targets.append(place.own(span.view(own[band]), place.rank_of(shape)))
-            return tuple(bands), targets
+            found = zip([places[key] for key in keys], shapes, strict=True)
+            return tuple(bands), [room.view_in(bands, place, place.rank_of(shape)) for place, shape in found]
 
         spare = [new_band(band.memory, len(own)) for band, own in zip(room.bands, packed.bands, strict=True)]
         learned = cls(weakref.ref(slot), (key_of_config, shapes), [side(packed.bands), side(spare)])

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..core.adapter import Adapter
-from ..core.errors import listing, refuse
+from ..core.errors import listing, refused
 from ..core.room import Packed
 from ..files.reading import read
 from .learners import Learned
@@ -81,7 +81,7 @@ class Members(dict[str, Member]):
     def __missing__(self, name: str) -> Member:
         near = get_close_matches(str(name), self)
         names = map(repr, [*near, *(each for each in self if each not in near)])
-        raise refuse("not_in_pool", name=name, found=f"the names {listing(names) or '(none)'}")
+        raise refused("not_in_pool", name=name, found=f"the names {listing(names) or '(none)'}")
 
     def add(self, name: str, source: object) -> None:
         """Read and pack an adapter; refuse a name that is taken."""
@@ -96,7 +96,7 @@ class Members(dict[str, Member]):
 
     def _check_free(self, name: str) -> None:
         if name in self:
-            raise refuse("already_in_pool", name=name)
+            raise refused("already_in_pool", name=name)
 
     def _read(self, member: Member, source: object) -> Packed:
         path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
@@ -110,7 +110,7 @@ class Members(dict[str, Member]):
 
     def _read_again(self, member: Member) -> Packed:
         if member.stamp != _stamp_of(member.source):
-            raise refuse("files_changed", name=member.name, source=member.source)
+            raise refused("files_changed", name=member.name, source=member.source)
         return self._read(member, member.source)
 
     def packed(self, member: Member) -> Packed:
@@ -136,7 +136,7 @@ class Members(dict[str, Member]):
         # each adapter must fit next to those that can't be dropped
         needed = fixed + (max((each.nbytes for each in droppable), default=0) if stays else 0)
         if needed > self.max_bytes:
-            raise refuse("pool_is_full", name=member.name, needed=needed, max_bytes=self.max_bytes)
+            raise refused("pool_is_full", name=member.name, needed=needed, max_bytes=self.max_bytes)
         in_memory = [each for each in droppable if each.packed is not None]
         total = fixed + sum(each.nbytes for each in in_memory)
         for each in in_memory:
@@ -151,7 +151,7 @@ def check_named(adapters: object) -> None:
     >>> check_named({"style": "folder"})
     """
     if adapters is not None and not isinstance(adapters, Mapping):
-        raise refuse("adapters_without_names", kind=type(adapters).__name__)
+        raise refused("adapters_without_names", kind=type(adapters).__name__)
 
 
 def shown_of(table: list[tuple[str, ...]], members: Members) -> tuple[list[tuple[str, ...]], list[str]]:

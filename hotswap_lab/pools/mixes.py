@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.adapter import ORIGIN
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..core.host import Config
 from ..core.loaded import other_base
 from ..core.lora import complete, retarget
@@ -49,15 +49,16 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
         settings.append(_of_mix(rank) if on else None)
         a, b, *more = layer.tensors
         if more or a.rank_step > 1:
-            raise refuse("no_mix_on_layer", names=list(mix.weights), path=layer.path)
+            raise refused("no_mix_on_layer", names=list(mix.weights), path=layer.path)
         if rank > (capacity := a.capacity or 0):
             ranks = zip(*([own.rank if own else 0 for own in packed.state.settings] for packed in members), strict=True)
             rooms = (each.tensors[0].capacity or 0 for each in room.slot.layers)
             most = max(*map(sum, ranks), *rooms)  # a lower target_rank would be refused for another layer
-            raise refuse("mix_above_room", names=[*mix.weights], rank=rank, path=layer.path, room=capacity, most=most)
+            raise refused("mix_above_room", names=[*mix.weights], rank=rank, path=layer.path, room=capacity, most=most)
         if on:
-            sources.append((a, torch.cat([_own(room, a, packed, own.rank) for packed, own, _ in on], a.rank_axis or 0)))
-            scaled = [_own(room, b, packed, own.rank) * (own.scaling * weight) for packed, own, weight in on]
+            lines = [room.view_in(packed.bands, a, own.rank) for packed, own, _ in on]
+            sources.append((a, torch.cat(lines, a.rank_axis or 0)))
+            scaled = [room.view_in(packed.bands, b, own.rank) * (own.scaling * weight) for packed, own, weight in on]
             sources.append((b, torch.cat(scaled, b.rank_axis or 0)))
     config = complete(_config_of(room.slot, settings, [each.state.config for each in members]), room.slot.host)
     return room.pack(State(tuple(settings), config, mix), sources)
@@ -66,12 +67,6 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
 def _of_mix(rank: int) -> LayerSettings:
     """The settings of a mix: a scaling of one, since those of its shares are in its weights."""
     return LayerSettings(rank=rank, alpha=rank, use_rslora=False, dropout=0.0)
-
-
-def _own(room: Room, tensor: SlotTensor, packed: Packed, rank: int) -> torch.Tensor:
-    """One tensor of a packed adapter."""
-    band, span = room.spans[tensor]
-    return tensor.own(span.view(packed.bands[room.bands.index(band)]), rank)
 
 
 def _config_of(slot: Slot, settings: Sequence[LayerSettings | None], configs: Sequence[Config]) -> Config:

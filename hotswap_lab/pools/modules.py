@@ -10,7 +10,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 
 from ..core.adapter import Adapter
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..core.host import Config, canonical_path, modules_in
 from ..core.room import Room
 from ..core.slot import Slot
@@ -50,21 +50,18 @@ def taken_apart(
     slot = room.slot
     found, expected = getattr(adapter.config, "modules_to_save", None) or (), slot.config.modules_to_save
     if set(found) != set(expected or ()):
-        raise refuse("other_modules_to_save", name=member_name, found=found, expected=expected)
+        raise refused("other_modules_to_save", name=member_name, found=found, expected=expected)
     tensors = {canonical_path(key): tensor for key, tensor in adapter.tensors.items()}
     sources = []
     for each in room.spans.keys() - slot.tensors:
         tensor = tensors.pop(each.key, None)
         if tensor is None or tensor.shape != each.parameter.shape:
             found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
-            raise refuse("module_differs", key=each.key, found=found, expected=tuple(each.parameter.shape))
+            raise refused("module_differs", key=each.key, found=found, expected=tuple(each.parameter.shape))
         sources.append((each, tensor))
     host = dataclasses.replace(slot.host, configs={slot.adapter_name: _without_modules(slot.config)})
-    alone = dataclasses.replace(
-        adapter,
-        config=_without_modules(adapter.config),
-        tensors={key: tensor for key, tensor in adapter.tensors.items() if canonical_path(key) in tensors},
-    )
+    left = {key: tensor for key, tensor in adapter.tensors.items() if canonical_path(key) in tensors}
+    alone = dataclasses.replace(adapter, config=_without_modules(adapter.config), tensors=left)
     return dataclasses.replace(slot, host=host), alone, sources
 
 

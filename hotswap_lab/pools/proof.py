@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from .. import compat
-from ..beyond.guards import random_numbers_kept
-from ..core.errors import listing, refuse
+from ..beyond.guards import random_numbers_kept, state_kept
+from ..core.errors import listing, refused
 
 #: how far off a row may be, relative to the adapter's largest effect on an output, by the precision of the output
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -124,7 +124,6 @@ def prove(
         If they are not kept apart. It names the layers whose input is not one block for each row.
     """
     base, total = batch.room.slot.host.base, size_of(arguments, named)
-    kept = [(buffer, buffer.clone()) for buffer in base.buffers()]
     noise = "input_ids" in named
     has_more = noise and _has_other_content(given_tensors(arguments, named))
 
@@ -133,15 +132,13 @@ def prove(
     ) -> tuple[Probe, list[torch.Tensor]]:
         probe = Probe(mask, layers, has_more)
         own = [_own(each, lengths) for each in arguments], {name: _own(each, lengths) for name, each in named.items()}
-        with _as_it_was(kept), _noise(batch, base, seed) if noise else contextlib.nullcontext():
+        with state_kept(base), _noise(batch, base, seed) if noise else contextlib.nullcontext():
             batch.local.probe = probe
             try:
                 result = entry(*own[0], **own[1])
             finally:
                 batch.local.probe = None
-        found = [
-            each for each in compat.tree_leaves(result) if isinstance(each, torch.Tensor) and each.is_floating_point()
-        ]
+        found = [each for each in compat.tree_leaves(result) if torch.is_tensor(each) and each.is_floating_point()]
         return probe, [_by_row(each, batch) for each in found if each.ndim and each.shape[0] == total]
 
     def are_apart(layers: Collection[int], none: list[torch.Tensor], lengths: torch.Tensor | None = None) -> bool:
@@ -166,14 +163,14 @@ def prove(
     with random_numbers_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         first, none = outputs(torch.zeros(batch.size), ())
         if not none:
-            raise refuse("rows_not_in_layer", paths="of the output", found="no output whose first axis is the batch")
+            raise refused("rows_not_in_layer", paths="of the output", found="no output whose first axis is the batch")
         if not are_apart(layers, none):
             groups: dict[str, list[int]] = {}
             for index in sorted(layers):
                 groups.setdefault(name_of_like(batch.room.slot.layers[index].path), []).append(index)
             wrong = [indices[0] for indices in groups.values() if not are_apart(indices, none)] or sorted(layers)[:1]
             paths = listing([batch.room.slot.layers[index].path for index in wrong], 4)
-            raise refuse("rows_not_in_layer", paths=paths, found="rows that get one another's adapter")
+            raise refused("rows_not_in_layer", paths=paths, found="rows that get one another's adapter")
         most = [_most_tokens(each, total) for each in compat.tree_leaves((arguments, named))]
         if any(most):
             shares = torch.linspace(0, 1, total)  # a sort by length moves rows in one of both orders at least
@@ -234,18 +231,6 @@ def _most_tokens(value: object, total: int) -> int:
         return 0 if value.is_floating_point() or value.dtype == torch.bool else max(int(value.max()), 0)
     is_mask = value.ndim == 2 and (value.dtype == torch.bool or bool((value == value.bool()).all() and value.any()))
     return value.shape[1] if is_mask else 0
-
-
-@contextlib.contextmanager
-def _as_it_was(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Restore random numbers and buffers after the block."""
-    try:
-        with random_numbers_kept():
-            yield
-    finally:
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
 
 
 @contextlib.contextmanager

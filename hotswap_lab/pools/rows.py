@@ -17,13 +17,13 @@ import torch
 
 from ..core.arena import CACHE_LINE, Band, Span
 from ..core.change import Change
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..core.host import Config
 from ..core.journal import Journal
 from ..core.prepared import mark, new_scalings
 from ..core.room import SCALING_STEP, Packed, Room, State
 from ..core.settings import LayerSettings, settings_of
-from ..core.slot import Slot, SlotLayer, change_of
+from ..core.slot import Slot, SlotLayer, begin_change
 from ..core.telling import write_scalings
 from ..core.tensors import ROOM_ATTRIBUTE, SlotTensor, is_shared
 from .batch import Batch
@@ -79,11 +79,11 @@ class RowRoom(Room):
         super().__init__(slot, bands, *rest)
         for tensor in self.spans:
             if is_shared(tensor.parameter):
-                raise refuse("not_shared")
+                raise refused("not_shared")
             if tensor.rank_axis is None:
-                raise refuse("no_rows_for_kind", adapter_name=slot.adapter_name, key=tensor.key)
+                raise refused("no_rows_for_kind", adapter_name=slot.adapter_name, key=tensor.key)
             if tensor.parameter.requires_grad:
-                raise refuse("rows_not_trained", adapter_name=slot.adapter_name, found=TRAINED)
+                raise refused("rows_not_trained", adapter_name=slot.adapter_name, found=TRAINED)
         families = {cls.__module__.partition(".")[0] for cls in type(slot.host.base).__mro__}
         self.batch: Batch = Batch(self, is_tiled="diffusers" in families)
 
@@ -153,7 +153,7 @@ class RowRoom(Room):
     def leave(self, journal: Journal, is_lost: bool = False) -> None:
         """Make the layers compute with their own parameters again."""
         if self.assigned and not is_lost:
-            raise refuse("rows_differ", adapter_name=self.slot.adapter_name)
+            raise refused("rows_differ", adapter_name=self.slot.adapter_name)
         for layer in self.slot.layers:
             journal.remove(layer.module.lora_variant, self.slot.adapter_name)
             mark(layer.module, ROOM_ATTRIBUTE, self.slot.adapter_name, False, journal)
@@ -162,17 +162,17 @@ class RowRoom(Room):
     def check_rows(self) -> None:
         """Refuse writes and moves by other code, which reach row 0 only; and dropout in training mode."""
         if self._parameters[0].data_ptr() != self._addresses_now()[0]:
-            raise refuse("rows_lost_their_place", adapter_name=self.slot.adapter_name)
+            raise refused("rows_lost_their_place", adapter_name=self.slot.adapter_name)
         states = [each.state for each in self.assigned if each] if self.slot.host.base.training else []
         if any(dropout for state in states for dropout in state.columns["dropout"]):
-            raise refuse("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
+            raise refused("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
         if not self.is_touched:
             return
         row = self.assigned[0] if self.assigned else None
         bands = row.bands if row else () if self.assigned else [self._rows_of(band)[1] for band in self.bands]
         pairs = zip(self.bands, bands, strict=False)
         if not all(torch.equal(band.memory, part.to(band.memory.device)) for band, part in pairs):
-            raise refuse("rows_written_by_others", adapter_name=self.slot.adapter_name)
+            raise refused("rows_written_by_others", adapter_name=self.slot.adapter_name)
         self._versions = self._versions_now()  # the same values were written again, or restored
 
     # ---- scalings
@@ -193,15 +193,15 @@ class RowRoom(Room):
 
     # ---- one adapter for all rows
 
-    def change_to(self, packed: Packed, strength: float = 1.0) -> Change:
-        change = super().change_to(packed, strength)
+    def change_to_packed(self, packed: Packed, strength: float = 1.0) -> Change:
+        change = super().change_to_packed(packed, strength)
         for band, own in zip(self.bands, packed.bands, strict=True):
             others = self._rows_of(band)[1:]
             change.copies.append((others, own.expand(others.shape)))
         return self._for_all(change, packed.state)
 
-    def change_around(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
-        change = super().change_around(settings, config)
+    def change_without_weights(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
+        change = super().change_without_weights(settings, config)
         for band in self.bands:
             change.zero(self._rows_of(band)[1:])
         return self._for_all(change, State(tuple(settings), config))
@@ -237,7 +237,7 @@ class RowRoom(Room):
             taken = list(map(len, first.bands))
             change = self._change(state, None, taken, taken)
         else:
-            change = change_of(self.slot)
+            change = begin_change(self.slot)
             change.steps.append(self._note_write)
         for number in changed:
             if (own := bands[number]) is not None:
@@ -256,12 +256,9 @@ class RowRoom(Room):
 
         def note(journal: Journal) -> None:
             journal.set_attribute(self, "assigned", rows)
-            for name, value in {
-                "copies": copies,
-                "differs": differs,
-                "acting": frozenset(acting.nonzero().flatten().tolist()),
-            }.items():
-                journal.set_attribute(self.batch, name, value)
+            journal.set_attribute(self.batch, "copies", copies)
+            journal.set_attribute(self.batch, "differs", differs)
+            journal.set_attribute(self.batch, "acting", frozenset(acting.nonzero().flatten().tolist()))
 
         change.steps.append(note)
         return change

@@ -8,7 +8,7 @@ embedded model on port 8000.
 
 from typing import Any
 
-from ..core.errors import refuse
+from ..core.errors import refused
 from .answers import Piece, Request
 from .replica import BusyError, Options, Replica
 from .sampling import Sampling
@@ -54,5 +54,5 @@ def app(args: dict[str, Any]) -> Any:
     try:
         from .cluster import build
     except ModuleNotFoundError as error:
-        raise refuse("no_ray", error=error) from None
+        raise refused("no_ray", error=error) from None
     return build(args)

@@ -99,9 +99,9 @@ class Answer:
         text, stops = self._decode(self.tokens), self.request.stop
         found = [at for at in map(text.find, stops) if at >= 0]
         finish, text = ("stop", text[: min(found)]) if found else (finish, text)
-        # text that may be the start of a stop string is held back
-        held = max((n for each in stops for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
-        ready = len(text) if finish else len(text) - held
+        # text that may be the start of a stop string is not sent yet
+        unsent = max((n for each in stops for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
+        ready = len(text) if finish else len(text) - unsent
         # so is a letter that takes several tokens
         if finish or (not text.endswith("\ufffd") and ready >= self.ready):
             self.text += text[self.ready : ready]

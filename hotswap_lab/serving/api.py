@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field, PositiveInt, StringConstraints
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from ..core.errors import HotswapError, refusal, refuse
+from ..core.errors import HotswapError, refusal, refused
 from .answers import Piece, Request, Token
 from .metrics import PATHS, Metrics
 from .replica import BusyError
@@ -123,7 +123,7 @@ class AskedChat(Asked):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
 
-class Watched:
+class Middleware:
     """ASGI middleware that refuses a request with a longer body, also without a length, and measures answers."""
 
     def __init__(self, app: Any, most: int, metrics: Metrics):
@@ -171,15 +171,15 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     """
     api = FastAPI(title="hotswap_lab")
     metrics = Metrics()
-    api.add_middleware(Watched, most=64 * (longest_prompt or 1024) + 2**16, metrics=metrics)
+    api.add_middleware(Middleware, most=64 * (longest_prompt or 1024) + 2**16, metrics=metrics)
 
     @api.exception_handler(HotswapError)
     @api.exception_handler(RequestValidationError)
     @api.exception_handler(AnyHTTPException)
-    async def refused(_: Any, error: Any) -> JSONResponse:
+    async def answer_error(_: Any, error: Any) -> JSONResponse:
         if isinstance(error, RequestValidationError):
             wrong = (f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
-            error = refuse("bad_fields", found="; ".join(wrong))
+            error = refused("bad_fields", found="; ".join(wrong))
         status, told = _error(error)
         return JSONResponse(told, status, {"Retry-After": "1"} if status == 503 else None)
 
@@ -224,7 +224,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     @api.post("/v1/completions")
     async def completions(asked: AskedText) -> Any:
         if asked.echo and asked.logprobs is not None:
-            raise refuse("echo_with_logprobs", logprobs=asked.logprobs)
+            raise refused("echo_with_logprobs", logprobs=asked.logprobs)
         prompt = "".join(asked.prompt)  # also a list of one
         return await answered(asked, prompt, TEXT, asked.logprobs, prompt if asked.echo else "")
 
@@ -245,20 +245,20 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
 
     async def answered(asked: Asked, prompt: Any, kind: str, logprobs: int | None, echo: str = "") -> Any:
         if not prompt:
-            raise refuse("no_prompt", field="prompt" if kind == TEXT else "messages")
+            raise refused("no_prompt", field="prompt" if kind == TEXT else "messages")
         extra = asked.model_extra or {}
         for name, value in extra.items():
             if value and name in UNKNOWN and value != UNKNOWN[name]:
-                raise refuse("unknown_field", field=name, value=value, nothing=UNKNOWN[name])
+                raise refused("unknown_field", field=name, value=value, nothing=UNKNOWN[name])
         for name in [*extra][:50]:  # not thousands, which would take seconds
             # 0.85, since no field of another server is that close to one of ours
             if meant := get_close_matches(name.lower(), type(asked).model_fields, 1, 0.85):
-                raise refuse("misspelled_field", field=name, meant=meant[0])
+                raise refused("misspelled_field", field=name, meant=meant[0])
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         try:
             json.dumps([prompt, stop], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise refuse("no_text", error=error) from None
+            raise refused("no_text", error=error) from None
         if not backend.table.number:
             raise BusyError(refusal("starting"))
         shares, most = backend.table.shares(asked.model, base), asked.max_completion_tokens or asked.max_tokens

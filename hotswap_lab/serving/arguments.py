@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from .. import demo
 from ..beyond.base_values import copies_for
-from ..core.errors import HotswapError, listing, refusal, refuse
+from ..core.errors import HotswapError, listing, refusal, refused
 from ..files.reading import read
 from .replica import Options, Replica
 from .table import Version, check_rank
@@ -104,14 +104,14 @@ def _number(name: str, value: object) -> int:
     with contextlib.suppress(ValueError):
         if (number := int({"true": "1", "false": "0"}.get(text, text))) >= least:
             return number
-    raise refuse("bad_number", name=name, value=value, least=least)
+    raise refused("bad_number", name=name, value=value, least=least)
 
 
 def _for_base(options: Options, base: str) -> Options:
     try:
         config, _ = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     except Exception as error:  # of any kind: transformers has no common one
-        raise refuse("no_base", base=base, error=error) from None
+        raise refused("no_base", base=base, error=error) from None
     return options.for_model(config)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..core.errors import HotswapError, Refusal, advise, refusal, refuse
+from ..core.errors import HotswapError, Refusal, advise, refusal, refused
 from ..generating import Reader
 from ..pools.adapter_pool import AdapterPool
 from .answers import Answer, Piece, Request
@@ -73,7 +73,7 @@ class Options:
         answer = self.longest_answer or min(256, rest)
         prompt = self.longest_prompt or min(1024, positions - answer)
         if prompt < 1 or answer < 1 or prompt + answer > positions:
-            raise refuse("too_long_for_model", prompt=prompt, answer=answer, positions=positions)
+            raise refused("too_long_for_model", prompt=prompt, answer=answer, positions=positions)
         return replace(self, longest_prompt=prompt, longest_answer=answer)
 
 
@@ -158,7 +158,7 @@ class Replica:
             reader, agrees, reason = None, False, f"{type(error).__name__}: {error}"
         if reader is None or not agrees:
             if options.compile or options.package:
-                raise refuse("not_read_in_rows", name=type(self.pool.model.get_base_model()).__name__, reason=reason)
+                raise refused("not_read_in_rows", name=type(self.pool.model.get_base_model()).__name__, reason=reason)
             text = "Rows can't come and go in this model (%s): it answers one request at a time."
             _log.warning(text, reason)
             return None
@@ -227,15 +227,15 @@ class Replica:
         options, prompt = self.options, request.prompt
         if not isinstance(prompt, str):
             if self.tokenizer.chat_template is None:
-                raise refuse("no_chat_template")
+                raise refused("no_chat_template")
             try:
                 prompt = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
             except Exception as error:  # a template may raise anything, such as "roles must alternate"
-                raise refuse("not_this_chat", error=error) from None
+                raise refused("not_this_chat", error=error) from None
         ids = self.tokenizer(prompt, add_special_tokens=prompt is request.prompt, verbose=False)["input_ids"]
         most = options.longest_answer if request.max_tokens is None else request.max_tokens
         if not 0 < len(ids) <= options.longest_prompt or not 0 < most <= options.longest_answer:
-            raise refuse("too_long", prompt=len(ids), answer=request.max_tokens, options=options)
+            raise refused("too_long", prompt=len(ids), answer=request.max_tokens, options=options)
         return ids
 
     @property
@@ -276,18 +276,14 @@ class Replica:
                 tokens = torch.tensor(self._take(rows, scores), device=scores.device)
                 return torch.full_like(scores, -torch.inf).index_fill(1, tokens, 0.0)
 
+            over = lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)  # noqa: E731
+            how: dict[str, Any] = dict(max_new_tokens=self.options.longest_answer, stopping_criteria=[over])
+            how["logits_processor"] = [choose]
             base = self.pool.model.get_base_model()
             # the answer's sampler does all the rest
             base.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.defaults.pad_token_id)
             try:
-                self.pool.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self.options.longest_answer,
-                    do_sample=False,
-                    logits_processor=[choose],
-                    stopping_criteria=[lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)],
-                )
+                self.pool.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **how)
             finally:
                 base.generation_config = self.defaults
             raise RuntimeError("the model came to an end before its answer did")  # seen by an answer that is not over
@@ -333,7 +329,7 @@ class Replica:
                 continue
             with _failing([answer]):
                 if not are_numbers[row]:
-                    raise refuse("no_numbers")
+                    raise refused("no_numbers")
                 tokens[row] = answer.take(logits[row], tokens[row])
                 self.counts["tokens"] += 1
         return tokens

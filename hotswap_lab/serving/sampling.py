@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from .. import compat
-from ..core.errors import refuse
+from ..core.errors import refused
 
 try:
     from pydantic import Field
@@ -61,7 +61,7 @@ class Sampler:
         vocabulary = model.config.get_text_config().vocab_size
         biases = how.logit_bias or {}
         if unknown := [token for token in biases if not 0 <= token < vocabulary]:
-            raise refuse("no_such_token", tokens=unknown[:8], last=vocabulary - 1)
+            raise refused("no_such_token", tokens=unknown[:8], last=vocabulary - 1)
         self.how: Sampling = how
         self.prompt: Sequence[int] = prompt
         self.random: torch.Generator = torch.Generator()

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from ..core.errors import HotswapError, listing, refusal, refuse
+from ..core.errors import HotswapError, listing, refusal, refused
 from ..files.reading import Adapter
 
 #: the most characters of a request's ``model``, adapters in it, and weight of one; characters of an adapter's name
@@ -37,14 +37,14 @@ class Version:
     def of(cls, name: str, path: str, base: str = "") -> Version:
         """The first version of an adapter, in a folder or on the Hub. It may not have the name of the base model."""
         if name in ("", base) or len(name) > LONGEST_NAME or not name.isprintable() or set(name) & set("+:"):
-            raise refuse("no_name_for_mixes", name=name)
+            raise refused("no_name_for_mixes", name=name)
         return cls(name, path, digest_of(Adapter.load(path)))
 
     def load(self) -> Adapter:
         """Reads the adapter. Refuses files that have changed since the version was made."""
         adapter = Adapter.load(self.path)
         if digest_of(adapter) != self.digest:
-            raise refuse("other_weights", version=self, path=self.path)
+            raise refused("other_weights", version=self, path=self.path)
         return adapter
 
     @property
@@ -71,7 +71,7 @@ def highest_rank(config: Any) -> int:
 def check_rank(name: str, config: Any, target_rank: int) -> None:
     """Refuses an adapter that a server with room for a rank has no room for."""
     if (rank := highest_rank(config)) > target_rank:
-        raise refuse("rank_above_target", name=name, rank=rank, target_rank=target_rank)
+        raise refused("rank_above_target", name=name, rank=rank, target_rank=target_rank)
 
 
 @dataclass(frozen=True)

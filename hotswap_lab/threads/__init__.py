@@ -3,7 +3,7 @@
 A swap writes for a moment (milliseconds). A forward pass in another thread would then read some layers of the old
 adapter and some of the new one. A thread that computes while others may swap says so: ``with in_use(model): ...``. A
 swap then waits until no thread is inside, and a thread that comes later waits for the swap. Swaps take turns by
-themselves: all code that changes a model uses :func:`held`, and :mod:`hotswap_lab.threads.turns` decides who waits.
+themselves: all code that changes a model uses :func:`locked`, and :mod:`hotswap_lab.threads.turns` decides who waits.
 
 A turn belongs to its block, and any thread may end it: servers enter a block in one thread and leave it in another.
 """
@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ..core.errors import HotswapError, refuse
+from ..core.errors import HotswapError, refused
 from ..core.host import hosts_in
 from .turns import COMPUTE, SWAP, WRITE, Entry, ModelInUseError, Turn, _patience, note
 
@@ -130,7 +130,7 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
     ...     pool.swap("shout")
     """
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
-        raise refuse("no_time_to_wait", seconds=seconds)
+        raise refused("no_time_to_wait", seconds=seconds)
     token = _patience.set(float(seconds))
     try:
         yield
@@ -142,11 +142,11 @@ def bases_of(model: object) -> list[torch.nn.Module]:
     """The base models whose adapters a swap in ``model`` may change."""
     bases = [host.base for host in hosts_in(model)]
     if not bases:
-        raise refuse("nothing_to_hold_back", name=type(model).__name__)
+        raise refused("nothing_to_hold_back", name=type(model).__name__)
     return bases
 
 
-def held(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
+def locked(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextManager[None]:
     """Keep other threads out of base models for the length of a block, and wait for them first. May be nested.
 
     Parameters
@@ -156,7 +156,7 @@ def held(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextMan
 
     Examples
     --------
-    >>> with held(torch.nn.Linear(2, 2)):
+    >>> with locked(torch.nn.Linear(2, 2)):
     ...     "decide, and write"
     'decide, and write'
     """
@@ -268,7 +268,7 @@ class Block(contextlib.ContextDecorator, Generic[T]):
                 inner = swapping[swapping.index(entry) + 1]
                 inner.back[:0] = entry.back
                 entry.back.clear()
-                raise refuse("left_out_of_order")
+                raise refused("left_out_of_order")
             if entry.back and kind is GeneratorExit:  # any code may close a generator, and doesn't expect to wait
                 with waiting_at_most(0):
                     _put_back(entry)

@@ -45,7 +45,7 @@ from itertools import filterfalse
 from operator import attrgetter
 from types import FrameType
 
-from ..core.errors import HotswapError, refusal, refuse
+from ..core.errors import HotswapError, refusal, refused
 
 #: the kinds of turns: several blocks may compute at once; one swaps, while others compute; one writes, alone
 COMPUTE, SWAP, WRITE = "compute", "swap", "write"
@@ -214,7 +214,7 @@ class Turn:
     def ask(self, entry: Entry) -> None:
         """Let an entry in, put it into the queue, or refuse it where nobody else can end the block in its way."""
         if self.lock._is_owned():  # the garbage collector has called a finalizer in the middle of this module's work
-            raise refuse("thread_is_computing")
+            raise refused("thread_is_computing")
         try:
             with self.lock:
                 self._ask(entry, sys._getframe(1), AROUND.get())
@@ -243,7 +243,7 @@ class Turn:
             computing = {each for each in self.open if each.kind == COMPUTE}
             mine = {each for each in computing if each in entry.inside or each in around}
             if mine and entry.kind != COMPUTE:
-                raise refuse("thread_is_computing")
+                raise refused("thread_is_computing")
             if entry.kind == COMPUTE:
                 # where this thread computes already, a swap waits in any case, perhaps for the end of this one
                 entry.inside |= mine | {each for each in computing if each.thread == entry.thread}
@@ -251,10 +251,10 @@ class Turn:
             self.threads.add(entry.thread)
         others = self.in_the_way(entry)
         if not set(others).isdisjoint(around):
-            raise refuse("block_is_open")
+            raise refused("block_is_open")
         is_in_loop = self.open and not entry.awaits and asyncio._get_running_loop() is not None
         if is_in_loop and self._hold_up(entry, others, around):
-            raise refuse("another_task")
+            raise refused("another_task")
         if others:
             entry.future = futures.Future()
             self.queue[entry] = None

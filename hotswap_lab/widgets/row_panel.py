@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from .. import demo
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..pools.adapter_pool import AdapterPool
 from .results import Run
 from .switch import demo_pool
@@ -59,7 +59,7 @@ class RowPanel(WorkingView):
     def __init__(self, pool: AdapterPool, generate: Callable[[list[str]], object], *, prompts: Sequence[str]):
         if not isinstance(pool, AdapterPool) or not callable(generate) or isinstance(prompts, str):
             kinds = [type(each).__name__ for each in (pool, generate, prompts)]
-            raise refuse("rows_cannot_run", pool=kinds[0], generate=kinds[1], prompts=kinds[2])
+            raise refused("rows_cannot_run", pool=kinds[0], generate=kinds[1], prompts=kinds[2])
         with pool.assigned([None] * len(prompts)):
             pass  # raises if the pool has too few rows
         self.pool = pool
@@ -86,7 +86,7 @@ class RowPanel(WorkingView):
     def choose(self, row: int, adapter: str | None) -> None:
         """Set the adapter of a row's later answers, or None, as its menu does."""
         if adapter and adapter not in self.pool:
-            raise refuse("no_adapter_of_this_name", name=adapter, adapters=", ".join(map(repr, self.pool)))
+            raise refused("no_adapter_of_this_name", name=adapter, adapters=", ".join(map(repr, self.pool)))
         self.adapters[row] = adapter or None
         self._changed()
 
@@ -101,7 +101,7 @@ class RowPanel(WorkingView):
             given = self.generate([run.prompt for run in runs])
             for results in given if isinstance(given, Iterator) else [given]:
                 if len(answers := list(results)) != len(runs):
-                    raise refuse("answers_of_other_rows", answers=len(answers), rows=len(runs))
+                    raise refused("answers_of_other_rows", answers=len(answers), rows=len(runs))
                 for run, answer in zip(runs, answers, strict=True):
                     run.result = answer
                 self.runs = runs

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import torch
 
 from .. import demo
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..figures import Figure
 from ..figures.palette import INK, WHITE, adapter_color, light
 from ..pools.adapter_pool import AdapterPool
@@ -93,7 +93,7 @@ class SwapPanel(WorkingView):
         # a tokenizer is callable, too, so one passed as generate is recognized by its decode
         usable = tokenizer is not None if generate is None else callable(generate) and not hasattr(generate, "decode")
         if not usable:
-            raise refuse("panel_cannot_run", generate=type(generate).__name__, tokenizer=type(tokenizer).__name__)
+            raise refused("panel_cannot_run", generate=type(generate).__name__, tokenizer=type(tokenizer).__name__)
         self.generate: Callable[[str], object] = generate or text_stream(
             self.model, tokenizer, template=template, max_new_tokens=max_new_tokens
         )

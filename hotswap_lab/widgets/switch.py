@@ -10,12 +10,12 @@ from peft import PeftConfig
 
 from .. import demo
 from ..beyond.configs import not_scaled
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..core.host import find_host, name_in
 from ..pools.adapter_pool import AdapterPool
 from ..pools.members import check_named
 from ..swap import get_strength, hotswap_adapter, set_strength
-from ..threads import bases_of, held
+from ..threads import bases_of, locked
 
 
 class ModelSwitch:
@@ -57,8 +57,8 @@ class ModelSwitch:
 
     def swap(self, name: str) -> None:
         if name not in self.adapters:
-            raise refuse("no_adapter_of_this_name", name=name, adapters=", ".join(map(repr, self.adapters)))
-        with held(*bases_of(self.model), computing=True):  # no swap by another thread before the config is read
+            raise refused("no_adapter_of_this_name", name=name, adapters=", ".join(map(repr, self.adapters)))
+        with locked(*bases_of(self.model), computing=True):  # no swap by another thread before the config is read
             hotswap_adapter(self.model, self.adapters[name], self.adapter_name, add_layers=True)
             self._last = name, config_of(self)
 
@@ -97,7 +97,7 @@ def switch_for(
         return pool_or_model
     if isinstance(pool_or_model, torch.nn.Module) and adapters:
         return ModelSwitch(pool_or_model, adapters, adapter_name)
-    raise refuse("no_place_to_swap", kind=type(pool_or_model).__name__, how="and" if adapters else "without")
+    raise refused("no_place_to_swap", kind=type(pool_or_model).__name__, how="and" if adapters else "without")
 
 
 def config_of(switch: AdapterPool | ModelSwitch) -> PeftConfig:

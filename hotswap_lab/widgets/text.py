@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from .. import generating
-from ..core.errors import refuse
+from ..core.errors import refused
 
 
 def text_stream(
@@ -39,14 +39,14 @@ def text_stream(
     """
 
     if template is not None and "{}" not in template:
-        raise refuse("template_without_prompt", template=template, example="{}" + template)
+        raise refused("template_without_prompt", template=template, example="{}" + template)
 
     def stream(prompt: str) -> Iterator[str]:
         known = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if not known:
-            raise refuse("empty_prompt")
+            raise refused("empty_prompt")
         if tokenizer.unk_token_id in known:
-            raise refuse("unknown_prompt", prompt=prompt, read=tokenizer.decode(known))
+            raise refused("unknown_prompt", prompt=prompt, read=tokenizer.decode(known))
         if template is None and getattr(tokenizer, "chat_template", None):
             ids = generating.prompt_of(tokenizer, prompt)
         else:

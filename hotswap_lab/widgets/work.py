@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import refuse
+from ..core.errors import refused
 from ..core.journal import interrupts_held
 from ..figures.latency import strip
 from ..threads import ModelInUseError, waiting_at_most
@@ -145,7 +145,7 @@ class WorkingView(View):
             with interrupts_held():  # Ctrl-C between taking the lock and knowing about it would leave it taken
                 mine = self._begin()
             if not mine:
-                raise refuse("widget_busy")
+                raise refused("widget_busy")
             return self._do(job)
         finally:
             if mine:

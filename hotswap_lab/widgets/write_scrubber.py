@@ -11,7 +11,7 @@ from ..core.tensors import SlotTensor
 from ..figures import Canvas, Figure, area
 from ..figures.palette import INK, MUTED, OFF, adapter_color
 from ..swap import hotswap_adapter, prepare_model_for_compiled_hotswap, resolve_slot
-from ..threads import bases_of, held
+from ..threads import bases_of, locked
 from .view import FITS, w
 from .work import WorkingView
 
@@ -79,7 +79,7 @@ class WriteScrubber(WorkingView):
         self._run(partial(self._go, step))
 
     def _go(self, step: int) -> None:
-        with held(*bases_of(self.model)), torch.no_grad():
+        with locked(*bases_of(self.model)), torch.no_grad():
             # the swap itself, or back to the start, and from there a part of the write
             hotswap_adapter(self.model, demo.adapter_path(self.names[step == self.steps]), "default")
             for tensor, new in zip(self._slot.tensors, self._ends[1], strict=True):

@@ -13,7 +13,7 @@ import hotswap_lab
 import hotswap_lab.serving
 import hotswap_lab.widgets
 from hotswap_lab import HotswapError
-from hotswap_lab.core.errors import Refusal, listing, refuse
+from hotswap_lab.core.errors import Refusal, listing, refused
 from hotswap_lab.core.report import html_table
 
 PACKAGE = Path(hotswap_lab.__file__).parent
@@ -22,7 +22,7 @@ PACKAGE = Path(hotswap_lab.__file__).parent
 def test_it_is_what_code_for_peft_catches():
     for kind in (ValueError, RuntimeError):
         with pytest.raises(kind):
-            raise refuse("merged", adapter_name="default")
+            raise refused("merged", adapter_name="default")
 
 
 def test_it_survives_pickling():
@@ -58,7 +58,7 @@ def _calls():
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             named = isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", None))
-            if named in ("refuse", "refusal") and node.args and isinstance(node.args[0], ast.Constant):
+            if named in ("refuse", "refused", "refusal") and node.args and isinstance(node.args[0], ast.Constant):
                 yield f"{path.name}:{node.lineno}", node.args[0].value, {each.arg for each in node.keywords}
 
 

@@ -51,7 +51,7 @@ class Use(NamedTuple):
 class Marathon(Case):
     """One model with one family of adapters, and operations without end."""
 
-    def refused(self) -> None:
+    def refuse(self) -> None:
         with pytest.raises(HotswapError, match="nobody"):
             self.pool.swap("nobody")
 

@@ -38,7 +38,7 @@ from hotswap_lab import (
     set_strength,
     waiting_at_most,
 )
-from hotswap_lab.threads import held
+from hotswap_lab.threads import locked
 
 OTHER = {"a": "b", "b": "d", "d": "a"}
 KIND = KINDS["llama"]
@@ -207,7 +207,7 @@ def test_two_models_are_taken_in_one_order(folders):
     def is_taken(other: torch.nn.Module, kept: torch.nn.Module, order: list) -> bool:
         """Whether a thread that waits for one model has the other one already."""
         thread = threading.Thread(target=swap_both, args=[plans[model] for model in order])
-        with held(kept.get_base_model(), computing=True):
+        with locked(kept.get_base_model(), computing=True):
             thread.start()
             for _ in range(2):  # it is there, and has had the time to take what is free
                 while not is_waiting(thread):

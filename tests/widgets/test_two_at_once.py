@@ -15,7 +15,7 @@ from refusals import refused
 from shown import WORD, folders, live, panel_with
 
 from hotswap_lab import AdapterPool, demo, in_use
-from hotswap_lab.threads import bases_of, held
+from hotswap_lab.threads import bases_of, locked
 from hotswap_lab.widgets import RowPanel, SwapPanel, View
 from hotswap_lab.widgets.clicks import Clicks
 
@@ -262,7 +262,7 @@ def test_a_refresh_neither_waits_for_a_swap_nor_looks_at_a_half_written_model():
     entered, leave, waits = threading.Event(), threading.Event(), threading.Event()
 
     def swap():
-        with held(pool._room.slot.host.base):
+        with locked(pool._room.slot.host.base):
             pool._room.bands[0].memory.zero_()
             entered.set()
             assert leave.wait(SOON)

@@ -1,20 +1,18 @@
-"""Passes for rare cases: they check, note and correct what other passes have planned."""
+"""Passes for rare cases of plain LoRA: they check, note and correct what other passes have planned."""
 
 from __future__ import annotations
-
-from operator import attrgetter
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from transformers.pytorch_utils import Conv1D
 
-from ..core import lora
-from ..core.errors import listing
-from ..core.host import PEFT_PREFIX, Config
-from ..core.loaded import other_base
-from ..core.plan import Action, Plan
-from ..core.slot import Slot
+from . import lora
+from .errors import listing
+from .host import PEFT_PREFIX, Config
+from .loaded import other_base
+from .plan import Action, Plan
+from .slot import Slot
 
 #: layers that differ in ``fan_in_fan_out``: PEFT knows two ways to store their weights
 STORED = (torch.nn.Linear, Conv1D)
@@ -41,33 +39,14 @@ def _containers_named(slot: Slot, config: Config) -> list[tuple[str, str]]:
     return [each for each in containers if lora.is_targeted(config, each[0])]
 
 
-def check_base(plan: Plan) -> None:
-    """Refuse to turn DoRA off where another adapter is merged: the magnitude becomes the norm of the base weights."""
-    if not plan.slot.reads_base:
-        return
-    off = {id(each.layer.module.get_base_layer()) for each in plan.layers if each.settings is None}
-    # layers of other methods may wrap these
-    tuners = [module for module in plan.slot.host.base.modules() if isinstance(module, BaseTunerLayer)]
-    around = [module for module in tuners if id(module.get_base_layer()) in off]
-    if others := sorted({name for module in around for name in module.merged_adapters}):
-        plan.refuse("merged_beside", adapter_name=plan.slot.adapter_name, others=listing(map(repr, others)))
-
-
-def check_arrow(plan: Plan) -> None:
-    """Refuse to swap an expert of an Arrow router, which keeps the prototypes that it computed from the old expert."""
-    configs = plan.slot.host.configs
-    if routers := [name for name in configs if getattr(configs[name], "arrow_config", None)]:
-        plan.refuse("expert_of_arrow_router", adapter_name=plan.slot.adapter_name, routers=listing(map(repr, routers)))
-
-
 def correct_fan_in_fan_out(plan: Plan) -> None:
     """Set ``fan_in_fan_out`` as PEFT leaves it: true if the last layer that it puts LoRA on is a ``Conv1D``."""
-    on = list(filter(attrgetter("settings"), plan.layers))
+    layers = plan.layers
     if plan.slot.once(_has_conv1d):  # added layers come last, wherever they are in the model
         order = {path: number for number, (path, _) in enumerate(plan.slot.walk)}
-        on.sort(key=lambda each: order[each.path])
-    for each in reversed(on):
-        if isinstance(base := each.layer.module.get_base_layer(), STORED):
+        layers = sorted(layers, key=lambda each: order[each.path])
+    for each in reversed(layers):
+        if each.settings is not None and isinstance(base := each.layer.module.get_base_layer(), STORED):
             plan.config.fan_in_fan_out = isinstance(base, Conv1D)
             return
 
@@ -95,7 +74,8 @@ def note_other_base(plan: Plan) -> None:
     if found := plan.slot.once_for(plan.adapter.config, other_base):
         text, on_hub = found
         plan.notes.append(text)
-        plan.warnings += [text] * on_hub
+        if on_hub:
+            plan.warnings.append(text)
 
 
 def check_prefixes(plan: Plan) -> None:

@@ -17,13 +17,15 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .errors import listing, refuse
+from .errors import listing, refused
 from .host import Config
 from .journal import Journal
 from .slot import Slot, SlotLayer
 
 #: the attributes of a base model by which PEFT chooses the class of a LoRA layer
 CHOOSES_CLASS = {"is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized", "quantization_method", "hf_quantizer"}
+#: the fields of a config that are about other modules than those that get layers here
+ELSEWHERE = ("layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save", "trainable_token_indices")
 
 
 def adaptable(base: torch.nn.Module, key: str) -> str | None:
@@ -42,7 +44,7 @@ def adaptable(base: torch.nn.Module, key: str) -> str | None:
     return path
 
 
-def build_shadow_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLayer]:
+def build_added_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLayer]:
     """New LoRA layers for the slot's adapter name and ``config``, not attached; ``ranks`` are by their paths.
 
     Raises
@@ -53,10 +55,10 @@ def build_shadow_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) ->
     try:
         layers = _build(slot, config, ranks)
     except Exception as error:
-        raise refuse("layers_not_addable", error=error, paths=listing(ranks, 3)) from error
+        raise refused("layers_not_addable", error=error, paths=listing(ranks, 3)) from error
     for layer in layers:
         if reason := slot.method.obstacle(layer.module, slot.adapter_name, layer.tensors):
-            raise refuse("layer_not_plain", path=layer.path, reason=reason)
+            raise refused("layer_not_plain", path=layer.path, reason=reason)
     return layers
 
 
@@ -66,13 +68,7 @@ def _build(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLay
     twins.__dict__.update({name: base.__dict__[name] for name in CHOOSES_CLASS & base.__dict__.keys()})
     config.target_modules, config.init_lora_weights = r"\d+", True
     config.rank_pattern = {str(number): rank for number, rank in enumerate(ranks.values())}
-    for field in (
-        "layers_to_transform",
-        "layers_pattern",
-        "exclude_modules",
-        "modules_to_save",
-        "trainable_token_indices",
-    ):
+    for field in ELSEWHERE:
         setattr(config, field, None)
     with slot.write_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -115,13 +111,13 @@ def _finished(slot: Slot, path: str, module: Any, base_layer: torch.nn.Module) -
     return SlotLayer(path, module, tensors)
 
 
-def _join(present: Any, shadow: Any, name: str, journal: Journal) -> None:
-    """Add the shadow's entries under the adapter's name to the tables of a layer."""
+def _join(present: Any, added: Any, name: str, journal: Journal) -> None:
+    """Add the new layer's entries under the adapter's name to the tables of a layer."""
     # a variant of LoRA adds its tables to the lists of the layer that it is on, so both layers' lists are joined
     for listed in ("adapter_layer_names", "other_param_names"):
-        names = dict.fromkeys((*getattr(present, listed), *getattr(shadow, listed)))
+        names = dict.fromkeys((*getattr(present, listed), *getattr(added, listed)))
         journal.set_item(present.__dict__, listed, tuple(names))
-    tables: list[tuple[str, Any]] = [*shadow.__dict__.items(), *shadow._modules.items()]
+    tables: list[tuple[str, Any]] = [*added.__dict__.items(), *added._modules.items()]
     for attribute, table in tables:
         if attribute.startswith("_") or not hasattr(table, "keys") or name not in table:
             continue
@@ -131,22 +127,22 @@ def _join(present: Any, shadow: Any, name: str, journal: Journal) -> None:
 
 
 def attach(slot: Slot, layer: SlotLayer, journal: Journal) -> Any:
-    """Put a shadow layer into the model, in the state of the slot's other layers.
+    """Put a new layer into the model, in the state of the slot's other layers.
 
-    Returns the layer that now has the adapter: an existing layer of other adapters, or the shadow.
+    Returns the layer that now has the adapter: an existing layer of other adapters, or the new one.
     """
-    name, shadow, sibling = slot.adapter_name, layer.module, slot.layers[0].module
+    name, added, sibling = slot.adapter_name, layer.module, slot.layers[0].module
     parent_path, _, child_name = layer.path.rpartition(".")
     parent = slot.host.base.get_submodule(parent_path)
     present: Any = parent._modules[child_name]
     if isinstance(present, BaseTunerLayer):
-        _join(present, shadow, name, journal)
+        _join(present, added, name, journal)
     else:
-        shadow._active_adapter = copy.copy(sibling._active_adapter)
-        shadow._disable_adapters = sibling._disable_adapters
-        shadow.train(present.training)
-        journal.set_item(parent._modules, child_name, shadow)
+        added._active_adapter = copy.copy(sibling._active_adapter)
+        added._disable_adapters = sibling._disable_adapters
+        added.train(present.training)
+        journal.set_item(parent._modules, child_name, added)
     names = getattr(slot.host.tuner, "targeted_module_names", None)
     if names is not None and layer.path not in names:
         journal.set_attribute(slot.host.tuner, "targeted_module_names", [*names, layer.path])
-    return present if isinstance(present, BaseTunerLayer) else shadow
+    return present if isinstance(present, BaseTunerLayer) else added
