@@ -82,8 +82,8 @@ class LayerSettings:
 
     rank: int = _setting("r", Rule(is_rank, "a positive integer"), "rank_pattern", "r")
     alpha: float = _setting("lora_alpha", Rule(_is_number, "a number"), "alpha_pattern", "lora_alpha")
-    use_rslora: bool = _setting("use_rslora", Rule(is_flag, "true or false"), None, "use_rslora")
     dropout: float = _setting("lora_dropout", Rule(lambda p: _is_number(p) and 0 <= p <= 1, "a number from 0 to 1"))
+    use_rslora: bool = _setting("use_rslora", Rule(is_flag, "true or false"), None, "use_rslora", default=False)
 
     @property
     def scaling(self) -> float:
@@ -126,7 +126,8 @@ def settings_for(config: Config, path: str) -> LayerSettings:
 
 def settings_of(layer: TunerLayer, adapter_name: str) -> LayerSettings:
     """The current settings of an adapter on a layer."""
-    values = {setting: getattr(layer, table).get(adapter_name, False) for table, setting in SCALAR_TABLES.items()}
+    tables = {setting: getattr(layer, table) for table, setting in SCALAR_TABLES.items()}
+    values = {setting: table[adapter_name] for setting, table in tables.items() if adapter_name in table}
     return LayerSettings(**values, dropout=getattr(layer.lora_dropout[adapter_name], "p", 0.0))
 
 

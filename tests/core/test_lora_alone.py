@@ -120,7 +120,7 @@ def test_every_field_of_a_config_is_declared():
 class LaterConfig(LoraConfig):
     """The config of a later PEFT, with a field that multiplies the scaling."""
 
-    lora_boost: float = 1.0
+    lora_gain_of_a_later_peft: float = 1.0
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def later(monkeypatch):
         for layer in (each for each in self.model.modules() if hasattr(each, "lora_A")):
             if adapter_name in layer.scaling and not getattr(layer, "is_boosted", False):
                 layer.is_boosted = True
-                layer.scaling[adapter_name] *= getattr(config, "lora_boost", 1.0)
+                layer.scaling[adapter_name] *= getattr(config, "lora_gain_of_a_later_peft", 1.0)
 
     monkeypatch.setattr(LoraModel, "_create_and_replace", boosted)
 
@@ -141,7 +141,7 @@ def later(monkeypatch):
 def test_a_field_of_a_later_peft_goes_the_way_of_a_fresh_load(later, plain):
     adapter = Adapter.load(plain[1])
     values = {each.name: getattr(adapter.config, each.name) for each in dataclasses.fields(adapter.config)}
-    boosted = dataclasses.replace(adapter, config=LaterConfig(**values, lora_boost=3.0))
+    boosted = dataclasses.replace(adapter, config=LaterConfig(**values, lora_gain_of_a_later_peft=3.0))
     for is_prepared in (False, True):
         model = load(KIND, plain[0])
         if is_prepared:
@@ -149,10 +149,10 @@ def test_a_field_of_a_later_peft_goes_the_way_of_a_fresh_load(later, plain):
         hotswap_adapter(model, boosted)
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         assert float(layer.scaling["default"]) == pytest.approx(3 * layer.lora_alpha["default"] / 2**0.5)
-        with pytest.raises(HotswapError, match="lora_boost"):
+        with pytest.raises(HotswapError, match="lora_gain_of_a_later_peft"):
             get_strength(model)
         assert loaded(model)[0].strength is None
-        with pytest.raises(HotswapError, match="lora_boost"):
+        with pytest.raises(HotswapError, match="lora_gain_of_a_later_peft"):
             AdapterPool(model, "default", {})
         hotswap_adapter(model, plain[0])
         assert_equals_fresh_load(model, KIND, plain[0], prepared=is_prepared)
