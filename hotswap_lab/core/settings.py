@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from peft import PeftType
 from peft.utils.other import get_pattern_key
 
 from .errors import Refusal, refusal
@@ -194,7 +195,7 @@ def damages(config: Config, rules: dict[str, Rule] = RULES) -> list[Refusal]:
             if is_right(value):
                 continue
         found.append(refusal("config_damaged", name=name, value=value, expected=expected))
-    return [*found, *(_broken_expressions(config) if rules else ())]
+    return [*found, *(_broken_expressions(config) if config.peft_type == PeftType.LORA else ())]
 
 
 def _is_deeper(value: object, levels: int) -> bool:
