@@ -354,8 +354,7 @@ def build_room(
     ``extra_tensors`` have no rank: they belong to modules that are saved with the adapter. The model is only read.
     """
     name = slot.adapter_name
-    sharded = [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]
-    if sharded:
+    if sharded := [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]:
         raise refused("sharded_not_preparable", paths=listing(dict.fromkeys(sharded), 3))
     groups: dict[tuple, list[tuple[SlotTensor, tuple[int, ...]]]] = {}
     ranks = {tensor: rank for layer, rank in capacity.items() for tensor in layer.tensors}
