@@ -212,12 +212,11 @@ def _change_to_room(slot: Slot, space: dict[str, int], kind: type[Room], extra_t
     if left is not None:
         change.steps.append(functools.partial(left.leave, is_lost=present is None))
     # the parameters become views of the room's memory, and stay the same objects
-    change.resizes += [(tensor.parameter, memory.view(tensor)) for tensor in memory.spans]
-    change.sizes += [
-        (tensor.owner, tensor.size_attribute, tensor.rank_of(memory.view(tensor).shape))
-        for tensor in memory.spans
-        if tensor.size_attribute
-    ]
+    for tensor in memory.spans:
+        view = memory.view(tensor)
+        change.resizes.append((tensor.parameter, view))
+        if tensor.size_attribute:
+            change.sizes.append((tensor.owner, tensor.size_attribute, tensor.rank_of(view.shape)))
     change.steps.append(functools.partial(_move_in, memory, list(capacity), reserved))
     change.last_steps.append(lambda journal: keep_slot(slot, memory.slot, journal))
     return change
