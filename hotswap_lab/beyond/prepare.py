@@ -40,10 +40,9 @@ def prepare_in_place(slot: Slot, target_rank: int | None, family: Iterable[Adapt
             for tensor in (each for each in layer.tensors if each.rank_axis is not None):
                 least = max([own_rank(layer.module, name, tensor), *ranks])
                 if target_rank is not None and target_rank < least:
-                    label = "the loaded adapter, or of one in `adapters`"
-                    return change, [
-                        refusal("target_rank_too_low", target_rank=target_rank, own=least, path=layer.path, label=label)
-                    ]
+                    path, label = layer.path, "the loaded adapter, or of one in `adapters`"
+                    reason = refusal("target_rank_too_low", target_rank=target_rank, own=least, path=path, label=label)
+                    return change, [reason]
                 needed = max([tensor.capacity, target_rank or 0, *ranks])
                 if needed > tensor.capacity:
                     change.resizes.append((tensor.parameter, tensor.padded(tensor.parameter.detach(), needed)))
