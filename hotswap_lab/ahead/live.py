@@ -185,9 +185,7 @@ def _config(value: Any, labels: set[str], before: str = "config") -> dict[str, s
     elif dataclasses.is_dataclass(value):
         value = vars(value)
     found: dict[str, str] = {}
-    if not isinstance(value, Mapping):
-        return found
-    for name, each in value.items():
+    for name, each in value.items() if isinstance(value, Mapping) else ():
         name = str(name)
         if name.startswith("_") or name in labels:
             continue
