@@ -163,12 +163,9 @@ def _context_of(each: Any) -> object | None:
         return each.__dict__.get("dynamo_ctx")
     function = getattr(each, "__func__", each)
     for cell in function.__closure__ or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:
-            continue
-        if compat.is_a(content, "DynamoContext"):
-            return content
+        with contextlib.suppress(ValueError):  # the cell is empty
+            if compat.is_a(cell.cell_contents, "DynamoContext"):
+                return cell.cell_contents
     return None
 
 
