@@ -131,10 +131,9 @@ class Slot:
     def settle(self) -> None:
         """Note where everything is, for :meth:`is_in_place` to compare with."""
         # PEFT makes an adapter's own tables once for each layer; only their entries may change
-        tables, known = [module._modules for module in self.modules], set(self.modules)
-        links: list[tuple[dict[str, Any], str, Any]] = [
-            (table, name, child) for table in tables for name, child in table.items() if child in known
-        ]
+        tables: list[dict[str, Any]] = [module._modules for module in self.modules]
+        known = set(self.modules)
+        links = [(table, name, child) for table in tables for name, child in table.items() if child in known]
         parameters = iter(self.parameters)  # worked out now, since code such as pruning may take one out of its table
         for layer in self.layers:
             for tensor in layer.tensors:
