@@ -8,7 +8,7 @@ loads the adapter again, and copies tensor by tensor.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from peft import PeftType
@@ -26,10 +26,9 @@ from ..core.tensors import shared_as
 from .configs import pointless_rank
 
 
-def prepare_in_place(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
+def prepare_in_place(slot: Slot, target_rank: int | None, family: list[Adapter]) -> tuple[Change, list[Refusal]]:
     """Allocate room for the family without changing the model yet. Returns the change, and the reasons against it."""
     change, name = begin_change(slot, slot.config), slot.adapter_name
-    family = list(family)
     if refusals := list(_check_family(slot, family)):
         return change, refusals
     with slot.write_mode(), torch.no_grad():
