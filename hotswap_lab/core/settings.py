@@ -1,7 +1,8 @@
 """Settings: what a LoRA config says, each field declared once.
 
-A new setting of a layer is one line in :class:`LayerSettings`: reading it from a config and from a layer, writing it,
-checking its value and packing it follow from there. A field that is declared nowhere is one that a later PEFT brings.
+A new setting of a layer that every supported PEFT has is one line in :class:`LayerSettings`: reading it from a config
+and from a layer, writing it, checking its value and packing it follow from there. A field that is declared nowhere is
+one that a later PEFT brings.
 """
 
 from __future__ import annotations
