@@ -150,9 +150,8 @@ def facts_of(top: torch.nn.Module, paths: Sequence[str]) -> dict[str, dict[str, 
     found: dict[str, dict[str, str]] = {}
     config = getattr(top, "config", None)
     seen = {id(config)}
-    labels = LABELS
-    if any(type(each).__name__.endswith(("ForCausalLM", "LMHeadModel")) for each in top.modules()):
-        labels = labels | ENDS
+    is_causal = any(type(each).__name__.endswith(("ForCausalLM", "LMHeadModel")) for each in top.modules())
+    labels = LABELS | ENDS if is_causal else LABELS
 
     def walk(path: str, module: torch.nn.Module) -> None:
         settings = {"type": type(module).__name__}

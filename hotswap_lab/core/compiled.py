@@ -140,12 +140,11 @@ def blind_spot(base: torch.nn.Module, compiled: list[object], prepared: bool) ->
         return None
     if getattr(compat.eval_frame._stance, "skip_guard_eval_unsafe", False):
         return "torch.compiler.set_stance(skip_guard_eval_unsafe=True) is on, so guards are not evaluated"
-    # torch 2.8 stores the hooks in what the context calls
-    hooks = [
-        getattr(each, "_hooks", None) or getattr(getattr(each, "callback", None), "hooks", None) for each in contexts
-    ]
-    if any(getattr(each, "guard_filter_fn", None) is not None for each in hooks):
-        return "the model was compiled with a guard_filter_fn, so guards may be missing"
+    for each in contexts:
+        # torch 2.8 stores the hooks in what the context calls
+        hooks = getattr(each, "_hooks", None) or getattr(getattr(each, "callback", None), "hooks", None)
+        if getattr(hooks, "guard_filter_fn", None) is not None:
+            return "the model was compiled with a guard_filter_fn, so guards may be missing"
     return None
 
 
