@@ -150,9 +150,8 @@ def facts_of(top: torch.nn.Module, paths: Sequence[str]) -> dict[str, dict[str, 
     found: dict[str, dict[str, str]] = {}
     config = getattr(top, "config", None)
     seen = {id(config)}
-    labels = LABELS
-    if any(type(each).__name__.endswith(("ForCausalLM", "LMHeadModel")) for each in top.modules()):
-        labels = labels | ENDS
+    is_causal = any(type(each).__name__.endswith(("ForCausalLM", "LMHeadModel")) for each in top.modules())
+    labels = LABELS | ENDS if is_causal else LABELS
 
     def walk(path: str, module: torch.nn.Module) -> None:
         settings = {"type": type(module).__name__}
@@ -185,9 +184,7 @@ def _config(value: Any, labels: set[str], before: str = "config") -> dict[str, s
     elif dataclasses.is_dataclass(value):
         value = vars(value)
     found: dict[str, str] = {}
-    if not isinstance(value, Mapping):
-        return found
-    for name, each in value.items():
+    for name, each in value.items() if isinstance(value, Mapping) else ():
         name = str(name)
         if name.startswith("_") or name in labels:
             continue

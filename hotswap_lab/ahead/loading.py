@@ -176,9 +176,7 @@ class Bound:
         wanted = self.code.get_constant_fqns()
         self.code.load_constants({key: self.tensors[key] for key in wanted}, check_full_update=True, user_managed=True)
         self.signature: inspect.Signature = inspect.signature(module.forward)
-        specs = [compat.treespec_loads(each) for each in self.code.loader.get_call_spec()]
-        self.input_form: Any = specs[0]
-        self.output_form: Any = specs[1]
+        self.input_form, self.output_form = map(compat.treespec_loads, self.code.loader.get_call_spec())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = named(self.signature, args, kwargs)

@@ -8,7 +8,7 @@ forward that was written anew, an adapter of another kind, layers that are alike
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,9 +39,7 @@ def prove(top: torch.nn.Module, compiled: Mapping[str, Callable[..., Any]], give
                 raise refused("ahead_not_proven", path=path or type(top).__name__, off=off)
 
 
-def _calls(
-    top: torch.nn.Module, paths: Mapping[str, Any], given: Mapping[str, Any], seed: int | None = None
-) -> list[Call]:
+def _calls(top: torch.nn.Module, paths: Iterable[str], given: Mapping[str, Any], seed: int | None = None) -> list[Call]:
     """Each call of one of the modules in a forward of the live model: its path, its inputs, and what came of it."""
     calls: list[Call] = []
     begun: list[Any] = []
@@ -78,9 +76,8 @@ def _difference(actual: Any, expected: Any) -> str | None:
         # models in float64 compute parts of it in float32
         tolerance = 0.0 if exact else max(torch.finfo(each).eps for each in (other.dtype, torch.float32)) ** 0.5
         # where both are infinite or no number, they agree
-        size, off = (
-            each.abs().double() for each in (other, one.to(torch.promote_types(one.dtype, torch.float32)) - other)
-        )
+        size = other.abs().double()
+        off = (one.to(torch.promote_types(one.dtype, torch.float32)) - other).abs().double()
         off[(one == other) | (one.isnan() & other.isnan())] = 0
         size = size[size.isfinite()]
         for measure in (torch.amax, torch.mean) if size.numel() else ():

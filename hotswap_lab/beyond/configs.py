@@ -69,12 +69,8 @@ def _damaged(config: PeftConfig) -> list[Refusal]:
     """Refusals of values of the wrong type. Of other methods, PEFT checks the rest when it loads the adapter."""
     if config.peft_type == PeftType.LORA:
         return damages(config, RULES | MORE_RULES)
-    numbers = {name: value for name, value in vars(config).items() if isinstance(value, float)}
-    bad = {name: value for name, value in numbers.items() if not math.isfinite(value)}
-    expected = "a finite number"
-    return damages(config, {}) or [
-        refusal("config_damaged", name=name, value=value, expected=expected) for name, value in bad.items()
-    ]
+    finite = Rule(math.isfinite, "a finite number")
+    return damages(config, {name: finite for name, value in vars(config).items() if isinstance(value, float)})
 
 
 def pointless_rank(rank: Any, path: str, module: torch.nn.Module) -> Iterator[Refusal]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +32,11 @@ from ..core.change import Step
 from ..core.compiled import unwrap_compiled
 from ..core.errors import listing
 from ..core.host import Host
-from ..core.journal import MISSING
+from ..core.journal import MISSING, Journal
 from ..core.lora import EvalFreeDropout
 from ..core.memory import disagreeing, overlapping
 from ..core.plan import Action, LayerPlan, Plan
-from ..core.prepared import is_marked_off, is_off, mark, set_off
+from ..core.prepared import is_marked_off, is_off, mark
 from ..core.settings import SCALAR_TABLES
 from ..core.slot import SlotLayer
 from ..core.tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, are_interchangeable, is_prepared
@@ -273,7 +274,8 @@ class _Comparison:
                 return
             self.graft.parameters.append(target.parameter)
             self.graft.copies.append((target.parameter, target.off_value()))
-        self.graft.steps.append(lambda journal: set_off(self.method, wrapper, self.name, True, journal))
+        self.graft.steps.append(lambda journal: mark(wrapper, OFF_ATTRIBUTE, self.name, True, journal))
+        self.graft.steps.append(lambda journal: self.method.turn(wrapper, self.name, False, journal))
 
     def _report(self, path: str, module: torch.nn.Module, action: Action, before: int | None, after=None) -> None:
         settings = after and WholeSettings(wrappers.rank_of(after, self.name), wrappers.scaling_of(after, self.name))
@@ -467,9 +469,8 @@ class _Comparison:
         self.graft.differences.append(path)
 
     def _delete(self, table: object, path: str) -> None:
-        self.graft.steps += [
-            lambda journal, store=store: journal.remove(store, self.name) for store in wrappers.stores_of(table)
-        ]
+        for store in wrappers.stores_of(table):
+            self.graft.steps.append(lambda journal, store=store: journal.remove(store, self.name))
         self.graft.differences.append(path)
 
     def _set_presence(self, wrapper: AuxiliaryTrainingWrapper, present: bool, path: str) -> None:
@@ -513,10 +514,8 @@ class _Comparison:
             tied.update({key: each.detach() for key, each in tied.items()})
         for table, key, fresh in self.puts:
             values = copy.deepcopy(fresh, memo), None
-            self.graft.steps += [
-                lambda journal, store=store, key=key, value=value: journal.set_item(store, key, value)
-                for store, value in zip(wrappers.stores_of(table), values, strict=False)
-            ]
+            for store, value in zip(wrappers.stores_of(table), values, strict=False):
+                self.graft.steps.append(partial(Journal.set_item, table=store, key=key, value=value))
 
 
 def activity_of(host: Host) -> tuple[list[str], bool]:

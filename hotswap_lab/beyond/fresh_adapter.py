@@ -46,12 +46,7 @@ class FreshAdapter:
 
 
 def load_fresh_adapter(
-    host: Host,
-    config: PeftConfig,
-    tensors: Mapping[str, torch.Tensor],
-    adapter_name: str,
-    *,
-    half_precision: bool = False,
+    host: Host, config: PeftConfig, tensors: Mapping[str, torch.Tensor], adapter_name: str, *, half_precision: bool
 ) -> FreshAdapter:
     """Let PEFT load an adapter, as ``PeftModel.from_pretrained`` does, onto a twin of the host's base model.
 
@@ -111,10 +106,8 @@ def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, res
     missing = set(result.missing_keys)
     filled = {address for key, address in memory.items() if key not in missing}
     awaited = {tensor.data_ptr() for key, tensor in saved.items() if key not in keys} - filled
-    return (
-        [key for key in result.unexpected_keys if key not in saved],
-        sorted(key for key in missing if memory.get(key) in awaited),
-    )
+    unexpected = [key for key in result.unexpected_keys if key not in saved]
+    return unexpected, sorted(key for key in missing if memory.get(key) in awaited)
 
 
 def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

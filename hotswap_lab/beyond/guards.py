@@ -104,12 +104,10 @@ class MemoryGuard(TorchFunctionMode):
     """
 
     #: functions that make tensors whose size is not that of an input
-    FACTORIES = frozenset(
-        {
-            *("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "normal", "eye", "arange"),
-            *("linspace", "tril_indices", "triu_indices", "tensor", "empty_strided", "repeat", "tile"),
-            *("repeat_interleave", "new_empty", "new_zeros", "new_ones", "new_full"),
-        }
+    FACTORIES = (
+        *("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "normal", "eye", "arange"),
+        *("linspace", "tril_indices", "triu_indices", "tensor", "empty_strided", "repeat", "tile"),
+        *("repeat_interleave", "new_empty", "new_zeros", "new_ones", "new_full"),
     )
 
     def __init__(self, limit: int):
@@ -117,13 +115,7 @@ class MemoryGuard(TorchFunctionMode):
         self.limit = limit
         self.taken: int = 0
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if getattr(function, "__name__", "") in self.FACTORIES and str(kwargs.get("device")) != "meta":
             self._count(function, args, kwargs)

@@ -8,7 +8,7 @@ loads the adapter again, and copies tensor by tensor.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from peft import PeftType
@@ -26,10 +26,9 @@ from ..core.tensors import shared_as
 from .configs import pointless_rank
 
 
-def prepare_in_place(slot: Slot, target_rank: int | None, family: Iterable[Adapter]) -> tuple[Change, list[Refusal]]:
+def prepare_in_place(slot: Slot, target_rank: int | None, family: list[Adapter]) -> tuple[Change, list[Refusal]]:
     """Allocate room for the family without changing the model yet. Returns the change, and the reasons against it."""
     change, name = begin_change(slot, slot.config), slot.adapter_name
-    family = list(family)
     if refusals := list(_check_family(slot, family)):
         return change, refusals
     with slot.write_mode(), torch.no_grad():
@@ -40,10 +39,9 @@ def prepare_in_place(slot: Slot, target_rank: int | None, family: Iterable[Adapt
             for tensor in (each for each in layer.tensors if each.rank_axis is not None):
                 least = max([own_rank(layer.module, name, tensor), *ranks])
                 if target_rank is not None and target_rank < least:
-                    label = "the loaded adapter, or of one in `adapters`"
-                    return change, [
-                        refusal("target_rank_too_low", target_rank=target_rank, own=least, path=layer.path, label=label)
-                    ]
+                    path, label = layer.path, "the loaded adapter, or of one in `adapters`"
+                    reason = refusal("target_rank_too_low", target_rank=target_rank, own=least, path=path, label=label)
+                    return change, [reason]
                 needed = max([tensor.capacity, target_rank or 0, *ranks])
                 if needed > tensor.capacity:
                     change.resizes.append((tensor.parameter, tensor.padded(tensor.parameter.detach(), needed)))

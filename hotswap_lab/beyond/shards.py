@@ -156,19 +156,16 @@ def check_shards(plan: Plan) -> None:
     and magnitudes that are turned off, since their values are computed from whole base weights.
     """
     resized = [each for each in plan.layers if each.action is Action.RESIZE]
-    changed = resized + [each for each in plan.layers if each.action is Action.ADD]
-    if changed:
+    if changed := resized + [each for each in plan.layers if each.action is Action.ADD]:
         check_parallel_training(plan, len(changed), f"another shape at {changed[0].path}")
     turned = [each for each in plan.layers if (each.settings is None) != (each.rank_before is None)]
-    more = [each for each in turned if any(tensor.rank_axis is None for tensor in each.layer.tensors)]
-    if more:
+    if more := [each for each in turned if any(tensor.rank_axis is None for tensor in each.layer.tensors)]:
         check_parallel_training(plan, len(more), f"a magnitude or bias to freeze or unfreeze at {more[0].path}")
     off = [each.layer for each in plan.layers if each.settings is None]
     if read := [layer for layer in off for each in layer.tensors if each.reads_base and each.is_shard]:
         plan.refuse("sharded_dora_off", count=len(read), path=read[0].path)
     # FSDP has recorded the shapes
-    noted = (each for each in resized if any(_fsdp_keeper(one.owner, one.name) for one in each.layer.tensors))
-    if fixed := list(noted):
+    if fixed := [each for each in resized if any(_fsdp_keeper(one.owner, one.name) for one in each.layer.tensors)]:
         before, after, path = fixed[0].rank_before, fixed[0].rank_after, fixed[0].path
         plan.refuse("sharded_rank", count=len(fixed), path=path, rank_before=before, rank_after=after)
 

@@ -103,8 +103,7 @@ class Adapter:
                 raise self._damaged(f"{kind} under {key!r}", "a floating point tensor under each key")
         if not self.tensors:
             raise self._damaged("no tensors at all", "at least one lora_A and one lora_B")
-        bad = [] if allow_nonfinite else [key for key, tensor in self.tensors.items() if not is_finite(tensor)]
-        if bad:
+        if not allow_nonfinite and (bad := [key for key, tensor in self.tensors.items() if not is_finite(tensor)]):
             next_step = "get an undamaged copy, or pass allow_nonfinite=True to Adapter.load if it is meant to be so"
             raise self._damaged(f"NaN or infinity in {listing(map(repr, bad))}", "finite weights", next_step)
 

@@ -140,12 +140,11 @@ def blind_spot(base: torch.nn.Module, compiled: list[object], prepared: bool) ->
         return None
     if getattr(compat.eval_frame._stance, "skip_guard_eval_unsafe", False):
         return "torch.compiler.set_stance(skip_guard_eval_unsafe=True) is on, so guards are not evaluated"
-    # torch 2.8 stores the hooks in what the context calls
-    hooks = [
-        getattr(each, "_hooks", None) or getattr(getattr(each, "callback", None), "hooks", None) for each in contexts
-    ]
-    if any(getattr(each, "guard_filter_fn", None) is not None for each in hooks):
-        return "the model was compiled with a guard_filter_fn, so guards may be missing"
+    for each in contexts:
+        # torch 2.8 stores the hooks in what the context calls
+        hooks = getattr(each, "_hooks", None) or getattr(getattr(each, "callback", None), "hooks", None)
+        if getattr(hooks, "guard_filter_fn", None) is not None:
+            return "the model was compiled with a guard_filter_fn, so guards may be missing"
     return None
 
 
@@ -163,12 +162,9 @@ def _context_of(each: Any) -> object | None:
         return each.__dict__.get("dynamo_ctx")
     function = getattr(each, "__func__", each)
     for cell in function.__closure__ or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:
-            continue
-        if compat.is_a(content, "DynamoContext"):
-            return content
+        with contextlib.suppress(ValueError):  # the cell is empty
+            if compat.is_a(cell.cell_contents, "DynamoContext"):
+                return cell.cell_contents
     return None
 
 

@@ -126,11 +126,9 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
     """
     if not isinstance(adapter_name, str):
         raise refused("no_name", kind=type(adapter_name).__name__)
-    hosts = list(carriers(model))
-    if not hosts:
+    if not (hosts := list(carriers(model))):
         raise refused("no_adapters_in_model", name=type(model).__name__)
-    matching = [host for host in hosts if adapter_name in host.configs]
-    if not matching:
+    if not (matching := [host for host in hosts if adapter_name in host.configs]):
         names = sorted({name for host in hosts for name in host.configs})
         found = f"the adapters {listing(map(repr, names))}" if names else "no adapter that is left"
         raise refused("no_such_adapter", adapter_name=adapter_name, found=found)

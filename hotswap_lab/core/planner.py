@@ -25,7 +25,7 @@ from .method import Method
 from .plan import Action, LayerPlan, Plan, change_layer_by_layer
 from .settings import settings_for
 from .slot import Expected, Slot, SlotLayer, copy_of, expected_of, own_keys_of
-from .tensors import SlotTensor, are_interchangeable
+from .tensors import are_interchangeable
 from .wrappers import embeddings_of
 
 #: gets an unfinished plan. Adds to it and returns None, or returns another plan to go on with
@@ -170,16 +170,13 @@ def _what_is_wrong(plan: Plan, layer: SlotLayer, shapes: list[torch.Size | None]
     if plan.check_targets and not expected.is_targeted:
         return refusal("layer_not_targeted", path=path, target_modules=plan.adapter.config.target_modules)
     for target, shape in found:
-        if shape is not None and shape != target.shape_for(rank):
-            return _wrong_shape(layer, target, shape, rank)
+        where, wanted = f"{path}.{target.key}", target.shape_for(rank)
+        if shape is None or shape == wanted:
+            continue
+        if target.fits(shape):
+            return refusal("rank_disagrees", path=path, where=where, shape=tuple(shape), expected=wanted, rank=rank)
+        return refusal("other_shape", path=path, where=where, shape=tuple(shape), expected=wanted, rank=rank)
     return refusal("rank_not_for_groups", path=path, rank=rank, step=layer.tensors[0].rank_step)
-
-
-def _wrong_shape(layer: SlotLayer, target: SlotTensor, shape: torch.Size, rank: int) -> Refusal:
-    path, where, found, expected = layer.path, f"{layer.path}.{target.key}", tuple(shape), target.shape_for(rank)
-    if target.fits(shape):
-        return refusal("rank_disagrees", path=path, where=where, shape=found, expected=expected, rank=rank)
-    return refusal("other_shape", path=path, where=where, shape=found, expected=expected, rank=rank)
 
 
 # ---- tensors that no layer of the slot took
@@ -193,8 +190,8 @@ def plan_leftovers(plan: Plan) -> None:
     base, name, adds = plan.slot.host.base, plan.slot.adapter_name, plan.add_layers
     paths = sorted({path for key in tensors if (path := adaptable(base, key)) is not None})
     if paths and adds and not plan.compiled:
-        _add_layers(plan, paths, tensors)
-        paths = []
+        _add_layers(plan, paths)
+        tensors, paths = plan.unknown, []
     if not tensors:
         return
     unknown = [key for key in plan.adapter.tensors if canonical_path(key) in tensors]
@@ -211,20 +208,18 @@ def plan_leftovers(plan: Plan) -> None:
         plan.refuse("unexpected_layers", count=len(paths), paths=where, adapter_name=name)
 
 
-def _add_layers(plan: Plan, paths: list[str], tensors: Tensors) -> None:
-    slot = plan.slot
+def _add_layers(plan: Plan, paths: list[str]) -> None:
+    slot, tensors = plan.slot, plan.unknown
     try:
         ranks = {path: settings_for(plan.config, path).rank for path in paths}
         added = build_added_layers(slot, plan.config, ranks)
     except HotswapError as error:
         plan.refusals += error.refusals
-        tensors.clear()  # they are refused already
+        plan.unknown = {}  # they are refused already
         return
-    own = _by_own_key(plan, tensors, own_keys_of(added))
-    tensors.clear()
-    tensors.update(own)
+    plan.unknown = _by_own_key(plan, tensors, own_keys_of(added))
     for layer, expected in zip(added, expected_of(slot, plan.config, added), strict=True):
-        _plan_layer(plan, tensors, layer, expected, None, Action.ADD)
+        _plan_layer(plan, plan.unknown, layer, expected, None, Action.ADD)
 
 
 # ---- when the action of each layer is known

@@ -67,7 +67,8 @@ def changes_to_prepare(
     for slot in slots_to_prepare(methods, model, adapter_name):
         if (prepare_in_place := slot.method.prepare_in_place) is None:
             extra = extra_tensors(slot) if extra_tensors else []
-            change, reasons = _prepare(slot, target_rank, family, kind, extra, ranks or {})
+            space, reasons = _space_in(slot, target_rank, family, ranks or {})
+            change = Change() if reasons else _change_to_room(slot, space, kind, extra)
         else:
             change, reasons = prepare_in_place(slot, target_rank, family)
         changes.append(change)
@@ -124,15 +125,10 @@ def slots_to_prepare(methods: Sequence[Method], model: torch.nn.Module, adapter_
                 yield slot
 
 
-def _prepare(
-    slot: Slot,
-    target_rank: int | None,
-    family: list[Adapter],
-    kind: type[Room],
-    extra_tensors: list[SlotTensor],
-    ranks: Mapping[str, int],
-) -> tuple[Change, list[Refusal]]:
-    """The change that makes room in one LoRA slot, and the refusals."""
+def _space_in(
+    slot: Slot, target_rank: int | None, family: list[Adapter], ranks: Mapping[str, int]
+) -> tuple[dict[str, int], list[Refusal]]:
+    """The rank to make room for, by the path of a layer that the LoRA slot has or lacks; and the refusals."""
     refusals = [*slot.method.judge(slot.config, "loaded")]
     for layer, reason in slot.obstacles[:1]:
         refusals.append(refusal("layer_not_preparable", path=layer.path, reason=reason))
@@ -141,19 +137,17 @@ def _prepare(
         refusals.append(refusal("loaded_not_preparable", strange=", ".join(sorted(strange)), allowed=allowed))
     refusals = refusals or [each for adapter in family for each in _misfits(slot, adapter)]
     if refusals:
-        return Change(), refusals
+        return {}, refusals
     own = {layer.path: rank or 0 for layer, rank in zip(slot.layers, ranks_before(slot), strict=True)}
-    #: the rank to make room for, by the path of a layer that the slot has or lacks
     space = {layer.path: layer.tensors[0].capacity or 0 for layer in slot.layers}
     refusals += _make_space(space, own, target_rank, "the loaded adapter")
     refusals += _make_space(space, ranks, target_rank, "the ranks to make room for")
     for adapter in family:
-        if not (ranks := _ranks_of(slot, adapter)):
+        if not (wanted := _ranks_of(slot, adapter)):
             names = adapter.config.target_modules
             refusals.append(refusal("member_has_no_layer", label=adapter.label, target_modules=names))
-        refusals += _make_space(space, ranks, target_rank, adapter.label)
-    refusals = refusals or [*slot.method.no_room(slot, space)]
-    return (Change(), refusals) if refusals else (_change_to_room(slot, space, kind, extra_tensors), [])
+        refusals += _make_space(space, wanted, target_rank, adapter.label)
+    return space, refusals or [*slot.method.no_room(slot, space)]
 
 
 def _misfits(slot: Slot, adapter: Adapter) -> Iterator[Refusal]:
@@ -194,7 +188,7 @@ def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:
     return {path: settings_for(config, path).rank for path in [known.get(path, path) for path in paths]}
 
 
-def _change_to_room(slot: Slot, space: dict[str, int], kind: type[Room], extra_tensors: list[SlotTensor]) -> Change:
+def _change_to_room(slot: Slot, space: dict[str, int], kind: type[Room], extra: list[SlotTensor]) -> Change:
     """Allocate a room next to the model. The change moves the slot in when it is carried out."""
     capacity = {layer: space[layer.path] for layer in slot.layers}
     lacking = space.keys() - {layer.path for layer in slot.layers}
@@ -206,18 +200,17 @@ def _change_to_room(slot: Slot, space: dict[str, int], kind: type[Room], extra_t
     reserved = build_added_layers(slot, slot.config, {path: space[path] for path in sorted(lacking)}) if lacking else []
     capacity |= {layer: space[layer.path] for layer in reserved}
     with slot.write_mode(), torch.no_grad():
-        memory = build_room(slot, capacity, reserved, kind, extra_tensors)
+        memory = build_room(slot, capacity, reserved, kind, extra)
     left = room_left_by(slot)
     change = begin_change(slot, slot.config)
     if left is not None:
         change.steps.append(functools.partial(left.leave, is_lost=present is None))
     # the parameters become views of the room's memory, and stay the same objects
-    change.resizes += [(tensor.parameter, memory.view(tensor)) for tensor in memory.spans]
-    change.sizes += [
-        (tensor.owner, tensor.size_attribute, tensor.rank_of(memory.view(tensor).shape))
-        for tensor in memory.spans
-        if tensor.size_attribute
-    ]
+    for tensor in memory.spans:
+        view = memory.view(tensor)
+        change.resizes.append((tensor.parameter, view))
+        if tensor.size_attribute:
+            change.sizes.append((tensor.owner, tensor.size_attribute, tensor.rank_of(view.shape)))
     change.steps.append(functools.partial(_move_in, memory, list(capacity), reserved))
     change.last_steps.append(lambda journal: keep_slot(slot, memory.slot, journal))
     return change

@@ -24,7 +24,6 @@ from .errors import refused
 from .host import TunerLayer
 from .journal import Journal
 from .lora import EvalFreeDropout
-from .method import Method
 from .slot import Slot
 from .tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, ROOM_ATTRIBUTE, SCALING, SlotTensor, is_shared, shared_as
 
@@ -253,12 +252,6 @@ def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool
 def is_marked_off(layer: Any, adapter_name: str) -> bool:
     """:func:`is_off` by the mark alone, without a look at the weights."""
     return adapter_name in layer.__dict__.get(OFF_ATTRIBUTE, ())
-
-
-def set_off(method: Method, layer: Any, adapter_name: str, off: bool, journal: Journal) -> None:
-    """Mark the adapter as turned off on this layer, and so not trained there; or as on again."""
-    mark(layer, OFF_ATTRIBUTE, adapter_name, off, journal)
-    method.turn(layer, adapter_name, not off, journal)
 
 
 def own_rank(layer: Any, adapter_name: str, tensor: SlotTensor) -> int | None:

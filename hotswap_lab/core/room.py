@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -343,23 +343,18 @@ def new_band(memory: torch.Tensor, components: int) -> torch.Tensor:
 
 
 def build_room(
-    slot: Slot,
-    capacity: Mapping[SlotLayer, int],
-    reserved: Collection[SlotLayer],
-    kind: type[Room] = Room,
-    extra_tensors: Sequence[SlotTensor] = (),
+    slot: Slot, capacity: Mapping[SlotLayer, int], reserved: list[SlotLayer], kind: type[Room], extra: list[SlotTensor]
 ) -> Room:
     """A room with space for these ranks, and with the slot's adapter in it; ``reserved`` layers are off.
 
-    ``extra_tensors`` have no rank: they belong to modules that are saved with the adapter. The model is only read.
+    ``extra`` tensors have no rank: they belong to modules that are saved with the adapter. The model is only read.
     """
     name = slot.adapter_name
-    sharded = [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]
-    if sharded:
+    if sharded := [layer.path for layer in capacity for tensor in layer.tensors if tensor.is_shard]:
         raise refused("sharded_not_preparable", paths=listing(dict.fromkeys(sharded), 3))
     groups: dict[tuple, list[tuple[SlotTensor, tuple[int, ...]]]] = {}
     ranks = {tensor: rank for layer, rank in capacity.items() for tensor in layer.tensors}
-    for tensor in (*ranks, *extra_tensors):
+    for tensor in (*ranks, *extra):
         key = tensor.parameter.dtype, tensor.parameter.device
         groups.setdefault(key, []).append((tensor, tensor.shape_for(ranks.get(tensor))))
     bands = [band for each in groups.values() for band in kind.new_bands(each, like=each[0][0].parameter.detach())]
@@ -382,6 +377,6 @@ def build_room(
                 room.view(tensor).copy_(tensor.off_value())
         # the live value, which the user may have set, and not the trained one
         room.scaling(index, layer.tensors[0].parameter.device).fill_(float(layer.module.scaling[name]))
-    for tensor in extra_tensors:
+    for tensor in extra:
         room.view(tensor).copy_(tensor.parameter)
     return room

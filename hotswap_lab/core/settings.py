@@ -1,7 +1,8 @@
 """Settings: what a LoRA config says, each field declared once.
 
-A new setting of a layer is one line in :class:`LayerSettings`: reading it from a config and from a layer, writing it,
-checking its value and packing it follow from there. A field that is declared nowhere is one that a later PEFT brings.
+A new setting of a layer that every supported PEFT has is one line in :class:`LayerSettings`: reading it from a config
+and from a layer, writing it, checking its value and packing it follow from there. A field that is declared nowhere is
+one that a later PEFT brings.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from peft import LoraConfig
+from peft import PeftType
 from peft.utils.other import get_pattern_key
 
 from .errors import Refusal, refusal
@@ -59,11 +60,8 @@ def _are_indices(value: Any) -> bool:
 # ---- settings of a layer
 
 
-def _setting(
-    field: str, rule: Rule, pattern: str | None = None, table: str | None = None, default: Any = dataclasses.MISSING
-) -> Any:
-    metadata = {"field": field, "rule": rule, "pattern": pattern, "table": table}
-    return dataclasses.field(default=default, metadata=metadata)
+def _setting(field: str, rule: Rule, pattern: str | None = None, table: str | None = None) -> Any:
+    return dataclasses.field(metadata={"field": field, "rule": rule, "pattern": pattern, "table": table})
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,7 @@ class LayerSettings:
     """The scalars of one LoRA layer, as its config gives them.
 
     Each is declared with its field in the config, the values it may have, the field with its exceptions by layer, and
-    the layer's table of it. Dropouts have no such table: they are modules. A field that the oldest PEFT lacks needs a
-    default, which every layer then has.
+    the layer's table of it. Dropouts have no such table: they are modules.
 
     >>> LayerSettings(rank=4, alpha=8, use_rslora=False, dropout=0.0).scaling
     2.0
@@ -101,12 +98,7 @@ class Setting(NamedTuple):
     table: str | None
 
 
-_OF_PEFT = {each.name for each in dataclasses.fields(LoraConfig)}
-SETTINGS = tuple(
-    Setting(each.name, **each.metadata)
-    for each in dataclasses.fields(LayerSettings)
-    if each.metadata["field"] in _OF_PEFT
-)
+SETTINGS = tuple(Setting(each.name, **each.metadata) for each in dataclasses.fields(LayerSettings))
 #: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
 SCALAR_TABLES = {each.table: each.name for each in SETTINGS if each.table}
 #: and the settings that may differ between layers, by the field that says so
@@ -205,7 +197,7 @@ def damages(config: Config, rules: dict[str, Rule] = RULES) -> list[Refusal]:
             if is_right(value):
                 continue
         found.append(refusal("config_damaged", name=name, value=value, expected=expected))
-    return [*found, *(_broken_expressions(config) if rules else ())]
+    return [*found, *(_broken_expressions(config) if config.peft_type == PeftType.LORA else ())]
 
 
 def _is_deeper(value: object, levels: int) -> bool:
@@ -219,8 +211,7 @@ def _broken_expressions(config: Config) -> Iterator[Refusal]:
     for name in (*whole, "layers_pattern", "modules_to_save", *PATTERNS):
         value: Any = getattr(config, name)
         several = isinstance(value, (list, tuple, set, dict)) and name not in whole
-        expressions: Iterable[Any] = value if several else [value]
-        for expression in expressions:
+        for expression in value if several else [value]:
             try:
                 re.compile(expression if isinstance(expression, str) else "")
             except Exception as error:  # too many parentheses or repetitions raise other errors than re.error

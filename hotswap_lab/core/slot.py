@@ -131,10 +131,9 @@ class Slot:
     def settle(self) -> None:
         """Note where everything is, for :meth:`is_in_place` to compare with."""
         # PEFT makes an adapter's own tables once for each layer; only their entries may change
-        tables, known = [module._modules for module in self.modules], set(self.modules)
-        links: list[tuple[dict[str, Any], str, Any]] = [
-            (table, name, child) for table in tables for name, child in table.items() if child in known
-        ]
+        tables: list[dict[str, Any]] = [module._modules for module in self.modules]
+        known = set(self.modules)
+        links = [(table, name, child) for table in tables for name, child in table.items() if child in known]
         parameters = iter(self.parameters)  # worked out now, since code such as pruning may take one out of its table
         for layer in self.layers:
             for tensor in layer.tensors:
@@ -290,10 +289,11 @@ def begin_change(slot: Slot, config: Config = None, slot_after: Slot | None = No
     slot_after:
         The slot after the change; None if it has to be looked for again.
     """
-    change = Change(slot.is_inference)
+    change, name = Change(slot.is_inference), slot.adapter_name
     if config is not None:
-        follow(change, slot, config, bool(slot.host.base.__dict__.get(SLOTS, {}).get(slot.adapter_name)))
-        change.last_steps.append(partial(_put_config, slot, config, slot_after))
+        follow(change, slot, config, bool(slot.host.base.__dict__.get(SLOTS, {}).get(name)))
+        change.last_steps.append(partial(Journal.set_item, table=slot.host.configs, key=name, value=config))
+        change.last_steps.append(partial(keep_slot, slot, slot_after))
     return change
 
 
@@ -307,11 +307,6 @@ def follow(change: Change, slot: Slot, config: Config, is_kept: bool) -> None:
         vars(config)[LOST_ORIGINALS] = live[LOST_ORIGINALS]
     else:
         change.steps.append(partial(slot.method.follow, slot, config))
-
-
-def _put_config(slot: Slot, config: Config, slot_after: Slot | None, journal: Journal) -> None:
-    journal.set_item(slot.host.configs, slot.adapter_name, config)
-    keep_slot(slot, slot_after, journal)
 
 
 def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:

@@ -121,8 +121,7 @@ def _check(state_dict: dict, marked: Marked) -> None:
         # a tensor of the padded size could be loaded, but the components above the adapter's rank would not be saved
         fits, text = tuple(value.shape) == expected, f"shape {expected}, the adapter's own rank"
     if not fits:
-        shape = tuple(value.shape)
-        raise refused("state_dict_of_another", key=key, shape=shape, expected=text, adapter_name=name)
+        raise refused("state_dict_of_another", key=key, shape=tuple(value.shape), expected=text, adapter_name=name)
 
 
 # ---- does the live model compute the same as the saved adapter?
@@ -136,9 +135,7 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
     if is_marked_off(layer, adapter_name):
         return _trained_while_off(layer, adapter_name, tensor, of_lora)
     rank = own_rank(layer, adapter_name, tensor)
-    if rank == tensor.capacity or tensor.is_shard:
-        return None
-    if not tensor.padding(tensor.parameter, rank).any():
+    if rank == tensor.capacity or tensor.is_shard or not tensor.padding(tensor.parameter, rank).any():
         return None
     return (
         f"The adapter {adapter_name!r} has rank {rank}, but the padding of its {tensor.key} is not zero, so what is "

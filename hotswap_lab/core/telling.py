@@ -1,7 +1,8 @@
-"""Telling: the only code that writes what a layer is told about an adapter besides its weights.
+"""Telling: the code that writes what a layer is told about an adapter besides its weights.
 
 These are its scaling, and its settings: rank, alpha, flags and dropout. Whatever the slot is, and whichever code plans
-the swap, a wrong scaling after a swap comes from here, or from the values that were passed.
+the swap, a wrong scaling after a swap comes from here, or from the values that were passed. Settings have one more
+writer: a comparison with a fresh load (:mod:`hotswap_lab.beyond.difference`) writes all tables as it finds them there.
 """
 
 from __future__ import annotations

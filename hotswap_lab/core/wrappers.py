@@ -161,8 +161,8 @@ def scaling_of(wrapper: torch.nn.Module, adapter_name: str) -> float | None:
 def are_alike(live: torch.nn.Module, fresh: torch.nn.Module) -> bool:
     """Whether two wrappers are of one kind, around the same parameter if around a single one, and both tied or not."""
     live_class = getattr(type(live), "hotswap_original", type(live))
-    parameter_name = "parameter_name"  # several ParamWrappers may be around one module, each for another parameter
-    is_around_same = live.__dict__.get(parameter_name) == fresh.__dict__.get(parameter_name)
+    # several ParamWrappers may be around one module, each for another parameter
+    is_around_same = live.__dict__.get("parameter_name") == fresh.__dict__.get("parameter_name")
     return live_class is type(fresh) and is_around_same and is_tied(live) == is_tied(fresh)
 
 
