@@ -214,7 +214,10 @@ def explain(guard: str) -> str:
     'a tensor has another shape: weight, axis 0, was 4, is 8'
     """
     text = re.sub(r"^\d+/\d+: ", "", guard.strip().split("\n")[0].split("  #")[0]).strip()
-    text = _readable(text)
+    # paths through a module's tables, as a person would write them
+    text = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", text)
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
+    text = re.sub(r"\b(?:self|L\['self'\])\.", "", text)
     number = r"[-+]?[\d.]+(?:e[-+]?\d+)?|True|False"
     if match := re.fullmatch(rf"(.+) == ({number})", text):
         return f"a Python number in the graph has changed: {match[1]} was {match[2]}"
@@ -223,13 +226,6 @@ def explain(guard: str) -> str:
     if match := re.match(r"___check_type_id\((.+), \d+\)", text):
         return f"an object of another type: {match[1]}"
     return f"this no longer holds: {text}" if text else "the reason is not reported by this version of PyTorch"
-
-
-def _readable(text: str) -> str:
-    """Write paths through a module's tables as a person would."""
-    text = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", text)
-    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
-    return re.sub(r"\b(?:self|L\['self'\])\.", "", text)
 
 
 # ---- which backend works
