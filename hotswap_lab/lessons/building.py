@@ -134,9 +134,7 @@ def addresses(model: torch.nn.Module) -> list[int]:
     return [each.data_ptr() for each in model.parameters()]
 
 
-def visits(
-    model: PeftModel, swap: Callable[[str], object], call: Callable[..., Any] | None = None
-) -> Iterator[tuple[Any, ...]]:
+def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | None = None) -> Iterator[tuple[Any, ...]]:
     """Swap each adapter in, forwards and backwards, and compare with fresh loads."""
     before = addresses(model)
     for name in [*FOLDERS, *reversed(FOLDERS)]:
@@ -284,10 +282,8 @@ def part_08(text):
     before = ["pig_latin", "double", "caesar", "pig_latin", "pig_latin", "caesar", "double"]
     for row, name in [*((0, name) for name in before), *enumerate(FOLDERS)]:
         for path, layer in layers.items():
-            if path in adapters[name]:
-                layer.assign(row, *adapters[name][path])
-            else:
-                layer.assign(row, torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0)
+            nothing = torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0
+            layer.assign(row, *adapters[name].get(path, nothing))
         expected[row] = fresh(name)(IDS).logits[row]
         yield f"{name} in row {row}", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
     yield "x of shape (rows, inputs)", *first_difference({"y": one(x[:, 0])}, {"y": one(x)[:, 0]})
