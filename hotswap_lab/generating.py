@@ -235,10 +235,8 @@ class Reader(torch.nn.Module):
             return False  # the mask here has no window
         ropes = getattr(config, "rope_parameters", None) or {}
         for rope in (ropes, *ropes.values()):  # some models have one for each type of layer
-            kind = rope.get("rope_type") if isinstance(rope, dict) else None
-            if kind not in ("longrope", "dynamic"):
-                continue
-            if self.longest > rope.get("original_max_position_embeddings", config.max_position_embeddings):
+            changes = isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic")
+            if changes and self.longest > rope.get("original_max_position_embeddings", config.max_position_embeddings):
                 return False  # from there on, the longest row changes the angles of all rows
         texts = torch.arange(4 * self.rows).view(self.rows, 4) % config.vocab_size
         ends = torch.arange(self.rows) % 2 + 2
