@@ -67,8 +67,7 @@ def compiled_once(adapter: str, pool: AdapterPool, compiled: Any) -> tuple[bool,
 
 
 def packaged(adapter: str, pool: AdapterPool, package: str) -> tuple[bool, str]:
-    ahead = aoti_load(package, pool)
-    same = _agrees(ahead, _fresh(adapter), pool, MINE)
+    same = _agrees(aoti_load(package, pool), _fresh(adapter), pool, MINE)
     return same, f"the package computes as a fresh load does: {same}"
 
 
