@@ -243,8 +243,7 @@ def pick_backend() -> str:
     >>> pick_backend() in ("inductor", "aot_eager")
     True
     """
-    reason = _why_not_inductor()
-    if reason is None:
+    if (reason := _why_not_inductor()) is None:
         return "inductor"
     # PEFT sets CXX to a C compiler when it loads a BOFT adapter
     named = f" (CXX names {os.environ['CXX']!r}: remove it, or set it to 'g++')" if "CXX" in os.environ else ""
