@@ -199,10 +199,8 @@ class RecompileWatch:
 
 
 def _kind(args: Any, guard: str) -> str:
-    if args.callback_trigger.name in TRIGGERS:
-        return TRIGGERS[args.callback_trigger.name]
-    is_again = re.search(r"/[1-9]\d*(_\d+)?$", str(args.compile_id))
-    return "recompile" if guard or is_again else "compile"
+    is_again = guard or re.search(r"/[1-9]\d*(_\d+)?$", str(args.compile_id))
+    return TRIGGERS.get(args.callback_trigger.name) or ("recompile" if is_again else "compile")
 
 
 def explain(guard: str) -> str:
