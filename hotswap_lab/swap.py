@@ -115,8 +115,7 @@ def hotswap_adapter(
     with refusals_told(model, adapter_name):
         host = find_host(model, adapter_name)
         # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
-        for_one_swap = not is_shared(host.base)
-        adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
+        adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=not is_shared(host.base))
         with locked(host.base):
             slot = slot_for(METHODS, host, adapter_name)
             carry_out([make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, base_weights=base_weights)])
