@@ -226,9 +226,7 @@ def part_02(text):
     # two adapters with other ranks in each layer, the higher one now here, now there; every third layer is left out
     ranks = {path: (n + 1, 16 - n) for n, path in enumerate(family["pig_latin"]) if n % 3}
     whole = family["pig_latin"]
-    two = [
-        {path: (whole[path][0][: r[i]], whole[path][1][:, : r[i]], 1.0) for path, r in ranks.items()} for i in (0, 1)
-    ]
+    two = [{p: (whole[p][0][: r[i]], whole[p][1][:, : r[i]], 1.0) for p, r in ranks.items()} for i in (0, 1)]
     layers = mini.layers_of(mini.prepare(demo.load_base(), two))
     rooms = {path: len(layer.lora_A["default"].weight) for path, layer in layers.items()}
     yield "the rank of each layer", *first_difference(rooms, {path: max(each) for path, each in ranks.items()})
