@@ -242,9 +242,7 @@ def _check_active(host: Host, name: str) -> None:
         active, merged = list(part.active_adapters), part.merged_adapters if layers else []
         disabled = part.disable_adapters if layers else getattr(part, "_adapters_disabled", False)
         if active != [name] or disabled or merged:
-            raise refused(
-                "not_what_it_computes_with", adapter_name=name, active=active, disabled=disabled, merged=merged
-            )
+            raise refused("not_in_effect", adapter_name=name, active=active, disabled=disabled, merged=merged)
 
 
 @contextlib.contextmanager
