@@ -90,8 +90,7 @@ def find(path: str | os.PathLike[str] | None = None) -> Source:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    given = path or os.environ.get(PATH_VARIABLE)
-    if given:
+    if given := path or os.environ.get(PATH_VARIABLE):
         return _given(given)
     cached = [try_to_load_from_cache(MODEL_ID, name) for name in NEEDED_FILES]
     if all(isinstance(each, str) for each in cached):
