@@ -148,9 +148,8 @@ def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> di
 
     Each tensor has the shape ``(pairs, tokens of the longest)``. Only an answer and its end token count for the loss.
     """
-    rows = [
-        torch.tensor([*prompt, *tokenizer(answer)["input_ids"], tokenizer.eos_token_id]) for prompt, answer in pairs
-    ]
+    end = tokenizer.eos_token_id
+    rows = [torch.tensor([*prompt, *tokenizer(answer)["input_ids"], end]) for prompt, answer in pairs]
     labels = [row.clone() for row in rows]
     for label, (prompt, _) in zip(labels, pairs, strict=True):
         label[: len(prompt)] = IGNORED
