@@ -54,11 +54,11 @@ def tour(word: str = "hotswap", repeats: int = 15, threads: int = 1) -> dict[str
             found[name] = {"answer": answer, "rows": [asdict(each) for each in rows]}
             print(LINE.format(name, answer, str(is_right), *(shown(each, rows[0]) for each in rows)), flush=True)
     states = {name: [row["state"] for row in each["rows"]] for name, each in found.items()}
+    refusals = {name: each["rows"][1]["note"] for name, each in found.items() if each["rows"][1]["note"]}
     notes = [f"Times: from {FIRST} to this adapter, from disk, median of {repeats}"]
     if any("wrong" in each for each in states.values()):
         notes.append("wrong: no error, but other outputs than a fresh load")
-    refusals = {name: each["rows"][1]["note"] for name, each in found.items()}
-    notes += [f"PEFT hotswap refuses {name}: {refusal}" for name, refusal in refusals.items() if refusal]
+    notes += [f"PEFT hotswap refuses {name}: {refusal}" for name, refusal in refusals.items()]
     print()
     for note in [*notes, machine()]:
         print(textwrap.fill(note, 80, subsequent_indent="  ", break_long_words=False))
