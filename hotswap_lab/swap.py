@@ -111,7 +111,8 @@ def hotswap_adapter(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter`` of PEFT 0.21, which this replaces.
     """
-    adapter_name = name_in(model, adapter_name)
+    if adapter_name is None:
+        adapter_name = name_in(model, None)
     with refusals_told(model, adapter_name):
         host = find_host(model, adapter_name)
         # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
