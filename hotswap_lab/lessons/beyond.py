@@ -20,7 +20,7 @@ from .exercise import Exercise
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 TOKENS = [5, 6], [7, 8, 9, 10]
-NORMS = ["post_attention_layernorm", "input_layernorm", "norm"]
+NORMS = ["input_layernorm", "norm"], ["input_layernorm", "post_attention_layernorm", "norm"]
 #: LoKr's, where both of its factors are decomposed
 FACTORS = dict(decompose_both=True, decompose_factor=4)
 
@@ -75,7 +75,7 @@ PAIRS: dict[str, Pair] = {
     "IA3": Pair("on the attention only", _ia3("down_proj"), _ia3()),
     "OFT": Pair("blocks of 4 to blocks of 8", _oft(4), _oft(8)),
     "VeRA": Pair("rank 4 to 8, other random matrices", _vera(4), _vera(8, projection_prng_key=7)),
-    "LayerNorm tuning": Pair("on more layers", *(_config("LNTuning", on=names) for names in (NORMS[1:], NORMS))),
+    "LayerNorm tuning": Pair("on more layers", *(_config("LNTuning", on=names) for names in NORMS)),
     "Prompt tuning": Pair("4 virtual tokens to 7", _prompt(4), _prompt(7)),
 }
 
