@@ -54,11 +54,8 @@ def is_json(answer: str) -> bool:
         value = json.loads(answer)
     except json.JSONDecodeError:
         return False
-    if (
-        not isinstance(value, dict)
-        or value.keys() != {"topic", "answer", "keywords"}
-        or not isinstance(value["keywords"], list)
-    ):
+    keys = {"topic", "answer", "keywords"}
+    if not isinstance(value, dict) or value.keys() != keys or not isinstance(value["keywords"], list):
         return False
     texts = [value["topic"], value["answer"], *value["keywords"]]
     return len(texts) == 5 and all(isinstance(text, str) and text for text in texts)
