@@ -129,9 +129,8 @@ class Reader(torch.nn.Module):
         self.rows: int = rows
         self.chunk: int = chunk
         self.longest: int = longest
-        named = inspect.signature(self._lm.forward).parameters
         # the name of the cache depends on the version of transformers
-        self._cache: str = "cache" if "cache" in named else "past_key_values"
+        self._cache: str = "cache" if "cache" in inspect.signature(self._lm.forward).parameters else "past_key_values"
         device, sample = self._lm.device, DynamicCache()
         with torch.no_grad():
             self._call(torch.zeros((rows, 1), dtype=torch.long, device=device), cache=sample)
