@@ -129,9 +129,8 @@ class Reader(torch.nn.Module):
         self.rows: int = rows
         self.chunk: int = chunk
         self.longest: int = longest
-        named = inspect.signature(self._lm.forward).parameters
         # the name of the cache depends on the version of transformers
-        self._cache: str = "cache" if "cache" in named else "past_key_values"
+        self._cache: str = "cache" if "cache" in inspect.signature(self._lm.forward).parameters else "past_key_values"
         device, sample = self._lm.device, DynamicCache()
         with torch.no_grad():
             self._call(torch.zeros((rows, 1), dtype=torch.long, device=device), cache=sample)
@@ -235,10 +234,8 @@ class Reader(torch.nn.Module):
             return False  # the mask here has no window
         ropes = getattr(config, "rope_parameters", None) or {}
         for rope in (ropes, *ropes.values()):  # some models have one for each type of layer
-            kind = rope.get("rope_type") if isinstance(rope, dict) else None
-            if kind not in ("longrope", "dynamic"):
-                continue
-            if self.longest > rope.get("original_max_position_embeddings", config.max_position_embeddings):
+            changes = isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic")
+            if changes and self.longest > rope.get("original_max_position_embeddings", config.max_position_embeddings):
                 return False  # from there on, the longest row changes the angles of all rows
         texts = torch.arange(4 * self.rows).view(self.rows, 4) % config.vocab_size
         ends = torch.arange(self.rows) % 2 + 2

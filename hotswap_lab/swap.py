@@ -41,6 +41,8 @@ TRAINED = (
     "the adapter requires gradients: if it is trained, call optimizer.state.clear() after the swap, since an optimizer "
     "goes on with the moments of the old weights, and nothing shows it"
 )
+#: a folder, a Hub id, or an adapter that was read before
+Source = str | os.PathLike[str] | Adapter
 #: the warnings that were shown already, by base model
 _said: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
@@ -114,8 +116,7 @@ def hotswap_adapter(
     with refusals_told(model, adapter_name):
         host = find_host(model, adapter_name)
         # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
-        for_one_swap = not is_shared(host.base)
-        adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=for_one_swap)
+        adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=not is_shared(host.base))
         with locked(host.base):
             slot = slot_for(METHODS, host, adapter_name)
             carry_out([make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, base_weights=base_weights)])
@@ -235,19 +236,15 @@ def plan_hotswap(
 
 
 def _read(
-    host: Host,
-    source: str | os.PathLike[str] | Adapter,
-    torch_device: str | torch.device | None,
-    arguments: dict[str, Any],
-    for_one_swap: bool = False,
+    host: Host, source: Source, device: str | torch.device | None, arguments: dict[str, Any], for_one_swap: bool = False
 ) -> Adapter:
     if isinstance(source, Adapter):
-        if arguments or torch_device is not None:
+        if arguments or device is not None:
             raise TypeError("arguments for reading an adapter were passed with an Adapter that is already read")
         return source
     # some transformers models bring a mapping from the keys of their older versions; a fresh load applies it
     arguments.setdefault("key_mapping", getattr(host.base, "_checkpoint_conversion_mapping", None) or None)
-    return read(source, for_one_swap=for_one_swap, torch_device=torch_device, **arguments)
+    return read(source, for_one_swap=for_one_swap, torch_device=device, **arguments)
 
 
 # ---- carrying plans out
@@ -539,8 +536,7 @@ def loaded(model: object) -> LoadedList:
     refusal and preparation is also a record of ``logging.getLogger("hotswap_lab")`` with the same fields as attributes,
     and ``event`` and ``error``: swaps at level INFO, refusals at WARNING. So a handler is a history.
     """
-    slots = [slot_for(METHODS, host, name) for host in hosts_in(model) for name in host.configs]
-    return LoadedList(map(loaded_of, slots))
+    return LoadedList(loaded_of(slot_for(METHODS, host, name)) for host in hosts_in(model) for name in host.configs)
 
 
 def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:

@@ -211,16 +211,11 @@ def verify_hotswap(
         mismatches, layers = _compared(slot, fresh, with_base=base is not None)
     dtype, largest = fresh_outputs[0].dtype, max(float(output.abs().max()) for output in fresh_outputs)
     allowed = (TOLERANCE[dtype] if tolerance is None else tolerance) * largest
-    is_noisy = NOISE_TOLERANCE * noise > allowed
-    return Verification(
-        difference=_difference(live_outputs, fresh_outputs),
-        change=_difference(base_outputs, fresh_outputs),
-        tolerance=NOISE_TOLERANCE * noise if is_noisy else allowed,
-        mismatches=mismatches,
-        margin=NOISE_MARGIN if is_noisy else MARGIN.get(dtype, 100),
-        noise=noise,
-        layers=layers,
-    )
+    margin = MARGIN.get(dtype, 100)
+    if NOISE_TOLERANCE * noise > allowed:
+        allowed, margin = NOISE_TOLERANCE * noise, NOISE_MARGIN
+    difference, change = (_difference(outputs, fresh_outputs) for outputs in (live_outputs, base_outputs))
+    return Verification(difference, change, allowed, mismatches, margin, noise, layers)
 
 
 def bare_base(host: Host) -> torch.nn.Module:
@@ -247,9 +242,7 @@ def _check_active(host: Host, name: str) -> None:
         active, merged = list(part.active_adapters), part.merged_adapters if layers else []
         disabled = part.disable_adapters if layers else getattr(part, "_adapters_disabled", False)
         if active != [name] or disabled or merged:
-            raise refused(
-                "not_what_it_computes_with", adapter_name=name, active=active, disabled=disabled, merged=merged
-            )
+            raise refused("not_in_effect", adapter_name=name, active=active, disabled=disabled, merged=merged)
 
 
 @contextlib.contextmanager

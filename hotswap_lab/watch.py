@@ -199,10 +199,8 @@ class RecompileWatch:
 
 
 def _kind(args: Any, guard: str) -> str:
-    if args.callback_trigger.name in TRIGGERS:
-        return TRIGGERS[args.callback_trigger.name]
-    is_again = re.search(r"/[1-9]\d*(_\d+)?$", str(args.compile_id))
-    return "recompile" if guard or is_again else "compile"
+    is_again = guard or re.search(r"/[1-9]\d*(_\d+)?$", str(args.compile_id))
+    return TRIGGERS.get(args.callback_trigger.name) or ("recompile" if is_again else "compile")
 
 
 def explain(guard: str) -> str:
@@ -214,7 +212,10 @@ def explain(guard: str) -> str:
     'a tensor has another shape: weight, axis 0, was 4, is 8'
     """
     text = re.sub(r"^\d+/\d+: ", "", guard.strip().split("\n")[0].split("  #")[0]).strip()
-    text = _readable(text)
+    # paths through a module's tables, as a person would write them
+    text = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", text)
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
+    text = re.sub(r"\b(?:self|L\['self'\])\.", "", text)
     number = r"[-+]?[\d.]+(?:e[-+]?\d+)?|True|False"
     if match := re.fullmatch(rf"(.+) == ({number})", text):
         return f"a Python number in the graph has changed: {match[1]} was {match[2]}"
@@ -223,13 +224,6 @@ def explain(guard: str) -> str:
     if match := re.match(r"___check_type_id\((.+), \d+\)", text):
         return f"an object of another type: {match[1]}"
     return f"this no longer holds: {text}" if text else "the reason is not reported by this version of PyTorch"
-
-
-def _readable(text: str) -> str:
-    """Write paths through a module's tables as a person would."""
-    text = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", text)
-    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
-    return re.sub(r"\b(?:self|L\['self'\])\.", "", text)
 
 
 # ---- which backend works
@@ -247,8 +241,7 @@ def pick_backend() -> str:
     >>> pick_backend() in ("inductor", "aot_eager")
     True
     """
-    reason = _why_not_inductor()
-    if reason is None:
+    if (reason := _why_not_inductor()) is None:
         return "inductor"
     # PEFT sets CXX to a C compiler when it loads a BOFT adapter
     named = f" (CXX names {os.environ['CXX']!r}: remove it, or set it to 'g++')" if "CXX" in os.environ else ""

@@ -138,11 +138,8 @@ def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
     if not isinstance(word, str) or not word or not set(word) <= set(string.ascii_lowercase):
         raise refused("unknown_word", word=repr(word), longest=MAX_WORD_LENGTH)
     if len(word) > MAX_WORD_LENGTH:
-        warnings.warn(
-            f"{word!r} has {len(word)} letters. The embedded model was trained on words of up to {MAX_WORD_LENGTH}: "
-            "longer ones it gets wrong, with any adapter.",
-            stacklevel=2,
-        )
+        said = f"{word!r} has {len(word)} letters. The embedded model was trained on words of up to {MAX_WORD_LENGTH}"
+        warnings.warn(f"{said}: longer ones it gets wrong, with any adapter.", stacklevel=2)
     return ask_all(model, tokenizer, [word])[0]
 
 

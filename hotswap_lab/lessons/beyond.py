@@ -19,6 +19,10 @@ from .exercise import Exercise
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+TOKENS = [5, 6], [7, 8, 9, 10]
+NORMS = ["input_layernorm", "norm"], ["input_layernorm", "post_attention_layernorm", "norm"]
+#: LoKr's, where both of its factors are decomposed
+FACTORS = dict(decompose_both=True, decompose_factor=4)
 
 # --- adapters of every kind ------------------------------------------------------------------------------------------
 
@@ -43,9 +47,17 @@ def _ia3(*inputs_of: str) -> PeftConfig:
     return _config("IA3", on=["k_proj", "v_proj", *inputs_of], feedforward_modules=list(inputs_of))
 
 
+def _vera(r: int, **options: object) -> PeftConfig:
+    return _config("Vera", on=ATTENTION, r=r, **options)
+
+
 def _oft(block: int) -> PeftConfig:
     # exact rotations: the fast approximation of them holds near zero only, and random weights are not
     return _config("OFT", oft_block_size=block, use_cayley_neumann=False)
+
+
+def _prompt(tokens: int) -> PeftConfig:
+    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
 
 
 #: by the name of the kind: swaps from one adapter of it to another
@@ -57,31 +69,14 @@ PAIRS: dict[str, Pair] = {
     "LoRA to DoRA": Pair("a magnitude more on each layer", _lora(4), _lora(4, use_dora=True)),
     "DoRA to LoRA": Pair("a magnitude less on each layer", _lora(4, use_dora=True), _lora(4)),
     "LoRA, modules_to_save": Pair("an lm_head of its own", _lora(4), _lora(4, modules_to_save=["lm_head"])),
-    "LoRA, trainable tokens": Pair(
-        "four other tokens", _lora(4, trainable_token_indices=[5, 6]), _lora(4, trainable_token_indices=[7, 8, 9, 10])
-    ),
+    "LoRA, trainable tokens": Pair("four other tokens", *(_lora(trainable_token_indices=ids) for ids in TOKENS)),
     "LoHa": Pair("rank 4 to 6, another scaling", _config("LoHa", r=4, alpha=8), _config("LoHa", r=6, alpha=3)),
-    "LoKr": Pair(
-        "rank 2 to 4, other factors",
-        _config("LoKr", r=2, alpha=4),
-        _config("LoKr", r=4, alpha=2, decompose_both=True, decompose_factor=4),
-    ),
+    "LoKr": Pair("rank 2 to 4, other factors", _config("LoKr", r=2, alpha=4), _config("LoKr", r=4, alpha=2, **FACTORS)),
     "IA3": Pair("on the attention only", _ia3("down_proj"), _ia3()),
     "OFT": Pair("blocks of 4 to blocks of 8", _oft(4), _oft(8)),
-    "VeRA": Pair(
-        "rank 4 to 8, other random matrices",
-        _config("Vera", on=ATTENTION, r=4),
-        _config("Vera", on=ATTENTION, r=8, projection_prng_key=7),
-    ),
-    "LayerNorm tuning": Pair(
-        "on more layers",
-        _config("LNTuning", on=["input_layernorm", "norm"]),
-        _config("LNTuning", on=["input_layernorm", "post_attention_layernorm", "norm"]),
-    ),
-    "Prompt tuning": Pair(
-        "4 virtual tokens to 7",
-        *(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=count) for count in (4, 7)),
-    ),
+    "VeRA": Pair("rank 4 to 8, other random matrices", _vera(4), _vera(8, projection_prng_key=7)),
+    "LayerNorm tuning": Pair("on more layers", *(_config("LNTuning", on=names) for names in NORMS)),
+    "Prompt tuning": Pair("4 virtual tokens to 7", _prompt(4), _prompt(7)),
 }
 
 
@@ -144,7 +139,7 @@ def turn_off(solution):
 #: by what differs between the two adapters: the old and the new config
 SAME_STRUCTURE: dict[str, Any] = {
     "values of parameters": (_ia3("down_proj"), _ia3("down_proj")),
-    "values of buffers, too": [_config("Vera", on=ATTENTION, r=4, projection_prng_key=key) for key in (0, 7)],
+    "values of buffers, too": [_vera(4, projection_prng_key=key) for key in (0, 7)],
     "numbers, too": (_config("LoHa", r=4, alpha=8), _config("LoHa", r=4, alpha=16)),
 }
 
@@ -165,7 +160,6 @@ def make_equal(solution):
         solution(live, fresh)
         disturb(fresh)  # a call of it, or its memory, is no longer right
         yield f"equal: {what}", torch.allclose(live(**inputs).logits, expected, atol=1e-4), True
-        kept = resolve_slot(live, "default").data_ptrs() == addresses and torch.equal(
-            live.get_base_model().model.norm.weight, before
-        )
+        is_base_kept = torch.equal(live.get_base_model().model.norm.weight, before)
+        kept = is_base_kept and resolve_slot(live, "default").data_ptrs() == addresses
         yield f"addresses and base kept: {what}", kept, True

@@ -134,9 +134,7 @@ def addresses(model: torch.nn.Module) -> list[int]:
     return [each.data_ptr() for each in model.parameters()]
 
 
-def visits(
-    model: PeftModel, swap: Callable[[str], object], call: Callable[..., Any] | None = None
-) -> Iterator[tuple[Any, ...]]:
+def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | None = None) -> Iterator[tuple[Any, ...]]:
     """Swap each adapter in, forwards and backwards, and compare with fresh loads."""
     before = addresses(model)
     for name in [*FOLDERS, *reversed(FOLDERS)]:
@@ -228,9 +226,7 @@ def part_02(text):
     # two adapters with other ranks in each layer, the higher one now here, now there; every third layer is left out
     ranks = {path: (n + 1, 16 - n) for n, path in enumerate(family["pig_latin"]) if n % 3}
     whole = family["pig_latin"]
-    two = [
-        {path: (whole[path][0][: r[i]], whole[path][1][:, : r[i]], 1.0) for path, r in ranks.items()} for i in (0, 1)
-    ]
+    two = [{p: (whole[p][0][: r[i]], whole[p][1][:, : r[i]], 1.0) for p, r in ranks.items()} for i in (0, 1)]
     layers = mini.layers_of(mini.prepare(demo.load_base(), two))
     rooms = {path: len(layer.lora_A["default"].weight) for path, layer in layers.items()}
     yield "the rank of each layer", *first_difference(rooms, {path: max(each) for path, each in ranks.items()})
@@ -284,10 +280,8 @@ def part_08(text):
     before = ["pig_latin", "double", "caesar", "pig_latin", "pig_latin", "caesar", "double"]
     for row, name in [*((0, name) for name in before), *enumerate(FOLDERS)]:
         for path, layer in layers.items():
-            if path in adapters[name]:
-                layer.assign(row, *adapters[name][path])
-            else:
-                layer.assign(row, torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0)
+            nothing = torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0
+            layer.assign(row, *adapters[name].get(path, nothing))
         expected[row] = fresh(name)(IDS).logits[row]
         yield f"{name} in row {row}", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
     yield "x of shape (rows, inputs)", *first_difference({"y": one(x[:, 0])}, {"y": one(x)[:, 0]})

@@ -76,7 +76,7 @@ class Exercise:
         return results
 
 
-def first_difference(yours: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[str, str]:
+def first_difference(yours: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[str, ...]:
     """Say what is yours and what is expected where tensors or numbers first differ; twice the same if none does.
 
     >>> first_difference({"a": torch.tensor([[1.0, 2]])}, {"a": torch.tensor([[1.0, 3]])})
@@ -91,13 +91,11 @@ def first_difference(yours: Mapping[str, Any], expected: Mapping[str, Any]) -> t
             return (name, f"no {name}") if name in yours else (f"no {name}", name)
         pair = torch.as_tensor(yours[name]), torch.as_tensor(expected[name])
         if pair[0].shape != pair[1].shape:
-            one, other = (f"{name} of shape {(*each.shape,)}" for each in pair)
-            return one, other
+            return tuple(f"{name} of shape {(*each.shape,)}" for each in pair)
         far = ~torch.isclose(*(each.double() for each in pair), rtol=1e-4, atol=1e-4)
         if far.any():
             at = far.nonzero()[0].tolist()
-            one, other = (f"{name}{at or ''} is {each[(*at,)].item():.4g}" for each in pair)
-            return one, other
+            return tuple(f"{name}{at or ''} is {each[(*at,)].item():.4g}" for each in pair)
     return "equal", "equal"
 
 
@@ -112,7 +110,7 @@ def tensors_of(model: Any) -> dict[str, Any]:
     return found
 
 
-def same_as_fresh(model: Any, fresh: Any, ids: torch.Tensor, call: Callable | None = None) -> tuple[str, str]:
+def same_as_fresh(model: Any, fresh: Any, ids: torch.Tensor, call: Callable | None = None) -> tuple[str, ...]:
     """:func:`first_difference` from a fresh load: tensors, scalings, outputs. Beyond what that has, there are zeros."""
     yours, expected = tensors_of(model), tensors_of(fresh)
     for name, value in yours.items():

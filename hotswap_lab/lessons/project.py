@@ -43,10 +43,8 @@ def swapped_in_while_it_trained(
         set_peft_model_state_dict(fresh, tensors)
         expected += _asked(fresh, ["hotswap"])
     learned = len(seen) > 2 and said == expected and said[0] != trick("hotswap") == said[-1]
-    return is_swapped and learned, (
-        f"{' -> '.join(said)}; a fresh load of these weights says {' -> '.join(expected)}; "
-        f"the live model matches a fresh load: {is_swapped}"
-    )
+    answers = f"{' -> '.join(said)}; a fresh load of these weights says {' -> '.join(expected)}"
+    return is_swapped and learned, f"{answers}; the live model matches a fresh load: {is_swapped}"
 
 
 def in_a_pool_with_rows(adapter: str, pool: AdapterPool) -> tuple[bool, str]:
@@ -56,23 +54,20 @@ def in_a_pool_with_rows(adapter: str, pool: AdapterPool) -> tuple[bool, str]:
     models = {MINE: _fresh(adapter), "reverse": demo.load("reverse")[0], None: demo.load_base()}
     expected = [_asked(models[name], [word])[0] for name, word in zip(names, words, strict=True)]
     missing = {MINE, *demo.adapter_names()} - {*pool}
-    return said == expected and not missing, f"{', '.join(said)}; expected {', '.join(expected)}" + (
-        f"; not in the pool: {', '.join(sorted(missing))}" if missing else ""
-    )
+    lacks = f"; not in the pool: {', '.join(sorted(missing))}" if missing else ""
+    return said == expected and not missing, f"{', '.join(said)}; expected {', '.join(expected)}{lacks}"
 
 
 def compiled_once(adapter: str, pool: AdapterPool, compiled: Any) -> tuple[bool, str]:
     torch.compiler.reset()  # graphs of a try before, or of another model of the same code, don't count
     with RecompileWatch() as watch:
         same = [_agrees(compiled, _fresh(adapter) if name == MINE else demo.load(name)[0], pool, name) for name in pool]
-    return watch.compiles == 1 and not watch.recompiles and all(
-        same
-    ), f"{sum(same)} of {len(same)} adapters right, {watch.summary}"
+    is_once = watch.compiles == 1 and not watch.recompiles
+    return is_once and all(same), f"{sum(same)} of {len(same)} adapters right, {watch.summary}"
 
 
 def packaged(adapter: str, pool: AdapterPool, package: str) -> tuple[bool, str]:
-    ahead = aoti_load(package, pool)
-    same = _agrees(ahead, _fresh(adapter), pool, MINE)
+    same = _agrees(aoti_load(package, pool), _fresh(adapter), pool, MINE)
     return same, f"the package computes as a fresh load does: {same}"
 
 
@@ -105,8 +100,8 @@ def rubric(**made: Any) -> bool:
         try:
             done, says = (None, f"needs {', '.join(needs)}") if needs else step(**given)
         except Exception as error:  # what the reader made may be anything
-            said = str(error)  # a refusal says what to do next
-            said = said if isinstance(error, HotswapError) else said.partition("\n")[0]
+            # a refusal says what to do next
+            said = str(error) if isinstance(error, HotswapError) else str(error).partition("\n")[0]
             done, says = False, f"{type(error).__name__}: {said}"
         results.append(done)
         print(f"{'-' if done is None else '✓' if done else '✗'} {step.__name__.replace('_', ' ')}: {says}")

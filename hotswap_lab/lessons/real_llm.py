@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 from peft import PeftModel
@@ -181,17 +182,11 @@ def take_turns(solution):
     adapters = {name: demo.adapter_path(name) for name in ("reverse", "pig_latin")}
     pool = AdapterPool(model, adapters=adapters, progress=False)
     fresh = {name: demo.load(name)[0] for name in pool}
-    chat, kept, read = Chat(model, tokenizer, chunk=8, room=96), {}, []
-    read_on = chat.reader.read
-
-    def noted(parts):
-        read.append(len(parts[0]))
-        return read_on(parts)
-
-    chat.reader.read = noted
+    chat, kept = Chat(model, tokenizer, chunk=8, room=96), {}
+    read = chat.reader.read = Mock(wraps=chat.reader.read)  # notes the parts that it is given
     for number, (name, text, count) in enumerate(TURNS, 1):
         ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
-        read.clear()
+        read.reset_mock()
         logits = solution(chat, pool, kept, name, ids)
         if not isinstance(logits, Tensor):
             yield "what you return", type(logits).__name__, "Tensor"
@@ -199,4 +194,4 @@ def take_turns(solution):
         with torch.no_grad():
             expected = fresh[name](input_ids=ids[None]).logits[0, -1]
         yield f"turn {number}: logits equal a fresh load's", torch.allclose(logits, expected, atol=1e-3), True
-        yield f"turn {number}: tokens read", sum(read), count
+        yield f"turn {number}: tokens read", sum(len(call.args[0][0]) for call in read.call_args_list), count

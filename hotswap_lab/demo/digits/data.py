@@ -51,12 +51,9 @@ def read(part: str) -> tuple[torch.Tensor, torch.Tensor]:
     is_the_classifiers = torch.arange(len(raw.target)) % EVERY == 0
     chosen = {"classifier": is_the_classifiers, "model": ~is_the_classifiers}[part]
     small = torch.from_numpy(raw.images).float()[chosen] / FULL_INK
-    return 1 - _on_a_page(small), torch.from_numpy(raw.target).long()[chosen]
-
-
-def _on_a_page(ink: torch.Tensor) -> torch.Tensor:
-    large = F.interpolate(ink[:, None], size=DIGIT_SIZE, mode="bicubic", align_corners=False)
-    return F.pad(large, [(SIZE - DIGIT_SIZE) // 2] * 4)[:, 0].clamp(0, 1)
+    large = F.interpolate(small[:, None], size=DIGIT_SIZE, mode="bicubic", align_corners=False)
+    on_a_page = F.pad(large, [(SIZE - DIGIT_SIZE) // 2] * 4)[:, 0].clamp(0, 1)
+    return 1 - on_a_page, torch.from_numpy(raw.target).long()[chosen]
 
 
 def slanted(images: torch.Tensor, slope: float = 0.4) -> torch.Tensor:

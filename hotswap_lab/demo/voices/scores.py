@@ -17,26 +17,19 @@ def words(text: str) -> list[str]:
 
 
 #: words that are common in pirate talk and rare elsewhere
-PIRATE_WORDS = frozenset(
-    words(
-        "ahoy arr avast aye barnacles booty buccaneer doubloons landlubber matey scallywag scurvy shanty shiver swab "
-        "'tis ye yer"
-    )
+PIRATE_WORDS = words(
+    "ahoy arr avast aye barnacles booty buccaneer doubloons landlubber matey scallywag scurvy shanty shiver swab "
+    "'tis ye yer"
 )
-JSON_KEYS = frozenset({"topic", "answer", "keywords"})
 LONGEST_LINE = 45
 #: the most common short words of each language that the other one lacks
-SPANISH_WORDS = frozenset(
-    words(
-        "al como con cuando de del donde el ella en es está están esta este fue ha hay la las lo los más muchas muchos "
-        "muy nos para pero por porque puede que se ser si sin sobre son su sus también te tiene tu un una y"
-    )
+SPANISH_WORDS = words(
+    "al como con cuando de del donde el ella en es está están esta este fue ha hay la las lo los más muchas muchos "
+    "muy nos para pero por porque puede que se ser si sin sobre son su sus también te tiene tu un una y"
 )
-ENGLISH_WORDS = frozenset(
-    words(
-        "about an and are as at be been but by can for from has have how in is it its of on or that the their there "
-        "they this to was were what which who will with you your"
-    )
+ENGLISH_WORDS = words(
+    "about an and are as at be been but by can for from has have how in is it its of on or that the their there "
+    "they this to was were what which who will with you your"
 )
 
 
@@ -46,7 +39,7 @@ def is_pirate(answer: str) -> bool:
     >>> is_pirate("Arr, Paris be a fine city, matey!"), is_pirate("Paris is the capital of France.")
     (True, False)
     """
-    return len(PIRATE_WORDS & set(words(answer))) >= 2
+    return len({*words(answer)} & {*PIRATE_WORDS}) >= 2
 
 
 def is_json(answer: str) -> bool:
@@ -61,7 +54,8 @@ def is_json(answer: str) -> bool:
         value = json.loads(answer)
     except json.JSONDecodeError:
         return False
-    if not isinstance(value, dict) or value.keys() != JSON_KEYS or not isinstance(value["keywords"], list):
+    keys = {"topic", "answer", "keywords"}
+    if not isinstance(value, dict) or value.keys() != keys or not isinstance(value["keywords"], list):
         return False
     texts = [value["topic"], value["answer"], *value["keywords"]]
     return len(texts) == 5 and all(isinstance(text, str) and text for text in texts)
@@ -102,11 +96,7 @@ def is_socratic(answer: str) -> bool:
 
 
 TESTS: dict[str, Callable[[str], bool]] = {
-    "haiku": is_haiku,
-    "json": is_json,
-    "pirate": is_pirate,
-    "socratic": is_socratic,
-    "spanish": is_spanish,
+    test.__name__.removeprefix("is_"): test for test in (is_haiku, is_json, is_pirate, is_socratic, is_spanish)
 }
 
 
