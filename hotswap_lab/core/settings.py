@@ -60,8 +60,8 @@ def _are_indices(value: Any) -> bool:
 # ---- settings of a layer
 
 
-def _setting(field: str, rule: Rule, pattern: str | None = None, table: str | None = None) -> Any:
-    return dataclasses.field(metadata={"field": field, "rule": rule, "pattern": pattern, "table": table})
+def _setting(field: str, rule: Rule, pattern: str | None = None, table: str | None = None, **default: Any) -> Any:
+    return dataclasses.field(metadata={"field": field, "rule": rule, "pattern": pattern, "table": table}, **default)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class LayerSettings:
     """The scalars of one LoRA layer, as its config gives them.
 
     Each is declared with its field in the config, the values it may have, the field with its exceptions by layer, and
-    the layer's table of it. Dropouts have no such table: they are modules.
+    the layer's table of it. Dropouts have no such table: they are modules. A field that the oldest PEFT lacks
+    needs a default, which every layer then has.
 
     >>> LayerSettings(rank=4, alpha=8, use_rslora=False, dropout=0.0).scaling
     2.0
@@ -98,7 +99,9 @@ class Setting(NamedTuple):
     table: str | None
 
 
-SETTINGS = tuple(Setting(each.name, **each.metadata) for each in dataclasses.fields(LayerSettings))
+_DECLARED = [Setting(each.name, **each.metadata) for each in dataclasses.fields(LayerSettings)]
+#: those whose fields this PEFT has
+SETTINGS = tuple(each for each in _DECLARED if each.field in LoraConfig.__dataclass_fields__)
 #: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
 SCALAR_TABLES = {each.table: each.name for each in SETTINGS if each.table}
 #: and the settings that may differ between layers, by the field that says so
