@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from peft import PeftType
+from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from .errors import Refusal, refusal
