@@ -400,9 +400,14 @@ class Saved(Feature):
 
 
 class Copied(Feature):
-    """A copy of the model goes its own way; it has the first row's adapter in all rows."""
+    """A copy of the model goes its own way; rows that are assigned can't be copied."""
 
     def disturb(self, cell):
+        if cell.pool is not None and cell.pool._room.assigned:
+            for way in COPIES:
+                with pytest.raises(HotswapError, match="may have different adapters"):
+                    copied(cell.model, way)
+            return
         twins, truth = [copied(cell.model, way) for way in COPIES], cell.world.truth
         expected = truth.of(cell.wanted[0], cell.strength)
         cell.put("c")

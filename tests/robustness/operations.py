@@ -334,7 +334,7 @@ def pool_state(pool: AdapterPool) -> dict:
         name: (each.version, each.source, of(each.packed) if each.source is None else None, each.stamp)
         for name, each in pool._members.items()
     }
-    rows = [plain(room._all(band.memory)) for room in [pool._room] if isinstance(room, RowRoom) for band in room.bands]
+    rows = [plain(room._rows_of(band)) for room in [pool._room] if isinstance(room, RowRoom) for band in room.bands]
     labels = [str(row) for row in pool.rows]
     return dict(
         entries=entries,

@@ -68,7 +68,7 @@ class Marathon(Case):
 
     def in_pool(self, rows: int, count: int) -> None:
         assert self.make_pool(rows)
-        operations = [*self.operations(rows), self.refused]
+        operations = [*self.operations(rows), self.refuse]
 
         def step(number: int) -> None:
             self.draw.choice(operations)()
