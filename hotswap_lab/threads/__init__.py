@@ -37,10 +37,7 @@ _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictio
 
 def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
     """The turns of some models, in the same order for every caller, so that no two wait for each other."""
-    turns = []
-    for base in sorted(set(bases), key=id):
-        turns.append(_turns.get(base) or _turns.setdefault(base, Turn()))
-    return turns
+    return [_turns.get(base) or _turns.setdefault(base, Turn()) for base in sorted(set(bases), key=id)]
 
 
 def in_use(model: object) -> AbstractContextManager[object]:
@@ -353,9 +350,8 @@ def put_back(action: Callable[[], object], what: str) -> None:
     try:
         action()
     except KeyboardInterrupt:
-        warnings.warn(
-            f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}.", stacklevel=5
-        )
+        text = f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}."
+        warnings.warn(text, stacklevel=5)
         action()
         raise
     finally:
