@@ -159,8 +159,7 @@ class Replica:
         if reader is None or not agrees:
             if options.compile or options.package:
                 raise refused("not_read_in_rows", name=type(self.pool.model.get_base_model()).__name__, reason=reason)
-            text = "Rows can't come and go in this model (%s): it answers one request at a time."
-            _log.warning(text, reason)
+            _log.warning("Rows can't come and go in this model (%s): it answers one request at a time.", reason)
             return None
         if options.package:
             if not reader.is_compiled_in(options.package):
