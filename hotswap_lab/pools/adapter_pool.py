@@ -430,10 +430,8 @@ class AdapterPool:
     def _all_packed(self, adapters: Sequence[Wanted]) -> list[Packed | None]:
         names = [tuple(each.items()) if isinstance(each, Mapping) else each for each in adapters]
         # each mix once: rows with the same one are equal, which any model can compute
-        packed = {
-            name: None if each is None else self._packed(each)
-            for name, each in dict(zip(names, adapters, strict=True)).items()
-        }
+        wanted = dict(zip(names, adapters, strict=True))
+        packed = {name: None if each is None else self._packed(each) for name, each in wanted.items()}
         return [packed[name] for name in names]
 
     def _packed(self, name: str | Mapping[str, float]) -> Packed:
