@@ -28,9 +28,8 @@ FITS = "calc(100% - 4px)"
 FOLDER = Path(__file__).parent
 STYLE = f"<style>{Template((FOLDER / 'live.css').read_text('utf-8')).substitute(vars(palette))}</style>"
 # nothing is loaded: the picture is empty, and only starts the script when the widget is in the page
-SCRIPT = '<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="{}">'.format(
-    re.sub("//.*", "", (FOLDER / "live.js").read_text("utf-8"))
-)
+_script = re.sub("//.*", "", (FOLDER / "live.js").read_text("utf-8"))
+SCRIPT = f'<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="{_script}">'
 # before the static form: hides JupyterLab's "Loading widget..." below it, in a saved notebook without a kernel
 QUIET = """<i class="hotswap-quiet"></i><style>.jp-OutputArea-child:has(.hotswap-quiet),
 .jp-OutputArea-child:has(.hotswap-quiet) + * + .jp-OutputArea-child:not(:has(.hotswap-live, [data-mime-type]))
@@ -137,8 +136,7 @@ class View:
     @cached_property
     def box(self) -> w.VBox:
         """The live form, an ipywidgets ``VBox``, which can be put into another layout."""
-        hidden = w.Layout(display="none")
-        box = w.VBox([w.HTML(STYLE + SCRIPT, layout=hidden), *self._build()])
+        box = w.VBox([w.HTML(STYLE + SCRIPT, layout=w.Layout(display="none")), *self._build()])
         box.add_class("hotswap-live")
         return box
 
