@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..figures.palette import INK, light
 from ..figures.png import address
-from .tables import chip
 from .view import escape
 
 
@@ -48,8 +48,11 @@ class Run:
 
     @property
     def chip(self) -> str:
-        """The label in the adapter's color, as HTML."""
-        return chip(None if self.where == "off" else self.where, self.label)
+        """The label on the adapter's color, as HTML."""
+        # dark text on a light color can be read in a light and in a dark theme
+        color = f"color:{INK};background:{light(None if self.where == 'off' else self.where)}"
+        style = f"display:inline-block;margin:1px;padding:0 8px;border-radius:4px;{color}"
+        return f'<span style="{style}">{escape(self.label)}</span>'
 
     @property
     def text(self) -> str:
