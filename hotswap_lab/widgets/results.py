@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..figures.palette import INK, light
@@ -29,12 +28,6 @@ class Run:
     strength: float | None = 1.0
     result: object = ""
     done: bool = False
-
-    def growing(self, given: object) -> Iterator[None]:
-        """Take what ``generate`` gave as the result; if it yields, one text after the other, with a step for each."""
-        for self.result in given if isinstance(given, Iterator) else [given]:
-            yield
-        self.done = True
 
     @property
     def label(self) -> str:

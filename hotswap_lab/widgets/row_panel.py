@@ -16,8 +16,6 @@ from .work import WorkingView
 
 #: the prompts of the demo
 WORDS = ("hotswap", "notebook", "adapter", "kernel")
-#: the menu's entry for no adapter; its value can't be None, which means that nothing is selected
-BASE = ("base", "")
 #: the headings of the columns, and the style of a cell: inline, so that a page without the styles shows a table, too
 HEAD = ("adapter", "request", "answer")
 CELL = "padding:4px 6px;font-size:12px;text-align:left;border:1px solid rgba(128,128,128,.4)"
@@ -154,7 +152,8 @@ class RowPanel(WorkingView):
         super()._refresh()
         requests = self._requests()
         for (menu, box, answer), run, request in zip(self._rows, self.runs or requests, requests, strict=True):
-            menu.options = [BASE, *((name, name) for name in self.pool)]
+            # the base's value can't be None, which means that nothing is selected
+            menu.options = [("base", ""), *((name, name) for name in self.pool)]
             menu.value, box.value = "" if request.where == "off" else request.where, request.prompt
             # an answer to what is no longer asked
             old = (run.where, run.prompt) != (request.where, request.prompt)

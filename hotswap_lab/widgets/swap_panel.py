@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -175,9 +175,11 @@ class SwapPanel(WorkingView):
         # swaps by other threads wait, so that an answer comes from one adapter and has its name
         with in_use(self.model):
             run = self.answer = Run(str(self.prompt), whereabouts(self._switch), strength_of(self._switch))
-            for _ in run.growing(self.generate(run.prompt)):
+            given = self.generate(run.prompt)
+            for run.result in given if isinstance(given, Iterator) else [given]:
                 self._progressed()
                 self._check()
+            run.done = True
         return run.result
 
     # ---- text, picture and controls
