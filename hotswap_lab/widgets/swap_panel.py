@@ -94,9 +94,8 @@ class SwapPanel(WorkingView):
         usable = tokenizer is not None if generate is None else callable(generate) and not hasattr(generate, "decode")
         if not usable:
             raise refused("panel_cannot_run", generate=type(generate).__name__, tokenizer=type(tokenizer).__name__)
-        self.generate: Callable[[str], object] = generate or text_stream(
-            self.model, tokenizer, template=template, max_new_tokens=max_new_tokens
-        )
+        options = dict(template=template, max_new_tokens=max_new_tokens)
+        self.generate: Callable[[str], object] = generate or text_stream(self.model, tokenizer, **options)
         #: the text in the prompt box
         self.prompt = prompt
         self.run_on_swap = run_on_swap

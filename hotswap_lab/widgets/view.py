@@ -15,11 +15,7 @@ from ..figures import Figure, palette
 try:
     import ipywidgets as w
 except ModuleNotFoundError as _error:
-    raise ImportError(
-        "hotswap_lab.widgets needs ipywidgets 7.7 or newer, below 9, and found none: "
-        'pip install "hotswap_lab[widgets]"',
-        name="ipywidgets",
-    ) from _error
+    raise ImportError(f'{_error}: pip install "hotswap_lab[widgets]"', name="ipywidgets") from _error
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page minus the margins that ipywidgets puts around a control
@@ -173,8 +169,7 @@ class View:
         display({"text/html": QUIET, "text/plain": ""}, raw=True)
         display(self._static(), raw=True)
         self._refresh_box()
-        live = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        display({WIDGET_MIME: live}, raw=True)
+        display({WIDGET_MIME: {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}}, raw=True)
 
     def _when_set(self, control: w.Widget, act: Callable[[object], object]) -> None:
         """Call ``act`` with a control's value when the user sets it, but not when a refresh does.

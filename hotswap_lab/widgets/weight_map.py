@@ -196,5 +196,4 @@ def _count(slot: Slot, masks: Sequence[torch.Tensor]) -> dict[str, int]:
     own = {id(tensor.parameter) for layer in slot.layers for tensor in layer.tensors}
     modules = (getattr(module, "base_layer", module) for _, module in slot.walk)
     base = {id(each): each.numel() for module in modules for each in module._parameters.values() if each is not None}
-    unused = held - used
-    return {"base": sum(size for key, size in base.items() if key not in own), "adapter": used, "padding": unused}
+    return {"base": sum(size for key, size in base.items() if key not in own), "adapter": used, "padding": held - used}
