@@ -39,8 +39,6 @@ from .rows import Row, RowRoom
 
 #: a name, None for no adapter, or a mix: weights by name
 Wanted = str | Mapping[str, float] | None
-#: the extra state of a LoRA adapter, besides its layers, that a pool can pack
-PACKED_TOO = ("modules_to_save",)
 
 
 class AdapterPool:
@@ -154,7 +152,7 @@ class AdapterPool:
         name, config = slot.adapter_name, slot.config
         if not slot.method.is_lora:
             raise refused("pool_needs_lora", adapter_name=name, kind=kind_of(config))
-        if fields := [each for each in slot.method.extra_state(config) if each not in PACKED_TOO]:
+        if fields := [each for each in slot.method.extra_state(config) if each != "modules_to_save"]:
             raise refused("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
         return slot
 
