@@ -101,7 +101,7 @@ def test_a_first_adapter_with_base_weights_in_its_file(tmp_path):
     refused(error, load_replica, str(demo.BASE_DIR), [versions["changed"], sort], options)
     replica = load_replica(str(demo.BASE_DIR), [versions["own"], sort], options)
     for shares, expected in (({}, "hotswap"), ({sort: 1.0}, "ahopstw")):
-        assert asyncio.run(text_of(replica.answer(Request("hotswap>", shares)))) == expected
+        assert asyncio.run(text_of(replica.answer(Request(prompt="hotswap>", shares=shares)))) == expected
     refused(error, replica.load, [versions["changed"]])
 
 
