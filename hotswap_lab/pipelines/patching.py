@@ -239,7 +239,6 @@ def _load_adapter(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 def _prepare(model: Any) -> None:
     """Make the room that ``enable_peft_hotswap`` asked for, once, after the first adapter was loaded."""
-    settings = getattr(model, compat.HOTSWAP_SETTINGS, None)
-    if settings:
+    if settings := getattr(model, compat.HOTSWAP_SETTINGS, None):
         setattr(model, compat.HOTSWAP_SETTINGS, None)
         swap.prepare_model_for_compiled_hotswap(model, **settings)
