@@ -276,8 +276,7 @@ class Replica:
                 return torch.full_like(scores, -torch.inf).index_fill(1, tokens, 0.0)
 
             over = lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)  # noqa: E731
-            how: dict[str, Any] = dict(max_new_tokens=self.options.longest_answer, stopping_criteria=[over])
-            how["logits_processor"] = [choose]
+            how = dict(max_new_tokens=self.options.longest_answer, stopping_criteria=[over], logits_processor=[choose])
             base = self.pool.model.get_base_model()
             # the answer's sampler does all the rest
             base.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.defaults.pad_token_id)
