@@ -37,7 +37,10 @@ _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictio
 
 def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
     """The turns of some models, in the same order for every caller, so that no two wait for each other."""
-    return [_turns.get(base) or _turns.setdefault(base, Turn()) for base in sorted(set(bases), key=id)]
+    turns = []
+    for base in sorted(set(bases), key=id):  # a list comprehension would be one more call at each swap, up to Python 3.11
+        turns.append(_turns.get(base) or _turns.setdefault(base, Turn()))
+    return turns
 
 
 def in_use(model: object) -> AbstractContextManager[object]:
