@@ -112,9 +112,7 @@ class LoadedAlone:
         config = copy.copy(slot.config)
         config.base_model_name_or_path = None  # otherwise PEFT asks the Hub whether the vocabulary has grown
         self.peft_config: dict[str, PeftConfig] = {adapter_name: config}
-        self._carrier = host.carrier
-        self._adapter_name = adapter_name
-        self._method = slot.method
+        self._carrier, self._adapter_name, self._method = host.carrier, adapter_name, slot.method
         self._others = host.configs.keys() - {adapter_name}
         is_tuner = isinstance(host.carrier, (BaseTuner, AdaptionPromptModel))
         self._start = [] if host.is_peft_model else ["base_model"] if is_tuner else ["base_model", "model"]
