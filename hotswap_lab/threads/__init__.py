@@ -38,7 +38,7 @@ _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictio
 def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
     """The turns of some models, in the same order for every caller, so that no two wait for each other."""
     turns = []
-    for base in sorted(set(bases), key=id):  # a list comprehension would be one more call at each swap, up to Python 3.11
+    for base in sorted(set(bases), key=id):  # a comprehension would be one more call at each swap, up to Python 3.11
         turns.append(_turns.get(base) or _turns.setdefault(base, Turn()))
     return turns
 
