@@ -29,8 +29,6 @@ from ..core.wrappers import EMBEDDINGS, has_adapter, inside, is_table, is_wrappe
 
 #: the attributes of wrappers that have the wrapped module
 INSIDE = ("base_layer", "original_module")
-#: the prefix of this module's temporary folders
-PREFIX = ".hotswap-save-"
 
 #: held while files are exchanged, for threads that save to one folder
 _exchanging = threading.Lock()
@@ -114,9 +112,7 @@ class LoadedAlone:
         config = copy.copy(slot.config)
         config.base_model_name_or_path = None  # otherwise PEFT asks the Hub whether the vocabulary has grown
         self.peft_config: dict[str, PeftConfig] = {adapter_name: config}
-        self._carrier = host.carrier
-        self._adapter_name = adapter_name
-        self._method = slot.method
+        self._carrier, self._adapter_name, self._method = host.carrier, adapter_name, slot.method
         self._others = host.configs.keys() - {adapter_name}
         is_tuner = isinstance(host.carrier, (BaseTuner, AdaptionPromptModel))
         self._start = [] if host.is_peft_model else ["base_model"] if is_tuner else ["base_model", "model"]
@@ -182,7 +178,7 @@ def check_folder(folder: Path) -> None:
 
 def save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Write the adapter next to an older one in the same folder, then replace that one."""
-    beside = folder / f"{PREFIX}{secrets.token_hex(4)}"
+    beside = folder / f".hotswap-save-{secrets.token_hex(4)}"
     new, old, made = beside / "new", beside / "old", [each for each in (folder, *folder.parents) if not each.exists()]
     with interrupts_held(), _cleared_away(beside, made):  # so that Ctrl-C leaves no temporary files behind
         for each in (new, old):

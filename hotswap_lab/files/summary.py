@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +53,11 @@ def summary_of(source: str | Path) -> Summary:
         from .reading import Adapter
 
         adapter = Adapter.load(name)
-        tensors = adapter.tensors.values()
-        shapes = ((key, tuple(each.shape)) for key, each in adapter.tensors.items())
-        return _summary(name, adapter.config.to_dict(), shapes, sum(each.nbytes for each in tensors))
+        shapes = {key: tuple(each.shape) for key, each in adapter.tensors.items()}
+        return _summary(name, adapter.config.to_dict(), shapes, adapter.nbytes)
 
 
-def _header(path: Path) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
+def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
     """Each tensor's name and shape, and the bytes of all, from the first bytes of a safetensors file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -68,11 +66,10 @@ def _header(path: Path) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
     nbytes = path.stat().st_size - length - 8
     if max((each["data_offsets"][1] for each in header.values()), default=0) != nbytes:
         raise ValueError("a part of a file")
-    return [(key, tuple(each["shape"])) for key, each in header.items()], nbytes
+    return {key: tuple(each["shape"]) for key, each in header.items()}, nbytes
 
 
-def _summary(name: str, config: dict[str, Any], tensors: Iterable[tuple[str, tuple[int, ...]]], nbytes: int) -> Summary:
-    shapes = dict(tensors)
+def _summary(name: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], nbytes: int) -> Summary:
     parts = {key: key.partition(".lora_") for key in shapes}
     ranks = {shapes[key][0] for key, (_, _, tensor) in parts.items() if tensor.split(".")[0] in ("A", "embedding_A")}
     layers = {layer if found else key.rpartition(".")[0] for key, (layer, found, _) in parts.items()}

@@ -134,9 +134,7 @@ def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor],
 def _noting(name: str, model: torch.nn.Module, handed: Handed) -> torch.nn.Module:
     """A twin of a component that adds what is loaded into it to ``handed``, and refuses writes to its base weights."""
 
-    def load_lora_adapter(
-        state_dict: dict, prefix: str = "transformer", network_alphas=None, metadata=None, **_: object
-    ) -> None:
+    def load_lora_adapter(state_dict: dict, prefix="transformer", network_alphas=None, metadata=None, **_) -> None:
         if tensors := _below(prefix, state_dict):
             alphas, metadata = _below(prefix, network_alphas), _below(prefix, metadata)
             handed[name] = _as_peft(tensors, alphas, metadata, twin.state_dict())

@@ -60,7 +60,8 @@ OURS: dict[str, Callable[..., Any]] = {
 }
 THEIRS: dict[str, Callable[..., Any]] = {name: getattr(peft_hotswap, name) for name in OURS}
 
-#: makes our method from the original one
+#: an original function, and the one that replaces it; and what makes our method from the original one
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
 Maker = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -68,10 +69,7 @@ class Patch:
     """What :func:`patch_peft` replaced. As a context manager, it puts everything back at the end of the block."""
 
     def __init__(self) -> None:
-        #: each original function, and the one that replaces it
-        self.pairs: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
-            (THEIRS[name], function) for name, function in OURS.items()
-        ]
+        self.pairs: list[Pair] = [(THEIRS[name], function) for name, function in OURS.items()]
         self.pairs += [(theirs, make(theirs)) for _, theirs, make in _methods()]
 
     def undo(self) -> None:
@@ -110,9 +108,7 @@ def _settle(known: Iterable[Patch]) -> None:
 @functools.cache
 def _methods() -> list[tuple[type, Callable[..., Any], Maker]]:
     """The methods that load an adapter: the class, the method as it is before any patch, and the maker of ours."""
-    methods: list[tuple[type, Callable[..., Any], Maker]] = [
-        (PeftAdapterMixin, PeftAdapterMixin.load_adapter, _load_adapter)
-    ]
+    methods: list[Any] = [(PeftAdapterMixin, PeftAdapterMixin.load_adapter, _load_adapter)]
     with contextlib.suppress(ImportError):  # diffusers is not installed
         from diffusers.loaders import lora_pipeline, peft
 
@@ -180,10 +176,8 @@ def _load_lora_weights(theirs: Callable[..., Any]) -> Callable[..., Any]:
             return theirs(self, *arguments, **keywords)
         hotswap_pipeline(self, adapters, name, components=list(adapters))
         if left := loaded.keys() - adapters.keys():
-            text = (
-                f"{listing(sorted(left))} keep the adapter {name!r} that they had, as the new LoRA has no tensors for "
-            )
-            warnings.warn(f"{text}them; hotswap_lab.hotswap_pipeline turns it off there", stacklevel=2)
+            text = f"{listing(sorted(left))} keep the adapter {name!r} that they had, as the new LoRA has no tensors"
+            warnings.warn(f"{text} for them; hotswap_lab.hotswap_pipeline turns it off there", stacklevel=2)
 
     return load_lora_weights
 
@@ -245,7 +239,6 @@ def _load_adapter(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 def _prepare(model: Any) -> None:
     """Make the room that ``enable_peft_hotswap`` asked for, once, after the first adapter was loaded."""
-    settings = getattr(model, compat.HOTSWAP_SETTINGS, None)
-    if settings:
+    if settings := getattr(model, compat.HOTSWAP_SETTINGS, None):
         setattr(model, compat.HOTSWAP_SETTINGS, None)
         swap.prepare_model_for_compiled_hotswap(model, **settings)

@@ -317,8 +317,7 @@ def _decide(
     for name, model in loaded.items():
         slot = slot_for(METHODS, find_host(model, adapter_name), adapter_name)
         # A fresh load would create no adapter here. The old config is kept, so that later files still find a slot.
-        nothing = Adapter(copy.deepcopy(slot.config), {}, next(iter(adapters.values())).source)
-        adapter = adapters.get(name, nothing)
+        adapter = adapters.get(name) or Adapter(copy.deepcopy(slot.config), {}, next(iter(adapters.values())).source)
         # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
         checks = not hasattr(type(slot.host.base), "load_lora_adapter")
         plan = make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, check_targets=checks)

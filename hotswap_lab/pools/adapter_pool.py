@@ -39,8 +39,6 @@ from .rows import Row, RowRoom
 
 #: a name, None for no adapter, or a mix: weights by name
 Wanted = str | Mapping[str, float] | None
-#: the extra state of a LoRA adapter, besides its layers, that a pool can pack
-PACKED_TOO = ("modules_to_save",)
 
 
 class AdapterPool:
@@ -154,7 +152,7 @@ class AdapterPool:
         name, config = slot.adapter_name, slot.config
         if not slot.method.is_lora:
             raise refused("pool_needs_lora", adapter_name=name, kind=kind_of(config))
-        if fields := [each for each in slot.method.extra_state(config) if each not in PACKED_TOO]:
+        if fields := [each for each in slot.method.extra_state(config) if each != "modules_to_save"]:
             raise refused("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
         return slot
 
@@ -430,10 +428,8 @@ class AdapterPool:
     def _all_packed(self, adapters: Sequence[Wanted]) -> list[Packed | None]:
         names = [tuple(each.items()) if isinstance(each, Mapping) else each for each in adapters]
         # each mix once: rows with the same one are equal, which any model can compute
-        packed = {
-            name: None if each is None else self._packed(each)
-            for name, each in dict(zip(names, adapters, strict=True)).items()
-        }
+        wanted = dict(zip(names, adapters, strict=True))
+        packed = {name: None if each is None else self._packed(each) for name, each in wanted.items()}
         return [packed[name] for name in names]
 
     def _packed(self, name: str | Mapping[str, float]) -> Packed:

@@ -76,13 +76,10 @@ def as_now(room: Room, members: Members, former: Packed, updated: Mapping[Member
     each_row = former.rows if isinstance(former, PackedRows) else (former,)
     # rows that have the same weights go on having the same
     now = {id(row.bands): _present(room, members, row, updated) for row in each_row if row}
-    rows: list[Any] = []
-    for row in each_row:
-        packed = row and now[id(row.bands)]
-        if row and packed and packed.bands is not row.bands:
-            rows.append(replace(packed, scalings=room.scalings_of(packed.state, strengths_of(row))))
-        else:
-            rows.append(row)
+    rows: list[Any] = list(each_row)
+    for number, row in enumerate(each_row):
+        if row and (packed := now[id(row.bands)]).bands is not row.bands:
+            rows[number] = replace(packed, scalings=room.scalings_of(packed.state, strengths_of(row)))
     return replace(former, rows=tuple(rows)) if isinstance(former, PackedRows) else rows[0]
 
 

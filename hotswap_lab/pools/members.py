@@ -108,16 +108,13 @@ class Members(dict[str, Member]):
         member.nbytes = packed.nbytes
         return packed
 
-    def _read_again(self, member: Member) -> Packed:
-        if member.stamp != _stamp_of(member.source):
-            raise refused("files_changed", name=member.name, source=member.source)
-        return self._read(member, member.source)
-
     def packed(self, member: Member) -> Packed:
         """A member's weights, read again if they were dropped."""
         packed = member.packed
         if packed is None:
-            packed = self._read_again(member)
+            if member.stamp != _stamp_of(member.source):
+                raise refused("files_changed", name=member.name, source=member.source)
+            packed = self._read(member, member.source)
             with self.lock:
                 self.make_space(member, packed)
                 member.packed = packed

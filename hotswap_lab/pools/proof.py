@@ -125,7 +125,8 @@ def prove(
     """
     base, total = batch.room.slot.host.base, size_of(arguments, named)
     noise = "input_ids" in named
-    has_more = noise and _has_other_content(given_tensors(arguments, named))
+    contents = (each for name, each in given_tensors(arguments, named).items() if not DERIVED.search(name))
+    has_more = noise and any(each.is_floating_point() and each.ndim > 2 for each in contents)
 
     def outputs(
         mask: torch.Tensor, layers: Collection[int], seed: int = 0, lengths: torch.Tensor | None = None
@@ -187,18 +188,11 @@ def name_of_like(path: str) -> str:
     return re.sub(r"\.\d+", "", path)
 
 
-def _has_other_content(given: Mapping[str, torch.Tensor]) -> bool:
-    others = {name: each for name, each in given.items() if not DERIVED.search(name)}
-    return any(each.is_floating_point() and each.ndim > 2 for each in others.values())
-
-
 def _by_row(output: torch.Tensor, batch: Any) -> torch.Tensor:
     """``output`` as ``[rows, ...]``, one entry for each row."""
-    if batch.is_tiled:
-        output = output.unflatten(0, (-1, batch.size)).transpose(0, 1)
-    else:
-        output = output.unflatten(0, (batch.size, -1))
-    return output.flatten(1).nan_to_num()
+    size = batch.size
+    rows = output.unflatten(0, (-1, size)).transpose(0, 1) if batch.is_tiled else output.unflatten(0, (size, -1))
+    return rows.flatten(1).nan_to_num()
 
 
 def _are_as_expected(found: torch.Tensor, none: torch.Tensor, all_rows: torch.Tensor, mask: torch.Tensor) -> bool:

@@ -251,8 +251,7 @@ class RowRoom(Room):
     def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: int = 1) -> Change:
         states = [row.state for row in rows if row is not None]
         acting = sum(((each.scalings != 0) for each in states), torch.zeros(len(self.slot.layers), dtype=torch.bool))
-        first = rows[0] if rows else None
-        differs = any(not _are_the_same(row, first) for row in rows)
+        differs = any(not _are_the_same(row, rows[0]) for row in rows)
 
         def note(journal: Journal) -> None:
             journal.set_attribute(self, "assigned", rows)

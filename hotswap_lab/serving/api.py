@@ -278,7 +278,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
             return StreamingResponse(_events(first, pieces, kind, frame, has_usage), media_type="text/event-stream")
         ends = dict([each async for each in pieces])
         choices = [_choice(index, ends[index], kind) for index in range(len(requests))]
-        return {**frame, "object": kind, "choices": choices, "usage": _usage(ends.values())}
+        return {**frame, "object": kind, "choices": choices, "usage": _usage([*ends.values()])}
 
     return api
 
@@ -324,9 +324,8 @@ def _choice(index: int, piece: Piece, kind: str, is_part: bool = False, offset: 
 
 
 def _logprobs(tokens: Sequence[Token], kind: str, offset: int) -> dict[str, Any]:
-    described = []
-    for token in tokens:
-        described.append(_chosen(token.text, token.logprob) | {"top_logprobs": [_chosen(*each) for each in token.top]})
+    tops = [{"top_logprobs": [_chosen(*each) for each in token.top]} for token in tokens]
+    described = [_chosen(token.text, token.logprob) | top for token, top in zip(tokens, tops, strict=True)]
     if kind == CHAT:
         return {"content": described}
     return {
@@ -342,9 +341,8 @@ def _chosen(text: str, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
 
-def _usage(ends: Any) -> dict[str, int]:
+def _usage(ends: Sequence[Piece]) -> dict[str, int]:
     """What all answers to a request have used; they share the prompt."""
-    ends = list(ends)
     counts = {"prompt_tokens": ends[0].prompt_tokens, "completion_tokens": sum(end.completion_tokens for end in ends)}
     return counts | {"total_tokens": sum(counts.values())}
 

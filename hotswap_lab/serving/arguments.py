@@ -22,9 +22,8 @@ from .table import Version, check_rank
 DEMO: dict[str, Any] = {"base": str(demo.BASE_DIR), "adapters": str(demo.ADAPTERS_DIR), "target_rank": 48}
 DEMO |= {"longest_prompt": 32, "longest_answer": 32}
 #: the numbers among the arguments, with their defaults; where that is not 0, the number must be positive
-NUMBERS: dict[str, int] = {"replicas": 1} | {
-    each.name: each.default for each in fields(Options) if isinstance(each.default, int)
-}
+NUMBERS: dict[str, int] = {"replicas": 1}
+NUMBERS |= {each.name: each.default for each in fields(Options) if isinstance(each.default, int)}
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,8 @@ class Arguments:
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> "Arguments":
         """One error lists everything that is wrong."""
-        given = {
-            "token": os.environ.get("HOTSWAP_ADMIN_TOKEN"),
-            **({"adapters": ""} if "base" in args else DEMO),
-            **args,
-        }
+        defaults = {"adapters": ""} if "base" in args else DEMO
+        given = {"token": os.environ.get("HOTSWAP_ADMIN_TOKEN"), **defaults, **args}
         base, adapters, token = (given.pop(each) for each in ("base", "adapters", "token"))
         name, wrong, known = base if "base" in args else "demo", [], [*NUMBERS, "package"]
         if unknown := [each for each in given if each not in known]:

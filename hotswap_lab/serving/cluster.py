@@ -159,9 +159,8 @@ def build(args: dict[str, Any]) -> Any:
     """See :func:`hotswap_lab.serving.app`."""
     given = Arguments.of(args)
     options = given.options
-    replica = ReplicaDeployment.options(
-        num_replicas=given.replicas, max_ongoing_requests=2 * options.rows, max_queued_requests=options.queue
-    ).bind(given.base, options)
+    most = dict(max_ongoing_requests=2 * options.rows, max_queued_requests=options.queue)
+    replica = ReplicaDeployment.options(num_replicas=given.replicas, **most).bind(given.base, options)
     register = RegisterDeployment.options(user_config={"adapters": given.adapters}).bind(given.name)
     front = Front.options(num_replicas=2 if given.replicas >= 4 else 1)
     return front.bind(given.name, given.token, options, replica, register)

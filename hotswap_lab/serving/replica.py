@@ -159,8 +159,7 @@ class Replica:
         if reader is None or not agrees:
             if options.compile or options.package:
                 raise refused("not_read_in_rows", name=type(self.pool.model.get_base_model()).__name__, reason=reason)
-            text = "Rows can't come and go in this model (%s): it answers one request at a time."
-            _log.warning(text, reason)
+            _log.warning("Rows can't come and go in this model (%s): it answers one request at a time.", reason)
             return None
         if options.package:
             if not reader.is_compiled_in(options.package):
@@ -277,8 +276,7 @@ class Replica:
                 return torch.full_like(scores, -torch.inf).index_fill(1, tokens, 0.0)
 
             over = lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)  # noqa: E731
-            how: dict[str, Any] = dict(max_new_tokens=self.options.longest_answer, stopping_criteria=[over])
-            how["logits_processor"] = [choose]
+            how = dict(max_new_tokens=self.options.longest_answer, stopping_criteria=[over], logits_processor=[choose])
             base = self.pool.model.get_base_model()
             # the answer's sampler does all the rest
             base.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.defaults.pad_token_id)

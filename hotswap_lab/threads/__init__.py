@@ -38,7 +38,7 @@ _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictio
 def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
     """The turns of some models, in the same order for every caller, so that no two wait for each other."""
     turns = []
-    for base in sorted(set(bases), key=id):
+    for base in sorted(set(bases), key=id):  # a comprehension would be one more call at each swap, up to Python 3.11
         turns.append(_turns.get(base) or _turns.setdefault(base, Turn()))
     return turns
 
@@ -353,9 +353,8 @@ def put_back(action: Callable[[], object], what: str) -> None:
     try:
         action()
     except KeyboardInterrupt:
-        warnings.warn(
-            f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}.", stacklevel=5
-        )
+        text = f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}."
+        warnings.warn(text, stacklevel=5)
         action()
         raise
     finally:

@@ -19,8 +19,7 @@ Clicks compute in the modes of the cell that made the widget: turn gradients off
 
 Files: ``view`` (the base class), ``work`` (the base class of widgets with long work, which can be stopped), ``clicks``
 (the order of clicks), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers that grow token by token),
-``results`` (an answer as text and HTML), ``tables`` (tables and chips of adapters as HTML), ``live.css`` and
-``live.js`` (for the page), and one file for each widget.
+``results`` (an answer as text and HTML), ``live.css`` and ``live.js`` (for the page), and one file for each widget.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..figures.palette import INK, light
 from ..figures.png import address
-from .tables import chip
 from .view import escape
 
 
@@ -30,12 +29,6 @@ class Run:
     result: object = ""
     done: bool = False
 
-    def growing(self, given: object) -> Iterator[None]:
-        """Take what ``generate`` gave as the result; if it yields, one text after the other, with a step for each."""
-        for self.result in given if isinstance(given, Iterator) else [given]:
-            yield
-        self.done = True
-
     @property
     def label(self) -> str:
         """The adapter, with its strength if that is not 1.
@@ -48,8 +41,11 @@ class Run:
 
     @property
     def chip(self) -> str:
-        """The label in the adapter's color, as HTML."""
-        return chip(None if self.where == "off" else self.where, self.label)
+        """The label on the adapter's color, as HTML."""
+        # dark text on a light color can be read in a light and in a dark theme
+        color = f"color:{INK};background:{light(None if self.where == 'off' else self.where)}"
+        style = f"display:inline-block;margin:1px;padding:0 8px;border-radius:4px;{color}"
+        return f'<span style="{style}">{escape(self.label)}</span>'
 
     @property
     def text(self) -> str:

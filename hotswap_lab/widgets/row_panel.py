@@ -11,16 +11,14 @@ from ..core.errors import refused
 from ..pools.adapter_pool import AdapterPool
 from .results import Run
 from .switch import demo_pool
-from .tables import table
 from .view import counted, escape, speaking, w, wrapping_row
 from .work import WorkingView
 
 #: the prompts of the demo
 WORDS = ("hotswap", "notebook", "adapter", "kernel")
-#: the menu's entry for no adapter; its value can't be None, which means that nothing is selected
-BASE = ("base", "")
-#: the headings of the columns
+#: the headings of the columns, and the style of a cell: inline, so that a page without the styles shows a table, too
 HEAD = ("adapter", "request", "answer")
+CELL = "padding:4px 6px;font-size:12px;text-align:left;border:1px solid rgba(128,128,128,.4)"
 #: around an answer, with room for a line before there is one, so that nothing moves when it comes
 LARGE = '<div class="{}" style="display:flex;gap:8px;font-size:17px;line-height:26px;min-height:26px">{}</div>'
 
@@ -127,7 +125,11 @@ class RowPanel(WorkingView):
     def _inside(self) -> str:
         # without times, which would make a stored notebook differ from run to run
         runs = self.runs or self._requests()
-        return table(HEAD, [(run.chip, escape(run.prompt), LARGE.format("", run.shown)) for run in runs])
+        rows = [(run.chip, escape(run.prompt), LARGE.format("", run.shown)) for run in runs]
+        lines = [("th scope=col", HEAD), *(("td", row) for row in rows)]
+        inside = [[f'<{tag} style="{CELL}">{cell}</{tag[:2]}>' for cell in row] for tag, row in lines]
+        body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in inside)
+        return f'<div class="hotswap-scroll"><table style="border-collapse:collapse">{body}</table></div>'
 
     def _controls(self) -> list[w.Widget]:
         narrow, wide = w.Layout(width="140px"), w.Layout(flex="1 1 160px", min_width="0", max_width="260px")
@@ -150,7 +152,8 @@ class RowPanel(WorkingView):
         super()._refresh()
         requests = self._requests()
         for (menu, box, answer), run, request in zip(self._rows, self.runs or requests, requests, strict=True):
-            menu.options = [BASE, *((name, name) for name in self.pool)]
+            # the base's value can't be None, which means that nothing is selected
+            menu.options = [("base", ""), *((name, name) for name in self.pool)]
             menu.value, box.value = "" if request.where == "off" else request.where, request.prompt
             # an answer to what is no longer asked
             old = (run.where, run.prompt) != (request.where, request.prompt)

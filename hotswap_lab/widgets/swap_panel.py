@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -94,9 +94,8 @@ class SwapPanel(WorkingView):
         usable = tokenizer is not None if generate is None else callable(generate) and not hasattr(generate, "decode")
         if not usable:
             raise refused("panel_cannot_run", generate=type(generate).__name__, tokenizer=type(tokenizer).__name__)
-        self.generate: Callable[[str], object] = generate or text_stream(
-            self.model, tokenizer, template=template, max_new_tokens=max_new_tokens
-        )
+        options = dict(template=template, max_new_tokens=max_new_tokens)
+        self.generate: Callable[[str], object] = generate or text_stream(self.model, tokenizer, **options)
         #: the text in the prompt box
         self.prompt = prompt
         self.run_on_swap = run_on_swap
@@ -175,9 +174,11 @@ class SwapPanel(WorkingView):
         # swaps by other threads wait, so that an answer comes from one adapter and has its name
         with in_use(self.model):
             run = self.answer = Run(str(self.prompt), whereabouts(self._switch), strength_of(self._switch))
-            for _ in run.growing(self.generate(run.prompt)):
+            given = self.generate(run.prompt)
+            for run.result in given if isinstance(given, Iterator) else [given]:
                 self._progressed()
                 self._check()
+            run.done = True
         return run.result
 
     # ---- text, picture and controls
@@ -216,8 +217,7 @@ class SwapPanel(WorkingView):
         self._radios, self._style = w.ToggleButtons(), w.HTML(layout=w.Layout(display="none"))
         self._radios.add_class("hotswap-choices")
         self._when_clicked(self._radios, "adapter", lambda label: self._swap(None if label == "off" else label))
-        wide = w.Layout(width="340px", max_width=FITS)
-        self._slider = w.FloatSlider(step=0.05, description="strength", layout=wide)
+        self._slider = w.FloatSlider(step=0.05, description="strength", layout=w.Layout(width="340px", max_width=FITS))
         self._slider.add_class("hotswap-strength")
         self._when_clicked(self._slider, "strength", self._set_strength)
         self._box = w.Text(description="prompt", layout=w.Layout(width="320px", max_width=FITS))

@@ -15,11 +15,7 @@ from ..figures import Figure, palette
 try:
     import ipywidgets as w
 except ModuleNotFoundError as _error:
-    raise ImportError(
-        "hotswap_lab.widgets needs ipywidgets 7.7 or newer, below 9, and found none: "
-        'pip install "hotswap_lab[widgets]"',
-        name="ipywidgets",
-    ) from _error
+    raise ImportError(f'{_error}: pip install "hotswap_lab[widgets]"', name="ipywidgets") from _error
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page minus the margins that ipywidgets puts around a control
@@ -28,9 +24,8 @@ FITS = "calc(100% - 4px)"
 FOLDER = Path(__file__).parent
 STYLE = f"<style>{Template((FOLDER / 'live.css').read_text('utf-8')).substitute(vars(palette))}</style>"
 # nothing is loaded: the picture is empty, and only starts the script when the widget is in the page
-SCRIPT = '<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="{}">'.format(
-    re.sub("//.*", "", (FOLDER / "live.js").read_text("utf-8"))
-)
+_script = re.sub("//.*", "", (FOLDER / "live.js").read_text("utf-8"))
+SCRIPT = f'<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="{_script}">'
 # before the static form: hides JupyterLab's "Loading widget..." below it, in a saved notebook without a kernel
 QUIET = """<i class="hotswap-quiet"></i><style>.jp-OutputArea-child:has(.hotswap-quiet),
 .jp-OutputArea-child:has(.hotswap-quiet) + * + .jp-OutputArea-child:not(:has(.hotswap-live, [data-mime-type]))
@@ -137,8 +132,7 @@ class View:
     @cached_property
     def box(self) -> w.VBox:
         """The live form, an ipywidgets ``VBox``, which can be put into another layout."""
-        hidden = w.Layout(display="none")
-        box = w.VBox([w.HTML(STYLE + SCRIPT, layout=hidden), *self._build()])
+        box = w.VBox([w.HTML(STYLE + SCRIPT, layout=w.Layout(display="none")), *self._build()])
         box.add_class("hotswap-live")
         return box
 
@@ -175,8 +169,7 @@ class View:
         display({"text/html": QUIET, "text/plain": ""}, raw=True)
         display(self._static(), raw=True)
         self._refresh_box()
-        live = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        display({WIDGET_MIME: live}, raw=True)
+        display({WIDGET_MIME: {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}}, raw=True)
 
     def _when_set(self, control: w.Widget, act: Callable[[object], object]) -> None:
         """Call ``act`` with a control's value when the user sets it, but not when a refresh does.

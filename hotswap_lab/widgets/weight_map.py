@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from peft.utils.integrations import dequantize_module_weight
 
-from ..core.host import name_in
 from ..core.slot import Slot, SlotLayer
 from ..figures import Figure
 from ..figures.tiles import CELLS, LARGE, Tile, drawn, split
@@ -62,7 +61,7 @@ class WeightMap(View):
         is_model = isinstance(pool_or_model, torch.nn.Module)
         self._switch = ModelSwitch(pool_or_model, {}, adapter_name) if is_model else pool_or_model
         self.model: torch.nn.Module = self._switch.model
-        self.adapter_name: str = name_in(self.model, self._switch.adapter_name)
+        self.adapter_name: str = self._switch.adapter_name
         #: the size of each layer's own weight
         self._sizes: dict[str, float | None] = {}
         self.look()
@@ -196,5 +195,4 @@ def _count(slot: Slot, masks: Sequence[torch.Tensor]) -> dict[str, int]:
     own = {id(tensor.parameter) for layer in slot.layers for tensor in layer.tensors}
     modules = (getattr(module, "base_layer", module) for _, module in slot.walk)
     base = {id(each): each.numel() for module in modules for each in module._parameters.values() if each is not None}
-    unused = held - used
-    return {"base": sum(size for key, size in base.items() if key not in own), "adapter": used, "padding": unused}
+    return {"base": sum(size for key, size in base.items() if key not in own), "adapter": used, "padding": held - used}

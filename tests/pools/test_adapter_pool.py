@@ -666,10 +666,8 @@ def test_what_is_removed_while_it_is_dropped_comes_back_after_a_block(model, sou
 def test_a_task_reads_a_dropped_adapter_in_another_thread(model, sources, monkeypatch):
     pool, dropped = small_pool(model, sources)
     readers = []
-    read = pool._members._read_again
-    monkeypatch.setattr(
-        pool._members, "_read_again", lambda member: readers.append(threading.get_ident()) or read(member)
-    )
+    read = pool._members._read
+    monkeypatch.setattr(pool._members, "_read", lambda *given: readers.append(threading.get_ident()) or read(*given))
 
     async def use(name):
         async with pool.using(name):
