@@ -115,7 +115,9 @@ class MemoryGuard(TorchFunctionMode):
         self.limit = limit
         self.taken: int = 0
 
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if getattr(function, "__name__", "") in self.FACTORIES and str(kwargs.get("device")) != "meta":
             self._count(function, args, kwargs)

@@ -122,7 +122,13 @@ class FullLora(Lora):
     """LoRA with everything that PEFT's configs can ask for."""
 
     #: variants whose tensors this module handles
-    variants = type(None), DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
+    variants: ClassVar[tuple[type, ...]] = (
+        type(None),
+        DoraLinearVariant,
+        DoraConv1dVariant,
+        DoraConv2dVariant,
+        DoraConv3dVariant,
+    )
     judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
     unknown: ClassVar[Callable[..., Any]] = staticmethod(configs.unknown)
     extra_state: ClassVar[Callable[..., Any]] = staticmethod(configs.extra_state)

@@ -171,7 +171,7 @@ def check_fused(optimizer: torch.optim.Optimizer, *_: object) -> None:
                     raise _misfit(optimizer, f"{name} of a parameter with strides {_strides(parameter)},", each)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def _local(tensor: Any) -> torch.Tensor:
     """The part of a tensor that this process has."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 

@@ -144,7 +144,7 @@ def loaded_of(slot: Slot) -> Loaded:
     ranks = tuple(sorted({rank for rank in ranks_before(slot) if rank}))
     when = when and datetime.fromtimestamp(when).astimezone()
     source, revision, file = origin
-    configs = [each.state.config for each in room.assigned if each] if rows else [slot.config]
+    configs = [each.state.config for each in room.assigned if each] if room and rows else [slot.config]
     note = "; ".join(dict.fromkeys(found[0] for each in configs if (found := other_base(slot, each)))) or None
     names = type(slot.host.base).__name__, slot.adapter_name, kind_of(slot.config)
     return Loaded(*names, ranks, strength, member, mix, rows, source, revision, when, file, note)

@@ -32,7 +32,7 @@ from .wrappers import embeddings_of
 Pass = Callable[[Plan], Plan | None]
 
 
-def only_for(applies: Callable[[Slot, bool], bool]) -> Callable[[Pass], Pass]:
+def only_for(applies: Callable[[Slot, bool], object]) -> Callable[[Pass], Pass]:
     """A decorator of passes that find something only in some slots; ``applies`` is asked once for each slot.
 
     Its second argument is whether this process is one of several, which may change.

@@ -69,7 +69,7 @@ def _marked(methods: Methods, base: torch.nn.Module, prefix: str) -> Iterator[Ma
             if tensors is not None:
                 off = is_off(layer, name, tensors)
                 for tensor in tensors:
-                    reason = strange_padding(layer, name, tensor, tensors if method.is_lora else ())
+                    reason = strange_padding(layer, name, tensor, tensors if method and method.is_lora else ())
                     yield Marked(f"{prefix}{path}.{tensor.named_key}", layer, name, tensor, off, reason)
 
 

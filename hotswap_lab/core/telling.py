@@ -60,7 +60,7 @@ def write_settings(
     for layer, each in zip(layers, settings, strict=True):
         # attribute access on a module is slow, so this reads its tables
         attributes: dict[str, Any] = layer.module.__dict__
-        marked = attributes.get(OFF_ATTRIBUTE, frozenset()) if fields is None else ()
+        marked: frozenset[str] = attributes.get(OFF_ATTRIBUTE, frozenset()) if fields is None else frozenset()
         if fields is None and (each is None) != (name in marked):
             journal.set_item(attributes, OFF_ATTRIBUTE, marked ^ {name})
         if fields is None and (each is None or name in marked) and not layer.is_plain:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import Mock
 
@@ -29,7 +29,7 @@ class ByLayer(generating.Reader):
         compat.inductor_config.compile_threads = 1
         for layer in self._lm.model.layers:
             layer.compile(backend=backend, dynamic=False)
-        self.compiled = dict.fromkeys((self.chunk, 1), self.step)
+        self.compiled: dict[int, Callable[..., Tensor]] = dict.fromkeys((self.chunk, 1), self.step)
 
     def _call(self, ids: Tensor, *, cache: Any, **inputs: Tensor) -> Tensor:
         if not inputs:  # the first call, which finds the sizes of the caches
@@ -75,9 +75,9 @@ class Chat:
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, *, chunk: int = 64, room: int = 256):
         self.tokenizer = tokenizer
-        self.reader = ByLayer(model, rows=1, chunk=chunk, longest=room)
+        self.reader: ByLayer = ByLayer(model, rows=1, chunk=chunk, longest=room)
         #: compiles each layer for itself
-        self.compile = self.reader.compile
+        self.compile: Callable[[str], None] = self.reader.compile
 
     # ---- tokens
 
