@@ -109,7 +109,7 @@ def _given(path: str | os.PathLike[str]) -> Source:
     if (location / "config.json").is_file() or (location.is_file() and location.suffix == ".gguf"):
         return Source("path", location)
     found = "something else" if location.exists() else "nothing"
-    raise refused("no_smollm2", path=str(path), found=found, **ADVICE)
+    raise refused("no_smollm2", path=str(path), found=found, variable=PATH_VARIABLE, ways=WAYS_TO_GET_IT)
 
 
 def _download() -> Source:
@@ -122,7 +122,10 @@ def _download() -> Source:
         return Source("hub", Path(paths[0]).parent)
     except Exception as error:  # the Hub's client passes on errors of its HTTP library, which differs by version
         found = str(error) or type(error).__name__
-        raise refused("smollm2_not_fetched", found=found, model=MODEL_ID, package=GGUF_PACKAGE, **ADVICE) from None
+        variable, ways = PATH_VARIABLE, WAYS_TO_GET_IT
+        raise refused(
+            "smollm2_not_fetched", found=found, model=MODEL_ID, package=GGUF_PACKAGE, variable=variable, ways=ways
+        ) from None
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
