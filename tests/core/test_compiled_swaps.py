@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -406,3 +408,36 @@ def test_a_base_that_was_compiled_before_peft_wrapped_it(tmp_path):
     prepare_model_for_compiled_hotswap(model, target_rank=8, check_compiled="ignore")
     hotswap_adapter(model, folders[0], "default")
     assert_swaps_without_recompiling(LINEAR, model, folders, (1, 0, 1))
+
+
+#: a process that swaps in a compiled model, in memory that only it has, with code that others may have compiled
+WITH_A_CACHE = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+torch.set_num_threads(1)
+from models import KINDS, call, load
+from hotswap_lab import hotswap_adapter, prepare_model_for_compiled_hotswap
+kind, ready, folders = KINDS["linear"], sys.argv[1], sys.argv[2:]
+model = load(kind, folders[0])
+if ready == "prepared":
+    prepare_model_for_compiled_hotswap(model, adapters=folders)
+compiled = torch.compile(model)
+call(compiled, kind.inputs())
+for folder in [*folders, *folders]:
+    hotswap_adapter(compiled, folder)
+    expected = call(load(kind, folder), kind.inputs())
+    torch.testing.assert_close(call(compiled, kind.inputs()), expected, rtol=0, atol=1e-5)
+print("right")
+"""
+
+
+@pytest.mark.long
+def test_processes_that_share_one_folder_of_compiled_code(abc, tmp_path):
+    code, around = WITH_A_CACHE.format(tests=str(Path(__file__).parents[1])), dict(stdout=-1, stderr=-1, text=True)
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    ways = ["prepared", "prepared", "as it is"]
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    started = [subprocess.Popen([*command, way, *abc[0].values()], env=environment, **around) for way in ways]
+    said = [each.communicate(timeout=400) for each in started]
+    assert [out for out, _ in said] == ["right\n"] * 3, said
+    assert list(tmp_path.iterdir())
