@@ -56,7 +56,8 @@ def _choose(name: str, replicas: Sequence[Mapping[str, Any]], most: int) -> int:
 @Exercise
 def choose_replica(solution):
     """Return the index of the replica that gets a request for the adapter `name`. About 3 lines."""
-    for what, waiting in {"nobody waits": (0, 0, 0), "two have it": (0, 2, 1), "who has it is busy": (2, 3, 4)}.items():
+    cases = {"nobody waits": (0, 0, 0), "two have it": (0, 2, 1), "who has it is busy": (2, 3, 4), "all are": (5, 3, 4)}
+    for what, waiting in cases.items():
         held = ({"sort"}, {"shout"}, {"shout", "sort"})
         replicas = [{"held": set(h), "waiting": w} for h, w in zip(held, waiting, strict=True)]
         for name in ("shout", "double"):

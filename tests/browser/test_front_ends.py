@@ -190,7 +190,7 @@ def test_the_write_and_the_guards_by_keyboard_and_nothing_jumps(widgets):
     scrubber.get_by_role("slider", name="step").focus()
     for key, answer in (("ArrowRight", "otswapay"), ("End", "hotswaphotswap"), ("Home", "otswaphay")):
         page.keyboard.press(key)
-        expect(scrubber.locator("svg text[font-weight=bold]")).to_have_text(answer)
+        expect(scrubber.locator("svg text[font-weight=bold]").last).to_have_text(f"hotswap → {answer}")
     guards.get_by_text("shout", exact=True).first.focus()
     page.keyboard.press("Enter")
     expect(guards.locator(".hotswap-picture svg").first).to_contain_text("✗ scaling was 2, is 1: 14 layers")
