@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
 from answers import PROGRAMS, RIGHT, WRONG
 from lengths import long
 
@@ -96,7 +97,8 @@ def tried(which, answer, capsys):
         }
         made = vars(defined_in(f"solutions/{place}*.ipynb", answer))
         answer = [made[each] for each in PROGRAMS if each in made] if name == "debug" else made[name]
-    task.check(answer)
+    with torch.compiler.set_stance("default"):  # one of the answers sets another one, for the whole process
+        task.check(answer)
     return capsys.readouterr().out
 
 
