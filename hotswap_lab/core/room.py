@@ -160,11 +160,7 @@ class Room:
         for tensor, parameter in zip(self._extra, self._of_extra, strict=True):
             if tensor.parameter is not parameter:
                 return False
-        # a generator would be called once for each tensor
-        for parameter, address in zip(self._parameters, self._addresses_now(), strict=True):
-            if parameter.data_ptr() != address:
-                return False
-        return True
+        return [parameter.data_ptr() for parameter in self._parameters] == self._addresses_now()
 
     def _addresses_now(self) -> list[int]:
         """The addresses that the parameters must have: ``share_memory`` moves the memory, with all views of it."""
@@ -187,10 +183,7 @@ class Room:
 
     def _versions_now(self) -> int:
         """The sum of all version counters. It shows any write, since no counter ever decreases."""
-        total = 0
-        for parameter in () if self.slot.is_inference else self._parameters:
-            total += parameter._version
-        return total
+        return 0 if self.slot.is_inference else sum([parameter._version for parameter in self._parameters])
 
     def _note_write(self, journal: Journal) -> None:
         """Note the version counters, so that they show when other code writes from now on."""
@@ -317,18 +310,12 @@ class Room:
     def _enter(self, state: State, config: Config, used: list[int], journal: Journal) -> None:
         slot, before = self.slot, self.state
         self._note_write(journal)
-        is_trained = False
-        for parameter in self._parameters:
-            is_trained = is_trained or parameter.requires_grad
-        if is_trained:
+        if is_trained := True in [parameter.requires_grad for parameter in self._parameters]:
             clear_gradients(self._parameters, journal)
         journal.set_item(slot.host.configs, slot.adapter_name, config)
         journal.set_item(self.__dict__, "state", state)
         journal.set_item(self.__dict__, "used", used)
-        fields = []
-        for field, values in state.columns.items():
-            if values != before.columns[field]:
-                fields.append(field)
+        fields = [field for field, values in state.columns.items() if values != before.columns[field]]
         # what is off must not be trained, even if the user has set `requires_grad` since
         keeps_on = state.on == before.on and not (is_trained and False in state.on)
         may_differ = fields if keeps_on and "dropout" not in fields else None

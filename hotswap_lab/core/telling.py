@@ -56,24 +56,30 @@ def write_settings(
 
     ``fields`` names the settings that may differ from those that the layers have; by default, all may.
     """
-    name, on = slot.adapter_name, []
-    for layer, each in zip(layers, settings, strict=True):
-        # attribute access on a module is slow, so this reads its tables
-        attributes: dict[str, Any] = layer.module.__dict__
-        marked: frozenset[str] = attributes.get(OFF_ATTRIBUTE, frozenset()) if fields is None else frozenset()
-        if fields is None and (each is None) != (name in marked):
-            journal.set_item(attributes, OFF_ATTRIBUTE, marked ^ {name})
-        if fields is None and (each is None or name in marked) and not layer.is_plain:
-            slot.method.turn(layer.module, name, each is not None, journal)
+    if fields is None:
+        for layer, each in zip(layers, settings, strict=True):
+            _turn(slot, layer, each, journal)
+    name, modules, on = slot.adapter_name, [], []
+    for layer, each in zip(layers, settings, strict=True) if fields is None or fields else ():
         if each is not None:
-            on.append((layer.module, each))
-            dropout = layer.module._modules["lora_dropout"]._modules[name]
-            if fields is None and dropout.__dict__.get("p", 0.0) != each.dropout:
-                write_dropout(layer.module, name, each.dropout, journal)
+            modules.append(layer.module)
+            on.append(each)
     for table, field in SCALAR_TABLES.items():
         if fields is None or field in fields:
-            tables, values = [], []
-            for module, each in on:
-                tables.append(module.__dict__[table])
-                values.append(getattr(each, field))
-            journal.set_items(tables, name, values)
+            # attribute access on a module is slow, so this reads its tables
+            tables = [module.__dict__[table] for module in modules]
+            journal.set_items(tables, name, [getattr(each, field) for each in on])
+
+
+def _turn(slot: Slot, layer: SlotLayer, settings: LayerSettings | None, journal: Journal) -> None:
+    """Turn the adapter on or off on a layer, and write its dropout."""
+    name, module = slot.adapter_name, layer.module
+    marked: frozenset[str] = module.__dict__.get(OFF_ATTRIBUTE, frozenset())
+    if (settings is None) != (name in marked):
+        journal.set_item(module.__dict__, OFF_ATTRIBUTE, marked ^ {name})
+    if (settings is None or name in marked) and not layer.is_plain:
+        slot.method.turn(module, name, settings is not None, journal)
+    if settings is not None:
+        dropout: Any = module._modules["lora_dropout"]
+        if dropout._modules[name].__dict__.get("p", 0.0) != settings.dropout:
+            write_dropout(module, name, settings.dropout, journal)
