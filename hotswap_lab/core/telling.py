@@ -56,30 +56,23 @@ def write_settings(
 
     ``fields`` names the settings that may differ from those that the layers have; by default, all may.
     """
+    name = slot.adapter_name
     if fields is None:
         for layer, each in zip(layers, settings, strict=True):
-            _turn(slot, layer, each, journal)
-    name, modules, on = slot.adapter_name, [], []
-    for layer, each in zip(layers, settings, strict=True) if fields is None or fields else ():
-        if each is not None:
-            modules.append(layer.module)
-            on.append(each)
+            module: Any = layer.module
+            marked: frozenset[str] = module.__dict__.get(OFF_ATTRIBUTE, frozenset())
+            if (each is None) != (name in marked):
+                journal.set_item(module.__dict__, OFF_ATTRIBUTE, marked ^ {name})
+            if (each is None or name in marked) and not layer.is_plain:
+                slot.method.turn(module, name, each is not None, journal)
+            if each is not None:
+                dropout = module._modules["lora_dropout"]._modules[name]
+                if dropout.__dict__.get("p", 0.0) != each.dropout:
+                    write_dropout(module, name, each.dropout, journal)
+    elif not fields:
+        return
+    on = [(layer.module, each) for layer, each in zip(layers, settings, strict=True) if each]
     for table, field in SCALAR_TABLES.items():
         if fields is None or field in fields:
-            # attribute access on a module is slow, so this reads its tables
-            tables = [module.__dict__[table] for module in modules]
-            journal.set_items(tables, name, [getattr(each, field) for each in on])
-
-
-def _turn(slot: Slot, layer: SlotLayer, settings: LayerSettings | None, journal: Journal) -> None:
-    """Turn the adapter on or off on a layer, and write its dropout."""
-    name, module = slot.adapter_name, layer.module
-    marked: frozenset[str] = module.__dict__.get(OFF_ATTRIBUTE, frozenset())
-    if (settings is None) != (name in marked):
-        journal.set_item(module.__dict__, OFF_ATTRIBUTE, marked ^ {name})
-    if (settings is None or name in marked) and not layer.is_plain:
-        slot.method.turn(module, name, settings is not None, journal)
-    if settings is not None:
-        dropout: Any = module._modules["lora_dropout"]
-        if dropout._modules[name].__dict__.get("p", 0.0) != settings.dropout:
-            write_dropout(module, name, settings.dropout, journal)
+            tables = [module.__dict__[table] for module, _ in on]  # attribute access on a module is slow
+            journal.set_items(tables, name, [getattr(each, field) for _, each in on])
