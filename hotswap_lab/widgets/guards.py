@@ -13,12 +13,12 @@ import torch
 from .. import compat, demo
 from ..figures import Canvas, Figure
 from ..figures.latency import readable, timeline
-from ..figures.palette import RIGHT, WRONG
+from ..figures.palette import MUTED, RIGHT, WRONG
 from ..pools.adapter_pool import AdapterPool
 from ..swap import prepare_model_for_compiled_hotswap
 from ..threads import in_use
 from ..watch import RecompileWatch
-from .switch import ModelSwitch, switch_for
+from .switch import ModelSwitch, contents, switch_for
 from .view import counted, w, wrapping_row
 from .work import WorkingView
 
@@ -70,7 +70,8 @@ class Guards(WorkingView):
         self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Mapping[str, Any]
     ):
         self.adapters: Mapping[str, object] = adapters
-        self.columns: dict[str, Column] = {name: Column(each, adapters, inputs) for name, each in models.items()}
+        columns = {name: Column(each, adapters, inputs, self._changed) for name, each in models.items()}
+        self.columns: dict[str, Column] = columns
         self._run(self._visit)
 
     @classmethod
@@ -87,12 +88,19 @@ class Guards(WorkingView):
 
     def _visit(self, name: str | None = None) -> None:
         for title, column in self.columns.items():
-            self.doing: str = f"calling the model that is {title}"
+            self.doing: str = f"swapping the model that is {title}"
             if name:
                 self.swaps.append(self._when_free(partial(column.switch.swap, name)))
-            column.visit(name or "the first", self._check)
+            column.verdict = "not called since", None
+        self._saw()
         self.active: str | None = name
         self.summary: str = f"{name or 'the first adapter'} is in"
+        for title, column in self.columns.items():
+            self.doing = f"calling the model that is {title}"
+            column.visit(name or "the first", self._check)
+
+    def _now(self) -> object:
+        return [contents(column.switch) for column in self.columns.values()]
 
     # ---- text, picture and controls
 
@@ -110,7 +118,8 @@ class Guards(WorkingView):
             left = 20 + 640 / len(lists) * at
             canvas.text(left, 28, title, size=15, anchor="start", bold=True)
             for row, (text, holds) in enumerate(lines):
-                canvas.text(left, 50 + 19 * row, text, anchor="start", color=RIGHT if holds else WRONG, bold=not row)
+                color = MUTED if holds is None else RIGHT if holds else WRONG
+                canvas.text(left, 50 + 19 * row, text, anchor="start", color=color, bold=not row)
         canvas.shapes.append(below.svg.replace("<svg ", f"<svg y='{top}' ", 1))
         return canvas.figure(str(self))
 
@@ -124,15 +133,24 @@ class Guards(WorkingView):
     def _refresh(self) -> None:
         super()._refresh()
         if not self.busy:
-            self._choices.value = self.active
+            self._choices.value = None if self._is_old else self.active  # so that it can be chosen again
 
 
 class Column:
     """A model, compiled for itself alone, and the guards of the graph that ran last and of the one before."""
 
-    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Mapping[str, Any]):
+    #: in place of the first line of the checklist, between a swap and the end of the calls after it
+    verdict: tuple[str, bool | None] | None = None
+
+    def __init__(
+        self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Mapping[str, Any], told: Callable
+    ):
         def call() -> None:
             model(**inputs)
+
+        def began() -> None:
+            self.verdict = f"compiling{' again' if self.guards else ''}", False
+            told()
 
         # PyTorch keeps graphs with the code, so a copy of the code has no graph of another model
         self._code = call.__code__ = call.__code__.replace()
@@ -140,6 +158,7 @@ class Column:
         self._call = torch.compile(call, backend="eager", dynamic=False, fullgraph=True)
         self.switch: AdapterPool | ModelSwitch = switch_for(model, adapters)
         self.watch: RecompileWatch = RecompileWatch()
+        self.watch.began = began
         #: by a tensor's or scaling's path: its kind, and what the graph was compiled for
         self.guards: dict[str, tuple[str, str]] = {}
         self.former: dict[str, tuple[str, str]] = {}
@@ -153,15 +172,18 @@ class Column:
         del self.watch.calls[: -10 * CALLS]  # the picture has room for these
         graph = compat.cache_entries(self._code)[0]  # the one that ran last comes first
         guards = {path: (kind, _readable(*value)) for path, kind, *value in GUARD.findall(str(graph.guard_manager))}
-        self.former, self.guards = self.guards or guards, guards
+        self.former, self.guards, self.verdict = self.guards or guards, guards, None
 
-    def checklist(self, timed: bool = False) -> list[tuple[str, bool]]:
+    def checklist(self, timed: bool = False) -> list[tuple[str, bool | None]]:
         """A verdict, and a line for each kind of guard of the graph before; each with whether it holds now."""
-        counts = Counter((*was, self.guards.get(path, was)[1]) for path, was in self.former.items())
-        lines = []
+        former = self.guards if self.verdict else self.former
+        counts = Counter((*was, self.guards.get(path, was)[1]) for path, was in former.items())
+        lines: list[tuple[str, bool | None]] = []
         for (kind, was, now), count in sorted(counts.items()):
             text = f"✓ {kind} {was}" if was == now else f"✗ {kind} was {was}, is {now}"
             lines.append((f"{text}: {counted(count, 'layer')}", was == now))
+        if self.verdict:
+            return [self.verdict, *((text.replace("✓", "?"), None) for text, _ in lines)]
         slow = [call for call in self.watch.calls[-CALLS:] if call.recompiles]
         if slow and all(holds for _, holds in lines):  # for a reason that is not on the list
             lines.append((f"✗ {self.watch.reasons[-1]}", False))

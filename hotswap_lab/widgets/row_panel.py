@@ -10,7 +10,7 @@ from .. import demo
 from ..core.errors import refused
 from ..pools.adapter_pool import AdapterPool
 from .results import Run
-from .switch import demo_pool
+from .switch import contents, demo_pool
 from .view import counted, escape, speaking, w, wrapping_row
 from .work import WorkingView
 
@@ -110,7 +110,14 @@ class RowPanel(WorkingView):
         return [run.result for run in runs]
 
     def _requests(self) -> list[Run]:
-        return [Run(prompt, name or "off") for prompt, name in zip(self.prompts, self.adapters, strict=True)]
+        base, members = contents(self.pool)[0], [*map(self.pool._members.get, self.adapters)]
+        states = [(base, member, member and member.version) for member in members]
+        rows = zip(self.prompts, self.adapters, states, strict=True)
+        return [Run(prompt, name or "off", state=state) for prompt, name, state in rows]
+
+    @property
+    def _is_old(self) -> bool:
+        return not self.busy and bool(self.runs) and self.runs != self._requests()
 
     # ---- text, picture and controls
 
@@ -155,9 +162,7 @@ class RowPanel(WorkingView):
             # the base's value can't be None, which means that nothing is selected
             menu.options = [("base", ""), *((name, name) for name in self.pool)]
             menu.value, box.value = "" if request.where == "off" else request.where, request.prompt
-            # an answer to what is no longer asked
-            old = (run.where, run.prompt) != (request.where, request.prompt)
-            answer.value = LARGE.format("hotswap-old" if old else "", f"{run.chip} {run.shown}")
+            answer.value = LARGE.format("hotswap-old" * (run != request), f"{run.chip} {run.shown}")
 
     def _refresh_body(self) -> None:
         """Do nothing, since the live form shows each answer in its row."""

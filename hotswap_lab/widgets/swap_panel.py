@@ -173,6 +173,7 @@ class SwapPanel(WorkingView):
         self.doing = "running the prompt"
         # swaps by other threads wait, so that an answer comes from one adapter and has its name
         with in_use(self.model):
+            self._saw()
             run = self.answer = Run(str(self.prompt), whereabouts(self._switch), strength_of(self._switch))
             given = self.generate(run.prompt)
             for run.result in given if isinstance(given, Iterator) else [given]:
@@ -205,7 +206,6 @@ class SwapPanel(WorkingView):
 
     def figure(self) -> Figure:
         """The map, with the answers below it. Times are left out, so that the same state gives the same picture."""
-        self.map.look_now()
         said = [(f"{what}{run.label}, asked “{run.prompt}”", run) for what, run in self._said.items()]
         return self.map.figure(said, str(self))
 
@@ -248,7 +248,7 @@ class SwapPanel(WorkingView):
         strength, where, labels = strength_of(self._switch), whereabouts(self._switch), (*self.names, "off")
         super()._refresh()
         self._box.value = str(self.prompt)
-        self.map.look_now()
+        _ = self.busy or self.map.look_now()
         if self._painted is not self.map.tiles:  # drawing takes a while, and a growing answer is shown often
             self._painted, self._picture.value = self.map.tiles, self.map._inside() if self.map.tiles else ""
         if self._radios.options != labels:  # also if a pool has grown since
@@ -263,7 +263,8 @@ class SwapPanel(WorkingView):
         self._style.value = f"<style>{self._rules()}</style>"
         run, kept = self.answer, self.pinned
         shown = f"{run.chip}{run.shown}" if run else "no answer yet"
-        self._answer.value, self._pin_button.disabled = f'<div class="hotswap-answer">{shown}</div>', run is None
+        old = " hotswap-old" * self._is_old
+        self._answer.value, self._pin_button.disabled = f'<div class="hotswap-answer{old}">{shown}</div>', run is None
         asked = f", asked <code>{escape(kept.prompt)}</code>" if kept and run and kept.prompt != run.prompt else ""
         self._kept.value = f'<div class="hotswap-kept">{f"{kept.chip}{asked}{kept.shown}" if kept else ""}</div>'
 

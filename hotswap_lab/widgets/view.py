@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import html
 import re
 import threading
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from string import Template
 
-from ..figures import Figure, palette
+from ..core.change import LATEST
+from ..figures import FONT, Figure, palette
+from .switch import contents
 
 try:
     import ipywidgets as w
+    from IPython import get_ipython
 except ModuleNotFoundError as _error:
     raise ImportError(f'{_error}: pip install "hotswap_lab[widgets]"', name="ipywidgets") from _error
 
+#: what a view says that shows what was in a model before, and what its picture becomes
+CHANGED = "changed since: run again"
+OLD = rf"""\1<g opacity='.35'>\2</g><text x='50%' y='50%' font-size='18' text-anchor='middle' fill='{palette.INK}'
+stroke='{palette.CARD}' stroke-width='5' paint-order='stroke' {FONT}>{CHANGED}</text>\3"""
+#: seconds between two looks for a change
+EVERY = 0.5
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page minus the margins that ipywidgets puts around a control
 FITS = "calc(100% - 4px)"
@@ -62,6 +74,36 @@ def speaking(**options: object) -> w.HTML:
     return widget
 
 
+#: the views with a live form, and the event loops that update them
+_live: weakref.WeakSet[View] = weakref.WeakSet()
+_loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+
+
+def follow(*_: object) -> None:
+    """Have all live forms updated now, and after each change of a model or a pool from now on.
+
+    Called when a live form is made, and at the end of each cell, since other code may have changed a model there.
+    """
+    LATEST[0] = object()
+    with contextlib.suppress(RuntimeError):  # no loop in this thread: there is one at the end of the next cell
+        if (loop := asyncio.get_running_loop()) not in _loops:
+            _loops.add(loop)
+            loop.call_soon(_update, loop)
+
+
+def _update(loop: asyncio.AbstractEventLoop, seen: object = None) -> None:
+    """Update the live forms if anything has changed, in an event loop: the code that made the change holds no lock."""
+    if seen is not LATEST[0]:
+        seen = LATEST[0]
+        for view in [*_live]:
+            with contextlib.suppress(Exception):  # its adapter may be gone
+                view._changed()
+    if any(view.box.comm for view in _live):
+        loop.call_later(EVERY, _update, loop, seen)
+    else:
+        _loops.discard(loop)
+
+
 class View:
     """The base class of widgets: a title, controls, a status, and a body.
 
@@ -79,6 +121,10 @@ class View:
     summary = ""
     #: a title that says what the widget shows; without one, it is the class and the summary
     title = ""
+    #: whether it is at work, and shows that
+    busy = False
+    #: what was in the model when the view read it, or began to compute with it; None before that
+    _seen: object = None
 
     def __new__(cls, *args: object, **options: object) -> View:
         self = super().__new__(cls)
@@ -90,6 +136,21 @@ class View:
         super().__setattr__(name, value)
         if not name.startswith("_"):
             self._changed()
+
+    # ---- whether it is still so
+
+    def _now(self) -> object:
+        """What is in the model now, to be compared with what was there."""
+        return contents(self)
+
+    def _saw(self) -> None:
+        """Note what is in the model. Call it where no other thread can change that: inside ``in_use``."""
+        self._seen = self._now()
+
+    @property
+    def _is_old(self) -> bool:
+        """Whether the model has changed since: then the view is gray, and says so."""
+        return not self.busy and self._seen is not None and self._seen != self._now()
 
     # ---- the static form
 
@@ -117,14 +178,18 @@ class View:
             return ""
         width = int(re.search(r"width='(\d+)'", figure.svg)[1])  # as wide as there is room, but still readable
         style = f"width:100%;min-width:{min(0.9 * width, 480):g}px;max-width:{1.4 * width:g}px;height:auto"
-        shrinking = figure.svg.replace("<svg ", f"<svg style='{style}' ", 1)
+        shrinking = self._marked(figure.svg).replace("<svg ", f"<svg style='{style}' ", 1)
         return f"<div class='hotswap-picture'>{shrinking}</div>"
+
+    def _marked(self, svg: str) -> str:
+        """A picture; if it is old, pale and with a note on it."""
+        return re.sub("(<svg .*?>)(.*)(</svg>)", OLD, svg, flags=re.DOTALL) if self._is_old else svg
 
     def _static(self) -> dict[str, str]:
         """The output that a saved notebook keeps. The same state gives the same output."""
         figure = self.figure()
         # GitHub shows a picture by itself, but removes pictures in HTML
-        shown = {"text/html": self.to_html()} if figure is None else {"image/svg+xml": figure.svg}
+        shown = {"text/html": self.to_html()} if figure is None else {"image/svg+xml": self._marked(figure.svg)}
         return {**shown, "text/plain": str(self)}
 
     # ---- the live form
@@ -134,6 +199,10 @@ class View:
         """The live form, an ipywidgets ``VBox``, which can be put into another layout."""
         box = w.VBox([w.HTML(STYLE + SCRIPT, layout=w.Layout(display="none")), *self._build()])
         box.add_class("hotswap-live")
+        _live.add(self)
+        if shell := get_ipython():
+            shell.events.register("post_run_cell", follow)
+        follow()
         return box
 
     def _build(self) -> list[w.Widget]:

@@ -14,8 +14,8 @@ from ..pools.adapter_pool import AdapterPool
 from ..swap import resolve_slot
 from ..threads import in_use, in_use_now
 from .results import Run
-from .switch import ModelSwitch, strength_of, whereabouts
-from .view import View
+from .switch import ModelSwitch, whereabouts
+from .view import View, follow
 
 
 class WeightMap(View):
@@ -72,18 +72,17 @@ class WeightMap(View):
             self._look()
 
     def look_now(self) -> None:
-        """Look if there is another adapter or strength in the model, unless a swap is writing, or waits."""
-        if (self.name, self._strength) != (self._where, strength_of(self._switch)):
+        """Look if the model has changed, unless a swap is writing, or waits: then a little later."""
+        if self._is_old:
             # a swap may wait for a thread that computes, and that thread for the end of a refresh
             with in_use_now(self.model) as is_mine:
-                if is_mine:
-                    self._look()
+                self._look() if is_mine else follow()
 
     def _look(self) -> None:
         slot = resolve_slot(self.model, self.adapter_name)
         masks = [_in_use(layer) for layer in slot.layers]
         tiles, name = _tiles(slot, masks, self._sizes), self._where
-        seen = dict(name=name, tiles=tiles, counts=_count(slot, masks), _strength=strength_of(self._switch))
+        seen = dict(name=name, tiles=tiles, counts=_count(slot, masks), _seen=self._now())
         if name != self.name and self.name:
             seen["former"] = self.name, frozenset(each.path for each in self.tiles if each.cells.any())
         with self._refreshes:  # all at once, or a refresh would show one adapter's name with another one's tiles
@@ -97,13 +96,14 @@ class WeightMap(View):
     @property
     def summary(self) -> str:
         """One line: the adapter, and in how many of the layers it is."""
+        self.look_now()
         active = sum(bool(tile.cells.any()) for tile in self.tiles)
         return "the adapter is off" if self.name == "off" else f"{self.name} is in {active} of {len(self.tiles)} layers"
 
     def figure(self, said: Sequence[tuple[str, Run]] = (), text: str = "") -> Figure:
         """The tiles, and a bar with the numbers of the base and of the adapter; below them, what was ``said``."""
-        answers = [(label, run.where, run.text, run.png) for label, run in said]
-        return drawn(self.tiles, self.name, self.summary, self.counts, self.former, answers, text or str(self))
+        answers, title = [(label, run.where, run.text, run.png) for label, run in said], self.summary
+        return drawn(self.tiles, self.name, title, self.counts, self.former, answers, text or str(self))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

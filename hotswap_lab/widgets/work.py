@@ -20,7 +20,7 @@ from ..figures.latency import strip
 from ..threads import ModelInUseError, waiting_at_most
 from ..threads.turns import AROUND
 from .clicks import Clicks, keep_apart_from_cells
-from .view import View, escape, w
+from .view import CHANGED, View, escape, w
 
 #: seconds that a swap waits before it checks whether it was stopped
 PATIENCE = 0.5
@@ -95,7 +95,7 @@ class WorkingView(View):
 
     def __str__(self) -> str:
         error = [f"error: {message(self.error)}"] if self.error else []
-        return "\n".join([super().__str__(), *self._lines(), *error])
+        return "\n".join([super().__str__(), *self._lines(), *[CHANGED] * self._is_old, *error])
 
     def _lines(self) -> list[str]:
         """The lines of the text form after the first."""
@@ -258,9 +258,9 @@ class WorkingView(View):
         return [*starters, self._stop_button]
 
     def _state(self) -> str:
-        """The text of the status line: nothing, or why the widget is busy."""
-        waiting = self._next
-        return (f"busy: {self.doing}" + (f"; then {waiting[0]}" if waiting else "")) if self.busy else ""
+        """The text of the status line: why the widget is busy, or that the model has changed, or nothing."""
+        waiting = f"; then {self._next[0]}" if self._next else ""
+        return f"busy: {self.doing}{waiting}" if self.busy else CHANGED * self._is_old
 
     def _refresh(self) -> None:
         super()._refresh()
