@@ -13,15 +13,16 @@ import torch
 from .. import compat, demo
 from ..figures import Canvas, Figure
 from ..figures.latency import readable, timeline
-from ..figures.palette import MUTED, RIGHT, WRONG
+from ..figures.palette import RIGHT, WRONG
 from ..pools.adapter_pool import AdapterPool
 from ..swap import prepare_model_for_compiled_hotswap
 from ..threads import in_use
 from ..watch import RecompileWatch
 from .switch import ModelSwitch, contents, switch_for
-from .view import counted, w, wrapping_row
+from .view import choices, counted, wrapping_row
 from .work import WorkingView
 
+Inputs = Mapping[str, Any]
 #: calls after each swap
 CALLS = 4
 #: in PyTorch's text of a graph's guards: the size of a layer's tensor, or its scaling if that is a number
@@ -66,12 +67,11 @@ class Guards(WorkingView):
 
     title = "Guards: what a graph was compiled for"
 
-    def __init__(
-        self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Mapping[str, Any]
-    ):
+    def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Inputs):
         self.adapters: Mapping[str, object] = adapters
-        columns = {name: Column(each, adapters, inputs, self._changed) for name, each in models.items()}
-        self.columns: dict[str, Column] = columns
+        self.columns: dict[str, Column] = {name: Column(each, adapters, inputs) for name, each in models.items()}
+        for title, column in self.columns.items():
+            column.watch.began = partial(setattr, self, "doing", f"compiling again: {title}")
         self._run(self._visit)
 
     @classmethod
@@ -87,20 +87,22 @@ class Guards(WorkingView):
         self._run(partial(self._visit, name))
 
     def _visit(self, name: str | None = None) -> None:
+        seen = self._seen = []
         for title, column in self.columns.items():
-            self.doing: str = f"swapping the model that is {title}"
+            self.doing: str = f"calling the model that is {title}"
             if name:
                 self.swaps.append(self._when_free(partial(column.switch.swap, name)))
-            column.verdict = "not called since", None
-        self._saw()
+            seen.append(contents(column.switch))
+            column.visit(name or "the first", self._check)
         self.active: str | None = name
         self.summary: str = f"{name or 'the first adapter'} is in"
-        for title, column in self.columns.items():
-            self.doing = f"calling the model that is {title}"
-            column.visit(name or "the first", self._check)
 
     def _now(self) -> object:
         return [contents(column.switch) for column in self.columns.values()]
+
+    @property
+    def _note(self) -> str:
+        return self.doing if self.busy else super()._note
 
     # ---- text, picture and controls
 
@@ -118,39 +120,28 @@ class Guards(WorkingView):
             left = 20 + 640 / len(lists) * at
             canvas.text(left, 28, title, size=15, anchor="start", bold=True)
             for row, (text, holds) in enumerate(lines):
-                color = MUTED if holds is None else RIGHT if holds else WRONG
-                canvas.text(left, 50 + 19 * row, text, anchor="start", color=color, bold=not row)
+                canvas.text(left, 50 + 19 * row, text, anchor="start", color=RIGHT if holds else WRONG, bold=not row)
         canvas.shapes.append(below.svg.replace("<svg ", f"<svg y='{top}' ", 1))
         return canvas.figure(str(self))
 
     def _controls(self) -> list:
         self._with_stop()
-        self._choices = w.ToggleButtons(options=[*self.adapters], value=None)
-        self._choices.add_class("hotswap-choices")
+        self._choices = choices(options=[*self.adapters], value=None)
         self._when_set(self._choices, lambda name: name and self._come(name, partial(self._visit, name)))
         return [wrapping_row(self._choices, self._stop_button)]
 
     def _refresh(self) -> None:
         super()._refresh()
         if not self.busy:
-            self._choices.value = None if self._is_old else self.active  # so that it can be chosen again
+            self._choices.value = None if self._note else self.active  # so that it can be chosen again
 
 
 class Column:
     """A model, compiled for itself alone, and the guards of the graph that ran last and of the one before."""
 
-    #: in place of the first line of the checklist, between a swap and the end of the calls after it
-    verdict: tuple[str, bool | None] | None = None
-
-    def __init__(
-        self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Mapping[str, Any], told: Callable
-    ):
+    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Inputs):
         def call() -> None:
             model(**inputs)
-
-        def began() -> None:
-            self.verdict = f"compiling{' again' if self.guards else ''}", False
-            told()
 
         # PyTorch keeps graphs with the code, so a copy of the code has no graph of another model
         self._code = call.__code__ = call.__code__.replace()
@@ -158,7 +149,6 @@ class Column:
         self._call = torch.compile(call, backend="eager", dynamic=False, fullgraph=True)
         self.switch: AdapterPool | ModelSwitch = switch_for(model, adapters)
         self.watch: RecompileWatch = RecompileWatch()
-        self.watch.began = began
         #: by a tensor's or scaling's path: its kind, and what the graph was compiled for
         self.guards: dict[str, tuple[str, str]] = {}
         self.former: dict[str, tuple[str, str]] = {}
@@ -172,18 +162,15 @@ class Column:
         del self.watch.calls[: -10 * CALLS]  # the picture has room for these
         graph = compat.cache_entries(self._code)[0]  # the one that ran last comes first
         guards = {path: (kind, _readable(*value)) for path, kind, *value in GUARD.findall(str(graph.guard_manager))}
-        self.former, self.guards, self.verdict = self.guards or guards, guards, None
+        self.former, self.guards = self.guards or guards, guards
 
-    def checklist(self, timed: bool = False) -> list[tuple[str, bool | None]]:
+    def checklist(self, timed: bool = False) -> list[tuple[str, bool]]:
         """A verdict, and a line for each kind of guard of the graph before; each with whether it holds now."""
-        former = self.guards if self.verdict else self.former
-        counts = Counter((*was, self.guards.get(path, was)[1]) for path, was in former.items())
-        lines: list[tuple[str, bool | None]] = []
+        counts = Counter((*was, self.guards.get(path, was)[1]) for path, was in self.former.items())
+        lines = []
         for (kind, was, now), count in sorted(counts.items()):
             text = f"✓ {kind} {was}" if was == now else f"✗ {kind} was {was}, is {now}"
             lines.append((f"{text}: {counted(count, 'layer')}", was == now))
-        if self.verdict:
-            return [self.verdict, *((text.replace("✓", "?"), None) for text, _ in lines)]
         slow = [call for call in self.watch.calls[-CALLS:] if call.recompiles]
         if slow and all(holds for _, holds in lines):  # for a reason that is not on the list
             lines.append((f"✗ {self.watch.reasons[-1]}", False))

@@ -136,6 +136,11 @@ def contents(owner: object) -> tuple[list[object], list[object]]:
     return own, adapters
 
 
+def is_off(layer: torch.nn.Module, name: str) -> bool:
+    """Whether PEFT has turned an adapter off on a layer, by disabling all or by activating another one."""
+    return getattr(layer, "disable_adapters", False) or name not in getattr(layer, "active_adapters", [name])
+
+
 def whereabouts(switch: AdapterPool | ModelSwitch) -> str:
     """The active adapter, ``"off"``, or ``"another adapter"``.
 
@@ -148,7 +153,8 @@ def whereabouts(switch: AdapterPool | ModelSwitch) -> str:
     >>> whereabouts(switch)
     'off'
     """
-    return switch.active or ("off" if strength_of(switch) == 0 else "another adapter")
+    off = [is_off(each, switch.adapter_name) for each in switch.model.modules() if isinstance(each, BaseTunerLayer)]
+    return "off" if strength_of(switch) == 0 or (off and all(off)) else switch.active or "another adapter"
 
 
 def strength_of(switch: AdapterPool | ModelSwitch) -> float | None:

@@ -14,8 +14,8 @@ from ..pools.adapter_pool import AdapterPool
 from ..swap import resolve_slot
 from ..threads import in_use, in_use_now
 from .results import Run
-from .switch import ModelSwitch, whereabouts
-from .view import View, follow
+from .switch import ModelSwitch, is_off, whereabouts
+from .view import View, note_cell
 
 
 class WeightMap(View):
@@ -73,25 +73,22 @@ class WeightMap(View):
 
     def look_now(self) -> None:
         """Look if the model has changed, unless a swap is writing, or waits: then a little later."""
-        if self._is_old:
+        if self._note:
             # a swap may wait for a thread that computes, and that thread for the end of a refresh
             with in_use_now(self.model) as is_mine:
-                self._look() if is_mine else follow()
+                self._look() if is_mine else note_cell()
 
     def _look(self) -> None:
         slot = resolve_slot(self.model, self.adapter_name)
         masks = [_in_use(layer) for layer in slot.layers]
-        tiles, name = _tiles(slot, masks, self._sizes), self._where
+        tiles = _tiles(slot, masks, self._sizes)
+        name = whereabouts(self._switch) if self._switch.names else self.adapter_name
         seen = dict(name=name, tiles=tiles, counts=_count(slot, masks), _seen=self._now())
         if name != self.name and self.name:
             seen["former"] = self.name, frozenset(each.path for each in self.tiles if each.cells.any())
         with self._refreshes:  # all at once, or a refresh would show one adapter's name with another one's tiles
             vars(self).update(seen)
         self._changed()
-
-    @property
-    def _where(self) -> str:
-        return whereabouts(self._switch) if self._switch.names else self.adapter_name
 
     @property
     def summary(self) -> str:
@@ -117,7 +114,7 @@ def _tiles(slot: Slot, masks: Sequence[torch.Tensor], sizes: dict[str, float | N
     paths = [path for path in dict.fromkeys([*paths, *having]) if path in having or split(path)[0]]
     counts = (len({split(path)[axis] for path in paths}) for axis in (0, 1))
     n = CELLS if all(count <= most for count, most in zip(counts, LARGE, strict=True)) else 1
-    return [_tile(slot, path, n, sizes, *having.get(path, (None, None))) for path in paths]
+    return [_tile(slot, path, n, sizes, having.get(path)) for path in paths]
 
 
 def _has_weight(module: torch.nn.Module) -> bool:
@@ -126,11 +123,10 @@ def _has_weight(module: torch.nn.Module) -> bool:
     return weight is not None and (weight.dim() > 1 or not weight.is_floating_point())
 
 
-def _tile(
-    slot: Slot, path: str, n: int, sizes: dict[str, float | None], layer: SlotLayer | None, mask: torch.Tensor | None
-) -> Tile:
-    if layer is None or mask is None:
+def _tile(slot: Slot, path: str, n: int, sizes: dict[str, float | None], having: tuple | None) -> Tile:
+    if having is None or is_off(having[0].module, slot.adapter_name):
         return Tile(path, torch.zeros(n, n), "the base model alone")
+    layer, mask = having
     cells = _rms(slot, layer, n)
     if cells is not None and path not in sizes:
         sizes[path] = _size(layer.module)
