@@ -94,7 +94,7 @@ class Guards(WorkingView):
                 self.swaps.append(self._when_free(partial(column.switch.swap, name)))
             seen.append(contents(column.switch))
             column.visit(name or "the first", self._check)
-        self.active: str | None = name
+        self.active, self.doing = name, ""
         self.summary: str = f"{name or 'the first adapter'} is in"
 
     def _now(self) -> object:
