@@ -1,7 +1,7 @@
 """Pictures as plain SVG, which are shown without a kernel, a network or a plotting library.
 
-Every picture is drawn on a light card, so that it looks the same in light and dark themes, and has a text form for
-screen readers and terminals.
+Every picture is drawn on a light card. As an image on a dark page, its colors have the other lightness: the card is
+dark, and what is darkest on a light page is lightest. It has a text form for screen readers and terminals.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 from .palette import BASE, CARD, INK, OURS, PEFT
 
 FONT = "font-family='Helvetica, Arial, sans-serif'"
+#: the style of a picture that a page shows as an image; such an image doesn't know the page's own theme
+DARK = (Path(__file__).parent / "pictures" / "dark.html").read_text("utf-8")
 DASHED = " stroke-dasharray='4 3'"
 #: how a text looks, unless it is said otherwise
 TEXT = dict(size=13, anchor="middle", color=INK, turned=0, bold=False)
@@ -33,7 +35,7 @@ class Figure:
     text: str
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        return {"image/svg+xml": self.svg, "text/plain": self.text}
+        return {"image/svg+xml": self.svg.replace("</title>", f"</title>{DARK}", 1), "text/plain": self.text}
 
     def __repr__(self) -> str:
         return self.text

@@ -159,8 +159,8 @@ class View:
         figure = self.figure()
         if figure is None:
             return ""
-        width = int(re.search(r"width='(\d+)'", figure.svg)[1])  # as wide as there is room, but still readable
-        style = f"width:100%;min-width:{min(0.9 * width, 480):g}px;max-width:{1.4 * width:g}px;height:auto"
+        width = int(re.search(r"width='(\d+)'", figure.svg)[1])  # as wide as there is room, within reason
+        style = f"width:100%;max-width:{1.4 * width:g}px;height:auto"
         shrinking = figure.svg.replace("<svg ", f"<svg style='{style}' ", 1)
         return f"<div class='hotswap-picture' data-note='{escape(self._note)}'>{shrinking}</div>"
 
@@ -168,7 +168,7 @@ class View:
         """The output that a saved notebook keeps. The same state gives the same output."""
         figure = self.figure()
         # GitHub shows a picture by itself, but removes pictures in HTML: an old one has to be with its note
-        shown = {"image/svg+xml": figure.svg} if figure and not self._note else {"text/html": self.to_html()}
+        shown = figure._repr_mimebundle_() if figure and not self._note else {"text/html": self.to_html()}
         return {**shown, "text/plain": str(self)}
 
     # ---- the live form

@@ -46,7 +46,7 @@ class WeightMap(View):
     >>> print(map)
     WeightMap: default is in 14 of 28 layers
 
-    How to read it: the darkest cell is where the adapter changes a weight most. Gray is the base model alone.
+    How to read it: the strongest color is where the adapter changes a weight most. Gray is the base model alone.
     """
 
     title = "What the adapter adds to each layer"

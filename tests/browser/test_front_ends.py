@@ -5,14 +5,22 @@ Each chapter is run in JupyterLab and in Notebook, all widgets are clicked in bo
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import pytest
 from front_ends import FRONT_ENDS, ROOT, SETUP, WIDGETS, NotebookPage, chromium, jupyter, open_browser, write_notebook
+from PIL import Image
 from playwright.sync_api import expect
+
+from hotswap_lab import figures
+from hotswap_lab.figures import palette
+from hotswap_lab.figures.png import address as address_of
+from hotswap_lab.figures.png import png
 
 CHAPTERS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
@@ -340,6 +348,20 @@ def test_two_of_each_say_the_same_of_one_model_whoever_changes_it(address, new_p
     expect_all("off", [panels[0], *rows, *guards], "the adapter is off")
     assert [each for each in notebook.outputs() if each["output_type"] == "error"] == []
     notebook.shut_down()
+
+
+@pytest.mark.long
+def test_a_figure_has_the_theme_of_its_page_and_a_photo_in_it_its_own_colors(new_page):
+    page, canvas = new_page(), figures.Canvas(40, 20)
+    photo = f"<image x='0' y='0' width='20' height='20' href='{address_of(png([[0]], [palette.WHITE]))}'/>"
+    canvas.shapes.append(photo)
+    svg = canvas.figure("a photo, and the card")._repr_mimebundle_()["image/svg+xml"]
+    image = f'<img src="data:image/svg+xml,{quote(svg)}">'
+    for theme, card in (("light", 251), ("dark", 20)):
+        page.set_content(f'<body style="margin: 0; color-scheme: {theme}">{image}</body>')
+        pixels = Image.open(io.BytesIO(page.locator("img").screenshot())).convert("L")
+        assert abs(pixels.getpixel((30, 10)) - card) < 10
+        assert pixels.getpixel((10, 10)) > 230
 
 
 # ---- one panel, also in Voila, which runs a notebook and shows what it puts out
